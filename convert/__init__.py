@@ -1,0 +1,1 @@
+"""Checkpoint folders in and out: official ones are read, our own format is read and written."""

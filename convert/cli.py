@@ -1,0 +1,265 @@
+"""What every command line of the project shares: parsing, errors, exit codes, signals, progress.
+
+Answers go to stdout, everything else to stderr. Exit codes: 0 ok, 2 usage, 3 bad input or data,
+4 model or checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated.
+
+Nothing here imports jax: `--help` must answer at once.
+"""
+
+import argparse
+import difflib
+import errno
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
+
+EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that only clean-up code sees it on its way out."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the example and shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for which `--max_length` is `--max-length`, with one-line errors.
+
+    Args:
+      prog: the command as the user types it, e.g. "python -m infer.generate".
+      description: what it does, in a sentence or two.
+      example: one or more command lines, shown at the end of `--help`.
+    """
+
+    def __init__(self, *, prog: str, description: str = "", example: str = "", **kwargs: Any):
+        kwargs.setdefault("epilog", f"example:\n  {example}" if example else None)
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def add_common(self) -> None:
+        """Adds the flags that every command has: `--debug` and `--version`."""
+        group = self.add_argument_group("general")
+        group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        group.add_argument("--version", action="version", version=version())
+
+    def parse_known_args(self, args=None, namespace=None):  # type of the base class
+        """As argparse does, after `_` in the names of flags has become `-`."""
+        args = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(_hyphenate(args), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line of what and one of what to do, and exits with 2."""
+        unknown = re.match(r"unrecognized arguments: (.*)", message)
+        if unknown:
+            message = f"unknown argument {unknown[1]}{self._suggestion(unknown[1])}"
+        print(f"{self.prog}: {message}\n{self.prog} --help lists the flags", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+    def _suggestion(self, arguments: str) -> str:
+        flag = arguments.split("=")[0].split(" ")[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _hyphenate(args: Sequence[str]) -> list[str]:
+    """Underscores to hyphens in flag names, up to `--`; values are left alone."""
+    result = list(args)
+    for i, arg in enumerate(result):
+        if arg == "--":
+            break
+        if arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            result[i] = name.replace("_", "-") + equals + value
+    return result
+
+
+def version() -> str:
+    """The installed version, as `--version` prints it."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return f"glm2-jax {installed('glm2-jax')}"
+    except PackageNotFoundError:
+        return "glm2-jax (not installed)"
+
+
+def note(text: str) -> None:
+    """One line for the user that is not part of the answer: on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`, so that `finally` blocks run before the process ends."""
+
+    def terminate(signum: int, frame: object) -> None:
+        # A second SIGTERM must not interrupt the clean-up that the first one started.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_main(
+    main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Runs a command and exits with its code; expected errors become lines, not tracebacks.
+
+    Args:
+      main: takes the arguments without the program's name; returns an exit code or None for 0.
+      argv: the arguments; default `sys.argv[1:]`.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # a terminal that cannot show a character must not end the run
+            reconfigure(errors="replace")
+    sys.exit(_guarded(main, args))
+
+
+def _guarded(main: Callable[[list[str]], int | None], args: list[str]) -> int:
+    try:
+        with terminable():
+            code = main(args) or 0
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        note("interrupted")
+        return EXIT_INTERRUPTED
+    except Terminated:
+        note("terminated")
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        # Whoever read our output has left (`| head`). Python would complain again when it flushes.
+        sys.stdout = open("/dev/null", "w")
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Prints an error as one line of what, one of why, one of what to do; returns its exit code.
+
+    An error that nobody expected keeps its traceback: it is a bug, and whoever mends it needs it.
+    """
+    from glm2_jax.errors import GLMError
+
+    if isinstance(error, GLMError):
+        note(f"error: {error}")
+        return error.exit_code
+    if is_out_of_memory(error):
+        first_line = (str(error).splitlines() or ["the allocation failed"])[0]
+        note(f"error: out of memory\n{first_line}\ntry a smaller --dtype, batch or length")
+        return EXIT_DEVICE
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        note(f"error: {error.strerror or error}{where}")
+        if error.errno == errno.ENOSPC:
+            note("free some space or write to another disk")
+        return EXIT_INPUT
+    note("unexpected error, please report it:")
+    traceback.print_exception(error)
+    return 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or device memory ran out (jax's own error type is known only by its name)."""
+    from_jax = type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError")
+    return isinstance(error, MemoryError) or (from_jax and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def size_argument(text: str) -> int:
+    """An argparse type for sizes: "4GB", "500 MB", "1GiB", "123456". Returns bytes, at least 1."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 4GB or 500MB")
+    base = 1024 if match[3] else 1000
+    size = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a size must be at least one byte")
+    return size
+
+
+def human_size(size: float) -> str:
+    """12487168064 -> "12.5 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+class Progress:
+    """Progress with rate and ETA: one line that is rewritten on a terminal, plain lines elsewhere.
+
+    Args:
+      label: what is being done, e.g. "loading".
+      total: how much there is to do.
+      show: turns an amount into text, e.g. `human_size`.
+      stream: where to write; default stderr.
+      interval: seconds between two plain lines (a terminal is refreshed ten times a second).
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: float,
+        *,
+        show: Callable[[float], str] = lambda amount: f"{amount:.0f}",
+        stream: TextIO | None = None,
+        interval: float = 5.0,
+    ):
+        self.label, self.total, self.show = label, total, show
+        self.stream = sys.stderr if stream is None else stream
+        self.terminal = self.stream.isatty()
+        self.interval = 0.1 if self.terminal else interval
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, done: float) -> None:
+        """Says that `done` of `total` is finished; writes only when the interval has passed."""
+        now = time.monotonic()
+        if now - self.last < self.interval:
+            return
+        self.last = now
+        rate = done / (now - self.start)
+        line = f"{self.label}: {self.show(done)} of {self.show(self.total)}"
+        line += f", {self.show(rate)}/s, {max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
+        self.stream.write(f"\r\x1b[K{line}" if self.terminal else f"{line}\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Clears the line on a terminal; elsewhere the lines stay."""
+        if self.terminal:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
