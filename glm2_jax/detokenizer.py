@@ -27,8 +27,7 @@ class Detokenizer:
             text, self._held = _split_characters(self._held + bytes([byte]))
             self._at_start = self._at_start and not text
             return text
-        text = self.flush() + self._piece_text(token_id)
-        return text
+        return self.flush() + self._piece_text(token_id)
 
     def flush(self) -> str:
         """Ends the stream (or a run of bytes): returns what was held back."""

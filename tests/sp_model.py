@@ -2,7 +2,9 @@
 
 import functools
 import io
+from pathlib import Path
 
+import pytest
 import sentencepiece
 
 _SENTENCES = (
@@ -20,11 +22,20 @@ _SENTENCES = (
 
 
 @functools.cache
-def sp_model(*, add_dummy_prefix: bool = True, byte_fallback: bool = True) -> bytes:
-    """Trains the model: BPE, byte fallback, nothing normalised, digits split. Deterministic."""
+def sp_model(
+    *,
+    byte_fallback: bool = True,
+    newlines: bool = False,
+    first_ids: tuple[int, int, int] = (0, 1, 2),
+) -> bytes:
+    """Trains the model: BPE, byte fallback, nothing normalised, digits split. Deterministic.
+
+    With `newlines` its pieces may hold newlines, which no published tokenizer's do.
+    """
     model = io.BytesIO()
+    lines = _SENTENCES if newlines else [line for s in _SENTENCES for line in s.split("\n")]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for s in _SENTENCES * 4 for line in s.split("\n")),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
         vocab_size=500,
@@ -32,15 +43,32 @@ def sp_model(*, add_dummy_prefix: bool = True, byte_fallback: bool = True) -> by
         character_coverage=1.0,
         byte_fallback=byte_fallback,
         normalization_rule_name="identity",
-        add_dummy_prefix=add_dummy_prefix,
+        add_dummy_prefix=True,
         remove_extra_whitespaces=False,
         split_digits=True,
         allow_whitespace_only_pieces=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
+        unk_id=first_ids[0],
+        bos_id=first_ids[1],
+        eos_id=first_ids[2],
         pad_id=-1,
         num_threads=1,
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def without_dummy_prefix(model: bytes) -> bytes:
+    """The same model with add_dummy_prefix (field 3 of the normaliser) set to False."""
+    flag = b"identity\x12\x00\x18"
+    assert model.count(flag + b"\x01") == 1
+    return model.replace(flag + b"\x01", flag + b"\x00")
+
+
+REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared/data/tokenizer"
+
+
+def real_model() -> Path:
+    """The folder of the published tokenizer beside the checkout; skips the test without it."""
+    if not (REAL_TOKENIZER / "tokenizer.model").is_file():
+        pytest.skip("the published tokenizer is not beside the checkout")
+    return REAL_TOKENIZER
