@@ -1,0 +1,48 @@
+"""The static-shape key/value cache."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from glm2_jax.config import GLMConfig
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of every layer for a batch of rows, each row at its own length.
+
+    Slots 0 .. length - 1 of a row are written; what lies behind is never read. Setting `length`
+    (and `prefix`) of a row to 0 frees it for another sequence.
+
+    Attributes:
+        k: [L, B, S, K, H] keys, already rotated.
+        v: [L, B, S, K, H] values.
+        length: [B] int32, written slots of each row.
+        prefix: [B] int32, leading slots of each row that have no position (prefix tuning).
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+    prefix: jax.Array
+
+    @classmethod
+    def zeros(cls, config: GLMConfig, batch: int, size: int, dtype) -> KVCache:
+        """An empty cache of `batch` rows with `size` slots.
+
+        Zeros, not uninitialised memory: a masked slot has probability 0, and 0 times NaN is NaN.
+        """
+        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+        return cls(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            length=jnp.zeros(batch, jnp.int32),
+            prefix=jnp.zeros(batch, jnp.int32),
+        )
+
+    @property
+    def size(self) -> int:
+        """S, slots of a row."""
+        return self.k.shape[2]

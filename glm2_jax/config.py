@@ -1,0 +1,321 @@
+"""The architecture of a ChatGLM2-family model, read from the published `config.json` files."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from glm2_jax.errors import CheckpointError
+
+FAMILIES = ("chatglm2", "chatglm3", "codegeex2")
+ROPE_KINDS = ("linear", "base")
+
+# Keys of config.json with the only value that this implementation computes, and the value that
+# the published configuration class takes when the key is absent.
+_REQUIRED_VALUES: dict[str, tuple[Any, Any]] = {
+    "rmsnorm": (True, True),
+    "post_layer_norm": (True, True),
+    "apply_residual_connection_post_layernorm": (False, False),
+    "add_bias_linear": (False, False),
+    "add_qkv_bias": (True, False),
+    "multi_query_attention": (True, False),
+    "original_rope": (True, True),
+    "tie_word_embeddings": (False, False),
+    "interleaved_qkv": (False, False),
+    "rotary_percent": (0.5, 0.5),
+    "fp32_residual_connection": (False, False),
+}
+
+# Our field -> (the published key, the published class's default; None = there is no default).
+_DIMENSIONS: dict[str, tuple[str, int | None]] = {
+    "num_layers": ("num_layers", 28),
+    "vocab_size": ("padded_vocab_size", 65024),
+    "hidden_size": ("hidden_size", 4096),
+    "ffn_hidden_size": ("ffn_hidden_size", 13696),
+    "num_heads": ("num_attention_heads", 32),
+    "num_kv_heads": ("multi_query_group_num", 1),
+    "head_dim": ("kv_channels", 128),
+    "seq_length": ("seq_length", 2048),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GLMConfig:
+    """Sizes and options of one model; hashable, so that it can be a static argument of `jax.jit`.
+
+    Attributes:
+        num_layers: L, transformer blocks.
+        vocab_size: V, rows of the embedding and of the head, padding rows included.
+        hidden_size: D.
+        ffn_hidden_size: F.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads; query head n reads key/value head n // (N / K).
+        head_dim: H; the first H / 2 dimensions of a head are rotated.
+        seq_length: positions the model knows; prompt + answer may not be longer.
+        norm_eps: epsilon inside the reciprocal square root of RMSNorm.
+        rope_ratio: the published `rope_ratio`; its meaning is `rope_kind`.
+        rope_kind: "linear": positions are divided by `rope_ratio` (chatglm2-6b-32k);
+            "base": the rotary base is multiplied by it (chatglm3-6b-32k and -128k).
+        rope_base: the rotary base before `rope_ratio`.
+        rope_table_dtype: "float32", or "reference" for the rounding that the published code has
+            when it runs in half precision.
+        logn_scaling: multiply queries by max(1, log(64 + p + 1) / log(2048)). Seen in one public
+            copy of chatglm3-6b-128k only, unverified, therefore off.
+        family: "chatglm2", "chatglm3" or "codegeex2".
+        hidden_dropout: dropout after attention and MLP, in training.
+        attention_dropout: dropout of attention probabilities, in training.
+        eos_token_id: id that ends an answer.
+        pad_token_id: id that fills rows.
+    """
+
+    num_layers: int
+    vocab_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    seq_length: int
+    norm_eps: float = 1e-5
+    rope_ratio: float = 1.0
+    rope_kind: str = "base"
+    rope_base: float = 10000.0
+    rope_table_dtype: str = "float32"
+    logn_scaling: bool = False
+    family: str = "chatglm2"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        for field in _DIMENSIONS:
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise _bad_value(_DIMENSIONS[field][0], value, "a whole number above 0")
+        if self.num_heads % self.num_kv_heads:
+            raise _bad_value(
+                "multi_query_group_num", self.num_kv_heads, f"a divisor of {self.num_heads} heads"
+            )
+        if self.head_dim % 4:
+            raise _bad_value("kv_channels", self.head_dim, "a multiple of 4 (half is rotated)")
+        for field, choices in {
+            "family": FAMILIES,
+            "rope_kind": ROPE_KINDS,
+            "rope_table_dtype": ("float32", "reference"),
+        }.items():
+            if getattr(self, field) not in choices:
+                raise _bad_value(field, getattr(self, field), " or ".join(choices))
+        for key, low in {"norm_eps": 0.0, "rope_ratio": 0.0, "rope_base": 0.0}.items():
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value > low):
+                raise _bad_value(key, value, f"a finite number above {low:g}")
+        for key in ("hidden_dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise _bad_value(key, getattr(self, key), "at least 0 and below 1")
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, embedding and head included (6,243,584,000 for the 6B models)."""
+        qkv_rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        layer = (
+            2 * self.hidden_size
+            + qkv_rows * (self.hidden_size + 1)
+            + self.num_heads * self.head_dim * self.hidden_size
+            + 3 * self.ffn_hidden_size * self.hidden_size
+        )
+        return self.num_layers * layer + (2 * self.vocab_size + 1) * self.hidden_size
+
+    @property
+    def aligned_length(self) -> int:
+        """Tokens up to which the chat model was aligned: ChatGLM2 without `rope_ratio` was
+        trained on 32K and aligned on 8K only; the others are aligned up to `seq_length`."""
+        if self.family == "chatglm2" and self.rope_ratio == 1.0:
+            return min(8192, self.seq_length)
+        return self.seq_length
+
+    @property
+    def default_template(self) -> str:
+        """Prompt template of the family; CodeGeeX2 is a base model and takes the raw text."""
+        return "raw" if self.family == "codegeex2" else self.family
+
+    @classmethod
+    def from_hf(
+        cls,
+        raw: Mapping[str, Any],
+        *,
+        tokenizer_config: Mapping[str, Any] | None = None,
+        rope_kind: str | None = None,
+    ) -> "GLMConfig":
+        """Reads a published `config.json`.
+
+        Args:
+            raw: the parsed file. Beside the published keys it may hold our own `family`,
+                `rope_kind`, `rope_table_dtype` and `logn_scaling`.
+            tokenizer_config: the parsed `tokenizer_config.json`, asked for the family where the
+                configuration does not tell it.
+            rope_kind: overrides what the family says about `rope_ratio`.
+
+        Returns:
+            The configuration. Unknown keys that do not change the mathematics are ignored.
+
+        Raises:
+            CheckpointError: another model, a key whose value this implementation does not
+                compute, a value out of range, or a `rope_ratio` whose meaning cannot be told.
+        """
+        _refuse_other_models(raw)
+        for key, (wanted, default) in _REQUIRED_VALUES.items():
+            if raw.get(key, default) != wanted:
+                absent = "" if key in raw else " (the key is absent, which means that)"
+                raise CheckpointError(
+                    f"config.json: {key} = {raw.get(key, default)!r} is not supported{absent}.",
+                    f"It changes the mathematics; only {key} = {wanted!r} is implemented.",
+                    "Use a published ChatGLM2 / ChatGLM3 / CodeGeeX2 configuration.",
+                )
+        family = raw.get("family") or _tell_family(raw, tokenizer_config)
+        ratio = _number(raw, "rope_ratio", 1.0)
+        rope_kind = rope_kind or raw.get("rope_kind") or _tell_rope_kind(family, ratio)
+        if family is None:
+            scaled_base = ratio != 1.0 and rope_kind == "base"
+            family = "chatglm3" if scaled_base else "chatglm2"
+        return cls(
+            **{field: _integer(raw, key, default) for field, (key, default) in _DIMENSIONS.items()},
+            norm_eps=_number(raw, "layernorm_epsilon", 1e-5),
+            rope_ratio=ratio,
+            rope_kind=rope_kind,
+            rope_table_dtype=raw.get("rope_table_dtype", "float32"),
+            logn_scaling=bool(raw.get("logn_scaling", False)),
+            family=family,
+            hidden_dropout=_number(raw, "hidden_dropout", 0.0),
+            attention_dropout=_number(raw, "attention_dropout", 0.0),
+            eos_token_id=_integer(raw, "eos_token_id", 2),
+            pad_token_id=_integer(raw, "pad_token_id", 0),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The configuration under the published key names, with our `family`, `rope_kind`,
+        `rope_table_dtype` and `logn_scaling` beside them; `from_hf` gives the same object back."""
+        return {
+            "model_type": "chatglm",
+            "architectures": ["ChatGLMModel"],
+            **{key: getattr(self, field) for field, (key, _) in _DIMENSIONS.items()},
+            **{key: wanted for key, (wanted, _) in _REQUIRED_VALUES.items()},
+            "layernorm_epsilon": self.norm_eps,
+            "rope_ratio": self.rope_ratio,
+            "rope_kind": self.rope_kind,
+            "rope_table_dtype": self.rope_table_dtype,
+            "logn_scaling": self.logn_scaling,
+            "family": self.family,
+            "hidden_dropout": self.hidden_dropout,
+            "attention_dropout": self.attention_dropout,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+
+
+def _bad_value(key: str, value: Any, wanted: str) -> CheckpointError:
+    return CheckpointError(f"config: {key} = {value!r} is not possible.", f"It must be {wanted}.")
+
+
+def _integer(raw: Mapping[str, Any], key: str, default: int | None) -> int:
+    value = raw.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _bad_value(key, value, "a whole number")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _bad_value(key, value, "a number")
+    return float(value)
+
+
+def _names(raw: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None) -> list[str]:
+    """Names a folder gives itself, most trustworthy first, in lower case."""
+    names = [raw.get("_name_or_path"), (tokenizer_config or {}).get("name_or_path")]
+    return [name.lower() for name in names if isinstance(name, str) and name]
+
+
+def _refuse_other_models(raw: Mapping[str, Any]) -> None:
+    model_type = raw.get("model_type", "chatglm")
+    names = _names(raw, None)
+    if any("glm-4" in name or "glm4" in name for name in names) or (
+        raw.get("padded_vocab_size") == 151552
+    ):
+        raise CheckpointError(
+            "GLM-4 is not supported.",
+            "It has another tokenizer (a tiktoken file of 151,552 ids, no SentencePiece model).",
+            "Use a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.",
+        )
+    if model_type != "chatglm":
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} is not a ChatGLM model.",
+            "Only model_type 'chatglm' (ChatGLM2, ChatGLM3, CodeGeeX2) is implemented.",
+        )
+    if raw.get("position_encoding_2d") or "inner_hidden_size" in raw:
+        raise CheckpointError(
+            "The first-generation ChatGLM-6B is not supported.",
+            "It is another architecture: 2-D positions, LayerNorm, a 130,528-id vocabulary.",
+            "Use a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.",
+        )
+
+
+def _tell_family(
+    raw: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None
+) -> str | None:
+    """The family, from `_name_or_path` first, then from keys only CodeGeeX2 has, then from the
+    tokenizer's own name; None where nothing tells it."""
+    own_name = _names(raw, None)
+    for name in own_name:
+        for family in FAMILIES:
+            if family in name:
+                return family
+    if "interleaved_qkv" in raw or "rotary_percent" in raw:
+        return "codegeex2"
+    for name in _names({}, tokenizer_config):
+        for family in FAMILIES:
+            if family in name:
+                return family
+    return None
+
+
+def _tell_rope_kind(family: str | None, ratio: float) -> str:
+    if family == "chatglm2":
+        return "linear"
+    if family is not None or ratio == 1.0:
+        return "base"
+    raise CheckpointError(
+        f"config.json: the meaning of rope_ratio = {ratio:g} cannot be told.",
+        "ChatGLM2 divides positions by it, ChatGLM3 multiplies the rotary base; "
+        "_name_or_path and tokenizer_config.json name neither.",
+        "Say which with --rope-scaling linear (ChatGLM2) or --rope-scaling base (ChatGLM3).",
+    )
+
+
+def _preset(family: str, seq_length: int, rope_ratio: float = 1.0) -> GLMConfig:
+    return GLMConfig(
+        num_layers=28,
+        vocab_size=65024,
+        hidden_size=4096,
+        ffn_hidden_size=13696,
+        num_heads=32,
+        num_kv_heads=2,
+        head_dim=128,
+        seq_length=seq_length,
+        rope_ratio=rope_ratio,
+        rope_kind=_tell_rope_kind(family, rope_ratio),
+        family=family,
+    )
+
+
+PRESETS: Mapping[str, GLMConfig] = {
+    "chatglm2-6b": _preset("chatglm2", 32768),
+    "chatglm2-6b-32k": _preset("chatglm2", 32768, rope_ratio=16.0),
+    "chatglm2-6b-int4": _preset("chatglm2", 32768),
+    "chatglm3-6b": _preset("chatglm3", 8192),
+    "chatglm3-6b-32k": _preset("chatglm3", 32768, rope_ratio=50.0),
+    "chatglm3-6b-128k": _preset("chatglm3", 131072, rope_ratio=500.0),
+    "codegeex2-6b": _preset("codegeex2", 8192),
+}
+"""The published 6B checkpoints by name. Source: each repository's config.json."""

@@ -1,0 +1,79 @@
+"""Rotary position embedding: the first half of each head, interleaved pairs (2i, 2i + 1)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm2_jax.config import GLMConfig
+
+# Exponent and mantissa bits, for jax.lax.reduce_precision.
+_FLOAT_BITS = {"float16": (5, 10), "bfloat16": (8, 7)}
+
+
+def rope_tables(config: GLMConfig, positions: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every position's angles.
+
+    theta_i = base^(-2i / R) with R = H / 2 rotated dimensions, angle = position * theta_i.
+
+    Args:
+        config: gives base, ratio, its meaning, and `rope_table_dtype`.
+        positions: int32 [B, T].
+        dtype: the model's dtype; it matters with `rope_table_dtype="reference"` only.
+
+    Returns:
+        (cos, sin), float32 [B, T, H / 4]. With "reference" they carry the rounding of the published
+        code: ChatGLM2 computes theta, positions and their product in the model's dtype, ChatGLM3
+        rounds only the finished cosine and sine. (Source: modeling_chatglm.py of both.)
+    """
+    name = jnp.dtype(dtype).name
+    rounded = config.rope_table_dtype == "reference" and name in _FLOAT_BITS
+    in_model_dtype = rounded and config.family != "chatglm3"
+
+    def to_model_dtype(x: jax.Array) -> jax.Array:
+        # A plain cast there and back may be dropped by the compiler as excess precision.
+        return jax.lax.reduce_precision(x, *_FLOAT_BITS[name])
+
+    theta = jnp.asarray(_theta(config, dtype if in_model_dtype else np.float32))
+    position = positions.astype(jnp.float32)
+    if in_model_dtype:
+        position = to_model_dtype(position)
+    if config.rope_kind == "linear" and config.rope_ratio != 1.0:
+        position = position / config.rope_ratio
+        if in_model_dtype:
+            position = to_model_dtype(position)
+    angle = position[..., None] * theta
+    if in_model_dtype:
+        # The float32 product of two half-precision numbers is exact: this rounds once.
+        angle = to_model_dtype(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (to_model_dtype(cos), to_model_dtype(sin)) if rounded else (cos, sin)
+
+
+def _theta(config: GLMConfig, dtype) -> np.ndarray:
+    """[H / 4] frequencies, computed step by step in `dtype`, returned as float32."""
+    dtype = np.dtype(dtype)
+    rotated = config.head_dim // 2
+    base = config.rope_base * (config.rope_ratio if config.rope_kind == "base" else 1.0)
+    exponent = np.arange(0, rotated, 2).astype(dtype) / np.asarray(rotated, dtype)
+    power = np.power(np.asarray(base, np.float32), exponent.astype(np.float32)).astype(dtype)
+    return (np.asarray(1, dtype) / power).astype(np.float32)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first half of the head dimensions and passes the rest through.
+
+    Args:
+        x: [B, T, heads, H].
+        cos: float32 [B, T, H / 4].
+        sin: float32 [B, T, H / 4].
+
+    Returns:
+        [B, T, heads, H] in the dtype of `x`; computed in float32.
+    """
+    rotated = x.shape[-1] // 2
+    pairs = x[..., :rotated].astype(jnp.float32).reshape(*x.shape[:-1], rotated // 2, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    turned = turned.reshape(*x.shape[:-1], rotated).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., rotated:]], axis=-1)
