@@ -1,0 +1,114 @@
+"""What the two READMEs show is what happens: every command in them is run, here or where named."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README_zh.md")
+DEMO = ROOT / "infer" / "demo"
+
+# Commands too heavy for this file: the file that runs them, and words in it that prove it.
+ELSEWHERE = {
+    "pip install -e .": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
+    "pip install -e '.[test]'": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
+    "pip install -e '.[cuda]'": ("pyproject.toml", "cuda = "),  # needs the hardware
+    "pip install -e '.[tpu]'": ("pyproject.toml", "tpu = "),
+    "python -m pytest": (".ci/run", "python -m pytest"),
+    "bash .ci/run": (".ci/run", "set -euo pipefail"),
+    "python -m convert.from_pytorch FOLDER CONVERTED": ("tests", "convert.from_pytorch"),
+    "python -m train.demo": ("tests", "train.demo"),
+}
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """The fenced blocks of one language in a README."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(name: str) -> list[str]:
+    """Every shell command of a README, `a && b` taken apart, comments dropped, in order."""
+    lines = "".join(blocks(name, "bash")).splitlines()
+    parts = [part for line in lines for part in line.partition("#")[0].split("&&")]
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
+HERE = [command for command in commands("README.md") if command not in ELSEWHERE]
+MODULES = sorted(
+    set(re.findall(r"python -m ((?:infer|convert|train)\.\w+)", str(commands("README.md"))))
+)
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command with this interpreter as `python`, away from the checkout."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def test_both_languages_show_the_same():
+    assert commands("README.md") == commands("README_zh.md")
+    for language in ("console", "json"):
+        assert blocks("README.md", language) == blocks("README_zh.md", language)
+
+
+@pytest.mark.parametrize("command", HERE)
+def test_command(command, tmp_path):
+    questions = blocks("README.md", "json")[0]
+    (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
+    (tmp_path / "FOLDER").symlink_to(DEMO)
+    done = shell(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers = tmp_path / "answers.jsonl"
+    shown = answers.read_text(encoding="utf-8") if answers.exists() else done.stdout
+    assert shown.strip(), done.stderr
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_the_others_are_run_elsewhere(command):
+    assert command in commands("README.md")
+    name, words = ELSEWHERE[command]
+    place = ROOT / name
+    files = [place] if place.is_file() else [p for p in place.glob("*.py") if p != Path(__file__)]
+    assert any(words in file.read_text(encoding="utf-8") for file in files)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help(module, tmp_path):
+    done = shell(f"python -m {module} --help", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"python -m {module}" in done.stdout
+
+
+def test_transcript(tmp_path):
+    prompt, _, shown = blocks("README.md", "console")[0].partition("\n")
+    done = shell(prompt.removeprefix("$ "), tmp_path)
+    assert done.stdout.strip() and done.stdout.strip() in shown
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_python_example(name, capsys):
+    (example,) = blocks(name, "python")
+    exec(compile(example, name, "exec"), {})
+    printed = capsys.readouterr().out
+    assert "glm2-jax" in printed and "stop" in printed
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    headings = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target[1:] in headings if target.startswith("#") else (ROOT / target).exists()
