@@ -1,0 +1,78 @@
+"""A tensor inside a checkpoint file: where its bytes are, not the bytes themselves."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from glm2_jax.errors import CheckpointError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of one file.
+
+    Attributes:
+        file: the file that holds it.
+        dtype: as stored.
+        shape: as stored.
+        offset: byte in the file where its first element begins.
+        strides: bytes between neighbours per axis; None = row-major without gaps.
+    """
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its elements in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """A read-only view of the file. Pages come in as they are touched and belong to the file,
+        so they do not count as the process's own memory."""
+        if not math.prod(self.shape):
+            return np.empty(self.shape, self.dtype)
+        mapped = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset)
+        return np.ndarray(self.shape, self.dtype, buffer=mapped, strides=self.strides)
+
+
+def regular_file_size(path: Path) -> int:
+    """Size of a file in bytes, symbolic links followed.
+
+    Raises:
+        CheckpointError: it is absent, a link to nothing, not a plain file, or a Git LFS pointer
+            that stands for a file which was never downloaded.
+    """
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(
+            f"{path} is a symbolic link to a file that is not there.",
+            "In a hub cache this means that the download is incomplete.",
+            "Download the checkpoint again.",
+        )
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is absent.", "The checkpoint needs it.", "Download the checkpoint again."
+        )
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"{path} is not a plain file.")
+    size = path.stat().st_size
+    if size < 1024:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer, not the weights.",
+                "The repository was cloned without Git LFS.",
+                "Run `git lfs pull` in that folder, or download the file itself.",
+            )
+    return size
