@@ -1,0 +1,1 @@
+"""Answering: sampling, the engine, and the command-line tools."""
