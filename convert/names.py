@@ -1,0 +1,256 @@
+"""The one table between published tensor names and the parameters of this project.
+
+Each rule names a published tensor, its shape, and the parts it consists of; the rows of the parts
+follow each other in the published tensor. Read forwards it splits (loading), backwards it joins
+(exporting). Sources of names and row order: the index files and state dictionaries of
+THUDM/chatglm2-6b. Axis letters as in the model: D model, N query heads, K key/value heads, H head
+dim, F ffn, V vocabulary.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from convert.stored import StoredTensor
+from glm2_jax.config import GLMConfig
+from glm2_jax.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+LISTED = 20  # problems listed in one message
+
+_LAYER = "{layer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of our parameters: its path in the tree, and its shape in one layer."""
+
+    path: tuple[str, ...]
+    shape: Callable[[GLMConfig], Shape]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A stored tensor, and our parameters whose rows it consists of.
+
+    Attributes:
+        name: `{layer}` stands for the number of the layer.
+        shape: as published.
+        parts: in the order of their rows.
+        quantisable: whether the published int4 and int8 folders store it quantised.
+    """
+
+    name: str
+    shape: Callable[[GLMConfig], Shape]
+    parts: tuple[Part, ...]
+    quantisable: bool = False
+
+    def layers(self, config: GLMConfig) -> Iterable[int | None]:
+        """The layers that have such a tensor; None for one outside the layers."""
+        return range(config.num_layers) if _LAYER in self.name else (None,)
+
+    def full_name(self, layer: int | None) -> str:
+        """The tensor's name in one layer."""
+        return self.name.replace(_LAYER, str(layer))
+
+    def ranges(self, config: GLMConfig) -> list[tuple[Part, int, int]]:
+        """Each part with its first and last (exclusive) element in the flattened tensor."""
+        result, start = [], 0
+        for part in self.parts:
+            stop = start + math.prod(part.shape(config))
+            result.append((part, start, stop))
+            start = stop
+        return result
+
+    def split(self, config: GLMConfig, array: np.ndarray) -> dict[tuple[str, ...], np.ndarray]:
+        """Published tensor [rows, ...] -> our parameters of one layer, as views."""
+        flat = array.reshape(-1)
+        return {
+            part.path: flat[start:stop].reshape(part.shape(config))
+            for part, start, stop in self.ranges(config)
+        }
+
+    def join(self, config: GLMConfig, parts: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
+        """Our parameters of one layer -> published tensor; the inverse of `split`."""
+        flat = [np.asarray(parts[part.path]).reshape(-1) for part in self.parts]
+        return (flat[0] if len(flat) == 1 else np.concatenate(flat)).reshape(self.shape(config))
+
+
+EMBED = Part(("embed",), lambda c: (c.vocab_size, c.hidden_size))
+FINAL_NORM = Part(("final_norm",), lambda c: (c.hidden_size,))
+HEAD = Part(("head",), lambda c: (c.vocab_size, c.hidden_size))
+ATTN_NORM = Part(("layers", "attn_norm"), lambda c: (c.hidden_size,))
+Q = Part(("layers", "q"), lambda c: (c.num_heads, c.head_dim, c.hidden_size))
+K = Part(("layers", "k"), lambda c: (c.num_kv_heads, c.head_dim, c.hidden_size))
+V = Part(("layers", "v"), lambda c: (c.num_kv_heads, c.head_dim, c.hidden_size))
+Q_BIAS = Part(("layers", "q_bias"), lambda c: (c.num_heads, c.head_dim))
+K_BIAS = Part(("layers", "k_bias"), lambda c: (c.num_kv_heads, c.head_dim))
+V_BIAS = Part(("layers", "v_bias"), lambda c: (c.num_kv_heads, c.head_dim))
+O = Part(("layers", "o"), lambda c: (c.hidden_size, c.num_heads, c.head_dim))  # noqa: E741
+MLP_NORM = Part(("layers", "mlp_norm"), lambda c: (c.hidden_size,))
+GATE_UP = Part(("layers", "gate_up"), lambda c: (2, c.ffn_hidden_size, c.hidden_size))
+DOWN = Part(("layers", "down"), lambda c: (c.hidden_size, c.ffn_hidden_size))
+
+
+def _qkv_rows(c: GLMConfig) -> int:
+    return (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+
+
+_BLOCK = "transformer.encoder.layers.{layer}."
+
+PUBLISHED: tuple[Rule, ...] = (
+    Rule("transformer.embedding.word_embeddings.weight", EMBED.shape, (EMBED,)),
+    Rule(_BLOCK + "input_layernorm.weight", ATTN_NORM.shape, (ATTN_NORM,)),
+    Rule(
+        _BLOCK + "self_attention.query_key_value.weight",
+        lambda c: (_qkv_rows(c), c.hidden_size),
+        (Q, K, V),
+        quantisable=True,
+    ),
+    Rule(
+        _BLOCK + "self_attention.query_key_value.bias",
+        lambda c: (_qkv_rows(c),),
+        (Q_BIAS, K_BIAS, V_BIAS),
+    ),
+    Rule(
+        _BLOCK + "self_attention.dense.weight",
+        lambda c: (c.hidden_size, c.num_heads * c.head_dim),
+        (O,),
+        quantisable=True,
+    ),
+    Rule(_BLOCK + "post_attention_layernorm.weight", MLP_NORM.shape, (MLP_NORM,)),
+    Rule(
+        _BLOCK + "mlp.dense_h_to_4h.weight",
+        lambda c: (2 * c.ffn_hidden_size, c.hidden_size),
+        (GATE_UP,),
+        quantisable=True,
+    ),
+    Rule(_BLOCK + "mlp.dense_4h_to_h.weight", DOWN.shape, (DOWN,), quantisable=True),
+    Rule("transformer.encoder.final_layernorm.weight", FINAL_NORM.shape, (FINAL_NORM,)),
+    Rule("transformer.output_layer.weight", HEAD.shape, (HEAD,)),
+)
+"""The tensors of the official folders."""
+
+PARTS: tuple[Part, ...] = tuple(part for rule in PUBLISHED for part in rule.parts)
+"""Every parameter of this project, each once."""
+
+
+def own_name(path: tuple[str, ...]) -> str:
+    """("layers", "q") -> "layers.{layer}.q": one tensor a layer, so that shards stay small."""
+    return ".".join((path[0], _LAYER, *path[1:]) if path[0] == "layers" else path)
+
+
+OWN: tuple[Rule, ...] = tuple(Rule(own_name(p.path), p.shape, (p,)) for p in PARTS)
+"""The tensors of our own folders."""
+
+# The rotary frequencies are computed from the configuration; the reference ignores them, too.
+_DROPPED = {"transformer.rotary_pos_emb.inv_freq"}
+
+_KNOWN_FOREIGN: tuple[tuple[str, str], ...] = (
+    (r"prefix_encoder\.", "a P-Tuning prefix, which is not supported yet"),
+    (r"lora_[AB]\.", "a LoRA adapter, not merged into its base; not supported yet"),
+    (r"classifier_head\.", "a classification head, which is not supported"),
+    (r"^model\.layers\.", "the HF-native names of the glm classes, which are not supported yet"),
+)
+
+
+class Match(NamedTuple):
+    """A stored tensor and the rule it fulfils; `scale` for the quantised ones, [rows]."""
+
+    rule: Rule
+    layer: int | None
+    tensor: StoredTensor
+    scale: StoredTensor | None = None
+
+    @property
+    def name(self) -> str:
+        """The stored tensor's name."""
+        return self.rule.full_name(self.layer)
+
+
+def match_tensors(
+    config: GLMConfig,
+    tensors: Mapping[str, StoredTensor],
+    rules: tuple[Rule, ...],
+    quantisation_bits: int = 0,
+) -> list[Match]:
+    """Matches every stored tensor with its rule, exactly once.
+
+    Args:
+        config: gives the shapes and the number of layers.
+        tensors: what the folder holds.
+        rules: `PUBLISHED` or `OWN`.
+        quantisation_bits: 0, 4 or 8, from the configuration of the folder.
+
+    Returns:
+        The matches, in the order of `tensors`.
+
+    Raises:
+        CheckpointError: everything that is missing, unexpected, or of a wrong shape or type, in
+            one message.
+    """
+    left = {name: tensor for name, tensor in tensors.items() if name not in _DROPPED}
+    matches: dict[str, Match] = {}
+    problems: list[str] = []
+    for rule in rules:
+        for layer in rule.layers(config):
+            name = rule.full_name(layer)
+            tensor = left.pop(name, None)
+            if tensor is None:
+                problems.append(f"missing: {name}")
+                continue
+            scale = None
+            if quantisation_bits and rule.quantisable:
+                scale = left.pop(name + "_scale", None)
+                if scale is None:
+                    problems.append(f"missing: {name}_scale")
+                    continue
+            match = Match(rule, layer, tensor, scale)
+            problems.extend(_shape_problems(config, match, quantisation_bits))
+            matches[name] = match
+    problems.extend(f"unexpected: {name[:200]}{_explain(name)}" for name in left)
+    if problems:
+        raise CheckpointError(
+            f"The tensors do not fit the configuration: {len(problems)} problems.",
+            "\n".join([*problems[:LISTED], *_rest(problems)]),
+            "Check that config.json belongs to these weights.",
+        )
+    return [matches[name] for name in tensors if name in matches]
+
+
+def _rest(problems: list[str]) -> list[str]:
+    return [f"... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+
+
+def _explain(name: str) -> str:
+    for pattern, meaning in _KNOWN_FOREIGN:
+        if re.search(pattern, name):
+            return f" ({meaning})"
+    return ""
+
+
+def _shape_problems(config: GLMConfig, match: Match, bits: int) -> list[str]:
+    rows, *columns = match.rule.shape(config)
+    tensor, scale = match.tensor, match.scale
+    if scale is None:
+        expected, types = (rows, *columns), FLOATS
+    else:
+        expected, types = (rows, columns[0] * bits // 8), ("int8",)
+    problems = []
+    if tensor.shape != expected:
+        problems.append(f"wrong shape: {match.name} is {tensor.shape} instead of {expected}")
+    if tensor.dtype.name not in types:
+        problems.append(
+            f"wrong type: {match.name} is {tensor.dtype.name}, not {' or '.join(types)}"
+        )
+    if scale is not None and scale.shape != (rows,):
+        problems.append(f"wrong shape: {match.name}_scale is {scale.shape} instead of {(rows,)}")
+    if scale is not None and scale.dtype.name not in FLOATS:
+        problems.append(f"wrong type: {match.name}_scale is {scale.dtype.name}, not a float")
+    return problems
