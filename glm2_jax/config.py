@@ -261,9 +261,7 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
         )
 
 
-def _tell_family(
-    raw: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None
-) -> str | None:
+def _tell_family(raw: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None) -> str | None:
     """The family, from `_name_or_path` first, then from keys only CodeGeeX2 has, then from the
     tokenizer's own name; None where nothing tells it."""
     own_name = _names(raw, None)

@@ -55,7 +55,10 @@ def _theta(config: GLMConfig, dtype) -> np.ndarray:
     rotated = config.head_dim // 2
     base = config.rope_base * (config.rope_ratio if config.rope_kind == "base" else 1.0)
     exponent = np.arange(0, rotated, 2).astype(dtype) / np.asarray(rotated, dtype)
-    power = np.power(np.asarray(base, np.float32), exponent.astype(np.float32)).astype(dtype)
+    # The power itself in float64, so that the result is correctly rounded on every platform:
+    # one unit in the last place of theta is 1e-3 in the angle at position 32767.
+    base = np.asarray(base, dtype).astype(np.float64)
+    power = np.power(base, exponent.astype(np.float64)).astype(dtype)
     return (np.asarray(1, dtype) / power).astype(np.float32)
 
 

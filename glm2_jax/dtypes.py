@@ -1,0 +1,71 @@
+"""Names of number types, and the one that suits a device."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm2_jax.errors import UsageError
+
+_DTYPES = {
+    "float32": jnp.float32,
+    "fp32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "bf16": jnp.bfloat16,
+    "float16": jnp.float16,
+    "fp16": jnp.float16,
+    "half": jnp.float16,
+}
+DTYPE_NAMES = ("auto", *_DTYPES)
+
+
+def dtype_name(dtype: Any) -> str:
+    """ "float32", "bfloat16", "float16", ..."""
+    return np.dtype(dtype).name
+
+
+def resolve_dtype(name: str, *, num_params: int, device: jax.Device | None = None) -> np.dtype:
+    """The dtype that a name means on a device.
+
+    Args:
+        name: one of `DTYPE_NAMES`. "auto" is bfloat16 on TPUs and on GPUs that have it, float16 on
+            older GPUs, and on a CPU float32 where it fits the free memory, else bfloat16.
+        num_params: number of parameters, to see what fits.
+        device: default: the first device of JAX.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if name not in DTYPE_NAMES:
+        raise UsageError(f"Unknown dtype {name!r}.", f"Known names: {', '.join(DTYPE_NAMES)}.")
+    if name != "auto":
+        return np.dtype(_DTYPES[name])
+    device = device or jax.devices()[0]
+    if device.platform == "cpu":
+        fits = num_params * 4 * 1.1 < available_memory()
+        return np.dtype(jnp.float32 if fits else jnp.bfloat16)
+    if device.platform == "gpu" and _compute_capability(device) < 8.0:
+        return np.dtype(jnp.float16)
+    return np.dtype(jnp.bfloat16)
+
+
+def available_memory() -> int:
+    """Bytes of host memory that a new program can use; all of it where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _compute_capability(device: jax.Device) -> float:
+    """NVIDIA's compute capability; infinity for devices that name something else (AMD)."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):
+        return float("inf")

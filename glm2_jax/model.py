@@ -1,0 +1,302 @@
+"""ChatGLM2 as a pure function: a scanned Linen block, and the entry points around it.
+
+Axis letters, in every einsum and shape comment of the package:
+  B batch, T query length, S cache length, L layers, D model, N query heads, K key/value heads,
+  G = N / K query heads per key/value head, H head dim, F ffn, V vocabulary.
+
+One block: a = norm(x); x = x + o(attention(q(a), k(a), v(a))); u = norm(x);
+x = x + down(silu(gate(u)) * up(u)). Biases exist on q, k and v only. Decoder-only, causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from glm2_jax.attention import masked_probs, weighted_values
+from glm2_jax.cache import KVCache
+from glm2_jax.config import GLMConfig
+from glm2_jax.linear import einsum
+from glm2_jax.rope import apply_rope, rope_tables
+
+Params = Mapping[str, Any]
+
+_WEIGHT_INIT = nn.initializers.normal(0.02)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once at the end.
+
+    Source: RMSNorm of the published modeling_chatglm.py.
+    """
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+@flax.struct.dataclass
+class TokenContext:
+    """What every layer needs to know of the tokens, beside their activations.
+
+    Attributes:
+        cos: float32 [B, T, H / 4] of the rotary angles; sin likewise.
+        sin: see cos.
+        mask: bool [B, T, S], which key each query may look at; S = T without a cache.
+        slots: int32 [B, T], the cache slot each token is written to (past the end: dropped);
+            None without a cache.
+        written: bool [B, S], slots that hold a token after this call; None without a cache.
+        query_scale: float32 [B, T, 1, 1], or None where queries are not scaled.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    mask: jax.Array
+    slots: jax.Array | None
+    written: jax.Array | None
+    query_scale: jax.Array | None
+
+
+class GLMBlock(nn.Module):
+    """One transformer block; scanned over the layers by `GLM`."""
+
+    config: GLMConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        D, F, H, N, K = c.hidden_size, c.ffn_hidden_size, c.head_dim, c.num_heads, c.num_kv_heads
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        self.attn_norm = self.param("attn_norm", ones, (D,))
+        self.q = self.param("q", _WEIGHT_INIT, (N, H, D))
+        self.q_bias = self.param("q_bias", zeros, (N, H))
+        self.k = self.param("k", _WEIGHT_INIT, (K, H, D))
+        self.k_bias = self.param("k_bias", zeros, (K, H))
+        self.v = self.param("v", _WEIGHT_INIT, (K, H, D))
+        self.v_bias = self.param("v_bias", zeros, (K, H))
+        self.o = self.param("o", _WEIGHT_INIT, (D, N, H))
+        self.mlp_norm = self.param("mlp_norm", ones, (D,))
+        self.gate_up = self.param("gate_up", _WEIGHT_INIT, (2, F, D))
+        self.down = self.param("down", _WEIGHT_INIT, (D, F))
+        self.attention_dropout = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)
+        self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
+
+    def __call__(self, carry, layer: jax.Array, context: TokenContext):
+        """One step of the scan.
+
+        Args:
+            carry: (x [B, T, D], cached keys and values [L, B, S, K, H] or None).
+            layer: int32 scalar, index of this layer.
+            context: the tokens' `TokenContext`.
+
+        Returns:
+            (the new carry, None).
+        """
+        x, k_cache, v_cache = carry
+        eps = self.config.norm_eps
+        with jax.named_scope("attention"):
+            out, k_cache, v_cache = self._attention(
+                rms_norm(x, self.attn_norm, eps), k_cache, v_cache, layer, context
+            )
+            x = x + self.hidden_dropout(out)
+        with jax.named_scope("mlp"):
+            x = x + self.hidden_dropout(self._mlp(rms_norm(x, self.mlp_norm, eps)))
+        return (x, k_cache, v_cache), None
+
+    def _attention(self, x, k_cache, v_cache, layer, context: TokenContext):
+        q = _project("BTD,NHD->BTNH", x, self.q, self.q_bias)
+        k = _project("BTD,KHD->BTKH", x, self.k, self.k_bias)
+        v = _project("BTD,KHD->BTKH", x, self.v, self.v_bias)
+        q = apply_rope(q, context.cos, context.sin)
+        k = apply_rope(k, context.cos, context.sin)
+        if context.query_scale is not None:
+            q = (q * context.query_scale).astype(x.dtype)
+        if context.slots is not None:
+            with jax.named_scope("cache_update"):
+                k_cache = _write(k_cache, k, layer, context.slots)
+                v_cache = _write(v_cache, v, layer, context.slots)
+            k = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
+            # A probability of 0 does not silence a NaN that somebody left in an unwritten slot.
+            v = jnp.where(context.written[:, :, None, None], v, 0)
+        probs = self.attention_dropout(masked_probs(q, k, context.mask))
+        out = einsum("BTNH,DNH->BTD", weighted_values(probs, v), self.o)
+        return out.astype(x.dtype), k_cache, v_cache
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        gate = einsum("BTD,FD->BTF", x, self.gate_up[0])
+        up = einsum("BTD,FD->BTF", x, self.gate_up[1])
+        hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+        return einsum("BTF,DF->BTD", hidden, self.down).astype(x.dtype)
+
+
+class GLM(nn.Module):
+    """Embedding, scanned blocks, final norm and head; its `params` are the package's layout."""
+
+    config: GLMConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = self.param("embed", _WEIGHT_INIT, (c.vocab_size, c.hidden_size))
+        scanned = nn.scan(
+            GLMBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+        )
+        self.layers = scanned(c, self.deterministic)
+        self.final_norm = self.param("final_norm", nn.initializers.ones, (c.hidden_size,))
+        self.head = self.param("head", _WEIGHT_INIT, (c.vocab_size, c.hidden_size))
+
+    def __call__(self, tokens: jax.Array, context: TokenContext, cache: KVCache | None):
+        """Runs the blocks: tokens [B, T] -> (hidden states [B, T, D] before the final norm,
+        (keys, values) of the cache)."""
+        x = jnp.take(self.embed, tokens, axis=0)
+        stacked = (None, None) if cache is None else (cache.k, cache.v)
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, *stacked), _ = self.layers((x, *stacked), layers, context)
+        return x, tuple(stacked)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Final norm and head: [..., D] -> float32 [..., V]."""
+        with jax.named_scope("head"):
+            x = rms_norm(x, self.final_norm, self.config.norm_eps)
+            return einsum("...D,VD->...V", x, self.head)
+
+
+def forward(
+    config: GLMConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Next-token logits of every position. Pure; jit it with `config` static.
+
+    Args:
+        config: the architecture (static).
+        params: the weights, laid out as `param_shapes` says; their dtype is the compute dtype.
+        tokens: int32 [B, T].
+        positions: int32 [B, T] rotary positions. Default: with a cache they continue each row,
+            without one they are 0 .. T - 1.
+        segment_ids: int32 [B, T], default all 1. 0 is padding: not seen, not written, not counted.
+            Without a cache tokens attend causally inside their own segment, which serves packed
+            rows; with a cache every non-zero id is the row's one sequence.
+        cache: keys and values of what came before, to be continued; rows may differ in length.
+            Donate it. None runs a plain causal forward.
+        dropout_key: turns on the configuration's dropout rates, for training.
+
+    Returns:
+        (logits float32 [B, T, V], the continued cache or None). Logits of padding mean nothing.
+    """
+    x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, dropout_key)
+    return _logits(config, params, x), cache
+
+
+def last_logits(
+    config: GLMConfig,
+    params: Params,
+    tokens: jax.Array,
+    index: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Like `forward`, for one position of each row: only that one goes through the head.
+
+    Args:
+        index: int32 [B], the column whose logits are wanted.
+
+    Returns:
+        (logits float32 [B, V], the continued cache or None).
+    """
+    x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, None)
+    x = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+    return _logits(config, params, x), cache
+
+
+def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Random weights: normal(0.02) matrices, zero biases, norms of one."""
+
+    def init() -> Params:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        context, _ = _context(config, tokens, None, None, None, jnp.float32)
+        model = GLM(config)
+        variables = model.init(key, tokens, context, None)
+        return jax.tree.map(lambda x: x.astype(dtype), variables["params"])
+
+    return jax.jit(init)()
+
+
+def param_shapes(config: GLMConfig) -> Params:
+    """The params tree with shape tuples as leaves."""
+    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(lambda x: x.shape, abstract)
+
+
+def _hidden(config, params, tokens, positions, segment_ids, cache, dropout_key):
+    dtype = params["embed"].dtype
+    context, length = _context(config, tokens, positions, segment_ids, cache, dtype)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    model = GLM(config, deterministic=dropout_key is None)
+    x, (k, v) = model.apply({"params": params}, tokens, context, cache, rngs=rngs)
+    return x, None if cache is None else cache.replace(k=k, v=v, length=length)
+
+
+def _logits(config: GLMConfig, params: Params, x: jax.Array) -> jax.Array:
+    return GLM(config).apply({"params": params}, x, method=GLM.logits)
+
+
+def _context(config, tokens, positions, segment_ids, cache, dtype):
+    """The tokens' `TokenContext` and the cache's new lengths (None without a cache)."""
+    B, T = tokens.shape
+    if segment_ids is None:
+        segment_ids = jnp.ones((B, T), jnp.int32)
+    real = segment_ids > 0
+    columns = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    if cache is None:
+        index, default_positions = columns, columns
+        slots = written = length = None
+        causal = columns[:, :, None] >= columns[:, None, :]
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = causal & same & real[:, None, :]
+    else:
+        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+        index = cache.length[:, None] + jnp.maximum(rank, 0)
+        default_positions = jnp.maximum(index - cache.prefix[:, None], 0)
+        # Padding goes past the end, each to a place of its own: indices stay unique.
+        slots = jnp.where(real, index, cache.size + columns)
+        length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
+        places = jnp.arange(cache.size, dtype=jnp.int32)
+        written = places < length[:, None]
+        mask = (places <= index[:, :, None]) & written[:, None, :]
+    cos, sin = rope_tables(config, default_positions if positions is None else positions, dtype)
+    scale = _logn_scale(index) if config.logn_scaling else None
+    return TokenContext(cos, sin, mask, slots, written, scale), length
+
+
+def _logn_scale(index: jax.Array) -> jax.Array:
+    """max(1, log(64 + p + 1) / log(2048)) of each query's place on the key axis; [B, T, 1, 1]."""
+    scale = jnp.log(index.astype(jnp.float32) + 65.0) / jnp.log(2048.0)
+    return jnp.maximum(scale, 1.0)[:, :, None, None]
+
+
+def _project(spec: str, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """Product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
+    return (einsum(spec, x, weight) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
+    """Writes [B, T, K, H] into the slots of one layer of [L, B, S, K, H], in one scatter."""
+    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
