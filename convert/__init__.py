@@ -1,1 +1,34 @@
-"""Checkpoint folders in and out: official ones are read, our own format is read and written."""
+"""Checkpoint folders in and out: official ones are read, our own format is read and written.
+
+Names are imported when they are first used, so that `--help` does not wait for jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convert.loader import Checkpoint, CheckpointSummary, load_checkpoint
+    from convert.manifest import verify_checkpoint
+    from convert.own_format import save_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointSummary",
+    "load_checkpoint",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+_MODULES = {
+    "Checkpoint": "loader",
+    "CheckpointSummary": "loader",
+    "load_checkpoint": "loader",
+    "save_checkpoint": "own_format",
+    "verify_checkpoint": "manifest",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"convert.{_MODULES[name]}"), name)

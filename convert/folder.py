@@ -1,0 +1,191 @@
+"""Opens a checkpoint folder: what it is, what it holds, whether that fits; no weights are read."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from convert.manifest import MANIFEST, Manifest, read_manifest
+from convert.names import FLOATS, OWN, PUBLISHED, Match, match_tensors
+from convert.shards import Weights, open_weights, read_json
+from glm2_jax.config import ROPE_KINDS, GLMConfig
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.prompt import TEMPLATES
+
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A checkpoint folder whose tensors fit its configuration.
+
+    Attributes:
+        path: the folder.
+        layout: "own", "official" or "official int4" / "official int8".
+        config: the architecture.
+        template: prompt template.
+        matches: every tensor with its rule.
+        weights: the tensors and files.
+        bits: 0, or 4 / 8 when matrices are stored quantised.
+        manifest: of our own layout.
+    """
+
+    path: Path
+    layout: str
+    config: GLMConfig
+    template: str
+    matches: tuple[Match, ...]
+    weights: Weights
+    bits: int
+    manifest: Manifest | None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The SentencePiece model."""
+        return self.path / "tokenizer.model"
+
+    @property
+    def stored_dtype(self) -> str:
+        """The float type that most bytes are stored in, or int4 / int8."""
+        if self.bits:
+            return f"int{self.bits}"
+        sizes: dict[str, int] = {}
+        for match in self.matches:
+            name = match.tensor.dtype.name
+            sizes[name] = sizes.get(name, 0) + match.tensor.nbytes
+        return max(sizes, key=lambda name: sizes[name])
+
+    @property
+    def float_dtype(self) -> str:
+        """The type in which the folder keeps what it does not quantise."""
+        scale = next((m.scale for m in self.matches if m.scale is not None), None)
+        return self.stored_dtype if scale is None else scale.dtype.name
+
+
+def open_folder(
+    path: str | Path, *, rope_kind: str | None = None, template: str | None = None
+) -> Folder:
+    """Recognises a checkpoint folder and matches its tensors.
+
+    Args:
+        path: a folder, official (`.bin` or safetensors) or written by this project.
+        rope_kind: "linear" or "base", where the folder does not tell what `rope_ratio` means.
+        template: a prompt template instead of the family's.
+
+    Raises:
+        UsageError: an unknown rope kind or template.
+        CheckpointError: anything about the folder; the message names the file and the reason.
+    """
+    if rope_kind is not None and rope_kind not in ROPE_KINDS:
+        raise UsageError(f"unknown rope kind {rope_kind!r}.", f"Known: {', '.join(ROPE_KINDS)}.")
+    if template is not None and template not in TEMPLATES:
+        raise UsageError(f"unknown template {template!r}.", f"Known: {', '.join(TEMPLATES)}.")
+    folder = Path(path)
+    _check_is_folder(folder)
+    raw = _read_config(folder)
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    config = _configure(folder, raw, rope_kind)
+    if not (folder / "tokenizer.model").exists():
+        raise CheckpointError(
+            f"{folder} holds no tokenizer.model.",
+            "Without the SentencePiece model text cannot be turned into tokens.",
+            "Download the file from the repository that the weights come from.",
+        )
+    bits = _quantisation_bits(raw)
+    weights = open_weights(folder)
+    rules = PUBLISHED if manifest is None else OWN
+    matches = match_tensors(config, weights.tensors, rules, bits)
+    return Folder(
+        path=folder,
+        layout="own" if manifest else f"official int{bits}" if bits else "official",
+        config=config,
+        template=template or (manifest and manifest.template) or config.default_template,
+        matches=tuple(matches),
+        weights=weights,
+        bits=bits,
+        manifest=manifest,
+    )
+
+
+def _check_is_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise CheckpointError(
+            f"The folder {folder} does not exist.", fix="Check the path; it is read as written."
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a file.",
+            "A checkpoint is a folder: configuration, tokenizer and weights together.",
+            f"Give the folder that holds it, for example {folder.parent}.",
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if path.exists() or path.is_symlink():
+        return read_json(path)
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} is a LoRA adapter, not a model.",
+            "It has adapter_config.json and no config.json.",
+            "Merge it into its base with the peft library first; adapters are not supported yet.",
+        )
+    names = sorted(entry.name for entry in folder.iterdir())
+    raise CheckpointError(
+        f"{folder} holds no config.json.",
+        f"It holds {', '.join(names[:12])}." if names else "It is empty.",
+        "Give the folder of a ChatGLM2 or ChatGLM3 checkpoint.",
+    )
+
+
+def _configure(folder: Path, raw: dict[str, Any], rope_kind: str | None) -> GLMConfig:
+    if raw.get("model_type") == "glm":
+        raise CheckpointError(
+            f"{folder} has the HF-native layout (model_type 'glm').",
+            "That layout is not supported yet.",
+            "Use the official folder of the same model (model_type 'chatglm').",
+        )
+    tokenizer_config = folder / "tokenizer_config.json"
+    extra = read_json(tokenizer_config) if tokenizer_config.exists() else None
+    return GLMConfig.from_hf(raw, tokenizer_config=extra, rope_kind=rope_kind)
+
+
+def _quantisation_bits(raw: dict[str, Any]) -> int:
+    bits = raw.get("quantization_bit") or 0
+    if bits not in (0, 4, 8):
+        raise CheckpointError(
+            f"config.json: quantization_bit = {bits!r} is not supported.",
+            "The published quantised folders use 4 or 8 bits.",
+        )
+    return bits
+
+
+def fingerprint(folder: Folder) -> str:
+    """Identifies the base that adapters and caches belong to.
+
+    Returns:
+        The sha256, in hex, over the configuration, the names and shapes of the tensors, and the
+        manifest's sums; without a manifest, over the sizes and the first and last MiB of the
+        weight files.
+    """
+    digest = hashlib.sha256()
+    shapes = sorted((m.name, m.tensor.dtype.name, m.tensor.shape) for m in folder.matches)
+    digest.update(json.dumps([folder.config.to_hf(), shapes], sort_keys=True).encode())
+    if folder.manifest is not None:
+        sums = {name: entry.sha256 for name, entry in folder.manifest.files.items()}
+        digest.update(json.dumps(sums, sort_keys=True).encode())
+        return digest.hexdigest()
+    for path in folder.weights.files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_MIB))
+            file.seek(max(size - _MIB, 0))
+            digest.update(file.read(_MIB))
+    return digest.hexdigest()
+
+
+def float_names() -> tuple[str, ...]:
+    """The types that a folder written by this project may have."""
+    return tuple(name for name in FLOATS if name != "float64")

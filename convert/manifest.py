@@ -1,0 +1,154 @@
+"""`manifest.json`: what a folder of our own format says about itself, and the check of its sums."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from convert.shards import read_json
+from convert.stored import regular_file_size
+from glm2_jax.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = "glm2-jax"
+FORMAT_VERSION = 1
+
+_READ_BYTES = 4 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 in hex of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder holds and where it came from.
+
+    Attributes:
+        source: the folder or the training run that it was made from.
+        dtype: type of the weights, e.g. "bfloat16".
+        quantisation: None; the name of a scheme in later versions.
+        rope_kind: "linear" or "base".
+        template: prompt template.
+        files: name -> size and sum, of every file but the manifest itself.
+    """
+
+    source: str
+    dtype: str
+    rope_kind: str
+    template: str
+    files: dict[str, FileEntry]
+    quantisation: str | None = None
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        value = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks `manifest.json`.
+
+    Raises:
+        CheckpointError: not ours, of a newer version, or damaged.
+    """
+    path = folder / MANIFEST
+    raw = read_json(path)
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a manifest of this project.",
+            f"Its format is {raw.get('format')!r} instead of {FORMAT!r}.",
+            "Remove the file if the folder is an official checkpoint.",
+        )
+    if raw.get("format_version") != FORMAT_VERSION or raw.get("quantisation") is not None:
+        raise CheckpointError(
+            f"{path} was written by another version of this project.",
+            f"format_version {raw.get('format_version')!r}, "
+            f"quantisation {raw.get('quantisation')!r}; known: {FORMAT_VERSION}, None.",
+            "Update glm2-jax.",
+        )
+    try:
+        return _parse(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged.", f"{type(error).__name__}: {error}", "Convert the source again."
+        ) from error
+
+
+def _parse(raw: dict[str, Any]) -> Manifest:
+    files = {
+        name: FileEntry(size=int(entry["size"]), sha256=str(entry["sha256"]))
+        for name, entry in raw["files"].items()
+    }
+    for name in files:
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise ValueError(f"the file name {name[:200]!r} is a path")
+    texts = {key: raw[key] for key in ("source", "dtype", "rope_kind", "template")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError("a text is not a text")
+    return Manifest(**texts, files=files)
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
+    """The sum of a file in hex; `progress` gets the number of bytes read since the last call."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def verify_checkpoint(
+    path: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Manifest:
+    """Compares every file of our own format with the manifest.
+
+    Args:
+        path: the folder.
+        progress: called with the bytes read and the bytes to read.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: no manifest, or files that are absent or differ; all are named.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}, so there is nothing to verify it against.",
+            "Only folders written by this project carry one.",
+            "Compare the sha256 of the files with the published ones.",
+        )
+    manifest = read_manifest(folder)
+    total = sum(entry.size for entry in manifest.files.values())
+    done = 0
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        progress(done, total)
+
+    problems = []
+    for name, entry in manifest.files.items():
+        try:
+            size = regular_file_size(folder / name)
+        except CheckpointError as error:
+            problems.append(error.what)
+            continue
+        if size != entry.size:
+            problems.append(f"{name} has {size} bytes instead of {entry.size}.")
+        elif sha256_of(folder / name, count) != entry.sha256:
+            problems.append(f"{name} differs: its sha256 is not the one in the manifest.")
+    if problems:
+        raise CheckpointError(
+            f"{folder} is not as it was written.", "\n".join(problems), "Convert it again."
+        )
+    return manifest
