@@ -1,1 +1,28 @@
-"""Answering: sampling, the engine, and the command-line tools."""
+"""Answering with a ChatGLM2 checkpoint: sampling, the engine, and the command-line tools.
+
+Names are imported when they are first used, so that `--help` does not wait for jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from infer.answer import Completion
+    from infer.engine import Engine
+    from infer.loading import load
+    from infer.params import SamplingParams
+
+__all__ = ["Completion", "Engine", "SamplingParams", "load"]
+
+_MODULES = {
+    "Completion": "answer",
+    "Engine": "engine",
+    "SamplingParams": "params",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"infer.{_MODULES[name]}"), name)

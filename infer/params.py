@@ -104,12 +104,13 @@ class SamplingParams:
         self, name: str, *, low: int, high: int | None = None, optional: bool = False
     ) -> None:
         value: Any = getattr(self, name)
-        if value is None and optional:
+        if optional and value is None:
             return
-        if not _is(numbers.Integral, value) or value < low or (high is not None and value > high):
+        number = int(value or 0) if _is(numbers.Integral, value) else low - 1
+        if number < low or (high is not None and number > high):
             bounds = f"{low} or more" if high is None else f"between {low} and {high}"
             raise UsageError(f"{name} must be a whole number, {bounds}, not {value!r}")
-        object.__setattr__(self, name, int(value))
+        object.__setattr__(self, name, number)
 
 
 def _is(kind: type, value: Any) -> bool:

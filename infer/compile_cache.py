@@ -1,0 +1,81 @@
+"""The persistent compilation cache: what was compiled once starts at once the next time.
+
+Only the command-line tools turn it on; a library should not write to a user's folders unasked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+VARIABLE = "GLM2_JAX_COMPILE_CACHE"
+OFF = "off"
+MAX_BYTES = 2 * 1024**3
+
+
+def default_folder() -> Path:
+    """The folder of $GLM2_JAX_COMPILE_CACHE, or one in the user's cache folder."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "glm2-jax" / "xla"
+
+
+def enable_compile_cache(
+    folder: str | os.PathLike | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    warn: Callable[[str], None] | None = None,
+) -> Path | None:
+    """Keeps compiled programs in `folder`; call it before anything is compiled.
+
+    The folder must be the user's own: programs in it are loaded and run as they are.
+
+    Args:
+      folder: None = `default_folder()`; "off" (here or in the variable) = no cache.
+      max_bytes: the oldest programs beyond this are deleted first. (The limit that JAX itself has
+        needs another package, and a lock that fails on some network file systems.)
+      warn: is told in one line why there is no cache, where one was wanted.
+
+    Returns:
+      The folder, or None where there is no cache.
+    """
+    path = default_folder() if folder is None else Path(folder).expanduser()
+    if str(path) == OFF:
+        return None
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _trim(path, max_bytes)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(f"{path} is not writable")
+    except OSError as error:
+        if warn:
+            warn(f"warning: no compilation cache, every start compiles anew ({error})")
+        return None
+
+    import jax  # late, so that flags can be checked without it
+
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # Small programs count too: the bundled model is made of nothing else.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+def _trim(folder: Path, max_bytes: int) -> None:
+    """Deletes the oldest programs until those that stay are within `max_bytes`."""
+    files = []
+    for path in folder.glob("*-cache"):
+        try:
+            info = path.stat()
+        except FileNotFoundError:  # another process trims as well
+            continue
+        files.append((info.st_mtime, info.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= max_bytes:
+            return
+        path.unlink(missing_ok=True)
+        total -= size

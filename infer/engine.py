@@ -1,0 +1,268 @@
+"""The engine: prompts in, answers out, with every compiled program kept by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from glm2_jax import prompt
+from glm2_jax.errors import UsageError
+from infer import steps
+from infer.answer import Completion
+from infer.job import Clock, Job, Stats, TokenEvent
+from infer.params import SamplingParams
+from infer.programs import OnEvent, Programs, device_errors
+
+if TYPE_CHECKING:
+    from convert import Checkpoint
+
+DEFAULT_MAX_LENGTH = 8192
+STEPS_PER_DISPATCH = 32  # of the device loop; the host looks for stop strings in between
+
+Turns = Sequence[tuple[str, str]]
+
+
+class Engine:
+    """Answers with one checkpoint. Make it with `infer.load`.
+
+    Attributes:
+      checkpoint, config, tokenizer, template: what was opened.
+      max_length: longest prompt and answer together.
+      stats: seconds and tokens of the last call.
+      programs: the compiled programs.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        max_length: int | None = None,
+        load_s: float = 0.0,
+        on_event: OnEvent | None = None,
+    ):
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.tokenizer = checkpoint.tokenizer
+        self.template = checkpoint.template
+        self.max_length = _max_length(max_length, self.config.seq_length)
+        self.stats = Stats(load_s=load_s)
+        device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
+        self.programs = Programs(device.platform, on_event)
+        self._stop_ids = prompt.stop_ids(self.tokenizer)
+
+    def build_prompt(self, query: str, history: Turns = (), system: str | None = None) -> list[int]:
+        """The ids of a question in the checkpoint's template."""
+        return prompt.build_prompt(self.tokenizer, self.template, query, history, system)
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        row_offset: int = 0,
+        clean: bool = False,
+    ) -> Iterator[TokenEvent]:
+        """Answers prompts together, yielding every token as it comes.
+
+        Each step is dispatched before the one before it is read, so the device does not wait for
+        the host. The iterator may be left at any time.
+
+        Args:
+          prompts: token ids; every prompt is a row.
+          row_offset: number of the first row, for its random numbers: prompts answered in several
+            calls get the tokens that they would get in one.
+          clean: pass the texts through `clean_response`.
+
+        Raises (on the call):
+          InputError: an empty prompt, bad ids, or no room for an answer.
+        Raises (while iterating):
+          CheckpointError: NaN or Inf in the logits. DeviceError: out of memory.
+        """
+        return self._run(self._job(prompts, sampling, row_offset, clean))
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        row_offset: int = 0,
+        clean: bool = False,
+    ) -> list[Completion]:
+        """Answers prompts together in a loop on the device; the same answers as `run`.
+
+        Arguments and errors are those of `run`.
+        """
+        job = self._job(prompts, sampling, row_offset, clean)
+        clock = self._clock()
+        with device_errors(_sizes(job)):
+            state, output = self._prefill(job, clock)
+            for _ in job.take(jax.device_get(output)):
+                pass
+            clock.read(job)
+            while job.steps_wanted > job.steps_read:
+                state, outputs = self._step(job, state, STEPS_PER_DISPATCH)
+                outputs = jax.device_get(outputs)
+                for index in range(STEPS_PER_DISPATCH):
+                    output = jax.tree.map(lambda x, index=index: x[index], outputs)
+                    for _ in job.take(output):
+                        pass
+                clock.read(job)
+        return [answer.completion() for answer in job.answers]
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], **sampling: Any) -> list[Completion]:
+        """Answers prompts together.
+
+        Args:
+          prompts: a string is a question, put through the template, its answer cleaned (but not
+            with the template "raw"); a list of ids is continued as it is.
+          **sampling: see `SamplingParams.from_kwargs`.
+        """
+        ids, clean = self._prompt_ids(prompts)
+        return self.complete(ids, SamplingParams.from_kwargs(**sampling), clean=clean)
+
+    def stream(
+        self, prompts: Sequence[str | Sequence[int]], **sampling: Any
+    ) -> Iterator[tuple[int, str]]:
+        """As `generate`, yielding (row, piece of text) as it comes."""
+        ids, clean = self._prompt_ids(prompts)
+        events = self.run(ids, SamplingParams.from_kwargs(**sampling), clean=clean)
+        return ((event.row, event.text) for event in events if event.text)
+
+    def chat(
+        self, query: str, history: Turns = (), *, system: str | None = None, **sampling: Any
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answers a question in a conversation.
+
+        Returns:
+          The response, and the history with this round added.
+        """
+        ids = self.build_prompt(query, history, system)
+        params = SamplingParams.from_kwargs(**sampling)
+        response = self.complete([ids], params, clean=True)[0].text
+        return response, [*((q, a) for q, a in history), (query, response)]
+
+    def stream_chat(
+        self,
+        query: str,
+        history: Turns = (),
+        *,
+        system: str | None = None,
+        cumulative: bool = False,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """As `chat`, yielding the response piece by piece (`cumulative`: all of it so far)."""
+        ids = self.build_prompt(query, history, system)
+        events = self.run([ids], SamplingParams.from_kwargs(**sampling), clean=True)
+        return _texts(events, cumulative)
+
+    def _run(self, job: Job) -> Iterator[TokenEvent]:
+        clock = self._clock()
+        with device_errors(_sizes(job)):
+            state, pending = self._prefill(job, clock)
+            dispatched = 1
+            while pending is not None:
+                following = None
+                if dispatched < job.steps_wanted:
+                    state, following = self._step(job, state)
+                    dispatched += 1
+                events = list(job.take(jax.device_get(pending)))
+                clock.read(job)
+                yield from events
+                pending = following if job.steps_wanted else None
+
+    def _job(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        row_offset: int,
+        clean: bool,
+    ) -> Job:
+        return Job(
+            prompts,
+            sampling,
+            self.tokenizer,
+            stop_ids=self._stop_ids,
+            vocab_size=self.config.vocab_size,
+            max_length=self.max_length,
+            row_offset=row_offset,
+            clean=clean,
+        )
+
+    def _clock(self) -> Clock:
+        self.stats = Stats(load_s=self.stats.load_s)
+        return Clock(self.stats, lambda: self.programs.seconds)
+
+    def _prefill(self, job: Job, clock: Clock) -> tuple[steps.State, steps.Output]:
+        clock.prefill_starts()
+        return self._call(
+            job,
+            "prefill",
+            (*job.tokens.shape, job.cache_size),
+            partial(steps.prefill, self.config, job.cache_size),
+            self.checkpoint.params,
+            job.tokens,
+            job.lengths,
+            job.controls,
+        )
+
+    def _step(
+        self, job: Job, state: steps.State, count: int | None = None
+    ) -> tuple[steps.State, steps.Output]:
+        """One step, or `count` of them on the device; `state` is used up."""
+        function = partial(steps.decode, self.config)
+        if count is not None:
+            function = partial(steps.decode_many, self.config, count)
+        return self._call(
+            job,
+            "decode" if count is None else "decode_many",
+            (job.batch, job.cache_size),
+            function,
+            self.checkpoint.params,
+            job.controls,
+            job.keep,
+            state,
+            donate=3,
+        )
+
+    def _call(
+        self, job: Job, *args: Any, donate: int | None = None
+    ) -> tuple[steps.State, steps.Output]:
+        state, output = self.programs.call(*args, donate=donate)
+        if job.sampling.logprobs is None:  # then the host copies nothing but the tokens
+            output = output._replace(logprobs=None)
+        jax.tree.map(lambda array: array.copy_to_host_async(), output)
+        return state, output
+
+    def _prompt_ids(self, prompts: Sequence[str | Sequence[int]]) -> tuple[list[list[int]], bool]:
+        """The ids of prompts of one kind, and whether their answers are to be cleaned."""
+        if isinstance(prompts, str):
+            raise UsageError("prompts must be a list, not one string", fix=f"Write [{prompts!r}].")
+        questions = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if questions and len(questions) < len(prompts):
+            raise UsageError("prompts must be all strings or all lists of token ids")
+        clean = bool(questions) and self.template != "raw"
+        return [self.build_prompt(p) if isinstance(p, str) else list(p) for p in prompts], clean
+
+
+def _texts(events: Iterator[TokenEvent], cumulative: bool) -> Iterator[str]:
+    text = ""
+    for event in events:
+        if event.text:
+            text += event.text
+            yield text if cumulative else event.text
+
+
+def _max_length(asked: int | None, seq_length: int) -> int:
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, seq_length)
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 2:
+        raise UsageError(f"max_length must be a whole number, 2 or more, not {asked!r}")
+    return min(asked, seq_length)
+
+
+def _sizes(job: Job) -> str:
+    batch, length = job.tokens.shape
+    return f"{batch} rows, prompts of up to {length} tokens, a cache of {job.cache_size} slots"

@@ -1,0 +1,246 @@
+"""What one call of the engine works on: padded prompts, limits, answers, and its statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from glm2_jax.errors import CheckpointError, InputError
+from glm2_jax.tokenizer import Tokenizer
+from infer.answer import Answer, Completion, TokenLogprob
+from infer.params import SamplingParams
+from infer.sampling import Rows, seed_words
+from infer.steps import IDLE, NOT_FINITE, Controls, Output
+
+SMALLEST_BUCKET = 64
+
+
+@dataclass
+class Stats:
+    """Seconds and tokens of the last call (of the engine's making: `load_s`).
+
+    Attributes:
+      load_s: opening the checkpoint.
+      compile_s: compiling programs for shapes not met before; in none of the others.
+      first_token_s: from the call to the first token of every row.
+      prefill_tokens, prefill_s: prompt tokens read, and the time for them and the first token.
+      decode_tokens, decode_s: tokens after the first of each row, and the time for them.
+    """
+
+    load_s: float = 0.0
+    compile_s: float = 0.0
+    first_token_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second, all rows together; 0 before there is a time."""
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second, all rows together; 0 before there is a time."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of one row.
+
+    Attributes:
+      row: the prompt's index in the call.
+      token: the new token; None for an end token.
+      text: text that is now certain, perhaps "".
+      finish_reason: None until the row's last event.
+      completion: the whole answer, in the last event.
+    """
+
+    row: int
+    token: int | None
+    text: str
+    logprob: TokenLogprob | None = None
+    finish_reason: str | None = None
+    completion: Completion | None = None
+
+
+def bucket(length: int, largest: int) -> int:
+    """The smallest power of two from SMALLEST_BUCKET that holds `length`, at most `largest`."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        size *= 2
+    return min(size, largest)
+
+
+class Job:
+    """The prompts of a call, padded to a bucket on both axes, and their answers.
+
+    Attributes:
+      tokens: int32 [B, T]; lengths: int32 [B]; rows beyond the prompts are empty.
+      cache_size: S, slots that the longest row can need, as a bucket.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        stop_ids: Sequence[int],
+        vocab_size: int,
+        max_length: int,
+        row_offset: int,
+        clean: bool,
+    ):
+        self.sampling = sampling
+        check_prompts(prompts, vocab_size)
+        ceiling = min(sampling.max_length or max_length, max_length)
+        limits = [answer_limit(len(ids), row, sampling, ceiling) for row, ids in enumerate(prompts)]
+        self.answers = [
+            Answer(tokenizer, ids, sampling, limit=limit, stop_ids=stop_ids, clean=clean)
+            for ids, limit in zip(prompts, limits, strict=True)
+        ]
+        lengths = [len(ids) for ids in prompts]
+        batch = 1 << (len(prompts) - 1).bit_length()
+        ends = [length + limit for length, limit in zip(lengths, limits, strict=True)]
+        self.cache_size = bucket(max(ends), max_length)
+        self.tokens = np.zeros((batch, bucket(max(lengths), max_length)), np.int32)
+        for row, ids in enumerate(prompts):
+            self.tokens[row, : len(ids)] = ids
+        self.lengths = _padded(lengths, batch)
+        self.controls = Controls(
+            rows=Rows.full(batch, sampling),
+            seed=seed_words(sampling.seed),
+            row_ids=np.arange(row_offset, row_offset + batch, dtype=np.int32),
+            limit=_padded(limits, batch),
+            stop_ids=np.array(stop_ids, np.int32),
+            want_logprobs=np.array(sampling.logprobs is not None),
+        )
+        self.steps_read = 0
+        self.new_tokens = 0
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def keep(self) -> np.ndarray:
+        """bool [B]: rows that the host has not ended."""
+        going = np.zeros(self.batch, bool)
+        going[: len(self.answers)] = [answer.finish_reason is None for answer in self.answers]
+        return going
+
+    @property
+    def steps_wanted(self) -> int:
+        """How many tokens the longest unfinished row may still come to; 0 when all have ended."""
+        return max((a.limit for a in self.answers if a.finish_reason is None), default=0)
+
+    def take(self, output: Output) -> Iterator[TokenEvent]:
+        """Hands one step's output (NumPy arrays) to the answers.
+
+        Raises:
+          CheckpointError: the model produced NaN or Inf.
+        """
+        self.steps_read += 1
+        for row, answer in enumerate(self.answers):
+            token = int(output.tokens[row])
+            if answer.finish_reason is not None or token == IDLE:
+                continue
+            if token == NOT_FINITE:
+                raise CheckpointError(
+                    f"the model produced NaN or Inf at step {self.steps_read}"
+                    f" of the answer to prompt {row + 1}",
+                    "The weights are damaged, or their numbers do not fit the dtype.",
+                    "Check the checkpoint's files, or load it as float32 or bfloat16.",
+                )
+            logprob = self._logprob(output, row)
+            text = answer.push(token, logprob)
+            self.new_tokens += 1
+            done = answer.finish_reason is not None
+            ended = token in self.controls.stop_ids
+            yield TokenEvent(
+                row,
+                None if ended else token,
+                text,
+                None if ended else logprob,
+                answer.finish_reason,
+                answer.completion() if done else None,
+            )
+
+    def _logprob(self, output: Output, row: int) -> TokenLogprob | None:
+        count = self.sampling.logprobs
+        if count is None or output.logprobs is None:
+            return None
+        chosen, top, ids = (np.asarray(part)[row] for part in output.logprobs)
+        pairs = zip(ids[:count].tolist(), top[:count].tolist(), strict=True)
+        return TokenLogprob(int(output.tokens[row]), float(chosen), tuple(pairs))
+
+
+class Clock:
+    """Fills in `Stats` while a call runs; compiling is taken out of every time."""
+
+    def __init__(self, stats: Stats, compile_seconds):
+        self._stats = stats
+        self._compiling = compile_seconds  # () -> seconds spent so far
+        self._compiled_before = compile_seconds()
+        self._start = time.perf_counter()
+        self._prefill = self._start
+
+    def _running(self) -> float:
+        return time.perf_counter() - (self._compiling() - self._compiled_before)
+
+    def prefill_starts(self) -> None:
+        self._prefill = self._running()
+
+    def read(self, job: Job) -> None:
+        """A step's tokens have come; `job` has them already."""
+        now, stats = self._running(), self._stats
+        if stats.prefill_tokens == 0:
+            stats.prefill_tokens = int(job.lengths.sum())
+            stats.first_token_s = now - self._start
+            stats.prefill_s = now - self._prefill
+            self._first, self._first_tokens = now, job.new_tokens
+        stats.decode_tokens = job.new_tokens - self._first_tokens
+        stats.decode_s = now - self._first
+        stats.compile_s = self._compiling() - self._compiled_before
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises InputError for no prompts, an empty one, or ids that are not in the vocabulary."""
+    if not prompts:
+        raise InputError("no prompts were given")
+    for row, ids in enumerate(prompts):
+        if not len(ids):
+            raise InputError(f"prompt {row + 1} is empty")
+        bad = [i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab_size]
+        if bad:
+            raise InputError(
+                f"prompt {row + 1} has the token id {bad[0]!r}",
+                f"The model's ids are whole numbers from 0 to {vocab_size - 1}.",
+            )
+
+
+def answer_limit(length: int, row: int, sampling: SamplingParams, ceiling: int) -> int:
+    """Tokens that the answer to a prompt of `length` may have.
+
+    Raises:
+      InputError: there is no room for a single one.
+    """
+    room = ceiling - length
+    if room < 1:
+        raise InputError(
+            f"prompt {row + 1} has {length} tokens, but prompt and answer together may have"
+            f" {ceiling}",
+            "The answer needs room for at least one token; nothing is cut off silently.",
+            "Shorten the prompt, or raise max_length as far as the model goes.",
+        )
+    return room if sampling.max_new_tokens is None else min(room, sampling.max_new_tokens)
+
+
+def _padded(values: Sequence[int], batch: int) -> np.ndarray:
+    return np.array([*values, *[0] * (batch - len(values))], np.int32)

@@ -1,0 +1,86 @@
+"""Opening a checkpoint for answering."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from convert import load_checkpoint
+from glm2_jax.errors import DeviceError, UsageError
+from infer.engine import Engine
+from infer.programs import OnEvent, device_errors
+
+DEVICES = ("auto", "cpu", "gpu", "tpu")
+
+
+def demo_folder() -> Path:
+    """The bundled demo model, in the project's own format."""
+    return Path(__file__).parent / "demo"
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    *,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    mesh: Any = None,
+    max_length: int | None = None,
+    device: Any = None,
+    rope_kind: str | None = None,
+    template: str | None = None,
+    on_event: OnEvent | None = None,
+) -> Engine:
+    """Opens a checkpoint folder and returns an engine that answers with it.
+
+    Args:
+      path: any folder that `convert.load_checkpoint` knows; None = the bundled demo model.
+      dtype, quantize, mesh, rope_kind, template: as in `convert.load_checkpoint`.
+      max_length: longest prompt and answer together; None = 8192, or what the model knows.
+      device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
+      on_event: called with a kind ("compile") and a line of text, for progress.
+
+    Raises:
+      UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
+      DeviceError: the device is not there, or its memory is too small.
+    """
+    chosen = find_device(device)
+    start = time.perf_counter()
+    folder = demo_folder() if path is None else Path(path)
+    with device_errors(f"loading {folder}"):
+        checkpoint = load_checkpoint(
+            folder,
+            dtype=dtype,
+            quantize=quantize,
+            mesh=mesh,
+            rope_kind=rope_kind,
+            template=template,
+            device=chosen,
+        )
+        jax.block_until_ready(checkpoint.params)
+    seconds = time.perf_counter() - start
+    return Engine(checkpoint, max_length=max_length, load_s=seconds, on_event=on_event)
+
+
+def find_device(name: Any) -> Any:
+    """The first device of a kind; a `jax.Device` is taken as it is.
+
+    Raises:
+      UsageError: an unknown name. DeviceError: this machine, or this JAX, has none.
+    """
+    if isinstance(name, jax.Device):
+        return name
+    name = "auto" if name is None else name
+    if name not in DEVICES:
+        raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
+    try:
+        return jax.local_devices(backend=None if name == "auto" else name)[0]
+    except RuntimeError as error:
+        raise DeviceError(
+            f"no device {name!r} was found",
+            str(error).splitlines()[0],
+            "Use device 'auto' or 'cpu', or install the JAX package for that device.",
+        ) from error

@@ -1,0 +1,79 @@
+"""Compiled programs by shape, with the time that compiling took, and errors of the device."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import jax
+
+from glm2_jax import compiler_options
+from glm2_jax.errors import DeviceError
+
+OnEvent = Callable[[str, str], None]
+
+
+class Programs:
+    """Compiles each program once per shape, ahead of its first call.
+
+    Attributes:
+      compiled: how many programs there are; constant once everything is warm.
+      seconds: spent compiling so far.
+    """
+
+    def __init__(self, platform: str, on_event: OnEvent | None = None):
+        self._options = compiler_options(platform)
+        self._on_event = on_event
+        self._programs: dict[Hashable, Any] = {}
+        self.seconds = 0.0
+
+    @property
+    def compiled(self) -> int:
+        return len(self._programs)
+
+    def call(
+        self, name: str, key: Hashable, function: Callable, *args: Any, donate: int | None = None
+    ) -> Any:
+        """Calls the program for `(name, key)`, compiling it for these arguments at first.
+
+        Args:
+          key: names everything that the shapes of `args` depend on.
+          donate: position of the argument whose buffers the result may take over.
+        """
+        program = self._programs.get((name, key))
+        if program is None:
+            # What is still running must not be counted as compiling.
+            jax.block_until_ready(args)
+            if self._on_event:
+                self._on_event("compile", f"compiling {name} {key}")
+            start = time.perf_counter()
+            jitted = jax.jit(
+                function,
+                donate_argnums=() if donate is None else (donate,),
+                compiler_options=self._options,
+            )
+            program = jitted.lower(*args).compile()
+            self._programs[name, key] = program
+            self.seconds += time.perf_counter() - start
+        return program(*args)
+
+
+@contextlib.contextmanager
+def device_errors(doing: str) -> Iterator[None]:
+    """Turns running out of device memory into a DeviceError that says what to do.
+
+    Args:
+      doing: what was tried, with its sizes.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise DeviceError(
+            f"out of device memory: {doing}",
+            str(error).splitlines()[0],
+            "Lower max_length or the number of prompts at once, or load a narrower dtype.",
+        ) from error

@@ -1,0 +1,133 @@
+"""The programs of the engine: reading the prompts, one step, and many steps on the device.
+
+Pure functions of arrays. All loops use the one `_pick`, so they draw the same tokens.
+B rows, T prompt length, V vocabulary, S cache slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm2_jax import GLMConfig, KVCache, last_logits
+from infer.sampling import Logprobs, Rows, row_keys, sample, token_logprobs
+
+# In place of a token:
+NOT_FINITE = -1  # the row's logits held NaN or Inf
+IDLE = -2  # the row had already ended, or was never there
+
+Array = Any  # jax.Array, or numpy.ndarray on its way into a program
+
+
+class Controls(NamedTuple):
+    """What a call asks for; arrays, so that nothing recompiles when they change."""
+
+    rows: Rows
+    seed: Array  # uint32 [2]
+    row_ids: Array  # int32 [B], which random numbers a row draws
+    limit: Array  # int32 [B], longest answer of each row
+    stop_ids: Array  # int32 [a few]
+    want_logprobs: Array  # bool scalar
+
+
+class State(NamedTuple):
+    """What goes from step to step; donated."""
+
+    cache: KVCache | None  # there always is one; last_logits also does without
+    token: jax.Array  # int32 [B], drawn last, not yet in the cache
+    seen: jax.Array  # bool [B, V], in the prompt or the answer
+    active: jax.Array  # bool [B]
+    step: jax.Array  # int32 scalar, tokens drawn so far
+
+
+class Output(NamedTuple):
+    """What the host reads after a step: tokens, and log-probabilities where it wants them."""
+
+    tokens: jax.Array  # int32 [B], or NOT_FINITE or IDLE
+    logprobs: Logprobs | None
+
+
+def prefill(
+    config: GLMConfig, size: int, params: Any, tokens: Array, lengths: Array, controls: Controls
+) -> tuple[State, Output]:
+    """Reads the prompts into a new cache of `size` slots and draws the first token of each row.
+
+    Args:
+      tokens: int32 [B, T], prompts padded on the right.
+      lengths: int32 [B], their lengths; 0 marks an empty row.
+    """
+    batch, length = tokens.shape
+    real = jnp.arange(length)[None, :] < lengths[:, None]
+    cache = KVCache.zeros(config, batch, size, params["embed"].dtype)
+    last = jnp.maximum(lengths - 1, 0)
+    logits, cache = last_logits(
+        config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cache
+    )
+    seen = jnp.zeros((batch, config.vocab_size), bool)
+    seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
+    state = State(cache, jnp.zeros(batch, jnp.int32), seen, lengths > 0, jnp.int32(0))
+    return _pick(logits, controls, state)
+
+
+def decode(
+    config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State
+) -> tuple[State, Output]:
+    """One step: writes the last token of each row into the cache and draws the next.
+
+    Args:
+      keep: bool [B]; false ends a row, whatever the device thinks of it.
+    """
+    active = state.active & keep
+    logits, cache = last_logits(
+        config,
+        params,
+        state.token[:, None],
+        jnp.zeros_like(state.token),
+        segment_ids=active[:, None].astype(jnp.int32),
+        cache=state.cache,
+    )
+    return _pick(logits, controls, state._replace(cache=cache, active=active))
+
+
+def decode_many(
+    config: GLMConfig, count: int, params: Any, controls: Controls, keep: Array, state: State
+) -> tuple[State, Output]:
+    """Up to `count` steps without the host, fewer when every row has ended.
+
+    Returns:
+      The state, and outputs with a leading axis of `count`; steps not taken are IDLE.
+    """
+
+    def step(carry):
+        index, state, outputs = carry
+        state, output = decode(config, params, controls, keep, state)
+        outputs = jax.tree.map(lambda all_, one: all_.at[index].set(one), outputs, output)
+        return index + 1, state, outputs
+
+    def going(carry):
+        return (carry[0] < count) & jnp.any(carry[1].active)
+
+    one = jax.eval_shape(lambda: decode(config, params, controls, keep, state)[1])
+    outputs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
+    outputs = outputs._replace(tokens=jnp.full_like(outputs.tokens, IDLE))
+    state = state._replace(active=state.active & keep)
+    _, state, outputs = jax.lax.while_loop(going, step, (jnp.int32(0), state, outputs))
+    return state, outputs
+
+
+def _pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Output]:
+    """Draws a token for every active row and decides on the device which rows go on."""
+    keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
+    token = sample(logits, keys, state.seen, controls.rows)
+    logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
+    finite = jnp.isfinite(logits).all(axis=-1)
+    output = jnp.where(state.active, jnp.where(finite, token, NOT_FINITE), IDLE)
+
+    stopped = jnp.any(token[:, None] == controls.stop_ids, axis=-1)
+    active = state.active & finite & ~stopped & (state.step + 1 < controls.limit)
+    row = jnp.arange(token.size)
+    seen = state.seen.at[row, token].set(state.seen[row, token] | active)
+    state = State(state.cache, jnp.where(active, token, 0), seen, active, state.step + 1)
+    return state, Output(output, logprobs)
