@@ -12,6 +12,7 @@ import errno
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("epilog", f"example:\n  {example}" if example else None)
         super().__init__(
             prog=prog,
-            description=description,
+            description=textwrap.fill(description, 90),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
             **kwargs,
@@ -157,18 +158,18 @@ def _guarded(main: Callable[[list[str]], int | None], args: list[str]) -> int:
         sys.stdout = open("/dev/null", "w")
         return EXIT_BROKEN_PIPE
     except Exception as error:
-        if "--debug" in args:
-            traceback.print_exc()
-        return report(error)
+        return report(error, debug="--debug" in args)
 
 
-def report(error: Exception) -> int:
+def report(error: Exception, *, debug: bool = False) -> int:
     """Prints an error as one line of what, one of why, one of what to do; returns its exit code.
 
     An error that nobody expected keeps its traceback: it is a bug, and whoever mends it needs it.
     """
     from glm2_jax.errors import GLMError
 
+    if debug:
+        traceback.print_exception(error)
     if isinstance(error, GLMError):
         note(f"error: {error}")
         return error.exit_code
@@ -182,8 +183,9 @@ def report(error: Exception) -> int:
         if error.errno == errno.ENOSPC:
             note("free some space or write to another disk")
         return EXIT_INPUT
-    note("unexpected error, please report it:")
-    traceback.print_exception(error)
+    if not debug:
+        traceback.print_exception(error)
+    note("unexpected error, please report it with the lines above")
     return 1
 
 

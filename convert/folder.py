@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.manifest import MANIFEST, Manifest, read_manifest
-from convert.names import FLOATS, OWN, PUBLISHED, Match, match_tensors
+from convert.names import OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, open_weights, read_json
 from glm2_jax.config import ROPE_KINDS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
@@ -184,8 +184,3 @@ def fingerprint(folder: Folder) -> str:
             file.seek(max(size - _MIB, 0))
             digest.update(file.read(_MIB))
     return digest.hexdigest()
-
-
-def float_names() -> tuple[str, ...]:
-    """The types that a folder written by this project may have."""
-    return tuple(name for name in FLOATS if name != "float64")

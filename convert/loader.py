@@ -162,7 +162,7 @@ def _load_params(folder: Folder, dtype: np.dtype, device: Any, progress: Progres
         for part, start, stop in match.rule.ranges(config):
             for begin, chunk in values.chunks(start, stop):
                 if dtype == np.float16:
-                    chunk = cast(chunk, dtype, match)
+                    chunk = cast(chunk, dtype, match.name)
                 loading.write(part, match.layer or 0, begin - start, chunk)
                 done += len(chunk) * dtype.itemsize
                 progress(done, total)

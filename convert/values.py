@@ -78,8 +78,8 @@ def all_finite(values: np.ndarray) -> bool:
     return not bool(((values.view(np.uint16) & mask) == mask).any())
 
 
-def cast(chunk: np.ndarray, dtype: np.dtype, match: Match) -> np.ndarray:
-    """The chunk in another type.
+def cast(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The chunk of the tensor `name` in another type.
 
     Raises:
         CheckpointError: a number is too large for float16.
@@ -91,7 +91,7 @@ def cast(chunk: np.ndarray, dtype: np.dtype, match: Match) -> np.ndarray:
     if dtype == np.float16 and not all_finite(result):
         largest = float(np.abs(chunk.astype(np.float32)).max())
         raise CheckpointError(
-            f"{match.name} holds {largest:g}, which float16 cannot represent.",
+            f"{name} holds {largest:g}, which float16 cannot represent.",
             "The largest float16 is 65504; larger numbers would become infinite.",
             "Use --dtype bfloat16 or --dtype float32.",
         )

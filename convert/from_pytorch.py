@@ -1,0 +1,105 @@
+"""`python -m convert.from_pytorch SRC DST`: an official checkpoint becomes our own format."""
+
+import argparse
+import json
+
+from convert.cli import Parser, Progress, human_size, note, run_main, size_argument
+
+# Spelt out here, and compared with the library's lists in a test, so that --help needs no jax.
+DTYPES = ("keep", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16", "half")
+ROPE_KINDS = ("linear", "base")
+TEMPLATES = ("chatglm2", "chatglm3", "raw")
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
+        prog="python -m convert.from_pytorch",
+        description=(
+            "Converts a published checkpoint folder (.bin, safetensors, int4) to this project's "
+            "format: safetensors with a manifest of checksums. Neither torch nor code from the "
+            "folder is run. The new folder appears complete or not at all."
+        ),
+        example="python -m convert.from_pytorch ./chatglm2-6b ./chatglm2-6b-jax --dtype bfloat16",
+    )
+    parser.add_argument("source", metavar="SRC", help="the folder to read")
+    parser.add_argument("destination", metavar="DST", help="the folder to write")
+    weights = parser.add_argument_group("weights")
+    weights.add_argument(
+        "--dtype", choices=DTYPES, default="keep", metavar="TYPE",
+        help="type to store: keep, float32, bfloat16 or float16",
+    )  # fmt: skip
+    weights.add_argument(
+        "--max-shard-size", type=size_argument, default="4GB", metavar="SIZE",
+        help="largest size of one weight file",
+    )  # fmt: skip
+    add_model_flags(parser)
+    writing = parser.add_argument_group("writing")
+    writing.add_argument(
+        "--overwrite", action="store_true",
+        help="replace DST if it is a folder of this format; the old one goes at the very end",
+    )  # fmt: skip
+    writing.add_argument(
+        "--verify", action="store_true", help="read everything again and compare the checksums"
+    )
+    writing.add_argument(
+        "--dry-run", action="store_true", help="check the source and say what would be written"
+    )
+    parser.add_common()
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags for what a folder does not tell about itself."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--rope-scaling", choices=ROPE_KINDS,
+        help="meaning of rope_ratio where the folder does not tell it: linear divides positions "
+        "(chatglm2-6b-32k), base multiplies the rotary base (chatglm3-6b-32k, -128k)",
+    )  # fmt: skip
+    model.add_argument(
+        "--template", choices=TEMPLATES, help="prompt template instead of the family's own"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Parses and converts."""
+    args = build_parser().parse_args(argv)
+    from pathlib import Path
+
+    from convert.folder import open_folder
+    from convert.manifest import verify_checkpoint
+    from convert.own_format import check_destination, convert_folder, size_of_conversion
+
+    dtype = None if args.dtype == "keep" else args.dtype
+    folder = open_folder(args.source, rope_kind=args.rope_scaling, template=args.template)
+    size = size_of_conversion(folder, dtype)
+    note(
+        f"{args.source}: {folder.layout}, {folder.config.family}, "
+        f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
+    )
+    if args.dry_run:
+        check_destination(Path(args.destination), args.overwrite)
+        print(json.dumps({"destination": args.destination, "bytes": size, "written": False}))
+        return
+    with Progress("converting", size, show=human_size) as progress:
+        manifest = convert_folder(
+            folder,
+            args.destination,
+            dtype=dtype,
+            overwrite=args.overwrite,
+            max_shard_size=args.max_shard_size,
+            progress=lambda done, _: progress(done),
+        )
+    if manifest.dtype != folder.stored_dtype:
+        note(f"the weights were stored in {folder.stored_dtype}; written as {manifest.dtype}")
+    if args.verify:
+        with Progress("verifying", size, show=human_size) as progress:
+            verify_checkpoint(args.destination, lambda done, _: progress(done))
+        note(f"verified: {len(manifest.files)} files have the sums of the manifest")
+    note(f"wrote {human_size(size)} in {manifest.dtype}")
+    print(args.destination)
+
+
+if __name__ == "__main__":
+    run_main(main)

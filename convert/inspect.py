@@ -1,0 +1,104 @@
+"""`python -m convert.inspect PATH`: what a checkpoint folder is, without reading its weights."""
+
+import json
+from typing import Any
+
+from convert.cli import Parser, Progress, human_size, note, run_main
+from convert.from_pytorch import add_model_flags
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
+        prog="python -m convert.inspect",
+        description=(
+            "Says what a checkpoint folder is: family, parameters, types, sizes. The names and "
+            "shapes of all tensors are checked; their data is not read, except by --verify."
+        ),
+        example="python -m convert.inspect ./chatglm2-6b",
+    )
+    parser.add_argument("path", metavar="PATH", help="the folder")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    output.add_argument(
+        "--verify", action="store_true", help="compare every file with the manifest's checksums"
+    )
+    add_model_flags(parser)
+    parser.add_common()
+    return parser
+
+
+def describe(path: str, *, rope_kind: str | None = None, template: str | None = None) -> dict:
+    """What is known about a folder without its data, ready for JSON."""
+    from convert.folder import fingerprint, open_folder
+    from glm2_jax.tokenizer import Tokenizer
+
+    folder = open_folder(path, rope_kind=rope_kind, template=template)
+    config = folder.config
+    tokenizer = Tokenizer.from_file(folder.tokenizer_path, family=config.family)
+    return {
+        "path": path,
+        "layout": folder.layout,
+        "family": config.family,
+        "parameters": config.num_params,
+        "stored_dtype": folder.stored_dtype,
+        "quantisation_bits": folder.bits,
+        "rope_kind": config.rope_kind,
+        "rope_ratio": config.rope_ratio,
+        "vocabulary": config.vocab_size,
+        "tokenizer_pieces": tokenizer.num_pieces,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "context": config.seq_length,
+        "template": folder.template,
+        "weight_files": len(folder.weights.files),
+        "bytes_on_disk": folder.weights.bytes_on_disk,
+        "source": folder.manifest.source if folder.manifest else None,
+        "fingerprint": fingerprint(folder),
+    }
+
+
+def as_table(found: dict[str, Any]) -> str:
+    """The same for people."""
+    rope = f"{found['rope_kind']}, ratio {found['rope_ratio']:g}"
+    lines = {
+        "folder": found["path"],
+        "layout": found["layout"],
+        "family": found["family"],
+        "parameters": f"{found['parameters']:,}",
+        "stored dtype": found["stored_dtype"],
+        "rope": rope if found["rope_ratio"] != 1 else "plain",
+        "vocabulary": f"{found['vocabulary']} ids, {found['tokenizer_pieces']} pieces",
+        "layers": found["layers"],
+        "heads": f"{found['heads']} query, {found['kv_heads']} key/value, of {found['head_dim']}",
+        "sizes": f"hidden {found['hidden_size']}, feed-forward {found['ffn_hidden_size']}",
+        "context": f"{found['context']} tokens",
+        "template": found["template"],
+        "on disk": f"{human_size(found['bytes_on_disk'])} in {found['weight_files']} file(s)",
+        "fingerprint": found["fingerprint"],
+    }
+    if found["source"]:
+        lines["made from"] = found["source"]
+    return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
+
+
+def main(argv: list[str]) -> None:
+    """Parses and prints."""
+    args = build_parser().parse_args(argv)
+    found = describe(args.path, rope_kind=args.rope_scaling, template=args.template)
+    if args.verify:
+        from convert.manifest import verify_checkpoint
+
+        with Progress("verifying", found["bytes_on_disk"], show=human_size) as progress:
+            manifest = verify_checkpoint(args.path, lambda done, _: progress(done))
+        found["verified"] = True
+        note(f"verified: {len(manifest.files)} files have the sums of the manifest")
+    print(json.dumps(found, ensure_ascii=False) if args.json else as_table(found))
+
+
+if __name__ == "__main__":
+    run_main(main)

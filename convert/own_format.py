@@ -1,0 +1,233 @@
+"""Writes our own format: config.json, tokenizer.model, safetensors and manifest.json.
+
+The weights have the names and shapes of our parameters, one tensor a layer ("layers.3.q"), so
+that a folder of any size is written and read without ever holding more than a chunk of it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.atomic import new_folder, require_space
+from convert.folder import Folder
+from convert.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from convert.names import PARTS, Match, Part, own_name
+from convert.values import CHUNK_ELEMENTS, Values, all_finite, cast
+from convert.writer import Entry, write_file, write_shards
+from glm2_jax.config import GLMConfig
+from glm2_jax.dtypes import resolve_dtype
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.tokenizer import Tokenizer
+
+DEFAULT_SHARD_SIZE = 4 * 10**9
+# Room for headers, the index, the manifest and the blocks of the file system.
+_SPARE_BYTES = 2**20
+
+Progress = Callable[[int, int], None]
+
+
+def save_checkpoint(
+    folder: str | Path,
+    config: GLMConfig,
+    params: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    source: str,
+    dtype: str | None = None,
+    template: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
+    """Writes parameters as a folder of our own format: complete, or not at all.
+
+    Args:
+        folder: the new folder.
+        config: the architecture.
+        params: nested dictionary of arrays as `glm2_jax.param_shapes(config)` describes it.
+        tokenizer: its SentencePiece model goes into the folder.
+        source: where the weights came from, for the manifest.
+        dtype: "float32", "bfloat16" or "float16"; None keeps that of `params["embed"]`.
+        template: prompt template; None is the family's own.
+        overwrite: replace an existing folder of our own format.
+        max_shard_size: bytes of one weight file.
+        progress: called with the bytes written and to write.
+
+    Raises:
+        UsageError: the folder exists, or an unknown dtype.
+        CheckpointError: parameters of a wrong shape, or NaN or infinity among them.
+        InputError: no space, or the folder cannot be written. Nothing is left behind.
+    """
+    kind = _float_dtype(dtype or np.dtype(params["embed"].dtype).name)
+    leaves = {part.path: _leaf(params, part, config) for part in PARTS}
+    entries = [
+        _array_entry(own_name(part.path), leaves[part.path], layer, kind, part.shape(config))
+        for part in PARTS
+        for layer in (range(config.num_layers) if part.path[0] == "layers" else (None,))
+    ]
+    manifest = Manifest(
+        source=source,
+        dtype=kind.name,
+        rope_kind=config.rope_kind,
+        template=template or config.default_template,
+        files={},
+    )
+    return _write(
+        Path(folder), config, tokenizer.model_bytes, entries, manifest,
+        overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
+    )  # fmt: skip
+
+
+def convert_folder(
+    source: Folder,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
+    """Writes an opened folder in our own format, chunk by chunk.
+
+    Args:
+        source: what `open_folder` gives.
+        destination: the new folder.
+        dtype: None keeps the stored type; quantised weights become that of their scales.
+        overwrite: as in `save_checkpoint`, and so are the rest and the errors.
+        max_shard_size: bytes of one weight file.
+        progress: called with the bytes written and to write.
+    """
+    target = Path(destination)
+    if target.exists() and target.resolve() == source.path.resolve():
+        raise UsageError("The folder cannot be converted onto itself.", fix="Name another one.")
+    kind = _float_dtype(dtype or source.float_dtype)
+    # A damaged tokenizer must not be found only after the weights have been written.
+    tokenizer = Tokenizer.from_file(source.tokenizer_path, family=source.config.family)
+    manifest = Manifest(
+        source=str(source.path),
+        dtype=kind.name,
+        rope_kind=source.config.rope_kind,
+        template=source.template,
+        files={},
+    )
+    # In the order of the source's files, so that disks read forwards.
+    entries = [
+        _stored_entry(source, match, part, start, stop, kind)
+        for match in source.matches
+        for part, start, stop in match.rule.ranges(source.config)
+    ]
+    return _write(
+        target, source.config, tokenizer.model_bytes, entries, manifest,
+        overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
+    )  # fmt: skip
+
+
+def size_of_conversion(source: Folder, dtype: str | None) -> int:
+    """Bytes of weights that `convert_folder` would write."""
+    return source.config.num_params * _float_dtype(dtype or source.float_dtype).itemsize
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Refuses to replace what must not be replaced.
+
+    Raises:
+        UsageError: the folder exists and `overwrite` is False, or it is none of ours.
+    """
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{destination} exists.",
+            "Nothing is overwritten unless that is asked for.",
+            "Choose another name, or use --overwrite (overwrite=True).",
+        )
+    try:
+        read_manifest(destination)
+    except (CheckpointError, OSError) as error:
+        raise UsageError(
+            f"{destination} is not a folder of this project's format.",
+            "Only such a folder is replaced, so that a mistyped path costs nothing.",
+            "Choose another name, or remove it yourself.",
+        ) from error
+
+
+def _write(
+    folder: Path,
+    config: GLMConfig,
+    tokenizer_model: bytes,
+    entries: list[Entry],
+    manifest: Manifest,
+    *,
+    overwrite: bool,
+    max_shard_size: int,
+    progress: Progress,
+) -> Manifest:
+    folder = folder.resolve()
+    check_destination(folder, overwrite)
+    require_space(folder, sum(entry.nbytes for entry in entries) + _SPARE_BYTES)
+    config_text = json.dumps(config.to_hf(), indent=2) + "\n"
+    with new_folder(folder) as temporary:
+        files: dict[str, FileEntry] = {
+            "config.json": write_file(temporary / "config.json", config_text.encode()),
+            "tokenizer.model": write_file(temporary / "tokenizer.model", tokenizer_model),
+            **write_shards(temporary, entries, max_shard_size, progress),
+        }
+        manifest.files.update(files)
+        write_file(temporary / MANIFEST, manifest.to_json().encode())
+    return manifest
+
+
+def _float_dtype(name: str) -> np.dtype:
+    """The type to store; nothing of the model needs float64, which becomes float32."""
+    return resolve_dtype("float32" if name == "float64" else name, num_params=0)
+
+
+def _stored_entry(
+    source: Folder, match: Match, part: Part, start: int, stop: int, dtype: np.dtype
+) -> Entry:
+    def chunks() -> Iterator[np.ndarray]:
+        for _, chunk in Values(match, source.config, source.bits).chunks(start, stop):
+            yield cast(chunk, dtype, match.name)
+
+    name = own_name(part.path).replace("{layer}", str(match.layer))
+    return Entry(name, part.shape(source.config), dtype, chunks)
+
+
+def _leaf(params: Mapping[str, Any], part: Part, config: GLMConfig) -> Any:
+    value: Any = params
+    for key in part.path:
+        value = value[key]
+    stacked = (config.num_layers,) if part.path[0] == "layers" else ()
+    if tuple(value.shape) != stacked + part.shape(config):
+        raise CheckpointError(
+            f"The parameter {'.'.join(part.path)} has the shape {tuple(value.shape)}.",
+            f"The configuration says {stacked + part.shape(config)}.",
+        )
+    return value
+
+
+def _array_entry(
+    name: str, array: Any, layer: int | None, dtype: np.dtype, shape: tuple[int, ...]
+) -> Entry:
+    """One layer of an array in memory; on an accelerator only that layer comes to the host."""
+
+    def chunks() -> Iterator[np.ndarray]:
+        values = array
+        if layer is not None:
+            on_host = not isinstance(array, jax.Array) or array.devices().pop().platform == "cpu"
+            values = np.asarray(array)[layer] if on_host else array[layer]
+        flat = np.asarray(values).reshape(-1)
+        for begin in range(0, math.prod(shape), CHUNK_ELEMENTS):
+            chunk = flat[begin : begin + CHUNK_ELEMENTS]
+            result = cast(chunk, dtype, full_name)
+            if not all_finite(result):
+                raise CheckpointError(f"{full_name} holds NaN or infinity.")
+            yield result
+
+    full_name = name.replace("{layer}", str(layer))
+    return Entry(full_name, shape, dtype, chunks)
