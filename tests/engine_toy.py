@@ -25,19 +25,28 @@ TOY = GLMConfig(
 
 @functools.cache
 def toy_params(seed: int = 0):
-    """Random weights, large enough that greedy answers vary from token to token."""
+    """Random weights, large enough that greedy answers vary and never meet the end token."""
     params = init_params(TOY, jax.random.key(seed))
-    return jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
+    params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
+    return {**params, "head": params["head"].at[Tokenizer.eos_id].set(0)}
 
 
 def toy_engine(
-    params=None, *, family: str = "chatglm2", template: str | None = None, **kwargs: Any
+    params=None,
+    *,
+    family: str = "chatglm2",
+    template: str | None = None,
+    share: Engine | None = None,
+    **kwargs: Any,
 ) -> Engine:
-    """An engine of its own, with nothing compiled yet."""
+    """A new engine; nothing is compiled yet, but for what it may `share` with another."""
     checkpoint = SimpleNamespace(
         config=dataclasses.replace(TOY, family=family),
         params=toy_params() if params is None else params,
         tokenizer=Tokenizer.from_bytes(sp_model(), family),
         template=template or family,
     )
-    return Engine(cast(Any, checkpoint), **kwargs)
+    engine = Engine(cast(Any, checkpoint), **kwargs)
+    if share is not None:  # programs depend on shapes alone, the weights are an argument
+        engine.programs = share.programs
+    return engine
