@@ -1,0 +1,148 @@
+"""Trains the bundled demo model: `python -m train.demo --output FOLDER`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.cli import Parser, Progress, note, run_main
+
+if TYPE_CHECKING:
+    from glm2_jax import GLMConfig, Tokenizer
+    from train.demo.data import Pair
+
+PROG = "python -m train.demo"
+PIECES = 2043  # 2048 with the five special ids
+ROWS, WIDTH = 8, 256  # a batch: 2048 tokens
+WARMUP_STEPS = 100
+DROPOUT = 0.1
+EPOCHS = 100
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        prog=PROG,
+        description="Trains the small bilingual demo model from the questions in train/demo and "
+        "says how many it answers rightly. Repeatable: the same machine and versions "
+        "give the same weights.",
+        example=f"{PROG} --output demo-model && python -m infer.generate --model demo-model",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--output", metavar="DIR", default="demo-model", help="the new model folder")
+    group.add_argument("--overwrite", action="store_true", help="replace that folder")
+    group.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the questions")
+    group.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    group.add_argument("--seed", type=int, default=0, help="of weights, order and dropout")
+    parser.add_common()
+    args = parser.parse_args(argv)
+    if args.epochs < 1 or args.seed < 0 or not 0 < args.lr < 1:
+        parser.error("--epochs must be at least 1, --seed at least 0, --lr between 0 and 1")
+
+    from convert.own_format import check_destination, save_checkpoint
+    from glm2_jax import Tokenizer
+    from train.demo.data import load_heldout, load_pairs, train_tokenizer
+
+    check_destination(Path(args.output), args.overwrite)
+    pairs = load_pairs()
+    tokenizer = Tokenizer.from_bytes(train_tokenizer(pairs, PIECES))
+    config = demo_config(tokenizer)
+    wordings = sum(len(pair.questions) for pair in pairs)
+    note(f"{config.num_params:,} parameters, {len(pairs)} questions in {wordings} wordings")
+    params = train(config, tokenizer, pairs, epochs=args.epochs, lr=args.lr, seed=args.seed)
+    save_checkpoint(
+        args.output,
+        config,
+        params,
+        tokenizer,
+        source="python -m train.demo",
+        dtype="float16",
+        overwrite=args.overwrite,
+    )
+    note(f"saved {args.output}")
+    return _report(args.output, pairs, load_heldout())
+
+
+def demo_config(tokenizer: Tokenizer) -> GLMConfig:
+    """ChatGLM2's architecture at 1/2700 of its size."""
+    from glm2_jax import GLMConfig
+
+    return GLMConfig(
+        num_layers=4,
+        vocab_size=tokenizer.size,
+        hidden_size=192,
+        ffn_hidden_size=512,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=24,
+        seq_length=1024,
+    )
+
+
+def train(
+    config: GLMConfig,
+    tokenizer: Tokenizer,
+    pairs: list[Pair],
+    *,
+    epochs: int,
+    lr: float,
+    seed: int,
+) -> Any:
+    """Trains all parameters in float32 and returns them.
+
+    AdamW with warm-up, cosine decay and clipping; dropout while training only.
+    """
+    import jax
+    import numpy as np
+    import optax
+
+    from glm2_jax import init_params
+    from train.demo.data import epoch
+    from train.step import make_train_step
+
+    rng = np.random.default_rng(seed)
+    key = jax.random.key(seed)
+    steps_per_epoch = sum(1 for _ in epoch(pairs, tokenizer, rng, ROWS, WIDTH))
+    steps = epochs * steps_per_epoch  # an estimate: packing differs a little between epochs
+    warmup = min(WARMUP_STEPS, steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr * 0.02)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=0.1),
+    )
+    params = init_params(config, key)
+    state = optimizer.init(params)
+    step = make_train_step(dataclasses.replace(config, hidden_dropout=DROPOUT), optimizer)
+    count = 0
+    with Progress("training, steps", steps, interval=30.0) as progress:
+        for number in range(epochs):
+            losses = []
+            for batch in epoch(pairs, tokenizer, rng, ROWS, WIDTH):
+                count += 1
+                params, state, loss = step(params, state, batch, jax.random.fold_in(key, count))
+                losses.append(loss)
+                progress(count)
+            if number % 10 == 9 or number == epochs - 1:
+                note(f"epoch {number + 1} of {epochs}: loss {float(np.mean(losses)):.4f}")
+    return params
+
+
+def _report(folder: str, pairs: list[Pair], heldout: list[dict]) -> int:
+    """Opens what was saved and says how well it answers."""
+    from infer import load
+    from train.demo.score import missed_wordings, wrong_answers
+
+    engine = load(folder)
+    wrong = wrong_answers(engine, pairs)
+    missed = missed_wordings(engine, heldout)
+    for question, expected, got in wrong:
+        note(f"  wrong: {question} -> {got} (expected: {expected})")
+    for question, got in missed:
+        note(f"  missed: {question} -> {got}")
+    note(f"right answers: {len(pairs) - len(wrong)} of {len(pairs)} questions as trained")
+    note(f"unseen wordings: {len(heldout) - len(missed)} of {len(heldout)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,146 @@
+"""The demo's questions and answers, and how they become packed training rows."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from glm2_jax import Tokenizer
+from glm2_jax.prompt import build_prompt, chatglm2_text
+from train.step import Batch
+
+FOLDER = Path(__file__).parent
+
+HISTORY_SHARE = 0.25  # of the examples, so that the model also answers later rounds
+MAX_HISTORY = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One answer and every wording of its question, the plain one first."""
+
+    questions: tuple[str, ...]
+    answer: str
+
+
+def load_pairs() -> list[Pair]:
+    """The pairs of `pairs.jsonl`."""
+    rows = _read_lines("pairs.jsonl")
+    return [Pair((row["instruction"], *row.get("paraphrases", ())), row["output"]) for row in rows]
+
+
+def load_heldout() -> list[dict]:
+    """Wordings the model never sees: {"instruction", "expected_any": substrings}."""
+    return _read_lines("heldout.jsonl")
+
+
+def _read_lines(name: str) -> list[dict]:
+    with open(FOLDER / name, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def train_tokenizer(pairs: list[Pair], vocab_size: int) -> bytes:
+    """A SentencePiece model with the options of the published one, over the pairs' text.
+
+    Lines hold no newline, so that it stays a byte piece, as in the published model.
+    """
+    prompts = [chatglm2_text(question) for pair in pairs for question in pair.questions]
+    answers = [pair.answer for pair in pairs for _ in pair.questions]
+    text = [line for entry in prompts + answers for line in entry.splitlines() if line]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        max_sentencepiece_length=16,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def epoch(
+    pairs: list[Pair], tokenizer: Tokenizer, rng: np.random.Generator, rows: int, width: int
+) -> Iterator[Batch]:
+    """Every pair once, in one of its wordings, packed into batches of `rows` x `width` tokens.
+
+    The last, incomplete batch is left out: the next epoch draws another order.
+    """
+    row = _Row(width)
+    batch: list[_Row] = []
+    for index in rng.permutation(len(pairs)):
+        prompt, answer = _example(pairs, index, tokenizer, rng)
+        if not row.fits(len(prompt) + len(answer)):
+            batch.append(row)
+            row = _Row(width)
+            if len(batch) == rows:
+                yield _stack(batch)
+                batch = []
+        row.add(prompt, answer)
+
+
+def _example(pairs, index, tokenizer, rng) -> tuple[list[int], list[int]]:
+    """Ids of a prompt, now and then with earlier rounds, and of its answer with the end token."""
+    history = []
+    if rng.random() < HISTORY_SHARE:
+        for other in rng.integers(len(pairs), size=rng.integers(1, MAX_HISTORY + 1)):
+            history.append((_wording(pairs[other], rng), pairs[other].answer))
+    query = _wording(pairs[index], rng)
+    prompt = build_prompt(tokenizer, "chatglm2", query, history)
+    return prompt, [*tokenizer.encode(pairs[index].answer), tokenizer.eos_id]
+
+
+def _wording(pair: Pair, rng: np.random.Generator) -> str:
+    """A wording of the question, sometimes typed carelessly."""
+    plain = rng.random() < 0.3
+    text = pair.questions[0 if plain else rng.integers(len(pair.questions))]
+    if rng.random() < 0.15:
+        text = text.rstrip("？?。.！!") or text
+    if rng.random() < 0.1:
+        text = text.lower()
+    return text
+
+
+class _Row:
+    """A row being packed: sequences one after another, each its own segment."""
+
+    def __init__(self, width: int):
+        self.tokens = np.zeros(width, np.int32)
+        self.segment_ids = np.zeros(width, np.int32)
+        self.positions = np.zeros(width, np.int32)
+        self.learned = np.zeros(width, bool)
+        self.used = 0
+        self.segments = 0
+
+    def fits(self, length: int) -> bool:
+        return self.used + length <= len(self.tokens)
+
+    def add(self, prompt: list[int], answer: list[int]) -> None:
+        ids = prompt + answer
+        place = slice(self.used, self.used + len(ids))
+        self.used += len(ids)
+        self.segments += 1
+        self.tokens[place] = ids
+        self.segment_ids[place] = self.segments
+        self.positions[place] = np.arange(len(ids))
+        self.learned[place] = np.arange(len(ids)) >= len(prompt)
+
+
+def _stack(rows: list[_Row]) -> Batch:
+    return Batch(
+        **{
+            field.name: np.stack([getattr(row, field.name) for row in rows])
+            for field in dataclasses.fields(Batch)
+        }
+    )
