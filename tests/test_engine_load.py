@@ -1,0 +1,132 @@
+"""Opening a checkpoint for answering, devices, and the persistent compilation cache."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import infer
+from convert import save_checkpoint
+from glm2_jax import Tokenizer
+from glm2_jax.errors import CheckpointError, DeviceError, UsageError
+from infer import compile_cache, loading
+from infer.compile_cache import default_folder, enable_compile_cache
+from tests.engine_toy import TOY, toy_engine, toy_params
+from tests.sp_model import sp_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "toy"
+    save_checkpoint(path, TOY, toy_params(), Tokenizer.from_bytes(sp_model()), source="test")
+    return path
+
+
+def test_load_gives_an_engine_that_answers(folder):
+    engine = infer.load(folder, dtype="float32", device="cpu", max_length=64)
+    assert (engine.max_length, engine.template) == (64, "chatglm2")
+    assert engine.stats.load_s > 0
+    sampling = {"temperature": 0, "max_new_tokens": 5}
+    assert engine.generate([[5, 6, 7]], **sampling) == toy_engine(max_length=64).generate(
+        [[5, 6, 7]], **sampling
+    )
+
+
+def test_without_a_path_the_bundled_folder_is_opened(folder, monkeypatch):
+    assert loading.demo_folder().parent.name == "infer"
+    monkeypatch.setattr(loading, "demo_folder", lambda: folder)
+    assert infer.load().config == TOY
+
+
+def test_load_refuses_what_it_cannot_do(tmp_path, folder):
+    with pytest.raises(CheckpointError):
+        infer.load(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"npu(.|\n)*auto"):
+        infer.load(folder, device="npu")
+    with pytest.raises(UsageError, match="max_length"):
+        infer.load(folder, max_length=0)
+    with pytest.raises(UsageError, match="quantize"):
+        infer.load(folder, quantize="int8")
+
+
+def test_a_device_that_is_not_there_is_a_device_error():
+    with pytest.raises(DeviceError, match="'tpu'"):
+        loading.find_device("tpu")
+    cpu = jax.devices("cpu")[0]
+    assert loading.find_device("cpu") == loading.find_device(cpu) == cpu
+
+
+def test_memory_that_does_not_suffice_while_loading(folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(loading, "load_checkpoint", full)
+    with pytest.raises(DeviceError, match="loading"):
+        infer.load(folder)
+
+
+def test_default_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "glm2-jax" / "xla"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "xla"
+    monkeypatch.setenv(compile_cache.VARIABLE, "~/mine")
+    assert default_folder() == tmp_path / "mine"
+    monkeypatch.setenv(compile_cache.VARIABLE, "off")
+    assert enable_compile_cache() is None
+
+
+def test_an_unusable_folder_is_only_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    warnings = []
+    assert enable_compile_cache(tmp_path / "file" / "cache", warn=warnings.append) is None
+    assert len(warnings) == 1 and "no compilation cache" in warnings[0]
+    assert enable_compile_cache(tmp_path / "file") is None
+
+
+def test_the_oldest_programs_go_first(tmp_path):
+    for age, name in enumerate(["new", "middle", "old"]):
+        path = tmp_path / f"{name}-cache"
+        path.write_bytes(b"x" * 100)
+        os.utime(path, (1000 - age, 1000 - age))
+    (tmp_path / "notes.txt").write_bytes(b"x" * 1000)  # not ours
+    compile_cache._trim(tmp_path, 250)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["middle-cache", "new-cache", "notes.txt"]
+    compile_cache._trim(tmp_path, 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+SCRIPT = """
+import sys
+from infer.compile_cache import enable_compile_cache
+enable_compile_cache(sys.argv[1], warn=print)
+import jax
+jax.jit(lambda x: x * 3 + 1)(jax.numpy.ones(5)).block_until_ready()
+"""
+
+
+def test_programs_are_kept_and_found_again(tmp_path):
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PLATFORMS": "cpu"}
+
+    def entries():
+        command = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path / "a" / "b")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a" / "b").iterdir()}
+
+    first = entries()
+    assert first and entries() == first
+
+
+def test_flags_can_be_checked_without_loading_the_engine():
+    code = (
+        "import sys, infer.params, infer.compile_cache; "
+        "infer.compile_cache.enable_compile_cache('off'); infer.SamplingParams(); "
+        "print([name for name in sys.modules if name.startswith('infer.')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "['infer.params', 'infer.compile_cache']", result.stderr
