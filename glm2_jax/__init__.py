@@ -1,11 +1,28 @@
-"""ChatGLM2, ChatGLM3 and CodeGeeX2 as pure functions in JAX / Flax."""
+"""ChatGLM2, ChatGLM3 and CodeGeeX2 as pure functions in JAX / Flax.
 
-from glm2_jax.cache import KVCache
-from glm2_jax.config import PRESETS, GLMConfig
-from glm2_jax.errors import CheckpointError, DeviceError, GLMError, InputError, UsageError
-from glm2_jax.model import GLM, GLMBlock, forward, init_params, last_logits, param_shapes
-from glm2_jax.tokenizer import Tokenizer
-from glm2_jax.xla import compiler_options
+Names are imported when they are first used, so that `--help` of a tool does not wait for jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glm2_jax.cache import KVCache
+    from glm2_jax.config import PRESETS, GLMConfig
+    from glm2_jax.errors import CheckpointError, DeviceError, GLMError, InputError, UsageError
+    from glm2_jax.model import GLM, GLMBlock, forward, init_params, last_logits, param_shapes
+    from glm2_jax.tokenizer import Tokenizer
+    from glm2_jax.xla import compiler_options
+
+_MODULES = {
+    "cache": ["KVCache"],
+    "config": ["PRESETS", "GLMConfig"],
+    "errors": ["CheckpointError", "DeviceError", "GLMError", "InputError", "UsageError"],
+    "model": ["GLM", "GLMBlock", "forward", "init_params", "last_logits", "param_shapes"],
+    "tokenizer": ["Tokenizer"],
+    "xla": ["compiler_options"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "GLM",
@@ -25,3 +42,9 @@ __all__ = [
     "last_logits",
     "param_shapes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"glm2_jax.{_HOME[name]}"), name)

@@ -106,10 +106,14 @@ class GLMConfig:
         }.items():
             if getattr(self, field) not in choices:
                 raise _bad_value(field, getattr(self, field), " or ".join(choices))
-        for key, low in {"norm_eps": 0.0, "rope_ratio": 0.0, "rope_base": 0.0}.items():
-            value = getattr(self, key)
-            if not (math.isfinite(value) and value > low):
-                raise _bad_value(key, value, f"a finite number above {low:g}")
+        for field, key in {
+            "norm_eps": "layernorm_epsilon",
+            "rope_ratio": "rope_ratio",
+            "rope_base": "rope_base",
+        }.items():
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise _bad_value(key, value, "a finite number above 0")
         for key in ("hidden_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, key) < 1.0:
                 raise _bad_value(key, getattr(self, key), "at least 0 and below 1")
