@@ -1,7 +1,8 @@
 """Writes a folder that is either there, complete, or not there at all.
 
 It is filled under a temporary name beside its final one and renamed at the end. A process that is
-killed leaves the temporary folder behind; the next one that writes there removes it. Whether its
+killed leaves the temporary folder behind; `remove_leftovers`, called before the next writing,
+removes it. Whether its
 owner still lives is told by a lock on it, which the system drops when the owner dies.
 """
 
@@ -30,7 +31,6 @@ def new_folder(destination: Path) -> Iterator[Path]:
     """
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(destination)
         temporary = Path(
             tempfile.mkdtemp(prefix=_prefix(destination, "tmp"), dir=destination.parent)
         )
@@ -81,6 +81,8 @@ def remove_leftovers(destination: Path) -> None:
     """Removes temporary folders of dead processes. One that was stopped between its two last
     renames has moved the old folder aside; that one gets its name back."""
     parent = destination.parent
+    if not parent.is_dir():
+        return
     for old in parent.glob(_prefix(destination, "old") + "*"):
         if not destination.exists():
             old.rename(destination)

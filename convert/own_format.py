@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.atomic import new_folder, require_space
+from convert.atomic import new_folder, remove_leftovers, require_space
 from convert.folder import Folder
 from convert.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from convert.names import PARTS, Match, Part, own_name
@@ -168,6 +168,7 @@ def _write(
     progress: Progress,
 ) -> Manifest:
     folder = folder.resolve()
+    remove_leftovers(folder)
     check_destination(folder, overwrite)
     require_space(folder, sum(entry.nbytes for entry in entries) + _SPARE_BYTES)
     config_text = json.dumps(config.to_hf(), indent=2) + "\n"
