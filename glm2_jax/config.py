@@ -178,7 +178,7 @@ class GLMConfig:
                 )
         family = raw.get("family") or _tell_family(raw, tokenizer_config)
         ratio = _number(raw, "rope_ratio", 1.0)
-        rope_kind = rope_kind or raw.get("rope_kind") or _tell_rope_kind(family, ratio)
+        rope_kind = str(rope_kind or raw.get("rope_kind") or _tell_rope_kind(family, ratio))
         if family is None:
             scaled_base = ratio != 1.0 and rope_kind == "base"
             family = "chatglm3" if scaled_base else "chatglm2"

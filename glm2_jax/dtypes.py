@@ -26,14 +26,14 @@ def dtype_name(dtype: Any) -> str:
     return np.dtype(dtype).name
 
 
-def resolve_dtype(name: str, *, num_params: int, device: jax.Device | None = None) -> np.dtype:
+def resolve_dtype(name: str, *, num_params: int, device: Any = None) -> np.dtype:
     """The dtype that a name means on a device.
 
     Args:
         name: one of `DTYPE_NAMES`. "auto" is bfloat16 on TPUs and on GPUs that have it, float16 on
             older GPUs, and on a CPU float32 where it fits the free memory, else bfloat16.
         num_params: number of parameters, to see what fits.
-        device: default: the first device of JAX.
+        device: a `jax.Device`; default: the first one.
 
     Raises:
         UsageError: an unknown name.
@@ -63,7 +63,7 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _compute_capability(device: jax.Device) -> float:
+def _compute_capability(device: Any) -> float:
     """NVIDIA's compute capability; infinity for devices that name something else (AMD)."""
     try:
         return float(device.compute_capability)

@@ -11,7 +11,7 @@ x = x + down(silu(gate(u)) * up(u)). Biases exist on q, k and v only. Decoder-on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -40,6 +40,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 @flax.struct.dataclass
+class CachePlaces:
+    """Where the tokens of a call go in the cache.
+
+    Attributes:
+        slots: int32 [B, T], the slot each token is written to; past the end: dropped.
+        written: bool [B, S], slots that hold a token after this call.
+    """
+
+    slots: jax.Array
+    written: jax.Array
+
+
+@flax.struct.dataclass
 class TokenContext:
     """What every layer needs to know of the tokens, beside their activations.
 
@@ -47,17 +60,14 @@ class TokenContext:
         cos: float32 [B, T, H / 4] of the rotary angles; sin likewise.
         sin: see cos.
         mask: bool [B, T, S], which key each query may look at; S = T without a cache.
-        slots: int32 [B, T], the cache slot each token is written to (past the end: dropped);
-            None without a cache.
-        written: bool [B, S], slots that hold a token after this call; None without a cache.
+        places: where the tokens go in the cache; None without one.
         query_scale: float32 [B, T, 1, 1], or None where queries are not scaled.
     """
 
     cos: jax.Array
     sin: jax.Array
     mask: jax.Array
-    slots: jax.Array | None
-    written: jax.Array | None
+    places: CachePlaces | None
     query_scale: jax.Array | None
 
 
@@ -115,14 +125,15 @@ class GLMBlock(nn.Module):
         k = apply_rope(k, context.cos, context.sin)
         if context.query_scale is not None:
             q = (q * context.query_scale).astype(x.dtype)
-        if context.slots is not None:
+        places = context.places
+        if places is not None:
             with jax.named_scope("cache_update"):
-                k_cache = _write(k_cache, k, layer, context.slots)
-                v_cache = _write(v_cache, v, layer, context.slots)
+                k_cache = _write(k_cache, k, layer, places.slots)
+                v_cache = _write(v_cache, v, layer, places.slots)
             k = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
             # A probability of 0 does not silence a NaN that somebody left in an unwritten slot.
-            v = jnp.where(context.written[:, :, None, None], v, 0)
+            v = jnp.where(places.written[:, :, None, None], v, 0)
         probs = self.attention_dropout(masked_probs(q, k, context.mask))
         out = einsum("BTNH,DNH->BTD", weighted_values(probs, v), self.o)
         return out.astype(x.dtype), k_cache, v_cache
@@ -147,7 +158,7 @@ class GLM(nn.Module):
             GLMBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=cast(Any, (0, nn.broadcast)),
             length=c.num_layers,
         )
         self.layers = scanned(c, self.deterministic)
@@ -254,7 +265,7 @@ def _hidden(config, params, tokens, positions, segment_ids, cache, dropout_key):
 
 
 def _logits(config: GLMConfig, params: Params, x: jax.Array) -> jax.Array:
-    return GLM(config).apply({"params": params}, x, method=GLM.logits)
+    return cast(jax.Array, GLM(config).apply({"params": params}, x, method=GLM.logits))
 
 
 def _context(config, tokens, positions, segment_ids, cache, dtype):
@@ -266,7 +277,7 @@ def _context(config, tokens, positions, segment_ids, cache, dtype):
     columns = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if cache is None:
         index, default_positions = columns, columns
-        slots = written = length = None
+        places = length = None
         causal = columns[:, :, None] >= columns[:, None, :]
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         mask = causal & same & real[:, None, :]
@@ -277,12 +288,12 @@ def _context(config, tokens, positions, segment_ids, cache, dtype):
         # Padding goes past the end, each to a place of its own: indices stay unique.
         slots = jnp.where(real, index, cache.size + columns)
         length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
-        places = jnp.arange(cache.size, dtype=jnp.int32)
-        written = places < length[:, None]
-        mask = (places <= index[:, :, None]) & written[:, None, :]
+        numbers = jnp.arange(cache.size, dtype=jnp.int32)
+        places = CachePlaces(slots, written=numbers < length[:, None])
+        mask = (numbers <= index[:, :, None]) & places.written[:, None, :]
     cos, sin = rope_tables(config, default_positions if positions is None else positions, dtype)
     scale = _logn_scale(index) if config.logn_scaling else None
-    return TokenContext(cos, sin, mask, slots, written, scale), length
+    return TokenContext(cos, sin, mask, places, scale), length
 
 
 def _logn_scale(index: jax.Array) -> jax.Array:

@@ -139,8 +139,8 @@ class _Row:
 
 def _stack(rows: list[_Row]) -> Batch:
     return Batch(
-        **{
-            field.name: np.stack([getattr(row, field.name) for row in rows])
-            for field in dataclasses.fields(Batch)
-        }
+        tokens=np.stack([row.tokens for row in rows]),
+        segment_ids=np.stack([row.segment_ids for row in rows]),
+        positions=np.stack([row.positions for row in rows]),
+        learned=np.stack([row.learned for row in rows]),
     )
