@@ -1,4 +1,8 @@
-"""Flags that the answering tools share, and what they mean. Nothing here imports jax at once."""
+"""Flags that the answering tools share, and what they mean.
+
+Everything of the project but `convert.cli` is imported inside the functions that use it after
+parsing: it may bring in jax, and `--help` must not wait for that.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from convert.cli import Parser, note
-from glm2_jax.errors import DeviceError, UsageError
-from infer.params import PRESETS, SamplingParams
 
 if TYPE_CHECKING:
     from infer.engine import Engine
+    from infer.params import SamplingParams
 
 DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32")
 DEVICES = ("auto", "cpu", "gpu", "tpu")
@@ -55,11 +58,10 @@ def add_model_options(parser: Parser) -> None:
 
 def add_sampling_options(parser: Parser) -> None:
     """How an answer is drawn. A flag that is not given has the preset's value."""
-    official = PRESETS["official"]
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--preset",
-        choices=tuple(PRESETS),
+        choices=("official", "api"),
         default="official",
         help="values for the flags below: official = the reference's chat(), "
         "api = the reference's HTTP server (temperature 0.95, top-p 0.7, max-length 2048)",
@@ -77,10 +79,10 @@ def add_sampling_options(parser: Parser) -> None:
         "--temperature",
         "--temp",
         **number,
-        help=f"0 = greedy (default: {official.temperature})",
+        help="0 = greedy (default: 0.8)",
     )
-    add("--top-k", **integer, help=f"keep the N likeliest, 0 = all (default: {official.top_k})")
-    add("--top-p", **number, help=f"keep this much probability, (0, 1] (default: {official.top_p})")
+    add("--top-k", **integer, help="keep the N likeliest, 0 = all (default: 50)")
+    add("--top-p", **number, help="keep this much probability, (0, 1] (default: 0.8)")
     add("--repetition-penalty", **number, help="above 1 avoids repeating (default: 1.0 = off)")
     add(
         "--max-new-tokens",
@@ -91,8 +93,7 @@ def add_sampling_options(parser: Parser) -> None:
     add(
         "--max-length",
         **integer,
-        help=f"prompt and answer together, in tokens (default: {official.max_length}, "
-        "at most what the model has)",
+        help="prompt and answer together, in tokens (default: 8192, at most what the model has)",
     )
     add(
         "--stop",
@@ -130,8 +131,28 @@ def add_performance_options(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
+def use_utf8() -> None:
+    """Standard output and error are UTF-8 whatever the locale says (LANG=C, old Windows)."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="replace")
+
+
+def choose_platform(args: argparse.Namespace) -> None:
+    """Keeps jax from initialising an accelerator that is not wanted; call it before jax is there.
+
+    Which device is taken is decided in `open_engine`.
+    """
+    if args.device == "cpu" and "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The sampling flags as `SamplingParams`; UsageError for a bad value."""
+    from glm2_jax.errors import UsageError
+    from infer.params import SamplingParams
+
     given = {
         name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None
     }
@@ -145,39 +166,35 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams.from_kwargs(args.preset, **given)
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number, 1 or more."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
 def open_engine(args: argparse.Namespace) -> Engine:
     """Loads the model that the flags name and says on stderr what there is to know about it."""
     if args.model is None:
         note("no --model given: using the bundled demo model, a few million parameters")
-    if args.device == "cpu" and "jax" not in sys.modules:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator is not even initialised
     import infer
-    from infer import compile_cache
+    from infer.compile_cache import enable_compile_cache
 
-    compile_cache.use(args.compile_cache)
+    enable_compile_cache(args.compile_cache, warn=note)
     engine = infer.load(
         args.model,
         dtype=args.dtype,
-        device=select_device(args.device),
+        device=args.device,
+        max_length=args.max_length,
         rope_kind=args.rope_scaling,
         template=args.template,
+        on_event=_show_event if args.stats or sys.stderr.isatty() else None,
     )
+    note(f"computing in {engine.checkpoint.summary.dtype}")
     for line in engine.checkpoint.notes:
         note(line)
     return engine
 
 
-def select_device(name: str) -> Any:
-    """The first device of a kind, None for "auto"; DeviceError if there is none."""
-    if name == "auto":
-        return None
-    import jax
-
-    try:
-        return jax.devices(name)[0]
-    except RuntimeError:
-        raise DeviceError(
-            f"--device {name}: there is no such device here",
-            f"jax sees {', '.join(sorted({d.platform for d in jax.devices()}))}",
-            f"install the {'cuda' if name == 'gpu' else name} extra, or leave the flag out",
-        ) from None
+def _show_event(kind: str, text: str) -> None:
+    note(text)

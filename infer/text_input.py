@@ -92,16 +92,6 @@ def refuse_wide(data: bytes, name: str) -> None:
         )
 
 
-def check_text(text: str, name: str) -> None:
-    """Raises InputError for half characters (lone surrogates), which no tokenizer can take."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name} is not valid text", f"character {error.start + 1} is half of a character"
-        ) from None
-
-
 def guess_encoding(data: bytes) -> str:
     """Names the likeliest encoding of bytes that are not UTF-8, e.g. "GB18030 (or GBK)"."""
     wide = _wide_kind(data)

@@ -1,0 +1,104 @@
+"""`python -m infer.generate`: answers one question, or a file of them.
+
+Only the flags are here; what they start is in `infer.respond`, which is imported after parsing.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from convert.cli import Parser, run_main
+from infer import options
+
+PROG = "python -m infer.generate"
+DESCRIPTION = """Answers a question with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
+
+The answer goes to standard output, all else to standard error. Without a prompt, standard input
+is read if it is not a terminal. Exit codes: 0 fine, 2 usage, 3 bad input or data, 4 model or
+checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated."""
+EXAMPLE = f"""{PROG} --prompt 你好 --greedy
+  {PROG} --model chatglm2-6b --batch-file in.jsonl --output out.jsonl"""
+
+
+def parser() -> Parser:
+    """The flags of the command."""
+    result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
+    options.add_model_options(result)
+    _add_prompt_options(result)
+    options.add_sampling_options(result)
+    performance = options.add_performance_options(result)
+    performance.add_argument(
+        "--batch-size",
+        type=options.positive,
+        default=8,
+        metavar="N",
+        help="lines of a batch file that are answered together",
+    )
+    _add_output_options(result)
+    result.add_common()
+    return result
+
+
+def _add_prompt_options(result: argparse.ArgumentParser) -> None:
+    group = result.add_argument_group("prompt")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="the question; - reads it from standard input"
+    )
+    source.add_argument("--prompt-file", metavar="F", help="a UTF-8 file that holds the question")
+    source.add_argument(
+        "--batch-file",
+        metavar="F",
+        help='a line for each question: {"prompt": ...}, with id, history, system if wanted, or '
+        '{"messages": [...]} for ChatGLM3; bad lines are reported, the rest is answered',
+    )
+    group.add_argument(
+        "--history", metavar="F", help='JSON file of earlier turns: [["question", "answer"], ...]'
+    )
+    group.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="instructions; ChatGLM2 has no system slot: the text is put before the first "
+        "question, with a newline",
+    )
+    group.add_argument(
+        "--clean-text",
+        action="store_true",
+        help="turn ideographic and no-break spaces of the prompt into plain ones",
+    )
+    group.add_argument(
+        "--truncate-prompt",
+        type=options.positive,
+        metavar="N",
+        help="cut a longer prompt to N tokens: the oldest turns first, then the end of the "
+        "question; it is always said (default: never cut, a prompt that is too long is an error)",
+    )
+
+
+def _add_output_options(result: argparse.ArgumentParser) -> None:
+    group = result.add_argument_group("output")
+    group.add_argument(
+        "--output", "-o", metavar="F", help="where the answers to a batch file go; - = stdout"
+    )
+    group.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
+    group.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the answer as it comes (default: on a terminal)",
+    )
+    group.add_argument(
+        "--stats", action="store_true", help="times, speed and memory on standard error"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
+    options.use_utf8()
+    args = parser().parse_args(argv)
+    options.choose_platform(args)
+    from infer import respond
+
+    return respond.run(args)
+
+
+if __name__ == "__main__":
+    run_main(main)
