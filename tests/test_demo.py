@@ -24,7 +24,7 @@ def normal(text: str) -> str:
     """A question as two people might both type it: case, width and punctuation removed."""
     text = unicodedata.normalize("NFKC", text).lower()
     text = re.sub(r"(?<=\d)\s*-\s*(?=\d)", "减", text)
-    return re.sub(r"[\W_]+", "", text)
+    return "".join(c for c in text if unicodedata.category(c)[0] not in "PZC")
 
 
 def test_enough_pairs_and_none_contradicts_another():
