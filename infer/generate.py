@@ -6,8 +6,8 @@ Only the flags are here; what they start is in `infer.respond`, which is importe
 import argparse
 from collections.abc import Sequence
 
-from convert.cli import Parser, run_main
-from infer import options
+from convert.cli import Parser
+from infer import interrupt, options
 
 PROG = "python -m infer.generate"
 DESCRIPTION = """Answers a question with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
@@ -101,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    interrupt.run(main)

@@ -202,7 +202,9 @@ def result(engine: Engine, request: Request, completion: Completion) -> dict[str
 
 def print_json(value: dict[str, Any], file: Any = None) -> None:
     """Prints one object as one line, at once."""
-    print(json.dumps(value, ensure_ascii=False), file=file or sys.stdout, flush=True)
+    file = file or sys.stdout
+    file.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one go: no half lines
+    file.flush()
 
 
 def add_stats(total: Stats | None, stats: Stats) -> Stats:
