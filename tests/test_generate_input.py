@@ -1,0 +1,162 @@
+"""Text from outside: encodings and their guesses, history files, lines of batch files."""
+
+import io
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from glm2_jax.errors import InputError
+from infer.requests import Request, parse_line, read_batch, read_history, read_prompt
+from infer.text_input import guess_encoding, read_utf8
+
+CHINESE = "今天天气怎么样？请写一首关于春天的诗。"
+
+
+@pytest.mark.parametrize("data", [CHINESE.encode(), b"\xef\xbb\xbf" + CHINESE.encode()])
+def test_utf8_is_read_with_and_without_a_mark(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    assert read_utf8(tmp_path / "a.txt") == CHINESE
+
+
+@pytest.mark.parametrize(
+    ("text", "codec", "name"),
+    [
+        (CHINESE, "gb18030", "GB18030"),
+        ("你好", "gbk", "GB18030"),
+        ("今天天氣怎麼樣？請寫一首關於春天的詩。", "big5", "Big5"),
+        ("介紹一下清華大學", "big5", "Big5"),
+        ("今日の天気はどうですか？春の詩を書いてください。", "cp932", "Shift-JIS"),
+        ("Où est la bibliothèque ?", "latin-1", "Latin-1"),
+        ("Müßiggang über alles", "cp1252", "Latin-1"),
+        (CHINESE, "utf-16", "UTF-16"),
+        ("hello 你好", "utf-16-le", "UTF-16"),
+        ("hello 你好", "utf-16-be", "UTF-16"),
+        ("hello", "utf-32", "UTF-32"),
+    ],
+)
+def test_other_encodings_are_refused_with_a_guess(tmp_path, text, codec, name):
+    (tmp_path / "a.txt").write_bytes(text.encode(codec))
+    with pytest.raises(InputError, match=rf"(?s)a\.txt is not UTF-8.*{name}"):
+        read_utf8(tmp_path / "a.txt")
+
+
+def test_the_place_of_the_bad_byte_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntw\xff")
+    with pytest.raises(InputError, match="line 2, byte 7"):
+        read_utf8(tmp_path / "a.txt")
+
+
+def test_nonsense_is_not_given_a_name():
+    assert "no text encoding" in guess_encoding(bytes(range(128, 256)) * 4)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_utf8(tmp_path / "missing")
+    with pytest.raises(InputError, match="folder"):
+        read_utf8(tmp_path)
+    with pytest.raises(InputError, match="null"):
+        read_utf8("a\0b")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path):
+    (tmp_path / "a").touch(mode=0)
+    with pytest.raises(InputError, match="permission denied"):
+        read_utf8(tmp_path / "a")
+
+
+def test_standard_input(monkeypatch):
+    stdin = SimpleNamespace(buffer=io.BytesIO(f"{CHINESE}\r\n".encode()))
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert read_prompt("-") == CHINESE
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="closed"):
+        read_prompt("-")
+
+
+def test_only_the_end_of_the_last_line_is_dropped(tmp_path):
+    (tmp_path / "a").write_text("def f():\n\n")
+    assert read_prompt(str(tmp_path / "a")) == "def f():\n"
+
+
+def test_history_file(tmp_path):
+    path = tmp_path / "history.json"
+    path.write_text(json.dumps([["你好", "你好！"]]), encoding="utf-8")
+    assert read_history(str(path)) == (("你好", "你好！"),)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '"ab"', '["ab"]', '[["a"]]', '[["a", "b", "c"]]', '[["a", 1]]', "[[", "[" * 9**5]
+)
+def test_bad_history_files_are_refused_with_the_form(tmp_path, text):
+    path = tmp_path / "history.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r'(?s)history\.json.*\[\["question", "answer"\]'):
+        read_history(str(path))
+
+
+def test_a_full_line():
+    line = '{"prompt": "q", "id": 7, "history": [["a", "b"]], "system": "s", "other": 1}'
+    assert parse_line(line.encode()) == Request("q", (("a", "b"),), "s", id=7)
+
+
+def test_flags_serve_lines_that_have_nothing_of_their_own():
+    history = (("a", "b"),)
+    assert parse_line(b'{"prompt": "q"}', history, "s") == Request("q", history, "s")
+    own = b'{"prompt": "q", "history": [], "system": null}'
+    assert parse_line(own, history, "s") == Request("q")
+
+
+def test_messages():
+    messages = [{"role": "user", "content": "q\u3000r"}]
+    request = parse_line(json.dumps({"messages": messages, "id": "x"}).encode())
+    assert request.messages == tuple(messages) and request.id == "x"
+    assert request.cleaned().messages == ({"role": "user", "content": "q r"},)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"nope", "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"{}", "no prompt"),
+        (b'{"prompt": 3}', "prompt is not a string"),
+        (b'{"prompt": " \\n"}', "empty prompt"),
+        (b'{"prompt": "q", "id": [1]}', "id is not"),
+        (b'{"prompt": "q", "id": true}', "id is not"),
+        (b'{"prompt": "q", "system": 1}', "system is not a string"),
+        (b'{"prompt": "q", "history": "a"}', "history is not a list"),
+        (b'{"prompt": "q", "history": [["a"]]}', "turn 1 of the history"),
+        (b'{"prompt": "\\ud83d"}', "half of a character"),
+        (b'{"prompt": "q", "messages": [{}]}', "messages exclude"),
+        (b'{"messages": []}', "messages is not a list"),
+        (b'{"messages": ["q"]}', "messages is not a list"),
+        ('{"prompt": "你好"}'.encode("gbk"), "GB18030"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_bad_lines(line, reason):
+    with pytest.raises(InputError, match=f"(?s){reason}"):
+        parse_line(line)
+
+
+def test_a_batch_file_goes_on_after_a_bad_line(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}')
+    rows = list(read_batch(str(path)))
+    assert [number for number, _ in rows] == [1, 4, 5]
+    assert [type(row) for _, row in rows] == [Request, InputError, Request]
+
+
+def test_a_batch_file_in_utf16_is_refused_as_a_whole(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}', encoding="utf-16")
+    with pytest.raises(InputError, match="UTF-16"):
+        list(read_batch(str(tmp_path / "in.jsonl")))
+
+
+def test_cleaned_text():
+    request = Request("a\u3000b", (("c\u00a0d", "e\u3000f"),), "g\u3000h").cleaned()
+    assert request == Request("a b", (("c d", "e f"),), "g h")
