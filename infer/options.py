@@ -173,10 +173,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
-    """Loads the model that the flags name and says on stderr what there is to know about it."""
+def say_which_model(args: argparse.Namespace) -> None:
+    """Says that the demo model will answer, where no other was named: before anything else."""
     if args.model is None:
         note("no --model given: using the bundled demo model, a few million parameters")
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """Loads the model that the flags name and says on stderr how it computes."""
     import infer
     from infer.compile_cache import enable_compile_cache
 

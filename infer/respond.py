@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convert.cli import human_size, note
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.prompt import build_messages, build_prompt, truncate_prompt
-from infer.options import open_engine, sampling_params
+from infer.options import open_engine, sampling_params, say_which_model
 from infer.params import SamplingParams
 from infer.requests import Request, read_history, read_prompt
 
@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Answers what the flags ask for; returns the exit code."""
     sampling = sampling_params(args)
     check_flags(args)
+    say_which_model(args)
     history = () if args.history is None else read_history(args.history)
     if args.batch_file is not None:
         from infer.batch import run_batch

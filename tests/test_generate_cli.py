@@ -348,6 +348,7 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(loaded, tmp_path, answers, 
     path.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xc4\xe3\xba\xc3"}\n')
     assert run("--batch-file", str(path), "--output", answers.path, "--batch-size", "2") == 3
     err = capsys.readouterr().err
+    assert err.startswith("no --model given: using the bundled demo model")
     assert f"{path}:2: not JSON: " in err
     assert f"{path}:3: empty prompt: " in err
     assert f"{path}:4: the prompt is too long: " in err
