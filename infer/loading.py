@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def load(
     rope_kind: str | None = None,
     template: str | None = None,
     on_event: OnEvent | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
     """Opens a checkpoint folder and returns an engine that answers with it.
 
@@ -42,6 +44,7 @@ def load(
       max_length: longest prompt and answer together; None = 8192, or what the model knows.
       device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
       on_event: called with a kind ("compile") and a line of text, for progress.
+      progress: called with the bytes of parameters loaded and to load.
 
     Raises:
       UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
@@ -59,6 +62,7 @@ def load(
             rope_kind=rope_kind,
             template=template,
             device=chosen,
+            progress=progress,
         )
         jax.block_until_ready(checkpoint.params)
     seconds = time.perf_counter() - start

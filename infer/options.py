@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, note
+from convert.cli import Parser, Progress, human_size, note
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -185,15 +185,22 @@ def open_engine(args: argparse.Namespace) -> Engine:
     from infer.compile_cache import enable_compile_cache
 
     enable_compile_cache(args.compile_cache, warn=note)
-    engine = infer.load(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        max_length=args.max_length,
-        rope_kind=args.rope_scaling,
-        template=args.template,
-        on_event=_show_event if args.stats or sys.stderr.isatty() else None,
-    )
+    with Progress("loading", 0, show=human_size) as bar:
+
+        def show_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar(done)
+
+        engine = infer.load(
+            args.model,
+            dtype=args.dtype,
+            device=args.device,
+            max_length=args.max_length,
+            rope_kind=args.rope_scaling,
+            template=args.template,
+            on_event=_show_event if args.stats or sys.stderr.isatty() else None,
+            progress=show_progress,
+        )
     note(f"computing in {engine.checkpoint.summary.dtype}")
     for line in engine.checkpoint.notes:
         note(line)

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, Progress, note, run_main
+from convert.cli import Parser, Progress, note
+from infer import interrupt
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, Tokenizer
@@ -145,4 +146,4 @@ def _report(folder: str, pairs: list[Pair], heldout: list[dict]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    interrupt.run(main)
