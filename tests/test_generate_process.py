@@ -41,7 +41,7 @@ def start(*args: str, **kwargs) -> subprocess.Popen[str]:
 def wait_for_handlers(process: subprocess.Popen[str]) -> None:
     """Waits until the process has its signal handlers; before that it is Python that starts."""
     status = Path(f"/proc/{process.pid}/status")
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         caught = next(line for line in status.read_text().splitlines() if "SigCgt" in line)
         if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
@@ -86,11 +86,11 @@ def test_output_is_utf8_whatever_the_locale_says(model):
 def test_signals_end_it_at_once(model, endless, tmp_path, signum, code, message):
     output = tmp_path / "out.jsonl"
     process = start(*model, *endless, "--max-new-tokens", "2", "--output", str(output))
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 120
     while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == code and out == ""
     assert err.splitlines()[-1] == message and "Traceback" not in err
     written = output.read_text()
@@ -104,7 +104,7 @@ def test_ctrl_c_while_importing_loading_and_compiling(model, endless):
         wait_for_handlers(process)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in err, (delay, err)
 
 
@@ -114,7 +114,7 @@ def test_ctrl_c_while_waiting_for_standard_input(model):
     wait_for_handlers(process)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=60) == 130
     _, err = process.communicate()
     assert err == "interrupted\n"
 
