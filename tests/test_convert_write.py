@@ -356,7 +356,7 @@ def test_signals_leave_nothing_behind(tmp_path, number, code):
         process.stdout.readline()
     assert [name for name in names(tmp_path) if name.startswith(".own.tmp-")]
     process.send_signal(number)
-    _, messages = process.communicate(timeout=20)
+    _, messages = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in messages
     assert names(tmp_path) == ["official"]
@@ -372,7 +372,7 @@ def test_a_killed_conversion_is_cleaned_up_by_the_next(tmp_path):
     assert process.stdout is not None
     process.stdout.readline()
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert len(names(tmp_path)) == 2
     time.sleep(0.1)
     convert_folder(open_folder(source), tmp_path / "own")
