@@ -6,8 +6,9 @@ Only the flags are here; what they start is in `infer.respond`, which is importe
 import argparse
 from collections.abc import Sequence
 
+from convert import interrupt
 from convert.cli import Parser
-from infer import interrupt, options
+from infer import options
 
 PROG = "python -m infer.generate"
 DESCRIPTION = """Answers a question with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert import interrupt
 from convert.cli import Parser, Progress, note
-from infer import interrupt
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, Tokenizer

@@ -26,7 +26,7 @@ _ENDINGS = {
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Like `convert.cli.run_main`, for a tool that has nothing to clean up."""
+    """Like `run_main`, for a tool that has nothing to clean up."""
 
     def guarded(args: list[str]) -> int | None:
         end_on_signals()
