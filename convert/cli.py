@@ -195,6 +195,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (from_jax and "RESOURCE_EXHAUSTED" in str(error))
 
 
+def path_argument(text: str) -> str:
+    """An argparse type for paths: an empty one, as an unset shell variable gives it, is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; write . for the current folder")
+    return text
+
+
 def size_argument(text: str) -> int:
     """An argparse type for sizes: "4GB", "500 MB", "1GiB", "123456". Returns bytes, at least 1."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())

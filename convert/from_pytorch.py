@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from convert.cli import Parser, Progress, human_size, note, run_main, size_argument
+from convert.cli import Parser, Progress, human_size, note, path_argument, run_main, size_argument
 
 # Spelt out here, and compared with the library's lists in a test, so that --help needs no jax.
 DTYPES = ("keep", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16", "half")
@@ -22,8 +22,8 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.from_pytorch ./chatglm2-6b ./chatglm2-6b-jax --dtype bfloat16",
     )
-    parser.add_argument("source", metavar="SRC", help="the folder to read")
-    parser.add_argument("destination", metavar="DST", help="the folder to write")
+    parser.add_argument("source", metavar="SRC", type=path_argument, help="the folder to read")
+    parser.add_argument("destination", metavar="DST", type=path_argument, help="the one to write")
     weights = parser.add_argument_group("weights")
     weights.add_argument(
         "--dtype", choices=DTYPES, default="keep", metavar="TYPE",

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from convert.cli import Parser, Progress, human_size, note, run_main
+from convert.cli import Parser, Progress, human_size, note, path_argument, run_main
 from convert.from_pytorch import add_model_flags
 
 
@@ -17,7 +17,7 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.inspect ./chatglm2-6b",
     )
-    parser.add_argument("path", metavar="PATH", help="the folder")
+    parser.add_argument("path", metavar="PATH", type=path_argument, help="the folder")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     output.add_argument(

@@ -238,7 +238,14 @@ def test_from_pytorch(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argv", "code"),
-    [(["nowhere", "x"], 4), (["x"], 2), (["a", "b", "--dtype", "int3"], 2), (["a", "b", "-z"], 2)],
+    [
+        (["nowhere", "x"], 4),
+        (["x"], 2),
+        (["a", "b", "--dtype", "int3"], 2),
+        (["a", "b", "-z"], 2),
+        (["", "x"], 2),
+        (["a", " "], 2),
+    ],
 )
 def test_from_pytorch_errors(tmp_path, monkeypatch, argv, code):
     monkeypatch.chdir(tmp_path)

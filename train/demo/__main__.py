@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
-from convert.cli import Parser, Progress, note
+from convert.cli import Parser, Progress, note, path_argument
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, Tokenizer
@@ -30,7 +30,10 @@ def main(argv: list[str]) -> int:
         example=f"{PROG} --output demo-model && python -m infer.generate --model demo-model",
     )
     group = parser.add_argument_group("training")
-    group.add_argument("--output", metavar="DIR", default="demo-model", help="the new model folder")
+    group.add_argument(
+        "--output", metavar="DIR", type=path_argument, default="demo-model",
+        help="the new model folder",
+    )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace that folder")
     group.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the questions")
     group.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
