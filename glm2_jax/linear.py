@@ -1,22 +1,144 @@
-"""The one product of activations and weights that every layer uses."""
+"""The one product of activations and weights that every layer uses, in the form each platform
+computes fastest.
+
+What is measured, and why the forms differ, is in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 
+from glm2_jax.quant import QTensor, dequantise, int4_halves
 
-def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+Weight = jax.Array | QTensor
+
+_FEW_ROWS = 4  # up to which a GPU multiplies and sums instead of calling a dot
+# A CPU converts weights in pieces of about this many elements, which stay in its cache.
+_CHUNK_ELEMENTS = 2**19
+
+
+def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """`jnp.einsum` of two arrays, accumulated and returned in float32.
 
     Float32 operands are multiplied as float32 on every platform: GPUs would otherwise round them
-    to TF32 and TPUs to bfloat16.
+    to TF32 and TPUs to bfloat16. The scales of quantised weights are applied in float32.
 
     Args:
         spec: einsum over the axis letters of `glm2_jax.model`.
         x: activations.
-        w: weights or keys/values, in the dtype of `x`.
+        w: weights or keys/values in the dtype of `x`, or quantised weights.
 
     Returns:
         float32 array.
     """
+    columns = _summed_columns(spec)
+    if not columns:
+        assert not isinstance(w, QTensor), f"{spec} is no product with a weight"
+        return _plain(spec, x, w)
+    rows = w.scale.shape if isinstance(w, QTensor) else w.shape
+    rows = rows[: len(spec.split("->")[0].split(",")[1]) - columns]
+    matrix = x.reshape(-1, math.prod(x.shape[x.ndim - columns :]))
+    weight = _as_matrix(w, len(rows))
+    product = jax.lax.platform_dependent(matrix, weight, cpu=_on_cpu, cuda=_on_gpu, default=_dot)
+    return product.reshape(*x.shape[: x.ndim - columns], *rows)
+
+
+def _summed_columns(spec: str) -> int:
+    """How many trailing axes are summed, where `spec` is activations times a weight; else 0."""
+    operands, result = spec.split("->")
+    left, right = operands.split(",")
+    rows = "".join(axis for axis in right if axis in result)
+    columns = right.removeprefix(rows)
+    weight = right == rows + columns and left.endswith(columns) and not set(rows) & set(left)
+    return len(columns) if weight and result == left.removesuffix(columns) + rows else 0
+
+
+def _as_matrix(w: Weight, rows: int) -> Weight:
+    """A weight with `rows` row axes as [R, C]."""
+    if not isinstance(w, QTensor):
+        return w.reshape(math.prod(w.shape[:rows]), -1)
+    R = math.prod(w.scale.shape[:rows])
+    return w.replace(
+        values=w.values.reshape(R, -1), scale=w.scale.reshape(R, *w.scale.shape[rows:])
+    )
+
+
+def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _dot(x: jax.Array, w: Weight) -> jax.Array:
+    """[M, C] times [R, C], summed over C: float32 [M, R]. Quantised weights are unpacked first."""
+    return _plain("MC,RC->MR", x, dequantise(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
+
+
+def _on_gpu(x: jax.Array, w: Weight) -> jax.Array:
+    """The same for XLA:GPU, which fuses slicing a layer's weight out of stacked ones, unpacking and
+    converting into a reduction, but writes a copy of the slice for a dot."""
+    if x.shape[0] > _FEW_ROWS:
+        return _dot(x, w)
+    parts = _parts(x.astype(jnp.float32), w)
+    first, *others = (half[:, None] * part.astype(jnp.float32) for half, part in parts)
+    products = sum(others, first)
+    if not isinstance(w, QTensor):
+        return products.sum(-1)
+    scale = w.scale.astype(jnp.float32)
+    if scale.ndim == 1:
+        return products.sum(-1) * scale
+    return (products.reshape(*products.shape[:2], scale.shape[1], -1).sum(-1) * scale).sum(-1)
+
+
+def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
+    """Activations and the integers they meet: for 4 bits, those of the even and the odd columns."""
+    if not isinstance(w, QTensor):
+        return [(x, w)]
+    if w.bits == 8:
+        return [(x, w.values)]
+    return list(zip((x[:, 0::2], x[:, 1::2]), int4_halves(w.values), strict=True))
+
+
+def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
+    """The same for XLA:CPU, which has a fast product for float32, and for bfloat16 from two rows
+    on; for everything else it would first write a float32 copy of the whole weight to memory."""
+    grouped = isinstance(w, QTensor) and w.scale.ndim == 2
+    # Integers are exact in bfloat16, scaled ones are not.
+    dtype = jnp.bfloat16 if x.dtype == jnp.bfloat16 and not grouped else jnp.float32
+    x = x.astype(dtype)
+    if dtype == jnp.bfloat16 and x.shape[0] == 1:
+        return _on_cpu(jnp.concatenate([x, jnp.zeros_like(x)]), w)[:1]
+    if not isinstance(w, QTensor):
+        if w.dtype == dtype:
+            return _dot(x, w)
+        return _by_chunks(lambda chunk: _dot(x, chunk.astype(dtype)), w.size, w)
+
+    def product(values: jax.Array, scale: jax.Array) -> jax.Array:
+        total = jnp.float32(0)
+        for half, part in _parts(x, QTensor(values, scale, w.bits)):
+            part = _scale_groups(part, scale) if grouped else part
+            total += _dot(half, part.astype(dtype))
+        return total
+
+    total = _by_chunks(product, w.values.size * 8 // w.bits, w.values, w.scale)
+    return total if grouped else total * w.scale.astype(jnp.float32)
+
+
+def _scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:
+    grouped = integers.astype(jnp.float32).reshape(*scale.shape, -1)
+    return (grouped * scale.astype(jnp.float32)[..., None]).reshape(integers.shape)
+
+
+def _by_chunks(product, elements: int, *arrays: jax.Array) -> jax.Array:
+    """Applies `product` ([r, ...] arrays -> [M, r]) to chunks of rows: [R, ...] -> [M, R]."""
+    rows = arrays[0].shape[0]
+    count = -(-elements // _CHUNK_ELEMENTS)
+    while rows % count:
+        count += 1
+    if count == 1:
+        return product(*arrays)
+    chunks = tuple(array.reshape(count, rows // count, *array.shape[1:]) for array in arrays)
+    _, parts = jax.lax.scan(lambda _, chunk: (None, product(*chunk)), None, chunks)
+    return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], rows)

@@ -22,6 +22,7 @@ from glm2_jax.attention import masked_probs, weighted_values
 from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
 from glm2_jax.linear import einsum
+from glm2_jax.quant import QTensor
 from glm2_jax.rope import apply_rope, rope_tables
 
 Params = Mapping[str, Any]
@@ -82,16 +83,16 @@ class GLMBlock(nn.Module):
         D, F, H, N, K = c.hidden_size, c.ffn_hidden_size, c.head_dim, c.num_heads, c.num_kv_heads
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         self.attn_norm = self.param("attn_norm", ones, (D,))
-        self.q = self.param("q", _WEIGHT_INIT, (N, H, D))
+        self.q = self._weight("q", N, H, D)
         self.q_bias = self.param("q_bias", zeros, (N, H))
-        self.k = self.param("k", _WEIGHT_INIT, (K, H, D))
+        self.k = self._weight("k", K, H, D)
         self.k_bias = self.param("k_bias", zeros, (K, H))
-        self.v = self.param("v", _WEIGHT_INIT, (K, H, D))
+        self.v = self._weight("v", K, H, D)
         self.v_bias = self.param("v_bias", zeros, (K, H))
-        self.o = self.param("o", _WEIGHT_INIT, (D, N, H))
+        self.o = self._weight("o", D, N, H)
         self.mlp_norm = self.param("mlp_norm", ones, (D,))
-        self.gate_up = self.param("gate_up", _WEIGHT_INIT, (2, F, D))
-        self.down = self.param("down", _WEIGHT_INIT, (D, F))
+        self.gate_up = self._weight("gate_up", 2, F, D)
+        self.down = self._weight("down", D, F)
         self.attention_dropout = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)
         self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
@@ -117,6 +118,11 @@ class GLMBlock(nn.Module):
             x = x + self.hidden_dropout(self._mlp(rms_norm(x, self.mlp_norm, eps)))
         return (x, k_cache, v_cache), None
 
+    def _weight(self, name: str, *shape: int) -> jax.Array | QTensor:
+        """A matrix, which may be quantised: then Linen, which compares shapes, is passed by."""
+        stored = self.get_variable("params", name)
+        return stored if isinstance(stored, QTensor) else self.param(name, _WEIGHT_INIT, shape)
+
     def _attention(self, x, k_cache, v_cache, layer, context: TokenContext):
         q = _project("BTD,NHD->BTNH", x, self.q, self.q_bias)
         k = _project("BTD,KHD->BTKH", x, self.k, self.k_bias)
@@ -139,9 +145,8 @@ class GLMBlock(nn.Module):
         return out.astype(x.dtype), k_cache, v_cache
 
     def _mlp(self, x: jax.Array) -> jax.Array:
-        gate = einsum("BTD,FD->BTF", x, self.gate_up[0])
-        up = einsum("BTD,FD->BTF", x, self.gate_up[1])
-        hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+        both = einsum("BTD,CFD->BTCF", x, self.gate_up)
+        hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
         return einsum("BTF,DF->BTD", hidden, self.down).astype(x.dtype)
 
 
@@ -168,11 +173,14 @@ class GLM(nn.Module):
     def __call__(self, tokens: jax.Array, context: TokenContext, cache: KVCache | None):
         """Runs the blocks: tokens [B, T] -> (hidden states [B, T, D] before the final norm,
         (keys, values) of the cache)."""
-        x = jnp.take(self.embed, tokens, axis=0)
-        stacked = (None, None) if cache is None else (cache.k, cache.v)
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, *stacked), _ = self.layers((x, *stacked), layers, context)
+        (x, *stacked), _ = self.layers(self.carry(tokens, cache), layers, context)
         return x, tuple(stacked)
+
+    def carry(self, tokens: jax.Array, cache: KVCache | None):
+        """What the first block starts from: (embeddings [B, T, D], keys, values or None)."""
+        stacked = (None, None) if cache is None else (cache.k, cache.v)
+        return jnp.take(self.embed, tokens, axis=0), *stacked
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., D] -> float32 [..., V]."""
@@ -249,6 +257,17 @@ def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> 
     return jax.jit(init)()
 
 
+def unstack_layers(params: Params) -> Params:
+    """The params with a list of layers, each its own arrays, in place of stacked ones.
+
+    Every function of this module takes either form. The list is faster where slicing a layer out
+    of a stacked array costs a copy of it; the stacked form compiles faster.
+    """
+    leading = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(leading)]
+    return {**params, "layers": layers}
+
+
 def param_shapes(config: GLMConfig) -> Params:
     """The params tree with shape tuples as leaves."""
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -258,9 +277,18 @@ def param_shapes(config: GLMConfig) -> Params:
 def _hidden(config, params, tokens, positions, segment_ids, cache, dropout_key):
     dtype = params["embed"].dtype
     context, length = _context(config, tokens, positions, segment_ids, cache, dtype)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    model = GLM(config, deterministic=dropout_key is None)
-    x, (k, v) = model.apply({"params": params}, tokens, context, cache, rngs=rngs)
+    deterministic = dropout_key is None
+    model = GLM(config, deterministic)
+    if isinstance(params["layers"], Mapping):
+        rngs = None if deterministic else {"dropout": dropout_key}
+        x, (k, v) = model.apply({"params": params}, tokens, context, cache, rngs=rngs)
+    else:
+        x, k, v = cast(Any, model.apply({"params": params}, tokens, cache, method=GLM.carry))
+        for layer, weights in enumerate(params["layers"]):
+            rngs = None if deterministic else {"dropout": jax.random.fold_in(dropout_key, layer)}
+            block = GLMBlock(config, deterministic)
+            variables = {"params": weights}
+            (x, k, v), _ = cast(Any, block.apply(variables, (x, k, v), layer, context, rngs=rngs))
     return x, None if cache is None else cache.replace(k=k, v=v, length=length)
 
 
@@ -302,7 +330,7 @@ def _logn_scale(index: jax.Array) -> jax.Array:
     return jnp.maximum(scale, 1.0)[:, :, None, None]
 
 
-def _project(spec: str, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+def _project(spec: str, x: jax.Array, weight: jax.Array | QTensor, bias: jax.Array) -> jax.Array:
     """Product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
     return (einsum(spec, x, weight) + bias.astype(jnp.float32)).astype(x.dtype)
 

@@ -1,12 +1,16 @@
 """Toy models and plain counterparts that the tests of the model share."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import GLMConfig, compiler_options, forward, init_params
+from glm2_jax.model import unstack_layers
+from glm2_jax.quant import COLUMN_AXES, QTensor, dequantise, group_size, quantise
 
 TOY = GLMConfig(
     num_layers=3,
@@ -36,3 +40,38 @@ def random_tokens(rows: int, length: int, config: GLMConfig = TOY, seed: int = 0
     """int32 [rows, length] of ids above the special ones."""
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(3, config.vocab_size, (rows, length)), jnp.int32)
+
+
+def quantised(params, bits: int, grouped: bool):
+    """The params with the layers' matrices as QTensors, and those matrices as float32 again."""
+    small, large = dict(params["layers"]), dict(params["layers"])
+    for name, axes in COLUMN_AXES.items():
+        weight = np.asarray(params["layers"][name])
+        rows, columns = weight.shape[:-axes], math.prod(weight.shape[-axes:])
+        group = group_size(columns) if grouped else None
+        values, scale = quantise(weight.reshape(-1, columns), bits, group)
+        values = values.reshape(*weight.shape[:-1], -1)
+        scale = scale.reshape(*rows, *scale.shape[1:])
+        small[name] = QTensor(jnp.asarray(values), jnp.asarray(scale), bits)
+        large[name] = dequantise(small[name], len(rows)).reshape(weight.shape)
+    return {**params, "layers": small}, {**params, "layers": large}
+
+
+def quantised_shapes(config: GLMConfig, bits: int, grouped: bool):
+    """Abstract float32 params with a list of quantised layers, for compiling."""
+    params = jax.eval_shape(lambda: unstack_layers(init_params(config, jax.random.key(0))))
+
+    def weight(array, axes: int) -> QTensor:
+        rows, columns = array.shape[:-axes], math.prod(array.shape[-axes:])
+        values = (*array.shape[:-1], array.shape[-1] * bits // 8)
+        scale = (*rows, columns // group_size(columns)) if grouped else rows
+        return QTensor(_abstract(values, jnp.int8), _abstract(scale, jnp.float32), bits)
+
+    def layer(plain):
+        return plain | {name: weight(plain[name], axes) for name, axes in COLUMN_AXES.items()}
+
+    return {**params, "layers": [layer(plain) for plain in params["layers"]]}
+
+
+def _abstract(shape, dtype) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,0 +1,127 @@
+"""Quantised weights: small integers, with a float scale for each row or each group of columns.
+
+A weight is read as a matrix whose rows are its output axes and whose columns are the axes that a
+product sums over. Only the integers change with the width; W = integers * scale.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm2_jax.errors import CheckpointError
+
+MODES = ("int8", "int4")
+GROUP = 128  # columns that share a scale in our own int4
+
+# The weights of a layer that are quantised, and how many of their last axes are columns.
+COLUMN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate_up": 1, "down": 1}
+
+Array = Any  # jax.Array or numpy.ndarray
+
+
+@flax.struct.dataclass
+class QTensor:
+    """A quantised weight, as data in the params tree. Layers are stacked as for any parameter.
+
+    Attributes:
+        values: int8. With 8 bits [*rows, *columns]; with 4 bits the last axis is half as long and
+            a byte holds two columns, the even one in its high half, the odd one in its low half,
+            both in two's complement (the packing of THUDM/chatglm2-6b-int4).
+        scale: float [*rows], or [*rows, groups] where consecutive columns form groups of one size.
+        bits: 8 or 4.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    bits: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the integers and the scales."""
+        return self.values.nbytes + self.scale.nbytes
+
+
+def group_size(columns: int) -> int:
+    """Columns that share a scale in our own int4: 128, or less where that does not divide them."""
+    return math.gcd(columns, GROUP)
+
+
+def quantise(matrix: np.ndarray, bits: int, group: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric rounding to nearest (even): scale = max|W| / 127 for 8 bits, / 7 for 4 bits.
+
+    Source: quantization.py of THUDM/chatglm2-6b, whose division by zero for a row of zeros is not
+    kept: such a row has the scale 0.
+
+    Args:
+        matrix: float [rows, columns].
+        bits: 8 or 4.
+        group: columns that share a scale; None = all of a row.
+
+    Returns:
+        (int8 [rows, columns], or [rows, columns / 2] packed; float32 scales [rows] or
+        [rows, groups]).
+    """
+    rows, columns = matrix.shape
+    grouped = matrix.astype(np.float32).reshape(rows, -1, group or columns)
+    largest = np.maximum(grouped.max(-1), -grouped.min(-1))
+    scale = largest / (2 ** (bits - 1) - 1)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    grouped *= inverse[..., None]
+    integers = np.rint(grouped, out=grouped).astype(np.int8).reshape(rows, columns)
+    values = pack_int4(integers) if bits == 4 else integers
+    return values, scale[:, 0] if group is None else scale
+
+
+def dequantise(weight: QTensor, rows: int) -> jax.Array:
+    """The float32 weight [*rows, columns], its columns as one axis.
+
+    Args:
+        rows: number of its row axes, stacked layers included.
+    """
+    integers = unpacked(weight).reshape(*weight.scale.shape[:rows], -1)
+    scale = weight.scale.astype(jnp.float32)
+    if weight.scale.ndim == rows:
+        return integers.astype(jnp.float32) * scale[..., None]
+    grouped = integers.astype(jnp.float32).reshape(*scale.shape, -1)
+    return (grouped * scale[..., None]).reshape(integers.shape)
+
+
+def unpacked(weight: QTensor) -> jax.Array:
+    """The integers, int8 [*rows, *columns]."""
+    if weight.bits == 8:
+        return weight.values
+    pairs = jnp.stack(int4_halves(weight.values), axis=-1)
+    return pairs.reshape(*weight.values.shape[:-1], -1)
+
+
+def int4_halves(packed: Array) -> tuple[Array, Array]:
+    """int8 [..., columns / 2] -> the even and the odd columns, each int8 [..., columns / 2]."""
+    return packed >> 4, (packed << 4) >> 4
+
+
+def pack_int4(integers: np.ndarray) -> np.ndarray:
+    """int8 [..., columns] in -8..7 -> int8 [..., columns / 2]; the inverse of `unpack_int4`.
+
+    Raises:
+        CheckpointError: an odd number of columns.
+    """
+    if integers.shape[-1] % 2:
+        raise CheckpointError(
+            f"A weight of {integers.shape[-1]} columns cannot be stored in int4.",
+            "Two columns share a byte.",
+            "Use int8.",
+        )
+    return (integers[..., 0::2] << 4) | (integers[..., 1::2] & 15)
+
+
+def unpack_int4(packed: np.ndarray) -> np.ndarray:
+    """int8 [..., columns / 2] -> int8 [..., columns]."""
+    result = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.int8)
+    result[..., 0::2], result[..., 1::2] = int4_halves(packed)
+    return result
