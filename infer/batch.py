@@ -40,7 +40,7 @@ def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns
             completions = engine.complete(
                 [ids for _, ids in chunk],
                 sampling,
-                row_offset=answered,
+                row_ids=range(answered, answered + len(chunk)),
                 clean=engine.template != "raw",
             )
             for (request, _), completion in zip(chunk, completions, strict=True):

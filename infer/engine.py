@@ -62,7 +62,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
-        row_offset: int = 0,
+        row_ids: Sequence[int] | None = None,
         clean: bool = False,
     ) -> Iterator[TokenEvent]:
         """Answers prompts together, yielding every token as it comes.
@@ -72,8 +72,8 @@ class Engine:
 
         Args:
           prompts: token ids; every prompt is a row.
-          row_offset: number of the first row, for its random numbers: prompts answered in several
-            calls get the tokens that they would get in one.
+          row_ids: a number of 0 or more for each prompt, default its index: which random numbers
+            it draws. A prompt gets the same tokens under the same number in any call.
           clean: pass the texts through `clean_response`.
 
         Raises (on the call):
@@ -81,21 +81,21 @@ class Engine:
         Raises (while iterating):
           CheckpointError: NaN or Inf in the logits. DeviceError: out of memory.
         """
-        return self._run(self._job(prompts, sampling, row_offset, clean))
+        return self._run(self._job(prompts, sampling, row_ids, clean))
 
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
-        row_offset: int = 0,
+        row_ids: Sequence[int] | None = None,
         clean: bool = False,
     ) -> list[Completion]:
         """Answers prompts together in a loop on the device; the same answers as `run`.
 
         Arguments and errors are those of `run`.
         """
-        job = self._job(prompts, sampling, row_offset, clean)
+        job = self._job(prompts, sampling, row_ids, clean)
         clock = self._clock()
         with device_errors(_sizes(job)):
             state, output = self._prefill(job, clock)
@@ -177,7 +177,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
-        row_offset: int,
+        row_ids: Sequence[int] | None,
         clean: bool,
     ) -> Job:
         return Job(
@@ -187,7 +187,7 @@ class Engine:
             stop_ids=self._stop_ids,
             vocab_size=self.config.vocab_size,
             max_length=self.max_length,
-            row_offset=row_offset,
+            row_ids=row_ids,
             clean=clean,
         )
 

@@ -94,7 +94,7 @@ class Job:
         stop_ids: Sequence[int],
         vocab_size: int,
         max_length: int,
-        row_offset: int,
+        row_ids: Sequence[int] | None,
         clean: bool,
     ):
         self.sampling = sampling
@@ -116,7 +116,7 @@ class Job:
         self.controls = Controls(
             rows=Rows.full(batch, sampling),
             seed=seed_words(sampling.seed),
-            row_ids=np.arange(row_offset, row_offset + batch, dtype=np.int32),
+            row_ids=_padded(range(len(prompts)) if row_ids is None else row_ids, batch),
             limit=_padded(limits, batch),
             stop_ids=np.array(stop_ids, np.int32),
             want_logprobs=np.array(sampling.logprobs is not None),

@@ -402,10 +402,10 @@ def test_a_batch_file_without_a_good_line(loaded, tmp_path, answers):
 def test_what_was_answered_stays_when_something_breaks(loaded, tmp_path, answers, monkeypatch):
     complete = Engine.complete
 
-    def breaks(self, prompts, sampling, *, row_offset=0, **kwargs):
-        if row_offset:
+    def breaks(self, prompts, sampling, *, row_ids, **kwargs):
+        if row_ids[0]:
             raise DeviceError("out of device memory")
-        return complete(self, prompts, sampling, row_offset=row_offset, **kwargs)
+        return complete(self, prompts, sampling, row_ids=row_ids, **kwargs)
 
     monkeypatch.setattr(Engine, "complete", breaks)
     batch = write_lines(tmp_path / "in.jsonl", {"prompt": "hi"}, {"prompt": "you"})
