@@ -106,7 +106,8 @@ def add_sampling_options(parser: Parser) -> None:
     add(
         "--loop-stop",
         **integer,
-        help="end an answer whose end repeats itself N times, 0 = never (default: 0)",
+        help="end an answer whose end repeats itself N times and for 64 x N tokens, 0 = never "
+        "(default: 0)",
     )
     add("--num-beams", **integer, help="beam search is not implemented, only 1 is accepted")
 

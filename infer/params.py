@@ -30,8 +30,8 @@ class SamplingParams:
       stop: strings that end the answer; they are not part of it. One string or a sequence.
       seed: of the random numbers; the same seed gives the same answer.
       logprobs: also report log-probabilities, of the token drawn and of this many alternatives.
-      loop_stop: N > 0 ends an answer whose last tokens are one block repeated N times (a block of
-        a single token: 2 N times); 0 = off.
+      loop_stop: N > 0 ends an answer whose last tokens are one block repeated N times, a short
+        block more often (see `infer.loops`); 0 = off.
 
     Raises:
       UsageError: a value is of the wrong kind or out of range.

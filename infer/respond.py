@@ -157,6 +157,8 @@ def _answer_one(
         print_json(result(engine, request, completion))
     elif not stream:
         print(completion.text, flush=True)
+    if completion.finish_reason == "loop":
+        note("the answer was stopped because it repeated itself (--loop-stop)")
     if args.stats:
         print_stats(engine.stats)
 
