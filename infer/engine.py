@@ -161,17 +161,26 @@ class Engine:
     def _run(self, job: Job) -> Iterator[TokenEvent]:
         clock = self._clock()
         with device_errors(_sizes(job)):
-            state, pending = self._prefill(job, clock)
-            dispatched = 1
-            while pending is not None:
-                following = None
-                if dispatched < job.steps_wanted:
-                    state, following = self._step(job, state)
-                    dispatched += 1
-                events = list(job.take(jax.device_get(pending)))
-                clock.read(job)
+            for _, events in self._loop(job, clock, *self._prefill(job, clock)):
                 yield from events
-                pending = following if job.steps_wanted else None
+
+    def _loop(
+        self, job: Job, clock: Clock, state: steps.State, pending: steps.Output | None
+    ) -> Iterator[tuple[steps.State, list[TokenEvent]]]:
+        """Goes on from the first step, yielding each step's events and the newest state.
+
+        The state may be a step ahead of the events, and is used up when the iterator goes on.
+        """
+        dispatched = 1
+        while pending is not None:
+            following = None
+            if dispatched < job.steps_wanted:
+                state, following = self._step(job, state)
+                dispatched += 1
+            events = list(job.take(jax.device_get(pending)))
+            clock.read(job)
+            yield state, events
+            pending = following if job.steps_wanted else None
 
     def _job(
         self,
@@ -179,6 +188,7 @@ class Engine:
         sampling: SamplingParams,
         row_ids: Sequence[int] | None,
         clean: bool,
+        reused: int = 0,
     ) -> Job:
         return Job(
             prompts,
@@ -189,6 +199,7 @@ class Engine:
             max_length=self.max_length,
             row_ids=row_ids,
             clean=clean,
+            reused=reused,
         )
 
     def _clock(self) -> Clock:

@@ -27,6 +27,7 @@ class Stats:
       compile_s: compiling programs for shapes not met before; in none of the others.
       first_token_s: from the call to the first token of every row.
       prefill_tokens, prefill_s: prompt tokens read, and the time for them and the first token.
+      reused_tokens: prompt tokens that a session did not have to read again.
       decode_tokens, decode_s: tokens after the first of each row, and the time for them.
     """
 
@@ -35,6 +36,7 @@ class Stats:
     first_token_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
+    reused_tokens: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
 
@@ -81,7 +83,8 @@ class Job:
     """The prompts of a call, padded to a bucket on both axes, and their answers.
 
     Attributes:
-      tokens: int32 [B, T]; lengths: int32 [B]; rows beyond the prompts are empty.
+      tokens: int32 [B, T]; lengths: int32 [B]; rows beyond the prompts are empty. Of every prompt
+        the first `reused` ids are left out: the cache has them.
       cache_size: S, slots that the longest row can need, as a bucket.
     """
 
@@ -96,6 +99,7 @@ class Job:
         max_length: int,
         row_ids: Sequence[int] | None,
         clean: bool,
+        reused: int = 0,
     ):
         self.sampling = sampling
         check_prompts(prompts, vocab_size)
@@ -105,9 +109,10 @@ class Job:
             Answer(tokenizer, ids, sampling, limit=limit, stop_ids=stop_ids, clean=clean)
             for ids, limit in zip(prompts, limits, strict=True)
         ]
+        ends = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
+        prompts = [ids[reused:] for ids in prompts]
         lengths = [len(ids) for ids in prompts]
         batch = 1 << (len(prompts) - 1).bit_length()
-        ends = [length + limit for length, limit in zip(lengths, limits, strict=True)]
         self.cache_size = bucket(max(ends), max_length)
         self.tokens = np.zeros((batch, bucket(max(lengths), max_length)), np.int32)
         for row, ids in enumerate(prompts):
