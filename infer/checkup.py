@@ -104,9 +104,9 @@ def _jax(machine: Machine) -> Iterator[Finding]:
         for line in machine.jax.said:
             yield Finding(NOTE, f"jax said: {line}")
         return
-    said = " ".join(line for line in machine.jax.said if line not in machine.jax.error)
     text = f"jax does not work: {machine.jax.error}."
-    text += f" It said: {said}" if said else ""
+    if machine.jax.said and machine.jax.said[-1] not in machine.jax.error:  # a crash or a hang
+        text += f" Last it said: {machine.jax.said[-1]}"
     if machine.jax_on_cpu is not None and machine.jax_on_cpu.works:
         fix = "unset JAX_PLATFORMS"
         if "JAX_PLATFORMS" not in machine.variables:

@@ -54,7 +54,9 @@ for device in devices:
                   "capability": str(getattr(device, "compute_capability", "") or "")})
 print(json.dumps(found))
 """
-_UNIMPORTANT = re.compile(r"^(Traceback|  |WARNING: All log messages|\s*$)")
+_UNIMPORTANT = re.compile(
+    r"^(Traceback|  |WARNING: All log messages|During handling|The above exc|\s*$)"
+)
 _MARKUP = re.compile(r"^([IWEF]\d{4} [^\]]*\]|(ERROR|WARNING|INFO):[^:]*:[^:]*:)\s*")
 
 
