@@ -225,6 +225,7 @@ class Progress:
       show: turns an amount into text, e.g. `human_size`.
       stream: where to write; default stderr.
       interval: seconds between two plain lines (a terminal is refreshed ten times a second).
+      done: how much was there before; it has no part in the rate.
     """
 
     def __init__(
@@ -235,22 +236,28 @@ class Progress:
         show: Callable[[float], str] = lambda amount: f"{amount:.0f}",
         stream: TextIO | None = None,
         interval: float = 5.0,
+        done: float = 0,
     ):
-        self.label, self.total, self.show = label, total, show
+        self.label, self.total, self.show, self.before = label, total, show, done
         self.stream = sys.stderr if stream is None else stream
         self.terminal = self.stream.isatty()
         self.interval = 0.1 if self.terminal else interval
         self.start = self.last = time.monotonic()
 
-    def __call__(self, done: float) -> None:
-        """Says that `done` of `total` is finished; writes only when the interval has passed."""
+    def __call__(self, done: float, more: str = "") -> None:
+        """Says that `done` of `total` is finished; writes only when the interval has passed.
+
+        Args:
+          more: a figure to show beside the rate.
+        """
         now = time.monotonic()
         if now - self.last < self.interval:
             return
         self.last = now
-        rate = done / (now - self.start)
+        rate = (done - self.before) / (now - self.start)
         line = f"{self.label}: {self.show(done)} of {self.show(self.total)}"
-        line += f", {self.show(rate)}/s, {max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
+        line += f", {self.show(rate)}/s, {more + ', ' if more else ''}"
+        line += f"{max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
         self.stream.write(f"\r\x1b[K{line}" if self.terminal else f"{line}\n")
         self.stream.flush()
 

@@ -78,7 +78,18 @@ def _add_prompt_options(result: argparse.ArgumentParser) -> None:
 def _add_output_options(result: argparse.ArgumentParser) -> None:
     group = result.add_argument_group("output")
     group.add_argument(
-        "--output", "-o", metavar="F", help="where the answers to a batch file go; - = stdout"
+        "--output",
+        "-o",
+        metavar="F",
+        help="where the answers to a batch file go; until all are there, they are kept in "
+        "F.partial, and the same command continues after a stop (default: standard output, "
+        "each answer as soon as those before it are there; what was stopped starts anew)",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace an --output that is there already"
+    )
+    group.add_argument(
+        "--restart", action="store_true", help="throw away F.partial instead of continuing"
     )
     group.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
     group.add_argument(

@@ -14,7 +14,7 @@ from typing import Any
 
 from glm2_jax.errors import InputError
 from glm2_jax.text import clean_text
-from infer.text_input import guess_encoding, read_bytes, read_utf8, refuse_wide
+from infer.text_input import guess_encoding, read_utf8, refuse_wide
 
 Turns = tuple[tuple[str, str], ...]
 _HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
@@ -89,23 +89,23 @@ def parse_history(value: Any) -> Turns:
     return tuple((question, answer) for question, answer in value)
 
 
-def read_batch(
-    path: str, *, history: Turns = (), system: str | None = None
+def parse_batch(
+    data: bytes, name: str, history: Turns = (), system: str | None = None
 ) -> Iterator[tuple[int, Request | InputError]]:
-    """Reads a batch file, or standard input if the path is "-".
+    """Reads the lines of a batch file.
 
     Args:
-      path: the file.
+      data: its bytes.
+      name: where they come from, for the error.
       history, system: for lines with a prompt that have none of their own.
 
     Yields:
       The line number, and the request or what is wrong with the line. Blank lines are left out.
 
     Raises:
-      InputError: the file cannot be read, or is UTF-16 or UTF-32.
+      InputError: the bytes are UTF-16 or UTF-32.
     """
-    data = read_bytes(path)
-    refuse_wide(data, path)
+    refuse_wide(data, name)
     for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), 1):
         if not line.strip():
             continue

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from glm2_jax.errors import InputError
-from infer.requests import Request, parse_line, read_batch, read_history, read_prompt
+from infer.requests import Request, parse_batch, parse_line, read_history, read_prompt
 from infer.text_input import guess_encoding, read_utf8
 
 CHINESE = "今天天气怎么样？请写一首关于春天的诗。"
@@ -143,18 +143,16 @@ def test_bad_lines(line, reason):
         parse_line(line)
 
 
-def test_a_batch_file_goes_on_after_a_bad_line(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}')
-    rows = list(read_batch(str(path)))
+def test_a_batch_file_goes_on_after_a_bad_line():
+    data = b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}'
+    rows = list(parse_batch(data, "in.jsonl"))
     assert [number for number, _ in rows] == [1, 4, 5]
     assert [type(row) for _, row in rows] == [Request, InputError, Request]
 
 
-def test_a_batch_file_in_utf16_is_refused_as_a_whole(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}', encoding="utf-16")
-    with pytest.raises(InputError, match="UTF-16"):
-        list(read_batch(str(tmp_path / "in.jsonl")))
+def test_a_batch_file_in_utf16_is_refused_as_a_whole():
+    with pytest.raises(InputError, match="in.jsonl(.|\n)*UTF-16"):
+        list(parse_batch('{"prompt": "a"}'.encode("utf-16"), "in.jsonl"))
 
 
 def test_cleaned_text():
