@@ -45,7 +45,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 def end_on_signals() -> None:
     """From now on SIGINT and SIGTERM end the process, with 130 and 143."""
     for signum in _ENDINGS:
-        signal.signal(signum, lambda signum, frame: _end(signum))
+        signal.signal(signum, lambda signum, frame: end(signum))
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -57,10 +57,11 @@ def _watch(reading: int) -> None:
     while (signum := os.read(reading, 1)[0]) not in _ENDINGS:
         pass
     time.sleep(_GRACE)
-    _end(signum)
+    end(signum)
 
 
-def _end(signum: int) -> NoReturn:
+def end(signum: int) -> NoReturn:
+    """Ends the process at once, with the message and exit code of the signal."""
     message, code = _ENDINGS[signal.Signals(signum)]
     with contextlib.suppress(
         OSError

@@ -56,8 +56,9 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
-def add_sampling_options(parser: Parser) -> None:
-    """How an answer is drawn. A flag that is not given has the preset's value."""
+def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
+    """How an answer is drawn. A flag that is not given has the preset's value, but `--loop-stop`
+    has its own."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--preset",
@@ -106,8 +107,8 @@ def add_sampling_options(parser: Parser) -> None:
     add(
         "--loop-stop",
         **integer,
-        help="end an answer whose end repeats itself N times and for 64 x N tokens, 0 = never "
-        "(default: 0)",
+        default=loop_stop,
+        help="end an answer whose end repeats itself N times and for 64 x N tokens, 0 = never",
     )
     add("--num-beams", **integer, help="beam search is not implemented, only 1 is accepted")
 

@@ -80,9 +80,7 @@ class Session:
                 if job.steps_wanted:  # the next step uses the cache up; it may fail
                     self._forget()
 
-    def _start(
-        self, job: Job, ids: list[int], clock: Clock
-    ) -> tuple[steps.State, steps.Output]:
+    def _start(self, job: Job, ids: list[int], clock: Clock) -> tuple[steps.State, steps.Output]:
         """Reads what is new and draws the first token."""
         engine, cache = self.engine, self._cache
         if cache is None:
