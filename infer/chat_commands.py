@@ -98,10 +98,9 @@ def _set(conversation: Conversation, argument: str) -> None:
     name, _, text = argument.partition(" ")
     if name:
         conversation.sampling = _changed(conversation.sampling, name.replace("-", "_"), text)
-    sampling = conversation.sampling
-    shown = [name] if name.replace("-", "_") in _SETTABLE else _SETTABLE
+    shown = {"": _SETTABLE, "greedy": ["temperature"]}.get(name, [name.replace("-", "_")])
     for key in shown:
-        note(f"{key} = {_show(getattr(sampling, key.replace('-', '_')))}")
+        note(f"{key} = {_show(getattr(conversation.sampling, key))}")
 
 
 def _changed(sampling: SamplingParams, name: str, text: str) -> SamplingParams:

@@ -33,6 +33,7 @@ class Engine:
       max_length: longest prompt and answer together.
       stats: seconds and tokens of the last call.
       programs: the compiled programs.
+      device: where the parameters are.
     """
 
     def __init__(
@@ -49,8 +50,8 @@ class Engine:
         self.template = checkpoint.template
         self.max_length = _max_length(max_length, self.config.seq_length)
         self.stats = Stats(load_s=load_s)
-        device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
-        self.programs = Programs(device.platform, on_event)
+        self.device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
+        self.programs = Programs(self.device.platform, on_event)
         self._stop_ids = prompt.stop_ids(self.tokenizer)
 
     def build_prompt(self, query: str, history: Turns = (), system: str | None = None) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from functools import partial
 
+import jax
 import numpy as np
 
 from glm2_jax import KVCache
@@ -83,11 +84,13 @@ class Session:
     def _start(self, job: Job, ids: list[int], clock: Clock) -> tuple[steps.State, steps.Output]:
         """Reads what is new and draws the first token."""
         engine, cache = self.engine, self._cache
-        if cache is None:
-            return engine._prefill(job, clock)
         self._forget()
         clock.prefill_starts()
-        if cache.size < job.cache_size:
+        if cache is None:  # made apart, so that the first prompt needs no program of its own
+            with jax.default_device(engine.device):
+                dtype = engine.checkpoint.params["embed"].dtype
+                cache = KVCache.zeros(engine.config, 1, job.cache_size, dtype)
+        elif cache.size < job.cache_size:
             sizes = cache.size, job.cache_size
             cache = engine.programs.call("grow", sizes, partial(steps.grow, sizes[1]), cache)
         job.cache_size = cache.size

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import infer
 from glm2_jax.errors import CheckpointError, DeviceError, InputError
 from infer.params import SamplingParams
 from infer.session import Session
@@ -68,13 +67,13 @@ def test_the_same_random_answers_as_the_engine(engine):
 
 
 def test_the_repetition_penalty_counts_the_whole_conversation(engine):
-    heavy = SamplingParams(temperature=0, max_new_tokens=20, repetition_penalty=1e6)
+    heavy = SamplingParams(temperature=0, max_new_tokens=10, repetition_penalty=1e6)
     session = Session(engine)
-    first, _ = ask(session, PROMPT, heavy)
-    grown = [*PROMPT, *first.output_ids, 300]
+    first, _ = ask(session, [5, 6, 7], heavy)
+    grown = [5, 6, 7, *first.output_ids, 300]
     second, read = ask(session, grown, heavy)
     assert read == 2
-    assert len({*grown, *second.output_ids}) == 30 + 20 + 1 + 20
+    assert len({*grown, *second.output_ids}) == 3 + 10 + 1 + 10
 
 
 def test_the_cache_grows_and_nothing_recompiles_once_warm():
@@ -91,7 +90,7 @@ def test_the_cache_grows_and_nothing_recompiles_once_warm():
 
     sizes, cold = conversation()
     assert sizes == [64, 64, 128, 128, 128]
-    assert engine.programs.compiled == 6  # prefill, decode and extend twice, grow
+    assert engine.programs.compiled == 5  # extend and decode twice, grow
     conversation()  # in the large cache from the start
     warm = engine.programs.compiled
     counted = []
@@ -105,23 +104,24 @@ def test_the_cache_grows_and_nothing_recompiles_once_warm():
         assert conversation() == ([128] * 5, cold)
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
-    assert engine.programs.compiled == warm == 6 and not counted
+    assert engine.programs.compiled == warm == 5 and not counted
 
 
 def test_up_to_the_last_slot(engine):
+    engine = toy_engine(share=engine, max_length=64)
     sampling = SamplingParams(temperature=0)
     session = Session(engine)
-    ask(session, [5] * 100, SamplingParams(temperature=0, max_new_tokens=3))
-    completion, read = ask(session, [*[5] * 100, *[9] * 150], sampling)
-    assert read == 150 and len(completion.output_ids) == 6
-    _, read = ask(session, [*[5] * 100, *[9] * 155], sampling)
+    ask(session, [5] * 20, SamplingParams(temperature=0, max_new_tokens=3))
+    completion, read = ask(session, [*[5] * 20, *[9] * 38], sampling)
+    assert read == 38 and len(completion.output_ids) == 6
+    _, read = ask(session, [*[5] * 20, *[9] * 43], sampling)
     assert read == 5
-    with pytest.raises(InputError, match="256 tokens"):
-        session.run([5] * 256, sampling)
+    with pytest.raises(InputError, match="64 tokens"):
+        session.run([5] * 64, sampling)
     for bad in ([], [640], [5, -1]):
         with pytest.raises(InputError):
             session.run(bad, sampling)
-    ask(session, [5] * 100)  # refused prompts leave no trace
+    ask(session, [5] * 20)  # refused prompts leave no trace
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
@@ -200,16 +200,3 @@ def test_the_cache_is_donated(engine):
     cache = 2 * TOY.num_layers * 64 * TOY.num_kv_heads * TOY.head_dim * 4
     memory = engine.programs._programs["extend", (64, 64)].memory_analysis()
     assert memory.alias_size_in_bytes >= cache
-
-
-def test_a_conversation_with_the_demo_model():
-    engine = infer.load(None, dtype="float32", device="cpu", max_length=256)
-    session, history, read = Session(engine), [], []
-    sampling = SamplingParams(temperature=0, max_new_tokens=48)
-    for question in ("你好", "你是谁？", "什么是 JAX？"):
-        ids = engine.build_prompt(question, history)
-        completion, new = ask(session, ids, sampling, clean=True)
-        history.append((question, completion.text))
-        read.append((new, len(ids)))
-    assert read[0][0] == read[0][1]
-    assert all(new < 30 for new, _ in read[1:]) and read[-1][1] > 60
