@@ -9,12 +9,14 @@ Nothing here imports jax: `--help` must answer at once.
 import argparse
 import difflib
 import errno
+import os
 import re
 import signal
 import sys
 import textwrap
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
@@ -216,6 +218,27 @@ def human_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def cut_to_width(text: str, columns: int) -> str:
+    """The beginning of a text that fits into so many columns of a terminal.
+
+    East Asian wide characters take two, marks that combine with the one before take none.
+    """
+    for at, char in enumerate(text):
+        if unicodedata.combining(char) or unicodedata.category(char) == "Cf":
+            continue
+        columns -= 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        if columns < 0:
+            return text[:at]
+    return text
+
+
+def _columns(terminal: TextIO) -> int:
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
 class Progress:
     """Progress with rate and ETA: one line that is rewritten on a terminal, plain lines elsewhere.
 
@@ -258,6 +281,8 @@ class Progress:
         line = f"{self.label}: {self.show(done)} of {self.show(self.total)}"
         line += f", {self.show(rate)}/s, {more + ', ' if more else ''}"
         line += f"{max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
+        if self.terminal:  # a line that wraps could not be cleared
+            line = cut_to_width(line, _columns(self.stream) - 1)
         self.stream.write(f"\r\x1b[K{line}" if self.terminal else f"{line}\n")
         self.stream.flush()
 

@@ -195,6 +195,34 @@ def test_progress_in_lines_and_on_a_terminal(monkeypatch):
     assert stream.getvalue().endswith("\r\x1b[Kloading: 50 of 100, 50/s, 1 s left\r\x1b[K")
 
 
+def test_progress_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((20, 24)))
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(stream, "fileno", lambda: 2)
+    progress = cli.Progress("加载中", 100, stream=stream)
+    progress.last -= 1
+    progress(50)
+    assert stream.getvalue() == "\r\x1b[K加载中: 50 of 100"
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "cut"),
+    [
+        ("abc", 3, "abc"),
+        ("abcd", 3, "abc"),
+        ("你好吗", 4, "你好"),
+        ("你好吗", 5, "你好"),
+        ("ｱｲ", 1, "ｱ"),  # half-width
+        ("Ａ", 1, ""),  # full-width
+        ("e\u0301e\u0301", 1, "e\u0301"),
+        ("", 0, ""),
+    ],
+)
+def test_cut_to_width(text, columns, cut):
+    assert cli.cut_to_width(text, columns) == cut
+
+
 def test_lists_in_the_help_are_those_of_the_library():
     assert set(from_pytorch.DTYPES) - {"keep"} == set(DTYPE_NAMES) - {"auto"}
     assert from_pytorch.ROPE_KINDS == glm2_jax.config.ROPE_KINDS
