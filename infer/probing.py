@@ -57,7 +57,7 @@ print(json.dumps(found))
 _UNIMPORTANT = re.compile(
     r"^(Traceback|  |WARNING: All log messages|During handling|The above exc|\s*$)"
 )
-_MARKUP = re.compile(r"^([IWEF]\d{4} [^\]]*\]|(ERROR|WARNING|INFO):[^:]*:[^:]*:)\s*")
+_MARKUP = re.compile(r"^([IWEF]\d{4} [^\]]*\]|(ERROR|WARNING|INFO):.*?[a-z_]:\d+:)\s*")
 
 
 def probe() -> Machine:
@@ -175,7 +175,7 @@ def find_nvidia(root: Path = Path("/")) -> Nvidia:
     """Looks for NVIDIA GPUs: on the bus, in /dev, in the driver, and with nvidia-smi."""
     gpus, smi_error, smi_driver = _ask_nvidia_smi()
     text = _read(root / "proc/driver/nvidia/version")
-    match = re.search(r"Kernel Module\D*?(\d+\.\d+(?:\.\d+)?)", text)
+    match = re.search(r"Kernel Module.*?\s(\d+\.\d+(\.\d+)?)\s", text)
     return Nvidia(
         on_bus=len(_pci(root, "0x10de", ("0x03",))),
         nodes=len([*root.glob("dev/nvidia[0-9]*"), *root.glob("dev/dxg")]),

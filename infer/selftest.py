@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     else:
         report |= _about(engine)
         for check in checks.run_checks(engine, claims_6b=_claims_6b(args)):
-            note(f"{check.status} {check.name}")
+            if sys.stderr.isatty():  # a large model takes minutes
+                note(f"{check.status} {check.name}")
             found.append(check)
         try:
             report["figures"] = dataclasses.asdict(checks.measure(engine))
@@ -136,20 +138,17 @@ def _claims_6b(args: argparse.Namespace) -> bool:
 
 
 def _scrubbed(check: Check, folder: str | None) -> dict[str, Any]:
-    """The check without the paths that errors name."""
+    """The check without the paths that errors name: of the folder only its last part stays."""
     values = dataclasses.asdict(check)
-    paths = [os.path.expanduser("~")]
+    names = {os.path.expanduser("~"): "~"}
     if folder is not None:
-        given = Path(folder)
-        paths = [
-            str(given.resolve().parent),
-            str(given.absolute().parent),
-            str(given.parent),
-        ] + paths
+        path = Path(folder)
+        spellings = {str(path.resolve()), str(path.absolute()), str(path), folder.rstrip(os.sep)}
+        names = dict.fromkeys(spellings - {"", "."}, path.resolve().name) | names
     for key in ("expected", "got", "note"):
-        for path in paths:
+        for path, name in sorted(names.items(), reverse=True):  # long ones before their beginnings
             if len(path) > 1:
-                values[key] = values[key].replace(path + os.sep, "").replace(path, "~")
+                values[key] = values[key].replace(path, name)
     return values
 
 
