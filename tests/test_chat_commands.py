@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 
 from glm2_jax.errors import GLMError, InputError, UsageError
-from infer import chat_commands, chat_files
+from infer import chat_commands, chat_files, job
 from infer.conversation import Conversation
 from infer.params import SamplingParams
 from tests.engine_toy import toy_engine
+
+
+@pytest.fixture(autouse=True)
+def one_shape(monkeypatch):
+    """Every prompt and cache has the same padded size, so that little has to be compiled."""
+    monkeypatch.setattr(job, "SMALLEST_BUCKET", 256)
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +73,25 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(conversation):
     assert conversation.history == [("one", part)] and whole.startswith(part)
     ids = conversation.turns[0].ids
     said(conversation.reply("two"))
-    assert conversation.engine.stats.reused_tokens >= (len(ids) - 1 if ids else 16)
+    assert ids is not None and conversation.engine.stats.reused_tokens == len(ids) - 1
 
 
 def test_nothing_of_an_answer_leaves_no_turn(conversation):
     first = said(conversation.reply("one"))
-    events = conversation.reply("two")
-    events.close()  # before it began
-    assert len(conversation.turns) == 1
+    conversation.reply("two").close()  # before it began
     retried = conversation.retry()
-    next(retried)
-    conversation.turns, kept = conversation.turns, list(conversation.turns)
-    retried.close()
-    assert conversation.history[-1][0] == "one" and len(kept) <= 1
-    assert len(conversation.turns) == 1 and conversation.unanswered is None
-    assert first
+    while not next(retried).text:
+        pass
+    retried.close()  # after the first piece: that is the answer now
+    ((question, answer),) = conversation.history
+    assert question == "one" and answer and first.startswith(answer)
+
+
+def test_a_retry_of_which_nothing_comes_leaves_the_old_answer(conversation, monkeypatch):
+    first = said(conversation.reply("one"))
+    monkeypatch.setattr(conversation._session, "run", lambda *a, **k: iter(()))
+    said(conversation.retry())
+    assert conversation.history == [("one", first)] and conversation.unanswered is None
 
 
 def test_a_question_without_an_answer_can_be_asked_again(conversation, monkeypatch):
@@ -258,8 +268,6 @@ def test_chatglm3_reads_only_the_new_part_too(warm):
     said(conversation.reply("two"))
     stats = conversation.engine.stats
     assert stats.reused_tokens > 5
-    ids = [token for token in conversation.turns[1].ids or ()]
-    assert not ids or len(ids) == stats.prefill_tokens + stats.reused_tokens + 6
     with pytest.raises(InputError):  # its template has no words for an empty answer
         conversation.replace([("a", "")], None)
     assert len(conversation.turns) == 2

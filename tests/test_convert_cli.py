@@ -203,7 +203,7 @@ def test_progress_in_a_narrow_terminal(monkeypatch):
     progress = cli.Progress("加载中", 100, stream=stream)
     progress.last -= 1
     progress(50)
-    assert stream.getvalue() == "\r\x1b[K加载中: 50 of 100"
+    assert stream.getvalue() == "\r\x1b[K加载中: 50 of 100, "  # 19 columns
 
 
 @pytest.mark.parametrize(
