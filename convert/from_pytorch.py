@@ -4,6 +4,7 @@ import argparse
 import json
 
 from convert.cli import Parser, Progress, human_size, note, run_main, size_argument
+from convert.hub import add_hub_flags, find_model
 
 # Spelt out here, and compared with the library's lists in a test, so that --help needs no jax.
 DTYPES = ("keep", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16", "half")
@@ -22,7 +23,7 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.from_pytorch ./chatglm2-6b ./chatglm2-6b-jax --dtype bfloat16",
     )
-    parser.add_argument("source", metavar="SRC", help="the folder to read")
+    parser.add_argument("source", metavar="SRC", help="the folder to read, or OWNER/NAME")
     parser.add_argument("destination", metavar="DST", help="the folder to write")
     weights = parser.add_argument_group("weights")
     weights.add_argument(
@@ -60,6 +61,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--template", choices=TEMPLATES, help="prompt template instead of the family's own"
     )
+    add_hub_flags(parser.add_argument_group("hub"))
 
 
 def main(argv: list[str]) -> None:
@@ -72,7 +74,8 @@ def main(argv: list[str]) -> None:
     from convert.own_format import check_destination, convert_folder, size_of_conversion
 
     dtype = None if args.dtype == "keep" else args.dtype
-    folder = open_folder(args.source, rope_kind=args.rope_scaling, template=args.template)
+    path = find_model(args.source, source=args.hub_source, revision=args.revision)
+    folder = open_folder(path, rope_kind=args.rope_scaling, template=args.template)
     size = size_of_conversion(folder, dtype)
     note(
         f"{args.source}: {folder.layout}, {folder.config.family}, "

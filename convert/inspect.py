@@ -5,6 +5,7 @@ from typing import Any
 
 from convert.cli import Parser, Progress, human_size, note, run_main
 from convert.from_pytorch import add_model_flags
+from convert.hub import find_model
 
 
 def build_parser() -> Parser:
@@ -17,7 +18,7 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.inspect ./chatglm2-6b",
     )
-    parser.add_argument("path", metavar="PATH", help="the folder")
+    parser.add_argument("path", metavar="PATH", help="the folder, or OWNER/NAME")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     output.add_argument(
@@ -89,12 +90,13 @@ def as_table(found: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     """Parses and prints."""
     args = build_parser().parse_args(argv)
-    found = describe(args.path, rope_kind=args.rope_scaling, template=args.template)
+    path = str(find_model(args.path, source=args.hub_source, revision=args.revision))
+    found = describe(path, rope_kind=args.rope_scaling, template=args.template)
     if args.verify:
         from convert.manifest import verify_checkpoint
 
         with Progress("verifying", found["bytes_on_disk"], show=human_size) as progress:
-            manifest = verify_checkpoint(args.path, lambda done, _: progress(done))
+            manifest = verify_checkpoint(path, lambda done, _: progress(done))
         found["verified"] = True
         note(f"verified: {len(manifest.files)} files have the sums of the manifest")
     print(json.dumps(found, ensure_ascii=False) if args.json else as_table(found))

@@ -94,7 +94,7 @@ def _open_index(folder: Path, index: Path) -> Weights:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", fix="Download it again.")
     for name in set(map(str, weight_map.values())):
-        _check_file_name(index, name)
+        check_shard_name(index, name)
     files = {name: folder / name for name in dict.fromkeys(weight_map.values())}
     absent = [name for name, path in files.items() if not _is_there(path)]
     if absent:
@@ -117,7 +117,7 @@ def _open_index(folder: Path, index: Path) -> Weights:
     return Weights(tensors, tuple(files.values()))
 
 
-def _check_file_name(index: Path, name: str) -> None:
+def check_shard_name(index: Path, name: str) -> None:
     """Only plain names of files beside the index: nothing absolute, no separators, no `..`."""
     unsafe = any(character in name for character in "/\\:\0") or name.startswith(".")
     if unsafe or not name.endswith((".safetensors", ".bin")):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from convert import load_checkpoint
+from convert.hub import find_model
 from glm2_jax.errors import DeviceError, UsageError
 from infer.engine import Engine
 from infer.programs import OnEvent, device_errors
@@ -33,16 +34,21 @@ def load(
     device: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
+    source: str | None = None,
+    revision: str | None = None,
     on_event: OnEvent | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
     """Opens a checkpoint folder and returns an engine that answers with it.
 
     Args:
-      path: any folder that `convert.load_checkpoint` knows; None = the bundled demo model.
+      path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
+        None = the bundled demo model.
       dtype, quantize, mesh, rope_kind, template: as in `convert.load_checkpoint`.
       max_length: longest prompt and answer together; None = 8192, or what the model knows.
       device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
+      source, revision: where to fetch "owner/name" from ("hf", "modelscope"), and which; without a
+        source the network is never used, see `convert.hub.find_model`.
       on_event: called with a kind ("compile") and a line of text, for progress.
       progress: called with the bytes of parameters loaded and to load.
 
@@ -52,7 +58,9 @@ def load(
     """
     chosen = find_device(device)
     start = time.perf_counter()
-    folder = demo_folder() if path is None else Path(path)
+    folder = demo_folder()
+    if path is not None:
+        folder = find_model(path, source=source, revision=revision)
     with device_errors(f"loading {folder}"):
         checkpoint = load_checkpoint(
             folder,

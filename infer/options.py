@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.cli import Parser, Progress, human_size, note
+from convert.hub import add_hub_flags, find_model
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -40,9 +42,11 @@ def add_model_options(parser: Parser) -> None:
     group.add_argument(
         "--model",
         "-m",
-        metavar="DIR",
-        help="checkpoint folder, as published or converted (default: the bundled demo model)",
+        metavar="DIR|NAME",
+        help="checkpoint folder, as published or converted, or OWNER/NAME of a model on a hub "
+        "(default: the bundled demo model)",
     )
+    add_hub_flags(group)
     group.add_argument(
         "--rope-scaling",
         choices=("linear", "base"),
@@ -181,12 +185,26 @@ def say_which_model(args: argparse.Namespace) -> None:
         note("no --model given: using the bundled demo model, a few million parameters")
 
 
+def model_folder(args: argparse.Namespace) -> Path | None:
+    """The folder of the model that the flags name, fetched if they say so; None = the demo."""
+    from glm2_jax.errors import UsageError
+
+    if args.model is not None:
+        return find_model(args.model, source=args.hub_source, revision=args.revision)
+    if args.hub_source or args.revision:
+        raise UsageError(
+            "--source and --revision need --model.", fix="Name the model: --model OWNER/NAME."
+        )
+    return None
+
+
 def open_engine(args: argparse.Namespace) -> Engine:
     """Loads the model that the flags name and says on stderr how it computes."""
     import infer
     from infer.compile_cache import enable_compile_cache
 
     enable_compile_cache(args.compile_cache, warn=note)
+    folder = model_folder(args)
     with Progress("loading", 0, show=human_size) as bar:
 
         def show_progress(done: int, total: int) -> None:
@@ -194,7 +212,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
             bar(done)
 
         engine = infer.load(
-            args.model,
+            folder,
             dtype=args.dtype,
             device=args.device,
             max_length=args.max_length,
