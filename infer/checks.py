@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm2_jax import KVCache, last_logits
+from convert.names import PARTS
+from glm2_jax import GLMConfig, KVCache, last_logits
 from glm2_jax.errors import GLMError
-from glm2_jax.model import param_shapes
 from glm2_jax.prompt import build_prompt
 from infer.engine import Engine
 from infer.job import bucket
@@ -116,8 +116,8 @@ def failure(name: str, error: GLMError) -> Check:
 
 
 def _leaves(params: Any) -> dict[str, Any]:
-    """{"layers.q": array or shape, ...}."""
-    found = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, tuple))[0]
+    """{"layers.q": array, ...}."""
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
     return {".".join(str(key.key) for key in path): leaf for path, leaf in found}
 
 
@@ -130,8 +130,14 @@ def _parameters(engine: Engine, claims_6b: bool) -> Check:
     return compare("parameters", f"{expected:,}", f"{count:,}", note)
 
 
+def _expected_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {".".join(part.path): part.shape(config) for part in PARTS}
+    layers = (config.num_layers,)
+    return {n: layers + s if n.startswith("layers.") else s for n, s in shapes.items()}
+
+
 def _shapes(engine: Engine) -> Check:
-    expected = _leaves(param_shapes(engine.config))
+    expected = _expected_shapes(engine.config)
     found = {name: leaf.shape for name, leaf in _leaves(engine.checkpoint.params).items()}
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if not wrong:
@@ -246,10 +252,7 @@ def _answer(engine: Engine, known: Answer) -> list[Check]:
     text = completion.text if right else f"{completion.text[:80]!r}"
     return [
         compare(
-            "first token",
-            f"{known.first} for {known.question}",
-            f"{first} for {known.question}",
-            note,
+            "first token", f"{known.first} for {known.question}", f"{first} for {known.question}"
         ),
         Check("answer", PASS if right else FAIL, known.texts[0], text, "" if right else note),
     ]

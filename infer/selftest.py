@@ -146,7 +146,9 @@ def _scrubbed(check: Check, folder: str | None) -> dict[str, Any]:
         spellings = {str(path.resolve()), str(path.absolute()), str(path), folder.rstrip(os.sep)}
         names = dict.fromkeys(spellings - {"", "."}, path.resolve().name) | names
     for key in ("expected", "got", "note"):
-        for path, name in sorted(names.items(), reverse=True):  # long ones before their beginnings
+        for path, name in sorted(
+            names.items(), key=lambda pair: -len(pair[0])
+        ):  # whole paths first
             if len(path) > 1:
                 values[key] = values[key].replace(path, name)
     return values
