@@ -66,12 +66,17 @@ def load(conversation: Conversation, name: str) -> None:
     system = conversation.system if saved.sampling is None else saved.system
     conversation.replace(saved.history, system)
     conversation.sampling = saved.sampling or conversation.sampling
+    warn_of_another_model(conversation, saved)
+    note(f"loaded {_count(len(saved.history))}")
+
+
+def warn_of_another_model(conversation: Conversation, saved: chat_files.Saved) -> None:
+    """Says so if the conversation was held with another model, or template."""
     engine = conversation.engine
     if saved.fingerprint not in (None, engine.checkpoint.fingerprint):
         note("warning: this conversation was held with another model")
     elif saved.template not in (None, engine.template):
         note(f"warning: this conversation was held with the template {saved.template}")
-    note(f"loaded {_count(len(saved.history))}")
 
 
 def _save(conversation: Conversation, argument: str) -> None:

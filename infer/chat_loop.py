@@ -9,6 +9,7 @@ import sys
 from convert.cli import EXIT_INPUT, EXIT_INTERRUPTED, note
 from glm2_jax.errors import InputError, UsageError
 from infer import chat_commands, chat_files
+from infer.answer import Completion
 from infer.chat_input import enable_editing, read_entry, read_pipe, read_terminal
 from infer.chat_signals import ChatSignals
 from infer.conversation import Conversation, Events
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     conversation = Conversation(engine, sampling, say=note)
     if saved is not None:
         conversation.replace(saved.history, saved.system)
+        chat_commands.warn_of_another_model(conversation, saved)
     if args.system is not None:
         conversation.set_system(args.system or None)
     return Chat(args, engine, conversation).run()
@@ -139,7 +141,7 @@ class Chat:
         if self.args.stats:
             print_stats(self.engine.stats)
 
-    def _print_object(self, completion) -> None:
+    def _print_object(self, completion: Completion) -> None:
         question = self.conversation.unanswered or self.conversation.turns[-1].question
         value = result(self.engine, Request(question), completion)
         value["usage"]["reused_tokens"] = self.engine.stats.reused_tokens

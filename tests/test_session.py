@@ -6,7 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+import infer
 from glm2_jax.errors import CheckpointError, DeviceError, InputError
+from glm2_jax.prompt import build_followup
+from infer import job
 from infer.params import SamplingParams
 from infer.session import Session
 from tests.engine_toy import TOY, toy_engine, toy_params
@@ -200,3 +203,19 @@ def test_the_cache_is_donated(engine):
     cache = 2 * TOY.num_layers * 64 * TOY.num_kv_heads * TOY.head_dim * 4
     memory = engine.programs._programs["extend", (64, 64)].memory_analysis()
     assert memory.alias_size_in_bytes >= cache
+
+
+def test_a_conversation_with_the_demo_model(monkeypatch):
+    monkeypatch.setattr(job, "SMALLEST_BUCKET", 128)  # one shape, so three programs
+    engine = infer.load(None, dtype="float32", device="cpu", max_length=128)
+    session, sampling = Session(engine), SamplingParams(temperature=0, max_new_tokens=40)
+    ids, read = engine.build_prompt("你好"), []
+    for question in ("你是谁？", "早上好", None):
+        completion, new = ask(session, ids, sampling, clean=True)
+        assert completion.finish_reason == "stop" and len(completion.text) > 5
+        read.append(new)
+        if question:
+            follow_up = build_followup(engine.tokenizer, question, len(read) + 1)
+            ids = [*ids, *completion.output_ids, *follow_up]
+    # The end token is never in a prompt, so all of an answer has been read when it is over.
+    assert read[0] == 16 and len(ids) - sum(read) > 30 and max(read[1:]) <= 16
