@@ -35,7 +35,7 @@ from convert.hub_clients import (
 from convert.manifest import sha256_of
 from glm2_jax.errors import CheckpointError, GLMError, InputError, UsageError
 
-_TRIES = 5  # in a row without a single new byte
+_TRIES = 3  # in a row without a single new byte; the client itself tries some more
 
 
 class HuggingFace:

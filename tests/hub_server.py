@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ class HubServer(ThreadingHTTPServer):
         url: what HF_ENDPOINT or MODELSCOPE_ENDPOINT is set to.
         requests: (method, file or other path, first byte asked for) in their order.
         cuts: file -> how often its connection is cut after half of what was asked for.
+        reset: whether a cut is a reset, not an end that came too early.
+        ranges: whether parts of files can be asked for.
         broken: file -> bytes that are served instead, of the same length.
         refusal: (status, X-Error-Code) with which everything is answered, if set.
         redirect: whether large files are sent by another host, as from a CDN.
@@ -38,6 +42,7 @@ class HubServer(ThreadingHTTPServer):
         self.cuts: dict[str, int] = {}
         self.broken: dict[str, bytes] = {}
         self.refusal: tuple[int, str] | None = None
+        self.reset, self.ranges = False, True
         self.redirect, self.strangers = False, []
         self.hold = threading.Event()
         self.hold.set()
@@ -97,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in (None, "main", "master", COMMIT):
             self._answer(404, b"no", {"X-Error-Code": "RevisionNotFound"})
         elif file is not None:
-            self._file(file, first)
+            self._file(file, first if hub.ranges else 0)
         elif re.fullmatch(rf"/api/models/{hub.name}(/revision/(main|{COMMIT}))?", path):
             self._json(self._hf_listing())
         elif path.startswith(f"/api/models/{hub.name}/"):
@@ -172,6 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if self.server.cuts.get(name, 0) > 0:
             self.server.cuts[name] -= 1
+            if self.server.reset:
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
             return
         if len(data) >= LARGE:
