@@ -74,7 +74,7 @@ def open_clients(name: str, revision: str | None, source: str | None) -> list[Cl
             if source is not None:
                 raise UsageError(
                     f"--source {source} needs the package {package}, which is not installed.",
-                    fix='Run: pip install "glm2-jax[hub]"',
+                    fix=f"Install the extra hub, or: pip install {package.replace('_', '-')}",
                 ) from error
             continue
         clients.append(getattr(importlib.import_module(module), kind)(name, revision))
