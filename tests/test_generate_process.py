@@ -126,7 +126,8 @@ def test_a_reader_that_leaves_early_is_no_error_message(model, endless):
     process.stdout.close()
     assert process.wait(timeout=60) == 141
     said = process.stderr.read().splitlines()
-    assert [line for line in said if "rows answered" not in line] == ["computing in float32"]
+    told = [line for line in said if not line.endswith("s left")]  # progress, on a slow machine
+    assert told == ["computing in float32"]
     process.stderr.close()
 
 
