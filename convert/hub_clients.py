@@ -99,6 +99,7 @@ def explaining(explain: Callable[[Exception], GLMError | None]) -> Iterator[None
 
 
 def general_error(error: Exception, endpoint: str, hub: str, variable: str) -> GLMError | None:
+    """What went wrong, where the client has no error of its own for it; None for a bug."""
     if is_network_error(error):
         return unreachable(error, endpoint, hub, variable)
     if isinstance(error, OSError) and error.errno is not None:
@@ -106,6 +107,12 @@ def general_error(error: Exception, endpoint: str, hub: str, variable: str) -> G
         return InputError(
             f"What was fetched cannot be written: {error.strerror}{where}.",
             fix=f"Free some space, or move the hub's cache. {_KEPT}",
+        )
+    if isinstance(error, ValueError | TypeError | KeyError):  # a web page instead of JSON
+        return CheckpointError(
+            f"{endpoint} does not answer as {hub} does.",
+            f"{type(error).__name__}: {first_line(error)}",
+            f"Check {variable}, and whether a proxy or a login page is in between.",
         )
     return None
 
@@ -125,10 +132,12 @@ def is_network_error(error: Exception) -> bool:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type where there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def unreachable(error: Exception, endpoint: str, hub: str, variable: str) -> CheckpointError:
+    """No connection, or one that broke."""
     cause = error.__cause__ or error
     return CheckpointError(
         f"{hub} cannot be reached at {endpoint}, or the connection broke.",
@@ -140,6 +149,7 @@ def unreachable(error: Exception, endpoint: str, hub: str, variable: str) -> Che
 def no_such_model(
     name: str, endpoint: str, login: str, revision: str | None = None
 ) -> CheckpointError:
+    """The hub does not have it, or does not show it."""
     return CheckpointError(
         f"There is no model {name}{f' of revision {revision}' if revision else ''} at {endpoint}.",
         "Or it is private, and nobody is logged in who may see it.",
@@ -148,12 +158,14 @@ def no_such_model(
 
 
 def refused(endpoint: str, answer: object) -> CheckpointError:
+    """The hub answered with an error."""
     return CheckpointError(
         f"{endpoint} refused the request.", f"It answered: {answer}.", f"Try again later. {_KEPT}"
     )
 
 
 def damaged(file: str, hub: str) -> CheckpointError:
+    """The bytes are not those that the hub lists."""
     return CheckpointError(
         f"{file} came damaged from {hub}.",
         "Its sha256 or size is not the one that the repository lists.",

@@ -333,6 +333,12 @@ def test_refusals_of_modelscope(hub, capfd, status):
     assert capfd.readouterr().err == ""
 
 
+def test_a_login_page_instead_of_an_answer(hub, source, capfd):
+    hub.refusal = (200, "Welcome")
+    assert hub.url in fails(CheckpointError, NAME, source=source)
+    assert capfd.readouterr().err == ""
+
+
 def test_no_such_model(hub, source):
     assert "There is no model" in fails(CheckpointError, "someone/other", source=source)
 
