@@ -70,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open(folder: str, rope_kind: str | None) -> "Model":
     from convert.folder import open_folder
+    from convert.hub import find_model
     from infer.forms import Model
 
-    found = open_folder(folder, rope_kind=rope_kind)
+    found = open_folder(find_model(folder), rope_kind=rope_kind)
     return Model(found.config, folder, found.bits)
 
 
@@ -146,11 +147,10 @@ def _conclusion(model: "Model", report: "Report", columns: int) -> list[str]:
     lines = [*textwrap.wrap(text, columns), f"  {report.command}"]
     if report.problems:
         lines += textwrap.wrap("Run the doctor again when the problems are mended.", columns)
-    if model.folder is None:
-        lines += textwrap.wrap(
-            "An int4 or int8 checkpoint is dequantised while it is loaded, so it needs as much.",
-            columns,
-        )
+    if model.folder is None or model.bits:
+        which = f"This int{model.bits}" if model.bits else "An int4 or int8"
+        text = f"{which} checkpoint is dequantised while it is loaded, so it needs as much."
+        lines += textwrap.wrap(text, columns)
     return lines
 
 

@@ -64,7 +64,9 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     from infer import checks
 
     options.say_which_model(args)
-    report: dict[str, Any] = {"model": _name(args), "versions": _versions()}
+    report: dict[str, Any] = {"model": _name(args.model), "versions": _versions()}
+    if (folder := options.model_folder(args)) is not None:
+        args.model, args.hub_source, args.revision = str(folder), None, None
     found: list[Check] = []
     try:
         engine = options.open_engine(args)
@@ -91,8 +93,11 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _name(args: argparse.Namespace) -> str:
-    return "demo (bundled)" if args.model is None else Path(args.model).resolve().name
+def _name(model: str | None) -> str:
+    """The last part of a folder, or of a model's name on a hub."""
+    if model is None:
+        return "demo (bundled)"
+    return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
 
 
 def _versions() -> str:

@@ -62,10 +62,9 @@ def check(machine: Machine, model: Model | None = None) -> Report:
     """Examines and renders; what holds of every report is asserted here."""
     model = model or Model()
     report = examine(machine, model)
-    for section in report.sections:
-        for finding in section.findings:
-            assert finding.mark in ("ok", "note", "problem")
-            assert finding.fix or finding.mark != PROBLEM, finding
+    for finding in (f for section in report.sections for f in section.findings):
+        assert finding.mark in ("ok", "note", "problem")
+        assert finding.fix or finding.mark != PROBLEM, finding
     for columns in (40, 100):
         for line in doctor.render(model, report, columns).splitlines():
             whole = " do this: " in line or line == f"  {report.command}"
@@ -136,15 +135,9 @@ def test_a_smaller_gpu_needs_a_larger_share_of_its_memory():
 
 
 def test_two_gpus_of_which_the_first_is_taken():
-    machine = with_gpu()
-    taken = dataclasses.replace(A100, free=5 * GB)
-    machine = changed(
-        machine,
-        jax=JaxProbe(machine.jax.devices * 2),
-        nvidia=dataclasses.replace(machine.nvidia, on_bus=2, nodes=2, gpus=(taken, A100)),
-    )
-    report = check(machine)
-    said = texts(report, NOTE)
+    one, taken = with_gpu(), dataclasses.replace(A100, free=5 * GB)
+    nvidia = dataclasses.replace(one.nvidia, on_bus=2, nodes=2, gpus=(taken, A100))
+    said = texts(check(changed(one, jax=JaxProbe(one.jax.devices * 2), nvidia=nvidia)), NOTE)
     assert "2 devices; this program uses the first" in said
     assert "export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1" in said
 
@@ -168,8 +161,8 @@ def test_what_hides_a_gpu():
     assert "unset LD_LIBRARY_PATH" in texts(report, PROBLEM)
     unloaded = changed(WORKSTATION, nvidia=Nvidia(on_bus=1))
     assert "driver is not loaded" in texts(check(unloaded), PROBLEM)
-    report = check(changed(WORKSTATION, packages=PACKAGES | CUDA12))
-    assert "see what jax itself says" in texts(report, PROBLEM)
+    unexplained = changed(WORKSTATION, packages=PACKAGES | CUDA12)
+    assert "see what jax itself says" in texts(check(unexplained), PROBLEM)
 
 
 def test_a_cache_that_cannot_be_written():
@@ -220,6 +213,8 @@ def test_a_model_of_its_own():
     assert report.best.weights == 4 * model.config.num_params
     spaces = dataclasses.replace(model, folder="my model")
     assert "--model 'my model' " in forms.command(spaces, report.best)
+    small = dataclasses.replace(model, bits=4)
+    assert "This int4 checkpoint is deq" in doctor.render(small, examine(LAPTOP, small), 100)
 
 
 def test_unknown_memory_and_disks():
@@ -239,13 +234,13 @@ def test_the_answer_of_nvidia_smi():
     assert probing.parse_nvidia_smi("No devices were found\n")[0] == ()
 
 
-@pytest.mark.parametrize(
-    ("line", "version"),
-    [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19", "535.129.03"),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86  Release", "570.86"),
-    ],
-)
+DRIVERS = {
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19": "535.129.03",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86  Release": "570.86",
+}
+
+
+@pytest.mark.parametrize(("line", "version"), DRIVERS.items())
 def test_hardware_without_tools(tmp_path, monkeypatch, line, version):
     monkeypatch.setattr(probing.shutil, "which", lambda tool: None)
     files = {
@@ -389,9 +384,8 @@ def test_flags():
         "import sys\nfrom infer.doctor import main\n"
         "try: main(['--help'])\nfinally: print('numpy' in sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and "--json" in done.stdout and done.stderr == "False\n"
     assert run("--model", "no/such/folder").returncode == 4
     assert run("--nonsense").returncode == 2

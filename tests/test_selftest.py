@@ -250,6 +250,11 @@ def test_paths_are_shortened(tmp_path, monkeypatch):
         assert str(tmp_path) not in note and note.endswith("/b and ~/other, inference"), note
 
 
+def test_a_model_is_named_by_its_last_part():
+    assert selftest._name("THUDM/chatglm2-6b") == "chatglm2-6b"
+    assert selftest._name(str(demo_folder())) == selftest._name(f"{demo_folder()}/") == "demo"
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "infer.selftest", "--model", str(tmp_path / "none")],
