@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 from glm2_jax.errors import InputError
 from infer.text_input import decode_utf8
@@ -14,7 +15,14 @@ _QUOTES = '"""'
 ReadLine = Callable[[str], str | None]
 
 
-def read_entry(read: ReadLine) -> str | None:
+class Entry(NamedTuple):
+    """What was entered; what stands in quotation marks is no command, whatever it says."""
+
+    text: str
+    quoted: bool = False
+
+
+def read_entry(read: ReadLine) -> Entry | None:
     r"""Reads a command or a question, which may have several lines; None at the end of input.
 
     A line that ends with one backslash goes on in the next one; a question that begins with three
@@ -24,10 +32,12 @@ def read_entry(read: ReadLine) -> str | None:
       read: reads a line without its end, given the prompt to show; None at the end of input.
     """
     line = read(PROMPT)
-    if line is None or (line.startswith("/") and not line.startswith("//")):
-        return line
+    if line is None:
+        return None
+    if line.startswith("/") and not line.startswith("//"):
+        return Entry(line)
     if line.lstrip().startswith(_QUOTES):
-        return _quoted(line.lstrip().removeprefix(_QUOTES), read)
+        return Entry(_quoted(line.lstrip().removeprefix(_QUOTES), read), quoted=True)
     lines = [line]
     while _goes_on(lines[-1]):
         lines[-1] = lines[-1][:-1]
@@ -35,7 +45,7 @@ def read_entry(read: ReadLine) -> str | None:
         if following is None:
             break
         lines.append(following)
-    return "\n".join(lines)
+    return Entry("\n".join(lines))
 
 
 def _goes_on(line: str) -> bool:

@@ -10,7 +10,7 @@ from convert.cli import EXIT_INPUT, EXIT_INTERRUPTED, note
 from glm2_jax.errors import InputError, UsageError
 from infer import chat_commands, chat_files
 from infer.answer import Completion
-from infer.chat_input import enable_editing, read_entry, read_pipe, read_terminal
+from infer.chat_input import Entry, enable_editing, read_entry, read_pipe, read_terminal
 from infer.chat_signals import ChatSignals
 from infer.conversation import Conversation, Events
 from infer.engine import Engine
@@ -65,10 +65,10 @@ class Chat:
             note("/help lists the commands; stop or Ctrl-D leaves")
         while True:
             try:
-                line = self._read()
-                if line is None or line.strip() in ("stop", "/stop"):
+                entry = self._read()
+                if entry is None or _is_command(entry, "stop"):
                     break
-                self._obey(line)
+                self._obey(entry)
             except KeyboardInterrupt:  # the second one without a line in between
                 note("\ninterrupted")
                 return EXIT_INTERRUPTED
@@ -77,7 +77,7 @@ class Chat:
                 self._failed = True
         return EXIT_INPUT if self._failed and not self.terminal else 0
 
-    def _read(self) -> str | None:
+    def _read(self) -> Entry | None:
         if self.signals is None:
             return read_entry(read_pipe)
         try:
@@ -88,9 +88,11 @@ class Chat:
         with self.signals.waiting():
             return read_entry(read_terminal)
 
-    def _obey(self, line: str) -> None:
-        command = line.strip()
-        if command in ("clear", "/clear"):
+    def _obey(self, entry: Entry) -> None:
+        command = entry.text.strip()
+        if entry.quoted:
+            self._answer(self.conversation.reply(entry.text))
+        elif _is_command(entry, "clear"):
             self.conversation.replace((), self.conversation.system)
             if sys.stdout.isatty():
                 sys.stdout.write(_CLEAR_SCREEN)
@@ -102,7 +104,7 @@ class Chat:
         elif command.startswith("/"):
             chat_commands.run(self.conversation, command)
         elif command:
-            self._answer(self.conversation.reply(line))
+            self._answer(self.conversation.reply(entry.text))
 
     def _answer(self, events: Events) -> None:
         """Prints an answer: piece by piece on a terminal, else when it is finished."""
@@ -146,3 +148,8 @@ class Chat:
         value = result(self.engine, Request(question), completion)
         value["usage"]["reused_tokens"] = self.engine.stats.reused_tokens
         print_json(value)
+
+
+def _is_command(entry: Entry, word: str) -> bool:
+    """Whether this is one of the two official words, with or without a slash."""
+    return not entry.quoted and entry.text.strip() in (word, f"/{word}")

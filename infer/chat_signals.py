@@ -42,7 +42,7 @@ class ChatSignals:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Inside, the user is asked for a line: SIGINT raises KeyboardInterrupt."""
-        self._waiting = True
+        self._waiting, self.stop = True, False
         try:
             yield
         finally:

@@ -90,18 +90,18 @@ def extend(
     """
     real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
     last = jnp.maximum(lengths - 1, 0)
-    cache = cache.replace(length=kept)
-    logits, cache = last_logits(
-        config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cache
+    cut = KVCache(cache.k, cache.v, jnp.asarray(kept), cache.prefix)
+    logits, extended = last_logits(
+        config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cut
     )
-    state = State(cache, jnp.zeros_like(last), jnp.asarray(seen), lengths > 0, jnp.int32(0))
+    state = State(extended, jnp.zeros_like(last), jnp.asarray(seen), lengths > 0, jnp.int32(0))
     return _pick(logits, controls, state)
 
 
 def grow(size: int, cache: KVCache) -> KVCache:
     """A copy of the cache with more slots, the new ones zero."""
     pad = [(0, 0)] * 2 + [(0, size - cache.size)] + [(0, 0)] * 2
-    return cache.replace(k=jnp.pad(cache.k, pad), v=jnp.pad(cache.v, pad))
+    return KVCache(jnp.pad(cache.k, pad), jnp.pad(cache.v, pad), cache.length, cache.prefix)
 
 
 def decode(

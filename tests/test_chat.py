@@ -137,16 +137,17 @@ def test_mistakes_in_a_pipe_are_told_and_make_the_exit_code_3(chat):
 
 
 def test_lines_that_begin_with_slashes_and_that_go_on(chat):
-    text = '//undo\none\\\ntwo\n"""three\nfour\n"""\n"""five"""\nsix\\\\\n'
+    text = '//undo\none\\\ntwo\n"""three\nfour\n"""\n"""five"""\nsix\\\\\n"""stop"""\n'
     _, out, _ = chat(text, "--json")
     asked = [answer["prompt"] for answer in objects(out)]
-    assert asked == ["/undo", "one\ntwo", "three\nfour", "five", "six\\\\"]
+    assert asked == ["/undo", "one\ntwo", "three\nfour", "five", "six\\\\", "stop"]
 
 
 @pytest.mark.parametrize("text", ["one\\", '"""one', '"""one\n'])
 def test_the_end_of_input_ends_an_entry(text):
     lines = iter([*text.split("\n"), None, None])
-    assert read_entry(lambda prompt: next(lines)) == "one"
+    entry = read_entry(lambda prompt: next(lines))
+    assert entry is not None and entry.text == "one"
 
 
 def test_the_oldest_turns_are_left_out_and_it_is_said(chat):

@@ -96,12 +96,12 @@ def test_a_retry_of_which_nothing_comes_leaves_the_old_answer(conversation, monk
 
 def test_a_question_without_an_answer_can_be_asked_again(conversation, monkeypatch):
     said(conversation.reply("one"))
-    monkeypatch.setattr(conversation._session, "run", lambda *a, **k: iter(()))
-    said(conversation.reply("two"))
-    assert conversation.unanswered == "two" and len(conversation.turns) == 1
-    said(conversation.retry())
-    assert conversation.unanswered == "two"
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(conversation._session, "run", lambda *a, **k: iter(()))
+        said(conversation.reply("two"))
+        assert conversation.unanswered == "two" and len(conversation.turns) == 1
+        said(conversation.retry())
+        assert conversation.unanswered == "two"
     said(conversation.retry())
     assert conversation.history[1][0] == "two" and conversation.unanswered is None
 
