@@ -3,7 +3,8 @@
 import argparse
 import json
 
-from convert.cli import Parser, Progress, human_size, note, path_argument, run_main, size_argument
+from convert import interrupt
+from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
 
 # Spelt out here, and compared with the library's lists in a test, so that --help needs no jax.
 DTYPES = ("keep", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16", "half")
@@ -65,8 +66,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> None:
     """Parses and converts."""
     args = build_parser().parse_args(argv)
-    from pathlib import Path
-
     from convert.folder import open_folder
     from convert.manifest import verify_checkpoint
     from convert.own_format import check_destination, convert_folder, size_of_conversion
@@ -79,8 +78,9 @@ def main(argv: list[str]) -> None:
         f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
     )
     if args.dry_run:
-        check_destination(Path(args.destination), args.overwrite)
-        print(json.dumps({"destination": args.destination, "bytes": size, "written": False}))
+        check_destination(args.destination, args.overwrite, source=folder.path, needed=size)
+        plan = {"destination": args.destination, "bytes": size, "written": False}
+        print(json.dumps(plan, ensure_ascii=False))
         return
     with Progress("converting", size, show=human_size) as progress:
         manifest = convert_folder(
@@ -102,4 +102,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    interrupt.run(main)

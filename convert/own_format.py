@@ -4,8 +4,10 @@ The weights have the names and shapes of our parameters, one tensor a layer ("la
 that a folder of any size is written and read without ever holding more than a chunk of it.
 """
 
+import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.atomic import new_folder, remove_leftovers, require_space
-from convert.folder import Folder
+from convert.atomic import (
+    moved_aside,
+    new_folder,
+    remove_leftovers,
+    require_space,
+    require_writable,
+    restore,
+)
+from convert.folder import Folder, check_fit
 from convert.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from convert.names import PARTS, Match, Part, own_name
 from convert.values import CHUNK_ELEMENTS, Values, all_finite, cast
@@ -63,6 +72,7 @@ def save_checkpoint(
         CheckpointError: parameters of a wrong shape, or NaN or infinity among them.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
+    check_fit(config, tokenizer, template or config.default_template, asked=template is not None)
     kind = _float_dtype(dtype or np.dtype(params["embed"].dtype).name)
     leaves = {part.path: _leaf(params, part, config) for part in PARTS}
     entries = [
@@ -78,7 +88,7 @@ def save_checkpoint(
         files={},
     )
     return _write(
-        Path(folder), config, tokenizer.model_bytes, entries, manifest,
+        folder, config, tokenizer.model_bytes, entries, manifest,
         overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
     )  # fmt: skip
 
@@ -102,14 +112,9 @@ def convert_folder(
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
     """
-    target = Path(destination)
-    if target.exists() and target.resolve() == source.path.resolve():
-        raise UsageError("The folder cannot be converted onto itself.", fix="Name another one.")
     kind = _float_dtype(dtype or source.float_dtype)
-    # A damaged tokenizer must not be found only after the weights have been written.
-    tokenizer = Tokenizer.from_file(source.tokenizer_path, family=source.config.family)
     manifest = Manifest(
-        source=str(source.path),
+        source=os.fsencode(source.path).decode(errors="replace"),
         dtype=kind.name,
         rope_kind=source.config.rope_kind,
         template=source.template,
@@ -122,8 +127,8 @@ def convert_folder(
         for part, start, stop in match.rule.ranges(source.config)
     ]
     return _write(
-        target, source.config, tokenizer.model_bytes, entries, manifest,
-        overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
+        destination, source.config, source.tokenizer.model_bytes, entries, manifest,
+        source=source.path, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
     )  # fmt: skip
 
 
@@ -132,47 +137,100 @@ def size_of_conversion(source: Folder, dtype: str | None) -> int:
     return source.config.num_params * _float_dtype(dtype or source.float_dtype).itemsize
 
 
-def check_destination(destination: Path, overwrite: bool) -> None:
-    """Refuses to replace what must not be replaced.
+def check_destination(
+    destination: str | Path, overwrite: bool, *, source: Path | None = None, needed: int = 0
+) -> None:
+    """Refuses to begin what cannot be finished, and to replace what must not be replaced.
+
+    Args:
+        destination: the folder to write.
+        overwrite: whether a folder of our own format may be replaced.
+        source: the folder that is converted.
+        needed: bytes to write.
 
     Raises:
-        UsageError: the folder exists and `overwrite` is False, or it is none of ours.
+        UsageError: the folder exists and `overwrite` is False, or it is none of ours, or it holds
+            the source or files that we did not write.
+        InputError: no space, or the folder cannot be written.
     """
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+    folder = _real(destination)
+    require_writable(folder)
+    _check_replaceable(folder, moved_aside(folder) or folder, overwrite, source)
+    require_space(folder, needed + _SPARE_BYTES)
+
+
+def _check_replaceable(folder: Path, present: Path, overwrite: bool, source: Path | None) -> None:
+    if not os.path.lexists(present):
         return
-    if not overwrite:
-        raise UsageError(
-            f"{destination} exists.",
-            "Nothing is overwritten unless that is asked for.",
-            "Choose another name, or use --overwrite (overwrite=True).",
-        )
+    if source is not None:
+        _check_outside(present, source)
     try:
-        read_manifest(destination)
+        if present.is_dir() and not any(present.iterdir()):
+            return
+        if not overwrite:
+            raise UsageError(
+                f"{folder} exists.",
+                "Nothing is overwritten unless that is asked for.",
+                "Choose another name, or use --overwrite (overwrite=True).",
+            )
+        known = {MANIFEST, *read_manifest(present).files}
+        foreign = [
+            path.name
+            for path in sorted(present.iterdir())
+            if path.name not in known or (path.is_dir() and not path.is_symlink())
+        ]
     except (CheckpointError, OSError) as error:
         raise UsageError(
-            f"{destination} is not a folder of this project's format.",
+            f"{folder} is not a folder of this project's format.",
             "Only such a folder is replaced, so that a mistyped path costs nothing.",
             "Choose another name, or remove it yourself.",
         ) from error
+    if foreign:
+        raise UsageError(
+            f"{folder} holds {', '.join(foreign[:5])}{', ...' if foreign[5:] else ''}.",
+            "Its manifest does not list that, so replacing the folder would lose it.",
+            "Move it elsewhere, or choose another name.",
+        )
+
+
+def _check_outside(folder: Path, source: Path) -> None:
+    """The source, or a file that it links to, must not go when `folder` is replaced."""
+    if folder.samefile(source):
+        raise UsageError("The folder cannot be converted onto itself.", fix="Name another one.")
+    for path in (source, *source.iterdir()):
+        real = _real(path)
+        if any(parent.exists() and parent.samefile(folder) for parent in real.parents):
+            raise UsageError(
+                f"The source {path} lies in {folder}.",
+                "Replacing that folder would lose it.",
+                "Choose another name.",
+            )
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _write(
-    folder: Path,
+    destination: str | Path,
     config: GLMConfig,
     tokenizer_model: bytes,
     entries: list[Entry],
     manifest: Manifest,
     *,
+    source: Path | None = None,
     overwrite: bool,
     max_shard_size: int,
     progress: Progress,
 ) -> Manifest:
-    folder = folder.resolve()
+    folder = _real(destination)
+    restore(folder)
+    needed = sum(entry.nbytes for entry in entries)
+    check_destination(folder, overwrite, source=source, needed=needed)
     remove_leftovers(folder)
-    check_destination(folder, overwrite)
-    require_space(folder, sum(entry.nbytes for entry in entries) + _SPARE_BYTES)
     config_text = json.dumps(config.to_hf(), indent=2) + "\n"
-    with new_folder(folder) as temporary:
+    may_replace = functools.partial(_check_replaceable, folder, folder, overwrite, source)
+    with new_folder(folder, may_replace) as temporary:
         files: dict[str, FileEntry] = {
             "config.json": write_file(temporary / "config.json", config_text.encode()),
             "tokenizer.model": write_file(temporary / "tokenizer.model", tokenizer_model),
@@ -192,8 +250,15 @@ def _stored_entry(
     source: Folder, match: Match, part: Part, start: int, stop: int, dtype: np.dtype
 ) -> Entry:
     def chunks() -> Iterator[np.ndarray]:
-        for _, chunk in Values(match, source.config, source.bits).chunks(start, stop):
-            yield cast(chunk, dtype, match.name)
+        try:
+            for _, chunk in Values(match, source.config, source.bits).chunks(start, stop):
+                yield cast(chunk, dtype, match.name)
+        except OSError as error:  # else it would be taken for one of the writing
+            raise CheckpointError(
+                f"{match.tensor.file} cannot be read.",
+                f"{error.strerror or error}.",
+                "Check its rights and the disk.",
+            ) from error
 
     name = own_name(part.path).replace("{layer}", str(match.layer))
     return Entry(name, part.shape(source.config), dtype, chunks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> int:
     from glm2_jax import Tokenizer
     from train.demo.data import load_heldout, load_pairs, train_tokenizer
 
-    check_destination(Path(args.output), args.overwrite)
+    check_destination(args.output, args.overwrite)
     pairs = load_pairs()
     tokenizer = Tokenizer.from_bytes(train_tokenizer(pairs, PIECES))
     config = demo_config(tokenizer)
