@@ -42,6 +42,8 @@ class Programs:
           key: names everything that the shapes of `args` depend on.
           donate: position of the argument whose buffers the result may take over.
         """
+        if jax.config.jax_disable_jit:  # a wish for plain steps that a debugger can follow
+            return function(*jax.tree.map(jax.numpy.asarray, args))
         program = self._programs.get((name, key))
         if program is None:
             # What is still running must not be counted as compiling.

@@ -155,7 +155,7 @@ def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Rows) -> j
     def draw(candidates: tuple[jax.Array, jax.Array]) -> jax.Array:
         kept, ids = filter_ranked(candidates[0], rows), candidates[1]
         # The noise belongs to the token and not to its rank: any number of candidates draws alike.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,), jnp.float32))(keys)
         best = jnp.argmax(kept + jnp.take_along_axis(noise, ids, axis=-1), axis=-1)
         drawn = jnp.take_along_axis(ids, best[:, None], axis=-1)[:, 0]
         return jnp.where(rows.temperature > 0, drawn, greedy)
@@ -197,7 +197,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> L
         )
 
     def nothing() -> Logprobs:
-        empty = jnp.zeros((batch, count))
-        return Logprobs(jnp.zeros(batch), empty, empty.astype(jnp.int32))
+        empty = jnp.zeros((batch, count), jnp.float32)
+        return Logprobs(jnp.zeros(batch, jnp.float32), empty, empty.astype(jnp.int32))
 
     return jax.lax.cond(wanted, compute, nothing)
