@@ -26,6 +26,7 @@ from convert.atomic import (
 from convert.folder import Folder, check_fit
 from convert.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from convert.names import PARTS, Match, Part, own_name
+from convert.stored import reading
 from convert.values import CHUNK_ELEMENTS, Values, all_finite, cast
 from convert.writer import Entry, write_file, write_shards
 from glm2_jax.config import GLMConfig
@@ -250,15 +251,9 @@ def _stored_entry(
     source: Folder, match: Match, part: Part, start: int, stop: int, dtype: np.dtype
 ) -> Entry:
     def chunks() -> Iterator[np.ndarray]:
-        try:
+        with reading(match.tensor.file):  # else an error would be taken for one of the writing
             for _, chunk in Values(match, source.config, source.bits).chunks(start, stop):
                 yield cast(chunk, dtype, match.name)
-        except OSError as error:  # else it would be taken for one of the writing
-            raise CheckpointError(
-                f"{match.tensor.file} cannot be read.",
-                f"{error.strerror or error}.",
-                "Check its rights and the disk.",
-            ) from error
 
     name = own_name(part.path).replace("{layer}", str(match.layer))
     return Entry(name, part.shape(source.config), dtype, chunks)
