@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +12,8 @@ import numpy as np
 from glm2_jax.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**48
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -52,6 +54,16 @@ class StoredTensor:
             raise CheckpointError(
                 f"{self.file} was cut while it was read.", str(error)[:200], "Try again."
             ) from error
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Refuses what no array can be, also where one axis is 0 and the others are immense.
+
+    Raises:
+        ValueError: too many dimensions or elements.
+    """
+    if len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions is too large")
 
 
 @contextlib.contextmanager

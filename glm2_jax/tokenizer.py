@@ -153,7 +153,8 @@ def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcesso
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(data)
-    except RuntimeError as error:
+        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # each is valid text
+    except (RuntimeError, UnicodeError) as error:
         raise CheckpointError(
             f"{name} is no SentencePiece model.", " ".join(str(error).split())
         ) from error
