@@ -70,7 +70,9 @@ def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray
       penalty: float32 [B].
     """
     penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    changed = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    largest = jnp.finfo(jnp.float32).max  # an infinite score would turn into NaN later on
+    return jnp.where(seen, jnp.clip(changed, -largest, largest), logits)
 
 
 def ranked(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
