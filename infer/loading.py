@@ -82,9 +82,10 @@ def find_device(name: Any) -> Any:
         raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
     try:
         return jax.local_devices(backend=None if name == "auto" else name)[0]
-    except RuntimeError as error:
-        raise DeviceError(
-            f"no device {name!r} was found",
-            str(error).splitlines()[0],
-            "Use device 'auto' or 'cpu', or install the JAX package for that device.",
-        ) from error
+    except (RuntimeError, AssertionError) as error:  # the latter where none can be initialised
+        reason = (str(error).splitlines() or ["JAX could initialise none."])[0]
+        platforms = os.environ.get("JAX_PLATFORMS")
+        fix = "Use device 'auto' or 'cpu', or install the JAX package for that device."
+        if platforms:
+            fix = f"JAX_PLATFORMS={platforms} restricts the choice: unset it, or use device 'cpu'."
+        raise DeviceError(f"no device {name!r} was found", reason, fix) from error
