@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, Progress, human_size, note
+from convert.cli import Parser, Progress, human_size, note, path_argument
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -40,6 +40,7 @@ def add_model_options(parser: Parser) -> None:
     group.add_argument(
         "--model",
         "-m",
+        type=path_argument,
         metavar="DIR",
         help="checkpoint folder, as published or converted (default: the bundled demo model)",
     )
@@ -125,6 +126,7 @@ def add_performance_options(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     group.add_argument(
         "--compile-cache",
+        type=path_argument,
         metavar="DIR|off",
         help="where compiled programs are kept (default: the user's cache folder)",
     )
