@@ -163,8 +163,9 @@ def check_destination(
 def _check_replaceable(folder: Path, present: Path, overwrite: bool, source: Path | None) -> None:
     if not os.path.lexists(present):
         return
-    if source is not None:
-        _check_outside(present, source)
+    if source is not None and present.is_dir():
+        with reading(source):
+            _check_outside(present, source)
     try:
         if present.is_dir() and not any(present.iterdir()):
             return

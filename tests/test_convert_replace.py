@@ -32,7 +32,10 @@ def test_only_our_own_folders_are_replaced(tmp_path):
     (tmp_path / "home/thesis.tex").write_text("important")
     (tmp_path / "file").write_text("important")
     (tmp_path / "loop").symlink_to("loop")
+    source = open_folder(write_official(tmp_path / "official"))
     for target in ("home", "file", "loop"):
+        with pytest.raises(UsageError, match="not a folder of this project"):
+            convert_folder(source, tmp_path / target, overwrite=True)
         with pytest.raises(UsageError, match="exists"):
             save(tmp_path / target)
         with pytest.raises(UsageError, match="not a folder of this project"):
