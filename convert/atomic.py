@@ -197,8 +197,11 @@ def _lock(folder: Path) -> int | None:
 
 
 def _nearest(destination: Path) -> Path:
-    """The folder, of those on the way to `destination`, that is there already."""
-    return next(parent for parent in destination.parents if parent.exists())
+    """The last folder on the way to `destination` that is there already."""
+    place = destination.parent
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def _umask() -> int:

@@ -207,7 +207,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def path_argument(text: str) -> str:
     """An argparse type for paths: an empty one, as an unset shell variable gives it, is refused."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty; write . for the current folder")
+        raise argparse.ArgumentTypeError("the path is empty")
     return text
 
 

@@ -163,6 +163,12 @@ def check_destination(
 def _check_replaceable(folder: Path, present: Path, overwrite: bool, source: Path | None) -> None:
     if not os.path.lexists(present):
         return
+    if present.is_dir() and present.samefile("."):
+        raise UsageError(
+            f"{folder} is the current folder.",
+            "A new folder takes its place, so you would stay in one that is gone.",
+            "Run the command somewhere else.",
+        )
     if source is not None and present.is_dir():
         with reading(source):
             _check_outside(present, source)

@@ -40,6 +40,8 @@ def test_only_our_own_folders_are_replaced(tmp_path):
             save(tmp_path / target)
         with pytest.raises(UsageError, match="not a folder of this project"):
             save(tmp_path / target, overwrite=True)
+    with pytest.raises(UsageError, match="exists"):
+        save("/")
     (tmp_path / "empty").mkdir()
     save(tmp_path / "empty")
     assert (tmp_path / "home/thesis.tex").read_text() == "important"
@@ -56,6 +58,14 @@ def test_files_that_the_manifest_does_not_list_are_kept(tmp_path, name):
     with pytest.raises(UsageError, match=f"holds {name.split('/')[0]}"):
         save(tmp_path / "own", overwrite=True)
     assert path.read_text() == "important" and names(tmp_path) == ["own"]
+
+
+def test_the_current_folder_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="the current folder"):
+            save(".", overwrite=overwrite)
+    assert names(tmp_path) == []
 
 
 def test_a_folder_is_not_converted_onto_itself(tmp_path):
