@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from glm2_jax.errors import CheckpointError, InputError
+from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.tokenizer import Tokenizer
 from infer.answer import Answer, Completion, TokenLogprob
-from infer.params import SamplingParams
+from infer.params import SamplingParams, shown
 from infer.sampling import Rows, seed_words
 from infer.steps import IDLE, NOT_FINITE, Controls, Output
 
@@ -97,7 +98,13 @@ class Job:
         row_offset: int,
         clean: bool,
     ):
+        if not isinstance(sampling, SamplingParams):
+            raise UsageError(f"sampling must be SamplingParams, not {shown(sampling)}")
         self.sampling = sampling
+        prompts = [
+            listed(ids, "a prompt must be a list of token ids")
+            for ids in listed(prompts, "prompts must be a list of lists of token ids")
+        ]
         check_prompts(prompts, vocab_size)
         ceiling = min(sampling.max_length or max_length, max_length)
         limits = [answer_limit(len(ids), row, sampling, ceiling) for row, ids in enumerate(prompts)]
@@ -107,6 +114,8 @@ class Job:
         ]
         lengths = [len(ids) for ids in prompts]
         batch = 1 << (len(prompts) - 1).bit_length()
+        if not isinstance(row_offset, int | np.integer) or not 0 <= row_offset <= 2**31 - batch:
+            raise UsageError(f"row_offset must be a whole number below 2**31, not {row_offset!r}")
         ends = [length + limit for length, limit in zip(lengths, limits, strict=True)]
         self.cache_size = bucket(max(ends), max_length)
         self.tokens = np.zeros((batch, bucket(max(lengths), max_length)), np.int32)
@@ -210,6 +219,20 @@ class Clock:
         stats.compile_s = self._compiling() - self._compiled_before
 
 
+def listed(value: Any, rule: str) -> list[Any]:
+    """The items of a list, a generator, or an array; of an array as plain numbers.
+
+    Raises:
+      UsageError: it is none, against the `rule`. (Text and bytes are none, since their items are
+        not what was meant.)
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
+        raise UsageError(f"{rule}, not {shown(value)}")
+    return list(value)
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     """Raises InputError for no prompts, an empty one, or ids that are not in the vocabulary."""
     if not prompts:
@@ -217,10 +240,11 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     for row, ids in enumerate(prompts):
         if not len(ids):
             raise InputError(f"prompt {row + 1} is empty")
-        bad = [i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab_size]
+        bad = [i for i in ids if not isinstance(i, int | np.integer) or isinstance(i, bool)]
+        bad = bad or [i for i in ids if not 0 <= i < vocab_size]
         if bad:
             raise InputError(
-                f"prompt {row + 1} has the token id {bad[0]!r}",
+                f"prompt {row + 1} has the token id {shown(bad[0])}",
                 f"The model's ids are whole numbers from 0 to {vocab_size - 1}.",
             )
 

@@ -52,7 +52,7 @@ def load(
     """
     chosen = find_device(device)
     start = time.perf_counter()
-    folder = demo_folder() if path is None else Path(path)
+    folder = demo_folder() if path is None else _folder(path)
     with device_errors(f"loading {folder}"):
         checkpoint = load_checkpoint(
             folder,
@@ -67,6 +67,12 @@ def load(
         jax.block_until_ready(checkpoint.params)
     seconds = time.perf_counter() - start
     return Engine(checkpoint, max_length=max_length, load_s=seconds, on_event=on_event)
+
+
+def _folder(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UsageError(f"the path of a checkpoint must be text or a Path, not {path!r}")
+    return Path(path)
 
 
 def find_device(name: Any) -> Any:

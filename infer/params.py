@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import numbers
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -77,14 +78,16 @@ class SamplingParams:
         """
         values = dict(kwargs)
         _refuse_beams(values)
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise UsageError(f"unknown preset {preset!r}", fix=f"Known: {', '.join(PRESETS)}.")
         greedy = _greedy_asked(values)
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
             raise UsageError(
                 f"unknown sampling option: {', '.join(unknown)}",
+                f"Did you mean {near[0]}?" if near else "",
                 fix=f"Known: {', '.join(known)}.",
             )
         if greedy:
@@ -139,7 +142,7 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
 
 def _refuse_beams(values: dict[str, Any]) -> None:
     beams = values.pop("num_beams", 1)
-    if beams != 1:
+    if not _is(numbers.Integral, beams) or beams != 1:
         raise UsageError(
             f"num_beams={beams!r}: beam search is not implemented",
             fix="Leave num_beams out; temperature=0 gives the greedy answer.",
