@@ -45,11 +45,6 @@ class Folder:
     manifest: Manifest | None
 
     @property
-    def tokenizer_path(self) -> Path:
-        """The SentencePiece model."""
-        return self.path / "tokenizer.model"
-
-    @property
     def stored_dtype(self) -> str:
         """The float type that most bytes are stored in, or int4 / int8."""
         if self.bits:

@@ -138,7 +138,10 @@ class _Machine:
                 action is None and opcode.name not in _PUSH_ARGUMENT
             ):  # before anything of its argument is read
                 raise _Refused(f"uses the opcode {opcode.name}")
-            argument = opcode.arg.reader(file) if opcode.arg else None
+            if opcode.name == "GLOBAL":
+                argument = _read_global(file)
+            else:
+                argument = opcode.arg.reader(file) if opcode.arg else None
             if action is None:
                 self.stack.append(argument)
             else:
@@ -213,6 +216,14 @@ class _Machine:
             self.stack.append(arguments[0])
         else:
             raise _Refused(f"calls {function.name} in a way that weights never need")
+
+
+def _read_global(file: io.BytesIO) -> str:
+    """ "module.name" of two lines; the reader of `pickletools` takes backslashes for escapes."""
+    module, name = file.readline(), file.readline()
+    if not name.endswith(b"\n"):
+        raise ValueError("the name of a global has no end")
+    return f"{module[:-1].decode()}.{name[:-1].decode()}"
 
 
 def _fill(target: dict, pairs: list[tuple[Any, Any]]) -> None:
@@ -291,7 +302,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "MEMOIZE": lambda machine, _: machine.remember(len(machine.memo)),
     "BINGET": lambda machine, slot: machine.stack.append(machine.memo[slot]),
     "LONG_BINGET": lambda machine, slot: machine.stack.append(machine.memo[slot]),
-    "GLOBAL": lambda machine, name: machine.push_name(name.replace(" ", ".", 1)),
+    "GLOBAL": lambda machine, name: machine.push_name(name),
     "STACK_GLOBAL": lambda machine, _: machine.stack_global(),
     "BINPERSID": lambda machine, _: machine.persistent(),
     "BUILD": lambda machine, _: machine.build(),
