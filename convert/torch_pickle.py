@@ -128,7 +128,7 @@ class _Machine:
     def run(self, data: bytes) -> Any:
         file = io.BytesIO(data)
         for _ in range(MAX_OPCODES):
-            opcode = pickletools.code2op.get(file.read(1).decode("latin-1"))
+            opcode = _OPCODES.get(file.read(1))
             if opcode is None:
                 raise ValueError("the pickle has no end, or something unknown in it")
             if opcode.name == "STOP":
@@ -272,6 +272,8 @@ def _tensor(arguments: tuple) -> TorchTensor:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
     return TorchTensor(storage, _count(offset), shape, strides)
 
+
+_OPCODES = {info.code.encode("latin-1"): info for info in pickletools.opcodes}
 
 # Opcodes whose argument is the value: text, whole numbers, floats.
 _PUSH_ARGUMENT = {
