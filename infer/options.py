@@ -172,7 +172,7 @@ def positive(text: str) -> int:
     """An argparse type: a whole number, 1 or more."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+    return min(int(text), sys.maxsize)  # the most that Python counts items to
 
 
 def say_which_model(args: argparse.Namespace) -> None:
