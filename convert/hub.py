@@ -166,7 +166,7 @@ def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, A
     Raises:
         CheckpointError: something needed is not there, or an index names other than weights.
     """
-    from convert.shards import WEIGHT_FILES, check_shard_name
+    from convert.shards import WEIGHT_FILES, check_file_name
     from glm2_jax.errors import CheckpointError
 
     missing = [name for name in _NEEDED if name not in names]
@@ -183,7 +183,7 @@ def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, A
         places = read_index(first).get("weight_map")
         shards = list(dict.fromkeys(map(str, places.values()))) if isinstance(places, dict) else []
         for shard in shards:
-            check_shard_name(Path(first), shard)
+            check_file_name(Path(first), shard)
         absent = [shard for shard in shards if shard not in names]
         if shards and not absent:
             return [*small, first, *shards]

@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from convert.cli import Parser, Progress, human_size, note, run_main
+from convert import interrupt
+from convert.cli import Parser, Progress, human_size, note, path_argument
 from convert.from_pytorch import add_model_flags
 from convert.hub import find_model
 
@@ -18,7 +19,9 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.inspect ./chatglm2-6b",
     )
-    parser.add_argument("path", metavar="PATH", help="the folder, or OWNER/NAME")
+    parser.add_argument(
+        "path", metavar="PATH", type=path_argument, help="the folder, or OWNER/NAME"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     output.add_argument(
@@ -32,11 +35,9 @@ def build_parser() -> Parser:
 def describe(path: str, *, rope_kind: str | None = None, template: str | None = None) -> dict:
     """What is known about a folder without its data, ready for JSON."""
     from convert.folder import fingerprint, open_folder
-    from glm2_jax.tokenizer import Tokenizer
 
     folder = open_folder(path, rope_kind=rope_kind, template=template)
     config = folder.config
-    tokenizer = Tokenizer.from_file(folder.tokenizer_path, family=config.family)
     return {
         "path": path,
         "layout": folder.layout,
@@ -47,7 +48,7 @@ def describe(path: str, *, rope_kind: str | None = None, template: str | None = 
         "rope_kind": config.rope_kind,
         "rope_ratio": config.rope_ratio,
         "vocabulary": config.vocab_size,
-        "tokenizer_pieces": tokenizer.num_pieces,
+        "tokenizer_pieces": folder.tokenizer.num_pieces,
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "heads": config.num_heads,
@@ -103,4 +104,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    interrupt.run(main)

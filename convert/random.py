@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, Progress, human_size, note, run_main, size_argument
+from convert import interrupt
+from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +29,6 @@ DTYPES = ("float16", "bfloat16", "float32")
 FORMATS = ("bin", "safetensors")
 _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn, and taken from them at a time
-_SPARE_BYTES = 2**20  # for headers, the index, and the blocks of the file system
 # Published beside the parameters; computed anew by whoever loads it.
 _INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
 
@@ -45,17 +45,19 @@ def build_parser() -> Parser:
         example="python -m convert.random ./random-6b --config chatglm2-6b --layers 6 "
         "--tokenizer tokenizer.model",
     )
-    parser.add_argument("destination", metavar="DST", help="the folder to write")
+    parser.add_argument(
+        "destination", metavar="DST", type=path_argument, help="the folder to write"
+    )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--config", required=True, metavar="NAME|FILE",
+        "--config", type=path_argument, required=True, metavar="NAME|FILE",
         help="a published model such as chatglm2-6b or chatglm3-6b, or a config.json",
     )  # fmt: skip
     model.add_argument(
         "--layers", type=int, metavar="N", help="so many layers instead of the model's own number"
     )
     model.add_argument(
-        "--tokenizer", required=True, metavar="FILE|DIR",
+        "--tokenizer", type=path_argument, required=True, metavar="FILE|DIR",
         help="the tokenizer.model to put into the folder, or a folder that holds one",
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
@@ -143,7 +145,7 @@ def write_random(
         UsageError: the folder exists. CheckpointError: the tokenizer does not fit.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
-    from convert.atomic import new_folder, remove_leftovers, require_space
+    from convert.destination import new_checkpoint
     from convert.torch_writer import write_torch_shards
     from convert.writer import write_file, write_shards
     from glm2_jax.config import GLMConfig
@@ -152,12 +154,8 @@ def write_random(
     tokenizer = _fitting_tokenizer(Path(tokenizer_path), config)
     entries = random_entries(config, dtype, seed)
     size = sum(entry.nbytes for entry in entries)
-    folder = Path(destination).resolve()
-    remove_leftovers(folder)
-    _check_destination(folder)
-    require_space(folder, size + _SPARE_BYTES)
     write_weights = write_torch_shards if file_format == "bin" else write_shards
-    with new_folder(folder) as temporary:
+    with new_checkpoint(destination, needed=size) as temporary:
         write_file(temporary / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
         write_file(temporary / "tokenizer.model", tokenizer.model_bytes)
         write_weights(temporary, entries, max_shard_size, progress)
@@ -220,15 +218,6 @@ def _fitting_tokenizer(path: Path, config: "GLMConfig") -> "Tokenizer":
     return tokenizer
 
 
-def _check_destination(folder: Path) -> None:
-    from glm2_jax.errors import UsageError
-
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(
-            f"{folder} exists.", "Nothing is overwritten.", "Choose another name, or remove it."
-        )
-
-
 def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
@@ -254,4 +243,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    interrupt.run(main)

@@ -38,7 +38,7 @@ def resolve_dtype(name: str, *, num_params: int, device: Any = None) -> np.dtype
     Raises:
         UsageError: an unknown name.
     """
-    if name not in DTYPE_NAMES:
+    if not isinstance(name, str) or name not in DTYPE_NAMES:
         raise UsageError(f"Unknown dtype {name!r}.", f"Known names: {', '.join(DTYPE_NAMES)}.")
     if name != "auto":
         return np.dtype(_DTYPES[name])

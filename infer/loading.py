@@ -60,7 +60,7 @@ def load(
     start = time.perf_counter()
     folder = demo_folder()
     if path is not None:
-        folder = find_model(path, source=source, revision=revision)
+        folder = find_model(_folder(path), source=source, revision=revision)
     with device_errors(f"loading {folder}"):
         checkpoint = load_checkpoint(
             folder,
@@ -77,6 +77,12 @@ def load(
     return Engine(checkpoint, max_length=max_length, load_s=seconds, on_event=on_event)
 
 
+def _folder(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UsageError(f"the path of a checkpoint must be text or a Path, not {path!r}")
+    return Path(path)
+
+
 def find_device(name: Any) -> Any:
     """The first device of a kind; a `jax.Device` is taken as it is.
 
@@ -90,9 +96,10 @@ def find_device(name: Any) -> Any:
         raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
     try:
         return jax.local_devices(backend=None if name == "auto" else name)[0]
-    except RuntimeError as error:
-        raise DeviceError(
-            f"no device {name!r} was found",
-            str(error).splitlines()[0],
-            "Use device 'auto' or 'cpu', or install the JAX package for that device.",
-        ) from error
+    except (RuntimeError, AssertionError) as error:  # the latter where none can be initialised
+        reason = (str(error).splitlines() or ["JAX could initialise none."])[0]
+        platforms = os.environ.get("JAX_PLATFORMS")
+        fix = "Use device 'auto' or 'cpu', or install the JAX package for that device."
+        if platforms:
+            fix = f"JAX_PLATFORMS={platforms} restricts the choice: unset it, or use device 'cpu'."
+        raise DeviceError(f"no device {name!r} was found", reason, fix) from error

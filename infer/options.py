@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, Progress, human_size, note
+from convert.cli import Parser, Progress, human_size, note, path_argument
 from convert.hub import add_hub_flags, find_model
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def add_model_options(parser: Parser) -> None:
     group.add_argument(
         "--model",
         "-m",
+        type=path_argument,
         metavar="DIR|NAME",
         help="checkpoint folder, as published or converted, or OWNER/NAME of a model on a hub "
         "(default: the bundled demo model)",
@@ -131,6 +132,7 @@ def add_performance_options(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     group.add_argument(
         "--compile-cache",
+        type=path_argument,
         metavar="DIR|off",
         help="where compiled programs are kept (default: the user's cache folder)",
     )
@@ -176,7 +178,7 @@ def positive(text: str) -> int:
     """An argparse type: a whole number, 1 or more."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+    return min(int(text), 2**31 - 1)  # more than there is of anything, and still easy to count
 
 
 def say_which_model(args: argparse.Namespace) -> None:

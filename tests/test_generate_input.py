@@ -99,7 +99,7 @@ def test_bad_history_files_are_refused_with_the_form(tmp_path, text):
 
 
 def test_a_full_line():
-    line = '{"prompt": "q", "id": 7, "history": [["a", "b"]], "system": "s", "other": 1}'
+    line = '{"prompt": "q", "id": 7, "history": [["a", "b"]], "system": "s"}'
     assert parse_line(line.encode()) == Request("q", (("a", "b"),), "s", id=7)
 
 
@@ -132,6 +132,9 @@ def test_messages():
         (b'{"prompt": "q", "history": [["a"]]}', "turn 1 of the history"),
         (b'{"prompt": "\\ud83d"}', "half of a character"),
         (b'{"prompt": "q", "messages": [{}]}', "messages exclude"),
+        (b'{"prompt": "q", "sytem": "s"}', "sytem(.|\n)*did you mean system"),
+        (b'{"prompt": "q", "max": 3}', "max(.|\n)*there are prompt, messages"),
+        (b'{"prompt": "q", "prompt": "r"}', "key 'prompt' is there twice"),
         (b'{"messages": []}', "messages is not a list"),
         (b'{"messages": ["q"]}', "messages is not a list"),
         ('{"prompt": "你好"}'.encode("gbk"), "GB18030"),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
-from convert.cli import Parser, Progress, note
+from convert.cli import Parser, Progress, note, path_argument
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, Tokenizer
@@ -30,7 +29,10 @@ def main(argv: list[str]) -> int:
         example=f"{PROG} --output demo-model && python -m infer.generate --model demo-model",
     )
     group = parser.add_argument_group("training")
-    group.add_argument("--output", metavar="DIR", default="demo-model", help="the new model folder")
+    group.add_argument(
+        "--output", metavar="DIR", type=path_argument, default="demo-model",
+        help="the new model folder",
+    )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace that folder")
     group.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the questions")
     group.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
@@ -40,11 +42,12 @@ def main(argv: list[str]) -> int:
     if args.epochs < 1 or args.seed < 0 or not 0 < args.lr < 1:
         parser.error("--epochs must be at least 1, --seed at least 0, --lr between 0 and 1")
 
-    from convert.own_format import check_destination, save_checkpoint
+    from convert.destination import check_destination
+    from convert.own_format import save_checkpoint
     from glm2_jax import Tokenizer
     from train.demo.data import load_heldout, load_pairs, train_tokenizer
 
-    check_destination(Path(args.output), args.overwrite)
+    check_destination(args.output, args.overwrite)
     pairs = load_pairs()
     tokenizer = Tokenizer.from_bytes(train_tokenizer(pairs, PIECES))
     config = demo_config(tokenizer)
