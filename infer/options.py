@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.cli import Parser, Progress, human_size, note, path_argument
@@ -187,12 +186,12 @@ def say_which_model(args: argparse.Namespace) -> None:
         note("no --model given: using the bundled demo model, a few million parameters")
 
 
-def model_folder(args: argparse.Namespace) -> Path | None:
+def model_folder(args: argparse.Namespace) -> str | None:
     """The folder of the model that the flags name, fetched if they say so; None = the demo."""
     from glm2_jax.errors import UsageError
 
     if args.model is not None:
-        return find_model(args.model, source=args.hub_source, revision=args.revision)
+        return str(find_model(args.model, source=args.hub_source, revision=args.revision))
     if args.hub_source or args.revision:
         raise UsageError(
             "--source and --revision need --model.", fix="Name the model: --model OWNER/NAME."
