@@ -154,8 +154,12 @@ def _shapes(engine: Engine) -> Check:
 
 @jax.jit
 def _finite_rows(array: jax.Array) -> jax.Array:
-    """[L, ...] -> bool [L]: no layer is copied, each number is looked at on the device."""
-    return jnp.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+    """[L, ...] -> bool [L]: the largest magnitude keeps NaN and infinity.
+
+    Found while reading, where isfinite and then all first writes a byte for every number (jax
+    0.10.2 and 0.12.0, on the CPU; float16, which nobody takes there, is copied all the same).
+    """
+    return jnp.isfinite(jnp.abs(array).max(axis=tuple(range(1, array.ndim))))
 
 
 def _finite(engine: Engine) -> Check:

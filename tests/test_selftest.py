@@ -10,6 +10,8 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -166,6 +168,18 @@ def test_damage_in_memory(toy):
     }
     assert found["shapes"].status == found["parameters"].status == "FAIL"
     assert found["shapes"].got == "embed (639, 32)"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_looking_for_nan_and_infinity_needs_no_memory(dtype):
+    for bad in (np.nan, np.inf, -np.inf):
+        for place in ((1, 0, 0), (1, 7, 33), (1, 4, 1)):
+            array = jnp.full((3, 8, 34), -2, dtype).at[place].set(bad)
+            assert checks._finite_rows(array).tolist() == [True, False, True]
+    large = jax.ShapeDtypeStruct((2, 256, 4096), jnp.dtype(dtype))
+    memory = checks._finite_rows.lower(large).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 10_000 or dtype == "float16"
 
 
 def test_a_cache_that_is_wrong(toy, monkeypatch):
