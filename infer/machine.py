@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from glm2_jax.host import Memory
 from infer.compile_cache import OFF
 
 
@@ -70,27 +71,6 @@ class Nvidia:
     @property
     def present(self) -> bool:
         return bool(self.on_bus or self.nodes or self.gpus)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Host memory in bytes; None where the system does not say.
-
-    Attributes:
-      total, available: of the machine.
-      limit, limit_left: what the control groups (a container, a batch system) leave of it.
-    """
-
-    total: int | None = None
-    available: int | None = None
-    limit: int | None = None
-    limit_left: int | None = None
-
-    @property
-    def usable(self) -> int | None:
-        """What a new program can have."""
-        known = [n for n in (self.available, self.limit_left) if n is not None]
-        return min(known) if known else self.total
 
 
 @dataclass(frozen=True)

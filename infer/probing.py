@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from glm2_jax.host import find_memory, read_text
 from infer.compile_cache import OFF, default_folder
-from infer.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Memory, Nvidia
+from infer.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Nvidia
 
 PACKAGES = ("glm2-jax", "jax", "jaxlib", "flax")
 PLUGINS = (
@@ -31,7 +32,6 @@ PLUGINS = (
 VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "LD_LIBRARY_PATH")
 JAX_SECONDS = 180.0  # an accelerator that starts cold on a slow disk takes most of a minute
 TOOL_SECONDS = 20.0
-_NO_LIMIT = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
 
 # Runs in the child: a line for each stage, so that a crash or a hang shows where it happened.
 _JAX_PROBE = """
@@ -174,7 +174,7 @@ def telling_lines(text: str, count: int = 4, width: int = 300) -> tuple[str, ...
 def find_nvidia(root: Path = Path("/")) -> Nvidia:
     """Looks for NVIDIA GPUs: on the bus, in /dev, in the driver, and with nvidia-smi."""
     gpus, smi_error, smi_driver = _ask_nvidia_smi()
-    text = _read(root / "proc/driver/nvidia/version")
+    text = read_text(root / "proc/driver/nvidia/version")
     match = re.search(r"Kernel Module.*?\s(\d+\.\d+(\.\d+)?)\s", text)
     return Nvidia(
         on_bus=len(_pci(root, "0x10de", ("0x03",))),
@@ -216,7 +216,7 @@ def parse_nvidia_smi(text: str) -> tuple[tuple[Gpu, ...], str, str]:
 def count_tpus(root: Path = Path("/")) -> int:
     """Google TPUs: their device files, or their numbers on the PCI bus (as jax knows them)."""
     chips = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
-    on_bus = [d for d in _pci(root, "0x1ae0", ("",)) if _read(d / "device").strip() in chips]
+    on_bus = [d for d in _pci(root, "0x1ae0", ("",)) if read_text(d / "device").strip() in chips]
     return max(len(list(root.glob("dev/accel[0-9]*"))), len(on_bus))
 
 
@@ -224,69 +224,15 @@ def _pci(root: Path, vendor: str, classes: tuple[str, ...]) -> list[Path]:
     return [
         device
         for device in root.glob("sys/bus/pci/devices/*")
-        if _read(device / "vendor").strip() == vendor
-        and _read(device / "class").strip().startswith(classes)
+        if read_text(device / "vendor").strip() == vendor
+        and read_text(device / "class").strip().startswith(classes)
     ]
 
 
 def has_avx(root: Path = Path("/")) -> bool | None:
     """Whether an x86 processor has AVX, without which jaxlib crashes."""
-    flags = re.search(r"^flags\s*:(.*)$", _read(root / "proc/cpuinfo"), flags=re.MULTILINE)
+    flags = re.search(r"^flags\s*:(.*)$", read_text(root / "proc/cpuinfo"), flags=re.MULTILINE)
     return "avx" in flags[1].split() if flags else None
-
-
-def find_memory(root: Path = Path("/")) -> Memory:
-    """Host memory, and what the control groups leave of it."""
-    text = _read(root / "proc/meminfo")
-    total, available = (
-        int(match[1]) * 1024 if (match := re.search(rf"^{name}:\s+(\d+) kB", text, re.M)) else None
-        for name in ("MemTotal", "MemAvailable")
-    )
-    if total is None:
-        try:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, OSError, ValueError):  # Windows has no such thing
-            pass
-    limits = [pair for folder in _memory_groups(root) if (pair := _group_limit(folder))]
-    below = [pair for pair in limits if total is None or pair[0] < total]
-    return Memory(
-        total,
-        available,
-        limit=min((limit for limit, _ in below), default=None),
-        limit_left=min((max(limit - used, 0) for limit, used in below), default=None),
-    )
-
-
-def _memory_groups(root: Path) -> list[Path]:
-    """The control groups of this process that may limit memory, with all their parents."""
-    folders = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        if number == "0":
-            base = root / "sys/fs/cgroup"
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-        else:
-            continue
-        inside = Path(path.lstrip("/"))  # in a container often a path that only the host knows
-        folders += [base / part for part in (inside, *inside.parents)]
-    return list(dict.fromkeys(folders))
-
-
-def _group_limit(folder: Path) -> tuple[int, int] | None:
-    """(limit, used without what can be dropped at once) of a control group, bytes."""
-    for limit_file, used_file, droppable in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        text = _read(folder / limit_file).strip()
-        if not text.isdecimal() or int(text) >= _NO_LIMIT:
-            continue
-        used = _read(folder / used_file).strip()
-        match = re.search(rf"^{droppable} (\d+)$", _read(folder / "memory.stat"), re.M)
-        dropped = int(match[1]) if match else 0
-        return int(text), max(int(used) - dropped, 0) if used.isdecimal() else 0
-    return None
 
 
 def find_disks() -> tuple[Disk, ...]:
@@ -330,11 +276,3 @@ def find_cache() -> Cache:
         return Cache(str(folder), writable=False)
     writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
     return Cache(str(folder), exists, writable, len(sizes), sum(sizes))
-
-
-def _read(path: Path) -> str:
-    """A small file's text; "" where there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -18,7 +18,8 @@ def anonymous(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return 0
-    return next((int(l.split()[1]) * 1024 for l in status.splitlines() if l.startswith("RssAnon")), 0)
+    lines = (line for line in status.splitlines() if line.startswith("RssAnon"))
+    return next((int(line.split()[1]) * 1024 for line in lines), 0)
 
 
 def main() -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from glm2_jax.host import Memory, find_memory
 from infer import checkup, doctor, forms, probing
 from infer.checkup import NOTE, PROBLEM, Report, examine
 from infer.forms import Model
 from infer.loading import demo_folder
-from infer.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Memory, Nvidia
+from infer.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Nvidia
 
 ROOT = Path(__file__).parents[1]
 GB = 10**9
@@ -273,7 +274,7 @@ MEMINFO = "MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:   8000000 k
 
 def test_control_groups_limit_memory(tmp_path):
     write(tmp_path, {"proc/meminfo": MEMINFO})
-    assert probing.find_memory(tmp_path) == Memory(16384000000, 8192000000)
+    assert find_memory(tmp_path) == Memory(16384000000, 8192000000)
     group = "sys/fs/cgroup/kubepods/pod1"
     second = {
         "proc/self/cgroup": "0::/kubepods/pod1/inner\n",
@@ -283,7 +284,7 @@ def test_control_groups_limit_memory(tmp_path):
         f"{group}/memory.stat": "anon 5\ninactive_file 1000000000\n",
     }
     write(tmp_path / "v2", {"proc/meminfo": MEMINFO, **second})
-    found = probing.find_memory(tmp_path / "v2")
+    found = find_memory(tmp_path / "v2")
     assert (found.limit, found.limit_left, found.usable) == (4 * GB, 2 * GB, 2 * GB)
     first = {
         "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n",
@@ -292,7 +293,7 @@ def test_control_groups_limit_memory(tmp_path):
         "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes": "9223372036854771712\n",
     }
     write(tmp_path / "v1", {"proc/meminfo": MEMINFO, **first})
-    found = probing.find_memory(tmp_path / "v1")
+    found = find_memory(tmp_path / "v1")
     assert (found.limit, found.limit_left) == (2 * GB, 1_500_000_000)
 
 
