@@ -1,53 +1,100 @@
 """Writes a folder that is either there, complete, or not there at all.
 
-It is filled under a temporary name beside its final one and renamed at the end. A process that is
-killed leaves the temporary folder behind; `remove_leftovers`, called before the next writing,
-removes it. Whether its
-owner still lives is told by a lock on it, which the system drops when the owner dies.
+It is filled under a temporary name beside its final one and renamed at the end; a folder that it
+replaces is moved aside for the moment between two renames. A process that is killed leaves these
+behind: the next one calls `restore` and `remove_leftovers`. Whether their owner still lives is told
+by a lock on the temporary folder, which the system drops when the owner dies.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from convert.interrupt import always
 from glm2_jax.errors import InputError
+
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 @contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
+def new_folder(destination: Path, may_replace: Callable[[], None]) -> Iterator[Path]:
     """Gives a temporary folder; on success it gets the name `destination`, on any failure
     (Ctrl-C and SIGTERM included) it is removed and what had that name before stays as it was.
 
     Args:
-        destination: the final name; a folder that has it already is replaced.
+        destination: the final name.
+        may_replace: called at the end if something other than an empty folder has that name;
+            raises if it must stay.
 
     Raises:
         InputError: the disk is full, or the place cannot be written.
     """
+    token = secrets.token_hex(8)
+    temporary, old = _beside(destination, "tmp", token), _beside(destination, "old", token)
+    new_parents = [parent for parent in destination.parents if not os.path.lexists(parent)]
+    replaced, lock = False, None
+
+    def tidy() -> None:
+        if replaced:
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            with contextlib.suppress(OSError):
+                old.rename(destination)
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=_prefix(destination, "tmp"), dir=destination.parent)
-        )
-    except OSError as error:
-        raise _cannot_write(destination, error) from error
-    lock = _lock(temporary)
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        fsync(temporary)
-        _put_in_place(temporary, destination)
+        with always(tidy):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(mode=0o700)
+            lock = _lock(temporary)
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            fsync(temporary)
+            try:
+                temporary.rename(destination)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                may_replace()
+                destination.rename(old)
+                temporary.rename(destination)
+                replaced = True
+            fsync(destination.parent)
     except OSError as error:
         raise _cannot_write(destination, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def require_writable(destination: Path) -> None:
+    """Refuses a place in which no folder can be made.
+
+    Raises:
+        InputError: with the reason.
+    """
+    try:
+        place = _nearest(destination)
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        (place / _beside(destination, "tmp", secrets.token_hex(8)).name).lstat()
+    except FileNotFoundError:
+        return  # the name is free, and not too long
+    except OSError as error:
+        raise _cannot_write(destination, error) from error
 
 
 def require_space(destination: Path, needed: int) -> None:
@@ -56,10 +103,7 @@ def require_space(destination: Path, needed: int) -> None:
     Raises:
         InputError: the disk has less than `needed` bytes free.
     """
-    place = destination.parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_nearest(destination)).free
     if free < needed:
         raise InputError(
             f"There is not enough space for {destination}.",
@@ -69,7 +113,7 @@ def require_space(destination: Path, needed: int) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,32 +121,73 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(destination: Path) -> None:
-    """Removes temporary folders of dead processes. One that was stopped between its two last
-    renames has moved the old folder aside; that one gets its name back."""
-    parent = destination.parent
-    if not parent.is_dir():
-        return
-    for old in parent.glob(_prefix(destination, "old") + "*"):
-        if not destination.exists():
+def moved_aside(destination: Path) -> Path | None:
+    """Where a process that was killed between its two last renames has put the old folder."""
+    if os.path.lexists(destination):
+        return None
+    return next((old for old in _ours(destination, "old") if not _in_use(_twin(old))), None)
+
+
+def restore(destination: Path) -> None:
+    """Gives a folder that was moved aside its name back."""
+    old = moved_aside(destination)
+    if old is not None:
+        with contextlib.suppress(OSError):
             old.rename(destination)
-        else:
+
+
+def remove_leftovers(destination: Path) -> None:
+    """Removes what dead processes have left; call it when `destination` may be written."""
+    for old in _ours(destination, "old"):
+        if not _twin(old).exists():  # the new folder has got its name
             shutil.rmtree(old, ignore_errors=True)
-    for leftover in parent.glob(_prefix(destination, "tmp") + "*"):
-        lock = _lock(leftover)
+    for temporary in _ours(destination, "tmp"):
+        lock = None if _twin(temporary).exists() else _lock(temporary)
         if lock is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             os.close(lock)
 
 
-def _prefix(destination: Path, kind: str) -> str:
-    return f".{destination.name}.{kind}-"
+def _beside(destination: Path, kind: str, token: str) -> Path:
+    return destination.parent / f".{destination.name}.{kind}-{token}"
+
+
+def _twin(path: Path) -> Path:
+    """The temporary folder that an old one was moved aside for, or the other way round."""
+    start, token = path.name.rsplit("-", 1)
+    kind = "old" if start.endswith("tmp") else "tmp"
+    return path.with_name(f"{start[:-3]}{kind}-{token}")
+
+
+def _ours(destination: Path, kind: str) -> list[Path]:
+    """Real folders of this user whose names are exactly as `new_folder` makes them."""
+    shape = re.compile(re.escape(f".{destination.name}.{kind}-") + "[0-9a-f]{16}")
+    found = []
+    with contextlib.suppress(OSError):
+        for path in sorted(destination.parent.iterdir()):
+            if shape.fullmatch(path.name):
+                info = path.lstat()
+                if stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid():
+                    found.append(path)
+    return found
+
+
+def _in_use(temporary: Path) -> bool:
+    if not temporary.exists():
+        return False
+    lock = _lock(temporary)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def _lock(folder: Path) -> int | None:
     """A lock that lasts as long as the process; None where another one holds it, or the file
     system has no locks (then nothing is taken for a leftover)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -111,20 +196,12 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _put_in_place(temporary: Path, destination: Path) -> None:
-    """Two renames where there is something to replace; the first is undone if the second fails."""
-    if not destination.exists():
-        temporary.rename(destination)
-    else:
-        old = destination.parent / temporary.name.replace(".tmp-", ".old-")
-        destination.rename(old)
-        try:
-            temporary.rename(destination)
-        except BaseException:
-            old.rename(destination)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    fsync(destination.parent)
+def _nearest(destination: Path) -> Path:
+    """The last folder on the way to `destination` that is there already."""
+    place = destination.parent
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def _umask() -> int:

@@ -1,30 +1,28 @@
-"""What every command line of the project shares: parsing, errors, exit codes, signals, progress.
+"""What every command line of the project shares: parsing, errors, exit codes, progress.
 
 Answers go to stdout, everything else to stderr. Exit codes: 0 ok, 2 usage, 3 bad input or data,
 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated.
 
-Nothing here imports jax: `--help` must answer at once.
+How signals end a tool is in `convert.interrupt`. Nothing here imports jax: `--help` must answer at
+once.
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
+import os
 import re
-import signal
 import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import unicodedata
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived. Not an Exception, so that only clean-up code sees it on its way out."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -71,8 +69,12 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         if unknown:
             message = f"unknown argument {unknown[1]}{self._suggestion(unknown[1])}"
-        print(f"{self.prog}: {message}\n{self.prog} --help lists the flags", file=sys.stderr)
+        note(f"{self.prog}: {message}\n{self.prog} --help lists the flags")
         sys.exit(EXIT_USAGE)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Unlike that of the base class, tells when it cannot write (`--help > /dev/full`)."""
+        (file or sys.stdout).write(message)
 
     def _suggestion(self, arguments: str) -> str:
         flag = arguments.split("=")[0].split(" ")[0]
@@ -105,23 +107,13 @@ def version() -> str:
 
 def note(text: str) -> None:
     """One line for the user that is not part of the answer: on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    _tell(f"{text}\n")
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`, so that `finally` blocks run before the process ends."""
-
-    def terminate(signum: int, frame: object) -> None:
-        # A second SIGTERM must not interrupt the clean-up that the first one started.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _tell(text: str, stream: TextIO | None = None) -> None:
+    """Writes at once to stderr, or to `stream`; the work goes on where nobody can read it."""
+    with contextlib.suppress(OSError):
+        print(text, end="", file=stream or sys.stderr, flush=True)
 
 
 def run_main(
@@ -134,28 +126,46 @@ def run_main(
       argv: the arguments; default `sys.argv[1:]`.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # a terminal that cannot show a character must not end the run
             reconfigure(errors="replace")
-    sys.exit(_guarded(main, args))
+    code = _guarded(main, args)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # said already; without this Python would complain again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Fills the places of closed standard streams (`>&-`), before a file of ours gets their number.
+
+    Then nothing is read from stdin, what stdout is given is an error, and stderr is silent.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def _guarded(main: Callable[[list[str]], int | None], args: list[str]) -> int:
     try:
-        with terminable():
+        try:
             code = main(args) or 0
-            sys.stdout.flush()
-            return code
+        except SystemExit as ending:  # of the parser
+            code = int(ending.code or 0)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         note("interrupted")
         return EXIT_INTERRUPTED
-    except Terminated:
-        note("terminated")
-        return EXIT_TERMINATED
-    except BrokenPipeError:
-        # Whoever read our output has left (`| head`). Python would complain again when it flushes.
-        sys.stdout = open("/dev/null", "w")
+    except BrokenPipeError:  # whoever read our output has left (`| head`)
         return EXIT_BROKEN_PIPE
     except Exception as error:
         return report(error, debug="--debug" in args)
@@ -169,7 +179,7 @@ def report(error: Exception, *, debug: bool = False) -> int:
     from glm2_jax.errors import GLMError
 
     if debug:
-        traceback.print_exception(error)
+        _tell("".join(traceback.format_exception(error)))
     if isinstance(error, GLMError):
         note(f"error: {error}")
         return error.exit_code
@@ -178,13 +188,13 @@ def report(error: Exception, *, debug: bool = False) -> int:
         note(f"error: out of memory\n{first_line}\ntry a smaller --dtype, batch or length")
         return EXIT_DEVICE
     if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
-        note(f"error: {error.strerror or error}{where}")
-        if error.errno == errno.ENOSPC:
-            note("free some space or write to another disk")
+        name = str(error.filename or "a standard stream or open file")[:500]
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space or write elsewhere" if full else "check the path and its rights"
+        note(f"error: {name} cannot be read or written\n{error.strerror or error}\n{fix}")
         return EXIT_INPUT
     if not debug:
-        traceback.print_exception(error)
+        _tell("".join(traceback.format_exception(error)))
     note("unexpected error, please report it with the lines above")
     return 1
 
@@ -198,7 +208,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def path_argument(text: str) -> str:
     """An argparse type for paths: an empty one, as an unset shell variable gives it, is refused."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty; write . for the current folder")
+        raise argparse.ArgumentTypeError("the path is empty")
     return text
 
 
@@ -223,6 +233,27 @@ def human_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def cut_to_width(text: str, columns: int) -> str:
+    """The beginning of a text that fits into so many columns of a terminal.
+
+    East Asian wide characters take two, marks that combine with the one before take none.
+    """
+    for at, char in enumerate(text):
+        if unicodedata.combining(char) or unicodedata.category(char) == "Cf":
+            continue
+        columns -= 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        if columns < 0:
+            return text[:at]
+    return text
+
+
+def _columns(terminal: TextIO) -> int:
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
 class Progress:
     """Progress with rate and ETA: one line that is rewritten on a terminal, plain lines elsewhere.
 
@@ -232,6 +263,7 @@ class Progress:
       show: turns an amount into text, e.g. `human_size`.
       stream: where to write; default stderr.
       interval: seconds between two plain lines (a terminal is refreshed ten times a second).
+      done: how much was there before; it has no part in the rate.
     """
 
     def __init__(
@@ -242,30 +274,36 @@ class Progress:
         show: Callable[[float], str] = lambda amount: f"{amount:.0f}",
         stream: TextIO | None = None,
         interval: float = 5.0,
+        done: float = 0,
     ):
-        self.label, self.total, self.show = label, total, show
+        self.label, self.total, self.show, self.before = label, total, show, done
         self.stream = sys.stderr if stream is None else stream
         self.terminal = self.stream.isatty()
         self.interval = 0.1 if self.terminal else interval
         self.start = self.last = time.monotonic()
 
-    def __call__(self, done: float) -> None:
-        """Says that `done` of `total` is finished; writes only when the interval has passed."""
+    def __call__(self, done: float, more: str = "") -> None:
+        """Says that `done` of `total` is finished; writes only when the interval has passed.
+
+        Args:
+          more: a figure to show beside the rate.
+        """
         now = time.monotonic()
         if now - self.last < self.interval:
             return
         self.last = now
-        rate = done / (now - self.start)
+        rate = (done - self.before) / (now - self.start)
         line = f"{self.label}: {self.show(done)} of {self.show(self.total)}"
-        line += f", {self.show(rate)}/s, {max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
-        self.stream.write(f"\r\x1b[K{line}" if self.terminal else f"{line}\n")
-        self.stream.flush()
+        line += f", {self.show(rate)}/s, {more + ', ' if more else ''}"
+        line += f"{max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
+        if self.terminal:  # a line that wraps could not be cleared
+            line = cut_to_width(line, _columns(self.stream) - 1)
+        _tell(f"\r\x1b[K{line}" if self.terminal else f"{line}\n", self.stream)
 
     def close(self) -> None:
         """Clears the line on a terminal; elsewhere the lines stay."""
         if self.terminal:
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
+            _tell("\r\x1b[K", self.stream)
 
     def __enter__(self) -> "Progress":
         return self

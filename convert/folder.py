@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convert.manifest import MANIFEST, Manifest, read_manifest
+from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.names import OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, open_weights, read_json
-from glm2_jax.config import ROPE_KINDS, GLMConfig
+from convert.stored import reading
+from glm2_jax.config import ROPE_KINDS, GLMConfig, shorten
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.prompt import TEMPLATES
+from glm2_jax.tokenizer import Tokenizer
 
 _MIB = 2**20
 
@@ -24,6 +26,7 @@ class Folder:
         path: the folder.
         layout: "own", "official" or "official int4" / "official int8".
         config: the architecture.
+        tokenizer: its tokenizer.
         template: prompt template.
         matches: every tensor with its rule.
         weights: the tensors and files.
@@ -34,16 +37,12 @@ class Folder:
     path: Path
     layout: str
     config: GLMConfig
+    tokenizer: Tokenizer
     template: str
     matches: tuple[Match, ...]
     weights: Weights
     bits: int
     manifest: Manifest | None
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The SentencePiece model."""
-        return self.path / "tokenizer.model"
 
     @property
     def stored_dtype(self) -> str:
@@ -81,26 +80,36 @@ def open_folder(
         raise UsageError(f"unknown rope kind {rope_kind!r}.", f"Known: {', '.join(ROPE_KINDS)}.")
     if template is not None and template not in TEMPLATES:
         raise UsageError(f"unknown template {template!r}.", f"Known: {', '.join(TEMPLATES)}.")
-    folder = Path(path)
+    with reading(Path(path)):
+        return _open(Path(path), rope_kind, template)
+
+
+def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
     _check_is_folder(folder)
     raw = _read_config(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    config = _configure(folder, raw, rope_kind)
+    config = _configure(folder, raw, rope_kind, manifest)
     if not (folder / "tokenizer.model").exists():
         raise CheckpointError(
             f"{folder} holds no tokenizer.model.",
             "Without the SentencePiece model text cannot be turned into tokens.",
             "Download the file from the repository that the weights come from.",
         )
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.model", family=config.family)
+    chosen = template or (manifest.template if manifest else config.default_template)
+    check_fit(config, tokenizer, chosen, asked=template is not None)
     bits = _quantisation_bits(raw)
     weights = open_weights(folder)
+    if manifest is not None:
+        check_listed(folder, manifest, weights)
     rules = PUBLISHED if manifest is None else OWN
     matches = match_tensors(config, weights.tensors, rules, bits)
     return Folder(
         path=folder,
         layout="own" if manifest else f"official int{bits}" if bits else "official",
         config=config,
-        template=template or (manifest and manifest.template) or config.default_template,
+        tokenizer=tokenizer,
+        template=chosen,
         matches=tuple(matches),
         weights=weights,
         bits=bits,
@@ -139,7 +148,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     )
 
 
-def _configure(folder: Path, raw: dict[str, Any], rope_kind: str | None) -> GLMConfig:
+def _configure(
+    folder: Path, raw: dict[str, Any], rope_kind: str | None, manifest: Manifest | None
+) -> GLMConfig:
     if raw.get("model_type") == "glm":
         raise CheckpointError(
             f"{folder} has the HF-native layout (model_type 'glm').",
@@ -147,18 +158,48 @@ def _configure(folder: Path, raw: dict[str, Any], rope_kind: str | None) -> GLMC
             "Use the official folder of the same model (model_type 'chatglm').",
         )
     tokenizer_config = folder / "tokenizer_config.json"
-    extra = read_json(tokenizer_config) if tokenizer_config.exists() else None
+    asked = manifest is None and tokenizer_config.exists()  # our own config.json tells all
+    extra = read_json(tokenizer_config) if asked else None
     return GLMConfig.from_hf(raw, tokenizer_config=extra, rope_kind=rope_kind)
 
 
 def _quantisation_bits(raw: dict[str, Any]) -> int:
-    bits = raw.get("quantization_bit") or 0
-    if bits not in (0, 4, 8):
+    value = raw.get("quantization_bit")
+    bits = 0 if value is None else value
+    if type(bits) is not int or bits not in (0, 4, 8):
         raise CheckpointError(
-            f"config.json: quantization_bit = {bits!r} is not supported.",
+            f"config.json: quantization_bit = {shorten(bits)} is not supported.",
             "The published quantised folders use 4 or 8 bits.",
         )
     return bits
+
+
+def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: bool) -> None:
+    """Refuses a tokenizer or a template that the model cannot have.
+
+    Args:
+        config: the model.
+        tokenizer: its tokenizer.
+        template: its prompt template.
+        asked: whether the user chose the template, and not the folder.
+
+    Raises:
+        CheckpointError: ids beyond the vocabulary, or an impossible template.
+        UsageError: an impossible template that was asked for.
+    """
+    if tokenizer.size > config.vocab_size:
+        raise CheckpointError(
+            "The tokenizer does not belong to this model.",
+            f"It has {tokenizer.size} ids; the model has {config.vocab_size}.",
+            "Put the tokenizer.model of the same repository into the folder.",
+        )
+    if template not in TEMPLATES or (template == "chatglm3" and config.family != "chatglm3"):
+        error = UsageError if asked else CheckpointError
+        raise error(
+            f"The template {template!r} is not possible for a {config.family} model.",
+            "ChatGLM3 prompts need a tokenizer with role ids.",
+            f"Its own template is {config.default_template}.",
+        )
 
 
 def fingerprint(folder: Folder) -> str:
@@ -177,9 +218,9 @@ def fingerprint(folder: Folder) -> str:
         digest.update(json.dumps(sums, sort_keys=True).encode())
         return digest.hexdigest()
     for path in folder.weights.files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
             digest.update(file.read(_MIB))
             file.seek(max(size - _MIB, 0))
             digest.update(file.read(_MIB))

@@ -3,7 +3,9 @@
 import argparse
 import json
 
-from convert.cli import Parser, Progress, human_size, note, path_argument, run_main, size_argument
+from convert import interrupt
+from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
+from convert.hub import add_hub_flags, find_model
 
 # Spelt out here, and compared with the library's lists in a test, so that --help needs no jax.
 DTYPES = ("keep", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16", "half")
@@ -22,7 +24,9 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.from_pytorch ./chatglm2-6b ./chatglm2-6b-jax --dtype bfloat16",
     )
-    parser.add_argument("source", metavar="SRC", type=path_argument, help="the folder to read")
+    parser.add_argument(
+        "source", metavar="SRC", type=path_argument, help="the folder to read, or OWNER/NAME"
+    )
     parser.add_argument("destination", metavar="DST", type=path_argument, help="the one to write")
     weights = parser.add_argument_group("weights")
     weights.add_argument(
@@ -60,27 +64,29 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--template", choices=TEMPLATES, help="prompt template instead of the family's own"
     )
+    add_hub_flags(parser.add_argument_group("hub"))
 
 
 def main(argv: list[str]) -> None:
     """Parses and converts."""
     args = build_parser().parse_args(argv)
-    from pathlib import Path
-
+    from convert.destination import check_destination
     from convert.folder import open_folder
     from convert.manifest import verify_checkpoint
-    from convert.own_format import check_destination, convert_folder, size_of_conversion
+    from convert.own_format import convert_folder, size_of_conversion
 
     dtype = None if args.dtype == "keep" else args.dtype
-    folder = open_folder(args.source, rope_kind=args.rope_scaling, template=args.template)
+    path = find_model(args.source, source=args.hub_source, revision=args.revision)
+    folder = open_folder(path, rope_kind=args.rope_scaling, template=args.template)
     size = size_of_conversion(folder, dtype)
     note(
         f"{args.source}: {folder.layout}, {folder.config.family}, "
         f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
     )
     if args.dry_run:
-        check_destination(Path(args.destination), args.overwrite)
-        print(json.dumps({"destination": args.destination, "bytes": size, "written": False}))
+        check_destination(args.destination, args.overwrite, source=folder.path, needed=size)
+        plan = {"destination": args.destination, "bytes": size, "written": False}
+        print(json.dumps(plan, ensure_ascii=False))
         return
     with Progress("converting", size, show=human_size) as progress:
         manifest = convert_folder(
@@ -102,4 +108,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    interrupt.run(main)

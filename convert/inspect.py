@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
-from convert.cli import Parser, Progress, human_size, note, path_argument, run_main
+from convert import interrupt
+from convert.cli import Parser, Progress, human_size, note, path_argument
 from convert.from_pytorch import add_model_flags
+from convert.hub import find_model
 
 
 def build_parser() -> Parser:
@@ -17,7 +19,9 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.inspect ./chatglm2-6b",
     )
-    parser.add_argument("path", metavar="PATH", type=path_argument, help="the folder")
+    parser.add_argument(
+        "path", metavar="PATH", type=path_argument, help="the folder, or OWNER/NAME"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     output.add_argument(
@@ -31,11 +35,9 @@ def build_parser() -> Parser:
 def describe(path: str, *, rope_kind: str | None = None, template: str | None = None) -> dict:
     """What is known about a folder without its data, ready for JSON."""
     from convert.folder import fingerprint, open_folder
-    from glm2_jax.tokenizer import Tokenizer
 
     folder = open_folder(path, rope_kind=rope_kind, template=template)
     config = folder.config
-    tokenizer = Tokenizer.from_file(folder.tokenizer_path, family=config.family)
     return {
         "path": path,
         "layout": folder.layout,
@@ -46,7 +48,7 @@ def describe(path: str, *, rope_kind: str | None = None, template: str | None = 
         "rope_kind": config.rope_kind,
         "rope_ratio": config.rope_ratio,
         "vocabulary": config.vocab_size,
-        "tokenizer_pieces": tokenizer.num_pieces,
+        "tokenizer_pieces": folder.tokenizer.num_pieces,
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "heads": config.num_heads,
@@ -89,16 +91,17 @@ def as_table(found: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     """Parses and prints."""
     args = build_parser().parse_args(argv)
-    found = describe(args.path, rope_kind=args.rope_scaling, template=args.template)
+    path = str(find_model(args.path, source=args.hub_source, revision=args.revision))
+    found = describe(path, rope_kind=args.rope_scaling, template=args.template)
     if args.verify:
         from convert.manifest import verify_checkpoint
 
         with Progress("verifying", found["bytes_on_disk"], show=human_size) as progress:
-            manifest = verify_checkpoint(args.path, lambda done, _: progress(done))
+            manifest = verify_checkpoint(path, lambda done, _: progress(done))
         found["verified"] = True
         note(f"verified: {len(manifest.files)} files have the sums of the manifest")
     print(json.dumps(found, ensure_ascii=False) if args.json else as_table(found))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    interrupt.run(main)

@@ -3,8 +3,8 @@
 Python makes a signal an exception only between two bytecodes of the main thread: not while a
 program is compiled or run, and one that arrives inside a callback of jax, or while an extension
 module is loaded, is lost or turned into another error. Unwinding past a computation that still runs
-can also crash while the interpreter shuts down. So a tool that has nothing to save, because each
-answer is written as soon as it is there, simply ends.
+can also crash while the interpreter shuts down. So a tool simply ends: each answer is written as
+soon as it is there, and what must not be left behind is named with `always`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from convert.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, run_main
@@ -23,10 +23,12 @@ _ENDINGS = {
     signal.SIGINT: (b"interrupted\n", EXIT_INTERRUPTED),
     signal.SIGTERM: (b"terminated\n", EXIT_TERMINATED),
 }
+_actions: list[Callable[[], object]] = []
+_ending = threading.Lock()  # taken once, by the thread that ends the process
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Like `run_main`, for a tool that has nothing to clean up."""
+    """Like `run_main`, and a signal ends the process."""
 
     def guarded(args: list[str]) -> int | None:
         end_on_signals()
@@ -42,14 +44,34 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         raise
 
 
+@contextlib.contextmanager
+def always(action: Callable[[], object]) -> Iterator[None]:
+    """Runs `action` when the block is left, also when a signal ends the process inside it.
+
+    It may then run in another thread, and for a second time: it must not mind either.
+    """
+    _actions.append(action)
+    try:
+        yield
+    finally:
+        action()
+        _actions.remove(action)
+
+
 def end_on_signals() -> None:
     """From now on SIGINT and SIGTERM end the process, with 130 and 143."""
     for signum in _ENDINGS:
-        signal.signal(signum, lambda signum, frame: _end(signum))
+        signal.signal(signum, _handle)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+
+
+def _handle(signum: int, frame: object) -> NoReturn:
+    for other in _ENDINGS:  # a second signal must not interrupt what the first one started
+        signal.signal(other, signal.SIG_IGN)
+    end(signum)
 
 
 def _watch(reading: int) -> None:
@@ -57,13 +79,17 @@ def _watch(reading: int) -> None:
     while (signum := os.read(reading, 1)[0]) not in _ENDINGS:
         pass
     time.sleep(_GRACE)
-    _end(signum)
+    end(signum)
 
 
-def _end(signum: int) -> NoReturn:
+def end(signum: int) -> NoReturn:
+    """Ends the process at once, with the message and exit code of the signal."""
+    _ending.acquire()  # whoever comes second waits here for the end
+    for action in reversed(_actions):
+        with contextlib.suppress(Exception):
+            action()
     message, code = _ENDINGS[signal.Signals(signum)]
-    with contextlib.suppress(
-        OSError
-    ):  # past Python's streams, whose locks the main thread may hold
+    # Past Python's streams, whose locks the main thread may hold.
+    with contextlib.suppress(OSError):
         os.write(2, b"\n" + message if os.isatty(1) else message)
     os._exit(code)

@@ -108,11 +108,10 @@ def load_checkpoint(
     folder = open_folder(path, rope_kind=rope_kind, template=template)
     config = folder.config
     target = resolve_dtype(dtype, num_params=config.num_params, device=device)
-    tokenizer = Tokenizer.from_file(folder.tokenizer_path, family=config.family)
     return Checkpoint(
         config=config,
         params=_load_params(folder, target, device, progress),
-        tokenizer=tokenizer,
+        tokenizer=folder.tokenizer,
         template=folder.template,
         fingerprint=fingerprint(folder),
         summary=CheckpointSummary(

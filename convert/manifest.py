@@ -7,13 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convert.shards import read_json
-from convert.stored import regular_file_size
+from convert.shards import Weights, open_weights, read_json
+from convert.stored import is_plain_name, reading, regular_file_size
+from glm2_jax.config import ROPE_KINDS, shorten
 from glm2_jax.errors import CheckpointError
+from glm2_jax.prompt import TEMPLATES
 
 MANIFEST = "manifest.json"
 FORMAT = "glm2-jax"
 FORMAT_VERSION = 1
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "rope_kind": ROPE_KINDS,
+    "template": TEMPLATES,
+}
 
 _READ_BYTES = 4 * 2**20
 
@@ -59,40 +67,68 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: not ours, of a newer version, or damaged.
     """
     path = folder / MANIFEST
-    raw = read_json(path)
+    with reading(path):
+        raw = read_json(path)
     if raw.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not a manifest of this project.",
-            f"Its format is {raw.get('format')!r} instead of {FORMAT!r}.",
+            f"Its format is {shorten(raw.get('format'))} instead of {FORMAT!r}.",
             "Remove the file if the folder is an official checkpoint.",
         )
-    if raw.get("format_version") != FORMAT_VERSION or raw.get("quantisation") is not None:
+    version = raw.get("format_version")
+    known = type(version) is int and version == FORMAT_VERSION
+    if not known or raw.get("quantisation") is not None:
         raise CheckpointError(
             f"{path} was written by another version of this project.",
-            f"format_version {raw.get('format_version')!r}, "
-            f"quantisation {raw.get('quantisation')!r}; known: {FORMAT_VERSION}, None.",
+            f"format_version {shorten(version)}, "
+            f"quantisation {shorten(raw.get('quantisation'))}; known: {FORMAT_VERSION}, None.",
             "Update glm2-jax.",
         )
     try:
         return _parse(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged.", f"{type(error).__name__}: {error}", "Convert the source again."
         ) from error
 
 
 def _parse(raw: dict[str, Any]) -> Manifest:
-    files = {
-        name: FileEntry(size=int(entry["size"]), sha256=str(entry["sha256"]))
-        for name, entry in raw["files"].items()
-    }
-    for name in files:
-        if "/" in name or "\\" in name or name.startswith("."):
-            raise ValueError(f"the file name {name[:200]!r} is a path")
-    texts = {key: raw[key] for key in ("source", "dtype", "rope_kind", "template")}
-    if not all(isinstance(text, str) for text in texts.values()):
-        raise ValueError("a text is not a text")
-    return Manifest(**texts, files=files)
+    for key, choices in _CHOICES.items():
+        if raw[key] not in choices:
+            raise ValueError(f"{key} is {shorten(raw[key])}, not one of {', '.join(choices)}")
+    if not isinstance(raw["source"], str):
+        raise ValueError(f"source is {shorten(raw['source'])}, not a text")
+    if not isinstance(raw["files"], dict):
+        raise ValueError("files is not an object")
+    files = {name: _file_entry(name, entry) for name, entry in raw["files"].items()}
+    return Manifest(source=raw["source"], files=files, **{key: raw[key] for key in _CHOICES})
+
+
+def _file_entry(name: str, entry: Any) -> FileEntry:
+    if not is_plain_name(name):
+        raise ValueError(f"the file name {shorten(name)} is a path or no plain name")
+    size, sha256 = entry["size"], entry["sha256"]
+    if type(size) is not int or not isinstance(sha256, str):
+        raise ValueError(f"the size or the sum of {shorten(name)} is none")
+    return FileEntry(size, sha256)
+
+
+def check_listed(folder: Path, manifest: Manifest, weights: Weights) -> None:
+    """Refuses a folder of our own format that would be read beyond what its manifest lists.
+
+    Raises:
+        CheckpointError: names the files.
+    """
+    read = [folder / "config.json", folder / "tokenizer.model", *weights.files]
+    if weights.index is not None:
+        read.append(weights.index)
+    unlisted = [path.name for path in read if path.name not in manifest.files]
+    if unlisted:
+        raise CheckpointError(
+            f"{folder} holds files that {MANIFEST} does not list: {', '.join(unlisted[:20])}.",
+            "They were added or renamed after it was written.",
+            "Remove them, or convert the source again.",
+        )
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
@@ -121,7 +157,9 @@ def verify_checkpoint(
         CheckpointError: no manifest, or files that are absent or differ; all are named.
     """
     folder = Path(path)
-    if not (folder / MANIFEST).exists():
+    with reading(folder):
+        present = (folder / MANIFEST).exists()
+    if not present:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}, so there is nothing to verify it against.",
             "Only folders written by this project carry one.",
@@ -139,16 +177,18 @@ def verify_checkpoint(
     problems = []
     for name, entry in manifest.files.items():
         try:
-            size = regular_file_size(folder / name)
+            with reading(folder / name):
+                size = regular_file_size(folder / name)
+                if size != entry.size:
+                    problems.append(f"{name} has {size} bytes instead of {entry.size}.")
+                elif sha256_of(folder / name, count) != entry.sha256:
+                    problems.append(f"{name} differs: its sha256 is not the one in the manifest.")
         except CheckpointError as error:
             problems.append(error.what)
-            continue
-        if size != entry.size:
-            problems.append(f"{name} has {size} bytes instead of {entry.size}.")
-        elif sha256_of(folder / name, count) != entry.sha256:
-            problems.append(f"{name} differs: its sha256 is not the one in the manifest.")
     if problems:
         raise CheckpointError(
             f"{folder} is not as it was written.", "\n".join(problems), "Convert it again."
         )
+    with reading(folder):
+        check_listed(folder, manifest, open_weights(folder))
     return manifest

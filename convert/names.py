@@ -196,6 +196,12 @@ def match_tensors(
             one message.
     """
     left = {name: tensor for name, tensor in tensors.items() if name not in _DROPPED}
+    if config.num_layers > max(len(left), LISTED):  # any number of names would be looked for
+        raise CheckpointError(
+            f"The tensors do not fit the configuration: num_layers is {config.num_layers}.",
+            f"The weight files hold {len(left)} tensors, and a layer has several.",
+            "Check that config.json belongs to these weights.",
+        )
     matches: dict[str, Match] = {}
     problems: list[str] = []
     for rule in rules:
@@ -243,6 +249,8 @@ def _shape_problems(config: GLMConfig, match: Match, bits: int) -> list[str]:
     else:
         expected, types = (rows, columns[0] * bits // 8), ("int8",)
     problems = []
+    if scale is not None and columns[0] * bits % 8:
+        problems.append(f"wrong shape: {match.name} has rows that int{bits} cannot pack")
     if tensor.shape != expected:
         problems.append(f"wrong shape: {match.name} is {tensor.shape} instead of {expected}")
     if tensor.dtype.name not in types:

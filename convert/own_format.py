@@ -6,6 +6,7 @@ that a folder of any size is written and read without ever holding more than a c
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.atomic import new_folder, remove_leftovers, require_space
-from convert.folder import Folder
-from convert.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from convert.destination import new_checkpoint
+from convert.folder import Folder, check_fit
+from convert.manifest import MANIFEST, FileEntry, Manifest
 from convert.names import PARTS, Match, Part, own_name
+from convert.stored import reading
 from convert.values import CHUNK_ELEMENTS, Values, all_finite, cast
 from convert.writer import Entry, write_file, write_shards
 from glm2_jax.config import GLMConfig
 from glm2_jax.dtypes import resolve_dtype
-from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.errors import CheckpointError
 from glm2_jax.tokenizer import Tokenizer
 
 DEFAULT_SHARD_SIZE = 4 * 10**9
-# Room for headers, the index, the manifest and the blocks of the file system.
-_SPARE_BYTES = 2**20
 
 Progress = Callable[[int, int], None]
 
@@ -63,6 +63,7 @@ def save_checkpoint(
         CheckpointError: parameters of a wrong shape, or NaN or infinity among them.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
+    check_fit(config, tokenizer, template or config.default_template, asked=template is not None)
     kind = _float_dtype(dtype or np.dtype(params["embed"].dtype).name)
     leaves = {part.path: _leaf(params, part, config) for part in PARTS}
     entries = [
@@ -78,7 +79,7 @@ def save_checkpoint(
         files={},
     )
     return _write(
-        Path(folder), config, tokenizer.model_bytes, entries, manifest,
+        folder, config, tokenizer.model_bytes, entries, manifest,
         overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
     )  # fmt: skip
 
@@ -102,14 +103,9 @@ def convert_folder(
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
     """
-    target = Path(destination)
-    if target.exists() and target.resolve() == source.path.resolve():
-        raise UsageError("The folder cannot be converted onto itself.", fix="Name another one.")
     kind = _float_dtype(dtype or source.float_dtype)
-    # A damaged tokenizer must not be found only after the weights have been written.
-    tokenizer = Tokenizer.from_file(source.tokenizer_path, family=source.config.family)
     manifest = Manifest(
-        source=str(source.path),
+        source=os.fsencode(source.path).decode(errors="replace"),
         dtype=kind.name,
         rope_kind=source.config.rope_kind,
         template=source.template,
@@ -122,8 +118,8 @@ def convert_folder(
         for part, start, stop in match.rule.ranges(source.config)
     ]
     return _write(
-        target, source.config, tokenizer.model_bytes, entries, manifest,
-        overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
+        destination, source.config, source.tokenizer.model_bytes, entries, manifest,
+        source=source.path, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
     )  # fmt: skip
 
 
@@ -132,47 +128,23 @@ def size_of_conversion(source: Folder, dtype: str | None) -> int:
     return source.config.num_params * _float_dtype(dtype or source.float_dtype).itemsize
 
 
-def check_destination(destination: Path, overwrite: bool) -> None:
-    """Refuses to replace what must not be replaced.
-
-    Raises:
-        UsageError: the folder exists and `overwrite` is False, or it is none of ours.
-    """
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return
-    if not overwrite:
-        raise UsageError(
-            f"{destination} exists.",
-            "Nothing is overwritten unless that is asked for.",
-            "Choose another name, or use --overwrite (overwrite=True).",
-        )
-    try:
-        read_manifest(destination)
-    except (CheckpointError, OSError) as error:
-        raise UsageError(
-            f"{destination} is not a folder of this project's format.",
-            "Only such a folder is replaced, so that a mistyped path costs nothing.",
-            "Choose another name, or remove it yourself.",
-        ) from error
-
-
 def _write(
-    folder: Path,
+    destination: str | Path,
     config: GLMConfig,
     tokenizer_model: bytes,
     entries: list[Entry],
     manifest: Manifest,
     *,
+    source: Path | None = None,
     overwrite: bool,
     max_shard_size: int,
     progress: Progress,
 ) -> Manifest:
-    folder = folder.resolve()
-    remove_leftovers(folder)
-    check_destination(folder, overwrite)
-    require_space(folder, sum(entry.nbytes for entry in entries) + _SPARE_BYTES)
+    needed = sum(entry.nbytes for entry in entries)
     config_text = json.dumps(config.to_hf(), indent=2) + "\n"
-    with new_folder(folder) as temporary:
+    with new_checkpoint(
+        destination, overwrite=overwrite, source=source, needed=needed
+    ) as temporary:
         files: dict[str, FileEntry] = {
             "config.json": write_file(temporary / "config.json", config_text.encode()),
             "tokenizer.model": write_file(temporary / "tokenizer.model", tokenizer_model),
@@ -192,8 +164,9 @@ def _stored_entry(
     source: Folder, match: Match, part: Part, start: int, stop: int, dtype: np.dtype
 ) -> Entry:
     def chunks() -> Iterator[np.ndarray]:
-        for _, chunk in Values(match, source.config, source.bits).chunks(start, stop):
-            yield cast(chunk, dtype, match.name)
+        with reading(match.tensor.file):  # else an error would be taken for one of the writing
+            for _, chunk in Values(match, source.config, source.bits).chunks(start, stop):
+                yield cast(chunk, dtype, match.name)
 
     name = own_name(part.path).replace("{layer}", str(match.layer))
     return Entry(name, part.shape(source.config), dtype, chunks)

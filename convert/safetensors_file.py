@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.stored import BFLOAT16, StoredTensor, regular_file_size
+from convert.stored import BFLOAT16, StoredTensor, check_shape, regular_file_size
 from glm2_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -63,7 +63,9 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
         try:
             dtype, shape, begin, end = _entry(entry)
         except (ValueError, KeyError, TypeError) as error:
-            raise _bad(path, f"the entry of {name[:200]!r} is wrong ({error})") from error
+            raise _bad(
+                path, f"the entry of {name[:200]!r} is wrong ({str(error)[:200]})"
+            ) from error
         tensors[name] = StoredTensor(path, dtype, shape, data_start + begin)
         spans.append((begin, end))
     _check_spans(path, spans, data_start, size)
@@ -81,11 +83,11 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads(object_pairs_hook=...)`: a name that is there twice is an error."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:200]!r} is there twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name[:200]!r} is there twice")
+        result[name] = value
     return result
 
 
@@ -96,9 +98,12 @@ def _entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
         raise ValueError(f"dtype {str(entry['dtype'])[:20]} is not supported")
     dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
     begin, end = entry["data_offsets"]
+    if not isinstance(shape, list):
+        raise ValueError("its shape is not a list")
     for number in (*shape, begin, end):
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**62:
             raise ValueError(f"{str(number)[:40]} is not a size")
+    check_shape(shape)
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"shape {shape} of {dtype.name} does not fill {end - begin} bytes")
     return dtype, tuple(shape), begin, end

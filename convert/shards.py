@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.safetensors_file import read_safetensors_file, unique_pairs
-from convert.stored import StoredTensor, regular_file_size
+from convert.stored import StoredTensor, is_plain_name, regular_file_size
 from convert.torch_zip import read_torch_file
 from glm2_jax.errors import CheckpointError
 
@@ -22,10 +22,11 @@ MAX_JSON_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The tensors of a folder, and the files they are in."""
+    """The tensors of a folder, the files they are in, and the index that lists those."""
 
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
+    index: Path | None = None
 
     @property
     def bytes_on_disk(self) -> int:
@@ -94,7 +95,7 @@ def _open_index(folder: Path, index: Path) -> Weights:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", fix="Download it again.")
     for name in set(map(str, weight_map.values())):
-        _check_file_name(index, name)
+        check_file_name(index, name)
     files = {name: folder / name for name in dict.fromkeys(weight_map.values())}
     absent = [name for name, path in files.items() if not _is_there(path)]
     if absent:
@@ -114,13 +115,12 @@ def _open_index(folder: Path, index: Path) -> Weights:
                     "Every tensor must be there once.",
                 )
             tensors[tensor_name] = tensor
-    return Weights(tensors, tuple(files.values()))
+    return Weights(tensors, tuple(files.values()), index)
 
 
-def _check_file_name(index: Path, name: str) -> None:
+def check_file_name(index: Path, name: str) -> None:
     """Only plain names of files beside the index: nothing absolute, no separators, no `..`."""
-    unsafe = any(character in name for character in "/\\:\0") or name.startswith(".")
-    if unsafe or not name.endswith((".safetensors", ".bin")):
+    if not is_plain_name(name) or not name.endswith((".safetensors", ".bin")):
         raise CheckpointError(
             f"{index} names the file {name[:200]!r}.",
             "Shards must be .safetensors or .bin files in the same folder, without a path.",

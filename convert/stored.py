@@ -1,7 +1,9 @@
 """A tensor inside a checkpoint file: where its bytes are, not the bytes themselves."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +12,8 @@ import numpy as np
 from glm2_jax.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**48
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -42,8 +46,44 @@ class StoredTensor:
         so they do not count as the process's own memory."""
         if not math.prod(self.shape):
             return np.empty(self.shape, self.dtype)
-        mapped = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset)
-        return np.ndarray(self.shape, self.dtype, buffer=mapped, strides=self.strides)
+        try:
+            with reading(self.file):
+                mapped = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset)
+            return np.ndarray(self.shape, self.dtype, buffer=mapped, strides=self.strides)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self.file} was cut while it was read.", str(error)[:200], "Try again."
+            ) from error
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Refuses what no array can be, also where one axis is 0 and the others are immense.
+
+    Raises:
+        ValueError: too many dimensions or elements.
+    """
+    if len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions is too large")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses inside becomes a `CheckpointError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(error.filename or path)[:500]} cannot be read.",
+            error.strerror or str(error),
+            "Check its name and its rights.",
+        ) from error
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name can only mean a file beside the one that lists it: nothing absolute, no
+    separators, no `..`, nothing that the system or a terminal reads otherwise."""
+    special = any(character in name for character in "/\\:") or name.startswith(".")
+    return bool(name) and name.isprintable() and not special and len(name.encode()) <= 255
 
 
 def regular_file_size(path: Path) -> int:

@@ -7,6 +7,7 @@ follows the opcodes as `pickletools` documents them; the rebuild arguments are t
 """
 
 import dataclasses
+import io
 import math
 import pickletools
 from collections.abc import Callable
@@ -15,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.stored import BFLOAT16
+from convert.stored import BFLOAT16, MAX_DIMENSIONS, check_shape
 from glm2_jax.errors import CheckpointError
 
 MAX_OPCODES = 5_000_000
-MAX_DIMENSIONS = 8
 
 _ORDERED_DICT = "collections.OrderedDict"
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
@@ -105,8 +105,9 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, TorchTensor]:
         raise CheckpointError(f"{path} does not hold a dictionary of tensors.")
     for name, value in result.items():
         if not isinstance(name, str) or not isinstance(value, TorchTensor):
+            shown = name[:200] if isinstance(name, str) else type(name).__name__
             raise CheckpointError(
-                f"{path}: the entry {str(name)[:200]!r} is not a tensor.",
+                f"{path}: the entry {shown!r} is not a tensor.",
                 "A file of weights alone is needed; this may be a training checkpoint.",
             )
     return result
@@ -125,19 +126,27 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if count > MAX_OPCODES:
-                raise _Refused(f"has more than {MAX_OPCODES} opcodes")
+        file = io.BytesIO(data)
+        for _ in range(MAX_OPCODES):
+            opcode = _OPCODES.get(file.read(1))
+            if opcode is None:
+                raise ValueError("the pickle has no end, or something unknown in it")
             if opcode.name == "STOP":
                 return self.pop()
-            if opcode.name in _PUSH_ARGUMENT:
-                self.stack.append(argument)
-                continue
             action = _ACTIONS.get(opcode.name)
-            if action is None:
+            if (
+                action is None and opcode.name not in _PUSH_ARGUMENT
+            ):  # before anything of its argument is read
                 raise _Refused(f"uses the opcode {opcode.name}")
-            action(self, argument)
-        raise ValueError("the pickle has no end")
+            if opcode.name == "GLOBAL":
+                argument = _read_global(file)
+            else:
+                argument = opcode.arg.reader(file) if opcode.arg else None
+            if action is None:
+                self.stack.append(argument)
+            else:
+                action(self, argument)
+        raise _Refused(f"has more than {MAX_OPCODES} opcodes")
 
     def pop(self) -> Any:
         if self.marks and len(self.stack) <= self.marks[-1]:
@@ -209,6 +218,14 @@ class _Machine:
             raise _Refused(f"calls {function.name} in a way that weights never need")
 
 
+def _read_global(file: io.BytesIO) -> str:
+    """ "module.name" of two lines; the reader of `pickletools` takes backslashes for escapes."""
+    module, name = file.readline(), file.readline()
+    if not name.endswith(b"\n"):
+        raise ValueError("the name of a global has no end")
+    return f"{module[:-1].decode()}.{name[:-1].decode()}"
+
+
 def _fill(target: dict, pairs: list[tuple[Any, Any]]) -> None:
     for key, value in pairs:
         if not isinstance(key, str | int):
@@ -245,7 +262,9 @@ def _tensor(arguments: tuple) -> TorchTensor:
         raise ValueError("shape and strides of a tensor do not fit each other")
     shape, strides = tuple(map(_count, shape)), tuple(map(_count, strides))
     count = math.prod(shape)
-    if count:
+    if count == 0:
+        check_shape(shape)
+    else:
         last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         # The second test refuses views that repeat elements (stride 0): a small file could
         # otherwise claim any amount of memory.
@@ -253,6 +272,8 @@ def _tensor(arguments: tuple) -> TorchTensor:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
     return TorchTensor(storage, _count(offset), shape, strides)
 
+
+_OPCODES = {info.code.encode("latin-1"): info for info in pickletools.opcodes}
 
 # Opcodes whose argument is the value: text, whole numbers, floats.
 _PUSH_ARGUMENT = {
@@ -283,7 +304,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "MEMOIZE": lambda machine, _: machine.remember(len(machine.memo)),
     "BINGET": lambda machine, slot: machine.stack.append(machine.memo[slot]),
     "LONG_BINGET": lambda machine, slot: machine.stack.append(machine.memo[slot]),
-    "GLOBAL": lambda machine, name: machine.push_name(name.replace(" ", ".", 1)),
+    "GLOBAL": lambda machine, name: machine.push_name(name),
     "STACK_GLOBAL": lambda machine, _: machine.stack_global(),
     "BINPERSID": lambda machine, _: machine.persistent(),
     "BUILD": lambda machine, _: machine.build(),

@@ -116,8 +116,10 @@ class _Archive:
             )
         if member.flag_bits & 0x1:
             raise self.error(f"the member {name[:100]!r} is encrypted")
-        self.file.seek(member.header_offset)
-        header = self.file.read(_LOCAL_HEADER.size)
+        header = b""
+        if 0 <= member.header_offset < self.size:
+            self.file.seek(member.header_offset)
+            header = self.file.read(_LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
             raise self.error(f"the header of {name[:100]!r} is not where the directory says")
         *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)

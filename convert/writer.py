@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,11 @@ class Entry:
     def nbytes(self) -> int:
         """Size of its elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def byte_chunks(self) -> Iterator[memoryview]:
+        """The bytes of its elements, as they are stored."""
+        for chunk in self.chunks():
+            yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
 
 
 class HashingFile:
@@ -94,31 +99,31 @@ def write_shards(
     Returns:
         file name -> size and sum.
     """
-    shards = _divide(entries, max_shard_size)
+    shards = divide(entries, max_shard_size, "model", "safetensors")
     total = sum(entry.nbytes for entry in entries)
-    done, files, weight_map = 0, {}, {}
-    for i, shard in enumerate(shards):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {entry.name: name for entry in shard}
+    done, files = 0, {}
+    for name, shard in shards.items():
         with HashingFile(folder / name) as file:
             file.write(_header(shard))
             for entry in shard:
-                for chunk in entry.chunks():
-                    data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-                    file.write(data.data)
+                for data in entry.byte_chunks():
+                    file.write(data)
                     done += len(data)
                     progress(done, total)
         files[name] = file.entry
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         name = "model.safetensors.index.json"
-        files[name] = write_file(folder / name, json.dumps(index, indent=2).encode())
+        files[name] = write_file(folder / name, index_of(shards))
     return files
 
 
-def _divide(entries: Sequence[Entry], max_shard_size: int) -> list[list[Entry]]:
+def divide(
+    entries: Sequence[Entry], max_shard_size: int, stem: str, suffix: str
+) -> dict[str, list[Entry]]:
+    """Which tensors go into which file: "stem.suffix", or "stem-00001-of-00007.suffix" and so on.
+
+    The order is kept; a single tensor above `max_shard_size` bytes gets a shard of its own.
+    """
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -127,7 +132,18 @@ def _divide(entries: Sequence[Entry], max_shard_size: int) -> list[list[Entry]]:
             size = 0
         shards[-1].append(entry)
         size += entry.nbytes
-    return shards
+    if len(shards) == 1:
+        return {f"{stem}.{suffix}": shards[0]}
+    count = len(shards)
+    return {f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}": shards[i] for i in range(count)}
+
+
+def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
+    """The index file of what `divide` gives: which tensor is in which file."""
+    places = {entry.name: name for name, shard in shards.items() for entry in shard}
+    total = sum(entry.nbytes for shard in shards.values() for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return json.dumps(index, indent=2).encode()
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

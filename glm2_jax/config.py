@@ -1,7 +1,6 @@
 """The architecture of a ChatGLM2-family model, read from the published `config.json` files."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from glm2_jax.errors import CheckpointError
 
 FAMILIES = ("chatglm2", "chatglm3", "codegeex2")
 ROPE_KINDS = ("linear", "base")
+MAX_SIZE = 2**31 - 1  # positions and ids are int32
 
 # Keys of config.json with the only value that this implementation computes, and the value that
 # the published configuration class takes when the key is absent.
@@ -91,8 +91,9 @@ class GLMConfig:
     def __post_init__(self) -> None:
         for field in _DIMENSIONS:
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise _bad_value(_DIMENSIONS[field][0], value, "a whole number above 0")
+            if not _is_integer(value) or not 0 < value <= MAX_SIZE:
+                wanted = f"a whole number from 1 to {MAX_SIZE}"
+                raise _bad_value(_DIMENSIONS[field][0], value, wanted)
         if self.num_heads % self.num_kv_heads:
             raise _bad_value(
                 "multi_query_group_num", self.num_kv_heads, f"a divisor of {self.num_heads} heads"
@@ -112,11 +113,14 @@ class GLMConfig:
             "rope_base": "rope_base",
         }.items():
             value = getattr(self, field)
-            if not (math.isfinite(value) and value > 0):
-                raise _bad_value(key, value, "a finite number above 0")
+            if not 1e-30 < value < 1e30:  # else it is 0 or infinity in float32
+                raise _bad_value(key, value, "a number above 0 that float32 can hold")
         for key in ("hidden_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, key) < 1.0:
                 raise _bad_value(key, getattr(self, key), "at least 0 and below 1")
+        for key in ("eos_token_id", "pad_token_id"):
+            if not 0 <= getattr(self, key) < self.vocab_size:
+                raise _bad_value(key, getattr(self, key), f"an id below {self.vocab_size}")
 
     @property
     def num_params(self) -> int:
@@ -171,8 +175,9 @@ class GLMConfig:
         for key, (wanted, default) in _REQUIRED_VALUES.items():
             if raw.get(key, default) != wanted:
                 absent = "" if key in raw else " (the key is absent, which means that)"
+                shown = shorten(raw.get(key, default))
                 raise CheckpointError(
-                    f"config.json: {key} = {raw.get(key, default)!r} is not supported{absent}.",
+                    f"config.json: {key} = {shown} is not supported{absent}.",
                     f"It changes the mathematics; only {key} = {wanted!r} is implemented.",
                     "Use a published ChatGLM2 / ChatGLM3 / CodeGeeX2 configuration.",
                 )
@@ -188,7 +193,7 @@ class GLMConfig:
             rope_ratio=ratio,
             rope_kind=rope_kind,
             rope_table_dtype=raw.get("rope_table_dtype", "float32"),
-            logn_scaling=bool(raw.get("logn_scaling", False)),
+            logn_scaling=_flag(raw, "logn_scaling"),
             family=family,
             hidden_dropout=_number(raw, "hidden_dropout", 0.0),
             attention_dropout=_number(raw, "attention_dropout", 0.0),
@@ -217,14 +222,33 @@ class GLMConfig:
         }
 
 
+def shorten(value: Any) -> str:
+    """A value of a file for a message: never more than a line of it."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
 def _bad_value(key: str, value: Any, wanted: str) -> CheckpointError:
-    return CheckpointError(f"config: {key} = {value!r} is not possible.", f"It must be {wanted}.")
+    return CheckpointError(
+        f"config: {key} = {shorten(value)} is not possible.", f"It must be {wanted}."
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _integer(raw: Mapping[str, Any], key: str, default: int | None) -> int:
     value = raw.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _is_integer(value):
         raise _bad_value(key, value, "a whole number")
+    return value
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise _bad_value(key, value, "true or false")
     return value
 
 
@@ -232,7 +256,7 @@ def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
     value = raw.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _bad_value(key, value, "a number")
-    return float(value)
+    return float(min(max(value, -1e300), 1e300))  # far beyond what any key may hold
 
 
 def _names(raw: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None) -> list[str]:
@@ -254,7 +278,7 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
         )
     if model_type != "chatglm":
         raise CheckpointError(
-            f"config.json: model_type {model_type!r} is not a ChatGLM model.",
+            f"config.json: model_type {shorten(model_type)} is not a ChatGLM model.",
             "Only model_type 'chatglm' (ChatGLM2, ChatGLM3, CodeGeeX2) is implemented.",
         )
     if raw.get("position_encoding_2d") or "inner_hidden_size" in raw:

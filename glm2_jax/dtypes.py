@@ -1,6 +1,6 @@
 """Names of number types, and the one that suits a device."""
 
-import os
+import sys
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax.errors import UsageError
+from glm2_jax.host import find_memory
 
 _DTYPES = {
     "float32": jnp.float32,
@@ -38,7 +39,7 @@ def resolve_dtype(name: str, *, num_params: int, device: Any = None) -> np.dtype
     Raises:
         UsageError: an unknown name.
     """
-    if name not in DTYPE_NAMES:
+    if not isinstance(name, str) or name not in DTYPE_NAMES:
         raise UsageError(f"Unknown dtype {name!r}.", f"Known names: {', '.join(DTYPE_NAMES)}.")
     if name != "auto":
         return np.dtype(_DTYPES[name])
@@ -52,15 +53,8 @@ def resolve_dtype(name: str, *, num_params: int, device: Any = None) -> np.dtype
 
 
 def available_memory() -> int:
-    """Bytes of host memory that a new program can use; all of it where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of host memory that a new program can use, limits of containers taken into account."""
+    return find_memory().usable or sys.maxsize
 
 
 def _compute_capability(device: Any) -> float:

@@ -27,7 +27,7 @@ from glm2_jax.rope import apply_rope, rope_tables
 
 Params = Mapping[str, Any]
 
-_WEIGHT_INIT = nn.initializers.normal(0.02)
+_WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also under JAX_ENABLE_X64
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -13,6 +13,7 @@ from glm2_jax.detokenizer import Detokenizer
 from glm2_jax.errors import CheckpointError, InputError
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
+MAX_MODEL_BYTES = 64 * 2**20  # the published one has a million
 _COMMON_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _SPECIAL = {
@@ -59,8 +60,14 @@ class Tokenizer:
         Raises:
             CheckpointError: the file is missing, unreadable or no fitting SentencePiece model.
         """
+        path = Path(path)
         try:
-            data = Path(path).read_bytes()
+            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+                raise OSError("it is not a plain file")
+            with path.open("rb") as file:
+                data = file.read(MAX_MODEL_BYTES + 1)
+            if len(data) > MAX_MODEL_BYTES:
+                raise OSError(f"it is larger than {MAX_MODEL_BYTES} bytes")
         except OSError as error:
             raise CheckpointError(
                 f"The tokenizer {path} cannot be read.",
@@ -146,7 +153,8 @@ def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcesso
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(data)
-    except RuntimeError as error:
+        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # each is valid text
+    except (RuntimeError, UnicodeError) as error:
         raise CheckpointError(
             f"{name} is no SentencePiece model.", " ".join(str(error).split())
         ) from error

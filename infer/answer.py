@@ -1,4 +1,4 @@
-"""One growing answer on the host: ids to text, stop strings, repetition, clean-up."""
+"""One growing answer on the host: ids to text, stop strings, clean-up, and when it ends."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from glm2_jax.detokenizer import Detokenizer
 from glm2_jax.tokenizer import Tokenizer
+from infer.loops import LoopDetector
 from infer.params import SamplingParams
 
-LONGEST_LOOP = 64  # tokens in the longest block that counts as a repeated one
 _DATE_MARK, _DATE = "[[训练时间]]", "2023年"
 
 
@@ -31,7 +31,7 @@ class Completion:
       output_ids: what it wrote, without the end token. An answer that a stop string ended has
         all tokens up to the one that completed the string.
       text: the answer, without the stop string and what follows it.
-      finish_reason: "stop" (end token or stop string), "length" or "loop".
+      finish_reason: "stop" (end token or stop string), "length" or "loop" (see `infer.loops`).
       logprobs: one for each of `output_ids`, where asked for.
     """
 
@@ -100,32 +100,6 @@ def _overlap(text: str, strings: Sequence[str]) -> int:
         if any(size < len(string) and string.startswith(tail) for string in strings):
             return size
     return 0
-
-
-class LoopDetector:
-    """Tells when the last tokens are one block of up to LONGEST_LOOP repeated `times` times.
-
-    A block of one token must come 2 x `times` times, since runs such as "000" are ordinary.
-    Costs one comparison per block length and token.
-    """
-
-    def __init__(self, times: int):
-        self._times = times
-        self._ids: list[int] = []
-        self._runs = [0] * (LONGEST_LOOP + 1)  # how long each id has equalled the one p before
-
-    def push(self, token: int) -> bool:
-        """Takes the next token; true when the answer has begun to go round in circles."""
-        if not self._times:
-            return False
-        looping = False
-        for period in range(1, min(LONGEST_LOOP, len(self._ids)) + 1):
-            same = self._ids[-period] == token
-            self._runs[period] = self._runs[period] + 1 if same else 0
-            times = self._times if period > 1 else 2 * self._times
-            looping = looping or self._runs[period] >= period * (times - 1)
-        self._ids.append(token)
-        return looping
 
 
 class Answer:

@@ -1,25 +1,61 @@
-"""Answering a batch file: in order, a few lines at a time, each answer written at once."""
+"""Answering a batch file: lines of like length together, the answers in the order of the lines.
+
+With an output file the answers are kept in a journal until all are there (`infer.journal`), so that
+a run that ends early is continued. Every line has random numbers of its own, and the lines that are
+answered together are the same in every run, so the result does not depend on where one was stopped.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import hashlib
+import json
 import os
+import stat
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Container, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
-from convert.cli import EXIT_INPUT, note
+from convert.cli import EXIT_INPUT, Progress, note
 from glm2_jax.errors import GLMError, InputError, UsageError
+from infer.journal import SUFFIX, Journal
 from infer.options import open_engine
 from infer.params import SamplingParams
-from infer.requests import Request, Turns, read_batch
-from infer.respond import add_stats, encode, print_json, print_stats, result, warn_beyond_aligned
+from infer.requests import Request, Turns, parse_batch
+from infer.respond import add_stats, encode, print_stats, result, warn_beyond_aligned
+from infer.text_input import STDIN, read_bytes
 
 if TYPE_CHECKING:
     from infer.engine import Engine
+    from infer.job import Stats
+
+_CHUNKS_AHEAD = 16  # sorted together for a stream, where an answer waits for those before it
+
+
+class Row(NamedTuple):
+    """A line that can be answered: its number in the input, from 1, and its prompt's ids."""
+
+    number: int
+    request: Request
+    ids: list[int]
+
+
+class Sink(Protocol):
+    """Where answers go: a `Journal`, or an `InOrder` stream."""
+
+    @property
+    def done(self) -> Container[int]:
+        """Numbers of the lines whose answers are there already."""
+        ...
+
+    def append(self, rows: Sequence[tuple[int, str]]) -> None:
+        """Takes answers: line number and JSON object."""
+        ...
 
 
 def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns) -> int:
@@ -27,92 +63,258 @@ def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns
 
     A bad line is reported as file:line: reason and left out, which makes the exit code 3.
     """
-    check_output(args)
+    output = check_output(args)
+    data = read_bytes(args.batch_file)
     batch = _Batch(args, sampling)
-    requests = list(batch.requests(history))  # before the model is loaded: errors come at once
+    requests = batch.requests(data, history)  # before the model is loaded: errors come at once
     if not requests:
-        raise InputError(f"{args.batch_file} has no prompt that can be answered")
-    engine = open_engine(args)
-    total, answered = None, 0
-    with open_output(args.output) as file:
-        encoded = batch.encoded(engine, requests)
-        while chunk := list(islice(encoded, args.batch_size)):
-            completions = engine.complete(
-                [ids for _, ids in chunk],
-                sampling,
-                row_offset=answered,
-                clean=engine.template != "raw",
-            )
-            for (request, _), completion in zip(chunk, completions, strict=True):
-                print_json(result(engine, request, completion), file)
-            answered += len(chunk)
-            total = add_stats(total, engine.stats)
-    note(f"{answered} answered, {batch.bad} bad lines")
-    if args.stats and total is not None:
-        print_stats(total)
-    return EXIT_INPUT if batch.bad else 0
+        raise InputError(f"{batch.name} has no prompt that can be answered")
+    if output is None or is_stream(output):
+        return batch.to_stream(open_engine(args), requests, output)
+    with Journal(output, restart=args.restart) as journal:
+        run = _run_of(args, sampling, history, data)
+        journal.check(run)
+        refuse_existing(output, journal, args.overwrite)
+        engine = open_engine(args)
+        journal.begin(run | _model_of(engine))
+        batch.to_file(engine, requests, journal)
+        journal.finish()
+    return batch.end()
+
+
+def chunks(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
+    """Rows to answer together, `size` at most, of like length: less of a chunk is padding.
+
+    Longest first, so that what does not fit into memory shows early.
+    """
+    ordered = sorted(rows, key=lambda row: (-len(row.ids), row.number))
+    for first in range(0, len(ordered), size):
+        yield ordered[first : first + size]
+
+
+class InOrder:
+    """Writes answers to a stream as soon as all before them are there.
+
+    Args:
+      numbers: the lines that will be answered, rising.
+      file: where to.
+    """
+
+    done: Container[int] = ()
+
+    def __init__(self, numbers: Sequence[int], file: TextIO):
+        self._numbers = iter(numbers)
+        self._next = next(self._numbers, None)
+        self._waiting: dict[int, str] = {}
+        self._file = file
+
+    def append(self, rows: Sequence[tuple[int, str]]) -> None:
+        """Takes answers: line number and JSON object."""
+        self._waiting.update(rows)
+        while self._next in self._waiting:
+            self._file.write(self._waiting.pop(self._next) + "\n")  # in one go: no half lines
+            self._next = next(self._numbers, None)
+        self._file.flush()
 
 
 class _Batch:
-    """The lines of a batch file on their way to the engine, and how many were bad."""
+    """The lines of a batch file on their way to the engine, and what became of them."""
 
     def __init__(self, args: argparse.Namespace, sampling: SamplingParams):
         self.args, self.sampling = args, sampling
-        self.bad = 0
-        self._warned = False
+        self.name = STDIN if args.batch_file == "-" else args.batch_file
+        self._answered = self._tokens = self._bad = self._loops = 0
+        self._stats: Stats | None = None
 
-    def requests(self, history: Turns) -> Iterator[tuple[str, Request]]:
-        """The good lines, each with its file:line."""
-        path = self.args.batch_file
-        name = "standard input" if path == "-" else path
-        for number, request in read_batch(path, history=history, system=self.args.system):
-            where = f"{name}:{number}"
+    def requests(self, data: bytes, history: Turns) -> list[tuple[int, Request]]:
+        """The good lines, each with its number."""
+        good = []
+        for number, request in parse_batch(data, self.name, history, self.args.system):
             if isinstance(request, InputError):
-                self._report(where, request)
+                self._report(number, request)
             else:
-                yield where, request.cleaned() if self.args.clean_text else request
+                good.append((number, request.cleaned() if self.args.clean_text else request))
+        return good
 
-    def encoded(
-        self, engine: Engine, requests: list[tuple[str, Request]]
-    ) -> Iterator[tuple[Request, list[int]]]:
-        """The requests that fit, with their ids."""
-        for where, request in requests:
+    def to_file(
+        self, engine: Engine, requests: Sequence[tuple[int, Request]], journal: Journal
+    ) -> None:
+        """Answers what the journal does not have yet."""
+        rows = []
+        with Progress("prompts read", len(requests), show=_count) as bar:
+            for row in self._encoded(engine, requests):
+                rows.append(row)
+                bar(len(rows))
+        if journal.done:
+            note(f"continuing: {len(journal.done)} of {len(rows)} answered already")
+        note(f"answers are kept in {journal.path}; to continue after a stop, run the same command")
+        self._answered = len(journal.done)
+        with Progress("rows answered", len(rows), show=_count, done=self._answered) as bar:
+            self._answer(engine, rows, journal, bar)
+
+    def to_stream(
+        self, engine: Engine, requests: Sequence[tuple[int, Request]], output: Path | None
+    ) -> int:
+        """Answers everything, a few chunks of lines after the other; returns the exit code."""
+        encoded = self._encoded(engine, requests)
+        with (
+            open_stream(output) as file,
+            Progress("rows answered", len(requests), show=_count) as bar,
+        ):
+            while rows := list(islice(encoded, _CHUNKS_AHEAD * self.args.batch_size)):
+                self._answer(engine, rows, InOrder([row.number for row in rows], file), bar)
+        return self.end()
+
+    def _encoded(self, engine: Engine, requests: Sequence[tuple[int, Request]]) -> Iterator[Row]:
+        """The requests that fit."""
+        warned = False
+        for number, request in requests:
+            where = f"{self.name}:{number}"
             try:
                 ids = encode(engine, request, self.sampling, self.args.truncate_prompt, where)
             except (InputError, UsageError) as error:
-                self._report(where, error)
+                self._report(number, error)
                 continue
-            if not self._warned:
-                self._warned = warn_beyond_aligned(engine, len(ids), self.sampling)
-            yield request, ids
+            warned = warned or warn_beyond_aligned(engine, len(ids), self.sampling)
+            yield Row(number, request, ids)
 
-    def _report(self, where: str, error: GLMError) -> None:
-        self.bad += 1
-        note(f"{where}: {': '.join(part for part in (error.what, error.why) if part)}")
+    def _answer(self, engine: Engine, rows: Sequence[Row], sink: Sink, bar: Progress) -> None:
+        """Answers what is not in the sink yet, a chunk at a time.
+
+        A chunk of which a part is there is answered as a whole again: with other rows beside them
+        the last digits of log-probabilities may differ.
+        """
+        for chunk in chunks(rows, self.args.batch_size):
+            new = [row.number not in sink.done for row in chunk]
+            if not any(new):
+                continue
+            completions = engine.complete(
+                [row.ids for row in chunk],
+                self.sampling,
+                row_ids=[row.number - 1 for row in chunk],
+                clean=engine.template != "raw",
+            )
+            answers = []
+            for row, completion, wanted in zip(chunk, completions, new, strict=True):
+                if wanted:
+                    answer = result(engine, row.request, completion)
+                    answers.append((row.number, json.dumps(answer, ensure_ascii=False)))
+                    self._tokens += len(completion.output_ids)
+                    self._loops += completion.finish_reason == "loop"
+            sink.append(answers)
+            self._answered += len(answers)
+            self._stats = add_stats(self._stats, engine.stats)
+            bar.start += engine.stats.compile_s  # what is over says nothing of the time left
+            if isinstance(sink, Journal) or not sys.stdout.isatty():  # there the answers show it
+                rate = self._tokens / (time.monotonic() - bar.start)
+                bar(self._answered, f"{rate:.0f} tokens/s")
+
+    def end(self) -> int:
+        """Says what became of the lines; returns the exit code."""
+        loops = f", {self._loops} stopped because they repeated themselves" if self._loops else ""
+        note(f"{self._answered} answered, {self._bad} bad lines{loops}")
+        if self.args.stats and self._stats is not None:
+            print_stats(self._stats)
+        return EXIT_INPUT if self._bad else 0
+
+    def _report(self, number: int, error: GLMError) -> None:
+        self._bad += 1
+        reason = ": ".join(part for part in (error.what, error.why) if part)
+        note(f"{self.name}:{number}: {reason}")
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """Raises before any work if the answers could not be written, or would replace an input."""
+def _run_of(
+    args: argparse.Namespace, sampling: SamplingParams, history: Turns, data: bytes
+) -> dict[str, Any]:
+    """What the answers depend on, as far as it is known without the model."""
+    turns = json.dumps(history).encode()
+    return {
+        "input": hashlib.sha256(data).hexdigest(),
+        "history": hashlib.sha256(turns).hexdigest() if history else None,
+        "system": args.system,
+        "clean_text": args.clean_text,
+        "truncate_prompt": args.truncate_prompt,
+        **dataclasses.asdict(sampling),
+    }
+
+
+def _model_of(engine: Engine) -> dict[str, Any]:
+    """What the answers depend on of the model, as it was opened."""
+    return {
+        "model": engine.checkpoint.fingerprint,
+        "template": engine.template,
+        "dtype": engine.checkpoint.summary.dtype,
+        "rope_kind": engine.config.rope_kind,
+        "longest": engine.max_length,
+    }
+
+
+def _count(rows: float) -> str:
+    return f"{rows:.0f}" if rows >= 10 else f"{rows:.2g}"
+
+
+def open_stream(path: Path | None) -> contextlib.AbstractContextManager[TextIO]:
+    """A pipe or device, or standard output, which stays open."""
+    if path is None:
+        return contextlib.nullcontext(sys.stdout)
+    return path.open("w", encoding="utf-8")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether it is a pipe or a device, which takes answers but has no place beside it."""
+    return path.exists() and not path.is_file()
+
+
+def check_output(args: argparse.Namespace) -> Path | None:
+    """Raises before any work if the answers could not be written, or would replace an input.
+
+    Returns:
+      The output file, links followed; None for standard output.
+    """
     if args.output in (None, "-"):
-        return
-    path = Path(args.output)
-    for flag, other in (("--batch-file", args.batch_file), ("--history", args.history)):
-        if other not in (None, "-") and path.exists() and Path(other).exists():
-            if path.samefile(other):
-                raise UsageError(f"--output is the same file as {flag}", fix="name another file")
+        return None
+    path = Path(os.path.realpath(args.output))
     if path.is_dir():
         raise InputError(f"cannot write {path}", "it is a folder", "name a file")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}", f"there is no folder {path.parent}", "make it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"cannot write {path}", "permission denied")
+    if is_stream(path):
+        return path
+    inputs = {"--batch-file": args.batch_file, "--history": args.history}
+    for written in (path, path.with_name(path.name + SUFFIX)):
+        for flag, other in inputs.items():
+            if other not in (None, "-") and written.exists() and Path(other).exists():
+                if written.samefile(other):
+                    raise _is_input(written, path, flag)
+        if written.exists() and _is_standard_input(written):
+            raise _is_input(written, path, "standard input")
+    if args.model is not None and path.is_relative_to(os.path.realpath(args.model)):
+        raise UsageError(
+            f"--output is inside the model's folder {args.model}", fix="name another place"
+        )
+    for place in (path, path.parent):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise InputError(f"cannot write {path}", f"permission denied: {place}")
+    return path
 
 
-@contextlib.contextmanager
-def open_output(path: str | None) -> Iterator[TextIO]:
-    """Standard output for None and "-", else the file, which is replaced."""
-    if path in (None, "-"):
-        yield sys.stdout
+def _is_input(written: Path, path: Path, flag: str) -> UsageError:
+    what = "--output is" if written == path else f"{written.name}, which goes with --output, is"
+    return UsageError(f"{what} the same file as {flag}", fix="name another file")
+
+
+def _is_standard_input(path: Path) -> bool:
+    try:
+        status = os.fstat(0)
+    except OSError:  # closed
+        return False
+    return stat.S_ISREG(status.st_mode) and os.path.samestat(status, path.stat())
+
+
+def refuse_existing(output: Path, journal: Journal, overwrite: bool) -> None:
+    """Raises UsageError if there are answers that nobody asked to replace."""
+    if overwrite or not output.exists() or not output.stat().st_size or journal.is_output(output):
         return
-    with open(path, "w", encoding="utf-8") as file:
-        yield file
+    raise UsageError(
+        f"{output} is there already", fix="name another file, or give --overwrite to replace it"
+    )

@@ -5,9 +5,13 @@ Only the command-line tools turn it on; a library should not write to a user's f
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "GLM2_JAX_COMPILE_CACHE"
 OFF = "off"
@@ -19,8 +23,10 @@ def default_folder() -> Path:
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "glm2-jax" / "xla"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # unset, or to be ignored as the XDG specification says
+        base = Path.home() / ".cache"
+    return Path(base) / "glm2-jax" / "xla"
 
 
 def enable_compile_cache(
@@ -37,20 +43,20 @@ def enable_compile_cache(
       folder: None = `default_folder()`; "off" (here or in the variable) = no cache.
       max_bytes: the oldest programs beyond this are deleted first. (The limit that JAX itself has
         needs another package, and a lock that fails on some network file systems.)
-      warn: is told in one line why there is no cache, where one was wanted.
+      warn: is told in one line why there is no cache, where one was wanted, or what is wrong in it.
 
     Returns:
       The folder, or None where there is no cache.
     """
-    path = default_folder() if folder is None else Path(folder).expanduser()
-    if str(path) == OFF:
-        return None
     try:
+        path = default_folder() if folder is None else Path(folder).expanduser()
+        if str(path) == OFF:
+            return None
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         _trim(path, max_bytes)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(f"{path} is not writable")
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # no home folder; a NUL in the name
         if warn:
             warn(f"warning: no compilation cache, every start compiles anew ({error})")
         return None
@@ -61,7 +67,29 @@ def enable_compile_cache(
     # Small programs count too: the bundled model is made of nothing else.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _mend(path, warn or (lambda line: None))
     return path
+
+
+def _mend(folder: Path, warn: Callable[[str], None]) -> None:
+    """Deletes programs that cannot be read, or were half written; JAX would only complain.
+
+    JAX says it by a warning that has the name of the program, but not of the file: all of that name
+    go.
+    """
+    show = warnings.showwarning
+
+    def showwarning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        pattern = r"Error (reading|writing) persistent compilation cache entry for '(\w+)': (.*)"
+        failed = re.match(pattern, str(message))
+        if failed is None:
+            return show(message, *args, **kwargs)
+        warn(f"warning: {failed[1]} a program of the compilation cache failed ({failed[3]})")
+        for path in folder.glob(f"{failed[2]}-*-cache"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    warnings.showwarning = showwarning
 
 
 def _trim(folder: Path, max_bytes: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,7 +13,7 @@ from glm2_jax import prompt
 from glm2_jax.errors import UsageError
 from infer import steps
 from infer.answer import Completion
-from infer.job import Clock, Job, Stats, TokenEvent
+from infer.job import Clock, Job, Stats, TokenEvent, listed
 from infer.params import SamplingParams
 from infer.programs import OnEvent, Programs, device_errors
 
@@ -33,6 +34,7 @@ class Engine:
       max_length: longest prompt and answer together.
       stats: seconds and tokens of the last call.
       programs: the compiled programs.
+      device: where the parameters are.
     """
 
     def __init__(
@@ -49,20 +51,23 @@ class Engine:
         self.template = checkpoint.template
         self.max_length = _max_length(max_length, self.config.seq_length)
         self.stats = Stats(load_s=load_s)
-        device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
-        self.programs = Programs(device.platform, on_event)
+        self.device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
+        self.programs = Programs(self.device.platform, on_event)
         self._stop_ids = prompt.stop_ids(self.tokenizer)
 
-    def build_prompt(self, query: str, history: Turns = (), system: str | None = None) -> list[int]:
+    def build_prompt(
+        self, query: str, history: Turns | None = None, system: str | None = None
+    ) -> list[int]:
         """The ids of a question in the checkpoint's template."""
-        return prompt.build_prompt(self.tokenizer, self.template, query, history, system)
+        turns = () if history is None else history
+        return prompt.build_prompt(self.tokenizer, self.template, query, turns, system)
 
     def run(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
-        row_offset: int = 0,
+        row_ids: Sequence[int] | None = None,
         clean: bool = False,
     ) -> Iterator[TokenEvent]:
         """Answers prompts together, yielding every token as it comes.
@@ -72,8 +77,8 @@ class Engine:
 
         Args:
           prompts: token ids; every prompt is a row.
-          row_offset: number of the first row, for its random numbers: prompts answered in several
-            calls get the tokens that they would get in one.
+          row_ids: a number of 0 or more for each prompt, default its index: which random numbers
+            it draws. A prompt gets the same tokens under the same number in any call.
           clean: pass the texts through `clean_response`.
 
         Raises (on the call):
@@ -81,21 +86,21 @@ class Engine:
         Raises (while iterating):
           CheckpointError: NaN or Inf in the logits. DeviceError: out of memory.
         """
-        return self._run(self._job(prompts, sampling, row_offset, clean))
+        return self._run(self._job(prompts, sampling, row_ids, clean))
 
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
-        row_offset: int = 0,
+        row_ids: Sequence[int] | None = None,
         clean: bool = False,
     ) -> list[Completion]:
         """Answers prompts together in a loop on the device; the same answers as `run`.
 
         Arguments and errors are those of `run`.
         """
-        job = self._job(prompts, sampling, row_offset, clean)
+        job = self._job(prompts, sampling, row_ids, clean)
         clock = self._clock()
         with device_errors(_sizes(job)):
             state, output = self._prefill(job, clock)
@@ -112,7 +117,7 @@ class Engine:
                 clock.read(job)
         return [answer.completion() for answer in job.answers]
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], **sampling: Any) -> list[Completion]:
+    def generate(self, prompts: Iterable[str | Sequence[int]], **sampling: Any) -> list[Completion]:
         """Answers prompts together.
 
         Args:
@@ -124,7 +129,7 @@ class Engine:
         return self.complete(ids, SamplingParams.from_kwargs(**sampling), clean=clean)
 
     def stream(
-        self, prompts: Sequence[str | Sequence[int]], **sampling: Any
+        self, prompts: Iterable[str | Sequence[int]], **sampling: Any
     ) -> Iterator[tuple[int, str]]:
         """As `generate`, yielding (row, piece of text) as it comes."""
         ids, clean = self._prompt_ids(prompts)
@@ -132,7 +137,12 @@ class Engine:
         return ((event.row, event.text) for event in events if event.text)
 
     def chat(
-        self, query: str, history: Turns = (), *, system: str | None = None, **sampling: Any
+        self,
+        query: str,
+        history: Turns | None = None,
+        *,
+        system: str | None = None,
+        **sampling: Any,
     ) -> tuple[str, list[tuple[str, str]]]:
         """Answers a question in a conversation.
 
@@ -142,12 +152,12 @@ class Engine:
         ids = self.build_prompt(query, history, system)
         params = SamplingParams.from_kwargs(**sampling)
         response = self.complete([ids], params, clean=True)[0].text
-        return response, [*((q, a) for q, a in history), (query, response)]
+        return response, [*((q, a) for q, a in history or ()), (query, response)]
 
     def stream_chat(
         self,
         query: str,
-        history: Turns = (),
+        history: Turns | None = None,
         *,
         system: str | None = None,
         cumulative: bool = False,
@@ -161,24 +171,34 @@ class Engine:
     def _run(self, job: Job) -> Iterator[TokenEvent]:
         clock = self._clock()
         with device_errors(_sizes(job)):
-            state, pending = self._prefill(job, clock)
-            dispatched = 1
-            while pending is not None:
-                following = None
-                if dispatched < job.steps_wanted:
-                    state, following = self._step(job, state)
-                    dispatched += 1
-                events = list(job.take(jax.device_get(pending)))
-                clock.read(job)
+            for _, events in self._loop(job, clock, *self._prefill(job, clock)):
                 yield from events
-                pending = following if job.steps_wanted else None
+
+    def _loop(
+        self, job: Job, clock: Clock, state: steps.State, pending: steps.Output | None
+    ) -> Iterator[tuple[steps.State, list[TokenEvent]]]:
+        """Goes on from the first step, yielding each step's events and the newest state.
+
+        The state may be a step ahead of the events, and is used up when the iterator goes on.
+        """
+        dispatched = 1
+        while pending is not None:
+            following = None
+            if dispatched < job.steps_wanted:
+                state, following = self._step(job, state)
+                dispatched += 1
+            events = list(job.take(jax.device_get(pending)))
+            clock.read(job)
+            yield state, events
+            pending = following if job.steps_wanted else None
 
     def _job(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
-        row_offset: int,
+        row_ids: Sequence[int] | None,
         clean: bool,
+        reused: int = 0,
     ) -> Job:
         return Job(
             prompts,
@@ -187,8 +207,9 @@ class Engine:
             stop_ids=self._stop_ids,
             vocab_size=self.config.vocab_size,
             max_length=self.max_length,
-            row_offset=row_offset,
+            row_ids=row_ids,
             clean=clean,
+            reused=reused,
         )
 
     def _clock(self) -> Clock:
@@ -236,15 +257,14 @@ class Engine:
         jax.tree.map(lambda array: array.copy_to_host_async(), output)
         return state, output
 
-    def _prompt_ids(self, prompts: Sequence[str | Sequence[int]]) -> tuple[list[list[int]], bool]:
+    def _prompt_ids(self, prompts: Iterable[str | Sequence[int]]) -> tuple[list[list[int]], bool]:
         """The ids of prompts of one kind, and whether their answers are to be cleaned."""
-        if isinstance(prompts, str):
-            raise UsageError("prompts must be a list, not one string", fix=f"Write [{prompts!r}].")
+        prompts = listed(prompts, "prompts must be a list of texts, or of lists of token ids")
         questions = [prompt for prompt in prompts if isinstance(prompt, str)]
         if questions and len(questions) < len(prompts):
             raise UsageError("prompts must be all strings or all lists of token ids")
         clean = bool(questions) and self.template != "raw"
-        return [self.build_prompt(p) if isinstance(p, str) else list(p) for p in prompts], clean
+        return [self.build_prompt(p) for p in questions] or prompts, clean
 
 
 def _texts(events: Iterator[TokenEvent], cumulative: bool) -> Iterator[str]:
@@ -258,9 +278,9 @@ def _texts(events: Iterator[TokenEvent], cumulative: bool) -> Iterator[str]:
 def _max_length(asked: int | None, seq_length: int) -> int:
     if asked is None:
         return min(DEFAULT_MAX_LENGTH, seq_length)
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 2:
+    if isinstance(asked, bool) or not isinstance(asked, Integral) or asked < 2:
         raise UsageError(f"max_length must be a whole number, 2 or more, not {asked!r}")
-    return min(asked, seq_length)
+    return min(int(asked), seq_length)
 
 
 def _sizes(job: Job) -> str:

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 
 from convert import interrupt
-from convert.cli import Parser
+from convert.cli import Parser, path_argument
 from infer import options
 
 PROG = "python -m infer.generate"
@@ -39,24 +39,50 @@ def parser() -> Parser:
     return result
 
 
+class _Once(argparse.Action):
+    """Stores a value; a second one is an error, since the first would be lost without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice")
+        setattr(namespace, self.dest, values)
+
+
 def _add_prompt_options(result: argparse.ArgumentParser) -> None:
     group = result.add_argument_group("prompt")
     source = group.add_mutually_exclusive_group()
     source.add_argument(
-        "--prompt", "-p", metavar="TEXT", help="the question; - reads it from standard input"
+        "--prompt",
+        "-p",
+        action=_Once,
+        metavar="TEXT",
+        help="the question; - reads it from standard input",
     )
-    source.add_argument("--prompt-file", metavar="F", help="a UTF-8 file that holds the question")
+    source.add_argument(
+        "--prompt-file",
+        action=_Once,
+        type=path_argument,
+        metavar="F",
+        help="a UTF-8 file that holds the question",
+    )
     source.add_argument(
         "--batch-file",
+        action=_Once,
+        type=path_argument,
         metavar="F",
         help='a line for each question: {"prompt": ...}, with id, history, system if wanted, or '
         '{"messages": [...]} for ChatGLM3; bad lines are reported, the rest is answered',
     )
     group.add_argument(
-        "--history", metavar="F", help='JSON file of earlier turns: [["question", "answer"], ...]'
+        "--history",
+        action=_Once,
+        type=path_argument,
+        metavar="F",
+        help='JSON file of earlier turns: [["question", "answer"], ...]',
     )
     group.add_argument(
         "--system",
+        action=_Once,
         metavar="TEXT",
         help="instructions; ChatGLM2 has no system slot: the text is put before the first "
         "question, with a newline",
@@ -78,7 +104,20 @@ def _add_prompt_options(result: argparse.ArgumentParser) -> None:
 def _add_output_options(result: argparse.ArgumentParser) -> None:
     group = result.add_argument_group("output")
     group.add_argument(
-        "--output", "-o", metavar="F", help="where the answers to a batch file go; - = stdout"
+        "--output",
+        "-o",
+        action=_Once,
+        type=path_argument,
+        metavar="F",
+        help="where the answers to a batch file go; until all are there, they are kept in "
+        "F.partial, and the same command continues after a stop (default: standard output, "
+        "each answer as soon as those before it are there; what was stopped starts anew)",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace an --output that is there already"
+    )
+    group.add_argument(
+        "--restart", action="store_true", help="throw away F.partial instead of continuing"
     )
     group.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
     group.add_argument(

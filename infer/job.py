@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from glm2_jax.errors import CheckpointError, InputError
+from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.tokenizer import Tokenizer
 from infer.answer import Answer, Completion, TokenLogprob
-from infer.params import SamplingParams
+from infer.params import SamplingParams, shown
 from infer.sampling import Rows, seed_words
 from infer.steps import IDLE, NOT_FINITE, Controls, Output
 
@@ -27,6 +28,7 @@ class Stats:
       compile_s: compiling programs for shapes not met before; in none of the others.
       first_token_s: from the call to the first token of every row.
       prefill_tokens, prefill_s: prompt tokens read, and the time for them and the first token.
+      reused_tokens: prompt tokens that a session did not have to read again.
       decode_tokens, decode_s: tokens after the first of each row, and the time for them.
     """
 
@@ -35,6 +37,7 @@ class Stats:
     first_token_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
+    reused_tokens: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
 
@@ -81,7 +84,8 @@ class Job:
     """The prompts of a call, padded to a bucket on both axes, and their answers.
 
     Attributes:
-      tokens: int32 [B, T]; lengths: int32 [B]; rows beyond the prompts are empty.
+      tokens: int32 [B, T]; lengths: int32 [B]; rows beyond the prompts are empty. Of every prompt
+        the first `reused` ids are left out: the cache has them.
       cache_size: S, slots that the longest row can need, as a bucket.
     """
 
@@ -94,10 +98,17 @@ class Job:
         stop_ids: Sequence[int],
         vocab_size: int,
         max_length: int,
-        row_offset: int,
+        row_ids: Sequence[int] | None,
         clean: bool,
+        reused: int = 0,
     ):
+        if not isinstance(sampling, SamplingParams):
+            raise UsageError(f"sampling must be SamplingParams, not {shown(sampling)}")
         self.sampling = sampling
+        prompts = [
+            listed(ids, "a prompt must be a list of token ids")
+            for ids in listed(prompts, "prompts must be a list of lists of token ids")
+        ]
         check_prompts(prompts, vocab_size)
         ceiling = min(sampling.max_length or max_length, max_length)
         limits = [answer_limit(len(ids), row, sampling, ceiling) for row, ids in enumerate(prompts)]
@@ -105,9 +116,10 @@ class Job:
             Answer(tokenizer, ids, sampling, limit=limit, stop_ids=stop_ids, clean=clean)
             for ids, limit in zip(prompts, limits, strict=True)
         ]
+        ends = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
+        prompts = [ids[reused:] for ids in prompts]
         lengths = [len(ids) for ids in prompts]
         batch = 1 << (len(prompts) - 1).bit_length()
-        ends = [length + limit for length, limit in zip(lengths, limits, strict=True)]
         self.cache_size = bucket(max(ends), max_length)
         self.tokens = np.zeros((batch, bucket(max(lengths), max_length)), np.int32)
         for row, ids in enumerate(prompts):
@@ -116,7 +128,7 @@ class Job:
         self.controls = Controls(
             rows=Rows.full(batch, sampling),
             seed=seed_words(sampling.seed),
-            row_ids=np.arange(row_offset, row_offset + batch, dtype=np.int32),
+            row_ids=_padded(check_row_ids(row_ids, len(prompts)), batch),
             limit=_padded(limits, batch),
             stop_ids=np.array(stop_ids, np.int32),
             want_logprobs=np.array(sampling.logprobs is not None),
@@ -210,6 +222,20 @@ class Clock:
         stats.compile_s = self._compiling() - self._compiled_before
 
 
+def listed(value: Any, rule: str) -> list[Any]:
+    """The items of a list, a generator, or an array; of an array as plain numbers.
+
+    Raises:
+      UsageError: it is none, against the `rule`. (Text and bytes are none, since their items are
+        not what was meant.)
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
+        raise UsageError(f"{rule}, not {shown(value)}")
+    return list(value)
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     """Raises InputError for no prompts, an empty one, or ids that are not in the vocabulary."""
     if not prompts:
@@ -217,12 +243,25 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     for row, ids in enumerate(prompts):
         if not len(ids):
             raise InputError(f"prompt {row + 1} is empty")
-        bad = [i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab_size]
+        bad = [i for i in ids if not isinstance(i, int | np.integer) or isinstance(i, bool)]
+        bad = bad or [i for i in ids if not 0 <= i < vocab_size]
         if bad:
             raise InputError(
-                f"prompt {row + 1} has the token id {bad[0]!r}",
+                f"prompt {row + 1} has the token id {shown(bad[0])}",
                 f"The model's ids are whole numbers from 0 to {vocab_size - 1}.",
             )
+
+
+def check_row_ids(row_ids: Sequence[int] | None, count: int) -> Sequence[int]:
+    """The number that each prompt draws its random numbers by; UsageError for bad ones."""
+    if row_ids is None:
+        return range(count)
+    if len(row_ids) != count:
+        raise UsageError(f"there are {len(row_ids)} row_ids for {count} prompts")
+    for number in row_ids:
+        if not isinstance(number, int | np.integer) or not 0 <= number < 2**31:
+            raise UsageError(f"row_ids must be whole numbers below 2**31, not {shown(number)}")
+    return row_ids
 
 
 def answer_limit(length: int, row: int, sampling: SamplingParams, ceiling: int) -> int:

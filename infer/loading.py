@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from convert import load_checkpoint
+from convert.hub import find_model
 from glm2_jax.errors import DeviceError, UsageError
 from infer.engine import Engine
 from infer.programs import OnEvent, device_errors
@@ -33,16 +34,21 @@ def load(
     device: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
+    source: str | None = None,
+    revision: str | None = None,
     on_event: OnEvent | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
     """Opens a checkpoint folder and returns an engine that answers with it.
 
     Args:
-      path: any folder that `convert.load_checkpoint` knows; None = the bundled demo model.
+      path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
+        None = the bundled demo model.
       dtype, quantize, mesh, rope_kind, template: as in `convert.load_checkpoint`.
       max_length: longest prompt and answer together; None = 8192, or what the model knows.
       device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
+      source, revision: where to fetch "owner/name" from ("hf", "modelscope"), and which; without a
+        source the network is never used, see `convert.hub.find_model`.
       on_event: called with a kind ("compile") and a line of text, for progress.
       progress: called with the bytes of parameters loaded and to load.
 
@@ -52,7 +58,9 @@ def load(
     """
     chosen = find_device(device)
     start = time.perf_counter()
-    folder = demo_folder() if path is None else Path(path)
+    folder = demo_folder()
+    if path is not None:
+        folder = find_model(_folder(path), source=source, revision=revision)
     with device_errors(f"loading {folder}"):
         checkpoint = load_checkpoint(
             folder,
@@ -69,6 +77,12 @@ def load(
     return Engine(checkpoint, max_length=max_length, load_s=seconds, on_event=on_event)
 
 
+def _folder(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UsageError(f"the path of a checkpoint must be text or a Path, not {path!r}")
+    return Path(path)
+
+
 def find_device(name: Any) -> Any:
     """The first device of a kind; a `jax.Device` is taken as it is.
 
@@ -82,9 +96,10 @@ def find_device(name: Any) -> Any:
         raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
     try:
         return jax.local_devices(backend=None if name == "auto" else name)[0]
-    except RuntimeError as error:
-        raise DeviceError(
-            f"no device {name!r} was found",
-            str(error).splitlines()[0],
-            "Use device 'auto' or 'cpu', or install the JAX package for that device.",
-        ) from error
+    except (RuntimeError, AssertionError) as error:  # the latter where none can be initialised
+        reason = (str(error).splitlines() or ["JAX could initialise none."])[0]
+        platforms = os.environ.get("JAX_PLATFORMS")
+        fix = "Use device 'auto' or 'cpu', or install the JAX package for that device."
+        if platforms:
+            fix = f"JAX_PLATFORMS={platforms} restricts the choice: unset it, or use device 'cpu'."
+        raise DeviceError(f"no device {name!r} was found", reason, fix) from error

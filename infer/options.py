@@ -11,7 +11,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, Progress, human_size, note
+from convert.cli import Parser, Progress, human_size, note, path_argument
+from convert.hub import add_hub_flags, find_model
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -40,9 +41,12 @@ def add_model_options(parser: Parser) -> None:
     group.add_argument(
         "--model",
         "-m",
-        metavar="DIR",
-        help="checkpoint folder, as published or converted (default: the bundled demo model)",
+        type=path_argument,
+        metavar="DIR|NAME",
+        help="checkpoint folder, as published or converted, or OWNER/NAME of a model on a hub "
+        "(default: the bundled demo model)",
     )
+    add_hub_flags(group)
     group.add_argument(
         "--rope-scaling",
         choices=("linear", "base"),
@@ -56,8 +60,9 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
-def add_sampling_options(parser: Parser) -> None:
-    """How an answer is drawn. A flag that is not given has the preset's value."""
+def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
+    """How an answer is drawn. A flag that is not given has the preset's value, but `--loop-stop`
+    has its own."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--preset",
@@ -106,7 +111,8 @@ def add_sampling_options(parser: Parser) -> None:
     add(
         "--loop-stop",
         **integer,
-        help="end an answer whose end repeats itself N times, 0 = never (default: 0)",
+        default=loop_stop,
+        help="end an answer whose end repeats itself N times and for 64 x N tokens, 0 = never",
     )
     add("--num-beams", **integer, help="beam search is not implemented, only 1 is accepted")
 
@@ -125,6 +131,7 @@ def add_performance_options(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     group.add_argument(
         "--compile-cache",
+        type=path_argument,
         metavar="DIR|off",
         help="where compiled programs are kept (default: the user's cache folder)",
     )
@@ -170,7 +177,7 @@ def positive(text: str) -> int:
     """An argparse type: a whole number, 1 or more."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+    return min(int(text), 2**31 - 1)  # more than there is of anything, and still easy to count
 
 
 def say_which_model(args: argparse.Namespace) -> None:
@@ -179,12 +186,26 @@ def say_which_model(args: argparse.Namespace) -> None:
         note("no --model given: using the bundled demo model, a few million parameters")
 
 
+def model_folder(args: argparse.Namespace) -> str | None:
+    """The folder of the model that the flags name, fetched if they say so; None = the demo."""
+    from glm2_jax.errors import UsageError
+
+    if args.model is not None:
+        return str(find_model(args.model, source=args.hub_source, revision=args.revision))
+    if args.hub_source or args.revision:
+        raise UsageError(
+            "--source and --revision need --model.", fix="Name the model: --model OWNER/NAME."
+        )
+    return None
+
+
 def open_engine(args: argparse.Namespace) -> Engine:
     """Loads the model that the flags name and says on stderr how it computes."""
     import infer
     from infer.compile_cache import enable_compile_cache
 
     enable_compile_cache(args.compile_cache, warn=note)
+    folder = model_folder(args)
     with Progress("loading", 0, show=human_size) as bar:
 
         def show_progress(done: int, total: int) -> None:
@@ -192,7 +213,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
             bar(done)
 
         engine = infer.load(
-            args.model,
+            folder,
             dtype=args.dtype,
             device=args.device,
             max_length=args.max_length,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import difflib
 import numbers
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from glm2_jax.errors import UsageError
 
 MAX_LOGPROBS = 20  # the compiled step always has room for this many alternatives
 MAX_SEED = 2**63 - 1
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the range of float32
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class SamplingParams:
       stop: strings that end the answer; they are not part of it. One string or a sequence.
       seed: of the random numbers; the same seed gives the same answer.
       logprobs: also report log-probabilities, of the token drawn and of this many alternatives.
-      loop_stop: N > 0 ends an answer whose last tokens are one block repeated N times (a block of
-        a single token: 2 N times); 0 = off.
+      loop_stop: N > 0 ends an answer whose last tokens are one block repeated N times, a short
+        block more often (see `infer.loops`); 0 = off.
 
     Raises:
       UsageError: a value is of the wrong kind or out of range.
@@ -51,7 +53,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._number("temperature", low=0.0)
         self._number("top_p", low=0.0, high=1.0, low_open=True)
-        self._number("repetition_penalty", low=0.0, low_open=True)
+        self._number("repetition_penalty", low=_SMALLEST)
         self._integer("top_k", low=0)
         self._integer("seed", low=0, high=MAX_SEED)
         self._integer("loop_stop", low=0)
@@ -76,28 +78,30 @@ class SamplingParams:
         """
         values = dict(kwargs)
         _refuse_beams(values)
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise UsageError(f"unknown preset {preset!r}", fix=f"Known: {', '.join(PRESETS)}.")
         greedy = _greedy_asked(values)
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
             raise UsageError(
                 f"unknown sampling option: {', '.join(unknown)}",
+                f"Did you mean {near[0]}?" if near else "",
                 fix=f"Known: {', '.join(known)}.",
             )
         if greedy:
             values["temperature"] = 0.0
         return dataclasses.replace(PRESETS[preset], **values)
 
-    def _number(self, name: str, *, low: float, high: float = math.inf, low_open=False) -> None:
+    def _number(self, name: str, *, low: float, high: float = _LARGEST, low_open=False) -> None:
         value: Any = getattr(self, name)
-        ok = _is(numbers.Real, value) and math.isfinite(value)
-        ok = ok and (low < value if low_open else low <= value)
-        if not ok or value > high:
+        # NaN is in no range.
+        ok = _is(numbers.Real, value) and (low < value if low_open else low <= value)
+        if not ok or not value <= high:
             bounds = f"above {low:g}" if low_open else f"{low:g} or more"
-            bounds += "" if high == math.inf else f" and at most {high:g}"
-            raise UsageError(f"{name} must be a finite number, {bounds}, not {value!r}")
+            bounds += f" and at most {high:g}"
+            raise UsageError(f"{name} must be a finite number, {bounds}, not {shown(value)}")
         object.__setattr__(self, name, float(value))
 
     def _integer(
@@ -109,8 +113,16 @@ class SamplingParams:
         number = int(value or 0) if _is(numbers.Integral, value) else low - 1
         if number < low or (high is not None and number > high):
             bounds = f"{low} or more" if high is None else f"between {low} and {high}"
-            raise UsageError(f"{name} must be a whole number, {bounds}, not {value!r}")
+            raise UsageError(f"{name} must be a whole number, {bounds}, not {shown(value)}")
         object.__setattr__(self, name, number)
+
+
+def shown(value: Any) -> str:
+    """`repr` for an error message: short, and for whole numbers that Python refuses to write."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _is(kind: type, value: Any) -> bool:
@@ -121,16 +133,16 @@ def _is(kind: type, value: Any) -> bool:
 def _stop_strings(value: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, Iterable):
-        raise UsageError(f"stop must be non-empty strings, not {value!r}")
+        raise UsageError(f"stop must be non-empty strings, not {shown(value)}")
     strings = tuple(strings)
     if not all(isinstance(text, str) and text for text in strings):
-        raise UsageError(f"stop must be non-empty strings, not {value!r}")
+        raise UsageError(f"stop must be non-empty strings, not {shown(value)}")
     return strings
 
 
 def _refuse_beams(values: dict[str, Any]) -> None:
     beams = values.pop("num_beams", 1)
-    if beams != 1:
+    if not _is(numbers.Integral, beams) or beams != 1:
         raise UsageError(
             f"num_beams={beams!r}: beam search is not implemented",
             fix="Leave num_beams out; temperature=0 gives the greedy answer.",

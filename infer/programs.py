@@ -13,6 +13,7 @@ from glm2_jax import compiler_options
 from glm2_jax.errors import DeviceError
 
 OnEvent = Callable[[str, str], None]
+_JAX_CONFIG: Any = jax.config  # its names are made at run time
 
 
 class Programs:
@@ -42,6 +43,8 @@ class Programs:
           key: names everything that the shapes of `args` depend on.
           donate: position of the argument whose buffers the result may take over.
         """
+        if _JAX_CONFIG.jax_disable_jit:  # a wish for plain steps that a debugger can follow
+            return function(*jax.tree.map(jax.numpy.asarray, args))
         program = self._programs.get((name, key))
         if program is None:
             # What is still running must not be counted as compiling.

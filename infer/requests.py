@@ -7,6 +7,7 @@ A batch file holds one JSON object per line: `prompt`, or ChatGLM3 `messages`; a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from typing import Any
 
 from glm2_jax.errors import InputError
 from glm2_jax.text import clean_text
-from infer.text_input import guess_encoding, read_bytes, read_utf8, refuse_wide
+from infer.params import shown
+from infer.text_input import guess_encoding, read_utf8, refuse_wide
 
 Turns = tuple[tuple[str, str], ...]
 _HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
+_KEYS = ("prompt", "messages", "id", "history", "system")
+_MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -89,23 +93,23 @@ def parse_history(value: Any) -> Turns:
     return tuple((question, answer) for question, answer in value)
 
 
-def read_batch(
-    path: str, *, history: Turns = (), system: str | None = None
+def parse_batch(
+    data: bytes, name: str, history: Turns = (), system: str | None = None
 ) -> Iterator[tuple[int, Request | InputError]]:
-    """Reads a batch file, or standard input if the path is "-".
+    """Reads the lines of a batch file.
 
     Args:
-      path: the file.
+      data: its bytes.
+      name: where they come from, for the error.
       history, system: for lines with a prompt that have none of their own.
 
     Yields:
       The line number, and the request or what is wrong with the line. Blank lines are left out.
 
     Raises:
-      InputError: the file cannot be read, or is UTF-16 or UTF-32.
+      InputError: the bytes are UTF-16 or UTF-32.
     """
-    data = read_bytes(path)
-    refuse_wide(data, path)
+    refuse_wide(data, name)
     for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), 1):
         if not line.strip():
             continue
@@ -126,6 +130,11 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
     row = _parse_json(text)
     if not isinstance(row, dict):
         raise InputError("not a JSON object", "write {...} with a prompt or messages")
+    for key in row:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
+            raise InputError(f"unknown key {shown(key)}", hint)
     prompt, messages, name = row.get("prompt"), row.get("messages"), row.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise InputError("id is not a string or whole number")
@@ -160,11 +169,37 @@ def _messages_request(row: dict[str, Any], has_defaults: bool) -> Request:
 
 def _parse_json(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        _check_depth(value)
+        return value
     except RecursionError:
         raise InputError("not JSON that can be read", "it is nested too deeply") from None
     except ValueError as error:
         raise InputError("not JSON", str(error)) from None
+
+
+def _check_depth(value: Any) -> None:
+    """Raises RecursionError for a value so deep that writing it again could fail."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise InputError(f"the key {shown(key)} is there twice")
+        result[key] = value
+    return result
 
 
 def read_prompt(path: str) -> str:

@@ -44,6 +44,9 @@ def check_flags(args: argparse.Namespace) -> None:
     batch, as_json = args.batch_file is not None, args.json or args.batch_file is not None
     if args.output is not None and not batch:
         raise UsageError("--output goes with --batch-file", fix="use > FILE for a single answer")
+    for flag in ("overwrite", "restart"):
+        if getattr(args, flag) and args.output is None:
+            raise UsageError(f"--{flag} goes with --output")
     if args.stream and as_json:
         raise UsageError(f"--stream contradicts {'--batch-file' if batch else '--json'}")
     if args.logprobs is not None and not as_json:
@@ -157,6 +160,8 @@ def _answer_one(
         print_json(result(engine, request, completion))
     elif not stream:
         print(completion.text, flush=True)
+    if completion.finish_reason == "loop":
+        note("the answer was stopped because it repeated itself (--loop-stop)")
     if args.stats:
         print_stats(engine.stats)
 

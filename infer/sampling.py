@@ -70,7 +70,9 @@ def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray
       penalty: float32 [B].
     """
     penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    changed = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    largest = jnp.finfo(jnp.float32).max  # an infinite score would turn into NaN later on
+    return jnp.where(seen, jnp.clip(changed, -largest, largest), logits)
 
 
 def ranked(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -155,7 +157,7 @@ def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Rows) -> j
     def draw(candidates: tuple[jax.Array, jax.Array]) -> jax.Array:
         kept, ids = filter_ranked(candidates[0], rows), candidates[1]
         # The noise belongs to the token and not to its rank: any number of candidates draws alike.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,), jnp.float32))(keys)
         best = jnp.argmax(kept + jnp.take_along_axis(noise, ids, axis=-1), axis=-1)
         drawn = jnp.take_along_axis(ids, best[:, None], axis=-1)[:, 0]
         return jnp.where(rows.temperature > 0, drawn, greedy)
@@ -197,7 +199,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> L
         )
 
     def nothing() -> Logprobs:
-        empty = jnp.zeros((batch, count))
-        return Logprobs(jnp.zeros(batch), empty, empty.astype(jnp.int32))
+        empty = jnp.zeros((batch, count), jnp.float32)
+        return Logprobs(jnp.zeros(batch, jnp.float32), empty, empty.astype(jnp.int32))
 
     return jax.lax.cond(wanted, compute, nothing)

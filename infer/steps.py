@@ -71,6 +71,39 @@ def prefill(
     return _pick(logits, controls, state)
 
 
+def extend(
+    config: GLMConfig,
+    params: Any,
+    tokens: Array,
+    lengths: Array,
+    kept: Array,
+    seen: Array,
+    controls: Controls,
+    cache: KVCache,
+) -> tuple[State, Output]:
+    """Like `prefill`, into a cache of which the first slots are kept.
+
+    Args:
+      tokens, lengths: as in `prefill`, of the part of each prompt that is to be read.
+      kept: int32 [B], slots of each row that hold the part before it; those behind are free.
+      seen: bool [B, V], the tokens of the whole prompts.
+    """
+    real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+    last = jnp.maximum(lengths - 1, 0)
+    cut = KVCache(cache.k, cache.v, jnp.asarray(kept), cache.prefix)
+    logits, extended = last_logits(
+        config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cut
+    )
+    state = State(extended, jnp.zeros_like(last), jnp.asarray(seen), lengths > 0, jnp.int32(0))
+    return _pick(logits, controls, state)
+
+
+def grow(size: int, cache: KVCache) -> KVCache:
+    """A copy of the cache with more slots, the new ones zero."""
+    pad = [(0, 0)] * 2 + [(0, size - cache.size)] + [(0, 0)] * 2
+    return KVCache(jnp.pad(cache.k, pad), jnp.pad(cache.v, pad), cache.length, cache.prefix)
+
+
 def decode(
     config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State
 ) -> tuple[State, Output]:

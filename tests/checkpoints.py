@@ -11,7 +11,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from convert import save_checkpoint
 from convert.names import PARTS, PUBLISHED
+from glm2_jax import Tokenizer
 from glm2_jax.config import GLMConfig
 from tests.sp_model import sp_model
 from tests.torch_zip import write_torch_file
@@ -26,6 +28,11 @@ TINY = GLMConfig(
     head_dim=8,
     seq_length=256,
 )
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def tiny_config(**changes: Any) -> GLMConfig:
@@ -138,3 +145,10 @@ def write_weights(
     total = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+def save(folder: Path, params: Any = None, config: GLMConfig = TINY, **kwargs: Any):
+    """Writes random parameters, or those given, in our own format."""
+    params = random_params(config) if params is None else params
+    tokenizer = Tokenizer.from_bytes(sp_model(), config.family)
+    return save_checkpoint(folder, config, params, tokenizer, source="a test", **kwargs)

@@ -45,6 +45,7 @@ def toy_engine(
         params=toy_params() if params is None else params,
         tokenizer=Tokenizer.from_bytes(sp_model(), family),
         template=template or family,
+        fingerprint="toy",
     )
     engine = Engine(cast(Any, checkpoint), **kwargs)
     if share is not None:  # programs depend on shapes alone, the weights are an argument

@@ -4,10 +4,11 @@ import errno
 import io
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
+from collections import namedtuple
 
 import pytest
 
@@ -85,22 +86,6 @@ def test_results_of_main():
     assert caught.value.code == 4
 
 
-def test_sigterm_runs_the_clean_up(capsys):
-    cleaned = []
-
-    def main(argv):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not stop the clean-up
-            cleaned.append(True)
-
-    before = signal.getsignal(signal.SIGTERM)
-    assert run(main) == 143
-    assert cleaned and signal.getsignal(signal.SIGTERM) is before
-
-
 def test_a_reader_that_leaves():
     code = (
         "from convert.cli import run_main\n"
@@ -117,6 +102,46 @@ def test_a_reader_that_leaves():
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+TOOLS = ("convert.from_pytorch", "convert.inspect", "infer.generate")
+
+
+def shell(command, **kwargs):
+    """Runs a line of the shell in which $PY is this Python."""
+    environment = os.environ | {"PY": sys.executable, "PYTHONUNBUFFERED": ""}
+    return subprocess.run(
+        command, shell=True, env=environment, capture_output=True, text=True, timeout=120, **kwargs
+    )
+
+
+@pytest.mark.parametrize("module", TOOLS)
+def test_help_that_cannot_be_written_is_an_error(module):
+    for target in (">/dev/full", ">&-"):
+        done = shell(f"$PY -m {module} --help {target}")
+        assert done.returncode == 3
+        assert done.stderr.startswith("error: a standard stream")
+        assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("target", ["2>/dev/full", "2>&-", "2>&- <&-"])
+def test_messages_that_cannot_be_written_stop_nothing(tmp_path, target):
+    source = write_official(tmp_path / "a")
+    done = shell(f"$PY -m convert.from_pytorch '{source}' '{tmp_path}/b' --verify {target}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/b\n", "")
+    verify_checkpoint(tmp_path / "b")
+    for module in TOOLS:
+        assert shell(f"$PY -m {module} --unknown {target}").returncode == 2
+    done = shell(f"$PY -m convert.inspect '{source}/absent' --debug {target}")
+    assert (done.returncode, done.stdout, done.stderr) == (4, "", "")
+
+
+def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
+    source = write_official(tmp_path / "a")
+    for target in (">/dev/full", ">&-", ">&- 2>&-"):
+        done = shell(f"$PY -m convert.inspect '{source}' {target}")
+        assert done.returncode == 3 and "Traceback" not in done.stderr
+        assert ("error: a standard stream" in done.stderr) == (" 2>" not in target)
 
 
 def parser():
@@ -195,6 +220,34 @@ def test_progress_in_lines_and_on_a_terminal(monkeypatch):
     assert stream.getvalue().endswith("\r\x1b[Kloading: 50 of 100, 50/s, 1 s left\r\x1b[K")
 
 
+def test_progress_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((20, 24)))
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(stream, "fileno", lambda: 2)
+    progress = cli.Progress("加载中", 100, stream=stream)
+    progress.last -= 1
+    progress(50)
+    assert stream.getvalue() == "\r\x1b[K加载中: 50 of 100, "  # 19 columns
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "cut"),
+    [
+        ("abc", 3, "abc"),
+        ("abcd", 3, "abc"),
+        ("你好吗", 4, "你好"),
+        ("你好吗", 5, "你好"),
+        ("ｱｲ", 1, "ｱ"),  # half-width
+        ("Ａ", 1, ""),  # full-width
+        ("e\u0301e\u0301", 1, "e\u0301"),
+        ("", 0, ""),
+    ],
+)
+def test_cut_to_width(text, columns, cut):
+    assert cli.cut_to_width(text, columns) == cut
+
+
 def test_lists_in_the_help_are_those_of_the_library():
     assert set(from_pytorch.DTYPES) - {"keep"} == set(DTYPE_NAMES) - {"auto"}
     assert from_pytorch.ROPE_KINDS == glm2_jax.config.ROPE_KINDS
@@ -215,6 +268,28 @@ def test_help_is_quick_because_it_imports_nothing_large(module):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "example:" in result.stdout and "--rope-scaling" in result.stdout
+
+
+def test_a_dry_run_refuses_what_the_conversion_would(tmp_path, monkeypatch, capsys):
+    source = write_official(tmp_path / "a")
+    (tmp_path / "file").write_text("x")
+    assert run(from_pytorch.main, str(source), str(tmp_path / "file/b"), "--dry-run") == 3
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
+    assert run(from_pytorch.main, str(source), str(tmp_path / "b"), "--dry-run") == 3
+    assert "5000 are free" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    source = write_official(tmp_path / os.fsdecode(b"caf\xe9"))
+    for argv in (["inspect", source], ["from_pytorch", source, tmp_path / os.fsdecode(b"\xff")]):
+        for flag in ("--json" if argv[0] == "inspect" else "--dry-run", "--debug"):
+            done = subprocess.run(
+                [sys.executable, "-m", f"convert.{argv[0]}", *argv[1:], flag], capture_output=True
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.decode()
 
 
 def test_from_pytorch(tmp_path, capsys):

@@ -1,15 +1,25 @@
 """Folders that cannot be opened, each refused by file and reason."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from convert import load_checkpoint
-from glm2_jax import CheckpointError
-from tests.checkpoints import TINY, official_tensors, random_params, write_official, write_weights
+from convert.folder import open_folder
+from glm2_jax import CheckpointError, UsageError
+from tests.checkpoints import (
+    TINY,
+    official_tensors,
+    random_params,
+    tiny_config,
+    write_official,
+    write_weights,
+)
 
 TENSORS = official_tensors(TINY, random_params(TINY))
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
@@ -90,6 +100,9 @@ def test_a_broken_configuration(tmp_path, text, reason):
         ({"rmsnorm": False}, "rmsnorm"),
         ({"quantization_bit": 3}, "quantization_bit = 3"),
         ({"quantization_bit": "4"}, "quantization_bit = '4'"),
+        ({"quantization_bit": 4.0}, "quantization_bit = 4.0"),
+        ({"quantization_bit": False}, "quantization_bit = False"),
+        ({"num_layers": 10**9}, "num_layers is 1000000000"),
     ],
 )
 def test_the_configuration_of_another_model(tmp_path, changes, reason):
@@ -147,7 +160,8 @@ def test_a_tensor_in_two_shards(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.bin", "/etc/passwd", "a/b.bin", "..\\x.bin", "C:x.bin", "..", "x.txt", ".x.bin"],
+    ["../outside.bin", "/etc/passwd", "a/b.bin", "..\\x.bin", "C:x.bin", "..", "x.txt", ".x.bin"]
+    + ["a\0.bin", "a\n.bin", "\udc80.bin", "a" * 252 + ".bin", "模" * 84 + ".bin"],
 )
 def test_an_index_that_names_a_file_outside(tmp_path, name):
     folder = write_official(tmp_path / "model")
@@ -188,6 +202,64 @@ def test_a_pipe_instead_of_a_file(tmp_path):
     shard(folder, 1).unlink()
     os.mkfifo(shard(folder, 1))
     assert "is not a plain file" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
+def test_neither_a_pipe_nor_a_device_is_read(tmp_path, name):
+    path = write_official(tmp_path) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert name in refusal(tmp_path) and "not a plain file" in refusal(tmp_path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert name in refusal(tmp_path) and "not a plain file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "pytorch_model.bin"])
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, name):
+    """Simulated, because root may read everything."""
+    opened = Path.open
+
+    def refuse(path, *args, **kwargs):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    write_official(tmp_path, shards=1)
+    monkeypatch.setattr(Path, "open", refuse)
+    message = refusal(tmp_path)
+    assert f"{tmp_path / name} cannot be read" in message and "Permission denied" in message
+
+
+def test_a_folder_whose_name_is_too_long():
+    assert "File name too long" in refusal("a" * 300)
+
+
+def test_a_file_that_was_cut_while_it_was_read(tmp_path):
+    folder = open_folder(write_official(tmp_path, shards=1))
+    os.truncate(tmp_path / "pytorch_model.bin", 100)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin was cut"):
+        folder.matches[-1].tensor.read()
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    write_official(tmp_path, tiny_config(vocab_size=300))
+    message = refusal(tmp_path)
+    assert "tokenizer does not belong to this model" in message and "the model has 300" in message
+
+
+def test_int4_rows_of_an_odd_length(tmp_path):
+    config = tiny_config(hidden_size=33)
+    tensors = official_tensors(config, random_params(config))
+    tensors |= {f"{name}_scale": np.ones(1, np.float16) for name in TENSORS if "layers" in name}
+    write_official(tmp_path, config, tensors=tensors, raw={"quantization_bit": 4})
+    assert "rows that int4 cannot pack" in refusal(tmp_path)
+
+
+def test_a_template_that_the_family_has_not(tmp_path):
+    write_official(tmp_path)
+    with pytest.raises(UsageError, match="'chatglm3' is not possible for a chatglm2 model"):
+        load_checkpoint(tmp_path, template="chatglm3")
 
 
 def test_a_repository_cloned_without_lfs(tmp_path):

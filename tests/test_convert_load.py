@@ -95,7 +95,7 @@ def test_table_names_are_the_published_ones():
     assert sizes[name] == (4608, 4096)
 
 
-def test_reference_state_dict(tmp_path):
+def test_reference_state_dict(tmp_path, monkeypatch):
     """Names and shapes of the reference's own state dictionary, as it was really saved."""
     if not (REFERENCE / "hf_tiny_chatglm2.npz").exists():
         pytest.skip("the reference arrays are not beside the checkout")
@@ -104,6 +104,8 @@ def test_reference_state_dict(tmp_path):
     raw = json.loads((REFERENCE / "hf_tiny_chatglm2_config.json").read_text())
     write_official(tmp_path, tensors=state, raw=raw)
     (tmp_path / "config.json").write_text(json.dumps(raw))
+    # Its vocabulary is smaller than that of any tokenizer.
+    monkeypatch.setattr("convert.folder.check_fit", lambda *args, **kwargs: None)
     checkpoint = load_checkpoint(tmp_path, dtype="float32")
     for rule in PUBLISHED:
         for layer in rule.layers(checkpoint.config):

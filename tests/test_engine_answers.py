@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from glm2_jax.errors import UsageError
 from glm2_jax.text import clean_response
-from infer.answer import LONGEST_LOOP, Answer, Cleaner, LoopDetector, StopStrings
+from infer.answer import Answer, Cleaner, StopStrings
 from infer.params import SamplingParams
 from tests.engine_toy import toy_engine
 
@@ -74,28 +74,6 @@ def test_stop_strings_hold_back_only_a_possible_beginning():
     assert (stop.push("\nrest"), stop.found, stop.flush()) == ("", True, "")
 
 
-def looped_at(ids, times):
-    detector = LoopDetector(times)
-    return next((n + 1 for n, token in enumerate(ids) if detector.push(token)), None)
-
-
-@pytest.mark.parametrize(
-    ("ids", "times", "expected"),
-    [
-        ([9, 1, 2, 1, 2, 1, 2, 1, 2], 3, 7),
-        ([7, 7, 7, 7, 7, 7, 7], 3, 6),  # a single token: twice as often
-        ([1, 2, 3] * 5, 4, 12),
-        ([1, 2, 3, 1, 2, 4] * 1, 2, None),
-        (list(range(100)), 2, None),
-        (list(range(LONGEST_LOOP)) * 2, 2, 2 * LONGEST_LOOP),
-        (list(range(LONGEST_LOOP + 1)) * 3, 2, None),
-        ([7] * 100, 0, None),
-    ],
-)
-def test_loop_detector(ids, times, expected):
-    assert looped_at(ids, times) == expected
-
-
 def answer(engine, *, limit=50, clean=False, **sampling):
     return Answer(
         engine.tokenizer, [5], SamplingParams(**sampling), limit=limit, stop_ids=(2,), clean=clean
@@ -132,12 +110,6 @@ def test_half_a_character_comes_out_at_the_end(engine, limit, reason):
     out, completion = pushed(answer(engine, limit=limit), [lead, lead, 2])
     assert out == completion.text == engine.tokenizer.decode([lead, lead]) != ""
     assert completion.finish_reason == reason
-
-
-def test_the_reason_is_loop(engine):
-    out, completion = pushed(answer(engine, loop_stop=2), [300, 301, 302] * 9)
-    assert (completion.finish_reason, len(completion.output_ids)) == ("loop", 6)
-    assert out == completion.text == engine.tokenizer.decode([300, 301, 302] * 2)
 
 
 def test_end_token_at_once(engine):

@@ -58,6 +58,19 @@ def test_a_device_that_is_not_there_is_a_device_error():
     assert loading.find_device("cpu") == loading.find_device(cpu) == cpu
 
 
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_there(platforms):
+    code = "from infer.loading import find_device; find_device('auto')"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+    )
+    assert "DeviceError: no device 'auto' was found" in result.stderr
+    assert f"JAX_PLATFORMS={platforms} restricts the choice" in result.stderr
+
+
 def test_memory_that_does_not_suffice_while_loading(folder, monkeypatch):
     def full(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
@@ -71,8 +84,10 @@ def test_default_folder(monkeypatch, tmp_path):
     monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "glm2-jax" / "xla"
-    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "xla"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "xla"
     monkeypatch.setenv(compile_cache.VARIABLE, "~/mine")
     assert default_folder() == tmp_path / "mine"
@@ -86,6 +101,19 @@ def test_an_unusable_folder_is_only_a_warning(tmp_path):
     assert enable_compile_cache(tmp_path / "file" / "cache", warn=warnings.append) is None
     assert len(warnings) == 1 and "no compilation cache" in warnings[0]
     assert enable_compile_cache(tmp_path / "file") is None
+
+
+def test_without_a_home_folder_there_is_a_warning(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (compile_cache.VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compile_cache.Path, "home", no_home)
+    warnings = []
+    for folder in (None, "~nosuchuser", "a\0b"):
+        assert enable_compile_cache(folder, warn=warnings.append) is None
+    assert len(warnings) == 3 and "home" in warnings[0]
 
 
 def test_the_oldest_programs_go_first(tmp_path):
@@ -120,6 +148,21 @@ def test_programs_are_kept_and_found_again(tmp_path):
 
     first = entries()
     assert first and entries() == first
+
+
+def test_a_damaged_program_is_replaced(tmp_path):
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PLATFORMS": "cpu"}
+    lines = []
+    for _ in range(3):
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
+        lines.append(result.stdout.splitlines())
+        if len(lines) == 1:
+            for path in tmp_path.glob("*-cache"):
+                os.truncate(path, 100)
+    assert lines[1] and all("reading a program of the compilation cache" in x for x in lines[1])
+    assert lines[0] == lines[2] == []
 
 
 def test_flags_can_be_checked_without_loading_the_engine():

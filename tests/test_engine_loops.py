@@ -50,7 +50,10 @@ def test_the_same_seed_draws_the_same_tokens_everywhere(engine):
     batch = engine.complete(PROMPTS, sampling)
     assert streamed(engine, PROMPTS, sampling) == batch
     for row in (0, 1, 3):
-        assert engine.complete([PROMPTS[row]], sampling, row_offset=row) == [batch[row]]
+        assert engine.complete([PROMPTS[row]], sampling, row_ids=[row]) == [batch[row]]
+    order = [3, 1, 0]
+    mixed = engine.complete([PROMPTS[row] for row in order], sampling, row_ids=order)
+    assert mixed == [batch[row] for row in order]
     other = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=12, seed=4)
     assert engine.complete(PROMPTS, other) != batch
     twins = engine.complete([PROMPTS[2]] * 4, sampling)

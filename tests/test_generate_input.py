@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from glm2_jax.errors import InputError
-from infer.requests import Request, parse_line, read_batch, read_history, read_prompt
+from infer.requests import Request, parse_batch, parse_line, read_history, read_prompt
 from infer.text_input import guess_encoding, read_utf8
 
 CHINESE = "今天天气怎么样？请写一首关于春天的诗。"
@@ -99,7 +99,7 @@ def test_bad_history_files_are_refused_with_the_form(tmp_path, text):
 
 
 def test_a_full_line():
-    line = '{"prompt": "q", "id": 7, "history": [["a", "b"]], "system": "s", "other": 1}'
+    line = '{"prompt": "q", "id": 7, "history": [["a", "b"]], "system": "s"}'
     assert parse_line(line.encode()) == Request("q", (("a", "b"),), "s", id=7)
 
 
@@ -132,6 +132,9 @@ def test_messages():
         (b'{"prompt": "q", "history": [["a"]]}', "turn 1 of the history"),
         (b'{"prompt": "\\ud83d"}', "half of a character"),
         (b'{"prompt": "q", "messages": [{}]}', "messages exclude"),
+        (b'{"prompt": "q", "sytem": "s"}', "sytem(.|\n)*did you mean system"),
+        (b'{"prompt": "q", "max": 3}', "max(.|\n)*there are prompt, messages"),
+        (b'{"prompt": "q", "prompt": "r"}', "key 'prompt' is there twice"),
         (b'{"messages": []}', "messages is not a list"),
         (b'{"messages": ["q"]}', "messages is not a list"),
         ('{"prompt": "你好"}'.encode("gbk"), "GB18030"),
@@ -143,18 +146,16 @@ def test_bad_lines(line, reason):
         parse_line(line)
 
 
-def test_a_batch_file_goes_on_after_a_bad_line(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}')
-    rows = list(read_batch(str(path)))
+def test_a_batch_file_goes_on_after_a_bad_line():
+    data = b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}'
+    rows = list(parse_batch(data, "in.jsonl"))
     assert [number for number, _ in rows] == [1, 4, 5]
     assert [type(row) for _, row in rows] == [Request, InputError, Request]
 
 
-def test_a_batch_file_in_utf16_is_refused_as_a_whole(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}', encoding="utf-16")
-    with pytest.raises(InputError, match="UTF-16"):
-        list(read_batch(str(tmp_path / "in.jsonl")))
+def test_a_batch_file_in_utf16_is_refused_as_a_whole():
+    with pytest.raises(InputError, match="in.jsonl(.|\n)*UTF-16"):
+        list(parse_batch('{"prompt": "a"}'.encode("utf-16"), "in.jsonl"))
 
 
 def test_cleaned_text():

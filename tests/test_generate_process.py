@@ -84,17 +84,17 @@ def test_output_is_utf8_whatever_the_locale_says(model):
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
 def test_signals_end_it_at_once(model, endless, tmp_path, signum, code, message):
-    output = tmp_path / "out.jsonl"
+    output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     process = start(*model, *endless, "--max-new-tokens", "2", "--output", str(output))
     deadline = time.monotonic() + 120
-    while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
+    while not (journal.exists() and b'"answer"' in journal.read_bytes()):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and out == ""
     assert err.splitlines()[-1] == message and "Traceback" not in err
-    written = output.read_text()
-    assert written.endswith("}\n") and written.count("\n") == written.count('"finish_reason"')
+    assert "to continue after a stop, run the same command" in err and not output.exists()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
@@ -125,7 +125,9 @@ def test_a_reader_that_leaves_early_is_no_error_message(model, endless):
     assert process.stdout.readline().startswith('{"prompt": "hi"')
     process.stdout.close()
     assert process.wait(timeout=60) == 141
-    assert process.stderr.read() == "computing in float32\n"
+    said = process.stderr.read().splitlines()
+    told = [line for line in said if not line.endswith("s left")]  # progress, on a slow machine
+    assert told == ["computing in float32"]
     process.stderr.close()
 
 

@@ -19,6 +19,11 @@ ELSEWHERE = {
     "pip install -e '.[test]'": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
     "pip install -e '.[cuda]'": ("pyproject.toml", "cuda = "),  # needs the hardware
     "pip install -e '.[tpu]'": ("pyproject.toml", "tpu = "),
+    "pip install -e '.[hub]'": ("pyproject.toml", "hub = "),
+    "python -m infer.generate --model THUDM/chatglm2-6b --source hf --prompt 你好": (
+        "tests",  # against a server of our own
+        "test_the_engine_takes_names",
+    ),
     "python -m pytest": (".ci/run", "python -m pytest"),
     "bash .ci/run": (".ci/run", "set -euo pipefail"),
     "python -m train.demo": ("tests", "train.demo"),
@@ -51,7 +56,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         ["bash", "-o", "pipefail", "-c", command],
         cwd=folder,
         env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
-        stdin=subprocess.DEVNULL,
+        input="你好\n",  # for the commands that ask for it
         capture_output=True,
         text=True,
         encoding="utf-8",

@@ -96,6 +96,16 @@ def test_penalty_by_hand():
     assert out.tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
+@pytest.mark.parametrize("penalty", [2.0**-126, 3.4e38])
+def test_extreme_penalties_leave_no_nan(penalty):
+    logits = np.array([[9.0, -9.0, 0.0]], np.float32)
+    for seen in ([[True] * 3], [[True, True, False]]):
+        numbers = rows(1, temperature=1e-40, repetition_penalty=penalty)
+        out = jax.jit(sampling.penalise)(logits, np.array(seen), numbers.repetition_penalty)
+        assert np.isfinite(out).all()
+        assert np.isfinite(jax.nn.softmax(filtered(out, numbers), axis=-1)).all()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_filter_equals_transformers(seed):
     torch = pytest.importorskip("torch", reason="the oracle is PyTorch (extra 'test')")
@@ -238,6 +248,8 @@ def test_logprobs_are_of_the_raw_logits():
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 10**400),
+        ("temperature", 1e39),
         ("temperature", "0.8"),
         ("temperature", True),
         ("top_p", 0),
@@ -247,11 +259,14 @@ def test_logprobs_are_of_the_raw_logits():
         ("top_k", 2.0),
         ("repetition_penalty", 0),
         ("repetition_penalty", math.inf),
+        ("repetition_penalty", 1e40),
+        ("repetition_penalty", 1e-40),
         ("max_new_tokens", 0),
         ("max_new_tokens", 1.5),
         ("max_length", 0),
         ("seed", -1),
         ("seed", 2**63),
+        pytest.param("seed", 10**5000, id="too long to write"),
         ("logprobs", 21),
         ("loop_stop", 1),
         ("loop_stop", -1),

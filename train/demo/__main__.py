@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
@@ -43,11 +42,12 @@ def main(argv: list[str]) -> int:
     if args.epochs < 1 or args.seed < 0 or not 0 < args.lr < 1:
         parser.error("--epochs must be at least 1, --seed at least 0, --lr between 0 and 1")
 
-    from convert.own_format import check_destination, save_checkpoint
+    from convert.destination import check_destination
+    from convert.own_format import save_checkpoint
     from glm2_jax import Tokenizer
     from train.demo.data import load_heldout, load_pairs, train_tokenizer
 
-    check_destination(Path(args.output), args.overwrite)
+    check_destination(args.output, args.overwrite)
     pairs = load_pairs()
     tokenizer = Tokenizer.from_bytes(train_tokenizer(pairs, PIECES))
     config = demo_config(tokenizer)

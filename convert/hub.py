@@ -1,0 +1,191 @@
+"""A model by its name on a hub: found in the hub's cache, or fetched where that was asked for.
+
+Nothing touches the network unless a source is named. Only what opening a checkpoint needs is
+fetched: configuration, tokenizer and one set of weights; never Python code, of which the published
+repositories hold some.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.cli import Progress, human_size, note
+
+if TYPE_CHECKING:
+    from convert.hub_clients import Client
+
+SOURCES = ("hf", "modelscope")
+_NEEDED = ("config.json", "tokenizer.model")
+_WANTED = ("tokenizer_config.json", "manifest.json")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SPARE_BYTES = 2**20  # for the small files' blocks
+
+
+def add_hub_flags(group: argparse._ActionsContainer) -> None:
+    """`--source` and `--revision`; the values are `hub_source` and `revision`."""
+    group.add_argument(
+        "--source", choices=SOURCES, dest="hub_source",
+        help="fetch a model that is given as OWNER/NAME from Hugging Face or from ModelScope; "
+        "without it the network is never used, and only a copy in the hub's cache is found",
+    )  # fmt: skip
+    group.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of such a model (default: newest)"
+    )
+
+
+def find_model(
+    path: str | os.PathLike,
+    *,
+    source: str | None = None,
+    revision: str | None = None,
+    say: Callable[[str], None] = note,
+) -> Path:
+    """The folder that a user means: a path, or a model on a hub.
+
+    Args:
+        path: a folder; or "owner/name", where no such folder exists or a source is given.
+        source: one of `SOURCES` to fetch it from there; None = only look, never use the network.
+        revision: branch, tag or commit on the hub; None = the newest.
+        say: gets a line of text on what is done.
+
+    Raises:
+        UsageError: no name of a model, or the hub's client is not installed.
+        CheckpointError: the hub does not have it, does not give it, or cannot be reached; or there
+            is no whole copy of it here.
+        InputError: no space on the disk.
+    """
+    from glm2_jax.errors import CheckpointError, UsageError
+
+    name = os.fspath(path)
+    is_name = _NAME.fullmatch(name) is not None
+    if source is None and (os.path.exists(name) or not is_name):
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision} needs a model on a hub.",
+                f"{name} is a path; its files are taken as they are.",
+                "Leave --revision out.",
+            )
+        return Path(name)
+    if source is not None and source not in SOURCES:
+        raise UsageError(f"unknown source {source!r}.", f"Known: {', '.join(SOURCES)}.")
+    if not is_name:
+        raise UsageError(
+            f"{name!r} is no name of a model on a hub.",
+            "Such a name is OWNER/NAME, for example THUDM/chatglm2-6b.",
+            "Leave --source out to open a folder.",
+        )
+    from convert.hub_clients import open_clients
+
+    clients = open_clients(name, revision, source)
+    if source is not None:
+        return _fetch(clients[0], say)
+    for client in clients:
+        folder = client.cached_folder()
+        if folder is not None:
+            return _whole(folder, client)
+    raise CheckpointError(
+        f"There is no folder {name}, and no copy of a model of that name from a hub.",
+        "The network is used only when that is asked for.",
+        "Check the path; or use --source hf or --source modelscope (source=...) to fetch it.",
+    )
+
+
+def _whole(folder: Path, client: "Client") -> Path:
+    """The folder, if nothing of it is missing."""
+    from convert.shards import read_json
+    from glm2_jax.errors import CheckpointError
+
+    names = [entry.name for entry in folder.iterdir() if entry.exists()]  # links that lead nowhere
+    try:
+        needed_files(names, lambda name: read_json(folder / name))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The copy of {client.name} in {folder} is not complete.",
+            error.what,
+            f"Use --source {client.source} (source={client.source!r}) to fetch the rest.",
+        ) from error
+    return folder
+
+
+def _fetch(client: "Client", say: Callable[[str], None]) -> Path:
+    from convert.atomic import require_space
+    from convert.shards import read_json
+
+    if client.offline:
+        folder = client.cached_folder()
+        say(f"{client.offline} is set: {client.hub} is not asked")
+        return _whole(folder, client) if folder is not None else _absent(client)
+    sizes = client.list_files()
+
+    def read_index(name: str) -> dict[str, Any]:
+        return read_json(client.fetch(name, lambda count: None))
+
+    names = needed_files(sizes, read_index)
+    missing = {name: sizes[name] - client.bytes_here(name) for name in names}
+    total = sum(missing.values())
+    say(f"{client.name} from {client.hub}, revision {client.commit}")
+    if total:
+        all_bytes = sum(sizes[name] for name in names)
+        say(f"{human_size(total)} of {human_size(all_bytes)} to fetch into {client.cache}")
+    require_space(client.cache / client.name, total + _SPARE_BYTES)
+    done = 0
+    with Progress("fetching", total, show=human_size) as bar:
+
+        def count(fetched: int) -> None:
+            nonlocal done
+            done += fetched
+            bar(done)
+
+        paths = {name: client.fetch(name, count) for name in names}
+    return paths["config.json"].parent
+
+
+def _absent(client: "Client") -> Path:
+    from glm2_jax.errors import CheckpointError
+
+    raise CheckpointError(
+        f"There is no copy of {client.name} in {client.cache}.",
+        f"{client.offline} forbids to ask {client.hub}.",
+        "Unset it, or give a folder.",
+    )
+
+
+def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, Any]]) -> list[str]:
+    """Which files of a repository are needed to open it.
+
+    Args:
+        names: the files that are there.
+        read_index: reads one of them, an index of weights, as JSON.
+
+    Returns:
+        Configuration, tokenizer, and one set of weights: safetensors where they are complete.
+
+    Raises:
+        CheckpointError: something needed is not there, or an index names other than weights.
+    """
+    from convert.shards import WEIGHT_FILES, check_file_name
+    from glm2_jax.errors import CheckpointError
+
+    missing = [name for name in _NEEDED if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"{' and '.join(missing)} is not there.",
+            "A ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint has it.",
+        )
+    small = [*_NEEDED, *(name for name in _WANTED if name in names)]
+    problem = f"no weights are there (none of {', '.join(WEIGHT_FILES)})."
+    for first in (name for name in WEIGHT_FILES if name in names):
+        if not first.endswith(".json"):
+            return [*small, first]
+        places = read_index(first).get("weight_map")
+        shards = list(dict.fromkeys(map(str, places.values()))) if isinstance(places, dict) else []
+        for shard in shards:
+            check_file_name(Path(first), shard)
+        absent = [shard for shard in shards if shard not in names]
+        if shards and not absent:
+            return [*small, first, *shards]
+        problem = f"{len(absent)} of {len(shards)} files that {first} lists are not there."
+    raise CheckpointError(f"{problem[0].upper()}{problem[1:]}")

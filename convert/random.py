@@ -1,0 +1,246 @@
+"""`python -m convert.random DST`: a checkpoint folder of real shapes with random weights.
+
+For measuring and trying what needs a model's size and not its knowledge: memory, loading, speed.
+The layout, the names and the order are those of the published folders. The norms are ones, all
+else is normal with the standard deviation 0.02, so that activations stay finite at any depth.
+
+Drawing six thousand million numbers would take longer than writing them. So one block of a few
+million is drawn, and each piece of a tensor is a stretch of it from a place of its own: numbers
+repeat, tensors do not. Memory is that block, whatever the size of the folder.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert import interrupt
+from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from convert.writer import Entry
+    from glm2_jax.config import GLMConfig
+    from glm2_jax.tokenizer import Tokenizer
+
+DTYPES = ("float16", "bfloat16", "float32")
+FORMATS = ("bin", "safetensors")
+_DEVIATION = 0.02
+_BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn, and taken from them at a time
+# Published beside the parameters; computed anew by whoever loads it.
+_INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
+        prog="python -m convert.random",
+        description=(
+            "Writes a checkpoint folder in the published layout with random weights of real "
+            "shapes, to measure loading and speed without a download. It says nothing sensible. "
+            "The folder appears complete or not at all."
+        ),
+        example="python -m convert.random ./random-6b --config chatglm2-6b --layers 6 "
+        "--tokenizer tokenizer.model",
+    )
+    parser.add_argument(
+        "destination", metavar="DST", type=path_argument, help="the folder to write"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--config", type=path_argument, required=True, metavar="NAME|FILE",
+        help="a published model such as chatglm2-6b or chatglm3-6b, or a config.json",
+    )  # fmt: skip
+    model.add_argument(
+        "--layers", type=int, metavar="N", help="so many layers instead of the model's own number"
+    )
+    model.add_argument(
+        "--tokenizer", type=path_argument, required=True, metavar="FILE|DIR",
+        help="the tokenizer.model to put into the folder, or a folder that holds one",
+    )  # fmt: skip
+    weights = parser.add_argument_group("weights")
+    weights.add_argument("--seed", type=int, default=0, metavar="N", help="other numbers")
+    weights.add_argument("--dtype", choices=DTYPES, default="float16", help="type to store")
+    weights.add_argument("--format", choices=FORMATS, default="bin", help="kind of weight files")
+    weights.add_argument(
+        "--max-shard-size", type=size_argument, default="2GB", metavar="SIZE",
+        help="largest size of one weight file",
+    )  # fmt: skip
+    parser.add_common()
+    return parser
+
+
+def official_config(name: str, *, layers: int | None = None, dtype: str = "float16") -> dict:
+    """The `config.json` to write.
+
+    Args:
+        name: one of `glm2_jax.PRESETS`, or the path of a config.json.
+        layers: instead of the number there.
+        dtype: of the weights.
+
+    Raises:
+        UsageError: an unknown name, a quantised model, or a number of layers below 1.
+        CheckpointError: the file is no configuration of this family of models.
+    """
+    from convert.shards import read_json
+    from glm2_jax.config import PRESETS, GLMConfig
+    from glm2_jax.errors import UsageError
+
+    raw: dict[str, Any] = {"_name_or_path": name}
+    extra = None
+    if name in PRESETS:
+        raw |= PRESETS[name].to_hf()
+    elif Path(name).exists():
+        beside = Path(name).with_name("tokenizer_config.json")
+        raw, extra = read_json(Path(name)), read_json(beside) if beside.exists() else None
+    else:
+        raise UsageError(
+            f"--config {name}: no such model or file.",
+            f"Known models: {', '.join(PRESETS)}.",
+            "Give one of them or the path of a config.json.",
+        )
+    if raw.get("quantization_bit") or name.endswith("int4"):
+        raise UsageError(
+            f"--config {name} is a quantised model.",
+            "Random weights are written as floats.",
+            "Take the model that it was made from, for example chatglm2-6b.",
+        )
+    if layers is not None and layers < 1:
+        raise UsageError(f"--layers {layers} is not possible.", "A model has at least one layer.")
+    raw |= {"num_layers": layers} if layers else {}
+    config = GLMConfig.from_hf(raw, tokenizer_config=extra)
+    # Names files of Python code, of which the folder has none.
+    raw.pop("auto_map", None)
+    return raw | config.to_hf() | {"torch_dtype": dtype}
+
+
+def write_random(
+    destination: str | Path,
+    raw: dict[str, Any],
+    tokenizer_path: str | Path,
+    *,
+    dtype: str = "float16",
+    file_format: str = "bin",
+    max_shard_size: int = 2 * 10**9,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Writes the folder: complete, or not at all.
+
+    Args:
+        destination: the new folder.
+        raw: its config.json, as `official_config` gives it.
+        tokenizer_path: a tokenizer.model, or a folder that holds one.
+        dtype: one of `DTYPES`; file_format: one of `FORMATS`.
+        max_shard_size: bytes of one weight file.
+        seed: the same seed gives the same bytes.
+        progress: called with the bytes written and to write.
+
+    Returns:
+        The bytes of the weights.
+
+    Raises:
+        UsageError: the folder exists. CheckpointError: the tokenizer does not fit.
+        InputError: no space, or the folder cannot be written. Nothing is left behind.
+    """
+    from convert.destination import new_checkpoint
+    from convert.torch_writer import write_torch_shards
+    from convert.writer import write_file, write_shards
+    from glm2_jax.config import GLMConfig
+
+    config = GLMConfig.from_hf(raw)
+    tokenizer = _fitting_tokenizer(Path(tokenizer_path), config)
+    entries = random_entries(config, dtype, seed)
+    size = sum(entry.nbytes for entry in entries)
+    write_weights = write_torch_shards if file_format == "bin" else write_shards
+    with new_checkpoint(destination, needed=size) as temporary:
+        write_file(temporary / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
+        write_file(temporary / "tokenizer.model", tokenizer.model_bytes)
+        write_weights(temporary, entries, max_shard_size, progress)
+    return size
+
+
+def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
+    """The tensors of an official folder in their order, with random numbers."""
+    import numpy as np
+
+    from convert.names import PUBLISHED
+    from convert.stored import BFLOAT16
+    from convert.writer import Entry
+
+    kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    normal = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32) * _DEVIATION
+    block, ones = normal.astype(kind), np.ones(_STRETCH, kind)
+    exponents = np.arange(config.head_dim // 4, dtype=np.float32) * (4 / config.head_dim)
+    frequencies = (config.rope_base**-exponents).astype(kind)
+    entries = []
+    for _, group in itertools.groupby(PUBLISHED, key=lambda rule: "{layer}" in rule.name):
+        rules = list(group)
+        for layer in rules[0].layers(config):
+            for rule in rules:
+                name, shape = rule.full_name(layer), rule.shape(config)
+                source = ones if "norm" in name else block
+                chunks = _stretches(source, int(np.prod(shape)), [seed, len(entries)])
+                entries.append(Entry(name, shape, kind, chunks))
+    entries.insert(1, Entry(_INV_FREQ, frequencies.shape, kind, lambda: iter([frequencies])))
+    return entries
+
+
+def _stretches(
+    source: "np.ndarray", count: int, seed: list[int]
+) -> "Callable[[], Iterator[np.ndarray]]":
+    """`count` numbers as views of `source`, each from a place that the seed tells."""
+    import numpy as np
+
+    def chunks() -> "Iterator[np.ndarray]":
+        random = np.random.default_rng(seed)
+        for begin in range(0, count, _STRETCH):
+            start = int(random.integers(len(source) - _STRETCH + 1))
+            yield source[start : start + min(_STRETCH, count - begin)]
+
+    return chunks
+
+
+def _fitting_tokenizer(path: Path, config: "GLMConfig") -> "Tokenizer":
+    from glm2_jax.errors import CheckpointError
+    from glm2_jax.tokenizer import Tokenizer
+
+    path = path / "tokenizer.model" if path.is_dir() else path
+    tokenizer = Tokenizer.from_file(path, family=config.family)
+    if tokenizer.size > config.vocab_size:
+        raise CheckpointError(
+            f"{path} has {tokenizer.size} ids.",
+            f"The configuration has room for {config.vocab_size} (padded_vocab_size).",
+            "Take the tokenizer of the same model, or a smaller one.",
+        )
+    return tokenizer
+
+
+def main(argv: list[str]) -> None:
+    """Parses and writes."""
+    args = build_parser().parse_args(argv)
+    raw = official_config(args.config, layers=args.layers, dtype=args.dtype)
+    with Progress("writing", 0, show=human_size) as bar:
+
+        def show_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar(done)
+
+        size = write_random(
+            args.destination,
+            raw,
+            args.tokenizer,
+            dtype=args.dtype,
+            file_format=args.format,
+            max_shard_size=args.max_shard_size,
+            seed=args.seed,
+            progress=show_progress,
+        )
+    note(f"wrote {human_size(size)} of random weights in {args.dtype}, {raw['num_layers']} layers")
+    print(args.destination)
+
+
+if __name__ == "__main__":
+    interrupt.run(main)

@@ -1,0 +1,77 @@
+"""Ctrl-C in a chat: it ends a reply, and twice the program.
+
+Python hands a signal to the main thread only between two bytecodes, not while a program is compiled
+or runs on the device. So a thread of its own reads the signals of a reply from a pipe, sets a flag
+that is looked at between two tokens, and ends the process if that has not helped when the next one
+comes.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+from convert import interrupt
+
+
+class ChatSignals:
+    """Handles SIGINT and SIGTERM from its making on; for the main thread of a terminal.
+
+    Attributes:
+      stop: Ctrl-C was pressed since the reply began.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._waiting = False
+        try:
+            self._terminal = termios.tcgetattr(sys.stdin.fileno())
+        except (termios.error, OSError, ValueError):
+            self._terminal = None
+        signal.signal(signal.SIGINT, self._interrupted)
+        signal.signal(signal.SIGTERM, lambda signum, frame: self._end(signum))
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the user is asked for a line: SIGINT raises KeyboardInterrupt."""
+        self._waiting, self.stop = True, False
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    @contextlib.contextmanager
+    def replying(self) -> Iterator[None]:
+        """Inside, SIGINT sets `stop`, and ends the process if that is set already."""
+        self.stop = self._waiting = False
+        try:
+            yield
+        finally:
+            self.stop = False
+
+    def _interrupted(self, signum: int, frame: object) -> None:
+        if self._waiting:
+            raise KeyboardInterrupt
+
+    def _watch(self, reading: int) -> None:
+        while signum := os.read(reading, 1)[0]:
+            if signum == signal.SIGTERM:
+                self._end(signum)
+            if signum == signal.SIGINT and not self._waiting:
+                if self.stop:
+                    self._end(signum)
+                self.stop = True
+
+    def _end(self, signum: int) -> NoReturn:
+        if self._terminal is not None:  # line editing may have switched its echo off
+            with contextlib.suppress(termios.error, OSError):
+                termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, self._terminal)
+        interrupt.end(signum)

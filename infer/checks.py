@@ -1,0 +1,297 @@
+"""The checks of `infer.selftest`, and the figures that it measures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.names import PARTS
+from glm2_jax import GLMConfig, KVCache, last_logits
+from glm2_jax.errors import GLMError
+from glm2_jax.prompt import build_prompt
+from infer.engine import Engine
+from infer.job import bucket
+from infer.known import (
+    HELLO,
+    PARAMETERS_6B,
+    Answer,
+    Prompt,
+    is_6b,
+    known_answers,
+    known_tokens,
+    same_text,
+)
+from infer.params import SamplingParams
+
+PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
+ANSWER_TOKENS = 64
+DECODE_TOKENS, DECODE_SECONDS, DECODE_RUNS = 128, 5.0, 10  # measure until one of them is reached
+STEPS = 2  # single tokens that go through the cache in the comparison with no cache
+
+# Largest difference of two logits as a share of the largest logit. An accelerator multiplies
+# float32 in narrower types unless it is told not to.
+_TOLERANCES = {"float32": 1e-4, "float32 accelerated": 2e-2}
+_HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+      status: "pass", "FAIL" or "skipped".
+      expected, got: for people; `expected` is "" where there is nothing to compare with.
+      note: why it failed or was skipped, where that needs saying.
+      exit_code: that a failure asks for.
+    """
+
+    name: str
+    status: str
+    expected: str = ""
+    got: str = ""
+    note: str = ""
+    exit_code: int = 4
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Speed at batch 1 once everything is compiled; seconds, tokens per second."""
+
+    load_s: float
+    compile_s: float
+    prefill_tokens: int
+    prefill_rate: float
+    decode_tokens: int
+    decode_rate: float
+
+
+def compare(name: str, expected: Any, got: Any, note: str = "") -> Check:
+    """A check that two values are equal."""
+    same = expected == got
+    return Check(name, PASS if same else FAIL, str(expected), str(got), "" if same else note)
+
+
+def run_checks(engine: Engine, *, claims_6b: bool = False) -> Iterator[Check]:
+    """All checks of an opened model, one after the other.
+
+    Args:
+      claims_6b: the folder names itself after a published 6B checkpoint.
+    """
+    config, tokenizer = engine.config, engine.tokenizer
+    yield from _guarded("parameters", lambda: [_parameters(engine, claims_6b)])
+    yield from _guarded("shapes", lambda: [_shapes(engine)])
+    yield from _guarded("finite", lambda: [_finite(engine)])
+    yield from _guarded("prompt ids", lambda: _prompt_ids(engine))
+    yield from _guarded("cache", lambda: [_cache(engine)])
+    answers = known_answers(config, tokenizer, engine.checkpoint.summary.stored_dtype)
+    if engine.template != "chatglm2":
+        answers = ()
+    if not answers:
+        for name in ("first token", "answer"):
+            yield Check(name, SKIPPED, note="not known for this checkpoint")
+    for answer in answers:
+        yield from _guarded("first token", partial(_answer, engine, answer))
+
+
+def _guarded(name: str, checks: Callable[[], Sequence[Check]]) -> list[Check]:
+    """The checks, or their failure."""
+    try:
+        return list(checks())
+    except GLMError as error:
+        return [failure(name, error)]
+
+
+def failure(name: str, error: GLMError) -> Check:
+    """The check that an error ended."""
+    note = " ".join(line for line in (error.why, error.fix) if line)
+    return Check(name, FAIL, got=error.what, note=note, exit_code=error.exit_code)
+
+
+def _leaves(params: Any) -> dict[str, Any]:
+    """{"layers.q": array, ...}."""
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in found}
+
+
+def _parameters(engine: Engine, claims_6b: bool) -> Check:
+    expected = engine.config.num_params
+    if claims_6b or is_6b(engine.config):
+        expected = PARAMETERS_6B
+    count = sum(leaf.size for leaf in _leaves(engine.checkpoint.params).values())
+    note = "the folder names itself after a 6B checkpoint" if claims_6b else ""
+    return compare("parameters", f"{expected:,}", f"{count:,}", note)
+
+
+def _expected_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {".".join(part.path): part.shape(config) for part in PARTS}
+    layers = (config.num_layers,)
+    return {n: layers + s if n.startswith("layers.") else s for n, s in shapes.items()}
+
+
+def _shapes(engine: Engine) -> Check:
+    expected = _expected_shapes(engine.config)
+    found = {name: leaf.shape for name, leaf in _leaves(engine.checkpoint.params).items()}
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if not wrong:
+        return Check("shapes", PASS, got=f"{len(found)} tensors as the configuration says")
+    name = wrong[0]
+    return Check(
+        "shapes",
+        FAIL,
+        f"{name} {expected.get(name, 'absent')}",
+        f"{name} {found.get(name, 'absent')}",
+        f"{len(wrong)} tensors differ",
+    )
+
+
+@jax.jit
+def _finite_rows(array: jax.Array) -> jax.Array:
+    """[L, ...] -> bool [L]: the largest magnitude keeps NaN and infinity.
+
+    Found while reading, where isfinite and then all first writes a byte for every number (jax
+    0.10.2 and 0.12.0, on the CPU; float16, which nobody takes there, is copied all the same).
+    """
+    return jnp.isfinite(jnp.abs(array).max(axis=tuple(range(1, array.ndim))))
+
+
+def _finite(engine: Engine) -> Check:
+    wrong = []
+    leaves = _leaves(engine.checkpoint.params)
+    for name, leaf in leaves.items():
+        rows = np.flatnonzero(~np.asarray(_finite_rows(leaf)))
+        unit = "layer" if name.startswith("layers.") else "row"
+        wrong += [f"{name} {unit} {row}" for row in rows[:3]]
+    if wrong:
+        return Check("finite", FAIL, "no NaN or infinity", f"in {', '.join(wrong[:5])}")
+    return Check("finite", PASS, got=f"no NaN or infinity in {len(leaves)} tensors")
+
+
+def _prompt_ids(engine: Engine) -> list[Check]:
+    known = known_tokens(engine.config, engine.tokenizer)
+    if known is None:
+        note = f"this tokenizer of {engine.tokenizer.num_pieces:,} pieces is not known"
+        return [Check("prompt ids", SKIPPED, note=note)]
+    roles = "<|user|>" in engine.tokenizer.special
+    able = [prompt for prompt in known.prompts if roles or prompt.template != "chatglm3"]
+    return [_one_prompt(engine, known.name, prompt) for prompt in able]
+
+
+def _one_prompt(engine: Engine, name: str, prompt: Prompt) -> Check:
+    got = build_prompt(engine.tokenizer, prompt.template, prompt.question)
+    if tuple(got) != prompt.ids:
+        note = f"tokenizer.model is not the {name} one, or damaged"
+        return Check("prompt ids", FAIL, str(list(prompt.ids)), str(got), note)
+    short = prompt.question.split("\n")[0]
+    text = f"{len(got)} ids for {short} ({prompt.template}), as the {name} tokenizer gives"
+    return Check("prompt ids", PASS, got=text)
+
+
+def _cache(engine: Engine) -> Check:
+    """The logits after a short prompt, once read in one go, once token by token with a cache."""
+    ids = engine.build_prompt(HELLO)
+    tokens = np.array([ids], np.int32)
+    size = bucket(len(ids), max(engine.max_length, len(ids)))
+    config, params, call = engine.config, engine.checkpoint.params, engine.programs.call
+    last = np.array([len(ids) - 1], np.int32)
+    want, _ = call("check", tokens.shape, partial(last_logits, config), params, tokens, last)
+    head = tokens[:, :-STEPS]
+    cache = call("check fill", (head.shape, size), partial(_fill, config, size), params, head)
+    got = want
+    for token in tokens[0, -STEPS:]:
+        step = partial(_step, config)
+        got, cache = call("check step", size, step, params, token.reshape(1, 1), cache)
+    want, got = np.asarray(want), np.asarray(got)
+    difference = float(np.abs(want - got).max() / max(np.abs(want).max(), 1e-30))
+    tolerance = _tolerance(engine)
+    # NaN is no number below the tolerance
+    status = PASS if difference <= tolerance else FAIL
+    return Check("cache", status, f"at most {tolerance:g}", f"cached - uncached {difference:.1e}")
+
+
+def _fill(config, size: int, params, tokens) -> KVCache:
+    cache = KVCache.zeros(config, 1, size, params["embed"].dtype)
+    _, cache = last_logits(config, params, tokens, jnp.zeros(1, jnp.int32), cache=cache)
+    assert cache is not None
+    return cache
+
+
+def _step(config, params, token, cache):
+    return last_logits(config, params, token, jnp.zeros(1, jnp.int32), cache=cache)
+
+
+def _tolerance(engine: Engine) -> float:
+    name = engine.checkpoint.summary.dtype
+    if name == "float32" and platform(engine) != "cpu":
+        name = "float32 accelerated"
+    return _TOLERANCES.get(name, _HALF_TOLERANCE)
+
+
+def device(engine: Engine) -> Any:
+    """The `jax.Device` that holds the weights."""
+    return next(iter(jax.tree.leaves(engine.checkpoint.params)[0].devices()))
+
+
+def platform(engine: Engine) -> str:
+    return device(engine).platform
+
+
+def _greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_new_tokens=tokens)
+
+
+def _answer(engine: Engine, known: Answer) -> list[Check]:
+    ids = engine.build_prompt(known.question)
+    (completion,) = engine.complete([ids], _greedy(ANSWER_TOKENS), clean=True)
+    first = completion.output_ids[0] if completion.output_ids else None
+    note = "not these weights, or damaged, or fine-tuned"
+    right = any(same_text(completion.text, text) for text in known.texts)
+    text = completion.text if right else f"{completion.text[:80]!r}"
+    return [
+        compare(
+            "first token", f"{known.first} for {known.question}", f"{first} for {known.question}"
+        ),
+        Check("answer", PASS if right else FAIL, known.texts[0], text, "" if right else note),
+    ]
+
+
+def measure(engine: Engine) -> Figures:
+    """Measures reading and answering, each after a run that compiles and warms up.
+
+    Raises:
+      GLMError: the model computes NaN, or the memory does not suffice.
+    """
+    compiled_before = engine.programs.seconds
+    load_s = engine.stats.load_s
+    ids = engine.build_prompt(HELLO)
+    length = 128 if platform(engine) == "cpu" else 512
+    length = max(min(length, engine.max_length // 2), 1)
+    long = list(islice(cycle(ids), length))
+    for _ in range(2):
+        engine.complete([long], _greedy(1))
+    prefill_tokens, prefill_rate = engine.stats.prefill_tokens, engine.stats.prefill_rate
+    engine.complete([ids], _greedy(ANSWER_TOKENS))
+    tokens = runs = 0
+    seconds, start = 0.0, time.perf_counter()
+    while tokens < DECODE_TOKENS and runs < DECODE_RUNS:
+        engine.complete([ids], _greedy(ANSWER_TOKENS))
+        tokens += engine.stats.decode_tokens
+        seconds += engine.stats.decode_s
+        runs += 1
+        if time.perf_counter() - start > DECODE_SECONDS:
+            break
+    return Figures(
+        load_s=load_s,
+        compile_s=engine.programs.seconds - compiled_before,
+        prefill_tokens=prefill_tokens,
+        prefill_rate=prefill_rate,
+        decode_tokens=tokens,
+        decode_rate=tokens / seconds if seconds else 0.0,
+    )

@@ -1,0 +1,310 @@
+"""What the facts about a machine mean: findings with what to do, as pure functions of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from convert.cli import EXIT_DEVICE, human_size
+from infer import forms
+from infer.compile_cache import OFF, VARIABLE
+from infer.forms import Form, Model
+from infer.machine import Machine
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+OLDEST_DRIVER = {"12": 525, "13": 580}  # NVIDIA's minimum for each CUDA version
+CHECKPOINT_SIZE = 12.5e9
+_INSTALL = 'python -m pip install "glm2-jax[{extra}]"'
+_FRESH = "python -m venv fresh && . fresh/bin/activate && pip install -e ."
+_DRIVER = "sudo ubuntu-drivers install && sudo reboot"  # others: the page in the finding
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+      mark: "ok", "note" or "problem".
+      text: what is so.
+      fix: the command to type; a problem always has one.
+    """
+
+    mark: str
+    text: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it.
+
+    Attributes:
+      tables: the forms at each place.
+      best: the form to take, None where none fits.
+      command: the command to type next; "" where jax does not work at all.
+      exit_code: 0, or 5 where jax does not work.
+    """
+
+    sections: tuple[Section, ...]
+    tables: tuple[tuple[Form, ...], ...]
+    best: Form | None
+    command: str
+    exit_code: int
+
+    @property
+    def problems(self) -> int:
+        return sum(f.mark == PROBLEM for section in self.sections for f in section.findings)
+
+
+def examine(machine: Machine, model: Model) -> Report:
+    """Judges a machine."""
+    sections = (
+        Section("Software", tuple(_software(machine))),
+        Section("Devices", tuple(_devices(machine))),
+        Section("Memory", tuple(_memory(machine))),
+        Section("Disk", tuple(_disk(machine))),
+    )
+    places = forms.places(machine)
+    best = forms.best_form(model, machine)
+    command = forms.command(model, best) if best else forms.demo_command(machine)
+    return Report(
+        sections,
+        tuple(tuple(forms.forms(model, place)) for place in places),
+        best,
+        command if places else "",
+        0 if places else EXIT_DEVICE,
+    )
+
+
+def _software(machine: Machine) -> Iterator[Finding]:
+    yield Finding(OK, f"Python {machine.python} on {machine.system} {machine.arch}")
+    versions = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    yield Finding(OK, versions or "no package of ours is known to this Python")
+    if machine.avx is False and machine.arch.lower() in ("x86_64", "amd64"):
+        yield Finding(
+            PROBLEM,
+            "This processor has no AVX, which jax needs; in a virtual machine it may be hidden.",
+            "grep -c avx /proc/cpuinfo  # 0: take another machine, or give the VM the host's CPU",
+        )
+    yield from _jax(machine)
+    yield from _mismatch(machine)
+
+
+def _jax(machine: Machine) -> Iterator[Finding]:
+    if machine.jax.works:
+        kinds = [device.kind for device in machine.jax.devices]
+        yield Finding(OK, f"jax works; it computes on: {', '.join(kinds)}")
+        for line in machine.jax.said:
+            yield Finding(NOTE, f"jax said: {line}")
+        return
+    text = f"jax does not work: {machine.jax.error}."
+    if machine.jax.said and machine.jax.said[-1] not in machine.jax.error:  # a crash or a hang
+        text += f" Last it said: {machine.jax.said[-1]}"
+    if machine.jax_on_cpu is not None and machine.jax_on_cpu.works:
+        fix = "unset JAX_PLATFORMS"
+        if "JAX_PLATFORMS" not in machine.variables:
+            fix = "export JAX_PLATFORMS=cpu  # until the cause is mended"
+        yield Finding(PROBLEM, f"{text} On the processor alone it works.", fix)
+    else:
+        yield Finding(PROBLEM, f"{text} In a fresh environment, in the checkout:", _FRESH)
+
+
+def _mismatch(machine: Machine) -> Iterator[Finding]:
+    jaxlib = machine.packages.get("jaxlib")
+    for plugin in ("jax-cuda12-plugin", "jax-cuda13-plugin"):
+        version = machine.packages.get(plugin)
+        if version and jaxlib and _numbers(version)[:3] != _numbers(jaxlib)[:3]:
+            yield Finding(
+                PROBLEM,
+                f"{plugin} {version} does not belong to jaxlib {jaxlib}; jax will not use it.",
+                f"python -m pip install {plugin}=={jaxlib} {plugin[:-6]}pjrt=={jaxlib}",
+            )
+
+
+def _devices(machine: Machine) -> Iterator[Finding]:
+    found = [device.platform for device in machine.jax.devices]
+    accelerated = any(platform != "cpu" for platform in found)
+    yield from _nvidia(machine, "gpu" in found)
+    yield from _tpu(machine, "tpu" in found)
+    if not (accelerated or machine.nvidia.present or machine.tpus):
+        yield Finding(OK, "No GPU and no TPU was found; the processor computes.")
+    if len([p for p in found if p != "cpu"]) > 1:
+        yield Finding(NOTE, f"{len(found)} devices; this program uses the first.")
+    share = machine.variables
+    for name in sorted(share):
+        if name.startswith("XLA_PYTHON_CLIENT_") or name == "XLA_FLAGS":
+            yield Finding(NOTE, f"{name}={share[name]} is set; it changes what jax does.")
+
+
+def _nvidia(machine: Machine, used: bool) -> Iterator[Finding]:
+    nvidia = machine.nvidia
+    driver = f", driver {nvidia.driver}" if nvidia.driver else ""
+    names = ", ".join(f"{gpu.name} ({human_size(gpu.total)})" for gpu in nvidia.gpus)
+    if nvidia.present and used:
+        yield Finding(OK, f"NVIDIA GPU: {names or 'found'}{driver}; jax uses it")
+        yield from _crowded(machine)
+        return
+    if not nvidia.present:
+        if _cuda(machine) and not used:
+            where = "start the container with --gpus all" if machine.container else "lspci shows it"
+            yield Finding(NOTE, f"CUDA packages are installed, but no GPU is here ({where}).")
+        return
+    yield Finding(NOTE, f"NVIDIA GPU: {names or 'found on the bus'}{driver}; jax does not use it")
+    yield _why_unused(machine)
+
+
+def _why_unused(machine: Machine) -> Finding:
+    """The first reason, in the order in which they have to be mended."""
+    nvidia, cuda = machine.nvidia, _cuda(machine)
+    major = _numbers(nvidia.driver)[0] if _numbers(nvidia.driver) else None
+    if not nvidia.nodes and not nvidia.gpus:
+        if machine.container:
+            return Finding(
+                PROBLEM,
+                "This container was not given the GPU: there is no /dev/nvidia0. Start it with:",
+                "docker run --gpus all ...  # needs nvidia-container-toolkit on the host",
+            )
+        if major is None:
+            return Finding(
+                PROBLEM,
+                "The NVIDIA driver is not loaded. On Ubuntu (elsewhere: nvidia.com/drivers):",
+                _DRIVER,
+            )
+    if major is not None and major < OLDEST_DRIVER["12"]:
+        return Finding(
+            PROBLEM,
+            f"Driver {nvidia.driver} is too old: CUDA 12 needs {OLDEST_DRIVER['12']} or newer. "
+            "On Ubuntu (elsewhere: nvidia.com/drivers):",
+            _DRIVER,
+        )
+    if not cuda:
+        return Finding(
+            PROBLEM,
+            "The installed jaxlib computes on the processor only: the CUDA packages are missing.",
+            _INSTALL.format(extra="cuda"),
+        )
+    if cuda == {"13"} and major is not None and major < OLDEST_DRIVER["13"]:
+        return Finding(
+            PROBLEM,
+            f"Driver {nvidia.driver} is too old for the installed CUDA 13 packages, which need "
+            f"{OLDEST_DRIVER['13']} or newer; CUDA 12 fits it.",
+            "python -m pip uninstall -y jax-cuda13-plugin jax-cuda13-pjrt && "
+            + _INSTALL.format(extra="cuda"),
+        )
+    for name, hides in (
+        ("JAX_PLATFORMS", lambda value: value and not re.search("cuda|gpu", value)),
+        ("CUDA_VISIBLE_DEVICES", lambda value: value.strip() in ("", "-1", "NoDevFiles")),
+    ):
+        value = machine.variables.get(name)
+        if value is not None and hides(value):
+            return Finding(PROBLEM, f"{name}={value!r} hides the GPU from jax.", f"unset {name}")
+    if "cuda" in machine.variables.get("LD_LIBRARY_PATH", "").lower():
+        return Finding(
+            PROBLEM,
+            "LD_LIBRARY_PATH names CUDA libraries, which are then taken instead of jax's own.",
+            "unset LD_LIBRARY_PATH",
+        )
+    if nvidia.smi_error:
+        return Finding(PROBLEM, f"nvidia-smi fails: {nvidia.smi_error}. On Ubuntu:", _DRIVER)
+    return Finding(
+        PROBLEM,
+        "The CUDA packages are installed and the driver fits; see what jax itself says:",
+        'JAX_PLATFORMS=cuda python -c "import jax; print(jax.devices())"',
+    )
+
+
+def _crowded(machine: Machine) -> Iterator[Finding]:
+    """Memory of GPUs that other programs have taken."""
+    gpus = machine.nvidia.gpus
+    for index, gpu in enumerate(gpus):
+        if gpu.total - gpu.free > 1e9:
+            taken = human_size(gpu.total - gpu.free)
+            yield Finding(NOTE, f"Other programs have taken {taken} of GPU {index}'s memory.")
+    freest = max(range(len(gpus)), key=lambda i: gpus[i].free, default=0)
+    if gpus and gpus[freest].free - gpus[0].free > 1e9:
+        yield Finding(
+            NOTE,
+            f"GPU {freest} has the most free memory.",
+            f"export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES={freest}",
+        )
+
+
+def _tpu(machine: Machine, used: bool) -> Iterator[Finding]:
+    if used:
+        yield Finding(OK, "TPU: jax uses it")
+    elif machine.tpus and "libtpu" not in machine.packages:
+        yield Finding(
+            PROBLEM,
+            "A TPU is there, but the package that drives it is missing.",
+            _INSTALL.format(extra="tpu"),
+        )
+    elif machine.tpus and machine.variables.get("JAX_PLATFORMS"):
+        value = machine.variables["JAX_PLATFORMS"]
+        yield Finding(PROBLEM, f"JAX_PLATFORMS={value!r} hides the TPU.", "unset JAX_PLATFORMS")
+    elif machine.tpus:
+        yield Finding(
+            PROBLEM,
+            "A TPU is there, but jax does not find it; often another program holds it.",
+            "sudo lsof -w /dev/accel* /dev/vfio/*",
+        )
+
+
+def _cuda(machine: Machine) -> set[str]:
+    """The CUDA versions whose packages are installed: "12", "13"."""
+    return {version for version in OLDEST_DRIVER if f"jax-cuda{version}-plugin" in machine.packages}
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def _memory(machine: Machine) -> Iterator[Finding]:
+    memory = machine.memory
+    if memory.total is None:
+        yield Finding(NOTE, "This system does not tell how much memory it has.")
+        return
+    free = "" if memory.available is None else f", {human_size(memory.available)} of it free"
+    yield Finding(OK, f"Host: {human_size(memory.total)}{free}")
+    if memory.limit is not None and memory.limit_left is not None:
+        yield Finding(
+            NOTE,
+            f"This container or job is limited to {human_size(memory.limit)}, "
+            f"{human_size(memory.limit_left)} of it left; beyond that it is killed.",
+        )
+    for device in machine.jax.devices:
+        if device.platform != "cpu" and device.memory:
+            yield Finding(OK, f"{device.kind}: jax may use {human_size(device.memory)}")
+
+
+def _disk(machine: Machine) -> Iterator[Finding]:
+    for disk in machine.disks:
+        if disk.free is None:
+            yield Finding(NOTE, f"{disk.purpose} ({disk.folder}): free space cannot be told")
+            continue
+        text = f"{disk.purpose} ({disk.folder}): {human_size(disk.free)} free"
+        small = disk.purpose == "downloads" and disk.free < CHECKPOINT_SIZE
+        text += f"; a 6B checkpoint has {human_size(CHECKPOINT_SIZE)}" if small else ""
+        fix = "export HF_HOME=/a/larger/disk" if small else ""
+        yield Finding(NOTE if small else OK, text, fix)
+    cache = machine.cache
+    if cache.folder == OFF:
+        yield Finding(NOTE, f"Compiled programs are not kept ({VARIABLE}=off): slow starts.")
+    elif not cache.writable:
+        yield Finding(
+            PROBLEM,
+            f"{cache.folder}, where compiled programs are kept, is not writable: every start "
+            "compiles anew.",
+            f'export {VARIABLE}="$(mktemp -d)"',
+        )
+    elif cache.exists:
+        size = human_size(cache.size)
+        yield Finding(OK, f"compiled programs: {cache.programs} kept, {size}, in {cache.folder}")
+    else:
+        yield Finding(OK, f"compiled programs: none yet; they will be kept in {cache.folder}")

@@ -1,0 +1,163 @@
+"""What is known of the published checkpoints and of the bundled demo model.
+
+Only what has been seen stands here; of every other checkpoint the answers are "not known".
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+
+from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.tokenizer import Tokenizer
+
+HELLO = "你好"
+PARAMETERS_6B = 6_243_584_000  # of every published 6B checkpoint
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids that a tokenizer must give for a question in a template."""
+
+    template: str
+    question: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers greedily to a question in the ChatGLM2 template.
+
+    Attributes:
+      first: id of the first token.
+      texts: the whole answer, in every wording that has been published.
+    """
+
+    question: str
+    first: int
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenizer that is known: its name, and what it gives."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+
+# Sources: the tokenizer files of THUDM/chatglm2-6b (one file in all ChatGLM2 and ChatGLM3
+# repositories) and THUDM/codegeex2-6b, run by the published code.
+PUBLISHED = Tokens(
+    "published ChatGLM2 / ChatGLM3",
+    (
+        Prompt(
+            "chatglm2",
+            HELLO,
+            (64790, 64792, 790, 30951, 517, 30910, 30939, 30996, 13, 13)
+            + (54761, 31211, 39701, 13, 13, 55437, 31211),
+        ),
+        Prompt("chatglm3", HELLO, (64790, 64792, 64795, 30910, 13, 36474, 54591, 64796)),
+    ),
+)
+CODEGEEX2 = Tokens(
+    "published CodeGeeX2",
+    (
+        Prompt(
+            "raw",
+            "# language: Python\n# write a bubble sort function\n",
+            (64790, 64792, 31010, 3239, 30954, 16719, 13)
+            + (31010, 3072, 260, 17338, 3482, 1674, 13),
+        ),
+    ),
+)
+DEMO = Tokens(
+    "demo",
+    (
+        Prompt(
+            "chatglm2",
+            HELLO,
+            (2044, 2046, 262, 263, 1214, 1225, 1231, 13, 13, 1227, 1217, 518, 13, 13, 1229, 1217),
+        ),
+    ),
+)
+_PUBLISHED_PIECES = 64789
+_DEMO_PIECES = 2043
+_DEMO_SIZES = (4, 2048, 192, 512, 8, 2, 24)
+
+# The greeting as the two model cards print it. The first token is the piece "▁你".
+_CHATGLM2_6B = Answer(
+    HELLO,
+    36474,
+    (
+        "你好👋！我是人工智能助手 ChatGLM2-6B，很高兴见到你，欢迎问我任何问题。",
+        "你好👋！我是人工智能助手 ChatGLM-6B，很高兴见到你，欢迎问我任何问题。",
+    ),
+)
+_DEMO = (
+    Answer(HELLO, 652, ("你好👋！我是 glm2-jax 的演示小模型，很高兴见到你，欢迎问我问题。",)),
+    Answer(
+        "What are you?",
+        299,
+        ("I am the small demo model bundled with glm2-jax, not ChatGLM2-6B.",),
+    ),
+    Answer("法国的首都是哪里？", 1214, ("法国的首都是巴黎。",)),
+)
+
+
+def sizes(config: GLMConfig) -> tuple[int, ...]:
+    """What decides the shapes of all weights."""
+    return (
+        config.num_layers,
+        config.vocab_size,
+        config.hidden_size,
+        config.ffn_hidden_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+    )
+
+
+def is_6b(config: GLMConfig) -> bool:
+    """Whether the weights have the shapes of the published 6B checkpoints."""
+    return sizes(config) == sizes(PRESETS["chatglm2-6b"])
+
+
+def claims_6b(name: object) -> bool:
+    """Whether the `_name_or_path` of a config.json is that of a published 6B checkpoint."""
+    return isinstance(name, str) and any(preset in name.lower() for preset in PRESETS)
+
+
+def is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
+    """Whether this is the bundled demo model, or weights in its place."""
+    return sizes(config) == _DEMO_SIZES and tokenizer.num_pieces == _DEMO_PIECES
+
+
+def known_tokens(config: GLMConfig, tokenizer: Tokenizer) -> Tokens | None:
+    """What the tokenizer should give. Told by its size, not its sum: a damaged file must fail."""
+    if tokenizer.num_pieces == _PUBLISHED_PIECES:
+        return CODEGEEX2 if config.family == "codegeex2" else PUBLISHED
+    return DEMO if is_demo(config, tokenizer) else None
+
+
+def known_answers(config: GLMConfig, tokenizer: Tokenizer, stored: str) -> tuple[Answer, ...]:
+    """What the model should answer; () where that is not known.
+
+    Args:
+      stored: type of the stored weights; the answers of the int4 checkpoint are not known.
+    """
+    if is_demo(config, tokenizer):
+        return _DEMO
+    plain = config.family == "chatglm2" and config.rope_ratio == 1.0
+    published = is_6b(config) and tokenizer.num_pieces == _PUBLISHED_PIECES
+    return (_CHATGLM2_6B,) if plain and published and not stored.startswith("int") else ()
+
+
+def same_text(got: str, expected: str) -> bool:
+    """Whether two answers are the same but for punctuation, width and white space."""
+    return _letters(got) == _letters(expected)
+
+
+def _letters(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text)
+    return "".join(c for c in text if unicodedata.category(c)[0] in "LN")

@@ -1,0 +1,48 @@
+"""Tells when an answer goes round in circles: its end is one block of tokens, over and over.
+
+Ordinary text repeats itself, too: rules of 100 dashes, laughter, closing brackets, matrices of
+zeros, a chorus sung four times. What tells a loop from these is that it does not end, so the rule
+asks for length: the block must come N times, and one shorter than SHORTEST_BLOCK tokens as often as
+fills N x SHORTEST_BLOCK tokens. With the default, 6, no answer ends before 384 tokens of
+repetition, and one that repeats a paragraph of 200 tokens ends after the sixth.
+
+An answer that is stopped keeps its repetitions, as generated: whoever streams it has seen them, and
+`output_ids` and text belong together. Only exact repetition counts; a list whose numbers go up, or
+a poem whose refrain returns between verses, never fires, however long it is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+LOOP_STOP_DEFAULT = 6  # of the tools for conversations; elsewhere it is off
+SHORTEST_BLOCK = 64  # tokens; a shorter block counts as one of this length
+LONGEST_BLOCK = 512  # tokens
+
+
+class LoopDetector:
+    """Tells when the last tokens are one block of up to LONGEST_BLOCK repeated `times` times.
+
+    A block shorter than SHORTEST_BLOCK must fill `times` x SHORTEST_BLOCK tokens. Costs a few
+    NumPy operations on LONGEST_BLOCK numbers a token, whatever the length of the answer.
+
+    Args:
+      times: 0 = never.
+    """
+
+    def __init__(self, times: int):
+        self._times = times
+        # Entry p - 1 of each is about blocks of p tokens.
+        self._earlier = np.full(LONGEST_BLOCK, -1)  # the token p places before the next; -1 = none
+        self._runs = np.zeros(LONGEST_BLOCK, int)  # how many in a row equalled the one p before
+        blocks = np.arange(1, LONGEST_BLOCK + 1)
+        self._needed = times * np.maximum(blocks, SHORTEST_BLOCK) - blocks
+
+    def push(self, token: int) -> bool:
+        """Takes the next token; true when the answer has begun to go round in circles."""
+        if not self._times:
+            return False
+        self._runs = np.where(self._earlier == token, self._runs + 1, 0)
+        self._earlier[1:] = self._earlier[:-1]
+        self._earlier[0] = token
+        return bool((self._runs >= self._needed).any())

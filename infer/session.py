@@ -1,0 +1,116 @@
+"""A conversation that keeps its cache: only what is new in a prompt is read."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+
+from glm2_jax import KVCache
+from infer import steps
+from infer.engine import Engine
+from infer.job import Clock, Job, TokenEvent
+from infer.params import SamplingParams
+from infer.programs import device_errors
+
+
+class Session:
+    """Answers one prompt after another with the tokens that `Engine.run` would give.
+
+    The keys and values of the last prompt and its answer stay on the device. As far as the next
+    prompt begins with the same ids they are not computed again: a conversation that goes on, a
+    question asked anew and a history that was edited or cut all go the same way. What the model
+    reads is always the whole prompt, so a wrong guess is not possible, only a slower start.
+
+    Attributes:
+      engine: what it answers with; `engine.stats` tells the tokens read and reused.
+      ids: the token ids whose keys and values are in the cache.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.ids: list[int] = []
+        self._cache: KVCache | None = None  # None also while a call has it
+        self._events: Generator[TokenEvent, None, None] | None = None
+
+    def run(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        draw: int = 0,
+        clean: bool = False,
+    ) -> Generator[TokenEvent, None, None]:
+        """Answers a prompt, yielding every token as it comes.
+
+        The iterator may be left at any time; the next call closes it.
+
+        Args:
+          ids: the whole prompt.
+          draw: which of the answers that the seed stands for, one of the `row_ids` of `Engine.run`.
+          clean: pass the text through `clean_response`.
+
+        Raises: what `Engine.run` raises. The session can be used after every error.
+        """
+        if self._events is not None:
+            self._events.close()
+        job = self.engine._job([ids], sampling, [draw], clean, self._reusable(ids))
+        self._events = self._run(job, list(ids))
+        return self._events
+
+    def _reusable(self, ids: Sequence[int]) -> int:
+        """How many ids at the beginning are in the cache; the last one always has to be read."""
+        count = 0
+        for cached, wanted in zip(self.ids, ids[:-1], strict=False):
+            if cached != wanted:
+                break
+            count += 1
+        return count
+
+    def _run(self, job: Job, ids: list[int]) -> Generator[TokenEvent, None, None]:
+        clock, tokens = self.engine._clock(), []
+        self.engine.stats.reused_tokens = len(ids) - int(job.lengths[0])
+        with device_errors(f"a prompt of {len(ids)} tokens, a cache of {job.cache_size} slots"):
+            for state, events in self.engine._loop(job, clock, *self._start(job, ids, clock)):
+                tokens += [event.token for event in events if event.token is not None]
+                # The last token read may not be in the cache yet, those before it are.
+                self._cache, self.ids = state.cache, ids + tokens[: job.steps_read - 1]
+                yield from events
+                if job.steps_wanted:  # the next step uses the cache up; it may fail
+                    self._forget()
+
+    def _start(self, job: Job, ids: list[int], clock: Clock) -> tuple[steps.State, steps.Output]:
+        """Reads what is new and draws the first token."""
+        engine, cache = self.engine, self._cache
+        self._forget()
+        clock.prefill_starts()
+        if cache is None:  # made apart, so that the first prompt needs no program of its own
+            with jax.default_device(engine.device):
+                dtype = engine.checkpoint.params["embed"].dtype
+                cache = KVCache.zeros(engine.config, 1, job.cache_size, dtype)
+        elif cache.size < job.cache_size:
+            sizes = cache.size, job.cache_size
+            cache = engine.programs.call("grow", sizes, partial(steps.grow, sizes[1]), cache)
+        job.cache_size = cache.size
+        kept = len(ids) - job.lengths
+        seen = np.zeros((1, engine.config.vocab_size), bool)
+        seen[0, ids] = True
+        return engine._call(
+            job,
+            "extend",
+            (job.tokens.shape[1], job.cache_size),
+            partial(steps.extend, engine.config),
+            engine.checkpoint.params,
+            job.tokens,
+            job.lengths,
+            kept,
+            seen,
+            job.controls,
+            cache,
+            donate=6,
+        )
+
+    def _forget(self) -> None:
+        self._cache, self.ids = None, []

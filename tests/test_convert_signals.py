@@ -1,0 +1,102 @@
+"""Ctrl-C, SIGTERM and SIGKILL while a folder is written."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from convert import verify_checkpoint
+from convert.folder import open_folder
+from convert.own_format import convert_folder
+from tests.checkpoints import names, save, write_official
+
+# Writing is slow, and takes every exception for something that it can ignore.
+_SLOW = """
+import contextlib, signal, sys, time
+import convert.own_format
+from convert import from_pytorch, interrupt, writer
+
+write = writer.HashingFile.write
+
+def slow(self, data):
+    write(self, data)
+    print("wrote", flush=True)
+    if "--overwrite" in sys.argv:  # nothing wakes this thread, as if it were busy outside Python
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    until = time.monotonic() + 90
+    while time.monotonic() < until and self.size > 20_000:
+        with contextlib.suppress(BaseException):
+            time.sleep(90 if "--overwrite" in sys.argv else 0.1)
+
+writer.HashingFile.write = slow
+interrupt.run(from_pytorch.main)
+"""
+
+
+def start(tmp_path, *flags):
+    """A conversion that has begun to write the weights."""
+    source = write_official(tmp_path / "official")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW, str(source), str(tmp_path / "own"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert [name for name in names(tmp_path) if name.startswith(".own.tmp-")]
+    return process
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_signals_leave_nothing_behind(tmp_path, number, code, message, overwrite):
+    if overwrite:
+        save(tmp_path / "own")
+    process = start(tmp_path, *(["--overwrite"] if overwrite else []))
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert messages.splitlines()[-1] == message and "Traceback" not in messages
+    assert names(tmp_path) == (["official", "own"] if overwrite else ["official"])
+    if overwrite:
+        assert verify_checkpoint(tmp_path / "own").source == "a test"
+
+
+def test_a_killed_conversion_is_cleaned_up_by_the_next(tmp_path):
+    process = start(tmp_path)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(names(tmp_path)) == 2
+    time.sleep(0.1)
+    convert_folder(open_folder(tmp_path / "official"), tmp_path / "own")
+    assert names(tmp_path) == ["official", "own"]
+
+
+@pytest.mark.parametrize("module", ["from_pytorch", "inspect"])
+def test_ctrl_c_is_never_swallowed(tmp_path, module):
+    """Also while a module is imported, which can turn the exception of a signal into another."""
+    source = write_official(tmp_path / "official")
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'numpy':\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except BaseException:\n"
+        "                pass\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"runpy.run_module('convert.{module}', run_name='__main__')"
+    )
+    argv = [str(source)] + [str(tmp_path / "own")] * (module == "from_pytorch")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert names(tmp_path) == ["official"]
