@@ -60,10 +60,8 @@ def _as_matrix(w: Weight, rows: int) -> Weight:
     """A weight with `rows` row axes as [R, C]."""
     if not isinstance(w, QTensor):
         return w.reshape(math.prod(w.shape[:rows]), -1)
-    R = math.prod(w.scale.shape[:rows])
-    return w.replace(
-        values=w.values.reshape(R, -1), scale=w.scale.reshape(R, *w.scale.shape[rows:])
-    )
+    R, groups = math.prod(w.scale.shape[:rows]), w.scale.shape[rows:]
+    return QTensor(w.values.reshape(R, -1), w.scale.reshape(R, *groups), w.bits)
 
 
 def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
