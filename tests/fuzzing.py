@@ -29,7 +29,9 @@ from convert.torch_zip import read_torch_file
 from glm2_jax.errors import GLMError, InputError
 from glm2_jax.prompt import build_messages, build_prompt
 from glm2_jax.tokenizer import Tokenizer
-from infer.requests import Request, read_batch, read_history
+from infer import chat_files
+from infer.requests import Request, parse_batch, read_history
+from infer.text_input import read_bytes
 from tests.checkpoints import TINY, write_official
 from tests.checkpoints import save as save_own
 from tests.fuzz_inputs import Bytes, damaged, edited_list, json_bytes
@@ -264,9 +266,19 @@ def _ask(request: Request | InputError) -> None:
 
 
 def _read_batch(path: Path) -> None:
-    for _, request in read_batch(str(path)):
+    for _, request in parse_batch(read_bytes(path), path.name):
         _ask(request)
 
+
+_CHAT = {
+    "format": chat_files.FORMAT,
+    "version": chat_files.VERSION,
+    "model": "0" * 64,
+    "template": "chatglm2",
+    "system": None,
+    "sampling": {"temperature": 0.8, "top_k": 50, "stop": ["x"], "seed": 0},
+    "history": [["q", "a"]],
+}
 
 TARGETS = {
     "torch_pickle": Target(
@@ -306,4 +318,5 @@ TARGETS = {
         lambda path: _ask(Request("q", read_history(str(path)))),
         json_bytes([["q", "a"], ["你", "好"]]),
     ),
+    "chat": Target("chat.json", lambda path: chat_files.load(str(path)), json_bytes(_CHAT)),
 }

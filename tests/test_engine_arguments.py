@@ -57,9 +57,9 @@ def test_other_arguments(engine):
     for sampling in ({}, None):
         with pytest.raises(UsageError, match="must be SamplingParams"):
             engine.run([[5]], sampling)
-    for row in (-1, 2**31, "a"):
-        with pytest.raises(UsageError, match="row_offset"):
-            engine.run([[5]], SamplingParams(), row_offset=row)
+    for rows in ([-1], [2**31], ["a"], [0, 1]):
+        with pytest.raises(UsageError, match="row_ids"):
+            engine.run([[5]], SamplingParams(), row_ids=rows)
     for bad in ({"preset": ["api"]}, {"num_beams": np.array([1, 1])}):
         with pytest.raises(UsageError, match=next(iter(bad))):
             engine.generate(["hi"], **bad)

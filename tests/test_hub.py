@@ -203,16 +203,14 @@ import os, sys
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1000
 from convert import interrupt, inspect
-from convert.cli import run_main
-{run}(inspect.main)
+interrupt.run(inspect.main)
 """
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("runner", ["run_main", "interrupt.run"])
-def test_an_interrupted_download_goes_on_in_the_next_process(server, tmp_path, hf, runner, ending):
+def test_an_interrupted_download_goes_on_in_the_next_process(server, tmp_path, hf, ending):
     """Through HF_ENDPOINT, as a user names a mirror."""
-    command = [sys.executable, "-c", _INSPECT.format(run=runner), NAME, "--source", "hf", "--json"]
+    command = [sys.executable, "-c", _INSPECT, NAME, "--source", "hf", "--json"]
     environment = os.environ | settings(server.url, tmp_path / "cache")
     server.hold.clear()
     process = subprocess.Popen(
