@@ -7,6 +7,7 @@ product sums over. Only the integers change with the width; W = integers * scale
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -16,13 +17,58 @@ import numpy as np
 
 from glm2_jax.errors import CheckpointError
 
-MODES = ("int8", "int4")
-GROUP = 128  # columns that share a scale in our own int4
-
 # The weights of a layer that are quantised, and how many of their last axes are columns.
 COLUMN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate_up": 1, "down": 1}
 
+GROUP = 128  # columns that share a scale in our own int4
+
 Array = Any  # jax.Array or numpy.ndarray
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to quantise.
+
+    Attributes:
+        name: one of `SCHEMES`.
+        bits: 8 or 4.
+        grouped: whether a row has a scale for every group of columns, and not one for all of it.
+    """
+
+    name: str
+    bits: int
+    grouped: bool
+
+    def group(self, columns: int) -> int | None:
+        """Columns that share a scale: `GROUP`, or less where that does not divide them; None = all.
+
+        Args:
+            columns: of the weight.
+        """
+        return math.gcd(columns, GROUP) if self.grouped else None
+
+    def shapes(self, shape: Shape, column_axes: int) -> tuple[Shape, Shape]:
+        """The shapes of the values and of the scales of a weight.
+
+        Args:
+            shape: of the weight.
+            column_axes: how many of its last axes are columns.
+        """
+        rows, columns = shape[:-column_axes], math.prod(shape[-column_axes:])
+        group = self.group(columns)
+        groups = () if group is None else (columns // group,)
+        return (*shape[:-1], shape[-1] * self.bits // 8), (*rows, *groups)
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("int8", 8, grouped=False),  # of the published int8 folders, and our own
+        Scheme("int4-row", 4, grouped=False),  # of the published int4 folders
+        Scheme("int4", 4, grouped=True),  # our own
+    )
+}
 
 
 @flax.struct.dataclass
@@ -47,35 +93,32 @@ class QTensor:
         return self.values.nbytes + self.scale.nbytes
 
 
-def group_size(columns: int) -> int:
-    """Columns that share a scale in our own int4: 128, or less where that does not divide them."""
-    return math.gcd(columns, GROUP)
-
-
-def quantise(matrix: np.ndarray, bits: int, group: int | None) -> tuple[np.ndarray, np.ndarray]:
+def quantise(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric rounding to nearest (even): scale = max|W| / 127 for 8 bits, / 7 for 4 bits.
 
     Source: quantization.py of THUDM/chatglm2-6b, whose division by zero for a row of zeros is not
-    kept: such a row has the scale 0.
+    kept: such a row has the scale 1.
 
     Args:
         matrix: float [rows, columns].
-        bits: 8 or 4.
-        group: columns that share a scale; None = all of a row.
+        scheme: how.
 
     Returns:
         (int8 [rows, columns], or [rows, columns / 2] packed; float32 scales [rows] or
         [rows, groups]).
+
+    Raises:
+        CheckpointError: an odd number of columns for 4 bits.
     """
     rows, columns = matrix.shape
-    grouped = matrix.astype(np.float32).reshape(rows, -1, group or columns)
+    grouped = matrix.astype(np.float32).reshape(rows, -1, scheme.group(columns) or columns)
     largest = np.maximum(grouped.max(-1), -grouped.min(-1))
-    scale = largest / (2 ** (bits - 1) - 1)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    grouped *= inverse[..., None]
+    scale = largest / np.float32(2 ** (scheme.bits - 1) - 1)
+    scale[scale == 0] = 1
+    grouped /= scale[..., None]
     integers = np.rint(grouped, out=grouped).astype(np.int8).reshape(rows, columns)
-    values = pack_int4(integers) if bits == 4 else integers
-    return values, scale[:, 0] if group is None else scale
+    values = pack_int4(integers) if scheme.bits == 4 else integers
+    return values, scale if scheme.grouped else scale[:, 0]
 
 
 def dequantise(weight: QTensor, rows: int) -> jax.Array:

@@ -13,9 +13,9 @@ from glm2_jax.errors import CheckpointError
 from glm2_jax.linear import _dot, _on_cpu, _on_gpu, einsum
 from glm2_jax.model import unstack_layers
 from glm2_jax.quant import (
+    SCHEMES,
     QTensor,
     dequantise,
-    group_size,
     pack_int4,
     quantise,
     unpack_int4,
@@ -24,13 +24,11 @@ from glm2_jax.quant import (
 from tests.shared_data import shared_path
 from tests.toy import TOY, jit_forward, quantised, quantised_shapes, random_tokens, toy_params
 
-FORMS = {"int8": (8, False), "int4": (4, True), "int4 by row": (4, False)}
 
-
-def small_weight(bits, grouped, rows=24, columns=192, seed=0):
+def small_weight(scheme, rows=24, columns=192, seed=0):
     matrix = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
-    values, scale = quantise(matrix, bits, group_size(columns) if grouped else None)
-    return matrix, QTensor(jnp.asarray(values), jnp.asarray(scale), bits)
+    values, scale = quantise(matrix, SCHEMES[scheme])
+    return matrix, QTensor(jnp.asarray(values), jnp.asarray(scale), SCHEMES[scheme].bits)
 
 
 def test_packing_by_hand():
@@ -62,28 +60,29 @@ def test_an_odd_width_is_refused():
 
 def test_scales_by_hand():
     matrix = np.array([[127.0, -64.5, 0.5, 1.5], [0, 0, 0, 0]], np.float32)
-    values, scale = quantise(matrix, 8, None)
-    assert scale.tolist() == [1, 0] and values.tolist() == [[127, -64, 0, 2], [0, 0, 0, 0]]
-    values, scale = quantise(np.array([[14.0, 3, -0.7, 0.35]], np.float32), 4, 2)
+    values, scale = quantise(matrix, SCHEMES["int8"])
+    assert scale.tolist() == [1, 1] and values.tolist() == [[127, -64, 0, 2], [0, 0, 0, 0]]
+    row = np.tile(np.array([14.0, 3, -7, 1], np.float32), 32)  # a group of 128 columns
+    values, scale = quantise(np.concatenate([row, row / 20])[None], SCHEMES["int4"])
     np.testing.assert_allclose(scale, [[2, 0.1]])
-    # 3 / 2 rounds to even, -0.7 / 0.1 = -7, 0.35 / 0.1 is a little above or below 3.5
-    assert unpack_int4(values)[0, :3].tolist() == [7, 2, -7]
+    # 3 / 2 and 1 / 2 and -7 / 2 round to even
+    assert unpack_int4(values)[0, :4].tolist() == [7, 2, -4, 0]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEMES)
 def test_rounding_error_is_half_a_step_at_most(form):
-    matrix, weight = small_weight(*FORMS[form])
+    matrix, weight = small_weight(form)
     steps = np.repeat(weight.scale, matrix.shape[1] // weight.scale[0].size, -1)
     error = np.abs(np.asarray(dequantise(weight, 1)) - matrix)
     assert (error <= steps.reshape(len(matrix), -1) * 0.5001).all()
     assert error.max() > 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEMES)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("platform", [_on_cpu, _on_gpu, _dot])
 def test_products_are_those_of_the_dequantised_weight(form, rows, platform):
-    _, weight = small_weight(*FORMS[form])
+    _, weight = small_weight(form)
     x = jax.random.normal(jax.random.key(1), (rows, 192))
     expected = x @ dequantise(weight, 1).T
     np.testing.assert_allclose(platform(x, weight), expected, atol=2e-4)
@@ -92,10 +91,10 @@ def test_products_are_those_of_the_dequantised_weight(form, rows, platform):
     np.testing.assert_allclose(half, expected, atol=0.05 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("kind", ["plain", *FORMS])
+@pytest.mark.parametrize("kind", ["plain", *SCHEMES])
 def test_products_by_chunks_on_a_cpu(kind, monkeypatch):
     monkeypatch.setattr("glm2_jax.linear._CHUNK_ELEMENTS", 500)  # of 4608 integers: 12 chunks
-    matrix, weight = small_weight(*FORMS.get(kind, (8, False)))
+    matrix, weight = small_weight("int8" if kind == "plain" else kind)
     if kind == "plain":
         weight, expected = jnp.asarray(matrix, jnp.float16), matrix
     else:
@@ -106,18 +105,18 @@ def test_products_by_chunks_on_a_cpu(kind, monkeypatch):
     np.testing.assert_allclose(_on_cpu(jnp.asarray(x), weight), x @ expected.T, atol=0.02)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEMES)
 def test_a_quantised_model_has_the_logits_of_the_dequantised_one(form):
-    small, large = quantised(toy_params(), *FORMS[form])
+    small, large = quantised(toy_params(), SCHEMES[form])
     tokens = random_tokens(2, 9)
     ours, reference = (jit_forward(TOY, params, tokens)[0] for params in (small, large))
     np.testing.assert_allclose(ours, reference, atol=1e-4)
     assert not np.allclose(reference, jit_forward(TOY, toy_params(), tokens)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["float", *FORMS])
+@pytest.mark.parametrize("form", ["float", *SCHEMES])
 def test_a_list_of_layers_gives_the_same_logits(form):
-    params = toy_params() if form == "float" else quantised(toy_params(), *FORMS[form])[0]
+    params = toy_params() if form == "float" else quantised(toy_params(), SCHEMES[form])[0]
     tokens = random_tokens(2, 9)
     stacked, cache = jit_forward(TOY, params, tokens, cache=KVCache.zeros(TOY, 2, 16, jnp.float32))
     listed, other = jit_forward(
@@ -135,11 +134,11 @@ def test_attention_and_projections_are_told_apart():
     assert einsum("...D,VD->...V", jnp.ones((2, 4)), jnp.ones((6, 4))).shape == (2, 6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEMES)
 def test_decode_never_holds_a_whole_float_weight(form):
     """Temporaries of a compiled step stay far below the float32 copy of the quantised weights."""
     config = dataclasses.replace(TOY, num_layers=4, hidden_size=512, ffn_hidden_size=2048)
-    params = quantised_shapes(config, *FORMS[form])
+    params = quantised_shapes(config, SCHEMES[form])
     abstract = jax.eval_shape(lambda: KVCache.zeros(config, 1, 16, jnp.float32))
 
     def step(params, tokens, cache):

@@ -10,7 +10,7 @@ import numpy as np
 
 from glm2_jax import GLMConfig, compiler_options, forward, init_params
 from glm2_jax.model import unstack_layers
-from glm2_jax.quant import COLUMN_AXES, QTensor, dequantise, group_size, quantise
+from glm2_jax.quant import COLUMN_AXES, QTensor, Scheme, dequantise, quantise
 
 TOY = GLMConfig(
     num_layers=3,
@@ -42,30 +42,26 @@ def random_tokens(rows: int, length: int, config: GLMConfig = TOY, seed: int = 0
     return jnp.asarray(rng.integers(3, config.vocab_size, (rows, length)), jnp.int32)
 
 
-def quantised(params, bits: int, grouped: bool):
+def quantised(params, scheme: Scheme):
     """The params with the layers' matrices as QTensors, and those matrices as float32 again."""
     small, large = dict(params["layers"]), dict(params["layers"])
     for name, axes in COLUMN_AXES.items():
         weight = np.asarray(params["layers"][name])
-        rows, columns = weight.shape[:-axes], math.prod(weight.shape[-axes:])
-        group = group_size(columns) if grouped else None
-        values, scale = quantise(weight.reshape(-1, columns), bits, group)
-        values = values.reshape(*weight.shape[:-1], -1)
-        scale = scale.reshape(*rows, *scale.shape[1:])
-        small[name] = QTensor(jnp.asarray(values), jnp.asarray(scale), bits)
-        large[name] = dequantise(small[name], len(rows)).reshape(weight.shape)
+        values, scale = quantise(weight.reshape(-1, math.prod(weight.shape[-axes:])), scheme)
+        shapes = scheme.shapes(weight.shape, axes)
+        values, scale = values.reshape(shapes[0]), scale.reshape(shapes[1])
+        small[name] = QTensor(jnp.asarray(values), jnp.asarray(scale), scheme.bits)
+        large[name] = dequantise(small[name], weight.ndim - axes).reshape(weight.shape)
     return {**params, "layers": small}, {**params, "layers": large}
 
 
-def quantised_shapes(config: GLMConfig, bits: int, grouped: bool):
+def quantised_shapes(config: GLMConfig, scheme: Scheme):
     """Abstract float32 params with a list of quantised layers, for compiling."""
     params = jax.eval_shape(lambda: unstack_layers(init_params(config, jax.random.key(0))))
 
     def weight(array, axes: int) -> QTensor:
-        rows, columns = array.shape[:-axes], math.prod(array.shape[-axes:])
-        values = (*array.shape[:-1], array.shape[-1] * bits // 8)
-        scale = (*rows, columns // group_size(columns)) if grouped else rows
-        return QTensor(_abstract(values, jnp.int8), _abstract(scale, jnp.float32), bits)
+        values, scale = scheme.shapes(array.shape, axes)
+        return QTensor(_abstract(values, jnp.int8), _abstract(scale, jnp.float32), scheme.bits)
 
     def layer(plain):
         return plain | {name: weight(plain[name], axes) for name, axes in COLUMN_AXES.items()}
