@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
-from convert.names import OWN, PUBLISHED, Match, match_tensors
+from convert.names import EMBED, OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, open_weights, read_json
 from convert.stored import reading
 from glm2_jax.config import ROPE_KINDS, GLMConfig, shorten
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.prompt import TEMPLATES
+from glm2_jax.quant import SCHEMES, Scheme
 from glm2_jax.tokenizer import Tokenizer
+
+QUANTIZE = ("int8", "int4")  # schemes that may be asked for
 
 _MIB = 2**20
 
@@ -24,13 +27,13 @@ class Folder:
 
     Attributes:
         path: the folder.
-        layout: "own", "official" or "official int4" / "official int8".
+        layout: "own", "official", "official int4", ...
         config: the architecture.
         tokenizer: its tokenizer.
         template: prompt template.
         matches: every tensor with its rule.
         weights: the tensors and files.
-        bits: 0, or 4 / 8 when matrices are stored quantised.
+        scheme: how its matrices are quantised; None where they are not.
         manifest: of our own layout.
     """
 
@@ -41,14 +44,14 @@ class Folder:
     template: str
     matches: tuple[Match, ...]
     weights: Weights
-    bits: int
+    scheme: Scheme | None
     manifest: Manifest | None
 
     @property
     def stored_dtype(self) -> str:
         """The float type that most bytes are stored in, or int4 / int8."""
-        if self.bits:
-            return f"int{self.bits}"
+        if self.scheme is not None:
+            return f"int{self.scheme.bits}"
         sizes: dict[str, int] = {}
         for match in self.matches:
             name = match.tensor.dtype.name
@@ -58,8 +61,9 @@ class Folder:
     @property
     def float_dtype(self) -> str:
         """The type in which the folder keeps what it does not quantise."""
-        scale = next((m.scale for m in self.matches if m.scale is not None), None)
-        return self.stored_dtype if scale is None else scale.dtype.name
+        if self.scheme is None:
+            return self.stored_dtype
+        return next(m.tensor.dtype.name for m in self.matches if m.rule.parts == (EMBED,))
 
 
 def open_folder(
@@ -98,21 +102,21 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
     tokenizer = Tokenizer.from_file(folder / "tokenizer.model", family=config.family)
     chosen = template or (manifest.template if manifest else config.default_template)
     check_fit(config, tokenizer, chosen, asked=template is not None)
-    bits = _quantisation_bits(raw)
+    scheme = _published_scheme(raw) if manifest is None else manifest.scheme
     weights = open_weights(folder)
     if manifest is not None:
         check_listed(folder, manifest, weights)
     rules = PUBLISHED if manifest is None else OWN
-    matches = match_tensors(config, weights.tensors, rules, bits)
+    matches = match_tensors(config, weights.tensors, rules, scheme)
     return Folder(
         path=folder,
-        layout="own" if manifest else f"official int{bits}" if bits else "official",
+        layout=("own" if manifest else "official") + (f" int{scheme.bits}" if scheme else ""),
         config=config,
         tokenizer=tokenizer,
         template=chosen,
         matches=tuple(matches),
         weights=weights,
-        bits=bits,
+        scheme=scheme,
         manifest=manifest,
     )
 
@@ -163,7 +167,7 @@ def _configure(
     return GLMConfig.from_hf(raw, tokenizer_config=extra, rope_kind=rope_kind)
 
 
-def _quantisation_bits(raw: dict[str, Any]) -> int:
+def _published_scheme(raw: dict[str, Any]) -> Scheme | None:
     value = raw.get("quantization_bit")
     bits = 0 if value is None else value
     if type(bits) is not int or bits not in (0, 4, 8):
@@ -171,7 +175,7 @@ def _quantisation_bits(raw: dict[str, Any]) -> int:
             f"config.json: quantization_bit = {shorten(bits)} is not supported.",
             "The published quantised folders use 4 or 8 bits.",
         )
-    return bits
+    return {0: None, 4: SCHEMES["int4-row"], 8: SCHEMES["int8"]}[bits]
 
 
 def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: bool) -> None:
@@ -200,6 +204,34 @@ def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: 
             "ChatGLM3 prompts need a tokenizer with role ids.",
             f"Its own template is {config.default_template}.",
         )
+
+
+def target_scheme(folder: Folder, quantize: str | None) -> Scheme | None:
+    """How the matrices of the layers are to be quantised.
+
+    Args:
+        folder: what is opened.
+        quantize: None = as stored; "none" = not at all; or one of `QUANTIZE`.
+
+    Raises:
+        UsageError: an unknown name, or a folder that is quantised already.
+    """
+    if quantize is None:
+        return folder.scheme
+    if quantize == "none":
+        return None
+    if quantize not in QUANTIZE:
+        raise UsageError(
+            f"quantize={quantize!r} is unknown.",
+            f"Known: {', '.join(QUANTIZE)}, none (what is stored quantised is unpacked).",
+        )
+    if folder.scheme is not None:
+        raise UsageError(
+            f"{folder.path} is quantised already ({folder.scheme.name}).",
+            "Quantised once more, its weights would only get worse.",
+            "Leave --quantize out, or start from the original weights.",
+        )
+    return SCHEMES[quantize]
 
 
 def fingerprint(folder: Folder) -> str:

@@ -9,6 +9,7 @@ from convert.hub import add_hub_flags, find_model
 
 # Spelt out here, and compared with the library's lists in a test, so that --help needs no jax.
 DTYPES = ("keep", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16", "half")
+QUANTIZE = ("int8", "int4", "none")
 ROPE_KINDS = ("linear", "base")
 TEMPLATES = ("chatglm2", "chatglm3", "raw")
 
@@ -32,6 +33,11 @@ def build_parser() -> Parser:
     weights.add_argument(
         "--dtype", choices=DTYPES, default="keep", metavar="TYPE",
         help="type to store: keep, float32, bfloat16 or float16",
+    )  # fmt: skip
+    weights.add_argument(
+        "--quantize", choices=QUANTIZE,
+        help="write the matrices of the layers as int8 (a scale a row) or int4 (a scale for 128 "
+        "columns); none = unpack what is stored quantised (default: as it is stored)",
     )  # fmt: skip
     weights.add_argument(
         "--max-shard-size", type=size_argument, default="4GB", metavar="SIZE",
@@ -78,7 +84,7 @@ def main(argv: list[str]) -> None:
     dtype = None if args.dtype == "keep" else args.dtype
     path = find_model(args.source, source=args.hub_source, revision=args.revision)
     folder = open_folder(path, rope_kind=args.rope_scaling, template=args.template)
-    size = size_of_conversion(folder, dtype)
+    size = size_of_conversion(folder, dtype, args.quantize)
     note(
         f"{args.source}: {folder.layout}, {folder.config.family}, "
         f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
@@ -93,6 +99,7 @@ def main(argv: list[str]) -> None:
             folder,
             args.destination,
             dtype=dtype,
+            quantize=args.quantize,
             overwrite=args.overwrite,
             max_shard_size=args.max_shard_size,
             progress=lambda done, _: progress(done),

@@ -44,7 +44,7 @@ def describe(path: str, *, rope_kind: str | None = None, template: str | None = 
         "family": config.family,
         "parameters": config.num_params,
         "stored_dtype": folder.stored_dtype,
-        "quantisation_bits": folder.bits,
+        "quantisation_bits": 0 if folder.scheme is None else folder.scheme.bits,
         "rope_kind": config.rope_kind,
         "rope_ratio": config.rope_ratio,
         "vocabulary": config.vocab_size,

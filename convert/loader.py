@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from convert.folder import Folder, fingerprint, open_folder
-from convert.names import PARTS, Part
-from convert.place import DevicePlace, HostPlace, new_place
-from convert.values import Values, cast
+from convert.folder import Folder, fingerprint, open_folder, target_scheme
+from convert.params import load_params
 from glm2_jax.config import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import DeviceError, UsageError
+from glm2_jax.quant import Scheme
 from glm2_jax.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -28,7 +26,8 @@ class CheckpointSummary:
         layout: "own", "official", "official int4" or "official int8".
         family: "chatglm2", "chatglm3" or "codegeex2".
         stored_dtype: type of most of the stored weights.
-        dtype: type of the parameters in memory.
+        dtype: type of the parameters in memory, and of the activations.
+        quantisation: scheme of the layers' matrices in memory, or None.
         num_params: number of parameters.
         bytes_on_disk: size of the weight files.
         source: the folder, as given.
@@ -38,6 +37,7 @@ class CheckpointSummary:
     family: str
     stored_dtype: str
     dtype: str
+    quantisation: str | None
     num_params: int
     bytes_on_disk: int
     source: str
@@ -71,6 +71,7 @@ def load_checkpoint(
     *,
     dtype: str = "auto",
     quantize: str | None = None,
+    layers: str = "stacked",
     mesh: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
@@ -85,7 +86,10 @@ def load_checkpoint(
     Args:
         path: the folder.
         dtype: "auto" or the name of a type, e.g. "bfloat16".
-        quantize: must be None in this version.
+        quantize: "int8" or "int4" to quantise the matrices of the layers while loading; None =
+            as the folder has them; "none" = never, what is stored quantised is unpacked to `dtype`.
+        layers: "stacked" for arrays with a leading axis of layers, "list" for a list of layers
+            (see `glm2_jax.unstack_layers`). Only one of them is ever in memory.
         mesh: must be None in this version.
         rope_kind: "linear" or "base", where the folder does not tell what `rope_ratio` means.
         template: "chatglm2", "chatglm3" or "raw" instead of the family's own.
@@ -97,20 +101,22 @@ def load_checkpoint(
         CheckpointError: the folder cannot be opened; the message says which file and why.
         DeviceError: no such device.
     """
-    for name, value in (("quantize", quantize), ("mesh", mesh)):
-        if value is not None:
-            raise UsageError(
-                f"{name}={value!r} is not supported.",
-                f"This version loads checkpoints without {name}.",
-                f"Leave {name} out.",
-            )
+    if mesh is not None:
+        raise UsageError(
+            f"mesh={mesh!r} is not supported.",
+            "This version computes on one device.",
+            "Leave mesh out.",
+        )
+    if layers not in ("stacked", "list"):
+        raise UsageError(f"layers={layers!r} is unknown.", "Known: stacked, list.")
     device = _find_device(device)
     folder = open_folder(path, rope_kind=rope_kind, template=template)
     config = folder.config
+    scheme = target_scheme(folder, quantize)
     target = resolve_dtype(dtype, num_params=config.num_params, device=device)
     return Checkpoint(
         config=config,
-        params=_load_params(folder, target, device, progress),
+        params=load_params(folder, target, scheme, layers == "list", device, progress),
         tokenizer=folder.tokenizer,
         template=folder.template,
         fingerprint=fingerprint(folder),
@@ -119,11 +125,12 @@ def load_checkpoint(
             family=config.family,
             stored_dtype=folder.stored_dtype,
             dtype=dtype_name(target),
+            quantisation=None if scheme is None else scheme.name,
             num_params=config.num_params,
             bytes_on_disk=folder.weights.bytes_on_disk,
             source=str(path),
         ),
-        notes=_notes(folder, dtype_name(target)),
+        notes=_notes(folder, dtype_name(target), scheme),
     )
 
 
@@ -140,64 +147,15 @@ def _find_device(device: Any) -> Any:
         ) from error
 
 
-def _notes(folder: Folder, dtype: str) -> tuple[str, ...]:
-    notes = []
-    if folder.bits:
-        notes.append(
-            f"the weights are stored in int{folder.bits}; "
-            f"they were dequantised to {dtype} and take the memory of that"
+def _notes(folder: Folder, dtype: str, scheme: Scheme | None) -> tuple[str, ...]:
+    if folder.scheme is not None and scheme is None:
+        return (
+            f"the weights are stored in {folder.scheme.name}; "
+            f"they were dequantised to {dtype} and take the memory of that",
         )
-    elif folder.stored_dtype != dtype:
-        notes.append(f"the weights are stored in {folder.stored_dtype}; converted to {dtype}")
+    notes = []
+    if folder.scheme is None and scheme is not None:
+        notes.append(f"the matrices of the layers were quantised to {scheme.name}")
+    if folder.float_dtype != dtype:
+        notes.append(f"the weights are stored in {folder.float_dtype}; converted to {dtype}")
     return tuple(notes)
-
-
-def _load_params(folder: Folder, dtype: np.dtype, device: Any, progress: Progress) -> dict:
-    """Fills the stacked arrays in the order of the files, so that disks read forwards."""
-    config, loading = folder.config, _Loading(folder.config, dtype, device)
-    total, done = config.num_params * dtype.itemsize, 0
-    for match in folder.matches:
-        values = Values(match, config, folder.bits)
-        for part, start, stop in match.rule.ranges(config):
-            for begin, chunk in values.chunks(start, stop):
-                if dtype == np.float16:
-                    chunk = cast(chunk, dtype, match.name)
-                loading.write(part, match.layer or 0, begin - start, chunk)
-                done += len(chunk) * dtype.itemsize
-                progress(done, total)
-            loading.complete(part)
-    return loading.params
-
-
-class _Loading:
-    """The places of all parameters; each becomes a jax array as soon as its last layer is in."""
-
-    def __init__(self, config: GLMConfig, dtype: np.dtype, device: Any):
-        self.config, self.dtype, self.device = config, dtype, device
-        self.places: dict[tuple[str, ...], HostPlace | DevicePlace] = {}
-        self.missing = {part.path: self._layers(part) for part in PARTS}
-        self.params: dict[str, Any] = {}
-
-    def _layers(self, part: Part) -> int:
-        return self.config.num_layers if part.path[0] == "layers" else 1
-
-    def write(self, part: Part, layer: int, start: int, chunk: np.ndarray) -> None:
-        place = self.places.get(part.path)
-        if place is None:
-            layers, shape = self._layers(part), part.shape(self.config)
-            stacked = (layers, *shape) if part.path[0] == "layers" else shape
-            place = new_place(stacked, self.dtype, layers, self.device)
-            self.places[part.path] = place
-        place.write(layer, start, chunk)
-
-    def complete(self, part: Part) -> None:
-        """One layer of a part is in."""
-        self.missing[part.path] -= 1
-        if self.missing[part.path]:
-            return
-        array = self.places.pop(part.path).finish()
-        *parents, name = part.path
-        branch = self.params
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[name] = array

@@ -12,6 +12,7 @@ from convert.stored import is_plain_name, reading, regular_file_size
 from glm2_jax.config import ROPE_KINDS, shorten
 from glm2_jax.errors import CheckpointError
 from glm2_jax.prompt import TEMPLATES
+from glm2_jax.quant import SCHEMES, Scheme
 
 MANIFEST = "manifest.json"
 FORMAT = "glm2-jax"
@@ -21,6 +22,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "rope_kind": ROPE_KINDS,
     "template": TEMPLATES,
+    "quantisation": (None, *SCHEMES),
 }
 
 _READ_BYTES = 4 * 2**20
@@ -41,7 +43,7 @@ class Manifest:
     Attributes:
         source: the folder or the training run that it was made from.
         dtype: type of the weights, e.g. "bfloat16".
-        quantisation: None; the name of a scheme in later versions.
+        quantisation: None, or the name of one of `glm2_jax.quant.SCHEMES`.
         rope_kind: "linear" or "base".
         template: prompt template.
         files: name -> size and sum, of every file but the manifest itself.
@@ -53,6 +55,11 @@ class Manifest:
     template: str
     files: dict[str, FileEntry]
     quantisation: str | None = None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the matrices are quantised."""
+        return None if self.quantisation is None else SCHEMES[self.quantisation]
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -76,12 +83,10 @@ def read_manifest(folder: Path) -> Manifest:
             "Remove the file if the folder is an official checkpoint.",
         )
     version = raw.get("format_version")
-    known = type(version) is int and version == FORMAT_VERSION
-    if not known or raw.get("quantisation") is not None:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} was written by another version of this project.",
-            f"format_version {shorten(version)}, "
-            f"quantisation {shorten(raw.get('quantisation'))}; known: {FORMAT_VERSION}, None.",
+            f"format_version {shorten(version)}; known: {FORMAT_VERSION}.",
             "Update glm2-jax.",
         )
     try:
@@ -95,7 +100,8 @@ def read_manifest(folder: Path) -> Manifest:
 def _parse(raw: dict[str, Any]) -> Manifest:
     for key, choices in _CHOICES.items():
         if raw[key] not in choices:
-            raise ValueError(f"{key} is {shorten(raw[key])}, not one of {', '.join(choices)}")
+            known = ", ".join(map(str, choices))
+            raise ValueError(f"{key} is {shorten(raw[key])}, not one of {known}")
     if not isinstance(raw["source"], str):
         raise ValueError(f"source is {shorten(raw['source'])}, not a text")
     if not isinstance(raw["files"], dict):

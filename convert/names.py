@@ -18,10 +18,12 @@ import numpy as np
 from convert.stored import StoredTensor
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
+from glm2_jax.quant import COLUMN_AXES, Scheme
 
 Shape = tuple[int, ...]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+SCALE = "_scale"  # behind the name of a quantised tensor: the name of its scales
 LISTED = 20  # problems listed in one message
 
 _LAYER = "{layer}"
@@ -34,6 +36,16 @@ class Part:
     path: tuple[str, ...]
     shape: Callable[[GLMConfig], Shape]
 
+    @property
+    def quantisable(self) -> bool:
+        """Whether it is one of the matrices that quantisation makes smaller."""
+        return self.path[-1] in COLUMN_AXES
+
+    @property
+    def column_axes(self) -> int:
+        """How many of the last axes are columns."""
+        return COLUMN_AXES.get(self.path[-1], 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -43,13 +55,22 @@ class Rule:
         name: `{layer}` stands for the number of the layer.
         shape: as published.
         parts: in the order of their rows.
-        quantisable: whether the published int4 and int8 folders store it quantised.
+        column_axes: how many of its last axes are columns.
     """
 
     name: str
     shape: Callable[[GLMConfig], Shape]
     parts: tuple[Part, ...]
-    quantisable: bool = False
+    column_axes: int = 1
+
+    @property
+    def quantisable(self) -> bool:
+        """Whether quantised folders store it quantised."""
+        return all(part.quantisable for part in self.parts)
+
+    def columns(self, config: GLMConfig) -> int:
+        """Elements of a row, that is of what a product sums over."""
+        return math.prod(self.shape(config)[-self.column_axes :])
 
     def layers(self, config: GLMConfig) -> Iterable[int | None]:
         """The layers that have such a tensor; None for one outside the layers."""
@@ -111,7 +132,6 @@ PUBLISHED: tuple[Rule, ...] = (
         _BLOCK + "self_attention.query_key_value.weight",
         lambda c: (_qkv_rows(c), c.hidden_size),
         (Q, K, V),
-        quantisable=True,
     ),
     Rule(
         _BLOCK + "self_attention.query_key_value.bias",
@@ -122,16 +142,14 @@ PUBLISHED: tuple[Rule, ...] = (
         _BLOCK + "self_attention.dense.weight",
         lambda c: (c.hidden_size, c.num_heads * c.head_dim),
         (O,),
-        quantisable=True,
     ),
     Rule(_BLOCK + "post_attention_layernorm.weight", MLP_NORM.shape, (MLP_NORM,)),
     Rule(
         _BLOCK + "mlp.dense_h_to_4h.weight",
         lambda c: (2 * c.ffn_hidden_size, c.hidden_size),
         (GATE_UP,),
-        quantisable=True,
     ),
-    Rule(_BLOCK + "mlp.dense_4h_to_h.weight", DOWN.shape, (DOWN,), quantisable=True),
+    Rule(_BLOCK + "mlp.dense_4h_to_h.weight", DOWN.shape, (DOWN,)),
     Rule("transformer.encoder.final_layernorm.weight", FINAL_NORM.shape, (FINAL_NORM,)),
     Rule("transformer.output_layer.weight", HEAD.shape, (HEAD,)),
 )
@@ -141,12 +159,12 @@ PARTS: tuple[Part, ...] = tuple(part for rule in PUBLISHED for part in rule.part
 """Every parameter of this project, each once."""
 
 
-def own_name(path: tuple[str, ...]) -> str:
-    """("layers", "q") -> "layers.{layer}.q": one tensor a layer, so that shards stay small."""
-    return ".".join((path[0], _LAYER, *path[1:]) if path[0] == "layers" else path)
+def own_name(path: tuple[str, ...], layer: int | str | None = _LAYER) -> str:
+    """("layers", "q"), 3 -> "layers.3.q": one tensor a layer, so that shards stay small."""
+    return ".".join((path[0], str(layer), *path[1:]) if path[0] == "layers" else path)
 
 
-OWN: tuple[Rule, ...] = tuple(Rule(own_name(p.path), p.shape, (p,)) for p in PARTS)
+OWN: tuple[Rule, ...] = tuple(Rule(own_name(p.path), p.shape, (p,), p.column_axes) for p in PARTS)
 """The tensors of our own folders."""
 
 # The rotary frequencies are computed from the configuration; the reference ignores them, too.
@@ -178,7 +196,7 @@ def match_tensors(
     config: GLMConfig,
     tensors: Mapping[str, StoredTensor],
     rules: tuple[Rule, ...],
-    quantisation_bits: int = 0,
+    scheme: Scheme | None = None,
 ) -> list[Match]:
     """Matches every stored tensor with its rule, exactly once.
 
@@ -186,7 +204,7 @@ def match_tensors(
         config: gives the shapes and the number of layers.
         tensors: what the folder holds.
         rules: `PUBLISHED` or `OWN`.
-        quantisation_bits: 0, 4 or 8, from the configuration of the folder.
+        scheme: how the folder's matrices are quantised.
 
     Returns:
         The matches, in the order of `tensors`.
@@ -212,13 +230,13 @@ def match_tensors(
                 problems.append(f"missing: {name}")
                 continue
             scale = None
-            if quantisation_bits and rule.quantisable:
-                scale = left.pop(name + "_scale", None)
+            if scheme is not None and rule.quantisable:
+                scale = left.pop(name + SCALE, None)
                 if scale is None:
-                    problems.append(f"missing: {name}_scale")
+                    problems.append(f"missing: {name}{SCALE}")
                     continue
             match = Match(rule, layer, tensor, scale)
-            problems.extend(_shape_problems(config, match, quantisation_bits))
+            problems.extend(_shape_problems(config, match, scheme))
             matches[name] = match
     problems.extend(f"unexpected: {name[:200]}{_explain(name)}" for name in left)
     if problems:
@@ -241,24 +259,25 @@ def _explain(name: str) -> str:
     return ""
 
 
-def _shape_problems(config: GLMConfig, match: Match, bits: int) -> list[str]:
-    rows, *columns = match.rule.shape(config)
+def _shape_problems(config: GLMConfig, match: Match, scheme: Scheme | None) -> list[str]:
+    shape, types = match.rule.shape(config), FLOATS
     tensor, scale = match.tensor, match.scale
-    if scale is None:
-        expected, types = (rows, *columns), FLOATS
-    else:
-        expected, types = (rows, columns[0] * bits // 8), ("int8",)
-    problems = []
-    if scale is not None and columns[0] * bits % 8:
-        problems.append(f"wrong shape: {match.name} has rows that int{bits} cannot pack")
+    expected, expected_scale, problems = shape, (), []
+    if scale is not None and scheme is not None:
+        types = ("int8",)
+        expected, expected_scale = scheme.shapes(shape, match.rule.column_axes)
+        if shape[-1] * scheme.bits % 8:
+            problems.append(f"wrong shape: {match.name} has rows that {scheme.name} cannot pack")
     if tensor.shape != expected:
         problems.append(f"wrong shape: {match.name} is {tensor.shape} instead of {expected}")
     if tensor.dtype.name not in types:
         problems.append(
             f"wrong type: {match.name} is {tensor.dtype.name}, not {' or '.join(types)}"
         )
-    if scale is not None and scale.shape != (rows,):
-        problems.append(f"wrong shape: {match.name}_scale is {scale.shape} instead of {(rows,)}")
+    if scale is not None and scale.shape != expected_scale:
+        problems.append(
+            f"wrong shape: {match.name}_scale is {scale.shape} instead of {expected_scale}"
+        )
     if scale is not None and scale.dtype.name not in FLOATS:
         problems.append(f"wrong type: {match.name}_scale is {scale.dtype.name}, not a float")
     return problems

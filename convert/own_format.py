@@ -4,6 +4,7 @@ The weights have the names and shapes of our parameters, one tensor a layer ("la
 that a folder of any size is written and read without ever holding more than a chunk of it.
 """
 
+import functools
 import json
 import math
 import os
@@ -15,15 +16,16 @@ import jax
 import numpy as np
 
 from convert.destination import new_checkpoint
-from convert.folder import Folder, check_fit
+from convert.folder import Folder, check_fit, target_scheme
 from convert.manifest import MANIFEST, FileEntry, Manifest
-from convert.names import PARTS, Match, Part, own_name
+from convert.names import PARTS, SCALE, Match, Part, own_name
 from convert.stored import reading
 from convert.values import CHUNK_ELEMENTS, Values, all_finite, cast
 from convert.writer import Entry, write_file, write_shards
 from glm2_jax.config import GLMConfig
 from glm2_jax.dtypes import resolve_dtype
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.quant import QTensor, Scheme
 from glm2_jax.tokenizer import Tokenizer
 
 DEFAULT_SHARD_SIZE = 4 * 10**9
@@ -59,15 +61,16 @@ def save_checkpoint(
         progress: called with the bytes written and to write.
 
     Raises:
-        UsageError: the folder exists, or an unknown dtype.
+        UsageError: the folder exists, an unknown dtype, quantised parameters or a list of layers.
         CheckpointError: parameters of a wrong shape, or NaN or infinity among them.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
+    _require_plain(params)
     check_fit(config, tokenizer, template or config.default_template, asked=template is not None)
     kind = _float_dtype(dtype or np.dtype(params["embed"].dtype).name)
     leaves = {part.path: _leaf(params, part, config) for part in PARTS}
     entries = [
-        _array_entry(own_name(part.path), leaves[part.path], layer, kind, part.shape(config))
+        _array_entry(own_name(part.path, layer), leaves[part.path], layer, kind, part.shape(config))
         for part in PARTS
         for layer in (range(config.num_layers) if part.path[0] == "layers" else (None,))
     ]
@@ -89,6 +92,7 @@ def convert_folder(
     destination: str | Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress = lambda done, total: None,
@@ -98,34 +102,32 @@ def convert_folder(
     Args:
         source: what `open_folder` gives.
         destination: the new folder.
-        dtype: None keeps the stored type; quantised weights become that of their scales.
+        dtype: of what is not quantised; None keeps the stored type.
+        quantize: as in `convert.load_checkpoint`.
         overwrite: as in `save_checkpoint`, and so are the rest and the errors.
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
     """
-    kind = _float_dtype(dtype or source.float_dtype)
+    kind, scheme = _float_dtype(dtype or source.float_dtype), target_scheme(source, quantize)
     manifest = Manifest(
         source=os.fsencode(source.path).decode(errors="replace"),
         dtype=kind.name,
         rope_kind=source.config.rope_kind,
         template=source.template,
         files={},
+        quantisation=None if scheme is None else scheme.name,
     )
-    # In the order of the source's files, so that disks read forwards.
-    entries = [
-        _stored_entry(source, match, part, start, stop, kind)
-        for match in source.matches
-        for part, start, stop in match.rule.ranges(source.config)
-    ]
+    entries = _stored_entries(source, kind, scheme)
     return _write(
         destination, source.config, source.tokenizer.model_bytes, entries, manifest,
         source=source.path, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
     )  # fmt: skip
 
 
-def size_of_conversion(source: Folder, dtype: str | None) -> int:
-    """Bytes of weights that `convert_folder` would write."""
-    return source.config.num_params * _float_dtype(dtype or source.float_dtype).itemsize
+def size_of_conversion(source: Folder, dtype: str | None, quantize: str | None = None) -> int:
+    """Bytes of weights that `convert_folder` would write; it has the same arguments and errors."""
+    kind, scheme = _float_dtype(dtype or source.float_dtype), target_scheme(source, quantize)
+    return sum(entry.nbytes for entry in _stored_entries(source, kind, scheme))
 
 
 def _write(
@@ -160,16 +162,55 @@ def _float_dtype(name: str) -> np.dtype:
     return resolve_dtype("float32" if name == "float64" else name, num_params=0)
 
 
-def _stored_entry(
+def _stored_entries(source: Folder, dtype: np.dtype, scheme: Scheme | None) -> list[Entry]:
+    """What to write, in the order of the source's files, so that disks read forwards."""
+    entries = []
+    for match in source.matches:
+        for part, start, stop in match.rule.ranges(source.config):
+            if scheme is not None and part.quantisable:
+                entries += _quantised_entries(source, match, part, start, stop, scheme)
+            else:
+                entries.append(_float_entry(source, match, part, start, stop, dtype))
+    return entries
+
+
+def _float_entry(
     source: Folder, match: Match, part: Part, start: int, stop: int, dtype: np.dtype
 ) -> Entry:
     def chunks() -> Iterator[np.ndarray]:
         with reading(match.tensor.file):  # else an error would be taken for one of the writing
-            for _, chunk in Values(match, source.config, source.bits).chunks(start, stop):
+            for _, chunk in Values(match, source.config, source.scheme).chunks(start, stop):
                 yield cast(chunk, dtype, match.name)
 
-    name = own_name(part.path).replace("{layer}", str(match.layer))
-    return Entry(name, part.shape(source.config), dtype, chunks)
+    return Entry(own_name(part.path, match.layer), part.shape(source.config), dtype, chunks)
+
+
+def _quantised_entries(
+    source: Folder, match: Match, part: Part, start: int, stop: int, scheme: Scheme
+) -> Iterator[Entry]:
+    """The integers and the scales; both are computed twice rather than held."""
+
+    def chunks(which: int) -> Iterator[np.ndarray]:
+        with reading(match.tensor.file):
+            values = Values(match, source.config, source.scheme)
+            for _, *block in values.quantised(start, stop, scheme):
+                yield block[which]
+
+    name = own_name(part.path, match.layer)
+    shapes = scheme.shapes(part.shape(source.config), part.column_axes)
+    yield Entry(name, shapes[0], np.dtype(np.int8), functools.partial(chunks, 0))
+    yield Entry(name + SCALE, shapes[1], np.dtype(np.float32), functools.partial(chunks, 1))
+
+
+def _require_plain(params: Mapping[str, Any]) -> None:
+    layers = params["layers"]
+    if isinstance(layers, Mapping) and not any(isinstance(w, QTensor) for w in layers.values()):
+        return
+    raise UsageError(
+        "Quantised parameters and lists of layers are not written.",
+        "The folder holds stacked parameters; `convert_folder` quantises while it writes.",
+        'Load the model with quantize="none" and layers="stacked".',
+    )
 
 
 def _leaf(params: Mapping[str, Any], part: Part, config: GLMConfig) -> Any:
@@ -198,10 +239,9 @@ def _array_entry(
         flat = np.asarray(values).reshape(-1)
         for begin in range(0, math.prod(shape), CHUNK_ELEMENTS):
             chunk = flat[begin : begin + CHUNK_ELEMENTS]
-            result = cast(chunk, dtype, full_name)
+            result = cast(chunk, dtype, name)
             if not all_finite(result):
-                raise CheckpointError(f"{full_name} holds NaN or infinity.")
+                raise CheckpointError(f"{name} holds NaN or infinity.")
             yield result
 
-    full_name = name.replace("{layer}", str(layer))
-    return Entry(full_name, shape, dtype, chunks)
+    return Entry(name, shape, dtype, chunks)

@@ -4,6 +4,7 @@ Whole tensors are never copied: what is read is a view of the mapped file, what 
 (dequantised, cast) has the size of a chunk.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from convert.names import Match
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
+from glm2_jax.quant import Scheme, quantise, unpack_int4
 
 CHUNK_ELEMENTS = 4 * 2**20
 
@@ -25,18 +27,23 @@ class Values:
     Args:
         match: the tensor.
         config: gives its shape.
-        bits: 4 or 8 when it is stored quantised.
+        scheme: how the folder's matrices are quantised.
+
+    Raises:
+        CheckpointError: a scale that is NaN, infinite, zero or negative.
     """
 
-    def __init__(self, match: Match, config: GLMConfig, bits: int = 0):
-        self.match, self.bits = match, bits
-        self.columns = match.rule.shape(config)[-1]
+    def __init__(self, match: Match, config: GLMConfig, scheme: Scheme | None = None):
+        self.match, self.scheme = match, None if match.scale is None else scheme
+        self.columns = match.rule.columns(config)
         array = match.tensor.read()
         if match.scale is None:
             self.flat = array.reshape(-1)
         else:
-            self.matrix = array
-            self.scales = match.scale.read().astype(np.float32)
+            rows = math.prod(match.rule.shape(config)) // self.columns
+            self.matrix = array.reshape(rows, -1)
+            self.scales = match.scale.read().astype(np.float32).reshape(rows, -1)
+            _check_scales(match, self.scales)
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first element, values [n]) over a range of whole rows; finite, as stored or float32.
@@ -52,22 +59,45 @@ class Values:
                 raise _not_finite(self.match, chunk, begin)
             yield begin, chunk
 
+    def quantised(
+        self, start: int, stop: int, scheme: Scheme
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first row, integers [rows, ...], float32 scales [rows, groups]) over whole rows.
+
+        Rows are counted from `start`. What is stored in that scheme is passed on as it is.
+
+        Raises:
+            CheckpointError: NaN or infinity, named.
+        """
+        step = max(CHUNK_ELEMENTS // self.columns, 1) * self.columns
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            rows = slice(begin // self.columns, end // self.columns)
+            if self.scheme == scheme:
+                values, scales = self.matrix[rows], self.scales[rows]
+            else:
+                _, chunk = next(self.chunks(begin, end))
+                values, scales = quantise(chunk.reshape(-1, self.columns), scheme)
+            yield (begin - start) // self.columns, values, scales.reshape(len(values), -1)
+
     def _values(self, begin: int, end: int) -> np.ndarray:
-        if self.match.scale is None:
+        if self.scheme is None:
             return self.flat[begin:end]
         rows = slice(begin // self.columns, end // self.columns)
-        packed = self.matrix[rows]
-        whole = unpack_int4(packed) if self.bits == 4 else packed
-        return (whole.astype(np.float32) * self.scales[rows, None]).reshape(-1)
+        packed, scales = self.matrix[rows], self.scales[rows]
+        whole = unpack_int4(packed) if self.scheme.bits == 4 else packed
+        grouped = whole.astype(np.float32).reshape(*scales.shape, -1)
+        return (grouped * scales[..., None]).reshape(-1)
 
 
-def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """int8 [rows, columns / 2] -> int8 [rows, columns]: even columns lie in the high half of a
-    byte, odd ones in the low half, both in two's complement (THUDM/chatglm2-6b-int4)."""
-    result = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
-    np.right_shift(packed, 4, out=result[:, 0::2])
-    np.right_shift(np.left_shift(packed, 4), 4, out=result[:, 1::2])
-    return result
+def _check_scales(match: Match, scales: np.ndarray) -> None:
+    bad = scales[~(np.isfinite(scales) & (scales > 0))]
+    if len(bad):
+        raise CheckpointError(
+            f"{match.name}_scale holds {bad[0]}, and {len(bad)} such numbers in all.",
+            "A scale is finite and above zero.",
+            "Download the file again and compare its sha256 with the published one.",
+        )
 
 
 def all_finite(values: np.ndarray) -> bool:

@@ -88,6 +88,11 @@ class QTensor:
     bits: int = flax.struct.field(pytree_node=False)
 
     @property
+    def size(self) -> int:
+        """Elements of the weight."""
+        return self.values.size * 8 // self.bits
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the integers and the scales."""
         return self.values.nbytes + self.scale.nbytes

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.names import PARTS
-from glm2_jax import GLMConfig, KVCache, last_logits
+from glm2_jax import KVCache, last_logits
 from glm2_jax.errors import GLMError
 from glm2_jax.prompt import build_prompt
+from glm2_jax.quant import SCHEMES, QTensor
 from infer.engine import Engine
 from infer.job import bucket
 from infer.known import (
@@ -116,28 +117,45 @@ def failure(name: str, error: GLMError) -> Check:
 
 
 def _leaves(params: Any) -> dict[str, Any]:
-    """{"layers.q": array, ...}."""
+    """{"layers.q": array, ...}; {"layers.3.q.values": array, ...} of a list, quantised."""
     found = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {".".join(str(key.key) for key in path): leaf for path, leaf in found}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
 
 def _parameters(engine: Engine, claims_6b: bool) -> Check:
     expected = engine.config.num_params
     if claims_6b or is_6b(engine.config):
         expected = PARAMETERS_6B
-    count = sum(leaf.size for leaf in _leaves(engine.checkpoint.params).values())
+    params = engine.checkpoint.params
+    count = sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_quantised))
     note = "the folder names itself after a 6B checkpoint" if claims_6b else ""
     return compare("parameters", f"{expected:,}", f"{count:,}", note)
 
 
-def _expected_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    shapes = {".".join(part.path): part.shape(config) for part in PARTS}
-    layers = (config.num_layers,)
-    return {n: layers + s if n.startswith("layers.") else s for n, s in shapes.items()}
+def _is_quantised(value: Any) -> bool:
+    return isinstance(value, QTensor)
+
+
+def _expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    config, as_list = engine.config, isinstance(engine.checkpoint.params["layers"], list)
+    scheme, shapes = engine.checkpoint.summary.quantisation, {}
+    for part in PARTS:
+        shape, names = part.shape(config), [".".join(part.path)]
+        if part.path[0] == "layers" and as_list:
+            names = [f"layers.{layer}.{part.path[1]}" for layer in range(config.num_layers)]
+        elif part.path[0] == "layers":
+            shape = (config.num_layers, *shape)
+        for name in names:
+            if scheme is not None and part.quantisable:
+                pair = SCHEMES[scheme].shapes(shape, part.column_axes)
+                shapes[f"{name}.values"], shapes[f"{name}.scale"] = pair
+            else:
+                shapes[name] = shape
+    return shapes
 
 
 def _shapes(engine: Engine) -> Check:
-    expected = _expected_shapes(engine.config)
+    expected = _expected_shapes(engine)
     found = {name: leaf.shape for name, leaf in _leaves(engine.checkpoint.params).items()}
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if not wrong:
@@ -166,6 +184,8 @@ def _finite(engine: Engine) -> Check:
     wrong = []
     leaves = _leaves(engine.checkpoint.params)
     for name, leaf in leaves.items():
+        if leaf.dtype == np.int8:
+            continue
         rows = np.flatnonzero(~np.asarray(_finite_rows(leaf)))
         unit = "layer" if name.startswith("layers.") else "row"
         wrong += [f"{name} {unit} {row}" for row in rows[:3]]

@@ -74,7 +74,7 @@ def _open(folder: str, rope_kind: str | None) -> "Model":
     from infer.forms import Model
 
     found = open_folder(find_model(folder), rope_kind=rope_kind)
-    return Model(found.config, folder, found.bits)
+    return Model(found.config, folder, 0 if found.scheme is None else found.scheme.bits)
 
 
 def width() -> int:

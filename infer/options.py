@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from infer.params import SamplingParams
 
 DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32")
+QUANTIZE = ("int8", "int4", "none")
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 _SAMPLING_FLAGS = (
     "temperature",
@@ -128,6 +129,18 @@ def add_performance_options(parser: Parser) -> argparse._ArgumentGroup:
         help="type to compute in, one of %(choices)s; auto = bfloat16 on TPU and GPUs that have "
         "it, float16 on older GPUs, float32 on CPU where it fits",
     )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        help="keep the matrices of the layers as int8 or int4, quantised while they are loaded; "
+        "none = unpack what is stored quantised (default: as it is stored)",
+    )
+    group.add_argument(
+        "--layers",
+        choices=("stacked", "list"),
+        help="how the layers lie in memory: a list computes faster on a CPU, stacked ones compile "
+        "faster (default: by device)",
+    )
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     group.add_argument(
         "--compile-cache",
@@ -215,6 +228,8 @@ def open_engine(args: argparse.Namespace) -> Engine:
         engine = infer.load(
             folder,
             dtype=args.dtype,
+            quantize=args.quantize,
+            layers=args.layers,
             device=args.device,
             max_length=args.max_length,
             rope_kind=args.rope_scaling,
@@ -222,7 +237,9 @@ def open_engine(args: argparse.Namespace) -> Engine:
             on_event=_show_event if args.stats or sys.stderr.isatty() else None,
             progress=show_progress,
         )
-    note(f"computing in {engine.checkpoint.summary.dtype}")
+    summary = engine.checkpoint.summary
+    weights = f", the layers' weights in {summary.quantisation}" if summary.quantisation else ""
+    note(f"computing in {summary.dtype}{weights}")
     for line in engine.checkpoint.notes:
         note(line)
     return engine
