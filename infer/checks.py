@@ -187,7 +187,8 @@ def _finite(engine: Engine) -> Check:
         if leaf.dtype == np.int8:
             continue
         rows = np.flatnonzero(~np.asarray(_finite_rows(leaf)))
-        unit = "layer" if name.startswith("layers.") else "row"
+        stacked = name.startswith("layers.") and not name.split(".")[1].isdecimal()
+        unit = "layer" if stacked else "row"
         wrong += [f"{name} {unit} {row}" for row in rows[:3]]
     if wrong:
         return Check("finite", FAIL, "no NaN or infinity", f"in {', '.join(wrong[:5])}")

@@ -12,7 +12,6 @@ import glm2_jax
 from convert import load_checkpoint, place
 from convert.names import OWN, PARTS, PUBLISHED
 from convert.place import DevicePlace, HostPlace
-from convert.values import unpack_int4
 from glm2_jax import CheckpointError, DeviceError, UsageError
 from tests.checkpoints import TINY, official_tensors, random_params, tiny_config, write_official
 
@@ -148,73 +147,6 @@ def test_nan_and_infinity_are_found_and_named(tmp_path, bad, dtype):
     assert f"{name} (layer 1) holds {bad} at element {2 * 32 + 5}" in str(caught.value)
 
 
-def quantised_tensors(bits):
-    """Official names with int4 or int8 matrices, and the params that they stand for."""
-    tensors = official_tensors(TINY, random_params(TINY), "float16")
-    exact = {}
-    random = np.random.default_rng(1)
-    for rule in PUBLISHED:
-        for layer in rule.layers(TINY):
-            name, shape = rule.full_name(layer), rule.shape(TINY)
-            if not rule.quantisable:
-                exact[name] = tensors[name].astype(np.float32)
-                continue
-            limit = 2 ** (bits - 1)
-            q = random.integers(-limit, limit, shape, dtype=np.int8)
-            scale = random.uniform(0.001, 0.02, shape[0]).astype(np.float16)
-            exact[name] = q.astype(np.float32) * scale.astype(np.float32)[:, None]
-            if bits == 4:
-                q = (q[:, 0::2] << 4) | (q[:, 1::2] & 15)
-            tensors[name], tensors[name + "_scale"] = q, scale
-    return tensors, exact
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-def test_quantised_folders_are_dequantised(tmp_path, bits, kind):
-    tensors, exact = quantised_tensors(bits)
-    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits}, kind=kind, shards=1)
-    checkpoint = load_checkpoint(tmp_path, dtype="float32")
-    assert checkpoint.summary.layout == f"official int{bits}"
-    assert checkpoint.summary.stored_dtype == f"int{bits}"
-    assert "dequantised to float32" in checkpoint.notes[0]
-    for rule in PUBLISHED:
-        for layer in rule.layers(TINY):
-            for path, expected in rule.split(TINY, exact[rule.full_name(layer)]).items():
-                found = checkpoint.params[path[0]]
-                found = found if layer is None else found[path[1]][layer]
-                np.testing.assert_array_equal(np.asarray(found), expected)
-
-
-def test_a_quantised_folder_without_its_key_is_refused(tmp_path):
-    write_official(tmp_path, tensors=quantised_tensors(4)[0])
-    with pytest.raises(CheckpointError, match="wrong shape.*instead of"):
-        load_checkpoint(tmp_path)
-
-
-def test_a_quantised_folder_without_scales_is_refused(tmp_path):
-    tensors = quantised_tensors(8)[0]
-    del tensors["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight_scale"]
-    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 8})
-    with pytest.raises(CheckpointError, match="missing: .*layers.0.*weight_scale"):
-        load_checkpoint(tmp_path)
-
-
-def test_int4_halves():
-    packed = np.int8([[82, -56], [-91, 115]])  # 0x52, 0xc8, 0xa5, 0x73
-    np.testing.assert_array_equal(unpack_int4(packed), [[5, 2, -4, -8], [-6, 5, 7, 3]])
-
-
-def test_int4_reference_case():
-    if not (REFERENCE / "int4_pack_case.json").exists():
-        pytest.skip("the reference arrays are not beside the checkout")
-    case = json.loads((REFERENCE / "int4_pack_case.json").read_text())
-    whole = unpack_int4(np.int8(case["packed_int8"]))
-    np.testing.assert_array_equal(whole, case["q"])
-    product = whole.astype(np.float32) * np.float32(case["scale"])[:, None]
-    np.testing.assert_allclose(product, case["dequant"], rtol=1e-7)
-
-
 def test_fingerprint_tells_weights_and_configurations_apart(tmp_path):
     def mark(name, **kwargs):
         return load_checkpoint(write_official(tmp_path / name, **kwargs)).fingerprint
@@ -241,7 +173,8 @@ def test_template_and_rope_kind(tmp_path):
     "arguments",
     [
         {"dtype": "int3"},
-        {"quantize": "int8"},
+        {"quantize": "int3"},
+        {"layers": "nested"},
         {"mesh": object()},
         {"rope_kind": "cubic"},
         {"template": "alpaca"},
@@ -272,7 +205,7 @@ def test_pieces_on_an_accelerator_arrive_as_on_the_host(tmp_path, monkeypatch):
     """The path for accelerators, driven on the CPU, with chunks smaller than the tensors."""
     monkeypatch.setattr("convert.values.CHUNK_ELEMENTS", 100)
     expected = load_checkpoint(write_official(tmp_path), dtype="bfloat16").params
-    monkeypatch.setattr("convert.loader.new_place", DevicePlace)
+    monkeypatch.setattr("convert.params.new_place", DevicePlace)
     found = load_checkpoint(tmp_path, dtype="bfloat16").params
     assert_equal(found, jax.tree.map(np.asarray, expected), ml_dtypes.bfloat16)
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from convert.folder import open_folder
+from convert.own_format import size_of_conversion
 from tests.checkpoints import tiny_config, write_official
 
 # 112 million parameters, 224 MB in float16; its largest tensors are 41 MB (embedding and head).
@@ -49,7 +51,8 @@ stays = 0
 if what == "convert":
     convert_folder(open_folder(folder), target)
 else:
-    params = load_checkpoint(folder, dtype=what).params
+    dtype, _, quantize = what.partition(" ")
+    params = load_checkpoint(folder, dtype=dtype, quantize=quantize or None).params
     stays = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 running = False
 thread.join()
@@ -70,12 +73,15 @@ def measure(*arguments):
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
-@pytest.mark.parametrize("what", ["float32", "bfloat16", "float16", "convert"])
+@pytest.mark.parametrize("what", ["float32", "bfloat16", "float16", "bfloat16 int4", "convert"])
 def test_peak_memory(folder, tmp_path, what):
     result = measure(folder, what, tmp_path / "own")
     for file in (tmp_path / "own").glob("*"):
         file.unlink()
-    bytes_each = {"float32": 4, "convert": 0}.get(what, 2)
-    assert result["stays"] == CONFIG.num_params * bytes_each
+    stays = 0
+    if what != "convert":
+        dtype, _, quantize = what.partition(" ")
+        stays = size_of_conversion(open_folder(folder), dtype, quantize or None)
+    assert result["stays"] == stays
     assert result["samples"] > 20
     assert result["stays"] * 0.9 < result["peak"] <= result["stays"] + 1.2 * LARGEST

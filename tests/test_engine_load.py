@@ -48,7 +48,7 @@ def test_load_refuses_what_it_cannot_do(tmp_path, folder):
     with pytest.raises(UsageError, match="max_length"):
         infer.load(folder, max_length=0)
     with pytest.raises(UsageError, match="quantize"):
-        infer.load(folder, quantize="int8")
+        infer.load(folder, quantize="int3")
 
 
 def test_a_device_that_is_not_there_is_a_device_error():

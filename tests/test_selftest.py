@@ -149,7 +149,7 @@ def test_a_wrong_greeting(capsys, toy, monkeypatch):
 
 
 def test_damage_in_memory(toy):
-    engine = infer.load(toy)
+    engine = infer.load(toy, layers="stacked")
     params = engine.checkpoint.params
     layers = params["layers"] | {"q": params["layers"]["q"].at[1, 0, 0, 0].set(np.inf)}
     checkpoint = dataclasses.replace(engine.checkpoint, params=params | {"layers": layers})

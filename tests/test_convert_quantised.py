@@ -1,0 +1,196 @@
+"""Quantised weights on disk and while loading: as stored, or made on the way."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from convert import load_checkpoint, save_checkpoint, verify_checkpoint
+from convert.folder import open_folder
+from convert.names import PARTS, PUBLISHED
+from convert.own_format import convert_folder, size_of_conversion
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.quant import COLUMN_AXES, SCHEMES, QTensor, quantise
+from tests.checkpoints import TINY, official_tensors, random_params, write_official
+
+
+def quantised_tensors(bits):
+    """Official names with int4 or int8 matrices, and the params that they stand for."""
+    tensors = official_tensors(TINY, random_params(TINY), "float16")
+    exact = {}
+    random = np.random.default_rng(1)
+    for rule in PUBLISHED:
+        for layer in rule.layers(TINY):
+            name, shape = rule.full_name(layer), rule.shape(TINY)
+            if not rule.quantisable:
+                exact[name] = tensors[name].astype(np.float32)
+                continue
+            limit = 2 ** (bits - 1)
+            q = random.integers(-limit, limit, shape, dtype=np.int8)
+            scale = random.uniform(0.001, 0.02, shape[0]).astype(np.float16)
+            exact[name] = q.astype(np.float32) * scale.astype(np.float32)[:, None]
+            if bits == 4:
+                q = (q[:, 0::2] << 4) | (q[:, 1::2] & 15)
+            tensors[name], tensors[name + "_scale"] = q, scale
+    return tensors, exact
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_quantised_folders_are_dequantised_on_request(tmp_path, bits, kind):
+    tensors, exact = quantised_tensors(bits)
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits}, kind=kind, shards=1)
+    checkpoint = load_checkpoint(tmp_path, dtype="float32", quantize="none")
+    assert checkpoint.summary.layout == f"official int{bits}"
+    assert checkpoint.summary.stored_dtype == f"int{bits}"
+    assert "dequantised to float32" in checkpoint.notes[0]
+    for rule in PUBLISHED:
+        for layer in rule.layers(TINY):
+            for path, expected in rule.split(TINY, exact[rule.full_name(layer)]).items():
+                found = checkpoint.params[path[0]]
+                found = found if layer is None else found[path[1]][layer]
+                np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+def test_a_quantised_folder_without_its_key_is_refused(tmp_path):
+    write_official(tmp_path, tensors=quantised_tensors(4)[0])
+    with pytest.raises(CheckpointError, match="wrong shape.*instead of"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_quantised_folder_without_scales_is_refused(tmp_path):
+    tensors = quantised_tensors(8)[0]
+    del tensors["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight_scale"]
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 8})
+    with pytest.raises(CheckpointError, match="missing: .*layers.0.*weight_scale"):
+        load_checkpoint(tmp_path)
+
+
+def as_lists(tree):
+    """Nested dictionaries and lists of what is in the arrays, to compare trees."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
+
+
+def leaf(params, part, layer):
+    value = params[part.path[0]]
+    return value if layer is None else value[layer][part.path[1]]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_folders_stay_as_they_are(tmp_path, bits):
+    tensors, _ = quantised_tensors(bits)
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits}, shards=1)
+    checkpoint = load_checkpoint(tmp_path, dtype="float32", layers="list")
+    name = {4: "int4-row", 8: "int8"}[bits]
+    assert checkpoint.summary.quantisation == name
+    for rule in PUBLISHED:
+        for layer in rule.layers(TINY):
+            if not rule.quantisable:
+                continue
+            full = rule.full_name(layer)
+            found = [leaf(checkpoint.params, part, layer) for part in rule.parts]
+            assert all(isinstance(weight, QTensor) and weight.bits == bits for weight in found)
+            values = np.concatenate([np.asarray(weight.values).reshape(-1) for weight in found])
+            np.testing.assert_array_equal(values, tensors[full].reshape(-1))
+            scales = np.concatenate([np.asarray(weight.scale).reshape(-1) for weight in found])
+            np.testing.assert_array_equal(scales, tensors[full + "_scale"].astype(np.float32))
+    stacked = load_checkpoint(tmp_path, dtype="float32").params["layers"]
+    for index, weights in enumerate(checkpoint.params["layers"]):
+        assert as_lists(weights) == as_lists(jax.tree.map(lambda x, i=index: x[i], stacked))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_plain_folders_are_quantised_while_loading(tmp_path, scheme, monkeypatch):
+    monkeypatch.setattr("convert.values.CHUNK_ELEMENTS", 100)  # smaller than a tensor
+    write_official(tmp_path, dtype="float32")
+    plain = load_checkpoint(tmp_path, dtype="float32", layers="list").params
+    done = []
+    checkpoint = load_checkpoint(
+        tmp_path, dtype="float32", quantize=scheme, layers="list",
+        progress=lambda part, total: done.append((part, total)),
+    )  # fmt: skip
+    assert done[-1][0] == done[-1][1] == sum(x.nbytes for x in jax.tree.leaves(checkpoint.params))
+    assert checkpoint.notes == (f"the matrices of the layers were quantised to {scheme}",)
+    for part in PARTS:
+        if part.path[0] != "layers" or not part.quantisable:
+            assert not any(isinstance(w, QTensor) for w in [checkpoint.params.get(part.path[0])])
+            continue
+        for layer in range(TINY.num_layers):
+            weight = np.asarray(leaf(plain, part, layer))
+            matrix = weight.reshape(-1, np.prod(weight.shape[-COLUMN_AXES[part.path[1]] :]))
+            values, scale = quantise(matrix, SCHEMES[scheme])
+            found = leaf(checkpoint.params, part, layer)
+            np.testing.assert_array_equal(np.asarray(found.values).reshape(values.shape), values)
+            np.testing.assert_array_equal(np.asarray(found.scale).reshape(scale.shape), scale)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_our_own_format_keeps_what_it_is_given(tmp_path, scheme):
+    source = open_folder(write_official(tmp_path / "source"))
+    manifest = convert_folder(source, tmp_path / "own", quantize=scheme, max_shard_size=20_000)
+    assert manifest.quantisation == scheme
+    assert json.loads((tmp_path / "own/manifest.json").read_text())["quantisation"] == scheme
+    verify_checkpoint(tmp_path / "own")
+    loading = load_checkpoint(tmp_path / "source", dtype="float32", quantize=scheme)
+    stored = load_checkpoint(tmp_path / "own", dtype="float32")
+    assert stored.summary.layout == f"own {scheme[:4]}"
+    assert as_lists(stored.params) == as_lists(loading.params)
+    size = stored.summary.bytes_on_disk
+    expected = size_of_conversion(source, None, scheme)
+    assert expected < size and expected < size_of_conversion(source, None)
+    unpacked = load_checkpoint(tmp_path / "own", dtype="float32", quantize="none").params
+    assert not any(isinstance(weight, QTensor) for weight in unpacked["layers"].values())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_official_quantised_folder_converts_bit_by_bit(tmp_path, bits):
+    tensors, _ = quantised_tensors(bits)
+    write_official(tmp_path / "source", tensors=tensors, raw={"quantization_bit": bits})
+    manifest = convert_folder(open_folder(tmp_path / "source"), tmp_path / "own")
+    assert manifest.quantisation == {4: "int4-row", 8: "int8"}[bits]
+    one, other = (load_checkpoint(tmp_path / name).params for name in ("source", "own"))
+    assert as_lists(one) == as_lists(other)
+
+
+def test_what_is_quantised_is_not_quantised_again(tmp_path):
+    tensors, _ = quantised_tensors(8)
+    write_official(tmp_path / "source", tensors=tensors, raw={"quantization_bit": 8})
+    with pytest.raises(UsageError, match="quantised already"):
+        load_checkpoint(tmp_path / "source", quantize="int4")
+    with pytest.raises(UsageError, match="quantised already"):
+        convert_folder(open_folder(tmp_path / "source"), tmp_path / "own", quantize="int8")
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.01, np.nan, np.inf])
+def test_scales_that_are_none_are_refused(tmp_path, bad):
+    tensors, _ = quantised_tensors(4)
+    name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale"
+    tensors[name][3] = bad
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 4})
+    for quantize in (None, "none"):
+        with pytest.raises(
+            CheckpointError, match=r"1\.mlp\.dense_4h_to_h\.weight_scale holds"
+        ):
+            load_checkpoint(tmp_path, quantize=quantize)
+
+
+def test_a_packed_width_that_does_not_match_is_refused(tmp_path):
+    tensors, _ = quantised_tensors(4)
+    name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    tensors[name] = tensors[name][:, :-1]
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 4})
+    with pytest.raises(CheckpointError, match="wrong shape: .*dense_4h_to_h"):
+        load_checkpoint(tmp_path)
+
+
+def test_quantised_parameters_are_not_saved_as_floats(tmp_path):
+    write_official(tmp_path / "source")
+    for arguments in ({"quantize": "int8"}, {"layers": "list"}):
+        checkpoint = load_checkpoint(tmp_path / "source", **arguments)
+        with pytest.raises(UsageError, match="not written"):
+            save_checkpoint(
+                tmp_path / "own", checkpoint.config, checkpoint.params, checkpoint.tokenizer,
+                source="test",
+            )  # fmt: skip
