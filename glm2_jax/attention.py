@@ -1,34 +1,125 @@
-"""Grouped-query attention over a boolean mask."""
+"""Grouped-query attention; where there are many scores, over blocks of queries and of keys.
 
+Query heads are viewed as K groups of G = N / K, so keys are never repeated. Scores, softmax and
+sums are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 
+from glm2_jax.blocks import map_blocks
 from glm2_jax.linear import einsum
 
+_SCORES = 2**25  # how many scores, of all rows and heads, may be in memory at once
+_KEYS = 1024  # of a block
 
-def masked_probs(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) where the mask allows, computed in float32.
+_LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing gives no NaN
 
-    Query heads are viewed as K groups of G = N / K, so keys are never repeated.
+
+@flax.struct.dataclass
+class Visibility:
+    """Which keys the queries may look at: those of their own segment, up to their own place.
+
+    Attributes:
+        places: int32 [B, T], the key that is a query's own.
+        segments: int32 [B, T] of the queries.
+        key_segments: int32 [B, S]; 0 is a key that nobody may look at.
+    """
+
+    places: jax.Array
+    segments: jax.Array
+    key_segments: jax.Array
+
+    def mask(self, start: jax.Array | int, size: int) -> jax.Array:
+        """bool [B, T, size] for the keys from `start` on."""
+        keys = jax.lax.dynamic_slice_in_dim(self.key_segments, start, size, axis=1)[:, None]
+        numbers = start + jnp.arange(size, dtype=jnp.int32)
+        causal = numbers <= self.places[..., None]
+        return causal & (keys == self.segments[..., None]) & (keys > 0)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: Visibility,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v, over the keys that each query may look at.
 
     Args:
         q: [B, T, N, H].
         k: [B, S, K, H].
-        mask: bool [B, T, S]; True where the query may look. A query that may look nowhere gets
-            equal weights, which keeps padding rows finite.
+        v: [B, S, K, H]. Where nobody may look it may hold anything, NaN included.
+        visible: who looks where. What a query that sees nothing gets is finite and means nothing.
+        dropout: applied to the probabilities, which then are computed all at once.
 
     Returns:
-        float32 [B, K, G, T, S].
+        [B, T, N, H] in v's dtype.
     """
     B, T, N, H = q.shape
-    grouped = q.reshape(B, T, k.shape[2], N // k.shape[2], H)
-    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k) / jnp.sqrt(jnp.float32(H))
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1)
+    S, K = k.shape[1:3]
+    # A probability of 0 does not silence a NaN.
+    v = jnp.where(visible.key_segments[:, :, None, None] > 0, v, 0)
+    q = q.reshape(B, T, K, N // K, H)
+    if dropout is None and B * N * T * S > _SCORES:
+        keys = min(_KEYS, S)
+        queries = max(1, _SCORES // (B * N * keys))
+
+        def block(q: jax.Array, places: jax.Array, segments: jax.Array) -> jax.Array:
+            return _over_blocks(q, k, v, visible.replace(places=places, segments=segments), keys)
+
+        # Training computes a block's scores again rather than keep all of them.
+        block = jax.checkpoint(block)
+        out = map_blocks(block, queries, q, visible.places, visible.segments)
+    else:
+        probs = jax.nn.softmax(_scores(q, k, visible.mask(0, S)), axis=-1)
+        probs = probs if dropout is None else dropout(probs)
+        out = einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v).astype(v.dtype)
+    return out.reshape(B, T, N, H)
 
 
-def weighted_values(probs: jax.Array, v: jax.Array) -> jax.Array:
-    """Sums values by probability: [B, K, G, T, S], [B, S, K, H] -> [B, T, N, H] in v's dtype."""
-    B, K, G, T, _ = probs.shape
-    out = einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v).astype(v.dtype)
-    return out.reshape(B, T, K * G, v.shape[-1])
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32 [B, K, G, T, S]."""
+    scores = einsum("BTKGH,BSKH->BKGTS", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
+    return jnp.where(mask[:, None, None], scores, _LOWEST)
+
+
+def _over_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, size: int
+) -> jax.Array:
+    """Attention of [B, T, K, G, H] queries over blocks of `size` keys, by online softmax."""
+    S = k.shape[1]
+    last = jnp.max(visible.places)
+
+    def add(carry, start):
+        largest, total, out = carry
+        first = jnp.minimum(start, S - size)  # the last block may overlap the one before it
+        mask = visible.mask(first, size) & (first + jnp.arange(size) >= start)
+        keys = jax.lax.dynamic_slice_in_dim(k, first, size, axis=1)
+        values = jax.lax.dynamic_slice_in_dim(v, first, size, axis=1)
+        scores = _scores(q, keys, mask)
+        # The result does not depend on what is subtracted.
+        new_largest = jnp.maximum(largest, jax.lax.stop_gradient(scores).max(axis=-1))
+        weights = jnp.exp(scores - new_largest[..., None])
+        shrink = jnp.exp(largest - new_largest)
+        total = total * shrink + weights.sum(axis=-1)
+        added = einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), values)
+        return new_largest, total, out * shrink[..., None] + added
+
+    @jax.checkpoint
+    def step(carry, start):
+        # Blocks behind the last query's place are not read at all.
+        return jax.lax.cond(start <= last, add, lambda carry, start: carry, carry, start), None
+
+    B, T, K, G, H = q.shape
+    empty = jnp.zeros((B, K, G, T), jnp.float32)
+    carry = (empty + _LOWEST, empty, jnp.zeros((B, K, G, T, H), jnp.float32))
+    starts = jnp.arange(0, S, size, dtype=jnp.int32)
+    (_, total, out), _ = jax.lax.scan(step, carry, starts)
+    return jnp.einsum("BKGTH->BTKGH", out / total[..., None]).astype(v.dtype)

@@ -18,7 +18,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from glm2_jax.attention import masked_probs, weighted_values
+from glm2_jax.attention import Visibility, attend
+from glm2_jax.blocks import map_blocks
 from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
 from glm2_jax.linear import einsum
@@ -27,6 +28,7 @@ from glm2_jax.rope import apply_rope, rope_tables
 
 Params = Mapping[str, Any]
 
+_MLP_ELEMENTS = 2**26  # of the [B, T, 2, F] between the products of an MLP, at once
 _WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also under JAX_ENABLE_X64
 
 
@@ -41,34 +43,22 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 @flax.struct.dataclass
-class CachePlaces:
-    """Where the tokens of a call go in the cache.
-
-    Attributes:
-        slots: int32 [B, T], the slot each token is written to; past the end: dropped.
-        written: bool [B, S], slots that hold a token after this call.
-    """
-
-    slots: jax.Array
-    written: jax.Array
-
-
-@flax.struct.dataclass
 class TokenContext:
     """What every layer needs to know of the tokens, beside their activations.
 
     Attributes:
         cos: float32 [B, T, H / 4] of the rotary angles; sin likewise.
         sin: see cos.
-        mask: bool [B, T, S], which key each query may look at; S = T without a cache.
-        places: where the tokens go in the cache; None without one.
+        visible: which keys each query may look at; S = T without a cache.
+        slots: int32 [B, T], the cache's slot each token is written to; past the end: dropped. None
+            without a cache.
         query_scale: float32 [B, T, 1, 1], or None where queries are not scaled.
     """
 
     cos: jax.Array
     sin: jax.Array
-    mask: jax.Array
-    places: CachePlaces | None
+    visible: Visibility
+    slots: jax.Array | None
     query_scale: jax.Array | None
 
 
@@ -131,23 +121,27 @@ class GLMBlock(nn.Module):
         k = apply_rope(k, context.cos, context.sin)
         if context.query_scale is not None:
             q = (q * context.query_scale).astype(x.dtype)
-        places = context.places
-        if places is not None:
+        if context.slots is not None:
             with jax.named_scope("cache_update"):
-                k_cache = _write(k_cache, k, layer, places.slots)
-                v_cache = _write(v_cache, v, layer, places.slots)
+                k_cache = _write(k_cache, k, layer, context.slots)
+                v_cache = _write(v_cache, v, layer, context.slots)
             k = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
-            # A probability of 0 does not silence a NaN that somebody left in an unwritten slot.
-            v = jnp.where(places.written[:, :, None, None], v, 0)
-        probs = self.attention_dropout(masked_probs(q, k, context.mask))
-        out = einsum("BTNH,DNH->BTD", weighted_values(probs, v), self.o)
+        drops = self.config.attention_dropout > 0 and not self.deterministic
+        dropout = self.attention_dropout if drops else None
+        out = einsum("BTNH,DNH->BTD", attend(q, k, v, context.visible, dropout), self.o)
         return out.astype(x.dtype), k_cache, v_cache
 
     def _mlp(self, x: jax.Array) -> jax.Array:
-        both = einsum("BTD,CFD->BTCF", x, self.gate_up)
-        hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
-        return einsum("BTF,DF->BTD", hidden, self.down).astype(x.dtype)
+        gate_up, down = self.gate_up, self.down
+
+        def mlp(x: jax.Array) -> jax.Array:
+            both = einsum("BTD,CFD->BTCF", x, gate_up)
+            hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
+            return einsum("BTF,DF->BTD", hidden, down).astype(x.dtype)
+
+        at_once = _MLP_ELEMENTS // (x.shape[0] * 2 * self.config.ffn_hidden_size)
+        return map_blocks(mlp, max(1, at_once), x)
 
 
 class GLM(nn.Module):
@@ -305,10 +299,8 @@ def _context(config, tokens, positions, segment_ids, cache, dtype):
     columns = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if cache is None:
         index, default_positions = columns, columns
-        places = length = None
-        causal = columns[:, :, None] >= columns[:, None, :]
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask = causal & same & real[:, None, :]
+        slots = length = None
+        visible = Visibility(index, segment_ids, segment_ids)
     else:
         rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         index = cache.length[:, None] + jnp.maximum(rank, 0)
@@ -317,11 +309,11 @@ def _context(config, tokens, positions, segment_ids, cache, dtype):
         slots = jnp.where(real, index, cache.size + columns)
         length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
         numbers = jnp.arange(cache.size, dtype=jnp.int32)
-        places = CachePlaces(slots, written=numbers < length[:, None])
-        mask = (numbers <= index[:, :, None]) & places.written[:, None, :]
+        written = (numbers < length[:, None]).astype(jnp.int32)
+        visible = Visibility(index, jnp.ones_like(index), written)
     cos, sin = rope_tables(config, default_positions if positions is None else positions, dtype)
     scale = _logn_scale(index) if config.logn_scaling else None
-    return TokenContext(cos, sin, mask, places, scale), length
+    return TokenContext(cos, sin, visible, slots, scale), length
 
 
 def _logn_scale(index: jax.Array) -> jax.Array:
