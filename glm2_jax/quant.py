@@ -6,8 +6,6 @@ product sums over. Only the integers change with the width; W = integers * scale
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -16,59 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax.errors import CheckpointError
-
-# The weights of a layer that are quantised, and how many of their last axes are columns.
-COLUMN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate_up": 1, "down": 1}
-
-GROUP = 128  # columns that share a scale in our own int4
+from glm2_jax.schemes import COLUMN_AXES as COLUMN_AXES
+from glm2_jax.schemes import GROUP as GROUP
+from glm2_jax.schemes import SCHEMES as SCHEMES
+from glm2_jax.schemes import Scheme as Scheme
 
 Array = Any  # jax.Array or numpy.ndarray
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A way to quantise.
-
-    Attributes:
-        name: one of `SCHEMES`.
-        bits: 8 or 4.
-        grouped: whether a row has a scale for every group of columns, and not one for all of it.
-    """
-
-    name: str
-    bits: int
-    grouped: bool
-
-    def group(self, columns: int) -> int | None:
-        """Columns that share a scale: `GROUP`, or less where that does not divide them; None = all.
-
-        Args:
-            columns: of the weight.
-        """
-        return math.gcd(columns, GROUP) if self.grouped else None
-
-    def shapes(self, shape: Shape, column_axes: int) -> tuple[Shape, Shape]:
-        """The shapes of the values and of the scales of a weight.
-
-        Args:
-            shape: of the weight.
-            column_axes: how many of its last axes are columns.
-        """
-        rows, columns = shape[:-column_axes], math.prod(shape[-column_axes:])
-        group = self.group(columns)
-        groups = () if group is None else (columns // group,)
-        return (*shape[:-1], shape[-1] * self.bits // 8), (*rows, *groups)
-
-
-SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("int8", 8, grouped=False),  # of the published int8 folders, and our own
-        Scheme("int4-row", 4, grouped=False),  # of the published int4 folders
-        Scheme("int4", 4, grouped=True),  # our own
-    )
-}
 
 
 @flax.struct.dataclass

@@ -1,0 +1,58 @@
+"""The ways in which weights are quantised, as sizes alone: what plans memory needs no jax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# The weights of a layer that are quantised, and how many of their last axes are columns.
+COLUMN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate_up": 1, "down": 1}
+
+GROUP = 128  # columns that share a scale in our own int4
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to quantise.
+
+    Attributes:
+        name: one of `SCHEMES`.
+        bits: 8 or 4.
+        grouped: whether a row has a scale for every group of columns, and not one for all of it.
+    """
+
+    name: str
+    bits: int
+    grouped: bool
+
+    def group(self, columns: int) -> int | None:
+        """Columns that share a scale: `GROUP`, or less where that does not divide them; None = all.
+
+        Args:
+            columns: of the weight.
+        """
+        return math.gcd(columns, GROUP) if self.grouped else None
+
+    def shapes(self, shape: Shape, column_axes: int) -> tuple[Shape, Shape]:
+        """The shapes of the values and of the scales of a weight.
+
+        Args:
+            shape: of the weight.
+            column_axes: how many of its last axes are columns.
+        """
+        rows, columns = shape[:-column_axes], math.prod(shape[-column_axes:])
+        group = self.group(columns)
+        groups = () if group is None else (columns // group,)
+        return (*shape[:-1], shape[-1] * self.bits // 8), (*rows, *groups)
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("int8", 8, grouped=False),  # of the published int8 folders, and our own
+        Scheme("int4-row", 4, grouped=False),  # of the published int4 folders
+        Scheme("int4", 4, grouped=True),  # our own
+    )
+}
