@@ -72,13 +72,16 @@ def build_parser() -> Parser:
     return parser
 
 
-def official_config(name: str, *, layers: int | None = None, dtype: str = "float16") -> dict:
+def official_config(
+    name: str, *, layers: int | None = None, dtype: str = "float16", flag: str = "--config"
+) -> dict:
     """The `config.json` to write.
 
     Args:
         name: one of `glm2_jax.PRESETS`, or the path of a config.json.
         layers: instead of the number there.
         dtype: of the weights.
+        flag: what an error calls `name`.
 
     Raises:
         UsageError: an unknown name, a quantised model, or a number of layers below 1.
@@ -97,13 +100,13 @@ def official_config(name: str, *, layers: int | None = None, dtype: str = "float
         raw, extra = read_json(Path(name)), read_json(beside) if beside.exists() else None
     else:
         raise UsageError(
-            f"--config {name}: no such model or file.",
+            f"{flag} {name}: no such model or file.",
             f"Known models: {', '.join(PRESETS)}.",
             "Give one of them or the path of a config.json.",
         )
     if raw.get("quantization_bit") or name.endswith("int4"):
         raise UsageError(
-            f"--config {name} is a quantised model.",
+            f"{flag} {name} is a quantised model.",
             "Random weights are written as floats.",
             "Take the model that it was made from, for example chatglm2-6b.",
         )

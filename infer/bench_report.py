@@ -1,0 +1,220 @@
+"""What was measured, as a table for a terminal of any width, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from convert.cli import human_size
+from infer.bench_run import Result
+from infer.ceilings import Ceilings
+
+HEADER = (
+    "dtype", "weights", "layers", "what", "tok/s", "median", "ms", "GB/s", "of max", "TFLOP/s",
+    "of max", "peak", "compile",
+)  # fmt: skip
+NOTE = (
+    "tok/s, ms, GB/s and TFLOP/s are of the best repetition. GB/s counts what has to be read once: "
+    "weights, and keys and values of the context; per cent are of the measured ceilings."
+)
+
+
+@dataclass
+class Report:
+    """Everything about a run; results are added while it goes.
+
+    Attributes:
+      about: what it was measured on, name -> text, in order.
+      unmeasured: what was asked for and could not be measured, one line each.
+      complete: false as long as something is to come.
+    """
+
+    about: dict[str, str]
+    ceilings: Ceilings | None = None
+    results: list[Result] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
+    complete: bool = False
+
+
+def what(result: Result) -> str:
+    """ "prefill 1 x 512", "decode 8 at 2048": rows, and tokens read or in the cache."""
+    shape = result.shape
+    if shape.prompt:
+        return f"prefill {shape.batch} x {shape.prompt}"
+    return f"decode {shape.batch} at {shape.context}"
+
+
+def shares(result: Result, ceilings: Ceilings | None) -> tuple[float | None, float | None]:
+    """The parts of the measured bandwidth, and of the matrix products of the dtype, reached."""
+    if ceilings is None:
+        return None, None
+    top = ceilings.matmul.get(result.variant.dtype)
+    bandwidth = result.per_second(result.bytes) / ceilings.bandwidth
+    return bandwidth, None if top is None else result.per_second(result.flops) / top
+
+
+def render(report: Report, columns: int) -> str:
+    """The report for people, at most so many columns wide where no single word is wider."""
+    head = [f"{name}: {text}" for name, text in report.about.items()]
+    head += [] if report.ceilings is None else ceiling_lines(report.ceilings)
+    lines = [part for line in head for part in _fold(line, columns)]
+    rows = [_cells(result, report.ceilings) for result in report.results if result.seconds]
+    table = _table([HEADER, *rows]) if rows else []
+    if table and max(map(len, table)) > columns:
+        table = [
+            line
+            for result in report.results
+            if result.seconds
+            for line in _record(result, report.ceilings, columns)
+        ]
+    lines += ["", *table] if table else []
+    for line in [*peer_lines(report.results), *unmeasured_lines(report)]:
+        lines += _fold(line, columns)
+    if rows:
+        lines += ["", *textwrap.wrap(NOTE, columns)]
+    return "\n".join(lines)
+
+
+def markdown(report: Report) -> str:
+    """The report as a section of a document."""
+    lines = ["## Measured with `infer.bench`", ""]
+    lines += [f"* {name}: {text}" for name, text in report.about.items()]
+    if report.ceilings is not None:
+        lines += [f"* {line}" for line in ceiling_lines(report.ceilings)]
+    rows = [_cells(result, report.ceilings) for result in report.results if result.seconds]
+    if rows:
+        rule = ["---"] * 4 + ["---:"] * (len(HEADER) - 4)
+        lines += ["", *(f"| {' | '.join(row)} |" for row in (HEADER, rule, *rows)), "", NOTE]
+    extra = [*peer_lines(report.results), *unmeasured_lines(report)]
+    lines += ["", *(f"* {line}" for line in extra)] if extra else []
+    return "\n".join(lines) + "\n"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report for programs; bytes, seconds and operations, no rounded figures."""
+    return {
+        "about": report.about,
+        "ceilings": None if report.ceilings is None else asdict(report.ceilings),
+        "results": [_result_json(result, report.ceilings) for result in report.results],
+        "not_measured": unmeasured_lines(report),
+        "complete": report.complete,
+    }
+
+
+def ceiling_lines(ceilings: Ceilings) -> list[str]:
+    """The measured limits of the device, for people."""
+    products = ", ".join(f"{name} {ops / 1e12:.3g}" for name, ops in ceilings.matmul.items())
+    return [
+        f"measured bandwidth: copy {ceilings.copy / 1e9:.4g} GB/s, "
+        f"read {ceilings.read / 1e9:.4g} GB/s",
+        f"measured matrix products, TFLOP/s: {products}",
+    ]
+
+
+def peer_lines(results: Sequence[Result]) -> list[str]:
+    """The peer's figures beside ours, a line for each shape and mode."""
+    return [
+        f"transformers {mode}, {result.variant.dtype}, {what(result)}: "
+        f"{result.shape.tokens / min(seconds):.4g} tok/s "
+        f"(median {result.shape.tokens / statistics.median(seconds):.4g}); "
+        f"this is {result.ratio(mode):.2f} x as fast (layers {result.variant.layers})"
+        for result in results
+        for mode, seconds in result.peers.items()
+    ]
+
+
+def unmeasured_lines(report: Report) -> list[str]:
+    """What is missing, and why."""
+    lines = [
+        f"{_variant(result)}, {what(result)}: {result.problem}"
+        for result in report.results
+        if result.problem
+    ]
+    if not report.complete:
+        lines.append("stopped before the end: the rest was not measured")
+    return [f"not measured: {line}" for line in [*report.unmeasured, *lines]]
+
+
+def _variant(result: Result) -> str:
+    variant = result.variant
+    return f"{variant.dtype}, weights {variant.quantisation}, layers {variant.layers}"
+
+
+def _cells(result: Result, ceilings: Ceilings | None) -> tuple[str, ...]:
+    variant, (bandwidth, products) = result.variant, shares(result, ceilings)
+    return (
+        variant.dtype,
+        "as dtype" if variant.quantisation == "none" else variant.quantisation,
+        variant.layers,
+        what(result),
+        _number(result.rate),
+        _number(result.median_rate),
+        _number(min(result.seconds) * 1e3),
+        _number(result.per_second(result.bytes) / 1e9),
+        _per_cent(bandwidth),
+        _number(result.per_second(result.flops) / 1e12),
+        _per_cent(products),
+        "?" if result.peak is None else human_size(result.peak),
+        f"{result.compile_s:.1f} s",
+    )
+
+
+def _record(result: Result, ceilings: Ceilings | None, columns: int) -> list[str]:
+    """A row of the table as a few lines, for a terminal that is too narrow for it."""
+    cells = _cells(result, ceilings)
+    rate, median, ms, moved, of_bandwidth, flops, of_products, peak, compiling = cells[4:]
+    facts = (
+        f"{rate} tok/s (median {median}), {ms} ms; {moved} GB/s = {of_bandwidth}, "
+        f"{flops} TFLOP/s = {of_products}; peak {peak}, compiled in {compiling}"
+    )
+    head = f"{what(result)}, {_variant(result)}:"
+    indented = textwrap.wrap(
+        facts, columns, initial_indent="  ", subsequent_indent="  ", break_long_words=False
+    )
+    return [*_fold(head, columns), *indented]
+
+
+def _result_json(result: Result, ceilings: Ceilings | None) -> dict[str, Any]:
+    values = asdict(result)
+    if result.seconds:
+        bandwidth, products = shares(result, ceilings)
+        values |= {
+            "tokens_per_s": result.rate,
+            "tokens_per_s_median": result.median_rate,
+            "bytes_per_s": result.per_second(result.bytes),
+            "flops_per_s": result.per_second(result.flops),
+            "of_bandwidth": bandwidth,
+            "of_matmul": products,
+            "ratios": {mode: result.ratio(mode) for mode in result.peers},
+        }
+    return values
+
+
+def _number(value: float) -> str:
+    """Three figures, and all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _per_cent(part: float | None) -> str:
+    return "?" if part is None else f"{100 * part:.0f} %"
+
+
+def _fold(line: str, columns: int) -> list[str]:
+    # Long words (commands, paths) stay whole, so that they can be copied.
+    return textwrap.wrap(
+        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if at < 4 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,259 @@
+"""What `python -m infer.bench` does: models one after another, and the report of them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import shlex
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from convert import interrupt
+from convert.cli import EXIT_DEVICE, human_size, note, version
+from glm2_jax import GLMConfig
+from glm2_jax.dtypes import dtype_name, resolve_dtype
+from glm2_jax.host import find_memory, read_text
+from glm2_jax.schemes import SCHEMES
+from infer import bench_consumer, bench_peer, bench_plot, options
+from infer.bench_report import Report, as_json, markdown, render, what
+from infer.bench_run import Result, Shape, Variant, measure_all
+from infer.ceilings import measure_ceilings
+from infer.loading import faster_layers, find_device, load
+from infer.random_params import random_params
+
+PROG = "python -m infer.bench"
+_BITS = {"float32": 32, "none": 16, "int8": 8, "int4": 4}
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Measures what the flags name and prints it; returns the exit code.
+
+    Raises:
+      GLMError: the model, the device or a file is not what it should be.
+    """
+    if args.plot:
+        bench_plot.check_plot(args.plot)
+    if args.preset:
+        bench_consumer.apply(args)
+    device = find_device(args.device)
+    subject = _Subject(args, device)
+    report = Report(about(args, argv, device, subject))
+    if args.preset and not bench_consumer.wanted(args, device.platform):
+        report.unmeasured.append("no accelerator here; --device cpu measures the processor")
+        args.dtypes = ()
+    output = _Output(args, report)
+    with interrupt.always(output):
+        note(f"measuring what {device.device_kind} can do at most ...")
+        report.ceilings = measure_ceilings(device)
+        with contextlib.ExitStack() as stack:
+            peer = _open_peer(args, device, report, stack)
+            for result in _results(args, subject, peer, report):
+                report.results.append(result)
+                note(_line(result))
+        report.about["load average"] += f", {_load()} at the end"
+        report.complete = True
+    if args.plot:
+        bench_plot.draw(report, args.plot)
+    return EXIT_DEVICE if any(not result.seconds for result in report.results) else 0
+
+
+class _Subject:
+    """The model that is measured, in whichever form.
+
+    Attributes:
+      config: None until a folder has been opened.
+      name: for people.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: Any):
+        self.args, self.device = args, device
+        self.config: GLMConfig | None = None
+        self.folder: str | None = None
+        if args.random:
+            from convert.random import official_config
+
+            raw = official_config(args.random, layers=args.layers, flag="--random")
+            self.config = GLMConfig.from_hf(raw)
+            self.name = f"{Path(args.random).name}, random weights"
+        else:
+            options.say_which_model(args)
+            self.folder = options.model_folder(args)
+            self.name = "demo (bundled)" if self.folder is None else Path(self.folder).name
+
+    def open(self, dtype: str, quantize: str | None, layers: str) -> tuple[Variant, Any]:
+        """The parameters in a form, and what became of it."""
+        if self.config is not None and self.args.random:
+            target = resolve_dtype(dtype, num_params=self.config.num_params, device=self.device)
+            quantisation = quantize or "none"
+            scheme = SCHEMES.get(quantisation)
+            as_list = layers == "list"
+            params = random_params(
+                self.config, target, scheme=scheme, as_list=as_list, device=self.device
+            )
+        else:
+            checkpoint = load(
+                self.folder,
+                dtype=dtype,
+                quantize=quantize,
+                layers=layers,
+                device=self.device,
+                rope_kind=self.args.rope_scaling,
+                template=self.args.template,
+            ).checkpoint
+            self.config, params = checkpoint.config, checkpoint.params
+            quantisation = checkpoint.summary.quantisation or "none"
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        return Variant(dtype_name(params["embed"].dtype), quantisation, layers, weights), params
+
+
+def _results(
+    args: argparse.Namespace, subject: _Subject, peer: bench_peer.Peer | None, report: Report
+) -> Iterator[Result]:
+    layouts = args.layout or (faster_layers(subject.device.platform),)
+    forms = product(args.dtypes, args.quantize or (None,), layouts)
+    # The smallest first: the peak of a GPU's memory is known since the start only.
+    for dtype, quantize, layers in sorted(forms, key=lambda form: _bits(*form[:2])):
+        variant, params = subject.open(dtype, quantize, layers)
+        config = subject.config
+        assert config is not None
+        note(f"{variant.dtype}, weights {variant.quantisation}: {human_size(variant.weights)}")
+        opened = _open_in_peer(peer, config, variant, report)
+        shapes = _shapes(args, config, report)
+        yield from measure_all(config, params, variant, shapes, repeats=args.repeat, peer=opened)
+        del params
+        gc.collect()  # before the next one is made
+
+
+def _bits(dtype: str, quantize: str | None) -> int:
+    if quantize in ("int8", "int4"):
+        return _BITS[quantize]
+    return _BITS["float32" if dtype in ("float32", "fp32") else "none"]
+
+
+def _shapes(args: argparse.Namespace, config: GLMConfig, report: Report) -> list[Shape]:
+    """What the flags ask for, as far as the model goes."""
+    wanted = [Shape(batch=1, prompt=length) for length in args.prompts]
+    wanted += [
+        Shape(batch=batch, context=context, steps=args.steps)
+        for batch, context in product(args.batches, args.contexts)
+    ]
+    for shape in wanted:
+        line = f"{shape.length} tokens, more than the {config.seq_length} that the model knows"
+        if shape.length > config.seq_length and line not in report.unmeasured:
+            report.unmeasured.append(line)
+    return [shape for shape in wanted if shape.length <= config.seq_length]
+
+
+def _open_peer(
+    args: argparse.Namespace, device: Any, report: Report, stack: contextlib.ExitStack
+) -> bench_peer.Peer | None:
+    if args.peer is None:
+        return None
+    if problem := bench_peer.missing(args.peer):
+        report.unmeasured.append(problem)
+        note(problem)
+        return None
+    peer = bench_peer.Peer(args.peer, device.platform)
+    stack.enter_context(interrupt.always(peer.close))
+    return peer
+
+
+def _open_in_peer(
+    peer: bench_peer.Peer | None, config: GLMConfig, variant: Variant, report: Report
+) -> bench_peer.Peer | None:
+    """The peer with the same shapes and dtype, or None where it cannot; it quantises nothing."""
+    if peer is None or variant.quantisation != "none":
+        return None
+    try:
+        peer.open(config, variant.dtype)
+    except bench_peer.PeerError as error:
+        report.unmeasured.append(f"{variant.dtype} with {error}")
+        return None
+    versions = ", ".join(f"{name} {number}" for name, number in peer.about["versions"].items())
+    report.about["peer"] = (
+        f"{versions}, {peer.about['threads']} threads, {' and '.join(peer.modes)}"
+    )
+    return peer
+
+
+class _Output:
+    """Prints the report and writes the files once, when everything is measured or the end comes."""
+
+    def __init__(self, args: argparse.Namespace, report: Report):
+        self._args, self._report, self._once = args, report, threading.Lock()
+
+    def __call__(self) -> None:
+        if not self._once.acquire(blocking=False):
+            return
+        if self._args.json:
+            text = json.dumps(as_json(self._report), ensure_ascii=False)
+        elif self._args.preset:
+            parts = (render, bench_consumer.render)
+            text = "\n\n".join(part(self._report, _columns()) for part in parts)
+        else:
+            text = render(self._report, _columns())
+        print(text, flush=True)
+        if self._args.markdown:
+            Path(self._args.markdown).write_text(markdown(self._report), encoding="utf-8")
+
+
+def _columns() -> int:
+    return max(shutil.get_terminal_size((160, 24)).columns, 20)
+
+
+def _line(result: Result) -> str:
+    variant = result.variant
+    name = f"{variant.dtype} {variant.quantisation} {variant.layers} {what(result)}"
+    return f"{name}: {f'{result.rate:.4g} tok/s' if result.seconds else result.problem}"
+
+
+def about(
+    args: argparse.Namespace, argv: Sequence[str], device: Any, subject: _Subject
+) -> dict[str, str]:
+    """What everything is measured on."""
+    from infer.probing import PACKAGES, PLUGINS, find_nvidia, installed
+
+    driver = find_nvidia().driver if device.platform == "gpu" else ""
+    versions = {k: v for k, v in installed(PACKAGES + PLUGINS).items() if k != "glm2-jax"}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = find_memory().total
+    name = processor()
+    return {
+        "model": subject.name,
+        "device": name if device.platform == "cpu" else device.device_kind,
+        "host": f"{name}, {cores} cores" + (f", {human_size(memory)}" if memory else ""),
+        "versions": ", ".join(
+            [
+                version(),
+                *(f"{package} {number}" for package, number in versions.items()),
+                f"Python {platform.python_version()}",
+                f"{platform.system()} {platform.machine()}",
+                *([f"driver {driver}"] if driver else []),
+            ]
+        ),
+        "repetitions": f"{args.repeat}, of {args.steps} steps",
+        "load average": f"{_load()} at the start",
+        "command": f"{PROG} {shlex.join(argv)}".rstrip(),
+    }
+
+
+def processor() -> str:
+    """The name of the processor."""
+    for line in read_text(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _load() -> str:
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"

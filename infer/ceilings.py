@@ -1,0 +1,103 @@
+"""What a device can do at most, measured: bytes a second from memory, and products a second.
+
+Everything is timed as the best of several repetitions: a ceiling is what is possible at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glm2_jax.dtypes import dtype_name
+
+REPEATS = 10
+# Far beyond every cache, and small beside a model.
+ARRAY_BYTES = {"cpu": 2**29, "gpu": 2**30, "tpu": 2**30}
+MATRIX = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+_ROW = 4096  # elements that are summed up to one
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured limits.
+
+    Attributes:
+      copy: bytes a second, read and written ones together, of changing a large array in place.
+      read: bytes a second of summing up a large array.
+      matmul: operations a second (two for a product and its sum) by the name of a dtype.
+    """
+
+    copy: float
+    read: float
+    matmul: dict[str, float]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second: the better of the two."""
+        return max(self.copy, self.read)
+
+
+def measure_ceilings(
+    device: Any,
+    dtypes: Sequence[Any] = (jnp.bfloat16, jnp.float32),
+    *,
+    array_bytes: int | None = None,
+    matrix: int | None = None,
+    repeats: int = REPEATS,
+) -> Ceilings:
+    """Measures a device.
+
+    Args:
+      dtypes: of the matrix products; the sums are in float32, and float32 is not rounded to TF32,
+        as in the model.
+      array_bytes: size of the large array; matrix: rows and columns of the products; both None =
+        what suits the kind of device.
+    """
+    array_bytes = array_bytes or ARRAY_BYTES.get(device.platform, 2**30)
+    matrix = matrix or MATRIX.get(device.platform, 8192)
+    with jax.default_device(device):
+        large = jnp.ones((max(array_bytes // 4 // _ROW, 1), _ROW), jnp.float32)
+        size = large.nbytes
+        sums = (lambda x: x.sum(), lambda x: x.sum(axis=1))
+        read = size / min(_best(one, large, repeats) for one in sums)
+        copy = 2 * size / _best_in_place(large, repeats)
+        matmul = {}
+        for dtype in dtypes:
+            square = jnp.ones((matrix, matrix), dtype)
+            matmul[dtype_name(dtype)] = 2 * matrix**3 / _best(_product, square, repeats)
+    return Ceilings(copy, read, matmul)
+
+
+def _product(x: jax.Array) -> jax.Array:
+    """x times its transpose: both operands are contiguous along what is summed, as in the model."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("MC,RC->MR", x, x, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _best(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int) -> float:
+    program = jax.jit(function).lower(x).compile()
+    jax.block_until_ready(program(x))
+    return min(timed(lambda: program(x)) for _ in range(repeats))
+
+
+def _best_in_place(x: jax.Array, repeats: int) -> float:
+    """In place, or a CPU would spend its time on fetching fresh pages for the result."""
+    program = jax.jit(jnp.negative, donate_argnums=0).lower(x).compile()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        x = jax.block_until_ready(program(x))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds until the result of `run` is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
