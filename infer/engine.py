@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 
-from glm2_jax import prompt
+from glm2_jax import KVCache, prompt
 from glm2_jax.errors import UsageError
 from infer import steps
 from infer.answer import Completion
 from infer.job import Clock, Job, Stats, TokenEvent, listed
 from infer.params import SamplingParams
 from infer.programs import OnEvent, Programs, device_errors
+from infer.reading import grown
 
 if TYPE_CHECKING:
     from convert import Checkpoint
 
 DEFAULT_MAX_LENGTH = 8192
+PREFILL_CHUNK = 2048  # tokens; enough to keep a GPU's matrix units busy
 STEPS_PER_DISPATCH = 32  # of the device loop; the host looks for stop strings in between
 
 Turns = Sequence[tuple[str, str]]
@@ -32,6 +34,7 @@ class Engine:
     Attributes:
       checkpoint, config, tokenizer, template: what was opened.
       max_length: longest prompt and answer together.
+      prefill_chunk: how many tokens of prompts, of all rows together, are read at once.
       stats: seconds and tokens of the last call.
       programs: the compiled programs.
       device: where the parameters are.
@@ -42,6 +45,7 @@ class Engine:
         checkpoint: Checkpoint,
         *,
         max_length: int | None = None,
+        prefill_chunk: int | None = None,
         load_s: float = 0.0,
         on_event: OnEvent | None = None,
     ):
@@ -49,7 +53,10 @@ class Engine:
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
         self.template = checkpoint.template
-        self.max_length = _max_length(max_length, self.config.seq_length)
+        longest = DEFAULT_MAX_LENGTH if max_length is None else _whole("max_length", max_length, 2)
+        self.max_length = min(longest, self.config.seq_length)
+        chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
+        self.prefill_chunk = _whole("prefill_chunk", chunk, 1)
         self.stats = Stats(load_s=load_s)
         self.device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
         self.programs = Programs(self.device.platform, on_event)
@@ -108,7 +115,7 @@ class Engine:
                 pass
             clock.read(job)
             while job.steps_wanted > job.steps_read:
-                state, outputs = self._step(job, state, STEPS_PER_DISPATCH)
+                state, outputs = self._step(job, state, job.steps_read, STEPS_PER_DISPATCH)
                 outputs = jax.device_get(outputs)
                 for index in range(STEPS_PER_DISPATCH):
                     output = jax.tree.map(lambda x, index=index: x[index], outputs)
@@ -185,7 +192,7 @@ class Engine:
         while pending is not None:
             following = None
             if dispatched < job.steps_wanted:
-                state, following = self._step(job, state)
+                state, following = self._step(job, state, dispatched)
                 dispatched += 1
             events = list(job.take(jax.device_get(pending)))
             clock.read(job)
@@ -209,6 +216,7 @@ class Engine:
             max_length=self.max_length,
             row_ids=row_ids,
             clean=clean,
+            chunk=self.prefill_chunk,
             reused=reused,
         )
 
@@ -218,28 +226,78 @@ class Engine:
 
     def _prefill(self, job: Job, clock: Clock) -> tuple[steps.State, steps.Output]:
         clock.prefill_starts()
+        if len(job.parts) > 1:
+            return self._read(job, self._empty_cache(job))
+        (part,) = job.parts
         return self._call(
             job,
             "prefill",
-            (*job.tokens.shape, job.cache_size),
+            (*part.tokens.shape, job.cache_size),
             partial(steps.prefill, self.config, job.cache_size),
             self.checkpoint.params,
-            job.tokens,
-            job.lengths,
+            part.tokens,
+            part.lengths,
             job.controls,
         )
 
+    def _empty_cache(self, job: Job) -> KVCache:
+        with jax.default_device(self.device):
+            dtype = self.checkpoint.params["embed"].dtype
+            return KVCache.zeros(self.config, job.batch, job.cache_size, dtype)
+
+    def _read(self, job: Job, cache: KVCache) -> tuple[steps.State, steps.Output]:
+        """Reads the parts of the prompts and draws the first tokens; `cache` is used up."""
+        *full, last = job.parts
+        for part in full:
+            cache = self.programs.call(
+                "read",
+                (*part.tokens.shape, cache.size),
+                partial(steps.read, self.config),
+                self.checkpoint.params,
+                *part,
+                cache,
+                donate=4,
+            )
+        return self._call(
+            job,
+            "extend",
+            (*last.tokens.shape, cache.size),
+            partial(steps.extend, self.config),
+            self.checkpoint.params,
+            *last,
+            job.seen,
+            job.controls,
+            cache,
+            donate=6,
+        )
+
+    def _grow(self, cache: KVCache, needed: int, largest: int) -> KVCache:
+        """The cache, with more slots if it has fewer than `needed`."""
+        if needed <= cache.size:
+            return cache
+        size = grown(cache.size, needed, largest)
+        key = (cache.length.size, cache.size, size)
+        return self.programs.call("grow", key, partial(steps.grow, size), cache)
+
     def _step(
-        self, job: Job, state: steps.State, count: int | None = None
+        self, job: Job, state: steps.State, drawn: int, count: int | None = None
     ) -> tuple[steps.State, steps.Output]:
-        """One step, or `count` of them on the device; `state` is used up."""
+        """One step, or `count` of them on the device, in a cache that has room for them.
+
+        Args:
+          state: is used up.
+          drawn: tokens that each row has drawn before.
+        """
+        needed = job.slots(drawn + (count or 1))
+        cache = self._grow(cast(KVCache, state.cache), needed, job.largest_cache)
+        state = state._replace(cache=cache)
         function = partial(steps.decode, self.config)
         if count is not None:
             function = partial(steps.decode_many, self.config, count)
         return self._call(
             job,
             "decode" if count is None else "decode_many",
-            (job.batch, job.cache_size),
+            (job.batch, cache.size),
             function,
             self.checkpoint.params,
             job.controls,
@@ -275,14 +333,12 @@ def _texts(events: Iterator[TokenEvent], cumulative: bool) -> Iterator[str]:
             yield text if cumulative else event.text
 
 
-def _max_length(asked: int | None, seq_length: int) -> int:
-    if asked is None:
-        return min(DEFAULT_MAX_LENGTH, seq_length)
-    if isinstance(asked, bool) or not isinstance(asked, Integral) or asked < 2:
-        raise UsageError(f"max_length must be a whole number, 2 or more, not {asked!r}")
-    return min(int(asked), seq_length)
+def _whole(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UsageError(f"{name} must be a whole number, {least} or more, not {value!r}")
+    return int(value)
 
 
 def _sizes(job: Job) -> str:
-    batch, length = job.tokens.shape
-    return f"{batch} rows, prompts of up to {length} tokens, a cache of {job.cache_size} slots"
+    rows, longest = job.batch, job.slots(0)
+    return f"{rows} rows, prompts of up to {longest} tokens, a cache of {job.cache_size} slots"

@@ -13,10 +13,9 @@ from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.tokenizer import Tokenizer
 from infer.answer import Answer, Completion, TokenLogprob
 from infer.params import SamplingParams, shown
+from infer.reading import ROOM, bucket, parts
 from infer.sampling import Rows, seed_words
 from infer.steps import IDLE, NOT_FINITE, Controls, Output
-
-SMALLEST_BUCKET = 64
 
 
 @dataclass
@@ -72,21 +71,16 @@ class TokenEvent:
     completion: Completion | None = None
 
 
-def bucket(length: int, largest: int) -> int:
-    """The smallest power of two from SMALLEST_BUCKET that holds `length`, at most `largest`."""
-    size = SMALLEST_BUCKET
-    while size < length:
-        size *= 2
-    return min(size, largest)
-
-
 class Job:
     """The prompts of a call, padded to a bucket on both axes, and their answers.
 
     Attributes:
-      tokens: int32 [B, T]; lengths: int32 [B]; rows beyond the prompts are empty. Of every prompt
-        the first `reused` ids are left out: the cache has them.
-      cache_size: S, slots that the longest row can need, as a bucket.
+      parts: what is to be read, at most `chunk` tokens of all rows at once. Of every prompt the
+        first `reused` ids are left out: the cache has them.
+      batch: B, rows; those beyond the prompts are empty.
+      cache_size: S, slots to begin with: a bucket that holds the prompts and the beginning of the
+        answers.
+      largest_cache: S that holds the longest answers.
     """
 
     def __init__(
@@ -100,6 +94,7 @@ class Job:
         max_length: int,
         row_ids: Sequence[int] | None,
         clean: bool,
+        chunk: int,
         reused: int = 0,
     ):
         if not isinstance(sampling, SamplingParams):
@@ -116,15 +111,12 @@ class Job:
             Answer(tokenizer, ids, sampling, limit=limit, stop_ids=stop_ids, clean=clean)
             for ids, limit in zip(prompts, limits, strict=True)
         ]
-        ends = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
-        prompts = [ids[reused:] for ids in prompts]
-        lengths = [len(ids) for ids in prompts]
-        batch = 1 << (len(prompts) - 1).bit_length()
-        self.cache_size = bucket(max(ends), max_length)
-        self.tokens = np.zeros((batch, bucket(max(lengths), max_length)), np.int32)
-        for row, ids in enumerate(prompts):
-            self.tokens[row, : len(ids)] = ids
-        self.lengths = _padded(lengths, batch)
+        self.batch = batch = 1 << (len(prompts) - 1).bit_length()
+        self.parts = parts(prompts, reused, batch, min(max(1, chunk // batch), max_length))
+        self._prompts = prompts
+        self._limits = limits
+        self.cache_size = bucket(self._slots(range(len(prompts)), ROOM), max_length)
+        self.largest_cache = bucket(self._slots(range(len(prompts)), max_length), max_length)
         self.controls = Controls(
             rows=Rows.full(batch, sampling),
             seed=seed_words(sampling.seed),
@@ -133,12 +125,31 @@ class Job:
             stop_ids=np.array(stop_ids, np.int32),
             want_logprobs=np.array(sampling.logprobs is not None),
         )
+        self._vocab_size = vocab_size
         self.steps_read = 0
         self.new_tokens = 0
 
     @property
-    def batch(self) -> int:
-        return self.tokens.shape[0]
+    def prompt_tokens(self) -> int:
+        """How many tokens are to be read, of all rows together."""
+        return int(sum(part.lengths.sum() for part in self.parts))
+
+    @property
+    def seen(self) -> np.ndarray:
+        """bool [B, V]: the tokens of each row's whole prompt."""
+        seen = np.zeros((self.batch, self._vocab_size), bool)
+        for row, ids in enumerate(self._prompts):
+            seen[row, ids] = True
+        return seen
+
+    def slots(self, tokens: int) -> int:
+        """The slots that the unfinished rows need until each has drawn `tokens` tokens."""
+        going = [row for row, a in enumerate(self.answers) if a.finish_reason is None]
+        return self._slots(going, tokens)
+
+    def _slots(self, rows: Iterable[int], tokens: int) -> int:
+        ends = (len(self._prompts[row]) + min(tokens, self._limits[row]) for row in rows)
+        return max(ends, default=0)
 
     @property
     def keep(self) -> np.ndarray:
@@ -213,7 +224,7 @@ class Clock:
         """A step's tokens have come; `job` has them already."""
         now, stats = self._running(), self._stats
         if stats.prefill_tokens == 0:
-            stats.prefill_tokens = int(job.lengths.sum())
+            stats.prefill_tokens = job.prompt_tokens
             stats.first_token_s = now - self._start
             stats.prefill_s = now - self._prefill
             self._first, self._first_tokens = now, job.new_tokens

@@ -32,6 +32,7 @@ def load(
     layers: str | None = None,
     mesh: Any = None,
     max_length: int | None = None,
+    prefill_chunk: int | None = None,
     device: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
@@ -49,6 +50,7 @@ def load(
       layers: "stacked" or "list", as there; None = what is faster on the device, see
         `faster_layers`.
       max_length: longest prompt and answer together; None = 8192, or what the model knows.
+      prefill_chunk: tokens of prompts, of all rows together, that are read at once; None = 2048.
       device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
       source, revision: where to fetch "owner/name" from ("hf", "modelscope"), and which; without a
         source the network is never used, see `convert.hub.find_model`.
@@ -78,7 +80,13 @@ def load(
         )
         jax.block_until_ready(checkpoint.params)
     seconds = time.perf_counter() - start
-    return Engine(checkpoint, max_length=max_length, load_s=seconds, on_event=on_event)
+    return Engine(
+        checkpoint,
+        max_length=max_length,
+        prefill_chunk=prefill_chunk,
+        load_s=seconds,
+        on_event=on_event,
+    )
 
 
 def faster_layers(platform: str) -> str:

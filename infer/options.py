@@ -141,6 +141,13 @@ def add_performance_options(parser: Parser) -> argparse._ArgumentGroup:
         help="how the layers lie in memory: a list computes faster on a CPU, stacked ones compile "
         "faster (default: by device)",
     )
+    group.add_argument(
+        "--prefill-chunk",
+        type=positive,
+        metavar="N",
+        help="read prompts N tokens at once, all rows together: less needs less memory and more "
+        "time (default: 2048)",
+    )
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     group.add_argument(
         "--compile-cache",
@@ -232,6 +239,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
             layers=args.layers,
             device=args.device,
             max_length=args.max_length,
+            prefill_chunk=args.prefill_chunk,
             rope_kind=args.rope_scaling,
             template=args.template,
             on_event=_show_event if args.stats or sys.stderr.isatty() else None,

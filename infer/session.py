@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from functools import partial
-
-import jax
-import numpy as np
 
 from glm2_jax import KVCache
 from infer import steps
@@ -71,7 +67,7 @@ class Session:
 
     def _run(self, job: Job, ids: list[int]) -> Generator[TokenEvent, None, None]:
         clock, tokens = self.engine._clock(), []
-        self.engine.stats.reused_tokens = len(ids) - int(job.lengths[0])
+        self.engine.stats.reused_tokens = len(ids) - job.prompt_tokens
         with device_errors(f"a prompt of {len(ids)} tokens, a cache of {job.cache_size} slots"):
             for state, events in self.engine._loop(job, clock, *self._start(job, ids, clock)):
                 tokens += [event.token for event in events if event.token is not None]
@@ -87,30 +83,8 @@ class Session:
         self._forget()
         clock.prefill_starts()
         if cache is None:  # made apart, so that the first prompt needs no program of its own
-            with jax.default_device(engine.device):
-                dtype = engine.checkpoint.params["embed"].dtype
-                cache = KVCache.zeros(engine.config, 1, job.cache_size, dtype)
-        elif cache.size < job.cache_size:
-            sizes = cache.size, job.cache_size
-            cache = engine.programs.call("grow", sizes, partial(steps.grow, sizes[1]), cache)
-        job.cache_size = cache.size
-        kept = len(ids) - job.lengths
-        seen = np.zeros((1, engine.config.vocab_size), bool)
-        seen[0, ids] = True
-        return engine._call(
-            job,
-            "extend",
-            (job.tokens.shape[1], job.cache_size),
-            partial(steps.extend, engine.config),
-            engine.checkpoint.params,
-            job.tokens,
-            job.lengths,
-            kept,
-            seen,
-            job.controls,
-            cache,
-            donate=6,
-        )
+            cache = engine._empty_cache(job)
+        return engine._read(job, engine._grow(cache, job.cache_size, job.largest_cache))
 
     def _forget(self) -> None:
         self._cache, self.ids = None, []

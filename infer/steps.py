@@ -1,4 +1,4 @@
-"""The programs of the engine: reading the prompts, one step, and many steps on the device.
+"""The programs of the engine: reading prompts, one step, and many steps on the device.
 
 Pure functions of arrays. All loops use the one `_pick`, so they draw the same tokens.
 B rows, T prompt length, V vocabulary, S cache slots.
@@ -71,6 +71,13 @@ def prefill(
     return _pick(logits, controls, state)
 
 
+def read(
+    config: GLMConfig, params: Any, tokens: Array, lengths: Array, kept: Array, cache: KVCache
+) -> KVCache | None:
+    """Reads a part of the prompts into the cache; arguments as in `extend`."""
+    return _read(config, params, tokens, lengths, kept, cache)[1]
+
+
 def extend(
     config: GLMConfig,
     params: Any,
@@ -88,13 +95,8 @@ def extend(
       kept: int32 [B], slots of each row that hold the part before it; those behind are free.
       seen: bool [B, V], the tokens of the whole prompts.
     """
-    real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    last = jnp.maximum(lengths - 1, 0)
-    cut = KVCache(cache.k, cache.v, jnp.asarray(kept), cache.prefix)
-    logits, extended = last_logits(
-        config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cut
-    )
-    state = State(extended, jnp.zeros_like(last), jnp.asarray(seen), lengths > 0, jnp.int32(0))
+    logits, extended = _read(config, params, tokens, lengths, kept, cache)
+    state = State(extended, jnp.zeros_like(lengths), jnp.asarray(seen), lengths > 0, jnp.int32(0))
     return _pick(logits, controls, state)
 
 
@@ -148,6 +150,17 @@ def decode_many(
     state = state._replace(active=state.active & keep)
     _, state, outputs = jax.lax.while_loop(going, step, (jnp.int32(0), state, outputs))
     return state, outputs
+
+
+def _read(
+    config: GLMConfig, params: Any, tokens: Array, lengths: Array, kept: Array, cache: KVCache
+) -> tuple[jax.Array, KVCache | None]:
+    """Logits of each row's last token, and the cache with all of them."""
+    real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+    cut = KVCache(cache.k, cache.v, jnp.asarray(kept), cache.prefix)
+    last = jnp.maximum(lengths - 1, 0)
+    segment_ids = real.astype(jnp.int32)
+    return last_logits(config, params, tokens, last, segment_ids=segment_ids, cache=cut)
 
 
 def _pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Output]:

@@ -9,7 +9,7 @@ import pytest
 
 import infer
 from glm2_jax.errors import CheckpointError, InputError, UsageError
-from infer import chat_loop, job
+from infer import chat_loop, reading
 from infer.answer import Completion
 from infer.chat import main, parser
 from infer.chat_input import read_entry
@@ -23,7 +23,7 @@ QUICK = ["--max-new-tokens", "6", "--compile-cache", "off"]
 @pytest.fixture(autouse=True)
 def one_shape(monkeypatch):
     """Every prompt and cache has the same padded size, so that little has to be compiled."""
-    monkeypatch.setattr(job, "SMALLEST_BUCKET", 256)
+    monkeypatch.setattr(reading, "SMALLEST_BUCKET", 256)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from glm2_jax.errors import GLMError, InputError, UsageError
-from infer import chat_commands, chat_files, job
+from infer import chat_commands, chat_files, reading
 from infer.conversation import Conversation
 from infer.params import SamplingParams
 from tests.engine_toy import toy_engine
@@ -16,7 +16,7 @@ from tests.engine_toy import toy_engine
 @pytest.fixture(autouse=True)
 def one_shape(monkeypatch):
     """Every prompt and cache has the same padded size, so that little has to be compiled."""
-    monkeypatch.setattr(job, "SMALLEST_BUCKET", 256)
+    monkeypatch.setattr(reading, "SMALLEST_BUCKET", 256)
 
 
 @pytest.fixture(scope="module")

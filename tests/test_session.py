@@ -9,7 +9,7 @@ import pytest
 import infer
 from glm2_jax.errors import CheckpointError, DeviceError, InputError
 from glm2_jax.prompt import build_followup
-from infer import job
+from infer import reading
 from infer.params import SamplingParams
 from infer.session import Session
 from tests.engine_toy import TOY, toy_engine, toy_params
@@ -206,7 +206,7 @@ def test_the_cache_is_donated(engine):
 
 
 def test_a_conversation_with_the_demo_model(monkeypatch):
-    monkeypatch.setattr(job, "SMALLEST_BUCKET", 128)  # one shape, so three programs
+    monkeypatch.setattr(reading, "SMALLEST_BUCKET", 128)  # one shape, so three programs
     engine = infer.load(None, dtype="float32", device="cpu", max_length=128)
     session, sampling = Session(engine), SamplingParams(temperature=0, max_new_tokens=40)
     ids, new_ids, read = engine.build_prompt("你好"), [16], []
