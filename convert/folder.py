@@ -13,7 +13,7 @@ from convert.stored import reading
 from glm2_jax.config import ROPE_KINDS, GLMConfig, shorten
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.prompt import TEMPLATES
-from glm2_jax.quant import SCHEMES, Scheme
+from glm2_jax.schemes import SCHEMES, Scheme
 from glm2_jax.tokenizer import Tokenizer
 
 QUANTIZE = ("int8", "int4")  # schemes that may be asked for

@@ -12,7 +12,7 @@ from convert.stored import is_plain_name, reading, regular_file_size
 from glm2_jax.config import ROPE_KINDS, shorten
 from glm2_jax.errors import CheckpointError
 from glm2_jax.prompt import TEMPLATES
-from glm2_jax.quant import SCHEMES, Scheme
+from glm2_jax.schemes import SCHEMES, Scheme
 
 MANIFEST = "manifest.json"
 FORMAT = "glm2-jax"

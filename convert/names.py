@@ -18,7 +18,7 @@ import numpy as np
 from convert.stored import StoredTensor
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
-from glm2_jax.quant import COLUMN_AXES, Scheme
+from glm2_jax.schemes import COLUMN_AXES, Scheme
 
 Shape = tuple[int, ...]
 

@@ -74,7 +74,7 @@ def _open(folder: str, rope_kind: str | None) -> "Model":
     from infer.forms import Model
 
     found = open_folder(find_model(folder), rope_kind=rope_kind)
-    return Model(found.config, folder, 0 if found.scheme is None else found.scheme.bits)
+    return Model(found.config, folder, None if found.scheme is None else found.scheme.name)
 
 
 def width() -> int:
@@ -123,9 +123,8 @@ def _wrapped(text: str, columns: int) -> list[str]:
 def _table(table: Sequence["Form"], columns: int) -> Iterator[str]:
     place = table[0].place
     memory = "memory unknown" if place.memory is None else f"{human_size(place.memory)} to use"
-    more = f", with {place.variables}" if place.variables else ""
     yield from textwrap.wrap(
-        f"{place.name}, {memory}{more}:",
+        f"{place.name}, {memory}:",
         columns,
         initial_indent="  ",
         subsequent_indent="    ",
@@ -133,7 +132,7 @@ def _table(table: Sequence["Form"], columns: int) -> Iterator[str]:
     )
     for form in table:
         answer = {True: "fits", False: "too large", None: "try it"}[form.fits]
-        yield f"    {form.dtype:<9} {human_size(form.needs):>8}  {answer}"
+        yield f"    {form.precision.name:<9} {human_size(form.needs):>8}  {answer}"
 
 
 def _conclusion(model: "Model", report: "Report", columns: int) -> list[str]:
@@ -143,14 +142,10 @@ def _conclusion(model: "Model", report: "Report", columns: int) -> list[str]:
     if report.best is None:
         text = f"No form of {model.name} fits here. The bundled demo model does:"
     else:
-        text = f"Best here: {report.best.dtype} on {report.best.place.name}. Type:"
+        text = f"Best here: {report.best.precision.name} on {report.best.place.name}. Type:"
     lines = [*textwrap.wrap(text, columns), f"  {report.command}"]
     if report.problems:
         lines += textwrap.wrap("Run the doctor again when the problems are mended.", columns)
-    if model.folder is None or model.bits:
-        which = f"This int{model.bits}" if model.bits else "An int4 or int8"
-        text = f"{which} checkpoint is dequantised while it is loaded, so it needs as much."
-        lines += textwrap.wrap(text, columns)
     return lines
 
 
@@ -167,10 +162,10 @@ def as_json(machine: "Machine", model: "Model", report: "Report") -> dict[str, A
         "model": {
             "folder": model.folder,
             "parameters": model.config.num_params,
-            "stored_bits": model.bits,
+            "stored_as": model.scheme,
         },
         "forms": [dataclasses.asdict(form) for table in report.tables for form in table],
-        "best": None if report.best is None else report.best.dtype,
+        "best": None if report.best is None else report.best.precision.name,
         "command": report.command,
         "exit_code": report.exit_code,
     }

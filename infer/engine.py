@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ from infer.job import Clock, Job, Stats, TokenEvent, listed
 from infer.params import SamplingParams
 from infer.programs import OnEvent, Programs, device_errors
 from infer.reading import grown
+from infer.shortage import when_answering
 
 if TYPE_CHECKING:
     from convert import Checkpoint
@@ -109,7 +111,7 @@ class Engine:
         """
         job = self._job(prompts, sampling, row_ids, clean)
         clock = self._clock()
-        with device_errors(_sizes(job)):
+        with self._device_errors(job):
             state, output = self._prefill(job, clock)
             for _ in job.take(jax.device_get(output)):
                 pass
@@ -177,7 +179,7 @@ class Engine:
 
     def _run(self, job: Job) -> Iterator[TokenEvent]:
         clock = self._clock()
-        with device_errors(_sizes(job)):
+        with self._device_errors(job):
             for _, events in self._loop(job, clock, *self._prefill(job, clock)):
                 yield from events
 
@@ -219,6 +221,21 @@ class Engine:
             chunk=self.prefill_chunk,
             reused=reused,
         )
+
+    def _device_errors(self, job: Job, prompts: str = "") -> AbstractContextManager[None]:
+        """Has an error of memory say what a job needs; `prompts` describes them."""
+        rows, longest, cache = job.batch, job.slots(0), job.largest_cache
+        explain = partial(
+            when_answering,
+            self.config,
+            self.checkpoint.params,
+            self.device,
+            context=cache,
+            batch=rows,
+            chunk=self.prefill_chunk,
+        )
+        prompts = prompts or f"{rows} rows, prompts of up to {longest} tokens"
+        return device_errors(f"{prompts}, a cache of {cache} slots", explain)
 
     def _clock(self) -> Clock:
         self.stats = Stats(load_s=self.stats.load_s)
@@ -337,8 +354,3 @@ def _whole(name: str, value: int, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise UsageError(f"{name} must be a whole number, {least} or more, not {value!r}")
     return int(value)
-
-
-def _sizes(job: Job) -> str:
-    rows, longest = job.batch, job.slots(0)
-    return f"{rows} rows, prompts of up to {longest} tokens, a cache of {job.cache_size} slots"

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 
 from glm2_jax.config import PRESETS, GLMConfig
 from infer.machine import Device, Machine
+from infer.plan import GPU_SHARE, SHARE_VARIABLES, Precision, flags, make_plan, precisions
 
 PROMPT = "你好"
-DEFAULT_SHARE = 0.75  # of a GPU's memory: what jax takes unless it is told otherwise
-LARGEST_SHARE = 0.95
 CONTEXT = 8192  # tokens that the cache is reckoned for: the default of --max-length
-HEAD_ROOM = 1.5e9  # programs, logits, the runtime itself
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -22,12 +19,12 @@ class Model:
 
     Attributes:
       folder: as the user named it; None = any 6B checkpoint.
-      bits: 4 or 8 where the folder stores it quantised, else 0.
+      scheme: of `glm2_jax.schemes`, where the folder stores it quantised.
     """
 
     config: GLMConfig = PRESETS["chatglm2-6b"]
     folder: str | None = None
-    bits: int = 0
+    scheme: str | None = None
 
     @property
     def name(self) -> str:
@@ -42,28 +39,30 @@ class Place:
       platform: "cpu", "gpu", "tpu".
       memory: bytes that a program can have there; None = unknown.
       name: for people.
-      variables, flags: what the command needs to compute there.
+      flags: what the command needs to compute there.
       capable: of bfloat16.
     """
 
     platform: str
     memory: int | None
     name: str
-    variables: str = ""
     flags: str = ""
     capable: bool = True
 
 
 @dataclass(frozen=True)
 class Form:
-    """A model in one type at one place; bytes.
+    """A model with its weights in one precision at one place; bytes.
 
     Attributes:
+      flags: that ask for it.
+      needs: everything, a context of `CONTEXT` tokens included.
       fits: None where the place does not tell its memory.
     """
 
-    dtype: str
+    precision: Precision
     place: Place
+    flags: str
     weights: int
     cache: int
     needs: int
@@ -73,22 +72,23 @@ class Form:
 def forms(model: Model, place: Place) -> list[Form]:
     """Every form that can be computed with at a place, the preferred first.
 
-    Folders stored in int4 or int8 are dequantised while they are loaded, so they take the memory
-    of these forms, too.
+    Wider weights are preferred, since they are the model as it was trained; but float32 on a
+    device with fast 16-bit numbers. A folder that is stored quantised is best left as it is.
     """
-    half = "bfloat16" if place.capable else "float16"
-    preferred = ("float32", half) if place.platform == "cpu" else (half, "float32")
-    return [_form(model, place, dtype) for dtype in preferred]
+    choices = list(precisions("bfloat16" if place.capable else "float16", model.scheme))
+    if place.platform != "cpu":
+        choices.append(choices.pop(0))  # float32
+    if model.scheme is not None:
+        choices.sort(key=lambda choice: choice.quantize is None)
+    return [_form(model, place, choice) for choice in choices]
 
 
-def _form(model: Model, place: Place, dtype: str) -> Form:
-    config, size = model.config, _BYTES[dtype]
-    tokens = min(CONTEXT, config.seq_length)
-    weights = config.num_params * size
-    cache = tokens * config.num_layers * 2 * config.num_kv_heads * config.head_dim * size
-    needs = int(weights + cache + HEAD_ROOM)
-    fits = None if place.memory is None else needs <= place.memory
-    return Form(dtype, place, weights, cache, needs, fits)
+def _form(model: Model, place: Place, precision: Precision) -> Form:
+    tokens = min(CONTEXT, model.config.seq_length)
+    plan = make_plan(model.config, precision, tokens, platform=place.platform)
+    fits = None if place.memory is None else plan.total <= place.memory
+    shown = flags(precision, model.scheme)
+    return Form(precision, place, shown, plan.weights, plan.cache, plan.total, fits)
 
 
 def places(machine: Machine) -> list[Place]:
@@ -96,7 +96,7 @@ def places(machine: Machine) -> list[Place]:
     found = []
     device = machine.jax.devices[0] if machine.jax.devices else None
     if device is not None and device.platform != "cpu":
-        found += _device_places(machine, device)
+        found.append(_device_place(machine, device))
     works = machine.jax.works or (machine.jax_on_cpu is not None and machine.jax_on_cpu.works)
     if works:
         only = device is not None and device.platform == "cpu"
@@ -105,20 +105,15 @@ def places(machine: Machine) -> list[Place]:
     return found
 
 
-def _device_places(machine: Machine, device: Device) -> list[Place]:
-    """The device as jax is set up, and with a larger share of its memory where that helps."""
+def _device_place(machine: Machine, device: Device) -> Place:
+    """The device with what our commands make jax take of its memory."""
     capable = device.platform != "gpu" or not _older_than_8(device.capability)
-    memory, more = device.memory, None
-    gpus = machine.nvidia.gpus
+    memory, gpus = device.memory, machine.nvidia.gpus
     if device.platform == "gpu" and len(gpus) == 1 and gpus[0].total:
-        free = gpus[0].free
-        memory = min(memory or int(gpus[0].total * DEFAULT_SHARE), free)
-        more = min(int(gpus[0].total * LARGEST_SHARE), free)
-    usual = Place(device.platform, memory, device.kind, capable=capable)
-    if memory is None or more is None or more <= memory:
-        return [usual]
-    variables = f"XLA_PYTHON_CLIENT_MEM_FRACTION={LARGEST_SHARE:g}"
-    return [usual, Place("gpu", more, device.kind, variables, capable=capable)]
+        chosen = any(name in machine.variables for name in SHARE_VARIABLES)
+        usable = memory if chosen and memory else int(gpus[0].total * GPU_SHARE)
+        memory = min(usable, gpus[0].free)
+    return Place(device.platform, memory, device.kind, capable=capable)
 
 
 def _older_than_8(capability: str) -> bool:
@@ -141,8 +136,7 @@ def command(model: Model, form: Form) -> str:
     """The command that answers with a form."""
     folder = "FOLDER" if model.folder is None else shlex.quote(model.folder)
     parts = (
-        form.place.variables,
-        f"python -m infer.generate --model {folder} --dtype {form.dtype}",
+        f"python -m infer.generate --model {folder} {form.flags}",
         form.place.flags,
         f"--prompt {PROMPT}",
     )

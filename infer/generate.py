@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from convert import interrupt
 from convert.cli import Parser, path_argument
 from infer import options
+from infer.devices import CARDS
 
 PROG = "python -m infer.generate"
 DESCRIPTION = """Answers a question with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
@@ -17,7 +18,8 @@ The answer goes to standard output, all else to standard error. Without a prompt
 is read if it is not a terminal. Exit codes: 0 fine, 2 usage, 3 bad input or data, 4 model or
 checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --prompt 你好 --greedy
-  {PROG} --model chatglm2-6b --batch-file in.jsonl --output out.jsonl"""
+  {PROG} --model chatglm2-6b --batch-file in.jsonl --output out.jsonl
+  {PROG} --dry-run --config chatglm2-6b --device 3090"""
 
 
 def parser() -> Parser:
@@ -26,7 +28,7 @@ def parser() -> Parser:
     options.add_model_options(result)
     _add_prompt_options(result)
     options.add_sampling_options(result)
-    performance = options.add_performance_options(result)
+    performance = options.add_performance_options(result, cards=CARDS)
     performance.add_argument(
         "--batch-size",
         type=options.positive,
@@ -35,6 +37,22 @@ def parser() -> Parser:
         help="lines of a batch file that are answered together",
     )
     _add_output_options(result)
+    group = result.add_argument_group("memory plan")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="answer nothing: print how much memory the model takes by weights, context and batch, "
+        "what fits the device, and the speed that its memory allows at most (calculated, not "
+        "measured); no weights are read. Exit code 5 if nothing fits",
+    )
+    group.add_argument(
+        "--config",
+        action=_Once,
+        type=path_argument,
+        metavar="NAME|FILE",
+        help="with --dry-run, in place of --model: a published name or a config.json (default: "
+        "chatglm2-6b)",
+    )
     result.add_common()
     return result
 
@@ -130,10 +148,28 @@ def _add_output_options(result: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_dry_run_flags(args: argparse.Namespace) -> None:
+    from glm2_jax.errors import UsageError
+
+    if args.config is not None:
+        raise UsageError(
+            "--config goes with --dry-run", fix="To answer, name a model: --model DIR."
+        )
+    if args.device in CARDS:
+        raise UsageError(
+            f"--device {args.device} goes with --dry-run", fix="To compute, take auto, gpu or tpu."
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
     options.use_utf8()
     args = parser().parse_args(argv)
+    if args.dry_run:
+        from infer import dry_run
+
+        return dry_run.run(args)
+    _check_dry_run_flags(args)
     options.choose_platform(args)
     from infer import respond
 

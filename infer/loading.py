@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from convert.hub import find_model
 from glm2_jax.errors import DeviceError, UsageError
 from infer.engine import Engine
 from infer.programs import OnEvent, device_errors
+from infer.shortage import when_loading
 
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 
@@ -66,7 +68,16 @@ def load(
     folder = demo_folder()
     if path is not None:
         folder = find_model(_folder(path), source=source, revision=revision)
-    with device_errors(f"loading {folder}"):
+    explain = partial(
+        when_loading,
+        folder,
+        chosen,
+        dtype=dtype,
+        quantize=quantize,
+        context=max_length,
+        rope_kind=rope_kind,
+    )
+    with device_errors(f"loading {folder}", explain):
         checkpoint = load_checkpoint(
             folder,
             dtype=dtype,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, Progress, human_size, note, path_argument
+from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
 from convert.hub import add_hub_flags, find_model
 
 if TYPE_CHECKING:
@@ -118,8 +119,14 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     add("--num-beams", **integer, help="beam search is not implemented, only 1 is accepted")
 
 
-def add_performance_options(parser: Parser) -> argparse._ArgumentGroup:
-    """Where and how to compute; returns the group, for what a single tool adds."""
+def add_performance_options(
+    parser: Parser, *, cards: Iterable[str] = ()
+) -> argparse._ArgumentGroup:
+    """Where and how to compute; returns the group, for what a single tool adds.
+
+    Args:
+      cards: further devices that may be named, though there is no computing on them.
+    """
     group = parser.add_argument_group("performance")
     group.add_argument(
         "--dtype",
@@ -148,7 +155,21 @@ def add_performance_options(parser: Parser) -> argparse._ArgumentGroup:
         help="read prompts N tokens at once, all rows together: less needs less memory and more "
         "time (default: 2048)",
     )
-    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    more = f"; with --dry-run also one of {', '.join(cards)}" if cards else ""
+    group.add_argument(
+        "--device",
+        choices=(*DEVICES, *cards),
+        default="auto",
+        metavar="DEVICE",
+        help=f"where to compute: {', '.join(DEVICES)}{more}",
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=memory_size,
+        metavar="GB",
+        help="take no more memory than that: what does not fit is refused before it is loaded, "
+        "with what does (default: what the device has free)",
+    )
     group.add_argument(
         "--compile-cache",
         type=path_argument,
@@ -200,6 +221,14 @@ def positive(text: str) -> int:
     return min(int(text), 2**31 - 1)  # more than there is of anything, and still easy to count
 
 
+def memory_size(text: str) -> int:
+    """An argparse type: gigabytes, or a size with its unit; returns bytes."""
+    try:
+        return size_argument(f"{float(text)}GB")
+    except ValueError:
+        return size_argument(text)
+
+
 def say_which_model(args: argparse.Namespace) -> None:
     """Says that the demo model will answer, where no other was named: before anything else."""
     if args.model is None:
@@ -222,10 +251,13 @@ def model_folder(args: argparse.Namespace) -> str | None:
 def open_engine(args: argparse.Namespace) -> Engine:
     """Loads the model that the flags name and says on stderr how it computes."""
     import infer
+    from infer.budget import prepare
     from infer.compile_cache import enable_compile_cache
+    from infer.loading import demo_folder
 
     enable_compile_cache(args.compile_cache, warn=note)
     folder = model_folder(args)
+    prepare(args, folder or demo_folder(), _batch(args))
     with Progress("loading", 0, show=human_size) as bar:
 
         def show_progress(done: int, total: int) -> None:
@@ -251,6 +283,11 @@ def open_engine(args: argparse.Namespace) -> Engine:
     for line in engine.checkpoint.notes:
         note(line)
     return engine
+
+
+def _batch(args: argparse.Namespace) -> int:
+    """How many prompts the tool answers together."""
+    return args.batch_size if getattr(args, "batch_file", None) is not None else 1
 
 
 def _show_event(kind: str, text: str) -> None:

@@ -13,6 +13,7 @@ from glm2_jax import compiler_options
 from glm2_jax.errors import DeviceError
 
 OnEvent = Callable[[str, str], None]
+Shortage = tuple[str, str]  # needed and free; what fits instead
 _JAX_CONFIG: Any = jax.config  # its names are made at run time
 
 
@@ -64,19 +65,27 @@ class Programs:
 
 
 @contextlib.contextmanager
-def device_errors(doing: str) -> Iterator[None]:
-    """Turns running out of device memory into a DeviceError that says what to do.
+def device_errors(
+    doing: str, explain: Callable[[], Shortage | None] = lambda: None
+) -> Iterator[None]:
+    """Turns running out of memory, on the device or the host, into a DeviceError that says what
+    fits.
 
     Args:
       doing: what was tried, with its sizes.
+      explain: asked for the rest when it happens.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and not _exhausted(str(error)):
             raise
+        first = (str(error).splitlines() or ["an allocation failed"])[0]
+        numbers, fix = explain() or ("", "Load a narrower dtype, or --quantize int8 or int4.")
         raise DeviceError(
-            f"out of device memory: {doing}",
-            str(error).splitlines()[0],
-            "Lower max_length or the number of prompts at once, or load a narrower dtype.",
+            f"out of device memory: {doing}", f"{numbers} ({first})".strip(), fix
         ) from error
+
+
+def _exhausted(text: str) -> bool:
+    return "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()

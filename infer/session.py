@@ -9,7 +9,6 @@ from infer import steps
 from infer.engine import Engine
 from infer.job import Clock, Job, TokenEvent
 from infer.params import SamplingParams
-from infer.programs import device_errors
 
 
 class Session:
@@ -68,7 +67,7 @@ class Session:
     def _run(self, job: Job, ids: list[int]) -> Generator[TokenEvent, None, None]:
         clock, tokens = self.engine._clock(), []
         self.engine.stats.reused_tokens = len(ids) - job.prompt_tokens
-        with device_errors(f"a prompt of {len(ids)} tokens, a cache of {job.cache_size} slots"):
+        with self.engine._device_errors(job, f"a prompt of {len(ids)} tokens"):
             for state, events in self.engine._loop(job, clock, *self._start(job, ids, clock)):
                 tokens += [event.token for event in events if event.token is not None]
                 # The last token read may not be in the cache yet, those before it are.

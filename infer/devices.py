@@ -1,0 +1,72 @@
+"""Devices that a plan can be made for without having one: their memory and its bandwidth.
+
+Bandwidths are the makers' figures, which no program reaches: speeds derived from them are bounds.
+GPU memories are sold in units of 1024^3 bytes and told as such by nvidia-smi, a little less where
+the card keeps some for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_GIB, _GB, _MIB = 2**30, 10**9, 2**20
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device as it is sold.
+
+    Attributes:
+      platform: "gpu" or "tpu".
+      memory: bytes.
+      bandwidth: of the memory, bytes per second.
+      kinds: parts of the name that jax or nvidia-smi gives it, in lower case; all must be there.
+    """
+
+    name: str
+    platform: str
+    memory: int
+    bandwidth: float
+    kinds: tuple[str, ...]
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        # NVIDIA: product pages and data sheets of each card (memory bandwidth).
+        Card("3060", "gpu", 12 * _GIB, 360e9, ("rtx 3060",)),
+        Card("3080", "gpu", 10 * _GIB, 760e9, ("rtx 3080",)),
+        Card("3090", "gpu", 24 * _GIB, 936e9, ("rtx 3090",)),
+        Card("4060", "gpu", 8 * _GIB, 272e9, ("rtx 4060",)),
+        Card("4090", "gpu", 24 * _GIB, 1008e9, ("rtx 4090",)),
+        Card("5090", "gpu", 32 * _GIB, 1792e9, ("rtx 5090",)),
+        Card("t4", "gpu", 15 * _GIB, 320e9, ("tesla t4",)),  # 16 GB less its error correction
+        Card("a10", "gpu", 24 * _GIB, 600e9, ("a10",)),
+        Card("l4", "gpu", 24 * _GIB, 300e9, ("l4",)),
+        Card("l40s", "gpu", 48 * _GIB, 864e9, ("l40s",)),
+        Card("v100", "gpu", 16 * _GIB, 900e9, ("v100", "16gb")),
+        Card("a100", "gpu", 40 * _GIB, 1555e9, ("a100", "40gb")),
+        Card("a100-80", "gpu", 80 * _GIB, 2039e9, ("a100", "80gb")),  # SXM; PCIe has 1935
+        Card("h100", "gpu", 80 * _GIB, 3350e9, ("h100", "80gb")),  # SXM; PCIe has 2000
+        Card("h200", "gpu", 143771 * _MIB, 4800e9, ("h200",)),  # 141 GB
+        # Google: the pages of each version at cloud.google.com/tpu/docs; one chip. Of the 16 GB of
+        # a v5e the compiler leaves 15.75 GiB to programs (its own out-of-memory message).
+        Card("v5e-1", "tpu", int(15.75 * _GIB), 819e9, ("tpu v5 lite",)),
+        Card("v5p", "tpu", 95 * _GB, 2765e9, ("tpu v5p",)),
+        Card("v6e-1", "tpu", 32 * _GB, 1640e9, ("tpu v6 lite",)),
+    )
+}
+
+
+def find_card(kind: str) -> Card | None:
+    """The card that jax or nvidia-smi calls `kind`, the one that says most about it; None = none.
+
+    Args:
+      kind: for example "NVIDIA GeForce RTX 3090", "TPU v5 lite".
+    """
+    words = kind.lower().replace("-", " ").split()
+    text = f" {' '.join(words)} "
+    if " ti " in text or " super " in text:  # other memories than the plain ones
+        return None
+    fitting = [c for c in CARDS.values() if all(f" {part} " in text for part in c.kinds)]
+    return max(fitting, key=lambda card: len("".join(card.kinds)), default=None)

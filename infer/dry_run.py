@@ -1,0 +1,268 @@
+"""What `python -m infer.generate --dry-run` prints: plans by weights, context and batch, as text
+and as JSON. No weights are read and no device is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.cli import EXIT_DEVICE, human_size, note
+from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.errors import CheckpointError, UsageError
+from infer.budget import Budget, check_context, find_budget
+from infer.plan import Plan, largest_context, make_plan, precisions, rate_bound
+from infer.temporaries import CHUNK
+
+DEFAULT_CONFIG = "chatglm2-6b"
+CONTEXTS = (2048, 8192, 32768)
+WIDE = 78
+_BOUND = "a bound from the memory's bandwidth, not a measurement"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """All plans for one model at one place.
+
+    Attributes:
+      name: of the model. stored: the scheme of a folder that is quantised.
+      longest: (name of the weights, batch) -> the longest context that fits; empty where the
+        place's memory is not known.
+    """
+
+    name: str
+    config: GLMConfig
+    stored: str | None
+    budget: Budget
+    plans: tuple[Plan, ...]
+    longest: dict[tuple[str, int], int]
+
+    def fits(self, plan: Plan) -> bool | None:
+        """None where the place does not tell its memory."""
+        return None if self.budget.memory is None else plan.total <= self.budget.memory
+
+    def rate(self, plan: Plan) -> float | None:
+        """Tokens per second that the bandwidth allows, where it is known."""
+        bandwidth = self.budget.bandwidth
+        return None if bandwidth is None else rate_bound(self.config, plan, bandwidth)
+
+    @property
+    def nothing_fits(self) -> bool:
+        return bool(self.longest) and not any(self.longest.values())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plans; returns 5 where nothing fits, else 0."""
+    name, config, stored = _model(args)
+    check_context(args.max_length, config.seq_length)
+    sheet = make_sheet(
+        name,
+        config,
+        find_budget(args.device, args.memory_limit),
+        stored=stored,
+        contexts=_contexts(config, args.max_length),
+        batches=sorted({1, args.batch_size}),
+        dtype=args.dtype,
+        quantize=args.quantize,
+        chunk=args.prefill_chunk or CHUNK,
+    )
+    if args.json:
+        print(json.dumps(as_json(sheet), ensure_ascii=False))
+    else:
+        print("\n".join(render(sheet, shutil.get_terminal_size((100, 24)).columns)))
+    return EXIT_DEVICE if sheet.nothing_fits else 0
+
+
+def _model(args: argparse.Namespace) -> tuple[str, GLMConfig, str | None]:
+    """Name, configuration and stored scheme of the model that the flags name."""
+    if args.model is not None:
+        if args.config is not None:
+            raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
+        from convert.folder import open_folder
+        from infer.options import model_folder
+
+        found = open_folder(str(model_folder(args)), rope_kind=args.rope_scaling)
+        return args.model, found.config, None if found.scheme is None else found.scheme.name
+    if args.config is None:
+        note(f"no --model and no --config given: planning for {DEFAULT_CONFIG}")
+    name = args.config or DEFAULT_CONFIG
+    if name in PRESETS:
+        return name, PRESETS[name], "int4-row" if name.endswith("-int4") else None
+    return name, _read_config(Path(name), args.rope_scaling), None
+
+
+def _read_config(path: Path, rope_kind: str | None) -> GLMConfig:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CheckpointError(
+            f"no configuration {path}",
+            f"It is no published name, and as a file: {error.strerror}.",
+            f"Name a config.json, or one of {', '.join(PRESETS)}.",
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON", str(error)) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a configuration", "It holds no JSON object.")
+    return GLMConfig.from_hf(raw, rope_kind=rope_kind)
+
+
+def _contexts(config: GLMConfig, asked: int | None) -> list[int]:
+    if asked is not None:
+        return [asked]
+    return sorted({min(context, config.seq_length) for context in CONTEXTS})
+
+
+def make_sheet(
+    name: str,
+    config: GLMConfig,
+    budget: Budget,
+    *,
+    stored: str | None = None,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    dtype: str = "auto",
+    quantize: str | None = None,
+    chunk: int = CHUNK,
+) -> Sheet:
+    """Plans for every precision that the flags leave open.
+
+    Args:
+      dtype, quantize: as the flags of the same names.
+    """
+    chosen = budget.precisions(stored, dtype, quantize)
+    if dtype == "auto" and quantize is None:
+        chosen = precisions(budget.half, stored)
+    options: dict[str, Any] = {"platform": budget.platform, "chunk": chunk}
+    plans = [
+        make_plan(config, precision, context, batch, **options)
+        for precision in chosen
+        for context in contexts
+        for batch in batches
+    ]
+    longest = {}
+    if budget.memory is not None:
+        longest = {
+            (precision.name, batch): largest_context(
+                config, precision, batch, budget.memory, **options
+            )
+            for precision in chosen
+            for batch in batches
+        }
+    return Sheet(name, config, stored, budget, tuple(plans), longest)
+
+
+def render(sheet: Sheet, columns: int) -> Iterator[str]:
+    """The sheet for people, in lines of at most `columns` where words allow it."""
+    budget = sheet.budget
+    memory = "memory unknown" if budget.memory is None else f"{human_size(budget.memory)} to use"
+    speed = "" if budget.bandwidth is None else f", {budget.bandwidth / 1e9:,.0f} GB/s"
+    head = f"{sheet.name}, {sheet.config.num_params / 1e9:.2f} billion parameters"
+    yield from _wrapped(f"{head}, on {budget.name}: {memory}{speed}", columns)
+    yield ""
+    yield from _wide(sheet) if columns >= WIDE else _narrow(sheet)
+    yield ""
+    for batch in dict.fromkeys(batch for _, batch in sheet.longest):
+        found = [(name, n) for (name, rows), n in sheet.longest.items() if rows == batch]
+        text = ", ".join(f"{name} {f'{n:,}' if n else 'none'}" for name, n in found)
+        yield from _wrapped(f"longest context that fits, batch {batch}: {text}", columns)
+    if budget.bandwidth is not None:
+        yield from _wrapped(f"tokens/s: {_BOUND}; all rows of a batch together.", columns)
+    else:
+        yield from _wrapped("tokens/s: the memory's bandwidth is not known here.", columns)
+    temporary = "temporary is the most that a program needs while it runs, jax's own memory apart"
+    yield from _wrapped(f"{temporary}, which is in the total.", columns)
+
+
+def _wrapped(text: str, columns: int) -> list[str]:
+    return textwrap.wrap(text, max(columns, 20), subsequent_indent="  ", break_long_words=False)
+
+
+def _wide(sheet: Sheet) -> Iterator[str]:
+    row = "{:<9} {:>7} {:>5}  {:>8} {:>8} {:>9} {:>8}  {:<4} {:>8}"
+    yield row.format(
+        "weights in",
+        "context",
+        "batch",
+        "weights",
+        "cache",
+        "temporary",
+        "total",
+        "fits",
+        "tok/s <=",
+    )
+    for plan in sheet.plans:
+        sizes = (plan.weights, plan.cache, plan.temporary, plan.total)
+        yield row.format(
+            plan.precision.name,
+            f"{plan.context:,}",
+            plan.batch,
+            *(human_size(size) for size in sizes),
+            _answer(sheet.fits(plan)),
+            _speed(sheet.rate(plan)),
+        )
+
+
+def _narrow(sheet: Sheet) -> Iterator[str]:
+    row = "{:>7} x {:<4} {:>8} {:<4} {:>6}"
+    before = None
+    for plan in sheet.plans:
+        if plan.precision != before:
+            before = plan.precision
+            yield f"{before.name}, weights {human_size(plan.weights)}"
+            yield row.format("context", "rows", "total", "fits", "tok/s<")
+        yield row.format(
+            f"{plan.context:,}",
+            plan.batch,
+            human_size(plan.total),
+            _answer(sheet.fits(plan)),
+            _speed(sheet.rate(plan)),
+        )
+
+
+def _answer(fits: bool | None) -> str:
+    return {True: "yes", False: "no", None: "?"}[fits]
+
+
+def _speed(rate: float | None) -> str:
+    return "?" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
+def as_json(sheet: Sheet) -> dict[str, Any]:
+    """The same facts for programs; sizes in bytes."""
+    return {
+        "model": sheet.name,
+        "parameters": sheet.config.num_params,
+        "stored_as": sheet.stored,
+        "device": sheet.budget.name,
+        "platform": sheet.budget.platform,
+        "memory": sheet.budget.memory,
+        "bandwidth": sheet.budget.bandwidth,
+        "plans": [
+            {
+                "dtype": plan.precision.dtype,
+                "quantize": plan.precision.quantize,
+                "context": plan.context,
+                "batch": plan.batch,
+                "weights": plan.weights,
+                "cache": plan.cache,
+                "temporary": plan.temporary,
+                "runtime": plan.runtime,
+                "total": plan.total,
+                "fits": sheet.fits(plan),
+                "tokens_per_second_bound": sheet.rate(plan),
+            }
+            for plan in sheet.plans
+        ],
+        "longest_context": [
+            {"weights_in": name, "batch": batch, "context": context}
+            for (name, batch), context in sheet.longest.items()
+        ],
+        "tokens_per_second_bound_is": _BOUND,
+        "fits": None if not sheet.longest else not sheet.nothing_fits,
+    }

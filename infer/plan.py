@@ -1,0 +1,243 @@
+"""How much memory a model needs to answer, from its configuration alone.
+
+Weights and cache are counted exactly; what the programs need beside them is in `infer.temporaries`.
+No jax: this answers before anything is loaded, and where jax does not work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from glm2_jax.config import GLMConfig
+from glm2_jax.schemes import COLUMN_AXES, SCHEMES, Scheme
+from infer.temporaries import CHUNK, temporary_bytes
+
+SHORTEST = 64  # slots of the smallest cache
+# What jax and its libraries take before any of our arrays is there.
+RUNTIME = {"cpu": 400_000_000, "gpu": 600_000_000, "tpu": 100_000_000}
+# Of a GPU's memory: the rest is the driver's, and what a desktop shows.
+GPU_SHARE = 0.95
+SHARE_VARIABLES = (  # by which a user decides what jax takes of a GPU's memory
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+    "XLA_CLIENT_MEM_FRACTION",
+)
+_FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are kept and computed with.
+
+    Attributes:
+      dtype: "float32", "bfloat16" or "float16": of activations, cache, and what is not quantised.
+      quantize: name of a scheme of `glm2_jax.schemes` for the matrices of the layers, or None.
+    """
+
+    dtype: str
+    quantize: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a table calls it: the kind of integers, or the dtype."""
+        return (self.quantize or self.dtype).removesuffix("-row")
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number that is not quantised."""
+        return _FLOATS[self.dtype]
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return None if self.quantize is None else SCHEMES[self.quantize]
+
+
+def precisions(half: str = "bfloat16", stored: str | None = None) -> tuple[Precision, ...]:
+    """Those that a user can ask for, the widest first.
+
+    Args:
+      half: the device's 16-bit type.
+      stored: the scheme of a folder that is quantised: it can be kept, or unpacked.
+    """
+    schemes = ("int8", "int4") if stored is None else (stored,)
+    return (
+        Precision("float32"),
+        Precision(half),
+        *(Precision(half, scheme) for scheme in schemes),
+    )
+
+
+def flags(precision: Precision, stored: str | None = None) -> str:
+    """The flags that ask for a precision."""
+    quantize = precision.quantize
+    if stored is not None:
+        quantize = None if quantize == stored else "none"
+    return f"--dtype {precision.dtype}" + (f" --quantize {quantize}" if quantize else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that answering takes on the device.
+
+    Attributes:
+      context: tokens of prompt and answer together. batch: prompts at once.
+      weights, cache: arrays that stay.
+      temporary: the most that any program needs beside them.
+      runtime: of jax itself.
+    """
+
+    precision: Precision
+    context: int
+    batch: int
+    weights: int
+    cache: int
+    temporary: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.temporary + self.runtime
+
+
+def make_plan(
+    config: GLMConfig,
+    precision: Precision,
+    context: int,
+    batch: int = 1,
+    *,
+    platform: str = "gpu",
+    chunk: int = CHUNK,
+) -> Plan:
+    """The plan for prompts and answers of up to `context` tokens, `batch` of them together.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      chunk: most tokens of a prompt that are read at once.
+    """
+    rows = 1 << (batch - 1).bit_length()  # empty rows fill a batch up to a power of two
+    return Plan(
+        precision,
+        context,
+        batch,
+        weight_bytes(config, precision),
+        cache_bytes(config, precision.size, context, rows),
+        temporary_bytes(config, precision, context, rows, platform, chunk),
+        RUNTIME[platform],
+    )
+
+
+def matrix_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
+    """The matrices of one layer, those that can be quantised."""
+    D, F, H = config.hidden_size, config.ffn_hidden_size, config.head_dim
+    N, K = config.num_heads, config.num_kv_heads
+    return {
+        "q": (N, H, D),
+        "k": (K, H, D),
+        "v": (K, H, D),
+        "o": (D, N, H),
+        "gate_up": (2, F, D),
+        "down": (D, F),
+    }
+
+
+def layer_bytes(config: GLMConfig, precision: Precision) -> int:
+    """The matrices of one layer."""
+    total = 0
+    for name, shape in matrix_shapes(config).items():
+        if precision.scheme is None:
+            total += math.prod(shape) * precision.size
+        else:
+            values, scales = precision.scheme.shapes(shape, COLUMN_AXES[name])
+            total += math.prod(values) + 4 * math.prod(scales)
+    return total
+
+
+def weight_bytes(config: GLMConfig, precision: Precision) -> int:
+    """All weights, as they are on the device."""
+    matrices = config.num_layers * sum(math.prod(s) for s in matrix_shapes(config).values())
+    plain = (config.num_params - matrices) * precision.size
+    return plain + config.num_layers * layer_bytes(config, precision)
+
+
+def cache_bytes(config: GLMConfig, size: int, slots: int, rows: int) -> int:
+    """Keys and values of every layer, `size` bytes a number."""
+    numbers = config.num_layers * 2 * config.num_kv_heads * config.head_dim
+    return numbers * size * slots * rows
+
+
+def largest_context(
+    config: GLMConfig,
+    precision: Precision,
+    batch: int,
+    memory: int,
+    *,
+    platform: str = "gpu",
+    chunk: int = CHUNK,
+) -> int:
+    """The longest context that fits into `memory` bytes, in steps of 64 tokens; 0 = none does."""
+
+    def fits(context: int) -> bool:
+        plan = make_plan(config, precision, context, batch, platform=platform, chunk=chunk)
+        return plan.total <= memory
+
+    if fits(config.seq_length):
+        return config.seq_length
+    low, high = 0, -(-config.seq_length // SHORTEST)  # fits (or is nothing), does not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * SHORTEST) else (low, middle)
+    return low * SHORTEST
+
+
+def rate_bound(config: GLMConfig, plan: Plan, bandwidth: float) -> float:
+    """Tokens per second, all rows together, if reading memory were all that a step does.
+
+    Every step reads all weights but the embedding, of which it needs a few rows, and the cache.
+    """
+    embedding = config.vocab_size * config.hidden_size * plan.precision.size
+    return plan.batch * bandwidth / (plan.weights - embedding + plan.cache)
+
+
+def nearest(
+    config: GLMConfig,
+    wanted: Plan,
+    memory: int,
+    choices: Iterable[Precision],
+    *,
+    platform: str = "gpu",
+    chunk: int = CHUNK,
+) -> list[Plan]:
+    """Plans that fit into `memory` bytes where `wanted` does not, each as near to it as can be.
+
+    Those that change one thing come first: narrower weights, a shorter context, fewer prompts at
+    once. Where no one change is enough, there is one plan that changes all: the widest weights that
+    fit at all, with their longest context. Empty where nothing fits.
+
+    Args:
+      choices: precisions to choose from, the widest first.
+    """
+
+    def attempt(precision: Precision, context: int, batch: int) -> Plan | None:
+        plan = make_plan(config, precision, context, batch, platform=platform, chunk=chunk)
+        return plan if context and plan.total <= memory else None
+
+    def longest(precision: Precision, batch: int) -> int:
+        found = largest_context(config, precision, batch, memory, platform=platform, chunk=chunk)
+        return min(found, wanted.context)
+
+    now, context, batch = wanted.precision, wanted.context, wanted.batch
+    narrower = [choice for choice in choices if weight_bytes(config, choice) < wanted.weights]
+    batches = [1 << power for power in reversed(range((batch - 1).bit_length()))]
+    one_change = (
+        next(filter(None, (attempt(choice, context, batch) for choice in narrower)), None),
+        attempt(now, longest(now, batch), batch),
+        next(filter(None, (attempt(now, context, fewer) for fewer in batches)), None),
+    )
+    found = [plan for plan in one_change if plan is not None]
+    if found:
+        return found
+    every_change = (attempt(choice, longest(choice, 1), 1) for choice in (now, *narrower))
+    return [plan for plan in every_change if plan is not None][:1]

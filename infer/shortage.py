@@ -1,0 +1,74 @@
+"""What to say when memory ran out: needed, free, and the nearest that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from convert.folder import open_folder, target_scheme
+from glm2_jax.dtypes import dtype_name, resolve_dtype
+from glm2_jax.errors import GLMError
+from glm2_jax.quant import QTensor
+from glm2_jax.schemes import COLUMN_AXES, SCHEMES
+from infer.budget import DEFAULT_CONTEXT, Budget, Wish, host_memory, shortage
+from infer.plan import Precision
+from infer.programs import Shortage
+
+
+def when_answering(
+    config: Any, params: Any, device: Any, *, context: int, batch: int, chunk: int
+) -> Shortage:
+    """Needed, free and what fits, for a call of an engine.
+
+    Args:
+      context: tokens of the longest prompt and answer. batch: prompts at once.
+    """
+    precision = _precision(params)
+    wish = Wish(config, (precision,), min(context, config.seq_length), batch, chunk=chunk)
+    return shortage(_budget(device), wish, precision)
+
+
+def when_loading(
+    folder: Path,
+    device: Any,
+    *,
+    dtype: str,
+    quantize: str | None,
+    context: int | None,
+    rope_kind: str | None,
+) -> Shortage | None:
+    """The same for opening a folder; None where it cannot even be looked at."""
+    try:
+        found = open_folder(folder, rope_kind=rope_kind)
+        scheme = target_scheme(found, quantize)
+        target = resolve_dtype(dtype, num_params=found.config.num_params, device=device)
+    except GLMError:
+        return None
+    precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
+    stored = None if found.scheme is None else found.scheme.name
+    tokens = min(context or DEFAULT_CONTEXT, found.config.seq_length)
+    wish = Wish(found.config, (precision,), tokens, stored=stored)
+    return shortage(_budget(device), wish, precision)
+
+
+def _budget(device: Any) -> Budget:
+    """The budget of a `jax.Device`: what jax may take there in all."""
+    if device.platform == "cpu":
+        return Budget("this processor", "cpu", host_memory())
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return Budget(device.device_kind, device.platform, limit)
+
+
+def _precision(params: Any) -> Precision:
+    """How an engine's weights are kept."""
+    layers = params["layers"]
+    stacked = not isinstance(layers, list | tuple)
+    weight = (layers if stacked else layers[0])["q"]
+    dtype = dtype_name(params["embed"].dtype)
+    if not isinstance(weight, QTensor):
+        return Precision(dtype)
+    rows = weight.values.ndim - COLUMN_AXES["q"]
+    grouped = weight.scale.ndim > rows
+    schemes = SCHEMES.values()
+    name = next(s.name for s in schemes if (s.bits, s.grouped) == (weight.bits, grouped))
+    return Precision(dtype, name)
