@@ -54,13 +54,13 @@ def attend(
 
     Args:
         q: [B, T, N, H].
-        k: [B, S, K, H].
-        v: [B, S, K, H]. Where nobody may look it may hold anything, NaN included.
+        k: [B, S, K, H], in the dtype of `q` or a wider one.
+        v: [B, S, K, H], likewise. Where nobody may look it may hold anything, NaN included.
         visible: who looks where. What a query that sees nothing gets is finite and means nothing.
         dropout: applied to the probabilities, which then are computed all at once.
 
     Returns:
-        [B, T, N, H] in v's dtype.
+        [B, T, N, H] in q's dtype.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -80,8 +80,8 @@ def attend(
     else:
         probs = jax.nn.softmax(_scores(q, k, visible.mask(0, S)), axis=-1)
         probs = probs if dropout is None else dropout(probs)
-        out = einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v).astype(v.dtype)
-    return out.reshape(B, T, N, H)
+        out = einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v)
+    return out.reshape(B, T, N, H).astype(q.dtype)
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
@@ -122,4 +122,4 @@ def _over_blocks(
     carry = (empty + _LOWEST, empty, jnp.zeros((B, K, G, T, H), jnp.float32))
     starts = jnp.arange(0, S, size, dtype=jnp.int32)
     (_, total, out), _ = jax.lax.scan(step, carry, starts)
-    return jnp.einsum("BKGTH->BTKGH", out / total[..., None]).astype(v.dtype)
+    return jnp.einsum("BKGTH->BTKGH", out / total[..., None]).astype(q.dtype)

@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from glm2_jax.attention import Visibility, attend
 from glm2_jax.blocks import map_blocks
@@ -125,8 +126,7 @@ class GLMBlock(nn.Module):
             with jax.named_scope("cache_update"):
                 k_cache = _write(k_cache, k, layer, context.slots)
                 v_cache = _write(v_cache, v, layer, context.slots)
-            k = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
+            k, v = _read(k_cache, layer), _read(v_cache, layer)
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
         out = einsum("BTNH,DNH->BTD", attend(q, k, v, context.visible, dropout), self.o)
@@ -331,3 +331,15 @@ def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array)
     """Writes [B, T, K, H] into the slots of one layer of [L, B, S, K, H], in one scatter."""
     rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
     return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
+
+
+def _read(cache: jax.Array, layer: jax.Array) -> jax.Array:
+    """One layer of [L, B, S, K, H]: [B, S, K, H]."""
+    slots = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+
+    def rows_first(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    # Left alone, XLA:GPU transposes the whole cache, to a layout that its dots like better, at the
+    # beginning of every program and back at its end.
+    return jax.lax.platform_dependent(slots, cuda=rows_first, default=lambda x: x)

@@ -1,4 +1,8 @@
-"""Compiler options that the model needs, per platform."""
+"""What the model needs of XLA's compilers, per platform."""
+
+from typing import Any
+
+import jax.numpy as jnp
 
 
 def compiler_options(platform: str) -> dict[str, str]:
@@ -15,3 +19,12 @@ def compiler_options(platform: str) -> dict[str, str]:
         return {}
     passes = "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
     return {"xla_disable_hlo_passes": passes}
+
+
+def cache_dtype(platform: str, dtype: Any) -> Any:
+    """The type of a cache for a model that computes in `dtype`.
+
+    float32 on a CPU: XLA:CPU of jax 0.10 writes a token into a half-precision cache by converting
+    the whole cache to float32 and back, in every layer.
+    """
+    return jnp.float32 if platform == "cpu" else dtype

@@ -12,6 +12,7 @@ import jax
 
 from glm2_jax import KVCache, prompt
 from glm2_jax.errors import UsageError
+from glm2_jax.xla import cache_dtype
 from infer import steps
 from infer.answer import Completion
 from infer.job import Clock, Job, Stats, TokenEvent, listed
@@ -40,6 +41,7 @@ class Engine:
       stats: seconds and tokens of the last call.
       programs: the compiled programs.
       device: where the parameters are.
+      cache_dtype: type of the keys and values that are kept.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Engine:
         self.prefill_chunk = _whole("prefill_chunk", chunk, 1)
         self.stats = Stats(load_s=load_s)
         self.device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
+        dtype = checkpoint.params["embed"].dtype
+        self.cache_dtype = cache_dtype(self.device.platform, dtype)
         self.programs = Programs(self.device.platform, on_event)
         self._stop_ids = prompt.stop_ids(self.tokenizer)
 
@@ -250,7 +254,7 @@ class Engine:
             job,
             "prefill",
             (*part.tokens.shape, job.cache_size),
-            partial(steps.prefill, self.config, job.cache_size),
+            partial(steps.prefill, self.config, job.cache_size, dtype=self.cache_dtype),
             self.checkpoint.params,
             part.tokens,
             part.lengths,
@@ -259,8 +263,7 @@ class Engine:
 
     def _empty_cache(self, job: Job) -> KVCache:
         with jax.default_device(self.device):
-            dtype = self.checkpoint.params["embed"].dtype
-            return KVCache.zeros(self.config, job.batch, job.cache_size, dtype)
+            return KVCache.zeros(self.config, job.batch, job.cache_size, self.cache_dtype)
 
     def _read(self, job: Job, cache: KVCache) -> tuple[steps.State, steps.Output]:
         """Reads the parts of the prompts and draws the first tokens; `cache` is used up."""

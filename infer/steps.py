@@ -50,17 +50,25 @@ class Output(NamedTuple):
 
 
 def prefill(
-    config: GLMConfig, size: int, params: Any, tokens: Array, lengths: Array, controls: Controls
+    config: GLMConfig,
+    size: int,
+    params: Any,
+    tokens: Array,
+    lengths: Array,
+    controls: Controls,
+    *,
+    dtype: Any = None,
 ) -> tuple[State, Output]:
     """Reads the prompts into a new cache of `size` slots and draws the first token of each row.
 
     Args:
       tokens: int32 [B, T], prompts padded on the right.
       lengths: int32 [B], their lengths; 0 marks an empty row.
+      dtype: of the cache; None = that of the params.
     """
     batch, length = tokens.shape
     real = jnp.arange(length)[None, :] < lengths[:, None]
-    cache = KVCache.zeros(config, batch, size, params["embed"].dtype)
+    cache = KVCache.zeros(config, batch, size, params["embed"].dtype if dtype is None else dtype)
     last = jnp.maximum(lengths - 1, 0)
     logits, cache = last_logits(
         config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cache

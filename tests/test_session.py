@@ -201,7 +201,7 @@ def test_the_cache_is_donated(engine):
     ask(session, PROMPT)
     ask(session, PROMPT)
     cache = 2 * TOY.num_layers * 64 * TOY.num_kv_heads * TOY.head_dim * 4
-    memory = engine.programs._programs["extend", (64, 64)].memory_analysis()
+    memory = engine.programs._programs["extend", (1, 64, 64)].memory_analysis()
     assert memory.alias_size_in_bytes >= cache
 
 
