@@ -88,11 +88,10 @@ def require_writable(destination: Path) -> None:
         place = _nearest(destination)
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        (place / _beside(destination, "tmp", secrets.token_hex(8)).name).lstat()
-    except FileNotFoundError:
-        return  # the name is free, and not too long
+        attempt = place / _beside(destination, "tmp", secrets.token_hex(8)).name
+        attempt.mkdir()  # rights alone do not tell: those of /proc allow it
+        with contextlib.suppress(FileNotFoundError):  # another process has tidied up
+            attempt.rmdir()
     except OSError as error:
         raise _cannot_write(destination, error) from error
 

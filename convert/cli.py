@@ -1,7 +1,8 @@
 """What every command line of the project shares: parsing, errors, exit codes, progress.
 
-Answers go to stdout, everything else to stderr. Exit codes: 0 ok, 2 usage, 3 bad input or data,
-4 model or checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated.
+Answers go to stdout, everything else to stderr. Exit codes: 0 ok, 1 unexpected, 2 usage, 3 bad
+input or data, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed,
+143 terminated.
 
 How signals end a tool is in `convert.interrupt`. Nothing here imports jax: `--help` must answer at
 once.
@@ -18,7 +19,7 @@ import textwrap
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TextIO
 
 EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
@@ -187,6 +188,11 @@ def report(error: Exception, *, debug: bool = False) -> int:
         first_line = (str(error).splitlines() or ["the allocation failed"])[0]
         note(f"error: out of memory\n{first_line}\ntry a smaller --dtype, batch or length")
         return EXIT_DEVICE
+    variable = named_variable(str(error), os.environ)
+    if isinstance(error, ValueError) and variable:  # jax reads its own when it is imported
+        value = os.environ[variable][:500]
+        note(f"error: jax cannot use {variable}={value}\n{error}\nunset {variable}")
+        return EXIT_DEVICE
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -197,6 +203,12 @@ def report(error: Exception, *, debug: bool = False) -> int:
         _tell("".join(traceback.format_exception(error)))
     note("unexpected error, please report it with the lines above")
     return 1
+
+
+def named_variable(text: str, variables: Iterable[str]) -> str | None:
+    """The environment variable of jax that an error of jax names, as it is or as "jax_..."."""
+    words = set(re.findall(r"\w+", text.upper()))
+    return next((v for v in variables if v in words and re.match("JAX_|XLA_", v)), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -24,7 +24,11 @@ _SPARE_BYTES = 2**20
 
 @contextmanager
 def new_checkpoint(
-    destination: str | Path, *, needed: int, overwrite: bool = False, source: Path | None = None
+    destination: str | Path,
+    *,
+    needed: int,
+    overwrite: bool | None = None,
+    source: Path | None = None,
 ) -> Iterator[Path]:
     """Gives a temporary folder that becomes `destination`, complete or not at all.
 
@@ -41,19 +45,19 @@ def new_checkpoint(
 
 
 def check_destination(
-    destination: str | Path, overwrite: bool, *, source: Path | None = None, needed: int = 0
+    destination: str | Path, overwrite: bool | None, *, source: Path | None = None, needed: int = 0
 ) -> None:
     """Refuses to begin what cannot be finished, and to replace what must not be replaced.
 
     Args:
         destination: the folder to write.
-        overwrite: whether a folder of our own format may be replaced.
+        overwrite: whether a folder of our own format may be replaced; None = nobody can ask for it.
         source: the folder that is converted.
         needed: bytes to write.
 
     Raises:
-        UsageError: the folder exists and `overwrite` is False, or it is none of ours, or it holds
-            the source or files that we did not write.
+        UsageError: the folder exists and `overwrite` is not True, or it is none of ours, or it
+            holds the source or files that we did not write.
         InputError: no space, or the folder cannot be written.
     """
     folder = _real(destination)
@@ -62,7 +66,9 @@ def check_destination(
     require_space(folder, needed + _SPARE_BYTES)
 
 
-def _check_replaceable(folder: Path, present: Path, overwrite: bool, source: Path | None) -> None:
+def _check_replaceable(
+    folder: Path, present: Path, overwrite: bool | None, source: Path | None
+) -> None:
     if not os.path.lexists(present):
         return
     if present.is_dir() and present.samefile("."):
@@ -78,10 +84,11 @@ def _check_replaceable(folder: Path, present: Path, overwrite: bool, source: Pat
         if present.is_dir() and not any(present.iterdir()):
             return
         if not overwrite:
+            asking = "" if overwrite is None else ", or use --overwrite (overwrite=True)"
             raise UsageError(
                 f"{folder} exists.",
-                "Nothing is overwritten unless that is asked for.",
-                "Choose another name, or use --overwrite (overwrite=True).",
+                "Nothing is overwritten" + (" unless that is asked for." if asking else "."),
+                f"Choose another name{asking}.",
             )
         known = {MANIFEST, *read_manifest(present).files}
         foreign = [

@@ -106,6 +106,12 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
     weights = open_weights(folder)
     if manifest is not None:
         check_listed(folder, manifest, weights)
+    elif {rule.full_name(0) for rule in OWN} <= weights.tensors.keys():
+        raise CheckpointError(
+            f"{folder} holds no {MANIFEST}.",
+            "Its tensors have the names of this project's own format, of which that is a part.",
+            "Copy the file, too, or convert the source again.",
+        )
     rules = PUBLISHED if manifest is None else OWN
     matches = match_tensors(config, weights.tensors, rules, scheme)
     return Folder(

@@ -21,6 +21,13 @@ SOURCES = ("hf", "modelscope")
 _NEEDED = ("config.json", "tokenizer.model")
 _WANTED = ("tokenizer_config.json", "manifest.json")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
+# Published beside the models that work, and known not to: the beginning of the name, and why.
+_OWNERS = ("thudm", "zai-org", "zhipuai")
+_REFUSED = {
+    "chatglm-6b": "It is the first generation, another architecture.",
+    "glm-4": "It has another tokenizer.",
+}
 _SPARE_BYTES = 2**20  # for the small files' blocks
 
 
@@ -52,14 +59,20 @@ def find_model(
         say: gets a line of text on what is done.
 
     Raises:
-        UsageError: no name of a model, or the hub's client is not installed.
-        CheckpointError: the hub does not have it, does not give it, or cannot be reached; or there
-            is no whole copy of it here.
+        UsageError: no name of a model or of a revision, or the hub's client is not installed.
+        CheckpointError: the model is known not to work; or the hub does not have it, does not give
+            it, or cannot be reached; or there is no whole copy of it here.
         InputError: no space on the disk.
     """
     from glm2_jax.errors import CheckpointError, UsageError
 
     name = os.fspath(path)
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UsageError(
+            f"--revision {revision!r} is no revision.",
+            "It is the name of a branch or tag, or a commit.",
+            "Leave it out to take the newest.",
+        )
     is_name = _NAME.fullmatch(name) is not None
     if source is None and (os.path.exists(name) or not is_name):
         if revision is not None:
@@ -77,6 +90,7 @@ def find_model(
             "Such a name is OWNER/NAME, for example THUDM/chatglm2-6b.",
             "Leave --source out to open a folder.",
         )
+    _refuse_known(name)
     from convert.hub_clients import open_clients
 
     clients = open_clients(name, revision, source)
@@ -91,6 +105,17 @@ def find_model(
         "The network is used only when that is asked for.",
         "Check the path; or use --source hf or --source modelscope (source=...) to fetch it.",
     )
+
+
+def _refuse_known(name: str) -> None:
+    from glm2_jax.errors import CheckpointError
+
+    owner, _, model = name.lower().partition("/")
+    for beginning, reason in _REFUSED.items():
+        if owner in _OWNERS and model.startswith(beginning):
+            raise CheckpointError(
+                f"{name} is not supported.", reason, "Take chatglm2-6b or chatglm3-6b."
+            )
 
 
 def _whole(folder: Path, client: "Client") -> Path:

@@ -63,22 +63,34 @@ def open_clients(name: str, revision: str | None, source: str | None) -> list[Cl
     """The client of a source; without one, every client that is installed.
 
     Raises:
-        UsageError: the client is not installed.
+        UsageError: the client is not installed, or it is damaged.
     """
     clients = []
     for key in _PACKAGES if source is None else [source]:
         package, module, kind = _PACKAGES[key]
         try:
             importlib.import_module(package)
-        except ModuleNotFoundError as error:
+            client = getattr(importlib.import_module(module), kind)
+        except ImportError as error:
+            if error.name != package or not isinstance(error, ModuleNotFoundError):
+                raise UsageError(
+                    f"The package {package} cannot be imported.",
+                    f"{type(error).__name__}: {first_line(error)}",
+                    f"Install it anew: pip install --force-reinstall {_project(package)}",
+                ) from error
             if source is not None:
                 raise UsageError(
                     f"--source {source} needs the package {package}, which is not installed.",
-                    fix=f"Install the extra hub, or: pip install {package.replace('_', '-')}",
+                    fix=f"Install the extra hub, or: pip install {_project(package)}",
                 ) from error
             continue
-        clients.append(getattr(importlib.import_module(module), kind)(name, revision))
+        clients.append(client(name, revision))
     return clients
+
+
+def _project(package: str) -> str:
+    """What pip calls it."""
+    return package.replace("_", "-")
 
 
 @contextmanager

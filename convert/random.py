@@ -31,6 +31,7 @@ _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn, and taken from them at a time
 # Published beside the parameters; computed anew by whoever loads it.
 _INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+NAME = "random weights"  # `_name_or_path` of the folder: it bears no model's name
 
 
 def build_parser() -> Parser:
@@ -116,7 +117,7 @@ def official_config(
     config = GLMConfig.from_hf(raw, tokenizer_config=extra)
     # Names files of Python code, of which the folder has none.
     raw.pop("auto_map", None)
-    return raw | config.to_hf() | {"torch_dtype": dtype}
+    return raw | config.to_hf() | {"torch_dtype": dtype, "_name_or_path": NAME}
 
 
 def write_random(
@@ -145,16 +146,22 @@ def write_random(
         The bytes of the weights.
 
     Raises:
-        UsageError: the folder exists. CheckpointError: the tokenizer does not fit.
+        UsageError: the folder exists, or a negative seed. CheckpointError: the tokenizer does not
+            fit.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
-    from convert.destination import new_checkpoint
+    from convert.destination import check_destination, new_checkpoint
     from convert.torch_writer import write_torch_shards
     from convert.writer import write_file, write_shards
     from glm2_jax.config import GLMConfig
+    from glm2_jax.errors import UsageError
 
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is not possible.", "A seed is 0 or more.")
     config = GLMConfig.from_hf(raw)
     tokenizer = _fitting_tokenizer(Path(tokenizer_path), config)
+    size = config.num_params * (4 if dtype == "float32" else 2)
+    check_destination(destination, None, needed=size)  # any number of layers may be asked for
     entries = random_entries(config, dtype, seed)
     size = sum(entry.nbytes for entry in entries)
     write_weights = write_torch_shards if file_format == "bin" else write_shards

@@ -25,7 +25,7 @@ from convert.cli import EXIT_INPUT, Progress, note
 from glm2_jax.errors import GLMError, InputError, UsageError
 from infer.journal import SUFFIX, Journal
 from infer.options import open_engine
-from infer.params import SamplingParams
+from infer.params import SamplingParams, shown
 from infer.requests import Request, Turns, parse_batch
 from infer.respond import add_stats, encode, print_stats, result, warn_beyond_aligned
 from infer.text_input import STDIN, read_bytes
@@ -128,12 +128,20 @@ class _Batch:
 
     def requests(self, data: bytes, history: Turns) -> list[tuple[int, Request]]:
         """The good lines, each with its number."""
-        good = []
+        good, seen, repeated = [], {}, []
         for number, request in parse_batch(data, self.name, history, self.args.system):
             if isinstance(request, InputError):
                 self._report(number, request)
             else:
                 good.append((number, request.cleaned() if self.args.clean_text else request))
+                if request.id is not None and seen.setdefault(request.id, number) != number:
+                    repeated.append((number, request.id))
+        if repeated:
+            number, name = repeated[0]
+            note(
+                f"warning: {len(repeated)} lines have an id that an earlier one has; the first is "
+                f"{self.name}:{number} with {shown(name)} of line {seen[name]}"
+            )
         return good
 
     def to_file(
@@ -147,7 +155,12 @@ class _Batch:
                 bar(len(rows))
         if journal.done:
             note(f"continuing: {len(journal.done)} of {len(rows)} answered already")
-        note(f"answers are kept in {journal.path}; to continue after a stop, run the same command")
+        if journal.lost:
+            note(
+                f"warning: {journal.path} is damaged: what its last {journal.lost} lines held "
+                "is answered again"
+            )
+        note(f"answers are kept in {journal.path}; to continue after a stop, {journal.again}")
         self._answered = len(journal.done)
         with Progress("rows answered", len(rows), show=_count, done=self._answered) as bar:
             self._answer(engine, rows, journal, bar)
@@ -254,11 +267,18 @@ def _count(rows: float) -> str:
     return f"{rows:.0f}" if rows >= 10 else f"{rows:.2g}"
 
 
-def open_stream(path: Path | None) -> contextlib.AbstractContextManager[TextIO]:
+@contextlib.contextmanager
+def open_stream(path: Path | None) -> Iterator[TextIO]:
     """A pipe or device, or standard output, which stays open."""
     if path is None:
-        return contextlib.nullcontext(sys.stdout)
-    return path.open("w", encoding="utf-8")
+        yield sys.stdout
+        return
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:  # what a failed write raises has no name
+        error.filename = error.filename or str(path)
+        raise
 
 
 def is_stream(path: Path) -> bool:
@@ -270,17 +290,18 @@ def check_output(args: argparse.Namespace) -> Path | None:
     """Raises before any work if the answers could not be written, or would replace an input.
 
     Returns:
-      The output file, links followed; None for standard output.
+      The output file, links followed; a pipe or device as it was named, since the names that
+      /dev/stdout leads to need not exist; None for standard output.
     """
     if args.output in (None, "-"):
         return None
-    path = Path(os.path.realpath(args.output))
+    named, path = Path(args.output), Path(os.path.realpath(args.output))
     if path.is_dir():
         raise InputError(f"cannot write {path}", "it is a folder", "name a file")
+    if is_stream(named):
+        return named
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}", f"there is no folder {path.parent}", "make it")
-    if is_stream(path):
-        return path
     inputs = {"--batch-file": args.batch_file, "--history": args.history}
     for written in (path, path.with_name(path.name + SUFFIX)):
         for flag, other in inputs.items():

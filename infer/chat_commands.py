@@ -43,11 +43,13 @@ def run(conversation: Conversation, line: str) -> None:
     Raises:
       GLMError: it cannot be done; nothing has changed.
     """
-    name, _, argument = line.partition(" ")
+    name, *rest = line.split(maxsplit=1)
+    if rest and name in _ALONE:
+        raise InputError(f"{name} stands alone, without {_short(rest[0])}")
     command = COMMANDS.get(name)
     if command is None:
         raise unknown(name)
-    command(conversation, argument.strip())
+    command(conversation, "".join(rest).strip())
 
 
 def unknown(name: str) -> InputError:
@@ -105,7 +107,14 @@ def _set(conversation: Conversation, argument: str) -> None:
         conversation.sampling = _changed(conversation.sampling, name.replace("-", "_"), text)
     shown = {"": _SETTABLE, "greedy": ["temperature"]}.get(name, [name.replace("-", "_")])
     for key in shown:
-        note(f"{key} = {_show(getattr(conversation.sampling, key))}")
+        note(f"{key} = {_value_of(conversation, key)}")
+
+
+def _value_of(conversation: Conversation, name: str) -> str:
+    wanted = getattr(conversation.sampling, name)
+    if name != "max_length" or wanted == conversation.ceiling:
+        return _show(wanted)
+    return f"{conversation.ceiling}, the most that the model and --max-length allow"
 
 
 def _changed(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
@@ -176,3 +185,4 @@ COMMANDS: dict[str, Command] = {
     "/help": _help,
 }
 NAMES = [*COMMANDS, "/retry", "/clear", "/stop"]
+_ALONE = ("/undo", "/stats", "/help", "/retry", "/clear", "/stop")

@@ -73,6 +73,11 @@ def load(name: str) -> Saved:
     path = os.path.expanduser(name)
     try:
         value = json.loads(read_utf8(path))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{path} is not valid text", "it has half of a character (a lone surrogate)"
+        ) from None
     except RecursionError:
         raise InputError(f"{path} cannot be read", "it is nested too deeply") from None
     except ValueError as error:

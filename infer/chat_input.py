@@ -15,6 +15,10 @@ _QUOTES = '"""'
 ReadLine = Callable[[str], str | None]
 
 
+class GivenUp(Exception):
+    """Ctrl-C was pressed where something was typed, which is forgotten."""
+
+
 class Entry(NamedTuple):
     """What was entered; what stands in quotation marks is no command, whatever it says."""
 
@@ -30,6 +34,9 @@ def read_entry(read: ReadLine) -> Entry | None:
 
     Args:
       read: reads a line without its end, given the prompt to show; None at the end of input.
+
+    Raises:
+      InputError: the input ends inside quotation marks.
     """
     line = read(PROMPT)
     if line is None:
@@ -57,7 +64,9 @@ def _quoted(line: str, read: ReadLine) -> str:
     while not lines[-1].rstrip().endswith(_QUOTES):
         following = read(MORE)
         if following is None:
-            return "\n".join(lines).strip("\n")
+            raise InputError(
+                f"the input ended inside {_QUOTES}: nothing was asked", fix=f"end it with {_QUOTES}"
+            )
         lines.append(following)
     lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
     return "\n".join(lines).strip("\n")
@@ -81,7 +90,9 @@ def read_terminal(prompt: str) -> str | None:
     """Asks for a line on the terminal, with editing and history where Python has readline.
 
     Raises:
-      KeyboardInterrupt: from the handler of the signal.
+      GivenUp: Ctrl-C, in a line that has text or goes on from another.
+      KeyboardInterrupt: Ctrl-C in an empty line.
+      InputError: the line is not UTF-8.
     """
     try:
         if sys.stdout.isatty():
@@ -92,12 +103,23 @@ def read_terminal(prompt: str) -> str | None:
             line = sys.stdin.readline()
             if not line:
                 raise EOFError
+        line.encode("utf-8")  # bytes that are none come as lone surrogates in some locales
+    except KeyboardInterrupt:
+        if prompt == MORE or _typed():
+            raise GivenUp from None
+        raise
     except EOFError:
         sys.stderr.write("\n")
         return None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise InputError("this line is not UTF-8 text", fix="set the terminal to UTF-8") from None
     return line.removesuffix("\n")
+
+
+def _typed() -> str:
+    """What stands in the line that is edited, as far as that can be known."""
+    readline = sys.modules.get("readline")
+    return "" if readline is None else readline.get_line_buffer()
 
 
 def enable_editing() -> None:

@@ -10,15 +10,23 @@ from convert.cli import EXIT_INPUT, EXIT_INTERRUPTED, note
 from glm2_jax.errors import InputError, UsageError
 from infer import chat_commands, chat_files
 from infer.answer import Completion
-from infer.chat_input import Entry, enable_editing, read_entry, read_pipe, read_terminal
+from infer.chat_input import (
+    Entry,
+    GivenUp,
+    enable_editing,
+    read_entry,
+    read_pipe,
+    read_terminal,
+)
 from infer.chat_signals import ChatSignals
 from infer.conversation import Conversation, Events
 from infer.engine import Engine
 from infer.job import TokenEvent
 from infer.options import open_engine, sampling_params, say_which_model
 from infer.requests import Request
-from infer.respond import print_json, print_stats, result
+from infer.respond import displayed, print_json, print_stats, result
 
+_AGAIN = "Ctrl-C again leaves"
 _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
 
 
@@ -69,7 +77,7 @@ class Chat:
                 if entry is None or _is_command(entry, "stop"):
                     break
                 self._obey(entry)
-            except KeyboardInterrupt:  # the second one without a line in between
+            except KeyboardInterrupt:  # the second one with nothing in between
                 note("\ninterrupted")
                 return EXIT_INTERRUPTED
             except (InputError, UsageError) as error:
@@ -78,15 +86,22 @@ class Chat:
         return EXIT_INPUT if self._failed and not self.terminal else 0
 
     def _read(self) -> Entry | None:
+        """The next entry; Ctrl-C gives up what was typed, the second where nothing was leaves."""
         if self.signals is None:
             return read_entry(read_pipe)
-        try:
-            with self.signals.waiting():
-                return read_entry(read_terminal)
-        except KeyboardInterrupt:
-            note("\n(Ctrl-C again leaves)")
-        with self.signals.waiting():
-            return read_entry(read_terminal)
+        pressed = self.signals.stop  # the one that ended a reply is the first
+        while True:
+            try:
+                with self.signals.waiting():
+                    return read_entry(read_terminal)
+            except GivenUp:
+                pressed = False
+                note("")
+            except KeyboardInterrupt:
+                if pressed:
+                    raise
+                pressed = True
+                note(f"\n({_AGAIN})")
 
     def _obey(self, entry: Entry) -> None:
         command = entry.text.strip()
@@ -115,7 +130,7 @@ class Chat:
                 for event in events:
                     last, text = event, text + event.text
                     if self._stream:
-                        sys.stdout.write(event.text)
+                        sys.stdout.write(displayed(event.text))
                         sys.stdout.flush()
                     if self.signals and self.signals.stop:
                         break
@@ -133,7 +148,7 @@ class Chat:
             # One answer is one line; one of several lines is set off by an empty one.
             print(text + "\n" if "\n" in text else text, flush=True)
         if completion is None:
-            note("(stopped)" if text else "(stopped before the first word)")
+            note(f"(stopped{'' if text else ' before the first word'}; {_AGAIN})")
         elif completion.finish_reason == "loop":
             note("(stopped: the answer repeated itself; /set loop_stop 0 lets it)")
         elif completion.finish_reason == "length":

@@ -22,7 +22,7 @@ class ChatSignals:
     """Handles SIGINT and SIGTERM from its making on; for the main thread of a terminal.
 
     Attributes:
-      stop: Ctrl-C was pressed since the reply began.
+      stop: Ctrl-C was pressed since the last reply began; until a line is asked for.
     """
 
     def __init__(self) -> None:
@@ -52,10 +52,7 @@ class ChatSignals:
     def replying(self) -> Iterator[None]:
         """Inside, SIGINT sets `stop`, and ends the process if that is set already."""
         self.stop = self._waiting = False
-        try:
-            yield
-        finally:
-            self.stop = False
+        yield
 
     def _interrupted(self, signum: int, frame: object) -> None:
         if self._waiting:

@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.cli import Progress, human_size
+from convert.manifest import MANIFEST, verify_checkpoint
 from convert.names import PARTS
+from convert.random import NAME as RANDOM
 from glm2_jax import KVCache, last_logits
 from glm2_jax.errors import GLMError
 from glm2_jax.prompt import build_prompt
@@ -25,6 +29,7 @@ from infer.known import (
     PARAMETERS_6B,
     Answer,
     Prompt,
+    claims_6b,
     is_6b,
     known_answers,
     known_tokens,
@@ -80,20 +85,38 @@ def compare(name: str, expected: Any, got: Any, note: str = "") -> Check:
     return Check(name, PASS if same else FAIL, str(expected), str(got), "" if same else note)
 
 
-def run_checks(engine: Engine, *, claims_6b: bool = False) -> Iterator[Check]:
+def check_files(folder: Path) -> Check:
+    """Whether every file of a folder in our own format is as it was written."""
+    if not (folder / MANIFEST).exists():
+        return Check("files", SKIPPED, note=f"no {MANIFEST} to compare them with")
+    try:
+        with Progress("checking the files", 0, show=human_size) as bar:
+
+            def show_progress(done: int, total: int) -> None:
+                bar.total = total
+                bar(done)
+
+            manifest = verify_checkpoint(folder, show_progress)
+    except GLMError as error:
+        return failure("files", error)
+    count = len(manifest.files)
+    return Check("files", PASS, got=f"{count} files have the sums of the manifest")
+
+
+def run_checks(engine: Engine, *, name: object = None) -> Iterator[Check]:
     """All checks of an opened model, one after the other.
 
     Args:
-      claims_6b: the folder names itself after a published 6B checkpoint.
+      name: what the folder calls itself, `_name_or_path` of its config.json.
     """
     config, tokenizer = engine.config, engine.tokenizer
-    yield from _guarded("parameters", lambda: [_parameters(engine, claims_6b)])
+    yield from _guarded("parameters", lambda: [_parameters(engine, claims_6b(name))])
     yield from _guarded("shapes", lambda: [_shapes(engine)])
     yield from _guarded("finite", lambda: [_finite(engine)])
     yield from _guarded("prompt ids", lambda: _prompt_ids(engine))
     yield from _guarded("cache", lambda: [_cache(engine)])
     answers = known_answers(config, tokenizer, engine.checkpoint.summary.stored_dtype)
-    if engine.template != "chatglm2":
+    if engine.template != "chatglm2" or name == RANDOM:
         answers = ()
     if not answers:
         for name in ("first token", "answer"):
@@ -112,7 +135,7 @@ def _guarded(name: str, checks: Callable[[], Sequence[Check]]) -> list[Check]:
 
 def failure(name: str, error: GLMError) -> Check:
     """The check that an error ended."""
-    note = " ".join(line for line in (error.why, error.fix) if line)
+    note = " ".join(f"{error.why} {error.fix}".split())
     return Check(name, FAIL, got=error.what, note=note, exit_code=error.exit_code)
 
 
@@ -122,13 +145,13 @@ def _leaves(params: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
 
-def _parameters(engine: Engine, claims_6b: bool) -> Check:
+def _parameters(engine: Engine, named_6b: bool) -> Check:
     expected = engine.config.num_params
-    if claims_6b or is_6b(engine.config):
+    if named_6b or is_6b(engine.config):
         expected = PARAMETERS_6B
     params = engine.checkpoint.params
     count = sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_quantised))
-    note = "the folder names itself after a 6B checkpoint" if claims_6b else ""
+    note = "the folder names itself after a 6B checkpoint" if named_6b else ""
     return compare("parameters", f"{expected:,}", f"{count:,}", note)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from convert.cli import EXIT_DEVICE, human_size
+from convert.cli import EXIT_DEVICE, human_size, named_variable
 from infer import forms
 from infer.compile_cache import OFF, VARIABLE
 from infer.forms import Form, Model
@@ -107,11 +107,16 @@ def _jax(machine: Machine) -> Iterator[Finding]:
     text = f"jax does not work: {machine.jax.error}."
     if machine.jax.said and machine.jax.said[-1] not in machine.jax.error:  # a crash or a hang
         text += f" Last it said: {machine.jax.said[-1]}"
-    if machine.jax_on_cpu is not None and machine.jax_on_cpu.works:
-        fix = "unset JAX_PLATFORMS"
-        if "JAX_PLATFORMS" not in machine.variables:
-            fix = "export JAX_PLATFORMS=cpu  # until the cause is mended"
-        yield Finding(PROBLEM, f"{text} On the processor alone it works.", fix)
+    named = named_variable(text, machine.variables)
+    alone = machine.jax_on_cpu is not None and machine.jax_on_cpu.works
+    if alone:
+        text += " On the processor alone it works."
+        if "JAX_PLATFORMS" in machine.variables:
+            named = named or "JAX_PLATFORMS"
+    if named is not None:
+        yield Finding(PROBLEM, text, f"unset {named}")
+    elif alone:
+        yield Finding(PROBLEM, text, "export JAX_PLATFORMS=cpu  # until the cause is mended")
     else:
         yield Finding(PROBLEM, f"{text} In a fresh environment, in the checkout:", _FRESH)
 
@@ -139,7 +144,7 @@ def _devices(machine: Machine) -> Iterator[Finding]:
         yield Finding(NOTE, f"{len(found)} devices; this program uses the first.")
     share = machine.variables
     for name in sorted(share):
-        if name.startswith("XLA_PYTHON_CLIENT_") or name == "XLA_FLAGS":
+        if name.startswith(("XLA_PYTHON_CLIENT_", "JAX_")) or name == "XLA_FLAGS":
             yield Finding(NOTE, f"{name}={share[name]} is set; it changes what jax does.")
 
 

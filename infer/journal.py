@@ -40,6 +40,8 @@ class Journal:
     Attributes:
       path: of the journal.
       done: line number in the input -> place and length in the journal of its answer.
+      lost: how many more lines it has, from the first damaged one on; they do not count.
+      again: how a run that ended early is continued, in words.
 
     Args:
       output: where the answers will be in the end; need not exist, its folder must.
@@ -52,6 +54,8 @@ class Journal:
     def __init__(self, output: Path, *, restart: bool = False):
         self.output, self.path = output, output.with_name(output.name + SUFFIX)
         self.done: dict[int, tuple[int, int]] = {}
+        self.lost = 0
+        self.again = "run the same command" + (" without --restart" if restart else "")
         self._finished: str | None = None  # the sum of the output, once that is complete
         self._end = 0  # of the lines that are whole
         self._file = _open_locked(self.path, output)
@@ -63,6 +67,7 @@ class Journal:
         if restart:
             os.ftruncate(self._file, 0)
             self.done, self._finished, self._end, self._run = {}, None, 0, None
+            self.lost = 0
 
     def __enter__(self) -> Journal:
         return self
@@ -173,6 +178,8 @@ class Journal:
                 else:
                     break  # torn, by a kill or with the power; what follows it counts as lost
                 self._end += len(line)
+            file.seek(self._end)
+            self.lost = sum(line.endswith(b"\n") for line in file)
         return run
 
     def _header(self, line: bytes) -> dict[str, Any] | None:
@@ -206,8 +213,7 @@ class Journal:
         return InputError(
             f"cannot write beside {self.output}: {error.strerror or error}",
             f"{len(self.done)} answers are safe in {self.path.name}.",
-            ("Free some space and run" if full else "Mend it and run")
-            + " the same command again to continue.",
+            f"{'Free some space' if full else 'Mend it'} and {self.again} to continue.",
         )
 
 

@@ -241,7 +241,7 @@ def model_folder(args: argparse.Namespace) -> str | None:
 
     if args.model is not None:
         return str(find_model(args.model, source=args.hub_source, revision=args.revision))
-    if args.hub_source or args.revision:
+    if args.hub_source is not None or args.revision is not None:
         raise UsageError(
             "--source and --revision need --model.", fix="Name the model: --model OWNER/NAME."
         )

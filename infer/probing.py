@@ -29,20 +29,22 @@ PLUGINS = (
     "jax-cuda13-pjrt",
     "libtpu",
 )
-VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "LD_LIBRARY_PATH")
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "LD_LIBRARY_PATH")
 JAX_SECONDS = 180.0  # an accelerator that starts cold on a slow disk takes most of a minute
 TOOL_SECONDS = 20.0
 
 # Runs in the child: a line for each stage, so that a crash or a hang shows where it happened.
 _JAX_PROBE = """
-import json, sys
+import json, os, sys
 def stage(name): print("stage " + name, flush=True)
 stage("import jax")
 import jax, jax.numpy as jnp
 stage("import flax")
 import flax.linen
 stage("find devices")
-devices = jax.local_devices()
+try: devices = jax.local_devices()
+except AssertionError:  # all it says
+    sys.exit("jax can initialise none of JAX_PLATFORMS=" + os.environ.get("JAX_PLATFORMS", ""))
 stage("compute")
 assert float((jnp.ones(8) + 1).sum()) == 16
 found = []
@@ -74,7 +76,7 @@ def probe() -> Machine:
         variables={
             name: value
             for name, value in sorted(os.environ.items())
-            if name in VARIABLES or name.startswith("XLA_PYTHON_CLIENT_")
+            if name in VARIABLES or name.startswith(("XLA_PYTHON_CLIENT_", "JAX_"))
         },
         avx=has_avx(),
         jax=jax,

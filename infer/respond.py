@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from infer.engine import Engine
     from infer.job import Stats
 
+# All of C0, DEL and C1 but tabs and line ends; a terminal would obey them.
+_NO_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\t\n"
+}
+
 
 def run(args: argparse.Namespace) -> int:
     """Answers what the flags ask for; returns the exit code."""
@@ -150,7 +157,7 @@ def _answer_one(
         for event in engine.run([ids], sampling, clean=engine.template != "raw"):
             completion = event.completion
             if stream and event.text:
-                sys.stdout.write(event.text)
+                sys.stdout.write(displayed(event.text))
                 sys.stdout.flush()
     finally:
         if stream:
@@ -159,11 +166,16 @@ def _answer_one(
     if args.json:
         print_json(result(engine, request, completion))
     elif not stream:
-        print(completion.text, flush=True)
+        print(displayed(completion.text), flush=True)
     if completion.finish_reason == "loop":
         note("the answer was stopped because it repeated itself (--loop-stop)")
     if args.stats:
         print_stats(engine.stats)
+
+
+def displayed(text: str) -> str:
+    """What standard output is given of an answer: a terminal no characters that control it."""
+    return text.translate(_NO_CONTROLS) if sys.stdout.isatty() else text
 
 
 def result(engine: Engine, request: Request, completion: Completion) -> dict[str, Any]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m infer.selftest"
 DESCRIPTION = """Checks a checkpoint (or the bundled demo model) against what is known of it:
-parameters, shapes, finite values, prompt ids, the greedy answers of published models, speed.
+checksums, shapes, finite values, prompt ids, the greedy answers of published models, speed.
 Exit codes: 0 all passed, 2 usage, 4 a check failed, 5 out of memory or device."""
 LABEL = 13
 
@@ -60,6 +60,8 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UsageError: flags that make no sense. CheckpointError: --model is no folder.
     """
+    from convert.folder import open_folder
+    from convert.shards import read_json
     from glm2_jax.errors import CheckpointError, DeviceError, GLMError
     from infer import checks
 
@@ -67,16 +69,17 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"model": _name(args.model), "versions": _versions()}
     if (folder := options.model_folder(args)) is not None:
         args.model, args.hub_source, args.revision = str(folder), None, None
-    found: list[Check] = []
+    if args.model is not None and not Path(args.model).is_dir():
+        open_folder(args.model)  # says what it is instead; there is nothing to report on
+    found = [checks.check_files(_folder(args))]
     try:
         engine = options.open_engine(args)
     except (CheckpointError, DeviceError) as error:
-        if args.model is not None and not Path(args.model).is_dir():
-            raise  # nothing to report on
         found.append(checks.failure("opens", error))
     else:
         report |= _about(engine)
-        for check in checks.run_checks(engine, claims_6b=_claims_6b(args)):
+        config = read_json(_folder(args) / "config.json")
+        for check in checks.run_checks(engine, name=config.get("_name_or_path")):
             if sys.stderr.isatty():  # a large model takes minutes
                 note(f"{check.status} {check.name}")
             found.append(check)
@@ -132,14 +135,10 @@ def _about(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _claims_6b(args: argparse.Namespace) -> bool:
-    """Whether the folder's config.json bears the name of a published 6B checkpoint."""
-    from convert.shards import read_json
-    from infer.known import claims_6b
+def _folder(args: argparse.Namespace) -> Path:
+    from infer.loading import demo_folder
 
-    if args.model is None:
-        return False
-    return claims_6b(read_json(Path(args.model) / "config.json").get("_name_or_path"))
+    return demo_folder() if args.model is None else Path(args.model)
 
 
 def _scrubbed(check: Check, folder: str | None) -> dict[str, Any]:

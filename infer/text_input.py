@@ -7,14 +7,17 @@ what it is. Nothing here imports jax.
 import codecs
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import BinaryIO
 
 from glm2_jax.errors import InputError
 
 STDIN = "standard input"
+LARGEST = 256_000_000  # bytes of what should be one text, or comes from a device
 _SAMPLE = 1 << 16  # bytes that are looked at to guess an encoding
+_PIECE = 1 << 20
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
@@ -29,22 +32,27 @@ def read_utf8(path: str | os.PathLike[str]) -> str:
     """Reads a text file, or standard input if the path is "-".
 
     Raises:
-      InputError: the file is missing, a folder, unreadable, or not UTF-8.
+      InputError: the file is missing, a folder, unreadable, larger than LARGEST, or not UTF-8.
     """
-    if os.fspath(path) == "-":
-        return decode_utf8(read_bytes(path), STDIN)
-    return decode_utf8(read_bytes(path), os.fspath(path))
+    name = os.fspath(path)
+    return decode_utf8(read_bytes(path, LARGEST), STDIN if name == "-" else name)
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Reads a file, or standard input if the path is "-"; InputError if that cannot be done."""
+def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+    """Reads a file, or standard input if the path is "-"; InputError if that cannot be done.
+
+    Args:
+      limit: the most bytes that it may have; of a device never more than LARGEST, since it may
+        have no end.
+    """
     name = os.fspath(path)
     try:
         if name == "-":
             if sys.stdin is None:
                 raise InputError("cannot read standard input", "it is closed")
-            return sys.stdin.buffer.read()
-        return Path(name).read_bytes()
+            return _read(sys.stdin.buffer, STDIN, limit)
+        with open(name, "rb") as file:
+            return _read(file, name, limit)
     except FileNotFoundError:
         raise InputError(f"cannot read {name}", "there is no such file") from None
     except IsADirectoryError:
@@ -56,6 +64,27 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read {name}", reason) from None
+
+
+def _read(file: BinaryIO, name: str, limit: int | None) -> bytes:
+    if limit is None and _is_device(file):
+        limit = LARGEST
+    if limit is None:
+        return file.read()
+    parts, left = [], limit + 1  # piece by piece: the space for all of them is not taken at once
+    while left and (not parts or len(parts[-1]) == _PIECE):
+        parts.append(file.read(min(_PIECE, left)))
+        left -= len(parts[-1])
+    if not left:
+        raise InputError(f"cannot read {name}", f"it has more than {limit // 10**6} MB")
+    return b"".join(parts)
+
+
+def _is_device(file: BinaryIO) -> bool:
+    try:
+        return stat.S_ISCHR(os.fstat(file.fileno()).st_mode)
+    except (OSError, ValueError):  # not a file of the system
+        return False
 
 
 def decode_utf8(data: bytes, name: str) -> str:
@@ -109,12 +138,19 @@ def _wide_kind(data: bytes) -> str | None:
             return name
     sample = data[:_SAMPLE]
     even, odd = sample[0::2].count(0), sample[1::2].count(0)
-    if even + odd == 0 or len(sample) < 4:
+    # In UTF-16 the ASCII part has a NUL in each pair, on the same side. A few may also be in text.
+    if even + odd < 2 or max(even, odd) <= 0.9 * (even + odd):
         return None
-    # Plain text has no NUL. In UTF-16 the ASCII part has one in each pair, on the same side.
-    if max(even, odd) > 0.9 * (even + odd) and even + odd > len(sample) // 50:
-        return "UTF-16"
-    return None
+    dense = even + odd > len(sample) // 4
+    return "UTF-16" if dense or (even + odd > len(sample) // 50 and not _is_utf8(sample)) else None
+
+
+def _is_utf8(sample: bytes) -> bool:
+    try:  # incremental, because the sample may end inside a character
+        codecs.getincrementaldecoder("utf-8")().decode(sample)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _multibyte_score(codec: str, is_common: Callable[[bytes], bool]) -> Callable[[bytes], float]:

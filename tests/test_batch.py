@@ -229,6 +229,33 @@ def test_an_output_that_is_no_file_has_no_journal(loaded, tmp_path, device, caps
     assert not os.path.exists("/dev/null.partial") and os.listdir(tmp_path) == ["in.jsonl"]
 
 
+def test_names_of_standard_output(loaded, tmp_path):
+    batch = write_lines(tmp_path / "in.jsonl", {"prompt": "hi"})
+    reading, writing = os.pipe()
+    link = f"/dev/fd/{writing}"  # leads to a name that is none, as /dev/stdout does
+    assert run("--batch-file", batch, "--output", link) == 0
+    os.close(writing)
+    with open(reading) as pipe:
+        assert len(pipe.readlines()) == 1
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_a_device_that_is_full_is_named(loaded, tmp_path):
+    batch = write_lines(tmp_path / "in.jsonl", {"prompt": "hi"})
+    with pytest.raises(OSError) as caught:
+        run("--batch-file", batch, "--output", "/dev/full")
+    assert caught.value.filename == "/dev/full"
+
+
+def test_ids_that_are_there_twice_are_told(loaded, tmp_path, capsys):
+    rows = [{"prompt": "hi", "id": name} for name in ("a", 1, "1", "a", 1, "a")]
+    batch = write_lines(tmp_path / "in.jsonl", *rows, {"prompt": "hi"}, {"prompt": "hi"})
+    assert run("--batch-file", batch) == 0
+    err = capsys.readouterr().err
+    assert "warning: 3 lines have an id that an earlier one has" in err
+    assert f"the first is {batch}:4 with 'a' of line 1" in err
+
+
 def test_standard_input_is_read(loaded, tmp_path, answers, monkeypatch, capsys):
     lines = b'{"prompt": "hi"}\nnope\n'
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines)))

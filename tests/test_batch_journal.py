@@ -71,7 +71,7 @@ def test_what_follows_a_damaged_line_is_answered_again(output, junk):
     path.write_bytes(b"".join([*lines[:2], junk, *lines[2:]]))
     with Journal(output) as journal:
         journal.begin(RUN)
-        assert list(journal.done) == [3]
+        assert list(journal.done) == [3] and journal.lost == 2 + junk.endswith(b"\n")
     assert path.read_bytes() == b"".join(lines[:2])
 
 
@@ -161,7 +161,7 @@ def test_a_full_disk_keeps_what_is_whole(output, monkeypatch, after):
         full_disk(monkeypatch, after)
         with pytest.raises(InputError, match="No space left(.|\n)*3 answers are safe") as caught:
             journal.append([(7, '{"text": "seven"}')])
-    assert "Free some space and run the same command again" in caught.value.fix
+    assert "Free some space and run the same command to continue" in caught.value.fix
     assert journal.path.read_bytes() == before
     monkeypatch.undo()
     with Journal(output) as journal:
@@ -244,6 +244,25 @@ def test_what_was_answered_is_not_asked_again(command, broken, output, capsys):
     assert command.asked == [[1], [2]]
     assert output.read_bytes() == broken
     assert "continuing: 1 of 3 answered already" in capsys.readouterr().err
+
+
+def test_answers_behind_a_damaged_line_are_told(command, broken, output, capsys):
+    path = output.with_name("out.jsonl.partial")
+    header, answer = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header + b"junk\n" + answer)
+    capsys.readouterr()
+    assert command() == 0
+    assert command.asked == [[0], [1], [2]] and output.read_bytes() == broken
+    assert "what its last 2 lines held is answered again" in capsys.readouterr().err
+
+
+def test_the_command_that_continues_a_restarted_run(command, broken, output, capsys):
+    command.breaks_at = [1]
+    capsys.readouterr()
+    with pytest.raises(DeviceError):
+        command("--restart")
+    said = "to continue after a stop, run the same command without --restart\n"
+    assert said in capsys.readouterr().err
 
 
 def test_the_size_of_batches_may_change(command, broken, output):

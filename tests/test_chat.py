@@ -143,11 +143,37 @@ def test_lines_that_begin_with_slashes_and_that_go_on(chat):
     assert asked == ["/undo", "one\ntwo", "three\nfour", "five", "six\\\\", "stop"]
 
 
-@pytest.mark.parametrize("text", ["one\\", '"""one', '"""one\n'])
-def test_the_end_of_input_ends_an_entry(text):
-    lines = iter([*text.split("\n"), None, None])
+def test_the_end_of_input_ends_an_entry():
+    lines = iter(["one\\", None])
     entry = read_entry(lambda prompt: next(lines))
     assert entry is not None and entry.text == "one"
+
+
+@pytest.mark.parametrize("text", ['"""one', '"""one\n'])
+def test_what_is_quoted_and_has_no_end_is_not_asked(chat, text):
+    code, out, err = chat(text)
+    assert code == 3 and not out and "the input ended inside" in err[0]
+
+
+def test_a_nul_is_text(chat):
+    _, out, _ = chat("ab\0cd\n", "--json")
+    assert objects(out)[0]["prompt"] == "ab\0cd"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_shown_no_control_characters(chat, monkeypatch, capsys, terminal):
+    text = "a\x07\x1b[2J\r\x7f\x9b你\tb\nc"
+
+    def reply(self, question):
+        done = Completion((1,), (2,), text, "stop")
+        yield TokenEvent(0, None, text, None, "stop", done)
+
+    monkeypatch.setattr(chat_loop.Conversation, "reply", reply)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
+    main([*QUICK, "--greedy"])
+    shown = "a\ufffd\ufffd[2J\ufffd\ufffd\ufffd你\tb\nc\n" if terminal else text + "\n\n"
+    assert capsys.readouterr().out == shown
 
 
 def test_the_oldest_turns_are_left_out_and_it_is_said(chat):

@@ -131,13 +131,15 @@ def test_system(conversation, capsys):
 
 def test_set(conversation, capsys):
     shown = command(conversation, "/set", capsys)
-    assert "temperature = 0\n" in shown and "max_length = none\n" in shown
+    assert "temperature = 0\n" in shown and "max_length = 256, the most that" in shown
     assert command(conversation, "/set top-k 7", capsys) == "top_k = 7\n"
     assert command(conversation, "/set greedy off", capsys) == "temperature = 0.8\n"
     assert command(conversation, "/set greedy on", capsys) == "temperature = 0\n"
     assert command(conversation, "/set stop END", capsys) == "stop = 'END'\n"
     assert command(conversation, "/set stop none", capsys) == "stop = none\n"
     assert command(conversation, "/set max_new_tokens none", capsys) == "max_new_tokens = none\n"
+    assert command(conversation, "/set max_length 99", capsys) == "max_length = 99\n"
+    assert "max_length = 256, the most" in command(conversation, "/set max_length 8192", capsys)
     before = conversation.sampling
     for bad in ("top_p 2", "top_p x", "top_q 1", "top_p", "greedy 7", "logprobs 3", "seed 1.5"):
         with pytest.raises((InputError, UsageError)):
@@ -159,6 +161,14 @@ def test_unknown_commands(conversation):
     for line, near in (("/unod", "/undo"), ("/retri", "/retry"), ("/xyzzy", "/help lists")):
         with pytest.raises(InputError, match=near):
             chat_commands.run(conversation, line)
+
+
+def test_commands_that_stand_alone(conversation):
+    said(conversation.reply("one"))
+    for name in ("/undo", "/stats", "/help", "/retry", "/clear", "/stop"):
+        with pytest.raises(InputError, match=f"{name} stands alone, without '3'"):
+            chat_commands.run(conversation, f"{name} 3")
+    assert len(conversation.turns) == 1
 
 
 def test_stats(conversation, capsys):
@@ -236,6 +246,7 @@ GOOD = {
         {"history": [["\ud800", "b"]]},
         {"sampling": {"top_p": 5}},
         {"sampling": {"unknown": 5}},
+        {"sampling": {"stop": ["\ud800"]}},
         {"sampling": None},
         {"system": 5},
         {"model": 5},

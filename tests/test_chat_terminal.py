@@ -112,12 +112,23 @@ def test_a_conversation_with_wide_characters_and_ctrl_c(model, start, tmp_path):
     while not terminal._bytes:  # the first of the answer
         terminal._bytes = os.read(terminal.master, 65536)
     terminal.type("\x03")
-    shown = terminal.wait_for("(stopped)")
+    shown = terminal.wait_for("(stopped; Ctrl-C again leaves)")
     assert "\x1b" not in shown  # the answer is left to the terminal as it is
     terminal.wait_for("> ")
-    terminal.type("unfinished\x03")  # an idle Ctrl-C gives the line up
-    terminal.wait_for("(Ctrl-C again leaves)")
+    terminal.type("unfinished")
+    terminal.wait_for("unfinished")  # or the terminal would drop it before it is read
+    terminal.type("\x03")  # gives the line up, and is no first one
     terminal.wait_for("> ")
+    terminal.type("first\\\n")
+    terminal.wait_for(". ")
+    terminal.type("\x03")  # gives up all lines of the question
+    terminal.wait_for("> ")
+    for submitted in ("", "/undoo"):
+        terminal.type("\x03")
+        terminal.wait_for("(Ctrl-C again leaves)")
+        terminal.wait_for("> ")
+        terminal.type(f"{submitted}\n")  # then the next Ctrl-C is a first one again
+        terminal.wait_for("> ")
     saved = tmp_path / "s.json"
     terminal.type(f"/save {saved}\n")
     terminal.wait_for("saved 1 turn")
@@ -131,6 +142,32 @@ def test_a_conversation_with_wide_characters_and_ctrl_c(model, start, tmp_path):
     terminal.type("\x03")
     terminal.wait_for("interrupted")
     assert terminal.wait() == 130 and echoes(terminal)
+
+
+def test_ctrl_c_in_a_reply_and_once_more_leaves(model, start):
+    terminal = start(*model)
+    terminal.wait_for("> ")
+    terminal.type("hi\n")
+    terminal.wait_for("compiling decode")
+    terminal.wait_for("\r\n")
+    while not terminal._bytes:
+        terminal._bytes = os.read(terminal.master, 65536)
+    terminal.type("\x03")
+    terminal.wait_for("(stopped; Ctrl-C again leaves)")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("interrupted")
+    assert terminal.wait() == 130 and echoes(terminal)
+
+
+def test_a_line_that_is_not_utf8(model, start):
+    terminal = start(*model)
+    terminal.wait_for("> ")
+    os.write(terminal.master, b"\xc4\xe3\n")
+    terminal.wait_for("this line is not UTF-8 text")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
 
 
 def test_only_answers_where_standard_output_is_no_terminal(model, start, tmp_path):

@@ -70,6 +70,20 @@ def test_an_unexpected_error_shows_where(capsys):
     assert capsys.readouterr().err.count("Traceback") == 1
 
 
+def test_variables_that_jax_cannot_use(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_X64", "maybe")
+    monkeypatch.setenv("XLA_FLAGS", "--nonsense=1")
+    for words in ("environment 'JAX_ENABLE_X64'", "JAX flag jax_enable_x64"):
+        assert run(raising(ValueError(words))) == 5
+        told = f"error: jax cannot use JAX_ENABLE_X64=maybe\n{words}\nunset JAX_ENABLE_X64\n"
+        assert capsys.readouterr().err == told
+    assert cli.named_variable("flag in XLA_FLAGS: --nonsense=1", os.environ) == "XLA_FLAGS"
+    assert run(raising(ValueError("HOME"))) == 1
+    monkeypatch.delenv("XLA_FLAGS")
+    done = shell(f"{sys.executable} -m infer.generate --prompt hi")
+    assert done.returncode == 5 and "Traceback" not in done.stderr
+
+
 def test_device_memory(capsys):
     class XlaRuntimeError(RuntimeError):
         pass

@@ -16,6 +16,7 @@ from tests.checkpoints import (
     TINY,
     official_tensors,
     random_params,
+    save,
     tiny_config,
     write_official,
     write_weights,
@@ -308,6 +309,12 @@ def test_many_problems_are_abbreviated(tmp_path):
 def test_hf_native_names_are_explained(tmp_path):
     extra = {"model.layers.0.self_attn.q_proj.weight": np.ones(1, np.float16)}
     assert "HF-native" in refusal(write_official(tmp_path, tensors=TENSORS | extra))
+
+
+def test_our_own_folder_without_its_manifest(tmp_path):
+    save(tmp_path / "own")
+    (tmp_path / "own" / "manifest.json").unlink()
+    assert "own holds no manifest.json" in refusal(tmp_path / "own")
 
 
 def test_the_rotary_frequencies_are_dropped(tmp_path):

@@ -143,6 +143,7 @@ def test_configurations_of_the_published_models(name):
     assert raw["architectures"] == ["ChatGLMModel"] and raw["torch_dtype"] == "bfloat16"
     config = GLMConfig.from_hf(raw)
     assert config.num_layers == 6
+    assert raw["_name_or_path"] == convert_random.NAME  # and no model's
     assert config == GLMConfig.from_hf(PRESETS[name].to_hf() | {"num_layers": 6})
 
 
@@ -177,6 +178,8 @@ def test_shards_are_those_of_the_published_folder():
         (["--config", "chatglm9"], 2, "Known models: chatglm2-6b, "),
         (["--config", "chatglm2-6b-int4"], 2, "quantised"),
         (["--config", "chatglm2-6b", "--layers", "0"], 2, "--layers 0"),
+        (["--config", "{config}", "--layers", "2000000000"], 3, "not enough space"),
+        (["--config", "{config}", "--seed", "-1"], 2, "--seed -1"),
         (["--config", "{config}", "--tokenizer", "{config}"], 4, "SentencePiece"),
         (["--config", "{config}", "--tokenizer", "nowhere"], 4, "nowhere"),
         (["--config", "{small}"], 4, "has room for 500"),
@@ -199,8 +202,10 @@ def test_nothing_is_overwritten_and_nothing_begun_without_space(tmp_path, monkey
     raw = official_config_of_tiny()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(UsageError, match=r"exists(.|\n)*Choose another name\.$"):
         write_random(tmp_path / "full", raw, tokenizer)
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        write_random("/proc/glm2-jax-test", raw, tokenizer)
     monkeypatch.setattr("convert.atomic.shutil.disk_usage", lambda path: _Free(1000))
     with pytest.raises(InputError, match="not enough space"):
         write_random(tmp_path / "new", raw, tokenizer)

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
@@ -196,7 +197,10 @@ def test_a_place_that_cannot_be_written(tmp_path, path):
 
 
 def test_a_folder_without_the_right_to_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    def refuse(self, mode=0o777):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match="Permission denied"):
         check_destination(tmp_path / "deep" / "own", overwrite=False)
 

@@ -10,9 +10,10 @@ import pytest
 import infer
 from glm2_jax.errors import GLMError, InputError, UsageError
 from infer import options
+from infer.answer import Completion
 from infer.engine import Engine
 from infer.generate import main, parser
-from infer.job import Stats
+from infer.job import Stats, TokenEvent
 from infer.params import PRESETS
 from infer.respond import add_stats
 from tests.engine_toy import toy_engine
@@ -81,6 +82,18 @@ def test_with_a_model_nothing_is_said_about_the_demo(loaded, capsys):
     assert "demo" not in capsys.readouterr().err
     want = {"path": "folder", "dtype": "bf16", "device": "cpu", "rope_kind": "base"}
     assert want.items() <= loaded[0].items()
+
+
+@pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
+def test_a_terminal_is_shown_no_control_characters(loaded, monkeypatch, capsys, flag):
+    done = Completion((1,), (2,), "a\x07\x1b[2J\x9b\n", "stop")
+    event = TokenEvent(0, None, done.text, None, "stop", done)
+    monkeypatch.setattr(Engine, "run", lambda *args, **kwargs: iter([event]))
+    run("--prompt", "hi", flag)
+    assert capsys.readouterr().out == done.text + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    run("--prompt", "hi", flag)
+    assert capsys.readouterr().out == "a\ufffd\ufffd[2J\ufffd\n\n"
 
 
 def test_streaming_writes_pieces(loaded, monkeypatch):

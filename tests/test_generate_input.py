@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from glm2_jax.errors import InputError
+from infer import text_input
 from infer.requests import Request, parse_batch, parse_line, read_history, read_prompt
-from infer.text_input import guess_encoding, read_utf8
+from infer.text_input import guess_encoding, read_bytes, read_utf8
 
 CHINESE = "今天天气怎么样？请写一首关于春天的诗。"
 
@@ -59,6 +60,32 @@ def test_files_that_cannot_be_read(tmp_path):
         read_utf8(tmp_path)
     with pytest.raises(InputError, match="null"):
         read_utf8("a\0b")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "-"])
+def test_what_has_no_end_is_refused(monkeypatch, name):
+    with open("/dev/zero", "rb") as zeros:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=zeros))
+        for read in (read_utf8, read_bytes):
+            with pytest.raises(InputError, match="it has more than 256 MB"):
+                read(name)
+    assert read_bytes("/dev/null") == b""
+
+
+def test_the_largest_text(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    for size in (0, 1, text_input._PIECE, text_input._PIECE + 1):
+        path.write_bytes(b"a" * size)
+        assert read_bytes(path, size) == b"a" * size
+        with pytest.raises(InputError, match="more than"):
+            path.write_bytes(b"a" * (size + 1))
+            read_bytes(path, size)
+        assert len(read_bytes(path)) == size + 1
+
+
+def test_single_nuls_are_text(tmp_path):
+    (tmp_path / "a").write_bytes("你\0好\n".encode())
+    assert read_utf8(tmp_path / "a") == "你\0好\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

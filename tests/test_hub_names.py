@@ -41,6 +41,38 @@ def test_the_client_is_not_installed(monkeypatch, tmp_path):
     assert "no copy" in fails(CheckpointError, NAME)
 
 
+@pytest.mark.parametrize("package", ["huggingface_hub", "modelscope_hub"])
+@pytest.mark.parametrize("text", ["raise ImportError('broken')", "import no_such_package"])
+def test_the_client_is_damaged(monkeypatch, tmp_path, package, text):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{package}.py").write_text(text)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    source = SOURCES[package == "modelscope_hub"]
+    message = fails(UsageError, NAME, source=source)
+    assert f"{package} cannot be imported" in message and "--force-reinstall" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("THUDM/chatglm-6b", "first generation"),
+        ("thudm/chatglm-6b-int4", "first generation"),
+        ("zai-org/glm-4-9b-chat", "another tokenizer"),
+    ],
+)
+def test_names_that_are_known_not_to_work(monkeypatch, name, reason):
+    monkeypatch.setattr("convert.hub_clients.open_clients", None)
+    for source in (None, *SOURCES):
+        assert reason in fails(CheckpointError, name, source=source)
+
+
+@pytest.mark.parametrize("revision", ["", "../x", "a/../b", "/a", "a b", "a\n", "-x"])
+def test_what_is_no_revision(monkeypatch, revision):
+    monkeypatch.setattr("convert.hub_clients.open_clients", None)
+    for source in (None, *SOURCES):
+        assert "is no revision" in fails(UsageError, NAME, source=source, revision=revision)
+
+
 BASE = ["config.json", "tokenizer.model"]
 BIN, SAFE = "pytorch_model.bin.index.json", "model.safetensors.index.json"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import write_official
+from tests.checkpoints import save, write_official
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README_zh.md")
@@ -74,6 +74,8 @@ def test_command(command, tmp_path):
     questions = blocks("README.md", "json")[0]
     (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
     write_official(tmp_path / "FOLDER")
+    if "inspect CONVERTED" in command:
+        save(tmp_path / "CONVERTED")
     done = shell(command, tmp_path)
     assert done.returncode == 0, done.stderr
     answers = tmp_path / "answers.jsonl"

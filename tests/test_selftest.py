@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import infer
+from convert.random import official_config, write_random
 from glm2_jax import DeviceError, Tokenizer
 from infer import checks, known, selftest
 from infer.checks import Check
@@ -27,7 +28,7 @@ from tests.shared_data import shared_file
 from tests.sp_model import sp_model
 
 ROOT = Path(__file__).parents[1]
-LINES = 30  # a report must stay fit to paste
+LINES = 35  # a report must stay fit to paste
 
 PROGRAMS: dict[Hashable, Any] = {}
 
@@ -81,9 +82,9 @@ def damage(folder: Path, name: str, change) -> None:
 
 def test_the_demo_passes(capsys):
     text = report(capsys)
-    names = ["parameters", "shapes", "finite", "prompt ids", "cache"]
+    names = ["files", "parameters", "shapes", "finite", "prompt ids", "cache"]
     assert lines(text, "pass") == names + ["first token", "answer"] * 3
-    assert "result       11 passed, 0 failed, 0 skipped" in text
+    assert "result       12 passed, 0 failed, 0 skipped" in text
     assert "2,337,600" in text and "jax " in text and "decode " in text and "peak memory" in text
 
 
@@ -94,16 +95,27 @@ def test_nan_in_a_file(capsys, demo_copy):
 
     damage(demo_copy, "layers.1.down", change)
     text = report(capsys, "--model", str(demo_copy), code=4)
-    assert lines(text, "FAIL") == ["opens"] and lines(text, "pass") == []
+    assert lines(text, "FAIL") == ["files", "opens"] and lines(text, "pass") == []
     assert "layers.1.down" in text and "copy/model.safetensors is damaged" in text
     assert str(demo_copy.parent) not in text
+
+
+def test_a_single_byte(demo_copy):
+    assert checks.check_files(demo_copy).status == "pass"
+    with (demo_copy / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    found = checks.check_files(demo_copy)
+    assert found.status == "FAIL" and "model.safetensors differs: its sha256" in found.note
 
 
 def test_swapped_rows(capsys, demo_copy):
     damage(demo_copy, "embed", lambda array: array[::-1].copy())
     text = report(capsys, "--model", str(demo_copy), code=4)
     assert lines(text, "pass")[:5] == ["parameters", "shapes", "finite", "prompt ids", "cache"]
-    assert set(lines(text, "FAIL")) == {"first token", "answer"}
+    assert set(lines(text, "FAIL")) == {"files", "first token", "answer"}
     assert "expected 652 for 你好" in text and "or fine-tuned" in text
 
 
@@ -120,9 +132,17 @@ def test_another_tokenizer(capsys, demo_copy):
 def test_of_a_random_model_nothing_is_known(capsys, toy):
     text = report(capsys, "--model", str(toy))
     assert lines(text, "pass") == ["parameters", "shapes", "finite", "cache"]
-    assert lines(text, "skipped") == ["prompt ids", "first token", "answer"]
+    assert lines(text, "skipped") == ["files", "prompt ids", "first token", "answer"]
     assert text.count("not known") == 3 and "model        toy\n" in text
     assert str(toy.parent) not in text
+
+
+def test_random_weights_are_not_asked_for_known_answers(capsys, tmp_path):
+    raw = official_config(str(demo_folder() / "config.json"))
+    write_random(tmp_path / "random", raw, demo_folder())
+    text = report(capsys, "--model", str(tmp_path / "random"))
+    assert lines(text, "skipped") == ["files", "first token", "answer"]
+    assert "prompt ids" in lines(text, "pass")
 
 
 def test_a_toy_that_bears_the_name_of_a_published_checkpoint(capsys, tmp_path):
@@ -247,7 +267,7 @@ def test_json_and_no_private_words(capsys, toy, monkeypatch):
     assert selftest.main(["--model", str(toy), "--json", "--compile-cache", "off"]) == 0
     out = capsys.readouterr().out
     found = json.loads(out)
-    assert found["model"] == "toy" and found["skipped"] == 3 and found["fail"] == 0
+    assert found["model"] == "toy" and found["skipped"] == 4 and found["fail"] == 0
     assert found["figures"]["decode_tokens"] > 0 and len(found["fingerprint"]) == 64
     assert str(toy.parent) not in out and out.count("\n") == 1
 
