@@ -41,6 +41,11 @@ class Ceilings:
         """Bytes a second: the better of the two."""
         return max(self.copy, self.read)
 
+    def better(self, other: Ceilings) -> Ceilings:
+        """The higher of each: what else the machine does can only make a ceiling too low."""
+        matmul = {name: max(ops, other.matmul[name]) for name, ops in self.matmul.items()}
+        return Ceilings(max(self.copy, other.copy), max(self.read, other.read), matmul)
+
 
 def measure_ceilings(
     device: Any,
