@@ -56,11 +56,9 @@ def abstract_params(config, precision: Precision, *, stacked: bool) -> Any:
     for name, axes in COLUMN_AXES.items() if precision.scheme else ():
         assert precision.scheme is not None
         values, scale = precision.scheme.shapes(layers[name].shape, axes)
-        shapes: Any = (
-            jax.ShapeDtypeStruct(values, jnp.int8),
-            jax.ShapeDtypeStruct(scale, jnp.float32),
-        )
-        layers[name] = QTensor(*shapes, precision.scheme.bits)
+        integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
+        scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)
+        layers[name] = QTensor(integers, scales, precision.scheme.bits)
     if stacked:
         return {**params, "layers": layers}
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
