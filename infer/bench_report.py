@@ -18,7 +18,8 @@ HEADER = (
 )  # fmt: skip
 NOTE = (
     "tok/s, ms, GB/s and TFLOP/s are of the best repetition. GB/s counts what has to be read once: "
-    "weights, and keys and values of the context; per cent are of the measured ceilings."
+    "weights, and keys and values of the context; per cent are of the measured ceilings. More than "
+    "100 % says that a model fits into caches, or that the machine was busy with something else."
 )
 
 

@@ -22,6 +22,7 @@ from convert import interrupt
 from convert.cli import EXIT_DEVICE, human_size, note, version
 from glm2_jax import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
+from glm2_jax.errors import UsageError
 from glm2_jax.host import find_memory, read_text
 from glm2_jax.schemes import SCHEMES
 from infer import bench_consumer, bench_peer, bench_plot, options
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """
     if args.plot:
         bench_plot.check_plot(args.plot)
+    for path in (args.plot, args.markdown):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise UsageError(f"{path} cannot be written.", "Its folder does not exist.")
     if args.preset:
         bench_consumer.apply(args)
     device = find_device(args.device)

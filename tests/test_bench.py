@@ -396,6 +396,7 @@ def test_the_picture(tmp_path):
         (["--random", "chatglm2-6b", "--model", "x"], "--model and --random"),
         (["--random", "x", "--preset", "consumer"], "--random and --preset"),
         (["--random", "no-such-model"], "--random no-such-model: no such model"),
+        (["--markdown", "no/such/folder/a.md"], "folder does not exist"),
     ],
 )
 def test_contradictions(args, message):
