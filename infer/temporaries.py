@@ -72,7 +72,7 @@ def _attention(
     whole = rows * config.num_heads * width * slots
     copies, scores = 3, whole
     if whole > _SCORES:
-        queries = min(width, max(1, _SCORES // (rows * config.num_heads * _KEYS)))
+        queries = _queries(config, rows, width)
         copies, scores = 2, rows * config.num_heads * queries * min(_KEYS, slots)
     if width == 1:
         copies = 1
@@ -109,13 +109,28 @@ def _early(
     if platform != "cpu":
         return 0
     tokens, heads = rows * width, config.num_heads * config.head_dim
-    numbers = 0
+    early = 0
     if precision.scheme is not None or precision.dtype == "float16":  # products chunk by chunk
         keys = 2 * config.num_kv_heads * config.head_dim
-        numbers += 2 * config.ffn_hidden_size + heads + keys + 2 * config.hidden_size
+        early += 2 * config.ffn_hidden_size + heads + keys + 2 * config.hidden_size
     if rows * config.num_heads * width * slots > _SCORES:  # attention block by block
-        numbers += heads + 2 * config.num_heads
-    return config.num_layers * tokens * numbers * _FLOAT32
+        return (
+            config.num_layers * tokens * (early * _FLOAT32 + _sums(config, precision, rows, width))
+        )
+    return config.num_layers * tokens * early * _FLOAT32
+
+
+def _queries(config: GLMConfig, rows: int, width: int) -> int:
+    """Queries of a block of attention."""
+    return min(width, max(1, _SCORES // (rows * config.num_heads * _KEYS)))
+
+
+def _sums(config: GLMConfig, precision: Precision, rows: int, width: int) -> int:
+    """What attention over blocks of keys adds up for a token, or its result, if blocks of queries
+    come one after another."""
+    if _queries(config, rows, width) < width:
+        return config.num_heads * config.head_dim * precision.size
+    return config.num_heads * (config.head_dim + 2) * _FLOAT32
 
 
 def _hidden(config: GLMConfig, precision: Precision, tokens: int) -> int:
