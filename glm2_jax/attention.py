@@ -72,7 +72,7 @@ def attend(
         queries = max(1, _SCORES // (B * N * keys))
 
         def block(q: jax.Array, places: jax.Array, segments: jax.Array) -> jax.Array:
-            return _over_blocks(q, k, v, visible.replace(places=places, segments=segments), keys)
+            return _over_blocks(q, k, v, Visibility(places, segments, visible.key_segments), keys)
 
         # Training computes a block's scores again rather than keep all of them.
         block = jax.checkpoint(block)

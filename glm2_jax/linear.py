@@ -111,7 +111,7 @@ def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
     if not isinstance(w, QTensor):
         if w.dtype == dtype:
             return _dot(x, w)
-        return _by_chunks(lambda chunk: _dot(x, chunk.astype(dtype)), w.size, w)
+        return _by_chunks(lambda chunk: _dot(x, chunk.astype(dtype)), x, w.size, w)
 
     def product(values: jax.Array, scale: jax.Array) -> jax.Array:
         total = jnp.float32(0)
@@ -120,7 +120,7 @@ def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
             total += _dot(half, part.astype(dtype))
         return total
 
-    total = _by_chunks(product, w.values.size * 8 // w.bits, w.values, w.scale)
+    total = _by_chunks(product, x, w.values.size * 8 // w.bits, w.values, w.scale)
     return total if grouped else total * w.scale.astype(jnp.float32)
 
 
@@ -129,7 +129,7 @@ def _scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:
     return (grouped * scale.astype(jnp.float32)[..., None]).reshape(integers.shape)
 
 
-def _by_chunks(product, elements: int, *arrays: jax.Array) -> jax.Array:
+def _by_chunks(product, x, elements: int, *arrays: jax.Array) -> jax.Array:
     """Applies `product` ([r, ...] arrays -> [M, r]) to chunks of rows: [R, ...] -> [M, R]."""
     rows = arrays[0].shape[0]
     count = -(-elements // _CHUNK_ELEMENTS)
@@ -138,5 +138,14 @@ def _by_chunks(product, elements: int, *arrays: jax.Array) -> jax.Array:
     if count == 1:
         return product(*arrays)
     chunks = tuple(array.reshape(count, rows // count, *array.shape[1:]) for array in arrays)
-    _, parts = jax.lax.scan(lambda _, chunk: (None, product(*chunk)), None, chunks)
+    shape = (count, x.shape[0], rows // count)
+    # All of it is overwritten. Zeros, which depend on nothing, XLA would write for all layers of a
+    # model at the beginning, and need the memory of all at once.
+    unset = jnp.broadcast_to(x[0, 0].astype(jnp.float32), shape)
+
+    def step(parts, at):
+        index, chunk = at
+        return parts.at[index].set(product(*chunk)), None
+
+    parts, _ = jax.lax.scan(step, unset, (jnp.arange(count), chunks))
     return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], rows)

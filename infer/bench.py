@@ -89,7 +89,8 @@ def _add_what(result: Parser) -> None:
     add(
         "--peer", choices=("transformers",), metavar="transformers",
         help="measure the same shapes with its GlmForCausalLM in turns, with random weights: "
-        "eager, on a GPU compiled with a static cache, too; needs torch and a checkout",
+        "eager, on a GPU compiled with a static cache, too (not tried on one yet); needs torch "
+        "and a checkout",
     )  # fmt: skip
 
 

@@ -10,9 +10,11 @@ from convert.cli import human_size
 from glm2_jax.config import PRESETS
 from infer.bench_report import Report
 from infer.bench_run import Result
+from infer.devices import CARDS
+from infer.plan import Precision, make_plan, rate_bound
 
 MODEL = "chatglm2-6b"
-CARD, BANDWIDTH = "RTX 3090 24 GB", 936e9  # bytes a second, of its data sheet
+CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
 PROMPT = ANSWER = 2048  # tokens
 
 
@@ -53,8 +55,6 @@ def render(report: Report, columns: int) -> str:
     The plan is of `PROMPT` and `ANSWER` tokens; its speed is what the card's memory bandwidth
     allows at most, as nothing was measured there.
     """
-    from infer.plan import Precision, make_plan, rate_bound
-
     config = PRESETS[MODEL]
     lines = []
     for quantisation, published in PUBLISHED.items():
@@ -87,7 +87,7 @@ def _measured(report: Report, quantisation: str) -> str:
     ]
     rates = [result.rate for result in results if not result.shape.prompt]
     if not rates:
-        return f"measured: not measured, on {CARD} or anything else"
+        return "measured: nothing, on no device"
     peak = _peak(results)
     return f"measured, {report.about['device']}: {peak}, {max(rates):.3g} tok/s"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -90,6 +91,11 @@ class Peer:
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
         self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # it was killed while something was being written
+                assert pipe is not None
+                pipe.close()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout

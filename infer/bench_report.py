@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from convert.cli import human_size
-from infer.bench_run import Result
+from infer.bench_run import Result, Variant
 from infer.ceilings import Ceilings
 
 HEADER = (
@@ -18,7 +18,8 @@ HEADER = (
 )  # fmt: skip
 NOTE = (
     "tok/s, ms, GB/s and TFLOP/s are of the best repetition. GB/s counts what has to be read once: "
-    "weights, and keys and values of the context; per cent are of the measured ceilings."
+    "weights, and keys and values of the context; per cent are of the measured ceilings. More than "
+    "100 % says that a model fits into caches, or that the machine was busy with something else."
 )
 
 
@@ -117,10 +118,9 @@ def ceiling_lines(ceilings: Ceilings) -> list[str]:
 def peer_lines(results: Sequence[Result]) -> list[str]:
     """The peer's figures beside ours, a line for each shape and mode."""
     return [
-        f"transformers {mode}, {result.variant.dtype}, {what(result)}: "
-        f"{result.shape.tokens / min(seconds):.4g} tok/s "
-        f"(median {result.shape.tokens / statistics.median(seconds):.4g}); "
-        f"this is {result.ratio(mode):.2f} x as fast (layers {result.variant.layers})"
+        f"{variant_name(result.variant)}, {what(result)}: {result.ratio(mode):.2f} x as fast as "
+        f"transformers {mode}, {result.shape.tokens / min(seconds):.4g} tok/s "
+        f"(median {result.shape.tokens / statistics.median(seconds):.4g})"
         for result in results
         for mode, seconds in result.peers.items()
     ]
@@ -129,18 +129,19 @@ def peer_lines(results: Sequence[Result]) -> list[str]:
 def unmeasured_lines(report: Report) -> list[str]:
     """What is missing, and why."""
     lines = [
-        f"{_variant(result)}, {what(result)}: {result.problem}"
+        f"{variant_name(result.variant)}, {what(result)}: {result.problem}"
         for result in report.results
         if result.problem
     ]
     if not report.complete:
-        lines.append("stopped before the end: the rest was not measured")
+        lines.append("the rest, as it was stopped before the end")
     return [f"not measured: {line}" for line in [*report.unmeasured, *lines]]
 
 
-def _variant(result: Result) -> str:
-    variant = result.variant
-    return f"{variant.dtype}, weights {variant.quantisation}, layers {variant.layers}"
+def variant_name(variant: Variant) -> str:
+    """ "bfloat16, int4 weights, layers list"."""
+    weights = "" if variant.quantisation == "none" else f", {variant.quantisation} weights"
+    return f"{variant.dtype}{weights}, layers {variant.layers}"
 
 
 def _cells(result: Result, ceilings: Ceilings | None) -> tuple[str, ...]:
@@ -170,7 +171,7 @@ def _record(result: Result, ceilings: Ceilings | None, columns: int) -> list[str
         f"{rate} tok/s (median {median}), {ms} ms; {moved} GB/s = {of_bandwidth}, "
         f"{flops} TFLOP/s = {of_products}; peak {peak}, compiled in {compiling}"
     )
-    head = f"{what(result)}, {_variant(result)}:"
+    head = f"{what(result)}, {variant_name(result.variant)}:"
     indented = textwrap.wrap(
         facts, columns, initial_indent="  ", subsequent_indent="  ", break_long_words=False
     )

@@ -1,30 +1,22 @@
-"""Measuring: programs of the engine, shape by shape, the peer's in between.
-
-B rows, T prompt length, S cache slots.
-"""
+"""Measuring a model shape by shape, and the peer in turns with it."""
 
 from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from glm2_jax import GLMConfig, KVCache, compiler_options
+from convert.cli import is_out_of_memory
+from glm2_jax import GLMConfig
 from glm2_jax.schemes import COLUMN_AXES
-from infer import steps
+from glm2_jax.xla import cache_dtype
 from infer.bench_peer import Peer, PeerError
-from infer.job import bucket
-from infer.params import SamplingParams
-from infer.programs import device_errors
-from infer.sampling import Rows, seed_words
+from infer.bench_programs import Compiler, decode, prefill
 
 
 @dataclass(frozen=True)
@@ -82,8 +74,8 @@ class Result:
     Attributes:
       bytes, flops: that a prefill or a step cannot do without, see `work`.
       seconds: of a prefill or a step, one for each repetition.
-      compile_s: compiling the program.
-      planned: bytes of device memory that the compiler says the program needs, weights included.
+      compile_s: compiling the programs.
+      planned: bytes of device memory that the compiler says they need, weights included.
       peak: the most memory used; on a CPU since the measurement began, elsewhere since the start.
       peers: the peer's seconds by mode.
       problem: why there are no seconds, or none of the peer's; "".
@@ -132,7 +124,8 @@ def work(config: GLMConfig, params: Any, shape: Shape) -> tuple[float, float]:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - embed.nbytes
     seen = shape.prompt or shape.context + (shape.steps + 1) / 2  # keys that a row ends up with
     pairs = shape.prompt * (shape.prompt + 1) / 2 if shape.prompt else seen
-    per_token = c.num_layers * 2 * c.num_kv_heads * c.head_dim * embed.dtype.itemsize
+    kept = np.dtype(cache_dtype(device_of(params).platform, embed.dtype))
+    per_token = c.num_layers * 2 * c.num_kv_heads * c.head_dim * kept.itemsize
     layers = params["layers"]
     matrices = sum(
         weight.size
@@ -164,13 +157,12 @@ def measure_all(
         result = Result(variant, shape, *work(config, params, shape))
         _reset_peak()
         try:
-            with device_errors(f"{shape}"):
-                _measure(config, params, result, repeats, peer)
+            _measure(config, params, result, repeats, peer)
         except Exception as error:
-            if "out of device memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             result.problem = "out of memory"
-        result.peak = peak_bytes(_device(params))
+        result.peak = peak_bytes(device_of(params))
         yield result
 
 
@@ -178,7 +170,12 @@ def _measure(
     config: GLMConfig, params: Any, result: Result, repeats: int, peer: Peer | None
 ) -> None:
     shape = result.shape
-    run = (_prefill if shape.prompt else _decode)(config, params, result)
+    programs = Compiler(device_of(params))
+    if shape.prompt:
+        run = prefill(programs, config, params, shape.batch, shape.prompt)
+    else:
+        run = decode(programs, config, params, shape.batch, shape.context, shape.steps)
+    result.compile_s, result.planned = programs.seconds, programs.planned
     run()
     for mode in peer.modes if peer else ():
         assert peer is not None
@@ -194,108 +191,8 @@ def _measure(
         result.seconds.append(run())
 
 
-def _prefill(config: GLMConfig, params: Any, result: Result) -> Callable[[], float]:
-    """Compiles; returns what does it once and tells the seconds."""
-    shape = result.shape
-    size = bucket(shape.length, config.seq_length)
-    random = np.random.default_rng(0)
-    tokens = random.integers(3, config.vocab_size, (shape.batch, shape.prompt), np.int32)
-    lengths = np.full(shape.batch, shape.prompt, np.int32)
-    args = params, tokens, lengths, _controls(shape)
-    program = _compiled(result, partial(steps.prefill, config, size), *args)
-
-    def run() -> float:
-        start = time.perf_counter()
-        _, output = program(*args)
-        np.asarray(output.tokens)
-        return time.perf_counter() - start
-
-    return run
-
-
-def _decode(config: GLMConfig, params: Any, result: Result) -> Callable[[], float]:
-    """The same for a step, as the engine does it: the next one starts before this one is read."""
-    shape, controls = result.shape, _controls(result.shape)
-    with jax.default_device(_device(params)):
-        state = _state(config, shape, params["embed"].dtype)
-    keep = np.ones(shape.batch, bool)
-    program = _compiled(
-        result, partial(steps.decode, config), params, controls, keep, state, donate=3
-    )
-
-    def run() -> float:
-        nonlocal state
-        state = jax.block_until_ready(_rewound(state, shape))
-        start = time.perf_counter()
-        pending = None
-        for _ in range(shape.steps):
-            state, output = program(params, controls, keep, state)
-            output.tokens.copy_to_host_async()
-            if pending is not None:
-                np.asarray(pending)
-            pending = output.tokens
-        np.asarray(pending)
-        return (time.perf_counter() - start) / shape.steps
-
-    return run
-
-
-def _controls(shape: Shape) -> steps.Controls:
-    """Greedy, and never at an end."""
-    return steps.Controls(
-        rows=Rows.full(shape.batch, SamplingParams(temperature=0.0)),
-        seed=seed_words(0),
-        row_ids=np.arange(shape.batch, dtype=np.int32),
-        limit=np.full(shape.batch, 2**30, np.int32),
-        stop_ids=np.zeros(0, np.int32),
-        want_logprobs=np.array(False),
-    )
-
-
-def _state(config: GLMConfig, shape: Shape, dtype: Any) -> steps.State:
-    """As after a prompt of `context` tokens, whose keys and values are zeros."""
-    cache = KVCache.zeros(config, shape.batch, bucket(shape.length, config.seq_length), dtype)
-    return steps.State(
-        cache=cache,
-        token=jnp.zeros(shape.batch, jnp.int32),
-        seen=jnp.zeros((shape.batch, config.vocab_size), bool),
-        active=jnp.ones(shape.batch, bool),
-        step=jnp.int32(0),
-    )
-
-
-def _rewound(state: steps.State, shape: Shape) -> steps.State:
-    """The state before the first step; the cache stays where it is."""
-    cache = state.cache
-    assert cache is not None
-    length = jnp.full_like(cache.length, shape.context)
-    return state._replace(
-        cache=KVCache(cache.k, cache.v, length, cache.prefix),
-        active=jnp.ones_like(state.active),
-        step=jnp.zeros_like(state.step),
-    )
-
-
-def _compiled(result: Result, function: Callable, *args: Any, donate: int | None = None) -> Any:
-    """The engine's program for these arguments; notes how long it took and what it needs."""
-    options = compiler_options(_device(args[0]).platform)
-    start = time.perf_counter()
-    donated = () if donate is None else (donate,)
-    jitted = jax.jit(function, donate_argnums=donated, compiler_options=options)
-    program = jitted.lower(*args).compile()
-    result.compile_s = time.perf_counter() - start
-    memory = program.memory_analysis()
-    if memory is not None:
-        result.planned = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-    return program
-
-
-def _device(params: Any) -> Any:
+def device_of(params: Any) -> Any:
+    """Where parameters are."""
     return next(iter(params["embed"].devices()))
 
 

@@ -22,10 +22,11 @@ from convert import interrupt
 from convert.cli import EXIT_DEVICE, human_size, note, version
 from glm2_jax import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
+from glm2_jax.errors import UsageError
 from glm2_jax.host import find_memory, read_text
 from glm2_jax.schemes import SCHEMES
 from infer import bench_consumer, bench_peer, bench_plot, options
-from infer.bench_report import Report, as_json, markdown, render, what
+from infer.bench_report import Report, as_json, markdown, render, variant_name, what
 from infer.bench_run import Result, Shape, Variant, measure_all
 from infer.ceilings import measure_ceilings
 from infer.loading import faster_layers, find_device, load
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """
     if args.plot:
         bench_plot.check_plot(args.plot)
+    for path in (args.plot, args.markdown):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise UsageError(f"{path} cannot be written.", "Its folder does not exist.")
     if args.preset:
         bench_consumer.apply(args)
     device = find_device(args.device)
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             for result in _results(args, subject, peer, report):
                 report.results.append(result)
                 note(_line(result))
+        # Once more: a share of more than 100 per cent would only say that the machine was busy.
+        report.ceilings = report.ceilings.better(measure_ceilings(device))
         report.about["load average"] += f", {_load()} at the end"
         report.complete = True
     if args.plot:
@@ -126,7 +132,7 @@ def _results(
         variant, params = subject.open(dtype, quantize, layers)
         config = subject.config
         assert config is not None
-        note(f"{variant.dtype}, weights {variant.quantisation}: {human_size(variant.weights)}")
+        note(f"{variant_name(variant)}: {human_size(variant.weights)} of weights")
         opened = _open_in_peer(peer, config, variant, report)
         shapes = _shapes(args, config, report)
         yield from measure_all(config, params, variant, shapes, repeats=args.repeat, peer=opened)
@@ -212,9 +218,7 @@ def _columns() -> int:
 
 
 def _line(result: Result) -> str:
-    variant = result.variant
-    name = f"{variant.dtype} {variant.quantisation} {variant.layers} {what(result)}"
-    return f"{name}: {f'{result.rate:.4g} tok/s' if result.seconds else result.problem}"
+    return f"{what(result)}: {f'{result.rate:.4g} tok/s' if result.seconds else result.problem}"
 
 
 def about(

@@ -232,7 +232,7 @@ def settle(budget: Budget, wish: Wish, tell: Callable[[str], None]) -> Plan:
         fix += " (--memory-limit 999GB tries it all the same.)"
     raise DeviceError(
         f"not enough memory: {needs(plan)}",
-        f"That is what it takes; {why} {human_size(memory)}.",
+        f"{why} {human_size(memory)}.",
         fix,
     )
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from glm2_jax.dtypes import dtype_name
 
-REPEATS = 10
+REPEATS = 20
 # Far beyond every cache, and small beside a model.
 ARRAY_BYTES = {"cpu": 2**29, "gpu": 2**30, "tpu": 2**30}
 MATRIX = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
@@ -28,7 +28,7 @@ class Ceilings:
 
     Attributes:
       copy: bytes a second, read and written ones together, of changing a large array in place.
-      read: bytes a second of summing up a large array.
+      read: bytes a second of a large array, summed up or multiplied by a vector.
       matmul: operations a second (two for a product and its sum) by the name of a dtype.
     """
 
@@ -40,6 +40,11 @@ class Ceilings:
     def bandwidth(self) -> float:
         """Bytes a second: the better of the two."""
         return max(self.copy, self.read)
+
+    def better(self, other: Ceilings) -> Ceilings:
+        """The higher of each: what else the machine does can only make a ceiling too low."""
+        matmul = {name: max(ops, other.matmul[name]) for name, ops in self.matmul.items()}
+        return Ceilings(max(self.copy, other.copy), max(self.read, other.read), matmul)
 
 
 def measure_ceilings(
@@ -63,20 +68,21 @@ def measure_ceilings(
     with jax.default_device(device):
         large = jnp.ones((max(array_bytes // 4 // _ROW, 1), _ROW), jnp.float32)
         size = large.nbytes
-        sums = (lambda x: x.sum(), lambda x: x.sum(axis=1))
-        read = size / min(_best(one, large, repeats) for one in sums)
+        reads = (lambda x: x.sum(), lambda x: x.sum(axis=1), lambda x: _product(x[:1], x))
+        read = size / min(_best(one, large, repeats) for one in reads)
         copy = 2 * size / _best_in_place(large, repeats)
         matmul = {}
         for dtype in dtypes:
             square = jnp.ones((matrix, matrix), dtype)
-            matmul[dtype_name(dtype)] = 2 * matrix**3 / _best(_product, square, repeats)
+            seconds = _best(lambda x: _product(x, x), square, repeats)
+            matmul[dtype_name(dtype)] = 2 * matrix**3 / seconds
     return Ceilings(copy, read, matmul)
 
 
-def _product(x: jax.Array) -> jax.Array:
-    """x times its transpose: both operands are contiguous along what is summed, as in the model."""
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x times the transpose of w: both are contiguous along what is summed, as in the model."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum("MC,RC->MR", x, x, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum("MC,RC->MR", x, w, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _best(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES, Scheme
-from infer.temporaries import CHUNK, temporary_bytes
+from infer.temporaries import CHUNK, cache_number, temporary_bytes
 
 SHORTEST = 64  # slots of the smallest cache
 # What jax and its libraries take before any of our arrays is there.
@@ -123,7 +123,7 @@ def make_plan(
         context,
         batch,
         weight_bytes(config, precision),
-        cache_bytes(config, precision.size, context, rows),
+        cache_bytes(config, cache_number(precision, platform), context, rows),
         temporary_bytes(config, precision, context, rows, platform, chunk),
         RUNTIME[platform],
     )

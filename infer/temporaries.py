@@ -1,7 +1,8 @@
 """What the programs need on the device beside weights and cache: a formula.
 
-It follows the largest arrays that are alive together while prompts are read and while a token is
-drawn. Tests hold it against what XLA reports of the compiled programs.
+It adds up the large arrays that are alive together at the worst moment, as XLA lays them out; tests
+hold it against what XLA reports of the compiled programs. All sizes are bytes.
+B rows, T tokens of each that are read at once, M = B T, S slots of the cache.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ if TYPE_CHECKING:
 
 CHUNK = 2048  # tokens of prompts, of all rows together, that are read at once
 _FLOAT32 = 4
-# Bounds of the model's blocks, in elements (see `glm2_jax.model` and `glm2_jax.attention`).
-_MLP_ELEMENTS = 2**26
+# What the model does in blocks, see `glm2_jax.attention`, `glm2_jax.model` and `glm2_jax.linear`.
 _SCORES = 2**25
+_KEYS = 1024
+_MLP_ELEMENTS = 2**26
+_CPU_CHUNK = 2**19
+_GPU_FEW_ROWS = 4
+
+
+def cache_number(precision: Precision, platform: str) -> int:
+    """Bytes of a number in the cache."""
+    return _FLOAT32 if platform == "cpu" else precision.size
 
 
 def temporary_bytes(
@@ -29,51 +38,103 @@ def temporary_bytes(
       slots, rows: of the cache.
       chunk: most tokens that are read at once.
     """
-    width = min(max(1, chunk // rows), slots)
+    sizes = [1 << power for power in range(6, (slots - 1).bit_length())]  # caches on the way
     return max(
-        prefill_bytes(config, precision, slots, rows, width, platform),
-        decode_bytes(config, precision, slots, rows, platform),
-        growing_bytes(config, precision, slots, rows),
+        growing_bytes(config, slots, rows, cache_number(precision, platform)),
+        *(
+            step_bytes(config, precision, size, rows, width, platform)
+            for size in (*sizes, slots)
+            for width in (1, min(max(1, chunk // rows), size))
+        ),
     )
 
 
-def growing_bytes(config: GLMConfig, precision: Precision, slots: int, rows: int) -> int:
+def growing_bytes(config: GLMConfig, slots: int, rows: int, number: int) -> int:
     """The smaller cache that is copied into one of `slots` slots."""
-    smaller = 1 << (max(slots, 2) - 1).bit_length() - 1
-    return smaller * rows * _slot_bytes(config, precision) * config.num_layers
+    smaller = 1 << ((max(slots, 2) - 1).bit_length() - 1)
+    return smaller * rows * _slot(config, number) * config.num_layers
 
 
-def prefill_bytes(
+def step_bytes(
     config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, platform: str
 ) -> int:
-    """Reading `width` tokens of every row."""
-    tokens, size = rows * width, precision.size
-    D, F, N = config.hidden_size, config.ffn_hidden_size, config.num_heads
-    heads = (N + 2 * config.num_kv_heads) * config.head_dim
-    activations = tokens * (2 * D + heads) * size
-    at_once = min(tokens, max(1, _MLP_ELEMENTS // (2 * F)))
-    mlp = at_once * F * (2 * _FLOAT32 + size)
-    scores = min(tokens * N * slots, _SCORES) * _FLOAT32
-    attention = 3 * scores + rows * slots * _slot_bytes(config, precision)
-    weight = 2 * F * D * size if platform != "cpu" else 0
-    return activations + weight + max(mlp, attention) + sampling_bytes(config, rows)
+    """A program that reads `width` tokens of every row: 1 is a step of an answer."""
+    attention = _attention(config, precision, slots, rows, width, platform)
+    mlp = _mlp(config, precision, rows * width, platform)
+    drawing = 10 * rows * config.vocab_size * _FLOAT32  # from the logits: ranks, noise, ...
+    return max(attention, mlp, drawing) + _early(config, precision, slots, rows, width, platform)
 
 
-def decode_bytes(
-    config: GLMConfig, precision: Precision, slots: int, rows: int, platform: str
+def _attention(
+    config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, platform: str
 ) -> int:
-    """One token of every row."""
-    layer = rows * slots * _slot_bytes(config, precision) // 2
-    scores = rows * config.num_heads * slots * _FLOAT32
-    copied = config.num_layers if platform == "gpu" else 0
-    return layer * (1 + copied) + scores + sampling_bytes(config, rows)
+    """Scores, a layer's keys and values, and the hidden states beside them."""
+    whole = rows * config.num_heads * width * slots
+    copies, scores = 3, whole
+    if whole > _SCORES:
+        queries = _queries(config, rows, width)
+        copies, scores = 2, rows * config.num_heads * queries * min(_KEYS, slots)
+    if width == 1:
+        copies = 1
+    layer = rows * slots * _slot(config, cache_number(precision, platform))
+    if platform == "gpu":  # the keys are read where they are
+        layer //= 2
+    return copies * scores * _FLOAT32 + layer + _hidden(config, precision, rows * width)
 
 
-def sampling_bytes(config: GLMConfig, rows: int) -> int:
-    """Logits, and what drawing from them takes."""
-    return rows * config.vocab_size * 6 * _FLOAT32
+def _mlp(config: GLMConfig, precision: Precision, tokens: int, platform: str) -> int:
+    """What lies between the two products; on a GPU with a copy of the weight that is multiplied."""
+    D, F = config.hidden_size, config.ffn_hidden_size
+    at_once = min(tokens, max(1, _MLP_ELEMENTS // (2 * F)))
+    between = at_once * 2 * F * _FLOAT32
+    if platform == "gpu":
+        weight = 2 * F * D * precision.size if tokens > _GPU_FEW_ROWS else 0
+        return weight + between + _hidden(config, precision, tokens)
+    between += at_once * F * precision.size + _hidden(config, precision, tokens)
+    if platform == "tpu":  # held against one compiled program for a v5e only
+        unpacked = 3 * F * D * _FLOAT32 if _bits(precision) == 4 else 0
+        return 2 * between + unpacked
+    return between + (10 * _CPU_CHUNK if precision.scheme is not None else 0)
 
 
-def _slot_bytes(config: GLMConfig, precision: Precision) -> int:
-    """Keys and values of one token in one layer."""
-    return 2 * config.num_kv_heads * config.head_dim * precision.size
+def _bits(precision: Precision) -> int | None:
+    return None if precision.scheme is None else precision.scheme.bits
+
+
+def _early(
+    config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, platform: str
+) -> int:
+    """Results of loops inside the layers: with a list of layers, XLA:CPU makes the empty arrays
+    that they are written to for all layers at once, at the beginning."""
+    if platform != "cpu":
+        return 0
+    tokens, heads = rows * width, config.num_heads * config.head_dim
+    early = 0
+    if rows * config.num_heads * width * slots > _SCORES:  # attention block by block
+        return (
+            config.num_layers * tokens * (early * _FLOAT32 + _sums(config, precision, rows, width))
+        )
+    return config.num_layers * tokens * early * _FLOAT32
+
+
+def _queries(config: GLMConfig, rows: int, width: int) -> int:
+    """Queries of a block of attention."""
+    return min(width, max(1, _SCORES // (rows * config.num_heads * _KEYS)))
+
+
+def _sums(config: GLMConfig, precision: Precision, rows: int, width: int) -> int:
+    """What attention over blocks of keys adds up for a token, or its result, if blocks of queries
+    come one after another."""
+    if _queries(config, rows, width) < width:
+        return config.num_heads * config.head_dim * precision.size
+    return config.num_heads * (config.head_dim + 2) * _FLOAT32
+
+
+def _hidden(config: GLMConfig, precision: Precision, tokens: int) -> int:
+    """The hidden states, and the same normalised."""
+    return 2 * tokens * config.hidden_size * precision.size
+
+
+def _slot(config: GLMConfig, number: int) -> int:
+    """Keys and values of one token in one layer, `number` bytes each."""
+    return 2 * config.num_kv_heads * config.head_dim * number

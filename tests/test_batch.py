@@ -39,7 +39,10 @@ def loaded(warm, monkeypatch):
         share = warm if family == "chatglm2" else None
         engine = toy_engine(share=share, max_length=max_length, family=family)
         checkpoint: SimpleNamespace = engine.checkpoint  # pyright: ignore
-        checkpoint.summary, checkpoint.notes = SimpleNamespace(dtype="float32", quantisation=None), ()
+        checkpoint.summary, checkpoint.notes = (
+            SimpleNamespace(dtype="float32", quantisation=None),
+            (),
+        )
         return engine
 
     monkeypatch.setattr(infer, "load", load, raising=False)

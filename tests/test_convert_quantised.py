@@ -170,9 +170,7 @@ def test_scales_that_are_none_are_refused(tmp_path, bad):
     tensors[name][3] = bad
     write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 4})
     for quantize in (None, "none"):
-        with pytest.raises(
-            CheckpointError, match=r"1\.mlp\.dense_4h_to_h\.weight_scale holds"
-        ):
+        with pytest.raises(CheckpointError, match=r"1\.mlp\.dense_4h_to_h\.weight_scale holds"):
             load_checkpoint(tmp_path, quantize=quantize)
 
 

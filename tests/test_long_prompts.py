@@ -1,16 +1,23 @@
 """Prompts read in parts, and caches that grow: the same answers, from few programs."""
 
+import dataclasses
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm2_jax import KVCache, compiler_options, init_params
 from glm2_jax.errors import UsageError
-from infer import job, reading
+from glm2_jax.model import unstack_layers
+from glm2_jax.xla import cache_dtype
+from infer import job, reading, steps
 from infer.engine import Engine
 from infer.params import SamplingParams
 from infer.reading import bucket, grown, parts
 from infer.session import Session
-from tests.engine_toy import toy_engine
+from tests.engine_toy import TOY, toy_engine
 
 LONG = [list(range(10, 160)), [9, 8], list(range(200, 264)), [7] * 66]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=5)
@@ -83,8 +90,7 @@ def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monk
     prompts = [[5, 6, 7], [300, 4, 300, 4, 21, 9, 9]]
     whole = engine.complete(prompts, sampling)
     monkeypatch.setattr(reading, "SMALLEST_BUCKET", 16)  # the cache begins with 16 slots, ...
-    monkeypatch.setattr(job, "ROOM", 4)  # ... of which 4 at least are for the answers, ...
-    monkeypatch.setattr(reading, "GROWTH", 2)  # ... and goes on to 32 and 64
+    monkeypatch.setattr(job, "ROOM", 4)  # ... of which 4 at least are for the answers
     small = toy_engine()
 
     def streamed():
@@ -93,11 +99,8 @@ def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monk
 
     assert streamed() == small.complete(prompts, sampling) == whole
     keys = sorted((name, key[-1]) for name, key in small.programs._programs)
-    assert keys == [
-        *[("decode", 16), ("decode", 32), ("decode", 64), ("decode_many", 64)],
-        # One by one, and at once for all the steps that one dispatch may take.
-        *[("grow", 32), ("grow", 64), ("grow", 64), ("prefill", 16)],
-    ]
+    steps_of = [("decode", 16), ("decode", 64), ("decode_many", 64)]
+    assert keys == [*steps_of, ("grow", 64), ("prefill", 16)]
     counted = []
 
     def count(event, seconds, **kwargs):
@@ -128,6 +131,28 @@ def test_a_short_answer_does_not_get_a_long_cache(engine, monkeypatch):
         sampling = SamplingParams(temperature=0, max_new_tokens=limit)
         call = engine._job([[5, 6, 7]], sampling, None, False)
         assert (call.cache_size, call.largest_cache) == sizes
+
+
+@pytest.mark.parametrize("layers", ["stacked", "list"])
+def test_half_precision_on_a_cpu_copies_no_cache(layers):
+    """XLA:CPU of jax 0.10 would convert all of it to float32 and back, in every layer."""
+    config = dataclasses.replace(TOY, num_layers=6)
+
+    def arrays():
+        params = init_params(config, jax.random.key(0), jnp.bfloat16)
+        cache = KVCache.zeros(config, 2, 2**14, cache_dtype("cpu", jnp.bfloat16))
+        return unstack_layers(params) if layers == "list" else params, cache
+
+    params, cache = jax.eval_shape(arrays)
+    row = np.ones(2, np.int32)
+    jitted = jax.jit(
+        partial(steps.read, config), donate_argnums=4, compiler_options=compiler_options("cpu")
+    )
+    lowered = jitted.lower(params, row[:, None], row, row, cache)
+    memory = lowered.compile().memory_analysis()
+    keys = cache.k.size * cache.k.dtype.itemsize
+    assert memory.alias_size_in_bytes >= 2 * keys
+    assert memory.temp_size_in_bytes < 3 * keys / config.num_layers  # of a layer, both
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "8"])

@@ -1,0 +1,171 @@
+"""The engine's programs, compiled and ready to be timed: reading prompts, and steps after them.
+
+B rows, T prompt length. What `prefill` and `decode` return does it once and tells the seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm2_jax import GLMConfig, KVCache, compiler_options
+from glm2_jax.xla import cache_dtype
+from infer import steps
+from infer.engine import PREFILL_CHUNK
+from infer.params import SamplingParams
+from infer.reading import ROOM, Part, bucket, parts
+from infer.sampling import Rows, seed_words
+
+Run = Callable[[], float]
+
+
+class Compiler:
+    """Compiles for a device.
+
+    Attributes:
+      seconds: that it took so far.
+      planned: bytes of device memory that the largest program needs, by the compiler's account;
+        None where it gives none.
+    """
+
+    def __init__(self, device: Any):
+        self.device = device
+        self.seconds = 0.0
+        self.planned: int | None = None
+
+    def __call__(self, function: Callable, *args: Any, donate: int | None = None) -> Any:
+        """The program for these arguments, as `infer.programs` makes it."""
+        start = time.perf_counter()
+        jitted = jax.jit(
+            function,
+            donate_argnums=() if donate is None else (donate,),
+            compiler_options=compiler_options(self.device.platform),
+        )
+        program = jitted.lower(*args).compile()
+        self.seconds += time.perf_counter() - start
+        memory = program.memory_analysis()
+        if memory is not None:
+            needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
+            needed += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+            self.planned = max(needed, self.planned or 0)
+        return program
+
+
+def prefill(compiler: Compiler, config: GLMConfig, params: Any, batch: int, length: int) -> Run:
+    """Reading `batch` prompts of `length` tokens, and drawing the first token of each answer."""
+    random = np.random.default_rng(0)
+    prompts = random.integers(3, config.vocab_size, (batch, length)).tolist()
+    longest = min(max(1, PREFILL_CHUNK // batch), config.seq_length)
+    pieces = parts(prompts, 0, batch, longest)
+    size = bucket(length + ROOM, config.seq_length)
+    if len(pieces) > 1:
+        return _prefill_in_parts(compiler, config, params, pieces, size)
+    args = params, pieces[0].tokens, pieces[0].lengths, _controls(batch)
+    dtype = _cache_dtype(compiler, params)
+    program = compiler(partial(steps.prefill, config, size, dtype=dtype), *args)
+
+    def run() -> float:
+        start = time.perf_counter()
+        _, output = program(*args)
+        np.asarray(output.tokens)
+        return time.perf_counter() - start
+
+    return run
+
+
+def _prefill_in_parts(
+    compiler: Compiler, config: GLMConfig, params: Any, pieces: list[Part], size: int
+) -> Run:
+    *full, last = pieces
+    batch = len(last.lengths)
+    cache, controls = _cache(compiler, config, params, batch, size), _controls(batch)
+    seen = np.zeros((batch, config.vocab_size), bool)
+    read = compiler(partial(steps.read, config), params, *full[0], cache, donate=4)
+    extend = compiler(partial(steps.extend, config), params, *last, seen, controls, cache, donate=6)
+
+    def run() -> float:
+        nonlocal cache
+        start = time.perf_counter()
+        for part in full:
+            cache = read(params, *part, cache)
+        state, output = extend(params, *last, seen, controls, cache)
+        np.asarray(output.tokens)
+        seconds = time.perf_counter() - start
+        cache = state.cache  # the parts say which slots count, so it needs no cleaning
+        return seconds
+
+    return run
+
+
+def decode(
+    compiler: Compiler, config: GLMConfig, params: Any, batch: int, context: int, count: int
+) -> Run:
+    """`count` steps after `context` tokens, each started before the one before it is read.
+
+    The seconds are those of one step. Keys and values of the context are zeros.
+    """
+    size = bucket(context + max(count, ROOM), config.seq_length)
+    controls, keep = _controls(batch), np.ones(batch, bool)
+    with jax.default_device(compiler.device):
+        state = steps.State(
+            cache=_cache(compiler, config, params, batch, size),
+            token=jnp.zeros(batch, jnp.int32),
+            seen=jnp.zeros((batch, config.vocab_size), bool),
+            active=jnp.ones(batch, bool),
+            step=jnp.int32(0),
+        )
+    program = compiler(partial(steps.decode, config), params, controls, keep, state, donate=3)
+
+    def run() -> float:
+        nonlocal state
+        state = jax.block_until_ready(_rewound(state, context))
+        pending = None
+        start = time.perf_counter()
+        for _ in range(count):
+            state, output = program(params, controls, keep, state)
+            output.tokens.copy_to_host_async()
+            if pending is not None:
+                np.asarray(pending)
+            pending = output.tokens
+        np.asarray(pending)
+        return (time.perf_counter() - start) / count
+
+    return run
+
+
+def _controls(batch: int) -> steps.Controls:
+    """Greedy, and never at an end."""
+    return steps.Controls(
+        rows=Rows.full(batch, SamplingParams(temperature=0.0)),
+        seed=seed_words(0),
+        row_ids=np.arange(batch, dtype=np.int32),
+        limit=np.full(batch, 2**30, np.int32),
+        stop_ids=np.zeros(0, np.int32),
+        want_logprobs=np.array(False),
+    )
+
+
+def _cache(compiler: Compiler, config: GLMConfig, params: Any, batch: int, size: int) -> KVCache:
+    with jax.default_device(compiler.device):
+        return KVCache.zeros(config, batch, size, _cache_dtype(compiler, params))
+
+
+def _cache_dtype(compiler: Compiler, params: Any) -> Any:
+    return cache_dtype(compiler.device.platform, params["embed"].dtype)
+
+
+def _rewound(state: steps.State, context: int) -> steps.State:
+    """The state before the first step; the cache stays where it is."""
+    cache = state.cache
+    assert cache is not None
+    return state._replace(
+        cache=KVCache(cache.k, cache.v, jnp.full_like(cache.length, context), cache.prefix),
+        active=jnp.ones_like(state.active),
+        step=jnp.zeros_like(state.step),
+    )
