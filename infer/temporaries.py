@@ -104,17 +104,13 @@ def _bits(precision: Precision) -> int | None:
 def _early(
     config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, platform: str
 ) -> int:
-    """Results of loops inside the layers: with a list of layers, XLA:CPU makes the empty arrays
+    """Results of attention block by block: with a list of layers, XLA:CPU makes the empty arrays
     that they are written to for all layers at once, at the beginning."""
     if platform != "cpu":
         return 0
-    tokens, heads = rows * width, config.num_heads * config.head_dim
-    early = 0
-    if rows * config.num_heads * width * slots > _SCORES:  # attention block by block
-        return (
-            config.num_layers * tokens * (early * _FLOAT32 + _sums(config, precision, rows, width))
-        )
-    return config.num_layers * tokens * early * _FLOAT32
+    if rows * config.num_heads * width * slots <= _SCORES:
+        return 0
+    return config.num_layers * rows * width * _sums(config, precision, rows, width)
 
 
 def _queries(config: GLMConfig, rows: int, width: int) -> int:

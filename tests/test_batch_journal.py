@@ -197,7 +197,8 @@ def command(warm, monkeypatch, tmp_path):
     def load(path, **kwargs) -> Engine:
         engine = toy_engine(share=warm)
         checkpoint: SimpleNamespace = engine.checkpoint  # pyright: ignore
-        checkpoint.summary, checkpoint.notes = SimpleNamespace(dtype="float32"), ()
+        checkpoint.summary = SimpleNamespace(dtype="float32", quantisation=None)
+        checkpoint.notes = ()
         checkpoint.fingerprint = str(path)
         return engine
 

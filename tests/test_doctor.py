@@ -90,6 +90,8 @@ def test_a_laptop_is_offered_the_demo_model():
 @pytest.mark.parametrize(
     ("free", "flags"),
     [
+        (6, "--dtype bfloat16 --quantize int4"),
+        (9, "--dtype bfloat16 --quantize int8"),
         (15, "--dtype bfloat16"),
         (26, "--dtype bfloat16"),
         (28, "--dtype float32"),
