@@ -12,10 +12,13 @@ import signal
 import sys
 import termios
 import threading
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
 from convert import interrupt
+
+_WAKE = (0.05, 0.2, 1.0)  # seconds between a Ctrl-C and the attempts to have it noticed
 
 
 class ChatSignals:
@@ -62,7 +65,9 @@ class ChatSignals:
         while signum := os.read(reading, 1)[0]:
             if signum == signal.SIGTERM:
                 self._end(signum)
-            if signum == signal.SIGINT and not self._waiting:
+            if signum == signal.SIGINT and self._waiting:
+                _wake(threading.main_thread())
+            elif signum == signal.SIGINT:
                 if self.stop:
                     self._end(signum)
                 self.stop = True
@@ -72,3 +77,19 @@ class ChatSignals:
             with contextlib.suppress(termios.error, OSError):
                 termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, self._terminal)
         interrupt.end(signum)
+
+
+def _wake(thread: threading.Thread) -> None:
+    """Interrupts what a thread waits for, so that it notices a signal it has not handled yet.
+
+    One that comes while a key is handled, and not while the next is waited for, would else be
+    noticed with that next key. Nobody minds this signal: it says that a window has its size.
+    """
+
+    def wake() -> None:
+        for seconds in _WAKE:
+            time.sleep(seconds)
+            if thread.ident is not None:
+                signal.pthread_kill(thread.ident, signal.SIGWINCH)
+
+    threading.Thread(target=wake, daemon=True).start()

@@ -254,7 +254,7 @@ def test_int4_rows_of_an_odd_length(tmp_path):
     tensors = official_tensors(config, random_params(config))
     tensors |= {f"{name}_scale": np.ones(1, np.float16) for name in TENSORS if "layers" in name}
     write_official(tmp_path, config, tensors=tensors, raw={"quantization_bit": 4})
-    assert "rows that int4 cannot pack" in refusal(tmp_path)
+    assert "rows that int4-row cannot pack" in refusal(tmp_path)
 
 
 def test_a_template_that_the_family_has_not(tmp_path):

@@ -20,6 +20,7 @@ ELSEWHERE = {
     "pip install -e '.[cuda]'": ("pyproject.toml", "cuda = "),  # needs the hardware
     "pip install -e '.[tpu]'": ("pyproject.toml", "tpu = "),
     "pip install -e '.[hub]'": ("pyproject.toml", "hub = "),
+    "pip install -e '.[plot]'": ("pyproject.toml", "plot = "),
     "python -m infer.generate --model THUDM/chatglm2-6b --source hf --prompt 你好": (
         "tests",  # against a server of our own
         "test_the_engine_takes_names",

@@ -40,7 +40,7 @@ def share_programs(monkeypatch):
 
     def load(*args, **kwargs):
         engine = real(*args, **kwargs)
-        key = (engine.config, engine.checkpoint.summary.dtype)
+        key = (engine.config, engine.checkpoint.summary.dtype, kwargs.get("layers"))
         engine.programs = PROGRAMS.setdefault(key, engine.programs)
         return engine
 
