@@ -31,6 +31,7 @@ class ChatSignals:
     def __init__(self) -> None:
         self.stop = False
         self._waiting = False
+        self._handled = 0  # by the main thread, of those that the other thread has yet to read
         try:
             self._terminal = termios.tcgetattr(sys.stdin.fileno())
         except (termios.error, OSError, ValueError):
@@ -55,22 +56,30 @@ class ChatSignals:
     def replying(self) -> Iterator[None]:
         """Inside, SIGINT sets `stop`, and ends the process if that is set already."""
         self.stop = self._waiting = False
+        self._handled = 0
         yield
 
     def _interrupted(self, signum: int, frame: object) -> None:
         if self._waiting:
+            self._handled += 1
             raise KeyboardInterrupt
 
     def _watch(self, reading: int) -> None:
         while signum := os.read(reading, 1)[0]:
             if signum == signal.SIGTERM:
                 self._end(signum)
-            if signum == signal.SIGINT and self._waiting:
-                _wake(threading.main_thread())
-            elif signum == signal.SIGINT:
-                if self.stop:
-                    self._end(signum)
-                self.stop = True
+            if signum == signal.SIGINT:
+                self._read_interrupt()
+
+    def _read_interrupt(self) -> None:
+        if self._waiting:
+            _wake(threading.main_thread())
+        if self._waiting or self._handled > 0:
+            self._handled -= 1
+        elif self.stop:
+            self._end(signal.SIGINT)
+        else:
+            self.stop = True
 
     def _end(self, signum: int) -> NoReturn:
         if self._terminal is not None:  # line editing may have switched its echo off

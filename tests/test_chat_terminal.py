@@ -58,6 +58,7 @@ class Terminal:
         )
 
     def type(self, text: str) -> None:
+        time.sleep(0.2)  # nobody answers a prompt faster
         os.write(self.master, text.encode())
 
     def wait_for(self, text: str) -> str:
