@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax.blocks import map_blocks
+from glm2_jax.limits import KEYS, SCORES
 from glm2_jax.linear import einsum
-
-_SCORES = 2**25  # how many scores, of all rows and heads, may be in memory at once
-_KEYS = 1024  # of a block
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing gives no NaN
 
@@ -67,9 +65,9 @@ def attend(
     # A probability of 0 does not silence a NaN.
     v = jnp.where(visible.key_segments[:, :, None, None] > 0, v, 0)
     q = q.reshape(B, T, K, N // K, H)
-    if dropout is None and B * N * T * S > _SCORES:
-        keys = min(_KEYS, S)
-        queries = max(1, _SCORES // (B * N * keys))
+    if dropout is None and B * N * T * S > SCORES:
+        keys = min(KEYS, S)
+        queries = max(1, SCORES // (B * N * keys))
 
         def block(q: jax.Array, places: jax.Array, segments: jax.Array) -> jax.Array:
             return _over_blocks(q, k, v, Visibility(places, segments, visible.key_segments), keys)

@@ -12,13 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS
 from glm2_jax.quant import QTensor, dequantise, int4_halves
 
 Weight = jax.Array | QTensor
-
-_FEW_ROWS = 4  # up to which a GPU multiplies and sums instead of calling a dot
-# A CPU converts weights in pieces of about this many elements, which stay in its cache.
-_CHUNK_ELEMENTS = 2**19
 
 
 def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
@@ -78,7 +75,7 @@ def _dot(x: jax.Array, w: Weight) -> jax.Array:
 def _on_gpu(x: jax.Array, w: Weight) -> jax.Array:
     """The same for XLA:GPU, which fuses slicing a layer's weight out of stacked ones, unpacking and
     converting into a reduction, but writes a copy of the slice for a dot."""
-    if x.shape[0] > _FEW_ROWS:
+    if x.shape[0] > FEW_ROWS:
         return _dot(x, w)
     parts = _parts(x.astype(jnp.float32), w)
     first, *others = (half[:, None] * part.astype(jnp.float32) for half, part in parts)
@@ -141,7 +138,7 @@ def _by_chunks(
         *arrays: [R, ...], equally many rows of each.
     """
     rows = arrays[0].shape[0]
-    count = -(-elements // _CHUNK_ELEMENTS)
+    count = -(-elements // CHUNK_ELEMENTS)
     while rows % count:
         count += 1
     if count == 1:

@@ -23,13 +23,13 @@ from glm2_jax.attention import Visibility, attend
 from glm2_jax.blocks import map_blocks
 from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
+from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
 from glm2_jax.quant import QTensor
 from glm2_jax.rope import apply_rope, rope_tables
 
 Params = Mapping[str, Any]
 
-_MLP_ELEMENTS = 2**26  # of the [B, T, 2, F] between the products of an MLP, at once
 _WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also under JAX_ENABLE_X64
 
 
@@ -140,7 +140,7 @@ class GLMBlock(nn.Module):
             hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
             return einsum("BTF,DF->BTD", hidden, down).astype(x.dtype)
 
-        at_once = _MLP_ELEMENTS // (x.shape[0] * 2 * self.config.ffn_hidden_size)
+        at_once = MLP_ELEMENTS // (x.shape[0] * 2 * self.config.ffn_hidden_size)
         return map_blocks(mlp, max(1, at_once), x)
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, compiler_options
+from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.xla import cache_dtype
 from infer import steps
-from infer.engine import PREFILL_CHUNK
 from infer.params import SamplingParams
 from infer.reading import ROOM, Part, bucket, parts
 from infer.sampling import Rows, seed_words

@@ -18,6 +18,7 @@ from convert.cli import human_size, note
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import DeviceError, GLMError, UsageError
 from glm2_jax.host import find_memory
+from glm2_jax.limits import PREFILL_CHUNK
 from infer.devices import CARDS, find_card
 from infer.machine import Gpu
 from infer.plan import (
@@ -31,7 +32,6 @@ from infer.plan import (
     precisions,
 )
 from infer.probing import count_tpus, find_nvidia
-from infer.temporaries import CHUNK
 
 DEFAULT_CONTEXT = 8192  # of --max-length
 SPARE = 1.1  # of a plan, for what a pool cannot use between its pieces
@@ -166,7 +166,7 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
         batch,
         stored,
         fixed_context=asked is not None,
-        chunk=args.prefill_chunk or CHUNK,
+        chunk=args.prefill_chunk or PREFILL_CHUNK,
     )
     plan = settle(budget, wish, note)
     if plan.precision != wish.choices[0]:
@@ -192,7 +192,7 @@ class Wish:
     batch: int = 1
     stored: str | None = None
     fixed_context: bool = False
-    chunk: int = CHUNK
+    chunk: int = PREFILL_CHUNK
 
     def plan(self, precision: Precision, platform: str) -> Plan:
         return make_plan(

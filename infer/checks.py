@@ -273,18 +273,9 @@ def _step(config, params, token, cache):
 
 def _tolerance(engine: Engine) -> float:
     name = engine.checkpoint.summary.dtype
-    if name == "float32" and platform(engine) != "cpu":
+    if name == "float32" and engine.device.platform != "cpu":
         name = "float32 accelerated"
     return _TOLERANCES.get(name, _HALF_TOLERANCE)
-
-
-def device(engine: Engine) -> Any:
-    """The `jax.Device` that holds the weights."""
-    return next(iter(jax.tree.leaves(engine.checkpoint.params)[0].devices()))
-
-
-def platform(engine: Engine) -> str:
-    return device(engine).platform
 
 
 def _greedy(tokens: int) -> SamplingParams:
@@ -315,7 +306,7 @@ def measure(engine: Engine) -> Figures:
     compiled_before = engine.programs.seconds
     load_s = engine.stats.load_s
     ids = engine.build_prompt(HELLO)
-    length = 128 if platform(engine) == "cpu" else 512
+    length = 128 if engine.device.platform == "cpu" else 512
     length = max(min(length, engine.max_length // 2), 1)
     long = list(islice(cycle(ids), length))
     for _ in range(2):

@@ -33,7 +33,7 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        # NVIDIA: product pages and data sheets of each card (memory bandwidth).
+        # NVIDIA: as the makers' specifications are commonly quoted; T4 and A100 40 GB looked up.
         Card("3060", "gpu", 12 * _GIB, 360e9, ("rtx 3060",)),
         Card("3080", "gpu", 10 * _GIB, 760e9, ("rtx 3080",)),
         Card("3090", "gpu", 24 * _GIB, 936e9, ("rtx 3090",)),
@@ -49,8 +49,8 @@ CARDS = {
         Card("a100-80", "gpu", 80 * _GIB, 2039e9, ("a100", "80gb")),  # SXM; PCIe has 1935
         Card("h100", "gpu", 80 * _GIB, 3350e9, ("h100", "80gb")),  # SXM; PCIe has 2000
         Card("h200", "gpu", 143771 * _MIB, 4800e9, ("h200",)),  # 141 GB
-        # Google: the pages of each version at cloud.google.com/tpu/docs; one chip. Of the 16 GB of
-        # a v5e the compiler leaves 15.75 GiB to programs (its own out-of-memory message).
+        # Google: one chip; v5e and v5p looked up at cloud.google.com/tpu/docs, v6e as quoted. Of the
+        # 16 GB of a v5e the compiler leaves 15.75 GiB to programs (its out-of-memory message).
         Card("v5e-1", "tpu", int(15.75 * _GIB), 819e9, ("tpu v5 lite",)),
         Card("v5p", "tpu", 95 * _GB, 2765e9, ("tpu v5p",)),
         Card("v6e-1", "tpu", 32 * _GB, 1640e9, ("tpu v6 lite",)),

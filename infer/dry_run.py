@@ -15,9 +15,9 @@ from typing import Any
 from convert.cli import EXIT_DEVICE, human_size, note
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.limits import PREFILL_CHUNK
 from infer.budget import Budget, check_context, find_budget
 from infer.plan import Plan, largest_context, make_plan, precisions, rate_bound
-from infer.temporaries import CHUNK
 
 DEFAULT_CONFIG = "chatglm2-6b"
 CONTEXTS = (2048, 8192, 32768)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         batches=sorted({1, args.batch_size}),
         dtype=args.dtype,
         quantize=args.quantize,
-        chunk=args.prefill_chunk or CHUNK,
+        chunk=args.prefill_chunk or PREFILL_CHUNK,
     )
     if args.json:
         print(json.dumps(as_json(sheet), ensure_ascii=False))
@@ -128,7 +128,7 @@ def make_sheet(
     batches: Sequence[int],
     dtype: str = "auto",
     quantize: str | None = None,
-    chunk: int = CHUNK,
+    chunk: int = PREFILL_CHUNK,
 ) -> Sheet:
     """Plans for every precision that the flags leave open.
 

@@ -12,6 +12,7 @@ import jax
 
 from glm2_jax import KVCache, prompt
 from glm2_jax.errors import UsageError
+from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.xla import cache_dtype
 from infer import steps
 from infer.answer import Completion
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from convert import Checkpoint
 
 DEFAULT_MAX_LENGTH = 8192
-PREFILL_CHUNK = 2048  # tokens; enough to keep a GPU's matrix units busy
 STEPS_PER_DISPATCH = 32  # of the device loop; the host looks for stop strings in between
 
 Turns = Sequence[tuple[str, str]]

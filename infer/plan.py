@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from glm2_jax.config import GLMConfig
+from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES, Scheme
-from infer.temporaries import CHUNK, cache_number, temporary_bytes
+from infer.temporaries import cache_number, temporary_bytes
 
 SHORTEST = 64  # slots of the smallest cache
 # What jax and its libraries take before any of our arrays is there.
@@ -109,7 +110,7 @@ def make_plan(
     batch: int = 1,
     *,
     platform: str = "gpu",
-    chunk: int = CHUNK,
+    chunk: int = PREFILL_CHUNK,
 ) -> Plan:
     """The plan for prompts and answers of up to `context` tokens, `batch` of them together.
 
@@ -175,7 +176,7 @@ def largest_context(
     memory: int,
     *,
     platform: str = "gpu",
-    chunk: int = CHUNK,
+    chunk: int = PREFILL_CHUNK,
 ) -> int:
     """The longest context that fits into `memory` bytes, in steps of 64 tokens; 0 = none does."""
 
@@ -208,7 +209,7 @@ def nearest(
     choices: Iterable[Precision],
     *,
     platform: str = "gpu",
-    chunk: int = CHUNK,
+    chunk: int = PREFILL_CHUNK,
 ) -> list[Plan]:
     """Plans that fit into `memory` bytes where `wanted` does not, each as near to it as can be.
 

@@ -114,11 +114,10 @@ def _versions() -> str:
 
 
 def _about(engine: Engine) -> dict[str, Any]:
-    from infer import checks
     from infer.probing import find_nvidia
 
     config, summary = engine.config, engine.checkpoint.summary
-    device = checks.device(engine)
+    device = engine.device
     driver = find_nvidia().driver if device.platform == "gpu" else ""
     return {
         "family": config.family,

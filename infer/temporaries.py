@@ -10,18 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from glm2_jax.config import GLMConfig
+from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, KEYS, MLP_ELEMENTS, SCORES
 
 if TYPE_CHECKING:
     from infer.plan import Precision
 
-CHUNK = 2048  # tokens of prompts, of all rows together, that are read at once
 _FLOAT32 = 4
-# What the model does in blocks, see `glm2_jax.attention`, `glm2_jax.model` and `glm2_jax.linear`.
-_SCORES = 2**25
-_KEYS = 1024
-_MLP_ELEMENTS = 2**26
-_CPU_CHUNK = 2**19
-_GPU_FEW_ROWS = 4
 
 
 def cache_number(precision: Precision, platform: str) -> int:
@@ -50,7 +44,8 @@ def temporary_bytes(
 
 
 def growing_bytes(config: GLMConfig, slots: int, rows: int, number: int) -> int:
-    """The smaller cache that is copied into one of `slots` slots."""
+    """The smaller cache that is copied into one of `slots` slots: at most the bucket before it,
+    where the model's context ends the growth early."""
     smaller = 1 << ((max(slots, 2) - 1).bit_length() - 1)
     return smaller * rows * _slot(config, number) * config.num_layers
 
@@ -71,9 +66,9 @@ def _attention(
     """Scores, a layer's keys and values, and the hidden states beside them."""
     whole = rows * config.num_heads * width * slots
     copies, scores = 3, whole
-    if whole > _SCORES:
+    if whole > SCORES:
         queries = _queries(config, rows, width)
-        copies, scores = 2, rows * config.num_heads * queries * min(_KEYS, slots)
+        copies, scores = 2, rows * config.num_heads * queries * min(KEYS, slots)
     if width == 1:
         copies = 1
     layer = rows * slots * _slot(config, cache_number(precision, platform))
@@ -85,16 +80,16 @@ def _attention(
 def _mlp(config: GLMConfig, precision: Precision, tokens: int, platform: str) -> int:
     """What lies between the two products; on a GPU with a copy of the weight that is multiplied."""
     D, F = config.hidden_size, config.ffn_hidden_size
-    at_once = min(tokens, max(1, _MLP_ELEMENTS // (2 * F)))
+    at_once = min(tokens, max(1, MLP_ELEMENTS // (2 * F)))
     between = at_once * 2 * F * _FLOAT32
     if platform == "gpu":
-        weight = 2 * F * D * precision.size if tokens > _GPU_FEW_ROWS else 0
+        weight = 2 * F * D * precision.size if tokens > FEW_ROWS else 0
         return weight + between + _hidden(config, precision, tokens)
     between += at_once * F * precision.size + _hidden(config, precision, tokens)
     if platform == "tpu":  # held against one compiled program for a v5e only
         unpacked = 3 * F * D * _FLOAT32 if _bits(precision) == 4 else 0
         return 2 * between + unpacked
-    return between + (10 * _CPU_CHUNK if precision.scheme is not None else 0)
+    return between + (10 * CHUNK_ELEMENTS if precision.scheme is not None else 0)
 
 
 def _bits(precision: Precision) -> int | None:
@@ -108,14 +103,14 @@ def _early(
     that they are written to for all layers at once, at the beginning."""
     if platform != "cpu":
         return 0
-    if rows * config.num_heads * width * slots <= _SCORES:
+    if rows * config.num_heads * width * slots <= SCORES:
         return 0
     return config.num_layers * rows * width * _sums(config, precision, rows, width)
 
 
 def _queries(config: GLMConfig, rows: int, width: int) -> int:
     """Queries of a block of attention."""
-    return min(width, max(1, _SCORES // (rows * config.num_heads * _KEYS)))
+    return min(width, max(1, SCORES // (rows * config.num_heads * KEYS)))
 
 
 def _sums(config: GLMConfig, precision: Precision, rows: int, width: int) -> int:

@@ -38,9 +38,9 @@ CASES = {
 
 def use_small_blocks(monkeypatch) -> None:
     """Blocks of 5 keys, 3 queries and 3 tokens, which divide nothing evenly."""
-    monkeypatch.setattr(attention, "_SCORES", 3 * B * N * 5)
-    monkeypatch.setattr(attention, "_KEYS", 5)
-    monkeypatch.setattr(model, "_MLP_ELEMENTS", 3 * B * 2 * TOY.ffn_hidden_size)
+    monkeypatch.setattr(attention, "SCORES", 3 * B * N * 5)
+    monkeypatch.setattr(attention, "KEYS", 5)
+    monkeypatch.setattr(model, "MLP_ELEMENTS", 3 * B * 2 * TOY.ffn_hidden_size)
 
 
 def arguments(name: str):
@@ -133,8 +133,8 @@ def temporaries(slots: int, queries: int = 64) -> int:
 
 
 def test_memory_does_not_grow_with_the_cache(monkeypatch):
-    monkeypatch.setattr(attention, "_SCORES", 2**15)
-    monkeypatch.setattr(attention, "_KEYS", 128)
+    monkeypatch.setattr(attention, "SCORES", 2**15)
+    monkeypatch.setattr(attention, "KEYS", 128)
     small, large = temporaries(1024), temporaries(16 * 1024)
     assert large < 1.1 * small < 1.1 * 4 * 2**15 * 4
     assert temporaries(16 * 1024, 1024) < 2 * large + 4 * 1024 * N * H * 4

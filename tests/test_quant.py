@@ -93,7 +93,7 @@ def test_products_are_those_of_the_dequantised_weight(form, rows, platform):
 
 @pytest.mark.parametrize("kind", ["plain", *SCHEMES])
 def test_products_by_chunks_on_a_cpu(kind, monkeypatch):
-    monkeypatch.setattr("glm2_jax.linear._CHUNK_ELEMENTS", 500)  # of 4608 integers: 12 chunks
+    monkeypatch.setattr("glm2_jax.linear.CHUNK_ELEMENTS", 500)  # of 4608 integers: 12 chunks
     matrix, weight = small_weight("int8" if kind == "plain" else kind)
     if kind == "plain":
         weight, expected = jnp.asarray(matrix, jnp.float16), matrix
