@@ -17,10 +17,10 @@ from glm2_jax.xla import cache_dtype
 from infer import steps
 from infer.answer import Completion
 from infer.job import Clock, Job, Stats, TokenEvent, listed
+from infer.memory.shortage import when_answering
 from infer.params import SamplingParams
 from infer.programs import OnEvent, Programs, device_errors
 from infer.reading import grown
-from infer.shortage import when_answering
 
 if TYPE_CHECKING:
     from convert import Checkpoint

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from convert import interrupt
 from convert.cli import Parser, path_argument
 from infer import options
-from infer.devices import CARDS
+from infer.memory.devices import CARDS
 
 PROG = "python -m infer.generate"
 DESCRIPTION = """Answers a question with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.use_utf8()
     args = parser().parse_args(argv)
     if args.dry_run:
-        from infer import dry_run
+        from infer.memory import dry_run
 
         return dry_run.run(args)
     _check_dry_run_flags(args)

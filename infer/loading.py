@@ -15,8 +15,8 @@ from convert import load_checkpoint
 from convert.hub import find_model
 from glm2_jax.errors import DeviceError, UsageError
 from infer.engine import Engine
+from infer.memory.shortage import when_loading
 from infer.programs import OnEvent, device_errors
-from infer.shortage import when_loading
 
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 

@@ -252,9 +252,9 @@ def model_folder(args: argparse.Namespace) -> str | None:
 def open_engine(args: argparse.Namespace) -> Engine:
     """Loads the model that the flags name and says on stderr how it computes."""
     import infer
-    from infer.budget import prepare
     from infer.compile_cache import enable_compile_cache
     from infer.loading import demo_folder
+    from infer.memory.budget import prepare
 
     enable_compile_cache(args.compile_cache, warn=note)
     folder = model_folder(args)

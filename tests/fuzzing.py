@@ -29,7 +29,7 @@ from convert.torch_zip import read_torch_file
 from glm2_jax.errors import GLMError, InputError
 from glm2_jax.prompt import build_messages, build_prompt
 from glm2_jax.tokenizer import Tokenizer
-from infer import chat_files
+from infer.chat import files as chat_files
 from infer.requests import Request, parse_batch, read_history
 from infer.text_input import read_bytes
 from tests.checkpoints import TINY, write_official

@@ -18,19 +18,14 @@ from glm2_jax import GLMConfig, init_params
 from glm2_jax.errors import UsageError
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES
-from infer import (
-    bench,
-    bench_consumer,
-    bench_peer,
-    bench_plot,
-    bench_programs,
-    bench_run,
-    bench_suite,
-)
-from infer.bench_report import Report, as_json, markdown, render
-from infer.bench_run import Result, Shape, Variant, measure_all, work
-from infer.ceilings import Ceilings, measure_ceilings
-from infer.random_params import random_params
+from infer.bench import __main__ as bench
+from infer.bench import consumer, plot, programs, suite
+from infer.bench import peer as bench_peer
+from infer.bench import run as bench_run
+from infer.bench.ceilings import Ceilings, measure_ceilings
+from infer.bench.random_params import random_params
+from infer.bench.report import Report, as_json, markdown, render
+from infer.bench.run import Result, Shape, Variant, measure_all, work
 from tests.toy import TOY, jit_forward, quantised_shapes, random_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +36,7 @@ CPU = jax.devices("cpu")[0]
 @pytest.fixture
 def quick(monkeypatch):
     """Ceilings that were not measured: their own test measures them."""
-    monkeypatch.setattr(bench_suite, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(suite, "measure_ceilings", lambda device: CEILINGS)
 
 
 @pytest.fixture(scope="module")
@@ -206,16 +201,16 @@ def test_random_weights(capsys, quick, toy_config):
 
 
 def test_long_prompts_are_read_in_parts(monkeypatch):
-    monkeypatch.setattr(bench_programs, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)
     compiled = []
 
-    class Compiler(bench_programs.Compiler):
+    class Compiler(programs.Compiler):
         def __call__(self, function, *args, donate=None):
             compiled.append(function.func.__name__)
             return super().__call__(function, *args, donate=donate)
 
     compiler = Compiler(CPU)
-    run = bench_programs.prefill(compiler, TOY, random_params(TOY, jnp.float32), 1, 50)
+    run = programs.prefill(compiler, TOY, random_params(TOY, jnp.float32), 1, 50)
     assert compiled == ["read", "extend"] and compiler.seconds > 0
     assert run() > 0 and run() > 0  # the cache of the first is used again
 
@@ -364,14 +359,14 @@ def test_the_consumer_preset(capsys, quick):
 
 def test_the_consumer_preset_with_figures():
     report = hand_made()
-    text = bench_consumer.render(report, 100)
+    text = consumer.render(report, 100)
     assert "measured, some device: 6.0 MB, 5 tok/s" in text and text.count("nothing") == 2
     args = argparse.Namespace(device="cpu")
-    assert bench_consumer.wanted(args, "cpu") and bench_consumer.wanted(args, "gpu")
+    assert consumer.wanted(args, "cpu") and consumer.wanted(args, "gpu")
 
 
 def test_a_picture_needs_matplotlib(monkeypatch):
-    monkeypatch.setattr(bench_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'glm2-jax\[plot\]'"):
         bench.main(["--plot", "roofline.png"])
 
@@ -379,11 +374,11 @@ def test_a_picture_needs_matplotlib(monkeypatch):
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     path = tmp_path / "roofline.png"
-    bench_plot.check_plot(str(path))
-    bench_plot.draw(hand_made(), str(path))
+    plot.check_plot(str(path))
+    plot.draw(hand_made(), str(path))
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     with pytest.raises(UsageError, match="picture"):
-        bench_plot.check_plot("roofline.txt")
+        plot.check_plot("roofline.txt")
 
 
 # Usage, and the end
@@ -414,7 +409,7 @@ def test_bad_values(args, capsys):
 
 
 def test_help_does_not_start_jax():
-    code = "import sys, infer.bench; infer.bench.parser(); print('jax' in sys.modules)"
+    code = "import sys, infer.bench.__main__ as bench; bench.parser(); print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -9,10 +9,11 @@ import pytest
 
 import infer
 from glm2_jax.errors import CheckpointError, InputError, UsageError
-from infer import chat_loop, reading
+from infer import reading
 from infer.answer import Completion
-from infer.chat import main, parser
-from infer.chat_input import read_entry
+from infer.chat import loop as chat_loop
+from infer.chat.__main__ import main, parser
+from infer.chat.input import read_entry
 from infer.engine import Engine
 from infer.job import TokenEvent
 from tests.engine_toy import toy_engine

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from glm2_jax.errors import GLMError, InputError, UsageError
-from infer import chat_commands, chat_files, reading
+from infer import reading
+from infer.chat import commands as chat_commands
+from infer.chat import files as chat_files
 from infer.conversation import Conversation
 from infer.params import SamplingParams
 from tests.engine_toy import toy_engine

@@ -196,7 +196,7 @@ def test_sigterm_gives_the_terminal_back(model, start):
 def test_a_second_ctrl_c_ends_a_reply_that_does_not_stop():
     code = (
         "import time\n"
-        "from infer.chat_signals import ChatSignals\n"
+        "from infer.chat.signals import ChatSignals\n"
         "signals = ChatSignals()\n"
         "with signals.replying():\n"
         "    print('ready', flush=True)\n"

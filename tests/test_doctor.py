@@ -11,9 +11,11 @@ import pytest
 
 from convert.cli import human_size
 from glm2_jax.host import Memory
-from infer import checkup, doctor, forms, probing
-from infer.checkup import NOTE, PROBLEM, Report, examine
-from infer.forms import Model
+from infer import probing
+from infer.doctor import __main__ as doctor
+from infer.doctor import checkup, forms
+from infer.doctor.checkup import NOTE, PROBLEM, Report, examine
+from infer.doctor.forms import Model
 from infer.loading import demo_folder
 from infer.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Nvidia
 

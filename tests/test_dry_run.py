@@ -13,12 +13,13 @@ import pytest
 import infer
 from glm2_jax import PRESETS
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
-from infer import budget, loading, options
-from infer.budget import Budget, Wish, set_gpu_share, settle
+from infer import loading, options
 from infer.generate import main, parser
 from infer.loading import demo_folder
 from infer.machine import Gpu, Nvidia
-from infer.plan import Precision, make_plan
+from infer.memory import budget
+from infer.memory.budget import Budget, Wish, set_gpu_share, settle
+from infer.memory.plan import Precision, make_plan
 
 ROOT = Path(__file__).parents[1]
 GB = 10**9

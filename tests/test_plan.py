@@ -14,8 +14,8 @@ from glm2_jax.quant import QTensor
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
 from glm2_jax.xla import cache_dtype
 from infer import steps
-from infer.devices import CARDS, find_card
-from infer.plan import (
+from infer.memory.devices import CARDS, find_card
+from infer.memory.plan import (
     Precision,
     cache_bytes,
     flags,
@@ -26,8 +26,8 @@ from infer.plan import (
     rate_bound,
     weight_bytes,
 )
+from infer.memory.temporaries import cache_number, step_bytes
 from infer.sampling import Rows
-from infer.temporaries import cache_number, step_bytes
 from tests.test_aot import OPTIONS, device
 
 SIX = PRESETS["chatglm2-6b"]

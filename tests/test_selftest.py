@@ -19,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 import infer
 from convert.random import official_config, write_random
 from glm2_jax import DeviceError, Tokenizer
-from infer import checks, known, selftest
-from infer.checks import Check
 from infer.loading import demo_folder
 from infer.programs import Programs
+from infer.selftest import __main__ as selftest
+from infer.selftest import checks, known
+from infer.selftest.checks import Check
 from tests.checkpoints import TINY, tiny_config, write_official
 from tests.shared_data import shared_file
 from tests.sp_model import sp_model

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from convert.cli import human_size
 from glm2_jax.config import PRESETS
-from infer.bench_report import Report
-from infer.bench_run import Result
-from infer.devices import CARDS
-from infer.plan import Precision, make_plan, rate_bound
+from infer.bench.report import Report
+from infer.bench.run import Result
+from infer.memory.devices import CARDS
+from infer.memory.plan import Precision, make_plan, rate_bound
 
 MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth

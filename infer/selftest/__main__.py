@@ -21,8 +21,8 @@ from convert.cli import Parser, note, version
 from infer import options
 
 if TYPE_CHECKING:
-    from infer.checks import Check
     from infer.engine import Engine
+    from infer.selftest.checks import Check
 
 PROG = "python -m infer.selftest"
 DESCRIPTION = """Checks a checkpoint (or the bundled demo model) against what is known of it:
@@ -63,7 +63,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     from convert.folder import open_folder
     from convert.shards import read_json
     from glm2_jax.errors import CheckpointError, DeviceError, GLMError
-    from infer import checks
+    from infer.selftest import checks
 
     options.say_which_model(args)
     report: dict[str, Any] = {"model": _name(args.model), "versions": _versions()}

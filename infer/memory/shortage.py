@@ -10,8 +10,8 @@ from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import GLMError
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
-from infer.budget import DEFAULT_CONTEXT, Budget, Wish, host_memory, shortage
-from infer.plan import Precision
+from infer.memory.budget import DEFAULT_CONTEXT, Budget, Wish, host_memory, shortage
+from infer.memory.plan import Precision
 from infer.programs import Shortage
 
 

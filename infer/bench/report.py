@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from convert.cli import human_size
-from infer.bench_run import Result, Variant
-from infer.ceilings import Ceilings
+from infer.bench.ceilings import Ceilings
+from infer.bench.run import Result, Variant
 
 HEADER = (
     "dtype", "weights", "layers", "what", "tok/s", "median", "ms", "GB/s", "of max", "TFLOP/s",

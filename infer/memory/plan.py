@@ -1,7 +1,8 @@
 """How much memory a model needs to answer, from its configuration alone.
 
-Weights and cache are counted exactly; what the programs need beside them is in `infer.temporaries`.
-No jax: this answers before anything is loaded, and where jax does not work.
+Weights and cache are counted exactly; what the programs need beside them is in
+`infer.memory.temporaries`. No jax: this answers before
+anything is loaded, and where jax does not work.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES, Scheme
-from infer.temporaries import cache_number, temporary_bytes
+from infer.memory.temporaries import cache_number, temporary_bytes
 
 SHORTEST = 64  # slots of the smallest cache
 # What jax and its libraries take before any of our arrays is there.

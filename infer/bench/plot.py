@@ -6,7 +6,7 @@ import importlib.util
 import os
 
 from glm2_jax.errors import InputError, UsageError
-from infer.bench_report import Report, what
+from infer.bench.report import Report, what
 
 INSTALL = "pip install 'glm2-jax[plot]'"
 _MARKERS = "osDv^P*X"

@@ -14,8 +14,8 @@ from convert.cli import EXIT_DEVICE, Parser, human_size, note
 from infer.options import use_utf8
 
 if TYPE_CHECKING:
-    from infer.checkup import Finding, Report
-    from infer.forms import Form, Model
+    from infer.doctor.checkup import Finding, Report
+    from infer.doctor.forms import Form, Model
     from infer.machine import Machine
 
 PROG = "python -m infer.doctor"
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     use_utf8()
     args = parser().parse_args(argv)
-    from infer.checkup import examine
-    from infer.forms import Model
+    from infer.doctor.checkup import examine
+    from infer.doctor.forms import Model
     from infer.probing import probe
 
     model = Model() if args.model is None else _open(args.model, args.rope_scaling)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _open(folder: str, rope_kind: str | None) -> "Model":
     from convert.folder import open_folder
     from convert.hub import find_model
-    from infer.forms import Model
+    from infer.doctor.forms import Model
 
     found = open_folder(find_model(folder), rope_kind=rope_kind)
     return Model(found.config, folder, None if found.scheme is None else found.scheme.name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from convert.cli import note
 from glm2_jax.errors import InputError
-from infer import chat_files
+from infer.chat import files
 from infer.conversation import Conversation
 from infer.params import SamplingParams
 from infer.respond import peak_memory
@@ -63,7 +63,7 @@ def load(conversation: Conversation, name: str) -> None:
     """Replaces the conversation by that of a file."""
     if not name:
         raise InputError("/load needs the name of a file")
-    saved = chat_files.load(name)
+    saved = files.load(name)
     # A plain history says nothing of instructions: they stay.
     system = conversation.system if saved.sampling is None else saved.system
     conversation.replace(saved.history, system)
@@ -72,7 +72,7 @@ def load(conversation: Conversation, name: str) -> None:
     note(f"loaded {_count(len(saved.history))}")
 
 
-def warn_of_another_model(conversation: Conversation, saved: chat_files.Saved) -> None:
+def warn_of_another_model(conversation: Conversation, saved: files.Saved) -> None:
     """Says so if the conversation was held with another model, or template."""
     engine = conversation.engine
     if saved.fingerprint not in (None, engine.checkpoint.fingerprint):
@@ -84,7 +84,7 @@ def warn_of_another_model(conversation: Conversation, saved: chat_files.Saved) -
 def _save(conversation: Conversation, argument: str) -> None:
     if not argument:
         raise InputError("/save needs the name of a file")
-    path = chat_files.save(argument, conversation)
+    path = files.save(argument, conversation)
     note(f"saved {_count(len(conversation.turns))} to {path}")
 
 

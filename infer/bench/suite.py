@@ -25,12 +25,14 @@ from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import UsageError
 from glm2_jax.host import find_memory, read_text
 from glm2_jax.schemes import SCHEMES
-from infer import bench_consumer, bench_peer, bench_plot, options
-from infer.bench_report import Report, as_json, markdown, render, variant_name, what
-from infer.bench_run import Result, Shape, Variant, measure_all
-from infer.ceilings import measure_ceilings
+from infer import options
+from infer.bench import consumer, plot
+from infer.bench.ceilings import measure_ceilings
+from infer.bench.peer import Peer, PeerError, missing
+from infer.bench.random_params import random_params
+from infer.bench.report import Report, as_json, markdown, render, variant_name, what
+from infer.bench.run import Result, Shape, Variant, measure_all
 from infer.loading import faster_layers, find_device, load
-from infer.random_params import random_params
 
 PROG = "python -m infer.bench"
 _BITS = {"float32": 32, "none": 16, "int8": 8, "int4": 4}
@@ -43,16 +45,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
       GLMError: the model, the device or a file is not what it should be.
     """
     if args.plot:
-        bench_plot.check_plot(args.plot)
+        plot.check_plot(args.plot)
     for path in (args.plot, args.markdown):
         if path and not Path(path).resolve().parent.is_dir():
             raise UsageError(f"{path} cannot be written.", "Its folder does not exist.")
     if args.preset:
-        bench_consumer.apply(args)
+        consumer.apply(args)
     device = find_device(args.device)
     subject = _Subject(args, device)
     report = Report(about(args, argv, device, subject))
-    if args.preset and not bench_consumer.wanted(args, device.platform):
+    if args.preset and not consumer.wanted(args, device.platform):
         report.unmeasured.append("no accelerator here; --device cpu measures the processor")
         args.dtypes = ()
     output = _Output(args, report)
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         report.about["load average"] += f", {_load()} at the end"
         report.complete = True
     if args.plot:
-        bench_plot.draw(report, args.plot)
+        plot.draw(report, args.plot)
     return EXIT_DEVICE if any(not result.seconds for result in report.results) else 0
 
 
@@ -123,7 +125,7 @@ class _Subject:
 
 
 def _results(
-    args: argparse.Namespace, subject: _Subject, peer: bench_peer.Peer | None, report: Report
+    args: argparse.Namespace, subject: _Subject, peer: Peer | None, report: Report
 ) -> Iterator[Result]:
     layouts = args.layout or (faster_layers(subject.device.platform),)
     forms = product(args.dtypes, args.quantize or (None,), layouts)
@@ -162,27 +164,27 @@ def _shapes(args: argparse.Namespace, config: GLMConfig, report: Report) -> list
 
 def _open_peer(
     args: argparse.Namespace, device: Any, report: Report, stack: contextlib.ExitStack
-) -> bench_peer.Peer | None:
+) -> Peer | None:
     if args.peer is None:
         return None
-    if problem := bench_peer.missing(args.peer):
+    if problem := missing(args.peer):
         report.unmeasured.append(problem)
         note(problem)
         return None
-    peer = bench_peer.Peer(args.peer, device.platform)
+    peer = Peer(args.peer, device.platform)
     stack.enter_context(interrupt.always(peer.close))
     return peer
 
 
 def _open_in_peer(
-    peer: bench_peer.Peer | None, config: GLMConfig, variant: Variant, report: Report
-) -> bench_peer.Peer | None:
+    peer: Peer | None, config: GLMConfig, variant: Variant, report: Report
+) -> Peer | None:
     """The peer with the same shapes and dtype, or None where it cannot; it quantises nothing."""
     if peer is None or variant.quantisation != "none":
         return None
     try:
         peer.open(config, variant.dtype)
-    except bench_peer.PeerError as error:
+    except PeerError as error:
         report.unmeasured.append(f"{variant.dtype} with {error}")
         return None
     versions = ", ".join(f"{name} {number}" for name, number in peer.about["versions"].items())
@@ -204,7 +206,7 @@ class _Output:
         if self._args.json:
             text = json.dumps(as_json(self._report), ensure_ascii=False)
         elif self._args.preset:
-            parts = (render, bench_consumer.render)
+            parts = (render, consumer.render)
             text = "\n\n".join(part(self._report, _columns()) for part in parts)
         else:
             text = render(self._report, _columns())

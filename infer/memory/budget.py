@@ -19,9 +19,9 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.errors import DeviceError, GLMError, UsageError
 from glm2_jax.host import find_memory
 from glm2_jax.limits import PREFILL_CHUNK
-from infer.devices import CARDS, find_card
 from infer.machine import Gpu
-from infer.plan import (
+from infer.memory.devices import CARDS, find_card
+from infer.memory.plan import (
     GPU_SHARE,
     SHARE_VARIABLES,
     Plan,

@@ -15,8 +15,8 @@ from convert.cli import is_out_of_memory
 from glm2_jax import GLMConfig
 from glm2_jax.schemes import COLUMN_AXES
 from glm2_jax.xla import cache_dtype
-from infer.bench_peer import Peer, PeerError
-from infer.bench_programs import Compiler, decode, prefill
+from infer.bench.peer import Peer, PeerError
+from infer.bench.programs import Compiler, decode, prefill
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from glm2_jax import GLMConfig
 
 PEERS = ("transformers",)
 # Beside the packages, since nothing that is installed may import torch.
-_SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+_SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 _NEEDED = ("torch", "transformers")
 
 

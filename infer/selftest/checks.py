@@ -24,7 +24,8 @@ from glm2_jax.prompt import build_prompt
 from glm2_jax.quant import SCHEMES, QTensor
 from infer.engine import Engine
 from infer.job import bucket
-from infer.known import (
+from infer.params import SamplingParams
+from infer.selftest.known import (
     HELLO,
     PARAMETERS_6B,
     Answer,
@@ -35,7 +36,6 @@ from infer.known import (
     known_tokens,
     same_text,
 )
-from infer.params import SamplingParams
 
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 ANSWER_TOKENS = 64

@@ -8,9 +8,9 @@ import sys
 
 from convert.cli import EXIT_INPUT, EXIT_INTERRUPTED, note
 from glm2_jax.errors import InputError, UsageError
-from infer import chat_commands, chat_files
 from infer.answer import Completion
-from infer.chat_input import (
+from infer.chat import commands, files
+from infer.chat.input import (
     Entry,
     GivenUp,
     enable_editing,
@@ -18,7 +18,7 @@ from infer.chat_input import (
     read_pipe,
     read_terminal,
 )
-from infer.chat_signals import ChatSignals
+from infer.chat.signals import ChatSignals
 from infer.conversation import Conversation, Events
 from infer.engine import Engine
 from infer.job import TokenEvent
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.logprobs is not None and not args.json:
         raise UsageError("--logprobs has nowhere to go", fix="add --json")
     say_which_model(args)
-    saved = None if args.history is None else chat_files.load(args.history)
+    saved = None if args.history is None else files.load(args.history)
     engine = open_engine(args)
     if engine.template == "raw":
         raise UsageError(
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     conversation = Conversation(engine, sampling, say=note)
     if saved is not None:
         conversation.replace(saved.history, saved.system)
-        chat_commands.warn_of_another_model(conversation, saved)
+        commands.warn_of_another_model(conversation, saved)
     if args.system is not None:
         conversation.set_system(args.system or None)
     return Chat(args, engine, conversation).run()
@@ -117,7 +117,7 @@ class Chat:
         elif command.startswith("//"):
             self._answer(self.conversation.reply(command[1:]))
         elif command.startswith("/"):
-            chat_commands.run(self.conversation, command)
+            commands.run(self.conversation, command)
         elif command:
             self._answer(self.conversation.reply(entry.text))
 

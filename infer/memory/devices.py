@@ -49,8 +49,8 @@ CARDS = {
         Card("a100-80", "gpu", 80 * _GIB, 2039e9, ("a100", "80gb")),  # SXM; PCIe has 1935
         Card("h100", "gpu", 80 * _GIB, 3350e9, ("h100", "80gb")),  # SXM; PCIe has 2000
         Card("h200", "gpu", 143771 * _MIB, 4800e9, ("h200",)),  # 141 GB
-        # Google: one chip; v5e and v5p looked up at cloud.google.com/tpu/docs, v6e as quoted. Of the
-        # 16 GB of a v5e the compiler leaves 15.75 GiB to programs (its out-of-memory message).
+        # Google: one chip; v5e and v5p looked up at cloud.google.com/tpu/docs, v6e as quoted. Of
+        # the 16 GB of a v5e the compiler leaves 15.75 GiB to programs (its out-of-memory message).
         Card("v5e-1", "tpu", int(15.75 * _GIB), 819e9, ("tpu v5 lite",)),
         Card("v5p", "tpu", 95 * _GB, 2765e9, ("tpu v5p",)),
         Card("v6e-1", "tpu", 32 * _GB, 1640e9, ("tpu v6 lite",)),

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from convert.cli import EXIT_DEVICE, human_size, named_variable
-from infer import forms
 from infer.compile_cache import OFF, VARIABLE
-from infer.forms import Form, Model
+from infer.doctor import forms
+from infer.doctor.forms import Form, Model
 from infer.machine import Machine
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"

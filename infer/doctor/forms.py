@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from glm2_jax.config import PRESETS, GLMConfig
 from infer.machine import Device, Machine
-from infer.plan import GPU_SHARE, SHARE_VARIABLES, Precision, flags, make_plan, precisions
+from infer.memory.plan import GPU_SHARE, SHARE_VARIABLES, Precision, flags, make_plan, precisions
 
 PROMPT = "你好"
 CONTEXT = 8192  # tokens that the cache is reckoned for: the default of --max-length

@@ -16,8 +16,8 @@ from convert.cli import EXIT_DEVICE, human_size, note
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
-from infer.budget import Budget, check_context, find_budget
-from infer.plan import Plan, largest_context, make_plan, precisions, rate_bound
+from infer.memory.budget import Budget, check_context, find_budget
+from infer.memory.plan import Plan, largest_context, make_plan, precisions, rate_bound
 
 DEFAULT_CONFIG = "chatglm2-6b"
 CONTEXTS = (2048, 8192, 32768)

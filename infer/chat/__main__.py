@@ -1,6 +1,6 @@
 """`python -m infer.chat`: a conversation, on a terminal or through a pipe.
 
-Only the flags are here; what they start is in `infer.chat_loop`, which is imported after parsing.
+Only the flags are here; what they start is in `infer.chat.loop`, which is imported after parsing.
 """
 
 from collections.abc import Sequence
@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.use_utf8()
     args = parser().parse_args(argv)
     options.choose_platform(args)
-    from infer import chat_loop
+    from infer.chat import loop
 
-    return chat_loop.run(args)
+    return loop.run(args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`python -m infer.bench`: how fast this device computes a model, beside what it could do at most.
 
-Only the flags are here; what they start is in `infer.bench_suite`, which is imported after parsing.
+Only the flags are here; what they start is in `infer.bench.suite`, which is imported after parsing.
 """
 
 import argparse
@@ -149,9 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.choose_platform(args)
     if args.peer and "jax" not in sys.modules:  # or nothing is left of a GPU's memory for the peer
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from infer import bench_suite
+    from infer.bench import suite
 
-    return bench_suite.run(args, argv)
+    return suite.run(args, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, KEYS, MLP_ELEMENTS, SCORES
 
 if TYPE_CHECKING:
-    from infer.plan import Precision
+    from infer.memory.plan import Precision
 
 _FLOAT32 = 4
 

@@ -1,0 +1,1 @@
+"""`python -m infer.chat`: a conversation in a terminal."""

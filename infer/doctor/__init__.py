@@ -1,0 +1,1 @@
+"""`python -m infer.doctor`: what this machine has and is fit for."""

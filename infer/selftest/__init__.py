@@ -1,0 +1,1 @@
+"""`python -m infer.selftest`: whether this model computes here what it should."""
