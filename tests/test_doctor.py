@@ -288,7 +288,7 @@ def test_this_machine_in_forty_columns():
 
 def test_this_machine_as_json_without_importing_jax():
     code = (
-        "import sys\nfrom infer.doctor import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom infer.doctor.__main__ import main\ncode = main(sys.argv[1:])\n"
         "assert not {'jax', 'jaxlib'} & set(sys.modules)\nsys.exit(code)"
     )
     done = subprocess.run(
@@ -326,7 +326,7 @@ def test_variables_of_this_machine():
 
 def test_flags():
     code = (
-        "import sys\nfrom infer.doctor import main\n"
+        "import sys\nfrom infer.doctor.__main__ import main\n"
         "try: main(['--help'])\nfinally: print('numpy' in sys.modules, file=sys.stderr)"
     )
     command = [sys.executable, "-c", code]

@@ -303,7 +303,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_help_does_not_wait_for_jax():
     code = (
-        "import sys\nfrom infer.selftest import main\n"
+        "import sys\nfrom infer.selftest.__main__ import main\n"
         "try: main(['--help'])\nfinally: print('numpy' in sys.modules, file=sys.stderr)"
     )
     done = subprocess.run(
