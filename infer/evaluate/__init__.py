@@ -1,0 +1,1 @@
+"""`python -m infer.evaluate`: perplexity, generated texts and multiple choice, as figures."""

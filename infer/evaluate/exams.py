@@ -1,0 +1,243 @@
+"""Multiple-choice questions in the layouts they are published in, and how they are put.
+
+* C-Eval: csv with the header id,question,A,B,C,D,answer,explanation.
+* CMMLU: csv with the header ,Question,A,B,C,D,Answer.
+* MMLU: csv without a header: question, A, B, C, D, answer.
+* The data of ChatGLM2's evaluation script: JSON lines {"inputs_pretokenized", "label"}, whose text
+  is the whole prompt and whose label counts from 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm2_jax.errors import InputError
+from infer.evaluate.rows import BadRows, read_rows
+from infer.evaluate.subjects import NAMES
+from infer.text_input import read_utf8
+
+LETTERS = ("A", "B", "C", "D")
+_COLUMNS = ("question", "a", "b", "c", "d", "answer")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a layout's questions are put.
+
+    Attributes:
+      head: before the first question, with a {subject}; as the layout's own authors have it.
+      question: before each question.
+      ask: behind its choices.
+      conclude: behind what the model wrote, when its answer is asked for. That of C-Eval is the
+        official script's; for English there is none, this one is our own.
+    """
+
+    head: str
+    question: str
+    ask: str
+    conclude: str = "综上所述，ABCD中正确的选项是："
+
+
+STYLES = {
+    "C-Eval": Style(
+        "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n", "", "答案："
+    ),
+    "CMMLU": Style(
+        "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", "题目：", "答案是："
+    ),
+    "MMLU": Style(
+        "The following are multiple choice questions (with answers) about {subject}.\n\n",
+        "",
+        "Answer:",
+        "In conclusion, the correct option among A, B, C and D is:",
+    ),
+    "official": Style("", "", ""),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with one right answer.
+
+    Attributes:
+      where: file and line.
+      text: the question; of the official jsonl the whole prompt.
+      choices: four texts; none where the text has them.
+      answer: 0 to 3.
+    """
+
+    where: str
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The questions of one file.
+
+    Attributes:
+      subject: from the file's name, e.g. "computer_network".
+      layout: a key of STYLES.
+    """
+
+    path: Path
+    subject: str
+    layout: str
+    questions: tuple[Question, ...]
+
+    @property
+    def style(self) -> Style:
+        return STYLES[self.layout]
+
+    @property
+    def head(self) -> str:
+        """What comes before the first question."""
+        name = self.subject.replace("_", " ")
+        return self.style.head.format(subject=NAMES.get(self.subject, name))
+
+    def put(self, question: Question, *, ask: bool = True) -> str:
+        """A question with its choices.
+
+        Args:
+          ask: whether the answer is asked for at the end.
+        """
+        style = self.style
+        lines = [style.question + question.text]
+        lines += [f"{x}. {text}" for x, text in zip(LETTERS, question.choices, strict=False)]
+        return "\n".join([*lines, style.ask] if ask and style.ask else lines)
+
+
+def find_files(named: str) -> list[Path]:
+    """The csv and jsonl files of a folder, or the one file.
+
+    Raises:
+      InputError: there is none.
+    """
+    path = Path(named)
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix in (".csv", ".jsonl") and p.is_file())
+    if not found:
+        raise InputError(f"{named} has no csv and no jsonl files")
+    return found
+
+
+def subject_of(path: Path) -> str:
+    """ "val/computer_network_val.csv" -> "computer_network"."""
+    return re.sub(r"_(val|dev|test)$", "", path.stem)
+
+
+def read_exam(path: Path, bad: BadRows) -> Exam:
+    """Reads a file; rows that cannot be used are told.
+
+    Raises:
+      InputError: the file is not UTF-8, or has not the columns of any layout.
+    """
+    if path.suffix == ".jsonl":
+        layout, rows = "official", read_rows(str(path))
+        questions = bad.keep(rows, _official)
+    else:
+        layout, columns, rows = _csv(path)
+        questions = bad.keep(rows, lambda where, row: _question(where, row, columns))
+    return Exam(path, subject_of(path), layout, tuple(questions))
+
+
+def examples_for(path: Path, bad: BadRows) -> Exam:
+    """The solved questions that belong to a file: in the folder `dev` beside the file's folder.
+
+    Raises:
+      InputError: there are none.
+    """
+    folder, subject = path.resolve().parent.parent / "dev", subject_of(path)
+    for name in (f"{subject}_dev.csv", f"{subject}.csv"):
+        if (folder / name).exists():
+            return read_exam(folder / name, bad)
+    raise InputError(
+        f"no examples for {path}",
+        f"Neither {subject}_dev.csv nor {subject}.csv is in {folder}.",
+        "Put them there, or leave --shots out.",
+    )
+
+
+def _csv(path: Path) -> tuple[str, dict[str, int], Iterator[tuple[str, Any]]]:
+    """The layout of a csv file, name of a column -> its index, and its rows."""
+    records = _records(path)
+    first = next(records, None)
+    if first is None:
+        raise InputError(f"{path} is empty")
+    where, header = first
+    if isinstance(header, InputError):
+        raise InputError(f"{where}: {header.what}", header.why)
+    names = [name.strip().lower() for name in header]
+    columns = {name: names.index(name) for name in _COLUMNS if name in names}
+    if "question" in columns:
+        missing = [name for name in _COLUMNS if name not in columns]
+        if missing:
+            raise InputError(
+                f"{path} has no column {', '.join(missing)}",
+                f"Its columns are {', '.join(header)}. (C-Eval's test files have no answers.)",
+                "Use the files of val or dev.",
+            )
+        return ("C-Eval" if "id" in names else "CMMLU"), columns, records
+    if len(header) != len(_COLUMNS):
+        raise InputError(
+            f"{path} is in no layout that is known here",
+            f"It begins with {len(header)} columns, without a header that names a question.",
+            "Known: C-Eval (id,question,A,B,C,D,answer), CMMLU (,Question,A,B,C,D,Answer), "
+            "MMLU (six columns, no header).",
+        )
+    return "MMLU", {name: at for at, name in enumerate(_COLUMNS)}, _with(first, records)
+
+
+def _with(first: tuple[str, Any], rest: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    yield first
+    yield from rest
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", cells) of each row; the line is the one it begins on."""
+    reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
+    line = 1
+    while True:
+        where = f"{path}:{line}"
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield where, InputError("not csv", str(error))
+            return
+        line = reader.line_num + 1
+        if row:
+            yield where, row
+
+
+def _question(where: str, row: Sequence[str], columns: dict[str, int]) -> Question:
+    if len(row) <= max(columns.values()):
+        raise InputError(f"{len(row)} columns", f"{max(columns.values()) + 1} are needed")
+    cells = {name: row[at].strip() for name, at in columns.items()}
+    empty = [name for name in _COLUMNS[:5] if not cells[name]]
+    if empty:
+        raise InputError(f"{', '.join(empty)} is empty")
+    letter = cells["answer"].upper()
+    if letter not in LETTERS:
+        raise InputError(f"the answer is {cells['answer']!r}", f"one of {', '.join(LETTERS)}")
+    choices = tuple(cells[name] for name in _COLUMNS[1:5])
+    return Question(where, cells["question"], choices, LETTERS.index(letter))
+
+
+def _official(where: str, row: Any) -> Question:
+    text = row.get("inputs_pretokenized") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise InputError("no inputs_pretokenized", 'write {"inputs_pretokenized", "label"}')
+    label = row.get("label")
+    if type(label) is not int or label not in range(len(LETTERS)):
+        raise InputError(f"the label is {label!r}", "0, 1, 2 or 3")
+    return Question(where, text, (), label)

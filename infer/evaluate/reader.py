@@ -1,0 +1,98 @@
+"""Logits of every position of many rows, a few columns at a time, in a fixed set of programs.
+
+B rows, T columns of a chunk, S slots of the cache, V vocabulary. The logits of B x T positions are
+all that there ever is: B x T is at most `POSITIONS`, however long the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from glm2_jax import GLMConfig, KVCache, forward
+from infer.memory.shortage import when_answering
+from infer.programs import Programs, device_errors
+from infer.reading import SMALLEST_BUCKET, bucket
+
+if TYPE_CHECKING:
+    from infer.engine import Engine
+
+POSITIONS = 512  # whose logits are in memory at once: 133 MB of them with 65,024 tokens
+
+
+class Chunk(NamedTuple):
+    """Some columns of all rows.
+
+    Attributes:
+      start: the first column.
+      logits: float32 [B, T, V], on the device; those beyond a row's end mean nothing.
+      real: bool [B, T], what belongs to a row.
+    """
+
+    start: int
+    logits: jax.Array
+    real: np.ndarray
+
+
+class Reader:
+    """Reads rows with a model; each size of the cache, a power of two, has one program.
+
+    Args:
+      engine: whose model, programs and type of cache.
+      batch: B, rows that are read together.
+      longest: tokens that a row may have.
+    """
+
+    def __init__(self, engine: Engine, batch: int, longest: int):
+        self.engine, self.batch, self.longest = engine, batch, longest
+        self.programs: Programs = engine.programs
+        most = max(POSITIONS // batch, 1)
+        self.columns = min(1 << (most.bit_length() - 1), SMALLEST_BUCKET * 4)
+
+    def read(self, rows: Sequence[Sequence[int]]) -> Iterator[Chunk]:
+        """The logits of rows, `batch` of them at most.
+
+        Raises (while iterating):
+          DeviceError: out of memory.
+        """
+        engine, size = self.engine, bucket(max(map(len, rows)), self.longest)
+        width = min(self.columns, size)
+        explain = partial(
+            when_answering,
+            engine.config,
+            engine.checkpoint.params,
+            engine.device,
+            context=size,
+            batch=self.batch,
+            chunk=width * self.batch,
+        )
+        with device_errors(f"{self.batch} rows of up to {size} tokens", explain):
+            with jax.default_device(engine.device):
+                cache = KVCache.zeros(engine.config, self.batch, size, engine.cache_dtype)
+            for start in range(0, max(map(len, rows)), width):
+                tokens = np.zeros((self.batch, width), np.int32)
+                real = np.zeros((self.batch, width), bool)
+                for row, ids in enumerate(rows):
+                    part = ids[start : start + width]
+                    tokens[row, : len(part)], real[row, : len(part)] = part, True
+                logits, cache = self.programs.call(
+                    "logits",
+                    (self.batch, width, size),
+                    partial(_logits, engine.config),
+                    engine.checkpoint.params,
+                    tokens,
+                    real,
+                    cache,
+                    donate=3,
+                )
+                yield Chunk(start, logits, real)
+
+
+def _logits(
+    config: GLMConfig, params: Any, tokens: jax.Array, real: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache | None]:
+    return forward(config, params, tokens, segment_ids=real.astype(np.int32), cache=cache)

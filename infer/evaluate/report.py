@@ -1,0 +1,89 @@
+"""Results as tables for people; as JSON they are printed as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from convert.cli import human_size
+
+_COLUMNS = {  # of a comparison: key -> heading
+    "dtype": "dtype",
+    "quantisation": "weights",
+    "weight_bytes": "size",
+    "perplexity": "perplexity",
+    "mean_abs_delta_logit": "mean |d|",
+    "max_abs_delta_logit": "max |d|",
+    "kl_divergence": "KL",
+    "top1_agreement": "same top",
+}
+_TEXTS = 2  # columns of a comparison that are no numbers
+_SHARES = {"top1_agreement", "accuracy", "mean_of_files"}
+COMPARED = (
+    "beside the first line, over the positions that count: |d| of all logits; KL(first || this) "
+    "in nats; how often the likeliest token is the same"
+)
+
+
+def show(results: Mapping[str, Any], as_json: bool) -> None:
+    """Prints results on standard output."""
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False, allow_nan=False), flush=True)
+        return
+    lines = []
+    for key, value in results.items():
+        if isinstance(value, list):
+            lines += ["", *_listed(key, value)]
+        elif value is not None:
+            lines.append(f"{key.replace('_', ' '):20}  {_cell(key, value)}")
+    print("\n".join(lines).strip("\n"), flush=True)
+
+
+def table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
+    """Columns under each other; the first `texts` of them are text, the others numbers."""
+    widths = [max(_width(row[at]) for row in rows) for at in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell + pad if at < texts else pad + cell
+            for at, cell in enumerate(row)
+            if (pad := " " * (widths[at] - _width(cell))) is not None
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _listed(key: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of dictionaries; on a narrow terminal one line for each figure."""
+    if not rows:
+        return []
+    compared = key == "variants"
+    columns = _COLUMNS if compared else {name: name.replace("_", " ") for name in rows[0]}
+    cells = [[_cell(name, row[name]) for name in columns] for row in rows]
+    heads = list(columns.values())
+    lines = table([heads, *cells], texts=_TEXTS if compared else 1)
+    available = shutil.get_terminal_size().columns
+    if max(map(_width, lines)) > available:
+        wide = max(map(len, heads))
+        lines = [
+            f"{'' if at else '- '}{head:{wide + 2 * bool(at)}}  {cell}"
+            for row in cells
+            for at, (head, cell) in enumerate(zip(heads, row, strict=True))
+        ]
+    return [*lines, "", *textwrap.wrap(COMPARED, available)] if compared else lines
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "weight_bytes":
+        return human_size(value)
+    if key in _SHARES:
+        return f"{100 * value:.2f} %"
+    digits = 6 if key == "perplexity" else 4
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _width(text: str) -> int:
+    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
