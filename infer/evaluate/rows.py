@@ -133,9 +133,10 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
 
 def parse_text_or_pair(where: str, row: Any) -> Text | Pair:
     """A row of any form; InputError says what is wrong with it."""
-    if isinstance(row, str) or (isinstance(row, dict) and "text" in row):
-        text = row if isinstance(row, str) else _text(row, "text")
-        return Text(where, text)
+    if isinstance(row, str):  # a file of plain text
+        row = {"text": row}
+    if isinstance(row, dict) and "text" in row:
+        return Text(where, _text(row, "text"))
     return parse_pair(where, row)
 
 
