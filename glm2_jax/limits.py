@@ -9,3 +9,4 @@ MLP_ELEMENTS = 2**26  # of the [B, T, 2, F] between the products of an MLP
 CHUNK_ELEMENTS = 2**19  # of a weight that a CPU converts at once; they stay in its cache
 FEW_ROWS = 4  # up to which a GPU multiplies and sums instead of calling a dot
 PREFILL_CHUNK = 2048  # tokens of prompts, all rows together, that are read at once
+DRAFT = 32  # most tokens that a step drafts and verifies

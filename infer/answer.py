@@ -147,6 +147,11 @@ class Answer:
             return self._finish("length", text)
         return self._emit(text)
 
+    @property
+    def drawn(self) -> int:
+        """Tokens so far, without the end token."""
+        return len(self._ids)
+
     def completion(self) -> Completion:
         """The finished answer."""
         assert self.finish_reason is not None

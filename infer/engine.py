@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
+import numpy as np
 
 from glm2_jax import KVCache, prompt
 from glm2_jax.errors import UsageError
-from glm2_jax.limits import PREFILL_CHUNK
+from glm2_jax.limits import DRAFT, PREFILL_CHUNK
 from glm2_jax.xla import cache_dtype
-from infer import steps
+from infer import speculate, steps
 from infer.answer import Completion
-from infer.job import Clock, Job, Stats, TokenEvent, listed
+from infer.job import Clock, Job, Stats, TokenEvent, listed, whole
 from infer.memory.shortage import when_answering
 from infer.params import SamplingParams
 from infer.programs import OnEvent, Programs, device_errors
@@ -38,6 +38,7 @@ class Engine:
       checkpoint, config, tokenizer, template: what was opened.
       max_length: longest prompt and answer together.
       prefill_chunk: how many tokens of prompts, of all rows together, are read at once.
+      speculate: tokens that each step drafts and verifies, see `infer.speculate`; 0 = off.
       stats: seconds and tokens of the last call.
       programs: the compiled programs.
       device: where the parameters are.
@@ -50,6 +51,7 @@ class Engine:
         *,
         max_length: int | None = None,
         prefill_chunk: int | None = None,
+        speculate: int = 0,
         load_s: float = 0.0,
         on_event: OnEvent | None = None,
     ):
@@ -57,10 +59,11 @@ class Engine:
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
         self.template = checkpoint.template
-        longest = DEFAULT_MAX_LENGTH if max_length is None else _whole("max_length", max_length, 2)
+        longest = DEFAULT_MAX_LENGTH if max_length is None else whole("max_length", max_length, 2)
         self.max_length = min(longest, self.config.seq_length)
         chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
-        self.prefill_chunk = _whole("prefill_chunk", chunk, 1)
+        self.prefill_chunk = whole("prefill_chunk", chunk, 1)
+        self.speculate = whole("speculate", speculate, 0, DRAFT)
         self.stats = Stats(load_s=load_s)
         self.device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
         dtype = checkpoint.params["embed"].dtype
@@ -111,9 +114,13 @@ class Engine:
     ) -> list[Completion]:
         """Answers prompts together in a loop on the device; the same answers as `run`.
 
-        Arguments and errors are those of `run`.
+        Arguments and errors are those of `run`. With `speculate` the loop is that of `run`, too.
         """
         job = self._job(prompts, sampling, row_ids, clean)
+        if self.speculate:
+            for _ in self._run(job):
+                pass
+            return [answer.completion() for answer in job.answers]
         clock = self._clock()
         with self._device_errors(job):
             state, output = self._prefill(job, clock)
@@ -188,13 +195,20 @@ class Engine:
                 yield from events
 
     def _loop(
-        self, job: Job, clock: Clock, state: steps.State, pending: steps.Output | None
+        self, job: Job, clock: Clock, state: steps.State, first: steps.Output
     ) -> Iterator[tuple[steps.State, list[TokenEvent]]]:
         """Goes on from the first step, yielding each step's events and the newest state.
 
         The state may be a step ahead of the events, and is used up when the iterator goes on.
         """
-        dispatched = 1
+        if self.speculate:
+
+            def step(state: steps.State, drafts: np.ndarray) -> tuple[steps.State, steps.Output]:
+                return self._step(job, state, job.drawn, drafts=drafts)
+
+            yield from speculate.loop(job, clock, self.speculate, state, first, step)
+            return
+        dispatched, pending = 1, first
         while pending is not None:
             following = None
             if dispatched < job.steps_wanted:
@@ -300,29 +314,39 @@ class Engine:
         return self.programs.call("grow", key, partial(steps.grow, size), cache)
 
     def _step(
-        self, job: Job, state: steps.State, drawn: int, count: int | None = None
+        self,
+        job: Job,
+        state: steps.State,
+        drawn: int,
+        count: int | None = None,
+        drafts: np.ndarray | None = None,
     ) -> tuple[steps.State, steps.Output]:
         """One step, or `count` of them on the device, in a cache that has room for them.
 
         Args:
           state: is used up.
           drawn: tokens that each row has drawn before.
+          drafts: int32 [B, N], the tokens that may come, which the step then verifies.
         """
-        needed = job.slots(drawn + (count or 1))
-        cache = self._grow(cast(KVCache, state.cache), needed, job.largest_cache)
-        state = state._replace(cache=cache)
+        name, width, more = "decode", count or 1, []
         function = partial(steps.decode, self.config)
         if count is not None:
-            function = partial(steps.decode_many, self.config, count)
+            name, function = "decode_many", partial(steps.decode_many, self.config, count)
+        if drafts is not None:
+            name, function = "verify", partial(speculate.verify, self.config)
+            width, more = drafts.shape[1] + 1, [drafts]
+        cache = cast(KVCache, state.cache)
+        cache = self._grow(cache, job.slots(drawn + width), job.largest_cache)
         return self._call(
             job,
-            "decode" if count is None else "decode_many",
-            (job.batch, cache.size),
+            name,
+            (job.batch, cache.size, *(array.shape[1] for array in more)),
             function,
             self.checkpoint.params,
             job.controls,
             job.keep,
-            state,
+            state._replace(cache=cache),
+            *more,
             donate=3,
         )
 
@@ -351,9 +375,3 @@ def _texts(events: Iterator[TokenEvent], cumulative: bool) -> Iterator[str]:
         if event.text:
             text += event.text
             yield text if cumulative else event.text
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise UsageError(f"{name} must be a whole number, {least} or more, not {value!r}")
-    return int(value)

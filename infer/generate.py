@@ -30,6 +30,7 @@ def parser() -> Parser:
     _add_prompt_options(result)
     options.add_sampling_options(result)
     performance = options.add_performance_options(result, cards=CARDS)
+    options.add_speculate(performance)
     performance.add_argument(
         "--batch-size",
         type=options.positive,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Stats:
       prefill_tokens, prefill_s: prompt tokens read, and the time for them and the first token.
       reused_tokens: prompt tokens that a session did not have to read again.
       decode_tokens, decode_s: tokens after the first of each row, and the time for them.
+      passes: forward passes for them that verified drafts; 0 without `speculate`.
+      drafted_tokens, accepted_tokens: in those passes, of all rows together.
     """
 
     load_s: float = 0.0
@@ -39,6 +42,9 @@ class Stats:
     reused_tokens: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    passes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -152,6 +158,11 @@ class Job:
         return max(ends, default=0)
 
     @property
+    def drawn(self) -> int:
+        """The most tokens that an unfinished row has drawn."""
+        return max((a.drawn for a in self.answers if a.finish_reason is None), default=0)
+
+    @property
     def keep(self) -> np.ndarray:
         """bool [B]: rows that the host has not ended."""
         going = np.zeros(self.batch, bool)
@@ -176,7 +187,7 @@ class Job:
                 continue
             if token == NOT_FINITE:
                 raise CheckpointError(
-                    f"the model produced NaN or Inf at step {self.steps_read}"
+                    f"the model produced NaN or Inf at step {answer.drawn + 1}"
                     f" of the answer to prompt {row + 1}",
                     "The weights are damaged, or their numbers do not fit the dtype.",
                     "Check the checkpoint's files, or load it as float32 or bfloat16.",
@@ -232,6 +243,12 @@ class Clock:
         stats.decode_s = now - self._first
         stats.compile_s = self._compiling() - self._compiled_before
 
+    def verified(self, rows: int, drafted: int, tokens: int) -> None:
+        """One pass verified `drafted` tokens for each of `rows` rows, and gave `tokens` in all."""
+        self._stats.passes += 1
+        self._stats.drafted_tokens += rows * drafted
+        self._stats.accepted_tokens += tokens - rows
+
 
 def listed(value: Any, rule: str) -> list[Any]:
     """The items of a list, a generator, or an array; of an array as plain numbers.
@@ -245,6 +262,15 @@ def listed(value: Any, rule: str) -> list[Any]:
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
         raise UsageError(f"{rule}, not {shown(value)}")
     return list(value)
+
+
+def whole(name: str, value: Any, least: int, most: int = sys.maxsize) -> int:
+    """The value of an option as an int; UsageError if it is none from `least` to `most`."""
+    known = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not known or not least <= value <= most:
+        bounds = f"{least} or more" if most == sys.maxsize else f"{least} to {most}"
+        raise UsageError(f"{name} must be a whole number, {bounds}, not {shown(value)}")
+    return int(value)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

@@ -51,10 +51,12 @@ def row_keys(seed: jax.Array, row_ids: jax.Array, step: jax.Array) -> jax.Array:
     Args:
       seed: uint32 [2], high and low half of the seed (`seed_words`).
       row_ids: int32 [B].
-      step: int32 scalar, how many tokens the answer has so far.
+      step: int32 [B] or scalar, how many tokens the answers have so far.
     """
     base = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(base, row), step))(row_ids)
+    step = jnp.broadcast_to(step, row_ids.shape)
+    fold_in = jax.random.fold_in
+    return jax.vmap(lambda row, step: fold_in(fold_in(base, row), step))(row_ids, step)
 
 
 def seed_words(seed: int) -> np.ndarray:

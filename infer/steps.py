@@ -1,6 +1,6 @@
 """The programs of the engine: reading prompts, one step, and many steps on the device.
 
-Pure functions of arrays. All loops use the one `_pick`, so they draw the same tokens.
+Pure functions of arrays. All loops use the one `pick`, so they draw the same tokens.
 B rows, T prompt length, V vocabulary, S cache slots.
 """
 
@@ -39,7 +39,7 @@ class State(NamedTuple):
     token: jax.Array  # int32 [B], drawn last, not yet in the cache
     seen: jax.Array  # bool [B, V], in the prompt or the answer
     active: jax.Array  # bool [B]
-    step: jax.Array  # int32 scalar, tokens drawn so far
+    step: jax.Array  # int32 [B], tokens drawn so far
 
 
 class Output(NamedTuple):
@@ -75,8 +75,8 @@ def prefill(
     )
     seen = jnp.zeros((batch, config.vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
-    state = State(cache, jnp.zeros(batch, jnp.int32), seen, lengths > 0, jnp.int32(0))
-    return _pick(logits, controls, state)
+    none = jnp.zeros(batch, jnp.int32)
+    return pick(logits, controls, State(cache, none, seen, lengths > 0, none))
 
 
 def read(
@@ -104,8 +104,8 @@ def extend(
       seen: bool [B, V], the tokens of the whole prompts.
     """
     logits, extended = _read(config, params, tokens, lengths, kept, cache)
-    state = State(extended, jnp.zeros_like(lengths), jnp.asarray(seen), lengths > 0, jnp.int32(0))
-    return _pick(logits, controls, state)
+    none = jnp.zeros_like(lengths)
+    return pick(logits, controls, State(extended, none, jnp.asarray(seen), lengths > 0, none))
 
 
 def grow(size: int, cache: KVCache) -> KVCache:
@@ -131,7 +131,7 @@ def decode(
         segment_ids=active[:, None].astype(jnp.int32),
         cache=state.cache,
     )
-    return _pick(logits, controls, state._replace(cache=cache, active=active))
+    return pick(logits, controls, state._replace(cache=cache, active=active))
 
 
 def decode_many(
@@ -171,8 +171,12 @@ def _read(
     return last_logits(config, params, tokens, last, segment_ids=segment_ids, cache=cut)
 
 
-def _pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Output]:
-    """Draws a token for every active row and decides on the device which rows go on."""
+def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Output]:
+    """Draws a token for every active row and decides on the device which rows go on.
+
+    Args:
+      logits: float32 [B, V].
+    """
     keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
     token = sample(logits, keys, state.seen, controls.rows)
     logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
@@ -183,5 +187,5 @@ def _pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, O
     active = state.active & finite & ~stopped & (state.step + 1 < controls.limit)
     row = jnp.arange(token.size)
     seen = state.seen.at[row, token].set(state.seen[row, token] | active)
-    state = State(state.cache, jnp.where(active, token, 0), seen, active, state.step + 1)
+    state = State(state.cache, jnp.where(active, token, 0), seen, active, state.step + state.active)
     return state, Output(output, logprobs)

@@ -94,7 +94,7 @@ def memory_of(
     else:
         cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, dtype))
         seen = array(bool, rows, config.vocab_size)
-        state = steps.State(cache, row(int32), seen, row(bool), array(int32))
+        state = steps.State(cache, row(int32), seen, row(bool), row(int32))
         function, donate = partial(steps.decode, config), (3,)
         args = (params, controls, row(bool), state)
     place = partial(jax.ShapeDtypeStruct, sharding=sharding)

@@ -118,7 +118,7 @@ def decode(
             token=jnp.zeros(batch, jnp.int32),
             seen=jnp.zeros((batch, config.vocab_size), bool),
             active=jnp.ones(batch, bool),
-            step=jnp.int32(0),
+            step=jnp.zeros(batch, jnp.int32),
         )
     program = compiler(partial(steps.decode, config), params, controls, keep, state, donate=3)
 

@@ -37,7 +37,7 @@ def parser() -> Parser:
         "question, with a newline",
     )
     options.add_sampling_options(result, loop_stop=LOOP_STOP_DEFAULT)
-    options.add_performance_options(result)
+    options.add_speculate(options.add_performance_options(result))
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print a JSON object for each answer")
     group.add_argument(

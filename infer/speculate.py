@@ -1,0 +1,187 @@
+"""Several tokens from one forward pass, without a second model: drafts from the text itself.
+
+What an answer says next has often been said before: in a quotation, a list, a program that is
+edited. So each row looks up where its last tokens occurred, and what followed there is the draft of
+what follows now. One forward pass computes the logits after every token of the draft, and at each
+of them a token is drawn as it would be without a draft, with the same random numbers. As long as
+the token drawn is the one that was drafted, the logits of the next place are those that the next
+step would have computed, so its token counts, too; the cache is then cut back to what counts.
+
+So the answers are those of plain steps, drawn from the same distribution, whatever the drafts.
+(A draft that is always the same is accepted with the probability that the model gives it, which is
+what speculative sampling asks for.) Only rounding is not the same: products of several tokens may
+add up in another order than those of one, so where two tokens are as good as equally likely, a
+narrow type like bfloat16 may take the other one. B rows, N tokens of a draft, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm2_jax import GLMConfig, KVCache, forward
+from infer.job import Clock, Job, TokenEvent
+from infer.sampling import Rows
+from infer.steps import IDLE, Array, Controls, Output, State, pick
+
+LONGEST_MATCH = 3  # tokens at the end of the text that are looked up, less where they are new
+
+
+class Text:
+    """The tokens of a row so far, and where each short sequence of them came last.
+
+    It costs a few entries of a dictionary a token, and a draft a few look-ups, whatever the length.
+    """
+
+    def __init__(self, ids: Iterable[int]):
+        self._ids: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # the place that followed it
+        for token in ids:
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        """Takes the next token."""
+        place = len(self._ids)
+        for size in range(1, min(LONGEST_MATCH, place) + 1):
+            self._after[tuple(self._ids[-size:])] = place
+        self._ids.append(token)
+
+    def draft(self, count: int) -> list[int]:
+        """What followed the longest end of the text that was there before; where none was, the
+        last token again. A text that ends too soon goes on with the draft's own beginning."""
+        ends = (tuple(self._ids[-size:]) for size in range(LONGEST_MATCH, 0, -1))
+        place = next((self._after[end] for end in ends if end in self._after), -1)
+        copied = self._ids[place:][:count]
+        return [copied[index % len(copied)] for index in range(count)]
+
+
+class Drafts:
+    """The drafts of every row of a call, `count` tokens each."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], count: int):
+        self._texts = [Text(ids) for ids in prompts]
+        self._count = count
+
+    def push(self, events: Iterable[TokenEvent]) -> None:
+        """Takes the tokens that came."""
+        for event in events:
+            if event.token is not None:
+                self._texts[event.row].push(event.token)
+
+    def next(self, keep: np.ndarray) -> np.ndarray:
+        """int32 [B, N]; `keep`, bool [B], tells the rows that go on, the others get zeros."""
+        drafts = np.zeros((keep.size, self._count), np.int32)
+        for row in np.flatnonzero(keep):
+            drafts[row] = self._texts[row].draft(self._count)
+        return drafts
+
+
+def verify(
+    config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State, drafts: Array
+) -> tuple[State, Output]:
+    """Draws 1 to N + 1 tokens for each row: as many as agree with its draft, and the next.
+
+    Args:
+      keep: bool [B]; false ends a row, whatever the device thinks of it.
+      drafts: int32 [B, N].
+
+    Returns:
+      The state, and an output with a leading axis of N + 1; a row is IDLE after its last token.
+    """
+    before = cast(KVCache, state.cache)
+    active = state.active & keep
+    tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
+    batch, columns = tokens.shape
+    segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
+    # The last draft of an answer may reach beyond the cache: what is written there is dropped, and
+    # what is drawn there is beyond the row's limit.
+    logits, cache = forward(config, params, tokens, segment_ids=segment_ids, cache=before)
+
+    spread = _spread(controls, columns)
+    picked, output = pick(
+        logits.reshape(batch * columns, -1), spread, _columns(state._replace(active=active), drafts)
+    )
+    picked, output = jax.tree.map(
+        lambda x: x.reshape(batch, columns, *x.shape[1:]), (picked, output)
+    )
+    agrees = picked.active[:, :-1] & (output.tokens[:, :-1] == drafts)
+    reached = jnp.concatenate([active[:, None], agrees], axis=1)
+    reached = jnp.cumprod(reached.astype(jnp.int32), axis=1)
+    drawn = jnp.sum(reached, axis=1, dtype=jnp.int32)
+
+    last = jnp.maximum(drawn - 1, 0)
+    state = jax.tree.map(lambda x: x[jnp.arange(batch), last], picked)
+    # All that counts is in the cache but the token drawn last; the slots behind are free again.
+    written = cast(KVCache, cache)
+    cache = KVCache(written.k, written.v, before.length + drawn, before.prefix)
+    output = output._replace(tokens=jnp.where(reached > 0, output.tokens, IDLE))
+    return state._replace(cache=cache), jax.tree.map(lambda x: x.swapaxes(0, 1), output)
+
+
+def _spread(controls: Controls, columns: int) -> Controls:
+    """The controls of each row for each of its columns: [B] becomes [B (N + 1)]."""
+
+    def spread(x: Array) -> jax.Array:
+        return jnp.repeat(jnp.asarray(x), columns)
+
+    rows, row_ids = Rows(*map(spread, controls.rows)), spread(controls.row_ids)
+    return controls._replace(rows=rows, row_ids=row_ids, limit=spread(controls.limit))
+
+
+def _columns(state: State, drafts: jax.Array) -> State:
+    """What the state would be at each column, had all drafts before it been drawn: [B (N + 1)]."""
+    batch, count = drafts.shape
+    columns = count + 1
+    seen = jnp.repeat(state.seen, columns, axis=0).reshape(batch, columns, -1)
+    row, column = jnp.arange(batch)[:, None, None], jnp.arange(columns)[:, None]
+    seen = seen.at[row, column, drafts[:, None]].max(jnp.arange(count) < column)
+    step = state.step[:, None] + jnp.arange(columns, dtype=jnp.int32)
+    return State(
+        None,
+        jnp.repeat(state.token, columns),
+        seen.reshape(batch * columns, -1),
+        jnp.repeat(state.active, columns),
+        step.reshape(-1),
+    )
+
+
+def loop(
+    job: Job,
+    clock: Clock,
+    count: int,
+    state: State,
+    first: Output,
+    step: Callable[[State, np.ndarray], tuple[State, Output]],
+) -> Iterator[tuple[State, list[TokenEvent]]]:
+    """Goes on from the first step, yielding each step's events and the newest state.
+
+    A step begins when the tokens of the one before it are known, since they tell the drafts.
+
+    Args:
+      count: N.
+      first: of the step that read the prompts.
+      step: `verify` for a state and drafts; uses the state up.
+    """
+    drafts = Drafts([answer.prompt_ids for answer in job.answers], count)
+    events = list(job.take(jax.device_get(first)))
+    while True:
+        clock.read(job)
+        drafts.push(events)
+        yield state, events
+        if not job.steps_wanted:
+            return
+        keep = job.keep
+        state, outputs = step(state, drafts.next(keep))
+        events = list(_taken(job, jax.device_get(outputs)))
+        clock.verified(int(keep.sum()), count, len(events))
+
+
+def _taken(job: Job, outputs: Output) -> Iterator[TokenEvent]:
+    for index, tokens in enumerate(outputs.tokens):
+        if (tokens == IDLE).all():
+            return
+        yield from job.take(jax.tree.map(lambda x, index=index: x[index], outputs))
