@@ -97,6 +97,8 @@ def test_flags_that_do_not_go_together():
 def test_no_device_is_started():
     code = (
         "import sys\nfrom infer.generate import main\n"
+        "from infer.memory import compiler\n"
+        "compiler.installed = lambda: False\n"
         "code = main(['--dry-run', '--config', 'chatglm2-6b', '--device', 'v5e-1'])\n"
         "assert 'jax' not in sys.modules\nsys.exit(code)"
     )

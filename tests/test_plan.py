@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from glm2_jax import PRESETS, KVCache, init_params
-from glm2_jax.quant import QTensor
-from glm2_jax.schemes import COLUMN_AXES, SCHEMES
+from glm2_jax import PRESETS, KVCache
+from glm2_jax.schemes import SCHEMES
 from glm2_jax.xla import cache_dtype
 from infer import steps
+from infer.memory.compile_for import abstract_params
 from infer.memory.devices import CARDS, find_card
 from infer.memory.plan import (
     Precision,
@@ -46,23 +46,6 @@ TOY = dataclasses.replace(
 BF16, INT8, INT4 = (Precision("bfloat16", name) for name in (None, "int8", "int4"))
 FLOAT32 = Precision("float32")
 GIB = 2**30
-
-
-def abstract_params(config, precision: Precision, *, stacked: bool) -> Any:
-    """The params tree as shapes."""
-    init = partial(init_params, config, jax.random.key(0), jnp.dtype(precision.dtype))
-    params = jax.eval_shape(init)
-    layers = dict(params["layers"])
-    for name, axes in COLUMN_AXES.items() if precision.scheme else ():
-        assert precision.scheme is not None
-        values, scale = precision.scheme.shapes(layers[name].shape, axes)
-        integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
-        scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)
-        layers[name] = QTensor(integers, scales, precision.scheme.bits)
-    if stacked:
-        return {**params, "layers": layers}
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
-    return {**params, "layers": [one] * config.num_layers}
 
 
 def tree_bytes(tree: Any) -> int:
@@ -222,6 +205,7 @@ def test_cards_are_known_by_their_names():
         "NVIDIA H200": "h200",
         "NVIDIA L4": "l4",
         "TPU v5 lite": "v5e-1",
+        "TPU v5": "v5p",
     }
     for kind, name in names.items():
         assert find_card(kind) is CARDS[name]

@@ -21,6 +21,7 @@ class Card:
       memory: bytes.
       bandwidth: of the memory, bytes per second.
       kinds: parts of the name that jax or nvidia-smi gives it, in lower case; all must be there.
+      topology: by which libtpu compiles for one such chip without having it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Card:
     memory: int
     bandwidth: float
     kinds: tuple[str, ...]
+    topology: str | None = None
 
 
 CARDS = {
@@ -51,9 +53,9 @@ CARDS = {
         Card("h200", "gpu", 143771 * _MIB, 4800e9, ("h200",)),  # 141 GB
         # Google: one chip; v5e and v5p looked up at cloud.google.com/tpu/docs, v6e as quoted. Of
         # the 16 GB of a v5e the compiler leaves 15.75 GiB to programs (its out-of-memory message).
-        Card("v5e-1", "tpu", int(15.75 * _GIB), 819e9, ("tpu v5 lite",)),
-        Card("v5p", "tpu", 95 * _GB, 2765e9, ("tpu v5p",)),
-        Card("v6e-1", "tpu", 32 * _GB, 1640e9, ("tpu v6 lite",)),
+        Card("v5e-1", "tpu", int(15.75 * _GIB), 819e9, ("tpu v5 lite",), "v5e:1x1"),
+        Card("v5p", "tpu", 95 * _GB, 2765e9, ("tpu v5",), "v5p:1x1x1"),
+        Card("v6e-1", "tpu", 32 * _GB, 1640e9, ("tpu v6 lite",), "v6e:1x1"),
     )
 }
 

@@ -7,7 +7,7 @@ import argparse
 import json
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from convert.cli import EXIT_DEVICE, human_size, note
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
-from infer.memory.budget import Budget, check_context, find_budget
+from infer.memory import compiler
+from infer.memory.budget import DEFAULT_CONTEXT, Budget, check_context, find_budget
+from infer.memory.compiler import Verdict
 from infer.memory.plan import Plan, largest_context, make_plan, precisions, rate_bound
 
 DEFAULT_CONFIG = "chatglm2-6b"
@@ -71,11 +73,67 @@ def run(args: argparse.Namespace) -> int:
         quantize=args.quantize,
         chunk=args.prefill_chunk or PREFILL_CHUNK,
     )
+    verdicts = _verdicts(sheet, args) if compiler.knows(args.device) else None
     if args.json:
-        print(json.dumps(as_json(sheet), ensure_ascii=False))
+        found = None if verdicts is None else [_verdict_json(verdict) for verdict in verdicts]
+        print(json.dumps(as_json(sheet) | {"compiled": found}, ensure_ascii=False))
     else:
-        print("\n".join(render(sheet, shutil.get_terminal_size((100, 24)).columns)))
+        columns = shutil.get_terminal_size((100, 24)).columns
+        print("\n".join(render(sheet, columns)), flush=True)
+        for line in () if verdicts is None else render_verdicts(verdicts, columns):
+            print(line, flush=True)  # each as soon as it is known
     return EXIT_DEVICE if sheet.nothing_fits else 0
+
+
+def _verdicts(sheet: Sheet, args: argparse.Namespace) -> Iterator[Verdict]:
+    """The compiler's word on every precision, one row, with the context that was asked for; none
+    where it is not installed."""
+    if not compiler.installed():
+        return
+    context = min(args.max_length or DEFAULT_CONTEXT, sheet.config.seq_length)
+    chunk = args.prefill_chunk or PREFILL_CHUNK
+    for precision in dict.fromkeys(plan.precision for plan in sheet.plans):
+        plan = make_plan(
+            sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk
+        )
+        note(f"compiling {precision.name}, {context:,} tokens, for {args.device}")
+        yield compiler.ask(sheet.config, plan, args.device, sheet.budget.memory, chunk)
+
+
+def render_verdicts(verdicts: Iterable[Verdict], columns: int) -> Iterator[str]:
+    """The compiler's word for people, each line as soon as it is known."""
+    yield ""
+    empty = True
+    for verdict in verdicts:
+        if empty:
+            yield from _wrapped(f"the compiler's own figures: {compiler.ABOUT}", columns)
+        empty = False
+        plan = verdict.plan
+        peaks = ("step", verdict.step), ("prompt", verdict.prompt)
+        said = [f"{name} {human_size(size)}" for name, size in peaks if size is not None]
+        if verdict.fits is False:
+            said.append("does not fit")
+        if verdict.problem:
+            said.append(verdict.problem)
+        text = f"{plan.precision.name}, {plan.context:,} tokens: {', '.join(said)}"
+        yield from _wrapped(f"{text}; planned {human_size(plan.total)}", columns)
+    if empty:
+        yield from _wrapped(compiler.EXTRA, columns)
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, Any]:
+    plan = verdict.plan
+    return {
+        "dtype": plan.precision.dtype,
+        "quantize": plan.precision.quantize,
+        "context": plan.context,
+        "batch": plan.batch,
+        "step_peak": verdict.step,
+        "prompt_peak": verdict.prompt,
+        "planned": plan.total,
+        "fits": verdict.fits,
+        "problem": verdict.problem,
+    }
 
 
 def _model(args: argparse.Namespace) -> tuple[str, GLMConfig, str | None]:
@@ -180,7 +238,13 @@ def render(sheet: Sheet, columns: int) -> Iterator[str]:
 
 
 def _wrapped(text: str, columns: int) -> list[str]:
-    return textwrap.wrap(text, max(columns, 20), subsequent_indent="  ", break_long_words=False)
+    return textwrap.wrap(
+        text,
+        max(columns, 20),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,  # flags and names of packages can be copied
+    )
 
 
 def _wide(sheet: Sheet) -> Iterator[str]:

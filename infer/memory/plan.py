@@ -100,6 +100,11 @@ class Plan:
     runtime: int
 
     @property
+    def rows(self) -> int:
+        """Of the batch on the device."""
+        return _rows(self.batch)
+
+    @property
     def total(self) -> int:
         return self.weights + self.cache + self.temporary + self.runtime
 
@@ -119,7 +124,7 @@ def make_plan(
       platform: "cpu", "gpu" or "tpu".
       chunk: most tokens of a prompt that are read at once.
     """
-    rows = 1 << (batch - 1).bit_length()  # empty rows fill a batch up to a power of two
+    rows = _rows(batch)
     return Plan(
         precision,
         context,
@@ -129,6 +134,11 @@ def make_plan(
         temporary_bytes(config, precision, context, rows, platform, chunk),
         RUNTIME[platform],
     )
+
+
+def _rows(batch: int) -> int:
+    """Empty rows fill a batch up to a power of two."""
+    return 1 << (batch - 1).bit_length()
 
 
 def matrix_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,98 @@
+"""`python -m infer.memory.compile_for`: what XLA says that a model needs on a device that is not
+here.
+
+A process of its own, started by `infer.memory.compiler`: the compiler reads its environment when
+jax starts, keeps others of its kind out, and may end the process. It reads a request from standard
+input and prints the answer, both JSON. No weights and no device: programs are compiled from shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from glm2_jax import GLMConfig, KVCache, init_params, last_logits
+from glm2_jax.quant import QTensor
+from glm2_jax.schemes import COLUMN_AXES
+from glm2_jax.xla import cache_dtype
+from infer.memory.plan import Precision
+
+
+def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = True) -> Any:
+    """The params tree as shapes, as an engine would hold it."""
+    init = partial(init_params, config, jax.random.key(0), jnp.dtype(precision.dtype))
+    params = jax.eval_shape(init)
+    layers = dict(params["layers"])
+    for name, axes in COLUMN_AXES.items() if precision.scheme else ():
+        assert precision.scheme is not None
+        values, scale = precision.scheme.shapes(layers[name].shape, axes)
+        integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
+        scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)
+        layers[name] = QTensor(integers, scales, precision.scheme.bits)
+    if stacked:
+        return {**params, "layers": layers}
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
+    return {**params, "layers": [one] * config.num_layers}
+
+
+def peak_bytes(
+    config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, device: Any
+) -> int:
+    """The most memory that reading `width` tokens of every row takes, weights and cache included.
+
+    Drawing a token from the logits is left out: compiling it takes longer than all the rest, and
+    it needs a few megabytes.
+
+    Args:
+      slots, rows: of the cache.
+      device: of a topology.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it does not fit.
+    """
+    kind = cache_dtype(device.platform, jnp.dtype(precision.dtype))
+    cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, kind))
+    tokens, last = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,)))
+    place = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    args = (abstract_params(config, precision), tokens, last, cache)
+    args = jax.tree.map(lambda x: place(x.shape, x.dtype), args)
+
+    def forward(params: Any, tokens: Any, last: Any, cache: KVCache) -> Any:
+        return last_logits(config, params, tokens, last, cache=cache)
+
+    lowered = jax.jit(forward, donate_argnums=3).lower(*args)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None  # every compiler that this is for tells
+    return memory.peak_memory_in_bytes
+
+
+def main() -> None:
+    """Answers one request: {"peak": {program: bytes}} and, where one failed, {"error": text}."""
+    request = json.load(sys.stdin)
+    config = GLMConfig(**request["config"])
+    precision = Precision(request["dtype"], request["quantize"])
+    device = topologies.get_topology_desc(
+        request["topology"],
+        request["platform"],
+        chips_per_host_bounds=(1, 1, 1),  # older versions of libtpu assume four chips
+    ).devices[0]
+    peak: dict[str, int] = {}
+    answer: dict[str, Any] = {"peak": peak}
+    try:
+        for name, width in request["programs"].items():
+            rows = request["rows"]
+            peak[name] = peak_bytes(config, precision, request["slots"], rows, width, device)
+    except jax.errors.JaxRuntimeError as error:
+        answer["error"] = str(error)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
