@@ -6,8 +6,10 @@ Only the command-line tools turn it on; a library should not write to a user's f
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +71,56 @@ def enable_compile_cache(
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _mend(path, warn or (lambda line: None))
     return path
+
+
+class Lookup:
+    """Tells what JAX does for a program that is compiled inside: find it in its cache, or compile.
+
+    JAX tells this to its log alone, and only there before it compiles, which may take minutes.
+
+    Args:
+      missed: called once where it is compiled, as a rule before that.
+
+    Attributes:
+      found: whether it was in the cache.
+    """
+
+    def __init__(self, missed: Callable[[], None]):
+        self.found = False
+        self._missed, self._told = missed, False
+        self._log = logging.getLogger("jax._src.compiler")
+
+    def __enter__(self) -> Lookup:
+        import jax
+
+        config: Any = jax.config  # its names are made at run time
+        if config.jax_compilation_cache_dir is None or not config.jax_enable_compilation_cache:
+            self._tell()
+        self._thread = threading.get_ident()
+        self._shown, self._level = self._log.getEffectiveLevel(), self._log.level
+        self._log.addFilter(self._hear)
+        self._log.setLevel(logging.DEBUG)
+        return self
+
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        self._log.setLevel(self._level)
+        self._log.removeFilter(self._hear)
+        if not self.found and kind is None:
+            self._tell()
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        """A filter of records, by which those pass that would pass anyway."""
+        said = str(record.msg).lower() if record.thread == self._thread else ""
+        if said.startswith("persistent compilation cache hit"):
+            self.found = True
+        elif said.startswith("persistent compilation cache miss"):
+            self._tell()
+        return record.levelno >= self._shown
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            self._missed()
 
 
 def _mend(folder: Path, warn: Callable[[str], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -123,6 +123,7 @@ class Engine:
             return [answer.completion() for answer in job.answers]
         clock = self._clock()
         with self._device_errors(job):
+            self._compile(job, partial(self._first, job), STEPS_PER_DISPATCH)
             state, output = self._prefill(job, clock)
             for _ in job.take(jax.device_get(output)):
                 pass
@@ -191,6 +192,7 @@ class Engine:
     def _run(self, job: Job) -> Iterator[TokenEvent]:
         clock = self._clock()
         with self._device_errors(job):
+            self._compile(job, partial(self._first, job))
             for _, events in self._loop(job, clock, *self._prefill(job, clock)):
                 yield from events
 
@@ -257,10 +259,39 @@ class Engine:
 
     def _clock(self) -> Clock:
         self.stats = Stats(load_s=self.stats.load_s)
-        return Clock(self.stats, lambda: self.programs.seconds)
+        return Clock(self.stats, self.programs)
+
+    def _compile(
+        self,
+        job: Job,
+        first: Callable[[], tuple[steps.State, steps.Output]],
+        count: int | None = None,
+        kept: int = 0,
+    ) -> None:
+        """Compiles, ahead of all work, the programs that a job begins with.
+
+        Args:
+          first: reads the prompts and draws the first tokens.
+          count: as in `_step`.
+          kept: slots of the cache that `first` begins with; 0 = it is a part of the first program.
+        """
+
+        def begin() -> None:
+            state, _ = first()
+            if job.steps_wanted > 1:
+                drafts = np.zeros((job.batch, self.speculate), np.int32)
+                self._step(job, state, 1, count, drafts if self.speculate else None)
+
+        widths = tuple(part.tokens.shape for part in job.parts)
+        key = (widths, kept, job.cache_size, job.largest_cache, job.steps_wanted > 1, count)
+        key = (*key, self.speculate)
+        self.programs.ahead(key, begin)
 
     def _prefill(self, job: Job, clock: Clock) -> tuple[steps.State, steps.Output]:
         clock.prefill_starts()
+        return self._first(job)
+
+    def _first(self, job: Job) -> tuple[steps.State, steps.Output]:
         if len(job.parts) > 1:
             return self._read(job, self._empty_cache(job))
         (part,) = job.parts
@@ -276,8 +307,11 @@ class Engine:
         )
 
     def _empty_cache(self, job: Job) -> KVCache:
+        make = partial(KVCache.zeros, self.config, job.batch, job.cache_size, self.cache_dtype)
+        if self.programs.tracing:
+            return jax.eval_shape(make)
         with jax.default_device(self.device):
-            return KVCache.zeros(self.config, job.batch, job.cache_size, self.cache_dtype)
+            return make()
 
     def _read(self, job: Job, cache: KVCache) -> tuple[steps.State, steps.Output]:
         """Reads the parts of the prompts and draws the first tokens; `cache` is used up."""
@@ -354,6 +388,8 @@ class Engine:
         self, job: Job, *args: Any, donate: int | None = None
     ) -> tuple[steps.State, steps.Output]:
         state, output = self.programs.call(*args, donate=donate)
+        if self.programs.tracing:
+            return state, output
         if job.sampling.logprobs is None:  # then the host copies nothing but the tokens
             output = output._replace(logprobs=None)
         jax.tree.map(lambda array: array.copy_to_host_async(), output)

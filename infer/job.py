@@ -14,6 +14,7 @@ from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.tokenizer import Tokenizer
 from infer.answer import Answer, Completion, TokenLogprob
 from infer.params import SamplingParams, shown
+from infer.programs import Programs
 from infer.reading import ROOM, bucket, parts
 from infer.sampling import Rows, seed_words
 from infer.steps import IDLE, NOT_FINITE, Controls, Output
@@ -25,13 +26,15 @@ class Stats:
 
     Attributes:
       load_s: opening the checkpoint.
-      compile_s: compiling programs for shapes not met before; in none of the others.
+      compile_s: making programs for shapes not met before; in none of the others.
       first_token_s: from the call to the first token of every row.
       prefill_tokens, prefill_s: prompt tokens read, and the time for them and the first token.
       reused_tokens: prompt tokens that a session did not have to read again.
       decode_tokens, decode_s: tokens after the first of each row, and the time for them.
       passes: forward passes for them that verified drafts; 0 without `speculate`.
       drafted_tokens, accepted_tokens: in those passes, of all rows together.
+      programs, programs_kept: how many were made, and how many of them had been kept from an
+        earlier run and were not compiled.
     """
 
     load_s: float = 0.0
@@ -45,6 +48,8 @@ class Stats:
     passes: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    programs: int = 0
+    programs_kept: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -218,15 +223,14 @@ class Job:
 class Clock:
     """Fills in `Stats` while a call runs; compiling is taken out of every time."""
 
-    def __init__(self, stats: Stats, compile_seconds):
-        self._stats = stats
-        self._compiling = compile_seconds  # () -> seconds spent so far
-        self._compiled_before = compile_seconds()
+    def __init__(self, stats: Stats, programs: Programs):
+        self._stats, self._programs = stats, programs
+        self._before = programs.seconds, programs.compiled, programs.cached
         self._start = time.perf_counter()
         self._prefill = self._start
 
     def _running(self) -> float:
-        return time.perf_counter() - (self._compiling() - self._compiled_before)
+        return time.perf_counter() - (self._programs.seconds - self._before[0])
 
     def prefill_starts(self) -> None:
         self._prefill = self._running()
@@ -241,7 +245,10 @@ class Clock:
             self._first, self._first_tokens = now, job.new_tokens
         stats.decode_tokens = job.new_tokens - self._first_tokens
         stats.decode_s = now - self._first
-        stats.compile_s = self._compiling() - self._compiled_before
+        seconds, compiled, cached = self._before
+        stats.compile_s = self._programs.seconds - seconds
+        stats.programs = self._programs.compiled - compiled
+        stats.programs_kept = self._programs.cached - cached
 
     def verified(self, rows: int, drafted: int, tokens: int) -> None:
         """One pass verified `drafted` tokens for each of `rows` rows, and gave `tokens` in all."""

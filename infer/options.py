@@ -301,7 +301,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
             prefill_chunk=args.prefill_chunk,
             rope_kind=args.rope_scaling,
             template=args.template,
-            on_event=_show_event if args.stats or sys.stderr.isatty() else None,
+            on_event=_show_event,
             progress=show_progress,
         )
     engine.speculate = getattr(args, "speculate", 0)

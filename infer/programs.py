@@ -11,8 +11,10 @@ import jax
 
 from glm2_jax import compiler_options
 from glm2_jax.errors import DeviceError
+from infer.compile_cache import Lookup
 
 OnEvent = Callable[[str, str], None]
+At = tuple[str, Hashable]  # name and key of a program
 Shortage = tuple[str, str]  # needed and free; what fits instead
 _JAX_CONFIG: Any = jax.config  # its names are made at run time
 
@@ -22,13 +24,18 @@ class Programs:
 
     Attributes:
       compiled: how many programs there are; constant once everything is warm.
-      seconds: spent compiling so far.
+      cached: how many of them were found in the persistent compilation cache.
+      seconds: spent making them so far.
     """
 
     def __init__(self, platform: str, on_event: OnEvent | None = None):
         self._options = compiler_options(platform)
         self._on_event = on_event
-        self._programs: dict[Hashable, Any] = {}
+        self._programs: dict[At, Any] = {}
+        self._shapes: dict[At, Any] = {}  # of what they return
+        self._traced: dict[At, Any] | None = None  # what `ahead` has met
+        self._begun: set[Hashable] = set()
+        self.cached = 0
         self.seconds = 0.0
 
     @property
@@ -41,27 +48,81 @@ class Programs:
         """Calls the program for `(name, key)`, compiling it for these arguments at first.
 
         Args:
-          key: names everything that the shapes of `args` depend on.
+          key: names everything that the shapes of `args` depend on; (rows, tokens or slots, ...)
+            is shown to the user.
           donate: position of the argument whose buffers the result may take over.
         """
         if _JAX_CONFIG.jax_disable_jit:  # a wish for plain steps that a debugger can follow
             return function(*jax.tree.map(jax.numpy.asarray, args))
-        program = self._programs.get((name, key))
+        at = name, key
+        program = self._programs.get(at)
+        if self._traced is not None:
+            if program is None and at not in self._traced:
+                self._traced[at] = self._trace(function, donate, args)
+                self._shapes[at] = self._traced[at].out_info
+            return self._shapes[at]
         if program is None:
             # What is still running must not be counted as compiling.
             jax.block_until_ready(args)
-            if self._on_event:
-                self._on_event("compile", f"compiling {name} {key}")
-            start = time.perf_counter()
-            jitted = jax.jit(
-                function,
-                donate_argnums=() if donate is None else (donate,),
-                compiler_options=self._options,
-            )
-            program = jitted.lower(*args).compile()
-            self._programs[name, key] = program
-            self.seconds += time.perf_counter() - start
+            traced = self._trace(function, donate, args)
+            self._shapes[at] = traced.out_info
+            program = self._compile(at, traced)
         return program(*args)
+
+    @property
+    def tracing(self) -> bool:
+        """Whether calls run nothing and give shapes, see `ahead`."""
+        return self._traced is not None
+
+    def ahead(self, key: Hashable, begin: Callable[[], Any]) -> None:
+        """Compiles what `begin` calls, and counts it while it does; nothing is run.
+
+        Args:
+          key: names everything that this depends on: each is looked at once.
+          begin: calls programs, whose results are shapes alone (`jax.ShapeDtypeStruct`).
+        """
+        if key in self._begun or _JAX_CONFIG.jax_disable_jit:
+            return
+        self._traced = {}
+        try:
+            begin()
+            wanted = self._traced
+        finally:
+            self._traced = None
+        for number, (at, traced) in enumerate(wanted.items(), 1):
+            self._compile(at, traced, f" ({number}/{len(wanted)})")
+        self._begun.add(key)
+
+    def _trace(self, function: Callable, donate: int | None, args: tuple) -> Any:
+        with self._timed():
+            return jax.jit(function, donate_argnums=() if donate is None else donate).trace(*args)
+
+    def _compile(self, at: At, traced: Any, count: str = "") -> Any:
+        def missed() -> None:
+            if self._on_event:
+                self._on_event("compile", f"compiling {_label(*at)}{count}")
+
+        with self._timed(), Lookup(missed) as lookup:
+            program = traced.lower().compile(compiler_options=self._options)
+        self.cached += lookup.found
+        self._programs[at] = program
+        return program
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def _label(name: str, key: Hashable) -> str:
+    """What a user is told of a program: "prefill 512", of several rows "prefill 8 x 512"."""
+    if not isinstance(key, tuple) or not all(isinstance(size, int) for size in key[:2]):
+        return name
+    rows, size = key[:2]
+    return f"{name} {size}" if rows == 1 else f"{name} {rows} x {size}"
 
 
 @contextlib.contextmanager

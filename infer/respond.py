@@ -238,7 +238,7 @@ def add_stats(total: Stats | None, stats: Stats) -> Stats:
 def print_stats(stats: Stats) -> None:
     """Times, speed and memory, one per line; compiling is in none of the other times."""
     note(f"load         {stats.load_s:8.2f} s")
-    note(f"compile      {stats.compile_s:8.2f} s")
+    note(f"compile      {stats.compile_s:8.2f} s{_programs(stats)}")
     note(f"first token  {stats.first_token_s:8.3f} s")
     note(f"prefill      {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s")
     note(f"decode       {stats.decode_tokens} tokens, {stats.decode_rate:.1f} tokens/s")
@@ -249,6 +249,13 @@ def print_stats(stats: Stats) -> None:
             f"{stats.decode_tokens / stats.passes:.2f} tokens a pass"
         )
     note(f"peak memory  {peak_memory()}")
+
+
+def _programs(stats: Stats) -> str:
+    if not stats.programs:
+        return ""
+    kept = f", {stats.programs_kept} of them kept from before" if stats.programs_kept else ""
+    return f", {stats.programs} program{'s' if stats.programs > 1 else ''}{kept}"
 
 
 def peak_memory() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 
 from glm2_jax import KVCache
 from infer import steps
@@ -68,7 +69,9 @@ class Session:
         clock, tokens = self.engine._clock(), []
         self.engine.stats.reused_tokens = len(ids) - job.prompt_tokens
         with self.engine._device_errors(job, f"a prompt of {len(ids)} tokens"):
-            for state, events in self.engine._loop(job, clock, *self._start(job, ids, clock)):
+            kept = job.cache_size if self._cache is None else self._cache.size
+            self.engine._compile(job, partial(self._first, job, self._cache), kept=kept)
+            for state, events in self.engine._loop(job, clock, *self._start(job, clock)):
                 tokens += [event.token for event in events if event.token is not None]
                 # The last token read may not be in the cache yet, those before it are.
                 self._cache, self.ids = state.cache, ids + tokens[: job.steps_read - 1]
@@ -76,14 +79,18 @@ class Session:
                 if job.steps_wanted:  # the next step uses the cache up; it may fail
                     self._forget()
 
-    def _start(self, job: Job, ids: list[int], clock: Clock) -> tuple[steps.State, steps.Output]:
+    def _start(self, job: Job, clock: Clock) -> tuple[steps.State, steps.Output]:
         """Reads what is new and draws the first token."""
-        engine, cache = self.engine, self._cache
+        cache = self._cache
         self._forget()
         clock.prefill_starts()
+        return self._first(job, cache)
+
+    def _first(self, job: Job, cache: KVCache | None) -> tuple[steps.State, steps.Output]:
         if cache is None:  # made apart, so that the first prompt needs no program of its own
-            cache = engine._empty_cache(job)
-        return engine._read(job, engine._grow(cache, job.cache_size, job.largest_cache))
+            cache = self.engine._empty_cache(job)
+        cache = self.engine._grow(cache, job.cache_size, job.largest_cache)
+        return self.engine._read(job, cache)
 
     def _forget(self) -> None:
         self._cache, self.ids = None, []
