@@ -346,3 +346,35 @@ def test_help_needs_no_jax():
     code += "; print({'jax', 'jieba', 'nltk', 'sacrebleu'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
+
+
+def test_a_comparison_leaves_room_on_a_gpu_for_the_second_form():
+    code = """
+import os
+from glm2_jax.errors import InputError
+from infer.evaluate.__main__ import main
+try:
+    main(["--data", "/nowhere", "--compare", "none,int8"])
+except InputError:
+    print(os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "false", done.stderr
+
+
+def test_all_forms_have_the_room_of_the_first(monkeypatch, engine, tmp_path, capsys):
+    opened = []
+
+    def open_engine(args):
+        opened.append((args.dtype, args.quantize, args.max_length))
+        return engine
+
+    monkeypatch.setattr(compare, "open_engine", open_engine)
+    monkeypatch.setattr(compare, "_figures", lambda variant, *rest: {"variant": variant.name})
+    found = figures(capsys, "--compare", "none,bfloat16,float32:int4", "--quantize", "int8")
+    assert opened == [
+        ("auto", "none", None),
+        ("bfloat16", "int8", engine.max_length),
+        ("float32", "int4", engine.max_length),
+    ]
+    assert [row["variant"] for row in found["variants"]] == ["none", "bfloat16", "float32:int4"]

@@ -4,6 +4,8 @@ Only the flags are here; what they start is in `infer.evaluate.run`, which is im
 parsing.
 """
 
+import os
+import sys
 from collections.abc import Sequence
 
 from convert import interrupt
@@ -75,7 +77,8 @@ def parser() -> Parser:
         "--overwrite", action="store_true", help="replace a --predictions file that is there"
     )
     result.add_common()
-    result.set_defaults(stats=False)  # `open_engine` asks for it
+    # `open_engine` asks for both; with the latter it plans memory for --batch-size rows.
+    result.set_defaults(stats=False, batch_file="")
     return result
 
 
@@ -157,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.use_utf8()
     args = parser().parse_args(argv)
     options.choose_platform(args)
+    if args.compare and "jax" not in sys.modules:  # or the first form takes a GPU for itself
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from infer.evaluate import run
 
     return run.run(args)

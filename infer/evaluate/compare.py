@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,12 +67,6 @@ def weight_bytes(engine: Engine) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.checkpoint.params))
 
 
-def room_for_two() -> None:
-    """Keeps jax from taking of a GPU what the first variant alone needs; before jax starts."""
-    if "jax" not in sys.modules:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-
 def compare(
     args: argparse.Namespace,
     names: tuple[Variant, ...],
@@ -94,7 +86,7 @@ def compare(
     results = []
     for variant in names[1:]:
         note(f"comparing {names[0].name} with {variant.name}")
-        engine = open_variant(args, variant)
+        engine = open_variant(args, variant, first.max_length)
         mine, others, distance = _together(first, engine, material, args.batch_size)
         if not results:
             results.append(_figures(names[0], first, mine))
@@ -103,11 +95,14 @@ def compare(
     return results
 
 
-def open_variant(args: argparse.Namespace, variant: Variant) -> Engine:
-    """The model in a form."""
+def open_variant(
+    args: argparse.Namespace, variant: Variant, max_length: int | None = None
+) -> Engine:
+    """The model in a form; with a `max_length` it must have room for that."""
     args = copy.copy(args)
     args.dtype = variant.dtype or args.dtype
     args.quantize = variant.quantize or args.quantize
+    args.max_length = max_length or args.max_length
     return open_engine(args)
 
 

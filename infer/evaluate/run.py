@@ -64,7 +64,6 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
         perplexity.prepare, rows=rows, bad=bad, window=args.window, stride=args.stride
     )
     if args.compare:
-        compare.room_for_two()
         first = compare.open_variant(args, args.compare[0])
         found = compare.compare(args, args.compare, material_of, first)
         return {"data": args.data or BUNDLED, "bad_rows": bad.count, "variants": found}
