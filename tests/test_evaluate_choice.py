@@ -237,6 +237,9 @@ def test_there_are_no_examples(toy, tmp_path):
         main(["--task", "choice", "--data", str(path), "--shots", "1"])
     with pytest.raises(UsageError, match="exclude"):
         main(["--task", "choice", "--data", str(path), "--shots", "1", "--two-pass"])
+    path = write(tmp_path, "x.jsonl", '{"inputs_pretokenized": "a", "label": 0}')
+    with pytest.raises(UsageError, match="csv files"):
+        main(["--task", "choice", "--data", str(path), "--shots", "1"])
 
 
 def test_two_passes(toy, tmp_path, capsys):

@@ -61,6 +61,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bad = BadRows(args.max_bad)
     exams = [read_exam(path, bad) for path in find_files(args.data)]
     bad.check(sum(len(exam.questions) for exam in exams))
+    whole = [str(exam.path) for exam in exams if exam.layout == "official"]
+    if args.shots and whole:
+        raise UsageError(
+            "--shots goes with csv files",
+            f"The texts of {whole[0]} are whole prompts.",
+            "Leave --shots out.",
+        )
     shots = [examples_for(exam.path, bad).questions if args.shots else () for exam in exams]
     say_which_model(args)
     engine = open_engine(args)
