@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
-from convert.names import EMBED, OWN, PUBLISHED, Match, match_tensors
+from convert.names import FINAL_NORM, OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, open_weights, read_json
 from convert.stored import reading
 from glm2_jax.config import ROPE_KINDS, GLMConfig, shorten
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.prompt import TEMPLATES
-from glm2_jax.schemes import SCHEMES, Scheme
+from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
 from glm2_jax.tokenizer import Tokenizer
 
 QUANTIZE = ("int8", "int4")  # schemes that may be asked for
@@ -63,7 +63,7 @@ class Folder:
         """The type in which the folder keeps what it does not quantise."""
         if self.scheme is None:
             return self.stored_dtype
-        return next(m.tensor.dtype.name for m in self.matches if m.rule.parts == (EMBED,))
+        return next(m.tensor.dtype.name for m in self.matches if m.rule.parts == (FINAL_NORM,))
 
 
 def open_folder(
@@ -212,16 +212,19 @@ def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: 
         )
 
 
-def target_scheme(folder: Folder, quantize: str | None) -> Scheme | None:
-    """How the matrices of the layers are to be quantised.
+def target_scheme(folder: Folder, quantize: str | None, embeddings: bool = False) -> Scheme | None:
+    """How the matrices are to be quantised.
 
     Args:
         folder: what is opened.
         quantize: None = as stored; "none" = not at all; or one of `QUANTIZE`.
+        embeddings: whether embedding and head are to be quantised like the layers.
 
     Raises:
-        UsageError: an unknown name, or a folder that is quantised already.
+        UsageError: an unknown name, a folder that is quantised already, or embeddings that nobody
+            says how to quantise.
     """
+    name = asked_scheme(quantize, embeddings)
     if quantize is None:
         return folder.scheme
     if quantize == "none":
@@ -237,7 +240,7 @@ def target_scheme(folder: Folder, quantize: str | None) -> Scheme | None:
             "Quantised once more, its weights would only get worse.",
             "Leave --quantize out, or start from the original weights.",
         )
-    return SCHEMES[quantize]
+    return SCHEMES[name or quantize]
 
 
 def fingerprint(folder: Folder) -> str:

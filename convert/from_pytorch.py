@@ -40,6 +40,10 @@ def build_parser() -> Parser:
         "columns); none = unpack what is stored quantised (default: as it is stored)",
     )  # fmt: skip
     weights.add_argument(
+        "--quantize-embeddings", action="store_true",
+        help="with --quantize int8 or int4: write embedding and head in the same way, too",
+    )  # fmt: skip
+    weights.add_argument(
         "--max-shard-size", type=size_argument, default="4GB", metavar="SIZE",
         help="largest size of one weight file",
     )  # fmt: skip
@@ -84,7 +88,7 @@ def main(argv: list[str]) -> None:
     dtype = None if args.dtype == "keep" else args.dtype
     path = find_model(args.source, source=args.hub_source, revision=args.revision)
     folder = open_folder(path, rope_kind=args.rope_scaling, template=args.template)
-    size = size_of_conversion(folder, dtype, args.quantize)
+    size = size_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
     note(
         f"{args.source}: {folder.layout}, {folder.config.family}, "
         f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
@@ -100,6 +104,7 @@ def main(argv: list[str]) -> None:
             args.destination,
             dtype=dtype,
             quantize=args.quantize,
+            quantize_embeddings=args.quantize_embeddings,
             overwrite=args.overwrite,
             max_shard_size=args.max_shard_size,
             progress=lambda done, _: progress(done),

@@ -27,7 +27,7 @@ class CheckpointSummary:
         family: "chatglm2", "chatglm3" or "codegeex2".
         stored_dtype: type of most of the stored weights.
         dtype: type of the parameters in memory, and of the activations.
-        quantisation: scheme of the layers' matrices in memory, or None.
+        quantisation: scheme of the matrices in memory (see `glm2_jax.schemes`), or None.
         num_params: number of parameters.
         bytes_on_disk: size of the weight files.
         source: the folder, as given.
@@ -71,6 +71,7 @@ def load_checkpoint(
     *,
     dtype: str = "auto",
     quantize: str | None = None,
+    quantize_embeddings: bool = False,
     layers: str = "stacked",
     mesh: Any = None,
     rope_kind: str | None = None,
@@ -88,6 +89,7 @@ def load_checkpoint(
         dtype: "auto" or the name of a type, e.g. "bfloat16".
         quantize: "int8" or "int4" to quantise the matrices of the layers while loading; None =
             as the folder has them; "none" = never, what is stored quantised is unpacked to `dtype`.
+        quantize_embeddings: quantise embedding and head, too, in the same way.
         layers: "stacked" for arrays with a leading axis of layers, "list" for a list of layers
             (see `glm2_jax.unstack_layers`). Only one of them is ever in memory.
         mesh: must be None in this version.
@@ -112,7 +114,7 @@ def load_checkpoint(
     device = _find_device(device)
     folder = open_folder(path, rope_kind=rope_kind, template=template)
     config = folder.config
-    scheme = target_scheme(folder, quantize)
+    scheme = target_scheme(folder, quantize, quantize_embeddings)
     target = resolve_dtype(dtype, num_params=config.num_params, device=device)
     return Checkpoint(
         config=config,
@@ -155,7 +157,9 @@ def _notes(folder: Folder, dtype: str, scheme: Scheme | None) -> tuple[str, ...]
         )
     notes = []
     if folder.scheme is None and scheme is not None:
-        notes.append(f"the matrices of the layers were quantised to {scheme.name}")
+        what = "the matrices of the layers"
+        what += ", the embedding and the head" if scheme.embeddings else ""
+        notes.append(f"{what} were quantised to int{scheme.bits}")
     if folder.float_dtype != dtype:
         notes.append(f"the weights are stored in {folder.float_dtype}; converted to {dtype}")
     return tuple(notes)

@@ -36,10 +36,9 @@ class Part:
     path: tuple[str, ...]
     shape: Callable[[GLMConfig], Shape]
 
-    @property
-    def quantisable(self) -> bool:
-        """Whether it is one of the matrices that quantisation makes smaller."""
-        return self.path[-1] in COLUMN_AXES
+    def quantised(self, scheme: Scheme | None) -> bool:
+        """Whether it is one of the matrices that a scheme makes smaller."""
+        return scheme is not None and scheme.covers(self.path[-1])
 
     @property
     def column_axes(self) -> int:
@@ -63,10 +62,9 @@ class Rule:
     parts: tuple[Part, ...]
     column_axes: int = 1
 
-    @property
-    def quantisable(self) -> bool:
-        """Whether quantised folders store it quantised."""
-        return all(part.quantisable for part in self.parts)
+    def quantised(self, scheme: Scheme | None) -> bool:
+        """Whether folders of a scheme store it quantised."""
+        return all(part.quantised(scheme) for part in self.parts)
 
     def columns(self, config: GLMConfig) -> int:
         """Elements of a row, that is of what a product sums over."""
@@ -230,7 +228,7 @@ def match_tensors(
                 problems.append(f"missing: {name}")
                 continue
             scale = None
-            if scheme is not None and rule.quantisable:
+            if rule.quantised(scheme):
                 scale = left.pop(name + SCALE, None)
                 if scale is None:
                     problems.append(f"missing: {name}{SCALE}")

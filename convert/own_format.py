@@ -67,7 +67,7 @@ def save_checkpoint(
     """
     _require_plain(params)
     check_fit(config, tokenizer, template or config.default_template, asked=template is not None)
-    kind = _float_dtype(dtype or np.dtype(params["embed"].dtype).name)
+    kind = _float_dtype(dtype or np.dtype(params["final_norm"].dtype).name)
     leaves = {part.path: _leaf(params, part, config) for part in PARTS}
     entries = [
         _array_entry(own_name(part.path, layer), leaves[part.path], layer, kind, part.shape(config))
@@ -93,6 +93,7 @@ def convert_folder(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
+    quantize_embeddings: bool = False,
     overwrite: bool = False,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress = lambda done, total: None,
@@ -103,12 +104,14 @@ def convert_folder(
         source: what `open_folder` gives.
         destination: the new folder.
         dtype: of what is not quantised; None keeps the stored type.
-        quantize: as in `convert.load_checkpoint`.
+        quantize: as in `convert.load_checkpoint`, and so is `quantize_embeddings`.
+        quantize_embeddings: see there.
         overwrite: as in `save_checkpoint`, and so are the rest and the errors.
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
     """
-    kind, scheme = _float_dtype(dtype or source.float_dtype), target_scheme(source, quantize)
+    kind = _float_dtype(dtype or source.float_dtype)
+    scheme = target_scheme(source, quantize, quantize_embeddings)
     manifest = Manifest(
         source=os.fsencode(source.path).decode(errors="replace"),
         dtype=kind.name,
@@ -124,9 +127,15 @@ def convert_folder(
     )  # fmt: skip
 
 
-def size_of_conversion(source: Folder, dtype: str | None, quantize: str | None = None) -> int:
+def size_of_conversion(
+    source: Folder,
+    dtype: str | None,
+    quantize: str | None = None,
+    quantize_embeddings: bool = False,
+) -> int:
     """Bytes of weights that `convert_folder` would write; it has the same arguments and errors."""
-    kind, scheme = _float_dtype(dtype or source.float_dtype), target_scheme(source, quantize)
+    kind = _float_dtype(dtype or source.float_dtype)
+    scheme = target_scheme(source, quantize, quantize_embeddings)
     return sum(entry.nbytes for entry in _stored_entries(source, kind, scheme))
 
 
@@ -167,7 +176,7 @@ def _stored_entries(source: Folder, dtype: np.dtype, scheme: Scheme | None) -> l
     entries = []
     for match in source.matches:
         for part, start, stop in match.rule.ranges(source.config):
-            if scheme is not None and part.quantisable:
+            if scheme is not None and part.quantised(scheme):
                 entries += _quantised_entries(source, match, part, start, stop, scheme)
             else:
                 entries.append(_float_entry(source, match, part, start, stop, dtype))

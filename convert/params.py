@@ -28,7 +28,7 @@ def load_params(
     Args:
         folder: where from.
         dtype: of everything that is not quantised.
-        scheme: of the layers' matrices; None = they have `dtype`, too.
+        scheme: of the matrices that it covers; None = they have `dtype`, too.
         as_list: whether the layers are a list, and not stacked.
         device: a `jax.Device`, or None for the default one.
         progress: called with the bytes done and to do.
@@ -120,7 +120,7 @@ class _Params:
             stacked = _in_layers(part) and not self.as_list
             layers = self.config.num_layers if stacked else 1
             shape = ((layers,) if stacked else ()) + part.shape(self.config)
-            if self.scheme is not None and part.quantisable:
+            if self.scheme is not None and part.quantised(self.scheme):
                 weight = _Quantised(self.scheme, shape, part.column_axes, layers, self.device)
             else:
                 weight = _Plain(shape, self.dtype, layers, self.device)
@@ -144,7 +144,7 @@ class _Params:
 
     def _part_bytes(self, part: Part) -> int:
         shape = part.shape(self.config)
-        if self.scheme is None or not part.quantisable:
+        if self.scheme is None or not part.quantised(self.scheme):
             return math.prod(shape) * self.dtype.itemsize
         values, scales = self.scheme.shapes(shape, part.column_axes)
         return math.prod(values) + 4 * math.prod(scales)

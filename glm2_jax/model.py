@@ -25,12 +25,18 @@ from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
-from glm2_jax.quant import QTensor
+from glm2_jax.quant import QTensor, take_rows
 from glm2_jax.rope import apply_rope, rope_tables
 
 Params = Mapping[str, Any]
 
 _WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also under JAX_ENABLE_X64
+
+
+def _weight(module: nn.Module, name: str, *shape: int) -> jax.Array | QTensor:
+    """A matrix, which may be quantised: then Linen, which compares shapes, is passed by."""
+    stored = module.get_variable("params", name)
+    return stored if isinstance(stored, QTensor) else module.param(name, _WEIGHT_INIT, shape)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -74,16 +80,16 @@ class GLMBlock(nn.Module):
         D, F, H, N, K = c.hidden_size, c.ffn_hidden_size, c.head_dim, c.num_heads, c.num_kv_heads
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         self.attn_norm = self.param("attn_norm", ones, (D,))
-        self.q = self._weight("q", N, H, D)
+        self.q = _weight(self, "q", N, H, D)
         self.q_bias = self.param("q_bias", zeros, (N, H))
-        self.k = self._weight("k", K, H, D)
+        self.k = _weight(self, "k", K, H, D)
         self.k_bias = self.param("k_bias", zeros, (K, H))
-        self.v = self._weight("v", K, H, D)
+        self.v = _weight(self, "v", K, H, D)
         self.v_bias = self.param("v_bias", zeros, (K, H))
-        self.o = self._weight("o", D, N, H)
+        self.o = _weight(self, "o", D, N, H)
         self.mlp_norm = self.param("mlp_norm", ones, (D,))
-        self.gate_up = self._weight("gate_up", 2, F, D)
-        self.down = self._weight("down", D, F)
+        self.gate_up = _weight(self, "gate_up", 2, F, D)
+        self.down = _weight(self, "down", D, F)
         self.attention_dropout = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)
         self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
@@ -108,11 +114,6 @@ class GLMBlock(nn.Module):
         with jax.named_scope("mlp"):
             x = x + self.hidden_dropout(self._mlp(rms_norm(x, self.mlp_norm, eps)))
         return (x, k_cache, v_cache), None
-
-    def _weight(self, name: str, *shape: int) -> jax.Array | QTensor:
-        """A matrix, which may be quantised: then Linen, which compares shapes, is passed by."""
-        stored = self.get_variable("params", name)
-        return stored if isinstance(stored, QTensor) else self.param(name, _WEIGHT_INIT, shape)
 
     def _attention(self, x, k_cache, v_cache, layer, context: TokenContext):
         q = _project("BTD,NHD->BTNH", x, self.q, self.q_bias)
@@ -152,7 +153,7 @@ class GLM(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed = self.param("embed", _WEIGHT_INIT, (c.vocab_size, c.hidden_size))
+        self.embed = _weight(self, "embed", c.vocab_size, c.hidden_size)
         scanned = nn.scan(
             GLMBlock,
             variable_axes={"params": 0},
@@ -162,7 +163,7 @@ class GLM(nn.Module):
         )
         self.layers = scanned(c, self.deterministic)
         self.final_norm = self.param("final_norm", nn.initializers.ones, (c.hidden_size,))
-        self.head = self.param("head", _WEIGHT_INIT, (c.vocab_size, c.hidden_size))
+        self.head = _weight(self, "head", c.vocab_size, c.hidden_size)
 
     def __call__(self, tokens: jax.Array, context: TokenContext, cache: KVCache | None):
         """Runs the blocks: tokens [B, T] -> (hidden states [B, T, D] before the final norm,
@@ -174,6 +175,8 @@ class GLM(nn.Module):
     def carry(self, tokens: jax.Array, cache: KVCache | None):
         """What the first block starts from: (embeddings [B, T, D], keys, values or None)."""
         stacked = (None, None) if cache is None else (cache.k, cache.v)
+        if isinstance(self.embed, QTensor):
+            return take_rows(self.embed, tokens).astype(self.final_norm.dtype), *stacked
         return jnp.take(self.embed, tokens, axis=0), *stacked
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -269,7 +272,7 @@ def param_shapes(config: GLMConfig) -> Params:
 
 
 def _hidden(config, params, tokens, positions, segment_ids, cache, dropout_key):
-    dtype = params["embed"].dtype
+    dtype = params["final_norm"].dtype
     context, length = _context(config, tokens, positions, segment_ids, cache, dtype)
     deterministic = dropout_key is None
     model = GLM(config, deterministic)

@@ -15,6 +15,7 @@ import numpy as np
 
 from glm2_jax.errors import CheckpointError
 from glm2_jax.schemes import COLUMN_AXES as COLUMN_AXES
+from glm2_jax.schemes import EMBEDDINGS as EMBEDDINGS
 from glm2_jax.schemes import GROUP as GROUP
 from glm2_jax.schemes import SCHEMES as SCHEMES
 from glm2_jax.schemes import Scheme as Scheme
@@ -89,6 +90,12 @@ def dequantise(weight: QTensor, rows: int) -> jax.Array:
         return integers.astype(jnp.float32) * scale[..., None]
     grouped = integers.astype(jnp.float32).reshape(*scale.shape, -1)
     return (grouped * scale[..., None]).reshape(integers.shape)
+
+
+def take_rows(weight: QTensor, index: jax.Array) -> jax.Array:
+    """The rows of a matrix [rows, columns], unpacked alone: float32 [*index, columns]."""
+    taken = QTensor(weight.values[index], weight.scale[index], weight.bits)
+    return dequantise(taken, index.ndim)
 
 
 def unpacked(weight: QTensor) -> jax.Array:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from glm2_jax.errors import UsageError
+
 # The weights of a layer that are quantised, and how many of their last axes are columns.
 COLUMN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate_up": 1, "down": 1}
+
+EMBEDDINGS = ("embed", "head")  # quantised where that was asked for; a row for each id
+
+_EMBEDDINGS = "+embeddings"  # behind the name of a scheme that covers them
 
 GROUP = 128  # columns that share a scale in our own int4
 
@@ -21,11 +27,17 @@ class Scheme:
         name: one of `SCHEMES`.
         bits: 8 or 4.
         grouped: whether a row has a scale for every group of columns, and not one for all of it.
+        embeddings: whether embedding and head are quantised, too.
     """
 
     name: str
     bits: int
     grouped: bool
+    embeddings: bool = False
+
+    def covers(self, name: str) -> bool:
+        """Whether a parameter of that name is quantised."""
+        return name in COLUMN_AXES or (self.embeddings and name in EMBEDDINGS)
 
     def group(self, columns: int) -> int | None:
         """Columns that share a scale: `GROUP`, or less where that does not divide them; None = all.
@@ -54,5 +66,28 @@ SCHEMES = {
         Scheme("int8", 8, grouped=False),  # of the published int8 folders, and our own
         Scheme("int4-row", 4, grouped=False),  # of the published int4 folders
         Scheme("int4", 4, grouped=True),  # our own
+        Scheme("int8" + _EMBEDDINGS, 8, grouped=False, embeddings=True),
+        Scheme("int4" + _EMBEDDINGS, 4, grouped=True, embeddings=True),
     )
 }
+
+
+def asked_scheme(quantize: str | None, embeddings: bool) -> str | None:
+    """The name that the flags --quantize and --quantize-embeddings stand for, if they are known.
+
+    Raises:
+        UsageError: embeddings that nobody says how to quantise.
+    """
+    if embeddings and quantize in (None, "none"):
+        raise UsageError(
+            "Embedding and head cannot be quantised alone.",
+            "They are quantised like the layers, and nothing says how.",
+            "Add --quantize int8 or int4.",
+        )
+    return f"{quantize}{_EMBEDDINGS}" if embeddings else quantize
+
+
+def scheme_flags(name: str) -> str:
+    """The flags that ask for a scheme."""
+    flag = " --quantize-embeddings" if name.endswith(_EMBEDDINGS) else ""
+    return f"--quantize {name.removesuffix(_EMBEDDINGS)}{flag}"

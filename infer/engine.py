@@ -66,7 +66,7 @@ class Engine:
         self.speculate = whole("speculate", speculate, 0, DRAFT)
         self.stats = Stats(load_s=load_s)
         self.device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
-        dtype = checkpoint.params["embed"].dtype
+        dtype = checkpoint.params["final_norm"].dtype
         self.cache_dtype = cache_dtype(self.device.platform, dtype)
         self.programs = Programs(self.device.platform, on_event)
         self._stop_ids = prompt.stop_ids(self.tokenizer)

@@ -31,6 +31,7 @@ def load(
     *,
     dtype: str = "auto",
     quantize: str | None = None,
+    quantize_embeddings: bool = False,
     layers: str | None = None,
     mesh: Any = None,
     max_length: int | None = None,
@@ -48,7 +49,8 @@ def load(
     Args:
       path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
         None = the bundled demo model.
-      dtype, quantize, mesh, rope_kind, template: as in `convert.load_checkpoint`.
+      dtype, quantize, quantize_embeddings, mesh, rope_kind, template: as in
+        `convert.load_checkpoint`.
       layers: "stacked" or "list", as there; None = what is faster on the device, see
         `faster_layers`.
       max_length: longest prompt and answer together; None = 8192, or what the model knows.
@@ -74,6 +76,7 @@ def load(
         chosen,
         dtype=dtype,
         quantize=quantize,
+        embeddings=quantize_embeddings,
         context=max_length,
         rope_kind=rope_kind,
     )
@@ -82,6 +85,7 @@ def load(
             folder,
             dtype=dtype,
             quantize=quantize,
+            quantize_embeddings=quantize_embeddings,
             layers=faster_layers(chosen.platform) if layers is None else layers,
             mesh=mesh,
             rope_kind=rope_kind,

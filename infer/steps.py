@@ -68,7 +68,9 @@ def prefill(
     """
     batch, length = tokens.shape
     real = jnp.arange(length)[None, :] < lengths[:, None]
-    cache = KVCache.zeros(config, batch, size, params["embed"].dtype if dtype is None else dtype)
+    cache = KVCache.zeros(
+        config, batch, size, params["final_norm"].dtype if dtype is None else dtype
+    )
     last = jnp.maximum(lengths - 1, 0)
     logits, cache = last_logits(
         config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cache

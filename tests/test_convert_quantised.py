@@ -1,18 +1,21 @@
 """Quantised weights on disk and while loading: as stored, or made on the way."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from convert import load_checkpoint, save_checkpoint, verify_checkpoint
+from convert import from_pytorch, load_checkpoint, save_checkpoint, verify_checkpoint
 from convert.folder import open_folder
 from convert.names import PARTS, PUBLISHED
 from convert.own_format import convert_folder, size_of_conversion
 from glm2_jax.errors import CheckpointError, UsageError
-from glm2_jax.quant import COLUMN_AXES, SCHEMES, QTensor, quantise
+from glm2_jax.quant import COLUMN_AXES, EMBEDDINGS, SCHEMES, QTensor, dequantise, quantise
+from infer.memory.plan import Precision, flags, weight_bytes
 from tests.checkpoints import TINY, official_tensors, random_params, write_official
+from tests.toy import jit_forward
 
 
 def quantised_tensors(bits):
@@ -23,7 +26,7 @@ def quantised_tensors(bits):
     for rule in PUBLISHED:
         for layer in rule.layers(TINY):
             name, shape = rule.full_name(layer), rule.shape(TINY)
-            if not rule.quantisable:
+            if not rule.quantised(SCHEMES["int8"]):
                 exact[name] = tensors[name].astype(np.float32)
                 continue
             limit = 2 ** (bits - 1)
@@ -86,7 +89,7 @@ def test_quantised_folders_stay_as_they_are(tmp_path, bits):
     assert checkpoint.summary.quantisation == name
     for rule in PUBLISHED:
         for layer in rule.layers(TINY):
-            if not rule.quantisable:
+            if not rule.quantised(SCHEMES["int8"]):
                 continue
             full = rule.full_name(layer)
             found = [leaf(checkpoint.params, part, layer) for part in rule.parts]
@@ -113,7 +116,7 @@ def test_plain_folders_are_quantised_while_loading(tmp_path, scheme, monkeypatch
     assert done[-1][0] == done[-1][1] == sum(x.nbytes for x in jax.tree.leaves(checkpoint.params))
     assert checkpoint.notes == (f"the matrices of the layers were quantised to {scheme}",)
     for part in PARTS:
-        if part.path[0] != "layers" or not part.quantisable:
+        if part.path[0] != "layers" or not part.quantised(SCHEMES[scheme]):
             assert not any(isinstance(w, QTensor) for w in [checkpoint.params.get(part.path[0])])
             continue
         for layer in range(TINY.num_layers):
@@ -141,6 +144,78 @@ def test_our_own_format_keeps_what_it_is_given(tmp_path, scheme):
     assert expected < size and expected < size_of_conversion(source, None)
     unpacked = load_checkpoint(tmp_path / "own", dtype="float32", quantize="none").params
     assert not any(isinstance(weight, QTensor) for weight in unpacked["layers"].values())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_embedding_and_head_are_quantised_where_that_is_asked_for(tmp_path, scheme):
+    source = write_official(tmp_path / "source", dtype="float32")
+    plain = load_checkpoint(source, dtype="float32").params
+    asked: dict[str, Any] = {"quantize": scheme, "quantize_embeddings": True}
+    loaded = load_checkpoint(source, dtype="float32", **asked)
+    assert loaded.summary.quantisation == f"{scheme}+embeddings"
+    assert f"the embedding and the head were quantised to {scheme}" in loaded.notes[0]
+    layers_alone = load_checkpoint(source, dtype="float32", quantize=scheme).params
+    assert as_lists(loaded.params["layers"]) == as_lists(layers_alone["layers"])
+    for name in EMBEDDINGS:
+        assert not isinstance(layers_alone[name], QTensor)
+        values, scale = quantise(np.asarray(plain[name]), SCHEMES[scheme])
+        np.testing.assert_array_equal(np.asarray(loaded.params[name].values), values)
+        np.testing.assert_array_equal(np.asarray(loaded.params[name].scale), scale)
+
+    manifest = convert_folder(open_folder(source), tmp_path / "own", **asked)
+    assert manifest.quantisation == f"{scheme}+embeddings"
+    verify_checkpoint(tmp_path / "own")
+    stored = load_checkpoint(tmp_path / "own", dtype="float32")
+    assert as_lists(stored.params) == as_lists(loaded.params)
+    assert stored.summary.layout == f"own {scheme}"
+    sizes = [size_of_conversion(open_folder(source), None, scheme, wide) for wide in (True, False)]
+    assert sizes[0] < sizes[1]
+    unpacked = load_checkpoint(tmp_path / "own", dtype="float32", quantize="none").params
+    for name in EMBEDDINGS:
+        whole = dequantise(stored.params[name], 1)
+        np.testing.assert_array_equal(np.asarray(unpacked[name]), np.asarray(whole))
+    with pytest.raises(UsageError, match="quantised already"):
+        load_checkpoint(tmp_path / "own", **asked)
+
+
+@pytest.mark.parametrize("quantize", [None, "none"])
+def test_embedding_and_head_are_not_quantised_alone(tmp_path, quantize):
+    source = write_official(tmp_path / "source")
+    with pytest.raises(UsageError, match="cannot be quantised alone"):
+        load_checkpoint(source, quantize=quantize, quantize_embeddings=True)
+    arguments = [str(source), str(tmp_path / "own"), "--quantize-embeddings"]
+    with pytest.raises(UsageError, match="cannot be quantised alone"):
+        from_pytorch.main([*arguments, *(["--quantize", quantize] if quantize else [])])
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("layers", ["stacked", "list"])
+def test_logits_are_those_of_the_dequantised_model(tmp_path, scheme, layers):
+    source = write_official(tmp_path / "source", dtype="float32")
+    arguments: dict[str, Any] = {"dtype": "float32", "layers": layers}
+    small = load_checkpoint(source, quantize=scheme, quantize_embeddings=True, **arguments)
+    convert_folder(open_folder(source), tmp_path / "own", quantize=scheme, quantize_embeddings=True)
+    whole = load_checkpoint(tmp_path / "own", quantize="none", **arguments)
+    tokens = np.array([[5, 60, 3, 7], [1, 2, 90, 9]], np.int32) % TINY.vocab_size
+    logits = [jit_forward(TINY, model.params, tokens)[0] for model in (small, whole)]
+    assert np.ptp(np.asarray(logits[1])) > 0.1
+    np.testing.assert_allclose(np.asarray(logits[0]), np.asarray(logits[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8+embeddings", "int4+embeddings"])
+def test_the_plan_counts_the_bytes_that_are_loaded(tmp_path, scheme):
+    name = scheme.removesuffix("+embeddings")
+    source = write_official(tmp_path / "source", dtype="float32")
+    wide = scheme.endswith("+embeddings")
+    params = load_checkpoint(
+        source, dtype="float32", quantize=name, quantize_embeddings=wide
+    ).params
+    found = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert weight_bytes(TINY, Precision("float32", scheme)) == found
+    told = flags(Precision("float32", scheme))
+    wanted = " --quantize-embeddings" if wide else ""
+    assert told == f"--dtype float32 --quantize {name}{wanted}"
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -157,7 +157,7 @@ def _cache(compiler: Compiler, config: GLMConfig, params: Any, batch: int, size:
 
 
 def _cache_dtype(compiler: Compiler, params: Any) -> Any:
-    return cache_dtype(compiler.device.platform, params["embed"].dtype)
+    return cache_dtype(compiler.device.platform, params["final_norm"].dtype)
 
 
 def _rewound(state: steps.State, context: int) -> steps.State:

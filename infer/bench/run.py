@@ -124,7 +124,8 @@ def work(config: GLMConfig, params: Any, shape: Shape) -> tuple[float, float]:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - embed.nbytes
     seen = shape.prompt or shape.context + (shape.steps + 1) / 2  # keys that a row ends up with
     pairs = shape.prompt * (shape.prompt + 1) / 2 if shape.prompt else seen
-    kept = np.dtype(cache_dtype(device_of(params).platform, embed.dtype))
+    dtype = params["final_norm"].dtype
+    kept = np.dtype(cache_dtype(device_of(params).platform, dtype))
     per_token = c.num_layers * 2 * c.num_kv_heads * c.head_dim * kept.itemsize
     layers = params["layers"]
     matrices = sum(
@@ -133,7 +134,7 @@ def work(config: GLMConfig, params: Any, shape: Shape) -> tuple[float, float]:
         for name, weight in layer.items()
         if name in COLUMN_AXES
     )
-    moved = weights + shape.tokens * c.hidden_size * embed.dtype.itemsize
+    moved = weights + shape.tokens * c.hidden_size * dtype.itemsize
     flops = 2 * (matrices * shape.tokens + head.size * shape.batch)
     attention = 4 * c.num_layers * c.num_heads * c.head_dim * pairs * shape.batch
     return moved + shape.batch * seen * per_token, flops + attention
@@ -193,7 +194,7 @@ def _measure(
 
 def device_of(params: Any) -> Any:
     """Where parameters are."""
-    return next(iter(params["embed"].devices()))
+    return next(iter(params["final_norm"].devices()))
 
 
 def _reset_peak() -> None:

@@ -121,7 +121,9 @@ class _Subject:
             self.config, params = checkpoint.config, checkpoint.params
             quantisation = checkpoint.summary.quantisation or "none"
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        return Variant(dtype_name(params["embed"].dtype), quantisation, layers, weights), params
+        return Variant(
+            dtype_name(params["final_norm"].dtype), quantisation, layers, weights
+        ), params
 
 
 def _results(

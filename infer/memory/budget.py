@@ -19,6 +19,7 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.errors import DeviceError, GLMError, UsageError
 from glm2_jax.host import find_memory
 from glm2_jax.limits import PREFILL_CHUNK
+from glm2_jax.schemes import asked_scheme
 from infer.machine import Gpu
 from infer.memory.devices import CARDS, find_card
 from infer.memory.plan import (
@@ -159,9 +160,10 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
     asked = getattr(args, "max_length", None)
     check_context(asked, config.seq_length)
     budget = find_budget(args.device, args.memory_limit)
+    scheme = asked_scheme(args.quantize, args.quantize_embeddings)
     wish = Wish(
         config,
-        budget.precisions(stored, args.dtype, args.quantize),
+        budget.precisions(stored, args.dtype, scheme),
         min(asked or DEFAULT_CONTEXT, config.seq_length),
         batch,
         stored,

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from glm2_jax import GLMConfig, KVCache, init_params, last_logits
 from glm2_jax.quant import QTensor
-from glm2_jax.schemes import COLUMN_AXES
+from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
 from glm2_jax.xla import cache_dtype
 from infer.memory.plan import Precision
 
@@ -30,16 +30,22 @@ def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = 
     init = partial(init_params, config, jax.random.key(0), jnp.dtype(precision.dtype))
     params = jax.eval_shape(init)
     layers = dict(params["layers"])
-    for name, axes in COLUMN_AXES.items() if precision.scheme else ():
-        assert precision.scheme is not None
-        values, scale = precision.scheme.shapes(layers[name].shape, axes)
-        integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
-        scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)
-        layers[name] = QTensor(integers, scales, precision.scheme.bits)
+    scheme = precision.scheme
+    if scheme is not None:
+        layers |= {n: _quantised(layers[n].shape, axes, scheme) for n, axes in COLUMN_AXES.items()}
+    if scheme is not None and scheme.embeddings:
+        params = {**params, **{n: _quantised(params[n].shape, 1, scheme) for n in EMBEDDINGS}}
     if stacked:
         return {**params, "layers": layers}
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
     return {**params, "layers": [one] * config.num_layers}
+
+
+def _quantised(shape: tuple[int, ...], axes: int, scheme: Scheme) -> QTensor:
+    values, scale = scheme.shapes(shape, axes)
+    integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
+    scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)
+    return QTensor(integers, scales, scheme.bits)
 
 
 def peak_bytes(

@@ -16,6 +16,7 @@ from convert.cli import EXIT_DEVICE, human_size, note
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
+from glm2_jax.schemes import asked_scheme
 from infer.memory import compiler
 from infer.memory.budget import DEFAULT_CONTEXT, Budget, check_context, find_budget
 from infer.memory.compiler import Verdict
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         contexts=_contexts(config, args.max_length),
         batches=sorted({1, args.batch_size}),
         dtype=args.dtype,
-        quantize=args.quantize,
+        quantize=asked_scheme(args.quantize, args.quantize_embeddings),
         chunk=args.prefill_chunk or PREFILL_CHUNK,
     )
     verdicts = _verdicts(sheet, args) if compiler.knows(args.device) else None

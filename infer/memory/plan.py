@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
-from glm2_jax.schemes import COLUMN_AXES, SCHEMES, Scheme
+from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES, Scheme, scheme_flags
 from infer.memory.temporaries import cache_number, temporary_bytes
 
 SHORTEST = 64  # slots of the smallest cache
@@ -77,7 +77,7 @@ def flags(precision: Precision, stored: str | None = None) -> str:
     quantize = precision.quantize
     if stored is not None:
         quantize = None if quantize == stored else "none"
-    return f"--dtype {precision.dtype}" + (f" --quantize {quantize}" if quantize else "")
+    return f"--dtype {precision.dtype}" + (f" {scheme_flags(quantize)}" if quantize else "")
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,19 @@ def layer_bytes(config: GLMConfig, precision: Precision) -> int:
 def weight_bytes(config: GLMConfig, precision: Precision) -> int:
     """All weights, as they are on the device."""
     matrices = config.num_layers * sum(math.prod(s) for s in matrix_shapes(config).values())
-    plain = (config.num_params - matrices) * precision.size
+    tables = len(EMBEDDINGS) * config.vocab_size * config.hidden_size
+    plain = (config.num_params - matrices - tables) * precision.size
+    plain += len(EMBEDDINGS) * table_bytes(config, precision)
     return plain + config.num_layers * layer_bytes(config, precision)
+
+
+def table_bytes(config: GLMConfig, precision: Precision) -> int:
+    """The embedding, or the head."""
+    shape = (config.vocab_size, config.hidden_size)
+    if precision.scheme is None or not precision.scheme.embeddings:
+        return math.prod(shape) * precision.size
+    values, scales = precision.scheme.shapes(shape, 1)
+    return math.prod(values) + 4 * math.prod(scales)
 
 
 def cache_bytes(config: GLMConfig, size: int, slots: int, rows: int) -> int:
@@ -209,7 +220,7 @@ def rate_bound(config: GLMConfig, plan: Plan, bandwidth: float) -> float:
 
     Every step reads all weights but the embedding, of which it needs a few rows, and the cache.
     """
-    embedding = config.vocab_size * config.hidden_size * plan.precision.size
+    embedding = table_bytes(config, plan.precision)
     return plan.batch * bandwidth / (plan.weights - embedding + plan.cache)
 
 

@@ -34,13 +34,14 @@ def when_loading(
     *,
     dtype: str,
     quantize: str | None,
+    embeddings: bool,
     context: int | None,
     rope_kind: str | None,
 ) -> Shortage | None:
     """The same for opening a folder; None where it cannot even be looked at."""
     try:
         found = open_folder(folder, rope_kind=rope_kind)
-        scheme = target_scheme(found, quantize)
+        scheme = target_scheme(found, quantize, embeddings)
         target = resolve_dtype(dtype, num_params=found.config.num_params, device=device)
     except GLMError:
         return None
@@ -64,11 +65,12 @@ def _precision(params: Any) -> Precision:
     layers = params["layers"]
     stacked = not isinstance(layers, list | tuple)
     weight = (layers if stacked else layers[0])["q"]
-    dtype = dtype_name(params["embed"].dtype)
+    dtype = dtype_name(params["final_norm"].dtype)
     if not isinstance(weight, QTensor):
         return Precision(dtype)
     rows = weight.values.ndim - COLUMN_AXES["q"]
     grouped = weight.scale.ndim > rows
     schemes = SCHEMES.values()
-    name = next(s.name for s in schemes if (s.bits, s.grouped) == (weight.bits, grouped))
+    form = weight.bits, grouped, isinstance(params["embed"], QTensor)
+    name = next(s.name for s in schemes if (s.bits, s.grouped, s.embeddings) == form)
     return Precision(dtype, name)

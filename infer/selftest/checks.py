@@ -161,7 +161,8 @@ def _is_quantised(value: Any) -> bool:
 
 def _expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     config, as_list = engine.config, isinstance(engine.checkpoint.params["layers"], list)
-    scheme, shapes = engine.checkpoint.summary.quantisation, {}
+    quantisation, shapes = engine.checkpoint.summary.quantisation, {}
+    scheme = None if quantisation is None else SCHEMES[quantisation]
     for part in PARTS:
         shape, names = part.shape(config), [".".join(part.path)]
         if part.path[0] == "layers" and as_list:
@@ -169,8 +170,8 @@ def _expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
         elif part.path[0] == "layers":
             shape = (config.num_layers, *shape)
         for name in names:
-            if scheme is not None and part.quantisable:
-                pair = SCHEMES[scheme].shapes(shape, part.column_axes)
+            if scheme is not None and part.quantised(scheme):
+                pair = scheme.shapes(shape, part.column_axes)
                 shapes[f"{name}.values"], shapes[f"{name}.scale"] = pair
             else:
                 shapes[name] = shape
@@ -261,7 +262,7 @@ def _cache(engine: Engine) -> Check:
 
 
 def _fill(config, size: int, params, tokens) -> KVCache:
-    cache = KVCache.zeros(config, 1, size, params["embed"].dtype)
+    cache = KVCache.zeros(config, 1, size, params["final_norm"].dtype)
     _, cache = last_logits(config, params, tokens, jnp.zeros(1, jnp.int32), cache=cache)
     assert cache is not None
     return cache
