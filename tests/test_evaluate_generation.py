@@ -73,6 +73,13 @@ def test_bleu_by_hand():
     assert found["bleu-4"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_bleu_is_smoothed_by_method_3():
+    # 2 of 4 characters, 1 of 3 pairs; nothing of 2 and of 1: 1 / (2 x 2) and 1 / (4 x 1).
+    expected = 100 * (2 / 4 * 1 / 3 * 1 / 4 * 1 / 4) ** 0.25
+    found = metrics.pair_scores("甲乙丙丁", "甲乙戊己")
+    assert found["bleu-4"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_rouge_by_hand():
     # 2 of 3 and 2 of 4 words are in both, 1 of 2 and 1 of 3 pairs of them.
     found = metrics.pair_scores("猫 狗 鸟", "猫 狗 鱼 马")
