@@ -64,10 +64,9 @@ class Tokenizer:
         try:
             if path.exists() and not path.is_file():  # reading a pipe would wait for ever
                 raise OSError("it is not a plain file")
-            with path.open("rb") as file:
-                data = file.read(MAX_MODEL_BYTES + 1)
-            if len(data) > MAX_MODEL_BYTES:
+            if path.stat().st_size > MAX_MODEL_BYTES:
                 raise OSError(f"it is larger than {MAX_MODEL_BYTES} bytes")
+            data = path.read_bytes()
         except OSError as error:
             raise CheckpointError(
                 f"The tokenizer {path} cannot be read.",

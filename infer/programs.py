@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 from glm2_jax import compiler_options
-from glm2_jax.errors import DeviceError
+from glm2_jax.errors import CheckpointError, DeviceError
 from infer.compile_cache import Lookup
 
 OnEvent = Callable[[str, str], None]
@@ -138,8 +139,8 @@ def device_errors(
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and not _exhausted(str(error)):
+    except (jax.errors.JaxRuntimeError, MemoryError, CheckpointError) as error:
+        if not _exhausted(error):
             raise
         first = (str(error).splitlines() or ["an allocation failed"])[0]
         numbers, fix = explain() or ("", "Load a narrower dtype, or --quantize int8 or int4.")
@@ -148,5 +149,11 @@ def device_errors(
         ) from error
 
 
-def _exhausted(text: str) -> bool:
-    return "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+def _exhausted(error: Exception) -> bool:
+    """Whether it is about memory: of the device, of Python, or for a file that is mapped."""
+    if isinstance(error, CheckpointError):
+        cause = error.__cause__
+        return isinstance(cause, OSError) and cause.errno == errno.ENOMEM
+    text = str(error)
+    full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    return full or isinstance(error, MemoryError)

@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from glm2_jax import PRESETS, KVCache
+from glm2_jax.errors import DeviceError
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.xla import cache_dtype
 from infer import steps
+from infer.memory.budget import Budget, Wish, settle
 from infer.memory.compile_for import abstract_params
 from infer.memory.devices import CARDS, find_card
 from infer.memory.plan import (
@@ -124,6 +126,7 @@ def test_temporaries_are_those_of_programs_for_a_processor(config, precision, ro
         (INT4, 8, 0, 8192),
         (BF16, 1, 2048, 32768),
         (INT4, 1, 512, 8192),
+        (BF16, 1, 512, 2048),
         (INT8, 8, 256, 2048),
     ],
 )
@@ -180,6 +183,21 @@ def test_what_fits_instead():
     assert nearest(SIX, wanted, 2 * GIB, precisions()) == []
 
 
+def test_prompts_in_smaller_chunks_are_what_fits_nearest():
+    wanted = make_plan(SIX, BF16, 8192)
+    room = make_plan(SIX, BF16, 8192, chunk=512).total
+    assert room < make_plan(SIX, BF16, 8192, chunk=1024).total < wanted.total
+    found = nearest(SIX, wanted, room, precisions())[0]
+    assert (found.precision, found.context, found.batch, found.chunk) == (BF16, 8192, 1, 512)
+    assert found.total <= room
+    with pytest.raises(DeviceError, match=r"What fits: --prefill-chunk 512 \("):
+        settle(
+            Budget("a card", "gpu", room, limited=True),
+            Wish(SIX, (BF16,), 8192, fixed_context=True),
+            pytest.fail,
+        )
+
+
 def test_the_bound_of_the_speed():
     """Weights without the embedding, at 936 GB/s: 78 tokens/s in bfloat16, 150 in int8."""
     for precision, want in ((BF16, 78), (INT8, 150), (INT4, 262)):
@@ -193,7 +211,7 @@ def test_flags_ask_for_a_precision():
     stored = Precision("float16", "int4-row")
     assert flags(stored, "int4-row") == "--dtype float16" and stored.name == "int4"
     assert flags(BF16, "int4-row") == "--dtype bfloat16 --quantize none"
-    assert set(SCHEMES) == {"int8", "int4", "int4-row"}
+    assert set(SCHEMES) == {"int8", "int4", "int4-row", "int8+embeddings", "int4+embeddings"}
 
 
 def test_cards_are_known_by_their_names():

@@ -7,7 +7,6 @@ counts when it starts.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, MutableMapping, Sequence
@@ -113,7 +112,7 @@ def _present(device: str) -> Budget:
         )
     if device == "tpu":
         return Budget("the TPU", "tpu", None)
-    return Budget("this processor", "cpu", host_memory())
+    return Budget("this processor", "cpu", find_memory().usable)
 
 
 def _jax_may_use(platform: str) -> bool:
@@ -250,7 +249,7 @@ def needs(plan: Plan) -> str:
 
 def _near(budget: Budget, wish: Wish, plan: Plan, memory: int) -> list[Plan]:
     choices = precisions(budget.half, wish.stored)
-    return nearest(wish.config, plan, memory, choices, platform=budget.platform, chunk=wish.chunk)
+    return nearest(wish.config, plan, memory, choices, platform=budget.platform)
 
 
 def advice(near: Sequence[Plan], plan: Plan, stored: str | None) -> str:
@@ -268,6 +267,8 @@ def _change(other: Plan, plan: Plan, stored: str | None) -> str:
         changes.append(f"--max-length {other.context}")
     if other.batch != plan.batch:
         changes.append(f"--batch-size {other.batch}")
+    if other.chunk != plan.chunk:
+        changes.append(f"--prefill-chunk {other.chunk}")
     return f"{' '.join(changes)} ({human_size(other.total)})"
 
 
@@ -279,18 +280,6 @@ def shortage(budget: Budget, wish: Wish, precision: Precision) -> tuple[str, str
     free = "not known" if budget.memory is None else human_size(budget.memory)
     near = _near(budget, wish, plan, memory)
     return f"Needed: {needs(plan)}; free: {free}.", advice(near, plan, wish.stored)
-
-
-def host_memory() -> int | None:
-    """Bytes of host memory that this process may still take, its own limits (`ulimit`) included."""
-    known = [find_memory().usable]
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-            limit = resource.getrlimit(kind)[0]
-            known.append(None if limit == resource.RLIM_INFINITY else limit)
-    return min((size for size in known if size is not None), default=None)
 
 
 def set_gpu_share(

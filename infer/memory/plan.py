@@ -17,6 +17,7 @@ from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES, Scheme, scheme_fl
 from infer.memory.temporaries import cache_number, temporary_bytes
 
 SHORTEST = 64  # slots of the smallest cache
+CHUNKS = (1024, 512, 256)  # of prompts, that are advised where there is no room for more at once
 # What jax and its libraries take before any of our arrays is there.
 RUNTIME = {"cpu": 400_000_000, "gpu": 600_000_000, "tpu": 100_000_000}
 # Of a GPU's memory: the rest is the driver's, and what a desktop shows.
@@ -89,6 +90,7 @@ class Plan:
       weights, cache: arrays that stay.
       temporary: the most that any program needs beside them.
       runtime: of jax itself.
+      chunk: most tokens of prompts, of all rows together, that are read at once.
     """
 
     precision: Precision
@@ -98,6 +100,7 @@ class Plan:
     cache: int
     temporary: int
     runtime: int
+    chunk: int
 
     @property
     def rows(self) -> int:
@@ -133,6 +136,7 @@ def make_plan(
         cache_bytes(config, cache_number(precision, platform), context, rows),
         temporary_bytes(config, precision, context, rows, platform, chunk),
         RUNTIME[platform],
+        chunk,
     )
 
 
@@ -231,30 +235,32 @@ def nearest(
     choices: Iterable[Precision],
     *,
     platform: str = "gpu",
-    chunk: int = PREFILL_CHUNK,
 ) -> list[Plan]:
     """Plans that fit into `memory` bytes where `wanted` does not, each as near to it as can be.
 
-    Those that change one thing come first: narrower weights, a shorter context, fewer prompts at
-    once. Where no one change is enough, there is one plan that changes all: the widest weights that
-    fit at all, with their longest context. Empty where nothing fits.
+    Those that change one thing come first: prompts read in smaller chunks, narrower weights, a
+    shorter context, fewer prompts at once. Where no one change is enough, there is one plan that
+    changes all: the widest weights that fit at all, with their longest context. Empty where nothing
+    fits.
 
     Args:
       choices: precisions to choose from, the widest first.
     """
+    now, context, batch, chunk = wanted.precision, wanted.context, wanted.batch, wanted.chunk
 
-    def attempt(precision: Precision, context: int, batch: int) -> Plan | None:
+    def attempt(precision: Precision, context: int, batch: int, chunk: int = chunk) -> Plan | None:
         plan = make_plan(config, precision, context, batch, platform=platform, chunk=chunk)
         return plan if context and plan.total <= memory else None
 
-    def longest(precision: Precision, batch: int) -> int:
+    def longest(precision: Precision, batch: int, chunk: int = chunk) -> int:
         found = largest_context(config, precision, batch, memory, platform=platform, chunk=chunk)
         return min(found, wanted.context)
 
-    now, context, batch = wanted.precision, wanted.context, wanted.batch
     narrower = [choice for choice in choices if weight_bytes(config, choice) < wanted.weights]
     batches = [1 << power for power in reversed(range((batch - 1).bit_length()))]
+    chunks = [size for size in CHUNKS if size < min(chunk, wanted.rows * context)]
     one_change = (
+        next(filter(None, (attempt(now, context, batch, size) for size in chunks)), None),
         next(filter(None, (attempt(choice, context, batch) for choice in narrower)), None),
         attempt(now, longest(now, batch), batch),
         next(filter(None, (attempt(now, context, fewer) for fewer in batches)), None),
@@ -262,5 +268,9 @@ def nearest(
     found = [plan for plan in one_change if plan is not None]
     if found:
         return found
-    every_change = (attempt(choice, longest(choice, 1), 1) for choice in (now, *narrower))
+    every_change = (
+        attempt(choice, longest(choice, 1, size), 1, size)
+        for choice in (now, *narrower)
+        for size in (chunk, *chunks[-1:])
+    )
     return [plan for plan in every_change if plan is not None][:1]

@@ -8,9 +8,10 @@ from typing import Any
 from convert.folder import open_folder, target_scheme
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import GLMError
+from glm2_jax.host import find_memory
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
-from infer.memory.budget import DEFAULT_CONTEXT, Budget, Wish, host_memory, shortage
+from infer.memory.budget import DEFAULT_CONTEXT, Budget, Wish, shortage
 from infer.memory.plan import Precision
 from infer.programs import Shortage
 
@@ -38,12 +39,12 @@ def when_loading(
     context: int | None,
     rope_kind: str | None,
 ) -> Shortage | None:
-    """The same for opening a folder; None where it cannot even be looked at."""
+    """The same for opening a folder; None where it cannot even be looked at, for want of memory."""
     try:
         found = open_folder(folder, rope_kind=rope_kind)
         scheme = target_scheme(found, quantize, embeddings)
         target = resolve_dtype(dtype, num_params=found.config.num_params, device=device)
-    except GLMError:
+    except (GLMError, MemoryError):
         return None
     precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
     stored = None if found.scheme is None else found.scheme.name
@@ -55,7 +56,7 @@ def when_loading(
 def _budget(device: Any) -> Budget:
     """The budget of a `jax.Device`: what jax may take there in all."""
     if device.platform == "cpu":
-        return Budget("this processor", "cpu", host_memory())
+        return Budget("this processor", "cpu", find_memory(own=True).usable)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return Budget(device.device_kind, device.platform, limit)
 

@@ -26,17 +26,21 @@ def cache_number(precision: Precision, platform: str) -> int:
 def temporary_bytes(
     config: GLMConfig, precision: Precision, slots: int, rows: int, platform: str, chunk: int
 ) -> int:
-    """The most that any of the programs needs.
+    """The most that any of the programs needs beside the weights and the cache of `slots` slots.
+
+    A program on the way there has a smaller cache, and so may need more of its own.
 
     Args:
       slots, rows: of the cache.
       chunk: most tokens that are read at once.
     """
     sizes = [1 << power for power in range(6, (slots - 1).bit_length())]  # caches on the way
+    number = cache_number(precision, platform)
+    slot = rows * _slot(config, number) * config.num_layers
     return max(
-        growing_bytes(config, slots, rows, cache_number(precision, platform)),
+        growing_bytes(config, slots, rows, number),
         *(
-            step_bytes(config, precision, size, rows, width, platform)
+            step_bytes(config, precision, size, rows, width, platform) - (slots - size) * slot
             for size in (*sizes, slots)
             for width in (1, min(max(1, chunk // rows), size))
         ),
@@ -65,7 +69,7 @@ def _attention(
 ) -> int:
     """Scores, a layer's keys and values, and the hidden states beside them."""
     whole = rows * config.num_heads * width * slots
-    copies, scores = 3, whole
+    copies, scores = 2 if platform == "gpu" else 3, whole
     if whole > SCORES:
         queries = _queries(config, rows, width)
         copies, scores = 2, rows * config.num_heads * queries * min(KEYS, slots)
