@@ -26,6 +26,7 @@ from infer.bench.ceilings import Ceilings, measure_ceilings
 from infer.bench.random_params import random_params
 from infer.bench.report import Report, as_json, markdown, render
 from infer.bench.run import Result, Shape, Variant, measure_all, work
+from infer.memory.plan import Precision
 from tests.toy import TOY, jit_forward, quantised_shapes, random_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -355,6 +356,15 @@ def test_the_consumer_preset(capsys, quick):
         assert f"published, RTX 3090 24 GB: {published}" in text
     assert text.count("planned, RTX 3090 24 GB: ") == text.count("measured: nothing") == 3
     assert "not measured: no accelerator here" in text
+    assert " ".join(text.split()).count(f"--prefill-chunk {consumer.CHUNK} --max-length 4096") == 3
+
+
+def test_the_consumer_preset_keeps_its_goals():
+    """In GB; what CUDA takes is assumed, and comes on top."""
+    for scheme, goal in ((None, 13.3), ("int8", 8.0), ("int4", 5.5)):
+        plan = consumer.plan_for(Precision("bfloat16", scheme))
+        assert plan.total - plan.runtime <= goal * 1e9
+        assert scheme is None or plan.total <= goal * 1e9  # these with CUDA, too
 
 
 def test_the_consumer_preset_with_figures():

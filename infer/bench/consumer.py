@@ -8,14 +8,22 @@ from dataclasses import dataclass
 
 from convert.cli import human_size
 from glm2_jax.config import PRESETS
+from glm2_jax.limits import PREFILL_CHUNK
 from infer.bench.report import Report
 from infer.bench.run import Result
 from infer.memory.devices import CARDS
-from infer.memory.plan import Precision, make_plan, rate_bound
+from infer.memory.plan import Plan, Precision, flags, make_plan, rate_bound
 
 MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
 PROMPT = ANSWER = 2048  # tokens
+CHUNK = 512  # of --prefill-chunk: a card that is full has no room to read more at once
+ABOUT = (
+    f"planned is the peak of weights, cache and temporaries for a prompt of {PROMPT} tokens and an "
+    f"answer of {ANSWER}; what CUDA itself takes of the card is an assumption, not measured. "
+    "GB are 10^9 bytes, GiB 2^30. Published figures do not say which they are in. Measured "
+    f"prompts are read in chunks of {PREFILL_CHUNK}."
+)
 
 
 @dataclass(frozen=True)
@@ -52,31 +60,47 @@ def wanted(args: argparse.Namespace, platform: str) -> bool:
 def render(report: Report, columns: int) -> str:
     """The figures side by side, a paragraph for each form of the weights.
 
-    The plan is of `PROMPT` and `ANSWER` tokens; its speed is what the card's memory bandwidth
-    allows at most, as nothing was measured there.
+    The plan is of `PROMPT` and `ANSWER` tokens, read in chunks of `CHUNK`; its speed is what the
+    card's memory bandwidth allows at most, as nothing was measured there.
     """
     config = PRESETS[MODEL]
-    lines = []
+    lines = [*_wrapped(ABOUT, columns, "")]
     for quantisation, published in PUBLISHED.items():
         precision = Precision("bfloat16", None if quantisation == "none" else quantisation)
-        plan = make_plan(config, precision, PROMPT + ANSWER)
+        plan = plan_for(precision)
         bound = rate_bound(config, plan, BANDWIDTH)
         facts = (
             f"published, {CARD}: {human_size(published.memory)}, {published.rate:g} tok/s",
-            f"planned, {CARD}: {human_size(plan.total)} with {PROMPT} + {ANSWER} tokens, "
-            f"at most {bound:.0f} tok/s ({BANDWIDTH / 1e9:g} GB/s)",
+            f"planned, {CARD}: {_both(plan.total - plan.runtime)}, and {human_size(plan.runtime)} "
+            f"of CUDA; at most {bound:.0f} tok/s ({BANDWIDTH / 1e9:g} GB/s); with "
+            f"{flags(precision)} --prefill-chunk {CHUNK} --max-length {PROMPT + ANSWER}",
             _measured(report, quantisation),
         )
         lines.append(f"{MODEL}, {published.name} (here {precision.name}):")
         for fact in facts:
-            lines += textwrap.wrap(
-                fact,
-                columns,
-                initial_indent="  ",
-                subsequent_indent="    ",
-                break_long_words=False,
-            )
+            lines += _wrapped(fact, columns, "  ")
     return "\n".join(lines)
+
+
+def plan_for(precision: Precision) -> Plan:
+    """What a prompt and an answer of the preset take, with the flags that it recommends."""
+    return make_plan(PRESETS[MODEL], precision, PROMPT + ANSWER, chunk=CHUNK)
+
+
+def _both(size: float) -> str:
+    """In both of the units that are called gigabytes."""
+    return f"{human_size(size)} ({size / 2**30:.1f} GiB)"
+
+
+def _wrapped(text: str, columns: int, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        columns,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _measured(report: Report, quantisation: str) -> str:
