@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS
+from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, LANES, SLICES
 from glm2_jax.quant import QTensor, dequantise, int4_halves
 
 Weight = jax.Array | QTensor
@@ -117,6 +117,8 @@ def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
 def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
     """The same for XLA:CPU, which has a fast product for float32, and for bfloat16 from two rows
     on; for everything else it would first write a float32 copy of the whole weight to memory."""
+    if x.shape[0] == 1 and isinstance(w, QTensor) and _group_bytes(w) % LANES == 0:
+        return _one_row_on_cpu(x, w)
     grouped = isinstance(w, QTensor) and w.scale.ndim == 2
     # Integers are exact in bfloat16, scaled ones are not.
     dtype = jnp.bfloat16 if x.dtype == jnp.bfloat16 and not grouped else jnp.float32
@@ -137,6 +139,51 @@ def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
 
     total = _by_chunks(product, x, w.values.size * 8 // w.bits, w.values, w.scale)
     return total if grouped else total * w.scale.astype(jnp.float32)
+
+
+def _one_row_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:
+    """The same for one row and integers: slices of the columns are multiplied and added up element
+    by element. XLA:CPU makes of that one loop over the stored bytes, in vector instructions and on
+    all cores; of a sum along the columns it makes neither."""
+    width, group = w.values.shape[1], _group_bytes(w)
+    lanes = min(group, max(LANES, 2 ** (-(-width // SLICES) - 1).bit_length()))
+    x = x[0].astype(jnp.float32)
+    halves = jnp.stack([x] if w.bits == 8 else [x[0::2], x[1::2]])
+    rest = width % lanes  # the last slice overlaps the one before it, where it meets zeros
+    zeros = jnp.zeros((len(halves), -rest % lanes), jnp.float32)
+    halves = jnp.concatenate([halves[:, : width - rest], zeros, halves[:, width - rest :]], axis=1)
+    # In the loop nothing is done to activations.
+    halves = jax.lax.optimization_barrier(halves.reshape(len(halves), -1, lanes))
+
+    def product(index: int) -> jax.Array:
+        start = min(index * lanes, width - lanes)
+        values = w.values[:, start : start + lanes]
+        parts = (values,) if w.bits == 8 else int4_halves(values)
+        return sum(
+            (
+                half * part.astype(jnp.float32)
+                for half, part in zip(halves[:, index], parts, strict=True)
+            ),
+            jnp.float32(0),
+        )
+
+    slices = halves.shape[1]
+    if w.scale.ndim == 1:
+        total = sum((product(index) for index in range(slices)), jnp.float32(0))
+        return (total @ jnp.ones(lanes, jnp.float32) * w.scale.astype(jnp.float32))[None]
+    total, each = jnp.float32(0), group // lanes
+    for number in range(slices // each):
+        indices = range(number * each, (number + 1) * each)
+        scale = w.scale[:, number, None].astype(jnp.float32)
+        total += scale * sum((product(index) for index in indices), jnp.float32(0))
+        if (number + 1) * each % SLICES == 0:
+            total = jax.lax.optimization_barrier(total)  # else the loop is no longer vectorised
+    return (total @ jnp.ones(lanes, jnp.float32))[None]
+
+
+def _group_bytes(w: QTensor) -> int:
+    """Bytes of integers that share a scale."""
+    return w.values.shape[1] // (w.scale.shape[1] if w.scale.ndim == 2 else 1)
 
 
 def _scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:

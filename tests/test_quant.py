@@ -105,6 +105,35 @@ def test_products_by_chunks_on_a_cpu(kind, monkeypatch):
     np.testing.assert_allclose(_on_cpu(jnp.asarray(x), weight), x @ expected.T, atol=0.02)
 
 
+@pytest.mark.parametrize("columns", [128, 192, 640, 1056])
+@pytest.mark.parametrize("form", SCHEMES)
+def test_products_of_one_row_by_slices_on_a_cpu(form, columns, monkeypatch):
+    """Slices that divide the columns and those that do not, groups of one slice and of several."""
+    monkeypatch.setattr("glm2_jax.linear.SLICES", 4)
+    _, weight = small_weight(form, columns=columns)
+    x = jax.random.normal(jax.random.key(1), (1, columns))
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantise(weight, 1), np.float64).T
+    product = jax.jit(_on_cpu)
+    np.testing.assert_allclose(product(x, weight), expected, atol=2e-4)
+    rounded = x.astype(jnp.bfloat16)  # exact from here on, too
+    expected = np.asarray(rounded, np.float64) @ np.asarray(dequantise(weight, 1), np.float64).T
+    np.testing.assert_allclose(product(rounded, weight), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("columns", [1024, 3424])
+@pytest.mark.parametrize("form", SCHEMES)
+def test_one_row_on_a_cpu_writes_no_converted_weight(form, columns):
+    shapes = SCHEMES[form].shapes((512, columns), 1)
+    types = (jnp.int8, jnp.float32)
+    values, scale = (jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, types, strict=True))
+    x = jax.ShapeDtypeStruct((1, columns), jnp.bfloat16)
+    weight = QTensor(values, scale, SCHEMES[form].bits)
+    jitted = jax.jit(_on_cpu, compiler_options=compiler_options("cpu"))
+    compiled = jitted.lower(x, weight).compile()
+    assert "while" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * columns / 4
+
+
 @pytest.mark.parametrize("form", SCHEMES)
 def test_a_quantised_model_has_the_logits_of_the_dequantised_one(form):
     small, large = quantised(toy_params(), SCHEMES[form])
