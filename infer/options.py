@@ -145,12 +145,6 @@ def add_performance_options(
         "no time, on other devices not measured",
     )
     group.add_argument(
-        "--quantize-embeddings",
-        action="store_true",
-        help="with --quantize int8 or int4: the embedding and the head, too (default: they stay as "
-        "they are); what that costs in quality, python -m infer.evaluate tells",
-    )
-    group.add_argument(
         "--layers",
         choices=("stacked", "list"),
         help="how the layers lie in memory: a list computes faster on a CPU, stacked ones compile "
@@ -246,12 +240,13 @@ def positive(text: str) -> int:
 
 def draft_tokens(text: str) -> int:
     """An argparse type: a whole number up to what a step may verify."""
-    if not text.strip().isdecimal() or int(text) > DRAFT:
+    number = int(text) if text.isdecimal() and len(text) < 10 else -1
+    if not 0 <= number <= DRAFT:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number from 0 to {DRAFT}: every step computes all N, "
+            f"{text[:20]!r} is not a whole number from 0 to {DRAFT}: every step computes all N, "
             "and text seldom agrees for longer"
         )
-    return int(text)
+    return number
 
 
 def memory_size(text: str) -> int:
@@ -301,7 +296,6 @@ def open_engine(args: argparse.Namespace) -> Engine:
             folder,
             dtype=args.dtype,
             quantize=args.quantize,
-            quantize_embeddings=args.quantize_embeddings,
             layers=args.layers,
             device=args.device,
             max_length=args.max_length,
@@ -313,7 +307,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
         )
     engine.speculate = getattr(args, "speculate", 0)
     summary = engine.checkpoint.summary
-    weights = f", weights in {summary.quantisation}" if summary.quantisation else ""
+    weights = f", the layers' weights in {summary.quantisation}" if summary.quantisation else ""
     note(f"computing in {summary.dtype}{weights}")
     for line in engine.checkpoint.notes:
         note(line)
