@@ -366,15 +366,16 @@ def test_all_forms_have_the_room_of_the_first(monkeypatch, engine, tmp_path, cap
     opened = []
 
     def open_engine(args):
-        opened.append((args.dtype, args.quantize, args.max_length))
+        opened.append((args.dtype, args.quantize, args.max_length, args.quantize_embeddings))
         return engine
 
     monkeypatch.setattr(compare, "open_engine", open_engine)
     monkeypatch.setattr(compare, "_figures", lambda variant, *rest: {"variant": variant.name})
-    found = figures(capsys, "--compare", "none,bfloat16,float32:int4", "--quantize", "int8")
+    flags = ("--compare", "none,bfloat16,float32:int4", "--quantize", "int8")
+    found = figures(capsys, *flags, "--quantize-embeddings")
     assert opened == [
-        ("auto", "none", None),
-        ("bfloat16", "int8", engine.max_length),
-        ("float32", "int4", engine.max_length),
+        ("auto", "none", None, False),
+        ("bfloat16", "int8", engine.max_length, True),
+        ("float32", "int4", engine.max_length, True),
     ]
     assert [row["variant"] for row in found["variants"]] == ["none", "bfloat16", "float32:int4"]

@@ -103,6 +103,8 @@ def open_variant(
     args.dtype = variant.dtype or args.dtype
     args.quantize = variant.quantize or args.quantize
     args.max_length = max_length or args.max_length
+    if args.quantize == "none":  # --quantize-embeddings is for the other forms
+        args.quantize_embeddings = False
     return open_engine(args)
 
 
