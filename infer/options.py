@@ -145,6 +145,12 @@ def add_performance_options(
         "no time, on other devices not measured",
     )
     group.add_argument(
+        "--quantize-embeddings",
+        action="store_true",
+        help="with --quantize int8 or int4: the embedding and the head, too (default: they stay as "
+        "they are); what that costs in quality, python -m infer.evaluate tells",
+    )
+    group.add_argument(
         "--layers",
         choices=("stacked", "list"),
         help="how the layers lie in memory: a list computes faster on a CPU, stacked ones compile "
@@ -296,6 +302,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
             folder,
             dtype=args.dtype,
             quantize=args.quantize,
+            quantize_embeddings=args.quantize_embeddings,
             layers=args.layers,
             device=args.device,
             max_length=args.max_length,
@@ -307,7 +314,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
         )
     engine.speculate = getattr(args, "speculate", 0)
     summary = engine.checkpoint.summary
-    weights = f", the layers' weights in {summary.quantisation}" if summary.quantisation else ""
+    weights = f", weights in {summary.quantisation}" if summary.quantisation else ""
     note(f"computing in {summary.dtype}{weights}")
     for line in engine.checkpoint.notes:
         note(line)
