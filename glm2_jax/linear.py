@@ -159,13 +159,10 @@ def _one_row_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:
         start = min(index * lanes, width - lanes)
         values = w.values[:, start : start + lanes]
         parts = (values,) if w.bits == 8 else int4_halves(values)
-        return sum(
-            (
-                half * part.astype(jnp.float32)
-                for half, part in zip(halves[:, index], parts, strict=True)
-            ),
-            jnp.float32(0),
-        )
+        total = jnp.float32(0)
+        for half, part in zip(halves[:, index], parts, strict=True):
+            total += half * part.astype(jnp.float32)
+        return total
 
     slices = halves.shape[1]
     if w.scale.ndim == 1:
