@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from glm2_jax import KVCache, prompt
+from glm2_jax import prompt
 from glm2_jax.errors import UsageError
 from glm2_jax.limits import DRAFT, PREFILL_CHUNK
-from glm2_jax.xla import cache_dtype
 from infer import speculate, steps
 from infer.answer import Completion
+from infer.executor import Executor
 from infer.job import Clock, Job, Stats, TokenEvent, listed, whole
 from infer.memory.shortage import when_answering
 from infer.params import SamplingParams
-from infer.programs import OnEvent, Programs, device_errors
-from infer.reading import grown
+from infer.programs import OnEvent, device_errors
 
 if TYPE_CHECKING:
     from convert import Checkpoint
@@ -40,9 +39,9 @@ class Engine:
       prefill_chunk: how many tokens of prompts, of all rows together, are read at once.
       speculate: tokens that each step drafts and verifies, see `infer.speculate`; 0 = off.
       stats: seconds and tokens of the last call.
+      executor: runs the programs on the device.
       programs: the compiled programs.
       device: where the parameters are.
-      cache_dtype: type of the keys and values that are kept.
     """
 
     def __init__(
@@ -65,10 +64,8 @@ class Engine:
         self.prefill_chunk = whole("prefill_chunk", chunk, 1)
         self.speculate = whole("speculate", speculate, 0, DRAFT)
         self.stats = Stats(load_s=load_s)
-        self.device = next(iter(jax.tree.leaves(checkpoint.params)[0].devices()))
-        dtype = checkpoint.params["final_norm"].dtype
-        self.cache_dtype = cache_dtype(self.device.platform, dtype)
-        self.programs = Programs(self.device.platform, on_event)
+        self.executor = Executor(self.config, checkpoint.params, on_event)
+        self.programs, self.device = self.executor.programs, self.executor.device
         self._stop_ids = prompt.stop_ids(self.tokenizer)
 
     def build_prompt(
@@ -121,15 +118,16 @@ class Engine:
             for _ in self._run(job):
                 pass
             return [answer.completion() for answer in job.answers]
-        clock = self._clock()
+        clock, device = self._clock(), self.executor
         with self._device_errors(job):
-            self._compile(job, partial(self._first, job), STEPS_PER_DISPATCH)
-            state, output = self._prefill(job, clock)
+            self._compile(job, partial(device.prefill, job), count=STEPS_PER_DISPATCH)
+            clock.prefill_starts()
+            state, output = device.prefill(job)
             for _ in job.take(jax.device_get(output)):
                 pass
             clock.read(job)
             while job.steps_wanted > job.steps_read:
-                state, outputs = self._step(job, state, job.steps_read, STEPS_PER_DISPATCH)
+                state, outputs = device.step(job, state, job.steps_read, STEPS_PER_DISPATCH)
                 outputs = jax.device_get(outputs)
                 for index in range(STEPS_PER_DISPATCH):
                     output = jax.tree.map(lambda x, index=index: x[index], outputs)
@@ -192,8 +190,9 @@ class Engine:
     def _run(self, job: Job) -> Iterator[TokenEvent]:
         clock = self._clock()
         with self._device_errors(job):
-            self._compile(job, partial(self._first, job))
-            for _, events in self._loop(job, clock, *self._prefill(job, clock)):
+            self._compile(job, partial(self.executor.prefill, job))
+            clock.prefill_starts()
+            for _, events in self._loop(job, clock, *self.executor.prefill(job)):
                 yield from events
 
     def _loop(
@@ -206,7 +205,7 @@ class Engine:
         if self.speculate:
 
             def step(state: steps.State, drafts: np.ndarray) -> tuple[steps.State, steps.Output]:
-                return self._step(job, state, job.drawn, drafts=drafts)
+                return self.executor.step(job, state, job.drawn, drafts=drafts)
 
             yield from speculate.loop(job, clock, self.speculate, state, first, step)
             return
@@ -214,7 +213,7 @@ class Engine:
         while pending is not None:
             following = None
             if dispatched < job.steps_wanted:
-                state, following = self._step(job, state, dispatched)
+                state, following = self.executor.step(job, state, dispatched)
                 dispatched += 1
             events = list(job.take(jax.device_get(pending)))
             clock.read(job)
@@ -257,143 +256,12 @@ class Engine:
         prompts = prompts or f"{rows} rows, prompts of up to {longest} tokens"
         return device_errors(f"{prompts}, a cache of {cache} slots", explain)
 
+    def _compile(self, job: Job, first: Callable[[], Any], **more: Any) -> None:
+        self.executor.compile_ahead(job, first, drafted=self.speculate, **more)
+
     def _clock(self) -> Clock:
         self.stats = Stats(load_s=self.stats.load_s)
         return Clock(self.stats, self.programs)
-
-    def _compile(
-        self,
-        job: Job,
-        first: Callable[[], tuple[steps.State, steps.Output]],
-        count: int | None = None,
-        kept: int = 0,
-    ) -> None:
-        """Compiles, ahead of all work, the programs that a job begins with.
-
-        Args:
-          first: reads the prompts and draws the first tokens.
-          count: as in `_step`.
-          kept: slots of the cache that `first` begins with; 0 = it is a part of the first program.
-        """
-
-        def begin() -> None:
-            state, _ = first()
-            if job.steps_wanted > 1:
-                drafts = np.zeros((job.batch, self.speculate), np.int32)
-                self._step(job, state, 1, count, drafts if self.speculate else None)
-
-        widths = tuple(part.tokens.shape for part in job.parts)
-        key = (widths, kept, job.cache_size, job.largest_cache, job.steps_wanted > 1, count)
-        key = (*key, self.speculate)
-        self.programs.ahead(key, begin)
-
-    def _prefill(self, job: Job, clock: Clock) -> tuple[steps.State, steps.Output]:
-        clock.prefill_starts()
-        return self._first(job)
-
-    def _first(self, job: Job) -> tuple[steps.State, steps.Output]:
-        if len(job.parts) > 1:
-            return self._read(job, self._empty_cache(job))
-        (part,) = job.parts
-        return self._call(
-            job,
-            "prefill",
-            (*part.tokens.shape, job.cache_size),
-            partial(steps.prefill, self.config, job.cache_size, dtype=self.cache_dtype),
-            self.checkpoint.params,
-            part.tokens,
-            part.lengths,
-            job.controls,
-        )
-
-    def _empty_cache(self, job: Job) -> KVCache:
-        make = partial(KVCache.zeros, self.config, job.batch, job.cache_size, self.cache_dtype)
-        if self.programs.tracing:
-            return jax.eval_shape(make)
-        with jax.default_device(self.device):
-            return make()
-
-    def _read(self, job: Job, cache: KVCache) -> tuple[steps.State, steps.Output]:
-        """Reads the parts of the prompts and draws the first tokens; `cache` is used up."""
-        *full, last = job.parts
-        for part in full:
-            cache = self.programs.call(
-                "read",
-                (*part.tokens.shape, cache.size),
-                partial(steps.read, self.config),
-                self.checkpoint.params,
-                *part,
-                cache,
-                donate=4,
-            )
-        return self._call(
-            job,
-            "extend",
-            (*last.tokens.shape, cache.size),
-            partial(steps.extend, self.config),
-            self.checkpoint.params,
-            *last,
-            job.seen,
-            job.controls,
-            cache,
-            donate=6,
-        )
-
-    def _grow(self, cache: KVCache, needed: int, largest: int) -> KVCache:
-        """The cache, with more slots if it has fewer than `needed`."""
-        if needed <= cache.size:
-            return cache
-        size = grown(cache.size, needed, largest)
-        key = (cache.length.size, cache.size, size)
-        return self.programs.call("grow", key, partial(steps.grow, size), cache)
-
-    def _step(
-        self,
-        job: Job,
-        state: steps.State,
-        drawn: int,
-        count: int | None = None,
-        drafts: np.ndarray | None = None,
-    ) -> tuple[steps.State, steps.Output]:
-        """One step, or `count` of them on the device, in a cache that has room for them.
-
-        Args:
-          state: is used up.
-          drawn: tokens that each row has drawn before.
-          drafts: int32 [B, N], the tokens that may come, which the step then verifies.
-        """
-        name, width, more = "decode", count or 1, []
-        function = partial(steps.decode, self.config)
-        if count is not None:
-            name, function = "decode_many", partial(steps.decode_many, self.config, count)
-        if drafts is not None:
-            name, function = "verify", partial(speculate.verify, self.config)
-            width, more = drafts.shape[1] + 1, [drafts]
-        cache = cast(KVCache, state.cache)
-        cache = self._grow(cache, job.slots(drawn + width), job.largest_cache)
-        return self._call(
-            job,
-            name,
-            (job.batch, cache.size, *(array.shape[1] for array in more)),
-            function,
-            self.checkpoint.params,
-            job.controls,
-            job.keep,
-            state._replace(cache=cache),
-            *more,
-            donate=3,
-        )
-
-    def _call(
-        self, job: Job, *args: Any, donate: int | None = None
-    ) -> tuple[steps.State, steps.Output]:
-        state, output = self.programs.call(*args, donate=donate)
-        if self.programs.tracing:
-            return state, output
-        if job.sampling.logprobs is None:  # then the host copies nothing but the tokens
-            output = output._replace(logprobs=None)
-        jax.tree.map(lambda array: array.copy_to_host_async(), output)
-        return state, output
 
     def _prompt_ids(self, prompts: Iterable[str | Sequence[int]]) -> tuple[list[list[int]], bool]:
         """The ids of prompts of one kind, and whether their answers are to be cleaned."""

@@ -36,6 +36,7 @@ def load(
     mesh: Any = None,
     max_length: int | None = None,
     prefill_chunk: int | None = None,
+    speculate: int = 0,
     device: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
@@ -55,6 +56,7 @@ def load(
         `faster_layers`.
       max_length: longest prompt and answer together; None = 8192, or what the model knows.
       prefill_chunk: tokens of prompts, of all rows together, that are read at once; None = 2048.
+      speculate: tokens that each step drafts and verifies, see `infer.speculate`; 0 = off.
       device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
       source, revision: where to fetch "owner/name" from ("hf", "modelscope"), and which; without a
         source the network is never used, see `convert.hub.find_model`.
@@ -99,6 +101,7 @@ def load(
         checkpoint,
         max_length=max_length,
         prefill_chunk=prefill_chunk,
+        speculate=speculate,
         load_s=seconds,
         on_event=on_event,
     )

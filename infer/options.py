@@ -307,12 +307,12 @@ def open_engine(args: argparse.Namespace) -> Engine:
             device=args.device,
             max_length=args.max_length,
             prefill_chunk=args.prefill_chunk,
+            speculate=getattr(args, "speculate", 0),
             rope_kind=args.rope_scaling,
             template=args.template,
             on_event=_show_event,
             progress=show_progress,
         )
-    engine.speculate = getattr(args, "speculate", 0)
     summary = engine.checkpoint.summary
     weights = f", weights in {summary.quantisation}" if summary.quantisation else ""
     note(f"computing in {summary.dtype}{weights}")

@@ -75,7 +75,7 @@ def read_history(path: str) -> Turns:
     """Reads a history file; InputError says what is wrong with it."""
     text = read_utf8(path)
     try:
-        return parse_history(_parse_json(text))
+        return parse_history(parse_json(text))
     except InputError as error:
         raise InputError(f"{path}: {error.what}", error.why, _HISTORY_FORM) from None
 
@@ -127,7 +127,7 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
         raise InputError(
             "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(line)}?"
         ) from None
-    row = _parse_json(text)
+    row = parse_json(text)
     if not isinstance(row, dict):
         raise InputError("not a JSON object", "write {...} with a prompt or messages")
     for key in row:
@@ -167,7 +167,7 @@ def _messages_request(row: dict[str, Any], has_defaults: bool) -> Request:
     return Request(messages=tuple(messages), id=row.get("id"))
 
 
-def _parse_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
         _check_depth(value)

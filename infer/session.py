@@ -87,10 +87,10 @@ class Session:
         return self._first(job, cache)
 
     def _first(self, job: Job, cache: KVCache | None) -> tuple[steps.State, steps.Output]:
+        device = self.engine.executor
         if cache is None:  # made apart, so that the first prompt needs no program of its own
-            cache = self.engine._empty_cache(job)
-        cache = self.engine._grow(cache, job.cache_size, job.largest_cache)
-        return self.engine._read(job, cache)
+            cache = device.empty_cache(job)
+        return device.read(job, device.grow(cache, job.cache_size, job.largest_cache))
 
     def _forget(self) -> None:
         self._cache, self.ids = None, []

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from convert.cli import note
 from glm2_jax.errors import InputError
-from infer.requests import Turns, parse_history
-from infer.requests import _parse_json as parse_json
+from infer.requests import Turns, parse_history, parse_json
 from infer.text_input import decode_utf8, guess_encoding, read_bytes, refuse_wide
 
 Parsed = TypeVar("Parsed")
