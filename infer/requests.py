@@ -168,6 +168,11 @@ def _messages_request(row: dict[str, Any], has_defaults: bool) -> Request:
 
 
 def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      InputError: it is none, has a key twice, or is nested too deeply.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
         _check_depth(value)
