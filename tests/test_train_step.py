@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from tests.toy import TOY, jit_forward, random_tokens, toy_params
-from train.step import Batch, answer_loss, make_train_step
+from train.batch import Batch
+from train.step import answer_loss, make_train_step
 
 
 def batch_of(tokens, segment_ids, learned) -> Batch:

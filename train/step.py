@@ -3,29 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from glm2_jax import GLMConfig, compiler_options, forward
-
-
-@flax.struct.dataclass
-class Batch:
-    """Packed rows of token sequences.
-
-    Attributes:
-        tokens: int32 [B, T].
-        segment_ids: int32 [B, T], 1, 2, ... for the sequences of a row, 0 for padding.
-        positions: int32 [B, T], from 0 in every sequence.
-        learned: bool [B, T], tokens whose prediction counts in the loss.
-    """
-
-    tokens: Any
-    segment_ids: Any
-    positions: Any
-    learned: Any
+from train.batch import Batch
 
 
 def answer_loss(
