@@ -17,6 +17,8 @@ from glm2_jax.quant import QTensor, dequantise, int4_halves
 
 Weight = jax.Array | QTensor
 
+_MATRICES = "MC,RC->MR"  # activations times a weight
+
 
 def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """`jnp.einsum` of two arrays, accumulated and returned in float32.
@@ -34,14 +36,46 @@ def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """
     columns = _summed_columns(spec)
     if not columns:
-        assert not isinstance(w, QTensor), f"{spec} is no product with a weight"
-        return _plain(spec, x, w)
+        return _multiply(spec, x, w)
     rows = w.scale.shape if isinstance(w, QTensor) else w.shape
     rows = rows[: len(spec.split("->")[0].split(",")[1]) - columns]
     matrix = x.reshape(-1, math.prod(x.shape[x.ndim - columns :]))
     weight = _as_matrix(w, len(rows))
-    product = jax.lax.platform_dependent(matrix, weight, cpu=_on_cpu, cuda=_on_gpu, default=_dot)
+    product = _multiply(_MATRICES, matrix, weight)
     return product.reshape(*x.shape[: x.ndim - columns], *rows)
+
+
+def _product(spec: str, x: jax.Array, w: Weight) -> jax.Array:
+    """The product by itself; where it is activations times a weight, in the platform's form."""
+    if spec != _MATRICES:
+        assert not isinstance(w, QTensor), f"{spec} is no product with a weight"
+        return _plain(spec, x, w)
+    return jax.lax.platform_dependent(x, w, cpu=_on_cpu, cuda=_on_gpu, default=_dot)
+
+
+def _forward(spec: str, x: jax.Array, w: Weight):
+    return _product(spec, x, w), (x, w)
+
+
+def _backward(spec: str, saved: tuple[jax.Array, Weight], gradient: jax.Array):
+    """Gradients by plain products of the activations' dtype: not every platform's form can be
+    differentiated, and a float32 gradient would make half-precision products slow ones.
+
+    A quantised weight has no gradient; that of a plain one costs nothing where nobody wants it.
+    """
+    x, w = saved
+    operands, result = spec.split("->")
+    left, right = operands.split(",")
+    gradient = gradient.astype(x.dtype)
+    if isinstance(w, QTensor):
+        to_w, weight = None, dequantise(w, 1).astype(x.dtype)
+    else:
+        to_w, weight = _plain(f"{result},{left}->{right}", gradient, x).astype(w.dtype), w
+    return _plain(f"{result},{right}->{left}", gradient, weight).astype(x.dtype), to_w
+
+
+_multiply = jax.custom_vjp(_product, nondiff_argnums=(0,))
+_multiply.defvjp(_forward, _backward)
 
 
 def _summed_columns(spec: str) -> int:
@@ -69,7 +103,7 @@ def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _dot(x: jax.Array, w: Weight) -> jax.Array:
     """[M, C] times [R, C], summed over C: float32 [M, R]. Quantised weights are unpacked first."""
-    return _plain("MC,RC->MR", x, dequantise(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
+    return _plain(_MATRICES, x, dequantise(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
 
 
 def _on_gpu(x: jax.Array, w: Weight) -> jax.Array:
