@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import InputError, UsageError
 from infer.reading import bucket
 from train.batch import Batch
 from train.data.dataset import Dataset
@@ -46,6 +48,9 @@ class Batches:
         self.width = dataset.max_length if max_length is None else max_length
         if min(self.shape) < 1 or seed < 0:
             raise UsageError("batch size and accumulation are at least 1, the seed at least 0")
+        self._steps: list[int] = []  # of the epochs from the first on
+        if not len(dataset):
+            raise InputError("there is nothing to learn from", "the data have no row that is good")
         longest = int(dataset.lengths.max(initial=0))
         if longest > self.width:
             raise UsageError(f"a sequence of {longest} tokens does not fit into {self.width}")
@@ -54,6 +59,16 @@ class Batches:
     def steps_per_epoch(self, epoch: int) -> int:
         """How many steps an epoch has; packed ones may differ in it."""
         return steps_of(self._plan(epoch), self.shape[0] * self.shape[1])
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch and the step in it of a step that is counted from the first epoch on."""
+        for epoch in itertools.count():
+            if epoch == len(self._steps):
+                self._steps.append(self.steps_per_epoch(epoch))
+            if step < self._steps[epoch]:
+                return epoch, step
+            step -= self._steps[epoch]
+        raise AssertionError("epochs have no end")
 
     def at(self, epoch: int, step: int) -> tuple[Batch, list[str]]:
         """A step's arrays, [A, B, T], and "file:line" of every sequence in them.

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from glm2_jax.tokenizer import Tokenizer
 from infer.requests import parse_object
 from train.data import FORMATS
 from train.data.encode import Encoder
-from train.data.formats import detect, read_messages, unknown_format, unused_keys
+from train.data.formats import Message, detect, read_messages, unknown_format, unused_keys
 from train.data.index import DataFile, Row
 
 MAX_LISTED = 10_000  # bad rows that are kept; all are counted
@@ -62,7 +63,7 @@ class Dataset:
     Attributes:
         lengths: int32 [N], tokens of every sequence.
         learned: int32 [N], how many of them are learned.
-        groups: which sequences are of which file.
+        groups: the sequences of each file, in the order of the files.
         fingerprint: sha256 over the contents of the files.
         files: (path, sha256, format) of every file, in their order.
         rows: rows that were read, good and bad.
@@ -86,6 +87,7 @@ class Dataset:
         self.bad_reasons: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
         self._files: list[DataFile] = []
+        self._stops: list[int] = []  # behind the last sequence of each file
         # One entry a sequence: its row's place and sum, and which of the row's sequences it is.
         self._offset, self._line, self._size = array("q"), array("q"), array("i")
         self._sum, self._number = array("I"), array("i")
@@ -142,22 +144,25 @@ class Dataset:
         return len(self.lengths)
 
     def sample(self, index: int) -> Sample:
-        """A sequence, encoded again from its row.
+        """A sequence, encoded again from its row; InputError if that has changed."""
+        ids, learned = self.encoder.encode(self.messages(index), self._number[index])
+        return Sample(ids, learned, self.source(index))
 
-        Raises:
-            InputError: the row is no longer what it was.
-        """
-        number = self._file_of(index)
-        data = self._files[number].read(self._offset[index], self._size[index])
+    def messages(self, index: int) -> list[Message]:
+        """The whole conversation that a sequence is of; InputError if its row has changed."""
+        file = self._file_of(index)
+        data = self._files[file].read(self._offset[index], self._size[index])
         if zlib.crc32(data) != self._sum[index]:
             raise InputError(
                 f"{self.source(index)} has changed since it was first read",
                 "rows are read again from their files while they are learned",
                 "do not touch the files of a run; start it again",
             )
-        messages = read_messages(parse_object(data), self.files[number][2])
-        ids, learned = self.encoder.encode(messages, self._number[index])
-        return Sample(ids, learned, self.source(index))
+        return read_messages(parse_object(data), self.files[file][2])
+
+    def first_of_rows(self) -> np.ndarray:
+        """int64: the first sequence of every row."""
+        return np.flatnonzero(np.array(self._number, np.int32) == 0)
 
     def source(self, index: int) -> str:
         """ "file:line" of the row of a sequence."""
@@ -174,10 +179,9 @@ class Dataset:
         return self.bad_reasons.total()
 
     def _file_of(self, index: int) -> int:
-        return bisect_right(self.groups, index, key=lambda group: group.stop)
+        return bisect_right(self._stops, index)
 
     def _scan(self, file: DataFile, fmt: str, progress: Callable[[int], None]) -> None:
-        start = len(self._length)
         chosen = _Format(file, fmt)
         for row in file.rows():
             self.rows += 1
@@ -189,7 +193,7 @@ class Dataset:
                 self._leave_out(f"{file.name}:{row.line}", error)
             progress(row.offset + row.size)
         self.files.append((file.name, file.sha256, chosen.name or "unknown"))
-        self.groups.append(Group(start, len(self._length), 1.0))
+        self._stops.append(len(self._length))
 
     def _add(self, row: Row, chosen: _Format) -> None:
         """Takes the sequences of a row, all of them or none."""
@@ -224,22 +228,21 @@ class Dataset:
         self.learned = np.array(self._learned, np.int32)
         sums = "".join(sum for _, sum, _ in self.files)
         self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()
-        own = [group._replace(weight=w) for group, w in zip(self.groups, weights, strict=False)]
-        if share is None:
-            self.groups = own
-            return
-        general = self.groups[-1]
-        wanted = sum((g.stop - g.start) * g.weight for g in own) * share / (1 - share)
-        weight = wanted / max(general.stop - general.start, 1)
-        self.groups = [*own, general._replace(weight=weight, general=True)]
+        ranges = list(pairwise([0, *self._stops]))
+        own = [Group(*place, weight) for place, weight in zip(ranges, weights, strict=False)]
+        self.groups = own
+        if share is not None:
+            start, stop = ranges[-1]
+            wanted = sum((g.stop - g.start) * g.weight for g in own) * share / (1 - share)
+            self.groups = [*own, Group(start, stop, wanted / max(stop - start, 1), general=True)]
 
     def _judge(self, max_bad: int | None, on_note: Callable[[str], None]) -> None:
         """Tells what is not learned, and raises InputError where that is too much."""
+        if max_bad is None:
+            return
         if self.unused:
             keys = ", ".join(f"{key} ({n} rows)" for key, n in self.unused.most_common(8))
             on_note(f"keys that are not used: {keys}")
-        if max_bad is None:
-            return
         for where, reason in self.bad[:MAX_TOLD]:
             on_note(f"{where}: {reason}")
         if self.num_bad > MAX_TOLD:

@@ -1,7 +1,6 @@
 """Which sequences an epoch has, in which order, and in which rows they stand.
 
-Everything is a pure function of the lengths, the seed and the epoch. Random order comes from raw
-Philox bits, which are the same in every version of NumPy, unlike what `Generator` makes of them.
+All of it is a pure function of the lengths, the seed and the epoch.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import numpy as np
 
 from infer.reading import bucket
 from train.data.dataset import Group
+from train.data.order import random_order
 
 _WINDOW = 32  # steps whose sequences are sorted by length together
 
@@ -66,7 +66,7 @@ def make_plan(
         starts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
         return Plan(items[np.argsort(rows, kind="stable")], starts)
     if shuffle:
-        items = _alike_together(items, lengths, rows_per_step, width, _random(seed, epoch, 1))
+        items = _alike_together(items, lengths, rows_per_step, width, (seed, epoch, 1))
     return Plan(items, np.arange(len(items) + 1))
 
 
@@ -80,20 +80,18 @@ def epoch_items(groups: Sequence[Group], *, epoch: int, seed: int, shuffle: bool
     parts = []
     for number, group in enumerate(groups):
         n = group.stop - group.start
-        count = max(round(n * group.weight), 1)
-        whole, rest = divmod(count, max(n, 1))
+        whole, rest = divmod(max(round(n * group.weight), 1), max(n, 1))
         if shuffle:
-            extra = np.argsort(_random(seed, epoch, 2 + number).random_raw(n))[:rest]
+            extra = np.sort(random_order(n, seed, epoch, 2 + number)[:rest])
         else:
             extra = (epoch * rest + np.arange(rest)) % max(n, 1)
         parts.append(group.start + np.concatenate([np.tile(np.arange(n), whole), extra]))
     if shuffle:
         items = np.concatenate(parts)
-        keys = _random(seed, epoch, 0).random_raw(len(items))
-        return items[np.argsort(keys, kind="stable")].astype(np.int64)
+        return items[random_order(len(items), seed, epoch, 0)]
     own = [part for part, group in zip(parts, groups, strict=True) if not group.general]
     general = [part for part, group in zip(parts, groups, strict=True) if group.general]
-    return _between(np.concatenate(own), np.concatenate([*general, []])).astype(np.int64)
+    return _between(np.concatenate(own), np.concatenate([np.zeros(0, np.int64), *general]))
 
 
 def first_fit(lengths: np.ndarray, width: int) -> np.ndarray:
@@ -129,7 +127,7 @@ def next_fit(lengths: np.ndarray, width: int) -> np.ndarray:
     return rows
 
 
-def _alike_together(items, lengths, size: int, width: int, random: np.random.Philox) -> np.ndarray:
+def _alike_together(items, lengths, size: int, width: int, seeds: tuple[int, ...]) -> np.ndarray:
     """Sequences of like length into the same steps, which then come in random order.
 
     Only those of some steps are sorted together, so that a step holds no more than chance made
@@ -139,8 +137,8 @@ def _alike_together(items, lengths, size: int, width: int, random: np.random.Phi
     windows = np.arange(len(items)) // (_WINDOW * size)
     items = items[np.lexsort((classes, windows))]
     whole = len(items) // size
-    steps = np.argsort(random.random_raw(whole), kind="stable")
-    mixed = items[: whole * size].reshape(whole, size)[steps].reshape(-1)
+    steps = items[: whole * size].reshape(whole, size)
+    mixed = steps[random_order(whole, *seeds)].reshape(-1)
     return np.concatenate([mixed, items[whole * size :]])
 
 
@@ -149,10 +147,6 @@ def _between(own: np.ndarray, general: np.ndarray) -> np.ndarray:
     places = [(np.arange(len(part)) + 0.5) / max(len(part), 1) for part in (own, general)]
     order = np.argsort(np.concatenate(places), kind="stable")
     return np.concatenate([own, general])[order]
-
-
-def _random(*numbers: int) -> np.random.Philox:
-    return np.random.Philox(np.random.SeedSequence(numbers))
 
 
 def steps_of(plan: Plan, rows_per_step: int) -> int:
