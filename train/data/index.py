@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -20,7 +21,7 @@ MAX_ROW = 16 * 2**20  # bytes; no row that a model could learn from is as long
 _PIECE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANKS = " \t\r\n"
-_TAIL = 16  # characters at the end of what was read in which an error may be for want of the rest
+_TAIL = 16  # characters at the end of what was read that may mean something else with the rest
 
 
 class Row(NamedTuple):
@@ -59,10 +60,11 @@ class DataFile:
         self.name = os.fspath(path)
         self.max_row = max_row
         self.sha256 = ""
-        self._file = _open(self.name)
-        self.size = os.fstat(self._file.fileno()).st_size
-        sample = self._file.read(_PIECE)
-        if not sample.removeprefix(_BOM).strip():
+        self._fd = _open(self.name)
+        self.close = weakref.finalize(self, os.close, self._fd)  # no row can be read after it
+        self.size = os.fstat(self._fd).st_size
+        sample = self.read(0, _PIECE)
+        if self.size <= len(sample) and not sample.removeprefix(_BOM).strip():
             raise InputError(f"{self.name} has no rows", "it is empty")
         refuse_wide(sample, self.name)
         self._start = len(_BOM) if sample.startswith(_BOM) else 0
@@ -74,38 +76,33 @@ class DataFile:
         Raises:
             InputError: a JSON array that is broken, where nothing tells where its next row begins.
         """
-        self._file.seek(0)
-        source = _Hashed(self._file)
-        source.read(self._start)
-        if self._is_array:
-            yield from _Elements(source, self.name, self._start, self.max_row)
-        else:
-            yield from _lines(source, self._start, self.max_row)
-        self.sha256 = source.sha256.hexdigest()
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            source = _Hashed(file)
+            source.read(self._start)
+            if self._is_array:
+                yield from _Elements(source, self.name, self._start, self.max_row)
+            else:
+                yield from _lines(source, self._start, self.max_row)
+            self.sha256 = source.sha256.hexdigest()
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes of a row; fewer than `size` where the file has become shorter."""
-        return os.pread(self._file.fileno(), size, offset)
-
-    def close(self) -> None:
-        """Closes the file; rows cannot be read any more."""
-        self._file.close()
+        return os.pread(self._fd, size, offset)
 
 
-def _open(name: str) -> BinaryIO:
+def _open(name: str) -> int:
     try:
-        file = open(name, "rb")  # noqa: SIM115 - open as long as rows are read from it
-        mode = os.fstat(file.fileno()).st_mode
+        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
     except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read {name}", reason) from None
-    if not stat.S_ISREG(mode):
-        file.close()
-        raise InputError(
-            f"cannot read {name}",
-            "it is not a plain file, and rows are read from it more than once",
-        )
-    return file
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device, and rows are read repeatedly"
+    raise InputError(f"cannot read {name}", f"it is {kind}", "name a plain file")
 
 
 class _Hashed:
@@ -198,7 +195,7 @@ class _Elements:
         while True:
             try:
                 end = self._decoder.raw_decode(self.text, self.at)[1]
-                if end < len(self.text) or self.ended:
+                if end + _TAIL <= len(self.text) or self.ended:  # a number may go on
                     return end
             except RecursionError:
                 raise self._broken("a row is nested too deeply", self.at) from None
@@ -206,10 +203,10 @@ class _Elements:
                 cut = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - _TAIL
                 if self.ended or not cut:
                     raise self._broken(f"not JSON: {error.msg}", error.pos) from None
-            if len(self.text) - self.at > self.max_row:
-                raise self._broken(
-                    f"a row is longer than {self.max_row} bytes, or its end is missing", self.at
-                )
+                if len(self.text) - self.at > self.max_row:
+                    raise self._broken(
+                        f"a row is longer than {self.max_row} bytes, or its end is missing", self.at
+                    ) from None
             self._read_more()
 
     def _read_more(self) -> None:
