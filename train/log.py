@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class Log:
 
     def __init__(self, total: int, *, every: int, path: str | None = None, taken: int = 0):
         self._total, self._every, self._first = total, every, taken
-        self._start = self._last = time.perf_counter()
-        self._tokens = 0
+        self._last = time.perf_counter()
+        self._seconds, self._tokens = 0.0, 0
         self._file = None
         if path is not None:
             try:
@@ -60,7 +61,8 @@ class Log:
             return
         now = time.perf_counter()
         rate = self._tokens / max(now - self._last, 1e-9)
-        left = (now - self._start) / max(step - self._first, 1) * (self._total - step)
+        self._seconds += now - self._last
+        left = self._seconds / (step - self._first) * (self._total - step)
         parts = [f"step {step}/{self._total}", *_texts(figures), f"{rate:.0f} tokens/s"]
         if memory:
             parts.append(f"memory {human_size(memory)}")
@@ -74,9 +76,14 @@ class Log:
         note(", ".join([f"  {split}", *_texts(figures)]))
         self._write(step=step, **figures, split=split)
 
-    def resume_clock(self) -> None:
-        """Leaves the time since the last step out of the next rate: something else used it."""
-        self._last = time.perf_counter()
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside takes no part in the rates: it is no step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - start
 
     def _write(self, **values: Any) -> None:
         if self._file is None:

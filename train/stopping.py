@@ -13,8 +13,9 @@ EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
 
 
 class Stopping:
-    """Takes SIGINT and SIGTERM over; for the main thread. The second signal ends the process at
-    once: what was saved before is complete.
+    """Takes SIGINT and SIGTERM over, for the main thread, until it is left: a context manager.
+
+    The second signal ends the process at once: what was saved before is complete.
 
     Attributes:
         signal: the signal that asked for the end; None while nobody did.
@@ -22,12 +23,23 @@ class Stopping:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for signum in EXIT_CODES:
-            signal.signal(signum, lambda signum, frame: None)  # read from the pipe instead
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def __enter__(self) -> Stopping:
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        # The thread reads them from the pipe: the main one may be inside a step for long.
+        self._before = {
+            signum: signal.signal(signum, lambda signum, frame: None) for signum in EXIT_CODES
+        }
+        self._pipe_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(self._pipe_before, warn_on_full_buffer=False)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        os.close(self._writing)
 
     @property
     def exit_code(self) -> int:
@@ -35,12 +47,11 @@ class Stopping:
         return 0 if self.signal is None else EXIT_CODES[signal.Signals(self.signal)]
 
     def _watch(self, reading: int) -> None:
-        """A thread, because the main one may be inside a step or a compilation for long."""
-        while True:
-            signum = os.read(reading, 1)[0]
-            if signum not in EXIT_CODES:
+        while read := os.read(reading, 1):
+            if read[0] not in EXIT_CODES:
                 continue
             if self.signal is not None:
-                interrupt.end(signum)
-            self.signal = signum
+                interrupt.end(read[0])
+            self.signal = read[0]
             note("ending after this step, which is saved; once more ends at once")
+        os.close(reading)
