@@ -11,7 +11,7 @@ def random_order(count: int, *seeds: int) -> np.ndarray:
 
     Args:
         count: how many.
-        seeds: whole numbers of 0 or more; each sequence of them has an order of its own.
+        seeds: whole numbers of 0 or more, always as many; others give another order.
     """
     bits = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
     return np.argsort(bits, kind="stable")
