@@ -145,7 +145,7 @@ def draw(report: Report, path: str) -> None:
     """Writes the histogram of the lengths as a picture (extra `plot`).
 
     Args:
-        report: of at least one sequence.
+        report: of `check`.
         path: ends in .png, .svg or .pdf.
     """
     from matplotlib.figure import Figure

@@ -85,8 +85,11 @@ def open_dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> Dataset:
         InputError: bad data. UsageError: flags that make no sense.
     """
     from glm2_jax.errors import UsageError
+    from infer.bench.plot import check_plot
     from train.data.dataset import Dataset
 
+    if args.check_data and args.plot is not None:
+        check_plot(args.plot)
     longest = checkpoint.config.seq_length
     max_length = min(MAX_LENGTH, longest) if args.max_length is None else args.max_length
     if max_length > longest:
