@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ Weight = jax.Array | QTensor
 _MATRICES = "MC,RC->MR"  # activations times a weight
 
 
-def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
+def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """`jnp.einsum` of two arrays, accumulated and returned in float32.
 
     Float32 operands are multiplied as float32 on every platform: GPUs would otherwise round them
@@ -30,40 +31,46 @@ def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
         spec: einsum over the axis letters of `glm2_jax.model`.
         x: activations.
         w: weights or keys/values in the dtype of `x`, or quantised weights.
+        added: float32 of the result's shape, to be added to a product with a weight. Zeros leave
+            every bit of a layer as it is, whatever the compiler fuses.
 
     Returns:
         float32 array.
     """
     columns = _summed_columns(spec)
     if not columns:
-        return _multiply(spec, x, w)
+        return _multiply(spec, x, w, added)
     rows = w.scale.shape if isinstance(w, QTensor) else w.shape
     rows = rows[: len(spec.split("->")[0].split(",")[1]) - columns]
     matrix = x.reshape(-1, math.prod(x.shape[x.ndim - columns :]))
     weight = _as_matrix(w, len(rows))
-    product = _multiply(_MATRICES, matrix, weight)
+    added = None if added is None else added.reshape(len(matrix), -1)
+    product = _multiply(_MATRICES, matrix, weight, added)
     return product.reshape(*x.shape[: x.ndim - columns], *rows)
 
 
-def _product(spec: str, x: jax.Array, w: Weight) -> jax.Array:
+def _product(spec: str, x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     """The product by itself; where it is activations times a weight, in the platform's form."""
     if spec != _MATRICES:
-        assert not isinstance(w, QTensor), f"{spec} is no product with a weight"
+        assert not isinstance(w, QTensor) and added is None, f"{spec} is no product with a weight"
         return _plain(spec, x, w)
-    return jax.lax.platform_dependent(x, w, cpu=_on_cpu, cuda=_on_gpu, default=_dot)
+    forms = {"cpu": _on_cpu, "cuda": _on_gpu, "default": _anywhere}
+    return jax.lax.platform_dependent(x, w, added, **forms)
 
 
-def _forward(spec: str, x: jax.Array, w: Weight):
-    return _product(spec, x, w), (x, w)
+def _forward(spec: str, x: jax.Array, w: Weight, added: jax.Array | None):
+    adds = None if added is None else jnp.zeros(0)
+    return _product(spec, x, w, added), (x, w, adds)
 
 
-def _backward(spec: str, saved: tuple[jax.Array, Weight], gradient: jax.Array):
+def _backward(spec: str, saved: tuple[jax.Array, Weight, Any], gradient: jax.Array):
     """Gradients by plain products of the activations' dtype: not every platform's form can be
     differentiated, and a float32 gradient would make half-precision products slow ones.
 
     A quantised weight has no gradient; that of a plain one costs nothing where nobody wants it.
     """
-    x, w = saved
+    x, w, adds = saved
+    to_added = None if adds is None else gradient
     operands, result = spec.split("->")
     left, right = operands.split(",")
     gradient = gradient.astype(x.dtype)
@@ -71,7 +78,8 @@ def _backward(spec: str, saved: tuple[jax.Array, Weight], gradient: jax.Array):
         to_w, weight = None, dequantise(w, 1).astype(x.dtype)
     else:
         to_w, weight = _plain(f"{result},{left}->{right}", gradient, x).astype(w.dtype), w
-    return _plain(f"{result},{right}->{left}", gradient, weight).astype(x.dtype), to_w
+    to_x = _plain(f"{result},{right}->{left}", gradient, weight).astype(x.dtype)
+    return to_x, to_w, to_added
 
 
 _multiply = jax.custom_vjp(_product, nondiff_argnums=(0,))
@@ -106,20 +114,35 @@ def _dot(x: jax.Array, w: Weight) -> jax.Array:
     return _plain(_MATRICES, x, dequantise(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
 
 
-def _on_gpu(x: jax.Array, w: Weight) -> jax.Array:
+def _add(product: jax.Array, added: jax.Array | None, scale: Any = 1) -> jax.Array:
+    """The sum, where `scale` has yet to be multiplied with both.
+
+    Compilers fuse that multiplication with an addition that follows, which rounds once. A sum in
+    between would have it rounded twice, even where zero is added.
+    """
+    return product if added is None else product + added / scale
+
+
+def _anywhere(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
+    """The product as TPUs, and all platforms without a form of their own, compute it."""
+    return _add(_dot(x, w), added)
+
+
+def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     """The same for XLA:GPU, which fuses slicing a layer's weight out of stacked ones, unpacking and
     converting into a reduction, but writes a copy of the slice for a dot."""
     if x.shape[0] > FEW_ROWS:
-        return _dot(x, w)
+        return _add(_dot(x, w), added)
     parts = _parts(x.astype(jnp.float32), w)
     first, *others = (half[:, None] * part.astype(jnp.float32) for half, part in parts)
     products = sum(others, first)
     if not isinstance(w, QTensor):
-        return products.sum(-1)
+        return _add(products.sum(-1), added)
     scale = w.scale.astype(jnp.float32)
     if scale.ndim == 1:
-        return products.sum(-1) * scale
-    return (products.reshape(*products.shape[:2], scale.shape[1], -1).sum(-1) * scale).sum(-1)
+        return _add(products.sum(-1), added, scale) * scale
+    products = products.reshape(*products.shape[:2], scale.shape[1], -1).sum(-1)
+    return _add((products * scale).sum(-1), added)
 
 
 def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
@@ -131,7 +154,7 @@ def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
     return list(zip((x[:, 0::2], x[:, 1::2]), int4_halves(w.values), strict=True))
 
 
-def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
+def _on_cpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     """The same for XLA:CPU, which has a fast product for float32, and for bfloat16 from two rows
     on; for everything else it would first write a float32 copy of the whole weight to memory."""
     grouped = isinstance(w, QTensor) and w.scale.ndim == 2
@@ -139,11 +162,12 @@ def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
     dtype = jnp.bfloat16 if x.dtype == jnp.bfloat16 and not grouped else jnp.float32
     x = x.astype(dtype)
     if dtype == jnp.bfloat16 and x.shape[0] == 1:
-        return _on_cpu(jnp.concatenate([x, jnp.zeros_like(x)]), w)[:1]
+        return _on_cpu(jnp.concatenate([x, jnp.zeros_like(x)]), w, added)[:1]
     if not isinstance(w, QTensor):
         if w.dtype == dtype:
-            return _dot(x, w)
-        return _by_chunks(lambda chunk: _dot(x, chunk.astype(dtype)), x, w.size, w)
+            return _add(_dot(x, w), added)
+        total = _by_chunks(lambda chunk: _dot(x, chunk.astype(dtype)), x, w.size, w)
+        return _add(total, added)
 
     def product(values: jax.Array, scale: jax.Array) -> jax.Array:
         total = jnp.float32(0)
@@ -153,7 +177,10 @@ def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
         return total
 
     total = _by_chunks(product, x, w.values.size * 8 // w.bits, w.values, w.scale)
-    return total if grouped else total * w.scale.astype(jnp.float32)
+    if grouped:
+        return _add(total, added)
+    scale = w.scale.astype(jnp.float32)
+    return _add(total, added, scale) * scale
 
 
 def _scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:

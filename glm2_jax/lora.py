@@ -11,8 +11,8 @@ the parts that the model keeps apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -57,12 +57,13 @@ class LoRA:
     Attributes:
         layers: target -> {"a": float32, and one B for each part}, see `adapter_shapes`; every array
             has a leading axis of layers.
-        scale: target -> what B (A x) is multiplied with.
+        scale: target -> what B (A x) is multiplied with; a `FrozenDict`, because programs are
+            compiled for it.
         dropout: rate at which elements of x are dropped before A, where a dropout key is given.
     """
 
     layers: dict[str, Weights]
-    scale: FrozenDict[str, float] = flax.struct.field(pytree_node=False)
+    scale: Mapping[str, float] = flax.struct.field(pytree_node=False)
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
     @property
@@ -152,31 +153,34 @@ def init_lora(
 
 def adapt(
     lora: LoRA | None, target: str, x: jax.Array, dropout_key: jax.Array | None = None
-) -> Callable[[str, jax.Array], jax.Array]:
-    """How a target's products with x are changed by one layer of an adapter.
+) -> Callable[[str], jax.Array | None]:
+    """What one layer of an adapter adds to a target's products with x.
 
     Args:
-        lora: the adapter, its arrays without the axis of layers; None changes nothing.
+        lora: the adapter, its arrays without the axis of layers; None adds nothing.
         target: one of `TARGETS`.
         x: the activations that the target is multiplied with.
-        dropout_key: drops elements of x, for training.
+        dropout_key: drops elements of x, for training; targets may share it.
 
     Returns:
-        A function of a part and the base's product of that part, float32, its bias included; it
-        returns the sum, float32. A and B are rounded to the dtype of x, their products are float32.
+        A function of a part, which gives what is to be added to the product of that part, float32,
+        or None. A and B are rounded to the dtype of x, their products are float32.
     """
     if lora is None or target not in lora.layers:
-        return lambda part, product: product
+        return lambda part: None
     weights, specs, scale = lora.layers[target], TARGETS[target], lora.scale[target]
     if dropout_key is not None and lora.dropout > 0:
-        kept = jax.random.bernoulli(dropout_key, 1 - lora.dropout, x.shape)
+        target_key = jax.random.fold_in(dropout_key, list(TARGETS).index(target))
+        kept = jax.random.bernoulli(target_key, 1 - lora.dropout, x.shape)
         x = jnp.where(kept, x / (1 - lora.dropout), 0).astype(x.dtype)
     low = einsum(specs.down, x, weights["a"].astype(x.dtype)).astype(x.dtype)
+    return lambda part: scale * einsum(specs.up[part], low, weights[part].astype(x.dtype))
 
-    def add(part: str, product: jax.Array) -> jax.Array:
-        return product + scale * einsum(specs.up[part], low, weights[part].astype(x.dtype))
 
-    return add
+def with_lora(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
+    """Params that bring their adapter along, for programs that take params alone. The base's arrays
+    are shared, not copied."""
+    return {**params, "lora": lora}
 
 
 def layer_of(lora: LoRA | None, layer: int) -> LoRA | None:

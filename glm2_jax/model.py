@@ -88,7 +88,7 @@ class GLMBlock(nn.Module):
         self.attention_dropout = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)
         self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
-    def __call__(self, carry, layer: jax.Array, context: TokenContext, lora: LoRA | None):
+    def __call__(self, carry, layer: jax.Array, context: TokenContext, lora: LoRA | None = None):
         """One step of the scan.
 
         Args:
@@ -122,10 +122,10 @@ class GLMBlock(nn.Module):
         return self.make_rng("dropout") if drops else None
 
     def _attention(self, x, k_cache, v_cache, layer, context: TokenContext, lora: LoRA | None):
-        add = adapt(lora, "query_key_value", x, self._adapter_key(lora))
-        q = add("q", _project("BTD,NHD->BTNH", x, self.q, self.q_bias)).astype(x.dtype)
-        k = add("k", _project("BTD,KHD->BTKH", x, self.k, self.k_bias)).astype(x.dtype)
-        v = add("v", _project("BTD,KHD->BTKH", x, self.v, self.v_bias)).astype(x.dtype)
+        added = adapt(lora, "query_key_value", x, self._adapter_key(lora))
+        q = _project("BTD,NHD->BTNH", x, self.q, self.q_bias, added("q"))
+        k = _project("BTD,KHD->BTKH", x, self.k, self.k_bias, added("k"))
+        v = _project("BTD,KHD->BTKH", x, self.v, self.v_bias, added("v"))
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
         if context.query_scale is not None:
@@ -138,22 +138,21 @@ class GLMBlock(nn.Module):
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
         x = attend(q, k, v, context.visible, dropout)
-        add = adapt(lora, "dense", x, self._adapter_key(lora))
-        out = add("b", einsum("BTNH,DNH->BTD", x, self.o))
+        added = adapt(lora, "dense", x, self._adapter_key(lora))
+        out = einsum("BTNH,DNH->BTD", x, self.o, added("b"))
         return out.astype(x.dtype), k_cache, v_cache
 
     def _mlp(self, x: jax.Array, lora: LoRA | None) -> jax.Array:
         gate_up, down, key = self.gate_up, self.down, self._adapter_key(lora)
 
-        def mlp(x: jax.Array, columns: jax.Array | None = None) -> jax.Array:
+        def mlp(x: jax.Array, *columns: jax.Array) -> jax.Array:
             # Every block of columns drops elements of its own.
-            at_block = None if columns is None else jax.random.fold_in(key, columns[0, 0])
-            keys = (None, None) if at_block is None else jax.random.split(at_block)
-            add = adapt(lora, "dense_h_to_4h", x, keys[0])
-            both = add("b", einsum("BTD,CFD->BTCF", x, gate_up))
+            block_key = jax.random.fold_in(cast(Any, key), columns[0][0, 0]) if columns else None
+            added = adapt(lora, "dense_h_to_4h", x, block_key)
+            both = einsum("BTD,CFD->BTCF", x, gate_up, added("b"))
             hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
-            add = adapt(lora, "dense_4h_to_h", hidden, keys[1])
-            return add("b", einsum("BTF,DF->BTD", hidden, down)).astype(x.dtype)
+            added = adapt(lora, "dense_4h_to_h", hidden, block_key)
+            return einsum("BTF,DF->BTD", hidden, down, added("b")).astype(x.dtype)
 
         at_once = MLP_ELEMENTS // (x.shape[0] * 2 * self.config.ffn_hidden_size)
         columns = () if key is None else (jnp.arange(x.shape[1], dtype=jnp.int32)[None],)
@@ -232,7 +231,7 @@ def forward(
             rows; with a cache every non-zero id is the row's one sequence.
         cache: keys and values of what came before, to be continued; rows may differ in length.
             Donate it. None runs a plain causal forward.
-        lora: an adapter; gradients may be taken of it alone.
+        lora: an adapter; gradients may be taken of it alone. Default: that of `with_lora`, if any.
         dropout_key: turns on the configuration's and the adapter's dropout rates, for training.
 
     Returns:
@@ -331,6 +330,7 @@ def param_shapes(config: GLMConfig) -> Params:
 def _hidden(
     config, params, tokens, positions, segment_ids, cache, lora, key=None, noise=None, remat=False
 ):
+    lora = params.get("lora") if lora is None else lora
     dtype = params["embed"].dtype
     context, length = _context(config, tokens, positions, segment_ids, cache, dtype)
     deterministic = key is None
@@ -382,9 +382,15 @@ def _logn_scale(index: jax.Array) -> jax.Array:
     return jnp.maximum(scale, 1.0)[:, :, None, None]
 
 
-def _project(spec: str, x: jax.Array, weight: jax.Array | QTensor, bias: jax.Array) -> jax.Array:
-    """Product plus bias: [B, T, D] -> float32 [B, T, heads, H]."""
-    return einsum(spec, x, weight) + bias.astype(jnp.float32)
+def _project(
+    spec: str,
+    x: jax.Array,
+    weight: jax.Array | QTensor,
+    bias: jax.Array,
+    added: jax.Array | None,
+) -> jax.Array:
+    """Product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
+    return (einsum(spec, x, weight, added) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
