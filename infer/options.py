@@ -62,6 +62,23 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
+def add_adapter_options(parser: Parser) -> None:
+    """Which adapter answers with the model."""
+    group = parser.add_argument_group("adapter")
+    group.add_argument(
+        "--adapter",
+        "--adapter-path",
+        type=path_argument,
+        metavar="DIR",
+        help="answer with a LoRA adapter, as python -m train.lora and the PEFT library write it",
+    )
+    group.add_argument(
+        "--force-adapter",
+        action="store_true",
+        help="take the adapter though it was trained on another base model or prompt template",
+    )
+
+
 def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     """How an answer is drawn. A flag that is not given has the preset's value, but `--loop-stop`
     has its own."""
@@ -275,6 +292,8 @@ def open_engine(args: argparse.Namespace) -> Engine:
             prefill_chunk=args.prefill_chunk,
             rope_kind=args.rope_scaling,
             template=args.template,
+            adapter=getattr(args, "adapter", None),
+            force_adapter=getattr(args, "force_adapter", False),
             on_event=_show_event if args.stats or sys.stderr.isatty() else None,
             progress=show_progress,
         )
