@@ -227,7 +227,9 @@ def test_general_rows_are_their_share_of_an_epoch(tmp_path, shuffle, ratio, gene
     other = write_rows(
         tmp_path / "other", [{"instruction": f"G{n}", "output": "A"} for n in range(50)]
     )
-    dataset = open_files([own], mix=(other, ratio))
+    notes = []
+    dataset = open_files([own], mix=(other, ratio), on_note=notes.append)
+    assert notes == [f"general sequences in an epoch: {general}, drawn from 50"]
     batches = Batches(dataset, batch_size=4, shuffle=shuffle)
     drawn = []
     for epoch in range(3):

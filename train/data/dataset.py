@@ -257,6 +257,11 @@ class Dataset:
             raise InputError(found, first, fix)
         if self.num_bad:
             on_note(f"{found} and are left out")
+        for group in self.groups:
+            if group.general:
+                n = group.stop - group.start
+                count = max(round(n * group.weight), 1)
+                on_note(f"general sequences in an epoch: {count}, drawn from {n}")
 
 
 class _Format:
