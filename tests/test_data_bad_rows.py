@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from tests.training_data import (
     role_messages,
     sharegpt,
 )
+from train.data.encode import Encoder
 from train.data.index import DataFile
 
 DEEP = '{"instruction":' * 200 + "1" + "}" * 200
@@ -160,6 +162,13 @@ def test_a_sequence_may_have_the_most_tokens_and_no_more(tmp_path):
     row = alpaca("Q" * 40, history=[["Q", "A"]])  # only its second sequence is too long
     dataset = open_rows(tmp_path / "data", [row], max_length=length + 20, max_bad=None)
     assert len(dataset) == 0 and dataset.bad_reasons == {"too long": 1}
+
+
+def test_a_conversation_without_end_is_encoded_once(tmp_path):
+    row = alpaca("Q", history=[["Q", "A"]] * 400)
+    with patch.object(Encoder, "encode", autospec=True, side_effect=Encoder.encode) as encode:
+        dataset = open_rows(tmp_path / "data", [row], max_bad=None)
+    assert dataset.bad_reasons == {"too long": 1} and encode.call_count == 1
 
 
 def test_a_file_that_mixes_formats_is_refused(tmp_path):

@@ -203,12 +203,13 @@ class Dataset:
         fmt = chosen.of(fields, row.line)
         messages = read_messages(fields, fmt)
         lengths, learned = [], []
-        for number in range(self.encoder.count(messages)):
+        # The last one is the longest: of an endless conversation no more is encoded.
+        for number in reversed(range(self.encoder.count(messages))):
             ids, mask = self.encoder.encode(messages, number)
-            lengths.append(len(ids))
-            learned.append(sum(mask))
-        if max(lengths) > self.max_length:
-            raise InputError("too long", f"{max(lengths)} tokens, at most {self.max_length}")
+            if len(ids) > self.max_length:
+                raise InputError("too long", f"{len(ids)} tokens, at most {self.max_length}")
+            lengths.insert(0, len(ids))
+            learned.insert(0, sum(mask))
         self.unused.update(unused_keys(fields, fmt))
         self._offset.extend([row.offset] * len(lengths))
         self._line.extend([row.line] * len(lengths))
