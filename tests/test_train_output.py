@@ -18,21 +18,32 @@ from train.output import RunFolder
 RUN = {"base": "abc", "lr": 0.1}
 
 
+def begun(path) -> None:
+    with RunFolder(path, resume="none", identity=RUN) as folder:
+        folder.begin({"lr": 0.1})
+
+
+def test_what_was_not_begun_is_no_run(tmp_path):
+    RunFolder(tmp_path, resume="none", identity={"base": "wrong"}).__exit__()
+    begun(tmp_path)
+
+
 def test_a_run_is_gone_on_with(tmp_path):
     with RunFolder(tmp_path / "out", resume="auto", identity=RUN) as folder:
+        folder.begin({"lr": 0.1})
         folder.state.mkdir()
     with RunFolder(tmp_path / "out", resume="auto", identity=RUN) as folder:
         assert folder.state.is_dir()
 
 
 def test_a_run_is_not_overwritten(tmp_path):
-    RunFolder(tmp_path, resume="none", identity=RUN).__exit__()
+    begun(tmp_path)
     with pytest.raises(UsageError, match="holds a training already"):
         RunFolder(tmp_path, resume="none", identity=RUN)
 
 
 def test_a_changed_run_is_refused_with_what_changed(tmp_path):
-    RunFolder(tmp_path, resume="auto", identity=RUN).__exit__()
+    begun(tmp_path)
     with pytest.raises(UsageError, match=r'base was "abc" and is "x"; lr was 0.1 and is 0.2'):
         RunFolder(tmp_path, resume="auto", identity={"base": "x", "lr": 0.2})
 

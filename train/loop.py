@@ -57,7 +57,7 @@ class Run:
     step: Callable[[Any, Any, int], tuple[Any, Metrics]]
     evaluate: Callable[[Any], dict[str, dict[str, float]]] | None
     rate: Callable[[int], float]
-    device: jax.Device
+    device: Any
     batches: Batches
     total: int
     eval_every: int | None

@@ -7,6 +7,7 @@ import argparse
 from convert.cli import Parser, path_argument
 from infer.options import DEVICES, DTYPES, positive
 
+DEFAULT_EPOCHS = 3.0  # where neither --epochs nor --steps is given
 SCHEDULES = ("cosine", "linear", "constant")
 NAN_POLICIES = ("abort", "skip")
 

@@ -12,8 +12,9 @@ from typing import Any
 from convert.cli import note
 from glm2_jax.errors import InputError, UsageError
 from infer.text_input import read_utf8
+from train.settings import write_recipe
 
-RECIPE, LOG, STATE = "recipe.yml", "log.jsonl", "state"
+_RECIPE, _LOG, _STATE = "recipe.yml", "log.jsonl", "state"
 _IDENTITY, _NEW, _LOCK = "run.json", "run.json.new", ".lock"
 
 
@@ -33,7 +34,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, resume: str, identity: Mapping[str, Any]):
         self.path = Path(path)
-        identity = json.loads(json.dumps(identity))
+        self._identity = json.loads(json.dumps(identity))  # as it is read back
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -44,9 +45,7 @@ class RunFolder:
             ) from error
         try:
             self._take_lock()
-            self._check(resume, identity)
-            if not self._file(_IDENTITY).exists():
-                self._begin(identity)
+            self._check(resume, self._identity)
         except BaseException:
             os.close(self._lock)
             raise
@@ -57,20 +56,23 @@ class RunFolder:
     def __exit__(self, *exception: object) -> None:
         os.close(self._lock)
 
+    def begin(self, recipe: Mapping[str, Any]) -> None:
+        """From here on the folder is that of this run, of which `recipe` are the flags."""
+        write_recipe(self._file(_RECIPE), recipe)
+        if not self._file(_IDENTITY).exists():
+            text = json.dumps(self._identity, indent=1, ensure_ascii=False)
+            self._file(_NEW).write_text(text, encoding="utf-8")
+            self._file(_NEW).replace(self._file(_IDENTITY))
+
     @property
     def state(self) -> Path:
         """Where the checkpoints of the training are."""
-        return self._file(STATE)
+        return self._file(_STATE)
 
     @property
     def log(self) -> Path:
         """Where its log is, if no other place was named."""
-        return self._file(LOG)
-
-    @property
-    def recipe(self) -> Path:
-        """Where its resolved flags are."""
-        return self._file(RECIPE)
+        return self._file(_LOG)
 
     def _file(self, name: str) -> Path:
         return self.path / name
@@ -90,7 +92,7 @@ class RunFolder:
     def _check(self, resume: str, identity: Mapping[str, Any]) -> None:
         present = self._file(_IDENTITY)
         if not present.exists():
-            others = sorted({path.name for path in self.path.iterdir()} - {_LOCK, _NEW})
+            others = sorted({path.name for path in self.path.iterdir()} - {_LOCK, _NEW, _RECIPE})
             if others:
                 raise UsageError(
                     f"{self.path} holds {', '.join(others[:5])}, and no run of this command",
@@ -121,11 +123,6 @@ class RunFolder:
                 "Going on would give neither result.",
                 "Give the earlier flags and files, or name another --output.",
             )
-
-    def _begin(self, identity: Mapping[str, Any]) -> None:
-        temporary = self._file(_NEW)
-        temporary.write_text(json.dumps(identity, indent=1, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(self._file(_IDENTITY))
 
 
 def _shown(value: Any) -> str:

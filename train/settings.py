@@ -6,7 +6,7 @@ A file is YAML with the names of flags, `lr: 2e-5` for `--lr 2e-5`. Needs no jax
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,9 @@ def as_recipe(parser: Parser, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
+def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     """Writes a recipe as YAML."""
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from infer.reading import bucket
 from train.batch import Batch
 from train.data.dataset import Dataset
 from train.data.plan import Plan, make_plan, steps_of
+from train.data.split import Subset
 
 
 class Batches:
@@ -33,7 +34,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Subset,
         *,
         batch_size: int,
         accumulate: int = 1,
