@@ -12,7 +12,7 @@ import pytest
 from convert.cli import Parser
 from glm2_jax import InputError, UsageError
 from tests.training_data import GLM2, open_files, open_rows, write_rows
-from train.data.check import Report, check, draw, print_sample
+from train.data.check import Report, check, print_sample
 from train.data.duplicates import repeats, signature
 from train.data.options import add_data_options, look_at, open_dataset, split_weight
 
@@ -107,14 +107,6 @@ def test_bars_are_as_long_as_their_counts(tmp_path):
     assert bars == [50, 7]
 
 
-def test_the_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    report = check(open_rows(tmp_path / "data", [row("Q"), row("Q" * 50)]))
-    for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
-        draw(report, str(tmp_path / f"lengths{kind}"))
-        assert (tmp_path / f"lengths{kind}").read_bytes().startswith(start)
-
-
 def test_a_sample_marks_what_is_learned(tmp_path):
     path = tmp_path / "data"
     dataset = open_rows(path, [row("你好", "天气"), row("Q")])
@@ -150,6 +142,19 @@ def test_flags_become_a_dataset(tmp_path):
     args = flags("--data", str(one), "--max-length=40", "--train-on-prompt")
     dataset = open_dataset(args, MODEL)  # type: ignore[arg-type]
     assert dataset.max_length == 40 and dataset.encoder.train_on_prompt
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = write_rows(tmp_path / "data", [row("Q"), row("Q" * 50)])
+    for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
+        picture = tmp_path / f"lengths{kind}"
+        args = flags("--data", str(path), "--check-data", "--plot", str(picture))
+        assert look_at(args, open_dataset(args, MODEL)) == 0  # type: ignore[arg-type]
+        assert picture.read_bytes().startswith(start)
+    with pytest.raises(UsageError, match="not the name of a picture"):
+        args = flags("--data", "missing", "--check-data", "--plot", "lengths.txt")
+        open_dataset(args, MODEL)  # type: ignore[arg-type]
 
 
 def test_flags_that_contradict(tmp_path):
@@ -192,17 +197,14 @@ def test_weights_behind_names():
 
 def test_looking_at_data_ends_with_its_exit_code(tmp_path, capsys):
     path = str(write_rows(tmp_path / "data", [row("Q"), "nonsense"]))
-    picture = tmp_path / "lengths.svg"
     for argv, code, shown in (
         (["--check-data"], 3, "2 rows, 1 of them bad"),
-        (["--check-data", "--plot", str(picture)], 3, "2 rows, 1 of them bad"),
         (["--max-bad=1", "--print-sample=1"], 0, f"{path}:1: "),
         (["--max-bad=1"], None, ""),
     ):
         args = flags("--data", path, *argv)
         assert look_at(args, open_dataset(args, MODEL)) == code  # type: ignore[arg-type]
         assert shown in capsys.readouterr().out
-    assert picture.exists()
     with pytest.raises(InputError, match="1 of 2 rows cannot be used"):
         open_dataset(flags("--data", path), MODEL)  # type: ignore[arg-type]
 
