@@ -112,6 +112,22 @@ def test_the_logits_come_in_chunks_that_change_nothing(monkeypatch, what):
     assert_near(chunks, whole)
 
 
+def test_packed_rows_have_the_gradient_of_single_ones():
+    """Three sequences in one row, or in a row each, with padding."""
+    tokens, lengths = np.asarray(random_tokens(1, 15))[0], (4, 5, 6)
+    ends = np.cumsum(lengths)
+    packed = batch_of([[*tokens, 0]], [[1] * 4 + [2] * 5 + [3] * 6 + [0]])
+    single, segments = np.zeros((3, 7), np.int32), np.zeros((3, 7), np.int32)
+    for row, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        single[row, :length] = tokens[end - length : end]
+        segments[row, :length] = 1
+    found, metrics = gradient(small_params(), adapter(), stacked(packed))
+    wanted, of_single = gradient(small_params(), adapter(), stacked(batch_of(single, segments)))
+    assert int(metrics.learned_tokens) == int(of_single.learned_tokens) == 12
+    assert float(metrics.loss) == pytest.approx(float(of_single.loss), rel=1e-5)
+    assert_near(found, wanted)
+
+
 def test_the_logits_of_all_positions_never_exist(monkeypatch):
     """Neither forward nor backward: no array of the program is as large."""
     wide = dataclasses.replace(SMALL, vocab_size=4099)
