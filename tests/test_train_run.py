@@ -114,14 +114,14 @@ def test_sigterm_saves_and_ends_with_143(cache, data, tmp_path):
         sys.executable, "-m", "train.lora", "--data", data, "--output", str(tmp_path / "a"),
         "--compile-cache", cache, *SMALL, "--steps", "4000", "--save-every", "4000",
     ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 143
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 143
     assert "go on with --resume auto" in rest
     (step,) = (tmp_path / "a" / "state").iterdir()
     assert int(step.name) >= 3 and not (tmp_path / "a" / WEIGHTS).exists()
@@ -210,7 +210,7 @@ def test_all_parameters(cache, data, tmp_path):
     assert full.main([*flags, "--steps", "3", "--batch-size", "2", "--lr", "1e-3"]) == 0
     engine = load(tmp_path / "a" / "model")
     assert engine.checkpoint.summary.dtype == "float32"
-    assert engine.generate(["你好"], max_new_tokens=2)[0].token_ids is not None
+    assert engine.generate(["你好"], max_new_tokens=2)[0].output_ids
 
 
 def test_help_does_not_wait_for_jax():
