@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm2_jax import init_params
 from glm2_jax.errors import InputError, UsageError
 from infer.reading import bucket
-from tests.toy import TOY, toy_params
+from tests.toy import TOY
 from tests.training_data import GLM2, open_files, open_rows, write_rows
 from train.batch import Batch
 from train.data.batches import Batches
@@ -90,7 +91,9 @@ def test_the_loss_is_that_of_one_row_at_a_time(tmp_path, layout):
     dataset = open_rows(tmp_path / "data", rows(16), max_length=64, max_bad=None)
     assert len(dataset) > 8
     batches = Batches(dataset, batch_size=2, **layout)
-    params = toy_params(CONFIG)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
     total, alone, learned = 0.0, 0.0, 0
     for step in range(batches.steps_per_epoch(0)):
         flat = jax.tree.map(lambda array: array[0], batches.at(0, step)[0])
