@@ -65,7 +65,7 @@ def parser() -> Parser:
     )  # fmt: skip
     add(
         "--layout", type=one_of(LAYOUTS), default="stacked", metavar="A,B",
-        help="how the layers lie in memory, stacked or list",
+        help="how the layers lie in memory: stacked, as train.lora has them, or list",
     )  # fmt: skip
     add("--batch-size", type=options.positive, default=4, metavar="N", help="rows of a step")
     add("--length", type=options.positive, default=512, metavar="N", help="tokens of a row")
@@ -174,6 +174,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 stack.enter_context(interrupt.always(peer.close))
             for result in _results(args, subject, peer):
                 report.results.append(result)
+                if peer is not None and peer.about:
+                    versions = (
+                        f"{name} {number}" for name, number in peer.about["versions"].items()
+                    )
+                    report.about["peer"] = f"{', '.join(versions)}, {peer.about['threads']} threads"
                 note(f"{result.name}: {result.problem or f'{_rate(result):.4g} tok/s'}")
         # Once more: a share of more than 100 per cent would only say that the machine was busy.
         report.ceilings = report.ceilings.better(measure_ceilings(device))
