@@ -17,10 +17,11 @@ from convert import load_checkpoint
 from convert.adapted import attach, open_adapter
 from convert.adapter import Adapter, load_adapter, save_adapter
 from convert.peft_config import read_peft_config
-from glm2_jax import CheckpointError, GLMError, InputError, forward, init_lora
+from glm2_jax import CheckpointError, GLMError, InputError, init_lora
 from glm2_jax.lora import TARGETS, LoRA
 from infer import generate
 from tests.checkpoints import TINY, names, random_params, save, tiny_config, write_official
+from tests.toy import jit_forward
 
 BLOCK = "base_model.model.transformer.encoder.layers"
 FILES = ["adapter_config.json", "adapter_model.safetensors", "glm2_jax_adapter.json"]
@@ -316,20 +317,20 @@ def test_an_adapted_checkpoint_is_another_model(tmp_path, base):
     assert count in adapted[0].notes[-1] and "query_key_value (rank 4)" in adapted[0].notes[-1]
 
 
-def test_engines_answer_with_an_adapter(tmp_path, base):
+def test_an_engine_answers_with_an_adapter(tmp_path, base):
     lora = trained(size=1.0)
     save_adapter(tmp_path, Adapter(lora))
-    how = {"dtype": "float32", "max_length": 32, "device": "cpu"}
-    engine = infer.load(base, adapter=tmp_path, **how)
-    found = engine.generate([[5, 6, 7]], temperature=0, max_new_tokens=5)[0].output_ids
-    params = load_checkpoint(base, dtype="float32").params
-    tokens = [5, 6, 7]
-    for _ in range(len(found)):
-        logits, _ = forward(TINY, params, jnp.array([[*tokens]]), lora=lora)
-        tokens.append(int(jnp.argmax(logits[0, -1])))
-    assert list(found) == tokens[3:]
-    plain = infer.load(base, **how).generate([[5, 6, 7]], temperature=0, max_new_tokens=5)
-    assert plain[0].output_ids != found
+    engine = infer.load(base, adapter=tmp_path, dtype="float32", max_length=32, device="cpu")
+    prompt = [5, 6, 7]
+    answer = engine.generate([prompt], temperature=0, max_new_tokens=5)[0].output_ids
+    params = {name: x for name, x in engine.checkpoint.params.items() if name != "lora"}
+
+    def greedy(lora: LoRA | None) -> tuple[int, ...]:
+        tokens = jnp.array([[*prompt, *answer]], jnp.int32)
+        logits, _ = jit_forward(TINY, params, tokens, lora=lora)
+        return tuple(np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist())
+
+    assert greedy(lora) == answer != greedy(None)
 
 
 def test_the_command_line(tmp_path, base, capsys):
