@@ -128,7 +128,7 @@ def _anywhere(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     return _add(_dot(x, w), added)
 
 
-def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
+def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """The same for XLA:GPU, which fuses slicing a layer's weight out of stacked ones, unpacking and
     converting into a reduction, but writes a copy of the slice for a dot."""
     if x.shape[0] > FEW_ROWS:
@@ -154,7 +154,7 @@ def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
     return list(zip((x[:, 0::2], x[:, 1::2]), int4_halves(w.values), strict=True))
 
 
-def _on_cpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
+def _on_cpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """The same for XLA:CPU, which has a fast product for float32, and for bfloat16 from two rows
     on; for everything else it would first write a float32 copy of the whole weight to memory."""
     grouped = isinstance(w, QTensor) and w.scale.ndim == 2
