@@ -129,14 +129,14 @@ class Peer:
         return time.perf_counter()
 
 
-def main():
-    """Answers until standard input ends."""
-    peer, answers = Peer(), sys.stdout
+def main(peer, mode):
+    """Answers until standard input ends; everything is done inside of `mode()`."""
+    answers = sys.stdout
     sys.stdout = sys.stderr  # nothing but answers may get between them
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            with torch.inference_mode():
+            with mode():
                 answer = getattr(peer, request.pop("do"))(**request)
         except Exception as error:  # out of memory, a shape that this version cannot do
             answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
@@ -144,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(Peer(), torch.inference_mode)

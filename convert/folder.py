@@ -148,7 +148,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is a LoRA adapter, not a model.",
             "It has adapter_config.json and no config.json.",
-            "Merge it into its base with the peft library first; adapters are not supported yet.",
+            "Give its base as the model, and this folder as --adapter.",
         )
     names = sorted(entry.name for entry in folder.iterdir())
     raise CheckpointError(

@@ -170,7 +170,7 @@ _DROPPED = {"transformer.rotary_pos_emb.inv_freq"}
 
 _KNOWN_FOREIGN: tuple[tuple[str, str], ...] = (
     (r"prefix_encoder\.", "a P-Tuning prefix, which is not supported yet"),
-    (r"lora_[AB]\.", "a LoRA adapter, not merged into its base; not supported yet"),
+    (r"lora_[AB]\.", "a LoRA adapter, which is given apart from its base, as --adapter"),
     (r"classifier_head\.", "a classification head, which is not supported"),
     (r"^model\.layers\.", "the HF-native names of the glm classes, which are not supported yet"),
 )

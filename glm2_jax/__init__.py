@@ -10,7 +10,17 @@ if TYPE_CHECKING:
     from glm2_jax.cache import KVCache
     from glm2_jax.config import PRESETS, GLMConfig
     from glm2_jax.errors import CheckpointError, DeviceError, GLMError, InputError, UsageError
-    from glm2_jax.model import GLM, GLMBlock, forward, init_params, last_logits, param_shapes
+    from glm2_jax.lora import LoRA, init_lora
+    from glm2_jax.model import (
+        GLM,
+        GLMBlock,
+        forward,
+        hidden,
+        init_params,
+        last_logits,
+        logits_of,
+        param_shapes,
+    )
     from glm2_jax.tokenizer import Tokenizer
     from glm2_jax.xla import compiler_options
 
@@ -18,7 +28,17 @@ _MODULES = {
     "cache": ["KVCache"],
     "config": ["PRESETS", "GLMConfig"],
     "errors": ["CheckpointError", "DeviceError", "GLMError", "InputError", "UsageError"],
-    "model": ["GLM", "GLMBlock", "forward", "init_params", "last_logits", "param_shapes"],
+    "lora": ["LoRA", "init_lora"],
+    "model": [
+        "GLM",
+        "GLMBlock",
+        "forward",
+        "hidden",
+        "init_params",
+        "last_logits",
+        "logits_of",
+        "param_shapes",
+    ],
     "tokenizer": ["Tokenizer"],
     "xla": ["compiler_options"],
 }
@@ -34,12 +54,16 @@ __all__ = [
     "GLMError",
     "InputError",
     "KVCache",
+    "LoRA",
     "Tokenizer",
     "UsageError",
     "compiler_options",
     "forward",
+    "hidden",
+    "init_lora",
     "init_params",
     "last_logits",
+    "logits_of",
     "param_shapes",
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from glm2_jax.quant import QTensor, dequantise, int4_halves
 
 Weight = jax.Array | QTensor
 
+_MATRICES = "MC,RC->MR"  # activations times a weight
 
-def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
+
+def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """`jnp.einsum` of two arrays, accumulated and returned in float32.
 
     Float32 operands are multiplied as float32 on every platform: GPUs would otherwise round them
@@ -28,22 +31,59 @@ def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
         spec: einsum over the axis letters of `glm2_jax.model`.
         x: activations.
         w: weights or keys/values in the dtype of `x`, or quantised weights.
+        added: float32 of the result's shape, to be added to a product with a weight. Zeros leave
+            every bit of a layer as it is, whatever the compiler fuses.
 
     Returns:
         float32 array.
     """
     columns = _summed_columns(spec)
     if not columns:
-        assert not isinstance(w, QTensor), f"{spec} is no product with a weight"
-        return _plain(spec, x, w)
+        return _multiply(spec, x, w, added)
     rows = w.scale.shape if isinstance(w, QTensor) else w.shape
     rows = rows[: len(spec.split("->")[0].split(",")[1]) - columns]
     matrix = x.reshape(-1, math.prod(x.shape[x.ndim - columns :]))
     weight = _as_matrix(w, len(rows))
-    product = jax.lax.platform_dependent(
-        matrix, weight, cpu=_on_cpu, cuda=_on_gpu, tpu=_on_tpu, default=_dot
-    )
+    added = None if added is None else added.reshape(len(matrix), -1)
+    product = _multiply(_MATRICES, matrix, weight, added)
     return product.reshape(*x.shape[: x.ndim - columns], *rows)
+
+
+def _product(spec: str, x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
+    """The product by itself; where it is activations times a weight, in the platform's form."""
+    if spec != _MATRICES:
+        assert not isinstance(w, QTensor) and added is None, f"{spec} is no product with a weight"
+        return _plain(spec, x, w)
+    forms = {"cpu": _on_cpu, "cuda": _on_gpu, "tpu": _on_tpu, "default": _anywhere}
+    return jax.lax.platform_dependent(x, w, added, **forms)
+
+
+def _forward(spec: str, x: jax.Array, w: Weight, added: jax.Array | None):
+    adds = None if added is None else jnp.zeros(0)
+    return _product(spec, x, w, added), (x, w, adds)
+
+
+def _backward(spec: str, saved: tuple[jax.Array, Weight, Any], gradient: jax.Array):
+    """Gradients by plain products of the activations' dtype: not every platform's form can be
+    differentiated, and a float32 gradient would make half-precision products slow ones.
+
+    A quantised weight has no gradient; that of a plain one costs nothing where nobody wants it.
+    """
+    x, w, adds = saved
+    to_added = None if adds is None else gradient
+    operands, result = spec.split("->")
+    left, right = operands.split(",")
+    gradient = gradient.astype(x.dtype)
+    if isinstance(w, QTensor):
+        to_w, weight = None, dequantise(w, 1).astype(x.dtype)
+    else:
+        to_w, weight = _plain(f"{result},{left}->{right}", gradient, x).astype(w.dtype), w
+    to_x = _plain(f"{result},{right}->{left}", gradient, weight).astype(x.dtype)
+    return to_x, to_w, to_added
+
+
+_multiply = jax.custom_vjp(_product, nondiff_argnums=(0,))
+_multiply.defvjp(_forward, _backward)
 
 
 def _summed_columns(spec: str) -> int:
@@ -71,30 +111,45 @@ def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _dot(x: jax.Array, w: Weight) -> jax.Array:
     """[M, C] times [R, C], summed over C: float32 [M, R]. Quantised weights are unpacked first."""
-    return _plain("MC,RC->MR", x, dequantise(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
+    return _plain(_MATRICES, x, dequantise(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
 
 
-def _on_gpu(x: jax.Array, w: Weight) -> jax.Array:
+def _add(product: jax.Array, added: jax.Array | None, scale: Any = 1) -> jax.Array:
+    """The sum, where `scale` has yet to be multiplied with both.
+
+    Compilers fuse that multiplication with an addition that follows, which rounds once. A sum in
+    between would have it rounded twice, even where zero is added.
+    """
+    return product if added is None else product + added / scale
+
+
+def _anywhere(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
+    """The product as platforms without a form of their own compute it."""
+    return _add(_dot(x, w), added)
+
+
+def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     """The same for XLA:GPU, which fuses slicing a layer's weight out of stacked ones, unpacking and
     converting into a reduction, but writes a copy of the slice for a dot."""
     if x.shape[0] > FEW_ROWS:
-        return _dot(x, w)
+        return _add(_dot(x, w), added)
     parts = _parts(x.astype(jnp.float32), w)
     first, *others = (half[:, None] * part.astype(jnp.float32) for half, part in parts)
     products = sum(others, first)
     if not isinstance(w, QTensor):
-        return products.sum(-1)
+        return _add(products.sum(-1), added)
     scale = w.scale.astype(jnp.float32)
     if scale.ndim == 1:
-        return products.sum(-1) * scale
-    return (products.reshape(*products.shape[:2], scale.shape[1], -1).sum(-1) * scale).sum(-1)
+        return _add(products.sum(-1), added, scale) * scale
+    products = products.reshape(*products.shape[:2], scale.shape[1], -1).sum(-1)
+    return _add((products * scale).sum(-1), added)
 
 
-def _on_tpu(x: jax.Array, w: Weight) -> jax.Array:
+def _on_tpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     """The same for XLA:TPU, which fuses unpacking 8 bits into a product. What it unpacks of 4 bits
     it writes to memory first, so that is never a whole weight."""
     if not isinstance(w, QTensor) or w.bits == 8:
-        return _dot(x, w)
+        return _add(_dot(x, w), added)
 
     def product(values: jax.Array, scale: jax.Array) -> jax.Array:
         total = jnp.float32(0)
@@ -102,7 +157,7 @@ def _on_tpu(x: jax.Array, w: Weight) -> jax.Array:
             total += _dot(half, _scale_groups(part, scale).astype(x.dtype))
         return total
 
-    return _by_chunks(product, x, w.size, w.values, w.scale)
+    return _add(_by_chunks(product, x, w.size, w.values, w.scale), added)
 
 
 def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
@@ -114,21 +169,22 @@ def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
     return list(zip((x[:, 0::2], x[:, 1::2]), int4_halves(w.values), strict=True))
 
 
-def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
+def _on_cpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """The same for XLA:CPU, which has a fast product for float32, and for bfloat16 from two rows
     on; for everything else it would first write a float32 copy of the whole weight to memory."""
     if x.shape[0] == 1 and isinstance(w, QTensor) and _group_bytes(w) % LANES == 0:
-        return _one_row_on_cpu(x, w)
+        return _one_row_on_cpu(x, w, added)
     grouped = isinstance(w, QTensor) and w.scale.ndim == 2
     # Integers are exact in bfloat16, scaled ones are not.
     dtype = jnp.bfloat16 if x.dtype == jnp.bfloat16 and not grouped else jnp.float32
     x = x.astype(dtype)
     if dtype == jnp.bfloat16 and x.shape[0] == 1:
-        return _on_cpu(jnp.concatenate([x, jnp.zeros_like(x)]), w)[:1]
+        return _on_cpu(jnp.concatenate([x, jnp.zeros_like(x)]), w, added)[:1]
     if not isinstance(w, QTensor):
         if w.dtype == dtype:
-            return _dot(x, w)
-        return _by_chunks(lambda chunk: _dot(x, chunk.astype(dtype)), x, w.size, w)
+            return _add(_dot(x, w), added)
+        total = _by_chunks(lambda chunk: _dot(x, chunk.astype(dtype)), x, w.size, w)
+        return _add(total, added)
 
     def product(values: jax.Array, scale: jax.Array) -> jax.Array:
         total = jnp.float32(0)
@@ -138,10 +194,13 @@ def _on_cpu(x: jax.Array, w: Weight) -> jax.Array:
         return total
 
     total = _by_chunks(product, x, w.values.size * 8 // w.bits, w.values, w.scale)
-    return total if grouped else total * w.scale.astype(jnp.float32)
+    if grouped:
+        return _add(total, added)
+    scale = w.scale.astype(jnp.float32)
+    return _add(total, added, scale) * scale
 
 
-def _one_row_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:
+def _one_row_on_cpu(x: jax.Array, w: QTensor, added: jax.Array | None) -> jax.Array:
     """The same for one row and integers: slices of the columns are multiplied and added up element
     by element. XLA:CPU makes of that one loop over the stored bytes, in vector instructions and on
     all cores; of a sum along the columns it makes neither."""
@@ -167,7 +226,8 @@ def _one_row_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:
     slices = halves.shape[1]
     if w.scale.ndim == 1:
         total = sum((product(index) for index in range(slices)), jnp.float32(0))
-        return (total @ jnp.ones(lanes, jnp.float32) * w.scale.astype(jnp.float32))[None]
+        scale = w.scale.astype(jnp.float32)
+        return _add((total @ jnp.ones(lanes, jnp.float32))[None], added, scale) * scale
     total, each = jnp.float32(0), group // lanes
     for number in range(slices // each):
         indices = range(number * each, (number + 1) * each)
@@ -175,7 +235,7 @@ def _one_row_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:
         total += scale * sum((product(index) for index in indices), jnp.float32(0))
         if (number + 1) * each % SLICES == 0:
             total = jax.lax.optimization_barrier(total)  # else the loop is no longer vectorised
-    return (total @ jnp.ones(lanes, jnp.float32))[None]
+    return _add((total @ jnp.ones(lanes, jnp.float32))[None], added)
 
 
 def _group_bytes(w: QTensor) -> int:

@@ -2,7 +2,7 @@
 
 Axis letters, in every einsum and shape comment of the package:
   B batch, T query length, S cache length, L layers, D model, N query heads, K key/value heads,
-  G = N / K query heads per key/value head, H head dim, F ffn, V vocabulary.
+  G = N / K query heads per key/value head, H head dim, F ffn, V vocabulary, R adapter rank.
 
 One block: a = norm(x); x = x + o(attention(q(a), k(a), v(a))); u = norm(x);
 x = x + down(silu(gate(u)) * up(u)). Biases exist on q, k and v only. Decoder-only, causal.
@@ -25,6 +25,7 @@ from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
+from glm2_jax.lora import LoRA, adapt, layer_of
 from glm2_jax.quant import QTensor, take_rows
 from glm2_jax.rope import apply_rope, rope_tables
 
@@ -93,13 +94,14 @@ class GLMBlock(nn.Module):
         self.attention_dropout = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)
         self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
-    def __call__(self, carry, layer: jax.Array, context: TokenContext):
+    def __call__(self, carry, layer: jax.Array, context: TokenContext, lora: LoRA | None = None):
         """One step of the scan.
 
         Args:
             carry: (x [B, T, D], cached keys and values [L, B, S, K, H] or None).
             layer: int32 scalar, index of this layer.
             context: the tokens' `TokenContext`.
+            lora: this layer's part of an adapter.
 
         Returns:
             (the new carry, None).
@@ -108,17 +110,23 @@ class GLMBlock(nn.Module):
         eps = self.config.norm_eps
         with jax.named_scope("attention"):
             out, k_cache, v_cache = self._attention(
-                rms_norm(x, self.attn_norm, eps), k_cache, v_cache, layer, context
+                rms_norm(x, self.attn_norm, eps), k_cache, v_cache, layer, context, lora
             )
             x = x + self.hidden_dropout(out)
         with jax.named_scope("mlp"):
-            x = x + self.hidden_dropout(self._mlp(rms_norm(x, self.mlp_norm, eps)))
+            x = x + self.hidden_dropout(self._mlp(rms_norm(x, self.mlp_norm, eps), lora))
         return (x, k_cache, v_cache), None
 
-    def _attention(self, x, k_cache, v_cache, layer, context: TokenContext):
-        q = _project("BTD,NHD->BTNH", x, self.q, self.q_bias)
-        k = _project("BTD,KHD->BTKH", x, self.k, self.k_bias)
-        v = _project("BTD,KHD->BTKH", x, self.v, self.v_bias)
+    def _adapter_key(self, lora: LoRA | None) -> jax.Array | None:
+        """A new key for dropping what an adapter reads, in training."""
+        drops = lora is not None and lora.dropout > 0 and not self.deterministic
+        return self.make_rng("dropout") if drops else None
+
+    def _attention(self, x, k_cache, v_cache, layer, context: TokenContext, lora: LoRA | None):
+        added = adapt(lora, "query_key_value", x, self._adapter_key(lora))
+        q = _project("BTD,NHD->BTNH", x, self.q, self.q_bias, added("q"))
+        k = _project("BTD,KHD->BTKH", x, self.k, self.k_bias, added("k"))
+        v = _project("BTD,KHD->BTKH", x, self.v, self.v_bias, added("v"))
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
         if context.query_scale is not None:
@@ -130,19 +138,26 @@ class GLMBlock(nn.Module):
             k, v = _read(k_cache, layer), _read(v_cache, layer)
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
-        out = einsum("BTNH,DNH->BTD", attend(q, k, v, context.visible, dropout), self.o)
+        x = attend(q, k, v, context.visible, dropout)
+        added = adapt(lora, "dense", x, self._adapter_key(lora))
+        out = einsum("BTNH,DNH->BTD", x, self.o, added("b"))
         return out.astype(x.dtype), k_cache, v_cache
 
-    def _mlp(self, x: jax.Array) -> jax.Array:
-        gate_up, down = self.gate_up, self.down
+    def _mlp(self, x: jax.Array, lora: LoRA | None) -> jax.Array:
+        gate_up, down, key = self.gate_up, self.down, self._adapter_key(lora)
 
-        def mlp(x: jax.Array) -> jax.Array:
-            both = einsum("BTD,CFD->BTCF", x, gate_up)
+        def mlp(x: jax.Array, *columns: jax.Array) -> jax.Array:
+            # Every block of columns drops elements of its own.
+            block_key = jax.random.fold_in(cast(Any, key), columns[0][0, 0]) if columns else None
+            added = adapt(lora, "dense_h_to_4h", x, block_key)
+            both = einsum("BTD,CFD->BTCF", x, gate_up, added("b"))
             hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
-            return einsum("BTF,DF->BTD", hidden, down).astype(x.dtype)
+            added = adapt(lora, "dense_4h_to_h", hidden, block_key)
+            return einsum("BTF,DF->BTD", hidden, down, added("b")).astype(x.dtype)
 
         at_once = MLP_ELEMENTS // (x.shape[0] * 2 * self.config.ffn_hidden_size)
-        return map_blocks(mlp, max(1, at_once), x)
+        columns = () if key is None else (jnp.arange(x.shape[1], dtype=jnp.int32)[None],)
+        return map_blocks(mlp, max(1, at_once), x, *columns)
 
 
 class GLM(nn.Module):
@@ -150,34 +165,44 @@ class GLM(nn.Module):
 
     config: GLMConfig
     deterministic: bool = True
+    remat: bool = False
 
     def setup(self) -> None:
         c = self.config
         self.embed = _weight(self, "embed", c.vocab_size, c.hidden_size)
         scanned = nn.scan(
-            GLMBlock,
+            nn.remat(GLMBlock, prevent_cse=False) if self.remat else GLMBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=cast(Any, (0, nn.broadcast)),
+            in_axes=cast(Any, (0, nn.broadcast, 0)),
             length=c.num_layers,
         )
         self.layers = scanned(c, self.deterministic)
         self.final_norm = self.param("final_norm", nn.initializers.ones, (c.hidden_size,))
         self.head = _weight(self, "head", c.vocab_size, c.hidden_size)
 
-    def __call__(self, tokens: jax.Array, context: TokenContext, cache: KVCache | None):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        context: TokenContext,
+        cache: KVCache | None,
+        lora: LoRA | None = None,
+        noise: jax.Array | None = None,
+    ):
         """Runs the blocks: tokens [B, T] -> (hidden states [B, T, D] before the final norm,
-        (keys, values) of the cache)."""
+        keys, values of the cache or None)."""
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, *stacked), _ = self.layers(self.carry(tokens, cache), layers, context)
-        return x, tuple(stacked)
+        carry, _ = self.layers(self.carry(tokens, cache, noise), layers, context, lora)
+        return carry
 
-    def carry(self, tokens: jax.Array, cache: KVCache | None):
+    def carry(self, tokens: jax.Array, cache: KVCache | None, noise: jax.Array | None = None):
         """What the first block starts from: (embeddings [B, T, D], keys, values or None)."""
         stacked = (None, None) if cache is None else (cache.k, cache.v)
         if isinstance(self.embed, QTensor):
-            return take_rows(self.embed, tokens).astype(self.final_norm.dtype), *stacked
-        return jnp.take(self.embed, tokens, axis=0), *stacked
+            x = take_rows(self.embed, tokens).astype(self.final_norm.dtype)
+        else:
+            x = jnp.take(self.embed, tokens, axis=0)
+        return x if noise is None else (x + noise).astype(x.dtype), *stacked
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., D] -> float32 [..., V]."""
@@ -194,6 +219,7 @@ def forward(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
+    lora: LoRA | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Next-token logits of every position. Pure; jit it with `config` static.
@@ -209,13 +235,14 @@ def forward(
             rows; with a cache every non-zero id is the row's one sequence.
         cache: keys and values of what came before, to be continued; rows may differ in length.
             Donate it. None runs a plain causal forward.
-        dropout_key: turns on the configuration's dropout rates, for training.
+        lora: an adapter; gradients may be taken of it alone. Default: that of `with_lora`, if any.
+        dropout_key: turns on the configuration's and the adapter's dropout rates, for training.
 
     Returns:
         (logits float32 [B, T, V], the continued cache or None). Logits of padding mean nothing.
     """
-    x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, dropout_key)
-    return _logits(config, params, x), cache
+    x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora, dropout_key)
+    return logits_of(config, params, x), cache
 
 
 def last_logits(
@@ -227,6 +254,7 @@ def last_logits(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
+    lora: LoRA | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Like `forward`, for one position of each row: only that one goes through the head.
 
@@ -236,9 +264,41 @@ def last_logits(
     Returns:
         (logits float32 [B, V], the continued cache or None).
     """
-    x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, None)
+    x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora)
     x = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
-    return _logits(config, params, x), cache
+    return logits_of(config, params, x), cache
+
+
+def hidden(
+    config: GLMConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    lora: LoRA | None = None,
+    dropout_key: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    remat: bool = False,
+) -> jax.Array:
+    """What the blocks make of the tokens; `forward` is `logits_of` it. For a loss that computes its
+    logits a few positions at a time.
+
+    Args:
+        noise: [B, T, D], added to the embeddings.
+        remat: whether the backward pass computes each block again instead of keeping what is
+            inside it.
+
+    Returns:
+        [B, T, D] in the dtype of the params.
+    """
+    where = positions, segment_ids
+    return _hidden(config, params, tokens, *where, None, lora, dropout_key, noise, remat)[0]
+
+
+def logits_of(config: GLMConfig, params: Params, x: jax.Array) -> jax.Array:
+    """Final norm and head: hidden states [..., D] -> logits, float32 [..., V]."""
+    return cast(jax.Array, GLM(config).apply({"params": params}, x, method=GLM.logits))
 
 
 def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -271,26 +331,27 @@ def param_shapes(config: GLMConfig) -> Params:
     return jax.tree.map(lambda x: x.shape, abstract)
 
 
-def _hidden(config, params, tokens, positions, segment_ids, cache, dropout_key):
+def _hidden(
+    config, params, tokens, positions, segment_ids, cache, lora, key=None, noise=None, remat=False
+):
+    lora = params.get("lora") if lora is None else lora
     dtype = params["final_norm"].dtype
     context, length = _context(config, tokens, positions, segment_ids, cache, dtype)
-    deterministic = dropout_key is None
-    model = GLM(config, deterministic)
+    deterministic = key is None
+    model, variables = GLM(config, deterministic, remat), {"params": params}
     if isinstance(params["layers"], Mapping):
-        rngs = None if deterministic else {"dropout": dropout_key}
-        x, (k, v) = model.apply({"params": params}, tokens, context, cache, rngs=rngs)
+        rngs = None if deterministic else {"dropout": key}
+        carry = model.apply(variables, tokens, context, cache, lora, noise, rngs=rngs)
     else:
-        x, k, v = cast(Any, model.apply({"params": params}, tokens, cache, method=GLM.carry))
+        carry = model.apply(variables, tokens, cache, noise, method=GLM.carry)
+        block = GLMBlock(config, deterministic)
+        apply = jax.checkpoint(block.apply) if remat else block.apply
         for layer, weights in enumerate(params["layers"]):
-            rngs = None if deterministic else {"dropout": jax.random.fold_in(dropout_key, layer)}
-            block = GLMBlock(config, deterministic)
-            variables = {"params": weights}
-            (x, k, v), _ = cast(Any, block.apply(variables, (x, k, v), layer, context, rngs=rngs))
+            rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}
+            args = carry, layer, context, layer_of(lora, layer)
+            carry, _ = cast(Any, apply({"params": weights}, *args, rngs=rngs))
+    x, k, v = cast(Any, carry)
     return x, None if cache is None else cache.replace(k=k, v=v, length=length)
-
-
-def _logits(config: GLMConfig, params: Params, x: jax.Array) -> jax.Array:
-    return cast(jax.Array, GLM(config).apply({"params": params}, x, method=GLM.logits))
 
 
 def _context(config, tokens, positions, segment_ids, cache, dtype):
@@ -325,9 +386,15 @@ def _logn_scale(index: jax.Array) -> jax.Array:
     return jnp.maximum(scale, 1.0)[:, :, None, None]
 
 
-def _project(spec: str, x: jax.Array, weight: jax.Array | QTensor, bias: jax.Array) -> jax.Array:
+def _project(
+    spec: str,
+    x: jax.Array,
+    weight: jax.Array | QTensor,
+    bias: jax.Array,
+    added: jax.Array | None,
+) -> jax.Array:
     """Product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
-    return (einsum(spec, x, weight) + bias.astype(jnp.float32)).astype(x.dtype)
+    return (einsum(spec, x, weight, added) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ def parser() -> Parser:
     """The flags of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     options.add_model_options(result)
+    options.add_adapter_options(result)
     _add_prompt_options(result)
     options.add_sampling_options(result)
     performance = options.add_performance_options(result, cards=CARDS)

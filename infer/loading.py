@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from convert import load_checkpoint
+from convert.adapted import attach, open_adapter
 from convert.hub import find_model
 from glm2_jax.errors import DeviceError, UsageError
 from infer.engine import Engine
@@ -40,6 +41,8 @@ def load(
     device: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
+    adapter: str | os.PathLike | None = None,
+    force_adapter: bool = False,
     source: str | None = None,
     revision: str | None = None,
     on_event: OnEvent | None = None,
@@ -58,6 +61,8 @@ def load(
       prefill_chunk: tokens of prompts, of all rows together, that are read at once; None = 2048.
       speculate: tokens that each step drafts and verifies, see `infer.speculate`; 0 = off.
       device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
+      adapter: folder of a LoRA adapter, from train.lora or PEFT, to answer with.
+      force_adapter: take the adapter even if it was trained on another base or template.
       source, revision: where to fetch "owner/name" from ("hf", "modelscope"), and which; without a
         source the network is never used, see `convert.hub.find_model`.
       on_event: called with a kind ("compile") and a line of text, for progress.
@@ -72,6 +77,11 @@ def load(
     folder = demo_folder()
     if path is not None:
         folder = find_model(_folder(path), source=source, revision=revision)
+    ready = None
+    if adapter is not None:
+        ready = open_adapter(
+            adapter, folder, rope_kind=rope_kind, template=template, force=force_adapter
+        )
     explain = partial(
         when_loading,
         folder,
@@ -95,6 +105,8 @@ def load(
             device=chosen,
             progress=progress,
         )
+        if ready is not None:
+            checkpoint = attach(checkpoint, ready)
         jax.block_until_ready(checkpoint.params)
     seconds = time.perf_counter() - start
     return Engine(

@@ -63,6 +63,23 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
+def add_adapter_options(parser: Parser) -> None:
+    """Which adapter answers with the model."""
+    group = parser.add_argument_group("adapter")
+    group.add_argument(
+        "--adapter",
+        "--adapter-path",
+        type=path_argument,
+        metavar="DIR",
+        help="answer with a LoRA adapter, as python -m train.lora and the PEFT library write it",
+    )
+    group.add_argument(
+        "--force-adapter",
+        action="store_true",
+        help="take the adapter though it was trained on another base model or prompt template",
+    )
+
+
 def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     """How an answer is drawn. A flag that is not given has the preset's value, but `--loop-stop`
     has its own."""
@@ -310,6 +327,8 @@ def open_engine(args: argparse.Namespace) -> Engine:
             speculate=getattr(args, "speculate", 0),
             rope_kind=args.rope_scaling,
             template=args.template,
+            adapter=getattr(args, "adapter", None),
+            force_adapter=getattr(args, "force_adapter", False),
             on_event=_show_event,
             progress=show_progress,
         )

@@ -121,15 +121,7 @@ def parse_batch(
 
 def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> Request:
     """Reads one line of a batch file; InputError says what is wrong with it."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(line)}?"
-        ) from None
-    row = parse_json(text)
-    if not isinstance(row, dict):
-        raise InputError("not a JSON object", "write {...} with a prompt or messages")
+    row = parse_object(line)
     for key in row:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
@@ -152,6 +144,20 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
         row["system"] if "system" in row else system,
         id=name,
     )
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Reads a JSON object whose keys differ; InputError says what is wrong with it."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(line)}?"
+        ) from None
+    row = parse_json(text)
+    if not isinstance(row, dict):
+        raise InputError("not a JSON object", "write {...} with a value for each key")
+    return row
 
 
 def _messages_request(row: dict[str, Any], has_defaults: bool) -> Request:

@@ -27,6 +27,15 @@ def parser() -> Parser:
     """The flags of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     options.add_model_options(result)
+    add_random_options(result)
+    _add_what(result)
+    _add_output(result)
+    result.add_common()
+    return result
+
+
+def add_random_options(result: Parser) -> None:
+    """Random weights instead of a checkpoint."""
     group = result.add_argument_group("random weights")
     group.add_argument(
         "--random",
@@ -41,10 +50,6 @@ def parser() -> Parser:
         metavar="N",
         help="so many layers instead of the model's own number",
     )
-    _add_what(result)
-    _add_output(result)
-    result.add_common()
-    return result
 
 
 def _add_what(result: Parser) -> None:
@@ -60,16 +65,16 @@ def _add_what(result: Parser) -> None:
     )  # fmt: skip
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     add(
-        "--dtypes", type=_one_of(DTYPES), default="auto", metavar="A,B",
+        "--dtypes", type=one_of(DTYPES), default="auto", metavar="A,B",
         help=f"types to compute in, of {', '.join(DTYPES)}",
     )  # fmt: skip
     add(
-        "--quantize", type=_one_of(QUANTIZE), metavar="A,B",
+        "--quantize", type=one_of(QUANTIZE), metavar="A,B",
         help=f"forms of the layers' matrices, of {', '.join(QUANTIZE)} "
         "(default: as stored; random weights: none)",
     )  # fmt: skip
     add(
-        "--layout", type=_one_of(LAYOUTS), metavar="A,B",
+        "--layout", type=one_of(LAYOUTS), metavar="A,B",
         help="how the layers lie in memory, stacked or list (default: by device)",
     )  # fmt: skip
     add(
@@ -108,7 +113,7 @@ def _add_output(result: Parser) -> None:
     )
 
 
-def _one_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+def one_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     """An argparse type: names with commas between them."""
 
     def names(text: str) -> tuple[str, ...]:

@@ -13,10 +13,9 @@ from typing import Any
 
 from glm2_jax import GLMConfig
 
-PEERS = ("transformers",)
+PEERS = {"transformers": ("torch", "transformers"), "peft": ("torch", "transformers", "peft")}
 # Beside the packages, since nothing that is installed may import torch.
 _SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-_NEEDED = ("torch", "transformers")
 
 
 class PeerError(Exception):
@@ -25,7 +24,7 @@ class PeerError(Exception):
 
 def missing(name: str) -> str:
     """Why a peer cannot be measured, in one line; "" where it can."""
-    packages = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
+    packages = [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
     if packages:
         return f"--peer {name} is skipped: {' and '.join(packages)} not installed"
     if not _script(name).is_file():
@@ -67,7 +66,7 @@ class Peer:
           PeerError: it cannot (out of memory, a dtype that it does not know).
         """
         values = dataclasses.asdict(config)
-        self.about = self._ask(do="open", config=values, dtype=dtype, device=self._device)
+        self.about = self.ask(do="open", config=values, dtype=dtype, device=self._device)
 
     def prepare(self, mode: str, batch: int, prompt: int, context: int, steps: int) -> float:
         """Sets up a measurement (`prompt` 0: of a step) and does it once; returns the seconds.
@@ -75,7 +74,7 @@ class Peer:
         Raises:
           PeerError: it cannot.
         """
-        answer = self._ask(
+        answer = self.ask(
             do="prepare", mode=mode, batch=batch, prompt=prompt, context=context, steps=steps
         )
         return answer["prepared_s"]
@@ -86,7 +85,7 @@ class Peer:
         Raises:
           PeerError: it cannot.
         """
-        return self._ask(do="measure")["seconds"]
+        return self.ask(do="measure")["seconds"]
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
@@ -97,7 +96,12 @@ class Peer:
                 assert pipe is not None
                 pipe.close()
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The answer to a request; see the peer's script for what it understands.
+
+        Raises:
+          PeerError: it could not do it, or its process ended.
+        """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from glm2_jax.schemes import COLUMN_AXES
 from glm2_jax.xla import cache_dtype
 from infer.bench.peer import Peer, PeerError
 from infer.bench.programs import Compiler, decode, prefill
+from infer.memory.peak import peak_bytes, reset_peak
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def measure_all(
     """
     for shape in shapes:
         result = Result(variant, shape, *work(config, params, shape))
-        _reset_peak()
+        reset_peak()
         try:
             _measure(config, params, result, repeats, peer)
         except Exception as error:
@@ -195,29 +195,3 @@ def _measure(
 def device_of(params: Any) -> Any:
     """Where parameters are."""
     return next(iter(params["final_norm"].devices()))
-
-
-def _reset_peak() -> None:
-    """Linux can begin anew; elsewhere the peak is since the start."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
-
-
-def peak_bytes(device: Any) -> int | None:
-    """The most memory used so far, on the device where it tells, else of this process."""
-    found = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if found is not None:
-        return found
-    if device.platform != "cpu":
-        return None
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.preset:
         consumer.apply(args)
     device = find_device(args.device)
-    subject = _Subject(args, device)
+    subject = Subject(args, device)
     report = Report(about(args, argv, device, subject))
     if args.preset and not consumer.wanted(args, device.platform):
         report.unmeasured.append("no accelerator here; --device cpu measures the processor")
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return EXIT_DEVICE if any(not result.seconds for result in report.results) else 0
 
 
-class _Subject:
+class Subject:
     """The model that is measured, in whichever form.
 
     Attributes:
@@ -127,7 +127,7 @@ class _Subject:
 
 
 def _results(
-    args: argparse.Namespace, subject: _Subject, peer: Peer | None, report: Report
+    args: argparse.Namespace, subject: Subject, peer: Peer | None, report: Report
 ) -> Iterator[Result]:
     layouts = args.layout or (faster_layers(subject.device.platform),)
     forms = product(args.dtypes, args.quantize or (None,), layouts)
@@ -209,15 +209,15 @@ class _Output:
             text = json.dumps(as_json(self._report), ensure_ascii=False)
         elif self._args.preset:
             parts = (render, consumer.render)
-            text = "\n\n".join(part(self._report, _columns()) for part in parts)
+            text = "\n\n".join(part(self._report, columns()) for part in parts)
         else:
-            text = render(self._report, _columns())
+            text = render(self._report, columns())
         print(text, flush=True)
         if self._args.markdown:
             Path(self._args.markdown).write_text(markdown(self._report), encoding="utf-8")
 
 
-def _columns() -> int:
+def columns() -> int:
     return max(shutil.get_terminal_size((160, 24)).columns, 20)
 
 
@@ -226,7 +226,7 @@ def _line(result: Result) -> str:
 
 
 def about(
-    args: argparse.Namespace, argv: Sequence[str], device: Any, subject: _Subject
+    args: argparse.Namespace, argv: Sequence[str], device: Any, subject: Subject
 ) -> dict[str, str]:
     """What everything is measured on."""
     from infer.probing import PACKAGES, PLUGINS, find_nvidia, installed

@@ -24,6 +24,7 @@ def parser() -> Parser:
     """The flags of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     options.add_model_options(result)
+    options.add_adapter_options(result)
     group = result.add_argument_group("conversation")
     group.add_argument(
         "--history",

@@ -102,7 +102,7 @@ def train(
 
     from glm2_jax import init_params
     from train.demo.data import epoch
-    from train.step import make_train_step
+    from train.step import init_state, make_step
 
     rng = np.random.default_rng(seed)
     key = jax.random.key(seed)
@@ -115,16 +115,18 @@ def train(
         optax.adamw(schedule, b2=0.98, weight_decay=0.1),
     )
     params = init_params(config, key)
-    state = optimizer.init(params)
-    step = make_train_step(dataclasses.replace(config, hidden_dropout=DROPOUT), optimizer)
+    state = init_state(optimizer, params)
+    dropping = dataclasses.replace(config, hidden_dropout=DROPOUT)
+    step = make_step(dropping, optimizer, remat=False)
     count = 0
     with Progress("training, steps", steps, interval=30.0) as progress:
         for number in range(epochs):
             losses = []
             for batch in epoch(pairs, tokenizer, rng, ROWS, WIDTH):
+                whole = jax.tree.map(lambda x: x[None], batch)
+                params, state, metrics = step(None, params, state, whole, key, count)
+                losses.append(metrics.loss)
                 count += 1
-                params, state, loss = step(params, state, batch, jax.random.fold_in(key, count))
-                losses.append(loss)
                 progress(count)
             if number % 10 == 9 or number == epochs - 1:
                 note(f"epoch {number + 1} of {epochs}: loss {float(np.mean(losses)):.4f}")

@@ -11,7 +11,7 @@ import sentencepiece
 
 from glm2_jax import Tokenizer
 from glm2_jax.prompt import build_prompt, chatglm2_text
-from train.step import Batch
+from train.batch import Batch
 
 FOLDER = Path(__file__).parent
 

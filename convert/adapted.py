@@ -1,0 +1,76 @@
+"""A checkpoint together with an adapter that was trained on it."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import jax
+
+from convert.adapter import Adapter, load_adapter
+from convert.folder import fingerprint, open_folder
+from convert.loader import Checkpoint
+from glm2_jax.errors import CheckpointError
+from glm2_jax.lora import with_lora
+
+
+def open_adapter(
+    adapter: str | os.PathLike,
+    base: str | Path,
+    *,
+    rope_kind: str | None = None,
+    template: str | None = None,
+    force: bool = False,
+) -> Adapter:
+    """Reads an adapter for a base whose weights need not be loaded yet.
+
+    Args:
+        adapter: its folder.
+        base: the model's folder.
+        rope_kind, template: as in `convert.load_checkpoint`.
+        force: take it even if it was trained on another base, or with another template; that is
+            said in its notes.
+
+    Raises:
+        CheckpointError: either cannot be opened, or they do not belong together.
+    """
+    folder = open_folder(base, rope_kind=rope_kind, template=template)
+    found = load_adapter(adapter, folder.config)
+    differences = []
+    if found.base not in (None, fingerprint(folder)):
+        differences.append(
+            (
+                f"The adapter {found.source} was trained on another base than {folder.path}.",
+                f"The base it knows has the fingerprint {found.base[:16]}, "
+                f"this one {fingerprint(folder)[:16]}.",
+                "Name the model that it was trained on; --force-adapter (force_adapter=True) takes "
+                "this one, which is right if it holds the same weights in another form.",
+            )
+        )
+    if found.template not in (None, folder.template):
+        differences.append(
+            (
+                f"The adapter {found.source} was trained with another prompt template.",
+                f"It knows {found.template!r}; the model is asked in {folder.template!r}.",
+                f"Use --template {found.template}, or --force-adapter (force_adapter=True).",
+            )
+        )
+    if differences and not force:
+        raise CheckpointError(*differences[0])
+    forced = tuple(f"forced: {what} {why}" for what, why, _ in differences)
+    return dataclasses.replace(found, notes=(*found.notes, *forced))
+
+
+def attach(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The checkpoint with an adapter in its params (see `with_lora`): another model, with a
+    fingerprint of its own."""
+    (device,) = checkpoint.params["embed"].devices()
+    both = f"{checkpoint.fingerprint} {adapter.digest}"
+    names = ", ".join(f"{x} (rank {adapter.rank(x)})" for x in adapter.targets)
+    said = f"adapter {adapter.source}: {adapter.lora.num_params:,} parameters beside {names}"
+    return dataclasses.replace(
+        checkpoint,
+        params=with_lora(checkpoint.params, jax.device_put(adapter.lora, device)),
+        fingerprint=hashlib.sha256(both.encode()).hexdigest(),
+        notes=(*checkpoint.notes, said, *adapter.notes),
+    )

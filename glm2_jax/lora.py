@@ -1,0 +1,188 @@
+"""Low-rank adapters: what is added to a base model's products, in a tree of its own.
+
+An adapted product is W x + scale * B (A x). A and B are float32 and stacked on the layers; the base
+is never touched, so several adapters can be held for one base, and gradients taken of an adapter
+alone. Axis letters as in `glm2_jax.model`, and R for the rank.
+
+The targets have the published names of the matrices. A fused matrix has one A, and a B for each of
+the parts that the model keeps apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from glm2_jax.config import GLMConfig
+from glm2_jax.errors import UsageError
+from glm2_jax.linear import einsum
+
+Weights = dict[str, jax.Array]
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Target(NamedTuple):
+    """A published matrix: the product with A, and those with the B of every part."""
+
+    down: str
+    up: dict[str, str]
+
+
+TARGETS: dict[str, Target] = {
+    "query_key_value": Target(
+        "BTD,RD->BTR", {"q": "BTR,NHR->BTNH", "k": "BTR,KHR->BTKH", "v": "BTR,KHR->BTKH"}
+    ),
+    "dense": Target("BTNH,RNH->BTR", {"b": "BTR,DR->BTD"}),
+    "dense_h_to_4h": Target("BTD,RD->BTR", {"b": "BTR,CFR->BTCF"}),
+    "dense_4h_to_h": Target("BTF,RF->BTR", {"b": "BTR,DR->BTD"}),
+}
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "attn": ("query_key_value",),
+    "attn+mlp": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
+    "all-linear": tuple(TARGETS),
+}
+
+
+@flax.struct.dataclass
+class LoRA:
+    """An adapter.
+
+    Attributes:
+        layers: target -> {"a": float32, and one B for each part}, see `adapter_shapes`; every array
+            has a leading axis of layers.
+        scale: target -> what B (A x) is multiplied with; a `FrozenDict`, because programs are
+            compiled for it.
+        dropout: rate at which elements of x are dropped before A, where a dropout key is given.
+    """
+
+    layers: dict[str, Weights]
+    scale: Mapping[str, float] = flax.struct.field(pytree_node=False)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def num_params(self) -> int:
+        """Elements of all its arrays."""
+        return sum(x.size for x in jax.tree.leaves(self.layers))
+
+
+def find_targets(wanted: str | Sequence[str]) -> tuple[str, ...]:
+    """The targets that names mean, each once, in the order of `TARGETS`.
+
+    Args:
+        wanted: names of targets and groups; a text may hold several, separated by commas.
+
+    Raises:
+        UsageError: a name that is neither, or none at all.
+    """
+    names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
+    found = {target for name in names for target in GROUPS.get(name.strip(), (name.strip(),))}
+    unknown = sorted(found - TARGETS.keys())
+    if unknown or not found:
+        raise UsageError(
+            f"The target {', '.join(map(repr, unknown)) or repr('')} matches nothing.",
+            f"The matrices are {', '.join(TARGETS)}.",
+            f"Name some of them, or a group: {', '.join(GROUPS)}.",
+        )
+    return tuple(target for target in TARGETS if target in found)
+
+
+def adapter_shapes(config: GLMConfig, target: str, rank: int) -> Shapes:
+    """The shapes of a target's A and B in one layer."""
+    D, F, H = config.hidden_size, config.ffn_hidden_size, config.head_dim
+    N, K = config.num_heads, config.num_kv_heads
+    sizes = {"D": D, "F": F, "H": H, "N": N, "K": K, "R": rank, "C": 2}
+    specs = {"a": TARGETS[target].down, **TARGETS[target].up}
+    weights = {name: spec.split("->")[0].split(",")[1] for name, spec in specs.items()}
+    return {name: tuple(sizes[axis] for axis in axes) for name, axes in weights.items()}
+
+
+def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised adapters (arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def init_lora(
+    config: GLMConfig,
+    key: jax.Array,
+    *,
+    rank: int = 8,
+    alpha: float = 32,
+    targets: str | Sequence[str] = "attn",
+    dropout: float = 0.0,
+    rslora: bool = False,
+) -> LoRA:
+    """A new adapter, which changes nothing yet: A uniform in +-1 / sqrt(columns), as in the peft
+    library (Kaiming's with a = sqrt(5)), B zero.
+
+    Args:
+        config: the base's architecture.
+        key: a random key.
+        rank: R, 1 or more.
+        alpha: the adapter's strength, see `scale_of`.
+        targets: see `find_targets`.
+        dropout: see `LoRA`.
+        rslora: rank-stabilised scale.
+
+    Raises:
+        UsageError: a rank below 1, a dropout rate outside [0, 1), an unknown target.
+    """
+    if rank < 1:
+        raise UsageError(f"An adapter of rank {rank} has no parameters.", fix="Use 1 or more.")
+    if not 0 <= dropout < 1:
+        raise UsageError(f"The dropout rate {dropout:g} is not in [0, 1).")
+    names = find_targets(targets)
+    layers = {}
+    for name, target_key in zip(names, jax.random.split(key, len(names)), strict=True):
+        shapes = adapter_shapes(config, name, rank)
+        stacked = {part: (config.num_layers, *shape) for part, shape in shapes.items()}
+        layers[name] = {part: jnp.zeros(shape, jnp.float32) for part, shape in stacked.items()}
+        bound = 1 / math.sqrt(math.prod(shapes["a"][1:]))
+        layers[name]["a"] = jax.random.uniform(
+            target_key, stacked["a"], jnp.float32, minval=-bound, maxval=bound
+        )
+    scale = scale_of(alpha, rank, rslora)
+    return LoRA(layers, FrozenDict(dict.fromkeys(names, scale)), dropout)
+
+
+def adapt(
+    lora: LoRA | None, target: str, x: jax.Array, dropout_key: jax.Array | None = None
+) -> Callable[[str], jax.Array | None]:
+    """What one layer of an adapter adds to a target's products with x.
+
+    Args:
+        lora: the adapter, its arrays without the axis of layers; None adds nothing.
+        target: one of `TARGETS`.
+        x: the activations that the target is multiplied with.
+        dropout_key: drops elements of x, for training; targets may share it.
+
+    Returns:
+        A function of a part, which gives what is to be added to the product of that part, float32,
+        or None. A and B are rounded to the dtype of x, their products are float32.
+    """
+    if lora is None or target not in lora.layers:
+        return lambda part: None
+    weights, specs, scale = lora.layers[target], TARGETS[target], lora.scale[target]
+    if dropout_key is not None and lora.dropout > 0:
+        target_key = jax.random.fold_in(dropout_key, list(TARGETS).index(target))
+        kept = jax.random.bernoulli(target_key, 1 - lora.dropout, x.shape)
+        x = jnp.where(kept, x / (1 - lora.dropout), 0).astype(x.dtype)
+    low = einsum(specs.down, x, weights["a"].astype(x.dtype)).astype(x.dtype)
+    return lambda part: scale * einsum(specs.up[part], low, weights[part].astype(x.dtype))
+
+
+def with_lora(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
+    """Params that bring their adapter along, for programs that take params alone. The base's arrays
+    are shared, not copied."""
+    return {**params, "lora": lora}
+
+
+def layer_of(lora: LoRA | None, layer: int) -> LoRA | None:
+    """One layer's arrays of an adapter."""
+    return jax.tree.map(lambda x: x[layer], lora)

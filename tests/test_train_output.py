@@ -1,0 +1,148 @@
+"""The folder of a run, its log and its checkpoints."""
+
+import json
+import resource
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from glm2_jax.errors import CheckpointError, InputError, UsageError
+from train.checkpoints import Checkpoints
+from train.log import Log, read_log
+from train.output import RunFolder
+
+RUN = {"base": "abc", "lr": 0.1}
+
+
+def begun(path) -> None:
+    with RunFolder(path, resume="none", identity=RUN) as folder:
+        folder.begin({"lr": 0.1})
+
+
+def test_what_was_not_begun_is_no_run(tmp_path):
+    RunFolder(tmp_path, resume="none", identity={"base": "wrong"}).__exit__()
+    begun(tmp_path)
+
+
+def test_a_run_is_gone_on_with(tmp_path):
+    with RunFolder(tmp_path / "out", resume="auto", identity=RUN) as folder:
+        folder.begin({"lr": 0.1})
+        folder.state.mkdir()
+    with RunFolder(tmp_path / "out", resume="auto", identity=RUN) as folder:
+        assert folder.state.is_dir()
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    begun(tmp_path)
+    with pytest.raises(UsageError, match="holds a training already"):
+        RunFolder(tmp_path, resume="none", identity=RUN)
+
+
+def test_a_changed_run_is_refused_with_what_changed(tmp_path):
+    begun(tmp_path)
+    with pytest.raises(UsageError, match=r'base was "abc" and is "x"; lr was 0.1 and is 0.2'):
+        RunFolder(tmp_path, resume="auto", identity={"base": "x", "lr": 0.2})
+
+
+def test_two_at_once_are_refused(tmp_path):
+    with (
+        RunFolder(tmp_path, resume="auto", identity=RUN),
+        pytest.raises(InputError, match="another training writes"),
+    ):
+        RunFolder(tmp_path, resume="auto", identity=RUN)
+
+
+def test_other_files_are_not_written_among(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"thesis.txt"):
+        RunFolder(tmp_path, resume="auto", identity=RUN)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "out", resume="auto", identity=RUN)
+
+
+def state() -> dict:
+    trained = {"a": jnp.arange(6.0).reshape(2, 3)}
+    return {"trained": trained, "optimizer": optax.adamw(1e-3).init(trained)}
+
+
+def test_checkpoints_come_back_to_the_bit(tmp_path):
+    saved = jax.tree.map(lambda x: x + 1, state())
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.newest is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, saved, {"best": step})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.newest == 3
+        found, position = checkpoints.restore(3, state())
+    assert position == {"best": 3}
+    jax.tree.map(np.testing.assert_array_equal, found, saved)
+    assert jax.tree.structure(found) == jax.tree.structure(saved)
+    assert not (tmp_path / "1").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state(), {})
+    for path in (tmp_path / "1" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            checkpoints.restore(1, state())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=2**16).astype(np.float32))}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            with Checkpoints(tmp_path, keep=2) as checkpoints:
+                checkpoints.save(1, large, {})
+                checkpoints.finish()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+                checkpoints.save(2, large, {})
+                checkpoints.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.newest == 1
+        found, _ = checkpoints.restore(1, large)
+    np.testing.assert_array_equal(found["a"], large["a"])
+
+
+def test_the_log_says_what_is_due(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    with Log(5, every=2, path=str(path)) as log:
+        for step in range(1, 6):
+            log.step(step, 10, 1000, loss=1.0 / step, lr=0.1)
+        log.evaluation(5, "validation", loss=2.0)
+    assert [line["step"] for line in read_log(path)] == [2, 4, 5, 5]
+    assert read_log(path)[-1] == {"step": 5, "loss": 2.0, "split": "validation"}
+    assert set(read_log(path)[0]) == {
+        "step", "loss", "lr", "tokens_per_second", "memory_bytes", "split",
+    }  # fmt: skip
+    assert "step 2/5, loss 0.5, lr 0.1" in capsys.readouterr().err
+
+
+def test_a_log_is_gone_on_with_where_the_run_is(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step, "split": "train"}) for step in (1, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"step": 4, "los')
+    with Log(5, every=1, path=str(path), taken=2) as log:
+        log.step(3, 1, None, loss=0.0)
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3]
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="cannot be written"):
+        Log(1, every=1, path=str(tmp_path / "none" / "log.jsonl"))

@@ -1,0 +1,172 @@
+"""What a dataset is: a report of all its rows, and samples with what is learned of them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.data.dataset import Dataset
+from train.data.duplicates import ALIKE, PIECE, repeats, signature
+
+_BINS = 12
+_LISTED = 5  # examples of what is only counted
+_FIGURES = 30  # columns beside a bar
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is in a dataset.
+
+    Attributes:
+        files: (path, format) of each.
+        rows: rows that were read.
+        bad: ("file:line", reason), the first ones.
+        bad_reasons: how many there are for each reason.
+        lengths: int32 [N], tokens of every sequence.
+        learned: int, tokens that are learned in an epoch of all rows.
+        max_length: most tokens of a sequence.
+        repeats: ("file:line", that of the earlier row that it nearly repeats).
+        unused: keys that are not used, with their number of rows.
+    """
+
+    files: list[tuple[str, str]]
+    rows: int
+    bad: list[tuple[str, str]]
+    bad_reasons: Counter[str]
+    lengths: np.ndarray
+    learned: int
+    max_length: int
+    repeats: list[tuple[str, str]]
+    unused: Counter[str]
+
+    @property
+    def exit_code(self) -> int:
+        """Of a tool that was asked to check: 3 where there are bad rows."""
+        return 3 if self.bad_reasons else 0
+
+    def bins(self) -> tuple[np.ndarray, np.ndarray]:
+        """The histogram of the lengths: edges [n + 1], a sequence of exactly one is in the bin
+        before it, and counts [n]."""
+        longest = int(self.lengths.max(initial=1))
+        size = next(s for s in _round_numbers() if s * _BINS >= longest)
+        edges = np.arange(0, longest + size, size)
+        return edges, np.histogram(self.lengths, edges + 0.5)[0]
+
+    def text(self, columns: int = 80) -> str:
+        """The report for a terminal of so many columns."""
+        lines = [f"{name}: {fmt}" for name, fmt in self.files]
+        count, bad = len(self.lengths), self.bad_reasons.total()
+        lines.append(f"{self.rows} rows, {bad} of them bad; {count} sequences to learn from")
+        lines += [f"{where}: {reason}" for where, reason in self.bad]
+        if bad > len(self.bad):
+            lines.append(f"... and {bad - len(self.bad)} more")
+        lines += [f"bad: {n} x {reason}" for reason, n in self.bad_reasons.most_common()]
+        if self.unused:
+            keys = ", ".join(f"{key} ({n} rows)" for key, n in self.unused.most_common())
+            lines.append(f"keys that are not used: {keys}")
+        lines.append(
+            f"near-duplicates (by MinHash, {ALIKE:.0%} of their {PIECE}-character pieces in "
+            f"common): {len(self.repeats)} rows"
+        )
+        lines += [f"{where} nearly repeats {first}" for where, first in self.repeats[:_LISTED]]
+        wrapped = [part for line in lines for part in _wrap(line, columns)]
+        return "\n".join([*wrapped, *self._lengths(columns)])
+
+    def _lengths(self, columns: int) -> list[str]:
+        if not len(self.lengths):
+            return []
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        low, middle, high = np.percentile(self.lengths, (0, 50, 100)).astype(int)
+        lines = [
+            f"{tokens} tokens, {self.learned} learned",
+            f"lengths {low} to {high}, median {middle}, allowed {self.max_length}:",
+        ]
+        edges, counts = self.bins()
+        room = max(columns - _FIGURES, 10)
+        for low, high, n in zip(edges, edges[1:], counts, strict=False):
+            bar = "#" * -(-int(n) * room // int(counts.max()))
+            lines.append(f"{low + 1:6} - {high:6} {n:9} {bar}".rstrip())
+        return lines
+
+
+def check(
+    dataset: Dataset, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Report:
+    """Looks at every row; opens nothing that `Dataset.open(max_bad=None)` has not.
+
+    Args:
+        dataset: all of it is looked at.
+        progress: called with the rows compared and to compare.
+    """
+    rows = dataset.first_of_rows().tolist()
+    signatures = np.empty((len(rows), 64), np.uint32)
+    for number, index in enumerate(rows):
+        messages = dataset.messages(index)
+        signatures[number] = signature("\n".join(message["content"] for message in messages))
+        progress(number + 1, len(rows))
+    earlier = repeats(signatures)
+    pairs = [(i, first) for i, first in enumerate(earlier.tolist()) if i != first]
+    return Report(
+        files=[(name, fmt) for name, _, fmt in dataset.files],
+        rows=dataset.rows,
+        bad=dataset.bad,
+        bad_reasons=dataset.bad_reasons,
+        lengths=dataset.lengths,
+        learned=int(dataset.learned.sum(dtype=np.int64)),
+        max_length=dataset.max_length,
+        repeats=[(dataset.source(rows[i]), dataset.source(rows[first])) for i, first in pairs],
+        unused=dataset.unused,
+    )
+
+
+def print_sample(dataset: Dataset, count: int) -> str:
+    """The tokens of the first sequences, one a line; a star stands before those that are learned.
+
+    Special ids have their names, bytes and spaces are as the tokenizer writes them.
+    """
+    tokenizer = dataset.tokenizer
+    names = {number: name for name, number in tokenizer.special.items()}
+    lines = []
+    for index in range(min(count, len(dataset))):
+        sample = dataset.sample(index)
+        learned = sum(sample.learned)
+        lines.append(f"{sample.source}: {len(sample.ids)} tokens, {learned} learned (*)")
+        for token, mark in zip(sample.ids, sample.learned, strict=True):
+            piece = names.get(token) or tokenizer.piece(token)
+            lines.append(f"{'*' if mark else ' '} {token:6} {piece}")
+    return "\n".join(lines)
+
+
+def draw(report: Report, path: str) -> None:
+    """Writes the histogram of the lengths as a picture (extra `plot`).
+
+    Args:
+        report: of `check`.
+        path: ends in .png, .svg or .pdf.
+    """
+    from matplotlib.figure import Figure
+
+    edges, counts = report.bins()
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", edgecolor="white")
+    title = f"{len(report.lengths)} sequences, at most {report.max_length} tokens allowed"
+    axes.set(xlabel="tokens", ylabel="sequences", title=title)
+    axes.grid(True, axis="y", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _wrap(line: str, columns: int) -> list[str]:
+    return textwrap.wrap(line, columns, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _round_numbers():
+    """1, 2, 5, 10, 20, 50, ..."""
+    size = 1
+    while True:
+        yield from (size, 2 * size, 5 * size)
+        size *= 10

@@ -1,0 +1,166 @@
+"""The loop: steps, and between them the log, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from convert.cli import note
+from glm2_jax.errors import InputError
+from infer.memory.peak import peak_bytes
+from train.checkpoints import Checkpoints
+from train.data.batches import Batches
+from train.log import Log
+from train.step import Metrics
+from train.stopping import Stopping
+
+_ROWS_SHOWN = 8
+
+
+@dataclass
+class Position:
+    """Where a run is, beside its arrays; saved with them.
+
+    Attributes:
+        step: steps taken.
+        best: lowest loss of an evaluation, None before the first.
+        waited: evaluations since.
+        skipped: steps that changed nothing.
+    """
+
+    step: int = 0
+    best: float | None = None
+    waited: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is done, and what with.
+
+    Attributes:
+        step: (state, batch, number of the step from 0) -> (state, metrics); the state is used up.
+        evaluate: state -> name of a set -> its figures, `loss` among them; None = nothing to
+            evaluate. The first set decides when to end early.
+        rate: number of updates so far -> learning rate of the next, for the log.
+        device: whose memory is told.
+        batches: the data by epoch and place.
+        total: steps to take.
+        eval_every, early_stop, save_every: as the flags; None = only at the end, never.
+        skip_bad: leave a step out where its loss or gradient is not finite, instead of ending.
+    """
+
+    step: Callable[[Any, Any, int], tuple[Any, Metrics]]
+    evaluate: Callable[[Any], dict[str, dict[str, float]]] | None
+    rate: Callable[[int], float]
+    device: Any
+    batches: Batches
+    total: int
+    eval_every: int | None
+    early_stop: int | None
+    save_every: int
+    skip_bad: bool
+
+
+class Loop:
+    """Takes the steps of a run.
+
+    Args:
+        run: what is done.
+        log: is told of every step and evaluation.
+        checkpoints: where the state goes.
+        stopping: looked at after every step.
+    """
+
+    def __init__(self, run: Run, log: Log, checkpoints: Checkpoints, stopping: Stopping):
+        self._run, self._log = run, log
+        self._checkpoints, self._stopping = checkpoints, stopping
+        self._unread: tuple[int, Metrics, list[str], int] | None = None
+
+    def go(self, state: Any, position: Position) -> Any:
+        """Takes the steps that are left, or those until a signal; returns the state.
+
+        Args:
+            state: pytree of arrays, after `position.step` steps; is used up.
+            position: is moved on.
+
+        Raises:
+            InputError: loss or gradient is not finite, with the step and its rows; or the disk is
+                full. The last checkpoint stays.
+        """
+        run = self._run
+        while position.step < run.total and not self._patience_lost(position):
+            batch, rows = run.batches.at(*run.batches.place(position.step))
+            tokens = int((batch.segment_ids > 0).sum())
+            state, metrics = run.step(state, batch, position.step)
+            position.step += 1
+            self._read(position)  # of the step before: the device computes this one meanwhile
+            self._unread = position.step, metrics, rows, tokens
+            asked_to_stop = self._stopping.signal is not None
+            if asked_to_stop or self._due(position.step):
+                self._read(position)
+                self._look(state, position)
+                self._checkpoints.save(position.step, state, dataclasses.asdict(position))
+            if asked_to_stop:
+                break
+        self._read(position)
+        self._checkpoints.finish()
+        return state
+
+    def _due(self, step: int) -> bool:
+        """Whether a checkpoint is, or an evaluation, of which it keeps the outcome."""
+        run = self._run
+        evaluated = run.eval_every is not None and step % run.eval_every == 0
+        saved = step % run.save_every == 0 or step == run.total
+        return saved or evaluated
+
+    def _look(self, state: Any, position: Position) -> None:
+        """Evaluates, where that is due."""
+        run, step = self._run, position.step
+        every = run.eval_every or run.total
+        if run.evaluate is None or not (step % every == 0 or step == run.total):
+            return
+        with self._log.apart():
+            found = run.evaluate(state)
+        for index, (split, figures) in enumerate(found.items()):
+            self._log.evaluation(step, split, **figures)
+            if index == 0:
+                better = position.best is None or figures["loss"] < position.best
+                position.best = figures["loss"] if better else position.best
+                position.waited = 0 if better else position.waited + 1
+
+    def _patience_lost(self, position: Position) -> bool:
+        patience = self._run.early_stop
+        return patience is not None and position.waited >= patience
+
+    def _read(self, position: Position) -> None:
+        """Waits for the figures of the step that was dispatched last, and says them."""
+        if self._unread is None:
+            return
+        step, metrics, rows, tokens = self._unread
+        self._unread = None
+        metrics = jax.device_get(metrics)
+        if not metrics.finite:
+            self._not_finite(step, rows)
+        rate = self._run.rate(step - 1 - position.skipped)
+        position.skipped += int(metrics.skipped)
+        figures = {"loss": metrics.loss, "lr": rate, "grad_norm": metrics.grad_norm}
+        if position.skipped:
+            figures["skipped"] = position.skipped
+        figures = {name: float(value) for name, value in figures.items()}
+        self._log.step(step, tokens, peak_bytes(self._run.device), **figures)
+
+    def _not_finite(self, step: int, rows: list[str]) -> None:
+        shown = ", ".join(rows[:_ROWS_SHOWN]) + (", ..." if len(rows) > _ROWS_SHOWN else "")
+        what = f"loss or gradient of step {step} is NaN or infinite; its rows: {shown}"
+        if not self._run.skip_bad:
+            raise InputError(
+                what,
+                "The step was not taken, the last checkpoint is from before it.",
+                "Look at these rows, take a lower --lr, or leave such steps out: --nan-policy skip",
+            )
+        note(f"{what}; left out")

@@ -1,0 +1,83 @@
+"""`python -m train.lora`: fine-tunes a small adapter beside a model that stays as it is.
+
+Only the flags are here; what they start is in `train.run`, which is imported after parsing.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from convert import interrupt
+from convert.cli import Parser, path_argument
+from infer.options import QUANTIZE, add_model_options, choose_platform, positive, use_utf8
+from train import options, settings
+from train.data.options import add_data_options
+
+PROG = "python -m train.lora"
+DESCRIPTION = """Fine-tunes a LoRA adapter on instruction / input / output rows and others.
+
+--output holds at its end an adapter that PEFT can read, too, and that infer.generate and infer.chat
+take as --adapter; beside it what --resume auto needs to end bit for bit as if it had never been
+stopped. Exit codes: 0 fine, 2 usage, 3 bad data, or loss not finite, 4 model or checkpoint, 5 out
+of memory or device, 130 interrupted, 143 terminated (both after saving)."""
+EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
+  {PROG} --data data.jsonl --model chatglm2-6b --output adapter --resume auto
+  {PROG} --data data.jsonl --check-data"""
+
+
+def parser() -> Parser:
+    """The flags of the command."""
+    result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
+    settings.add_config_flag(result)
+    add_model_options(result)
+    add_data_options(result)
+    _add_adapter_options(result)
+    options.add_training_options(result, lr=5e-5, remat=True)
+    options.add_evaluation_options(result)
+    options.add_output_options(result, "adapter")
+    result.add_common()
+    return result
+
+
+def _add_adapter_options(result: Parser) -> None:
+    group = result.add_argument_group("adapter")
+    add = group.add_argument
+    add("--rank", type=positive, default=8, metavar="N", help="columns of A, rows of B")
+    add("--alpha", type=float, default=32, metavar="X", help="its strength: alpha / rank")
+    add("--dropout", type=options.fraction, default=0.1, metavar="X", help="before A")
+    add(
+        "--target", default="attn", metavar="NAMES",
+        help="matrices, as published, or attn (query_key_value), attn+mlp, all-linear; several "
+        "with commas",
+    )  # fmt: skip
+    add("--rslora", action="store_true", help="strength alpha / sqrt(rank)")
+    add(
+        "--init-adapter", type=path_argument, metavar="DIR",
+        help="start from an adapter, which says rank, alpha and targets itself",
+    )  # fmt: skip
+    add(
+        "--quantize-base", choices=QUANTIZE,
+        help="keep the matrices of the base as int8 or int4 (QLoRA); none = unpack what is stored "
+        "quantised (default: as it is stored)",
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
+    return start(parser(), sys.argv[1:] if argv is None else argv, "AdapterMethod")
+
+
+def start(parser: Parser, argv: Sequence[str], method: str) -> int:
+    """Parses the flags and trains by a class of `train.methods`."""
+    use_utf8()
+    args = settings.parse(parser, argv)
+    if args.steps is None and args.epochs is None:
+        args.epochs = options.DEFAULT_EPOCHS
+    choose_platform(args)
+    from train import methods
+    from train.run import run
+
+    return run(parser, args, getattr(methods, method))
+
+
+if __name__ == "__main__":
+    interrupt.run(main)

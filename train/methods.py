@@ -1,0 +1,157 @@
+"""What is trained: an adapter beside a base that stays, or all parameters."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert import Checkpoint, load_checkpoint
+from convert.adapted import open_adapter
+from convert.adapter import Adapter, save_adapter
+from convert.folder import Folder
+from convert.own_format import save_checkpoint
+from glm2_jax.dtypes import resolve_dtype
+from glm2_jax.lora import LoRA, init_lora, with_lora
+from infer.engine import Engine
+
+Progress = Callable[[int, int], None]
+
+
+class Method(ABC):
+    """What a run trains.
+
+    Attributes:
+        checkpoint: the model that it starts from.
+        base: parameters that stay; None = none.
+        trained: what the first step starts from, float32.
+        dtype: that all parameters are computed in; None = their own.
+        computed: dtype of the activations.
+    """
+
+    checkpoint: Checkpoint
+    base: Any
+    trained: Any
+    dtype: np.dtype | None
+    computed: np.dtype
+
+    @abstractmethod
+    def model(self, trained: Any) -> tuple[Any, LoRA | None]:
+        """(parameters, adapter) that answer with what is trained."""
+
+    @abstractmethod
+    def write(self, folder: Path, trained: Any) -> Path:
+        """Writes the result; returns the folder that inference takes."""
+
+    def answering(self) -> Callable[[Any], Engine]:
+        """A function of what is trained: the engine that answers with it, always the same one."""
+        engine = Engine(self.checkpoint)
+
+        def engine_of(trained: Any) -> Engine:
+            params, lora = self.model(trained)
+            params = params if lora is None else with_lora(params, lora)
+            engine.checkpoint = dataclasses.replace(self.checkpoint, params=params)
+            return engine
+
+        return engine_of
+
+
+class AdapterMethod(Method):
+    """Trains an adapter beside a base, which may be quantised.
+
+    Args:
+        folder: the base.
+        args: the flags of `train.lora`.
+        device: where to compute.
+        progress: called with the bytes of parameters loaded and to load.
+
+    Raises:
+        UsageError: flags that make no sense. CheckpointError: the base or the first adapter cannot
+            be opened, or they do not belong together.
+    """
+
+    def __init__(self, folder: Folder, args: argparse.Namespace, device: Any, progress: Progress):
+        adapter = _first_adapter(folder, args)
+        self.checkpoint = load_checkpoint(
+            folder.path,
+            dtype=args.dtype,
+            quantize=args.quantize_base,
+            rope_kind=args.rope_scaling,
+            template=args.template,
+            device=device,
+            progress=progress,
+        )
+        self.base, self.dtype = self.checkpoint.params, None
+        self.computed = self.base["embed"].dtype
+        self.trained = jax.device_put(adapter.lora, device)
+        self._adapter = dataclasses.replace(
+            adapter, base=self.checkpoint.fingerprint, template=self.checkpoint.template
+        )
+
+    def model(self, trained: Any) -> tuple[Any, LoRA | None]:
+        return self.base, trained
+
+    def write(self, folder: Path, trained: Any) -> Path:
+        save_adapter(folder, dataclasses.replace(self._adapter, lora=jax.device_get(trained)))
+        return folder
+
+
+def _first_adapter(folder: Folder, args: argparse.Namespace) -> Adapter:
+    if args.init_adapter is not None:
+        found = open_adapter(
+            args.init_adapter, folder.path, rope_kind=args.rope_scaling, template=args.template
+        )
+        return dataclasses.replace(
+            found, lora=dataclasses.replace(found.lora, dropout=args.dropout)
+        )
+    lora = init_lora(
+        folder.config,
+        jax.random.key(args.seed),
+        rank=args.rank,
+        alpha=args.alpha,
+        targets=args.target,
+        dropout=args.dropout,
+        rslora=args.rslora,
+    )
+    return Adapter(lora=lora, rslora=args.rslora)
+
+
+class FullMethod(Method):
+    """Trains all parameters, which are float32, and computes in `--dtype`; else as above."""
+
+    def __init__(self, folder: Folder, args: argparse.Namespace, device: Any, progress: Progress):
+        config = folder.config
+        self.checkpoint = load_checkpoint(
+            folder.path,
+            dtype="float32",
+            quantize="none",
+            rope_kind=args.rope_scaling,
+            template=args.template,
+            device=device,
+            progress=progress,
+        )
+        self.base, self.trained = None, self.checkpoint.params
+        self.computed = resolve_dtype(args.dtype, num_params=config.num_params, device=device)
+        self.dtype = self.computed
+
+    def model(self, trained: Any) -> tuple[Any, LoRA | None]:
+        return jax.tree.map(lambda x: x.astype(self.computed), trained), None
+
+    def write(self, folder: Path, trained: Any) -> Path:
+        result = folder / "model"
+        save_checkpoint(
+            result,
+            self.checkpoint.config,
+            trained,
+            self.checkpoint.tokenizer,
+            source=f"trained from {self.checkpoint.summary.source}",
+            template=self.checkpoint.template,
+            overwrite=True,
+        )
+        return result

@@ -1,0 +1,243 @@
+"""One training from its flags: data, model, loop, result; of `train.lora` and `train.full`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from convert.cli import Parser, Progress, human_size, note
+from convert.folder import Folder, fingerprint, open_folder
+from glm2_jax.errors import UsageError
+from infer.bench.plot import check_plot
+from infer.compile_cache import enable_compile_cache
+from infer.loading import demo_folder, find_device
+from infer.options import model_folder, say_which_model
+from infer.programs import device_errors
+from infer.text_input import read_utf8
+from train import curve
+from train.checkpoints import Checkpoints
+from train.data.batches import Batches
+from train.data.dataset import Dataset
+from train.data.options import look_at, open_dataset
+from train.data.split import Subset, split
+from train.log import Log, read_log
+from train.loop import Loop, Position, Run
+from train.methods import Method
+from train.optim import make_optimizer, make_schedule
+from train.output import RunFolder
+from train.settings import as_recipe
+from train.step import init_state, make_step
+from train.stopping import Stopping
+from train.validation import GUARD, VALIDATION, Validation, answer
+
+# Flags that change where things are and what is told, but not the parameters. Data and model count
+# by their contents.
+_NO_PART = {
+    "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
+    "val-data", "guard-data", "sample-prompts", "output", "resume", "save-every", "keep",
+    "log-every", "log-jsonl", "plot", "device", "compile-cache", "init-adapter",
+}  # fmt: skip
+
+MakeMethod = Callable[[Folder, argparse.Namespace, Any, Any], Method]
+
+
+def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> int:
+    """Trains as the flags say; returns the exit code.
+
+    Raises:
+        GLMError: anything that the user can mend.
+    """
+    enable_compile_cache(args.compile_cache, warn=note)
+    if args.plot is not None:
+        check_plot(args.plot)
+    say_which_model(args)
+    path = model_folder(args) or demo_folder()
+    folder = open_folder(path, rope_kind=args.rope_scaling, template=args.template)
+    dataset = open_dataset(args, as_checkpoint(folder))
+    if (code := look_at(args, dataset)) is not None:
+        return code
+    learned, sets = _sets(args, folder, dataset)
+    batches = Batches(
+        learned,
+        batch_size=args.batch_size,
+        accumulate=args.grad_accum,
+        pack=args.pack,
+        shuffle=not args.no_shuffle,
+        seed=args.seed,
+    )
+    recipe = as_recipe(parser, args)
+    identity = _identity(parser.prog, recipe, folder, {"data": dataset, **sets})
+    with RunFolder(args.output, resume=args.resume, identity=identity) as out:
+        device = find_device(args.device)
+        with Progress("loading", 0, show=human_size) as bar:
+            method = make_method(folder, args, device, partial(_show, bar))
+        with jax.default_device(device):
+            out.begin(recipe)
+            return _train(args, out, method, batches, sets, device)
+
+
+def as_checkpoint(folder: Folder) -> Any:
+    """What `open_dataset` asks of a model."""
+    return SimpleNamespace(
+        tokenizer=folder.tokenizer, template=folder.template, config=folder.config
+    )
+
+
+def _show(bar: Progress, done: int, total: int) -> None:
+    bar.total = total
+    bar(done)
+
+
+def _sets(
+    args: argparse.Namespace, folder: Folder, dataset: Dataset
+) -> tuple[Dataset | Subset, dict[str, Any]]:
+    """What is learned, and what is looked at."""
+    sets: dict[str, Any] = {}
+    learned: Dataset | Subset = dataset
+    if args.val_split:
+        learned, sets[VALIDATION] = split(dataset, args.val_split, args.seed)
+    for name, path in ((VALIDATION, args.val_data), (GUARD, args.guard_data)):
+        if path is not None:
+            only = argparse.Namespace(**{**vars(args), "data": [path], "mix_data": None})
+            only.format, only.mix_ratio = "auto", None
+            sets[name] = open_dataset(only, as_checkpoint(folder))
+    if args.early_stop is not None and VALIDATION not in sets:
+        raise UsageError("--early-stop needs --val-data or --val-split.")
+    return learned, sets
+
+
+def _identity(
+    command: str, recipe: dict[str, Any], folder: Folder, sets: dict[str, Any]
+) -> dict[str, Any]:
+    """What the result depends on."""
+    flags = {f"--{name}": value for name, value in recipe.items() if name not in _NO_PART}
+    data = {name: rows.fingerprint for name, rows in sets.items() if hasattr(rows, "fingerprint")}
+    base = {"command": command, "base": fingerprint(folder), "template": folder.template}
+    return base | data | flags
+
+
+def _train(
+    args: argparse.Namespace,
+    out: RunFolder,
+    method: Method,
+    batches: Batches,
+    sets: dict[str, Any],
+    device: Any,
+) -> int:
+    total = _steps(args, batches)
+    config = method.checkpoint.config
+    rate = make_schedule(args.schedule, lr=args.lr, steps=total, warmup=args.warmup)
+    optimizer = make_optimizer(rate, clip=args.clip, weight_decay=args.weight_decay)
+    scaled = str(method.computed) == "float16"
+    state = (method.trained, init_state(optimizer, method.trained, loss_scaling=scaled))
+    position = Position()
+    _say_what(method, batches, total)
+    with Stopping() as stopping, Checkpoints(out.state, keep=args.keep) as checkpoints:
+        if checkpoints.newest is not None:
+            state, saved = checkpoints.restore(checkpoints.newest, state)
+            position = Position(**saved)
+            note(f"going on after step {position.step} of {total}")
+        path = args.log_jsonl or str(out.log)
+        with Log(total, every=args.log_every, path=path, taken=position.step) as log:
+            step = make_step(
+                config,
+                optimizer,
+                dtype=method.dtype,
+                remat=args.grad_checkpoint,
+                noise=args.neftune,
+            )
+            work = Run(
+                step=_announced(step, method.base, jax.random.key(args.seed), log),
+                evaluate=_evaluate(args, method, sets, log),
+                rate=lambda updates: float(jnp.asarray(rate(updates))),
+                device=device,
+                batches=batches,
+                total=total,
+                eval_every=args.eval_every,
+                early_stop=args.early_stop,
+                save_every=args.save_every,
+                skip_bad=args.nan_policy == "skip",
+            )
+            with device_errors(f"training, {args.batch_size} rows at once", _smaller):
+                trained, _ = Loop(work, log, checkpoints, stopping).go(state, position)
+    if stopping.signal is not None:
+        note(f"saved after step {position.step}; go on with --resume auto")
+        return stopping.exit_code
+    result = method.write(out.path, trained)
+    note(f"the result is in {result}")
+    if args.plot is not None:
+        curve.draw(read_log(path), args.plot)
+    return 0
+
+
+def _steps(args: argparse.Namespace, batches: Batches) -> int:
+    """How many steps the whole run has."""
+    if args.steps is not None:
+        return args.steps
+    whole, part = divmod(args.epochs, 1)
+    steps = sum(batches.steps_per_epoch(epoch) for epoch in range(int(whole)))
+    if part:
+        steps += round(part * batches.steps_per_epoch(int(whole)))
+    return max(steps, 1)
+
+
+def _say_what(method: Method, batches: Batches, total: int) -> None:
+    parameters = sum(x.size for x in jax.tree.leaves(method.trained))
+    summary = method.checkpoint.summary
+    note(
+        f"{len(batches.dataset)} sequences, {total} steps; training {parameters:,} parameters of "
+        f"{summary.num_params:,}, computing in {method.computed}"
+    )
+    for line in method.checkpoint.notes:
+        note(line)
+
+
+def _announced(step: Any, base: Any, key: jax.Array, log: Log) -> Callable[[Any, Any, int], Any]:
+    """The step, compiled ahead for each shape of batch, and that said."""
+    compiled: dict[tuple[int, ...], Any] = {}
+
+    def take(state: tuple[Any, Any], batch: Any, number: int) -> Any:
+        shape = batch.tokens.shape
+        arguments = (base, *state, batch, key, number)
+        if shape not in compiled:
+            jax.block_until_ready(state)  # what still runs is not compiling
+            note(f"compiling the step for {' x '.join(map(str, shape))} tokens")
+            start = time.perf_counter()
+            with log.apart():
+                compiled[shape] = step.lower(*arguments).compile()
+            note(f"compiled in {time.perf_counter() - start:.1f} s")
+        trained, rest, metrics = compiled[shape](*arguments)
+        return (trained, rest), metrics
+
+    return take
+
+
+def _evaluate(
+    args: argparse.Namespace, method: Method, sets: dict[str, Any], log: Log
+) -> Callable[[Any], dict[str, dict[str, float]]] | None:
+    """What is looked at in between, if anything."""
+    prompts = []
+    if args.sample_prompts is not None:
+        prompts = [line for line in read_utf8(args.sample_prompts).splitlines() if line.strip()]
+    if not sets and not prompts:
+        return None
+    validation = Validation(method.checkpoint.config, sets, args.batch_size)
+    answering = method.answering() if prompts else None
+
+    def evaluate(state: tuple[Any, Any]) -> dict[str, dict[str, float]]:
+        if answering is not None:
+            answer(answering(state[0]), prompts, note)
+        return validation(*method.model(state[0]))
+
+    return evaluate
+
+
+def _smaller() -> tuple[str, str]:
+    return "", "Try a smaller --batch-size with more --grad-accum, or a smaller --max-length."

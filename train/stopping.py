@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM end a training between two steps, after saving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+from convert import interrupt
+from convert.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, note
+
+EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+
+
+class Stopping:
+    """Takes SIGINT and SIGTERM over, for the main thread, until it is left: a context manager.
+
+    The second signal ends the process at once: what was saved before is complete.
+
+    Attributes:
+        signal: the signal that asked for the end; None while nobody did.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Stopping:
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        # The thread reads them from the pipe: the main one may be inside a step for long.
+        self._before = {
+            signum: signal.signal(signum, lambda signum, frame: None) for signum in EXIT_CODES
+        }
+        self._pipe_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(self._pipe_before, warn_on_full_buffer=False)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        os.close(self._writing)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process: 0 while nobody asked for the end."""
+        return 0 if self.signal is None else EXIT_CODES[signal.Signals(self.signal)]
+
+    def _watch(self, reading: int) -> None:
+        while read := os.read(reading, 1):
+            if read[0] not in EXIT_CODES:
+                continue
+            if self.signal is not None:
+                interrupt.end(read[0])
+            self.signal = read[0]
+            note("ending after this step, which is saved; once more ends at once")
+        os.close(reading)
