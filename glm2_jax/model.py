@@ -14,20 +14,20 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from glm2_jax.attention import Visibility, attend
+from glm2_jax.attention import attend
 from glm2_jax.blocks import map_blocks
 from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
+from glm2_jax.context import TokenContext, token_context
 from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
 from glm2_jax.lora import LoRA, adapt, layer_of
 from glm2_jax.quant import QTensor, take_rows
-from glm2_jax.rope import apply_rope, rope_tables
+from glm2_jax.rope import apply_rope
 
 Params = Mapping[str, Any]
 
@@ -48,26 +48,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
-
-
-@flax.struct.dataclass
-class TokenContext:
-    """What every layer needs to know of the tokens, beside their activations.
-
-    Attributes:
-        cos: float32 [B, T, H / 4] of the rotary angles; sin likewise.
-        sin: see cos.
-        visible: which keys each query may look at; S = T without a cache.
-        slots: int32 [B, T], the cache's slot each token is written to; past the end: dropped. None
-            without a cache.
-        query_scale: float32 [B, T, 1, 1], or None where queries are not scaled.
-    """
-
-    cos: jax.Array
-    sin: jax.Array
-    visible: Visibility
-    slots: jax.Array | None
-    query_scale: jax.Array | None
 
 
 class GLMBlock(nn.Module):
@@ -306,7 +286,7 @@ def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> 
 
     def init() -> Params:
         tokens = jnp.zeros((1, 1), jnp.int32)
-        context, _ = _context(config, tokens, None, None, None, jnp.float32)
+        context, _ = token_context(config, tokens, None, None, None, jnp.float32)
         model = GLM(config)
         variables = model.init(key, tokens, context, None)
         return jax.tree.map(lambda x: x.astype(dtype), variables["params"])
@@ -336,7 +316,7 @@ def _hidden(
 ):
     lora = params.get("lora") if lora is None else lora
     dtype = params["final_norm"].dtype
-    context, length = _context(config, tokens, positions, segment_ids, cache, dtype)
+    context, length = token_context(config, tokens, positions, segment_ids, cache, dtype)
     deterministic = key is None
     model, variables = GLM(config, deterministic, remat), {"params": params}
     if isinstance(params["layers"], Mapping):
@@ -352,38 +332,6 @@ def _hidden(
             carry, _ = cast(Any, apply({"params": weights}, *args, rngs=rngs))
     x, k, v = cast(Any, carry)
     return x, None if cache is None else cache.replace(k=k, v=v, length=length)
-
-
-def _context(config, tokens, positions, segment_ids, cache, dtype):
-    """The tokens' `TokenContext` and the cache's new lengths (None without a cache)."""
-    B, T = tokens.shape
-    if segment_ids is None:
-        segment_ids = jnp.ones((B, T), jnp.int32)
-    real = segment_ids > 0
-    columns = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    if cache is None:
-        index, default_positions = columns, columns
-        slots = length = None
-        visible = Visibility(index, segment_ids, segment_ids)
-    else:
-        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-        index = cache.length[:, None] + jnp.maximum(rank, 0)
-        default_positions = jnp.maximum(index - cache.prefix[:, None], 0)
-        # Padding goes past the end, each to a place of its own: indices stay unique.
-        slots = jnp.where(real, index, cache.size + columns)
-        length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
-        numbers = jnp.arange(cache.size, dtype=jnp.int32)
-        written = (numbers < length[:, None]).astype(jnp.int32)
-        visible = Visibility(index, jnp.ones_like(index), written)
-    cos, sin = rope_tables(config, default_positions if positions is None else positions, dtype)
-    scale = _logn_scale(index) if config.logn_scaling else None
-    return TokenContext(cos, sin, visible, slots, scale), length
-
-
-def _logn_scale(index: jax.Array) -> jax.Array:
-    """max(1, log(64 + p + 1) / log(2048)) of each query's place on the key axis; [B, T, 1, 1]."""
-    scale = jnp.log(index.astype(jnp.float32) + 65.0) / jnp.log(2048.0)
-    return jnp.maximum(scale, 1.0)[:, :, None, None]
 
 
 def _project(

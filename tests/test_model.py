@@ -17,8 +17,9 @@ from glm2_jax import (
     last_logits,
     param_shapes,
 )
+from glm2_jax.context import token_context
 from glm2_jax.linear import einsum
-from glm2_jax.model import GLM, _context, rms_norm
+from glm2_jax.model import GLM, rms_norm
 from tests.toy import TOY, jit_forward, random_tokens, toy_params
 
 CLOSE = 1e-4  # what the forms of one computation may differ by, on logits of unit scale
@@ -192,7 +193,7 @@ def test_last_logits_are_one_column_of_forward(params):
 
 def test_scanned_equals_unrolled(params):
     tokens = random_tokens(2, 8)
-    context, _ = _context(TOY, tokens, None, None, None, jnp.float32)
+    context, _ = token_context(TOY, tokens, None, None, None, jnp.float32)
     x = jnp.take(params["embed"], tokens, axis=0)
     for layer in range(TOY.num_layers):
         weights = jax.tree.map(lambda w, layer=layer: w[layer], params["layers"])
@@ -244,11 +245,11 @@ def test_dropout_only_with_a_key(params):
 def test_logn_scaling_by_hand(params):
     config = dataclasses.replace(TOY, logn_scaling=True)
     tokens = random_tokens(1, 6)
-    context, _ = _context(config, tokens, None, None, None, jnp.float32)
+    context, _ = token_context(config, tokens, None, None, None, jnp.float32)
     np.testing.assert_array_equal(context.query_scale, np.ones((1, 6, 1, 1)))
     assert_same(jit_forward(config, params, tokens)[0], plain(params, tokens))
     cache = KVCache.zeros(config, 1, 4, jnp.float32).replace(length=jnp.asarray([9934]))
-    context, _ = _context(config, tokens[:, :1], None, None, cache, jnp.float32)
+    context, _ = token_context(config, tokens[:, :1], None, None, cache, jnp.float32)
     expected = np.log(64 + 9934 + 1) / np.log(2048)
     np.testing.assert_allclose(context.query_scale[0, 0, 0, 0], expected, rtol=1e-6)
 
