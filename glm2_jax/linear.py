@@ -123,12 +123,12 @@ def _add(product: jax.Array, added: jax.Array | None, scale: Any = 1) -> jax.Arr
     return product if added is None else product + added / scale
 
 
-def _anywhere(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
+def _anywhere(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """The product as platforms without a form of their own compute it."""
     return _add(_dot(x, w), added)
 
 
-def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
+def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """The same for XLA:GPU, which fuses slicing a layer's weight out of stacked ones, unpacking and
     converting into a reduction, but writes a copy of the slice for a dot."""
     if x.shape[0] > FEW_ROWS:
@@ -145,7 +145,7 @@ def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     return _add((products * scale).sum(-1), added)
 
 
-def _on_tpu(x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
+def _on_tpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """The same for XLA:TPU, which fuses unpacking 8 bits into a product. What it unpacks of 4 bits
     it writes to memory first, so that is never a whole weight."""
     if not isinstance(w, QTensor) or w.bits == 8:
