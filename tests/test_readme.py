@@ -21,6 +21,19 @@ ELSEWHERE = {
     "pip install -e '.[tpu]'": ("pyproject.toml", "tpu = "),
     "pip install -e '.[hub]'": ("pyproject.toml", "hub = "),
     "pip install -e '.[plot]'": ("pyproject.toml", "plot = "),
+    "pip install -e '.[evaluate]'": ("pyproject.toml", "evaluate = "),
+    "pip install -e '.[tpu-compile]'": ("pyproject.toml", "tpu-compile = "),
+    "python -m train.lora --data examples/facts.jsonl --config examples/recipes/demo.yml"
+    " --output adapter": (".ci/run", "python -m train.lora --data examples/facts.jsonl"),
+    "python -m train.lora --data data.jsonl --check-data": ("tests", '"--check-data"'),
+    "python -m train.lora --data data.jsonl --model FOLDER --output adapter --resume auto": (
+        "tests",
+        '"-m", "train.lora"',
+    ),
+    "python -m train.full --data data.jsonl --model FOLDER --output trained": (
+        "tests",
+        "full.main(",
+    ),
     "python -m infer.generate --model THUDM/chatglm2-6b --source hf --prompt 你好": (
         "tests",  # against a server of our own
         "test_the_engine_takes_names",

@@ -55,8 +55,7 @@ class Method(ABC):
 
         def engine_of(trained: Any) -> Engine:
             params, lora = self.model(trained)
-            params = params if lora is None else with_lora(params, lora)
-            engine.checkpoint = dataclasses.replace(self.checkpoint, params=params)
+            engine.executor.params = params if lora is None else with_lora(params, lora)
             return engine
 
         return engine_of

@@ -60,6 +60,7 @@ def parser() -> Parser:
         help="rows that are read or answered together",
     )
     options.add_model_options(result)
+    options.add_adapter_options(result)
     _add_perplexity(result)
     _add_generation(result)
     _add_choice(result)

@@ -68,7 +68,7 @@ def add_data_options(parser: Parser) -> None:
     )  # fmt: skip
     add(
         "--print-sample", type=positive, metavar="N",
-        help="show the tokens of the first N sequences, with what is learned marked, and stop",
+        help="show the tokens of the first N sequences, with what is learned marked",
     )  # fmt: skip
 
 
@@ -123,14 +123,14 @@ def look_at(args: argparse.Namespace, dataset: Dataset) -> int | None:
     """Does what `--check-data` and `--print-sample` ask for, on standard output.
 
     Returns:
-        The exit code of a run that ends with it; None where neither was given.
+        The exit code of a run that ends with `--check-data`; None without.
     """
     from train.data.check import check, draw, print_sample
 
     if args.print_sample is not None:
         print(print_sample(dataset, args.print_sample))
     if not args.check_data:
-        return None if args.print_sample is None else 0
+        return None
     with Progress("comparing rows", 0) as bar:
 
         def show(done: int, total: int) -> None:
