@@ -15,7 +15,7 @@ from glm2_jax.schemes import SCHEMES
 from glm2_jax.xla import cache_dtype
 from infer import steps
 from infer.memory.budget import Budget, Wish, settle
-from infer.memory.compile_for import abstract_params
+from infer.memory.compile_for import abstract_params, peak_bytes
 from infer.memory.devices import CARDS, find_card
 from infer.memory.plan import (
     Precision,
@@ -45,6 +45,7 @@ TOY = dataclasses.replace(
     num_heads=8,
     head_dim=32,
 )
+ATTENTION = dataclasses.replace(SIX, num_layers=2, vocab_size=8192, ffn_hidden_size=1024)
 BF16, INT8, INT4 = (Precision("bfloat16", name) for name in (None, "int8", "int4"))
 FLOAT32 = Precision("float32")
 GIB = 2**30
@@ -120,18 +121,34 @@ def test_temporaries_are_those_of_programs_for_a_processor(config, precision, ro
 
 
 @pytest.mark.parametrize(
-    ("precision", "rows", "width", "slots"),
+    ("config", "precision", "rows", "width", "slots"),
     [
-        (BF16, 1, 0, 8192),
-        (INT4, 8, 0, 8192),
-        (BF16, 1, 2048, 32768),
-        (INT4, 1, 512, 8192),
-        (BF16, 1, 512, 2048),
-        (INT8, 8, 256, 2048),
+        (SIX, BF16, 1, 0, 8192),
+        (SIX, INT4, 8, 0, 8192),
+        (SIX, BF16, 1, 2048, 32768),
+        (SIX, INT4, 1, 512, 8192),
+        (SIX, INT8, 8, 256, 2048),
+        (ATTENTION, BF16, 2, 0, 16384),
+        (ATTENTION, BF16, 1, 32, 32768),
+        (ATTENTION, BF16, 1, 512, 8192),
+        (ATTENTION, FLOAT32, 1, 128, 4096),
     ],
 )
-def test_temporaries_are_those_of_programs_for_a_gpu(precision, rows, width, slots):
-    check_program("cuda", SIX, precision, rows, width, slots)
+def test_temporaries_are_those_of_programs_for_a_gpu(config, precision, rows, width, slots):
+    check_program("cuda", config, precision, rows, width, slots)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [("int4", 1), ("int4", 512), ("int4-row", 1), ("int4-row", 256), ("int8", 1), ("int8", 512)],
+)
+def test_plans_for_a_tpu_are_near_its_compilers_peak(scheme, width):
+    precision = Precision("bfloat16", scheme)
+    found = peak_bytes(SIX, precision, 2048, 1, width, device("tpu"))
+    planned = weight_bytes(SIX, precision) + cache_bytes(SIX, 2, 2048, 1)
+    planned += step_bytes(SIX, precision, 2048, 1, width, "tpu")
+    print(f"{found / 1e6:.1f} MB in all, planned {planned / 1e6:.1f}")
+    assert planned == pytest.approx(found, rel=0.03)
 
 
 @pytest.mark.parametrize("precision", [*precisions(), Precision("float16", "int4-row")])
