@@ -42,8 +42,14 @@ def _add_adapter_options(result: Parser) -> None:
     group = result.add_argument_group("adapter")
     add = group.add_argument
     add("--rank", type=positive, default=8, metavar="N", help="columns of A, rows of B")
-    add("--alpha", type=float, default=32, metavar="X", help="its strength: alpha / rank")
-    add("--dropout", type=options.fraction, default=0.1, metavar="X", help="before A")
+    add(
+        "--alpha",
+        type=options.above_zero,
+        default=32,
+        metavar="X",
+        help="its strength: alpha / rank",
+    )
+    add("--dropout", type=options.number, default=0.1, metavar="X", help="before A")
     add(
         "--target", default="attn", metavar="NAMES",
         help="matrices, as published, or attn (query_key_value), attn+mlp, all-linear; several "

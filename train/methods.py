@@ -20,6 +20,7 @@ from convert.own_format import save_checkpoint
 from glm2_jax.dtypes import resolve_dtype
 from glm2_jax.lora import LoRA, init_lora, with_lora
 from infer.engine import Engine
+from infer.loading import faster_layers
 
 Progress = Callable[[int, int], None]
 
@@ -81,6 +82,7 @@ class AdapterMethod(Method):
             folder.path,
             dtype=args.dtype,
             quantize=args.quantize_base,
+            layers=faster_layers(device.platform),
             rope_kind=args.rope_scaling,
             template=args.template,
             device=device,

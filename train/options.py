@@ -12,11 +12,22 @@ SCHEDULES = ("cosine", "linear", "constant")
 NAN_POLICIES = ("abort", "skip")
 
 
-def fraction(text: str) -> float:
-    """An argparse type: a number of 0 or more."""
-    value = float(text)
+def number(text: str) -> float:
+    """An argparse type: a finite number of 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
     return value
 
 
@@ -36,15 +47,15 @@ def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
     """
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--lr", type=fraction, default=lr, metavar="X", help="highest learning rate")
+    add("--lr", type=number, default=lr, metavar="X", help="highest learning rate")
     add("--schedule", choices=SCHEDULES, default="cosine", help="how it falls after the warm-up")
     add(
-        "--warmup", type=fraction, default=0.03, metavar="X",
+        "--warmup", type=number, default=0.03, metavar="X",
         help="steps until the highest learning rate; below 1: this part of all steps; 0: none",
     )  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument(
-        "--epochs", type=fraction, metavar="X", help="times over the data (default: 3)"
+        "--epochs", type=above_zero, metavar="X", help="times over the data (default: 3)"
     )
     length.add_argument(
         "--steps", type=positive, metavar="N", help="steps of the optimiser instead"
@@ -54,11 +65,11 @@ def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
         "--grad-accum", type=positive, default=8, metavar="N",
         help="batches that one step of the optimiser is taken from",
     )  # fmt: skip
-    add("--clip", type=fraction, default=1.0, metavar="X", help="longest gradient; 0: any")
-    add("--weight-decay", type=fraction, default=0.0, metavar="X", help="of AdamW")
+    add("--clip", type=number, default=1.0, metavar="X", help="longest gradient; 0: any")
+    add("--weight-decay", type=number, default=0.0, metavar="X", help="of AdamW")
     add(
         "--neftune",
-        type=fraction,
+        type=number,
         default=0.0,
         metavar="X",
         help="noise on the embeddings (NEFTune's alpha)",
@@ -97,7 +108,7 @@ def add_evaluation_options(parser: Parser) -> None:
         help="rows whose loss is shown, not learned",
     )
     source.add_argument(
-        "--val-split", type=fraction, default=0.0, metavar="X",
+        "--val-split", type=number, default=0.0, metavar="X",
         help="take this part of the rows out of --data for it (default: 0, none)",
     )  # fmt: skip
     add(

@@ -73,7 +73,8 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
         seed=args.seed,
     )
     recipe = as_recipe(parser, args)
-    identity = _identity(parser.prog, recipe, folder, {"data": dataset, **sets})
+    looked_at = sets.get(VALIDATION)  # counts, because it may end the run early
+    identity = _identity(parser.prog, recipe, folder, {"data": dataset, VALIDATION: looked_at})
     with RunFolder(args.output, resume=args.resume, identity=identity) as out:
         device = find_device(args.device)
         with Progress("loading", 0, show=human_size) as bar:
