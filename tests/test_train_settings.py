@@ -37,6 +37,22 @@ def test_data_of_the_command_replaces_that_of_the_file(parser, tmp_path):
     assert settings.parse(parser, ["--data", "c.json", "--config", path]).data == ["c.json"]
 
 
+def test_what_the_command_excludes_is_not_taken_from_the_file(parser, tmp_path):
+    args = settings.parse(parser, ["--epochs", "2", "--config", recipe(tmp_path, "steps: 5\n")])
+    assert (args.epochs, args.steps) == (2, None)
+
+
+def test_off_is_a_text(parser, tmp_path):
+    args = settings.parse(parser, ["--config", recipe(tmp_path, "compile-cache: off\n")])
+    assert args.compile_cache == "off"
+
+
+def test_config_without_a_name(parser, capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(parser, ["--config"])
+    assert capsys.readouterr().err.startswith("train: argument --config")
+
+
 def test_without_a_file_flags_and_defaults_count(parser):
     assert settings.parse(parser, ["--steps", "5"]).steps == 5
     assert settings.parse(parser, []).lr == 5e-5
@@ -55,11 +71,14 @@ def test_what_was_resolved_repeats_the_command(parser, tmp_path):
         ("learning_rate: 1\n", UsageError, "learning_rate is no setting"),
         ("config: other.yml\n", UsageError, "config is no setting"),
         ("lr: {a: 1}\n", UsageError, "lr cannot be"),
-        ("lr: true\n", UsageError, "lr takes a value"),
-        ("lr:\n", UsageError, "lr cannot be None"),
-        ("pack: 3\n", UsageError, "pack cannot be 3"),
+        ("lr:\n", UsageError, "lr cannot be ''"),
+        ("lr: [1e-4, 2e-4]\n", UsageError, "lr cannot be"),
+        ("lr: 1\nlr: 2\n", InputError, "lr is there twice"),
+        ("grad_accum: 1\ngrad-accum: 2\n", UsageError, "grad-accum is there twice"),
+        ("no-grad-checkpoint: true\n", UsageError, "no-grad-checkpoint is no setting"),
+        ("pack: 3\n", UsageError, "pack is true or false"),
         ("- lr\n", InputError, "is no recipe"),
-        ("3: lr\n", InputError, "is no recipe"),
+        ("3: lr\n", UsageError, "3 is no setting"),
         ("lr: [\n", InputError, "is not YAML"),
     ],
 )

@@ -6,6 +6,7 @@ A file is YAML with the names of flags, `lr: 2e-5` for `--lr 2e-5`. Needs no jax
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,42 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         UsageError: a name in the file is no flag of the command, or its value is none.
         InputError: the file cannot be read.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = Parser(prog=parser.prog, add_help=False)
     finder.add_argument("--config", type=path_argument)
     config = finder.parse_known_args(argv)[0].config
     if config is None:
         return parser.parse_args(argv)
-    given = {arg.partition("=")[0].replace("_", "-") for arg in argv if arg.startswith("-")}
-    words = []
+    given = _replaced(parser, argv)
+    words: dict[str, list[str]] = {}
     for name, value in read_recipe(Path(config)).items():
         action = _action(parser, name, config)
-        if not given & set(action.option_strings):
-            words += _words(action, name, value, config)
-    return parser.parse_args([*words, *argv])
+        if action.dest in words:
+            raise UsageError(f"{config}: {name} is there twice")
+        if action.dest not in given:
+            words[action.dest] = _words(action, name, value, config)
+    return parser.parse_args([*itertools.chain(*words.values()), *argv])
+
+
+def _replaced(parser: Parser, argv: Sequence[str]) -> set[str]:
+    """The settings that the command has itself, and those that exclude them."""
+    flags = {arg.partition("=")[0].replace("_", "-") for arg in argv if arg.startswith("-")}
+    given = {action.dest for action in parser._actions if flags & set(action.option_strings)}
+    for group in parser._mutually_exclusive_groups:
+        members = {action.dest for action in group._group_actions}
+        given |= members if members & given else set()
+    return given
+
+
+class _Texts(yaml.BaseLoader):
+    """Leaves values the texts that they are, as on a command line: `off` is no truth value there.
+    A name that is there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [name.value for name, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -58,11 +83,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     text = read_utf8(path)
     try:
-        found = yaml.safe_load(text)
+        found = yaml.load(text, _Texts)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise InputError(f"{path} is not YAML", problem, "Write a flag a line.") from error
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+    if not isinstance(found, dict):
         raise InputError(f"{path} is no recipe", "It has to be lines such as `lr: 2e-5`.")
     return found
 
@@ -88,8 +113,9 @@ def _name(action: argparse.Action) -> str:
 
 
 def _action(parser: Parser, name: str, path: str) -> argparse.Action:
-    action = parser._option_string_actions.get("--" + name.replace("_", "-"))
-    if action is None or action.dest in _NOT_SETTINGS:
+    flag = "--" + str(name).replace("_", "-")
+    action = parser._option_string_actions.get(flag)
+    if action is None or action.dest in _NOT_SETTINGS or flag[2:] != _name(action):
         known = ", ".join(sorted(_name(a) for a in parser._actions if a.dest not in _NOT_SETTINGS))
         raise UsageError(f"{path}: {name} is no setting of this command", f"Known: {known}.")
     return action
@@ -98,14 +124,14 @@ def _action(parser: Parser, name: str, path: str) -> argparse.Action:
 def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[str]:
     """A setting as the words of a command line."""
     flag = f"--{_name(action)}"
-    if isinstance(value, bool):
-        if action.nargs != 0:
-            raise UsageError(f"{path}: {name} takes a value, not {str(value).lower()}")
-        if value:
-            return [flag]
+    if action.nargs == 0:
+        if value not in ("true", "false"):
+            raise UsageError(f"{path}: {name} is true or false, not {value!r}")
         opposite = f"--no-{_name(action)}"
-        return [opposite] if opposite in action.option_strings else []
-    values = value if isinstance(value, list) else [value]
-    if action.nargs == 0 or value is None or any(isinstance(v, (dict, list)) for v in values):
+        no = [opposite] if opposite in action.option_strings else []
+        return [flag] if value == "true" else no
+    several = isinstance(action, argparse._AppendAction)
+    values = value if several and isinstance(value, list) else [value]
+    if not all(isinstance(value, str) and value for value in values):
         raise UsageError(f"{path}: {name} cannot be {value!r}")
     return [f"{flag}={value}" for value in values]
