@@ -1,8 +1,13 @@
 """The folder of a run, its log and its checkpoints."""
 
 import json
+import logging
+import os
 import resource
 import signal
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +17,8 @@ import pytest
 
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from train.checkpoints import Checkpoints
-from train.log import Log, read_log
+from train.checkpoints import _quieten as quieten
+from train.log import Log, cut_log, read_log
 from train.output import RunFolder
 
 RUN = {"base": "abc", "lr": 0.1}
@@ -21,11 +27,21 @@ RUN = {"base": "abc", "lr": 0.1}
 def begun(path) -> None:
     with RunFolder(path, resume="none", identity=RUN) as folder:
         folder.begin({"lr": 0.1})
+        (folder.state / "3").mkdir(parents=True)
 
 
 def test_what_was_not_begun_is_no_run(tmp_path):
     RunFolder(tmp_path, resume="none", identity={"base": "wrong"}).__exit__()
     begun(tmp_path)
+
+
+def test_what_has_no_checkpoint_is_begun_anew(tmp_path):
+    with RunFolder(tmp_path, resume="none", identity={"lr": 1e30}) as folder:
+        folder.begin({"lr": 1e30})
+        folder.state.mkdir()
+    begun(tmp_path)
+    with pytest.raises(UsageError, match="holds a training already"):
+        begun(tmp_path)
 
 
 def test_a_run_is_gone_on_with(tmp_path):
@@ -95,29 +111,67 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="cannot be read\n.*\n.* begins anew"):
             checkpoints.restore(1, state())
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+def test_a_cut_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, caplog, capfd):
+    saved = {"a": jnp.arange(60_000.0), "b": jnp.zeros(3)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, saved, {})
+        checkpoints.save(2, saved, {})
+    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
+    os.truncate(max(files, key=lambda path: path.stat().st_size), 10)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(CheckpointError, match="--resume auto goes on after step 1") as error:
+            checkpoints.restore(2, saved)
+    assert error.value.why.startswith("Requested byte range") and error.value.why.endswith("10")
+    assert not caplog.records and "Traceback" not in capfd.readouterr().err
+
+
+def test_only_what_orbax_leaves_behind_is_unsaid(monkeypatch, caplog):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    quieten.__wrapped__()
+    sys.unraisablehook(unraised(None, "Event loop is closed"))  # from a thread of TensorStore
+    kept = [unraised(None, "something else"), unraised(object(), "Event loop is closed")]
+    for one in kept:
+        sys.unraisablehook(one)
+    assert told == kept
+    logging.getLogger("absl").error("of another library")
+    logging.getLogger("asyncio").error("slow")
+    logging.getLogger("asyncio").error("Future exception was never retrieved")
+    assert caplog.messages == ["of another library", "slow"]
+
+
+def unraised(owner, message: str) -> Any:
+    return SimpleNamespace(object=owner, exc_value=RuntimeError(message))
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, earlier, caplog, capfd):
     large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=2**16).astype(np.float32))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="cannot be written\n.*File too large") as error:
             with Checkpoints(tmp_path, keep=2) as checkpoints:
-                checkpoints.save(1, large, {})
-                checkpoints.finish()
+                if earlier:
+                    checkpoints.save(1, large, {})
+                    checkpoints.finish()
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
                 checkpoints.save(2, large, {})
                 checkpoints.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+    assert ("goes on after step 1" if earlier else "begins anew") in error.value.fix
+    assert not caplog.records and capfd.readouterr().err == ""
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.newest == 1
-        found, _ = checkpoints.restore(1, large)
-    np.testing.assert_array_equal(found["a"], large["a"])
+        assert checkpoints.newest == (1 if earlier else None)
+        if earlier:
+            found, _ = checkpoints.restore(1, large)
+            np.testing.assert_array_equal(found["a"], large["a"])
 
 
 def test_the_log_says_what_is_due(tmp_path, capsys):
@@ -138,9 +192,27 @@ def test_a_log_is_gone_on_with_where_the_run_is(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [json.dumps({"step": step, "split": "train"}) for step in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "los')
+    cut_log(path, 2)
     with Log(5, every=1, path=str(path), taken=2) as log:
         log.step(3, 1, None, loss=0.0)
     assert [line["step"] for line in read_log(path)] == [1, 2, 3]
+
+
+def test_nothing_but_a_log_is_cut(tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine\n")
+    with pytest.raises(InputError, match="is no log of a training"):
+        cut_log(notes, 0)
+    assert notes.read_text() == "mine\n"
+    cut_log("/dev/null", 0)
+    cut_log(tmp_path / "none", 0)
+
+
+def test_a_log_is_json_whatever_the_loss(tmp_path):
+    with Log(1, every=1, path=tmp_path / "log") as log:
+        log.step(1, 1, None, loss=float("nan"), lr=float("inf"))
+    line = json.loads((tmp_path / "log").read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is None and line["lr"] is None
 
 
 def test_a_log_that_cannot_be_written(tmp_path):

@@ -136,6 +136,10 @@ def test_what_changed_is_said_and_nothing_lost(cache, data, tmp_path):
     Path(data).write_text(json.dumps({"instruction": "a", "output": "b"}))
     with pytest.raises(UsageError, match="data was"):
         train(cache, data, tmp_path / "a", "--resume", "auto")
+    with pytest.raises(UsageError, match="--init-adapter was null"):
+        train(
+            cache, data, tmp_path / "a", "--resume", "auto", "--init-adapter", str(tmp_path / "a")
+        )
 
 
 def test_sets_that_are_looked_at(cache, data, tmp_path, capsys):
@@ -146,35 +150,48 @@ def test_sets_that_are_looked_at(cache, data, tmp_path, capsys):
     assert train(cache, data, tmp_path / "a", *more, "--sample-prompts", str(prompts)) == 0
     lines = [x for x in read_log(tmp_path / "a" / "log.jsonl") if x["split"] != "train"]
     assert [(x["step"], x["split"]) for x in lines] == [
-        (3, "validation"), (3, "guard"), (6, "validation"), (6, "guard"),
-    ]  # fmt: skip
+        (step, split) for step in (0, 3, 6) for split in ("validation", "guard")
+    ]
     assert all(x["perplexity"] == pytest.approx(np.exp(x["loss"])) for x in lines)
-    assert capsys.readouterr().err.count("3 号茶叫什么 -> ") == 2
+    assert capsys.readouterr().err.count("3 号茶叫什么 -> ") == 3
 
 
-def test_patience_ends_a_run(cache, data, tmp_path):
-    more = ["--val-data", data, "--eval-every", "1", "--early-stop", "2", "--lr", "0"]
-    assert train(cache, data, tmp_path / "a", *more) == 0
-    steps = [x["step"] for x in read_log(tmp_path / "a" / "log.jsonl") if x["split"] == "train"]
-    assert steps == [1, 2, 3]
+def test_patience_ends_a_run_with_its_best_parameters(cache, data, tmp_path, capsys):
+    """A rate that is too high raises the loss after its first step."""
+    more = ["--val-data", data, "--eval-every", "1", "--early-stop", "2", "--schedule", "constant"]
+    more += ["--warmup", "0", "--dropout", "0"]
+    assert train(cache, data, tmp_path / "a", *more, "--lr", "0.3", "--steps", "9") == 0
+    lines = read_log(tmp_path / "a" / "log.jsonl")
+    found = {x["step"]: x["loss"] for x in lines if x["split"] == "validation" and x["step"]}
+    best = min(found, key=lambda step: found[step])
+    assert max(found) == best + 2 < 9
+    assert f"the best evaluation was after step {best}" in capsys.readouterr().err
+    one = ["--lr", "0.3", "--schedule", "constant", "--warmup", "0", "--dropout", "0"]
+    assert train(cache, data, tmp_path / "b", *one, "--steps", str(best)) == 0
+    results = [load_file(tmp_path / name / WEIGHTS) for name in "ab"]
+    for name, array in results[0].items():
+        np.testing.assert_array_equal(array, results[1][name])
 
 
 def test_early_stop_needs_something_to_look_at(cache, data, tmp_path):
-    with pytest.raises(UsageError, match="--early-stop needs"):
+    with pytest.raises(UsageError, match="--early-stop needs --eval-every"):
         train(cache, data, tmp_path / "a", "--early-stop", "2")
+    with pytest.raises(UsageError, match="--early-stop needs --val"):
+        train(cache, data, tmp_path / "a", "--early-stop", "2", "--eval-every", "1")
 
 
-@pytest.mark.parametrize("policy", ["abort", "skip"])
-def test_a_step_that_is_not_finite(cache, data, tmp_path, capsys, policy):
-    more = ["--lr", "1e30", "--clip", "0", "--nan-policy", policy, "--save-every", "1"]
-    if policy == "skip":
-        assert train(cache, data, tmp_path / "a", *more) == 0
-        assert "left out" in capsys.readouterr().err
-        assert np.isfinite(load_file(tmp_path / "a" / WEIGHTS).popitem()[1]).all()
-    else:
-        with pytest.raises(InputError, match=r"step \d is NaN or infinite; its rows: .*:\d"):
-            train(cache, data, tmp_path / "a", *more)
-        assert any((tmp_path / "a" / "state").iterdir())
+def test_a_step_that_is_not_finite_ends_the_run_and_can_be_left_out(cache, data, tmp_path, capsys):
+    more = ["--lr", "1e30", "--warmup", "0", "--clip", "0", "--save-every", "1"]
+    with pytest.raises(InputError, match=r"step 2 is NaN or infinite; its rows: .*:\d"):
+        train(cache, data, tmp_path / "a", *more)
+    assert [path.name for path in (tmp_path / "a" / "state").iterdir()] == ["1"]
+    more += ["--nan-policy", "skip", "--steps", "4"]
+    assert train(cache, data, tmp_path / "b", *more) == 0
+    shown = capsys.readouterr().err
+    assert "left out" in shown and "3 of 4 steps changed nothing" in shown
+    assert np.isfinite(load_file(tmp_path / "b" / WEIGHTS).popitem()[1]).all()
+    with pytest.raises(InputError, match="as in the 4 steps before"):
+        train(cache, data, tmp_path / "c", *more, "--steps", "9")
 
 
 def test_check_data_reads_everything_and_stops(data, tmp_path, capsys):
@@ -192,6 +209,8 @@ def test_check_data_reads_everything_and_stops(data, tmp_path, capsys):
         (["--dropout", "1"], UsageError, "dropout"),
         (["--model", "/nowhere"], CheckpointError, "nowhere"),
         (["--plot", "loss.txt"], UsageError, "not the name of a picture"),
+        (["--plot", "/nowhere/loss.png"], InputError, "cannot be written"),
+        (["--log-jsonl", "-"], InputError, "cannot be written"),
         (["--max-length", "5000"], UsageError, "more than the"),
         (["--val-split", "0.99"], UsageError, "leaves nothing"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -20,32 +21,27 @@ class Log:
     Args:
         total: steps of the whole run.
         every: steps between two lines.
-        path: of the JSON lines; None = none.
-        taken: steps taken by an earlier run that goes on; what its file says of later ones, which
-            were lost with it and are taken again, is cut off.
+        path: of the JSON lines, which are added to it.
+        taken: steps taken by an earlier run that goes on.
 
     Raises:
         InputError: the file cannot be written.
     """
 
-    def __init__(self, total: int, *, every: int, path: str | None = None, taken: int = 0):
+    def __init__(self, total: int, *, every: int, path: str | os.PathLike, taken: int = 0):
         self._total, self._every, self._first = total, every, taken
         self._last = time.perf_counter()
         self._seconds, self._tokens = 0.0, 0
-        self._file = None
-        if path is not None:
-            try:
-                _cut(Path(path), taken)
-                self._file = open(path, "a", encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path} cannot be written", str(error)) from error
+        try:
+            self._file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{os.fspath(path)} cannot be written", str(error)) from error
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def step(self, step: int, tokens: int, memory: int | None, **figures: float) -> None:
         """One step; says it where it is due.
@@ -73,7 +69,7 @@ class Log:
 
     def evaluation(self, step: int, split: str, **figures: float) -> None:
         """The figures of a set that is not trained on."""
-        note(", ".join([f"  {split}", *_texts(figures)]))
+        note(", ".join([f"  {split} after step {step}", *_texts(figures)]))
         self._write(step=step, **figures, split=split)
 
     @contextlib.contextmanager
@@ -86,33 +82,48 @@ class Log:
             self._last += time.perf_counter() - start
 
     def _write(self, **values: Any) -> None:
-        if self._file is None:
-            return
+        known = {  # JSON has no NaN and no infinity
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
         try:
-            print(json.dumps(values), file=self._file, flush=True)
+            print(json.dumps(known), file=self._file, flush=True)
         except OSError as error:
             raise InputError(f"{self._file.name} cannot be written", str(error)) from error
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of a log; a line that a kill has torn ends it."""
-    result = []
-    with open(path, encoding="utf-8") as file:
+    return [line for line, _ in _lines(path)]
+
+
+def cut_log(path: str | os.PathLike, taken: int) -> None:
+    """Takes off the end of a log what it says of steps beyond the first `taken`: they were lost
+    with the run that took them, and are taken again.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    if not Path(path).is_file():
+        return
+    try:
+        kept = [end for line, end in _lines(path) if line["step"] <= taken]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{os.fspath(path)} is no log of a training", fix="Name another --log-jsonl."
+        ) from error
+    os.truncate(path, max(kept, default=0))
+
+
+def _lines(path: str | os.PathLike) -> Iterator[tuple[dict[str, Any], int]]:
+    """Objects, and where each ends in the file."""
+    end = 0
+    with open(path, "rb") as file:
         for line in file:
-            try:
-                result.append(json.loads(line))
-            except ValueError:
-                break
-    return result
-
-
-def _cut(path: Path, taken: int) -> None:
-    """Leaves the lines of the first `taken` steps in a log."""
-    kept = [line for line in read_log(path) if line["step"] <= taken] if path.exists() else []
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            yield json.loads(line), end
 
 
 def _texts(figures: Mapping[str, float]) -> list[str]:

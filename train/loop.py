@@ -19,6 +19,7 @@ from train.step import Metrics
 from train.stopping import Stopping
 
 _ROWS_SHOWN = 8
+_BAD_IN_A_ROW = 5  # steps after which leaving them out does not help
 
 
 @dataclass
@@ -28,12 +29,14 @@ class Position:
     Attributes:
         step: steps taken.
         best: lowest loss of an evaluation, None before the first.
+        best_step: steps taken then.
         waited: evaluations since.
         skipped: steps that changed nothing.
     """
 
     step: int = 0
     best: float | None = None
+    best_step: int = 0
     waited: int = 0
     skipped: int = 0
 
@@ -45,7 +48,7 @@ class Run:
     Attributes:
         step: (state, batch, number of the step from 0) -> (state, metrics); the state is used up.
         evaluate: state -> name of a set -> its figures, `loss` among them; None = nothing to
-            evaluate. The first set decides when to end early.
+            evaluate. The first set decides which evaluation is the best.
         rate: number of updates so far -> learning rate of the next, for the log.
         device: whose memory is told.
         batches: the data by epoch and place.
@@ -73,13 +76,24 @@ class Loop:
         run: what is done.
         log: is told of every step and evaluation.
         checkpoints: where the state goes.
+        best: where that of the best evaluation goes; None = nowhere.
         stopping: looked at after every step.
     """
 
-    def __init__(self, run: Run, log: Log, checkpoints: Checkpoints, stopping: Stopping):
+    def __init__(
+        self,
+        run: Run,
+        log: Log,
+        checkpoints: Checkpoints,
+        best: Checkpoints | None,
+        stopping: Stopping,
+    ):
         self._run, self._log = run, log
-        self._checkpoints, self._stopping = checkpoints, stopping
+        self._checkpoints, self._best, self._stopping = checkpoints, best, stopping
         self._unread: tuple[int, Metrics, list[str], int] | None = None
+        # A GPU computes a step while the one before is read; a CPU does not, and is timed better.
+        self._ahead = run.device.platform != "cpu"
+        self._bad = 0  # steps in a row
 
     def go(self, state: Any, position: Position) -> Any:
         """Takes the steps that are left, or those until a signal; returns the state.
@@ -93,13 +107,17 @@ class Loop:
                 full. The last checkpoint stays.
         """
         run = self._run
+        if position.step == 0 and run.evaluate is not None:
+            self._evaluate(state, 0)
         while position.step < run.total and not self._patience_lost(position):
             batch, rows = run.batches.at(*run.batches.place(position.step))
             tokens = int((batch.segment_ids > 0).sum())
             state, metrics = run.step(state, batch, position.step)
             position.step += 1
-            self._read(position)  # of the step before: the device computes this one meanwhile
+            self._read(position)
             self._unread = position.step, metrics, rows, tokens
+            if not self._ahead:
+                self._read(position)
             asked_to_stop = self._stopping.signal is not None
             if asked_to_stop or self._due(position.step):
                 self._read(position)
@@ -124,14 +142,24 @@ class Loop:
         every = run.eval_every or run.total
         if run.evaluate is None or not (step % every == 0 or step == run.total):
             return
+        losses = self._evaluate(state, step)
+        if not losses:
+            return
+        if position.best is not None and losses[0] >= position.best:
+            position.waited += 1
+            return
+        position.best, position.best_step, position.waited = losses[0], step, 0
+        if self._best is not None and self._best.newest != step:  # a run that was killed evaluates
+            self._best.save(step, state, {})  # again
+
+    def _evaluate(self, state: Any, step: int) -> list[float]:
+        """Evaluates and says it; the losses of the sets."""
+        assert self._run.evaluate is not None
         with self._log.apart():
-            found = run.evaluate(state)
-        for index, (split, figures) in enumerate(found.items()):
+            found = self._run.evaluate(state)
+        for split, figures in found.items():
             self._log.evaluation(step, split, **figures)
-            if index == 0:
-                better = position.best is None or figures["loss"] < position.best
-                position.best = figures["loss"] if better else position.best
-                position.waited = 0 if better else position.waited + 1
+        return [figures["loss"] for figures in found.values()]
 
     def _patience_lost(self, position: Position) -> bool:
         patience = self._run.early_stop
@@ -146,6 +174,9 @@ class Loop:
         metrics = jax.device_get(metrics)
         if not metrics.finite:
             self._not_finite(step, rows)
+        elif metrics.skipped:
+            note(f"step {step}: gradients overflowed float16; the next one scales the loss less")
+        self._bad = 0 if metrics.finite else self._bad + 1
         rate = self._run.rate(step - 1 - position.skipped)
         position.skipped += int(metrics.skipped)
         figures = {"loss": metrics.loss, "lr": rate, "grad_norm": metrics.grad_norm}
@@ -157,10 +188,11 @@ class Loop:
     def _not_finite(self, step: int, rows: list[str]) -> None:
         shown = ", ".join(rows[:_ROWS_SHOWN]) + (", ..." if len(rows) > _ROWS_SHOWN else "")
         what = f"loss or gradient of step {step} is NaN or infinite; its rows: {shown}"
-        if not self._run.skip_bad:
+        if not self._run.skip_bad or self._bad + 1 == _BAD_IN_A_ROW:
+            also = f" as in the {self._bad} steps before" if self._bad else ""
             raise InputError(
-                what,
-                "The step was not taken, the last checkpoint is from before it.",
+                what + also,
+                "Such a step is not taken, the last checkpoint is from before it.",
                 "Look at these rows, take a lower --lr, or leave such steps out: --nan-policy skip",
             )
         note(f"{what}; left out")

@@ -14,7 +14,7 @@ from glm2_jax.errors import InputError, UsageError
 from infer.text_input import read_utf8
 from train.settings import write_recipe
 
-_RECIPE, _LOG, _STATE = "recipe.yml", "log.jsonl", "state"
+_RECIPE, _LOG, _STATE, _BEST = "recipe.yml", "log.jsonl", "state", "best"
 _IDENTITY, _NEW, _LOCK = "run.json", "run.json.new", ".lock"
 
 
@@ -59,15 +59,19 @@ class RunFolder:
     def begin(self, recipe: Mapping[str, Any]) -> None:
         """From here on the folder is that of this run, of which `recipe` are the flags."""
         write_recipe(self._file(_RECIPE), recipe)
-        if not self._file(_IDENTITY).exists():
-            text = json.dumps(self._identity, indent=1, ensure_ascii=False)
-            self._file(_NEW).write_text(text, encoding="utf-8")
-            self._file(_NEW).replace(self._file(_IDENTITY))
+        text = json.dumps(self._identity, indent=1, ensure_ascii=False)
+        self._file(_NEW).write_text(text, encoding="utf-8")
+        self._file(_NEW).replace(self._file(_IDENTITY))
 
     @property
     def state(self) -> Path:
         """Where the checkpoints of the training are."""
         return self._file(_STATE)
+
+    @property
+    def best(self) -> Path:
+        """Where the best of what was evaluated is, for runs that may end early."""
+        return self._file(_BEST)
 
     @property
     def log(self) -> Path:
@@ -100,6 +104,8 @@ class RunFolder:
                     "Name a new folder: --output.",
                 )
             return
+        if not self.state.is_dir() or not any(p.name.isdigit() for p in self.state.iterdir()):
+            return  # it ended before its first checkpoint: nothing is lost
         if resume == "none":
             raise UsageError(
                 f"{self.path} holds a training already",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+import os
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +18,7 @@ import jax.numpy as jnp
 
 from convert.cli import Parser, Progress, human_size, note
 from convert.folder import Folder, fingerprint, open_folder
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import InputError, UsageError
 from infer.bench.plot import check_plot
 from infer.compile_cache import enable_compile_cache
 from infer.loading import demo_folder, find_device
@@ -27,7 +31,7 @@ from train.data.batches import Batches
 from train.data.dataset import Dataset
 from train.data.options import look_at, open_dataset
 from train.data.split import Subset, split
-from train.log import Log, read_log
+from train.log import Log, cut_log, read_log
 from train.loop import Loop, Position, Run
 from train.methods import Method
 from train.optim import make_optimizer, make_schedule
@@ -54,9 +58,8 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     Raises:
         GLMError: anything that the user can mend.
     """
+    _check(args)
     enable_compile_cache(args.compile_cache, warn=note)
-    if args.plot is not None:
-        check_plot(args.plot)
     say_which_model(args)
     path = model_folder(args) or demo_folder()
     folder = open_folder(path, rope_kind=args.rope_scaling, template=args.template)
@@ -64,24 +67,38 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     if (code := look_at(args, dataset)) is not None:
         return code
     learned, sets = _sets(args, folder, dataset)
+    rows = min(args.batch_size, len(learned))  # more would be empty, and computed all the same
     batches = Batches(
         learned,
-        batch_size=args.batch_size,
-        accumulate=args.grad_accum,
+        batch_size=rows,
+        accumulate=min(args.grad_accum, -(-len(learned) // rows)),
         pack=args.pack,
         shuffle=not args.no_shuffle,
         seed=args.seed,
     )
     recipe = as_recipe(parser, args)
     looked_at = sets.get(VALIDATION)  # counts, because it may end the run early
-    identity = _identity(parser.prog, recipe, folder, {"data": dataset, VALIDATION: looked_at})
+    data = {"data": dataset, VALIDATION: looked_at}
+    identity = _identity(parser.prog, recipe, folder, data, getattr(args, "init_adapter", None))
     with RunFolder(args.output, resume=args.resume, identity=identity) as out:
         device = find_device(args.device)
         with Progress("loading", 0, show=human_size) as bar:
             method = make_method(folder, args, device, partial(_show, bar))
         with jax.default_device(device):
-            out.begin(recipe)
-            return _train(args, out, method, batches, sets, device)
+            return _train(args, out, method, batches, sets, device, recipe)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses at once what would fail at the end."""
+    if args.plot is not None:
+        check_plot(args.plot)
+    for flag, path in (("--plot", args.plot), ("--log-jsonl", args.log_jsonl)):
+        parent = os.path.dirname(path or "") or "."
+        if path == "-" or not os.access(parent, os.W_OK):
+            why = "It is to be a file in a folder that is there and can be written."
+            raise InputError(f"{flag} {path} cannot be written", why)
+    if args.early_stop is not None and args.eval_every is None:
+        raise UsageError("--early-stop needs --eval-every.")
 
 
 def as_checkpoint(folder: Folder) -> Any:
@@ -115,13 +132,33 @@ def _sets(
 
 
 def _identity(
-    command: str, recipe: dict[str, Any], folder: Folder, sets: dict[str, Any]
+    command: str,
+    recipe: dict[str, Any],
+    folder: Folder,
+    sets: dict[str, Any],
+    adapter: str | None,
 ) -> dict[str, Any]:
     """What the result depends on."""
     flags = {f"--{name}": value for name, value in recipe.items() if name not in _NO_PART}
-    data = {name: rows.fingerprint for name, rows in sets.items() if hasattr(rows, "fingerprint")}
+    if adapter is not None:
+        flags["--init-adapter"] = _sum_of(adapter)
+    data = {}
+    for name, rows in sets.items():
+        if isinstance(rows, Dataset):
+            sums = [content[:16] for _, content, _ in rows.files]
+            weights = [(group.weight, group.general) for group in rows.groups]
+            data[name] = list(zip(sums, weights, strict=True))
     base = {"command": command, "base": fingerprint(folder), "template": folder.template}
     return base | data | flags
+
+
+def _sum_of(adapter: str) -> str:
+    """Of an adapter's files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(adapter).glob("*adapter*")):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _train(
@@ -131,6 +168,7 @@ def _train(
     batches: Batches,
     sets: dict[str, Any],
     device: Any,
+    recipe: dict[str, Any],
 ) -> int:
     total = _steps(args, batches)
     config = method.checkpoint.config
@@ -138,14 +176,22 @@ def _train(
     optimizer = make_optimizer(rate, clip=args.clip, weight_decay=args.weight_decay)
     scaled = str(method.computed) == "float16"
     state = (method.trained, init_state(optimizer, method.trained, loss_scaling=scaled))
-    position = Position()
+    position, path = Position(), args.log_jsonl or out.log
+    prompts = _prompts(args)
     _say_what(method, batches, total)
-    with Stopping() as stopping, Checkpoints(out.state, keep=args.keep) as checkpoints:
+    out.begin(recipe)
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(Stopping())
+        checkpoints = stack.enter_context(Checkpoints(out.state, keep=args.keep))
+        best = None
+        if args.early_stop is not None:
+            best = stack.enter_context(Checkpoints(out.best, keep=1))
         if checkpoints.newest is not None:
             state, saved = checkpoints.restore(checkpoints.newest, state)
             position = Position(**saved)
             note(f"going on after step {position.step} of {total}")
-        path = args.log_jsonl or str(out.log)
+        if position.step > 0 or args.log_jsonl is None:
+            cut_log(path, position.step)
         with Log(total, every=args.log_every, path=path, taken=position.step) as log:
             step = make_step(
                 config,
@@ -156,7 +202,7 @@ def _train(
             )
             work = Run(
                 step=_announced(step, method.base, jax.random.key(args.seed), log),
-                evaluate=_evaluate(args, method, sets, log),
+                evaluate=_evaluate(args, method, sets, prompts),
                 rate=lambda updates: float(jnp.asarray(rate(updates))),
                 device=device,
                 batches=batches,
@@ -167,12 +213,16 @@ def _train(
                 skip_bad=args.nan_policy == "skip",
             )
             with device_errors(f"training, {args.batch_size} rows at once", _smaller):
-                trained, _ = Loop(work, log, checkpoints, stopping).go(state, position)
+                loop = Loop(work, log, checkpoints, best, stopping)
+                state = loop.go(state, position)
+        if best is not None and best.newest is not None and stopping.signal is None:
+            best.finish()
+            state, _ = best.restore(best.newest, state)
     if stopping.signal is not None:
         note(f"saved after step {position.step}; go on with --resume auto")
         return stopping.exit_code
-    result = method.write(out.path, trained)
-    note(f"the result is in {result}")
+    _say_end(position, total, best is not None)
+    note(f"the result is in {method.write(out.path, state[0])}")
     if args.plot is not None:
         curve.draw(read_log(path), args.plot)
     return 0
@@ -182,6 +232,8 @@ def _steps(args: argparse.Namespace, batches: Batches) -> int:
     """How many steps the whole run has."""
     if args.steps is not None:
         return args.steps
+    if not batches.pack:  # all epochs have as many
+        return max(1, round(args.epochs * batches.steps_per_epoch(0)))
     whole, part = divmod(args.epochs, 1)
     steps = sum(batches.steps_per_epoch(epoch) for epoch in range(int(whole)))
     if part:
@@ -198,6 +250,25 @@ def _say_what(method: Method, batches: Batches, total: int) -> None:
     )
     for line in method.checkpoint.notes:
         note(line)
+
+
+def _say_end(position: Position, total: int, chosen: bool) -> None:
+    if position.skipped:
+        note(f"{position.skipped} of {position.step} steps changed nothing")
+    if position.step < total:
+        note(f"ended after step {position.step} of {total}: the loss of validation falls no more")
+    if chosen:
+        note(f"the best evaluation was after step {position.best_step}, loss {position.best:.4g}")
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The questions of `--sample-prompts`."""
+    if args.sample_prompts is None:
+        return []
+    lines = [line for line in read_utf8(args.sample_prompts).splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{args.sample_prompts} has no questions", "There is one in each line.")
+    return lines
 
 
 def _announced(step: Any, base: Any, key: jax.Array, log: Log) -> Callable[[Any, Any, int], Any]:
@@ -221,12 +292,9 @@ def _announced(step: Any, base: Any, key: jax.Array, log: Log) -> Callable[[Any,
 
 
 def _evaluate(
-    args: argparse.Namespace, method: Method, sets: dict[str, Any], log: Log
+    args: argparse.Namespace, method: Method, sets: dict[str, Any], prompts: list[str]
 ) -> Callable[[Any], dict[str, dict[str, float]]] | None:
     """What is looked at in between, if anything."""
-    prompts = []
-    if args.sample_prompts is not None:
-        prompts = [line for line in read_utf8(args.sample_prompts).splitlines() if line.strip()]
     if not sets and not prompts:
         return None
     validation = Validation(method.checkpoint.config, sets, args.batch_size)
