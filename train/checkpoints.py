@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import re
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from convert.cli import is_out_of_memory
 from glm2_jax.errors import CheckpointError, InputError
 
 
@@ -26,6 +32,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int):
         self.folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        _quieten()
         with self._errors("opened"):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -80,13 +87,24 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
                 ),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # Orbax raises that very class, too, where data are cut
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"the checkpoint {self.folder / str(step)} cannot be read",
-                " ".join(str(error).split())[:300],
-                "Remove it to go on from the one before it.",
+                _reason(error),
+                f"Remove it, then --resume auto {self._goes_on(but=step)}.",
             ) from error
         return found["state"], found["position"]
+
+    def _goes_on(self, but: int | None = None) -> str:
+        """What a run does next, by the checkpoints that are whole: the others have other names."""
+        try:
+            steps = [int(x.name) for x in self.folder.iterdir() if x.name.isdecimal()]
+        except OSError:
+            steps = []
+        newest = max((step for step in steps if step != but), default=None)
+        return "begins anew" if newest is None else f"goes on after step {newest}"
 
     @contextlib.contextmanager
     def _errors(self, done: str) -> Iterator[None]:
@@ -96,6 +114,42 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"the checkpoints in {self.folder} cannot be {done}",
-                " ".join(str(error).split())[:300],
-                "The last complete one stays: mend it, then go on with --resume auto.",
+                _reason(error),
+                f"Free some space, or check the rights; then --resume auto {self._goes_on()}.",
             ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause: of TensorStore's 'CODE: outer "path": ... "path": inner [x=..]' the last."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if re.match("[A-Z_]+: ", text):
+        text = re.sub(r" \[\w+(\[\d+\])?='.*", "", text).rpartition('": ')[2]
+    return text[:300]
+
+
+@functools.cache
+def _quieten() -> None:
+    """What Orbax's threads say of a failure stays unsaid from here on: it is raised as well.
+
+    Some of it comes when what they left is collected, or from TensorStore's own threads, which
+    may be long after; so this stays. All that is not theirs is passed on.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_of_orbax)
+    warnings.filterwarnings("ignore", "coroutine '_read_array.* was never awaited", RuntimeWarning)
+    tell = sys.unraisablehook
+
+    def hear(unraised: sys.UnraisableHookArgs) -> None:
+        code = getattr(unraised.object, "cr_code", None)  # of a coroutine
+        late = unraised.object is None and str(unraised.exc_value) == "Event loop is closed"
+        if not late and "orbax" not in getattr(code, "co_filename", ""):
+            tell(unraised)
+
+    sys.unraisablehook = hear
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    lost = record.name == "asyncio" and "never retrieved" in record.getMessage()
+    return not lost and "orbax" not in record.pathname
