@@ -258,8 +258,6 @@ def test_what_cannot_be_batched(tmp_path):
     ):
         with pytest.raises(UsageError, match="at least"):
             Batches(dataset, **options)
-    with pytest.raises(UsageError, match="tokens does not fit into 20"):
-        Batches(dataset, batch_size=1, max_length=20)
     nothing = open_rows(tmp_path / "data", ["x"], max_bad=None)
     with pytest.raises(InputError, match="nothing to learn from"):
         Batches(nothing, batch_size=1)

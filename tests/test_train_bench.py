@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,14 @@ def test_contradictions(flags, problem):
 
     with pytest.raises(UsageError, match=problem):
         bench.main([*flags, "--device", "cpu"])
+
+
+def test_the_examples_are_flags_that_there_are():
+    examples = bench.EXAMPLE.splitlines()
+    assert len(examples) == 2
+    for line in examples:
+        program, flags = line.split(bench.PROG)
+        assert not program.strip() and bench.parser().parse_args(shlex.split(flags)).random
 
 
 def test_help_does_not_start_jax():

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from train.optim import SCHEDULES, make_optimizer, make_schedule, warmup_steps
+from train.optim import make_optimizer, make_schedule, warmup_steps
+from train.options import SCHEDULES
 
 STEPS, LR = 50, 3e-3
 

@@ -40,7 +40,7 @@ the adapter, and 12 for each pair of a query and a key, head and dimension. What
 computes again is not counted. Exit codes: 0 fine, 2 usage, 3 bad input, 4 model or checkpoint, 5
 out of memory or device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --random chatglm2-6b --dtypes bfloat16 --quantize none,int4
-  {PROG} --random config.json --batch-size 4 --lengths 128 --no-grad-checkpoint --peer peft"""
+  {PROG} --random config.json --batch-size 4 --length 128 --no-grad-checkpoint --peer peft"""
 
 
 def parser() -> Parser:

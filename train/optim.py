@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import optax
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def warmup_steps(warmup: float, steps: int) -> int:
     """Steps of warm-up: `warmup` itself, or below 1 that part of all steps, rounded up."""
@@ -23,7 +21,7 @@ def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> o
     ("constant"), or falls to 0 in a straight line ("linear") or as half a cosine ("cosine").
 
     Args:
-        name: one of `SCHEDULES`.
+        name: one of `train.options.SCHEDULES`.
         lr: the highest rate.
         steps: of the whole run.
         warmup: see `warmup_steps`.

@@ -17,9 +17,9 @@ from train.data.split import Subset
 class Batches:
     """The batches of a dataset.
 
-    Every sequence of an epoch is in exactly one row. Packed rows are all `max_length` wide; others
-    are as wide as the smallest power of two from 64 that holds the longest of a step. The last step
-    of an epoch may have empty rows.
+    Every sequence of an epoch is in exactly one row. Packed rows are all as wide as the dataset's
+    `max_length`; others as the smallest power of two from 64 that holds the longest of a step. The
+    last step of an epoch may have empty rows.
 
     Args:
         dataset: what is learned from.
@@ -29,7 +29,6 @@ class Batches:
         shuffle: random order, another one in every epoch; if not, the order of the files, and rows
             that follow each other in them do so in the batches.
         seed: of the order.
-        max_length: width of packed rows, most of others; default that of the dataset.
     """
 
     def __init__(
@@ -41,20 +40,16 @@ class Batches:
         pack: bool = False,
         shuffle: bool = True,
         seed: int = 0,
-        max_length: int | None = None,
     ):
         self.dataset = dataset
         self.shape = (accumulate, batch_size)
         self.pack, self.shuffle, self.seed = pack, shuffle, seed
-        self.width = dataset.max_length if max_length is None else max_length
+        self.width = dataset.max_length
         if min(self.shape) < 1 or seed < 0:
             raise UsageError("batch size and accumulation are at least 1, the seed at least 0")
         self._steps: list[int] = []  # of the epochs from the first on
         if not len(dataset):
             raise InputError("there is nothing to learn from", "the data have no row that is good")
-        longest = int(dataset.lengths.max(initial=0))
-        if longest > self.width:
-            raise UsageError(f"a sequence of {longest} tokens does not fit into {self.width}")
         self._planned: tuple[int, Plan] | None = None
 
     def steps_per_epoch(self, epoch: int) -> int:
