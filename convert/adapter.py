@@ -4,13 +4,14 @@ adapter_model.safetensors and adapter_config.json are what PEFT writes and loads
 glm2_jax_adapter.json tells which base and which prompt template the adapter belongs to.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ WEIGHTS = "adapter_model.safetensors"
 EXTRAS = "glm2_jax_adapter.json"
 _FILES = (WEIGHTS, "adapter_model.bin")
 _FORMAT = 1
+_AGAIN = "Copy the adapter again from where it was trained, or train it again."
 
 _MODULES = {
     "query_key_value": "self_attention.query_key_value",
@@ -116,9 +118,8 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, weights)
-        _replace(folder / CONFIG, _json(_peft_config(adapter)))
-        _replace(folder / EXTRAS, _json(extras))
+        files = {WEIGHTS: weights, CONFIG: _json(_peft_config(adapter)), EXTRAS: _json(extras)}
+        _replace(folder, files)
         fsync(folder)
     except OSError as error:
         raise InputError(
@@ -139,24 +140,26 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
         the smaller ones are filled with zeros; where scales differ, B makes up for it.
 
     Raises:
-        CheckpointError: no adapter, an unsupported kind, or tensors that do not fit the model.
+        CheckpointError: no adapter, a damaged one, an unsupported kind, or tensors that do not fit
+            the model.
     """
     folder = Path(folder)
-    with reading(folder):
+    with reading(folder), _not_downloaded():
         if not folder.is_dir():
             raise CheckpointError(
                 f"The adapter {folder} is {'a file' if folder.exists() else 'not there'}.",
                 fix="Give the folder that holds adapter_config.json.",
             )
         peft = read_peft_config(folder)
-        path = next((folder / x for x in _FILES if os.path.lexists(folder / x)), folder / WEIGHTS)
-        pairs = _find_pairs(path, read_weight_file(path), config, peft)
+        path = _find_weights(folder)
+        tensors = read_weight_file(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        extras, notes = _read_extras(folder, digest)
+        pairs = _find_pairs(path, tensors, config, peft)
         targets = [target for target in TARGETS if any(target == found for found, _ in pairs)]
         layers, scale = {}, {}
         for target in targets:
             layers[target], scale[target] = _stack(target, pairs, config, peft)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        extras, notes = _read_extras(folder, digest)
     return Adapter(
         lora=LoRA(layers, FrozenDict(scale), peft.dropout),
         rslora=peft.rslora,
@@ -206,6 +209,28 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "use_rslora": adapter.rslora,
         "use_dora": False,
     }
+
+
+@contextlib.contextmanager
+def _not_downloaded() -> Iterator[None]:
+    """Readers of checkpoints say that a damaged file is to be downloaded again; adapters differ."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not error.fix.startswith("Download"):
+            raise
+        raise CheckpointError(error.what, error.why, _AGAIN) from error
+
+
+def _find_weights(folder: Path) -> Path:
+    path = next((folder / name for name in _FILES if os.path.lexists(folder / name)), None)
+    if path is None:
+        raise CheckpointError(
+            f"The adapter {folder} has no weights: {WEIGHTS} is absent.",
+            f"{CONFIG} says only what they are for.",
+            _AGAIN,
+        )
+    return path
 
 
 def _find_pairs(
@@ -331,7 +356,11 @@ def _read_extras(folder: Path, digest: str) -> tuple[dict[str, Any], tuple[str, 
             fix="Update this project, or remove the file.",
         )
     if extras.get("weights_sha256") != digest:
-        return {}, (f"{EXTRAS} was written for other weights and is not used: {unknown}",)
+        raise CheckpointError(
+            f"The weights of the adapter {folder} are not those that were written with {EXTRAS}.",
+            "They are damaged, or another tool changed them.",
+            f"{_AGAIN} Or remove {EXTRAS}: then it is one of PEFT, whose base is not checked.",
+        )
     for key in ("base_fingerprint", "template"):
         if not isinstance(extras.get(key), str | None):
             raise CheckpointError(f"{path}: {key} = {shorten(extras[key])} is not a text.")
@@ -340,12 +369,21 @@ def _read_extras(folder: Path, digest: str) -> tuple[dict[str, Any], tuple[str, 
     return extras, ()
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file under another name first, so that it is old or new, never half."""
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    write_file(new, data)
-    new.replace(path)
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes all files under other names first, so that each is old or new, never half.
+
+    What belongs to the old weights goes before they do: between the two it is one of PEFT.
+    """
+    for name, data in files.items():
+        _new(folder, name).unlink(missing_ok=True)
+        write_file(_new(folder, name), data)
+    (folder / EXTRAS).unlink(missing_ok=True)
+    for name in files:
+        _new(folder, name).replace(folder / name)
+
+
+def _new(folder: Path, name: str) -> Path:
+    return folder / f".{name}.new"
 
 
 def _json(value: Any) -> bytes:

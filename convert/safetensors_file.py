@@ -53,7 +53,7 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
                 f"Its header would have {header_length} bytes; {MAX_HEADER_BYTES} are the limit.",
             )
         if len(start) < 8 or 8 + header_length > size:
-            raise _cut(path, 8 + header_length, size)
+            raise _cut(path, 8 + (header_length if len(start) == 8 else 0), size, "at least ")
         header = _parse(path, file.read(header_length))
     header.pop("__metadata__", None)
     data_start = 8 + header_length
@@ -129,7 +129,9 @@ def _bad(path: Path, reason: str) -> CheckpointError:
     )
 
 
-def _cut(path: Path, expected: int, size: int) -> CheckpointError:
+def _cut(path: Path, expected: int, size: int, least: str = "") -> CheckpointError:
     return CheckpointError(
-        f"{path} is cut.", f"It should have {expected} bytes and has {size}.", "Download it again."
+        f"{path} is cut.",
+        f"It should have {least}{expected} bytes and has {size}.",
+        "Download it again.",
     )

@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 import infer
 from convert import load_checkpoint
 from convert.adapted import attach, open_adapter
+from convert.adapter import _AGAIN as AGAIN
 from convert.adapter import Adapter, load_adapter, save_adapter
 from convert.peft_config import read_peft_config
+from convert.writer import write_file
 from glm2_jax import CheckpointError, GLMError, InputError, init_lora
 from glm2_jax.lora import TARGETS, LoRA
 from infer import generate
@@ -138,6 +140,7 @@ def test_nan_is_neither_written_nor_read(tmp_path):
     tensors = load_file(written(tmp_path) / FILES[1])
     tensors[f"{BLOCK}.1.self_attention.dense.lora_B.weight"][0, 0] = np.inf
     save_file(tensors, tmp_path / FILES[1])
+    (tmp_path / FILES[2]).unlink()
     message = refusal(tmp_path)
     assert "lora_B of transformer.encoder.layers.1.self_attention.dense" in message
 
@@ -148,11 +151,11 @@ def test_half_precision_is_read_as_float32(tmp_path, dtype):
     save_file(
         {name: x.astype(jnp.dtype(dtype)) for name, x in tensors.items()}, tmp_path / FILES[1]
     )
+    (tmp_path / FILES[2]).unlink()  # those that it was written with had other bytes
     found = load_adapter(tmp_path, TINY)
     for one, other in zip(*map(jax.tree.leaves, (found.lora, trained())), strict=True):
         assert one.dtype == np.float32
         np.testing.assert_array_equal(one, np.asarray(other).astype(jnp.dtype(dtype)))
-    assert "written for other weights" in found.notes[0]
 
 
 def test_an_adapter_of_another_shape_names_what_does_not_fit(tmp_path):
@@ -167,6 +170,7 @@ def test_an_adapter_of_another_shape_names_what_does_not_fit(tmp_path):
 
 def test_names_that_are_none_of_ours(tmp_path):
     tensors = load_file(written(tmp_path, targets="attn") / FILES[1])
+    (tmp_path / FILES[2]).unlink()
     tensors["base_model.model.transformer.output_layer.lora_A.weight"] = np.zeros((4, 32), "f4")
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = np.zeros(4, "f4")
     del tensors[f"{BLOCK}.0.self_attention.query_key_value.lora_B.weight"]
@@ -258,6 +262,67 @@ def test_what_is_no_adapter(tmp_path, kind):
         "not json": "cannot be parsed",
     }
     assert expected[kind] in refusal(folder)
+
+
+def test_damaged_weights_are_refused_in_words_for_an_adapter(tmp_path):
+    path = written(tmp_path) / FILES[1]
+    data = path.read_bytes()
+    path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    message = refusal(tmp_path)
+    assert f"are not those that were written with {FILES[2]}.\nThey are damaged" in message
+    assert f"train it again. Or remove {FILES[2]}" in message
+    length = int.from_bytes(data[:8], "little")
+    for size, why in (
+        (len(data) - 1, f"It should have {len(data)} bytes and has {len(data) - 1}."),
+        (100, f"It should have at least {8 + length} bytes and has 100."),
+        (5, "It should have at least 8 bytes and has 5."),
+    ):
+        path.write_bytes(data[:size])
+        assert refusal(tmp_path).splitlines()[1:] == [why, AGAIN]
+    path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    (tmp_path / FILES[2]).unlink()
+    assert "is not known" in load_adapter(tmp_path, TINY).notes[0]
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert refusal(tmp_path).endswith(AGAIN)
+    path.unlink()
+    message = refusal(tmp_path)
+    assert message.startswith(f"The adapter {tmp_path} has no weights") and "checkpoint" not in (
+        message
+    )
+
+
+def test_weights_are_replaced_when_all_of_it_is_written(tmp_path, monkeypatch):
+    written(tmp_path, seed=1)
+    first = load_adapter(tmp_path, TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.adapter.write_file", fails_on(".glm2_jax_adapter.json.new"))
+        with pytest.raises(InputError, match="No space left"):
+            written(tmp_path, seed=2)
+    assert load_adapter(tmp_path, TINY).digest == first.digest
+    replace, replaced = Path.replace, []
+
+    def killed(path, target):  # between the first two
+        replaced.append(target.name)
+        if len(replaced) > 1:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            written(tmp_path, seed=2)
+    found = load_adapter(tmp_path, TINY)
+    assert found.digest != first.digest and "is not known" in found.notes[0]
+
+
+def fails_on(name: str):
+    def write(path, data):
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        return write_file(path, data)
+
+    return write
 
 
 def test_extras_of_another_version_or_kind(tmp_path):
