@@ -196,7 +196,7 @@ BAD = [
 def test_a_bad_row_is_told_and_is_an_error(toy, tmp_path, capsys, line, reason):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "hello"}\n\n' + line + b"\n")
-    with pytest.raises(InputError, match="1 of 2 rows are bad") as error:
+    with pytest.raises(InputError, match="1 of 2 rows is bad") as error:
         main(["--data", str(path)])
     assert error.value.exit_code == 3
     assert f"{path}:3: " in (told := capsys.readouterr().err) and reason in told
@@ -338,7 +338,11 @@ def test_a_comparison_on_terminals_wide_and_narrow(capsys, monkeypatch):
         report.show({"task": "perplexity", "variants": [variant]}, False)
         text = capsys.readouterr().out
         assert "4.7 MB" in text and "100.00 %" in text and "KL" in text
-        assert max(map(len, text.splitlines())) <= int(columns)
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= int(columns)
+    told = [line for line in lines if line.startswith(("- ", "  "))]
+    starts = {len(line[2:]) - len(line[2:].split("  ", 1)[1].lstrip()) for line in told}
+    assert len(told) == 8 and len(starts) == 1  # the values are under each other
 
 
 def test_help_needs_no_jax():

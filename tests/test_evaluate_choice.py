@@ -214,11 +214,17 @@ def test_examples_are_rounds_before_the_question(toy, tmp_path, capsys):
     question = exam.put(exam.questions[0])
     history = [(head, "C"), (exam.put(few[1]), "A")]
     assert one.ids == [*toy.build_prompt(question, history), *asker._before]
-    assert asker.fewer == 0
+    assert one.shots == 2
     raw = choice._Asker(toy_engine(template="raw", max_length=256), BadRows(), 2)
     text = raw.shown(exam, exam.questions[0], few[:2]).text
     assert text == f"{head}C\n\n{exam.put(few[1])}A\n\n{question}"
-    assert figures(capsys, path, "--shots", "5")["shots"] == 5
+    main(["--task", "choice", "--data", str(path), "--shots", "5", "--json"])
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["shots"], found["mean_shots_used"]) == (5, 2)
+    assert "1 of 1 questions have fewer than 5 examples" in err
+    main(["--task", "choice", "--data", str(path), "--shots", "2"])
+    assert "have fewer than" not in capsys.readouterr().err
 
 
 def test_examples_that_do_not_fit_are_left_out_and_told(tmp_path, capsys):
@@ -228,7 +234,25 @@ def test_examples_that_do_not_fit_are_left_out_and_told(tmp_path, capsys):
     few = exams.examples_for(path, BadRows()).questions
     asker = choice._Asker(toy_engine(max_length=256), BadRows(), 2)
     one = asker.shown(exam, exam.questions[0], few)
-    assert one.text == exam.head + exam.put(exam.questions[0]) and asker.fewer == 1
+    assert one.text == exam.head + exam.put(exam.questions[0]) and one.shots == 0
+
+
+def test_solved_examples_are_no_questions(toy, tmp_path, capsys):
+    for name in ("val/law_val.csv", "dev/law_dev.csv"):
+        write(tmp_path, name, CEVAL_HEAD + CEVAL_ROWS)
+    found = figures(capsys, tmp_path)
+    assert [row["file"] for row in found["files"]] == [str(tmp_path / "val/law_val.csv")]
+    assert exams.find_files(str(tmp_path)) == [tmp_path / "val/law_val.csv"]
+    assert f"{tmp_path / 'dev'} is left out" in capsys.readouterr().err
+    assert exams.find_files(str(tmp_path / "dev")) == [tmp_path / "dev/law_dev.csv"]
+    for data in ("dev", "dev/law_dev.csv"):
+        with pytest.raises(UsageError, match="among its own|takes its examples"):
+            main(["--task", "choice", "--data", str(tmp_path / data), "--shots", "1"])
+
+
+def test_a_folder_dev_alone_is_read(tmp_path):
+    path = write(tmp_path, "dev/law_dev.csv", CEVAL_HEAD + CEVAL_ROWS)
+    assert exams.find_files(str(tmp_path)) == [path]
 
 
 def test_there_are_no_examples(toy, tmp_path):

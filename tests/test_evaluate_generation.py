@@ -158,6 +158,58 @@ def test_answers_are_not_overwritten(toy, rows, tmp_path, capsys):
             main([*flags[:4], "--predictions", str(place)])
 
 
+def test_what_is_answered_before_an_interrupt_is_kept(toy, rows, tmp_path, capsys, monkeypatch):
+    path, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    partial.write_text("of an earlier run", encoding="utf-8")
+    complete, calls = toy.complete, []
+
+    def until_the_third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            assert not path.exists() and partial.read_text(encoding="utf-8").count("\n") == 2
+            raise KeyboardInterrupt
+        return complete(*args, **kwargs)
+
+    monkeypatch.setattr(toy, "complete", until_the_third)
+    flags = ["--data", str(rows), "--predictions", str(path), "--batch-size", "1"]
+    flags += ["--max-new-tokens", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        main(["--task", "generation", *flags])
+    assert f"not complete: 2 answers are in {partial}" in capsys.readouterr().err
+    assert not path.exists()
+    assert figures(capsys, "--predictions", str(partial))["rows"] == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(generation, "open_engine", lambda args: toy)
+    figures(capsys, *flags)
+    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["labels"] for row in written] == ["你好，世界。", "天气很好。", "Paris."]
+    assert sorted(tmp_path.iterdir()) == [path, rows]
+
+
+def test_an_interrupt_before_the_first_answer_leaves_no_file(
+    toy, rows, tmp_path, capsys, monkeypatch
+):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "complete", interrupted)
+    path = tmp_path / "answers.jsonl"
+    path.write_text("mine", encoding="utf-8")
+    flags = ["--data", str(rows), "--predictions", str(path), "--overwrite"]
+    with pytest.raises(KeyboardInterrupt):
+        main(["--task", "generation", *flags])
+    assert sorted(tmp_path.iterdir()) == [path, rows] and path.read_text() == "mine"
+
+
+def test_a_text_is_no_question_with_its_answer(toy, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "你好"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="no row can be used\n1 is bad"):
+        main(["--task", "generation", "--data", str(path)])
+    told = capsys.readouterr().err
+    assert '{"content", "summary"}' in told and '{"text"}' not in told
+
+
 def test_a_prompt_that_is_too_long_is_a_bad_row(toy, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     values = [{"instruction": "世" * 200, "output": "a"}, {"instruction": "你好", "output": "世界"}]

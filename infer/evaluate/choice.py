@@ -22,10 +22,10 @@ from convert.cli import Progress, note
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
 from infer.evaluate.generation import (
-    Predictions,
     answers,
     check_output,
     checked,
+    predictions_file,
     sampling_params,
 )
 from infer.evaluate.reader import Reader
@@ -44,12 +44,14 @@ class Asked:
     Attributes:
       text: what is asked, without the rounds of examples before it.
       ids: the whole prompt.
+      shots: examples before it.
     """
 
     exam: Exam
     question: Question
     text: str
     ids: list[int]
+    shots: int = 0
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +61,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sampling = sampling_params(args, greedy=True)
     check_output(args)
     bad = BadRows(args.max_bad)
-    exams = [read_exam(path, bad) for path in find_files(args.data)]
+    files = find_files(args.data)
+    if args.shots and any(file.resolve().parent.name == "dev" for file in files):
+        raise UsageError(
+            f"--shots takes its examples from the folder dev, and {args.data} is in it",
+            "Each question would be among its own examples, with the answer.",
+            "Name the folder val or test beside it, or leave --shots out.",
+        )
+    exams = [read_exam(path, bad) for path in files]
     bad.check(sum(len(exam.questions) for exam in exams))
     whole = [str(exam.path) for exam in exams if exam.layout == "official"]
     if args.shots and whole:
@@ -82,32 +91,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bad.check(len(asked))
     note(f"the first question: {asked[0].text!r}")
     words = []
+    used = [one.shots for one in asked]
+    if fewer := sum(count < args.shots for count in used):
+        note(f"{fewer} of {len(asked)} questions have fewer than {args.shots} examples: there are "
+             "no more, or they would be too long")  # fmt: skip
     if args.two_pass:
         prompts = [one.ids for one in asked]
-        words = list(answers(engine, prompts, sampling, args.batch_size, clean=False))
+        found = sorted(answers(engine, prompts, sampling, args.batch_size, clean=False))
+        words = [text for _, text in found]
         asked, words = asker.concluded(asked, words)
         bad.check(len(asked))
         note(f"the first question, second pass: {asked[0].text!r}")
     scores = asker.letters([one.ids for one in asked])
     _write(args, asked, words, scores)
-    if asker.fewer:
-        note(f"{asker.fewer} questions have fewer than {args.shots} examples, or they would be "
-             "too long")  # fmt: skip
-    found = _figures(asked, scores.argmax(axis=1))
-    return {"data": args.data, "passes": 1 + args.two_pass, "shots": args.shots,
-            "bad_rows": bad.count, **found}  # fmt: skip
+    shown = {"shots": args.shots, **({"mean_shots_used": fmean(used)} if args.shots else {})}
+    return {"data": args.data, "passes": 1 + args.two_pass, **shown, "bad_rows": bad.count,
+            **_figures(asked, scores.argmax(axis=1))}  # fmt: skip
 
 
 class _Asker:
-    """Puts questions to an engine.
-
-    Attributes:
-      fewer: questions for which examples were left out.
-    """
+    """Puts questions to an engine."""
 
     def __init__(self, engine: Engine, bad: BadRows, batch: int):
         self.engine, self.bad, self.batch = engine, bad, batch
-        self.fewer = 0
         common, self.ids = letter_ids(engine)
         self._before = common
 
@@ -131,8 +137,7 @@ class _Asker:
             except InputError:
                 if not count:
                     raise
-        self.fewer += count < len(examples)
-        return Asked(exam, question, text, [*ids, *self._before])
+        return Asked(exam, question, text, [*ids, *self._before], count)
 
     def _behind(
         self, exam: Exam, question: Question, examples: Sequence[Question]
@@ -256,9 +261,10 @@ def _figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
 def _write(
     args: argparse.Namespace, asked: Sequence[Asked], words: Sequence[str], scores: np.ndarray
 ) -> None:
-    with Predictions(args) as file:
+    with predictions_file(args) as write:
         for at, (one, values) in enumerate(zip(asked, scores, strict=True)):
-            file.write(
+            write(
+                at,
                 {
                     "where": one.question.where,
                     "prompt": one.text,
@@ -266,5 +272,5 @@ def _write(
                     "labels": LETTERS[one.question.answer],
                     "predict": LETTERS[int(values.argmax())],
                     "logits": [round(float(value), 4) for value in values],
-                }
+                },
             )

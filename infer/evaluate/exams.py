@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.cli import note
 from glm2_jax.errors import InputError
 from infer.evaluate.rows import BadRows, read_rows
 from infer.evaluate.subjects import NAMES
@@ -117,6 +118,9 @@ class Exam:
 def find_files(named: str) -> list[Path]:
     """The csv and jsonl files of a folder, or the one file.
 
+    A folder `dev` beside `val` or `test` holds the examples of `--shots`, no questions: it is left
+    out, which is told.
+
     Raises:
       InputError: there is none.
     """
@@ -126,7 +130,19 @@ def find_files(named: str) -> list[Path]:
     found = sorted(p for p in path.rglob("*") if p.suffix in (".csv", ".jsonl") and p.is_file())
     if not found:
         raise InputError(f"{named} has no csv and no jsonl files")
-    return found
+    solved = {
+        folder
+        for file in found
+        for folder in file.parents
+        if folder.is_relative_to(path) and folder != path and _holds_examples(folder)
+    }
+    for folder in sorted(solved):
+        note(f"{folder} is left out: the solved examples of --shots are no questions")
+    return [file for file in found if solved.isdisjoint(file.parents)]
+
+
+def _holds_examples(folder: Path) -> bool:
+    return folder.name == "dev" and any((folder.parent / x).is_dir() for x in ("val", "test"))
 
 
 def subject_of(path: Path) -> str:
@@ -183,7 +199,7 @@ def _csv(path: Path) -> tuple[str, dict[str, int], Iterator[tuple[str, Any]]]:
             raise InputError(
                 f"{path} has no column {', '.join(missing)}",
                 f"Its columns are {', '.join(header)}. (C-Eval's test files have no answers.)",
-                "Use the files of val or dev.",
+                "Use the files of val.",
             )
         return ("C-Eval" if "id" in names else "CMMLU"), columns, records
     if len(header) != len(_COLUMNS):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from convert.cli import Progress, note
+from convert.interrupt import always
 from glm2_jax.errors import InputError, UsageError
 from infer.evaluate import metrics
 from infer.evaluate.rows import (
@@ -26,7 +28,8 @@ from infer.params import SamplingParams
 if TYPE_CHECKING:
     from infer.engine import Engine
 
-_AHEAD = 16  # batches of rows that are sorted together, and then written in the file's order
+_AHEAD = 16  # batches of rows that are sorted together
+_PARTIAL = ".partial"  # of a --predictions file, until all answers are there
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,13 +93,13 @@ def _generate(args: argparse.Namespace, bad: BadRows) -> tuple[list[str], list[s
 
     asked = bad.keep(((pair.where, pair) for pair in pairs), prompt)
     bad.check(len(asked))
-    texts = []
+    texts = [""] * len(asked)
     prompts, clean = [ids for _, ids in asked], engine.template != "raw"
     found = answers(engine, prompts, sampling, args.batch_size, clean=clean)
-    with Predictions(args) as file:
-        for (pair, _), text in zip(asked, found, strict=True):
-            texts.append(text)
-            file.write({"prompt": pair.question, "labels": pair.answer, "predict": text})
+    with predictions_file(args) as write:
+        for at, text in found:
+            texts[at], pair = text, asked[at][0]
+            write(at, {"prompt": pair.question, "labels": pair.answer, "predict": text})
     return [pair.answer for pair, _ in asked], texts
 
 
@@ -117,8 +120,8 @@ def answers(
     batch: int,
     *,
     clean: bool,
-) -> Iterator[str]:
-    """The answers to prompts, in their order; rows of like length are answered together.
+) -> Iterator[tuple[int, str]]:
+    """(index, answer) of all prompts, as they come; those of like length are answered together.
 
     Args:
       clean: pass them through `clean_response`.
@@ -127,16 +130,14 @@ def answers(
     done = 0
     with Progress("answers", len(prompts)) as bar:
         while group := list(islice(left, _AHEAD * batch)):
-            texts = {}
             group.sort(key=lambda row: -len(row[1]))
             for first in range(0, len(group), batch):
                 numbers, ids = zip(*group[first : first + batch], strict=True)
                 completions = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
-                texts |= {n: found.text for n, found in zip(numbers, completions, strict=True)}
                 done += len(ids)
                 bar.start += engine.stats.compile_s  # says nothing of the time left
                 bar(done)
-            yield from (texts[number] for number in sorted(texts))
+                yield from zip(numbers, (one.text for one in completions), strict=True)
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -144,10 +145,11 @@ def check_output(args: argparse.Namespace) -> None:
     if args.predictions is None:
         return
     path = Path(args.predictions)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"cannot write {path}", "it is a folder, or its folder is not there")
-    if args.data is not None and path.exists() and path.resolve() == Path(args.data).resolve():
-        raise UsageError(f"--predictions and --data are both {path}", fix="Name another file.")
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+        raise InputError(f"cannot write {path}", "it is no file, or its folder is not there")
+    target, partial = _places(args)
+    if args.data is not None and Path(args.data).resolve() in (target, partial):
+        raise UsageError(f"--predictions and --data are both {args.data}", fix="Name another file.")
     if path.exists() and not args.overwrite:
         raise UsageError(
             f"{path} is there already",
@@ -155,25 +157,42 @@ def check_output(args: argparse.Namespace) -> None:
         )
 
 
-class Predictions:
-    """Writes JSON lines to `--predictions`, each at once; nothing without one."""
+def _places(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Where `--predictions` is in the end, behind any links, and where until then."""
+    path = Path(args.predictions).resolve()
+    return path, path.with_name(path.name + _PARTIAL)
 
-    def __init__(self, args: argparse.Namespace):
-        self._path = args.predictions
-        self._file: TextIO | None = None
 
-    def __enter__(self) -> Predictions:
-        if self._path is not None:
-            self._file = open(self._path, "w", encoding="utf-8")
-        return self
+@contextmanager
+def predictions_file(args: argparse.Namespace) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """Gives a function that writes a row (number, object); without `--predictions` it does nothing.
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Writes an object as a line."""
-        if self._file is not None:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+    Each row is at once a line of F.partial. At the end F gets them in the order of their numbers.
+    Where that is not reached, also because of a signal, F.partial stays, and is told.
+    """
+    if args.predictions is None:
+        yield lambda number, row: None
+        return
+    path, partial = _places(args)
+    lines: dict[int, str] = {}
 
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            note(f"predictions are in {self._path}")
+    def tell() -> None:
+        if lines and partial.exists():
+            note(f"not complete: {len(lines)} answers are in {partial}")
+        else:
+            partial.unlink(missing_ok=True)
+
+    with always(tell):
+        with partial.open("w", encoding="utf-8") as file:
+
+            def write(number: int, row: dict[str, Any]) -> None:
+                lines[number] = json.dumps(row, ensure_ascii=False) + "\n"
+                file.write(lines[number])
+                file.flush()
+
+            yield write
+        ordered = path.with_name(path.name + ".ordered")
+        ordered.write_text("".join(lines[number] for number in sorted(lines)), encoding="utf-8")
+        ordered.replace(path)
+        partial.unlink()
+    note(f"predictions are in {args.predictions}")

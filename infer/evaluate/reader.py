@@ -1,7 +1,8 @@
 """Logits of every position of many rows, a few columns at a time, in a fixed set of programs.
 
 B rows, T columns of a chunk, S slots of the cache, V vocabulary. The logits of B x T positions are
-all that there ever is: B x T is at most `POSITIONS`, however long the rows.
+all that there ever is: B x T is at most `POSITIONS`, however long the rows; of more rows than that
+one column is read at once.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _listed(key: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if max(map(_width, lines)) > available:
         wide = max(map(len, heads))
         lines = [
-            f"{'' if at else '- '}{head:{wide + 2 * bool(at)}}  {cell}"
+            f"{'  ' if at else '- '}{head:{wide}}  {cell}"
             for row in cells
             for at, (head, cell) in enumerate(zip(heads, row, strict=True))
         ]

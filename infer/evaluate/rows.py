@@ -23,7 +23,8 @@ BUNDLED = "bundled sample"
 _SAMPLE = Path(__file__).parent / "sample.jsonl"
 _BOM = b"\xef\xbb\xbf"
 _ANSWERS = (("instruction", "output"), ("content", "summary"))
-_FORMS = '{"text"}, {"instruction", "input", "output"} or {"content", "summary"}'
+_PAIRS = '{"instruction", "input", "output"} or {"content", "summary"}'
+_FORMS = f'{{"text"}}, {_PAIRS}'
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,12 @@ class BadRows:
 
     def check(self, good: int) -> None:
         """Raises InputError if nothing is left, or more is bad than may be."""
+        are = "is" if self.count == 1 else "are"
         if not good:
-            raise InputError("no row can be used", f"{self.count} are bad" if self.count else "")
+            raise InputError("no row can be used", f"{self.count} {are} bad" if self.count else "")
         if self.count > self.limit:
             raise InputError(
-                f"{self.count} of {self.count + good} rows are bad",
+                f"{self.count} of {self.count + good} rows {are} bad",
                 f"--max-bad allows {self.limit}.",
                 "Mend them, or raise --max-bad to go on without them.",
             )
@@ -136,19 +138,23 @@ def parse_text_or_pair(where: str, row: Any) -> Text | Pair:
         row = {"text": row}
     if isinstance(row, dict) and "text" in row:
         return Text(where, _text(row, "text"))
-    return parse_pair(where, row)
+    return parse_pair(where, row, _FORMS)
 
 
-def parse_pair(where: str, row: Any) -> Pair:
-    """A question with its answer; InputError says what is wrong with the row."""
+def parse_pair(where: str, row: Any, forms: str = _PAIRS) -> Pair:
+    """A question with its answer; InputError says what is wrong with the row.
+
+    Args:
+      forms: what a row may be, for the message.
+    """
     if not isinstance(row, dict):
-        raise InputError("not a JSON object", f"write {_FORMS}")
+        raise InputError("not a JSON object", f"write {forms}")
     for asked, answered in _ANSWERS:
         if asked in row or answered in row:
             question, answer = _text(row, asked), _text(row, answered)
             break
     else:
-        raise InputError("no key that is known here", f"write {_FORMS}")
+        raise InputError("no key that is known here", f"write {forms}")
     if row.get("input"):
         question += "\n" + _text(row, "input")
     system = _text(row, "system") if row.get("system") else None
