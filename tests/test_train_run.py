@@ -157,17 +157,20 @@ def test_sets_that_are_looked_at(cache, data, tmp_path, capsys):
 
 
 def test_patience_ends_a_run_with_its_best_parameters(cache, data, tmp_path, capsys):
-    """A rate that is too high raises the loss after its first step."""
-    more = ["--val-data", data, "--eval-every", "1", "--early-stop", "2", "--schedule", "constant"]
-    more += ["--warmup", "0", "--dropout", "0"]
-    assert train(cache, data, tmp_path / "a", *more, "--lr", "0.3", "--steps", "9") == 0
+    """What the model knows already it forgets from the first step on."""
+    known = write(
+        tmp_path / "known.jsonl",
+        [{"instruction": "早上好", "output": "早上好！祝你今天一切顺利。"}],
+    )
+    rate = ["--lr", "1e-2", "--schedule", "constant", "--warmup", "0", "--dropout", "0"]
+    looking = ["--val-data", known, "--eval-every", "1", "--early-stop", "2"]
+    assert train(cache, data, tmp_path / "a", *rate, *looking) == 0
     lines = read_log(tmp_path / "a" / "log.jsonl")
     found = {x["step"]: x["loss"] for x in lines if x["split"] == "validation" and x["step"]}
     best = min(found, key=lambda step: found[step])
-    assert max(found) == best + 2 < 9
+    assert max(found) == best + 2 < 6
     assert f"the best evaluation was after step {best}" in capsys.readouterr().err
-    one = ["--lr", "0.3", "--schedule", "constant", "--warmup", "0", "--dropout", "0"]
-    assert train(cache, data, tmp_path / "b", *one, "--steps", str(best)) == 0
+    assert train(cache, data, tmp_path / "b", *rate, "--steps", str(best)) == 0
     results = [load_file(tmp_path / name / WEIGHTS) for name in "ab"]
     for name, array in results[0].items():
         np.testing.assert_array_equal(array, results[1][name])
