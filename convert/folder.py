@@ -224,23 +224,16 @@ def target_scheme(folder: Folder, quantize: str | None, embeddings: bool = False
         UsageError: an unknown name, a folder that is quantised already, or embeddings that nobody
             says how to quantise.
     """
-    name = asked_scheme(quantize, embeddings)
-    if quantize is None:
-        return folder.scheme
-    if quantize == "none":
-        return None
-    if quantize not in QUANTIZE:
+    if quantize not in (*QUANTIZE, None, "none"):
         raise UsageError(
             f"quantize={quantize!r} is unknown.",
             f"Known: {', '.join(QUANTIZE)}, none (what is stored quantised is unpacked).",
         )
-    if folder.scheme is not None:
-        raise UsageError(
-            f"{folder.path} is quantised already ({folder.scheme.name}).",
-            "Quantised once more, its weights would only get worse.",
-            "Leave --quantize out, or start from the original weights.",
-        )
-    return SCHEMES[name or quantize]
+    stored = None if folder.scheme is None else folder.scheme.name
+    name = asked_scheme(quantize, embeddings, stored=stored, model=str(folder.path))
+    if name is None:
+        return folder.scheme
+    return SCHEMES.get(name)  # not there: "none"
 
 
 def fingerprint(folder: Folder) -> str:

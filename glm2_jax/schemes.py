@@ -72,12 +72,27 @@ SCHEMES = {
 }
 
 
-def asked_scheme(quantize: str | None, embeddings: bool) -> str | None:
+def asked_scheme(
+    quantize: str | None, embeddings: bool, *, stored: str | None = None, model: str = "The model"
+) -> str | None:
     """The name that the flags --quantize and --quantize-embeddings stand for, if they are known.
 
+    Args:
+        stored: the scheme of a folder that is quantised.
+        model: what the folder is called.
+
     Raises:
-        UsageError: embeddings that nobody says how to quantise.
+        UsageError: quantising what is quantised already, or embeddings that nobody says how to
+            quantise.
     """
+    if stored is not None and (embeddings or quantize not in (None, "none")):
+        extra = " and --quantize-embeddings" if quantize and embeddings else "-embeddings"
+        raise UsageError(
+            f"{model} is quantised already ({stored}).",
+            "Quantised once more, its weights would only get worse.",
+            f"Leave --quantize{extra if embeddings else ''} out, or start from the original "
+            "weights.",
+        )
     if embeddings and quantize in (None, "none"):
         raise UsageError(
             "Embedding and head cannot be quantised alone.",
@@ -85,6 +100,11 @@ def asked_scheme(quantize: str | None, embeddings: bool) -> str | None:
             "Add --quantize int8 or int4.",
         )
     return f"{quantize}{_EMBEDDINGS}" if embeddings else quantize
+
+
+def stored_as(dtype: str, scheme: Scheme | None) -> str:
+    """How weights are stored, for people: "float16", or "int8, the rest float16"."""
+    return dtype if scheme is None else f"{scheme.name}, the rest {dtype}"
 
 
 def scheme_flags(name: str) -> str:

@@ -252,6 +252,7 @@ class Engine:
             context=cache,
             batch=rows,
             chunk=self.prefill_chunk,
+            columns=1 + self.speculate,
         )
         prompts = prompts or f"{rows} rows, prompts of up to {longest} tokens"
         return device_errors(f"{prompts}, a cache of {cache} slots", explain)

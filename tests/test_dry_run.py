@@ -54,7 +54,27 @@ def test_the_json_has_the_same_plans(capsys):
     plan = next(p for p in found["plans"] if (p["quantize"], p["batch"]) == ("int8", 8))
     want = make_plan(PRESETS["chatglm3-6b"], Precision("bfloat16", "int8"), 4096, 8)
     assert plan["total"] == want.total and plan["weights"] == want.weights
-    assert plan["tokens_per_second_bound"] > 1000
+    assert plan["tokens_per_second_bound"] > 1000 and plan["speculate"] == 0
+
+
+def test_drafts_are_in_the_plans(capsys):
+    flags = "--config", "chatglm2-6b", "--device", "3090", "--json"
+    _, plain = dry(capsys, *flags)
+    _, drafting = dry(capsys, *flags, "--speculate", "32")
+    for one, other in zip(json.loads(plain)["plans"], json.loads(drafting)["plans"], strict=True):
+        assert other["speculate"] == 32 and one["temporary"] <= other["temporary"]
+        if one["batch"] == 8:
+            assert other["temporary"] >= 10 * 8 * 33 * SIX.vocab_size * 4
+
+
+def test_drafts_are_in_the_check_of_the_start(monkeypatch):
+    wishes: list[Wish] = []
+    monkeypatch.setattr(budget, "settle", lambda _, wish, __: wishes.append(wish) or 1 / 0)
+    for flags, columns in (((), 1), (("--speculate", "7"), 8)):
+        args = parser().parse_args(["--prompt", "x", "--device", "cpu", *flags])
+        with pytest.raises(ZeroDivisionError):
+            budget.prepare(args, demo_folder())
+        assert wishes.pop().columns == columns
 
 
 def test_nothing_fits_is_an_exit_code(capsys):

@@ -13,7 +13,7 @@ from glm2_jax import PRESETS, KVCache
 from glm2_jax.errors import DeviceError
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.xla import cache_dtype
-from infer import steps
+from infer import speculate, steps
 from infer.memory.budget import Budget, Wish, settle
 from infer.memory.compile_for import abstract_params, peak_bytes
 from infer.memory.devices import CARDS, find_card
@@ -56,9 +56,16 @@ def tree_bytes(tree: Any) -> int:
 
 
 def memory_of(
-    platform: str, config, precision: Precision, rows: int, width: int, slots: int
+    platform: str,
+    config,
+    precision: Precision,
+    rows: int,
+    width: int,
+    slots: int,
+    drafted: int = 0,
 ) -> Any:
-    """What the compiler says of the engine's program; width 0 is a step of an answer."""
+    """What the compiler says of the engine's program; width 0 is a step of an answer, which
+    verifies `drafted` tokens where there are some."""
     sharding = SingleDeviceSharding(device(platform))
 
     def array(dtype, *shape: int) -> Any:
@@ -83,6 +90,9 @@ def memory_of(
         state = steps.State(cache, row(int32), seen, row(bool), row(int32))
         function, donate = partial(steps.decode, config), (3,)
         args = (params, controls, row(bool), state)
+        if drafted:
+            function = partial(speculate.verify, config)
+            args = (*args, array(int32, rows, drafted))
     place = partial(jax.ShapeDtypeStruct, sharding=sharding)
     args = jax.tree.map(lambda x: place(x.shape, x.dtype), args)
     lowered = jax.jit(function, donate_argnums=donate).lower(*args)
@@ -90,11 +100,20 @@ def memory_of(
 
 
 def check_program(
-    platform: str, config, precision: Precision, rows: int, width: int, slots: int
+    platform: str,
+    config,
+    precision: Precision,
+    rows: int,
+    width: int,
+    slots: int,
+    drafted: int = 0,
 ) -> None:
-    memory = memory_of(platform, config, precision, rows, width, slots)
+    memory = memory_of(platform, config, precision, rows, width, slots, drafted)
     plan_platform = "gpu" if platform == "cuda" else platform
-    planned = step_bytes(config, precision, slots, rows, max(width, 1), plan_platform)
+    columns = 1 + drafted
+    planned = step_bytes(
+        config, precision, slots, rows, max(width, columns), plan_platform, columns
+    )
     found = memory.temp_size_in_bytes
     print(f"{found / 1e6:.1f} MB of temporaries, planned {planned / 1e6:.1f}")
     assert planned == pytest.approx(found, rel=0.1, abs=2e6)
@@ -118,6 +137,26 @@ def check_program(
 )
 def test_temporaries_are_those_of_programs_for_a_processor(config, precision, rows, width, slots):
     check_program("cpu", config, precision, rows, width, slots)
+
+
+def test_a_step_that_verifies_drafts_needs_what_is_planned_for_it():
+    check_program("cpu", MEDIUM, BF16, 8, 0, 1024, drafted=32)
+
+
+def test_drafts_are_in_the_plan_and_fewer_of_them_in_the_advice():
+    options: dict[str, Any] = {"platform": "cpu", "chunk": 64}
+    plain, drafting = (make_plan(TOY, FLOAT32, 1024, 8, columns=n, **options) for n in (1, 33))
+    assert drafting.temporary == 10 * 8 * 33 * TOY.vocab_size * 4
+    assert drafting.temporary > 2 * plain.temporary
+    wish = Wish(TOY, (FLOAT32,), 1024, 8, fixed_context=True, chunk=64, columns=33)
+    with pytest.raises(
+        DeviceError, match=r"x 8, --speculate 32 .*\n.*\nWhat fits: --speculate 16 "
+    ):
+        settle(Budget("here", "cpu", drafting.total - 1), wish, pytest.fail)
+    with pytest.raises(DeviceError, match=r"What fits: --speculate 2 \("):
+        settle(Budget("here", "cpu", plain.total + 9), wish, pytest.fail)
+    assert largest_context(TOY, FLOAT32, 8, plain.total, columns=1, **options) >= 1024
+    assert largest_context(TOY, FLOAT32, 8, plain.total, columns=33, **options) < 1024
 
 
 @pytest.mark.parametrize(

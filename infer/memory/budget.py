@@ -159,7 +159,7 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
     asked = getattr(args, "max_length", None)
     check_context(asked, config.seq_length)
     budget = find_budget(args.device, args.memory_limit)
-    scheme = asked_scheme(args.quantize, args.quantize_embeddings)
+    scheme = asked_scheme(args.quantize, args.quantize_embeddings, stored=stored, model=str(folder))
     wish = Wish(
         config,
         budget.precisions(stored, args.dtype, scheme),
@@ -168,6 +168,7 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
         stored,
         fixed_context=asked is not None,
         chunk=args.prefill_chunk or PREFILL_CHUNK,
+        columns=1 + getattr(args, "speculate", 0),
     )
     plan = settle(budget, wish, note)
     if plan.precision != wish.choices[0]:
@@ -185,6 +186,7 @@ class Wish:
       choices: what may be computed in, the first being preferred.
       stored: the scheme of a folder that is quantised.
       fixed_context: whether the user asked for just this context.
+      columns: tokens of each row that a step reads: one, and the drafts that it verifies.
     """
 
     config: GLMConfig
@@ -194,10 +196,17 @@ class Wish:
     stored: str | None = None
     fixed_context: bool = False
     chunk: int = PREFILL_CHUNK
+    columns: int = 1
 
     def plan(self, precision: Precision, platform: str) -> Plan:
         return make_plan(
-            self.config, precision, self.context, self.batch, platform=platform, chunk=self.chunk
+            self.config,
+            precision,
+            self.context,
+            self.batch,
+            platform=platform,
+            chunk=self.chunk,
+            columns=self.columns,
         )
 
 
@@ -218,9 +227,7 @@ def settle(budget: Budget, wish: Wish, tell: Callable[[str], None]) -> Plan:
         return fitting
     plan = plans[-1]
     near = _near(budget, wish, plan, memory)
-    shorter = next(
-        (p for p in near if (p.precision, p.batch) == (plan.precision, plan.batch)), None
-    )
+    shorter = next((p for p in near if only_shorter(p, plan)), None)
     if shorter is not None and not wish.fixed_context:
         tell(
             f"memory for {shorter.context:,} tokens of prompt and answer: {human_size(plan.total)} "
@@ -238,12 +245,24 @@ def settle(budget: Budget, wish: Wish, tell: Callable[[str], None]) -> Plan:
     )
 
 
+def only_shorter(other: Plan, plan: Plan) -> bool:
+    """Whether a plan differs from another in its context alone."""
+    kept = ("precision", "batch", "chunk", "columns")
+    return all(getattr(other, name) == getattr(plan, name) for name in kept)
+
+
 def needs(plan: Plan) -> str:
     """The numbers of a plan in a line."""
-    parts = ("weights", plan.weights), ("cache", plan.cache), ("temporary", plan.temporary)
+    parts = (
+        ("weights", plan.weights),
+        ("cache", plan.cache),
+        ("temporary", plan.temporary),
+        ("jax itself", plan.runtime),
+    )
     sizes = ", ".join(f"{name} {human_size(size)}" for name, size in parts)
     rows = "" if plan.batch == 1 else f" x {plan.batch}"
-    what = f"{plan.precision.name}, {plan.context:,} tokens{rows}"
+    drafts = "" if plan.columns == 1 else f", --speculate {plan.columns - 1}"
+    what = f"{plan.precision.name}, {plan.context:,} tokens{rows}{drafts}"
     return f"{human_size(plan.total)} for {what} ({sizes})"
 
 
@@ -269,6 +288,8 @@ def _change(other: Plan, plan: Plan, stored: str | None) -> str:
         changes.append(f"--batch-size {other.batch}")
     if other.chunk != plan.chunk:
         changes.append(f"--prefill-chunk {other.chunk}")
+    if other.columns != plan.columns:
+        changes.append(f"--speculate {other.columns - 1}")
     return f"{' '.join(changes)} ({human_size(other.total)})"
 
 

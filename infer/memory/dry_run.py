@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         quantize=asked_scheme(args.quantize, args.quantize_embeddings),
         chunk=args.prefill_chunk or PREFILL_CHUNK,
+        columns=1 + args.speculate,
     )
     verdicts = _verdicts(sheet, args) if compiler.knows(args.device) else None
     if args.json:
@@ -188,16 +189,18 @@ def make_sheet(
     dtype: str = "auto",
     quantize: str | None = None,
     chunk: int = PREFILL_CHUNK,
+    columns: int = 1,
 ) -> Sheet:
     """Plans for every precision that the flags leave open.
 
     Args:
       dtype, quantize: as the flags of the same names.
+      columns: tokens of each row that a step reads: one, and the drafts that it verifies.
     """
     chosen = budget.precisions(stored, dtype, quantize)
     if dtype == "auto" and quantize is None:
         chosen = precisions(budget.half, stored)
-    options: dict[str, Any] = {"platform": budget.platform, "chunk": chunk}
+    options: dict[str, Any] = {"platform": budget.platform, "chunk": chunk, "columns": columns}
     plans = [
         make_plan(config, precision, context, batch, **options)
         for precision in chosen
@@ -314,6 +317,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
                 "quantize": plan.precision.quantize,
                 "context": plan.context,
                 "batch": plan.batch,
+                "speculate": plan.columns - 1,
                 "weights": plan.weights,
                 "cache": plan.cache,
                 "temporary": plan.temporary,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
@@ -18,6 +19,7 @@ from infer.memory.temporaries import cache_number, temporary_bytes
 
 SHORTEST = 64  # slots of the smallest cache
 CHUNKS = (1024, 512, 256)  # of prompts, that are advised where there is no room for more at once
+DRAFTS = (16, 8, 4, 2, 0)  # that are advised where there is no room to verify more at once
 # What jax and its libraries take before any of our arrays is there.
 RUNTIME = {"cpu": 400_000_000, "gpu": 600_000_000, "tpu": 100_000_000}
 # Of a GPU's memory: the rest is the driver's, and what a desktop shows.
@@ -91,6 +93,7 @@ class Plan:
       temporary: the most that any program needs beside them.
       runtime: of jax itself.
       chunk: most tokens of prompts, of all rows together, that are read at once.
+      columns: tokens of each row that a step reads: one, and the drafts that it verifies.
     """
 
     precision: Precision
@@ -101,6 +104,7 @@ class Plan:
     temporary: int
     runtime: int
     chunk: int
+    columns: int = 1
 
     @property
     def rows(self) -> int:
@@ -120,12 +124,14 @@ def make_plan(
     *,
     platform: str = "gpu",
     chunk: int = PREFILL_CHUNK,
+    columns: int = 1,
 ) -> Plan:
     """The plan for prompts and answers of up to `context` tokens, `batch` of them together.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
       chunk: most tokens of a prompt that are read at once.
+      columns: tokens of each row that a step reads: one, and the drafts that it verifies.
     """
     rows = _rows(batch)
     return Plan(
@@ -134,9 +140,10 @@ def make_plan(
         batch,
         weight_bytes(config, precision),
         cache_bytes(config, cache_number(precision, platform), context, rows),
-        temporary_bytes(config, precision, context, rows, platform, chunk),
+        temporary_bytes(config, precision, context, rows, platform, chunk, columns),
         RUNTIME[platform],
         chunk,
+        columns,
     )
 
 
@@ -203,12 +210,13 @@ def largest_context(
     *,
     platform: str = "gpu",
     chunk: int = PREFILL_CHUNK,
+    columns: int = 1,
 ) -> int:
     """The longest context that fits into `memory` bytes, in steps of 64 tokens; 0 = none does."""
 
     def fits(context: int) -> bool:
-        plan = make_plan(config, precision, context, batch, platform=platform, chunk=chunk)
-        return plan.total <= memory
+        sizes: dict[str, Any] = {"platform": platform, "chunk": chunk, "columns": columns}
+        return make_plan(config, precision, context, batch, **sizes).total <= memory
 
     if fits(config.seq_length):
         return config.seq_length
@@ -238,28 +246,40 @@ def nearest(
 ) -> list[Plan]:
     """Plans that fit into `memory` bytes where `wanted` does not, each as near to it as can be.
 
-    Those that change one thing come first: prompts read in smaller chunks, narrower weights, a
-    shorter context, fewer prompts at once. Where no one change is enough, there is one plan that
-    changes all: the widest weights that fit at all, with their longest context. Empty where nothing
-    fits.
+    Those that change one thing come first: fewer drafts, prompts read in smaller chunks, narrower
+    weights, a shorter context, fewer prompts at once. Where no one change is enough, there is one
+    plan that changes all: the widest weights that fit at all, with their longest context. Empty
+    where nothing fits.
 
     Args:
       choices: precisions to choose from, the widest first.
     """
     now, context, batch, chunk = wanted.precision, wanted.context, wanted.batch, wanted.chunk
+    columns = wanted.columns
 
-    def attempt(precision: Precision, context: int, batch: int, chunk: int = chunk) -> Plan | None:
-        plan = make_plan(config, precision, context, batch, platform=platform, chunk=chunk)
+    def attempt(
+        precision: Precision,
+        context: int,
+        batch: int,
+        chunk: int = chunk,
+        columns: int = columns,
+    ) -> Plan | None:
+        sizes: dict[str, Any] = {"platform": platform, "chunk": chunk, "columns": columns}
+        plan = make_plan(config, precision, context, batch, **sizes)
         return plan if context and plan.total <= memory else None
 
-    def longest(precision: Precision, batch: int, chunk: int = chunk) -> int:
-        found = largest_context(config, precision, batch, memory, platform=platform, chunk=chunk)
-        return min(found, wanted.context)
+    def longest(
+        precision: Precision, batch: int, chunk: int = chunk, columns: int = columns
+    ) -> int:
+        sizes: dict[str, Any] = {"platform": platform, "chunk": chunk, "columns": columns}
+        return min(largest_context(config, precision, batch, memory, **sizes), wanted.context)
 
     narrower = [choice for choice in choices if weight_bytes(config, choice) < wanted.weights]
     batches = [1 << power for power in reversed(range((batch - 1).bit_length()))]
     chunks = [size for size in CHUNKS if size < min(chunk, wanted.rows * context)]
+    fewer_drafts = [1 + drafts for drafts in DRAFTS if 1 + drafts < columns]
     one_change = (
+        next(filter(None, (attempt(now, context, batch, chunk, c) for c in fewer_drafts)), None),
         next(filter(None, (attempt(now, context, batch, size) for size in chunks)), None),
         next(filter(None, (attempt(choice, context, batch) for choice in narrower)), None),
         attempt(now, longest(now, batch), batch),
@@ -269,7 +289,7 @@ def nearest(
     if found:
         return found
     every_change = (
-        attempt(choice, longest(choice, 1, size), 1, size)
+        attempt(choice, longest(choice, 1, size, 1), 1, size, 1)
         for choice in (now, *narrower)
         for size in (chunk, *chunks[-1:])
     )

@@ -17,15 +17,24 @@ from infer.programs import Shortage
 
 
 def when_answering(
-    config: Any, params: Any, device: Any, *, context: int, batch: int, chunk: int
+    config: Any,
+    params: Any,
+    device: Any,
+    *,
+    context: int,
+    batch: int,
+    chunk: int,
+    columns: int = 1,
 ) -> Shortage:
     """Needed, free and what fits, for a call of an engine.
 
     Args:
       context: tokens of the longest prompt and answer. batch: prompts at once.
+      columns: tokens of each row that a step reads.
     """
     precision = _precision(params)
-    wish = Wish(config, (precision,), min(context, config.seq_length), batch, chunk=chunk)
+    context = min(context, config.seq_length)
+    wish = Wish(config, (precision,), context, batch, chunk=chunk, columns=columns)
     return shortage(_budget(device), wish, precision)
 
 

@@ -2,7 +2,8 @@
 
 It adds up the large arrays that are alive together at the worst moment, as XLA lays them out; tests
 hold it against what XLA reports of the compiled programs. All sizes are bytes.
-B rows, T tokens of each that are read at once, M = B T, S slots of the cache.
+B rows, T tokens of each that are read at once, M = B T, S slots of the cache. A step that verifies
+drafts reads several tokens of a row, its columns, and draws a token behind each of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from infer.memory.plan import Precision
 
 _FLOAT32 = 4
+# Numbers for each logit that a token is drawn from: ranks, noise, ... XLA:CPU takes 10.25. Compiled
+# for an H200 it is 6.5, without the room that sorting takes there.
+_DRAWING = 10
 
 
 def cache_number(precision: Precision, platform: str) -> int:
@@ -24,17 +28,22 @@ def cache_number(precision: Precision, platform: str) -> int:
 
 
 def temporary_bytes(
-    config: GLMConfig, precision: Precision, slots: int, rows: int, platform: str, chunk: int
+    config: GLMConfig,
+    precision: Precision,
+    slots: int,
+    rows: int,
+    platform: str,
+    chunk: int,
+    columns: int = 1,
 ) -> int:
     """The most that any of the programs needs beside the weights and the cache of `slots` slots.
 
-    A program on the way there has a smaller cache, and so may need more of its own. What verifies
-    drafts is left out: compiled for an H200, 32 tokens of each of 8 rows of a 6B model take 447 MB,
-    reading prompts in chunks of 2048 takes 482.
+    A program on the way there has a smaller cache, and so may need more of its own.
 
     Args:
       slots, rows: of the cache.
       chunk: most tokens that are read at once.
+      columns: tokens of each row that a step reads, and draws behind.
     """
     sizes = [1 << power for power in range(6, (slots - 1).bit_length())]  # caches on the way
     number = cache_number(precision, platform)
@@ -42,9 +51,10 @@ def temporary_bytes(
     return max(
         growing_bytes(config, slots, rows, number),
         *(
-            step_bytes(config, precision, size, rows, width, platform) - (slots - size) * slot
+            step_bytes(config, precision, size, rows, width, platform, drawn)
+            - (slots - size) * slot
             for size in (*sizes, slots)
-            for width in (1, min(max(1, chunk // rows), size))
+            for width, drawn in ((columns, columns), (min(max(1, chunk // rows), size), 1))
         ),
     )
 
@@ -57,12 +67,19 @@ def growing_bytes(config: GLMConfig, slots: int, rows: int, number: int) -> int:
 
 
 def step_bytes(
-    config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, platform: str
+    config: GLMConfig,
+    precision: Precision,
+    slots: int,
+    rows: int,
+    width: int,
+    platform: str,
+    drawn: int = 1,
 ) -> int:
-    """A program that reads `width` tokens of every row: 1 is a step of an answer."""
+    """A program that reads `width` tokens of every row, 1 being a step of an answer, and draws a
+    token behind each of the last `drawn`."""
     attention = _attention(config, precision, slots, rows, width, platform)
     mlp = _mlp(config, precision, rows * width, platform)
-    drawing = 10 * rows * config.vocab_size * _FLOAT32  # from the logits: ranks, noise, ...
+    drawing = _DRAWING * rows * drawn * config.vocab_size * _FLOAT32
     return max(attention, mlp, drawing) + _early(config, precision, slots, rows, width, platform)
 
 
