@@ -55,7 +55,7 @@ def test_schedules_are_those_of_transformers():
 
 @pytest.mark.parametrize(
     ("warmup", "steps", "found"),
-    [(0, 100, 0), (0.03, 100, 3), (0.03, 110, 4), (1, 9, 1), (20, 9, 20)],
+    [(0, 100, 0), (0.03, 100, 3), (0.03, 110, 4), (1, 9, 1), (20, 9, 20), (0.03, 1, 0)],
 )
 def test_a_warmup_below_one_is_a_part_of_the_steps(warmup, steps, found):
     assert warmup_steps(warmup, steps) == found

@@ -10,8 +10,9 @@ import optax
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Steps of warm-up: `warmup` itself, or below 1 that part of all steps, rounded up."""
-    return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+    """Steps of warm-up: `warmup` itself, or below 1 that part of all steps, rounded up, but never
+    the last one: a run of one step would learn nothing."""
+    return min(math.ceil(warmup * steps), steps - 1) if warmup < 1 else int(warmup)
 
 
 def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> optax.Schedule:
