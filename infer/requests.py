@@ -149,7 +149,7 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
 def parse_object(line: bytes) -> dict[str, Any]:
     """Reads a JSON object whose keys differ; InputError says what is wrong with it."""
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(
             "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(line)}?"
@@ -185,7 +185,10 @@ def parse_json(text: str) -> Any:
         return value
     except RecursionError:
         raise InputError("not JSON that can be read", "it is nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text.strip() else ""
+        raise InputError("not JSON", f"{error.msg}: {line}column {error.colno}") from None
+    except ValueError as error:  # an immense number
         raise InputError("not JSON", str(error)) from None
 
 

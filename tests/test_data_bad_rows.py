@@ -24,6 +24,7 @@ from tests.training_data import (
 )
 from train.data.encode import Encoder
 from train.data.index import DataFile
+from train.data.told import summed
 
 DEEP = '{"instruction":' * 200 + "1" + "}" * 200
 BAD_ROWS = [
@@ -49,7 +50,7 @@ BAD_ROWS = [
     (alpaca(query=["Q"]), "instruction is not a string: it is of type list"),
     (alpaca(input=True), "input is not a string: it is of type bool"),
     (alpaca(system={}), "system is not a string: it is of type dict"),
-    (alpaca(answer="\ud800"), "Character 1 of the text is a lone surrogate"),
+    (alpaca(answer="\ud800"), "Character 1 of the text is a lone surrogate (U+D800): It is half"),
     (alpaca(history="Q"), "the history is not a list"),
     (alpaca(history=[["Q"]]), "turn 1 of the history"),
     (alpaca(history=[["Q", "A"], ["", "A"]]), "message 3 (user) is empty"),
@@ -119,8 +120,9 @@ def test_how_many_bad_rows_are_too_many(tmp_path):
     dataset = open_rows(path, rows, max_bad=3, on_note=notes.append)
     assert [dataset.source(i) for i in range(len(dataset))] == [f"{path}:1", f"{path}:4"]
     assert dataset.sample(1).ids == build_prompt(GLM2, "chatglm2", "Q2") + answer_ids(GLM2, "A")
+    assert notes[0] == f"{path}:2, 5: not JSON: Expecting value: column 1 (2 rows)"
     assert notes[1] == f"{path}:3: instruction is empty"
-    assert notes[3] == "3 of 5 rows cannot be used and are left out"
+    assert notes[2] == "3 of 5 rows cannot be used and are left out"
     assert dataset.bad_reasons["not JSON"] == 2
 
 
@@ -131,9 +133,53 @@ def test_every_row_bad(tmp_path):
 
 def test_many_bad_rows_are_told_with_their_number(tmp_path):
     notes = []
-    with pytest.raises(InputError, match="30 of 31 rows"):
-        open_rows(tmp_path / "data", [alpaca(), *["x"] * 30], on_note=notes.append)
+    bad = [f"[{n}" + " " * n + "x" for n in range(29)]  # each in another column
+    with pytest.raises(InputError, match="31 of 32 rows"):
+        open_rows(tmp_path / "data", [alpaca(), "x", "x", *bad], on_note=notes.append)
     assert len(notes) == 21 and notes[-1] == "... and 10 more bad rows"
+    assert notes[0] == f"{tmp_path / 'data'}:2-3: not JSON: Expecting value: column 1 (2 rows)"
+
+
+def test_rows_with_the_same_reason_are_one_line():
+    bad = [(f"a:{n}", "r") for n in (1, 2, 4, 4, 9)] + [("b:c:1", "r"), ("a:3", "s")]
+    assert summed(bad) == (["a:1-2, 4, 9: r (5 rows)", "b:c:1: r", "a:3: s"], 0)
+    assert summed(bad, 1)[1] == 2
+    assert summed([(f"a:{2 * n}", "r") for n in range(50)])[0][0].endswith("38, ...: r (50 rows)")
+
+
+def test_columns_and_lines_of_what_is_not_json(tmp_path):
+    for array, why in ((False, "column 7"), (True, "data:2: ")):
+        with pytest.raises(InputError, match=why) as error:
+            open_rows(tmp_path / "data", ['{"a": }' if not array else '1,\n{"a": }'], array=array)
+        assert "char" not in str(error.value) and "line 2" not in str(error.value)
+    row = json.dumps(alpaca())[:-1]  # its end is missing; not "line 2 column 1"
+    with pytest.raises(InputError, match=f"',' delimiter: column {len(row) + 1}$"):
+        open_rows(tmp_path / "data", [row])
+
+
+@pytest.mark.parametrize("max_bad", [0, None])
+@pytest.mark.parametrize("text", ["", "\n", "[]", " [ \n ] "])
+def test_no_rows_at_all(tmp_path, text, max_bad):
+    (tmp_path / "data").write_text(text)
+    with pytest.raises(InputError, match="data has no rows\nit is empty"):
+        open_files([tmp_path / "data"], max_bad=max_bad)
+
+
+@pytest.mark.parametrize("size", [2, 40_000])
+def test_an_object_over_many_lines_is_one_mistake(tmp_path, size):
+    path = tmp_path / "data"
+    path.write_text(json.dumps({"v": 1, "data": [alpaca()] * size}, indent=2))
+    with pytest.raises(InputError) as error:
+        open_files([path], max_bad=None)
+    what, why, fix = str(error.value).splitlines()
+    assert what == f"{path} begins with a JSON object over several lines, not with a row"
+    assert ("the list under 'data'?" in why) == (size == 2)  # the other's end was not read
+    assert "one array" in fix
+    path.write_text("\n".join(json.dumps(alpaca(), indent=1) for _ in range(2)))
+    with pytest.raises(InputError, match="over several lines"):
+        open_files([path])
+    path.write_text(json.dumps(alpaca())[:-1] + "\n" + json.dumps(alpaca()))
+    assert open_files([path], max_bad=1).bad[0][0] == f"{path}:1"
 
 
 def test_text_that_is_not_utf8(tmp_path):

@@ -74,8 +74,8 @@ def test_the_report(tmp_path, monkeypatch):
         f"{path}:2: not JSON",
         f"{path}:3: instruction is empty",
         "bad: 1 x too long",
-        "keys that are not used: topic (1 rows)",
-        "5-character pieces in common): 1 rows",
+        "keys that are not used: topic (1 row)",
+        "5-character pieces in common): 1 row",
         f"{path}:4 nearly repeats {path}:1",
         f"{dataset.lengths.sum()} tokens, {report.learned} learned",
         f"lengths {dataset.lengths.min()} to {dataset.lengths.max()}",
@@ -86,7 +86,7 @@ def test_the_report(tmp_path, monkeypatch):
 
 def test_a_report_of_good_rows_and_one_of_none(tmp_path):
     good = check(open_rows(tmp_path / "data", [row("Q")]))
-    assert good.exit_code == 0 and "0 of them bad; 1 sequences" in good.text()
+    assert good.exit_code == 0 and "1 row, 0 of them bad; 1 sequence to" in good.text()
     nothing = check(open_rows(tmp_path / "data", ["x"], max_bad=None))
     assert nothing.exit_code == 3 and "0 sequences to learn from" in nothing.text()
 
@@ -99,6 +99,46 @@ def test_the_histogram_holds_every_length_once(longest):
     assert counts.sum() == 4 and len(counts) <= 12 and len(set(np.diff(edges).tolist())) == 1
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         assert count == ((lengths > low) & (lengths <= high)).sum()
+
+
+def test_the_histogram_begins_at_the_shortest():
+    for lengths, first in (([40], 39), ([21, 40], 20), ([990, 1000, 1003], 988), ([9, 2000], 0)):
+        lengths = np.array(lengths, np.int32)
+        report = Report([], 4, [], {}, lengths, 4, 4096, [], {})  # type: ignore[arg-type]
+        edges, counts = report.bins()
+        assert edges[0] == first and counts[0] > 0 and len(counts) <= 12
+        assert counts.sum() == len(lengths)
+
+
+def test_a_file_that_is_given_twice_is_said_and_counted_once(tmp_path):
+    path = write_rows(tmp_path / "data", [row("Q"), row("今天天气怎么样")])
+    copy = write_rows(tmp_path / "copy", [row("Q"), row("今天天气怎么样")])
+    other = write_rows(tmp_path / "other", [row("Q")])
+    notes: list[str] = []
+    dataset = open_files([path, path, other], mix=(copy, 0.5), on_note=notes.append)
+    said = [f"{path} is given again", f"{copy} holds the same as {path}"]
+    assert notes[:2] == said
+    report = check(dataset)
+    assert report.repeats == [(f"{other}:1", f"{path}:1")] and len(report.lengths) == 7
+    assert "\n".join(said) in report.text()
+
+
+@pytest.mark.parametrize("columns", [None, 50, 200])
+def test_lines_are_as_long_as_the_terminal_and_elsewhere_whole(
+    tmp_path, columns, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("data"), [{"question": "Q", "answer": "A"}, row("Q")])
+    args = flags("--data", "data", "--check-data")
+    dataset = open_dataset(args, MODEL)  # type: ignore[arg-type]
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert look_at(args, dataset) == 3
+    lines = capsys.readouterr().out.splitlines()
+    whole = next(line for line in lines if line.startswith("data:1: "))
+    assert whole.endswith("adgen: content, summary") == (columns != 50)
+    assert columns != 50 or 40 < max(map(len, lines)) <= 50
 
 
 def test_bars_are_as_long_as_their_counts(tmp_path):

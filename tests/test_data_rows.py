@@ -156,7 +156,7 @@ def test_keys_that_are_not_used_are_told(tmp_path):
     notes = []
     rows = [alpaca(topic="x"), alpaca(topic="y", id=3), alpaca()]
     dataset = open_rows(tmp_path / "data", rows, on_note=notes.append)
-    assert notes == ["keys that are not used: topic (2 rows), id (1 rows)"]
+    assert notes == ["keys that are not used: topic (2 rows), id (1 row)"]
     assert dataset.unused == {"topic": 2, "id": 1}
 
 

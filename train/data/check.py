@@ -5,15 +5,17 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from train.data.dataset import Dataset
 from train.data.duplicates import ALIKE, PIECE, repeats, signature
+from train.data.told import counted, summed
 
 _BINS = 12
 _LISTED = 5  # examples of what is only counted
+_WIDTH = 80  # of the histogram where there is no terminal
 _FIGURES = 30  # columns beside a bar
 
 
@@ -31,6 +33,7 @@ class Report:
         max_length: most tokens of a sequence.
         repeats: ("file:line", that of the earlier row that it nearly repeats).
         unused: keys that are not used, with their number of rows.
+        repeated_files: what is to be said of files with the contents of an earlier one.
     """
 
     files: list[tuple[str, str]]
@@ -42,6 +45,7 @@ class Report:
     max_length: int
     repeats: list[tuple[str, str]]
     unused: Counter[str]
+    repeated_files: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -52,29 +56,33 @@ class Report:
         """The histogram of the lengths: edges [n + 1], a sequence of exactly one is in the bin
         before it, and counts [n]."""
         longest = int(self.lengths.max(initial=1))
-        size = next(s for s in _round_numbers() if s * _BINS >= longest)
-        edges = np.arange(0, longest + size, size)
+        before = int(self.lengths.min(initial=longest)) - 1
+        size = next(s for s in _round_numbers() if s * _BINS >= longest - before // s * s)
+        edges = np.arange(before // size * size, longest + size, size)
         return edges, np.histogram(self.lengths, edges + 0.5)[0]
 
-    def text(self, columns: int = 80) -> str:
-        """The report for a terminal of so many columns."""
+    def text(self, columns: int | None = None) -> str:
+        """The report for a terminal of so many columns; None = no line is wrapped."""
         lines = [f"{name}: {fmt}" for name, fmt in self.files]
         count, bad = len(self.lengths), self.bad_reasons.total()
-        lines.append(f"{self.rows} rows, {bad} of them bad; {count} sequences to learn from")
-        lines += [f"{where}: {reason}" for where, reason in self.bad]
+        lines += self.repeated_files
+        rows, sequences = counted(self.rows, "row"), counted(count, "sequence")
+        lines.append(f"{rows}, {bad} of them bad; {sequences} to learn from")
+        lines += summed(self.bad)[0]
         if bad > len(self.bad):
             lines.append(f"... and {bad - len(self.bad)} more")
         lines += [f"bad: {n} x {reason}" for reason, n in self.bad_reasons.most_common()]
         if self.unused:
-            keys = ", ".join(f"{key} ({n} rows)" for key, n in self.unused.most_common())
-            lines.append(f"keys that are not used: {keys}")
+            keys = (f"{key} ({counted(n, 'row')})" for key, n in self.unused.most_common())
+            lines.append(f"keys that are not used: {', '.join(keys)}")
         lines.append(
             f"near-duplicates (by MinHash, {ALIKE:.0%} of their {PIECE}-character pieces in "
-            f"common): {len(self.repeats)} rows"
+            f"common): {counted(len(self.repeats), 'row')}"
         )
         lines += [f"{where} nearly repeats {first}" for where, first in self.repeats[:_LISTED]]
-        wrapped = [part for line in lines for part in _wrap(line, columns)]
-        return "\n".join([*wrapped, *self._lengths(columns)])
+        if columns is not None:
+            lines = [part for line in lines for part in _wrap(line, columns)]
+        return "\n".join([*lines, *self._lengths(_WIDTH if columns is None else columns)])
 
     def _lengths(self, columns: int) -> list[str]:
         if not len(self.lengths):
@@ -82,7 +90,7 @@ class Report:
         tokens = int(self.lengths.sum(dtype=np.int64))
         low, middle, high = np.percentile(self.lengths, (0, 50, 100)).astype(int)
         lines = [
-            f"{tokens} tokens, {self.learned} learned",
+            f"{counted(tokens, 'token')}, {self.learned} learned",
             f"lengths {low} to {high}, median {middle}, allowed {self.max_length}:",
         ]
         edges, counts = self.bins()
@@ -120,6 +128,7 @@ def check(
         max_length=dataset.max_length,
         repeats=[(dataset.source(rows[i]), dataset.source(rows[first])) for i, first in pairs],
         unused=dataset.unused,
+        repeated_files=dataset.repeated_files,
     )
 
 
@@ -154,14 +163,18 @@ def draw(report: Report, path: str) -> None:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", edgecolor="white")
-    title = f"{len(report.lengths)} sequences, at most {report.max_length} tokens allowed"
+    title = (
+        f"{counted(len(report.lengths), 'sequence')}, at most {report.max_length} tokens allowed"
+    )
     axes.set(xlabel="tokens", ylabel="sequences", title=title)
     axes.grid(True, axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
 def _wrap(line: str, columns: int) -> list[str]:
-    return textwrap.wrap(line, columns, subsequent_indent="  ", break_on_hyphens=False)
+    return textwrap.wrap(
+        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _round_numbers():

@@ -21,7 +21,8 @@ from infer.requests import parse_object
 from train.data import FORMATS
 from train.data.encode import Encoder
 from train.data.formats import Message, detect, read_messages, unknown_format, unused_keys
-from train.data.index import DataFile, Row
+from train.data.index import DataFile, Row, no_rows
+from train.data.told import counted, joined, summed
 
 MAX_LISTED = 10_000  # bad rows that are kept; all are counted
 MAX_TOLD = 20  # bad rows that are told where nobody asked for all
@@ -161,8 +162,12 @@ class Dataset:
         return read_messages(parse_object(data), self.files[file][2])
 
     def first_of_rows(self) -> np.ndarray:
-        """int64: the first sequence of every row."""
-        return np.flatnonzero(np.array(self._number, np.int32) == 0)
+        """int64: the first sequence of every row; those of repeated files once."""
+        first = np.array(self._number, np.int32) == 0
+        for number, same in enumerate(self._same()):
+            if same < number:
+                first[self._stops[number - 1] : self._stops[number]] = False
+        return np.flatnonzero(first)
 
     def source(self, index: int) -> str:
         """ "file:line" of the row of a sequence."""
@@ -178,11 +183,26 @@ class Dataset:
         """How many rows cannot be used."""
         return self.bad_reasons.total()
 
+    @property
+    def repeated_files(self) -> list[str]:
+        """What is to be said of files with the contents of an earlier one, one line each."""
+        names = [name for name, _, _ in self.files]
+        pairs = [(names[i], names[first]) for i, first in enumerate(self._same()) if first < i]
+        return [
+            f"{name} is given again" if name == first else f"{name} holds the same as {first}"
+            for name, first in pairs
+        ]
+
+    def _same(self) -> list[int]:
+        """For each file the first one with the same contents."""
+        sums = [sum for _, sum, _ in self.files]
+        return [sums.index(sum) for sum in sums]
+
     def _file_of(self, index: int) -> int:
         return bisect_right(self._stops, index)
 
     def _scan(self, file: DataFile, fmt: str, progress: Callable[[int], None]) -> None:
-        chosen = _Format(file, fmt)
+        chosen, before = _Format(file, fmt), self.rows
         for row in file.rows():
             self.rows += 1
             try:
@@ -192,6 +212,8 @@ class Dataset:
                     raise
                 self._leave_out(f"{file.name}:{row.line}", error)
             progress(row.offset + row.size)
+        if self.rows == before:  # an array without elements
+            raise no_rows(file.name)
         self.files.append((file.name, file.sha256, chosen.name or "unknown"))
         self._stops.append(len(self._length))
 
@@ -222,7 +244,7 @@ class Dataset:
     def _leave_out(self, where: str, error: InputError) -> None:
         self.bad_reasons[error.what] += 1
         if len(self.bad) < MAX_LISTED:
-            self.bad.append((where, f"{error.what}: {error.why}" if error.why else error.what))
+            self.bad.append((where, joined(error)))
 
     def _freeze(self, weights: Sequence[float], share: float | None) -> None:
         self.lengths = np.array(self._length, np.int32)
@@ -242,13 +264,14 @@ class Dataset:
         if max_bad is None:
             return
         if self.unused:
-            keys = ", ".join(f"{key} ({n} rows)" for key, n in self.unused.most_common(8))
-            on_note(f"keys that are not used: {keys}")
-        for where, reason in self.bad[:MAX_TOLD]:
-            on_note(f"{where}: {reason}")
-        if self.num_bad > MAX_TOLD:
-            on_note(f"... and {self.num_bad - MAX_TOLD} more bad rows")
-        found = f"{self.num_bad} of {self.rows} rows cannot be used"
+            keys = (f"{key} ({counted(n, 'row')})" for key, n in self.unused.most_common(8))
+            on_note(f"keys that are not used: {', '.join(keys)}")
+        lines, more = summed(self.bad, MAX_TOLD)
+        for line in (*self.repeated_files, *lines):
+            on_note(line)
+        if more := more + self.num_bad - len(self.bad):
+            on_note(f"... and {counted(more, 'more bad row')}")
+        found = f"{self.num_bad} of {counted(self.rows, 'row')} cannot be used"
         first = f"the first is {': '.join(self.bad[0])}" if self.bad else ""
         for (name, _, _), group in zip(self.files, self.groups, strict=True):
             if group.start == group.stop:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from glm2_jax.errors import InputError
+from infer.params import shown
 from infer.text_input import refuse_wide
 
 MAX_ROW = 16 * 2**20  # bytes; no row that a model could learn from is as long
@@ -53,7 +54,8 @@ class DataFile:
         sha256: of its contents, once `rows` has come to its end.
 
     Raises:
-        InputError: it cannot be read, is empty, or is UTF-16 or UTF-32.
+        InputError: it cannot be read, is empty, is UTF-16 or UTF-32, or begins with an object that
+            goes on in the next line, so that lines are no rows.
     """
 
     def __init__(self, path: str | os.PathLike[str], max_row: int = MAX_ROW):
@@ -65,10 +67,12 @@ class DataFile:
         self.size = os.fstat(self._fd).st_size
         sample = self.read(0, _PIECE)
         if self.size <= len(sample) and not sample.removeprefix(_BOM).strip():
-            raise InputError(f"{self.name} has no rows", "it is empty")
+            raise no_rows(self.name)
         refuse_wide(sample, self.name)
         self._start = len(_BOM) if sample.startswith(_BOM) else 0
         self._is_array = sample[self._start :].lstrip().startswith(b"[")
+        if not self._is_array:
+            _refuse_spread(sample[self._start :], self.name, cut=self.size > len(sample))
 
     def rows(self) -> Iterator[Row]:
         """All rows in their order; blank lines are none.
@@ -91,6 +95,11 @@ class DataFile:
         return os.pread(self._fd, size, offset)
 
 
+def no_rows(name: str) -> InputError:
+    """What is wrong with a file that has none."""
+    return InputError(f"{name} has no rows", "it is empty")
+
+
 def _open(name: str) -> int:
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
@@ -103,6 +112,30 @@ def _open(name: str) -> int:
     os.close(fd)
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device, and rows are read repeatedly"
     raise InputError(f"cannot read {name}", f"it is {kind}", "name a plain file")
+
+
+def _refuse_spread(sample: bytes, name: str, *, cut: bool) -> None:
+    """Raises InputError for a file whose first JSON object is not at its end with its line."""
+    text = sample.decode("latin-1").strip(_BLANKS)  # see `_Elements`
+    if not text.startswith("{"):
+        return
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        if not cut or error.pos < len(text) - _TAIL:  # a bad row, of which there may be good ones
+            return
+        value, end = {}, len(text)
+    except (RecursionError, ValueError):
+        return
+    if "\n" not in text[:end]:
+        return
+    key = next((key for key, inner in value.items() if isinstance(inner, list)), None)
+    inside = "" if key is None else f"; are the rows the list under {shown(key)}?"
+    raise InputError(
+        f"{name} begins with a JSON object over several lines, not with a row",
+        f"of JSON lines each line is a row{inside}",
+        "write each row into a line of its own, or all of them as one array: [...]",
+    )
 
 
 class _Hashed:

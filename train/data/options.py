@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
 from convert.cli import Parser, Progress, human_size, note, path_argument
@@ -138,7 +140,7 @@ def look_at(args: argparse.Namespace, dataset: Dataset) -> int | None:
             bar(done)
 
         report = check(dataset, show)
-    print(report.text())
+    print(report.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if args.plot is not None:
         draw(report, args.plot)
     return report.exit_code
