@@ -83,19 +83,30 @@ def main(argv: list[str]) -> None:
     from convert.destination import check_destination
     from convert.folder import open_folder
     from convert.manifest import verify_checkpoint
-    from convert.own_format import convert_folder, size_of_conversion
+    from convert.own_format import convert_folder, form_of_conversion, size_of_conversion
+    from glm2_jax.schemes import stored_as
 
     dtype = None if args.dtype == "keep" else args.dtype
     path = find_model(args.source, source=args.hub_source, revision=args.revision)
     folder = open_folder(path, rope_kind=args.rope_scaling, template=args.template)
     size = size_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
+    kind, scheme = form_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
+    stored, written = stored_as(folder.float_dtype, folder.scheme), stored_as(kind.name, scheme)
     note(
         f"{args.source}: {folder.layout}, {folder.config.family}, "
-        f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
+        f"{folder.config.num_params:,} parameters in {stored}"
     )
     if args.dry_run:
         check_destination(args.destination, args.overwrite, source=folder.path, needed=size)
-        plan = {"destination": args.destination, "bytes": size, "written": False}
+        quantisation = None if scheme is None else scheme.name
+        plan = {
+            "destination": args.destination,
+            "bytes": size,
+            "dtype": kind.name,
+            "quantisation": quantisation,
+            "written": False,
+        }
+        note(f"would write {human_size(size)} in {written}")
         print(json.dumps(plan, ensure_ascii=False))
         return
     with Progress("converting", size, show=human_size) as progress:
@@ -109,13 +120,13 @@ def main(argv: list[str]) -> None:
             max_shard_size=args.max_shard_size,
             progress=lambda done, _: progress(done),
         )
-    if manifest.dtype != folder.stored_dtype:
-        note(f"the weights were stored in {folder.stored_dtype}; written as {manifest.dtype}")
+    if written != stored:
+        note(f"the weights were stored in {stored}; written as {written}")
     if args.verify:
         with Progress("verifying", size, show=human_size) as progress:
             verify_checkpoint(args.destination, lambda done, _: progress(done))
         note(f"verified: {len(manifest.files)} files have the sums of the manifest")
-    note(f"wrote {human_size(size)} in {manifest.dtype}")
+    note(f"wrote {human_size(size)} in {written}")
     print(args.destination)
 
 

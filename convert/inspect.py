@@ -44,6 +44,8 @@ def describe(path: str, *, rope_kind: str | None = None, template: str | None = 
         "family": config.family,
         "parameters": config.num_params,
         "stored_dtype": folder.stored_dtype,
+        "float_dtype": folder.float_dtype,
+        "quantisation": None if folder.scheme is None else folder.scheme.name,
         "quantisation_bits": 0 if folder.scheme is None else folder.scheme.bits,
         "rope_kind": config.rope_kind,
         "rope_ratio": config.rope_ratio,
@@ -66,13 +68,16 @@ def describe(path: str, *, rope_kind: str | None = None, template: str | None = 
 
 def as_table(found: dict[str, Any]) -> str:
     """The same for people."""
+    from glm2_jax.schemes import SCHEMES, stored_as
+
+    scheme = None if found["quantisation"] is None else SCHEMES[found["quantisation"]]
     rope = f"{found['rope_kind']}, ratio {found['rope_ratio']:g}"
     lines = {
         "folder": found["path"],
         "layout": found["layout"],
         "family": found["family"],
         "parameters": f"{found['parameters']:,}",
-        "stored dtype": found["stored_dtype"],
+        "stored dtype": stored_as(found["float_dtype"], scheme),
         "rope": rope if found["rope_ratio"] != 1 else "plain",
         "vocabulary": f"{found['vocabulary']} ids, {found['tokenizer_pieces']} pieces",
         "layers": found["layers"],

@@ -161,5 +161,6 @@ def _notes(folder: Folder, dtype: str, scheme: Scheme | None) -> tuple[str, ...]
         what += ", the embedding and the head" if scheme.embeddings else ""
         notes.append(f"{what} were quantised to int{scheme.bits}")
     if folder.float_dtype != dtype:
-        notes.append(f"the weights are stored in {folder.float_dtype}; converted to {dtype}")
+        which = "the weights" if scheme is None else "the other weights"
+        notes.append(f"{which} are stored in {folder.float_dtype}; converted to {dtype}")
     return tuple(notes)

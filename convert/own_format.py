@@ -110,8 +110,7 @@ def convert_folder(
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
     """
-    kind = _float_dtype(dtype or source.float_dtype)
-    scheme = target_scheme(source, quantize, quantize_embeddings)
+    kind, scheme = form_of_conversion(source, dtype, quantize, quantize_embeddings)
     manifest = Manifest(
         source=os.fsencode(source.path).decode(errors="replace"),
         dtype=kind.name,
@@ -127,6 +126,21 @@ def convert_folder(
     )  # fmt: skip
 
 
+def form_of_conversion(
+    source: Folder,
+    dtype: str | None,
+    quantize: str | None = None,
+    quantize_embeddings: bool = False,
+) -> tuple[np.dtype, Scheme | None]:
+    """The types that `convert_folder` would write; it has the same arguments and errors.
+
+    Returns:
+        The type of what is not quantised, and how the rest is.
+    """
+    kind = _float_dtype(dtype or source.float_dtype)
+    return kind, target_scheme(source, quantize, quantize_embeddings)
+
+
 def size_of_conversion(
     source: Folder,
     dtype: str | None,
@@ -134,8 +148,7 @@ def size_of_conversion(
     quantize_embeddings: bool = False,
 ) -> int:
     """Bytes of weights that `convert_folder` would write; it has the same arguments and errors."""
-    kind = _float_dtype(dtype or source.float_dtype)
-    scheme = target_scheme(source, quantize, quantize_embeddings)
+    kind, scheme = form_of_conversion(source, dtype, quantize, quantize_embeddings)
     return sum(entry.nbytes for entry in _stored_entries(source, kind, scheme))
 
 

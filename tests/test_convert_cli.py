@@ -312,7 +312,13 @@ def test_from_pytorch(tmp_path, capsys):
     assert run(from_pytorch.main, *argv, "--dry-run") == 0
     assert not target.exists()
     plan = json.loads(capsys.readouterr().out)
-    assert plan == {"destination": str(target), "bytes": TINY.num_params * 4, "written": False}
+    assert plan == {
+        "destination": str(target),
+        "bytes": TINY.num_params * 4,
+        "dtype": "float32",
+        "quantisation": None,
+        "written": False,
+    }
     assert run(from_pytorch.main, *argv) == 0
     output = capsys.readouterr()
     assert output.out == f"{target}\n"
@@ -340,6 +346,27 @@ def test_from_pytorch_errors(tmp_path, monkeypatch, argv, code):
     monkeypatch.chdir(tmp_path)
     assert run(from_pytorch.main, *argv) == code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_quantised_is_called_so(tmp_path, capsys):
+    source, own, again = write_official(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
+    argv = [str(source), str(own), "--quantize", "int8", "--quantize-embeddings"]
+    form = "int8+embeddings, the rest float16"
+    assert run(from_pytorch.main, *argv, "--dry-run") == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["quantisation"] == "int8+embeddings"
+    assert f"B in {form}\n" in output.err
+    assert run(from_pytorch.main, *argv) == 0
+    said = capsys.readouterr().err
+    assert f"stored in float16; written as {form}\n" in said and f"B in {form}\n" in said
+    assert run(from_pytorch.main, str(own), str(again), "--dtype", "float32") == 0
+    said = capsys.readouterr().err
+    assert f"parameters in {form}\n" in said
+    assert f"stored in {form}; written as int8+embeddings, the rest float32\n" in said
+    assert run(inspect.main, str(own)) == 0
+    assert f"stored dtype  {form}\n" in capsys.readouterr().out
+    assert run(inspect.main, str(own), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["quantisation"] == "int8+embeddings"
 
 
 def test_inspect(tmp_path, capsys):

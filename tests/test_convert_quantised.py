@@ -154,6 +154,8 @@ def test_embedding_and_head_are_quantised_where_that_is_asked_for(tmp_path, sche
     loaded = load_checkpoint(source, dtype="float32", **asked)
     assert loaded.summary.quantisation == f"{scheme}+embeddings"
     assert f"the embedding and the head were quantised to {scheme}" in loaded.notes[0]
+    wider = load_checkpoint(source, dtype="bfloat16", **asked)
+    assert wider.notes[1] == "the other weights are stored in float32; converted to bfloat16"
     layers_alone = load_checkpoint(source, dtype="float32", quantize=scheme).params
     assert as_lists(loaded.params["layers"]) == as_lists(layers_alone["layers"])
     for name in EMBEDDINGS:
@@ -235,6 +237,14 @@ def test_what_is_quantised_is_not_quantised_again(tmp_path):
         load_checkpoint(tmp_path / "source", quantize="int4")
     with pytest.raises(UsageError, match="quantised already"):
         convert_folder(open_folder(tmp_path / "source"), tmp_path / "own", quantize="int8")
+    for quantize, fix in (
+        (None, "Leave --quantize-embeddings out,"),
+        ("none", "Leave --quantize and --quantize-embeddings out,"),
+        ("int8", "Leave --quantize and --quantize-embeddings out,"),
+    ):
+        with pytest.raises(UsageError, match="quantised already") as error:
+            load_checkpoint(tmp_path / "source", quantize=quantize, quantize_embeddings=True)
+        assert fix in error.value.fix
     assert not (tmp_path / "own").exists()
 
 
