@@ -275,9 +275,15 @@ def draft_tokens(text: str) -> int:
 def memory_size(text: str) -> int:
     """An argparse type: gigabytes, or a size with its unit; returns bytes."""
     try:
-        return size_argument(f"{float(text)}GB")
+        number = float(text)
     except ValueError:
         return size_argument(text)
+    try:
+        return size_argument(f"{number}GB")
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write for example 8 (GB), 4GB or 500MB"
+        ) from None
 
 
 def say_which_model(args: argparse.Namespace) -> None:

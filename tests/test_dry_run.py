@@ -11,6 +11,8 @@ import jax
 import pytest
 
 import infer
+from convert.folder import open_folder
+from convert.own_format import convert_folder
 from glm2_jax import PRESETS
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
 from infer import loading, options
@@ -92,6 +94,8 @@ def test_a_config_file_and_a_folder(tmp_path, capsys):
     file.write_text(json.dumps(config.to_hf()))
     code, out = dry(capsys, "--config", str(file), "--device", "4090", "--json")
     assert code == 0 and {p["context"] for p in json.loads(out)["plans"]} == {1024}
+    _, out = dry(capsys, "--model", str(demo_folder()), "--device", "4090")
+    assert "2.3 million parameters" in out
     code, out = dry(capsys, "--model", str(demo_folder()), "--device", "4090", "--json")
     assert code == 0 and json.loads(out)["parameters"] == 2337600
     file.write_text("[]")
@@ -112,6 +116,44 @@ def test_flags_that_do_not_go_together():
         main(["--dry-run", "--config", "chatglm2-6b", "--model", "x"])
     with pytest.raises(UsageError, match="knows 32768 positions"):
         main(["--dry-run", "--config", "chatglm2-6b", "--max-length", "40000"])
+    for flags, what in (
+        (["--max-length", "0"], "max_length"),
+        (["--max-length", "1"], "--max-length 1 is too short"),
+        (["--config", "chatglm2-6b-int4", "--quantize", "int8"], "quantised already"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            main(["--dry-run", *flags])
+
+
+def test_a_quantised_folder_is_not_planned_to_be_quantised(tmp_path):
+    folder = open_folder(demo_folder())
+    convert_folder(folder, tmp_path / "q4", quantize="int4")
+    with pytest.raises(UsageError, match="quantised already") as error:
+        main(["--dry-run", "--model", str(tmp_path / "q4"), "--quantize", "int8"])
+    assert error.value.exit_code == 2
+
+
+def test_flags_that_the_plan_is_without_are_named(capsys):
+    flags = "--config", "chatglm2-6b", "--device", "3090", "--json"
+    assert main(["--dry-run", *flags]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["--dry-run", *flags, "--prompt", "x", "--adapter", "y"]) == 0
+    assert capsys.readouterr().err.endswith("without: --prompt, --adapter\n")
+
+
+def test_weights_that_differ_in_their_dtype_alone_are_told_apart(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    flags = "--config", "chatglm2-6b", "--device", "cpu", "--memory-limit", "64"
+    _, out = dry(capsys, *flags, "--quantize", "int4", "--quantize-embeddings")
+    names = [f"{dtype}:int4+embeddings" for dtype in ("float32", "bfloat16")]
+    table = out.split("\n\n")[1].splitlines()
+    assert {line.split()[0] for line in table[1:]} == set(names)
+    assert len({len(line) for line in table}) == 1
+    assert all(f"{name} 32,768" in out for name in names)
+    for columns in ("60", "90"):
+        monkeypatch.setenv("COLUMNS", columns)
+        _, out = dry(capsys, *flags, "--quantize", "int4", "--quantize-embeddings")
+        assert max(map(len, out.splitlines())) <= int(columns) and names[0] in out
 
 
 def test_no_device_is_started():
@@ -130,7 +172,7 @@ def test_sizes_of_memory():
     assert options.memory_size("8") == 8 * GB and options.memory_size("1.5") == 1.5 * GB
     assert options.memory_size("500 MB") == 5e8 and options.memory_size("1GiB") == 2**30
     for bad in ("", "x", "-1", "0", "nan", "inf", "1e99"):
-        with pytest.raises(argparse.ArgumentTypeError):
+        with pytest.raises(argparse.ArgumentTypeError, match=repr(bad)):
             options.memory_size(bad)
 
 
@@ -140,6 +182,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch):
     with pytest.raises(DeviceError, match="--memory-limit allows 1.0 MB") as error:
         main([*common, "--memory-limit", "1MB"])
     assert error.value.exit_code == 5 and "weights 4.7 MB" in error.value.what
+    assert "jax itself 400.0 MB" in error.value.what
     with pytest.raises(UsageError, match="--max-length 99999 is more than the model has"):
         main([*common, "--max-length", "99999"])
 

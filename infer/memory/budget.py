@@ -127,7 +127,14 @@ def _jax_may_use(platform: str) -> bool:
 
 
 def check_context(asked: int | None, seq_length: int) -> None:
-    """Raises UsageError for a context that is longer than the model's table of positions."""
+    """Raises UsageError for a context that is longer than the model's table of positions, or has
+    no room for a prompt and an answer."""
+    if asked is not None and asked < 2:
+        raise UsageError(
+            f"--max-length {asked} is too short",
+            "A prompt and its answer have a token each, at least.",
+            "Use --max-length 2 or more.",
+        )
     if asked is not None and asked > seq_length:
         raise UsageError(
             f"--max-length {asked} is more than the model has",

@@ -20,11 +20,27 @@ from glm2_jax.schemes import asked_scheme
 from infer.memory import compiler
 from infer.memory.budget import DEFAULT_CONTEXT, Budget, check_context, find_budget
 from infer.memory.compiler import Verdict
-from infer.memory.plan import Plan, largest_context, make_plan, precisions, rate_bound
+from infer.memory.plan import (
+    Plan,
+    Precision,
+    largest_context,
+    make_plan,
+    precisions,
+    rate_bound,
+)
 
 DEFAULT_CONFIG = "chatglm2-6b"
 CONTEXTS = (2048, 8192, 32768)
-WIDE = 78
+IGNORED = (  # flags that decide nothing of the plan
+    "prompt",
+    "prompt_file",
+    "batch_file",
+    "history",
+    "system",
+    "adapter",
+    "output",
+)
+WIDE = 68  # columns of the table, without the first
 _BOUND = "a bound from the memory's bandwidth, not a measurement"
 
 
@@ -34,7 +50,7 @@ class Sheet:
 
     Attributes:
       name: of the model. stored: the scheme of a folder that is quantised.
-      longest: (name of the weights, batch) -> the longest context that fits; empty where the
+      longest: (label of the weights, batch) -> the longest context that fits; empty where the
         place's memory is not known.
     """
 
@@ -49,6 +65,11 @@ class Sheet:
         """None where the place does not tell its memory."""
         return None if self.budget.memory is None else plan.total <= self.budget.memory
 
+    @property
+    def labels(self) -> dict[Precision, str]:
+        """What the table calls them: with the dtype where the integers alone do not tell."""
+        return _labels([plan.precision for plan in self.plans])
+
     def rate(self, plan: Plan) -> float | None:
         """Tokens per second that the bandwidth allows, where it is known."""
         bandwidth = self.budget.bandwidth
@@ -59,8 +80,18 @@ class Sheet:
         return bool(self.longest) and not any(self.longest.values())
 
 
+def _labels(found: Iterable[Precision]) -> dict[Precision, str]:
+    found = dict.fromkeys(found)
+    names = [precision.name for precision in found]
+    return {p: p.name if names.count(p.name) == 1 else f"{p.dtype}:{p.name}" for p in found}
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints the plans; returns 5 where nothing fits, else 0."""
+    from infer.options import sampling_params
+
+    sampling_params(args)  # what is refused without --dry-run is refused with it
+    _say_ignored(args)
     name, config, stored = _model(args)
     check_context(args.max_length, config.seq_length)
     sheet = make_sheet(
@@ -71,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         contexts=_contexts(config, args.max_length),
         batches=sorted({1, args.batch_size}),
         dtype=args.dtype,
-        quantize=asked_scheme(args.quantize, args.quantize_embeddings),
+        quantize=asked_scheme(args.quantize, args.quantize_embeddings, stored=stored, model=name),
         chunk=args.prefill_chunk or PREFILL_CHUNK,
         columns=1 + args.speculate,
     )
@@ -87,6 +118,13 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DEVICE if sheet.nothing_fits else 0
 
 
+def _say_ignored(args: argparse.Namespace) -> None:
+    given = [flag for flag in IGNORED if getattr(args, flag) not in (None, False)]
+    if given:
+        names = ", ".join(f"--{flag.replace('_', '-')}" for flag in given)
+        note(f"--dry-run answers nothing, and the plan is without: {names}")
+
+
 def _verdicts(sheet: Sheet, args: argparse.Namespace) -> Iterator[Verdict]:
     """The compiler's word on every precision, one row, with the context that was asked for; none
     where it is not installed."""
@@ -94,11 +132,11 @@ def _verdicts(sheet: Sheet, args: argparse.Namespace) -> Iterator[Verdict]:
         return
     context = min(args.max_length or DEFAULT_CONTEXT, sheet.config.seq_length)
     chunk = args.prefill_chunk or PREFILL_CHUNK
-    for precision in dict.fromkeys(plan.precision for plan in sheet.plans):
+    for precision, label in sheet.labels.items():
         plan = make_plan(
             sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk
         )
-        note(f"compiling {precision.name}, {context:,} tokens, for {args.device}")
+        note(f"compiling {label}, {context:,} tokens, for {args.device}")
         yield compiler.ask(sheet.config, plan, args.device, sheet.budget.memory, chunk)
 
 
@@ -210,10 +248,8 @@ def make_sheet(
     longest = {}
     if budget.memory is not None:
         longest = {
-            (precision.name, batch): largest_context(
-                config, precision, batch, budget.memory, **options
-            )
-            for precision in chosen
+            (label, batch): largest_context(config, precision, batch, budget.memory, **options)
+            for precision, label in _labels(chosen).items()
             for batch in batches
         }
     return Sheet(name, config, stored, budget, tuple(plans), longest)
@@ -224,10 +260,13 @@ def render(sheet: Sheet, columns: int) -> Iterator[str]:
     budget = sheet.budget
     memory = "memory unknown" if budget.memory is None else f"{human_size(budget.memory)} to use"
     speed = "" if budget.bandwidth is None else f", {budget.bandwidth / 1e9:,.0f} GB/s"
-    head = f"{sheet.name}, {sheet.config.num_params / 1e9:.2f} billion parameters"
+    count = sheet.config.num_params
+    size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+    head = f"{sheet.name}, {size} parameters"
     yield from _wrapped(f"{head}, on {budget.name}: {memory}{speed}", columns)
     yield ""
-    yield from _wide(sheet) if columns >= WIDE else _narrow(sheet)
+    first = max(map(len, ("weights in", *sheet.labels.values())))
+    yield from _wide(sheet, first) if columns >= first + WIDE else _narrow(sheet)
     yield ""
     for batch in dict.fromkeys(batch for _, batch in sheet.longest):
         found = [(name, n) for (name, rows), n in sheet.longest.items() if rows == batch]
@@ -251,8 +290,8 @@ def _wrapped(text: str, columns: int) -> list[str]:
     )
 
 
-def _wide(sheet: Sheet) -> Iterator[str]:
-    row = "{:<9} {:>7} {:>5}  {:>8} {:>8} {:>9} {:>8}  {:<4} {:>8}"
+def _wide(sheet: Sheet, first: int) -> Iterator[str]:
+    row = f"{{:<{first}}}" + " {:>7} {:>5}  {:>8} {:>8} {:>9} {:>8}  {:<4} {:>8}"
     yield row.format(
         "weights in",
         "context",
@@ -267,7 +306,7 @@ def _wide(sheet: Sheet) -> Iterator[str]:
     for plan in sheet.plans:
         sizes = (plan.weights, plan.cache, plan.temporary, plan.total)
         yield row.format(
-            plan.precision.name,
+            sheet.labels[plan.precision],
             f"{plan.context:,}",
             plan.batch,
             *(human_size(size) for size in sizes),
@@ -282,7 +321,7 @@ def _narrow(sheet: Sheet) -> Iterator[str]:
     for plan in sheet.plans:
         if plan.precision != before:
             before = plan.precision
-            yield f"{before.name}, weights {human_size(plan.weights)}"
+            yield f"{sheet.labels[before]}, weights {human_size(plan.weights)}"
             yield row.format("context", "rows", "total", "fits", "tok/s<")
         yield row.format(
             f"{plan.context:,}",
