@@ -4,6 +4,7 @@ Only the flags are here; what they start is in `infer.evaluate.run`, which is im
 parsing.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -156,16 +157,26 @@ def _count(text: str) -> int:
     return 0 if text.strip() == "0" else options.positive(text)
 
 
+def _given(parser: Parser, args: argparse.Namespace) -> dict[str, str]:
+    """Name in `args` -> flag, of those that differ from their defaults."""
+    return {
+        action.dest: action.option_strings[0]
+        for action in parser._actions
+        if getattr(args, action.dest, action.default) != action.default
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
     options.use_utf8()
-    args = parser().parse_args(argv)
+    flags = parser()
+    args = flags.parse_args(argv)
     options.choose_platform(args)
     if args.compare and "jax" not in sys.modules:  # or the first form takes a GPU for itself
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from infer.evaluate import run
 
-    return run.run(args)
+    return run.run(args, _given(flags, args))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.cli import Progress, note
+from convert.cli import Progress, human_size, note
 from infer.evaluate.perplexity import Material, Targets, Total, add, batches
 from infer.evaluate.reader import Reader
-from infer.evaluate.variants import Variant
+from infer.evaluate.variants import Variant, asking_for
 from infer.options import open_engine
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def compare(
     results = []
     for variant in names[1:]:
         note(f"comparing {names[0].name} with {variant.name}")
-        engine = open_variant(args, variant, first.max_length)
+        engine = open_variant(args, variant, first)
         mine, others, distance = _together(first, engine, material, args.batch_size)
         if not results:
             results.append(_figures(names[0], first, mine))
@@ -95,16 +94,15 @@ def compare(
     return results
 
 
-def open_variant(
-    args: argparse.Namespace, variant: Variant, max_length: int | None = None
-) -> Engine:
-    """The model in a form; with a `max_length` it must have room for that."""
-    args = copy.copy(args)
-    args.dtype = variant.dtype or args.dtype
-    args.quantize = variant.quantize or args.quantize
-    args.max_length = max_length or args.max_length
-    if args.quantize == "none":  # --quantize-embeddings is for the other forms
-        args.quantize_embeddings = False
+def open_variant(args: argparse.Namespace, variant: Variant, first: Engine | None = None) -> Engine:
+    """The model in a form; beside the `first` it has that one's room, and the memory it leaves."""
+    args = asking_for(args, variant)
+    if first is not None:
+        args.max_length = first.max_length
+        if args.memory_limit is not None:
+            taken = weight_bytes(first)
+            note(f"of --memory-limit, {human_size(taken)} are those of the first form")
+            args.memory_limit = max(args.memory_limit - taken, 0)
     return open_engine(args)
 
 

@@ -108,21 +108,8 @@ def prepare(
       InputError: no row is left, or too many are bad.
     """
     longest = engine.max_length
-    window = min(WINDOW, longest) if window is None else window
     prefix = tuple(engine.tokenizer.prefix_ids)
-    if not len(prefix) + 2 <= window <= longest:
-        raise UsageError(
-            f"--window {window} is not possible",
-            f"A window has {len(prefix) + 2} to {longest} tokens here (--max-length).",
-        )
-    room = window + 1 - len(prefix)  # of a text; the last token is not read, only predicted
-    stride = max(window // 2, 1) if stride is None else stride
-    if stride >= room:
-        raise UsageError(
-            f"--stride {stride} is not possible",
-            f"Windows of {window} tokens would leave out what is before them.",
-            f"Use {room - 1} or less.",
-        )
+    room, stride = fit_windows(window, stride, longest, len(prefix))
 
     def items(where: str, row: Text | Pair) -> list[Item]:
         if isinstance(row, Text):
@@ -143,6 +130,35 @@ def prepare(
     bad.check(len(texts))
     sizes = [len(text.encode()) for text in texts]
     return Material(tuple(made), len(texts), sum(map(len, texts)), sum(sizes))
+
+
+def fit_windows(
+    window: int | None, stride: int | None, longest: int, prefix: int
+) -> tuple[int, int]:
+    """(room of a window for a text's tokens, stride) for what was asked; None = the default.
+
+    Args:
+      longest: tokens that may be read at once.
+      prefix: tokens before each window.
+
+    Raises:
+      UsageError: as `prepare`.
+    """
+    window = min(WINDOW, longest) if window is None else window
+    if not prefix + 2 <= window <= longest:
+        raise UsageError(
+            f"--window {window} is not possible",
+            f"A window has {prefix + 2} to {longest} tokens here (--max-length).",
+        )
+    room = window + 1 - prefix  # the last token of a text is not read, only predicted
+    stride = max(window // 2, 1) if stride is None else stride
+    if stride >= room:
+        raise UsageError(
+            f"--stride {stride} is not possible",
+            f"Windows of {window} tokens would leave out what is before them.",
+            f"Use {room - 1} or less.",
+        )
+    return room, stride
 
 
 def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int) -> Iterator[Item]:

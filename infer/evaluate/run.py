@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import GLMError, UsageError
 from infer.evaluate import report, variants
 from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_text_or_pair, read_rows
-from infer.options import open_engine, say_which_model
+from infer.options import model_folder, open_engine, say_which_model
+
+# What scoring an existing file of answers takes.
+_SCORING = {"task", "predictions", "max_bad", "json", "debug"}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measures what the flags ask for and prints it; returns the exit code."""
-    check_flags(args)
+def run(args: argparse.Namespace, given: Mapping[str, str]) -> int:
+    """Measures what the flags ask for and prints it; returns the exit code.
+
+    Args:
+      given: name in `args` -> flag, of those that differ from their defaults.
+    """
+    check_flags(args, given)
     if args.task == "generation":
         from infer.evaluate import generation
 
@@ -29,20 +37,37 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises UsageError for flags that have no meaning together."""
-    only = {
-        "perplexity": ("compare", "window", "stride"),
-        "choice": ("shots", "two_pass"),
-    }
-    for task, names in only.items():
+def check_flags(args: argparse.Namespace, given: Mapping[str, str]) -> None:
+    """Raises UsageError for flags that have no meaning together; `given` is as in `run`."""
+    generation = args.task == "generation"
+    rules = (  # what goes with what
+        (("compare", "window", "stride"), args.task == "perplexity", "--task perplexity"),
+        (("shots", "two_pass"), args.task == "choice", "--task choice"),
+        (("temperature", "top_p", "seed"), generation, "--task generation"),
+        (
+            ("max_new_tokens",),
+            generation or args.two_pass,
+            "--task generation, or --task choice --two-pass",
+        ),
+        (("predictions",), args.task != "perplexity", "--task generation or choice"),
+        (("overwrite",), args.predictions, "--predictions"),
+    )
+    for names, fits, words in rules:
         for name in names:
-            if args.task != task and getattr(args, name):
-                raise UsageError(f"--{name.replace('_', '-')} goes with --task {task}")
-    if args.task == "perplexity" and args.predictions:
-        raise UsageError("--predictions goes with --task generation or choice")
-    if args.overwrite and not args.predictions:
-        raise UsageError("--overwrite goes with --predictions")
+            if name in given and not fits:
+                raise UsageError(
+                    f"{given[name]} goes with {words}",
+                    f"With --task {args.task} as it is asked for here it would do nothing.",
+                    "Leave it out, or add what it goes with.",
+                )
+    if generation and args.predictions and not args.data:
+        idle = [flag for name, flag in given.items() if name not in _SCORING]
+        if idle:
+            raise UsageError(
+                f"{', '.join(idle)}: without effect",
+                f"Without --data, {args.predictions} is read and scored; no model answers.",
+                "Leave them out, or name the questions that are to be answered: --data F.",
+            )
     if args.task == "choice" and not args.data:
         raise UsageError(
             "--task choice needs --data",
@@ -60,6 +85,7 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
     rows = bad.keep(read_rows(data_file(args.data)), parse_text_or_pair)
     bad.check(len(rows))
     say_which_model(args)
+    _check_folder(args)
     material_of = partial(
         perplexity.prepare, rows=rows, bad=bad, window=args.window, stride=args.stride
     )
@@ -70,3 +96,24 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
     engine = open_engine(args)
     total = perplexity.measure(engine, material_of(engine), args.batch_size)
     return {"data": args.data or BUNDLED, "bad_rows": bad.count, **total.figures()}
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    """Raises UsageError for what the folder cannot do, before its weights are loaded."""
+    from convert.folder import open_folder
+    from infer.evaluate import perplexity
+    from infer.loading import demo_folder
+    from infer.memory.budget import DEFAULT_CONTEXT
+
+    path = model_folder(args)
+    if path is not None:  # it is looked for once
+        args.model, args.hub_source, args.revision = path, None, None
+    try:
+        folder = open_folder(path or demo_folder(), rope_kind=args.rope_scaling)
+    except GLMError:  # loading says it, in its own words
+        return
+    longest = min(args.max_length or DEFAULT_CONTEXT, folder.config.seq_length)
+    prefix = len(folder.tokenizer.prefix_ids)
+    perplexity.fit_windows(args.window, args.stride, longest, prefix)
+    if args.compare:
+        variants.check_folder(args, folder)

@@ -1,10 +1,15 @@
 """The forms of a model that `--compare` names. Needs no jax."""
 
 import argparse
+import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from glm2_jax.errors import UsageError
 from infer.options import DTYPES, QUANTIZE
+
+if TYPE_CHECKING:
+    from convert.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,41 @@ def check(args: argparse.Namespace) -> None:
             "--compare says the dtype of all forms.",
             "Leave it out.",
         )
+
+
+def asking_for(args: argparse.Namespace, variant: Variant) -> argparse.Namespace:
+    """The flags by which one form would be opened alone."""
+    args = copy.copy(args)
+    args.dtype = variant.dtype or args.dtype
+    args.quantize = variant.quantize or args.quantize
+    if args.quantize == "none":  # --quantize-embeddings is for the other forms
+        args.quantize_embeddings = False
+    return args
+
+
+def check_folder(args: argparse.Namespace, folder: "Folder") -> None:
+    """Raises UsageError for a form that the folder cannot have, or that is there twice."""
+    from convert.folder import target_scheme
+    from glm2_jax.dtypes import dtype_name, resolve_dtype
+
+    seen: dict[object, str] = {}
+    for variant in args.compare:
+        form = asking_for(args, variant)
+        if folder.scheme is not None and form.quantize not in (None, "none"):
+            raise UsageError(
+                f"--compare: no {form.quantize} of {folder.path}",
+                f"It is quantised already ({folder.scheme.name}); once more, its weights would "
+                "only get worse.",
+                "As it is stored beside unpacked: --compare bfloat16,bfloat16:none. Or start from "
+                "the original weights.",
+            )
+        scheme = target_scheme(folder, form.quantize, form.quantize_embeddings)
+        dtype = form.dtype
+        if dtype != "auto":
+            dtype = dtype_name(resolve_dtype(dtype, num_params=folder.config.num_params))
+        other = seen.setdefault((dtype, scheme), variant.name)
+        if other != variant.name:
+            raise UsageError(
+                f"--compare: {other} and {variant.name} are the same form of this model",
+                fix="Leave one of them out.",
+            )
