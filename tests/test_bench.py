@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.folder import open_folder
+from convert.own_format import convert_folder
 from glm2_jax import GLMConfig, init_params
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
@@ -26,6 +28,7 @@ from infer.bench.ceilings import Ceilings, measure_ceilings
 from infer.bench.random_params import random_params
 from infer.bench.report import Report, as_json, markdown, render
 from infer.bench.run import Result, Shape, Variant, measure_all, work
+from infer.loading import demo_folder
 from infer.memory.plan import Precision
 from tests.toy import TOY, jit_forward, quantised_shapes, random_tokens
 
@@ -38,6 +41,11 @@ CPU = jax.devices("cpu")[0]
 def quick(monkeypatch):
     """Ceilings that were not measured: their own test measures them."""
     monkeypatch.setattr(suite, "measure_ceilings", lambda device: CEILINGS)
+
+
+@pytest.fixture
+def nothing_measured(monkeypatch):
+    monkeypatch.setattr(suite, "measure_ceilings", lambda device: pytest.fail("measures"))
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +357,7 @@ def test_what_was_stopped_says_so():
     assert as_json(nothing)["ceilings"] is None and "the rest" in markdown(nothing)
 
 
-def test_the_consumer_preset(capsys, quick):
+def test_the_consumer_preset(capsys, nothing_measured):
     assert bench.main(["--preset", "consumer"]) == 0
     text = capsys.readouterr().out
     for published in ("13.0 GB, 20 tok/s", "8.0 GB, 28 tok/s", "6.0 GB, 35 tok/s"):
@@ -376,9 +384,28 @@ def test_the_consumer_preset_with_figures():
 
 
 def test_a_picture_needs_matplotlib(monkeypatch):
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'glm2-jax\[plot\]'"):
+    def damaged(name):
+        raise ImportError(f"{name}: numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr(plot.importlib, "import_module", damaged)
+    with pytest.raises(UsageError, match=r"pip install 'glm2-jax\[plot\]'") as error:
         bench.main(["--plot", "roofline.png"])
+    assert "multiarray failed" in error.value.why
+
+
+def test_a_picture_of_nothing_is_refused_at_once(monkeypatch, nothing_measured):
+    monkeypatch.setattr(plot, "check_plot", lambda path: None)
+    with pytest.raises(UsageError, match="nothing to draw"):
+        bench.main(["--preset", "consumer", "--plot", "roofline.png"])
+
+
+def test_forms_are_checked_before_anything_is_measured(tmp_path, nothing_measured):
+    convert_folder(open_folder(demo_folder()), tmp_path / "q8", quantize="int8")
+    argv = ["--model", str(tmp_path / "q8"), "--quantize", "none,int8", "--device", "cpu"]
+    with pytest.raises(UsageError, match="quantised already"):
+        bench.main(argv)
+    with pytest.raises(CheckpointError):
+        bench.main(["--model", str(tmp_path), "--device", "cpu"])
 
 
 def test_the_picture(tmp_path):

@@ -17,6 +17,7 @@ from infer.memory.plan import Plan, Precision, flags, make_plan, rate_bound
 MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
 PROMPT = ANSWER = 2048  # tokens
+UNMEASURED = "no accelerator here; --device cpu measures the processor"
 CHUNK = 512  # of --prefill-chunk: a card that is full has no room to read more at once
 ABOUT = (
     f"planned is the peak of weights, cache and temporaries for a prompt of {PROMPT} tokens and an "

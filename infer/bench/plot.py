@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 
 from glm2_jax.errors import InputError, UsageError
@@ -16,10 +16,15 @@ def check_plot(path: str) -> None:
     """Before anything is measured: whether a picture can be drawn, of this kind.
 
     Raises:
-      UsageError: matplotlib is not installed, or `path` ends in nothing that is a picture.
+      UsageError: matplotlib is not installed or cannot be imported, or `path` ends in nothing
+        that is a picture.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed.", fix=f"Do: {INSTALL}")
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise UsageError(
+            "--plot needs matplotlib, which cannot be imported.", str(error), f"Do: {INSTALL}"
+        ) from error
     if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path}: not the name of a picture.", "Known: .png, .svg, .pdf.")
 

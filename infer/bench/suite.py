@@ -20,6 +20,7 @@ import jax
 
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, human_size, note, version
+from convert.folder import open_folder, target_scheme
 from glm2_jax import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import UsageError
@@ -32,7 +33,7 @@ from infer.bench.peer import Peer, PeerError, missing
 from infer.bench.random_params import random_params
 from infer.bench.report import Report, as_json, markdown, render, variant_name, what
 from infer.bench.run import Result, Shape, Variant, measure_all
-from infer.loading import faster_layers, find_device, load
+from infer.loading import demo_folder, faster_layers, find_device, load
 
 PROG = "python -m infer.bench"
 _BITS = {"float32": 32, "none": 16, "int8": 8, "int4": 4}
@@ -52,27 +53,39 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.preset:
         consumer.apply(args)
     device = find_device(args.device)
+    measuring = not args.preset or consumer.wanted(args, device.platform)
+    if args.plot and not measuring:
+        raise UsageError(
+            "--plot: nothing will be measured, so there is nothing to draw.",
+            consumer.UNMEASURED,
+            "Leave --plot out, or add --device cpu.",
+        )
     subject = Subject(args, device)
+    subject.check_forms(args.quantize or ())
     report = Report(about(args, argv, device, subject))
-    if args.preset and not consumer.wanted(args, device.platform):
-        report.unmeasured.append("no accelerator here; --device cpu measures the processor")
-        args.dtypes = ()
     output = _Output(args, report)
     with interrupt.always(output):
-        note(f"measuring what {device.device_kind} can do at most ...")
-        report.ceilings = measure_ceilings(device)
-        with contextlib.ExitStack() as stack:
-            peer = _open_peer(args, device, report, stack)
-            for result in _results(args, subject, peer, report):
-                report.results.append(result)
-                note(_line(result))
-        # Once more: a share of more than 100 per cent would only say that the machine was busy.
-        report.ceilings = report.ceilings.better(measure_ceilings(device))
-        report.about["load average"] += f", {_load()} at the end"
+        if measuring:
+            _measure(args, device, subject, report)
+        else:
+            report.unmeasured.append(consumer.UNMEASURED)
         report.complete = True
     if args.plot:
         plot.draw(report, args.plot)
     return EXIT_DEVICE if any(not result.seconds for result in report.results) else 0
+
+
+def _measure(args: argparse.Namespace, device: Any, subject: Subject, report: Report) -> None:
+    note(f"measuring what {device.device_kind} can do at most ...")
+    report.ceilings = measure_ceilings(device)
+    with contextlib.ExitStack() as stack:
+        peer = _open_peer(args, device, report, stack)
+        for result in _results(args, subject, peer, report):
+            report.results.append(result)
+            note(_line(result))
+    # Once more: a share of more than 100 per cent would only say that the machine was busy.
+    report.ceilings = report.ceilings.better(measure_ceilings(device))
+    report.about["load average"] += f", {_load()} at the end"
 
 
 class Subject:
@@ -97,6 +110,22 @@ class Subject:
             options.say_which_model(args)
             self.folder = options.model_folder(args)
             self.name = "demo (bundled)" if self.folder is None else Path(self.folder).name
+
+    def check_forms(self, forms: Sequence[str]) -> None:
+        """Before anything is measured: whether the model can be had in these forms.
+
+        Raises:
+          UsageError: it is quantised already. CheckpointError: it cannot be opened.
+        """
+        if self.args.random:
+            return
+        found = open_folder(
+            self.folder or demo_folder(),
+            rope_kind=self.args.rope_scaling,
+            template=self.args.template,
+        )
+        for quantize in forms:
+            target_scheme(found, quantize)
 
     def open(self, dtype: str, quantize: str | None, layers: str) -> tuple[Variant, Any]:
         """The parameters in a form, and what became of it."""
