@@ -160,7 +160,8 @@ def _check_dry_run_flags(args: argparse.Namespace) -> None:
         )
     if args.device in CARDS:
         raise UsageError(
-            f"--device {args.device} goes with --dry-run", fix="To compute, take auto, gpu or tpu."
+            f"--device {args.device} goes with --dry-run",
+            fix="To compute, take auto, cpu, gpu or tpu.",
         )
 
 

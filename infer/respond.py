@@ -242,13 +242,18 @@ def print_stats(stats: Stats) -> None:
     note(f"first token  {stats.first_token_s:8.3f} s")
     note(f"prefill      {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s")
     note(f"decode       {stats.decode_tokens} tokens, {stats.decode_rate:.1f} tokens/s")
+    note_speculation(stats)
+    note(f"peak memory  {peak_memory()}")
+
+
+def note_speculation(stats: Stats) -> None:
+    """What came of the drafts, where there were some."""
     if stats.passes:
         accepted, drafted = stats.accepted_tokens, stats.drafted_tokens
         note(
             f"speculation  {accepted} of {drafted} drafted tokens accepted, "
             f"{stats.decode_tokens / stats.passes:.2f} tokens a pass"
         )
-    note(f"peak memory  {peak_memory()}")
 
 
 def _programs(stats: Stats) -> str:

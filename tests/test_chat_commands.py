@@ -179,6 +179,10 @@ def test_stats(conversation, capsys):
     used = len(conversation.turns[0].ids)
     shown = command(conversation, "/stats", capsys)
     assert f"{used} of 256, room left {256 - used}" in shown and "reused" in shown
+    assert "speculation" not in shown
+    assert conversation.total is not None
+    conversation.total.passes, conversation.total.drafted_tokens = 2, 8
+    assert "speculation  0 of 8 drafted tokens accepted" in command(conversation, "/stats", capsys)
 
 
 def test_saved_and_loaded(conversation, warm, tmp_path, capsys):

@@ -13,7 +13,7 @@ from glm2_jax.errors import InputError
 from infer.chat import files
 from infer.conversation import Conversation
 from infer.params import SamplingParams
-from infer.respond import peak_memory
+from infer.respond import note_speculation, peak_memory
 
 HELP = """\
 clear               forget the conversation and clear the screen
@@ -159,6 +159,7 @@ def _stats(conversation: Conversation, argument: str) -> None:
         read, reused = stats.prefill_tokens, stats.reused_tokens
         note(f"prompts      {read} tokens read, {reused} reused, {stats.prefill_rate:.1f} tokens/s")
         note(f"answers      {stats.decode_rate:.1f} tokens/s")
+        note_speculation(stats)
         note(f"compile      {stats.compile_s:.2f} s")
     note(f"peak memory  {peak_memory()}")
 
