@@ -67,7 +67,7 @@ def save_checkpoint(
     """
     _require_plain(params)
     check_fit(config, tokenizer, template or config.default_template, asked=template is not None)
-    kind = _float_dtype(dtype or np.dtype(params["final_norm"].dtype).name)
+    kind = float_dtype(dtype or np.dtype(params["final_norm"].dtype).name)
     leaves = {part.path: _leaf(params, part, config) for part in PARTS}
     entries = [
         _array_entry(own_name(part.path, layer), leaves[part.path], layer, kind, part.shape(config))
@@ -110,7 +110,7 @@ def convert_folder(
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
     """
-    kind = _float_dtype(dtype or source.float_dtype)
+    kind = float_dtype(dtype or source.float_dtype)
     scheme = target_scheme(source, quantize, quantize_embeddings)
     manifest = Manifest(
         source=os.fsencode(source.path).decode(errors="replace"),
@@ -134,7 +134,7 @@ def size_of_conversion(
     quantize_embeddings: bool = False,
 ) -> int:
     """Bytes of weights that `convert_folder` would write; it has the same arguments and errors."""
-    kind = _float_dtype(dtype or source.float_dtype)
+    kind = float_dtype(dtype or source.float_dtype)
     scheme = target_scheme(source, quantize, quantize_embeddings)
     return sum(entry.nbytes for entry in _stored_entries(source, kind, scheme))
 
@@ -166,7 +166,7 @@ def _write(
     return manifest
 
 
-def _float_dtype(name: str) -> np.dtype:
+def float_dtype(name: str) -> np.dtype:
     """The type to store; nothing of the model needs float64, which becomes float32."""
     return resolve_dtype("float32" if name == "float64" else name, num_params=0)
 
