@@ -135,8 +135,8 @@ def _published_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("partial_rotary_factor", 0.5) != 0.5:
         raise _unsupported("partial_rotary_factor", rope["partial_rotary_factor"], "0.5")
     theta = rope.get("rope_theta", _THETA)
-    if isinstance(theta, bool) or not isinstance(theta, int | float):
-        raise _unsupported("rope_theta", theta, "a number")
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e30:
+        raise _unsupported("rope_theta", theta, "a number above 0 that float32 can hold")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":  # at the published base nothing is scaled, whatever the family would do
         return {"rope_ratio": theta / _THETA, "rope_kind": "base"} if theta != _THETA else {}

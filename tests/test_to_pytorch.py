@@ -1,9 +1,11 @@
 """`convert.to_pytorch` without PyTorch: the official layout, the command, and what is refused."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -11,15 +13,18 @@ import jax
 import numpy as np
 import pytest
 from flax.core import FrozenDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from convert import cli, export, export_folder, load_checkpoint, open_folder, to_pytorch
 from convert.adapter import Adapter, save_adapter
 from convert.folder import Folder
+from convert.glm_layout import published_keys
 from convert.names import GLM, INV_FREQ, PARTS, PUBLISHED, Match
 from convert.own_format import convert_folder
 from convert.shards import open_weights
 from convert.stored import StoredTensor
-from glm2_jax import PRESETS, CheckpointError, InputError, UsageError
+from glm2_jax import PRESETS, CheckpointError, GLMConfig, InputError, UsageError
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
 from tests.checkpoints import TINY, names, random_params, save, tiny_config, write_official
 from tests.shared_data import shared_path
@@ -216,6 +221,17 @@ def test_the_command(tmp_path, capsys):
     assert open_folder(tmp_path / "c").stored_dtype == "float16"
 
 
+def test_what_the_new_folder_does_not_keep_is_said(tmp_path, capsys):
+    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    source = write_official(tmp_path / "a", tiny_config(rope_table_dtype="reference"))
+    assert run(source, tmp_path / "b", "--layout", "glm", "--dtype", "bfloat16") == 0
+    err = capsys.readouterr().err
+    assert "rotary tables" in err and "stored in float16; written as bfloat16" in err
+    assert run(source, tmp_path / "c", "--layout", "chatglm") == 0
+    err = capsys.readouterr().err
+    assert "rotary tables" not in err and "written as" not in err
+
+
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
     source = write_official(tmp_path / "a")
     assert run(source, tmp_path / "b", "--layout", "chatglm", "--dry-run") == 0
@@ -312,6 +328,8 @@ def native_folder(folder, **changes):
         ({"partial_rotary_factor": 1.0}, "partial_rotary_factor = 1.0"),
         ({"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor = 1.0"),
         ({"rope_theta": "much"}, "rope_theta = 'much'"),
+        ({"rope_theta": 10**400}, "rope_theta = 1000"),
+        ({"rope_theta": 0}, "rope_theta = 0"),
         ({"rope_parameters": 5}, "rope_parameters = 5"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5}, "linear"),
@@ -326,6 +344,56 @@ def test_an_hf_native_configuration_that_is_not_ours(tmp_path, changes, reason):
     with pytest.raises(CheckpointError) as caught:
         open_folder(native_folder(tmp_path, **changes))
     assert reason in str(caught.value)
+
+
+JUNK = (None, True, -1, 0, 10**400, 1e308, float("nan"), "", "x" * 999, [], [1], {}, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [*NATIVE, "rope_parameters", "rope_scaling", "eos_token_id", "pad_token_id", "family",
+     "hidden_act", "tie_word_embeddings", "attention_dropout", "_name_or_path"],
+)  # fmt: skip
+def test_junk_in_an_hf_native_configuration(key):
+    """Whatever a key holds: a configuration, or an error that says why there is none."""
+    nested = [{"rope_type": x, "factor": x, "rope_theta": x} for x in JUNK]
+    for value in (*JUNK, *nested):
+        try:
+            assert GLMConfig.from_hf(published_keys(NATIVE | {key: value}))
+        except CheckpointError as error:
+            assert len(str(error)) < 1000
+
+
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(
+    kv_heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([4, 8, 12]),
+    hidden=st.integers(1, 40),
+    ffn=st.integers(1, 40),
+    layers=st.integers(1, 3),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    shard=st.integers(1, 100_000),
+)
+def test_any_shape_goes_round_unchanged(kv_heads, head_dim, hidden, ffn, layers, dtype, shard):
+    """Official, ours, HF-native, official again: the same bits under the same names."""
+    config = tiny_config(
+        num_kv_heads=kv_heads, head_dim=head_dim, hidden_size=hidden, ffn_hidden_size=ffn,
+        num_layers=layers,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_official(folder / "a", config, dtype=dtype)
+        convert_folder(open_folder(source), folder / "own", max_shard_size=shard)
+        last = folder / "own"
+        if importlib.util.find_spec("tokenizers"):
+            last = folder / "glm"
+            export_folder(open_folder(folder / "own"), last, layout="glm", max_shard_size=shard)
+        export_folder(open_folder(last), folder / "b", layout="chatglm", max_shard_size=shard)
+        before, after = tensors(source), tensors(folder / "b")
+        assert before.keys() == after.keys()
+        for tensor in before.keys() - {INV_FREQ}:
+            assert after[tensor][0] == before[tensor][0]
+            assert after[tensor][1].tobytes() == before[tensor][1].tobytes(), tensor
 
 
 @pytest.mark.parametrize("style", ["rope_parameters", "older keys"])

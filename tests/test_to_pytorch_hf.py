@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from convert import load_checkpoint
 from convert.export import export_folder
@@ -76,6 +80,26 @@ def test_our_folder_becomes_theirs_and_comes_back(tmp_path, changes):
     assert back.config == dataclasses.replace(config, rope_kind=back.config.rope_kind)
     assert config.rope_ratio == 1 or back.config.rope_kind == config.rope_kind
     jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
+
+
+@settings(max_examples=4, derandomize=True, deadline=None)
+@given(
+    kv_heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([4, 8, 12]),
+    hidden=st.integers(8, 40),
+    ffn=st.integers(3, 25).map(lambda half: 2 * half + 1),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+)
+def test_any_shape(kv_heads, head_dim, hidden, ffn, dtype):
+    config = tiny_config(
+        num_kv_heads=kv_heads, head_dim=head_dim, hidden_size=hidden, ffn_hidden_size=ffn,
+        num_layers=1,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        source = write_official(Path(name) / "official", config, dtype=dtype)
+        native = export(source, Path(name) / "glm", max_shard_size=20_000)
+        assert_same_model(native, source)
+        assert_same_model(native, native)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -166,3 +190,11 @@ def test_the_generation_settings(tmp_path):
     roles = [tokenizer.special[name] for name in ("<|user|>", "<|observation|>")]
     assert found.eos_token_id == [2, *roles]
     assert (found.pad_token_id, found.max_length) == (0, 128)
+
+
+def test_the_example_of_the_docs(tmp_path, capsys):
+    text = (Path(__file__).parents[1] / "docs/interchange.md").read_text(encoding="utf-8")
+    save(tmp_path / "own")
+    native = export(tmp_path / "own", tmp_path / "glm")
+    exec(text.partition("```python\n")[2].partition("```")[0], {"DST": str(native)})
+    assert "你好" in capsys.readouterr().out  # the prompt, and whatever follows it
