@@ -15,14 +15,12 @@ from convert.destination import new_checkpoint
 from convert.folder import Folder
 from convert.glm_layout import generation_config, native_config
 from convert.hf_tokenizer import tokenizer_files
-from convert.merging import Update, update_of
-from convert.names import GLM, INV_FREQ, PUBLISHED, Match, Part, Rule
+from convert.merging import float_chunks
+from convert.names import GLM, INV_FREQ, PUBLISHED, Match, Rule
 from convert.own_format import DEFAULT_SHARD_SIZE, float_dtype
-from convert.stored import reading
-from convert.values import Values, all_finite, cast
 from convert.writer import Entry, write_file, write_shards
 from glm2_jax.config import GLMConfig
-from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA
 from glm2_jax.prompt import stop_ids
 
@@ -113,33 +111,9 @@ def _entry(
 ) -> Entry:
     def chunks() -> Iterator[np.ndarray]:
         for part in rule.parts:
-            place = places[part.path, layer]
-            yield from _part(source, part, place, dtype, update_of(lora, part.path, layer))
+            yield from float_chunks(source, part, places[part.path, layer], dtype, lora)
 
     return Entry(rule.full_name(layer), rule.shape(source.config), dtype, chunks)
-
-
-def _part(
-    source: Folder,
-    part: Part,
-    place: tuple[Match, int, int],
-    dtype: np.dtype,
-    update: Update | None,
-) -> Iterator[np.ndarray]:
-    match, start, stop = place
-    with reading(match.tensor.file):  # else an error would be taken for one of the writing
-        for begin, chunk in Values(match, source.config, source.scheme).chunks(start, stop):
-            if update is None:
-                yield cast(chunk, dtype, match.name)
-                continue
-            merged = cast(update(begin - start, chunk), dtype, match.name)
-            if not all_finite(merged):
-                raise CheckpointError(
-                    f"{match.name} and the adapter together give NaN or infinity.",
-                    f"The sum for {part.path[-1]} is larger than {dtype.name} can hold.",
-                    "Check the adapter's lora_alpha, or take one that was trained on this model.",
-                )
-            yield merged
 
 
 def _frequencies(config: GLMConfig, dtype: np.dtype) -> Entry:
