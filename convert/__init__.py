@@ -1,4 +1,4 @@
-"""Checkpoint folders in and out: official ones are read, our own format is read and written.
+"""Checkpoint folders in and out: official and HF-native ones and our own, read and written.
 
 Names are imported when they are first used, so that `--help` does not wait for jax.
 """
@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convert.export import export_folder
+    from convert.folder import open_folder
     from convert.loader import Checkpoint, CheckpointSummary, load_checkpoint
     from convert.manifest import verify_checkpoint
     from convert.own_format import save_checkpoint
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "CheckpointSummary",
+    "export_folder",
     "load_checkpoint",
+    "open_folder",
     "save_checkpoint",
     "verify_checkpoint",
 ]
@@ -22,7 +26,9 @@ __all__ = [
 _MODULES = {
     "Checkpoint": "loader",
     "CheckpointSummary": "loader",
+    "export_folder": "export",
     "load_checkpoint": "loader",
+    "open_folder": "folder",
     "save_checkpoint": "own_format",
     "verify_checkpoint": "manifest",
 }

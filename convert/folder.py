@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from convert.glm_layout import MODEL_TYPE, published_keys
 from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
-from convert.names import FINAL_NORM, OWN, PUBLISHED, Match, match_tensors
+from convert.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, open_weights, read_json
 from convert.stored import reading
 from glm2_jax.config import ROPE_KINDS, GLMConfig, shorten
@@ -27,7 +28,7 @@ class Folder:
 
     Attributes:
         path: the folder.
-        layout: "own", "official", "official int4", ...
+        layout: "own", "official", "HF-native glm", "official int4", ...
         config: the architecture.
         tokenizer: its tokenizer.
         template: prompt template.
@@ -72,7 +73,7 @@ def open_folder(
     """Recognises a checkpoint folder and matches its tensors.
 
     Args:
-        path: a folder, official (`.bin` or safetensors) or written by this project.
+        path: a folder, official (`.bin` or safetensors), HF-native, or written by this project.
         rope_kind: "linear" or "base", where the folder does not tell what `rope_ratio` means.
         template: a prompt template instead of the family's.
 
@@ -112,11 +113,13 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
             "Its tensors have the names of this project's own format, of which that is a part.",
             "Copy the file, too, or convert the source again.",
         )
-    rules = PUBLISHED if manifest is None else OWN
+    layout, rules = ("HF-native glm", GLM) if _is_native(raw) else ("official", PUBLISHED)
+    if manifest is not None:
+        layout, rules = "own", OWN
     matches = match_tensors(config, weights.tensors, rules, scheme)
     return Folder(
         path=folder,
-        layout=("own" if manifest else "official") + (f" int{scheme.bits}" if scheme else ""),
+        layout=layout + (f" int{scheme.bits}" if scheme else ""),
         config=config,
         tokenizer=tokenizer,
         template=chosen,
@@ -158,15 +161,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     )
 
 
+def _is_native(raw: dict[str, Any]) -> bool:
+    return raw.get("model_type") == MODEL_TYPE
+
+
 def _configure(
     folder: Path, raw: dict[str, Any], rope_kind: str | None, manifest: Manifest | None
 ) -> GLMConfig:
-    if raw.get("model_type") == "glm":
-        raise CheckpointError(
-            f"{folder} has the HF-native layout (model_type 'glm').",
-            "That layout is not supported yet.",
-            "Use the official folder of the same model (model_type 'chatglm').",
-        )
+    if _is_native(raw):
+        raw = published_keys(raw)
     tokenizer_config = folder / "tokenizer_config.json"
     asked = manifest is None and tokenizer_config.exists()  # our own config.json tells all
     extra = read_json(tokenizer_config) if asked else None

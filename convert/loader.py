@@ -23,7 +23,7 @@ class CheckpointSummary:
     """What was found and what became of it.
 
     Attributes:
-        layout: "own", "official", "official int4" or "official int8".
+        layout: "own", "official", "official int4", "official int8" or "HF-native glm".
         family: "chatglm2", "chatglm3" or "codegeex2".
         stored_dtype: type of most of the stored weights.
         dtype: type of the parameters in memory, and of the activations.
@@ -79,7 +79,7 @@ def load_checkpoint(
     device: Any = None,
     progress: Progress = lambda done, total: None,
 ) -> Checkpoint:
-    """Opens a checkpoint folder: official (`.bin`, safetensors, int4, int8) or our own.
+    """Opens a checkpoint folder: official (`.bin`, safetensors, int4, int8), HF-native or our own.
 
     Peak memory beyond the parameters themselves is a few chunks of a few megabytes; mapped pages
     of the files do not count. Every number is checked for NaN and infinity on the way.

@@ -165,14 +165,55 @@ def own_name(path: tuple[str, ...], layer: int | str | None = _LAYER) -> str:
 OWN: tuple[Rule, ...] = tuple(Rule(own_name(p.path), p.shape, (p,), p.column_axes) for p in PARTS)
 """The tensors of our own folders."""
 
+_GLM_BLOCK = "model.layers.{layer}."
+
+
+def _projection(name: str, weight: Part, bias: Part) -> tuple[Rule, Rule]:
+    """A product that gives heads; its rows are stored without the axis of those."""
+    stem = f"{_GLM_BLOCK}self_attn.{name}_proj."
+    return (
+        Rule(
+            stem + "weight",
+            lambda c: (math.prod(weight.shape(c)[:-1]), c.hidden_size),
+            (weight,),
+        ),
+        Rule(stem + "bias", lambda c: (math.prod(bias.shape(c)),), (bias,)),
+    )
+
+
+GLM: tuple[Rule, ...] = (
+    Rule("model.embed_tokens.weight", EMBED.shape, (EMBED,)),
+    Rule(_GLM_BLOCK + "input_layernorm.weight", ATTN_NORM.shape, (ATTN_NORM,)),
+    *_projection("q", Q, Q_BIAS),
+    *_projection("k", K, K_BIAS),
+    *_projection("v", V, V_BIAS),
+    Rule(
+        _GLM_BLOCK + "self_attn.o_proj.weight",
+        lambda c: (c.hidden_size, c.num_heads * c.head_dim),
+        (O,),
+    ),
+    Rule(_GLM_BLOCK + "post_attention_layernorm.weight", MLP_NORM.shape, (MLP_NORM,)),
+    Rule(
+        _GLM_BLOCK + "mlp.gate_up_proj.weight",
+        lambda c: (2 * c.ffn_hidden_size, c.hidden_size),
+        (GATE_UP,),
+    ),
+    Rule(_GLM_BLOCK + "mlp.down_proj.weight", DOWN.shape, (DOWN,)),
+    Rule("model.norm.weight", FINAL_NORM.shape, (FINAL_NORM,)),
+    Rule("lm_head.weight", HEAD.shape, (HEAD,)),
+)
+"""The tensors of HF-native folders: `GlmForCausalLM` of transformers. Its rotary pairs are
+interleaved as the published ones are, so that no row changes its place."""
+
 # The rotary frequencies are computed from the configuration; the reference ignores them, too.
-_DROPPED = {"transformer.rotary_pos_emb.inv_freq"}
+INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+_DROPPED = {INV_FREQ}
 
 _KNOWN_FOREIGN: tuple[tuple[str, str], ...] = (
     (r"prefix_encoder\.", "a P-Tuning prefix, which is not supported yet"),
     (r"lora_[AB]\.", "a LoRA adapter, which is given apart from its base, as --adapter"),
     (r"classifier_head\.", "a classification head, which is not supported"),
-    (r"^model\.layers\.", "the HF-native names of the glm classes, which are not supported yet"),
+    (r"^model\.layers\.", "an HF-native name, but config.json has not the model_type 'glm'"),
 )
 
 
@@ -201,7 +242,7 @@ def match_tensors(
     Args:
         config: gives the shapes and the number of layers.
         tensors: what the folder holds.
-        rules: `PUBLISHED` or `OWN`.
+        rules: `PUBLISHED`, `GLM` or `OWN`.
         scheme: how the folder's matrices are quantised.
 
     Returns:

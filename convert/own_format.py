@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.adapter import Adapter
 from convert.destination import new_checkpoint
 from convert.folder import Folder, check_fit, target_scheme
 from convert.manifest import MANIFEST, FileEntry, Manifest
+from convert.merging import float_chunks
 from convert.names import PARTS, SCALE, Match, Part, own_name
 from convert.stored import reading
 from convert.values import CHUNK_ELEMENTS, Values, all_finite, cast
@@ -67,7 +69,7 @@ def save_checkpoint(
     """
     _require_plain(params)
     check_fit(config, tokenizer, template or config.default_template, asked=template is not None)
-    kind = _float_dtype(dtype or np.dtype(params["final_norm"].dtype).name)
+    kind = float_dtype(dtype or np.dtype(params["final_norm"].dtype).name)
     leaves = {part.path: _leaf(params, part, config) for part in PARTS}
     entries = [
         _array_entry(own_name(part.path, layer), leaves[part.path], layer, kind, part.shape(config))
@@ -94,6 +96,8 @@ def convert_folder(
     dtype: str | None = None,
     quantize: str | None = None,
     quantize_embeddings: bool = False,
+    adapter: Adapter | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress = lambda done, total: None,
@@ -106,23 +110,27 @@ def convert_folder(
         dtype: of what is not quantised; None keeps the stored type.
         quantize: as in `convert.load_checkpoint`, and so is `quantize_embeddings`.
         quantize_embeddings: see there.
+        adapter: merged in float32, before the cast; not into weights that are written quantised.
+        check: called with the complete folder before it gets its name; raises if it must not.
         overwrite: as in `save_checkpoint`, and so are the rest and the errors.
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
     """
     kind, scheme = form_of_conversion(source, dtype, quantize, quantize_embeddings)
+    origin = str(source.path) if adapter is None else f"{source.path} + {adapter.source}"
     manifest = Manifest(
-        source=os.fsencode(source.path).decode(errors="replace"),
+        source=os.fsencode(origin).decode(errors="replace"),
         dtype=kind.name,
         rope_kind=source.config.rope_kind,
         template=source.template,
         files={},
         quantisation=None if scheme is None else scheme.name,
     )
-    entries = _stored_entries(source, kind, scheme)
+    entries = _stored_entries(source, kind, scheme, adapter)
     return _write(
         destination, source.config, source.tokenizer.model_bytes, entries, manifest,
-        source=source.path, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
+        source=source.path, check=check, overwrite=overwrite, max_shard_size=max_shard_size,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -137,7 +145,7 @@ def form_of_conversion(
     Returns:
         The type of what is not quantised, and how the rest is.
     """
-    kind = _float_dtype(dtype or source.float_dtype)
+    kind = float_dtype(dtype or source.float_dtype)
     return kind, target_scheme(source, quantize, quantize_embeddings)
 
 
@@ -146,10 +154,11 @@ def size_of_conversion(
     dtype: str | None,
     quantize: str | None = None,
     quantize_embeddings: bool = False,
+    adapter: Adapter | None = None,
 ) -> int:
     """Bytes of weights that `convert_folder` would write; it has the same arguments and errors."""
     kind, scheme = form_of_conversion(source, dtype, quantize, quantize_embeddings)
-    return sum(entry.nbytes for entry in _stored_entries(source, kind, scheme))
+    return sum(entry.nbytes for entry in _stored_entries(source, kind, scheme, adapter))
 
 
 def _write(
@@ -160,6 +169,7 @@ def _write(
     manifest: Manifest,
     *,
     source: Path | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
     overwrite: bool,
     max_shard_size: int,
     progress: Progress,
@@ -176,35 +186,42 @@ def _write(
         }
         manifest.files.update(files)
         write_file(temporary / MANIFEST, manifest.to_json().encode())
+        check(temporary)
     return manifest
 
 
-def _float_dtype(name: str) -> np.dtype:
+def float_dtype(name: str) -> np.dtype:
     """The type to store; nothing of the model needs float64, which becomes float32."""
     return resolve_dtype("float32" if name == "float64" else name, num_params=0)
 
 
-def _stored_entries(source: Folder, dtype: np.dtype, scheme: Scheme | None) -> list[Entry]:
+def _stored_entries(
+    source: Folder, dtype: np.dtype, scheme: Scheme | None, adapter: Adapter | None
+) -> list[Entry]:
     """What to write, in the order of the source's files, so that disks read forwards."""
+    if adapter is not None and scheme is not None:
+        raise UsageError(
+            f"An adapter cannot be merged into what is written quantised ({scheme.name}).",
+            "They would be rounded once more, which can lose what the adapter adds.",
+            'Use --dequantize (quantize="none"), or merge into the original weights.',
+        )
+    lora = None if adapter is None else adapter.lora
     entries = []
     for match in source.matches:
         for part, start, stop in match.rule.ranges(source.config):
             if scheme is not None and part.quantised(scheme):
                 entries += _quantised_entries(source, match, part, start, stop, scheme)
             else:
-                entries.append(_float_entry(source, match, part, start, stop, dtype))
+                place = (match, start, stop)
+                entries.append(
+                    Entry(
+                        own_name(part.path, match.layer),
+                        part.shape(source.config),
+                        dtype,
+                        functools.partial(float_chunks, source, part, place, dtype, lora),
+                    )
+                )
     return entries
-
-
-def _float_entry(
-    source: Folder, match: Match, part: Part, start: int, stop: int, dtype: np.dtype
-) -> Entry:
-    def chunks() -> Iterator[np.ndarray]:
-        with reading(match.tensor.file):  # else an error would be taken for one of the writing
-            for _, chunk in Values(match, source.config, source.scheme).chunks(start, stop):
-                yield cast(chunk, dtype, match.name)
-
-    return Entry(own_name(part.path, match.layer), part.shape(source.config), dtype, chunks)
 
 
 def _quantised_entries(

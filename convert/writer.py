@@ -87,6 +87,8 @@ def write_shards(
     entries: Sequence[Entry],
     max_shard_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    framework: str = "np",
 ) -> dict[str, FileEntry]:
     """Writes tensors as one file, or as shards with an index.
 
@@ -95,6 +97,7 @@ def write_shards(
         entries: the tensors, in the order they are written.
         max_shard_size: bytes; a single larger tensor gets a shard of its own.
         progress: called with the bytes written and to write.
+        framework: whose tensors the files say they hold; transformers wants "pt".
 
     Returns:
         file name -> size and sum.
@@ -104,7 +107,7 @@ def write_shards(
     done, files = 0, {}
     for name, shard in shards.items():
         with HashingFile(folder / name) as file:
-            file.write(_header(shard))
+            file.write(_header(shard, framework))
             for entry in shard:
                 for data in entry.byte_chunks():
                     file.write(data)
@@ -146,7 +149,7 @@ def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
     return json.dumps(index, indent=2).encode()
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
+def _header(entries: Sequence[Entry], framework: str) -> bytes:
     table, position = {}, 0
     for entry in entries:
         end = position + entry.nbytes
@@ -157,6 +160,6 @@ def _header(entries: Sequence[Entry]) -> bytes:
             "data_offsets": [position, end],
         }
         position = end
-    text = json.dumps({"__metadata__": {"format": "np"}, **table}).encode()
+    text = json.dumps({"__metadata__": {"format": framework}, **table}).encode()
     text += b" " * (-(len(text) + 8) % _HEADER_MULTIPLE)
     return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,143 @@
+"""Writes checkpoint folders for the PyTorch world, from any folder that `open_folder` opens.
+
+"glm" is the HF-native layout, `GlmForCausalLM`, which transformers loads without remote code;
+"chatglm" has the names and the configuration of the official repositories.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.destination import new_checkpoint
+from convert.folder import Folder
+from convert.glm_layout import generation_config, native_config
+from convert.hf_tokenizer import tokenizer_files
+from convert.merging import float_chunks
+from convert.names import GLM, INV_FREQ, PUBLISHED, Match, Rule
+from convert.own_format import DEFAULT_SHARD_SIZE, float_dtype
+from convert.writer import Entry, write_file, write_shards
+from glm2_jax.config import GLMConfig
+from glm2_jax.errors import UsageError
+from glm2_jax.lora import LoRA
+from glm2_jax.prompt import stop_ids
+
+LAYOUTS = ("glm", "chatglm")
+
+# What the official configurations say beside the keys that `GLMConfig` knows.
+_OFFICIAL = {
+    "apply_query_key_layer_scaling": True,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "use_cache": True,
+}
+
+Progress = Callable[[int, int], None]
+Places = Mapping[tuple[tuple[str, ...], int | None], tuple[Match, int, int]]
+
+
+def export_folder(
+    source: Folder,
+    destination: str | Path,
+    *,
+    layout: str,
+    dtype: str | None = None,
+    lora: LoRA | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Writes an opened folder in another layout, chunk by chunk: complete, or not at all.
+
+    Quantised matrices are dequantised, an adapter is added in float32 before the cast to `dtype`.
+
+    Args:
+        source: what `open_folder` gives.
+        destination: the new folder; it must not exist, or be empty.
+        layout: one of `LAYOUTS`.
+        dtype: "float32", "bfloat16" or "float16"; None keeps the type of the source.
+        lora: an adapter to merge.
+        max_shard_size: bytes of one weight file.
+        progress: called with the bytes written and to write.
+
+    Raises:
+        UsageError: the destination exists, an unknown layout or dtype, or a model that the layout
+            cannot describe.
+        CheckpointError: NaN or infinity, a number too large for float16, or a tokenizer that the
+            layout cannot describe.
+        InputError: no space, or the folder cannot be written. Nothing is left behind.
+    """
+    entries = export_entries(source, layout, dtype, lora)
+    files = _small_files(source, layout, entries[0].dtype.name)
+    needed = sum(entry.nbytes for entry in entries) + sum(map(len, files.values()))
+    with new_checkpoint(destination, needed=needed, source=source.path) as temporary:
+        for name, data in files.items():
+            write_file(temporary / name, data)
+        write_shards(temporary, entries, max_shard_size, progress, framework="pt")
+
+
+def export_entries(
+    source: Folder, layout: str, dtype: str | None = None, lora: LoRA | None = None
+) -> list[Entry]:
+    """The tensors that `export_folder` writes; it has the same arguments and errors.
+
+    They come in the order of the source's files, so that disks read forwards.
+    """
+    if layout not in LAYOUTS:
+        raise UsageError(f"unknown layout {layout!r}.", f"Known: {', '.join(LAYOUTS)}.")
+    kind = float_dtype(dtype or source.float_dtype)
+    rules = {"glm": GLM, "chatglm": PUBLISHED}[layout]
+    rule_of = {part.path: rule for rule in rules for part in rule.parts}
+    places: Places = {
+        (part.path, match.layer): (match, start, stop)
+        for match in source.matches
+        for part, start, stop in match.rule.ranges(source.config)
+    }
+    wanted = dict.fromkeys((rule_of[path], layer) for path, layer in places)
+    entries = [_entry(source, rule, layer, places, kind, lora) for rule, layer in wanted]
+    if layout == "chatglm":
+        entries.insert(1, _frequencies(source.config, kind))
+    return entries
+
+
+def _entry(
+    source: Folder,
+    rule: Rule,
+    layer: int | None,
+    places: Places,
+    dtype: np.dtype,
+    lora: LoRA | None,
+) -> Entry:
+    def chunks() -> Iterator[np.ndarray]:
+        for part in rule.parts:
+            yield from float_chunks(source, part, places[part.path, layer], dtype, lora)
+
+    return Entry(rule.full_name(layer), rule.shape(source.config), dtype, chunks)
+
+
+def _frequencies(config: GLMConfig, dtype: np.dtype) -> Entry:
+    """The buffer that the official files hold and that no code reads: computed anew, step by step
+    in the type of the weights, as the published class does."""
+    rotated = config.head_dim // 2
+    exponents = np.arange(0, rotated, 2).astype(dtype) / dtype.type(rotated)
+    frequencies = dtype.type(1) / np.power(dtype.type(config.rope_base), exponents)
+    return Entry(INV_FREQ, frequencies.shape, dtype, lambda: iter([frequencies.astype(dtype)]))
+
+
+def _small_files(source: Folder, layout: str, dtype: str) -> dict[str, bytes]:
+    """Everything but the weights: name -> content."""
+    config, tokenizer = source.config, source.tokenizer
+    if layout == "chatglm":
+        official = config.to_hf() | _OFFICIAL | {"torch_dtype": dtype}
+        return {"config.json": _json(official), "tokenizer.model": tokenizer.model_bytes}
+    stops = (config.eos_token_id, *stop_ids(tokenizer)[1:])
+    return {
+        "config.json": _json(native_config(config, dtype, stops)),
+        "generation_config.json": _json(generation_config(config, stops)),
+        **tokenizer_files(tokenizer, source.template, max_length=config.seq_length),
+    }
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

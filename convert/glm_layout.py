@@ -1,0 +1,163 @@
+"""The configuration of HF-native folders: `GlmConfig` of transformers, which needs no remote code.
+
+The network is the published one under other names. What differs is said here, in both directions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from glm2_jax.config import GLMConfig, shorten
+from glm2_jax.errors import CheckpointError, UsageError
+
+MODEL_TYPE = "glm"
+_THETA = 10000.0  # the rotary base of every published model, before rope_ratio
+
+# Key there -> published key, where the values are the same.
+_SAME = {
+    "vocab_size": "padded_vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "multi_query_group_num",
+    "head_dim": "kv_channels",
+    "max_position_embeddings": "seq_length",
+    "rms_norm_eps": "layernorm_epsilon",
+}
+
+# What this implementation computes, and what the class of transformers takes for an absent key.
+_REQUIRED_VALUES: dict[str, tuple[Any, Any]] = {
+    "hidden_act": ("silu", "silu"),
+    "attention_bias": (True, True),
+    "tie_word_embeddings": (False, False),
+    "quantization_config": (None, None),
+}
+
+
+def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict[str, Any]:
+    """The `config.json` of an HF-native folder.
+
+    Args:
+        config: the architecture.
+        dtype: of the weights.
+        stops: the ids that end an answer.
+
+    Raises:
+        UsageError: the model computes what `GlmForCausalLM` does not.
+    """
+    if config.logn_scaling:
+        raise UsageError(
+            "A model with logn_scaling cannot be written as --layout glm.",
+            "GlmForCausalLM does not scale its queries, so its answers would be others.",
+            "Use --layout chatglm.",
+        )
+    published = config.to_hf()
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    scaling = None
+    if config.rope_kind == "base":
+        rope["rope_theta"] = config.rope_base * config.rope_ratio
+    elif config.rope_ratio != 1:
+        scaling = {"rope_type": "linear", "factor": config.rope_ratio}
+        rope |= scaling
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["GlmForCausalLM"],
+        **{key: published[name] for key, name in _SAME.items()},
+        **{key: wanted for key, (wanted, _) in _REQUIRED_VALUES.items() if wanted is not None},
+        "attention_dropout": config.attention_dropout,
+        "rope_parameters": {**rope, "partial_rotary_factor": 0.5},
+        # The same for readers that are older than rope_parameters.
+        "rope_theta": rope["rope_theta"],
+        "partial_rotary_factor": 0.5,
+        **({"rope_scaling": scaling} if scaling else {}),
+        "eos_token_id": _one_or_all(stops),
+        "pad_token_id": config.pad_token_id,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        # For reading it back: the architecture does not tell which prompt the model knows.
+        "family": config.family,
+    }
+
+
+def generation_config(config: GLMConfig, stops: tuple[int, ...]) -> dict[str, Any]:
+    """The `generation_config.json`: how the published chat() draws its tokens."""
+    return {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.8,
+        "top_k": 50,
+        "max_length": config.aligned_length,
+        "eos_token_id": _one_or_all(stops),
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def published_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """An HF-native `config.json` under the published keys, for `GLMConfig.from_hf`.
+
+    Raises:
+        CheckpointError: a key is absent, or asks for what this implementation does not compute.
+    """
+    absent = [key for key in _SAME if raw.get(key) is None]
+    if absent:
+        raise CheckpointError(
+            f"config.json of the HF-native layout lacks {', '.join(absent)}.",
+            "Its model_type is 'glm', and without these the sizes of that model are not known.",
+            "Save the model once more with save_pretrained, or use its official folder.",
+        )
+    for key, (wanted, default) in _REQUIRED_VALUES.items():
+        if raw.get(key, default) != wanted:
+            raise _unsupported(key, raw[key], repr(wanted))
+    return {
+        "model_type": "chatglm",
+        **{name: raw[key] for key, name in _SAME.items()},
+        "add_qkv_bias": True,
+        "multi_query_attention": True,
+        "attention_dropout": raw.get("attention_dropout", 0.0),
+        **_published_rope(raw),
+        **{
+            key: _first(raw[key])
+            for key in ("eos_token_id", "pad_token_id")
+            if raw.get(key) is not None
+        },
+        **{key: raw[key] for key in ("family", "_name_or_path") if raw.get(key)},
+    }
+
+
+def _published_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_ratio and its meaning; newer files have rope_parameters, older ones the rest."""
+    rope = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = raw.get(key) or {}
+        if not isinstance(found, Mapping):
+            raise _unsupported(key, found, "an object")
+        rope |= found
+    if rope.get("partial_rotary_factor", 0.5) != 0.5:
+        raise _unsupported("partial_rotary_factor", rope["partial_rotary_factor"], "0.5")
+    theta = rope.get("rope_theta", _THETA)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e30:
+        raise _unsupported("rope_theta", theta, "a number above 0 that float32 can hold")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":  # at the published base nothing is scaled, whatever the family would do
+        return {"rope_ratio": theta / _THETA, "rope_kind": "base"} if theta != _THETA else {}
+    if kind != "linear" or theta != _THETA:
+        raise _unsupported("rope_parameters", dict(rope), f"linear with rope_theta {_THETA:g}")
+    return {"rope_ratio": rope.get("factor"), "rope_kind": "linear"}
+
+
+def _one_or_all(stops: tuple[int, ...]) -> int | list[int]:
+    """Files write a single id without a list."""
+    return list(stops) if stops[1:] else stops[0]
+
+
+def _first(value: Any) -> Any:
+    """The published files have one id; a list begins with it."""
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _unsupported(key: str, value: Any, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json of the HF-native layout: {key} = {shorten(value)} is not supported.",
+        f"It changes the mathematics; only {wanted} is implemented.",
+        "Use the folder of a ChatGLM2, ChatGLM3 or CodeGeeX2 model.",
+    )
