@@ -204,7 +204,9 @@ class Engine:
         """
         if self.speculate:
 
-            def step(state: steps.State, drafts: np.ndarray) -> tuple[steps.State, steps.Output]:
+            def step(
+                state: steps.State, drafts: np.ndarray | None
+            ) -> tuple[steps.State, steps.Output]:
                 return self.executor.step(job, state, job.drawn, drafts=drafts)
 
             yield from speculate.loop(job, clock, self.speculate, state, first, step)

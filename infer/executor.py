@@ -47,7 +47,7 @@ class Executor:
 
         Args:
           first: reads the prompts and draws the first tokens.
-          drafted: tokens that each step verifies, 0 = none.
+          drafted: tokens that a step verifies where there are drafts, 0 = never.
           count: as in `step`.
           kept: slots of the cache that `first` begins with; 0 = it is a part of the first program.
         """
@@ -55,8 +55,10 @@ class Executor:
         def begin() -> None:
             state, _ = first()
             if job.steps_wanted > 1:
-                drafts = np.zeros((job.batch, drafted), np.int32)
-                self.step(job, state, 1, count, drafts if drafted else None)
+                self.step(job, state, 1, count)
+                if drafted:
+                    drafts = np.zeros((job.batch, drafted), np.int32)
+                    self.step(job, state, 1, drafts=drafts)
 
         widths = tuple(part.tokens.shape for part in job.parts)
         key = (widths, kept, job.cache_size, job.largest_cache, job.steps_wanted > 1, count)

@@ -31,7 +31,7 @@ class Stats:
       prefill_tokens, prefill_s: prompt tokens read, and the time for them and the first token.
       reused_tokens: prompt tokens that a session did not have to read again.
       decode_tokens, decode_s: tokens after the first of each row, and the time for them.
-      passes: forward passes for them that verified drafts; 0 without `speculate`.
+      passes: forward passes for them, those without drafts included; 0 without `speculate`.
       drafted_tokens, accepted_tokens: in those passes, of all rows together.
       programs, programs_kept: how many were made, and how many of them had been kept from an
         earlier run and were not compiled.

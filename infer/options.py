@@ -213,9 +213,9 @@ def add_speculate(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="have each step verify N tokens that followed when the text's last words were there "
         f"before, up to {DRAFT}; 0 = off (default). Pays where answers repeat the prompt or "
-        "themselves (quotations, edits, code); elsewhere it costs time, and with many prompts at "
-        "once more of it. In float32 the answers stay the same; in narrower types ties may fall "
-        "otherwise. Measured on a CPU only",
+        "themselves (quotations, edits, code); often slower where answers repeat nothing, and with "
+        "many prompts at once more so. In float32 the answers stay the same; in narrower types "
+        "ties may fall otherwise. Measured on a CPU only",
     )
 
 

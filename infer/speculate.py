@@ -6,6 +6,7 @@ what follows now. One forward pass computes the logits after every token of the 
 of them a token is drawn as it would be without a draft, with the same random numbers. As long as
 the token drawn is the one that was drafted, the logits of the next place are those that the next
 step would have computed, so its token counts, too; the cache is then cut back to what counts.
+Where no row finds a draft, a plain step is taken.
 
 So the answers are those of plain steps, drawn from the same distribution, whatever the drafts.
 (A draft that is always the same is accepted with the probability that the model gives it, which is
@@ -50,11 +51,13 @@ class Text:
             self._after[tuple(self._ids[-size:])] = place
         self._ids.append(token)
 
-    def draft(self, count: int) -> list[int]:
-        """What followed the longest end of the text that was there before; where none was, the
-        last token again. A text that ends too soon goes on with the draft's own beginning."""
+    def draft(self, count: int) -> list[int] | None:
+        """What followed the longest end of the text that was there before; None where none was. A
+        text that ends too soon goes on with the draft's own beginning."""
         ends = (tuple(self._ids[-size:]) for size in range(LONGEST_MATCH, 0, -1))
-        place = next((self._after[end] for end in ends if end in self._after), -1)
+        place = next((self._after[end] for end in ends if end in self._after), None)
+        if place is None:
+            return None
         copied = self._ids[place:][:count]
         return [copied[index % len(copied)] for index in range(count)]
 
@@ -72,11 +75,19 @@ class Drafts:
             if event.token is not None:
                 self._texts[event.row].push(event.token)
 
-    def next(self, keep: np.ndarray) -> np.ndarray:
-        """int32 [B, N]; `keep`, bool [B], tells the rows that go on, the others get zeros."""
+    def next(self, keep: np.ndarray) -> np.ndarray | None:
+        """int32 [B, N], zeros for rows without a draft; None where no row has one.
+
+        Args:
+          keep: bool [B], the rows that go on.
+        """
+        found = {row: self._texts[row].draft(self._count) for row in np.flatnonzero(keep)}
+        found = {row: draft for row, draft in found.items() if draft is not None}
+        if not found:
+            return None
         drafts = np.zeros((keep.size, self._count), np.int32)
-        for row in np.flatnonzero(keep):
-            drafts[row] = self._texts[row].draft(self._count)
+        for row, draft in found.items():
+            drafts[row] = draft
         return drafts
 
 
@@ -155,7 +166,7 @@ def loop(
     count: int,
     state: State,
     first: Output,
-    step: Callable[[State, np.ndarray], tuple[State, Output]],
+    step: Callable[[State, np.ndarray | None], tuple[State, Output]],
 ) -> Iterator[tuple[State, list[TokenEvent]]]:
     """Goes on from the first step, yielding each step's events and the newest state.
 
@@ -164,7 +175,7 @@ def loop(
     Args:
       count: N.
       first: of the step that read the prompts.
-      step: `verify` for a state and drafts; uses the state up.
+      step: `verify` for a state and drafts, a plain step where there are none; uses the state up.
     """
     drafts = Drafts([answer.prompt_ids for answer in job.answers], count)
     events = list(job.take(jax.device_get(first)))
@@ -175,9 +186,11 @@ def loop(
         if not job.steps_wanted:
             return
         keep = job.keep
-        state, outputs = step(state, drafts.next(keep))
-        events = list(_taken(job, jax.device_get(outputs)))
-        clock.verified(int(keep.sum()), count, len(events))
+        found = drafts.next(keep)
+        state, outputs = step(state, found)
+        outputs = jax.device_get(outputs)
+        events = list(job.take(outputs) if found is None else _taken(job, outputs))
+        clock.verified(int(keep.sum()), 0 if found is None else count, len(events))
 
 
 def _taken(job: Job, outputs: Output) -> Iterator[TokenEvent]:

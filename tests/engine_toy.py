@@ -49,5 +49,5 @@ def toy_engine(
     )
     engine = Engine(cast(Any, checkpoint), **kwargs)
     if share is not None:  # programs depend on shapes alone, the weights are an argument
-        engine.programs = share.programs
+        engine.programs = engine.executor.programs = share.programs
     return engine
