@@ -219,6 +219,8 @@ def test_check_data_reads_everything_and_stops(data, tmp_path, capsys):
     ],
 )
 def test_bad_flags(cache, data, tmp_path, flags, error, words):
+    if "--plot" in flags:
+        pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     with pytest.raises(error, match=words):
         train(cache, data, tmp_path / "a", *flags)
     assert not (tmp_path / "a" / "state").exists()
