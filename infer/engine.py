@@ -54,7 +54,7 @@ class Engine:
         load_s: float = 0.0,
         on_event: OnEvent | None = None,
     ):
-        self.checkpoint = checkpoint
+        self._checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
         self.template = checkpoint.template
@@ -67,6 +67,15 @@ class Engine:
         self.executor = Executor(self.config, checkpoint.params, on_event)
         self.programs, self.device = self.executor.programs, self.executor.device
         self._stop_ids = prompt.stop_ids(self.tokenizer)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the engine answers with; another one of the same shapes may take its place."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self.executor.params = checkpoint, checkpoint.params
 
     def build_prompt(
         self, query: str, history: Turns | None = None, system: str | None = None

@@ -174,7 +174,7 @@ def test_damage_in_memory(toy):
     params = engine.checkpoint.params
     layers = params["layers"] | {"q": params["layers"]["q"].at[1, 0, 0, 0].set(np.inf)}
     checkpoint = dataclasses.replace(engine.checkpoint, params=params | {"layers": layers})
-    engine.checkpoint, engine.executor.params = checkpoint, checkpoint.params
+    engine.checkpoint = checkpoint
     found = {check.name: check for check in checks.run_checks(engine)}
     assert found["finite"].status == "FAIL" and found["finite"].got == "in layers.q layer 1"
     assert found["cache"].status == "FAIL" and found["parameters"].status == "pass"

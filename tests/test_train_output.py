@@ -32,7 +32,9 @@ def begun(path) -> None:
 
 def test_what_was_not_begun_is_no_run(tmp_path):
     RunFolder(tmp_path, resume="none", identity={"base": "wrong"}).__exit__()
+    assert not (tmp_path / "run.json").exists()
     begun(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text()) == RUN
 
 
 def test_what_has_no_checkpoint_is_begun_anew(tmp_path):

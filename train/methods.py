@@ -56,7 +56,8 @@ class Method(ABC):
 
         def engine_of(trained: Any) -> Engine:
             params, lora = self.model(trained)
-            engine.executor.params = params if lora is None else with_lora(params, lora)
+            params = params if lora is None else with_lora(params, lora)
+            engine.checkpoint = dataclasses.replace(self.checkpoint, params=params)
             return engine
 
         return engine_of
