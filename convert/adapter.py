@@ -10,44 +10,28 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax.core import FrozenDict
 from safetensors.numpy import save
 
+from convert.adapter_tensors import LAYOUTS, check_finite, join_tensors, split_lora
 from convert.atomic import fsync
-from convert.names import FLOATS, LISTED
-from convert.peft_config import CONFIG, PeftConfig, read_peft_config
+from convert.peft_config import CONFIG, read_peft_config
 from convert.shards import read_json, read_weight_file
-from convert.stored import StoredTensor, reading
+from convert.stored import reading
 from convert.writer import write_file
 from glm2_jax.config import GLMConfig, shorten
-from glm2_jax.errors import CheckpointError, InputError
-from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
+from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.lora import TARGETS, LoRA
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRAS = "glm2_jax_adapter.json"
 _FILES = (WEIGHTS, "adapter_model.bin")
 _FORMAT = 1
 _AGAIN = "Copy the adapter again from where it was trained, or train it again."
-
-_MODULES = {
-    "query_key_value": "self_attention.query_key_value",
-    "dense": "self_attention.dense",
-    "dense_h_to_4h": "mlp.dense_h_to_4h",
-    "dense_4h_to_h": "mlp.dense_4h_to_h",
-}
-_TARGET_OF = {module: target for target, module in _MODULES.items()}
-_NAME = re.compile(
-    r"(?:base_model\.model\.)?(?:transformer\.)?encoder\.layers\.(0|[1-9]\d{0,5})\."
-    r"((?:self_attention|mlp)\.\w+)\.lora_([AB])(?:\.\w+)?\.weight"
-)
-
-Pairs = dict[tuple[str, int], dict[str, StoredTensor]]  # target, layer -> {"A": .., "B": ..}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,28 +70,30 @@ class Adapter:
 
     def alpha(self, target: str) -> float:
         """The alpha that gives a target its scale."""
-        rank = self.rank(target)
-        alpha = round(self.lora.scale[target] * (math.sqrt(rank) if self.rslora else rank), 9)
-        return int(alpha) if alpha == int(alpha) else alpha
+        return _alpha(self.lora.scale[target], self.rank(target), self.rslora)
 
 
-def save_adapter(folder: str | os.PathLike, adapter: Adapter) -> None:
+def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str = "chatglm") -> None:
     """Writes an adapter's files into a folder; each is replaced at once, other files stay.
 
     Args:
         folder: made if it is not there.
         adapter: `source`, `digest` and `notes` are not written.
+        layout: whose matrices are named: "chatglm", the published ones, or "glm", those of
+            `GlmForCausalLM`; see `split_lora`.
 
     Raises:
+        UsageError: an unknown layout.
         CheckpointError: NaN or infinity among its numbers.
         InputError: the folder cannot be written.
     """
+    if layout not in LAYOUTS:
+        raise UsageError(f"unknown layout {layout!r}.", f"Known: {', '.join(LAYOUTS)}.")
     folder = Path(folder)
-    tensors = {
-        f"base_model.model.{name}": array for name, array in _published(adapter.lora).items()
-    }
+    tensors, modules = split_lora(adapter.lora, LAYOUTS[layout])
+    tensors = {f"base_model.model.{name}": array for name, array in tensors.items()}
     for name, array in tensors.items():
-        _check_finite(name, array)
+        check_finite(name, array)
     weights = save(tensors, metadata={"format": "pt"})
     extras = {
         "format": _FORMAT,
@@ -118,8 +104,8 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = {WEIGHTS: weights, CONFIG: _json(_peft_config(adapter)), EXTRAS: _json(extras)}
-        _replace(folder, files)
+        config = _peft_config(adapter, modules)
+        _replace(folder, {WEIGHTS: weights, CONFIG: _json(config), EXTRAS: _json(extras)})
         fsync(folder)
     except OSError as error:
         raise InputError(
@@ -129,15 +115,14 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter) -> None:
 
 
 def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
-    """Reads an adapter folder, written by `save_adapter` or by PEFT.
+    """Reads an adapter folder, written by `save_adapter` or by PEFT, of either layout.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors or .bin.
         config: the model that the adapter is for.
 
     Returns:
-        The adapter, its arrays float32 in numpy. Where ranks differ among the layers of a target,
-        the smaller ones are filled with zeros; where scales differ, B makes up for it.
+        The adapter, its arrays float32 in numpy; see `join_tensors`.
 
     Raises:
         CheckpointError: no adapter, a damaged one, an unsupported kind, or tensors that do not fit
@@ -155,11 +140,7 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
         tensors = read_weight_file(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         extras, notes = _read_extras(folder, digest)
-        pairs = _find_pairs(path, tensors, config, peft)
-        targets = [target for target in TARGETS if any(target == found for found, _ in pairs)]
-        layers, scale = {}, {}
-        for target in targets:
-            layers[target], scale[target] = _stack(target, pairs, config, peft)
+        layers, scale = join_tensors(path, tensors, config, peft)
     return Adapter(
         lora=LoRA(layers, FrozenDict(scale), peft.dropout),
         rslora=peft.rslora,
@@ -172,25 +153,14 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
     )
 
 
-def _published(lora: LoRA) -> dict[str, np.ndarray]:
-    """Published names -> float32 A [R, columns] and B [rows, R]; the rows of the parts joined."""
-    tensors = {}
-    for target, weights in lora.layers.items():
-        arrays = {part: np.asarray(x, np.float32) for part, x in weights.items()}
-        L, R = arrays["a"].shape[:2]
-        for layer in range(L):
-            name = _module(target, layer)
-            rows = [arrays[part][layer].reshape(-1, R) for part in TARGETS[target].up]
-            tensors[f"{name}.lora_A.weight"] = arrays["a"][layer].reshape(R, -1)
-            tensors[f"{name}.lora_B.weight"] = np.concatenate(rows)
-    return tensors
-
-
-def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    first = adapter.targets[0]
-    rank, alpha = adapter.rank(first), adapter.alpha(first)
-    ranks = {target: adapter.rank(target) for target in adapter.targets}
-    alphas = {target: adapter.alpha(target) for target in adapter.targets}
+def _peft_config(adapter: Adapter, modules: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+    """For PEFT; `modules` has the target and the rank of each adapted matrix."""
+    ranks = {module: rank for module, (_, rank) in modules.items()}
+    alphas = {
+        module: _alpha(adapter.lora.scale[target], rank, adapter.rslora)
+        for module, (target, rank) in modules.items()
+    }
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -203,12 +173,18 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": adapter.lora.dropout,
-        "target_modules": list(adapter.targets),
-        "rank_pattern": {target: found for target, found in ranks.items() if found != rank},
-        "alpha_pattern": {target: found for target, found in alphas.items() if found != alpha},
+        "target_modules": list(modules),
+        "rank_pattern": {module: found for module, found in ranks.items() if found != rank},
+        "alpha_pattern": {module: found for module, found in alphas.items() if found != alpha},
         "use_rslora": adapter.rslora,
         "use_dora": False,
     }
+
+
+def _alpha(scale: float, rank: int, rslora: bool) -> float:
+    """The inverse of `glm2_jax.lora.scale_of`."""
+    alpha = round(scale * (math.sqrt(rank) if rslora else rank), 9)
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 @contextlib.contextmanager
@@ -231,116 +207,6 @@ def _find_weights(folder: Path) -> Path:
             _AGAIN,
         )
     return path
-
-
-def _find_pairs(
-    path: Path, tensors: Mapping[str, StoredTensor], config: GLMConfig, peft: PeftConfig
-) -> Pairs:
-    """The A and B of every adapted matrix, checked against the model.
-
-    Raises:
-        CheckpointError: all that is missing, unexpected, or of a wrong shape or type.
-    """
-    pairs: Pairs = {}
-    problems = []
-    for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name)
-        target = _TARGET_OF.get(match[2]) if match else None
-        if match is None or target is None:
-            problems.append(f"unexpected: {name[:200]}")
-        elif int(match[1]) >= config.num_layers:
-            problems.append(f"unexpected: {name}, the model has {config.num_layers} layers")
-        elif match[3] in pairs.setdefault((target, int(match[1])), {}):
-            problems.append(f"twice: {name}")
-        else:
-            pairs[target, int(match[1])][match[3]] = tensor
-            problems.extend(_misfits(name, tensor, target, int(match[1]), match[3], config, peft))
-    for (target, layer), pair in pairs.items():
-        problems.extend(
-            f"missing: lora_{x} of {_module(target, layer)}" for x in "AB" if x not in pair
-        )
-    if not peft.some_layers:
-        for target in {target for target, _ in pairs}:
-            problems.extend(
-                f"missing: {_module(target, layer)}"
-                for layer in range(config.num_layers)
-                if (target, layer) not in pairs
-            )
-    if not tensors:
-        problems.append("no tensors at all")
-    if problems:
-        more = [f"... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        raise CheckpointError(
-            f"The adapter {path.parent} does not fit the model: {len(problems)} problems.",
-            "\n".join([*problems[:LISTED], *more]),
-            f"Take the model that it was trained on. What can be adapted: {', '.join(TARGETS)}.",
-        )
-    return pairs
-
-
-def _misfits(
-    name: str,
-    tensor: StoredTensor,
-    target: str,
-    layer: int,
-    side: str,
-    config: GLMConfig,
-    peft: PeftConfig,
-) -> list[str]:
-    rank = peft.rank_of(_module(target, layer))
-    shapes = adapter_shapes(config, target, rank)
-    columns = math.prod(shapes["a"][1:])
-    rows = sum(math.prod(shapes[part][:-1]) for part in TARGETS[target].up)
-    expected = (rank, columns) if side == "A" else (rows, rank)
-    problems = []
-    if tensor.shape != expected:
-        problems.append(f"wrong shape: {name} is {tensor.shape} instead of {expected}")
-    if tensor.dtype.name not in FLOATS:
-        problems.append(f"wrong type: {name} is {tensor.dtype.name}, not a float")
-    return problems
-
-
-def _module(target: str, layer: int) -> str:
-    return f"transformer.encoder.layers.{layer}.{_MODULES[target]}"
-
-
-def _stack(
-    target: str, pairs: Pairs, config: GLMConfig, peft: PeftConfig
-) -> tuple[dict[str, np.ndarray], float]:
-    """The float32 arrays of a target, layers stacked, and their common scale."""
-    found = [layer for other, layer in pairs if other == target]
-    modules = {layer: _module(target, layer) for layer in found}
-    rank = max(peft.rank_of(module) for module in modules.values())
-    scales = {layer: peft.scale_of(module) for layer, module in modules.items()}
-    scale = max(scales.values(), key=abs)
-    shapes = adapter_shapes(config, target, rank)
-    arrays = {x: np.zeros((config.num_layers, *shape), np.float32) for x, shape in shapes.items()}
-    for layer in found:
-        a, b = (_read(pairs[target, layer][side]) for side in "AB")
-        for side, array in (("A", a), ("B", b)):
-            _check_finite(f"lora_{side} of {modules[layer]}", array)
-        if scales[layer] != scale:
-            b = b * np.float32(scales[layer] / scale)
-        arrays["a"][layer, : len(a)] = a.reshape(len(a), *shapes["a"][1:])
-        start = 0
-        for part in TARGETS[target].up:
-            stop = start + math.prod(shapes[part][:-1])
-            arrays[part][layer, ..., : len(a)] = b[start:stop].reshape(*shapes[part][:-1], len(a))
-            start = stop
-    return arrays, scale
-
-
-def _read(tensor: StoredTensor) -> np.ndarray:
-    return np.asarray(tensor.read()).astype(np.float32)
-
-
-def _check_finite(name: str, array: np.ndarray) -> None:
-    if not np.isfinite(array).all():
-        raise CheckpointError(
-            f"{name} holds NaN or infinity.",
-            "The training that made it went wrong, or the file is damaged.",
-            "Take an earlier checkpoint of the training.",
-        )
 
 
 def _read_extras(folder: Path, digest: str) -> tuple[dict[str, Any], tuple[str, ...]]:

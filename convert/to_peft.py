@@ -1,0 +1,85 @@
+"""`python -m convert.to_peft SRC DST --layout glm --base DIR`: an adapter for the other layout."""
+
+import dataclasses
+import json
+
+from convert import interrupt
+from convert.cli import Parser, human_size, note, path_argument
+from convert.from_pytorch import add_model_flags
+from convert.hub import find_model
+from convert.to_pytorch import LAYOUTS
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
+        prog="python -m convert.to_peft",
+        description=(
+            "Writes a LoRA adapter, of this project or of the peft library, for peft and the model "
+            "of either layout. Reading needs no such step: every command takes both layouts as "
+            "--adapter."
+        ),
+        example="python -m convert.to_peft ./my-adapter ./my-adapter-glm --layout glm "
+        "--base ./chatglm2-6b",
+    )
+    parser.add_argument("source", metavar="SRC", type=path_argument, help="the adapter's folder")
+    parser.add_argument("destination", metavar="DST", type=path_argument, help="the one to write")
+    form = parser.add_argument_group("form")
+    form.add_argument(
+        "--layout", choices=LAYOUTS, required=True,
+        help="whose matrices are named: glm = q_proj and so on of GlmForCausalLM, as "
+        "convert.to_pytorch --layout glm writes it; chatglm = query_key_value and so on of the "
+        "official repositories",
+    )  # fmt: skip
+    form.add_argument(
+        "--base", type=path_argument, required=True, metavar="DIR",
+        help="the model that it belongs to, in any layout, or OWNER/NAME; DST remembers it",
+    )  # fmt: skip
+    form.add_argument(
+        "--force-adapter", action="store_true",
+        help="take the adapter though it was trained on another base model or prompt template",
+    )  # fmt: skip
+    add_model_flags(parser)
+    writing = parser.add_argument_group("writing")
+    writing.add_argument(
+        "--dry-run", action="store_true", help="check the adapter and say what would be written"
+    )
+    parser.add_common()
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Parses and writes."""
+    args = build_parser().parse_args(argv)
+    from pathlib import Path
+
+    from convert.adapted import open_adapter
+    from convert.adapter import save_adapter
+    from convert.adapter_tensors import LAYOUTS as MATRICES
+    from convert.adapter_tensors import split_lora
+    from convert.destination import check_destination, new_checkpoint
+    from convert.folder import fingerprint, open_folder
+
+    base = find_model(args.base, source=args.hub_source, revision=args.revision)
+    model = {"rope_kind": args.rope_scaling, "template": args.template}
+    adapter = open_adapter(args.source, base, force=args.force_adapter, **model)
+    adapter = dataclasses.replace(adapter, base=fingerprint(open_folder(base, **model)))
+    tensors, modules = split_lora(adapter.lora, MATRICES[args.layout])
+    size = sum(array.nbytes for array in tensors.values())
+    source = Path(args.source)
+    for line in adapter.notes:
+        note(line)
+    if args.dry_run:
+        check_destination(args.destination, None, source=source, needed=size)
+        plan = {"destination": args.destination, "bytes": size, "written": False}
+        print(json.dumps(plan, ensure_ascii=False))
+        return
+    with new_checkpoint(args.destination, needed=size, source=source) as temporary:
+        save_adapter(temporary, adapter, layout=args.layout)
+    said = ", ".join(f"{name} (rank {rank})" for name, (_, rank) in modules.items())
+    note(f"wrote {human_size(size)}, layout {args.layout}: {said}")
+    print(args.destination)
+
+
+if __name__ == "__main__":
+    interrupt.run(main)
