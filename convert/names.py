@@ -210,7 +210,7 @@ INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
 _DROPPED = {INV_FREQ}
 
 _KNOWN_FOREIGN: tuple[tuple[str, str], ...] = (
-    (r"prefix_encoder\.", "a P-Tuning prefix, which is not supported yet"),
+    (r"prefix_encoder\.", "a P-Tuning prefix, which is given apart from its base, as --prefix"),
     (r"lora_[AB]\.", "a LoRA adapter, which is given apart from its base, as --adapter"),
     (r"classifier_head\.", "a classification head, which is not supported"),
     (r"^model\.layers\.", "an HF-native name, but config.json has not the model_type 'glm'"),
@@ -253,6 +253,12 @@ def match_tensors(
             one message.
     """
     left = {name: tensor for name, tensor in tensors.items() if name not in _DROPPED}
+    if left and all("prefix_encoder." in name for name in left):
+        raise CheckpointError(
+            "These weights are a P-Tuning v2 prefix, not a model.",
+            f"All they hold is {', '.join(sorted(left))[:300]}.",
+            "Give the model that it was trained on, and this folder as --prefix.",
+        )
     if config.num_layers > max(len(left), LISTED):  # any number of names would be looked for
         raise CheckpointError(
             f"The tensors do not fit the configuration: num_layers is {config.num_layers}.",

@@ -21,24 +21,30 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing
 
 @flax.struct.dataclass
 class Visibility:
-    """Which keys the queries may look at: those of their own segment, up to their own place.
+    """Which keys the queries may look at: those of their own segment, up to their own place, and
+    those of a prefix.
 
     Attributes:
         places: int32 [B, T], the key that is a query's own.
         segments: int32 [B, T] of the queries.
         key_segments: int32 [B, S]; 0 is a key that nobody may look at.
+        prefix: how many keys at the beginning are for the queries of all segments.
     """
 
     places: jax.Array
     segments: jax.Array
     key_segments: jax.Array
+    prefix: int = flax.struct.field(pytree_node=False, default=0)
 
     def mask(self, start: jax.Array | int, size: int) -> jax.Array:
         """bool [B, T, size] for the keys from `start` on."""
         keys = jax.lax.dynamic_slice_in_dim(self.key_segments, start, size, axis=1)[:, None]
         numbers = start + jnp.arange(size, dtype=jnp.int32)
         causal = numbers <= self.places[..., None]
-        return causal & (keys == self.segments[..., None]) & (keys > 0)
+        own = keys == self.segments[..., None]
+        if self.prefix:
+            own |= numbers < self.prefix
+        return causal & own & (keys > 0)
 
 
 def attend(
@@ -70,7 +76,8 @@ def attend(
         queries = max(1, SCORES // (B * N * keys))
 
         def block(q: jax.Array, places: jax.Array, segments: jax.Array) -> jax.Array:
-            return _over_blocks(q, k, v, Visibility(places, segments, visible.key_segments), keys)
+            part = Visibility(places, segments, visible.key_segments, visible.prefix)
+            return _over_blocks(q, k, v, part, keys)
 
         # Training computes a block's scores again rather than keep all of them.
         block = jax.checkpoint(block)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax.config import GLMConfig
+from glm2_jax.prefix import Prefix
 
 
 @flax.struct.dataclass
@@ -14,7 +15,7 @@ class KVCache:
     """Keys and values of every layer for a batch of rows, each row at its own length.
 
     Slots 0 .. length - 1 of a row are written; what lies behind is never read. Setting `length`
-    (and `prefix`) of a row to 0 frees it for another sequence.
+    of a row to `prefix` frees it for another sequence.
 
     Attributes:
         k: [L, B, S, K, H] keys, already rotated.
@@ -40,6 +41,24 @@ class KVCache:
             v=jnp.zeros(shape, dtype),
             length=jnp.zeros(batch, jnp.int32),
             prefix=jnp.zeros(batch, jnp.int32),
+        )
+
+    @classmethod
+    def new(cls, config: GLMConfig, batch: int, size: int, dtype, prefix: Prefix | None) -> KVCache:
+        """A cache for params with that prefix (`params.get("prefix")`): each row begins with it.
+
+        Args:
+            size: slots of a row for tokens; those of the prefix come on top.
+        """
+        if prefix is None:
+            return cls.zeros(config, batch, size, dtype)
+        P = prefix.length
+        empty = cls.zeros(config, batch, P + size, dtype)
+        return cls(
+            k=empty.k.at[:, :, :P].set(prefix.k[:, None].astype(dtype)),
+            v=empty.v.at[:, :, :P].set(prefix.v[:, None].astype(dtype)),
+            length=jnp.full(batch, P, jnp.int32),
+            prefix=jnp.full(batch, P, jnp.int32),
         )
 
     @property

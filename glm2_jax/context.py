@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from glm2_jax.attention import Visibility
 from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
+from glm2_jax.prefix import Prefix
 from glm2_jax.rope import rope_tables
 
 
@@ -24,10 +25,13 @@ class TokenContext:
     Attributes:
         cos: float32 [B, T, H / 4] of the rotary angles; sin likewise.
         sin: see cos.
-        visible: which keys each query may look at; S = T without a cache.
+        visible: which keys each query may look at; without a cache those of the prefix, if any, and
+            of the T tokens.
         slots: int32 [B, T], the cache's slot each token is written to; past the end: dropped. None
             without a cache.
         query_scale: float32 [B, T, 1, 1], or None where queries are not scaled.
+        prefix: what each layer puts before the keys and values of the tokens; None with a cache,
+            which has it.
     """
 
     cos: jax.Array
@@ -35,6 +39,7 @@ class TokenContext:
     visible: Visibility
     slots: jax.Array | None
     query_scale: jax.Array | None
+    prefix: Prefix | None = None
 
 
 def token_context(
@@ -44,12 +49,14 @@ def token_context(
     segment_ids: jax.Array | None,
     cache: KVCache | None,
     dtype: Any,
+    prefix: Prefix | None = None,
 ) -> tuple[TokenContext, jax.Array | None]:
     """The tokens' context, and the cache's new lengths (None without a cache).
 
     Args:
         tokens, positions, segment_ids, cache: as in `glm2_jax.forward`.
         dtype: of the activations.
+        prefix: of the params; with a cache, the cache tells.
     """
     B, T = tokens.shape
     if segment_ids is None:
@@ -57,10 +64,14 @@ def token_context(
     real = segment_ids > 0
     columns = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if cache is None:
-        index, default_positions = columns, columns
+        P = 0 if prefix is None else prefix.length
+        index, default_positions = P + columns, columns
         slots = length = None
-        visible = Visibility(index, segment_ids, segment_ids)
+        everyones = jnp.ones((B, P), jnp.int32)
+        key_segments = jnp.concatenate([everyones, segment_ids], axis=1) if P else segment_ids
+        visible = Visibility(index, segment_ids, key_segments, prefix=P)
     else:
+        prefix = None
         rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         index = cache.length[:, None] + jnp.maximum(rank, 0)
         default_positions = jnp.maximum(index - cache.prefix[:, None], 0)
@@ -72,7 +83,7 @@ def token_context(
         visible = Visibility(index, jnp.ones_like(index), written)
     cos, sin = rope_tables(config, default_positions if positions is None else positions, dtype)
     scale = _logn_scale(index) if config.logn_scaling else None
-    return TokenContext(cos, sin, visible, slots, scale), length
+    return TokenContext(cos, sin, visible, slots, scale, prefix), length
 
 
 def _logn_scale(index: jax.Array) -> jax.Array:

@@ -116,6 +116,9 @@ class GLMBlock(nn.Module):
                 k_cache = _write(k_cache, k, layer, context.slots)
                 v_cache = _write(v_cache, v, layer, context.slots)
             k, v = _read(k_cache, layer), _read(v_cache, layer)
+        elif context.prefix is not None:
+            k = _behind(context.prefix.k, k, layer)
+            v = _behind(context.prefix.v, v, layer)
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
         x = attend(q, k, v, context.visible, dropout)
@@ -214,7 +217,8 @@ def forward(
             Without a cache tokens attend causally inside their own segment, which serves packed
             rows; with a cache every non-zero id is the row's one sequence.
         cache: keys and values of what came before, to be continued; rows may differ in length.
-            Donate it. None runs a plain causal forward.
+            Donate it. None runs a plain causal forward. With the params of `with_prefix` begin it
+            by `KVCache.new`: a prefix is read from the cache where there is one.
         lora: an adapter; gradients may be taken of it alone. Default: that of `with_lora`, if any.
         dropout_key: turns on the configuration's and the adapter's dropout rates, for training.
 
@@ -316,7 +320,8 @@ def _hidden(
 ):
     lora = params.get("lora") if lora is None else lora
     dtype = params["final_norm"].dtype
-    context, length = token_context(config, tokens, positions, segment_ids, cache, dtype)
+    where = positions, segment_ids, cache
+    context, length = token_context(config, tokens, *where, dtype, params.get("prefix"))
     deterministic = key is None
     model, variables = GLM(config, deterministic, remat), {"params": params}
     if isinstance(params["layers"], Mapping):
@@ -343,6 +348,13 @@ def _project(
 ) -> jax.Array:
     """Product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
     return (einsum(spec, x, weight, added) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _behind(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
+    """[B, T, K, H] behind one layer of a prefix [L, P, K, H], in the dtype of the former."""
+    first = jax.lax.dynamic_index_in_dim(prefix, layer, keepdims=False).astype(new.dtype)
+    first = jnp.broadcast_to(first, (new.shape[0], *first.shape))
+    return jnp.concatenate([first, new], axis=1)
 
 
 def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from glm2_jax import GLMConfig, KVCache
+from glm2_jax.prefix import prefix_length
 from glm2_jax.xla import cache_dtype
 from infer import speculate, steps
 from infer.job import Job
@@ -82,11 +83,22 @@ class Executor:
 
     def empty_cache(self, job: Job) -> KVCache:
         """The cache that a job begins with."""
-        make = partial(KVCache.zeros, self.config, job.batch, job.cache_size, self.cache_dtype)
+        return self.new_cache(job.batch, job.cache_size)
+
+    def new_cache(self, batch: int, size: int) -> KVCache:
+        """A cache of `batch` rows with `size` slots for tokens, behind the prefix, if any."""
+        make = partial(KVCache.new, self.config, batch, size, self.cache_dtype)
+        prefix = self.params.get("prefix")
+        if prefix is not None:  # in a program, or there would be two of the cache for a moment
+            return self.programs.call("begin", (batch, size), make, prefix)
         if self.programs.tracing:
-            return jax.eval_shape(make)
+            return jax.eval_shape(make, None)
         with jax.default_device(self.device):
-            return make()
+            return make(None)
+
+    def room(self, cache: KVCache) -> int:
+        """Slots of a row for tokens: all but those of the prefix."""
+        return cache.size - prefix_length(self.params)
 
     def read(self, job: Job, cache: KVCache) -> tuple[steps.State, steps.Output]:
         """Reads the parts of the prompts and draws the first tokens; `cache` is used up."""
@@ -115,10 +127,11 @@ class Executor:
         )
 
     def grow(self, cache: KVCache, needed: int, largest: int) -> KVCache:
-        """The cache, with more slots if it has fewer than `needed`."""
-        if needed <= cache.size:
+        """The cache, with more slots if it has fewer than `needed` for tokens."""
+        room = self.room(cache)
+        if needed <= room:
             return cache
-        size = grown(cache.size, needed, largest)
+        size = cache.size - room + grown(room, needed, largest)
         key = (cache.length.size, cache.size, size)
         return self.programs.call("grow", key, partial(steps.grow, size), cache)
 

@@ -14,6 +14,7 @@ import jax
 from convert import load_checkpoint
 from convert.adapted import attach, open_adapter
 from convert.hub import find_model
+from convert.prefix import attach_prefix, open_prefix
 from glm2_jax.errors import DeviceError, UsageError
 from infer.engine import Engine
 from infer.memory.shortage import when_loading
@@ -43,6 +44,7 @@ def load(
     template: str | None = None,
     adapter: str | os.PathLike | None = None,
     force_adapter: bool = False,
+    prefix: str | os.PathLike | None = None,
     source: str | None = None,
     revision: str | None = None,
     on_event: OnEvent | None = None,
@@ -63,6 +65,7 @@ def load(
       device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
       adapter: folder of a LoRA adapter, from train.lora or PEFT, to answer with.
       force_adapter: take the adapter even if it was trained on another base or template.
+      prefix: folder of a P-Tuning v2 prefix, from the official training, to answer with.
       source, revision: where to fetch "owner/name" from ("hf", "modelscope"), and which; without a
         source the network is never used, see `convert.hub.find_model`.
       on_event: called with a kind ("compile") and a line of text, for progress.
@@ -82,6 +85,9 @@ def load(
         ready = open_adapter(
             adapter, folder, rope_kind=rope_kind, template=template, force=force_adapter
         )
+    found = None
+    if prefix is not None:
+        found = open_prefix(prefix, folder, rope_kind=rope_kind, template=template)
     explain = partial(
         when_loading,
         folder,
@@ -91,6 +97,7 @@ def load(
         embeddings=quantize_embeddings,
         context=max_length,
         rope_kind=rope_kind,
+        prefix=0 if found is None else found.length,
     )
     with device_errors(f"loading {folder}", explain):
         checkpoint = load_checkpoint(
@@ -107,6 +114,8 @@ def load(
         )
         if ready is not None:
             checkpoint = attach(checkpoint, ready)
+        if found is not None:
+            checkpoint = attach_prefix(checkpoint, found)
         jax.block_until_ready(checkpoint.params)
     seconds = time.perf_counter() - start
     return Engine(

@@ -64,7 +64,7 @@ def add_model_options(parser: Parser) -> None:
 
 
 def add_adapter_options(parser: Parser) -> None:
-    """Which adapter answers with the model."""
+    """Which adapter or prefix answers with the model."""
     group = parser.add_argument_group("adapter")
     group.add_argument(
         "--adapter",
@@ -77,6 +77,13 @@ def add_adapter_options(parser: Parser) -> None:
         "--force-adapter",
         action="store_true",
         help="take the adapter though it was trained on another base model or prompt template",
+    )
+    group.add_argument(
+        "--prefix",
+        type=path_argument,
+        metavar="DIR",
+        help="answer with a P-Tuning v2 prefix, as the official repository's training saves it "
+        "(checkpoint-3000 with pytorch_model.bin)",
     )
 
 
@@ -336,6 +343,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
             template=args.template,
             adapter=getattr(args, "adapter", None),
             force_adapter=getattr(args, "force_adapter", False),
+            prefix=getattr(args, "prefix", None),
             on_event=_show_event,
             progress=show_progress,
         )

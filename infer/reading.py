@@ -18,7 +18,7 @@ class Part(NamedTuple):
     Attributes:
       tokens: int32 [B, T].
       lengths: int32 [B], how many of them count.
-      kept: int32 [B], slots of the cache that hold what came before.
+      kept: int32 [B], tokens before it, which the cache has.
     """
 
     tokens: np.ndarray

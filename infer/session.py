@@ -69,7 +69,8 @@ class Session:
         clock, tokens = self.engine._clock(), []
         self.engine.stats.reused_tokens = len(ids) - job.prompt_tokens
         with self.engine._device_errors(job, f"a prompt of {len(ids)} tokens"):
-            kept = job.cache_size if self._cache is None else self._cache.size
+            device = self.engine.executor
+            kept = job.cache_size if self._cache is None else device.room(self._cache)
             self.engine._compile(job, partial(self._first, job, self._cache), kept=kept)
             for state, events in self.engine._loop(job, clock, *self._start(job, clock)):
                 tokens += [event.token for event in events if event.token is not None]

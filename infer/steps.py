@@ -59,7 +59,7 @@ def prefill(
     *,
     dtype: Any = None,
 ) -> tuple[State, Output]:
-    """Reads the prompts into a new cache of `size` slots and draws the first token of each row.
+    """Reads the prompts into a new cache (see `KVCache.new`) and draws the first token of each row.
 
     Args:
       tokens: int32 [B, T], prompts padded on the right.
@@ -68,9 +68,8 @@ def prefill(
     """
     batch, length = tokens.shape
     real = jnp.arange(length)[None, :] < lengths[:, None]
-    cache = KVCache.zeros(
-        config, batch, size, params["final_norm"].dtype if dtype is None else dtype
-    )
+    dtype = params["final_norm"].dtype if dtype is None else dtype
+    cache = KVCache.new(config, batch, size, dtype, params.get("prefix"))
     last = jnp.maximum(lengths - 1, 0)
     logits, cache = last_logits(
         config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cache
@@ -102,7 +101,7 @@ def extend(
 
     Args:
       tokens, lengths: as in `prefill`, of the part of each prompt that is to be read.
-      kept: int32 [B], slots of each row that hold the part before it; those behind are free.
+      kept: int32 [B], tokens of each row that are in the cache; the slots behind are free.
       seen: bool [B, V], the tokens of the whole prompts.
     """
     logits, extended = _read(config, params, tokens, lengths, kept, cache)
@@ -167,7 +166,7 @@ def _read(
 ) -> tuple[jax.Array, KVCache | None]:
     """Logits of each row's last token, and the cache with all of them."""
     real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    cut = KVCache(cache.k, cache.v, jnp.asarray(kept), cache.prefix)
+    cut = KVCache(cache.k, cache.v, cache.prefix + kept, cache.prefix)
     last = jnp.maximum(lengths - 1, 0)
     segment_ids = real.astype(jnp.int32)
     return last_logits(config, params, tokens, last, segment_ids=segment_ids, cache=cut)

@@ -72,8 +72,7 @@ class Reader:
             chunk=width * self.batch,
         )
         with device_errors(f"{self.batch} rows of up to {size} tokens", explain):
-            with jax.default_device(engine.device):
-                cache = KVCache.zeros(engine.config, self.batch, size, engine.executor.cache_dtype)
+            cache = engine.executor.new_cache(self.batch, size)
             for start in range(0, max(map(len, rows)), width):
                 tokens = np.zeros((self.batch, width), np.int32)
                 real = np.zeros((self.batch, width), bool)

@@ -176,6 +176,7 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
         fixed_context=asked is not None,
         chunk=args.prefill_chunk or PREFILL_CHUNK,
         columns=1 + getattr(args, "speculate", 0),
+        prefix=prefix_tokens(args),
     )
     plan = settle(budget, wish, note)
     if plan.precision != wish.choices[0]:
@@ -183,6 +184,19 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
     if plan.context < wish.context:
         args.max_length = plan.context
     set_gpu_share(budget, plan)
+
+
+def prefix_tokens(args: argparse.Namespace) -> int:
+    """The tokens of the prefix that the flags name; 0 = none.
+
+    Raises:
+      CheckpointError: it is no prefix.
+    """
+    if getattr(args, "prefix", None) is None:
+        return 0
+    from convert.prefix import measure_prefix
+
+    return measure_prefix(args.prefix)
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,7 @@ class Wish:
       stored: the scheme of a folder that is quantised.
       fixed_context: whether the user asked for just this context.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
+      prefix: slots of each row before all tokens.
     """
 
     config: GLMConfig
@@ -204,6 +219,7 @@ class Wish:
     fixed_context: bool = False
     chunk: int = PREFILL_CHUNK
     columns: int = 1
+    prefix: int = 0
 
     def plan(self, precision: Precision, platform: str) -> Plan:
         return make_plan(
@@ -214,6 +230,7 @@ class Wish:
             platform=platform,
             chunk=self.chunk,
             columns=self.columns,
+            prefix=self.prefix,
         )
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from convert.cli import EXIT_DEVICE, human_size, note
+from convert.glm_layout import is_native, published_keys
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.schemes import asked_scheme
 from infer.memory import compiler
-from infer.memory.budget import DEFAULT_CONTEXT, Budget, check_context, find_budget
+from infer.memory.budget import DEFAULT_CONTEXT, Budget, check_context, find_budget, prefix_tokens
 from infer.memory.compiler import Verdict
 from infer.memory.plan import (
     Plan,
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         quantize=asked_scheme(args.quantize, args.quantize_embeddings, stored=stored, model=name),
         chunk=args.prefill_chunk or PREFILL_CHUNK,
         columns=1 + args.speculate,
+        prefix=prefix_tokens(args),
     )
     verdicts = _verdicts(sheet, args) if compiler.knows(args.device) else None
     if args.json:
@@ -207,6 +209,8 @@ def _read_config(path: Path, rope_kind: str | None) -> GLMConfig:
         raise CheckpointError(f"{path} is not JSON", str(error)) from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a configuration", "It holds no JSON object.")
+    if is_native(raw):
+        raw = published_keys(raw)
     return GLMConfig.from_hf(raw, rope_kind=rope_kind)
 
 
@@ -228,17 +232,20 @@ def make_sheet(
     quantize: str | None = None,
     chunk: int = PREFILL_CHUNK,
     columns: int = 1,
+    prefix: int = 0,
 ) -> Sheet:
     """Plans for every precision that the flags leave open.
 
     Args:
       dtype, quantize: as the flags of the same names.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
+      prefix: tokens of a prefix.
     """
     chosen = budget.precisions(stored, dtype, quantize)
     if dtype == "auto" and quantize is None:
         chosen = precisions(budget.half, stored)
-    options: dict[str, Any] = {"platform": budget.platform, "chunk": chunk, "columns": columns}
+    options: dict[str, Any] = {"chunk": chunk, "columns": columns, "prefix": prefix}
+    options["platform"] = budget.platform
     plans = [
         make_plan(config, precision, context, batch, **options)
         for precision in chosen
@@ -357,6 +364,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
                 "context": plan.context,
                 "batch": plan.batch,
                 "speculate": plan.columns - 1,
+                "prefix": plan.prefix,
                 "weights": plan.weights,
                 "cache": plan.cache,
                 "temporary": plan.temporary,

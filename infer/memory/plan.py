@@ -94,6 +94,7 @@ class Plan:
       runtime: of jax itself.
       chunk: most tokens of prompts, of all rows together, that are read at once.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
+      prefix: slots of each row before all tokens, for a prefix (P-Tuning v2).
     """
 
     precision: Precision
@@ -105,6 +106,7 @@ class Plan:
     runtime: int
     chunk: int
     columns: int = 1
+    prefix: int = 0
 
     @property
     def rows(self) -> int:
@@ -125,6 +127,7 @@ def make_plan(
     platform: str = "gpu",
     chunk: int = PREFILL_CHUNK,
     columns: int = 1,
+    prefix: int = 0,
 ) -> Plan:
     """The plan for prompts and answers of up to `context` tokens, `batch` of them together.
 
@@ -132,18 +135,20 @@ def make_plan(
       platform: "cpu", "gpu" or "tpu".
       chunk: most tokens of a prompt that are read at once.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
+      prefix: slots of each row before all tokens; the params have it once more.
     """
     rows = _rows(batch)
     return Plan(
         precision,
         context,
         batch,
-        weight_bytes(config, precision),
-        cache_bytes(config, cache_number(precision, platform), context, rows),
-        temporary_bytes(config, precision, context, rows, platform, chunk, columns),
+        weight_bytes(config, precision) + cache_bytes(config, precision.size, prefix, 1),
+        cache_bytes(config, cache_number(precision, platform), prefix + context, rows),
+        temporary_bytes(config, precision, context, rows, platform, chunk, columns, prefix),
         RUNTIME[platform],
         chunk,
         columns,
+        prefix,
     )
 
 
@@ -211,11 +216,13 @@ def largest_context(
     platform: str = "gpu",
     chunk: int = PREFILL_CHUNK,
     columns: int = 1,
+    prefix: int = 0,
 ) -> int:
     """The longest context that fits into `memory` bytes, in steps of 64 tokens; 0 = none does."""
 
     def fits(context: int) -> bool:
-        sizes: dict[str, Any] = {"platform": platform, "chunk": chunk, "columns": columns}
+        sizes: dict[str, Any] = {"chunk": chunk, "columns": columns, "prefix": prefix}
+        sizes["platform"] = platform
         return make_plan(config, precision, context, batch, **sizes).total <= memory
 
     if fits(config.seq_length):
@@ -256,6 +263,7 @@ def nearest(
     """
     now, context, batch, chunk = wanted.precision, wanted.context, wanted.batch, wanted.chunk
     columns = wanted.columns
+    place: dict[str, Any] = {"platform": platform, "prefix": wanted.prefix}
 
     def attempt(
         precision: Precision,
@@ -264,14 +272,14 @@ def nearest(
         chunk: int = chunk,
         columns: int = columns,
     ) -> Plan | None:
-        sizes: dict[str, Any] = {"platform": platform, "chunk": chunk, "columns": columns}
+        sizes = {**place, "chunk": chunk, "columns": columns}
         plan = make_plan(config, precision, context, batch, **sizes)
         return plan if context and plan.total <= memory else None
 
     def longest(
         precision: Precision, batch: int, chunk: int = chunk, columns: int = columns
     ) -> int:
-        sizes: dict[str, Any] = {"platform": platform, "chunk": chunk, "columns": columns}
+        sizes = {**place, "chunk": chunk, "columns": columns}
         return min(largest_context(config, precision, batch, memory, **sizes), wanted.context)
 
     narrower = [choice for choice in choices if weight_bytes(config, choice) < wanted.weights]

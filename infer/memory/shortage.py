@@ -9,6 +9,7 @@ from convert.folder import open_folder, target_scheme
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import GLMError
 from glm2_jax.host import find_memory
+from glm2_jax.prefix import prefix_length
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
 from infer.memory.budget import DEFAULT_CONTEXT, Budget, Wish, shortage
@@ -34,7 +35,8 @@ def when_answering(
     """
     precision = _precision(params)
     context = min(context, config.seq_length)
-    wish = Wish(config, (precision,), context, batch, chunk=chunk, columns=columns)
+    sizes: dict[str, Any] = {"chunk": chunk, "columns": columns, "prefix": prefix_length(params)}
+    wish = Wish(config, (precision,), context, batch, **sizes)
     return shortage(_budget(device), wish, precision)
 
 
@@ -47,6 +49,7 @@ def when_loading(
     embeddings: bool,
     context: int | None,
     rope_kind: str | None,
+    prefix: int = 0,
 ) -> Shortage | None:
     """The same for opening a folder; None where it cannot even be looked at, for want of memory."""
     try:
@@ -58,7 +61,7 @@ def when_loading(
     precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
     stored = None if found.scheme is None else found.scheme.name
     tokens = min(context or DEFAULT_CONTEXT, found.config.seq_length)
-    wish = Wish(found.config, (precision,), tokens, stored=stored)
+    wish = Wish(found.config, (precision,), tokens, stored=stored, prefix=prefix)
     return shortage(_budget(device), wish, precision)
 
 

@@ -35,23 +35,25 @@ def temporary_bytes(
     platform: str,
     chunk: int,
     columns: int = 1,
+    prefix: int = 0,
 ) -> int:
     """The most that any of the programs needs beside the weights and the cache of `slots` slots.
 
     A program on the way there has a smaller cache, and so may need more of its own.
 
     Args:
-      slots, rows: of the cache.
+      slots, rows: of the cache, without the prefix.
       chunk: most tokens that are read at once.
       columns: tokens of each row that a step reads, and draws behind.
+      prefix: slots before those.
     """
     sizes = [1 << power for power in range(6, (slots - 1).bit_length())]  # caches on the way
     number = cache_number(precision, platform)
     slot = rows * _slot(config, number) * config.num_layers
     return max(
-        growing_bytes(config, slots, rows, number),
+        growing_bytes(config, slots, rows, number) + prefix * slot,
         *(
-            step_bytes(config, precision, size, rows, width, platform, drawn)
+            step_bytes(config, precision, prefix + size, rows, width, platform, drawn)
             - (slots - size) * slot
             for size in (*sizes, slots)
             for width, drawn in ((columns, columns), (min(max(1, chunk // rows), size), 1))
