@@ -4,6 +4,7 @@
 "chatglm" has the names and the configuration of the official repositories.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,17 +13,20 @@ from typing import Any
 import numpy as np
 
 from convert.destination import new_checkpoint
-from convert.folder import Folder
+from convert.folder import OFFICIAL_SCHEMES, Folder
 from convert.glm_layout import generation_config, native_config
 from convert.hf_tokenizer import tokenizer_files
 from convert.merging import float_chunks
-from convert.names import GLM, INV_FREQ, PUBLISHED, Match, Rule
+from convert.names import GLM, INV_FREQ, PUBLISHED, SCALE, Match, Rule
 from convert.own_format import DEFAULT_SHARD_SIZE, float_dtype
+from convert.stored import reading
+from convert.values import Values
 from convert.writer import Entry, write_file, write_shards
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA
 from glm2_jax.prompt import stop_ids
+from glm2_jax.schemes import Scheme
 
 LAYOUTS = ("glm", "chatglm")
 
@@ -45,12 +49,14 @@ def export_folder(
     layout: str,
     dtype: str | None = None,
     lora: LoRA | None = None,
+    dequantize: bool = False,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Writes an opened folder in another layout, chunk by chunk: complete, or not at all.
 
-    Quantised matrices are dequantised, an adapter is added in float32 before the cast to `dtype`.
+    Quantised matrices stay as they are where `packed_scheme` says so, and are dequantised
+    otherwise; an adapter is added in float32 before the cast to `dtype`.
 
     Args:
         source: what `open_folder` gives.
@@ -58,6 +64,7 @@ def export_folder(
         layout: one of `LAYOUTS`.
         dtype: "float32", "bfloat16" or "float16"; None keeps the type of the source.
         lora: an adapter to merge.
+        dequantize: writes floats in any case.
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
 
@@ -68,8 +75,9 @@ def export_folder(
             layout cannot describe.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
-    entries = export_entries(source, layout, dtype, lora)
-    files = _small_files(source, layout, entries[0].dtype.name)
+    entries = export_entries(source, layout, dtype, lora, dequantize)
+    scheme = packed_scheme(source, layout, lora, dequantize)
+    files = _small_files(source, layout, float_dtype(dtype or source.float_dtype).name, scheme)
     needed = sum(entry.nbytes for entry in entries) + sum(map(len, files.values()))
     with new_checkpoint(destination, needed=needed, source=source.path) as temporary:
         for name, data in files.items():
@@ -77,8 +85,21 @@ def export_folder(
         write_shards(temporary, entries, max_shard_size, progress, framework="pt")
 
 
+def packed_scheme(
+    source: Folder, layout: str, lora: LoRA | None = None, dequantize: bool = False
+) -> Scheme | None:
+    """How the matrices of an export are quantised: as in the source, where the official folders
+    define the same; None = they are written as floats."""
+    same = layout == "chatglm" and source.scheme in OFFICIAL_SCHEMES.values()
+    return source.scheme if same and lora is None and not dequantize else None
+
+
 def export_entries(
-    source: Folder, layout: str, dtype: str | None = None, lora: LoRA | None = None
+    source: Folder,
+    layout: str,
+    dtype: str | None = None,
+    lora: LoRA | None = None,
+    dequantize: bool = False,
 ) -> list[Entry]:
     """The tensors that `export_folder` writes; it has the same arguments and errors.
 
@@ -95,7 +116,14 @@ def export_entries(
         for part, start, stop in match.rule.ranges(source.config)
     }
     wanted = dict.fromkeys((rule_of[path], layer) for path, layer in places)
-    entries = [_entry(source, rule, layer, places, kind, lora) for rule, layer in wanted]
+    scheme = packed_scheme(source, layout, lora, dequantize)
+    scale_dtype = kind if scheme is None else _scale_dtype(source, kind)
+    entries = []
+    for rule, layer in wanted:
+        if scheme is not None and rule.quantised(scheme):
+            entries += _packed_entries(source, rule, layer, places, scheme, scale_dtype)
+        else:
+            entries.append(_entry(source, rule, layer, places, kind, lora))
     if layout == "chatglm":
         entries.insert(1, _frequencies(source.config, kind))
     return entries
@@ -116,6 +144,43 @@ def _entry(
     return Entry(rule.full_name(layer), rule.shape(source.config), dtype, chunks)
 
 
+def _packed_entries(
+    source: Folder,
+    rule: Rule,
+    layer: int | None,
+    places: Places,
+    scheme: Scheme,
+    scale_dtype: np.dtype,
+) -> Iterator[Entry]:
+    """The integers and the scales of an official matrix, as they are stored."""
+
+    def chunks(which: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+        for part in rule.parts:
+            match, start, stop = places[part.path, layer]
+            with reading(match.tensor.file):
+                values = Values(match, source.config, scheme)
+                for _, *block in values.quantised(start, stop, scheme):
+                    yield block[which].astype(dtype)
+
+    name, integers = rule.full_name(layer), np.dtype(np.int8)
+    shapes = scheme.shapes(rule.shape(source.config), rule.column_axes)
+    yield Entry(name, shapes[0], integers, functools.partial(chunks, 0, integers))
+    yield Entry(name + SCALE, shapes[1], scale_dtype, functools.partial(chunks, 1, scale_dtype))
+
+
+def _scale_dtype(source: Folder, dtype: np.dtype) -> np.dtype:
+    """The type of the other weights if it holds every scale exactly, as in the official folders;
+    else float32: another scale would be another model."""
+    for match in source.matches:
+        if match.scale is None:
+            continue
+        with reading(match.scale.file), np.errstate(over="ignore"):
+            scales = match.scale.read().astype(np.float32)
+            if not np.array_equal(scales.astype(dtype).astype(np.float32), scales):
+                return np.dtype(np.float32)
+    return dtype
+
+
 def _frequencies(config: GLMConfig, dtype: np.dtype) -> Entry:
     """The buffer that the official files hold and that no code reads: computed anew, step by step
     in the type of the weights, as the published class does."""
@@ -125,11 +190,15 @@ def _frequencies(config: GLMConfig, dtype: np.dtype) -> Entry:
     return Entry(INV_FREQ, frequencies.shape, dtype, lambda: iter([frequencies.astype(dtype)]))
 
 
-def _small_files(source: Folder, layout: str, dtype: str) -> dict[str, bytes]:
+def _small_files(
+    source: Folder, layout: str, dtype: str, scheme: Scheme | None
+) -> dict[str, bytes]:
     """Everything but the weights: name -> content."""
     config, tokenizer = source.config, source.tokenizer
     if layout == "chatglm":
         official = config.to_hf() | _OFFICIAL | {"torch_dtype": dtype}
+        if scheme is not None:
+            official |= {"quantization_bit": scheme.bits, "quantization_embeddings": False}
         return {"config.json": _json(official), "tokenizer.model": tokenizer.model_bytes}
     stops = (config.eos_token_id, *stop_ids(tokenizer)[1:])
     return {

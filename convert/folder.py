@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convert.glm_layout import MODEL_TYPE, published_keys
+from convert.glm_layout import is_native, published_keys
 from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, open_weights, read_json
@@ -18,6 +18,7 @@ from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
 from glm2_jax.tokenizer import Tokenizer
 
 QUANTIZE = ("int8", "int4")  # schemes that may be asked for
+OFFICIAL_SCHEMES = {4: SCHEMES["int4-row"], 8: SCHEMES["int8"]}  # by quantization_bit
 
 _MIB = 2**20
 
@@ -113,7 +114,7 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
             "Its tensors have the names of this project's own format, of which that is a part.",
             "Copy the file, too, or convert the source again.",
         )
-    layout, rules = ("HF-native glm", GLM) if _is_native(raw) else ("official", PUBLISHED)
+    layout, rules = ("HF-native glm", GLM) if is_native(raw) else ("official", PUBLISHED)
     if manifest is not None:
         layout, rules = "own", OWN
     matches = match_tensors(config, weights.tensors, rules, scheme)
@@ -161,14 +162,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     )
 
 
-def _is_native(raw: dict[str, Any]) -> bool:
-    return raw.get("model_type") == MODEL_TYPE
-
-
 def _configure(
     folder: Path, raw: dict[str, Any], rope_kind: str | None, manifest: Manifest | None
 ) -> GLMConfig:
-    if _is_native(raw):
+    if is_native(raw):
         raw = published_keys(raw)
     tokenizer_config = folder / "tokenizer_config.json"
     asked = manifest is None and tokenizer_config.exists()  # our own config.json tells all
@@ -184,7 +181,7 @@ def _published_scheme(raw: dict[str, Any]) -> Scheme | None:
             f"config.json: quantization_bit = {shorten(bits)} is not supported.",
             "The published quantised folders use 4 or 8 bits.",
         )
-    return {0: None, 4: SCHEMES["int4-row"], 8: SCHEMES["int8"]}[bits]
+    return OFFICIAL_SCHEMES.get(bits)
 
 
 def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: bool) -> None:

@@ -92,6 +92,11 @@ def generation_config(config: GLMConfig, stops: tuple[int, ...]) -> dict[str, An
     }
 
 
+def is_native(raw: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is one of the HF-native layout."""
+    return raw.get("model_type") == MODEL_TYPE
+
+
 def published_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
     """An HF-native `config.json` under the published keys, for `GLMConfig.from_hf`.
 

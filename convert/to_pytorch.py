@@ -10,6 +10,7 @@ from convert.hub import find_model
 
 if TYPE_CHECKING:
     from convert.folder import Folder
+    from glm2_jax.schemes import Scheme
 
 # Spelt out here, and compared with the library's list in a test, so that --help needs no jax.
 LAYOUTS = ("glm", "chatglm")
@@ -21,8 +22,8 @@ def build_parser() -> Parser:
         prog="python -m convert.to_pytorch",
         description=(
             "Writes any checkpoint folder that this project reads for PyTorch programs, as "
-            "safetensors (.bin is not written). Quantised weights are dequantised. The new folder "
-            "appears complete or not at all."
+            "safetensors (.bin is not written). Quantised weights are dequantised, except where "
+            "--layout chatglm has the same form. The new folder appears complete or not at all."
         ),
         example="python -m convert.to_pytorch ./chatglm2-6b-jax ./chatglm2-6b-glm --layout glm",
     )
@@ -40,6 +41,10 @@ def build_parser() -> Parser:
     form.add_argument(
         "--dtype", choices=DTYPES, default="keep", metavar="TYPE",
         help="type to store: keep, float32, bfloat16 or float16",
+    )  # fmt: skip
+    form.add_argument(
+        "--dequantize", action="store_true",
+        help="write floats also where the official packed int4 or int8 could be written",
     )  # fmt: skip
     form.add_argument(
         "--max-shard-size", type=size_argument, default="4GB", metavar="SIZE",
@@ -68,8 +73,11 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     from convert.adapted import open_adapter
     from convert.destination import check_destination
-    from convert.export import export_entries, export_folder
+    from convert.export import export_entries, export_folder, packed_scheme
     from convert.folder import open_folder
+    from convert.names import SCALE
+    from convert.own_format import float_dtype
+    from glm2_jax.schemes import stored_as
 
     dtype = None if args.dtype == "keep" else args.dtype
     path = find_model(args.source, source=args.hub_source, revision=args.revision)
@@ -79,13 +87,18 @@ def main(argv: list[str]) -> None:
     if args.adapter:
         adapter = open_adapter(args.adapter, path, force=args.force_adapter, **model)
     lora = adapter.lora if adapter else None
-    entries = export_entries(folder, args.layout, dtype, lora)
-    size, kind = sum(entry.nbytes for entry in entries), entries[0].dtype.name
+    entries = export_entries(folder, args.layout, dtype, lora, args.dequantize)
+    packed = packed_scheme(folder, args.layout, lora, args.dequantize)
+    size = sum(entry.nbytes for entry in entries)
+    kind = float_dtype(dtype or folder.float_dtype).name
     note(
         f"{args.source}: {folder.layout}, {folder.config.family}, "
         f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
     )
-    for line in (*_warnings(folder, args.layout, kind), *(adapter.notes if adapter else ())):
+    warnings = _warnings(folder, args.layout, kind, packed)
+    if any(entry.name.endswith(SCALE) and entry.dtype.name != kind for entry in entries):
+        warnings.append(f"the scales are written in float32: {kind} does not hold them exactly")
+    for line in (*warnings, *(adapter.notes if adapter else ())):
         note(line)
     if args.dry_run:
         check_destination(args.destination, None, source=folder.path, needed=size)
@@ -99,18 +112,19 @@ def main(argv: list[str]) -> None:
             layout=args.layout,
             dtype=dtype,
             lora=lora,
+            dequantize=args.dequantize,
             max_shard_size=args.max_shard_size,
             progress=lambda done, _: progress(done),
         )
     merged = f", {', '.join(adapter.targets)} adapted" if adapter else ""
-    note(f"wrote {human_size(size)} in {kind}, layout {args.layout}{merged}")
+    note(f"wrote {human_size(size)} in {stored_as(kind, packed)}, layout {args.layout}{merged}")
     print(args.destination)
 
 
-def _warnings(folder: "Folder", layout: str, dtype: str) -> list[str]:
+def _warnings(folder: "Folder", layout: str, dtype: str, packed: "Scheme | None") -> list[str]:
     """What the new folder has not kept of the old one, one line each."""
     lines = []
-    if folder.scheme is not None:
+    if folder.scheme is not None and packed is None:
         lines.append(
             f"the weights are stored in {folder.scheme.name}; "
             f"they are written dequantised, in {dtype}"

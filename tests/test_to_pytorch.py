@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from convert import cli, export, export_folder, load_checkpoint, open_folder, to_pytorch
 from convert.adapter import Adapter, save_adapter
 from convert.folder import Folder
+from convert.glm_layout import native_config
 from convert.names import GLM, INV_FREQ, PARTS, PUBLISHED, Match
 from convert.own_format import convert_folder
 from convert.shards import open_weights
@@ -214,7 +215,7 @@ def test_the_command(tmp_path, capsys):
     assert out == f"{tmp_path / 'b'}\n"
     assert "query_key_value, dense" in err
     convert_folder(open_folder(source), tmp_path / "own", quantize="int8")
-    assert run(tmp_path / "own", tmp_path / "c", "--layout", "chatglm") == 0
+    assert run(tmp_path / "own", tmp_path / "c", "--layout", "chatglm", "--dequantize") == 0
     out, err = capsys.readouterr()
     assert "stored in int8; they are written dequantised, in float16" in err
     assert open_folder(tmp_path / "c").stored_dtype == "float16"
@@ -289,6 +290,35 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         export_folder(source, tmp_path / "b", layout="chatglm", progress=stop)
+    assert names(tmp_path) == ["a"]
+
+
+def test_bad_input_through_the_command(tmp_path, capsys, monkeypatch):
+    source = write_official(tmp_path / "a")
+    command = (source, tmp_path / "b", "--layout", "chatglm")
+    assert run(*command, "--layout", "gguf") == 2 and run(tmp_path / "none", *command[1:]) == 4
+    capsys.readouterr()
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
+        assert run(*command) == 3 and run(*command, "--dry-run") == 3
+    assert "not enough space" in capsys.readouterr().err
+    raw = json.loads((source / "config.json").read_text())
+    native = native_config(open_folder(source).config, "float16", (2,))
+    (source / "config.json").write_text(json.dumps(native))
+    assert run(*command) == 4
+    assert "missing: model.embed_tokens.weight" in capsys.readouterr().err
+    (source / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
+    assert run(*command) == 4
+    assert "'llama'" in capsys.readouterr().err
+    (source / "config.json").write_text(json.dumps(raw))
+
+    def stop(*args):
+        assert len(names(tmp_path)) == 2  # the folder under its temporary name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.writer.HashingFile.write", stop)
+    assert run(*command) == 130
     assert names(tmp_path) == ["a"]
 
 
