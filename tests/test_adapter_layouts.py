@@ -48,13 +48,15 @@ def native_shapes(config, module, rank):
     return {"A": (rank, columns), "B": (rows, rank)}
 
 
-def native_folder(folder, config=TINY, modules=NATIVE, rank=2, ranks=None, **raw):
+def native_folder(
+    folder, config=TINY, modules=NATIVE, rank=2, ranks=None, *, dtype="float32", **raw
+):
     """An adapter as PEFT writes it for GlmForCausalLM, with random numbers."""
     random = np.random.default_rng(5)
     ranks = ranks or {}
     tensors = {
         f"{BLOCK}.{layer}.{'self_attn' if module[0] in 'qkvo' else 'mlp'}.{module}"
-        f".lora_{side}.weight": random.standard_normal(shape, np.float32)
+        f".lora_{side}.weight": random.standard_normal(shape, np.float32).astype(np.dtype(dtype))
         for layer in range(config.num_layers)
         for module in modules
         for side, shape in native_shapes(config, module, ranks.get(module, rank)).items()
@@ -284,9 +286,10 @@ def test_any_adapter_of_ours_goes_and_comes_back(
     ranks=st.dictionaries(st.sampled_from(NATIVE), st.integers(1, 4)),
     modules=st.sets(st.sampled_from(NATIVE), min_size=1),
     rslora=st.booleans(),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
 )
 def test_any_adapter_of_theirs_comes_and_goes_back(
-    kv_heads, hidden, ffn, rank, ranks, modules, rslora
+    kv_heads, hidden, ffn, rank, ranks, modules, rslora, dtype
 ):
     """With one alpha / r for all (so no number is scaled) not a bit changes."""
     config = tiny_config(num_kv_heads=kv_heads, hidden_size=hidden, ffn_hidden_size=ffn)
@@ -296,7 +299,7 @@ def test_any_adapter_of_theirs_comes_and_goes_back(
     with tempfile.TemporaryDirectory() as name:
         folder = native_folder(
             Path(name) / "glm", config, modules, rank, ranks, use_rslora=rslora,
-            lora_alpha=2 * (rank**0.5 if rslora else rank), alpha_pattern=alphas,
+            lora_alpha=2 * (rank**0.5 if rslora else rank), alpha_pattern=alphas, dtype=dtype,
         )  # fmt: skip
         adapter = load_adapter(folder, config)
         assert_same_deltas(adapter.lora, folder, config)
@@ -306,7 +309,7 @@ def test_any_adapter_of_theirs_comes_and_goes_back(
         one, other = load_file(folder / WEIGHTS), load_file(Path(name) / "back" / WEIGHTS)
         assert one.keys() == other.keys()
         for tensor in one:
-            np.testing.assert_allclose(other[tensor], one[tensor], rtol=1e-6)
+            np.testing.assert_allclose(other[tensor], one[tensor].astype("float32"), rtol=1e-6)
         assert_same_deltas(fused.lora, Path(name) / "back", config)
 
 

@@ -6,22 +6,37 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from convert import cli, load_checkpoint, merge_check, merge_lora, merging, open_folder
+from convert import (
+    cli,
+    export_folder,
+    load_checkpoint,
+    merge_check,
+    merge_lora,
+    merging,
+    open_folder,
+)
 from convert.adapted import attach
 from convert.adapter import Adapter, load_adapter, save_adapter
 from convert.folder import fingerprint
 from convert.manifest import verify_checkpoint
 from convert.own_format import convert_folder, size_of_conversion
+from convert.shards import open_weights
 from glm2_jax import DeviceError, UsageError
 from glm2_jax.lora import init_lora
 from tests.checkpoints import TINY, names, random_params, save, tiny_config, write_official
+from tests.test_adapter_layouts import deltas, random_lora
 from tests.toy import jit_forward, random_tokens
 
 TOKENS = random_tokens(2, 20, TINY, seed=4)  # other texts than those of the command's own check
@@ -107,6 +122,75 @@ def test_a_quantised_base(tmp_path, lora, scheme, capsys):
     assert open_folder(tmp_path / "new").stored_dtype == "float32"
     options = {"dtype": "float32", "quantize": "none"}
     assert_merged(tmp_path / "new", tmp_path / "q", lora, 1e-4, **options)
+
+
+@pytest.mark.parametrize("kind", ["HF-native", "ChatGLM3"])
+def test_bases_of_other_kinds(tmp_path, base, kind, capsys):
+    """The command compares the logits; here it is the weights."""
+    config, source = TINY, tmp_path / "source"
+    if kind == "HF-native":
+        pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+        export_folder(open_folder(base), source, layout="glm")
+    else:
+        config = tiny_config(family="chatglm3", rope_ratio=50.0, rope_kind="base", num_layers=1)
+        write_official(source, config, dtype="float32")
+    assert open_folder(source).config.family == config.family
+    lora = adapter_folder(tmp_path / "lora", config=config)
+    assert run(source, lora, tmp_path / "new", "--bound", "1e-4") == 0
+    found = re.search(r"adapter changes logits by up to (\S+)\)", capsys.readouterr().err)
+    assert found and float(found[1]) > 0.1
+    merged = open_folder(tmp_path / "new")
+    assert merged.layout == "own" and merged.config == open_folder(source).config
+    assert merged.template == config.default_template
+    adapter = load_adapter(lora, config)
+    plain, new = (load_checkpoint(x).params["layers"] for x in (source, merged.path))
+    places = {"dense": "o", "dense_h_to_4h": "gate_up", "dense_4h_to_h": "down"}
+    added = {places.get(target, part): x for (target, part), x in deltas(adapter.lora).items()}
+    for name, weight in plain.items():
+        change = added[name].reshape(weight.shape) if name in added else 0
+        np.testing.assert_allclose(new[name], weight + change, atol=2e-6)
+        assert name not in added or np.abs(change).max() > 0.1
+
+
+@settings(max_examples=6, derandomize=True, deadline=None)
+@given(
+    kv_heads=st.sampled_from([1, 2, 4]),
+    hidden=st.integers(1, 24),
+    ffn=st.integers(0, 20).map(lambda half: 2 * half + 1),
+    rank=st.integers(1, 4),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    layout=st.sampled_from(["chatglm", "glm"]),
+)
+def test_any_shape_and_type(kv_heads, hidden, ffn, rank, dtype, layout):
+    """Merged here and merged into an export: the sum in float32, rounded once."""
+    config = tiny_config(
+        num_kv_heads=kv_heads, hidden_size=hidden, ffn_hidden_size=ffn, num_layers=1
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = open_folder(write_official(folder / "a", config, dtype=dtype))
+        save_adapter(folder / "lora", Adapter(random_lora(config, rank)), layout=layout)
+        adapter = load_adapter(folder / "lora", config)
+        convert_folder(source, folder / "own", adapter=adapter)
+        export_folder(source, folder / "b", layout="chatglm", lora=adapter.lora)
+        own, exported = (open_weights(folder / x).tensors for x in ("own", "b"))
+        plain = open_weights(folder / "a").tensors
+        block = "transformer.encoder.layers.0."
+        for (target, part), delta in deltas(adapter.lora).items():
+            attention = target in ("query_key_value", "dense")
+            published = f"{block}{'self_attention' if attention else 'mlp'}.{target}.weight"
+            start = {"k": 32, "v": 32 + 8 * kv_heads}.get(part, 0)  # four heads of eight
+            rows = slice(start, start + delta.shape[1])
+            expected = plain[published].read().astype(np.float32)[rows] + delta[0]
+            found = exported[published].read()[rows]
+            assert found.dtype.name == dtype
+            step = float(ml_dtypes.finfo(dtype).eps)
+            np.testing.assert_allclose(
+                found.astype(np.float32), expected, rtol=step, atol=max(step / 100, 1e-5)
+            )
+            places = {"dense": "o", "dense_h_to_4h": "gate_up", "dense_4h_to_h": "down"}
+            merged = own[f"layers.0.{places.get(target, part)}"].read()
+            assert merged.tobytes() == found.tobytes()
 
 
 def test_the_library_never_merges_into_quantised_weights(base, lora):
