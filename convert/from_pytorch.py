@@ -1,4 +1,4 @@
-"""`python -m convert.from_pytorch SRC DST`: an official checkpoint becomes our own format."""
+"""`python -m convert.from_pytorch SRC DST`: a folder of PyTorch's becomes our own format."""
 
 import argparse
 import json
@@ -19,9 +19,10 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m convert.from_pytorch",
         description=(
-            "Converts a published checkpoint folder (.bin, safetensors, int4) to this project's "
-            "format: safetensors with a manifest of checksums. Neither torch nor code from the "
-            "folder is run. The new folder appears complete or not at all."
+            "Converts a published checkpoint folder (.bin, safetensors, int4) or an HF-native one "
+            "(GlmForCausalLM of transformers) to this project's format: safetensors with a "
+            "manifest of checksums. Neither torch nor code from the folder is run. The new folder "
+            "appears complete or not at all."
         ),
         example="python -m convert.from_pytorch ./chatglm2-6b ./chatglm2-6b-jax --dtype bfloat16",
     )
