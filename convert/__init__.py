@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convert.export import export_folder
     from convert.folder import open_folder
+    from convert.gguf_export import export_gguf
     from convert.loader import Checkpoint, CheckpointSummary, load_checkpoint
     from convert.manifest import verify_checkpoint
     from convert.own_format import save_checkpoint
@@ -17,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointSummary",
     "export_folder",
+    "export_gguf",
     "load_checkpoint",
     "open_folder",
     "save_checkpoint",
@@ -27,6 +29,7 @@ _MODULES = {
     "Checkpoint": "loader",
     "CheckpointSummary": "loader",
     "export_folder": "export",
+    "export_gguf": "gguf_export",
     "load_checkpoint": "loader",
     "open_folder": "folder",
     "save_checkpoint": "own_format",

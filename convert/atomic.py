@@ -1,4 +1,4 @@
-"""Writes a folder that is either there, complete, or not there at all.
+"""Writes a folder, or a file, that is either there, complete, or not there at all.
 
 It is filled under a temporary name beside its final one and renamed at the end; a folder that it
 replaces is moved aside for the moment between two renames. A process that is killed leaves these
@@ -39,15 +39,66 @@ def new_folder(destination: Path, may_replace: Callable[[], None]) -> Iterator[P
     """
     token = secrets.token_hex(8)
     temporary, old = _beside(destination, "tmp", token), _beside(destination, "old", token)
-    new_parents = [parent for parent in destination.parents if not os.path.lexists(parent)]
-    replaced, lock = False, None
+    replaced = False
 
-    def tidy() -> None:
+    def put_back() -> None:
         if replaced:
             shutil.rmtree(old, ignore_errors=True)
         elif old.exists():
             with contextlib.suppress(OSError):
                 old.rename(destination)
+
+    with _filling(destination, temporary, put_back):
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        fsync(temporary)
+        try:
+            temporary.rename(destination)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            may_replace()
+            destination.rename(old)
+            temporary.rename(destination)
+            replaced = True
+        fsync(destination.parent)
+
+
+@contextmanager
+def new_file(destination: Path, refuse: Callable[[], None]) -> Iterator[Path]:
+    """Gives the path of a file to write, in a temporary folder; on success it gets the name
+    `destination`, on any failure it is removed. Nothing is ever replaced.
+
+    Args:
+        destination: the final name.
+        refuse: called at the end if something has that name by then; raises.
+
+    Raises:
+        InputError: the disk is full, or the place cannot be written.
+    """
+    temporary = _beside(destination, "tmp", secrets.token_hex(8))
+    with _filling(destination, temporary, lambda: None):
+        path = temporary / "new"
+        yield path
+        fsync(path)
+        try:
+            os.link(path, destination)  # unlike a rename, it replaces nothing
+        except OSError:  # the name is taken, or the file system knows no links
+            if os.path.lexists(destination):
+                refuse()
+            path.rename(destination)
+        fsync(destination.parent)
+
+
+@contextmanager
+def _filling(destination: Path, temporary: Path, put_back: Callable[[], None]) -> Iterator[None]:
+    """Makes a folder for what is to become `destination`; in the end it is gone, whatever happens,
+    and so are new parents that hold nothing. `put_back` is called first, perhaps twice."""
+    new_parents = [parent for parent in destination.parents if not os.path.lexists(parent)]
+    lock = None
+
+    def tidy() -> None:
+        put_back()
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in new_parents:
             with contextlib.suppress(OSError):
@@ -58,19 +109,7 @@ def new_folder(destination: Path, may_replace: Callable[[], None]) -> Iterator[P
             destination.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir(mode=0o700)
             lock = _lock(temporary)
-            yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            fsync(temporary)
-            try:
-                temporary.rename(destination)
-            except OSError as error:
-                if error.errno not in _TAKEN:
-                    raise
-                may_replace()
-                destination.rename(old)
-                temporary.rename(destination)
-                replaced = True
-            fsync(destination.parent)
+            yield
     except OSError as error:
         raise _cannot_write(destination, error) from error
     finally:

@@ -1,4 +1,4 @@
-"""Where a checkpoint folder may be written, and what it may replace."""
+"""Where a checkpoint folder or file may be written, and what it may replace."""
 
 import functools
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from convert.atomic import (
     moved_aside,
+    new_file,
     new_folder,
     remove_leftovers,
     require_space,
@@ -64,6 +65,40 @@ def check_destination(
     require_writable(folder)
     _check_replaceable(folder, moved_aside(folder) or folder, overwrite, source)
     require_space(folder, needed + _SPARE_BYTES)
+
+
+@contextmanager
+def new_model_file(destination: str | Path, *, needed: int) -> Iterator[Path]:
+    """Gives the path of a file that becomes `destination`, complete or not at all.
+
+    Arguments and errors are those of `check_model_file`; an error of the system while the file is
+    written is an InputError, too. Nothing is left behind.
+    """
+    check_model_file(destination, needed=needed)
+    file = _real(destination)
+    remove_leftovers(file)
+    with new_file(file, functools.partial(_check_replaceable, file, file, None, None)) as path:
+        yield path
+
+
+def check_model_file(destination: str | Path, *, needed: int = 0) -> None:
+    """Refuses to begin what cannot be finished.
+
+    Args:
+        destination: the file to write.
+        needed: bytes to write.
+
+    Raises:
+        UsageError: something has that name.
+        InputError: no space, or the file cannot be written.
+    """
+    if os.path.isdir(destination):
+        raise UsageError(
+            f"{destination} is a folder.",
+            "What is written is one file.",
+            f"Name the file, for example {Path(destination) / 'model.gguf'}.",
+        )
+    check_destination(destination, None, needed=needed)
 
 
 def _check_replaceable(

@@ -17,7 +17,7 @@ from glm2_jax.tokenizer import SPACE_MARK, Tokenizer
 
 # The published names `sop` and `eop` are parts of words: as special tokens they would be found in
 # "sophisticated". The later GLM models write them so.
-_NAMES = {"sop": "<sop>", "eop": "<eop>"}
+SAFE_NAMES = {"sop": "<sop>", "eop": "<eop>"}
 PREFIX = "[gMASK]<sop>"  # begins every sequence
 
 # Texts whose ids must be equal to ours before anything is written.
@@ -58,8 +58,8 @@ def tokenizer_files(tokenizer: Tokenizer, template: str, *, max_length: int) -> 
         "pad_token": tokenizer.piece(tokenizer.pad_id),
         "unk_token": tokenizer.piece(tokenizer.pad_id),
     }
-    if template in _CHAT_TEMPLATES:
-        config["chat_template"] = _CHAT_TEMPLATES[template]
+    if template in CHAT_TEMPLATES:
+        config["chat_template"] = CHAT_TEMPLATES[template]
     return {
         "tokenizer.json": fast.to_str(pretty=True).encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
@@ -89,11 +89,11 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
     )
     # <s> is not among them: it is never written, and it is HTML that people do write.
     names = [tokenizer.piece(tokenizer.pad_id), tokenizer.piece(tokenizer.eos_id)]
-    names += [_NAMES.get(name, name) for name in tokenizer.special]
+    names += [SAFE_NAMES.get(name, name) for name in tokenizer.special]
     fast.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
     )
-    begin = [_NAMES.get(name, name) for name in ("[gMASK]", "sop")]
+    begin = [SAFE_NAMES.get(name, name) for name in ("[gMASK]", "sop")]
     fast.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{' '.join(begin)} $A",
         pair=f"{' '.join(begin)} $A $B {tokenizer.piece(tokenizer.eos_id)}",
@@ -133,7 +133,7 @@ def _compare(fast: Any, tokenizer: Tokenizer) -> None:
                 "Is tokenizer.model the published file of the ChatGLM2 family?",
             )
     for name, token_id in tokenizer.special.items():
-        found = fast.token_to_id(_NAMES.get(name, name))
+        found = fast.token_to_id(SAFE_NAMES.get(name, name))
         if found != token_id:
             raise CheckpointError(
                 "The tokenizer cannot be written in the HF-native form.",
@@ -179,7 +179,7 @@ _MESSAGES = """\
 
 # The text after a role's token gets a space mark of its own, as the published code gives it; the
 # space before the content stands for that of its second piece of text.
-_CHAT_TEMPLATES = {
+CHAT_TEMPLATES = {
     "chatglm2": _ROUNDS,
     "chatglm3": _MESSAGES.replace("in ROLES", f"in {list(ROLES)}").replace(
         "ROLES", ", ".join(ROLES)

@@ -1,0 +1,272 @@
+"""What a GGUF file of llama.cpp's architecture "chatglm" is made of: metadata, vocabulary, tensors.
+
+Read in llama.cpp's `src/models/chatglm.cpp`: query_key_value and dense_h_to_4h stay fused, in the
+published order of rows; the first half of a head is rotated, in neighbouring pairs; vectors are
+float32, whatever the matrices are.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from convert.export import export_entries
+from convert.folder import Folder
+from convert.hf_tokenizer import CHAT_TEMPLATES, PREFIX, SAFE_NAMES
+from convert.names import INV_FREQ
+from convert.writer import Entry
+from glm2_jax.config import GLMConfig
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.lora import LoRA
+from glm2_jax.prompt import stop_ids
+from glm2_jax.tokenizer import Tokenizer
+
+TYPES = ("f16", "q8_0")
+
+# Q8_0 stores 32 numbers of a row as int8 and a float16 scale.
+_BLOCK = 32
+# Up to half a step of float16 above 65504 is rounded down to it; a scale is a 127th.
+_TOO_LARGE = {"F16": 65520.0, "Q8_0": 127 * 65520.0}
+# A block of such numbers has the scale 0 in any case; without them no reciprocal overflows.
+_NOTHING = np.float32(1e-30)
+
+
+def require_gguf() -> types.ModuleType:
+    """The package gguf.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(
+            "Writing GGUF needs the package gguf.",
+            str(error),
+            "Install it: pip install 'glm2-jax[gguf]'.",
+        ) from error
+    return gguf
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file.
+
+    Attributes:
+        name: in the file.
+        kind: how it is stored: a `gguf.GGMLQuantizationType`, F32, F16 or Q8_0.
+        source: gives its shape and its elements in float32, whole rows at a time.
+    """
+
+    name: str
+    kind: Any
+    source: Entry
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its elements in the file, in bytes."""
+        elements, size = require_gguf().GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.source.shape) // elements * size
+
+    def byte_chunks(self) -> Iterator[memoryview]:
+        """The bytes of its elements, in order.
+
+        Raises:
+            CheckpointError: NaN or infinity, or a number that the kind cannot hold.
+        """
+        for chunk in self.source.chunks():
+            stored = np.ascontiguousarray(self._encode(chunk))
+            yield stored.reshape(-1).view(np.uint8).data
+
+    def _encode(self, values: np.ndarray) -> np.ndarray:
+        """[n] float32, whole rows -> what the file holds of them."""
+        if self.kind.name == "F32":
+            return values
+        sizes = np.abs(values)
+        if sizes.max() >= _TOO_LARGE[self.kind.name]:
+            raise CheckpointError(
+                f"{self.source.name} holds {sizes.max():g}, which {self.kind.name} of GGUF cannot "
+                "represent.",
+                "It would become infinite.",
+                "" if self.source.shape[-1] % _BLOCK else "Use --type q8_0, which reaches further.",
+            )
+        if self.kind.name == "Q8_0":
+            kept = np.where(sizes < _NOTHING, np.float32(0), values)
+            return require_gguf().quants.quantize(kept.reshape(-1, _BLOCK), self.kind)
+        return values.astype(np.float16)
+
+
+def gguf_tensors(source: Folder, kind: str, lora: LoRA | None = None) -> list[Tensor]:
+    """The tensors of the file, in the order of the source's files.
+
+    Args:
+        source: what `open_folder` gives.
+        kind: one of `TYPES`, for the matrices. Rows that are no multiple of 32 stay f16.
+        lora: an adapter to merge.
+
+    Raises:
+        UsageError: an unknown kind, or a model that llama.cpp does not compute.
+    """
+    if kind not in TYPES:
+        raise UsageError(f"unknown type {kind!r}.", f"Known: {', '.join(TYPES)}.")
+    config = source.config
+    check_model(config)
+    gguf = require_gguf()
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.CHATGLM, config.num_layers)
+    kinds = gguf.GGMLQuantizationType
+
+    def tensor(entry: Entry) -> Tensor:
+        name = entry.name.removeprefix("transformer.")
+        stored = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if len(entry.shape) == 1:
+            return Tensor(stored, kinds.F32, entry)
+        whole = kind == "q8_0" and entry.shape[-1] % _BLOCK == 0
+        return Tensor(stored, kinds.Q8_0 if whole else kinds.F16, entry)
+
+    entries = export_entries(source, "chatglm", "float32", lora, dequantize=True)
+    return [tensor(entry) for entry in entries if entry.name != INV_FREQ]
+
+
+def check_model(config: GLMConfig) -> None:
+    """Refuses what llama.cpp's chatglm does not compute.
+
+    Raises:
+        UsageError: scaled queries, or heads that are together wider or narrower than the model.
+    """
+    if config.logn_scaling:
+        raise UsageError(
+            "A model with logn_scaling cannot be written as GGUF.",
+            "llama.cpp does not scale its queries, so its answers would be others.",
+        )
+    width = config.num_heads * config.head_dim
+    if width != config.hidden_size:
+        raise UsageError(
+            f"A model whose heads are {width} wide together and whose hidden size is "
+            f"{config.hidden_size} cannot be written as GGUF.",
+            "llama.cpp takes the two for equal, as they are in every published model.",
+        )
+
+
+def add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabulary") -> None:
+    """Gives a `gguf.GGUFWriter` everything but the tensors.
+
+    Args:
+        writer: nothing is written yet.
+        source: the model.
+        kind: one of `TYPES`.
+        vocabulary: of `gguf_vocabulary`.
+    """
+    gguf = require_gguf()
+    config, tokenizer = source.config, source.tokenizer
+    file_types = gguf.LlamaFileType
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(config.family)
+    writer.add_file_type(file_types.MOSTLY_Q8_0 if kind == "q8_0" else file_types.MOSTLY_F16)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.seq_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.ffn_hidden_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim // 2)
+    _add_rope(writer, config)
+    writer.add_tokenizer_model("llama")  # their name of SentencePiece's byte-pair encoding
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary.texts)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    writer.add_unk_token_id(0)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.pad_token_id)
+    # <|user|> and <|observation|> of ChatGLM3 end an answer, too; there is one key for each.
+    for add, stop in zip(
+        (writer.add_eot_token_id, writer.add_eom_token_id), stop_ids(tokenizer)[1:], strict=False
+    ):
+        add(stop)
+    # A prompt begins with two ids, and theirs with one at most: so the text has to hold them.
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(tokenizer.adds_dummy_prefix)
+    template = CHAT_TEMPLATES.get(source.template)
+    if template is not None:
+        writer.add_chat_template(_unrecognised(template))
+
+
+def _add_rope(writer: Any, config: GLMConfig) -> None:
+    base, linear = config.rope_base, config.rope_kind == "linear" and config.rope_ratio != 1
+    writer.add_rope_freq_base(base * (1 if config.rope_kind == "linear" else config.rope_ratio))
+    if linear:
+        writer.add_rope_scaling_type(require_gguf().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_ratio)
+
+
+def _unrecognised(template: str) -> str:
+    """The same template, which programs that know templates by a piece of their text do not take
+    for that of GLM-4: they render it, or say that they cannot."""
+    begin, end = PREFIX[: PREFIX.index("<")], PREFIX[PREFIX.index("<") :]
+    return template.replace(PREFIX, f"{begin}' ~ '{end}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What each id stands for, by id.
+
+    Attributes:
+        texts: unique.
+        scores: the larger, the sooner two neighbours become this piece.
+        types: numbers of `gguf.TokenType`.
+    """
+
+    texts: Sequence[str]
+    scores: Sequence[float]
+    types: Sequence[int]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in the file: lengths and texts, scores, types."""
+        return sum(8 + len(text.encode()) + 4 + 4 for text in self.texts)
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """The pieces, the special tokens behind them, and the ids that mean nothing.
+
+    Args:
+        tokenizer: ours.
+        size: rows of the embedding.
+
+    Raises:
+        CheckpointError: two ids have the same text, which llama.cpp does not survive.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    kinds = require_gguf().TokenType
+
+    def kind(piece: int) -> int:
+        if model.is_unknown(piece):
+            return kinds.UNKNOWN
+        if model.is_control(piece):
+            return kinds.CONTROL
+        if model.is_byte(piece):
+            return kinds.BYTE
+        return kinds.UNUSED if model.is_unused(piece) else kinds.NORMAL
+
+    rows = [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(len(model))]
+    # Bare `sop` and `eop` would be found inside words: the parts of a word are joined to the text
+    # of any entry.
+    rows += [(SAFE_NAMES.get(name, name), 0.0, kinds.CONTROL) for name in tokenizer.special]
+    rows += [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(len(rows), size)]
+    texts, scores, types_ = zip(*rows, strict=True)
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise CheckpointError(
+            "The tokenizer cannot be written as GGUF.",
+            f"Two of its ids have the text {twice!r}.",
+            "Is tokenizer.model the published file of the ChatGLM2 family?",
+        )
+    return Vocabulary(texts, scores, [int(number) for number in types_])
