@@ -8,15 +8,17 @@ import time
 import pytest
 
 from convert import verify_checkpoint
+from convert.adapter import Adapter, save_adapter
 from convert.folder import open_folder
 from convert.own_format import convert_folder
 from tests.checkpoints import names, save, write_official
+from tests.test_to_pytorch import random_lora
 
 # Writing is slow, and takes every exception for something that it can ignore.
 _SLOW = """
-import contextlib, signal, sys, time
-import convert.own_format
-from convert import from_pytorch, interrupt, writer
+import contextlib, importlib, signal, sys, time
+import convert.export, convert.own_format
+from convert import interrupt, writer
 
 write = writer.HashingFile.write
 
@@ -31,15 +33,16 @@ def slow(self, data):
             time.sleep(90 if "--overwrite" in sys.argv else 0.1)
 
 writer.HashingFile.write = slow
-interrupt.run(from_pytorch.main)
+interrupt.run(importlib.import_module(f"convert.{sys.argv.pop(1)}").main)
 """
 
 
-def start(tmp_path, *flags):
-    """A conversion that has begun to write the weights."""
+def start(tmp_path, *flags, tool="from_pytorch", also=()):
+    """A conversion that has begun to write the weights; `also` is read beside the folder."""
     source = write_official(tmp_path / "official")
+    places = [str(path) for path in (source, *also, tmp_path / "own")]
     process = subprocess.Popen(
-        [sys.executable, "-c", _SLOW, str(source), str(tmp_path / "own"), *flags],
+        [sys.executable, "-c", _SLOW, tool, *places, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -66,6 +69,21 @@ def test_signals_leave_nothing_behind(tmp_path, number, code, message, overwrite
     assert names(tmp_path) == (["official", "own"] if overwrite else ["official"])
     if overwrite:
         assert verify_checkpoint(tmp_path / "own").source == "a test"
+
+
+@pytest.mark.parametrize(
+    ("tool", "flags"), [("to_pytorch", ("--layout", "chatglm")), ("merge_lora", ("--skip-check",))]
+)
+def test_a_signal_leaves_nothing_of_an_export_or_a_merge(tmp_path, tool, flags):
+    also = [tmp_path / "lora"] if tool == "merge_lora" else []
+    for folder in also:
+        save_adapter(folder, Adapter(random_lora()))
+    process = start(tmp_path, *flags, tool=tool, also=also)
+    process.send_signal(signal.SIGTERM)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert messages.splitlines()[-1] == "terminated" and "Traceback" not in messages
+    assert names(tmp_path) == [*(folder.name for folder in also), "official"]
 
 
 def test_a_killed_conversion_is_cleaned_up_by_the_next(tmp_path):

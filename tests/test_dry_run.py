@@ -12,6 +12,7 @@ import pytest
 
 import infer
 from convert.folder import open_folder
+from convert.glm_layout import native_config
 from convert.own_format import convert_folder
 from glm2_jax import PRESETS
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
@@ -98,6 +99,13 @@ def test_a_config_file_and_a_folder(tmp_path, capsys):
     assert "2.3 million parameters" in out
     code, out = dry(capsys, "--model", str(demo_folder()), "--device", "4090", "--json")
     assert code == 0 and json.loads(out)["parameters"] == 2337600
+    flags = "--config", str(file), "--device", "4090", "--json"
+    _, official = dry(capsys, *flags)
+    file.write_text(json.dumps(native_config(config, "float16", (2,))))
+    assert json.loads(dry(capsys, *flags)[1]) == json.loads(official)
+    file.write_text(json.dumps(native_config(config, "float16", (2,)) | {"attention_bias": False}))
+    with pytest.raises(CheckpointError, match="attention_bias"):
+        main(["--dry-run", *flags])
     file.write_text("[]")
     for bad in (str(file), str(tmp_path / "none"), str(tmp_path)):
         with pytest.raises(CheckpointError):
