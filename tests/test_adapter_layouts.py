@@ -1,6 +1,8 @@
 """Adapters between the published layout and the HF-native one, without torch."""
 
 import json
+import subprocess
+import sys
 import tempfile
 from collections import namedtuple
 from pathlib import Path
@@ -318,6 +320,17 @@ def test_any_adapter_of_theirs_comes_and_goes_back(
 
 def test_the_layouts_of_the_command():
     assert to_peft.LAYOUTS == to_pytorch.LAYOUTS == export.LAYOUTS
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys; sys.modules['jax'] = None\n"
+        "from convert import to_peft\n"
+        "print(to_peft.build_parser().format_help())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "example:\n  python -m convert.to_peft" in done.stdout and "--base" in done.stdout
 
 
 @pytest.fixture(scope="module")
