@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax.core import FrozenDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -18,25 +17,14 @@ from convert import cli, export, open_folder, to_peft, to_pytorch
 from convert.adapter import Adapter, load_adapter, save_adapter
 from convert.folder import fingerprint
 from glm2_jax import CheckpointError, UsageError
-from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
+from glm2_jax.lora import TARGETS, LoRA
 from tests.checkpoints import TINY, names, tiny_config, write_official
+from tests.test_to_pytorch import random_lora
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 NATIVE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCK = "base_model.model.model.layers"
-
-
-def random_lora(config=TINY, rank=3, scale=2.0, targets=tuple(TARGETS), seed=1) -> LoRA:
-    random = np.random.default_rng(seed)
-    layers = {
-        target: {
-            name: random.standard_normal((config.num_layers, *shape), np.float32)
-            for name, shape in adapter_shapes(config, target, rank).items()
-        }
-        for target in targets
-    }
-    return LoRA(layers, FrozenDict(dict.fromkeys(targets, scale)))
 
 
 def native_shapes(config, module, rank):
@@ -264,7 +252,7 @@ def test_any_adapter_of_ours_goes_and_comes_back(
     kv_heads, hidden, ffn, rank, targets, rslora, seed
 ):
     config = tiny_config(num_kv_heads=kv_heads, hidden_size=hidden, ffn_hidden_size=ffn)
-    lora = random_lora(config, rank, 4.0, [x for x in TARGETS if x in targets], seed)
+    lora = random_lora(config, rank, targets=[x for x in TARGETS if x in targets], seed=seed)
     with tempfile.TemporaryDirectory() as name:
         for layout in ("glm", "chatglm"):
             folder = Path(name) / layout
@@ -273,7 +261,7 @@ def test_any_adapter_of_ours_goes_and_comes_back(
             assert found.rslora == rslora
             for target in lora.layers:
                 assert found.rank(target) == rank
-                np.testing.assert_allclose(found.lora.scale[target], 4, rtol=1e-8)
+                np.testing.assert_allclose(found.lora.scale[target], 2, rtol=1e-8)
                 for part, array in lora.layers[target].items():
                     np.testing.assert_array_equal(found.lora.layers[target][part], array)
         assert_same_deltas(lora, Path(name) / "glm", config)

@@ -36,7 +36,8 @@ from convert.shards import open_weights
 from glm2_jax import DeviceError, UsageError
 from glm2_jax.lora import init_lora
 from tests.checkpoints import TINY, names, random_params, save, tiny_config, write_official
-from tests.test_adapter_layouts import deltas, random_lora
+from tests.test_adapter_layouts import deltas
+from tests.test_to_pytorch import random_lora
 from tests.toy import jit_forward, random_tokens
 
 TOKENS = random_tokens(2, 20, TINY, seed=4)  # other texts than those of the command's own check

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,17 +42,17 @@ def tensors(folder):
     return {name: (t.dtype, t.read()) for name, t in open_weights(folder).tensors.items()}
 
 
-def random_lora(config=TINY, rank=3, size=0.2, **scale):
-    """An adapter of every target that changes what it is added to."""
-    random = np.random.default_rng(1)
-    layers = {
+def random_lora(config=TINY, rank=3, size=0.2, *, targets=tuple(TARGETS), seed=1, **scale):
+    """An adapter that changes what it is added to."""
+    random = np.random.default_rng(seed)
+    layers: dict[str, Any] = {
         target: {
             name: size * random.standard_normal((config.num_layers, *shape), np.float32)
             for name, shape in adapter_shapes(config, target, rank).items()
         }
-        for target in TARGETS
+        for target in targets
     }
-    return LoRA(layers, FrozenDict(dict.fromkeys(TARGETS, 2.0) | scale))
+    return LoRA(layers, FrozenDict(dict.fromkeys(targets, 2.0) | scale))
 
 
 def run(*argv):

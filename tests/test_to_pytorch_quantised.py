@@ -117,7 +117,8 @@ def test_what_has_no_such_form_is_dequantised(tmp_path, capsys, scheme, wide, la
         flags = ("--adapter", tmp_path / "lora")
     assert run(tmp_path / "own", tmp_path / "b", "--layout", layout, *flags) == 0
     err = capsys.readouterr().err
-    assert f"stored in {open_folder(tmp_path / 'own').scheme.name}; they are written deq" in err
+    stored = f"{scheme}+embeddings" if wide else scheme
+    assert f"stored in {stored}; they are written dequantised, in float32" in err
     new = open_folder(tmp_path / "b")
     assert new.scheme is None and new.stored_dtype == "float32"
     raw = json.loads((tmp_path / "b/config.json").read_text())
