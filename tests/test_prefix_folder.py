@@ -77,6 +77,30 @@ def test_random_shapes(tmp_path_factory, layers, groups, ffn, length, projection
     assert np.abs(logits[0] - expected).max() <= 2e-4
 
 
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_file_of_pytorch(tmp_path, projection):
+    torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
+    P, D, nn = 3, TINY.hidden_size, torch.nn
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(P, WIDTH)
+            if projection:
+                self.trans = nn.Sequential(nn.Linear(WIDTH, D), nn.Tanh(), nn.Linear(D, WIDTH))
+
+    model = Encoder()
+    with torch.no_grad():
+        x = model.embedding(torch.arange(P))
+        x = model.trans(x) if projection else x
+    x = x.view(P, TINY.num_layers * 2, TINY.num_kv_heads, TINY.head_dim).permute(1, 0, 2, 3)
+    state = {START + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = load_prefix(tmp_path, TINY)
+    np.testing.assert_allclose(found.k, x[0::2].numpy(), atol=1e-6)
+    np.testing.assert_allclose(found.v, x[1::2].numpy(), atol=1e-6)
+
+
 def test_what_the_training_leaves_beside_is_ignored(tmp_path, base):
     saved = tmp_path / "output" / "checkpoint-3000"
     write_prefix(saved, encoder(TINY, 3))
