@@ -96,7 +96,8 @@ class Tensor:
             )
         if self.kind.name == "Q8_0":
             kept = np.where(sizes < _NOTHING, np.float32(0), values)
-            return require_gguf().quants.quantize(kept.reshape(-1, _BLOCK), self.kind)
+            rows = kept.reshape(-1, self.source.shape[-1])  # it takes 16 at a time: not too short
+            return require_gguf().quants.quantize(rows, self.kind)
         return values.astype(np.float16)
 
 
