@@ -20,6 +20,8 @@ from flax.core import FrozenDict
 from safetensors.numpy import save
 
 from convert.atomic import fsync
+from convert.gather import gathered
+from convert.local import refuse_url
 from convert.names import FLOATS, LISTED
 from convert.peft_config import CONFIG, PeftConfig, read_peft_config
 from convert.shards import read_json, read_weight_file
@@ -99,9 +101,11 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter) -> None:
         adapter: `source`, `digest` and `notes` are not written.
 
     Raises:
+        UsageError: a URL.
         CheckpointError: NaN or infinity among its numbers.
         InputError: the folder cannot be written.
     """
+    refuse_url(folder)
     folder = Path(folder)
     tensors = {
         f"base_model.model.{name}": array for name, array in _published(adapter.lora).items()
@@ -140,9 +144,11 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
         the smaller ones are filled with zeros; where scales differ, B makes up for it.
 
     Raises:
+        UsageError: a URL.
         CheckpointError: no adapter, a damaged one, an unsupported kind, or tensors that do not fit
             the model.
     """
+    refuse_url(folder)
     folder = Path(folder)
     with reading(folder), _not_downloaded():
         if not folder.is_dir():
@@ -176,7 +182,7 @@ def _published(lora: LoRA) -> dict[str, np.ndarray]:
     """Published names -> float32 A [R, columns] and B [rows, R]; the rows of the parts joined."""
     tensors = {}
     for target, weights in lora.layers.items():
-        arrays = {part: np.asarray(x, np.float32) for part, x in weights.items()}
+        arrays = {part: np.asarray(gathered(x), np.float32) for part, x in weights.items()}
         L, R = arrays["a"].shape[:2]
         for layer in range(L):
             name = _module(target, layer)
