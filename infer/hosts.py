@@ -148,8 +148,8 @@ def _compare(facts: Mapping[str, Any]) -> None:
     told = []
     for name, others in zip(names, differs.T, strict=True):
         if others.any():
-            numbers = ", ".join(map(str, np.flatnonzero(others)))
-            told.append(f"{name} (process {numbers})")
+            numbers = [str(number) for number in np.flatnonzero(others)]
+            told.append(f"{name} (process{'es' * (len(numbers) > 1)} {', '.join(numbers)})")
     jax.distributed.shutdown()  # all are here: nobody takes another's end for a loss
     of_flags = all(text.startswith(("--", "command", "kinds")) for text in told)
     raise (UsageError if of_flags else InputError)(

@@ -62,21 +62,27 @@ class Worker:
         self.joined = False
         self._prefix, self._held = prefix.encode(), []
         self._ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                command,
-                stdin=stdin,
-                env={**os.environ, **(environment or {}), _VARIABLE: str(theirs.fileno())},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C comes here alone, and is passed on
-            )
+        environment = {**os.environ, **(environment or {}), _VARIABLE: str(theirs.fileno())}
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=stdin,
+                    env=environment,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C comes here alone, and is passed on
+                )
+        except OSError:
+            self._ours.close()
+            raise
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        threading.Thread(target=self._wait, args=(ended,), daemon=True).start()
+        self._waiter = threading.Thread(target=self._wait, args=(ended,), daemon=True)
+        self._waiter.start()
 
     @property
     def exit_code(self) -> int:
-        """Once it has ended; that of a signal is negative."""
+        """Of one that has ended; a signal's is negative."""
         return self._process.returncode
 
     @property
@@ -88,6 +94,11 @@ class Worker:
         """Passes a signal on."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signum)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether it has ended, after so many seconds at most."""
+        self._waiter.join(seconds)
+        return not self._waiter.is_alive()
 
     def _wait(self, ended: Callable[[Worker], object]) -> None:
         self._process.wait()
