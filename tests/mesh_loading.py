@@ -275,7 +275,8 @@ def check_memory(root: Path) -> None:
         head_dim=64,
     )  # fmt: skip
     folder, mesh = write_official(root / "large", config), mesh_of("tensor=8")
-    for options in ({"dtype": "bfloat16"}, {"dtype": "float16", "quantize": "int8"}):
+    forms: list[dict[str, Any]] = [{"dtype": "bfloat16"}, {"dtype": "float16", "quantize": "int8"}]
+    for options in forms:
         with process_of({2}), patched(values, "CHUNK_ELEMENTS", 2**18):
             before, done, samples = anonymous(), threading.Event(), []
             thread = threading.Thread(target=watch, args=(samples, done))
@@ -355,7 +356,8 @@ def check_adapter(root: Path) -> None:
     lora = jax.tree.map(lambda x: x + 0.5, lora)
     mesh = mesh_of("fsdp=2,tensor=4")
     adapter = Adapter(jax.device_get(lora), digest="d", source="somewhere")
-    for options in ({}, {"quantize": "int8", "quantize_embeddings": True}):
+    forms: list[dict[str, Any]] = [{}, {"quantize": "int8", "quantize_embeddings": True}]
+    for options in forms:
         base = load_checkpoint(root / "own", dtype="float32", mesh=mesh, **options)
         found = attach(base, adapter).params["lora"]
         check_equal(found, lora, lora_sharding(lora, mesh))
