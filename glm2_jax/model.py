@@ -359,15 +359,14 @@ def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array)
     if not active_mesh():
         rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
         return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
-    # Written as a scatter of its own for each row: else rows are sent between devices.
+    # The same in words that the partitioner follows: rows count up, so each stays where it lies.
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2, 3),
-        inserted_window_dims=(0, 2),
-        scatter_dims_to_operand_dims=(0, 2),
-        operand_batching_dims=(1,),
-        scatter_indices_batching_dims=(0,),
+        inserted_window_dims=(0, 1, 2),
+        scatter_dims_to_operand_dims=(0, 1, 2),
     )
-    places = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)
+    rows = jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)
+    places = jnp.stack([jnp.full_like(slots, layer), rows, slots], axis=-1)
     drop = jax.lax.GatherScatterMode.FILL_OR_DROP
     new = new.astype(cache.dtype)
     cache = jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
