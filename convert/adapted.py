@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 
 from convert.adapter import Adapter, load_adapter
 from convert.folder import fingerprint, open_folder
 from convert.loader import Checkpoint
 from glm2_jax.errors import CheckpointError
 from glm2_jax.lora import with_lora
+from glm2_jax.sharding import lora_sharding
 
 
 def open_adapter(
@@ -63,14 +65,16 @@ def open_adapter(
 
 def attach(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """The checkpoint with an adapter in its params (see `with_lora`): another model, with a
-    fingerprint of its own."""
-    (device,) = checkpoint.params["embed"].devices()
+    fingerprint of its own. On a mesh it is cut as the weights are that it belongs to."""
+    where = checkpoint.params["final_norm"].sharding
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+        where = lora_sharding(adapter.lora, where.mesh)
     both = f"{checkpoint.fingerprint} {adapter.digest}"
     names = ", ".join(f"{x} (rank {adapter.rank(x)})" for x in adapter.targets)
     said = f"adapter {adapter.source}: {adapter.lora.num_params:,} parameters beside {names}"
     return dataclasses.replace(
         checkpoint,
-        params=with_lora(checkpoint.params, jax.device_put(adapter.lora, device)),
+        params=with_lora(checkpoint.params, jax.device_put(adapter.lora, where)),
         fingerprint=hashlib.sha256(both.encode()).hexdigest(),
         notes=(*checkpoint.notes, said, *adapter.notes),
     )

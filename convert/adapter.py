@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from convert.adapter_tensors import LAYOUTS, check_finite, join_tensors, split_lora
 from convert.atomic import fsync
+from convert.local import refuse_url
 from convert.peft_config import CONFIG, read_peft_config
 from convert.shards import read_json, read_weight_file
 from convert.stored import reading
@@ -83,10 +84,11 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str = "
             `GlmForCausalLM`; see `split_lora`.
 
     Raises:
-        UsageError: an unknown layout.
+        UsageError: a URL, an unknown layout.
         CheckpointError: NaN or infinity among its numbers.
         InputError: the folder cannot be written.
     """
+    refuse_url(folder)
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r}.", f"Known: {', '.join(LAYOUTS)}.")
     folder = Path(folder)
@@ -125,9 +127,11 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
         The adapter, its arrays float32 in numpy; see `join_tensors`.
 
     Raises:
+        UsageError: a URL.
         CheckpointError: no adapter, a damaged one, an unsupported kind, or tensors that do not fit
             the model.
     """
+    refuse_url(folder)
     folder = Path(folder)
     with reading(folder), _not_downloaded():
         if not folder.is_dir():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert.gather import gathered
 from convert.names import FLOATS, LISTED
 from convert.peft_config import PeftConfig
 from convert.stored import StoredTensor
@@ -115,7 +116,9 @@ def split_lora(
     """
     tensors, modules = {}, {}
     for target in (target for target in TARGETS if target in lora.layers):
-        arrays = {part: np.asarray(x, np.float32) for part, x in lora.layers[target].items()}
+        arrays = {
+            part: np.asarray(gathered(x), np.float32) for part, x in lora.layers[target].items()
+        }
         L, R = arrays["a"].shape[:2]
         a = arrays["a"].reshape(L, R, -1)
         for module in (x for x in layout.modules if x.target == target):

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import math
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TextIO
+
+from convert.local import refuse_url
 
 EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
@@ -106,9 +109,25 @@ def version() -> str:
         return "glm2-jax (not installed)"
 
 
+_speaker: str | None = None  # set in a process that tells only errors, after this name
+
+
+def only_errors(name: str) -> None:
+    """From here on only errors are told, each line after `name`: another process tells the rest."""
+    global _speaker
+    _speaker = name
+
+
 def note(text: str) -> None:
     """One line for the user that is not part of the answer: on stderr."""
-    _tell(f"{text}\n")
+    if _speaker is None:
+        _tell(f"{text}\n")
+
+
+def _complain(text: str) -> None:
+    """Lines about an error: on stderr."""
+    prefix = "" if _speaker is None else f"{_speaker}: "
+    _tell(textwrap.indent(text.rstrip("\n"), prefix, lambda line: True) + "\n")
 
 
 def _tell(text: str, stream: TextIO | None = None) -> None:
@@ -180,28 +199,28 @@ def report(error: Exception, *, debug: bool = False) -> int:
     from glm2_jax.errors import GLMError
 
     if debug:
-        _tell("".join(traceback.format_exception(error)))
+        _complain("".join(traceback.format_exception(error)))
     if isinstance(error, GLMError):
-        note(f"error: {error}")
+        _complain(f"error: {error}")
         return error.exit_code
     if is_out_of_memory(error):
         first_line = (str(error).splitlines() or ["the allocation failed"])[0]
-        note(f"error: out of memory\n{first_line}\ntry a smaller --dtype, batch or length")
+        _complain(f"error: out of memory\n{first_line}\ntry a smaller --dtype, batch or length")
         return EXIT_DEVICE
     variable = named_variable(str(error), os.environ)
     if isinstance(error, ValueError) and variable:  # jax reads its own when it is imported
         value = os.environ[variable][:500]
-        note(f"error: jax cannot use {variable}={value}\n{error}\nunset {variable}")
+        _complain(f"error: jax cannot use {variable}={value}\n{error}\nunset {variable}")
         return EXIT_DEVICE
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free some space or write elsewhere" if full else "check the path and its rights"
-        note(f"error: {name} cannot be read or written\n{error.strerror or error}\n{fix}")
+        _complain(f"error: {name} cannot be read or written\n{error.strerror or error}\n{fix}")
         return EXIT_INPUT
     if not debug:
-        _tell("".join(traceback.format_exception(error)))
-    note("unexpected error, please report it with the lines above")
+        _complain("".join(traceback.format_exception(error)))
+    _complain("unexpected error, please report it with the lines above")
     return 1
 
 
@@ -218,9 +237,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def path_argument(text: str) -> str:
-    """An argparse type for paths: an empty one, as an unset shell variable gives it, is refused."""
+    """An argparse type for paths: an empty one, as an unset shell variable gives it, is refused,
+    and so is a URL, with the lines of `convert.local`."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
+    refuse_url(text)
     return text
 
 
@@ -290,8 +311,9 @@ class Progress:
     ):
         self.label, self.total, self.show, self.before = label, total, show, done
         self.stream = sys.stderr if stream is None else stream
-        self.terminal = self.stream.isatty()
-        self.interval = 0.1 if self.terminal else interval
+        silent = _speaker is not None
+        self.terminal = self.stream.isatty() and not silent
+        self.interval = math.inf if silent else 0.1 if self.terminal else interval
         self.start = self.last = time.monotonic()
 
     def __call__(self, done: float, more: str = "") -> None:

@@ -15,6 +15,7 @@ from convert.atomic import (
     require_writable,
     restore,
 )
+from convert.local import refuse_url
 from convert.manifest import MANIFEST, read_manifest
 from convert.stored import reading
 from glm2_jax.errors import CheckpointError, UsageError
@@ -57,8 +58,8 @@ def check_destination(
         needed: bytes to write.
 
     Raises:
-        UsageError: the folder exists and `overwrite` is not True, or it is none of ours, or it
-            holds the source or files that we did not write.
+        UsageError: a URL; or the folder exists and `overwrite` is not True, or it is none of ours,
+            or it holds the source or files that we did not write.
         InputError: no space, or the folder cannot be written.
     """
     folder = _real(destination)
@@ -160,4 +161,5 @@ def _check_outside(folder: Path, source: Path) -> None:
 
 
 def _real(path: str | Path) -> Path:
+    refuse_url(path)
     return Path(os.path.realpath(path))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.glm_layout import is_native, published_keys
+from convert.local import refuse_url
 from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, open_weights, read_json
@@ -79,9 +80,10 @@ def open_folder(
         template: a prompt template instead of the family's.
 
     Raises:
-        UsageError: an unknown rope kind or template.
+        UsageError: a URL, an unknown rope kind or template.
         CheckpointError: anything about the folder; the message names the file and the reason.
     """
+    refuse_url(path)
     if rope_kind is not None and rope_kind not in ROPE_KINDS:
         raise UsageError(f"unknown rope kind {rope_kind!r}.", f"Known: {', '.join(ROPE_KINDS)}.")
     if template is not None and template not in TEMPLATES:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.cli import Progress, human_size, note
+from convert.local import refuse_url
 
 if TYPE_CHECKING:
     from convert.hub_clients import Client
@@ -59,13 +60,15 @@ def find_model(
         say: gets a line of text on what is done.
 
     Raises:
-        UsageError: no name of a model or of a revision, or the hub's client is not installed.
+        UsageError: no name of a model or of a revision, a URL, or the hub's client is not
+            installed.
         CheckpointError: the model is known not to work; or the hub does not have it, does not give
             it, or cannot be reached; or there is no whole copy of it here.
         InputError: no space on the disk.
     """
     from glm2_jax.errors import CheckpointError, UsageError
 
+    refuse_url(path)
     name = os.fspath(path)
     if revision is not None and not _REVISION.fullmatch(revision):
         raise UsageError(

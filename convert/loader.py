@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from convert.folder import Folder, fingerprint, open_folder, target_scheme
 from convert.params import load_params
@@ -13,6 +14,7 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import DeviceError, UsageError
 from glm2_jax.quant import Scheme
+from glm2_jax.sharding import check_mesh
 from glm2_jax.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -82,7 +84,13 @@ def load_checkpoint(
     """Opens a checkpoint folder: official (`.bin`, safetensors, int4, int8), HF-native or our own.
 
     Peak memory beyond the parameters themselves is a few chunks of a few megabytes; mapped pages
-    of the files do not count. Every number is checked for NaN and infinity on the way.
+    of the files do not count. Every number that is read is checked for NaN and infinity.
+
+    With a mesh each process reads what its own devices hold, once, and nothing of the model is ever
+    whole. Two things make it read more. Where weights are quantised while they are loaded, a scale
+    is that of a whole row or group, so rows are read whole, also those of `o` and `down`, of which
+    a device holds some columns. And files are mapped in pages (4 kB or more): of rows whose pieces
+    are shorter than a page the disk gives everything, though only the pieces are looked at.
 
     Args:
         path: the folder.
@@ -92,33 +100,32 @@ def load_checkpoint(
         quantize_embeddings: quantise embedding and head, too, in the same way.
         layers: "stacked" for arrays with a leading axis of layers, "list" for a list of layers
             (see `glm2_jax.unstack_layers`). Only one of them is ever in memory.
-        mesh: must be None in this version.
+        mesh: a `jax.sharding.Mesh` to spread the parameters over, see
+            `glm2_jax.sharding.params_sharding`; None = one device.
         rope_kind: "linear" or "base", where the folder does not tell what `rope_ratio` means.
         template: "chatglm2", "chatglm3" or "raw" instead of the family's own.
-        device: a `jax.Device`, the name of a platform, or None for the default device.
-        progress: called with the bytes of parameters done and to do.
+        device: a `jax.Device`, the name of a platform, or None for the default device; not beside
+            a mesh.
+        progress: called with the bytes of parameters done and to do in this process.
 
     Raises:
-        UsageError: an argument that makes no sense or that this version does not do.
+        UsageError: an argument that makes no sense, or a mesh that does not fit the model.
         CheckpointError: the folder cannot be opened; the message says which file and why.
         DeviceError: no such device.
     """
-    if mesh is not None:
-        raise UsageError(
-            f"mesh={mesh!r} is not supported.",
-            "This version computes on one device.",
-            "Leave mesh out.",
-        )
     if layers not in ("stacked", "list"):
         raise UsageError(f"layers={layers!r} is unknown.", "Known: stacked, list.")
-    device = _find_device(device)
+    device = _find_device(device) if mesh is None else _first_device(mesh, device)
     folder = open_folder(path, rope_kind=rope_kind, template=template)
     config = folder.config
     scheme = target_scheme(folder, quantize, quantize_embeddings)
+    if mesh is not None:
+        check_mesh(config, mesh, scheme)
     target = resolve_dtype(dtype, num_params=config.num_params, device=device)
+    where = device if mesh is None else mesh
     return Checkpoint(
         config=config,
-        params=load_params(folder, target, scheme, layers == "list", device, progress),
+        params=load_params(folder, target, scheme, layers == "list", where, progress),
         tokenizer=folder.tokenizer,
         template=folder.template,
         fingerprint=fingerprint(folder),
@@ -134,6 +141,17 @@ def load_checkpoint(
         ),
         notes=_notes(folder, dtype_name(target), scheme),
     )
+
+
+def _first_device(mesh: Any, device: Any) -> Any:
+    """A device of the mesh, which stands for all of them."""
+    if not isinstance(mesh, Mesh) or device is not None:
+        raise UsageError(
+            f"mesh={mesh!r} and device={device!r} do not say where the parameters go.",
+            "A mesh is a jax.sharding.Mesh, and names all devices.",
+            "Use glm2_jax.make_mesh, and leave device out.",
+        )
+    return mesh.devices.flat[0]
 
 
 def _find_device(device: Any) -> Any:

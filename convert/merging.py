@@ -46,11 +46,13 @@ def float_chunks(
     match, start, stop = place
     update = update_of(lora, part.path, match.layer)
     with reading(match.tensor.file):  # else an error would be taken for one of the writing
-        for begin, chunk in Values(match, source.config, source.scheme).chunks(start, stop):
+        begin = 0
+        for chunk in Values(match, part, start, stop, source.config, source.scheme).chunks():
             if update is None:
                 yield cast(chunk, dtype, match.name)
                 continue
-            merged = cast(update(begin - start, chunk), dtype, match.name)
+            merged = cast(update(begin, chunk), dtype, match.name)
+            begin += chunk.size
             if not all_finite(merged):
                 raise CheckpointError(
                     f"{match.name} and the adapter together give NaN or infinity.",

@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from convert.adapter import Adapter
 from convert.destination import new_checkpoint
 from convert.folder import Folder, check_fit, target_scheme
+from convert.gather import gathered
 from convert.manifest import MANIFEST, FileEntry, Manifest
 from convert.merging import float_chunks
 from convert.names import PARTS, SCALE, Match, Part, own_name
@@ -50,6 +52,9 @@ def save_checkpoint(
 ) -> Manifest:
     """Writes parameters as a folder of our own format: complete, or not at all.
 
+    Where they lie on a mesh, they are gathered tensor by tensor. With several processes all of them
+    call this; the first one writes, and the others come back when the folder is there.
+
     Args:
         folder: the new folder.
         config: the architecture.
@@ -61,6 +66,9 @@ def save_checkpoint(
         overwrite: replace an existing folder of our own format.
         max_shard_size: bytes of one weight file.
         progress: called with the bytes written and to write.
+
+    Returns:
+        The manifest; without files where another process has written it.
 
     Raises:
         UsageError: the folder exists, an unknown dtype, quantised parameters or a list of layers.
@@ -83,10 +91,17 @@ def save_checkpoint(
         template=template or config.default_template,
         files={},
     )
-    return _write(
-        folder, config, tokenizer.model_bytes, entries, manifest,
-        overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
-    )  # fmt: skip
+    if jax.process_index() > 0:
+        for entry in entries:
+            for _ in entry.chunks():  # gives the first process what it needs
+                pass
+    else:
+        _write(
+            folder, config, tokenizer.model_bytes, entries, manifest,
+            overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
+        )  # fmt: skip
+    multihost_utils.sync_global_devices(f"saved {folder}")
+    return manifest
 
 
 def convert_folder(
@@ -231,9 +246,9 @@ def _quantised_entries(
 
     def chunks(which: int) -> Iterator[np.ndarray]:
         with reading(match.tensor.file):
-            values = Values(match, source.config, source.scheme)
-            for _, *block in values.quantised(start, stop, scheme):
-                yield block[which]
+            values = Values(match, part, start, stop, source.config, source.scheme)
+            for rows in values.row_pieces():
+                yield values.quantised(rows, scheme)[which]
 
     name = own_name(part.path, match.layer)
     shapes = scheme.shapes(part.shape(source.config), part.column_axes)
@@ -268,14 +283,11 @@ def _leaf(params: Mapping[str, Any], part: Part, config: GLMConfig) -> Any:
 def _array_entry(
     name: str, array: Any, layer: int | None, dtype: np.dtype, shape: tuple[int, ...]
 ) -> Entry:
-    """One layer of an array in memory; on an accelerator only that layer comes to the host."""
+    """One layer of an array in memory; only that layer comes to the host, and only when it is its
+    turn."""
 
     def chunks() -> Iterator[np.ndarray]:
-        values = array
-        if layer is not None:
-            on_host = not isinstance(array, jax.Array) or array.devices().pop().platform == "cpu"
-            values = np.asarray(array)[layer] if on_host else array[layer]
-        flat = np.asarray(values).reshape(-1)
+        flat = gathered(array, layer).reshape(-1)
         for begin in range(0, math.prod(shape), CHUNK_ELEMENTS):
             chunk = flat[begin : begin + CHUNK_ELEMENTS]
             result = cast(chunk, dtype, name)

@@ -1,16 +1,20 @@
-"""The parameters of a folder in their places on a device, in the layout that was asked for."""
+"""The parameters of a folder in their places on devices, in the layout that was asked for."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from convert.boxes import Box, shape_of, whole
 from convert.folder import Folder
 from convert.names import PARTS, Part
-from convert.place import DevicePlace, HostPlace, new_place
-from convert.values import Values, cast
+from convert.place import ArraySpec, Place
+from convert.values import Values, cast, row_pieces
 from glm2_jax.quant import QTensor, Scheme
+from glm2_jax.sharding import params_sharding
 
 Progress = Callable[[int, int], None]
 
@@ -20,7 +24,7 @@ def load_params(
     dtype: np.dtype,
     scheme: Scheme | None,
     as_list: bool,
-    device: Any,
+    where: Any,
     progress: Progress,
 ) -> dict[str, Any]:
     """Fills the parameters in the order of the files, so that disks read forwards.
@@ -30,63 +34,100 @@ def load_params(
         dtype: of everything that is not quantised.
         scheme: of the matrices that it covers; None = they have `dtype`, too.
         as_list: whether the layers are a list, and not stacked.
-        device: a `jax.Device`, or None for the default one.
-        progress: called with the bytes done and to do.
+        where: a `jax.sharding.Mesh`, a `jax.Device`, or None for the default device.
+        progress: called with the bytes done and to do, of this process.
 
     Raises:
         CheckpointError: NaN or infinity, a scale that is none, a number too large for float16.
     """
-    params, done = _Params(folder, dtype, scheme, as_list, device), 0
+    params, done = _Params(folder, dtype, scheme, as_list, where), 0
     for match in folder.matches:
-        values = Values(match, folder.config, folder.scheme)
         for part, start, stop in match.rule.ranges(folder.config):
             weight = params.open(part, match.layer)
-            if isinstance(weight, _Quantised):
-                for row, integers, scales in values.quantised(start, stop, weight.scheme):
-                    done += weight.write(row, integers, scales)
-                    progress(done, params.nbytes)
-            else:
-                for begin, chunk in values.chunks(start, stop):
-                    if dtype == np.float16:
-                        chunk = cast(chunk, dtype, match.name)
-                    done += weight.write(begin - start, chunk)
-                    progress(done, params.nbytes)
+            values = Values(match, part, start, stop, folder.config, folder.scheme)
+            for written in weight.fill(values):
+                done += written
+                progress(done, params.nbytes)
             params.close(part, match.layer)
     return params.tree
 
 
 class _Plain:
-    """A parameter, or the stack of it over all layers, while it is filled."""
+    """A parameter, or the stack of it over all layers, while it is filled.
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, layers: int, device: Any):
-        self.place: HostPlace | DevicePlace = new_place(shape, dtype, layers, device)
-        self.itemsize, self.layer = dtype.itemsize, 0
+    Args:
+        spec: the array, with the axis of layers if there is one.
+        stacked: whether there is one.
+        column_axes: how many of its last axes are columns.
+    """
 
-    def write(self, start: int, chunk: np.ndarray) -> int:
-        """Puts elements [n] at `start` of the current layer; returns their bytes there."""
-        self.place.write(self.layer, start, chunk)
-        return chunk.size * self.itemsize
+    def __init__(self, spec: ArraySpec, stacked: bool, column_axes: int):
+        self.place, self.stacked, self.layer = Place(spec), stacked, 0
+        boxes = [box[1:] if stacked else box for box in self.place.boxes]
+        rows = len(spec.shape) - stacked - column_axes
+        self.columns_of: dict[Box, list[Box]] = {}  # rows that are needed -> which of their columns
+        for box in boxes:
+            self.columns_of.setdefault(box[:rows], []).append(box[rows:])
 
-    def finish(self) -> Any:
+    def fill(self, values: Values) -> Iterator[int]:
+        """Reads what is needed for the current layer; gives the bytes filled each time."""
+        dtype = self.place.spec.dtype
+
+        def read(box: Box) -> np.ndarray:
+            chunk = values.floats(box)
+            return cast(chunk, dtype, values.match.name) if dtype == np.float16 else chunk
+
+        yield from self.copy(read)
+
+    def copy(self, read: Callable[[Box], np.ndarray]) -> Iterator[int]:
+        """The same, for numbers that are taken as they are."""
+        for rows, columns in self.columns_of.items():
+            width = sum(math.prod(shape_of(box)) for box in columns)
+            for piece in row_pieces(rows, width):
+                for box in columns:
+                    yield self.write((*piece, *box), read((*piece, *box)))
+
+    def write(self, box: Box, chunk: np.ndarray) -> int:
+        """Puts a box of the current layer; returns the bytes filled."""
+        if not self.stacked:
+            return self.place.write(box, chunk)
+        return self.place.write(((self.layer, self.layer + 1), *box), chunk[None])
+
+    def finish(self) -> jax.Array:
         return self.place.finish()
 
 
 class _Quantised:
     """The same for a quantised one: integers and scales."""
 
-    def __init__(self, scheme: Scheme, shape: tuple[int, ...], axes: int, layers: int, device: Any):
-        values, scales = scheme.shapes(shape, axes)
-        self.scheme, self.layer = scheme, 0
-        self.values = _Plain(values, np.dtype(np.int8), layers, device)
-        self.scales = _Plain(scales, np.dtype(np.float32), layers, device)
+    def __init__(self, specs: list[ArraySpec], scheme: Scheme, stacked: bool, column_axes: int):
+        values, scales = specs
+        rows = len(values.shape) - column_axes
+        self.scheme = scheme
+        self.values = _Plain(values, stacked, column_axes)
+        self.scales = _Plain(scales, stacked, len(scales.shape) - rows)
 
-    def write(self, row: int, integers: np.ndarray, scales: np.ndarray) -> int:
-        """Puts whole rows at `row` of the current layer; returns their bytes there."""
-        total = 0
-        for place, block in ((self.values, integers), (self.scales, scales)):
-            place.layer = self.layer
-            total += place.write(row * block.shape[1], block.reshape(-1))
-        return total
+    @property
+    def layer(self) -> int:
+        return self.values.layer
+
+    @layer.setter
+    def layer(self, layer: int) -> None:
+        self.values.layer = self.scales.layer = layer
+
+    def fill(self, values: Values) -> Iterator[int]:
+        """As above. What is quantised here is read in whole rows: those that are needed."""
+        if values.scheme == self.scheme:
+            yield from self.values.copy(values.integers)
+            yield from self.scales.copy(values.scale)
+            return
+        for rows in self.values.columns_of | self.scales.columns_of:
+            for piece in row_pieces(rows, values.columns):
+                written = 0
+                blocks = values.quantised(piece, self.scheme)
+                for place, block in zip((self.values, self.scales), blocks, strict=True):
+                    written += place.write((*piece, *whole(block.shape[len(piece) :])), block)
+                yield written
 
     def finish(self) -> QTensor:
         return QTensor(self.values.finish(), self.scales.finish(), self.scheme.bits)
@@ -97,19 +138,22 @@ class _Params:
 
     Attributes:
         tree: what is finished; all of it in the end.
-        nbytes: of the whole tree.
+        nbytes: of what this process fills.
     """
 
     def __init__(
-        self, folder: Folder, dtype: np.dtype, scheme: Scheme | None, as_list: bool, device: Any
+        self, folder: Folder, dtype: np.dtype, scheme: Scheme | None, as_list: bool, where: Any
     ):
-        self.config, self.dtype, self.scheme, self.device = folder.config, dtype, scheme, device
+        self.config, self.dtype, self.scheme = folder.config, dtype, scheme
         self.as_list, count = as_list, folder.config.num_layers
+        self.sharding = _sharding_of(folder, scheme, as_list, where)
         self.tree: dict[str, Any] = {"layers": [{} for _ in range(count)] if as_list else {}}
         self._open: dict[tuple, _Plain | _Quantised] = {}
         self._missing: dict[tuple, int] = {}
         self.nbytes = sum(
-            self._part_bytes(part) * (count if _in_layers(part) else 1) for part in PARTS
+            spec.nbytes * (count if as_list and _in_layers(part) else 1)
+            for part in PARTS
+            for spec in self._specs(part)
         )
 
     def open(self, part: Part, layer: int | None) -> "_Plain | _Quantised":
@@ -117,13 +161,13 @@ class _Params:
         key = self._key(part, layer)
         weight = self._open.get(key)
         if weight is None:
-            stacked = _in_layers(part) and not self.as_list
-            layers = self.config.num_layers if stacked else 1
-            shape = ((layers,) if stacked else ()) + part.shape(self.config)
+            stacked, axes = self._stacked(part), part.column_axes
+            specs = self._specs(part)
             if self.scheme is not None and part.quantised(self.scheme):
-                weight = _Quantised(self.scheme, shape, part.column_axes, layers, self.device)
+                weight = _Quantised(specs, self.scheme, stacked, axes)
             else:
-                weight = _Plain(shape, self.dtype, layers, self.device)
+                weight = _Plain(specs[0], stacked, axes)
+            layers = self.config.num_layers if stacked else 1
             self._open[key], self._missing[key] = weight, layers
         weight.layer = 0 if self.as_list else layer or 0
         return weight
@@ -142,12 +186,33 @@ class _Params:
     def _key(self, part: Part, layer: int | None) -> tuple:
         return (*part.path, layer) if self.as_list else part.path
 
-    def _part_bytes(self, part: Part) -> int:
-        shape = part.shape(self.config)
+    def _stacked(self, part: Part) -> bool:
+        return _in_layers(part) and not self.as_list
+
+    def _specs(self, part: Part) -> list[ArraySpec]:
+        """The array of a part, or the two of a quantised one."""
+        stack = (self.config.num_layers,) if self._stacked(part) else ()
+        shape, sharding = stack + part.shape(self.config), self.sharding(part)
         if self.scheme is None or not part.quantised(self.scheme):
-            return math.prod(shape) * self.dtype.itemsize
-        values, scales = self.scheme.shapes(shape, part.column_axes)
-        return math.prod(values) + 4 * math.prod(scales)
+            return [ArraySpec(shape, self.dtype, sharding)]
+        shapes = self.scheme.shapes(shape, part.column_axes)
+        dtypes = (np.dtype(np.int8), np.dtype(np.float32))
+        shardings = (sharding, sharding)
+        if isinstance(sharding, QTensor):
+            shardings = (sharding.values, sharding.scale)
+        return [ArraySpec(*spec) for spec in zip(shapes, dtypes, shardings, strict=True)]
+
+
+def _sharding_of(
+    folder: Folder, scheme: Scheme | None, as_list: bool, where: Any
+) -> Callable[[Part], Any]:
+    """Which sharding, or QTensor of two, the array of a part has; None = the default device's."""
+    if not isinstance(where, Mesh):
+        single = None if where is None else SingleDeviceSharding(where)
+        return lambda part: single
+    tree = params_sharding(folder.config, where, scheme=scheme, as_list=as_list)
+    layer = tree["layers"][0] if as_list else tree["layers"]
+    return lambda part: (layer if _in_layers(part) else tree)[part.path[-1]]
 
 
 def _in_layers(part: Part) -> bool:

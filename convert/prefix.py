@@ -116,10 +116,9 @@ def attach_prefix(checkpoint: Checkpoint, found: FoundPrefix) -> Checkpoint:
         CheckpointError: a number is too large for float16.
     """
     dtype = checkpoint.params["final_norm"].dtype
-    (device,) = checkpoint.params["embed"].devices()
     # As in the reference, which rounds what the encoder gives to the model's type.
     rounded = [cast(x, dtype, f"{found.source}: the prefix") for x in (found.k, found.v)]
-    prefix = Prefix(*jax.device_put(rounded, device))
+    prefix = Prefix(*jax.device_put(rounded, checkpoint.params["final_norm"].sharding))
     both = f"{checkpoint.fingerprint} prefix {found.digest}"
     form = "with projection" if found.projection else "without projection"
     said = f"prefix {found.source}: {found.length} tokens (P-Tuning v2, {form})"

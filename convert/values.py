@@ -1,4 +1,4 @@
-"""The numbers of a stored tensor, a few megabytes at a time, checked on the way.
+"""The numbers of a stored parameter, a few megabytes at a time, checked on the way.
 
 Whole tensors are never copied: what is read is a view of the mapped file, what is computed
 (dequantised, cast) has the size of a chunk.
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.names import Match
+from convert.boxes import Box, pieces, shape_of, slices, whole
+from convert.names import Match, Part
+from convert.stored import StoredTensor
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
 from glm2_jax.quant import Scheme, quantise, unpack_int4
@@ -22,79 +24,155 @@ _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}
 
 
 class Values:
-    """The elements of a matched tensor, in the published order.
+    """One of our parameters in one layer, as it is stored: any box of it can be read.
 
     Args:
-        match: the tensor.
-        config: gives its shape.
+        match: the tensor that it is, or is a part of.
+        part: the parameter.
+        start: its first element in the flattened tensor.
+        stop: the one after its last.
+        config: gives the shapes.
         scheme: how the folder's matrices are quantised.
 
-    Raises:
-        CheckpointError: a scale that is NaN, infinite, zero or negative.
+    Attributes:
+        columns: elements of a row.
+        scheme: how it is quantised; None where it is not.
     """
 
-    def __init__(self, match: Match, config: GLMConfig, scheme: Scheme | None = None):
+    def __init__(
+        self,
+        match: Match,
+        part: Part,
+        start: int,
+        stop: int,
+        config: GLMConfig,
+        scheme: Scheme | None = None,
+    ):
         self.match, self.scheme = match, None if match.scale is None else scheme
-        self.columns = match.rule.columns(config)
-        array = match.tensor.read()
-        if match.scale is None:
-            self.flat = array.reshape(-1)
+        self.start, self.shape = start, part.shape(config)
+        self._rows = len(self.shape) - part.column_axes  # axes
+        self.columns = math.prod(self.shape[self._rows :])
+        elements = math.prod(match.rule.shape(config))
+
+        def stored(tensor: StoredTensor, shape: tuple[int, ...]) -> np.ndarray:
+            array = tensor.read()
+            first, last = (count * len(array) // elements for count in (start, stop))
+            return array[first:last].reshape(shape)
+
+        if match.scale is None or scheme is None:
+            self._stored = stored(match.tensor, self.shape)
         else:
-            rows = math.prod(match.rule.shape(config)) // self.columns
-            self.matrix = array.reshape(rows, -1)
-            self.scales = match.scale.read().astype(np.float32).reshape(rows, -1)
-            _check_scales(match, self.scales)
+            shapes = scheme.shapes(self.shape, part.column_axes)
+            self._stored = stored(match.tensor, shapes[0])
+            self._scales = stored(match.scale, shapes[1])
 
-    def chunks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(first element, values [n]) over a range of whole rows; finite, as stored or float32.
-
-        Raises:
-            CheckpointError: NaN or infinity, named.
-        """
-        step = max(CHUNK_ELEMENTS // self.columns, 1) * self.columns
-        for begin in range(start, stop, step):
-            end = min(begin + step, stop)
-            chunk = self._values(begin, end)
-            if not all_finite(chunk):
-                raise _not_finite(self.match, chunk, begin)
-            yield begin, chunk
-
-    def quantised(
-        self, start: int, stop: int, scheme: Scheme
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first row, integers [rows, ...], float32 scales [rows, groups]) over whole rows.
-
-        Rows are counted from `start`. What is stored in that scheme is passed on as it is.
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All elements in order, as stored or float32, in arrays [n]; finite.
 
         Raises:
             CheckpointError: NaN or infinity, named.
         """
-        step = max(CHUNK_ELEMENTS // self.columns, 1) * self.columns
-        for begin in range(start, stop, step):
-            end = min(begin + step, stop)
-            rows = slice(begin // self.columns, end // self.columns)
-            if self.scheme == scheme:
-                values, scales = self.matrix[rows], self.scales[rows]
-            else:
-                _, chunk = next(self.chunks(begin, end))
-                values, scales = quantise(chunk.reshape(-1, self.columns), scheme)
-            yield (begin - start) // self.columns, values, scales.reshape(len(values), -1)
+        columns = whole(self.shape[self._rows :])
+        for rows in self.row_pieces():
+            yield self.floats((*rows, *columns)).reshape(-1)
 
-    def _values(self, begin: int, end: int) -> np.ndarray:
-        if self.scheme is None:
-            return self.flat[begin:end]
-        rows = slice(begin // self.columns, end // self.columns)
-        packed, scales = self.matrix[rows], self.scales[rows]
-        whole = unpack_int4(packed) if self.scheme.bits == 4 else packed
-        grouped = whole.astype(np.float32).reshape(*scales.shape, -1)
-        return (grouped * scales[..., None]).reshape(-1)
+    def row_pieces(self) -> Iterator[Box]:
+        """All rows in order, in boxes of as many as make a chunk."""
+        return row_pieces(whole(self.shape[: self._rows]), self.columns)
+
+    def floats(self, box: Box) -> np.ndarray:
+        """A box of the elements, as stored or float32; finite.
+
+        Raises:
+            CheckpointError: NaN or infinity, or a scale that is none, named.
+        """
+        values = block(self._stored, box) if self.scheme is None else self._dequantised(box)
+        if not all_finite(values):
+            raise self._not_finite(values, box)
+        return values
+
+    def quantised(self, rows: Box, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
+        """Integers and float32 scales of whole rows, of the shapes that `Scheme.shapes` tells.
+
+        A scale is that of all its columns, so that it is the same whoever needs only some. What is
+        stored in that scheme is passed on as it is.
+
+        Raises:
+            CheckpointError: as `floats` and `scale`.
+        """
+        if self.scheme == scheme:
+            stored = (self._stored, self._scales)
+            values, scales = ((*rows, *whole(array.shape[self._rows :])) for array in stored)
+            return self.integers(values), self.scale(scales)
+        chunk = self.floats((*rows, *whole(self.shape[self._rows :])))
+        pair = quantise(chunk.reshape(-1, self.columns), scheme)
+        shapes = scheme.shapes(chunk.shape, chunk.ndim - self._rows)
+        return pair[0].reshape(shapes[0]), pair[1].reshape(shapes[1])
+
+    def integers(self, box: Box) -> np.ndarray:
+        """A box of what is stored quantised, as it is stored."""
+        return block(self._stored, box)
+
+    def scale(self, box: Box) -> np.ndarray:
+        """A box of the stored scales, float32.
+
+        Raises:
+            CheckpointError: one that is NaN, infinite, zero or negative.
+        """
+        scales = block(self._scales, box).astype(np.float32)
+        _check_scales(self.match, scales)
+        return scales
+
+    def _dequantised(self, box: Box) -> np.ndarray:
+        assert self.scheme is not None
+        bits, group, rows = self.scheme.bits, self.scheme.group(self.columns), box[: self._rows]
+        begin, end = _flat(box[self._rows :], self.shape[self._rows :])
+        unit = group or 8 // bits  # columns that are unpacked together
+        first, last = begin // unit, -(-end // unit)
+        matrix = self._stored.reshape(*self.shape[: self._rows], -1)
+        packed = block(matrix, (*rows, (first * unit * bits // 8, last * unit * bits // 8)))
+        scales = self.scale((*rows, (first, last)) if group else rows)
+        integers = unpack_int4(packed) if bits == 4 else packed
+        scales = scales if group else scales[..., None]
+        floats = integers.astype(np.float32).reshape(*scales.shape, -1) * scales[..., None]
+        floats = floats.reshape(integers.shape)[..., begin - first * unit : end - first * unit]
+        return floats.reshape(shape_of(box))
+
+    def _not_finite(self, block: np.ndarray, box: Box) -> CheckpointError:
+        values, match = block.astype(np.float32), self.match
+        found = tuple(np.argwhere(~np.isfinite(values))[0])
+        at = [begin + index for (begin, _), index in zip(box, found, strict=True)]
+        where = self.start + int(np.ravel_multi_index(at, self.shape))
+        layer = "" if match.layer is None else f" (layer {match.layer})"
+        return CheckpointError(
+            f"{match.name}{layer} holds {values[found]} at element {where}.",
+            f"{match.tensor.file} is damaged, or the training that made it went wrong.",
+            "Download the file again and compare its sha256 with the published one.",
+        )
+
+
+def row_pieces(rows: Box, columns: int) -> Iterator[Box]:
+    """Rows of so many columns in order, in boxes of as many as make a chunk."""
+    return pieces(rows, CHUNK_ELEMENTS // columns)
+
+
+def block(array: np.ndarray, box: Box) -> np.ndarray:
+    """A box of a mapped tensor, as a view: the one place where stored numbers are taken."""
+    return array[slices(box)]
+
+
+def _flat(columns: Box, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Columns of which only the first axis is cut: the first, and the one after the last."""
+    inner = math.prod(shape[1:])
+    assert columns[1:] == whole(shape[1:]), "only the first axis of columns is ever cut"
+    return columns[0][0] * inner, columns[0][1] * inner
 
 
 def _check_scales(match: Match, scales: np.ndarray) -> None:
     bad = scales[~(np.isfinite(scales) & (scales > 0))]
     if len(bad):
         raise CheckpointError(
-            f"{match.name}_scale holds {bad[0]}, and {len(bad)} such numbers in all.",
+            f"{match.name}_scale holds {bad[0]}, and {len(bad)} such numbers near it.",
             "A scale is finite and above zero.",
             "Download the file again and compare its sha256 with the published one.",
         )
@@ -126,14 +204,3 @@ def cast(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
             "Use --dtype bfloat16 or --dtype float32.",
         )
     return result
-
-
-def _not_finite(match: Match, chunk: np.ndarray, begin: int) -> CheckpointError:
-    values = chunk.astype(np.float32)
-    where = int(np.flatnonzero(~np.isfinite(values))[0])
-    layer = "" if match.layer is None else f" (layer {match.layer})"
-    return CheckpointError(
-        f"{match.name}{layer} holds {values[where]} at element {begin + where}.",
-        f"{match.tensor.file} is damaged, or the training that made it went wrong.",
-        "Download the file again and compare its sha256 with the published one.",
-    )

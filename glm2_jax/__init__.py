@@ -21,6 +21,16 @@ if TYPE_CHECKING:
         logits_of,
         param_shapes,
     )
+    from glm2_jax.sharding import (
+        cache_sharding,
+        check_mesh,
+        lora_sharding,
+        make_mesh,
+        params_sharding,
+        parse_mesh,
+        replicated,
+        rows_sharding,
+    )
     from glm2_jax.tokenizer import Tokenizer
     from glm2_jax.xla import compiler_options
 
@@ -38,6 +48,16 @@ _MODULES = {
         "last_logits",
         "logits_of",
         "param_shapes",
+    ],
+    "sharding": [
+        "cache_sharding",
+        "check_mesh",
+        "lora_sharding",
+        "make_mesh",
+        "params_sharding",
+        "parse_mesh",
+        "replicated",
+        "rows_sharding",
     ],
     "tokenizer": ["Tokenizer"],
     "xla": ["compiler_options"],
@@ -57,6 +77,8 @@ __all__ = [
     "LoRA",
     "Tokenizer",
     "UsageError",
+    "cache_sharding",
+    "check_mesh",
     "compiler_options",
     "forward",
     "hidden",
@@ -64,7 +86,13 @@ __all__ = [
     "init_params",
     "last_logits",
     "logits_of",
+    "lora_sharding",
+    "make_mesh",
     "param_shapes",
+    "params_sharding",
+    "parse_mesh",
+    "replicated",
+    "rows_sharding",
 ]
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from glm2_jax.blocks import map_blocks
 from glm2_jax.limits import KEYS, SCORES
 from glm2_jax.linear import einsum
+from glm2_jax.mesh import pieces
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing gives no NaN
 
@@ -71,9 +72,10 @@ def attend(
     # A probability of 0 does not silence a NaN.
     v = jnp.where(visible.key_segments[:, :, None, None] > 0, v, 0)
     q = q.reshape(B, T, K, N // K, H)
-    if dropout is None and B * N * T * S > SCORES:
+    here = B * N // (pieces("B", B) * pieces("N", N))  # rows and heads of one device
+    if dropout is None and here * T * S > SCORES:
         keys = min(KEYS, S)
-        queries = max(1, SCORES // (B * N * keys))
+        queries = max(1, SCORES // (here * keys))
 
         def block(q: jax.Array, places: jax.Array, segments: jax.Array) -> jax.Array:
             part = Visibility(places, segments, visible.key_segments, visible.prefix)

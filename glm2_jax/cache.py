@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from glm2_jax.config import GLMConfig
+from glm2_jax.mesh import active_mesh, constrain
 from glm2_jax.prefix import Prefix
+
+AXES = {"k": "LBSKH", "v": "LBSKH", "length": "B", "prefix": "B"}  # letters of `glm2_jax.model`
 
 
 @flax.struct.dataclass
@@ -31,17 +36,27 @@ class KVCache:
 
     @classmethod
     def zeros(cls, config: GLMConfig, batch: int, size: int, dtype) -> KVCache:
-        """An empty cache of `batch` rows with `size` slots.
+        """An empty cache of `batch` rows with `size` slots, in parts on the devices of an active
+        mesh.
 
         Zeros, not uninitialised memory: a masked slot has probability 0, and 0 times NaN is NaN.
         """
         shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
-        return cls(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
-            length=jnp.zeros(batch, jnp.int32),
-            prefix=jnp.zeros(batch, jnp.int32),
-        )
+
+        def make() -> KVCache:
+            return cls(
+                k=jnp.zeros(shape, dtype),
+                v=jnp.zeros(shape, dtype),
+                length=jnp.zeros(batch, jnp.int32),
+                prefix=jnp.zeros(batch, jnp.int32),
+            ).pinned()
+
+        return jax.jit(make)() if active_mesh() else make()  # jit: never whole on one device
+
+    def pinned(self) -> KVCache:
+        """The cache, pinned to the active mesh as `glm2_jax.sharding.cache_sharding` says."""
+        pinned = {name: constrain(getattr(self, name), *axes) for name, axes in AXES.items()}
+        return dataclasses.replace(self, **pinned)
 
     @classmethod
     def new(cls, config: GLMConfig, batch: int, size: int, dtype, prefix: Prefix | None) -> KVCache:
@@ -59,7 +74,7 @@ class KVCache:
             v=empty.v.at[:, :, :P].set(prefix.v[:, None].astype(dtype)),
             length=jnp.full(batch, P, jnp.int32),
             prefix=jnp.full(batch, P, jnp.int32),
-        )
+        ).pinned()
 
     @property
     def size(self) -> int:

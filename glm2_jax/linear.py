@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, LANES, SLICES
-from glm2_jax.quant import QTensor, dequantise, int4_halves
+from glm2_jax.mesh import WEIGHT_RULES, active_mesh, pieces
+from glm2_jax.quant import QTensor, dequantise, dequantise_whole, int4_halves
 
 Weight = jax.Array | QTensor
 
 _MATRICES = "MC,RC->MR"  # activations times a weight
+_LEADING = "abcdef"  # for "..." of a spec, where sums over it have to be written
 
 
 def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
@@ -40,6 +42,8 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
     columns = _summed_columns(spec)
     if not columns:
         return _multiply(spec, x, w, added)
+    if active_mesh():  # a matrix would join axes that lie on several devices
+        return _multiply(spec.replace("...", _LEADING[: x.ndim - columns]), x, w, added)
     rows = w.scale.shape if isinstance(w, QTensor) else w.shape
     rows = rows[: len(spec.split("->")[0].split(",")[1]) - columns]
     matrix = x.reshape(-1, math.prod(x.shape[x.ndim - columns :]))
@@ -52,8 +56,7 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
 def _product(spec: str, x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
     """The product by itself; where it is activations times a weight, in the platform's form."""
     if spec != _MATRICES:
-        assert not isinstance(w, QTensor) and added is None, f"{spec} is no product with a weight"
-        return _plain(spec, x, w)
+        return _add(_plain(spec, x, _as_array(spec, w, x.dtype)), added)
     forms = {"cpu": _on_cpu, "cuda": _on_gpu, "tpu": _on_tpu, "default": _anywhere}
     return jax.lax.platform_dependent(x, w, added, **forms)
 
@@ -74,10 +77,10 @@ def _backward(spec: str, saved: tuple[jax.Array, Weight, Any], gradient: jax.Arr
     operands, result = spec.split("->")
     left, right = operands.split(",")
     gradient = gradient.astype(x.dtype)
-    if isinstance(w, QTensor):
-        to_w, weight = None, dequantise(w, 1).astype(x.dtype)
-    else:
-        to_w, weight = _plain(f"{result},{left}->{right}", gradient, x).astype(w.dtype), w
+    weight = _as_array(spec, w, x.dtype)
+    to_w = None
+    if not isinstance(w, QTensor):
+        to_w = _plain(f"{result},{left}->{right}", gradient, x).astype(w.dtype)
     to_x = _plain(f"{result},{right}->{left}", gradient, weight).astype(x.dtype)
     return to_x, to_w, to_added
 
@@ -102,6 +105,15 @@ def _as_matrix(w: Weight, rows: int) -> Weight:
         return w.reshape(math.prod(w.shape[:rows]), -1)
     R, groups = math.prod(w.scale.shape[:rows]), w.scale.shape[rows:]
     return QTensor(w.values.reshape(R, -1), w.scale.reshape(R, *groups), w.bits)
+
+
+def _as_array(spec: str, w: Weight, dtype: Any) -> jax.Array:
+    """A weight with its own axes; a quantised one is unpacked."""
+    if not isinstance(w, QTensor):
+        return w
+    letters = spec.split("->")[0].split(",")[1]
+    cut = pieces(letters[-1], w.values.shape[-1], WEIGHT_RULES)
+    return dequantise_whole(w, len(letters) - _summed_columns(spec), cut).astype(dtype)
 
 
 def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from flax.core import FrozenDict
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.linear import einsum
+from glm2_jax.mesh import axis_sizes
 
 Weights = dict[str, jax.Array]
 Shapes = dict[str, tuple[int, ...]]
@@ -93,13 +94,16 @@ def find_targets(wanted: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(target for target in TARGETS if target in found)
 
 
+def weight_axes(target: Target) -> dict[str, str]:
+    """The axis letters of a target's A and B in one layer: {"a": "RD", "q": "NHR", ...}."""
+    specs = {"a": target.down, **target.up}
+    return {name: spec.split("->")[0].split(",")[1] for name, spec in specs.items()}
+
+
 def adapter_shapes(config: GLMConfig, target: str, rank: int) -> Shapes:
     """The shapes of a target's A and B in one layer."""
-    D, F, H = config.hidden_size, config.ffn_hidden_size, config.head_dim
-    N, K = config.num_heads, config.num_kv_heads
-    sizes = {"D": D, "F": F, "H": H, "N": N, "K": K, "R": rank, "C": 2}
-    specs = {"a": TARGETS[target].down, **TARGETS[target].up}
-    weights = {name: spec.split("->")[0].split(",")[1] for name, spec in specs.items()}
+    sizes = {**axis_sizes(config), "R": rank}
+    weights = weight_axes(TARGETS[target])
     return {name: tuple(sizes[axis] for axis in axes) for name, axes in weights.items()}
 
 

@@ -20,12 +20,13 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from glm2_jax.attention import attend
 from glm2_jax.blocks import map_blocks
-from glm2_jax.cache import KVCache
+from glm2_jax.cache import AXES, KVCache
 from glm2_jax.config import GLMConfig
 from glm2_jax.context import TokenContext, token_context
 from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
 from glm2_jax.lora import LoRA, adapt, layer_of
+from glm2_jax.mesh import active_mesh, constrain, pieces
 from glm2_jax.quant import QTensor, take_rows
 from glm2_jax.rope import apply_rope
 
@@ -92,9 +93,10 @@ class GLMBlock(nn.Module):
             out, k_cache, v_cache = self._attention(
                 rms_norm(x, self.attn_norm, eps), k_cache, v_cache, layer, context, lora
             )
-            x = x + self.hidden_dropout(out)
+            x = constrain(x + self.hidden_dropout(out), "B", None, None)
         with jax.named_scope("mlp"):
             x = x + self.hidden_dropout(self._mlp(rms_norm(x, self.mlp_norm, eps), lora))
+            x = constrain(x, "B", None, None)
         return (x, k_cache, v_cache), None
 
     def _adapter_key(self, lora: LoRA | None) -> jax.Array | None:
@@ -133,12 +135,13 @@ class GLMBlock(nn.Module):
             # Every block of columns drops elements of its own.
             block_key = jax.random.fold_in(cast(Any, key), columns[0][0, 0]) if columns else None
             added = adapt(lora, "dense_h_to_4h", x, block_key)
-            both = einsum("BTD,CFD->BTCF", x, gate_up, added("b"))
+            both = constrain(einsum("BTD,CFD->BTCF", x, gate_up, added("b")), "B", None, None, "F")
             hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
             added = adapt(lora, "dense_4h_to_h", hidden, block_key)
             return einsum("BTF,DF->BTD", hidden, down, added("b")).astype(x.dtype)
 
-        at_once = MLP_ELEMENTS // (x.shape[0] * 2 * self.config.ffn_hidden_size)
+        B, F = x.shape[0], self.config.ffn_hidden_size
+        at_once = MLP_ELEMENTS // (2 * B // pieces("B", B) * F // pieces("F", F))
         columns = () if key is None else (jnp.arange(x.shape[1], dtype=jnp.int32)[None],)
         return map_blocks(mlp, max(1, at_once), x, *columns)
 
@@ -185,13 +188,15 @@ class GLM(nn.Module):
             x = take_rows(self.embed, tokens).astype(self.final_norm.dtype)
         else:
             x = jnp.take(self.embed, tokens, axis=0)
-        return x if noise is None else (x + noise).astype(x.dtype), *stacked
+        x = x if noise is None else (x + noise).astype(x.dtype)
+        return constrain(x, "B", None, None), *stacked
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., D] -> float32 [..., V]."""
         with jax.named_scope("head"):
             x = rms_norm(x, self.final_norm, self.config.norm_eps)
-            return einsum("...D,VD->...V", x, self.head)
+            logits = einsum("...D,VD->...V", x, self.head)
+            return constrain(logits, *("B", None, None)[: logits.ndim - 1], "V")
 
 
 def forward(
@@ -226,7 +231,7 @@ def forward(
         (logits float32 [B, T, V], the continued cache or None). Logits of padding mean nothing.
     """
     x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora, dropout_key)
-    return logits_of(config, params, x), cache
+    return constrain(logits_of(config, params, x), "B", None, None), cache
 
 
 def last_logits(
@@ -250,7 +255,7 @@ def last_logits(
     """
     x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora)
     x = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
-    return logits_of(config, params, x), cache
+    return constrain(logits_of(config, params, x), "B", None), cache
 
 
 def hidden(
@@ -281,7 +286,10 @@ def hidden(
 
 
 def logits_of(config: GLMConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Final norm and head: hidden states [..., D] -> logits, float32 [..., V]."""
+    """Final norm and head: hidden states [..., D] -> logits, float32 [..., V].
+
+    On a mesh they lie as the head's rows do; those of `forward` are whole on every device.
+    """
     return cast(jax.Array, GLM(config).apply({"params": params}, x, method=GLM.logits))
 
 
@@ -336,7 +344,7 @@ def _hidden(
             args = carry, layer, context, layer_of(lora, layer)
             carry, _ = cast(Any, apply({"params": weights}, *args, rngs=rngs))
     x, k, v = cast(Any, carry)
-    return x, None if cache is None else cache.replace(k=k, v=v, length=length)
+    return x, None if cache is None else cache.replace(k=k, v=v, length=length).pinned()
 
 
 def _project(
@@ -347,7 +355,8 @@ def _project(
     added: jax.Array | None,
 ) -> jax.Array:
     """Product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
-    return (einsum(spec, x, weight, added) + bias.astype(jnp.float32)).astype(x.dtype)
+    projected = einsum(spec, x, weight, added) + bias.astype(jnp.float32)
+    return constrain(projected.astype(x.dtype), *spec.split("->")[1])
 
 
 def _behind(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
@@ -359,13 +368,27 @@ def _behind(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
 
 def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
     """Writes [B, T, K, H] into the slots of one layer of [L, B, S, K, H], in one scatter."""
-    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-    return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
+    if not active_mesh():
+        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+        return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
+    # The same in words that the partitioner follows: rows count up, so each stays where it lies.
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2, 3),
+        inserted_window_dims=(0, 1, 2),
+        scatter_dims_to_operand_dims=(0, 1, 2),
+    )
+    rows = jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)
+    places = jnp.stack([jnp.full_like(slots, layer), rows, slots], axis=-1)
+    drop = jax.lax.GatherScatterMode.FILL_OR_DROP
+    new = new.astype(cache.dtype)
+    cache = jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
+    return constrain(cache, *AXES["k"])
 
 
 def _read(cache: jax.Array, layer: jax.Array) -> jax.Array:
     """One layer of [L, B, S, K, H]: [B, S, K, H]."""
     slots = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    slots = constrain(slots, *"BSKH")
 
     def rows_first(x: jax.Array) -> jax.Array:
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -6,6 +6,7 @@ product sums over. Only the integers change with the width; W = integers * scale
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.struct
@@ -84,12 +85,30 @@ def dequantise(weight: QTensor, rows: int) -> jax.Array:
     Args:
         rows: number of its row axes, stacked layers included.
     """
-    integers = unpacked(weight).reshape(*weight.scale.shape[:rows], -1)
+    return dequantise_whole(weight, rows, 1).reshape(*weight.scale.shape[:rows], -1)
+
+
+def dequantise_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
+    """The float32 weight [*rows, *columns].
+
+    Where it lies on several devices, every element is made where it lies. A group of columns may
+    lie on two of them: its scale is repeated, for smaller groups that do not.
+
+    Args:
+        rows: number of its row axes.
+        cut: how many devices the last axis lies on.
+    """
+    integers = unpacked(weight)
     scale = weight.scale.astype(jnp.float32)
-    if weight.scale.ndim == rows:
-        return integers.astype(jnp.float32) * scale[..., None]
-    grouped = integers.astype(jnp.float32).reshape(*scale.shape, -1)
-    return (grouped * scale[..., None]).reshape(integers.shape)
+    shape, columns = integers.shape, integers.shape[rows:]
+    if scale.ndim == rows:
+        return integers.astype(jnp.float32) * scale.reshape(*shape[:rows], *(1 for _ in columns))
+    group = math.prod(columns) // scale.shape[-1]
+    small = math.gcd(group, columns[-1] // cut)
+    scale = jnp.repeat(scale, group // small, axis=-1) if small < group else scale
+    scale = scale.reshape(*shape[:-1], columns[-1] // small, 1)
+    grouped = integers.astype(jnp.float32).reshape(*scale.shape[:-1], small)
+    return (grouped * scale).reshape(shape)
 
 
 def take_rows(weight: QTensor, index: jax.Array) -> jax.Array:

@@ -205,7 +205,7 @@ def test_pieces_on_an_accelerator_arrive_as_on_the_host(tmp_path, monkeypatch):
     """The path for accelerators, driven on the CPU, with chunks smaller than the tensors."""
     monkeypatch.setattr("convert.values.CHUNK_ELEMENTS", 100)
     expected = load_checkpoint(write_official(tmp_path), dtype="bfloat16").params
-    monkeypatch.setattr("convert.params.new_place", DevicePlace)
+    monkeypatch.setattr("convert.place.HostPlace", DevicePlace)
     found = load_checkpoint(tmp_path, dtype="bfloat16").params
     assert_equal(found, jax.tree.map(np.asarray, expected), ml_dtypes.bfloat16)
 
@@ -213,14 +213,15 @@ def test_pieces_on_an_accelerator_arrive_as_on_the_host(tmp_path, monkeypatch):
 def test_pieces_are_written_in_place():
     """The compiled update needs no second array: its result is its donated argument."""
     array = jax.ShapeDtypeStruct((4, 512, 512), np.float32)
-    piece = jax.ShapeDtypeStruct((1024,), np.float16)
-    memory = place._update.lower(array, piece, 0, 0, 4).compile().memory_analysis()
+    piece = jax.ShapeDtypeStruct((1, 2, 512), np.float16)
+    memory = place._update.lower(array, piece, (0, 0, 0)).compile().memory_analysis()
     assert memory.alias_size_in_bytes == 4 * 512 * 512 * 4
     assert memory.temp_size_in_bytes < 100_000
 
 
 def test_host_arrays_reach_jax_without_a_copy():
-    stacked = HostPlace((2, 1000), np.dtype(np.float32), 2, None)
-    stacked.write(0, 0, np.arange(1000, dtype=np.float16))
-    stacked.write(1, 0, np.zeros(1000, np.float16))
-    assert stacked.finish().unsafe_buffer_pointer() == stacked.array.ctypes.data
+    stacked = HostPlace((2, 1000), np.dtype(np.float32), [None])
+    stacked.write((slice(0, 1), slice(0, 1000)), np.arange(1000, dtype=np.float16)[None])
+    stacked.write((slice(1, 2), slice(0, 1000)), np.zeros((1, 1000), np.float16))
+    (array,) = stacked.finish()
+    assert array.unsafe_buffer_pointer() == stacked.array.ctypes.data

@@ -6,7 +6,7 @@ Only the flags are here; what they start is in `infer.chat.loop`, which is impor
 from collections.abc import Sequence
 
 from convert import interrupt
-from convert.cli import Parser
+from convert.cli import Parser, path_argument
 from infer import options
 from infer.loops import LOOP_STOP_DEFAULT
 
@@ -28,6 +28,7 @@ def parser() -> Parser:
     group = result.add_argument_group("conversation")
     group.add_argument(
         "--history",
+        type=path_argument,
         metavar="F",
         help='go on from a saved conversation, or from [["question", "answer"], ...]',
     )

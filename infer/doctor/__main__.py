@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
-from convert.cli import EXIT_DEVICE, Parser, human_size, note
+from convert.cli import EXIT_DEVICE, Parser, human_size, note, path_argument
 from infer.options import use_utf8
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def parser() -> Parser:
     group.add_argument(
         "--model",
         "-m",
+        type=path_argument,
         metavar="DIR",
         help="a checkpoint folder, whose own numbers are then taken; its weights are not read "
         "(default: the numbers of a 6B model)",

@@ -1,0 +1,27 @@
+"""Arrays back on the host, one at a time, wherever their parts lie."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def gathered(array: Any, layer: int | None = None) -> np.ndarray:
+    """An array, or one layer of a stacked one, whole on the host.
+
+    Where parts of it lie on devices of other processes, all processes must call this for the same
+    arrays in the same order; each of them gets all of it.
+
+    Args:
+        array: a `jax.Array` on any devices, or a numpy array.
+        layer: index on its first axis; None = all of it.
+    """
+    if isinstance(array, jax.Array) and array.is_fully_replicated:
+        array = array.addressable_data(0)
+        if array.devices().pop().platform == "cpu":
+            array = np.asarray(array)  # a view, of which a layer is one, too
+    part = array if layer is None else array[layer]
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        return multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)

@@ -1,0 +1,33 @@
+"""Everything but the checkpoints of training lies in the file system: other places are refused."""
+
+import os
+import re
+
+from glm2_jax.errors import UsageError
+
+# Also what is left of the two slashes in a `Path`. A single letter is a drive of Windows.
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_DOWNLOAD = "Download it first; a model on a hub is OWNER/NAME with --source hf or modelscope."
+_FIXES = {
+    "gs": "Copy it first (gcloud storage cp -r), or mount the bucket (gcsfuse).",
+    "s3": "Copy it first (aws s3 cp --recursive), or mount the bucket (mount-s3).",
+    "file": "Leave file:// out.",
+    "http": _DOWNLOAD,
+    "https": _DOWNLOAD,
+}
+
+
+def refuse_url(path: str | os.PathLike) -> None:
+    """Refuses gs://, s3://, https:// and their like.
+
+    Raises:
+        UsageError: such a path; what to do instead is said.
+    """
+    text = os.fspath(path)
+    found = _URL.match(text)
+    if found is not None:
+        raise UsageError(
+            f"{text[:500]} is not a path of the file system.",
+            "Files are read and written there alone, not in other storage or over the network.",
+            _FIXES.get(found[1].lower(), "Copy it first."),
+        )

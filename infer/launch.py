@@ -1,0 +1,137 @@
+"""`python -m infer.launch`: the processes of one run, all on this machine."""
+
+import argparse
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from convert import interrupt
+from convert.cli import EXIT_DEVICE, EXIT_INTERRUPTED, EXIT_TERMINATED, Parser, note
+from glm2_jax.errors import UsageError
+from infer.options import positive, use_utf8
+from infer.supervise import Worker, pass_signals_on
+
+PROG = "python -m infer.launch"
+DESCRIPTION = """Starts a command as several processes of one run on this machine: to try out what
+is to run on several hosts, or where a host wants a process for each of its devices. Where one ends
+with an error, the others are ended, too. For several hosts, start the command on each of them with
+--coordinator, --num-processes and --process-id instead; under Slurm or Kubernetes and on TPU VMs
+with --coordinator auto."""
+EXAMPLE = f"""{PROG} --num-processes 2 --devices-per-process 4 -- \\
+    python -m train.lora --mesh data=2,tensor=4 --data data.jsonl --output adapter"""
+_GRACE = 5.0  # seconds that processes which are ended have to end themselves
+_NO_ERROR = (0, EXIT_INTERRUPTED, EXIT_TERMINATED)
+
+
+def parser() -> Parser:
+    """The flags of the command."""
+    result = Parser(
+        prog=PROG,
+        description=DESCRIPTION,
+        example=EXAMPLE,
+        usage=f"{PROG} --num-processes N [flags] -- COMMAND ...",
+    )
+    group = result.add_argument_group("processes")
+    group.add_argument(
+        "--num-processes", type=positive, required=True, metavar="N", help="how many to start"
+    )
+    group.add_argument(
+        "--devices-per-process",
+        type=positive,
+        metavar="M",
+        help="compute on so many virtual devices of the CPU in each (default: on the devices that "
+        "each of them finds)",
+    )
+    result.add_common()
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
+    use_utf8()
+    words = list(sys.argv[1:] if argv is None else argv)
+    at = words.index("--") if "--" in words else len(words)
+    args, command = parser().parse_args(words[:at]), words[at + 1 :]
+    if not command:
+        raise UsageError("there is no command to start", fix="Write it after --.")
+    over: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    workers = _start(args, command, over)
+    pass_signals_on(workers)
+    code, cause = _wait(len(workers), over)
+    if cause is None:
+        return code
+    which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause.exit_code)}"
+    note(f"{which}; the others are ended")
+    _end([worker for worker in workers if not worker.wait(0)])
+    return code if code > 0 else EXIT_DEVICE
+
+
+def _start(
+    args: argparse.Namespace, command: list[str], over: queue.SimpleQueue[Worker]
+) -> list[Worker]:
+    """The processes; each is put into the queue when it has ended."""
+    environment = {}
+    if args.devices_per_process is not None:
+        environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices_per_process)}
+    flags = f"--coordinator 127.0.0.1:{_free_port()} --num-processes {args.num_processes}"
+    try:
+        return [
+            Worker(
+                [*command, *flags.split(), "--process-id", str(number)],
+                prefix=f"process {number}: " if number else "",
+                environment=environment,
+                stdin=subprocess.DEVNULL,  # or they would take it from each other
+                ended=over.put,
+            )
+            for number in range(args.num_processes)
+        ]
+    except OSError as error:
+        raise UsageError(
+            f"{command[0]} cannot be started", error.strerror or str(error), "Check the command."
+        ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return trial.getsockname()[1]
+
+
+def _wait(count: int, over: queue.SimpleQueue[Worker]) -> tuple[int, Worker | None]:
+    """Waits until all have ended, or one has with an error.
+
+    Returns:
+        (the exit code of the first that was not 0, that one if it is an error).
+    """
+    code = 0
+    for _ in range(count):
+        worker = over.get()
+        code = code or worker.exit_code
+        if worker.exit_code not in _NO_ERROR:
+            return code, worker
+    return code, None
+
+
+def _ending(code: int) -> str:
+    return (
+        f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+    )
+
+
+def _end(workers: Sequence[Worker]) -> None:
+    """Ends processes that wait for one that is gone; those that can may tidy up first."""
+    for worker in workers:
+        worker.send(signal.SIGTERM)
+    until = time.monotonic() + _GRACE
+    for worker in workers:
+        if not worker.wait(max(until - time.monotonic(), 0)):
+            worker.send(signal.SIGKILL)
+            worker.wait()
+
+
+if __name__ == "__main__":
+    interrupt.run(main)

@@ -1,0 +1,25 @@
+"""A script of checks that runs on eight virtual CPU devices, in a process of its own.
+
+JAX takes the number of its devices once, so a test process that has one device keeps one. Compiling
+is what costs: one process makes many checks, and prints what it found as one JSON object.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DEVICES = 8
+
+
+def run(module: str, *args: str) -> Any:
+    """What `python -m MODULE ARGS` prints as JSON on its last line, where JAX sees 8 devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    command = [sys.executable, "-W", "error", "-m", module, *args]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,122 @@
+"""Meshes as users write them, and what they refuse; no program is compiled."""
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from glm2_jax import (
+    PRESETS,
+    GLMConfig,
+    UsageError,
+    check_mesh,
+    make_mesh,
+    param_shapes,
+    params_sharding,
+    parse_mesh,
+)
+from glm2_jax.mesh import active_mesh, constrain, partition
+from glm2_jax.quant import QTensor
+from glm2_jax.schemes import SCHEMES
+
+SIX = PRESETS["chatglm2-6b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("data=2,tensor=4", {"data": 2, "tensor": 4, "fsdp": 1}),
+        (" tensor = 4 , data=2", {"tensor": 4, "data": 2, "fsdp": 1}),
+        ("fsdp=8", {"fsdp": 8, "data": 1, "tensor": 1}),
+    ],
+)
+def test_a_mesh_keeps_its_order_and_absent_axes_come_last(text, sizes):
+    assert list(parse_mesh(text).items()) == list(sizes.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("model=2", "'model' is no axis: there are data, fsdp, tensor"),
+        ("", "'' is no axis"),
+        ("data=2,data=4", "data is named twice"),
+        ("data", "'' is no size of data"),
+        ("data=0", "'0' is no size"),
+        ("tensor=2.5", "'2.5' is no size"),
+        ("tensor=-1", "'-1' is no size"),
+    ],
+)
+def test_a_mesh_that_makes_no_sense_is_refused(text, why):
+    with pytest.raises(UsageError, match="makes no sense") as caught:
+        parse_mesh(text)
+    assert why in caught.value.why and "data=2,tensor=4" in caught.value.fix
+
+
+def test_a_mesh_takes_all_devices():
+    assert dict(make_mesh({"tensor": 1}, jax.devices()[:1]).shape) == dict.fromkeys(
+        ("tensor", "data", "fsdp"), 1
+    )
+    with pytest.raises(UsageError, match="takes 16 devices") as caught:
+        make_mesh(parse_mesh("data=2,tensor=8"), [None] * 8)
+    assert "There are 8 devices" in caught.value.why
+    assert "tensor=8 or data=2,tensor=4" in caught.value.fix
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 1}, {"tensor": 32, "fsdp": 4}, {"data": 3}])
+def test_meshes_that_fit_the_model(sizes):
+    check_mesh(SIX, sizes)
+    check_mesh(SIX, sizes, SCHEMES["int4"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why", "fix"),
+    [
+        ({"tensor": 3}, "32 heads, 13696 of the ffn and 65024", "tensor=1, 2, 4, 8, 16, 32."),
+        ({"tensor": 64}, "32 heads", "tensor=1, 2, 4, 8, 16, 32."),
+        ({"fsdp": 3, "data": 2}, "hidden size of 4096", "fsdp=1, 2, 4, 8, 16"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_told_what_would(sizes, why, fix):
+    with pytest.raises(UsageError, match="does not fit the model") as caught:
+        check_mesh(SIX, sizes)
+    assert why in caught.value.why and fix in caught.value.fix
+
+
+def test_two_columns_of_int4_stay_together():
+    config = GLMConfig(1, 64, 64, 20, 4, 2, 16, 64)
+    check_mesh(config, {"tensor": 4}, SCHEMES["int8"])
+    with pytest.raises(UsageError, match="does not fit") as caught:
+        check_mesh(config, {"tensor": 4}, SCHEMES["int4-row"])
+    assert "20 / 2 (two columns share a byte) of the ffn" in caught.value.why
+
+
+def test_queries_and_their_key_heads_stay_together():
+    config = GLMConfig(1, 96, 64, 96, 12, 4, 16, 64)
+    check_mesh(config, {"tensor": 4})
+    with pytest.raises(UsageError, match="does not fit") as caught:
+        check_mesh(config, {"tensor": 6})
+    assert "4 key/value heads" in caught.value.why
+    assert caught.value.fix == "Use tensor=1, 2, 4, 12."
+
+
+def test_an_axis_that_is_not_divided_is_whole():
+    mesh = {"data": 2, "fsdp": 1, "tensor": 4}
+    assert tuple(partition("LBSKH", (28, 4, 64, 2, 128), mesh)) == (None, "data")
+    assert tuple(partition("LBSKH", (28, 3, 64, 4, 128), mesh)) == (None, None, None, "tensor")
+
+
+def test_without_a_mesh_or_on_a_foreign_one_nothing_is_pinned():
+    x = jax.numpy.ones((4, 4))
+    assert active_mesh() == {} and constrain(x, "B", None) is x
+    assert make_mesh({}, jax.devices()[:1]).size == 1
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("model",), (AxisType.Auto,))):
+        assert active_mesh() == {} and constrain(x, "B", None) is x
+
+
+def test_the_tree_of_places_is_that_of_the_params():
+    mesh = make_mesh({}, jax.devices()[:1])
+    config = GLMConfig(2, 96, 64, 96, 4, 2, 16, 64)
+    shapes = jax.tree.structure(param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    assert jax.tree.structure(params_sharding(config, mesh)) == shapes
+    places = params_sharding(config, mesh, scheme=SCHEMES["int4+embeddings"], as_list=True)
+    assert len(places["layers"]) == 2 and isinstance(places["layers"][0]["down"], QTensor)
+    assert isinstance(places["head"], QTensor) and places["head"].bits == 4
