@@ -162,7 +162,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that may come next, and how probable the model holds it (no temperature, no top-k)."""
+    """A token that may come next, and how probable it is: before temperature and top-k."""
 
     token: Token
     probability: float
@@ -170,7 +170,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Head:
-    """Attention of one head: weights[t][s] is how much token t takes from token s; rows sum to 1."""
+    """Attention of one head: weights[t][s] is what token t takes of token s; a row sums to 1."""
 
     layer: int
     head: int
