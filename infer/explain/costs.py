@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from glm2_jax.config import GLMConfig
 from infer.explain.facts import Bound, Cache, Pass
+from infer.memory.budget import find_budget
 from infer.memory.devices import Card
-from infer.memory.plan import Precision, cache_bytes
+from infer.memory.plan import Precision, cache_bytes, make_plan
 
 
 def cache_costs(config: GLMConfig, precision: Precision, batch: int, length: int) -> Cache:
@@ -19,20 +20,20 @@ def cache_costs(config: GLMConfig, precision: Precision, batch: int, length: int
     )
 
 
-def bound(card: Card, batch: int, weights: int, prefill: Pass, decode: Pass, cache: Cache) -> Bound:
-    """The least time of both passes on a device: either its memory or its products take as long.
-
-    Args:
-      weights: bytes of the whole model.
-    """
+def bound(
+    card: Card, config: GLMConfig, precision: Precision, batch: int, prefill: Pass, decode: Pass
+) -> Bound:
+    """The least time of both passes on a device: either its memory or its products take as long."""
     read, read_limit = _least(card, prefill)
     step, step_limit = _least(card, decode)
+    plan = make_plan(config, precision, decode.keys, batch, platform=card.platform)
+    usable = find_budget(card.name).memory
     return Bound(
         device=card.name,
         memory=card.memory,
         bandwidth=card.bandwidth,
         flops=card.flops,
-        fits=weights + cache.now + batch * cache.per_token <= card.memory,
+        fits=usable is not None and plan.total <= usable,
         ridge=None if card.flops is None else card.flops / card.bandwidth,
         prefill=read,
         prefill_limit=read_limit,

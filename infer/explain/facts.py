@@ -93,7 +93,7 @@ class Bound:
       device: name, as in `infer.memory.devices`.
       memory: bytes. bandwidth: bytes a second.
       flops: dense operations a second in 16-bit floats; None = no figure known.
-      fits: whether weights and the cache of prompt and answer's first token fit into the memory.
+      fits: whether the prompt and one token more fit into the memory, by `infer.memory.plan`.
       ridge: flops / bandwidth: with a higher intensity products are the limit, with a lower one
         memory is.
       prefill, decode: seconds of the two passes.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from convert.cli import cut_to_width, human_size
 from infer.evaluate.report import table
-from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Values, Walk
+from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Step, Token, Values, Walk
 
 BOUND = (
     "The least time by the makers' figures, which no program reaches; nothing here was measured. "
@@ -56,8 +56,9 @@ def _head(walk: Walk) -> Iterator[str]:
     s = walk.sizes
     yield (
         f"{walk.model}: {walk.params:,} parameters, {human_size(walk.weight_bytes)} in "
-        f"{walk.weights_in}; {s['L']} layers of {s['D']}, {s['N']} query heads on {s['K']} "
-        f"key/value heads of {s['H']}, feed-forward {s['F']}, vocabulary {s['V']}"
+        f"{walk.weights_in}, which bytes are counted in; {s['L']} layers of {s['D']}, "
+        f"{s['N']} query heads on {s['K']} key/value heads of {s['H']}, "
+        f"feed-forward {s['F']}, vocabulary {s['V']}"
     )
     shown = cut_to_width(" ".join((walk.prompt or "").split()), _PROMPT)
     what = f"prompt {shown}" if shown else "a prompt"
@@ -67,7 +68,9 @@ def _head(walk: Walk) -> Iterator[str]:
 
 def _stages(walk: Walk, columns: int) -> list[str]:
     pairs = list(zip(walk.prefill.stages, walk.decode.stages, strict=True))
-    rows = [("stage", "shape", "parameters", "FLOP", "bytes", "step FLOP", "bytes")]
+    rows: list[tuple[str, ...]] = [
+        ("stage", "shape", "parameters", "FLOP", "bytes", "step FLOP", "step bytes")
+    ]
     inside = False
     for read, step in pairs:
         if read.in_layer != inside:
@@ -97,14 +100,19 @@ def _records(walk: Walk, pairs: Sequence[tuple[Stage, Stage]], columns: int) -> 
             inside = read.in_layer
             yield f"{_between(walk, inside)}:"
         yield from _fold(f"{read.title_en} {_shape(read)}", columns)
-        params, flops, moved, step_flops, step_moved = _figures(read, step)
-        facts = f"{params} parameters" if read.params else ""
-        if read.flops or read.bytes:
-            facts += f"; {flops} FLOP, {moved}; step {step_flops} FLOP, {step_moved}"
+        facts = [f"{read.params:,} parameters"] if read.params else []
+        facts += [part for part in (_cost(read), _cost(step, "step ")) if part]
         if facts:
             yield from textwrap.wrap(
-                facts.removeprefix("; "), columns, initial_indent="  ", subsequent_indent="  "
+                "; ".join(facts), columns, initial_indent="  ", subsequent_indent="  "
             )
+
+
+def _cost(stage: Stage, name: str = "") -> str:
+    """ "step 33.6 MFLOP, 33.6 MB"; what is nothing is left out."""
+    flops = f"{_count(stage.flops)}FLOP" if stage.flops else ""
+    moved = human_size(stage.bytes) if stage.bytes else ""
+    return name + ", ".join(filter(None, (flops, moved))) if flops or moved else ""
 
 
 def _notes(walk: Walk, columns: int) -> Iterator[str]:
@@ -146,7 +154,7 @@ def _bound_table(bounds: Sequence[Bound]) -> list[str]:
     rows = [
         row("device", lambda b: b.device),
         row("memory", lambda b: human_size(b.memory)),
-        row("weights, cache fit", lambda b: "yes" if b.fits else "no"),
+        row("fits, as planned", lambda b: "yes" if b.fits else "no"),
         row("bandwidth, GB/s", lambda b: f"{b.bandwidth / 1e9:,.0f}"),
         row("16-bit TFLOP/s", lambda b: "?" if b.flops is None else f"{b.flops / 1e12:.4g}"),
         row("balance, FLOP/byte", lambda b: "?" if b.ridge is None else f"{b.ridge:.0f}"),
@@ -176,7 +184,7 @@ def _values(values: Values, columns: int) -> Iterator[str]:
     yield from _broken(f"answer: {values.answer}", columns)
 
 
-def _numbered(values: Values):
+def _numbered(values: Values) -> Iterator[tuple[int, Token]]:
     return enumerate(values.tokens)
 
 
@@ -197,7 +205,7 @@ def _answer(values: Values, columns: int) -> list[str]:
         head = ("", "token", *["or"] * min(count - 1, 1), *[""] * (count - 2))
         return [head, *(row(n, step, count) for n, step in enumerate(values.steps, 1))]
 
-    def row(number: int, step, count: int) -> tuple[str, ...]:
+    def row(number: int, step: Step, count: int) -> tuple[str, ...]:
         others = [c for c in step.alternatives if c.token != step.chosen.token][: count - 1]
         cells = [_likely(candidate) for candidate in (step.chosen, *others)]
         return str(number), *cells, *[""] * (count - len(cells))
@@ -209,7 +217,14 @@ def _answer(values: Values, columns: int) -> list[str]:
 
 
 def _likely(candidate: Candidate) -> str:
-    return f"{cut_to_width(candidate.token.piece, _PIECE)} {100 * candidate.probability:.1f}%"
+    return f"{cut_to_width(candidate.token.piece, _PIECE)} {_per_cent(candidate.probability)}"
+
+
+def _per_cent(part: float) -> str:
+    """Neither certainty nor impossibility is claimed where there is none."""
+    if 0.9995 < part < 1:
+        return ">99.9%"
+    return "<0.1%" if 0 < part < 0.0005 else f"{100 * part:.1f}%"
 
 
 def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
@@ -225,7 +240,7 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
         rows.append((str(number), cut_to_width(token.piece, _LABEL - 5), "".join(cells)))
     yield from table(rows, texts=3)
     if head is values.heads[-1]:
-        shown = f"A row looks at what is above it, in tenths: '{SHADES}'."
+        shown = f"A row looks at the columns up to its own; in tenths: '{SHADES}'."
         yield from _fold(shown, columns)
 
 

@@ -5,7 +5,7 @@ Axis letters as in `glm2_jax.model`; here T is the prompt and the answer togethe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from infer.explain import stages
 from infer.explain.facts import Candidate, Head, Layer, Step, Token, Values
 from infer.params import SamplingParams
 
-DIGITS = 6  # of probabilities in an attention matrix
+DIGITS = 6  # behind the point, of lengths and of probabilities in an attention matrix
 NO_PIECE = "<no piece>"  # of ids that fill the vocabulary up
 
 
@@ -63,8 +63,10 @@ def make_values(
     name = partial(named, engine.tokenizer)
     lens = walked.lens(top_k)
     layers = [
-        Layer(index - 1, *(_rounded(part) for part in lengths), _candidates(name, *likely))
-        for index, (lengths, likely) in enumerate(zip(walked.lengths, lens, strict=True))
+        Layer(index - 1, stream, attention, mlp, _candidates(name, *likely))
+        for index, ((stream, attention, mlp), likely) in enumerate(
+            zip(walked.lengths, lens, strict=True)
+        )
     ]
     return Values(
         text=prompt_text(engine.tokenizer, ids),
@@ -83,7 +85,7 @@ class _Walked:
 
     Attributes:
         lengths: for the embedding and each layer, those of the stream, of attention's and of the
-            mlp's part, of the prompt's tokens: [P] each.
+            mlp's part, of the prompt's tokens: a list of P each.
         heads: (layer, head) -> probabilities [P, P].
     """
 
@@ -104,12 +106,13 @@ class _Walked:
             x, context = self._jit(partial(_begin, config))(self._ends, jnp.asarray([tokens]))
             layer = self._jit(partial(_layer, config))
             rows = [x[0, prompt - 1]]
-            self.lengths = [(_length(x)[:prompt], np.zeros(prompt), np.zeros(prompt))]
+            nothing = [0.0] * prompt
+            self.lengths = [[_rounded(_length(x)[:prompt]), nothing, nothing]]
             self.heads = heads
             for index in range(config.num_layers):
                 x, lengths, probs = layer(_weights(params, index), x, context)
                 rows.append(x[0, prompt - 1])
-                self.lengths.append(tuple(np.asarray(part)[:prompt] for part in lengths))
+                self.lengths.append([_rounded(part[:prompt]) for part in lengths])
                 for at in heads:
                     if at[0] == index:
                         heads[at] = np.asarray(probs[at[1], :prompt, :prompt])
@@ -132,7 +135,7 @@ class _Walked:
             probabilities = jax.nn.softmax(stages.walk_head(self._config, ends, x), axis=-1)
             return probabilities, *jax.lax.top_k(probabilities, count)
 
-        return tuple(map(np.asarray, self._jit(likeliest)(self._ends, x)))
+        return jax.device_get(self._jit(likeliest)(self._ends, x))
 
 
 def _begin(config: GLMConfig, ends: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
@@ -163,7 +166,9 @@ def _weights(params: Any, layer: int) -> Any:
     return jax.tree.map(lambda x: x[layer], layers) if stacked else layers[layer]
 
 
-def _steps(name: Callable[[int], Token], walked: _Walked, output_ids: Sequence[int], top_k: int):
+def _steps(
+    name: Callable[[int], Token], walked: _Walked, output_ids: Sequence[int], top_k: int
+) -> Iterator[Step]:
     every, probabilities, ids = walked.answering(top_k)
     for row, (likely, best) in enumerate(zip(probabilities, ids, strict=True)):
         # The engine does not tell which id ended the answer: the likeliest one did.

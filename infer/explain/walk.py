@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from glm2_jax import GLMConfig, KVCache, param_shapes
 from glm2_jax.context import token_context
+from glm2_jax.model import Params
 from glm2_jax.schemes import COLUMN_AXES
 from infer.explain import stages
 from infer.explain.costs import bound, cache_costs
@@ -44,10 +45,9 @@ def make_walk(
         batch: prompts together.
         cards: devices to tell the least time of.
     """
-    prefill = _pass("prefill", config, precision, batch, length, length)
-    decode = _pass("decode", config, precision, batch, 1, length + 1)
-    cache = cache_costs(config, precision, batch, length)
-    weights = weight_bytes(config, precision)
+    shapes = param_shapes(config)
+    prefill = _pass("prefill", config, shapes, precision, batch, length, length)
+    decode = _pass("decode", config, shapes, precision, batch, 1, length + 1)
     return Walk(
         model=model,
         family=config.family,
@@ -58,11 +58,11 @@ def make_walk(
         context=config.seq_length,
         weights_in=precision.name,
         params=config.num_params,
-        weight_bytes=weights,
+        weight_bytes=weight_bytes(config, precision),
         prefill=prefill,
         decode=decode,
-        cache=cache,
-        bounds=tuple(bound(card, batch, weights, prefill, decode, cache) for card in cards),
+        cache=cache_costs(config, precision, batch, length),
+        bounds=tuple(bound(card, config, precision, batch, prefill, decode) for card in cards),
     )
 
 
@@ -81,10 +81,15 @@ def _sizes(config: GLMConfig, batch: int) -> dict[str, int]:
 
 
 def _pass(
-    name: str, config: GLMConfig, precision: Precision, batch: int, tokens: int, keys: int
+    name: str,
+    config: GLMConfig,
+    shapes: Params,
+    precision: Precision,
+    batch: int,
+    tokens: int,
+    keys: int,
 ) -> Pass:
     sizes = _sizes(config, batch) | {"T": tokens, "S": keys, "C": 2}
-    shapes = param_shapes(config)
     found: list[Stage] = []
 
     def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
@@ -115,7 +120,7 @@ def _pass(
             bytes=_bytes(name, weights, precision, sizes),
         )
 
-    _trace(config, batch, tokens, keys, take)
+    _trace(config, shapes, batch, tokens, keys, take)
     layers = {stage.name: config.num_layers if stage.in_layer else 1 for stage in found}
     flops = sum(layers[stage.name] * stage.flops for stage in found)
     moved = sum(layers[stage.name] * stage.bytes for stage in found)
@@ -123,13 +128,14 @@ def _pass(
     return Pass(name, tokens, keys, tuple(found), params, flops, moved, flops / moved)
 
 
-def _trace(config: GLMConfig, batch: int, tokens: int, keys: int, take: stages.Take) -> None:
+def _trace(
+    config: GLMConfig, shapes: Params, batch: int, tokens: int, keys: int, take: stages.Take
+) -> None:
     """Walks through the model with abstract float32 arrays, through one layer for all."""
 
     def array(shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
-    shapes = param_shapes(config)
     params = {name: array(shapes[name]) for name in ("embed", "final_norm", "head")}
     weights = {name: array(shape[1:]) for name, shape in shapes["layers"].items()}
     ids = array((batch, tokens), jnp.int32)
@@ -145,7 +151,7 @@ def _trace(config: GLMConfig, batch: int, tokens: int, keys: int, take: stages.T
     stages.walk_head(config, params, x, take)
 
 
-def _shape_of(shapes: Any, key: str) -> tuple[int, ...]:
+def _shape_of(shapes: Params, key: str) -> tuple[int, ...]:
     """Of one layer's weight, or of one beside the layers."""
     return shapes[key] if key in shapes else shapes["layers"][key][1:]
 
