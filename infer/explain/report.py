@@ -189,15 +189,26 @@ def _numbered(values: Values) -> Iterator[tuple[int, Token]]:
 
 
 def _layers(values: Values, columns: int) -> list[str]:
-    def rows(count: int) -> Iterator[tuple[str, ...]]:
-        yield "layer", *["next"] * min(count, 1), *[""] * (count - 1), "stream", "attention", "mlp"
-        for layer in values.layers:
-            lengths = (part[-1] for part in (layer.stream, layer.attention, layer.mlp))
-            name = "embed" if layer.layer < 0 else str(layer.layer)
-            yield name, *map(_likely, layer.lens[:count]), *(f"{x:.3g}" for x in lengths)
+    names = ["layer", *("embed" if x.layer < 0 else str(x.layer) for x in values.layers)]
+    parts = [(layer.stream, layer.attention, layer.mlp) for layer in values.layers]
+    lengths = [("stream", "attention", "mlp")]
+    lengths += [tuple(f"{part[-1]:.3g}" for part in layer) for layer in parts]
 
-    most = len(values.layers[0].lens)
-    return _widest(lambda count: table(list(rows(count)), texts=1 + count), most, columns)
+    def lens(count: int) -> list[tuple[str, ...]]:
+        likely = [tuple(map(_likely, layer.lens[:count])) for layer in values.layers]
+        return [("next", *[""] * (count - 1)), *likely]
+
+    def joined(*cells: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        rows = zip(names, *cells, strict=True)
+        return [(name, *(cell for part in parts for cell in part)) for name, *parts in rows]
+
+    def both(count: int) -> list[str]:
+        return table(joined(lens(count), lengths), texts=1 + count)
+
+    lines = _widest(both, len(values.layers[0].lens), columns)
+    if _fits(lines, columns):
+        return lines
+    return [*table(joined(lengths), texts=1), *table(joined(lens(1)), texts=2)]
 
 
 def _answer(values: Values, columns: int) -> list[str]:
