@@ -92,6 +92,22 @@ def open_folder(
         return _open(Path(path), rope_kind, template)
 
 
+def read_architecture(
+    path: str | Path, *, rope_kind: str | None = None
+) -> tuple[GLMConfig, Scheme | None]:
+    """What a folder's config.json says of the model and how it is quantised; weights and tokenizer
+    need not be there.
+
+    Raises:
+        CheckpointError: no folder, no config.json, or another model.
+    """
+    folder = Path(path)
+    with reading(folder):
+        _check_is_folder(folder)
+        raw = _read_config(folder)
+        return _configure(folder, raw, rope_kind, None), _published_scheme(raw)
+
+
 def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
     _check_is_folder(folder)
     raw = _read_config(folder)

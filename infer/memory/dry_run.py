@@ -4,6 +4,7 @@ and as JSON. No weights are read and no device is started."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import shutil
 import textwrap
@@ -193,15 +194,17 @@ def _model(args: argparse.Namespace) -> tuple[str, GLMConfig, str | None]:
     name = args.config or DEFAULT_CONFIG
     if name in PRESETS:
         return name, PRESETS[name], "int4-row" if name.endswith("-int4") else None
-    return name, _read_config(Path(name), args.rope_scaling), None
+    return name, read_config(Path(name), args.rope_scaling), None
 
 
-def _read_config(path: Path, rope_kind: str | None) -> GLMConfig:
+def read_config(path: Path, rope_kind: str | None) -> GLMConfig:
+    """The configuration in a file that was named in place of a published model."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
+        near = difflib.get_close_matches(str(path), PRESETS, n=1)
         raise CheckpointError(
-            f"no configuration {path}",
+            f"no configuration {path}" + (f" (did you mean {near[0]}?)" if near else ""),
             f"It is no published name, and as a file: {error.strerror}.",
             f"Name a config.json, or one of {', '.join(PRESETS)}.",
         ) from error

@@ -1,0 +1,49 @@
+"""What keys and values take, and the least time that devices need. No jax."""
+
+from __future__ import annotations
+
+from glm2_jax.config import GLMConfig
+from infer.explain.facts import Bound, Cache, Pass
+from infer.memory.budget import find_budget
+from infer.memory.devices import Card
+from infer.memory.plan import Precision, cache_bytes, make_plan
+
+
+def cache_costs(config: GLMConfig, precision: Precision, batch: int, length: int) -> Cache:
+    """Of prompts of `length` tokens, `batch` of them."""
+    token = cache_bytes(config, precision.size, 1, 1)
+    return Cache(
+        per_token=token,
+        with_full_heads=token * config.num_heads // config.num_kv_heads,
+        now=token * length * batch,
+        at_most=token * config.seq_length * batch,
+    )
+
+
+def bound(
+    card: Card, config: GLMConfig, precision: Precision, batch: int, prefill: Pass, decode: Pass
+) -> Bound:
+    """The least time of both passes on a device: either its memory or its products take as long."""
+    read, read_limit = _least(card, prefill)
+    step, step_limit = _least(card, decode)
+    plan = make_plan(config, precision, decode.keys, batch, platform=card.platform)
+    usable = find_budget(card.name).memory
+    return Bound(
+        device=card.name,
+        memory=card.memory,
+        bandwidth=card.bandwidth,
+        flops=card.flops,
+        fits=usable is not None and plan.total <= usable,
+        ridge=None if card.flops is None else card.flops / card.bandwidth,
+        prefill=read,
+        prefill_limit=read_limit,
+        decode=step,
+        decode_limit=step_limit,
+        tokens_per_s=batch / step,
+    )
+
+
+def _least(card: Card, work: Pass) -> tuple[float, str]:
+    moving = work.bytes / card.bandwidth
+    computing = 0.0 if card.flops is None else work.flops / card.flops
+    return max((moving, "memory"), (computing, "products"))

@@ -1,0 +1,305 @@
+"""An explanation for a terminal of any width."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+
+from convert.cli import cut_to_width, human_size
+from infer.evaluate.report import table
+from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Step, Token, Values, Walk
+
+BOUND = (
+    "The least time by the makers' figures, which no program reaches; nothing here was measured. "
+    "What flows between stages, and starting programs, is not counted."
+)
+COUNTED = (
+    "FLOP: 2 for each product and sum of a matrix product, all scores included, also those of "
+    "tokens that may not be seen. Bytes: weights read, keys and values written and read. Of "
+    "stages in layers, both are of one layer."
+)
+LENGTHS = (
+    "Lengths are of the last token: of the stream that leaves the layer, and of what attention and "
+    "mlp added. Next: what final norm and head make of it there; after the last layer this is the "
+    "model's own answer."
+)
+SHADES = " .:-=+*#%@"  # of a probability, in tenths
+LENGTH_FROM = {
+    "tokenizer": "",
+    "published": ", counted with the published tokenizer",
+    "asked": ", as asked for",
+}
+_PROMPT = 20  # columns of a prompt in a line, at most
+_PIECE = 12  # columns of a piece, at most
+_LABEL = 13  # columns before a row of a map
+
+
+def render(walk: Walk, values: Values | None, columns: int) -> Iterator[str]:
+    """The lines, at most so many columns wide where no single word is wider."""
+    for line in _head(walk):
+        yield from _fold(line, columns)
+    yield ""
+    yield from _stages(walk, columns)
+    yield ""
+    yield from _notes(walk, columns)
+    yield ""
+    for line in _totals(walk):
+        yield from _fold(line, columns)
+    if walk.bounds:
+        yield ""
+        yield from _bounds(walk.bounds, columns)
+    if values is not None:
+        yield from _values(values, columns)
+
+
+def _head(walk: Walk) -> Iterator[str]:
+    s = walk.sizes
+    yield (
+        f"{walk.model}: {walk.params:,} parameters, {human_size(walk.weight_bytes)} in "
+        f"{walk.weights_in}, which bytes are counted in; {s['L']} layers of {s['D']}, "
+        f"{s['N']} query heads on {s['K']} key/value heads of {s['H']}, "
+        f"feed-forward {s['F']}, vocabulary {s['V']}"
+    )
+    shown = cut_to_width(" ".join((walk.prompt or "").split()), _PROMPT)
+    what = f"prompt {shown}" if shown else "a prompt"
+    rows = "" if s["B"] == 1 else f", {s['B']} rows"
+    yield f"{what}: {walk.length} ids{LENGTH_FROM[walk.length_from]}{rows}"
+
+
+def _stages(walk: Walk, columns: int) -> list[str]:
+    pairs = list(zip(walk.prefill.stages, walk.decode.stages, strict=True))
+    rows: list[tuple[str, ...]] = [
+        ("stage", "shape", "parameters", "FLOP", "bytes", "step FLOP", "step bytes")
+    ]
+    inside = False
+    for read, step in pairs:
+        if read.in_layer != inside:
+            inside = read.in_layer
+            rows.append((f"{_between(walk, inside)}:", *[""] * 6))
+        rows.append((f"  {read.title_en}", _shape(read), *_figures(read, step)))
+    lines = table(rows, texts=2)
+    return lines if _fits(lines, columns) else list(_records(walk, pairs, columns))
+
+
+def _between(walk: Walk, inside: bool) -> str:
+    return f"each of {walk.sizes['L']} layers" if inside else "after the layers"
+
+
+def _figures(read: Stage, step: Stage) -> tuple[str, ...]:
+    figures = (read.flops, read.bytes, step.flops, step.bytes)
+    kinds = (_count, human_size, _count, human_size)
+    moved = (kind(n) if n else "-" for kind, n in zip(kinds, figures, strict=True))
+    return f"{read.params:,}" if read.params else "-", *moved
+
+
+def _records(walk: Walk, pairs: Sequence[tuple[Stage, Stage]], columns: int) -> Iterator[str]:
+    """The table's rows as a few lines each."""
+    inside = False
+    for read, step in pairs:
+        if read.in_layer != inside:
+            inside = read.in_layer
+            yield f"{_between(walk, inside)}:"
+        yield from _fold(f"{read.title_en} {_shape(read)}", columns)
+        facts = [f"{read.params:,} parameters"] if read.params else []
+        facts += [part for part in (_cost(read), _cost(step, "step ")) if part]
+        if facts:
+            yield from textwrap.wrap(
+                "; ".join(facts), columns, initial_indent="  ", subsequent_indent="  "
+            )
+
+
+def _cost(stage: Stage, name: str = "") -> str:
+    """ "step 33.6 MFLOP, 33.6 MB"; what is nothing is left out."""
+    flops = f"{_count(stage.flops)}FLOP" if stage.flops else ""
+    moved = human_size(stage.bytes) if stage.bytes else ""
+    return name + ", ".join(filter(None, (flops, moved))) if flops or moved else ""
+
+
+def _notes(walk: Walk, columns: int) -> Iterator[str]:
+    for stage in walk.prefill.stages:
+        if stage.note_en:
+            yield from _fold(f"{stage.title_en}: {stage.note_en}", columns)
+    yield from _fold(COUNTED, columns)
+
+
+def _totals(walk: Walk) -> Iterator[str]:
+    yield f"reading the prompt: {_work(walk.prefill)}"
+    yield f"one step after it, {walk.decode.keys} keys a row: {_work(walk.decode)}"
+    cache, s = walk.cache, walk.sizes
+    yield (
+        f"cache: {_binary(cache.per_token)} a token; {_binary(cache.with_full_heads)} if all "
+        f"{s['N']} heads had keys and values of their own; {_binary(cache.now)} after the prompt, "
+        f"{_binary(cache.at_most)} at {walk.context:,} tokens"
+    )
+
+
+def _work(work: Pass) -> str:
+    return f"{_count(work.flops)}FLOP on {human_size(work.bytes)}, {work.intensity:.3g} FLOP a byte"
+
+
+def _bounds(bounds: Sequence[Bound], columns: int) -> Iterator[str]:
+    lines = _bound_table(bounds)
+    if _fits(lines, columns):
+        yield from lines
+    else:
+        for one in bounds:
+            yield from _bound_table([one])
+    yield from _fold(BOUND, columns)
+
+
+def _bound_table(bounds: Sequence[Bound]) -> list[str]:
+    def row(name: str, cell: Callable[[Bound], str]) -> tuple[str, ...]:
+        return name, *map(cell, bounds)
+
+    rows = [
+        row("device", lambda b: b.device),
+        row("memory", lambda b: human_size(b.memory)),
+        row("fits, as planned", lambda b: "yes" if b.fits else "no"),
+        row("bandwidth, GB/s", lambda b: f"{b.bandwidth / 1e9:,.0f}"),
+        row("16-bit TFLOP/s", lambda b: "?" if b.flops is None else f"{b.flops / 1e12:.4g}"),
+        row("balance, FLOP/byte", lambda b: "?" if b.ridge is None else f"{b.ridge:.0f}"),
+        row("prompt, ms >=", lambda b: f"{b.prefill * 1e3:.3g}"),
+        row("  limited by", lambda b: b.prefill_limit),
+        row("step, ms >=", lambda b: f"{b.decode * 1e3:.3g}"),
+        row("  limited by", lambda b: b.decode_limit),
+        row("tokens/s <=", lambda b: f"{b.tokens_per_s:,.0f}"),
+    ]
+    return table(rows, texts=1)
+
+
+def _values(values: Values, columns: int) -> Iterator[str]:
+    yield from ("", "the prompt as it is built:")
+    yield from (f"  | {line}".rstrip() for line in _broken(values.text, columns - 4))
+    yield from ("", f"its ids, computed in {values.dtype}:")
+    rows = [("", "id", "piece"), *((str(n), str(t.id), t.piece) for n, t in _numbered(values))]
+    yield from table([(piece, n, i) for n, i, piece in rows], texts=1)
+    yield from ("", "layer by layer:")
+    yield from _layers(values, columns)
+    yield from _fold(LENGTHS, columns)
+    for head in values.heads:
+        yield ""
+        yield from _map(head, values, columns)
+    yield from ("", "the answer, always the likeliest token:")
+    yield from _answer(values, columns)
+    yield from _broken(f"answer: {values.answer}", columns)
+
+
+def _numbered(values: Values) -> Iterator[tuple[int, Token]]:
+    return enumerate(values.tokens)
+
+
+def _layers(values: Values, columns: int) -> list[str]:
+    names = ["layer", *("embed" if x.layer < 0 else str(x.layer) for x in values.layers)]
+    parts = [(layer.stream, layer.attention, layer.mlp) for layer in values.layers]
+    lengths = [("stream", "attention", "mlp")]
+    lengths += [tuple(f"{part[-1]:.3g}" for part in layer) for layer in parts]
+
+    def lens(count: int) -> list[tuple[str, ...]]:
+        likely = [tuple(map(_likely, layer.lens[:count])) for layer in values.layers]
+        return [("next", *[""] * (count - 1)), *likely]
+
+    def joined(*cells: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        rows = zip(names, *cells, strict=True)
+        return [(name, *(cell for part in parts for cell in part)) for name, *parts in rows]
+
+    def both(count: int) -> list[str]:
+        return table(joined(lens(count), lengths), texts=1 + count)
+
+    lines = _widest(both, len(values.layers[0].lens), columns)
+    if _fits(lines, columns):
+        return lines
+    return [*table(joined(lengths), texts=1), *table(joined(lens(1)), texts=2)]
+
+
+def _answer(values: Values, columns: int) -> list[str]:
+    def rows(count: int) -> list[tuple[str, ...]]:
+        head = ("", "token", *["or"] * min(count - 1, 1), *[""] * (count - 2))
+        return [head, *(row(n, step, count) for n, step in enumerate(values.steps, 1))]
+
+    def row(number: int, step: Step, count: int) -> tuple[str, ...]:
+        others = [c for c in step.alternatives if c.token != step.chosen.token][: count - 1]
+        cells = [_likely(candidate) for candidate in (step.chosen, *others)]
+        return str(number), *cells, *[""] * (count - len(cells))
+
+    most = len(values.steps[0].alternatives) if values.steps else 1
+    lines = _widest(lambda count: table(rows(count), texts=1 + count), most, columns)
+    ends = {"stop": "ended by its end token", "length": "as long as it may be"}
+    return [*lines, ends.get(values.end, values.end)]
+
+
+def _likely(candidate: Candidate) -> str:
+    return f"{cut_to_width(candidate.token.piece, _PIECE)} {_per_cent(candidate.probability)}"
+
+
+def _per_cent(part: float) -> str:
+    """Neither certainty nor impossibility is claimed where there is none."""
+    if 0.9995 < part < 1:
+        return ">99.9%"
+    return "<0.1%" if 0 < part < 0.0005 else f"{100 * part:.1f}%"
+
+
+def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
+    yield f"attention of layer {head.layer}, head {head.head}:"
+    tokens = len(values.tokens)
+    if _LABEL + tokens > columns:
+        yield from _fold("too wide for here; --html, --json or a greater --width shows it", columns)
+        return
+    wide = 2 if _LABEL + 2 * tokens <= columns else 1
+    rows = []
+    for (number, token), weights in zip(_numbered(values), head.weights, strict=True):
+        cells = (SHADES[min(int(10 * weight), 9)] * wide for weight in weights[: number + 1])
+        rows.append((str(number), cut_to_width(token.piece, _LABEL - 5), "".join(cells)))
+    yield from table(rows, texts=3)
+    if head is values.heads[-1]:
+        shown = f"A row looks at the columns up to its own; in tenths: '{SHADES}'."
+        yield from _fold(shown, columns)
+
+
+def _widest(build: Callable[[int], list[str]], most: int, columns: int) -> list[str]:
+    """The table with as many candidates as the columns hold, one at least."""
+    for count in range(most, 1, -1):
+        lines = build(count)
+        if _fits(lines, columns):
+            return lines
+    return build(1)
+
+
+def _fits(lines: Sequence[str], columns: int) -> bool:
+    return all(cut_to_width(line, columns) == line for line in lines)
+
+
+def _shape(stage: Stage) -> str:
+    return f"[{', '.join(map(str, stage.shape))}]"
+
+
+def _count(number: float) -> str:
+    """203346608128 -> "203 G"."""
+    units = ["", "k", "M", "G", "T", "P"]
+    while number >= 999.5 and len(units) > 1:
+        number, units = number / 1000, units[1:]
+    return f"{number:.3g} {units[0]}"
+
+
+def _binary(size: float) -> str:
+    """28672 -> "28 KiB"."""
+    units = ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"
+
+
+def _broken(text: str, columns: int) -> Iterator[str]:
+    """Lines of a text of any language, at most so many columns wide."""
+    for line in text.split("\n"):
+        while (part := cut_to_width(line, columns)) != line:
+            at = part.rfind(" ") + 1
+            part = part[:at] if at > len(part) // 2 else part
+            yield part.rstrip()
+            line = line[len(part) :]
+        yield line
+
+
+def _fold(line: str, columns: int) -> list[str]:
+    return textwrap.wrap(
+        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )

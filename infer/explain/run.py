@@ -1,0 +1,242 @@
+"""What `python -m infer.explain` does once its flags are parsed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from convert.atomic import require_writable
+from convert.cli import Progress, note
+from convert.folder import check_fit, open_folder, read_architecture
+from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.errors import InputError, UsageError
+from glm2_jax.prompt import build_prompt
+from glm2_jax.schemes import asked_scheme
+from glm2_jax.tokenizer import Tokenizer
+from infer.explain.__main__ import PROMPT
+from infer.explain.facts import Values, Walk
+from infer.explain.report import render
+from infer.loading import demo_folder
+from infer.memory.budget import find_budget
+from infer.memory.devices import CARDS
+from infer.memory.dry_run import read_config
+from infer.memory.plan import Precision
+from infer.options import model_folder, open_engine, say_which_model
+
+# Ids of PROMPT in the family's template, by the published tokenizers.
+PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8}
+_PUBLISHED_VOCABULARY = 65024
+_VALUE_FLAGS = ("top_k", "heads", "max_new_tokens")
+_POINTER_BYTES = 1024  # of a Git LFS pointer, which stands for a file that was not fetched, at most
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is explained.
+
+    Attributes:
+      stored: the scheme that it is quantised by.
+      tokenizer, template: None where they are not known.
+      weights: whether they are there.
+    """
+
+    name: str
+    config: GLMConfig
+    stored: str | None
+    tokenizer: Tokenizer | None
+    template: str | None
+    weights: bool
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explains what the flags ask for; returns the exit code."""
+    if args.html is not None:
+        check_page(Path(args.html))
+    subject = find_subject(args)
+    ids, length, source = _prompt(args, subject)
+    _check_length(length, subject.config)
+    heads = _heads(args.heads, subject.config)
+    with_values = _wants_values(args, subject, ids)
+    prompt = None if args.length else args.prompt or PROMPT
+
+    from infer.explain.walk import make_walk
+
+    walk = make_walk(
+        subject.config,
+        _precision(args, subject),
+        length,
+        model=subject.name,
+        batch=args.batch,
+        prompt=prompt,
+        length_from=source,
+        cards=[CARDS[name] for name in dict.fromkeys(args.cards)],
+    )
+    values = _values(args, ids, heads) if with_values and ids else None
+    _show(args, walk, values)
+    return 0
+
+
+def check_page(path: Path) -> None:
+    """Raises InputError for a page that cannot be written; before anything is computed."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", fix="Name a file in it: --html FILE.")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"{path} cannot be written.", "Its folder does not exist.")
+    require_writable(path)
+
+
+def find_subject(args: argparse.Namespace) -> Subject:
+    """The model that the flags name; its weights are not read."""
+    if args.config is not None:
+        if args.model is not None:
+            raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
+        return _from_config(args)
+    say_which_model(args)
+    folder = Path(model_folder(args) or demo_folder())
+    name = "the bundled demo model" if args.model is None else args.model
+    if args.model is not None:  # it is looked for once
+        args.model, args.hub_source, args.revision = str(folder), None, None
+    if folder.is_dir() and not _holds_weights(folder):
+        note(f"{folder} holds no weights: shapes and costs alone")
+        return _without_weights(args, name, folder)
+    found = open_folder(folder, rope_kind=args.rope_scaling, template=args.template)
+    stored = None if found.scheme is None else found.scheme.name
+    return Subject(name, found.config, stored, found.tokenizer, found.template, True)
+
+
+def _from_config(args: argparse.Namespace) -> Subject:
+    name = args.config
+    if name in PRESETS:
+        stored = "int4-row" if name.endswith("-int4") else None
+        return Subject(name, PRESETS[name], stored, None, args.template, False)
+    config = read_config(Path(name), args.rope_scaling)
+    return Subject(name, config, None, None, args.template, False)
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether any file could be weights; what is wrong with them, loading tells."""
+    files = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return any(not path.exists() or path.stat().st_size > _POINTER_BYTES for path in files)
+
+
+def _without_weights(args: argparse.Namespace, name: str, folder: Path) -> Subject:
+    config, scheme = read_architecture(folder, rope_kind=args.rope_scaling)
+    tokenizer, template = None, args.template
+    if (folder / "tokenizer.model").exists():
+        tokenizer = Tokenizer.from_file(folder / "tokenizer.model", family=config.family)
+        template = template or config.default_template
+        check_fit(config, tokenizer, template, asked=args.template is not None)
+    return Subject(name, config, scheme and scheme.name, tokenizer, template, False)
+
+
+def _prompt(args: argparse.Namespace, subject: Subject) -> tuple[list[int] | None, int, str]:
+    """Ids of the prompt, None where they are not known; how many; and by whom they were counted."""
+    if args.length is not None:
+        return None, args.length, "asked"
+    prompt = PROMPT if args.prompt is None else args.prompt
+    if subject.tokenizer is not None and subject.template is not None:
+        ids = build_prompt(subject.tokenizer, subject.template, prompt)
+        return ids, len(ids), "tokenizer"
+    config = subject.config
+    known = PUBLISHED_LENGTHS.get(config.family)
+    published = config.vocab_size == _PUBLISHED_VOCABULARY
+    if known is None or not published or prompt != PROMPT or subject.template is not None:
+        raise UsageError(
+            "The length of this prompt is not known.",
+            f"It takes the model's tokenizer to count ids; without one only those of {PROMPT} in "
+            f"the published template are known, for {' and '.join(PUBLISHED_LENGTHS)}.",
+            "Name a folder with tokenizer.model (--model DIR), or say how many: --length N.",
+        )
+    return None, known, "published"
+
+
+def _check_length(length: int, config: GLMConfig) -> None:
+    if length >= config.seq_length:
+        raise InputError(
+            f"The prompt has {length:,} ids, which leaves no room for an answer.",
+            f"The model's context (seq_length) is {config.seq_length:,}.",
+            "Shorten the prompt.",
+        )
+
+
+def _heads(asked: Sequence[tuple[int, int]] | None, config: GLMConfig) -> Sequence[tuple[int, int]]:
+    """Those that were asked for; else the first of two groups in the first, middle, last layer."""
+    L, N = config.num_layers, config.num_heads
+    if asked is None:
+        layers = dict.fromkeys((0, L // 2, L - 1))
+        heads = dict.fromkeys((0, N // config.num_kv_heads % N))
+        return [(layer, head) for layer in layers for head in heads]
+    for layer, head in asked:
+        if layer >= L or head >= N:
+            raise UsageError(
+                f"--heads {layer}:{head}: there is no such head.",
+                f"The model has layers 0 to {L - 1} with heads 0 to {N - 1}.",
+            )
+    return asked
+
+
+def _wants_values(args: argparse.Namespace, subject: Subject, ids: list[int] | None) -> bool:
+    """Whether the walk is also made with weights; UsageError for flags that would do nothing."""
+    shapes_alone = args.config is not None or args.length is not None
+    given = [f"--{flag.replace('_', '-')}" for flag in _VALUE_FLAGS if getattr(args, flag)]
+    if shapes_alone and given:
+        raise UsageError(
+            f"{', '.join(given)}: without effect",
+            "Only shapes and costs are explained with --config or --length.",
+            "Leave it out, or take --model and --prompt.",
+        )
+    if shapes_alone or not subject.weights or ids is None:
+        return False
+
+    from infer.explain.values import longest
+
+    if len(ids) < longest(subject.config):
+        return True
+    note(
+        f"shapes and costs alone: real values are shown of up to {longest(subject.config):,} ids, "
+        f"the prompt has {len(ids):,}"
+    )
+    return False
+
+
+def _precision(args: argparse.Namespace, subject: Subject) -> Precision:
+    """What bytes are counted in: bfloat16 where no flag says otherwise."""
+    scheme = asked_scheme(
+        args.quantize, args.quantize_embeddings, stored=subject.stored, model=subject.name
+    )
+    return find_budget("h200").precisions(subject.stored, args.dtype, scheme)[0]
+
+
+def _values(
+    args: argparse.Namespace, ids: Sequence[int], heads: Sequence[tuple[int, int]]
+) -> Values:
+    from infer.explain.values import make_values
+
+    engine = open_engine(args)
+    with Progress("layers", engine.config.num_layers) as bar:
+        return make_values(
+            engine,
+            ids,
+            heads=heads,
+            top_k=args.top_k or 5,
+            max_new_tokens=args.max_new_tokens or 64,
+            progress=bar,
+        )
+
+
+def _show(args: argparse.Namespace, walk: Walk, values: Values | None) -> None:
+    if args.html is not None:
+        from infer.explain.page import write_page
+
+        write_page(Path(args.html), walk, values)
+        note(f"page: {args.html}")
+    if args.json:
+        found = {"walk": asdict(walk), "values": None if values is None else asdict(values)}
+        print(json.dumps(found, ensure_ascii=False, allow_nan=False), flush=True)
+        return
+    columns = args.width or shutil.get_terminal_size((100, 24)).columns
+    print("\n".join(render(walk, values, max(columns, 30))), flush=True)

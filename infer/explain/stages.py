@@ -1,0 +1,132 @@
+"""The model once more, stage by stage: the walk that shapes, costs and values are taken from.
+
+Axis letters as in `glm2_jax.model`, whose parts are called here one after another. Nothing answers
+with this; that it computes what `glm2_jax.forward` computes is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glm2_jax import GLMConfig
+from glm2_jax.attention import _scores
+from glm2_jax.context import TokenContext
+from glm2_jax.linear import einsum
+from glm2_jax.model import GLM, _project, _read, _write, rms_norm
+from glm2_jax.rope import apply_rope
+
+# Called with a stage's name, its function and the function's arrays; returns what comes out of it.
+Take = Callable[..., Any]
+
+
+def call(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
+    """A `Take` that only computes."""
+    return function(*arrays)
+
+
+def walk_layer(
+    config: GLMConfig,
+    weights: Any,
+    x: jax.Array,
+    context: TokenContext,
+    cache: tuple[jax.Array, jax.Array] | None,
+    take: Take = call,
+) -> jax.Array:
+    """One layer.
+
+    Args:
+        weights: of this layer.
+        x: [B, T, D], the stream that enters it.
+        context: of the tokens.
+        cache: keys and values of what came before, [1, B, S, K, H] each; None = nothing came
+            before, and nothing is kept.
+
+    Returns:
+        The stream that leaves it.
+    """
+    norm = partial(rms_norm, eps=config.norm_eps)
+    a = take("attention.norm", norm, x, weights["attn_norm"])
+    out = _attention(weights, a, context, cache, take)
+    x = take("attention.add", jnp.add, x, out)
+    u = take("mlp.norm", norm, x, weights["mlp_norm"])
+    both = take("mlp.gate_up", partial(einsum, "BTD,CFD->BTCF"), u, weights["gate_up"])
+    hidden = take("mlp.act", lambda both: _swiglu(both).astype(x.dtype), both)
+    out = take("mlp.down", partial(_out, "BTF,DF->BTD"), hidden, weights["down"])
+    return take("mlp.add", jnp.add, x, out)
+
+
+def _attention(weights: Any, x: jax.Array, context: TokenContext, cache: Any, take: Take):
+    def project(name: str, spec: str) -> jax.Array:
+        function = partial(_project, spec, added=None)
+        return take(f"attention.{name}", function, x, weights[name], weights[f"{name}_bias"])
+
+    q = project("q", "BTD,NHD->BTNH")
+    k = project("k", "BTD,KHD->BTKH")
+    v = project("v", "BTD,KHD->BTKH")
+    q = take("attention.rope_q", _rotate_queries, q, context)
+    k = take("attention.rope_k", _rotate, k, context)
+    if cache is not None:
+        k, v = take("attention.cache", _through_cache, k, v, *cache, context)
+    scores = take("attention.scores", _all_scores, q, k, context)
+    probs = take("attention.softmax", partial(jax.nn.softmax, axis=-1), scores)
+    out = take("attention.values", partial(_weighted, dtype=x.dtype), probs, v)
+    return take("attention.o", partial(_out, "BTNH,DNH->BTD"), out, weights["o"])
+
+
+def walk_head(config: GLMConfig, params: Any, x: jax.Array, take: Take = call) -> jax.Array:
+    """Final norm and head: [..., D] -> float32 [..., V]."""
+    x = take("norm", partial(rms_norm, eps=config.norm_eps), x, params["final_norm"])
+    return take("head", partial(einsum, "...D,VD->...V"), x, params["head"])
+
+
+def embed(config: GLMConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    """tokens [B, T] -> the stream before any layer, [B, T, D]."""
+    return GLM(config).apply({"params": params}, tokens, None, method=GLM.carry)[0]
+
+
+def _rotate(x: jax.Array, context: TokenContext) -> jax.Array:
+    return apply_rope(x, context.cos, context.sin)
+
+
+def _rotate_queries(q: jax.Array, context: TokenContext) -> jax.Array:
+    q = _rotate(q, context)
+    return q if context.query_scale is None else (q * context.query_scale).astype(q.dtype)
+
+
+def _through_cache(
+    k: jax.Array, v: jax.Array, ks: jax.Array, vs: jax.Array, context: TokenContext
+) -> tuple[jax.Array, jax.Array]:
+    """Writes new keys and values behind the old ones; reads all, [B, S, K, H] each."""
+    assert context.slots is not None
+    layer = jnp.int32(0)
+    ks, vs = _write(ks, k, layer, context.slots), _write(vs, v, layer, context.slots)
+    return _read(ks, layer), _read(vs, layer)
+
+
+def _all_scores(q: jax.Array, k: jax.Array, context: TokenContext) -> jax.Array:
+    """[B, N, T, S]; those that may not be looked at are the lowest number there is."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    scores = _scores(q.reshape(B, T, K, N // K, H), k, context.visible.mask(0, S))
+    return scores.reshape(B, N, T, S)
+
+
+def _weighted(probs: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
+    """[B, N, T, S] and [B, S, K, H] -> [B, T, N, H]."""
+    B, N, T, S = probs.shape
+    K, H = v.shape[2:]
+    grouped = probs.reshape(B, K, N // K, T, S).astype(v.dtype)
+    return einsum("BKGTS,BSKH->BTKGH", grouped, v).reshape(B, T, N, H).astype(dtype)
+
+
+def _out(spec: str, x: jax.Array, weight: Any) -> jax.Array:
+    return einsum(spec, x, weight).astype(x.dtype)
+
+
+def _swiglu(both: jax.Array) -> jax.Array:
+    return jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
