@@ -207,7 +207,8 @@ def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
     if len(found) < len(tensors):
         raise CheckpointError(
             f"{path} has a tensor of the prefix encoder twice, under two names.",
-            fix="Copy the prefix again from where it was trained.",
+            f"Its names are {', '.join(sorted(tensors))[:300]}.",
+            "Copy the prefix again from where it was trained.",
         )
     return found
 

@@ -1,0 +1,89 @@
+"""The 6B model over eight chips of a TPU v5e or v5p, compiled for devices that are not here."""
+
+import importlib.util
+import os
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from glm2_jax import (
+    PRESETS,
+    KVCache,
+    cache_sharding,
+    last_logits,
+    make_mesh,
+    params_sharding,
+    rows_sharding,
+)
+from glm2_jax.schemes import SCHEMES
+from infer.memory.compile_for import abstract_params
+from infer.memory.plan import Precision
+from tests.program_text import collectives, kinds
+
+CONFIG = PRESETS["chatglm2-6b"]
+GB, MB = 10**9, 10**6
+ROWS, SLOTS, PROMPT = 8, 2048, 256
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def compiled(topology: str, sizes: dict[str, int], quantize: str | None, tokens: int) -> Any:
+    """The program that reads `tokens` tokens of every row."""
+    mesh = make_mesh(sizes, topologies.get_topology_desc(topology, "tpu").devices)
+    scheme = SCHEMES[quantize] if quantize else None
+    params = abstract_params(CONFIG, Precision("bfloat16", quantize), stacked=True)
+    cache = jax.eval_shape(lambda: KVCache.zeros(CONFIG, ROWS, SLOTS, jnp.bfloat16))
+
+    def put(x: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    params = jax.tree.map(put, params, params_sharding(CONFIG, mesh, scheme=scheme))
+    cache = jax.tree.map(put, cache, cache_sharding(CONFIG, mesh))
+    rows = rows_sharding(mesh)
+    text = jax.ShapeDtypeStruct((ROWS, tokens), jnp.int32, sharding=rows)
+    row = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=rows)
+
+    def forward(params: Any, tokens: Any, last: Any, cache: KVCache) -> Any:
+        return last_logits(CONFIG, params, tokens, last, cache=cache)
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(forward, donate_argnums=3).lower(params, text, row, cache)
+        return lowered.compile()
+
+
+@pytest.mark.parametrize(
+    ("topology", "sizes", "quantize", "tokens", "weights"),
+    [
+        ("v5e:2x4", {"tensor": 8}, None, 1, 1.66),
+        ("v5e:2x4", {"tensor": 8}, "int8", 1, 0.90),
+        ("v5e:2x4", {"data": 2, "tensor": 4}, "int8", 1, 1.74),
+        ("v5e:2x4", {"tensor": 8}, None, 256, 1.66),
+        ("v5p:2x2x2", {"tensor": 8}, None, 1, 1.66),
+        ("v5p:2x2x2", {"data": 2, "tensor": 4}, None, 1, 3.21),
+    ],
+)
+def test_a_layer_has_two_all_reduces_and_no_weight_moves(
+    topology, sizes, quantize, tokens, weights
+):
+    program = compiled(topology, sizes, quantize, tokens)
+    found = collectives(program.as_text() or "")
+    assert kinds(found, True) == {"all-reduce": 2}
+    assert kinds(found, False) == {"all-reduce": 1, "all-gather": 1}  # embedding, logits
+    rows = ROWS // sizes.get("data", 1)
+    state, logits = rows * tokens * CONFIG.hidden_size, rows * CONFIG.vocab_size
+    assert [one.elements for one in found] == [state, state, state, logits]
+    memory = program.memory_analysis()
+    cache = 28 * rows * SLOTS * 2 * 2 * 128 * 2
+    assert memory.argument_size_in_bytes / GB == pytest.approx(weights + cache / GB, abs=0.02)
+    assert memory.alias_size_in_bytes >= cache
+    if tokens == 1:
+        assert memory.temp_size_in_bytes < 5 * MB  # neither the cache nor a weight is copied
+    print(f"{topology} {sizes} {quantize} {tokens}: {memory.temp_size_in_bytes / MB:.0f} MB more")
