@@ -158,9 +158,9 @@ def _packed_entries(
         for part in rule.parts:
             match, start, stop = places[part.path, layer]
             with reading(match.tensor.file):
-                values = Values(match, source.config, scheme)
-                for _, *block in values.quantised(start, stop, scheme):
-                    yield block[which].astype(dtype)
+                values = Values(match, part, start, stop, source.config, scheme)
+                for rows in values.row_pieces():
+                    yield values.quantised(rows, scheme)[which].astype(dtype)
 
     name, integers = rule.full_name(layer), np.dtype(np.int8)
     shapes = scheme.shapes(rule.shape(source.config), rule.column_axes)
