@@ -21,8 +21,9 @@ ELSEWHERE = {
     "pip install -e '.[tpu]'": ("pyproject.toml", "tpu = "),
     "pip install -e '.[hub]'": ("pyproject.toml", "hub = "),
     "pip install -e '.[plot]'": ("pyproject.toml", "plot = "),
-    "pip install -e '.[export]'": ("pyproject.toml", "export = "),
+    "pip install -e '.[export,gguf]'": ("pyproject.toml", "gguf = "),
     "python -m convert.merge_lora BASE ADAPTER MERGED": ("tests", "merge_lora"),
+    "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
     "pip install -e '.[evaluate]'": ("pyproject.toml", "evaluate = "),
     "pip install -e '.[tpu-compile]'": ("pyproject.toml", "tpu-compile = "),
     "python -m train.lora --data examples/facts.jsonl --config examples/recipes/demo.yml"
