@@ -11,6 +11,7 @@ x = x + down(silu(gate(u)) * up(u)). Biases exist on q, k and v only. Decoder-on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -187,7 +188,8 @@ class GLM(nn.Module):
         if isinstance(self.embed, QTensor):
             x = take_rows(self.embed, tokens).astype(self.final_norm.dtype)
         else:
-            x = jnp.take(self.embed, tokens, axis=0)
+            # Whole rows: cut ones would have to change places with cut batches.
+            x = jnp.take(constrain(self.embed, "V", None), tokens, axis=0)
         x = x if noise is None else (x + noise).astype(x.dtype)
         return constrain(x, "B", None, None), *stacked
 
@@ -371,18 +373,26 @@ def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array)
     if not active_mesh():
         rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
         return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
-    # The same in words that the partitioner follows: rows count up, so each stays where it lies.
+    # Either form keeps rows where they lie on its platforms. The partitioner of jaxlib sends those
+    # of the plain one between devices; the compiler of TPUs copies the cache for the other.
+    forms = {"tpu": _scatter, "default": partial(_scatter, rows_apart=True)}
+    new = new.astype(cache.dtype)
+    return constrain(jax.lax.platform_dependent(cache, new, layer, slots, **forms), *AXES["k"])
+
+
+def _scatter(cache, new, layer, slots, rows_apart: bool = False) -> jax.Array:
+    """`_write` as one scatter whose rows count up, or (`rows_apart`) one of its own for each."""
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2, 3),
-        inserted_window_dims=(0, 1, 2),
-        scatter_dims_to_operand_dims=(0, 1, 2),
+        inserted_window_dims=(0, 2) if rows_apart else (0, 1, 2),
+        scatter_dims_to_operand_dims=(0, 2) if rows_apart else (0, 1, 2),
+        operand_batching_dims=(1,) if rows_apart else (),
+        scatter_indices_batching_dims=(0,) if rows_apart else (),
     )
-    rows = jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)
-    places = jnp.stack([jnp.full_like(slots, layer), rows, slots], axis=-1)
+    rows = [] if rows_apart else [jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)]
+    places = jnp.stack([jnp.full_like(slots, layer), *rows, slots], axis=-1)
     drop = jax.lax.GatherScatterMode.FILL_OR_DROP
-    new = new.astype(cache.dtype)
-    cache = jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
-    return constrain(cache, *AXES["k"])
+    return jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
 
 
 def _read(cache: jax.Array, layer: jax.Array) -> jax.Array:

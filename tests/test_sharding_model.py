@@ -34,7 +34,7 @@ def test_rows_and_key_heads_of_the_cache_are_cut(found):
 
 def test_a_layer_has_two_all_reduces_and_nothing_else(found):
     for case in found["cases"]:
-        if "tensor" not in case["mesh"] or "fsdp" in case["mesh"] or case["adapted"]:
+        if "tensor" not in case["mesh"] or "fsdp" in case["mesh"]:
             continue
         # Outside the loop: rows of the embedding, logits; and the layers where they are a list.
         layers = 2 * 2 if case["as_list"] else 0
@@ -42,11 +42,6 @@ def test_a_layer_has_two_all_reduces_and_nothing_else(found):
         assert case["outside"] == {"all-reduce": 1 + layers, "all-gather": 1}, case
         rows = 8 if case["mesh"] == "tensor=8" else 4
         assert case["largest"] == rows * 104, case  # the logits: no weight, no cache
-
-
-def test_an_adapter_adds_a_small_all_reduce_where_its_a_is_cut(found):
-    (case,) = (one for one in found["cases"] if one["adapted"] and "tensor" in one["mesh"])
-    assert case["layers"] == {"all-reduce": 4}, case
 
 
 def test_data_alone_needs_no_collective_in_a_step(found):

@@ -15,6 +15,7 @@ from infer.memory.peak import peak_bytes
 from train.checkpoints import Checkpoints
 from train.data.batches import Batches
 from train.log import Log
+from train.rows import MeshBatches
 from train.step import Metrics
 from train.stopping import Stopping
 
@@ -61,7 +62,7 @@ class Run:
     evaluate: Callable[[Any], dict[str, dict[str, float]]] | None
     rate: Callable[[int], float]
     device: Any
-    batches: Batches
+    batches: Batches | MeshBatches
     total: int
     eval_every: int | None
     early_stop: int | None
@@ -110,15 +111,16 @@ class Loop:
         if position.step == 0 and run.evaluate is not None:
             self._evaluate(state, 0)
         while position.step < run.total and not self._patience_lost(position):
-            batch, rows = run.batches.at(*run.batches.place(position.step))
-            tokens = int((batch.segment_ids > 0).sum())
+            place = run.batches.place(position.step)
+            batch, rows = run.batches.at(*place)
+            tokens = run.batches.tokens(*place)
             state, metrics = run.step(state, batch, position.step)
             position.step += 1
             self._read(position)
             self._unread = position.step, metrics, rows, tokens
             if not self._ahead:
                 self._read(position)
-            asked_to_stop = self._stopping.signal is not None
+            asked_to_stop = self._stopping.asked()
             if asked_to_stop or self._due(position.step):
                 self._read(position)
                 self._look(state, position)

@@ -8,6 +8,7 @@ import threading
 
 from convert import interrupt
 from convert.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, note
+from infer import hosts
 
 EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
 
@@ -40,6 +41,14 @@ class Stopping:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         os.close(self._writing)
+
+    def asked(self) -> bool:
+        """Whether the end was asked for, in this process or in another one of its run; all of them
+        have to call this after the same step."""
+        agreed = hosts.highest(self.signal or 0)
+        if agreed:
+            self.signal = agreed
+        return agreed > 0
 
     @property
     def exit_code(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Container
 
 import numpy as np
 
@@ -66,16 +67,21 @@ class Batches:
             step -= self._steps[epoch]
         raise AssertionError("epochs have no end")
 
-    def at(self, epoch: int, step: int) -> tuple[Batch, list[str]]:
+    def at(
+        self, epoch: int, step: int, only: Container[int] | None = None
+    ) -> tuple[Batch, list[str]]:
         """A step's arrays, [A, B, T], and "file:line" of every sequence in them.
+
+        Args:
+            epoch: from 0.
+            step: in it, from 0.
+            only: which of the B rows are made, the others are left empty; None = all. The shape
+                is the same.
 
         Raises:
             IndexError: the epoch has no such step. InputError: a row's file has changed.
         """
-        if not 0 <= step < self.steps_per_epoch(epoch):
-            raise IndexError(f"epoch {epoch} has no step {step}")
-        plan, count = self._plan(epoch), self.shape[0] * self.shape[1]
-        rows = [plan.row(number) for number in range(step * count, (step + 1) * count)]
+        rows, count = self._rows(epoch, step), self.shape[0] * self.shape[1]
         width = self.width
         if not self.pack:
             longest = max(int(self.dataset.lengths[row].sum()) for row in rows)
@@ -84,6 +90,8 @@ class Batches:
         learned = np.zeros((count, width), bool)
         sources = []
         for number, row in enumerate(rows):
+            if only is not None and number % self.shape[1] not in only:
+                continue
             at = 0
             for segment, index in enumerate(row.tolist(), 1):
                 sample = self.dataset.sample(index)
@@ -96,6 +104,17 @@ class Batches:
                 at = place.stop
         arrays = (tokens, segment_ids, positions, learned)
         return Batch(*(array.reshape(*self.shape, width) for array in arrays)), sources
+
+    def tokens(self, epoch: int, step: int) -> int:
+        """How many tokens a step has, padding not counted."""
+        return sum(int(self.dataset.lengths[row].sum()) for row in self._rows(epoch, step))
+
+    def _rows(self, epoch: int, step: int) -> list[np.ndarray]:
+        """The sequences in each of the A * B rows of a step."""
+        if not 0 <= step < self.steps_per_epoch(epoch):
+            raise IndexError(f"epoch {epoch} has no step {step}")
+        plan, count = self._plan(epoch), self.shape[0] * self.shape[1]
+        return [plan.row(number) for number in range(step * count, (step + 1) * count)]
 
     def _plan(self, epoch: int) -> Plan:
         """The plan of an epoch; the last one is kept."""
