@@ -169,14 +169,19 @@ def test_text_stays_text(values_page):
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_what_slips_in_neither_runs_nor_asks(walk, tmp_path, allowed):
-    """The security policy stops it; without the policy it is seen to run, and to ask."""
-    evil = "<img src='https://evil.test/x'><script>document.body.dataset.caught = 'yes'</script>"
+    """The security policy stops it; without the policy it asks, and presses the page's buttons."""
+    click = "document.querySelector('[data-{}]').click();"
+    clicks = click.format("set=pass-decode") + click.format('layer="5"')
+    evil = (
+        f"<img src='https://evil.test/x'><script>addEventListener('load',()=>{{{clicks}}})</script>"
+    )
     page = make_page(walk, None).replace('<div id="page">', evil + '<div id="page">')
     if allowed:
         page = re.sub("<meta http-equiv[^>]*>", "", page)
     tree, asked = drawn(tmp_path, page)
     assert_no_error(tree)
-    assert tree.having("data-caught") == ["yes"] * allowed
+    assert tree.having("data-block") == ["5"] * allowed
+    assert ("[1, 32, 1, 18]" in tree.text) == allowed  # scores of one step
     assert asked == ({"https://evil.test/x"} if allowed else set())
 
 

@@ -14,6 +14,7 @@ state.lang = state.lang.toLowerCase().startsWith("zh") ? "zh" : "en";
 const T = (en, zh) => (state.lang === "zh" ? zh : en);
 const passOf = (name) => (name === "decode" ? walk.decode : walk.prefill);
 const whole = (n) => n.toLocaleString("en-US");
+const rounded = (n) => whole(Number(n.toPrecision(3)));
 function percent(p) {
   if (p > 0 && p < 0.0005) return "< 0.05\u00a0%";
   if (p > 0.9995 && p < 1) return "> 99.9\u00a0%";
@@ -108,7 +109,7 @@ function intro() {
         (s.B > 1 ? T(`${s.B} rows of them`, `共 ${s.B} 行`) : T("one row", "一行")) + counted),
       card(T("operations", "运算"), short(pass.flops, "FLOP"), perPass),
       card(T("bytes moved", "读写的字节"), short(pass.bytes, "B"), perPass),
-      card(T("intensity", "运算强度"), pass.intensity.toPrecision(3), T("FLOP a byte", "FLOP / 字节"))));
+      card(T("intensity", "运算强度"), rounded(pass.intensity), T("FLOP a byte", "FLOP / 字节"))));
 }
 
 function pipeline() {
@@ -129,6 +130,7 @@ function pipeline() {
       click: () => { location.hash = state.layer === layer ? "pipeline" : `layer-${layer}`; },
     }, String(layer))));
   const first = state.pass === "prefill";
+  const given = walk.length_from === "asked" ? "" : T("the frame and special ids included", "含固定格式和特殊 id");
   return el("section", { id: "pipeline" },
     el("h2", {}, T("The pipeline", "流程")),
     el("p", { class: "muted" }, T(
@@ -138,7 +140,7 @@ function pipeline() {
       node("io", "prompt", el("h3", {}, T("prompt", "提示")),
         el("span", { class: "said" }, walk.prompt === null ? T("(only its length was given)", "（只给了长度）") : walk.prompt)),
       node("io", "ids", el("h3", {}, T("ids", "id")), el("span", { class: "shape" }, shape([B, pass.tokens])),
-        el("span", { class: "cost" }, first ? T("the frame and two special ids included", "含固定格式和两个特殊 id") : T("the one drawn last", "刚抽出的那一个"))),
+        el("span", { class: "cost" }, first ? given : T("the one drawn last", "刚抽出的那一个"))),
       stageNode("io", "embed"),
       node("blocks", "blocks", el("h3", {}, T(`${L} blocks`, `${L} 个块`)), strip,
         el("span", { class: "shape" }, shape(find("mlp.add").shape)), el("span", { class: "cost" }, cost(all))),
@@ -233,7 +235,7 @@ function costs() {
 
 function cache() {
   const { cache } = walk;
-  const kib = (bytes) => `${(bytes / 1024).toLocaleString("en-US", { maximumFractionDigits: 1 })} KiB`;
+  const kib = (bytes) => `${(bytes / 1024).toLocaleString("en-US", { maximumFractionDigits: 2 })} KiB`;
   const bar = (bytes, color) => el("div", { class: "stack" }, painted(color, bytes / cache.with_full_heads));
   return el("section", { id: "cache" },
     el("h2", {}, T("What the cache takes", "缓存占多少")),
@@ -254,12 +256,12 @@ function devices() {
     el("p", { class: "muted" }, T(
       "Bounds from the makers' figures, which no program reaches. Nothing here was measured.", "由厂商标称值算出的下限，任何程序都达不到。没有实测。")),
     el("div", { class: "panel" }, el("table", {},
-      el("tr", {}, [T("device", "设备"), T("memory", "内存"), T("bandwidth", "带宽"), T("fits", "放得下"), T("prompt", "读提示"), T("a step", "一步"), T("limited by", "受限于"), "tokens/s"]
+      el("tr", {}, [T("device", "设备"), T("memory", "内存"), T("bandwidth", "带宽"), T("fits", "放得下"), T("prompt", "读提示"), T("a step", "一步"), T("limit (prompt / step)", "受限于（读提示 / 一步）"), "tokens/s"]
         .map((text, index) => el("th", { class: [1, 2, 4, 5, 7].includes(index) ? "num" : null }, text))),
       walk.bounds.map((bound) => el("tr", {},
         el("td", {}, bound.device), el("td", { class: "num" }, short(bound.memory, "B")), el("td", { class: "num" }, `${short(bound.bandwidth, "B")}/s`),
         el("td", {}, bound.fits ? "✓" : T("no", "否")), el("td", { class: "num" }, seconds(bound.prefill)), el("td", { class: "num" }, seconds(bound.decode)),
-        el("td", {}, [...new Set([bound.prefill_limit, bound.decode_limit])].map(limit).join(", ")), el("td", { class: "num" }, whole(Number(bound.tokens_per_s.toPrecision(3)))))))));
+        el("td", {}, [...new Set([bound.prefill_limit, bound.decode_limit])].map(limit).join(" / ")), el("td", { class: "num" }, rounded(bound.tokens_per_s)))))));
 }
 
 function everything() {

@@ -1,7 +1,6 @@
 // What is there with weights: tokens, attention, the lens, the answer.
 
-const SHOWN = { "<0x0A>": "⏎", "▁": "␣" };
-const labelOf = (token) => SHOWN[token.piece] || token.piece;
+const labelOf = (token) => (token.piece === "<0x0A>" ? "⏎" : token.piece.replaceAll("▁", "␣"));
 const quoted = (token) => T(`“${labelOf(token)}”`, `「${labelOf(token)}」`);
 
 /** Sections after the shapes; without weights, how to get them. */
@@ -19,10 +18,10 @@ function promptTokens() {
   return el("section", { id: "tokens" },
     el("h2", {}, T("The prompt as it is built", "实际送入的提示")),
     el("p", { class: "muted" }, T(
-      `The question in its frame, and the ${whole(values.tokens.length)} ids made of it. ⏎ is a newline, ▁ a space; ids without text are special.`,
-      `放进固定格式的问题，以及由它得到的 ${whole(values.tokens.length)} 个 id。⏎ 是换行，▁ 是空格；没有文字的是特殊 id。`)),
+      `The question in its frame, and the ${whole(values.tokens.length)} ids made of it. ⏎ is a newline, ␣ a space; dashed ids are special: no text becomes one.`,
+      `放进固定格式的问题，以及由它得到的 ${whole(values.tokens.length)} 个 id。⏎ 是换行，␣ 是空格；虚线框是特殊 id，任何文本都不会变成它。`)),
     el("div", { class: "panel" }, el("pre", {}, values.text),
-      el("div", { class: "chips" }, values.tokens.map((token) => el("span", { class: "chip", title: token.text }, labelOf(token), el("small", {}, String(token.id)))))));
+      el("div", { class: "chips" }, values.tokens.map((token) => el("span", { class: token.text ? "chip" : "chip special", title: token.piece }, labelOf(token), el("small", {}, String(token.id)))))));
 }
 
 function map(head) {
@@ -68,7 +67,7 @@ function drawMap(canvas) {
   context.font = font(11);
   const labels = values.tokens.map((token) => [...labelOf(token)].slice(0, 9).join(""));
   const room = Math.min(Math.max(...labels.map((label) => context.measureText(label).width)), 70) + 8;
-  const cell = Math.max(1, Math.min(26, (width - room - 2) / count));
+  const cell = Math.max(1, Math.min(26, 720 / count, (width - room - 2) / count));
   const size = Math.min(12, cell - 1);
   const named = size >= 7;
   const left = named ? room : 0;
