@@ -51,9 +51,7 @@ def parser() -> Parser:
         "--width", type=_width, metavar="N", help="columns to write (default: the terminal's)"
     )
     result.add_common()
-    result.set_defaults(
-        cards=DEVICES, device="auto", max_length=None
-    )  # `open_engine` asks for both
+    result.set_defaults(device="auto", max_length=None)  # `open_engine` asks for both
     return result
 
 
