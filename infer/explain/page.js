@@ -62,7 +62,7 @@ function cost(stage) {
   if (stage.params) parts.push(`${short(stage.params, "")}\u00a0${T("params", "参数")}`);
   if (stage.flops) parts.push(short(stage.flops, "FLOP"));
   if (stage.bytes) parts.push(short(stage.bytes, "B"));
-  return parts.join(" · ");
+  return parts.join("\u00a0· ");
 }
 
 const title = (stage) => T(stage.title_en, stage.title_zh);
