@@ -12,7 +12,8 @@ from glm2_jax import PRESETS, GLMConfig
 from glm2_jax.prompt import build_prompt, chatglm2_text
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.tokenizer import Tokenizer
-from infer.memory.plan import cache_bytes
+from infer.explain.walk import make_walk
+from infer.memory.plan import Precision, cache_bytes
 from infer.params import SamplingParams
 from tests.shared_data import shared_path
 
@@ -88,6 +89,15 @@ def test_links_and_places_exist(page):
         for name in re.findall(r"`(\w+)`", names):
             defined = rf"(?:def |class |self\.|^){name}\b"
             assert re.search(defined, code, re.MULTILINE), f"{name} in {place}"
+
+
+def test_the_shapes_are_those_of_the_tool():
+    walk = make_walk(CONFIG, Precision("bfloat16"), 17, model="chatglm2-6b")
+    sizes = walk.sizes
+    for stage in walk.prefill.stages:
+        shape = [1, 17, 2 * sizes["F"]] if stage.name == "mlp.gate_up" else list(stage.shape)
+        for page in PAGES.values():
+            assert f"{shape}" in page, stage.name
 
 
 def test_the_counts_of_parameters():

@@ -17,46 +17,55 @@ from glm2_jax.prompt import build_prompt
 from glm2_jax.quant import SCHEMES
 from infer.explain import report, stages, values
 from infer.explain import run as explain_run
-from infer.explain.__main__ import main
+from infer.explain.__main__ import main, parser
 from infer.explain.facts import Values
 from infer.explain.walk import make_walk
 from infer.memory.plan import Precision
 from infer.params import SamplingParams
-from tests.engine_toy import TOY, toy_engine
 from tests.sp_model import sp_model
-from tests.toy import TOY as SMALL
-from tests.toy import quantised, random_tokens, toy_params
+from tests.toy import quantised, random_tokens
 
-HEADS = [(0, 0), (1, 3)]
+HEADS = [(0, 0), (3, 7)]
+TOKENS = 32  # of an answer, at most: prompt and answer take the smallest cache
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine()
+    """The demo model, as the command opens it."""
+    return explain_run.open_engine(parser().parse_args(["--compile-cache", "off"]))
 
 
 @pytest.fixture(scope="module")
 def found(engine) -> Values:
     ids = engine.build_prompt("你好")
-    return values.make_values(engine, ids, heads=HEADS, top_k=4, max_new_tokens=6)
+    return values.make_values(engine, ids, heads=HEADS, top_k=4, max_new_tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")
 def probabilities(engine, found) -> np.ndarray:
     """Those that `forward` gives for every position of prompt and answer, [T, V]."""
     tokens = [t.id for t in found.tokens] + [step.chosen.token.id for step in found.steps]
-    params = engine.checkpoint.params
-    logits, _ = jax.jit(partial(forward, TOY))(params, jnp.asarray([tokens]))
+    run = jax.jit(partial(forward, engine.config))
+    logits, _ = run(engine.checkpoint.params, jnp.asarray([tokens]))
     return np.asarray(jax.nn.softmax(logits[0], axis=-1))
 
 
+def one_layer(engine, **changes: jax.Array):
+    """The demo model up to its first layer, of which some weights may be others."""
+    first = engine.checkpoint.params["layers"][0] | changes
+    layers = jax.tree.map(lambda x: x[None], first)
+    return dataclasses.replace(engine.config, num_layers=1), {
+        **engine.checkpoint.params,
+        "layers": layers,
+    }
+
+
 @pytest.mark.parametrize("scheme", [None, "int4"])
-def test_the_walk_computes_what_the_model_computes(scheme):
-    one = dataclasses.replace(SMALL, num_layers=1)
-    params = toy_params(one)
+def test_the_walk_computes_what_the_model_computes(engine, scheme):
+    one, params = one_layer(engine)
     if scheme is not None:
         params, _ = quantised(params, SCHEMES[scheme])
-    tokens = random_tokens(2, 9)
+    tokens = random_tokens(2, 9, one)
 
     @jax.jit
     def both(params, tokens):
@@ -71,7 +80,7 @@ def test_the_walk_computes_what_the_model_computes(scheme):
 
 def test_the_last_lens_is_the_models_own_answer(found, probabilities):
     last = len(found.tokens) - 1
-    assert [layer.layer for layer in found.layers] == [-1, 0, 1]
+    assert [layer.layer for layer in found.layers] == [-1, 0, 1, 2, 3]
     for candidate, wanted in zip(
         found.layers[-1].lens, np.sort(probabilities[last])[::-1], strict=False
     ):
@@ -83,15 +92,13 @@ def test_the_last_lens_is_the_models_own_answer(found, probabilities):
 
 
 def test_a_layer_is_told_as_a_model_that_ends_there(engine, found):
-    params = engine.checkpoint.params
-    one = dataclasses.replace(TOY, num_layers=1)
-    layers = jax.tree.map(lambda x: x[:1], params["layers"])
+    one, params = one_layer(engine)
     ids = jnp.asarray([[token.id for token in found.tokens]])
     run = jax.jit(partial(hidden, one))
     embedded = params["embed"][ids[0]]
-    both = run({**params, "layers": layers}, ids)[0]
-    silent = {**layers, "down": jnp.zeros_like(layers["down"])}
-    half = run({**params, "layers": silent}, ids)[0]
+    both = run(params, ids)[0]
+    down = jnp.zeros_like(engine.checkpoint.params["layers"][0]["down"])
+    half = run(one_layer(engine, down=down)[1], ids)[0]
     wanted = np.asarray(jax.nn.softmax(logits_of(one, params, both[-1])))
     for candidate in found.layers[1].lens:
         assert candidate.probability == pytest.approx(wanted[candidate.token.id], rel=1e-4)
@@ -117,13 +124,16 @@ def test_attention_looks_back_only_and_sums_to_one(found):
     assert found.heads[0].weights != found.heads[1].weights
 
 
-def test_the_answer_is_the_engines(engine, found, probabilities):
+def test_the_answer_is_the_engines_up_to_its_end_token(engine, found, probabilities):
     ids = engine.build_prompt("你好")
-    sampling = SamplingParams(temperature=0.0, max_new_tokens=6)
-    wanted = [event.token for event in engine.run([ids], sampling)]
-    assert [step.chosen.token.id for step in found.steps] == wanted
-    assert probabilities.argmax(axis=-1)[len(ids) - 1 : -1].tolist() == wanted
-    assert found.end == "length" and len(wanted) == 6
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=TOKENS)
+    answer = list(engine.run([ids], sampling, clean=True))[-1].completion
+    chosen = [step.chosen.token.id for step in found.steps]
+    assert chosen == [*answer.output_ids, engine.tokenizer.eos_id]
+    assert probabilities.argmax(axis=-1)[len(ids) - 1 : -1].tolist() == chosen
+    assert (found.answer, found.end) == (answer.text, "stop") and "你好" in found.answer
+    short = values.make_values(engine, ids, heads=(), max_new_tokens=2)
+    assert [step.chosen.token.id for step in short.steps] == chosen[:2] and short.end == "length"
     for place, step in enumerate(found.steps, len(ids) - 1):
         assert step.chosen.probability == pytest.approx(
             probabilities[place, step.chosen.token.id], rel=1e-4
@@ -145,38 +155,34 @@ def test_the_prompt_is_shown_as_it_was_built(engine, found):
 
 
 @pytest.mark.parametrize("columns", [40, 100])
-def test_the_report_fits_the_terminal(found, columns):
-    walk = make_walk(TOY, Precision("bfloat16"), len(found.tokens), model="toy", prompt="你好")
+def test_the_report_fits_the_terminal(engine, found, columns):
+    walk = make_walk(engine.config, Precision("bfloat16"), 16, model="demo", prompt="你好")
     lines = list(report.render(walk, found, columns))
     assert all(cut_to_width(line, columns) == line for line in lines)
-    assert "  | 问：你好" in lines and "attention of layer 1, head 3:" in lines
-    assert "as long as it may be" in lines
+    assert "  | 问：你好" in lines and "attention of layer 3, head 7:" in lines
+    assert "ended by its end token" in lines
     start = lines.index("attention of layer 0, head 0:")
     assert lines[start + 1].split()[-1] in ("@", "@@")  # the first token sees itself alone
-    narrow = "\n".join(report.render(walk, found, 28))
-    assert "too wide for here" in narrow
+    assert "too wide for here" in "\n".join(report.render(walk, found, 28))
 
 
-def test_scores_of_long_prompts_are_not_computed_at_once(capsys, monkeypatch):
-    assert values.longest(TOY) == TOY.seq_length
-    long = dataclasses.replace(TOY, seq_length=2**20, num_heads=32)
+def test_the_command_prints_what_was_found(engine, found, capsys, monkeypatch):
+    monkeypatch.setattr(explain_run, "open_engine", lambda args: engine)
+    assert main(["--json", "--heads", "3:7", "--top-k", "4", "--max-new-tokens", str(TOKENS)]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("no --model given: using the bundled demo model")
+    told = json.loads(out)["values"]
+    assert told.pop("heads") == [dataclasses.asdict(found.heads[1])]
+    wanted = json.loads(json.dumps(dataclasses.asdict(found)))
+    assert wanted.pop("heads") and told == wanted
+
+
+def test_scores_of_long_prompts_are_not_computed_at_once(engine, capsys, monkeypatch):
+    assert values.longest(engine.config) == engine.config.seq_length
+    long = dataclasses.replace(engine.config, seq_length=2**20, num_heads=32)
     assert values.longest(long) ** 2 * 32 <= SCORES < (values.longest(long) + 1) ** 2 * 32
     monkeypatch.setattr(values, "longest", lambda config: 16)
     monkeypatch.setattr(explain_run, "open_engine", lambda args: 1 / 0)
     assert main(["--json"]) == 0
     out, err = capsys.readouterr()
     assert "the prompt has 16" in err and json.loads(out)["values"] is None
-
-
-def test_the_demo_model_is_explained_up_to_its_end_token(capsys):
-    flags = "--json", "--heads", "3:7", "--top-k", "2", "--compile-cache", "off"
-    assert main([*flags]) == 0
-    out, err = capsys.readouterr()
-    assert err.startswith("no --model given: using the bundled demo model")
-    found = json.loads(out)["values"]
-    assert found["end"] == "stop" and "你好" in found["answer"]
-    *steps, end = found["steps"]
-    assert end["chosen"]["token"]["id"] == 2 and end["chosen"]["probability"] > 0.5
-    assert "".join(step["chosen"]["token"]["text"] for step in steps).split()
-    assert len(found["heads"]) == 1 and len(found["heads"][0]["weights"]) == 16
-    assert len(found["layers"]) == 5 and len(end["alternatives"]) == 2

@@ -37,8 +37,9 @@ def parser() -> Parser:
     _add_values(result)
     options.add_performance_options(result)
     result.add_argument_group("devices").add_argument(
-        "--device", dest="cards", nargs="+", type=_card, default=list(DEVICES), metavar="NAME",
-        help=f"to tell the least time of, any of {', '.join(CARDS)}; they need not be here",
+        "--device", dest="cards", nargs="+", type=_card, metavar="NAME",
+        help=f"to tell the least time of, any of {', '.join(CARDS)}; they need not be here "
+        f"(default: {', '.join(DEVICES)})",
     )  # fmt: skip
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -59,7 +60,7 @@ def _add_what(result: Parser) -> None:
     group.add_argument(
         "--config", type=path_argument, metavar="NAME|FILE",
         help="instead of --model: a published name such as chatglm2-6b, or a config.json; shapes "
-        "and costs alone",
+        "and costs alone, in bfloat16 where --dtype and --quantize do not say otherwise",
     )  # fmt: skip
     source = group.add_mutually_exclusive_group()
     source.add_argument("--prompt", "-p", metavar="TEXT", help=f"the question (default: {PROMPT})")

@@ -24,7 +24,8 @@ def bound(
     card: Card, config: GLMConfig, precision: Precision, batch: int, prefill: Pass, decode: Pass
 ) -> Bound:
     """The least time of both passes on a device: either its memory or its products take as long."""
-    read, read_limit = _least(card, prefill)
+    head = prefill.stages[-1].flops  # of which answering takes one position of each row
+    read, read_limit = _least(card, prefill, head - head // prefill.tokens)
     step, step_limit = _least(card, decode)
     plan = make_plan(config, precision, decode.keys, batch, platform=card.platform)
     usable = find_budget(card.name).memory
@@ -43,7 +44,7 @@ def bound(
     )
 
 
-def _least(card: Card, work: Pass) -> tuple[float, str]:
+def _least(card: Card, work: Pass, left_out: int = 0) -> tuple[float, str]:
     moving = work.bytes / card.bandwidth
-    computing = 0.0 if card.flops is None else work.flops / card.flops
+    computing = 0.0 if card.flops is None else (work.flops - left_out) / card.flops
     return max((moving, "memory"), (computing, "products"))

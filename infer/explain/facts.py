@@ -96,7 +96,8 @@ class Bound:
       fits: whether the prompt and one token more fit into the memory, by `infer.memory.plan`.
       ridge: flops / bandwidth: with a higher intensity products are the limit, with a lower one
         memory is.
-      prefill, decode: seconds of the two passes.
+      prefill, decode: seconds of the two passes, of which the first has the head read one position
+        of each row, as answering does.
       prefill_limit, decode_limit: "memory" or "products", whichever takes longer.
       tokens_per_s: of decoding, all rows together.
     """

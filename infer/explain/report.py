@@ -10,8 +10,9 @@ from infer.evaluate.report import table
 from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Step, Token, Values, Walk
 
 BOUND = (
-    "The least time by the makers' figures, which no program reaches; nothing here was measured. "
-    "What flows between stages, and starting programs, is not counted."
+    "The least time for these operations and bytes by the makers' figures, which no program "
+    "reaches; nothing here was measured. The head reads one position of each prompt. What flows "
+    "between stages, and starting programs, is not counted."
 )
 COUNTED = (
     "FLOP: 2 for each product and sum of a matrix product, all scores included, also those of "

@@ -17,7 +17,7 @@ from glm2_jax.errors import InputError, UsageError
 from glm2_jax.prompt import build_prompt
 from glm2_jax.schemes import asked_scheme
 from glm2_jax.tokenizer import Tokenizer
-from infer.explain.__main__ import PROMPT
+from infer.explain.__main__ import DEVICES, PROMPT
 from infer.explain.facts import Values, Walk
 from infer.explain.report import render
 from infer.loading import demo_folder
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         batch=args.batch,
         prompt=prompt,
         length_from=source,
-        cards=[CARDS[name] for name in dict.fromkeys(args.cards)],
+        cards=[CARDS[name] for name in dict.fromkeys(args.cards or DEVICES)],
     )
     values = _values(args, ids, heads) if with_values and ids else None
     _show(args, walk, values)
