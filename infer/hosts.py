@@ -28,7 +28,7 @@ JOIN_TIMEOUT, HEARTBEAT_TIMEOUT = 120, 100  # seconds; the second is JAX's own
 _PLACES = {
     "process_id", "model", "hub_source", "revision", "adapter", "init_adapter", "data", "mix_data",
     "val_data", "guard_data", "sample_prompts", "prompt_file", "batch_file", "history", "output",
-    "log_jsonl", "plot", "compile_cache", "config", "debug",
+    "checkpoints", "log_jsonl", "plot", "compile_cache", "config", "debug",
 }  # fmt: skip
 # What JAX raises, rather than to end the process, when the connection to another one breaks.
 _LOST = re.compile(
@@ -89,6 +89,11 @@ def start(args: argparse.Namespace) -> Iterator[None]:
             raise supervise.lost("", reason) from error
         raise
     _leave()
+
+
+def are_several() -> bool:
+    """Whether this process is one of several."""
+    return _started
 
 
 def is_first() -> bool:

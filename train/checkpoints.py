@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from convert.cli import is_out_of_memory
 from glm2_jax.errors import CheckpointError, InputError
+from train.places import absolute, using
 
 
 class Checkpoints:
@@ -25,12 +26,12 @@ class Checkpoints:
     Saving copies the arrays and goes on in the background; leaving waits for it.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there; also of object storage, see `train.places`.
         keep: how many of the newest stay.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
-        self.folder = folder.absolute()
+    def __init__(self, folder: str | os.PathLike, *, keep: int):
+        self.folder = absolute(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         _quieten()
         with self._errors("opened"):
@@ -110,7 +111,8 @@ class Checkpoints:
     def _errors(self, done: str) -> Iterator[None]:
         """Orbax and TensorStore raise several kinds for a full disk or a folder without rights."""
         try:
-            yield
+            with using(self.folder):
+                yield
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"the checkpoints in {self.folder} cannot be {done}",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 
 from convert.cli import Parser, path_argument
+from convert.local import refuse_url
 from infer.options import DEVICES, DTYPES, positive
 
 DEFAULT_EPOCHS = 3.0  # where neither --epochs nor --steps is given
 SCHEDULES = ("cosine", "linear", "constant")
 NAN_POLICIES = ("abort", "skip")
+BUCKET = "gs://"  # of Google Cloud Storage
 
 
 def number(text: str) -> float:
@@ -36,6 +38,15 @@ def whole(text: str) -> int:
     if not text.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
+
+
+def checkpoint_place(text: str) -> str:
+    """An argparse type: a path of the file system, or gs://BUCKET/PATH."""
+    if not text.startswith(BUCKET):
+        refuse_url(text)
+    if not text.removeprefix(BUCKET).strip("/ "):
+        raise argparse.ArgumentTypeError("it has to name a folder, or gs://BUCKET/PATH")
+    return text
 
 
 def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
@@ -146,6 +157,11 @@ def add_output_options(parser: Parser, default: str) -> None:
     add(
         "--resume", choices=("auto", "none"), default="none",
         help="auto = go on with what --output holds, or begin",
+    )  # fmt: skip
+    add(
+        "--checkpoints", type=checkpoint_place, metavar="DIR|gs://...",
+        help="keep the checkpoints of the training there instead of in --output: where several "
+        "hosts share no folder, in a bucket (extra gcs; tried with a stand-in of a bucket alone)",
     )  # fmt: skip
     add("--save-every", type=positive, default=200, metavar="N", help="steps between checkpoints")
     add(

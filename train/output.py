@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from convert.cli import note
 from glm2_jax.errors import InputError, UsageError
-from infer.text_input import read_utf8
+from infer import hosts
+from train.places import SEEN, absolute, check_shared, using
 from train.settings import write_recipe
 
 _RECIPE, _LOG, _STATE, _BEST = "recipe.yml", "log.jsonl", "state", "best"
@@ -21,19 +24,30 @@ _IDENTITY, _NEW, _LOCK = "run.json", "run.json.new", ".lock"
 class RunFolder:
     """The output folder of one run, locked as long as it is open. A context manager.
 
+    Of several processes of a run the first one alone writes into it; all read what is there.
+
     Args:
         path: made if it is not there.
         resume: "auto" goes on with the run that is there, if any; "none" wants none.
         identity: what the result depends on, as JSON values: name -> value.
+        checkpoints: another folder for the checkpoints alone, also of object storage.
 
     Raises:
         UsageError: the folder holds a run and `resume` is "none", or its run was made from
             something else, or it holds other things.
-        InputError: another process is at it, or it cannot be written.
+        InputError: another training is at it, or it cannot be written.
     """
 
-    def __init__(self, path: str | Path, *, resume: str, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resume: str,
+        identity: Mapping[str, Any],
+        checkpoints: str | None = None,
+    ):
         self.path = Path(path)
+        self.checkpoints = absolute(path if checkpoints is None else checkpoints)
         self._identity = json.loads(json.dumps(identity))  # as it is read back
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -44,8 +58,11 @@ class RunFolder:
                 f"{self.path} cannot be written", reason, "Name another --output."
             ) from error
         try:
-            self._take_lock()
-            self._check(resume, self._identity)
+            if hosts.is_first():
+                self._take_lock()
+            with using(self.checkpoints):
+                check_shared(self.checkpoints)
+                self._check(resume, self._identity)
         except BaseException:
             os.close(self._lock)
             raise
@@ -58,20 +75,29 @@ class RunFolder:
 
     def begin(self, recipe: Mapping[str, Any]) -> None:
         """From here on the folder is that of this run, of which `recipe` are the flags."""
+        if not hosts.is_first():
+            return
         write_recipe(self._file(_RECIPE), recipe)
         text = json.dumps(self._identity, indent=1, ensure_ascii=False)
+        if self._elsewhere:
+            with using(self.checkpoints):
+                (self.checkpoints / _IDENTITY).write_text(text)
         self._file(_NEW).write_text(text, encoding="utf-8")
         self._file(_NEW).replace(self._file(_IDENTITY))
 
     @property
-    def state(self) -> Path:
+    def state(self) -> epath.Path:
         """Where the checkpoints of the training are."""
-        return self._file(_STATE)
+        return self.checkpoints / _STATE
 
     @property
-    def best(self) -> Path:
+    def best(self) -> epath.Path:
         """Where the best of what was evaluated is, for runs that may end early."""
-        return self._file(_BEST)
+        return self.checkpoints / _BEST
+
+    @property
+    def _elsewhere(self) -> bool:
+        return self.checkpoints != absolute(self.path)
 
     @property
     def log(self) -> Path:
@@ -94,27 +120,34 @@ class RunFolder:
             note(f"warning: {self.path} has no locks; start no second run with this --output")
 
     def _check(self, resume: str, identity: Mapping[str, Any]) -> None:
-        present = self._file(_IDENTITY)
-        if not present.exists():
-            others = sorted({path.name for path in self.path.iterdir()} - {_LOCK, _NEW, _RECIPE})
+        if not self._file(_IDENTITY).exists():
+            others = sorted(
+                {path.name for path in self.path.iterdir()} - {_LOCK, _NEW, _RECIPE, SEEN}
+            )
             if others:
                 raise UsageError(
                     f"{self.path} holds {', '.join(others[:5])}, and no run of this command",
                     "A training does not write among other files.",
                     "Name a new folder: --output.",
                 )
-            return
-        if not self.state.is_dir() or not any(p.name.isdigit() for p in self.state.iterdir()):
+        if self._elsewhere and _holds_steps(absolute(self.path) / _STATE):
+            raise UsageError(
+                f"{self.path} holds checkpoints itself",
+                f"Those in {self.checkpoints} would begin anew.",
+                "Leave --checkpoints out, or name another --output.",
+            )
+        if not _holds_steps(self.state):
             return  # it ended before its first checkpoint: nothing is lost
         if resume == "none":
             raise UsageError(
-                f"{self.path} holds a training already",
+                f"{self.checkpoints} holds a training already",
                 "Nothing is overwritten.",
                 "Go on with it: --resume auto. Or name another --output.",
             )
+        present = self.checkpoints / _IDENTITY
         try:
-            known = json.loads(read_utf8(present))
-        except ValueError as error:
+            known = json.loads(present.read_text())
+        except (ValueError, FileNotFoundError) as error:
             raise InputError(
                 f"{present} is damaged", str(error), "Name another --output."
             ) from error
@@ -125,10 +158,14 @@ class RunFolder:
         ]
         if changed:
             raise UsageError(
-                f"{self.path} holds another training: {'; '.join(changed)}",
+                f"{self.checkpoints} holds another training: {'; '.join(changed)}",
                 "Going on would give neither result.",
                 "Give the earlier flags and files, or name another --output.",
             )
+
+
+def _holds_steps(folder: epath.Path) -> bool:
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def _shown(value: Any) -> str:

@@ -45,8 +45,8 @@ from train.validation import GUARD, VALIDATION, Validation, answer
 # by their contents.
 _NO_PART = {
     "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
-    "val-data", "guard-data", "sample-prompts", "output", "resume", "save-every", "keep",
-    "log-every", "log-jsonl", "plot", "device", "compile-cache", "init-adapter",
+    "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
+    "keep", "log-every", "log-jsonl", "plot", "device", "compile-cache", "init-adapter",
 }  # fmt: skip
 
 MakeMethod = Callable[[Folder, argparse.Namespace, Any, Any], Method]
@@ -80,7 +80,9 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     looked_at = sets.get(VALIDATION)  # counts, because it may end the run early
     data = {"data": dataset, VALIDATION: looked_at}
     identity = _identity(parser.prog, recipe, folder, data, getattr(args, "init_adapter", None))
-    with RunFolder(args.output, resume=args.resume, identity=identity) as out:
+    with RunFolder(
+        args.output, resume=args.resume, identity=identity, checkpoints=args.checkpoints
+    ) as out:
         device = find_device(args.device)
         with Progress("loading", 0, show=human_size) as bar:
             method = make_method(folder, args, device, partial(_show, bar))

@@ -1,0 +1,62 @@
+"""Where checkpoints may lie: in the file system, or in a bucket of Google Cloud Storage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from glm2_jax.errors import GLMError, InputError
+from infer import hosts
+from train.options import BUCKET
+
+SEEN = ".seen"  # what the first process leaves in a folder for a moment
+
+
+def absolute(place: str | os.PathLike) -> epath.Path:
+    """The place, from whatever folder it is looked at; a bucket is left as it is."""
+    text = os.fspath(place)
+    return epath.Path(text if text.startswith(BUCKET) else Path(text).absolute())
+
+
+@contextlib.contextmanager
+def using(place: epath.Path) -> Iterator[None]:
+    """Turns the many errors of a bucket into InputError; those of files are left alone."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, GLMError) or not os.fspath(place).startswith(BUCKET):
+            raise
+        raise InputError(
+            f"{place} cannot be used",
+            (str(error).splitlines() or [type(error).__name__])[0][:300],
+            "Install the extra gcs, log in (gcloud auth application-default login), or look at "
+            "the rights and the name of the bucket.",
+        ) from error
+
+
+def check_shared(place: epath.Path) -> None:
+    """Refuses a place that is not one and the same for all processes of the run.
+
+    Raises:
+        InputError: in all of them.
+    """
+    if not hosts.are_several():
+        return
+    token = place / SEEN
+    if hosts.is_first():
+        place.mkdir(parents=True, exist_ok=True)
+        token.write_text("")
+    hosts.highest(0)  # now it is there
+    blind = hosts.highest(int(not token.exists()))
+    if hosts.is_first():
+        token.unlink()
+    if blind:
+        raise InputError(
+            f"not all processes see {place} of the first one",
+            "Each of them saves its part of a checkpoint there.",
+            "Name a folder that the hosts share, or a bucket: --checkpoints gs://BUCKET/PATH.",
+        )
