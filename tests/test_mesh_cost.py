@@ -83,12 +83,21 @@ def test_axes_cut_what_the_rules_say():
 
 
 def test_enough_tokens_are_told():
-    for text in ("tensor=8", "fsdp=8", "data=2,tensor=4"):
-        few = mesh_cost(SIX, parse_mesh(text), V5E, batch=8, length=64).steps["full"]
+    def full(text, rows):
+        return mesh_cost(SIX, parse_mesh(text), V5E, batch=rows, length=64).steps["full"]
+
+    for text in ("fsdp=8", "data=2,tensor=4", "data=8"):
+        few = full(text, 8)
+        assert few.limit != "products" and few.tokens_needed is not None
         rows = 8 * math.ceil(few.tokens_needed / 64 / 8)
-        many = mesh_cost(SIX, parse_mesh(text), V5E, batch=rows, length=64).steps["full"]
-        assert many.products_s >= 0.99 * many.fixed_s
-        assert few.products_s < few.fixed_s
+        assert full(text, rows).limit == "products" and full(text, rows - 8).limit != "products"
+
+
+def test_no_batch_is_enough_where_the_rest_grows_with_it():
+    steps = mesh_cost(SIX, parse_mesh("tensor=8"), V5E, batch=8, length=2048).steps
+    assert steps["decode"].tokens_needed is None  # each device reads the whole cache of a row
+    assert steps["prefill"].tokens_needed is None  # an all-reduce takes longer than its products
+    assert steps["full"].tokens_needed is not None
 
 
 def test_names_of_devices():

@@ -54,6 +54,7 @@ def steps(name: str, meshes: dict[int, str], rows: int) -> Iterator[str]:
             there = {"lora": found.adapted, "full": found.trained}
             size = there.get(name, found.weights + found.cache)
             full = " (too much)" if size > found.links.card.memory else ""
+            needed = step.tokens_needed
             yield row(
                 [
                     f"{count} x {kind}",
@@ -64,7 +65,7 @@ def steps(name: str, meshes: dict[int, str], rows: int) -> Iterator[str]:
                     ms(step.talk.seconds),
                     step.limit,
                     f"{step.tokens / step.overlapped_s:,.0f}",
-                    f"{step.tokens_needed:,}",
+                    "never" if needed is None else f"{needed:,}",
                 ]
             )
 

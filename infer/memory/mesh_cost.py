@@ -47,7 +47,7 @@ class Step:
       memory_s: moving weights, cache and optimiser state through memory once; no activations.
       products_s: operations of matrix products and attention.
       talk: with other devices.
-      fixed_s: of memory or links, what does not depend on the batch.
+      memory_fixed_s, links_fixed_s: what of these times does not grow with the batch.
     """
 
     name: str
@@ -55,7 +55,8 @@ class Step:
     memory_s: float
     products_s: float
     talk: Talk
-    fixed_s: float
+    memory_fixed_s: float
+    links_fixed_s: float
 
     @property
     def limit(self) -> str:
@@ -78,9 +79,19 @@ class Step:
         return max(self.memory_s, self.products_s) + self.talk.seconds
 
     @property
-    def tokens_needed(self) -> int:
-        """In a step, for products to take as long as what the batch does not change."""
-        return math.ceil(self.fixed_s / (self.products_s / self.tokens))
+    def tokens_needed(self) -> int | None:
+        """In a step, for products to take longest; None if no batch is large enough: the time of
+        memory or links then grows with it as fast as theirs."""
+        needed = 0.0
+        for total, fixed in (
+            (self.memory_s, self.memory_fixed_s),
+            (self.talk.seconds, self.links_fixed_s),
+        ):
+            spare = self.products_s - (total - fixed)  # what the batch gains on it
+            if spare <= 0:
+                return None
+            needed = max(needed, fixed / spare * self.tokens)
+        return math.ceil(needed)
 
 
 @dataclass(frozen=True)
@@ -261,7 +272,8 @@ class _Steps:
             moved / bandwidth,
             operations / flops,
             fixed + growing,
-            max(kept / bandwidth, fixed.seconds),
+            kept / bandwidth,
+            fixed.seconds + talks(0)[1].seconds,  # the steps of rings through which nothing goes
         )
 
     def _read(self) -> int:
@@ -276,7 +288,7 @@ class _Steps:
     def _forward(self, tokens: int) -> tuple[Talk, Talk]:
         """(what does not depend on the batch, what does)."""
         reduced = self._reduced(tokens) * (2 * self.config.num_layers + 1)
-        logits = self.here * self.config.vocab_size * _FLOAT32
+        logits = min(self.here, tokens) * self.config.vocab_size * _FLOAT32
         return self._gathered(), reduced + gather(self.links, self.sizes, "tensor", logits)
 
     def _backward(self, tokens: int) -> tuple[Talk, Talk]:
@@ -334,9 +346,11 @@ def report(cost: MeshCost) -> list[str]:
             f"through {links.ring} links ({human_size(round(talk.link_bytes / links.ring))} each)"
             f" and {human_size(round(talk.network_bytes))} through the network"
         )
+        needed = step.tokens_needed
         lines.append(
-            f"    products take longest from about {step.tokens_needed:,} tokens a step on, as far "
-            "as the batch decides"
+            "    no batch makes products take longest"
+            if needed is None
+            else f"    products take longest from {needed:,} tokens a step on"
         )
     return lines
 
