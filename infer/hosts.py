@@ -231,8 +231,8 @@ def _join(args: argparse.Namespace) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise DeviceError(
-            "the processes of this run cannot be joined",
-            (str(error).splitlines() or [type(error).__name__])[0][:300],
+            "no cluster was found" if auto else "the processes of this run cannot be joined",
+            f"JAX says: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
             "Give --coordinator HOST:PORT, --num-processes N and --process-id I."
             if auto
             else "See that all processes run, with the same --coordinator.",

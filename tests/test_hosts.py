@@ -25,10 +25,10 @@ def flags(number, *, port=1, count=2):
             "--process-id", f"{number}"]  # fmt: skip
 
 
-def popen(command):
+def popen(command, **environment):
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"} | environment,
     )  # fmt: skip
 
 
@@ -73,6 +73,24 @@ def test_two_processes_join_and_only_the_first_one_prints():
     assert err[0].startswith("process 0 of 2: waiting for the others at 127.0.0.1:")
     assert err[1].startswith("working: 1 of 1") and err[2:] == ["a note, highest 7, first True"]
     assert second == (0, "", [])
+
+
+def test_a_cluster_that_jax_detects():
+    """What Slurm would say to each of two processes on this machine."""
+    job = {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
+    job |= {"SLURM_JOB_ID": "7", "JAX_COORDINATOR_PORT": f"{launch._free_port()}"}
+    command = [*COMMAND, "--coordinator", "auto"]
+    both = [popen(command, **job, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+    first, second = (ends(process) for process in both)
+    assert first[:2] == (0, "[2, 8]\n") and second == (0, "", [])
+
+
+def test_no_cluster():
+    assert ends(popen([*COMMAND, "--coordinator", "auto"])) == (5, "", [
+        "error: no cluster was found",
+        "JAX says: coordinator_address should be defined.",
+        "Give --coordinator HOST:PORT, --num-processes N and --process-id I.",
+    ])  # fmt: skip
 
 
 def test_processes_with_other_flags_and_another_checkpoint_are_refused():

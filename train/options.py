@@ -161,7 +161,8 @@ def add_output_options(parser: Parser, default: str) -> None:
     add(
         "--checkpoints", type=checkpoint_place, metavar="DIR|gs://...",
         help="keep the checkpoints of the training there instead of in --output: where several "
-        "hosts share no folder, in a bucket (extra gcs; tried with a stand-in of a bucket alone)",
+        "hosts share no folder, in a bucket of Google Cloud Storage (extra gcs; tried with an "
+        "emulator of it, not with a real bucket)",
     )  # fmt: skip
     add("--save-every", type=positive, default=200, metavar="N", help="steps between checkpoints")
     add(

@@ -81,6 +81,7 @@ class RunFolder:
         text = json.dumps(self._identity, indent=1, ensure_ascii=False)
         if self._elsewhere:
             with using(self.checkpoints):
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
                 (self.checkpoints / _IDENTITY).write_text(text)
         self._file(_NEW).write_text(text, encoding="utf-8")
         self._file(_NEW).replace(self._file(_IDENTITY))

@@ -1,0 +1,172 @@
+"""One layer, and the ways to run it on several devices.
+
+The layer is the MLP of a ChatGLM2 block: two matrices, and between them an activation. Axis
+letters: B batch, T tokens, D model, F ffn; C = 2, the gate and what passes through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+B, T, D, F = 16, 8, 64, 256
+Weights = dict[str, jax.Array]
+
+
+class Way(NamedTuple):
+    """A way to run the layer: functions of (weights, x), and these, where they have to lie.
+
+    Attributes:
+        forward: the layer's output.
+        gradient: of a loss by the weights.
+    """
+
+    name: str
+    mesh: str
+    forward: Callable[..., Any]
+    gradient: Callable[..., Any]
+    weights: Any
+    x: Any
+
+
+def layer(weights: Weights, x: jax.Array) -> jax.Array:
+    """What one device would do; says nothing of devices. [B, T, D] -> [B, T, D]."""
+    both = jnp.einsum("BTD,CFD->BTCF", x, weights["gate_up"])
+    hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
+    return jnp.einsum("BTF,DF->BTD", hidden, weights["down"])
+
+
+def loss(weights: Weights, x: jax.Array) -> jax.Array:
+    """Something to take a gradient of: a mean over rows, as losses are."""
+    return jnp.mean(layer(weights, x) ** 2)
+
+
+def example() -> tuple[Weights, jax.Array]:
+    """(weights, x), random, on one device."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"gate_up": (2, F, D), "down": (D, F)}
+    weights = {
+        name: jax.random.normal(key, shape) * shape[-1] ** -0.5
+        for key, (name, shape) in zip(keys[:2], shapes.items(), strict=True)
+    }
+    return weights, jax.random.normal(keys[2], (B, T, D))
+
+
+def mesh_of(**sizes: int) -> Mesh:
+    """A mesh over the first devices; Auto: the compiler finds out how results lie."""
+    kinds = (AxisType.Auto,) * len(sizes)
+    count = 1
+    for size in sizes.values():
+        count *= size
+    devices = jax.devices()[:count]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
+
+
+# --- pmap ---------------------------------------------------------------------------------------
+
+
+def with_pmap(devices: int) -> Way:
+    """The oldest way. JAX maintains it, and adds nothing to it any more: here to be compared.
+
+    The leading axis of every argument counts devices, so we cut the batch by hand; the weights are
+    whole on each device. What has to be summed over devices we say ourselves: `lax.pmean`.
+    """
+    weights, x = example()
+    one_each = jax.pmap(layer, "data", in_axes=(None, 0), devices=jax.devices()[:devices])
+
+    def mean_gradient(weights: Weights, x: jax.Array) -> Weights:
+        return lax.pmean(jax.grad(loss)(weights, x), "data")
+
+    gradient = jax.pmap(mean_gradient, "data", in_axes=(None, 0), devices=jax.devices()[:devices])
+    pieces = x.reshape(devices, B // devices, T, D)
+    return Way("pmap", f"data={devices}", one_each, gradient, weights, pieces)
+
+
+# --- jit + NamedSharding ------------------------------------------------------------------------
+
+
+def with_jit(name: str, mesh: Mesh, places: dict[str, P], rows: P) -> Way:
+    """The way of this project, once known as pjit. We say how arguments lie; the function stays the
+    one of a single device, and the compiler puts in what devices have to tell each other."""
+    weights, x = example()
+    weights = {n: jax.device_put(weights[n], NamedSharding(mesh, places[n])) for n in weights}
+    x = jax.device_put(x, NamedSharding(mesh, rows))
+    # Left alone, the compiler would choose how results lie; we want them as their arguments.
+    out = NamedSharding(mesh, rows)
+    like = {n: NamedSharding(mesh, places[n]) for n in weights}
+    forward = jax.jit(layer, out_shardings=out)
+    gradient = jax.jit(jax.grad(loss), out_shardings=like)
+    return Way(name, text_of(mesh), forward, gradient, weights, x)
+
+
+# --- shard_map ----------------------------------------------------------------------------------
+
+
+def with_shard_map(
+    name: str, mesh: Mesh, places: dict[str, P], rows: P, body: Callable[..., jax.Array]
+) -> Way:
+    """The way for those who want to write every collective themselves: the function sees the part
+    of one device, and nothing is told to others but by `lax.psum` and its kin.
+
+    Args:
+        body: of one device's (weights, x): its part of the output.
+    """
+    way = with_jit(name, mesh, places, rows)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(places, rows), out_specs=rows)
+
+    def mapped_loss(weights: Weights, x: jax.Array) -> jax.Array:
+        return jnp.mean(mapped(weights, x) ** 2)
+
+    like = {n: NamedSharding(mesh, places[n]) for n in places}
+    gradient = jax.jit(jax.grad(mapped_loss), out_shardings=like)
+    return way._replace(forward=jax.jit(mapped), gradient=gradient)
+
+
+def summed(weights: Weights, x: jax.Array) -> jax.Array:
+    """A device with some columns of the ffn has a part of every sum: they are added up."""
+    return lax.psum(layer(weights, x), "tensor")
+
+
+def gathered(weights: Weights, x: jax.Array) -> jax.Array:
+    """A device that stores a part of the weights fetches the rest before it computes."""
+    whole = partial(lax.all_gather, axis_name="fsdp", tiled=True)
+    gate_up, down = whole(weights["gate_up"], axis=2), whole(weights["down"], axis=0)
+    return layer({"gate_up": gate_up, "down": down}, x)
+
+
+# --- all of them --------------------------------------------------------------------------------
+
+WHOLE = {"gate_up": P(), "down": P()}
+BY_FFN = {"gate_up": P(None, "tensor"), "down": P(None, "tensor")}  # the rules of this project
+BY_MODEL = {"gate_up": P(None, None, "fsdp"), "down": P("fsdp")}  # its fsdp axis
+CROSSED = {"gate_up": P(None, "tensor"), "down": P("tensor")}  # the second cut does not fit
+
+
+def ways() -> Iterator[Way]:
+    """Every way of the comparison."""
+    data, tensor, fsdp = mesh_of(data=8), mesh_of(tensor=8), mesh_of(fsdp=8)
+    four, both = mesh_of(data=2, tensor=2), mesh_of(data=2, tensor=4)
+    yield with_pmap(8)
+    yield with_jit("jit", data, WHOLE, P("data"))
+    yield with_shard_map("shard_map", data, WHOLE, P("data"), layer)
+    yield with_jit("jit", tensor, BY_FFN, P())
+    yield with_shard_map("shard_map", tensor, BY_FFN, P(), summed)
+    yield with_jit("jit", four, BY_FFN, P("data"))
+    yield with_shard_map("shard_map", four, BY_FFN, P("data"), summed)
+    yield with_jit("jit", both, BY_FFN, P("data"))
+    yield with_shard_map("shard_map", both, BY_FFN, P("data"), summed)
+    yield with_jit("jit", fsdp, BY_MODEL, P("fsdp"))
+    yield with_shard_map("shard_map", fsdp, BY_MODEL, P("fsdp"), gathered)
+    yield with_jit("jit, crossed", tensor, CROSSED, P())
+
+
+def text_of(mesh: Mesh) -> str:
+    """ "data=2,tensor=4" """
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())

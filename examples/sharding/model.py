@@ -1,0 +1,99 @@
+"""The whole model on a mesh: where things lie, what a step of an answer compiles to, and that the
+answer is that of one device.
+
+    python examples/sharding/model.py --mesh data=2,tensor=4 [--layers 2]
+
+A small model with random weights. As many virtual devices of the CPU as the mesh takes, where there
+is nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from program import collectives
+
+from glm2_jax import (
+    GLMConfig,
+    KVCache,
+    check_mesh,
+    init_params,
+    last_logits,
+    make_mesh,
+    params_sharding,
+    parse_mesh,
+)
+
+ROWS, PROMPT, SLOTS, STEPS = 8, 6, 16, 4
+
+
+def config_of(layers: int) -> GLMConfig:
+    """Small, but with heads, ffn and vocabulary that a tensor axis of 8 divides."""
+    return GLMConfig(layers, 256, 64, 96, 8, 2, 16, 64)
+
+
+def read(config: GLMConfig, params: Any, tokens: jax.Array, cache: KVCache) -> tuple[Any, KVCache]:
+    """Reads some tokens of every row: (the most likely next ones [B, 1], the cache)."""
+    last = jnp.full(tokens.shape[0], tokens.shape[1] - 1)
+    logits, cache = last_logits(config, params, tokens, last, cache=cache)
+    return jnp.argmax(logits, -1)[:, None].astype(jnp.int32), cache
+
+
+step = jax.jit(read, static_argnums=0, donate_argnums=3)
+
+
+def answer(config: GLMConfig, params: Any) -> tuple[np.ndarray, KVCache]:
+    """Greedy tokens [B, STEPS] behind a prompt. The same lines with a mesh and without one."""
+    tokens = jax.random.randint(jax.random.key(1), (ROWS, PROMPT), 0, config.vocab_size, jnp.int32)
+    cache = KVCache.zeros(config, ROWS, SLOTS, jnp.float32)
+    seen = []
+    for _ in range(STEPS):
+        tokens, cache = step(config, params, tokens, cache)
+        seen.append(np.asarray(tokens))
+    return np.concatenate(seen, axis=1), cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mesh", default="data=2,tensor=4", type=parse_mesh)
+    parser.add_argument("--layers", default=2, type=int)
+    args = parser.parse_args()
+    count = math.prod(args.mesh.values())
+    jax.config.update("jax_num_cpu_devices", count)  # before jax looks for devices
+    config = config_of(args.layers)
+    mesh = make_mesh(args.mesh, jax.devices()[:count])
+    check_mesh(config, mesh)
+
+    params = init_params(config, jax.random.key(0))
+    params = {**params, "embed": params["embed"] * 50}  # so that random weights have an opinion
+    want, _ = answer(config, params)
+
+    # All that a mesh needs: the parameters in their places, and the mesh set while it computes.
+    placed = jax.device_put(params, params_sharding(config, mesh))
+    with jax.set_mesh(mesh):
+        got, cache = answer(config, placed)
+        token = jnp.zeros((ROWS, 1), jnp.int32)
+        program = step.lower(config, placed, token, cache).compile()
+    np.testing.assert_array_equal(got, want)
+
+    print(f"{dict(mesh.shape)}: the {want.size} tokens of one device\n")
+    arrays = {name: placed[name] for name in ("embed", "final_norm", "head")}
+    arrays |= {f"layers/{name}": array for name, array in placed["layers"].items()}
+    arrays |= {"cache.k": cache.k, "cache.length": cache.length}
+    for name, array in arrays.items():
+        part = array.sharding.shard_shape(array.shape)
+        print(f"{name:16} {array.shape!s:18} of it a device has {part!s:18} {array.sharding.spec}")
+    print("\nthe head [V, D], and which devices have which rows of it:")
+    jax.debug.visualize_array_sharding(placed["head"])
+    print("a step of an answer; what stands in the loop over the layers is listed once:")
+    for kind, size in collectives(program.as_text()):
+        print(f"  {kind} of {size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
