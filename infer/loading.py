@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from convert import load_checkpoint
 from convert.adapted import attach, open_adapter
 from convert.hub import find_model
 from convert.prefix import attach_prefix, open_prefix
 from glm2_jax.errors import DeviceError, UsageError
+from glm2_jax.mesh import make_mesh, parse_mesh
 from infer.engine import Engine
 from infer.memory.shortage import when_loading
 from infer.programs import OnEvent, device_errors
@@ -164,3 +167,23 @@ def find_device(name: Any) -> Any:
         if platforms:
             fix = f"JAX_PLATFORMS={platforms} restricts the choice: unset it, or use device 'cpu'."
         raise DeviceError(f"no device {name!r} was found", reason, fix) from error
+
+
+def find_mesh(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that `--mesh` or `--tp` asks for; None = one device.
+
+    Raises:
+      UsageError: it makes no sense, or takes more or fewer devices than there are; or there are
+        several processes and no mesh. DeviceError: there is no such device.
+    """
+    text = args.mesh if args.tp is None else f"tensor={args.tp}"
+    if text is None:
+        if jax.process_count() == 1:
+            return None
+        raise UsageError(
+            "several processes need --mesh or --tp",
+            "It says how their devices share the work.",
+            f"Use for example --mesh data={jax.device_count()}.",
+        )
+    sizes = parse_mesh(text)
+    return make_mesh(sizes, jax.devices(find_device(args.device).platform))

@@ -212,6 +212,19 @@ def add_performance_options(
     return group
 
 
+def add_mesh_options(group: argparse._ArgumentGroup) -> None:
+    """Over which devices to compute, beside `--device`; `infer.loading.find_mesh` reads it."""
+    mesh = group.add_mutually_exclusive_group()
+    mesh.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="compute on all devices together, for example data=2,tensor=4: data shares the rows, "
+        "fsdp the rows and the weights, tensor the heads, ffn and vocabulary; the sizes multiply "
+        "to the number of devices (default: one device)",
+    )
+    mesh.add_argument("--tp", type=positive, metavar="N", help="short for --mesh tensor=N")
+
+
 def add_speculate(group: argparse._ArgumentGroup) -> None:
     """The flag that has steps verify drafts, for the tools that answer."""
     group.add_argument(
