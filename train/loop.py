@@ -77,7 +77,7 @@ class Loop:
         log: is told of every step and evaluation.
         checkpoints: where the state goes.
         best: where that of the best evaluation goes; None = nowhere.
-        stopping: looked at after every step.
+        stopping: looked at after every step, by all processes.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class Loop:
         if position.step == 0 and run.evaluate is not None:
             self._evaluate(state, 0)
         while position.step < run.total and not self._patience_lost(position):
-            batch, rows = run.batches.at(*run.batches.place(position.step))
-            tokens = int((batch.segment_ids > 0).sum())
+            place = run.batches.place(position.step)
+            (batch, rows), tokens = run.batches.at(*place), run.batches.tokens(*place)
             state, metrics = run.step(state, batch, position.step)
             position.step += 1
             self._read(position)
             self._unread = position.step, metrics, rows, tokens
             if not self._ahead:
                 self._read(position)
-            asked_to_stop = self._stopping.signal is not None
+            asked_to_stop = self._stopping.agree()
             if asked_to_stop or self._due(position.step):
                 self._read(position)
                 self._look(state, position)

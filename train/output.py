@@ -25,6 +25,8 @@ class RunFolder:
         path: made if it is not there.
         resume: "auto" goes on with the run that is there, if any; "none" wants none.
         identity: what the result depends on, as JSON values: name -> value.
+        writes: whether this process is the one that writes it; the others of a run are only told
+            the names in it, and nothing is raised there.
 
     Raises:
         UsageError: the folder holds a run and `resume` is "none", or its run was made from
@@ -32,9 +34,13 @@ class RunFolder:
         InputError: another process is at it, or it cannot be written.
     """
 
-    def __init__(self, path: str | Path, *, resume: str, identity: Mapping[str, Any]):
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, *, resume: str, identity: Mapping[str, Any], writes: bool = True
+    ):
+        self.path, self._lock = Path(path), None
         self._identity = json.loads(json.dumps(identity))  # as it is read back
+        if not writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -44,7 +50,7 @@ class RunFolder:
                 f"{self.path} cannot be written", reason, "Name another --output."
             ) from error
         try:
-            self._take_lock()
+            self._take_lock(self._lock)
             self._check(resume, self._identity)
         except BaseException:
             os.close(self._lock)
@@ -54,10 +60,13 @@ class RunFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def begin(self, recipe: Mapping[str, Any]) -> None:
         """From here on the folder is that of this run, of which `recipe` are the flags."""
+        if self._lock is None:
+            return
         write_recipe(self._file(_RECIPE), recipe)
         text = json.dumps(self._identity, indent=1, ensure_ascii=False)
         self._file(_NEW).write_text(text, encoding="utf-8")
@@ -81,9 +90,9 @@ class RunFolder:
     def _file(self, name: str) -> Path:
         return self.path / name
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, lock: int) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"another training writes {self.path}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Container
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Batches:
         shuffle: random order, another one in every epoch; if not, the order of the files, and rows
             that follow each other in them do so in the batches.
         seed: of the order.
+        rows: numbers below B of the rows that are wanted, the others are left empty; None = all.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class Batches:
         pack: bool = False,
         shuffle: bool = True,
         seed: int = 0,
+        rows: Container[int] | None = None,
     ):
         self.dataset = dataset
+        self._wanted = range(batch_size) if rows is None else rows
         self.shape = (accumulate, batch_size)
         self.pack, self.shuffle, self.seed = pack, shuffle, seed
         self.width = dataset.max_length
@@ -67,23 +71,22 @@ class Batches:
         raise AssertionError("epochs have no end")
 
     def at(self, epoch: int, step: int) -> tuple[Batch, list[str]]:
-        """A step's arrays, [A, B, T], and "file:line" of every sequence in them.
+        """A step's arrays, [A, B, T], and "file:line" of every sequence in them, wanted or not.
 
         Raises:
             IndexError: the epoch has no such step. InputError: a row's file has changed.
         """
-        if not 0 <= step < self.steps_per_epoch(epoch):
-            raise IndexError(f"epoch {epoch} has no step {step}")
-        plan, count = self._plan(epoch), self.shape[0] * self.shape[1]
-        rows = [plan.row(number) for number in range(step * count, (step + 1) * count)]
+        rows, count = self._rows(epoch, step), self.shape[0] * self.shape[1]
         width = self.width
         if not self.pack:
             longest = max(int(self.dataset.lengths[row].sum()) for row in rows)
             width = bucket(longest, self.width)
         tokens, segment_ids, positions = np.zeros((3, count, width), np.int32)
         learned = np.zeros((count, width), bool)
-        sources = []
+        sources = [self.dataset.source(index) for row in rows for index in row.tolist()]
         for number, row in enumerate(rows):
+            if number % self.shape[1] not in self._wanted:
+                continue
             at = 0
             for segment, index in enumerate(row.tolist(), 1):
                 sample = self.dataset.sample(index)
@@ -92,10 +95,20 @@ class Batches:
                 segment_ids[number, place] = segment
                 positions[number, place] = np.arange(len(sample.ids))
                 learned[number, place] = sample.learned
-                sources.append(sample.source)
                 at = place.stop
         arrays = (tokens, segment_ids, positions, learned)
         return Batch(*(array.reshape(*self.shape, width) for array in arrays)), sources
+
+    def tokens(self, epoch: int, step: int) -> int:
+        """How many tokens the sequences of a step have, wanted or not."""
+        return sum(int(self.dataset.lengths[row].sum()) for row in self._rows(epoch, step))
+
+    def _rows(self, epoch: int, step: int) -> list[np.ndarray]:
+        """The sequences in each row of a step."""
+        if not 0 <= step < self.steps_per_epoch(epoch):
+            raise IndexError(f"epoch {epoch} has no step {step}")
+        plan, count = self._plan(epoch), self.shape[0] * self.shape[1]
+        return [plan.row(number) for number in range(step * count, (step + 1) * count)]
 
     def _plan(self, epoch: int) -> Plan:
         """The plan of an epoch; the last one is kept."""
