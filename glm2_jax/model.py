@@ -371,17 +371,23 @@ def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array)
     if not active_mesh():
         rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
         return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
-    # The same in words that the partitioner follows: rows count up, so each stays where it lies.
-    dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3),
-        inserted_window_dims=(0, 1, 2),
-        scatter_dims_to_operand_dims=(0, 1, 2),
-    )
-    rows = jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)
-    places = jnp.stack([jnp.full_like(slots, layer), rows, slots], axis=-1)
-    drop = jax.lax.GatherScatterMode.FILL_OR_DROP
-    new = new.astype(cache.dtype)
-    cache = jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
+    # The same in words that the partitioner follows, so that each row stays where it lies.
+    new, layers = new.astype(cache.dtype), jnp.full_like(slots, layer)
+
+    def scatter(indices: tuple[jax.Array, ...], inserted: tuple[int, ...], **batching: Any):
+        dimensions = jax.lax.ScatterDimensionNumbers((2, 3), inserted, inserted, **batching)
+        places, drop = jnp.stack(indices, axis=-1), jax.lax.GatherScatterMode.FILL_OR_DROP
+        return jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
+
+    def rows_count_up() -> jax.Array:  # XLA:TPU copies the cache for the other form
+        rows = jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)
+        return scatter((layers, rows, slots), (0, 1, 2))
+
+    def each_row() -> jax.Array:  # elsewhere the rows of the first form are sent about
+        batching = {"operand_batching_dims": (1,), "scatter_indices_batching_dims": (0,)}
+        return scatter((layers, slots), (0, 2), **batching)
+
+    cache = jax.lax.platform_dependent(tpu=rows_count_up, default=each_row)
     return constrain(cache, *AXES["k"])
 
 
