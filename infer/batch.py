@@ -70,7 +70,8 @@ def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns
     if not requests:
         raise InputError(f"{batch.name} has no prompt that can be answered")
     if output is None or is_stream(output):
-        return batch.to_stream(open_engine(args), requests, output)
+        engine = open_engine(args, requests=[dataclasses.asdict(one) for _, one in requests])
+        return batch.to_stream(engine, requests, output)
     with Journal(output, restart=args.restart) as journal:
         run = _run_of(args, sampling, history, data)
         journal.check(run)

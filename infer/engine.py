@@ -41,7 +41,8 @@ class Engine:
       stats: seconds and tokens of the last call.
       executor: runs the programs on the device.
       programs: the compiled programs.
-      device: where the parameters are.
+      device: where the parameters are; on a mesh one of its devices, which stands for all.
+      mesh: which devices the parameters are spread over; None = one.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Engine:
         self.stats = Stats(load_s=load_s)
         self.executor = Executor(self.config, checkpoint.params, on_event)
         self.programs, self.device = self.executor.programs, self.executor.device
+        self.mesh = self.executor.places.mesh
         self._stop_ids = prompt.stop_ids(self.tokenizer)
 
     @property
@@ -250,6 +252,7 @@ class Engine:
             clean=clean,
             chunk=self.prefill_chunk,
             reused=reused,
+            rows=self.executor.places.rows,
         )
 
     def _device_errors(self, job: Job, prompts: str = "") -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from glm2_jax.prefix import prefix_length
 from glm2_jax.xla import cache_dtype
 from infer import speculate, steps
 from infer.job import Job
+from infer.places import Places, mesh_of
 from infer.programs import OnEvent, Programs
 from infer.reading import grown
 
@@ -24,16 +25,19 @@ class Executor:
     Attributes:
       config: the architecture.
       params: the weights; others of the same shapes and types may take their place.
-      device: where they are.
+      device: where they are; on a mesh one of its devices, which stands for all.
+      places: where arrays lie.
       cache_dtype: type of the keys and values that are kept.
       programs: the compiled programs.
     """
 
     def __init__(self, config: GLMConfig, params: Any, on_event: OnEvent | None = None):
         self.config, self.params = config, params
-        self.device = next(iter(jax.tree.leaves(params)[0].devices()))
+        self.places = Places(mesh_of(params))
+        devices = jax.tree.leaves(params)[0].sharding.addressable_devices
+        self.device = min(devices, key=lambda device: device.id)
         self.cache_dtype = cache_dtype(self.device.platform, params["final_norm"].dtype)
-        self.programs = Programs(self.device.platform, on_event)
+        self.programs = Programs(self.device.platform, on_event, self.places)
 
     def compile_ahead(
         self,
@@ -78,7 +82,7 @@ class Executor:
             self.params,
             part.tokens,
             part.lengths,
-            job.controls,
+            self._controls(job),
         )
 
     def empty_cache(self, job: Job) -> KVCache:
@@ -89,7 +93,8 @@ class Executor:
         """A cache of `batch` rows with `size` slots for tokens, behind the prefix, if any."""
         make = partial(KVCache.new, self.config, batch, size, self.cache_dtype)
         prefix = self.params.get("prefix")
-        if prefix is not None:  # in a program, or there would be two of the cache for a moment
+        # In a program, or there would be two of the cache, or a whole one, for a moment.
+        if prefix is not None or self.places.mesh is not None:
             return self.programs.call("begin", (batch, size), make, prefix)
         if self.programs.tracing:
             return jax.eval_shape(make, None)
@@ -121,7 +126,7 @@ class Executor:
             self.params,
             *last,
             job.seen,
-            job.controls,
+            self._controls(job),
             cache,
             donate=6,
         )
@@ -165,12 +170,18 @@ class Executor:
             (job.batch, cache.size, *(array.shape[1] for array in more)),
             function,
             self.params,
-            job.controls,
+            self._controls(job),
             job.keep,
             state._replace(cache=cache),
             *more,
             donate=3,
         )
+
+    def _controls(self, job: Job) -> steps.Controls:
+        """What every step of a job takes, put in its place once."""
+        if job.placed is None:
+            job.placed = self.places.put(job.controls)
+        return job.placed
 
     def _call(
         self, job: Job, *args: Any, donate: int | None = None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from convert import interrupt
 from convert.cli import Parser, path_argument
-from infer import options
+from infer import hosts, options
 from infer.memory.devices import CARDS
 
 PROG = "python -m infer.generate"
@@ -31,6 +31,7 @@ def parser() -> Parser:
     _add_prompt_options(result)
     options.add_sampling_options(result)
     performance = options.add_performance_options(result, cards=CARDS)
+    options.add_mesh_options(performance)
     options.add_speculate(performance)
     performance.add_argument(
         "--batch-size",
@@ -39,6 +40,7 @@ def parser() -> Parser:
         metavar="N",
         help="lines of a batch file that are answered together",
     )
+    hosts.add_host_options(result)
     _add_output_options(result)
     group = result.add_argument_group("memory plan")
     group.add_argument(
@@ -174,10 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return dry_run.run(args)
     _check_dry_run_flags(args)
-    options.choose_platform(args)
-    from infer import respond
+    with hosts.start(args):
+        options.choose_platform(args)
+        from infer import respond
 
-    return respond.run(args)
+        return respond.run(args)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ AUTO = "auto"
 JOIN_TIMEOUT, HEARTBEAT_TIMEOUT = 120, 100  # seconds; the second is JAX's own
 # Where things are may differ from host to host; what they hold is compared instead.
 _PLACES = {
-    "process_id", "model", "hub_source", "revision", "adapter", "init_adapter", "data", "mix_data",
-    "val_data", "guard_data", "sample_prompts", "prompt_file", "batch_file", "history", "output",
-    "checkpoints", "log_jsonl", "plot", "compile_cache", "config", "debug",
+    "process_id", "model", "hub_source", "revision", "adapter", "prefix", "init_adapter", "data",
+    "mix_data", "val_data", "guard_data", "sample_prompts", "prompt_file", "batch_file", "history",
+    "output", "checkpoints", "log_jsonl", "plot", "compile_cache", "config", "debug",
 }  # fmt: skip
 # What JAX raises, rather than to end the process, when the connection to another one breaks.
 _LOST = re.compile(
@@ -61,6 +61,17 @@ def add_host_options(parser: Parser) -> None:
         help="seconds without a sign of life until a process is taken for lost, which ends the "
         "others",
     )  # fmt: skip
+
+
+def refuse_host_options(parser: Parser, why: str) -> None:
+    """The same flags, for a command that is not for several processes: each is an error."""
+
+    class Refuse(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None) -> None:
+            raise UsageError(f"{option_string}: not for this command", why, "Leave it out.")
+
+    for flag in ("--coordinator", "--num-processes", "--process-id"):
+        parser.add_argument(flag, action=Refuse, help=argparse.SUPPRESS)
 
 
 @contextlib.contextmanager

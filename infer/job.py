@@ -15,7 +15,7 @@ from glm2_jax.tokenizer import Tokenizer
 from infer.answer import Answer, Completion, TokenLogprob
 from infer.params import SamplingParams, shown
 from infer.programs import Programs
-from infer.reading import ROOM, bucket, parts
+from infer.reading import ROOM, bucket, padded_batch, parts
 from infer.sampling import Rows, seed_words
 from infer.steps import IDLE, NOT_FINITE, Controls, Output
 
@@ -88,10 +88,11 @@ class Job:
     Attributes:
       parts: what is to be read, at most `chunk` tokens of all rows at once. Of every prompt the
         first `reused` ids are left out: the cache has them.
-      batch: B, rows; those beyond the prompts are empty.
+      batch: B, rows, a multiple of the argument `rows`; those beyond the prompts are empty.
       cache_size: S, slots to begin with: a bucket that holds the prompts and the beginning of the
         answers.
       largest_cache: S that holds the longest answers.
+      placed: `controls` as the programs take them; None before the first one does.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Job:
         clean: bool,
         chunk: int,
         reused: int = 0,
+        rows: int = 1,
     ):
         if not isinstance(sampling, SamplingParams):
             raise UsageError(f"sampling must be SamplingParams, not {shown(sampling)}")
@@ -122,7 +124,7 @@ class Job:
             Answer(tokenizer, ids, sampling, limit=limit, stop_ids=stop_ids, clean=clean)
             for ids, limit in zip(prompts, limits, strict=True)
         ]
-        self.batch = batch = 1 << (len(prompts) - 1).bit_length()
+        self.batch = batch = padded_batch(len(prompts), rows)
         self.parts = parts(prompts, reused, batch, min(max(1, chunk // batch), max_length))
         self._prompts = prompts
         self._limits = limits
@@ -136,6 +138,7 @@ class Job:
             stop_ids=np.array(stop_ids, np.int32),
             want_logprobs=np.array(sampling.logprobs is not None),
         )
+        self.placed: Controls | None = None
         self._vocab_size = vocab_size
         self.steps_read = 0
         self.new_tokens = 0

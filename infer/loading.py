@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from convert import load_checkpoint
 from convert.adapted import attach, open_adapter
 from convert.hub import find_model
 from convert.prefix import attach_prefix, open_prefix
 from glm2_jax.errors import DeviceError, UsageError
+from glm2_jax.mesh import AXES, make_mesh, parse_mesh
 from infer.engine import Engine
 from infer.memory.shortage import when_loading
+from infer.options import mesh_flag
 from infer.programs import OnEvent, device_errors
 
 DEVICES = ("auto", "cpu", "gpu", "tpu")
@@ -35,7 +39,7 @@ def load(
     quantize: str | None = None,
     quantize_embeddings: bool = False,
     layers: str | None = None,
-    mesh: Any = None,
+    mesh: str | Mapping[str, int] | Mesh | None = None,
     max_length: int | None = None,
     prefill_chunk: int | None = None,
     speculate: int = 0,
@@ -55,14 +59,16 @@ def load(
     Args:
       path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
         None = the bundled demo model.
-      dtype, quantize, quantize_embeddings, mesh, rope_kind, template: as in
-        `convert.load_checkpoint`.
+      dtype, quantize, quantize_embeddings, rope_kind, template: as in `convert.load_checkpoint`.
       layers: "stacked" or "list", as there; None = what is faster on the device, see
         `faster_layers`.
+      mesh: all devices to compute on together, those of other processes included: a text such as
+        "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`; None = one device.
       max_length: longest prompt and answer together; None = 8192, or what the model knows.
       prefill_chunk: tokens of prompts, of all rows together, that are read at once; None = 2048.
       speculate: tokens that each step drafts and verifies, see `infer.speculate`; 0 = off.
-      device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
+      device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`; with a
+        mesh that is not a `Mesh` yet the kind of its devices.
       adapter: folder of a LoRA adapter, from train.lora or PEFT, to answer with.
       force_adapter: take the adapter even if it was trained on another base or template.
       prefix: folder of a P-Tuning v2 prefix, from the official training, to answer with.
@@ -75,7 +81,11 @@ def load(
       UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
       DeviceError: the device is not there, or its memory is too small.
     """
-    chosen = find_device(device)
+    if mesh is None:
+        chosen = find_device(device)
+    else:
+        mesh = as_mesh(mesh, device)
+        chosen = mesh.local_devices[0]
     start = time.perf_counter()
     folder = demo_folder()
     if path is not None:
@@ -98,6 +108,7 @@ def load(
         context=max_length,
         rope_kind=rope_kind,
         prefix=0 if found is None else found.length,
+        mesh=mesh,
     )
     with device_errors(f"loading {folder}", explain):
         checkpoint = load_checkpoint(
@@ -105,11 +116,11 @@ def load(
             dtype=dtype,
             quantize=quantize,
             quantize_embeddings=quantize_embeddings,
-            layers=faster_layers(chosen.platform) if layers is None else layers,
+            layers=layers or faster_layers(chosen.platform, on_mesh=mesh is not None),
             mesh=mesh,
             rope_kind=rope_kind,
             template=template,
-            device=chosen,
+            device=chosen if mesh is None else None,
             progress=progress,
         )
         if ready is not None:
@@ -128,7 +139,7 @@ def load(
     )
 
 
-def faster_layers(platform: str) -> str:
+def faster_layers(platform: str, *, on_mesh: bool = False) -> str:
     """The layout of the layers that decodes faster ("stacked" or "list").
 
     On a CPU a scan over stacked layers copies each layer out first, and takes three times as long.
@@ -164,3 +175,60 @@ def find_device(name: Any) -> Any:
         if platforms:
             fix = f"JAX_PLATFORMS={platforms} restricts the choice: unset it, or use device 'cpu'."
         raise DeviceError(f"no device {name!r} was found", reason, fix) from error
+
+
+def find_mesh(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that `--mesh` or `--tp` asks for; None = one device.
+
+    Raises:
+      UsageError: it makes no sense, or takes more or fewer devices than there are; or there are
+        several processes and no mesh. DeviceError: there is no such device.
+    """
+    text = mesh_flag(args)
+    if text is None:
+        # Asked in this order, since the second starts jax's devices.
+        if getattr(args, "coordinator", None) is None or jax.process_count() == 1:
+            return None
+        raise UsageError(
+            "several processes need --mesh or --tp",
+            "It says how their devices share the work.",
+            f"Use for example --mesh data={jax.device_count()}.",
+        )
+    return as_mesh(text, args.device)
+
+
+def as_mesh(mesh: Any, device: Any = None) -> Mesh:
+    """A mesh of all devices of a kind.
+
+    Args:
+      mesh: a text such as "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`, which is
+        checked.
+      device: the kind, as `find_device` takes it.
+
+    Raises:
+      UsageError: it makes no sense, or takes more or fewer devices than there are. DeviceError:
+        there is no such device.
+    """
+    if isinstance(mesh, Mesh):
+        if device not in (None, "auto"):
+            raise UsageError(
+                f"device={device!r} contradicts mesh={mesh!r}", "A mesh has devices of its own."
+            )
+        if set(mesh.axis_names) != set(AXES):
+            raise UsageError(
+                f"a mesh with the axes {', '.join(map(str, mesh.axis_names))}",
+                f"Its axes have to be {', '.join(AXES)}, in any order; unused ones have size 1.",
+                "Make it with glm2_jax.make_mesh.",
+            )
+        return mesh
+    if isinstance(device, jax.Device):
+        raise UsageError(
+            f"device={device!r} is one device, and a mesh takes all of a kind",
+            fix="Name the kind, or leave device out.",
+        )
+    if isinstance(mesh, Mapping):
+        mesh = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+    if not isinstance(mesh, str):
+        raise UsageError(f"mesh={mesh!r} is no mesh", fix="Write it like data=2,tensor=4.")
+    sizes = parse_mesh(mesh)
+    return make_mesh(sizes, jax.devices(find_device(device).platform))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
@@ -212,6 +213,26 @@ def add_performance_options(
     return group
 
 
+def add_mesh_options(group: argparse._ArgumentGroup) -> None:
+    """Over which devices to compute, beside `--device`; `infer.loading.find_mesh` reads it."""
+    mesh = group.add_mutually_exclusive_group()
+    mesh.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="compute on all devices together, for example data=2,tensor=4: data shares the rows, "
+        "fsdp the rows and the weights, tensor the heads, ffn and vocabulary; the sizes multiply "
+        "to the number of devices (default: one device)",
+    )
+    mesh.add_argument("--tp", type=positive, metavar="N", help="short for --mesh tensor=N")
+
+
+def mesh_flag(args: argparse.Namespace) -> str | None:
+    """The mesh that the flags of `add_mesh_options` ask for, as `--mesh` writes it; None = one
+    device."""
+    tensor = getattr(args, "tp", None)
+    return getattr(args, "mesh", None) if tensor is None else f"tensor={tensor}"
+
+
 def add_speculate(group: argparse._ArgumentGroup) -> None:
     """The flag that has steps verify drafts, for the tools that answer."""
     group.add_argument(
@@ -313,16 +334,23 @@ def model_folder(args: argparse.Namespace) -> str | None:
     return None
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
-    """Loads the model that the flags name and says on stderr how it computes."""
+def open_engine(args: argparse.Namespace, **contents: Any) -> Engine:
+    """Loads the model that the flags name and says on stderr how it computes.
+
+    Args:
+      contents: what several processes have to agree on beside flags and model, see
+        `infer.hosts.compare`.
+    """
     import infer
     from infer.compile_cache import enable_compile_cache
-    from infer.loading import demo_folder
+    from infer.loading import demo_folder, find_mesh
     from infer.memory.budget import prepare
 
     enable_compile_cache(args.compile_cache, warn=note)
     folder = model_folder(args)
     prepare(args, folder or demo_folder(), _batch(args))
+    mesh = find_mesh(args)
+    _compare_processes(args, folder or demo_folder(), contents)
     with Progress("loading", 0, show=human_size) as bar:
 
         def show_progress(done: int, total: int) -> None:
@@ -335,7 +363,8 @@ def open_engine(args: argparse.Namespace) -> Engine:
             quantize=args.quantize,
             quantize_embeddings=args.quantize_embeddings,
             layers=args.layers,
-            device=args.device,
+            mesh=mesh,
+            device=args.device if mesh is None else None,
             max_length=args.max_length,
             prefill_chunk=args.prefill_chunk,
             speculate=getattr(args, "speculate", 0),
@@ -349,10 +378,45 @@ def open_engine(args: argparse.Namespace) -> Engine:
         )
     summary = engine.checkpoint.summary
     weights = f", weights in {summary.quantisation}" if summary.quantisation else ""
-    note(f"computing in {summary.dtype}{weights}")
+    note(f"computing in {summary.dtype}{weights}{_spread(engine)}")
     for line in engine.checkpoint.notes:
         note(line)
     return engine
+
+
+def _spread(engine: Engine) -> str:
+    if engine.mesh is None:
+        return ""
+    from glm2_jax.mesh import mesh_text
+
+    sizes = dict(engine.mesh.shape)
+    return f", on {engine.mesh.size} devices ({mesh_text(sizes)})"
+
+
+def _compare_processes(
+    args: argparse.Namespace, folder: str | Path, contents: Mapping[str, Any]
+) -> None:
+    """Where this is one of several processes: that all of them answer the same with the same.
+
+    Raises:
+      UsageError, InputError: they do not. CheckpointError: the model cannot be opened.
+    """
+    from infer import hosts
+
+    if getattr(args, "coordinator", None) is None:
+        return
+    from convert.adapted import open_adapter
+    from convert.folder import fingerprint, open_folder
+    from convert.prefix import open_prefix
+
+    form = {"rope_kind": args.rope_scaling, "template": args.template}
+    sums = {"checkpoint": fingerprint(open_folder(folder, **form)), "adapter": "", "prefix": ""}
+    if args.adapter is not None:
+        force = args.force_adapter
+        sums["adapter"] = open_adapter(args.adapter, folder, **form, force=force).digest
+    if args.prefix is not None:
+        sums["prefix"] = open_prefix(args.prefix, folder, **form).digest
+    hosts.compare(args, sys.argv[0], **sums, **contents)
 
 
 def _batch(args: argparse.Namespace) -> int:

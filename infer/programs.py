@@ -13,6 +13,7 @@ import jax
 from glm2_jax import compiler_options
 from glm2_jax.errors import CheckpointError, DeviceError
 from infer.compile_cache import Lookup
+from infer.places import Places
 
 OnEvent = Callable[[str, str], None]
 At = tuple[str, Hashable]  # name and key of a program
@@ -23,13 +24,21 @@ _JAX_CONFIG: Any = jax.config  # its names are made at run time
 class Programs:
     """Compiles each program once per shape, ahead of its first call.
 
+    Args:
+      platform: what to compile for.
+      on_event: told of each program that is compiled.
+      places: where arrays lie; None = on one device.
+
     Attributes:
       compiled: how many programs there are; constant once everything is warm.
       cached: how many of them were found in the persistent compilation cache.
       seconds: spent making them so far.
     """
 
-    def __init__(self, platform: str, on_event: OnEvent | None = None):
+    def __init__(
+        self, platform: str, on_event: OnEvent | None = None, places: Places | None = None
+    ):
+        self._places = places or Places()
         self._options = compiler_options(platform)
         self._on_event = on_event
         self._programs: dict[At, Any] = {}
@@ -54,7 +63,8 @@ class Programs:
           donate: position of the argument whose buffers the result may take over.
         """
         if _JAX_CONFIG.jax_disable_jit:  # a wish for plain steps that a debugger can follow
-            return function(*jax.tree.map(jax.numpy.asarray, args))
+            with self._places.active():
+                return function(*jax.tree.map(jax.numpy.asarray, args))
         at = name, key
         program = self._programs.get(at)
         if self._traced is not None:
@@ -96,14 +106,14 @@ class Programs:
 
     def _trace(self, function: Callable, donate: int | None, args: tuple) -> Any:
         with self._timed():
-            return jax.jit(function, donate_argnums=() if donate is None else donate).trace(*args)
+            return self._places.trace(function, args, donate)
 
     def _compile(self, at: At, traced: Any, count: str = "") -> Any:
         def missed() -> None:
             if self._on_event:
                 self._on_event("compile", f"compiling {_label(*at)}{count}")
 
-        with self._timed(), Lookup(missed) as lookup:
+        with self._timed(), self._places.active(), Lookup(missed) as lookup:
             program = traced.lower().compile(compiler_options=self._options)
         self.cached += lookup.found
         self._programs[at] = program

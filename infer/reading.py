@@ -34,6 +34,11 @@ def bucket(length: int, largest: int) -> int:
     return min(size, largest)
 
 
+def padded_batch(count: int, rows: int) -> int:
+    """B for so many prompts: a power of two, rounded up to a multiple of `rows`."""
+    return -(-(1 << (count - 1).bit_length()) // rows) * rows
+
+
 def grown(size: int, needed: int, largest: int) -> int:
     """The size of the cache that follows one of `size` slots and holds `needed`."""
     while size < needed:

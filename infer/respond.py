@@ -41,13 +41,19 @@ def run(args: argparse.Namespace) -> int:
     request = Request(_prompt_text(args), history, args.system)
     if args.clean_text:
         request = request.cleaned()
-    engine = open_engine(args)
+    engine = open_engine(args, request=dataclasses.asdict(request))
     _answer_one(args, engine, request, sampling)
     return 0
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for flags that have no meaning together."""
+    if args.output is not None and args.coordinator is not None:
+        raise UsageError(
+            "--output is for one process",
+            "Of several processes the first one prints the answers, and none of them a file.",
+            "Use > FILE for process 0.",
+        )
     batch, as_json = args.batch_file is not None, args.json or args.batch_file is not None
     if args.output is not None and not batch:
         raise UsageError("--output goes with --batch-file", fix="use > FILE for a single answer")

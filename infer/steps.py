@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax import GLMConfig, KVCache, last_logits
+from glm2_jax.mesh import active_mesh
 from infer.sampling import Logprobs, Rows, row_keys, sample, token_logprobs
 
 # In place of a token:
@@ -74,8 +75,7 @@ def prefill(
     logits, cache = last_logits(
         config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cache
     )
-    seen = jnp.zeros((batch, config.vocab_size), bool)
-    seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
+    seen = _marked(jnp.zeros((batch, config.vocab_size), bool), tokens, real)
     none = jnp.zeros(batch, jnp.int32)
     return pick(logits, controls, State(cache, none, seen, lengths > 0, none))
 
@@ -172,6 +172,13 @@ def _read(
     return last_logits(config, params, tokens, last, segment_ids=segment_ids, cache=cut)
 
 
+def _marked(seen: Array, tokens: Array, real: Array) -> jax.Array:
+    """`seen` [B, V] with the tokens [B, T] that are real."""
+    if active_mesh():  # in words that the partitioner follows: each row stays where it lies
+        return jax.vmap(lambda row, ids, real: row.at[ids].max(real))(seen, tokens, real)
+    return seen.at[jnp.arange(len(tokens))[:, None], tokens].max(real)
+
+
 def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Output]:
     """Draws a token for every active row and decides on the device which rows go on.
 
@@ -186,7 +193,6 @@ def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Ou
 
     stopped = jnp.any(token[:, None] == controls.stop_ids, axis=-1)
     active = state.active & finite & ~stopped & (state.step + 1 < controls.limit)
-    row = jnp.arange(token.size)
-    seen = state.seen.at[row, token].set(state.seen[row, token] | active)
+    seen = _marked(state.seen, token[:, None], active[:, None])
     state = State(state.cache, jnp.where(active, token, 0), seen, active, state.step + state.active)
     return state, Output(output, logprobs)

@@ -32,13 +32,16 @@ def work(args):
     from tests.training_data import open_rows
     from train.checkpoints import Checkpoints
     from train.data.batches import Batches
+    from train.devices import Devices
     from train.output import RunFolder
-    from train.rows import MeshBatches
 
     mesh = make_mesh({"data": 2, "tensor": 4})
     lines = [line for line in Path(args.data).read_text().splitlines() if line]
-    batches = Batches(open_rows(Path(args.data), lines), batch_size=3, shuffle=False)
-    batch, sources = MeshBatches(batches, mesh).at(0, 0)  # three rows, padded to four
+    devices = Devices(jax.local_devices()[0], mesh)
+    own = devices.rows(3)
+    dataset = open_rows(Path(args.data), lines)
+    batches = Batches(dataset, batch_size=3, shuffle=False, rows=own)
+    batch = devices.batch(batches.at(0, 0)[0])  # three rows, padded to four
     rows = jax.make_array_from_callback((4, 2), rows_sharding(mesh), lambda at: whole()[at])
     with RunFolder(
         args.output, resume="auto", identity={"a": 1}, checkpoints=args.checkpoints
@@ -50,7 +53,7 @@ def work(args):
                 rows = checkpoints.restore(before, {"rows": rows})[0]["rows"]
             checkpoints.save((before or 0) + 1, {"rows": rows + 1}, {"step": 1})
     total = int(jax.jit(lambda x: x.sum())(batch.tokens))
-    told = {"before": before, "sum": total, "own": len(sources), "shape": batch.tokens.shape}
+    told = {"before": before, "sum": total, "own": len(own), "shape": batch.tokens.shape}
     print(json.dumps(told), flush=True)
     return 0
 

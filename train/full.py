@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from convert import interrupt
 from convert.cli import Parser
+from infer.hosts import add_host_options
 from infer.options import add_model_options
 from train import options, settings
 from train.data.options import add_data_options
@@ -25,6 +26,7 @@ def parser() -> Parser:
     add_data_options(result)
     options.add_training_options(result, lr=1e-5, remat=False)
     options.add_evaluation_options(result)
+    add_host_options(result)
     options.add_output_options(result, "trained")
     result.add_common()
     return result

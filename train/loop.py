@@ -15,7 +15,6 @@ from infer.memory.peak import peak_bytes
 from train.checkpoints import Checkpoints
 from train.data.batches import Batches
 from train.log import Log
-from train.rows import MeshBatches
 from train.step import Metrics
 from train.stopping import Stopping
 
@@ -62,7 +61,7 @@ class Run:
     evaluate: Callable[[Any], dict[str, dict[str, float]]] | None
     rate: Callable[[int], float]
     device: Any
-    batches: Batches | MeshBatches
+    batches: Batches
     total: int
     eval_every: int | None
     early_stop: int | None
@@ -78,7 +77,7 @@ class Loop:
         log: is told of every step and evaluation.
         checkpoints: where the state goes.
         best: where that of the best evaluation goes; None = nowhere.
-        stopping: looked at after every step.
+        stopping: looked at after every step, by all processes.
     """
 
     def __init__(
@@ -112,15 +111,14 @@ class Loop:
             self._evaluate(state, 0)
         while position.step < run.total and not self._patience_lost(position):
             place = run.batches.place(position.step)
-            batch, rows = run.batches.at(*place)
-            tokens = run.batches.tokens(*place)
+            (batch, rows), tokens = run.batches.at(*place), run.batches.tokens(*place)
             state, metrics = run.step(state, batch, position.step)
             position.step += 1
             self._read(position)
             self._unread = position.step, metrics, rows, tokens
             if not self._ahead:
                 self._read(position)
-            asked_to_stop = self._stopping.asked()
+            asked_to_stop = self._stopping.agree()
             if asked_to_stop or self._due(position.step):
                 self._read(position)
                 self._look(state, position)

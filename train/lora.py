@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from convert import interrupt
 from convert.cli import Parser, path_argument
+from infer import hosts
+from infer.hosts import add_host_options
 from infer.options import QUANTIZE, add_model_options, choose_platform, positive, use_utf8
 from train import options, settings
 from train.data.options import add_data_options
@@ -33,6 +35,7 @@ def parser() -> Parser:
     _add_adapter_options(result)
     options.add_training_options(result, lr=5e-5, remat=True)
     options.add_evaluation_options(result)
+    add_host_options(result)
     options.add_output_options(result, "adapter")
     result.add_common()
     return result
@@ -79,10 +82,11 @@ def start(parser: Parser, argv: Sequence[str], method: str) -> int:
     if args.steps is None and args.epochs is None:
         args.epochs = options.DEFAULT_EPOCHS
     choose_platform(args)
-    from train import methods
-    from train.run import run
+    with hosts.start(args):
+        from train import methods
+        from train.run import run
 
-    return run(parser, args, getattr(methods, method))
+        return run(parser, args, getattr(methods, method))
 
 
 if __name__ == "__main__":

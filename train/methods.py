@@ -16,11 +16,15 @@ from convert import Checkpoint, load_checkpoint
 from convert.adapted import open_adapter
 from convert.adapter import Adapter, save_adapter
 from convert.folder import Folder
+from convert.gather import gathered
 from convert.own_format import save_checkpoint
 from glm2_jax.dtypes import resolve_dtype
 from glm2_jax.lora import LoRA, init_lora, with_lora
+from glm2_jax.sharding import lora_sharding
+from infer import hosts
 from infer.engine import Engine
 from infer.loading import faster_layers
+from train.devices import Devices
 
 Progress = Callable[[int, int], None]
 
@@ -48,7 +52,8 @@ class Method(ABC):
 
     @abstractmethod
     def write(self, folder: Path, trained: Any) -> Path:
-        """Writes the result; returns the folder that inference takes."""
+        """Writes the result; returns the folder that inference takes. Of several processes all
+        call it, and the first one writes."""
 
     def answering(self) -> Callable[[Any], Engine]:
         """A function of what is trained: the engine that answers with it, always the same one."""
@@ -69,7 +74,7 @@ class AdapterMethod(Method):
     Args:
         folder: the base.
         args: the flags of `train.lora`.
-        device: where to compute.
+        devices: where to compute.
         progress: called with the bytes of parameters loaded and to load.
 
     Raises:
@@ -77,21 +82,25 @@ class AdapterMethod(Method):
             be opened, or they do not belong together.
     """
 
-    def __init__(self, folder: Folder, args: argparse.Namespace, device: Any, progress: Progress):
+    def __init__(
+        self, folder: Folder, args: argparse.Namespace, devices: Devices, progress: Progress
+    ):
         adapter = _first_adapter(folder, args)
         self.checkpoint = load_checkpoint(
             folder.path,
             dtype=args.dtype,
             quantize=args.quantize_base,
-            layers=faster_layers(device.platform),
+            layers=faster_layers(devices.first.platform),
+            mesh=devices.mesh,
             rope_kind=args.rope_scaling,
             template=args.template,
-            device=device,
+            device=devices.first if devices.mesh is None else None,
             progress=progress,
         )
         self.base, self.dtype = self.checkpoint.params, None
         self.computed = self.base["embed"].dtype
-        self.trained = jax.device_put(adapter.lora, device)
+        places = None if devices.mesh is None else lora_sharding(adapter.lora, devices.mesh)
+        self.trained = devices.put(adapter.lora, places)
         self._adapter = dataclasses.replace(
             adapter, base=self.checkpoint.fingerprint, template=self.checkpoint.template
         )
@@ -100,7 +109,9 @@ class AdapterMethod(Method):
         return self.base, trained
 
     def write(self, folder: Path, trained: Any) -> Path:
-        save_adapter(folder, dataclasses.replace(self._adapter, lora=jax.device_get(trained)))
+        lora = jax.tree.map(gathered, trained)
+        if hosts.is_first():
+            save_adapter(folder, dataclasses.replace(self._adapter, lora=lora))
         return folder
 
 
@@ -127,19 +138,24 @@ def _first_adapter(folder: Folder, args: argparse.Namespace) -> Adapter:
 class FullMethod(Method):
     """Trains all parameters, which are float32, and computes in `--dtype`; else as above."""
 
-    def __init__(self, folder: Folder, args: argparse.Namespace, device: Any, progress: Progress):
+    def __init__(
+        self, folder: Folder, args: argparse.Namespace, devices: Devices, progress: Progress
+    ):
         config = folder.config
         self.checkpoint = load_checkpoint(
             folder.path,
             dtype="float32",
             quantize="none",
+            mesh=devices.mesh,
             rope_kind=args.rope_scaling,
             template=args.template,
-            device=device,
+            device=devices.first if devices.mesh is None else None,
             progress=progress,
         )
         self.base, self.trained = None, self.checkpoint.params
-        self.computed = resolve_dtype(args.dtype, num_params=config.num_params, device=device)
+        self.computed = resolve_dtype(
+            args.dtype, num_params=config.num_params, device=devices.first
+        )
         self.dtype = self.computed
 
     def model(self, trained: Any) -> tuple[Any, LoRA | None]:

@@ -6,7 +6,7 @@ import argparse
 
 from convert.cli import Parser, path_argument
 from convert.local import refuse_url
-from infer.options import DEVICES, DTYPES, positive
+from infer.options import DEVICES, DTYPES, add_mesh_options, positive
 
 DEFAULT_EPOCHS = 3.0  # where neither --epochs nor --steps is given
 SCHEDULES = ("cosine", "linear", "constant")
@@ -101,6 +101,7 @@ def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
         "it, float16 with scaled losses on older GPUs, float32 on CPU where it fits",
     )  # fmt: skip
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    add_mesh_options(group)
     group.add_argument(
         "--compile-cache", type=path_argument, metavar="DIR|off",
         help="where compiled programs are kept (default: the user's cache folder)",

@@ -19,25 +19,28 @@ import jax.numpy as jnp
 from convert.cli import Parser, Progress, human_size, note
 from convert.folder import Folder, fingerprint, open_folder
 from glm2_jax.errors import InputError, UsageError
+from infer import hosts
 from infer.bench.plot import check_plot
 from infer.compile_cache import enable_compile_cache
-from infer.loading import demo_folder, find_device
+from infer.loading import demo_folder
 from infer.options import model_folder, say_which_model
 from infer.programs import device_errors
 from infer.text_input import read_utf8
 from train import curve
+from train.batch import Batch
 from train.checkpoints import Checkpoints
 from train.data.batches import Batches
 from train.data.dataset import Dataset
 from train.data.options import look_at, open_dataset
 from train.data.split import Subset, split
+from train.devices import Devices
 from train.log import Log, cut_log, read_log
 from train.loop import Loop, Position, Run
 from train.methods import Method
 from train.optim import make_optimizer, make_schedule
 from train.output import RunFolder
 from train.settings import as_recipe
-from train.step import init_state, make_step
+from train.step import make_step
 from train.stopping import Stopping
 from train.validation import GUARD, VALIDATION, Validation, answer
 
@@ -46,10 +49,11 @@ from train.validation import GUARD, VALIDATION, Validation, answer
 _NO_PART = {
     "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
     "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
-    "keep", "log-every", "log-jsonl", "plot", "device", "compile-cache", "init-adapter",
+    "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
+    "init-adapter",
 }  # fmt: skip
 
-MakeMethod = Callable[[Folder, argparse.Namespace, Any, Any], Method]
+MakeMethod = Callable[[Folder, argparse.Namespace, Devices, Any], Method]
 
 
 def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> int:
@@ -66,6 +70,7 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     dataset = open_dataset(args, as_checkpoint(folder))
     if (code := look_at(args, dataset)) is not None:
         return code
+    devices = Devices.of(args)
     learned, sets = _sets(args, folder, dataset)
     rows = min(args.batch_size, len(learned))  # more would be empty, and computed all the same
     batches = Batches(
@@ -75,19 +80,26 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
         pack=args.pack,
         shuffle=not args.no_shuffle,
         seed=args.seed,
+        rows=devices.rows(rows),
     )
     recipe = as_recipe(parser, args)
     looked_at = sets.get(VALIDATION)  # counts, because it may end the run early
     data = {"data": dataset, VALIDATION: looked_at}
     identity = _identity(parser.prog, recipe, folder, data, getattr(args, "init_adapter", None))
+    hosts.compare(
+        args,
+        parser.prog,
+        model=identity["base"],
+        data=_sums({"data": dataset, **sets}),
+        first_adapter=identity.get("--init-adapter"),
+    )
     with RunFolder(
         args.output, resume=args.resume, identity=identity, checkpoints=args.checkpoints
     ) as out:
-        device = find_device(args.device)
         with Progress("loading", 0, show=human_size) as bar:
-            method = make_method(folder, args, device, partial(_show, bar))
-        with jax.default_device(device):
-            return _train(args, out, method, batches, sets, device, recipe)
+            method = make_method(folder, args, devices, partial(_show, bar))
+        with jax.default_device(devices.first):
+            return _train(args, out, method, batches, sets, devices, recipe)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -144,14 +156,19 @@ def _identity(
     flags = {f"--{name}": value for name, value in recipe.items() if name not in _NO_PART}
     if adapter is not None:
         flags["--init-adapter"] = _sum_of(adapter)
-    data = {}
+    base = {"command": command, "base": fingerprint(folder), "template": folder.template}
+    return base | _sums(sets) | flags
+
+
+def _sums(sets: dict[str, Any]) -> dict[str, Any]:
+    """Of the files that sets are read from: those that are a part of another are none."""
+    found = {}
     for name, rows in sets.items():
         if isinstance(rows, Dataset):
             sums = [content[:16] for _, content, _ in rows.files]
             weights = [(group.weight, group.general) for group in rows.groups]
-            data[name] = list(zip(sums, weights, strict=True))
-    base = {"command": command, "base": fingerprint(folder), "template": folder.template}
-    return base | data | flags
+            found[name] = list(zip(sums, weights, strict=True))
+    return found
 
 
 def _sum_of(adapter: str) -> str:
@@ -169,7 +186,7 @@ def _train(
     method: Method,
     batches: Batches,
     sets: dict[str, Any],
-    device: Any,
+    devices: Devices,
     recipe: dict[str, Any],
 ) -> int:
     total = _steps(args, batches)
@@ -177,8 +194,9 @@ def _train(
     rate = make_schedule(args.schedule, lr=args.lr, steps=total, warmup=args.warmup)
     optimizer = make_optimizer(rate, clip=args.clip, weight_decay=args.weight_decay)
     scaled = str(method.computed) == "float16"
-    state = (method.trained, init_state(optimizer, method.trained, loss_scaling=scaled))
+    state = (method.trained, devices.state(optimizer, method.trained, loss_scaling=scaled))
     position, path = Position(), args.log_jsonl or out.log
+    path = path if hosts.is_first() else os.devnull
     prompts = _prompts(args)
     _say_what(method, batches, total)
     out.begin(recipe)
@@ -201,12 +219,13 @@ def _train(
                 dtype=method.dtype,
                 remat=args.grad_checkpoint,
                 noise=args.neftune,
+                out_shardings=devices.shardings(*state),
             )
             work = Run(
-                step=_announced(step, method.base, jax.random.key(args.seed), log),
-                evaluate=_evaluate(args, method, sets, prompts),
+                step=_announced(step, method.base, devices, args.seed, log),
+                evaluate=_evaluate(args, method, sets, prompts, devices),
                 rate=lambda updates: float(jnp.asarray(rate(updates))),
-                device=device,
+                device=devices.first,
                 batches=batches,
                 total=total,
                 eval_every=args.eval_every,
@@ -217,15 +236,16 @@ def _train(
             with device_errors(f"training, {args.batch_size} rows at once", _smaller):
                 loop = Loop(work, log, checkpoints, best, stopping)
                 state = loop.go(state, position)
-        if best is not None and best.newest is not None and stopping.signal is None:
+        stopped = stopping.agree()
+        if best is not None and best.newest is not None and not stopped:
             best.finish()
             state, _ = best.restore(best.newest, state)
-    if stopping.signal is not None:
+    if stopped:
         note(f"saved after step {position.step}; go on with --resume auto")
         return stopping.exit_code
     _say_end(position, total, best is not None)
     note(f"the result is in {method.write(out.path, state[0])}")
-    if args.plot is not None:
+    if args.plot is not None and hosts.is_first():
         curve.draw(read_log(path), args.plot)
     return 0
 
@@ -273,18 +293,22 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _announced(step: Any, base: Any, key: jax.Array, log: Log) -> Callable[[Any, Any, int], Any]:
+def _announced(
+    step: Any, base: Any, devices: Devices, seed: int, log: Log
+) -> Callable[[Any, Any, int], Any]:
     """The step, compiled ahead for each shape of batch, and that said."""
     compiled: dict[tuple[int, ...], Any] = {}
+    key = devices.key(seed)
 
-    def take(state: tuple[Any, Any], batch: Any, number: int) -> Any:
+    def take(state: tuple[Any, Any], batch: Batch, number: int) -> Any:
+        batch = devices.batch(batch)
         shape = batch.tokens.shape
         arguments = (base, *state, batch, key, number)
         if shape not in compiled:
             jax.block_until_ready(state)  # what still runs is not compiling
             note(f"compiling the step for {' x '.join(map(str, shape))} tokens")
             start = time.perf_counter()
-            with log.apart():
+            with log.apart(), devices.active():
                 compiled[shape] = step.lower(*arguments).compile()
             note(f"compiled in {time.perf_counter() - start:.1f} s")
         trained, rest, metrics = compiled[shape](*arguments)
@@ -294,12 +318,16 @@ def _announced(step: Any, base: Any, key: jax.Array, log: Log) -> Callable[[Any,
 
 
 def _evaluate(
-    args: argparse.Namespace, method: Method, sets: dict[str, Any], prompts: list[str]
+    args: argparse.Namespace,
+    method: Method,
+    sets: dict[str, Any],
+    prompts: list[str],
+    devices: Devices,
 ) -> Callable[[Any], dict[str, dict[str, float]]] | None:
     """What is looked at in between, if anything."""
     if not sets and not prompts:
         return None
-    validation = Validation(method.checkpoint.config, sets, args.batch_size)
+    validation = Validation(method.checkpoint.config, sets, args.batch_size, devices)
     answering = method.answering() if prompts else None
 
     def evaluate(state: tuple[Any, Any]) -> dict[str, dict[str, float]]:

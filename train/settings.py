@@ -17,7 +17,11 @@ from convert.cli import Parser, path_argument
 from glm2_jax.errors import InputError, UsageError
 from infer.text_input import read_utf8
 
-_NOT_SETTINGS = ("config", "help", "version", "debug")
+_NOT_SETTINGS = (
+    "config", "help", "version", "debug",
+    # Of a process, not of what it computes.
+    "coordinator", "num_processes", "process_id", "join_timeout", "heartbeat_timeout",
+)  # fmt: skip
 
 
 def add_config_flag(parser: Parser) -> None:

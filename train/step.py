@@ -161,14 +161,17 @@ def make_step(
     dtype: Any = None,
     remat: bool = True,
     noise: float = 0.0,
+    out_shardings: Any = None,
 ) -> Callable[..., tuple[Any, State, Metrics]]:
     """Compiles `train_step` for (base, trained, state, batch, key, number of the step).
 
-    `trained` and `state` are donated.
+    `trained` and `state` are donated; on a mesh `out_shardings` says that they stay where they lie.
     """
     step = partial(train_step, config, optimizer, dtype=dtype, remat=remat, noise=noise)
     options = compiler_options(jax.default_backend())
-    return jax.jit(step, donate_argnums=(1, 2), compiler_options=options)
+    return jax.jit(
+        step, donate_argnums=(1, 2), out_shardings=out_shardings, compiler_options=options
+    )
 
 
 def train_step(

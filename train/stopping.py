@@ -19,11 +19,13 @@ class Stopping:
     The second signal ends the process at once: what was saved before is complete.
 
     Attributes:
-        signal: the signal that asked for the end; None while nobody did.
+        signal: the signal that asked for the end; None while nobody did. Of several processes all
+            have that of any of them, once they have agreed.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._came: int | None = None  # to this process
 
     def __enter__(self) -> Stopping:
         reading, self._writing = os.pipe()
@@ -42,25 +44,23 @@ class Stopping:
             signal.signal(signum, handler)
         os.close(self._writing)
 
-    def asked(self) -> bool:
-        """Whether the end was asked for, in this process or in another one of its run; all of them
-        have to call this after the same step."""
-        agreed = hosts.highest(self.signal or 0)
-        if agreed:
-            self.signal = agreed
-        return agreed > 0
-
     @property
     def exit_code(self) -> int:
         """Of the process: 0 while nobody asked for the end."""
         return 0 if self.signal is None else EXIT_CODES[signal.Signals(self.signal)]
 
+    def agree(self) -> bool:
+        """Whether any process of the run was asked to end. All have to call this, at the same
+        place of their work: `signal` changes nowhere else."""
+        self.signal = hosts.highest(self._came or self.signal or 0) or None
+        return self.signal is not None
+
     def _watch(self, reading: int) -> None:
         while read := os.read(reading, 1):
             if read[0] not in EXIT_CODES:
                 continue
-            if self.signal is not None:
+            if self._came is not None:
                 interrupt.end(read[0])
-            self.signal = read[0]
+            self._came = read[0]
             note("ending after this step, which is saved; once more ends at once")
         os.close(reading)

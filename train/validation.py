@@ -12,6 +12,7 @@ from glm2_jax import GLMConfig
 from train.data.batches import Batches
 from train.data.dataset import Dataset
 from train.data.split import Subset
+from train.devices import Devices
 from train.step import make_eval
 
 VALIDATION, GUARD = "validation", "guard"
@@ -24,12 +25,21 @@ class Validation:
         config: the architecture.
         sets: name -> rows.
         batch_size: rows computed at once.
+        devices: where to compute.
     """
 
-    def __init__(self, config: GLMConfig, sets: Mapping[str, Dataset | Subset], batch_size: int):
-        self._loss = make_eval(config)
+    def __init__(
+        self,
+        config: GLMConfig,
+        sets: Mapping[str, Dataset | Subset],
+        batch_size: int,
+        devices: Devices,
+    ):
+        self._loss, self._devices = make_eval(config), devices
+        own = devices.rows(batch_size)
         self._sets = {
-            name: Batches(rows, batch_size=batch_size, shuffle=False) for name, rows in sets.items()
+            name: Batches(rows, batch_size=batch_size, shuffle=False, rows=own)
+            for name, rows in sets.items()
         }
 
     def __call__(self, params: Any, lora: Any) -> dict[str, dict[str, float]]:
@@ -40,8 +50,9 @@ class Validation:
         sums = []
         for number in range(batches.steps_per_epoch(0)):
             batch, _ = batches.at(0, number)
-            one = jax.tree.map(lambda x: x[0], batch)
-            sums.append(self._loss(params, lora, one))
+            one = self._devices.batch(jax.tree.map(lambda x: x[0], batch))
+            with self._devices.active():
+                sums.append(self._loss(params, lora, one))
         totals = jax.device_get(sums)
         loss = math.fsum(float(s) for s, _ in totals) / sum(int(n) for _, n in totals)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

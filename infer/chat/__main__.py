@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from convert import interrupt
 from convert.cli import Parser, path_argument
-from infer import options
+from infer import hosts, options
 from infer.loops import LOOP_STOP_DEFAULT
 
 PROG = "python -m infer.chat"
@@ -39,7 +39,10 @@ def parser() -> Parser:
         "question, with a newline",
     )
     options.add_sampling_options(result, loop_stop=LOOP_STOP_DEFAULT)
-    options.add_speculate(options.add_performance_options(result))
+    performance = options.add_performance_options(result)
+    options.add_mesh_options(performance)
+    options.add_speculate(performance)
+    hosts.refuse_host_options(result, "A conversation is held in one process.")
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print a JSON object for each answer")
     group.add_argument(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from convert import interrupt
 from convert.cli import Parser, path_argument
-from infer import options
+from infer import hosts, options
 from infer.evaluate.variants import variants
 
 PROG = "python -m infer.evaluate"
@@ -65,7 +65,8 @@ def parser() -> Parser:
     _add_perplexity(result)
     _add_generation(result)
     _add_choice(result)
-    options.add_performance_options(result)
+    options.add_mesh_options(options.add_performance_options(result))
+    hosts.add_host_options(result)
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     group.add_argument(
@@ -171,12 +172,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.use_utf8()
     flags = parser()
     args = flags.parse_args(argv)
-    options.choose_platform(args)
-    if args.compare and "jax" not in sys.modules:  # or the first form takes a GPU for itself
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from infer.evaluate import run
+    with hosts.start(args):
+        options.choose_platform(args)
+        if args.compare and "jax" not in sys.modules:  # or the first form takes a GPU for itself
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        from infer.evaluate import run
 
-    return run.run(args, _given(flags, args))
+        return run.run(args, _given(flags, args))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.cli import Progress, note
+from convert.gather import gathered
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
 from infer.evaluate.generation import (
@@ -29,7 +30,7 @@ from infer.evaluate.generation import (
     sampling_params,
 )
 from infer.evaluate.reader import Reader
-from infer.evaluate.rows import BadRows
+from infer.evaluate.rows import BadRows, unplaced
 from infer.evaluate.subjects import GROUPS
 from infer.options import open_engine, say_which_model
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     shots = [examples_for(exam.path, bad).questions if args.shots else () for exam in exams]
     say_which_model(args)
-    engine = open_engine(args)
+    engine = open_engine(args, questions=unplaced(q for exam in exams for q in exam.questions))
     asker = _Asker(engine, bad, args.batch_size)
     asked = []
     for exam, examples in zip(exams, shots, strict=True):
@@ -197,12 +198,12 @@ class _Asker:
             ending = np.flatnonzero((chunk.start <= last) & (last < chunk.start + width))
             if not ending.size:
                 continue
-            columns = np.zeros(self.batch, np.int32)
+            columns = np.zeros(reader.batch, np.int32)
             columns[ending] = last[ending] - chunk.start
             key = chunk.logits.shape
             call = self.engine.programs.call
             values = call("letters", key, pick, chunk.logits, columns, np.array(self.ids, np.int32))
-            yield ending.tolist(), np.asarray(values)[ending]
+            yield ending.tolist(), gathered(values)[ending]
 
 
 def pick(logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:

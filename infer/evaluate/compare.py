@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.cli import Progress, human_size, note
+from convert.gather import gathered
 from infer.evaluate.perplexity import Material, Targets, Total, add, batches
 from infer.evaluate.reader import Reader
 from infer.evaluate.variants import Variant, asking_for
@@ -132,7 +133,7 @@ def _together(
     with Progress("tokens read", material.tokens) as bar:
         done = 0
         for items in batches(material.items, batch):
-            targets = Targets(items, batch)
+            targets = Targets(items, readers[0].batch)
             ids = [item.ids[:-1] for item in items]
             for one, two in zip(*(reader.read(ids) for reader in readers), strict=True):
                 counts = add(first, mine, one, targets)
@@ -140,7 +141,7 @@ def _together(
                 found = first.programs.call(
                     "distances", one.logits.shape, distances, one.logits, two.logits
                 )
-                distance.add(*(np.asarray(part)[counts] for part in found))
+                distance.add(*(gathered(part)[counts] for part in found))
                 done += int(one.real.sum())
                 now = first.programs.seconds + other.programs.seconds
                 bar.start, compiled = bar.start + now - compiled, now

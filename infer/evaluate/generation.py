@@ -21,6 +21,7 @@ from infer.evaluate.rows import (
     data_file,
     parse_pair,
     read_rows,
+    unplaced,
 )
 from infer.options import open_engine, say_which_model
 from infer.params import SamplingParams
@@ -85,7 +86,7 @@ def _generate(args: argparse.Namespace, bad: BadRows) -> tuple[list[str], list[s
     pairs = bad.keep(read_rows(data_file(args.data)), parse_pair)
     bad.check(len(pairs))
     say_which_model(args)
-    engine = open_engine(args)
+    engine = open_engine(args, pairs=unplaced(pairs))
 
     def prompt(where: str, pair: Pair) -> tuple[Pair, list[int]]:
         ids = engine.build_prompt(pair.question, pair.history, pair.system)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.cli import Progress
+from convert.gather import gathered
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from infer.evaluate.reader import Chunk, Reader
 from infer.evaluate.rows import BadRows, Pair, Text
@@ -215,7 +216,7 @@ def measure(engine: Engine, material: Material, batch: int) -> Total:
     with Progress("tokens read", material.tokens) as bar:
         done = 0
         for items in batches(material.items, batch):
-            targets = Targets(items, batch)
+            targets = Targets(items, reader.batch)
             for chunk in reader.read([item.ids[:-1] for item in items]):
                 add(engine, total, chunk, targets)
                 done += int(chunk.real.sum())
@@ -232,7 +233,7 @@ def add(engine: Engine, total: Total, chunk: Chunk, targets: Targets) -> np.ndar
       CheckpointError: NaN or Inf in the logits.
     """
     tokens, counts = targets.of(chunk)
-    nats = np.asarray(
+    nats = gathered(
         engine.programs.call("nats", chunk.logits.shape, token_nats, chunk.logits, tokens)
     )[counts]
     if not np.isfinite(nats).all():

@@ -44,14 +44,18 @@ class Reader:
 
     Args:
       engine: whose model, programs and type of cache.
-      batch: B, rows that are read together.
+      batch: rows that are read together.
       longest: tokens that a row may have.
+
+    Attributes:
+      batch: B, on a mesh rounded up to what it divides; the last rows are empty then.
     """
 
     def __init__(self, engine: Engine, batch: int, longest: int):
-        self.engine, self.batch, self.longest = engine, batch, longest
+        rows = engine.executor.places.rows
+        self.engine, self.batch, self.longest = engine, -(-batch // rows) * rows, longest
         self.programs: Programs = engine.programs
-        most = max(POSITIONS // batch, 1)
+        most = max(POSITIONS // self.batch, 1)
         self.columns = min(1 << (most.bit_length() - 1), SMALLEST_BUCKET * 4)
 
     def read(self, rows: Sequence[Sequence[int]]) -> Iterator[Chunk]:

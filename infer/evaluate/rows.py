@@ -109,6 +109,11 @@ def data_file(named: str | None) -> str:
     return str(_SAMPLE)
 
 
+def unplaced(rows: Iterable[Any]) -> list[Any]:
+    """Dataclasses without where they came from: what several processes have to agree on."""
+    return [dataclasses.replace(row, where="") for row in rows]
+
+
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with its place: JSON objects, or for plain text one string.
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from glm2_jax.errors import GLMError, UsageError
 from infer.evaluate import report, variants
-from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_text_or_pair, read_rows
+from infer.evaluate.rows import (
+    BUNDLED,
+    BadRows,
+    data_file,
+    parse_text_or_pair,
+    read_rows,
+    unplaced,
+)
 from infer.options import model_folder, open_engine, say_which_model
 
 # What scoring an existing file of answers takes.
@@ -74,6 +81,12 @@ def check_flags(args: argparse.Namespace, given: Mapping[str, str]) -> None:
             "No questions are bundled.",
             "Name a csv file or a folder.",
         )
+    if args.predictions and args.coordinator is not None:
+        raise UsageError(
+            "--predictions is for one process",
+            "Of several processes the first one prints the figures, and none of them writes files.",
+            "Leave it out, or the flags of several processes.",
+        )
     if args.compare:
         variants.check(args)
 
@@ -93,7 +106,7 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
         first = compare.open_variant(args, args.compare[0])
         found = compare.compare(args, args.compare, material_of, first)
         return {"data": args.data or BUNDLED, "bad_rows": bad.count, "variants": found}
-    engine = open_engine(args)
+    engine = open_engine(args, rows=unplaced(rows))
     total = perplexity.measure(engine, material_of(engine), args.batch_size)
     return {"data": args.data or BUNDLED, "bad_rows": bad.count, **total.figures()}
 

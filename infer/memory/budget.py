@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from infer.machine import Gpu
 from infer.memory.devices import CARDS, find_card
 from infer.memory.plan import (
     GPU_SHARE,
+    RUNTIME,
     SHARE_VARIABLES,
     Plan,
     Precision,
@@ -31,6 +33,8 @@ from infer.memory.plan import (
     nearest,
     precisions,
 )
+from infer.memory.shares import Sizes, sizes_of
+from infer.options import mesh_flag
 from infer.probing import count_tpus, find_nvidia
 
 DEFAULT_CONTEXT = 8192  # of --max-length
@@ -163,9 +167,10 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
     except GLMError:  # loading says it, in its own words
         return
     config, stored = found.config, None if found.scheme is None else found.scheme.name
+    mesh = asked_mesh(args)
     asked = getattr(args, "max_length", None)
     check_context(asked, config.seq_length)
-    budget = find_budget(args.device, args.memory_limit)
+    budget = share_budget(find_budget(args.device, args.memory_limit), mesh, args)
     scheme = asked_scheme(args.quantize, args.quantize_embeddings, stored=stored, model=str(folder))
     wish = Wish(
         config,
@@ -177,6 +182,7 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
         chunk=args.prefill_chunk or PREFILL_CHUNK,
         columns=1 + getattr(args, "speculate", 0),
         prefix=prefix_tokens(args),
+        mesh=mesh,
     )
     plan = settle(budget, wish, note)
     if plan.precision != wish.choices[0]:
@@ -184,6 +190,42 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
     if plan.context < wish.context:
         args.max_length = plan.context
     set_gpu_share(budget, plan)
+
+
+def asked_mesh(args: argparse.Namespace) -> Sizes | None:
+    """The sizes of the mesh that the flags ask for; None = one device.
+
+    Raises:
+      UsageError: they make no sense.
+    """
+    text = mesh_flag(args)
+    if text is None:
+        return None
+    from glm2_jax.mesh import parse_mesh
+
+    return sizes_of(parse_mesh(text))
+
+
+def share_budget(budget: Budget, mesh: Sizes | None, args: argparse.Namespace) -> Budget:
+    """What each device of a mesh may take."""
+    if mesh is None:
+        return budget
+    return shared(budget, count_devices(mesh) // (getattr(args, "num_processes", None) or 1))
+
+
+def shared(budget: Budget, devices: int) -> Budget:
+    """What each of so many devices of this host may take: where a processor plays them, they share
+    its memory."""
+    if budget.platform != "cpu" or budget.memory is None:
+        return budget
+    runtime = RUNTIME["cpu"]  # once for all of them
+    memory = max(budget.memory - runtime, 0) // max(devices, 1) + runtime
+    return dataclasses.replace(budget, memory=memory)
+
+
+def count_devices(mesh: Sizes) -> int:
+    """The devices of a mesh."""
+    return math.prod(size for _, size in mesh)
 
 
 def prefix_tokens(args: argparse.Namespace) -> int:
@@ -209,6 +251,7 @@ class Wish:
       fixed_context: whether the user asked for just this context.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
       prefix: slots of each row before all tokens.
+      mesh: over which the model is spread.
     """
 
     config: GLMConfig
@@ -220,6 +263,7 @@ class Wish:
     chunk: int = PREFILL_CHUNK
     columns: int = 1
     prefix: int = 0
+    mesh: Sizes | None = None
 
     def plan(self, precision: Precision, platform: str) -> Plan:
         return make_plan(
@@ -231,6 +275,7 @@ class Wish:
             chunk=self.chunk,
             columns=self.columns,
             prefix=self.prefix,
+            mesh=self.mesh,
         )
 
 
@@ -286,7 +331,8 @@ def needs(plan: Plan) -> str:
     sizes = ", ".join(f"{name} {human_size(size)}" for name, size in parts)
     rows = "" if plan.batch == 1 else f" x {plan.batch}"
     drafts = "" if plan.columns == 1 else f", --speculate {plan.columns - 1}"
-    what = f"{plan.precision.name}, {plan.context:,} tokens{rows}{drafts}"
+    devices = "" if plan.mesh is None else f" on each of {count_devices(plan.mesh)} devices"
+    what = f"{plan.precision.name}, {plan.context:,} tokens{rows}{drafts}{devices}"
     return f"{human_size(plan.total)} for {what} ({sizes})"
 
 

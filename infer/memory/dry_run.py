@@ -18,9 +18,18 @@ from convert.glm_layout import is_native, published_keys
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
-from glm2_jax.schemes import asked_scheme
+from glm2_jax.schemes import SCHEMES, asked_scheme
 from infer.memory import compiler
-from infer.memory.budget import DEFAULT_CONTEXT, Budget, check_context, find_budget, prefix_tokens
+from infer.memory.budget import (
+    DEFAULT_CONTEXT,
+    Budget,
+    asked_mesh,
+    check_context,
+    count_devices,
+    find_budget,
+    prefix_tokens,
+    share_budget,
+)
 from infer.memory.compiler import Verdict
 from infer.memory.plan import (
     Plan,
@@ -30,6 +39,7 @@ from infer.memory.plan import (
     precisions,
     rate_bound,
 )
+from infer.memory.shares import Sizes
 
 DEFAULT_CONFIG = "chatglm2-6b"
 CONTEXTS = (2048, 8192, 32768)
@@ -52,6 +62,7 @@ class Sheet:
 
     Attributes:
       name: of the model. stored: the scheme of a folder that is quantised.
+      mesh: the sizes of its axes; None = one device.
       longest: (label of the weights, batch) -> the longest context that fits; empty where the
         place's memory is not known.
     """
@@ -62,6 +73,7 @@ class Sheet:
     budget: Budget
     plans: tuple[Plan, ...]
     longest: dict[tuple[str, int], int]
+    mesh: Sizes | None = None
 
     def fits(self, plan: Plan) -> bool | None:
         """None where the place does not tell its memory."""
@@ -96,20 +108,28 @@ def run(args: argparse.Namespace) -> int:
     _say_ignored(args)
     name, config, stored = _model(args)
     check_context(args.max_length, config.seq_length)
+    mesh = asked_mesh(args)
+    asked = asked_scheme(args.quantize, args.quantize_embeddings, stored=stored, model=name)
+    if mesh is not None:
+        from glm2_jax.sharding import check_mesh
+
+        check_mesh(config, dict(mesh), SCHEMES.get(asked or ""))
     sheet = make_sheet(
         name,
         config,
-        find_budget(args.device, args.memory_limit),
+        share_budget(find_budget(args.device, args.memory_limit), mesh, args),
         stored=stored,
         contexts=_contexts(config, args.max_length),
         batches=sorted({1, args.batch_size}),
         dtype=args.dtype,
-        quantize=asked_scheme(args.quantize, args.quantize_embeddings, stored=stored, model=name),
+        quantize=asked,
         chunk=args.prefill_chunk or PREFILL_CHUNK,
         columns=1 + args.speculate,
         prefix=prefix_tokens(args),
+        mesh=mesh,
     )
-    verdicts = _verdicts(sheet, args) if compiler.knows(args.device) else None
+    one_device = mesh is None and compiler.knows(args.device)  # the compiler is asked of one
+    verdicts = _verdicts(sheet, args) if one_device else None
     if args.json:
         found = None if verdicts is None else [_verdict_json(verdict) for verdict in verdicts]
         print(json.dumps(as_json(sheet) | {"compiled": found}, ensure_ascii=False))
@@ -236,6 +256,7 @@ def make_sheet(
     chunk: int = PREFILL_CHUNK,
     columns: int = 1,
     prefix: int = 0,
+    mesh: Sizes | None = None,
 ) -> Sheet:
     """Plans for every precision that the flags leave open.
 
@@ -243,12 +264,13 @@ def make_sheet(
       dtype, quantize: as the flags of the same names.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
       prefix: tokens of a prefix.
+      mesh: over which the model is spread.
     """
     chosen = budget.precisions(stored, dtype, quantize)
     if dtype == "auto" and quantize is None:
         chosen = precisions(budget.half, stored)
     options: dict[str, Any] = {"chunk": chunk, "columns": columns, "prefix": prefix}
-    options["platform"] = budget.platform
+    options |= {"platform": budget.platform, "mesh": mesh}
     plans = [
         make_plan(config, precision, context, batch, **options)
         for precision in chosen
@@ -262,7 +284,7 @@ def make_sheet(
             for precision, label in _labels(chosen).items()
             for batch in batches
         }
-    return Sheet(name, config, stored, budget, tuple(plans), longest)
+    return Sheet(name, config, stored, budget, tuple(plans), longest, mesh)
 
 
 def render(sheet: Sheet, columns: int) -> Iterator[str]:
@@ -273,7 +295,12 @@ def render(sheet: Sheet, columns: int) -> Iterator[str]:
     count = sheet.config.num_params
     size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
     head = f"{sheet.name}, {size} parameters"
-    yield from _wrapped(f"{head}, on {budget.name}: {memory}{speed}", columns)
+    if sheet.mesh is None:
+        yield from _wrapped(f"{head}, on {budget.name}: {memory}{speed}", columns)
+    else:
+        where = f"{count_devices(sheet.mesh)} devices ({budget.name}, {_mesh_text(sheet)})"
+        yield from _wrapped(f"{head}, on {where}: {memory}{speed} each", columns)
+        yield from _wrapped("All sizes are those of each device.", columns)
     yield ""
     first = max(map(len, ("weights in", *sheet.labels.values())))
     yield from _wide(sheet, first) if columns >= first + WIDE else _narrow(sheet)
@@ -288,6 +315,12 @@ def render(sheet: Sheet, columns: int) -> Iterator[str]:
         yield from _wrapped("tokens/s: the memory's bandwidth is not known here.", columns)
     temporary = "temporary is the most that a program needs while it runs, jax's own memory apart"
     yield from _wrapped(f"{temporary}, which is in the total.", columns)
+
+
+def _mesh_text(sheet: Sheet) -> str:
+    from glm2_jax.mesh import mesh_text
+
+    return mesh_text(dict(sheet.mesh or ()))
 
 
 def _wrapped(text: str, columns: int) -> list[str]:
@@ -358,6 +391,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
         "stored_as": sheet.stored,
         "device": sheet.budget.name,
         "platform": sheet.budget.platform,
+        "mesh": None if sheet.mesh is None else dict(sheet.mesh),
         "memory": sheet.budget.memory,
         "bandwidth": sheet.budget.bandwidth,
         "plans": [

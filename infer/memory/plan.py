@@ -1,8 +1,8 @@
 """How much memory a model needs to answer, from its configuration alone.
 
 Weights and cache are counted exactly; what the programs need beside them is in
-`infer.memory.temporaries`. No jax: this answers before
-anything is loaded, and where jax does not work.
+`infer.memory.temporaries`. No jax but for a mesh: this answers before anything is loaded, and where
+jax does not work. For a mesh the bytes are those of each device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES, Scheme, scheme_flags
+from infer.memory import shares
+from infer.memory.shares import Sizes
 from infer.memory.temporaries import cache_number, temporary_bytes
+from infer.reading import padded_batch
 
 SHORTEST = 64  # slots of the smallest cache
 CHUNKS = (1024, 512, 256)  # of prompts, that are advised where there is no room for more at once
@@ -85,7 +88,7 @@ def flags(precision: Precision, stored: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes that answering takes on the device.
+    """Bytes that answering takes on the device, or on each one of a mesh.
 
     Attributes:
       context: tokens of prompt and answer together. batch: prompts at once.
@@ -95,6 +98,7 @@ class Plan:
       chunk: most tokens of prompts, of all rows together, that are read at once.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
       prefix: slots of each row before all tokens, for a prefix (P-Tuning v2).
+      mesh: the sizes of its axes; None = one device.
     """
 
     precision: Precision
@@ -107,11 +111,12 @@ class Plan:
     chunk: int
     columns: int = 1
     prefix: int = 0
+    mesh: Sizes | None = None
 
     @property
     def rows(self) -> int:
-        """Of the batch on the device."""
-        return _rows(self.batch)
+        """Of the batch as it is computed, on all devices together."""
+        return _rows(self.batch, self.mesh)
 
     @property
     def total(self) -> int:
@@ -128,6 +133,7 @@ def make_plan(
     chunk: int = PREFILL_CHUNK,
     columns: int = 1,
     prefix: int = 0,
+    mesh: Sizes | None = None,
 ) -> Plan:
     """The plan for prompts and answers of up to `context` tokens, `batch` of them together.
 
@@ -136,25 +142,37 @@ def make_plan(
       chunk: most tokens of a prompt that are read at once.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
       prefix: slots of each row before all tokens; the params have it once more.
+      mesh: over which the model is spread.
     """
-    rows = _rows(batch)
+    rows, number = _rows(batch, mesh), cache_number(precision, platform)
+    copy = cache_bytes(config, precision.size, prefix, 1)  # of the prefix, in the params
+    if mesh is None:
+        weights = weight_bytes(config, precision)
+        cache = cache_bytes(config, number, prefix + context, rows)
+        part, part_rows, at_once = config, rows, chunk
+    else:
+        weights = shares.weight_share(config, precision, mesh)
+        cache = shares.cache_share(config, number, prefix + context, rows, mesh)
+        part, part_rows = shares.share_of(config, mesh), rows // shares.row_pieces(mesh)
+        at_once = chunk // shares.row_pieces(mesh)
     return Plan(
         precision,
         context,
         batch,
-        weight_bytes(config, precision) + cache_bytes(config, precision.size, prefix, 1),
-        cache_bytes(config, cache_number(precision, platform), prefix + context, rows),
-        temporary_bytes(config, precision, context, rows, platform, chunk, columns, prefix),
+        weights + copy,
+        cache,
+        temporary_bytes(part, precision, context, part_rows, platform, at_once, columns, prefix),
         RUNTIME[platform],
         chunk,
         columns,
         prefix,
+        mesh,
     )
 
 
-def _rows(batch: int) -> int:
-    """Empty rows fill a batch up to a power of two."""
-    return 1 << (batch - 1).bit_length()
+def _rows(batch: int, mesh: Sizes | None) -> int:
+    """Rows of a batch with the empty ones that fill it up."""
+    return padded_batch(batch, 1 if mesh is None else shares.row_pieces(mesh))
 
 
 def matrix_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
@@ -217,12 +235,13 @@ def largest_context(
     chunk: int = PREFILL_CHUNK,
     columns: int = 1,
     prefix: int = 0,
+    mesh: Sizes | None = None,
 ) -> int:
     """The longest context that fits into `memory` bytes, in steps of 64 tokens; 0 = none does."""
 
     def fits(context: int) -> bool:
         sizes: dict[str, Any] = {"chunk": chunk, "columns": columns, "prefix": prefix}
-        sizes["platform"] = platform
+        sizes |= {"platform": platform, "mesh": mesh}
         return make_plan(config, precision, context, batch, **sizes).total <= memory
 
     if fits(config.seq_length):
@@ -237,9 +256,12 @@ def largest_context(
 def rate_bound(config: GLMConfig, plan: Plan, bandwidth: float) -> float:
     """Tokens per second, all rows together, if reading memory were all that a step does.
 
-    Every step reads all weights but the embedding, of which it needs a few rows, and the cache.
+    Every step reads all weights but the embedding, of which it needs a few rows, and the cache; the
+    devices of a mesh read their parts at the same time, and what they send each other is left out.
     """
     embedding = table_bytes(config, plan.precision)
+    if plan.mesh is not None:
+        embedding = shares.embedding_share(config, plan.precision, plan.mesh)
     return plan.batch * bandwidth / (plan.weights - embedding + plan.cache)
 
 
@@ -263,7 +285,7 @@ def nearest(
     """
     now, context, batch, chunk = wanted.precision, wanted.context, wanted.batch, wanted.chunk
     columns = wanted.columns
-    place: dict[str, Any] = {"platform": platform, "prefix": wanted.prefix}
+    place: dict[str, Any] = {"platform": platform, "prefix": wanted.prefix, "mesh": wanted.mesh}
 
     def attempt(
         precision: Precision,
@@ -282,7 +304,8 @@ def nearest(
         sizes = {**place, "chunk": chunk, "columns": columns}
         return min(largest_context(config, precision, batch, memory, **sizes), wanted.context)
 
-    narrower = [choice for choice in choices if weight_bytes(config, choice) < wanted.weights]
+    whole = weight_bytes(config, now)
+    narrower = [choice for choice in choices if weight_bytes(config, choice) < whole]
     batches = [1 << power for power in reversed(range((batch - 1).bit_length()))]
     chunks = [size for size in CHUNKS if size < min(chunk, wanted.rows * context)]
     fewer_drafts = [1 + drafts for drafts in DRAFTS if 1 + drafts < columns]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from convert.folder import open_folder, target_scheme
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import GLMError
@@ -12,8 +14,10 @@ from glm2_jax.host import find_memory
 from glm2_jax.prefix import prefix_length
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
-from infer.memory.budget import DEFAULT_CONTEXT, Budget, Wish, shortage
+from infer.memory.budget import DEFAULT_CONTEXT, Budget, Wish, shared, shortage
 from infer.memory.plan import Precision
+from infer.memory.shares import Sizes, sizes_of
+from infer.places import mesh_of
 from infer.programs import Shortage
 
 
@@ -36,8 +40,9 @@ def when_answering(
     precision = _precision(params)
     context = min(context, config.seq_length)
     sizes: dict[str, Any] = {"chunk": chunk, "columns": columns, "prefix": prefix_length(params)}
-    wish = Wish(config, (precision,), context, batch, **sizes)
-    return shortage(_budget(device), wish, precision)
+    mesh = mesh_of(params)
+    wish = Wish(config, (precision,), context, batch, **sizes, mesh=_sizes(mesh))
+    return shortage(_budget(device, mesh), wish, precision)
 
 
 def when_loading(
@@ -50,6 +55,7 @@ def when_loading(
     context: int | None,
     rope_kind: str | None,
     prefix: int = 0,
+    mesh: Mesh | None = None,
 ) -> Shortage | None:
     """The same for opening a folder; None where it cannot even be looked at, for want of memory."""
     try:
@@ -61,14 +67,19 @@ def when_loading(
     precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
     stored = None if found.scheme is None else found.scheme.name
     tokens = min(context or DEFAULT_CONTEXT, found.config.seq_length)
-    wish = Wish(found.config, (precision,), tokens, stored=stored, prefix=prefix)
-    return shortage(_budget(device), wish, precision)
+    wish = Wish(found.config, (precision,), tokens, stored=stored, prefix=prefix, mesh=_sizes(mesh))
+    return shortage(_budget(device, mesh), wish, precision)
 
 
-def _budget(device: Any) -> Budget:
+def _sizes(mesh: Mesh | None) -> Sizes | None:
+    return None if mesh is None else sizes_of(mesh.shape)
+
+
+def _budget(device: Any, mesh: Mesh | None) -> Budget:
     """The budget of a `jax.Device`: what jax may take there in all."""
     if device.platform == "cpu":
-        return Budget("this processor", "cpu", find_memory(own=True).usable)
+        found = Budget("this processor", "cpu", find_memory(own=True).usable)
+        return found if mesh is None else shared(found, len(mesh.local_devices))
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return Budget(device.device_kind, device.platform, limit)
 

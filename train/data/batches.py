@@ -30,6 +30,7 @@ class Batches:
         shuffle: random order, another one in every epoch; if not, the order of the files, and rows
             that follow each other in them do so in the batches.
         seed: of the order.
+        rows: numbers below B of the rows that are wanted, the others are left empty; None = all.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Batches:
         pack: bool = False,
         shuffle: bool = True,
         seed: int = 0,
+        rows: Container[int] | None = None,
     ):
         self.dataset = dataset
+        self._wanted = range(batch_size) if rows is None else rows
         self.shape = (accumulate, batch_size)
         self.pack, self.shuffle, self.seed = pack, shuffle, seed
         self.width = dataset.max_length
@@ -67,16 +70,8 @@ class Batches:
             step -= self._steps[epoch]
         raise AssertionError("epochs have no end")
 
-    def at(
-        self, epoch: int, step: int, only: Container[int] | None = None
-    ) -> tuple[Batch, list[str]]:
-        """A step's arrays, [A, B, T], and "file:line" of every sequence in them.
-
-        Args:
-            epoch: from 0.
-            step: in it, from 0.
-            only: which of the B rows are made, the others are left empty; None = all. The shape
-                is the same.
+    def at(self, epoch: int, step: int) -> tuple[Batch, list[str]]:
+        """A step's arrays, [A, B, T], and "file:line" of every sequence in them, wanted or not.
 
         Raises:
             IndexError: the epoch has no such step. InputError: a row's file has changed.
@@ -88,9 +83,9 @@ class Batches:
             width = bucket(longest, self.width)
         tokens, segment_ids, positions = np.zeros((3, count, width), np.int32)
         learned = np.zeros((count, width), bool)
-        sources = []
+        sources = [self.dataset.source(index) for row in rows for index in row.tolist()]
         for number, row in enumerate(rows):
-            if only is not None and number % self.shape[1] not in only:
+            if number % self.shape[1] not in self._wanted:
                 continue
             at = 0
             for segment, index in enumerate(row.tolist(), 1):
@@ -100,17 +95,16 @@ class Batches:
                 segment_ids[number, place] = segment
                 positions[number, place] = np.arange(len(sample.ids))
                 learned[number, place] = sample.learned
-                sources.append(sample.source)
                 at = place.stop
         arrays = (tokens, segment_ids, positions, learned)
         return Batch(*(array.reshape(*self.shape, width) for array in arrays)), sources
 
     def tokens(self, epoch: int, step: int) -> int:
-        """How many tokens a step has, padding not counted."""
+        """How many tokens the sequences of a step have, wanted or not."""
         return sum(int(self.dataset.lengths[row].sum()) for row in self._rows(epoch, step))
 
     def _rows(self, epoch: int, step: int) -> list[np.ndarray]:
-        """The sequences in each of the A * B rows of a step."""
+        """The sequences in each row of a step."""
         if not 0 <= step < self.steps_per_epoch(epoch):
             raise IndexError(f"epoch {epoch} has no step {step}")
         plan, count = self._plan(epoch), self.shape[0] * self.shape[1]

@@ -38,6 +38,10 @@ class Subset:
         """A sequence, as `Dataset.sample`."""
         return self._dataset.sample(int(self._indices[index]))
 
+    def source(self, index: int) -> str:
+        """Its row, as `Dataset.source`."""
+        return self._dataset.source(int(self._indices[index]))
+
 
 def split(dataset: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
     """What stays to learn from, and a random share of the rows that does not.

@@ -1,0 +1,92 @@
+"""What one device of a mesh has of a model: its part of the weights and of the cache, in bytes.
+
+From the same shardings that the weights are loaded by, over a mesh that has no devices. This needs
+jax, which the plan for one device does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from glm2_jax.config import GLMConfig
+
+if TYPE_CHECKING:
+    from infer.memory.plan import Precision
+
+Sizes = tuple[tuple[str, int], ...]  # of the mesh: (axis, size), which can be hashed
+
+
+def sizes_of(mesh: Mapping[str, int]) -> Sizes:
+    """All axes, absent ones of size 1."""
+    from glm2_jax.mesh import AXES
+
+    return tuple((axis, mesh.get(axis, 1)) for axis in AXES)
+
+
+def row_pieces(mesh: Sizes) -> int:
+    """In how many pieces the rows of a batch are cut."""
+    return dict(mesh)["data"] * dict(mesh)["fsdp"]
+
+
+@lru_cache
+def weight_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
+    """Bytes of the weights on each device."""
+    from glm2_jax.sharding import params_sharding
+    from infer.memory.compile_for import abstract_params
+
+    params = abstract_params(config, precision)
+    return _bytes(params, params_sharding(config, _without_devices(mesh), scheme=precision.scheme))
+
+
+@lru_cache
+def embedding_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
+    """Bytes of the embedding on each device."""
+    from glm2_jax.sharding import params_sharding
+    from infer.memory.compile_for import abstract_params
+
+    places = params_sharding(config, _without_devices(mesh), scheme=precision.scheme)
+    return _bytes(abstract_params(config, precision)["embed"], places["embed"])
+
+
+def cache_share(config: GLMConfig, size: int, slots: int, rows: int, mesh: Sizes) -> int:
+    """Bytes of keys and values on each device, `size` bytes a number.
+
+    Args:
+      slots, rows: of the whole cache.
+    """
+    from glm2_jax.sharding import cache_sharding
+
+    where: Any = cache_sharding(config, _without_devices(mesh)).k
+    whole = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+    return 2 * size * math.prod(where.shard_shape(whole))
+
+
+def share_of(config: GLMConfig, mesh: Sizes) -> GLMConfig:
+    """The model as wide as one device computes it, rounded up to whole groups of heads."""
+    cut = dict(mesh)["tensor"]
+    heads = config.num_kv_heads // (cut if config.num_kv_heads % cut == 0 else 1)
+    return dataclasses.replace(
+        config,
+        num_heads=-(-config.num_heads // cut // heads) * heads,
+        num_kv_heads=heads,
+        ffn_hidden_size=config.ffn_hidden_size // cut,
+    )
+
+
+def _without_devices(mesh: Sizes) -> Any:
+    from jax.sharding import AbstractMesh
+
+    return AbstractMesh(tuple(size for _, size in mesh), tuple(axis for axis, _ in mesh))
+
+
+def _bytes(arrays: Any, places: Any) -> int:
+    import jax
+
+    def share(array: Any, where: Any) -> int:
+        return math.prod(where.shard_shape(array.shape)) * array.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(share, arrays, places)))
