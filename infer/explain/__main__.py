@@ -12,6 +12,7 @@ from convert import interrupt
 from convert.cli import Parser, path_argument
 from infer import options
 from infer.memory.devices import CARDS
+from infer.memory.links import LINKS, MESHES
 from infer.params import MAX_LOGPROBS
 
 PROG = "python -m infer.explain"
@@ -25,6 +26,7 @@ codes: 0 fine, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or d
 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG}
   {PROG} --config chatglm2-6b --batch 16 --length 128 --device a100 h200
+  {PROG} --config chatglm2-6b --mesh tensor=8 --device v5e-8 --length 2048
   {PROG} --model chatglm2-6b --prompt 你好 --heads 0:0,27:31 --html explain.html"""
 
 
@@ -36,10 +38,16 @@ def parser() -> Parser:
     _add_what(result)
     _add_values(result)
     options.add_performance_options(result)
-    result.add_argument_group("devices").add_argument(
+    devices = result.add_argument_group("devices")
+    devices.add_argument(
         "--device", dest="cards", nargs="+", type=_card, metavar="NAME",
         help=f"to tell the least time of, any of {', '.join(CARDS)}; they need not be here "
-        f"(default: {', '.join(DEVICES)})",
+        f"(default: {', '.join(DEVICES)}; with --mesh: {', '.join(LINKS)})",
+    )  # fmt: skip
+    devices.add_argument(
+        "--mesh", metavar="AXIS=N,...",
+        help="instead of the stages: what each of several devices holds, moves and sends, such as "
+        "--mesh data=2,tensor=4 --device v5e-8 v5p-8 8xh200; --length is that of the rows",
     )  # fmt: skip
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -91,10 +99,10 @@ def _add_values(result: Parser) -> None:
 
 
 def _card(text: str) -> str:
-    """An argparse type: the name of a device, "v5e" for one chip of them, too."""
-    for name in (text.lower(), f"{text.lower()}-1"):
-        if name in CARDS:
-            return name
+    """An argparse type: a device, or several that links join; "v5e" for one chip of them, too."""
+    name = text.lower()
+    if name in CARDS or f"{name}-1" in CARDS or re.fullmatch(MESHES, name):
+        return name
     near = difflib.get_close_matches(text.lower(), CARDS, n=1)
     guess = f" (did you mean {near[0]}?)" if near else ""
     raise argparse.ArgumentTypeError(
@@ -130,9 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
     options.use_utf8()
     args = parser().parse_args(argv)
-    from infer.explain import run
+    from infer.explain import meshes, run
 
-    return run.run(args)
+    return run.run(args) if args.mesh is None else meshes.run(args)
 
 
 if __name__ == "__main__":

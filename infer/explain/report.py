@@ -38,14 +38,14 @@ _LABEL = 13  # columns before a row of a map
 def render(walk: Walk, values: Values | None, columns: int) -> Iterator[str]:
     """The lines, at most so many columns wide where no single word is wider."""
     for line in _head(walk):
-        yield from _fold(line, columns)
+        yield from fold(line, columns)
     yield ""
     yield from _stages(walk, columns)
     yield ""
     yield from _notes(walk, columns)
     yield ""
     for line in _totals(walk):
-        yield from _fold(line, columns)
+        yield from fold(line, columns)
     if walk.bounds:
         yield ""
         yield from _bounds(walk.bounds, columns)
@@ -100,7 +100,7 @@ def _records(walk: Walk, pairs: Sequence[tuple[Stage, Stage]], columns: int) -> 
         if read.in_layer != inside:
             inside = read.in_layer
             yield f"{_between(walk, inside)}:"
-        yield from _fold(f"{read.title_en} {_shape(read)}", columns)
+        yield from fold(f"{read.title_en} {_shape(read)}", columns)
         facts = [f"{read.params:,} parameters"] if read.params else []
         facts += [part for part in (_cost(read), _cost(step, "step ")) if part]
         if facts:
@@ -119,8 +119,8 @@ def _cost(stage: Stage, name: str = "") -> str:
 def _notes(walk: Walk, columns: int) -> Iterator[str]:
     for stage in walk.prefill.stages:
         if stage.note_en:
-            yield from _fold(f"{stage.title_en}: {stage.note_en}", columns)
-    yield from _fold(COUNTED, columns)
+            yield from fold(f"{stage.title_en}: {stage.note_en}", columns)
+    yield from fold(COUNTED, columns)
 
 
 def _totals(walk: Walk) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _bounds(bounds: Sequence[Bound], columns: int) -> Iterator[str]:
     else:
         for one in bounds:
             yield from _bound_table([one])
-    yield from _fold(BOUND, columns)
+    yield from fold(BOUND, columns)
 
 
 def _bound_table(bounds: Sequence[Bound]) -> list[str]:
@@ -176,7 +176,7 @@ def _values(values: Values, columns: int) -> Iterator[str]:
     yield from table([(piece, n, i) for n, i, piece in rows], texts=1)
     yield from ("", "layer by layer:")
     yield from _layers(values, columns)
-    yield from _fold(LENGTHS, columns)
+    yield from fold(LENGTHS, columns)
     for head in values.heads:
         yield ""
         yield from _map(head, values, columns)
@@ -243,7 +243,7 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
     yield f"attention of layer {head.layer}, head {head.head}:"
     tokens = len(values.tokens)
     if _LABEL + tokens > columns:
-        yield from _fold("too wide for here; --html, --json or a greater --width shows it", columns)
+        yield from fold("too wide for here; --html, --json or a greater --width shows it", columns)
         return
     wide = 2 if _LABEL + 2 * tokens <= columns else 1
     rows = []
@@ -253,7 +253,7 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
     yield from table(rows, texts=3)
     if head is values.heads[-1]:
         shown = f"A row looks at the columns up to its own; in tenths: '{SHADES}'."
-        yield from _fold(shown, columns)
+        yield from fold(shown, columns)
 
 
 def _widest(build: Callable[[int], list[str]], most: int, columns: int) -> list[str]:
@@ -300,7 +300,9 @@ def _broken(text: str, columns: int) -> Iterator[str]:
         yield line
 
 
-def _fold(line: str, columns: int) -> list[str]:
+def fold(line: str, columns: int) -> list[str]:
+    """The lines of at most `columns` that an English one becomes; an empty one stays."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.wrap(
-        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]

@@ -22,7 +22,7 @@ from infer.explain.facts import Values, Walk
 from infer.explain.report import render
 from infer.loading import demo_folder
 from infer.memory.budget import find_budget
-from infer.memory.devices import CARDS
+from infer.memory.devices import CARDS, Card
 from infer.memory.dry_run import read_config
 from infer.memory.plan import Precision
 from infer.options import model_folder, open_engine, say_which_model
@@ -67,13 +67,13 @@ def run(args: argparse.Namespace) -> int:
 
     walk = make_walk(
         subject.config,
-        _precision(args, subject),
+        find_precision(args, subject),
         length,
         model=subject.name,
         batch=args.batch,
         prompt=prompt,
         length_from=source,
-        cards=[CARDS[name] for name in dict.fromkeys(args.cards or DEVICES)],
+        cards=_cards(args.cards or DEVICES),
     )
     values = _values(args, ids, heads) if with_values and ids else None
     _show(args, walk, values)
@@ -154,6 +154,19 @@ def _prompt(args: argparse.Namespace, subject: Subject) -> tuple[list[int] | Non
     return None, known, "published"
 
 
+def _cards(names: Sequence[str]) -> list[Card]:
+    """The devices with these names, each once."""
+    found = {name: CARDS.get(name) or CARDS.get(f"{name}-1") for name in names}
+    for name, card in found.items():
+        if card is None:
+            raise UsageError(
+                f"{name} are several devices.",
+                "How they share the work has to be said.",
+                "Add a mesh of as many, for example --mesh tensor=8.",
+            )
+    return list(dict.fromkeys(card for card in found.values() if card is not None))
+
+
 def _check_length(length: int, config: GLMConfig) -> None:
     if length >= config.seq_length:
         raise InputError(
@@ -203,7 +216,7 @@ def _wants_values(args: argparse.Namespace, subject: Subject, ids: list[int] | N
     return False
 
 
-def _precision(args: argparse.Namespace, subject: Subject) -> Precision:
+def find_precision(args: argparse.Namespace, subject: Subject) -> Precision:
     """What bytes are counted in: bfloat16 where no flag says otherwise."""
     scheme = asked_scheme(
         args.quantize, args.quantize_embeddings, stored=subject.stored, model=subject.name

@@ -81,6 +81,9 @@ LINKS: Mapping[str, Links] = {
     )
 }  # fmt: skip
 
+# One of them, or so many: "v5e-8", "8xh200".
+MESHES = rf"(?:(\d{{1,6}})x)?({'|'.join(LINKS)})(?:-(\d{{1,6}}))?"
+
 
 def find_links(name: str, devices: int) -> Links:
     """What a name like "v5e-8", "8xh200" or "v5p" means.
@@ -91,7 +94,7 @@ def find_links(name: str, devices: int) -> Links:
     Raises:
       UsageError: no such name, or another number.
     """
-    match = re.fullmatch(rf"(?:(\d+)x)?({'|'.join(LINKS)})(?:-(\d+))?", name)
+    match = re.fullmatch(MESHES, name)
     if match is None:
         raise UsageError(
             f"{name}: the links of this device are not known.",
