@@ -26,9 +26,10 @@ AUTO = "auto"
 JOIN_TIMEOUT, HEARTBEAT_TIMEOUT = 120, 100  # seconds; the second is JAX's own
 # Where things are may differ from host to host; what they hold is compared instead.
 _PLACES = {
-    "process_id", "model", "hub_source", "revision", "adapter", "prefix", "init_adapter", "data",
-    "mix_data", "val_data", "guard_data", "sample_prompts", "prompt_file", "batch_file", "history",
-    "output", "checkpoints", "log_jsonl", "plot", "compile_cache", "config", "debug",
+    "coordinator", "process_id", "model", "hub_source", "revision", "adapter", "prefix",
+    "init_adapter", "data", "mix_data", "val_data", "guard_data", "sample_prompts", "prompt_file",
+    "batch_file", "history", "output", "checkpoints", "log_jsonl", "plot", "compile_cache",
+    "config", "debug",
 }  # fmt: skip
 # What JAX raises, rather than to end the process, when the connection to another one breaks.
 _LOST = re.compile(
