@@ -32,6 +32,10 @@ _START = re.compile(r"(?:transformer\.)?(?:prefix_encoder\.)?")
 _EMBEDDING = "embedding.weight"
 _PROJECTION = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 _SAVED = re.compile(r"checkpoint-\d+")
+# The norms square what attention makes of a value and sum over its width, in float32. Where that
+# overflows they give 0, so that every logit is 0: finite, and meaningless. Far above any trained
+# number (float16 ends at 65504), far below the root of float32's largest.
+_LARGEST = 2.0**50
 
 Tensors = Mapping[str, StoredTensor]  # by their names within the encoder
 
@@ -88,7 +92,9 @@ def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
     arrays = {name: _read(path, name, tensor) for name, tensor in tensors.items()}
     # [P, 2 L K H] -> [L, P, K, H], the keys of a layer before its values.
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    encoded = _encode(path, arrays).reshape(-1, L, 2, K, H).swapaxes(0, 1)
+    encoded = _encode(path, arrays)
+    _check_size(path, encoded)
+    encoded = encoded.reshape(-1, L, 2, K, H).swapaxes(0, 1)
     return FoundPrefix(
         k=np.ascontiguousarray(encoded[:, :, 0]),
         v=np.ascontiguousarray(encoded[:, :, 1]),
@@ -244,9 +250,10 @@ def _disagrees(path: Path, said: str, found: str) -> CheckpointError:
 def _length(path: Path, tensors: Tensors) -> int:
     shape = tensors[_EMBEDDING].shape
     if len(shape) != 2 or not all(shape):
+        fault = "is empty" if len(shape) == 2 else "is damaged"
         raise CheckpointError(
-            f"The prefix {path} is empty: {_ENCODER}{_EMBEDDING} is {shape}.",
-            "It has a row for each prefix token.",
+            f"The prefix {path} {fault}: {_ENCODER}{_EMBEDDING} is {shape}.",
+            "It has two dimensions: a row for each prefix token.",
             "Copy the prefix again from where it was trained.",
         )
     return shape[0]
@@ -313,6 +320,16 @@ def _check_finite(path: Path, name: str, array: np.ndarray) -> None:
         raise CheckpointError(
             f"The prefix {path} holds NaN or infinity: {name}.",
             "The training that made it went wrong, or the file is damaged.",
+            "Take an earlier checkpoint of the training.",
+        )
+
+
+def _check_size(path: Path, array: np.ndarray) -> None:
+    largest = float(np.abs(array).max())
+    if largest > _LARGEST:
+        raise CheckpointError(
+            f"The prefix {path} has keys or values of up to {largest:.1g}.",
+            f"A model computes nonsense with numbers beyond {_LARGEST:.1g}: float32 overflows.",
             "Take an earlier checkpoint of the training.",
         )
 

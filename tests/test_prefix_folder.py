@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -164,9 +165,17 @@ def test_wrong_shapes_and_numbers(tmp_path):
     assert "what its projection gives" in refusal(write_prefix(tmp_path, large))
     integers = {START + "embedding.weight": np.ones((3, WIDTH), np.int8)}
     assert "int8, not a float" in refusal(write_prefix(tmp_path, integers))
-    for shape in ((0, WIDTH), (WIDTH,)):
+    for shape, said in (((0, WIDTH), "is empty"), ((WIDTH,), f"is damaged: .* is \\({WIDTH},\\)")):
         empty = {START + "embedding.weight": np.ones(shape, np.float32)}
-        assert "is empty" in refusal(write_prefix(tmp_path, empty))
+        message = refusal(write_prefix(tmp_path, empty))
+        assert re.search(said, message) and "two dimensions" in message
+    # Finite, but its squares are not: norms would make every logit 0.
+    for kind, tensors, factor in (("plain", plain, 1e30), ("projected", projected, 1e20)):
+        changed = {name: x * np.float32(factor) for name, x in tensors.items()}
+        message = refusal(write_prefix(tmp_path / kind, changed))
+        assert "keys or values of up to" in message and "float32 overflows" in message
+    large = {name: x * np.float32(1e5) for name, x in plain.items()}
+    assert load_prefix(write_prefix(tmp_path / "large", large), TINY).length == 3
 
 
 def test_incomplete_encoders(tmp_path):
