@@ -102,13 +102,13 @@ def dequantise_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
     scale = weight.scale.astype(jnp.float32)
     shape, columns = integers.shape, integers.shape[rows:]
     if scale.ndim == rows:
-        return integers.astype(jnp.float32) * scale.reshape(*shape[:rows], *(1 for _ in columns))
+        return integers.astype(jnp.float32) * jnp.expand_dims(scale, range(rows, len(shape)))
     group = math.prod(columns) // scale.shape[-1]
     small = math.gcd(group, columns[-1] // cut)
     scale = jnp.repeat(scale, group // small, axis=-1) if small < group else scale
-    scale = scale.reshape(*shape[:-1], columns[-1] // small, 1)
-    grouped = integers.astype(jnp.float32).reshape(*scale.shape[:-1], small)
-    return (grouped * scale).reshape(shape)
+    scale = scale.reshape(*shape[:-1], columns[-1] // small)
+    grouped = integers.astype(jnp.float32).reshape(*scale.shape, small)
+    return (grouped * scale[..., None]).reshape(shape)
 
 
 def take_rows(weight: QTensor, index: jax.Array) -> jax.Array:

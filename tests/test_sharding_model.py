@@ -16,20 +16,16 @@ def test_meshes_give_the_logits_and_tokens_of_one_device(found):
     for case in found["cases"]:
         assert case["scale"] > 0.5, case
         assert case["logits"] <= 1e-4, case
-        assert case["same_tokens"], case
+        assert case["same_tokens"] and case["tokens"] > 5, case
 
 
-def test_a_mesh_compiles_one_program_for_prompts_and_one_for_steps(found):
-    for case in found["cases"]:
-        assert case["programs"] == 2, case
-
-
-def test_rows_and_key_heads_of_the_cache_are_cut(found):
+def test_rows_and_key_heads_of_the_cache_are_cut_and_stay(found):
     parts = {case["mesh"]: case["cache_part"] for case in found["cases"]}
     assert parts["tensor=8"] == [2, 8, 16, 2, 16]  # two heads are on all of eight
     assert parts["data=2,tensor=4"] == [2, 4, 16, 2, 16]
-    assert parts["data=2,fsdp=2,tensor=2"] == [2, 2, 16, 1, 16]
+    assert parts["tensor=2,data=2,fsdp=2"] == [2, 2, 16, 1, 16]
     assert parts["data=8"] == [2, 1, 16, 2, 16]
+    assert all(case["cache_stays"] for case in found["cases"])
 
 
 def test_a_layer_has_two_all_reduces_and_nothing_else(found):
@@ -41,7 +37,8 @@ def test_a_layer_has_two_all_reduces_and_nothing_else(found):
         assert case["layers"] == ({} if case["as_list"] else {"all-reduce": 2}), case
         assert case["outside"] == {"all-reduce": 1 + layers, "all-gather": 1}, case
         rows = 8 if case["mesh"] == "tensor=8" else 4
-        assert case["largest"] == rows * 104, case  # the logits: no weight, no cache
+        # Logits, or hidden states: no weight, no cache.
+        assert case["largest"] == rows * max(104, 64 * case["width"]), case
 
 
 def test_data_alone_needs_no_collective_in_a_step(found):

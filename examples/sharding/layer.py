@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -50,13 +51,12 @@ def loss(weights: Weights, x: jax.Array) -> jax.Array:
 
 def example() -> tuple[Weights, jax.Array]:
     """(weights, x), random, on one device."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = {"gate_up": (2, F, D), "down": (D, F)}
-    weights = {
-        name: jax.random.normal(key, shape) * shape[-1] ** -0.5
-        for key, (name, shape) in zip(keys[:2], shapes.items(), strict=True)
-    }
-    return weights, jax.random.normal(keys[2], (B, T, D))
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(0, 1, shape), jnp.float32)
+
+    return {"gate_up": draw(2, F, D) * D**-0.5, "down": draw(D, F) * F**-0.5}, draw(B, T, D)
 
 
 def mesh_of(**sizes: int) -> Mesh:

@@ -22,9 +22,9 @@ from glm2_jax import (
     GLMConfig,
     KVCache,
     check_mesh,
-    init_params,
     last_logits,
     make_mesh,
+    param_shapes,
     params_sharding,
     parse_mesh,
 )
@@ -37,6 +37,16 @@ def config_of(layers: int) -> GLMConfig:
     return GLMConfig(layers, 256, 64, 96, 8, 2, 16, 64)
 
 
+def random_params(config: GLMConfig) -> Any:
+    """Weights without a meaning, on one device."""
+    random = np.random.default_rng(0)
+
+    def draw(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(random.normal(0, 0.3, shape), jnp.float32)
+
+    return jax.tree.map(draw, param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+
+
 def read(config: GLMConfig, params: Any, tokens: jax.Array, cache: KVCache) -> tuple[Any, KVCache]:
     """Reads some tokens of every row: (the most likely next ones [B, 1], the cache)."""
     last = jnp.full(tokens.shape[0], tokens.shape[1] - 1)
@@ -47,15 +57,17 @@ def read(config: GLMConfig, params: Any, tokens: jax.Array, cache: KVCache) -> t
 step = jax.jit(read, static_argnums=0, donate_argnums=3)
 
 
-def answer(config: GLMConfig, params: Any) -> tuple[np.ndarray, KVCache]:
-    """Greedy tokens [B, STEPS] behind a prompt. The same lines with a mesh and without one."""
-    tokens = jax.random.randint(jax.random.key(1), (ROWS, PROMPT), 0, config.vocab_size, jnp.int32)
+def answer(config: GLMConfig, params: Any) -> tuple[np.ndarray, tuple[jax.Array, KVCache]]:
+    """Greedy tokens [B, STEPS] behind a prompt, and what the next step would start from. The same
+    lines with a mesh and without one."""
+    random = np.random.default_rng(1)
+    tokens = jnp.asarray(random.integers(0, config.vocab_size, (ROWS, PROMPT)), jnp.int32)
     cache = KVCache.zeros(config, ROWS, SLOTS, jnp.float32)
     seen = []
     for _ in range(STEPS):
         tokens, cache = step(config, params, tokens, cache)
         seen.append(np.asarray(tokens))
-    return np.concatenate(seen, axis=1), cache
+    return np.concatenate(seen, axis=1), (tokens, cache)
 
 
 def main() -> None:
@@ -69,16 +81,14 @@ def main() -> None:
     mesh = make_mesh(args.mesh, jax.devices()[:count])
     check_mesh(config, mesh)
 
-    params = init_params(config, jax.random.key(0))
-    params = {**params, "embed": params["embed"] * 50}  # so that random weights have an opinion
+    params = random_params(config)
     want, _ = answer(config, params)
 
     # All that a mesh needs: the parameters in their places, and the mesh set while it computes.
     placed = jax.device_put(params, params_sharding(config, mesh))
     with jax.set_mesh(mesh):
-        got, cache = answer(config, placed)
-        token = jnp.zeros((ROWS, 1), jnp.int32)
-        program = step.lower(config, placed, token, cache).compile()
+        got, (token, cache) = answer(config, placed)
+        program = step.lower(config, placed, token, cache).compile()  # as it was called
     np.testing.assert_array_equal(got, want)
 
     print(f"{dict(mesh.shape)}: the {want.size} tokens of one device\n")

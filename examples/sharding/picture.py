@@ -80,7 +80,7 @@ def main(path: str) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     for row, text in zip(figure.subfigures(len(MESHES), 1), MESHES, strict=True):
-        row.suptitle(f"--mesh {text}", fontsize=11, fontfamily="monospace", x=0.01, ha="left")
+        row.suptitle(f"mesh {text}", fontsize=11, fontfamily="monospace", x=0.01, ha="left")
         where = places(make_mesh(parse_mesh(text), jax.devices()[:8]))
         for axes, (name, letters, spanned) in zip(
             row.subplots(1, len(ARRAYS)), ARRAYS, strict=True

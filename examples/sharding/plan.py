@@ -9,7 +9,7 @@ Nothing runs and nothing was measured: it is arithmetic, at the makers' rates, s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from glm2_jax import PRESETS, parse_mesh
 from infer.memory.links import LINKS, find_links
@@ -70,7 +70,7 @@ def steps(name: str, meshes: dict[int, str], rows: int) -> Iterator[str]:
             )
 
 
-def row(cells: list[str]) -> str:
+def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

@@ -3,12 +3,12 @@
 All is arithmetic over the shapes that `glm2_jax.sharding` gives a device, at the makers' rates of
 `infer.memory.links`. Axis letters as in `glm2_jax.model`; here b are the rows of one device.
 
-Collectives of a step, as the compiled programs have them (tests count them):
+Collectives of a step, as compiled programs have them (docs/sharding.md):
   tensor: an all-reduce of [b, T, D] behind attention and MLP of each layer and behind the
     embedding, and an all-gather of the logits that are drawn from. In the backward pass as many
     again; where blocks are computed again, one more a layer.
   fsdp: an all-gather of every matrix before it is used; in training before the backward pass once
-    more, and a reduce-scatter of its gradient.
+    more, and a reduce-scatter of its gradient, which is float32 there.
   data: in training an all-reduce of the gradients.
 """
 
@@ -289,25 +289,27 @@ class _Steps:
         """(what does not depend on the batch, what does)."""
         reduced = self._reduced(tokens) * (2 * self.config.num_layers + 1)
         logits = min(self.here, tokens) * self.config.vocab_size * _FLOAT32
-        return self._gathered(), reduced + gather(self.links, self.sizes, "tensor", logits)
+        return self._gathered(self.precision), reduced + gather(
+            self.links, self.sizes, "tensor", logits
+        )
 
     def _backward(self, tokens: int) -> tuple[Talk, Talk]:
         reduced = self._reduced(tokens) * (5 * self.config.num_layers + 2)
-        return self._gathered() * 2, reduced
+        return self._gathered(self.precision) * 2, reduced
 
     def _learned(self, tokens: int) -> tuple[Talk, Talk]:
         reduced = self._reduced(tokens) * (4 * self.config.num_layers + 2)
-        weights = self._gathered(plain=True)
+        weights = self._gathered(Precision(self.precision.dtype)) * 2
+        scattered = self._gathered(Precision("float32"))
         gradients = all_reduce(self.links, self.sizes, "data", _total(self.plain))
-        return weights * 3 + gradients, reduced
+        return weights + scattered + gradients, reduced
 
     def _reduced(self, tokens: int) -> Talk:
         size = tokens * self.config.hidden_size * self.precision.size
         return all_reduce(self.links, self.sizes, "tensor", size)
 
-    def _gathered(self, plain: bool = False) -> Talk:
+    def _gathered(self, precision: Precision) -> Talk:
         """Every matrix once, over fsdp."""
-        precision = Precision(self.precision.dtype) if plain else self.precision
         whole = {**self.sizes, "data": 1, "fsdp": 1}
         params = _cut(device_params(self.config, tuple(whole.items()), precision))
         total = Talk()
