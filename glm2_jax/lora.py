@@ -156,7 +156,11 @@ def init_lora(
 
 
 def adapt(
-    lora: LoRA | None, target: str, x: jax.Array, dropout_key: jax.Array | None = None
+    lora: LoRA | None,
+    target: str,
+    x: jax.Array,
+    dropout_key: jax.Array | None = None,
+    columns: jax.Array | None = None,
 ) -> Callable[[str], jax.Array | None]:
     """What one layer of an adapter adds to a target's products with x.
 
@@ -165,6 +169,8 @@ def adapt(
         target: one of `TARGETS`.
         x: the activations that the target is multiplied with.
         dropout_key: drops elements of x, for training; targets may share it.
+        columns: int32 [T], the numbers of the columns of x where they are a part of a text: what is
+            dropped of a column does then not depend on the others.
 
     Returns:
         A function of a part, which gives what is to be added to the product of that part, float32,
@@ -175,10 +181,24 @@ def adapt(
     weights, specs, scale = lora.layers[target], TARGETS[target], lora.scale[target]
     if dropout_key is not None and lora.dropout > 0:
         target_key = jax.random.fold_in(dropout_key, list(TARGETS).index(target))
-        kept = jax.random.bernoulli(target_key, 1 - lora.dropout, x.shape)
+        kept = _kept(target_key, 1 - lora.dropout, x.shape, columns)
         x = jnp.where(kept, x / (1 - lora.dropout), 0).astype(x.dtype)
     low = einsum(specs.down, x, weights["a"].astype(x.dtype)).astype(x.dtype)
     return lambda part: scale * einsum(specs.up[part], low, weights[part].astype(x.dtype))
+
+
+def _kept(
+    key: jax.Array, share: float, shape: tuple[int, ...], columns: jax.Array | None
+) -> jax.Array:
+    """Which elements are not dropped: bool [B, T, ...]."""
+    if columns is None:
+        return jax.random.bernoulli(key, share, shape)
+
+    def draw(column: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(key, column)
+        return jax.random.bernoulli(own, share, (shape[0], *shape[2:]))
+
+    return jax.vmap(draw, out_axes=1)(columns)
 
 
 def with_lora(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:

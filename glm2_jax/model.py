@@ -133,12 +133,12 @@ class GLMBlock(nn.Module):
         gate_up, down, key = self.gate_up, self.down, self._adapter_key(lora)
 
         def mlp(x: jax.Array, *columns: jax.Array) -> jax.Array:
-            # Every block of columns drops elements of its own.
-            block_key = jax.random.fold_in(cast(Any, key), columns[0][0, 0]) if columns else None
-            added = adapt(lora, "dense_h_to_4h", x, block_key)
+            # A column drops the same elements in whatever block it is: meshes have others.
+            drops = (key, *(number[0] for number in columns))
+            added = adapt(lora, "dense_h_to_4h", x, *drops)
             both = constrain(einsum("BTD,CFD->BTCF", x, gate_up, added("b")), "B", None, None, "F")
             hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
-            added = adapt(lora, "dense_4h_to_h", hidden, block_key)
+            added = adapt(lora, "dense_4h_to_h", hidden, *drops)
             return einsum("BTF,DF->BTD", hidden, down, added("b")).astype(x.dtype)
 
         B, F = x.shape[0], self.config.ffn_hidden_size

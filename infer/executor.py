@@ -179,9 +179,9 @@ class Executor:
 
     def _controls(self, job: Job) -> steps.Controls:
         """What every step of a job takes, put in its place once."""
-        if job.placed is None:
-            job.placed = self.places.put(job.controls)
-        return job.placed
+        placed = self.places.put(job.controls) if job.placed is None else job.placed
+        job.placed = placed
+        return placed
 
     def _call(
         self, job: Job, *args: Any, donate: int | None = None

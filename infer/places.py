@@ -79,9 +79,8 @@ class Places:
         assert self.mesh is not None
         whole = replicated(self.mesh)
         if isinstance(x, KVCache):
-            return KVCache(
-                **{name: self._cut(getattr(x, name), axes) for name, axes in AXES.items()}
-            )
+            cut: Any = {name: self._cut(getattr(x, name), axes) for name, axes in AXES.items()}
+            return KVCache(**cut)
         if isinstance(x, Output):
             return jax.tree.map(lambda _: whole, x)
         if isinstance(x, Controls):

@@ -92,7 +92,8 @@ def ranked(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         return jnp.take_along_axis(scores, ids, axis=-1), ids.astype(jnp.int32)
     # top_k falls and has the lower id first, so take it of the mirror image, backwards. Without
     # the barrier XLA:CPU merges it with what follows and then sorts the whole row after all.
-    largest, mirrored = jax.lax.optimization_barrier(jax.lax.top_k(scores[:, ::-1], count))
+    # One barrier for both would have XLA:CPU abort, where rows are not cut over a mesh.
+    largest, mirrored = map(jax.lax.optimization_barrier, jax.lax.top_k(scores[:, ::-1], count))
     return largest[:, ::-1], vocab - 1 - mirrored[:, ::-1].astype(jnp.int32)
 
 

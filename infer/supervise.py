@@ -31,7 +31,7 @@ _KEPT = 64  # lines of C++ that are kept for --debug
 _ABOUT_OTHERS = re.compile(
     rb"[WEF]\d{4} .* (coordination_service\w*|client|preemption_\w+|add_port)\.(cc|h):\d+\]"
 )
-_OF_NO_USE = re.compile(rb".*is connected to \d+ peer ranks")
+_OF_NO_USE = re.compile(rb".*(\[Gloo\] Rank|connected peer ranks)")  # two of them may share a line
 _UNHEALTHY = re.compile(rb"unhealthy[^:]*:((?:\s+\d+)+)\s")
 _LEADER = re.compile(rb"the leader task was preempted|Failed to send RPC to coordination")
 

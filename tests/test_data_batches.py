@@ -86,6 +86,30 @@ def test_every_sequence_is_in_an_epoch_once(tmp_path, layout):
             batches.at(epoch, batches.steps_per_epoch(epoch))
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_several_processes_read_what_one_reads(tmp_path, monkeypatch, pack):
+    """Each reads its own rows alone; shapes, names and the number of tokens are those of all."""
+    dataset = open_rows(tmp_path / "data", rows(11), max_length=100)
+
+    def new(wanted=None):
+        return Batches(dataset, batch_size=3, accumulate=2, pack=pack, rows=wanted)
+
+    whole, where = new().at(0, 0)
+    assert new().tokens(0, 0) == (whole.segment_ids > 0).sum()
+    read: list[int] = []
+    real = dataset.sample
+    monkeypatch.setattr(dataset, "sample", lambda index: (read.append(index), real(index))[1])
+    parts = [new(wanted) for wanted in ({0, 2}, {1})]
+    assert [part.tokens(0, 0) for part in parts] == [new().tokens(0, 0)] * 2 and not read
+    found = [part.at(0, 0) for part in parts]
+    assert [sources for _, sources in found] == [where, where]
+    assert sorted(dataset.source(index) for index in read) == sorted(where)
+    joined = jax.tree.map(lambda x, y: x + y, *(batch for batch, _ in found))
+    for x, y in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not found[0][0].tokens[:, 1].any() and not found[1][0].tokens[:, [0, 2]].any()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_loss_is_that_of_one_row_at_a_time(tmp_path, layout):
     dataset = open_rows(tmp_path / "data", rows(16), max_length=64, max_bad=None)

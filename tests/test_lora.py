@@ -20,7 +20,16 @@ from glm2_jax import (
     last_logits,
     logits_of,
 )
-from glm2_jax.lora import GROUPS, TARGETS, LoRA, find_targets, scale_of, with_lora
+from glm2_jax.lora import (
+    GROUPS,
+    TARGETS,
+    LoRA,
+    adapt,
+    find_targets,
+    layer_of,
+    scale_of,
+    with_lora,
+)
 from glm2_jax.model import unstack_layers
 from glm2_jax.quant import SCHEMES
 from tests.toy import TOY as THREE_LAYERS
@@ -322,6 +331,21 @@ def test_blocks_of_a_long_text_drop_elements_of_their_own(monkeypatch):
     found = columns(jax.random.key(0))
     distances = [np.abs(found[i] - found[j]).max() for i in range(5) for j in range(i)]
     assert min(distances) > 0.01
+
+
+def test_a_column_drops_the_same_in_any_block_and_among_any_rows():
+    lora = dataclasses.replace(layer_of(trained("dense_h_to_4h"), 0), dropout=0.5)
+    x, key = jax.random.normal(jax.random.key(1), (3, 6, 48)), jax.random.key(2)
+
+    def added(rows: slice, columns: slice):
+        numbers = jnp.arange(6)[columns]
+        return adapt(lora, "dense_h_to_4h", x[rows, columns], key, numbers)("b")
+
+    whole = added(slice(3), slice(6))
+    for rows, columns in ((slice(3), slice(2, 5)), (slice(2), slice(1)), (slice(1), slice(6))):
+        np.testing.assert_allclose(added(rows, columns), whole[rows, columns], atol=1e-5)
+    kept = adapt(dataclasses.replace(lora, dropout=0.0), "dense_h_to_4h", x, key)("b")
+    assert np.abs(np.asarray(whole - kept)).max() > 0.1
 
 
 def test_noise_goes_to_the_embeddings():

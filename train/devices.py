@@ -41,7 +41,8 @@ class Devices:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Devices:
         """Those that `--device`, `--mesh` and `--tp` name; errors as of `find_mesh`."""
-        return cls(find_device(args.device), find_mesh(args))
+        mesh = find_mesh(args)
+        return cls(find_device(args.device) if mesh is None else mesh.local_devices[0], mesh)
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, programs are traced for the mesh, where there is one."""
@@ -73,13 +74,8 @@ class Devices:
         make = partial(init_state, optimizer, loss_scaling=loss_scaling)
         if self.mesh is None:
             return make(trained)
-        whole = replicated(self.mesh)
-        places = jax.tree.map(lambda x: whole, jax.eval_shape(make, trained))
-        own = optax.tree.map_params(
-            optimizer, lambda _, x: x.sharding, places.optimizer, trained,
-            transform_non_params=lambda _: whole,
-        )  # fmt: skip
-        return jax.jit(make, out_shardings=places.replace(optimizer=own))(trained)
+        places = state_sharding(optimizer, trained, self.mesh, loss_scaling=loss_scaling)
+        return jax.jit(make, out_shardings=places)(trained)
 
     def shardings(self, *trees: Any) -> Any:
         """Where placed arrays lie, and whatever stands behind them: `out_shardings` of a program
@@ -116,6 +112,28 @@ class Devices:
         assert self.mesh is not None
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-rows // parts) * parts
+
+
+def state_sharding(
+    optimizer: optax.GradientTransformation,
+    trained: Any,
+    mesh: Mesh,
+    *,
+    loss_scaling: bool = False,
+) -> State:
+    """Where the state of a training lies: its moments as what they belong to, the rest whole.
+
+    Args:
+        trained: arrays on the mesh, or their shapes with shardings.
+    """
+    whole = replicated(mesh)
+    make = partial(init_state, optimizer, loss_scaling=loss_scaling)
+    places = jax.tree.map(lambda x: whole, jax.eval_shape(make, trained))
+    own = optax.tree.map_params(
+        optimizer, lambda _, x: x.sharding, places.optimizer, trained,
+        transform_non_params=lambda _: whole,
+    )  # fmt: skip
+    return places.replace(optimizer=own)
 
 
 def _rows_sharding(mesh: Mesh, before: int) -> NamedSharding:

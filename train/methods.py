@@ -90,7 +90,7 @@ class AdapterMethod(Method):
             folder.path,
             dtype=args.dtype,
             quantize=args.quantize_base,
-            layers=faster_layers(devices.first.platform),
+            layers=faster_layers(devices.first.platform, on_mesh=devices.mesh is not None),
             mesh=devices.mesh,
             rope_kind=args.rope_scaling,
             template=args.template,

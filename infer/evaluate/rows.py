@@ -7,6 +7,7 @@ and `system`. Other keys are left alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
