@@ -37,6 +37,8 @@ ELSEWHERE = {
         "tests",
         "full.main(",
     ),
+    "python -m infer.launch --num-processes 2 -- python -m train.lora --data data.jsonl"
+    " --output adapter --mesh data=2": ("tests", '"infer.launch"'),
     "python -m infer.generate --model THUDM/chatglm2-6b --source hf --prompt 你好": (
         "tests",  # against a server of our own
         "test_the_engine_takes_names",
