@@ -2,8 +2,8 @@
 
     python examples/sharding/compare.py [--json]
 
-On a machine without eight devices it computes on eight virtual ones of the CPU. Times on those say
-nothing of real devices: all eight share the same cores and the same memory.
+Where there is no other device, or with JAX_PLATFORMS=cpu, it computes on eight virtual ones of the
+CPU. Times on those say nothing of real devices: all eight share the same cores and memory.
 """
 
 from __future__ import annotations
@@ -79,11 +79,14 @@ def seconds(call: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects instead")
     args = parser.parse_args()
     if jax.device_count() < 8:
-        raise SystemExit(f"this takes 8 devices, and jax sees {jax.device_count()}")
+        have = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        raise SystemExit(f"this takes 8 devices, and there are {have}: try JAX_PLATFORMS=cpu")
     rows = [measure(way) for way in ways()]
     if args.json:
         print(json.dumps(rows))

@@ -3,8 +3,8 @@ answer is that of one device.
 
     python examples/sharding/model.py --mesh data=2,tensor=4 [--layers 2]
 
-A small model with random weights. As many virtual devices of the CPU as the mesh takes, where there
-is nothing else.
+A small model with random weights. Where there is no other device, or with JAX_PLATFORMS=cpu, it
+computes on as many virtual ones of the CPU as the mesh takes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from program import collectives
 
 from glm2_jax import (
     GLMConfig,
+    GLMError,
     KVCache,
     check_mesh,
     last_logits,
@@ -47,11 +48,11 @@ def random_params(config: GLMConfig) -> Any:
     return jax.tree.map(draw, param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
 
 
-def read(config: GLMConfig, params: Any, tokens: jax.Array, cache: KVCache) -> tuple[Any, KVCache]:
+def read(config: GLMConfig, params: Any, tokens: jax.Array, cache: KVCache) -> tuple[Any, Any]:
     """Reads some tokens of every row: (the most likely next ones [B, 1], the cache)."""
     last = jnp.full(tokens.shape[0], tokens.shape[1] - 1)
-    logits, cache = last_logits(config, params, tokens, last, cache=cache)
-    return jnp.argmax(logits, -1)[:, None].astype(jnp.int32), cache
+    logits, longer = last_logits(config, params, tokens, last, cache=cache)
+    return jnp.argmax(logits, -1)[:, None].astype(jnp.int32), longer
 
 
 step = jax.jit(read, static_argnums=0, donate_argnums=3)
@@ -71,7 +72,9 @@ def answer(config: GLMConfig, params: Any) -> tuple[np.ndarray, tuple[jax.Array,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mesh", default="data=2,tensor=4", type=parse_mesh)
     parser.add_argument("--layers", default=2, type=int)
     args = parser.parse_args()
@@ -101,9 +104,12 @@ def main() -> None:
     print("\nthe head [V, D], and which devices have which rows of it:")
     jax.debug.visualize_array_sharding(placed["head"])
     print("a step of an answer; what stands in the loop over the layers is listed once:")
-    for kind, size in collectives(program.as_text()):
+    for kind, size in collectives(program.as_text() or ""):
         print(f"  {kind} of {size:,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GLMError as error:
+        raise SystemExit(str(error)) from None

@@ -79,7 +79,8 @@ def draw(axes: Any, name: str, letters: str, spanned: str, sharding: Any) -> Non
 def main(path: str) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     figure = Figure(figsize=(13, 4.6), layout="constrained")
-    for row, text in zip(figure.subfigures(len(MESHES), 1), MESHES, strict=True):
+    rows: Any = figure.subfigures(len(MESHES), 1)
+    for row, text in zip(rows, MESHES, strict=True):
         row.suptitle(f"mesh {text}", fontsize=11, fontfamily="monospace", x=0.01, ha="left")
         where = places(make_mesh(parse_mesh(text), jax.devices()[:8]))
         for axes, (name, letters, spanned) in zip(
