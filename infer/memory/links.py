@@ -70,8 +70,8 @@ LINKS: Mapping[str, Links] = {
             link=100e9, ring=2, both_ways=True, joined=6144, network=50e9 / 8,
             start=0, hop=1e-6, network_hop=0,
         ),
-        # nvidia.com/en-us/data-center/h200 (SXM): 1979 TFLOPS "with sparsity", half of it without;
-        # NVLink 900 GB/s of both directions, in 18 links; DGX H200: 8 GPUs, a ConnectX-7 of
+        # As the maker's figures are commonly quoted (SXM): 1979 TFLOPS "with sparsity", half of it
+        # without; NVLink 900 GB/s of both directions, in 18 links; DGX H200: 8 GPUs, a ConnectX-7 of
         # 400 Gbit/s for each. Seconds: NCCL's own model of rings (nccl/src/graph/tuning.cc, LL).
         Links(
             "h200", CARDS["h200"], 989.5e12,
