@@ -45,8 +45,9 @@ def open_adapter(
                 f"The adapter {found.source} was trained on another base than {folder.path}.",
                 f"The base it knows has the fingerprint {found.base[:16]}, "
                 f"this one {fingerprint(folder)[:16]}.",
-                "Name the model that it was trained on; --force-adapter (force_adapter=True) takes "
-                "this one, which is right if it holds the same weights in another form.",
+                "Name the model that it was trained on. Where this one holds the same weights in "
+                "another layout or form, --force-adapter (force_adapter=True) is right, or "
+                "convert.to_peft with this one as --base.",
             )
         )
     if found.template not in (None, folder.template):

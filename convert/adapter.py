@@ -137,13 +137,14 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
         if not folder.is_dir():
             raise CheckpointError(
                 f"The adapter {folder} is {'a file' if folder.exists() else 'not there'}.",
-                fix="Give the folder that holds adapter_config.json.",
+                "An adapter is a folder: a configuration and weights together.",
+                "Give the folder that holds adapter_config.json.",
             )
         peft = read_peft_config(folder)
         path = _find_weights(folder)
         tensors = read_weight_file(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        extras, notes = _read_extras(folder, digest)
+        extras, notes = _read_extras(folder, digest, peft.base)
         layers, scale = join_tensors(path, tensors, config, peft)
     return Adapter(
         lora=LoRA(layers, FrozenDict(scale), peft.dropout),
@@ -213,17 +214,19 @@ def _find_weights(folder: Path) -> Path:
     return path
 
 
-def _read_extras(folder: Path, digest: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _read_extras(folder: Path, digest: str, base: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What the adapter says beside PEFT's files, and what the user should know of that."""
     path = folder / EXTRAS
     unknown = "which base model and template it belongs to is not known"
     if not os.path.lexists(path):
-        return {}, (f"the adapter has no {EXTRAS}: {unknown}",)
+        named = f"; its {CONFIG} names the base {shorten(base)}" if base else ""
+        return {}, (f"the adapter has no {EXTRAS}: {unknown}{named}",)
     extras = read_json(path)
     if extras.get("format") != _FORMAT:
         raise CheckpointError(
             f"{path} has the format {shorten(extras.get('format'))}; this version reads {_FORMAT}.",
-            fix="Update this project, or remove the file.",
+            "A newer version of this project wrote it.",
+            "Update this project, or remove the file.",
         )
     if extras.get("weights_sha256") != digest:
         raise CheckpointError(
@@ -233,10 +236,15 @@ def _read_extras(folder: Path, digest: str) -> tuple[dict[str, Any], tuple[str, 
         )
     for key in ("base_fingerprint", "template"):
         if not isinstance(extras.get(key), str | None):
-            raise CheckpointError(f"{path}: {key} = {shorten(extras[key])} is not a text.")
+            raise _damaged(path, key, extras[key], "a text")
     if not isinstance(extras.get("extra", {}), dict):
-        raise CheckpointError(f"{path}: extra = {shorten(extras['extra'])} is not an object.")
+        raise _damaged(path, "extra", extras["extra"], "an object")
     return extras, ()
+
+
+def _damaged(path: Path, key: str, value: Any, wanted: str) -> CheckpointError:
+    what = f"{path}: {key} = {shorten(value)} is not {wanted}."
+    return CheckpointError(what, "It was changed after it had been written.", _AGAIN)
 
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:

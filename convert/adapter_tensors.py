@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.gather import gathered
-from convert.names import FLOATS, LISTED
+from convert.names import FLOATS
 from convert.peft_config import PeftConfig
 from convert.stored import StoredTensor
 from glm2_jax.config import GLMConfig
@@ -89,6 +89,10 @@ LAYOUTS = {
         ),
     ),
 }
+
+# Parts of the names of embedding and head, in either layout.
+_ENDS = {"embed_tokens", "lm_head", "embedding", "word_embeddings", "output_layer"}
+_SHOWN = 3  # problems named in one line
 
 Pairs = dict[tuple[Module, int], dict[str, StoredTensor]]  # -> {"A": .., "B": ..}
 
@@ -182,6 +186,7 @@ def _find_pairs(
     peft: PeftConfig,
 ) -> Pairs:
     """The A and B of every adapted matrix, checked against the model."""
+    _refuse_ends(path, tensors)
     pairs: Pairs = {}
     problems = []
     for name, tensor in tensors.items():
@@ -212,14 +217,29 @@ def _find_pairs(
     if not tensors:
         problems.append("no tensors at all")
     if problems:
-        more = [f"... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise CheckpointError(
-            f"The adapter {path.parent} does not fit the model: {len(problems)} problems.",
-            "\n".join([*problems[:LISTED], *more]),
+            f"The adapter {path.parent} does not fit the model: {count}.",
+            "; ".join([*problems[:_SHOWN], *more]),
             "Take the model that it was trained on. What can be adapted: "
             f"{', '.join(module.name for module in layout.modules)}.",
         )
     return pairs
+
+
+def _refuse_ends(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuses what adapts, or holds anew, the embedding or the head."""
+    found = [name for name in tensors if _ENDS.intersection(name.split("."))]
+    if found:
+        stored = not any("lora_" in name for name in found)
+        raise CheckpointError(
+            f"The adapter {path.parent} {'holds' if stored else 'adapts'} the embedding or the "
+            "head, which is not supported.",
+            f"Its {path.name} has {found[0][:200]}.",
+            "Train it without, or merge it into its base with the peft library"
+            + ("; save_embedding_layers=False leaves out what is the base's own." * stored or "."),
+        )
 
 
 def _shapes(config: GLMConfig, module: Module, rank: int) -> dict[str, tuple[int, int]]:

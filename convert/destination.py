@@ -90,12 +90,13 @@ def check_model_file(destination: str | Path, *, needed: int = 0) -> None:
         needed: bytes to write.
 
     Raises:
-        UsageError: something has that name.
+        UsageError: something has that name, or it is that of a folder.
         InputError: no space, or the file cannot be written.
     """
-    if os.path.isdir(destination):
+    slash = os.fspath(destination).endswith(os.sep)
+    if slash or os.path.isdir(destination):
         raise UsageError(
-            f"{destination} is a folder.",
+            f"{destination} {'is the name of' if slash else 'is'} a folder.",
             "What is written is one file.",
             f"Name the file, for example {Path(destination) / 'model.gguf'}.",
         )
@@ -149,7 +150,11 @@ def _check_replaceable(
 def _check_outside(folder: Path, source: Path) -> None:
     """The source, or a file that it links to, must not go when `folder` is replaced."""
     if folder.samefile(source):
-        raise UsageError("The folder cannot be converted onto itself.", fix="Name another one.")
+        raise UsageError(
+            "The folder cannot be converted onto itself.",
+            "What is written is read from it until the end.",
+            "Name another one.",
+        )
     for path in (source, *source.iterdir()):
         real = _real(path)
         if any(parent.exists() and parent.samefile(folder) for parent in real.parents):

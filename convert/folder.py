@@ -151,14 +151,17 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
 
 def _check_is_folder(folder: Path) -> None:
     if not folder.exists():
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
         raise CheckpointError(
-            f"The folder {folder} does not exist.", fix="Check the path; it is read as written."
+            f"The folder {folder} does not exist.",
+            f"Of its path {there} is there.",
+            "Check the path; it is read as written.",
         )
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is a file.",
             "A checkpoint is a folder: configuration, tokenizer and weights together.",
-            f"Give the folder that holds it, for example {folder.parent}.",
+            f"Give the folder that holds it, for example {folder.absolute().parent}.",
         )
 
 
@@ -198,6 +201,7 @@ def _published_scheme(raw: dict[str, Any]) -> Scheme | None:
         raise CheckpointError(
             f"config.json: quantization_bit = {shorten(bits)} is not supported.",
             "The published quantised folders use 4 or 8 bits.",
+            "Use such a folder, or one that is not quantised.",
         )
     return OFFICIAL_SCHEMES.get(bits)
 

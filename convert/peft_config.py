@@ -38,6 +38,7 @@ class PeftConfig:
         rslora: whether the scale is alpha / sqrt(rank).
         rank_pattern, alpha_pattern: regular expression of a matrix's name -> its own.
         some_layers: whether layers may be without an adapter.
+        base: base_model_name_or_path, which nothing vouches for.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     some_layers: bool
+    base: Any
 
     def rank_of(self, module: str) -> int:
         """R of the matrix with the full name `module`."""
@@ -94,6 +96,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         rank_pattern=ranks,
         alpha_pattern=alphas,
         some_layers=raw.get("layers_to_transform") is not None,
+        base=raw.get("base_model_name_or_path"),
     )
 
 

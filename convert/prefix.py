@@ -253,7 +253,7 @@ def _length(path: Path, tensors: Tensors) -> int:
         fault = "is empty" if len(shape) == 2 else "is damaged"
         raise CheckpointError(
             f"The prefix {path} {fault}: {_ENCODER}{_EMBEDDING} is {shape}.",
-            "It has two dimensions: a row for each prefix token.",
+            "It needs two dimensions, and a row for each prefix token.",
             "Copy the prefix again from where it was trained.",
         )
     return shape[0]

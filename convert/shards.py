@@ -8,6 +8,7 @@ from typing import Any
 from convert.safetensors_file import read_safetensors_file, unique_pairs
 from convert.stored import StoredTensor, is_plain_name, regular_file_size
 from convert.torch_zip import read_torch_file
+from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
 
 # Where weights are looked for, the safest and fastest format first.
@@ -77,7 +78,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: absent, too large, not UTF-8, not JSON, not an object.
     """
     if regular_file_size(path) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes.")
+        raise CheckpointError(
+            f"{path} is larger than {MAX_JSON_BYTES} bytes.",
+            "Files of this kind have a few thousand.",
+            "Download it again.",
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text, object_pairs_hook=unique_pairs)
@@ -86,7 +91,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} cannot be parsed.", str(error)[:200], "Download it again."
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object.", fix="Download it again.")
+        raise CheckpointError(
+            f"{path} is not a JSON object.", f"It holds {shorten(value)}.", "Download it again."
+        )
     return value
 
 

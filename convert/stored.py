@@ -104,7 +104,10 @@ def regular_file_size(path: Path) -> int:
             f"{path} is absent.", "The checkpoint needs it.", "Download the checkpoint again."
         )
     if not path.is_file():  # opening a pipe would wait for ever
-        raise CheckpointError(f"{path} is not a plain file.")
+        kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+        raise CheckpointError(
+            f"{path} is not a plain file.", f"It is {kind}.", "Put the file itself there."
+        )
     size = path.stat().st_size
     if size < 1024:
         with path.open("rb") as file:

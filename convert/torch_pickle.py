@@ -102,7 +102,11 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, TorchTensor]:
             f"{path} is damaged: its pickle cannot be followed.", reason, "Download it again."
         ) from error
     if not isinstance(result, dict):
-        raise CheckpointError(f"{path} does not hold a dictionary of tensors.")
+        raise CheckpointError(
+            f"{path} does not hold a dictionary of tensors.",
+            f"It holds a {type(result).__name__}, so that no tensor has a name.",
+            "Save it again as torch.save(model.state_dict(), FILE) does.",
+        )
     for name, value in result.items():
         if not isinstance(name, str) or not isinstance(value, TorchTensor):
             shown = name[:200] if isinstance(name, str) else type(name).__name__

@@ -230,7 +230,9 @@ def shorten(value: Any) -> str:
 
 def _bad_value(key: str, value: Any, wanted: str) -> CheckpointError:
     return CheckpointError(
-        f"config: {key} = {shorten(value)} is not possible.", f"It must be {wanted}."
+        f"config: {key} = {shorten(value)} is not possible.",
+        f"It must be {wanted}.",
+        "Correct it, or download config.json again.",
     )
 
 
@@ -280,6 +282,7 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"config.json: model_type {shorten(model_type)} is not a ChatGLM model.",
             "Only model_type 'chatglm' (ChatGLM2, ChatGLM3, CodeGeeX2) is implemented.",
+            "Use a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.",
         )
     if raw.get("position_encoding_2d") or "inner_hidden_size" in raw:
         raise CheckpointError(

@@ -155,7 +155,9 @@ def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcesso
         pieces.id_to_piece(list(range(pieces.get_piece_size())))  # each is valid text
     except (RuntimeError, UnicodeError) as error:
         raise CheckpointError(
-            f"{name} is no SentencePiece model.", " ".join(str(error).split())
+            f"{name} is no SentencePiece model.",
+            " ".join(str(error).split()),
+            "Download the file from the repository that the weights come from.",
         ) from error
     ids = (pieces.unk_id(), pieces.bos_id(), pieces.eos_id())
     if ids != (0, 1, 2):

@@ -55,6 +55,7 @@ def changed(folder: Path, change: Callable[[dict], object], name="adapter_config
 def refusal(folder: Path, config=TINY) -> str:
     with pytest.raises(CheckpointError) as error:
         load_adapter(folder, config)
+    assert all((error.value.what, error.value.why, error.value.fix))
     return str(error.value)
 
 
@@ -160,10 +161,12 @@ def test_half_precision_is_read_as_float32(tmp_path, dtype):
 
 def test_an_adapter_of_another_shape_names_what_does_not_fit(tmp_path):
     wide = tiny_config(hidden_size=64, num_layers=3)
-    message = refusal(written(tmp_path, config=wide))
+    message = refusal(written(tmp_path, config=wide, targets="query_key_value"))
     assert f"{BLOCK}.0.self_attention.query_key_value.lora_A.weight is (4, 64)" in message
     assert "instead of (4, 32)" in message
-    assert f"{BLOCK}.2.mlp.dense_4h_to_h.lora_B.weight, the model has 2 layers" in message
+    assert "and 1 more" in message and message.count("\n") == 2
+    deep = written(tmp_path / "deep", targets="attn", config=tiny_config(num_layers=3))
+    assert f"{BLOCK}.2.self_attention.dense.lora_A.weight, the model has 2 layers" in refusal(deep)
     missing = refusal(written(tmp_path / "small", config=tiny_config(num_layers=1)))
     assert "missing: transformer.encoder.layers.1.self_attention.query_key_value" in missing
 
@@ -171,13 +174,13 @@ def test_an_adapter_of_another_shape_names_what_does_not_fit(tmp_path):
 def test_names_that_are_none_of_ours(tmp_path):
     tensors = load_file(written(tmp_path, targets="attn") / FILES[1])
     (tmp_path / FILES[2]).unlink()
-    tensors["base_model.model.transformer.output_layer.lora_A.weight"] = np.zeros((4, 32), "f4")
+    tensors["base_model.model.transformer.final.lora_A.weight"] = np.zeros((4, 32), "f4")
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = np.zeros(4, "f4")
     del tensors[f"{BLOCK}.0.self_attention.query_key_value.lora_B.weight"]
     save_file(tensors, tmp_path / FILES[1])
     message = refusal(tmp_path)
     assert "3 problems" in message and ", ".join(TARGETS) in message
-    assert "unexpected: base_model.model.transformer.output_layer.lora_A.weight" in message
+    assert "unexpected: base_model.model.transformer.final.lora_A.weight" in message
     assert "q_proj" in message
     assert "missing: lora_B of transformer.encoder.layers.0" in message
     save_file({}, tmp_path / FILES[1])
@@ -336,7 +339,10 @@ def test_a_folder_of_peft_alone_is_accepted_and_said(tmp_path, base):
     (written(tmp_path) / FILES[2]).unlink()
     adapter = open_adapter(tmp_path, base)
     assert adapter.base is None and adapter.template is None
-    assert "not known" in adapter.notes[0]
+    assert "not known" in adapter.notes[0] and "names" not in adapter.notes[0]
+    changed(tmp_path, lambda x: x.update(base_model_name_or_path="me/other\n-6b"))
+    note = open_adapter(tmp_path, base).notes[0]
+    assert note.endswith(f"is not known; its {FILES[0]} names the base 'me/other\\n-6b'")
 
 
 def test_another_base_is_refused(tmp_path, base):

@@ -228,14 +228,39 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, raw, named):
 def test_matrices_that_are_not_adapted_are_named(tmp_path):
     folder = native_folder(tmp_path / "glm", modules=("q_proj",))
     tensors = load_file(folder / WEIGHTS)
-    tensors["base_model.model.lm_head.lora_A.weight"] = np.zeros((2, 32), np.float32)
+    tensors["base_model.model.extra.lora_A.weight"] = np.zeros((2, 32), np.float32)
     tensors[f"{BLOCK}.0.self_attn.gate_proj.lora_A.weight"] = np.zeros((2, 32), np.float32)
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(CheckpointError) as caught:
         load_adapter(folder, TINY)
     message = str(caught.value)
-    assert "2 problems" in message and "unexpected: base_model.model.lm_head" in message
+    assert "2 problems" in message and "unexpected: base_model.model.extra" in message
     assert ", ".join(NATIVE) in message
+    with pytest.raises(CheckpointError, match="24 problems(.|\\n)*; and 21 more\\n") as caught:
+        load_adapter(native_folder(tmp_path / "wide", r=5), TINY)
+    assert str(caught.value).count("\n") == 2 and str(caught.value).count("wrong shape") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "does"),
+    [
+        ("model.embed_tokens.lora_embedding_A", "adapts"),
+        ("lm_head.lora_A.weight", "adapts"),
+        ("lm_head.weight", "holds"),
+        ("transformer.embedding.word_embeddings.lora_embedding_B", "adapts"),
+        ("transformer.output_layer.base_layer.weight", "holds"),
+    ],
+)
+def test_embedding_and_head_are_refused_by_name(tmp_path, name, does):
+    folder = native_folder(tmp_path / "glm", modules=("q_proj",))
+    tensors = load_file(folder / WEIGHTS)
+    tensors[f"base_model.model.{name}"] = np.zeros((2, 32), np.float32)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"{does} the embedding or the head") as caught:
+        load_adapter(folder, TINY)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3 and name in lines[1] and "merge it into its base" in lines[2]
+    assert ("save_embedding_layers=False" in lines[2]) == (does == "holds")
 
 
 @settings(max_examples=10, derandomize=True, deadline=None)

@@ -33,6 +33,14 @@ def refusal(folder, **kwargs):
     return str(caught.value)
 
 
+def three_lines(folder):
+    """The message, which says what, why, and what to do."""
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder)
+    assert all((caught.value.what, caught.value.why, caught.value.fix))
+    return str(caught.value)
+
+
 def shard(folder, number, of=2, kind="bin"):
     stem = "pytorch_model" if kind == "bin" else "model"
     return folder / f"{stem}-{number:05d}-of-{of:05d}.{kind}"
@@ -43,13 +51,16 @@ def edit_json(path, **changes):
 
 
 def test_missing_folder(tmp_path):
-    assert "nowhere does not exist" in refusal(tmp_path / "nowhere")
+    message = three_lines(tmp_path / "some" / "nowhere")
+    assert "nowhere does not exist" in message and f"Of its path {tmp_path} is there" in message
 
 
-def test_a_file_instead_of_a_folder(tmp_path):
+def test_a_file_instead_of_a_folder(tmp_path, monkeypatch):
     folder = write_official(tmp_path, shards=1)
     message = refusal(folder / "pytorch_model.bin")
     assert "is a file" in message and f"for example {folder}" in message
+    monkeypatch.chdir(folder)
+    assert f"for example {folder}." in three_lines("pytorch_model.bin")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
@@ -88,7 +99,7 @@ def test_an_adapter(tmp_path):
 def test_a_broken_configuration(tmp_path, text, reason):
     folder = write_official(tmp_path)
     (folder / "config.json").write_text(text, encoding="latin-1")
-    message = refusal(folder)
+    message = three_lines(folder)
     assert reason in message and "config.json" in message
 
 
@@ -202,7 +213,10 @@ def test_a_pipe_instead_of_a_file(tmp_path):
     folder = write_official(tmp_path)
     shard(folder, 1).unlink()
     os.mkfifo(shard(folder, 1))
-    assert "is not a plain file" in refusal(folder)
+    assert "is not a plain file.\nIt is a pipe" in three_lines(folder)
+    shard(folder, 1).unlink()
+    shard(folder, 1).mkdir()
+    assert "is not a plain file.\nIt is a folder" in three_lines(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])

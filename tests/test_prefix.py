@@ -11,42 +11,44 @@ from glm2_jax import GLMConfig, KVCache, attention
 from glm2_jax.model import forward, unstack_layers
 from glm2_jax.prefix import Prefix, prefix_length, with_prefix
 from glm2_jax.schemes import SCHEMES
+from tests.checkpoints import TINY, random_params
 from tests.prefixes import encoder, numpy_logits, numpy_prefix, write_prefix
 from tests.shared_data import shared_path
 from tests.test_parity import TOLERANCE, published_params
-from tests.toy import TOY, jit_forward, quantised, random_tokens, toy_params
+from tests.toy import jit_forward, quantised, random_tokens
 
 P = 5
+PARAMS = jax.tree.map(jnp.asarray, random_params(TINY))  # nothing to compile
 
 
 @pytest.fixture(scope="module")
 def prefixed():
-    """Toy params with a prefix, and its keys and values."""
-    k, v = numpy_prefix(TOY, encoder(TOY, P, projection=True))
-    return with_prefix(toy_params(), Prefix(jnp.asarray(k), jnp.asarray(v))), (k, v)
+    """Tiny params with a prefix, and its keys and values."""
+    k, v = numpy_prefix(TINY, encoder(TINY, P, projection=True))
+    return with_prefix(PARAMS, Prefix(jnp.asarray(k), jnp.asarray(v))), (k, v)
 
 
 def test_logits_are_those_of_a_plain_counterpart(prefixed):
     params, (k, v) = prefixed
-    tokens = random_tokens(2, 10)
-    expected = np.stack([numpy_logits(TOY, toy_params(), row, k, v) for row in tokens])
-    logits, cache = jit_forward(TOY, params, tokens)
-    assert cache is None and prefix_length(params) == P and prefix_length(toy_params()) == 0
+    tokens = random_tokens(2, 10, TINY)
+    expected = np.stack([numpy_logits(TINY, PARAMS, row, k, v) for row in tokens])
+    logits, cache = jit_forward(TINY, params, tokens)
+    assert cache is None and prefix_length(params) == P and prefix_length(PARAMS) == 0
     assert np.abs(logits - expected).max() <= TOLERANCE
-    without = numpy_logits(TOY, toy_params(), tokens[0], k[:, :0], v[:, :0])
+    without = numpy_logits(TINY, PARAMS, tokens[0], k[:, :0], v[:, :0])
     assert np.abs(without - expected[0]).max() > 100 * TOLERANCE, "the prefix is attended to"
 
-    cache = KVCache.new(TOY, 2, 12, jnp.float32, params["prefix"])
+    cache = KVCache.new(TINY, 2, 12, jnp.float32, params["prefix"])
     assert cache.size == P + 12 and cache.length.tolist() == cache.prefix.tolist() == [P, P]
-    first, cache = jit_forward(TOY, params, tokens[:, :5], cache=cache)
-    rest, cache = jit_forward(TOY, params, tokens[:, 5:], cache=cache)
+    first, cache = jit_forward(TINY, params, tokens[:, :5], cache=cache)
+    rest, cache = jit_forward(TINY, params, tokens[:, 5:], cache=cache)
     assert np.abs(np.concatenate([first, rest], 1) - expected).max() <= TOLERANCE
     assert cache is not None and cache.length.tolist() == [P + 10] * 2
 
 
 def test_segments_of_a_packed_row_each_have_the_prefix(prefixed, monkeypatch):
     params, (k, v) = prefixed
-    one, two = random_tokens(1, 4, seed=1), random_tokens(1, 6, seed=2)
+    one, two = random_tokens(1, 4, TINY, 1), random_tokens(1, 6, TINY, 2)
     row = jnp.concatenate([one, two, jnp.zeros((1, 2), jnp.int32)], axis=1)
     packed = {
         "segment_ids": jnp.asarray([[1] * 4 + [2] * 6 + [0] * 2]),
@@ -55,38 +57,38 @@ def test_segments_of_a_packed_row_each_have_the_prefix(prefixed, monkeypatch):
     # Blocks of keys and queries, which divide nothing evenly: the prefix is in the first of them.
     monkeypatch.setattr(attention, "SCORES", 60)
     monkeypatch.setattr(attention, "KEYS", 4)
-    logits, _ = jax.jit(lambda *args: forward(TOY, *args, **packed))(params, row)
+    logits, _ = jax.jit(lambda *args: forward(TINY, *args, **packed))(params, row)
     monkeypatch.undo()
     for found, tokens in ((logits[:, :4], one), (logits[:, 4:10], two)):
-        expected = numpy_logits(TOY, toy_params(), tokens[0], k, v)
+        expected = numpy_logits(TINY, PARAMS, tokens[0], k, v)
         assert np.abs(found[0] - expected).max() <= TOLERANCE
     assert jnp.isfinite(logits).all()
 
 
 def test_quantised_and_listed_layers_in_bfloat16(prefixed):
     params, (k, v) = prefixed
-    small, large = quantised(toy_params(), SCHEMES["int8"])
-    tokens = random_tokens(1, 6)
-    expected = numpy_logits(TOY, large, tokens[0], k, v)
+    small, large = quantised(PARAMS, SCHEMES["int8"])
+    tokens = random_tokens(1, 6, TINY)
+    expected = numpy_logits(TINY, large, tokens[0], k, v)
     listed = unstack_layers(with_prefix(small, params["prefix"]))
-    logits, _ = jit_forward(TOY, listed, tokens)
+    logits, _ = jit_forward(TINY, listed, tokens)
     assert np.abs(logits[0] - expected).max() <= TOLERANCE
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    logits, _ = jit_forward(TOY, narrow, tokens)
-    reference = numpy_logits(TOY, toy_params(), tokens[0], k, v)
-    without = numpy_logits(TOY, toy_params(), tokens[0], k[:, :0], v[:, :0])
+    logits, _ = jit_forward(TINY, narrow, tokens)
+    reference = numpy_logits(TINY, PARAMS, tokens[0], k, v)
+    without = numpy_logits(TINY, PARAMS, tokens[0], k[:, :0], v[:, :0])
     assert np.abs(logits[0] - reference).mean() < np.abs(without - reference).mean() / 5
 
 
 def test_queries_are_scaled_by_their_place_behind_the_prefix(prefixed):
     """The one architecture that looks at places: with the cache or without, they are the same."""
     params, _ = prefixed
-    config = dataclasses.replace(TOY, logn_scaling=True)
+    config = dataclasses.replace(TINY, logn_scaling=True)
     long = {
         **params,
         "prefix": jax.tree.map(lambda x: jnp.tile(x, (1, 500, 1, 1)), params["prefix"]),
     }
-    tokens = random_tokens(1, 3)
+    tokens = random_tokens(1, 3, TINY)
     plain, _ = jit_forward(config, long, tokens)
     cache = KVCache.new(config, 1, 3, jnp.float32, long["prefix"])
     cached, _ = jit_forward(config, long, tokens, cache=cache)
@@ -112,25 +114,13 @@ def published(tmp_path_factory):
     return config, with_prefix(params, Prefix(jnp.asarray(found.k), jnp.asarray(found.v))), arrays
 
 
-def test_published_code_logits(published):
-    config, params, arrays = published
-    real = arrays["attention_mask"] > 0
-    logits, _ = jit_forward(
-        config,
-        params,
-        jnp.asarray(arrays["input_ids"], jnp.int32),
-        positions=jnp.asarray(arrays["position_ids"], jnp.int32),
-        segment_ids=jnp.asarray(arrays["attention_mask"], jnp.int32),
-    )
-    assert np.abs(logits - arrays["logits"])[real].max() <= TOLERANCE
-
-
-def test_published_code_greedy_tokens(published):
+def test_published_code_logits_and_greedy_tokens(published):
     config, params, arrays = published
     tokens = jnp.asarray(arrays["input_ids"], jnp.int32)
     mask = jnp.asarray(arrays["attention_mask"], jnp.int32)
     cache = KVCache.new(config, 2, 16, jnp.float32, params["prefix"])
     logits, cache = jit_forward(config, params, tokens, segment_ids=mask, cache=cache)
+    assert np.abs(logits - arrays["logits"])[arrays["attention_mask"] > 0].max() <= TOLERANCE
     answers = []
     token = jnp.argmax(logits[:, -1], axis=-1)
     for _ in range(arrays["greedy"].shape[1] - tokens.shape[1]):

@@ -194,6 +194,12 @@ def test_incomplete_encoders(tmp_path):
     assert "pytorch_model.bin" in str(refused.value)
 
 
+def test_a_pickled_list(tmp_path):
+    torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
+    torch.save([torch.ones(3)], tmp_path / "pytorch_model.bin")
+    assert "a list, so that no tensor has a name" in refusal(tmp_path)
+
+
 def test_the_configuration_beside_it(tmp_path):
     write_prefix(tmp_path, encoder(TINY, 3, projection=True))
     for raw, said in (

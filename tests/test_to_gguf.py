@@ -336,6 +336,9 @@ def test_a_destination_that_exists(tmp_path, capsys):
     assert run(source, tmp_path / "folder", "--type", "f16", "--dry-run") == 2
     assert run(source, tmp_path / "folder", "--type", "f16") == 2
     assert "is a folder" in capsys.readouterr().err
+    for flags in ([], ["--dry-run"]):
+        assert run(source, f"{tmp_path}/new/", "--type", "f16", *flags) == 2
+        assert "is the name of a folder" in capsys.readouterr().err
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert run(source, tmp_path / "b.gguf" / "c", "--type", "f16") == 3
     assert names(tmp_path) == ["a", "b.gguf", "folder", "link"]

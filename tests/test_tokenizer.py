@@ -145,7 +145,7 @@ def test_broken_models_are_refused(data, tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="no SentencePiece model") as error:
         Tokenizer.from_file(path)
-    assert str(path) in str(error.value)
+    assert str(path) in str(error.value) and error.value.why and "Download" in error.value.fix
 
 
 def test_unfit_models_are_refused(tmp_path):

@@ -71,8 +71,8 @@ LINKS: Mapping[str, Links] = {
             start=0, hop=1e-6, network_hop=0,
         ),
         # As the maker's figures are commonly quoted (SXM): 1979 TFLOPS "with sparsity", half of it
-        # without; NVLink 900 GB/s of both directions, in 18 links; DGX H200: 8 GPUs, a ConnectX-7 of
-        # 400 Gbit/s for each. Seconds: NCCL's own model of rings (nccl/src/graph/tuning.cc, LL).
+        # without; NVLink 900 GB/s of both directions, in 18 links; DGX H200: 8 GPUs, for each a
+        # ConnectX-7 of 400 Gbit/s. Seconds: NCCL's own model of rings (nccl/src/graph/tuning.cc).
         Links(
             "h200", CARDS["h200"], 989.5e12,
             link=25e9, ring=18, both_ways=False, joined=8, network=400e9 / 8,
