@@ -223,6 +223,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(walk, tmp_path, monkeypatch):
     link.symlink_to(file)
     write_page(link, walk, None)
     assert link.is_symlink() and file.read_text("utf-8") == make_page(walk, None)
+    file.chmod(0o600)
+    write_page(file, walk, None)
+    assert file.stat().st_mode & 0o777 == 0o600  # who may read it stays as it was
     (tmp_path / "folder").mkdir()
     for bad in (tmp_path / "folder", tmp_path / "none" / "page.html", Path("/dev/null")):
         with pytest.raises(InputError):
