@@ -187,10 +187,11 @@ function letters(pass) {
     el("span", {}, el("b", { class: "mono" }, letter), ` = ${whole(size)} ${meaning}`)));
 }
 
-// Each line of a block's drawing, in lanes: a stage in as many as it takes, "|" passes by.
+// Each line of a block's drawing, in lanes: a stage in as many as it takes, "|" passes by. Then, how
+// many arrows leave it, where it is not one.
 // The lanes of attention are those of queries, keys and values.
 const ROWS = {
-  attention: [["norm", 3], ["q", 1], ["k", 1], ["v", 1], ["rope_q", 1], ["rope_k", 1], ["|", 1], ["|", 1], ["cache", 2],
+  attention: [["norm", 3, 3], ["q", 1], ["k", 1], ["v", 1], ["rope_q", 1], ["rope_k", 1], ["|", 1], ["|", 1], ["cache", 2, 2],
     ["scores", 2], ["|", 1], ["softmax", 2], ["|", 1], ["values", 3], ["o", 3], ["add", 3]],
   mlp: [["norm", 3], ["gate_up", 3], ["act", 3], ["down", 3], ["add", 3]],
 };
@@ -216,8 +217,9 @@ function part(name, heading) {
   return el("div", { class: `part ${name}` },
     el("h3", {}, heading), el("div", { class: "total" }, T("all of it: ", "合计：") + cost(total)),
     el("div", { class: "skip", title: T("the stream passes by", "残差流从旁边经过") }),
-    el("div", { class: "lanes" }, ROWS[name].map(([stage, lanes]) =>
-      el("div", { class: `lane${lanes}${stage === "|" ? " pass" : ""}` }, stage === "|" ? null : box(find(`${name}.${stage}`))))));
+    el("div", { class: "lanes" }, ROWS[name].map(([stage, lanes, arrows]) =>
+      el("div", { class: `lane${lanes}${stage === "|" ? " pass" : ""}` }, stage === "|" ? null : box(find(`${name}.${stage}`)),
+        stage === "add" ? null : el("div", { class: "arrows", "aria-hidden": "true" }, Array.from({ length: arrows || 1 }, () => el("span", {}, "↓")))))));
 }
 
 function block() {

@@ -271,7 +271,8 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
     yield from table(rows, texts=3)
     if head is values.heads[-1]:
         shown = (
-            f"A row looks at the columns up to its own; by the square root, in tenths: '{SHADES}'."
+            "A row looks at the columns up to its own. Signs are tenths of the square root: a "
+            f"blank, then {SHADES.strip()}"
         )
         yield from fold(shown, columns)
 
