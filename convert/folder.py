@@ -95,8 +95,8 @@ def open_folder(
 def read_architecture(
     path: str | Path, *, rope_kind: str | None = None
 ) -> tuple[GLMConfig, Scheme | None]:
-    """What a folder's config.json says of the model and how it is quantised; weights and tokenizer
-    need not be there.
+    """What a folder's config.json and manifest say of the model and how it is quantised; weights
+    and tokenizer need not be there.
 
     Raises:
         CheckpointError: no folder, no config.json, or another model.
@@ -105,13 +105,19 @@ def read_architecture(
     with reading(folder):
         _check_is_folder(folder)
         raw = _read_config(folder)
-        return _configure(folder, raw, rope_kind, None), _published_scheme(raw)
+        manifest = _manifest(folder)
+        scheme = _published_scheme(raw) if manifest is None else manifest.scheme
+        return _configure(folder, raw, rope_kind, manifest), scheme
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    return read_manifest(folder) if (folder / MANIFEST).exists() else None
 
 
 def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
     _check_is_folder(folder)
     raw = _read_config(folder)
-    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    manifest = _manifest(folder)
     config = _configure(folder, raw, rope_kind, manifest)
     if not (folder / "tokenizer.model").exists():
         raise CheckpointError(
@@ -225,6 +231,11 @@ def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: 
             f"It has {tokenizer.size} ids; the model has {config.vocab_size}.",
             "Put the tokenizer.model of the same repository into the folder.",
         )
+    check_template(config, template, asked=asked)
+
+
+def check_template(config: GLMConfig, template: str, *, asked: bool) -> None:
+    """Refuses a template that the model cannot have; arguments and errors as of `check_fit`."""
     if template not in TEMPLATES or (template == "chatglm3" and config.family != "chatglm3"):
         error = UsageError if asked else CheckpointError
         raise error(

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -136,25 +137,32 @@ def test_operations_of_the_6b_model_are_those_that_xla_counts(walk):
     assert walk.prefill.flops == pytest.approx(lowered.cost_analysis()["flops"], rel=0.02)
 
 
-def test_bounds_are_the_slower_of_memory_and_products(walk):
+def test_bounds_are_the_slower_of_bandwidth_and_arithmetic(walk):
     by_name = {bound.device: bound for bound in walk.bounds}
     one = by_name["a100"]
-    assert one.prefill_limit == one.decode_limit == "memory" and one.fits
+    assert one.prefill_limit == one.decode_limit == "bandwidth" and one.fits
     assert one.decode == pytest.approx(walk.decode.bytes / 1555e9)
     assert one.ridge == pytest.approx(312e12 / 1555e9)
-    assert not by_name["3060"].fits and by_name["3060"].ridge is None
+    unknown = by_name["3060"]  # whose arithmetic could take longer than its bytes, or not
+    assert not unknown.fits and unknown.ridge is None
+    assert unknown.prefill_limit == unknown.decode_limit == "unknown"
+    assert unknown.decode == pytest.approx(walk.decode.bytes / unknown.bandwidth)
     long = make_walk(SIX, BF16, 1024, model="x", batch=16, cards=[CARDS["a100"]])
-    assert long.bounds[0].prefill_limit == "products"
-    answering = long.prefill.flops - stage(long, "head").flops * 1023 / 1024
-    assert long.bounds[0].prefill == pytest.approx(answering / 312e12)
+    assert long.bounds[0].prefill_limit == "arithmetic"
+    scores = stage(long, "attention.scores").flops
+    assert scores == stage(long, "attention.values").flops == 2 * 16 * 32 * 1024**2 * 128
+    seen = 28 * 2 * 2 * 16 * 32 * (1024 * 1025 // 2) * 128  # a token sees itself and those before
+    others = long.prefill.flops - 28 * 2 * scores - stage(long, "head").flops * 1023 / 1024
+    assert long.bounds[0].prefill == pytest.approx((others + seen) / 312e12)
     assert long.prefill.stages[0].shape == (16, 1024, 4096) and math.isfinite(long.decode.intensity)
 
 
-@pytest.mark.parametrize("family", explain_run.PUBLISHED_LENGTHS)
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
 def test_the_length_of_the_prompt_is_the_published_tokenizers(family):
     tokenizer = Tokenizer.from_file(shared_path("tokenizer/tokenizer.model"), family=family)
-    ids = build_prompt(tokenizer, family, PROMPT)
-    assert len(ids) == explain_run.PUBLISHED_LENGTHS[family]
+    for template in {"chatglm2", family, "raw"}:
+        ids = build_prompt(tokenizer, template, PROMPT)
+        assert len(ids) == explain_run.PUBLISHED_LENGTHS[template]
 
 
 @pytest.mark.parametrize("columns", [40, 72, 100, 160])
@@ -166,6 +174,7 @@ def test_the_report_fits_the_terminal(walk, columns):
         "6,243,584,000 parameters",
         "[1, 32, 17, 17]",
         "[1, 17, 2, 13696]",
+        "= [1, 17, 27392]",
         "28 KiB",
         "448 KiB",
         "[17, 1, 4096]",
@@ -174,6 +183,21 @@ def test_the_report_fits_the_terminal(walk, columns):
     ):
         assert words in text  # fmt: skip
     assert ("  queries" in lines[8]) == (columns >= 100)  # a table where there is room
+
+
+def test_devices_stand_side_by_side_as_far_as_there_is_room(walk):
+    many = replace(walk, bounds=walk.bounds * 4)
+    lines = list(report.render(many, None, 72))
+    names = [line.split()[1:] for line in lines if line.startswith("device ")]
+    assert sum(names, []) == [bound.device for bound in many.bounds]
+    assert len(names[0]) > 2 and not [line for line in lines if cut_to_width(line, 72) != line]
+
+
+def test_nothing_of_a_prompt_reaches_the_terminal_as_control(walk):
+    evil = "a\x1b[31mRED\a\x9b\u202eb"
+    text = "\n".join(report.render(replace(walk, prompt=evil, model=evil), None, 100))
+    assert not set(text) & set("\x1b\a\x9b\u202e") and "a\\x1b[31mRED" in text
+    assert report.visible("你\n好 é") == "你\n好 é"
 
 
 def explained(capsys, *flags: str) -> tuple[str, str]:
@@ -194,6 +218,10 @@ def test_the_command_from_a_name(capsys):
     found = json.loads(out)["walk"]
     assert found["weights_in"] == "int4" and found["prompt"] is None
     assert found["prefill"]["stages"][0]["shape"] == [16, 128, 4096]
+    out, _ = explained(capsys, "--config", "chatglm3-6b", "--template", "chatglm2", "--json")
+    assert json.loads(out)["walk"]["length"] == 17
+    out, err = explained(capsys, "--config", "codegeex2-6b")
+    assert "a prompt of 128 ids is taken" in err and "a prompt: 128 ids, an example" in out
 
 
 def without_weights(folder: Path) -> Path:
@@ -211,13 +239,20 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, capsys):
         found = json.loads(out)
         assert "holds no weights: shapes and costs alone" in err and found["values"] is None
         assert (found["walk"]["length"], found["walk"]["length_from"]) == (16, "tokenizer")
-    (folder / "model.safetensors").write_bytes(bytes(2000))  # damaged is not the same as absent
-    with pytest.raises(CheckpointError):
-        main(["--model", str(folder)])
+    for content in (b"", bytes(2000)):  # damaged is not the same as absent
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            main(["--model", str(folder)])
     (folder / "model.safetensors").unlink()
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(UsageError, match="length of this prompt is not known"):
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {"x": "model-1.safetensors"}}')
+    with pytest.raises(CheckpointError, match="lacks 1 of 1 shards"):
         main(["--model", str(folder)])
+    (folder / "tokenizer.model").unlink()  # it is not needed to explain a length
+    assert json.loads(explained(capsys, "--model", str(folder), "--length", "9", "--json")[0])
+    index.unlink()
+    with pytest.raises(UsageError, match="length of this prompt is not known"):
+        main(["--model", str(folder), "--prompt", "hello"])
     assert json.loads(explained(capsys, "--model", str(folder), "--length", "9", "--json")[0])
 
 
@@ -234,8 +269,8 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     for flags, what in (
         (["--config", "chatglm2-6b", "--model", "x"], "each name a model"),
         (["--config", "chatglm2-6b", "--prompt", "hello"], "length of this prompt is not known"),
-        (["--config", "codegeex2-6b"], "length of this prompt is not known"),
-        (["--config", "chatglm2-6b", "--template", "raw"], "length of this prompt is not known"),
+        (["--config", "codegeex2-6b", "-p", PROMPT], "length of this prompt is not known"),
+        (["--config", "chatglm2-6b", "--template", "chatglm3"], "'chatglm3' is not possible"),
         (["--config", "chatglm2-6b", "--heads", "0:0"], "--heads: without effect"),
         (["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max-new-tokens"),
         (["--heads", "0:0,4:0"], "--heads 4:0: there is no such head"),
@@ -252,6 +287,7 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
         assert isinstance(error, InputError) and what in error.what
     monkeypatch.setattr(explain_run, "find_subject", lambda args: 1 / 0)
     (tmp_path / "file").write_text("x")
+    assert "written to a file" in bad("--html", "-").what
     for page in ("", "none/page.html", "file/page.html"):
         assert isinstance(bad("--html", str(tmp_path / page)), InputError)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # trying leaves nothing behind
@@ -264,6 +300,7 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
         (["--device", "abacus"], "known: 3060"),
         (["--heads", "0-0"], "write LAYER:HEAD"),
         (["--top-k", "21"], "more than 20"),
+        (["--length", "9" * 20], "99999999999999999999 ids are more than any model reads"),
         (["--width", "3"], "too few"),
         (["--prompt", "x", "--length", "3"], "not allowed with"),
     ],

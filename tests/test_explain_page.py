@@ -127,7 +127,7 @@ def test_the_pipeline_is_drawn(shapes_page):
     assert tree.having("data-stage") == stages  # no block is open
     assert tree.having("data-layer") == [str(layer) for layer in range(LAYERS)]
     assert not tree.having("data-block") and not asked
-    for seen in ("[1, 17, 4096]", "6,243,584,000", "28 KiB", "448 KiB", "203\u00a0GFLOP", "流程"):
+    for seen in ("[1, 17, 4096]", "6,243,584,000", "476 KiB", "896 MiB", "203\u00a0GFLOP", "流程"):
         assert seen in tree.text
     assert "只由配置生成" in tree.text and not tree.count("canvas")
 
@@ -147,7 +147,8 @@ def test_a_block_opens_by_its_address(values_page, walk):
     assert tree.having("aria-expanded") == ["true" if i == 3 else "false" for i in range(LAYERS)]
     inside = [stage.name for stage in walk.prefill.stages if stage.in_layer]
     assert sorted(tree.having("data-stage")[7:]) == sorted(inside)
-    assert "[1, 17, 2, 13696]" in tree.text and "[1, 32, 17, 17]" in tree.text
+    assert "[1, 17, 2, 13696] = [1, 17, 27392]" in tree.text and "[1, 32, 17, 17]" in tree.text
+    assert "from: rotated queries, cached keys" in tree.text and "N = 32 query heads" in tree.text
 
 
 def test_values_are_shown(values_page):
@@ -223,6 +224,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(walk, tmp_path, monkeypatch):
     link.symlink_to(file)
     write_page(link, walk, None)
     assert link.is_symlink() and file.read_text("utf-8") == make_page(walk, None)
+    file.chmod(0o600)
+    write_page(file, walk, None)
+    assert file.stat().st_mode & 0o777 == 0o600  # who may read it stays as it was
     (tmp_path / "folder").mkdir()
     for bad in (tmp_path / "folder", tmp_path / "none" / "page.html", Path("/dev/null")):
         with pytest.raises(InputError):

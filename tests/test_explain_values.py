@@ -163,6 +163,7 @@ def test_the_report_fits_the_terminal(engine, found, columns):
     assert "ended by its end token" in lines
     start = lines.index("attention of layer 0, head 0:")
     assert lines[start + 1].split()[-1] in ("@", "@@")  # the first token sees itself alone
+    assert ("(1 of 4 candidates fit here" in " ".join(lines)) == (columns == 40)
     assert "too wide for here" in "\n".join(report.render(walk, found, 28))
 
 

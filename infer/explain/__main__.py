@@ -17,6 +17,7 @@ from infer.params import MAX_LOGPROBS
 
 PROG = "python -m infer.explain"
 PROMPT = "你好"
+LONGEST = 10**9  # of a prompt that is asked for
 DEVICES = ("3090", "a100", "h200", "v5e-1")
 DESCRIPTION = """Shows every stage of the model with its shape, parameters, operations and bytes,
 and the least time that devices could take (from the makers' figures, not measured). With weights
@@ -41,7 +42,8 @@ def parser() -> Parser:
     devices = result.add_argument_group("devices")
     devices.add_argument(
         "--device", dest="cards", nargs="+", type=_card, metavar="NAME",
-        help=f"to tell the least time of, any of {', '.join(CARDS)}; they need not be here "
+        help=f"to tell the least time of, any of {', '.join(CARDS)} (v5e is v5e-1); they need "
+        f"not be here "
         f"(default: {', '.join(DEVICES)}; with --mesh: {', '.join(LINKS)})",
     )  # fmt: skip
     devices.add_argument(
@@ -73,7 +75,7 @@ def _add_what(result: Parser) -> None:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--prompt", "-p", metavar="TEXT", help=f"the question (default: {PROMPT})")
     source.add_argument(
-        "--length", type=options.positive, metavar="N",
+        "--length", type=_length, metavar="N",
         help="instead of a prompt: one of so many ids; shapes and costs alone",
     )  # fmt: skip
     group.add_argument(
@@ -118,6 +120,13 @@ def _heads(text: str) -> tuple[tuple[int, int], ...]:
         )
     pairs = (part.split(":") for part in text.split(","))
     return tuple(dict.fromkeys((int(layer), int(head)) for layer, head in pairs))
+
+
+def _length(text: str) -> int:
+    number = options.positive(text)
+    if number > LONGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]} ids are more than any model reads")
+    return number
 
 
 def _top_k(text: str) -> int:

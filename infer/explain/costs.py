@@ -8,6 +8,8 @@ from infer.memory.budget import find_budget
 from infer.memory.devices import Card
 from infer.memory.plan import Precision, cache_bytes, make_plan
 
+SCORED = ("attention.scores", "attention.values")  # stages that work on pairs of tokens
+
 
 def cache_costs(config: GLMConfig, precision: Precision, batch: int, length: int) -> Cache:
     """Of prompts of `length` tokens, `batch` of them."""
@@ -23,9 +25,10 @@ def cache_costs(config: GLMConfig, precision: Precision, batch: int, length: int
 def bound(
     card: Card, config: GLMConfig, precision: Precision, batch: int, prefill: Pass, decode: Pass
 ) -> Bound:
-    """The least time of both passes on a device: either its memory or its products take as long."""
+    """The least time of both passes on a device: its bandwidth or its arithmetic takes as long."""
     head = prefill.stages[-1].flops  # of which answering takes one position of each row
-    read, read_limit = _least(card, prefill, head - head // prefill.tokens)
+    left_out = head - head // prefill.tokens + config.num_layers * _unseen(prefill)
+    read, read_limit = _least(card, prefill, left_out)
     step, step_limit = _least(card, decode)
     plan = make_plan(config, precision, decode.keys, batch, platform=card.platform)
     usable = find_budget(card.name).memory
@@ -44,7 +47,17 @@ def bound(
     )
 
 
+def _unseen(work: Pass) -> int:
+    """A layer's operations for keys that come after the token that asks: a program may skip them.
+
+    Of T tokens on S keys, T (T - 1) / 2 of the T S pairs are such.
+    """
+    flops = sum(stage.flops for stage in work.stages if stage.name in SCORED)
+    return flops * (work.tokens - 1) // (2 * work.keys)
+
+
 def _least(card: Card, work: Pass, left_out: int = 0) -> tuple[float, str]:
     moving = work.bytes / card.bandwidth
-    computing = 0.0 if card.flops is None else (work.flops - left_out) / card.flops
-    return max((moving, "memory"), (computing, "products"))
+    if card.flops is None:
+        return moving, "unknown"
+    return max((moving, "bandwidth"), ((work.flops - left_out) / card.flops, "arithmetic"))

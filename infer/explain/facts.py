@@ -94,11 +94,13 @@ class Bound:
       memory: bytes. bandwidth: bytes a second.
       flops: dense operations a second in 16-bit floats; None = no figure known.
       fits: whether the prompt and one token more fit into the memory, by `infer.memory.plan`.
-      ridge: flops / bandwidth: with a higher intensity products are the limit, with a lower one
-        memory is.
+      ridge: flops / bandwidth: with a higher intensity arithmetic is the limit, with a lower one
+        bandwidth is.
       prefill, decode: seconds of the two passes, of which the first has the head read one position
-        of each row, as answering does.
-      prefill_limit, decode_limit: "memory" or "products", whichever takes longer.
+        of each row, as answering does, and leaves out scores of tokens that may not be seen. Where
+        flops is None, those of the bytes alone.
+      prefill_limit, decode_limit: "bandwidth" or "arithmetic", whichever takes longer; "unknown"
+        where flops is None.
       tokens_per_s: of decoding, all rows together.
     """
 
@@ -125,7 +127,7 @@ class Walk:
       sizes: axis letter -> size: B, L, D, N, K, H, F, V.
       prompt: the question; None where only a length was given.
       length: T, ids of the prompt. length_from: "tokenizer", "published" (the published tokenizer's
-        count for just this prompt) or "asked".
+        count for just this prompt), "asked", or "example" (nobody said).
       context: the longest sequence.
       weights_in: "bfloat16", "int4", ...: what bytes are counted in.
       params, weight_bytes: of the whole model.

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import secrets
+import stat
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -43,7 +44,11 @@ def write_page(path: Path, walk: Walk, values: Values | None) -> None:
     path = path.resolve()  # what a link leads to is replaced, not the link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+        temporary.touch(0o666 if mode is None else 0o600)  # never open to more than in the end
         temporary.write_bytes(page)
+        if mode is not None:
+            temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         raise InputError(

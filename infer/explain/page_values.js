@@ -18,8 +18,8 @@ function promptTokens() {
   return el("section", { id: "tokens" },
     el("h2", {}, T("The prompt as it is built", "实际送入的提示")),
     el("p", { class: "muted" }, T(
-      `The question in its frame, and the ${whole(values.tokens.length)} ids made of it. ⏎ is a newline, ␣ a space; dashed ids are special: no text becomes one.`,
-      `放进固定格式的问题，以及由它得到的 ${whole(values.tokens.length)} 个 id。⏎ 是换行，␣ 是空格；虚线框是特殊 id，任何文本都不会变成它。`)),
+      `The question in its frame, and the ${whole(values.tokens.length)} ids made of it. ⏎ is a newline, ␣ a space, <0xF0> one byte of a character that has no piece of its own; dashed ids are special: no text becomes one.`,
+      `放进固定格式的问题，以及由它得到的 ${whole(values.tokens.length)} 个 id。⏎ 是换行，␣ 是空格，<0xF0> 这样的是没有独立词元的字符的一个字节；虚线框是特殊 id，任何文本都不会变成它。`)),
     el("div", { class: "panel" }, el("pre", {}, values.text),
       el("div", { class: "chips" }, values.tokens.map((token) => el("span", { class: token.text ? "chip" : "chip special", title: token.piece }, labelOf(token), el("small", {}, String(token.id)))))));
 }
@@ -34,7 +34,7 @@ function map(head) {
   const show = (t, s) => {
     if (t < 0 || s < 0 || t >= head.weights.length || s > t) return;
     canvas.at = [t, s];
-    readout.textContent = T(`${quoted(values.tokens[t])} takes ${percent(from(t, s))} of ${quoted(values.tokens[s])}`, `${quoted(values.tokens[t])} 从 ${quoted(values.tokens[s])} 取 ${percent(from(t, s))}`);
+    readout.textContent = T(`${percent(from(t, s))} of the attention of ${quoted(values.tokens[t])} goes to ${quoted(values.tokens[s])}`, `${quoted(values.tokens[t])} 的注意力有 ${percent(from(t, s))} 落在 ${quoted(values.tokens[s])} 上`);
     drawMap(canvas);
   };
   const point = (event) => {
@@ -122,7 +122,7 @@ function attention() {
   return el("section", { id: "attention" },
     el("h2", {}, T("Where tokens look", "词元在看哪里")),
     el("p", { class: "muted" }, T(
-      "A row is a token that looks, a column one that is looked at; a row sums to 100 %, and nothing behind a token is seen. The stronger, the more (by the square root). Other heads: --heads LAYER:HEAD.",
+      "A row is a token that looks, a column one that is looked at; a row sums to 100 %, and nothing after a token is seen. The stronger, the more (by the square root). Other heads: --heads LAYER:HEAD.",
       "一行是在看的词元，一列是被看的词元；每行之和为 100 %，后面的词元看不到。颜色越深越多（按平方根）。看别的头：--heads 层:头。")),
     el("div", { class: "panel" }, maps(values.heads)));
 }
@@ -141,7 +141,7 @@ function layerValues(index) {
 
 /** A candidate, tinted by its probability. */
 function guess(candidate, best) {
-  const box = el("span", { class: best ? "guess best" : "guess", title: `${candidate.token.piece} (${candidate.token.id})` }, labelOf(candidate.token), " ", el("small", {}, percent(candidate.probability)));
+  const box = el("span", { class: best ? "guess best" : "guess", title: `${candidate.token.piece} (${candidate.token.id})` }, el("span", { class: "piece" }, labelOf(candidate.token)), " ", el("small", {}, percent(candidate.probability)));
   box.style.background = `rgb(${getComputedStyle(document.documentElement).getPropertyValue("--heat").trim()} / ${0.06 + 0.44 * candidate.probability})`;
   return box;
 }

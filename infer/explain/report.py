@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from convert.cli import cut_to_width, human_size
 from infer.evaluate.report import table
@@ -11,9 +13,12 @@ from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Step, Token
 
 BOUND = (
     "The least time for these operations and bytes by the makers' figures, which no program "
-    "reaches; nothing here was measured. The head reads one position of each prompt. What flows "
-    "between stages, and starting programs, is not counted."
+    "reaches; nothing here was measured. The head reads one position of each prompt, and scores "
+    "of tokens that may not be seen are left out. What flows between stages, and starting "
+    "programs, is not counted."
 )
+UNKNOWN = "?: no figure is known; the times there are those of the bytes alone."
+BYTES = "<0x..>: one byte of a character that has no piece of its own; <0x0A> is a newline."
 COUNTED = (
     "FLOP: 2 for each product and sum of a matrix product, all scores included, also those of "
     "tokens that may not be seen. Bytes: weights read, keys and values written and read. Of "
@@ -24,12 +29,15 @@ LENGTHS = (
     "mlp added. Next: what final norm and head make of it there; after the last layer this is the "
     "model's own answer."
 )
-SHADES = " .:-=+*#%@"  # of a probability, in tenths
+SHADES = " .:-=+*#%@"  # of a probability's square root, in tenths
 LENGTH_FROM = {
     "tokenizer": "",
     "published": ", counted with the published tokenizer",
     "asked": ", as asked for",
+    "example": ", an example",
 }
+LIMITS = {"unknown": "?"}
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the direction
 _PROMPT = 20  # columns of a prompt in a line, at most
 _PIECE = 12  # columns of a piece, at most
 _LABEL = 13  # columns before a row of a map
@@ -37,6 +45,7 @@ _LABEL = 13  # columns before a row of a map
 
 def render(walk: Walk, values: Values | None, columns: int) -> Iterator[str]:
     """The lines, at most so many columns wide where no single word is wider."""
+    walk = replace(walk, model=visible(walk.model), prompt=visible(walk.prompt or ""))
     for line in _head(walk):
         yield from fold(line, columns)
     yield ""
@@ -78,6 +87,7 @@ def _stages(walk: Walk, columns: int) -> list[str]:
             inside = read.in_layer
             rows.append((f"{_between(walk, inside)}:", *[""] * 6))
         rows.append((f"  {read.title_en}", _shape(read), *_figures(read, step)))
+        rows += [("", f"= {joined}", *[""] * 5) for joined in _joined(read)]
     lines = table(rows, texts=2)
     return lines if _fits(lines, columns) else list(_records(walk, pairs, columns))
 
@@ -100,7 +110,7 @@ def _records(walk: Walk, pairs: Sequence[tuple[Stage, Stage]], columns: int) -> 
         if read.in_layer != inside:
             inside = read.in_layer
             yield f"{_between(walk, inside)}:"
-        yield from fold(f"{read.title_en} {_shape(read)}", columns)
+        yield from fold(" = ".join((f"{read.title_en} {_shape(read)}", *_joined(read))), columns)
         facts = [f"{read.params:,} parameters"] if read.params else []
         facts += [part for part in (_cost(read), _cost(step, "step ")) if part]
         if facts:
@@ -135,17 +145,21 @@ def _totals(walk: Walk) -> Iterator[str]:
 
 
 def _work(work: Pass) -> str:
-    return f"{_count(work.flops)}FLOP on {human_size(work.bytes)}, {work.intensity:.3g} FLOP a byte"
+    flops, moved = _count(work.flops), human_size(work.bytes)
+    return f"{flops}FLOP on {moved}, {_digits(work.intensity)} FLOP a byte"
 
 
 def _bounds(bounds: Sequence[Bound], columns: int) -> Iterator[str]:
-    lines = _bound_table(bounds)
-    if _fits(lines, columns):
-        yield from lines
-    else:
-        for one in bounds:
-            yield from _bound_table([one])
+    rest = list(bounds)
+    while rest:
+        lines, count = _bound_table(rest[:1]), 1
+        while count < len(rest) and _fits(wider := _bound_table(rest[: count + 1]), columns):
+            lines, count = wider, count + 1
+        yield from (*lines, "")
+        rest = rest[count:]
     yield from fold(BOUND, columns)
+    if any(bound.flops is None for bound in bounds):
+        yield from fold(UNKNOWN, columns)
 
 
 def _bound_table(bounds: Sequence[Bound]) -> list[str]:
@@ -159,10 +173,10 @@ def _bound_table(bounds: Sequence[Bound]) -> list[str]:
         row("bandwidth, GB/s", lambda b: f"{b.bandwidth / 1e9:,.0f}"),
         row("16-bit TFLOP/s", lambda b: "?" if b.flops is None else f"{b.flops / 1e12:.4g}"),
         row("balance, FLOP/byte", lambda b: "?" if b.ridge is None else f"{b.ridge:.0f}"),
-        row("prompt, ms >=", lambda b: f"{b.prefill * 1e3:.3g}"),
-        row("  limited by", lambda b: b.prefill_limit),
-        row("step, ms >=", lambda b: f"{b.decode * 1e3:.3g}"),
-        row("  limited by", lambda b: b.decode_limit),
+        row("prompt, ms >=", lambda b: _digits(b.prefill * 1e3)),
+        row("  limited by", lambda b: LIMITS.get(b.prefill_limit, b.prefill_limit)),
+        row("step, ms >=", lambda b: _digits(b.decode * 1e3)),
+        row("  limited by", lambda b: LIMITS.get(b.decode_limit, b.decode_limit)),
         row("tokens/s <=", lambda b: f"{b.tokens_per_s:,.0f}"),
     ]
     return table(rows, texts=1)
@@ -170,19 +184,21 @@ def _bound_table(bounds: Sequence[Bound]) -> list[str]:
 
 def _values(values: Values, columns: int) -> Iterator[str]:
     yield from ("", "the prompt as it is built:")
-    yield from (f"  | {line}".rstrip() for line in _broken(values.text, columns - 4))
+    yield from (f"  | {line}".rstrip() for line in _broken(visible(values.text), columns - 4))
     yield from ("", f"its ids, computed in {values.dtype}:")
-    rows = [("", "id", "piece"), *((str(n), str(t.id), t.piece) for n, t in _numbered(values))]
-    yield from table([(piece, n, i) for n, i, piece in rows], texts=1)
+    rows = [("piece", "", "id"), *((_piece(t), str(n), str(t.id)) for n, t in _numbered(values))]
+    yield from table(rows, texts=1)
+    if any(token.piece.startswith("<0x") for token in values.tokens):
+        yield from fold(BYTES, columns)
     yield from ("", "layer by layer:")
     yield from _layers(values, columns)
     yield from fold(LENGTHS, columns)
     for head in values.heads:
         yield ""
         yield from _map(head, values, columns)
-    yield from ("", "the answer, always the likeliest token:")
+    yield from ("", *fold("the answer, always the likeliest token:", columns))
     yield from _answer(values, columns)
-    yield from _broken(f"answer: {values.answer}", columns)
+    yield from _broken(visible(f"answer: {values.answer}"), columns)
 
 
 def _numbered(values: Values) -> Iterator[tuple[int, Token]]:
@@ -206,10 +222,12 @@ def _layers(values: Values, columns: int) -> list[str]:
     def both(count: int) -> list[str]:
         return table(joined(lens(count), lengths), texts=1 + count)
 
-    lines = _widest(both, len(values.layers[0].lens), columns)
+    most = len(values.layers[0].lens)
+    lines = _widest(both, most, columns)
     if _fits(lines, columns):
         return lines
-    return [*table(joined(lengths), texts=1), *table(joined(lens(1)), texts=2)]
+    lines = _widest(lambda count: table(joined(lens(count)), texts=1 + count), most, columns)
+    return [*table(joined(lengths), texts=1), *lines]
 
 
 def _answer(values: Values, columns: int) -> list[str]:
@@ -229,7 +247,7 @@ def _answer(values: Values, columns: int) -> list[str]:
 
 
 def _likely(candidate: Candidate) -> str:
-    return f"{cut_to_width(candidate.token.piece, _PIECE)} {_per_cent(candidate.probability)}"
+    return f"{cut_to_width(_piece(candidate.token), _PIECE)} {_per_cent(candidate.probability)}"
 
 
 def _per_cent(part: float) -> str:
@@ -248,21 +266,23 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
     wide = 2 if _LABEL + 2 * tokens <= columns else 1
     rows = []
     for (number, token), weights in zip(_numbered(values), head.weights, strict=True):
-        cells = (SHADES[min(int(10 * weight), 9)] * wide for weight in weights[: number + 1])
-        rows.append((str(number), cut_to_width(token.piece, _LABEL - 5), "".join(cells)))
+        cells = (SHADES[min(int(10 * weight**0.5), 9)] * wide for weight in weights[: number + 1])
+        rows.append((str(number), cut_to_width(_piece(token), _LABEL - 5), "".join(cells)))
     yield from table(rows, texts=3)
     if head is values.heads[-1]:
-        shown = f"A row looks at the columns up to its own; in tenths: '{SHADES}'."
+        shown = (
+            "A row looks at the columns up to its own. Signs are tenths of the square root: a "
+            f"blank, then {SHADES.strip()}"
+        )
         yield from fold(shown, columns)
 
 
 def _widest(build: Callable[[int], list[str]], most: int, columns: int) -> list[str]:
-    """The table with as many candidates as the columns hold, one at least."""
-    for count in range(most, 1, -1):
-        lines = build(count)
-        if _fits(lines, columns):
-            return lines
-    return build(1)
+    """The table with as many candidates as the columns hold, one at least; says if not all."""
+    counts = range(most, 1, -1)
+    count = next((count for count in counts if _fits(build(count), columns)), 1)
+    left_out = f"({count} of {most} candidates fit here; --width N takes more columns)"
+    return [*build(count), *(fold(left_out, columns) if count < most else [])]
 
 
 def _fits(lines: Sequence[str], columns: int) -> bool:
@@ -271,6 +291,34 @@ def _fits(lines: Sequence[str], columns: int) -> bool:
 
 def _shape(stage: Stage) -> str:
     return f"[{', '.join(map(str, stage.shape))}]"
+
+
+def _joined(stage: Stage) -> list[str]:
+    """The shape with gate and up side by side, of the stage that has them."""
+    if "C" not in stage.axes:
+        return []
+    *rest, two, width = stage.shape
+    return [f"[{', '.join(map(str, (*rest, two * width)))}]"]
+
+
+def _piece(token: Token) -> str:
+    return visible(token.piece)
+
+
+def visible(text: str) -> str:
+    """A text that does nothing to a terminal: but for newlines, control characters are escaped."""
+    escaped = (
+        char.encode("unicode_escape").decode()
+        if char != "\n" and unicodedata.category(char) in ("Cc", "Cs") or char in _TURNS
+        else char
+        for char in text
+    )
+    return "".join(escaped)
+
+
+def _digits(number: float) -> str:
+    """2048.3 -> "2,050"."""
+    return f"{float(f'{number:.3g}'):,g}"
 
 
 def _count(number: float) -> str:

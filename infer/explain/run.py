@@ -6,12 +6,13 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from convert.atomic import require_writable
 from convert.cli import Progress, note
-from convert.folder import check_fit, open_folder, read_architecture
+from convert.folder import check_fit, check_template, open_folder, read_architecture
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.prompt import build_prompt
@@ -27,11 +28,13 @@ from infer.memory.dry_run import read_config
 from infer.memory.plan import Precision
 from infer.options import model_folder, open_engine, say_which_model
 
-# Ids of PROMPT in the family's template, by the published tokenizers.
-PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8}
+# Ids of PROMPT in a template, by the tokenizers that these families were published with.
+PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
+_PUBLISHED_FAMILIES = ("chatglm2", "chatglm3")
 _PUBLISHED_VOCABULARY = 65024
 _VALUE_FLAGS = ("top_k", "heads", "max_new_tokens")
-_POINTER_BYTES = 1024  # of a Git LFS pointer, which stands for a file that was not fetched, at most
+EXAMPLE_LENGTH = 128  # where no prompt was given, and the ids of PROMPT are not known
+_POINTER = b"version https://git-lfs"  # begins a file that stands for one that was not fetched
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     _check_length(length, subject.config)
     heads = _heads(args.heads, subject.config)
     with_values = _wants_values(args, subject, ids)
-    prompt = None if args.length else args.prompt or PROMPT
+    prompt = None if source in ("asked", "example") else args.prompt or PROMPT
 
     from infer.explain.walk import make_walk
 
@@ -82,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check_page(path: Path) -> None:
     """Raises InputError for a page that cannot be written; before anything is computed."""
+    if str(path) == "-":
+        raise InputError("A page is written to a file.", fix="Name one, for example --html x.html.")
     if path.is_dir():
         raise InputError(f"{path} is a folder.", fix="Name a file in it: --html FILE.")
     if not path.resolve().parent.is_dir():
@@ -100,6 +105,9 @@ def find_subject(args: argparse.Namespace) -> Subject:
     name = "the bundled demo model" if args.model is None else args.model
     if args.model is not None:  # it is looked for once
         args.model, args.hub_source, args.revision = str(folder), None, None
+    needs_text = args.length is None and args.mesh is None
+    if not needs_text and not (folder / "tokenizer.model").exists():
+        return _without_weights(args, name, folder)
     if folder.is_dir() and not _holds_weights(folder):
         note(f"{folder} holds no weights: shapes and costs alone")
         return _without_weights(args, name, folder)
@@ -109,18 +117,27 @@ def find_subject(args: argparse.Namespace) -> Subject:
 
 
 def _from_config(args: argparse.Namespace) -> Subject:
-    name = args.config
+    name, stored = args.config, None
     if name in PRESETS:
-        stored = "int4-row" if name.endswith("-int4") else None
-        return Subject(name, PRESETS[name], stored, None, args.template, False)
-    config = read_config(Path(name), args.rope_scaling)
-    return Subject(name, config, None, None, args.template, False)
+        config, stored = PRESETS[name], "int4-row" if name.endswith("-int4") else None
+    else:
+        config = read_config(Path(name), args.rope_scaling)
+    if args.template is not None:
+        check_template(config, args.template, asked=True)
+    return Subject(name, config, stored, None, args.template, False)
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Whether any file could be weights; what is wrong with them, loading tells."""
-    files = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-    return any(not path.exists() or path.stat().st_size > _POINTER_BYTES for path in files)
+    """Whether any file is to be weights, or an index names some; what is wrong, loading tells."""
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    if not files:
+        return any(folder.glob("*.index.json"))
+    return not all(path.is_file() and _is_pointer(path) for path in files)
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def _without_weights(args: argparse.Namespace, name: str, folder: Path) -> Subject:
@@ -130,6 +147,8 @@ def _without_weights(args: argparse.Namespace, name: str, folder: Path) -> Subje
         tokenizer = Tokenizer.from_file(folder / "tokenizer.model", family=config.family)
         template = template or config.default_template
         check_fit(config, tokenizer, template, asked=args.template is not None)
+    elif template is not None:
+        check_template(config, template, asked=True)
     return Subject(name, config, scheme and scheme.name, tokenizer, template, False)
 
 
@@ -142,16 +161,20 @@ def _prompt(args: argparse.Namespace, subject: Subject) -> tuple[list[int] | Non
         ids = build_prompt(subject.tokenizer, subject.template, prompt)
         return ids, len(ids), "tokenizer"
     config = subject.config
-    known = PUBLISHED_LENGTHS.get(config.family)
-    published = config.vocab_size == _PUBLISHED_VOCABULARY
-    if known is None or not published or prompt != PROMPT or subject.template is not None:
+    published = config.vocab_size == _PUBLISHED_VOCABULARY and config.family in _PUBLISHED_FAMILIES
+    if published and prompt == PROMPT:
+        known = PUBLISHED_LENGTHS[subject.template or config.default_template]
+        return None, known, "published"
+    if args.prompt is not None:
         raise UsageError(
             "The length of this prompt is not known.",
-            f"It takes the model's tokenizer to count ids; without one only those of {PROMPT} in "
-            f"the published template are known, for {' and '.join(PUBLISHED_LENGTHS)}.",
+            f"It takes the model's tokenizer to count ids; without one only those of {PROMPT} are "
+            f"known, for {' and '.join(_PUBLISHED_FAMILIES)} models as they were published.",
             "Name a folder with tokenizer.model (--model DIR), or say how many: --length N.",
         )
-    return None, known, "published"
+    length = min(EXAMPLE_LENGTH, config.seq_length - 1)
+    note(f"this model's tokenizer is not there: a prompt of {length} ids is taken (--length N)")
+    return None, length, "example"
 
 
 def _cards(names: Sequence[str]) -> list[Card]:
@@ -230,14 +253,23 @@ def _values(
     from infer.explain.values import make_values
 
     engine = open_engine(args)
-    with Progress("layers", engine.config.num_layers) as bar:
+    with ExitStack() as opened:
+        bars: list[Progress] = []
+
+        def progress(layers: int) -> None:
+            if not bars:  # the first layer took its compilation, too: it says nothing of the rest
+                bar = Progress("layers", engine.config.num_layers, done=layers)
+                bars.append(opened.enter_context(bar))
+            else:
+                bars[0](layers)
+
         return make_values(
             engine,
             ids,
             heads=heads,
             top_k=args.top_k or 5,
             max_new_tokens=args.max_new_tokens or 64,
-            progress=bar,
+            progress=progress,
         )
 
 

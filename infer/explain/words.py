@@ -66,14 +66,16 @@ WORDS = {
     ),
     "attention.cache": Words(
         "attention", "cache of keys, values", "KV 缓存", "BSKH", "SBKH", (),
-        "New keys and values are written behind the old ones, and all are read: this shape twice.",
+        "New keys and values are written after the old ones, and all are read: this shape twice.",
         "新的键和值写在旧的后面，然后全部读出：K 和 V 各一份，形状相同。",
     ),
     "attention.scores": Words(
         "attention", "scores", "注意力分数", "BNTS", "BNTS", (),
-        "q k / sqrt({H}), float32; a token sees itself and what is before it. Where there are "
-        "many, they are computed block by block and never all at once.",
-        "q·k / sqrt({H})，float32；每个词元只看自己和之前的。分数很多时分块计算，不会同时存在。",
+        "q k / sqrt({H}), float32; a token sees itself and what is before it, the others are "
+        "computed and masked. Where there are many, they are computed block by block and never "
+        "all at once.",
+        "q·k / sqrt({H})，float32；每个词元只看自己和之前的，其余的算出后被遮蔽。"
+        "分数很多时分块计算，不会同时存在。",
     ),
     "attention.softmax": Words(
         "attention", "softmax", "softmax 概率", "BNTS", "BNTS", (),
