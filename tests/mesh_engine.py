@@ -145,7 +145,7 @@ class Compilations(list):
         jax.monitoring.register_event_duration_secs_listener(self._count)
         return self
 
-    def _count(self, event: str, seconds: float, **kwargs: Any) -> None:
+    def _count(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.append(event)
 
@@ -161,7 +161,8 @@ def compare(mesh: str, scheme: str | None) -> dict[str, Any]:
         drawn, again = answered(one, PROMPTS, SAMPLED), answered(one, PROMPTS, GREEDY)
     ((at, program),) = ((k, p) for k, p in one.programs._programs.items() if k[0] == "decode")
     memory, found = program.memory_analysis(), collectives(program.as_text())
-    rows, slots = at[1]
+    rows, slots = cast(Any, at[1])
+    assert one.mesh is not None
     where: Any = cache_sharding(CONFIG, one.mesh).k
     part = where.shard_shape((CONFIG.num_layers, rows, slots, CONFIG.num_kv_heads, 8))
     return {
@@ -186,7 +187,7 @@ def conversation(engine: Engine) -> list[bool]:
     for count in (4, 6):
         sampling = SamplingParams(temperature=0, max_new_tokens=count)
         *_, last = session.run(ids, sampling)
-        said = list(map(int, last.completion.output_ids))
+        said = list(map(int, cast(Any, last.completion).output_ids))
         right.append([said] == greedy([ids], count))
         ids = [*ids, *said, *range(10, 70)]
     return [*right, engine.stats.reused_tokens > 0]
