@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from glm2_jax.errors import UsageError
-from tests.checkpoints import save
+from tests.checkpoints import save, tiny_config
 from tests.mesh_process import run
 from train import lora
 from train.log import read_log
@@ -25,7 +25,7 @@ LIMIT = 240  # seconds; a fail-safe alone
 FLAGS = [
     "--batch-size", "3", "--grad-accum", "2", "--rank", "2", "--lr", "1e-2", "--warmup", "0",
     "--log-every", "1", "--steps", "12", "--save-every", "2", "--keep", "9", "--val-split", "0.3",
-    "--max-length", "64", "--neftune", "5",
+    "--max-length", "64", "--neftune", "5", "--no-grad-checkpoint",
 ]  # fmt: skip
 WEIGHTS = "adapter_model.safetensors"
 
@@ -40,12 +40,13 @@ def test_meshes_give_the_losses_of_one_device(found):
     what was saved on another mesh."""
     assert {name: len(cases) for name, cases in found.items()} == {"lora": 4, "int8": 2, "full": 2}
     for one, *others in found.values():
-        for case in others:
-            for name in ("losses", "resumed"):
-                np.testing.assert_allclose(case[name], one["whole" if name == "resumed" else name],
-                                           rtol=1e-5, err_msg=f"{case}")  # fmt: skip
-            assert case["validation"] == pytest.approx(one["validation"], rel=1e-5), case
-        np.testing.assert_allclose(one["resumed"], one["whole"], rtol=1e-5)
+        wanted = {"losses": one["losses"], "resumed": one["whole"]}
+        for case in (one, *others):
+            for name, steps in wanted.items():
+                for (loss, norm), (wanted_loss, wanted_norm) in zip(case[name], steps, strict=True):
+                    assert loss == pytest.approx(wanted_loss, rel=1e-5), case
+                    assert norm == pytest.approx(wanted_norm, rel=1e-4), case
+        assert others[-1]["validation"] == pytest.approx(one["validation"], rel=1e-5)
         assert one["whole"][-1][0] != pytest.approx(one["losses"][0][0], rel=1e-2)
 
 
@@ -63,7 +64,7 @@ def test_what_is_trained_and_its_moments_lie_as_the_weights(found):
 def folder(tmp_path_factory):
     """A model, rows to learn, and the outcome of one device: (folder, flags of all runs)."""
     path = tmp_path_factory.mktemp("training")
-    save(path / "model")
+    save(path / "model", config=tiny_config(num_layers=1))
     rows = [{"instruction": f"{i} 号茶叫什么", "output": f"它叫青山{i}号。"} for i in range(7)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (path / "data.jsonl").write_text(text, encoding="utf-8")
@@ -108,6 +109,7 @@ def test_two_processes_killed_and_gone_on_with(folder):
     """Killed among its steps, and gone on with: by two processes again, and by one."""
     path, flags = folder
     with two(flags, path / "two") as both:
+        assert both.stderr is not None
         assert any(line.startswith("step 5/") for line in both.stderr)
         os.kill(children(both.pid)[1], signal.SIGKILL)
         _, err = both.communicate(timeout=LIMIT)
