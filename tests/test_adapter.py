@@ -166,9 +166,9 @@ def test_an_adapter_of_another_shape_names_what_does_not_fit(tmp_path):
     assert "instead of (4, 32)" in message
     assert "and 1 more" in message and message.count("\n") == 2
     deep = written(tmp_path / "deep", targets="attn", config=tiny_config(num_layers=3))
-    assert f"{BLOCK}.2.self_attention.dense.lora_A.weight, the model has 2 layers" in refusal(deep)
+    assert "query_key_value.lora_A.weight, the model has 2 layers" in refusal(deep)
     missing = refusal(written(tmp_path / "small", config=tiny_config(num_layers=1)))
-    assert "missing: transformer.encoder.layers.1.self_attention.query_key_value" in missing
+    assert "missing: transformer.encoder.layers.1.mlp.dense_4h_to_h" in missing
 
 
 def test_names_that_are_none_of_ours(tmp_path):

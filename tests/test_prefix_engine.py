@@ -23,7 +23,7 @@ from infer.memory.shortage import when_answering
 from infer.params import SamplingParams
 from infer.session import Session
 from tests.checkpoints import TINY, random_params, write_official
-from tests.engine_toy import TOY, toy_engine, toy_params
+from tests.engine_toy import toy_engine
 from tests.prefixes import encoder, numpy_logits, numpy_prefix, write_prefix
 from tests.toy import jit_forward
 
@@ -31,7 +31,9 @@ P = 7
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 COPY = [7, 300, 21, 9, 55, 80, 7, 300, 21, 9, 55, 80, 7, 300]
 PROMPTS = [[5, 6, 7], list(range(10, 30)), COPY]
-K, V = numpy_prefix(TOY, encoder(TOY, P, seed=3))
+K, V = numpy_prefix(TINY, encoder(TINY, P, seed=3))
+PARAMS = jax.tree.map(jnp.asarray, random_params(TINY))  # nothing to compile
+PARAMS["head"] = PARAMS["head"].at[2].set(0)  # no end token
 
 
 def prefixed(params):
@@ -40,14 +42,14 @@ def prefixed(params):
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine(prefixed(toy_params()))
+    return toy_engine(prefixed(PARAMS))
 
 
 def greedy(prompt, count, length=P, params=None):
     """What a plain counterpart answers, reading everything anew for every token."""
-    ids, params = list(prompt), toy_params() if params is None else params
+    ids, params = list(prompt), PARAMS if params is None else params
     for _ in range(count):
-        logits = numpy_logits(TOY, params, ids, K[:, :length], V[:, :length])
+        logits = numpy_logits(TINY, params, ids, K[:, :length], V[:, :length])
         ids.append(int(logits[-1].argmax()))
     return tuple(ids[len(prompt) :])
 
@@ -113,25 +115,24 @@ def test_the_reader_of_evaluations(engine):
         for row in range(2):
             logits[row].append(np.asarray(chunk.logits)[row][chunk.real[row]])
     for row, ids in enumerate(rows):
-        expected = numpy_logits(TOY, toy_params(), ids, K, V)
+        expected = numpy_logits(TINY, PARAMS, ids, K, V)
         assert np.abs(np.concatenate(logits[row]) - expected).max() <= 2e-3 * expected.std()
 
 
 def test_the_memory_plan_counts_it():
     precision = Precision("float32")
     plain, more = (
-        make_plan(TOY, precision, 128, 4, platform="cpu", prefix=count) for count in (0, P)
+        make_plan(TINY, precision, 128, 4, platform="cpu", prefix=count) for count in (0, P)
     )
-    slot = 2 * TOY.num_layers * TOY.num_kv_heads * TOY.head_dim * 4
+    slot = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
     assert more.cache - plain.cache == 4 * P * slot
     assert more.weights - plain.weights == P * slot
-    assert largest_context(TOY, precision, 4, plain.total, platform="cpu") >= 128
-    assert largest_context(TOY, precision, 4, plain.total, platform="cpu", prefix=P) < 128
-    device = toy_engine().device
+    assert largest_context(TINY, precision, 4, plain.total, platform="cpu") >= 128
+    assert largest_context(TINY, precision, 4, plain.total, platform="cpu", prefix=P) < 128
+    device = toy_engine(PARAMS).device
     sizes = {"context": 128, "batch": 4, "chunk": 64}
     said = [
-        when_answering(TOY, params, device, **sizes)[0]
-        for params in (toy_params(), prefixed(toy_params()))
+        when_answering(TINY, params, device, **sizes)[0] for params in (PARAMS, prefixed(PARAMS))
     ]
     assert said[0] != said[1]
 
