@@ -14,23 +14,19 @@ Collectives of a step, as compiled programs have them (docs/sharding.md):
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-from jax.sharding import AbstractMesh, AxisType
-
 from convert.cli import human_size
 from glm2_jax.config import GLMConfig
 from glm2_jax.mesh import AXES, mesh_text
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS
-from glm2_jax.sharding import cache_sharding, check_mesh, params_sharding
-from infer.memory.compile_for import abstract_params
+from glm2_jax.sharding import check_mesh
 from infer.memory.links import Links, Talk, all_reduce, gather
 from infer.memory.plan import Precision
+from infer.memory.shares import cache_share, device_params, sizes_of, total_bytes
 
 _FLOAT32 = 4
 _ADAM = 4 * _FLOAT32  # of a trained parameter: itself, its gradient, two moments
@@ -151,8 +147,8 @@ def mesh_cost(
     check_mesh(config, sizes, precision.scheme)
     here = -(-batch // (sizes["data"] * sizes["fsdp"]))
     made = _Steps(config, sizes, card, precision, here, length)
-    elements = _total(device_params(config, tuple(sizes.items()), Precision("float32"))) // _FLOAT32
-    weights = _total(made.params)
+    elements = total_bytes(device_params(config, Precision("float32"), sizes_of(sizes))) // _FLOAT32
+    weights = total_bytes(made.params)
     return MeshCost(
         card,
         sizes,
@@ -165,33 +161,6 @@ def mesh_cost(
         elements * (_ADAM + Precision(dtype).size),
         {step.name: step for step in (made.decode(), made.prefill(), made.lora(), made.full())},
     )
-
-
-@functools.lru_cache(maxsize=64)
-def device_params(
-    config: GLMConfig, sizes: tuple[tuple[str, int], ...], precision: Precision
-) -> Any:
-    """The params tree as one device of a mesh has it: shapes and dtypes."""
-    places = params_sharding(config, _abstract(dict(sizes)), scheme=precision.scheme)
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(place.shard_shape(x.shape), x.dtype),
-        _params(config, precision),
-        places,
-    )
-
-
-@functools.lru_cache(maxsize=8)
-def _params(config: GLMConfig, precision: Precision) -> Any:
-    return abstract_params(config, precision)
-
-
-def _abstract(sizes: Mapping[str, int]) -> Any:
-    kinds = (AxisType.Auto,) * len(sizes)
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
-
-
-def _total(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _cut(params: Any) -> dict[str, Any]:
@@ -216,18 +185,14 @@ class _Steps:
         self.here, self.length = here, length
         whole = {**sizes, "data": 1, "fsdp": 1}  # what computes: fsdp is gathered first
         plain = Precision(precision.dtype)
-        self.params = device_params(config, tuple(sizes.items()), precision)
-        self.gathered = device_params(config, tuple(whole.items()), precision)
-        self.plain = device_params(config, tuple(sizes.items()), plain)
-        computed = device_params(config, tuple(whole.items()), plain)
+        self.params = device_params(config, precision, sizes_of(sizes))
+        self.gathered = device_params(config, precision, sizes_of(whole))
+        self.plain = device_params(config, plain, sizes_of(sizes))
+        computed = device_params(config, plain, sizes_of(whole))
         matrices = sum(math.prod(computed["layers"][name].shape) for name in COLUMN_AXES)
         self.matrices, self.head = matrices, math.prod(computed["head"].shape)
         rows = here * sizes["data"] * sizes["fsdp"]
-        c = config
-        slots = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
-        place: Any = cache_sharding(config, _abstract(sizes)).k
-        part = place.shard_shape(slots)
-        self.cache = 2 * math.prod(part) * precision.size
+        self.cache = cache_share(config, precision.size, length, rows, sizes_of(sizes))
 
     def decode(self) -> Step:
         """A token for every row, `length` tokens being in the cache."""
@@ -251,7 +216,7 @@ class _Steps:
 
     def full(self) -> Step:
         """A step of all parameters: forwards, and backwards through activations and weights."""
-        elements = _total(self.plain) // Precision(self.precision.dtype).size
+        elements = total_bytes(self.plain) // Precision(self.precision.dtype).size
         moved = elements * (_ADAM_MOVED + 3 * Precision(self.precision.dtype).size)
         return self._step("full", *self._trained(moved), self._learned)
 
@@ -278,7 +243,7 @@ class _Steps:
 
     def _read(self) -> int:
         """Bytes of weights that a step reads; of the embedding it needs a few rows."""
-        return _total(self.gathered) - _total(self.gathered["embed"])
+        return total_bytes(self.gathered) - total_bytes(self.gathered["embed"])
 
     def _attention(self, pairs: float) -> float:
         """Operations, for pairs of a query and a key."""
@@ -301,7 +266,7 @@ class _Steps:
         reduced = self._reduced(tokens) * (4 * self.config.num_layers + 2)
         weights = self._gathered(Precision(self.precision.dtype)) * 2
         scattered = self._gathered(Precision("float32"))
-        gradients = all_reduce(self.links, self.sizes, "data", _total(self.plain))
+        gradients = all_reduce(self.links, self.sizes, "data", total_bytes(self.plain))
         return weights + scattered + gradients, reduced
 
     def _reduced(self, tokens: int) -> Talk:
@@ -311,11 +276,11 @@ class _Steps:
     def _gathered(self, precision: Precision) -> Talk:
         """Every matrix once, over fsdp."""
         whole = {**self.sizes, "data": 1, "fsdp": 1}
-        params = _cut(device_params(self.config, tuple(whole.items()), precision))
+        params = _cut(device_params(self.config, precision, sizes_of(whole)))
         total = Talk()
         for name, part in params.items():
             times = self.config.num_layers if name in COLUMN_AXES else 1
-            one = gather(self.links, self.sizes, "fsdp", _total(part) / times)
+            one = gather(self.links, self.sizes, "fsdp", total_bytes(part) / times)
             total = total + one * times
         return total
 

@@ -33,23 +33,35 @@ def row_pieces(mesh: Sizes) -> int:
 
 
 @lru_cache
-def weight_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
-    """Bytes of the weights on each device."""
+def device_params(config: GLMConfig, precision: Precision, mesh: Sizes) -> Any:
+    """The params tree as one device has it: shapes and dtypes."""
+    import jax
+
     from glm2_jax.sharding import params_sharding
     from infer.memory.compile_for import abstract_params
 
-    params = abstract_params(config, precision)
-    return _bytes(params, params_sharding(config, _without_devices(mesh), scheme=precision.scheme))
-
-
-@lru_cache
-def embedding_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
-    """Bytes of the embedding on each device."""
-    from glm2_jax.sharding import params_sharding
-    from infer.memory.compile_for import abstract_params
+    def share(array: Any, where: Any) -> Any:
+        return jax.ShapeDtypeStruct(where.shard_shape(array.shape), array.dtype)
 
     places = params_sharding(config, _without_devices(mesh), scheme=precision.scheme)
-    return _bytes(abstract_params(config, precision)["embed"], places["embed"])
+    return jax.tree.map(share, abstract_params(config, precision), places)
+
+
+def total_bytes(tree: Any) -> int:
+    """Of arrays, or their shapes and dtypes."""
+    import jax
+
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def weight_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
+    """Bytes of the weights on each device."""
+    return total_bytes(device_params(config, precision, mesh))
+
+
+def embedding_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
+    """Bytes of the embedding on each device."""
+    return total_bytes(device_params(config, precision, mesh)["embed"])
 
 
 def cache_share(config: GLMConfig, size: int, slots: int, rows: int, mesh: Sizes) -> int:
@@ -81,12 +93,3 @@ def _without_devices(mesh: Sizes) -> Any:
     from jax.sharding import AbstractMesh
 
     return AbstractMesh(tuple(size for _, size in mesh), tuple(axis for axis, _ in mesh))
-
-
-def _bytes(arrays: Any, places: Any) -> int:
-    import jax
-
-    def share(array: Any, where: Any) -> int:
-        return math.prod(where.shard_shape(array.shape)) * array.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(share, arrays, places)))
