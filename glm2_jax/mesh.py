@@ -151,6 +151,10 @@ def _count(axes: Sequence[str], size: int, mesh: Mapping[str, int]) -> int:
     return count if size % count == 0 else 1
 
 
+# How one CPU becomes several devices, to try a mesh.
+_VIRTUAL = " One CPU counts as {0} with XLA_FLAGS=--xla_force_host_platform_device_count={0}."
+
+
 def _bad_mesh(text: str, why: str) -> UsageError:
     return UsageError(f"The mesh {text!r} makes no sense.", why, "Write it like data=2,tensor=4.")
 
@@ -167,5 +171,6 @@ def _wrong_count(sizes: Mapping[str, int], devices: int) -> UsageError:
     return UsageError(
         f"The mesh {mesh_text(sizes)} takes {wanted} devices.",
         f"{there}, and a mesh takes all of them.",
-        f"Use a mesh that multiplies to {devices}, such as {' or '.join(choices)}.",
+        f"Use a mesh that multiplies to {devices}, such as {' or '.join(choices)}."
+        + (_VIRTUAL.format(wanted) if devices == 1 else ""),
     )

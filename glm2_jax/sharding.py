@@ -69,7 +69,7 @@ def check_mesh(
     # Every device has queries of one key/value head, or of several whole ones.
     fits = [n for n in _divisors(cut) if n % K == 0 or K % n == 0]
     if sizes.get("tensor", 1) not in fits:
-        heads = f"; and of it and {K} key/value heads one divides the other" if K > 1 else ""
+        heads = f"; {K} key/value heads have to divide it, or it them" if K > 1 else ""
         raise _indivisible("tensor", sizes, what + heads, fits)
     fits = _divisors(D // packed)
     if sizes.get("fsdp", 1) not in fits:
@@ -160,7 +160,7 @@ def _divisors(number: int) -> list[int]:
 
 def _indivisible(axis: str, mesh: Mapping[str, int], what: str, fits: list[int]) -> UsageError:
     return UsageError(
-        f"The mesh {mesh_text(mesh)} does not fit the model: {axis}={mesh[axis]}.",
+        f"The mesh {mesh_text(mesh)} does not fit the model.",
         f"{axis} has to divide {what}.",
         f"Use {axis}={', '.join(map(str, fits[:12]))}{' ...' if len(fits) > 12 else ''}.",
     )

@@ -33,7 +33,7 @@ _PLACES = {
 }  # fmt: skip
 # What JAX raises, rather than to end the process, when the connection to another one breaks.
 _LOST = re.compile(
-    r"Gloo \w+ failed|remote process exited|coordination service|unhealthy|heartbeat"
+    r"Gloo [\w-]+ failed|remote process exited|coordination service|unhealthy|heartbeat"
 )
 _UNLIMITED = 7 * 24 * 3600  # seconds a process that is ready waits for others that write
 

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause.exit_code)}"
     note(f"{which}; the others are ended")
+    note("see what it said before; a training goes on with --resume auto")
     _end([worker for worker in workers if not worker.wait(0)])
     return code if code > 0 else EXIT_DEVICE
 

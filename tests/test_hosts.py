@@ -262,11 +262,12 @@ def test_why_a_process_ended(code, joined, told, message):
     assert (found is None) == (message is None) and (not message or message in str(found))
 
 
-def test_a_lost_connection_is_found_among_the_causes():
+@pytest.mark.parametrize("operation", ["AllReduce", "all-reduce"])  # both are seen
+def test_a_lost_connection_is_found_among_the_causes(operation):
     class JaxRuntimeError(RuntimeError):
         pass
 
-    broken = JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer\nmore")
+    broken = JaxRuntimeError(f"UNKNOWN: Gloo {operation} failed: Connection closed by peer\nmore")
     assert hosts._sign_of_loss(ValueError("Gloo AllReduce failed")) is None
     assert hosts._sign_of_loss(JaxRuntimeError("RESOURCE_EXHAUSTED")) is None
     try:

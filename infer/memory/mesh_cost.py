@@ -305,7 +305,7 @@ def report(cost: MeshCost) -> list[str]:
         talk = step.talk
         lines.append(
             f"  {step.name}: memory {_time(step.memory_s)}, products {_time(step.products_s)}, "
-            f"links {_time(talk.seconds)}: {step.limit} limit it, at most "
+            f"links {_time(talk.seconds)}: limited by {step.limit}, at most "
             f"{step.tokens / step.overlapped_s:,.0f} tokens/s"
         )
         lines.append(
