@@ -30,7 +30,7 @@ def engine():
 @pytest.fixture
 def toy(engine, monkeypatch):
     """The toy engine in place of what the flags name."""
-    monkeypatch.setattr(evaluation, "open_engine", lambda args: engine)
+    monkeypatch.setattr(evaluation, "open_engine", lambda args, **contents: engine)
     return engine
 
 

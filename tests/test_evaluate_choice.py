@@ -29,7 +29,7 @@ def engine():
 @pytest.fixture
 def toy(engine, monkeypatch):
     """The toy engine in place of what the flags name."""
-    monkeypatch.setattr(choice, "open_engine", lambda args: engine)
+    monkeypatch.setattr(choice, "open_engine", lambda args, **contents: engine)
     return engine
 
 
@@ -181,7 +181,7 @@ def test_no_files(tmp_path):
 @pytest.mark.parametrize(("letter", "right"), [("A", 0), ("B", 1), ("D", 1)])
 def test_a_model_that_always_says_the_same(engine, tmp_path, capsys, monkeypatch, letter, right):
     path = write(tmp_path, "val/law_val.csv", CEVAL_HEAD + CEVAL_ROWS)
-    monkeypatch.setattr(choice, "open_engine", lambda args: always(letter, engine))
+    monkeypatch.setattr(choice, "open_engine", lambda args, **contents: always(letter, engine))
     found, rows = asked(capsys, tmp_path, path)
     assert [row["predict"] for row in rows] == [letter, letter]
     assert (found["questions"], found["right"], found["accuracy"]) == (2, right, right / 2)

@@ -28,7 +28,7 @@ def engine():
 @pytest.fixture
 def toy(engine, monkeypatch):
     """The toy engine in place of what the flags name."""
-    monkeypatch.setattr(evaluation, "open_engine", lambda args: engine)
+    monkeypatch.setattr(evaluation, "open_engine", lambda args, **contents: engine)
     return engine
 
 
@@ -128,7 +128,9 @@ def test_forms_of_a_folder_that_is_quantised():
 
 def test_the_second_form_has_the_memory_that_the_first_leaves(engine, monkeypatch, capsys):
     limits = []
-    monkeypatch.setattr(compare, "open_engine", lambda args: limits.append(args.memory_limit))
+    monkeypatch.setattr(
+        compare, "open_engine", lambda args, **contents: limits.append(args.memory_limit)
+    )
     args = comparison("none,int8", "--memory-limit", "2")
     for first in (None, engine):
         compare.open_variant(args, args.compare[1], first)

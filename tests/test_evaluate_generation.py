@@ -27,7 +27,7 @@ def engine():
 @pytest.fixture
 def toy(engine, monkeypatch):
     """The toy engine in place of what the flags name."""
-    monkeypatch.setattr(generation, "open_engine", lambda args: engine)
+    monkeypatch.setattr(generation, "open_engine", lambda args, **contents: engine)
     return engine
 
 
@@ -179,7 +179,7 @@ def test_what_is_answered_before_an_interrupt_is_kept(toy, rows, tmp_path, capsy
     assert not path.exists()
     assert figures(capsys, "--predictions", str(partial))["rows"] == 2
     monkeypatch.undo()
-    monkeypatch.setattr(generation, "open_engine", lambda args: toy)
+    monkeypatch.setattr(generation, "open_engine", lambda args, **contents: toy)
     figures(capsys, *flags)
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["labels"] for row in written] == ["你好，世界。", "天气很好。", "Paris."]
