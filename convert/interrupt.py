@@ -25,6 +25,7 @@ _ENDINGS = {
 }
 _actions: list[Callable[[], object]] = []
 _ending = threading.Lock()  # taken once, by the thread that ends the process
+_silent = False
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -82,14 +83,29 @@ def _watch(reading: int) -> None:
     end(signum)
 
 
+def leave_the_word() -> None:
+    """From here on a signal ends this process without a word: the one that watches it tells."""
+    global _silent
+    _silent = True
+
+
+def tell(exit_code: int, prefix: str = "") -> None:
+    """Says that a signal ended the work, where `exit_code` is that of one."""
+    for message, code in _ENDINGS.values():
+        if code == exit_code:
+            line = prefix.encode() + message
+            # Past Python's streams, whose locks the main thread may hold.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\n" + line if os.isatty(1) else line)
+
+
 def end(signum: int) -> NoReturn:
     """Ends the process at once, with the message and exit code of the signal."""
     _ending.acquire()  # whoever comes second waits here for the end
     for action in reversed(_actions):
         with contextlib.suppress(Exception):
             action()
-    message, code = _ENDINGS[signal.Signals(signum)]
-    # Past Python's streams, whose locks the main thread may hold.
-    with contextlib.suppress(OSError):
-        os.write(2, b"\n" + message if os.isatty(1) else message)
+    _, code = _ENDINGS[signal.Signals(signum)]
+    if not _silent:
+        tell(code)
     os._exit(code)

@@ -1,6 +1,7 @@
 """`python -m infer.launch`: the processes of one run, all on this machine."""
 
 import argparse
+import contextlib
 import queue
 import signal
 import socket
@@ -24,6 +25,7 @@ with --coordinator auto."""
 EXAMPLE = f"""{PROG} --num-processes 2 --devices-per-process 4 -- \\
     python -m train.lora --mesh data=2,tensor=4 --data data.jsonl --output adapter"""
 _GRACE = 5.0  # seconds that processes which are ended have to end themselves
+_ECHO = 1.0  # seconds in which one that was lost may be seen to end after those that noticed it
 _NO_ERROR = (0, EXIT_INTERRUPTED, EXIT_TERMINATED)
 
 
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pass_signals_on(workers)
     code, cause = _wait(len(workers), over)
     if cause is None:
+        interrupt.tell(code)
         return code
     which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause.exit_code)}"
     note(f"{which}; the others are ended")
@@ -106,15 +109,26 @@ def _wait(count: int, over: queue.SimpleQueue[Worker]) -> tuple[int, Worker | No
     """Waits until all have ended, or one has with an error.
 
     Returns:
-        (the exit code of the first that was not 0, that one if it is an error).
+        (exit code, None) without an error: the first that was not 0; (exit code, worker) of the
+        one to blame otherwise.
     """
     code = 0
-    for _ in range(count):
+    for left in reversed(range(count)):
         worker = over.get()
         code = code or worker.exit_code
         if worker.exit_code not in _NO_ERROR:
-            return code, worker
+            cause = _cause(worker, left, over)
+            return cause.exit_code, cause
     return code, None
+
+
+def _cause(first: Worker, left: int, over: queue.SimpleQueue[Worker]) -> Worker:
+    """The first that ended, but where that one had only lost another: the one that was lost."""
+    ended, until = [first], time.monotonic() + _ECHO
+    with contextlib.suppress(queue.Empty):
+        while ended[-1].exit_code == EXIT_DEVICE and len(ended) <= left:
+            ended.append(over.get(timeout=max(until - time.monotonic(), 0)))
+    return next((worker for worker in ended if worker.exit_code != EXIT_DEVICE), first)
 
 
 def _ending(code: int) -> str:

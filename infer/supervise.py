@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from convert import interrupt
 from convert.cli import EXIT_DEVICE, only_errors, report
 from glm2_jax.errors import DeviceError, GLMError
 
@@ -133,6 +134,7 @@ def supervise(args: argparse.Namespace) -> int:
     over.get()
     error = why_ended(worker, args)
     if error is None:
+        interrupt.tell(worker.exit_code, prefix)
         return worker.exit_code
     if prefix:
         only_errors(name)
@@ -141,19 +143,16 @@ def supervise(args: argparse.Namespace) -> int:
     return report(error)
 
 
-def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
-    """SIGINT and SIGTERM go to the workers from here on; returns the list of those that came."""
-    came: list[int] = []
+def pass_signals_on(workers: Sequence[Worker]) -> None:
+    """SIGINT and SIGTERM go to the workers from here on."""
 
     def pass_on(signum: int, frame: object) -> None:
-        came.append(signum)
         for worker in workers:
             worker.send(signum)
 
     signal.set_wakeup_fd(-1)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, pass_on)
-    return came
 
 
 def why_ended(worker: Worker, args: argparse.Namespace) -> GLMError | None:
@@ -218,6 +217,7 @@ def is_supervised() -> bool:
 def connect() -> Callable[[bytes], object]:
     """Connects a watched process with the one that watches; returns what tells it something."""
     line = socket.socket(fileno=int(os.environ.pop(_VARIABLE)))
+    interrupt.leave_the_word()
     sys.stdout, sys.stderr = (_for_python(stream, line) for stream in (sys.stdout, sys.stderr))
     threading.Thread(target=_end_with, args=(line,), daemon=True).start()
     return line.sendall

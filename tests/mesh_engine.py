@@ -226,8 +226,6 @@ def command(*flags: str) -> list[str]:
 
 
 def main() -> None:
-    # Machine code takes longest to make, and is not what is looked at.
-    jax.config.update("jax_disable_most_optimizations", True)
     ask = ("--prompt", "你好", "--seed", "7", "--layers", "stacked", "--max-new-tokens", "12")
     found: dict[str, Any] = {
         "devices": jax.device_count(),

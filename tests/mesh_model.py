@@ -180,8 +180,6 @@ def compare_gradients(text: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    # Machine code takes longest to make, and is not what is looked at.
-    jax.config.update("jax_disable_most_optimizations", True)
     meshes = ["data=2,fsdp=2,tensor=2"]
     found: dict[str, Any] = {
         "devices": jax.device_count(),

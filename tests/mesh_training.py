@@ -142,8 +142,6 @@ def look_at(name: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    # Machine code takes longest to make, and is not what is looked at.
-    jax.config.update("jax_disable_most_optimizations", True)
     with tempfile.TemporaryDirectory() as folder:
         found = {name: look_at(name, Path(folder)) for name in sys.argv[1:] or CASES}
     print(json.dumps(found))
