@@ -16,13 +16,14 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
 from convert.cli import EXIT_INPUT, Progress, note
 from glm2_jax.errors import GLMError, InputError, UsageError
+from infer import hosts
 from infer.journal import SUFFIX, Journal
 from infer.options import open_engine
 from infer.params import SamplingParams, shown
@@ -46,7 +47,7 @@ class Row(NamedTuple):
 
 
 class Sink(Protocol):
-    """Where answers go: a `Journal`, or an `InOrder` stream."""
+    """Where answers go: a `Journal`, or an `InOrder` stream, or `Elsewhere`."""
 
     @property
     def done(self) -> Container[int]:
@@ -63,21 +64,27 @@ def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns
 
     A bad line is reported as file:line: reason and left out, which makes the exit code 3.
     """
-    output = check_output(args)
+    hosts.compare(args, "infer.generate")
+    output = check_output(args) if hosts.is_first() else None
     data = read_bytes(args.batch_file)
     batch = _Batch(args, sampling)
     requests = batch.requests(data, history)  # before the model is loaded: errors come at once
     if not requests:
         raise InputError(f"{batch.name} has no prompt that can be answered")
-    if output is None or is_stream(output):
-        engine = open_engine(args, requests=[dataclasses.asdict(one) for _, one in requests])
-        return batch.to_stream(engine, requests, output)
+    agreed = {"requests": [dataclasses.asdict(request) for _, request in requests]}
+    if not hosts.of_first(output is not None and not is_stream(output)):
+        return batch.to_stream(open_engine(args, **agreed), requests, output)
+    if output is None:
+        engine = open_engine(args, **agreed)
+        batch.to_file(engine, requests, Elsewhere(hosts.of_first(None)))
+        return batch.end()
     with Journal(output, restart=args.restart) as journal:
         run = _run_of(args, sampling, history, data)
         journal.check(run)
         refuse_existing(output, journal, args.overwrite)
-        engine = open_engine(args)
+        engine = open_engine(args, **agreed)
         journal.begin(run | _model_of(engine))
+        hosts.of_first(list(journal.done))
         batch.to_file(engine, requests, journal)
         journal.finish()
     return batch.end()
@@ -118,6 +125,21 @@ class InOrder:
         self._file.flush()
 
 
+class Elsewhere:
+    """Stands for the journal in all but the first of several processes: they answer the same lines.
+
+    Args:
+      done: numbers of the lines whose answers the first process has already.
+    """
+
+    def __init__(self, done: Iterable[int]):
+        self.done = set(done)
+
+    def append(self, rows: Sequence[tuple[int, str]]) -> None:
+        """Takes answers: line number and JSON object."""
+        self.done.update(number for number, _ in rows)
+
+
 class _Batch:
     """The lines of a batch file on their way to the engine, and what became of them."""
 
@@ -146,7 +168,10 @@ class _Batch:
         return good
 
     def to_file(
-        self, engine: Engine, requests: Sequence[tuple[int, Request]], journal: Journal
+        self,
+        engine: Engine,
+        requests: Sequence[tuple[int, Request]],
+        journal: Journal | Elsewhere,
     ) -> None:
         """Answers what the journal does not have yet."""
         rows = []
@@ -154,14 +179,8 @@ class _Batch:
             for row in self._encoded(engine, requests):
                 rows.append(row)
                 bar(len(rows))
-        if journal.done:
-            note(f"continuing: {len(journal.done)} of {len(rows)} answered already")
-        if journal.lost:
-            note(
-                f"warning: {journal.path} is damaged: what its last {journal.lost} lines held "
-                "is answered again"
-            )
-        note(f"answers are kept in {journal.path}; to continue after a stop, {journal.again}")
+        if isinstance(journal, Journal):
+            journal.tell(len(rows))
         self._answered = len(journal.done)
         with Progress("rows answered", len(rows), show=_count, done=self._answered) as bar:
             self._answer(engine, rows, journal, bar)

@@ -28,8 +28,8 @@ JOIN_TIMEOUT, HEARTBEAT_TIMEOUT = 120, 100  # seconds; the second is JAX's own
 _PLACES = {
     "coordinator", "process_id", "model", "hub_source", "revision", "adapter", "prefix",
     "init_adapter", "data", "mix_data", "val_data", "guard_data", "sample_prompts", "prompt_file",
-    "batch_file", "history", "output", "checkpoints", "log_jsonl", "plot", "compile_cache",
-    "config", "debug",
+    "batch_file", "history", "output", "predictions", "checkpoints", "log_jsonl", "plot",
+    "compile_cache", "config", "debug",
 }  # fmt: skip
 # What JAX raises, rather than to end the process, when the connection to another one breaks.
 _LOST = re.compile(
@@ -128,6 +128,22 @@ def highest(number: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def of_first(value: Any) -> Any:
+    """What the first process calls this with, as JSON keeps it; `value` itself without others.
+
+    All have to call it, at the same place of their work; the value of the others does not count.
+    """
+    if not _started:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode() if is_first() else b""
+    padded = np.zeros(highest(len(text)), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def compare(args: argparse.Namespace, command: str, **contents: Any) -> None:

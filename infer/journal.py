@@ -126,6 +126,17 @@ class Journal:
         self._write(data)
         self.done |= places
 
+    def tell(self, rows: int) -> None:
+        """Says what there is already of so many rows, and how to continue after a stop."""
+        if self.done:
+            note(f"continuing: {len(self.done)} of {rows} answered already")
+        if self.lost:
+            note(
+                f"warning: {self.path} is damaged: what its last {self.lost} lines held "
+                "is answered again"
+            )
+        note(f"answers are kept in {self.path}; to continue after a stop, {self.again}")
+
     def is_output(self, path: Path) -> bool:
         """Whether a file is the complete output of this very run, which a kill kept from ending."""
         if self._finished is None or not path.is_file():

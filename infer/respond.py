@@ -48,12 +48,6 @@ def run(args: argparse.Namespace) -> int:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for flags that have no meaning together."""
-    if args.output is not None and args.coordinator is not None:
-        raise UsageError(
-            "--output is for one process",
-            "Of several processes the first one prints the answers, and none of them a file.",
-            "Use > FILE for process 0.",
-        )
     batch, as_json = args.batch_file is not None, args.json or args.batch_file is not None
     if args.output is not None and not batch:
         raise UsageError("--output goes with --batch-file", fix="use > FILE for a single answer")

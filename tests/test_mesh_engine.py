@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from glm2_jax import make_mesh
 from glm2_jax.config import PRESETS
 from glm2_jax.errors import UsageError
-from infer import generate, options, respond
+from infer import generate, options
 from infer.chat.__main__ import main as chat_main
 from infer.loading import as_mesh, faster_layers, find_mesh
 from infer.memory.budget import Budget, shared
@@ -107,9 +107,6 @@ def test_flags_of_a_mesh():
         flags(["--tp", "2", "--mesh", "data=2"])
     with pytest.raises(UsageError, match="not for this command"):
         chat_main(["--coordinator", "host:1"])
-    several = ["--coordinator", "h:1", "--num-processes", "1", "--process-id", "0"]
-    with pytest.raises(UsageError, match="--output is for one process"):
-        respond.check_flags(flags([*several, "--batch-file", "f", "--output", "o"]))
 
 
 def test_layers_of_a_mesh():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convert.cli import Progress, note
 from convert.interrupt import always
 from glm2_jax.errors import InputError, UsageError
+from infer import hosts
 from infer.evaluate import metrics
 from infer.evaluate.rows import (
     BUNDLED,
@@ -143,7 +144,7 @@ def answers(
 
 def check_output(args: argparse.Namespace) -> None:
     """Raises before any work if `--predictions` cannot be written."""
-    if args.predictions is None:
+    if args.predictions is None or not hosts.is_first():
         return
     path = Path(args.predictions)
     if (path.exists() and not path.is_file()) or not path.parent.is_dir():
@@ -166,12 +167,13 @@ def _places(args: argparse.Namespace) -> tuple[Path, Path]:
 
 @contextmanager
 def predictions_file(args: argparse.Namespace) -> Iterator[Callable[[int, dict[str, Any]], None]]:
-    """Gives a function that writes a row (number, object); without `--predictions` it does nothing.
+    """Gives a function that writes a row (number, object); without `--predictions`, and in all but
+    the first of several processes, it does nothing.
 
     Each row is at once a line of F.partial. At the end F gets them in the order of their numbers.
     Where that is not reached, also because of a signal, F.partial stays, and is told.
     """
-    if args.predictions is None:
+    if args.predictions is None or not hosts.is_first():
         yield lambda number, row: None
         return
     path, partial = _places(args)

@@ -81,12 +81,6 @@ def check_flags(args: argparse.Namespace, given: Mapping[str, str]) -> None:
             "No questions are bundled.",
             "Name a csv file or a folder.",
         )
-    if args.predictions and args.coordinator is not None:
-        raise UsageError(
-            "--predictions is for one process",
-            "Of several processes the first one prints the figures, and none of them writes files.",
-            "Leave it out, or the flags of several processes.",
-        )
     if args.compare:
         variants.check(args)
 
