@@ -5,8 +5,8 @@ from typing import Any
 
 from convert import interrupt
 from convert.cli import Parser, Progress, human_size, note, path_argument
-from convert.from_pytorch import add_model_flags
 from convert.hub import find_model
+from convert.options import add_model_flags
 
 
 def build_parser() -> Parser:

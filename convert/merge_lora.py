@@ -1,14 +1,11 @@
 """`python -m convert.merge_lora BASE ADAPTER DST`: a base and its LoRA adapter become one model."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 
-from convert import interrupt
-from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
-from convert.from_pytorch import DTYPES, add_model_flags
-from convert.hub import find_model
+from convert import interrupt, options
+from convert.cli import Parser, Progress, human_size, note, path_argument
 
 DEVICES = ("cpu", "gpu", "tpu")
 
@@ -30,22 +27,13 @@ def build_parser() -> Parser:
     parser.add_argument("adapter", metavar="ADAPTER", type=path_argument, help="its folder")
     parser.add_argument("destination", metavar="DST", type=path_argument, help="the one to write")
     weights = parser.add_argument_group("weights")
-    weights.add_argument(
-        "--dtype", choices=DTYPES, default="keep", metavar="TYPE",
-        help="type to store: keep, float32, bfloat16 or float16",
-    )  # fmt: skip
+    options.add_dtype(weights)
     weights.add_argument(
         "--dequantize", action="store_true",
         help="allow a quantised base; its weights are written unpacked",
     )  # fmt: skip
-    weights.add_argument(
-        "--max-shard-size", type=size_argument, default="4GB", metavar="SIZE",
-        help="largest size of one weight file",
-    )  # fmt: skip
-    weights.add_argument(
-        "--force-adapter", action="store_true",
-        help="take the adapter though it was trained on another base model or prompt template",
-    )  # fmt: skip
+    options.add_shard_size(weights)
+    options.add_force_adapter(weights)
     checking = parser.add_argument_group("check")
     checking.add_argument(
         "--bound", type=_bound, metavar="X",
@@ -60,17 +48,10 @@ def build_parser() -> Parser:
         "--skip-check", action="store_true",
         help="merge without comparing: for machines that cannot hold the model in --dtype",
     )  # fmt: skip
-    add_model_flags(parser)
+    options.add_model_flags(parser)
     writing = parser.add_argument_group("writing")
-    writing.add_argument(
-        "--overwrite", action="store_true",
-        help="replace DST if it is a folder of this format; the old one goes at the very end",
-    )  # fmt: skip
-    writing.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check base and adapter and say what would be written",
-    )
+    options.add_overwrite(writing)
+    options.add_dry_run(writing, "base and adapter")
     parser.add_common()
     return parser
 
@@ -91,23 +72,20 @@ def main(argv: list[str]) -> None:
     from convert.merge_check import BOUNDS, MergeCheck
     from convert.own_format import convert_folder, float_dtype, size_of_conversion
 
-    path = find_model(args.base, source=args.hub_source, revision=args.revision)
-    model = {"rope_kind": args.rope_scaling, "template": args.template}
+    path, model = options.find_folder(args, args.base), options.model_options(args)
     folder = open_folder(path, **model)
     adapter = open_adapter(args.adapter, path, force=args.force_adapter, **model)
     kind = float_dtype(folder.float_dtype if args.dtype == "keep" else args.dtype).name
     form = {"dtype": kind, "quantize": "none" if args.dequantize else None, "adapter": adapter}
     size = size_of_conversion(folder, **form)
     check_destination(args.destination, args.overwrite, source=folder.path, needed=size)
-    note(
-        f"{args.base}: {folder.layout}, {folder.config.family}, {folder.config.num_params:,} "
-        f"parameters in {folder.stored_dtype}; {', '.join(adapter.targets)} adapted"
+    options.tell_model(
+        args.base, folder, folder.stored_dtype, f"; {', '.join(adapter.targets)} adapted"
     )
     for line in adapter.notes:
         note(line)
     if args.dry_run:
-        plan = {"destination": args.destination, "bytes": size, "written": False}
-        print(json.dumps(plan, ensure_ascii=False))
+        options.print_plan(args, size)
         return
     check = None
     if not args.skip_check:  # first of all: too little memory is known before anything is written
@@ -140,8 +118,7 @@ def main(argv: list[str]) -> None:
             max_shard_size=args.max_shard_size,
             progress=lambda done, _: bar(done),
         )
-    note(f"wrote {human_size(size)} in {kind}")
-    print(args.destination)
+    options.tell_written(human_size(size), args, kind)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
-from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
+from convert.cli import Parser, Progress, human_size, note, path_argument
+from convert.options import add_shard_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,10 +66,7 @@ def build_parser() -> Parser:
     weights.add_argument("--seed", type=int, default=0, metavar="N", help="other numbers")
     weights.add_argument("--dtype", choices=DTYPES, default="float16", help="type to store")
     weights.add_argument("--format", choices=FORMATS, default="bin", help="kind of weight files")
-    weights.add_argument(
-        "--max-shard-size", type=size_argument, default="2GB", metavar="SIZE",
-        help="largest size of one weight file",
-    )  # fmt: skip
+    add_shard_size(weights, default="2GB")
     parser.add_common()
     return parser
 

@@ -1,12 +1,9 @@
 """`python -m convert.to_gguf SRC DST --type f16|q8_0`: one file that llama.cpp runs."""
 
-import json
 from typing import TYPE_CHECKING
 
-from convert import interrupt
-from convert.cli import Parser, Progress, human_size, note, path_argument
-from convert.from_pytorch import add_model_flags
-from convert.hub import find_model
+from convert import interrupt, options
+from convert.cli import Parser, Progress, human_size, note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,32 +26,16 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.to_gguf ./chatglm2-6b chatglm2-6b-q8_0.gguf --type q8_0",
     )
-    parser.add_argument(
-        "source", metavar="SRC", type=path_argument, help="the folder to read, or OWNER/NAME"
-    )
-    parser.add_argument(
-        "destination", metavar="DST", type=path_argument, help="the file to write"
-    )  # fmt: skip
+    options.add_places(parser, destination="the file to write")
     form = parser.add_argument_group("form")
     form.add_argument(
         "--type", choices=TYPES, required=True,
         help="of the matrices: f16, 16 bits a weight; q8_0, 8.5 bits (rows that are no multiple "
         "of 32 stay f16); norms and biases are float32",
     )  # fmt: skip
-    adapter = parser.add_argument_group("adapter")
-    adapter.add_argument(
-        "--adapter", type=path_argument, metavar="DIR",
-        help="merge a LoRA adapter into the weights, in float32",
-    )  # fmt: skip
-    adapter.add_argument(
-        "--force-adapter", action="store_true",
-        help="take the adapter though it was trained on another base model or prompt template",
-    )  # fmt: skip
-    add_model_flags(parser)
-    writing = parser.add_argument_group("writing")
-    writing.add_argument(
-        "--dry-run", action="store_true", help="check the source and say what would be written"
-    )
+    options.add_adapter_flags(parser)
+    options.add_model_flags(parser)
+    options.add_dry_run(parser.add_argument_group("writing"))
     parser.add_common()
     return parser
 
@@ -62,32 +43,24 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
-    from convert.adapted import open_adapter
     from convert.destination import check_model_file
     from convert.folder import open_folder
     from convert.gguf_export import export_gguf
     from convert.gguf_layout import gguf_tensors, require_gguf
 
     require_gguf()  # before a model is downloaded
-    path = find_model(args.source, source=args.hub_source, revision=args.revision)
-    model = {"rope_kind": args.rope_scaling, "template": args.template}
-    folder = open_folder(path, **model)
-    adapter = None
-    if args.adapter:
-        adapter = open_adapter(args.adapter, path, force=args.force_adapter, **model)
+    path = options.find_folder(args, args.source)
+    folder = open_folder(path, **options.model_options(args))
+    adapter = options.open_merged(args, path)
     lora = adapter.lora if adapter else None
     tensors = gguf_tensors(folder, args.type, lora)
     size = sum(tensor.nbytes for tensor in tensors)
-    note(
-        f"{args.source}: {folder.layout}, {folder.config.family}, "
-        f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
-    )
+    options.tell_model(args.source, folder, folder.stored_dtype)
     for line in (*_warnings(folder, args.type, tensors), *(adapter.notes if adapter else ())):
         note(line)
     if args.dry_run:
         check_model_file(args.destination, needed=size)
-        plan = {"destination": args.destination, "bytes": size, "written": False}
-        print(json.dumps(plan, ensure_ascii=False))
+        options.print_plan(args, size)
         return
     with Progress("writing", size, show=human_size) as progress:
         export_gguf(
@@ -97,9 +70,7 @@ def main(argv: list[str]) -> None:
             lora=lora,
             progress=lambda done, _: progress(done),
         )
-    merged = f", {', '.join(adapter.targets)} adapted" if adapter else ""
-    note(f"wrote {human_size(size)} in {args.type}{merged}")
-    print(args.destination)
+    options.tell_written(human_size(size), args, args.type, adapter)
 
 
 def _warnings(folder: "Folder", kind: str, tensors: "Sequence[Tensor]") -> list[str]:

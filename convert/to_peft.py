@@ -1,12 +1,9 @@
 """`python -m convert.to_peft SRC DST --layout glm --base DIR`: an adapter for the other layout."""
 
 import dataclasses
-import json
 
-from convert import interrupt
+from convert import interrupt, options
 from convert.cli import Parser, human_size, note, path_argument
-from convert.from_pytorch import add_model_flags
-from convert.hub import find_model
 from convert.to_pytorch import LAYOUTS
 
 
@@ -22,8 +19,7 @@ def build_parser() -> Parser:
         example="python -m convert.to_peft ./my-adapter ./my-adapter-glm --layout glm "
         "--base ./chatglm2-6b",
     )
-    parser.add_argument("source", metavar="SRC", type=path_argument, help="the adapter's folder")
-    parser.add_argument("destination", metavar="DST", type=path_argument, help="the one to write")
+    options.add_places(parser, "the adapter's folder")
     form = parser.add_argument_group("form")
     form.add_argument(
         "--layout", choices=LAYOUTS, required=True,
@@ -35,15 +31,9 @@ def build_parser() -> Parser:
         "--base", type=path_argument, required=True, metavar="DIR",
         help="the model that it belongs to, in any layout, or OWNER/NAME; DST remembers it",
     )  # fmt: skip
-    form.add_argument(
-        "--force-adapter", action="store_true",
-        help="take the adapter though it was trained on another base model or prompt template",
-    )  # fmt: skip
-    add_model_flags(parser)
-    writing = parser.add_argument_group("writing")
-    writing.add_argument(
-        "--dry-run", action="store_true", help="check the adapter and say what would be written"
-    )
+    options.add_force_adapter(form)
+    options.add_model_flags(parser)
+    options.add_dry_run(parser.add_argument_group("writing"), "the adapter")
     parser.add_common()
     return parser
 
@@ -60,8 +50,7 @@ def main(argv: list[str]) -> None:
     from convert.destination import check_destination, new_checkpoint
     from convert.folder import fingerprint, open_folder
 
-    base = find_model(args.base, source=args.hub_source, revision=args.revision)
-    model = {"rope_kind": args.rope_scaling, "template": args.template}
+    base, model = options.find_folder(args, args.base), options.model_options(args)
     adapter = open_adapter(args.source, base, force=args.force_adapter, **model)
     adapter = dataclasses.replace(adapter, base=fingerprint(open_folder(base, **model)))
     tensors, modules = split_lora(adapter.lora, MATRICES[args.layout])
@@ -71,14 +60,12 @@ def main(argv: list[str]) -> None:
         note(line)
     if args.dry_run:
         check_destination(args.destination, None, source=source, needed=size)
-        plan = {"destination": args.destination, "bytes": size, "written": False}
-        print(json.dumps(plan, ensure_ascii=False))
+        options.print_plan(args, size)
         return
     with new_checkpoint(args.destination, needed=size, source=source) as temporary:
         save_adapter(temporary, adapter, layout=args.layout)
     said = ", ".join(f"{name} (rank {rank})" for name, (_, rank) in modules.items())
-    note(f"wrote {human_size(size)}, layout {args.layout}: {said}")
-    print(args.destination)
+    options.tell_written(human_size(size), args, f"layout {args.layout}: {said}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """`python -m convert.to_pytorch SRC DST --layout glm`: a folder that PyTorch programs load."""
 
-import json
 from typing import TYPE_CHECKING
 
-from convert import interrupt
-from convert.cli import Parser, Progress, human_size, note, path_argument, size_argument
-from convert.from_pytorch import DTYPES, add_model_flags
-from convert.hub import find_model
+from convert import interrupt, options
+from convert.cli import Parser, Progress, human_size, note
 
 if TYPE_CHECKING:
     from convert.folder import Folder
@@ -27,10 +24,7 @@ def build_parser() -> Parser:
         ),
         example="python -m convert.to_pytorch ./chatglm2-6b-jax ./chatglm2-6b-glm --layout glm",
     )
-    parser.add_argument(
-        "source", metavar="SRC", type=path_argument, help="the folder to read, or OWNER/NAME"
-    )
-    parser.add_argument("destination", metavar="DST", type=path_argument, help="the one to write")
+    options.add_places(parser)
     form = parser.add_argument_group("form")
     form.add_argument(
         "--layout", choices=LAYOUTS, required=True,
@@ -38,32 +32,15 @@ def build_parser() -> Parser:
         "AutoTokenizer; chatglm = names and config.json of the official repositories, whose "
         "Python files have to be put beside them",
     )  # fmt: skip
-    form.add_argument(
-        "--dtype", choices=DTYPES, default="keep", metavar="TYPE",
-        help="type to store: keep, float32, bfloat16 or float16",
-    )  # fmt: skip
+    options.add_dtype(form)
     form.add_argument(
         "--dequantize", action="store_true",
         help="write floats also where the official packed int4 or int8 could be written",
     )  # fmt: skip
-    form.add_argument(
-        "--max-shard-size", type=size_argument, default="4GB", metavar="SIZE",
-        help="largest size of one weight file",
-    )  # fmt: skip
-    adapter = parser.add_argument_group("adapter")
-    adapter.add_argument(
-        "--adapter", type=path_argument, metavar="DIR",
-        help="merge a LoRA adapter into the weights, in float32",
-    )  # fmt: skip
-    adapter.add_argument(
-        "--force-adapter", action="store_true",
-        help="take the adapter though it was trained on another base model or prompt template",
-    )  # fmt: skip
-    add_model_flags(parser)
-    writing = parser.add_argument_group("writing")
-    writing.add_argument(
-        "--dry-run", action="store_true", help="check the source and say what would be written"
-    )
+    options.add_shard_size(form)
+    options.add_adapter_flags(parser)
+    options.add_model_flags(parser)
+    options.add_dry_run(parser.add_argument_group("writing"))
     parser.add_common()
     return parser
 
@@ -71,7 +48,6 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
-    from convert.adapted import open_adapter
     from convert.destination import check_destination
     from convert.export import export_entries, export_folder, packed_scheme
     from convert.folder import open_folder
@@ -80,21 +56,15 @@ def main(argv: list[str]) -> None:
     from glm2_jax.schemes import stored_as
 
     dtype = None if args.dtype == "keep" else args.dtype
-    path = find_model(args.source, source=args.hub_source, revision=args.revision)
-    model = {"rope_kind": args.rope_scaling, "template": args.template}
-    folder = open_folder(path, **model)
-    adapter = None
-    if args.adapter:
-        adapter = open_adapter(args.adapter, path, force=args.force_adapter, **model)
+    path = options.find_folder(args, args.source)
+    folder = open_folder(path, **options.model_options(args))
+    adapter = options.open_merged(args, path)
     lora = adapter.lora if adapter else None
     entries = export_entries(folder, args.layout, dtype, lora, args.dequantize)
     packed = packed_scheme(folder, args.layout, lora, args.dequantize)
     size = sum(entry.nbytes for entry in entries)
     kind = float_dtype(dtype or folder.float_dtype).name
-    note(
-        f"{args.source}: {folder.layout}, {folder.config.family}, "
-        f"{folder.config.num_params:,} parameters in {folder.stored_dtype}"
-    )
+    options.tell_model(args.source, folder, folder.stored_dtype)
     warnings = _warnings(folder, args.layout, kind, packed)
     if any(entry.name.endswith(SCALE) and entry.dtype.name != kind for entry in entries):
         warnings.append(f"the scales are written in float32: {kind} does not hold them exactly")
@@ -102,8 +72,7 @@ def main(argv: list[str]) -> None:
         note(line)
     if args.dry_run:
         check_destination(args.destination, None, source=folder.path, needed=size)
-        plan = {"destination": args.destination, "bytes": size, "written": False}
-        print(json.dumps(plan, ensure_ascii=False))
+        options.print_plan(args, size)
         return
     with Progress("writing", size, show=human_size) as progress:
         export_folder(
@@ -116,9 +85,8 @@ def main(argv: list[str]) -> None:
             max_shard_size=args.max_shard_size,
             progress=lambda done, _: progress(done),
         )
-    merged = f", {', '.join(adapter.targets)} adapted" if adapter else ""
-    note(f"wrote {human_size(size)} in {stored_as(kind, packed)}, layout {args.layout}{merged}")
-    print(args.destination)
+    form = f"{stored_as(kind, packed)}, layout {args.layout}"
+    options.tell_written(human_size(size), args, form, adapter)
 
 
 def _warnings(folder: "Folder", layout: str, dtype: str, packed: "Scheme | None") -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 
 import glm2_jax.config
 import glm2_jax.prompt
-from convert import cli, from_pytorch, inspect, verify_checkpoint
+from convert import cli, from_pytorch, inspect, options, verify_checkpoint
 from glm2_jax import CheckpointError, DeviceError, InputError, UsageError
 from glm2_jax.dtypes import DTYPE_NAMES
 from tests.checkpoints import TINY, write_official
@@ -263,9 +263,9 @@ def test_cut_to_width(text, columns, cut):
 
 
 def test_lists_in_the_help_are_those_of_the_library():
-    assert set(from_pytorch.DTYPES) - {"keep"} == set(DTYPE_NAMES) - {"auto"}
-    assert from_pytorch.ROPE_KINDS == glm2_jax.config.ROPE_KINDS
-    assert from_pytorch.TEMPLATES == glm2_jax.prompt.TEMPLATES
+    assert set(options.DTYPES) - {"keep"} == set(DTYPE_NAMES) - {"auto"}
+    assert options.ROPE_KINDS == glm2_jax.config.ROPE_KINDS
+    assert options.TEMPLATES == glm2_jax.prompt.TEMPLATES
 
 
 @pytest.mark.parametrize("module", ["from_pytorch", "inspect"])
