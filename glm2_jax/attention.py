@@ -85,14 +85,15 @@ def attend(
         block = jax.checkpoint(block)
         out = map_blocks(block, queries, q, visible.places, visible.segments)
     else:
-        probs = jax.nn.softmax(_scores(q, k, visible.mask(0, S)), axis=-1)
+        probs = jax.nn.softmax(scaled_scores(q, k, visible.mask(0, S)), axis=-1)
         probs = probs if dropout is None else dropout(probs)
         out = einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v)
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32 [B, K, G, T, S]."""
+def scaled_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """Products of queries [B, T, K, G, H] and keys [B, S, K, H] over sqrt(H), float32
+    [B, K, G, T, S]; the lowest number where `mask` [B, T, S] is not set."""
     scores = einsum("BTKGH,BSKH->BKGTS", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
     return jnp.where(mask[:, None, None], scores, _LOWEST)
 
@@ -110,7 +111,7 @@ def _over_blocks(
         mask = visible.mask(first, size) & (first + jnp.arange(size) >= start)
         keys = jax.lax.dynamic_slice_in_dim(k, first, size, axis=1)
         values = jax.lax.dynamic_slice_in_dim(v, first, size, axis=1)
-        scores = _scores(q, keys, mask)
+        scores = scaled_scores(q, keys, mask)
         # The result does not depend on what is subtracted.
         new_largest = jnp.maximum(largest, jax.lax.stop_gradient(scores).max(axis=-1))
         weights = jnp.exp(scores - new_largest[..., None])

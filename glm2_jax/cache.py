@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.mesh import active_mesh, constrain
@@ -80,3 +82,43 @@ class KVCache:
     def size(self) -> int:
         """S, slots of a row."""
         return self.k.shape[2]
+
+
+def write_layer(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
+    """Writes [B, T, K, H] into the slots of one layer of [L, B, S, K, H], in one scatter."""
+    if not active_mesh():
+        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+        return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
+    # Either form keeps rows where they lie on its platforms. The partitioner of jaxlib sends those
+    # of the plain one between devices; the compiler of TPUs copies the cache for the other.
+    forms = {"tpu": _scatter, "default": partial(_scatter, rows_apart=True)}
+    new = new.astype(cache.dtype)
+    return constrain(jax.lax.platform_dependent(cache, new, layer, slots, **forms), *AXES["k"])
+
+
+def _scatter(cache, new, layer, slots, rows_apart: bool = False) -> jax.Array:
+    """`write_layer` as one scatter whose rows count up, or (`rows_apart`) one for each row."""
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2, 3),
+        inserted_window_dims=(0, 2) if rows_apart else (0, 1, 2),
+        scatter_dims_to_operand_dims=(0, 2) if rows_apart else (0, 1, 2),
+        operand_batching_dims=(1,) if rows_apart else (),
+        scatter_indices_batching_dims=(0,) if rows_apart else (),
+    )
+    rows = [] if rows_apart else [jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)]
+    places = jnp.stack([jnp.full_like(slots, layer), *rows, slots], axis=-1)
+    drop = jax.lax.GatherScatterMode.FILL_OR_DROP
+    return jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
+
+
+def read_layer(cache: jax.Array, layer: jax.Array) -> jax.Array:
+    """One layer of [L, B, S, K, H]: [B, S, K, H]."""
+    slots = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    slots = constrain(slots, *"BSKH")
+
+    def rows_first(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    # Left alone, XLA:GPU transposes the whole cache, to a layout that its dots like better, at the
+    # beginning of every program and back at its end.
+    return jax.lax.platform_dependent(slots, cuda=rows_first, default=lambda x: x)

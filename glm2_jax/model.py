@@ -11,23 +11,21 @@ x = x + down(silu(gate(u)) * up(u)). Biases exist on q, k and v only. Decoder-on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from glm2_jax.attention import attend
 from glm2_jax.blocks import map_blocks
-from glm2_jax.cache import AXES, KVCache
+from glm2_jax.cache import KVCache, read_layer, write_layer
 from glm2_jax.config import GLMConfig
 from glm2_jax.context import TokenContext, token_context
 from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
 from glm2_jax.lora import LoRA, adapt, layer_of
-from glm2_jax.mesh import active_mesh, constrain, pieces
+from glm2_jax.mesh import constrain, pieces
 from glm2_jax.quant import QTensor, take_rows
 from glm2_jax.rope import apply_rope
 
@@ -107,18 +105,18 @@ class GLMBlock(nn.Module):
 
     def _attention(self, x, k_cache, v_cache, layer, context: TokenContext, lora: LoRA | None):
         added = adapt(lora, "query_key_value", x, self._adapter_key(lora))
-        q = _project("BTD,NHD->BTNH", x, self.q, self.q_bias, added("q"))
-        k = _project("BTD,KHD->BTKH", x, self.k, self.k_bias, added("k"))
-        v = _project("BTD,KHD->BTKH", x, self.v, self.v_bias, added("v"))
+        q = project("BTD,NHD->BTNH", x, self.q, self.q_bias, added("q"))
+        k = project("BTD,KHD->BTKH", x, self.k, self.k_bias, added("k"))
+        v = project("BTD,KHD->BTKH", x, self.v, self.v_bias, added("v"))
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
         if context.query_scale is not None:
             q = (q * context.query_scale).astype(x.dtype)
         if context.slots is not None:
             with jax.named_scope("cache_update"):
-                k_cache = _write(k_cache, k, layer, context.slots)
-                v_cache = _write(v_cache, v, layer, context.slots)
-            k, v = _read(k_cache, layer), _read(v_cache, layer)
+                k_cache = write_layer(k_cache, k, layer, context.slots)
+                v_cache = write_layer(v_cache, v, layer, context.slots)
+            k, v = read_layer(k_cache, layer), read_layer(v_cache, layer)
         elif context.prefix is not None:
             k = _behind(context.prefix.k, k, layer)
             v = _behind(context.prefix.v, v, layer)
@@ -349,7 +347,7 @@ def _hidden(
     return x, None if cache is None else cache.replace(k=k, v=v, length=length).pinned()
 
 
-def _project(
+def project(
     spec: str,
     x: jax.Array,
     weight: jax.Array | QTensor,
@@ -366,43 +364,3 @@ def _behind(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
     first = jax.lax.dynamic_index_in_dim(prefix, layer, keepdims=False).astype(new.dtype)
     first = jnp.broadcast_to(first, (new.shape[0], *first.shape))
     return jnp.concatenate([first, new], axis=1)
-
-
-def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes [B, T, K, H] into the slots of one layer of [L, B, S, K, H], in one scatter."""
-    if not active_mesh():
-        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-        return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
-    # Either form keeps rows where they lie on its platforms. The partitioner of jaxlib sends those
-    # of the plain one between devices; the compiler of TPUs copies the cache for the other.
-    forms = {"tpu": _scatter, "default": partial(_scatter, rows_apart=True)}
-    new = new.astype(cache.dtype)
-    return constrain(jax.lax.platform_dependent(cache, new, layer, slots, **forms), *AXES["k"])
-
-
-def _scatter(cache, new, layer, slots, rows_apart: bool = False) -> jax.Array:
-    """`_write` as one scatter whose rows count up, or (`rows_apart`) one of its own for each."""
-    dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3),
-        inserted_window_dims=(0, 2) if rows_apart else (0, 1, 2),
-        scatter_dims_to_operand_dims=(0, 2) if rows_apart else (0, 1, 2),
-        operand_batching_dims=(1,) if rows_apart else (),
-        scatter_indices_batching_dims=(0,) if rows_apart else (),
-    )
-    rows = [] if rows_apart else [jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)]
-    places = jnp.stack([jnp.full_like(slots, layer), *rows, slots], axis=-1)
-    drop = jax.lax.GatherScatterMode.FILL_OR_DROP
-    return jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
-
-
-def _read(cache: jax.Array, layer: jax.Array) -> jax.Array:
-    """One layer of [L, B, S, K, H]: [B, S, K, H]."""
-    slots = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
-    slots = constrain(slots, *"BSKH")
-
-    def rows_first(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-    # Left alone, XLA:GPU transposes the whole cache, to a layout that its dots like better, at the
-    # beginning of every program and back at its end.
-    return jax.lax.platform_dependent(slots, cuda=rows_first, default=lambda x: x)

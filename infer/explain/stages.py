@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax import GLMConfig
-from glm2_jax.attention import _scores
+from glm2_jax.attention import scaled_scores
+from glm2_jax.cache import read_layer, write_layer
 from glm2_jax.context import TokenContext
 from glm2_jax.linear import einsum
-from glm2_jax.model import GLM, _project, _read, _write, rms_norm
+from glm2_jax.model import GLM, project, rms_norm
 from glm2_jax.rope import apply_rope
 
 # Called with a stage's name, its function and the function's arrays; returns what comes out of it.
@@ -61,13 +62,13 @@ def walk_layer(
 
 
 def _attention(weights: Any, x: jax.Array, context: TokenContext, cache: Any, take: Take):
-    def project(name: str, spec: str) -> jax.Array:
-        function = partial(_project, spec, added=None)
+    def take_one(name: str, spec: str) -> jax.Array:
+        function = partial(project, spec, added=None)
         return take(f"attention.{name}", function, x, weights[name], weights[f"{name}_bias"])
 
-    q = project("q", "BTD,NHD->BTNH")
-    k = project("k", "BTD,KHD->BTKH")
-    v = project("v", "BTD,KHD->BTKH")
+    q = take_one("q", "BTD,NHD->BTNH")
+    k = take_one("k", "BTD,KHD->BTKH")
+    v = take_one("v", "BTD,KHD->BTKH")
     q = take("attention.rope_q", _rotate_queries, q, context)
     k = take("attention.rope_k", _rotate, k, context)
     if cache is not None:
@@ -104,15 +105,15 @@ def _through_cache(
     """Writes new keys and values behind the old ones; reads all, [B, S, K, H] each."""
     assert context.slots is not None
     layer = jnp.int32(0)
-    ks, vs = _write(ks, k, layer, context.slots), _write(vs, v, layer, context.slots)
-    return _read(ks, layer), _read(vs, layer)
+    ks, vs = write_layer(ks, k, layer, context.slots), write_layer(vs, v, layer, context.slots)
+    return read_layer(ks, layer), read_layer(vs, layer)
 
 
 def _all_scores(q: jax.Array, k: jax.Array, context: TokenContext) -> jax.Array:
     """[B, N, T, S]; those that may not be looked at are the lowest number there is."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    scores = _scores(q.reshape(B, T, K, N // K, H), k, context.visible.mask(0, S))
+    scores = scaled_scores(q.reshape(B, T, K, N // K, H), k, context.visible.mask(0, S))
     return scores.reshape(B, N, T, S)
 
 
