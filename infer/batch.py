@@ -25,7 +25,7 @@ from convert.cli import EXIT_INPUT, Progress, note
 from glm2_jax.errors import GLMError, InputError, UsageError
 from infer import hosts
 from infer.journal import SUFFIX, Journal
-from infer.options import open_engine
+from infer.opening import open_engine
 from infer.params import SamplingParams, shown
 from infer.requests import Request, Turns, parse_batch
 from infer.respond import add_stats, encode, print_stats, result, warn_beyond_aligned

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from convert.cli import human_size, note
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.prompt import build_messages, build_prompt, truncate_prompt
-from infer.options import open_engine, sampling_params, say_which_model
+from infer.opening import open_engine, say_which_model
+from infer.options import sampling_params
 from infer.params import SamplingParams
 from infer.requests import Request, read_history, read_prompt
 

@@ -19,7 +19,7 @@ import infer
 from convert import cli, from_pytorch, inspect, load_checkpoint
 from convert.hub import find_model
 from glm2_jax import CheckpointError, InputError, UsageError
-from infer import generate, options
+from infer import generate, opening
 from tests.checkpoints import TINY, write_official
 from tests.hub_server import COMMIT, serving
 
@@ -372,7 +372,7 @@ def test_the_conversion_takes_names(hub, source, tmp_path, capsys):
 
 def test_the_engine_takes_names(hub, hf, capfd):
     argv = ["--model", NAME, "--compile-cache", "off", "--source", "hf"]
-    engine = options.open_engine(generate.parser().parse_args(argv))
+    engine = opening.open_engine(generate.parser().parse_args(argv))
     assert COMMIT in capfd.readouterr().err
     hub.requests.clear()
     again = infer.load(NAME)
@@ -380,4 +380,4 @@ def test_the_engine_takes_names(hub, hf, capfd):
     assert hub.requests == []
     for flag in (["--source", "hf"], ["--revision", "main"]):
         with pytest.raises(UsageError, match="need --model"):
-            options.open_engine(generate.parser().parse_args(flag))
+            opening.open_engine(generate.parser().parse_args(flag))

@@ -23,7 +23,7 @@ from infer import hosts
 from infer.bench.plot import check_plot
 from infer.compile_cache import enable_compile_cache
 from infer.loading import demo_folder
-from infer.options import model_folder, say_which_model
+from infer.opening import model_folder, say_which_model
 from infer.programs import device_errors
 from infer.text_input import read_utf8
 from train import curve

@@ -22,7 +22,8 @@ from infer.chat.signals import ChatSignals
 from infer.conversation import Conversation, Events
 from infer.engine import Engine
 from infer.job import TokenEvent
-from infer.options import open_engine, sampling_params, say_which_model
+from infer.opening import open_engine, say_which_model
+from infer.options import sampling_params
 from infer.requests import Request
 from infer.respond import displayed, print_json, print_stats, result
 

@@ -32,7 +32,7 @@ from infer.evaluate.generation import (
 from infer.evaluate.reader import Reader
 from infer.evaluate.rows import BadRows, unplaced
 from infer.evaluate.subjects import GROUPS
-from infer.options import open_engine, say_which_model
+from infer.opening import open_engine, say_which_model
 
 if TYPE_CHECKING:
     from infer.engine import Engine

@@ -16,7 +16,7 @@ from convert.gather import gathered
 from infer.evaluate.perplexity import Material, Targets, Total, add, batches
 from infer.evaluate.reader import Reader
 from infer.evaluate.variants import Variant, asking_for
-from infer.options import open_engine
+from infer.opening import open_engine
 
 if TYPE_CHECKING:
     from infer.engine import Engine

@@ -24,7 +24,7 @@ from infer.evaluate.rows import (
     read_rows,
     unplaced,
 )
-from infer.options import open_engine, say_which_model
+from infer.opening import open_engine, say_which_model
 from infer.params import SamplingParams
 
 if TYPE_CHECKING:

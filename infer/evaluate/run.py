@@ -17,7 +17,7 @@ from infer.evaluate.rows import (
     read_rows,
     unplaced,
 )
-from infer.options import model_folder, open_engine, say_which_model
+from infer.opening import model_folder, open_engine, say_which_model
 
 # What scoring an existing file of answers takes.
 _SCORING = {"task", "predictions", "max_bad", "json", "debug"}

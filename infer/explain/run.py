@@ -26,7 +26,7 @@ from infer.memory.budget import find_budget
 from infer.memory.devices import CARDS, Card
 from infer.memory.dry_run import read_config
 from infer.memory.plan import Precision
-from infer.options import model_folder, open_engine, say_which_model
+from infer.opening import model_folder, open_engine, say_which_model
 
 # Ids of PROMPT in a template, by the tokenizers that these families were published with.
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}

@@ -1,5 +1,5 @@
-"""`python -m infer.generate --dry-run`: the plans that its flags ask for, and the compiler's word on
-them. No weights are read and no device is started."""
+"""`python -m infer.generate --dry-run`: the plans that its flags ask for, and the compiler's word
+on them. No weights are read and no device is started."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _model(args: argparse.Namespace) -> tuple[str, GLMConfig, str | None]:
         if args.config is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
         from convert.folder import open_folder
-        from infer.options import model_folder
+        from infer.opening import model_folder
 
         found = open_folder(str(model_folder(args)), rope_kind=args.rope_scaling)
         return args.model, found.config, None if found.scheme is None else found.scheme.name

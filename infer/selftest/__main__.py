@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
 from convert.cli import Parser, note, version
-from infer import options
+from infer import opening, options
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -65,15 +65,15 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     from glm2_jax.errors import CheckpointError, DeviceError, GLMError
     from infer.selftest import checks
 
-    options.say_which_model(args)
+    opening.say_which_model(args)
     report: dict[str, Any] = {"model": _name(args.model), "versions": _versions()}
-    if (folder := options.model_folder(args)) is not None:
+    if (folder := opening.model_folder(args)) is not None:
         args.model, args.hub_source, args.revision = str(folder), None, None
     if args.model is not None and not Path(args.model).is_dir():
         open_folder(args.model)  # says what it is instead; there is nothing to report on
     found = [checks.check_files(_folder(args))]
     try:
-        engine = options.open_engine(args)
+        engine = opening.open_engine(args)
     except (CheckpointError, DeviceError) as error:
         found.append(checks.failure("opens", error))
     else:
