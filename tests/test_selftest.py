@@ -43,6 +43,7 @@ def share_programs(monkeypatch):
         engine = real(*args, **kwargs)
         key = (engine.config, engine.checkpoint.summary.dtype, kwargs.get("layers"))
         engine.programs = PROGRAMS.setdefault(key, engine.programs)
+        engine.executor.programs = engine.programs
         return engine
 
     monkeypatch.setattr(infer, "load", load, raising=False)

@@ -24,16 +24,23 @@ TOY = GLMConfig(
 )
 
 jit_forward = jax.jit(forward, static_argnums=0, compiler_options=compiler_options("cpu"))
+jit_dequantise = jax.jit(dequantise, static_argnums=1)
 
 
 @functools.cache
 def toy_params(config: GLMConfig = TOY, seed: int = 0):
     """Random weights of unit-scale logits, biases and norms included."""
-    params = init_params(config, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noise = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noise)
+    random = np.random.default_rng(seed)
+
+    def draw(path, x):
+        return jnp.asarray(random.normal("norm" in path[-1].key, 0.1, x.shape), x.dtype)
+
+    return jax.tree.map_with_path(draw, abstract_params(config))
+
+
+def abstract_params(config: GLMConfig):
+    """Shapes and types of the params, for programs that are compiled and not run."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def random_tokens(rows: int, length: int, config: GLMConfig = TOY, seed: int = 0) -> jax.Array:
@@ -51,13 +58,14 @@ def quantised(params, scheme: Scheme):
         shapes = scheme.shapes(weight.shape, axes)
         values, scale = values.reshape(shapes[0]), scale.reshape(shapes[1])
         small[name] = QTensor(jnp.asarray(values), jnp.asarray(scale), scheme.bits)
-        large[name] = dequantise(small[name], weight.ndim - axes).reshape(weight.shape)
+        plain = jit_dequantise(small[name], weight.ndim - axes)
+        large[name] = jnp.asarray(np.asarray(plain).reshape(weight.shape))
     return {**params, "layers": small}, {**params, "layers": large}
 
 
 def quantised_shapes(config: GLMConfig, scheme: Scheme):
     """Abstract float32 params with a list of quantised layers, for compiling."""
-    params = jax.eval_shape(lambda: unstack_layers(init_params(config, jax.random.key(0))))
+    params = jax.eval_shape(unstack_layers, abstract_params(config))
 
     def weight(array, axes: int) -> QTensor:
         values, scale = scheme.shapes(array.shape, axes)
