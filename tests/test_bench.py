@@ -90,7 +90,7 @@ def test_bytes_and_operations_of_a_step():
         num_kv_heads=1, head_dim=4, seq_length=64,
     )  # fmt: skip
     params = random_params(config, jnp.float32)
-    moved, flops = work(config, params, Shape(batch=3, context=7, steps=5))
+    moved, flops = work(config, params, Shape(batch=3, context=7, steps=5), "cpu")
     # A layer: q 2*4*4, k and v 4*4 each, o 4*8, gate and up 2*6*4, down 4*6.
     matrices = 2 * (32 + 16 + 16 + 32 + 48 + 24)
     vectors = 2 * (4 + 8 + 4 + 4 + 4) + 4
@@ -101,10 +101,10 @@ def test_bytes_and_operations_of_a_step():
 
 def test_operations_of_a_prompt():
     params = random_params(TOY, jnp.float32)
-    _, step = work(TOY, params, Shape(1, context=0))
-    _, one = work(TOY, params, Shape(1, prompt=1))
-    _, two = work(TOY, params, Shape(1, prompt=2))
-    _, four = work(TOY, params, Shape(2, prompt=2))
+    _, step = work(TOY, params, Shape(1, context=0), "cpu")
+    _, one = work(TOY, params, Shape(1, prompt=1), "cpu")
+    _, two = work(TOY, params, Shape(1, prompt=2), "cpu")
+    _, four = work(TOY, params, Shape(2, prompt=2), "cpu")
     head, pair = 2 * 97 * 48, 4 * 3 * 4 * 16
     assert step == one and four == 2 * two
     assert two == 2 * (one - head - pair) + head + 3 * pair  # a head for the last, three pairs
@@ -112,9 +112,9 @@ def test_operations_of_a_prompt():
 
 def test_layouts_count_the_same_and_quantised_ones_less():
     params, shape = random_params(TOY, jnp.float32), Shape(1, context=8)
-    assert work(TOY, params, shape) == work(TOY, unstack_layers(params), shape)
+    assert work(TOY, params, shape, "cpu") == work(TOY, unstack_layers(params), shape, "cpu")
     small = random_params(TOY, jnp.float32, scheme=SCHEMES["int8"])
-    (moved, flops), (less, same) = work(TOY, params, shape), work(TOY, small, shape)
+    (moved, flops), (less, same) = work(TOY, params, shape, "cpu"), work(TOY, small, shape, "cpu")
     assert same == flops and less < moved
     numbers = 3 * (48 * 64 + 2 * 48 * 32 + 48 * 64 + 2 * 80 * 48 + 48 * 80)
     scales = 3 * (4 * 16 + 2 * 32 + 48 + 160 + 48)

@@ -1,4 +1,4 @@
-"""`python -m infer.bench`: how fast this device computes a model, beside what it could do at most.
+"""`python -m infer.bench`: how fast this device, or a mesh of them, computes a model.
 
 Only the flags are here; what they start is in `infer.bench.suite`, which is imported after parsing.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from convert import interrupt
 from convert.cli import Parser, path_argument
-from infer import options
+from infer import hosts, options
 from infer.options import DEVICES, DTYPES, QUANTIZE
 
 PROG = "python -m infer.bench"
@@ -19,7 +19,8 @@ much of the measured memory bandwidth and matrix products that is. Ctrl-C ends i
 what is measured so far. Exit codes: 0 fine, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of
 memory or device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --random chatglm2-6b --quantize none,int8,int4 --batches 1,64
-  {PROG} --model chatglm2-6b --dtypes float32,bfloat16 --peer transformers"""
+  {PROG} --model chatglm2-6b --dtypes float32,bfloat16 --peer transformers
+  {PROG} --random chatglm2-6b --mesh data=2,tensor=4"""
 LAYOUTS = ("stacked", "list")
 
 
@@ -30,6 +31,7 @@ def parser() -> Parser:
     add_random_options(result)
     _add_what(result)
     _add_output(result)
+    hosts.refuse_host_options(result, "Speed is measured in one process, on the devices it has.")
     result.add_common()
     return result
 
@@ -64,6 +66,7 @@ def _add_what(result: Parser) -> None:
         "measured only on a GPU, or where --device cpu asks for it",
     )  # fmt: skip
     add("--device", choices=DEVICES, default="auto", help="where to compute")
+    options.add_mesh_options(group)
     add(
         "--dtypes", type=one_of(DTYPES), default="auto", metavar="A,B",
         help=f"types to compute in, of {', '.join(DTYPES)}",
@@ -151,6 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Leave one out.")
     if args.layers and not args.random:
         raise UsageError("--layers needs --random.", "A checkpoint has the layers that it has.")
+    alone = [f"--{name}" for name in ("preset", "peer") if getattr(args, name) is not None]
+    if alone and options.mesh_flag(args) is not None:
+        raise UsageError(
+            f"{' and '.join(alone)}: not on a mesh.",
+            "What is compared there computes on one device.",
+            "Leave --mesh or --tp out.",
+        )
     options.choose_platform(args)
     if args.peer and "jax" not in sys.modules:  # or nothing is left of a GPU's memory for the peer
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

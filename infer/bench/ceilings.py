@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,17 +24,19 @@ _ROW = 4096  # elements that are summed up to one
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits.
+    """Measured limits, of one device or of several together.
 
     Attributes:
       copy: bytes a second, read and written ones together, of changing a large array in place.
       read: bytes a second of a large array, summed up or multiplied by a vector.
       matmul: operations a second (two for a product and its sum) by the name of a dtype.
+      devices: by how many what was measured on one of them is multiplied.
     """
 
     copy: float
     read: float
     matmul: dict[str, float]
+    devices: int = 1
 
     @property
     def bandwidth(self) -> float:
@@ -44,7 +46,14 @@ class Ceilings:
     def better(self, other: Ceilings) -> Ceilings:
         """The higher of each: what else the machine does can only make a ceiling too low."""
         matmul = {name: max(ops, other.matmul[name]) for name, ops in self.matmul.items()}
-        return Ceilings(max(self.copy, other.copy), max(self.read, other.read), matmul)
+        return replace(
+            self, copy=max(self.copy, other.copy), read=max(self.read, other.read), matmul=matmul
+        )
+
+    def times(self, devices: int) -> Ceilings:
+        """Of so many devices, each with memory of its own; these being those of one."""
+        matmul = {name: devices * ops for name, ops in self.matmul.items()}
+        return Ceilings(devices * self.copy, devices * self.read, matmul, devices)
 
 
 def measure_ceilings(

@@ -6,6 +6,7 @@ import importlib
 import os
 
 from glm2_jax.errors import InputError, UsageError
+from glm2_jax.mesh import mesh_text
 from infer.bench.report import Report, what
 
 INSTALL = "pip install 'glm2-jax[plot]'"
@@ -68,8 +69,10 @@ def draw(report: Report, path: str) -> None:
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     axes.set_xlabel("operations for each byte that has to be read")
     axes.set_ylabel("TFLOP/s")
+    mesh = "" if report.mesh is None else f", {mesh_text(report.mesh)}"
     axes.set_title(
-        f"{report.about.get('device', '')}, {ceilings.bandwidth / 1e9:.3g} GB/s measured", wrap=True
+        f"{report.about.get('device', '')}{mesh}, {ceilings.bandwidth / 1e9:.3g} GB/s measured",
+        wrap=True,
     )
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")

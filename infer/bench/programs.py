@@ -1,6 +1,7 @@
 """The engine's programs, compiled and ready to be timed: reading prompts, and steps after them.
 
-B rows, T prompt length. What `prefill` and `decode` return does it once and tells the seconds.
+B rows, T prompt length. What `prefill` and `decode` return does it once and tells the seconds. On a
+mesh everything lies where the engine has it; rows that fill up a batch are computed like others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.xla import cache_dtype
 from infer import steps
 from infer.params import SamplingParams
+from infer.places import Places
 from infer.reading import ROOM, Part, bucket, parts
 from infer.sampling import Rows, seed_words
 
@@ -26,28 +28,28 @@ Run = Callable[[], float]
 
 
 class Compiler:
-    """Compiles for a device.
+    """Compiles for a device, or for a mesh.
 
     Attributes:
+      device: on a mesh one of its devices, which stands for all.
+      places: where arrays lie.
       seconds: that it took so far.
-      planned: bytes of device memory that the largest program needs, by the compiler's account;
-        None where it gives none.
+      planned: bytes of memory that the largest program needs on each device, by the compiler's
+        account; None where it gives none.
     """
 
-    def __init__(self, device: Any):
-        self.device = device
+    def __init__(self, device: Any, places: Places | None = None):
+        self.device, self.places = device, places or Places()
         self.seconds = 0.0
         self.planned: int | None = None
 
     def __call__(self, function: Callable, *args: Any, donate: int | None = None) -> Any:
         """The program for these arguments, as `infer.programs` makes it."""
         start = time.perf_counter()
-        jitted = jax.jit(
-            function,
-            donate_argnums=() if donate is None else (donate,),
-            compiler_options=compiler_options(self.device.platform),
-        )
-        program = jitted.lower(*args).compile()
+        traced = self.places.trace(function, args, donate)
+        with self.places.active():
+            options = compiler_options(self.device.platform)
+            program = traced.lower().compile(compiler_options=options)
         self.seconds += time.perf_counter() - start
         memory = program.memory_analysis()
         if memory is not None:
@@ -56,9 +58,21 @@ class Compiler:
             self.planned = max(needed, self.planned or 0)
         return program
 
+    def begin(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, where the programs take it; on a mesh never whole on a device."""
+        if self.places.mesh is not None:
+            return self(make)()
+        with jax.default_device(self.device):
+            return make()
+
+    def filled(self, batch: int) -> int:
+        """B for so many rows: as many on every device that shares them."""
+        return -(-batch // self.places.rows) * self.places.rows
+
 
 def prefill(compiler: Compiler, config: GLMConfig, params: Any, batch: int, length: int) -> Run:
     """Reading `batch` prompts of `length` tokens, and drawing the first token of each answer."""
+    batch = compiler.filled(batch)
     random = np.random.default_rng(0)
     prompts = random.integers(3, config.vocab_size, (batch, length)).tolist()
     longest = min(max(1, PREFILL_CHUNK // batch), config.seq_length)
@@ -66,7 +80,7 @@ def prefill(compiler: Compiler, config: GLMConfig, params: Any, batch: int, leng
     size = bucket(length + ROOM, config.seq_length)
     if len(pieces) > 1:
         return _prefill_in_parts(compiler, config, params, pieces, size)
-    args = params, pieces[0].tokens, pieces[0].lengths, _controls(batch)
+    args = params, pieces[0].tokens, pieces[0].lengths, _controls(compiler, batch)
     dtype = _cache_dtype(compiler, params)
     program = compiler(partial(steps.prefill, config, size, dtype=dtype), *args)
 
@@ -84,7 +98,8 @@ def _prefill_in_parts(
 ) -> Run:
     *full, last = pieces
     batch = len(last.lengths)
-    cache, controls = _cache(compiler, config, params, batch, size), _controls(batch)
+    kind, controls = _cache_dtype(compiler, params), _controls(compiler, batch)
+    cache = compiler.begin(partial(KVCache.zeros, config, batch, size, kind))
     seen = np.zeros((batch, config.vocab_size), bool)
     read = compiler(partial(steps.read, config), params, *full[0], cache, donate=4)
     extend = compiler(partial(steps.extend, config), params, *last, seen, controls, cache, donate=6)
@@ -110,16 +125,10 @@ def decode(
 
     The seconds are those of one step. Keys and values of the context are zeros.
     """
+    batch = compiler.filled(batch)
     size = bucket(context + max(count, ROOM), config.seq_length)
-    controls, keep = _controls(batch), np.ones(batch, bool)
-    with jax.default_device(compiler.device):
-        state = steps.State(
-            cache=_cache(compiler, config, params, batch, size),
-            token=jnp.zeros(batch, jnp.int32),
-            seen=jnp.zeros((batch, config.vocab_size), bool),
-            active=jnp.ones(batch, bool),
-            step=jnp.zeros(batch, jnp.int32),
-        )
+    controls, keep = _controls(compiler, batch), np.ones(batch, bool)
+    state = compiler.begin(partial(_start, config, batch, size, _cache_dtype(compiler, params)))
     program = compiler(partial(steps.decode, config), params, controls, keep, state, donate=3)
 
     def run() -> float:
@@ -139,9 +148,9 @@ def decode(
     return run
 
 
-def _controls(batch: int) -> steps.Controls:
+def _controls(compiler: Compiler, batch: int) -> steps.Controls:
     """Greedy, and never at an end."""
-    return steps.Controls(
+    controls = steps.Controls(
         rows=Rows.full(batch, SamplingParams(temperature=0.0)),
         seed=seed_words(0),
         row_ids=np.arange(batch, dtype=np.int32),
@@ -149,11 +158,18 @@ def _controls(batch: int) -> steps.Controls:
         stop_ids=np.zeros(0, np.int32),
         want_logprobs=np.array(False),
     )
+    return compiler.places.put(controls)
 
 
-def _cache(compiler: Compiler, config: GLMConfig, params: Any, batch: int, size: int) -> KVCache:
-    with jax.default_device(compiler.device):
-        return KVCache.zeros(config, batch, size, _cache_dtype(compiler, params))
+def _start(config: GLMConfig, batch: int, size: int, dtype: Any) -> steps.State:
+    """The state before the first step, its cache of `size` slots in `dtype`."""
+    return steps.State(
+        cache=KVCache.zeros(config, batch, size, dtype),
+        token=jnp.zeros(batch, jnp.int32),
+        seen=jnp.zeros((batch, config.vocab_size), bool),
+        active=jnp.ones(batch, bool),
+        step=jnp.zeros(batch, jnp.int32),
+    )
 
 
 def _cache_dtype(compiler: Compiler, params: Any) -> Any:

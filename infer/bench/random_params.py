@@ -1,4 +1,4 @@
-"""Random parameters of any size made on the device: no file is read, none is written.
+"""Random parameters of any size made where they lie: no file is read, none is written.
 
 For measuring: the values mean nothing, but they are finite at any depth and no two rows are alike.
 Drawing thousands of millions of random numbers takes minutes on a CPU, so each value is a hash of
@@ -8,15 +8,18 @@ its place, which costs a few integer operations and no memory beyond the result.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from glm2_jax import GLMConfig, param_shapes
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import COLUMN_AXES, Scheme
+from glm2_jax.sharding import params_sharding
 
 _DEVIATION = 0.02  # of every matrix
 _NOISE_DEVIATION = {8: 73.9, 4: 4.61}  # of evenly distributed integers of so many bits
@@ -29,8 +32,9 @@ def random_params(
     scheme: Scheme | None = None,
     as_list: bool = False,
     device: Any = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Parameters as `convert.load_checkpoint` would give them.
+    """Parameters as `convert.load_checkpoint` would give them; on a mesh with the same values.
 
     Args:
         config: the architecture.
@@ -39,39 +43,52 @@ def random_params(
             `dtype`, too.
         as_list: whether the layers are a list, and not stacked.
         device: a `jax.Device`; None = the default one.
+        mesh: of the devices to make them on, each its part and no more; in place of `device`.
     """
     shapes, seeds = param_shapes(config), iter(range(1, 2**31))
+    places: Any = {}
+    if mesh is not None:
+        places = params_sharding(config, mesh, scheme=scheme, as_list=as_list)
 
-    def array(name: str, shape: tuple[int, ...]) -> Any:
-        seed = np.uint32(next(seeds))
+    def array(name: str, shape: tuple[int, ...], where: Any) -> Any:
+        seed, place = np.uint32(next(seeds)), where.get(name)
         if name.endswith("norm"):
-            return jnp.ones(shape, dtype)
+            return jnp.ones(shape, dtype, device=place)
         if scheme is None or name not in COLUMN_AXES:
-            return _floats(seed, shape, np.dtype(dtype))
+            return _program(_floats, place, shape, np.dtype(dtype))(seed)
+        value_place, scale_place = (None, None) if place is None else (place.values, place.scale)
         values, scales = scheme.shapes(shape, COLUMN_AXES[name])
-        scale = jnp.full(scales, _DEVIATION / _NOISE_DEVIATION[scheme.bits], jnp.float32)
-        return QTensor(_noise(seed, values), scale, scheme.bits)
+        step = _DEVIATION / _NOISE_DEVIATION[scheme.bits]
+        scale = jnp.full(scales, step, jnp.float32, device=scale_place)
+        return QTensor(_program(_noise, value_place, values)(seed), scale, scheme.bits)
 
     with jax.default_device(device):
-        params = {name: array(name, shapes[name]) for name in ("embed", "final_norm", "head")}
+        names = ("embed", "final_norm", "head")
+        params = {name: array(name, shapes[name], places) for name in names}
         if as_list:
             one = {name: shape[1:] for name, shape in shapes["layers"].items()}
             layers = [
-                {name: array(name, shape) for name, shape in one.items()}
-                for _ in range(config.num_layers)
+                {name: array(name, shape, where) for name, shape in one.items()}
+                for where in places.get("layers", [{}] * config.num_layers)
             ]
         else:
-            layers = {name: array(name, shape) for name, shape in shapes["layers"].items()}
+            where = places.get("layers", {})
+            layers = {name: array(name, shape, where) for name, shape in shapes["layers"].items()}
         return jax.block_until_ready(params | {"layers": layers})
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.lru_cache
+def _program(function: Callable, place: Any, *sizes: Any) -> Callable[..., jax.Array]:
+    """`function(seed, *sizes)`, whose result is made in its place: each device makes its part."""
+    options = {} if place is None else {"out_shardings": place}
+    return jax.jit(lambda seed: function(seed, *sizes), **options)
+
+
 def _floats(seed: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
     values = _noise(seed, shape).astype(jnp.float32) * (_DEVIATION / _NOISE_DEVIATION[8])
     return values.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """int8, evenly distributed: the highest byte of a hash ("lowbias32") of each place.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +22,11 @@ NOTE = (
     "weights, and keys and values of the context; per cent are of the measured ceilings. More than "
     "100 % says that a model fits into caches, or that the machine was busy with something else."
 )
+MESH_NOTE = (
+    "tok/s are of all devices together. GB/s and TFLOP/s count what one device reads and computes, "
+    "times their number: what each has whole, and rows that fill up a batch, count on all of them; "
+    "talk between devices does not. peak is of the device that used most, on a CPU of the process."
+)
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Report:
       about: what it was measured on, name -> text, in order.
       unmeasured: what was asked for and could not be measured, one line each.
       complete: false as long as something is to come.
+      mesh: axis -> size; None = one device.
     """
 
     about: dict[str, str]
@@ -38,6 +45,12 @@ class Report:
     results: list[Result] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
     complete: bool = False
+    mesh: Mapping[str, int] | None = None
+
+    @property
+    def note(self) -> str:
+        """How the figures are to be read."""
+        return NOTE if self.mesh is None else f"{NOTE} {MESH_NOTE}"
 
 
 def what(result: Result) -> str:
@@ -75,7 +88,7 @@ def render(report: Report, columns: int) -> str:
     for line in [*peer_lines(report.results), *unmeasured_lines(report)]:
         lines += _fold(line, columns)
     if rows:
-        lines += ["", *textwrap.wrap(NOTE, columns)]
+        lines += ["", *textwrap.wrap(report.note, columns)]
     return "\n".join(lines)
 
 
@@ -88,7 +101,7 @@ def markdown(report: Report) -> str:
     rows = [_cells(result, report.ceilings) for result in report.results if result.seconds]
     if rows:
         rule = ["---"] * 4 + ["---:"] * (len(HEADER) - 4)
-        lines += ["", *(f"| {' | '.join(row)} |" for row in (HEADER, rule, *rows)), "", NOTE]
+        lines += ["", *(f"| {' | '.join(row)} |" for row in (HEADER, rule, *rows)), "", report.note]
     extra = [*peer_lines(report.results), *unmeasured_lines(report)]
     lines += ["", *(f"* {line}" for line in extra)] if extra else []
     return "\n".join(lines) + "\n"
@@ -98,6 +111,8 @@ def as_json(report: Report) -> dict[str, Any]:
     """The report for programs; bytes, seconds and operations, no rounded figures."""
     return {
         "about": report.about,
+        "mesh": None if report.mesh is None else dict(report.mesh),
+        "devices": math.prod((report.mesh or {}).values()),
         "ceilings": None if report.ceilings is None else asdict(report.ceilings),
         "results": [_result_json(result, report.ceilings) for result in report.results],
         "not_measured": unmeasured_lines(report),
@@ -106,12 +121,13 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def ceiling_lines(ceilings: Ceilings) -> list[str]:
-    """The measured limits of the device, for people."""
+    """The measured limits of the device, or of all devices, for people."""
+    several = "" if ceilings.devices == 1 else f" (on one device, times {ceilings.devices})"
     products = ", ".join(f"{name} {ops / 1e12:.3g}" for name, ops in ceilings.matmul.items())
     return [
-        f"measured bandwidth: copy {ceilings.copy / 1e9:.4g} GB/s, "
+        f"measured bandwidth{several}: copy {ceilings.copy / 1e9:.4g} GB/s, "
         f"read {ceilings.read / 1e9:.4g} GB/s",
-        f"measured matrix products, TFLOP/s: {products}",
+        f"measured matrix products{several}, TFLOP/s: {products}",
     ]
 
 

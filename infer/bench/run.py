@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert.cli import is_out_of_memory
@@ -17,6 +17,9 @@ from glm2_jax.xla import cache_dtype
 from infer.bench.peer import Peer, PeerError
 from infer.bench.programs import Compiler, decode, prefill
 from infer.memory.peak import peak_bytes, reset_peak
+from infer.memory.plan import Precision
+from infer.memory.shares import Sizes, device_params, row_pieces, sizes_of, total_bytes
+from infer.places import Places, mesh_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Variant:
       dtype: name of the type that it computes in.
       quantisation: name of the scheme of the layers' matrices; "none".
       layers: "list" or "stacked".
-      weights: bytes of all parameters.
+      weights: bytes of all parameters, once.
     """
 
     dtype: str
@@ -66,17 +69,23 @@ class Variant:
     layers: str
     weights: int = 0
 
+    @property
+    def precision(self) -> Precision:
+        """The same for the arithmetic of `infer.memory`."""
+        return Precision(self.dtype, None if self.quantisation == "none" else self.quantisation)
+
 
 @dataclass
 class Result:
     """What came out of one shape.
 
     Attributes:
-      bytes, flops: that a prefill or a step cannot do without, see `work`.
+      bytes, flops: that a prefill or a step cannot do without, see `work` and `mesh_work`.
       seconds: of a prefill or a step, one for each repetition.
       compile_s: compiling the programs.
-      planned: bytes of device memory that the compiler says they need, weights included.
-      peak: the most memory used; on a CPU since the measurement began, elsewhere since the start.
+      planned: bytes that the compiler says they need on each device, weights included.
+      peak: the most memory used; on a CPU by the process since the measurement began, elsewhere
+        since the start, on the device that used most.
       peers: the peer's seconds by mode.
       problem: why there are no seconds, or none of the peer's; "".
     """
@@ -111,8 +120,12 @@ class Result:
         return min(self.peers[mode]) / min(self.seconds)
 
 
-def work(config: GLMConfig, params: Any, shape: Shape) -> tuple[float, float]:
-    """What a prefill, or a step on average, cannot do without.
+def work(config: GLMConfig, params: Any, shape: Shape, platform: str) -> tuple[float, float]:
+    """What a prefill, or a step on average, cannot do without on one device.
+
+    Args:
+      params: arrays, or their shapes and dtypes.
+      platform: of the device.
 
     Returns:
       Bytes: every weight once, but of the embedding only the rows of the tokens; keys and values
@@ -120,24 +133,42 @@ def work(config: GLMConfig, params: Any, shape: Shape) -> tuple[float, float]:
       Operations: two for each number of a matrix and token (the head: for each row), and four for
       each pair of a query and a key, head and dimension.
     """
-    c, head, embed = config, params["head"], params["embed"]
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - embed.nbytes
+    head, embed = params["head"], params["embed"]
+    weights = total_bytes(params) - total_bytes(embed)
     seen = shape.prompt or shape.context + (shape.steps + 1) / 2  # keys that a row ends up with
     pairs = shape.prompt * (shape.prompt + 1) / 2 if shape.prompt else seen
     dtype = params["final_norm"].dtype
-    kept = np.dtype(cache_dtype(device_of(params).platform, dtype))
-    per_token = c.num_layers * 2 * c.num_kv_heads * c.head_dim * kept.itemsize
-    layers = params["layers"]
-    matrices = sum(
-        weight.size
-        for layer in (layers if isinstance(layers, list) else [layers])
-        for name, weight in layer.items()
-        if name in COLUMN_AXES
-    )
-    moved = weights + shape.tokens * c.hidden_size * dtype.itemsize
+    kept = np.dtype(cache_dtype(platform, dtype))
+    matrices = sum(_numbers(params, name) for name in COLUMN_AXES)
+    queries = _numbers(params, "q_bias")  # of a token, in all layers: heads times dimension
+    keys_and_values = _numbers(params, "k_bias") + _numbers(params, "v_bias")
+    moved = weights + shape.tokens * config.hidden_size * dtype.itemsize
+    moved += shape.batch * seen * keys_and_values * kept.itemsize
     flops = 2 * (matrices * shape.tokens + head.size * shape.batch)
-    attention = 4 * c.num_layers * c.num_heads * c.head_dim * pairs * shape.batch
-    return moved + shape.batch * seen * per_token, flops + attention
+    return moved, flops + 4 * queries * pairs * shape.batch
+
+
+def _numbers(params: Any, name: str) -> int:
+    """Of a weight, in all layers."""
+    layers = params["layers"]
+    return sum(layer[name].size for layer in (layers if isinstance(layers, list) else [layers]))
+
+
+def mesh_work(
+    config: GLMConfig, precision: Precision, mesh: Sizes, shape: Shape, platform: str
+) -> tuple[float, float]:
+    """What all devices of a mesh do together: what one does, times their number.
+
+    So what lies on several devices counts on each of them: norms, key/value heads beyond what
+    `tensor` cuts, the weights of each part of `data`. `fsdp` counts whole, as what is fetched is
+    read; so do rows that fill up a batch. Bytes through links are not counted.
+    """
+    whole = sizes_of({**dict(mesh), "data": 1, "fsdp": 1})
+    params = device_params(config, precision, whole)
+    here = replace(shape, batch=-(-shape.batch // row_pieces(mesh)))
+    moved, flops = work(config, params, here, platform)
+    devices = math.prod(size for _, size in mesh)
+    return devices * moved, devices * flops
 
 
 def measure_all(
@@ -155,7 +186,7 @@ def measure_all(
       peer: with a model of the same dtype open.
     """
     for shape in shapes:
-        result = Result(variant, shape, *work(config, params, shape))
+        result = Result(variant, shape, *_work(config, params, variant, shape))
         reset_peak()
         try:
             _measure(config, params, result, repeats, peer)
@@ -163,15 +194,23 @@ def measure_all(
             if not is_out_of_memory(error):
                 raise
             result.problem = "out of memory"
-        result.peak = peak_bytes(device_of(params))
+        peaks = [peak for peak in map(peak_bytes, devices_of(params)) if peak is not None]
+        result.peak = max(peaks, default=None)
         yield result
+
+
+def _work(config: GLMConfig, params: Any, variant: Variant, shape: Shape) -> tuple[float, float]:
+    mesh, platform = mesh_of(params), devices_of(params)[0].platform
+    if mesh is None:
+        return work(config, params, shape, platform)
+    return mesh_work(config, variant.precision, sizes_of(mesh.shape), shape, platform)
 
 
 def _measure(
     config: GLMConfig, params: Any, result: Result, repeats: int, peer: Peer | None
 ) -> None:
     shape = result.shape
-    programs = Compiler(device_of(params))
+    programs = Compiler(devices_of(params)[0], Places(mesh_of(params)))
     if shape.prompt:
         run = prefill(programs, config, params, shape.batch, shape.prompt)
     else:
@@ -192,6 +231,6 @@ def _measure(
         result.seconds.append(run())
 
 
-def device_of(params: Any) -> Any:
+def devices_of(params: Any) -> list[Any]:
     """Where parameters are."""
-    return next(iter(params["final_norm"].devices()))
+    return sorted(params["final_norm"].devices(), key=lambda device: device.id)

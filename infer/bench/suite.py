@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, human_size, note, version
@@ -25,15 +26,18 @@ from glm2_jax import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import UsageError
 from glm2_jax.host import find_memory, read_text
+from glm2_jax.mesh import mesh_text
 from glm2_jax.schemes import SCHEMES
-from infer import options
+from glm2_jax.sharding import check_mesh
+from infer import opening
 from infer.bench import consumer, plot
-from infer.bench.ceilings import measure_ceilings
+from infer.bench.ceilings import Ceilings, measure_ceilings
 from infer.bench.peer import Peer, PeerError, missing
 from infer.bench.random_params import random_params
 from infer.bench.report import Report, as_json, markdown, render, variant_name, what
 from infer.bench.run import Result, Shape, Variant, measure_all
-from infer.loading import demo_folder, faster_layers, find_device, load
+from infer.loading import demo_folder, faster_layers, find_device, find_mesh, load
+from infer.memory.shares import sizes_of, weight_share
 
 PROG = "python -m infer.bench"
 _BITS = {"float32": 32, "none": 16, "int8": 8, "int4": 4}
@@ -52,7 +56,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             raise UsageError(f"{path} cannot be written.", "Its folder does not exist.")
     if args.preset:
         consumer.apply(args)
-    device = find_device(args.device)
+    mesh = find_mesh(args)
+    device = find_device(args.device) if mesh is None else mesh.devices.flat[0]
     measuring = not args.preset or consumer.wanted(args, device.platform)
     if args.plot and not measuring:
         raise UsageError(
@@ -60,9 +65,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             consumer.UNMEASURED,
             "Leave --plot out, or add --device cpu.",
         )
-    subject = Subject(args, device)
-    subject.check_forms(args.quantize or ())
-    report = Report(about(args, argv, device, subject))
+    subject = Subject(args, device, mesh)
+    subject.check_forms(args.quantize or (None,))
+    sizes = None if mesh is None else dict(mesh.shape)
+    report = Report(about(args, argv, device, subject), mesh=sizes)
     output = _Output(args, report)
     with interrupt.always(output):
         if measuring:
@@ -77,27 +83,36 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _measure(args: argparse.Namespace, device: Any, subject: Subject, report: Report) -> None:
     note(f"measuring what {device.device_kind} can do at most ...")
-    report.ceilings = measure_ceilings(device)
+    report.ceilings = _ceilings(device, subject.mesh)
     with contextlib.ExitStack() as stack:
         peer = _open_peer(args, device, report, stack)
         for result in _results(args, subject, peer, report):
             report.results.append(result)
             note(_line(result))
     # Once more: a share of more than 100 per cent would only say that the machine was busy.
-    report.ceilings = report.ceilings.better(measure_ceilings(device))
+    report.ceilings = report.ceilings.better(_ceilings(device, subject.mesh))
     report.about["load average"] += f", {_load()} at the end"
+
+
+def _ceilings(device: Any, mesh: Mesh | None) -> Ceilings:
+    """Of all devices together: one's, times their number. Those that a processor plays share its
+    memory and its cores, all of which one of them takes alone."""
+    found = measure_ceilings(device)
+    return found if mesh is None or device.platform == "cpu" else found.times(mesh.size)
 
 
 class Subject:
     """The model that is measured, in whichever form.
 
     Attributes:
+      device: where it is; on a mesh one of its devices, which stands for all.
+      mesh: over which it is spread; None = one device.
       config: None until a folder has been opened.
       name: for people.
     """
 
-    def __init__(self, args: argparse.Namespace, device: Any):
-        self.args, self.device = args, device
+    def __init__(self, args: argparse.Namespace, device: Any, mesh: Mesh | None = None):
+        self.args, self.device, self.mesh = args, device, mesh
         self.config: GLMConfig | None = None
         self.folder: str | None = None
         if args.random:
@@ -107,25 +122,31 @@ class Subject:
             self.config = GLMConfig.from_hf(raw)
             self.name = f"{Path(args.random).name}, random weights"
         else:
-            options.say_which_model(args)
-            self.folder = options.model_folder(args)
+            opening.say_which_model(args)
+            self.folder = opening.model_folder(args)
             self.name = "demo (bundled)" if self.folder is None else Path(self.folder).name
 
-    def check_forms(self, forms: Sequence[str]) -> None:
-        """Before anything is measured: whether the model can be had in these forms.
+    def check_forms(self, forms: Sequence[str | None]) -> None:
+        """Before anything is measured: whether the model can be had in these forms, on the mesh.
 
         Raises:
-          UsageError: it is quantised already. CheckpointError: it cannot be opened.
+          UsageError: it is quantised already, or the mesh does not fit it. CheckpointError: it
+            cannot be opened.
         """
-        if self.args.random:
-            return
-        found = open_folder(
-            self.folder or demo_folder(),
-            rope_kind=self.args.rope_scaling,
-            template=self.args.template,
-        )
-        for quantize in forms:
-            target_scheme(found, quantize)
+        if self.config is not None:
+            schemes = [SCHEMES.get(quantize or "none") for quantize in forms]
+            config = self.config
+        else:
+            found = open_folder(
+                self.folder or demo_folder(),
+                rope_kind=self.args.rope_scaling,
+                template=self.args.template,
+            )
+            schemes = [target_scheme(found, quantize) for quantize in forms]
+            config = found.config
+        if self.mesh is not None:
+            for scheme in schemes:
+                check_mesh(config, self.mesh, scheme)
 
     def open(self, dtype: str, quantize: str | None, layers: str) -> tuple[Variant, Any]:
         """The parameters in a form, and what became of it."""
@@ -135,7 +156,12 @@ class Subject:
             scheme = SCHEMES.get(quantisation)
             as_list = layers == "list"
             params = random_params(
-                self.config, target, scheme=scheme, as_list=as_list, device=self.device
+                self.config,
+                target,
+                scheme=scheme,
+                as_list=as_list,
+                device=self.device if self.mesh is None else None,
+                mesh=self.mesh,
             )
         else:
             checkpoint = load(
@@ -143,7 +169,8 @@ class Subject:
                 dtype=dtype,
                 quantize=quantize,
                 layers=layers,
-                device=self.device,
+                mesh=self.mesh,
+                device=self.device if self.mesh is None else None,
                 rope_kind=self.args.rope_scaling,
                 template=self.args.template,
             ).checkpoint
@@ -158,14 +185,19 @@ class Subject:
 def _results(
     args: argparse.Namespace, subject: Subject, peer: Peer | None, report: Report
 ) -> Iterator[Result]:
-    layouts = args.layout or (faster_layers(subject.device.platform),)
+    mesh = subject.mesh
+    layouts = args.layout or (faster_layers(subject.device.platform, on_mesh=mesh is not None),)
     forms = product(args.dtypes, args.quantize or (None,), layouts)
     # The smallest first: the peak of a GPU's memory is known since the start only.
     for dtype, quantize, layers in sorted(forms, key=lambda form: _bits(*form[:2])):
         variant, params = subject.open(dtype, quantize, layers)
         config = subject.config
         assert config is not None
-        note(f"{variant_name(variant)}: {human_size(variant.weights)} of weights")
+        share = ""
+        if mesh is not None:
+            size = weight_share(config, variant.precision, sizes_of(mesh.shape))
+            share = f", {human_size(size)} on each device"
+        note(f"{variant_name(variant)}: {human_size(variant.weights)} of weights{share}")
         opened = _open_in_peer(peer, config, variant, report)
         shapes = _shapes(args, config, report)
         yield from measure_all(config, params, variant, shapes, repeats=args.repeat, peer=opened)
@@ -268,6 +300,7 @@ def about(
     return {
         "model": subject.name,
         "device": name if device.platform == "cpu" else device.device_kind,
+        **_mesh_line(subject.mesh, device.platform),
         "host": f"{name}, {cores} cores" + (f", {human_size(memory)}" if memory else ""),
         "versions": ", ".join(
             [
@@ -281,6 +314,20 @@ def about(
         "repetitions": f"{args.repeat}, of {args.steps} steps",
         "load average": f"{_load()} at the start",
         "command": f"{PROG} {shlex.join(argv)}".rstrip(),
+    }
+
+
+def _mesh_line(mesh: Mesh | None, platform: str) -> dict[str, str]:
+    if mesh is None:
+        return {}
+    sizes = mesh_text(mesh.shape)
+    if mesh.size == 1:
+        return {"mesh": f"{sizes}, 1 device"}
+    if platform != "cpu":
+        return {"mesh": f"{sizes}, {mesh.size} devices"}
+    return {
+        "mesh": f"{sizes}, {mesh.size} virtual devices of one processor, which share its memory "
+        "and its cores: what it can do at most is not multiplied"
     }
 
 
