@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from glm2_jax.errors import UsageError
+from tests import hurry
 from tests.checkpoints import save, tiny_config
 from tests.mesh_process import run
 from train import lora
@@ -82,7 +83,7 @@ def two(flags, output):
                "--mesh", "data=4,tensor=2", *flags, "--output", str(output)]  # fmt: skip
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=os.environ | {"XLA_FLAGS": hurry.FLAGS},
     ) as launcher:  # fmt: skip
         try:
             yield launcher

@@ -14,6 +14,7 @@ import pytest
 from glm2_jax import compiler_options, init_lora
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES
+from tests import hurry
 from tests.toy import TOY, abstract_params, jit_forward, quantised, random_tokens, toy_params
 from train import step as step_module
 from train.batch import Batch
@@ -63,9 +64,9 @@ def copied(tree):
 
 @functools.cache
 def compiled(logits_at_once, **options):
-    """A step of SGD; in a hurry, which halves the time to compile and changes no value."""
-    in_a_hurry = compiler_options("cpu") | {"xla_backend_optimization_level": 0}
-    return jax.jit(partial(train_step, SMALL, SGD, **options), compiler_options=in_a_hurry)
+    """A step of SGD."""
+    step = partial(train_step, SMALL, SGD, **options)
+    return jax.jit(step, compiler_options=compiler_options("cpu") | hurry.OPTIONS)
 
 
 @functools.cache

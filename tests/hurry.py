@@ -1,0 +1,12 @@
+"""XLA in a hurry: for programs of the tests that run a few times, and compile in half the time.
+
+Values differ by roundings at most. To be read before jax is imported.
+"""
+
+from importlib.metadata import version
+
+OPTIONS: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
+if version("jaxlib").startswith("0.10."):  # later ones have no other emitter of fusions
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
