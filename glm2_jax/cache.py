@@ -90,8 +90,12 @@ def write_layer(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.A
         rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
         return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
     # Either form keeps rows where they lie on its platforms. The partitioner of jaxlib sends those
-    # of the plain one between devices; the compiler of TPUs copies the cache for the other.
-    forms = {"tpu": _scatter, "default": partial(_scatter, rows_apart=True)}
+    # of the plain one between devices; the compiler of TPUs copies the cache for the other. Left
+    # alone, it also transposes the whole cache twice a layer where several tokens are written.
+    forms = {
+        "tpu": lambda *args: _rows_first(_scatter(*args)),
+        "default": partial(_scatter, rows_apart=True),
+    }
     new = new.astype(cache.dtype)
     return constrain(jax.lax.platform_dependent(cache, new, layer, slots, **forms), *AXES["k"])
 
@@ -115,10 +119,11 @@ def read_layer(cache: jax.Array, layer: jax.Array) -> jax.Array:
     """One layer of [L, B, S, K, H]: [B, S, K, H]."""
     slots = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
     slots = constrain(slots, *"BSKH")
-
-    def rows_first(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
     # Left alone, XLA:GPU transposes the whole cache, to a layout that its dots like better, at the
     # beginning of every program and back at its end.
-    return jax.lax.platform_dependent(slots, cuda=rows_first, default=lambda x: x)
+    return jax.lax.platform_dependent(slots, cuda=_rows_first, default=lambda x: x)
+
+
+def _rows_first(x: jax.Array) -> jax.Array:
+    """The same array, which lies in memory in the order of its axes."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -4,38 +4,120 @@ import math
 import re
 from typing import NamedTuple
 
-_RESULT = re.compile(
-    r" = \(?(\w+)\[([\d,]*)\].* "
-    r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+_RESULTS = re.compile(
+    r" = (\S.*?) "
+    r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\("
 )
+_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+_HEADER = re.compile(r"(ENTRY )?%?(\S+) \(.*\{$")
+_CALLED = re.compile(r"(body|calls|to_apply|branch_computations)=(\{[^}]*\}|[^\s,]+)")
+_COUNT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+# XLA:TPU of libtpu 0.0.52 cannot write down a program that fetches rows of the embedding by the
+# chip's SparseCore, as a v5p does for many tokens. Without that the rest is the same.
+READABLE: dict[str, str | bool] = {"xla_tpu_offload_gather_to_sparsecore": "false"}
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}  # bytes; of all others 4
 
 
 class Collective(NamedTuple):
-    """One instruction."""
+    """One collective, which may be several instructions of one channel."""
 
     kind: str
-    dtype: str
-    elements: int  # of its first result, on one device
-    looped: bool  # whether it stands in the body of a loop
+    elements: int  # of its largest result, on one device
+    size: int  # bytes of all its results, on one device
+    group: int  # devices that talk to each other
+    looped: bool  # whether it is inside a loop
+    times: int  # that it runs; a loop whose count the text does not tell counts once
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in all these times, around a ring."""
+        others = self.group - 1
+        parts = {
+            "all-reduce": 2 * others / self.group,
+            "reduce-scatter": others,  # its result is but one part
+            "collective-permute": 1,
+        }
+        return parts.get(self.kind, others / self.group) * self.size * self.times
 
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of a program."""
-    bodies = set(re.findall(r"body=%?([^\s,]+)", text))
-    found, where = [], ""
-    for line in text.splitlines():
-        header = re.match(r"%?(\S+) \(.*\{$", line)
-        where = header[1] if header else where
-        match = _RESULT.search(line)
-        if match:
-            elements = math.prod(int(size) for size in match[2].split(",") if size)
-            found.append(Collective(match[3], match[1], elements, where in bodies))
-        if line.startswith("ENTRY"):
-            where = ""
-    return found
+    computations, found = _computations(text), {}
+    places = _places(computations)
+    for name, lines in computations.items():
+        for number, line in enumerate(lines):
+            match = _RESULTS.search(line)
+            if match is None:
+                continue
+            arrays = [(kind, _elements(shape)) for kind, shape in _ARRAY.findall(match[1])]
+            sizes = [_SIZES.get(kind, 4) * elements for kind, elements in arrays]
+            size = max(sizes) if match[3] else sum(sizes)  # what starts lists its operands, too
+            elements = max(elements for _, elements in arrays)
+            channel = re.search(r"channel_id=(\d+)", line)
+            one = Collective(match[2], elements, size, _group(line), *places[name])
+            # A TPU makes steps of one collective, fused with what it does meanwhile.
+            found.setdefault(channel[1] if channel else (name, number), one)
+    return list(found.values())
 
 
 def kinds(found: list[Collective], looped: bool) -> dict[str, int]:
     """Kind -> how many there are inside of loops, or outside of them."""
     chosen = [one.kind for one in found if one.looped == looped]
     return {kind: chosen.count(kind) for kind in sorted(set(chosen))}
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Name -> instructions; "" is the program's own computation."""
+    found: dict[str, list[str]] = {"": []}
+    where = ""
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            where = "" if header[1] else header[2]
+        found.setdefault(where, []).append(line)
+    return found
+
+
+def _places(computations: dict[str, list[str]]) -> dict[str, tuple[bool, int]]:
+    """Name -> whether it is inside a loop, and how often it runs."""
+    found = {name: (False, 0) for name in computations}
+
+    def visit(name: str, looped: bool, times: int) -> None:
+        found[name] = (looped or found[name][0], times + found[name][1])
+        for line in computations[name]:
+            for how, names in _CALLED.findall(line):
+                loop = how == "body"
+                again = times * (_trips(line, computations) if loop else 1)
+                for called in re.findall(r"[^\s,%{}]+", names):
+                    visit(called, looped or loop, again)
+
+    visit("", False, 1)
+    return found
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs that counts from 0 on."""
+    told = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    condition = re.search(r"condition=%?([^\s,]+)", line)
+    lines = computations[condition[1]] if condition else []
+    counts = [told[1]] if told else [count[1] for line in lines if (count := _COUNT.search(line))]
+    return int(counts[0]) if len(counts) == 1 else 1
+
+
+def _group(line: str) -> int:
+    """Devices of each group, as one of three ways of writing them says; 1 where none does."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if counted:
+        return int(counted[1])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", line)
+    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1])) if named else {}
+    axes = re.findall(r"'\w+'", named[2]) if named else []
+    return math.prod(int(sizes[axis]) for axis in axes)
+
+
+def _elements(shape: str) -> int:
+    return math.prod(int(size) for size in shape.split(",") if size)
