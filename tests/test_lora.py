@@ -32,15 +32,20 @@ from glm2_jax.lora import (
 )
 from glm2_jax.model import unstack_layers
 from glm2_jax.quant import SCHEMES
+from tests import hurry
 from tests.toy import TOY as THREE_LAYERS
-from tests.toy import jit_forward, quantised, random_tokens, toy_params
+from tests.toy import abstract_params, quantised, random_tokens, toy_params
 
 TOY = dataclasses.replace(THREE_LAYERS, num_layers=2)
 ALL = "all-linear"
+# As users have them compiled: bits are compared.
+jit_forward = jax.jit(forward, static_argnums=0, compiler_options=compiler_options("cpu"))
 jit_last = jax.jit(last_logits, static_argnums=0, compiler_options=compiler_options("cpu"))
 jit_hidden = jax.jit(hidden, static_argnums=0, static_argnames="remat")
+jit_logits_of = jax.jit(logits_of, static_argnums=0)
 
 
+@functools.cache
 def new_lora(targets: str = ALL, **kwargs) -> LoRA:
     return init_lora(TOY, jax.random.key(5), rank=4, alpha=8, targets=targets, **kwargs)
 
@@ -48,10 +53,10 @@ def new_lora(targets: str = ALL, **kwargs) -> LoRA:
 @functools.cache
 def trained(targets: str = ALL, seed: int = 7) -> LoRA:
     """An adapter whose B is random, too; large enough to change greedy tokens."""
-    leaves, tree = jax.tree.flatten(new_lora(targets))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    random = [0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, random)
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(random.normal(0, 0.2, x.shape), x.dtype), new_lora(targets)
+    )
 
 
 def merged(params, lora: LoRA):
@@ -73,11 +78,12 @@ def merged(params, lora: LoRA):
     return {**params, "layers": layers}
 
 
+@functools.cache
 def base_of(form: str):
     params = toy_params(TOY)
     if form in SCHEMES:
         return quantised(params, SCHEMES[form])[0]
-    return jax.tree.map(lambda x: x.astype(form), params)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, form)), params)
 
 
 def layers_as(form: str, params):
@@ -224,14 +230,16 @@ def test_senseless_numbers_are_refused(wrong):
 def test_hidden_and_its_logits_are_the_forward(layers, remat):
     params = layers_as(layers, toy_params(TOY))
     tokens = random_tokens(2, 8)
-    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8])
-    where = {"segment_ids": segments, "positions": jnp.arange(8)[None] // 2 * jnp.ones((2, 1), int)}
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8], np.int32)
+    positions = np.tile(np.arange(8, dtype=np.int32) // 2, (2, 1))
+    where = {"segment_ids": segments, "positions": positions}
     x = jit_hidden(TOY, params, tokens, lora=trained(), remat=remat, **where)
     assert x.shape == (2, 8, 48)
     expected, _ = jit_forward(TOY, params, tokens, lora=trained(), **where)
-    parts = [logits_of(TOY, params, part) for part in (x[:, :3], x[:, 3:])]
-    real = np.asarray(segments) > 0
-    np.testing.assert_allclose(jnp.concatenate(parts, 1)[real], expected[real], atol=1e-5)
+    parts = [jit_logits_of(TOY, params, part) for part in np.split(x, [3], axis=1)]
+    real = segments > 0
+    found, expected = np.concatenate(parts, 1), np.asarray(expected)
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
 
 
 def loss(lora, params, remat=False, dropout_key=None):
@@ -239,7 +247,8 @@ def loss(lora, params, remat=False, dropout_key=None):
     return jnp.mean(jax.nn.logsumexp(logits_of(TOY, params, x), axis=-1))
 
 
-jit_grad = jax.jit(jax.grad(loss), static_argnames="remat")
+in_a_hurry = compiler_options("cpu") | hurry.OPTIONS
+jit_grad = jax.jit(jax.grad(loss), static_argnames="remat", compiler_options=in_a_hurry)
 jit_loss = jax.jit(loss)
 
 
@@ -256,19 +265,21 @@ def test_gradients_of_the_adapter_alone(form, layers):
     for one, other, x in zip(*map(jax.tree.leaves, (grads, again, lora)), strict=True):
         assert (one.shape, one.dtype) == (x.shape, jnp.float32)
         np.testing.assert_allclose(one, other, atol=1e-6 if form != "bfloat16" else 1e-3)
-        assert np.abs(one).max(axis=tuple(range(1, one.ndim))).min() > 0, "in every layer"
+        assert all(np.any(layer) for layer in np.asarray(one)), "in every layer"
 
 
 def test_gradients_are_the_slopes():
-    lora, params = trained(), toy_params(TOY)
-    grads = jit_grad(lora, params)
-    way = jax.tree.map(lambda g: g / (jnp.abs(g).max() + 1e-9), grads)
+    lora, params = jax.tree.map(np.asarray, trained()), toy_params(TOY)
+    grads = jax.tree.map(np.asarray, jit_grad(lora, params))
+    way = jax.tree.map(lambda g: g / (np.abs(g).max() + 1e-9), grads)
 
     def at(step: float) -> float:
-        return float(jit_loss(jax.tree.map(lambda x, d: x + step * d, lora, way), params))
+        return float(
+            jit_loss(jax.tree.map(lambda x, d: np.float32(x + step * d), lora, way), params)
+        )
 
-    slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (grads, way)), strict=True))
-    assert (at(2e-3) - at(-2e-3)) / 4e-3 == pytest.approx(float(slope), rel=1e-2)
+    slope = sum(np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (grads, way)), strict=True))
+    assert (at(5e-4) - at(-5e-4)) / 1e-3 == pytest.approx(float(slope), rel=1e-2)
 
 
 def test_a_new_adapter_learns_b_first():
@@ -335,25 +346,29 @@ def test_blocks_of_a_long_text_drop_elements_of_their_own(monkeypatch):
 
 def test_a_column_drops_the_same_in_any_block_and_among_any_rows():
     lora = dataclasses.replace(layer_of(trained("dense_h_to_4h"), 0), dropout=0.5)
-    x, key = jax.random.normal(jax.random.key(1), (3, 6, 48)), jax.random.key(2)
+    x = np.random.default_rng(1).normal(size=(3, 6, 48)).astype(np.float32)
+    numbers, key = np.arange(6), jax.random.key(2)
+
+    @jax.jit
+    def read(x, numbers):
+        return adapt(lora, "dense_h_to_4h", x, key, numbers)("b")
 
     def added(rows: slice, columns: slice):
-        numbers = jnp.arange(6)[columns]
-        return adapt(lora, "dense_h_to_4h", x[rows, columns], key, numbers)("b")
+        return np.asarray(read(x[rows, columns], numbers[columns]))
 
     whole = added(slice(3), slice(6))
     for rows, columns in ((slice(3), slice(2, 5)), (slice(2), slice(1)), (slice(1), slice(6))):
         np.testing.assert_allclose(added(rows, columns), whole[rows, columns], atol=1e-5)
     kept = adapt(dataclasses.replace(lora, dropout=0.0), "dense_h_to_4h", x, key)("b")
-    assert np.abs(np.asarray(whole - kept)).max() > 0.1
+    assert np.abs(whole - kept).max() > 0.1
 
 
 def test_noise_goes_to_the_embeddings():
     params, tokens = toy_params(TOY), random_tokens(2, 8)
-    noise = 0.1 * jax.random.normal(jax.random.key(0), (2, 8, 48))
-    embedded = jnp.zeros_like(params["embed"])
-    embedded = embedded.at[:16].set((params["embed"][tokens] + noise).reshape(16, 48))
-    numbers = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, 8, 48)).astype(np.float32)
+    embedded = np.zeros_like(params["embed"])
+    embedded[:16] = (np.asarray(params["embed"])[tokens] + noise).reshape(16, 48)
+    numbers = np.arange(16, dtype=np.int32).reshape(2, 8)
     expected = jit_hidden(TOY, {**params, "embed": embedded}, numbers)
     for layers in (params, unstack_layers(params)):
         x = jit_hidden(TOY, layers, tokens, noise=noise)
@@ -370,8 +385,8 @@ def test_params_may_bring_their_adapter_along():
 def test_remat_keeps_less():
     """What the backward pass needs of the forward pass, in bytes."""
     config = dataclasses.replace(TOY, num_layers=6)
-    params, tokens = toy_params(config), random_tokens(2, 64, config)
-    lora = init_lora(config, jax.random.key(0), rank=4, targets="attn")
+    params, tokens = abstract_params(config), random_tokens(2, 64, config)
+    lora = jax.eval_shape(lambda: init_lora(config, jax.random.key(0), rank=4, targets="attn"))
 
     def temporaries(remat: bool) -> int:
         def loss(lora, params):

@@ -11,6 +11,7 @@ import numpy as np
 from glm2_jax import GLMConfig, compiler_options, forward, init_params
 from glm2_jax.model import unstack_layers
 from glm2_jax.quant import COLUMN_AXES, QTensor, Scheme, dequantise, quantise
+from tests import hurry
 
 TOY = GLMConfig(
     num_layers=3,
@@ -23,7 +24,9 @@ TOY = GLMConfig(
     seq_length=64,
 )
 
-jit_forward = jax.jit(forward, static_argnums=0, compiler_options=compiler_options("cpu"))
+jit_forward = jax.jit(
+    forward, static_argnums=0, compiler_options=compiler_options("cpu") | hurry.OPTIONS
+)
 jit_dequantise = jax.jit(dequantise, static_argnums=1)
 
 
