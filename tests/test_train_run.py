@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from glm2_jax.errors import CheckpointError, InputError, UsageError
@@ -20,22 +22,23 @@ from train.log import read_log
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
 SMALL = [
-    "--batch-size",
-    "2",
-    "--grad-accum",
-    "2",
-    "--lr",
-    "1e-3",
-    "--rank",
-    "2",
-    "--log-every",
-    "1",
-]
+    "--batch-size", "2", "--grad-accum", "2", "--lr", "1e-3", "--rank", "2", "--log-every", "1",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("compiled"))
+def cache(tmp_path_factory):
+    """A folder of compiled programs that this process shares with those it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+        switch_cache(True)
+        yield str(tmp_path_factory.mktemp("compiled"))
+        switch_cache(False)
+
+
+def switch_cache(on: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
