@@ -51,3 +51,9 @@ def toy_engine(
     if share is not None:  # programs depend on shapes alone, the weights are an argument
         engine.programs = engine.executor.programs = share.programs
     return engine
+
+
+@functools.cache
+def warm_engine() -> Engine:
+    """One engine of the process: others share what it compiled."""
+    return toy_engine()

@@ -17,7 +17,7 @@ from infer.generate import main
 from infer.job import bucket
 from infer.loops import LoopDetector
 from infer.requests import Request
-from tests.engine_toy import toy_engine
+from tests.engine_toy import toy_engine, warm_engine
 
 QUICK = ["--greedy", "--max-new-tokens", "6"]
 
@@ -25,7 +25,7 @@ QUICK = ["--greedy", "--max-new-tokens", "6"]
 @pytest.fixture(scope="module")
 def warm():
     """An engine whose compiled programs all tests share."""
-    return toy_engine()
+    return warm_engine()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from infer import journal as journal_module
 from infer.engine import Engine
 from infer.generate import main
 from infer.journal import Journal
-from tests.engine_toy import toy_engine
+from tests.engine_toy import toy_engine, warm_engine
 
 RUN = {"input": "00ff", "temperature": 0.8, "stop": ["a"], "system": None, "seed": 0}
 ANSWERS = {3: '{"text": "三"}', 1: '{"text": "\\u2028}\\n"}', 2: '{"text": ""}'}
@@ -186,7 +186,7 @@ def test_a_full_disk_at_the_end(output, monkeypatch):
 @pytest.fixture(scope="module")
 def warm():
     """An engine whose compiled programs all tests share."""
-    return toy_engine()
+    return warm_engine()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from infer.chat.__main__ import main, parser
 from infer.chat.input import read_entry
 from infer.engine import Engine
 from infer.job import TokenEvent
-from tests.engine_toy import toy_engine
+from tests.engine_toy import toy_engine, warm_engine
 
 QUICK = ["--max-new-tokens", "6", "--compile-cache", "off"]
 
@@ -30,7 +30,7 @@ def one_shape(monkeypatch):
 @pytest.fixture(scope="module")
 def warm():
     """An engine whose compiled programs all tests share."""
-    return toy_engine()
+    return warm_engine()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from infer.chat import commands as chat_commands
 from infer.chat import files as chat_files
 from infer.conversation import Conversation
 from infer.params import SamplingParams
-from tests.engine_toy import toy_engine
+from tests.engine_toy import toy_engine, warm_engine
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def one_shape(monkeypatch):
 
 @pytest.fixture(scope="module")
 def warm():
-    return toy_engine()
+    return warm_engine()
 
 
 def toy(warm, family="chatglm2", fingerprint="a" * 64):

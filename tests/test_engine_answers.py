@@ -8,12 +8,12 @@ from glm2_jax.errors import UsageError
 from glm2_jax.text import clean_response
 from infer.answer import Answer, Cleaner, StopStrings
 from infer.params import SamplingParams
-from tests.engine_toy import toy_engine
+from tests.engine_toy import toy_engine, warm_engine
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine()
+    return toy_engine(share=warm_engine())
 
 
 def pieces(text, cuts):

@@ -6,14 +6,14 @@ import pytest
 import infer
 from glm2_jax.errors import InputError, UsageError
 from infer.params import SamplingParams
-from tests.engine_toy import toy_engine
+from tests.engine_toy import toy_engine, warm_engine
 
 SHORT = {"temperature": 0, "max_new_tokens": 2}
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine(max_length=64)
+    return toy_engine(share=warm_engine(), max_length=64)
 
 
 def test_prompts_may_be_any_kind_of_list(engine):

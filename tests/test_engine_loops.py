@@ -9,7 +9,7 @@ from glm2_jax.errors import CheckpointError, DeviceError, InputError, UsageError
 from infer.job import bucket
 from infer.params import SamplingParams
 from infer.programs import device_errors
-from tests.engine_toy import TOY, toy_engine, toy_params
+from tests.engine_toy import TOY, toy_engine, toy_params, warm_engine
 
 PROMPTS = [[5, 6, 7], [9], list(range(10, 80)), [300, 4, 300, 4, 21]]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -17,7 +17,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine()
+    return toy_engine(share=warm_engine())
 
 
 def streamed(engine, prompts, sampling, **kwargs):

@@ -16,7 +16,7 @@ from infer.evaluate import run as evaluation
 from infer.evaluate.__main__ import main, parser
 from infer.evaluate.reader import Reader
 from infer.evaluate.rows import BadRows, Pair, Text
-from tests.engine_toy import toy_engine, toy_params
+from tests.engine_toy import toy_engine, toy_params, warm_engine
 from train.demo import data as demo_data
 
 LONG = "你好，世界。今天天气很好，我们去公园散步吧。The model answers questions. " * 6
@@ -24,7 +24,7 @@ LONG = "你好，世界。今天天气很好，我们去公园散步吧。The mo
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine(max_length=256)
+    return toy_engine(share=warm_engine(), max_length=256)
 
 
 @pytest.fixture

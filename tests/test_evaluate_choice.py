@@ -13,7 +13,7 @@ from infer.evaluate import choice, exams
 from infer.evaluate.__main__ import main
 from infer.evaluate.rows import BadRows
 from infer.evaluate.subjects import CEVAL, NAMES
-from tests.engine_toy import toy_engine, toy_params
+from tests.engine_toy import toy_engine, toy_params, warm_engine
 
 CEVAL_HEAD = "id,question,A,B,C,D,answer,explanation\n"
 CEVAL_ROWS = '0,一加一等于几,1,2,3,4,B,\n1,"两行的\n问题",甲,乙,丙,丁,d,因为\n'
@@ -23,7 +23,7 @@ MMLU = '"What is 1 + 1, at least?",1,2,3,4,B\nWhich?,a,b,c,d,C\n'
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine(max_length=256)
+    return toy_engine(share=warm_engine(), max_length=256)
 
 
 @pytest.fixture

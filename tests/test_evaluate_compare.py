@@ -17,12 +17,12 @@ from infer.evaluate import run as evaluation
 from infer.evaluate.__main__ import main, parser
 from infer.evaluate.rows import data_file
 from infer.evaluate.variants import check_folder, variants
-from tests.engine_toy import TOY, toy_engine
+from tests.engine_toy import TOY, toy_engine, warm_engine
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine(max_length=256)
+    return toy_engine(share=warm_engine(), max_length=256)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from glm2_jax.errors import InputError, UsageError
 from infer.evaluate import generation, metrics
 from infer.evaluate.__main__ import main
-from tests.engine_toy import toy_engine
+from tests.engine_toy import toy_engine, warm_engine
 
 pytest.importorskip("jieba")
 pytest.importorskip("nltk")
@@ -21,7 +21,7 @@ LABEL = "简约而不简单的牛仔外套,白色的衣身十分百搭。"
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine(max_length=128)
+    return toy_engine(share=warm_engine(), max_length=128)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from infer.generate import main, parser
 from infer.job import Stats, TokenEvent
 from infer.params import PRESETS
 from infer.respond import add_stats
-from tests.engine_toy import toy_engine
+from tests.engine_toy import toy_engine, warm_engine
 
 QUICK = ["--greedy", "--max-new-tokens", "6"]
 
@@ -24,7 +24,7 @@ QUICK = ["--greedy", "--max-new-tokens", "6"]
 @pytest.fixture(scope="module")
 def warm():
     """An engine whose compiled programs all tests share."""
-    return toy_engine()
+    return warm_engine()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from infer.engine import Engine
 from infer.params import SamplingParams
 from infer.reading import bucket, grown, parts
 from infer.session import Session
-from tests.engine_toy import TOY, toy_engine
+from tests.engine_toy import TOY, toy_engine, warm_engine
 
 LONG = [list(range(10, 160)), [9, 8], list(range(200, 264)), [7] * 66]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=5)
@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=5)
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine()
+    return toy_engine(share=warm_engine())
 
 
 def names(engine: Engine) -> list[str]:

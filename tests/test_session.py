@@ -12,7 +12,7 @@ from glm2_jax.prompt import build_followup
 from infer import reading
 from infer.params import SamplingParams
 from infer.session import Session
-from tests.engine_toy import TOY, toy_engine, toy_params
+from tests.engine_toy import TOY, toy_engine, toy_params, warm_engine
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 PROMPT = list(range(10, 40))
@@ -20,7 +20,7 @@ PROMPT = list(range(10, 40))
 
 @pytest.fixture(scope="module")
 def engine():
-    return toy_engine()
+    return toy_engine(share=warm_engine())
 
 
 def finished(events):
