@@ -25,7 +25,7 @@ from glm2_jax.context import TokenContext, token_context
 from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
 from glm2_jax.lora import LoRA, adapt, layer_of
-from glm2_jax.mesh import constrain, pieces
+from glm2_jax.mesh import active_mesh, constrain, pieces
 from glm2_jax.quant import QTensor, take_rows
 from glm2_jax.rope import apply_rope
 
@@ -183,13 +183,18 @@ class GLM(nn.Module):
     def carry(self, tokens: jax.Array, cache: KVCache | None, noise: jax.Array | None = None):
         """What the first block starts from: (embeddings [B, T, D], keys, values or None)."""
         stacked = (None, None) if cache is None else (cache.k, cache.v)
-        if isinstance(self.embed, QTensor):
-            x = take_rows(self.embed, tokens).astype(self.final_norm.dtype)
-        else:
-            # Whole rows: cut ones would have to change places with cut batches.
-            x = jnp.take(constrain(self.embed, "V", None), tokens, axis=0)
+        x = self._embedded(tokens)
         x = x if noise is None else (x + noise).astype(x.dtype)
         return constrain(x, "B", None, None), *stacked
+
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
+        if tokens.size == 1 and active_mesh():
+            # XLA:GPU makes a slice of one token's row, and for that gathers the whole matrix.
+            return self._embedded(jnp.pad(tokens, ((0, 0), (0, 1))))[:, :1]
+        if isinstance(self.embed, QTensor):
+            return take_rows(self.embed, tokens).astype(self.final_norm.dtype)
+        # Whole rows: cut ones would have to change places with cut batches.
+        return jnp.take(constrain(self.embed, "V", None), tokens, axis=0)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., D] -> float32 [..., V]."""

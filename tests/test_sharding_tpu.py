@@ -7,25 +7,13 @@ from typing import Any
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
-import jax
-import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from glm2_jax import (
-    PRESETS,
-    KVCache,
-    cache_sharding,
-    last_logits,
-    make_mesh,
-    params_sharding,
-    rows_sharding,
-)
-from glm2_jax.schemes import SCHEMES
-from infer.memory.compile_for import abstract_params
+from glm2_jax import PRESETS, make_mesh
 from infer.memory.links import LINKS
 from infer.memory.mesh_cost import mesh_cost
-from infer.memory.plan import Precision
+from tests.mesh_shapes import lowered
 from tests.program_text import READABLE, collectives, kinds
 
 CONFIG = PRESETS["chatglm2-6b"]
@@ -40,25 +28,8 @@ pytestmark = pytest.mark.skipif(
 def compiled(topology: str, sizes: dict[str, int], quantize: str | None, tokens: int) -> Any:
     """The program that reads `tokens` tokens of every row."""
     mesh = make_mesh(sizes, topologies.get_topology_desc(topology, "tpu").devices)
-    scheme = SCHEMES[quantize] if quantize else None
-    params = abstract_params(CONFIG, Precision("bfloat16", quantize), stacked=True)
-    cache = jax.eval_shape(lambda: KVCache.zeros(CONFIG, ROWS, SLOTS, jnp.bfloat16))
-
-    def put(x: Any, sharding: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    params = jax.tree.map(put, params, params_sharding(CONFIG, mesh, scheme=scheme))
-    cache = jax.tree.map(put, cache, cache_sharding(CONFIG, mesh))
-    rows = rows_sharding(mesh)
-    text = jax.ShapeDtypeStruct((ROWS, tokens), jnp.int32, sharding=rows)
-    row = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=rows)
-
-    def forward(params: Any, tokens: Any, last: Any, cache: KVCache) -> Any:
-        return last_logits(CONFIG, params, tokens, last, cache=cache)
-
-    with jax.set_mesh(mesh):
-        lowered = jax.jit(forward, donate_argnums=3).lower(params, text, row, cache)
-        return lowered.compile(compiler_options=READABLE)
+    program = lowered(CONFIG, mesh, quantize, ROWS, SLOTS, tokens)
+    return program.compile(compiler_options=READABLE)
 
 
 @pytest.mark.parametrize(
