@@ -265,7 +265,8 @@ def test_gradients_of_the_adapter_alone(form, layers):
     for one, other, x in zip(*map(jax.tree.leaves, (grads, again, lora)), strict=True):
         assert (one.shape, one.dtype) == (x.shape, jnp.float32)
         np.testing.assert_allclose(one, other, atol=1e-6 if form != "bfloat16" else 1e-3)
-        assert all(np.any(layer) for layer in np.asarray(one)), "in every layer"
+        largest = np.abs(np.asarray(one)).max(axis=tuple(range(1, one.ndim)))
+        assert largest.min() > 0, "in every layer"
 
 
 def test_gradients_are_the_slopes():
