@@ -120,8 +120,9 @@ def read_layer(cache: jax.Array, layer: jax.Array) -> jax.Array:
     slots = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
     slots = constrain(slots, *"BSKH")
     # Left alone, XLA:GPU transposes the whole cache, to a layout that its dots like better, at the
-    # beginning of every program and back at its end.
-    return jax.lax.platform_dependent(slots, cuda=_rows_first, default=lambda x: x)
+    # beginning of every program and back at its end; the compiler of TPUs does so in every layer
+    # where several tokens of several rows, or very many of one, are read.
+    return jax.lax.platform_dependent(slots, cpu=lambda x: x, default=_rows_first)
 
 
 def _rows_first(x: jax.Array) -> jax.Array:
