@@ -71,7 +71,7 @@ def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns
     requests = batch.requests(data, history)  # before the model is loaded: errors come at once
     if not requests:
         raise InputError(f"{batch.name} has no prompt that can be answered")
-    agreed = {"requests": [dataclasses.asdict(request) for _, request in requests]}
+    agreed = {"lines_of_the_batch_file": [dataclasses.asdict(request) for _, request in requests]}
     if not hosts.of_first(output is not None and not is_stream(output)):
         return batch.to_stream(open_engine(args, **agreed), requests, output)
     if output is None:

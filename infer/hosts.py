@@ -31,6 +31,7 @@ _PLACES = {
     "batch_file", "history", "output", "predictions", "checkpoints", "log_jsonl", "plot",
     "compile_cache", "config", "debug",
 }  # fmt: skip
+_ASKED_FOR = {"output", "predictions"}  # files: whether there is one has to be the same
 # What JAX raises, rather than to end the process, when the connection to another one breaks.
 _LOST = re.compile(
     r"Gloo [\w-]+ failed|remote process exited|coordination service|unhealthy|heartbeat"
@@ -97,8 +98,8 @@ def start(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (reason := _sign_of_loss(error)) is not None:
-            raise supervise.lost("", reason) from error
+        if _tells_of_a_loss(error):
+            raise supervise.lost("", "The connection to it broke (--debug says how).") from error
         raise
     _leave()
 
@@ -161,6 +162,7 @@ def compare(args: argparse.Namespace, command: str, **contents: Any) -> None:
         return
     flags = {name for name in vars(args) if name not in _PLACES}
     facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}
+    facts |= {f"--{name}": bool(getattr(args, name, None)) for name in _ASKED_FOR}
     facts |= {"version": version()} | {k.replace("_", " "): v for k, v in contents.items()}
     _compare({"command": command, "kinds of flags": sorted(facts)})
     _compare(facts)
@@ -297,14 +299,14 @@ def _leave() -> None:
     _started = False
 
 
-def _sign_of_loss(error: BaseException | None) -> str | None:
-    """What an error, or what it came from, says of a connection that broke; None if nothing."""
+def _tells_of_a_loss(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that of a connection that broke."""
     while error is not None:
-        text = str(error)
-        if type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError") and _LOST.search(text):
-            return text.splitlines()[0][:200]
+        kind = type(error).__name__
+        if kind in ("XlaRuntimeError", "JaxRuntimeError") and _LOST.search(str(error)):
+            return True
         error = error.__cause__ or error.__context__
-    return None
+    return False
 
 
 def _count(text: str) -> int:

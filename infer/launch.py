@@ -25,7 +25,7 @@ with --coordinator auto."""
 EXAMPLE = f"""{PROG} --num-processes 2 --devices-per-process 4 -- \\
     python -m train.lora --mesh data=2,tensor=4 --data data.jsonl --output adapter"""
 _GRACE = 5.0  # seconds that processes which are ended have to end themselves
-_ECHO = 1.0  # seconds in which one that was lost may be seen to end after those that noticed it
+_ECHO = 2.0  # seconds in which those that fail together, or the one that was lost, may end
 _NO_ERROR = (0, EXIT_INTERRUPTED, EXIT_TERMINATED)
 
 
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause.exit_code)}"
     note(f"{which}; the others are ended")
-    note("see what it said before; a training goes on with --resume auto")
+    if code < 0:
+        note("start again: a batch with --output, and a training with --resume auto, go on")
     _end([worker for worker in workers if not worker.wait(0)])
     return code if code > 0 else EXIT_DEVICE
 
@@ -109,8 +110,8 @@ def _wait(count: int, over: queue.SimpleQueue[Worker]) -> tuple[int, Worker | No
     """Waits until all have ended, or one has with an error.
 
     Returns:
-        (exit code, None) without an error: the first that was not 0; (exit code, worker) of the
-        one to blame otherwise.
+        (exit code, None) where nobody is to blame: the first that was not 0, or that of all;
+        (exit code, worker) of the one that is.
     """
     code = 0
     for left in reversed(range(count)):
@@ -118,16 +119,22 @@ def _wait(count: int, over: queue.SimpleQueue[Worker]) -> tuple[int, Worker | No
         code = code or worker.exit_code
         if worker.exit_code not in _NO_ERROR:
             cause = _cause(worker, left, over)
-            return cause.exit_code, cause
+            return worker.exit_code if cause is None else cause.exit_code, cause
     return code, None
 
 
-def _cause(first: Worker, left: int, over: queue.SimpleQueue[Worker]) -> Worker:
-    """The first that ended, but where that one had only lost another: the one that was lost."""
+def _cause(first: Worker, left: int, over: queue.SimpleQueue[Worker]) -> Worker | None:
+    """Whose end is that of the others, `left` of which run; None where all fail alike.
+
+    It is the first that ended, but where that one had only lost another: the one that was lost.
+    """
     ended, until = [first], time.monotonic() + _ECHO
     with contextlib.suppress(queue.Empty):
-        while ended[-1].exit_code == EXIT_DEVICE and len(ended) <= left:
+        while len(ended) <= left and ended[-1].exit_code == first.exit_code:
             ended.append(over.get(timeout=max(until - time.monotonic(), 0)))
+    alike = len(ended) > left and {worker.exit_code for worker in ended} == {first.exit_code}
+    if alike and first.exit_code > 0:
+        return None
     return next((worker for worker in ended if worker.exit_code != EXIT_DEVICE), first)
 
 

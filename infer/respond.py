@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     request = Request(_prompt_text(args), history, args.system)
     if args.clean_text:
         request = request.cleaned()
-    engine = open_engine(args, request=dataclasses.asdict(request))
+    engine = open_engine(args, prompt_and_history=dataclasses.asdict(request))
     _answer_one(args, engine, request, sampling)
     return 0
 

@@ -173,6 +173,10 @@ def test_what_is_answered_before_an_interrupt_is_kept(toy, rows, tmp_path, capsy
     monkeypatch.setattr(toy, "complete", until_the_third)
     flags = ["--data", str(rows), "--predictions", str(path), "--batch-size", "1"]
     flags += ["--max-new-tokens", "2"]
+    with pytest.raises(UsageError, match="partial is there already"):
+        main(["--task", "generation", *flags])
+    assert partial.read_text(encoding="utf-8") == "of an earlier run"
+    flags.append("--overwrite")
     with pytest.raises(KeyboardInterrupt):
         main(["--task", "generation", *flags])
     assert f"not complete: 2 answers are in {partial}" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def test_a_process_that_is_killed_ends_the_other_one():
     code, _, err = ends(first)
     second.communicate()
     assert code == 5 and err[0] == "error: a process of this run was lost" and len(err) == 3
-    assert "Gloo" in err[1] and "--resume auto" in err[2]
+    assert err[1] == "The connection to it broke (--debug says how)." and "start all" in err[2]
 
 
 def test_a_process_that_stops_to_answer_ends_the_other_one():
@@ -147,6 +147,13 @@ def test_the_launcher_ends_all_where_one_ends():
     code, out, err = ends(start_launcher("--do", "1:kill,loop"))
     assert (code, out) == (5, "[2, 8]\n")
     assert "process 1 of 2 was ended by SIGKILL; the others are ended" in err
+
+
+def test_the_launcher_blames_nobody_where_all_fail_alike():
+    code, out, err = ends(start_launcher("--do", "bad"))
+    errors = [line for line in err if "error" in line]
+    assert code == 3 and sorted(errors) == ["error: a bad row", "process 1: error: a bad row"]
+    assert not any("process 1 of 2" in line or "terminated" in line for line in err)
 
 
 def test_the_launcher_passes_signals_on():
@@ -240,7 +247,8 @@ def test_where_things_are_may_differ(monkeypatch):
     for more in (["--output", "a"], ["--output", "b", *flags(1)], [*flags(0), "--lr", "2"]):
         hosts.compare(parsed(*more), "x", checkpoint="c")
     names, first, _, second, _, third = told
-    assert "--output" not in first and first["checkpoint"] == "c" and "version" in first
+    assert first["--output"] is True and first["--predictions"] is False  # whether, not where
+    assert first["checkpoint"] == "c" and "version" in first
     assert names == told[2] and set(first) == set(second)
     assert first != third and first["--lr"] != third["--lr"]
 
@@ -268,15 +276,15 @@ def test_a_lost_connection_is_found_among_the_causes(operation):
         pass
 
     broken = JaxRuntimeError(f"UNKNOWN: Gloo {operation} failed: Connection closed by peer\nmore")
-    assert hosts._sign_of_loss(ValueError("Gloo AllReduce failed")) is None
-    assert hosts._sign_of_loss(JaxRuntimeError("RESOURCE_EXHAUSTED")) is None
+    assert not hosts._tells_of_a_loss(ValueError("Gloo AllReduce failed"))
+    assert not hosts._tells_of_a_loss(JaxRuntimeError("RESOURCE_EXHAUSTED"))
     try:
         try:
             raise broken
         except RuntimeError as error:
             raise InputError("the checkpoints cannot be written") from error
     except InputError as error:
-        assert hosts._sign_of_loss(error) == str(broken).splitlines()[0]
+        assert hosts._tells_of_a_loss(error)
 
 
 def test_errors_alone_are_told_with_a_name(monkeypatch, capsys):

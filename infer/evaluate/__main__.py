@@ -77,7 +77,9 @@ def parser() -> Parser:
         "and without --data such a file is read and scored, no model is needed",
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="replace a --predictions file that is there"
+        "--overwrite",
+        action="store_true",
+        help="replace a --predictions file that is there, or what a stopped run has left of one",
     )
     result.add_common()
     # `open_engine` asks for both; with the latter it plans memory for --batch-size rows.

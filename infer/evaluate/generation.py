@@ -87,7 +87,7 @@ def _generate(args: argparse.Namespace, bad: BadRows) -> tuple[list[str], list[s
     pairs = bad.keep(read_rows(data_file(args.data)), parse_pair)
     bad.check(len(pairs))
     say_which_model(args)
-    engine = open_engine(args, pairs=unplaced(pairs))
+    engine = open_engine(args, questions_and_answers=unplaced(pairs))
 
     def prompt(where: str, pair: Pair) -> tuple[Pair, list[int]]:
         ids = engine.build_prompt(pair.question, pair.history, pair.system)
@@ -157,6 +157,12 @@ def check_output(args: argparse.Namespace) -> None:
             f"{path} is there already",
             fix="Name another file, or give --overwrite. Without --data it is read and scored.",
         )
+    if partial.exists() and partial.stat().st_size and not args.overwrite:
+        raise UsageError(
+            f"{partial} is there already",
+            "It holds the answers of a run that was stopped; this one would begin anew.",
+            "Move it away, or give --overwrite to replace it.",
+        )
 
 
 def _places(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -181,7 +187,7 @@ def predictions_file(args: argparse.Namespace) -> Iterator[Callable[[int, dict[s
 
     def tell() -> None:
         if lines and partial.exists():
-            note(f"not complete: {len(lines)} answers are in {partial}")
+            note(f"not complete: {len(lines)} answers are in {partial}, to be scored as they are")
         else:
             partial.unlink(missing_ok=True)
 
