@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests import hurry
+
 DEVICES = 8
 
 
 def run(module: str, *args: str) -> Any:
     """What `python -m MODULE ARGS` prints as JSON on its last line, where JAX sees 8 devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    known = os.environ.get("XLA_FLAGS", "")
+    flags = f"{known} {hurry.FLAGS} --xla_force_host_platform_device_count={DEVICES}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     command = [sys.executable, "-W", "error", "-m", module, *args]
     root = Path(__file__).parent.parent

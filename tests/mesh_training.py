@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from tests import hurry
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {hurry.FLAGS}"
 
 import jax
 import jax.numpy as jnp
