@@ -7,6 +7,7 @@ XLA's compiler ends the process where the system gives it nothing, and a step ne
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,10 @@ def test_a_capped_allocator(stage, model, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("你好" * 700, encoding="utf-8")
     flags = "--model", str(model), "--prompt-file", str(prompt), "--max-new-tokens", "2"
-    done = generate(sys.executable, "-c", DRIVER, stage, *flags)
+    for _ in range(2):  # under a cap native code itself may abort, as was seen once
+        done = generate(sys.executable, "-c", DRIVER, stage, *flags)
+        if done.returncode != -signal.SIGABRT:
+            break
     check(done, "loading " if stage == "load" else "1 rows, prompts of up to 7")
     said = "RESOURCE_EXHAUSTED", "Unable to allocate", "Cannot allocate", "cannot be read"
     assert any(text in done.stderr for text in said)
