@@ -299,8 +299,12 @@ def test_out_of_memory_leaves_the_rest(capsys, quick, monkeypatch, toy_config):
 
 def test_without_the_peer_one_line_says_so(capsys, quick, monkeypatch, toy_config):
     real = bench_peer.importlib.util.find_spec
+    specs = dict.fromkeys(bench_peer.PEERS["transformers"], "")
+    specs["torch"] = None  # and the others are there
     monkeypatch.setattr(
-        bench_peer.importlib.util, "find_spec", lambda name: None if name == "torch" else real(name)
+        bench_peer.importlib.util,
+        "find_spec",
+        lambda name: specs[name] if name in specs else real(name),
     )
     found = measured(
         capsys, "--random", toy_config, "--prompts", "none", "--batches", "none", "--peer",

@@ -90,9 +90,12 @@ def test_peft_takes_the_same_steps(capsys, quick, toy_config):
 
 
 def test_without_peft_one_line_says_so(capsys, quick, monkeypatch, toy_config):
-    real = bench_peer.importlib.util.find_spec
+    real, specs = bench_peer.importlib.util.find_spec, dict.fromkeys(bench_peer.PEERS["peft"], "")
+    specs["peft"] = None  # and the others are there
     monkeypatch.setattr(
-        bench_peer.importlib.util, "find_spec", lambda name: None if name == "peft" else real(name)
+        bench_peer.importlib.util,
+        "find_spec",
+        lambda name: specs[name] if name in specs else real(name),
     )
     assert (
         bench.main(["--random", toy_config, *FLAGS, "--dtypes", "float32", "--peer", "peft"]) == 0
