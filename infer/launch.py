@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("there is no command to start", fix="Write it after --.")
     over: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     workers = _start(args, command, over)
-    pass_signals_on(workers)
-    code, cause = _wait(len(workers), over)
+    came = pass_signals_on(workers)
+    code, cause = _wait(len(workers), over, came)
     if cause is None:
         interrupt.tell(code)
         return code
@@ -106,7 +106,9 @@ def _free_port() -> int:
         return trial.getsockname()[1]
 
 
-def _wait(count: int, over: queue.SimpleQueue[Worker]) -> tuple[int, Worker | None]:
+def _wait(
+    count: int, over: queue.SimpleQueue[Worker], came: Sequence[int]
+) -> tuple[int, Worker | None]:
     """Waits until all have ended, or one has with an error.
 
     Returns:
@@ -116,6 +118,9 @@ def _wait(count: int, over: queue.SimpleQueue[Worker]) -> tuple[int, Worker | No
     code = 0
     for left in reversed(range(count)):
         worker = over.get()
+        if came and (worker.exit_code < 0 or worker.exit_code == EXIT_DEVICE):
+            code = code or 128 + came[0]  # it lost another that obeyed the signal first
+            continue
         code = code or worker.exit_code
         if worker.exit_code not in _NO_ERROR:
             cause = _cause(worker, left, over)

@@ -143,16 +143,19 @@ def supervise(args: argparse.Namespace) -> int:
     return report(error)
 
 
-def pass_signals_on(workers: Sequence[Worker]) -> None:
-    """SIGINT and SIGTERM go to the workers from here on."""
+def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
+    """SIGINT and SIGTERM go to the workers from here on; returns the list of those that came."""
+    came: list[int] = []
 
     def pass_on(signum: int, frame: object) -> None:
+        came.append(signum)
         for worker in workers:
             worker.send(signum)
 
     signal.set_wakeup_fd(-1)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, pass_on)
+    return came
 
 
 def why_ended(worker: Worker, args: argparse.Namespace) -> GLMError | None:
