@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from convert.foreign import explain_file, explain_folder, refuse_quantized
 from convert.glm_layout import is_native, published_keys
 from convert.local import refuse_url
 from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, open_weights, read_json
-from convert.stored import reading
+from convert.stored import is_plain_name, reading
 from glm2_jax.config import ROPE_KINDS, GLMConfig, shorten
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.prompt import TEMPLATES
@@ -38,6 +39,7 @@ class Folder:
         weights: the tensors and files.
         scheme: how its matrices are quantised; None where they are not.
         manifest: of our own layout.
+        notes: what the user should be told, one line each.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Folder:
     weights: Weights
     scheme: Scheme | None
     manifest: Manifest | None
+    notes: tuple[str, ...] = ()
 
     @property
     def stored_dtype(self) -> str:
@@ -119,6 +122,7 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
     raw = _read_config(folder)
     manifest = _manifest(folder)
     config = _configure(folder, raw, rope_kind, manifest)
+    weights = open_weights(folder, _named_weights(folder, raw))
     if not (folder / "tokenizer.model").exists():
         raise CheckpointError(
             f"{folder} holds no tokenizer.model.",
@@ -129,7 +133,6 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
     chosen = template or (manifest.template if manifest else config.default_template)
     check_fit(config, tokenizer, chosen, asked=template is not None)
     scheme = _published_scheme(raw) if manifest is None else manifest.scheme
-    weights = open_weights(folder)
     if manifest is not None:
         check_listed(folder, manifest, weights)
     elif {rule.full_name(0) for rule in OWN} <= weights.tensors.keys():
@@ -152,6 +155,7 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
         weights=weights,
         scheme=scheme,
         manifest=manifest,
+        notes=weights.notes,
     )
 
 
@@ -164,25 +168,17 @@ def _check_is_folder(folder: Path) -> None:
             "Check the path; it is read as written.",
         )
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is a file.",
-            "A checkpoint is a folder: configuration, tokenizer and weights together.",
-            f"Give the folder that holds it, for example {folder.absolute().parent}.",
-        )
+        raise explain_file(folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if path.exists() or path.is_symlink():
-        return read_json(path)
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder} is a LoRA adapter, not a model.",
-            "It has adapter_config.json and no config.json.",
-            "Give its base as the model, and this folder as --adapter.",
-        )
+        raw = read_json(path)
+        refuse_quantized(raw)
+        return raw
     names = sorted(entry.name for entry in folder.iterdir())
-    raise CheckpointError(
+    raise explain_folder(folder) or CheckpointError(
         f"{folder} holds no config.json.",
         f"It holds {', '.join(names[:12])}." if names else "It is empty.",
         "Give the folder of a ChatGLM2 or ChatGLM3 checkpoint.",
@@ -198,6 +194,19 @@ def _configure(
     asked = manifest is None and tokenizer_config.exists()  # our own config.json tells all
     extra = read_json(tokenizer_config) if asked else None
     return GLMConfig.from_hf(raw, tokenizer_config=extra, rope_kind=rope_kind)
+
+
+def _named_weights(folder: Path, raw: dict[str, Any]) -> str | None:
+    """The file of weights that config.json names, as transformers writes and reads it."""
+    name = raw.get("transformers_weights")
+    plain = isinstance(name, str) and is_plain_name(name)
+    if name is None or (plain and name.endswith((".safetensors", ".safetensors.index.json"))):
+        return name
+    raise CheckpointError(
+        f"{folder / 'config.json'}: transformers_weights = {shorten(name)} is not possible.",
+        "It must be the name of a .safetensors file, or of its index, in the same folder.",
+        "Correct it, or remove it.",
+    )
 
 
 def _published_scheme(raw: dict[str, Any]) -> Scheme | None:

@@ -54,7 +54,8 @@ def find_model(
     """The folder that a user means: a path, or a model on a hub.
 
     Args:
-        path: a folder; or "owner/name", where no such folder exists or a source is given.
+        path: a folder, also that of a model in a hub's cache, of which a snapshot is meant; or
+            "owner/name", where no such folder exists or a source is given.
         source: one of `SOURCES` to fetch it from there; None = only look, never use the network.
         revision: branch, tag or commit on the hub; None = the newest.
         say: gets a line of text on what is done.
@@ -84,7 +85,7 @@ def find_model(
                 f"{name} is a path; its files are taken as they are.",
                 "Leave --revision out.",
             )
-        return Path(name)
+        return _snapshot_or_folder(Path(name), say)
     if source is not None and source not in SOURCES:
         raise UsageError(f"unknown source {source!r}.", f"Known: {', '.join(SOURCES)}.")
     if not is_name:
@@ -108,6 +109,18 @@ def find_model(
         "The network is used only when that is asked for.",
         "Check the path; or use --source hf or --source modelscope (source=...) to fetch it.",
     )
+
+
+def _snapshot_or_folder(folder: Path, say: Callable[[str], None]) -> Path:
+    from convert.foreign import find_snapshot
+    from convert.stored import reading
+
+    with reading(folder):
+        snapshot = find_snapshot(folder)
+    if snapshot is None:
+        return folder
+    say(f"{folder} is a hub's cache: reading {snapshot}")
+    return snapshot
 
 
 def _refuse_known(name: str) -> None:
@@ -168,7 +181,23 @@ def _fetch(client: "Client", say: Callable[[str], None]) -> Path:
             bar(done)
 
         paths = {name: client.fetch(name, count) for name in names}
-    return paths["config.json"].parent
+    folder = paths["config.json"].parent
+    _refuse_leftovers(folder, names)
+    return folder
+
+
+def _refuse_leftovers(folder: Path, fetched: list[str]) -> None:
+    """A cache may keep files that a revision of the same name had earlier."""
+    from convert.shards import choose_weights
+    from glm2_jax.errors import CheckpointError
+
+    read = choose_weights([entry.name for entry in folder.iterdir() if entry.is_file()])
+    if read not in fetched:
+        raise CheckpointError(
+            f"{folder / str(read)} does not belong to the revision that was fetched.",
+            "It would be read instead of the weights of that revision.",
+            "Remove the file.",
+        )
 
 
 def _absent(client: "Client") -> Path:
@@ -189,12 +218,12 @@ def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, A
         read_index: reads one of them, an index of weights, as JSON.
 
     Returns:
-        Configuration, tokenizer, and one set of weights: safetensors where they are complete.
+        Configuration, tokenizer, and the set of weights that `convert.shards.open_weights` reads.
 
     Raises:
         CheckpointError: something needed is not there, or an index names other than weights.
     """
-    from convert.shards import WEIGHT_FILES, check_file_name
+    from convert.shards import WEIGHT_FILES, check_file_name, choose_weights
     from glm2_jax.errors import CheckpointError
 
     missing = [name for name in _NEEDED if name not in names]
@@ -204,16 +233,18 @@ def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, A
             "A ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint has it.",
         )
     small = [*_NEEDED, *(name for name in _WANTED if name in names)]
-    problem = f"no weights are there (none of {', '.join(WEIGHT_FILES)})."
-    for first in (name for name in WEIGHT_FILES if name in names):
-        if not first.endswith(".json"):
-            return [*small, first]
-        places = read_index(first).get("weight_map")
-        shards = list(dict.fromkeys(map(str, places.values()))) if isinstance(places, dict) else []
-        for shard in shards:
-            check_file_name(Path(first), shard)
-        absent = [shard for shard in shards if shard not in names]
-        if shards and not absent:
-            return [*small, first, *shards]
-        problem = f"{len(absent)} of {len(shards)} files that {first} lists are not there."
-    raise CheckpointError(f"{problem[0].upper()}{problem[1:]}")
+    first = choose_weights(names)
+    if first is None:
+        raise CheckpointError(f"No weights are there (none of {', '.join(WEIGHT_FILES)}).")
+    if not first.endswith(".json"):
+        return [*small, first]
+    places = read_index(first).get("weight_map")
+    shards = list(dict.fromkeys(map(str, places.values()))) if isinstance(places, dict) else []
+    for shard in shards:
+        check_file_name(Path(first), shard)
+    absent = [shard for shard in shards if shard not in names]
+    if absent or not shards:
+        raise CheckpointError(
+            f"{len(absent)} of {len(shards)} files that {first} lists are not there."
+        )
+    return [*small, first, *shards]

@@ -37,6 +37,8 @@ def describe(path: str, *, rope_kind: str | None = None, template: str | None = 
     from convert.folder import fingerprint, open_folder
 
     folder = open_folder(path, rope_kind=rope_kind, template=template)
+    for line in folder.notes:
+        note(line)
     config = folder.config
     return {
         "path": path,
@@ -59,7 +61,9 @@ def describe(path: str, *, rope_kind: str | None = None, template: str | None = 
         "ffn_hidden_size": config.ffn_hidden_size,
         "context": config.seq_length,
         "template": folder.template,
+        "weights": folder.weights.name,
         "weight_files": len(folder.weights.files),
+        "weights_left_out": list(folder.weights.left_out),
         "bytes_on_disk": folder.weights.bytes_on_disk,
         "source": folder.manifest.source if folder.manifest else None,
         "fingerprint": fingerprint(folder),
@@ -86,8 +90,11 @@ def as_table(found: dict[str, Any]) -> str:
         "context": f"{found['context']} tokens",
         "template": found["template"],
         "on disk": f"{human_size(found['bytes_on_disk'])} in {found['weight_files']} file(s)",
+        "weights": found["weights"],
         "fingerprint": found["fingerprint"],
     }
+    if found["weights_left_out"]:
+        lines["left out"] = ", ".join(found["weights_left_out"])
     if found["source"]:
         lines["made from"] = found["source"]
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())

@@ -139,7 +139,7 @@ def load_checkpoint(
             bytes_on_disk=folder.weights.bytes_on_disk,
             source=str(path),
         ),
-        notes=_notes(folder, dtype_name(target), scheme),
+        notes=(*folder.notes, *_notes(folder, dtype_name(target), scheme)),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convert.shards import Weights, open_weights, read_json
+from convert.shards import WEIGHT_FILES, Weights, open_weights, read_json
 from convert.stored import is_plain_name, reading, regular_file_size
 from glm2_jax.config import ROPE_KINDS, shorten
 from glm2_jax.errors import CheckpointError
@@ -120,7 +120,7 @@ def _file_entry(name: str, entry: Any) -> FileEntry:
 
 
 def check_listed(folder: Path, manifest: Manifest, weights: Weights) -> None:
-    """Refuses a folder of our own format that would be read beyond what its manifest lists.
+    """Refuses a folder of our own format that holds weights beyond what its manifest lists.
 
     Raises:
         CheckpointError: names the files.
@@ -128,7 +128,10 @@ def check_listed(folder: Path, manifest: Manifest, weights: Weights) -> None:
     read = [folder / "config.json", folder / "tokenizer.model", *weights.files]
     if weights.index is not None:
         read.append(weights.index)
-    unlisted = [path.name for path in read if path.name not in manifest.files]
+    names = [path.name for path in read]
+    if any(name in WEIGHT_FILES and "safetensors" in name for name in weights.left_out):
+        names += weights.left_out  # another set of the format that is ours
+    unlisted = [name for name in names if name not in manifest.files]
     if unlisted:
         raise CheckpointError(
             f"{folder} holds files that {MANIFEST} does not list: {', '.join(unlisted[:20])}.",

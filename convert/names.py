@@ -9,12 +9,13 @@ dim, F ffn, V vocabulary.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from convert.aliases import is_computed, resolve_aliases
+from convert.misfits import Misfits, explain_misfits
 from convert.stored import StoredTensor
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
@@ -24,7 +25,7 @@ Shape = tuple[int, ...]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SCALE = "_scale"  # behind the name of a quantised tensor: the name of its scales
-LISTED = 20  # problems listed in one message
+_SOME = 20  # layers that are looked for in any case
 
 _LAYER = "{layer}"
 
@@ -205,16 +206,8 @@ GLM: tuple[Rule, ...] = (
 """The tensors of HF-native folders: `GlmForCausalLM` of transformers. Its rotary pairs are
 interleaved as the published ones are, so that no row changes its place."""
 
-# The rotary frequencies are computed from the configuration; the reference ignores them, too.
+# Computed from the configuration; the reference ignores it, too, and so are other names of it.
 INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
-_DROPPED = {INV_FREQ}
-
-_KNOWN_FOREIGN: tuple[tuple[str, str], ...] = (
-    (r"prefix_encoder\.", "a P-Tuning prefix, which is given apart from its base, as --prefix"),
-    (r"lora_[AB]\.", "a LoRA adapter, which is given apart from its base, as --adapter"),
-    (r"classifier_head\.", "a classification head, which is not supported"),
-    (r"^model\.layers\.", "an HF-native name, but config.json has not the model_type 'glm'"),
-)
 
 
 class Match(NamedTuple):
@@ -241,7 +234,7 @@ def match_tensors(
 
     Args:
         config: gives the shapes and the number of layers.
-        tensors: what the folder holds.
+        tensors: what the folder holds, also under other names (see `convert.aliases`).
         rules: `PUBLISHED`, `GLM` or `OWN`.
         scheme: how the folder's matrices are quantised.
 
@@ -249,59 +242,41 @@ def match_tensors(
         The matches, in the order of `tensors`.
 
     Raises:
-        CheckpointError: everything that is missing, unexpected, or of a wrong shape or type, in
-            one message.
+        CheckpointError: what is missing, unexpected, or of a wrong shape or type, in one message
+            that begins with its cause where that is known; or two names of a tensor that differ.
     """
-    left = {name: tensor for name, tensor in tensors.items() if name not in _DROPPED}
+    left = {name: tensor for name, tensor in tensors.items() if not is_computed(name)}
     if left and all("prefix_encoder." in name for name in left):
         raise CheckpointError(
             "These weights are a P-Tuning v2 prefix, not a model.",
             f"All they hold is {', '.join(sorted(left))[:300]}.",
             "Give the model that it was trained on, and this folder as --prefix.",
         )
-    if config.num_layers > max(len(left), LISTED):  # any number of names would be looked for
+    if config.num_layers > max(len(left), _SOME):  # any number of names would be looked for
         raise CheckpointError(
             f"The tensors do not fit the configuration: num_layers is {config.num_layers}.",
             f"The weight files hold {len(left)} tensors, and a layer has several.",
             "Check that config.json belongs to these weights.",
         )
-    matches: dict[str, Match] = {}
-    problems: list[str] = []
-    for rule in rules:
-        for layer in rule.layers(config):
-            name = rule.full_name(layer)
-            tensor = left.pop(name, None)
-            if tensor is None:
-                problems.append(f"missing: {name}")
-                continue
-            scale = None
-            if rule.quantised(scheme):
-                scale = left.pop(name + SCALE, None)
-                if scale is None:
-                    problems.append(f"missing: {name}{SCALE}")
-                    continue
-            match = Match(rule, layer, tensor, scale)
-            problems.extend(_shape_problems(config, match, scheme))
-            matches[name] = match
-    problems.extend(f"unexpected: {name[:200]}{_explain(name)}" for name in left)
-    if problems:
-        raise CheckpointError(
-            f"The tensors do not fit the configuration: {len(problems)} problems.",
-            "\n".join([*problems[:LISTED], *_rest(problems)]),
-            "Check that config.json belongs to these weights.",
-        )
-    return [matches[name] for name in tensors if name in matches]
-
-
-def _rest(problems: list[str]) -> list[str]:
-    return [f"... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-
-
-def _explain(name: str) -> str:
-    for pattern, meaning in _KNOWN_FOREIGN:
-        if re.search(pattern, name):
-            return f" ({meaning})"
-    return ""
+    wanted = [(rule, layer) for rule in rules for layer in rule.layers(config)]
+    if rules is not OWN:  # whose names the manifest's sums cover
+        names = [rule.full_name(layer) for rule, layer in wanted]
+        left = resolve_aliases(left, [name + end for name in names for end in ("", SCALE)])
+    stored, matches, misfits = list(left), dict[str, Match](), Misfits()
+    for rule, layer in wanted:
+        name, scale = rule.full_name(layer), None
+        tensor = left.pop(name, None)
+        if tensor is not None and rule.quantised(scheme):
+            scale = left.pop(name + SCALE, None)
+        if tensor is None or (rule.quantised(scheme) and scale is None):
+            misfits.missing.append(name if tensor is None else name + SCALE)
+            continue
+        matches[name] = Match(rule, layer, tensor, scale)
+        misfits.wrong += _shape_problems(config, matches[name], scheme)
+    misfits.unexpected += left
+    if misfits.count:
+        raise explain_misfits(misfits, tensors, config.num_layers, scheme, rules is GLM)
+    return [matches[name] for name in stored if name in matches]
 
 
 def _shape_problems(config: GLMConfig, match: Match, scheme: Scheme | None) -> list[str]:

@@ -124,6 +124,8 @@ def tell_model(name: str, folder: Folder, stored: str, more: str = "") -> None:
         f"{name}: {folder.layout}, {folder.config.family}, {folder.config.num_params:,} "
         f"parameters in {stored}{more}"
     )
+    for line in folder.notes:
+        note(line)
 
 
 def tell_written(

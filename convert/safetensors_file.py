@@ -47,6 +47,11 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         start = file.read(8)
         header_length = int.from_bytes(start, "little")
+        if start.startswith(b"PK\x03\x04"):
+            raise CheckpointError(
+                f"{path} is a file of torch.save, not a safetensors file.",
+                fix="Give it a name that ends in .bin, and name it so in its index if it has one.",
+            )
         if len(start) == 8 and header_length > MAX_HEADER_BYTES:
             raise CheckpointError(
                 f"{path} is not a safetensors file.",

@@ -2,32 +2,64 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from convert.aliases import is_computed, plain_name
+from convert.foreign import explain_folder
 from convert.safetensors_file import read_safetensors_file, unique_pairs
 from convert.stored import StoredTensor, is_plain_name, regular_file_size
 from convert.torch_zip import read_torch_file
 from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
 
-# Where weights are looked for, the safest and fastest format first.
+# Where weights are looked for, in the order of transformers' `from_pretrained`: the first that is
+# there is read, and has to be complete.
 WEIGHT_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
+# Files that hold weights, or list them, and those of trainings that only look like it.
+_LOOKS_LIKE_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)|.*\.index\.json"
+)
+_TRAINING_STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|zero_pp_rank).*"
+)
+_NAMED = 3  # files that are left out, by name
 MAX_JSON_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The tensors of a folder, the files they are in, and the index that lists those."""
+    """The tensors of a folder, the files they are in, and the index that lists those.
+
+    Attributes:
+        left_out: names of other files of the folder that hold weights, or list them.
+    """
 
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
     index: Path | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the file that was chosen: the index, or the only file."""
+        return (self.index or self.files[0]).name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should be told: which of several sets of weights is read."""
+        if not self.left_out:
+            return ()
+        more = len(self.left_out) - _NAMED
+        names = ", ".join(self.left_out[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return (f"weights are read from {self.name}; left out: {names}",)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -35,30 +67,47 @@ class Weights:
         return sum(file.stat().st_size for file in self.files)
 
 
-def open_weights(folder: Path) -> Weights:
+def choose_weights(names: Collection[str]) -> str | None:
+    """Which of `WEIGHT_FILES` is read, of the files that a folder or a repository has."""
+    return next((name for name in WEIGHT_FILES if name in names), None)
+
+
+def open_weights(folder: Path, named: str | None = None) -> Weights:
     """Lists the tensors of a folder without reading their data.
 
     Args:
-        folder: holds one of `WEIGHT_FILES`; safetensors are preferred. Files may be symbolic
-            links, as in a hub cache.
+        folder: holds one of `WEIGHT_FILES`. Files may be symbolic links, as in a hub cache.
+        named: the file to read instead, which is `transformers_weights` of config.json.
 
     Raises:
         CheckpointError: no weights, a shard absent, cut, swapped with another or outside the
             folder, or a name that is there twice.
     """
-    # A link that leads nowhere counts as present: its own message says what happened.
-    present = [name for name in WEIGHT_FILES if _is_there(folder / name)]
-    if not present:
-        names = sorted(path.name for path in folder.iterdir())
-        raise CheckpointError(
+    entries = sorted(folder.iterdir())
+    files = [path.name for path in entries if path.is_file()]
+    # A link that leads nowhere is taken where nothing else is: its own message says what happened.
+    name = named or choose_weights(files) or choose_weights([path.name for path in entries])
+    if name is None:
+        raise explain_folder(folder) or CheckpointError(
             f"{folder} holds no weights.",
-            f"None of {', '.join(WEIGHT_FILES)} is there; it holds {', '.join(names[:12])}.",
+            f"None of {', '.join(WEIGHT_FILES)} is there; it holds "
+            f"{', '.join(path.name for path in entries[:12])}.",
             "Download the whole repository, the index file included.",
         )
-    first = folder / present[0]
-    if first.suffix != ".json":
-        return Weights(read_weight_file(first), (first,))
-    return _open_index(folder, first)
+    first = folder / name
+    if first.suffix == ".json":
+        found = _open_index(folder, first, files)
+    else:
+        found = Weights(read_weight_file(first), (first,))
+    read = {first.name, *(path.name for path in found.files)}
+    return dataclasses.replace(
+        found, left_out=tuple(name for name in files if name not in read and _is_weights(name))
+    )
+
+
+def _is_weights(name: str) -> bool:
+    found = _LOOKS_LIKE_WEIGHTS.fullmatch(name) is not None
+    return found and _TRAINING_STATE.fullmatch(name) is None
 
 
 def _is_there(path: Path) -> bool:
@@ -97,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_index(folder: Path, index: Path) -> Weights:
+def _open_index(folder: Path, index: Path, present: Collection[str]) -> Weights:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", fix="Download it again.")
@@ -106,17 +155,19 @@ def _open_index(folder: Path, index: Path) -> Weights:
     files = {name: folder / name for name in dict.fromkeys(weight_map.values())}
     absent = [name for name, path in files.items() if not _is_there(path)]
     if absent:
+        other = choose_weights([name for name in present if name != index.name])
+        instead = f", or remove {index.name}: {other} is read then" if other else ""
         raise CheckpointError(
             f"{folder} lacks {len(absent)} of {len(files)} shards: {', '.join(absent[:20])}.",
             f"{index.name} lists them.",
-            "Download them into the folder.",
+            f"Download them into the folder{instead}.",
         )
     shards = {name: read_weight_file(path) for name, path in files.items()}
     _check_places(index, weight_map, shards)
     tensors: dict[str, StoredTensor] = {}
     for name, shard in shards.items():
         for tensor_name, tensor in shard.items():
-            if tensor_name in tensors:
+            if tensor_name in tensors and not is_computed(tensor_name):
                 raise CheckpointError(
                     f"{tensor_name[:200]!r} is in {tensors[tensor_name].file.name} and in {name}.",
                     "Every tensor must be there once.",
@@ -138,10 +189,14 @@ def check_file_name(index: Path, name: str) -> None:
 def _check_places(
     index: Path, weight_map: dict[str, str], shards: dict[str, dict[str, StoredTensor]]
 ) -> None:
-    """Every tensor must be in the shard that the index names."""
+    """Every tensor must be in the shard that the index names, unless nothing needs it: it is
+    computed, or there under another name, as where a shared tensor was saved once."""
     elsewhere = {name: file for file, shard in shards.items() for name in shard}
+    others = {plain_name(name) for name in elsewhere}
     for name, file in weight_map.items():
-        if name in shards[file]:
+        if name in shards[file] or is_computed(name):
+            continue
+        if name not in elsewhere and plain_name(name) in others:
             continue
         found = elsewhere.get(name)
         if found is None:

@@ -37,14 +37,19 @@ class StoredTensor:
     strides: tuple[int, ...] | None = None
 
     @property
+    def elements(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size of its elements in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
         """A read-only view of the file. Pages come in as they are touched and belong to the file,
         so they do not count as the process's own memory."""
-        if not math.prod(self.shape):
+        if not self.elements:
             return np.empty(self.shape, self.dtype)
         try:
             with reading(self.file):

@@ -52,11 +52,12 @@ def main(argv: list[str]) -> None:
 
     base, model = options.find_folder(args, args.base), options.model_options(args)
     adapter = open_adapter(args.source, base, force=args.force_adapter, **model)
-    adapter = dataclasses.replace(adapter, base=fingerprint(open_folder(base, **model)))
+    folder = open_folder(base, **model)
+    adapter = dataclasses.replace(adapter, base=fingerprint(folder))
     tensors, modules = split_lora(adapter.lora, MATRICES[args.layout])
     size = sum(array.nbytes for array in tensors.values())
     source = Path(args.source)
-    for line in adapter.notes:
+    for line in (*folder.notes, *adapter.notes):
         note(line)
     if args.dry_run:
         check_destination(args.destination, None, source=source, needed=size)

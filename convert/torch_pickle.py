@@ -113,8 +113,19 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, TorchTensor]:
             raise CheckpointError(
                 f"{path}: the entry {shown!r} is not a tensor.",
                 "A file of weights alone is needed; this may be a training checkpoint.",
+                _inner_weights(result),
             )
     return result
+
+
+def _inner_weights(found: dict) -> str:
+    """How to save the weights of a training checkpoint alone, if it holds some."""
+    for name, value in found.items():
+        inner = value.values() if isinstance(value, dict) else ()
+        if any(isinstance(tensor, TorchTensor) for tensor in inner):
+            saved = f"torch.load(FILE, weights_only=True)[{str(name)[:200]!r}]"
+            return f"Save those alone: torch.save({saved}, 'pytorch_model.bin')."
+    return "Save it again as torch.save(model.state_dict(), FILE) does."
 
 
 class _Refused(Exception):

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+from convert.foreign import GGML, USE_TORCH, is_ggml
 from convert.stored import StoredTensor, regular_file_size
 from convert.torch_pickle import Storage, TorchTensor, read_state_dict
 from glm2_jax.errors import CheckpointError
@@ -56,6 +57,14 @@ def _check_container(path: Path, start: bytes, size: int) -> None:
         raise CheckpointError(f"{path} is empty.", fix="Download it again.")
     if start.startswith(b"PK\x03\x04"):
         return
+    if is_ggml(start):
+        raise CheckpointError(f"{path} is {GGML}.", fix=USE_TORCH)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
+        raise CheckpointError(
+            f"{path} is a safetensors file.",
+            "A .bin file is one of torch.save.",
+            "Give it a name that ends in .safetensors, and name it so in its index if it has one.",
+        )
     if start.startswith(_LEGACY_MAGIC):
         kind = "It has the legacy format of torch < 1.6, a chain of pickles, which is not read."
     elif start[257:262] == b"ustar":

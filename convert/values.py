@@ -14,7 +14,7 @@ from convert.names import Match, Part
 from convert.stored import StoredTensor
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
-from glm2_jax.quant import Scheme, quantise, unpack_int4
+from glm2_jax.quant import NO_SCALE, Scheme, quantise, unpack_int4
 
 CHUNK_ELEMENTS = 4 * 2**20
 
@@ -110,15 +110,36 @@ class Values:
         return pair[0].reshape(shapes[0]), pair[1].reshape(shapes[1])
 
     def integers(self, box: Box) -> np.ndarray:
-        """A box of what is stored quantised, as it is stored."""
-        return block(self._stored, box)
+        """A box of what is stored quantised: zeros where the scale is none, else as stored."""
+        assert self.scheme is not None
+        stored, rows, columns = block(self._stored, box), box[: self._rows], box[self._rows :]
+        group = self.scheme.group(self.columns)
+        if group is None:
+            none = block(self._scales, rows) < NO_SCALE
+            none = none.reshape(*none.shape, *(1 for _ in columns))
+        else:
+            width = group * self.scheme.bits // 8  # of a group in the file
+            begin, end = _flat(columns, self._stored.shape[self._rows :])
+            first, last = begin // width, -(-end // width)
+            none = block(self._scales, (*rows, (first, last))) < NO_SCALE
+            if none.any():
+                none = np.repeat(none, width, -1)[..., begin - first * width : end - first * width]
+                none = none.reshape(stored.shape)
+        return np.where(none, np.int8(0), stored) if none.any() else stored
 
     def scale(self, box: Box) -> np.ndarray:
-        """A box of the stored scales, float32.
+        """A box of the stored scales, float32; 1 where all that it scales is zero (`integers`).
+
+        The published quantizer writes the scale 0 for a row of zeros. The products are the same,
+        and what divides by a scale stays finite.
 
         Raises:
-            CheckpointError: one that is NaN, infinite, zero or negative.
+            CheckpointError: one that is NaN, infinite or negative.
         """
+        scales = self._checked_scales(box)
+        return np.where(scales < NO_SCALE, np.float32(1), scales)
+
+    def _checked_scales(self, box: Box) -> np.ndarray:
         scales = block(self._scales, box).astype(np.float32)
         _check_scales(self.match, scales)
         return scales
@@ -131,7 +152,7 @@ class Values:
         first, last = begin // unit, -(-end // unit)
         matrix = self._stored.reshape(*self.shape[: self._rows], -1)
         packed = block(matrix, (*rows, (first * unit * bits // 8, last * unit * bits // 8)))
-        scales = self.scale((*rows, (first, last)) if group else rows)
+        scales = self._checked_scales((*rows, (first, last)) if group else rows)
         integers = unpack_int4(packed) if bits == 4 else packed
         scales = scales if group else scales[..., None]
         floats = integers.astype(np.float32).reshape(*scales.shape, -1) * scales[..., None]
@@ -169,11 +190,11 @@ def _flat(columns: Box, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _check_scales(match: Match, scales: np.ndarray) -> None:
-    bad = scales[~(np.isfinite(scales) & (scales > 0))]
+    bad = scales[~(np.isfinite(scales) & (scales >= 0))]
     if len(bad):
         raise CheckpointError(
             f"{match.name}_scale holds {bad[0]}, and {len(bad)} such numbers near it.",
-            "A scale is finite and above zero.",
+            "A scale must be finite and not negative.",
             "Download the file again and compare its sha256 with the published one.",
         )
 

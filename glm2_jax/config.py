@@ -1,6 +1,7 @@
 """The architecture of a ChatGLM2-family model, read from the published `config.json` files."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -269,10 +270,10 @@ def _names(raw: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None) -
 
 def _refuse_other_models(raw: Mapping[str, Any]) -> None:
     model_type = raw.get("model_type", "chatglm")
-    names = _names(raw, None)
-    if any("glm-4" in name or "glm4" in name for name in names) or (
-        raw.get("padded_vocab_size") == 151552
-    ):
+    # A path's last part: a folder above it may have any name. GLM-4 has a size or a letter behind.
+    name = next((re.split(r"[/\\]", name.rstrip("/\\"))[-1] for name in _names(raw, None)), "")
+    named = re.search(r"glm-?4[-v]", name) and not any(family in name for family in FAMILIES)
+    if named or raw.get("padded_vocab_size") == 151552:
         raise CheckpointError(
             "GLM-4 is not supported.",
             "It has another tokenizer (a tiktoken file of 151,552 ids, no SentencePiece model).",

@@ -23,6 +23,10 @@ from glm2_jax.schemes import Scheme as Scheme
 
 Array = Any  # jax.Array or numpy.ndarray
 
+# Below this a scale counts as 0, as the published quantizer gives it to a row of zeros. Such a row
+# is stored as zeros of the scale 1, so that nothing divides by a scale that is none.
+NO_SCALE = np.float32(1e-30)
+
 
 @flax.struct.dataclass
 class QTensor:
@@ -72,7 +76,8 @@ def quantise(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
     grouped = matrix.astype(np.float32).reshape(rows, -1, scheme.group(columns) or columns)
     largest = np.maximum(grouped.max(-1), -grouped.min(-1))
     scale = largest / np.float32(2 ** (scheme.bits - 1) - 1)
-    scale[scale == 0] = 1
+    none = scale < NO_SCALE
+    scale[none], grouped[none] = 1, 0
     grouped /= scale[..., None]
     integers = np.rint(grouped, out=grouped).astype(np.int8).reshape(rows, columns)
     values = pack_int4(integers) if scheme.bits == 4 else integers

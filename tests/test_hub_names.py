@@ -84,7 +84,8 @@ BIN, SAFE = "pytorch_model.bin.index.json", "model.safetensors.index.json"
         (["pytorch_model.bin", "model.safetensors"], [], ["model.safetensors"]),
         ([BIN, "a.bin", "b.bin"], ["a.bin", "b.bin"], [BIN, "a.bin", "b.bin"]),
         ([SAFE, "a.safetensors", "pytorch_model.bin"], ["a.safetensors"], [SAFE, "a.safetensors"]),
-        ([SAFE, "pytorch_model.bin"], ["a.safetensors"], ["pytorch_model.bin"]),
+        ([SAFE, "model.safetensors"], ["a.safetensors"], ["model.safetensors"]),
+        ([BIN, "a.bin", "pytorch_model.bin"], ["a.bin"], ["pytorch_model.bin"]),
         (
             ["tokenizer_config.json", "manifest.json", "model.safetensors", "optimizer.bin"],
             [],
@@ -104,6 +105,8 @@ def test_which_files_are_needed(names, shards, found):
         (BASE, {}, "No weights are there"),
         ([*BASE, BIN], {"weight_map": {"a": "a.bin"}}, "1 of 1 files"),
         ([*BASE, BIN], {"weight_map": []}, "0 of 0 files"),
+        # What is fetched is what is read: as in a folder, no other set takes its place.
+        ([*BASE, SAFE, "pytorch_model.bin"], {"weight_map": {"a": "a.safetensors"}}, "1 of 1"),
         ([*BASE, BIN, "a.py"], {"weight_map": {"a": "a.py"}}, "a.py"),
         ([*BASE, BIN, "x/a.bin"], {"weight_map": {"a": "x/a.bin"}}, "x/a.bin"),
     ],
