@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from convert import export_folder, load_checkpoint, open_folder
+from convert import export_folder, open_folder
 from convert.names import SCALE
 from convert.shards import open_weights
 from glm2_jax import CheckpointError
@@ -103,19 +103,19 @@ def test_wrapped_quantised_names(tmp_path, wrapper, bits):
          "module.transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-def test_a_second_name(tmp_path, name, alias, kind):
+def test_a_second_name(tmp_path, name, alias):
     """Alone, with the same numbers, in another float type, and with other numbers."""
+    kind = "safetensors" if "model" in alias else "bin"
     source = write_official(tmp_path / "source", tensors=TENSORS)
     others = {key: array for key, array in TENSORS.items() if key != name}
     alone = write(tmp_path / "alone", others | {alias: TENSORS[name]}, source, kind)
-    assert_in_any_order(source, alone)
+    assert_same_model(source, alone)
     for order in (TENSORS | {alias: TENSORS[name]}, {alias: TENSORS[name]} | TENSORS):
         for shards in (1, 2):
             folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-            assert_in_any_order(source, write(folder, order, source, kind, shards))
+            assert_same_model(source, write(folder, order, source, kind, shards))
     wider = TENSORS | {alias: TENSORS[name].astype(np.float32)}
-    assert_in_any_order(source, write(tmp_path / "wider", wider, source, kind))
+    assert_same_model(source, write(tmp_path / "wider", wider, source, kind))
     changed = TENSORS[name].copy()
     changed.reshape(-1)[-1] += 1
     for number, value in enumerate((changed, changed[:-1], changed.astype(np.float32))):
@@ -123,15 +123,6 @@ def test_a_second_name(tmp_path, name, alias, kind):
         with pytest.raises(CheckpointError, match="two names of one tensor") as caught:
             open_folder(folder)
         assert name in str(caught.value) and alias in str(caught.value)
-
-
-def assert_in_any_order(one, other):
-    """The same parameters; the order of the files may differ."""
-    params = [load_checkpoint(folder, dtype="float32").params for folder in (one, other)]
-    flat = [{**p, **p["layers"]} for p in params]
-    assert flat[0].keys() == flat[1].keys()
-    for key in flat[0].keys() - {"layers"}:
-        np.testing.assert_array_equal(flat[0][key], flat[1][key])
 
 
 def test_a_second_name_of_a_wrong_number_is_found_late(tmp_path, monkeypatch):
@@ -156,7 +147,7 @@ def test_hf_native_aliases(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
     tensors["model.rotary_emb.original_inv_freq"] = np.ones(2, np.float32)
     folder = write(tmp_path / "other", tensors, tmp_path / "glm", "safetensors")
-    assert_in_any_order(tmp_path / "glm", folder)
+    assert_same_model(tmp_path / "glm", folder)
 
 
 def test_names_of_other_programs_are_no_aliases(tmp_path):

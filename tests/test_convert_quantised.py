@@ -6,8 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from convert import from_pytorch, load_checkpoint, save_checkpoint, verify_checkpoint
+from convert import (
+    export_folder,
+    from_pytorch,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from convert.folder import open_folder
 from convert.names import PARTS, PUBLISHED
 from convert.own_format import convert_folder, size_of_conversion
@@ -15,6 +22,7 @@ from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.quant import COLUMN_AXES, EMBEDDINGS, SCHEMES, QTensor, dequantise, quantise
 from infer.memory.plan import Precision, flags, weight_bytes
 from tests.checkpoints import TINY, official_tensors, random_params, write_official
+from tests.test_to_pytorch import random_lora
 from tests.toy import jit_forward
 
 
@@ -246,6 +254,107 @@ def test_what_is_quantised_is_not_quantised_again(tmp_path):
             load_checkpoint(tmp_path / "source", quantize=quantize, quantize_embeddings=True)
         assert fix in error.value.fix
     assert not (tmp_path / "own").exists()
+
+
+def zero_rows(tensors, exact, bits):
+    """Rows of the scale 0 in every matrix, as the published quantizer writes rows of zeros; also
+    with integers that are none, and with a scale that no product with an integer lifts from 0."""
+    for number, name in enumerate(sorted(exact)):
+        if name + "_scale" in tensors:
+            tensors[name + "_scale"] = tensors[name + "_scale"].astype(np.float32)
+            for row, scale in ((number % 5, 0.0), (7, -0.0), (9, 1e-38)):
+                tensors[name + "_scale"][row] = scale
+                exact[name][row] = 0
+            tensors[name][number % 5] = 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_the_scale_zero_are_rows_of_zeros(tmp_path, bits):
+    """As the published code computes them: the integers times the scale."""
+    tensors, exact = quantised_tensors(bits)
+    zero_rows(tensors, exact, bits)
+    write_official(tmp_path / "a", tensors=tensors, raw={"quantization_bit": bits})
+    whole = load_checkpoint(tmp_path / "a", dtype="float32", quantize="none")
+    for rule in PUBLISHED:
+        for layer in rule.layers(TINY):
+            for path, expected in rule.split(TINY, exact[rule.full_name(layer)]).items():
+                found = whole.params[path[0]]
+                found = found if layer is None else found[path[1]][layer]
+                np.testing.assert_allclose(np.asarray(found), expected, atol=1e-35)
+    small = load_checkpoint(tmp_path / "a", dtype="float32")
+    assert all(float(w.scale.min()) > 1e-30 for w in small.params["layers"].values()
+               if isinstance(w, QTensor))  # fmt: skip
+    convert_folder(open_folder(tmp_path / "a"), tmp_path / "own")
+    export_folder(open_folder(tmp_path / "a"), tmp_path / "b", layout="chatglm")
+    export_folder(open_folder(tmp_path / "own"), tmp_path / "glm", layout="glm", dtype="float32")
+    for name in ("own", "b"):
+        again = load_checkpoint(tmp_path / name, dtype="float32")
+        assert as_lists(again.params) == as_lists(small.params)
+    plain = load_checkpoint(tmp_path / "glm", dtype="float32", rope_kind="linear").params
+    tokens = np.array([[5, 60, 3, 7]], np.int32)
+    expected = np.asarray(jit_forward(TINY, whole.params, tokens)[0])
+    assert np.isfinite(expected).all() and np.ptp(expected) > 0.1
+    for params in (small.params, plain):
+        found = np.asarray(jit_forward(TINY, params, tokens)[0])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("length", [1, 4])
+def test_an_adapter_on_rows_of_the_scale_zero(tmp_path, bits, length):
+    """What it adds is divided by the scale on the way."""
+    tensors, exact = quantised_tensors(bits)
+    zero_rows(tensors, exact, bits)
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits})
+    lora = random_lora(TINY)
+    tokens = np.array([[5, 60, 3, 7]], np.int32)[:, :length]
+    small, whole = (
+        np.asarray(jit_forward(TINY, load_checkpoint(tmp_path, dtype="float32", **form).params,
+                               tokens, lora=lora)[0])
+        for form in ({}, {"quantize": "none"})
+    )  # fmt: skip
+    assert np.isfinite(whole).all() and np.ptp(whole) > 0.1
+    np.testing.assert_allclose(small, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8+embeddings", "int4+embeddings"])
+def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, scheme, monkeypatch):
+    monkeypatch.setattr("convert.values.CHUNK_ELEMENTS", 100)  # smaller than a tensor
+    name = scheme.removesuffix("+embeddings")
+    source = open_folder(write_official(tmp_path / "source"))
+    convert_folder(source, tmp_path / "own", quantize=name, quantize_embeddings=name != scheme)
+    path = tmp_path / "own" / "model.safetensors"
+    tensors = load_file(path)
+    scales = [key for key in tensors if key.endswith("_scale")]
+    for key in scales:
+        tensors[key] = tensors[key].copy()
+        tensors[key].reshape(-1)[[0, 3, -1]] = 0
+    save_file(tensors, path)
+    small = load_checkpoint(tmp_path / "own", dtype="float32", layers="list").params
+    whole = load_checkpoint(tmp_path / "own", dtype="float32", layers="list", quantize="none")
+    count = 0
+    for part in PARTS:
+        for layer in range(TINY.num_layers) if part.path[0] == "layers" else (None,):
+            if part.quantised(SCHEMES[scheme]):
+                weight, plain = leaf(small, part, layer), leaf(whole.params, part, layer)
+                unpacked = np.asarray(
+                    dequantise(weight, len(weight.scale.shape) - (name == "int4"))
+                )
+                np.testing.assert_array_equal(unpacked.reshape(plain.shape), plain)
+                assert float(weight.scale.min()) > 0
+                groups = np.asarray(weight.values).reshape(weight.scale.size, -1)
+                assert not groups[[0, 3, -1]].any() and groups[1].any()
+                count += 1
+    assert count == len(scales)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_rows_of_tiny_numbers_are_quantised_as_zeros(scheme):
+    matrix = np.float32([[1e-45, 1.4e-44], [1e-40, -2e-40], [1e-30, -1e-32], [1e-20, 0]])
+    values, scale = quantise(matrix, SCHEMES[scheme])
+    assert np.isfinite(scale).all() and (scale > 1e-30).all()
+    found = np.asarray(dequantise(QTensor(values, scale, SCHEMES[scheme].bits), 1))
+    np.testing.assert_allclose(found, matrix, rtol=0.15, atol=2e-30)
 
 
 @pytest.mark.parametrize("bad", [-0.01, np.nan, np.inf, -np.inf])
