@@ -1,8 +1,10 @@
 """Opens a checkpoint folder: what it is, what it holds, whether that fits; no weights are read."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from convert.glm_layout import is_native, published_keys
 from convert.local import refuse_url
 from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
-from convert.shards import Weights, open_weights, read_json
+from convert.shards import Weights, choose_weights, open_weights, read_json
 from convert.stored import is_plain_name, reading
 from glm2_jax.config import ROPE_KINDS, GLMConfig, shorten
 from glm2_jax.errors import CheckpointError, UsageError
@@ -144,7 +146,8 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
     layout, rules = ("HF-native glm", GLM) if is_native(raw) else ("official", PUBLISHED)
     if manifest is not None:
         layout, rules = "own", OWN
-    matches = match_tensors(config, weights.tensors, rules, scheme)
+    with _naming_other_set(weights):
+        matches = match_tensors(config, weights.tensors, rules, scheme)
     return Folder(
         path=folder,
         layout=layout + (f" int{scheme.bits}" if scheme else ""),
@@ -157,6 +160,20 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
         manifest=manifest,
         notes=weights.notes,
     )
+
+
+@contextlib.contextmanager
+def _naming_other_set(weights: Weights) -> Iterator[None]:
+    """What is wrong with one set of weights is said with the other sets that the folder has."""
+    try:
+        yield
+    except CheckpointError as error:
+        other = choose_weights(weights.left_out)
+        if other is None:
+            raise
+        why = "\n".join((error.why, *weights.notes))
+        fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is read then."
+        raise CheckpointError(error.what, why, fix) from error
 
 
 def _check_is_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from glm2_jax.errors import CheckpointError
 
 _SHOWN = 6  # names in a message
 _LOOKED_AT = 1000  # entries of a folder
+_HUB_LEVELS = ("", "hub/", "models/", "hub/models/")  # of Hugging Face and of ModelScope
 _HUB_FOLDER = re.compile(r"models--.+--.+")
 
 _RECIPE = "recipe.yml"  # which our trainings write
@@ -74,7 +75,7 @@ def explain_folder(folder: Path) -> CheckpointError | None:
         if found and not (_RECIPE in found and "model/config.json" in nested):
             return CheckpointError(f"{folder} is {kind}.", f"It holds {_listed(found)}.", fix)
     return (
-        _hub_folder(folder, names)
+        _hub_folder(folder)
         or _folders_inside(folder)
         or _other_weights(folder, names)
         or _tokenizer_alone(folder, names)
@@ -110,8 +111,9 @@ def find_snapshot(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there is none, or there are several.
     """
-    if folder.name == "snapshots" and _HUB_FOLDER.fullmatch(folder.absolute().parent.name):
-        folder = folder.absolute().parent
+    above = folder.absolute().parent
+    if folder.name in ("snapshots", "blobs", "refs") and _HUB_FOLDER.fullmatch(above.name):
+        folder = above
     known = _HUB_FOLDER.fullmatch(folder.absolute().name)
     snapshots = folder / "snapshots"
     marked = folder.is_dir() and (known or snapshots.is_dir())
@@ -139,7 +141,7 @@ def find_snapshot(folder: Path) -> Path | None:
     )
 
 
-def _hub_folder(folder: Path, names: list[str]) -> CheckpointError | None:
+def _hub_folder(folder: Path) -> CheckpointError | None:
     """A hub's cache, or the folder of one model there."""
     snapshot = find_snapshot(folder)
     if snapshot is not None:
@@ -148,19 +150,19 @@ def _hub_folder(folder: Path, names: list[str]) -> CheckpointError | None:
             "The model is in a snapshot below it.",
             f"Give {snapshot}.",
         )
-    models = [name for name in names if _HUB_FOLDER.fullmatch(name) or "--" in name]
-    models = [name for name in models if (folder / name / "snapshots").is_dir()]
+    models = [path.parent for level in _HUB_LEVELS for path in folder.glob(f"{level}*/snapshots")]
     if models:
+        names = sorted(str(path.relative_to(folder)) for path in models)
         return CheckpointError(
             f"{folder} is a hub's cache, not a model.",
-            f"It holds {_listed(models)}.",
-            f"Give one of them, for example {folder / models[0]}.",
+            f"It holds {_listed(names)}.",
+            f"Give one of them, for example {folder / names[0]}.",
         )
     return None
 
 
 def _folders_inside(folder: Path) -> CheckpointError | None:
-    """Models, or else adapters, one or two levels further down."""
+    """Models, or else adapters, one or two levels further down, or in a cache of ModelScope."""
     for file, what, fix in (
         ("config.json", "other models", "Give one of them, for example {}."),
         (
@@ -169,9 +171,10 @@ def _folders_inside(folder: Path) -> CheckpointError | None:
             "Give their base as the model (--model), and one of them as --adapter, for example {}.",
         ),
     ):
-        found = [path.parent for level in ("*/", "*/*/") for path in folder.glob(level + file)]
+        levels = ("*/", "*/*/", *(f"{level}*/*/" for level in _HUB_LEVELS if level))
+        found = {path.parent for level in levels for path in folder.glob(level + file)}
         if found:
-            inside = sorted(str(path.relative_to(folder)) for path in found[:_LOOKED_AT])
+            inside = sorted(str(path.relative_to(folder)) for path in found)
             return CheckpointError(
                 f"{folder} is not a model; it holds {what}.",
                 f"{file} is in {_listed(inside)}.",

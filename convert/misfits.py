@@ -139,7 +139,7 @@ def _cause(
         )
     for sign, meaning, fix in _SIGNS:
         if found := [name for name in misfits.unexpected if re.search(sign, name)]:
-            return f"These weights are {meaning} ({len(found)} tensors tell so).", fix
+            return f"These weights are {meaning} ({len(found)} of its tensors are there).", fix
     missing, unexpected = misfits.missing, misfits.unexpected
     start = "transformer.encoder." if native else "model.layers."
     if any(name.startswith(start) for name in unexpected):

@@ -43,16 +43,16 @@ def write(folder, tensors, source, kind="bin", shards=2):
     return folder
 
 
-def assert_same_model(one, other):
+def assert_same_model(first, second):
     before, after = (
         {(match.rule, match.layer): match for match in open_folder(folder).matches}
-        for folder in (one, other)
+        for folder in (first, second)
     )
     assert before.keys() == after.keys()
     for key, match in before.items():
         np.testing.assert_array_equal(match.tensor.read(), after[key].tensor.read())
-        scales = [None if m.scale is None else m.scale.read() for m in (match, after[key])]
-        np.testing.assert_array_equal(*scales)
+        one, other = (None if m.scale is None else m.scale.read() for m in (match, after[key]))
+        np.testing.assert_array_equal(one, other)
 
 
 def stored(folder):

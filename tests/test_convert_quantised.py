@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -308,10 +309,11 @@ def test_an_adapter_on_rows_of_the_scale_zero(tmp_path, bits, length):
     write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits})
     lora = random_lora(TINY)
     tokens = np.array([[5, 60, 3, 7]], np.int32)[:, :length]
+    forms: list[dict[str, Any]] = [{}, {"quantize": "none"}]
     small, whole = (
         np.asarray(jit_forward(TINY, load_checkpoint(tmp_path, dtype="float32", **form).params,
                                tokens, lora=lora)[0])
-        for form in ({}, {"quantize": "none"})
+        for form in forms
     )  # fmt: skip
     assert np.isfinite(whole).all() and np.ptp(whole) > 0.1
     np.testing.assert_allclose(small, whole, atol=1e-4)
@@ -350,11 +352,12 @@ def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, scheme, monkeypatc
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_rows_of_tiny_numbers_are_quantised_as_zeros(scheme):
-    matrix = np.float32([[1e-45, 1.4e-44], [1e-40, -2e-40], [1e-30, -1e-32], [1e-20, 0]])
+    rows = [[1e-45, 1.4e-44], [1e-40, -2e-40], [1e-30, -1e-32], [1e-20, 0]]
+    matrix = np.array(rows, np.float32)
     values, scale = quantise(matrix, SCHEMES[scheme])
     assert np.isfinite(scale).all() and (scale > 1e-30).all()
-    found = np.asarray(dequantise(QTensor(values, scale, SCHEMES[scheme].bits), 1))
-    np.testing.assert_allclose(found, matrix, rtol=0.15, atol=2e-30)
+    weight = QTensor(jnp.asarray(values), jnp.asarray(scale), SCHEMES[scheme].bits)
+    np.testing.assert_allclose(np.asarray(dequantise(weight, 1)), matrix, rtol=0.15, atol=2e-30)
 
 
 @pytest.mark.parametrize("bad", [-0.01, np.nan, np.inf, -np.inf])

@@ -173,7 +173,9 @@ def test_a_model_in_a_hub_cache(tmp_path, name):
 
 def test_parts_of_a_hub_cache(tmp_path, monkeypatch):
     model = cache(tmp_path / "models--THUDM--chatglm2-6b", "0123", main="0123")
-    assert find_model(model / "snapshots") == model / "snapshots" / "0123"
+    put(model, "blobs/x")
+    for name in ("snapshots", "blobs", "refs"):
+        assert find_model(model / name) == model / "snapshots" / "0123"
     assert "is a hub's cache, not a model" in refusal(tmp_path).what
     assert refusal(tmp_path).fix.endswith(f"{model}.")
     monkeypatch.chdir(model)
@@ -184,6 +186,23 @@ def test_parts_of_a_hub_cache(tmp_path, monkeypatch):
     plain = tmp_path / "models--a--c"  # of the same kind of name, and a model itself
     assert find_model(write_official(plain)) == plain
     assert find_model(tmp_path / "models--no--where") == tmp_path / "models--no--where"
+
+
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        ("hub/models--THUDM--chatglm2-6b/snapshots/0123", "hub/models--THUDM--chatglm2-6b"),
+        ("models/ZhipuAI--chatglm3-6b/snapshots/master", "models/ZhipuAI--chatglm3-6b"),
+        ("hub/ZhipuAI/chatglm3-6b", "hub/ZhipuAI/chatglm3-6b"),
+        ("hub/models/ZhipuAI/chatglm3-6b", "hub/models/ZhipuAI/chatglm3-6b"),
+        ("models/ZhipuAI/chatglm3-6b", "models/ZhipuAI/chatglm3-6b"),
+    ],
+)
+def test_caches_of_hubs(tmp_path, path, given):
+    write_official(tmp_path / path)
+    error = refusal(tmp_path)
+    assert given in error.why and error.fix.endswith(f"{tmp_path / given}.")
+    assert open_folder(find_model(tmp_path / given)).config == TINY
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,15 @@ def test_an_incomplete_copy_is_told(hub, source):
     assert [name for name, _ in hub.asked()] == SHARDS[:1]
 
 
+def test_files_of_another_revision_are_not_read_instead(hub, source):
+    folder = find_model(NAME, source=source)
+    (folder / "model.safetensors").write_bytes(b"of an earlier revision")
+    message = fails(CheckpointError, NAME, source=source)
+    assert "model.safetensors does not belong to the revision" in message
+    (folder / "model.safetensors").unlink()
+    assert find_model(NAME, source=source) == folder
+
+
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_cut_connection_goes_on(hub, source, capfd, reset):
     hub.cuts, hub.reset = dict.fromkeys(SHARDS, 1), reset

@@ -110,6 +110,19 @@ def test_a_set_that_is_not_complete_is_refused_and_the_other_named(tmp_path):
     assert "or remove model.safetensors.index.json: pytorch_model.bin is read then" in message
 
 
+def test_a_set_that_is_no_model_is_refused_and_the_other_named(tmp_path):
+    """As where a training of a prefix or an adapter saved into the folder of its base."""
+    for name, what in (
+        ("transformer.prefix_encoder.embedding.weight", "a P-Tuning v2 prefix, not a model"),
+        ("base_model.model.transformer.a.lora_A.weight", "a LoRA adapter, not a model"),
+    ):
+        folder = write_official(tmp_path / what[2:6], tensors=MODELS[0])
+        write(folder, {name: np.ones((2, 2), np.float16)}, **FORMS["pytorch_model.bin"])
+        message = refusal(folder)
+        assert what in message and "Or move pytorch_model.bin elsewhere" in message
+        assert "pytorch_model.bin.index.json is read then" in message
+
+
 def test_a_link_that_leads_nowhere_is_left_out(tmp_path):
     folder = write_official(tmp_path, shards=1)
     (folder / "model.safetensors").symlink_to(tmp_path / "removed")
@@ -130,7 +143,8 @@ def test_the_file_that_the_configuration_names(tmp_path):
 
 
 def test_a_second_set_in_our_own_format_is_refused(tmp_path):
-    folder = save(tmp_path / "own").files and tmp_path / "own"
+    folder = tmp_path / "own"
+    save(folder)
     (folder / "pytorch_model.bin").write_bytes(b"not read")
     assert open_folder(folder).weights.left_out == ("pytorch_model.bin",)
     index = {"weight_map": {"head": "model-00001-of-00001.safetensors"}}
