@@ -134,10 +134,11 @@ def find_snapshot(folder: Path) -> Path | None:
             f"They are {_listed(names)}; refs/main names none of them.",
             f"Give one of them, for example {snapshots / names[-1]}.",
         )
+    name = folder.absolute().name.removeprefix("models--").replace("--", "/", 1)
     raise CheckpointError(
         f"{what}, and holds no snapshot.",
         "The download was not complete.",
-        "Fetch the model: --model OWNER/NAME --source hf (or modelscope).",
+        f"Fetch the model: --model {name} --source hf (or modelscope).",
     )
 
 
