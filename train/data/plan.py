@@ -62,6 +62,8 @@ def make_plan(
     if pack:
         fit = first_fit if shuffle else next_fit
         rows = fit(lengths[items], width)
+        if shuffle:  # the rows that are begun last are the emptiest, and hold the longest sequences
+            rows = random_order(rows.max() + 1, seed, epoch, 1)[rows]
         # A stable sort by row keeps the order inside each.
         starts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
         return Plan(items[np.argsort(rows, kind="stable")], starts)
@@ -128,18 +130,18 @@ def next_fit(lengths: np.ndarray, width: int) -> np.ndarray:
 
 
 def _alike_together(items, lengths, size: int, width: int, seeds: tuple[int, ...]) -> np.ndarray:
-    """Sequences of like length into the same steps, which then come in random order.
+    """Groups sequences of similar length into the same steps, and puts the steps in random order.
 
-    Only those of some steps are sorted together, so that a step holds no more than chance made
-    neighbours; an incomplete step stays the last.
+    Only the sequences of `_WINDOW` steps are sorted together, so that a step holds no more than
+    chance made neighbours. An incomplete step stays the last: chance chooses its sequences before
+    anything is sorted, because each of them counts more than one of a full step.
     """
+    steps = len(items) // size
+    items, rest = items[: steps * size], items[steps * size :]
     classes = np.array([bucket(length, width) for length in lengths[items].tolist()], np.int64)
     windows = np.arange(len(items)) // (_WINDOW * size)
-    items = items[np.lexsort((classes, windows))]
-    whole = len(items) // size
-    steps = items[: whole * size].reshape(whole, size)
-    mixed = steps[random_order(whole, *seeds)].reshape(-1)
-    return np.concatenate([mixed, items[whole * size :]])
+    grouped = items[np.lexsort((classes, windows))].reshape(steps, size)
+    return np.concatenate([grouped[random_order(steps, *seeds)].reshape(-1), rest])
 
 
 def _between(own: np.ndarray, general: np.ndarray) -> np.ndarray:
