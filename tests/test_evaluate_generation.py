@@ -1,7 +1,9 @@
 """`python -m infer.evaluate --task generation`: the figures, and files of answers."""
 
 import json
+import random
 import sys
+import tracemalloc
 
 import pytest
 
@@ -89,6 +91,45 @@ def test_rouge_by_hand():
     assert found["rouge-2"] == pytest.approx(
         100 * 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3), abs=0.01
     )
+
+
+def test_rouge_l_is_that_of_the_package():
+    rng = random.Random(0)
+    from rouge_chinese import Rouge
+
+    for size in (1, 2, 7, 40, 150):
+        for _ in range(8):
+            texts = ["".join(rng.choices("甲乙 丙丁。！？”a\n…", k=size)) + "戊" for _ in "12"]
+            cut = [" ".join(metrics._import("jieba").cut(text)) for text in texts]
+            expected = Rouge().get_scores(*cut)[0]
+            found = metrics.pair_scores(*texts)
+            for name in metrics.PER_PAIR[:3]:
+                assert found[name] == round(100 * expected[name]["f"], 4), texts
+
+
+def test_the_longest_common_subsequence_by_hand():
+    for first, second, length in (
+        ("", "", 0),
+        ("abc", "", 0),
+        ("", "abc", 0),
+        ("abcbdab", "bdcaba", 4),
+        ("aaa", "aa", 2),
+        ("abc", "xyz", 0),
+        ("x" * 200 + "y", "y" + "x" * 130, 130),
+    ):
+        assert metrics.common_length(first, second) == length
+
+
+def test_a_long_pair_takes_little_memory():
+    rng = random.Random(1)
+    words = [chr(0x4E00 + n) for n in range(60)]
+    first, second = (rng.choices(words, k=20_000) for _ in range(2))
+    tracemalloc.start()
+    try:
+        assert 0 < metrics.common_length(first, second) < 20_000
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("prediction", ["", "\n", "。", "a", "The same.", "甲" * 3000])
