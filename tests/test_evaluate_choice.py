@@ -100,6 +100,59 @@ def test_mmlu(tmp_path):
     assert exam.put(exam.questions[0]) == asks
 
 
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("question,A,B,C,D,answer", "{}"),
+        ("Question,a,b,c,d,Answer", "{}"),
+        (",Question,A,B,C,D,Answer", "0,{}"),
+        ("id,question,A,B,C,D,answer,explanation", "0,{},because"),
+        ("question,A,B,C,D,E,answer,E", "What is 1 + 1?,1,2,3,4,,B,"),  # a fifth that is empty
+        ("题目,A,B,C,D,答案", "{}"),
+        (None, "{}"),
+    ],
+)
+def test_an_english_file_is_asked_in_english_with_any_header(tmp_path, header, row):
+    text = row.format("What is 1 + 1?,1,2,3,4,B") + "\n"
+    exam = read(write(tmp_path, "test/anatomy_test.csv", f"{header}\n{text}" if header else text))
+    assert exam.head == (
+        "The following are multiple choice questions (with answers) about anatomy.\n\n"
+    )
+    assert exam.put(exam.questions[0]) == "What is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    assert exam.questions[0].answer == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "layout"),
+    [
+        ("id,question,A,B,C,D,answer", "C-Eval"),
+        ("题目,A,B,C,D,答案", "CMMLU"),
+        ("question,A,B,C,D,answer", "CMMLU"),
+        (None, "CMMLU"),
+    ],
+)
+def test_a_chinese_file_is_asked_in_chinese(tmp_path, header, layout):
+    start = "0," if layout == "C-Eval" else ""
+    text = f"{start}一加一等于几,1,2,3,4,B\n{start}IPv4 是什么,a,b,c,d,A\n"
+    exam = read(write(tmp_path, "x_test.csv", f"{header}\n{text}" if header else text))
+    assert exam.layout == layout and len(exam.questions) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("0,Which is a bone?,Liver,Heart,Skin,Lung,Femur,A", "it has the choices A, B, C, D, E"),
+        ("0,Which is a bone?,Liver,Heart,Skin,Lung,Femur,E", "it has the choices A, B, C, D, E"),
+        ("0,Which, say, is a bone?,Liver,Heart,Skin,Lung,,A", "10 columns, but the header has 8"),
+    ],
+)
+def test_choices_and_columns_are_never_dropped(tmp_path, capsys, row, reason):
+    rows = f"id,question,A,B,C,D,E,answer\n0,Q?,1,2,3,4,,A\n{row}\n"
+    path = write(tmp_path, "x_test.csv", rows)
+    assert len(read(path, limit=1).questions) == 1
+    assert f"{path}:3: {reason}" in capsys.readouterr().err
+
+
 def test_the_official_jsonl_is_put_as_it_is(tmp_path):
     row = {"inputs_pretokenized": "问题\nA. 1\n", "label": 2, "choices_pretokenized": []}
     exam = read(write(tmp_path, "val/x.jsonl", json.dumps(row)))
@@ -142,6 +195,10 @@ def test_bad_rows(tmp_path, capsys, row, reason):
         ('{"inputs_pretokenized": "a", "label": 4}', "the label is 4"),
         ('{"inputs_pretokenized": "a", "label": 1.0}', "the label is 1.0"),
         ("[]", "no inputs_pretokenized"),
+        (
+            '{"inputs_pretokenized": "a", "label": 1, "choices_pretokenized": [1, 2, 3, 4, 5]}',
+            "it has 5 choices",
+        ),
         ("{", "not JSON"),
     ],
 )

@@ -2,9 +2,13 @@
 
 * C-Eval: csv with the header id,question,A,B,C,D,answer,explanation.
 * CMMLU: csv with the header ,Question,A,B,C,D,Answer.
-* MMLU: csv without a header: question, A, B, C, D, answer.
+* MMLU: csv without a header: question, A, B, C, D, answer; exports of it have one.
 * The data of ChatGLM2's evaluation script: JSON lines {"inputs_pretokenized", "label"}, whose text
   is the whole prompt and whose label counts from 0.
+
+A csv file is put in its own language: questions without Chinese characters as MMLU puts them, all
+others as C-Eval (a header with an id) or CMMLU does. A question with more than four choices cannot
+be asked and is a bad row.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from typing import Any
 
 from convert.cli import note
 from glm2_jax.errors import InputError
-from infer.evaluate.rows import BadRows, read_rows
+from infer.evaluate.rows import CHINESE, BadRows, read_rows
 from infer.evaluate.subjects import NAMES
 from infer.text_input import read_utf8
 
 LETTERS = ("A", "B", "C", "D")
 _COLUMNS = ("question", "a", "b", "c", "d", "answer")
+_CHINESE_HEADER = {"题目": "question", "问题": "question", "答案": "answer"}
+_MORE_CHOICES = re.compile(r"[e-z]")  # columns of choices beyond D
 
 
 @dataclass(frozen=True)
@@ -160,8 +166,10 @@ def read_exam(path: Path, bad: BadRows) -> Exam:
         layout, rows = "official", read_rows(str(path))
         questions = bad.keep(rows, _official)
     else:
-        layout, columns, rows = _csv(path)
-        questions = bad.keep(rows, lambda where, row: _question(where, row, columns))
+        header, layout, rows = _csv(path)
+        questions = bad.keep(rows, lambda where, row: _question(where, row, header))
+        chinese = sum(bool(CHINESE.search(question.text)) for question in questions)
+        layout = layout if 2 * chinese > len(questions) else "MMLU"
     return Exam(path, subject_of(path), layout, tuple(questions))
 
 
@@ -182,8 +190,8 @@ def examples_for(path: Path, bad: BadRows) -> Exam:
     )
 
 
-def _csv(path: Path) -> tuple[str, dict[str, int], Iterator[tuple[str, Any]]]:
-    """The layout of a csv file, name of a column -> its index, and its rows."""
+def _csv(path: Path) -> tuple[list[str], str, Iterator[tuple[str, Any]]]:
+    """The names of a csv file's columns, the layout of its Chinese questions, and its rows."""
     records = _records(path)
     first = next(records, None)
     if first is None:
@@ -192,16 +200,16 @@ def _csv(path: Path) -> tuple[str, dict[str, int], Iterator[tuple[str, Any]]]:
     if isinstance(header, InputError):
         raise InputError(f"{where}: {header.what}", header.why)
     names = [name.strip().lower() for name in header]
-    columns = {name: names.index(name) for name in _COLUMNS if name in names}
-    if "question" in columns:
-        missing = [name for name in _COLUMNS if name not in columns]
+    names = [_CHINESE_HEADER.get(name, name) for name in names]
+    if "question" in names:
+        missing = [name for name in _COLUMNS if name not in names]
         if missing:
             raise InputError(
                 f"{path} has no column {', '.join(missing)}",
                 f"Its columns are {', '.join(header)}. (C-Eval's test files have no answers.)",
                 "Use the files of val.",
             )
-        return ("C-Eval" if "id" in names else "CMMLU"), columns, records
+        return names, ("C-Eval" if "id" in names else "CMMLU"), records
     if len(header) != len(_COLUMNS):
         raise InputError(
             f"{path} is in no layout that is known here",
@@ -209,7 +217,7 @@ def _csv(path: Path) -> tuple[str, dict[str, int], Iterator[tuple[str, Any]]]:
             "Known: C-Eval (id,question,A,B,C,D,answer), CMMLU (,Question,A,B,C,D,Answer), "
             "MMLU (six columns, no header).",
         )
-    return "MMLU", {name: at for at, name in enumerate(_COLUMNS)}, _with(first, records)
+    return list(_COLUMNS), "CMMLU", _with(first, records)
 
 
 def _with(first: tuple[str, Any], rest: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -235,10 +243,24 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, row
 
 
-def _question(where: str, row: Sequence[str], columns: dict[str, int]) -> Question:
-    if len(row) <= max(columns.values()):
-        raise InputError(f"{len(row)} columns", f"{max(columns.values()) + 1} are needed")
-    cells = {name: row[at].strip() for name, at in columns.items()}
+def _question(where: str, row: Sequence[str], header: Sequence[str]) -> Question:
+    needed = max(header.index(name) for name in _COLUMNS) + 1
+    if len(row) < needed:
+        raise InputError(f"{len(row)} columns", f"{needed} are needed")
+    if any(cell.strip() for cell in row[len(header) :]):
+        raise InputError(
+            f"{len(row)} columns, but the header has {len(header)}",
+            "a text with a comma must be in quotes",
+        )
+    cells = {
+        name: row[at].strip()
+        for at, name in enumerate(header)
+        if header.index(name) == at < len(row)
+    }
+    if more := [name.upper() for name in cells if _MORE_CHOICES.fullmatch(name) and cells[name]]:
+        raise InputError(
+            f"it has the choices {', '.join((*LETTERS, *more))}", "only A, B, C and D can be asked"
+        )
     empty = [name for name in _COLUMNS[:5] if not cells[name]]
     if empty:
         raise InputError(f"{', '.join(empty)} is empty")
@@ -253,7 +275,9 @@ def _official(where: str, row: Any) -> Question:
     text = row.get("inputs_pretokenized") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise InputError("no inputs_pretokenized", 'write {"inputs_pretokenized", "label"}')
-    label = row.get("label")
+    choices, label = row.get("choices_pretokenized"), row.get("label")
+    if isinstance(choices, list) and len(choices) > len(LETTERS):
+        raise InputError(f"it has {len(choices)} choices", "only A, B, C and D can be asked")
     if type(label) is not int or label not in range(len(LETTERS)):
         raise InputError(f"the label is {label!r}", "0, 1, 2 or 3")
     return Question(where, text, (), label)

@@ -11,17 +11,16 @@ take nltk's WordNet data, which is never fetched: without it only same words and
 from __future__ import annotations
 
 import importlib
-import re
 import warnings
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from glm2_jax.errors import UsageError
+from infer.evaluate.rows import CHINESE
 
 PER_PAIR = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 _PACKAGES = ("jieba", "rouge_chinese", "nltk", "sacrebleu")
-_CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
 
 
 def check_packages() -> None:
@@ -147,7 +146,7 @@ def _words(text: str) -> list[str]:
 def _corpus(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     """BLEU and chrF of sacrebleu over everything, with the signature that names how."""
     sacrebleu = _import("sacrebleu")
-    chinese = any(map(_CHINESE.search, labels))
+    chinese = any(map(CHINESE.search, labels))
     bleu = sacrebleu.BLEU(tokenize="zh" if chinese else "13a")
     chrf = sacrebleu.CHRF()
     references = [list(labels)]

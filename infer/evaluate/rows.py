@@ -8,6 +8,7 @@ and `system`. Other keys are left alone.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from infer.text_input import decode_utf8, guess_encoding, read_bytes, refuse_wid
 Parsed = TypeVar("Parsed")
 
 BUNDLED = "bundled sample"
+CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
 _SAMPLE = Path(__file__).parent / "sample.jsonl"
 _BOM = b"\xef\xbb\xbf"
 _ANSWERS = (("instruction", "output"), ("content", "summary"))
