@@ -22,13 +22,26 @@ MAX_BYTES = 2 * 1024**3
 
 def default_folder() -> Path:
     """The folder of $GLM2_JAX_COMPILE_CACHE, or one in the user's cache folder."""
-    chosen = os.environ.get(VARIABLE)
+    return user_cache("xla", VARIABLE) or Path(OFF)
+
+
+def user_cache(
+    name: str, variable: str, chosen: str | os.PathLike[str] | None = None
+) -> Path | None:
+    """A folder of the user's cache folder, or the one that is `chosen`, here or in an environment
+    variable; None where that is "off".
+
+    Raises:
+      RuntimeError: there is no home folder.
+    """
+    chosen = chosen or os.environ.get(variable)
     if chosen:
-        return Path(chosen).expanduser()
+        path = Path(chosen).expanduser()
+        return None if str(path) == OFF else path
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # unset, or to be ignored as the XDG specification says
         base = Path.home() / ".cache"
-    return Path(base) / "glm2-jax" / "xla"
+    return Path(base) / "glm2-jax" / name
 
 
 def enable_compile_cache(
@@ -51,11 +64,11 @@ def enable_compile_cache(
       The folder, or None where there is no cache.
     """
     try:
-        path = default_folder() if folder is None else Path(folder).expanduser()
-        if str(path) == OFF:
+        path = user_cache("xla", VARIABLE, folder)
+        if path is None:
             return None
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _trim(path, max_bytes)
+        trim(path, max_bytes)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(f"{path} is not writable")
     except (OSError, RuntimeError, ValueError) as error:  # no home folder; a NUL in the name
@@ -144,8 +157,8 @@ def _mend(folder: Path, warn: Callable[[str], None]) -> None:
     warnings.showwarning = showwarning
 
 
-def _trim(folder: Path, max_bytes: int) -> None:
-    """Deletes the oldest programs until those that stay are within `max_bytes`."""
+def trim(folder: Path, max_bytes: int) -> None:
+    """Deletes the oldest entries until those that stay are within `max_bytes`."""
     files = []
     for path in folder.glob("*-cache"):
         try:

@@ -22,8 +22,8 @@ from tests.training_data import (
     role_messages,
     sharegpt,
 )
-from train.data.encode import Encoder
-from train.data.index import DataFile
+from infer.rows.encode import Encoder
+from infer.rows.index import DataFile
 from train.data.told import summed
 
 DEEP = '{"instruction":' * 200 + "1" + "}" * 200
@@ -55,7 +55,7 @@ BAD_ROWS = [
     (alpaca(history=[["Q"]]), "turn 1 of the history"),
     (alpaca(history=[["Q", "A"], ["", "A"]]), "message 3 (user) is empty"),
     (alpaca(history=[["Q", ""]]), "message 2 (assistant) is empty"),
-    (alpaca(tools=[]), "tools stand beside the messages"),
+    (alpaca(tools=[{"name": "f"}]), "tools stand beside the messages"),
     ({"content": 1, "summary": "A"}, "content is not a string"),
     ({"content": "Q", "summary": ""}, "summary is empty"),
     ({"conversations": []}, "the conversation does not begin with a question"),
@@ -78,7 +78,22 @@ BAD_ROWS = [
     ),
     (role_messages(("user", "Q"), ("tool", "A")), "message 2 has the role 'tool'"),
     (role_messages(("user", "Q"), ("assistant", None)), "message 2 (assistant) has no text"),
-    (role_messages(("system", " "), ("user", "Q"), ("assistant", "A")), "message 1 (system) is em"),
+    ({"prompt": "Q", "response": ""}, "response is empty"),
+    ({"prompt": None, "response": "A"}, "prompt is empty"),
+    (
+        {"prompt": "Q", "response": "A", "weight": 0.5},
+        "weight of the row is 0.5: answers are learn",
+    ),
+    (alpaca(train="maybe"), "train of the row is 'maybe'"),
+    (alpaca(loss=[0]), "loss of the row is [0]"),
+    (
+        role_messages(("user", "Q"), ("assistant", "A")) | {"weight": 2},
+        "weight of the row is 2: answers are learned or not",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "Q", "weight": -1}]},
+        "weight of message 1 is -1: answers are learned or not",
+    ),
     ({"messages": [{"role": "user", "text": "Q"}]}, "message 1 has an unknown key: 'text'"),
     ({"messages": [{"role": {}, "content": "Q"}]}, "message 1 has the role {}"),
     (alpaca("tokenizer " * 600), "too long: "),
@@ -189,7 +204,7 @@ def test_text_that_is_not_utf8(tmp_path):
     with pytest.raises(InputError, match=r"data:1: not UTF-8: byte 18 cannot be read; GB18030"):
         open_files([path])
     path.write_bytes(f"[{row},".encode() + row.encode("gb18030") + b"]")
-    with pytest.raises(InputError, match=r"1 of 2 rows .*\n.*data:1: not UTF-8"):
+    with pytest.raises(InputError, match=r"1 of 2 rows .*\n.*data, row 2: not UTF-8"):
         open_files([path])
 
 

@@ -137,7 +137,7 @@ def test_lines_are_as_long_as_the_terminal_and_elsewhere_whole(
     assert look_at(args, dataset) == 3
     lines = capsys.readouterr().out.splitlines()
     whole = next(line for line in lines if line.startswith("data:1: "))
-    assert whole.endswith("adgen: content, summary") == (columns != 50)
+    assert whole.endswith("prompt: prompt, response") == (columns != 50)
     assert columns != 50 or 40 < max(map(len, lines)) <= 50
 
 

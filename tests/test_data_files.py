@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm2_jax.errors import InputError
-from train.data import index
-from train.data.index import MAX_ROW, DataFile
+from infer.rows import index
+from infer.rows.index import MAX_ROW, DataFile
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 VALUE = st.recursive(
@@ -35,7 +35,7 @@ def rows_of(path, **kwargs):
     assert file.sha256 == hashlib.sha256(data).hexdigest() and file.size == len(data)
     for row in rows:
         assert data.count(b"\n", 0, row.offset) == row.line - 1
-        assert row.data is None or file.read(row.offset, row.size) == row.data
+        assert isinstance(row.data, InputError) or file.read(row.offset, row.size) == row.data
     return rows
 
 
@@ -102,7 +102,7 @@ def test_a_row_that_is_too_long_is_not_kept(tmp_path, as_array):
     rows = [short, long, short]
     path = write(tmp_path, f"[{','.join(rows)}]" if as_array else "\n".join(rows))
     found = rows_of(path, max_row=1000)
-    assert [row.data is None for row in found] == [False, True, False]
+    assert [isinstance(row.data, InputError) for row in found] == [False, True, False]
     assert found[1].size == len(long) + (not as_array)
     assert json.loads(found[2].data or b"") == {"a": 1}
 
@@ -114,7 +114,11 @@ def test_an_immense_line_takes_little_memory(tmp_path):
         file.seek(60_000_000)  # leaves a hole, which takes no space on the disk
         file.write(b'"}\n{"a": 2}\n')
     rows, peak = peak_of(lambda: list(DataFile(path).rows()))
-    assert [(row.line, row.data is None) for row in rows] == [(1, False), (2, True), (3, False)]
+    assert [(row.line, isinstance(row.data, InputError)) for row in rows] == [
+        (1, False),
+        (2, True),
+        (3, False),
+    ]
     assert rows[1].size > 59_000_000 and peak < 2.5 * MAX_ROW
 
 

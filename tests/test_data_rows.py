@@ -22,8 +22,8 @@ from tests.training_data import (
     open_rows,
     write_rows,
 )
-from train.data.encode import Encoder
-from train.data.index import DataFile
+from infer.rows.encode import Encoder
+from infer.rows.index import DataFile
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(str.strip)
 

@@ -122,9 +122,9 @@ def test_the_oldest_programs_go_first(tmp_path):
         path.write_bytes(b"x" * 100)
         os.utime(path, (1000 - age, 1000 - age))
     (tmp_path / "notes.txt").write_bytes(b"x" * 1000)  # not ours
-    compile_cache._trim(tmp_path, 250)
+    compile_cache.trim(tmp_path, 250)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["middle-cache", "new-cache", "notes.txt"]
-    compile_cache._trim(tmp_path, 0)
+    compile_cache.trim(tmp_path, 0)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 

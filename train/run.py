@@ -47,7 +47,7 @@ from train.validation import GUARD, VALIDATION, Validation, answer
 # Flags that change where things are and what is told, but not the parameters. Data and model count
 # by their contents.
 _NO_PART = {
-    "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
+    "model", "source", "revision", "data", "data-cache", "max-bad", "mix-data", "check-data", "print-sample",
     "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
     "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
     "init-adapter",
@@ -137,9 +137,7 @@ def _sets(
         learned, sets[VALIDATION] = split(dataset, args.val_split, args.seed)
     for name, path in ((VALIDATION, args.val_data), (GUARD, args.guard_data)):
         if path is not None:
-            only = argparse.Namespace(**{**vars(args), "data": [path], "mix_data": None})
-            only.format, only.mix_ratio = "auto", None
-            sets[name] = open_dataset(only, as_checkpoint(folder))
+            sets[name] = open_dataset(args, as_checkpoint(folder), path)
     if args.early_stop is not None and VALIDATION not in sets:
         raise UsageError("--early-stop needs --val-data or --val-split.")
     return learned, sets

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from train.data.dataset import Dataset
-from train.data.duplicates import ALIKE, PIECE, repeats, signature
+from train.data.duplicates import ALIKE, PIECE, Dialogues, repeats, signature
 from train.data.told import counted, summed
 
 _BINS = 12
@@ -26,14 +26,16 @@ class Report:
     Attributes:
         files: (path, format) of each.
         rows: rows that were read.
-        bad: ("file:line", reason), the first ones.
+        bad: (where, reason), the first ones.
         bad_reasons: how many there are for each reason.
         lengths: int32 [N], tokens of every sequence.
         learned: int, tokens that are learned in an epoch of all rows.
         max_length: most tokens of a sequence.
-        repeats: ("file:line", that of the earlier row that it nearly repeats).
+        repeats: (where, where the earlier row is that it nearly repeats).
         unused: keys that are not used, with their number of rows.
         repeated_files: what is to be said of files with the contents of an earlier one.
+        marked: answers that are marked as not to be learned.
+        growing: (where, where a row is that goes on with the same dialogue).
     """
 
     files: list[tuple[str, str]]
@@ -46,6 +48,8 @@ class Report:
     repeats: list[tuple[str, str]]
     unused: Counter[str]
     repeated_files: list[str] = field(default_factory=list)
+    marked: int = 0
+    growing: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -75,6 +79,15 @@ class Report:
         if self.unused:
             keys = (f"{key} ({counted(n, 'row')})" for key, n in self.unused.most_common())
             lines.append(f"keys that are not used: {', '.join(keys)}")
+        if self.marked:
+            lines.append(f"{counted(self.marked, 'answer')} marked as not to be learned")
+        if self.growing:
+            lines.append(
+                f"dialogues that go on in another row: {counted(len(self.growing), 'row')}; every "
+                "row learns all answers in it, so their answers are learned again and again: keep "
+                "only the last row of each dialogue"
+            )
+            lines += [f"{where} goes on in {later}" for where, later in self.growing[:_LISTED]]
         lines.append(
             f"near-duplicates (by MinHash, {ALIKE:.0%} of their {PIECE}-character pieces in "
             f"common): {counted(len(self.repeats), 'row')}"
@@ -112,8 +125,10 @@ def check(
     """
     rows = dataset.first_of_rows().tolist()
     signatures = np.empty((len(rows), 64), np.uint32)
+    dialogues = Dialogues()
     for number, index in enumerate(rows):
         messages = dataset.messages(index)
+        dialogues.add(messages)
         signatures[number] = signature("\n".join(message["content"] for message in messages))
         progress(number + 1, len(rows))
     earlier = repeats(signatures)
@@ -129,6 +144,11 @@ def check(
         repeats=[(dataset.source(rows[i]), dataset.source(rows[first])) for i, first in pairs],
         unused=dataset.unused,
         repeated_files=dataset.repeated_files,
+        marked=dataset.marked,
+        growing=[
+            (dataset.source(rows[i]), dataset.source(rows[later]))
+            for i, later in dialogues.growing()
+        ],
     )
 
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.tokenizer import Tokenizer
 from infer.requests import parse_object
-from train.data import FORMATS
-from train.data.encode import Encoder
-from train.data.formats import Message, detect, read_messages, unknown_format, unused_keys
-from train.data.index import DataFile, Row, no_rows
-from train.data.told import counted, joined, summed
+from infer.rows import FORMATS
+from infer.rows.encode import Encoder
+from infer.rows.formats import Message, read_messages
+from infer.rows.index import DataFile
+from train.data.cache import ScanCache
+from train.data.scan import COLUMNS, MAX_LISTED, Reading, Scan, scan
+from train.data.told import counted, summed
 
-MAX_LISTED = 10_000  # bad rows that are kept; all are counted
 MAX_TOLD = 20  # bad rows that are told where nobody asked for all
 
 
@@ -35,7 +35,7 @@ class Sample:
     Attributes:
         ids: the tokens.
         learned: for each of them, whether its prediction counts in the loss.
-        source: "file:line" of its row.
+        source: where its row is, see `Dataset.source`.
     """
 
     ids: list[int]
@@ -68,9 +68,10 @@ class Dataset:
         fingerprint: sha256 over the contents of the files.
         files: (path, sha256, format) of every file, in their order.
         rows: rows that were read, good and bad.
-        bad: ("file:line", reason) of those that cannot be used, the first MAX_LISTED.
+        bad: (where, reason) of those that cannot be used, the first MAX_LISTED.
         bad_reasons: how many there are for each reason, without what is particular to a row.
-        unused: keys that the formats do not know, with the number of rows that have them.
+        unused: keys that have no effect, with the number of rows that have them.
+        marked: answers that their rows mark as not to be learned.
         tokenizer, template, max_length: as given to `open`.
     """
 
@@ -87,12 +88,10 @@ class Dataset:
         self.bad: list[tuple[str, str]] = []
         self.bad_reasons: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
+        self.marked = 0
         self._files: list[DataFile] = []
         self._stops: list[int] = []  # behind the last sequence of each file
-        # One entry a sequence: its row's place and sum, and which of the row's sequences it is.
-        self._offset, self._line, self._size = array("q"), array("q"), array("i")
-        self._sum, self._number = array("I"), array("i")
-        self._length, self._learned = array("i"), array("i")
+        self._columns: dict[str, np.ndarray] = {}
 
     @classmethod
     def open(
@@ -105,6 +104,8 @@ class Dataset:
         fmt: str = "auto",
         train_on_prompt: bool = False,
         max_bad: int | None = 0,
+        preferred: str | None = None,
+        cache: ScanCache | None = None,
         weights: Sequence[float] | None = None,
         mix: tuple[str | os.PathLike[str], float] | None = None,
         on_note: Callable[[str], None] = lambda line: None,
@@ -113,10 +114,14 @@ class Dataset:
         """Reads all rows of the files once, and keeps where they are and how long.
 
         Args:
-            paths: of JSON lines, or of JSON arrays.
+            paths: of JSON lines, JSON arrays, or tables.
             tokenizer, template: of the model.
             max_length: most tokens of a sequence; a longer one makes its row a bad one.
-            fmt: one of FORMATS, or "auto": of every file, that of its first rows.
+            fmt: one of FORMATS, or "auto": of every file, that of its first rows. That of `mix` is
+                always found out so.
+            preferred: the format to take, where it is found out and a row has the keys of several;
+                default `fmt`.
+            cache: keeps what a large file holds, so that it is not encoded at every start.
             train_on_prompt: learn questions as well as answers.
             max_bad: how many bad rows may be left out; None = any number, even all.
             weights: how often an epoch has each row of each file; default once.
@@ -132,12 +137,18 @@ class Dataset:
         _check(paths, fmt, max_length, weights, mix)
         dataset = cls(Encoder(tokenizer, template, train_on_prompt), max_length)
         dataset._files = [DataFile(path) for path in (*paths, *([mix[0]] if mix else []))]
+        preferred = preferred or (None if fmt == "auto" else fmt)
         total = sum(file.size for file in dataset._files)
-        before = 0
-        for file in dataset._files:
-            dataset._scan(file, fmt, lambda done, at=before: progress(at + done, total))
+        before, scans = 0, []
+        for number, file in enumerate(dataset._files):
+            of_file = fmt if number < len(paths) else "auto"
+            how = Reading(dataset.encoder, max_length, of_file, preferred)
+            scans.append(
+                _scanned(cache, file, how, lambda done, at=before: progress(at + done, total))
+            )
             before += file.size
-        dataset._freeze(weights, mix[1] if mix else None)
+        dataset._join(scans)
+        dataset._weigh(weights, mix[1] if mix else None)
         dataset._judge(max_bad, on_note)
         return dataset
 
@@ -146,14 +157,18 @@ class Dataset:
 
     def sample(self, index: int) -> Sample:
         """A sequence, encoded again from its row; InputError if that has changed."""
-        ids, learned = self.encoder.encode(self.messages(index), self._number[index])
+        number = int(self._columns["number"][index])
+        ids, learned = self.encoder.encode(self.messages(index), number)
         return Sample(ids, learned, self.source(index))
 
     def messages(self, index: int) -> list[Message]:
         """The whole conversation that a sequence is of; InputError if its row has changed."""
         file = self._file_of(index)
-        data = self._files[file].read(self._offset[index], self._size[index])
-        if zlib.crc32(data) != self._sum[index]:
+        offset, size, total = (
+            int(self._columns[name][index]) for name in ("offset", "size", "sum")
+        )
+        data = self._files[file].read(offset, size)
+        if zlib.crc32(data) != total:
             raise InputError(
                 f"{self.source(index)} has changed since it was first read",
                 "rows are read again from their files while they are learned",
@@ -163,15 +178,23 @@ class Dataset:
 
     def first_of_rows(self) -> np.ndarray:
         """int64: the first sequence of every row; those of repeated files once."""
-        first = np.array(self._number, np.int32) == 0
+        first = self._columns["number"] == 0
         for number, same in enumerate(self._same()):
             if same < number:
                 first[self._stops[number - 1] : self._stops[number]] = False
         return np.flatnonzero(first)
 
     def source(self, index: int) -> str:
-        """ "file:line" of the row of a sequence."""
-        return f"{self.files[self._file_of(index)][0]}:{self._line[index]}"
+        """Where the row of a sequence is: "file:line", or "file, row N" in a file that has several
+        rows in a line."""
+        line, row = (int(self._columns[name][index]) for name in ("line", "row"))
+        return self._files[self._file_of(index)].place(line, row)
+
+    def row(self, index: int) -> tuple[int, int]:
+        """What tells the row of a sequence from all others: the first file with the same contents,
+        and the number in it."""
+        file = self._file_of(index)
+        return self._same()[file], int(self._columns["row"][index])
 
     def close(self) -> None:
         """Closes the files; nothing can be encoded any more."""
@@ -201,56 +224,24 @@ class Dataset:
     def _file_of(self, index: int) -> int:
         return bisect_right(self._stops, index)
 
-    def _scan(self, file: DataFile, fmt: str, progress: Callable[[int], None]) -> None:
-        chosen, before = _Format(file, fmt), self.rows
-        for row in file.rows():
-            self.rows += 1
-            try:
-                self._add(row, chosen)
-            except InputError as error:
-                if error is chosen.mixture:
-                    raise
-                self._leave_out(f"{file.name}:{row.line}", error)
-            progress(row.offset + row.size)
-        if self.rows == before:  # an array without elements
-            raise no_rows(file.name)
-        self.files.append((file.name, file.sha256, chosen.name or "unknown"))
-        self._stops.append(len(self._length))
-
-    def _add(self, row: Row, chosen: _Format) -> None:
-        """Takes the sequences of a row, all of them or none."""
-        if row.data is None:
-            raise InputError("the row is too long to be read", f"{row.size} bytes")
-        fields = parse_object(row.data)
-        fmt = chosen.of(fields, row.line)
-        messages = read_messages(fields, fmt)
-        lengths, learned = [], []
-        # The last one is the longest: of an endless conversation no more is encoded.
-        for number in reversed(range(self.encoder.count(messages))):
-            ids, mask = self.encoder.encode(messages, number)
-            if len(ids) > self.max_length:
-                raise InputError("too long", f"{len(ids)} tokens, at most {self.max_length}")
-            lengths.insert(0, len(ids))
-            learned.insert(0, sum(mask))
-        self.unused.update(unused_keys(fields, fmt))
-        self._offset.extend([row.offset] * len(lengths))
-        self._line.extend([row.line] * len(lengths))
-        self._size.extend([row.size] * len(lengths))
-        self._sum.extend([zlib.crc32(row.data)] * len(lengths))
-        self._number.extend(range(len(lengths)))
-        self._length.extend(lengths)
-        self._learned.extend(learned)
-
-    def _leave_out(self, where: str, error: InputError) -> None:
-        self.bad_reasons[error.what] += 1
-        if len(self.bad) < MAX_LISTED:
-            self.bad.append((where, joined(error)))
-
-    def _freeze(self, weights: Sequence[float], share: float | None) -> None:
-        self.lengths = np.array(self._length, np.int32)
-        self.learned = np.array(self._learned, np.int32)
+    def _join(self, scans: Sequence[Scan]) -> None:
+        for file, found in zip(self._files, scans, strict=True):
+            self.rows += found.rows
+            self.bad += [(file.place(line, row), reason) for line, row, reason in found.bad]
+            self.bad_reasons += found.bad_reasons
+            self.unused += found.unused
+            self.marked += found.marked
+            self.files.append((file.name, file.sha256, found.format))
+            self._stops.append((self._stops or [0])[-1] + len(found.columns["length"]))
+        del self.bad[MAX_LISTED:]
+        self._columns = {
+            name: np.concatenate([found.columns[name] for found in scans]) for name in COLUMNS
+        }
+        self.lengths, self.learned = self._columns["length"], self._columns["learned"]
         sums = "".join(sum for _, sum, _ in self.files)
         self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()
+
+    def _weigh(self, weights: Sequence[float], share: float | None) -> None:
         ranges = list(pairwise([0, *self._stops]))
         own = [Group(*place, weight) for place, weight in zip(ranges, weights, strict=False)]
         self.groups = own
@@ -266,6 +257,8 @@ class Dataset:
         if self.unused:
             keys = (f"{key} ({counted(n, 'row')})" for key, n in self.unused.most_common(8))
             on_note(f"keys that are not used: {', '.join(keys)}")
+        if self.marked:
+            on_note(f"{counted(self.marked, 'answer')} marked as not to be learned")
         lines, more = summed(self.bad, MAX_TOLD)
         for line in (*self.repeated_files, *lines):
             on_note(line)
@@ -288,35 +281,10 @@ class Dataset:
                 on_note(f"general sequences in an epoch: {count}, drawn from {n}")
 
 
-class _Format:
-    """The format of a file: as given, or that of the first row that has all the keys of one."""
-
-    def __init__(self, file: DataFile, fmt: str):
-        self._file = file.name
-        self.name = None if fmt == "auto" else fmt
-        self._detect, self._line = fmt == "auto", 0
-        self.mixture: InputError | None = None
-
-    def of(self, row: dict[str, Any], line: int) -> str:
-        """The format to read a row in.
-
-        Raises:
-            InputError: the row has the keys of no format, or those of two; or, and then it is kept
-                as `mixture`, its format is not that of the rows before.
-        """
-        found = detect(row) if self._detect else None
-        if self.name is None:
-            if found is None:
-                raise unknown_format(row)
-            self.name, self._line = found, line
-        elif found is not None and found != self.name:
-            self.mixture = InputError(
-                f"{self._file} mixes formats",
-                f"line {self._line} is {self.name}, line {line} is {found}",
-                "split it into files of one format each",
-            )
-            raise self.mixture
-        return self.name
+def _scanned(
+    cache: ScanCache | None, file: DataFile, how: Reading, progress: Callable[[int], None]
+) -> Scan:
+    return scan(file, how, progress) if cache is None else cache.scan(file, how, progress)
 
 
 def _check(paths, fmt, max_length, weights, mix) -> None:

@@ -1,4 +1,4 @@
-"""Rows that nearly repeat an earlier one, found by MinHash.
+"""Rows that nearly repeat an earlier one, found by MinHash; and dialogues that rows repeat.
 
 A text is the set of its 5-character pieces, after case, width, spaces and punctuation are gone. Of
 the set, 64 hash functions each keep the smallest value; the share of them in which two texts agree
@@ -8,8 +8,12 @@ are compared, each with the first such one (locality-sensitive hashing).
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 import zlib
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +49,39 @@ def repeats(signatures: np.ndarray) -> np.ndarray:
         alike = (signatures == signatures[earlier]).mean(axis=1) >= ALIKE
         found = np.where(alike, np.minimum(found, earlier), found)
     return found
+
+
+class Dialogues:
+    """Conversations, of which some may be how others begin: logs often repeat in each row the
+    dialogue so far. Of each round only a few bytes are kept."""
+
+    def __init__(self):
+        self._complete = array("Q")  # the sum of each conversation
+        self._sums, self._of = array("Q"), array("q")  # of proper beginnings, and whose they are
+
+    def add(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the next conversation."""
+        digest = hashlib.blake2b(digest_size=8)
+        for left, message in enumerate(messages, 1 - len(messages)):
+            digest.update(f"{message['role']}\0{message['content']}\0".encode("utf-8", "replace"))
+            if message["role"] != "assistant":
+                continue
+            total = int.from_bytes(digest.digest(), "little")
+            if left:
+                self._sums.append(total)
+                self._of.append(len(self._complete))
+            else:
+                self._complete.append(total)
+
+    def growing(self) -> list[tuple[int, int]]:
+        """(number of a conversation, number of one that begins with all of it)."""
+        if not self._sums:
+            return []
+        sums, complete = np.array(self._sums), np.array(self._complete)
+        order = np.argsort(sums, kind="stable")
+        places = order[np.minimum(np.searchsorted(sums[order], complete), len(sums) - 1)]
+        found = np.flatnonzero(sums[places] == complete)
+        return [(int(number), self._of[places[number]]) for number in found]
 
 
 _bits = np.random.Philox(np.random.SeedSequence(5)).random_raw(2 * _HASHES)

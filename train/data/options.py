@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from convert.cli import Parser, Progress, human_size, note, path_argument
 from infer.options import positive
-from train.data import FORMATS
+from infer.rows import FORMATS
 from train.options import whole
 
 if TYPE_CHECKING:
@@ -25,14 +25,16 @@ def add_data_options(parser: Parser) -> None:
     add = group.add_argument
     add(
         "--data", type=data_argument, action="append", required=True, metavar="FILE[=WEIGHT]",
-        help="JSON lines or a JSON array, UTF-8; may be given again; a weight is how often an "
-        "epoch has each row of the file, 0.5 = every other",
+        help="JSON lines or a JSON array, UTF-8, or .csv, .tsv, Parquet (with pyarrow), also packed "
+        "as .gz; may be given again; a weight is how often an epoch has each row of the file, 0.5 = "
+        "every other",
     )  # fmt: skip
     add(
         "--format", choices=("auto", *FORMATS), default="auto",
-        help="alpaca: instruction, input, output, history, system; sharegpt: conversations of "
-        "from and value; messages: role and content; adgen: content, summary; auto: by the keys "
-        "of a file's first rows",
+        help="of --data: alpaca: instruction, input, output, history, system; sharegpt: "
+        "conversations of from and value; messages: role and content; adgen: content, summary; "
+        "prompt: prompt, response, history; auto: by the keys of a file's first rows. Other files "
+        "are read by their keys; where those are of several formats, this one counts there, too",
     )  # fmt: skip
     add(
         "--max-length", type=positive, metavar="N",
@@ -64,6 +66,11 @@ def add_data_options(parser: Parser) -> None:
         help="the part of an epoch that they are (default: 0.1)",
     )  # fmt: skip
     add(
+        "--data-cache", type=path_argument, metavar="DIR|off",
+        help="where the lengths of large files' rows are kept, so that they are encoded once "
+        "(default: the user's cache folder)",
+    )  # fmt: skip
+    add(
         "--check-data", action="store_true",
         help="read everything, say what is in it and what is wrong with it, and stop; exit code "
         "3 if there are bad rows",
@@ -74,7 +81,9 @@ def add_data_options(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def open_dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> Dataset:
+def open_dataset(
+    args: argparse.Namespace, checkpoint: Checkpoint, other: str | None = None
+) -> Dataset:
     """Opens what the flags of `add_data_options` name.
 
     With `--check-data` any number of bad rows is taken: they are what is asked for.
@@ -82,12 +91,15 @@ def open_dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> Dataset:
     Args:
         args: the flags.
         checkpoint: anything with `tokenizer`, `template` and `config` of the model.
+        other: a file to open instead of those, such as `--val-data`. Its format is found out;
+            where its rows have the keys of several, `--format` counts.
 
     Raises:
         InputError: bad data. UsageError: flags that make no sense.
     """
     from glm2_jax.errors import UsageError
     from infer.bench.plot import check_plot
+    from train.data.cache import ScanCache
     from train.data.dataset import Dataset
 
     if args.check_data and args.plot is not None:
@@ -98,7 +110,7 @@ def open_dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> Dataset:
         raise UsageError(f"--max-length {max_length} is more than the {longest} of the model")
     if args.mix_ratio is not None and args.mix_data is None:
         raise UsageError("--mix-ratio needs --mix-data", fix="name the file of general rows")
-    files = [split_weight(text) for text in args.data]
+    files = [split_weight(text) for text in args.data] if other is None else [(other, 1.0)]
     ratio = 0.1 if args.mix_ratio is None else args.mix_ratio
     with Progress("reading data", 0, show=human_size) as bar:
 
@@ -111,11 +123,13 @@ def open_dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> Dataset:
             tokenizer=checkpoint.tokenizer,
             template=checkpoint.template,
             max_length=max_length,
-            fmt=args.format,
+            fmt=args.format if other is None else "auto",
+            preferred=None if args.format == "auto" else args.format,
             train_on_prompt=args.train_on_prompt,
             max_bad=None if args.check_data else args.max_bad,
+            cache=ScanCache(args.data_cache, note),
             weights=[weight for _, weight in files],
-            mix=None if args.mix_data is None else (args.mix_data, ratio),
+            mix=None if args.mix_data is None or other is not None else (args.mix_data, ratio),
             on_note=note,
             progress=show,
         )

@@ -46,15 +46,15 @@ class Subset:
 def split(dataset: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
     """What stays to learn from, and a random share of the rows that does not.
 
-    All sequences of a row go together; general rows stay.
+    All sequences of a row go together, also those of a file that is given twice; general rows stay.
 
     Raises:
         UsageError: the share leaves one of the two without rows.
     """
     own = [g for g in dataset.groups if not g.general]
-    rows: dict[str, list[int]] = {}
+    rows: dict[tuple[int, int], list[int]] = {}
     for index in range(own[0].start, own[-1].stop):
-        rows.setdefault(dataset.source(index), []).append(index)
+        rows.setdefault(dataset.row(index), []).append(index)
     count = round(len(rows) * share)
     if not 0 < count < len(rows):
         raise UsageError(

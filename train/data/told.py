@@ -21,10 +21,11 @@ def joined(error: InputError) -> str:
 
 
 def summed(bad: Iterable[tuple[str, str]], limit: int | None = None) -> tuple[list[str], int]:
-    """Lines such as "file:2-9, 12: reason (9 rows)", one for each file and reason.
+    """Lines such as "file:2-9, 12: reason (9 rows)", or "file, row 2-9: ...", one for each file and
+    reason.
 
     Args:
-        bad: ("file:line", reason) in their order.
+        bad: ("file:line" or "file, row N", reason) in their order.
         limit: of the lines; None = all.
 
     Returns:
@@ -32,12 +33,12 @@ def summed(bad: Iterable[tuple[str, str]], limit: int | None = None) -> tuple[li
     """
     rows: dict[tuple[str, str], list[int]] = {}
     for where, reason in bad:
-        name, _, line = where.rpartition(":")
-        rows.setdefault((name, reason), []).append(int(line))
+        number = len(where) - len(where.rstrip("0123456789"))
+        rows.setdefault((where[:-number], reason), []).append(int(where[-number:]))
     lines = []
     for (name, reason), numbers in list(rows.items())[:limit]:
         total = f" ({len(numbers)} rows)" if len(numbers) > 1 else ""
-        lines.append(f"{name}:{_ranges(numbers)}: {reason}{total}")
+        lines.append(f"{name}{_ranges(numbers)}: {reason}{total}")
     left = [] if limit is None else list(rows.values())[limit:]
     return lines, sum(map(len, left))
 

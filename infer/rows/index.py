@@ -1,21 +1,29 @@
 """Rows of data files by their place: of a file only the offsets of its rows stay in memory.
 
-A file is JSON lines or one JSON array. Both are read once from begin to end, a few rows at a time;
-a row that is wanted later is read again from its place.
+A file is JSON lines, one JSON array, or a table (CSV, TSV, Parquet), plain or packed by gzip. All
+are read once from begin to end, a few rows at a time; a row that is wanted later is read again from
+its place. What gzip unpacks, and the rows of a table as JSON, are kept in a temporary file without
+a name.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import json
 import os
+import shutil
 import stat
+import tempfile
 import weakref
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from glm2_jax.errors import InputError
 from infer.params import shown
+from infer.rows.tables import PARQUET, csv_records, delimiter_of, parquet_records
 from infer.text_input import refuse_wide
 
 MAX_ROW = 16 * 2**20  # bytes; no row that a model could learn from is as long
@@ -30,15 +38,17 @@ class Row(NamedTuple):
 
     Attributes:
         line: the line that it begins in, from 1.
+        number: of the row, from 1.
         offset: of its first byte in the file.
         size: in bytes.
-        data: its bytes, or None if it is longer than is read.
+        data: its bytes, or what is wrong with it where it cannot be read.
     """
 
     line: int
+    number: int
     offset: int
     size: int
-    data: bytes | None
+    data: bytes | InputError
 
 
 class DataFile:
@@ -47,10 +57,13 @@ class DataFile:
     Args:
         path: of a plain file.
         max_row: bytes; of a longer row nothing is kept.
+        file: an open file to read instead, whose name the path is.
 
     Attributes:
         name: the path as text.
-        size: of the file, in bytes.
+        size: of the file, in bytes; of what gzip unpacks.
+        kind: "lines", "array", "csv" or "parquet".
+        by_line: whether the rows read so far begin in different lines.
         sha256: of its contents, once `rows` has come to its end.
 
     Raises:
@@ -58,41 +71,112 @@ class DataFile:
             goes on in the next line, so that lines are no rows.
     """
 
-    def __init__(self, path: str | os.PathLike[str], max_row: int = MAX_ROW):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        max_row: int = MAX_ROW,
+        *,
+        file: BinaryIO | None = None,
+    ):
         self.name = os.fspath(path)
         self.max_row = max_row
-        self.sha256 = ""
-        self._fd = _open(self.name)
-        self.close = weakref.finalize(self, os.close, self._fd)  # no row can be read after it
+        self.sha256, self.by_line = "", True
+        fd = _open(self.name) if file is None else os.dup(file.fileno())
+        self._fd = _unpacked(fd, self.name)
+        opened = contextlib.ExitStack()
+        opened.callback(os.close, self._fd)
+        self.close = weakref.finalize(self, opened.close)  # no row can be read after it
         self.size = os.fstat(self._fd).st_size
-        sample = self.read(0, _PIECE)
-        if self.size <= len(sample) and not sample.removeprefix(_BOM).strip():
+        sample = os.pread(self._fd, _PIECE, 0)
+        self._start = len(_BOM) if sample.startswith(_BOM) else 0
+        self.kind = self._kind(sample)
+        self._table: BinaryIO | None = None  # its rows as JSON, where they are read again
+        if self.kind in ("csv", "parquet"):
+            self._table = opened.enter_context(tempfile.TemporaryFile())
+
+    def _kind(self, sample: bytes) -> str:
+        if sample.startswith(PARQUET):
+            self.by_line = False
+            return "parquet"
+        if self.size <= len(sample) and not sample[self._start :].strip():
             raise no_rows(self.name)
         refuse_wide(sample, self.name)
-        self._start = len(_BOM) if sample.startswith(_BOM) else 0
-        self._is_array = sample[self._start :].lstrip().startswith(b"[")
-        if not self._is_array:
-            _refuse_spread(sample[self._start :], self.name, cut=self.size > len(sample))
+        if delimiter_of(self.name):
+            return "csv"
+        if sample[self._start :].lstrip().startswith(b"["):
+            return "array"
+        _refuse_spread(sample[self._start :], self.name, cut=self.size > len(sample))
+        return "lines"
 
     def rows(self) -> Iterator[Row]:
         """All rows in their order; blank lines are none.
 
         Raises:
-            InputError: a JSON array that is broken, where nothing tells where its next row begins.
+            InputError: a JSON array that is broken, where nothing tells where its next row begins;
+                or a table that cannot be read.
         """
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
             source = _Hashed(file)
+            if self._table is not None:
+                self.sha256 = self.digest()
+                yield from self._records(file)
+                return
             source.read(self._start)
-            if self._is_array:
-                yield from _Elements(source, self.name, self._start, self.max_row)
+            if self.kind == "array":
+                line = 0
+                for row in _Elements(source, self.name, self._start, self.max_row):
+                    self.by_line &= row.line != line
+                    line = row.line
+                    yield row
             else:
                 yield from _lines(source, self._start, self.max_row)
             self.sha256 = source.sha256.hexdigest()
 
+    def _records(self, file: BinaryIO) -> Iterator[Row]:
+        assert self._table is not None
+        self._table.seek(0)
+        self._table.truncate()
+        delimiter = delimiter_of(self.name) or ","
+        records = (
+            parquet_records(file, self.name)
+            if self.kind == "parquet"
+            else csv_records(file, self.name, delimiter, self.max_row)
+        )
+        offset = 0
+        for number, (line, data) in enumerate(records, 1):
+            size = 0 if isinstance(data, InputError) else len(data)
+            if size > self.max_row:
+                data = _too_long(size)
+            elif not isinstance(data, InputError):
+                with _writing(self.name):
+                    self._table.write(data)
+            yield Row(line, number, offset, size, data)
+            offset += size if isinstance(data, bytes) else 0
+
+    def place(self, line: int, number: int) -> str:
+        """Where a row is, for people, once all are read."""
+        return f"{self.name}:{line}" if self.by_line else f"{self.name}, row {number}"
+
+    def digest(self) -> str:
+        """The sha256 of the contents, read once more."""
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def restore(self, sha256: str, by_line: bool) -> None:
+        """Brings the file into the state it has after `rows`, where what that yields is known."""
+        self.sha256, self.by_line = sha256, by_line
+        if self._table is not None:
+            for _ in self.rows():
+                pass
+
     def read(self, offset: int, size: int) -> bytes:
         """The bytes of a row; fewer than `size` where the file has become shorter."""
-        return os.pread(self._fd, size, offset)
+        if self._table is None:
+            return os.pread(self._fd, size, offset)
+        self._table.flush()
+        return os.pread(self._table.fileno(), size, offset)
 
 
 def no_rows(name: str) -> InputError:
@@ -112,6 +196,38 @@ def _open(name: str) -> int:
     os.close(fd)
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device, and rows are read repeatedly"
     raise InputError(f"cannot read {name}", f"it is {kind}", "name a plain file")
+
+
+def _unpacked(fd: int, name: str) -> int:
+    """The descriptor, or for a file that gzip packed that of its contents."""
+    if os.pread(fd, 2, 0) != b"\x1f\x8b":
+        return fd
+    with open(fd, "rb") as packed, tempfile.TemporaryFile() as contents, _writing(name):
+        packed.seek(0)
+        try:
+            with gzip.open(packed) as source:
+                shutil.copyfileobj(source, contents, _PIECE)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"cannot read {name}", f"its gzip data are damaged: {error}") from None
+        contents.flush()
+        return os.dup(contents.fileno())
+
+
+@contextlib.contextmanager
+def _writing(name: str) -> Iterator[None]:
+    """Makes a failure of the temporary file an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot unpack {name}",
+            f"{error.strerror or error}, in {tempfile.gettempdir()}",
+            "free some space, or set TMPDIR to a folder with more",
+        ) from None
+
+
+def _too_long(size: int) -> InputError:
+    return InputError("the row is too long to be read", f"{size} bytes")
 
 
 def _refuse_spread(sample: bytes, name: str, *, cut: bool) -> None:
@@ -156,16 +272,18 @@ class _Hashed:
 
 
 def _lines(source: _Hashed, offset: int, max_row: int) -> Iterator[Row]:
-    number = 0
+    number = rows = 0
     while line := source.readline(max_row + 1):
         number += 1
-        size, data = len(line), line
+        size = len(line)
+        data: bytes | InputError = line
         if size > max_row:
-            data = None
             while not line.endswith(b"\n") and (line := source.readline(_PIECE)):
                 size += len(line)
-        if data is None or data.strip():
-            yield Row(number, offset, size, data)
+            data = _too_long(size)
+        if isinstance(data, InputError) or data.strip():
+            rows += 1
+            yield Row(number, rows, offset, size, data)
         offset += size
 
 
@@ -192,12 +310,13 @@ class _Elements:
     def __iter__(self) -> Iterator[Row]:
         self._next_char()
         self._advance(self.at + 1)  # the bracket
-        char = self._next_char()
+        char, number = self._next_char(), 0
         while char != "]":
-            end = self._end_of_value()
+            end, number = self._end_of_value(), number + 1
             size = end - self.at
-            data = self.text[self.at : end].encode("latin-1") if size <= self.max_row else None
-            yield Row(self.line, self.offset + self.at, size, data)
+            fits = size <= self.max_row
+            data = self.text[self.at : end].encode("latin-1") if fits else _too_long(size)
+            yield Row(self.line, number, self.offset + self.at, size, data)
             self._advance(end)
             char = self._next_char()
             if char == ",":

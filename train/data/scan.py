@@ -1,0 +1,159 @@
+"""What one reading of a file finds: the places and lengths of its sequences, and its bad rows."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from glm2_jax.errors import InputError
+from infer.requests import parse_object
+from infer.rows.encode import Encoder
+from infer.rows.formats import detect, read_messages, unknown_format, unused_keys
+from infer.rows.index import DataFile, Row, no_rows
+from train.data.told import joined
+
+MAX_LISTED = 10_000  # bad rows of which the reasons are kept; all are counted
+COLUMNS = {
+    "offset": "q", "line": "q", "row": "q", "size": "i", "sum": "I", "number": "i", "length": "i",
+    "learned": "i",
+}  # fmt: skip
+"""One entry a sequence: its row's place, line, number, size and crc32, which of the row's sequences
+it is, its tokens, and how many of them are learned."""
+
+
+@dataclass
+class Scan:
+    """The sequences of a file.
+
+    Attributes:
+        format: one of FORMATS, or "unknown".
+        by_line: whether its rows begin in different lines.
+        rows: how many there are, good and bad.
+        bad: (line, number of the row, reason), the first MAX_LISTED.
+        bad_reasons: how many there are for each reason, without what is particular to a row.
+        unused: keys that have no effect, with the number of rows that have them.
+        marked: answers that are marked as not to be learned.
+        columns: COLUMNS as arrays.
+    """
+
+    format: str = "unknown"
+    by_line: bool = True
+    rows: int = 0
+    bad: list[tuple[int, int, str]] = field(default_factory=list)
+    bad_reasons: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    marked: int = 0
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
+
+    Attributes:
+        encoder: makes tokens of them.
+        max_length: most tokens of a sequence; a longer one makes its row a bad one.
+        fmt: one of FORMATS, or "auto": that of the file's first rows.
+        preferred: with "auto", the format to take where a row has the keys of several.
+    """
+
+    encoder: Encoder
+    max_length: int
+    fmt: str = "auto"
+    preferred: str | None = None
+
+
+def scan(file: DataFile, how: Reading, progress: Callable[[int], None]) -> Scan:
+    """Reads all rows of a file.
+
+    Args:
+        progress: called with the bytes read.
+
+    Raises:
+        InputError: the file has no rows, is broken, or mixes formats.
+    """
+    found, chosen = Scan(), _Format(file, how)
+    columns = {name: array(kind) for name, kind in COLUMNS.items()}
+    for row in file.rows():
+        found.rows += 1
+        try:
+            _add(found, columns, row, chosen, how)
+        except InputError as error:
+            if error is chosen.mixture:
+                raise
+            found.bad_reasons[error.what] += 1
+            if len(found.bad) < MAX_LISTED:
+                found.bad.append((row.line, row.number, joined(error)))
+        progress(min(row.offset + row.size, file.size))
+    if not found.rows:  # an array without elements
+        raise no_rows(file.name)
+    found.format, found.by_line = chosen.name or "unknown", file.by_line
+    found.columns = {name: np.array(values) for name, values in columns.items()}
+    return found
+
+
+def _add(found: Scan, columns: dict[str, array], row: Row, chosen: _Format, how: Reading) -> None:
+    """Takes the sequences of a row, all of them or none."""
+    if isinstance(row.data, InputError):
+        raise row.data
+    fields = parse_object(row.data)
+    fmt = chosen.of(fields, row)
+    messages = read_messages(fields, fmt)
+    lengths, learned = [], []
+    # The last one is the longest: of an endless conversation no more is encoded.
+    for number in reversed(range(how.encoder.count(messages))):
+        ids, mask = how.encoder.encode(messages, number)
+        if len(ids) > how.max_length:
+            raise InputError("too long", f"{len(ids)} tokens, at most {how.max_length}")
+        lengths.insert(0, len(ids))
+        learned.insert(0, sum(mask))
+    found.unused.update(unused_keys(fields, fmt))
+    answers = (message for message in messages if message["role"] == "assistant")
+    found.marked += sum(not message.get("loss", True) for message in answers)
+    n = len(lengths)
+    values = {"offset": row.offset, "line": row.line, "row": row.number, "size": row.size}
+    for name, value in (values | {"sum": zlib.crc32(row.data)}).items():
+        columns[name].extend([value] * n)
+    for name, each in (("number", range(n)), ("length", lengths), ("learned", learned)):
+        columns[name].extend(each)
+
+
+class _Format:
+    """The format of a file: as given, or that of the first row that has all the keys of one."""
+
+    def __init__(self, file: DataFile, how: Reading):
+        self._file, self._preferred = file, how.preferred
+        self._detect = how.fmt == "auto"
+        self.name = None if self._detect else how.fmt
+        self._first: Row | None = None
+        self.mixture: InputError | None = None
+
+    def of(self, fields: dict[str, Any], row: Row) -> str:
+        """The format to read a row in.
+
+        Raises:
+            InputError: the row has the keys of no format, or those of two; or, and then it is kept
+                as `mixture`, its format is not that of the rows before.
+        """
+        found = detect(fields, self._preferred) if self._detect else None
+        if self.name is None:
+            if found is None:
+                raise unknown_format(fields)
+            self.name, self._first = found, row
+        elif found is not None and found != self.name and self._first is not None:
+            self.mixture = InputError(
+                f"{self._file.name} mixes formats",
+                f"{self._where(self._first)} is {self.name}, {self._where(row)} is {found}",
+                "split it into files of one format each",
+            )
+            raise self.mixture
+        return self.name
+
+    def _where(self, row: Row) -> str:
+        return f"line {row.line}" if self._file.by_line else f"row {row.number}"
