@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.prompt import build_prompt
+from infer.rows.encode import Encoder
+from infer.rows.index import DataFile
 from tests.fuzz_inputs import damaged
 from tests.training_data import (
     CONVERSATIONS,
@@ -22,8 +24,6 @@ from tests.training_data import (
     role_messages,
     sharegpt,
 )
-from infer.rows.encode import Encoder
-from infer.rows.index import DataFile
 from train.data.told import summed
 
 DEEP = '{"instruction":' * 200 + "1" + "}" * 200

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from glm2_jax.errors import InputError
 from glm2_jax.prompt import build_messages, build_prompt
+from infer.rows.encode import Encoder
+from infer.rows.index import DataFile
 from tests.training_data import (
     CONVERSATIONS,
     GLM2,
@@ -22,8 +24,6 @@ from tests.training_data import (
     open_rows,
     write_rows,
 )
-from infer.rows.encode import Encoder
-from infer.rows.index import DataFile
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(str.strip)
 

@@ -15,8 +15,9 @@ from infer.evaluate import perplexity, reader
 from infer.evaluate import run as evaluation
 from infer.evaluate.__main__ import main, parser
 from infer.evaluate.reader import Reader
-from infer.evaluate.rows import BadRows, Pair, Text
+from infer.evaluate.rows import BadRows, Conversation, Text
 from tests.engine_toy import toy_engine, toy_params, warm_engine
+from tests.training_data import open_rows
 from train.demo import data as demo_data
 
 LONG = "你好，世界。今天天气很好，我们去公园散步吧。The model answers questions. " * 6
@@ -32,6 +33,16 @@ def toy(engine, monkeypatch):
     """The toy engine in place of what the flags name."""
     monkeypatch.setattr(evaluation, "open_engine", lambda args, **contents: engine)
     return engine
+
+
+def pair(question, answer, history=(), **marks):
+    """A conversation; `marks` are of the answers in the history."""
+    messages = []
+    for asked, said in history:
+        messages += [{"role": "user", "content": asked}]
+        messages += [{"role": "assistant", "content": said, **marks}]
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation("here", tuple(messages))
 
 
 def nats_of(engine, ids, first: int) -> float:
@@ -70,25 +81,39 @@ def test_a_text_is_as_likely_as_each_of_its_tokens(engine):
 
 def test_of_an_answer_only_it_and_its_end_count(engine):
     question, answer = "你是谁？", "我是一个模型。"
-    total = measured(engine, Pair("here", question, answer))
+    total = measured(engine, pair(question, answer))
     prompt = engine.build_prompt(question)
     learned = [*engine.tokenizer.encode(answer), engine.tokenizer.eos_id]
     assert total.tokens == len(learned) and total.characters == len(answer)
     assert total.nats == pytest.approx(nats_of(engine, prompt + learned, len(prompt)), rel=1e-5)
 
 
-def test_history_and_input_lead_up_to_the_answer(engine):
-    plain = measured(engine, Pair("here", "你好", "我是模型"))
-    later = measured(engine, Pair("here", "你好", "我是模型", (("你好", "你好！"),)))
-    assert plain.tokens == later.tokens and plain.nats != later.nats
+HISTORY = (("你好", "你好！"), ("今天天气很好", "是的。"))
 
 
-def test_a_chatglm3_answer_begins_with_the_line_for_a_tool(capsys):
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
+def test_every_answer_counts_as_training_learns_it(engine, tmp_path, family):
+    if family == "chatglm3":
+        engine = toy_engine(family=family, share=warm_engine(), max_length=256)
+    row = {"instruction": "谢谢", "output": "不客气。", "history": [list(turn) for turn in HISTORY]}
+    dataset = open_rows(
+        tmp_path / "data", [row], tokenizer=engine.tokenizer, template=engine.template
+    )
+    total = measured(engine, pair("谢谢", "不客气。", HISTORY))
+    assert total.rows == 1 and total.tokens == dataset.learned.sum()
+    assert total.characters == sum(len(answer) for _, answer in HISTORY) + len("不客气。")
+    marked = measured(engine, pair("谢谢", "不客气。", HISTORY, loss=False))
+    assert marked.characters == len("不客气。") and 0 < marked.tokens < total.tokens
+
+
+def test_a_chatglm3_answer_begins_with_the_line_for_a_tool():
     engine = toy_engine(family="chatglm3")
-    prompt, answer = perplexity.pair_ids(engine, Pair("here", "你好", "我是模型"))
+    [item] = perplexity.prepare(engine, [pair("你好", "我是模型")], BadRows()).items
     encode = engine.tokenizer.encode
-    assert prompt == engine.build_prompt("你好")
-    assert answer == [*encode("\n"), *encode("我是模型"), engine.tokenizer.eos_id]
+    answer = [*encode("\n"), *encode("我是模型"), engine.tokenizer.eos_id]
+    prompt = engine.build_prompt("你好")
+    assert list(item.ids) == prompt + answer
+    assert list(item.counted) == [False] * len(prompt) + [True] * len(answer)
 
 
 def test_windows_count_every_token_once():
@@ -98,9 +123,11 @@ def test_windows_count_every_token_once():
         (90, 91, 2, 3, 4, 5, 6, 7),
         (90, 91, 4, 5, 6, 7, 8, 9),
     ]
-    assert [item.first for item in items] == [2, 6, 6]
+    assert [item.counted.index(True) for item in items] == [2, 6, 6]
+    assert all(all(item.counted[item.counted.index(True) :]) for item in items)
     odd = list(perplexity.windows((90,), range(7), room=4, stride=2))
-    assert [item.ids[item.first :] for item in odd] == [(0, 1, 2, 3), (4, 5), (6,)]
+    counted = [item.ids[item.counted.index(True) :] for item in odd]
+    assert counted == [(0, 1, 2, 3), (4, 5), (6,)]
 
 
 def test_a_long_text_is_read_in_windows(engine):
@@ -108,7 +135,7 @@ def test_a_long_text_is_read_in_windows(engine):
     total = measured(engine, Text("here", LONG), window=64, stride=16)
     items = list(perplexity.windows(prefix, ids, 65 - len(prefix), 16))
     assert len(items) > 5 and total.tokens == len(ids)
-    expected = sum(nats_of(engine, item.ids, item.first) for item in items)
+    expected = sum(nats_of(engine, item.ids, item.counted.index(True)) for item in items)
     assert total.nats == pytest.approx(expected, rel=1e-5)
 
 
@@ -119,7 +146,7 @@ def test_more_context_is_another_figure(engine):
 
 
 def test_the_batch_does_not_matter(engine):
-    rows = [Text("a", LONG[:40]), Pair("b", "你好", "今天天气很好"), Text("c", LONG[:90])]
+    rows = [Text("a", LONG[:40]), pair("你好", "今天天气很好"), Text("c", LONG[:90])]
     one, four = measured(engine, *rows, batch=1), measured(engine, *rows, batch=4)
     assert one.tokens == four.tokens
     assert one.nats == pytest.approx(four.nats, rel=1e-6)
@@ -170,8 +197,8 @@ def test_rows_of_every_form(toy, tmp_path, capsys):
     whole.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     found = [figures(capsys, "--data", str(path)) for path in (lines, whole)]
     assert found[0]["rows"] == 3 and found[0]["tokens"] == found[1]["tokens"]
-    pair = Pair("", "你好\n世界", "今天")
-    total = measured(toy, Text("", "你好"), pair, Pair("", "类型#裤", "好看的裤子"))
+    first, second = pair("你好\n世界", "今天"), pair("类型#裤", "好看的裤子")
+    total = measured(toy, Text("", "你好"), first, second)
     assert found[0]["nats_per_token"] == pytest.approx(total.nats / total.tokens)
 
 
@@ -182,8 +209,8 @@ BAD = [
     (b'{"text": " "}', "text is empty"),
     (b'{"text": 5}', "text is not a string"),
     (b'{"text": "a", "text": "b"}', "twice"),
-    (b'{"prompt": "a"}', "no key that is known here"),
-    (b'{"instruction": "a"}', "no output"),
+    (b'{"prompt": "a"}', "no known format, its keys are 'prompt'"),
+    (b'{"instruction": "a"}', "no known format, its keys are 'instruction'"),
     (b'{"instruction": "a", "output": "b", "input": 1}', "input is not a string"),
     (b'{"instruction": "a", "output": "b", "history": [1]}', "history"),
     (rb'{"text": "\ud800"}', "half of a character"),

@@ -252,7 +252,7 @@ def test_a_text_is_no_question_with_its_answer(toy, tmp_path, capsys):
     with pytest.raises(InputError, match="no row can be used\n1 is bad"):
         main(["--task", "generation", "--data", str(path)])
     told = capsys.readouterr().err
-    assert '{"content", "summary"}' in told and '{"text"}' not in told
+    assert "no known format, its keys are 'text': there are alpaca: instruction, output" in told
 
 
 def test_a_prompt_that_is_too_long_is_a_bad_row(toy, tmp_path, capsys):

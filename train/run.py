@@ -47,10 +47,10 @@ from train.validation import GUARD, VALIDATION, Validation, answer
 # Flags that change where things are and what is told, but not the parameters. Data and model count
 # by their contents.
 _NO_PART = {
-    "model", "source", "revision", "data", "data-cache", "max-bad", "mix-data", "check-data", "print-sample",
+    "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
     "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
     "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
-    "init-adapter",
+    "data-cache", "init-adapter",
 }  # fmt: skip
 
 MakeMethod = Callable[[Folder, argparse.Namespace, Devices, Any], Method]

@@ -13,6 +13,7 @@ from convert import interrupt
 from convert.cli import Parser, path_argument
 from infer import hosts, options
 from infer.evaluate.variants import variants
+from infer.rows import FORMATS
 
 PROG = "python -m infer.evaluate"
 TASKS = ("perplexity", "generation", "choice")
@@ -40,10 +41,16 @@ def parser() -> Parser:
         "--data",
         type=path_argument,
         metavar="F",
-        help='plain text, or JSON (lines or a list) with "text", or instruction, input, output, or '
-        "content, summary; for choice a csv file of C-Eval, MMLU or CMMLU, a jsonl file of the "
+        help='plain text, or rows as train.lora reads them, also {"text"} alone; of a conversation '
+        "every answer counts; for choice a csv file of C-Eval, MMLU or CMMLU, a jsonl file of the "
         "official C-Eval script, or a folder of them (default: 45 bundled questions that the demo "
         "model was not trained on, with answers that it was; none for choice)",
+    )
+    group.add_argument(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="of --data, as in train.lora; auto: by the keys of each row",
     )
     group.add_argument(
         "--max-bad",

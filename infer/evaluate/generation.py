@@ -18,14 +18,15 @@ from infer.evaluate import metrics
 from infer.evaluate.rows import (
     BUNDLED,
     BadRows,
-    Pair,
+    Conversation,
     data_file,
-    parse_pair,
+    parser_of,
     read_rows,
     unplaced,
 )
 from infer.opening import open_engine, say_which_model
 from infer.params import SamplingParams
+from infer.rows.encode import Encoder
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -84,25 +85,27 @@ def sampling_params(args: argparse.Namespace, *, greedy: bool = False) -> Sampli
 def _generate(args: argparse.Namespace, bad: BadRows) -> tuple[list[str], list[str]]:
     sampling = sampling_params(args)
     check_output(args)
-    pairs = bad.keep(read_rows(data_file(args.data)), parse_pair)
-    bad.check(len(pairs))
+    parse = parser_of(args.format, texts=False)
+    rows = bad.keep(read_rows(data_file(args.data)), parse)
+    bad.check(len(rows))
     say_which_model(args)
-    engine = open_engine(args, questions_and_answers=unplaced(pairs))
+    engine = open_engine(args, questions_and_answers=unplaced(rows))
+    encoder = Encoder(engine.tokenizer, engine.template)
 
-    def prompt(where: str, pair: Pair) -> tuple[Pair, list[int]]:
-        ids = engine.build_prompt(pair.question, pair.history, pair.system)
-        return pair, checked(engine, ids)
+    def prompt(where: str, row: Conversation) -> tuple[Conversation, list[int]]:
+        return row, checked(engine, encoder.question(row.messages))
 
-    asked = bad.keep(((pair.where, pair) for pair in pairs), prompt)
+    asked = bad.keep(((row.where, row) for row in rows), prompt)
     bad.check(len(asked))
     texts = [""] * len(asked)
     prompts, clean = [ids for _, ids in asked], engine.template != "raw"
     found = answers(engine, prompts, sampling, args.batch_size, clean=clean)
     with predictions_file(args) as write:
         for at, text in found:
-            texts[at], pair = text, asked[at][0]
-            write(at, {"prompt": pair.question, "labels": pair.answer, "predict": text})
-    return [pair.answer for pair, _ in asked], texts
+            *_, question, answer = asked[at][0].messages
+            texts[at], label = text, answer["content"]
+            write(at, {"prompt": question["content"], "labels": label, "predict": text})
+    return [row.messages[-1]["content"] for row, _ in asked], texts
 
 
 def checked(engine: Engine, ids: list[int]) -> list[int]:

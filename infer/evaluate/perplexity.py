@@ -2,8 +2,8 @@
 
 A text is read behind the template's prefix ids. One that is longer than the window is read in
 windows that overlap: each token is counted once, in the first window it is in, and but for the
-first window with at least `window - stride` tokens before it. Of a question with its answer, the
-answer and the end token are counted.
+first window with at least `window - stride` tokens before it. Of a conversation every answer and
+what ends it are counted, as training learns them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.cli import Progress
+from convert.cli import Progress, note
 from convert.gather import gathered
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from infer.evaluate.reader import Chunk, Reader
-from infer.evaluate.rows import BadRows, Pair, Text
+from infer.evaluate.rows import BadRows, Conversation, Text
+from infer.rows.encode import Encoder
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -31,15 +32,15 @@ WINDOW = 2048  # tokens read at once, where neither model nor user says less
 
 @dataclass(frozen=True)
 class Item:
-    """A row of tokens of which the last ones count.
+    """A row of tokens.
 
     Attributes:
-      ids: prefix or prompt, then what counts.
-      first: index of the first id that counts, 1 or more.
+      ids: the tokens.
+      counted: for each of them, whether it counts; the first one does not.
     """
 
     ids: tuple[int, ...]
-    first: int
+    counted: tuple[bool, ...]
 
 
 @dataclass
@@ -92,13 +93,13 @@ class Material:
 
 def prepare(
     engine: Engine,
-    rows: Sequence[Text | Pair],
+    rows: Sequence[Text | Conversation],
     bad: BadRows,
     *,
     window: int | None = None,
     stride: int | None = None,
 ) -> Material:
-    """Makes tokens of the rows; answers that are too long are told as bad rows.
+    """Makes tokens of the rows; conversations that are too long are told as bad rows.
 
     Args:
       window: tokens read at once, None = 2048 or what the engine has.
@@ -111,26 +112,43 @@ def prepare(
     longest = engine.max_length
     prefix = tuple(engine.tokenizer.prefix_ids)
     room, stride = fit_windows(window, stride, longest, len(prefix))
+    encoder = Encoder(engine.tokenizer, engine.template)
 
-    def items(where: str, row: Text | Pair) -> list[Item]:
+    def items(where: str, row: Text | Conversation) -> list[Item]:
         if isinstance(row, Text):
             return list(windows(prefix, engine.tokenizer.encode(row.text), room, stride))
-        prompt, answer = pair_ids(engine, row)
-        if len(prompt) + len(answer) - 1 > longest:
-            raise InputError(
-                "too long", f"{len(prompt) + len(answer)} tokens, of {longest} that there may be"
-            )
-        return [Item((*prompt, *answer), len(prompt))]
+        found = []
+        for number in reversed(range(encoder.count(row.messages))):  # the longest one first
+            ids, learned = encoder.encode(row.messages, number)
+            if len(ids) - 1 > longest:
+                raise InputError("too long", f"{len(ids)} tokens, of {longest} that there may be")
+            found.insert(0, Item(tuple(ids), tuple(learned)))
+        return found
 
     made: list[Item] = []
-    texts = []
+    texts: list[str] = []
+    good = marked = 0
     for row in rows:
         for found in bad.keep([(row.where, row)], items):
             made += found
-            texts.append(row.text if isinstance(row, Text) else row.answer)
-    bad.check(len(texts))
+            texts += _counted_texts(row)
+            good, marked = good + bool(found), marked + (not found)
+    if marked:
+        note(f"rows left out, because nothing in them is to be learned: {marked}")
+    bad.check(good)
     sizes = [len(text.encode()) for text in texts]
-    return Material(tuple(made), len(texts), sum(map(len, texts)), sum(sizes))
+    return Material(tuple(made), good, sum(map(len, texts)), sum(sizes))
+
+
+def _counted_texts(row: Text | Conversation) -> list[str]:
+    """What of a row counts."""
+    if isinstance(row, Text):
+        return [row.text]
+    return [
+        message["content"]
+        for message in row.messages
+        if message["role"] == "assistant" and message.get("loss", True)
+    ]
 
 
 def fit_windows(
@@ -169,17 +187,9 @@ def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int)
         new = room if not done else stride
         end = min(done + new, len(ids))
         start = max(end - room, 0)
-        yield Item((*prefix, *ids[start:end]), len(prefix) + done - start)
+        before = len(prefix) + done - start
+        yield Item((*prefix, *ids[start:end]), (False,) * before + (True,) * (end - done))
         done = end
-
-
-def pair_ids(engine: Engine, pair: Pair) -> tuple[list[int], list[int]]:
-    """The ids of a question in the engine's template, and those of its answer and end."""
-    tokenizer = engine.tokenizer
-    prompt = engine.build_prompt(pair.question, pair.history, pair.system)
-    # In a ChatGLM3 answer the line for a tool's name comes first, here an empty one.
-    head = tokenizer.encode("\n") if engine.template == "chatglm3" else []
-    return prompt, [*head, *tokenizer.encode(pair.answer), tokenizer.eos_id]
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
@@ -198,7 +208,7 @@ class Targets:
         self._counts = np.zeros((rows, width), bool)
         for row, item in enumerate(batch):
             self._next[row, : len(item.ids) - 1] = item.ids[1:]
-            self._counts[row, item.first - 1 : len(item.ids) - 1] = True
+            self._counts[row, : len(item.ids) - 1] = item.counted[1:]
 
     def of(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         """int32 [B, T] tokens that follow, and bool [B, T] whether they count."""

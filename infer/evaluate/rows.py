@@ -1,23 +1,29 @@
-"""What a model is evaluated on: texts, and questions with answers. Bad rows are told, not hidden.
+"""What a model is evaluated on: texts, and conversations. Bad rows are told, not hidden.
 
-A file is plain text (one text), JSON lines, or a JSON list. A row is {"text"}, or a question with
-its answer: {"instruction", "input", "output"} or {"content", "summary"}, optionally with `history`
-and `system`. Other keys are left alone.
+A file is plain text (one text), or rows in all forms that training reads (`infer.rows`); a row may
+also be {"text"}. Rows and conversations are judged as training judges them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from convert.cli import note
 from glm2_jax.errors import InputError
-from infer.requests import Turns, parse_history, parse_json
-from infer.text_input import decode_utf8, guess_encoding, read_bytes, refuse_wide
+from infer.requests import parse_json
+from infer.rows.formats import Message, detect, read_messages, unknown_format
+from infer.rows.index import DataFile
+from infer.rows.tables import DELIMITERS, PARQUET
+from infer.text_input import decode_utf8, guess_encoding, read_bytes
 
 Parsed = TypeVar("Parsed")
 
@@ -25,9 +31,7 @@ BUNDLED = "bundled sample"
 CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
 _SAMPLE = Path(__file__).parent / "sample.jsonl"
 _BOM = b"\xef\xbb\xbf"
-_ANSWERS = (("instruction", "output"), ("content", "summary"))
-_PAIRS = '{"instruction", "input", "output"} or {"content", "summary"}'
-_FORMS = f'{{"text"}}, {_PAIRS}'
+_START = 1 << 12  # bytes that show what a file is
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,16 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A question and the answer that is wanted.
+class Conversation:
+    """Messages, of which the last one is an answer.
 
     Attributes:
       where: file and line.
+      messages: as of `infer.rows.formats.read_messages`.
     """
 
     where: str
-    question: str
-    answer: str
-    history: Turns = ()
-    system: str | None = None
+    messages: tuple[Message, ...]
 
 
 class BadRows:
@@ -118,85 +120,99 @@ def unplaced(rows: Iterable[Any]) -> list[Any]:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with its place: JSON objects, or for plain text one string.
+    """The rows of a file, each with its place: JSON values, or for plain text one string.
 
     Yields:
-      "file:line" and the JSON value, or an InputError that says why there is none.
+      "file:line", or "file, row N" where several rows are in a line, and the JSON value, or an
+      InputError that says why there is none.
 
     Raises:
       InputError: the file cannot be read, or is as a whole no text.
     """
-    data = read_bytes(path)
-    refuse_wide(data, path)
-    data = data.removeprefix(_BOM)
-    start = data.lstrip()[:1]
-    if start == b"[":
-        yield from _json_list(path, decode_utf8(data, path))
-    elif start == b"{" or path.endswith((".jsonl", ".json")):
-        for number, line in enumerate(data.split(b"\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _json_line(line)
+    with contextlib.ExitStack() as opened:
+        file = None
+        if path == "-" or not Path(path).is_file():  # rows are read from a plain file
+            file = opened.enter_context(tempfile.TemporaryFile())
+            file.write(read_bytes(path))
+            file.flush()
+        if not _has_rows(path, file):
+            yield path, decode_utf8(read_bytes(path) if file is None else _all_of(file), path)
+            return
+        rows = DataFile(path, file=file)
+        opened.callback(rows.close)
+        found = [(row.line, row.number, _json(row.data)) for row in rows.rows()]
+        for line, number, value in found:
+            yield rows.place(line, number), value
+
+
+def _has_rows(path: str, file: BinaryIO | None) -> bool:
+    """Whether a file is one of rows, by its name or how it begins, and not plain text."""
+    name = path.lower().removesuffix(".gz")
+    if name.endswith((".jsonl", ".json", ".parquet", *DELIMITERS)):
+        return True
+    if file is None:
+        with open(path, "rb") as plain:
+            start = plain.read(_START)
     else:
-        yield path, decode_utf8(data, path)
+        start = os.pread(file.fileno(), _START, 0)
+    return start.removeprefix(_BOM).lstrip().startswith((b"{", b"[", PARQUET, b"\x1f\x8b"))
 
 
-def parse_text_or_pair(where: str, row: Any) -> Text | Pair:
-    """A row of any form; InputError says what is wrong with it."""
-    if isinstance(row, str):  # a file of plain text
-        row = {"text": row}
-    if isinstance(row, dict) and "text" in row:
-        return Text(where, _text(row, "text"))
-    return parse_pair(where, row, _FORMS)
+def _all_of(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
-def parse_pair(where: str, row: Any, forms: str = _PAIRS) -> Pair:
-    """A question with its answer; InputError says what is wrong with the row.
+def parser_of(fmt: str, *, texts: bool) -> Callable[[str, Any], Text | Conversation]:
+    """What makes a text or a conversation of a row, in this format or, for "auto", in any;
+    InputError says what is wrong with the row.
 
     Args:
-      forms: what a row may be, for the message.
+      texts: whether a row may be a text.
     """
-    if not isinstance(row, dict):
-        raise InputError("not a JSON object", f"write {forms}")
-    for asked, answered in _ANSWERS:
-        if asked in row or answered in row:
-            question, answer = _text(row, asked), _text(row, answered)
-            break
-    else:
-        raise InputError("no key that is known here", f"write {forms}")
-    if row.get("input"):
-        question += "\n" + _text(row, "input")
-    system = _text(row, "system") if row.get("system") else None
-    return Pair(where, question, answer, parse_history(row.get("history")), system)
+
+    def parse(where: str, row: Any) -> Text | Conversation:
+        if isinstance(row, str) and texts:  # a file of plain text
+            row = {"text": row}
+        if not isinstance(row, dict):
+            raise InputError("not a JSON object", "write {...} with a value for each key")
+        found = detect(row) if fmt == "auto" else fmt
+        if found is None and texts and "text" in row:
+            return Text(where, _text(row))
+        if found is None:
+            raise unknown_format(row)
+        messages = read_messages(row, found)
+        _refuse_half_characters(json.dumps(messages, ensure_ascii=False))
+        return Conversation(where, tuple(messages))
+
+    return parse
 
 
-def _text(row: dict[str, Any], key: str) -> str:
-    text = row.get(key)
+def _text(row: dict[str, Any]) -> str:
+    text = row["text"]
     if not isinstance(text, str):
-        raise InputError(f"no {key}" if text is None else f"{key} is not a string")
+        raise InputError("no text" if text is None else "text is not a string")
     if not text.strip():
-        raise InputError(f"{key} is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{key} has half of a character (a lone surrogate)") from None
+        raise InputError("text is empty")
+    _refuse_half_characters(text)
     return text
 
 
-def _json_line(line: bytes) -> Any:
+def _refuse_half_characters(text: str) -> None:
     try:
-        return parse_json(line.decode("utf-8"))
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("it has half of a character (a lone surrogate)") from None
+
+
+def _json(data: bytes | InputError) -> Any:
+    if isinstance(data, InputError):
+        return data
+    try:
+        return parse_json(data.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return InputError(
-            "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(line)}?"
+            "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(data)}?"
         )
     except InputError as error:
         return error
-
-
-def _json_list(path: str, text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = parse_json(text)
-    except InputError as error:
-        raise InputError(f"{path}: {error.what}", error.why) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row

@@ -13,7 +13,7 @@ from infer.evaluate.rows import (
     BUNDLED,
     BadRows,
     data_file,
-    parse_text_or_pair,
+    parser_of,
     read_rows,
     unplaced,
 )
@@ -56,6 +56,7 @@ def check_flags(args: argparse.Namespace, given: Mapping[str, str]) -> None:
             generation or args.two_pass,
             "--task generation, or --task choice --two-pass",
         ),
+        (("format",), args.task != "choice", "--task perplexity or generation"),
         (("predictions",), args.task != "perplexity", "--task generation or choice"),
         (("overwrite",), args.predictions, "--predictions"),
     )
@@ -89,7 +90,7 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
     from infer.evaluate import compare, perplexity
 
     bad = BadRows(args.max_bad)
-    rows = bad.keep(read_rows(data_file(args.data)), parse_text_or_pair)
+    rows = bad.keep(read_rows(data_file(args.data)), parser_of(args.format, texts=True))
     bad.check(len(rows))
     say_which_model(args)
     _check_folder(args)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infer.compile_cache import OFF, trim, user_cache
+from infer.compile_cache import trim, user_cache
 from infer.rows.index import DataFile
 from train.data.scan import COLUMNS, Reading, Scan, scan
 

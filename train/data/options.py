@@ -25,9 +25,9 @@ def add_data_options(parser: Parser) -> None:
     add = group.add_argument
     add(
         "--data", type=data_argument, action="append", required=True, metavar="FILE[=WEIGHT]",
-        help="JSON lines or a JSON array, UTF-8, or .csv, .tsv, Parquet (with pyarrow), also packed "
-        "as .gz; may be given again; a weight is how often an epoch has each row of the file, 0.5 = "
-        "every other",
+        help="JSON lines, a JSON array, .csv, .tsv or Parquet (with pyarrow), UTF-8, also as .gz; "
+        "may be given again; a weight is how often an epoch has each row of the file, 0.5 = every "
+        "other",
     )  # fmt: skip
     add(
         "--format", choices=("auto", *FORMATS), default="auto",
