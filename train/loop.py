@@ -186,7 +186,7 @@ class Loop:
         self._log.step(step, tokens, peak_bytes(self._run.device), **figures)
 
     def _not_finite(self, step: int, rows: list[str]) -> None:
-        shown = ", ".join(rows[:_ROWS_SHOWN]) + (", ..." if len(rows) > _ROWS_SHOWN else "")
+        shown = "; ".join(rows[:_ROWS_SHOWN]) + ("; ..." if len(rows) > _ROWS_SHOWN else "")
         what = f"loss or gradient of step {step} is NaN or infinite; its rows: {shown}"
         if not self._run.skip_bad or self._bad + 1 == _BAD_IN_A_ROW:
             also = f" as in the {self._bad} steps before" if self._bad else ""

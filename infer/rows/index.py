@@ -115,13 +115,14 @@ class DataFile:
             InputError: a JSON array that is broken, where nothing tells where its next row begins;
                 or a table that cannot be read.
         """
+        sha256 = self.digest() if self._table is not None else ""
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
-            source = _Hashed(file)
             if self._table is not None:
-                self.sha256 = self.digest()
                 yield from self._records(file)
+                self.sha256 = sha256
                 return
+            source = _Hashed(file)
             source.read(self._start)
             if self.kind == "array":
                 line = 0
