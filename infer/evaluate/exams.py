@@ -200,7 +200,7 @@ def _csv(path: Path) -> tuple[list[str], str, Iterator[tuple[str, Any]]]:
     if isinstance(header, InputError):
         raise InputError(f"{where}: {header.what}", header.why)
     names = [name.strip().lower() for name in header]
-    names = [_CHINESE_HEADER.get(name, name) for name in names]
+    names = [_CHINESE_HEADER.get(name) or name for name in names]
     if "question" in names:
         missing = [name for name in _COLUMNS if name not in names]
         if missing:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from train.data.scan import COLUMNS, Reading, Scan, scan
 
 VARIABLE = "GLM2_JAX_DATA_CACHE"
 MAX_BYTES = 2**30
-SMALL = 8 * 2**20  # bytes of a file that is encoded in a few seconds
+SMALL = 2**20  # bytes of a file that is encoded in a few seconds
 _ENDING = "-cache"
 _CODE = (
     "glm2_jax.prompt", "glm2_jax.tokenizer", "infer.requests", "infer.rows.encode",
@@ -76,12 +77,13 @@ class ScanCache:
         return found
 
     def _write(self, path: Path, found: Scan) -> None:
-        facts = {name: getattr(found, name) for name in _FACTS}
+        facts = json.dumps({name: getattr(found, name) for name in _FACTS})
+        arrays: dict[str, Any] = {"facts": np.array(facts), **found.columns}
         temporary = path.with_name(f"{path.name}.{os.getpid()}{_ENDING}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open(temporary, "wb") as file:
-                np.savez(file, facts=np.array(json.dumps(facts)), **found.columns)
+                np.savez(file, **arrays)
             temporary.replace(path)
             trim(path.parent, MAX_BYTES)
         except OSError as error:
@@ -96,7 +98,7 @@ _FACTS = ("format", "by_line", "rows", "bad", "bad_reasons", "unused", "marked")
 def _read(path: Path) -> Scan | None:
     """An entry, or None where there is none that can be read."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             facts = json.loads(str(stored["facts"]))
             columns = {name: stored[name] for name in COLUMNS}
         if len({len(values) for values in columns.values()}) != 1 or set(facts) != set(_FACTS):

@@ -91,6 +91,7 @@ class Dataset:
         self.marked = 0
         self._files: list[DataFile] = []
         self._stops: list[int] = []  # behind the last sequence of each file
+        self._same: list[int] = []  # for each file the first one with the same contents
         self._columns: dict[str, np.ndarray] = {}
 
     @classmethod
@@ -179,7 +180,7 @@ class Dataset:
     def first_of_rows(self) -> np.ndarray:
         """int64: the first sequence of every row; those of repeated files once."""
         first = self._columns["number"] == 0
-        for number, same in enumerate(self._same()):
+        for number, same in enumerate(self._same):
             if same < number:
                 first[self._stops[number - 1] : self._stops[number]] = False
         return np.flatnonzero(first)
@@ -190,11 +191,11 @@ class Dataset:
         line, row = (int(self._columns[name][index]) for name in ("line", "row"))
         return self._files[self._file_of(index)].place(line, row)
 
-    def row(self, index: int) -> tuple[int, int]:
-        """What tells the row of a sequence from all others: the first file with the same contents,
-        and the number in it."""
-        file = self._file_of(index)
-        return self._same()[file], int(self._columns["row"][index])
+    def row_ids(self) -> np.ndarray:
+        """int64 [N]: a number of the row of each sequence; a file that is given again has the same
+        ones."""
+        files = np.searchsorted(self._stops, np.arange(len(self)), side="right")
+        return np.array(self._same, np.int64)[files] << 40 | self._columns["row"]
 
     def close(self) -> None:
         """Closes the files; nothing can be encoded any more."""
@@ -210,16 +211,11 @@ class Dataset:
     def repeated_files(self) -> list[str]:
         """What is to be said of files with the contents of an earlier one, one line each."""
         names = [name for name, _, _ in self.files]
-        pairs = [(names[i], names[first]) for i, first in enumerate(self._same()) if first < i]
+        pairs = [(names[i], names[first]) for i, first in enumerate(self._same) if first < i]
         return [
             f"{name} is given again" if name == first else f"{name} holds the same as {first}"
             for name, first in pairs
         ]
-
-    def _same(self) -> list[int]:
-        """For each file the first one with the same contents."""
-        sums = [sum for _, sum, _ in self.files]
-        return [sums.index(sum) for sum in sums]
 
     def _file_of(self, index: int) -> int:
         return bisect_right(self._stops, index)
@@ -238,8 +234,9 @@ class Dataset:
             name: np.concatenate([found.columns[name] for found in scans]) for name in COLUMNS
         }
         self.lengths, self.learned = self._columns["length"], self._columns["learned"]
-        sums = "".join(sum for _, sum, _ in self.files)
-        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()
+        sums = [sum for _, sum, _ in self.files]
+        self._same = [sums.index(sum) for sum in sums]
+        self.fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
 
     def _weigh(self, weights: Sequence[float], share: float | None) -> None:
         ranges = list(pairwise([0, *self._stops]))

@@ -52,9 +52,10 @@ def split(dataset: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
         UsageError: the share leaves one of the two without rows.
     """
     own = [g for g in dataset.groups if not g.general]
-    rows: dict[tuple[int, int], list[int]] = {}
-    for index in range(own[0].start, own[-1].stop):
-        rows.setdefault(dataset.row(index), []).append(index)
+    start, stop = own[0].start, own[-1].stop
+    rows: dict[int, list[int]] = {}
+    for index, row in enumerate(dataset.row_ids()[start:stop].tolist(), start):
+        rows.setdefault(row, []).append(index)
     count = round(len(rows) * share)
     if not 0 < count < len(rows):
         raise UsageError(
