@@ -255,6 +255,27 @@ def test_a_text_is_no_question_with_its_answer(toy, tmp_path, capsys):
     assert "no known format, its keys are 'text': there are alpaca: instruction, output" in told
 
 
+def test_rows_of_every_format_and_marked_answers(toy, tmp_path, capsys):
+    path, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    turns = [("human", "你好"), ("gpt", "你好！"), ("human", "今天"), ("gpt", "天气很好。")]
+    values = [
+        {"conversations": [{"from": role, "value": text} for role, text in turns]},
+        {
+            "prompt": "今天",
+            "response": "天气很好。",
+            "history": [["你好", "你好！"]],
+            "system": None,
+        },
+        {"prompt": "今天", "response": "不好", "weight": 0},
+    ]
+    path.write_text("\n".join(map(json.dumps, values)), encoding="utf-8")
+    flags = ("--data", str(path), "--predictions", str(answers), "--max-new-tokens", "2")
+    assert main(["--task", "generation", *flags, "--batch-size", "1"]) == 0
+    written = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    assert written[0] == written[1] and written[0]["labels"] == "天气很好。" and len(written) == 2
+    assert "marked as not to be learned: 1" in capsys.readouterr().err
+
+
 def test_a_prompt_that_is_too_long_is_a_bad_row(toy, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     values = [{"instruction": "世" * 200, "output": "a"}, {"instruction": "你好", "output": "世界"}]

@@ -86,7 +86,10 @@ def _generate(args: argparse.Namespace, bad: BadRows) -> tuple[list[str], list[s
     sampling = sampling_params(args)
     check_output(args)
     parse = parser_of(args.format, texts=False)
-    rows = bad.keep(read_rows(data_file(args.data)), parse)
+    found = bad.keep(read_rows(data_file(args.data)), parse)
+    rows = [row for row in found if row.messages[-1].get("loss", True)]
+    if marked := len(found) - len(rows):
+        note(f"rows left out, because their answers are marked as not to be learned: {marked}")
     bad.check(len(rows))
     say_which_model(args)
     engine = open_engine(args, questions_and_answers=unplaced(rows))
