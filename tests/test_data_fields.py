@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from convert.cli import Parser
 from glm2_jax.errors import InputError
-from infer.evaluate.rows import BadRows, parser_of, read_rows
+from infer.evaluate.rows import BadRows, parse_row, read_rows
 from infer.rows.formats import read_messages
 from tests.training_data import (
     GLM2,
@@ -101,7 +102,7 @@ def test_training_and_evaluation_judge_rows_alike(tmp_path):
         path = write_rows(tmp_path / "data.jsonl", rows)
         dataset = open_files([path], max_bad=None, fmt=fmt)
         bad = BadRows(99)
-        good = bad.keep(read_rows(str(path)), parser_of(fmt, texts=True))
+        good = bad.keep(read_rows(str(path)), partial(parse_row, fmt=fmt))
         assert [row.where for row in good] == [dataset.source(n) for n in range(len(dataset))]
         assert [list(row.messages) for row in good] == [
             dataset.messages(n) for n in range(len(dataset))
@@ -145,9 +146,9 @@ def test_each_file_has_its_format(tmp_path):
 
 def test_evaluation_takes_a_format_too(tmp_path):
     for fmt, content in (("alpaca", "i"), ("sharegpt", "a")):
-        assert parser_of(fmt, texts=True)("here", BOTH).messages[0]["content"] == content
+        assert parse_row("here", BOTH, fmt).messages[0]["content"] == content
     with pytest.raises(InputError, match="it has the keys of"):
-        parser_of("auto", texts=True)("here", BOTH)
+        parse_row("here", BOTH)
 
 
 @pytest.mark.parametrize("template", ["chatglm2", "chatglm3"])

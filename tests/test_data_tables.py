@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from glm2_jax.errors import InputError
-from infer.evaluate.rows import BadRows, parser_of, read_rows
+from infer.evaluate.rows import BadRows, parse_row, read_rows
 from infer.rows.index import DataFile
 from tests.training_data import alpaca, open_files, write_rows
 
@@ -52,7 +52,7 @@ def test_a_table_in_text(tmp_path, expected, name, mark, packed):
     assert [dataset.source(int(n)) for n in dataset.first_of_rows()] == [
         f"{path}:{n}" for n in (2, 5, 6)
     ]
-    evaluated = BadRows().keep(read_rows(str(path)), parser_of("auto", texts=True))
+    evaluated = BadRows().keep(read_rows(str(path)), parse_row)
     assert [list(row.messages) for row in evaluated] == expected
     assert [row.where for row in evaluated] == [f"{path}:{n}" for n in (2, 5, 6)]
 

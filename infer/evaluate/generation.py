@@ -20,7 +20,7 @@ from infer.evaluate.rows import (
     BadRows,
     Conversation,
     data_file,
-    parser_of,
+    parse_conversation,
     read_rows,
     unplaced,
 )
@@ -85,7 +85,10 @@ def sampling_params(args: argparse.Namespace, *, greedy: bool = False) -> Sampli
 def _generate(args: argparse.Namespace, bad: BadRows) -> tuple[list[str], list[str]]:
     sampling = sampling_params(args)
     check_output(args)
-    parse = parser_of(args.format, texts=False)
+
+    def parse(where: str, row: Any) -> Conversation:
+        return parse_conversation(where, row, args.format)
+
     found = bad.keep(read_rows(data_file(args.data)), parse)
     rows = [row for row in found if row.messages[-1].get("loss", True)]
     if marked := len(found) - len(rows):

@@ -163,29 +163,29 @@ def _all_of(file: BinaryIO) -> bytes:
     return file.read()
 
 
-def parser_of(fmt: str, *, texts: bool) -> Callable[[str, Any], Text | Conversation]:
-    """What makes a text or a conversation of a row, in this format or, for "auto", in any;
-    InputError says what is wrong with the row.
+def parse_row(where: str, row: Any, fmt: str = "auto") -> Text | Conversation:
+    """A row that is a text or a conversation; InputError says what is wrong with it.
 
     Args:
-      texts: whether a row may be a text.
+      fmt: one of FORMATS, or "auto": by its keys.
     """
+    if isinstance(row, str):  # a file of plain text
+        row = {"text": row}
+    if fmt == "auto" and isinstance(row, dict) and "text" in row and detect(row) is None:
+        return Text(where, _text(row))
+    return parse_conversation(where, row, fmt)
 
-    def parse(where: str, row: Any) -> Text | Conversation:
-        if isinstance(row, str) and texts:  # a file of plain text
-            row = {"text": row}
-        if not isinstance(row, dict):
-            raise InputError("not a JSON object", "write {...} with a value for each key")
-        found = detect(row) if fmt == "auto" else fmt
-        if found is None and texts and "text" in row:
-            return Text(where, _text(row))
-        if found is None:
-            raise unknown_format(row)
-        messages = read_messages(row, found)
-        _refuse_half_characters(json.dumps(messages, ensure_ascii=False))
-        return Conversation(where, tuple(messages))
 
-    return parse
+def parse_conversation(where: str, row: Any, fmt: str = "auto") -> Conversation:
+    """As `parse_row`, of a row that must be a conversation."""
+    if not isinstance(row, dict):
+        raise InputError("not a JSON object", "write {...} with a value for each key")
+    found = detect(row) if fmt == "auto" else fmt
+    if found is None:
+        raise unknown_format(row)
+    messages = read_messages(row, found)
+    _refuse_half_characters(json.dumps(messages, ensure_ascii=False))
+    return Conversation(where, tuple(messages))
 
 
 def _text(row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from infer.evaluate.rows import (
     BUNDLED,
     BadRows,
     data_file,
-    parser_of,
+    parse_row,
     read_rows,
     unplaced,
 )
@@ -90,7 +90,7 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
     from infer.evaluate import compare, perplexity
 
     bad = BadRows(args.max_bad)
-    rows = bad.keep(read_rows(data_file(args.data)), parser_of(args.format, texts=True))
+    rows = bad.keep(read_rows(data_file(args.data)), partial(parse_row, fmt=args.format))
     bad.check(len(rows))
     say_which_model(args)
     _check_folder(args)
