@@ -39,15 +39,15 @@ def native_shapes(config, module, rank):
 
 
 def native_folder(
-    folder, config=TINY, modules=NATIVE, rank=2, ranks=None, *, dtype="float32", **raw
+    folder, config=TINY, modules=NATIVE, rank=2, ranks=None, *, dtype="float32", only=None, **raw
 ):
-    """An adapter as PEFT writes it for GlmForCausalLM, with random numbers."""
+    """An adapter as PEFT writes it for GlmForCausalLM, random numbers; `only`: in these layers."""
     random = np.random.default_rng(5)
     ranks = ranks or {}
     tensors = {
         f"{BLOCK}.{layer}.{'self_attn' if module[0] in 'qkvo' else 'mlp'}.{module}"
         f".lora_{side}.weight": random.standard_normal(shape, np.float32).astype(np.dtype(dtype))
-        for layer in range(config.num_layers)
+        for layer in only or range(config.num_layers)
         for module in modules
         for side, shape in native_shapes(config, module, ranks.get(module, rank)).items()
     }
