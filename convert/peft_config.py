@@ -172,7 +172,7 @@ def _no_adapter(folder: Path) -> CheckpointError:
     inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     example = f", for example {inside[-1]}" if inside else ""
     prefix = (
-        " A P-Tuning v2 prefix is none: infer.generate and infer.chat take it as --prefix."
+        " If it is a P-Tuning v2 prefix, infer.generate and infer.chat take it as --prefix."
         if any((folder / name).exists() for name in WEIGHT_FILES)
         else ""
     )

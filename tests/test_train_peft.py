@@ -142,6 +142,7 @@ def compare_going_on(tmp_path, torch, peft, model, config, params, raw):
     losses, norms = theirs(torch, wrapped, tmp_path / "end")
 
     start = load_adapter(tmp_path / "start", config, apart=True)
+    assert start.shape is not None
     found = ours(config, params, start.lora, start.shape.effective)
     np.testing.assert_allclose(found[0], losses, rtol=1e-5)
     np.testing.assert_allclose(found[1], norms, rtol=1e-3)
