@@ -23,6 +23,7 @@ def open_adapter(
     rope_kind: str | None = None,
     template: str | None = None,
     force: bool = False,
+    apart: bool = False,
 ) -> Adapter:
     """Reads an adapter for a base whose weights need not be loaded yet.
 
@@ -32,12 +33,13 @@ def open_adapter(
         rope_kind, template: as in `convert.load_checkpoint`.
         force: take it even if it was trained on another base, or with another template; that is
             said in its notes.
+        apart: as in `load_adapter`.
 
     Raises:
         CheckpointError: either cannot be opened, or they do not belong together.
     """
     folder = open_folder(base, rope_kind=rope_kind, template=template)
-    found = load_adapter(adapter, folder.config)
+    found = load_adapter(adapter, folder.config, apart=apart)
     differences = []
     if found.base not in (None, fingerprint(folder)):
         differences.append(
@@ -46,8 +48,7 @@ def open_adapter(
                 f"The base it knows has the fingerprint {found.base[:16]}, "
                 f"this one {fingerprint(folder)[:16]}.",
                 "Name the model that it was trained on. Where this one holds the same weights in "
-                "another layout or form, --force-adapter (force_adapter=True) is right, or "
-                "convert.to_peft with this one as --base.",
+                "another layout or form, --force-adapter (force_adapter=True) is right.",
             )
         )
     if found.template not in (None, folder.template):

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax.core import FrozenDict
+import numpy as np
 from safetensors.numpy import save
 
-from convert.adapter_tensors import LAYOUTS, check_finite, join_tensors, split_lora
+from convert.adapter_layouts import LAYOUTS, Layout, Module
+from convert.adapter_tensors import Shape, Written, check_finite, join_tensors, split_lora
 from convert.atomic import fsync
 from convert.local import refuse_url
 from convert.peft_config import CONFIG, read_peft_config
@@ -48,6 +49,9 @@ class Adapter:
         extra: whatever else is to be kept, as JSON values.
         source: the folder that it came from.
         digest: sha256 of its stored arrays.
+        layout: whose matrices its folder names; see `save_adapter`.
+        shape: what its folder consists of, where `lora` was read apart for training; it is written
+            again as it is, and `lora` is the adapter by `Shape.effective` alone.
         notes: what the user should be told, one line each.
     """
 
@@ -58,6 +62,8 @@ class Adapter:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
     digest: str = ""
+    layout: str = "chatglm"
+    shape: Shape | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,14 +80,14 @@ class Adapter:
         return _alpha(self.lora.scale[target], self.rank(target), self.rslora)
 
 
-def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str = "chatglm") -> None:
+def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | None = None) -> None:
     """Writes an adapter's files into a folder; each is replaced at once, other files stay.
 
     Args:
         folder: made if it is not there.
         adapter: `source`, `digest` and `notes` are not written.
         layout: whose matrices are named: "chatglm", the published ones, or "glm", those of
-            `GlmForCausalLM`; see `split_lora`.
+            `GlmForCausalLM`; see `split_lora`. None = those of its shape, or the published ones.
 
     Raises:
         UsageError: a URL, an unknown layout.
@@ -89,10 +95,10 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str = "
         InputError: the folder cannot be written.
     """
     refuse_url(folder)
-    if layout not in LAYOUTS:
+    if layout not in (None, *LAYOUTS):
         raise UsageError(f"unknown layout {layout!r}.", f"Known: {', '.join(LAYOUTS)}.")
     folder = Path(folder)
-    tensors, modules = split_lora(adapter.lora, LAYOUTS[layout])
+    tensors, selection = stored_tensors(adapter, layout)
     tensors = {f"base_model.model.{name}": array for name, array in tensors.items()}
     for name, array in tensors.items():
         check_finite(name, array)
@@ -106,7 +112,7 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str = "
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config = _peft_config(adapter, modules)
+        config = _peft_config(adapter, selection)
         _replace(folder, {WEIGHTS: weights, CONFIG: _json(config), EXTRAS: _json(extras)})
         fsync(folder)
     except OSError as error:
@@ -116,12 +122,13 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str = "
         ) from error
 
 
-def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
+def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = False) -> Adapter:
     """Reads an adapter folder, written by `save_adapter` or by PEFT, of either layout.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors or .bin.
         config: the model that the adapter is for.
+        apart: read it with its shape, for training that goes on with it; see `Adapter`.
 
     Returns:
         The adapter, its arrays float32 in numpy; see `join_tensors`.
@@ -145,27 +152,63 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig) -> Adapter:
         tensors = read_weight_file(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         extras, notes = _read_extras(folder, digest, peft.base)
-        layers, scale = join_tensors(path, tensors, config, peft)
+        lora, shape = join_tensors(path, tensors, config, peft, apart=apart)
     return Adapter(
-        lora=LoRA(layers, FrozenDict(scale), peft.dropout),
+        lora=lora,
         rslora=peft.rslora,
         base=extras.get("base_fingerprint"),
         template=extras.get("template"),
         extra=extras.get("extra", {}),
         source=str(folder),
         digest=digest,
+        layout=shape.layout.name,
+        shape=shape if apart else None,
         notes=notes,
     )
 
 
-def _peft_config(adapter: Adapter, modules: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
-    """For PEFT; `modules` has the target and the rank of each adapted matrix."""
-    ranks = {module: rank for module, (_, rank) in modules.items()}
+def stored_tensors(
+    adapter: Adapter, layout: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of an adapter's folder by their names in the model, and the keys of its
+    configuration that choose them; `layout` as in `save_adapter`."""
+    lora, shape = adapter.lora, adapter.shape
+    if shape is not None:
+        if layout in (None, shape.layout.name):
+            targets = {"target_modules": list(shape.layout.usual)}
+            return shape.tensors(lora), targets | dict(shape.selection)
+        lora = shape.effective(lora)
+    known = LAYOUTS[layout or "chatglm"]
+    tensors, modules = split_lora(lora, known)
+    return tensors, _selection(adapter, modules, known)
+
+
+def _selection(
+    adapter: Adapter, modules: Mapping[Module, Written], layout: Layout
+) -> dict[str, Any]:
+    """Keys that choose `modules`, with the rank and the alpha of each."""
+    num_layers = len(next(iter(adapter.lora.layers.values()))["a"])
+    targets = []
+    for module, (_, layers) in modules.items():
+        in_all = len(layers) == num_layers
+        targets += [module.name] if in_all else [layout.full_name((module, x)) for x in layers]
+    ranks = {module.name: rank for module, (rank, _) in modules.items()}
     alphas = {
-        module: _alpha(adapter.lora.scale[target], rank, adapter.rslora)
-        for module, (target, rank) in modules.items()
+        module.name: _alpha(adapter.lora.scale[module.target], rank, adapter.rslora)
+        for module, (rank, _) in modules.items()
     }
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    others = {
+        "rank_pattern": {name: found for name, found in ranks.items() if found != rank},
+        "alpha_pattern": {name: found for name, found in alphas.items() if found != alpha},
+        "use_rslora": adapter.rslora,
+    }
+    said = {key: value for key, value in others.items() if value}
+    return {"target_modules": targets, "r": rank, "lora_alpha": alpha, **said}
+
+
+def _peft_config(adapter: Adapter, selection: Mapping[str, Any]) -> dict[str, Any]:
+    """For PEFT of any version: keys that came later are there only where they say something."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -173,16 +216,9 @@ def _peft_config(adapter: Adapter, modules: Mapping[str, tuple[str, int]]) -> di
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
         "modules_to_save": None,
-        "r": rank,
-        "lora_alpha": alpha,
         "lora_dropout": adapter.lora.dropout,
-        "target_modules": list(modules),
-        "rank_pattern": {module: found for module, found in ranks.items() if found != rank},
-        "alpha_pattern": {module: found for module, found in alphas.items() if found != alpha},
-        "use_rslora": adapter.rslora,
-        "use_dora": False,
+        **selection,
     }
 
 

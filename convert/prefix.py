@@ -20,6 +20,7 @@ import numpy as np
 from convert.folder import open_folder
 from convert.loader import Checkpoint
 from convert.names import FLOATS
+from convert.peft_config import peft_kind
 from convert.shards import WEIGHT_FILES, open_weights, read_json
 from convert.stored import StoredTensor, reading
 from convert.values import cast
@@ -155,10 +156,13 @@ def _find_folder(folder: Path) -> Path:
         )
     names = sorted(path.name for path in folder.iterdir())
     if any(name.startswith("adapter_") for name in names):
+        kind = peft_kind(folder)
         raise CheckpointError(
             f"{folder} is an adapter of the PEFT library, not a P-Tuning v2 prefix.",
             "It has adapter_config.json or adapter_model; a prefix has pytorch_model.bin.",
-            "Give a LoRA adapter as --adapter (adapter=...); PEFT's own prefixes are not read.",
+            "Give it as --adapter (adapter=...)."
+            if kind in ("", "LORA")
+            else f"{kind} is not read: train a LoRA adapter on its data (python -m train.lora).",
         )
     if any(name in WEIGHT_FILES for name in names):
         return folder

@@ -44,17 +44,17 @@ def main(argv: list[str]) -> None:
     from pathlib import Path
 
     from convert.adapted import open_adapter
-    from convert.adapter import save_adapter
-    from convert.adapter_tensors import LAYOUTS as MATRICES
-    from convert.adapter_tensors import split_lora
+    from convert.adapter import save_adapter, stored_tensors
     from convert.destination import check_destination, new_checkpoint
     from convert.folder import fingerprint, open_folder
 
     base, model = options.find_folder(args, args.base), options.model_options(args)
     adapter = open_adapter(args.source, base, force=args.force_adapter, **model)
+    if adapter.layout == args.layout:  # nothing is to be divided or joined
+        adapter = open_adapter(args.source, base, force=args.force_adapter, apart=True, **model)
     folder = open_folder(base, **model)
     adapter = dataclasses.replace(adapter, base=fingerprint(folder))
-    tensors, modules = split_lora(adapter.lora, MATRICES[args.layout])
+    tensors, _ = stored_tensors(adapter, args.layout)
     size = sum(array.nbytes for array in tensors.values())
     source = Path(args.source)
     for line in (*folder.notes, *adapter.notes):
@@ -65,7 +65,12 @@ def main(argv: list[str]) -> None:
         return
     with new_checkpoint(args.destination, needed=size, source=source) as temporary:
         save_adapter(temporary, adapter, layout=args.layout)
-    said = ", ".join(f"{name} (rank {rank})" for name, (_, rank) in modules.items())
+    ranks: dict[str, int] = {}  # the largest of all layers: what has to be set where it is served
+    for name, array in tensors.items():
+        if ".lora_A." in name:
+            module = name.split(".")[-3]
+            ranks[module] = max(len(array), ranks.get(module, 0))
+    said = ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())
     options.tell_written(human_size(size), args, f"layout {args.layout}: {said}")
 
 

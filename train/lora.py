@@ -3,6 +3,7 @@
 Only the flags are here; what they start is in `train.run`, which is imported after parsing.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from infer.options import QUANTIZE, add_model_options, choose_platform, positive
 from train import options, settings
 from train.data.options import add_data_options
 
+NEW_ADAPTER = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
 PROG = "python -m train.lora"
 DESCRIPTION = """Fine-tunes a LoRA adapter on instruction / input / output rows and others.
 
@@ -44,30 +46,39 @@ def parser() -> Parser:
 def _add_adapter_options(result: Parser) -> None:
     group = result.add_argument_group("adapter")
     add = group.add_argument
-    add("--rank", type=positive, default=8, metavar="N", help="columns of A, rows of B")
+    add("--rank", type=positive, metavar="N", help=f"its rank (default: {NEW_ADAPTER['rank']})")
     add(
-        "--alpha",
-        type=options.above_zero,
-        default=32,
-        metavar="X",
-        help="its strength: alpha / rank",
-    )
+        "--alpha", type=options.above_zero, metavar="X",
+        help=f"its strength: alpha / rank (default: {NEW_ADAPTER['alpha']})",
+    )  # fmt: skip
     add("--dropout", type=options.number, default=0.1, metavar="X", help="before A")
     add(
-        "--target", default="attn", metavar="NAMES",
+        "--target", metavar="NAMES",
         help="matrices, as published, or attn (query_key_value), attn+mlp, all-linear; several "
-        "with commas",
+        f"with commas (default: {NEW_ADAPTER['target']})",
     )  # fmt: skip
-    add("--rslora", action="store_true", help="strength alpha / sqrt(rank)")
+    add("--rslora", action="store_const", const=True, help="strength alpha / sqrt(rank)")
     add(
         "--init-adapter", type=path_argument, metavar="DIR",
-        help="start from an adapter, which says rank, alpha and targets itself",
+        help="start from an adapter, which keeps its rank, alpha, matrices and rsLoRA; flags that "
+        "say otherwise are refused",
+    )  # fmt: skip
+    add(
+        "--force-adapter", action="store_true",
+        help="take --init-adapter though it was trained on another base model or prompt template",
     )  # fmt: skip
     add(
         "--quantize-base", choices=QUANTIZE,
         help="keep the matrices of the base as int8 or int4 (QLoRA); none = unpack what is stored "
         "quantised (default: as it is stored)",
     )  # fmt: skip
+
+
+def fill_new_adapter(args: argparse.Namespace) -> None:
+    """Fills the flags of a new adapter that are not given; one to start from has no defaults."""
+    for name, value in NEW_ADAPTER.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +92,8 @@ def start(parser: Parser, argv: Sequence[str], method: str) -> int:
     args = settings.parse(parser, argv)
     if args.steps is None and args.epochs is None:
         args.epochs = options.DEFAULT_EPOCHS
+    if getattr(args, "init_adapter", ".") is None:
+        fill_new_adapter(args)
     choose_platform(args)
     with hosts.start(args):
         from train import methods

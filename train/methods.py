@@ -19,7 +19,8 @@ from convert.folder import Folder
 from convert.gather import gathered
 from convert.own_format import save_checkpoint
 from glm2_jax.dtypes import resolve_dtype
-from glm2_jax.lora import LoRA, init_lora, with_lora
+from glm2_jax.errors import UsageError
+from glm2_jax.lora import LoRA, find_targets, init_lora, with_lora
 from glm2_jax.sharding import lora_sharding
 from infer import hosts
 from infer.engine import Engine
@@ -38,6 +39,7 @@ class Method(ABC):
         trained: what the first step starts from, float32.
         dtype: that all parameters are computed in; None = their own.
         computed: dtype of the activations.
+        effective: makes the adapter of what is trained; None = it is what answers.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +47,12 @@ class Method(ABC):
     trained: Any
     dtype: np.dtype | None
     computed: np.dtype
+    effective: Callable[[LoRA], LoRA] | None = None
+
+    @property
+    def num_trained(self) -> int:
+        """How many parameters are trained."""
+        return sum(x.size for x in jax.tree.leaves(self.trained))
 
     @abstractmethod
     def model(self, trained: Any) -> tuple[Any, LoRA | None]:
@@ -104,9 +112,19 @@ class AdapterMethod(Method):
         self._adapter = dataclasses.replace(
             adapter, base=self.checkpoint.fingerprint, template=self.checkpoint.template
         )
+        if adapter.shape is not None and not adapter.shape.is_plain:
+            self.effective = jax.jit(adapter.shape.effective)
+        self.checkpoint = dataclasses.replace(
+            self.checkpoint, notes=(*self.checkpoint.notes, *adapter.notes)
+        )
+
+    @property
+    def num_trained(self) -> int:
+        shape = self._adapter.shape
+        return super().num_trained if shape is None else shape.num_params(self.trained)
 
     def model(self, trained: Any) -> tuple[Any, LoRA | None]:
-        return self.base, trained
+        return self.base, trained if self.effective is None else self.effective(trained)
 
     def write(self, folder: Path, trained: Any) -> Path:
         lora = jax.tree.map(gathered, trained)
@@ -118,8 +136,14 @@ class AdapterMethod(Method):
 def _first_adapter(folder: Folder, args: argparse.Namespace) -> Adapter:
     if args.init_adapter is not None:
         found = open_adapter(
-            args.init_adapter, folder.path, rope_kind=args.rope_scaling, template=args.template
+            args.init_adapter,
+            folder.path,
+            rope_kind=args.rope_scaling,
+            template=args.template,
+            force=args.force_adapter,
+            apart=True,
         )
+        _refuse_contradictions(found, args, folder.config.num_layers)
         return dataclasses.replace(
             found, lora=dataclasses.replace(found.lora, dropout=args.dropout)
         )
@@ -133,6 +157,41 @@ def _first_adapter(folder: Folder, args: argparse.Namespace) -> Adapter:
         rslora=args.rslora,
     )
     return Adapter(lora=lora, rslora=args.rslora)
+
+
+def _refuse_contradictions(found: Adapter, args: argparse.Namespace, num_layers: int) -> None:
+    """Refuses flags for a new adapter that are not those of the one to start from.
+
+    Raises:
+        UsageError: names all of them.
+    """
+    shape = found.shape
+    assert shape is not None
+    ranks, alphas = (sorted(set(values)) for values in zip(*shape.choices.values(), strict=True))
+    adapted = list(dict.fromkeys(module.name for module, _ in shape.choices))
+    wrong = []
+    if args.rank is not None and ranks != [args.rank]:
+        wrong.append(f"--rank {args.rank} (it has {', '.join(map(str, ranks))})")
+    if args.alpha is not None and alphas != [args.alpha]:
+        wrong.append(f"--alpha {args.alpha:g} (it has {', '.join(f'{x:g}' for x in alphas)})")
+    if args.target is not None:
+        targets = find_targets(args.target)
+        wanted = {
+            place
+            for place in shape.layout.places(num_layers).values()
+            if place[0].target in targets
+        }
+        if wanted != shape.choices.keys():
+            places = f"{', '.join(adapted)} in {len({x for _, x in shape.choices})} layers"
+            wrong.append(f"--target {args.target} (it has {places})")
+    if args.rslora and not found.rslora:
+        wrong.append("--rslora (it has none)")
+    if wrong:
+        raise UsageError(
+            f"{args.init_adapter} contradicts {'; '.join(wrong)}.",
+            "An adapter keeps its rank, alpha, matrices and rsLoRA where it is trained further.",
+            "Leave these flags out, or leave out --init-adapter to train a new adapter.",
+        )
 
 
 class FullMethod(Method):

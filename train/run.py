@@ -50,7 +50,7 @@ _NO_PART = {
     "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
     "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
     "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
-    "data-cache", "init-adapter",
+    "data-cache", "init-adapter", "force-adapter",
 }  # fmt: skip
 
 MakeMethod = Callable[[Folder, argparse.Namespace, Devices, Any], Method]
@@ -217,6 +217,7 @@ def _train(
                 dtype=method.dtype,
                 remat=args.grad_checkpoint,
                 noise=args.neftune,
+                effective=method.effective,
                 out_shardings=devices.shardings(*state),
             )
             work = Run(
@@ -262,11 +263,10 @@ def _steps(args: argparse.Namespace, batches: Batches) -> int:
 
 
 def _say_what(method: Method, batches: Batches, total: int) -> None:
-    parameters = sum(x.size for x in jax.tree.leaves(method.trained))
     summary = method.checkpoint.summary
     note(
-        f"{len(batches.dataset)} sequences, {total} steps; training {parameters:,} parameters of "
-        f"{summary.num_params:,}, computing in {method.computed}"
+        f"{len(batches.dataset)} sequences, {total} steps; training {method.num_trained:,} "
+        f"parameters of {summary.num_params:,}, computing in {method.computed}"
     )
     for line in method.checkpoint.notes:
         note(line)

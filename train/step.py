@@ -161,13 +161,16 @@ def make_step(
     dtype: Any = None,
     remat: bool = True,
     noise: float = 0.0,
+    effective: Callable[[LoRA], LoRA] | None = None,
     out_shardings: Any = None,
 ) -> Callable[..., tuple[Any, State, Metrics]]:
     """Compiles `train_step` for (base, trained, state, batch, key, number of the step).
 
     `trained` and `state` are donated; on a mesh `out_shardings` says that they stay where they lie.
     """
-    step = partial(train_step, config, optimizer, dtype=dtype, remat=remat, noise=noise)
+    step = partial(
+        train_step, config, optimizer, dtype=dtype, remat=remat, noise=noise, effective=effective
+    )
     options = compiler_options(jax.default_backend())
     return jax.jit(
         step, donate_argnums=(1, 2), out_shardings=out_shardings, compiler_options=options
@@ -187,6 +190,7 @@ def train_step(
     dtype: Any = None,
     remat: bool = True,
     noise: float = 0.0,
+    effective: Callable[[LoRA], LoRA] | None = None,
 ) -> tuple[Any, State, Metrics]:
     """One optimiser step.
 
@@ -206,6 +210,7 @@ def train_step(
         dtype: that all parameters are computed in; None = their own.
         remat: see `glm2_jax.model.hidden`.
         noise: strength of noise on the embeddings (NEFTune, arXiv 2310.05914); 0 = none.
+        effective: makes the adapter of `trained`; None = it is the adapter.
 
     Returns:
         (what `trained` becomes, the next state, what to log).
@@ -215,6 +220,7 @@ def train_step(
 
     def loss(weights: Any, rows: Batch, key: jax.Array) -> jax.Array:
         params, lora = (weights, None) if base is None else (base, weights)
+        lora = lora if lora is None or effective is None else effective(lora)
         dropout_key, noise_key = jax.random.split(key)
         total, _ = loss_sum(
             config,
