@@ -287,7 +287,7 @@ def match_tensors(
     if problems:
         raise CheckpointError(
             f"The tensors do not fit the configuration: {len(problems)} problems.",
-            "\n".join([*problems[:LISTED], *_rest(problems)]),
+            [*problems[:LISTED], *_rest(problems)],
             "Check that config.json belongs to these weights.",
         )
     return [matches[name] for name in tensors if name in matches]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
 from convert.cli import EXIT_INPUT, Progress, note
 from glm2_jax.errors import GLMError, InputError, UsageError
+from glm2_jax.text import json_line
 from infer import hosts
 from infer.journal import SUFFIX, Journal
 from infer.opening import open_engine
@@ -231,7 +232,7 @@ class _Batch:
             for row, completion, wanted in zip(chunk, completions, new, strict=True):
                 if wanted:
                     answer = result(engine, row.request, completion)
-                    answers.append((row.number, json.dumps(answer, ensure_ascii=False)))
+                    answers.append((row.number, json_line(answer)))
                     self._tokens += len(completion.output_ids)
                     self._loops += completion.finish_reason == "loop"
             sink.append(answers)

@@ -24,6 +24,7 @@ from typing import Any
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, only_errors, report
 from glm2_jax.errors import DeviceError, GLMError
+from glm2_jax.text import escape_controls
 
 JOINED = b"\0joined\n"  # what the child says once it has found the others
 _VARIABLE = "GLM2_SUPERVISED_FD"
@@ -117,7 +118,12 @@ class Worker:
                     elif self._held or _ABOUT_OTHERS.match(line):
                         self._held = [*self._held, line][:_KEPT]
                     else:
-                        os.write(2, self._prefix + line)
+                        os.write(2, _escaped(self._prefix + line))
+
+
+def _escaped(lines: bytes) -> bytes:
+    """Lines that C++ wrote, for a terminal."""
+    return escape_controls(lines.decode(errors="replace"), keep="\n\t").encode()
 
 
 def supervise(args: argparse.Namespace) -> int:
@@ -139,7 +145,7 @@ def supervise(args: argparse.Namespace) -> int:
     if prefix:
         only_errors(name)
     if args.debug:
-        os.write(2, worker.told)
+        os.write(2, _escaped(worker.told))
     return report(error)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import platform
 import shlex
@@ -29,6 +28,7 @@ from glm2_jax.host import find_memory, read_text
 from glm2_jax.mesh import mesh_text
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.sharding import check_mesh
+from glm2_jax.text import json_line
 from infer import opening
 from infer.bench import consumer, plot
 from infer.bench.ceilings import Ceilings, measure_ceilings
@@ -267,7 +267,7 @@ class _Output:
         if not self._once.acquire(blocking=False):
             return
         if self._args.json:
-            text = json.dumps(as_json(self._report), ensure_ascii=False)
+            text = json_line(as_json(self._report))
         elif self._args.preset:
             parts = (render, consumer.render)
             text = "\n\n".join(part(self._report, columns()) for part in parts)

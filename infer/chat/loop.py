@@ -79,10 +79,12 @@ class Chat:
                     break
                 self._obey(entry)
             except KeyboardInterrupt:  # the second one with nothing in between
-                note("\ninterrupted")
+                note("")
+                note("interrupted")
                 return EXIT_INTERRUPTED
             except (InputError, UsageError) as error:
-                note(f"error: {error}")
+                for line in f"error: {error}".splitlines():
+                    note(line)
                 self._failed = True
         return EXIT_INPUT if self._failed and not self.terminal else 0
 
@@ -102,7 +104,8 @@ class Chat:
                 if pressed:
                     raise
                 pressed = True
-                note(f"\n({_AGAIN})")
+                note("")
+                note(f"({_AGAIN})")
 
     def _obey(self, entry: Entry) -> None:
         command = entry.text.strip()

@@ -17,6 +17,7 @@ from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.schemes import SCHEMES, asked_scheme
+from glm2_jax.text import escape_controls, join_lines, json_line
 from infer.memory import compiler
 from infer.memory.budget import (
     DEFAULT_CONTEXT,
@@ -75,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
     verdicts = _verdicts(sheet, args) if one_device else None
     if args.json:
         found = None if verdicts is None else [_verdict_json(verdict) for verdict in verdicts]
-        print(json.dumps(as_json(sheet) | {"compiled": found}, ensure_ascii=False))
+        print(json_line(as_json(sheet) | {"compiled": found}))
     else:
         columns = shutil.get_terminal_size((100, 24)).columns
-        print("\n".join(render(sheet, columns)), flush=True)
+        print(join_lines(render(sheet, columns)), flush=True)
         for line in () if verdicts is None else render_verdicts(verdicts, columns):
-            print(line, flush=True)  # each as soon as it is known
+            print(escape_controls(line), flush=True)  # each as soon as it is known
     return EXIT_DEVICE if sheet.nothing_fits else 0
 
 
