@@ -93,9 +93,18 @@ class Worker:
         return b"".join(self._held)
 
     def send(self, signum: int) -> None:
-        """Passes a signal on."""
+        """Passes a signal on, which a stopped process gets when it continues."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signum)
+            self._process.send_signal(signal.SIGCONT)
+
+    def is_stopped(self) -> bool:
+        """Whether it was stopped, by SIGSTOP for example, and does not run."""
+        # macOS has no waitid before Python 3.13.
+        with contextlib.suppress(ChildProcessError, AttributeError):
+            states = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._process.pid, states) is not None
+        return False
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it has ended, after so many seconds at most."""
@@ -176,17 +185,28 @@ def why_ended(worker: Worker, args: argparse.Namespace) -> GLMError | None:
         return None
     if not worker.joined and code in (-signal.SIGABRT, -signal.SIGSEGV):
         return _not_found(args)
-    if worker.told and code == -signal.SIGABRT:
-        tasks = _UNHEALTHY.search(worker.told)
-        which = ", ".join(dict.fromkeys(tasks[1].decode().split())) if tasks else ""
-        if not which and _LEADER.search(worker.told):
-            which = "0"
-        return lost(which, "It stopped to answer." if which else "JAX ended this one.")
+    peers = peers_lost(worker)
+    if peers is not None:
+        which = ", ".join(map(str, peers))
+        return lost(which, "It stopped responding." if which else "JAX ended this one.")
     return DeviceError(
         f"the command was ended by {signal.Signals(-code).name}",
         "It could not tell why itself.",
         "See whether the memory of this host was full; --debug shows what C++ said.",
     )
+
+
+def peers_lost(worker: Worker) -> list[int] | None:
+    """The processes without which JAX ended a worker, [] where it names none; None for another end.
+
+    Args:
+        worker: one that has ended.
+    """
+    if not worker.told or worker.exit_code != -signal.SIGABRT:
+        return None
+    if tasks := _UNHEALTHY.search(worker.told):
+        return [*dict.fromkeys(map(int, tasks[1].split()))]
+    return [0] if _LEADER.search(worker.told) else []
 
 
 def lost(which: str, why: str) -> DeviceError:
