@@ -26,6 +26,7 @@ from infer.opening import open_engine, say_which_model
 from infer.options import sampling_params
 from infer.requests import Request
 from infer.respond import displayed, print_json, print_stats, result
+from infer.text_input import EndlessLine
 
 _AGAIN = "Ctrl-C again leaves"
 _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
@@ -82,6 +83,8 @@ class Chat:
                 note("")
                 note("interrupted")
                 return EXIT_INTERRUPTED
+            except EndlessLine:
+                raise
             except (InputError, UsageError) as error:
                 for line in f"error: {error}".splitlines():
                     note(line)

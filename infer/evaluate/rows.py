@@ -7,6 +7,7 @@ and `system`. Other keys are left alone.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,13 +17,12 @@ from typing import Any, TypeVar
 from convert.cli import note
 from glm2_jax.errors import InputError
 from infer.requests import Turns, parse_history, parse_json
-from infer.text_input import decode_utf8, guess_encoding, read_bytes, refuse_wide
+from infer.text_input import guess_encoding, open_input, peek, read_lines, read_text
 
 Parsed = TypeVar("Parsed")
 
 BUNDLED = "bundled sample"
 _SAMPLE = Path(__file__).parent / "sample.jsonl"
-_BOM = b"\xef\xbb\xbf"
 _ANSWERS = (("instruction", "output"), ("content", "summary"))
 _PAIRS = '{"instruction", "input", "output"} or {"content", "summary"}'
 _FORMS = f'{{"text"}}, {_PAIRS}'
@@ -124,18 +124,16 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     Raises:
       InputError: the file cannot be read, or is as a whole no text.
     """
-    data = read_bytes(path)
-    refuse_wide(data, path)
-    data = data.removeprefix(_BOM)
-    start = data.lstrip()[:1]
-    if start == b"[":
-        yield from _json_list(path, decode_utf8(data, path))
-    elif start == b"{" or path.endswith((".jsonl", ".json")):
-        for number, line in enumerate(data.split(b"\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _json_line(line)
-    else:
-        yield path, decode_utf8(data, path)
+    with open_input(path) as file:
+        start = peek(file).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if start == b"[":
+            yield from _json_list(path, read_text(file, path))
+        elif start == b"{" or path.endswith((".jsonl", ".json")):
+            for number, line in read_lines(file, path):
+                where = f"{path}:{number}"
+                yield where, line if isinstance(line, InputError) else _json_line(line)
+        else:
+            yield path, read_text(file, path)
 
 
 def parse_text_or_pair(where: str, row: Any) -> Text | Pair:
