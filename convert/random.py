@@ -95,8 +95,9 @@ def official_config(
     if name in PRESETS:
         raw |= PRESETS[name].to_hf()
     elif Path(name).exists():
+        raw = read_json(Path(name))
         beside = Path(name).with_name("tokenizer_config.json")
-        raw, extra = read_json(Path(name)), read_json(beside) if beside.exists() else None
+        extra = read_json(beside) if beside.exists() else None
     else:
         raise UsageError(
             f"{flag} {name}: no such model or file.",

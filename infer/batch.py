@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
 from convert.cli import EXIT_INPUT, Progress, note
+from convert.local import real_path
 from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.text import json_line
 from infer import hosts
@@ -327,7 +328,7 @@ def check_output(args: argparse.Namespace) -> Path | None:
     """
     if args.output in (None, "-"):
         return None
-    named, path = Path(args.output), Path(os.path.realpath(args.output))
+    named, path = Path(args.output), real_path(args.output)
     if path.is_dir():
         raise InputError(f"cannot write {path}", "it is a folder", "name a file")
     if is_stream(named):

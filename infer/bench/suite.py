@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, human_size, note, version
 from convert.folder import open_folder, target_scheme
+from convert.local import real_path
 from glm2_jax import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import UsageError
@@ -52,8 +53,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.plot:
         plot.check_plot(args.plot)
     for path in (args.plot, args.markdown):
-        if path and not Path(path).resolve().parent.is_dir():
+        if path and not (place := real_path(path)).parent.is_dir():
             raise UsageError(f"{path} cannot be written.", "Its folder does not exist.")
+        if path and place.is_dir():
+            raise UsageError(f"{path} is a folder.", fix="Name a file in it.")
     if args.preset:
         consumer.apply(args)
     mesh = find_mesh(args)

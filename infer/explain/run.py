@@ -12,6 +12,7 @@ from pathlib import Path
 from convert.atomic import require_writable
 from convert.cli import Progress, note
 from convert.folder import check_fit, check_template, open_folder, read_architecture
+from convert.local import real_path
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.prompt import build_prompt
@@ -89,7 +90,7 @@ def check_page(path: Path) -> None:
         raise InputError("A page is written to a file.", fix="Name one, for example --html x.html.")
     if path.is_dir():
         raise InputError(f"{path} is a folder.", fix="Name a file in it: --html FILE.")
-    if not path.resolve().parent.is_dir():
+    if not real_path(path).parent.is_dir():
         raise InputError(f"{path} cannot be written.", "Its folder does not exist.")
     require_writable(path)
 

@@ -100,7 +100,7 @@ def _name(model: str | None) -> str:
     """The last part of a folder, or of a model's name on a hub."""
     if model is None:
         return "demo (bundled)"
-    return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
+    return Path(os.path.realpath(model) if os.path.isdir(model) else model).name
 
 
 def _versions() -> str:
@@ -145,9 +145,9 @@ def _scrubbed(check: Check, folder: str | None) -> dict[str, Any]:
     values = dataclasses.asdict(check)
     names = {os.path.expanduser("~"): "~"}
     if folder is not None:
-        path = Path(folder)
-        spellings = {str(path.resolve()), str(path.absolute()), str(path), folder.rstrip(os.sep)}
-        names = dict.fromkeys(spellings - {"", "."}, path.resolve().name) | names
+        path, real = Path(folder), Path(os.path.realpath(folder))
+        spellings = {str(real), str(path.absolute()), str(path), folder.rstrip(os.sep)}
+        names = dict.fromkeys(spellings - {"", "."}, real.name) | names
     for key in ("expected", "got", "note"):
         for path, name in sorted(
             names.items(), key=lambda pair: -len(pair[0])
