@@ -236,7 +236,7 @@ def _not_downloaded() -> Iterator[None]:
     except CheckpointError as error:
         if not error.fix.startswith("Download"):
             raise
-        raise CheckpointError(error.what, error.why, _AGAIN) from error
+        raise CheckpointError(error.what, error.why.splitlines(), _AGAIN) from error
 
 
 def _find_weights(folder: Path) -> Path:

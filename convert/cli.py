@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TextIO
 
 from convert.local import refuse_url
+from glm2_jax.text import escape_controls, join_lines
 
 EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
@@ -70,10 +71,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints one line of what and one of what to do, and exits with 2."""
-        unknown = re.match(r"unrecognized arguments: (.*)", message)
+        unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
         if unknown:
             message = f"unknown argument {unknown[1]}{self._suggestion(unknown[1])}"
-        note(f"{self.prog}: {message}\n{self.prog} --help lists the flags")
+        note(f"{self.prog}: {message}")
+        note(f"{self.prog} --help lists the flags")
         sys.exit(EXIT_USAGE)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -119,15 +121,20 @@ def only_errors(name: str) -> None:
 
 
 def note(text: str) -> None:
-    """One line for the user that is not part of the answer: on stderr."""
+    """One line for the user that is not part of the answer: on stderr, escaped."""
     if _speaker is None:
-        _tell(f"{text}\n")
+        _tell(f"{escape_controls(text)}\n")
 
 
-def _complain(text: str) -> None:
-    """Lines about an error: on stderr."""
+def print_path(path: str) -> None:
+    """Prints a path on standard output: as it is for a program, escaped for a terminal."""
+    print(escape_controls(path) if sys.stdout.isatty() else path)
+
+
+def _complain(*lines: str) -> None:
+    """Lines about an error: on stderr, escaped."""
     prefix = "" if _speaker is None else f"{_speaker}: "
-    _tell(textwrap.indent(text.rstrip("\n"), prefix, lambda line: True) + "\n")
+    _tell(join_lines(prefix + line for line in lines) + "\n")
 
 
 def _tell(text: str, stream: TextIO | None = None) -> None:
@@ -198,28 +205,31 @@ def report(error: Exception, *, debug: bool = False) -> int:
     """
     from glm2_jax.errors import GLMError
 
+    trace = "".join(traceback.format_exception(error)).splitlines()
     if debug:
-        _complain("".join(traceback.format_exception(error)))
+        _complain(*trace)
     if isinstance(error, GLMError):
-        _complain(f"error: {error}")
+        _complain(*f"error: {error}".splitlines())
         return error.exit_code
     if is_out_of_memory(error):
         first_line = (str(error).splitlines() or ["the allocation failed"])[0]
-        _complain(f"error: out of memory\n{first_line}\ntry a smaller --dtype, batch or length")
+        _complain("error: out of memory", first_line, "try a smaller --dtype, batch or length")
         return EXIT_DEVICE
     variable = named_variable(str(error), os.environ)
     if isinstance(error, ValueError) and variable:  # jax reads its own when it is imported
         value = os.environ[variable][:500]
-        _complain(f"error: jax cannot use {variable}={value}\n{error}\nunset {variable}")
+        reason = str(error).splitlines()
+        _complain(f"error: jax cannot use {variable}={value}", *reason, f"unset {variable}")
         return EXIT_DEVICE
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free some space or write elsewhere" if full else "check the path and its rights"
-        _complain(f"error: {name} cannot be read or written\n{error.strerror or error}\n{fix}")
+        reason = error.strerror or str(error)
+        _complain(f"error: {name} cannot be read or written", reason, fix)
         return EXIT_INPUT
     if not debug:
-        _complain("".join(traceback.format_exception(error)))
+        _complain(*trace)
     _complain("unexpected error, please report it with the lines above")
     return 1
 
@@ -327,8 +337,8 @@ class Progress:
             return
         self.last = now
         rate = (done - self.before) / (now - self.start)
-        line = f"{self.label}: {self.show(done)} of {self.show(self.total)}"
-        line += f", {self.show(rate)}/s, {more + ', ' if more else ''}"
+        line = f"{escape_controls(self.label)}: {self.show(done)} of {self.show(self.total)}"
+        line += f", {self.show(rate)}/s, {escape_controls(more) + ', ' if more else ''}"
         line += f"{max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
         if self.terminal:  # a line that wraps could not be cleared
             line = cut_to_width(line, _columns(self.stream) - 1)

@@ -15,7 +15,7 @@ from convert.atomic import (
     require_writable,
     restore,
 )
-from convert.local import refuse_url
+from convert.local import real_path
 from convert.manifest import MANIFEST, read_manifest
 from convert.stored import reading
 from glm2_jax.errors import CheckpointError, UsageError
@@ -37,7 +37,7 @@ def new_checkpoint(
     Arguments and errors are those of `check_destination`; an error of the system while the folder
     is filled is an InputError, too. Nothing is left behind.
     """
-    folder = _real(destination)
+    folder = real_path(destination)
     restore(folder)
     check_destination(folder, overwrite, source=source, needed=needed)
     remove_leftovers(folder)
@@ -62,7 +62,7 @@ def check_destination(
             or it holds the source or files that we did not write.
         InputError: no space, or the folder cannot be written.
     """
-    folder = _real(destination)
+    folder = real_path(destination)
     require_writable(folder)
     _check_replaceable(folder, moved_aside(folder) or folder, overwrite, source)
     require_space(folder, needed + _SPARE_BYTES)
@@ -76,7 +76,7 @@ def new_model_file(destination: str | Path, *, needed: int) -> Iterator[Path]:
     written is an InputError, too. Nothing is left behind.
     """
     check_model_file(destination, needed=needed)
-    file = _real(destination)
+    file = real_path(destination)
     remove_leftovers(file)
     with new_file(file, functools.partial(_check_replaceable, file, file, None, None)) as path:
         yield path
@@ -156,15 +156,10 @@ def _check_outside(folder: Path, source: Path) -> None:
             "Name another one.",
         )
     for path in (source, *source.iterdir()):
-        real = _real(path)
+        real = real_path(path)
         if any(parent.exists() and parent.samefile(folder) for parent in real.parents):
             raise UsageError(
                 f"The source {path} lies in {folder}.",
                 "Replacing that folder would lose it.",
                 "Choose another name.",
             )
-
-
-def _real(path: str | Path) -> Path:
-    refuse_url(path)
-    return Path(os.path.realpath(path))

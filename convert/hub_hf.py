@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,10 @@ class HuggingFace:
         self.sums: dict[str, str] = {}
 
     def cached_folder(self) -> Path | None:
-        found = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
-        return Path(found).parent if isinstance(found, str) else None
+        with suppress(errors.HFValidationError):  # a name that no model there can have
+            found = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+            return Path(found).parent if isinstance(found, str) else None
+        return None
 
     def list_files(self) -> dict[str, int]:
         with self._quiet():

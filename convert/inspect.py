@@ -1,12 +1,12 @@
 """`python -m convert.inspect PATH`: what a checkpoint folder is, without reading its weights."""
 
-import json
 from typing import Any
 
 from convert import interrupt
 from convert.cli import Parser, Progress, human_size, note, path_argument
 from convert.hub import find_model
 from convert.options import add_model_flags
+from glm2_jax.text import join_lines, json_line
 
 
 def build_parser() -> Parser:
@@ -97,7 +97,7 @@ def as_table(found: dict[str, Any]) -> str:
         lines["left out"] = ", ".join(found["weights_left_out"])
     if found["source"]:
         lines["made from"] = found["source"]
-    return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
+    return join_lines(f"{name:<14}{value}" for name, value in lines.items())
 
 
 def main(argv: list[str]) -> None:
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
             manifest = verify_checkpoint(path, lambda done, _: progress(done))
         found["verified"] = True
         note(f"verified: {len(manifest.files)} files have the sums of the manifest")
-    print(json.dumps(found, ensure_ascii=False) if args.json else as_table(found))
+    print(json_line(found) if args.json else as_table(found))
 
 
 if __name__ == "__main__":

@@ -195,9 +195,7 @@ def verify_checkpoint(
         except CheckpointError as error:
             problems.append(error.what)
     if problems:
-        raise CheckpointError(
-            f"{folder} is not as it was written.", "\n".join(problems), "Convert it again."
-        )
+        raise CheckpointError(f"{folder} is not as it was written.", problems, "Convert it again.")
     with reading(folder):
         check_listed(folder, manifest, open_weights(folder))
     return manifest

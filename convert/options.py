@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import note, path_argument, size_argument
+from convert.cli import note, path_argument, print_path, size_argument
 from convert.hub import add_hub_flags, find_model
+from glm2_jax.text import json_line
 
 if TYPE_CHECKING:
     from convert.adapter import Adapter
@@ -134,10 +134,10 @@ def tell_written(
     """A line of what was written, and DST on standard output."""
     merged = f", {', '.join(adapter.targets)} adapted" if adapter else ""
     note(f"wrote {size} in {form}{merged}")
-    print(args.destination)
+    print_path(args.destination)
 
 
 def print_plan(args: argparse.Namespace, size: int, **more: Any) -> None:
     """What a dry run says on standard output: DST and its bytes."""
     plan = {"destination": args.destination, "bytes": size, **more, "written": False}
-    print(json.dumps(plan, ensure_ascii=False))
+    print(json_line(plan))

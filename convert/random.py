@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
-from convert.cli import Parser, Progress, human_size, note, path_argument
+from convert.cli import Parser, Progress, human_size, note, path_argument, print_path
 from convert.options import add_shard_size
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ def official_config(
     if name in PRESETS:
         raw |= PRESETS[name].to_hf()
     elif Path(name).exists():
+        raw = read_json(Path(name))
         beside = Path(name).with_name("tokenizer_config.json")
-        raw, extra = read_json(Path(name)), read_json(beside) if beside.exists() else None
+        extra = read_json(beside) if beside.exists() else None
     else:
         raise UsageError(
             f"{flag} {name}: no such model or file.",
@@ -247,7 +248,7 @@ def main(argv: list[str]) -> None:
             progress=show_progress,
         )
     note(f"wrote {human_size(size)} of random weights in {args.dtype}, {raw['num_layers']} layers")
-    print(args.destination)
+    print_path(args.destination)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
 """The errors that a user may meet, each with the exit code that the command-line tools give it."""
 
+from collections.abc import Sequence
+
+from glm2_jax.text import escape_controls, join_lines
+
 
 class GLMError(Exception):
-    """An expected failure, told in up to three lines: what happened, why, and what to do.
+    """An expected failure, told in lines: what happened, why, and what to do.
+
+    What a terminal would obey is escaped in all of them, newlines inside a line, too.
 
     Attributes:
         what: one line, what went wrong.
-        why: one line, the reason; may be empty.
+        why: the reason; may be empty, or have several lines where it was given as several.
         fix: one line, what the user can do; may be empty.
         exit_code: what a command-line tool exits with.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, why: str = "", fix: str = ""):
-        self.what, self.why, self.fix = what, why, fix
-        super().__init__("\n".join(line for line in (what, why, fix) if line))
+    def __init__(self, what: str, why: str | Sequence[str] = "", fix: str = ""):
+        self.what, self.fix = escape_controls(what), escape_controls(fix)
+        self.why = join_lines([why] if isinstance(why, str) else why)
+        super().__init__("\n".join(line for line in (self.what, self.why, self.fix) if line))
 
 
 class UsageError(GLMError):

@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
 from convert.cli import EXIT_INPUT, Progress, note
+from convert.local import real_path
 from glm2_jax.errors import GLMError, InputError, UsageError
+from glm2_jax.text import json_line
 from infer import hosts
 from infer.journal import SUFFIX, Journal
 from infer.opening import open_engine
 from infer.params import SamplingParams, shown
 from infer.requests import Request, Turns, parse_batch
 from infer.respond import add_stats, encode, print_stats, result, warn_beyond_aligned
-from infer.text_input import STDIN, read_bytes
+from infer.text_input import STDIN, open_input, read_lines
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -66,12 +68,13 @@ def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns
     """
     hosts.compare(args, "infer.generate")
     output = check_output(args) if hosts.is_first() else None
-    data = read_bytes(args.batch_file)
     batch = _Batch(args, sampling)
-    requests = batch.requests(data, history)  # before the model is loaded: errors come at once
+    sha256 = hashlib.sha256()
+    with open_input(args.batch_file) as file:  # before the model is loaded: errors come at once
+        requests = batch.requests(read_lines(file, batch.name, sha256.update), history)
     if not requests:
         raise InputError(f"{batch.name} has no prompt that can be answered")
-    agreed = {"lines_of_the_batch_file": [dataclasses.asdict(request) for _, request in requests]}
+    agreed = {"lines_of_the_batch_file": _sum_of(requests)} if hosts.are_several() else {}
     if not hosts.of_first(output is not None and not is_stream(output)):
         return batch.to_stream(open_engine(args, **agreed), requests, output)
     if output is None:
@@ -79,7 +82,7 @@ def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns
         batch.to_file(engine, requests, Elsewhere(hosts.of_first(None)))
         return batch.end()
     with Journal(output, restart=args.restart) as journal:
-        run = _run_of(args, sampling, history, data)
+        run = _run_of(args, sampling, history, sha256.hexdigest())
         journal.check(run)
         refuse_existing(output, journal, args.overwrite)
         engine = open_engine(args, **agreed)
@@ -149,10 +152,12 @@ class _Batch:
         self._answered = self._tokens = self._bad = self._loops = 0
         self._stats: Stats | None = None
 
-    def requests(self, data: bytes, history: Turns) -> list[tuple[int, Request]]:
+    def requests(
+        self, lines: Iterable[tuple[int, bytes | InputError]], history: Turns
+    ) -> list[tuple[int, Request]]:
         """The good lines, each with its number."""
         good, seen, repeated = [], {}, []
-        for number, request in parse_batch(data, self.name, history, self.args.system):
+        for number, request in parse_batch(lines, history, self.args.system):
             if isinstance(request, InputError):
                 self._report(number, request)
             else:
@@ -231,7 +236,7 @@ class _Batch:
             for row, completion, wanted in zip(chunk, completions, new, strict=True):
                 if wanted:
                     answer = result(engine, row.request, completion)
-                    answers.append((row.number, json.dumps(answer, ensure_ascii=False)))
+                    answers.append((row.number, json_line(answer)))
                     self._tokens += len(completion.output_ids)
                     self._loops += completion.finish_reason == "loop"
             sink.append(answers)
@@ -256,13 +261,21 @@ class _Batch:
         note(f"{self.name}:{number}: {reason}")
 
 
+def _sum_of(requests: Sequence[tuple[int, Request]]) -> str:
+    """What several processes have to agree on; one at a time, since all may be large."""
+    sha256 = hashlib.sha256()
+    for number, request in requests:
+        sha256.update(json.dumps([number, dataclasses.asdict(request)]).encode())
+    return sha256.hexdigest()
+
+
 def _run_of(
-    args: argparse.Namespace, sampling: SamplingParams, history: Turns, data: bytes
+    args: argparse.Namespace, sampling: SamplingParams, history: Turns, batch_sha256: str
 ) -> dict[str, Any]:
     """What the answers depend on, as far as it is known without the model."""
     turns = json.dumps(history).encode()
     return {
-        "input": hashlib.sha256(data).hexdigest(),
+        "input": batch_sha256,
         "history": hashlib.sha256(turns).hexdigest() if history else None,
         "system": args.system,
         "clean_text": args.clean_text,
@@ -315,7 +328,7 @@ def check_output(args: argparse.Namespace) -> Path | None:
     """
     if args.output in (None, "-"):
         return None
-    named, path = Path(args.output), Path(os.path.realpath(args.output))
+    named, path = Path(args.output), real_path(args.output)
     if path.is_dir():
         raise InputError(f"cannot write {path}", "it is a folder", "name a file")
     if is_stream(named):

@@ -24,6 +24,7 @@ from typing import Any
 from convert.atomic import fsync
 from convert.cli import note
 from glm2_jax.errors import InputError, UsageError
+from infer.text_input import LARGEST
 
 SUFFIX = ".partial"
 _KIND = b'{"journal": "glm2-jax answers", '
@@ -175,12 +176,13 @@ class Journal:
     def _read(self) -> dict[str, Any] | None:
         """Takes in the lines that are whole; returns the first, or None if it never was."""
         with self.path.open("rb") as file:
-            header = file.readline()
+            lines = iter(lambda: file.readline(LARGEST), b"")
+            header = next(lines, b"")
             run = self._header(header)
             if run is None:
                 return None
             self._end = len(header)
-            for line in file:
+            for line in lines:
                 row, finished = _ROW.fullmatch(line), _FINISHED.fullmatch(line)
                 if finished:
                     self._finished = finished[1].decode()
@@ -190,7 +192,7 @@ class Journal:
                     break  # torn, by a kill or with the power; what follows it counts as lost
                 self._end += len(line)
             file.seek(self._end)
-            self.lost = sum(line.endswith(b"\n") for line in file)
+            self.lost = sum(line.endswith(b"\n") for line in lines)
         return run
 
     def _header(self, line: bytes) -> dict[str, Any] | None:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, EXIT_INTERRUPTED, EXIT_TERMINATED, Parser, note
 from glm2_jax.errors import UsageError
 from infer.options import positive, use_utf8
-from infer.supervise import Worker, pass_signals_on
+from infer.supervise import Worker, pass_signals_on, peers_lost
 
 PROG = "python -m infer.launch"
 DESCRIPTION = """Starts a command as several processes of one run on this machine: to try out what
@@ -63,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     over: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     workers = _start(args, command, over)
     came = pass_signals_on(workers)
-    code, cause = _wait(len(workers), over, came)
+    code, cause = _wait(workers, over, came)
     if cause is None:
         interrupt.tell(code)
         return code
-    which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause.exit_code)}"
+    which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause)}"
     note(f"{which}; the others are ended")
-    if code < 0:
+    if code <= 0:
         note("start again: a batch with --output, and a training with --resume auto, go on")
     _end([worker for worker in workers if not worker.wait(0)])
     return code if code > 0 else EXIT_DEVICE
@@ -107,31 +108,36 @@ def _free_port() -> int:
 
 
 def _wait(
-    count: int, over: queue.SimpleQueue[Worker], came: Sequence[int]
+    workers: Sequence[Worker], over: queue.SimpleQueue[Worker], came: Sequence[int]
 ) -> tuple[int, Worker | None]:
     """Waits until all have ended, or one has with an error.
 
     Returns:
         (exit code, None) where nobody is to blame: the first that was not 0, or that of all;
-        (exit code, worker) of the one that is.
+        (exit code, worker) of the one that is; 0 where it has not ended.
     """
     code = 0
-    for left in reversed(range(count)):
+    for left in reversed(range(len(workers))):
         worker = over.get()
         if came and (worker.exit_code < 0 or worker.exit_code == EXIT_DEVICE):
             code = code or 128 + came[0]  # it lost another that obeyed the signal first
             continue
         code = code or worker.exit_code
         if worker.exit_code not in _NO_ERROR:
-            cause = _cause(worker, left, over)
-            return worker.exit_code if cause is None else cause.exit_code, cause
+            cause = _cause(worker, left, over, workers)
+            if cause is None:
+                return worker.exit_code, None
+            return cause.exit_code if cause.wait(0) else 0, cause
     return code, None
 
 
-def _cause(first: Worker, left: int, over: queue.SimpleQueue[Worker]) -> Worker | None:
+def _cause(
+    first: Worker, left: int, over: queue.SimpleQueue[Worker], workers: Sequence[Worker]
+) -> Worker | None:
     """Whose end is that of the others, `left` of which run; None where all fail alike.
 
-    It is the first that ended, but where that one had only lost another: the one that was lost.
+    It is the first that ended, but where that one had only lost another: the one that was lost,
+    which may still run without responding.
     """
     ended, until = [first], time.monotonic() + _ECHO
     with contextlib.suppress(queue.Empty):
@@ -140,10 +146,21 @@ def _cause(first: Worker, left: int, over: queue.SimpleQueue[Worker]) -> Worker 
     alike = len(ended) > left and {worker.exit_code for worker in ended} == {first.exit_code}
     if alike and first.exit_code > 0:
         return None
-    return next((worker for worker in ended if worker.exit_code != EXIT_DEVICE), first)
+    named = {number for worker in ended for number in peers_lost(worker) or ()}
+    running = [worker for worker in workers if not worker.wait(0)]
+    return next(
+        chain(
+            (w for w in ended if w.exit_code != EXIT_DEVICE and peers_lost(w) is None),
+            (w for w in running if w.is_stopped() or workers.index(w) in named),
+        ),
+        first,
+    )
 
 
-def _ending(code: int) -> str:
+def _ending(worker: Worker) -> str:
+    if not worker.wait(0):
+        return "stopped responding"
+    code = worker.exit_code
     return (
         f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     )

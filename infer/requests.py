@@ -9,20 +9,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.errors import InputError
 from glm2_jax.text import clean_text
 from infer.params import shown
-from infer.text_input import guess_encoding, read_utf8, refuse_wide
+from infer.text_input import guess_encoding, read_utf8
 
 Turns = tuple[tuple[str, str], ...]
 _HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
 _KEYS = ("prompt", "messages", "id", "history", "system")
 _MAX_DEPTH = 100
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -94,26 +93,23 @@ def parse_history(value: Any) -> Turns:
 
 
 def parse_batch(
-    data: bytes, name: str, history: Turns = (), system: str | None = None
+    lines: Iterable[tuple[int, bytes | InputError]],
+    history: Turns = (),
+    system: str | None = None,
 ) -> Iterator[tuple[int, Request | InputError]]:
-    """Reads the lines of a batch file.
+    """Parses the lines of a batch file.
 
     Args:
-      data: its bytes.
-      name: where they come from, for the error.
+      lines: as `infer.text_input.read_lines` gives them.
       history, system: for lines with a prompt that have none of their own.
 
     Yields:
-      The line number, and the request or what is wrong with the line. Blank lines are left out.
-
-    Raises:
-      InputError: the bytes are UTF-16 or UTF-32.
+      The line number, and the request or what is wrong with the line.
     """
-    refuse_wide(data, name)
-    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
+            if isinstance(line, InputError):
+                raise line
             yield number, parse_line(line, history, system)
         except InputError as error:
             yield number, error

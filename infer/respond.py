@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from convert.cli import human_size, note
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.prompt import build_messages, build_prompt, truncate_prompt
+from glm2_jax.text import json_line
 from infer.opening import open_engine, say_which_model
 from infer.options import sampling_params
 from infer.params import SamplingParams
@@ -222,7 +222,7 @@ def result(engine: Engine, request: Request, completion: Completion) -> dict[str
 def print_json(value: dict[str, Any], file: Any = None) -> None:
     """Prints one object as one line, at once."""
     file = file or sys.stdout
-    file.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one go: no half lines
+    file.write(json_line(value) + "\n")  # in one go: no half lines
     file.flush()
 
 

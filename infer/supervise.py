@@ -24,6 +24,7 @@ from typing import Any
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, only_errors, report
 from glm2_jax.errors import DeviceError, GLMError
+from glm2_jax.text import escape_controls
 
 JOINED = b"\0joined\n"  # what the child says once it has found the others
 _VARIABLE = "GLM2_SUPERVISED_FD"
@@ -92,9 +93,18 @@ class Worker:
         return b"".join(self._held)
 
     def send(self, signum: int) -> None:
-        """Passes a signal on."""
+        """Passes a signal on, which a stopped process gets when it continues."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signum)
+            self._process.send_signal(signal.SIGCONT)
+
+    def is_stopped(self) -> bool:
+        """Whether it was stopped, by SIGSTOP for example, and does not run."""
+        # macOS has no waitid before Python 3.13.
+        with contextlib.suppress(ChildProcessError, AttributeError):
+            states = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._process.pid, states) is not None
+        return False
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it has ended, after so many seconds at most."""
@@ -117,7 +127,12 @@ class Worker:
                     elif self._held or _ABOUT_OTHERS.match(line):
                         self._held = [*self._held, line][:_KEPT]
                     else:
-                        os.write(2, self._prefix + line)
+                        os.write(2, _escaped(self._prefix + line))
+
+
+def _escaped(lines: bytes) -> bytes:
+    """Lines that C++ wrote, for a terminal."""
+    return escape_controls(lines.decode(errors="replace"), keep="\n\t").encode()
 
 
 def supervise(args: argparse.Namespace) -> int:
@@ -139,7 +154,7 @@ def supervise(args: argparse.Namespace) -> int:
     if prefix:
         only_errors(name)
     if args.debug:
-        os.write(2, worker.told)
+        os.write(2, _escaped(worker.told))
     return report(error)
 
 
@@ -170,17 +185,28 @@ def why_ended(worker: Worker, args: argparse.Namespace) -> GLMError | None:
         return None
     if not worker.joined and code in (-signal.SIGABRT, -signal.SIGSEGV):
         return _not_found(args)
-    if worker.told and code == -signal.SIGABRT:
-        tasks = _UNHEALTHY.search(worker.told)
-        which = ", ".join(dict.fromkeys(tasks[1].decode().split())) if tasks else ""
-        if not which and _LEADER.search(worker.told):
-            which = "0"
-        return lost(which, "It stopped to answer." if which else "JAX ended this one.")
+    peers = peers_lost(worker)
+    if peers is not None:
+        which = ", ".join(map(str, peers))
+        return lost(which, "It stopped responding." if which else "JAX ended this one.")
     return DeviceError(
         f"the command was ended by {signal.Signals(-code).name}",
         "It could not tell why itself.",
         "See whether the memory of this host was full; --debug shows what C++ said.",
     )
+
+
+def peers_lost(worker: Worker) -> list[int] | None:
+    """The processes without which JAX ended a worker, [] where it names none; None for another end.
+
+    Args:
+        worker: one that has ended.
+    """
+    if not worker.told or worker.exit_code != -signal.SIGABRT:
+        return None
+    if tasks := _UNHEALTHY.search(worker.told):
+        return [*dict.fromkeys(map(int, tasks[1].split()))]
+    return [0] if _LEADER.search(worker.told) else []
 
 
 def lost(which: str, why: str) -> DeviceError:

@@ -5,17 +5,23 @@ what it is. Nothing here imports jax.
 """
 
 import codecs
+import contextlib
+import io
+import math
 import os
 import re
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import BinaryIO
 
+from convert.cli import human_size
 from glm2_jax.errors import InputError
 
 STDIN = "standard input"
-LARGEST = 256_000_000  # bytes of what should be one text, or comes from a device
+LARGEST = 256_000_000  # bytes of what should be one text
+MAX_LINE = 16 * 2**20  # bytes of a line that is one row; no model could read more of them
 _SAMPLE = 1 << 16  # bytes that are looked at to guess an encoding
 _PIECE = 1 << 20
 
@@ -28,31 +34,118 @@ _MARKS = (
 )
 
 
+class EndlessLine(InputError):
+    """A line of a pipe or device that has not ended after LARGEST bytes: nothing can follow it."""
+
+
 def read_utf8(path: str | os.PathLike[str]) -> str:
     """Reads a text file, or standard input if the path is "-".
 
     Raises:
       InputError: the file is missing, a folder, unreadable, larger than LARGEST, or not UTF-8.
     """
-    name = os.fspath(path)
-    return decode_utf8(read_bytes(path, LARGEST), STDIN if name == "-" else name)
+    with open_input(path) as file:
+        return read_text(file, STDIN if os.fspath(path) == "-" else os.fspath(path))
 
 
-def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
-    """Reads a file, or standard input if the path is "-"; InputError if that cannot be done.
+def read_text(file: BinaryIO, name: str) -> str:
+    """Reads the rest of an open file; InputError if it is larger than LARGEST, or not UTF-8."""
+    size = os.fstat(file.fileno()).st_size if _mode(file, stat.S_ISREG) else 0
+    parts, left = [], LARGEST + 1  # piece by piece: the space for all of them is not taken at once
+    while size <= LARGEST and left and (piece := file.read(min(_PIECE, left))):
+        parts.append(piece)
+        left -= len(piece)
+    if size > LARGEST or not left:
+        has = human_size(size) if size else "more"
+        why = f"it has {has}, and a text may have {human_size(LARGEST)}"
+        raise InputError(f"cannot read {name}", why)
+    return decode_utf8(b"".join(parts), name)
+
+
+def read_lines(
+    file: BinaryIO, name: str, seen: Callable[[bytes], object] = lambda data: None
+) -> Iterator[tuple[int, bytes | InputError]]:
+    """Reads the lines of an open file, one at a time; a byte order mark at its start is dropped.
 
     Args:
-      limit: the most bytes that it may have; of a device never more than LARGEST, since it may
-        have no end.
+      file: as `open_input` gives it.
+      name: where it comes from, for the errors.
+      seen: is given all that is read, piece by piece.
+
+    Yields:
+      The number of each line that is not blank, from 1, and the line without its end, or what is
+      wrong with one that is longer than MAX_LINE.
+
+    Raises:
+      InputError: the bytes are UTF-16 or UTF-32, or are more than LARGEST and come from a device.
+      EndlessLine: what it says.
+    """
+    refuse_wide(peek(file), name)
+    left = LARGEST if _mode(file, stat.S_ISCHR) else math.inf
+    for number in count(1):
+        try:
+            line = read_line(file, f"{name}:{number}", seen)
+        except EndlessLine:
+            raise
+        except InputError as error:
+            yield number, InputError(error.why)
+            continue
+        if not line:
+            return
+        left -= len(line)
+        if left < 0:
+            raise InputError(f"cannot read {name}", f"it has more than {human_size(LARGEST)}")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield number, line.removesuffix(b"\n")
+
+
+def read_line(
+    file: BinaryIO, name: str, seen: Callable[[bytes], object] = lambda data: None
+) -> bytes:
+    """Reads a line with its end; b"" where there is no more.
+
+    Raises:
+      InputError: it is longer than MAX_LINE; the next one can be read. EndlessLine: no more can.
+    """
+    line = file.readline(MAX_LINE + 1)
+    seen(line)
+    size = len(line)
+    if size <= MAX_LINE:
+        return line
+    endless = _mode(file, stat.S_ISFIFO, stat.S_ISSOCK, stat.S_ISCHR)
+    while not line.endswith(b"\n") and (line := file.readline(_PIECE)):
+        seen(line)
+        size += len(line)
+        if endless and size > LARGEST:
+            why = f"a line may have {human_size(MAX_LINE)}, this has {human_size(size)} so far"
+            raise EndlessLine(f"cannot read {name}", why, "end each line with a newline")
+    why = f"a line may have {human_size(MAX_LINE)}, this has {human_size(size)}"
+    raise InputError(f"cannot read {name}", why)
+
+
+def peek(file: BinaryIO) -> bytes:
+    """The next bytes of an open file, as many as it has at hand; they stay to be read."""
+    return file.peek() if isinstance(file, io.BufferedReader) else b""
+
+
+@contextlib.contextmanager
+def open_input(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file to read, or standard input if the path is "-", which stays open.
+
+    Raises:
+      InputError: it cannot be opened, or not be read inside the block.
     """
     name = os.fspath(path)
     try:
         if name == "-":
             if sys.stdin is None:
                 raise InputError("cannot read standard input", "it is closed")
-            return _read(sys.stdin.buffer, STDIN, limit)
-        with open(name, "rb") as file:
-            return _read(file, name, limit)
+            yield sys.stdin.buffer
+            return
+        with _open(name) as file:
+            yield file
     except FileNotFoundError:
         raise InputError(f"cannot read {name}", "there is no such file") from None
     except IsADirectoryError:
@@ -61,30 +154,24 @@ def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
         raise InputError(
             f"cannot read {name}", "permission denied", "make the file readable, e.g. chmod u+r"
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read {name}", reason) from None
+    except OSError as error:
+        raise InputError(f"cannot read {name}", error.strerror or str(error)) from None
 
 
-def _read(file: BinaryIO, name: str, limit: int | None) -> bytes:
-    if limit is None and _is_device(file):
-        limit = LARGEST
-    if limit is None:
-        return file.read()
-    parts, left = [], limit + 1  # piece by piece: the space for all of them is not taken at once
-    while left and (not parts or len(parts[-1]) == _PIECE):
-        parts.append(file.read(min(_PIECE, left)))
-        left -= len(parts[-1])
-    if not left:
-        raise InputError(f"cannot read {name}", f"it has more than {limit // 10**6} MB")
-    return b"".join(parts)
-
-
-def _is_device(file: BinaryIO) -> bool:
+def _open(name: str) -> BinaryIO:
     try:
-        return stat.S_ISCHR(os.fstat(file.fileno()).st_mode)
+        return open(name, "rb", buffering=_SAMPLE)
+    except ValueError as error:  # a NUL inside the name
+        raise InputError(f"cannot read {name}", str(error)) from None
+
+
+def _mode(file: BinaryIO, *kinds: Callable[[int], bool]) -> bool:
+    """Whether an open file is of one of the kinds, each a test of `stat`."""
+    try:
+        mode = os.fstat(file.fileno()).st_mode
     except (OSError, ValueError):  # not a file of the system
         return False
+    return any(kind(mode) for kind in kinds)
 
 
 def decode_utf8(data: bytes, name: str) -> str:

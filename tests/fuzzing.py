@@ -31,7 +31,7 @@ from glm2_jax.prompt import build_messages, build_prompt
 from glm2_jax.tokenizer import Tokenizer
 from infer.chat import files as chat_files
 from infer.requests import Request, parse_batch, read_history
-from infer.text_input import read_bytes
+from infer.text_input import open_input, read_lines
 from tests.checkpoints import TINY, write_official
 from tests.checkpoints import save as save_own
 from tests.fuzz_inputs import Bytes, damaged, edited_list, json_bytes
@@ -266,8 +266,9 @@ def _ask(request: Request | InputError) -> None:
 
 
 def _read_batch(path: Path) -> None:
-    for _, request in parse_batch(read_bytes(path), path.name):
-        _ask(request)
+    with open_input(path) as file:
+        for _, request in parse_batch(read_lines(file, path.name)):
+            _ask(request)
 
 
 _CHAT = {

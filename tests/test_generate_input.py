@@ -1,17 +1,23 @@
 """Text from outside: encodings and their guesses, history files, lines of batch files."""
 
+import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from convert.cli import human_size
 from glm2_jax.errors import InputError
 from infer import text_input
 from infer.requests import Request, parse_batch, parse_line, read_history, read_prompt
-from infer.text_input import guess_encoding, read_bytes, read_utf8
+from infer.text_input import EndlessLine, guess_encoding, open_input, read_lines, read_utf8
 
+ROOT = Path(__file__).parents[1]
 CHINESE = "今天天气怎么样？请写一首关于春天的诗。"
 
 
@@ -64,23 +70,106 @@ def test_files_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["/dev/zero", "-"])
 def test_what_has_no_end_is_refused(monkeypatch, name):
-    with open("/dev/zero", "rb") as zeros:
+    """A character device, and a pipe of which the other end goes on writing."""
+    with open_zeros(name) as zeros:
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=zeros))
-        for read in (read_utf8, read_bytes):
-            with pytest.raises(InputError, match="it has more than 256 MB"):
-                read(name)
-    assert read_bytes("/dev/null") == b""
+        with pytest.raises(InputError, match="it has more, and a text may have 256.0 MB"):
+            read_utf8(name)
+        with open_input(name) as file, pytest.raises(EndlessLine) as caught:
+            list(read_lines(file, name))
+        assert str(caught.value).splitlines()[:2] == [
+            f"cannot read {name}:1",
+            "a line may have 16.8 MB, this has 256.9 MB so far",
+        ]
+    assert read_utf8("/dev/null") == ""
+
+
+@contextlib.contextmanager
+def open_zeros(name):
+    if name == "/dev/zero":
+        with open("/dev/zero", "rb") as file:
+            yield file
+        return
+    with subprocess.Popen(["cat", "/dev/zero"], stdout=subprocess.PIPE) as process:
+        yield process.stdout
+        process.kill()
+
+
+def test_a_device_of_lines_without_end(monkeypatch):
+    monkeypatch.setattr(text_input, "LARGEST", 1 << 20)
+    with open_input("/dev/urandom") as file:
+        with pytest.raises(InputError, match="it has more than 1.0 MB"):
+            list(read_lines(file, "random"))
 
 
 def test_the_largest_text(tmp_path, monkeypatch):
     path = tmp_path / "a"
     for size in (0, 1, text_input._PIECE, text_input._PIECE + 1):
+        monkeypatch.setattr(text_input, "LARGEST", size)
         path.write_bytes(b"a" * size)
-        assert read_bytes(path, size) == b"a" * size
-        with pytest.raises(InputError, match="more than"):
-            path.write_bytes(b"a" * (size + 1))
-            read_bytes(path, size)
-        assert len(read_bytes(path)) == size + 1
+        assert read_utf8(path) == "a" * size
+        path.write_bytes(b"a" * (size + 1))
+        with pytest.raises(InputError, match=f"it has {human_size(size + 1)}, and a text may have"):
+            read_utf8(path)
+
+
+def test_lines_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_input, "MAX_LINE", 8)
+    monkeypatch.setattr(text_input, "_PIECE", 4)
+    data = b"\xef\xbb\xbf1234\n\n1234567\n12345678\n  \r\n" + b"9" * 30 + b"\nlast"
+    (tmp_path / "a").write_bytes(data)
+    seen = []
+    with open_input(tmp_path / "a") as file:
+        lines = dict(read_lines(file, "a", seen.append))
+    assert b"".join(seen) == data
+    assert {number: str(line) for number, line in lines.items()} == {
+        1: "b'1234'",
+        3: "b'1234567'",
+        4: "a line may have 8 B, this has 9 B",
+        6: "a line may have 8 B, this has 31 B",
+        7: "b'last'",
+    }
+
+
+LONG_LINES = """
+import resource, sys
+from convert import cli
+from infer.evaluate.rows import read_rows
+from infer.generate import main
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+code = 0
+if sys.argv[1] == "rows":
+    rows = list(read_rows(sys.argv[2]))
+    assert len(rows) == 1, rows
+    print(rows[0][1], file=sys.stderr)
+else:
+    try: cli.run_main(main, sys.argv[1:])
+    except SystemExit as ending: code = ending.code
+print(peak() - before)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--batch-file", "F"], 3, "F.jsonl:1: a line may have 16.8 MB, this has 300.0 MB"),
+        (["rows", "F"], 0, "a line may have 16.8 MB, this has 300.0 MB"),
+        (["--prompt-file", "F"], 3, "it has 300.0 MB, and a text may have 256.0 MB"),
+        (["--prompt", "x", "--history", "F"], 3, "it has 300.0 MB, and a text may have 256.0 MB"),
+    ],
+)
+def test_memory_for_a_line_that_is_too_long(argv, code, message, tmp_path):
+    path = tmp_path / "F.jsonl"
+    with path.open("wb") as file:
+        file.truncate(3 * 10**8)  # takes no space
+    argv = [str(path) if word == "F" else word for word in argv]
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_LINES, *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code and message in done.stderr, done.stderr
+    assert int(done.stdout) < 100 * 10**6
 
 
 def test_single_nuls_are_text(tmp_path):
@@ -173,16 +262,20 @@ def test_bad_lines(line, reason):
         parse_line(line)
 
 
+def lines_of(data):
+    return read_lines(io.BufferedReader(io.BytesIO(data)), "in.jsonl")
+
+
 def test_a_batch_file_goes_on_after_a_bad_line():
     data = b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}'
-    rows = list(parse_batch(data, "in.jsonl"))
+    rows = list(parse_batch(lines_of(data)))
     assert [number for number, _ in rows] == [1, 4, 5]
     assert [type(row) for _, row in rows] == [Request, InputError, Request]
 
 
 def test_a_batch_file_in_utf16_is_refused_as_a_whole():
     with pytest.raises(InputError, match="in.jsonl(.|\n)*UTF-16"):
-        list(parse_batch('{"prompt": "a"}'.encode("utf-16"), "in.jsonl"))
+        list(parse_batch(lines_of('{"prompt": "a"}'.encode("utf-16"))))
 
 
 def test_cleaned_text():

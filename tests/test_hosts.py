@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -125,7 +126,7 @@ def test_a_process_that_stops_to_answer_ends_the_other_one():
     os.kill(int(watched), signal.SIGSTOP)
     assert ends(first) == (5, "[2, 8]\n", [
         "error: process 1 of this run was lost",
-        "It stopped to answer.",
+        "It stopped responding.",
         "See what that one said; then start all again. A training goes on with --resume auto.",
     ])  # fmt: skip
     os.kill(int(watched), signal.SIGKILL)
@@ -147,6 +148,61 @@ def test_the_launcher_ends_all_where_one_ends():
     code, out, err = ends(start_launcher("--do", "1:kill,loop"))
     assert (code, out) == (5, "[2, 8]\n")
     assert "process 1 of 2 was ended by SIGKILL; the others are ended" in err
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_the_launcher_names_the_process_that_stopped(stopped):
+    """The other one is healthy, though it is the one that JAX ends."""
+    launcher = start_launcher("--do", "sleep", "--heartbeat-timeout", "3")
+    wait_for(launcher, "begun"), wait_for(launcher, "begun")
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for pid in children:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if words[words.index(b"--process-id") + 1] == b"%d" % stopped:
+            os.kill(int(pid), signal.SIGSTOP)
+    code, _, err = ends(launcher)
+    assert code == 5 and err[-1].startswith("start again")
+    assert err[-2] == f"process {stopped} of 2 stopped responding; the others are ended"
+
+
+class Ended:
+    """A worker as the launcher sees it: which lost `peers`, ended by itself, or runs."""
+
+    def __init__(self, exit_code=None, told=b"", stopped=False):
+        self.exit_code, self.told, self.is_stopped = exit_code, told, lambda: stopped
+
+    def wait(self, seconds):
+        return self.exit_code is not None
+
+
+LOST_1 = b"tasks are unhealthy (stopped sending heartbeats): 1 \n"
+LOST_0 = b"F1121 10:00:00.1 7 client.h:80] Most likely the leader task was preempted\n"
+
+
+@pytest.mark.parametrize(
+    ("workers", "cause", "told"),
+    [
+        ([Ended(-6, LOST_1), Ended()], 1, "stopped responding"),
+        ([Ended(-6, LOST_1), Ended(), Ended(-6, LOST_1)], 1, "stopped responding"),
+        ([Ended(), Ended(-6, LOST_0)], 0, "stopped responding"),
+        ([Ended(5), Ended(stopped=True)], 1, "stopped responding"),
+        ([Ended(5), Ended()], 0, "ended with exit code 5"),
+        ([Ended(-6, LOST_1), Ended(-9)], 1, "was ended by SIGKILL"),
+        ([Ended(-9), Ended(-6, LOST_0)], 0, "was ended by SIGKILL"),
+        ([Ended(-6, LOST_1), Ended(3)], 1, "ended with exit code 3"),
+        ([Ended(-6), Ended()], 0, "was ended by SIGABRT"),
+    ],
+)
+def test_whose_end_is_that_of_the_others(workers, cause, told, monkeypatch):
+    monkeypatch.setattr(launch, "_ECHO", 0)
+    for order in (workers, workers[::-1]):
+        over = queue.SimpleQueue()
+        for worker in order:
+            if worker.wait(0):
+                over.put(worker)
+        code, found = launch._wait(workers, over, [])
+        assert found is not None and workers.index(found) == cause
+        assert launch._ending(found) == told and code == (found.exit_code or 0)
 
 
 def test_the_launcher_blames_nobody_where_all_fail_alike():

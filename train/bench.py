@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import shlex
 import statistics
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, Parser, human_size, is_out_of_memory, note
+from glm2_jax.text import join_lines, json_line
 from infer import options
 from infer.bench.__main__ import LAYOUTS, add_random_options, one_of
 from infer.options import DEVICES, DTYPES, QUANTIZE
@@ -291,7 +291,7 @@ def work(config: GLMConfig, base: Any, lora: LoRA, batch: int, length: int) -> f
 
 
 def _text(args: argparse.Namespace, report: Report) -> str:
-    return json.dumps(as_json(report), ensure_ascii=False) if args.json else render(report)
+    return json_line(as_json(report)) if args.json else render(report)
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -317,7 +317,9 @@ def render(report: Report) -> str:
     lines += [f"not measured: {line}" for line in report.unmeasured]
     lines += [] if report.complete else ["not measured: the rest, as it was stopped before the end"]
     fold = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join("\n".join(textwrap.wrap(line, columns(), **fold)) for line in lines)
+    return join_lines(
+        part for line in lines for part in textwrap.wrap(line, columns(), **fold) or [""]
+    )
 
 
 def _lines(result: Result, ceilings: Ceilings | None) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from convert.cli import human_size
 from glm2_jax.config import PRESETS
 from glm2_jax.limits import PREFILL_CHUNK
+from glm2_jax.text import join_lines
 from infer.bench.report import Report
 from infer.bench.run import Result
 from infer.memory.devices import CARDS
@@ -80,7 +81,7 @@ def render(report: Report, columns: int) -> str:
         lines.append(f"{MODEL}, {published.name} (here {precision.name}):")
         for fact in facts:
             lines += _wrapped(fact, columns, "  ")
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def plan_for(precision: Precision) -> Plan:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from convert.cli import human_size
+from glm2_jax.text import join_lines
 from infer.bench.ceilings import Ceilings
 from infer.bench.run import Result, Variant
 
@@ -89,7 +90,7 @@ def render(report: Report, columns: int) -> str:
         lines += _fold(line, columns)
     if rows:
         lines += ["", *textwrap.wrap(report.note, columns)]
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def markdown(report: Report) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import platform
 import shlex
@@ -22,6 +21,7 @@ from jax.sharding import Mesh
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, human_size, note, version
 from convert.folder import open_folder, target_scheme
+from convert.local import real_path
 from glm2_jax import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import UsageError
@@ -29,6 +29,7 @@ from glm2_jax.host import find_memory, read_text
 from glm2_jax.mesh import mesh_text
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.sharding import check_mesh
+from glm2_jax.text import json_line
 from infer import opening
 from infer.bench import consumer, plot
 from infer.bench.ceilings import Ceilings, measure_ceilings
@@ -52,8 +53,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.plot:
         plot.check_plot(args.plot)
     for path in (args.plot, args.markdown):
-        if path and not Path(path).resolve().parent.is_dir():
+        if path and not (place := real_path(path)).parent.is_dir():
             raise UsageError(f"{path} cannot be written.", "Its folder does not exist.")
+        if path and place.is_dir():
+            raise UsageError(f"{path} is a folder.", fix="Name a file in it.")
     if args.preset:
         consumer.apply(args)
     mesh = find_mesh(args)
@@ -267,7 +270,7 @@ class _Output:
         if not self._once.acquire(blocking=False):
             return
         if self._args.json:
-            text = json.dumps(as_json(self._report), ensure_ascii=False)
+            text = json_line(as_json(self._report))
         elif self._args.preset:
             parts = (render, consumer.render)
             text = "\n\n".join(part(self._report, columns()) for part in parts)

@@ -165,7 +165,8 @@ def _stats(conversation: Conversation, argument: str) -> None:
 
 
 def _help(conversation: Conversation, argument: str) -> None:
-    note(HELP)
+    for line in HELP.splitlines():
+        note(line)
 
 
 def _count(turns: int) -> str:

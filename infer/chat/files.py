@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.local import real_path
 from glm2_jax.errors import GLMError, InputError
 from infer.conversation import Conversation
 from infer.params import SamplingParams
@@ -41,7 +42,7 @@ def save(name: str, conversation: Conversation) -> Path:
     Raises:
       InputError: it cannot be written there, or the file is something else than a conversation.
     """
-    path = Path(name).expanduser().resolve()  # the file behind a link, not the link
+    path = real_path(os.path.expanduser(name))  # the file behind a link, not the link
     if path.exists():
         _require_save(path)
     checkpoint = conversation.engine.checkpoint

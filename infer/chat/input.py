@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from glm2_jax.errors import InputError
-from infer.text_input import decode_utf8
+from infer.text_input import decode_utf8, read_line
 
 PROMPT, MORE = "> ", ". "
 _QUOTES = '"""'
@@ -76,11 +76,11 @@ def read_pipe(prompt: str) -> str | None:
     """Reads a line from a standard input that is no terminal; nothing is shown.
 
     Raises:
-      InputError: the line is not UTF-8.
+      InputError: the line is not UTF-8, or too long. EndlessLine: it has no end.
     """
     if sys.stdin is None:
         return None
-    line = sys.stdin.buffer.readline()
+    line = read_line(sys.stdin.buffer, "a line of standard input")
     if not line:
         return None
     return decode_utf8(line, "a line of standard input").removesuffix("\n").removesuffix("\r")

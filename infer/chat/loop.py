@@ -26,6 +26,7 @@ from infer.opening import open_engine, say_which_model
 from infer.options import sampling_params
 from infer.requests import Request
 from infer.respond import displayed, print_json, print_stats, result
+from infer.text_input import EndlessLine
 
 _AGAIN = "Ctrl-C again leaves"
 _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
@@ -79,10 +80,14 @@ class Chat:
                     break
                 self._obey(entry)
             except KeyboardInterrupt:  # the second one with nothing in between
-                note("\ninterrupted")
+                note("")
+                note("interrupted")
                 return EXIT_INTERRUPTED
+            except EndlessLine:
+                raise
             except (InputError, UsageError) as error:
-                note(f"error: {error}")
+                for line in f"error: {error}".splitlines():
+                    note(line)
                 self._failed = True
         return EXIT_INPUT if self._failed and not self.terminal else 0
 
@@ -102,7 +107,8 @@ class Chat:
                 if pressed:
                     raise
                 pressed = True
-                note(f"\n({_AGAIN})")
+                note("")
+                note(f"({_AGAIN})")
 
     def _obey(self, entry: Entry) -> None:
         command = entry.text.strip()

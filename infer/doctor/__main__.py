@@ -1,7 +1,6 @@
 """`python -m infer.doctor`: what this machine has, what is wrong with it, and what to type next."""
 
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, Parser, human_size, note, path_argument
+from glm2_jax.text import join_lines, json_line
 from infer.options import use_utf8
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = probe()
     report = examine(machine, model)
     if args.json:
-        print(json.dumps(as_json(machine, model, report), ensure_ascii=False))
+        print(json_line(as_json(machine, model, report)))
     else:
         print(render(model, report, width()))
     return report.exit_code
@@ -93,7 +93,7 @@ def render(model: "Model", report: "Report", columns: int) -> str:
     for table in report.tables:
         lines += _table(table, columns)
     lines += ["", *_conclusion(model, report, columns)]
-    return "\n".join(_without_home(line) for line in lines)
+    return join_lines(_without_home(line) for line in lines)
 
 
 def _without_home(text: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from convert.cli import Progress, note
 from convert.gather import gathered
+from convert.local import real_path
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
 from infer.evaluate.generation import (
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_output(args)
     bad = BadRows(args.max_bad)
     files = find_files(args.data)
-    if args.shots and any(file.resolve().parent.name == "dev" for file in files):
+    if args.shots and any(real_path(file).parent.name == "dev" for file in files):
         raise UsageError(
             f"--shots takes its examples from the folder dev, and {args.data} is in it",
             "Each question would be among its own examples, with the answer.",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.cli import note
+from convert.local import real_path
 from glm2_jax.errors import InputError
 from infer.evaluate.rows import CHINESE, BadRows, read_rows
 from infer.evaluate.subjects import NAMES
@@ -179,7 +180,7 @@ def examples_for(path: Path, bad: BadRows) -> Exam:
     Raises:
       InputError: there are none.
     """
-    folder, subject = path.resolve().parent.parent / "dev", subject_of(path)
+    folder, subject = real_path(path).parent.parent / "dev", subject_of(path)
     for name in (f"{subject}_dev.csv", f"{subject}.csv"):
         if (folder / name).exists():
             return read_exam(folder / name, bad)

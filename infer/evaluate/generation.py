@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.cli import Progress, note
 from convert.interrupt import always
+from convert.local import real_path
 from glm2_jax.errors import InputError, UsageError
 from infer import hosts
 from infer.evaluate import metrics
@@ -159,7 +160,7 @@ def check_output(args: argparse.Namespace) -> None:
     if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         raise InputError(f"cannot write {path}", "it is no file, or its folder is not there")
     target, partial = _places(args)
-    if args.data is not None and Path(args.data).resolve() in (target, partial):
+    if args.data is not None and real_path(args.data) in (target, partial):
         raise UsageError(f"--predictions and --data are both {args.data}", fix="Name another file.")
     if path.exists() and not args.overwrite:
         raise UsageError(
@@ -176,7 +177,7 @@ def check_output(args: argparse.Namespace) -> None:
 
 def _places(args: argparse.Namespace) -> tuple[Path, Path]:
     """Where `--predictions` is in the end, behind any links, and where until then."""
-    path = Path(args.predictions).resolve()
+    path = real_path(args.predictions)
     return path, path.with_name(path.name + _PARTIAL)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 import unicodedata
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.cli import human_size
+from glm2_jax.text import join_lines, json_line
 
 _COLUMNS = {  # of a comparison: key -> heading
     "dtype": "dtype",
@@ -32,7 +32,7 @@ COMPARED = (
 def show(results: Mapping[str, Any], as_json: bool) -> None:
     """Prints results on standard output."""
     if as_json:
-        print(json.dumps(results, ensure_ascii=False, allow_nan=False), flush=True)
+        print(json_line(results, allow_nan=False), flush=True)
         return
     lines = []
     for key, value in results.items():
@@ -40,7 +40,7 @@ def show(results: Mapping[str, Any], as_json: bool) -> None:
             lines += ["", *_listed(key, value)]
         elif value is not None:
             lines.append(f"{key.replace('_', ' '):20}  {_cell(key, value)}")
-    print("\n".join(lines).strip("\n"), flush=True)
+    print(join_lines(lines).strip("\n"), flush=True)
 
 
 def table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from convert.cli import note
+from convert.cli import human_size, note
 from glm2_jax.errors import InputError
 from infer.requests import parse_json
 from infer.rows.formats import Message, detect, read_messages, unknown_format
 from infer.rows.index import DataFile
 from infer.rows.tables import DELIMITERS, PARQUET
-from infer.text_input import decode_utf8, guess_encoding, read_bytes
+from infer.text_input import LARGEST, guess_encoding, open_input, read_text, read_utf8
 
 Parsed = TypeVar("Parsed")
 
@@ -32,6 +32,7 @@ CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
 _SAMPLE = Path(__file__).parent / "sample.jsonl"
 _BOM = b"\xef\xbb\xbf"
 _START = 1 << 12  # bytes that show what a file is
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,9 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
         file = None
         if path == "-" or not Path(path).is_file():  # rows are read from a plain file
             file = opened.enter_context(tempfile.TemporaryFile())
-            file.write(read_bytes(path))
-            file.flush()
+            _copy(path, file)
         if not _has_rows(path, file):
-            yield path, decode_utf8(read_bytes(path) if file is None else _all_of(file), path)
+            yield path, read_utf8(path) if file is None else read_text(file, path)
             return
         rows = DataFile(path, file=file)
         opened.callback(rows.close)
@@ -158,9 +158,20 @@ def _has_rows(path: str, file: BinaryIO | None) -> bool:
     return start.removeprefix(_BOM).lstrip().startswith((b"{", b"[", PARQUET, b"\x1f\x8b"))
 
 
-def _all_of(file: BinaryIO) -> bytes:
+def _copy(path: str, file: BinaryIO) -> None:
+    """Copies a pipe or device to a file and rewinds it; InputError beyond LARGEST bytes."""
+    left = LARGEST
+    with open_input(path) as source:
+        while piece := source.read(min(left + 1, _PIECE)):
+            left -= len(piece)
+            if left < 0:
+                raise InputError(
+                    f"cannot read {path}",
+                    f"it has more than {human_size(LARGEST)} and is not a plain file",
+                    "save it to a file first",
+                )
+            file.write(piece)
     file.seek(0)
-    return file.read()
 
 
 def parse_row(where: str, row: Any, fmt: str = "auto") -> Text | Conversation:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 from dataclasses import asdict
 
 from glm2_jax.errors import UsageError
 from glm2_jax.mesh import parse_mesh
+from glm2_jax.text import join_lines, json_line
 from infer.explain.report import fold
 from infer.explain.run import find_precision, find_subject
 from infer.memory.links import LINKS, find_links
@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
     ]
     if args.json:
         found = {"model": subject.name, "meshes": [asdict(cost) for cost in costs]}
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False), flush=True)
+        print(json_line(found, allow_nan=False), flush=True)
         return 0
     columns = max(args.width or shutil.get_terminal_size((100, 24)).columns, 30)
     lines = [f"{subject.name}: {subject.config.num_params:,} parameters"]
     for cost in costs:
         lines += ["", *report(cost)]
-    print("\n".join(part for line in lines for part in fold(line, columns)), flush=True)
+    print(join_lines(part for line in lines for part in fold(line, columns)), flush=True)
     return 0
 
 

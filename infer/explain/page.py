@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from convert.local import real_path
 from glm2_jax.errors import InputError
 from infer.explain.facts import Values, Walk
 
@@ -41,7 +42,7 @@ def write_page(path: Path, walk: Walk, values: Values | None) -> None:
     page = make_page(walk, values).encode("utf-8")
     if path.exists() and not path.is_file():  # a rename would take the place of a device
         raise InputError(f"{path} is no plain file.", fix="Name another file.")
-    path = path.resolve()  # what a link leads to is replaced, not the link
+    path = real_path(path)  # what a link leads to is replaced, not the link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None

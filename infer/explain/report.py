@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from convert.cli import cut_to_width, human_size
+from glm2_jax.text import escape_controls
 from infer.evaluate.report import table
 from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Step, Token, Values, Walk
 
@@ -37,7 +37,6 @@ LENGTH_FROM = {
     "example": ", an example",
 }
 LIMITS = {"unknown": "?"}
-_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the direction
 _PROMPT = 20  # columns of a prompt in a line, at most
 _PIECE = 12  # columns of a piece, at most
 _LABEL = 13  # columns before a row of a map
@@ -45,7 +44,8 @@ _LABEL = 13  # columns before a row of a map
 
 def render(walk: Walk, values: Values | None, columns: int) -> Iterator[str]:
     """The lines, at most so many columns wide where no single word is wider."""
-    walk = replace(walk, model=visible(walk.model), prompt=visible(walk.prompt or ""))
+    prompt = escape_controls(walk.prompt or "", "\n")
+    walk = replace(walk, model=escape_controls(walk.model), prompt=prompt)
     for line in _head(walk):
         yield from fold(line, columns)
     yield ""
@@ -184,7 +184,8 @@ def _bound_table(bounds: Sequence[Bound]) -> list[str]:
 
 def _values(values: Values, columns: int) -> Iterator[str]:
     yield from ("", "the prompt as it is built:")
-    yield from (f"  | {line}".rstrip() for line in _broken(visible(values.text), columns - 4))
+    text = escape_controls(values.text, "\n")
+    yield from (f"  | {line}".rstrip() for line in _broken(text, columns - 4))
     yield from ("", f"its ids, computed in {values.dtype}:")
     rows = [("piece", "", "id"), *((_piece(t), str(n), str(t.id)) for n, t in _numbered(values))]
     yield from table(rows, texts=1)
@@ -198,7 +199,7 @@ def _values(values: Values, columns: int) -> Iterator[str]:
         yield from _map(head, values, columns)
     yield from ("", *fold("the answer, always the likeliest token:", columns))
     yield from _answer(values, columns)
-    yield from _broken(visible(f"answer: {values.answer}"), columns)
+    yield from _broken(escape_controls(f"answer: {values.answer}", "\n"), columns)
 
 
 def _numbered(values: Values) -> Iterator[tuple[int, Token]]:
@@ -302,18 +303,7 @@ def _joined(stage: Stage) -> list[str]:
 
 
 def _piece(token: Token) -> str:
-    return visible(token.piece)
-
-
-def visible(text: str) -> str:
-    """A text that does nothing to a terminal: but for newlines, control characters are escaped."""
-    escaped = (
-        char.encode("unicode_escape").decode()
-        if char != "\n" and unicodedata.category(char) in ("Cc", "Cs") or char in _TURNS
-        else char
-        for char in text
-    )
-    return "".join(escaped)
+    return escape_controls(token.piece)
 
 
 def _digits(number: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,10 +12,12 @@ from pathlib import Path
 from convert.atomic import require_writable
 from convert.cli import Progress, note
 from convert.folder import check_fit, check_template, open_folder, read_architecture
+from convert.local import real_path
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.prompt import build_prompt
 from glm2_jax.schemes import asked_scheme
+from glm2_jax.text import join_lines, json_line
 from glm2_jax.tokenizer import Tokenizer
 from infer.explain.__main__ import DEVICES, PROMPT
 from infer.explain.facts import Values, Walk
@@ -89,7 +90,7 @@ def check_page(path: Path) -> None:
         raise InputError("A page is written to a file.", fix="Name one, for example --html x.html.")
     if path.is_dir():
         raise InputError(f"{path} is a folder.", fix="Name a file in it: --html FILE.")
-    if not path.resolve().parent.is_dir():
+    if not real_path(path).parent.is_dir():
         raise InputError(f"{path} cannot be written.", "Its folder does not exist.")
     require_writable(path)
 
@@ -281,7 +282,7 @@ def _show(args: argparse.Namespace, walk: Walk, values: Values | None) -> None:
         note(f"page: {args.html}")
     if args.json:
         found = {"walk": asdict(walk), "values": None if values is None else asdict(values)}
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False), flush=True)
+        print(json_line(found, allow_nan=False), flush=True)
         return
     columns = args.width or shutil.get_terminal_size((100, 24)).columns
-    print("\n".join(render(walk, values, max(columns, 30))), flush=True)
+    print(join_lines(render(walk, values, max(columns, 30))), flush=True)

@@ -14,9 +14,10 @@ from typing import Any
 from convert.cli import EXIT_DEVICE, human_size, note
 from convert.glm_layout import is_native, published_keys
 from glm2_jax.config import PRESETS, GLMConfig
-from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.schemes import SCHEMES, asked_scheme
+from glm2_jax.text import escape_controls, join_lines, json_line
 from infer.memory import compiler
 from infer.memory.budget import (
     DEFAULT_CONTEXT,
@@ -29,6 +30,7 @@ from infer.memory.budget import (
 from infer.memory.compiler import Verdict
 from infer.memory.plan import make_plan
 from infer.memory.sheet import Sheet, as_json, make_sheet, render, wrapped
+from infer.text_input import read_utf8
 
 DEFAULT_CONFIG = "chatglm2-6b"
 CONTEXTS = (2048, 8192, 32768)
@@ -75,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
     verdicts = _verdicts(sheet, args) if one_device else None
     if args.json:
         found = None if verdicts is None else [_verdict_json(verdict) for verdict in verdicts]
-        print(json.dumps(as_json(sheet) | {"compiled": found}, ensure_ascii=False))
+        print(json_line(as_json(sheet) | {"compiled": found}))
     else:
         columns = shutil.get_terminal_size((100, 24)).columns
-        print("\n".join(render(sheet, columns)), flush=True)
+        print(join_lines(render(sheet, columns)), flush=True)
         for line in () if verdicts is None else render_verdicts(verdicts, columns):
-            print(line, flush=True)  # each as soon as it is known
+            print(escape_controls(line), flush=True)  # each as soon as it is known
     return EXIT_DEVICE if sheet.nothing_fits else 0
 
 
@@ -163,15 +165,15 @@ def _model(args: argparse.Namespace) -> tuple[str, GLMConfig, str | None]:
 def read_config(path: Path, rope_kind: str | None) -> GLMConfig:
     """The configuration in a file that was named in place of a published model."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
+        raw = json.loads(read_utf8(path))
+    except InputError as error:
         near = difflib.get_close_matches(str(path), PRESETS, n=1)
         raise CheckpointError(
             f"no configuration {path}" + (f" (did you mean {near[0]}?)" if near else ""),
-            f"It is no published name, and as a file: {error.strerror}.",
+            f"It is no published name, and as a file: {error.why}.",
             f"Name a config.json, or one of {', '.join(PRESETS)}.",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON", str(error)) from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a configuration", "It holds no JSON object.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
 from convert.cli import Parser, note, version
+from glm2_jax.text import join_lines, json_line
 from infer import opening, options
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     options.choose_platform(args)
     report = examine(args)
-    print(json.dumps(report, ensure_ascii=False) if args.json else render(report))
+    print(json_line(report) if args.json else render(report))
     codes = [check["exit_code"] for check in report["checks"] if check["status"] == "FAIL"]
     return max(codes, default=0)
 
@@ -100,7 +100,7 @@ def _name(model: str | None) -> str:
     """The last part of a folder, or of a model's name on a hub."""
     if model is None:
         return "demo (bundled)"
-    return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
+    return Path(os.path.realpath(model) if os.path.isdir(model) else model).name
 
 
 def _versions() -> str:
@@ -145,9 +145,9 @@ def _scrubbed(check: Check, folder: str | None) -> dict[str, Any]:
     values = dataclasses.asdict(check)
     names = {os.path.expanduser("~"): "~"}
     if folder is not None:
-        path = Path(folder)
-        spellings = {str(path.resolve()), str(path.absolute()), str(path), folder.rstrip(os.sep)}
-        names = dict.fromkeys(spellings - {"", "."}, path.resolve().name) | names
+        path, real = Path(folder), Path(os.path.realpath(folder))
+        spellings = {str(real), str(path.absolute()), str(path), folder.rstrip(os.sep)}
+        names = dict.fromkeys(spellings - {"", "."}, real.name) | names
     for key in ("expected", "got", "note"):
         for path, name in sorted(
             names.items(), key=lambda pair: -len(pair[0])
@@ -195,7 +195,7 @@ def render(report: dict[str, Any]) -> str:
     if "peak_memory" in report:
         lines.append(_row("peak memory", report["peak_memory"]))
     counts = f"{report['pass']} passed, {report['fail']} failed, {report['skipped']} skipped"
-    return "\n".join([*lines, "", _row("result", counts)])
+    return join_lines([*lines, "", _row("result", counts)])
 
 
 def _row(label: str, text: str) -> str:

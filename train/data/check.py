@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from glm2_jax.text import join_lines
 from train.data.dataset import Dataset
 from train.data.duplicates import ALIKE, PIECE, Dialogues, repeats, signature
 from train.data.told import counted, summed
@@ -95,7 +96,7 @@ class Report:
         lines += [f"{where} nearly repeats {first}" for where, first in self.repeats[:_LISTED]]
         if columns is not None:
             lines = [part for line in lines for part in _wrap(line, columns)]
-        return "\n".join([*lines, *self._lengths(_WIDTH if columns is None else columns)])
+        return join_lines([*lines, *self._lengths(_WIDTH if columns is None else columns)])
 
     def _lengths(self, columns: int) -> list[str]:
         if not len(self.lengths):
@@ -167,7 +168,7 @@ def print_sample(dataset: Dataset, count: int) -> str:
         for token, mark in zip(sample.ids, sample.learned, strict=True):
             piece = names.get(token) or tokenizer.piece(token)
             lines.append(f"{'*' if mark else ' '} {token:6} {piece}")
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def draw(report: Report, path: str) -> None:
