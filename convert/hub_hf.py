@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class HuggingFace:
         self.sums: dict[str, str] = {}
 
     def cached_folder(self) -> Path | None:
-        found = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        found = None
+        with suppress(errors.HFValidationError):  # a name that the hub gives to no model
+            found = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
         return Path(found).parent if isinstance(found, str) else None
 
     def list_files(self) -> dict[str, int]:
