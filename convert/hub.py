@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SOURCES = ("hf", "modelscope")
 _NEEDED = ("config.json", "tokenizer.model")
 _WANTED = ("tokenizer_config.json", "manifest.json")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"(?=.{3,193}\Z)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
 # Published beside the models that work, and known not to: the beginning of the name, and why.
 _OWNERS = ("thudm", "zai-org", "zhipuai")

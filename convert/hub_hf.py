@@ -52,10 +52,10 @@ class HuggingFace:
         self.sums: dict[str, str] = {}
 
     def cached_folder(self) -> Path | None:
-        with suppress(errors.HFValidationError):  # a name that no model there can have
+        found = None
+        with suppress(errors.HFValidationError):  # a name that the hub gives to no model
             found = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
-            return Path(found).parent if isinstance(found, str) else None
-        return None
+        return Path(found).parent if isinstance(found, str) else None
 
     def list_files(self) -> dict[str, int]:
         with self._quiet():

@@ -51,7 +51,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 class GLMBlock(nn.Module):
-    """One transformer block; scanned over the layers by `GLM`."""
+    """One transformer block; `run_layer` calls it for every layer."""
 
     config: GLMConfig
     deterministic: bool = True
@@ -75,16 +75,16 @@ class GLMBlock(nn.Module):
         self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
     def __call__(self, carry, layer: jax.Array, context: TokenContext, lora: LoRA | None = None):
-        """One step of the scan.
+        """Computes one layer.
 
         Args:
             carry: (x [B, T, D], cached keys and values [L, B, S, K, H] or None).
-            layer: int32 scalar, index of this layer.
+            layer: index of this layer, an int32 scalar or an int.
             context: the tokens' `TokenContext`.
             lora: this layer's part of an adapter.
 
         Returns:
-            (the new carry, None).
+            (the new carry, None), as a scan wants it.
         """
         x, k_cache, v_cache = carry
         eps = self.config.norm_eps
@@ -145,8 +145,19 @@ class GLMBlock(nn.Module):
         return map_blocks(mlp, max(1, at_once), x, *columns)
 
 
+def run_layer(
+    block: GLMBlock, carry: Any, layer: Any, context: TokenContext, lora: LoRA | None
+) -> tuple[Any, None]:
+    """Runs one layer: the body of the scan over stacked layers and of the loop over a list.
+
+    What is to happen between layers belongs here, or it happens in one of the two forms alone. The
+    index of the layer is traced in the scan. Arguments and result as in `GLMBlock.__call__`.
+    """
+    return block(carry, layer, context, lora)
+
+
 class GLM(nn.Module):
-    """Embedding, scanned blocks, final norm and head; its `params` are the package's layout."""
+    """Embedding, blocks, final norm and head; its `params` are the package's layout."""
 
     config: GLMConfig
     deterministic: bool = True
@@ -155,14 +166,7 @@ class GLM(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed = _weight(self, "embed", c.vocab_size, c.hidden_size)
-        scanned = nn.scan(
-            nn.remat(GLMBlock, prevent_cse=False) if self.remat else GLMBlock,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=cast(Any, (0, nn.broadcast, 0)),
-            length=c.num_layers,
-        )
-        self.layers = scanned(c, self.deterministic)
+        self.layers = GLMBlock(c, self.deterministic)
         self.final_norm = self.param("final_norm", nn.initializers.ones, (c.hidden_size,))
         self.head = _weight(self, "head", c.vocab_size, c.hidden_size)
 
@@ -174,10 +178,18 @@ class GLM(nn.Module):
         lora: LoRA | None = None,
         noise: jax.Array | None = None,
     ):
-        """Runs the blocks: tokens [B, T] -> (hidden states [B, T, D] before the final norm,
+        """Runs the stacked layers: tokens [B, T] -> (hidden states [B, T, D] before the final norm,
         keys, values of the cache or None)."""
+        scanned = nn.scan(
+            nn.remat(run_layer, prevent_cse=False) if self.remat else run_layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=cast(Any, (0, nn.broadcast, 0)),
+            length=self.config.num_layers,
+        )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        carry, _ = self.layers(self.carry(tokens, cache, noise), layers, context, lora)
+        carry = self.carry(tokens, cache, noise)
+        carry, _ = scanned(self.layers, carry, layers, context, lora)
         return carry
 
     def carry(self, tokens: jax.Array, cache: KVCache | None, noise: jax.Array | None = None):
@@ -342,12 +354,12 @@ def _hidden(
         carry = model.apply(variables, tokens, context, cache, lora, noise, rngs=rngs)
     else:
         carry = model.apply(variables, tokens, cache, noise, method=GLM.carry)
-        block = GLMBlock(config, deterministic)
-        apply = jax.checkpoint(block.apply) if remat else block.apply
+        step = nn.apply(run_layer, GLMBlock(config, deterministic))
+        step = jax.checkpoint(step) if remat else step
         for layer, weights in enumerate(params["layers"]):
             rngs = None if deterministic else {"dropout": jax.random.fold_in(key, layer)}
             args = carry, layer, context, layer_of(lora, layer)
-            carry, _ = cast(Any, apply({"params": weights}, *args, rngs=rngs))
+            carry, _ = step({"params": weights}, *args, rngs=rngs)
     x, k, v = cast(Any, carry)
     return x, None if cache is None else cache.replace(k=k, v=v, length=length).pinned()
 

@@ -120,9 +120,10 @@ class SamplingParams:
 def shown(value: Any) -> str:
     """`repr` for an error message: short, and for whole numbers that Python refuses to write."""
     try:
-        return reprlib.repr(value)
+        text = reprlib.repr(value)
     except ValueError:
         return "a number of thousands of digits"
+    return text if len(text) <= 200 else text[:199] + "…"  # lists in lists in lists
 
 
 def _is(kind: type, value: Any) -> bool:

@@ -17,10 +17,19 @@ def fails(error, *arguments, **keywords):
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "a/b/c", "/a/b", "../a", "a/..", "https://a.b/c", "", "a/b\n"]
+    "name",
+    ["tiny", "a/b/c", "/a/b", "../a", "a/..", "https://a.b/c", "", "a/b\n", "a/" + "b" * 5000],
 )
 def test_what_is_no_name(name):
     assert "OWNER/NAME" in fails(UsageError, name, source="hf")
+
+
+@pytest.mark.parametrize(
+    "name", ["a/my--model", "a--b/c", "a/v1..2", "a/b.", "a/b.git", "a/" + "b" * 120]
+)
+def test_a_path_that_no_model_can_have_as_its_name_is_not_found(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert f"There is no folder {name}" in fails(CheckpointError, name)
 
 
 def test_paths_stay_paths(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from convert.cli import Parser
-from glm2_jax.errors import InputError, UsageError
+from glm2_jax.errors import GLMError, InputError, UsageError
 from train import settings
 from train.options import add_output_options, add_training_options
 
@@ -96,3 +96,24 @@ def test_a_bad_value_is_said_as_that_of_a_flag(parser, tmp_path, capsys):
 def test_a_recipe_that_is_not_there(parser, tmp_path):
     with pytest.raises(InputError, match="none.yml"):
         settings.parse(parser, ["--config", str(tmp_path / "none.yml")])
+
+
+ALIASES = ["- &a0 [x, x]", *(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("lr:\n" + "\n".join(ALIASES), "lr cannot be"),  # 9 to the power of 29 words, written out
+        ("lr: " + "[" * 3000, "nested too deeply"),
+        ("lr: " + "{a: " * 3000, "nested too deeply"),
+        ("data: [" + "a, " * 200_000 + "a]", "too long for a recipe"),
+        ("? [a, b]\n: c", "is not YAML"),
+        ("lr: !!python/object/apply:os.getcwd []", "lr cannot be"),
+    ],
+    ids=["aliases", "lists", "mappings", "long", "key", "tag"],
+)
+def test_hostile_recipes_are_refused_in_a_line(parser, tmp_path, text, problem):
+    with pytest.raises(GLMError, match=problem) as refused:
+        settings.parse(parser, ["--config", recipe(tmp_path, text)])
+    assert len(str(refused.value)) < 1000

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import yaml
 
 from convert.cli import Parser, path_argument
 from glm2_jax.errors import InputError, UsageError
+from infer.params import shown
 from infer.text_input import read_utf8
 
+_LONGEST = 100_000  # characters; PyYAML takes seconds for that many
 _NOT_SETTINGS = (
     "config", "help", "version", "debug",
     # Of a process, not of what it computes.
@@ -72,9 +75,9 @@ class _Texts(yaml.BaseLoader):
     A name that is there twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
+        names = Counter(str(name.value) for name, _ in node.value)
+        for name, count in names.items():
+            if count > 1:
                 raise yaml.YAMLError(f"{name} is there twice")
         return super().construct_mapping(node, deep)
 
@@ -83,11 +86,19 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """The names and values of a recipe.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8, or no YAML mapping.
+        InputError: the file cannot be read, is not UTF-8, too long, or no YAML mapping.
     """
     text = read_utf8(path)
+    if len(text) > _LONGEST:
+        raise InputError(
+            f"{path} is too long for a recipe: {len(text):,} characters",
+            f"At most {_LONGEST:,} are read.",
+            "Check that it is the file you mean.",
+        )
     try:
         found = yaml.load(text, _Texts)
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply", fix="Write a flag a line.") from error
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise InputError(f"{path} is not YAML", problem, "Write a flag a line.") from error
@@ -130,12 +141,12 @@ def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[st
     flag = f"--{_name(action)}"
     if action.nargs == 0:
         if value not in ("true", "false"):
-            raise UsageError(f"{path}: {name} is true or false, not {value!r}")
+            raise UsageError(f"{path}: {name} is true or false, not {shown(value)}")
         opposite = f"--no-{_name(action)}"
         no = [opposite] if opposite in action.option_strings else []
         return [flag] if value == "true" else no
     several = isinstance(action, argparse._AppendAction)
     values = value if several and isinstance(value, list) else [value]
     if not all(isinstance(value, str) and value for value in values):
-        raise UsageError(f"{path}: {name} cannot be {value!r}")
+        raise UsageError(f"{path}: {name} cannot be {shown(value)}")
     return [f"{flag}={value}" for value in values]
