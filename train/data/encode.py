@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from glm2_jax.errors import InputError
+from glm2_jax.family import ROLE_TOKENS
 from glm2_jax.prompt import build_messages, build_prompt
 from glm2_jax.tokenizer import Tokenizer
 from train.data.formats import Message
@@ -51,10 +52,11 @@ class Encoder:
     def _roles(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         special, ids = self.tokenizer.special, build_messages(self.tokenizer, messages)
         ids[-1] = self.tokenizer.eos_id  # instead of the role that would answer next
+        roles = {special[name] for name in ROLE_TOKENS}
         learned, answering = [], False
         for token in ids:
             learned.append(answering)
-            if token >= self.tokenizer.num_pieces:
+            if token in roles:
                 answering = token == special["<|assistant|>"]
         return ids, learned
 
