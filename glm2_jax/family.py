@@ -47,11 +47,12 @@ def decide_family(signs: Sequence[Sign], source: str = "The checkpoint") -> str 
     """
     allowed = frozenset(FAMILIES).intersection(*(sign.families for sign in signs))
     if not allowed:
+        named = sorted(set().union(*(sign.families for sign in signs)))
         said = [f"{sign.text}: {' or '.join(sorted(sign.families))}" for sign in signs]
         raise CheckpointError(
             f"{source} carries contradicting signs of its model family.",
             "; ".join(dict.fromkeys(said)) + ".",
-            "Name the family: --family chatglm2, --family chatglm3 or --family codegeex2.",
+            f"Say which it is: {' or '.join(f'--family {name}' for name in named)}.",
         )
     return min(allowed) if signs else None
 
