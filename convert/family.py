@@ -57,9 +57,10 @@ def read_side_files(folder: Path, raw: Mapping[str, Any], manifest: Manifest | N
         return read_json(folder / name) if listed and (folder / name).exists() else {}
 
     settings = read(TOKENIZER_CONFIG)
-    named = NamedTokens()
-    if manifest is None or settings:
-        named = read_tokens(folder, settings)
+    if manifest is None:
+        named = read_tokens(settings, folder)
+    else:
+        named = read_tokens(settings)
     ends: dict[int, str] = {}
     for name, values in (
         ("config.json", raw),

@@ -6,6 +6,7 @@ added_tokens.json, and for its fast tokenizers into tokenizer.json.
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ class NamedTokens:
     where: str = ""
 
 
-def read_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> NamedTokens:
+def read_tokens(tokenizer_config: Mapping[str, Any], folder: Path | None = None) -> NamedTokens:
     """Reads the tokens of a folder; as in `transformers`, added_tokens_decoder goes first.
+
+    Args:
+        tokenizer_config: its tokenizer_config.json.
+        folder: where the other files are; None where only that one counts.
 
     Raises:
         CheckpointError: a file is damaged, or names a token or an id twice.
@@ -50,6 +55,8 @@ def read_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> NamedToken
         if not isinstance(found, Mapping):
             raise _damaged(where, found)
         tokens = [_token(value, number, where) for number, value in found.items()]
+    elif folder is None:
+        tokens = []
     elif (folder / "added_tokens.json").exists():
         where = "added_tokens.json"
         raw = read_json(folder / where)
@@ -58,16 +65,16 @@ def read_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> NamedToken
     else:
         where = "tokenizer.json"
         tokens = [_token(value, None, where) for value in _fast_tokens(folder / where)]
-    for values in ([token.id for token in tokens], [token.content for token in tokens]):
-        twice = [value for value in values if values.count(value) > 1]
-        if twice:
-            raise CheckpointError(
-                f"{folder / where} names {shorten(twice[0])} twice among its tokens.",
-                "A token has one id.",
-                "Correct it, or download the file again.",
-            )
+    count = Counter([token.id for token in tokens]) + Counter([token.content for token in tokens])
+    value, times = max(count.items(), key=lambda item: item[1], default=("", 0))
+    if times > 1:
+        raise CheckpointError(
+            f"{where} names {shorten(value)} {times} times among its tokens.",
+            "A token has one id.",
+            "Correct it, or download the file again.",
+        )
     names = list(_names(tokenizer_config))
-    if (folder / "special_tokens_map.json").exists():
+    if folder is not None and (folder / "special_tokens_map.json").exists():
         names += _names(read_json(folder / "special_tokens_map.json"))
     known = {token.content for token in tokens}
     without = tuple(name for name in dict.fromkeys(names) if name not in known)
@@ -210,14 +217,14 @@ def fit_tokenizer(
     for name, number in (*listed, *(("that ends an answer", i) for i in ends)):
         if number >= vocab_size:
             raise CheckpointError(
-                f"The token {name[:100]} has the id {number}, beyond the model's vocabulary.",
+                f"The token {shorten(name)} has the id {number}, beyond the model's vocabulary.",
                 f"The model has {vocab_size} ids (padded_vocab_size).",
                 "Take the tokenizer files of the repository that the weights come from.",
             )
     unknown = [name for name in named.without_id if name not in names]
     if unknown:
         notes.append(
-            f"special tokens without an id are not known here: {', '.join(unknown)[:200]}; "
+            f"special tokens without an id are not known here: {', '.join(map(repr, unknown))[:200]}; "
             "in a prompt they are ordinary text"
         )
     return plain.with_tokens(family, special, added, ends), notes
