@@ -27,6 +27,7 @@ _WANTED = (
     "generation_config.json",
     "added_tokens.json",
     "special_tokens_map.json",
+    "tokenizer.json",
     "chat_template.jinja",
 )
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -199,11 +199,11 @@ def fit_tokenizer(
     """
     special, line = _special_ids(plain, named, family)
     notes = [] if line is None else [line]
-    names = {*special, *(SAFE_NAMES[name] for name in special if name in SAFE_NAMES)}
+    family_names = {*special, *(SAFE_NAMES[name] for name in special if name in SAFE_NAMES)}
     by_id = {number: name for name, number in special.items()}
     added = []
     for token in named.tokens:
-        if token.id <= plain.eos_id or token.content in names:
+        if token.id <= plain.eos_id or token.content in family_names:
             continue  # of the family: no text is encoded to it
         if token.id in by_id:
             raise CheckpointError(
@@ -221,11 +221,12 @@ def fit_tokenizer(
                 f"The model has {vocab_size} ids (padded_vocab_size).",
                 "Take the tokenizer files of the repository that the weights come from.",
             )
-    unknown = [name for name in named.without_id if name not in names]
+    unknown = [name for name in named.without_id if name not in family_names]
     if unknown:
+        names = ", ".join(map(repr, unknown))[:200]
         notes.append(
-            f"special tokens without an id are not known here: {', '.join(map(repr, unknown))[:200]}; "
-            "in a prompt they are ordinary text"
+            f"special tokens without an id are not known here: {names}; in a prompt they are "
+            "ordinary text"
         )
     return plain.with_tokens(family, special, added, ends), notes
 
