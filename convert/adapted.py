@@ -1,5 +1,6 @@
 """A checkpoint together with an adapter that was trained on it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -9,9 +10,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from convert.adapter import Adapter, load_adapter
-from convert.folder import fingerprint, open_folder
+from convert.folder import Folder, fingerprint, open_folder
 from convert.loader import Checkpoint
+from convert.shards import read_json
 from glm2_jax.errors import CheckpointError
+from glm2_jax.family import FAMILIES, named_family
 from glm2_jax.lora import with_lora
 from glm2_jax.sharding import lora_sharding
 
@@ -22,6 +25,7 @@ def open_adapter(
     *,
     rope_kind: str | None = None,
     template: str | None = None,
+    family: str | None = None,
     force: bool = False,
     apart: bool = False,
 ) -> Adapter:
@@ -30,7 +34,7 @@ def open_adapter(
     Args:
         adapter: its folder.
         base: the model's folder.
-        rope_kind, template: as in `convert.load_checkpoint`.
+        rope_kind, template, family: as in `convert.load_checkpoint`.
         force: take it even if it was trained on another base, or with another template; that is
             said in its notes.
         apart: as in `load_adapter`.
@@ -38,10 +42,21 @@ def open_adapter(
     Raises:
         CheckpointError: either cannot be opened, or they do not belong together.
     """
-    folder = open_folder(base, rope_kind=rope_kind, template=template)
+    folder = open_folder(base, rope_kind=rope_kind, template=template, family=family)
     found = load_adapter(adapter, folder.config, apart=apart)
     differences = []
-    if found.base not in (None, fingerprint(folder)):
+    other = None if family is not None else _other_family(found, folder, rope_kind)
+    if other is not None:
+        differences.append(
+            (
+                f"The adapter {found.source} was trained on a {other} model.",
+                f"{folder.path} is opened as {folder.config.family}, whose prompts are others.",
+                f"Use --family {other} (family={other!r}) if that is what it is; else name the "
+                "model that the adapter was trained on. --force-adapter (force_adapter=True) "
+                "takes it nevertheless.",
+            )
+        )
+    elif found.base not in (None, fingerprint(folder)):
         differences.append(
             (
                 f"The adapter {found.source} was trained on another base than {folder.path}.",
@@ -63,6 +78,25 @@ def open_adapter(
         raise CheckpointError(*differences[0])
     forced = tuple(f"forced: {what} {why}" for what, why, _ in differences)
     return dataclasses.replace(found, notes=(*found.notes, *forced))
+
+
+def _other_family(found: Adapter, folder: Folder, rope_kind: str | None) -> str | None:
+    """The family that the adapter's base has, where it is another one than the folder is opened
+    as: the same folder as that family has the adapter's fingerprint, or PEFT noted such a name."""
+    if found.base is None:
+        config = read_json(Path(found.source) / "adapter_config.json")
+        named = named_family(config.get("base_model_name_or_path"))
+        return None if named == folder.config.family else named
+    if found.base == fingerprint(folder):
+        return None
+    for family in FAMILIES:
+        with contextlib.suppress(CheckpointError):
+            if (
+                fingerprint(open_folder(folder.path, rope_kind=rope_kind, family=family))
+                == found.base
+            ):
+                return family
+    return None
 
 
 def attach(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:

@@ -5,10 +5,8 @@
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +16,7 @@ from convert.glm_layout import generation_config, native_config
 from convert.hf_tokenizer import tokenizer_files
 from convert.merging import float_chunks
 from convert.names import GLM, INV_FREQ, PUBLISHED, SCALE, Match, Rule
-from convert.own_format import DEFAULT_SHARD_SIZE, float_dtype
+from convert.own_format import DEFAULT_SHARD_SIZE, float_dtype, json_file, small_files
 from convert.stored import reading
 from convert.values import Values
 from convert.writer import Entry, write_file, write_shards
@@ -199,14 +197,10 @@ def _small_files(
         official = config.to_hf() | _OFFICIAL | {"torch_dtype": dtype}
         if scheme is not None:
             official |= {"quantization_bit": scheme.bits, "quantization_embeddings": False}
-        return {"config.json": _json(official), "tokenizer.model": tokenizer.model_bytes}
-    stops = (config.eos_token_id, *stop_ids(tokenizer)[1:])
+        return small_files(official, tokenizer)
+    stops = tuple(dict.fromkeys((config.eos_token_id, *stop_ids(tokenizer))))
     return {
-        "config.json": _json(native_config(config, dtype, stops)),
-        "generation_config.json": _json(generation_config(config, stops)),
+        "config.json": json_file(native_config(config, dtype, stops)),
+        "generation_config.json": json_file(generation_config(config, stops)),
         **tokenizer_files(tokenizer, source.template, max_length=config.seq_length),
     }
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from convert.family import find_family, read_side_files
 from convert.foreign import explain_file, explain_folder, refuse_quantized
 from convert.glm_layout import is_native, published_keys
 from convert.local import refuse_url
@@ -15,7 +16,8 @@ from convert.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
 from convert.shards import Weights, choose_weights, open_weights, read_json
 from convert.stored import is_plain_name, reading
-from glm2_jax.config import ROPE_KINDS, GLMConfig, shorten
+from convert.tokens import assumed_places, fit_tokenizer
+from glm2_jax.config import FAMILIES, ROPE_KINDS, GLMConfig, shorten
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.prompt import TEMPLATES
 from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
@@ -74,8 +76,31 @@ class Folder:
         return next(m.tensor.dtype.name for m in self.matches if m.rule.parts == (FINAL_NORM,))
 
 
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a folder says of its model, apart from the weights.
+
+    Attributes:
+        config: the architecture.
+        scheme: how its matrices are quantised; None where they are not.
+        tokenizer: its tokenizer; None where the folder has no tokenizer.model.
+        template: prompt template.
+        notes: what the user should be told, one line each.
+    """
+
+    config: GLMConfig
+    scheme: Scheme | None
+    tokenizer: Tokenizer | None
+    template: str
+    notes: tuple[str, ...]
+
+
 def open_folder(
-    path: str | Path, *, rope_kind: str | None = None, template: str | None = None
+    path: str | Path,
+    *,
+    rope_kind: str | None = None,
+    template: str | None = None,
+    family: str | None = None,
 ) -> Folder:
     """Recognises a checkpoint folder and matches its tensors.
 
@@ -83,58 +108,64 @@ def open_folder(
         path: a folder, official (`.bin` or safetensors), HF-native, or written by this project.
         rope_kind: "linear" or "base", where the folder does not tell what `rope_ratio` means.
         template: a prompt template instead of the family's.
+        family: "chatglm2", "chatglm3" or "codegeex2", whatever the folder says.
 
     Raises:
-        UsageError: a URL, an unknown rope kind or template.
+        UsageError: a URL, an unknown rope kind, template or family.
         CheckpointError: anything about the folder; the message names the file and the reason.
     """
     refuse_url(path)
-    if rope_kind is not None and rope_kind not in ROPE_KINDS:
-        raise UsageError(f"unknown rope kind {rope_kind!r}.", f"Known: {', '.join(ROPE_KINDS)}.")
-    if template is not None and template not in TEMPLATES:
-        raise UsageError(f"unknown template {template!r}.", f"Known: {', '.join(TEMPLATES)}.")
+    _check_asked(rope_kind, template, family)
     with reading(Path(path)):
-        return _open(Path(path), rope_kind, template)
+        return _open(Path(path), rope_kind, template, family)
 
 
 def read_architecture(
-    path: str | Path, *, rope_kind: str | None = None
-) -> tuple[GLMConfig, Scheme | None]:
-    """What a folder's config.json and manifest say of the model and how it is quantised; weights
-    and tokenizer need not be there.
+    path: str | Path,
+    *,
+    rope_kind: str | None = None,
+    template: str | None = None,
+    family: str | None = None,
+) -> Architecture:
+    """What a folder's small files say of the model; weights and tokenizer need not be there.
 
-    Raises:
-        CheckpointError: no folder, no config.json, or another model.
+    Args and errors are those of `open_folder`.
     """
     folder = Path(path)
+    _check_asked(rope_kind, template, family)
     with reading(folder):
         _check_is_folder(folder)
         raw = _read_config(folder)
-        manifest = _manifest(folder)
-        scheme = _published_scheme(raw) if manifest is None else manifest.scheme
-        return _configure(folder, raw, rope_kind, manifest), scheme
+        return _architecture(folder, raw, _manifest(folder), rope_kind, template, family)
+
+
+def _check_asked(rope_kind: str | None, template: str | None, family: str | None) -> None:
+    for what, value, known in (
+        ("rope kind", rope_kind, ROPE_KINDS),
+        ("template", template, TEMPLATES),
+        ("family", family, FAMILIES),
+    ):
+        if value is not None and value not in known:
+            raise UsageError(f"unknown {what} {value!r}.", f"Known: {', '.join(known)}.")
 
 
 def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder) if (folder / MANIFEST).exists() else None
 
 
-def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
+def _open(folder: Path, rope_kind: str | None, template: str | None, family: str | None) -> Folder:
     _check_is_folder(folder)
     raw = _read_config(folder)
     manifest = _manifest(folder)
-    config = _configure(folder, raw, rope_kind, manifest)
+    found = _architecture(folder, raw, manifest, rope_kind, template, family)
+    config, tokenizer, scheme = found.config, found.tokenizer, found.scheme
     weights = open_weights(folder, _named_weights(folder, raw))
-    if not (folder / "tokenizer.model").exists():
+    if tokenizer is None:
         raise CheckpointError(
             f"{folder} holds no tokenizer.model.",
             "Without the SentencePiece model text cannot be turned into tokens.",
             "Download the file from the repository that the weights come from.",
         )
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.model", family=config.family)
-    chosen = template or (manifest.template if manifest else config.default_template)
-    check_fit(config, tokenizer, chosen, asked=template is not None)
-    scheme = _published_scheme(raw) if manifest is None else manifest.scheme
     if manifest is not None:
         check_listed(folder, manifest, weights)
     elif {rule.full_name(0) for rule in OWN} <= weights.tensors.keys():
@@ -153,12 +184,12 @@ def _open(folder: Path, rope_kind: str | None, template: str | None) -> Folder:
         layout=layout + (f" int{scheme.bits}" if scheme else ""),
         config=config,
         tokenizer=tokenizer,
-        template=chosen,
+        template=found.template,
         matches=tuple(matches),
         weights=weights,
         scheme=scheme,
         manifest=manifest,
-        notes=weights.notes,
+        notes=(*found.notes, *weights.notes),
     )
 
 
@@ -202,15 +233,41 @@ def _read_config(folder: Path) -> dict[str, Any]:
     )
 
 
-def _configure(
-    folder: Path, raw: dict[str, Any], rope_kind: str | None, manifest: Manifest | None
-) -> GLMConfig:
-    if is_native(raw):
-        raw = published_keys(raw)
-    tokenizer_config = folder / "tokenizer_config.json"
-    asked = manifest is None and tokenizer_config.exists()  # our own config.json tells all
-    extra = read_json(tokenizer_config) if asked else None
-    return GLMConfig.from_hf(raw, tokenizer_config=extra, rope_kind=rope_kind)
+def _architecture(
+    folder: Path,
+    raw: dict[str, Any],
+    manifest: Manifest | None,
+    rope_kind: str | None,
+    template: str | None,
+    family: str | None,
+) -> Architecture:
+    published = published_keys(raw) if is_native(raw) else raw
+    side = read_side_files(folder, {**published, **raw}, manifest)
+    plain = None
+    if (folder / "tokenizer.model").exists():
+        plain = Tokenizer.from_file(folder / "tokenizer.model")
+    found, note = find_family(side, plain, family=family, rope_kind=rope_kind, template=template)
+    config = GLMConfig.from_hf(published, rope_kind=rope_kind, family=found)
+    notes = [] if note is None else [note]
+    if found is None:
+        notes.append(
+            f"nothing in {folder} names the family of its model: {config.family} is assumed, with "
+            "its prompt and its end ids; if it is another one: --family chatglm3 or codegeex2"
+        )
+    chosen = template or config.default_template
+    if template is None and manifest is not None and config.family == raw.get("family"):
+        chosen = manifest.template
+    scheme = _published_scheme(raw) if manifest is None else manifest.scheme
+    if plain is None:
+        check_template(config, chosen, asked=template is not None)
+        return Architecture(config, scheme, None, chosen, tuple(notes))
+    tokenizer, more = fit_tokenizer(
+        plain, side.named, config.family, vocab_size=config.vocab_size, ends=tuple(side.ends)
+    )
+    check_fit(config, tokenizer, chosen, asked=template is not None)
+    if raw.get("family") is None:  # this project writes it, and the published files do not have it
+        more += assumed_places(tokenizer, side.named)
+    return Architecture(config, scheme, tokenizer, chosen, (*notes, *more))
 
 
 def _named_weights(folder: Path, raw: dict[str, Any]) -> str | None:
@@ -267,7 +324,8 @@ def check_template(config: GLMConfig, template: str, *, asked: bool) -> None:
         raise error(
             f"The template {template!r} is not possible for a {config.family} model.",
             "ChatGLM3 prompts need a tokenizer with role ids.",
-            f"Its own template is {config.default_template}.",
+            f"Its own template is {config.default_template}; if it is a ChatGLM3 model, add "
+            "--family chatglm3.",
         )
 
 

@@ -16,7 +16,7 @@ import sentencepiece
 
 from convert.export import export_entries
 from convert.folder import Folder
-from convert.hf_tokenizer import CHAT_TEMPLATES, PREFIX, SAFE_NAMES
+from convert.hf_tokenizer import CHAT_TEMPLATES, PREFIX, token_names
 from convert.names import INV_FREQ
 from convert.writer import Entry
 from glm2_jax.config import GLMConfig
@@ -258,10 +258,11 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         return kinds.UNUSED if model.is_unused(piece) else kinds.NORMAL
 
     rows = [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(len(model))]
+    rows += [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(len(rows), size)]
     # Bare `sop` and `eop` would be found inside words: the parts of a word are joined to the text
     # of any entry.
-    rows += [(SAFE_NAMES.get(name, name), 0.0, kinds.CONTROL) for name in tokenizer.special]
-    rows += [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(len(rows), size)]
+    for i, name in token_names(tokenizer).items():
+        rows[i] = (name, 0.0, kinds.USER_DEFINED if tokenizer.is_added(i) else kinds.CONTROL)
     texts, scores, types_ = zip(*rows, strict=True)
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)

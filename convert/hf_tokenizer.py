@@ -67,6 +67,12 @@ def tokenizer_files(tokenizer: Tokenizer, template: str, *, max_length: int) -> 
     }
 
 
+def token_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """id -> name of the special and the added tokens, as programs other than ours know them."""
+    special = {i: SAFE_NAMES.get(name, name) for name, i in tokenizer.special.items()}
+    return special | {token.id: token.content for token in tokenizer.added.values()}
+
+
 def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
     """The `tokenizers.Tokenizer` with our pieces, special tokens, prefix and decoder."""
     try:
@@ -93,6 +99,10 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
     fast.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
     )
+    for token in tokenizer.added.values():
+        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+        added = tokenizers.AddedToken(token.content, normalized=False, **flags)
+        (fast.add_special_tokens if token.special else fast.add_tokens)([added])
     begin = [SAFE_NAMES.get(name, name) for name in ("[gMASK]", "sop")]
     fast.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{' '.join(begin)} $A",
@@ -106,10 +116,12 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The pieces with their ids, and the merges, the first one first."""
+    """The tokens with their ids, and the merges of pieces, the first one first."""
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
-    ids = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    named = token_names(tokenizer)
+    ids = {model.id_to_piece(i): i for i in range(model.get_piece_size()) if i not in named}
     ordinary = {piece: i for piece, i in ids.items() if tokenizer.token_text(i)}
+    ids |= {name: i for i, name in named.items()}
 
     def ways(piece: str) -> Iterator[tuple[float, int, int, str, str]]:
         for cut in range(1, len(piece)):

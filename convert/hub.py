@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 SOURCES = ("hf", "modelscope")
 _NEEDED = ("config.json", "tokenizer.model")
-_WANTED = ("tokenizer_config.json", "manifest.json")
+# The others of these tell the model's family and the ids of its tokens.
+_WANTED = (
+    "tokenizer_config.json",
+    "manifest.json",
+    "generation_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
 _NAME = re.compile(r"(?=.{3,193}\Z)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
 # Published beside the models that work, and known not to: the beginning of the name, and why.

@@ -5,7 +5,7 @@ from typing import Any
 from convert import interrupt
 from convert.cli import Parser, Progress, human_size, note, path_argument
 from convert.hub import find_model
-from convert.options import add_model_flags
+from convert.options import add_model_flags, model_options
 from glm2_jax.text import join_lines, json_line
 
 
@@ -32,11 +32,17 @@ def build_parser() -> Parser:
     return parser
 
 
-def describe(path: str, *, rope_kind: str | None = None, template: str | None = None) -> dict:
+def describe(
+    path: str,
+    *,
+    rope_kind: str | None = None,
+    template: str | None = None,
+    family: str | None = None,
+) -> dict:
     """What is known about a folder without its data, ready for JSON."""
     from convert.folder import fingerprint, open_folder
 
-    folder = open_folder(path, rope_kind=rope_kind, template=template)
+    folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
     for line in folder.notes:
         note(line)
     config = folder.config
@@ -53,6 +59,8 @@ def describe(path: str, *, rope_kind: str | None = None, template: str | None = 
         "rope_ratio": config.rope_ratio,
         "vocabulary": config.vocab_size,
         "tokenizer_pieces": folder.tokenizer.num_pieces,
+        "special_tokens": folder.tokenizer.special,
+        "added_tokens": {x.content: x.id for x in folder.tokenizer.added.values()},
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "heads": config.num_heads,
@@ -83,7 +91,8 @@ def as_table(found: dict[str, Any]) -> str:
         "parameters": f"{found['parameters']:,}",
         "stored dtype": stored_as(found["float_dtype"], scheme),
         "rope": rope if found["rope_ratio"] != 1 else "plain",
-        "vocabulary": f"{found['vocabulary']} ids, {found['tokenizer_pieces']} pieces",
+        "vocabulary": f"{found['vocabulary']} ids, {found['tokenizer_pieces']} pieces"
+        + (f", {len(found['added_tokens'])} added tokens" if found["added_tokens"] else ""),
         "layers": found["layers"],
         "heads": f"{found['heads']} query, {found['kv_heads']} key/value, of {found['head_dim']}",
         "sizes": f"hidden {found['hidden_size']}, feed-forward {found['ffn_hidden_size']}",
@@ -104,7 +113,7 @@ def main(argv: list[str]) -> None:
     """Parses and prints."""
     args = build_parser().parse_args(argv)
     path = str(find_model(args.path, source=args.hub_source, revision=args.revision))
-    found = describe(path, rope_kind=args.rope_scaling, template=args.template)
+    found = describe(path, **model_options(args))
     if args.verify:
         from convert.manifest import verify_checkpoint
 

@@ -78,6 +78,7 @@ def load_checkpoint(
     mesh: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
+    family: str | None = None,
     device: Any = None,
     progress: Progress = lambda done, total: None,
 ) -> Checkpoint:
@@ -104,6 +105,7 @@ def load_checkpoint(
             `glm2_jax.sharding.params_sharding`; None = one device.
         rope_kind: "linear" or "base", where the folder does not tell what `rope_ratio` means.
         template: "chatglm2", "chatglm3" or "raw" instead of the family's own.
+        family: "chatglm2", "chatglm3" or "codegeex2", whatever the folder says.
         device: a `jax.Device`, the name of a platform, or None for the default device; not beside
             a mesh.
         progress: called with the bytes of parameters done and to do in this process.
@@ -116,7 +118,7 @@ def load_checkpoint(
     if layers not in ("stacked", "list"):
         raise UsageError(f"layers={layers!r} is unknown.", "Known: stacked, list.")
     device = _find_device(device) if mesh is None else _first_device(mesh, device)
-    folder = open_folder(path, rope_kind=rope_kind, template=template)
+    folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
     config = folder.config
     scheme = target_scheme(folder, quantize, quantize_embeddings)
     if mesh is not None:

@@ -111,6 +111,7 @@ class MergeCheck:
             quantize="none",
             rope_kind=rope_kind,
             template=self.base.template,
+            family=self.base.config.family,
             device=self.device,
             progress=progress,
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.cli import note, path_argument, print_path, size_argument
 from convert.hub import add_hub_flags, find_model
+from glm2_jax.family import FAMILIES
 from glm2_jax.text import json_line
 
 if TYPE_CHECKING:
@@ -75,7 +76,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--template", choices=TEMPLATES, help="prompt template instead of the family's own"
     )
+    add_family(model)
     add_hub_flags(parser.add_argument_group("hub"))
+
+
+def add_family(group: argparse._ActionsContainer) -> None:
+    """`--family`."""
+    group.add_argument(
+        "--family", choices=FAMILIES, metavar="NAME",
+        help=f"the model's family, whatever the folder says: {', '.join(FAMILIES)} (default: by "
+        "the folder's configuration, special tokens, chat template and names)",
+    )  # fmt: skip
 
 
 def add_overwrite(group: argparse._ActionsContainer) -> None:
@@ -99,8 +110,13 @@ def find_folder(args: argparse.Namespace, name: str) -> Path:
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_model_flags` was told, as `open_folder` and `open_adapter` take it."""
-    return {"rope_kind": args.rope_scaling, "template": args.template}
+    """The flags for what a folder does not tell about itself, as `open_folder`, `open_adapter` and
+    `infer.load` take them."""
+    return {
+        "rope_kind": args.rope_scaling,
+        "template": getattr(args, "template", None),
+        "family": args.family,
+    }
 
 
 def open_merged(args: argparse.Namespace, base: Path) -> Adapter | None:

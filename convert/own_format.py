@@ -24,6 +24,7 @@ from convert.manifest import MANIFEST, FileEntry, Manifest
 from convert.merging import float_chunks
 from convert.names import PARTS, SCALE, Match, Part, own_name
 from convert.stored import reading
+from convert.tokens import TOKENIZER_CONFIG, tokenizer_config
 from convert.values import CHUNK_ELEMENTS, Values, all_finite, cast
 from convert.writer import Entry, write_file, write_shards
 from glm2_jax.config import GLMConfig
@@ -59,7 +60,7 @@ def save_checkpoint(
         folder: the new folder.
         config: the architecture.
         params: nested dictionary of arrays as `glm2_jax.param_shapes(config)` describes it.
-        tokenizer: its SentencePiece model goes into the folder.
+        tokenizer: its SentencePiece model and its tokens go into the folder.
         source: where the weights came from, for the manifest.
         dtype: "float32", "bfloat16" or "float16"; None keeps that of `params["embed"]`.
         template: prompt template; None is the family's own.
@@ -97,7 +98,7 @@ def save_checkpoint(
                 pass
     else:
         _write(
-            folder, config, tokenizer.model_bytes, entries, manifest,
+            folder, config, tokenizer, entries, manifest,
             overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
         )  # fmt: skip
     multihost_utils.sync_global_devices(f"saved {folder}")
@@ -143,7 +144,7 @@ def convert_folder(
     )
     entries = _stored_entries(source, kind, scheme, adapter)
     return _write(
-        destination, source.config, source.tokenizer.model_bytes, entries, manifest,
+        destination, source.config, source.tokenizer, entries, manifest,
         source=source.path, check=check, overwrite=overwrite, max_shard_size=max_shard_size,
         progress=progress,
     )  # fmt: skip
@@ -179,7 +180,7 @@ def size_of_conversion(
 def _write(
     destination: str | Path,
     config: GLMConfig,
-    tokenizer_model: bytes,
+    tokenizer: Tokenizer,
     entries: list[Entry],
     manifest: Manifest,
     *,
@@ -190,19 +191,37 @@ def _write(
     progress: Progress,
 ) -> Manifest:
     needed = sum(entry.nbytes for entry in entries)
-    config_text = json.dumps(config.to_hf(), indent=2) + "\n"
+    small = small_files(config.to_hf(), tokenizer)
     with new_checkpoint(
         destination, overwrite=overwrite, source=source, needed=needed
     ) as temporary:
         files: dict[str, FileEntry] = {
-            "config.json": write_file(temporary / "config.json", config_text.encode()),
-            "tokenizer.model": write_file(temporary / "tokenizer.model", tokenizer_model),
+            **{name: write_file(temporary / name, data) for name, data in small.items()},
             **write_shards(temporary, entries, max_shard_size, progress),
         }
         manifest.files.update(files)
         write_file(temporary / MANIFEST, manifest.to_json().encode())
         check(temporary)
     return manifest
+
+
+def small_files(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Everything but the weights: name -> content, of our own format and of official folders.
+
+    Args:
+        config: the keys of config.json.
+        tokenizer: a tokenizer_config.json is written only where its tokens are not as published.
+    """
+    ends = list(dict.fromkeys((config["eos_token_id"], *tokenizer.end_ids)))
+    config = {**config, "eos_token_id": ends if ends[1:] else ends[0]}
+    files = {"config.json": json_file(config), "tokenizer.model": tokenizer.model_bytes}
+    tokens = tokenizer_config(tokenizer)
+    return files | ({TOKENIZER_CONFIG: json_file(tokens)} if tokens else {})
+
+
+def json_file(value: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def float_dtype(name: str) -> np.dtype:

@@ -71,6 +71,7 @@ def open_prefix(
     *,
     rope_kind: str | None = None,
     template: str | None = None,
+    family: str | None = None,
 ) -> FoundPrefix:
     """Reads a prefix for a base whose weights need not be loaded yet.
 
@@ -78,12 +79,13 @@ def open_prefix(
         folder: holds `pytorch_model.bin` or safetensors of the prefix encoder; or a single
             `checkpoint-N` that does.
         base: the model's folder.
-        rope_kind, template: as in `convert.load_checkpoint`.
+        rope_kind, template, family: as in `convert.load_checkpoint`.
 
     Raises:
         CheckpointError: either cannot be opened, or they do not belong together.
     """
-    return load_prefix(folder, open_folder(base, rope_kind=rope_kind, template=template).config)
+    found = open_folder(base, rope_kind=rope_kind, template=template, family=family)
+    return load_prefix(folder, found.config)
 
 
 def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:

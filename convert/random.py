@@ -86,18 +86,18 @@ def official_config(
         UsageError: an unknown name, a quantised model, or a number of layers below 1.
         CheckpointError: the file is no configuration of this family of models.
     """
+    from convert.family import find_family, read_side_files
     from convert.shards import read_json
     from glm2_jax.config import PRESETS, GLMConfig
     from glm2_jax.errors import UsageError
 
     raw: dict[str, Any] = {"_name_or_path": name}
-    extra = None
+    family = None
     if name in PRESETS:
         raw |= PRESETS[name].to_hf()
     elif Path(name).exists():
         raw = read_json(Path(name))
-        beside = Path(name).with_name("tokenizer_config.json")
-        extra = read_json(beside) if beside.exists() else None
+        family, _ = find_family(read_side_files(Path(name).parent, raw, None), None)
     else:
         raise UsageError(
             f"{flag} {name}: no such model or file.",
@@ -113,7 +113,7 @@ def official_config(
     if layers is not None and layers < 1:
         raise UsageError(f"--layers {layers} is not possible.", "A model has at least one layer.")
     raw |= {"num_layers": layers} if layers else {}
-    config = GLMConfig.from_hf(raw, tokenizer_config=extra)
+    config = GLMConfig.from_hf(raw, family=family)
     # Names files of Python code, of which the folder has none.
     raw.pop("auto_map", None)
     return raw | config.to_hf() | {"torch_dtype": dtype, "_name_or_path": NAME}

@@ -6,8 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm2_jax.errors import CheckpointError
+from glm2_jax.family import (
+    FAMILIES,
+    config_signs,
+    decide_family,
+    named_family,
+    tokenizer_signs,
+)
 
-FAMILIES = ("chatglm2", "chatglm3", "codegeex2")
 ROPE_KINDS = ("linear", "base")
 MAX_SIZE = 2**31 - 1  # positions and ids are int32
 
@@ -155,6 +161,7 @@ class GLMConfig:
         *,
         tokenizer_config: Mapping[str, Any] | None = None,
         rope_kind: str | None = None,
+        family: str | None = None,
     ) -> "GLMConfig":
         """Reads a published `config.json`.
 
@@ -164,13 +171,15 @@ class GLMConfig:
             tokenizer_config: the parsed `tokenizer_config.json`, asked for the family where the
                 configuration does not tell it.
             rope_kind: overrides what the family says about `rope_ratio`.
+            family: overrides what the files say about the family.
 
         Returns:
             The configuration. Unknown keys that do not change the mathematics are ignored.
 
         Raises:
             CheckpointError: another model, a key whose value this implementation does not
-                compute, a value out of range, or a `rope_ratio` whose meaning cannot be told.
+                compute, a value out of range, signs of different families, or a `rope_ratio`
+                whose meaning cannot be told.
         """
         _refuse_other_models(raw)
         for key, (wanted, default) in _REQUIRED_VALUES.items():
@@ -182,7 +191,10 @@ class GLMConfig:
                     f"It changes the mathematics; only {key} = {wanted!r} is implemented.",
                     "Use a published ChatGLM2 / ChatGLM3 / CodeGeeX2 configuration.",
                 )
-        family = raw.get("family") or _tell_family(raw, tokenizer_config)
+        family = family or raw.get("family")
+        if family is None:
+            signs = [*config_signs(raw), *tokenizer_signs(tokenizer_config or {})]
+            family = decide_family(signs, "config.json")
         ratio = _number(raw, "rope_ratio", 1.0)
         rope_kind = str(rope_kind or raw.get("rope_kind") or _tell_rope_kind(family, ratio))
         if family is None:
@@ -198,8 +210,8 @@ class GLMConfig:
             family=family,
             hidden_dropout=_number(raw, "hidden_dropout", 0.0),
             attention_dropout=_number(raw, "attention_dropout", 0.0),
-            eos_token_id=_integer(raw, "eos_token_id", 2),
-            pad_token_id=_integer(raw, "pad_token_id", 0),
+            eos_token_id=_first_id(raw, "eos_token_id", 2),
+            pad_token_id=_first_id(raw, "pad_token_id", 0),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -248,6 +260,14 @@ def _integer(raw: Mapping[str, Any], key: str, default: int | None) -> int:
     return value
 
 
+def _first_id(raw: Mapping[str, Any], key: str, default: int) -> int:
+    """An id; of a list the first one, null where the default holds."""
+    value = raw.get(key)
+    if isinstance(value, list) and value:
+        value = value[0]
+    return default if value is None else _integer({key: value}, key, None)
+
+
 def _flag(raw: Mapping[str, Any], key: str) -> bool:
     value = raw.get(key, False)
     if not isinstance(value, bool):
@@ -262,17 +282,12 @@ def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
     return float(min(max(value, -1e300), 1e300))  # far beyond what any key may hold
 
 
-def _names(raw: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None) -> list[str]:
-    """Names a folder gives itself, most trustworthy first, in lower case."""
-    names = [raw.get("_name_or_path"), (tokenizer_config or {}).get("name_or_path")]
-    return [name.lower() for name in names if isinstance(name, str) and name]
-
-
 def _refuse_other_models(raw: Mapping[str, Any]) -> None:
     model_type = raw.get("model_type", "chatglm")
     # A path's last part: a folder above it may have any name. GLM-4 has a size or a letter behind.
-    name = next((re.split(r"[/\\]", name.rstrip("/\\"))[-1] for name in _names(raw, None)), "")
-    named = re.search(r"glm-?4[-v]", name) and not any(family in name for family in FAMILIES)
+    name = raw.get("_name_or_path")
+    name = re.split(r"[/\\]", name.lower().rstrip("/\\"))[-1] if isinstance(name, str) else ""
+    named = re.search(r"glm-?4[-v]", name) and named_family(name) is None
     if named or raw.get("padded_vocab_size") == 151552:
         raise CheckpointError(
             "GLM-4 is not supported.",
@@ -293,23 +308,6 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
         )
 
 
-def _tell_family(raw: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None) -> str | None:
-    """The family, from `_name_or_path` first, then from keys only CodeGeeX2 has, then from the
-    tokenizer's own name; None where nothing tells it."""
-    own_name = _names(raw, None)
-    for name in own_name:
-        for family in FAMILIES:
-            if family in name:
-                return family
-    if "interleaved_qkv" in raw or "rotary_percent" in raw:
-        return "codegeex2"
-    for name in _names({}, tokenizer_config):
-        for family in FAMILIES:
-            if family in name:
-                return family
-    return None
-
-
 def _tell_rope_kind(family: str | None, ratio: float) -> str:
     if family == "chatglm2":
         return "linear"
@@ -319,7 +317,8 @@ def _tell_rope_kind(family: str | None, ratio: float) -> str:
         f"config.json: the meaning of rope_ratio = {ratio:g} cannot be told.",
         "ChatGLM2 divides positions by it, ChatGLM3 multiplies the rotary base; "
         "_name_or_path and tokenizer_config.json name neither.",
-        "Say which with --rope-scaling linear (ChatGLM2) or --rope-scaling base (ChatGLM3).",
+        "Say which with --family chatglm2 or --family chatglm3, or with --rope-scaling linear "
+        "(ChatGLM2) or --rope-scaling base (ChatGLM3).",
     )
 
 

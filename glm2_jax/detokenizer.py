@@ -39,6 +39,9 @@ class Detokenizer:
         text = self._tokenizer.token_text(token_id)
         if not text:
             return ""
+        if self._tokenizer.is_added(token_id):  # the text after it was encoded on its own
+            self._at_start = self._tokenizer.adds_dummy_prefix
+            return text
         drop, self._at_start = self._at_start and text[0] == " ", False
         return text[1:] if drop else text
 

@@ -124,10 +124,11 @@ def build_messages(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[in
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end an answer: the end token, and for ChatGLM3 the roles that follow one."""
+    """The ids that end an answer: the end token, for ChatGLM3 the roles that follow one, and those
+    that the folder names."""
     followers = ("<|user|>", "<|observation|>")
     roles = [tokenizer.special[name] for name in followers if name in tokenizer.special]
-    return (tokenizer.eos_id, *roles)
+    return tuple(dict.fromkeys((tokenizer.eos_id, *roles, *tokenizer.end_ids)))
 
 
 def truncate_prompt(

@@ -1,26 +1,51 @@
 """The SentencePiece tokenizer of the ChatGLM family, with its special ids behind the pieces.
 
 Special ids exist only as numbers: they are added by the prompt builders, and no text, whatever it
-says, is ever encoded to one of them.
+says, is ever encoded to one of them. Tokens that a fine-tuned folder added are text: where it
+contains one, it is encoded to the one id, as the `transformers` tokenizer does.
 """
 
-from collections.abc import Iterable
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from glm2_jax.detokenizer import Detokenizer
 from glm2_jax.errors import CheckpointError, InputError
+from glm2_jax.family import ROLE_TOKENS
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
 MAX_MODEL_BYTES = 64 * 2**20  # the published one has a million
 _COMMON_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-_SPECIAL = {
+SPECIAL = {
     "chatglm2": _COMMON_SPECIAL,
     "codegeex2": _COMMON_SPECIAL,
-    "chatglm3": _COMMON_SPECIAL + _ROLES,
+    "chatglm3": _COMMON_SPECIAL + ROLE_TOKENS,
 }
+"""The special tokens of each family, in the order of their ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedToken:
+    """A token beyond those of the family; the fields are those of `transformers`.
+
+    Attributes:
+        content: its text.
+        id: its id.
+        special: whether the folder calls it special; encoding and decoding do not depend on it.
+        lstrip, rstrip: whether the blanks before and after it belong to it.
+        single_word: whether it counts only between spaces.
+    """
+
+    content: str
+    id: int
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
 
 
 class Tokenizer:
@@ -31,7 +56,9 @@ class Tokenizer:
         model_bytes: the SentencePiece model as it was read.
         num_pieces: number of pieces in that model; special ids follow them.
         special: name -> id of every special token of the family.
-        size: number of ids with a meaning, num_pieces + len(special).
+        added: further tokens, by their text.
+        end_ids: ids beyond those of the family that end an answer.
+        size: the largest id with a meaning, plus 1.
         prefix_ids: [gMASK] and sop, which begin every sequence.
         eos_id, pad_id: 2 and 0 (the unknown piece doubles as padding).
         adds_dummy_prefix: whether the model puts a space in front of every text.
@@ -41,17 +68,57 @@ class Tokenizer:
     pad_id = 0
 
     def __init__(self, model_bytes: bytes, family: str = "chatglm2", *, source: str = ""):
-        if family not in _SPECIAL:
-            raise ValueError(f"unknown family {family!r}, expected one of {', '.join(_SPECIAL)}")
-        self.family = family
         self.model_bytes = model_bytes
         self._pieces = _load_model(model_bytes, source)
         self.num_pieces = self._pieces.get_piece_size()
-        self.special = {n: self.num_pieces + i for i, n in enumerate(_SPECIAL[family])}
-        self.size = self.num_pieces + len(self.special)
-        self.prefix_ids = [self.special["[gMASK]"], self.special["sop"]]
+        self._set_tokens(family, None, (), ())
         # The flag lives in the model's protobuf; what it does to a letter shows it without one.
         self.adds_dummy_prefix = self.piece(self.encode("A")[0]).startswith(SPACE_MARK)
+
+    def with_tokens(
+        self,
+        family: str,
+        special: Mapping[str, int] | None = None,
+        added: Sequence[AddedToken] = (),
+        end_ids: Sequence[int] = (),
+    ) -> "Tokenizer":
+        """The same pieces with other tokens.
+
+        Args:
+            family: "chatglm2", "chatglm3" or "codegeex2".
+            special: name -> id of its special tokens, "[gMASK]" and "sop" at least; None = they
+                follow the pieces, as published. One may stand in the place of a piece.
+            added: further tokens; their ids and texts differ from each other and from `special`.
+            end_ids: ids beyond those of the family that end an answer.
+        """
+        other = copy.copy(self)
+        other._set_tokens(family, special, added, end_ids)
+        return other
+
+    def _set_tokens(
+        self,
+        family: str,
+        special: Mapping[str, int] | None,
+        added: Sequence[AddedToken],
+        end_ids: Sequence[int],
+    ) -> None:
+        if family not in SPECIAL:
+            raise ValueError(f"unknown family {family!r}, expected one of {', '.join(SPECIAL)}")
+        self.family = family
+        self.special = dict(self.default_special(family) if special is None else special)
+        self.added = {token.content: token for token in added}
+        self.end_ids = tuple(end_ids)
+        self._texts = {token.id: token.content for token in added}
+        taken = {*self.special.values(), *self._texts}
+        self._replaced = frozenset(i for i in taken if i < self.num_pieces)
+        self.size = max(self.num_pieces, *(i + 1 for i in taken))
+        self.prefix_ids = [self.special["[gMASK]"], self.special["sop"]]
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
+
+    def default_special(self, family: str) -> dict[str, int]:
+        """name -> id of a family's special tokens where they follow the pieces, as published."""
+        return {name: self.num_pieces + i for i, name in enumerate(SPECIAL[family])}
 
     @classmethod
     def from_file(cls, path: str | Path, family: str = "chatglm2") -> "Tokenizer":
@@ -99,7 +166,46 @@ class Tokenizer:
                 "It is half of a character and cannot be written as UTF-8.",
                 "Remove it, or read the text again in its true encoding.",
             ) from error
-        return self._pieces.encode(text)
+        if self._split is None:
+            return self._encode_pieces(text)
+        ids: list[int] = []
+        for number, part in enumerate(self._split_added(text)):
+            if number % 2 and part:
+                ids.append(self.added[part].id)
+            elif part:
+                ids += self._encode_pieces(part)
+        return ids
+
+    def _split_added(self, text: str) -> list[str]:
+        """The text between added tokens, and at odd places these; "" where one does not count."""
+        parts = self._split.split(text) if self._split is not None else [text]
+        for i in range(1, len(parts), 2):
+            token, left, right = self.added[parts[i]], parts[i - 1], parts[i + 1]
+            if token.rstrip:
+                parts[i + 1] = right.lstrip()
+            if token.lstrip:
+                parts[i - 1] = left.rstrip()
+            if token.single_word and left and left[-1] != " ":
+                parts[i - 1], parts[i] = left + token.content, ""
+            elif token.single_word and right and right[0] != " ":
+                parts[i + 1], parts[i] = token.content + right, ""
+        return parts
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        ids = self._pieces.encode(text)
+        if self._replaced.isdisjoint(ids):
+            return ids
+        # The text of a piece whose id means another token: in single characters.
+        parts = ([i] if i not in self._replaced else self._encode_characters(i) for i in ids)
+        return [i for part in parts for i in part]
+
+    def _encode_characters(self, token_id: int) -> Iterable[int]:
+        for character in self._pieces.id_to_piece(token_id):
+            found = self._pieces.piece_to_id(character)
+            if found in self._replaced or not self._is_ordinary(found):
+                yield from (self._pieces.piece_to_id(f"<0x{b:02X}>") for b in character.encode())
+            else:
+                yield found
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids; special, control, unknown, negative and out-of-range ids give nothing.
@@ -111,10 +217,16 @@ class Tokenizer:
         return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
 
     def piece(self, token_id: int) -> str:
-        """The piece as the model stores it (spaces as U+2581); "" for ids that are no piece."""
-        if not 0 <= token_id < self.num_pieces:
-            return ""
+        """The piece as the model stores it (spaces as U+2581), or the text of an added token; ""
+        for other ids."""
+        if not 0 <= token_id < self.num_pieces or token_id in self._replaced:
+            return self._texts.get(token_id, "")
         return self._pieces.id_to_piece(int(token_id))
+
+    def piece_id(self, text: str) -> int | None:
+        """The id of the piece with exactly this text; None where the model has none."""
+        token_id = self._pieces.piece_to_id(text)
+        return token_id if self._pieces.id_to_piece(token_id) == text else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes a token stands for, its leading space included; b"" where it has none."""
@@ -122,19 +234,26 @@ class Tokenizer:
         return self.token_text(token_id).encode("utf-8") if byte is None else bytes([byte])
 
     def token_text(self, token_id: int) -> str:
-        """The text of an ordinary piece with plain spaces; "" for every other id."""
+        """The text of an ordinary piece with plain spaces, or that of an added token; "" for
+        every other id."""
+        if token_id in self._texts:
+            return self._texts[token_id]
         if not self._is_ordinary(token_id) or self.byte_value(token_id) is not None:
             return ""
         return self.piece(token_id).replace(SPACE_MARK, " ")
 
+    def is_added(self, token_id: int) -> bool:
+        """Whether an id is that of an added token."""
+        return token_id in self._texts
+
     def byte_value(self, token_id: int) -> int | None:
         """The byte, 0 to 255, that a byte piece such as <0x0A> stands for; None for other ids."""
-        if not 0 <= token_id < self.num_pieces or not self._pieces.is_byte(int(token_id)):
+        if not self._is_ordinary(token_id) or not self._pieces.is_byte(int(token_id)):
             return None
         return int(self.piece(token_id)[3:5], 16)
 
     def _is_ordinary(self, token_id: int) -> bool:
-        if not 0 <= token_id < self.num_pieces:
+        if not 0 <= token_id < self.num_pieces or token_id in self._replaced:
             return False
         token_id = int(token_id)
         return not self._pieces.is_control(token_id) and not self._pieces.is_unknown(token_id)

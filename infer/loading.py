@@ -46,6 +46,7 @@ def load(
     device: Any = None,
     rope_kind: str | None = None,
     template: str | None = None,
+    family: str | None = None,
     adapter: str | os.PathLike | None = None,
     force_adapter: bool = False,
     prefix: str | os.PathLike | None = None,
@@ -59,7 +60,8 @@ def load(
     Args:
       path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
         None = the bundled demo model.
-      dtype, quantize, quantize_embeddings, rope_kind, template: as in `convert.load_checkpoint`.
+      dtype, quantize, quantize_embeddings, rope_kind, template, family: as in
+        `convert.load_checkpoint`.
       layers: "stacked" or "list", as there; None = what is faster on the device, see
         `faster_layers`.
       mesh: all devices to compute on together, those of other processes included: a text such as
@@ -90,14 +92,13 @@ def load(
     folder = demo_folder()
     if path is not None:
         folder = find_model(_folder(path), source=source, revision=revision)
+    form: dict[str, Any] = {"rope_kind": rope_kind, "template": template, "family": family}
     ready = None
     if adapter is not None:
-        ready = open_adapter(
-            adapter, folder, rope_kind=rope_kind, template=template, force=force_adapter
-        )
+        ready = open_adapter(adapter, folder, **form, force=force_adapter)
     found = None
     if prefix is not None:
-        found = open_prefix(prefix, folder, rope_kind=rope_kind, template=template)
+        found = open_prefix(prefix, folder, **form)
     explain = partial(
         when_loading,
         folder,
@@ -106,7 +107,7 @@ def load(
         quantize=quantize,
         embeddings=quantize_embeddings,
         context=max_length,
-        rope_kind=rope_kind,
+        form=form,
         prefix=0 if found is None else found.length,
         mesh=mesh,
     )
@@ -118,8 +119,7 @@ def load(
             quantize_embeddings=quantize_embeddings,
             layers=layers or faster_layers(chosen.platform, on_mesh=mesh is not None),
             mesh=mesh,
-            rope_kind=rope_kind,
-            template=template,
+            **form,
             device=chosen if mesh is None else None,
             progress=progress,
         )

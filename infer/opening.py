@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.cli import Progress, human_size, note
 from convert.hub import find_model
+from convert.options import model_options
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -72,8 +73,7 @@ def open_engine(args: argparse.Namespace, **contents: Any) -> Engine:
             max_length=args.max_length,
             prefill_chunk=args.prefill_chunk,
             speculate=getattr(args, "speculate", 0),
-            rope_kind=args.rope_scaling,
-            template=args.template,
+            **model_options(args),
             adapter=getattr(args, "adapter", None),
             force_adapter=getattr(args, "force_adapter", False),
             prefix=getattr(args, "prefix", None),
@@ -113,7 +113,7 @@ def _compare_processes(
     from convert.folder import fingerprint, open_folder
     from convert.prefix import open_prefix
 
-    form = {"rope_kind": args.rope_scaling, "template": args.template}
+    form = model_options(args)
     sums = {"checkpoint": fingerprint(open_folder(folder, **form)), "adapter": "", "prefix": ""}
     if args.adapter is not None:
         force = args.force_adapter

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.cli import Parser, path_argument, size_argument
 from convert.hub import add_hub_flags
+from convert.options import add_family
 from glm2_jax.limits import DRAFT
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def add_model_options(parser: Parser) -> None:
         choices=("chatglm2", "chatglm3", "raw"),
         help="how a prompt is written for the model (default: by the checkpoint's family)",
     )
+    add_family(group)
 
 
 def add_adapter_options(parser: Parser) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import struct
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def without_dummy_prefix(model: bytes) -> bytes:
     flag = b"identity\x12\x00\x18"
     assert model.count(flag + b"\x01") == 1
     return model.replace(flag + b"\x01", flag + b"\x00")
+
+
+def with_pieces(model: bytes, pieces: list[str], *, kind: int = 1) -> bytes:
+    """The same model with further pieces (field 1) of a kind: 1 = normal, 4 = user-defined."""
+    for piece in pieces:
+        text = piece.encode()
+        fields = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1000.0)
+        fields += b"\x18" + bytes([kind])
+        model += b"\x0a" + bytes([len(fields)]) + fields
+    return model
 
 
 REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared/data/tokenizer"

@@ -133,7 +133,6 @@ def test_other_models_are_refused(raw):
         (None, "THUDM/chatglm3-6b-128k", "chatglm3", "base"),
         # The int4 folder's tokenizer_config names the first generation: config.json decides.
         ("THUDM/chatglm2-6b", "THUDM/chatglm-6b", "chatglm2", "linear"),
-        ("THUDM/chatglm2-6b", "THUDM/chatglm3-6b", "chatglm2", "linear"),
     ],
 )
 def test_family_and_meaning_of_the_ratio(own_name, tokenizer_name, family, kind):

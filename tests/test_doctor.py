@@ -239,7 +239,7 @@ def test_tpus():
 
 
 def test_a_model_of_its_own():
-    model = doctor._open(str(demo_folder()), None)
+    model = doctor._open(doctor.parser().parse_args(["--model", str(demo_folder())]))
     report = check(changed(LAPTOP, memory=Memory(4 * GB, 2 * GB)), model)
     assert report.best is not None and report.best.precision.name == "float32"
     assert report.best.weights == 4 * model.config.num_params

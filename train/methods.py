@@ -17,6 +17,7 @@ from convert.adapted import open_adapter
 from convert.adapter import Adapter, save_adapter
 from convert.folder import Folder
 from convert.gather import gathered
+from convert.options import model_options
 from convert.own_format import save_checkpoint
 from glm2_jax.dtypes import resolve_dtype
 from glm2_jax.errors import UsageError
@@ -100,8 +101,7 @@ class AdapterMethod(Method):
             quantize=args.quantize_base,
             layers=faster_layers(devices.first.platform, on_mesh=devices.mesh is not None),
             mesh=devices.mesh,
-            rope_kind=args.rope_scaling,
-            template=args.template,
+            **model_options(args),
             device=devices.first if devices.mesh is None else None,
             progress=progress,
         )
@@ -138,8 +138,7 @@ def _first_adapter(folder: Folder, args: argparse.Namespace) -> Adapter:
         found = open_adapter(
             args.init_adapter,
             folder.path,
-            rope_kind=args.rope_scaling,
-            template=args.template,
+            **model_options(args),
             force=args.force_adapter,
             apart=True,
         )
@@ -206,8 +205,7 @@ class FullMethod(Method):
             dtype="float32",
             quantize="none",
             mesh=devices.mesh,
-            rope_kind=args.rope_scaling,
-            template=args.template,
+            **model_options(args),
             device=devices.first if devices.mesh is None else None,
             progress=progress,
         )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from convert.cli import Parser, Progress, human_size, note
 from convert.folder import Folder, fingerprint, open_folder
+from convert.options import model_options
 from glm2_jax.errors import InputError, UsageError
 from infer import hosts
 from infer.bench.plot import check_plot
@@ -66,7 +67,9 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     enable_compile_cache(args.compile_cache, warn=note)
     say_which_model(args)
     path = model_folder(args) or demo_folder()
-    folder = open_folder(path, rope_kind=args.rope_scaling, template=args.template)
+    folder = open_folder(path, **model_options(args))
+    for line in folder.notes if args.check_data else ():  # a run that loads the model says them
+        note(line)
     dataset = open_dataset(args, as_checkpoint(folder))
     if (code := look_at(args, dataset)) is not None:
         return code

@@ -22,6 +22,7 @@ from convert import interrupt
 from convert.cli import EXIT_DEVICE, human_size, note, version
 from convert.folder import open_folder, target_scheme
 from convert.local import real_path
+from convert.options import model_options
 from glm2_jax import GLMConfig
 from glm2_jax.dtypes import dtype_name, resolve_dtype
 from glm2_jax.errors import UsageError
@@ -140,11 +141,7 @@ class Subject:
             schemes = [SCHEMES.get(quantize or "none") for quantize in forms]
             config = self.config
         else:
-            found = open_folder(
-                self.folder or demo_folder(),
-                rope_kind=self.args.rope_scaling,
-                template=self.args.template,
-            )
+            found = open_folder(self.folder or demo_folder(), **model_options(self.args))
             schemes = [target_scheme(found, quantize) for quantize in forms]
             config = found.config
         if self.mesh is not None:
@@ -174,8 +171,7 @@ class Subject:
                 layers=layers,
                 mesh=self.mesh,
                 device=self.device if self.mesh is None else None,
-                rope_kind=self.args.rope_scaling,
-                template=self.args.template,
+                **model_options(self.args),
             ).checkpoint
             self.config, params = checkpoint.config, checkpoint.params
             quantisation = checkpoint.summary.quantisation or "none"

@@ -1,5 +1,6 @@
 """`python -m infer.doctor`: what this machine has, what is wrong with it, and what to type next."""
 
+import argparse
 import dataclasses
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert import interrupt
 from convert.cli import EXIT_DEVICE, Parser, human_size, note, path_argument
+from convert.options import add_family, model_options
 from glm2_jax.text import join_lines, json_line
 from infer.options import use_utf8
 
@@ -43,6 +45,7 @@ def parser() -> Parser:
         choices=("linear", "base"),
         help="what the checkpoint's rope_ratio means, where it does not say",
     )
+    add_family(group)
     output = result.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object with the same facts")
     result.add_common()
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from infer.doctor.forms import Model
     from infer.probing import probe
 
-    model = Model() if args.model is None else _open(args.model, args.rope_scaling)
+    model = Model() if args.model is None else _open(args)
     if sys.stderr.isatty():
         note("looking at this machine; starting jax can take a minute ...")
     machine = probe()
@@ -69,13 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report.exit_code
 
 
-def _open(folder: str, rope_kind: str | None) -> "Model":
+def _open(args: argparse.Namespace) -> "Model":
     from convert.folder import open_folder
     from convert.hub import find_model
     from infer.doctor.forms import Model
 
-    found = open_folder(find_model(folder), rope_kind=rope_kind)
-    return Model(found.config, folder, None if found.scheme is None else found.scheme.name)
+    found = open_folder(find_model(args.model), **model_options(args))
+    return Model(found.config, args.model, None if found.scheme is None else found.scheme.name)
 
 
 def width() -> int:

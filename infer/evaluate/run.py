@@ -109,6 +109,7 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
 def _check_folder(args: argparse.Namespace) -> None:
     """Raises UsageError for what the folder cannot do, before its weights are loaded."""
     from convert.folder import open_folder
+    from convert.options import model_options
     from infer.evaluate import perplexity
     from infer.loading import demo_folder
     from infer.memory.budget import DEFAULT_CONTEXT
@@ -117,7 +118,7 @@ def _check_folder(args: argparse.Namespace) -> None:
     if path is not None:  # it is looked for once
         args.model, args.hub_source, args.revision = path, None, None
     try:
-        folder = open_folder(path or demo_folder(), rope_kind=args.rope_scaling)
+        folder = open_folder(path or demo_folder(), **model_options(args))
     except GLMError:  # loading says it, in its own words
         return
     longest = min(args.max_length or DEFAULT_CONTEXT, folder.config.seq_length)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from convert.atomic import require_writable
 from convert.cli import Progress, note
-from convert.folder import check_fit, check_template, open_folder, read_architecture
+from convert.folder import check_template, open_folder, read_architecture
 from convert.local import real_path
+from convert.options import model_options
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.prompt import build_prompt
@@ -46,6 +47,7 @@ class Subject:
       stored: the scheme that it is quantised by.
       tokenizer, template: None where they are not known.
       weights: whether they are there.
+      notes: what the user should be told, one line each.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Subject:
     tokenizer: Tokenizer | None
     template: str | None
     weights: bool
+    notes: tuple[str, ...] = ()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     _check_length(length, subject.config)
     heads = _heads(args.heads, subject.config)
     with_values = _wants_values(args, subject, ids)
+    for line in () if with_values else subject.notes:  # what loads the weights, says them itself
+        note(line)
     prompt = None if source in ("asked", "example") else args.prompt or PROMPT
 
     from infer.explain.walk import make_walk
@@ -112,9 +117,9 @@ def find_subject(args: argparse.Namespace) -> Subject:
     if folder.is_dir() and not _holds_weights(folder):
         note(f"{folder} holds no weights: shapes and costs alone")
         return _without_weights(args, name, folder)
-    found = open_folder(folder, rope_kind=args.rope_scaling, template=args.template)
+    found = open_folder(folder, **model_options(args))
     stored = None if found.scheme is None else found.scheme.name
-    return Subject(name, found.config, stored, found.tokenizer, found.template, True)
+    return Subject(name, found.config, stored, found.tokenizer, found.template, True, found.notes)
 
 
 def _from_config(args: argparse.Namespace) -> Subject:
@@ -122,7 +127,7 @@ def _from_config(args: argparse.Namespace) -> Subject:
     if name in PRESETS:
         config, stored = PRESETS[name], "int4-row" if name.endswith("-int4") else None
     else:
-        config = read_config(Path(name), args.rope_scaling)
+        config = read_config(Path(name), args.rope_scaling, args.family)
     if args.template is not None:
         check_template(config, args.template, asked=True)
     return Subject(name, config, stored, None, args.template, False)
@@ -142,15 +147,10 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _without_weights(args: argparse.Namespace, name: str, folder: Path) -> Subject:
-    config, scheme = read_architecture(folder, rope_kind=args.rope_scaling)
-    tokenizer, template = None, args.template
-    if (folder / "tokenizer.model").exists():
-        tokenizer = Tokenizer.from_file(folder / "tokenizer.model", family=config.family)
-        template = template or config.default_template
-        check_fit(config, tokenizer, template, asked=args.template is not None)
-    elif template is not None:
-        check_template(config, template, asked=True)
-    return Subject(name, config, scheme and scheme.name, tokenizer, template, False)
+    found = read_architecture(folder, **model_options(args))
+    stored = None if found.scheme is None else found.scheme.name
+    template = args.template if found.tokenizer is None else found.template
+    return Subject(name, found.config, stored, found.tokenizer, template, False, found.notes)
 
 
 def _prompt(args: argparse.Namespace, subject: Subject) -> tuple[list[int] | None, int, str]:

@@ -161,9 +161,10 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
       UsageError: a context that the model does not have. DeviceError: it cannot fit.
     """
     from convert.folder import open_folder
+    from convert.options import model_options
 
     try:
-        found = open_folder(folder, rope_kind=args.rope_scaling)
+        found = open_folder(folder, **model_options(args))
     except GLMError:  # loading says it, in its own words
         return
     config, stored = found.config, None if found.scheme is None else found.scheme.name

@@ -150,19 +150,20 @@ def _model(args: argparse.Namespace) -> tuple[str, GLMConfig, str | None]:
         if args.config is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
         from convert.folder import open_folder
+        from convert.options import model_options
         from infer.opening import model_folder
 
-        found = open_folder(str(model_folder(args)), rope_kind=args.rope_scaling)
+        found = open_folder(str(model_folder(args)), **model_options(args))
         return args.model, found.config, None if found.scheme is None else found.scheme.name
     if args.config is None:
         note(f"no --model and no --config given: planning for {DEFAULT_CONFIG}")
     name = args.config or DEFAULT_CONFIG
     if name in PRESETS:
         return name, PRESETS[name], "int4-row" if name.endswith("-int4") else None
-    return name, read_config(Path(name), args.rope_scaling), None
+    return name, read_config(Path(name), args.rope_scaling, args.family), None
 
 
-def read_config(path: Path, rope_kind: str | None) -> GLMConfig:
+def read_config(path: Path, rope_kind: str | None, family: str | None = None) -> GLMConfig:
     """The configuration in a file that was named in place of a published model."""
     try:
         raw = json.loads(read_utf8(path))
@@ -179,7 +180,7 @@ def read_config(path: Path, rope_kind: str | None) -> GLMConfig:
         raise CheckpointError(f"{path} is not a configuration", "It holds no JSON object.")
     if is_native(raw):
         raw = published_keys(raw)
-    return GLMConfig.from_hf(raw, rope_kind=rope_kind)
+    return GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family)
 
 
 def _contexts(config: GLMConfig, asked: int | None) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,17 @@ def when_loading(
     quantize: str | None,
     embeddings: bool,
     context: int | None,
-    rope_kind: str | None,
+    form: Mapping[str, Any],
     prefix: int = 0,
     mesh: Mesh | None = None,
 ) -> Shortage | None:
-    """The same for opening a folder; None where it cannot even be looked at, for want of memory."""
+    """The same for opening a folder; None where it cannot even be looked at, for want of memory.
+
+    Args:
+      form: the options of `open_folder`.
+    """
     try:
-        found = open_folder(folder, rope_kind=rope_kind)
+        found = open_folder(folder, **form)
         scheme = target_scheme(found, quantize, embeddings)
         target = resolve_dtype(dtype, num_params=found.config.num_params, device=device)
     except (GLMError, MemoryError):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from glm2_jax.errors import InputError
+from glm2_jax.family import ROLE_TOKENS
 from glm2_jax.prompt import build_followup, build_messages, build_prompt
 from glm2_jax.tokenizer import Tokenizer
 from infer.rows.formats import Message
@@ -69,12 +70,13 @@ class Encoder:
     def _roles(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         ids = build_messages(self.tokenizer, _unmarked(messages))
         ids[-1] = self.tokenizer.eos_id  # instead of the role that would answer next
+        roles = {self.tokenizer.special[name] for name in ROLE_TOKENS}
         start = len(self.tokenizer.prefix_ids)
         learned, left = [False] * start, iter(messages)
         within = self.train_on_prompt and self._is_learned(messages[0])
         for token in ids[start:]:
             learned.append(within)  # the role that follows an answer ends it
-            if token >= self.tokenizer.num_pieces:
+            if token in roles:
                 within = self._is_learned(next(left))
         return ids, learned
 
