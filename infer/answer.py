@@ -45,8 +45,10 @@ class Message(NamedTuple):
 
 def reply_of(text: str, messages: Sequence[Message]) -> Reply:
     """An answer as a history takes it: its text, or where that says less, its messages."""
-    if tuple(messages) in ((), (Message("assistant", "", text),)):
+    if not messages:
         return text
+    if len(messages) == 1 and messages[0][:2] == ("assistant", ""):
+        return messages[0].content
     return [message._asdict() for message in messages]
 
 
