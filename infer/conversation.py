@@ -73,8 +73,10 @@ class Conversation:
 
     @property
     def ids(self) -> tuple[int, ...] | None:
-        """All that the model has read and written, if it is known and says all of the turns."""
-        return self.turns[-1].ids if self.turns and not self.turns[-1].first else None
+        """All that a ChatGLM3 model has read and written, if that is known and is all turns."""
+        if self.engine.template != "chatglm3" or not self.turns or self.turns[-1].first:
+            return None
+        return self.turns[-1].ids
 
     @property
     def ceiling(self) -> int:
@@ -112,8 +114,9 @@ class Conversation:
         Request("?", tuple(history), system)
         built = self.engine.build_prompt("?", history, system)
         self.turns = [Turn(question, answer) for question, answer in history]
-        if ids and self._say_the_same([*ids, *self._followup("?", len(history) + 1)], built):
-            self.turns[-1] = dataclasses.replace(self.turns[-1], ids=tuple(ids))
+        if ids and history and self.engine.template == "chatglm3":
+            if self._say_the_same([*ids, *self._followup("?", len(history) + 1)], built):
+                self.turns[-1] = dataclasses.replace(self.turns[-1], ids=tuple(ids))
         self.system = system
         self.unanswered = None
         self.left_out = self._attempt = 0
@@ -249,7 +252,7 @@ class Conversation:
     def _say_the_same(self, *prompts: Sequence[int]) -> bool:
         """Whether these are prompts with the same ChatGLM3 messages."""
         tokenizer = self.engine.tokenizer
-        if self.engine.template != "chatglm3" or max(map(max, prompts)) >= tokenizer.size:
+        if max(map(max, prompts)) >= tokenizer.size:
             return False
         readers = [RoleText(tokenizer, ids[0]) for ids in prompts]
         texts = {
