@@ -6,13 +6,15 @@ Question and answer text goes through the tokenizer alone, so it can never act a
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.tokenizer import SPACE_MARK, Tokenizer
 
 TEMPLATES = ("chatglm2", "chatglm3", "raw")
 ROLES = ("system", "user", "assistant", "observation")
-Turns = Sequence[Sequence[str]]
+Reply = str | Sequence[Mapping[str, Any]]  # an answer of a history: text, or ChatGLM3 messages
+Turns = Sequence[Sequence[Any]]  # [question, Reply]
 
 
 def build_prompt(
@@ -28,7 +30,8 @@ def build_prompt(
         tokenizer: the tokenizer; "chatglm3" needs one with role ids.
         template: one of TEMPLATES.
         query: the question, not blank.
-        history: (question, answer) pairs, oldest first.
+        history: (question, answer) pairs, oldest first. An answer is text; with "chatglm3" it may
+            be a list of messages, as `build_messages` takes them.
         system: instructions. ChatGLM2 has no place for them: they are put before the first
             question, with a newline.
 
@@ -98,7 +101,8 @@ def build_messages(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[in
     Args:
         tokenizer: a tokenizer with role ids.
         messages: mappings with "role" (one of ROLES), "content", and optionally "metadata" (one
-            line: the tool that an assistant message calls) and, for system, "tools" (JSON).
+            line: the tool that an assistant message calls) and, for system, "tools" (JSON). All but
+            the question that is asked last may be empty, as in the published code.
 
     Raises:
         InputError: names the first malformed message.
@@ -117,6 +121,8 @@ def build_messages(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[in
     ids = list(tokenizer.prefix_ids)
     for number, message in enumerate(messages, 1):
         role, metadata, content = _check_message(message, number)
+        if number == len(messages) and role in ("user", "system") and not content.strip():
+            raise InputError(f"Message {number} ({role}) is empty.", "There is nothing to answer.")
         # Two encodes: each gets a dummy prefix of its own, as in the published code.
         ids += [tokenizer.special[f"<|{role}|>"]]
         ids += tokenizer.encode(metadata + "\n") + tokenizer.encode(content)
@@ -184,6 +190,13 @@ def _rounds(query: str, history: Turns, system: str | None) -> str:
     questions = [question for question, _ in history] + [query]
     if system:
         questions[0] = f"{system}\n{questions[0]}"
+    for number, (_, answer) in enumerate(history, 1):
+        if not isinstance(answer, str):
+            raise InputError(
+                f"The answer in turn {number} of the history is a list of messages.",
+                "Only the chatglm3 template can write them.",
+                "Write the answer as text.",
+            )
     answers = [f"{answer}\n\n" for _, answer in history] + [""]
     return "".join(
         f"[Round {number}]\n\n问：{question}\n\n答：{answer}"
@@ -191,12 +204,25 @@ def _rounds(query: str, history: Turns, system: str | None) -> str:
     )
 
 
-def _turns_to_messages(query: str, history: Turns, system: str | None) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": system}] if system else []
+def _turns_to_messages(query: str, history: Turns, system: str | None) -> list[Mapping[str, Any]]:
+    messages: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system else []
     for question, answer in history:
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
-    return messages + [{"role": "user", "content": query}]
+        messages += [{"role": "user", "content": question}, *reply_messages(answer)]
+    return [*messages, {"role": "user", "content": query}]
+
+
+def is_reply(value: object) -> bool:
+    """Whether a value has the form of an answer in a history: text, or a list of messages."""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, Sequence) or not len(value):
+        return False
+    return all(isinstance(part, Mapping) for part in value)
+
+
+def reply_messages(reply: Reply) -> list[Mapping[str, Any]]:
+    """The messages of an answer in a history."""
+    return [{"role": "assistant", "content": reply}] if isinstance(reply, str) else list(reply)
 
 
 def _check_turns(query: object, history: object, system: object) -> None:
@@ -212,7 +238,7 @@ def _check_turns(query: object, history: object, system: object) -> None:
         raise InputError("The history is not a list of [question, answer] pairs.")
     for number, turn in enumerate(history, 1):
         pair = isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
-        if not pair or not all(isinstance(text, str) for text in turn):
+        if not pair or not isinstance(turn[0], str) or not is_reply(turn[1]):
             raise InputError(f"Turn {number} of the history is not a [question, answer] pair.")
 
 
@@ -229,8 +255,6 @@ def _check_message(message: object, number: int) -> tuple[str, str, str]:
         raise InputError(f"{where} has the role {role!r}.", f"There are {', '.join(ROLES)}.")
     if not isinstance(content, str):
         raise InputError(f"{where} ({role}) has no content string.")
-    if not content.strip():
-        raise InputError(f"{where} ({role}) is empty.")
     if metadata is not None and (not isinstance(metadata, str) or "\n" in metadata):
         raise InputError(f"{where} ({role}) has metadata that is not one line of text.")
     if message.get("tools") is not None:

@@ -42,7 +42,6 @@ def clean_text(text: str) -> str:
 def clean_response(text: str) -> str:
     """Finishes an answer as the published chat code does.
 
-    Outer white space goes, and the placeholder for the training date is filled in. For ChatGLM3
-    this also removes the empty metadata line that a plain answer begins with.
+    Outer white space goes, and the placeholder for the training date is filled in.
     """
     return text.strip().replace("[[训练时间]]", "2023年")

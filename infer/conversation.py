@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 from glm2_jax.errors import CheckpointError, InputError
-from glm2_jax.prompt import build_followup
+from glm2_jax.prompt import Reply, build_followup
+from infer.answer import RoleText, reply_of
 from infer.engine import Engine
 from infer.job import Stats, TokenEvent
+from infer.left import closed_at_exit
 from infer.params import MAX_SEED, SamplingParams
 from infer.requests import Request
 from infer.respond import add_stats, warn_beyond_aligned
@@ -24,13 +26,14 @@ class Turn:
     """A question and its answer.
 
     Attributes:
+      answer: its text, or the messages of a ChatGLM3 answer that is more than a plain one.
       ids: all that the model had read and written when the answer was finished, where that says
         the same as the text; None where the text alone is known.
       first: index of the oldest turn that the model had read.
     """
 
     question: str
-    answer: str
+    answer: Reply
     ids: tuple[int, ...] | None = None
     first: int = 0
 
@@ -65,8 +68,15 @@ class Conversation:
         self._warned = False
 
     @property
-    def history(self) -> list[tuple[str, str]]:
+    def history(self) -> list[tuple[str, Reply]]:
         return [(turn.question, turn.answer) for turn in self.turns]
+
+    @property
+    def ids(self) -> tuple[int, ...] | None:
+        """All that a ChatGLM3 model has read and written, if that is known and is all turns."""
+        if self.engine.template != "chatglm3" or not self.turns or self.turns[-1].first:
+            return None
+        return self.turns[-1].ids
 
     @property
     def ceiling(self) -> int:
@@ -86,16 +96,27 @@ class Conversation:
         last = self.turns[-1]
         return len(last.ids) if last.ids else len(self._build("?", last.first))
 
-    def replace(self, history: Iterable[tuple[str, str]], system: str | None) -> None:
+    def replace(
+        self,
+        history: Iterable[tuple[str, Reply]],
+        system: str | None,
+        ids: Sequence[int] | None = None,
+    ) -> None:
         """Puts another conversation in the place of this one.
+
+        Args:
+          ids: all that a ChatGLM3 model had read and written, to go on from if it says the same.
 
         Raises:
           InputError: the model's template cannot say it; then nothing has changed.
         """
         history = list(history)
         Request("?", tuple(history), system)
-        self.engine.build_prompt("?", history, system)
+        built = self.engine.build_prompt("?", history, system)
         self.turns = [Turn(question, answer) for question, answer in history]
+        if ids and history and self.engine.template == "chatglm3":
+            if self._say_the_same([*ids, *self._followup("?", len(history) + 1)], built):
+                self.turns[-1] = dataclasses.replace(self.turns[-1], ids=tuple(ids))
         self.system = system
         self.unanswered = None
         self.left_out = self._attempt = 0
@@ -120,7 +141,7 @@ class Conversation:
           InputError: no question, or one that is too long; nothing has changed.
         """
         self._attempt = 0
-        return self._reply(question)
+        return closed_at_exit(self._reply(question))
 
     def retry(self) -> Events:
         """Answers the last question anew; the old answer comes back if nothing comes of it.
@@ -128,6 +149,9 @@ class Conversation:
         Raises (on the first step):
           InputError: there is none.
         """
+        return closed_at_exit(self._retry())
+
+    def _retry(self) -> Events:
         old, question = None, self.unanswered
         if question is None:
             if not self.turns:
@@ -150,24 +174,33 @@ class Conversation:
         sampling = dataclasses.replace(
             self.sampling, seed=(self.sampling.seed + len(self.turns)) % (MAX_SEED + 1)
         )
+        events = self._session.run(ids, sampling, draw=self._attempt, clean=True)
         text, tokens = "", []
         try:
-            for event in self._session.run(ids, sampling, draw=self._attempt, clean=True):
+            for event in events:
                 text += event.text
                 if event.token is not None:
                     tokens.append(event.token)
                 yield event
         finally:
+            self._session.close()
             self.total = add_stats(self.total, self.engine.stats)
             self._keep(question, text, ids, tokens)
 
-    def _keep(self, question: str, answer: str, ids: list[int], tokens: list[int]) -> None:
-        self.unanswered = None if answer.strip() else question
-        if self.unanswered is None:
-            exact = self.engine.tokenizer.decode(tokens) == answer
-            self.turns.append(
-                Turn(question, answer, (*ids, *tokens) if exact else None, self.left_out)
-            )
+    def _keep(self, question: str, text: str, ids: list[int], tokens: list[int]) -> None:
+        self.unanswered = None if text.strip() else question
+        if self.unanswered is not None:
+            return
+        reply: Reply = text
+        written = None
+        if self.engine.template == "chatglm3":
+            reader = RoleText(self.engine.tokenizer, ids[-1])
+            written = "".join([reader.push(token) for token in tokens]) + reader.flush()
+            reply = reply_of(text, reader.messages(text))
+        elif self.engine.template == "chatglm2":
+            written = self.engine.tokenizer.decode(tokens)
+        exact = (*ids, *tokens) if written == text else None
+        self.turns.append(Turn(question, reply, exact, self.left_out))
 
     def _fit(self, question: str) -> tuple[list[int], int]:
         """The prompt with as few of the oldest turns left out as makes room for an answer.
@@ -196,23 +229,37 @@ class Conversation:
     def _build(self, question: str, left_out: int) -> list[int]:
         """The ids of a prompt without the oldest turns.
 
-        A ChatGLM2 conversation goes on from the ids that the model wrote itself, as in the
-        published command line: split anew, the text of an answer begins with another token, and
-        all of it would have to be read.
+        A conversation goes on from the ids that the model wrote itself, as in the published command
+        line: split anew, the text of an answer may be other tokens (a ChatGLM2 answer begins with
+        another one), and all of it would have to be read.
         """
         turns = self.turns[left_out:]
-        if self.engine.template == "chatglm2" and turns:
-            last = turns[-1]
-            if last.ids is not None and last.first == left_out:
-                try:
-                    return [
-                        *last.ids,
-                        *build_followup(self.engine.tokenizer, question, len(turns) + 1),
-                    ]
-                except CheckpointError:  # this tokenizer cannot; the text always can
-                    pass
+        if turns and turns[-1].ids is not None and turns[-1].first == left_out:
+            try:
+                return [*turns[-1].ids, *self._followup(question, len(turns) + 1)]
+            except CheckpointError:  # this tokenizer cannot; the text always can
+                pass
         history = [(turn.question, turn.answer) for turn in turns]
         return self.engine.build_prompt(question, history, self.system)
+
+    def _followup(self, question: str, round_number: int) -> list[int]:
+        """The ids by which a conversation goes on after an answer."""
+        tokenizer = self.engine.tokenizer
+        if self.engine.template == "chatglm3":
+            return self.engine.build_prompt(question)[len(tokenizer.prefix_ids) :]
+        return build_followup(tokenizer, question, round_number)
+
+    def _say_the_same(self, *prompts: Sequence[int]) -> bool:
+        """Whether these are prompts with the same ChatGLM3 messages."""
+        tokenizer = self.engine.tokenizer
+        if max(map(max, prompts)) >= tokenizer.size:
+            return False
+        readers = [RoleText(tokenizer, ids[0]) for ids in prompts]
+        texts = {
+            "".join([reader.push(token) for token in ids]) + reader.flush()
+            for reader, ids in zip(readers, prompts, strict=True)
+        }
+        return len(texts) == 1
 
     def _tell(self, ids: list[int], left_out: int) -> None:
         room = self.ceiling - len(ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from infer import speculate, steps
 from infer.answer import Completion
 from infer.executor import Executor
 from infer.job import Clock, Job, Stats, TokenEvent, listed, whole
+from infer.left import closed_at_exit
 from infer.memory.shortage import when_answering
 from infer.params import SamplingParams
 from infer.programs import OnEvent, device_errors
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_LENGTH = 8192
 STEPS_PER_DISPATCH = 32  # of the device loop; the host looks for stop strings in between
 
-Turns = Sequence[tuple[str, str]]
+Turns = Sequence[tuple[str, prompt.Reply]]
 
 
 class Engine:
@@ -103,14 +104,15 @@ class Engine:
           prompts: token ids; every prompt is a row.
           row_ids: a number of 0 or more for each prompt, default its index: which random numbers
             it draws. A prompt gets the same tokens under the same number in any call.
-          clean: pass the texts through `clean_response`.
+          clean: pass the texts through `clean_response`; with the template chatglm3, read them as
+            messages.
 
         Raises (on the call):
           InputError: an empty prompt, bad ids, or no room for an answer.
         Raises (while iterating):
           CheckpointError: NaN or Inf in the logits. DeviceError: out of memory.
         """
-        return self._run(self._job(prompts, sampling, row_ids, clean))
+        return closed_at_exit(self._run(self._job(prompts, sampling, row_ids, clean)))
 
     def complete(
         self,
@@ -173,16 +175,17 @@ class Engine:
         *,
         system: str | None = None,
         **sampling: Any,
-    ) -> tuple[str, list[tuple[str, str]]]:
+    ) -> tuple[str, list[tuple[str, prompt.Reply]]]:
         """Answers a question in a conversation.
 
         Returns:
-          The response, and the history with this round added.
+          The response, and the history with this round added: (question, response), or where the
+          response is more than one plain message, (question, messages), see `Completion.reply`.
         """
         ids = self.build_prompt(query, history, system)
         params = SamplingParams.from_kwargs(**sampling)
-        response = self.complete([ids], params, clean=True)[0].text
-        return response, [*((q, a) for q, a in history or ()), (query, response)]
+        answer = self.complete([ids], params, clean=True)[0]
+        return answer.text, [*((q, a) for q, a in history or ()), (query, answer.reply)]
 
     def stream_chat(
         self,
@@ -198,7 +201,7 @@ class Engine:
         events = self.run([ids], SamplingParams.from_kwargs(**sampling), clean=True)
         return _texts(events, cumulative)
 
-    def _run(self, job: Job) -> Iterator[TokenEvent]:
+    def _run(self, job: Job) -> Generator[TokenEvent, None, None]:
         clock = self._clock()
         with self._device_errors(job):
             self._compile(job, partial(self.executor.prefill, job))
@@ -250,6 +253,7 @@ class Engine:
             max_length=self.max_length,
             row_ids=row_ids,
             clean=clean,
+            roles=clean and self.template == "chatglm3",
             chunk=self.prefill_chunk,
             reused=reused,
             rows=self.executor.places.rows,

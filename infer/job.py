@@ -106,6 +106,7 @@ class Job:
         max_length: int,
         row_ids: Sequence[int] | None,
         clean: bool,
+        roles: bool = False,
         chunk: int,
         reused: int = 0,
         rows: int = 1,
@@ -121,7 +122,9 @@ class Job:
         ceiling = min(sampling.max_length or max_length, max_length)
         limits = [answer_limit(len(ids), row, sampling, ceiling) for row, ids in enumerate(prompts)]
         self.answers = [
-            Answer(tokenizer, ids, sampling, limit=limit, stop_ids=stop_ids, clean=clean)
+            Answer(
+                tokenizer, ids, sampling, limit=limit, stop_ids=stop_ids, clean=clean, roles=roles
+            )
             for ids, limit in zip(prompts, limits, strict=True)
         ]
         self.batch = batch = padded_batch(len(prompts), rows)

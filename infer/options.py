@@ -132,7 +132,7 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
         "--stop",
         action="append",
         metavar="S",
-        help="end the answer before this string; may be given again",
+        help="end the answer before this string in its text, as it is shown; may be given again",
     )
     add("--seed", **integer, help="the same seed gives the same answer (default: 0)")
     add("--logprobs", **integer, help="log-probabilities and N alternatives, with --json")

@@ -29,7 +29,8 @@ class SamplingParams:
         already in the prompt or the answer; 1 = off.
       max_new_tokens: longest answer in tokens; None = as far as `max_length` goes.
       max_length: prompt and answer together; None = the engine's own limit, which also caps it.
-      stop: strings that end the answer; they are not part of it. One string or a sequence.
+      stop: strings that end the answer where its text, as it is shown, has them; they are not part
+        of it. One string or a sequence.
       seed: of the random numbers; the same seed gives the same answer.
       logprobs: also report log-probabilities, of the token drawn and of this many alternatives.
       loop_stop: N > 0 ends an answer whose last tokens are one block repeated N times, a short
@@ -138,6 +139,12 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
     strings = tuple(strings)
     if not all(isinstance(text, str) and text for text in strings):
         raise UsageError(f"stop must be non-empty strings, not {shown(value)}")
+    for text in strings:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError(
+                f"the stop string {shown(text)} can never match",
+                "It has half of a character (a lone surrogate), which no answer has.",
+            )
     return strings
 
 

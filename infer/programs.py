@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ _JAX_CONFIG: Any = jax.config  # its names are made at run time
 
 
 class Programs:
-    """Compiles each program once per shape, ahead of its first call.
+    """Compiles each program once per shape, ahead of its first call; threads may share it.
 
     Args:
       platform: what to compile for.
@@ -43,7 +44,9 @@ class Programs:
         self._on_event = on_event
         self._programs: dict[At, Any] = {}
         self._shapes: dict[At, Any] = {}  # of what they return
-        self._traced: dict[At, Any] | None = None  # what `ahead` has met
+        self._traced: dict[At, Any] = {}  # what `ahead` has met
+        self._tracer: int | None = None  # the thread that is in it
+        self._lock = threading.RLock()  # held to trace and to compile
         self._begun: set[Hashable] = set()
         self.cached = 0
         self.seconds = 0.0
@@ -66,24 +69,25 @@ class Programs:
             with self._places.active():
                 return function(*jax.tree.map(jax.numpy.asarray, args))
         at = name, key
-        program = self._programs.get(at)
-        if self._traced is not None:
-            if program is None and at not in self._traced:
+        if self.tracing:
+            if at not in self._programs and at not in self._traced:
                 self._traced[at] = self._trace(function, donate, args)
                 self._shapes[at] = self._traced[at].out_info
             return self._shapes[at]
-        if program is None:
+        if at not in self._programs:
             # What is still running must not be counted as compiling.
             jax.block_until_ready(args)
-            traced = self._trace(function, donate, args)
-            self._shapes[at] = traced.out_info
-            program = self._compile(at, traced)
-        return program(*args)
+            with self._lock:
+                if at not in self._programs:
+                    traced = self._trace(function, donate, args)
+                    self._shapes[at] = traced.out_info
+                    self._compile(at, traced)
+        return self._programs[at](*args)
 
     @property
     def tracing(self) -> bool:
-        """Whether calls run nothing and give shapes, see `ahead`."""
-        return self._traced is not None
+        """Whether calls of this thread run nothing and give shapes, see `ahead`."""
+        return self._tracer == threading.get_ident()
 
     def ahead(self, key: Hashable, begin: Callable[[], Any]) -> None:
         """Compiles what `begin` calls, and counts it while it does; nothing is run.
@@ -94,21 +98,22 @@ class Programs:
         """
         if key in self._begun or _JAX_CONFIG.jax_disable_jit:
             return
-        self._traced = {}
-        try:
-            begin()
-            wanted = self._traced
-        finally:
-            self._traced = None
-        for number, (at, traced) in enumerate(wanted.items(), 1):
-            self._compile(at, traced, f" ({number}/{len(wanted)})")
-        self._begun.add(key)
+        with self._lock:
+            self._traced = wanted = {}
+            self._tracer = threading.get_ident()
+            try:
+                begin()
+            finally:
+                self._tracer, self._traced = None, {}
+            for number, (at, traced) in enumerate(wanted.items(), 1):
+                self._compile(at, traced, f" ({number}/{len(wanted)})")
+            self._begun.add(key)
 
     def _trace(self, function: Callable, donate: int | None, args: tuple) -> Any:
         with self._timed():
             return self._places.trace(function, args, donate)
 
-    def _compile(self, at: At, traced: Any, count: str = "") -> Any:
+    def _compile(self, at: At, traced: Any, count: str = "") -> None:
         def missed() -> None:
             if self._on_event:
                 self._on_event("compile", f"compiling {_label(*at)}{count}")
@@ -117,7 +122,6 @@ class Programs:
             program = traced.lower().compile(compiler_options=self._options)
         self.cached += lookup.found
         self._programs[at] = program
-        return program
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

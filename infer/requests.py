@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.errors import InputError
+from glm2_jax.prompt import Reply, is_reply
 from glm2_jax.text import clean_text
 from infer.params import shown
 from infer.text_input import guess_encoding, read_utf8
 
-Turns = tuple[tuple[str, str], ...]
+Turns = tuple[tuple[str, Reply], ...]
 _HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
 _KEYS = ("prompt", "messages", "id", "history", "system")
 _MAX_DEPTH = 100
@@ -30,7 +31,7 @@ class Request:
 
     Attributes:
       prompt: the question; "" where there are messages.
-      history: (question, answer) pairs, oldest first.
+      history: (question, answer) pairs, oldest first; an answer may be ChatGLM3 messages.
       system: instructions, or None.
       messages: ChatGLM3 role messages instead of the three above.
       id: a name to find the answer by, copied to the output.
@@ -59,15 +60,19 @@ class Request:
         return dataclasses.replace(
             self,
             prompt=clean_text(self.prompt),
-            history=tuple((clean_text(q), clean_text(a)) for q, a in self.history),
+            history=tuple((clean_text(q), _clean_reply(a)) for q, a in self.history),
             system=None if self.system is None else clean_text(self.system),
             messages=None if self.messages is None else tuple(map(_clean_message, self.messages)),
         )
 
 
-def _clean_message(message: dict[str, Any]) -> dict[str, Any]:
+def _clean_reply(reply: Reply) -> Reply:
+    return clean_text(reply) if isinstance(reply, str) else [_clean_message(m) for m in reply]
+
+
+def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     content = message.get("content")
-    return message | {"content": clean_text(content)} if isinstance(content, str) else message
+    return {**message, "content": clean_text(content) if isinstance(content, str) else content}
 
 
 def read_history(path: str) -> Turns:
@@ -80,14 +85,17 @@ def read_history(path: str) -> Turns:
 
 
 def parse_history(value: Any) -> Turns:
-    """Checks that a JSON value is a list of [question, answer] pairs; None is an empty one."""
+    """Checks that a JSON value is a list of [question, answer] pairs; None is an empty one.
+
+    An answer is text, or a list of objects: messages, which the prompt builder checks.
+    """
     if value is None:
         return ()
     if not isinstance(value, list):
         raise InputError("the history is not a list of [question, answer] pairs")
     for number, turn in enumerate(value, 1):
         pair = isinstance(turn, list) and len(turn) == 2
-        if not pair or not all(isinstance(text, str) for text in turn):
+        if not pair or not isinstance(turn[0], str) or not is_reply(turn[1]):
             raise InputError(f"turn {number} of the history is not a [question, answer] pair")
     return tuple((question, answer) for question, answer in value)
 

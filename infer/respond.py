@@ -170,6 +170,8 @@ def _answer_one(
         print(displayed(completion.text), flush=True)
     if completion.finish_reason == "loop":
         note("the answer was stopped because it repeated itself (--loop-stop)")
+    if completion.finish_reason == "observation":
+        note("the model waits for the result of a tool (<|observation|>)")
     if args.stats:
         print_stats(engine.stats)
 
@@ -184,6 +186,12 @@ def result(engine: Engine, request: Request, completion: Completion) -> dict[str
     asked = {"prompt": request.prompt}
     if request.messages is not None:
         asked = {"messages": list(request.messages)}
+    tokenizer = engine.tokenizer
+    special = {token: name for name, token in tokenizer.special.items()}
+
+    def text(token: int) -> str:  # a lone byte has no text, its piece says which one it is
+        return tokenizer.token_text(token) or tokenizer.piece(token) or special.get(token, "")
+
     read, written = len(completion.prompt_ids), len(completion.output_ids)
     answer: dict[str, Any] = {
         **({} if request.id is None else {"id": request.id}),
@@ -198,12 +206,14 @@ def result(engine: Engine, request: Request, completion: Completion) -> dict[str
             "total_tokens": read + written,
         },
     }
+    if completion.messages:
+        answer["output_messages"] = [message._asdict() for message in completion.messages]
+    if isinstance(completion.stop_reason, str):
+        answer["stop_reason"] = {"string": completion.stop_reason}
+    elif completion.stop_reason is not None:
+        token = completion.stop_reason
+        answer["stop_reason"] = {"id": token, "token": text(token)}
     if completion.logprobs is not None:
-        tokenizer = engine.tokenizer
-
-        def text(token: int) -> str:  # a lone byte has no text, its piece says which one it is
-            return tokenizer.token_text(token) or tokenizer.piece(token)
-
         answer["logprobs"] = [
             {
                 "id": entry.token,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Generator, Sequence
 from functools import partial
 
 from glm2_jax import KVCache
+from glm2_jax.errors import UsageError
 from infer import steps
 from infer.engine import Engine
 from infer.job import Clock, Job, TokenEvent
+from infer.left import closed_at_exit
 from infer.params import SamplingParams
 
 
@@ -30,6 +34,8 @@ class Session:
         self.ids: list[int] = []
         self._cache: KVCache | None = None  # None also while a call has it
         self._events: Generator[TokenEvent, None, None] | None = None
+        self._thread: threading.Thread | None = None  # that asked for them
+        self._lock = threading.Lock()
 
     def run(
         self,
@@ -46,15 +52,35 @@ class Session:
         Args:
           ids: the whole prompt.
           draw: which of the answers that the seed stands for, one of the `row_ids` of `Engine.run`.
-          clean: pass the text through `clean_response`.
+          clean: as in `Engine.run`.
 
-        Raises: what `Engine.run` raises. The session can be used after every error.
+        Raises: what `Engine.run` raises, and UsageError while another thread has an answer that is
+          not finished. The session can be used after every error.
         """
+        with self._lock:
+            self._check_thread()
+            self.close()
+            job = self.engine._job([ids], sampling, [draw], clean, self._reusable(ids))
+            self._events = closed_at_exit(self._run(job, list(ids)))
+            self._thread = threading.current_thread()
+            return self._events
+
+    def close(self) -> None:
+        """Ends the last answer, where it is not finished."""
         if self._events is not None:
             self._events.close()
-        job = self.engine._job([ids], sampling, [draw], clean, self._reusable(ids))
-        self._events = self._run(job, list(ids))
-        return self._events
+
+    def _check_thread(self) -> None:
+        """Raises UsageError rather than end an answer that another thread is reading."""
+        asked, current = self._thread, threading.current_thread()
+        if self._events is None or asked is None or asked is current or not asked.is_alive():
+            return
+        if inspect.getgeneratorstate(self._events) != inspect.GEN_CLOSED:
+            raise UsageError(
+                f"the session is answering in another thread, {asked.name}",
+                "It holds one conversation, which answers one question at a time.",
+                "Read that answer to its end, or close its iterator.",
+            )
 
     def _reusable(self, ids: Sequence[int]) -> int:
         """How many ids at the beginning are in the cache; the last one always has to be read."""

@@ -285,6 +285,9 @@ def test_chatglm3_reads_only_the_new_part_too(warm):
     said(conversation.reply("two"))
     stats = conversation.engine.stats
     assert stats.reused_tokens > 5
-    with pytest.raises(InputError):  # its template has no words for an empty answer
-        conversation.replace([("a", "")], None)
+    with pytest.raises(InputError):
+        conversation.replace([("a", [{"role": "tool", "content": "b"}])], None)
     assert len(conversation.turns) == 2
+    conversation.replace([("a", ""), ("", " \n")], None)
+    said(conversation.reply("three"))
+    assert conversation.history[:2] == [("a", ""), ("", " \n")]

@@ -1,6 +1,7 @@
 """Rows of every format as sequences: the ids that inference sees, and what is wrong with a row."""
 
 import json
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -101,6 +102,32 @@ def test_chatglm3_tools(tmp_path):
     assert learned_of(sample) == answers[0] + answers[1]
     with pytest.raises(InputError, match="message 1 has metadata or tools: chatglm2 cannot"):
         open_rows(tmp_path / "data", [row])
+
+
+def test_chatglm3_messages_without_text(tmp_path):
+    call = {"role": "assistant", "metadata": "search", "content": ""}
+    messages = [
+        {"role": "system", "content": "", "tools": [{"name": "search"}]},
+        {"role": "user", "content": "Q"},
+        call,
+        {"role": "observation", "content": ""},
+        {"role": "assistant", "content": "A"},
+    ]
+    rows: list[tuple[dict[str, Any], str]] = [
+        ({"messages": messages}, "A"),
+        (alpaca("Q2", "B", history=[["Q1", [call, messages[-1]]]]), "B"),
+    ]
+    for row, answer in rows:
+        dataset = open_rows(tmp_path / "data", [row], tokenizer=GLM3, template="chatglm3")
+        learned = learned_of(dataset.sample(0))
+        assert learned[: len(GLM3.encode("search\n"))] == GLM3.encode("search\n")
+        assert learned[-1 - len(GLM3.encode(answer)) :] == [*GLM3.encode(answer), GLM3.eos_id]
+    for answer in (" ", [{"role": "assistant", "content": ""}], [{"role": "tool"}], [{}], [5]):
+        bad = [alpaca(history=[["Q", answer]])]
+        dataset = open_rows(
+            tmp_path / "data", bad, tokenizer=GLM3, template="chatglm3", max_bad=None
+        )
+        assert dataset.num_bad == 1
 
 
 def test_raw_text_and_its_continuation(tmp_path):

@@ -148,6 +148,50 @@ def test_typed_special_tokens_stay_text(template):
     assert specials == GLM3.prefix_ids + (roles if template == "chatglm3" else [])
 
 
+def test_chatglm3_messages_may_be_empty():
+    messages = [
+        {"role": "system", "content": "", "tools": [{"name": "search"}]},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "metadata": "search", "content": ""},
+        {"role": "observation", "content": ""},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": " "},
+        {"role": "assistant", "content": "\n"},
+        {"role": "observation", "content": ""},
+    ]
+    encode, special = GLM3.encode, GLM3.special
+    tools = json.dumps([{"name": "search"}], indent=4)
+    assert build_messages(GLM3, messages) == [
+        *GLM3.prefix_ids,
+        *(special["<|system|>"], *encode("\n"), *encode("\n" + tools)),
+        *(special["<|user|>"], *encode("\n"), *encode("Q")),
+        *(special["<|assistant|>"], *encode("search\n")),
+        *(special["<|observation|>"], *encode("\n")),
+        *(special["<|assistant|>"], *encode("\n")),
+        *(special["<|user|>"], *encode("\n"), *encode(" ")),
+        *(special["<|assistant|>"], *encode("\n"), *encode("\n")),
+        *(special["<|observation|>"], *encode("\n")),
+        special["<|assistant|>"],
+    ]
+    for number in (1, 6):
+        asked = {**messages[number - 1], "tools": None}
+        with pytest.raises(InputError, match=rf"Message {number} \(.*\) is empty"):
+            build_messages(GLM3, [*messages[: number - 1], asked])
+
+
+def test_answers_of_a_history_may_be_messages():
+    call = {"role": "assistant", "metadata": "search", "content": "(x)"}
+    reply = [{"role": "assistant", "metadata": "", "content": "A"}, call]
+    asked, last = {"role": "user", "content": "Q1"}, {"role": "user", "content": "Q2"}
+    whole = build_messages(GLM3, [asked, *reply, last])
+    assert build_prompt(GLM3, "chatglm3", "Q2", [("Q1", reply)]) == whole
+    with pytest.raises(InputError, match="turn 2 of the history is a list of messages"):
+        build_prompt(GLM2, "chatglm2", "Q", [("Q", "A"), ("Q", reply)])
+    for bad in ([], ["A"], [1], {"role": "assistant"}, None):
+        with pytest.raises(InputError, match="Turn 1 of the history is not"):
+            build_prompt(GLM3, "chatglm3", "Q", [("Q", bad)])
+
+
 USER = {"role": "user", "content": "Q"}
 
 

@@ -1,17 +1,23 @@
 """A session: the engine's tokens, with only the new part of a prompt read."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
 
 import infer
-from glm2_jax.errors import CheckpointError, DeviceError, InputError
+from glm2_jax.errors import CheckpointError, DeviceError, InputError, UsageError
 from glm2_jax.prompt import build_followup
 from infer import reading
 from infer.params import SamplingParams
 from infer.session import Session
+from tests import hurry
 from tests.engine_toy import TOY, toy_engine, toy_params, warm_engine
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -145,6 +151,87 @@ def test_a_new_call_closes_the_one_before(engine):
     next(old)
     ask(session, PROMPT)
     assert list(old) == []
+
+
+def in_a_thread(function, *args):
+    """What a call in another thread gives, or raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+def test_an_answer_that_another_thread_reads_is_not_ended(engine):
+    session = Session(engine)
+    whole, _ = ask(session, PROMPT)
+    events = session.run(PROMPT, GREEDY)
+    for _ in range(3):  # not begun, begun, and going on
+        with pytest.raises(UsageError, match="answering in another thread, MainThread"):
+            in_a_thread(session.run, PROMPT, GREEDY)
+        next(events)
+    running, go_on = threading.Event(), threading.Event()
+
+    def reading():
+        running.set()
+        go_on.wait(60)
+        return iter(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_loop", lambda *args: reading())
+        slow = session.run(PROMPT, GREEDY)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(list, slow)  # its generator is executing
+            running.wait(60)
+            with pytest.raises(UsageError, match="Read that answer to its end"):
+                in_a_thread(session.run, PROMPT, GREEDY)
+            go_on.set()
+            assert answer.result() == []
+    assert in_a_thread(ask, session, PROMPT)[0] == whole  # one after the other
+    in_a_thread(next, session.run(PROMPT, GREEDY))
+    session.close()
+    assert in_a_thread(ask, session, PROMPT)[0] == whole
+    in_a_thread(lambda: next(session.run(PROMPT, GREEDY)))  # left by a thread that has ended
+    assert ask(session, PROMPT)[0] == whole
+
+
+LEFT = """
+import threading
+from infer import reading
+from infer.conversation import Conversation
+from infer.left import closed_at_exit
+from infer.params import SamplingParams
+from infer.session import Session
+from tests.engine_toy import toy_engine
+reading.SMALLEST_BUCKET = 256  # one shape, so few programs
+engine, greedy = toy_engine(), SamplingParams(temperature=0)
+left = [
+    engine.run([[5, 6]], greedy),
+    engine.stream(["hi"], temperature=0),
+    engine.stream_chat("hi", temperature=0),
+    Session(engine).run([5, 6], greedy),
+    Conversation(engine, greedy).reply("hi"),
+]
+again = Conversation(engine, greedy)
+again.replace([("hi", "ho")], None)
+left.append(again.retry())
+for iterator in left:
+    next(iterator)
+def busy():
+    yield
+    begun.set()
+    threading.Event().wait()
+begun = threading.Event()
+endless = closed_at_exit(busy())
+threading.Thread(target=list, args=(endless,), daemon=True).start()
+begun.wait()
+print(len(left))
+"""
+
+
+def test_iterators_that_are_left_at_the_end_of_the_program_say_nothing():
+    environment = os.environ | {"XLA_FLAGS": hurry.FLAGS}
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.stdout, done.stderr) == ("6\n", "")
 
 
 def test_an_answer_that_a_stop_string_or_an_end_token_ended(engine):

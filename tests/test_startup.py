@@ -5,9 +5,11 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from glm2_jax.errors import DeviceError
@@ -134,6 +136,23 @@ def test_compiling_that_fails_can_be_tried_again(told, monkeypatch):
     assert told == ["compiling prefill 64 (1/2)"] and not engine.programs.tracing
     list(engine.run([[5]], GREEDY))
     assert told[1:] == ["compiling decode 64 (1/1)"]
+
+
+def test_a_thread_that_compiles_leaves_the_calls_of_others_alone():
+    programs, ones = Programs("cpu"), np.ones(3)
+
+    def double(x):
+        return x * 2
+
+    def begin():
+        assert programs.call("double", 3, double, ones).shape == (3,) and programs.tracing
+        with ThreadPoolExecutor(1) as pool:
+            doubled = pool.submit(programs.call, "double", 3, double, ones).result()
+        assert doubled.tolist() == [2, 2, 2]
+
+    programs.call("double", 3, double, ones)
+    programs.ahead("begin", begin)
+    assert programs.compiled == 1 and not programs.tracing
 
 
 def test_a_lookup_leaves_the_log_as_it_was(caplog):

@@ -66,7 +66,7 @@ def load(conversation: Conversation, name: str) -> None:
     saved = files.load(name)
     # A plain history says nothing of instructions: they stay.
     system = conversation.system if saved.sampling is None else saved.system
-    conversation.replace(saved.history, system)
+    conversation.replace(saved.history, system, saved.ids)
     conversation.sampling = saved.sampling or conversation.sampling
     warn_of_another_model(conversation, saved)
     note(f"loaded {_count(len(saved.history))}")

@@ -27,6 +27,7 @@ class Saved:
       history: (question, answer) pairs, oldest first.
       system: instructions, or None.
       sampling, fingerprint, template: of the conversation that was saved, or None.
+      ids: what the model had read and written, or None.
     """
 
     history: Turns
@@ -34,6 +35,7 @@ class Saved:
     sampling: SamplingParams | None = None
     fingerprint: str | None = None
     template: str | None = None
+    ids: tuple[int, ...] | None = None
 
 
 def save(name: str, conversation: Conversation) -> Path:
@@ -54,6 +56,7 @@ def save(name: str, conversation: Conversation) -> Path:
         "system": conversation.system,
         "sampling": dataclasses.asdict(conversation.sampling),
         "history": conversation.history,
+        "ids": conversation.ids,
     }
     text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
     try:
@@ -111,7 +114,16 @@ def _parse(value: Any) -> Saved:
         SamplingParams.from_kwargs(**sampling),
         value.get("model"),
         value.get("template"),
+        _ids(value.get("ids")),
     )
+
+
+def _ids(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise InputError("ids is not a list of token ids")
+    return tuple(value)
 
 
 def _is_save(value: Any) -> bool:

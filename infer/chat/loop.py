@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         )
     conversation = Conversation(engine, sampling, say=note)
     if saved is not None:
-        conversation.replace(saved.history, saved.system)
+        conversation.replace(saved.history, saved.system, saved.ids)
         commands.warn_of_another_model(conversation, saved)
     if args.system is not None:
         conversation.set_system(args.system or None)
@@ -158,6 +158,8 @@ class Chat:
             note(f"(stopped{'' if text else ' before the first word'}; {_AGAIN})")
         elif completion.finish_reason == "loop":
             note("(stopped: the answer repeated itself; /set loop_stop 0 lets it)")
+        elif completion.finish_reason == "observation":
+            note("(the model waits for the result of a tool, and a chat runs none)")
         elif completion.finish_reason == "length":
             note("(cut off: max_new_tokens or max_length is reached)")
         elif not text:

@@ -58,7 +58,8 @@ def make_values(
     answer = last.completion
     assert answer is not None
     tokens = [*ids, *answer.output_ids]
-    steps = len(answer.output_ids) + (answer.finish_reason == "stop")
+    ended = answer.stop_reason is not None  # by an end token, since there are no stop strings
+    steps = len(answer.output_ids) + ended
     walked = _Walked(engine, tokens, len(ids), steps, dict.fromkeys(heads), progress)
     name = partial(named, engine.tokenizer)
     lens = walked.lens(top_k)
@@ -75,7 +76,7 @@ def make_values(
         heads=tuple(Head(*at, _rounded(found)) for at, found in walked.heads.items()),
         steps=tuple(_steps(name, walked, answer.output_ids, top_k)),
         answer=answer.text,
-        end=answer.finish_reason,
+        end="stop" if ended else answer.finish_reason,
         dtype=dtype_name(engine.checkpoint.params["final_norm"].dtype),
     )
 

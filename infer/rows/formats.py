@@ -8,11 +8,11 @@ that must not be learned has `"loss": False`, too.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from glm2_jax.errors import InputError
-from glm2_jax.prompt import ROLES
+from glm2_jax.prompt import ROLES, reply_messages
 from infer.params import shown
 from infer.requests import parse_history, parse_json
 
@@ -126,7 +126,7 @@ def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
     kept = []
     for number, message in enumerate(messages, 1):
         system = message["role"] == "system"
-        if not message["content"].strip() and not message.get("tools"):
+        if not _says_something(message):
             if system:
                 continue
             raise InputError(f"message {number} ({message['role']}) is empty")
@@ -141,6 +141,14 @@ def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
     if not _is_learned(row, "the row"):
         kept = [message | {"loss": False} for message in kept]
     return kept
+
+
+def _says_something(message: Message) -> bool:
+    """Whether a message has text, or may do without: it has tools or names one, is a tool's result,
+    or an answer that is not learned."""
+    names = message.get("tools") or message.get("metadata")
+    unlearned = message["role"] == "assistant" and not message.get("loss", True)
+    return bool(message["content"].strip() or names or unlearned or message["role"] == "observation")
 
 
 def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:
@@ -158,7 +166,8 @@ def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:
     rounds = () if absent(history) else parse_history(history)
     for question, reply in (*rounds, (query, answer)):
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": reply})
+        for entry in reply_messages(reply):
+            messages.append(_marked(_role_message, entry, len(messages) + 1))
     return messages
 
 
@@ -169,12 +178,19 @@ def _conversation(row: Mapping[str, Any], fmt: str) -> list[Message]:
     if fmt == "sharegpt" and (system := _optional(row, "system")).strip():
         messages.append({"role": "system", "content": system})
     for number, entry in enumerate(_objects(row, _list_key(row, fmt)), 1):
-        where = f"message {number}"
-        message = read(entry, where)
-        if not _is_learned(entry, where):
-            message["loss"] = False
-        messages.append(message)
+        messages.append(_marked(read, entry, number))
     return messages
+
+
+def _marked(
+    read: Callable[[Mapping[str, Any], str], Message], entry: Mapping[str, Any], number: int
+) -> Message:
+    """The message of an entry, with what its marks say."""
+    where = f"message {number}"
+    message = read(entry, where)
+    if not _is_learned(entry, where):
+        message["loss"] = False
+    return message
 
 
 def _sharegpt(entry: Mapping[str, Any], where: str) -> Message:
