@@ -27,7 +27,8 @@ _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
         "a LoRA adapter, not a model",
-        "Give its base as the model (--model), and this folder as --adapter.",
+        "Give its base as the model (--model), and this folder as --adapter (train.lora: "
+        "--init-adapter).",
     ),
     (
         (_RECIPE,),
@@ -169,7 +170,8 @@ def _folders_inside(folder: Path) -> CheckpointError | None:
         (
             "adapter_config.json",
             "LoRA adapters",
-            "Give their base as the model (--model), and one of them as --adapter, for example {}.",
+            "Give their base as the model (--model), and one of them as --adapter (train.lora: "
+            "--init-adapter), for example {}.",
         ),
     ):
         levels = ("*/", "*/*/", *(f"{level}*/*/" for level in _HUB_LEVELS if level))
