@@ -79,8 +79,6 @@ def start(parser: Parser, argv: Sequence[str], method: str) -> int:
     """Parses the flags and trains by a class of `train.methods`."""
     use_utf8()
     args = settings.parse(parser, argv)
-    if args.steps is None and args.epochs is None:
-        args.epochs = options.DEFAULT_EPOCHS
     choose_platform(args)
     with hosts.start(args):
         from train import methods
