@@ -26,8 +26,8 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 @contextmanager
 def new_folder(destination: Path, may_replace: Callable[[], None]) -> Iterator[Path]:
-    """Gives a temporary folder; on success it gets the name `destination`, on any failure
-    (Ctrl-C and SIGTERM included) it is removed and what had that name before stays as it was.
+    """Gives a temporary folder; on success it gets the name `destination`, on any failure (Ctrl-C,
+    SIGTERM and SIGHUP included) it is removed and what had that name before stays as it was.
 
     Args:
         destination: the final name.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a tool at once, whatever it is doing.
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end a tool at once, whatever it is doing.
 
 Python makes a signal an exception only between two bytecodes of the main thread: not while a
 program is compiled or run, and one that arrives inside a callback of jax, or while an extension
@@ -22,6 +22,7 @@ _GRACE = 0.5  # seconds that the main thread has to notice a signal itself
 _ENDINGS = {
     signal.SIGINT: (b"interrupted\n", EXIT_INTERRUPTED),
     signal.SIGTERM: (b"terminated\n", EXIT_TERMINATED),
+    signal.SIGHUP: (b"terminated\n", EXIT_TERMINATED),
 }
 _actions: list[Callable[[], object]] = []
 _ending = threading.Lock()  # taken once, by the thread that ends the process
@@ -60,13 +61,24 @@ def always(action: Callable[[], object]) -> Iterator[None]:
 
 
 def end_on_signals() -> None:
-    """From now on SIGINT and SIGTERM end the process, with 130 and 143."""
-    for signum in _ENDINGS:
+    """From now on SIGINT ends the process with 130, SIGTERM and SIGHUP with 143."""
+    for signum in ending_signals():
         signal.signal(signum, _handle)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that end a tool: without SIGHUP where it is ignored, as nohup does it."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    return [signum for signum in _ENDINGS if signum not in ignored]
+
+
+def exit_code(signum: int) -> int:
+    """The exit code of a tool that a signal ended."""
+    return _ENDINGS[signal.Signals(signum)][1]
 
 
 def _handle(signum: int, frame: object) -> NoReturn:
@@ -89,10 +101,10 @@ def leave_the_word() -> None:
     _silent = True
 
 
-def tell(exit_code: int, prefix: str = "") -> None:
-    """Says that a signal ended the work, where `exit_code` is that of one."""
-    for message, code in _ENDINGS.values():
-        if code == exit_code:
+def tell(ending: int, prefix: str = "") -> None:
+    """Says that a signal ended the work, where `ending` is the exit code of one."""
+    for message, code in set(_ENDINGS.values()):
+        if code == ending:
             line = prefix.encode() + message
             # Past Python's streams, whose locks the main thread may hold.
             with contextlib.suppress(OSError):
@@ -105,7 +117,7 @@ def end(signum: int) -> NoReturn:
     for action in reversed(_actions):
         with contextlib.suppress(Exception):
             action()
-    _, code = _ENDINGS[signal.Signals(signum)]
+    code = exit_code(signum)
     if not _silent:
         tell(code)
     os._exit(code)

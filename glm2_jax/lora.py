@@ -57,7 +57,8 @@ class LoRA:
 
     Attributes:
         layers: target -> {"a": float32, and one B for each part}, see `adapter_shapes`; every array
-            has a leading axis of layers.
+            has a leading axis of layers. Beside them may be "scale" and "kept", float32 scalars in
+            place of `scale` and of 1 - `dropout`, for a program that is to serve all of them.
         scale: target -> what B (A x) is multiplied with; a `FrozenDict`, because programs are
             compiled for it.
         dropout: rate at which elements of x are dropped before A, where a dropout key is given.
@@ -178,17 +179,19 @@ def adapt(
     """
     if lora is None or target not in lora.layers:
         return lambda part: None
-    weights, specs, scale = lora.layers[target], TARGETS[target], lora.scale[target]
+    weights, specs = lora.layers[target], TARGETS[target]
+    scale = weights["scale"] if "scale" in weights else lora.scale[target]
     if dropout_key is not None and lora.dropout > 0:
         target_key = jax.random.fold_in(dropout_key, list(TARGETS).index(target))
-        kept = _kept(target_key, 1 - lora.dropout, x.shape, columns)
-        x = jnp.where(kept, x / (1 - lora.dropout), 0).astype(x.dtype)
+        share = jnp.asarray(weights.get("kept", 1 - lora.dropout))
+        kept = _kept(target_key, share, x.shape, columns)
+        x = jnp.where(kept, x / share.astype(x.dtype), 0)
     low = einsum(specs.down, x, weights["a"].astype(x.dtype)).astype(x.dtype)
     return lambda part: scale * einsum(specs.up[part], low, weights[part].astype(x.dtype))
 
 
 def _kept(
-    key: jax.Array, share: float, shape: tuple[int, ...], columns: jax.Array | None
+    key: jax.Array, share: jax.Array, shape: tuple[int, ...], columns: jax.Array | None
 ) -> jax.Array:
     """Which elements are not dropped: bool [B, T, ...]."""
     if columns is None:

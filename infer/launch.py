@@ -120,7 +120,8 @@ def _wait(
     for left in reversed(range(len(workers))):
         worker = over.get()
         if came and (worker.exit_code < 0 or worker.exit_code == EXIT_DEVICE):
-            code = code or 128 + came[0]  # it lost another that obeyed the signal first
+            # It lost another that obeyed the signal first.
+            code = code or interrupt.exit_code(came[0])
             continue
         code = code or worker.exit_code
         if worker.exit_code not in _NO_ERROR:

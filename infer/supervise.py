@@ -159,7 +159,8 @@ def supervise(args: argparse.Namespace) -> int:
 
 
 def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
-    """SIGINT and SIGTERM go to the workers from here on; returns the list of those that came."""
+    """Signals that end a tool go to the workers from here on; returns the list of those that
+    came."""
     came: list[int] = []
 
     def pass_on(signum: int, frame: object) -> None:
@@ -168,7 +169,7 @@ def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
             worker.send(signum)
 
     signal.set_wakeup_fd(-1)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in interrupt.ending_signals():
         signal.signal(signum, pass_on)
     return came
 

@@ -19,7 +19,7 @@ from tests.toy import quantised, toy_params
 from train.batch import Batch
 from train.checkpoints import Checkpoints
 from train.devices import Devices
-from train.optim import make_optimizer
+from train.optim import Numbers, make_schedule
 from train.step import make_eval, make_step
 
 CONFIG = GLMConfig(2, 104, 64, 96, 8, 2, 16, 64)
@@ -62,11 +62,16 @@ class Case:
         # A copy, because steps use it up, and on a CPU it may be the host's own memory.
         trained = params if self.full else self.devices.put(lora, lora_places)
         self.trained = jax.tree.map(jnp.copy, trained)
-        self.optimizer = make_optimizer(1e-2, weight_decay=0.1)
+        schedule = make_schedule("constant", lr=1e-2, steps=1)
+        self.numbers = Numbers.of(
+            schedule, None if self.full else lora, weight_decay=0.1, clip=1.0, noise=5.0
+        )
+        self.optimizer = self.numbers.optimizer()
         self.state = self.devices.state(self.optimizer, self.trained, loss_scaling=False)
         shardings = self.devices.shardings(self.trained, self.state)
-        step = make_step(CONFIG, self.optimizer, noise=5.0, remat=False, out_shardings=shardings)
-        arguments = (self.base, self.trained, self.state, self.devices.batch(batch(0)), self.key, 0)
+        step = make_step(CONFIG, remat=False, out_shardings=shardings)
+        rows = self.devices.batch(batch(0))
+        arguments = (self.base, self.trained, self.state, rows, self.key, 0, self.numbers)
         with self.devices.active():
             self.program = step.lower(*arguments).compile()
 
@@ -79,7 +84,7 @@ class Case:
         found = []
         for number in steps:
             rows = self.devices.batch(batch(number))
-            *state, metrics = self.program(self.base, *state, rows, self.key, number)
+            *state, metrics = self.program(self.base, *state, rows, self.key, number, self.numbers)
             found.append([float(metrics.loss), float(metrics.grad_norm)])
         return tuple(state), found
 

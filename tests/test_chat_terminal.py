@@ -27,7 +27,8 @@ LONG = 30_000  # tokens of an answer that nobody waits for
 
 # Standard input becomes the terminal whose Ctrl-C is a signal for this process.
 ON_A_TERMINAL = """
-import fcntl, runpy, termios
+import fcntl, runpy, signal, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 runpy.run_module("infer.chat", run_name="__main__", alter_sys=True)
 """
@@ -186,10 +187,11 @@ def test_only_answers_where_standard_output_is_no_terminal(model, start, tmp_pat
     assert written.endswith("\n") and "> " not in written and "\x1b" not in written
 
 
-def test_sigterm_gives_the_terminal_back(model, start):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_gives_the_terminal_back(model, start, signum):
     terminal = start(*model)
     terminal.wait_for("> ")
-    terminal.process.send_signal(signal.SIGTERM)
+    terminal.process.send_signal(signum)
     assert terminal.wait() == 143 and echoes(terminal)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGKILL while a folder is written."""
+"""Ctrl-C, SIGTERM, SIGHUP and SIGKILL while a folder is written."""
 
 import signal
 import subprocess
@@ -18,6 +18,7 @@ from tests.test_to_pytorch import random_lora
 _SLOW = """
 import contextlib, importlib, signal, sys, time
 import convert.export, convert.own_format
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 from convert import interrupt, writer
 
 write = writer.HashingFile.write
@@ -26,7 +27,7 @@ def slow(self, data):
     write(self, data)
     print("wrote", flush=True)
     if "--overwrite" in sys.argv:  # nothing wakes this thread, as if it were busy outside Python
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     until = time.monotonic() + 90
     while time.monotonic() < until and self.size > 20_000:
         with contextlib.suppress(BaseException):
@@ -56,7 +57,11 @@ def start(tmp_path, *flags, tool="from_pytorch", also=()):
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     ("number", "code", "message"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 143, "terminated"),
+    ],
 )
 def test_signals_leave_nothing_behind(tmp_path, number, code, message, overwrite):
     if overwrite:
@@ -84,6 +89,24 @@ def test_a_signal_leaves_nothing_of_an_export_or_a_merge(tmp_path, tool, flags):
     assert process.returncode == 143
     assert messages.splitlines()[-1] == "terminated" and "Traceback" not in messages
     assert names(tmp_path) == [*(folder.name for folder in also), "official"]
+
+
+@pytest.mark.parametrize(
+    ("before", "outcome"),
+    [("SIG_DFL", (143, "", "terminated\n")), ("SIG_IGN", (0, "alive\n", ""))],
+)
+def test_a_closed_terminal_ends_a_tool_but_not_under_nohup(before, outcome):
+    code = (
+        "import os, signal\n"
+        f"signal.signal(signal.SIGHUP, signal.{before})\n"
+        "from convert import interrupt\n"
+        "def main(args):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    print('alive')\n"
+        "interrupt.run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == outcome
 
 
 def test_a_killed_conversion_is_cleaned_up_by_the_next(tmp_path):

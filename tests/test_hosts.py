@@ -212,10 +212,13 @@ def test_the_launcher_blames_nobody_where_all_fail_alike():
     assert not any("process 1 of 2" in line or "terminated" in line for line in err)
 
 
-def test_the_launcher_passes_signals_on():
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_the_launcher_passes_signals_on(signum):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     launcher = start_launcher("--do", "sleep")
+    signal.signal(signal.SIGHUP, before)
     wait_for(launcher, "begun"), wait_for(launcher, "begun")
-    launcher.terminate()
+    launcher.send_signal(signum)
     code, _, err = ends(launcher)
     assert (code, err) == (143, ["terminated"])
 

@@ -112,16 +112,20 @@ def test_killed_anywhere_it_ends_as_if_never_stopped(cache, data, tmp_path):
     assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
 
 
-def test_sigterm_saves_and_ends_with_143(cache, data, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_ends_with_143(cache, data, tmp_path, signum):
     command = [
         sys.executable, "-m", "train.lora", "--data", data, "--output", str(tmp_path / "a"),
         "--compile-cache", cache, *SMALL, "--steps", "4000", "--save-every", "4000",
     ]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
+    with process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("step 3/"):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signum)
                 break
         rest = process.stderr.read()
     assert process.returncode == 143
@@ -134,8 +138,20 @@ def test_what_changed_is_said_and_nothing_lost(cache, data, tmp_path):
     assert train(cache, data, tmp_path / "a") == 0
     with pytest.raises(UsageError, match="holds a training already"):
         train(cache, data, tmp_path / "a")
-    with pytest.raises(UsageError, match="--rank was 2 and is 4"):
+    with pytest.raises(UsageError, match="--rank was 2 and is 4") as refusal:
         train(cache, data, tmp_path / "a", "--resume", "auto", "--rank", "4")
+    assert "--init-adapter" not in refusal.value.fix  # it would be refused
+    (tmp_path / "a" / "adapter_config.json").rename(tmp_path / "config.json")
+    with pytest.raises(UsageError, match="--steps was 6 and is 9") as refusal:
+        train(cache, data, tmp_path / "a", "--resume", "auto", "--steps", "9")
+    start = f"--init-adapter {tmp_path / 'a'}"
+    assert refusal.value.fix.endswith(f"once it has ended, {start} starts from its result.")
+    (tmp_path / "config.json").rename(tmp_path / "a" / "adapter_config.json")
+    with pytest.raises(UsageError, match="--steps was 6 and is 9") as refusal:
+        train(cache, data, tmp_path / "a", "--steps", "9")
+    assert refusal.value.fix.endswith(f"name another --output; {start} starts from its result.")
+    more = [*start.split(), "--resume", "auto", "--steps", "1"]
+    assert train(cache, data, tmp_path / "b", *more) == 0
     Path(data).write_text(json.dumps({"instruction": "a", "output": "b"}))
     with pytest.raises(UsageError, match="data was"):
         train(cache, data, tmp_path / "a", "--resume", "auto")
@@ -235,6 +251,9 @@ def test_all_parameters(cache, data, tmp_path):
 
     flags = ["--data", data, "--output", str(tmp_path / "a"), "--compile-cache", cache]
     assert full.main([*flags, "--steps", "3", "--batch-size", "2", "--lr", "1e-3"]) == 0
+    with pytest.raises(UsageError, match="--batch-size was 2 and is 4") as refusal:
+        full.main([*flags, "--steps", "3", "--lr", "1e-3", "--resume", "auto"])
+    assert f"; --model {tmp_path / 'a' / 'model'} starts from its result" in refusal.value.fix
     engine = load(tmp_path / "a" / "model")
     assert engine.checkpoint.summary.dtype == "float32"
     assert engine.generate(["你好"], max_new_tokens=2)[0].output_ids

@@ -55,7 +55,8 @@ def test_config_without_a_name(parser, capsys):
 
 def test_without_a_file_flags_and_defaults_count(parser):
     assert settings.parse(parser, ["--steps", "5"]).steps == 5
-    assert settings.parse(parser, []).lr == 5e-5
+    args = settings.parse(parser, [])
+    assert (args.batch_size, args.lr, args.lr_of_wide_model) == (4, None, 5e-5)
 
 
 def test_what_was_resolved_repeats_the_command(parser, tmp_path):

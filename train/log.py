@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Log:
         self._total, self._every, self._first = total, every, taken
         self._last = time.perf_counter()
         self._seconds, self._tokens = 0.0, 0
+        self._unsaid: tuple[int, int | None, dict[str, float]] | None = None
         try:
             self._file = open(path, "a", encoding="utf-8")
         except OSError as error:
@@ -44,7 +45,7 @@ class Log:
         self._file.close()
 
     def step(self, step: int, tokens: int, memory: int | None, **figures: float) -> None:
-        """One step; says it where it is due.
+        """One step; says it where it is due: the first, the last and every few.
 
         Args:
             step: from 1.
@@ -53,8 +54,16 @@ class Log:
             **figures: loss, lr, grad_norm, ...
         """
         self._tokens += tokens
-        if step % self._every and step != self._total:
+        self._unsaid = step, memory, figures
+        if step == 1 or step % self._every == 0 or step == self._total:
+            self.finish()
+
+    def finish(self) -> None:
+        """Says the step before, if it is not said: the last one of a run that ends early."""
+        if self._unsaid is None:
             return
+        step, memory, figures = self._unsaid
+        self._unsaid = None
         now = time.perf_counter()
         rate = self._tokens / max(now - self._last, 1e-9)
         self._seconds += now - self._last
@@ -90,6 +99,30 @@ class Log:
             print(json.dumps(known), file=self._file, flush=True)
         except OSError as error:
             raise InputError(f"{self._file.name} cannot be written", str(error)) from error
+
+
+def losses(found: Mapping[str, Sequence[Sequence[Any]]]) -> list[str]:
+    """Lines about how far losses fell.
+
+    Args:
+        found: see `train.loop.Position`.
+    """
+    lines = []
+    for name, ((before, first), (after, last)) in found.items():
+        steps = f"step {before} -> {after}"
+        lines.append(f"{name} loss {_loss(first)} -> {_loss(last)} ({steps}){_fall(first, last)}")
+    return lines
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _fall(first: float | None, last: float | None) -> str:
+    if not first or last is None:
+        return ""
+    share = 100 * (1 - last / first)
+    return f", {abs(share):.0f} % {'lower' if share > 0 else 'higher'}"
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:

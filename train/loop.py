@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,10 +29,12 @@ class Position:
 
     Attributes:
         step: steps taken.
-        best: lowest loss of an evaluation, None before the first.
+        best: lowest finite loss of an evaluation, None before the first.
         best_step: steps taken then.
         waited: evaluations since.
         skipped: steps that changed nothing.
+        losses: name of a set, or "training" -> first and last [step, loss], None for a loss that
+            is not finite.
     """
 
     step: int = 0
@@ -39,6 +42,16 @@ class Position:
     best_step: int = 0
     waited: int = 0
     skipped: int = 0
+    losses: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.best is not None and not math.isfinite(self.best):  # as an older version saved it
+            self.best = None
+
+    def note_loss(self, name: str, step: int, loss: float) -> None:
+        """Keep the loss as the last of its set, and as the first if it is that."""
+        found = [step, loss if math.isfinite(loss) else None]  # JSON has no NaN
+        self.losses[name] = [self.losses.get(name, [found])[0], found]
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ class Loop:
         """
         run = self._run
         if position.step == 0 and run.evaluate is not None:
-            self._evaluate(state, 0)
+            self._evaluate(state, position)
         while position.step < run.total and not self._patience_lost(position):
             place = run.batches.place(position.step)
             (batch, rows), tokens = run.batches.at(*place), run.batches.tokens(*place)
@@ -126,6 +139,8 @@ class Loop:
             if asked_to_stop:
                 break
         self._read(position)
+        if not self._stopping.signal:
+            self._log.finish()
         self._checkpoints.finish()
         return state
 
@@ -142,23 +157,27 @@ class Loop:
         every = run.eval_every or run.total
         if run.evaluate is None or not (step % every == 0 or step == run.total):
             return
-        losses = self._evaluate(state, step)
+        losses = self._evaluate(state, position)
         if not losses:
             return
-        if position.best is not None and losses[0] >= position.best:
+        loss = losses[0]
+        if not (math.isfinite(loss) and (position.best is None or loss < position.best)):
             position.waited += 1
             return
-        position.best, position.best_step, position.waited = losses[0], step, 0
+        position.best, position.best_step, position.waited = loss, step, 0
         if self._best is not None and self._best.newest != step:  # a run that was killed evaluates
             self._best.save(step, state, {})  # again
 
-    def _evaluate(self, state: Any, step: int) -> list[float]:
+    def _evaluate(self, state: Any, position: Position) -> list[float]:
         """Evaluates and says it; the losses of the sets."""
         assert self._run.evaluate is not None
         with self._log.apart():
             found = self._run.evaluate(state)
         for split, figures in found.items():
-            self._log.evaluation(step, split, **figures)
+            self._log.evaluation(position.step, split, **figures)
+            position.note_loss(split, position.step, figures["loss"])
+            if not math.isfinite(figures["loss"]):
+                note(f"warning: the {split} loss after step {position.step} is not finite")
         return [figures["loss"] for figures in found.values()]
 
     def _patience_lost(self, position: Position) -> bool:
@@ -183,6 +202,7 @@ class Loop:
         if position.skipped:
             figures["skipped"] = position.skipped
         figures = {name: float(value) for name, value in figures.items()}
+        position.note_loss("training", step, figures["loss"])
         self._log.step(step, tokens, peak_bytes(self._run.device), **figures)
 
     def _not_finite(self, step: int, rows: list[str]) -> None:

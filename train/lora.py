@@ -90,8 +90,6 @@ def start(parser: Parser, argv: Sequence[str], method: str) -> int:
     """Parses the flags and trains by a class of `train.methods`."""
     use_utf8()
     args = settings.parse(parser, argv)
-    if args.steps is None and args.epochs is None:
-        args.epochs = options.DEFAULT_EPOCHS
     if getattr(args, "init_adapter", ".") is None:
         fill_new_adapter(args)
     choose_platform(args)

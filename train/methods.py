@@ -27,6 +27,7 @@ from infer import hosts
 from infer.engine import Engine
 from infer.loading import faster_layers
 from train.devices import Devices
+from train.output import MODEL
 
 Progress = Callable[[int, int], None]
 
@@ -219,7 +220,7 @@ class FullMethod(Method):
         return jax.tree.map(lambda x: x.astype(self.computed), trained), None
 
     def write(self, folder: Path, trained: Any) -> Path:
-        result = folder / "model"
+        result = folder / MODEL
         save_checkpoint(
             result,
             self.checkpoint.config,

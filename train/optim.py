@@ -1,12 +1,22 @@
-"""The optimiser: AdamW under a schedule, after clipping, with what PEFT's users are used to."""
+"""The optimizer: AdamW under a schedule, after clipping, with what PEFT's users are used to.
+
+All numbers of it are arguments of a compiled step, not constants in it: see `Numbers`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+
+from glm2_jax import LoRA
+from train.options import SCHEDULES
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
@@ -15,7 +25,33 @@ def warmup_steps(warmup: float, steps: int) -> int:
     return min(math.ceil(warmup * steps), steps - 1) if warmup < 1 else int(warmup)
 
 
-def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> optax.Schedule:
+@flax.struct.dataclass
+class Schedule:
+    """The learning rate of a step, made by `make_schedule`: a pytree of scalars.
+
+    Attributes:
+        kind: int32, place of its name in `train.options.SCHEDULES`.
+        lr: float32, the highest rate.
+        rising: float32, steps of warm-up.
+        falling: float32, steps after them, at least 1.
+    """
+
+    kind: Any
+    lr: Any
+    rising: Any
+    falling: Any
+
+    def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
+        """Return the rate of a step, counted from 0."""
+        rise = 1 - jnp.clip(count, 0, self.rising) / jnp.maximum(self.rising, 1)
+        done = jnp.clip(count - self.rising, 0, self.falling)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * done / self.falling))
+        linear = 1 - done / self.falling
+        factor = jax.lax.select_n(self.kind, cosine, linear, jnp.ones_like(linear))
+        return jnp.where(count < self.rising, -self.lr * rise + self.lr, self.lr * factor)
+
+
+def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> Schedule:
     """The learning rate of a step, counted from 0, as transformers' schedulers define it.
 
     It rises from 0 (so the first step of a warm-up changes nothing) to `lr`, then stays there
@@ -28,29 +64,82 @@ def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> o
         warmup: see `warmup_steps`.
     """
     rising = warmup_steps(warmup, steps)
-    falling = max(1, steps - rising)
-    after = {
-        "cosine": optax.cosine_decay_schedule(lr, falling),
-        "linear": optax.linear_schedule(lr, 0.0, falling),
-        "constant": optax.constant_schedule(lr),
-    }[name]
-    if rising == 0:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, rising), after], [rising])
+    numbers = (lr, rising, max(1, steps - rising))
+    return Schedule(np.int32(SCHEDULES.index(name)), *map(np.float32, numbers))
 
 
 def make_optimizer(
-    schedule: optax.ScalarOrSchedule, *, clip: float = 1.0, weight_decay: float = 0.0
+    schedule: optax.ScalarOrSchedule, *, clip: Any = 1.0, weight_decay: Any = 0.0
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay; betas 0.9 and 0.999, epsilon 1e-8.
 
     Args:
         schedule: the learning rate; of steps that were applied.
-        clip: the largest global norm of the gradient; 0 = not clipped.
+        clip: the largest global norm of the gradient; 0 or None = not clipped.
         weight_decay: of matrices; norms and biases have none.
     """
     adamw = optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=_decays)
-    return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
+    if clip is None or (isinstance(clip, int | float) and clip == 0):  # a tracer cannot be compared
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(clip), adamw)
+
+
+@flax.struct.dataclass
+class Numbers:
+    """What a run may choose without compiling its step again: a pytree of scalars.
+
+    Attributes:
+        schedule: see `Schedule`.
+        weight_decay: see `make_optimizer`.
+        clip: see `make_optimizer`; None (no scalar: another program) = not clipped.
+        noise: strength of noise on the embeddings (NEFTune, arXiv 2310.05914); None = no noise.
+        scale: target -> scale of the adapter that is trained; None where none is.
+        kept: the part of its inputs that its dropout leaves; None where nothing is dropped.
+    """
+
+    schedule: Schedule
+    weight_decay: Any
+    clip: Any
+    noise: Any
+    scale: Any
+    kept: Any
+
+    @classmethod
+    def of(
+        cls,
+        schedule: Schedule,
+        lora: LoRA | None,
+        *,
+        weight_decay: float,
+        clip: float,
+        noise: float,
+    ) -> Numbers:
+        """Those of an adapter and of flags, where 0 turns `clip` and `noise` off."""
+        dropout = 0 if lora is None else lora.dropout
+        return cls(
+            schedule,
+            np.float32(weight_decay),
+            np.float32(clip) if clip else None,
+            np.float32(noise) if noise else None,
+            None if lora is None else {name: np.float32(x) for name, x in lora.scale.items()},
+            np.float32(1 - dropout) if dropout else None,
+        )
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer with these numbers."""
+        return make_optimizer(self.schedule, clip=self.clip, weight_decay=self.weight_decay)
+
+    def put_into(self, lora: LoRA) -> LoRA:
+        """The adapter with `scale` and `kept` among its arrays, one for each layer."""
+
+        def with_numbers(target: str, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            own = {"scale": self.scale[target], "kept": self.kept}
+            shape = weights["a"].shape[:1]
+            found = {key: jnp.broadcast_to(x, shape) for key, x in own.items() if x is not None}
+            return weights | found
+
+        layers = {name: with_numbers(name, weights) for name, weights in lora.layers.items()}
+        return dataclasses.replace(lora, layers=layers)
 
 
 def _decays(params: Any) -> Any:

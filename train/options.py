@@ -8,7 +8,6 @@ from convert.cli import Parser, path_argument
 from convert.local import refuse_url
 from infer.options import DEVICES, DTYPES, add_mesh_options, positive
 
-DEFAULT_EPOCHS = 3.0  # where neither --epochs nor --steps is given
 SCHEDULES = ("cosine", "linear", "constant")
 NAN_POLICIES = ("abort", "skip")
 BUCKET = "gs://"  # of Google Cloud Storage
@@ -53,12 +52,17 @@ def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
     """How the parameters are changed.
 
     Args:
-        lr: default of `--lr`.
+        lr: default of `--lr` for a wide model, see `train.defaults`.
         remat: default of `--grad-checkpoint`.
     """
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--lr", type=number, default=lr, metavar="X", help="highest learning rate")
+    parser.set_defaults(lr_of_wide_model=lr)
+    add(
+        "--lr", type=number, metavar="X",
+        help=f"highest learning rate (default: {lr:g} at a hidden size of 4096, and in inverse "
+        "proportion to it)",
+    )  # fmt: skip
     add("--schedule", choices=SCHEDULES, default="cosine", help="how it falls after the warm-up")
     add(
         "--warmup", type=number, default=0.03, metavar="X",
@@ -66,15 +70,15 @@ def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
     )  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument(
-        "--epochs", type=above_zero, metavar="X", help="times over the data (default: 3)"
-    )
-    length.add_argument(
-        "--steps", type=positive, metavar="N", help="steps of the optimiser instead"
-    )
+        "--epochs", type=above_zero, metavar="X",
+        help="times over the data (default: 3, more where that is less than 200 optimizer steps)",
+    )  # fmt: skip
+    length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps instead")
     add("--batch-size", type=positive, default=4, metavar="N", help="rows computed at once")
     add(
-        "--grad-accum", type=positive, default=8, metavar="N",
-        help="batches that one step of the optimiser is taken from",
+        "--grad-accum", type=positive, metavar="N",
+        help="micro-batches per optimizer step (default: 8, fewer where 3 epochs are less than "
+        "200 steps)",
     )  # fmt: skip
     add("--clip", type=number, default=1.0, metavar="X", help="longest gradient; 0: any")
     add("--weight-decay", type=number, default=0.0, metavar="X", help="of AdamW")
@@ -173,7 +177,13 @@ def add_output_options(parser: Parser, default: str) -> None:
         metavar="N",
         help="how many of the newest checkpoints stay",
     )
-    add("--log-every", type=positive, default=10, metavar="N", help="steps between two lines")
+    add(
+        "--log-every",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="steps between two lines; the first and the last step have one",
+    )
     add(
         "--log-jsonl",
         type=path_argument,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from typing import Any
 from etils import epath
 
 from convert.cli import note
+from convert.peft_config import CONFIG
 from glm2_jax.errors import InputError, UsageError
 from infer import hosts
 from train.places import SEEN, absolute, check_shared, using
 from train.settings import write_recipe
 
 _RECIPE, _LOG, _STATE, _BEST = "recipe.yml", "log.jsonl", "state", "best"
+MODEL = "model"  # the result of a training of all parameters
+# What has to be the same where a training starts from the result of another.
+_OF_RESULT = ("command", "base", "template", "--rank", "--alpha", "--target", "--rslora")
 _IDENTITY, _NEW, _LOCK = "run.json", "run.json.new", ".lock"
 
 
@@ -139,12 +144,6 @@ class RunFolder:
             )
         if not _holds_steps(self.state):
             return  # it ended before its first checkpoint: nothing is lost
-        if resume == "none":
-            raise UsageError(
-                f"{self.checkpoints} holds a training already",
-                "Nothing is overwritten.",
-                "Go on with it: --resume auto. Or name another --output.",
-            )
         present = self.checkpoints / _IDENTITY
         try:
             known = json.loads(present.read_text())
@@ -158,11 +157,29 @@ class RunFolder:
             if known.get(name) != identity.get(name)
         ]
         if changed:
+            start = self._start(known, identity)
             raise UsageError(
                 f"{self.checkpoints} holds another training: {'; '.join(changed)}",
-                "Going on would give neither result.",
-                "Give the earlier flags and files, or name another --output.",
+                "Going on would give neither result, and nothing is overwritten.",
+                f"Give the earlier flags and files, or name another --output{start}.",
             )
+        if resume == "none":
+            raise UsageError(
+                f"{self.checkpoints} holds a training already",
+                "Nothing is overwritten.",
+                "Go on with it: --resume auto. Or name another --output.",
+            )
+
+    def _start(self, known: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+        """How another training can start from the result of this one, if it can."""
+        if any(known.get(name) != identity.get(name) for name in _OF_RESULT):
+            return ""
+        if str(identity["command"]).endswith("lora"):
+            flag, result, proof = "--init-adapter", self.path, CONFIG
+        else:
+            flag, result, proof = "--model", self._file(MODEL), "config.json"
+        when = "" if (result / proof).exists() else "once it has ended, "
+        return f"; {when}{flag} {shlex.quote(str(result))} starts from its result"
 
 
 def _holds_steps(folder: epath.Path) -> bool:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from convert.cli import Parser, Progress, human_size, note
 from convert.folder import Folder, fingerprint, open_folder
@@ -34,11 +33,13 @@ from train.data.batches import Batches
 from train.data.dataset import Dataset
 from train.data.options import look_at, open_dataset
 from train.data.split import Subset, split
+from train.defaults import choose, warn_of_few_steps
+from train.demo.vocabulary import unknown_characters
 from train.devices import Devices
-from train.log import Log, cut_log, read_log
+from train.log import Log, cut_log, losses, read_log
 from train.loop import Loop, Position, Run
 from train.methods import Method
-from train.optim import make_optimizer, make_schedule
+from train.optim import Numbers, make_schedule
 from train.output import RunFolder
 from train.settings import as_recipe
 from train.step import make_step
@@ -66,25 +67,18 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     _check(args)
     enable_compile_cache(args.compile_cache, warn=note)
     say_which_model(args)
-    path = model_folder(args) or demo_folder()
-    folder = open_folder(path, **model_options(args))
+    path = model_folder(args)
+    folder = open_folder(path or demo_folder(), **model_options(args))
     for line in folder.notes if args.check_data else ():  # a run that loads the model says them
         note(line)
     dataset = open_dataset(args, as_checkpoint(folder))
+    if path is None and (line := unknown_characters(dataset)) is not None:
+        note(line)
     if (code := look_at(args, dataset)) is not None:
         return code
     devices = Devices.of(args)
     learned, sets = _sets(args, folder, dataset)
-    rows = min(args.batch_size, len(learned))  # more would be empty, and computed all the same
-    batches = Batches(
-        learned,
-        batch_size=rows,
-        accumulate=min(args.grad_accum, -(-len(learned) // rows)),
-        pack=args.pack,
-        shuffle=not args.no_shuffle,
-        seed=args.seed,
-        rows=devices.rows(rows),
-    )
+    args, batches = _batches(args, learned, devices, folder.config.hidden_size)
     recipe = as_recipe(parser, args)
     looked_at = sets.get(VALIDATION)  # counts, because it may end the run early
     data = {"data": dataset, VALIDATION: looked_at}
@@ -143,7 +137,31 @@ def _sets(
             sets[name] = open_dataset(args, as_checkpoint(folder), path)
     if args.early_stop is not None and VALIDATION not in sets:
         raise UsageError("--early-stop needs --val-data or --val-split.")
+    for name, rows in {"training": learned, **sets}.items():
+        if not rows.learned.any():
+            raise InputError(f"the {name} rows have no token that counts in the loss")
     return learned, sets
+
+
+def _batches(
+    args: argparse.Namespace, learned: Dataset | Subset, devices: Devices, hidden_size: int
+) -> tuple[argparse.Namespace, Batches]:
+    """The flags, with numbers for those that depend on data and model, and the batches."""
+    rows = min(args.batch_size, len(learned))  # more would be empty, and computed all the same
+    make = partial(
+        Batches,
+        learned,
+        batch_size=rows,
+        pack=args.pack,
+        shuffle=not args.no_shuffle,
+        seed=args.seed,
+        rows=devices.rows(rows),
+    )
+    parts = make().steps_per_epoch(0)
+    args = choose(args, parts, hidden_size)
+    batches = make(accumulate=min(args.grad_accum, -(-len(learned) // rows)))
+    warn_of_few_steps(args, parts, _steps(args, batches))
+    return args, batches
 
 
 def _identity(
@@ -192,8 +210,15 @@ def _train(
 ) -> int:
     total = _steps(args, batches)
     config = method.checkpoint.config
-    rate = make_schedule(args.schedule, lr=args.lr, steps=total, warmup=args.warmup)
-    optimizer = make_optimizer(rate, clip=args.clip, weight_decay=args.weight_decay)
+    schedule = make_schedule(args.schedule, lr=args.lr, steps=total, warmup=args.warmup)
+    numbers = Numbers.of(
+        schedule,
+        None if method.base is None else method.model(method.trained)[1],
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        noise=args.neftune,
+    )
+    optimizer = numbers.optimizer()
     scaled = str(method.computed) == "float16"
     state = (method.trained, devices.state(optimizer, method.trained, loss_scaling=scaled))
     position, path = Position(), args.log_jsonl or out.log
@@ -216,17 +241,15 @@ def _train(
         with Log(total, every=args.log_every, path=path, taken=position.step) as log:
             step = make_step(
                 config,
-                optimizer,
                 dtype=method.dtype,
                 remat=args.grad_checkpoint,
-                noise=args.neftune,
                 effective=method.effective,
                 out_shardings=devices.shardings(*state),
             )
             work = Run(
-                step=_announced(step, method.base, devices, args.seed, log),
+                step=_announced(step, method.base, devices, args.seed, numbers, log),
                 evaluate=_evaluate(args, method, sets, prompts, devices),
-                rate=lambda updates: float(jnp.asarray(rate(updates))),
+                rate=lambda updates: float(schedule(updates)),
                 device=devices.first,
                 batches=batches,
                 total=total,
@@ -239,6 +262,8 @@ def _train(
                 loop = Loop(work, log, checkpoints, best, stopping)
                 state = loop.go(state, position)
         stopped = stopping.agree()
+        if not stopped:
+            _check_outcome(position, best is not None)
         if best is not None and best.newest is not None and not stopped:
             best.finish()
             state, _ = best.restore(best.newest, state)
@@ -246,6 +271,8 @@ def _train(
         note(f"saved after step {position.step}; go on with --resume auto")
         return stopping.exit_code
     _say_end(position, total, best is not None)
+    for line in losses(position.losses):
+        note(line)
     note(f"the result is in {method.write(out.path, state[0])}")
     if args.plot is not None and hosts.is_first():
         curve.draw(read_log(path), args.plot)
@@ -279,9 +306,26 @@ def _say_end(position: Position, total: int, chosen: bool) -> None:
     if position.skipped:
         note(f"{position.skipped} of {position.step} steps changed nothing")
     if position.step < total:
-        note(f"ended after step {position.step} of {total}: the loss of validation falls no more")
+        note(f"ended after step {position.step} of {total}: the validation loss stopped improving")
     if chosen:
         note(f"the best evaluation was after step {position.best_step}, loss {position.best:.4g}")
+
+
+def _check_outcome(position: Position, choosing: bool) -> None:
+    """Refuses a run that changed nothing, and one of which no evaluation can be the best."""
+    if position.skipped == position.step:
+        raise InputError(
+            f"all {position.step} steps were left out, so nothing was learned",
+            "Their losses or gradients were NaN or infinite.",
+            "Take a lower --lr, or look at the rows, with another --output.",
+        )
+    if choosing and position.best is None:
+        raise InputError(
+            "no validation loss was finite, so none is the best",
+            f"--early-stop chooses the result by it; the training ended after step "
+            f"{position.step}, and its last checkpoint stays.",
+            "Look at the validation rows, or leave --early-stop out, with another --output.",
+        )
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -295,7 +339,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _announced(
-    step: Any, base: Any, devices: Devices, seed: int, log: Log
+    step: Any, base: Any, devices: Devices, seed: int, numbers: Numbers, log: Log
 ) -> Callable[[Any, Any, int], Any]:
     """The step, compiled ahead for each shape of batch, and that said."""
     compiled: dict[tuple[int, ...], Any] = {}
@@ -304,7 +348,7 @@ def _announced(
     def take(state: tuple[Any, Any], batch: Batch, number: int) -> Any:
         batch = devices.batch(batch)
         shape = batch.tokens.shape
-        arguments = (base, *state, batch, key, number)
+        arguments = (base, *state, batch, key, number, numbers)
         if shape not in compiled:
             jax.block_until_ready(state)  # what still runs is not compiling
             note(f"compiling the step for {' x '.join(map(str, shape))} tokens")

@@ -18,6 +18,7 @@ from glm2_jax import GLMConfig, LoRA, compiler_options
 from glm2_jax.blocks import map_blocks
 from glm2_jax.model import hidden, logits_of
 from train.batch import Batch
+from train.optim import Numbers
 
 LOGITS = 2**25  # that the loss has in memory at once
 
@@ -156,15 +157,16 @@ def init_state(
 
 def make_step(
     config: GLMConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | None = None,
     *,
     dtype: Any = None,
     remat: bool = True,
-    noise: float = 0.0,
+    noise: float | None = None,
     effective: Callable[[LoRA], LoRA] | None = None,
     out_shardings: Any = None,
 ) -> Callable[..., tuple[Any, State, Metrics]]:
-    """Compiles `train_step` for (base, trained, state, batch, key, number of the step).
+    """Compiles `train_step` for (base, trained, state, batch, key, number of the step, numbers of
+    the optimizer where it is None).
 
     `trained` and `state` are donated; on a mesh `out_shardings` says that they stay where they lie.
     """
@@ -179,17 +181,18 @@ def make_step(
 
 def train_step(
     config: GLMConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | None,
     base: Any,
     trained: Any,
     state: State,
     batch: Batch,
     key: jax.Array,
     number: jax.Array | int,
+    numbers: Numbers | None = None,
     *,
     dtype: Any = None,
     remat: bool = True,
-    noise: float = 0.0,
+    noise: float | None = None,
     effective: Callable[[LoRA], LoRA] | None = None,
 ) -> tuple[Any, State, Metrics]:
     """One optimiser step.
@@ -199,7 +202,7 @@ def train_step(
 
     Args:
         config: its dropout rates count, as those of an adapter do.
-        optimizer: what makes updates of gradients.
+        optimizer: what makes updates of gradients; None = that of `numbers`.
         base: parameters that stay as they are, quantised or not; their dtype is computed in.
             None = all parameters are trained.
         trained: an adapter for `base`, or all parameters; float32.
@@ -207,20 +210,27 @@ def train_step(
         batch: arrays [A, B, T].
         key: of the run; randomness depends on it and on `number` alone.
         number: of the step, from 0.
+        numbers: say which optimizer, noise, and scale of the adapter, as arrays: others need no
+            other program.
         dtype: that all parameters are computed in; None = their own.
         remat: see `glm2_jax.model.hidden`.
-        noise: strength of noise on the embeddings (NEFTune, arXiv 2310.05914); 0 = none.
+        noise: strength of noise on the embeddings, see `Numbers`; None = none.
         effective: makes the adapter of `trained`; None = it is the adapter.
 
     Returns:
         (what `trained` becomes, the next state, what to log).
     """
+    if numbers is not None:
+        optimizer, noise = numbers.optimizer(), numbers.noise
+    assert optimizer is not None
     learned = jnp.sum(batch.learned[..., 1:], dtype=jnp.int32)
     scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
 
     def loss(weights: Any, rows: Batch, key: jax.Array) -> jax.Array:
         params, lora = (weights, None) if base is None else (base, weights)
         lora = lora if lora is None or effective is None else effective(lora)
+        if lora is not None and numbers is not None:
+            lora = numbers.put_into(lora)
         dropout_key, noise_key = jax.random.split(key)
         total, _ = loss_sum(
             config,
@@ -228,7 +238,7 @@ def train_step(
             lora,
             rows,
             dropout_key=dropout_key if _drops(config, lora) else None,
-            noise=_noise(config, rows, noise, noise_key) if noise else None,
+            noise=None if noise is None else _noise(config, rows, noise, noise_key),
             remat=remat,
         )
         return total * (scale / jnp.maximum(learned, 1))
@@ -279,7 +289,7 @@ def _drops(config: GLMConfig, lora: LoRA | None) -> bool:
     return max(config.attention_dropout, config.hidden_dropout, lora.dropout if lora else 0) > 0
 
 
-def _noise(config: GLMConfig, rows: Batch, strength: float, key: jax.Array) -> jax.Array:
+def _noise(config: GLMConfig, rows: Batch, strength: Any, key: jax.Array) -> jax.Array:
     """Even noise up to strength / sqrt(tokens of the sequence * D); none on padding."""
     D, (_, T) = config.hidden_size, rows.tokens.shape
     segments = rows.segment_ids

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training between two steps, after saving."""
+"""Ctrl-C, SIGTERM and SIGHUP end a training between two steps, after saving."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import signal
 import threading
 
 from convert import interrupt
-from convert.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, note
+from convert.cli import note
 from infer import hosts
-
-EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
 
 
 class Stopping:
-    """Takes SIGINT and SIGTERM over, for the main thread, until it is left: a context manager.
+    """Takes the signals that end a tool over, for the main thread, until it is left: a context
+    manager.
 
     The second signal ends the process at once: what was saved before is complete.
 
@@ -32,7 +31,8 @@ class Stopping:
         os.set_blocking(self._writing, False)
         # The thread reads them from the pipe: the main one may be inside a step for long.
         self._before = {
-            signum: signal.signal(signum, lambda signum, frame: None) for signum in EXIT_CODES
+            signum: signal.signal(signum, lambda signum, frame: None)
+            for signum in interrupt.ending_signals()
         }
         self._pipe_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
@@ -47,7 +47,7 @@ class Stopping:
     @property
     def exit_code(self) -> int:
         """Of the process: 0 while nobody asked for the end."""
-        return 0 if self.signal is None else EXIT_CODES[signal.Signals(self.signal)]
+        return 0 if self.signal is None else interrupt.exit_code(self.signal)
 
     def agree(self) -> bool:
         """Whether any process of the run was asked to end. All have to call this, at the same
@@ -57,7 +57,7 @@ class Stopping:
 
     def _watch(self, reading: int) -> None:
         while read := os.read(reading, 1):
-            if read[0] not in EXIT_CODES:
+            if read[0] not in self._before:
                 continue
             if self._came is not None:
                 interrupt.end(read[0])

@@ -22,7 +22,7 @@ _WAKE = (0.05, 0.2, 1.0)  # seconds between a Ctrl-C and the attempts to have it
 
 
 class ChatSignals:
-    """Handles SIGINT and SIGTERM from its making on; for the main thread of a terminal.
+    """Handles the signals that end a tool from its making on; for the main thread of a terminal.
 
     Attributes:
       stop: Ctrl-C was pressed since the last reply began; until a line is asked for.
@@ -36,8 +36,10 @@ class ChatSignals:
             self._terminal = termios.tcgetattr(sys.stdin.fileno())
         except (termios.error, OSError, ValueError):
             self._terminal = None
+        self._endings = set(interrupt.ending_signals()) - {signal.SIGINT}
         signal.signal(signal.SIGINT, self._interrupted)
-        signal.signal(signal.SIGTERM, lambda signum, frame: self._end(signum))
+        for ending in self._endings:
+            signal.signal(ending, lambda signum, frame: self._end(signum))
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -66,7 +68,7 @@ class ChatSignals:
 
     def _watch(self, reading: int) -> None:
         while signum := os.read(reading, 1)[0]:
-            if signum == signal.SIGTERM:
+            if signum in self._endings:
                 self._end(signum)
             if signum == signal.SIGINT:
                 self._read_interrupt()

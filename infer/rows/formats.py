@@ -148,7 +148,9 @@ def _says_something(message: Message) -> bool:
     or an answer that is not learned."""
     names = message.get("tools") or message.get("metadata")
     unlearned = message["role"] == "assistant" and not message.get("loss", True)
-    return bool(message["content"].strip() or names or unlearned or message["role"] == "observation")
+    return bool(
+        message["content"].strip() or names or unlearned or message["role"] == "observation"
+    )
 
 
 def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:

@@ -1,0 +1,71 @@
+"""Numbers for flags that were not given, so that few rows and small models learn, too."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from convert.cli import note
+
+MICRO_BATCHES, EPOCHS = 8, 3  # of a step, and times over the data, where there are rows enough
+WANTED_STEPS, FEW_STEPS = 200, 50
+WIDTH = 4096  # hidden size of the models that the default learning rates are meant for
+
+
+def choose(args: argparse.Namespace, parts: int, hidden_size: int) -> argparse.Namespace:
+    """Return the flags with a number in place of each None, and say which were chosen.
+
+    Args:
+        args: flags of a training.
+        parts: micro-batches in an epoch.
+        hidden_size: of the model.
+    """
+    accumulate = args.grad_accum or _micro_batches(parts)
+    found = {
+        "lr": float(f"{args.lr_of_wide_model * WIDTH / hidden_size:.2g}"),
+        "grad_accum": accumulate,
+        "epochs": None if args.steps is not None else _epochs(parts, accumulate),
+    }
+    chosen = {
+        name: value
+        for name, value in found.items()
+        if value is not None and getattr(args, name) is None
+    }
+    if chosen:
+        note(f"chosen for this data and model: {_flags(**chosen)}")
+    return argparse.Namespace(**{**vars(args), **chosen})
+
+
+def warn_of_few_steps(args: argparse.Namespace, parts: int, steps: int) -> None:
+    """Say how to take more steps, where a run has too few to learn much."""
+    if steps >= FEW_STEPS:
+        return
+    accumulate = _micro_batches(parts)
+    longer = {"grad_accum": accumulate, "epochs": _epochs(parts, accumulate)}
+    remedy = _flags(**(longer if args.steps is None else {"steps": WANTED_STEPS}))
+    note(
+        f"warning: only {steps} optimizer step{'s' * (steps > 1)}, which teach little. "
+        f"Try {remedy} --output {_free(args.output)}"
+    )
+
+
+def _micro_batches(parts: int) -> int:
+    """The most micro-batches in a step with which `EPOCHS` epochs have the wanted steps."""
+    return min(max(EPOCHS * parts // WANTED_STEPS, 1), MICRO_BATCHES)
+
+
+def _epochs(parts: int, accumulate: int) -> float:
+    return float(max(EPOCHS, math.ceil(WANTED_STEPS / math.ceil(parts / accumulate))))
+
+
+def _flags(**values: float) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in values.items())
+
+
+def _free(output: str) -> str:
+    """A folder like `output` that is not there yet."""
+    number = 2
+    while Path(f"{output}-{number}").exists():
+        number += 1
+    return f"{output}-{number}"

@@ -1,0 +1,37 @@
+"""What of some rows the demo model has no tokens for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from train.data.dataset import Dataset
+
+_ROWS = 1000  # that are looked at
+_SHOWN = 8
+
+
+def unknown_characters(dataset: Dataset) -> str | None:
+    """Return a line about the characters that the tokenizer spells as bytes; None without any."""
+    tokenizer, characters = dataset.tokenizer, Counter[str]()
+    first = dataset.first_of_rows()
+    for index in first[:_ROWS].tolist():
+        for message in dataset.messages(index):
+            characters.update(message["content"])
+    unknown = [
+        x
+        for x in characters
+        if not x.isspace()
+        and any(tokenizer.byte_value(token) is not None for token in tokenizer.encode(x))
+    ]
+    if not unknown:
+        return None
+    unknown.sort(key=lambda x: -characters[x])
+    count = sum(characters[x] for x in unknown)
+    rows = f" in the first {_ROWS} rows" if len(first) > _ROWS else ""
+    shown = " ".join(x for x in unknown[:_SHOWN] if x.isprintable())
+    more = " ..." if len(unknown) > _SHOWN else ""
+    return (
+        f"warning: {count} of the data's {characters.total()} characters{rows} are not in the "
+        "vocabulary of the demo model and become single bytes, which it hardly learns: "
+        f"{shown}{more}\nUse words of train/demo/pairs.jsonl, or a real checkpoint: --model FOLDER"
+    )
