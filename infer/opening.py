@@ -120,7 +120,8 @@ def _compare_processes(
         sums["adapter"] = open_adapter(args.adapter, folder, **form, force=force).digest
     if args.prefix is not None:
         sums["prefix"] = open_prefix(args.prefix, folder, **form).digest
-    hosts.compare(args, sys.argv[0], **sums, **contents)
+    command = "/".join(Path(sys.argv[0]).parts[-2:])  # hosts may have it in other places
+    hosts.compare(args, command, **sums, **contents)
 
 
 def _batch(args: argparse.Namespace) -> int:

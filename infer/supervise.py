@@ -145,12 +145,14 @@ def supervise(args: argparse.Namespace) -> int:
     prefix = f"{name}: " if args.process_id else ""
     over: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     worker = Worker([sys.executable, *sys.orig_argv[1:]], prefix=prefix, ended=over.put)
-    pass_signals_on([worker])
+    came = pass_signals_on([worker])
     over.get()
-    error = why_ended(worker, args)
+    code, error = worker.exit_code, why_ended(worker, args)
+    if came and code < 0:  # JAX was faster: another one had obeyed the signal, and was gone
+        code, error = interrupt.exit_code(came[0]), None
     if error is None:
-        interrupt.tell(worker.exit_code, prefix)
-        return worker.exit_code
+        interrupt.tell(code, prefix)
+        return code
     if prefix:
         only_errors(name)
     if args.debug:

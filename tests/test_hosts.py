@@ -223,6 +223,21 @@ def test_the_launcher_passes_signals_on(signum):
     assert (code, err) == (143, ["terminated"])
 
 
+def test_nobody_is_blamed_for_losing_one_that_obeyed_a_signal(monkeypatch):
+    monkeypatch.setattr(launch, "_ECHO", 0)
+
+    def waited(*codes, came=(signal.SIGTERM,)):
+        workers, over = [Ended(code) for code in codes], queue.SimpleQueue()
+        for worker in workers:
+            over.put(worker)
+        return launch._wait(workers, over, came)
+
+    for codes in ((143, -signal.SIGABRT), (-signal.SIGABRT, 143), (5, 143), (-6, 5)):
+        assert waited(*codes) == (143, None), codes
+    assert waited(143, 3)[0] == 3  # an error of its own, such as a full disk
+    assert waited(-signal.SIGABRT, 0, came=())[0] == -signal.SIGABRT
+
+
 def test_the_launcher_needs_a_command(capsys):
     with pytest.raises(UsageError, match="no command"):
         launch.main(["--num-processes", "2"])
