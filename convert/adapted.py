@@ -91,10 +91,8 @@ def _other_family(found: Adapter, folder: Folder, rope_kind: str | None) -> str 
         return None
     for family in FAMILIES:
         with contextlib.suppress(CheckpointError):
-            if (
-                fingerprint(open_folder(folder.path, rope_kind=rope_kind, family=family))
-                == found.base
-            ):
+            other = open_folder(folder.path, rope_kind=rope_kind, family=family)
+            if fingerprint(other) == found.base:
                 return family
     return None
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from glm2_jax.errors import InputError
+from glm2_jax.tokenizer import AddedToken
 from infer.compile_cache import user_cache
 from infer.rows.encode import Encoder
 from tests.training_data import GLM2, GLM3, alpaca, open_files, open_rows, write_rows
@@ -33,6 +34,7 @@ OPTIONS = [
     {"max_length": 60},
     {"train_on_prompt": True},
     {"tokenizer": GLM3},
+    {"tokenizer": GLM2.with_tokens("chatglm2", added=[AddedToken("Q", GLM2.size)])},
     {"tokenizer": GLM3, "template": "chatglm3"},
     {"preferred": "sharegpt"},
 ]

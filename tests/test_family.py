@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from train.data.encode import Encoder
 
 from convert import export_folder, open_folder
 from convert.adapted import open_adapter
@@ -20,6 +19,7 @@ from glm2_jax.family import (
     tokenizer_signs,
 )
 from glm2_jax.prompt import build_prompt, stop_ids
+from infer.rows.encode import Encoder
 from tests.checkpoints import tiny_config, write_official
 from tests.sp_model import sp_model, with_pieces, without_dummy_prefix
 from tests.test_to_pytorch import random_lora

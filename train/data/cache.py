@@ -115,8 +115,8 @@ def _key(digest: str, kind: str, how: Reading) -> str:
     tokenizer = how.encoder.tokenizer
     parts = [
         _code(), digest, kind, hashlib.sha256(tokenizer.model_bytes).hexdigest(), tokenizer.family,
-        sorted(tokenizer.special.items()), how.encoder.template, how.encoder.train_on_prompt,
-        how.max_length, how.fmt, how.preferred,
+        sorted(tokenizer.special.items()), sorted(map(repr, tokenizer.added.values())),
+        how.encoder.template, how.encoder.train_on_prompt, how.max_length, how.fmt, how.preferred,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
