@@ -42,6 +42,12 @@ class Message(NamedTuple):
     metadata: str
     content: str
 
+    @property
+    def text(self) -> str:
+        """The message as an answer shows it that begins with it."""
+        header = f"<|{self.role}|>{self.metadata}\n" if self.metadata else ""
+        return (header + self.content).rstrip() if header else self.content
+
 
 def reply_of(text: str, messages: Sequence[Message]) -> Reply:
     """An answer as a history takes it: its text, or where that says less, its messages."""

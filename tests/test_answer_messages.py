@@ -19,6 +19,8 @@ from infer.answer import Answer, Message
 from infer.chat import commands
 from infer.chat.__main__ import main as chat_main
 from infer.conversation import Conversation
+from infer.evaluate import generation
+from infer.evaluate.__main__ import main as evaluate_main
 from infer.generate import main as generate_main
 from infer.job import Job
 from infer.params import SamplingParams
@@ -345,6 +347,24 @@ def test_every_command_shows_the_messages(command, tmp_path):
     assert STRUCTURE.items() <= one.items()
     assert two["prompt_ids"][: len(one["prompt_ids"]) + len(TWO)] == [*one["prompt_ids"], *TWO]
     assert two["usage"]["reused_tokens"] == len(one["prompt_ids"]) + len(TWO)
+
+
+def test_a_wanted_tool_call_is_compared_in_the_form_of_an_answer(
+    engine, scripted, monkeypatch, tmp_path, capsys
+):
+    for name in ("jieba", "rouge_chinese", "nltk", "sacrebleu"):
+        pytest.importorskip(name)
+    monkeypatch.setattr(generation, "open_engine", lambda args, **contents: engine)
+    data, written = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    asked = {"role": "user", "content": "Q"}
+    for call in (CALL, CALL._replace(content="")):
+        scripted([*GLM3.encode("search\n" + call.content), OBSERVATION])
+        data.write_text(json.dumps({"messages": [asked, call._asdict()]}))
+        flags = ["--data", str(data), "--predictions", str(written), "--overwrite", "--json"]
+        assert evaluate_main(["--task", "generation", *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["rouge-1"] == pytest.approx(100, abs=0.01)
+        (answer,) = map(json.loads, written.read_text().splitlines())
+        assert answer["labels"] == answer["predict"] == call.text
 
 
 def test_the_names_of_role_tokens_are_in_the_logprobs(command):

@@ -122,6 +122,10 @@ def test_chatglm3_messages_without_text(tmp_path):
         learned = learned_of(dataset.sample(0))
         assert learned[: len(GLM3.encode("search\n"))] == GLM3.encode("search\n")
         assert learned[-1 - len(GLM3.encode(answer)) :] == [*GLM3.encode(answer), GLM3.eos_id]
+    unlearned = [asked := messages[1], {"role": "assistant", "content": "", "loss": False}]
+    row = {"messages": [*unlearned, asked, messages[-1]]}
+    dataset = open_rows(tmp_path / "data", [row], tokenizer=GLM3, template="chatglm3")
+    assert learned_of(dataset.sample(0)) == [*GLM3.encode("\n"), *GLM3.encode("A"), GLM3.eos_id]
     for answer in (" ", [{"role": "assistant", "content": ""}], [{"role": "tool"}], [{}], [5]):
         bad = [alpaca(history=[["Q", answer]])]
         dataset = open_rows(

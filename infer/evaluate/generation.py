@@ -15,6 +15,7 @@ from convert.interrupt import always
 from convert.local import real_path
 from glm2_jax.errors import InputError, UsageError
 from infer import hosts
+from infer.answer import Message
 from infer.evaluate import metrics
 from infer.evaluate.rows import (
     BUNDLED,
@@ -107,12 +108,18 @@ def _generate(args: argparse.Namespace, bad: BadRows) -> tuple[list[str], list[s
     texts = [""] * len(asked)
     prompts, clean = [ids for _, ids in asked], engine.template != "raw"
     found = answers(engine, prompts, sampling, args.batch_size, clean=clean)
+    labels = [_label(row) for row, _ in asked]
     with predictions_file(args) as write:
         for at, text in found:
-            *_, question, answer = asked[at][0].messages
-            texts[at], label = text, answer["content"]
-            write(at, {"prompt": question["content"], "labels": label, "predict": text})
-    return [row.messages[-1]["content"] for row, _ in asked], texts
+            texts[at], question = text, asked[at][0].messages[-2]
+            write(at, {"prompt": question["content"], "labels": labels[at], "predict": text})
+    return labels, texts
+
+
+def _label(row: Conversation) -> str:
+    """The answer that is wanted, in the form that a generated one has."""
+    wanted = row.messages[-1]
+    return Message("assistant", wanted.get("metadata") or "", wanted["content"]).text
 
 
 def checked(engine: Engine, ids: list[int]) -> list[int]:

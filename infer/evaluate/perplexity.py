@@ -145,7 +145,7 @@ def _counted_texts(row: Text | Conversation) -> list[str]:
     if isinstance(row, Text):
         return [row.text]
     return [
-        message["content"]
+        message["content"] or message.get("metadata", "")
         for message in row.messages
         if message["role"] == "assistant" and message.get("loss", True)
     ]

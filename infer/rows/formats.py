@@ -146,11 +146,10 @@ def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
 def _says_something(message: Message) -> bool:
     """Whether a message has text, or may do without: it has tools or names one, is a tool's result,
     or an answer that is not learned."""
-    names = message.get("tools") or message.get("metadata")
+    if message["content"].strip() or message.get("tools") or message.get("metadata"):
+        return True
     unlearned = message["role"] == "assistant" and not message.get("loss", True)
-    return bool(
-        message["content"].strip() or names or unlearned or message["role"] == "observation"
-    )
+    return unlearned or message["role"] == "observation"
 
 
 def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:
