@@ -33,7 +33,9 @@ def train(data, output, *flags: str) -> int:
 
 def flags(**given):
     unset = dict.fromkeys(("lr", "grad_accum", "epochs", "steps"))
-    return argparse.Namespace(**(unset | {"lr_of_wide_model": 5e-5, "output": "out"} | given))
+    return argparse.Namespace(
+        **(unset | {"lr_of_wide_model": 5e-5, "output": "out", "checkpoints": None} | given)
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,11 +129,11 @@ def test_how_far_losses_fell_is_said():
     position = Position()
     for step, loss in ((1, 4.0), (2, math.nan), (3, 1.0)):
         position.note_loss("training", step, loss)
-    position.note_loss("validation", 3, math.inf)
+    position.losses = {"validation": [[0, None], [3, None]], **position.losses}
     assert json.loads(json.dumps(vars(position), allow_nan=False)) == vars(position)
     assert losses(position.losses) == [
         "training loss 4 -> 1 (step 1 -> 3), 75 % lower",
-        "validation loss not finite -> not finite (step 3 -> 3)",
+        "validation loss not finite -> not finite (step 0 -> 3)",
     ]
 
 

@@ -182,7 +182,7 @@ def test_the_log_says_what_is_due(tmp_path, capsys):
         for step in range(1, 6):
             log.step(step, 10, 1000, loss=1.0 / step, lr=0.1)
         log.evaluation(5, "validation", loss=2.0)
-    assert [line["step"] for line in read_log(path)] == [2, 4, 5, 5]
+    assert [line["step"] for line in read_log(path)] == [1, 2, 4, 5, 5]
     assert read_log(path)[-1] == {"step": 5, "loss": 2.0, "split": "validation"}
     assert set(read_log(path)[0]) == {
         "step", "loss", "lr", "tokens_per_second", "memory_bytes", "split",

@@ -145,13 +145,17 @@ def test_what_changed_is_said_and_nothing_lost(cache, data, tmp_path):
     with pytest.raises(UsageError, match="--steps was 6 and is 9") as refusal:
         train(cache, data, tmp_path / "a", "--resume", "auto", "--steps", "9")
     start = f"--init-adapter {tmp_path / 'a'}"
-    assert refusal.value.fix.endswith(f"once it has ended, {start} starts from its result.")
+    place = f"--output {tmp_path / 'a-2'}"
+    assert refusal.value.fix.endswith(
+        f", or once it has ended, start from its result: {start} {place}."
+    )
     (tmp_path / "config.json").rename(tmp_path / "a" / "adapter_config.json")
     with pytest.raises(UsageError, match="--steps was 6 and is 9") as refusal:
         train(cache, data, tmp_path / "a", "--steps", "9")
-    assert refusal.value.fix.endswith(f"name another --output; {start} starts from its result.")
-    more = [*start.split(), "--resume", "auto", "--steps", "1"]
-    assert train(cache, data, tmp_path / "b", *more) == 0
+    assert refusal.value.fix.endswith(f"--output, or start from its result: {start} {place}.")
+    more = ["--steps", "9", *start.split(), *place.split(), "--resume", "auto"]
+    assert train(cache, data, tmp_path / "a", *more) == 0
+    assert (tmp_path / "a-2" / WEIGHTS).exists()
     Path(data).write_text(json.dumps({"instruction": "a", "output": "b"}))
     with pytest.raises(UsageError, match="data was"):
         train(cache, data, tmp_path / "a", "--resume", "auto")
@@ -253,7 +257,8 @@ def test_all_parameters(cache, data, tmp_path):
     assert full.main([*flags, "--steps", "3", "--batch-size", "2", "--lr", "1e-3"]) == 0
     with pytest.raises(UsageError, match="--batch-size was 2 and is 4") as refusal:
         full.main([*flags, "--steps", "3", "--lr", "1e-3", "--resume", "auto"])
-    assert f"; --model {tmp_path / 'a' / 'model'} starts from its result" in refusal.value.fix
+    result = f"--model {tmp_path / 'a' / 'model'} --output {tmp_path / 'a-2'}"
+    assert refusal.value.fix.endswith(f"start from its result: {result}.")
     engine = load(tmp_path / "a" / "model")
     assert engine.checkpoint.summary.dtype == "float32"
     assert engine.generate(["你好"], max_new_tokens=2)[0].output_ids

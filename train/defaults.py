@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 from convert.cli import note
+from train.places import free_place
 
 MICRO_BATCHES, EPOCHS = 8, 3  # of a step, and times over the data, where there are rows enough
 WANTED_STEPS, FEW_STEPS = 200, 50
@@ -46,7 +46,7 @@ def warn_of_few_steps(args: argparse.Namespace, parts: int, steps: int) -> None:
     remedy = _flags(**(longer if args.steps is None else {"steps": WANTED_STEPS}))
     note(
         f"warning: only {steps} optimizer step{'s' * (steps > 1)}, which teach little. "
-        f"Try {remedy} --output {_free(args.output)}"
+        f"Try {remedy} {free_place(args.output, args.checkpoints)}"
     )
 
 
@@ -61,11 +61,3 @@ def _epochs(parts: int, accumulate: int) -> float:
 
 def _flags(**values: float) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in values.items())
-
-
-def _free(output: str) -> str:
-    """A folder like `output` that is not there yet."""
-    number = 2
-    while Path(f"{output}-{number}").exists():
-        number += 1
-    return f"{output}-{number}"

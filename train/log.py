@@ -108,7 +108,8 @@ def losses(found: Mapping[str, Sequence[Sequence[Any]]]) -> list[str]:
         found: see `train.loop.Position`.
     """
     lines = []
-    for name, ((before, first), (after, last)) in found.items():
+    for name in sorted(found, key=lambda name: name != "training"):
+        (before, first), (after, last) = found[name]
         steps = f"step {before} -> {after}"
         lines.append(f"{name} loss {_loss(first)} -> {_loss(last)} ({steps}){_fall(first, last)}")
     return lines
@@ -122,7 +123,7 @@ def _fall(first: float | None, last: float | None) -> str:
     if not first or last is None:
         return ""
     share = 100 * (1 - last / first)
-    return f", {abs(share):.0f} % {'lower' if share > 0 else 'higher'}"
+    return f", {abs(share):.0f} % {'lower' if share >= 0 else 'higher'}"
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:

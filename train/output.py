@@ -16,7 +16,7 @@ from convert.cli import note
 from convert.peft_config import CONFIG
 from glm2_jax.errors import InputError, UsageError
 from infer import hosts
-from train.places import SEEN, absolute, check_shared, using
+from train.places import SEEN, absolute, check_shared, free_place, using
 from train.settings import write_recipe
 
 _RECIPE, _LOG, _STATE, _BEST = "recipe.yml", "log.jsonl", "state", "best"
@@ -157,11 +157,11 @@ class RunFolder:
             if known.get(name) != identity.get(name)
         ]
         if changed:
-            start = self._start(known, identity)
+            fix = "Give the earlier flags and files, or name another --output"
             raise UsageError(
                 f"{self.checkpoints} holds another training: {'; '.join(changed)}",
                 "Going on would give neither result, and nothing is overwritten.",
-                f"Give the earlier flags and files, or name another --output{start}.",
+                f"{fix}{self._start(known, identity)}.",
             )
         if resume == "none":
             raise UsageError(
@@ -179,7 +179,8 @@ class RunFolder:
         else:
             flag, result, proof = "--model", self._file(MODEL), "config.json"
         when = "" if (result / proof).exists() else "once it has ended, "
-        return f"; {when}{flag} {shlex.quote(str(result))} starts from its result"
+        place = free_place(self.path, self.checkpoints if self._elsewhere else None)
+        return f", or {when}start from its result: {flag} {shlex.quote(str(result))} {place}"
 
 
 def _holds_steps(folder: epath.Path) -> bool:

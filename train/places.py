@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,18 @@ def absolute(place: str | os.PathLike) -> epath.Path:
     """The place, from whatever folder it is looked at; a bucket is left as it is."""
     text = os.fspath(place)
     return epath.Path(text if text.startswith(BUCKET) else Path(text).absolute())
+
+
+def free_place(output: str | os.PathLike, checkpoints: str | os.PathLike | None) -> str:
+    """The flags of another `--output`, and of other `--checkpoints` if they are given: folders
+    with a number behind the names, that are not there yet."""
+    number = 2
+    while Path(f"{os.fspath(output)}-{number}").exists():
+        number += 1
+    places = {"output": output} | ({} if checkpoints is None else {"checkpoints": checkpoints})
+    return " ".join(
+        f"--{flag} {shlex.quote(f'{os.fspath(place)}-{number}')}" for flag, place in places.items()
+    )
 
 
 @contextlib.contextmanager
