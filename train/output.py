@@ -53,10 +53,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(
-                f"{self.path} cannot be written", reason, "Name another --output."
-            ) from error
+            raise _cannot_write(self.path, error) from error
         try:
             if hosts.is_first():
                 self._take_lock()
@@ -77,14 +74,17 @@ class RunFolder:
         """From here on the folder is that of this run, of which `recipe` are the flags."""
         if not hosts.is_first():
             return
-        write_recipe(self._file(_RECIPE), recipe)
         text = json.dumps(self._identity, indent=1, ensure_ascii=False)
         if self._elsewhere:
             with using(self.checkpoints):
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 (self.checkpoints / _IDENTITY).write_text(text)
-        self._file(_NEW).write_text(text, encoding="utf-8")
-        self._file(_NEW).replace(self._file(_IDENTITY))
+        try:
+            write_recipe(self._file(_RECIPE), recipe)
+            self._file(_NEW).write_text(text, encoding="utf-8")
+            self._file(_NEW).replace(self._file(_IDENTITY))
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
 
     @property
     def state(self) -> epath.Path:
@@ -163,6 +163,11 @@ class RunFolder:
                 "Going on would give neither result.",
                 "Give the earlier flags and files, or name another --output.",
             )
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"{path} cannot be written", reason, "Name another --output.")
 
 
 def _holds_steps(folder: epath.Path) -> bool:
