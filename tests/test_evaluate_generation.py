@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import sys
 import tracemalloc
 
@@ -9,7 +10,7 @@ import pytest
 
 from glm2_jax.errors import InputError, UsageError
 from infer.evaluate import generation, metrics
-from infer.evaluate.__main__ import main
+from infer.evaluate.__main__ import main, parser
 from tests.engine_toy import toy_engine, warm_engine
 
 pytest.importorskip("jieba")
@@ -314,3 +315,19 @@ def test_predictions_that_are_not_there(tmp_path):
 def test_a_bad_temperature_is_told_before_anything_is_read(toy, rows):
     with pytest.raises(UsageError, match="temperature"):
         main(["--task", "generation", "--data", str(rows), "--temperature", "-1"])
+
+
+def test_a_full_disk_keeps_the_answers_that_are_whole(tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    args = parser().parse_args(["--task", "generation", "--predictions", str(path)])
+    limits, rows = resource.getrlimit(resource.RLIMIT_FSIZE), [{"predict": "x" * 50}] * 2
+    try:
+        with pytest.raises(InputError, match=r"answers.jsonl.partial\nFile too large"):
+            with generation.predictions_file(args) as write:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # one, and a part
+                for number, row in enumerate(rows):
+                    write(number, row)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "not complete: 1 answers are in" in capsys.readouterr().err
+    assert (tmp_path / "answers.jsonl.partial").read_text() == json.dumps(rows[0]) + "\n"

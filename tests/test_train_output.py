@@ -1,11 +1,13 @@
 """The folder of a run, its log and its checkpoints."""
 
+import contextlib
 import json
 import logging
 import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,23 +152,43 @@ def unraised(owner, message: str) -> Any:
     return SimpleNamespace(object=owner, exc_value=RuntimeError(message))
 
 
-@pytest.mark.parametrize("earlier", [True, False])
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, earlier, caplog, capfd):
-    large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=2**16).astype(np.float32))}
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As a full disk: no file of this process can be longer."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(InputError, match="cannot be written\n.*File too large") as error:
-            with Checkpoints(tmp_path, keep=2) as checkpoints:
-                if earlier:
-                    checkpoints.save(1, large, {})
-                    checkpoints.finish()
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-                checkpoints.save(2, large, {})
-                checkpoints.finish()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_folder(tmp_path):
+    with RunFolder(tmp_path, resume="none", identity=RUN) as folder, largest_file(4):
+        with pytest.raises(InputError, match=f"{tmp_path} cannot be written\nFile too large"):
+            folder.begin({"lr": 0.1})
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_log(tmp_path):
+    path = tmp_path / "log"
+    with pytest.raises(InputError, match=f"{path} cannot be written"), largest_file(4):
+        with Log(1, every=1, path=path) as log:
+            log.step(1, 1, None, loss=1.0)
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, earlier, caplog, capfd):
+    large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=2**16).astype(np.float32))}
+    with pytest.raises(InputError, match="cannot be written\n.*File too large") as error:
+        with Checkpoints(tmp_path, keep=2) as checkpoints, contextlib.ExitStack() as stack:
+            if earlier:
+                checkpoints.save(1, large, {})
+                checkpoints.finish()
+            stack.enter_context(largest_file(4096))
+            checkpoints.save(2, large, {})
+            checkpoints.finish()
     assert ("goes on after step 1" if earlier else "begins anew") in error.value.fix
     assert not caplog.records and capfd.readouterr().err == ""
     with Checkpoints(tmp_path, keep=2) as checkpoints:

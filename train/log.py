@@ -42,7 +42,9 @@ class Log:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        # What could not be written is said already; closing would try it once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def step(self, step: int, tokens: int, memory: int | None, **figures: float) -> None:
         """One step; says it where it is due: the first, the last and every few.

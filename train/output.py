@@ -58,10 +58,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(
-                f"{self.path} cannot be written", reason, "Name another --output."
-            ) from error
+            raise _cannot_write(self.path, error) from error
         try:
             if hosts.is_first():
                 self._take_lock()
@@ -82,14 +79,17 @@ class RunFolder:
         """From here on the folder is that of this run, of which `recipe` are the flags."""
         if not hosts.is_first():
             return
-        write_recipe(self._file(_RECIPE), recipe)
         text = json.dumps(self._identity, indent=1, ensure_ascii=False)
         if self._elsewhere:
             with using(self.checkpoints):
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 (self.checkpoints / _IDENTITY).write_text(text)
-        self._file(_NEW).write_text(text, encoding="utf-8")
-        self._file(_NEW).replace(self._file(_IDENTITY))
+        try:
+            write_recipe(self._file(_RECIPE), recipe)
+            self._file(_NEW).write_text(text, encoding="utf-8")
+            self._file(_NEW).replace(self._file(_IDENTITY))
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
 
     @property
     def state(self) -> epath.Path:
@@ -181,6 +181,11 @@ class RunFolder:
         when = "" if (result / proof).exists() else "once it has ended, "
         place = free_place(self.path, self.checkpoints if self._elsewhere else None)
         return f", or {when}start from its result: {flag} {shlex.quote(str(result))} {place}"
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"{path} cannot be written", reason, "Name another --output.")
 
 
 def _holds_steps(folder: epath.Path) -> bool:

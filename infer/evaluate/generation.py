@@ -208,17 +208,33 @@ def predictions_file(args: argparse.Namespace) -> Iterator[Callable[[int, dict[s
         else:
             partial.unlink(missing_ok=True)
 
+    ordered = path.with_name(path.name + ".ordered")
     with always(tell):
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("wb", buffering=0) as file:
 
             def write(number: int, row: dict[str, Any]) -> None:
-                lines[number] = json.dumps(row, ensure_ascii=False) + "\n"
-                file.write(lines[number])
-                file.flush()
+                line = json.dumps(row, ensure_ascii=False) + "\n"
+                whole, left = file.tell(), line.encode()
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError as error:
+                    file.truncate(whole)
+                    raise _cannot_write(partial, error) from error
+                lines[number] = line
 
             yield write
-        ordered = path.with_name(path.name + ".ordered")
-        ordered.write_text("".join(lines[number] for number in sorted(lines)), encoding="utf-8")
-        ordered.replace(path)
+        try:
+            text = "".join(lines[number] for number in sorted(lines))
+            ordered.write_text(text, encoding="utf-8")
+            ordered.replace(path)
+        except OSError as error:
+            ordered.unlink(missing_ok=True)
+            raise _cannot_write(path, error) from error
         partial.unlink()
     note(f"predictions are in {args.predictions}")
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"cannot write {path}", reason, "Free some space, or name another file.")
