@@ -5,12 +5,13 @@ import json
 import math
 import shlex
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 
 from glm2_jax.errors import InputError
 from train import defaults, lora, run
-from train.data.dataset import Dataset
 from train.demo import vocabulary
 from train.log import Log, losses, read_log
 from train.loop import Position
@@ -150,11 +151,11 @@ def test_what_the_demo_cannot_spell_is_said(data, tmp_path, capsys):
 
 def learns(state, batch, number):
     """A step that costs nothing."""
-    return state, Metrics(1.0, 1.0, 1, True, False)
+    return state, Metrics(*map(jnp.asarray, (1.0, 1.0, 1, True, False)))
 
 
 def never_finite(state, batch, number):
-    return state, Metrics(math.nan, math.nan, 1, False, True)
+    return state, Metrics(*map(jnp.asarray, (math.nan, math.nan, 1, False, True)))
 
 
 class Scripted:
@@ -225,13 +226,14 @@ def test_a_run_that_changed_nothing_is_no_success(data, tmp_path):
 
 
 def test_rows_without_a_learned_token_are_refused(data, tmp_path, monkeypatch):
-    freeze = Dataset._freeze
+    opened = run.open_dataset
 
-    def nothing_learned(self, *args):
-        freeze(self, *args)
-        self.learned[:] = 0
+    def nothing_learned(*args):
+        dataset = opened(*args)
+        dataset.learned = np.zeros_like(dataset.learned)
+        return dataset
 
-    monkeypatch.setattr(Dataset, "_freeze", nothing_learned)
+    monkeypatch.setattr(run, "open_dataset", nothing_learned)
     with pytest.raises(InputError, match="the training rows have no token"):
         train(data, tmp_path / "a")
 
