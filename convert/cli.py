@@ -216,10 +216,10 @@ def report(error: Exception, *, debug: bool = False) -> int:
         _complain("error: out of memory", first_line, "try a smaller --dtype, batch or length")
         return EXIT_DEVICE
     variable = named_variable(str(error), os.environ)
-    if isinstance(error, ValueError) and variable:  # jax reads its own when it is imported
+    if isinstance(error, (ValueError, RuntimeError, FloatingPointError)) and variable:
         value = os.environ[variable][:500]
-        reason = str(error).splitlines()
-        _complain(f"error: jax cannot use {variable}={value}", *reason, f"unset {variable}")
+        reason = str(error).splitlines()[0]
+        _complain(f"error: jax cannot use {variable}={value}", reason, f"unset {variable}")
         return EXIT_DEVICE
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
@@ -235,9 +235,17 @@ def report(error: Exception, *, debug: bool = False) -> int:
 
 
 def named_variable(text: str, variables: Iterable[str]) -> str | None:
-    """The environment variable of jax that an error of jax names, as it is or as "jax_..."."""
-    words = set(re.findall(r"\w+", text.upper()))
-    return next((v for v in variables if v in words and re.match("JAX_|XLA_", v)), None)
+    """The environment variable of jax that an error of jax names: as it is, as "jax_...", as
+    "jax.default_device" or "disable jit", or by what it disallows."""
+    text = re.sub(r"Disallowed \S+ transfer", "transfer guard", text)
+    for variable in variables:
+        short = variable.removeprefix("JAX_").replace("_", "[ _]")
+        start = "" if "_" in short else "JAX_"  # "platforms" alone may mean anything
+        if re.match("JAX_|XLA_", variable) and re.search(
+            rf"\b({start}|JAX_|XLA_){short}\b", text, re.IGNORECASE
+        ):
+            return variable
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -57,7 +57,8 @@ for device in devices:
 print(json.dumps(found))
 """
 _UNIMPORTANT = re.compile(
-    r"^(Traceback|  |WARNING: All log messages|During handling|The above exc|\s*$)"
+    r"^(Traceback|  |WARNING: All log messages|During handling|The above exc|\s*$"
+    r"|-{20}$|For simplicity, JAX)"
 )
 _MARKUP = re.compile(r"^([IWEF]\d{4} [^\]]*\]|(ERROR|WARNING|INFO):.*?[a-z_]:\d+:)\s*")
 

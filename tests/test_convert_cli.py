@@ -78,10 +78,38 @@ def test_variables_that_jax_cannot_use(capsys, monkeypatch):
         told = f"error: jax cannot use JAX_ENABLE_X64=maybe\n{words}\nunset JAX_ENABLE_X64\n"
         assert capsys.readouterr().err == told
     assert cli.named_variable("flag in XLA_FLAGS: --nonsense=1", os.environ) == "XLA_FLAGS"
-    assert run(raising(ValueError("HOME"))) == 1
+    assert run(raising(ValueError("HOME of platforms"))) == 1
     monkeypatch.delenv("XLA_FLAGS")
     done = shell(f"{sys.executable} -m infer.generate --prompt hi")
     assert done.returncode == 5 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ("JAX_TRANSFER_GUARD=disallow", "INVALID: Disallowed host-to-device transfer: aval=x"),
+        ("JAX_DISABLE_JIT=1", "Disable jit is not supported in the AOT path since"),
+        ("JAX_NO_EXECUTION=1", "execute jit(f), but the no_execution config option is set"),
+        ("JAX_DEFAULT_DEVICE=x", "jax.default_device must be passed either a Device object"),
+        ("JAX_DEBUG_NANS=1", "invalid value (nan). Because jax_config.debug_nans.value is set\n2"),
+    ],
+)
+def test_variables_that_an_error_names_in_other_words(setting, error, capsys, monkeypatch):
+    name, value = setting.split("=")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv(name, value)
+    assert run(raising(RuntimeError(error))) == 5
+    first = error.splitlines()[0]
+    told = f"error: jax cannot use {setting}\n{first}\nunset {name}\n"
+    assert capsys.readouterr().err == told
+
+
+def test_transfers_that_are_disallowed():
+    done = shell(f"JAX_TRANSFER_GUARD=disallow {sys.executable} -m infer.generate --prompt hi")
+    *_, what, why, fix = done.stderr.splitlines()
+    assert done.returncode == 5 and "Traceback" not in done.stderr
+    assert what == "error: jax cannot use JAX_TRANSFER_GUARD=disallow"
+    assert "Disallowed host-to-device transfer" in why and fix == "unset JAX_TRANSFER_GUARD"
 
 
 def test_device_memory(capsys):
