@@ -29,7 +29,7 @@ from infer.text_input import LARGEST
 SUFFIX = ".partial"
 _KIND = b'{"journal": "glm2-jax answers", '
 _VERSION = b'"version": 1, '
-_ROW = re.compile(rb'\{"line": ([1-9][0-9]*), "answer": (\{.*\})\}\n')
+_ROW = re.compile(rb'\{"line": ([1-9][0-9]{0,17}), "answer": (\{.*\})\}\n')
 _FINISHED = re.compile(rb'\{"finished": "([0-9a-f]{64})"\}\n')
 # What is told apart by a sum, whose values would say nothing to anybody.
 _SUMS = {"input": "the batch file", "history": "the history", "model": "the model"}

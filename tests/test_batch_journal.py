@@ -63,7 +63,14 @@ def test_cut_at_any_byte(output):
             path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("junk", [b"\0" * 50, b"{}\n", b'{"line": 0, "answer": {}}\n', b"\xff\n"])
+LONG = b'{"line": %s, "answer": {}}\n' % (b"9" * 5000)  # a number that Python refuses to read
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"\0" * 50, b"{}\n", b'{"line": 0, "answer": {}}\n', b"\xff\n", LONG],
+    ids=["zeros", "empty", "line 0", "no UTF-8", "long number"],
+)
 def test_what_follows_a_damaged_line_is_answered_again(output, junk):
     whole = written(output)
     path = output.with_name("out.jsonl.partial")

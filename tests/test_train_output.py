@@ -21,6 +21,7 @@ from glm2_jax.errors import CheckpointError, InputError, UsageError
 from train.checkpoints import Checkpoints
 from train.checkpoints import _quieten as quieten
 from train.log import Log, cut_log, read_log
+from train.loop import Position
 from train.output import RunFolder
 
 RUN = {"base": "abc", "lr": 0.1}
@@ -117,6 +118,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         with pytest.raises(CheckpointError, match="cannot be read\n.*\n.* begins anew"):
             checkpoints.restore(1, state())
+
+
+@pytest.mark.parametrize(
+    "saved", [{}, {"step": 3}, {"step": "2"}, {"stp": 2}, None, [2], {"step": 2, "waited": "1"}]
+)
+def test_a_damaged_position_is_refused(saved):
+    with pytest.raises(CheckpointError, match="after step 2 is damaged"):
+        Position.restored(saved, 2)
+    assert Position.restored({"step": 2, "best": 1.5}, 2) == Position(2, 1.5)
 
 
 def test_a_cut_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, caplog, capfd):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from convert.cli import note
-from glm2_jax.errors import InputError
+from glm2_jax.errors import CheckpointError, InputError
 from infer.memory.peak import peak_bytes
 from train.checkpoints import Checkpoints
 from train.data.batches import Batches
@@ -47,6 +47,26 @@ class Position:
     def __post_init__(self) -> None:
         if self.best is not None and not math.isfinite(self.best):  # as an older version saved it
             self.best = None
+
+    @classmethod
+    def restored(cls, saved: Any, step: int) -> Position:
+        """Return the position that was saved after `step` steps.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        try:
+            position = cls(**saved)
+            counts = position.best_step, position.waited, position.skipped
+            if position.step != step or not all(isinstance(count, int) for count in counts):
+                raise TypeError(f"expected step {step}, got {saved}")
+        except TypeError as error:
+            raise CheckpointError(
+                f"the position in the checkpoint after step {step} is damaged",
+                str(error)[:300],
+                f"Remove that checkpoint, the folder {step}, then --resume auto.",
+            ) from error
+        return position
 
     def note_loss(self, name: str, step: int, loss: float) -> None:
         """Keep the loss as the last of its set, and as the first if it is that."""

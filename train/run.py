@@ -234,7 +234,7 @@ def _train(
             best = stack.enter_context(Checkpoints(out.best, keep=1))
         if checkpoints.newest is not None:
             state, saved = checkpoints.restore(checkpoints.newest, state)
-            position = Position(**saved)
+            position = Position.restored(saved, checkpoints.newest)
             note(f"going on after step {position.step} of {total}")
         if position.step > 0 or args.log_jsonl is None:
             cut_log(path, position.step)
