@@ -202,7 +202,7 @@ def _naming_other_set(weights: Weights) -> Iterator[None]:
         other = choose_weights(weights.left_out)
         if other is None:
             raise
-        why = "\n".join((error.why, *weights.notes))
+        why = [*error.why.splitlines(), *weights.notes]
         fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is read then."
         raise CheckpointError(error.what, why, fix) from error
 

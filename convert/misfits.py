@@ -108,7 +108,7 @@ def explain_misfits(
     lines += _examples("missing: ", misfits.missing)
     lines += _examples("", misfits.wrong)
     lines += _examples("unexpected: ", [_explained(name) for name in misfits.unexpected])
-    return CheckpointError(what, "\n".join(lines), fix)
+    return CheckpointError(what, lines, fix)
 
 
 def _examples(start: str, problems: list[str]) -> Iterator[str]:

@@ -286,7 +286,8 @@ def test_configurations_of_other_weights(tmp_path):
     ],
 )
 def test_only_a_model_of_that_name_is_glm_4(tmp_path, name, other):
-    folder = write_official(tmp_path, raw={"_name_or_path": name, "family": None})
+    unsaid = {"family": None, "interleaved_qkv": None, "rotary_percent": None}
+    folder = write_official(tmp_path, raw={"_name_or_path": name, **unsaid})
     if other:
         assert "GLM-4 is not supported" in refusal(folder).what
     else:

@@ -155,7 +155,7 @@ sys.exit(code)
     ("argv", "code", "message"),
     [
         (["--batch-file", "F"], 3, "F.jsonl:1: a line may have 16.8 MB, this has 300.0 MB"),
-        (["rows", "F"], 0, "a line may have 16.8 MB, this has 300.0 MB"),
+        (["rows", "F"], 0, "the row is too long to be read\n300000000 bytes"),
         (["--prompt-file", "F"], 3, "it has 300.0 MB, and a text may have 256.0 MB"),
         (["--prompt", "x", "--history", "F"], 3, "it has 300.0 MB, and a text may have 256.0 MB"),
     ],
