@@ -6,6 +6,7 @@ Only the command-line tools turn it on; a library should not write to a user's f
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 VARIABLE = "GLM2_JAX_COMPILE_CACHE"
 OFF = "off"
 MAX_BYTES = 2 * 1024**3
+_SUM = 32  # bytes of a SHA-256
 
 
 def default_folder() -> Path:
@@ -83,6 +85,7 @@ def enable_compile_cache(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _mend(path, warn or (lambda line: None))
+    _check_programs(warn or (lambda line: None))
     return path
 
 
@@ -134,6 +137,61 @@ class Lookup:
         if not self._told:
             self._told = True
             self._missed()
+
+
+class _Checked:
+    """A cache of JAX in which each program has the sum of its key and its bytes before it.
+
+    JAX takes for a program whatever has its name. Another one may compute something else in
+    silence, so what has not the right sum is deleted, and compiled again.
+
+    Args:
+      cache: as JAX makes it: `get` and `put` by key.
+      warn: is told once in one line that there was such a program.
+    """
+
+    def __init__(self, cache: Any, warn: Callable[[str], None]):
+        self._path = cache._path
+        self._cache, self._warn, self._warned = cache, warn, False
+
+    def get(self, key: str) -> bytes | None:
+        """The program, or None where it has to be compiled."""
+        path = Path(self._path) / f"{key}-cache"
+        plain = path.is_file() or not path.exists()  # a pipe or device may have no end
+        data = self._cache.get(key) if plain else b""
+        if data is None or data[:_SUM] == _sum(key, data[_SUM:]):
+            return None if data is None else data[_SUM:]
+        if not self._warned:
+            self._warned = True
+            self._warn(
+                "warning: a program of the compilation cache is damaged, another one, or of an "
+                f"earlier version; it is compiled again ({path.parent})"
+            )
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Keeps a program."""
+        self._cache.put(key, _sum(key, value) + value)
+
+
+def _sum(key: str, value: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + value).digest()
+
+
+def _check_programs(warn: Callable[[str], None]) -> None:
+    """Has JAX make its cache a checked one; what is made already stays as it is."""
+    from jax._src import compilation_cache as jax_cache  # there is no public place for it
+
+    make = getattr(jax_cache.get_file_cache, "unchecked", jax_cache.get_file_cache)
+
+    def get_file_cache(path: str) -> tuple[Any, str] | None:
+        made = make(path)
+        return None if made is None else (_Checked(made[0], warn), made[1])
+
+    get_file_cache.unchecked = make  # type: ignore[attr-defined]
+    jax_cache.get_file_cache = get_file_cache
 
 
 def _mend(folder: Path, warn: Callable[[str], None]) -> None:

@@ -161,8 +161,53 @@ def test_a_damaged_program_is_replaced(tmp_path):
         if len(lines) == 1:
             for path in tmp_path.glob("*-cache"):
                 os.truncate(path, 100)
-    assert lines[1] and all("reading a program of the compilation cache" in x for x in lines[1])
+    assert len(lines[1]) == 1 and "it is compiled again" in lines[1][0]
     assert lines[0] == lines[2] == []
+
+
+SAME_SHAPES = """
+import sys
+from infer.compile_cache import enable_compile_cache
+enable_compile_cache(sys.argv[1], warn=print)
+import jax
+def first(x): return x * 3 + 1
+def second(x): return x * 5 + 2
+print([f(jax.numpy.ones(5)).tolist()[0] for f in (jax.jit(first), jax.jit(second))])
+"""
+
+
+def exchange(folder, kind):
+    one, two = (next(folder.glob(f"jit_{name}-*-cache")) for name in ("first", "second"))
+    if kind == "exchanged":
+        data = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(data)
+        return
+    one.unlink()
+    {
+        "empty": one.touch,
+        "bytes": lambda: one.write_bytes(os.urandom(1000)),
+        "without its sum": lambda: one.write_bytes(two.read_bytes()[32:]),
+        "link": lambda: one.symlink_to("/dev/zero"),
+        "pipe": lambda: os.mkfifo(one),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["exchanged", "empty", "bytes", "without its sum", "link", "pipe"])
+def test_what_has_the_name_of_a_program_and_is_another(kind, tmp_path):
+    """Of the same shapes: nothing but the numbers would show it."""
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PLATFORMS": "cpu"}
+    lines = []
+    for number in range(3):
+        command = [sys.executable, "-c", SAME_SHAPES, str(tmp_path)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
+        lines.append(result.stdout.splitlines())
+        if number == 0:
+            exchange(tmp_path, kind)
+    assert [told[-1] for told in lines] == ["[4.0, 7.0]"] * 3
+    assert [len(told) for told in lines] == [1, 2, 1]
+    assert lines[1][0].endswith(f"earlier version; it is compiled again ({tmp_path})")
 
 
 def test_flags_can_be_checked_without_loading_the_engine():
