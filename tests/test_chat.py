@@ -16,6 +16,7 @@ from infer.chat.__main__ import main, parser
 from infer.chat.input import read_entry
 from infer.engine import Engine
 from infer.job import TokenEvent
+from infer.text_input import EndlessLine
 from tests.engine_toy import toy_engine, warm_engine
 
 QUICK = ["--max-new-tokens", "6", "--compile-cache", "off"]
@@ -85,6 +86,20 @@ def test_an_answer_of_several_lines_is_set_off(chat, monkeypatch):
 def _two_lines(self, question):
     done = Completion((1,), (2,), "one\ntwo", "stop")
     yield TokenEvent(0, None, "one\ntwo", None, "stop", done)
+
+
+def test_a_line_that_is_too_long_is_passed_over(chat, monkeypatch):
+    monkeypatch.setattr("infer.text_input.MAX_LINE", 20)
+    code, out, err = chat("你好\n" + "x" * 21 + "\n再见\n")
+    assert code == 3 and len(out) == 2
+    assert "a line may have 20 B, this has 22 B" in err
+
+
+def test_a_line_without_end_ends_the_chat(loaded, monkeypatch):
+    monkeypatch.setattr("infer.text_input.LARGEST", 1 << 20)
+    with open("/dev/zero") as zeros, pytest.raises(EndlessLine, match="MB so far"):
+        monkeypatch.setattr("sys.stdin", zeros)
+        main(QUICK)
 
 
 def test_only_the_new_part_is_read(chat):

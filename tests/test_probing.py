@@ -101,7 +101,8 @@ def test_what_jax_says_is_shortened():
     log = (
         "Traceback (most recent call last):\n  File x\n"
         "WARNING:2026-01-01 10:00:00,1:jax._src.xla_bridge:794: An NVIDIA GPU may be present\n"
-        "E0101 10:00:00.1 12 cuda_executor.cc:1] no driver\n" * 2
+        "E0101 10:00:00.1 12 cuda_executor.cc:1] no driver\n" * 2 + "-" * 20 + "\n"
+        "For simplicity, JAX has removed its internal frames from the traceback of the following\n"
     )
     assert probing.telling_lines(log) == ("An NVIDIA GPU may be present", "no driver")
 
