@@ -80,7 +80,7 @@ def read_lines(
       InputError: the bytes are UTF-16 or UTF-32, or are more than LARGEST and come from a device.
       EndlessLine: what it says.
     """
-    refuse_wide(peek(file), name)
+    refuse_wide(_peek(file), name)
     left = LARGEST if _mode(file, stat.S_ISCHR) else math.inf
     for number in count(1):
         try:
@@ -125,7 +125,7 @@ def read_line(
     raise InputError(f"cannot read {name}", why)
 
 
-def peek(file: BinaryIO) -> bytes:
+def _peek(file: BinaryIO) -> bytes:
     """The next bytes of an open file, as many as it has at hand; they stay to be read."""
     return file.peek() if isinstance(file, io.BufferedReader) else b""
 
