@@ -16,13 +16,18 @@ from tests import hurry
 DEVICES = 8
 
 
-def run(module: str, *args: str) -> Any:
+def run(module: str, *args: str, timeout: int = 600) -> Any:
     """What `python -m MODULE ARGS` prints as JSON on its last line, where JAX sees 8 devices."""
     known = os.environ.get("XLA_FLAGS", "")
     flags = f"{known} {hurry.FLAGS} --xla_force_host_platform_device_count={DEVICES}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    # XLA:CPU runs the devices on a pool of threads, where those that wait in two collectives of a
+    # program at once can keep the others from theirs for ever: there are more threads than that.
+    threads = {"NPROC": str(4 * DEVICES)}
+    env = {**os.environ, **threads, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     command = [sys.executable, "-W", "error", "-m", module, *args]
     root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=root, timeout=timeout
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
