@@ -20,11 +20,12 @@ VARIABLE = "GLM2_JAX_COMPILE_CACHE"
 OFF = "off"
 MAX_BYTES = 2 * 1024**3
 _SUM = 32  # bytes of a SHA-256
+_FOLDER = "programs"  # not "xla", where earlier versions keep theirs, which have no sum
 
 
 def default_folder() -> Path:
     """The folder of $GLM2_JAX_COMPILE_CACHE, or one in the user's cache folder."""
-    return user_cache("xla", VARIABLE) or Path(OFF)
+    return user_cache(_FOLDER, VARIABLE) or Path(OFF)
 
 
 def user_cache(
@@ -66,7 +67,7 @@ def enable_compile_cache(
       The folder, or None where there is no cache.
     """
     try:
-        path = user_cache("xla", VARIABLE, folder)
+        path = user_cache(_FOLDER, VARIABLE, folder)
         if path is None:
             return None
         path.mkdir(parents=True, exist_ok=True, mode=0o700)

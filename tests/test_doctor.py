@@ -33,7 +33,7 @@ LAPTOP = Machine(
     jax=CPU,
     memory=Memory(16 * GB, 10 * GB),
     disks=(Disk("current folder", ".", 100 * GB), Disk("downloads", "~/hub", 100 * GB)),
-    cache=Cache("/home/me/.cache/glm2-jax/xla", exists=True, programs=3, size=10**6),
+    cache=Cache("/home/me/.cache/glm2-jax/programs", exists=True, programs=3, size=10**6),
 )
 WORKSTATION = dataclasses.replace(
     LAPTOP,

@@ -83,12 +83,12 @@ def test_memory_that_does_not_suffice_while_loading(folder, monkeypatch):
 def test_default_folder(monkeypatch, tmp_path):
     monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "glm2-jax" / "xla"
+    assert default_folder() == tmp_path / "glm2-jax" / "programs"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "xla"
+    assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "programs"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "xla"
+    assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "programs"
     monkeypatch.setenv(compile_cache.VARIABLE, "~/mine")
     assert default_folder() == tmp_path / "mine"
     monkeypatch.setenv(compile_cache.VARIABLE, "off")
