@@ -19,8 +19,10 @@ from tests.training_data import (
 from train.data.check import check
 
 TWO = (("Q1", "wrong"), ("Q2", "right"))
-NO = [{"loss": False}, {"weight": 0}, {"train": False}, {"weight": 0.0}, {"loss": "false"}]
-YES = [{}, {"loss": True}, {"weight": 1}, {"train": True}, {"loss": None}, {"weight": ""}]
+NO = [{"loss": False}, {"weight": 0}, {"train": False}, {"weight": 0.0}, {"loss": "false"},
+      {"weight": "0.0"}]  # fmt: skip
+YES = [{}, {"loss": True}, {"weight": 1}, {"train": True}, {"loss": None}, {"weight": ""},
+       {"weight": "1.0"}]  # fmt: skip
 
 
 def sharegpt_row(marks: dict, of: int = 1) -> dict:

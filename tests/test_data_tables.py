@@ -80,7 +80,7 @@ WHY = ": a text with the separator or a line break must be in quotes"
     ("data", "message"),
     [
         (b"", "has no rows\nit is empty"),
-        (b"instruction,output\n", "has no rows\nit is empty"),
+        (b"instruction,output\n", "has no rows\nonly its header is there"),
         (b"a,b,a\n1,2,3\n", "has the column 'a' twice"),
         ("instruction,output\n今天天气很好,今天\n".encode("gb18030"), ":2: not UTF-8\n.*GB18030"),
         ("instruction,output\nQ,A\n".encode("utf-16"), "is not UTF-8 text\nit looks like UTF-16"),
@@ -130,6 +130,42 @@ def test_parquet(tmp_path, expected):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="it is not a Parquet file"):
         open_files([path])
+
+
+def test_binary_columns_of_parquet_are_text_or_not_learned(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [alpaca("问".encode(), b"A", picture=b"\x89\xff"), alpaca(b"Q", b"\xff")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data")
+    dataset = open_files([tmp_path / "data"], max_bad=None)
+    assert [message["content"] for message in dataset.messages(0)] == ["问", "A"]
+    assert dataset.unused == {"picture": 1}
+    assert dataset.bad == [(f"{tmp_path / 'data'}, row 2", STRANGE)]
+
+
+STRANGE = "output is not a string: it is of type dict"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04\x14\x00", "a zip archive or an Excel table"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "packed by zstd"),
+        (b"\xfd7zXZ\x00\x00\x04", "packed by xz"),
+        (b"BZh91AY&SY", "packed by bzip2"),
+        (b"ARROW1\x00\x00", "an Arrow file"),
+        (gzip.compress(gzip.compress(b"{}\n")), "packed by gzip twice"),
+    ],
+)
+def test_files_that_have_to_be_converted_first(tmp_path, data, message):
+    for name in ("data.csv", "data.jsonl", "data"):
+        path = tmp_path / name
+        path.write_bytes(data)
+        for read in (lambda path: open_files([path]), lambda path: list(read_rows(str(path)))):
+            with pytest.raises(InputError, match=message) as caught:
+                read(path)
+            assert caught.value.fix
 
 
 def test_parquet_without_its_library(tmp_path, monkeypatch):

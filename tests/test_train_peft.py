@@ -14,7 +14,7 @@ from tests.checkpoints import random_params, save, tiny_config
 from tests.peft_oracle import oracle_of
 from tests.toy import TOY, toy_params
 from train.batch import Batch
-from train.optim import make_optimizer
+from train.optim import Numbers, make_schedule
 from train.step import init_state, make_step
 
 SMALL = dataclasses.replace(TOY, num_layers=2)
@@ -57,14 +57,19 @@ def theirs(torch, model, folder):
 
 
 def ours(config, params, lora, effective=None):
-    """The same of our steps, and what they trained."""
-    optimizer = make_optimizer(LR, clip=0, weight_decay=0.01)
-    step = make_step(config, optimizer, effective=effective)
+    """The same of our steps, with numbers as arguments, and what they trained."""
+    schedule = make_schedule("constant", lr=LR, steps=STEPS)
+    numbers = Numbers.of(
+        schedule, effective(lora) if effective else lora, weight_decay=0.01, clip=0, noise=0
+    )
+    optimizer = numbers.optimizer()
+    step = make_step(config, effective=effective)
     lora = jax.tree.map(np.asarray, lora)
     state, losses, norms = init_state(optimizer, lora), [], []
     for number in range(STEPS):
         batch = rows(number)
-        lora, state, metrics = step(params, lora, state, batch, jax.random.key(0), number)
+        key = jax.random.key(0)
+        lora, state, metrics = step(params, lora, state, batch, key, number, numbers)
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
     return losses, norms, lora

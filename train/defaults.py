@@ -45,7 +45,7 @@ def warn_of_few_steps(args: argparse.Namespace, parts: int, steps: int) -> None:
     longer = {"grad_accum": accumulate, "epochs": _epochs(parts, accumulate)}
     remedy = _flags(**(longer if args.steps is None else {"steps": WANTED_STEPS}))
     note(
-        f"warning: only {steps} optimizer step{'s' * (steps > 1)}, which teach little. "
+        f"warning: only {steps} optimizer step{'s' * (steps > 1)}, too few to learn much. "
         f"Try {remedy} {free_place(args.output, args.checkpoints)}"
     )
 

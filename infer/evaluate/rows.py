@@ -21,7 +21,7 @@ from convert.cli import human_size, note
 from glm2_jax.errors import InputError
 from infer.requests import parse_json
 from infer.rows.formats import Message, detect, read_messages, unknown_format
-from infer.rows.index import DataFile
+from infer.rows.index import PACKED, DataFile
 from infer.rows.tables import DELIMITERS, PARQUET
 from infer.text_input import LARGEST, guess_encoding, open_input, read_text, read_utf8
 
@@ -155,7 +155,7 @@ def _has_rows(path: str, file: BinaryIO | None) -> bool:
             start = plain.read(_START)
     else:
         start = os.pread(file.fileno(), _START, 0)
-    return start.removeprefix(_BOM).lstrip().startswith((b"{", b"[", PARQUET, b"\x1f\x8b"))
+    return start.removeprefix(_BOM).lstrip().startswith((b"{", b"[", PARQUET, *PACKED))
 
 
 def _copy(path: str, file: BinaryIO) -> None:

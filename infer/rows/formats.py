@@ -47,13 +47,15 @@ _ENTRY_KEYS = {
     "sharegpt": ("from", "value", *MARKS),
     "messages": ("role", "content", "metadata", "tools", *MARKS),
 }
-_FLAGS = {"1": True, "true": True, "0": False, "false": False}
+_FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
 def absent(value: Any) -> bool:
-    """Whether an optional field with this value is as good as not there: null, blank, empty."""
+    """Whether an optional field with this value is as good as not there: null, blank, empty, or
+    NaN, with which tables fill what is missing."""
     return (
         value is None
+        or value != value
         or value == []
         or value == {}
         or (isinstance(value, str) and not value.strip())
@@ -257,20 +259,20 @@ def _missing(row: Mapping[str, Any], key: str) -> InputError:
     return InputError(f"no {key}", hint)
 
 
-def _text(row: Mapping[str, Any], key: str, *, blank: bool = False) -> str:
+def _text(row: Mapping[str, Any], key: str) -> str:
     if key not in row:
         raise _missing(row, key)
     value = row[key]
     if not isinstance(value, str):
         raise InputError(f"{key} is not a string", f"it is of type {type(value).__name__}")
-    if not blank and not value.strip():
+    if not value.strip():
         raise InputError(f"{key} is empty")
     return value
 
 
 def _optional(row: Mapping[str, Any], key: str) -> str:
-    """The text of a key that may be missing or null: both are the same as an empty one."""
-    return "" if row.get(key) is None else _text(row, key, blank=True)
+    """The text of a key that may be missing, null or empty: all are the same as an empty one."""
+    return "" if absent(row.get(key)) else _text(row, key)
 
 
 def _value(row: Mapping[str, Any], key: str) -> Any:

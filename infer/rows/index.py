@@ -30,6 +30,17 @@ MAX_ROW = 16 * 2**20  # bytes; no row that a model could learn from is as long
 _PIECE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANKS = " \t\r\n"
+PACKED = {
+    b"PK\x03\x04": (
+        "a zip archive or an Excel table",
+        "unzip it, or save the table as CSV (UTF-8)",
+    ),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", "unpack it: zstd -d FILE"),
+    b"\xfd7zXZ\x00": ("packed by xz", "unpack it: xz -d FILE"),
+    b"BZh": ("packed by bzip2", "unpack it: bzip2 -d FILE"),
+    b"\x1f\x8b": ("packed by gzip twice", "unpack it: gzip -d FILE"),
+    b"ARROW1": ("an Arrow file", "write it as Parquet or as JSON lines"),
+}  # beginnings of files that are not read
 _TAIL = 16  # characters at the end of what was read that may mean something else with the rest
 
 
@@ -101,6 +112,9 @@ class DataFile:
         if self.size <= len(sample) and not sample[self._start :].strip():
             raise no_rows(self.name)
         refuse_wide(sample, self.name)
+        for start, (what, fix) in PACKED.items():
+            if sample.startswith(start):
+                raise InputError(f"cannot read {self.name}", f"it is {what}", fix)
         if delimiter_of(self.name):
             return "csv"
         if sample[self._start :].lstrip().startswith(b"["):
@@ -180,9 +194,9 @@ class DataFile:
         return os.pread(self._table.fileno(), size, offset)
 
 
-def no_rows(name: str) -> InputError:
+def no_rows(name: str, why: str = "it is empty") -> InputError:
     """What is wrong with a file that has none."""
-    return InputError(f"{name} has no rows", "it is empty")
+    return InputError(f"{name} has no rows", why)
 
 
 def _open(name: str) -> int:

@@ -107,5 +107,15 @@ def _object(header: Sequence[str], cells: Sequence[str]) -> bytes | InputError:
 
 
 def _json(row: dict[str, Any]) -> bytes:
-    # Dates and decimals are of no format; as text they can be reported as keys that are not used.
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+    return json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for. Dates and decimals are of no format; as text they can be reported
+    as keys that are not used. Bytes are text if they can be, and never learned if not."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"bytes": len(value)}

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -104,7 +105,7 @@ def _read(path: Path) -> Scan | None:
         if len({len(values) for values in columns.values()}) != 1 or set(facts) != set(_FACTS):
             return None
         os.utime(path)  # the oldest ones are deleted first
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None
     counters = {name: Counter(facts[name]) for name in ("bad_reasons", "unused")}
     bad = [(line, row, reason) for line, row, reason in facts["bad"]]

@@ -91,8 +91,8 @@ def scan(file: DataFile, how: Reading, progress: Callable[[int], None]) -> Scan:
             if len(found.bad) < MAX_LISTED:
                 found.bad.append((row.line, row.number, joined(error)))
         progress(min(row.offset + row.size, file.size))
-    if not found.rows:  # an array without elements
-        raise no_rows(file.name)
+    if not found.rows:  # an array without elements, a table without rows
+        raise no_rows(file.name, *["only its header is there"] * (file.kind == "csv"))
     found.format, found.by_line = chosen.name or "unknown", file.by_line
     found.columns = {name: np.array(values) for name, values in columns.items()}
     return found
