@@ -318,6 +318,34 @@ def test_an_added_token_that_ends_answers_is_a_stop_id(tmp_path):
     assert stop_ids(open_folder(path).tokenizer) == (2, end)
 
 
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
+def test_a_special_token_that_ends_answers_is_a_stop_id(tmp_path, name):
+    eop = PIECES + 4
+    path = folder(tmp_path / "m", raw={"_name_or_path": name, "eos_token_id": [2, eop]})
+    found = open_folder(path)
+    assert eop in stop_ids(found.tokenizer)
+    convert_folder(found, tmp_path / "own")
+    assert eop in stop_ids(open_folder(tmp_path / "own").tokenizer)
+
+
+def test_two_files_that_name_tokens_have_to_agree(tmp_path):
+    """`transformers` reads the other one only where the first is absent."""
+    settings = decoder(ADDED) | {"name_or_path": "chatglm2"}
+    other = ADDED | {"<x>": PIECES + 9}
+    found = open_folder(folder(tmp_path / "a", tokenizer_config=settings, added_tokens=other))
+    assert found.tokenizer.added.keys() == ADDED.keys()
+    assert any("'<x>'" in line and "not known" in line for line in found.notes)
+    same = open_folder(folder(tmp_path / "b", tokenizer_config=settings, added_tokens=ADDED))
+    assert same.notes and not any("not known" in line for line in same.notes)
+    other = ADDED | {"<sql>": PIECES + 9}
+    path = folder(tmp_path / "c", tokenizer_config=settings, added_tokens=other)
+    with pytest.raises(CheckpointError, match=f"two ids: {PIECES + 5} in .*, {PIECES + 9} in"):
+        open_folder(path)
+    empty = {"added_tokens_decoder": {}, "name_or_path": "chatglm2"}
+    found = open_folder(folder(tmp_path / "d", tokenizer_config=empty, added_tokens=ADDED))
+    assert found.tokenizer.added.keys() == ADDED.keys()
+
+
 @pytest.mark.parametrize("case", ["assumed", "extended", "added"])
 @pytest.mark.parametrize("layout", ["own", "chatglm", "glm"])
 def test_every_layout_keeps_family_and_tokens(tmp_path, case, layout):
