@@ -350,27 +350,6 @@ def test_a_folder_of_peft_alone_is_accepted_and_said(tmp_path, base):
     assert note.endswith(f"is not known; its {FILES[0]} names the base 'me/other\\n-6b'")
 
 
-def test_the_tokenizer_next_to_an_adapter_shows_its_family(tmp_path, base):
-    (written(tmp_path) / FILES[2]).unlink()
-    path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps({"name_or_path": "chatglm2-6b"}))
-    assert open_adapter(tmp_path, base).base is None
-    path.write_text(json.dumps({"additional_special_tokens": ["<|user|>", "<|observation|>"]}))
-    with pytest.raises(
-        CheckpointError, match="trained on a chatglm3 model(.|\\n)*--family chatglm3"
-    ):
-        open_adapter(tmp_path, base)
-    assert open_adapter(tmp_path, base, family="chatglm3").base is None
-
-
-def test_which_of_two_files_of_weights_is_read_is_said(tmp_path):
-    written(tmp_path)
-    assert load_adapter(tmp_path, TINY).notes == ()
-    (tmp_path / "adapter_model.bin").write_bytes(b"another one")
-    (note,) = load_adapter(tmp_path, TINY).notes
-    assert note == f"the adapter is read from {FILES[1]}; left out: adapter_model.bin"
-
-
 def test_another_base_is_refused(tmp_path, base):
     own = load_checkpoint(base, dtype="float32")
     save_adapter(tmp_path, Adapter(trained(), base=own.fingerprint, template="chatglm2"))
