@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from convert.adapter import Adapter, load_adapter
 from convert.folder import Folder, fingerprint, open_folder
 from convert.loader import Checkpoint
+from convert.peft_config import CONFIG
 from convert.shards import read_json
+from convert.tokens import TOKENIZER_CONFIG
 from glm2_jax.errors import CheckpointError
-from glm2_jax.family import FAMILIES, named_family
+from glm2_jax.family import FAMILIES, decide_family, named_family, tokenizer_signs
 from glm2_jax.lora import with_lora
 from glm2_jax.sharding import lora_sharding
 
@@ -82,10 +84,15 @@ def open_adapter(
 
 def _other_family(found: Adapter, folder: Folder, rope_kind: str | None) -> str | None:
     """The family that the adapter's base has, where it is another one than the folder is opened
-    as: the same folder as that family has the adapter's fingerprint, or PEFT noted such a name."""
+    as: the same folder as that family has the adapter's fingerprint, or PEFT noted such a name, or
+    the tokenizer that trainers save with an adapter shows it."""
     if found.base is None:
-        config = read_json(Path(found.source) / "adapter_config.json")
-        named = named_family(config.get("base_model_name_or_path"))
+        source = Path(found.source)
+        named = named_family(read_json(source / CONFIG).get("base_model_name_or_path"))
+        if named is None and (source / TOKENIZER_CONFIG).exists():
+            signs = tokenizer_signs(read_json(source / TOKENIZER_CONFIG))
+            if any(folder.config.family not in sign.families for sign in signs):
+                named = decide_family(signs, found.source)
         return None if named == folder.config.family else named
     if found.base == fingerprint(folder):
         return None

@@ -148,7 +148,7 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
                 "Give the folder that holds adapter_config.json.",
             )
         peft = read_peft_config(folder)
-        path = _find_weights(folder)
+        path, left_out = _find_weights(folder)
         tensors = read_weight_file(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         extras, notes = _read_extras(folder, digest, peft.base)
@@ -163,7 +163,7 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
         digest=digest,
         layout=shape.layout.name,
         shape=shape if apart else None,
-        notes=notes,
+        notes=(*left_out, *notes),
     )
 
 
@@ -239,15 +239,17 @@ def _not_downloaded() -> Iterator[None]:
         raise CheckpointError(error.what, error.why.splitlines(), _AGAIN) from error
 
 
-def _find_weights(folder: Path) -> Path:
-    path = next((folder / name for name in _FILES if os.path.lexists(folder / name)), None)
-    if path is None:
+def _find_weights(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """The weights that PEFT takes, too; and a line where there are others."""
+    found = [name for name in _FILES if os.path.lexists(folder / name)]
+    if not found:
         raise CheckpointError(
             f"The adapter {folder} has no weights: {WEIGHTS} is absent.",
             f"{CONFIG} says only what they are for.",
             _AGAIN,
         )
-    return path
+    line = f"the adapter is read from {found[0]}; left out: {', '.join(found[1:])}"
+    return folder / found[0], (line,) if found[1:] else ()
 
 
 def _read_extras(folder: Path, digest: str, base: Any) -> tuple[dict[str, Any], tuple[str, ...]]:

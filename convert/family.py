@@ -117,7 +117,7 @@ def _signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
     if side.named.where != TOKENIZER_CONFIG:
         signs += token_signs([token.content for token in side.named.tokens], side.named.where)
     signs += tokenizer_signs(side.tokenizer_config)
-    signs += token_signs(side.named.without_id, "special_tokens_map.json")
+    signs += token_signs(side.named.without_id, "special_tokens_map.json or added_tokens.json")
     if plain is not None:
         pieces = [name for name in SPECIAL["chatglm3"] if plain.piece_id(name) is not None]
         if "[gMASK]" in pieces:

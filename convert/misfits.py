@@ -158,7 +158,12 @@ def _cause(
             f"config.json says quantization_bit = {scheme.bits}, but the matrices have no scales.",
             "Remove quantization_bit from config.json if these weights are not quantized.",
         )
-    return _prefix(misfits, tensors) or _other_depth(misfits, tensors, num_layers)
+    return (
+        _prefix(misfits, tensors)
+        or _other_depth(misfits, tensors, num_layers)
+        or _head_alone(misfits)
+        or _other_sizes(misfits, scheme)
+    )
 
 
 def _prefix(misfits: Misfits, tensors: Collection[str]) -> tuple[str, str] | None:
@@ -189,4 +194,51 @@ def _other_depth(
     return (
         f"config.json says num_layers = {num_layers}, and the weights have {depth} layers.",
         "Check that config.json belongs to these weights, and that no file of them is missing.",
+    )
+
+
+def _head_alone(misfits: Misfits) -> tuple[str, str] | None:
+    """Whether nothing but the output layer is missing."""
+    if misfits.count != 1 or not misfits.missing:
+        return None
+    (head,) = misfits.missing
+    if not head.endswith(("output_layer.weight", "lm_head.weight")):
+        return None
+    return (
+        "These weights have no output layer.",
+        f"Save {head} with them: it is not the embedding, though some programs tie or drop it. If "
+        "it was not trained, take it from the base model.",
+    )
+
+
+def _other_sizes(misfits: Misfits, scheme: Scheme | None) -> tuple[str, str] | None:
+    """Whether one number of the configuration explains every shape that is wrong."""
+    shape = re.compile(r"wrong shape: (\S+) is \((\d+), (\d+)\) instead of \((\d+), (\d+)\)")
+    found = [shape.fullmatch(problem) for problem in misfits.wrong]
+    shapes = [(each[1], *map(int, each.groups()[1:])) for each in found if each]
+    if not shapes or len(shapes) < misfits.count:
+        return None
+    ends = (
+        "word_embeddings.weight",
+        "embed_tokens.weight",
+        "output_layer.weight",
+        "lm_head.weight",
+    )
+    rows = {(has, wanted) for _, has, _, wanted, _ in shapes}
+    if len(rows) == 1 and all(name.endswith(ends) and a == b for name, _, a, _, b in shapes):
+        ((has, wanted),) = rows
+        return (
+            f"config.json says padded_vocab_size = {wanted}, and the embedding or the output layer "
+            f"has {has} rows.",
+            "Use the config.json that was saved with these weights; embedding and output layer "
+            "have the same number of rows.",
+        )
+    if scheme is None:
+        return None
+    bits = 12 - scheme.bits  # 4 for 8, and 8 for 4
+    if any(a != b or i * scheme.bits != j * bits for _, a, i, b, j in shapes):
+        return None
+    return (
+        f"config.json says quantization_bit = {scheme.bits}, and the matrices have {bits} bits.",
+        f"Set quantization_bit to {bits}, as in the config.json of the same repository.",
     )

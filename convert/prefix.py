@@ -51,6 +51,7 @@ class FoundPrefix:
         projection: whether the encoder has the two linear layers.
         source: the folder.
         digest: sha256 of the encoder's tensors.
+        notes: what the user should be told, one line each.
     """
 
     k: np.ndarray
@@ -58,6 +59,7 @@ class FoundPrefix:
     projection: bool
     source: str
     digest: str
+    notes: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -90,7 +92,7 @@ def open_prefix(
 
 def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
     """As `open_prefix`, for an architecture."""
-    path, tensors = _open(Path(folder))
+    path, tensors, notes = _open(Path(folder))
     _check_shapes(path, tensors, config)
     arrays = {name: _read(path, name, tensor) for name, tensor in tensors.items()}
     # [P, 2 L K H] -> [L, P, K, H], the keys of a layer before its values.
@@ -104,6 +106,7 @@ def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
         projection=len(arrays) > 1,
         source=str(path),
         digest=_digest(tensors),
+        notes=tuple(f"prefix {path}: {note}" for note in notes),
     )
 
 
@@ -113,7 +116,7 @@ def measure_prefix(folder: str | os.PathLike) -> int:
     Raises:
         CheckpointError: it is no prefix.
     """
-    path, tensors = _open(Path(folder))
+    path, tensors, _ = _open(Path(folder))
     return _length(path, tensors)
 
 
@@ -135,18 +138,19 @@ def attach_prefix(checkpoint: Checkpoint, found: FoundPrefix) -> Checkpoint:
         checkpoint,
         params=with_prefix(checkpoint.params, prefix),
         fingerprint=hashlib.sha256(both.encode()).hexdigest(),
-        notes=(*checkpoint.notes, said),
+        notes=(*checkpoint.notes, *found.notes, said),
     )
 
 
-def _open(folder: Path) -> tuple[Path, Tensors]:
-    """The folder that has the weights, and the encoder's tensors; nothing is read of them."""
+def _open(folder: Path) -> tuple[Path, Tensors, tuple[str, ...]]:
+    """The folder that has the weights, the encoder's tensors, of which nothing is read, and what to
+    report."""
     with reading(folder):
         path = _find_folder(folder)
-        tensors = open_weights(path).tensors
-        found = _encoder_tensors(path, tensors)
+        weights = open_weights(path)
+        found = _encoder_tensors(path, weights.tensors)
         _check_config(path, found)
-    return path, found
+    return path, found, weights.notes
 
 
 def _find_folder(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from convert.stored import reading
 from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
 from glm2_jax.family import ROLE_TOKENS
+from glm2_jax.prompt import stop_ids
 from glm2_jax.tokenizer import SPECIAL, AddedToken, Tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -31,7 +32,7 @@ class NamedTokens:
 
     Attributes:
         tokens: those with an id.
-        without_id: special tokens that are named without one.
+        without_id: tokens that other files name, without one or with one that is not read.
         where: the file that names them; "" where none does.
     """
 
@@ -51,7 +52,7 @@ def read_tokens(tokenizer_config: Mapping[str, Any], folder: Path | None = None)
         CheckpointError: a file is damaged, or names a token or an id twice.
     """
     where, found = TOKENIZER_CONFIG, tokenizer_config.get("added_tokens_decoder")
-    if found is not None:
+    if found:
         if not isinstance(found, Mapping):
             raise _damaged(where, found)
         tokens = [_token(value, number, where) for number, value in found.items()]
@@ -76,9 +77,24 @@ def read_tokens(tokenizer_config: Mapping[str, Any], folder: Path | None = None)
     names = list(_names(tokenizer_config))
     if folder is not None and (folder / "special_tokens_map.json").exists():
         names += _names(read_json(folder / "special_tokens_map.json"))
-    known = {token.content for token in tokens}
+    known = {token.content: token.id for token in tokens}
+    if found and folder is not None and (folder / "added_tokens.json").exists():
+        names += _unlisted(read_json(folder / "added_tokens.json"), known)
     without = tuple(name for name in dict.fromkeys(names) if name not in known)
     return NamedTokens(tuple(tokens), without, where if tokens else "")
+
+
+def _unlisted(added: Mapping[str, Any], known: Mapping[str, int]) -> list[str]:
+    """Tokens that added_tokens.json alone names, which `transformers` does not read then."""
+    for name in added.keys() & known.keys():
+        if added[name] != known[name]:
+            raise CheckpointError(
+                f"The token {shorten(name)} has two ids: {known[name]} in {TOKENIZER_CONFIG}, "
+                f"{shorten(added[name])} in added_tokens.json.",
+                "Which of them the model learned is not known.",
+                "Correct one of the two files, or remove added_tokens.json.",
+            )
+    return [name for name in added if name not in known]
 
 
 def _names(raw: Mapping[str, Any]) -> Iterable[str]:
@@ -212,7 +228,8 @@ def fit_tokenizer(
                 "Name another family with --family, or correct the file.",
             )
         added.append(token)
-    ends = [i for i in dict.fromkeys(ends) if i != plain.eos_id and i not in by_id]
+    usual = stop_ids(plain.with_tokens(family, special))
+    ends = [i for i in dict.fromkeys(ends) if i not in usual]
     listed = [(token.content, token.id) for token in named.tokens]
     for name, number in (*listed, *(("that ends an answer", i) for i in ends)):
         if number >= vocab_size:
@@ -225,8 +242,8 @@ def fit_tokenizer(
     if unknown:
         names = ", ".join(map(repr, unknown))[:200]
         notes.append(
-            f"special tokens without an id are not known here: {names}; in a prompt they are "
-            "ordinary text"
+            f"tokens to which {TOKENIZER_CONFIG} gives no id are not known here: {names}; in a "
+            "prompt they are ordinary text"
         )
     return plain.with_tokens(family, special, added, ends), notes
 

@@ -366,3 +366,11 @@ def test_to_peft_keeps_layers_and_new_adapters(tmp_path):
     assert again.keys() == tensors.keys()
     assert all(np.array_equal(again[name], x) for name, x in tensors.items())
     assert load_adapter(tmp_path / "same", TINY).base == fingerprint(open_folder(base))
+
+
+def test_which_of_two_files_of_weights_is_read_is_said(tmp_path):
+    save_adapter(tmp_path, Adapter(trained()))
+    assert load_adapter(tmp_path, TINY).notes == ()
+    (tmp_path / "adapter_model.bin").write_bytes(b"another one")
+    (note,) = load_adapter(tmp_path, TINY).notes
+    assert note == f"the adapter is read from {WEIGHTS}; left out: adapter_model.bin"

@@ -265,59 +265,6 @@ def test_end_ids_beyond_the_vocabulary_are_refused(tmp_path):
 ADDED = {"<sql>": PIECES + 5, "</sql>": PIECES + 6}
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"tokenizer_config": decoder(ADDED)},
-        {"tokenizer_config": decoder(ADDED, special=False)},
-        {"added_tokens": ADDED},
-        {"tokenizer": {"added_tokens": [{"id": i, "content": x} for x, i in ADDED.items()]}},
-    ],
-)
-def test_added_tokens_are_encoded_to_their_ids(tmp_path, files):
-    found = open_folder(folder(tmp_path / "m", raw={"_name_or_path": "x/chatglm2"}, **files))
-    tokenizer, plain = found.tokenizer, Tokenizer.from_bytes(sp_model())
-    text = "<sql>run</sql> [gMASK]<|user|></s>"
-    ids = tokenizer.encode(text)
-    assert ids == [
-        ADDED["<sql>"], *plain.encode("run"), ADDED["</sql>"],
-        *plain.encode(" [gMASK]<|user|></s>"),
-    ]  # fmt: skip
-    assert tokenizer.decode(ids) == text and tokenizer.size == PIECES + 7
-    assert stop_ids(tokenizer) == (2,)
-
-
-def test_the_longest_added_token_counts_and_its_flags_do(tmp_path):
-    tokens = {"<a>": PIECES + 5, "<a><b>": PIECES + 6, "yes": PIECES + 7}
-    table = decoder(tokens)
-    table["added_tokens_decoder"][str(PIECES + 5)] |= {"lstrip": True, "rstrip": True}
-    table["added_tokens_decoder"][str(PIECES + 7)] |= {"single_word": True}
-    path = folder(tmp_path / "m", raw={"_name_or_path": "chatglm2"}, tokenizer_config=table)
-    tokenizer = open_folder(path).tokenizer
-    encode = Tokenizer.from_bytes(sp_model()).encode
-    assert tokenizer.encode("<a><b>x") == [PIECES + 6, *encode("x")]
-    assert tokenizer.encode("x <a> y") == [*encode("x"), PIECES + 5, *encode("y")]
-    assert tokenizer.encode("yes yes") == [PIECES + 7, *encode(" "), PIECES + 7]
-    assert tokenizer.encode("yesterday") == encode("yesterday")
-
-
-def test_a_special_token_without_an_id_is_reported(tmp_path):
-    settings = {"additional_special_tokens": ["<tool>"], "name_or_path": "chatglm2"}
-    found = open_folder(folder(tmp_path / "m", tokenizer_config=settings))
-    assert any("<tool>" in line and "not known" in line for line in found.notes)
-
-
-def test_an_added_token_that_ends_answers_is_a_stop_id(tmp_path):
-    end = PIECES + 5
-    path = folder(
-        tmp_path / "m",
-        raw={"_name_or_path": "chatglm2"},
-        tokenizer_config=decoder({"<end>": end}),
-        generation_config={"eos_token_id": [2, end]},
-    )
-    assert stop_ids(open_folder(path).tokenizer) == (2, end)
-
-
 @pytest.mark.parametrize("case", ["assumed", "extended", "added"])
 @pytest.mark.parametrize("layout", ["own", "chatglm", "glm"])
 def test_every_layout_keeps_family_and_tokens(tmp_path, case, layout):

@@ -253,6 +253,29 @@ def test_names_tell_the_cause(tmp_path, names, what):
         assert len(str(error).splitlines()) <= 12
 
 
+def test_sizes_tell_the_cause(tmp_path):
+    head = "transformer.output_layer.weight"
+    tensors = {name: array for name, array in TENSORS.items() if name != head}
+    error = refusal(write_official(tmp_path / "head", tensors=tensors))
+    assert error.what == "These weights have no output layer." and head in error.fix
+    rows = TINY.vocab_size + 64
+    error = refusal(write_official(tmp_path / "rows", raw={"padded_vocab_size": rows}))
+    assert f"padded_vocab_size = {rows}, and" in error.what
+    assert f"has {TINY.vocab_size} rows" in error.what
+    for bits in (4, 8):
+        folder = tmp_path / str(bits)
+        write_packed(folder, bits)
+        text = (folder / "config.json").read_text()
+        text = text.replace(f'"quantization_bit": {bits}', f'"quantization_bit": {12 - bits}')
+        (folder / "config.json").write_text(text)
+        error = refusal(folder)
+        assert error.what.endswith(
+            f"quantization_bit = {12 - bits}, and the matrices have {bits} bits."
+        )
+    error = refusal(write_official(tmp_path / "ffn", raw={"ffn_hidden_size": 8}))
+    assert error.what.startswith("The tensors do not fit")
+
+
 def test_configurations_of_other_weights(tmp_path):
     native = write_official(tmp_path / "a")
     export_folder(open_folder(native), tmp_path / "glm", layout="glm")

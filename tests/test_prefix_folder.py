@@ -138,6 +138,17 @@ def test_the_checkpoint_is_another_one(tmp_path, base):
         attach_prefix(half, huge)
 
 
+def test_which_of_two_sets_of_weights_is_read_is_said(tmp_path, base):
+    folder = write_prefix(tmp_path, encoder(TINY, 3))
+    assert load_prefix(folder, TINY).notes == ()
+    write_prefix(folder, encoder(TINY, 5), kind="safetensors")
+    found = load_prefix(folder, TINY)
+    assert found.length == 5
+    (note,) = found.notes
+    assert note.endswith("read from model.safetensors; left out: pytorch_model.bin")
+    assert note in attach_prefix(load_checkpoint(base), found).notes
+
+
 def with_value(tensors, name, value):
     """The tensors with one number changed."""
     changed = {key: x.copy() for key, x in tensors.items()}
