@@ -212,7 +212,7 @@ def _check_is_folder(folder: Path) -> None:
         there = next(parent for parent in folder.absolute().parents if parent.exists())
         raise CheckpointError(
             f"The folder {folder} does not exist.",
-            f"Of its path {there} is there.",
+            f"The part of its path that exists is {there}.",
             "Check the path; it is read as written.",
         )
     if not folder.is_dir():

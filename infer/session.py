@@ -66,9 +66,12 @@ class Session:
             return self._events
 
     def close(self) -> None:
-        """Ends the last answer, where it is not finished."""
+        """Ends the last answer, where it is not finished; UsageError while a thread reads it."""
         if self._events is not None:
-            self._events.close()
+            try:
+                self._events.close()
+            except ValueError:  # it runs in a thread that it was handed to
+                raise _in_use("another thread") from None
 
     def _check_thread(self) -> None:
         """Raises UsageError rather than end an answer that another thread is reading."""
@@ -76,11 +79,7 @@ class Session:
         if self._events is None or asked is None or asked is current or not asked.is_alive():
             return
         if inspect.getgeneratorstate(self._events) != inspect.GEN_CLOSED:
-            raise UsageError(
-                f"the session is answering in another thread, {asked.name}",
-                "It holds one conversation, which answers one question at a time.",
-                "Read that answer to its end, or close its iterator.",
-            )
+            raise _in_use(f"another thread, {asked.name}")
 
     def _reusable(self, ids: Sequence[int]) -> int:
         """How many ids at the beginning are in the cache; the last one always has to be read."""
@@ -121,3 +120,11 @@ class Session:
 
     def _forget(self) -> None:
         self._cache, self.ids = None, []
+
+
+def _in_use(thread: str) -> UsageError:
+    return UsageError(
+        f"the session is answering in {thread}",
+        "It holds one conversation, which answers one question at a time.",
+        "Read that answer to its end, or close its iterator.",
+    )

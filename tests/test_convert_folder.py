@@ -52,7 +52,8 @@ def edit_json(path, **changes):
 
 def test_missing_folder(tmp_path):
     message = three_lines(tmp_path / "some" / "nowhere")
-    assert "nowhere does not exist" in message and f"Of its path {tmp_path} is there" in message
+    assert "nowhere does not exist" in message
+    assert f"The part of its path that exists is {tmp_path}." in message
 
 
 def test_a_file_instead_of_a_folder(tmp_path, monkeypatch):

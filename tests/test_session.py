@@ -182,6 +182,9 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
             running.wait(60)
             with pytest.raises(UsageError, match="Read that answer to its end"):
                 in_a_thread(session.run, PROMPT, GREEDY)
+            for call in (lambda: session.run(PROMPT, GREEDY), session.close):
+                with pytest.raises(UsageError, match="answering in another thread"):
+                    call()  # in the thread that asked, and handed the iterator on
             go_on.set()
             assert answer.result() == []
     assert in_a_thread(ask, session, PROMPT)[0] == whole  # one after the other

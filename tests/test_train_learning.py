@@ -147,7 +147,7 @@ def test_what_the_demo_cannot_spell_is_said(data, tmp_path, capsys):
     assert train(str(strange), tmp_path / "a", "--check-data") == 0
     shown = capsys.readouterr().err
     assert "4 of the data's 8 characters" in shown and "饕 餮" in shown and "\x1b" not in shown
-    assert "\\n" not in shown
+    assert "\\n" not in shown  # a note is one line
 
 
 def learns(state, batch, number):

@@ -33,5 +33,5 @@ def unknown_characters(dataset: Dataset) -> str | None:
     return (
         f"warning: {count} of the data's {characters.total()} characters{rows} are not in the "
         "vocabulary of the demo model and become single bytes, which it hardly learns: "
-        f"{shown}{more} - use words of train/demo/pairs.jsonl, or a real checkpoint: --model FOLDER"
+        f"{shown}{more}. Use words of train/demo/pairs.jsonl, or a real checkpoint: --model FOLDER"
     )
