@@ -19,6 +19,7 @@ from infer.respond import add_stats, warn_beyond_aligned
 from infer.session import Session
 
 Events = Generator[TokenEvent, None, None]
+_WITH_IDS = 8  # newest turns that keep their ids, for `undo`: a turn has those of all before it
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ class Turn:
       ids: all that the model had read and written when the answer was finished, where that says
         the same as the text; None where the text alone is known.
       first: index of the oldest turn that the model had read.
+      limit: tokens that its prompt could have, 0 where that is not known: then `first` does not
+        say that the turns before it have no room any more.
     """
 
     question: str
     answer: Reply
     ids: tuple[int, ...] | None = None
     first: int = 0
+    limit: int = 0
 
 
 class Conversation:
@@ -126,7 +130,7 @@ class Conversation:
         Request("?", system=text)
         self.engine.build_prompt("?", self.history, text)
         self.system = text
-        self.turns = [dataclasses.replace(turn, ids=None) for turn in self.turns]
+        self.turns = [dataclasses.replace(turn, ids=None, limit=0) for turn in self.turns]
 
     def undo(self) -> Turn | None:
         """Takes the last turn back; None where there is none."""
@@ -200,7 +204,11 @@ class Conversation:
         elif self.engine.template == "chatglm2":
             written = self.engine.tokenizer.decode(tokens)
         exact = (*ids, *tokens) if written == text else None
-        self.turns.append(Turn(question, reply, exact, self.left_out))
+        limit = self.ceiling - self.reserve
+        self.turns.append(Turn(question, reply, exact, self.left_out, limit))
+        if len(self.turns) > _WITH_IDS:
+            old = -1 - _WITH_IDS
+            self.turns[old] = dataclasses.replace(self.turns[old], ids=None)
 
     def _fit(self, question: str) -> tuple[list[int], int]:
         """The prompt with as few of the oldest turns left out as makes room for an answer.
@@ -209,12 +217,12 @@ class Conversation:
           The ids, and the number of turns left out.
         """
         limit, count = self.ceiling - self.reserve, len(self.turns)
-        ids = self._build(question, 0)
-        if len(ids) <= limit or not count:
-            left_out = 0
-        else:
-            options = range(1, count)  # if none fits, the question stands alone
-            left_out = 1 + bisect_left(
+        # What the last prompt had no room for has none in this one, which is longer.
+        left_out = self.turns[-1].first if count and limit <= self.turns[-1].limit else 0
+        ids = self._build(question, left_out)
+        if len(ids) > limit and left_out < count:
+            options = range(left_out + 1, count)  # if none fits, the question stands alone
+            left_out += 1 + bisect_left(
                 options, True, key=lambda n: len(self._build(question, n)) <= limit
             )
             ids = self._build(question, left_out)
