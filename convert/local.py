@@ -45,7 +45,7 @@ def real_path(path: str | os.PathLike) -> Path:
     """
     refuse_url(path)
     real = Path(os.path.realpath(path))
-    if real.is_symlink():
+    if os.path.islink(real):  # not `real.is_symlink`, which raises where a name is too long
         raise InputError(
             f"{os.fspath(path)} cannot be opened.",
             "It is a symbolic link that leads back to itself.",

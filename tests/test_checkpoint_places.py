@@ -25,7 +25,7 @@ from train.output import RunFolder
 from train.places import check_shared
 
 ROOT = Path(__file__).parents[1]
-RUN = {"lr": 0.1}
+RUN = {"command": "train.lora", "lr": 0.1}
 
 
 def opened(output, place, *, resume="auto", identity=None):
@@ -73,7 +73,7 @@ def test_another_machine_goes_on_with_them(tmp_path, monkeypatch, bucket, place)
     with opened("two", place) as out:
         assert [path.name for path in out.state.iterdir()] == ["3"]
     with pytest.raises(UsageError, match=f"{place} holds another training: lr was 0.1 and is 1"):
-        opened("three", place, identity={"lr": 1})
+        opened("three", place, identity=RUN | {"lr": 1})
     with pytest.raises(UsageError, match="holds a training already"):
         opened("four", place, resume="none")
     (kept,) = tmp_path.rglob("run/run.json") if "gs" in place else [tmp_path / "kept/run.json"]

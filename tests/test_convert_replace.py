@@ -35,7 +35,10 @@ def test_only_our_own_folders_are_replaced(tmp_path):
     (tmp_path / "file").write_text("important")
     (tmp_path / "loop").symlink_to("loop")
     source = open_folder(write_official(tmp_path / "official"))
-    for target in ("home", "file", "loop"):
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="link that leads back to itself"):
+            save(tmp_path / "loop", overwrite=overwrite)
+    for target in ("home", "file"):
         with pytest.raises(UsageError, match="not a folder of this project"):
             convert_folder(source, tmp_path / target, overwrite=True)
         with pytest.raises(UsageError, match="exists"):
