@@ -52,7 +52,7 @@ class Adapter:
         layout: whose matrices its folder names; see `save_adapter`.
         shape: what its folder consists of, where `lora` was read apart for training; it is written
             again as it is, and `lora` is the adapter by `Shape.effective` alone.
-        notes: what the user should be told, one line each.
+        notes: lines for the user.
     """
 
     lora: LoRA

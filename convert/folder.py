@@ -43,7 +43,7 @@ class Folder:
         weights: the tensors and files.
         scheme: how its matrices are quantised; None where they are not.
         manifest: of our own layout.
-        notes: what the user should be told, one line each.
+        notes: lines for the user.
     """
 
     path: Path
@@ -85,7 +85,7 @@ class Architecture:
         scheme: how its matrices are quantised; None where they are not.
         tokenizer: its tokenizer; None where the folder has no tokenizer.model.
         template: prompt template.
-        notes: what the user should be told, one line each.
+        notes: lines for the user.
     """
 
     config: GLMConfig

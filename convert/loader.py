@@ -56,7 +56,7 @@ class Checkpoint:
         template: its prompt template.
         fingerprint: identifies the base, see `convert.folder.fingerprint`.
         summary: what was found.
-        notes: what the user should be told, one line each.
+        notes: lines for the user.
     """
 
     config: GLMConfig

@@ -51,7 +51,7 @@ class FoundPrefix:
         projection: whether the encoder has the two linear layers.
         source: the folder.
         digest: sha256 of the encoder's tensors.
-        notes: what the user should be told, one line each.
+        notes: lines for the user.
     """
 
     k: np.ndarray

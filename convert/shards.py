@@ -54,7 +54,7 @@ class Weights:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should be told: which of several sets of weights is read."""
+        """A line for the user: which of several sets of weights is read."""
         if not self.left_out:
             return ()
         more = len(self.left_out) - _NAMED

@@ -6,7 +6,7 @@ from glm2_jax.text import escape_controls, join_lines
 
 
 class GLMError(Exception):
-    """An expected failure, told in lines: what happened, why, and what to do.
+    """An expected failure in up to three parts: what happened, why, and what to do.
 
     What a terminal would obey is escaped in all of them, newlines inside a line, too.
 

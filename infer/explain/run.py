@@ -47,7 +47,7 @@ class Subject:
       stored: the scheme that it is quantised by.
       tokenizer, template: None where they are not known.
       weights: whether they are there.
-      notes: what the user should be told, one line each.
+      notes: lines for the user.
     """
 
     name: str
