@@ -7,12 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convert.export import export_folder
-    from convert.folder import open_folder
-    from convert.gguf_export import export_gguf
-    from convert.loader import Checkpoint, CheckpointSummary, load_checkpoint
-    from convert.manifest import verify_checkpoint
-    from convert.own_format import save_checkpoint
+    from convert.files.manifest import verify_checkpoint
+    from convert.loading.checkpoint import Checkpoint, CheckpointSummary, load_checkpoint
+    from convert.loading.folder import open_folder
+    from convert.writing.gguf import export_gguf
+    from convert.writing.own import save_checkpoint
+    from convert.writing.pytorch import export_folder
 
 __all__ = [
     "Checkpoint",
@@ -26,14 +26,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Checkpoint": "loader",
-    "CheckpointSummary": "loader",
-    "export_folder": "export",
-    "export_gguf": "gguf_export",
-    "load_checkpoint": "loader",
-    "open_folder": "folder",
-    "save_checkpoint": "own_format",
-    "verify_checkpoint": "manifest",
+    "Checkpoint": "loading.checkpoint",
+    "CheckpointSummary": "loading.checkpoint",
+    "export_folder": "writing.pytorch",
+    "export_gguf": "writing.gguf",
+    "load_checkpoint": "loading.checkpoint",
+    "open_folder": "loading.folder",
+    "save_checkpoint": "writing.own",
+    "verify_checkpoint": "files.manifest",
 }
 
 

@@ -1,7 +1,9 @@
 """`python -m convert.from_pytorch SRC DST`: a folder of PyTorch's becomes our own format."""
 
-from convert import interrupt, options
-from convert.cli import Parser, Progress, human_size, note
+from convert import options
+from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.parser import Parser
 
 QUANTIZE = ("int8", "int4", "none")
 
@@ -45,14 +47,14 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and converts."""
     args = build_parser().parse_args(argv)
-    from convert.destination import check_destination
-    from convert.folder import open_folder
-    from convert.manifest import verify_checkpoint
-    from convert.own_format import convert_folder, form_of_conversion, size_of_conversion
+    from convert.files.manifest import verify_checkpoint
+    from convert.loading.folder import open_folder
+    from convert.writing.destination import check_destination
+    from convert.writing.own import convert_folder, form_of_conversion, size_of_conversion
     from glm2_jax.schemes import stored_as
 
     dtype = None if args.dtype == "keep" else args.dtype
-    folder = open_folder(options.find_folder(args, args.source), **options.model_options(args))
+    folder = open_folder(options.find_folder(args, args.source), **flags.model_options(args))
     size = size_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
     kind, scheme = form_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
     stored, written = stored_as(folder.float_dtype, folder.scheme), stored_as(kind.name, scheme)

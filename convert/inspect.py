@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from convert import interrupt
-from convert.cli import Parser, Progress, human_size, note, path_argument
-from convert.hub import find_model
-from convert.options import add_model_flags, model_options
-from glm2_jax.text import join_lines, json_line
+from convert.hub.find import find_model
+from convert.options import add_model_flags
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.flags import model_options
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.parser import Parser
+from glm2_jax.escape import join_lines, json_line
 
 
 def build_parser() -> Parser:
@@ -40,7 +43,7 @@ def describe(
     family: str | None = None,
 ) -> dict:
     """What is known about a folder without its data, ready for JSON."""
-    from convert.folder import fingerprint, open_folder
+    from convert.loading.folder import fingerprint, open_folder
 
     folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
     for line in folder.notes:
@@ -115,7 +118,7 @@ def main(argv: list[str]) -> None:
     path = str(find_model(args.path, source=args.hub_source, revision=args.revision))
     found = describe(path, **model_options(args))
     if args.verify:
-        from convert.manifest import verify_checkpoint
+        from convert.files.manifest import verify_checkpoint
 
         with Progress("verifying", found["bytes_on_disk"], show=human_size) as progress:
             manifest = verify_checkpoint(path, lambda done, _: progress(done))

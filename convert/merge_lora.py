@@ -4,8 +4,11 @@ import argparse
 import math
 from pathlib import Path
 
-from convert import interrupt, options
-from convert.cli import Parser, Progress, human_size, note, path_argument
+from convert import options
+from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.parser import Parser
 
 DEVICES = ("cpu", "gpu", "tpu")
 
@@ -66,13 +69,13 @@ def _bound(text: str) -> float:
 def main(argv: list[str]) -> None:
     """Parses and merges."""
     args = build_parser().parse_args(argv)
-    from convert.adapted import open_adapter
-    from convert.destination import check_destination
-    from convert.folder import open_folder
-    from convert.merge_check import BOUNDS, MergeCheck
-    from convert.own_format import convert_folder, float_dtype, size_of_conversion
+    from convert.adapters.attach import open_adapter
+    from convert.loading.folder import open_folder
+    from convert.writing.destination import check_destination
+    from convert.writing.merge_check import BOUNDS, MergeCheck
+    from convert.writing.own import convert_folder, float_dtype, size_of_conversion
 
-    path, model = options.find_folder(args, args.base), options.model_options(args)
+    path, model = options.find_folder(args, args.base), flags.model_options(args)
     folder = open_folder(path, **model)
     adapter = open_adapter(args.adapter, path, force=args.force_adapter, **model)
     kind = float_dtype(folder.float_dtype if args.dtype == "keep" else args.dtype).name

@@ -6,19 +6,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import note, path_argument, print_path, size_argument
-from convert.hub import add_hub_flags, find_model
-from glm2_jax.family import FAMILIES
-from glm2_jax.text import json_line
+from convert.hub.find import find_model
+from glm2_jax.choices import ROPE_KINDS, TEMPLATES
+from glm2_jax.cli.arguments import path_argument, size_argument
+from glm2_jax.cli.flags import add_family, add_hub_flags, model_options
+from glm2_jax.cli.main import print_path
+from glm2_jax.cli.messages import note
+from glm2_jax.escape import json_line
 
 if TYPE_CHECKING:
-    from convert.adapter import Adapter
-    from convert.folder import Folder
+    from convert.adapters.adapter import Adapter
+    from convert.loading.folder import Folder
 
 # Spelt out here, and compared with the library's lists in a test, so that --help needs no jax.
 DTYPES = ("keep", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16", "half")
-ROPE_KINDS = ("linear", "base")
-TEMPLATES = ("chatglm2", "chatglm3", "raw")
 
 
 def add_places(
@@ -80,15 +81,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_hub_flags(parser.add_argument_group("hub"))
 
 
-def add_family(group: argparse._ActionsContainer) -> None:
-    """`--family`."""
-    group.add_argument(
-        "--family", choices=FAMILIES, metavar="NAME",
-        help=f"the model's family, whatever the folder says: {', '.join(FAMILIES)} (default: by "
-        "the folder's configuration, special tokens, chat template and names)",
-    )  # fmt: skip
-
-
 def add_overwrite(group: argparse._ActionsContainer) -> None:
     """`--overwrite`."""
     group.add_argument(
@@ -105,23 +97,13 @@ def add_dry_run(group: argparse._ActionsContainer, checked: str = "the source") 
 
 
 def find_folder(args: argparse.Namespace, name: str) -> Path:
-    """The folder of a model that is named by its path or on a hub, as `convert.hub.find_model`."""
+    """The folder of a model that is named by its path or on a hub, as `convert.hub.find.find_model`."""
     return find_model(name, source=args.hub_source, revision=args.revision)
-
-
-def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags for what a folder does not tell about itself, as `open_folder`, `open_adapter` and
-    `infer.load` take them."""
-    return {
-        "rope_kind": args.rope_scaling,
-        "template": getattr(args, "template", None),
-        "family": args.family,
-    }
 
 
 def open_merged(args: argparse.Namespace, base: Path) -> Adapter | None:
     """The adapter that is to be merged into a base; None without `--adapter`."""
-    from convert.adapted import open_adapter
+    from convert.adapters.attach import open_adapter
 
     if not args.adapter:
         return None

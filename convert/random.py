@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert import interrupt
-from convert.cli import Parser, Progress, human_size, note, path_argument, print_path
 from convert.options import add_shard_size
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.main import print_path
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.parser import Parser
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from convert.writer import Entry
+    from convert.files.safetensors_writer import Entry
     from glm2_jax.config import GLMConfig
-    from glm2_jax.tokenizer import Tokenizer
+    from glm2_jax.text.tokenizer import Tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
 FORMATS = ("bin", "safetensors")
@@ -86,8 +89,8 @@ def official_config(
         UsageError: an unknown name, a quantised model, or a number of layers below 1.
         CheckpointError: the file is no configuration of this family of models.
     """
-    from convert.family import find_family, read_side_files
-    from convert.shards import read_json
+    from convert.files.shards import read_json
+    from convert.layouts.family import find_family, read_side_files
     from glm2_jax.config import PRESETS, GLMConfig
     from glm2_jax.errors import UsageError
 
@@ -149,9 +152,9 @@ def write_random(
             fit.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
-    from convert.destination import check_destination, new_checkpoint
-    from convert.torch_writer import write_torch_shards
-    from convert.writer import write_file, write_shards
+    from convert.files.safetensors_writer import write_file, write_shards
+    from convert.files.torch_writer import write_torch_shards
+    from convert.writing.destination import check_destination, new_checkpoint
     from glm2_jax.config import GLMConfig
     from glm2_jax.errors import UsageError
 
@@ -175,9 +178,9 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
     """The tensors of an official folder in their order, with random numbers."""
     import numpy as np
 
-    from convert.names import PUBLISHED
-    from convert.stored import BFLOAT16
-    from convert.writer import Entry
+    from convert.files.safetensors_writer import Entry
+    from convert.files.tensor import BFLOAT16
+    from convert.layouts.names import PUBLISHED
 
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     normal = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32) * _DEVIATION
@@ -214,7 +217,7 @@ def _stretches(
 
 def _fitting_tokenizer(path: Path, config: "GLMConfig") -> "Tokenizer":
     from glm2_jax.errors import CheckpointError
-    from glm2_jax.tokenizer import Tokenizer
+    from glm2_jax.text.tokenizer import Tokenizer
 
     path = path / "tokenizer.model" if path.is_dir() else path
     tokenizer = Tokenizer.from_file(path, family=config.family)

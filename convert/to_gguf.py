@@ -2,14 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from convert import interrupt, options
-from convert.cli import Parser, Progress, human_size, note
+from convert import options
+from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.parser import Parser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from convert.folder import Folder
-    from convert.gguf_layout import Tensor
+    from convert.loading.folder import Folder
+    from convert.writing.gguf import Tensor
 
 # Spelt out here, and compared with the library's list in a test, so that --help needs no jax.
 TYPES = ("f16", "q8_0")
@@ -43,14 +45,13 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
-    from convert.destination import check_model_file
-    from convert.folder import open_folder
-    from convert.gguf_export import export_gguf
-    from convert.gguf_layout import gguf_tensors, require_gguf
+    from convert.loading.folder import open_folder
+    from convert.writing.destination import check_model_file
+    from convert.writing.gguf import export_gguf, gguf_tensors, require_gguf
 
     require_gguf()  # before a model is downloaded
     path = options.find_folder(args, args.source)
-    folder = open_folder(path, **options.model_options(args))
+    folder = open_folder(path, **flags.model_options(args))
     adapter = options.open_merged(args, path)
     lora = adapter.lora if adapter else None
     tensors = gguf_tensors(folder, args.type, lora)

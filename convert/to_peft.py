@@ -2,9 +2,12 @@
 
 import dataclasses
 
-from convert import interrupt, options
-from convert.cli import Parser, human_size, note, path_argument
-from convert.to_pytorch import LAYOUTS
+from convert import options
+from glm2_jax.choices import LAYOUTS
+from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.parser import Parser
 
 
 def build_parser() -> Parser:
@@ -43,12 +46,12 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     from pathlib import Path
 
-    from convert.adapted import open_adapter
-    from convert.adapter import save_adapter, stored_tensors
-    from convert.destination import check_destination, new_checkpoint
-    from convert.folder import fingerprint, open_folder
+    from convert.adapters.adapter import save_adapter, stored_tensors
+    from convert.adapters.attach import open_adapter
+    from convert.loading.folder import fingerprint, open_folder
+    from convert.writing.destination import check_destination, new_checkpoint
 
-    base, model = options.find_folder(args, args.base), options.model_options(args)
+    base, model = options.find_folder(args, args.base), flags.model_options(args)
     adapter = open_adapter(args.source, base, force=args.force_adapter, **model)
     if adapter.layout == args.layout:  # nothing is to be divided or joined
         adapter = open_adapter(args.source, base, force=args.force_adapter, apart=True, **model)

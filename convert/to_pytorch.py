@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from convert import interrupt, options
-from convert.cli import Parser, Progress, human_size, note
+from convert import options
+from glm2_jax.choices import LAYOUTS
+from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.parser import Parser
 
 if TYPE_CHECKING:
-    from convert.folder import Folder
+    from convert.loading.folder import Folder
     from glm2_jax.schemes import Scheme
-
-# Spelt out here, and compared with the library's list in a test, so that --help needs no jax.
-LAYOUTS = ("glm", "chatglm")
 
 
 def build_parser() -> Parser:
@@ -48,16 +48,16 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
-    from convert.destination import check_destination
-    from convert.export import export_entries, export_folder, packed_scheme
-    from convert.folder import open_folder
-    from convert.names import SCALE
-    from convert.own_format import float_dtype
+    from convert.layouts.names import SCALE
+    from convert.loading.folder import open_folder
+    from convert.writing.destination import check_destination
+    from convert.writing.own import float_dtype
+    from convert.writing.pytorch import export_entries, export_folder, packed_scheme
     from glm2_jax.schemes import stored_as
 
     dtype = None if args.dtype == "keep" else args.dtype
     path = options.find_folder(args, args.source)
-    folder = open_folder(path, **options.model_options(args))
+    folder = open_folder(path, **flags.model_options(args))
     adapter = options.open_merged(args, path)
     lora = adapter.lora if adapter else None
     entries = export_entries(folder, args.layout, dtype, lora, args.dequantize)

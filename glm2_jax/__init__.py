@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         logits_of,
         param_shapes,
     )
+    from glm2_jax.runtime.xla import compiler_options
     from glm2_jax.sharding import (
         cache_sharding,
         check_mesh,
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
         replicated,
         rows_sharding,
     )
-    from glm2_jax.tokenizer import Tokenizer
-    from glm2_jax.xla import compiler_options
+    from glm2_jax.text.tokenizer import Tokenizer
 
 _MODULES = {
     "cache": ["KVCache"],
@@ -59,8 +59,8 @@ _MODULES = {
         "replicated",
         "rows_sharding",
     ],
-    "tokenizer": ["Tokenizer"],
-    "xla": ["compiler_options"],
+    "text.tokenizer": ["Tokenizer"],
+    "runtime.xla": ["compiler_options"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

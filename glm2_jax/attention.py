@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from glm2_jax.blocks import map_blocks
+from glm2_jax.chunked import map_blocks
 from glm2_jax.limits import KEYS, SCORES
 from glm2_jax.linear import einsum
 from glm2_jax.mesh import pieces

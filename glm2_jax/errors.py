@@ -1,8 +1,10 @@
 """The errors that a user may meet, each with the exit code that the command-line tools give it."""
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
-from glm2_jax.text import escape_controls, join_lines
+from glm2_jax.escape import escape_controls, join_lines
 
 
 class GLMError(Exception):
@@ -47,3 +49,12 @@ class DeviceError(GLMError):
     """Out of memory, or a device that is not there."""
 
     exit_code = 5
+
+
+def shown(value: Any) -> str:
+    """`repr` for an error message: short, and for whole numbers that Python refuses to write."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else text[:199] + "…"  # lists in lists in lists

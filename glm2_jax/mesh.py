@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
@@ -174,3 +174,9 @@ def _wrong_count(sizes: Mapping[str, int], devices: int) -> UsageError:
         f"Use a mesh that multiplies to {devices}, such as {' or '.join(choices)}."
         + (_VIRTUAL.format(wanted) if devices == 1 else ""),
     )
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None where they are on one device."""
+    where = params["final_norm"].sharding
+    return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax.attention import attend
-from glm2_jax.blocks import map_blocks
 from glm2_jax.cache import KVCache, read_layer, write_layer
+from glm2_jax.chunked import map_blocks
 from glm2_jax.config import GLMConfig
 from glm2_jax.context import TokenContext, token_context
 from glm2_jax.limits import MLP_ELEMENTS

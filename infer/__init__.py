@@ -7,18 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infer.answer import Completion
-    from infer.engine import Engine
-    from infer.loading import load
-    from infer.params import SamplingParams
+    from infer.engine.answer import Completion
+    from infer.engine.engine import Engine
+    from infer.engine.load import load
+    from infer.engine.params import SamplingParams
 
 __all__ = ["Completion", "Engine", "SamplingParams", "load"]
 
 _MODULES = {
-    "Completion": "answer",
-    "Engine": "engine",
-    "SamplingParams": "params",
-    "load": "loading",
+    "Completion": "engine.answer",
+    "Engine": "engine.engine",
+    "SamplingParams": "engine.params",
+    "load": "engine.load",
 }
 
 

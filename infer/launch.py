@@ -11,11 +11,13 @@ import time
 from collections.abc import Sequence
 from itertools import chain
 
-from convert import interrupt
-from convert.cli import EXIT_DEVICE, EXIT_INTERRUPTED, EXIT_TERMINATED, Parser, note
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import positive, use_utf8
+from glm2_jax.cli.main import EXIT_DEVICE, EXIT_INTERRUPTED, EXIT_TERMINATED
+from glm2_jax.cli.messages import note
+from glm2_jax.cli.parser import Parser
 from glm2_jax.errors import UsageError
-from infer.options import positive, use_utf8
-from infer.supervise import Worker, pass_signals_on, peers_lost
+from glm2_jax.processes.supervise import Worker, pass_signals_on, peers_lost
 
 PROG = "python -m infer.launch"
 DESCRIPTION = """Starts a command as several processes of one run on this machine: to try out what

@@ -1,28 +1,23 @@
 """Flags that the answering tools share, and what they mean.
 
-Everything of the project but `convert.cli` is imported inside the functions that use it after
+Everything of the project but `glm2_jax.cli.main` is imported inside the functions that use it after
 parsing: it may bring in jax, and `--help` must not wait for that.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, path_argument, size_argument
-from convert.hub import add_hub_flags
-from convert.options import add_family
+from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.cli.arguments import memory_size, path_argument, positive
+from glm2_jax.cli.parser import Parser
 from glm2_jax.limits import DRAFT
 
 if TYPE_CHECKING:
-    from infer.params import SamplingParams
+    from infer.engine.params import SamplingParams
 
-DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32")
-QUANTIZE = ("int8", "int4", "none")
-DEVICES = ("auto", "cpu", "gpu", "tpu")
 _SAMPLING_FLAGS = (
     "temperature",
     "top_k",
@@ -36,32 +31,6 @@ _SAMPLING_FLAGS = (
     "loop_stop",
     "num_beams",
 )
-
-
-def add_model_options(parser: Parser) -> None:
-    """Which model, and how its checkpoint is to be understood."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        "-m",
-        type=path_argument,
-        metavar="DIR|NAME",
-        help="checkpoint folder, as published or converted, or OWNER/NAME of a model on a hub "
-        "(default: the bundled demo model)",
-    )
-    add_hub_flags(group)
-    group.add_argument(
-        "--rope-scaling",
-        choices=("linear", "base"),
-        help="what the checkpoint's rope_ratio means, where it does not say: positions divided "
-        "(chatglm2-6b-32k) or the base multiplied (chatglm3-6b-32k, -128k)",
-    )
-    group.add_argument(
-        "--template",
-        choices=("chatglm2", "chatglm3", "raw"),
-        help="how a prompt is written for the model (default: by the checkpoint's family)",
-    )
-    add_family(group)
 
 
 def add_adapter_options(parser: Parser) -> None:
@@ -213,26 +182,6 @@ def add_performance_options(
     return group
 
 
-def add_mesh_options(group: argparse._ArgumentGroup) -> None:
-    """Over which devices to compute, beside `--device`; `infer.loading.find_mesh` reads it."""
-    mesh = group.add_mutually_exclusive_group()
-    mesh.add_argument(
-        "--mesh",
-        metavar="AXES",
-        help="compute on all devices together, for example data=2,tensor=4: data shares the rows, "
-        "fsdp the rows and the weights, tensor the heads, ffn and vocabulary; the sizes multiply "
-        "to the number of devices (default: one device)",
-    )
-    mesh.add_argument("--tp", type=positive, metavar="N", help="short for --mesh tensor=N")
-
-
-def mesh_flag(args: argparse.Namespace) -> str | None:
-    """The mesh that the flags of `add_mesh_options` ask for, as `--mesh` writes it; None = one
-    device."""
-    tensor = getattr(args, "tp", None)
-    return getattr(args, "mesh", None) if tensor is None else f"tensor={tensor}"
-
-
 def add_speculate(group: argparse._ArgumentGroup) -> None:
     """The flag that has steps verify drafts, for the tools that answer."""
     group.add_argument(
@@ -248,27 +197,10 @@ def add_speculate(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def use_utf8() -> None:
-    """Standard output and error are UTF-8 whatever the locale says (LANG=C, old Windows)."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(encoding="utf-8", errors="replace")
-
-
-def choose_platform(args: argparse.Namespace) -> None:
-    """Keeps jax from initialising an accelerator that is not wanted; call it before jax is there.
-
-    Which device is taken is decided in `infer.opening.open_engine`.
-    """
-    if args.device == "cpu" and "jax" not in sys.modules:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The sampling flags as `SamplingParams`; UsageError for a bad value."""
     from glm2_jax.errors import UsageError
-    from infer.params import SamplingParams
+    from infer.engine.params import SamplingParams
 
     given = {
         name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None
@@ -283,13 +215,6 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams.from_kwargs(args.preset, **given)
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number, 1 or more."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return min(int(text), 2**31 - 1)  # more than there is of anything, and still easy to count
-
-
 def draft_tokens(text: str) -> int:
     """An argparse type: a whole number up to what a step may verify."""
     number = int(text) if text.isdecimal() and len(text) < 10 else -1
@@ -299,17 +224,3 @@ def draft_tokens(text: str) -> int:
             "and text seldom agrees for longer"
         )
     return number
-
-
-def memory_size(text: str) -> int:
-    """An argparse type: gigabytes, or a size with its unit; returns bytes."""
-    try:
-        number = float(text)
-    except ValueError:
-        return size_argument(text)
-    try:
-        return size_argument(f"{number}GB")
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size; write for example 8 (GB), 4GB or 500MB"
-        ) from None

@@ -19,18 +19,20 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from convert import interrupt
-from convert.cli import EXIT_DEVICE, Parser, human_size, is_out_of_memory, note
-from glm2_jax.text import join_lines, json_line
-from infer import options
+from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.cli import arguments, interrupt
+from glm2_jax.cli.flags import add_model_options
+from glm2_jax.cli.main import EXIT_DEVICE, is_out_of_memory
+from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.parser import Parser
+from glm2_jax.escape import join_lines, json_line
 from infer.bench.__main__ import LAYOUTS, add_random_options, one_of
-from infer.options import DEVICES, DTYPES, QUANTIZE
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, LoRA
     from infer.bench.ceilings import Ceilings
     from infer.bench.peer import Peer
-    from infer.bench.suite import Subject
+    from infer.bench.run import Subject
 
 PROG = "python -m train.bench"
 DESCRIPTION = """Measures steps that train an adapter: tokens a second, and how much of the measured
@@ -46,7 +48,7 @@ EXAMPLE = f"""{PROG} --random chatglm2-6b --dtypes bfloat16 --quantize none,int4
 def parser() -> Parser:
     """The flags of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    options.add_model_options(result)
+    add_model_options(result)
     add_random_options(result)
     group = result.add_argument_group("what is measured")
 
@@ -67,16 +69,16 @@ def parser() -> Parser:
         "--layout", type=one_of(LAYOUTS), default="stacked", metavar="A,B",
         help="how the layers lie in memory: stacked, as train.lora has them, or list",
     )  # fmt: skip
-    add("--batch-size", type=options.positive, default=4, metavar="N", help="rows of a step")
-    add("--length", type=options.positive, default=512, metavar="N", help="tokens of a row")
-    add("--rank", type=options.positive, default=8, metavar="N", help="of the adapter")
+    add("--batch-size", type=arguments.positive, default=4, metavar="N", help="rows of a step")
+    add("--length", type=arguments.positive, default=512, metavar="N", help="tokens of a row")
+    add("--rank", type=arguments.positive, default=8, metavar="N", help="of the adapter")
     add("--target", default="attn", metavar="NAMES", help="what the adapter changes")
     add(
         "--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True,
         help="compute each block again in the backward pass instead of keeping what is inside it",
     )  # fmt: skip
-    add("--steps", type=options.positive, default=1, metavar="N", help="steps of one repetition")
-    add("--repeat", type=options.positive, default=5, metavar="N", help="repetitions")
+    add("--steps", type=arguments.positive, default=1, metavar="N", help="steps of one repetition")
+    add("--repeat", type=arguments.positive, default=5, metavar="N", help="repetitions")
     add(
         "--peer", choices=("peft",), metavar="peft",
         help="take the same steps with peft around transformers' GlmForCausalLM, in turns, with "
@@ -132,14 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
     from glm2_jax.errors import UsageError
 
-    options.use_utf8()
+    arguments.use_utf8()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     if args.model and args.random:
         raise UsageError("--model and --random exclude each other.", fix="Leave one out.")
     if args.layers and not args.random:
         raise UsageError("--layers needs --random.", "A checkpoint has the layers that it has.")
-    options.choose_platform(args)
+    arguments.choose_platform(args)
     if args.peer and "jax" not in sys.modules:  # or nothing is left of a GPU's memory for the peer
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return run(args, argv)
@@ -152,10 +154,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         GLMError: the model, the device or a target is not what it should be.
     """
     from glm2_jax.lora import find_targets
-    from infer.bench import suite
+    from glm2_jax.runtime.devices import find_device
+    from infer.bench import run as suite
     from infer.bench.ceilings import measure_ceilings
     from infer.bench.peer import Peer, missing
-    from infer.loading import find_device
 
     find_targets(args.target)
     device = find_device(args.device)
@@ -238,7 +240,7 @@ def _steps(
     import jax
     import numpy as np
 
-    from train.batch import Batch
+    from train.data.batch import Batch
     from train.optim import make_optimizer
     from train.step import init_state, make_step
 
@@ -308,7 +310,7 @@ def as_json(report: Report) -> dict[str, Any]:
 def render(report: Report) -> str:
     """The report for people, folded to the width of the terminal."""
     from infer.bench.report import ceiling_lines
-    from infer.bench.suite import columns
+    from infer.bench.run import columns
 
     lines = [f"{name}: {text}" for name, text in report.about.items()]
     lines += ceiling_lines(report.ceilings)[1:] if report.ceilings else []

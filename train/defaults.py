@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
-from convert.cli import note
-from train.places import free_place
+from glm2_jax.cli.messages import note
+from train.run_folder.storage import free_place
 
 MICRO_BATCHES, EPOCHS = 8, 3  # of a step, and times over the data, where there are rows enough
 WANTED_STEPS, FEW_STEPS = 200, 50

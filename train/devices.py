@@ -17,9 +17,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from glm2_jax.mesh import partition
+from glm2_jax.runtime.devices import find_device, find_mesh
 from glm2_jax.sharding import replicated
-from infer.loading import find_device, find_mesh
-from train.batch import Batch
+from train.data.batch import Batch
 from train.step import State, init_state
 
 

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from convert import interrupt
-from convert.cli import Parser
-from infer.hosts import add_host_options
-from infer.options import add_model_options
-from train import options, settings
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.flags import add_model_options
+from glm2_jax.cli.parser import Parser
+from glm2_jax.processes.join import add_host_options
+from train import options, recipe
 from train.data.options import add_data_options
 from train.lora import start
 
@@ -21,7 +21,7 @@ EXAMPLE = f"{PROG} --data data.jsonl --model SMALL --output trained"
 def parser() -> Parser:
     """The flags of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    settings.add_config_flag(result)
+    recipe.add_config_flag(result)
     add_model_options(result)
     add_data_options(result)
     options.add_training_options(result, lr=1e-5, remat=False)

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from convert.cli import note
+from glm2_jax.cli.messages import note
 from glm2_jax.errors import CheckpointError, InputError
 from infer.memory.peak import peak_bytes
-from train.checkpoints import Checkpoints
 from train.data.batches import Batches
-from train.log import Log
+from train.run_folder.checkpoints import Checkpoints
+from train.run_folder.log import Log
 from train.step import Metrics
 from train.stopping import Stopping
 

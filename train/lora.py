@@ -7,12 +7,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from convert import interrupt
-from convert.cli import Parser, path_argument
-from infer import hosts
-from infer.hosts import add_host_options
-from infer.options import QUANTIZE, add_model_options, choose_platform, positive, use_utf8
-from train import options, settings
+from glm2_jax.choices import QUANTIZE
+from glm2_jax.cli import arguments, interrupt
+from glm2_jax.cli.arguments import choose_platform, path_argument, positive, use_utf8
+from glm2_jax.cli.flags import add_model_options
+from glm2_jax.cli.parser import Parser
+from glm2_jax.processes import join
+from glm2_jax.processes.join import add_host_options
+from train import options, recipe
 from train.data.options import add_data_options
 
 NEW_ADAPTER = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
@@ -31,7 +33,7 @@ EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
 def parser() -> Parser:
     """The flags of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    settings.add_config_flag(result)
+    recipe.add_config_flag(result)
     add_model_options(result)
     add_data_options(result)
     _add_adapter_options(result)
@@ -48,10 +50,10 @@ def _add_adapter_options(result: Parser) -> None:
     add = group.add_argument
     add("--rank", type=positive, metavar="N", help=f"its rank (default: {NEW_ADAPTER['rank']})")
     add(
-        "--alpha", type=options.above_zero, metavar="X",
+        "--alpha", type=arguments.above_zero, metavar="X",
         help=f"its strength: alpha / rank (default: {NEW_ADAPTER['alpha']})",
     )  # fmt: skip
-    add("--dropout", type=options.number, default=0.1, metavar="X", help="before A")
+    add("--dropout", type=arguments.number, default=0.1, metavar="X", help="before A")
     add(
         "--target", metavar="NAMES",
         help="matrices, as published, or attn (query_key_value), attn+mlp, all-linear; several "
@@ -89,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(parser: Parser, argv: Sequence[str], method: str) -> int:
     """Parses the flags and trains by a class of `train.methods`."""
     use_utf8()
-    args = settings.parse(parser, argv)
+    args = recipe.parse(parser, argv)
     if getattr(args, "init_adapter", ".") is None:
         fill_new_adapter(args)
     choose_platform(args)
-    with hosts.start(args):
+    with join.start(args):
         from train import methods
         from train.run import run
 

@@ -13,21 +13,21 @@ import jax
 import numpy as np
 
 from convert import Checkpoint, load_checkpoint
-from convert.adapted import open_adapter
-from convert.adapter import Adapter, save_adapter
-from convert.folder import Folder
-from convert.gather import gathered
-from convert.options import model_options
-from convert.own_format import save_checkpoint
-from glm2_jax.dtypes import resolve_dtype
+from convert.adapters.adapter import Adapter, save_adapter
+from convert.adapters.attach import open_adapter
+from convert.loading.folder import Folder
+from convert.writing.own import save_checkpoint
+from glm2_jax.cli.flags import model_options
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA, find_targets, init_lora, with_lora
+from glm2_jax.processes import join
+from glm2_jax.runtime.devices import faster_layers
+from glm2_jax.runtime.dtypes import resolve_dtype
+from glm2_jax.runtime.gather import gathered
 from glm2_jax.sharding import lora_sharding
-from infer import hosts
-from infer.engine import Engine
-from infer.loading import faster_layers
+from infer.engine.engine import Engine
 from train.devices import Devices
-from train.output import MODEL
+from train.run_folder.folder import MODEL
 
 Progress = Callable[[int, int], None]
 
@@ -129,7 +129,7 @@ class AdapterMethod(Method):
 
     def write(self, folder: Path, trained: Any) -> Path:
         lora = jax.tree.map(gathered, trained)
-        if hosts.is_first():
+        if join.is_first():
             save_adapter(folder, dataclasses.replace(self._adapter, lora=lora))
         return folder
 

@@ -4,39 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from convert.cli import Parser, path_argument
-from convert.local import refuse_url
-from infer.options import DEVICES, DTYPES, add_mesh_options, positive
+from glm2_jax.choices import DEVICES, DTYPES
+from glm2_jax.cli.arguments import above_zero, number, path_argument, positive, whole
+from glm2_jax.cli.files import BUCKET, refuse_url
+from glm2_jax.cli.flags import add_mesh_options
+from glm2_jax.cli.parser import Parser
 
 SCHEDULES = ("cosine", "linear", "constant")
 NAN_POLICIES = ("abort", "skip")
-BUCKET = "gs://"  # of Google Cloud Storage
-
-
-def number(text: str) -> float:
-    """An argparse type: a finite number of 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = number(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
-    return value
-
-
-def whole(text: str) -> int:
-    """An argparse type: a whole number of 0 or more."""
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
 
 
 def checkpoint_place(text: str) -> str:

@@ -15,33 +15,34 @@ from typing import Any
 
 import jax
 
-from convert.cli import Parser, Progress, human_size, note
-from convert.folder import Folder, fingerprint, open_folder
-from convert.options import model_options
+from convert.loading.folder import Folder, fingerprint, open_folder
+from glm2_jax.cli.arguments import check_plot
+from glm2_jax.cli.flags import model_options
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError, UsageError
-from infer import hosts
-from infer.bench.plot import check_plot
-from infer.compile_cache import enable_compile_cache
-from infer.loading import demo_folder
-from infer.opening import model_folder, say_which_model
-from infer.programs import device_errors
-from infer.text_input import read_utf8
-from train import curve
-from train.batch import Batch
-from train.checkpoints import Checkpoints
+from glm2_jax.processes import join
+from glm2_jax.runtime.compile_cache import enable_compile_cache
+from glm2_jax.runtime.devices import device_errors
+from infer.engine.load import demo_folder
+from infer.startup import model_folder, say_which_model
+from train.data.batch import Batch
 from train.data.batches import Batches
 from train.data.dataset import Dataset
 from train.data.options import look_at, open_dataset
 from train.data.split import Subset, split
+from train.data.vocabulary import unknown_characters
 from train.defaults import choose, warn_of_few_steps
-from train.demo.vocabulary import unknown_characters
 from train.devices import Devices
-from train.log import Log, cut_log, losses, read_log
 from train.loop import Loop, Position, Run
 from train.methods import Method
 from train.optim import Numbers, make_schedule
-from train.output import RunFolder
-from train.settings import as_recipe
+from train.recipe import as_recipe
+from train.run_folder import curve
+from train.run_folder.checkpoints import Checkpoints
+from train.run_folder.folder import RunFolder
+from train.run_folder.log import Log, cut_log, losses, read_log
 from train.step import make_step
 from train.stopping import Stopping
 from train.validation import GUARD, VALIDATION, Validation, answer
@@ -83,7 +84,7 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     looked_at = sets.get(VALIDATION)  # counts, because it may end the run early
     data = {"data": dataset, VALIDATION: looked_at}
     identity = _identity(parser.prog, recipe, folder, data, getattr(args, "init_adapter", None))
-    hosts.compare(
+    join.compare(
         args,
         parser.prog,
         model=identity["base"],
@@ -222,7 +223,7 @@ def _train(
     scaled = str(method.computed) == "float16"
     state = (method.trained, devices.state(optimizer, method.trained, loss_scaling=scaled))
     position, path = Position(), args.log_jsonl or out.log
-    path = path if hosts.is_first() else os.devnull
+    path = path if join.is_first() else os.devnull
     prompts = _prompts(args)
     _say_what(method, batches, total)
     out.begin(recipe)
@@ -274,7 +275,7 @@ def _train(
     for line in losses(position.losses):
         note(line)
     note(f"the result is in {method.write(out.path, state[0])}")
-    if args.plot is not None and hosts.is_first():
+    if args.plot is not None and join.is_first():
         curve.draw(read_log(path), args.plot)
     return 0
 

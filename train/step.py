@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from glm2_jax import GLMConfig, LoRA, compiler_options
-from glm2_jax.blocks import map_blocks
+from glm2_jax.chunked import map_blocks
 from glm2_jax.model import hidden, logits_of
-from train.batch import Batch
+from train.data.batch import Batch
 from train.optim import Numbers
 
 LOGITS = 2**25  # that the loss has in memory at once

@@ -6,9 +6,9 @@ import os
 import signal
 import threading
 
-from convert import interrupt
-from convert.cli import note
-from infer import hosts
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.messages import note
+from glm2_jax.processes import join
 
 
 class Stopping:
@@ -52,7 +52,7 @@ class Stopping:
     def agree(self) -> bool:
         """Whether any process of the run was asked to end. All have to call this, at the same
         place of their work: `signal` changes nowhere else."""
-        self.signal = hosts.highest(self._came or self.signal or 0) or None
+        self.signal = join.highest(self._came or self.signal or 0) or None
         return self.signal is not None
 
     def _watch(self, reading: int) -> None:

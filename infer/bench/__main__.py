@@ -1,6 +1,6 @@
 """`python -m infer.bench`: how fast this device, or a mesh of them, computes a model.
 
-Only the flags are here; what they start is in `infer.bench.suite`, which is imported after parsing.
+Only the flags are here; what they start is in `infer.bench.run`, which is imported after parsing.
 """
 
 import argparse
@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from convert import interrupt
-from convert.cli import Parser, path_argument
-from infer import hosts, options
-from infer.options import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.parser import Parser
+from glm2_jax.processes import join
 
 PROG = "python -m infer.bench"
 DESCRIPTION = """Measures reading prompts and answering, per dtype and quantisation, and says how
@@ -27,11 +28,11 @@ LAYOUTS = ("stacked", "list")
 def parser() -> Parser:
     """The flags of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    options.add_model_options(result)
+    flags.add_model_options(result)
     add_random_options(result)
     _add_what(result)
     _add_output(result)
-    hosts.refuse_host_options(result, "Speed is measured in one process, on the devices it has.")
+    join.refuse_host_options(result, "Speed is measured in one process, on the devices it has.")
     result.add_common()
     return result
 
@@ -48,7 +49,7 @@ def add_random_options(result: Parser) -> None:
     )
     group.add_argument(
         "--layers",
-        type=options.positive,
+        type=arguments.positive,
         metavar="N",
         help="so many layers instead of the model's own number",
     )
@@ -66,7 +67,7 @@ def _add_what(result: Parser) -> None:
         "measured only on a GPU, or where --device cpu asks for it",
     )  # fmt: skip
     add("--device", choices=DEVICES, default="auto", help="where to compute")
-    options.add_mesh_options(group)
+    flags.add_mesh_options(group)
     add(
         "--dtypes", type=one_of(DTYPES), default="auto", metavar="A,B",
         help=f"types to compute in, of {', '.join(DTYPES)}",
@@ -92,8 +93,10 @@ def _add_what(result: Parser) -> None:
         "--contexts", type=_numbers, default="128,512", metavar="N,N",
         help="tokens before the answer, for each of --batches",
     )  # fmt: skip
-    add("--steps", type=options.positive, default=16, metavar="N", help="tokens of one repetition")
-    add("--repeat", type=options.positive, default=5, metavar="N", help="repetitions")
+    add(
+        "--steps", type=arguments.positive, default=16, metavar="N", help="tokens of one repetition"
+    )
+    add("--repeat", type=arguments.positive, default=5, metavar="N", help="repetitions")
     add(
         "--peer", choices=("transformers",), metavar="transformers",
         help="measure the same shapes with its GlmForCausalLM in turns, with random weights: "
@@ -133,14 +136,14 @@ def _numbers(text: str) -> tuple[int, ...]:
     """An argparse type: whole numbers of 1 or more with commas between them, or "none"."""
     if text.strip() == "none":
         return ()
-    return tuple(sorted({options.positive(part) for part in text.split(",")}))
+    return tuple(sorted({arguments.positive(part) for part in text.split(",")}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
     from glm2_jax.errors import UsageError
 
-    options.use_utf8()
+    arguments.use_utf8()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     named = [
@@ -155,18 +158,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.layers and not args.random:
         raise UsageError("--layers needs --random.", "A checkpoint has the layers that it has.")
     alone = [f"--{name}" for name in ("preset", "peer") if getattr(args, name) is not None]
-    if alone and options.mesh_flag(args) is not None:
+    if alone and flags.mesh_flag(args) is not None:
         raise UsageError(
             f"{' and '.join(alone)}: not on a mesh.",
             "What is compared there computes on one device.",
             "Leave --mesh or --tp out.",
         )
-    options.choose_platform(args)
+    arguments.choose_platform(args)
     if args.peer and "jax" not in sys.modules:  # or nothing is left of a GPU's memory for the peer
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from infer.bench import suite
+    from infer.bench import run
 
-    return suite.run(args, argv)
+    return run.run(args, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm2_jax.dtypes import dtype_name
+from glm2_jax.runtime.dtypes import dtype_name
 
 REPEATS = 20
 # Far beyond every cache, and small beside a model.

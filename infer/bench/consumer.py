@@ -6,14 +6,15 @@ import argparse
 import textwrap
 from dataclasses import dataclass
 
-from convert.cli import human_size
+from glm2_jax.cli.messages import human_size
 from glm2_jax.config import PRESETS
+from glm2_jax.escape import join_lines
 from glm2_jax.limits import PREFILL_CHUNK
-from glm2_jax.text import join_lines
+from infer.bench.measure import Result
 from infer.bench.report import Report
-from infer.bench.run import Result
-from infer.memory.devices import CARDS
-from infer.memory.plan import Plan, Precision, flags, make_plan, rate_bound
+from infer.memory.cards import CARDS
+from infer.memory.plan import Plan, flags, make_plan, rate_bound
+from infer.memory.precision import Precision
 
 MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth

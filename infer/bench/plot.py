@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-
-from glm2_jax.errors import InputError, UsageError
+from glm2_jax.errors import InputError
 from glm2_jax.mesh import mesh_text
 from infer.bench.report import Report, what
 
-INSTALL = "pip install 'glm2-jax[plot]'"
 _MARKERS = "osDv^P*X"
-
-
-def check_plot(path: str) -> None:
-    """Before anything is measured: whether a picture can be drawn, of this kind.
-
-    Raises:
-      UsageError: matplotlib is not installed or cannot be imported, or `path` ends in nothing
-        that is a picture.
-    """
-    try:
-        importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise UsageError(
-            "--plot needs matplotlib, which cannot be imported.", str(error), f"Do: {INSTALL}"
-        ) from error
-    if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot {path}: not the name of a picture.", "Known: .png, .svg, .pdf.")
 
 
 def draw(report: Report, path: str) -> None:

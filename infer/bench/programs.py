@@ -17,12 +17,13 @@ import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, compiler_options
 from glm2_jax.limits import PREFILL_CHUNK
-from glm2_jax.xla import cache_dtype
-from infer import steps
-from infer.params import SamplingParams
-from infer.places import Places
-from infer.reading import ROOM, Part, bucket, parts
-from infer.sampling import Rows, seed_words
+from glm2_jax.runtime.buckets import bucket
+from glm2_jax.runtime.xla import cache_dtype
+from infer.engine import steps
+from infer.engine.params import SamplingParams
+from infer.engine.parts import ROOM, Part, parts
+from infer.engine.placement import Places
+from infer.engine.sampling import Rows, seed_words
 
 Run = Callable[[], float]
 
@@ -44,7 +45,7 @@ class Compiler:
         self.planned: int | None = None
 
     def __call__(self, function: Callable, *args: Any, donate: int | None = None) -> Any:
-        """The program for these arguments, as `infer.programs` makes it."""
+        """The program for these arguments, as `infer.engine.programs` makes it."""
         start = time.perf_counter()
         traced = self.places.trace(function, args, donate)
         with self.places.active():

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from convert.cli import human_size
-from glm2_jax.text import join_lines
+from glm2_jax.cli.messages import human_size
+from glm2_jax.escape import join_lines
 from infer.bench.ceilings import Ceilings
-from infer.bench.run import Result, Variant
+from infer.bench.measure import Result, Variant
 
 HEADER = (
     "dtype", "weights", "layers", "what", "tok/s", "median", "ms", "GB/s", "of max", "TFLOP/s",

@@ -1,14 +1,16 @@
 """`python -m infer.chat`: a conversation, on a terminal or through a pipe.
 
-Only the flags are here; what they start is in `infer.chat.loop`, which is imported after parsing.
+Only the flags are here; what they start is in `infer.chat.run`, which is imported after parsing.
 """
 
 from collections.abc import Sequence
 
-from convert import interrupt
-from convert.cli import Parser, path_argument
-from infer import hosts, options
-from infer.loops import LOOP_STOP_DEFAULT
+from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.parser import Parser
+from glm2_jax.processes import join
+from infer import options
+from infer.engine.loops import LOOP_STOP_DEFAULT
 
 PROG = "python -m infer.chat"
 DESCRIPTION = """Holds a conversation with a ChatGLM2 or ChatGLM3 checkpoint. Lines come from a
@@ -23,7 +25,7 @@ EXAMPLE = f"""{PROG} --model chatglm2-6b --system 请用英文回答
 def parser() -> Parser:
     """The flags of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    options.add_model_options(result)
+    flags.add_model_options(result)
     options.add_adapter_options(result)
     group = result.add_argument_group("conversation")
     group.add_argument(
@@ -40,9 +42,9 @@ def parser() -> Parser:
     )
     options.add_sampling_options(result, loop_stop=LOOP_STOP_DEFAULT)
     performance = options.add_performance_options(result)
-    options.add_mesh_options(performance)
+    flags.add_mesh_options(performance)
     options.add_speculate(performance)
-    hosts.refuse_host_options(result, "A conversation is held in one process.")
+    join.refuse_host_options(result, "A conversation is held in one process.")
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print a JSON object for each answer")
     group.add_argument(
@@ -54,12 +56,12 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
-    options.use_utf8()
+    arguments.use_utf8()
     args = parser().parse_args(argv)
-    options.choose_platform(args)
-    from infer.chat import loop
+    arguments.choose_platform(args)
+    from infer.chat import run
 
-    return loop.run(args)
+    return run.run(args)
 
 
 if __name__ == "__main__":

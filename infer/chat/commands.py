@@ -8,12 +8,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from convert.cli import note
+from glm2_jax.cli.messages import note
 from glm2_jax.errors import InputError
 from infer.chat import files
-from infer.conversation import Conversation
-from infer.params import SamplingParams
-from infer.respond import note_speculation, peak_memory
+from infer.console import note_speculation, peak_memory
+from infer.engine.params import SamplingParams
+from infer.requests.conversation import Conversation
 
 HELP = """\
 clear               forget the conversation and clear the screen

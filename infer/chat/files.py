@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.local import real_path
+from glm2_jax.cli.files import real_path
+from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import GLMError, InputError
-from infer.conversation import Conversation
-from infer.params import SamplingParams
-from infer.requests import Turns, parse_history
-from infer.text_input import read_utf8
+from infer.engine.params import SamplingParams
+from infer.requests.conversation import Conversation
+from infer.requests.request import Turns, parse_history
 
 FORMAT, VERSION = "glm2-jax chat", 1
 

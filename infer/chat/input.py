@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from glm2_jax.cli.text_input import decode_utf8, read_line
 from glm2_jax.errors import InputError
-from infer.text_input import decode_utf8, read_line
 
 PROMPT, MORE = "> ", ". "
 _QUOTES = '"""'

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from convert import interrupt
+from glm2_jax.cli import interrupt
 
 _WAKE = (0.05, 0.2, 1.0)  # seconds between a Ctrl-C and the attempts to have it noticed
 

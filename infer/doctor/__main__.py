@@ -9,16 +9,18 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from convert import interrupt
-from convert.cli import EXIT_DEVICE, Parser, human_size, note, path_argument
-from convert.options import add_family, model_options
-from glm2_jax.text import join_lines, json_line
-from infer.options import use_utf8
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import path_argument, use_utf8
+from glm2_jax.cli.flags import add_family, model_options
+from glm2_jax.cli.main import EXIT_DEVICE
+from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.parser import Parser
+from glm2_jax.escape import join_lines, json_line
 
 if TYPE_CHECKING:
+    from glm2_jax.runtime.machine import Machine
     from infer.doctor.checkup import Finding, Report
     from infer.doctor.forms import Form, Model
-    from infer.machine import Machine
 
 PROG = "python -m infer.doctor"
 DESCRIPTION = """Looks at this machine and says what is wrong, which form of a model fits, and the
@@ -56,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     use_utf8()
     args = parser().parse_args(argv)
+    from glm2_jax.runtime.probing import probe
     from infer.doctor.checkup import examine
     from infer.doctor.forms import Model
-    from infer.probing import probe
 
     model = Model() if args.model is None else _open(args)
     if sys.stderr.isatty():
@@ -73,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open(args: argparse.Namespace) -> "Model":
-    from convert.folder import open_folder
-    from convert.hub import find_model
+    from convert.hub.find import find_model
+    from convert.loading.folder import open_folder
     from infer.doctor.forms import Model
 
     found = open_folder(find_model(args.model), **model_options(args))

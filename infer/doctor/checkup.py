@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from convert.cli import EXIT_DEVICE, human_size, named_variable
-from infer.compile_cache import OFF, VARIABLE
+from glm2_jax.cli.main import EXIT_DEVICE, named_variable
+from glm2_jax.cli.messages import human_size
+from glm2_jax.runtime.compile_cache import OFF, VARIABLE
+from glm2_jax.runtime.machine import Machine
 from infer.doctor import forms
 from infer.doctor.forms import Form, Model
-from infer.machine import Machine
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 OLDEST_DRIVER = {"12": 525, "13": 580}  # NVIDIA's minimum for each CUDA version

@@ -6,8 +6,9 @@ import shlex
 from dataclasses import dataclass
 
 from glm2_jax.config import PRESETS, GLMConfig
-from infer.machine import Device, Machine
-from infer.memory.plan import GPU_SHARE, SHARE_VARIABLES, Precision, flags, make_plan, precisions
+from glm2_jax.runtime.machine import Device, Machine
+from infer.memory.plan import GPU_SHARE, SHARE_VARIABLES, flags, make_plan
+from infer.memory.precision import Precision, precisions
 
 PROMPT = "你好"
 CONTEXT = 8192  # tokens that the cache is reckoned for: the default of --max-length

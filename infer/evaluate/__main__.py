@@ -9,11 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from convert import interrupt
-from convert.cli import Parser, path_argument
-from infer import hosts, options
+from glm2_jax.cli import arguments, interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.flags import add_mesh_options, add_model_options
+from glm2_jax.cli.parser import Parser
+from glm2_jax.processes import join
+from infer import options
+from infer.datasets import FORMATS
 from infer.evaluate.variants import variants
-from infer.rows import FORMATS
 
 PROG = "python -m infer.evaluate"
 TASKS = ("perplexity", "generation", "choice")
@@ -62,18 +65,18 @@ def parser() -> Parser:
     )
     group.add_argument(
         "--batch-size",
-        type=options.positive,
+        type=arguments.positive,
         default=8,
         metavar="N",
         help="rows that are read or answered together",
     )
-    options.add_model_options(result)
+    add_model_options(result)
     options.add_adapter_options(result)
     _add_perplexity(result)
     _add_generation(result)
     _add_choice(result)
-    options.add_mesh_options(options.add_performance_options(result))
-    hosts.add_host_options(result)
+    add_mesh_options(options.add_performance_options(result))
+    join.add_host_options(result)
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     group.add_argument(
@@ -106,13 +109,13 @@ def _add_perplexity(result: Parser) -> None:
     )
     group.add_argument(
         "--window",
-        type=options.positive,
+        type=arguments.positive,
         metavar="N",
         help="tokens of a text that are read at once (default: 2048, at most --max-length)",
     )
     group.add_argument(
         "--stride",
-        type=options.positive,
+        type=arguments.positive,
         metavar="N",
         help="tokens by which windows follow each other: less gives each token more context, and "
         "takes longer (default: half of --window)",
@@ -123,14 +126,14 @@ def _add_generation(result: Parser) -> None:
     group = result.add_argument_group("generation, and the first pass of choice")
     group.add_argument(
         "--max-new-tokens",
-        type=options.positive,
+        type=arguments.positive,
         default=512,
         metavar="N",
         help="longest answer",
     )
     group.add_argument(
         "--max-length",
-        type=options.positive,
+        type=arguments.positive,
         metavar="N",
         help="prompt and answer together, in tokens (default: 8192, at most what the model has)",
     )
@@ -164,7 +167,7 @@ def _add_choice(result: Parser) -> None:
 
 def _count(text: str) -> int:
     """An argparse type: a whole number, 0 or more."""
-    return 0 if text.strip() == "0" else options.positive(text)
+    return 0 if text.strip() == "0" else arguments.positive(text)
 
 
 def _given(parser: Parser, args: argparse.Namespace) -> dict[str, str]:
@@ -178,11 +181,11 @@ def _given(parser: Parser, args: argparse.Namespace) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
-    options.use_utf8()
+    arguments.use_utf8()
     flags = parser()
     args = flags.parse_args(argv)
-    with hosts.start(args):
-        options.choose_platform(args)
+    with join.start(args):
+        arguments.choose_platform(args)
         if args.compare and "jax" not in sys.modules:  # or the first form takes a GPU for itself
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         from infer.evaluate import run

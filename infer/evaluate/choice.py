@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.cli import Progress, note
-from convert.gather import gathered
-from convert.local import real_path
+from glm2_jax.cli.files import real_path
+from glm2_jax.cli.messages import Progress, note
 from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.runtime.gather import gathered
 from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
 from infer.evaluate.generation import (
     answers,
@@ -33,10 +33,10 @@ from infer.evaluate.generation import (
 from infer.evaluate.reader import Reader
 from infer.evaluate.rows import BadRows, unplaced
 from infer.evaluate.subjects import GROUPS
-from infer.opening import open_engine, say_which_model
+from infer.startup import open_engine, say_which_model
 
 if TYPE_CHECKING:
-    from infer.engine import Engine
+    from infer.engine.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.cli import Progress, human_size, note
-from convert.gather import gathered
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.runtime.gather import gathered
 from infer.evaluate.perplexity import Material, Targets, Total, add, batches
 from infer.evaluate.reader import Reader
 from infer.evaluate.variants import Variant, asking_for
-from infer.opening import open_engine
+from infer.startup import open_engine
 
 if TYPE_CHECKING:
-    from infer.engine import Engine
+    from infer.engine.engine import Engine
 
 
 @dataclass

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.cli import note
-from convert.local import real_path
+from glm2_jax.cli.files import real_path
+from glm2_jax.cli.messages import note
+from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError
 from infer.evaluate.rows import CHINESE, BadRows, read_rows
 from infer.evaluate.subjects import NAMES
-from infer.text_input import read_utf8
 
 LETTERS = ("A", "B", "C", "D")
 _COLUMNS = ("question", "a", "b", "c", "d", "answer")

@@ -10,12 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.cli import Progress, note
-from convert.interrupt import always
-from convert.local import real_path
+from glm2_jax.cli.files import real_path
+from glm2_jax.cli.interrupt import always
+from glm2_jax.cli.messages import Progress, note
 from glm2_jax.errors import InputError, UsageError
-from infer import hosts
-from infer.answer import Message
+from glm2_jax.processes import join
+from infer.datasets.encode import Encoder
+from infer.engine.answer import Message
+from infer.engine.params import SamplingParams
 from infer.evaluate import metrics
 from infer.evaluate.rows import (
     BUNDLED,
@@ -26,12 +28,10 @@ from infer.evaluate.rows import (
     read_rows,
     unplaced,
 )
-from infer.opening import open_engine, say_which_model
-from infer.params import SamplingParams
-from infer.rows.encode import Encoder
+from infer.startup import open_engine, say_which_model
 
 if TYPE_CHECKING:
-    from infer.engine import Engine
+    from infer.engine.engine import Engine
 
 _AHEAD = 16  # batches of rows that are sorted together
 _PARTIAL = ".partial"  # of a --predictions file, until all answers are there
@@ -161,7 +161,7 @@ def answers(
 
 def check_output(args: argparse.Namespace) -> None:
     """Raises before any work if `--predictions` cannot be written."""
-    if args.predictions is None or not hosts.is_first():
+    if args.predictions is None or not join.is_first():
         return
     path = Path(args.predictions)
     if (path.exists() and not path.is_file()) or not path.parent.is_dir():
@@ -196,7 +196,7 @@ def predictions_file(args: argparse.Namespace) -> Iterator[Callable[[int, dict[s
     Each row is at once a line of F.partial. At the end F gets them in the order of their numbers.
     Where that is not reached, also because of a signal, F.partial stays, and is told.
     """
-    if args.predictions is None or not hosts.is_first():
+    if args.predictions is None or not join.is_first():
         yield lambda number, row: None
         return
     path, partial = _places(args)

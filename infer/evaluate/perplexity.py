@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.cli import Progress, note
-from convert.gather import gathered
+from glm2_jax.cli.messages import Progress, note
 from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.runtime.gather import gathered
+from infer.datasets.encode import Encoder
 from infer.evaluate.reader import Chunk, Reader
 from infer.evaluate.rows import BadRows, Conversation, Text
-from infer.rows.encode import Encoder
 
 if TYPE_CHECKING:
-    from infer.engine import Engine
+    from infer.engine.engine import Engine
 
 WINDOW = 2048  # tokens read at once, where neither model nor user says less
 

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, forward
+from glm2_jax.runtime.buckets import SMALLEST_BUCKET, bucket
+from glm2_jax.runtime.devices import device_errors
+from infer.engine.programs import Programs
 from infer.memory.shortage import when_answering
-from infer.programs import Programs, device_errors
-from infer.reading import SMALLEST_BUCKET, bucket
 
 if TYPE_CHECKING:
-    from infer.engine import Engine
+    from infer.engine.engine import Engine
 
 POSITIONS = 512  # whose logits are in memory at once: 133 MB of them with 65,024 tokens
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert.cli import human_size
-from glm2_jax.text import join_lines, json_line
+from glm2_jax.cli.messages import human_size
+from glm2_jax.cli.tables import _width, table
+from glm2_jax.escape import join_lines, json_line
 
 _COLUMNS = {  # of a comparison: key -> heading
     "dtype": "dtype",
@@ -43,19 +43,6 @@ def show(results: Mapping[str, Any], as_json: bool) -> None:
     print(join_lines(lines).strip("\n"), flush=True)
 
 
-def table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
-    """Columns under each other; the first `texts` of them are text, the others numbers."""
-    widths = [max(_width(row[at]) for row in rows) for at in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell + pad if at < texts else pad + cell
-            for at, cell in enumerate(row)
-            if (pad := " " * (widths[at] - _width(cell))) is not None
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def _listed(key: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A table of dictionaries; on a narrow terminal one line for each figure."""
     if not rows:
@@ -83,7 +70,3 @@ def _cell(key: str, value: Any) -> str:
         return f"{100 * value:.2f} %"
     digits = 6 if key == "perplexity" else 4
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
-
-
-def _width(text: str) -> int:
-    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)

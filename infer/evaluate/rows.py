@@ -1,6 +1,6 @@
 """What a model is evaluated on: texts, and conversations. Bad rows are told, not hidden.
 
-A file is plain text (one text), or rows in all forms that training reads (`infer.rows`); a row may
+A file is plain text (one text), or rows in all forms that training reads (`infer.datasets`); a row may
 also be {"text"}. Rows and conversations are judged as training judges them.
 """
 
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from convert.cli import human_size, note
+from glm2_jax.cli.json_input import parse_json
+from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.text_input import LARGEST, guess_encoding, open_input, read_text, read_utf8
 from glm2_jax.errors import InputError
-from infer.requests import parse_json
-from infer.rows.formats import Message, detect, read_messages, unknown_format
-from infer.rows.index import PACKED, DataFile
-from infer.rows.tables import DELIMITERS, PARQUET
-from infer.text_input import LARGEST, guess_encoding, open_input, read_text, read_utf8
+from infer.datasets.formats import Message, detect, read_messages, unknown_format
+from infer.datasets.index import PACKED, DataFile
+from infer.datasets.tables import DELIMITERS, PARQUET
 
 Parsed = TypeVar("Parsed")
 
@@ -53,7 +53,7 @@ class Conversation:
 
     Attributes:
       where: file and line.
-      messages: as of `infer.rows.formats.read_messages`.
+      messages: as of `infer.datasets.formats.read_messages`.
     """
 
     where: str

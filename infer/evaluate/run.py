@@ -17,7 +17,7 @@ from infer.evaluate.rows import (
     read_rows,
     unplaced,
 )
-from infer.opening import model_folder, open_engine, say_which_model
+from infer.startup import model_folder, open_engine, say_which_model
 
 # What scoring an existing file of answers takes.
 _SCORING = {"task", "predictions", "max_bad", "json", "debug"}
@@ -108,10 +108,10 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_folder(args: argparse.Namespace) -> None:
     """Raises UsageError for what the folder cannot do, before its weights are loaded."""
-    from convert.folder import open_folder
-    from convert.options import model_options
+    from convert.loading.folder import open_folder
+    from glm2_jax.cli.flags import model_options
+    from infer.engine.load import demo_folder
     from infer.evaluate import perplexity
-    from infer.loading import demo_folder
     from infer.memory.budget import DEFAULT_CONTEXT
 
     path = model_folder(args)

@@ -5,11 +5,11 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from glm2_jax.choices import DTYPES, QUANTIZE
 from glm2_jax.errors import UsageError
-from infer.options import DTYPES, QUANTIZE
 
 if TYPE_CHECKING:
-    from convert.folder import Folder
+    from convert.loading.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def asking_for(args: argparse.Namespace, variant: Variant) -> argparse.Namespace
 
 def check_folder(args: argparse.Namespace, folder: "Folder") -> None:
     """Raises UsageError for a form that the folder cannot have, or that is there twice."""
-    from convert.folder import target_scheme
-    from glm2_jax.dtypes import dtype_name, resolve_dtype
+    from convert.loading.folder import target_scheme
+    from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 
     seen: dict[object, str] = {}
     for variant in args.compare:

@@ -8,17 +8,17 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from convert import interrupt
-from convert.cli import Parser, path_argument
+from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.parser import Parser
 from infer import options
-from infer.memory.devices import CARDS
+from infer.engine.params import MAX_LOGPROBS
+from infer.explain.facts import DEVICES, PROMPT
+from infer.memory.cards import CARDS
 from infer.memory.links import LINKS, MESHES
-from infer.params import MAX_LOGPROBS
 
 PROG = "python -m infer.explain"
-PROMPT = "你好"
 LONGEST = 10**9  # of a prompt that is asked for
-DEVICES = ("3090", "a100", "h200", "v5e-1")
 DESCRIPTION = """Shows every stage of the model with its shape, parameters, operations and bytes,
 and the least time that devices could take (from the makers' figures, not measured). With weights
 also the prompt as it is built, attention, the likeliest next tokens after each layer, and the
@@ -35,7 +35,7 @@ def parser() -> Parser:
     """The flags of the command."""
     # What --device means here takes the place of what it means where answers are computed.
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE, conflict_handler="resolve")
-    options.add_model_options(result)
+    flags.add_model_options(result)
     _add_what(result)
     _add_values(result)
     options.add_performance_options(result)
@@ -79,7 +79,7 @@ def _add_what(result: Parser) -> None:
         help="instead of a prompt: one of so many ids; shapes and costs alone",
     )  # fmt: skip
     group.add_argument(
-        "--batch", type=options.positive, default=1, metavar="N",
+        "--batch", type=arguments.positive, default=1, metavar="N",
         help="prompts together, in shapes and costs",
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ def _add_values(result: Parser) -> None:
         help="whose attention is shown, counted from 0 (default: two heads of three layers)",
     )  # fmt: skip
     group.add_argument(
-        "--max-new-tokens", "--max-tokens", type=options.positive, metavar="N",
+        "--max-new-tokens", "--max-tokens", type=arguments.positive, metavar="N",
         help="longest answer (default: 64)",
     )  # fmt: skip
 
@@ -123,21 +123,21 @@ def _heads(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _length(text: str) -> int:
-    number = options.positive(text)
+    number = arguments.positive(text)
     if number > LONGEST:
         raise argparse.ArgumentTypeError(f"{text[:40]} ids are more than any model reads")
     return number
 
 
 def _top_k(text: str) -> int:
-    number = options.positive(text)
+    number = arguments.positive(text)
     if number > MAX_LOGPROBS:
         raise argparse.ArgumentTypeError(f"{number} is more than {MAX_LOGPROBS}")
     return number
 
 
 def _width(text: str) -> int:
-    number = options.positive(text)
+    number = arguments.positive(text)
     if number < 30:
         raise argparse.ArgumentTypeError(f"{number} columns are too few, 30 is the least")
     return number
@@ -145,7 +145,7 @@ def _width(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
-    options.use_utf8()
+    arguments.use_utf8()
     args = parser().parse_args(argv)
     from infer.explain import meshes, run
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from glm2_jax.config import GLMConfig
 from infer.explain.facts import Bound, Cache, Pass
 from infer.memory.budget import find_budget
-from infer.memory.devices import Card
-from infer.memory.plan import Precision, cache_bytes, make_plan
+from infer.memory.cards import Card
+from infer.memory.plan import cache_bytes, make_plan
+from infer.memory.precision import Precision
 
 SCORED = ("attention.scores", "attention.values")  # stages that work on pairs of tokens
 

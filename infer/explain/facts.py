@@ -90,7 +90,7 @@ class Bound:
     """The least time a device could take, from the makers' figures; no measurement.
 
     Attributes:
-      device: name, as in `infer.memory.devices`.
+      device: name, as in `infer.memory.cards`.
       memory: bytes. bandwidth: bytes a second.
       flops: dense operations a second in 16-bit floats; None = no figure known.
       fits: whether the prompt and one token more fit into the memory, by `infer.memory.plan`.
@@ -234,3 +234,7 @@ class Values:
     answer: str
     end: str
     dtype: str
+
+
+PROMPT = "你好"
+DEVICES = ("3090", "a100", "h200", "v5e-1")

@@ -8,8 +8,8 @@ import shutil
 from dataclasses import asdict
 
 from glm2_jax.errors import UsageError
+from glm2_jax.escape import join_lines, json_line
 from glm2_jax.mesh import parse_mesh
-from glm2_jax.text import join_lines, json_line
 from infer.explain.report import fold
 from infer.explain.run import find_precision, find_subject
 from infer.memory.links import LINKS, find_links

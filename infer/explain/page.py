@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from convert.local import real_path
+from glm2_jax.cli.files import real_path
 from glm2_jax.errors import InputError
 from infer.explain.facts import Values, Walk
 

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from convert.cli import cut_to_width, human_size
-from glm2_jax.text import escape_controls
-from infer.evaluate.report import table
+from glm2_jax.cli.messages import cut_to_width, human_size
+from glm2_jax.cli.tables import table
+from glm2_jax.escape import escape_controls
 from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Step, Token, Values, Walk
 
 BOUND = (

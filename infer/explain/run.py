@@ -9,26 +9,23 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from convert.atomic import require_writable
-from convert.cli import Progress, note
-from convert.folder import check_template, open_folder, read_architecture
-from convert.local import real_path
-from convert.options import model_options
+from convert.loading.folder import check_template, open_folder, read_architecture, read_config
+from glm2_jax.cli.files import real_path, require_writable
+from glm2_jax.cli.flags import model_options
+from glm2_jax.cli.messages import Progress, note
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import InputError, UsageError
-from glm2_jax.prompt import build_prompt
+from glm2_jax.escape import join_lines, json_line
 from glm2_jax.schemes import asked_scheme
-from glm2_jax.text import join_lines, json_line
-from glm2_jax.tokenizer import Tokenizer
-from infer.explain.__main__ import DEVICES, PROMPT
-from infer.explain.facts import Values, Walk
+from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.tokenizer import Tokenizer
+from infer.engine.load import demo_folder
+from infer.explain.facts import DEVICES, PROMPT, Values, Walk
 from infer.explain.report import render
-from infer.loading import demo_folder
 from infer.memory.budget import find_budget
-from infer.memory.devices import CARDS, Card
-from infer.memory.dry_run import read_config
-from infer.memory.plan import Precision
-from infer.opening import model_folder, open_engine, say_which_model
+from infer.memory.cards import CARDS, Card
+from infer.memory.precision import Precision
+from infer.startup import model_folder, open_engine, say_which_model
 
 # Ids of PROMPT in a template, by the tokenizers that these families were published with.
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}

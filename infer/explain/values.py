@@ -15,12 +15,12 @@ import numpy as np
 
 from glm2_jax import GLMConfig, Tokenizer, compiler_options
 from glm2_jax.context import TokenContext, token_context
-from glm2_jax.dtypes import dtype_name
 from glm2_jax.limits import SCORES
-from infer.engine import Engine
+from glm2_jax.runtime.dtypes import dtype_name
+from infer.engine.engine import Engine
+from infer.engine.params import SamplingParams
 from infer.explain import stages
 from infer.explain.facts import Candidate, Head, Layer, Step, Token, Values
-from infer.params import SamplingParams
 
 DIGITS = 6  # behind the point, of lengths and of probabilities in an attention matrix
 NO_PIECE = "<no piece>"  # of ids that fill the vocabulary up
@@ -45,7 +45,7 @@ def make_values(
     Args:
         ids: of the prompt, fewer than `longest`.
         heads: (layer, head) whose attention is wanted.
-        top_k: candidates that are listed, at most `infer.params.MAX_LOGPROBS`.
+        top_k: candidates that are listed, at most `infer.engine.params.MAX_LOGPROBS`.
         progress: called with the layers that are done.
 
     Raises:

@@ -22,8 +22,9 @@ from infer.explain import stages
 from infer.explain.costs import bound, cache_costs
 from infer.explain.facts import Pass, Stage, Walk
 from infer.explain.words import WORDS, reference_shape
-from infer.memory.devices import Card
-from infer.memory.plan import Precision, weight_bytes
+from infer.memory.cards import Card
+from infer.memory.plan import weight_bytes
+from infer.memory.precision import Precision
 
 
 def make_walk(

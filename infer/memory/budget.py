@@ -14,28 +14,19 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.cli import human_size, note
+from glm2_jax.cli.flags import mesh_flag
+from glm2_jax.cli.messages import human_size, note
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import DeviceError, GLMError, UsageError
-from glm2_jax.host import find_memory
 from glm2_jax.limits import PREFILL_CHUNK
+from glm2_jax.runtime.host_memory import find_memory
+from glm2_jax.runtime.machine import Gpu
+from glm2_jax.runtime.probing import count_tpus, find_nvidia
 from glm2_jax.schemes import asked_scheme
-from infer.machine import Gpu
-from infer.memory.devices import CARDS, find_card
-from infer.memory.plan import (
-    GPU_SHARE,
-    RUNTIME,
-    SHARE_VARIABLES,
-    Plan,
-    Precision,
-    flags,
-    make_plan,
-    nearest,
-    precisions,
-)
+from infer.memory.cards import CARDS, find_card
+from infer.memory.plan import GPU_SHARE, RUNTIME, SHARE_VARIABLES, Plan, flags, make_plan, nearest
+from infer.memory.precision import Precision, precisions
 from infer.memory.shares import Sizes, sizes_of
-from infer.options import mesh_flag
-from infer.probing import count_tpus, find_nvidia
 
 DEFAULT_CONTEXT = 8192  # of --max-length
 SPARE = 1.1  # of a plan, for what a pool cannot use between its pieces
@@ -160,8 +151,8 @@ def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> Non
     Raises:
       UsageError: a context that the model does not have. DeviceError: it cannot fit.
     """
-    from convert.folder import open_folder
-    from convert.options import model_options
+    from convert.loading.folder import open_folder
+    from glm2_jax.cli.flags import model_options
 
     try:
         found = open_folder(folder, **model_options(args))
@@ -237,7 +228,7 @@ def prefix_tokens(args: argparse.Namespace) -> int:
     """
     if getattr(args, "prefix", None) is None:
         return 0
-    from convert.prefix import measure_prefix
+    from convert.adapters.prefix import measure_prefix
 
     return measure_prefix(args.prefix)
 

@@ -18,34 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from glm2_jax import GLMConfig, KVCache, init_params, last_logits
-from glm2_jax.quant import QTensor
-from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
-from glm2_jax.xla import cache_dtype
-from infer.memory.plan import Precision
-
-
-def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = True) -> Any:
-    """The params tree as shapes, as an engine would hold it."""
-    init = partial(init_params, config, jax.random.key(0), jnp.dtype(precision.dtype))
-    params = jax.eval_shape(init)
-    layers = dict(params["layers"])
-    scheme = precision.scheme
-    if scheme is not None:
-        layers |= {n: _quantised(layers[n].shape, axes, scheme) for n, axes in COLUMN_AXES.items()}
-    if scheme is not None and scheme.embeddings:
-        params = {**params, **{n: _quantised(params[n].shape, 1, scheme) for n in EMBEDDINGS}}
-    if stacked:
-        return {**params, "layers": layers}
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
-    return {**params, "layers": [one] * config.num_layers}
-
-
-def _quantised(shape: tuple[int, ...], axes: int, scheme: Scheme) -> QTensor:
-    values, scale = scheme.shapes(shape, axes)
-    integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
-    scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)
-    return QTensor(integers, scales, scheme.bits)
+from glm2_jax import GLMConfig, KVCache, last_logits
+from glm2_jax.runtime.xla import cache_dtype
+from infer.memory.precision import Precision
+from infer.memory.shares import abstract_params
 
 
 def peak_bytes(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.config import GLMConfig
-from infer.memory.devices import CARDS
+from infer.memory.cards import CARDS
 from infer.memory.plan import Plan
 
 EXTRA = (

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glm2_jax.errors import UsageError
-from infer.memory.devices import CARDS, Card
+from infer.memory.cards import CARDS, Card
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.cli import human_size
+from glm2_jax.cli.messages import human_size
 from glm2_jax.config import GLMConfig
 from glm2_jax.mesh import AXES, mesh_text
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS
 from glm2_jax.sharding import check_mesh
 from infer.memory.links import Links, Talk, all_reduce, gather
-from infer.memory.plan import Precision
+from infer.memory.precision import Precision
 from infer.memory.shares import cache_share, device_params, sizes_of, total_bytes
 
 _FLOAT32 = 4

@@ -14,11 +14,12 @@ from typing import Any
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
-from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES, Scheme, scheme_flags
+from glm2_jax.runtime.buckets import padded_batch
+from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, scheme_flags
 from infer.memory import shares
+from infer.memory.precision import Precision
 from infer.memory.shares import Sizes
 from infer.memory.temporaries import cache_number, temporary_bytes
-from infer.reading import padded_batch
 
 SHORTEST = 64  # slots of the smallest cache
 CHUNKS = (1024, 512, 256)  # of prompts, that are advised where there is no room for more at once
@@ -33,49 +34,6 @@ SHARE_VARIABLES = (  # by which a user decides what jax takes of a GPU's memory
     "XLA_PYTHON_CLIENT_ALLOCATOR",
     "XLA_CLIENT_MEM_FRACTION",
 )
-_FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How weights are kept and computed with.
-
-    Attributes:
-      dtype: "float32", "bfloat16" or "float16": of activations, cache, and what is not quantised.
-      quantize: name of a scheme of `glm2_jax.schemes` for the matrices of the layers, or None.
-    """
-
-    dtype: str
-    quantize: str | None = None
-
-    @property
-    def name(self) -> str:
-        """What a table calls it: the kind of integers, or the dtype."""
-        return (self.quantize or self.dtype).removesuffix("-row")
-
-    @property
-    def size(self) -> int:
-        """Bytes of a number that is not quantised."""
-        return _FLOATS[self.dtype]
-
-    @property
-    def scheme(self) -> Scheme | None:
-        return None if self.quantize is None else SCHEMES[self.quantize]
-
-
-def precisions(half: str = "bfloat16", stored: str | None = None) -> tuple[Precision, ...]:
-    """Those that a user can ask for, the widest first.
-
-    Args:
-      half: the device's 16-bit type.
-      stored: the scheme of a folder that is quantised: it can be kept, or unpacked.
-    """
-    schemes = ("int8", "int4") if stored is None else (stored,)
-    return (
-        Precision("float32"),
-        Precision(half),
-        *(Precision(half, scheme) for scheme in schemes),
-    )
 
 
 def flags(precision: Precision, stored: str | None = None) -> str:

@@ -9,13 +9,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+
+from glm2_jax import GLMConfig, init_params
 from glm2_jax.config import GLMConfig
+from glm2_jax.quant import QTensor
+from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
+from infer.memory.precision import Precision
 
 if TYPE_CHECKING:
-    from infer.memory.plan import Precision
+    from infer.memory.precision import Precision
 
 Sizes = tuple[tuple[str, int], ...]  # of the mesh: (axis, size), which can be hashed
 
@@ -38,7 +45,6 @@ def device_params(config: GLMConfig, precision: Precision, mesh: Sizes) -> Any:
     import jax
 
     from glm2_jax.sharding import params_sharding
-    from infer.memory.compile_for import abstract_params
 
     def share(array: Any, where: Any) -> Any:
         return jax.ShapeDtypeStruct(where.shard_shape(array.shape), array.dtype)
@@ -93,3 +99,26 @@ def _without_devices(mesh: Sizes) -> Any:
     from jax.sharding import AbstractMesh
 
     return AbstractMesh(tuple(size for _, size in mesh), tuple(axis for axis, _ in mesh))
+
+
+def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = True) -> Any:
+    """The params tree as shapes, as an engine would hold it."""
+    init = partial(init_params, config, jax.random.key(0), jnp.dtype(precision.dtype))
+    params = jax.eval_shape(init)
+    layers = dict(params["layers"])
+    scheme = precision.scheme
+    if scheme is not None:
+        layers |= {n: _quantised(layers[n].shape, axes, scheme) for n, axes in COLUMN_AXES.items()}
+    if scheme is not None and scheme.embeddings:
+        params = {**params, **{n: _quantised(params[n].shape, 1, scheme) for n in EMBEDDINGS}}
+    if stacked:
+        return {**params, "layers": layers}
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
+    return {**params, "layers": [one] * config.num_layers}
+
+
+def _quantised(shape: tuple[int, ...], axes: int, scheme: Scheme) -> QTensor:
+    values, scale = scheme.shapes(shape, axes)
+    integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
+    scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)
+    return QTensor(integers, scales, scheme.bits)

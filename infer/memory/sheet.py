@@ -7,18 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.cli import human_size
+from glm2_jax.cli.messages import human_size
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
 from infer.memory.budget import Budget, count_devices
-from infer.memory.plan import (
-    Plan,
-    Precision,
-    largest_context,
-    make_plan,
-    precisions,
-    rate_bound,
-)
+from infer.memory.plan import Plan, largest_context, make_plan, rate_bound
+from infer.memory.precision import Precision, precisions
 from infer.memory.shares import Sizes
 
 WIDE = 68  # columns of the table, without the first

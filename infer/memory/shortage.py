@@ -8,18 +8,18 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from convert.folder import open_folder, target_scheme
-from glm2_jax.dtypes import dtype_name, resolve_dtype
+from convert.loading.folder import open_folder, target_scheme
 from glm2_jax.errors import GLMError
-from glm2_jax.host import find_memory
+from glm2_jax.mesh import mesh_of
 from glm2_jax.prefix import prefix_length
 from glm2_jax.quant import QTensor
+from glm2_jax.runtime.devices import Shortage
+from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
+from glm2_jax.runtime.host_memory import find_memory
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
 from infer.memory.budget import DEFAULT_CONTEXT, Budget, Wish, shared, shortage
-from infer.memory.plan import Precision
+from infer.memory.precision import Precision
 from infer.memory.shares import Sizes, sizes_of
-from infer.places import mesh_of
-from infer.programs import Shortage
 
 
 def when_answering(

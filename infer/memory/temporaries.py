@@ -14,7 +14,7 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, KEYS, MLP_ELEMENTS, SCORES
 
 if TYPE_CHECKING:
-    from infer.memory.plan import Precision
+    from infer.memory.precision import Precision
 
 _FLOAT32 = 4
 # Numbers for each logit that a token is drawn from: ranks, noise, ... XLA:CPU takes 10.25. Compiled

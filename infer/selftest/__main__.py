@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert import interrupt
-from convert.cli import Parser, note, version
-from glm2_jax.text import join_lines, json_line
-from infer import opening, options
+from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli.main import version
+from glm2_jax.cli.messages import note
+from glm2_jax.cli.parser import Parser
+from glm2_jax.escape import join_lines, json_line
+from infer import options, startup
 
 if TYPE_CHECKING:
-    from infer.engine import Engine
+    from infer.engine.engine import Engine
     from infer.selftest.checks import Check
 
 PROG = "python -m infer.selftest"
@@ -34,7 +36,7 @@ LABEL = 13
 def parser() -> Parser:
     """The flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=f"{PROG} --model chatglm2-6b")
-    options.add_model_options(result)
+    flags.add_model_options(result)
     options.add_performance_options(result)
     output = result.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of a report")
@@ -45,9 +47,9 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    options.use_utf8()
+    arguments.use_utf8()
     args = parser().parse_args(argv)
-    options.choose_platform(args)
+    arguments.choose_platform(args)
     report = examine(args)
     print(json_line(report) if args.json else render(report))
     codes = [check["exit_code"] for check in report["checks"] if check["status"] == "FAIL"]
@@ -60,20 +62,20 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UsageError: flags that make no sense. CheckpointError: --model is no folder.
     """
-    from convert.folder import open_folder
-    from convert.shards import read_json
+    from convert.files.shards import read_json
+    from convert.loading.folder import open_folder
     from glm2_jax.errors import CheckpointError, DeviceError, GLMError
     from infer.selftest import checks
 
-    opening.say_which_model(args)
+    startup.say_which_model(args)
     report: dict[str, Any] = {"model": _name(args.model), "versions": _versions()}
-    if (folder := opening.model_folder(args)) is not None:
+    if (folder := startup.model_folder(args)) is not None:
         args.model, args.hub_source, args.revision = str(folder), None, None
     if args.model is not None and not Path(args.model).is_dir():
         open_folder(args.model)  # says what it is instead; there is nothing to report on
     found = [checks.check_files(_folder(args))]
     try:
-        engine = opening.open_engine(args)
+        engine = startup.open_engine(args)
     except (CheckpointError, DeviceError) as error:
         found.append(checks.failure("opens", error))
     else:
@@ -87,7 +89,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
             report["figures"] = dataclasses.asdict(checks.measure(engine))
         except GLMError as error:
             found.append(checks.failure("speed", error))
-        from infer.respond import peak_memory
+        from infer.console import peak_memory
 
         report["peak_memory"] = peak_memory()
     report["checks"] = [_scrubbed(check, args.model) for check in found]
@@ -104,7 +106,7 @@ def _name(model: str | None) -> str:
 
 
 def _versions() -> str:
-    from infer.probing import PACKAGES, PLUGINS, installed
+    from glm2_jax.runtime.probing import PACKAGES, PLUGINS, installed
 
     found = installed(PACKAGES + PLUGINS)
     found.pop("glm2-jax", None)
@@ -114,7 +116,7 @@ def _versions() -> str:
 
 
 def _about(engine: Engine) -> dict[str, Any]:
-    from infer.probing import find_nvidia
+    from glm2_jax.runtime.probing import find_nvidia
 
     config, summary = engine.config, engine.checkpoint.summary
     device = engine.device
@@ -135,7 +137,7 @@ def _about(engine: Engine) -> dict[str, Any]:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    from infer.loading import demo_folder
+    from infer.engine.load import demo_folder
 
     return demo_folder() if args.model is None else Path(args.model)
 

@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.cli import Progress, human_size
-from convert.manifest import MANIFEST, verify_checkpoint
-from convert.names import PARTS
+from convert.files.manifest import MANIFEST, verify_checkpoint
+from convert.layouts.names import PARTS
 from convert.random import NAME as RANDOM
 from glm2_jax import KVCache, last_logits
+from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.errors import GLMError
-from glm2_jax.prompt import build_prompt
 from glm2_jax.quant import SCHEMES, QTensor
-from infer.engine import Engine
-from infer.job import bucket
-from infer.params import SamplingParams
+from glm2_jax.text.prompt import build_prompt
+from infer.engine.call import bucket
+from infer.engine.engine import Engine
+from infer.engine.params import SamplingParams
 from infer.selftest.known import (
     HELLO,
     PARAMETERS_6B,

@@ -9,7 +9,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from glm2_jax.config import PRESETS, GLMConfig
-from glm2_jax.tokenizer import Tokenizer
+from glm2_jax.text.tokenizer import Tokenizer
 
 HELLO = "你好"
 PARAMETERS_6B = 6_243_584_000  # of every published 6B checkpoint

@@ -8,8 +8,8 @@ from collections.abc import Container
 import numpy as np
 
 from glm2_jax.errors import InputError, UsageError
-from infer.reading import bucket
-from train.batch import Batch
+from glm2_jax.runtime.buckets import bucket
+from train.data.batch import Batch
 from train.data.dataset import Dataset
 from train.data.plan import Plan, make_plan, steps_of
 from train.data.split import Subset

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from infer.compile_cache import trim, user_cache
-from infer.rows.index import DataFile
+from glm2_jax.runtime.compile_cache import trim, user_cache
+from infer.datasets.index import DataFile
 from train.data.scan import COLUMNS, Reading, Scan, scan
 
 VARIABLE = "GLM2_JAX_DATA_CACHE"
@@ -32,8 +32,8 @@ MAX_BYTES = 2**30
 SMALL = 2**20  # bytes of a file that is encoded in a few seconds
 _ENDING = "-cache"
 _CODE = (
-    "glm2_jax.prompt", "glm2_jax.tokenizer", "infer.requests", "infer.rows.encode",
-    "infer.rows.formats", "infer.rows.index", "infer.rows.tables", "train.data.scan",
+    "glm2_jax.text.prompt", "glm2_jax.text.tokenizer", "infer.requests.request", "infer.datasets.encode",
+    "infer.datasets.formats", "infer.datasets.index", "infer.datasets.tables", "train.data.scan",
 )  # fmt: skip
 
 

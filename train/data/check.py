@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from glm2_jax.text import join_lines
+from glm2_jax.escape import join_lines
 from train.data.dataset import Dataset
 from train.data.duplicates import ALIKE, PIECE, Dialogues, repeats, signature
-from train.data.told import counted, summed
+from train.data.summary import counted, summed
 
 _BINS = 12
 _LISTED = 5  # examples of what is only counted

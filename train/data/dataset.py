@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glm2_jax.cli.json_input import parse_object
 from glm2_jax.errors import InputError, UsageError
-from glm2_jax.tokenizer import Tokenizer
-from infer.requests import parse_object
-from infer.rows import FORMATS
-from infer.rows.encode import Encoder
-from infer.rows.formats import Message, read_messages
-from infer.rows.index import DataFile
+from glm2_jax.text.tokenizer import Tokenizer
+from infer.datasets import FORMATS
+from infer.datasets.encode import Encoder
+from infer.datasets.formats import Message, read_messages
+from infer.datasets.index import DataFile
 from train.data.cache import ScanCache
 from train.data.scan import COLUMNS, MAX_LISTED, Reading, Scan, scan
-from train.data.told import counted, summed
+from train.data.summary import counted, summed
 
 MAX_TOLD = 20  # bad rows that are told where nobody asked for all
 

@@ -7,10 +7,10 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from convert.cli import Parser, Progress, human_size, note, path_argument
-from infer.options import positive
-from infer.rows import FORMATS
-from train.options import whole
+from glm2_jax.cli.arguments import path_argument, positive, whole
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.parser import Parser
+from infer.datasets import FORMATS
 
 if TYPE_CHECKING:
     from convert import Checkpoint
@@ -97,8 +97,8 @@ def open_dataset(
     Raises:
         InputError: bad data. UsageError: flags that make no sense.
     """
+    from glm2_jax.cli.arguments import check_plot
     from glm2_jax.errors import UsageError
-    from infer.bench.plot import check_plot
     from train.data.cache import ScanCache
     from train.data.dataset import Dataset
 

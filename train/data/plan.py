@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from infer.reading import bucket
+from glm2_jax.runtime.buckets import bucket
 from train.data.dataset import Group
-from train.data.order import random_order
 
 _WINDOW = 32  # steps whose sequences are sorted by length together
 
@@ -154,3 +153,17 @@ def _between(own: np.ndarray, general: np.ndarray) -> np.ndarray:
 def steps_of(plan: Plan, rows_per_step: int) -> int:
     """The number of steps that take all rows of a plan."""
     return math.ceil((len(plan.starts) - 1) / rows_per_step)
+
+
+def random_order(count: int, *seeds: int) -> np.ndarray:
+    """int64: 0 to count - 1 in a random order.
+
+    It is made from raw Philox bits, which are the same in every version of NumPy, unlike what
+    `np.random.Generator` makes of them.
+
+    Args:
+        count: how many.
+        seeds: whole numbers of 0 or more, always as many; others give another order.
+    """
+    bits = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
+    return np.argsort(bits, kind="stable")

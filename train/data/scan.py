@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from glm2_jax.cli.json_input import parse_object
 from glm2_jax.errors import InputError
-from infer.requests import parse_object
-from infer.rows.encode import Encoder
-from infer.rows.formats import detect, read_messages, unknown_format, unused_keys
-from infer.rows.index import DataFile, Row, no_rows
-from train.data.told import joined
+from infer.datasets.encode import Encoder
+from infer.datasets.formats import detect, read_messages, unknown_format, unused_keys
+from infer.datasets.index import DataFile, Row, no_rows
+from train.data.summary import joined
 
 MAX_LISTED = 10_000  # bad rows of which the reasons are kept; all are counted
 COLUMNS = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from convert import interrupt
-from convert.cli import Parser, Progress, note, path_argument
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.parser import Parser
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, Tokenizer
@@ -42,8 +44,8 @@ def main(argv: list[str]) -> int:
     if args.epochs < 1 or args.seed < 0 or not 0 < args.lr < 1:
         parser.error("--epochs must be at least 1, --seed at least 0, --lr between 0 and 1")
 
-    from convert.destination import check_destination
-    from convert.own_format import save_checkpoint
+    from convert.writing.destination import check_destination
+    from convert.writing.own import save_checkpoint
     from glm2_jax import Tokenizer
     from train.demo.data import load_heldout, load_pairs, train_tokenizer
 

@@ -10,8 +10,8 @@ import numpy as np
 import sentencepiece
 
 from glm2_jax import Tokenizer
-from glm2_jax.prompt import build_prompt, chatglm2_text
-from train.batch import Batch
+from glm2_jax.text.prompt import build_prompt, chatglm2_text
+from train.data.batch import Batch
 
 FOLDER = Path(__file__).parent
 

@@ -1,0 +1,1 @@
+"""LoRA adapters and prefixes: reading, writing, attaching."""

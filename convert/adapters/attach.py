@@ -1,0 +1,121 @@
+"""A checkpoint together with an adapter that was trained on it."""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from convert.adapters.adapter import Adapter, load_adapter
+from convert.files.shards import read_json
+from convert.layouts.peft_config import CONFIG
+from convert.layouts.tokens import TOKENIZER_CONFIG
+from convert.loading.checkpoint import Checkpoint
+from convert.loading.folder import Folder, fingerprint, open_folder
+from glm2_jax.errors import CheckpointError
+from glm2_jax.family import FAMILIES, decide_family, named_family, tokenizer_signs
+from glm2_jax.lora import with_lora
+from glm2_jax.sharding import lora_sharding
+
+
+def open_adapter(
+    adapter: str | os.PathLike,
+    base: str | Path,
+    *,
+    rope_kind: str | None = None,
+    template: str | None = None,
+    family: str | None = None,
+    force: bool = False,
+    apart: bool = False,
+) -> Adapter:
+    """Reads an adapter for a base whose weights need not be loaded yet.
+
+    Args:
+        adapter: its folder.
+        base: the model's folder.
+        rope_kind, template, family: as in `convert.load_checkpoint`.
+        force: take it even if it was trained on another base, or with another template; that is
+            said in its notes.
+        apart: as in `load_adapter`.
+
+    Raises:
+        CheckpointError: either cannot be opened, or they do not belong together.
+    """
+    folder = open_folder(base, rope_kind=rope_kind, template=template, family=family)
+    found = load_adapter(adapter, folder.config, apart=apart)
+    differences = []
+    other = None if family is not None else _other_family(found, folder, rope_kind)
+    if other is not None:
+        differences.append(
+            (
+                f"The adapter {found.source} was trained on a {other} model.",
+                f"{folder.path} is opened as {folder.config.family}, whose prompts are others.",
+                f"Use --family {other} (family={other!r}) if that is what it is; else name the "
+                "model that the adapter was trained on. --force-adapter (force_adapter=True) "
+                "takes it nevertheless.",
+            )
+        )
+    elif found.base not in (None, fingerprint(folder)):
+        differences.append(
+            (
+                f"The adapter {found.source} was trained on another base than {folder.path}.",
+                f"The base it knows has the fingerprint {found.base[:16]}, "
+                f"this one {fingerprint(folder)[:16]}.",
+                "Name the model that it was trained on. Where this one holds the same weights in "
+                "another layout or form, --force-adapter (force_adapter=True) is right.",
+            )
+        )
+    if found.template not in (None, folder.template):
+        differences.append(
+            (
+                f"The adapter {found.source} was trained with another prompt template.",
+                f"It knows {found.template!r}; the model is asked in {folder.template!r}.",
+                f"Use --template {found.template}, or --force-adapter (force_adapter=True).",
+            )
+        )
+    if differences and not force:
+        raise CheckpointError(*differences[0])
+    forced = tuple(f"forced: {what} {why}" for what, why, _ in differences)
+    return dataclasses.replace(found, notes=(*found.notes, *forced))
+
+
+def _other_family(found: Adapter, folder: Folder, rope_kind: str | None) -> str | None:
+    """The family that the adapter's base has, where it is another one than the folder is opened
+    as: the same folder as that family has the adapter's fingerprint, or PEFT noted such a name, or
+    the tokenizer that trainers save with an adapter shows it."""
+    if found.base is None:
+        source = Path(found.source)
+        named = named_family(read_json(source / CONFIG).get("base_model_name_or_path"))
+        if named is None and (source / TOKENIZER_CONFIG).exists():
+            signs = tokenizer_signs(read_json(source / TOKENIZER_CONFIG))
+            if any(folder.config.family not in sign.families for sign in signs):
+                named = decide_family(signs, found.source)
+        return None if named == folder.config.family else named
+    if found.base == fingerprint(folder):
+        return None
+    for family in FAMILIES:
+        with contextlib.suppress(CheckpointError):
+            other = open_folder(folder.path, rope_kind=rope_kind, family=family)
+            if fingerprint(other) == found.base:
+                return family
+    return None
+
+
+def attach(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The checkpoint with an adapter in its params (see `with_lora`): another model, with a
+    fingerprint of its own. On a mesh it is cut as the weights are that it belongs to."""
+    where = checkpoint.params["final_norm"].sharding
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+        where = lora_sharding(adapter.lora, where.mesh)
+    both = f"{checkpoint.fingerprint} {adapter.digest}"
+    names = ", ".join(f"{x} (rank {adapter.rank(x)})" for x in adapter.targets)
+    said = f"adapter {adapter.source}: {adapter.lora.num_params:,} parameters beside {names}"
+    return dataclasses.replace(
+        checkpoint,
+        params=with_lora(checkpoint.params, jax.device_put(adapter.lora, where)),
+        fingerprint=hashlib.sha256(both.encode()).hexdigest(),
+        notes=(*checkpoint.notes, said, *adapter.notes),
+    )

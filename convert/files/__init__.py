@@ -1,0 +1,1 @@
+"""Bytes on disk: the file formats that checkpoints are stored in."""

@@ -1,0 +1,165 @@
+"""Writes safetensors files as a stream: the header first, then the tensors chunk by chunk.
+
+The library's own writer wants all tensors of a file in memory at once; here it is one chunk.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convert.files.manifest import FileEntry
+from convert.files.safetensors_reader import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_MULTIPLE = 64  # so that mapped tensors begin at aligned addresses
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor to write.
+
+    Attributes:
+        name: in the file.
+        shape: in the file.
+        dtype: in the file.
+        chunks: gives its elements in order, as arrays of `dtype`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its elements in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def byte_chunks(self) -> Iterator[memoryview]:
+        """The bytes of its elements, as they are stored."""
+        for chunk in self.chunks():
+            yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+
+
+class HashingFile:
+    """A file that knows its size and sum when it is closed."""
+
+    def __init__(self, path: Path):
+        self.path, self.size, self.digest = path, 0, hashlib.sha256()
+        self.file = path.open("xb")
+
+    def write(self, data) -> None:
+        """Appends bytes, or anything that can be seen as bytes."""
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self.file:
+            if exception[0] is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+
+    @property
+    def entry(self) -> FileEntry:
+        """For the manifest."""
+        return FileEntry(self.size, self.digest.hexdigest())
+
+
+def write_file(path: Path, data: bytes) -> FileEntry:
+    """Writes a small file and waits until it is on the disk."""
+    with HashingFile(path) as file:
+        file.write(data)
+    return file.entry
+
+
+def write_shards(
+    folder: Path,
+    entries: Sequence[Entry],
+    max_shard_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    framework: str = "np",
+) -> dict[str, FileEntry]:
+    """Writes tensors as one file, or as shards with an index.
+
+    Args:
+        folder: exists.
+        entries: the tensors, in the order they are written.
+        max_shard_size: bytes; a single larger tensor gets a shard of its own.
+        progress: called with the bytes written and to write.
+        framework: whose tensors the files say they hold; transformers wants "pt".
+
+    Returns:
+        file name -> size and sum.
+    """
+    shards = divide(entries, max_shard_size, "model", "safetensors")
+    total = sum(entry.nbytes for entry in entries)
+    done, files = 0, {}
+    for name, shard in shards.items():
+        with HashingFile(folder / name) as file:
+            file.write(_header(shard, framework))
+            for entry in shard:
+                for data in entry.byte_chunks():
+                    file.write(data)
+                    done += len(data)
+                    progress(done, total)
+        files[name] = file.entry
+    if len(shards) > 1:
+        name = "model.safetensors.index.json"
+        files[name] = write_file(folder / name, index_of(shards))
+    return files
+
+
+def divide(
+    entries: Sequence[Entry], max_shard_size: int, stem: str, suffix: str
+) -> dict[str, list[Entry]]:
+    """Which tensors go into which file: "stem.suffix", or "stem-00001-of-00007.suffix" and so on.
+
+    The order is kept; a single tensor above `max_shard_size` bytes gets a shard of its own.
+    """
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    if len(shards) == 1:
+        return {f"{stem}.{suffix}": shards[0]}
+    count = len(shards)
+    return {f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}": shards[i] for i in range(count)}
+
+
+def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
+    """The index file of what `divide` gives: which tensor is in which file."""
+    places = {entry.name: name for name, shard in shards.items() for entry in shard}
+    total = sum(entry.nbytes for shard in shards.values() for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return json.dumps(index, indent=2).encode()
+
+
+def _header(entries: Sequence[Entry], framework: str) -> bytes:
+    table, position = {}, 0
+    for entry in entries:
+        end = position + entry.nbytes
+        kind = _NAMES[entry.dtype]
+        table[entry.name] = {
+            "dtype": kind,
+            "shape": list(entry.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps({"__metadata__": {"format": framework}, **table}).encode()
+    text += b" " * (-(len(text) + 8) % _HEADER_MULTIPLE)
+    return len(text).to_bytes(8, "little") + text

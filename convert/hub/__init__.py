@@ -1,0 +1,1 @@
+"""Models by their name on a hub."""

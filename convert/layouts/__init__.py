@@ -1,0 +1,1 @@
+"""What other projects call things: names of tensors, configurations, tokenizers."""

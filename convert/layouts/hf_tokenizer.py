@@ -1,0 +1,199 @@
+"""The tokenizer in the files that `transformers.AutoTokenizer` opens without code of the folder.
+
+`tokenizer.json` holds the pieces of the SentencePiece model as a byte-pair encoding of the
+`tokenizers` package. SentencePiece joins two neighbours when the joined piece has the best score;
+so every way to cut a piece in two becomes a merge, ranked by that score.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import sentencepiece
+
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.text.prompt import ROLES
+from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
+
+# The published names `sop` and `eop` are parts of words: as special tokens they would be found in
+# "sophisticated". The later GLM models write them so.
+SAFE_NAMES = {"sop": "<sop>", "eop": "<eop>"}
+PREFIX = "[gMASK]<sop>"  # begins every sequence
+
+# Texts whose ids must be equal to ours before anything is written.
+_PROBES = (
+    "",
+    " ",
+    "\n",
+    "你好",
+    "sophisticated people",
+    "[Round 1]\n\n问：你好\n\n答：",
+    "def main():\n    print('hello world')\t# greeting",
+    "1234567890 a  b   c \u3000 \r\n 👋 𠮷 ① e\u0301 <0x0A> sop eop ▁",
+)
+
+
+def tokenizer_files(tokenizer: Tokenizer, template: str, *, max_length: int) -> dict[str, bytes]:
+    """The files of a tokenizer: name -> content.
+
+    Args:
+        tokenizer: ours.
+        template: prompt template that the chat template is to render; "raw" has none.
+        max_length: positions that the model knows.
+
+    Raises:
+        UsageError: the package `tokenizers` is not installed.
+        CheckpointError: the files would give other ids than ours.
+    """
+    fast = _byte_pair_encoding(tokenizer)
+    _compare(fast, tokenizer)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": max_length,
+        "padding_side": "left",
+        "truncation_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        "pad_token": tokenizer.piece(tokenizer.pad_id),
+        "unk_token": tokenizer.piece(tokenizer.pad_id),
+    }
+    if template in CHAT_TEMPLATES:
+        config["chat_template"] = CHAT_TEMPLATES[template]
+    return {
+        "tokenizer.json": fast.to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+        "tokenizer.model": tokenizer.model_bytes,
+    }
+
+
+def token_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """id -> name of the special and the added tokens, as programs other than ours know them."""
+    special = {i: SAFE_NAMES.get(name, name) for name, i in tokenizer.special.items()}
+    return special | {token.id: token.content for token in tokenizer.added.values()}
+
+
+def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
+    """The `tokenizers.Tokenizer` with our pieces, special tokens, prefix and decoder."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UsageError(
+            "The tokenizer files need the package tokenizers.",
+            str(error),
+            "Install it: pip install 'glm2-jax[export]'.",
+        ) from error
+    decoders, normalizers = tokenizers.decoders, tokenizers.normalizers
+    ids, merges = _vocabulary(tokenizer)
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, byte_fallback=True))
+    space = normalizers.Replace(" ", SPACE_MARK)
+    dummy = [normalizers.Prepend(SPACE_MARK)] if tokenizer.adds_dummy_prefix else []
+    fast.normalizer = normalizers.Sequence([*dummy, space])
+    strip = [decoders.Strip(" ", 1, 0)] if tokenizer.adds_dummy_prefix else []
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    # <s> is not among them: it is never written, and it is HTML that people do write.
+    names = [tokenizer.piece(tokenizer.pad_id), tokenizer.piece(tokenizer.eos_id)]
+    names += [SAFE_NAMES.get(name, name) for name in tokenizer.special]
+    fast.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
+    )
+    for token in tokenizer.added.values():
+        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+        added = tokenizers.AddedToken(token.content, normalized=False, **flags)
+        (fast.add_special_tokens if token.special else fast.add_tokens)([added])
+    begin = [SAFE_NAMES.get(name, name) for name in ("[gMASK]", "sop")]
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{' '.join(begin)} $A",
+        pair=f"{' '.join(begin)} $A $B {tokenizer.piece(tokenizer.eos_id)}",
+        special_tokens=[
+            *zip(begin, tokenizer.prefix_ids, strict=True),
+            (tokenizer.piece(tokenizer.eos_id), tokenizer.eos_id),
+        ],
+    )
+    return fast
+
+
+def _vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The tokens with their ids, and the merges of pieces, the first one first."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    named = token_names(tokenizer)
+    ids = {model.id_to_piece(i): i for i in range(model.get_piece_size()) if i not in named}
+    ordinary = {piece: i for piece, i in ids.items() if tokenizer.token_text(i)}
+    ids |= {name: i for i, name in named.items()}
+
+    def ways(piece: str) -> Iterator[tuple[float, int, int, str, str]]:
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ordinary and right in ordinary:
+                score = model.get_score(ordinary[piece])
+                yield -score, ordinary[left], ordinary[right], left, right
+
+    found = sorted(way for piece in ordinary for way in ways(piece))
+    return ids, [(left, right) for *_, left, right in found]
+
+
+def _compare(fast: Any, tokenizer: Tokenizer) -> None:
+    """Refuses a SentencePiece model that does not work as a byte-pair encoding of this kind."""
+    for text in _PROBES:
+        ids = fast.encode(text, add_special_tokens=False).ids
+        if ids != tokenizer.encode(text):
+            raise CheckpointError(
+                "The tokenizer cannot be written in the HF-native form.",
+                f"For {text!r} it would give {ids}, not {tokenizer.encode(text)}.",
+                "Is tokenizer.model the published file of the ChatGLM2 family?",
+            )
+    for name, token_id in tokenizer.special.items():
+        found = fast.token_to_id(SAFE_NAMES.get(name, name))
+        if found != token_id:
+            raise CheckpointError(
+                "The tokenizer cannot be written in the HF-native form.",
+                f"The special token {name} would be {found}, not {token_id}.",
+                "Is tokenizer.model the published file of the ChatGLM2 family?",
+            )
+
+
+_ROUNDS = """\
+{%- set memory = namespace(round=0, system='') -%}
+{{- '[gMASK]<sop>' -}}
+{%- for message in messages -%}
+{%- if message.role == 'system' and loop.first -%}
+{%- set memory.system = message.content + '\\n' -%}
+{%- elif message.role == 'user' -%}
+{%- set memory.round = memory.round + 1 -%}
+{{- '[Round ' ~ memory.round ~ ']\\n\\n问：' ~ memory.system ~ message.content -}}
+{%- set memory.system = '' -%}
+{%- if not loop.last or add_generation_prompt -%}
+{{- '\\n\\n答：' -}}
+{%- endif -%}
+{%- elif message.role == 'assistant' -%}
+{{- message.content -}}
+{%- if not loop.last -%}
+{{- '\\n\\n' -}}
+{%- endif -%}
+{%- else -%}
+{{- raise_exception('ChatGLM2 knows user, assistant and one system message at the start.') -}}
+{%- endif -%}
+{%- endfor -%}"""
+
+_MESSAGES = """\
+{{- '[gMASK]<sop>' -}}
+{%- for message in messages -%}
+{%- if message.role not in ROLES -%}
+{{- raise_exception('ChatGLM3 knows the roles ROLES.') -}}
+{%- endif -%}
+{{- '<|' ~ message.role ~ '|>' ~ (message.metadata or '') ~ '\\n ' ~ message.content -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant|>' -}}
+{%- endif -%}"""
+
+# The text after a role's token gets a space mark of its own, as the published code gives it; the
+# space before the content stands for that of its second piece of text.
+CHAT_TEMPLATES = {
+    "chatglm2": _ROUNDS,
+    "chatglm3": _MESSAGES.replace("in ROLES", f"in {list(ROLES)}").replace(
+        "ROLES", ", ".join(ROLES)
+    ),
+}

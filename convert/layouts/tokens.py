@@ -1,0 +1,278 @@
+"""The tokens that the small files of a folder name, and the tokenizer that follows from them.
+
+`transformers` writes them into tokenizer_config.json (added_tokens_decoder), older versions into
+added_tokens.json, and for its fast tokenizers into tokenizer.json.
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.files.shards import read_json
+from convert.files.tensor import reading
+from convert.layouts.hf_tokenizer import SAFE_NAMES
+from glm2_jax.config import shorten
+from glm2_jax.errors import CheckpointError
+from glm2_jax.family import ROLE_TOKENS
+from glm2_jax.text.prompt import stop_ids
+from glm2_jax.text.tokenizer import SPECIAL, AddedToken, Tokenizer
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_ANCHORS = ("[gMASK]", "sop", *ROLE_TOKENS)  # what prompts are written with
+_PUBLISHED_PIECES = 64789
+_JSON_START = 2**22  # tokenizer.json has megabytes of pieces after its tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedTokens:
+    """The tokens that a folder names.
+
+    Attributes:
+        tokens: those with an id.
+        without_id: tokens that other files name, without one or with one that is not read.
+        where: the file that names them; "" where none does.
+    """
+
+    tokens: tuple[AddedToken, ...] = ()
+    without_id: tuple[str, ...] = ()
+    where: str = ""
+
+
+def read_tokens(tokenizer_config: Mapping[str, Any], folder: Path | None = None) -> NamedTokens:
+    """Reads the tokens of a folder; as in `transformers`, added_tokens_decoder goes first.
+
+    Args:
+        tokenizer_config: its tokenizer_config.json.
+        folder: where the other files are; None where only that one counts.
+
+    Raises:
+        CheckpointError: a file is damaged, or names a token or an id twice.
+    """
+    where, found = TOKENIZER_CONFIG, tokenizer_config.get("added_tokens_decoder")
+    if found:
+        if not isinstance(found, Mapping):
+            raise _damaged(where, found)
+        tokens = [_token(value, number, where) for number, value in found.items()]
+    elif folder is None:
+        tokens = []
+    elif (folder / "added_tokens.json").exists():
+        where = "added_tokens.json"
+        raw = read_json(folder / where)
+        special = set(_names(tokenizer_config))
+        tokens = [_token({"content": x, "special": x in special}, raw[x], where) for x in raw]
+    else:
+        where = "tokenizer.json"
+        tokens = [_token(value, None, where) for value in _fast_tokens(folder / where)]
+    count = Counter([token.id for token in tokens]) + Counter([token.content for token in tokens])
+    value, times = max(count.items(), key=lambda item: item[1], default=("", 0))
+    if times > 1:
+        raise CheckpointError(
+            f"{where} names {shorten(value)} {times} times among its tokens.",
+            "A token has one id.",
+            "Correct it, or download the file again.",
+        )
+    names = list(_names(tokenizer_config))
+    if folder is not None and (folder / "special_tokens_map.json").exists():
+        names += _names(read_json(folder / "special_tokens_map.json"))
+    known = {token.content: token.id for token in tokens}
+    if found and folder is not None and (folder / "added_tokens.json").exists():
+        names += _unlisted(read_json(folder / "added_tokens.json"), known)
+    without = tuple(name for name in dict.fromkeys(names) if name not in known)
+    return NamedTokens(tuple(tokens), without, where if tokens else "")
+
+
+def _unlisted(added: Mapping[str, Any], known: Mapping[str, int]) -> list[str]:
+    """Tokens that added_tokens.json alone names, which `transformers` does not read then."""
+    for name in added.keys() & known.keys():
+        if added[name] != known[name]:
+            raise CheckpointError(
+                f"The token {shorten(name)} has two ids: {known[name]} in {TOKENIZER_CONFIG}, "
+                f"{shorten(added[name])} in added_tokens.json.",
+                "Which of them the model learned is not known.",
+                "Correct one of the two files, or remove added_tokens.json.",
+            )
+    return [name for name in added if name not in known]
+
+
+def _names(raw: Mapping[str, Any]) -> Iterable[str]:
+    """The texts of the additional special tokens in a configuration."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        values = raw.get(key) or []
+        for value in values.values() if isinstance(values, Mapping) else values:
+            text = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(text, str) and text:
+                yield text
+
+
+def _fast_tokens(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    with reading(path), path.open("rb") as file:
+        text = file.read(_JSON_START).decode("utf-8", errors="replace")
+    key = '"added_tokens":'
+    if key not in text:
+        return []
+    rest = text[text.index(key) + len(key) :].lstrip()
+    try:
+        found, _ = json.JSONDecoder().raw_decode(rest)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be parsed.", str(error)[:200], "Download it again."
+        ) from error
+    return found if isinstance(found, list) else []
+
+
+def _token(value: Any, number: Any, where: str) -> AddedToken:
+    if not isinstance(value, Mapping):
+        raise _damaged(where, value)
+    number = value.get("id") if number is None else number
+    if isinstance(number, str) and number.isascii() and number.isdecimal() and len(number) < 10:
+        number = int(number)
+    content = value.get("content")
+    if type(number) is not int or number < 0 or not isinstance(content, str) or not content:
+        raise _damaged(where, {number: content})
+    flags = ("special", "lstrip", "rstrip", "single_word")
+    return AddedToken(content, number, **{flag: value.get(flag) is True for flag in flags})
+
+
+def _damaged(where: str, value: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: {shorten(value)} is not an added token.",
+        "A token has a text (content) and an id of 0 or more.",
+        "Correct it, or download the file again.",
+    )
+
+
+def _special_ids(
+    plain: Tokenizer, named: NamedTokens, family: str
+) -> tuple[dict[str, int], str | None]:
+    """The ids of a family's special tokens: those that the folder names; the others in the
+    published order around these, which follow the pieces where it names none.
+
+    Returns:
+        name -> id, and a line to report, or None.
+    """
+    ids = _pieces_named_so(plain) | {token.content: token.id for token in named.tokens}
+    order = {name: i for i, name in enumerate(SPECIAL[family])}
+    start = ids.get("[gMASK]", plain.num_pieces + order["[gMASK]"]) - order["[gMASK]"]
+    if "sop" not in ids and ids.get(SAFE_NAMES["sop"]) == start + order["sop"]:
+        ids["sop"] = ids[SAFE_NAMES["sop"]]
+    anchors = [name for name in _ANCHORS if name in order]
+    given = [name for name in anchors if name in ids]
+    starts = {ids[name] - order[name] for name in given} or {plain.num_pieces}
+    if len(given) == 1 and starts != {plain.num_pieces}:
+        # `transformers` gives a token that it does not find a new id; prompts do not use that one.
+        line = f"{given[0]} alone has an id in {named.where}, {ids[given[0]]}: it is not used"
+        return plain.default_special(family), line
+    if len(starts) == 1:
+        (start,) = starts
+        return {name: start + i for name, i in order.items()}, None
+    if given == anchors:
+        return {name: ids[name] for name in order if name in ids}, None
+    missing = ", ".join(name for name in anchors if name not in ids)
+    raise CheckpointError(
+        f"{named.where} gives the ids of some special tokens of a {family} model.",
+        f"{', '.join(f'{name} is {ids[name]}' for name in given)}, which is no published order, "
+        f"and {missing} is missing.",
+        f"Add the missing ids to added_tokens_decoder in {TOKENIZER_CONFIG}, or name another "
+        "family with --family.",
+    )
+
+
+def _pieces_named_so(plain: Tokenizer) -> dict[str, int]:
+    """Special tokens that are pieces of the SentencePiece model, by their names."""
+    found = {name: plain.piece_id(name) for name in SPECIAL["chatglm3"]}
+    ids = {name: i for name, i in found.items() if i is not None}
+    return ids if "[gMASK]" in ids else {}
+
+
+def fit_tokenizer(
+    plain: Tokenizer,
+    named: NamedTokens,
+    family: str,
+    *,
+    vocab_size: int,
+    ends: Sequence[int] = (),
+) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of a folder.
+
+    Args:
+        plain: its pieces.
+        named: its tokens.
+        family: its family.
+        vocab_size: rows of the embedding.
+        ends: ids that end an answer, of its configuration.
+
+    Returns:
+        The tokenizer, and what to report, one line each.
+
+    Raises:
+        CheckpointError: an id beyond the vocabulary or that two tokens have, or special tokens of
+            which some have ids in no published order.
+    """
+    special, line = _special_ids(plain, named, family)
+    notes = [] if line is None else [line]
+    family_names = {*special, *(SAFE_NAMES[name] for name in special if name in SAFE_NAMES)}
+    by_id = {number: name for name, number in special.items()}
+    added = []
+    for token in named.tokens:
+        if token.id <= plain.eos_id or token.content in family_names:
+            continue  # of the family: no text is encoded to it
+        if token.id in by_id:
+            raise CheckpointError(
+                f"{named.where} gives the id {token.id} to {shorten(token.content)}.",
+                f"In a {family} model it is the id of {by_id[token.id]}.",
+                "Name another family with --family, or correct the file.",
+            )
+        added.append(token)
+    usual = stop_ids(plain.with_tokens(family, special))
+    ends = [i for i in dict.fromkeys(ends) if i not in usual]
+    listed = [(token.content, token.id) for token in named.tokens]
+    for name, number in (*listed, *(("that ends an answer", i) for i in ends)):
+        if number >= vocab_size:
+            raise CheckpointError(
+                f"The token {shorten(name)} has the id {number}, beyond the model's vocabulary.",
+                f"The model has {vocab_size} ids (padded_vocab_size).",
+                "Take the tokenizer files of the repository that the weights come from.",
+            )
+    unknown = [name for name in named.without_id if name not in family_names]
+    if unknown:
+        names = ", ".join(map(repr, unknown))[:200]
+        notes.append(
+            f"tokens to which {TOKENIZER_CONFIG} gives no id are not known here: {names}; in a "
+            "prompt they are ordinary text"
+        )
+    return plain.with_tokens(family, special, added, ends), notes
+
+
+def assumed_places(tokenizer: Tokenizer, named: NamedTokens) -> list[str]:
+    """A line where nothing but the published order gives the special ids, behind pieces that are
+    not the published ones."""
+    known = any(token.content in _ANCHORS for token in named.tokens)
+    after = tokenizer.special == tokenizer.default_special(tokenizer.family)
+    if known or not after or tokenizer.num_pieces == _PUBLISHED_PIECES:
+        return []
+    return [
+        f"tokenizer.model has {tokenizer.num_pieces:,} pieces, the published one "
+        f"{_PUBLISHED_PIECES:,}, and no file gives the ids of the special tokens: they are assumed "
+        f"to follow the pieces ([gMASK] = {tokenizer.special['[gMASK]']})"
+    ]
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `tokenizer_config.json` that gives a tokenizer its tokens back; empty for one whose
+    special tokens follow the pieces, with no others."""
+    if not tokenizer.added and tokenizer.special == tokenizer.default_special(tokenizer.family):
+        return {}
+    special = [AddedToken(name, number, True) for name, number in tokenizer.special.items()]
+    tokens = sorted((*special, *tokenizer.added.values()), key=lambda token: token.id)
+    entries = {token.id: dataclasses.asdict(token) | {"normalized": False} for token in tokens}
+    for entry in entries.values():
+        del entry["id"]
+    return {
+        "tokenizer_class": "ChatGLMTokenizer",
+        "added_tokens_decoder": {str(number): entry for number, entry in entries.items()},
+    }

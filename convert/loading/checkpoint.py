@@ -1,0 +1,186 @@
+"""`load_checkpoint`: a folder becomes parameters on a device, one tensor at a time."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from convert.loading.folder import Folder, fingerprint, open_folder, target_scheme
+from convert.loading.params import load_params
+from glm2_jax.config import GLMConfig
+from glm2_jax.errors import DeviceError, UsageError
+from glm2_jax.quant import Scheme
+from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
+from glm2_jax.sharding import check_mesh
+from glm2_jax.text.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSummary:
+    """What was found and what became of it.
+
+    Attributes:
+        layout: "own", "official", "official int4", "official int8" or "HF-native glm".
+        family: "chatglm2", "chatglm3" or "codegeex2".
+        stored_dtype: type of most of the stored weights.
+        dtype: type of the parameters in memory, and of the activations.
+        quantisation: scheme of the matrices in memory (see `glm2_jax.schemes`), or None.
+        num_params: number of parameters.
+        bytes_on_disk: size of the weight files.
+        source: the folder, as given.
+    """
+
+    layout: str
+    family: str
+    stored_dtype: str
+    dtype: str
+    quantisation: str | None
+    num_params: int
+    bytes_on_disk: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened model.
+
+    Attributes:
+        config: its architecture.
+        params: nested dictionary of arrays, layers stacked (see `glm2_jax`).
+        tokenizer: its tokenizer.
+        template: its prompt template.
+        fingerprint: identifies the base, see `convert.loading.folder.fingerprint`.
+        summary: what was found.
+        notes: lines for the user.
+    """
+
+    config: GLMConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    template: str
+    fingerprint: str
+    summary: CheckpointSummary
+    notes: tuple[str, ...] = ()
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    quantize_embeddings: bool = False,
+    layers: str = "stacked",
+    mesh: Any = None,
+    rope_kind: str | None = None,
+    template: str | None = None,
+    family: str | None = None,
+    device: Any = None,
+    progress: Progress = lambda done, total: None,
+) -> Checkpoint:
+    """Opens a checkpoint folder: official (`.bin`, safetensors, int4, int8), HF-native or our own.
+
+    Peak memory beyond the parameters themselves is a few chunks of a few megabytes; mapped pages
+    of the files do not count. Every number that is read is checked for NaN and infinity.
+
+    With a mesh each process reads what its own devices hold, once, and nothing of the model is ever
+    whole. Two things make it read more. Where weights are quantised while they are loaded, a scale
+    is that of a whole row or group, so rows are read whole, also those of `o` and `down`, of which
+    a device holds some columns. And files are mapped in pages (4 kB or more): of rows whose pieces
+    are shorter than a page the disk gives everything, though only the pieces are looked at.
+
+    Args:
+        path: the folder.
+        dtype: "auto" or the name of a type, e.g. "bfloat16".
+        quantize: "int8" or "int4" to quantise the matrices of the layers while loading; None =
+            as the folder has them; "none" = never, what is stored quantised is unpacked to `dtype`.
+        quantize_embeddings: quantise embedding and head, too, in the same way.
+        layers: "stacked" for arrays with a leading axis of layers, "list" for a list of layers
+            (see `glm2_jax.unstack_layers`). Only one of them is ever in memory.
+        mesh: a `jax.sharding.Mesh` to spread the parameters over, see
+            `glm2_jax.sharding.params_sharding`; None = one device.
+        rope_kind: "linear" or "base", where the folder does not tell what `rope_ratio` means.
+        template: "chatglm2", "chatglm3" or "raw" instead of the family's own.
+        family: "chatglm2", "chatglm3" or "codegeex2", whatever the folder says.
+        device: a `jax.Device`, the name of a platform, or None for the default device; not beside
+            a mesh.
+        progress: called with the bytes of parameters done and to do in this process.
+
+    Raises:
+        UsageError: an argument that makes no sense, or a mesh that does not fit the model.
+        CheckpointError: the folder cannot be opened; the message says which file and why.
+        DeviceError: no such device.
+    """
+    if layers not in ("stacked", "list"):
+        raise UsageError(f"layers={layers!r} is unknown.", "Known: stacked, list.")
+    device = _find_device(device) if mesh is None else _first_device(mesh, device)
+    folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
+    config = folder.config
+    scheme = target_scheme(folder, quantize, quantize_embeddings)
+    if mesh is not None:
+        check_mesh(config, mesh, scheme)
+    target = resolve_dtype(dtype, num_params=config.num_params, device=device)
+    where = device if mesh is None else mesh
+    return Checkpoint(
+        config=config,
+        params=load_params(folder, target, scheme, layers == "list", where, progress),
+        tokenizer=folder.tokenizer,
+        template=folder.template,
+        fingerprint=fingerprint(folder),
+        summary=CheckpointSummary(
+            layout=folder.layout,
+            family=config.family,
+            stored_dtype=folder.stored_dtype,
+            dtype=dtype_name(target),
+            quantisation=None if scheme is None else scheme.name,
+            num_params=config.num_params,
+            bytes_on_disk=folder.weights.bytes_on_disk,
+            source=str(path),
+        ),
+        notes=(*folder.notes, *_notes(folder, dtype_name(target), scheme)),
+    )
+
+
+def _first_device(mesh: Any, device: Any) -> Any:
+    """A device of the mesh, which stands for all of them."""
+    if not isinstance(mesh, Mesh) or device is not None:
+        raise UsageError(
+            f"mesh={mesh!r} and device={device!r} do not say where the parameters go.",
+            "A mesh is a jax.sharding.Mesh, and names all devices.",
+            "Use glm2_jax.make_mesh, and leave device out.",
+        )
+    return mesh.devices.flat[0]
+
+
+def _find_device(device: Any) -> Any:
+    if not isinstance(device, str):
+        return device
+    try:
+        return jax.devices(device)[0]
+    except RuntimeError as error:
+        raise DeviceError(
+            f"There is no device {device!r} here.",
+            str(error).splitlines()[0],
+            f"jax sees: {', '.join(str(found) for found in jax.devices())}.",
+        ) from error
+
+
+def _notes(folder: Folder, dtype: str, scheme: Scheme | None) -> tuple[str, ...]:
+    if folder.scheme is not None and scheme is None:
+        return (
+            f"the weights are stored in {folder.scheme.name}; "
+            f"they were dequantised to {dtype} and take the memory of that",
+        )
+    notes = []
+    if folder.scheme is None and scheme is not None:
+        what = "the matrices of the layers"
+        what += ", the embedding and the head" if scheme.embeddings else ""
+        notes.append(f"{what} were quantised to int{scheme.bits}")
+    if folder.float_dtype != dtype:
+        which = "the weights" if scheme is None else "the other weights"
+        notes.append(f"{which} are stored in {folder.float_dtype}; converted to {dtype}")
+    return tuple(notes)

@@ -1,0 +1,1 @@
+"""Checkpoint folders and GGUF files that are written."""

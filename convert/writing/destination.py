@@ -1,0 +1,165 @@
+"""Where a checkpoint folder or file may be written, and what it may replace."""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from convert.files.manifest import MANIFEST, read_manifest
+from convert.files.tensor import reading
+from glm2_jax.cli.files import (
+    moved_aside,
+    new_file,
+    new_folder,
+    real_path,
+    remove_leftovers,
+    require_space,
+    require_writable,
+    restore,
+)
+from glm2_jax.errors import CheckpointError, UsageError
+
+# Room for headers, the index, the manifest and the blocks of the file system.
+_SPARE_BYTES = 2**20
+
+
+@contextmanager
+def new_checkpoint(
+    destination: str | Path,
+    *,
+    needed: int,
+    overwrite: bool | None = None,
+    source: Path | None = None,
+) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `destination`, complete or not at all.
+
+    Arguments and errors are those of `check_destination`; an error of the system while the folder
+    is filled is an InputError, too. Nothing is left behind.
+    """
+    folder = real_path(destination)
+    restore(folder)
+    check_destination(folder, overwrite, source=source, needed=needed)
+    remove_leftovers(folder)
+    may_replace = functools.partial(_check_replaceable, folder, folder, overwrite, source)
+    with new_folder(folder, may_replace) as temporary:
+        yield temporary
+
+
+def check_destination(
+    destination: str | Path, overwrite: bool | None, *, source: Path | None = None, needed: int = 0
+) -> None:
+    """Refuses to begin what cannot be finished, and to replace what must not be replaced.
+
+    Args:
+        destination: the folder to write.
+        overwrite: whether a folder of our own format may be replaced; None = nobody can ask for it.
+        source: the folder that is converted.
+        needed: bytes to write.
+
+    Raises:
+        UsageError: a URL; or the folder exists and `overwrite` is not True, or it is none of ours,
+            or it holds the source or files that we did not write.
+        InputError: no space, or the folder cannot be written.
+    """
+    folder = real_path(destination)
+    require_writable(folder)
+    _check_replaceable(folder, moved_aside(folder) or folder, overwrite, source)
+    require_space(folder, needed + _SPARE_BYTES)
+
+
+@contextmanager
+def new_model_file(destination: str | Path, *, needed: int) -> Iterator[Path]:
+    """Gives the path of a file that becomes `destination`, complete or not at all.
+
+    Arguments and errors are those of `check_model_file`; an error of the system while the file is
+    written is an InputError, too. Nothing is left behind.
+    """
+    check_model_file(destination, needed=needed)
+    file = real_path(destination)
+    remove_leftovers(file)
+    with new_file(file, functools.partial(_check_replaceable, file, file, None, None)) as path:
+        yield path
+
+
+def check_model_file(destination: str | Path, *, needed: int = 0) -> None:
+    """Refuses to begin what cannot be finished.
+
+    Args:
+        destination: the file to write.
+        needed: bytes to write.
+
+    Raises:
+        UsageError: something has that name, or it is that of a folder.
+        InputError: no space, or the file cannot be written.
+    """
+    slash = os.fspath(destination).endswith(os.sep)
+    if slash or os.path.isdir(destination):
+        raise UsageError(
+            f"{destination} {'is the name of' if slash else 'is'} a folder.",
+            "What is written is one file.",
+            f"Name the file, for example {Path(destination) / 'model.gguf'}.",
+        )
+    check_destination(destination, None, needed=needed)
+
+
+def _check_replaceable(
+    folder: Path, present: Path, overwrite: bool | None, source: Path | None
+) -> None:
+    if not os.path.lexists(present):
+        return
+    if present.is_dir() and present.samefile("."):
+        raise UsageError(
+            f"{folder} is the current folder.",
+            "A new folder takes its place, so you would stay in one that is gone.",
+            "Run the command somewhere else.",
+        )
+    if source is not None and present.is_dir():
+        with reading(source):
+            _check_outside(present, source)
+    try:
+        if present.is_dir() and not any(present.iterdir()):
+            return
+        if not overwrite:
+            asking = "" if overwrite is None else ", or use --overwrite (overwrite=True)"
+            raise UsageError(
+                f"{folder} exists.",
+                "Nothing is overwritten" + (" unless that is asked for." if asking else "."),
+                f"Choose another name{asking}.",
+            )
+        known = {MANIFEST, *read_manifest(present).files}
+        foreign = [
+            path.name
+            for path in sorted(present.iterdir())
+            if path.name not in known or (path.is_dir() and not path.is_symlink())
+        ]
+    except (CheckpointError, OSError) as error:
+        raise UsageError(
+            f"{folder} is not a folder of this project's format.",
+            "Only such a folder is replaced, so that a mistyped path costs nothing.",
+            "Choose another name, or remove it yourself.",
+        ) from error
+    if foreign:
+        raise UsageError(
+            f"{folder} holds {', '.join(foreign[:5])}{', ...' if foreign[5:] else ''}.",
+            "Its manifest does not list that, so replacing the folder would lose it.",
+            "Move it elsewhere, or choose another name.",
+        )
+
+
+def _check_outside(folder: Path, source: Path) -> None:
+    """The source, or a file that it links to, must not go when `folder` is replaced."""
+    if folder.samefile(source):
+        raise UsageError(
+            "The folder cannot be converted onto itself.",
+            "What is written is read from it until the end.",
+            "Name another one.",
+        )
+    for path in (source, *source.iterdir()):
+        real = real_path(path)
+        if any(parent.exists() and parent.samefile(folder) for parent in real.parents):
+            raise UsageError(
+                f"The source {path} lies in {folder}.",
+                "Replacing that folder would lose it.",
+                "Choose another name.",
+            )

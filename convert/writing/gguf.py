@@ -1,0 +1,341 @@
+"""What a GGUF file of llama.cpp's architecture "chatglm" is made of: metadata, vocabulary, tensors.
+
+Read in llama.cpp's `src/models/chatglm.cpp`: query_key_value and dense_h_to_4h stay fused, in the
+published order of rows; the first half of a head is rotated, in neighbouring pairs; vectors are
+float32, whatever the matrices are.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from convert.files.safetensors_writer import Entry
+from convert.layouts.hf_tokenizer import CHAT_TEMPLATES, PREFIX, token_names
+from convert.layouts.names import INV_FREQ
+from convert.loading.folder import Folder
+from convert.writing.destination import new_model_file
+from convert.writing.pytorch import export_entries
+from glm2_jax.config import GLMConfig
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.lora import LoRA
+from glm2_jax.text.prompt import stop_ids
+from glm2_jax.text.tokenizer import Tokenizer
+
+TYPES = ("f16", "q8_0")
+
+# Q8_0 stores 32 numbers of a row as int8 and a float16 scale.
+_BLOCK = 32
+# Up to half a step of float16 above 65504 is rounded down to it; a scale is a 127th.
+_TOO_LARGE = {"F16": 65520.0, "Q8_0": 127 * 65520.0}
+# A block of such numbers has the scale 0 in any case; without them no reciprocal overflows.
+_NOTHING = np.float32(1e-30)
+
+
+def require_gguf() -> types.ModuleType:
+    """The package gguf.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(
+            "Writing GGUF needs the package gguf.",
+            str(error),
+            "Install it: pip install 'glm2-jax[gguf]'.",
+        ) from error
+    return gguf
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file.
+
+    Attributes:
+        name: in the file.
+        kind: how it is stored: a `gguf.GGMLQuantizationType`, F32, F16 or Q8_0.
+        source: gives its shape and its elements in float32, whole rows at a time.
+    """
+
+    name: str
+    kind: Any
+    source: Entry
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its elements in the file, in bytes."""
+        elements, size = require_gguf().GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.source.shape) // elements * size
+
+    def byte_chunks(self) -> Iterator[memoryview]:
+        """The bytes of its elements, in order.
+
+        Raises:
+            CheckpointError: NaN or infinity, or a number that the kind cannot hold.
+        """
+        for chunk in self.source.chunks():
+            stored = np.ascontiguousarray(self._encode(chunk))
+            yield stored.reshape(-1).view(np.uint8).data
+
+    def _encode(self, values: np.ndarray) -> np.ndarray:
+        """[n] float32, whole rows -> what the file holds of them."""
+        if self.kind.name == "F32":
+            return values
+        sizes = np.abs(values)
+        if sizes.max() >= _TOO_LARGE[self.kind.name]:
+            raise CheckpointError(
+                f"{self.source.name} holds {sizes.max():g}, which {self.kind.name} of GGUF cannot "
+                "represent.",
+                "It would become infinite.",
+                "" if self.source.shape[-1] % _BLOCK else "Use --type q8_0, which reaches further.",
+            )
+        if self.kind.name == "Q8_0":
+            kept = np.where(sizes < _NOTHING, np.float32(0), values)
+            rows = kept.reshape(-1, self.source.shape[-1])  # it takes 16 at a time: not too short
+            return require_gguf().quants.quantize(rows, self.kind)
+        return values.astype(np.float16)
+
+
+def gguf_tensors(source: Folder, kind: str, lora: LoRA | None = None) -> list[Tensor]:
+    """The tensors of the file, in the order of the source's files.
+
+    Args:
+        source: what `open_folder` gives.
+        kind: one of `TYPES`, for the matrices. Rows that are no multiple of 32 stay f16.
+        lora: an adapter to merge.
+
+    Raises:
+        UsageError: an unknown kind, or a model that llama.cpp does not compute.
+    """
+    if kind not in TYPES:
+        raise UsageError(f"unknown type {kind!r}.", f"Known: {', '.join(TYPES)}.")
+    config = source.config
+    check_model(config)
+    gguf = require_gguf()
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.CHATGLM, config.num_layers)
+    kinds = gguf.GGMLQuantizationType
+
+    def tensor(entry: Entry) -> Tensor:
+        name = entry.name.removeprefix("transformer.")
+        stored = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if len(entry.shape) == 1:
+            return Tensor(stored, kinds.F32, entry)
+        whole = kind == "q8_0" and entry.shape[-1] % _BLOCK == 0
+        return Tensor(stored, kinds.Q8_0 if whole else kinds.F16, entry)
+
+    entries = export_entries(source, "chatglm", "float32", lora, dequantize=True)
+    return [tensor(entry) for entry in entries if entry.name != INV_FREQ]
+
+
+def check_model(config: GLMConfig) -> None:
+    """Refuses what llama.cpp's chatglm does not compute.
+
+    Raises:
+        UsageError: scaled queries, or heads that are together wider or narrower than the model.
+    """
+    if config.logn_scaling:
+        raise UsageError(
+            "A model with logn_scaling cannot be written as GGUF.",
+            "llama.cpp does not scale its queries, so its answers would be others.",
+        )
+    width = config.num_heads * config.head_dim
+    if width != config.hidden_size:
+        raise UsageError(
+            f"A model whose heads are {width} wide together and whose hidden size is "
+            f"{config.hidden_size} cannot be written as GGUF.",
+            "llama.cpp takes the two for equal, as they are in every published model.",
+        )
+
+
+def add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabulary") -> None:
+    """Gives a `gguf.GGUFWriter` everything but the tensors.
+
+    Args:
+        writer: nothing is written yet.
+        source: the model.
+        kind: one of `TYPES`.
+        vocabulary: of `gguf_vocabulary`.
+    """
+    gguf = require_gguf()
+    config, tokenizer = source.config, source.tokenizer
+    file_types = gguf.LlamaFileType
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(config.family)
+    writer.add_file_type(file_types.MOSTLY_Q8_0 if kind == "q8_0" else file_types.MOSTLY_F16)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.seq_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.ffn_hidden_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim // 2)
+    _add_rope(writer, config)
+    writer.add_tokenizer_model("llama")  # their name of SentencePiece's byte-pair encoding
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary.texts)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    writer.add_unk_token_id(0)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.pad_token_id)
+    # <|user|> and <|observation|> of ChatGLM3 end an answer, too; there is one key for each.
+    for add, stop in zip(
+        (writer.add_eot_token_id, writer.add_eom_token_id), stop_ids(tokenizer)[1:], strict=False
+    ):
+        add(stop)
+    # A prompt begins with two ids, and theirs with one at most: so the text has to hold them.
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(tokenizer.adds_dummy_prefix)
+    template = CHAT_TEMPLATES.get(source.template)
+    if template is not None:
+        writer.add_chat_template(_unrecognised(template))
+
+
+def _add_rope(writer: Any, config: GLMConfig) -> None:
+    base, linear = config.rope_base, config.rope_kind == "linear" and config.rope_ratio != 1
+    writer.add_rope_freq_base(base * (1 if config.rope_kind == "linear" else config.rope_ratio))
+    if linear:
+        writer.add_rope_scaling_type(require_gguf().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_ratio)
+
+
+def _unrecognised(template: str) -> str:
+    """The same template, which programs that know templates by a piece of their text do not take
+    for that of GLM-4: they render it, or say that they cannot."""
+    begin, end = PREFIX[: PREFIX.index("<")], PREFIX[PREFIX.index("<") :]
+    return template.replace(PREFIX, f"{begin}' ~ '{end}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What each id stands for, by id.
+
+    Attributes:
+        texts: unique.
+        scores: the larger, the sooner two neighbours become this piece.
+        types: numbers of `gguf.TokenType`.
+    """
+
+    texts: Sequence[str]
+    scores: Sequence[float]
+    types: Sequence[int]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in the file: lengths and texts, scores, types."""
+        return sum(8 + len(text.encode()) + 4 + 4 for text in self.texts)
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """The pieces, the special tokens behind them, and the ids that mean nothing.
+
+    Args:
+        tokenizer: ours.
+        size: rows of the embedding.
+
+    Raises:
+        CheckpointError: two ids have the same text, which llama.cpp does not survive.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    kinds = require_gguf().TokenType
+
+    def kind(piece: int) -> int:
+        if model.is_unknown(piece):
+            return kinds.UNKNOWN
+        if model.is_control(piece):
+            return kinds.CONTROL
+        if model.is_byte(piece):
+            return kinds.BYTE
+        return kinds.UNUSED if model.is_unused(piece) else kinds.NORMAL
+
+    rows = [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(len(model))]
+    rows += [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(len(rows), size)]
+    # Bare `sop` and `eop` would be found inside words: the parts of a word are joined to the text
+    # of any entry.
+    for i, name in token_names(tokenizer).items():
+        rows[i] = (name, 0.0, kinds.USER_DEFINED if tokenizer.is_added(i) else kinds.CONTROL)
+    texts, scores, types_ = zip(*rows, strict=True)
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise CheckpointError(
+            "The tokenizer cannot be written as GGUF.",
+            f"Two of its ids have the text {twice!r}.",
+            "Is tokenizer.model the published file of the ChatGLM2 family?",
+        )
+    return Vocabulary(texts, scores, [int(number) for number in types_])
+
+
+Progress = Callable[[int, int], None]
+
+
+def export_gguf(
+    source: Folder,
+    destination: str | Path,
+    *,
+    kind: str,
+    lora: LoRA | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Writes an opened folder as one GGUF file, chunk by chunk: complete, or not at all.
+
+    Quantised matrices are dequantised; an adapter is added in float32 before anything is rounded.
+
+    Args:
+        source: what `open_folder` gives.
+        destination: the new file; it must not exist.
+        kind: "f16" or "q8_0", the type of the matrices.
+        lora: an adapter to merge.
+        progress: called with the bytes written and to write.
+
+    Raises:
+        UsageError: the destination exists, an unknown kind, a model that llama.cpp does not
+            compute, or the package gguf is not installed.
+        CheckpointError: NaN or infinity, a number too large for the kind, or a vocabulary that
+            cannot be written.
+        InputError: no space, or the file cannot be written. Nothing is left behind.
+    """
+    tensors = gguf_tensors(source, kind, lora)
+    vocabulary = gguf_vocabulary(source.tokenizer, source.config.vocab_size)
+    gguf = require_gguf()
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.CHATGLM])
+    add_metadata(writer, source, kind, vocabulary)
+    for tensor in tensors:
+        elements = tensor.source
+        writer.add_tensor_info(
+            tensor.name, elements.shape, elements.dtype, tensor.nbytes, raw_dtype=tensor.kind
+        )
+    needed = vocabulary.nbytes + sum(tensor.nbytes for tensor in tensors)
+    with new_model_file(destination, needed=needed) as path:
+        with contextlib.closing(writer):
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        _append(path, writer, tensors, progress)
+
+
+def _append(path: Path, writer: Any, tensors: Sequence[Tensor], progress: Progress) -> None:
+    """The elements behind the header. The package would want each tensor whole in memory."""
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    with path.open("ab") as file:
+        writer.write_padding(file, file.tell())
+        for tensor in tensors:
+            for data in tensor.byte_chunks():
+                file.write(data)
+                done += len(data)
+                progress(done, total)
+            writer.write_padding(file, tensor.nbytes)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""How every command talks: flags, messages, files, signals and exit codes. Free of jax."""

@@ -1,0 +1,114 @@
+"""Types of command line arguments, and the checks that several commands share."""
+
+import argparse
+import importlib
+import os
+import re
+import sys
+
+from glm2_jax.cli.files import refuse_url
+from glm2_jax.errors import UsageError
+
+INSTALL = "pip install 'glm2-jax[plot]'"
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number, 1 or more."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return min(int(text), 2**31 - 1)  # more than there is of anything, and still easy to count
+
+
+def memory_size(text: str) -> int:
+    """An argparse type: gigabytes, or a size with its unit; returns bytes."""
+    try:
+        number = float(text)
+    except ValueError:
+        return size_argument(text)
+    try:
+        return size_argument(f"{number}GB")
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write for example 8 (GB), 4GB or 500MB"
+        ) from None
+
+
+def use_utf8() -> None:
+    """Standard output and error are UTF-8 whatever the locale says (LANG=C, old Windows)."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="replace")
+
+
+def choose_platform(args: argparse.Namespace) -> None:
+    """Keeps jax from initialising an accelerator that is not wanted; call it before jax is there.
+
+    Which device is taken is decided in `infer.startup.open_engine`.
+    """
+    if args.device == "cpu" and "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def path_argument(text: str) -> str:
+    """An argparse type for paths: an empty one, as an unset shell variable gives it, is refused,
+    and so is a URL, with the lines of `glm2_jax.cli.files`."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    refuse_url(text)
+    return text
+
+
+def size_argument(text: str) -> int:
+    """An argparse type for sizes: "4GB", "500 MB", "1GiB", "123456". Returns bytes, at least 1."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 4GB or 500MB")
+    base = 1024 if match[3] else 1000
+    size = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a size must be at least one byte")
+    return size
+
+
+def check_plot(path: str) -> None:
+    """Before anything is measured: whether a picture can be drawn, of this kind.
+
+    Raises:
+      UsageError: matplotlib is not installed or cannot be imported, or `path` ends in nothing
+        that is a picture.
+    """
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise UsageError(
+            "--plot needs matplotlib, which cannot be imported.", str(error), f"Do: {INSTALL}"
+        ) from error
+    if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot {path}: not the name of a picture.", "Known: .png, .svg, .pdf.")
+
+
+def number(text: str) -> float:
+    """An argparse type: a finite number of 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
+def whole(text: str) -> int:
+    """An argparse type: a whole number of 0 or more."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)

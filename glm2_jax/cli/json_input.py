@@ -1,0 +1,66 @@
+"""JSON that comes from outside, read with limits."""
+
+import json
+from typing import Any
+
+from glm2_jax.cli.text_input import guess_encoding
+from glm2_jax.errors import InputError, shown
+
+_MAX_DEPTH = 100
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      InputError: it is none, has a key twice, or is nested too deeply.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        _check_depth(value)
+        return value
+    except RecursionError:
+        raise InputError("not JSON that can be read", "it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text.strip() else ""
+        raise InputError("not JSON", f"{error.msg}: {line}column {error.colno}") from None
+    except ValueError as error:  # an immense number
+        raise InputError("not JSON", str(error)) from None
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Reads a JSON object whose keys differ; InputError says what is wrong with it."""
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(line)}?"
+        ) from None
+    row = parse_json(text)
+    if not isinstance(row, dict):
+        raise InputError("not a JSON object", "write {...} with a value for each key")
+    return row
+
+
+def _check_depth(value: Any) -> None:
+    """Raises RecursionError for a value so deep that writing it again could fail."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise InputError(f"the key {shown(key)} is there twice")
+        result[key] = value
+    return result

@@ -1,0 +1,150 @@
+"""What every command line of the project shares: parsing, errors, exit codes, progress.
+
+Answers go to stdout, everything else to stderr. Exit codes: 0 ok, 1 unexpected, 2 usage, 3 bad
+input or data, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed,
+143 terminated.
+
+How signals end a tool is in `glm2_jax.cli.interrupt`. Nothing here imports jax: `--help` must answer at
+once.
+"""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from glm2_jax.cli.messages import _complain, note
+from glm2_jax.escape import escape_controls
+
+EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
+
+
+def version() -> str:
+    """The installed version, as `--version` prints it."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return f"glm2-jax {installed('glm2-jax')}"
+    except PackageNotFoundError:
+        return "glm2-jax (not installed)"
+
+
+def print_path(path: str) -> None:
+    """Prints a path on standard output: as it is for a program, escaped for a terminal."""
+    print(escape_controls(path) if sys.stdout.isatty() else path)
+
+
+def run_main(
+    main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Runs a command and exits with its code; expected errors become lines, not tracebacks.
+
+    Args:
+      main: takes the arguments without the program's name; returns an exit code or None for 0.
+      argv: the arguments; default `sys.argv[1:]`.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # a terminal that cannot show a character must not end the run
+            reconfigure(errors="replace")
+    code = _guarded(main, args)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # said already; without this Python would complain again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Fills the places of closed standard streams (`>&-`), before a file of ours gets their number.
+
+    Then nothing is read from stdin, what stdout is given is an error, and stderr is silent.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
+def _guarded(main: Callable[[list[str]], int | None], args: list[str]) -> int:
+    try:
+        try:
+            code = main(args) or 0
+        except SystemExit as ending:  # of the parser
+            code = int(ending.code or 0)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        note("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has left (`| head`)
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        return report(error, debug="--debug" in args)
+
+
+def report(error: Exception, *, debug: bool = False) -> int:
+    """Prints an error as one line of what, one of why, one of what to do; returns its exit code.
+
+    An error that nobody expected keeps its traceback: it is a bug, and whoever mends it needs it.
+    """
+    from glm2_jax.errors import GLMError
+
+    trace = "".join(traceback.format_exception(error)).splitlines()
+    if debug:
+        _complain(*trace)
+    if isinstance(error, GLMError):
+        _complain(*f"error: {error}".splitlines())
+        return error.exit_code
+    if is_out_of_memory(error):
+        first_line = (str(error).splitlines() or ["the allocation failed"])[0]
+        _complain("error: out of memory", first_line, "try a smaller --dtype, batch or length")
+        return EXIT_DEVICE
+    variable = named_variable(str(error), os.environ)
+    if isinstance(error, (ValueError, RuntimeError, FloatingPointError)) and variable:
+        value = os.environ[variable][:500]
+        reason = str(error).splitlines()[0]
+        _complain(f"error: jax cannot use {variable}={value}", reason, f"unset {variable}")
+        return EXIT_DEVICE
+    if isinstance(error, OSError):
+        name = str(error.filename or "a standard stream or open file")[:500]
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space or write elsewhere" if full else "check the path and its rights"
+        reason = error.strerror or str(error)
+        _complain(f"error: {name} cannot be read or written", reason, fix)
+        return EXIT_INPUT
+    if not debug:
+        _complain(*trace)
+    _complain("unexpected error, please report it with the lines above")
+    return 1
+
+
+def named_variable(text: str, variables: Iterable[str]) -> str | None:
+    """The environment variable of jax that an error of jax names: as it is, as "jax_...", as
+    "jax.default_device" or "disable jit", or by what it disallows."""
+    text = re.sub(r"Disallowed \S+ transfer", "transfer guard", text)
+    for variable in variables:
+        short = variable.removeprefix("JAX_").replace("_", "[ _]")
+        start = "" if "_" in short else "JAX_"  # "platforms" alone may mean anything
+        if re.match("JAX_|XLA_", variable) and re.search(
+            rf"\b({start}|JAX_|XLA_){short}\b", text, re.IGNORECASE
+        ):
+            return variable
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or device memory ran out (jax's own error type is known only by its name)."""
+    from_jax = type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError")
+    return isinstance(error, MemoryError) or (from_jax and "RESOURCE_EXHAUSTED" in str(error))

@@ -1,0 +1,82 @@
+"""The argument parser of every command."""
+
+import argparse
+import difflib
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from glm2_jax.cli.main import EXIT_USAGE, version
+from glm2_jax.cli.messages import note
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the example and shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for which `--max_length` is `--max-length`, with one-line errors.
+
+    Args:
+      prog: the command as the user types it, e.g. "python -m infer.generate".
+      description: what it does, in a sentence or two.
+      example: one or more command lines, shown at the end of `--help`.
+    """
+
+    def __init__(self, *, prog: str, description: str = "", example: str = "", **kwargs: Any):
+        kwargs.setdefault("epilog", f"example:\n  {example}" if example else None)
+        super().__init__(
+            prog=prog,
+            description=textwrap.fill(description, 90),
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def add_common(self) -> None:
+        """Adds the flags that every command has: `--debug` and `--version`."""
+        group = self.add_argument_group("general")
+        group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        group.add_argument("--version", action="version", version=version())
+
+    def parse_known_args(self, args=None, namespace=None):  # type of the base class
+        """As argparse does, after `_` in the names of flags has become `-`."""
+        args = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(_hyphenate(args), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line of what and one of what to do, and exits with 2."""
+        unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
+        if unknown:
+            message = f"unknown argument {unknown[1]}{self._suggestion(unknown[1])}"
+        note(f"{self.prog}: {message}")
+        note(f"{self.prog} --help lists the flags")
+        sys.exit(EXIT_USAGE)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Unlike that of the base class, tells when it cannot write (`--help > /dev/full`)."""
+        (file or sys.stdout).write(message)
+
+    def _suggestion(self, arguments: str) -> str:
+        flag = arguments.split("=")[0].split(" ")[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _hyphenate(args: Sequence[str]) -> list[str]:
+    """Underscores to hyphens in flag names, up to `--`; values are left alone."""
+    result = list(args)
+    for i, arg in enumerate(result):
+        if arg == "--":
+            break
+        if arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            result[i] = name.replace("_", "-") + equals + value
+    return result

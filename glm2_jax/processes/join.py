@@ -1,0 +1,325 @@
+"""One run of several processes, on several hosts: started together, compared, and ended together.
+
+JAX's own runtime does the work: `jax.distributed` finds the processes, and what it knows of
+clusters (Kubernetes, Slurm, TPU VMs) stays its own affair. Nothing here imports jax before it has
+to; `start` must be entered before anything else of jax is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from glm2_jax.cli.main import version
+from glm2_jax.cli.messages import note, only_errors
+from glm2_jax.cli.parser import Parser
+from glm2_jax.errors import DeviceError, InputError, UsageError
+from glm2_jax.processes import supervise
+
+AUTO = "auto"
+JOIN_TIMEOUT, HEARTBEAT_TIMEOUT = 120, 100  # seconds; the second is JAX's own
+# Where things are may differ from host to host; what they hold is compared instead.
+_PLACES = {
+    "coordinator", "process_id", "model", "hub_source", "revision", "adapter", "prefix",
+    "init_adapter", "data", "mix_data", "val_data", "guard_data", "sample_prompts", "prompt_file",
+    "batch_file", "history", "output", "predictions", "checkpoints", "log_jsonl", "plot",
+    "compile_cache", "config", "debug",
+}  # fmt: skip
+_ASKED_FOR = {"output", "predictions"}  # files: whether there is one has to be the same
+# What JAX raises, rather than to end the process, when the connection to another one breaks.
+_LOST = re.compile(
+    r"Gloo [\w-]+ failed|remote process exited|coordination service|unhealthy|heartbeat"
+)
+_UNLIMITED = 7 * 24 * 3600  # seconds a process that is ready waits for others that write
+
+_started = False
+
+
+def add_host_options(parser: Parser) -> None:
+    """The flags that make a process one of several."""
+    group = parser.add_argument_group(
+        "several processes", "The same command on each host, its number apart."
+    )
+    add = group.add_argument
+    add(
+        "--coordinator", metavar="HOST:PORT",
+        help=f"where process 0 runs, and a free port there; {AUTO} = Kubernetes, Slurm or TPU VMs "
+        "tell this and the two numbers",
+    )  # fmt: skip
+    add("--num-processes", type=_count, metavar="N", help="how many there are")
+    add("--process-id", type=_count, metavar="I", help="which of them this one is, from 0")
+    add(
+        "--join-timeout", type=_seconds, default=JOIN_TIMEOUT, metavar="S",
+        help="seconds until the others have to be there",
+    )  # fmt: skip
+    add(
+        "--heartbeat-timeout", type=_seconds, default=HEARTBEAT_TIMEOUT, metavar="S",
+        help="seconds without a sign of life until a process is taken for lost, which ends the "
+        "others",
+    )  # fmt: skip
+
+
+def refuse_host_options(parser: Parser, why: str) -> None:
+    """The same flags, for a command that is not for several processes: each is an error."""
+
+    class Refuse(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None) -> None:
+            raise UsageError(f"{option_string}: not for this command", why, "Leave it out.")
+
+    for flag in ("--coordinator", "--num-processes", "--process-id"):
+        parser.add_argument(flag, action=Refuse, help=argparse.SUPPRESS)
+
+
+@contextlib.contextmanager
+def start(args: argparse.Namespace) -> Iterator[None]:
+    """Makes this process one of the run that the flags name; around all that a command does.
+
+    Without such flags nothing is done. Otherwise the command goes on in a process of its own, and
+    this one watches it and exits with its code; in the other one the body is run.
+
+    Raises:
+        UsageError: flags that make no sense together. DeviceError: the processes did not find each
+            other, or one of them was lost.
+    """
+    if not _check(args):
+        yield
+        return
+    if not supervise.is_supervised():
+        sys.exit(supervise.supervise(args))
+    tell = supervise.connect()
+    _join(args)
+    tell(supervise.JOINED)
+    try:
+        yield
+    except Exception as error:
+        if _tells_of_a_loss(error):
+            raise supervise.lost("", "The connection to it broke (--debug says how).") from error
+        raise
+    _leave()
+
+
+def are_several() -> bool:
+    """Whether this process is one of several."""
+    return _started
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    if not _started:
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
+def highest(number: int) -> int:
+    """The highest of the numbers that all processes call this with; `number` itself without others.
+
+    All have to call it, at the same place of their work: so they agree, for example, to end.
+    """
+    if not _started:
+        return number
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def of_first(value: Any) -> Any:
+    """What the first process calls this with, as JSON keeps it; `value` itself without others.
+
+    All have to call it, at the same place of their work; the value of the others does not count.
+    """
+    if not _started:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode() if is_first() else b""
+    padded = np.zeros(highest(len(text)), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def compare(args: argparse.Namespace, command: str, **contents: Any) -> None:
+    """Refuses a run whose processes were started differently; every one of them raises the same.
+
+    Args:
+        args: the flags; those that say where something is may differ.
+        command: as the user types it.
+        **contents: what the processes work with, as values or sums: name -> anything of JSON.
+
+    Raises:
+        UsageError: flags or commands differ. InputError: versions or contents do.
+    """
+    if not _started:
+        return
+    flags = {name for name in vars(args) if name not in _PLACES}
+    facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}
+    facts |= {f"--{name}": bool(getattr(args, name, None)) for name in _ASKED_FOR}
+    facts |= {"version": version()} | {k.replace("_", " "): v for k, v in contents.items()}
+    _compare({"command": command, "kinds of flags": sorted(facts)})
+    _compare(facts)
+
+
+def _compare(facts: Mapping[str, Any]) -> None:
+    """Facts of the same names in all processes."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    names = sorted(facts)
+    mine = np.stack([np.frombuffer(_digest(facts[name]), np.uint8) for name in names])
+    sums = np.asarray(multihost_utils.process_allgather(mine))  # [processes, names, 32]
+    differs = (sums != sums[:1]).any(axis=-1)
+    if not differs.any():
+        return
+    told = []
+    for name, others in zip(names, differs.T, strict=True):
+        if others.any():
+            numbers = [str(number) for number in np.flatnonzero(others)]
+            told.append(f"{name} (process{'es' * (len(numbers) > 1)} {', '.join(numbers)})")
+    jax.distributed.shutdown()  # all are here: nobody takes another's end for a loss
+    of_flags = all(text.startswith(("--", "command", "kinds")) for text in told)
+    raise (UsageError if of_flags else InputError)(
+        f"the processes differ from process 0 in {', '.join(told)}",
+        "All processes of a run have to compute the same.",
+        "Start all of them with the same flags, files and version.",
+    )
+
+
+def _digest(value: Any) -> bytes:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _check(args: argparse.Namespace) -> bool:
+    """Whether there are several processes. Raises UsageError for flags that do not fit."""
+    given = {
+        "--coordinator": args.coordinator,
+        "--num-processes": args.num_processes,
+        "--process-id": args.process_id,
+    }
+    absent = [flag for flag, value in given.items() if value is None]
+    if len(absent) == len(given):
+        return False
+    if args.coordinator == AUTO:
+        if len(absent) < 2:
+            raise UsageError(
+                f"--coordinator {AUTO} contradicts --num-processes and --process-id",
+                "The cluster tells these numbers.",
+                "Leave them out, or name the coordinator: --coordinator HOST:PORT.",
+            )
+        return True
+    if absent:
+        raise UsageError(
+            f"one of several processes needs {' and '.join(absent)}, too",
+            fix="Give --coordinator HOST:PORT, --num-processes N and --process-id I, "
+            f"or --coordinator {AUTO} alone.",
+        )
+    host, _, port = args.coordinator.rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"--coordinator {args.coordinator} is no address",
+            fix="Write the host and a port, for example 10.0.0.1:1234.",
+        )
+    if args.process_id >= args.num_processes:
+        raise UsageError(
+            f"--process-id {args.process_id} is not below --num-processes {args.num_processes}",
+            fix="Number the processes from 0.",
+        )
+    return True
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Finds the other processes; from here on only the first one tells what is no error."""
+    global _started
+    if args.process_id == 0:
+        _check_port(args.coordinator)
+        note(f"process 0 of {args.num_processes}: waiting for the others at {args.coordinator}")
+    elif args.process_id is not None:
+        only_errors(f"process {args.process_id}")
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM over
+    auto = args.coordinator == AUTO
+    try:
+        jax.distributed.initialize(
+            None if auto else args.coordinator,
+            args.num_processes,
+            args.process_id,
+            cluster_detection_method=None if auto else "deactivate",
+            initialization_timeout=args.join_timeout,
+            heartbeat_timeout_seconds=args.heartbeat_timeout,
+            shutdown_timeout_seconds=_UNLIMITED,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise DeviceError(
+            "no cluster was found" if auto else "the processes of this run cannot be joined",
+            f"JAX says: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
+            "Give --coordinator HOST:PORT, --num-processes N and --process-id I."
+            if auto
+            else "See that all processes run, with the same --coordinator.",
+        ) from error
+    _started = True
+    if jax.process_index() != 0:
+        only_errors(f"process {jax.process_index()}")
+        sys.stdout = open(os.devnull, "w")
+
+
+def _check_port(coordinator: str) -> None:
+    """JAX would end without a word where the port of the coordinator is taken."""
+    port = int(coordinator.rpartition(":")[2])
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        with socket.socket(family) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(("", port))
+    except OSError as error:
+        raise DeviceError(
+            f"port {port} of --coordinator cannot be used",
+            error.strerror or str(error),
+            "Name another port, in all processes.",
+        ) from error
+
+
+def _leave() -> None:
+    """Waits for the others, so that none of them takes the end of this one for a loss."""
+    global _started
+    import jax
+
+    if _started:
+        jax.distributed.shutdown()
+    _started = False
+
+
+def _tells_of_a_loss(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that of a connection that broke."""
+    while error is not None:
+        kind = type(error).__name__
+        if kind in ("XlaRuntimeError", "JaxRuntimeError") and _LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _count(text: str) -> int:
+    """An argparse type: a whole number of 0 or more."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 7):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> int:
+    """An argparse type: whole seconds, 1 or more."""
+    if (number := _count(text)) < 1:
+        raise argparse.ArgumentTypeError("it takes at least a second")
+    return number

@@ -1,0 +1,1 @@
+"""The machine: devices, dtypes, memory, the compiler and its cache."""

@@ -1,0 +1,141 @@
+"""The device or mesh that a run uses, and what its errors mean."""
+
+import argparse
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from glm2_jax.choices import DEVICES
+from glm2_jax.cli.flags import mesh_flag
+from glm2_jax.errors import CheckpointError, DeviceError, UsageError
+from glm2_jax.mesh import AXES, make_mesh, parse_mesh
+
+Shortage = tuple[str, str]  # needed and free; what fits instead
+
+
+def find_mesh(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that `--mesh` or `--tp` asks for; None = one device.
+
+    Raises:
+      UsageError: it makes no sense, or takes more or fewer devices than there are; or there are
+        several processes and no mesh. DeviceError: there is no such device.
+    """
+    text = mesh_flag(args)
+    if text is None:
+        # Asked in this order, since the second starts jax's devices.
+        if getattr(args, "coordinator", None) is None or jax.process_count() == 1:
+            return None
+        raise UsageError(
+            "several processes need --mesh or --tp",
+            "It says how their devices share the work.",
+            f"Use for example --mesh data={jax.device_count()}.",
+        )
+    return as_mesh(text, args.device)
+
+
+def find_device(name: Any) -> Any:
+    """The first device of a kind; a `jax.Device` is taken as it is.
+
+    Raises:
+      UsageError: an unknown name. DeviceError: this machine, or this JAX, has none.
+    """
+    if isinstance(name, jax.Device):
+        return name
+    name = "auto" if name is None else name
+    if name not in DEVICES:
+        raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
+    try:
+        return jax.local_devices(backend=None if name == "auto" else name)[0]
+    except (RuntimeError, AssertionError) as error:  # the latter where none can be initialised
+        reason = (str(error).splitlines() or ["JAX could initialise none."])[0]
+        platforms = os.environ.get("JAX_PLATFORMS")
+        fix = "Use device 'auto' or 'cpu', or install the JAX package for that device."
+        if platforms:
+            fix = f"JAX_PLATFORMS={platforms} restricts the choice: unset it, or use device 'cpu'."
+        raise DeviceError(f"no device {name!r} was found", reason, fix) from error
+
+
+def as_mesh(mesh: Any, device: Any = None) -> Mesh:
+    """A mesh of all devices of a kind.
+
+    Args:
+      mesh: a text such as "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`, which is
+        checked.
+      device: the kind, as `find_device` takes it.
+
+    Raises:
+      UsageError: it makes no sense, or takes more or fewer devices than there are. DeviceError:
+        there is no such device.
+    """
+    if isinstance(mesh, Mesh):
+        if device not in (None, "auto"):
+            raise UsageError(
+                f"device={device!r} contradicts mesh={mesh!r}", "A mesh has devices of its own."
+            )
+        if set(mesh.axis_names) != set(AXES):
+            raise UsageError(
+                f"a mesh with the axes {', '.join(map(str, mesh.axis_names))}",
+                f"Its axes have to be {', '.join(AXES)}, in any order; unused ones have size 1.",
+                "Make it with glm2_jax.make_mesh.",
+            )
+        return mesh
+    if isinstance(device, jax.Device):
+        raise UsageError(
+            f"device={device!r} is one device, and a mesh takes all of a kind",
+            fix="Name the kind, or leave device out.",
+        )
+    if isinstance(mesh, Mapping):
+        mesh = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+    if not isinstance(mesh, str):
+        raise UsageError(f"mesh={mesh!r} is no mesh", fix="Write it like data=2,tensor=4.")
+    sizes = parse_mesh(mesh)
+    return make_mesh(sizes, jax.devices(find_device(device).platform))
+
+
+def faster_layers(platform: str, *, on_mesh: bool = False) -> str:
+    """The layout of the layers that decodes faster ("stacked" or "list").
+
+    On a CPU a scan over stacked layers copies each layer out first, and takes three times as long.
+    XLA:GPU at few rows and XLA:TPU fuse that away (checked in compiled programs, not measured), and
+    compile a stacked model in a tenth of the time. On a mesh products are plain dots, for which
+    XLA:GPU copies each layer out, too.
+    """
+    return "list" if platform == "cpu" or (platform == "gpu" and on_mesh) else "stacked"
+
+
+@contextlib.contextmanager
+def device_errors(
+    doing: str, explain: Callable[[], Shortage | None] = lambda: None
+) -> Iterator[None]:
+    """Turns running out of memory, on the device or the host, into a DeviceError that says what
+    fits.
+
+    Args:
+      doing: what was tried, with its sizes.
+      explain: asked for the rest when it happens.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError, CheckpointError) as error:
+        if not _exhausted(error):
+            raise
+        first = (str(error).splitlines() or ["an allocation failed"])[0]
+        numbers, fix = explain() or ("", "Load a narrower dtype, or --quantize int8 or int4.")
+        raise DeviceError(
+            f"out of device memory: {doing}", f"{numbers} ({first})".strip(), fix
+        ) from error
+
+
+def _exhausted(error: Exception) -> bool:
+    """Whether it is about memory: of the device, of Python, or for a file that is mapped."""
+    if isinstance(error, CheckpointError):
+        cause = error.__cause__
+        return isinstance(cause, OSError) and cause.errno == errno.ENOMEM
+    text = str(error)
+    full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    return full or isinstance(error, MemoryError)

@@ -1,0 +1,271 @@
+"""Prompts as ids: ChatGLM2 rounds, ChatGLM3 role messages, and raw text.
+
+Question and answer text goes through the tokenizer alone, so it can never act as a special id.
+"""
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
+
+TEMPLATES = ("chatglm2", "chatglm3", "raw")
+ROLES = ("system", "user", "assistant", "observation")
+Reply = str | Sequence[Mapping[str, Any]]  # an answer of a history: text, or ChatGLM3 messages
+Turns = Sequence[Sequence[Any]]  # [question, Reply]
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    template: str,
+    query: str,
+    history: Turns = (),
+    system: str | None = None,
+) -> list[int]:
+    """Builds the ids that a question is asked with.
+
+    Args:
+        tokenizer: the tokenizer; "chatglm3" needs one with role ids.
+        template: one of TEMPLATES.
+        query: the question, not blank.
+        history: (question, answer) pairs, oldest first. An answer is text; with "chatglm3" it may
+            be a list of messages, as `build_messages` takes them.
+        system: instructions. ChatGLM2 has no place for them: they are put before the first
+            question, with a newline.
+
+    Raises:
+        InputError: blank question, malformed history, or history/system with "raw".
+        UsageError: unknown template, or one that the tokenizer cannot write.
+    """
+    _check_turns(query, history, system)
+    if template == "chatglm2":
+        return tokenizer.prefix_ids + tokenizer.encode(_rounds(query, history, system))
+    if template == "chatglm3":
+        return build_messages(tokenizer, _turns_to_messages(query, history, system))
+    if template == "raw":
+        if len(history) or system:
+            raise InputError(
+                "The raw template takes neither history nor a system text.",
+                "It hands the text to the model as it is.",
+                "Write everything into the prompt, or choose another template.",
+            )
+        return tokenizer.prefix_ids + tokenizer.encode(query)
+    raise UsageError(f"Unknown template {template!r}.", f"There are {', '.join(TEMPLATES)}.")
+
+
+def chatglm2_text(query: str, history: Turns = ()) -> str:
+    """The text of a ChatGLM2 conversation up to the answer that is asked for.
+
+    Raises:
+        InputError: blank question or malformed history.
+    """
+    _check_turns(query, history, None)
+    return _rounds(query, history, None)
+
+
+def build_followup(tokenizer: Tokenizer, query: str, round_number: int) -> list[int]:
+    """The ids that continue a ChatGLM2 conversation whose last answer is already in the cache.
+
+    They are exactly the end of the full prompt's ids: a newline is a byte piece, which nothing
+    can merge across, so only the dummy prefix has to go.
+
+    Args:
+        tokenizer: the tokenizer.
+        query: the next question, not blank.
+        round_number: its number; the first question is round 1 and has no follow-up form.
+
+    Raises:
+        InputError: blank question.
+        CheckpointError: the tokenizer merges newlines, so no such suffix exists.
+    """
+    if round_number < 2:
+        raise ValueError(f"round {round_number} is no follow-up, build the whole prompt")
+    _check_turns(query, (), None)
+    ids = tokenizer.encode(f"\n\n[Round {round_number}]\n\n问：{query}\n\n答：")
+    if tokenizer.adds_dummy_prefix and tokenizer.piece(ids[0]) == SPACE_MARK:
+        ids = ids[1:]
+    if [tokenizer.byte_value(i) for i in ids[:2]] != [10, 10]:
+        raise CheckpointError(
+            "This tokenizer cannot continue a conversation piecewise.",
+            "It has pieces that contain a newline, so text is split differently at the seam.",
+            "Build the whole prompt for every question.",
+        )
+    return ids
+
+
+def build_messages(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[int]:
+    """Builds a ChatGLM3 prompt; the model is to answer as the assistant.
+
+    Args:
+        tokenizer: a tokenizer with role ids.
+        messages: mappings with "role" (one of ROLES), "content", and optionally "metadata" (one
+            line: the tool that an assistant message calls) and, for system, "tools" (JSON). All but
+            the question that is asked last may be empty, as in the published code.
+
+    Raises:
+        InputError: names the first malformed message.
+        UsageError: the tokenizer has no role ids.
+    """
+    if "<|user|>" not in tokenizer.special:
+        raise UsageError(
+            "The chatglm3 template needs a ChatGLM3 tokenizer.",
+            f"The {tokenizer.family} family has no role ids.",
+            "Choose another template.",
+        )
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise InputError("The messages are not a list.")
+    if not messages:
+        raise InputError("There are no messages.")
+    ids = list(tokenizer.prefix_ids)
+    for number, message in enumerate(messages, 1):
+        role, metadata, content = _check_message(message, number)
+        if number == len(messages) and role in ("user", "system") and not content.strip():
+            raise InputError(f"Message {number} ({role}) is empty.", "There is nothing to answer.")
+        # Two encodes: each gets a dummy prefix of its own, as in the published code.
+        ids += [tokenizer.special[f"<|{role}|>"]]
+        ids += tokenizer.encode(metadata + "\n") + tokenizer.encode(content)
+    return ids + [tokenizer.special["<|assistant|>"]]
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer: the end token, for ChatGLM3 the roles that follow one, and those
+    that the folder names."""
+    followers = ("<|user|>", "<|observation|>")
+    roles = [tokenizer.special[name] for name in followers if name in tokenizer.special]
+    return tuple(dict.fromkeys((tokenizer.eos_id, *roles, *tokenizer.end_ids)))
+
+
+def truncate_prompt(
+    tokenizer: Tokenizer,
+    template: str,
+    query: str,
+    history: Turns,
+    system: str | None,
+    limit: int,
+) -> tuple[list[int], int, int]:
+    """Builds a prompt of at most `limit` ids, leaving out as little as it must.
+
+    The oldest turns go first, then the end of the question, in whole characters. The frame
+    around the question and the system text are never cut.
+
+    Returns:
+        The ids, the number of turns left out, and the number of question tokens left out.
+
+    Raises:
+        InputError: not even the first character of the question fits; else as build_prompt.
+    """
+
+    def build(turns: int, characters: int) -> list[int]:
+        kept = history[len(history) - turns :]
+        return build_prompt(tokenizer, template, query[:characters], kept, system)
+
+    def too_long(turns: int, characters: int) -> bool:
+        return len(build(turns, characters)) > limit
+
+    whole = len(query)
+    ids = build(len(history), whole)
+    if len(ids) <= limit:
+        return ids, 0, 0
+    turns = bisect_left(range(1, len(history) + 1), True, key=lambda n: too_long(n, whole))
+    if turns or not too_long(0, whole):
+        return build(turns, whole), len(history) - turns, 0
+
+    shortest = whole - len(query.lstrip()) + 1  # a question of blanks alone is none
+    if too_long(0, shortest):
+        raise InputError(
+            f"The prompt does not fit into {limit} tokens.",
+            f"With a single character of the question it takes {len(build(0, shortest))}.",
+            "Allow more tokens"
+            + (", or shorten the system text, which is never cut." if system else "."),
+        )
+    longer = range(shortest + 1, whole + 1)
+    characters = shortest + bisect_left(longer, True, key=lambda n: too_long(0, n))
+    ids = build(0, characters)
+    return ids, len(history), len(build(0, whole)) - len(ids)
+
+
+def _rounds(query: str, history: Turns, system: str | None) -> str:
+    questions = [question for question, _ in history] + [query]
+    if system:
+        questions[0] = f"{system}\n{questions[0]}"
+    for number, (_, answer) in enumerate(history, 1):
+        if not isinstance(answer, str):
+            raise InputError(
+                f"The answer in turn {number} of the history is a list of messages.",
+                "Only the chatglm3 template can write them.",
+                "Write the answer as text.",
+            )
+    answers = [f"{answer}\n\n" for _, answer in history] + [""]
+    return "".join(
+        f"[Round {number}]\n\n问：{question}\n\n答：{answer}"
+        for number, (question, answer) in enumerate(zip(questions, answers, strict=True), 1)
+    )
+
+
+def _turns_to_messages(query: str, history: Turns, system: str | None) -> list[Mapping[str, Any]]:
+    messages: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for question, answer in history:
+        messages += [{"role": "user", "content": question}, *reply_messages(answer)]
+    return [*messages, {"role": "user", "content": query}]
+
+
+def is_reply(value: object) -> bool:
+    """Whether a value has the form of an answer in a history: text, or a list of messages."""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, Sequence) or not len(value):
+        return False
+    return all(isinstance(part, Mapping) for part in value)
+
+
+def reply_messages(reply: Reply) -> list[Mapping[str, Any]]:
+    """The messages of an answer in a history."""
+    return [{"role": "assistant", "content": reply}] if isinstance(reply, str) else list(reply)
+
+
+def _check_turns(query: object, history: object, system: object) -> None:
+    if not isinstance(query, str):
+        raise InputError("The prompt is not a string.", f"It is of type {type(query).__name__}.")
+    if not query.strip():
+        raise InputError("empty prompt", "There is nothing to answer.", "Write a question.")
+    if system is not None and not isinstance(system, str):
+        raise InputError(
+            "The system text is not a string.", f"It is of type {type(system).__name__}."
+        )
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        raise InputError("The history is not a list of [question, answer] pairs.")
+    for number, turn in enumerate(history, 1):
+        pair = isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
+        if not pair or not isinstance(turn[0], str) or not is_reply(turn[1]):
+            raise InputError(f"Turn {number} of the history is not a [question, answer] pair.")
+
+
+def _check_message(message: object, number: int) -> tuple[str, str, str]:
+    """Returns (role, metadata, content), the tools written into the content."""
+    where = f"Message {number}"
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} is not an object with role and content.")
+    unknown = sorted(str(key) for key in message.keys() - {"role", "content", "metadata", "tools"})
+    if unknown:
+        raise InputError(f"{where} has an unknown key: {', '.join(unknown)}.")
+    role, content, metadata = message.get("role"), message.get("content"), message.get("metadata")
+    if role not in ROLES:
+        raise InputError(f"{where} has the role {role!r}.", f"There are {', '.join(ROLES)}.")
+    if not isinstance(content, str):
+        raise InputError(f"{where} ({role}) has no content string.")
+    if metadata is not None and (not isinstance(metadata, str) or "\n" in metadata):
+        raise InputError(f"{where} ({role}) has metadata that is not one line of text.")
+    if message.get("tools") is not None:
+        content += "\n" + _tools_text(message["tools"], role, where)
+    return role, metadata or "", content
+
+
+def _tools_text(tools: object, role: str, where: str) -> str:
+    if role != "system":
+        raise InputError(f"{where} ({role}) has tools.", "Only a system message may have them.")
+    try:
+        return json.dumps(tools, indent=4, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} ({role}) has tools that are not JSON.", str(error)) from error

@@ -1,0 +1,237 @@
+"""Measuring a model shape by shape, and the peer in turns with it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from glm2_jax import GLMConfig
+from glm2_jax.cli.main import is_out_of_memory
+from glm2_jax.mesh import mesh_of
+from glm2_jax.runtime.xla import cache_dtype
+from glm2_jax.schemes import COLUMN_AXES
+from infer.bench.peer import Peer, PeerError
+from infer.bench.programs import Compiler, decode, prefill
+from infer.engine.placement import Places
+from infer.memory.peak import peak_bytes, reset_peak
+from infer.memory.precision import Precision
+from infer.memory.shares import Sizes, device_params, row_pieces, sizes_of, total_bytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured.
+
+    Attributes:
+      batch: rows.
+      prompt: tokens of each row that are read; 0 = a step is measured.
+      context: tokens of each row that are in the cache before the first step.
+      steps: of one repetition.
+    """
+
+    batch: int
+    prompt: int = 0
+    context: int = 0
+    steps: int = 1
+
+    @property
+    def kind(self) -> str:
+        return "prefill" if self.prompt else "decode"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a prefill or of one step, all rows together."""
+        return self.batch * max(self.prompt, 1)
+
+    @property
+    def length(self) -> int:
+        """The longest a row becomes."""
+        return self.prompt or self.context + self.steps
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model in memory.
+
+    Attributes:
+      dtype: name of the type that it computes in.
+      quantisation: name of the scheme of the layers' matrices; "none".
+      layers: "list" or "stacked".
+      weights: bytes of all parameters, once.
+    """
+
+    dtype: str
+    quantisation: str
+    layers: str
+    weights: int = 0
+
+    @property
+    def precision(self) -> Precision:
+        """The same for the arithmetic of `infer.memory`."""
+        return Precision(self.dtype, None if self.quantisation == "none" else self.quantisation)
+
+
+@dataclass
+class Result:
+    """What came out of one shape.
+
+    Attributes:
+      bytes, flops: that a prefill or a step cannot do without, see `work` and `mesh_work`.
+      seconds: of a prefill or a step, one for each repetition.
+      compile_s: compiling the programs.
+      planned: bytes that the compiler says they need on each device, weights included.
+      peak: the most memory used; on a CPU by the process since the measurement began, elsewhere
+        since the start, on the device that used most.
+      peers: the peer's seconds by mode.
+      problem: why there are no seconds, or none of the peer's; "".
+    """
+
+    variant: Variant
+    shape: Shape
+    bytes: float = 0.0
+    flops: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    compile_s: float = 0.0
+    planned: int | None = None
+    peak: int | None = None
+    peers: dict[str, list[float]] = field(default_factory=dict)
+    problem: str = ""
+
+    def per_second(self, amount: float) -> float:
+        """`amount`, if that is what a prefill or a step does, in the best repetition."""
+        return amount / min(self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of the best repetition."""
+        return self.per_second(self.shape.tokens)
+
+    @property
+    def median_rate(self) -> float:
+        """Tokens per second of the median repetition."""
+        return self.shape.tokens / statistics.median(self.seconds)
+
+    def ratio(self, mode: str) -> float:
+        """How many times as fast as the peer: the best against the best."""
+        return min(self.peers[mode]) / min(self.seconds)
+
+
+def work(config: GLMConfig, params: Any, shape: Shape, platform: str) -> tuple[float, float]:
+    """What a prefill, or a step on average, cannot do without on one device.
+
+    Args:
+      params: arrays, or their shapes and dtypes.
+      platform: of the device.
+
+    Returns:
+      Bytes: every weight once, but of the embedding only the rows of the tokens; keys and values
+      of the tokens that are looked at, once a row. Not what a larger cache may make it read.
+      Operations: two for each number of a matrix and token (the head: for each row), and four for
+      each pair of a query and a key, head and dimension.
+    """
+    head, embed = params["head"], params["embed"]
+    weights = total_bytes(params) - total_bytes(embed)
+    seen = shape.prompt or shape.context + (shape.steps + 1) / 2  # keys that a row ends up with
+    pairs = shape.prompt * (shape.prompt + 1) / 2 if shape.prompt else seen
+    dtype = params["final_norm"].dtype
+    kept = np.dtype(cache_dtype(platform, dtype))
+    matrices = sum(_numbers(params, name) for name in COLUMN_AXES)
+    queries = _numbers(params, "q_bias")  # of a token, in all layers: heads times dimension
+    keys_and_values = _numbers(params, "k_bias") + _numbers(params, "v_bias")
+    moved = weights + shape.tokens * config.hidden_size * dtype.itemsize
+    moved += shape.batch * seen * keys_and_values * kept.itemsize
+    flops = 2 * (matrices * shape.tokens + head.size * shape.batch)
+    return moved, flops + 4 * queries * pairs * shape.batch
+
+
+def _numbers(params: Any, name: str) -> int:
+    """Of a weight, in all layers."""
+    layers = params["layers"]
+    return sum(layer[name].size for layer in (layers if isinstance(layers, list) else [layers]))
+
+
+def mesh_work(
+    config: GLMConfig, precision: Precision, mesh: Sizes, shape: Shape, platform: str
+) -> tuple[float, float]:
+    """What all devices of a mesh do together: what one does, times their number.
+
+    So what lies on several devices counts on each of them: norms, key/value heads beyond what
+    `tensor` cuts, the weights of each part of `data`. `fsdp` counts whole, as what is fetched is
+    read; so do rows that fill up a batch. Bytes through links are not counted.
+    """
+    whole = sizes_of({**dict(mesh), "data": 1, "fsdp": 1})
+    params = device_params(config, precision, whole)
+    here = replace(shape, batch=-(-shape.batch // row_pieces(mesh)))
+    moved, flops = work(config, params, here, platform)
+    devices = math.prod(size for _, size in mesh)
+    return devices * moved, devices * flops
+
+
+def measure_all(
+    config: GLMConfig,
+    params: Any,
+    variant: Variant,
+    shapes: Iterable[Shape],
+    *,
+    repeats: int,
+    peer: Peer | None = None,
+) -> Iterator[Result]:
+    """Measures one model; ours and the peer's repetitions take turns, so that noise hits both.
+
+    Args:
+      peer: with a model of the same dtype open.
+    """
+    for shape in shapes:
+        result = Result(variant, shape, *_work(config, params, variant, shape))
+        reset_peak()
+        try:
+            _measure(config, params, result, repeats, peer)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            result.problem = "out of memory"
+        peaks = [peak for peak in map(peak_bytes, devices_of(params)) if peak is not None]
+        result.peak = max(peaks, default=None)
+        yield result
+
+
+def _work(config: GLMConfig, params: Any, variant: Variant, shape: Shape) -> tuple[float, float]:
+    mesh, platform = mesh_of(params), devices_of(params)[0].platform
+    if mesh is None:
+        return work(config, params, shape, platform)
+    return mesh_work(config, variant.precision, sizes_of(mesh.shape), shape, platform)
+
+
+def _measure(
+    config: GLMConfig, params: Any, result: Result, repeats: int, peer: Peer | None
+) -> None:
+    shape = result.shape
+    programs = Compiler(devices_of(params)[0], Places(mesh_of(params)))
+    if shape.prompt:
+        run = prefill(programs, config, params, shape.batch, shape.prompt)
+    else:
+        run = decode(programs, config, params, shape.batch, shape.context, shape.steps)
+    result.compile_s, result.planned = programs.seconds, programs.planned
+    run()
+    for mode in peer.modes if peer else ():
+        assert peer is not None
+        try:
+            peer.prepare(mode, shape.batch, shape.prompt, shape.context, shape.steps)
+            for _ in range(repeats):
+                result.seconds.append(run())
+                result.peers.setdefault(mode, []).append(peer.measure())
+        except PeerError as error:
+            result.peers.pop(mode, None)
+            result.problem = str(error)
+    for _ in range(repeats - len(result.seconds)):
+        result.seconds.append(run())
+
+
+def devices_of(params: Any) -> list[Any]:
+    """Where parameters are."""
+    return sorted(params["final_norm"].devices(), key=lambda device: device.id)

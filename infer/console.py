@@ -1,0 +1,67 @@
+"""Answers and figures on a terminal."""
+
+import sys
+from typing import Any
+
+from glm2_jax.cli.messages import human_size, note
+from glm2_jax.escape import json_line
+from infer.engine.stats import Stats
+
+# All of C0, DEL and C1 but tabs and line ends; a terminal would obey them.
+_NO_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\t\n"
+}
+
+
+def displayed(text: str) -> str:
+    """What standard output is given of an answer: a terminal no characters that control it."""
+    return text.translate(_NO_CONTROLS) if sys.stdout.isatty() else text
+
+
+def print_json(value: dict[str, Any], file: Any = None) -> None:
+    """Prints one object as one line, at once."""
+    file = file or sys.stdout
+    file.write(json_line(value) + "\n")  # in one go: no half lines
+    file.flush()
+
+
+def print_stats(stats: Stats) -> None:
+    """Times, speed and memory, one per line; compiling is in none of the other times."""
+    note(f"load         {stats.load_s:8.2f} s")
+    note(f"compile      {stats.compile_s:8.2f} s{_programs(stats)}")
+    note(f"first token  {stats.first_token_s:8.3f} s")
+    note(f"prefill      {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s")
+    note(f"decode       {stats.decode_tokens} tokens, {stats.decode_rate:.1f} tokens/s")
+    note_speculation(stats)
+    note(f"peak memory  {peak_memory()}")
+
+
+def note_speculation(stats: Stats) -> None:
+    """What came of the drafts, where there were some."""
+    if stats.passes:
+        accepted, drafted = stats.accepted_tokens, stats.drafted_tokens
+        note(
+            f"speculation  {accepted} of {drafted} drafted tokens accepted, "
+            f"{stats.decode_tokens / stats.passes:.2f} tokens a pass"
+        )
+
+
+def _programs(stats: Stats) -> str:
+    if not stats.programs:
+        return ""
+    kept = f", {stats.programs_kept} of them kept from before" if stats.programs_kept else ""
+    return f", {stats.programs} program{'s' if stats.programs > 1 else ''}{kept}"
+
+
+def peak_memory() -> str:
+    """The most memory used so far: by this process, and on the device where it tells."""
+    import resource
+
+    import jax
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = human_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) + " (host)"
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return text if device is None else f"{text}, {human_size(device)} (device)"

@@ -1,0 +1,126 @@
+"""Conversations as token sequences, exactly as the model sees them when it answers.
+
+ChatGLM3 keeps a conversation as it is, so a whole one is a sequence in which every answer is
+learned, with the id behind it: that is what ends an answer. ChatGLM2 and raw text are written anew
+for every question, and an answer of the past is split into other pieces than when it was given, and
+has no end token. So there every answer is a sequence of its own, behind the prompt it answers.
+
+A message with `"loss": False` is never learned: of a ChatGLM3 sequence its tokens are left out of
+the loss; of the others there is no sequence for such an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from glm2_jax.errors import InputError
+from glm2_jax.family import ROLE_TOKENS
+from glm2_jax.text.prompt import build_followup, build_messages, build_prompt
+from glm2_jax.text.tokenizer import Tokenizer
+from infer.datasets.formats import Message
+
+
+class Encoder:
+    """Turns conversations into sequences.
+
+    Args:
+        tokenizer: of the model.
+        template: "chatglm2", "chatglm3" or "raw".
+        train_on_prompt: learn all but the ids that every sequence begins with.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, train_on_prompt: bool = False):
+        self.tokenizer, self.template = tokenizer, template
+        self.train_on_prompt = train_on_prompt
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """How many sequences a conversation is; 0 where nothing of it is learned."""
+        if self.template == "chatglm3":
+            return int(any(map(self._is_learned, messages)))
+        return len(self._learned_turns(messages))
+
+    def encode(self, messages: Sequence[Message], number: int) -> tuple[list[int], list[bool]]:
+        """The ids of one of its sequences, and which of them are learned.
+
+        Raises:
+            InputError: the template cannot write the conversation.
+        """
+        if self.template == "chatglm3":
+            return self._roles(messages)
+        return self._round(messages, self._learned_turns(messages)[number])
+
+    def question(self, messages: Sequence[Message]) -> list[int]:
+        """The ids that the last answer follows; InputError as `encode`."""
+        if self.template == "chatglm3":
+            return build_messages(self.tokenizer, _unmarked(messages[:-1]))
+        system, turns = _turns(messages, self.template)
+        return build_prompt(self.tokenizer, self.template, turns[-1][0], turns[:-1], system)
+
+    def _is_learned(self, message: Message) -> bool:
+        kind = message["role"] == "assistant" or self.train_on_prompt
+        return kind and message.get("loss", True)
+
+    def _learned_turns(self, messages: Sequence[Message]) -> list[int]:
+        """The turns of which the answer, or with `train_on_prompt` anything, is learned."""
+        _turns(messages, self.template)  # questions and answers in turn
+        first = messages[0]["role"] == "system"
+        pairs = zip(messages[first::2], messages[first + 1 :: 2], strict=True)
+        return [n for n, pair in enumerate(pairs) if any(map(self._is_learned, pair))]
+
+    def _roles(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        ids = build_messages(self.tokenizer, _unmarked(messages))
+        ids[-1] = self.tokenizer.eos_id  # instead of the role that would answer next
+        roles = {self.tokenizer.special[name] for name in ROLE_TOKENS}
+        start = len(self.tokenizer.prefix_ids)
+        learned, left = [False] * start, iter(messages)
+        within = self.train_on_prompt and self._is_learned(messages[0])
+        for token in ids[start:]:
+            learned.append(within)  # the role that follows an answer ends it
+            if token in roles:
+                within = self._is_learned(next(left))
+        return ids, learned
+
+    def _round(self, messages: Sequence[Message], turn: int) -> tuple[list[int], list[bool]]:
+        system, turns = _turns(messages, self.template)
+        query, answer = turns[turn]
+        ids = build_prompt(self.tokenizer, self.template, query, turns[:turn], system)
+        prompt = len(ids)
+        ids += [*self.tokenizer.encode(answer), self.tokenizer.eos_id]
+        at = (messages[0]["role"] == "system") + 2 * turn  # of the question
+        start = self._first_learned(messages[: at + 1], turn, query, prompt)
+        learned = [False] * start + [True] * (prompt - start)
+        return ids, learned + [self._is_learned(messages[at + 1])] * (len(ids) - prompt)
+
+    def _first_learned(
+        self, messages: Sequence[Message], turn: int, query: str, prompt: int
+    ) -> int:
+        """From which token of a prompt on all are learned."""
+        if all(map(self._is_learned, messages)):
+            return len(self.tokenizer.prefix_ids)
+        if not self._is_learned(messages[-1]) or not turn:
+            return prompt
+        # The rounds before it hold something that is not to be learned. They are learned, as far as
+        # they may be, in their own sequences.
+        return prompt - len(build_followup(self.tokenizer, query, turn + 1))
+
+
+def _unmarked(messages: Sequence[Message]) -> list[Message]:
+    return [{key: m[key] for key in m if key != "loss"} for m in messages]
+
+
+def _turns(messages: Sequence[Message], template: str) -> tuple[str | None, list[tuple[str, str]]]:
+    """The system text, and questions with their answers."""
+    first = messages[0]["role"] == "system"
+    for number, message in enumerate(messages, 1):
+        where, role = f"message {number}", message["role"]
+        if message.get("metadata") or message.get("tools"):
+            raise InputError(f"{where} has metadata or tools", f"{template} cannot write them")
+        due = "assistant" if (number - first) % 2 == 0 else "user"
+        if role != due and not (first and number == 1):
+            why = f"{template} only knows questions and answers in turn"
+            raise InputError(f"{where} is of the role {role}, not {due}", why)
+    texts = [message["content"] for message in messages[first:]]
+    return (
+        messages[0]["content"] if first else None,
+        list(zip(texts[::2], texts[1::2], strict=True)),
+    )

@@ -1,0 +1,306 @@
+"""Rows of the known formats as messages.
+
+A conversation is a list of messages in the form that `glm2_jax.text.prompt.build_messages` takes: role
+(system, user, assistant, observation), content, and where there are any, metadata and tools. One
+that must not be learned has `"loss": False`, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from glm2_jax.cli.json_input import parse_json
+from glm2_jax.errors import InputError, shown
+from glm2_jax.text.prompt import ROLES, reply_messages
+from infer.requests.request import parse_history
+
+Message = dict[str, Any]
+
+_NEEDED = {
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+    "messages": ("messages",),
+    "adgen": ("content", "summary"),
+    "prompt": ("prompt", "response"),
+}
+_PAIRS = ("alpaca", "adgen", "prompt")  # a question and its answer, each under its own key
+MARKS = ("loss", "weight", "train")
+"""Keys of a row or of an entry that say whether it is learned: of ms-swift and GLM, OpenAI,
+axolotl."""
+_KNOWN = {
+    name: (*_NEEDED[name], "input", "history", "system", "tools", *MARKS) for name in _PAIRS
+} | {
+    "sharegpt": ("conversations", "system", "tools", *MARKS),
+    "messages": ("messages", "conversations", "tools", *MARKS),
+}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "observation",
+}
+_ENTRY_KEYS = {
+    "sharegpt": ("from", "value", *MARKS),
+    "messages": ("role", "content", "metadata", "tools", *MARKS),
+}
+_FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+
+
+def absent(value: Any) -> bool:
+    """Whether an optional field with this value is as good as not there: null, blank, empty, or
+    NaN, with which tables fill what is missing."""
+    return (
+        value is None
+        or value != value
+        or value == []
+        or value == {}
+        or (isinstance(value, str) and not value.strip())
+    )
+
+
+def detect(row: Mapping[str, Any], preferred: str | None = None) -> str | None:
+    """The format of a row that has all the keys that one needs; None where there is no such.
+
+    Where the keys of two are there, the one whose values are not empty counts.
+
+    Args:
+        preferred: the format to take of several.
+
+    Raises:
+        InputError: it has the keys of two, none of them preferred.
+    """
+    there = [name for name, keys in _NEEDED.items() if all(key in row for key in keys)]
+    # Tables that became JSON fill every column. The first key of a pair may be blank (with input).
+    filled = [name for name in there if not absent(row[_NEEDED[name][-1]])]
+    found = filled or [name for name in there if row[_NEEDED[name][-1]] is not None] or there
+    if "sharegpt" in found and _has_role_messages(_value(row, "conversations")):
+        # As the published fine-tuning of ChatGLM3 writes them.
+        found = list(dict.fromkeys("messages" if name == "sharegpt" else name for name in found))
+    if len(found) > 1 and preferred not in found:
+        fix = "name the one: --format"
+        if preferred is not None:
+            fix = f"--format {preferred} is none of them: leave out the columns of the others"
+        raise InputError(f"it has the keys of {' and '.join(found)}", fix)
+    return preferred if len(found) > 1 else next(iter(found), None)
+
+
+def _has_role_messages(conversations: Any) -> bool:
+    first = conversations[0] if isinstance(conversations, list) and conversations else None
+    return isinstance(first, dict) and "role" in first
+
+
+def unknown_format(row: Mapping[str, Any]) -> InputError:
+    """What is wrong with a row that has the keys of no format."""
+    forms = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in _NEEDED.items())
+    return InputError(f"no known format, its keys are {_key_list(row)}", f"there are {forms}")
+
+
+def unused_keys(row: Mapping[str, Any], fmt: str) -> Iterator[str]:
+    """The keys of a row, and of its entries, that have a value and no effect; each once."""
+    yield from (key for key in row if key not in _KNOWN[fmt] and not absent(row[key]))
+    if fmt in _PAIRS:
+        return
+    key = _list_key(row, fmt)
+    found: dict[str, None] = {}
+    for entry in _objects(row, key):
+        for name in entry:
+            if name not in _ENTRY_KEYS[fmt] and not absent(entry[name]):
+                found[f"{name} in {key}"] = None
+        if not _is_answer(entry):
+            asked = [name for name in MARKS if _flag(entry.get(name)) is True]
+            found |= dict.fromkeys(f"{name} of messages that are no answers" for name in asked)
+    yield from found
+
+
+def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
+    """The conversation of a row. Optional fields that are null or blank are not there.
+
+    Raises:
+        InputError: something of it is missing, of a wrong type, empty, or in a wrong order.
+    """
+    messages = _pair(row, fmt) if fmt in _PAIRS else _conversation(row, fmt)
+    if not absent(_value(row, "tools")):
+        raise InputError("tools stand beside the messages", "write them into the system message")
+    kept = []
+    for number, message in enumerate(messages, 1):
+        system = message["role"] == "system"
+        if not _says_something(message):
+            if system:
+                continue
+            raise InputError(f"message {number} ({message['role']}) is empty")
+        if system and number > 1:
+            raise InputError(f"message {number} (system) is not the first")
+        kept.append(message)
+    roles = [message["role"] for message in kept if message["role"] != "system"]
+    if not roles or roles[0] != "user":
+        raise InputError("the conversation does not begin with a question")
+    if roles[-1] != "assistant":
+        raise InputError("the conversation does not end with an answer")
+    if not _is_learned(row, "the row"):
+        kept = [message | {"loss": False} for message in kept]
+    return kept
+
+
+def _says_something(message: Message) -> bool:
+    """Whether a message has text, or may do without: it has tools or names one, is a tool's result,
+    or an answer that is not learned."""
+    if message["content"].strip() or message.get("tools") or message.get("metadata"):
+        return True
+    unlearned = message["role"] == "assistant" and not message.get("loss", True)
+    return unlearned or message["role"] == "observation"
+
+
+def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:
+    """A question and its answer, with the rounds before it."""
+    asked, answered = _NEEDED[fmt]
+    if asked not in row:
+        raise _missing(row, asked)
+    parts = (_optional(row, asked), _optional(row, "input"))
+    query = "\n".join(part for part in parts if part.strip())
+    if not query:
+        raise InputError(f"{asked} is empty")
+    answer, system = _text(row, answered), _optional(row, "system")
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    history = _value(row, "history")
+    rounds = () if absent(history) else parse_history(history)
+    for question, reply in (*rounds, (query, answer)):
+        messages.append({"role": "user", "content": question})
+        for entry in reply_messages(reply):
+            messages.append(_marked(_role_message, entry, len(messages) + 1))
+    return messages
+
+
+def _conversation(row: Mapping[str, Any], fmt: str) -> list[Message]:
+    """The entries of a list, and before them the system text that stands beside it."""
+    read = _role_message if fmt == "messages" else _sharegpt
+    messages = []
+    if fmt == "sharegpt" and (system := _optional(row, "system")).strip():
+        messages.append({"role": "system", "content": system})
+    for number, entry in enumerate(_objects(row, _list_key(row, fmt)), 1):
+        messages.append(_marked(read, entry, number))
+    return messages
+
+
+def _marked(
+    read: Callable[[Mapping[str, Any], str], Message], entry: Mapping[str, Any], number: int
+) -> Message:
+    """The message of an entry, with what its marks say."""
+    where = f"message {number}"
+    message = read(entry, where)
+    if not _is_learned(entry, where):
+        message["loss"] = False
+    return message
+
+
+def _sharegpt(entry: Mapping[str, Any], where: str) -> Message:
+    role, content = entry.get("from"), entry.get("value")
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
+        known = ", ".join(_SHAREGPT_ROLES)
+        raise InputError(f"{where} is from {shown(role)}", f"there are {known}")
+    role = _SHAREGPT_ROLES[role]
+    if content is None and role == "system":
+        content = ""
+    if not isinstance(content, str):
+        raise InputError(f"{where} has no text in its value")
+    return {"role": role, "content": content}
+
+
+def _role_message(entry: Mapping[str, Any], where: str) -> Message:
+    given = {key: value for key, value in entry.items() if not absent(value)}
+    unknown = [key for key in given if key not in _ENTRY_KEYS["messages"]]
+    if unknown:
+        raise InputError(f"{where} has an unknown key", shown(unknown[0]))
+    role, content = entry.get("role"), entry.get("content")
+    if role not in ROLES:
+        raise InputError(f"{where} has the role {shown(role)}", f"there are {', '.join(ROLES)}")
+    if content is None and role == "system":
+        content = ""
+    if not isinstance(content, str):
+        raise InputError(f"{where} ({role}) has no text in its content")
+    extra = {key: given[key] for key in ("metadata", "tools") if not absent(_value(given, key))}
+    return {"role": role, "content": content, **extra}
+
+
+def _is_answer(entry: Mapping[str, Any]) -> bool:
+    role = entry.get("role", entry.get("from"))
+    return isinstance(role, str) and _SHAREGPT_ROLES.get(role) == "assistant"
+
+
+def _is_learned(entry: Mapping[str, Any], where: str) -> bool:
+    """What the marks of an entry or row say; InputError for one that is neither yes nor no."""
+    learned = True
+    for key in MARKS:
+        if absent(value := entry.get(key)):
+            continue
+        flag = _flag(value)
+        if flag is None:
+            raise InputError(
+                f"{key} of {where} is {shown(value)}",
+                "answers are learned or not, write 1 or 0, true or false",
+            )
+        learned &= flag
+    return learned
+
+
+def _flag(value: Any) -> bool | None:
+    """Yes or no, also as a number or as text (of a table); None for anything else."""
+    if isinstance(value, bool | int | float):
+        return bool(value) if value in (0, 1) else None
+    return _FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _missing(row: Mapping[str, Any], key: str) -> InputError:
+    near = difflib.get_close_matches(key, row, n=1)
+    hint = f"is {near[0]} meant?" if near else f"its keys are {_key_list(row)}"
+    return InputError(f"no {key}", hint)
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    if key not in row:
+        raise _missing(row, key)
+    value = row[key]
+    if not isinstance(value, str):
+        raise InputError(f"{key} is not a string", f"it is of type {type(value).__name__}")
+    if not value.strip():
+        raise InputError(f"{key} is empty")
+    return value
+
+
+def _optional(row: Mapping[str, Any], key: str) -> str:
+    """The text of a key that may be missing, null or empty: all are the same as an empty one."""
+    return "" if absent(row.get(key)) else _text(row, key)
+
+
+def _value(row: Mapping[str, Any], key: str) -> Any:
+    """A list or object, which tables hold as JSON text; other text stays as it is."""
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return parse_json(value)
+    except InputError:
+        return value
+
+
+def _list_key(row: Mapping[str, Any], fmt: str) -> str:
+    """Where the entries of a conversation are."""
+    use_messages = fmt == "messages" and not (
+        absent(row.get("messages")) and "conversations" in row
+    )
+    return "messages" if use_messages else "conversations"
+
+
+def _objects(row: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    value = _value(row, key)
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise InputError(f"{key} is not a list of objects")
+    return value
+
+
+def _key_list(row: Mapping[str, Any]) -> str:
+    keys = [shown(key) for key in row]
+    return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") if keys else "none"

@@ -1,0 +1,396 @@
+"""Rows of data files by their place: of a file only the offsets of its rows stay in memory.
+
+A file is JSON lines, one JSON array, or a table (CSV, TSV, Parquet), plain or packed by gzip. All
+are read once from begin to end, a few rows at a time; a row that is wanted later is read again from
+its place. What gzip unpacks, and the rows of a table as JSON, are kept in a temporary file without
+a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import weakref
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from glm2_jax.cli.text_input import refuse_wide
+from glm2_jax.errors import InputError, shown
+from infer.datasets.tables import PARQUET, csv_records, delimiter_of, parquet_records
+
+MAX_ROW = 16 * 2**20  # bytes; no row that a model could learn from is as long
+_PIECE = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_BLANKS = " \t\r\n"
+PACKED = {
+    b"PK\x03\x04": (
+        "a zip archive or an Excel table",
+        "unzip it, or save the table as CSV (UTF-8)",
+    ),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", "unpack it: zstd -d FILE"),
+    b"\xfd7zXZ\x00": ("packed by xz", "unpack it: xz -d FILE"),
+    b"BZh": ("packed by bzip2", "unpack it: bzip2 -d FILE"),
+    b"\x1f\x8b": ("packed by gzip twice", "unpack it: gzip -d FILE"),
+    b"ARROW1": ("an Arrow file", "write it as Parquet or as JSON lines"),
+}  # beginnings of files that are not read
+_TAIL = 16  # characters at the end of what was read that may mean something else with the rest
+
+
+class Row(NamedTuple):
+    """A row of a file.
+
+    Attributes:
+        line: the line that it begins in, from 1.
+        number: of the row, from 1.
+        offset: of its first byte in the file.
+        size: in bytes.
+        data: its bytes, or what is wrong with it where it cannot be read.
+    """
+
+    line: int
+    number: int
+    offset: int
+    size: int
+    data: bytes | InputError
+
+
+class DataFile:
+    """A file of rows.
+
+    Args:
+        path: of a plain file.
+        max_row: bytes; of a longer row nothing is kept.
+        file: an open file to read instead, whose name the path is.
+
+    Attributes:
+        name: the path as text.
+        size: of the file, in bytes; of what gzip unpacks.
+        kind: "lines", "array", "csv" or "parquet".
+        by_line: whether the rows read so far begin in different lines.
+        sha256: of its contents, once `rows` has come to its end.
+
+    Raises:
+        InputError: it cannot be read, is empty, is UTF-16 or UTF-32, or begins with an object that
+            goes on in the next line, so that lines are no rows.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        max_row: int = MAX_ROW,
+        *,
+        file: BinaryIO | None = None,
+    ):
+        self.name = os.fspath(path)
+        self.max_row = max_row
+        self.sha256, self.by_line = "", True
+        fd = _open(self.name) if file is None else os.dup(file.fileno())
+        self._fd = _unpacked(fd, self.name)
+        opened = contextlib.ExitStack()
+        opened.callback(os.close, self._fd)
+        self.close = weakref.finalize(self, opened.close)  # no row can be read after it
+        self.size = os.fstat(self._fd).st_size
+        sample = os.pread(self._fd, _PIECE, 0)
+        self._start = len(_BOM) if sample.startswith(_BOM) else 0
+        self.kind = self._kind(sample)
+        self._table: BinaryIO | None = None  # its rows as JSON, where they are read again
+        if self.kind in ("csv", "parquet"):
+            self._table = opened.enter_context(tempfile.TemporaryFile())
+
+    def _kind(self, sample: bytes) -> str:
+        if sample.startswith(PARQUET):
+            self.by_line = False
+            return "parquet"
+        if self.size <= len(sample) and not sample[self._start :].strip():
+            raise no_rows(self.name)
+        refuse_wide(sample, self.name)
+        for start, (what, fix) in PACKED.items():
+            if sample.startswith(start):
+                raise InputError(f"cannot read {self.name}", f"it is {what}", fix)
+        if delimiter_of(self.name):
+            return "csv"
+        if sample[self._start :].lstrip().startswith(b"["):
+            return "array"
+        _refuse_spread(sample[self._start :], self.name, cut=self.size > len(sample))
+        return "lines"
+
+    def rows(self) -> Iterator[Row]:
+        """All rows in their order; blank lines are none.
+
+        Raises:
+            InputError: a JSON array that is broken, where nothing tells where its next row begins;
+                or a table that cannot be read.
+        """
+        sha256 = self.digest() if self._table is not None else ""
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            if self._table is not None:
+                yield from self._records(file)
+                self.sha256 = sha256
+                return
+            source = _Hashed(file)
+            source.read(self._start)
+            if self.kind == "array":
+                line = 0
+                for row in _Elements(source, self.name, self._start, self.max_row):
+                    self.by_line &= row.line != line
+                    line = row.line
+                    yield row
+            else:
+                yield from _lines(source, self._start, self.max_row)
+            self.sha256 = source.sha256.hexdigest()
+
+    def _records(self, file: BinaryIO) -> Iterator[Row]:
+        assert self._table is not None
+        self._table.seek(0)
+        self._table.truncate()
+        delimiter = delimiter_of(self.name) or ","
+        records = (
+            parquet_records(file, self.name)
+            if self.kind == "parquet"
+            else csv_records(file, self.name, delimiter, self.max_row)
+        )
+        offset = 0
+        for number, (line, data) in enumerate(records, 1):
+            size = 0 if isinstance(data, InputError) else len(data)
+            if size > self.max_row:
+                data = _too_long(size)
+            elif not isinstance(data, InputError):
+                with _writing(self.name):
+                    self._table.write(data)
+            yield Row(line, number, offset, size, data)
+            offset += size if isinstance(data, bytes) else 0
+
+    def place(self, line: int, number: int) -> str:
+        """Where a row is, for people, once all are read."""
+        return f"{self.name}:{line}" if self.by_line else f"{self.name}, row {number}"
+
+    def digest(self) -> str:
+        """The sha256 of the contents, read once more."""
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def restore(self, sha256: str, by_line: bool) -> None:
+        """Brings the file into the state it has after `rows`, where what that yields is known."""
+        self.sha256, self.by_line = sha256, by_line
+        if self._table is not None:
+            for _ in self.rows():
+                pass
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes of a row; fewer than `size` where the file has become shorter."""
+        if self._table is None:
+            return os.pread(self._fd, size, offset)
+        self._table.flush()
+        return os.pread(self._table.fileno(), size, offset)
+
+
+def no_rows(name: str, why: str = "it is empty") -> InputError:
+    """What is wrong with a file that has none."""
+    return InputError(f"{name} has no rows", why)
+
+
+def _open(name: str) -> int:
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
+    except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read {name}", reason) from None
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device, and rows are read repeatedly"
+    raise InputError(f"cannot read {name}", f"it is {kind}", "name a plain file")
+
+
+def _unpacked(fd: int, name: str) -> int:
+    """The descriptor, or for a file that gzip packed that of its contents."""
+    if os.pread(fd, 2, 0) != b"\x1f\x8b":
+        return fd
+    with open(fd, "rb") as packed, tempfile.TemporaryFile() as contents, _writing(name):
+        packed.seek(0)
+        try:
+            with gzip.open(packed) as source:
+                shutil.copyfileobj(source, contents, _PIECE)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"cannot read {name}", f"its gzip data are damaged: {error}") from None
+        contents.flush()
+        return os.dup(contents.fileno())
+
+
+@contextlib.contextmanager
+def _writing(name: str) -> Iterator[None]:
+    """Makes a failure of the temporary file an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot unpack {name}",
+            f"{error.strerror or error}, in {tempfile.gettempdir()}",
+            "free some space, or set TMPDIR to a folder with more",
+        ) from None
+
+
+def _too_long(size: int) -> InputError:
+    return InputError("the row is too long to be read", f"{size} bytes")
+
+
+def _refuse_spread(sample: bytes, name: str, *, cut: bool) -> None:
+    """Raises InputError for a file whose first JSON object is not at its end with its line."""
+    text = sample.decode("latin-1").strip(_BLANKS)  # see `_Elements`
+    if not text.startswith("{"):
+        return
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        if not cut or error.pos < len(text) - _TAIL:  # a bad row, of which there may be good ones
+            return
+        value, end = {}, len(text)
+    except (RecursionError, ValueError):
+        return
+    if "\n" not in text[:end]:
+        return
+    key = next((key for key, inner in value.items() if isinstance(inner, list)), None)
+    inside = "" if key is None else f"; are the rows the list under {shown(key)}?"
+    raise InputError(
+        f"{name} begins with a JSON object over several lines, not with a row",
+        f"of JSON lines each line is a row{inside}",
+        "write each row into a line of its own, or all of them as one array: [...]",
+    )
+
+
+class _Hashed:
+    """A file, and the sum of what has been read of it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.sha256 = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.sha256.update(data)
+        return data
+
+    def readline(self, size: int) -> bytes:
+        data = self._file.readline(size)
+        self.sha256.update(data)
+        return data
+
+
+def _lines(source: _Hashed, offset: int, max_row: int) -> Iterator[Row]:
+    number = rows = 0
+    while line := source.readline(max_row + 1):
+        number += 1
+        size = len(line)
+        data: bytes | InputError = line
+        if size > max_row:
+            while not line.endswith(b"\n") and (line := source.readline(_PIECE)):
+                size += len(line)
+            data = _too_long(size)
+        if isinstance(data, InputError) or data.strip():
+            rows += 1
+            yield Row(number, rows, offset, size, data)
+        offset += size
+
+
+class _Elements:
+    """The elements of a JSON array, with a window of the file in memory.
+
+    The window is read as Latin-1, in which a character is a byte: all that gives JSON its structure
+    is ASCII, which UTF-8 never uses inside other characters. So a place in the text is a place in
+    the file, and the window may end anywhere.
+    """
+
+    # Only the end of a value matters here; what it holds is not kept.
+    _decoder = json.JSONDecoder(
+        object_pairs_hook=len, parse_int=len, parse_float=len, parse_constant=len
+    )
+
+    def __init__(self, source: _Hashed, name: str, offset: int, max_row: int):
+        self.source, self.name, self.max_row = source, name, max_row
+        self.text, self.at = "", 0
+        self.offset = offset  # of the window in the file
+        self.line = 1  # that `at` is in
+        self.ended = False
+
+    def __iter__(self) -> Iterator[Row]:
+        self._next_char()
+        self._advance(self.at + 1)  # the bracket
+        char, number = self._next_char(), 0
+        while char != "]":
+            end, number = self._end_of_value(), number + 1
+            size = end - self.at
+            fits = size <= self.max_row
+            data = self.text[self.at : end].encode("latin-1") if fits else _too_long(size)
+            yield Row(self.line, number, self.offset + self.at, size, data)
+            self._advance(end)
+            char = self._next_char()
+            if char == ",":
+                self._advance(self.at + 1)
+                self._next_char()
+            elif char != "]":
+                why = "there is no comma after a row" if char else "the array has no end"
+                raise self._broken(why, self.at)
+        self._advance(self.at + 1)
+        if self._next_char():
+            raise self._broken("something follows the end of the array", self.at)
+
+    def _next_char(self) -> str:
+        """Goes on to the next character that is not blank; "" at the end of the file."""
+        while True:
+            end = self.at
+            while end < len(self.text) and self.text[end] in _BLANKS:
+                end += 1
+            self._advance(end)
+            if end < len(self.text):
+                return self.text[end]
+            if self.ended:
+                return ""
+            self._read_more()
+
+    def _end_of_value(self) -> int:
+        """Where the value ends that begins at `at`, reading on as far as it takes."""
+        while True:
+            try:
+                end = self._decoder.raw_decode(self.text, self.at)[1]
+                if end + _TAIL <= len(self.text) or self.ended:  # a number may go on
+                    return end
+            except RecursionError:
+                raise self._broken("a row is nested too deeply", self.at) from None
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - _TAIL
+                if self.ended or not cut:
+                    raise self._broken(f"not JSON: {error.msg}", error.pos) from None
+                if len(self.text) - self.at > self.max_row:
+                    raise self._broken(
+                        f"a row is longer than {self.max_row} bytes, or its end is missing", self.at
+                    ) from None
+            self._read_more()
+
+    def _read_more(self) -> None:
+        """Drops what is done with and reads as much as is left again, so that few tries do."""
+        left = self.text[self.at :]
+        self.offset += self.at
+        data = self.source.read(max(_PIECE, len(left)))
+        self.text, self.at = left + data.decode("latin-1"), 0
+        self.ended = not data
+
+    def _advance(self, to: int) -> None:
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    def _broken(self, why: str, at: int) -> InputError:
+        line = self.line + self.text.count("\n", self.at, at)
+        return InputError(
+            f"{self.name}:{line}: {why}",
+            "in a JSON array nothing tells where the next row begins, so none can be left out",
+            "mend the file, or write one row a line (JSON lines), where bad rows can be left out",
+        )

@@ -1,0 +1,120 @@
+"""Rows of tables as JSON objects: CSV and TSV by the standard library, Parquet by pyarrow."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from glm2_jax.cli.text_input import guess_encoding
+from glm2_jax.errors import InputError, shown
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+PARQUET = b"PAR1"  # begins and ends such a file
+_BOM = b"\xef\xbb\xbf"
+_BATCH = 256  # rows of a Parquet file in memory at once
+
+Record = tuple[int, bytes | InputError]
+"""The line that a row begins in (of a Parquet file its number), and its JSON or what is wrong."""
+
+
+def delimiter_of(name: str) -> str | None:
+    """What stands between the cells of a table in text; None where the name is of no such file."""
+    return DELIMITERS.get(Path(name.lower().removesuffix(".gz")).suffix)
+
+
+def csv_records(file: BinaryIO, name: str, delimiter: str, max_row: int) -> Iterator[Record]:
+    """The rows of a table in text, whose first line names its columns.
+
+    Raises:
+        InputError: it is not UTF-8 or not CSV, or a line is longer than `max_row` bytes.
+    """
+    csv.field_size_limit(max_row)
+    reader = csv.reader(_text_lines(file, name, max_row), delimiter=delimiter)
+    header: list[str] | None = None
+    line = 1
+    try:
+        for cells in reader:
+            if cells and header is None:
+                header = _header(cells, name)
+            elif cells:
+                yield line, _object(header or [], cells)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{name}:{line}: not CSV", str(error)) from None
+
+
+def parquet_records(file: BinaryIO, name: str) -> Iterator[Record]:
+    """The rows of a Parquet file.
+
+    Raises:
+        InputError: it is damaged, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(
+            f"{name} is a Parquet file, and pyarrow is not installed",
+            fix='pip install pyarrow, or write it as JSON lines where pandas is: python -c "import '
+            "pandas; pandas.read_parquet('data.parquet').to_json('data.jsonl', orient='records', "
+            'lines=True, force_ascii=False)"',
+        ) from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, _json(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"cannot read {name}", f"it is not a Parquet file: {error}") from None
+
+
+def _text_lines(file: BinaryIO, name: str, max_row: int) -> Iterator[str]:
+    number = 0
+    while line := file.readline(max_row + 1):
+        number += 1
+        if len(line) > max_row:
+            raise InputError(f"{name}:{number}: the line is longer than {max_row} bytes")
+        try:
+            yield (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{name}:{number}: not UTF-8",
+                f"byte {error.start + 1} cannot be read; it looks like {guess_encoding(line)}",
+                "save it as UTF-8, or convert it: iconv -f ENCODING -t UTF-8",
+            ) from None
+
+
+def _header(cells: Sequence[str], name: str) -> list[str]:
+    names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, 1)]
+    twice = next((one for one in names if names.count(one) > 1), None)
+    if twice is not None:
+        raise InputError(f"{name} has the column {shown(twice)} twice")
+    return names
+
+
+def _object(header: Sequence[str], cells: Sequence[str]) -> bytes | InputError:
+    if len(cells) != len(header):
+        return InputError(
+            f"{len(cells)} cells, but the header has {len(header)}",
+            "a text with the separator or a line break must be in quotes",
+        )
+    return _json(dict(zip(header, cells, strict=True)))
+
+
+def _json(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for. Dates and decimals are of no format; as text they can be reported
+    as keys that are not used. Bytes are text if they can be, and never learned if not."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"bytes": len(value)}

@@ -1,0 +1,372 @@
+"""One growing answer on the host: ids to text, clean-up, stop strings, and when it ends.
+
+Stop strings are looked for in the text that is shown: after the clean-up, so that neither white
+space that is stripped nor the empty metadata line of a ChatGLM3 answer can end it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from glm2_jax.errors import UsageError, shown
+from glm2_jax.text.prompt import ROLES, Reply
+from glm2_jax.text.tokenizer import Detokenizer, Tokenizer
+from infer.engine.loops import LoopDetector
+from infer.engine.params import SamplingParams
+
+_DATE_MARK, _DATE = "[[训练时间]]", "2023年"
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a token drawn, and of the likeliest, under the unfiltered model."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Message(NamedTuple):
+    """A message of a ChatGLM3 answer.
+
+    Attributes:
+      role: "assistant", or another role that the model wrote.
+      metadata: the name of the tool that it calls, or "".
+      content: what it says.
+    """
+
+    role: str
+    metadata: str
+    content: str
+
+    @property
+    def text(self) -> str:
+        """The message as an answer shows it that begins with it."""
+        header = f"<|{self.role}|>{self.metadata}\n" if self.metadata else ""
+        return (header + self.content).rstrip() if header else self.content
+
+
+def reply_of(text: str, messages: Sequence[Message]) -> Reply:
+    """An answer as a history takes it: its text, or where that says less, its messages."""
+    if not messages:
+        return text
+    if len(messages) == 1 and messages[0][:2] == ("assistant", ""):
+        return messages[0].content
+    return [message._asdict() for message in messages]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished answer.
+
+    Attributes:
+      prompt_ids: what the model read.
+      output_ids: what it wrote, without the end token. An answer that a stop string ended has
+        all tokens up to the one that showed the string.
+      text: the answer, without the stop string and what follows it. Of a ChatGLM3 answer every
+        message but a plain first one begins with its role token and metadata, on a line of its own.
+      finish_reason: "stop" (end token or stop string), "observation" (the model wants the result
+        of a tool), "length" or "loop" (see `infer.engine.loops`).
+      logprobs: one for each of `output_ids`, where asked for.
+      messages: what a ChatGLM3 answer consists of, as far as `text` goes; () for other templates,
+        and for ids that were continued as they are.
+      stop_reason: the end token or the stop string that ended the answer; else None.
+    """
+
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    messages: tuple[Message, ...] = ()
+    stop_reason: int | str | None = None
+
+    @property
+    def reply(self) -> Reply:
+        """The answer as a history takes it: its text, or where that says less, its messages."""
+        return reply_of(self.text, self.messages)
+
+
+class StopStrings:
+    """Passes text on until one of the strings appears, holding back what may become one.
+
+    Args:
+      strings: what ends the text.
+      trim: white space before such a string goes with it.
+
+    Attributes:
+      string: the one that was found, or None.
+    """
+
+    def __init__(self, strings: Sequence[str], *, trim: bool = False):
+        self._strings = strings
+        self._trim = trim
+        self._held = ""
+        self.string: str | None = None
+
+    @property
+    def found(self) -> bool:
+        return self.string is not None
+
+    def push(self, text: str) -> str:
+        """Takes new text and returns what is certain not to belong to a stop string."""
+        self._held += text
+        places = [(self._held.find(string), string) for string in self._strings]
+        found = [place for place in places if place[0] >= 0]
+        if found:
+            end, self.string = min(found)
+        else:
+            end = len(self._held) - _overlap(self._held, self._strings)
+        if self._trim:
+            end = len(self._held[:end].rstrip())
+        text, self._held = self._held[:end], "" if found else self._held[end:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer."""
+        text, self._held = self._held, ""
+        return text
+
+
+class Cleaner:
+    """`clean_response` for text that comes in pieces: the pieces joined equal its result."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._started = False
+
+    def push(self, text: str) -> str:
+        """Takes new text; returns what is certain to be in the cleaned answer."""
+        held = (self._held + text).replace(_DATE_MARK, _DATE)
+        if not self._started:
+            held = held.lstrip()
+        end = len(held) - _overlap(held, (_DATE_MARK,))
+        if end == len(held):  # white space may turn out to be the end of the answer
+            end = len(held.rstrip())
+        self._held = held[end:]
+        self._started = self._started or end > 0
+        return held[:end]
+
+    def flush(self) -> str:
+        """What was held back and belongs to the answer."""
+        return self._held.rstrip()
+
+
+def _overlap(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins one of `strings` without being all of it."""
+    longest = max((len(string) - 1 for string in strings), default=0)
+    for size in range(min(longest, len(text)), 0, -1):
+        tail = text[-size:]
+        if any(size < len(string) and string.startswith(tail) for string in strings):
+            return size
+    return 0
+
+
+class PlainText:
+    """The text of an answer as it is shown, from ids that come one at a time.
+
+    Args:
+      clean: pass it through `clean_response`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, clean: bool):
+        self._detokenizer = Detokenizer(tokenizer)
+        self._cleaner = Cleaner() if clean else None
+
+    def push(self, token: int) -> str:
+        """Takes the next id and returns the text that is now certain."""
+        text = self._detokenizer.push(token)
+        return text if self._cleaner is None else self._cleaner.push(text)
+
+    def flush(self) -> str:
+        """Ends the answer: returns what was held back."""
+        text = self._detokenizer.flush()
+        return text if self._cleaner is None else self._cleaner.push(text) + self._cleaner.flush()
+
+    def messages(self, text: str) -> tuple[Message, ...]:
+        """The messages of which `text` shows something; it is a beginning of the text given."""
+        return ()
+
+
+class _Begun(NamedTuple):
+    """A message, and where its header and its content begin in the text that is shown."""
+
+    role: str
+    metadata: str
+    header: int
+    content: int
+
+
+class RoleText:
+    """As `PlainText`, cleaned, for a ChatGLM3 answer, which is one message or several.
+
+    A message begins with a role token and a line of metadata, which the text shows on a line of
+    their own, unless it is the first message and plain. As in the published code, what has only one
+    line has no metadata.
+
+    Args:
+      last: the prompt's last id. If it is no role token, the answer goes on in a message whose
+        metadata has been read.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, last: int):
+        self._tokenizer = tokenizer
+        self._roles = {tokenizer.special[f"<|{role}|>"]: role for role in ROLES}
+        self._begun: list[_Begun] = []
+        self._shown = 0
+        self._begin("assistant", "" if last in self._roles else "\n")
+
+    def push(self, token: int) -> str:
+        """Takes the next id and returns the text that is now certain."""
+        if token not in self._roles:
+            return self._show(self._detokenizer.push(token))
+        text = self.flush()
+        self._begin(self._roles[token])
+        return text
+
+    def flush(self) -> str:
+        """Ends a message: returns what was held back."""
+        return self._show(self._detokenizer.flush(), last=True)
+
+    def messages(self, text: str) -> tuple[Message, ...]:
+        """The messages of which `text` shows something; it is a beginning of the text given."""
+        ends = [message.header for message in self._begun[1:]] + [len(text)]
+        return tuple(
+            Message(message.role, message.metadata, text[message.content : end].strip())
+            for message, end in zip(self._begun, ends, strict=False)
+            if message.content <= len(text)
+        )
+
+    def _begin(self, role: str, line: str = "") -> None:
+        self._role, self._gap = role, ""
+        self._line: str | None = line  # of metadata, as far as it goes; None once it has ended
+        self._detokenizer, self._cleaner = Detokenizer(self._tokenizer), Cleaner()
+
+    def _show(self, text: str, *, last: bool = False) -> str:
+        header = ""
+        if self._line is not None:
+            line, newline, rest = (self._line + text).partition("\n")
+            if not newline and not last:
+                self._line = line
+                return ""
+            header = self._header(line.strip() if newline else "")
+            text, self._line = rest if newline else line, None
+        text = self._cleaner.push(text) + (self._cleaner.flush() if last else "")
+        if text and self._gap:
+            text, self._gap = self._gap + text, ""
+        self._shown += len(header + text)
+        return header + text
+
+    def _header(self, metadata: str) -> str:
+        plain = not self._begun and self._role == "assistant" and not metadata
+        header = "" if plain else f"<|{self._role}|>{metadata}"
+        self._gap = "\n" if header else ""
+        header = "\n" + header if header and self._shown else header
+        end = self._shown + len(header)
+        self._begun.append(_Begun(self._role, metadata, self._shown, end))
+        return header
+
+
+class Answer:
+    """Collects the tokens of one row and decides when it ends.
+
+    Args:
+      limit: how many tokens there may be.
+      stop_ids: the end tokens.
+      clean: pass the text through `clean_response`.
+      roles: read it as ChatGLM3 messages, each of them cleaned.
+
+    Attributes:
+      finish_reason: None while the answer goes on.
+
+    Raises:
+      UsageError: a stop string can never match.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        limit: int,
+        stop_ids: Sequence[int],
+        clean: bool,
+        roles: bool = False,
+    ):
+        if clean:
+            _refuse_replaced(sampling.stop)
+        self.prompt_ids = tuple(prompt_ids)
+        self.limit = limit
+        self.finish_reason: str | None = None
+        self._stop_reason: int | str | None = None
+        self._stop_ids = stop_ids
+        self._observation = tokenizer.special.get("<|observation|>")
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
+        self._pieces: list[str] = []
+        last = self.prompt_ids[-1]
+        self._text = RoleText(tokenizer, last) if roles else PlainText(tokenizer, clean=clean)
+        self._stop = StopStrings(sampling.stop, trim=clean)
+        self._loop = LoopDetector(sampling.loop_stop)
+
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> str:
+        """Takes the next token (an end token too) and returns the text that is now certain."""
+        if token in self._stop_ids:
+            self._stop_reason = token
+            return self._finish("observation" if token == self._observation else "stop", "")
+        self._ids.append(token)
+        if self._logprobs is not None and logprob is not None:
+            self._logprobs.append(logprob)
+        text = self._stop.push(self._text.push(token))
+        if self._stop.found:
+            return self._finish("stop", text)
+        if self._loop.push(token):
+            return self._finish("loop", text)
+        if len(self._ids) >= self.limit:
+            return self._finish("length", text)
+        self._pieces.append(text)
+        return text
+
+    @property
+    def drawn(self) -> int:
+        """Tokens so far, without the end token."""
+        return len(self._ids)
+
+    def completion(self) -> Completion:
+        """The finished answer."""
+        assert self.finish_reason is not None
+        text = "".join(self._pieces)
+        return Completion(
+            self.prompt_ids,
+            tuple(self._ids),
+            text,
+            self.finish_reason,
+            None if self._logprobs is None else tuple(self._logprobs),
+            self._text.messages(text),
+            self._stop_reason,
+        )
+
+    def _finish(self, reason: str, text: str) -> str:
+        """Releases what is held back, which may still complete a stop string."""
+        if not self._stop.found:
+            text += self._stop.push(self._text.flush())
+        if self._stop.found:
+            reason, self._stop_reason = "stop", self._stop.string
+        else:
+            text += self._stop.flush()
+        self.finish_reason = reason
+        self._pieces.append(text)
+        return text
+
+
+def _refuse_replaced(strings: Sequence[str]) -> None:
+    for string in strings:
+        if _DATE_MARK in string:
+            raise UsageError(
+                f"the stop string {shown(string)} can never match",
+                f"An answer has {_DATE} in the place of {_DATE_MARK}.",
+                "Leave it out.",
+            )

@@ -1,0 +1,141 @@
+"""Opening a checkpoint for answering."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from convert import load_checkpoint
+from convert.adapters.attach import attach, open_adapter
+from convert.adapters.prefix import attach_prefix, open_prefix
+from convert.hub.find import find_model
+from glm2_jax.errors import UsageError
+from glm2_jax.runtime.devices import as_mesh, device_errors, faster_layers, find_device
+from infer.engine.engine import Engine
+from infer.engine.programs import OnEvent
+from infer.memory.shortage import when_loading
+
+
+def demo_folder() -> Path:
+    """The bundled demo model, in the project's own format."""
+    return Path(__file__).parent / "demo"
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    *,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    quantize_embeddings: bool = False,
+    layers: str | None = None,
+    mesh: str | Mapping[str, int] | Mesh | None = None,
+    max_length: int | None = None,
+    prefill_chunk: int | None = None,
+    speculate: int = 0,
+    device: Any = None,
+    rope_kind: str | None = None,
+    template: str | None = None,
+    family: str | None = None,
+    adapter: str | os.PathLike | None = None,
+    force_adapter: bool = False,
+    prefix: str | os.PathLike | None = None,
+    source: str | None = None,
+    revision: str | None = None,
+    on_event: OnEvent | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Engine:
+    """Opens a checkpoint folder and returns an engine that answers with it.
+
+    Args:
+      path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
+        None = the bundled demo model.
+      dtype, quantize, quantize_embeddings, rope_kind, template, family: as in
+        `convert.load_checkpoint`.
+      layers: "stacked" or "list", as there; None = what is faster on the device, see
+        `faster_layers`.
+      mesh: all devices to compute on together, those of other processes included: a text such as
+        "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`; None = one device.
+      max_length: longest prompt and answer together; None = 8192, or what the model knows.
+      prefill_chunk: tokens of prompts, of all rows together, that are read at once; None = 2048.
+      speculate: tokens that each step drafts and verifies, see `infer.engine.drafts`; 0 = off.
+      device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`; with a
+        mesh that is not a `Mesh` yet the kind of its devices.
+      adapter: folder of a LoRA adapter, from train.lora or PEFT, to answer with.
+      force_adapter: take the adapter even if it was trained on another base or template.
+      prefix: folder of a P-Tuning v2 prefix, from the official training, to answer with.
+      source, revision: where to fetch "owner/name" from ("hf", "modelscope"), and which; without a
+        source the network is never used, see `convert.hub.find.find_model`.
+      on_event: called with a kind ("compile") and a line of text, for progress.
+      progress: called with the bytes of parameters loaded and to load.
+
+    Raises:
+      UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
+      DeviceError: the device is not there, or its memory is too small.
+    """
+    if mesh is None:
+        chosen = find_device(device)
+    else:
+        mesh = as_mesh(mesh, device)
+        chosen = mesh.local_devices[0]
+    start = time.perf_counter()
+    folder = demo_folder()
+    if path is not None:
+        folder = find_model(_folder(path), source=source, revision=revision)
+    form: dict[str, Any] = {"rope_kind": rope_kind, "template": template, "family": family}
+    ready = None
+    if adapter is not None:
+        ready = open_adapter(adapter, folder, **form, force=force_adapter)
+    found = None
+    if prefix is not None:
+        found = open_prefix(prefix, folder, **form)
+    explain = partial(
+        when_loading,
+        folder,
+        chosen,
+        dtype=dtype,
+        quantize=quantize,
+        embeddings=quantize_embeddings,
+        context=max_length,
+        form=form,
+        prefix=0 if found is None else found.length,
+        mesh=mesh,
+    )
+    with device_errors(f"loading {folder}", explain):
+        checkpoint = load_checkpoint(
+            folder,
+            dtype=dtype,
+            quantize=quantize,
+            quantize_embeddings=quantize_embeddings,
+            layers=layers or faster_layers(chosen.platform, on_mesh=mesh is not None),
+            mesh=mesh,
+            **form,
+            device=chosen if mesh is None else None,
+            progress=progress,
+        )
+        if ready is not None:
+            checkpoint = attach(checkpoint, ready)
+        if found is not None:
+            checkpoint = attach_prefix(checkpoint, found)
+        jax.block_until_ready(checkpoint.params)
+    seconds = time.perf_counter() - start
+    return Engine(
+        checkpoint,
+        max_length=max_length,
+        prefill_chunk=prefill_chunk,
+        speculate=speculate,
+        load_s=seconds,
+        on_event=on_event,
+    )
+
+
+def _folder(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UsageError(f"the path of a checkpoint must be text or a Path, not {path!r}")
+    return Path(path)

@@ -1,0 +1,98 @@
+"""Where the arrays of the engine's programs lie: on one device, or cut over a mesh.
+
+Every program takes its arrays where the one before it left them, so nothing is moved between steps.
+B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from glm2_jax.cache import AXES, KVCache
+from glm2_jax.mesh import partition
+from glm2_jax.sharding import replicated
+from infer.engine.steps import Controls, Output
+
+
+class Places:
+    """Where arrays lie: caches by rows and key/value heads, what the host reads whole on every
+    device, arrays that are on the mesh already where they are, and all others by their rows.
+
+    Attributes:
+      mesh: None = one device; then everything is as JAX does it by itself.
+      rows: what B has to be a multiple of.
+    """
+
+    def __init__(self, mesh: Mesh | None = None):
+        self.mesh = mesh
+        self.rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def active(self) -> AbstractContextManager[Any]:
+        """In which the model is traced and compiled for the mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def trace(self, function: Callable, args: Any, donate: int | None = None) -> Any:
+        """`jax.jit(function).trace(*args)`, with a place for each argument and result.
+
+        Args:
+          args: arrays of any kind, or their shapes.
+          donate: position of the argument whose buffers the result may take over.
+        """
+        donated = () if donate is None else donate
+        if self.mesh is None:
+            return jax.jit(function, donate_argnums=donated).trace(*args)
+        args = jax.tree.map(_shape, args, self._of(args))
+        with self.active():
+            results = self._of(jax.eval_shape(function, *args))
+            return jax.jit(function, donate_argnums=donated, out_shardings=results).trace(*args)
+
+    def put(self, tree: Any) -> Any:
+        """NumPy arrays that several programs take, on the devices once and for all; without a mesh
+        they are left as they are."""
+        if self.mesh is None:
+            return tree
+
+        def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
+            # Each process takes its own part; `jax.device_put` would first compare them all.
+            return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+        return jax.tree.map(put, tree, self._of(tree))
+
+    def _of(self, tree: Any) -> Any:
+        """The same tree, of shardings."""
+        return jax.tree.map(self._place, tree, is_leaf=_has_places)
+
+    def _place(self, x: Any) -> Any:
+        assert self.mesh is not None
+        whole = replicated(self.mesh)
+        if isinstance(x, KVCache):
+            cut: Any = {name: self._cut(getattr(x, name), axes) for name, axes in AXES.items()}
+            return KVCache(**cut)
+        if isinstance(x, Output):
+            return jax.tree.map(lambda _: whole, x)
+        if isinstance(x, Controls):
+            rows = {name: self._of(getattr(x, name)) for name in ("rows", "row_ids", "limit")}
+            return jax.tree.map(lambda _: whole, x)._replace(**rows)
+        if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+            return x.sharding
+        return self._cut(x, "B" if np.ndim(x) else "")
+
+    def _cut(self, x: Any, letters: str) -> NamedSharding:
+        assert self.mesh is not None
+        letters = letters.ljust(np.ndim(x), ".")
+        return NamedSharding(self.mesh, partition(letters, np.shape(x), self.mesh.shape))
+
+
+def _has_places(x: Any) -> bool:
+    return isinstance(x, KVCache | Output | Controls)
+
+
+def _shape(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype), sharding=where)

@@ -1,0 +1,267 @@
+"""The programs of the engine: reading prompts, one step, and many steps on the device.
+
+Pure functions of arrays. All loops use the one `pick`, so they draw the same tokens.
+B rows, T prompt length, V vocabulary, S cache slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from glm2_jax import GLMConfig, KVCache, forward, last_logits
+from glm2_jax.mesh import active_mesh
+from infer.engine.sampling import Logprobs, Rows, row_keys, sample, token_logprobs
+
+# In place of a token:
+NOT_FINITE = -1  # the row's logits held NaN or Inf
+IDLE = -2  # the row had already ended, or was never there
+
+Array = Any  # jax.Array, or numpy.ndarray on its way into a program
+
+
+class Controls(NamedTuple):
+    """What a call asks for; arrays, so that nothing recompiles when they change."""
+
+    rows: Rows
+    seed: Array  # uint32 [2]
+    row_ids: Array  # int32 [B], which random numbers a row draws
+    limit: Array  # int32 [B], longest answer of each row
+    stop_ids: Array  # int32 [a few]
+    want_logprobs: Array  # bool scalar
+
+
+class State(NamedTuple):
+    """What goes from step to step; donated."""
+
+    cache: KVCache | None  # there always is one; last_logits also does without
+    token: jax.Array  # int32 [B], drawn last, not yet in the cache
+    seen: jax.Array  # bool [B, V], in the prompt or the answer
+    active: jax.Array  # bool [B]
+    step: jax.Array  # int32 [B], tokens drawn so far
+
+
+class Output(NamedTuple):
+    """What the host reads after a step: tokens, and log-probabilities where it wants them."""
+
+    tokens: jax.Array  # int32 [B], or NOT_FINITE or IDLE
+    logprobs: Logprobs | None
+
+
+def prefill(
+    config: GLMConfig,
+    size: int,
+    params: Any,
+    tokens: Array,
+    lengths: Array,
+    controls: Controls,
+    *,
+    dtype: Any = None,
+) -> tuple[State, Output]:
+    """Reads the prompts into a new cache (see `KVCache.new`) and draws the first token of each row.
+
+    Args:
+      tokens: int32 [B, T], prompts padded on the right.
+      lengths: int32 [B], their lengths; 0 marks an empty row.
+      dtype: of the cache; None = that of the params.
+    """
+    batch, length = tokens.shape
+    real = jnp.arange(length)[None, :] < lengths[:, None]
+    dtype = params["final_norm"].dtype if dtype is None else dtype
+    cache = KVCache.new(config, batch, size, dtype, params.get("prefix"))
+    last = jnp.maximum(lengths - 1, 0)
+    logits, cache = last_logits(
+        config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cache
+    )
+    seen = _marked(jnp.zeros((batch, config.vocab_size), bool), tokens, real)
+    none = jnp.zeros(batch, jnp.int32)
+    return pick(logits, controls, State(cache, none, seen, lengths > 0, none))
+
+
+def read(
+    config: GLMConfig, params: Any, tokens: Array, lengths: Array, kept: Array, cache: KVCache
+) -> KVCache | None:
+    """Reads a part of the prompts into the cache; arguments as in `extend`."""
+    return _read(config, params, tokens, lengths, kept, cache)[1]
+
+
+def extend(
+    config: GLMConfig,
+    params: Any,
+    tokens: Array,
+    lengths: Array,
+    kept: Array,
+    seen: Array,
+    controls: Controls,
+    cache: KVCache,
+) -> tuple[State, Output]:
+    """Like `prefill`, into a cache of which the first slots are kept.
+
+    Args:
+      tokens, lengths: as in `prefill`, of the part of each prompt that is to be read.
+      kept: int32 [B], tokens of each row that are in the cache; the slots behind are free.
+      seen: bool [B, V], the tokens of the whole prompts.
+    """
+    logits, extended = _read(config, params, tokens, lengths, kept, cache)
+    none = jnp.zeros_like(lengths)
+    return pick(logits, controls, State(extended, none, jnp.asarray(seen), lengths > 0, none))
+
+
+def grow(size: int, cache: KVCache) -> KVCache:
+    """A copy of the cache with more slots, the new ones zero."""
+    pad = [(0, 0)] * 2 + [(0, size - cache.size)] + [(0, 0)] * 2
+    return KVCache(jnp.pad(cache.k, pad), jnp.pad(cache.v, pad), cache.length, cache.prefix)
+
+
+def decode(
+    config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State
+) -> tuple[State, Output]:
+    """One step: writes the last token of each row into the cache and draws the next.
+
+    Args:
+      keep: bool [B]; false ends a row, whatever the device thinks of it.
+    """
+    active = state.active & keep
+    logits, cache = last_logits(
+        config,
+        params,
+        state.token[:, None],
+        jnp.zeros_like(state.token),
+        segment_ids=active[:, None].astype(jnp.int32),
+        cache=state.cache,
+    )
+    return pick(logits, controls, state._replace(cache=cache, active=active))
+
+
+def decode_many(
+    config: GLMConfig, count: int, params: Any, controls: Controls, keep: Array, state: State
+) -> tuple[State, Output]:
+    """Up to `count` steps without the host, fewer when every row has ended.
+
+    Returns:
+      The state, and outputs with a leading axis of `count`; steps not taken are IDLE.
+    """
+
+    def step(carry):
+        index, state, outputs = carry
+        state, output = decode(config, params, controls, keep, state)
+        outputs = jax.tree.map(lambda all_, one: all_.at[index].set(one), outputs, output)
+        return index + 1, state, outputs
+
+    def going(carry):
+        return (carry[0] < count) & jnp.any(carry[1].active)
+
+    one = jax.eval_shape(lambda: decode(config, params, controls, keep, state)[1])
+    outputs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
+    outputs = outputs._replace(tokens=jnp.full_like(outputs.tokens, IDLE))
+    state = state._replace(active=state.active & keep)
+    _, state, outputs = jax.lax.while_loop(going, step, (jnp.int32(0), state, outputs))
+    return state, outputs
+
+
+def _read(
+    config: GLMConfig, params: Any, tokens: Array, lengths: Array, kept: Array, cache: KVCache
+) -> tuple[jax.Array, KVCache | None]:
+    """Logits of each row's last token, and the cache with all of them."""
+    real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+    cut = KVCache(cache.k, cache.v, cache.prefix + kept, cache.prefix)
+    last = jnp.maximum(lengths - 1, 0)
+    segment_ids = real.astype(jnp.int32)
+    return last_logits(config, params, tokens, last, segment_ids=segment_ids, cache=cut)
+
+
+def _marked(seen: Array, tokens: Array, real: Array) -> jax.Array:
+    """`seen` [B, V] with the tokens [B, T] that are real."""
+    if active_mesh():  # in words that the partitioner follows: each row stays where it lies
+        return jax.vmap(lambda row, ids, real: row.at[ids].max(real))(seen, tokens, real)
+    return seen.at[jnp.arange(len(tokens))[:, None], tokens].max(real)
+
+
+def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Output]:
+    """Draws a token for every active row and decides on the device which rows go on.
+
+    Args:
+      logits: float32 [B, V].
+    """
+    keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
+    token = sample(logits, keys, state.seen, controls.rows)
+    logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
+    finite = jnp.isfinite(logits).all(axis=-1)
+    output = jnp.where(state.active, jnp.where(finite, token, NOT_FINITE), IDLE)
+
+    stopped = jnp.any(token[:, None] == controls.stop_ids, axis=-1)
+    active = state.active & finite & ~stopped & (state.step + 1 < controls.limit)
+    seen = _marked(state.seen, token[:, None], active[:, None])
+    state = State(state.cache, jnp.where(active, token, 0), seen, active, state.step + state.active)
+    return state, Output(output, logprobs)
+
+
+def verify(
+    config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State, drafts: Array
+) -> tuple[State, Output]:
+    """Draws 1 to N + 1 tokens for each row: as many as agree with its draft, and the next.
+
+    Args:
+      keep: bool [B]; false ends a row, whatever the device thinks of it.
+      drafts: int32 [B, N].
+
+    Returns:
+      The state, and an output with a leading axis of N + 1; a row is IDLE after its last token.
+    """
+    before = cast(KVCache, state.cache)
+    active = state.active & keep
+    tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
+    batch, columns = tokens.shape
+    segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
+    # The last draft of an answer may reach beyond the cache: what is written there is dropped, and
+    # what is drawn there is beyond the row's limit.
+    logits, cache = forward(config, params, tokens, segment_ids=segment_ids, cache=before)
+
+    spread = _spread(controls, columns)
+    picked, output = pick(
+        logits.reshape(batch * columns, -1), spread, _columns(state._replace(active=active), drafts)
+    )
+    picked, output = jax.tree.map(
+        lambda x: x.reshape(batch, columns, *x.shape[1:]), (picked, output)
+    )
+    agrees = picked.active[:, :-1] & (output.tokens[:, :-1] == drafts)
+    reached = jnp.concatenate([active[:, None], agrees], axis=1)
+    reached = jnp.cumprod(reached.astype(jnp.int32), axis=1)
+    drawn = jnp.sum(reached, axis=1, dtype=jnp.int32)
+
+    last = jnp.maximum(drawn - 1, 0)
+    state = jax.tree.map(lambda x: x[jnp.arange(batch), last], picked)
+    # All that counts is in the cache but the token drawn last; the slots behind are free again.
+    written = cast(KVCache, cache)
+    cache = KVCache(written.k, written.v, before.length + drawn, before.prefix)
+    output = output._replace(tokens=jnp.where(reached > 0, output.tokens, IDLE))
+    return state._replace(cache=cache), jax.tree.map(lambda x: x.swapaxes(0, 1), output)
+
+
+def _spread(controls: Controls, columns: int) -> Controls:
+    """The controls of each row for each of its columns: [B] becomes [B (N + 1)]."""
+
+    def spread(x: Array) -> jax.Array:
+        return jnp.repeat(jnp.asarray(x), columns)
+
+    rows, row_ids = Rows(*map(spread, controls.rows)), spread(controls.row_ids)
+    return controls._replace(rows=rows, row_ids=row_ids, limit=spread(controls.limit))
+
+
+def _columns(state: State, drafts: jax.Array) -> State:
+    """What the state would be at each column, had all drafts before it been drawn: [B (N + 1)]."""
+    batch, count = drafts.shape
+    columns = count + 1
+    seen = jnp.repeat(state.seen, columns, axis=0).reshape(batch, columns, -1)
+    row, column = jnp.arange(batch)[:, None, None], jnp.arange(columns)[:, None]
+    seen = seen.at[row, column, drafts[:, None]].max(jnp.arange(count) < column)
+    step = state.step[:, None] + jnp.arange(columns, dtype=jnp.int32)
+    return State(
+        None,
+        jnp.repeat(state.token, columns),
+        seen.reshape(batch * columns, -1),
+        jnp.repeat(state.active, columns),
+        step.reshape(-1),
+    )

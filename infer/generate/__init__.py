@@ -1,0 +1,1 @@
+"""`python -m infer.generate`: answer one prompt or a file of prompts."""

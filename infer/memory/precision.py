@@ -1,0 +1,49 @@
+"""The precisions that a plan compares."""
+
+from dataclasses import dataclass
+
+from glm2_jax.schemes import SCHEMES, Scheme
+
+_FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are kept and computed with.
+
+    Attributes:
+      dtype: "float32", "bfloat16" or "float16": of activations, cache, and what is not quantised.
+      quantize: name of a scheme of `glm2_jax.schemes` for the matrices of the layers, or None.
+    """
+
+    dtype: str
+    quantize: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a table calls it: the kind of integers, or the dtype."""
+        return (self.quantize or self.dtype).removesuffix("-row")
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number that is not quantised."""
+        return _FLOATS[self.dtype]
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return None if self.quantize is None else SCHEMES[self.quantize]
+
+
+def precisions(half: str = "bfloat16", stored: str | None = None) -> tuple[Precision, ...]:
+    """Those that a user can ask for, the widest first.
+
+    Args:
+      half: the device's 16-bit type.
+      stored: the scheme of a folder that is quantised: it can be kept, or unpacked.
+    """
+    schemes = ("int8", "int4") if stored is None else (stored,)
+    return (
+        Precision("float32"),
+        Precision(half),
+        *(Precision(half, scheme) for scheme in schemes),
+    )

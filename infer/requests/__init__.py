@@ -1,0 +1,1 @@
+"""Requests and conversations: what is asked, as ids, and what came of it."""

@@ -1,0 +1,283 @@
+"""A conversation: its turns, what of them the model reads, and the answers to new questions."""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+
+from glm2_jax.errors import CheckpointError, InputError
+from glm2_jax.text.prompt import Reply, build_followup
+from infer.engine.answer import RoleText, reply_of
+from infer.engine.call import TokenEvent
+from infer.engine.engine import Engine
+from infer.engine.left import closed_at_exit
+from infer.engine.params import MAX_SEED, SamplingParams
+from infer.engine.session import Session
+from infer.engine.stats import Stats, add_stats
+from infer.requests.exchange import warn_beyond_aligned
+from infer.requests.request import Request
+
+Events = Generator[TokenEvent, None, None]
+_WITH_IDS = 8  # newest turns that keep their ids, for `undo`: a turn has those of all before it
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer.
+
+    Attributes:
+      answer: its text, or the messages of a ChatGLM3 answer that is more than a plain one.
+      ids: all that the model had read and written when the answer was finished, where that says
+        the same as the text; None where the text alone is known.
+      first: index of the oldest turn that the model had read.
+      limit: tokens that its prompt could have, 0 where that is not known: then `first` does not
+        say that the turns before it have no room any more.
+    """
+
+    question: str
+    answer: Reply
+    ids: tuple[int, ...] | None = None
+    first: int = 0
+    limit: int = 0
+
+
+class Conversation:
+    """What has been said, and how to go on. A new question is asked by `reply`.
+
+    Random numbers: a turn draws with seed + number of turns before it, so that the same
+    conversation gives the same answers; every retry of a turn draws anew.
+
+    Attributes:
+      engine, sampling: what answers, and how.
+      system: instructions, or None.
+      turns: what has been said, oldest first.
+      unanswered: the last question, where nothing came of it.
+      left_out: how many of the oldest turns the last prompt did not have room for.
+      total: statistics of all answers.
+    """
+
+    def __init__(
+        self, engine: Engine, sampling: SamplingParams, *, say: Callable[[str], None] = print
+    ):
+        self.engine, self.sampling = engine, sampling
+        self.system: str | None = None
+        self.turns: list[Turn] = []
+        self.unanswered: str | None = None
+        self.left_out = 0
+        self.total: Stats | None = None
+        self._session = Session(engine)
+        self._say = say
+        self._attempt = 0
+        self._warned = False
+
+    @property
+    def history(self) -> list[tuple[str, Reply]]:
+        return [(turn.question, turn.answer) for turn in self.turns]
+
+    @property
+    def ids(self) -> tuple[int, ...] | None:
+        """All that a ChatGLM3 model has read and written, if that is known and is all turns."""
+        if self.engine.template != "chatglm3" or not self.turns or self.turns[-1].first:
+            return None
+        return self.turns[-1].ids
+
+    @property
+    def ceiling(self) -> int:
+        """Tokens that prompt and answer together may have."""
+        return min(self.sampling.max_length or self.engine.max_length, self.engine.max_length)
+
+    @property
+    def reserve(self) -> int:
+        """Tokens that are kept free for an answer."""
+        quarter = max(self.ceiling // 4, 1)
+        return min(self.sampling.max_new_tokens or quarter, quarter)
+
+    def used(self) -> int:
+        """Tokens of the conversation so far, as the next prompt would begin."""
+        if not self.turns:
+            return 0
+        last = self.turns[-1]
+        return len(last.ids) if last.ids else len(self._build("?", last.first))
+
+    def replace(
+        self,
+        history: Iterable[tuple[str, Reply]],
+        system: str | None,
+        ids: Sequence[int] | None = None,
+    ) -> None:
+        """Puts another conversation in the place of this one.
+
+        Args:
+          ids: all that a ChatGLM3 model had read and written, to go on from if it says the same.
+
+        Raises:
+          InputError: the model's template cannot say it; then nothing has changed.
+        """
+        history = list(history)
+        Request("?", tuple(history), system)
+        built = self.engine.build_prompt("?", history, system)
+        self.turns = [Turn(question, answer) for question, answer in history]
+        if ids and history and self.engine.template == "chatglm3":
+            if self._say_the_same([*ids, *self._followup("?", len(history) + 1)], built):
+                self.turns[-1] = dataclasses.replace(self.turns[-1], ids=tuple(ids))
+        self.system = system
+        self.unanswered = None
+        self.left_out = self._attempt = 0
+
+    def set_system(self, text: str | None) -> None:
+        """Changes the instructions, from the next question on."""
+        Request("?", system=text)
+        self.engine.build_prompt("?", self.history, text)
+        self.system = text
+        self.turns = [dataclasses.replace(turn, ids=None, limit=0) for turn in self.turns]
+
+    def undo(self) -> Turn | None:
+        """Takes the last turn back; None where there is none."""
+        self.unanswered, self._attempt = None, 0
+        return self.turns.pop() if self.turns else None
+
+    def reply(self, question: str) -> Events:
+        """Answers a question. What has come of the answer when the iterator ends or is closed
+        becomes part of the conversation, unless it is blank.
+
+        Raises (on the first step):
+          InputError: no question, or one that is too long; nothing has changed.
+        """
+        self._attempt = 0
+        return closed_at_exit(self._reply(question))
+
+    def retry(self) -> Events:
+        """Answers the last question anew; the old answer comes back if nothing comes of it.
+
+        Raises (on the first step):
+          InputError: there is none.
+        """
+        return closed_at_exit(self._retry())
+
+    def _retry(self) -> Events:
+        old, question = None, self.unanswered
+        if question is None:
+            if not self.turns:
+                raise InputError("there is no question yet that could be asked again")
+            old = self.turns.pop()
+            question = old.question
+        self._attempt += 1
+        before = len(self.turns)
+        try:
+            yield from self._reply(question)
+        finally:
+            if old is not None and len(self.turns) == before:
+                self.turns.append(old)
+                self.unanswered = None
+
+    def _reply(self, question: str) -> Events:
+        Request(question)
+        ids, left_out = self._fit(question)
+        self._tell(ids, left_out)
+        sampling = dataclasses.replace(
+            self.sampling, seed=(self.sampling.seed + len(self.turns)) % (MAX_SEED + 1)
+        )
+        events = self._session.run(ids, sampling, draw=self._attempt, clean=True)
+        text, tokens = "", []
+        try:
+            for event in events:
+                text += event.text
+                if event.token is not None:
+                    tokens.append(event.token)
+                yield event
+        finally:
+            self._session.close()
+            self.total = add_stats(self.total, self.engine.stats)
+            self._keep(question, text, ids, tokens)
+
+    def _keep(self, question: str, text: str, ids: list[int], tokens: list[int]) -> None:
+        self.unanswered = None if text.strip() else question
+        if self.unanswered is not None:
+            return
+        reply: Reply = text
+        written = None
+        if self.engine.template == "chatglm3":
+            reader = RoleText(self.engine.tokenizer, ids[-1])
+            written = "".join([reader.push(token) for token in tokens]) + reader.flush()
+            reply = reply_of(text, reader.messages(text))
+        elif self.engine.template == "chatglm2":
+            written = self.engine.tokenizer.decode(tokens)
+        exact = (*ids, *tokens) if written == text else None
+        limit = self.ceiling - self.reserve
+        self.turns.append(Turn(question, reply, exact, self.left_out, limit))
+        if len(self.turns) > _WITH_IDS:
+            old = -1 - _WITH_IDS
+            self.turns[old] = dataclasses.replace(self.turns[old], ids=None)
+
+    def _fit(self, question: str) -> tuple[list[int], int]:
+        """The prompt with as few of the oldest turns left out as makes room for an answer.
+
+        Returns:
+          The ids, and the number of turns left out.
+        """
+        limit, count = self.ceiling - self.reserve, len(self.turns)
+        # What the last prompt had no room for has none in this one, which is longer.
+        left_out = self.turns[-1].first if count and limit <= self.turns[-1].limit else 0
+        ids = self._build(question, left_out)
+        if len(ids) > limit and left_out < count:
+            options = range(left_out + 1, count)  # if none fits, the question stands alone
+            left_out += 1 + bisect_left(
+                options, True, key=lambda n: len(self._build(question, n)) <= limit
+            )
+            ids = self._build(question, left_out)
+        if len(ids) >= self.ceiling:
+            raise InputError(
+                f"the question is too long: alone it takes {len(ids)} tokens",
+                f"prompt and answer together may have {self.ceiling}",
+                "shorten it, or start with a larger --max-length, as far as the model goes",
+            )
+        return ids, left_out
+
+    def _build(self, question: str, left_out: int) -> list[int]:
+        """The ids of a prompt without the oldest turns.
+
+        A conversation goes on from the ids that the model wrote itself, as in the published command
+        line: split anew, the text of an answer may be other tokens (a ChatGLM2 answer begins with
+        another one), and all of it would have to be read.
+        """
+        turns = self.turns[left_out:]
+        if turns and turns[-1].ids is not None and turns[-1].first == left_out:
+            try:
+                return [*turns[-1].ids, *self._followup(question, len(turns) + 1)]
+            except CheckpointError:  # this tokenizer cannot; the text always can
+                pass
+        history = [(turn.question, turn.answer) for turn in turns]
+        return self.engine.build_prompt(question, history, self.system)
+
+    def _followup(self, question: str, round_number: int) -> list[int]:
+        """The ids by which a conversation goes on after an answer."""
+        tokenizer = self.engine.tokenizer
+        if self.engine.template == "chatglm3":
+            return self.engine.build_prompt(question)[len(tokenizer.prefix_ids) :]
+        return build_followup(tokenizer, question, round_number)
+
+    def _say_the_same(self, *prompts: Sequence[int]) -> bool:
+        """Whether these are prompts with the same ChatGLM3 messages."""
+        tokenizer = self.engine.tokenizer
+        if max(map(max, prompts)) >= tokenizer.size:
+            return False
+        readers = [RoleText(tokenizer, ids[0]) for ids in prompts]
+        texts = {
+            "".join([reader.push(token) for token in ids]) + reader.flush()
+            for reader, ids in zip(readers, prompts, strict=True)
+        }
+        return len(texts) == 1
+
+    def _tell(self, ids: list[int], left_out: int) -> None:
+        room = self.ceiling - len(ids)
+        if left_out > self.left_out:
+            turns = "turn is" if left_out == 1 else f"{left_out} turns are"
+            self._say(
+                f"the oldest {turns} left out to make room, of {len(self.turns)}: "
+                f"{room} tokens are left for the answer"
+            )
+        self.left_out = left_out
+        if not self._warned:
+            self._warned = warn_beyond_aligned(self.engine, len(ids), self.sampling)

@@ -1,0 +1,128 @@
+"""From a request to ids, and from an answer to JSON."""
+
+from typing import Any
+
+from glm2_jax.cli.messages import note
+from glm2_jax.errors import InputError
+from glm2_jax.text.prompt import build_messages, build_prompt, truncate_prompt
+from infer.engine.answer import Completion
+from infer.engine.engine import Engine
+from infer.engine.params import SamplingParams
+from infer.requests.request import Request
+
+
+def encode(
+    engine: Engine, request: Request, sampling: SamplingParams, truncate: int | None, where: str
+) -> list[int]:
+    """The ids that a request is asked with, checked to leave room for an answer.
+
+    Args:
+      truncate: longest prompt in tokens, where a longer one may be cut; it is said on stderr.
+      where: file and line, for what is said; "" for a single prompt.
+
+    Raises:
+      InputError: no prompt can be made of it, or it is too long.
+    """
+    ids = _cut(engine, request, truncate, where) if truncate else _build(engine, request)
+    limit = min(engine.max_length, sampling.max_length or engine.max_length)
+    if len(ids) >= limit:
+        raise InputError(
+            f"the prompt is too long: {len(ids)} tokens",
+            f"prompt and answer together may have {limit}"
+            f" (the model has {engine.config.seq_length})",
+            "shorten it, raise --max-length as far as the model goes, or cut it: --truncate-prompt",
+        )
+    return ids
+
+
+def _build(engine: Engine, request: Request) -> list[int]:
+    if request.messages is None:
+        return build_prompt(
+            engine.tokenizer, engine.template, request.prompt, request.history, request.system
+        )
+    if engine.template != "chatglm3":
+        raise InputError(
+            "messages need the template chatglm3", f"the template here is {engine.template}"
+        )
+    return build_messages(engine.tokenizer, request.messages)
+
+
+def _cut(engine: Engine, request: Request, limit: int, where: str) -> list[int]:
+    if request.messages is not None:
+        ids = _build(engine, request)
+        if len(ids) > limit:
+            raise InputError(
+                f"the messages are too long: {len(ids)} tokens, --truncate-prompt {limit}",
+                "messages are never cut",
+            )
+        return ids
+    ids, turns, tokens = truncate_prompt(
+        engine.tokenizer, engine.template, request.prompt, request.history, request.system, limit
+    )
+    if turns or tokens:
+        what = [f"the oldest {turns} of {len(request.history)} turns"] if turns else []
+        what += [f"the last {tokens} tokens of the question"] if tokens else []
+        prefix = f"{where}: " if where else ""
+        note(f"{prefix}prompt cut to {len(ids)} tokens: left out {' and '.join(what)}")
+    return ids
+
+
+def warn_beyond_aligned(engine: Engine, longest: int, sampling: SamplingParams) -> bool:
+    """Warns if a prompt of `longest` tokens and its answer may pass the aligned length."""
+    limit = min(engine.max_length, sampling.max_length or engine.max_length)
+    end = min(limit, longest + (sampling.max_new_tokens or limit))
+    aligned = engine.config.aligned_length
+    if end > aligned:
+        note(
+            f"warning: prompt and answer may reach {end} tokens; "
+            f"beyond {aligned}, the length this model was aligned to, answers get worse"
+        )
+    return end > aligned
+
+
+def result(engine: Engine, request: Request, completion: Completion) -> dict[str, Any]:
+    """The object that `--json` prints for a prompt."""
+    asked = {"prompt": request.prompt}
+    if request.messages is not None:
+        asked = {"messages": list(request.messages)}
+    tokenizer = engine.tokenizer
+    special = {token: name for name, token in tokenizer.special.items()}
+
+    def text(token: int) -> str:  # a lone byte has no text, its piece says which one it is
+        return tokenizer.token_text(token) or tokenizer.piece(token) or special.get(token, "")
+
+    read, written = len(completion.prompt_ids), len(completion.output_ids)
+    answer: dict[str, Any] = {
+        **({} if request.id is None else {"id": request.id}),
+        **asked,
+        "prompt_ids": list(completion.prompt_ids),
+        "output_ids": list(completion.output_ids),
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "usage": {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        },
+    }
+    if completion.messages:
+        answer["output_messages"] = [message._asdict() for message in completion.messages]
+    if isinstance(completion.stop_reason, str):
+        answer["stop_reason"] = {"string": completion.stop_reason}
+    elif completion.stop_reason is not None:
+        token = completion.stop_reason
+        answer["stop_reason"] = {"id": token, "token": text(token)}
+    if completion.logprobs is not None:
+        answer["logprobs"] = [
+            {
+                "id": entry.token,
+                "token": text(entry.token),
+                "logprob": entry.logprob,
+                "top": [
+                    {"id": token, "token": text(token), "logprob": logprob}
+                    for token, logprob in entry.top
+                ],
+            }
+            for entry in completion.logprobs
+        ]
+    return answer

@@ -1,0 +1,167 @@
+"""What is asked: questions with history and system text, from flags and from batch files.
+
+A batch file holds one JSON object per line: `prompt`, or ChatGLM3 `messages`; and optionally `id`,
+`history` ([[question, answer], ...]) and `system`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from glm2_jax.cli.json_input import parse_json, parse_object
+from glm2_jax.cli.text_input import read_utf8
+from glm2_jax.errors import InputError, shown
+from glm2_jax.text.cleanup import clean_text
+from glm2_jax.text.prompt import Reply, is_reply
+
+Turns = tuple[tuple[str, Reply], ...]
+_HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
+_KEYS = ("prompt", "messages", "id", "history", "system")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    Attributes:
+      prompt: the question; "" where there are messages.
+      history: (question, answer) pairs, oldest first; an answer may be ChatGLM3 messages.
+      system: instructions, or None.
+      messages: ChatGLM3 role messages instead of the three above.
+      id: a name to find the answer by, copied to the output.
+    """
+
+    prompt: str = ""
+    history: Turns = ()
+    system: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    id: str | int | None = None
+
+    def __post_init__(self) -> None:
+        texts = (self.prompt, self.system, self.history, self.messages, self.id)
+        try:
+            json.dumps(texts, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(
+                "the prompt is not valid text",
+                "it has half of a character (a lone surrogate), as bytes that are not UTF-8 leave",
+            ) from None
+        if self.messages is None and not self.prompt.strip():
+            raise InputError("empty prompt", "there is nothing to answer", "write a question")
+
+    def cleaned(self) -> Request:
+        """With plain spaces instead of ideographic and no-break ones, everywhere."""
+        return dataclasses.replace(
+            self,
+            prompt=clean_text(self.prompt),
+            history=tuple((clean_text(q), _clean_reply(a)) for q, a in self.history),
+            system=None if self.system is None else clean_text(self.system),
+            messages=None if self.messages is None else tuple(map(_clean_message, self.messages)),
+        )
+
+
+def _clean_reply(reply: Reply) -> Reply:
+    return clean_text(reply) if isinstance(reply, str) else [_clean_message(m) for m in reply]
+
+
+def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": clean_text(content) if isinstance(content, str) else content}
+
+
+def read_history(path: str) -> Turns:
+    """Reads a history file; InputError says what is wrong with it."""
+    text = read_utf8(path)
+    try:
+        return parse_history(parse_json(text))
+    except InputError as error:
+        raise InputError(f"{path}: {error.what}", error.why, _HISTORY_FORM) from None
+
+
+def parse_history(value: Any) -> Turns:
+    """Checks that a JSON value is a list of [question, answer] pairs; None is an empty one.
+
+    An answer is text, or a list of objects: messages, which the prompt builder checks.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise InputError("the history is not a list of [question, answer] pairs")
+    for number, turn in enumerate(value, 1):
+        pair = isinstance(turn, list) and len(turn) == 2
+        if not pair or not isinstance(turn[0], str) or not is_reply(turn[1]):
+            raise InputError(f"turn {number} of the history is not a [question, answer] pair")
+    return tuple((question, answer) for question, answer in value)
+
+
+def parse_batch(
+    lines: Iterable[tuple[int, bytes | InputError]],
+    history: Turns = (),
+    system: str | None = None,
+) -> Iterator[tuple[int, Request | InputError]]:
+    """Parses the lines of a batch file.
+
+    Args:
+      lines: as `glm2_jax.cli.text_input.read_lines` gives them.
+      history, system: for lines with a prompt that have none of their own.
+
+    Yields:
+      The line number, and the request or what is wrong with the line.
+    """
+    for number, line in lines:
+        try:
+            if isinstance(line, InputError):
+                raise line
+            yield number, parse_line(line, history, system)
+        except InputError as error:
+            yield number, error
+
+
+def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> Request:
+    """Reads one line of a batch file; InputError says what is wrong with it."""
+    row = parse_object(line)
+    for key in row:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
+            raise InputError(f"unknown key {shown(key)}", hint)
+    prompt, messages, name = row.get("prompt"), row.get("messages"), row.get("id")
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        raise InputError("id is not a string or whole number")
+    if messages is not None:
+        return _messages_request(row, bool(history or system))
+    if prompt is None:
+        raise InputError("no prompt", "a line needs a prompt or messages")
+    if not isinstance(prompt, str):
+        raise InputError("prompt is not a string")
+    if not isinstance(row.get("system"), str | None):
+        raise InputError("system is not a string")
+    return Request(
+        prompt,
+        parse_history(row["history"]) if "history" in row else history,
+        row["system"] if "system" in row else system,
+        id=name,
+    )
+
+
+def _messages_request(row: dict[str, Any], has_defaults: bool) -> Request:
+    messages = row["messages"]
+    if has_defaults or any(row.get(key) is not None for key in ("prompt", "history", "system")):
+        raise InputError(
+            "messages exclude prompt, history and system", "write them as messages, too"
+        )
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages is not a list of objects with role and content")
+    if not all(isinstance(message, dict) for message in messages):
+        raise InputError("messages is not a list of objects with role and content")
+    return Request(messages=tuple(messages), id=row.get("id"))
+
+
+def read_prompt(path: str) -> str:
+    """Reads a question from a file or, for "-", standard input, without the last line's end."""
+    return read_utf8(path).removesuffix("\n").removesuffix("\r")

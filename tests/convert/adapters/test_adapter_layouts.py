@@ -1,0 +1,424 @@
+"""Adapters between the published layout and the HF-native one, without torch."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from convert import open_folder, to_peft
+from convert.adapters.adapter import Adapter, load_adapter, save_adapter
+from convert.loading.folder import fingerprint
+from convert.writing import pytorch
+from glm2_jax import CheckpointError, UsageError, choices
+from glm2_jax.cli import main as cli
+from glm2_jax.lora import TARGETS, LoRA
+from tests.convert.writing.test_to_pytorch import random_lora
+from tests.support.checkpoints import TINY, names, tiny_config, write_official
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+NATIVE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+BLOCK = "base_model.model.model.layers"
+
+
+def native_shapes(config, module, rank):
+    """The shapes of A and B of a matrix of GlmForCausalLM, from its configuration alone."""
+    D, F = config.hidden_size, config.ffn_hidden_size
+    heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    rows, columns = {
+        "q_proj": (heads, D), "k_proj": (groups, D), "v_proj": (groups, D),
+        "o_proj": (D, heads), "gate_up_proj": (2 * F, D), "down_proj": (D, F),
+    }[module]  # fmt: skip
+    return {"A": (rank, columns), "B": (rows, rank)}
+
+
+def native_folder(
+    folder, config=TINY, modules=NATIVE, rank=2, ranks=None, *, dtype="float32", only=None, **raw
+):
+    """An adapter as PEFT writes it for GlmForCausalLM, random numbers; `only`: in these layers."""
+    random = np.random.default_rng(5)
+    ranks = ranks or {}
+    tensors = {
+        f"{BLOCK}.{layer}.{'self_attn' if module[0] in 'qkvo' else 'mlp'}.{module}"
+        f".lora_{side}.weight": random.standard_normal(shape, np.float32).astype(np.dtype(dtype))
+        for layer in only or range(config.num_layers)
+        for module in modules
+        for side, shape in native_shapes(config, module, ranks.get(module, rank)).items()
+    }
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS)
+    known = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "rank_pattern": ranks}
+    (folder / CONFIG).write_text(json.dumps(known | {"target_modules": list(modules)} | raw))
+    return folder
+
+
+def deltas(lora: LoRA, config=TINY):
+    """What an adapter adds to each of our matrices: part -> [L, rows, columns], in float64."""
+    found = {}
+    for target, weights in lora.layers.items():
+        a = np.asarray(weights["a"], np.float64)
+        L, R = a.shape[:2]
+        for part in TARGETS[target].up:
+            b = np.asarray(weights[part], np.float64).reshape(L, -1, R)
+            found[target, part] = lora.scale[target] * b @ a.reshape(L, R, -1)
+    return found
+
+
+def native_deltas(folder, config=TINY):
+    """The same from a folder of PEFT, by its own rules and none of our code."""
+    raw, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    found = {}
+    for module in raw["target_modules"]:
+        block = "self_attn" if module[0] in "qkvo" else "mlp"
+        rank = raw.get("rank_pattern", {}).get(module, raw["r"])
+        alpha = raw.get("alpha_pattern", {}).get(module, raw["lora_alpha"])
+        scale = alpha / (rank**0.5 if raw.get("use_rslora") else rank)
+        a, b = (
+            np.stack([
+                np.float64(tensors[f"{BLOCK}.{layer}.{block}.{module}.lora_{side}.weight"])
+                for layer in range(config.num_layers)
+            ])
+            for side in "AB"
+        )  # fmt: skip
+        assert a.shape[1] == b.shape[2] == rank
+        found[module] = scale * b @ a
+    return found
+
+
+def assert_same_deltas(lora, folder, config=TINY):
+    """An adapter of ours and a folder of PEFT add the same; what is absent there is zero here."""
+    ours, theirs = deltas(lora), native_deltas(folder, config)
+    places = {
+        ("query_key_value", "q"): "q_proj", ("query_key_value", "k"): "k_proj",
+        ("query_key_value", "v"): "v_proj", ("dense", "b"): "o_proj",
+        ("dense_h_to_4h", "b"): "gate_up_proj", ("dense_4h_to_h", "b"): "down_proj",
+    }  # fmt: skip
+    assert theirs.keys() <= {places[place] for place in ours}
+    for place, delta in ours.items():
+        expected = theirs.get(places[place], np.zeros_like(delta))
+        np.testing.assert_allclose(delta, expected, rtol=1e-6, atol=1e-6)
+
+
+def assert_same_lora(one: LoRA, other: LoRA):
+    assert one.layers.keys() == other.layers.keys() and one.scale == other.scale
+    for target in one.layers:
+        for part, array in one.layers[target].items():
+            np.testing.assert_array_equal(array, other.layers[target][part])
+
+
+def run(*argv, main=to_peft.main):
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as caught:
+        cli.run_main(main, [str(x) for x in argv])
+    return caught.value.code
+
+
+def test_a_fused_adapter_comes_apart(tmp_path):
+    lora = random_lora()
+    save_adapter(tmp_path, Adapter(lora), layout="glm")
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert len(tensors) == 2 * 2 * len(NATIVE)
+    fused, name = lora.layers["query_key_value"], f"{BLOCK}.1.self_attn"
+    for part in "qkv":  # A copied, B sliced
+        stored = tensors[f"{name}.{part}_proj.lora_A.weight"]
+        np.testing.assert_array_equal(stored, fused["a"][1])
+        stored = tensors[f"{name}.{part}_proj.lora_B.weight"]
+        np.testing.assert_array_equal(stored, fused[part][1].reshape(-1, 3))
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["target_modules"] == list(NATIVE)
+    assert (config["r"], config["lora_alpha"]) == (3, 6) and "rank_pattern" not in config
+    assert_same_deltas(lora, tmp_path)
+    assert_same_lora(load_adapter(tmp_path, TINY).lora, lora)  # one A again, of the small rank
+
+
+def test_a_new_adapter_keeps_its_places(tmp_path):
+    """With B still zero nothing tells which ranks are used."""
+    lora = random_lora(targets=("query_key_value",))
+    for part in "qkv":
+        lora.layers["query_key_value"][part][:] = 0
+    save_adapter(tmp_path, Adapter(lora), layout="glm")
+    assert_same_lora(load_adapter(tmp_path, TINY).lora, lora)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_of_q_k_and_v_become_one_of_their_ranks_together(tmp_path, rslora):
+    folder = native_folder(
+        tmp_path / "glm", ranks={"k_proj": 1, "v_proj": 3}, use_rslora=rslora,
+        alpha_pattern={"v_proj": 9, "layers.0.mlp.down_proj": 1},
+    )  # fmt: skip
+    adapter = load_adapter(folder, TINY)
+    assert adapter.rank("query_key_value") == 6 and adapter.rank("dense") == 2
+    a = adapter.lora.layers["query_key_value"]
+    stored = load_file(folder / WEIGHTS)
+    np.testing.assert_array_equal(
+        a["a"][1][:2], stored[f"{BLOCK}.1.self_attn.q_proj.lora_A.weight"]
+    )
+    assert not a["q"][..., 2:].any() and not a["k"][..., [0, 1, 3, 4, 5]].any()
+    # alpha / r is kept: what PEFT would compute of the fused one is the same.
+    save_adapter(tmp_path / "fused", adapter)
+    again = load_adapter(tmp_path / "fused", TINY)
+    np.testing.assert_allclose(
+        [again.lora.scale[x] for x in TARGETS], [adapter.lora.scale[x] for x in TARGETS], rtol=1e-8
+    )
+    if not rslora:
+        config = json.loads((tmp_path / "fused" / CONFIG).read_text())
+        assert config["r"] == 6 and config["lora_alpha"] / config["r"] == 6 / 1  # that of k
+    save_adapter(tmp_path / "back", again, layout="glm")
+    back = native_deltas(tmp_path / "back")
+    for module, delta in native_deltas(folder).items():
+        if module != "down_proj":  # that of layer 0 has an alpha of its own
+            np.testing.assert_allclose(back[module], delta, rtol=1e-5, atol=1e-6)
+    down = native_deltas(folder)["down_proj"]
+    scale = 1 / 6
+    np.testing.assert_allclose(back["down_proj"][0], scale * down[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(back["down_proj"][1], down[1], rtol=1e-5, atol=1e-6)
+
+
+def test_q_and_v_alone(tmp_path):
+    folder = native_folder(tmp_path / "glm", modules=("q_proj", "v_proj"))
+    adapter = load_adapter(folder, TINY)
+    assert adapter.targets == ("query_key_value",) and adapter.rank("query_key_value") == 4
+    assert not adapter.lora.layers["query_key_value"]["k"].any()
+    assert_same_deltas(adapter.lora, folder)
+    save_adapter(tmp_path / "back", adapter, layout="glm")
+    one, other = load_file(folder / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_layers_without_an_adapter(tmp_path):
+    folder = native_folder(tmp_path / "glm", modules=("q_proj", "k_proj"))
+    tensors = load_file(folder / WEIGHTS)
+    kept = {name: x for name, x in tensors.items() if f"{BLOCK}.0." not in name}
+    del kept[f"{BLOCK}.1.self_attn.k_proj.lora_A.weight"]
+    save_file(kept, folder / WEIGHTS)
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(folder, TINY)
+    assert "missing: model.layers.0.self_attn.q_proj" in str(caught.value)
+    assert "missing: lora_A of model.layers.1.self_attn.k_proj" in str(caught.value)
+    save_file({n: x for n, x in kept.items() if "k_proj" not in n}, folder / WEIGHTS)
+    raw = json.loads((folder / CONFIG).read_text()) | {"layers_to_transform": [1]}
+    (folder / CONFIG).write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="is not complete: 2 of its 4 tensors are missing"):
+        load_adapter(folder, TINY)
+    (folder / CONFIG).write_text(json.dumps(raw | {"target_modules": ["q_proj"]}))
+    lora = load_adapter(folder, TINY).lora
+    assert not lora.layers["query_key_value"]["q"][0].any()
+    assert lora.layers["query_key_value"]["q"][1].any()
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, raw, named):
+    with pytest.raises(CheckpointError, match="not supported") as caught:
+        load_adapter(native_folder(tmp_path / "glm", **raw), TINY)
+    assert named in str(caught.value)
+
+
+def test_matrices_that_are_not_adapted_are_named(tmp_path):
+    folder = native_folder(tmp_path / "glm", modules=("q_proj",))
+    tensors = load_file(folder / WEIGHTS)
+    tensors["base_model.model.extra.lora_A.weight"] = np.zeros((2, 32), np.float32)
+    tensors[f"{BLOCK}.0.self_attn.gate_proj.lora_A.weight"] = np.zeros((2, 32), np.float32)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(folder, TINY)
+    message = str(caught.value)
+    assert "2 problems" in message and "unexpected: base_model.model.extra" in message
+    assert ", ".join(NATIVE) in message
+    with pytest.raises(CheckpointError, match="24 problems(.|\\n)*; and 21 more\\n") as caught:
+        load_adapter(native_folder(tmp_path / "wide", r=5), TINY)
+    assert str(caught.value).count("\n") == 2 and str(caught.value).count("wrong shape") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "does"),
+    [
+        ("model.embed_tokens.lora_embedding_A", "adapts"),
+        ("lm_head.lora_A.weight", "adapts"),
+        ("lm_head.weight", "holds"),
+        ("transformer.embedding.word_embeddings.lora_embedding_B", "adapts"),
+        ("transformer.output_layer.base_layer.weight", "holds"),
+    ],
+)
+def test_embedding_and_head_are_refused_by_name(tmp_path, name, does):
+    folder = native_folder(tmp_path / "glm", modules=("q_proj",))
+    tensors = load_file(folder / WEIGHTS)
+    tensors[f"base_model.model.{name}"] = np.zeros((2, 32), np.float32)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"{does} the embedding or the head") as caught:
+        load_adapter(folder, TINY)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3 and name in lines[1] and "merge it into its base" in lines[2]
+    assert ("save_embedding_layers=False" in lines[2]) == (does == "holds")
+
+
+@settings(max_examples=10, derandomize=True, deadline=None)
+@given(
+    kv_heads=st.sampled_from([1, 2, 4]),
+    hidden=st.integers(1, 24),
+    ffn=st.integers(0, 20).map(lambda half: 2 * half + 1),
+    rank=st.integers(1, 4),
+    targets=st.sets(st.sampled_from(list(TARGETS)), min_size=1),
+    rslora=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_adapter_of_ours_goes_and_comes_back(
+    kv_heads, hidden, ffn, rank, targets, rslora, seed
+):
+    config = tiny_config(num_kv_heads=kv_heads, hidden_size=hidden, ffn_hidden_size=ffn)
+    lora = random_lora(config, rank, targets=[x for x in TARGETS if x in targets], seed=seed)
+    with tempfile.TemporaryDirectory() as name:
+        for layout in ("glm", "chatglm"):
+            folder = Path(name) / layout
+            save_adapter(folder, Adapter(lora, rslora=rslora), layout=layout)
+            found = load_adapter(folder, config)
+            assert found.rslora == rslora
+            for target in lora.layers:
+                assert found.rank(target) == rank
+                np.testing.assert_allclose(found.lora.scale[target], 2, rtol=1e-8)
+                for part, array in lora.layers[target].items():
+                    np.testing.assert_array_equal(found.lora.layers[target][part], array)
+        assert_same_deltas(lora, Path(name) / "glm", config)
+
+
+@settings(max_examples=10, derandomize=True, deadline=None)
+@given(
+    kv_heads=st.sampled_from([1, 2, 4]),
+    hidden=st.integers(1, 24),
+    ffn=st.integers(0, 20).map(lambda half: 2 * half + 1),
+    rank=st.integers(1, 3),
+    ranks=st.dictionaries(st.sampled_from(NATIVE), st.integers(1, 4)),
+    modules=st.sets(st.sampled_from(NATIVE), min_size=1),
+    rslora=st.booleans(),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+)
+def test_any_adapter_of_theirs_comes_and_goes_back(
+    kv_heads, hidden, ffn, rank, ranks, modules, rslora, dtype
+):
+    """With one alpha / r for all (so no number is scaled) not a bit changes."""
+    config = tiny_config(num_kv_heads=kv_heads, hidden_size=hidden, ffn_hidden_size=ffn)
+    modules = [x for x in NATIVE if x in modules]
+    ranks = {module: x for module, x in ranks.items() if module in modules}
+    alphas = {module: 2 * (x**0.5 if rslora else x) for module, x in ranks.items()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = native_folder(
+            Path(name) / "glm", config, modules, rank, ranks, use_rslora=rslora,
+            lora_alpha=2 * (rank**0.5 if rslora else rank), alpha_pattern=alphas, dtype=dtype,
+        )  # fmt: skip
+        adapter = load_adapter(folder, config)
+        assert_same_deltas(adapter.lora, folder, config)
+        save_adapter(Path(name) / "fused", adapter)
+        fused = load_adapter(Path(name) / "fused", config)
+        save_adapter(Path(name) / "back", fused, layout="glm")
+        one, other = load_file(folder / WEIGHTS), load_file(Path(name) / "back" / WEIGHTS)
+        assert one.keys() == other.keys()
+        for tensor in one:
+            np.testing.assert_allclose(other[tensor], one[tensor].astype("float32"), rtol=1e-6)
+        assert_same_deltas(fused.lora, Path(name) / "back", config)
+
+
+# The command.
+
+
+def test_the_layouts_of_the_command():
+    assert to_peft.LAYOUTS == choices.LAYOUTS == pytorch.LAYOUTS
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys; sys.modules['jax'] = None\n"
+        "from convert import to_peft\n"
+        "print(to_peft.build_parser().format_help())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "example:\n  python -m convert.to_peft" in done.stdout and "--base" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_official(tmp_path_factory.mktemp("base") / "model")
+
+
+def test_the_command_goes_both_ways(tmp_path, base, capsys):
+    known = fingerprint(open_folder(base))
+    lora = random_lora()
+    save_adapter(tmp_path / "lora", Adapter(lora, base=known, template="chatglm2", extra={"a": 1}))
+    command = (tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base)
+    assert run(*command, "--dry-run") == 0
+    plan = json.loads(capsys.readouterr().out)
+    stored = sum(x.nbytes for x in load_file(tmp_path / "lora" / WEIGHTS).values())
+    assert plan["bytes"] > stored and not plan["written"]  # A is there three times
+    assert names(tmp_path) == ["lora"]
+    assert run(*command) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'glm'}\n" and "q_proj (rank 3), k_proj (rank 3)" in err
+    assert names(tmp_path / "glm") == [CONFIG, WEIGHTS, "glm2_jax_adapter.json"]
+    assert_same_deltas(lora, tmp_path / "glm")
+    assert run(tmp_path / "glm", tmp_path / "b", "--layout", "chatglm", "--base", base) == 0
+    found = load_adapter(tmp_path / "b", TINY)
+    assert (found.base, found.template, found.extra) == (known, "chatglm2", {"a": 1})
+    one, other = (load_file(tmp_path / x / WEIGHTS) for x in ("lora", "b"))
+    assert all(np.array_equal(one[name], other[name]) for name in one | other)
+
+
+def test_an_adapter_of_another_base(tmp_path, base, capsys):
+    wide = tiny_config(hidden_size=64)
+    native_folder(tmp_path / "wide", wide)
+    save_adapter(tmp_path / "other", Adapter(random_lora(), base="0" * 64))
+    before = names(tmp_path)
+    flags = (tmp_path / "b", "--layout", "chatglm", "--base", base)
+    assert run(tmp_path / "wide", *flags, "--force-adapter") == 4
+    assert "is (2, 64) instead of (2, 32)" in capsys.readouterr().err
+    assert run(tmp_path / "other", *flags) == 4
+    assert "another base" in capsys.readouterr().err and names(tmp_path) == before
+    assert run(tmp_path / "other", *flags, "--force-adapter") == 0
+    assert "forced" in capsys.readouterr().err
+    assert load_adapter(tmp_path / "b", TINY).base == fingerprint(open_folder(base))
+
+
+def test_bad_places(tmp_path, base, capsys, monkeypatch):
+    native_folder(tmp_path / "glm")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/mine").write_text("kept")
+    flags = ("--layout", "chatglm", "--base", base)
+    for place, why in (("b", "exists"), ("glm", "onto itself")):
+        assert run(tmp_path / "glm", tmp_path / place, *flags) == 2
+        assert why in capsys.readouterr().err
+    assert names(tmp_path / "b") == ["mine"]
+    assert run(tmp_path / "b", tmp_path / "c", *flags) == 4
+    assert "is no adapter" in capsys.readouterr().err
+    assert run(base, tmp_path / "c", *flags) == 4
+    assert "is a model" in capsys.readouterr().err
+    assert run(tmp_path / "glm", tmp_path / "c", "--layout", "chatglm") == 2  # no base
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
+        assert run(tmp_path / "glm", tmp_path / "c", *flags) == 3
+    assert "not enough space" in capsys.readouterr().err
+
+    def stop(*args):
+        assert len(names(tmp_path)) == 3  # the folder under its temporary name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.files.safetensors_writer.HashingFile.write", stop)
+    assert run(tmp_path / "glm", tmp_path / "c", *flags) == 130
+    assert names(tmp_path) == ["b", "glm"]
+    with pytest.raises(UsageError, match="unknown layout"):
+        save_adapter(tmp_path / "c", Adapter(random_lora()), layout="gguf")

@@ -1,0 +1,109 @@
+"""The manifest of our own format: what it does not list or cannot mean is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import load_checkpoint, save_checkpoint, verify_checkpoint
+from glm2_jax import CheckpointError, Tokenizer, UsageError
+from tests.support.checkpoints import TINY, random_params, tiny_config
+from tests.support.sp_model import sp_model
+
+
+def save(folder, config=TINY, **kwargs):
+    tokenizer = Tokenizer.from_bytes(sp_model(), config.family)
+    save_checkpoint(folder, config, random_params(config), tokenizer, source="a test", **kwargs)
+    return folder
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(folder):
+    """Loading and verifying refuse for the same reason."""
+    messages = []
+    for action in (load_checkpoint, verify_checkpoint):
+        with pytest.raises(CheckpointError) as caught:
+            action(folder)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_weight_file_that_is_not_listed(tmp_path):
+    """One tensor moves into a new file, which a new index names."""
+    folder = save(tmp_path / "own")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    evil = {"final_norm": np.zeros(32, np.float32)}
+    places = dict.fromkeys(tensors, "model.safetensors") | {"final_norm": "evil.safetensors"}
+    del tensors["final_norm"]
+    save_file(tensors, folder / "model.safetensors")
+    save_file(evil, folder / "evil.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError, match="does not list: evil.safetensors, model.*index"):
+        load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        verify_checkpoint(folder)
+
+
+def test_a_manifest_that_lists_nothing(tmp_path):
+    folder = save(tmp_path / "own")
+    edit_json(folder / "manifest.json", files={})
+    for message in refusal(folder):
+        assert "does not list: config.json, tokenizer.model, model.safetensors" in message
+
+
+def test_a_tokenizer_configuration_beside_ours_is_not_read(tmp_path):
+    folder = save(tmp_path / "own")
+    (folder / "tokenizer_config.json").write_text("{")
+    assert load_checkpoint(folder).config == TINY
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"template": "alpaca"}, "template is 'alpaca'"),
+        ({"template": ["raw"]}, "template is ['raw']"),
+        ({"dtype": "int3"}, "dtype is 'int3'"),
+        ({"rope_kind": "yarn"}, "rope_kind is 'yarn'"),
+        ({"format_version": True}, "format_version True"),
+        ({"format_version": 10**400}, "format_version 1000"),
+        ({"files": [["a", 1]]}, "files is not an object"),
+        ({"files": {"a\0": {"size": 1, "sha256": ""}}}, r"'a\x00'"),
+        ({"files": {"a" * 300: {"size": 1, "sha256": ""}}}, "no plain name"),
+        ({"files": {"a": {"size": 1e400, "sha256": ""}}}, "the size or the sum of 'a'"),
+        ({"files": {"a": []}}, "damaged"),
+    ],
+)
+def test_values_that_no_version_writes(tmp_path, changes, reason):
+    folder = save(tmp_path / "own")
+    edit_json(folder / "manifest.json", **changes)
+    for message in refusal(folder):
+        assert reason in message and "manifest.json" in message and len(message) < 500
+
+
+def test_an_impossible_template_is_refused(tmp_path):
+    folder = save(tmp_path / "own")
+    edit_json(folder / "manifest.json", template="chatglm3")
+    with pytest.raises(CheckpointError, match="'chatglm3' is not possible for a chatglm2 model"):
+        load_checkpoint(folder)
+    assert load_checkpoint(folder, template="raw").template == "raw"
+    own = load_checkpoint(save(tmp_path / "three", tiny_config(family="chatglm3")))
+    assert own.template == "chatglm3"
+
+
+@pytest.mark.parametrize("template", ["chatglm3", "alpaca"])
+def test_an_impossible_template_is_never_written(tmp_path, template):
+    with pytest.raises(UsageError, match=f"{template}' is not possible for a chatglm2 model"):
+        save(tmp_path / "own", template=template)
+    assert not (tmp_path / "own").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_never_written(tmp_path):
+    with pytest.raises(CheckpointError, match="tokenizer does not belong"):
+        save(tmp_path / "own", tiny_config(vocab_size=300))
+    assert not (tmp_path / "own").exists()

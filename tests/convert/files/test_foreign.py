@@ -1,0 +1,323 @@
+"""What other programs leave, given as a model: the cause is named first, with what to do."""
+
+import json
+
+import numpy as np
+import pytest
+
+from convert import export_folder, load_checkpoint, open_folder
+from convert.hub.find import find_model
+from glm2_jax import CheckpointError
+from tests.convert.writing.test_to_pytorch_quantised import write_packed
+from tests.support.checkpoints import (
+    TINY,
+    official_tensors,
+    random_params,
+    tiny_config,
+    write_official,
+)
+from tests.support.torch_zip import write_torch_file
+
+TENSORS = official_tensors(TINY, random_params(TINY))
+LAYER = "transformer.encoder.layers.0.self_attention.query_key_value"
+ONE = np.ones(1, np.float16)
+
+
+def refusal(folder, of=open_folder):
+    with pytest.raises(CheckpointError) as caught:
+        of(folder)
+    assert caught.value.what and caught.value.fix
+    return caught.value
+
+
+def without_weights(folder):
+    write_official(folder, shards=1)
+    (folder / "pytorch_model.bin").unlink()
+    return folder
+
+
+def put(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    return folder
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize(
+    ("files", "what", "fix"),
+    [
+        (["zero_to_fp32.py", "latest"], "a DeepSpeed checkpoint", "zero_to_fp32.py"),
+        (["global_step10/mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint", "zero_to_fp32"),
+        (["mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint", "next to global_step"),
+        (["pytorch_model_fsdp_0/__0_0.distcp"], "PyTorch (FSDP)", "accelerate merge-weights"),
+        (["__0_0.distcp", ".metadata"], "PyTorch (FSDP)", "accelerate merge-weights"),
+        (["latest_checkpointed_iteration.txt"], "a Megatron checkpoint", "Convert it"),
+        (["_CHECKPOINT_METADATA", "default/manifest.ocdbt"], "an Orbax checkpoint", "--adapter"),
+        (["chatglm3-q4_0.gguf"], "a GGML or GGUF file", "safetensors or .bin"),
+        (["chatglm2-ggml.bin"], "a GGML or GGUF file", "safetensors or .bin"),
+        (["tf_model.h5"], "TensorFlow, Flax or ONNX", "safetensors or .bin"),
+        (["flax_model.msgpack"], "TensorFlow, Flax or ONNX", "safetensors or .bin"),
+        (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter", "--adapter"),
+        (["recipe.yml", "state/4/x"], "a training run that has not ended", "--resume auto"),
+    ],
+)
+def test_folders_of_other_programs(tmp_path, files, what, fix, complete):
+    """With config.json and tokenizer next to them, and alone."""
+    folder = without_weights(tmp_path / "it") if complete else tmp_path / "it"
+    error = refusal(put(folder, *files))
+    assert what in error.what and fix in error.fix and files[0].split("/")[-1] in error.why
+
+
+def test_weights_next_to_the_state_of_a_training_are_read(tmp_path):
+    folder = put(write_official(tmp_path), "zero_to_fp32.py", "global_step9/a_model_states.pt")
+    assert open_folder(folder).config == TINY
+
+
+def test_folders_that_hold_models(tmp_path):
+    write_official(tmp_path / "owner" / "chatglm2")
+    write_official(tmp_path / "checkpoint-500")
+    error = refusal(tmp_path)
+    assert "it holds other models" in error.what
+    assert "checkpoint-500, owner/chatglm2" in error.why
+    assert error.fix.endswith(f"{tmp_path / 'owner' / 'chatglm2'}.")
+    put(tmp_path / "lora", "checkpoint-9/adapter_config.json")
+    assert "it holds LoRA adapters" in refusal(tmp_path / "lora").what
+    put(tmp_path / "run", "recipe.yml", "run.json")  # of a training of all parameters
+    write_official(tmp_path / "run" / "model")
+    assert refusal(tmp_path / "run").fix.endswith(f"{tmp_path / 'run' / 'model'}.")
+
+
+def test_a_tokenizer_alone(tmp_path):
+    error = refusal(put(tmp_path, "tokenizer.model", "tokenizer_config.json"))
+    assert "a tokenizer, not a model" in error.what
+
+
+def test_shards_without_their_index_and_other_names(tmp_path):
+    folder = write_official(tmp_path / "a", kind="safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    error = refusal(folder)
+    assert "2 shards of weights without their index" in error.what
+    assert "model.safetensors.index.json" in error.why
+    folder = write_official(tmp_path / "b", kind="safetensors", shards=1)
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    error = refusal(folder)
+    assert "rename it to model.safetensors" in error.fix
+    (folder / "model.fp16.safetensors").rename(folder / "model.safetensors")
+    assert open_folder(folder).config == TINY
+
+
+def test_files_that_are_given_as_a_model(tmp_path):
+    folder = write_official(tmp_path / "whole")
+    for name in ("config.json", "pytorch_model.bin.index.json", "tokenizer.model"):
+        assert refusal(folder / name).fix == (
+            f"Give the folder that holds it, for example {folder}."
+        )
+    alone = put(tmp_path / "alone", "model.safetensors") / "model.safetensors"
+    assert "Put config.json and tokenizer.model next to it" in refusal(alone).fix
+    adapter = put(tmp_path / "lora", "adapter_model.safetensors") / "adapter_model.safetensors"
+    assert "of a LoRA adapter" in refusal(adapter).what
+    assert refusal(adapter).fix.endswith(f"--adapter {tmp_path / 'lora'}.")
+    for name, start in (("a.gguf", b"x"), ("b.bin", b"GGUF"), ("c.bin", b"ggml")):
+        (tmp_path / name).write_bytes(start + bytes(30))
+        assert "is a GGML or GGUF file" in refusal(tmp_path / name).what
+
+
+def test_weights_of_another_format_under_a_known_name(tmp_path):
+    folder = write_official(tmp_path, shards=1)
+    (folder / "pytorch_model.bin").write_bytes(b"GGUF" + bytes(600))
+    assert "is a GGML or GGUF file" in refusal(folder).what
+    write_official(tmp_path / "safe", kind="safetensors", shards=1)
+    (tmp_path / "safe" / "model.safetensors").rename(folder / "pytorch_model.bin")
+    error = refusal(folder)
+    assert "is a safetensors file" in error.what and ".safetensors" in error.fix
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+    assert open_folder(folder).config == TINY
+    write_torch_file(folder / "model.safetensors", TENSORS)
+    assert "a file of torch.save, not a safetensors file" in refusal(folder).what
+
+
+def test_a_training_checkpoint_of_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = without_weights(tmp_path)
+    state = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
+    torch.save({"epoch": 3, "state_dict": state}, folder / "pytorch_model.bin")
+    error = refusal(folder)
+    assert "weights_only=True)['state_dict'], 'pytorch_model.bin')" in error.fix
+    torch.save(
+        torch.load(folder / "pytorch_model.bin", weights_only=True)["state_dict"],
+        folder / "pytorch_model.bin",
+    )
+    assert open_folder(folder).config == TINY
+
+
+def cache(folder, *snapshots, main=None):
+    for name in snapshots:
+        write_official(folder / "snapshots" / name, seed=len(name))
+    if main is not None:
+        put(folder, "refs/main")
+        (folder / "refs" / "main").write_text(main)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["models--THUDM--chatglm2-6b", "anything"])
+def test_a_model_in_a_hub_cache(tmp_path, name):
+    said = []
+    one = cache(tmp_path / "one" / name, "0123")
+    assert find_model(one, say=said.append) == one / "snapshots" / "0123"
+    assert said == [f"{one} is a hub's cache: reading {one / 'snapshots' / '0123'}"]
+    assert str(one / "snapshots" / "0123") in refusal(one).fix  # for the library
+    assert load_checkpoint(find_model(one)).config == TINY
+    exact = one / "snapshots" / "0123"
+    assert find_model(exact, say=said.append) == exact and len(said) == 2 - 1
+    two = cache(tmp_path / "two" / name, "0123", "4567", main="0123\n")
+    assert find_model(two) == two / "snapshots" / "0123"
+    three = cache(tmp_path / "three" / name, "0123", "4567", main="89ab")
+    error = refusal(three, find_model)
+    assert "holds 2 snapshots" in error.what and "0123, 4567" in error.why
+
+
+def test_parts_of_a_hub_cache(tmp_path, monkeypatch):
+    model = cache(tmp_path / "models--THUDM--chatglm2-6b", "0123", main="0123")
+    put(model, "blobs/x")
+    for name in ("snapshots", "blobs", "refs"):
+        assert find_model(model / name) == model / "snapshots" / "0123"
+    assert "is a hub's cache, not a model" in refusal(tmp_path).what
+    assert refusal(tmp_path).fix.endswith(f"{model}.")
+    monkeypatch.chdir(model)
+    assert find_model(".").resolve() == model / "snapshots" / "0123"
+    empty = put(tmp_path / "empty" / "models--a--b", "blobs/x")
+    for of in (find_model, open_folder):
+        assert "holds no snapshot" in refusal(empty, of).what
+    plain = tmp_path / "models--a--c"  # of the same kind of name, and a model itself
+    assert find_model(write_official(plain)) == plain
+    assert find_model(tmp_path / "models--no--where") == tmp_path / "models--no--where"
+
+
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        ("hub/models--THUDM--chatglm2-6b/snapshots/0123", "hub/models--THUDM--chatglm2-6b"),
+        ("models/ZhipuAI--chatglm3-6b/snapshots/master", "models/ZhipuAI--chatglm3-6b"),
+        ("hub/ZhipuAI/chatglm3-6b", "hub/ZhipuAI/chatglm3-6b"),
+        ("hub/models/ZhipuAI/chatglm3-6b", "hub/models/ZhipuAI/chatglm3-6b"),
+        ("models/ZhipuAI/chatglm3-6b", "models/ZhipuAI/chatglm3-6b"),
+    ],
+)
+def test_caches_of_hubs(tmp_path, path, given):
+    write_official(tmp_path / path)
+    error = refusal(tmp_path)
+    assert given in error.why and error.fix.endswith(f"{tmp_path / given}.")
+    assert open_folder(find_model(tmp_path / given)).config == TINY
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ("fp8", "fp8"),
+    ],
+)
+def test_other_quantization_configs(tmp_path, value, name):
+    write_official(tmp_path / "a", raw={"quantization_config": value})
+    export_folder(open_folder(write_official(tmp_path / "b")), tmp_path / "glm", layout="glm")
+    path = tmp_path / "glm" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": value}))
+    for folder in (tmp_path / "a", tmp_path / "glm"):
+        assert f"quantization_config: {name} is not supported" in refusal(folder).what
+    write_official(tmp_path / "c", raw={"quantization_config": {}})
+    assert open_folder(tmp_path / "c").config == TINY
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ([f"{LAYER}.lora_A.default.weight", f"{LAYER}.lora_B.default.weight"], "PEFT model"),
+        (["transformer.output_layer.modules_to_save.default.weight"], "PEFT model"),
+        ([f"{LAYER}.weight.absmax", f"{LAYER}.weight.quant_map"], "quantized by bitsandbytes"),
+        ([f"{LAYER}.weight.quant_state.bitsandbytes__nf4"], "quantized by bitsandbytes"),
+        ([f"{LAYER}.SCB"], "quantized by bitsandbytes"),
+        ([f"{LAYER}.qweight", f"{LAYER}.g_idx"], "quantized by GPTQ"),
+        ([f"{LAYER}.qweight", f"{LAYER}.qzeros"], "quantized by AWQ or GPTQ"),
+        (["model.layers.0.self_attn.q_proj.weight"], "HF-native names"),
+        (["transformer.layers.0.attention.dense.weight"], "first-generation ChatGLM-6B"),
+        (["transformer.prefix_encoder.embedding.weight"], "together with a P-Tuning v2 prefix"),
+        (["v_head.summary.weight"], "value or classification head"),
+        ([f"{LAYER}.weight_scale"], "config.json has no quantization_bit"),
+    ],
+)
+def test_names_tell_the_cause(tmp_path, names, what):
+    """Next to a complete model, and where the tensor that it stands for is missing."""
+    missing = {name: array for name, array in TENSORS.items() if not name.startswith(LAYER)}
+    for number, tensors in enumerate((TENSORS, missing)):
+        folder = tmp_path / str(number)
+        error = refusal(write_official(folder, tensors=tensors | dict.fromkeys(names, ONE)))
+        assert what in error.what and "problems" in error.why
+        assert len(str(error).splitlines()) <= 12
+
+
+def test_sizes_tell_the_cause(tmp_path):
+    head = "transformer.output_layer.weight"
+    tensors = {name: array for name, array in TENSORS.items() if name != head}
+    error = refusal(write_official(tmp_path / "head", tensors=tensors))
+    assert error.what == "These weights have no output layer." and head in error.fix
+    rows = TINY.vocab_size + 64
+    error = refusal(write_official(tmp_path / "rows", raw={"padded_vocab_size": rows}))
+    assert f"padded_vocab_size = {rows}, and" in error.what
+    assert f"has {TINY.vocab_size} rows" in error.what
+    for bits in (4, 8):
+        folder = tmp_path / str(bits)
+        write_packed(folder, bits)
+        text = (folder / "config.json").read_text()
+        text = text.replace(f'"quantization_bit": {bits}', f'"quantization_bit": {12 - bits}')
+        (folder / "config.json").write_text(text)
+        error = refusal(folder)
+        assert error.what.endswith(
+            f"quantization_bit = {12 - bits}, and the matrices have {bits} bits."
+        )
+    error = refusal(write_official(tmp_path / "ffn", raw={"ffn_hidden_size": 8}))
+    assert error.what.startswith("The tensors do not fit")
+
+
+def test_configurations_of_other_weights(tmp_path):
+    native = write_official(tmp_path / "a")
+    export_folder(open_folder(native), tmp_path / "glm", layout="glm")
+    for path in native.glob("pytorch_model*"):
+        path.unlink()
+    (tmp_path / "glm" / "model.safetensors").rename(native / "model.safetensors")
+    assert "HF-native names, but config.json has not" in refusal(native).what
+    official = write_official(tmp_path / "b", kind="safetensors", shards=1)
+    (official / "model.safetensors").rename(tmp_path / "glm" / "model.safetensors")
+    assert "official names, but config.json has the" in refusal(tmp_path / "glm").what
+    deeper = write_official(tmp_path / "c", tiny_config(num_layers=3), tensors=TENSORS)
+    assert "num_layers = 3, and the weights have 2 layers" in refusal(deeper).what
+    floats = write_official(tmp_path / "d", raw={"quantization_bit": 4})
+    assert "quantization_bit = 4, but the matrices have no scales" in refusal(floats).what
+    packed = write_packed(tmp_path / "e", 4)
+    write_official(tmp_path / "f", shards=1)
+    (tmp_path / "f" / "config.json").rename(packed / "config.json")
+    assert "config.json has no quantization_bit" in refusal(packed).what
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("/data/glm4/chatglm2-6b", False),
+        ("D:\\glm-4-9b\\chatglm2-6b\\", False),
+        ("runs/chatglm3-after-glm-4-9b", False),
+        ("/data/glm4", False),
+        ("THUDM/glm-4-9b-chat", True),
+        ("/models/GLM4-9B/", True),
+        ("zai-org/glm-4v-9b", True),
+    ],
+)
+def test_only_a_model_of_that_name_is_glm_4(tmp_path, name, other):
+    unsaid = {"family": None, "interleaved_qkv": None, "rotary_percent": None}
+    folder = write_official(tmp_path, raw={"_name_or_path": name, **unsaid})
+    if other:
+        assert "GLM-4 is not supported" in refusal(folder).what
+    else:
+        assert open_folder(folder).config.num_layers == TINY.num_layers

@@ -1,0 +1,342 @@
+"""The family of a folder's model and its tokens: every sign, and what contradicts."""
+
+import json
+
+import pytest
+
+from convert import export_folder, open_folder
+from convert.adapters.adapter import Adapter, save_adapter
+from convert.adapters.attach import open_adapter
+from convert.loading.folder import fingerprint
+from convert.writing.gguf import gguf_vocabulary
+from convert.writing.own import convert_folder
+from glm2_jax import CheckpointError, Tokenizer, UsageError
+from glm2_jax.family import (
+    config_signs,
+    decide_family,
+    named_family,
+    template_signs,
+    tokenizer_signs,
+)
+from glm2_jax.text.prompt import build_prompt, stop_ids
+from infer.datasets.encode import Encoder
+from tests.convert.writing.test_to_pytorch import random_lora
+from tests.support.checkpoints import tiny_config, write_official
+from tests.support.sp_model import sp_model, with_pieces, without_dummy_prefix
+
+PIECES = Tokenizer.from_bytes(sp_model()).num_pieces
+NAMES = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+USER, OBSERVATION = PIECES + 6, PIECES + 8
+PROMPT3 = build_prompt(Tokenizer.from_bytes(sp_model(), "chatglm3"), "chatglm3", "你好")
+PROMPT2 = build_prompt(Tokenizer.from_bytes(sp_model(), "chatglm2"), "chatglm2", "你好")
+ROLE_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>\n {{ m['content'] }}{% endfor %}"
+ROUND_TEMPLATE = (
+    "{% for m in messages %}[Round {{ loop.index }}]\n\n问：{{ m.content }}{% endfor %}"
+)
+CODE = f"role_special_tokens = {list(ROLES)}"
+
+
+def decoder(tokens, **flags):
+    return {
+        "added_tokens_decoder": {
+            str(i): {"content": name, "special": True} | flags for name, i in tokens.items()
+        }
+    }
+
+
+def folder(path, *, raw=None, pieces=None, config=None, **files):
+    """An official folder that does not say its family, with further files."""
+    unsaid = {"family": None, "rope_kind": None, "interleaved_qkv": None, "rotary_percent": None}
+    config = config or tiny_config(num_layers=1)
+    write_official(path, config, shards=1, raw=unsaid | (raw or {}), tokenizer=pieces)
+    for name, value in files.items():
+        name = {"jinja": "chat_template.jinja", "code": "tokenization_chatglm.py"}.get(
+            name, f"{name}.json"
+        )
+        text = value if isinstance(value, str) else json.dumps(value)
+        (path / name).write_text(text, encoding="utf-8")
+    return path
+
+
+def prompt(found):
+    return build_prompt(found.tokenizer, found.template, "你好")
+
+
+ROLE_IDS = {"<|user|>": USER, "<|observation|>": OBSERVATION}
+CHATGLM3 = {
+    "role tokens": {"tokenizer_config": decoder(ROLE_IDS)},
+    "role tokens without ids": {
+        "tokenizer_config": {"additional_special_tokens": ["<|user|>", "<|observation|>"]}
+    },
+    "added_tokens.json": {"added_tokens": ROLE_IDS},
+    "special_tokens_map.json": {
+        "special_tokens_map": {"additional_special_tokens": [{"content": "<|user|>"}]}
+    },
+    "tokenizer.json": {
+        "tokenizer": {"added_tokens": [{"id": USER, "content": "<|user|>", "special": True}]}
+    },
+    "template": {"tokenizer_config": {"chat_template": ROLE_TEMPLATE}},
+    "templates": {
+        "tokenizer_config": {"chat_template": [{"name": "default", "template": ROLE_TEMPLATE}]}
+    },
+    "template in its own file": {"jinja": "<|user|>\n {{ messages[0].content }}"},
+    "end ids": {"raw": {"eos_token_id": [2, USER, OBSERVATION]}},
+    "end ids of generation": {"generation_config": {"eos_token_id": [2, USER, OBSERVATION]}},
+    "code": {"code": CODE},
+    "name of the tokenizer": {"tokenizer_config": {"name_or_path": "THUDM/chatglm3-6b"}},
+}
+
+
+@pytest.mark.parametrize("sign", CHATGLM3)
+def test_one_sign_of_chatglm3_is_enough_and_is_reported(tmp_path, sign):
+    found = open_folder(folder(tmp_path / "m", **CHATGLM3[sign]))
+    assert (found.config.family, found.template) == ("chatglm3", "chatglm3")
+    assert prompt(found) == PROMPT3
+    assert stop_ids(found.tokenizer) == (2, USER, OBSERVATION)
+    assert sum("the family is chatglm3" in line for line in found.notes) == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"_name_or_path": "THUDM/chatglm3-6b"},
+        {"_name_or_path": "/data/chatglm2-runs/ChatGLM3-6B/checkpoint-300"},
+        {"auto_map": {"AutoModel": "THUDM/chatglm3-6b--modeling_chatglm.ChatGLMModel"}},
+        {"family": "chatglm3"},
+    ],
+)
+def test_what_the_configuration_says_is_not_reported(tmp_path, raw):
+    found = open_folder(folder(tmp_path / "m", raw=raw))
+    assert prompt(found) == PROMPT3
+    assert not any("family" in line for line in found.notes)
+
+
+def test_without_any_sign_the_assumption_is_reported_and_flags_settle_it(tmp_path):
+    path = folder(tmp_path / "m")
+    found = open_folder(path)
+    assert found.config.family == "chatglm2"
+    assert "chatglm2 is assumed" in found.notes[0] and "--family chatglm3" in found.notes[0]
+    for asked in ({"family": "chatglm3"}, {"template": "chatglm3"}):
+        found = open_folder(path, **asked)
+        assert prompt(found) == PROMPT3 and found.config.family == "chatglm3"
+        assert not any("family" in line for line in found.notes)
+    with pytest.raises(UsageError, match="chatglm4"):
+        open_folder(path, family="chatglm4")
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("chatglm3-6b", "chatglm3"), ("my-codegeex2", "codegeex2")]
+)
+def test_the_name_of_the_folder_counts_last(tmp_path, name, family):
+    found = open_folder(folder(tmp_path / name))
+    assert found.config.family == family and "folder's name" in found.notes[0]
+    found = open_folder(folder(tmp_path / name, raw={"_name_or_path": "x/chatglm2-6b"}))
+    assert found.config.family == "chatglm2"
+
+
+def test_a_tokenizer_without_dummy_prefix_is_that_of_codegeex2(tmp_path):
+    found = open_folder(folder(tmp_path / "m", pieces=without_dummy_prefix(sp_model())))
+    assert (found.config.family, found.template) == ("codegeex2", "raw")
+
+
+@pytest.mark.parametrize(
+    "signs",
+    [
+        {"raw": {"_name_or_path": "x/chatglm2-6b"}, "tokenizer_config": decoder(ROLE_IDS)},
+        {"raw": {"_name_or_path": "x/chatglm2-6b"}, "jinja": ROLE_TEMPLATE},
+        {"raw": {"_name_or_path": "x/chatglm3-6b"}, "jinja": ROUND_TEMPLATE},
+        {"raw": {"_name_or_path": "x/chatglm2", "eos_token_id": [2, USER, OBSERVATION]}},
+        {"raw": {"rotary_percent": 0.5}, "tokenizer_config": decoder(ROLE_IDS)},
+        {"jinja": ROUND_TEMPLATE, "added_tokens": ROLE_IDS},
+        {"raw": {"_name_or_path": "x/chatglm2"}, "tokenizer_config": {"name_or_path": "chatglm3"}},
+    ],
+)
+def test_contradicting_signs_are_refused_and_the_flag_settles_them(tmp_path, signs):
+    path = folder(tmp_path / "m", **signs)
+    with pytest.raises(CheckpointError, match="contradicting signs") as caught:
+        open_folder(path)
+    assert "--family chatglm3" in str(caught.value)
+    assert prompt(open_folder(path, family="chatglm3")) == PROMPT3
+    assert prompt(open_folder(path, family="chatglm2")) == PROMPT2
+
+
+def test_the_tokenizer_of_chatglm2_does_not_contradict_codegeex2():
+    raw = {"rotary_percent": 0.5, "interleaved_qkv": False}
+    signs = tokenizer_signs({"name_or_path": "THUDM/chatglm2-6b"})
+    assert decide_family(signs) == "chatglm2"
+    assert decide_family([*signs, *config_signs(raw)]) == "codegeex2"
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("THUDM/chatglm2-6b-32k", "chatglm2"),
+        ("C:\\models\\ChatGLM3-6B", "chatglm3"),
+        ("/data/chatglm2/out/chatglm-3", "chatglm3"),
+        ("chatglm_v3", "chatglm3"),
+        ("ChatGLM3Tokenizer", "chatglm3"),
+        ("THUDM/chatglm-6b", None),
+        ("chatglm-32k", None),
+        ("chatglm2-and-chatglm3", None),
+        (["chatglm3"], None),
+    ],
+)
+def test_names(name, family):
+    assert named_family(name) == family
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>",
+        "{{ messages[0]['content'] }}",
+        ROLE_TEMPLATE + ROUND_TEMPLATE,
+    ],
+)
+def test_templates_of_neither_kind_show_nothing(template):
+    assert template_signs(template, "x") == []
+
+
+# Nine pieces in the places of the special ids, and two more, as public fine-tunes are made.
+EXTENDED = with_pieces(sp_model(), [*(f"zq{i}v" for i in range(9)), "ありがとう", "です"])
+
+
+def special_table(start, names=(*NAMES, *ROLES)):
+    return {name: start + i for i, name in enumerate((*NAMES, *ROLES)) if name in names}
+
+
+@pytest.mark.parametrize(
+    "names", [(*NAMES, *ROLES), ("[gMASK]", "sop", "<|user|>", "<|assistant|>"), ROLES]
+)
+def test_special_ids_come_from_the_folder(tmp_path, names):
+    path = folder(
+        tmp_path / "m",
+        pieces=EXTENDED,
+        tokenizer_config=decoder(special_table(PIECES, names)),
+    )
+    found = open_folder(path)
+    assert prompt(found) == PROMPT3 and found.tokenizer.special == special_table(PIECES)
+    assert found.tokenizer.num_pieces == found.tokenizer.size == PIECES + 11
+    text = "zq1v zq6v です <|user|> [gMASK]"
+    ids = found.tokenizer.encode(text)
+    assert not set(ids) & set(found.tokenizer.special.values())
+    assert found.tokenizer.decode(ids) == text
+    assert found.tokenizer.decode(found.tokenizer.special.values()) == ""
+
+
+def test_a_piece_in_a_special_place_is_never_the_id_of_text():
+    plain = Tokenizer.from_bytes(with_pieces(sp_model(), ["[gMASK]"], kind=4))
+    text = "a[gMASK]b"  # a user-defined piece is found in any text
+    assert PIECES in plain.encode(text)
+    tokens = plain.with_tokens("chatglm2", special_table(PIECES - 1, NAMES))
+    assert PIECES not in tokens.encode(text)
+    assert tokens.decode(tokens.encode(text)) == text
+
+
+def test_an_extended_tokenizer_whose_special_ids_nothing_names_is_reported(tmp_path):
+    path = folder(tmp_path / "m", raw={"_name_or_path": "x/chatglm3-ja"}, pieces=EXTENDED)
+    (line,) = open_folder(path).notes
+    assert f"{PIECES + 11:,} pieces" in line and f"[gMASK] = {PIECES + 12}" in line
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"<sql>": 640}, "640.*beyond"),
+        ({"<sql>": PIECES + 3}, "the id of sop"),
+        ({"[gMASK]": PIECES, "sop": PIECES + 1, "<|user|>": PIECES + 2}, "no published order"),
+        ({"<sql>": -1}, "not an added token"),
+        ({"": 600}, "not an added token"),
+    ],
+)
+def test_impossible_tokens_are_refused(tmp_path, tokens, message):
+    path = folder(tmp_path / "m", tokenizer_config=decoder(tokens))
+    with pytest.raises(CheckpointError, match=message):
+        open_folder(path, family="chatglm3")
+
+
+def test_end_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    path = folder(tmp_path / "m", generation_config={"eos_token_id": [2, 151336]})
+    with pytest.raises(CheckpointError, match="151336.*beyond"):
+        open_folder(path)
+
+
+ADDED = {"<sql>": PIECES + 5, "</sql>": PIECES + 6}
+
+
+@pytest.mark.parametrize("case", ["assumed", "extended", "added"])
+@pytest.mark.parametrize("layout", ["own", "chatglm", "glm"])
+def test_every_layout_keeps_family_and_tokens(tmp_path, case, layout):
+    path, family = tmp_path / "m", None
+    if case == "assumed":
+        folder(path)
+        family = "chatglm3"
+    elif case == "extended":
+        folder(path, pieces=EXTENDED, tokenizer_config=decoder(special_table(PIECES)))
+    else:
+        end = {"<end>": PIECES + 9}
+        folder(
+            path,
+            raw={"_name_or_path": "chatglm2", "eos_token_id": [2, PIECES + 9]},
+            tokenizer_config=decoder(ADDED | end),
+        )
+    source, new = open_folder(path, family=family), tmp_path / "new"
+    if layout == "own":
+        convert_folder(source, new)
+    else:
+        pytest.importorskip("tokenizers")
+        export_folder(source, new, layout=layout)
+    found = open_folder(new)
+    assert found.notes == () and prompt(found) == prompt(source)
+    assert found.template == source.template and found.config.family == source.config.family
+    assert stop_ids(found.tokenizer) == stop_ids(source.tokenizer)
+    assert found.tokenizer.special == source.tokenizer.special
+    for text in ("<sql>a</sql><end>", "zq1v です sop <sop>"):
+        assert found.tokenizer.encode(text) == source.tokenizer.encode(text)
+
+
+def test_gguf_has_the_tokens_at_their_ids(tmp_path):
+    kinds = pytest.importorskip("gguf").TokenType
+    table = special_table(PIECES) | {"<sql>": PIECES + 15}
+    path = folder(tmp_path / "m", pieces=EXTENDED, tokenizer_config=decoder(table))
+    found = gguf_vocabulary(open_folder(path).tokenizer, 640)
+    assert found.texts[PIECES + 6] == "<|user|>" and found.texts[PIECES + 10] == "です"
+    assert found.types[PIECES + 6] == kinds.CONTROL
+    assert (found.texts[PIECES + 15], found.types[PIECES + 15]) == ("<sql>", kinds.USER_DEFINED)
+
+
+def test_training_learns_the_answers_whatever_their_ids(tmp_path):
+    table = special_table(PIECES) | {"<sql>": PIECES + 15}
+    path = folder(tmp_path / "m", pieces=EXTENDED, tokenizer_config=decoder(table))
+    tokenizer = open_folder(path).tokenizer
+    messages = [
+        {"role": "user", "content": "です"},
+        {"role": "assistant", "content": "<sql>好"},
+    ]
+    ids, learned = Encoder(tokenizer, "chatglm3").encode(messages, 0)
+    start = ids.index(PIECES + 7) + 1
+    assert learned == [False] * start + [True] * (len(ids) - start)
+    assert PIECES + 15 in ids[start:] and PIECES + 6 not in ids[start:]
+
+
+def test_an_own_folder_takes_another_family_with_its_template(tmp_path):
+    convert_folder(open_folder(folder(tmp_path / "m")), tmp_path / "own")
+    assert prompt(open_folder(tmp_path / "own")) == PROMPT2
+    assert prompt(open_folder(tmp_path / "own", family="chatglm3")) == PROMPT3
+
+
+def test_an_adapter_of_the_other_family_names_the_flag(tmp_path):
+    base, config = folder(tmp_path / "m"), tiny_config(num_layers=1)
+    known = fingerprint(open_folder(base, family="chatglm3"))
+    save_adapter(tmp_path / "a", Adapter(random_lora(config), base=known, template="chatglm3"))
+    with pytest.raises(CheckpointError, match="--family chatglm3"):
+        open_adapter(tmp_path / "a", base)
+    assert open_adapter(tmp_path / "a", base, family="chatglm3").notes == ()
+
+    save_adapter(tmp_path / "b", Adapter(random_lora(config)))
+    path = tmp_path / "b" / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"base_model_name_or_path": "THUDM/chatglm3-6b"}))
+    with pytest.raises(CheckpointError, match="--family chatglm3"):
+        open_adapter(tmp_path / "b", base)

@@ -1,0 +1,158 @@
+"""The exported tokenizer, as the real AutoTokenizer opens it, against ours and the reference."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from convert.layouts.hf_tokenizer import tokenizer_files
+from glm2_jax import Tokenizer
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.text.prompt import build_messages, build_prompt
+from tests.support.shared_data import shared_file
+from tests.support.sp_model import sp_model, without_dummy_prefix
+
+pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+
+# Special tokens are recognised in text, as everywhere in transformers, unless
+# split_special_tokens=True; the published tokenizer recognises none.
+SPECIAL_IN_TEXT = ["[gMASK]", "[gMASK]sop", "</s>", "a</s>b", "<unk>"]
+
+TALK = [
+    {"role": "system", "content": "规则 rules"},
+    {"role": "user", "content": "你好"},
+    {"role": "assistant", "content": "你好👋！\n sop"},
+    {"role": "user", "content": "  sophisticated\npeople"},
+]
+
+
+def opened(folder, tokenizer, template=None):
+    """The exported files as transformers opens them by itself."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    files = tokenizer_files(tokenizer, template or tokenizer.family, max_length=512)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "config.json").write_text(json.dumps({"model_type": "glm"}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def toy(family="chatglm2"):
+    return Tokenizer.from_bytes(sp_model(), family)
+
+
+def test_the_reference_cases(tmp_path):
+    cases = json.loads(shared_file("tokenizer/tokenizer_cases.json"))
+    real = Tokenizer.from_bytes(shared_file("tokenizer/tokenizer.model"))
+    theirs = opened(tmp_path, real)
+    different = []
+    for case in cases:
+        plain = theirs(case["text"], add_special_tokens=False, split_special_tokens=True)
+        assert plain.input_ids == case["hf_ids"], case["text"]
+        assert theirs.decode(case["hf_ids"], skip_special_tokens=True) == case["hf_decode"]
+        if theirs(case["text"], add_special_tokens=False).input_ids != case["hf_ids"]:
+            different.append(case["text"])
+    assert len(cases) == 42 and different == SPECIAL_IN_TEXT
+    assert theirs("你好").input_ids == [64790, 64792, 36474, 54591]
+    assert theirs("[gMASK]<sop>你好", add_special_tokens=False).input_ids[:2] == [64790, 64792]
+
+
+def test_random_text_gives_our_ids_and_comes_back(tmp_path):
+    random = np.random.default_rng(0)
+    ours = toy()
+    theirs = opened(tmp_path, ours)
+    parts = [
+        "你好",
+        "。",
+        " ",
+        "  ",
+        "\n",
+        "the",
+        "in",
+        "g",
+        "s",
+        "Paris",
+        "12",
+        "▁",
+        "👋",
+        "e\u0301",
+    ]
+    for _ in range(300):
+        text = "".join(random.choice(parts, random.integers(30)))
+        ids = ours.encode(text)
+        assert theirs(text, add_special_tokens=False).input_ids == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_what_every_tokenizer_has(tmp_path):
+    ours = toy("chatglm3")
+    theirs = opened(tmp_path, ours)
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id) == (2, 0, None)
+    for name, token_id in ours.special.items():
+        written = {"sop": "<sop>", "eop": "<eop>"}.get(name, name)
+        assert theirs.convert_tokens_to_ids(written) == token_id
+        assert theirs.decode([token_id], skip_special_tokens=True) == ""
+    assert theirs("sophisticated people").input_ids == ours.prefix_ids + ours.encode(
+        "sophisticated people"
+    )
+    assert theirs("a", "b").input_ids == [*ours.prefix_ids, *ours.encode("a"), *ours.encode("b"), 2]
+    batch = theirs(["a", "a b c d"], padding=True)
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    assert batch["attention_mask"][0][0] == 0 and batch["input_ids"][0][0] == 0
+    assert ours.decode([*ours.encode("ab")[:-1], 3 + 0xE4]) == theirs.decode(
+        [*ours.encode("ab")[:-1], 3 + 0xE4]
+    )
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
+@pytest.mark.parametrize("first", [0, 1, 3], ids=["system", "two rounds", "one round"])
+def test_the_chat_template_renders_the_official_prompt(tmp_path, family, first):
+    ours = toy(family)
+    theirs = opened(tmp_path, ours)
+    system = TALK[0]["content"] if first == 0 else None
+    history = [(TALK[1]["content"], TALK[2]["content"])] if first < 3 else []
+    expected = build_prompt(ours, family, TALK[3]["content"], history, system)
+    found = theirs.apply_chat_template(TALK[first:], add_generation_prompt=True)
+    assert found["input_ids"] == expected
+
+
+def test_a_tool_message(tmp_path):
+    talk = [
+        TALK[1],
+        {"role": "assistant", "metadata": "weather", "content": "tool_call(city='Paris')"},
+        {"role": "observation", "content": "12"},
+    ]
+    theirs = opened(tmp_path, toy("chatglm3"))
+    found = theirs.apply_chat_template(talk, add_generation_prompt=True)
+    assert found["input_ids"] == build_messages(toy("chatglm3"), talk)
+
+
+def test_roles_that_a_template_does_not_know(tmp_path):
+    theirs = opened(tmp_path, toy())
+    with pytest.raises(Exception, match="ChatGLM2 knows user"):
+        theirs.apply_chat_template([{"role": "observation", "content": "12"}])
+    theirs = opened(tmp_path, toy("chatglm3"))
+    with pytest.raises(Exception, match="system, user, assistant, observation"):
+        theirs.apply_chat_template([{"role": "tool", "content": "12"}])
+
+
+def test_a_tokenizer_without_dummy_prefix(tmp_path):
+    ours = Tokenizer.from_bytes(without_dummy_prefix(sp_model()), "codegeex2")
+    theirs = opened(tmp_path, ours, "raw")
+    text = "# language: Python\n def main():"
+    assert theirs(text).input_ids == build_prompt(ours, "raw", text)
+    assert theirs.decode(ours.encode(" a")) == " a"
+    assert theirs.chat_template is None
+
+
+def test_a_model_that_has_no_such_form(monkeypatch):
+    ours = toy()
+    monkeypatch.setattr(ours, "encode", lambda text: [5])
+    with pytest.raises(CheckpointError, match="cannot be written in the HF-native form"):
+        tokenizer_files(ours, "chatglm2", max_length=512)
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UsageError, match=r"glm2-jax\[export\]"):
+        tokenizer_files(toy(), "chatglm2", max_length=512)

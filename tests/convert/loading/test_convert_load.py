@@ -1,0 +1,234 @@
+"""`load_checkpoint`: the right numbers in the right places, in every layout and type."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import glm2_jax
+from convert import load_checkpoint
+from convert.layouts.names import OWN, PARTS, PUBLISHED
+from convert.loading import fill
+from convert.loading.fill import DevicePlace, HostPlace
+from glm2_jax import CheckpointError, DeviceError, UsageError
+from tests.support.checkpoints import (
+    TINY,
+    official_tensors,
+    random_params,
+    tiny_config,
+    write_official,
+)
+from tests.support.paths import ROOT
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+REFERENCE = ROOT.parent / "shared/data/reference"
+
+
+def assert_equal(params, expected, dtype):
+    """Every leaf has the shape of the model and the numbers of `expected`, rounded once."""
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for (path, found), (_, values) in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves_with_path(expected), strict=True
+    ):
+        assert isinstance(found, jax.Array) and found.dtype == np.dtype(dtype), path
+        np.testing.assert_array_equal(np.asarray(found), values.astype(dtype), err_msg=str(path))
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_official_layouts(tmp_path, kind, shards, dtype):
+    params = random_params(TINY)
+    write_official(tmp_path, params=params, kind=kind, shards=shards, dtype=dtype)
+    checkpoint = load_checkpoint(tmp_path, dtype=dtype)
+    rounded = jax.tree.map(lambda array: array.astype(DTYPES[dtype]), params)
+    assert_equal(checkpoint.params, rounded, DTYPES[dtype])
+    assert checkpoint.config == TINY
+    assert checkpoint.template == "chatglm2"
+    assert checkpoint.notes == ()
+    assert checkpoint.summary.layout == "official"
+    assert checkpoint.summary.stored_dtype == checkpoint.summary.dtype == dtype
+    assert checkpoint.summary.num_params == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert checkpoint.tokenizer.encode("你好")
+
+
+def test_the_table_agrees_with_the_model():
+    shapes = glm2_jax.param_shapes(TINY)
+    stacked = {part.path: part.shape(TINY) for part in PARTS}
+    for path, shape in jax.tree.leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple)):
+        keys = tuple(key.key for key in path)
+        layers = (TINY.num_layers,) if keys[0] == "layers" else ()
+        assert shape == layers + stacked.pop(keys)
+    assert not stacked
+
+
+@pytest.mark.parametrize("rules", [PUBLISHED, OWN])
+def test_split_and_join_are_inverse(rules):
+    random = np.random.default_rng(0)
+    for rule in rules:
+        array = random.standard_normal(rule.shape(TINY))
+        parts = rule.split(TINY, array)
+        assert all(part.base is not None for part in parts.values()), "split copies"
+        np.testing.assert_array_equal(rule.join(TINY, parts), array)
+
+
+def test_rows_are_split_as_published():
+    """q, k, v follow each other in query_key_value; gate comes before up."""
+    weights = (rule for rule in PUBLISHED if len(rule.shape(TINY)) == 2)
+    table = {rule.name.split(".")[-2]: rule for rule in weights}
+    rows = np.arange(64)[:, None].repeat(32, axis=1)
+    parts = {path[1]: part for path, part in table["query_key_value"].split(TINY, rows).items()}
+    assert parts["q"][1, 2, 0] == 10
+    assert parts["k"][0, 0, 0] == 32 and parts["k"][1, 7, 0] == 47
+    assert parts["v"][0, 0, 0] == 48
+    rows = np.arange(96)[:, None].repeat(32, axis=1)
+    gate_up = table["dense_h_to_4h"].split(TINY, rows)["layers", "gate_up"]
+    assert gate_up[0, 5, 0] == 5 and gate_up[1, 5, 0] == 53
+
+
+def test_table_names_are_the_published_ones():
+    config = glm2_jax.PRESETS["chatglm2-6b"]
+    sizes = {
+        rule.full_name(layer): rule.shape(config)
+        for rule in PUBLISHED
+        for layer in rule.layers(config)
+    }
+    assert len(sizes) == 199  # 200 with inv_freq
+    assert sum(int(np.prod(shape)) for shape in sizes.values()) == 6_243_584_000
+    name = "transformer.encoder.layers.27.self_attention.query_key_value.weight"
+    assert sizes[name] == (4608, 4096)
+
+
+def test_reference_state_dict(tmp_path, monkeypatch):
+    """Names and shapes of the reference's own state dictionary, as it was really saved."""
+    if not (REFERENCE / "hf_tiny_chatglm2.npz").exists():
+        pytest.skip("the reference arrays are not beside the checkout")
+    with np.load(REFERENCE / "hf_tiny_chatglm2.npz") as arrays:
+        state = {k[3:]: arrays[k] for k in arrays.files if k.startswith("sd/")}
+    raw = json.loads((REFERENCE / "hf_tiny_chatglm2_config.json").read_text())
+    write_official(tmp_path, tensors=state, raw=raw)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    # Its vocabulary is smaller than that of any tokenizer.
+    monkeypatch.setattr("convert.loading.folder.check_fit", lambda *args, **kwargs: None)
+    checkpoint = load_checkpoint(tmp_path, dtype="float32")
+    for rule in PUBLISHED:
+        for layer in rule.layers(checkpoint.config):
+            parts = {}
+            for part in rule.parts:
+                value = checkpoint.params
+                for key in part.path:
+                    value = value[key]
+                parts[part.path] = np.asarray(value if layer is None else value[layer])
+            joined = rule.join(checkpoint.config, parts)
+            np.testing.assert_array_equal(joined, state[rule.full_name(layer)])
+
+
+def test_a_change_of_type_is_said(tmp_path):
+    write_official(tmp_path, dtype="bfloat16")
+    checkpoint = load_checkpoint(tmp_path, dtype="fp32")
+    assert checkpoint.notes == ("the weights are stored in bfloat16; converted to float32",)
+    assert checkpoint.summary.dtype == "float32"
+
+
+def test_float16_overflow_is_found_and_named(tmp_path):
+    tensors = official_tensors(TINY, random_params(TINY), "bfloat16")
+    name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
+    tensors[name][3, 4] = 7e4
+    write_official(tmp_path, tensors=tensors)
+    load_checkpoint(tmp_path, dtype="bfloat16")
+    with pytest.raises(CheckpointError, match=f"{name} holds 70144, which float16 cannot"):
+        load_checkpoint(tmp_path, dtype="float16")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_are_found_and_named(tmp_path, bad, dtype):
+    tensors = official_tensors(TINY, random_params(TINY), dtype)
+    name = "transformer.encoder.layers.1.self_attention.dense.weight"
+    tensors[name][2, 5] = bad
+    write_official(tmp_path, tensors=tensors)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path)
+    assert f"{name} (layer 1) holds {bad} at element {2 * 32 + 5}" in str(caught.value)
+
+
+def test_fingerprint_tells_weights_and_configurations_apart(tmp_path):
+    def mark(name, **kwargs):
+        return load_checkpoint(write_official(tmp_path / name, **kwargs)).fingerprint
+
+    first = mark("a")
+    assert len(first) == 64 and first == mark("b")
+    others = [mark("c", seed=1), mark("d", config=tiny_config(seq_length=512)), mark("e", shards=1)]
+    assert len({first, *others}) == 4
+
+
+def test_template_and_rope_kind(tmp_path):
+    unknown = ("rope_kind", "family", "interleaved_qkv", "rotary_percent")
+    write_official(tmp_path, raw={"rope_ratio": 16} | dict.fromkeys(unknown))
+    with pytest.raises(CheckpointError, match="--rope-scaling"):
+        load_checkpoint(tmp_path)
+    checkpoint = load_checkpoint(tmp_path, rope_kind="base", template="raw")
+    assert (checkpoint.config.rope_kind, checkpoint.template) == ("base", "raw")
+    (tmp_path / "tokenizer_config.json").write_text('{"name_or_path": "THUDM/chatglm2-6b-32k"}')
+    checkpoint = load_checkpoint(tmp_path)
+    assert (checkpoint.config.rope_kind, checkpoint.config.family) == ("linear", "chatglm2")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dtype": "int3"},
+        {"quantize": "int3"},
+        {"layers": "nested"},
+        {"mesh": object()},
+        {"rope_kind": "cubic"},
+        {"template": "alpaca"},
+    ],
+)
+def test_arguments_that_make_no_sense(tmp_path, arguments):
+    write_official(tmp_path)
+    with pytest.raises(UsageError):
+        load_checkpoint(tmp_path, **arguments)
+
+
+def test_an_unknown_device(tmp_path):
+    with pytest.raises(DeviceError, match="no device 'abacus'"):
+        load_checkpoint(write_official(tmp_path), device="abacus")
+    assert load_checkpoint(tmp_path, device="cpu").params["embed"].committed
+
+
+def test_progress_ends_at_the_total(tmp_path):
+    seen = []
+    load_checkpoint(
+        write_official(tmp_path), dtype="float32", progress=lambda *call: seen.append(call)
+    )
+    total = TINY.num_params * 4
+    assert seen[-1] == (total, total) and seen == sorted(seen)
+
+
+def test_pieces_on_an_accelerator_arrive_as_on_the_host(tmp_path, monkeypatch):
+    """The path for accelerators, driven on the CPU, with chunks smaller than the tensors."""
+    monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)
+    expected = load_checkpoint(write_official(tmp_path), dtype="bfloat16").params
+    monkeypatch.setattr("convert.loading.fill.HostPlace", DevicePlace)
+    found = load_checkpoint(tmp_path, dtype="bfloat16").params
+    assert_equal(found, jax.tree.map(np.asarray, expected), ml_dtypes.bfloat16)
+
+
+def test_pieces_are_written_in_place():
+    """The compiled update needs no second array: its result is its donated argument."""
+    array = jax.ShapeDtypeStruct((4, 512, 512), np.float32)
+    piece = jax.ShapeDtypeStruct((1, 2, 512), np.float16)
+    memory = fill._update.lower(array, piece, (0, 0, 0)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * 512 * 512 * 4
+    assert memory.temp_size_in_bytes < 100_000
+
+
+def test_host_arrays_reach_jax_without_a_copy():
+    stacked = HostPlace((2, 1000), np.dtype(np.float32), [None])
+    stacked.write((slice(0, 1), slice(0, 1000)), np.arange(1000, dtype=np.float16)[None])
+    stacked.write((slice(1, 2), slice(0, 1000)), np.zeros((1, 1000), np.float16))
+    (array,) = stacked.finish()
+    assert array.unsafe_buffer_pointer() == stacked.array.ctypes.data

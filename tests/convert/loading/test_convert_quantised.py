@@ -1,0 +1,392 @@
+"""Quantised weights on disk and while loading: as stored, or made on the way."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import (
+    export_folder,
+    from_pytorch,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from convert.layouts.names import PARTS, PUBLISHED
+from convert.loading.folder import open_folder
+from convert.writing.own import convert_folder, size_of_conversion
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.quant import COLUMN_AXES, EMBEDDINGS, SCHEMES, QTensor, dequantise, quantise
+from infer.memory.plan import flags, weight_bytes
+from infer.memory.precision import Precision
+from tests.convert.writing.test_to_pytorch import random_lora
+from tests.support.checkpoints import TINY, official_tensors, random_params, write_official
+from tests.support.toy import jit_forward
+
+
+def quantised_tensors(bits):
+    """Official names with int4 or int8 matrices, and the params that they stand for."""
+    tensors = official_tensors(TINY, random_params(TINY), "float16")
+    exact = {}
+    random = np.random.default_rng(1)
+    for rule in PUBLISHED:
+        for layer in rule.layers(TINY):
+            name, shape = rule.full_name(layer), rule.shape(TINY)
+            if not rule.quantised(SCHEMES["int8"]):
+                exact[name] = tensors[name].astype(np.float32)
+                continue
+            limit = 2 ** (bits - 1)
+            q = random.integers(-limit, limit, shape, dtype=np.int8)
+            scale = random.uniform(0.001, 0.02, shape[0]).astype(np.float16)
+            exact[name] = q.astype(np.float32) * scale.astype(np.float32)[:, None]
+            if bits == 4:
+                q = (q[:, 0::2] << 4) | (q[:, 1::2] & 15)
+            tensors[name], tensors[name + "_scale"] = q, scale
+    return tensors, exact
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_quantised_folders_are_dequantised_on_request(tmp_path, bits, kind):
+    tensors, exact = quantised_tensors(bits)
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits}, kind=kind, shards=1)
+    checkpoint = load_checkpoint(tmp_path, dtype="float32", quantize="none")
+    assert checkpoint.summary.layout == f"official int{bits}"
+    assert checkpoint.summary.stored_dtype == f"int{bits}"
+    assert "dequantised to float32" in checkpoint.notes[0]
+    for rule in PUBLISHED:
+        for layer in rule.layers(TINY):
+            for path, expected in rule.split(TINY, exact[rule.full_name(layer)]).items():
+                found = checkpoint.params[path[0]]
+                found = found if layer is None else found[path[1]][layer]
+                np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+def test_a_quantised_folder_without_its_key_is_refused(tmp_path):
+    write_official(tmp_path, tensors=quantised_tensors(4)[0])
+    with pytest.raises(CheckpointError, match="wrong shape.*instead of"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_quantised_folder_without_scales_is_refused(tmp_path):
+    tensors = quantised_tensors(8)[0]
+    del tensors["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight_scale"]
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 8})
+    with pytest.raises(CheckpointError, match="missing: .*layers.0.*weight_scale"):
+        load_checkpoint(tmp_path)
+
+
+def as_lists(tree):
+    """Nested dictionaries and lists of what is in the arrays, to compare trees."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
+
+
+def leaf(params, part, layer):
+    value = params[part.path[0]]
+    return value if layer is None else value[layer][part.path[1]]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_folders_stay_as_they_are(tmp_path, bits):
+    tensors, _ = quantised_tensors(bits)
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits}, shards=1)
+    checkpoint = load_checkpoint(tmp_path, dtype="float32", layers="list")
+    name = {4: "int4-row", 8: "int8"}[bits]
+    assert checkpoint.summary.quantisation == name
+    for rule in PUBLISHED:
+        for layer in rule.layers(TINY):
+            if not rule.quantised(SCHEMES["int8"]):
+                continue
+            full = rule.full_name(layer)
+            found = [leaf(checkpoint.params, part, layer) for part in rule.parts]
+            assert all(isinstance(weight, QTensor) and weight.bits == bits for weight in found)
+            values = np.concatenate([np.asarray(weight.values).reshape(-1) for weight in found])
+            np.testing.assert_array_equal(values, tensors[full].reshape(-1))
+            scales = np.concatenate([np.asarray(weight.scale).reshape(-1) for weight in found])
+            np.testing.assert_array_equal(scales, tensors[full + "_scale"].astype(np.float32))
+    stacked = load_checkpoint(tmp_path, dtype="float32").params["layers"]
+    for index, weights in enumerate(checkpoint.params["layers"]):
+        assert as_lists(weights) == as_lists(jax.tree.map(lambda x, i=index: x[i], stacked))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_plain_folders_are_quantised_while_loading(tmp_path, scheme, monkeypatch):
+    monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)  # smaller than a tensor
+    write_official(tmp_path, dtype="float32")
+    plain = load_checkpoint(tmp_path, dtype="float32", layers="list").params
+    done = []
+    checkpoint = load_checkpoint(
+        tmp_path, dtype="float32", quantize=scheme, layers="list",
+        progress=lambda part, total: done.append((part, total)),
+    )  # fmt: skip
+    assert done[-1][0] == done[-1][1] == sum(x.nbytes for x in jax.tree.leaves(checkpoint.params))
+    assert checkpoint.notes == (f"the matrices of the layers were quantised to {scheme}",)
+    for part in PARTS:
+        if part.path[0] != "layers" or not part.quantised(SCHEMES[scheme]):
+            assert not any(isinstance(w, QTensor) for w in [checkpoint.params.get(part.path[0])])
+            continue
+        for layer in range(TINY.num_layers):
+            weight = np.asarray(leaf(plain, part, layer))
+            matrix = weight.reshape(-1, np.prod(weight.shape[-COLUMN_AXES[part.path[1]] :]))
+            values, scale = quantise(matrix, SCHEMES[scheme])
+            found = leaf(checkpoint.params, part, layer)
+            np.testing.assert_array_equal(np.asarray(found.values).reshape(values.shape), values)
+            np.testing.assert_array_equal(np.asarray(found.scale).reshape(scale.shape), scale)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_our_own_format_keeps_what_it_is_given(tmp_path, scheme):
+    source = open_folder(write_official(tmp_path / "source"))
+    manifest = convert_folder(source, tmp_path / "own", quantize=scheme, max_shard_size=20_000)
+    assert manifest.quantisation == scheme
+    assert json.loads((tmp_path / "own/manifest.json").read_text())["quantisation"] == scheme
+    verify_checkpoint(tmp_path / "own")
+    loading = load_checkpoint(tmp_path / "source", dtype="float32", quantize=scheme)
+    stored = load_checkpoint(tmp_path / "own", dtype="float32")
+    assert stored.summary.layout == f"own {scheme[:4]}"
+    assert as_lists(stored.params) == as_lists(loading.params)
+    size = stored.summary.bytes_on_disk
+    expected = size_of_conversion(source, None, scheme)
+    assert expected < size and expected < size_of_conversion(source, None)
+    unpacked = load_checkpoint(tmp_path / "own", dtype="float32", quantize="none").params
+    assert not any(isinstance(weight, QTensor) for weight in unpacked["layers"].values())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_embedding_and_head_are_quantised_where_that_is_asked_for(tmp_path, scheme):
+    source = write_official(tmp_path / "source", dtype="float32")
+    plain = load_checkpoint(source, dtype="float32").params
+    asked: dict[str, Any] = {"quantize": scheme, "quantize_embeddings": True}
+    loaded = load_checkpoint(source, dtype="float32", **asked)
+    assert loaded.summary.quantisation == f"{scheme}+embeddings"
+    assert f"the embedding and the head were quantised to {scheme}" in loaded.notes[0]
+    wider = load_checkpoint(source, dtype="bfloat16", **asked)
+    assert wider.notes[1] == "the other weights are stored in float32; converted to bfloat16"
+    layers_alone = load_checkpoint(source, dtype="float32", quantize=scheme).params
+    assert as_lists(loaded.params["layers"]) == as_lists(layers_alone["layers"])
+    for name in EMBEDDINGS:
+        assert not isinstance(layers_alone[name], QTensor)
+        values, scale = quantise(np.asarray(plain[name]), SCHEMES[scheme])
+        np.testing.assert_array_equal(np.asarray(loaded.params[name].values), values)
+        np.testing.assert_array_equal(np.asarray(loaded.params[name].scale), scale)
+
+    manifest = convert_folder(open_folder(source), tmp_path / "own", **asked)
+    assert manifest.quantisation == f"{scheme}+embeddings"
+    verify_checkpoint(tmp_path / "own")
+    stored = load_checkpoint(tmp_path / "own", dtype="float32")
+    assert as_lists(stored.params) == as_lists(loaded.params)
+    assert stored.summary.layout == f"own {scheme}"
+    sizes = [size_of_conversion(open_folder(source), None, scheme, wide) for wide in (True, False)]
+    assert sizes[0] < sizes[1]
+    unpacked = load_checkpoint(tmp_path / "own", dtype="float32", quantize="none").params
+    for name in EMBEDDINGS:
+        whole = dequantise(stored.params[name], 1)
+        np.testing.assert_array_equal(np.asarray(unpacked[name]), np.asarray(whole))
+    with pytest.raises(UsageError, match="quantised already"):
+        load_checkpoint(tmp_path / "own", **asked)
+
+
+@pytest.mark.parametrize("quantize", [None, "none"])
+def test_embedding_and_head_are_not_quantised_alone(tmp_path, quantize):
+    source = write_official(tmp_path / "source")
+    with pytest.raises(UsageError, match="cannot be quantised alone"):
+        load_checkpoint(source, quantize=quantize, quantize_embeddings=True)
+    arguments = [str(source), str(tmp_path / "own"), "--quantize-embeddings"]
+    with pytest.raises(UsageError, match="cannot be quantised alone"):
+        from_pytorch.main([*arguments, *(["--quantize", quantize] if quantize else [])])
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("layers", ["stacked", "list"])
+def test_logits_are_those_of_the_dequantised_model(tmp_path, scheme, layers):
+    source = write_official(tmp_path / "source", dtype="float32")
+    arguments: dict[str, Any] = {"dtype": "float32", "layers": layers}
+    small = load_checkpoint(source, quantize=scheme, quantize_embeddings=True, **arguments)
+    convert_folder(open_folder(source), tmp_path / "own", quantize=scheme, quantize_embeddings=True)
+    whole = load_checkpoint(tmp_path / "own", quantize="none", **arguments)
+    tokens = np.array([[5, 60, 3, 7], [1, 2, 90, 9]], np.int32) % TINY.vocab_size
+    logits = [jit_forward(TINY, model.params, tokens)[0] for model in (small, whole)]
+    assert np.ptp(np.asarray(logits[1])) > 0.1
+    np.testing.assert_allclose(np.asarray(logits[0]), np.asarray(logits[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8+embeddings", "int4+embeddings"])
+def test_the_plan_counts_the_bytes_that_are_loaded(tmp_path, scheme):
+    name = scheme.removesuffix("+embeddings")
+    source = write_official(tmp_path / "source", dtype="float32")
+    wide = scheme.endswith("+embeddings")
+    params = load_checkpoint(
+        source, dtype="float32", quantize=name, quantize_embeddings=wide
+    ).params
+    found = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert weight_bytes(TINY, Precision("float32", scheme)) == found
+    told = flags(Precision("float32", scheme))
+    wanted = " --quantize-embeddings" if wide else ""
+    assert told == f"--dtype float32 --quantize {name}{wanted}"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_official_quantised_folder_converts_bit_by_bit(tmp_path, bits):
+    tensors, _ = quantised_tensors(bits)
+    write_official(tmp_path / "source", tensors=tensors, raw={"quantization_bit": bits})
+    manifest = convert_folder(open_folder(tmp_path / "source"), tmp_path / "own")
+    assert manifest.quantisation == {4: "int4-row", 8: "int8"}[bits]
+    one, other = (load_checkpoint(tmp_path / name).params for name in ("source", "own"))
+    assert as_lists(one) == as_lists(other)
+
+
+def test_what_is_quantised_is_not_quantised_again(tmp_path):
+    tensors, _ = quantised_tensors(8)
+    write_official(tmp_path / "source", tensors=tensors, raw={"quantization_bit": 8})
+    with pytest.raises(UsageError, match="quantised already"):
+        load_checkpoint(tmp_path / "source", quantize="int4")
+    with pytest.raises(UsageError, match="quantised already"):
+        convert_folder(open_folder(tmp_path / "source"), tmp_path / "own", quantize="int8")
+    for quantize, fix in (
+        (None, "Leave --quantize-embeddings out,"),
+        ("none", "Leave --quantize and --quantize-embeddings out,"),
+        ("int8", "Leave --quantize and --quantize-embeddings out,"),
+    ):
+        with pytest.raises(UsageError, match="quantised already") as error:
+            load_checkpoint(tmp_path / "source", quantize=quantize, quantize_embeddings=True)
+        assert fix in error.value.fix
+    assert not (tmp_path / "own").exists()
+
+
+def zero_rows(tensors, exact, bits):
+    """Rows of the scale 0 in every matrix, as the published quantizer writes rows of zeros; also
+    with integers that are none, and with a scale that no product with an integer lifts from 0."""
+    for number, name in enumerate(sorted(exact)):
+        if name + "_scale" in tensors:
+            tensors[name + "_scale"] = tensors[name + "_scale"].astype(np.float32)
+            for row, scale in ((number % 5, 0.0), (7, -0.0), (9, 1e-38)):
+                tensors[name + "_scale"][row] = scale
+                exact[name][row] = 0
+            tensors[name][number % 5] = 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_the_scale_zero_are_rows_of_zeros(tmp_path, bits):
+    """As the published code computes them: the integers times the scale."""
+    tensors, exact = quantised_tensors(bits)
+    zero_rows(tensors, exact, bits)
+    write_official(tmp_path / "a", tensors=tensors, raw={"quantization_bit": bits})
+    whole = load_checkpoint(tmp_path / "a", dtype="float32", quantize="none")
+    for rule in PUBLISHED:
+        for layer in rule.layers(TINY):
+            for path, expected in rule.split(TINY, exact[rule.full_name(layer)]).items():
+                found = whole.params[path[0]]
+                found = found if layer is None else found[path[1]][layer]
+                np.testing.assert_allclose(np.asarray(found), expected, atol=1e-35)
+    small = load_checkpoint(tmp_path / "a", dtype="float32")
+    assert all(float(w.scale.min()) > 1e-30 for w in small.params["layers"].values()
+               if isinstance(w, QTensor))  # fmt: skip
+    convert_folder(open_folder(tmp_path / "a"), tmp_path / "own")
+    export_folder(open_folder(tmp_path / "a"), tmp_path / "b", layout="chatglm")
+    export_folder(open_folder(tmp_path / "own"), tmp_path / "glm", layout="glm", dtype="float32")
+    for name in ("own", "b"):
+        again = load_checkpoint(tmp_path / name, dtype="float32")
+        assert as_lists(again.params) == as_lists(small.params)
+    plain = load_checkpoint(tmp_path / "glm", dtype="float32", rope_kind="linear").params
+    tokens = np.array([[5, 60, 3, 7]], np.int32)
+    expected = np.asarray(jit_forward(TINY, whole.params, tokens)[0])
+    assert np.isfinite(expected).all() and np.ptp(expected) > 0.1
+    for params in (small.params, plain):
+        found = np.asarray(jit_forward(TINY, params, tokens)[0])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("length", [1, 4])
+def test_an_adapter_on_rows_of_the_scale_zero(tmp_path, bits, length):
+    """What it adds is divided by the scale on the way."""
+    tensors, exact = quantised_tensors(bits)
+    zero_rows(tensors, exact, bits)
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits})
+    lora = random_lora(TINY)
+    tokens = np.array([[5, 60, 3, 7]], np.int32)[:, :length]
+    forms: list[dict[str, Any]] = [{}, {"quantize": "none"}]
+    small, whole = (
+        np.asarray(jit_forward(TINY, load_checkpoint(tmp_path, dtype="float32", **form).params,
+                               tokens, lora=lora)[0])
+        for form in forms
+    )  # fmt: skip
+    assert np.isfinite(whole).all() and np.ptp(whole) > 0.1
+    np.testing.assert_allclose(small, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8+embeddings", "int4+embeddings"])
+def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, scheme, monkeypatch):
+    monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)  # smaller than a tensor
+    name = scheme.removesuffix("+embeddings")
+    source = open_folder(write_official(tmp_path / "source"))
+    convert_folder(source, tmp_path / "own", quantize=name, quantize_embeddings=name != scheme)
+    path = tmp_path / "own" / "model.safetensors"
+    tensors = load_file(path)
+    scales = [key for key in tensors if key.endswith("_scale")]
+    for key in scales:
+        tensors[key] = tensors[key].copy()
+        tensors[key].reshape(-1)[[0, 3, -1]] = 0
+    save_file(tensors, path)
+    small = load_checkpoint(tmp_path / "own", dtype="float32", layers="list").params
+    whole = load_checkpoint(tmp_path / "own", dtype="float32", layers="list", quantize="none")
+    count = 0
+    for part in PARTS:
+        for layer in range(TINY.num_layers) if part.path[0] == "layers" else (None,):
+            if part.quantised(SCHEMES[scheme]):
+                weight, plain = leaf(small, part, layer), leaf(whole.params, part, layer)
+                unpacked = np.asarray(
+                    dequantise(weight, len(weight.scale.shape) - (name == "int4"))
+                )
+                np.testing.assert_array_equal(unpacked.reshape(plain.shape), plain)
+                assert float(weight.scale.min()) > 0
+                groups = np.asarray(weight.values).reshape(weight.scale.size, -1)
+                assert not groups[[0, 3, -1]].any() and groups[1].any()
+                count += 1
+    assert count == len(scales)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_rows_of_tiny_numbers_are_quantised_as_zeros(scheme):
+    rows = [[1e-45, 1.4e-44], [1e-40, -2e-40], [1e-30, -1e-32], [1e-20, 0]]
+    matrix = np.array(rows, np.float32)
+    values, scale = quantise(matrix, SCHEMES[scheme])
+    assert np.isfinite(scale).all() and (scale > 1e-30).all()
+    weight = QTensor(jnp.asarray(values), jnp.asarray(scale), SCHEMES[scheme].bits)
+    np.testing.assert_allclose(np.asarray(dequantise(weight, 1)), matrix, rtol=0.15, atol=2e-30)
+
+
+@pytest.mark.parametrize("bad", [-0.01, np.nan, np.inf, -np.inf])
+def test_scales_that_are_none_are_refused(tmp_path, bad):
+    tensors, _ = quantised_tensors(4)
+    name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale"
+    tensors[name][3] = bad
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 4})
+    for quantize in (None, "none"):
+        with pytest.raises(CheckpointError, match=r"1\.mlp\.dense_4h_to_h\.weight_scale holds"):
+            load_checkpoint(tmp_path, quantize=quantize)
+
+
+def test_a_packed_width_that_does_not_match_is_refused(tmp_path):
+    tensors, _ = quantised_tensors(4)
+    name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    tensors[name] = tensors[name][:, :-1]
+    write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 4})
+    with pytest.raises(CheckpointError, match="wrong shape: .*dense_4h_to_h"):
+        load_checkpoint(tmp_path)
+
+
+def test_quantised_parameters_are_not_saved_as_floats(tmp_path):
+    write_official(tmp_path / "source")
+    for arguments in ({"quantize": "int8"}, {"layers": "list"}):
+        checkpoint = load_checkpoint(tmp_path / "source", **arguments)
+        with pytest.raises(UsageError, match="not written"):
+            save_checkpoint(
+                tmp_path / "own", checkpoint.config, checkpoint.params, checkpoint.tokenizer,
+                source="test",
+            )  # fmt: skip

@@ -1,0 +1,272 @@
+"""Random checkpoints of real shapes, and the writer of torch files that they go through."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from convert import load_checkpoint
+from convert import random as convert_random
+from convert.files.safetensors_writer import Entry, divide
+from convert.files.tensor import BFLOAT16
+from convert.files.torch_writer import write_torch_file
+from convert.files.torch_zip import read_torch_file
+from convert.random import official_config, random_entries, write_random
+from glm2_jax import PRESETS, CheckpointError, GLMConfig, InputError, UsageError, forward
+from glm2_jax.cli import main
+from tests.support.checkpoints import TINY, tiny_config
+from tests.support.sp_model import sp_model
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sp_model())
+    return path
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY.to_hf()))
+    return path
+
+
+def run(*argv):
+    with pytest.raises(SystemExit) as caught:
+        main.run_main(convert_random.main, list(map(str, argv)))
+    return caught.value.code
+
+
+def entry(name, array):
+    pieces = np.array_split(array.reshape(-1), 3)
+    return Entry(name, array.shape, array.dtype, lambda: iter(pieces))
+
+
+ARRAYS = {
+    "a.half": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "b.bfloat16": np.arange(5).astype(BFLOAT16),
+    "c.single": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4),
+    "d.bytes": np.arange(-70, 70, dtype=np.int8).reshape(70, 2),
+    "e.double": np.array([[np.pi]]),
+    "名": np.float32(np.arange(300)),
+}
+
+
+@pytest.fixture(params=[2**30, 256], ids=["sizes of 32 bits", "sizes of 64 bits"])
+def torch_file(tmp_path, monkeypatch, request):
+    monkeypatch.setattr("convert.files.torch_writer._LARGE", request.param)
+    path = tmp_path / "a.bin"
+    written = []
+    write_torch_file(path, [entry(name, array) for name, array in ARRAYS.items()], written.append)
+    assert sum(written) == sum(array.nbytes for array in ARRAYS.values())
+    return path
+
+
+def test_torch_reads_what_is_written(torch_file):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    for mapped in (False, True):
+        found = torch.load(torch_file, weights_only=True, mmap=mapped)
+        assert list(found) == list(ARRAYS)
+        for name, array in ARRAYS.items():
+            assert str(found[name].dtype) == f"torch.{array.dtype.name}"
+            np.testing.assert_array_equal(found[name].double(), array.astype(np.float64))
+
+
+def test_our_reader_reads_what_is_written(torch_file):
+    found = read_torch_file(torch_file)
+    assert list(found) == list(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert found[name].dtype == array.dtype and found[name].offset % 64 == 0
+        np.testing.assert_array_equal(found[name].read(), array)
+
+
+def test_the_pickle_names_nothing_but_tensors(torch_file):
+    """Python's own unpickler, held on a short lead, sees the same words as our reader."""
+    import zipfile
+
+    names = set()
+
+    class Watching(pickle.Unpickler):
+        def find_class(self, module, name):
+            names.add(f"{module}.{name}")
+            return lambda *arguments: dict()
+
+        def persistent_load(self, pid):
+            return pid
+
+    with zipfile.ZipFile(torch_file) as archive:
+        assert archive.testzip() is None  # checksums
+        Watching(archive.open("archive/data.pkl")).load()
+    kinds = {"Half", "BFloat16", "Float", "Char", "Double"}
+    assert names == {f"torch.{kind}Storage" for kind in kinds} | {
+        "collections.OrderedDict",
+        "torch._utils._rebuild_tensor_v2",
+    }
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("dtype", convert_random.DTYPES)
+def test_a_random_folder_answers(tmp_path, config_file, tokenizer, kind, dtype):
+    target = tmp_path / "new"
+    argv = [target, "--config", config_file, "--tokenizer", tokenizer, "--max-shard-size", "60kB"]
+    assert run(*argv, "--format", kind, "--dtype", dtype, "--layers", "3", "--seed", "5") == 0
+    checkpoint = load_checkpoint(target, dtype="float32")
+    assert checkpoint.config == tiny_config(num_layers=3)
+    assert (checkpoint.summary.layout, checkpoint.summary.stored_dtype) == ("official", dtype)
+    assert len(list(target.glob(f"*.{kind}"))) > 1 and not list(target.glob("*.py"))
+    params = checkpoint.params
+    assert (np.asarray(params["layers"]["attn_norm"]) == 1).all()
+    assert abs(float(np.std(params["embed"])) - 0.02) < 0.001
+    assert not np.array_equal(params["embed"], params["head"])
+    logits, _ = forward(checkpoint.config, params, np.arange(8)[None])
+    assert np.isfinite(logits).all()
+
+
+def test_the_seed_decides(tmp_path, tokenizer):
+    raw = official_config_of_tiny()
+    for folder, seed in {"a": 1, "b": 1, "c": 2}.items():
+        write_random(tmp_path / folder, raw, tokenizer, seed=seed)
+    a, b, c = ((tmp_path / name / "pytorch_model.bin").read_bytes() for name in "abc")
+    assert a == b and a != c and len(a) == len(c)
+
+
+def official_config_of_tiny():
+    return TINY.to_hf() | {"torch_dtype": "float16"}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("int4")])
+def test_configurations_of_the_published_models(name):
+    raw = official_config(name, layers=6, dtype="bfloat16")
+    assert raw["architectures"] == ["ChatGLMModel"] and raw["torch_dtype"] == "bfloat16"
+    config = GLMConfig.from_hf(raw)
+    assert config.num_layers == 6
+    assert raw["_name_or_path"] == convert_random.NAME  # and no model's
+    assert config == GLMConfig.from_hf(PRESETS[name].to_hf() | {"num_layers": 6})
+
+
+def test_a_config_file_keeps_its_other_keys(tmp_path):
+    raw = TINY.to_hf() | {"use_cache": True, "auto_map": {"AutoModel": "modeling_chatglm.X"}}
+    for key in ("family", "rope_kind", "interleaved_qkv", "rotary_percent"):
+        del raw[key]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "tokenizer_config.json").write_text('{"name_or_path": "THUDM/chatglm3-6b"}')
+    found = official_config(str(tmp_path / "config.json"))
+    assert found["use_cache"] is True and "auto_map" not in found
+    assert GLMConfig.from_hf(found) == tiny_config(family="chatglm3")
+
+
+def test_shards_are_those_of_the_published_folder():
+    """File sizes of THUDM/chatglm2-6b; its index says 12,487,168,064 bytes of tensors."""
+    entries = random_entries(PRESETS["chatglm2-6b"], "float16", 0)
+    assert sum(entry.nbytes for entry in entries) == 12_487_168_064
+    shards = divide(entries, 2 * 10**9, "pytorch_model", "bin")
+    published = [
+        1827780615, 1968299005, 1927414561, 1815225523, 1968299069, 1927414561, 1052808067,
+    ]  # fmt: skip
+    assert list(shards)[0] == "pytorch_model-00001-of-00007.bin"
+    sizes = [sum(entry.nbytes for entry in shard) for shard in shards.values()]
+    assert all(0 < file - size < 20_000 for file, size in zip(published, sizes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ([], 2, "required"),
+        (["--config", "chatglm9"], 2, "Known models: chatglm2-6b, "),
+        (["--config", "chatglm2-6b-int4"], 2, "quantised"),
+        (["--config", "chatglm2-6b", "--layers", "0"], 2, "--layers 0"),
+        (["--config", "{config}", "--layers", "2000000000"], 3, "not enough space"),
+        (["--config", "{config}", "--seed", "-1"], 2, "--seed -1"),
+        (["--config", "{config}", "--tokenizer", "{config}"], 4, "SentencePiece"),
+        (["--config", "{config}", "--tokenizer", "nowhere"], 4, "nowhere"),
+        (["--config", "{small}"], 4, "has room for 500"),
+    ],
+)
+def test_errors(tmp_path, capsys, config_file, tokenizer, argv, code, message):
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps(tiny_config(vocab_size=500).to_hf()))
+    argv = [text.format(config=config_file, small=small) for text in argv]
+    if argv and "--tokenizer" not in argv:
+        argv += ["--tokenizer", str(tokenizer)]
+    before = sorted(tmp_path.iterdir())
+    assert run(tmp_path / "new", *argv) == code
+    output = capsys.readouterr()
+    assert message in output.err and "Traceback" not in output.err and output.out == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_nothing_is_overwritten_and_nothing_begun_without_space(tmp_path, monkeypatch, tokenizer):
+    raw = official_config_of_tiny()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    with pytest.raises(UsageError, match=r"exists(.|\n)*Choose another name\.$"):
+        write_random(tmp_path / "full", raw, tokenizer)
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        write_random("/proc/glm2-jax-test", raw, tokenizer)
+    monkeypatch.setattr("glm2_jax.cli.files.shutil.disk_usage", lambda path: _Free(1000))
+    with pytest.raises(InputError, match="not enough space"):
+        write_random(tmp_path / "new", raw, tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "tokenizer.model"]
+
+
+class _Free:
+    def __init__(self, free):
+        self.free = free
+
+
+def test_an_interrupted_writing_leaves_nothing(tmp_path, tokenizer):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_random(tmp_path / "new", official_config_of_tiny(), tokenizer, progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+def test_a_bad_tokenizer_is_found_first(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        write_random(tmp_path / "new", official_config_of_tiny(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_that_of_a_block(tmp_path, tokenizer):
+    """180 MB of weights, of which the largest tensor has 67 MB, in a process without jax."""
+    raw = official_config_of_tiny() | {
+        "padded_vocab_size": 32768, "hidden_size": 1024, "ffn_hidden_size": 2048,
+        "num_attention_heads": 8, "kv_channels": 128,
+    }  # fmt: skip
+    small = raw | {"padded_vocab_size": 640}
+    peaks = [_peak(tmp_path / "new", value, tokenizer) for value in (small, raw)]
+    assert peaks[1] - peaks[0] < 16 * 2**20
+
+
+_MEASURE = """
+import json, resource, sys
+from convert.random import write_random
+write_random(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])
+assert "jax" not in sys.modules and "torch" not in sys.modules
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def _peak(target, raw, tokenizer):
+    command = [sys.executable, "-c", _MEASURE, str(target), json.dumps(raw), str(tokenizer)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    for file in target.iterdir():  # pytest keeps temporary folders; this one is large
+        file.unlink()
+    return int(result.stdout) * 1024
+
+
+def test_help_imports_nothing_large():
+    code = (
+        "import sys\n"
+        "from convert.random import build_parser\n"
+        "text = build_parser().format_help()\n"
+        "assert '--tokenizer' in text and 'chatglm2-6b' in text\n"
+        "assert not {'jax', 'numpy', 'sentencepiece'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

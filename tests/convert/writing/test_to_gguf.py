@@ -1,0 +1,470 @@
+"""`convert.to_gguf`: the file read back with the package gguf, the command, and what is refused.
+
+That llama.cpp runs such files is checked by `python -m tests.support.gguf_check`.
+"""
+
+import builtins
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert import export_gguf, load_checkpoint, open_folder, to_gguf
+from convert.adapters.adapter import Adapter, save_adapter
+from convert.writing import gguf as gguf_layout
+from convert.writing.own import convert_folder
+from glm2_jax import CheckpointError, InputError, Tokenizer, UsageError
+from glm2_jax.cli import main
+from tests.convert.writing.test_to_pytorch import random_lora
+from tests.support.checkpoints import (
+    names,
+    official_tensors,
+    random_params,
+    tiny_config,
+    write_official,
+)
+from tests.support.sp_model import sp_model, without_dummy_prefix
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+
+BLOCK = "transformer.encoder.layers.0."
+# llama.cpp's names, as src/llama-arch.cpp has them.
+NAMES = {
+    "transformer.embedding.word_embeddings.weight": "token_embd.weight",
+    BLOCK + "input_layernorm.weight": "blk.0.attn_norm.weight",
+    BLOCK + "self_attention.query_key_value.weight": "blk.0.attn_qkv.weight",
+    BLOCK + "self_attention.query_key_value.bias": "blk.0.attn_qkv.bias",
+    BLOCK + "self_attention.dense.weight": "blk.0.attn_output.weight",
+    BLOCK + "post_attention_layernorm.weight": "blk.0.ffn_norm.weight",
+    BLOCK + "mlp.dense_h_to_4h.weight": "blk.0.ffn_up.weight",
+    BLOCK + "mlp.dense_4h_to_h.weight": "blk.0.ffn_down.weight",
+    "transformer.encoder.final_layernorm.weight": "output_norm.weight",
+    "transformer.output_layer.weight": "output.weight",
+}
+SHALLOW = {"num_layers": 1}
+
+
+def read(path):
+    """Metadata, and (kind, array) of every tensor by its name."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {}
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        shape = tuple(int(size) for size in tensor.shape[::-1])
+        tensors[tensor.name] = tensor.tensor_type.name, values.reshape(shape)
+    return fields, tensors
+
+
+def published(params, config, dtype):
+    """The stored numbers in float32, under llama.cpp's names."""
+    return {
+        NAMES[name]: array.astype(np.float32)
+        for name, array in official_tensors(config, params, dtype).items()
+        if name in NAMES
+    }
+
+
+def assert_equal(found, expected, kind):
+    """Every tensor of the file: float16 bits, or Q8_0 within half a step of each block."""
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        stored, values = found[name]
+        columns = wanted.shape[-1]
+        if wanted.ndim == 1:
+            assert stored == "F32"
+            np.testing.assert_array_equal(values, wanted, name)
+        elif kind == "q8_0" and columns % 32 == 0:
+            assert stored == "Q8_0"
+            blocks = wanted.reshape(-1, 32)
+            step = np.abs(blocks).max(-1, keepdims=True) / 127
+            # Half a step, and what float16 makes of the scale, 127 times at most.
+            bound = step * (0.5 + 127 * 2.0**-11) + 127 * 2.0**-24
+            assert (np.abs(values.reshape(-1, 32) - blocks) <= bound).all(), name
+        else:
+            assert stored == "F16"
+            np.testing.assert_array_equal(values, wanted.astype(np.float16), name)
+
+
+def write(folder, kind="f16", changes=None, **options):
+    """A tiny model as a GGUF file: where it is, and its folder."""
+    config = tiny_config(**(SHALLOW | (changes or {})))
+    source = open_folder(write_official(folder / "a", config, **options))
+    export_gguf(source, folder / "b.gguf", kind=kind)
+    return folder / "b.gguf", source
+
+
+def run(*argv):
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as caught:
+        main.run_main(to_gguf.main, [str(x) for x in argv])
+    return caught.value.code
+
+
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 32), (4, 8), (4, 16), (8, 4), (4, 12)]),
+    groups=st.sampled_from([1, 2, 4]),
+    ffn=st.one_of(st.integers(1, 40), st.just(64)),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    kind=st.sampled_from(to_gguf.TYPES),
+    own=st.booleans(),
+)
+def test_every_tensor_at_any_shape(heads, groups, ffn, dtype, kind, own):
+    number, head_dim = heads
+    config = tiny_config(
+        num_heads=number, num_kv_heads=min(groups, number), head_dim=head_dim,
+        hidden_size=number * head_dim, ffn_hidden_size=ffn, **SHALLOW,
+    )  # fmt: skip
+    params = random_params(config)
+    with tempfile.TemporaryDirectory() as name:
+        source = write_official(Path(name) / "a", config, params, dtype=dtype)
+        if own:
+            convert_folder(open_folder(source), Path(name) / "own")
+            source = Path(name) / "own"
+        export_gguf(open_folder(source), Path(name) / "b.gguf", kind=kind)
+        fields, found = read(Path(name) / "b.gguf")
+        assert_equal(found, published(params, config, dtype), kind)
+    assert fields["chatglm.feed_forward_length"] == ffn
+    assert fields["chatglm.attention.head_count_kv"] == config.num_kv_heads
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("kind", to_gguf.TYPES)
+def test_a_quantised_folder_is_dequantised(tmp_path, quantize, kind):
+    config = tiny_config(**SHALLOW)
+    official = write_official(tmp_path / "a", config, dtype="float32")
+    convert_folder(open_folder(official), tmp_path / "own", quantize=quantize)
+    export_gguf(open_folder(tmp_path / "own"), tmp_path / "b.gguf", kind=kind)
+    params = load_checkpoint(tmp_path / "own", dtype="float32", quantize="none").params
+    assert_equal(read(tmp_path / "b.gguf")[1], published(params, config, "float32"), kind)
+
+
+def test_an_adapter_is_added_in_float32(tmp_path):
+    config = tiny_config(**SHALLOW)
+    params = random_params(config)
+    source = open_folder(write_official(tmp_path / "a", config, params, dtype="bfloat16"))
+    lora = random_lora(config, dense=0.5)
+    export_gguf(source, tmp_path / "b.gguf", kind="f16", lora=lora)
+    _, found = read(tmp_path / "b.gguf")
+    weights, rounded = lora.layers["dense"], params["layers"]["o"].astype(ml_dtypes.bfloat16)
+    delta = 0.5 * np.einsum("dr,rnh->dnh", weights["b"][0], weights["a"][0])
+    expected = (rounded[0].astype(np.float32) + delta).reshape(32, 32)
+    np.testing.assert_allclose(found["blk.0.attn_output.weight"][1], expected, rtol=2e-3, atol=1e-6)
+    exact = expected.astype(np.float16)
+    assert (found["blk.0.attn_output.weight"][1] == exact).mean() > 0.99  # sums may differ by a bit
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"rope.freq_base": 10000.0}),
+        ({"rope_ratio": 50.0, "rope_kind": "base"}, {"rope.freq_base": 500000.0}),
+        (
+            {"rope_ratio": 16.0, "rope_kind": "linear"},
+            {"rope.freq_base": 10000.0, "rope.scaling.type": "linear", "rope.scaling.factor": 16.0},
+        ),
+    ],
+    ids=["plain", "base", "linear"],
+)
+def test_rotation(tmp_path, changes, expected):
+    fields, _ = read(write(tmp_path, changes=changes)[0])
+    rope = {name: value for name, value in fields.items() if name.startswith("chatglm.rope.")}
+    expected = {f"chatglm.{name}": value for name, value in expected.items()}
+    assert rope == expected | {"chatglm.rope.dimension_count": 4}  # half of a head
+
+
+def test_metadata(tmp_path):
+    path, _ = write(tmp_path, "q8_0", changes={"norm_eps": 1e-6, "num_layers": 2})
+    fields, _ = read(path)
+    expected = {
+        "general.architecture": "chatglm",
+        "general.file_type": int(gguf.LlamaFileType.MOSTLY_Q8_0),
+        "chatglm.context_length": 256,
+        "chatglm.embedding_length": 32,
+        "chatglm.block_count": 2,
+        "chatglm.feed_forward_length": 48,
+        "chatglm.attention.head_count": 4,
+        "chatglm.attention.head_count_kv": 2,
+        "chatglm.vocab_size": 640,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 0,
+    }
+    assert {name: fields[name] for name in expected} == expected
+    assert fields["chatglm.attention.layer_norm_rms_epsilon"] == np.float32(1e-6)
+    assert "tokenizer.ggml.eot_token_id" not in fields  # ChatGLM2 has no roles
+    assert gguf.GGUFReader(path).data_offset % 32 == 0
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3", "codegeex2"])
+def test_vocabulary(tmp_path, family):
+    fields, _ = read(write(tmp_path, changes={"family": family})[0])
+    texts, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    scores = fields["tokenizer.ggml.scores"]
+    assert len(texts) == len(types) == len(scores) == len(set(texts)) == 640
+    tokenizer = Tokenizer.from_bytes(sp_model(), family)
+    kinds = gguf.TokenType
+    assert types[:3] == [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL]
+    for i in range(3, 640):
+        if i >= tokenizer.size:
+            assert (texts[i], types[i]) == (f"[PAD{i}]", kinds.UNUSED)
+        elif i >= tokenizer.num_pieces:
+            assert types[i] == kinds.CONTROL
+        else:
+            byte = tokenizer.byte_value(i) is not None
+            assert (texts[i], types[i]) == (
+                tokenizer.piece(i), kinds.BYTE if byte else kinds.NORMAL
+            )  # fmt: skip
+    # Merged in the order of SentencePiece: a pair of better score is joined first.
+    merged = [scores[i] for i in range(259, tokenizer.num_pieces)]
+    assert merged == sorted(merged, reverse=True) and merged[0] > merged[-1]
+    # Inside words these would be found; and the template has to write the names that are there.
+    assert not {"sop", "eop"} & set(texts)
+    assert [texts.index("[gMASK]"), texts.index("<sop>")] == tokenizer.prefix_ids
+    stops = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    roles = [tokenizer.special.get(name) for name in ("<|user|>", "<|observation|>")]
+    assert stops == roles
+    template = fields.get("tokenizer.chat_template")
+    assert (template is None) == (family == "codegeex2")
+    if template is not None:
+        assert "'[gMASK]' ~ '<sop>'" in template and "[gMASK]<sop>" not in template
+
+
+def test_a_tokenizer_without_the_space_in_front(tmp_path):
+    path, _ = write(tmp_path, tokenizer=without_dummy_prefix(sp_model()))
+    assert read(path)[0]["tokenizer.ggml.add_space_prefix"] is False
+
+
+def test_two_ids_of_the_same_text():
+    tokenizer = Tokenizer.from_bytes(sp_model())
+    tokenizer.special = {tokenizer.piece(300): tokenizer.num_pieces}
+    with pytest.raises(CheckpointError, match="Two of its ids have the text"):
+        gguf_layout.gguf_vocabulary(tokenizer, 640)
+
+
+def test_only_chunks_are_in_memory(tmp_path, monkeypatch):
+    path, source = write(tmp_path, "q8_0", changes={"ffn_hidden_size": 51})
+    sizes = []
+    encode = gguf_layout.Tensor._encode
+    monkeypatch.setattr(
+        gguf_layout.Tensor, "_encode", lambda self, x: sizes.append(x.size) or encode(self, x)
+    )
+    monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)
+    export_gguf(source, tmp_path / "c.gguf", kind="q8_0")
+    assert max(sizes) <= 100 and len(sizes) > 100
+    assert (tmp_path / "c.gguf").read_bytes() == path.read_bytes()
+
+
+def test_tiny_and_huge_numbers(tmp_path):
+    config = tiny_config(**SHALLOW)
+    params = random_params(config)
+    params["layers"]["down"] *= 0
+    params["layers"]["down"][0, 0, 0] = 1e-42  # its reciprocal is infinite
+    params["layers"]["o"][0, 0] = 7e4
+    source = open_folder(write_official(tmp_path / "a", config, params, dtype="float32"))
+    with pytest.raises(CheckpointError, match="dense.weight holds 70000, .*F16") as caught:
+        export_gguf(source, tmp_path / "b.gguf", kind="f16")
+    assert "q8_0" in caught.value.fix and names(tmp_path) == ["a"]
+    export_gguf(source, tmp_path / "b.gguf", kind="q8_0")
+    _, found = read(tmp_path / "b.gguf")
+    assert not found["blk.0.ffn_down.weight"][1].any()
+    np.testing.assert_allclose(found["blk.0.attn_output.weight"][1][0], 7e4, rtol=1e-3)
+    params["layers"]["o"][0, 0] = 9e6
+    source = open_folder(write_official(tmp_path / "c", config, params, dtype="float32"))
+    with pytest.raises(CheckpointError, match="holds 9e.06, which Q8_0"):
+        export_gguf(source, tmp_path / "d.gguf", kind="q8_0")
+    params["layers"]["o"][0, 0] = np.nan
+    source = open_folder(write_official(tmp_path / "e", config, params, dtype="float32"))
+    with pytest.raises(CheckpointError, match="nan"):
+        export_gguf(source, tmp_path / "d.gguf", kind="q8_0")
+    assert names(tmp_path) == ["a", "b.gguf", "c", "e"]
+
+
+def test_the_command(tmp_path, capsys):
+    source = write_official(tmp_path / "a", tiny_config(ffn_hidden_size=51), dtype="bfloat16")
+    save_adapter(tmp_path / "lora", Adapter(random_lora(tiny_config(ffn_hidden_size=51))))
+    command = (source, tmp_path / "new/b.gguf", "--type", "q8_0", "--adapter", tmp_path / "lora")
+    assert run(*command, "--dry-run") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not plan["written"] and names(tmp_path) == ["a", "lora"]
+    assert run(*command) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'new/b.gguf'}\n"
+    assert "query_key_value, dense" in err
+    assert "2 tensors stay f16" in err and "have 51 (ffn_down)" in err
+    size = (tmp_path / "new/b.gguf").stat().st_size
+    assert plan["bytes"] < size < plan["bytes"] + 40_000  # and the vocabulary
+    assert names(tmp_path / "new") == ["b.gguf"]
+    assert run(source, tmp_path / "c.gguf", "--type", "f16") == 0
+    assert "stored in bfloat16; written as f16" in capsys.readouterr().err
+
+
+def test_the_types_of_the_command():
+    assert to_gguf.TYPES == gguf_layout.TYPES
+
+
+def test_what_is_not_kept_is_said(tmp_path, capsys):
+    config = tiny_config(rope_table_dtype="reference", **SHALLOW)
+    source = open_folder(write_official(tmp_path / "a", config))
+    convert_folder(source, tmp_path / "own", quantize="int4")
+    assert run(tmp_path / "own", tmp_path / "b.gguf", "--type", "f16") == 0
+    err = capsys.readouterr().err
+    assert "stored in int4" in err and "dequantised" in err and "rotary angles" in err
+
+
+def test_a_destination_that_exists(tmp_path, capsys):
+    source = write_official(tmp_path / "a", tiny_config(**SHALLOW))
+    (tmp_path / "b.gguf").write_text("kept")
+    assert run(source, tmp_path / "b.gguf", "--type", "f16") == 2
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "b.gguf").read_text() == "kept"
+    (tmp_path / "folder").mkdir()
+    assert run(source, tmp_path / "folder", "--type", "f16", "--dry-run") == 2
+    assert run(source, tmp_path / "folder", "--type", "f16") == 2
+    assert "is a folder" in capsys.readouterr().err
+    for flags in ([], ["--dry-run"]):
+        assert run(source, f"{tmp_path}/new/", "--type", "f16", *flags) == 2
+        assert "is the name of a folder" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert run(source, tmp_path / "b.gguf" / "c", "--type", "f16") == 3
+    assert names(tmp_path) == ["a", "b.gguf", "folder", "link"]
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path):
+    source = open_folder(write_official(tmp_path / "a", tiny_config(**SHALLOW)))
+
+    def appear(done, total):
+        if done == total:
+            (tmp_path / "b.gguf").write_text("kept")
+
+    with pytest.raises(UsageError, match="exists"):
+        export_gguf(source, tmp_path / "b.gguf", kind="f16", progress=appear)
+    assert (tmp_path / "b.gguf").read_text() == "kept" and names(tmp_path) == ["a", "b.gguf"]
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path, _ = write(tmp_path)
+    assert names(tmp_path) == ["a", "b.gguf"] and read(path)[0]["chatglm.block_count"] == 1
+
+
+def test_what_is_no_model(tmp_path, capsys):
+    save_adapter(tmp_path / "lora", Adapter(random_lora()))
+    assert run(tmp_path / "lora", tmp_path / "b.gguf", "--type", "f16") == 4
+    assert "LoRA adapter" in capsys.readouterr().err
+    source = write_official(tmp_path / "a")
+    assert run(source, tmp_path / "b.gguf") == 2  # no type
+    assert run(source, tmp_path / "b.gguf", "--type", "q4_0") == 2
+    with pytest.raises(UsageError, match="unknown type"):
+        export_gguf(open_folder(source), tmp_path / "b.gguf", kind="q4_0")
+    first = write(tmp_path / "x")[0]
+    assert run(first, tmp_path / "b.gguf", "--type", "f16") == 4  # from GGUF nothing is read
+    assert names(tmp_path) == ["a", "lora", "x"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"logn_scaling": True}, "logn_scaling"), ({"hidden_size": 40}, "heads are 32 wide")],
+)
+def test_what_llama_cpp_does_not_compute(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        write(tmp_path, changes=changes)
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_adapter_of_another_base(tmp_path, capsys):
+    source = write_official(tmp_path / "a")
+    wide = tiny_config(hidden_size=64)
+    save_adapter(tmp_path / "wide", Adapter(random_lora(wide)))
+    save_adapter(tmp_path / "other", Adapter(random_lora(), base="0" * 64))
+    command = (source, tmp_path / "b.gguf", "--type", "f16", "--adapter")
+    assert run(*command, tmp_path / "wide") == 4
+    assert run(*command, tmp_path / "other") == 4
+    assert "another base" in capsys.readouterr().err and names(tmp_path) == ["a", "other", "wide"]
+    assert run(*command, tmp_path / "other", "--force-adapter") == 0
+    assert "forced" in capsys.readouterr().err
+
+
+def test_no_room_on_the_disk(tmp_path, monkeypatch):
+    source = open_folder(write_official(tmp_path / "a"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", pytest.fail)  # known before
+    with pytest.raises(InputError, match="not enough space"):
+        export_gguf(source, tmp_path / "b.gguf", kind="f16")
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_export_leaves_nothing(tmp_path, error):
+    source = open_folder(write_official(tmp_path / "a"))
+
+    def stop(done, total):
+        if done > total / 2:
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, InputError)):
+        export_gguf(source, tmp_path / "new/b.gguf", kind="f16", progress=stop)
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_terminated_process_leaves_nothing_and_a_killed_one_nothing_finished(tmp_path):
+    source = write_official(tmp_path / "a", tiny_config(**SHALLOW))
+    code = (
+        "import os, signal, sys\n"
+        "from convert import export_gguf, interrupt, open_folder\n"
+        "interrupt.end_on_signals()\n"
+        "def stop(done, total): os.kill(os.getpid(), int(sys.argv[3]))\n"
+        "export_gguf(open_folder(sys.argv[1]), sys.argv[2], kind='f16', progress=stop)"
+    )
+    for number, expected in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, source, tmp_path / "b.gguf", str(int(number))],
+            capture_output=True,
+        )
+        assert ended.returncode == expected
+        assert not (tmp_path / "b.gguf").exists()
+        assert (names(tmp_path) == ["a"]) == (number == signal.SIGTERM)
+    export_gguf(open_folder(source), tmp_path / "b.gguf", kind="f16")
+    assert names(tmp_path) == ["a", "b.gguf"]  # the leftovers are gone
+
+
+def test_without_the_package(tmp_path, capsys, monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *rest, **options):
+        if name == "gguf":
+            raise ModuleNotFoundError("No module named 'gguf'")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    assert run(tmp_path / "nothing", tmp_path / "b.gguf", "--type", "f16") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and "pip install 'glm2-jax[gguf]'" in lines[2]
+
+
+def test_help_needs_neither_jax_nor_gguf():
+    code = (
+        "import sys\nfrom convert.to_gguf import build_parser\nbuild_parser().format_help()\n"
+        "assert not {'jax', 'gguf', 'torch'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,201 @@
+"""HF-native folders against the real transformers: logits, greedy tokens, and the way back."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert import load_checkpoint
+from convert.loading.folder import open_folder
+from convert.writing.own import convert_folder
+from convert.writing.pytorch import export_folder
+from glm2_jax import Tokenizer
+from glm2_jax.lora import init_lora, with_lora
+from tests.support.checkpoints import TINY, random_params, save, tiny_config, write_official
+from tests.support.paths import ROOT
+from tests.support.sp_model import sp_model
+from tests.support.toy import jit_forward
+
+torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+TOLERANCE = 2e-4
+TOKENS = np.random.default_rng(3).integers(3, 400, (2, 12))
+
+SHAPES = {
+    "one group, odd ffn": {"num_kv_heads": 1, "ffn_hidden_size": 51},
+    "two groups, hidden size of its own": {"hidden_size": 40},
+    "as many groups as heads": {"num_kv_heads": 4, "ffn_hidden_size": 33},
+    "positions divided": {"rope_ratio": 16.0, "rope_kind": "linear"},
+    "base multiplied": {"rope_ratio": 50.0, "rope_kind": "base", "family": "chatglm3"},
+}
+
+
+def export(source, folder, **options):
+    """The folder, exported in the HF-native layout."""
+    export_folder(open_folder(source), folder, layout="glm", **options)
+    return folder
+
+
+def pretrained(folder):
+    """The folder as transformers opens it by itself, in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(model) is transformers.GlmForCausalLM
+    return model.eval()
+
+
+def reference_logits(folder):
+    with torch.no_grad():
+        return pretrained(folder)(torch.tensor(TOKENS)).logits.numpy()
+
+
+def our_logits(config, params, tokens=TOKENS):
+    params = jax.tree.map(jnp.asarray, params)
+    return np.asarray(jit_forward(config, params, jnp.asarray(tokens, jnp.int32))[0])
+
+
+def assert_same_model(folder, source, **options):
+    """What transformers makes of `folder` equals what we make of `source`, in float32."""
+    ours = load_checkpoint(source, dtype="float32", **options)
+    expected = our_logits(ours.config, ours.params)
+    assert np.abs(expected).max() > 0.5  # numbers that an error would show in
+    assert np.abs(reference_logits(folder) - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_our_folder_becomes_theirs_and_comes_back(tmp_path, changes):
+    config = tiny_config(**changes)
+    save(tmp_path / "own", random_params(config), config)
+    native = export(tmp_path / "own", tmp_path / "glm", max_shard_size=20_000)
+    assert (native / "model.safetensors.index.json").exists()
+    assert_same_model(native, tmp_path / "own")
+    ours, back = load_checkpoint(tmp_path / "own"), load_checkpoint(native)
+    assert back.summary.layout == "HF-native glm"
+    assert back.config == dataclasses.replace(config, rope_kind=back.config.rope_kind)
+    assert config.rope_ratio == 1 or back.config.rope_kind == config.rope_kind
+    jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
+
+
+@settings(max_examples=4, derandomize=True, deadline=None)
+@given(
+    kv_heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([4, 8, 12]),
+    hidden=st.integers(8, 40),
+    ffn=st.integers(3, 25).map(lambda half: 2 * half + 1),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+)
+def test_any_shape(kv_heads, head_dim, hidden, ffn, dtype):
+    config = tiny_config(
+        num_kv_heads=kv_heads, head_dim=head_dim, hidden_size=hidden, ffn_hidden_size=ffn,
+        num_layers=1,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        source = write_official(Path(name) / "official", config, dtype=dtype)
+        native = export(source, Path(name) / "glm", max_shard_size=20_000)
+        assert_same_model(native, source)
+        assert_same_model(native, native)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_official_folder_becomes_theirs_in_its_own_type(tmp_path, dtype):
+    source = write_official(tmp_path / "official", dtype=dtype)
+    native = export(source, tmp_path / "glm")
+    assert json.loads((native / "config.json").read_text())["torch_dtype"] == dtype
+    model = transformers.AutoModelForCausalLM.from_pretrained(native)
+    assert model.dtype == getattr(torch, dtype)
+    assert_same_model(native, source)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantised_folder_is_dequantised(tmp_path, quantize):
+    official = open_folder(write_official(tmp_path / "official", dtype="float32"))
+    convert_folder(official, tmp_path / "own", quantize=quantize)
+    native = export(tmp_path / "own", tmp_path / "glm")
+    assert_same_model(native, tmp_path / "own", quantize="none")
+    plain = load_checkpoint(official.path)
+    difference = np.abs(reference_logits(native) - our_logits(TINY, plain.params)).max()
+    assert difference > 10 * TOLERANCE  # so the comparison above would show another export
+
+
+def test_greedy_tokens(tmp_path):
+    save(tmp_path / "own")
+    model = pretrained(export(tmp_path / "own", tmp_path / "glm"))
+    prompt = TOKENS[:1]
+    theirs = model.generate(
+        torch.tensor(prompt), attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+        generation_config=transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=0
+        ),
+    ).numpy()  # fmt: skip
+    new = theirs[:, prompt.shape[1] :]
+    assert new.shape[1] == 12 or new[0, -1] == 2
+    params = load_checkpoint(tmp_path / "own", dtype="float32").params
+    # Causal: the likeliest tokens after theirs are ours, as long as all before were equal.
+    logits = our_logits(TINY, params, theirs[:, :-1])
+    np.testing.assert_array_equal(logits[:, prompt.shape[1] - 1 :].argmax(-1), new)
+
+
+def test_an_adapter_is_merged_in_float32(tmp_path):
+    config = TINY
+    save(tmp_path / "own")
+    params = random_params(config)
+    random = np.random.default_rng(1)
+    shapes = jax.eval_shape(
+        lambda key: init_lora(config, key, rank=3, alpha=6, targets="all-linear"),
+        jax.random.key(0),
+    )
+    lora = jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
+    merged = export(tmp_path / "own", tmp_path / "glm", lora=lora)
+    adapted = our_logits(config, with_lora(params, lora))
+    assert np.abs(reference_logits(merged) - adapted).max() <= TOLERANCE
+    assert np.abs(adapted - our_logits(config, params)).max() > 10 * TOLERANCE
+    half = export(tmp_path / "own", tmp_path / "half", lora=lora, dtype="bfloat16")
+    expected = load_checkpoint(merged, dtype="bfloat16").params
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(half).params, expected)
+
+
+def test_what_transformers_saves_is_read(tmp_path):
+    config = transformers.GlmConfig(
+        vocab_size=640, hidden_size=32, intermediate_size=51, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
+        rms_norm_eps=1e-5, pad_token_id=0, eos_token_id=2,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0,
+                         "partial_rotary_factor": 0.5},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GlmForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape) / weight.shape[-1] ** 0.5)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(sp_model())
+    ours = load_checkpoint(tmp_path)
+    assert (ours.config.rope_kind, ours.config.rope_ratio) == ("linear", 4.0)
+    assert ours.config.family == "chatglm2" and ours.config.seq_length == 64
+    assert_same_model(tmp_path, tmp_path)
+
+
+def test_the_generation_settings(tmp_path):
+    config = tiny_config(family="chatglm3", seq_length=128)
+    tokenizer = Tokenizer.from_bytes(sp_model(), "chatglm3")
+    save(tmp_path / "own", random_params(config), config)
+    found = pretrained(export(tmp_path / "own", tmp_path / "glm")).generation_config
+    assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (True, 0.8, 0.8, 50)
+    roles = [tokenizer.special[name] for name in ("<|user|>", "<|observation|>")]
+    assert found.eos_token_id == [2, *roles]
+    assert (found.pad_token_id, found.max_length) == (0, 128)
+
+
+def test_the_example_of_the_docs(tmp_path, capsys):
+    text = (ROOT / "docs/interchange.md").read_text(encoding="utf-8")
+    save(tmp_path / "own")
+    native = export(tmp_path / "own", tmp_path / "glm")
+    exec(text.partition("```python\n")[2].partition("```")[0], {"DST": str(native)})
+    assert "你好" in capsys.readouterr().out  # the prompt, and whatever follows it

@@ -1,0 +1,100 @@
+"""What must be refused, through the command line: the exit code, and three lines that say why."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import infer
+from convert import from_pytorch
+from glm2_jax.cli import main as cli
+from infer.engine.load import demo_folder
+from infer.generate import __main__ as generate
+from tests.convert.loading.test_convert_quantised import quantised_tensors
+from tests.support.checkpoints import TINY, write_official
+
+WEIGHT = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a tool as its command does; gives the exit code and the last lines on stderr."""
+
+    def run(main, *args: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.run_main(main, [str(arg) for arg in args])
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        return int(stop.value.code or 0), err[err.rindex("error: ") :]
+
+    return run
+
+
+@pytest.fixture
+def answer(run, monkeypatch):
+    """`infer.generate` with a folder."""
+    monkeypatch.setattr(
+        "glm2_jax.runtime.compile_cache.enable_compile_cache", lambda *args, **kwargs: None
+    )
+    flags = "--prompt", "x", "--device", "cpu", "--compile-cache", "off"
+    return functools.partial(run, generate.main, *flags, "--model")
+
+
+@pytest.fixture
+def never_loaded(monkeypatch):
+    monkeypatch.setattr(infer, "load", lambda *a, **k: pytest.fail("loaded"), raising=False)
+
+
+def folder(path, change=lambda tensors: None, bits=4):
+    """A quantised folder as published, with something changed."""
+    tensors, _ = quantised_tensors(bits)
+    change(tensors)
+    return write_official(path / "source", tensors=tensors, raw={"quantization_bit": bits})
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_what_is_quantised_is_not_quantised_again(answer, run, tmp_path, scheme):
+    source = folder(tmp_path)
+    for code, text in (
+        answer(source, "--quantize", scheme),
+        run(from_pytorch.main, source, tmp_path / "own", "--quantize", scheme),
+    ):
+        assert code == 2 and "quantised already" in text and len(text.splitlines()) == 3
+    assert not (tmp_path / "own").exists()
+
+
+def test_a_packed_weight_of_another_width(answer, run, tmp_path):
+    def narrower(tensors):
+        tensors[WEIGHT] = tensors[WEIGHT][:, :-1]
+
+    source = folder(tmp_path, narrower)
+    width = TINY.ffn_hidden_size // 2
+    for code, text in (answer(source), run(from_pytorch.main, source, tmp_path / "own")):
+        assert code == 4 and WEIGHT in text and "wrong shape" in text
+        assert str(width) in text and str(width - 1) in text
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("bad", [-0.5, np.nan])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_that_are_none(answer, run, tmp_path, bits, bad):
+    def spoil(tensors):
+        tensors[f"{WEIGHT}_scale"][3] = bad
+
+    source = folder(tmp_path, spoil, bits)
+    for code, text in (answer(source), run(from_pytorch.main, source, tmp_path / "own")):
+        assert code == 4 and f"{WEIGHT}_scale" in text
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_context_beyond_the_table(run, never_loaded, more):
+    flags = ("--max-length", "1025", *more)
+    code, text = run(generate.main, "--prompt", "x", "--model", demo_folder(), *flags)
+    assert code == 2 and "1024" in text and "seq_length" in text and "--max-length 1024" in text
+
+
+def test_a_plan_that_cannot_fit(answer, never_loaded):
+    code, text = answer(demo_folder(), "--memory-limit", "300MB", "--max-length", "1024")
+    assert code == 5 and "not enough memory: " in text and "weights 4.7 MB" in text
+    assert "--memory-limit allows 300.0 MB." in text and len(text.splitlines()) == 3

@@ -1,0 +1,182 @@
+"""What is compiled before the first token: counted, told, and not done again in the next start."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from glm2_jax.errors import DeviceError
+from glm2_jax.runtime.compile_cache import Lookup
+from infer.console import print_stats
+from infer.engine.params import SamplingParams
+from infer.engine.programs import Programs
+from infer.engine.session import Session
+from tests.support.engine_toy import toy_engine
+from tests.support.paths import ROOT
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=3)
+
+# Runs a tool and then tells, as the last line on stderr, what JAX did for its programs.
+COUNTING = """
+import collections, importlib, json, sys
+import jax
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.split("/")[-1]]))
+status = importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+names = "compile_requests_use_cache", "cache_hits", "cache_misses"
+print(json.dumps([status, *(counts[name] for name in names)]), file=sys.stderr)
+"""
+
+
+def start(module: str, cache: Path) -> tuple[list[int], list[str], str]:
+    """One start of a tool with the demo model: (exit code and counts, other lines, answer)."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING, module, "--greedy", "--max-new-tokens", "3", "--stats",
+         "--device", "cpu", "--compile-cache", str(cache)],
+        cwd=ROOT, input="你好\n", capture_output=True, text=True, timeout=300,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"},
+    )  # fmt: skip
+    *lines, counts = done.stderr.splitlines()
+    return json.loads(counts), lines, done.stdout
+
+
+@pytest.mark.parametrize("module", ["infer.generate", "infer.chat.__main__"])
+def test_a_second_start_of_the_demo_compiles_nothing(module, tmp_path):
+    (status, wanted, found, compiled), lines, answer = start(module, tmp_path)
+    assert status == found == 0 and wanted == compiled >= 2
+    told = [line for line in lines if line.startswith("compiling")]
+    reading = "prefill" if module == "infer.generate" else "extend"
+    assert told == [f"compiling {reading} 64 (1/2)", "compiling decode 64 (2/2)"]
+    assert any(line.startswith("compile ") and line.endswith("2 programs") for line in lines)
+
+    (status, again, found, compiled), lines, same = start(module, tmp_path)
+    assert (status, again, found, compiled) == (0, wanted, wanted, 0)
+    assert not any(line.startswith("compiling") for line in lines)
+    assert any(line.endswith("2 programs, 2 of them kept from before") for line in lines)
+    assert same == answer
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+def engine_that_tells(told, **kwargs):
+    def tell(kind, text):
+        assert kind == "compile"
+        told.append(text)
+
+    return toy_engine(on_event=tell, **kwargs)
+
+
+def test_what_a_call_begins_with_is_compiled_first_and_counted(told, monkeypatch):
+    engine = engine_that_tells(told, prefill_chunk=64)
+    ran = []
+    call = engine.programs.call
+
+    def watched(name, *args, **kwargs):
+        if not engine.programs.tracing:
+            ran.append((name, len(told)))
+        return call(name, *args, **kwargs)
+
+    monkeypatch.setattr(engine.programs, "call", watched)
+    list(engine.run([[5] * 140], GREEDY))  # two parts of 64, and the rest
+    assert told == [
+        "compiling read 64 (1/3)", "compiling extend 64 (2/3)", "compiling decode 256 (3/3)",
+    ]  # fmt: skip
+    assert [name for name, _ in ran][:4] == ["read", "read", "extend", "decode"]
+    assert all(count == 3 for _, count in ran)  # nothing ran before all was there
+    assert (engine.stats.programs, engine.stats.programs_kept) == (3, 0)
+
+    engine.complete([[5] * 20] * 2, GREEDY)
+    assert told[3:] == ["compiling prefill 2 x 32 (1/2)", "compiling decode_many 2 x 64 (2/2)"]
+    list(engine.run([[6] * 139], GREEDY))
+    assert len(told) == 5 and engine.stats.programs == 0
+
+
+def test_an_answer_of_one_token_needs_no_program_for_steps(told):
+    engine = engine_that_tells(told)
+    list(engine.run([[5]], SamplingParams(temperature=0, max_new_tokens=1)))
+    assert told == ["compiling prefill 64 (1/1)"]
+    list(engine.run([[5]], GREEDY))
+    assert told[1:] == ["compiling decode 64 (1/1)"]
+
+
+def test_a_session_counts_what_a_reply_begins_with(told, monkeypatch):
+    monkeypatch.setattr("infer.engine.call.ROOM", 8)
+    session = Session(engine_that_tells(told))
+    list(session.run([5] * 20, GREEDY))
+    assert told == ["compiling extend 64 (1/2)", "compiling decode 64 (2/2)"]
+    list(session.run([*session.ids, *[7] * 40], GREEDY))
+    assert told[2:] == [
+        "compiling grow 64 (1/3)", "compiling extend 64 (2/3)", "compiling decode 128 (3/3)",
+    ]  # fmt: skip
+
+
+def test_compiling_that_fails_can_be_tried_again(told, monkeypatch):
+    engine = engine_that_tells(told)
+    make, count = Programs._compile, []
+
+    def failing(self, *args):
+        count.append(1)
+        if len(count) == 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return make(self, *args)
+
+    monkeypatch.setattr(Programs, "_compile", failing)
+    with pytest.raises(DeviceError, match="out of device memory"):
+        list(engine.run([[5]], GREEDY))
+    assert told == ["compiling prefill 64 (1/2)"] and not engine.programs.tracing
+    list(engine.run([[5]], GREEDY))
+    assert told[1:] == ["compiling decode 64 (1/1)"]
+
+
+def test_a_thread_that_compiles_leaves_the_calls_of_others_alone():
+    programs, ones = Programs("cpu"), np.ones(3)
+
+    def double(x):
+        return x * 2
+
+    def begin():
+        assert programs.call("double", 3, double, ones).shape == (3,) and programs.tracing
+        with ThreadPoolExecutor(1) as pool:
+            doubled = pool.submit(programs.call, "double", 3, double, ones).result()
+        assert doubled.tolist() == [2, 2, 2]
+
+    programs.call("double", 3, double, ones)
+    programs.ahead("begin", begin)
+    assert programs.compiled == 1 and not programs.tracing
+
+
+def test_a_lookup_leaves_the_log_as_it_was(caplog):
+    log = logging.getLogger("jax._src.compiler")
+    before, missed = (log.level, list(log.filters)), []
+    with Lookup(lambda: missed.append(1)) as lookup:
+        log.debug("Persistent compilation cache hit for 'f' with key 'k'")
+        log.error("something else")
+    assert lookup.found and (log.level, list(log.filters)) == before
+    assert [record.message for record in caplog.records] == ["something else"]
+
+
+def test_a_lookup_without_a_cache_tells_at_once(monkeypatch):
+    missed = []
+    with Lookup(lambda: missed.append(1)) as lookup:
+        assert missed == [1]
+    assert missed == [1] and not lookup.found
+
+
+def test_stats_tell_programs_made_from_programs_kept(capsys):
+    engine = toy_engine()
+    list(engine.run([[5]], GREEDY))
+    print_stats(engine.stats)
+    assert " s, 2 programs\n" in capsys.readouterr().err
+    list(engine.run([[5]], GREEDY))
+    print_stats(engine.stats)
+    assert "0.00 s\n" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""What comes from outside does nothing to a terminal: names, values, errors, reports."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert import inspect
+from glm2_jax.cli import main as cli
+from glm2_jax.cli import messages
+from glm2_jax.errors import CheckpointError, InputError
+from glm2_jax.escape import escape_controls, join_lines, json_line
+from infer import console
+from infer.bench import __main__ as bench
+from infer.chat import __main__ as chat
+from infer.doctor import __main__ as doctor
+from infer.engine.load import demo_folder
+from infer.evaluate import __main__ as evaluate
+from infer.explain import __main__ as explain
+from infer.generate import __main__ as generate
+from infer.selftest import __main__ as selftest
+from tests.support.paths import ROOT
+from train import lora
+
+EVIL = "名\x1b]0;title\x07\x9b2J\x85\u202e\u2028\r\nerror: fake"
+ESCAPED = r"名\x1b]0;title\x07\x9b2J\x85\u202e\u2028\r\nerror: fake"
+
+
+def harmless(text):
+    return escape_controls(text, keep="\n") == text and "\nerror: fake" not in text
+
+
+def run(main, *argv):
+    with pytest.raises(SystemExit) as ending:
+        cli.run_main(main, [*map(str, argv)])
+    return ending.value.code
+
+
+def test_letters_and_emoji_stay_and_all_else_is_escaped():
+    plain = "汉字 👩‍👩‍👧 é עברית العربية \\ 'x'"
+    assert escape_controls(plain) == plain
+    assert escape_controls(EVIL) == ESCAPED == escape_controls(ESCAPED)
+    assert escape_controls("a\tb\n\udcff\x7f", keep="\n") == "a\\tb\n\\udcff\\x7f"
+    assert join_lines(["a", "b\nc"]) == "a\nb\\nc"
+
+
+def test_json_is_one_line_of_the_same_value():
+    line = json_line({"text": EVIL, "half": "\udcff"})
+    assert harmless(line) and "名" in line and "\n" not in line
+    assert json.loads(line) == {"text": EVIL, "half": "\udcff"}
+
+
+def test_an_error_has_the_lines_that_it_was_given():
+    error = CheckpointError(f"what {EVIL}", ["one", f"two {EVIL}"], f"fix {EVIL}")
+    assert str(error).split("\n") == [f"what {ESCAPED}", "one", f"two {ESCAPED}", f"fix {ESCAPED}"]
+    assert InputError(error.what, error.why.splitlines(), error.fix).args == error.args
+
+
+def test_notes_and_progress(capsys):
+    messages.note(f"read {EVIL}")
+    with messages.Progress(EVIL, 1, interval=0) as bar:
+        bar(1, EVIL)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"read {ESCAPED}" and second.count(ESCAPED) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [InputError(EVIL), OSError(5, EVIL, EVIL), MemoryError(EVIL), RuntimeError(EVIL)]
+)
+def test_an_error_with_its_traceback(error, capsys):
+    cli.report(error, debug=True)
+    said = capsys.readouterr().err
+    assert escape_controls(said, keep="\n") == said and "title" in said
+
+
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (generate.main, ["--model", EVIL, "--prompt", "x"]),
+        (generate.main, ["--prompt-file", EVIL]),
+        (generate.main, ["--batch-file", EVIL]),
+        (generate.main, ["--history", EVIL, "--prompt", "x"]),
+        (generate.main, ["--batch-file", EVIL, "--output", f"{EVIL}/{EVIL}"]),
+        (generate.main, ["--adapter", EVIL, "--prompt", "x"]),
+        (generate.main, ["--prefix", EVIL, "--prompt", "x"]),
+        (generate.main, ["--template", EVIL]),
+        (generate.main, [f"--{EVIL}"]),
+        (generate.main, ["--top-k", EVIL]),
+        (generate.main, ["--mesh", EVIL, "--prompt", "x"]),
+        (generate.main, ["--memory-limit", EVIL]),
+        (generate.main, ["--model", f"gs://{EVIL}", "--prompt", "x"]),
+        (chat.main, ["--history", EVIL]),
+        (chat.main, ["--model", f"owner/{EVIL}", "--source", "hf"]),
+        (evaluate.main, ["--data", EVIL]),
+        (explain.main, ["--config", EVIL]),
+        (explain.main, ["--html", f"{EVIL}/{EVIL}"]),
+        (bench.main, ["--model", EVIL]),
+        (doctor.main, ["--model", EVIL]),
+        (selftest.main, ["--model", EVIL]),
+        (inspect.main, [EVIL]),
+        (lora.main, ["--model", EVIL, "--data", EVIL, "--output", "o"]),
+        (lora.main, ["--model", str(demo_folder()), "--data", EVIL, "--output", "o"]),
+        (lora.main, ["--config", EVIL, "--data", EVIL, "--output", "o"]),
+    ],
+)
+def test_a_name_that_is_refused(main, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(main, *argv) in (2, 3, 4)
+    out, err = capsys.readouterr()
+    assert out == "" and ESCAPED in err and harmless(err), err
+
+
+def test_names_in_reports(tmp_path, monkeypatch, capsys):
+    """Of files and folders that can be read, where each line of a report has its name."""
+    monkeypatch.chdir(tmp_path)
+    model, data = tmp_path / EVIL, tmp_path / f"{EVIL}.jsonl"
+    shutil.copytree(demo_folder(), model)
+    row = {"instruction": "hello", "output": "hi", EVIL: 1}
+    data.write_text("".join(f"{json.dumps(line)}\n" for line in (row, row, [], {"output": 1})))
+    check = ["--model", model, "--data", data, "--output", "o", "--max-length", 64, "--check-data"]
+    assert run(inspect.main, model) == 0
+    assert run(explain.main, "--model", model, "--length", 3) == 0
+    assert run(lora.main, *check, "--print-sample", 1) == 3
+    out, err = capsys.readouterr()
+    assert harmless(out) and harmless(err)
+    assert out.count(ESCAPED) > 6
+
+
+def test_bad_lines_of_a_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path(EVIL).write_text(json.dumps({"prompt": "x", EVIL: 1}) + "\n[]\n", encoding="utf-8")
+    assert run(generate.main, "--batch-file", EVIL) == 3
+    err = capsys.readouterr().err
+    assert err.count(f"{ESCAPED}:") == 2 and harmless(err)
+
+
+def test_a_path_on_standard_output_is_escaped_for_a_terminal_alone(monkeypatch, capsys):
+    cli.print_path(EVIL)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    cli.print_path(EVIL)
+    assert capsys.readouterr().out == f"{EVIL}\n{ESCAPED}\n"
+    assert console.displayed("a\x1b[2J\u202e\n") == "a\ufffd[2J\u202e\n"
+
+
+def test_lines_of_native_code_in_a_process_of_several(tmp_path):
+    """The launcher forwards what C++ writes into standard error."""
+    code = (
+        "import os, sys; from infer import supervise; supervise.connect();"
+        r"os.write(2, b'\x1b]0;title\x07 said\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "infer.launch", "--num-processes", "1", "--", sys.executable,
+         "-c", code], cwd=ROOT, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == b"\\x1b]0;title\\x07 said\n"

@@ -1,0 +1,184 @@
+"""The programs of the real 6B shapes, compiled from abstract values for devices that are not here.
+
+No weights and no device are needed: what the compiler says of memory is read, nothing is run. The
+CPU is always there; an H200 needs JAX's CUDA plugin, a TPU the libtpu package.
+"""
+
+import importlib.util
+import os
+import re
+from functools import partial
+from typing import Any
+
+# Read when the plugins are loaded: no GPU is asked for, no TPU's metadata server searched.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from glm2_jax import PRESETS, KVCache, compiler_options, init_params, last_logits, linear
+from glm2_jax.quant import QTensor, dequantise, quantise
+from glm2_jax.runtime.xla import cache_dtype
+from glm2_jax.schemes import COLUMN_AXES, SCHEMES
+from infer.engine import steps
+from tests.support.shared_data import shared_path
+
+CONFIG = PRESETS["chatglm2-6b-32k"]
+MB, GB = 10**6, 10**9
+OPTIONS = {"cpu": compiler_options("cpu"), "cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+
+
+def device(platform: str) -> Any:
+    """A device to compile for: the CPU, an H200, or one chip of a TPU v5e; skips without."""
+    if platform == "cpu":
+        return jax.devices("cpu")[0]
+    wanted = {"cuda": "jax_cuda13_plugin", "tpu": "libtpu"}[platform]
+    if importlib.util.find_spec(wanted) is None:
+        pytest.skip(f"{wanted} is not installed")
+    if platform == "tpu":
+        return topologies.get_topology_desc("v5e:1x1", "tpu").devices[0]
+    text = shared_path("h200_target_config.txt").read_text()
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", topology="1x1x1", target_config=text
+    ).devices[0]
+
+
+def abstract_params(quantisation: str | None) -> Any:
+    params = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0), jnp.bfloat16))
+    layers = dict(params["layers"])
+    for name, axes in COLUMN_AXES.items() if quantisation else ():
+        scheme = SCHEMES[quantisation or ""]
+        values, scale = scheme.shapes(layers[name].shape, axes)
+        layers[name] = QTensor(
+            jax.ShapeDtypeStruct(values, jnp.int8),  # pyright: ignore[reportArgumentType]
+            jax.ShapeDtypeStruct(scale, jnp.float32),  # pyright: ignore[reportArgumentType]
+            scheme.bits,
+        )
+    return {**params, "layers": layers}
+
+
+def compiled(platform: str, function, *args: Any, donate: int) -> Any:
+    sharding = SingleDeviceSharding(device(platform))
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+    return lowered.compile(compiler_options=OPTIONS[platform])
+
+
+def abstract_cache(platform: str, slots: int, rows: int = 1) -> Any:
+    dtype = cache_dtype(platform, jnp.bfloat16)
+    return jax.eval_shape(lambda: KVCache.zeros(CONFIG, rows, slots, dtype))
+
+
+def int32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def greedy_step(params, token, cache):
+    logits, cache = last_logits(CONFIG, params, token, jnp.zeros(1, jnp.int32), cache=cache)
+    return jnp.argmax(logits, -1).astype(jnp.int32)[:, None], cache
+
+
+def largest_results(text: str) -> list[int]:
+    """Elements of what each instruction writes to memory, but for those that only name a buffer,
+    and the update of the cache."""
+    elements = []
+    fused = False
+    for line in text.splitlines():
+        if re.match(r"(%|ENTRY)", line):
+            fused = line.startswith(("%fused", "%wrapped"))
+        found = re.match(r"\s+(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if fused or not found or found[2] in ("parameter", "get-tuple-element", "bitcast"):
+            continue
+        size = 1
+        for dimension in found[1].split(","):
+            size *= int(dimension)
+        if "dynamic_update_slice" not in line and "dynamic-update-slice" not in line:
+            elements.append(size)
+    return sorted(elements)
+
+
+@pytest.mark.parametrize(
+    ("platform", "quantisation"),
+    [
+        *[("cuda", name) for name in (None, "int8", "int4", "int4-row")],
+        *[("tpu", name) for name in (None, "int8")],  # 4 bits: see below
+    ],
+)
+def test_a_step_copies_and_converts_no_weight(platform, quantisation):
+    args = abstract_params(quantisation), int32(1, 1), abstract_cache(platform, 2048)
+    program = compiled(platform, greedy_step, *args, donate=2)
+    memory = program.memory_analysis()
+    weights = {None: 12.49, "int8": 6.79, "int4": 4.11, "int4-row": 3.95}[quantisation]
+    assert memory.argument_size_in_bytes / GB == pytest.approx(weights + 0.059, abs=0.03)
+    # The weights of one layer's q alone are 33 MB as bfloat16 and 8 MB as int4; k and v are small.
+    print(f"{platform} {quantisation}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
+    assert memory.temp_size_in_bytes < 5 * MB
+    assert memory.alias_size_in_bytes >= 2 * 28 * 2048 * 2 * 128 * 2
+    if platform == "cuda":
+        smallest_weight = 2 * 128 * 4096  # of k
+        assert largest_results(program.as_text())[-1] < smallest_weight
+
+
+@pytest.mark.parametrize("quantisation", ["int4", "int4-row"])
+def test_int4_on_a_tpu_is_never_a_whole_weight_unpacked(quantisation):
+    args = abstract_params(quantisation), int32(1, 1), abstract_cache("tpu", 2048)
+    memory = compiled("tpu", greedy_step, *args, donate=2).memory_analysis()
+    print(f"tpu {quantisation}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
+    gate_up = 2 * 13696 * 4096 * 2
+    assert memory.temp_size_in_bytes < gate_up / 5
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-row"])
+def test_the_form_for_a_tpu_gives_the_product(name, monkeypatch):
+    monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 256 * 5)  # several chunks, of 4 rows
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=(12, 256)).astype(np.float32)
+    values, scale = (jnp.asarray(array) for array in quantise(matrix, SCHEMES[name]))
+    weight = QTensor(values, scale, SCHEMES[name].bits)
+    x = jnp.asarray(random.normal(size=(3, 256)).astype(np.float32))
+    want = np.asarray(x, np.float64) @ np.asarray(dequantise(weight, 1), np.float64).T
+    np.testing.assert_allclose(np.asarray(linear._on_tpu(x, weight)), want, atol=1e-4)
+
+
+def test_the_text_of_a_program_shows_copies():
+    def copies(w, x):
+        return (w.T.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16)).sum(), w[::-1] * 2
+
+    w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 32), (64,)))
+    text = jax.jit(copies).lower(w, x).compile().as_text()
+    assert largest_results(text or "")[-1] >= 64 * 32
+
+
+@pytest.mark.parametrize(("platform", "tokens"), [("cpu", 2048), ("cuda", 2048), ("tpu", 512)])
+def test_memory_of_a_32k_prompt(platform, tokens):
+    row = int32(1)
+    cache = abstract_cache(platform, 32768)
+    args = abstract_params(None), int32(1, tokens), row, row, cache
+    memory = compiled(platform, partial(steps.read, CONFIG), *args, donate=4).memory_analysis()
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes >= whole - 8  # the lengths come anew
+    print(f"{platform}: cache {whole / GB:.2f} GB, {memory.temp_size_in_bytes / MB:.0f} MB more")
+    assert whole + memory.temp_size_in_bytes < (0.94 + 2) * GB
+
+
+def test_prompts_of_several_rows_copy_no_cache_on_a_tpu():
+    cache = abstract_cache("tpu", 2048, rows=8)
+    args = abstract_params(None), int32(8, 256), int32(8), int32(8), cache
+    memory = compiled("tpu", partial(steps.read, CONFIG), *args, donate=4).memory_analysis()
+    keys = cache.k.size * cache.k.dtype.itemsize
+    print(f"tpu: 8 x 256 tokens, {memory.temp_size_in_bytes / MB:.0f} MB of temporaries")
+    # Keys and values by head first, to which the compiler likes to transpose them, are 470 MB.
+    assert memory.temp_size_in_bytes < 1.2 * keys < 300 * MB
+
+
+def test_a_step_in_a_32k_cache_copies_no_more_of_it_than_a_layer():
+    args = abstract_params(None), int32(1, 1), abstract_cache("cuda", 32768)
+    memory = compiled("cuda", greedy_step, *args, donate=2).memory_analysis()
+    layer = 32768 * 2 * 128 * 2
+    assert memory.temp_size_in_bytes < 3 * layer < 0.06 * memory.alias_size_in_bytes

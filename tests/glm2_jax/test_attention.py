@@ -1,0 +1,140 @@
+"""Attention over blocks: the numbers of the plain form, in bounded memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm2_jax import KVCache, attention, compiler_options, forward, model
+from glm2_jax.attention import Visibility, attend
+from glm2_jax.chunked import map_blocks
+from tests.support.toy import TOY, random_tokens, toy_params
+
+B, T, S, N, K, H = 2, 13, 29, 4, 2, 8
+
+
+def random(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def full_row(length: int) -> np.ndarray:
+    return np.broadcast_to(np.arange(length, dtype=np.int32), (B, length))
+
+
+PACKED = [[1] * 5 + [2] + [3] * 7, [1] * 3 + [0] * 10]
+# The queries' places, their segments, and the keys' segments.
+CASES = {
+    "causal": (full_row(T), np.ones((B, T)), np.ones((B, T))),
+    "packed and padded": (full_row(T), PACKED, PACKED),
+    "cache": (
+        full_row(T) + np.array([[3], [16]]),
+        np.ones((B, T)),
+        np.arange(S) < np.array([[16], [29]]),
+    ),
+}
+
+
+def use_small_blocks(monkeypatch) -> None:
+    """Blocks of 5 keys, 3 queries and 3 tokens, which divide nothing evenly."""
+    monkeypatch.setattr(attention, "SCORES", 3 * B * N * 5)
+    monkeypatch.setattr(attention, "KEYS", 5)
+    monkeypatch.setattr(model, "MLP_ELEMENTS", 3 * B * 2 * TOY.ffn_hidden_size)
+
+
+def arguments(name: str):
+    places, segments, keys = (np.array(x, np.int32) for x in CASES[name])
+    visible = Visibility(jnp.asarray(places), jnp.asarray(segments), jnp.asarray(keys))
+    kv = (B, keys.shape[1], K, H)
+    return random(0, B, T, N, H), random(1, *kv), random(2, *kv), visible
+
+
+def loss(q, k, v, visible):
+    """A scalar of what the queries that see something get."""
+    out = attend(q, k, v, visible) * (visible.segments > 0)[..., None, None]
+    return (out * random(3, *out.shape)).sum(), out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_have_the_values_and_gradients_of_the_plain_form(name, monkeypatch):
+    given = arguments(name)
+
+    def both(*given):
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*given)
+
+    plain = jax.jit(both)(*given)
+    use_small_blocks(monkeypatch)
+    blocks = jax.jit(lambda *given: both(*given))(*given)
+    for ours, reference in zip(jax.tree.leaves(blocks), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_what_nobody_may_look_at_may_hold_anything(monkeypatch):
+    q, k, v, visible = arguments("cache")
+    hidden = (visible.key_segments == 0)[:, :, None, None]
+    k, v = jnp.where(hidden, jnp.nan, k), jnp.where(hidden, jnp.inf, v)
+    plain = attend(q, k, v, visible)
+    nothing = visible.replace(segments=jnp.zeros_like(visible.segments))
+    use_small_blocks(monkeypatch)
+    np.testing.assert_allclose(attend(q, k, v, visible), plain, atol=1e-5)
+    assert jnp.isfinite(attend(q, k, v, nothing)).all()
+
+
+def run(config, params, tokens, **kwargs):
+    """`forward`, traced anew: the sizes of blocks are read then."""
+
+    def fresh(params, tokens, kwargs):
+        return forward(config, params, tokens, **kwargs)
+
+    return jax.jit(fresh, compiler_options=compiler_options("cpu"))(params, tokens, kwargs)
+
+
+def test_a_model_in_blocks_gives_the_same_logits(monkeypatch):
+    config, params, tokens = (
+        dataclasses.replace(TOY, logn_scaling=True),
+        toy_params(),
+        random_tokens(B, T),
+    )
+    packed = {"segment_ids": jnp.asarray(PACKED, jnp.int32)}
+    zeros = KVCache.zeros(TOY, B, S, jnp.float32)
+    _, prefix = run(config, params, random_tokens(B, 3, seed=9), cache=zeros)
+    continued = {"cache": prefix.replace(prefix=prefix.length), **packed}
+    references = [run(config, params, tokens, **kwargs) for kwargs in (packed, continued)]
+    use_small_blocks(monkeypatch)
+    for kwargs, (logits, _) in zip((packed, continued), references, strict=True):
+        real = packed["segment_ids"] > 0
+        ours, _ = run(config, params, tokens, **kwargs)
+        np.testing.assert_allclose(ours[real], logits[real], atol=1e-4, rtol=0)
+        assert (ours.argmax(-1) == logits.argmax(-1))[real].all()
+
+
+@pytest.mark.parametrize(("length", "size"), [(1, 4), (4, 4), (5, 4), (8, 4), (9, 4)])
+def test_map_blocks_pads_the_last_block(length, size):
+    x = jnp.arange(2 * length * 3).reshape(2, length, 3)
+    seen = []
+
+    def double(x, y):
+        seen.append(x.shape[1])
+        return x + y
+
+    np.testing.assert_array_equal(map_blocks(double, size, x, x), 2 * x)
+    assert max(seen) <= size
+
+
+def temporaries(slots: int, queries: int = 64) -> int:
+    """Bytes that attention of a chunk of queries needs beside its arguments and result."""
+    q = jax.ShapeDtypeStruct((1, queries, N, H), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, slots, K, H), jnp.float32)
+    places, keys = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (queries, slots))
+    compiled = jax.jit(attend).lower(q, kv, kv, Visibility(places, places, keys)).compile()
+    values = slots * K * H * 4  # silenced where nobody may look
+    return compiled.memory_analysis().temp_size_in_bytes - values
+
+
+def test_memory_does_not_grow_with_the_cache(monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", 2**15)
+    monkeypatch.setattr(attention, "KEYS", 128)
+    small, large = temporaries(1024), temporaries(16 * 1024)
+    assert large < 1.1 * small < 1.1 * 4 * 2**15 * 4
+    assert temporaries(16 * 1024, 1024) < 2 * large + 4 * 1024 * N * H * 4

@@ -1,0 +1,290 @@
+"""The model against itself: every way to run it gives the same logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm2_jax import (
+    PRESETS,
+    GLMBlock,
+    KVCache,
+    compiler_options,
+    forward,
+    init_params,
+    last_logits,
+    param_shapes,
+)
+from glm2_jax.context import token_context
+from glm2_jax.linear import einsum
+from glm2_jax.model import GLM, rms_norm
+from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
+
+CLOSE = 1e-4  # what the forms of one computation may differ by, on logits of unit scale
+
+
+def assert_same(ours, reference):
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(reference), atol=CLOSE, rtol=0)
+    assert (np.argmax(ours, -1) == np.argmax(reference, -1)).all()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return toy_params()
+
+
+def plain(params, tokens, **kwargs):
+    return jit_forward(TOY, params, tokens, **kwargs)[0]
+
+
+def test_layout():
+    L, V, D, F, N, K, H = 28, 65024, 4096, 13696, 32, 2, 128
+    assert param_shapes(PRESETS["chatglm2-6b"]) == {
+        "embed": (V, D),
+        "layers": {
+            "attn_norm": (L, D),
+            "q": (L, N, H, D),
+            "q_bias": (L, N, H),
+            "k": (L, K, H, D),
+            "k_bias": (L, K, H),
+            "v": (L, K, H, D),
+            "v_bias": (L, K, H),
+            "o": (L, D, N, H),
+            "mlp_norm": (L, D),
+            "gate_up": (L, 2, F, D),
+            "down": (L, D, F),
+        },
+        "final_norm": (D,),
+        "head": (V, D),
+    }
+
+
+def test_rms_norm_by_hand_and_rounds_once():
+    x, weight = jnp.asarray([[3.0, 4.0]]), jnp.asarray([1.0, 10.0])
+    expected = np.array([[3.0, 40.0]]) / np.sqrt(12.5 + 1e-5)
+    np.testing.assert_allclose(rms_norm(x, weight, 1e-5), expected, rtol=1e-6)
+    half = jax.random.normal(jax.random.key(0), (4, 64)).astype(jnp.bfloat16)
+    scale = jnp.linspace(0.5, 2, 64).astype(jnp.bfloat16)
+    exact = rms_norm(half.astype(jnp.float32), scale.astype(jnp.float32), 1e-5)
+    np.testing.assert_array_equal(rms_norm(half, scale, 1e-5), exact.astype(jnp.bfloat16))
+
+
+def test_causal(params):
+    tokens = random_tokens(1, 12)
+    changed = tokens.at[0, 8].set((tokens[0, 8] + 1) % TOY.vocab_size)
+    before, after = plain(params, tokens), plain(params, changed)
+    np.testing.assert_array_equal(before[:, :8], after[:, :8])
+    assert np.abs(before[:, 8:] - after[:, 8:]).min(axis=(0, 2)).max() > 0
+
+
+def test_left_and_right_padding_change_nothing(params):
+    tokens = random_tokens(1, 9)
+    reference = plain(params, tokens)
+    for left, right in ((4, 0), (0, 5), (2, 3)):
+        padding = ((0, 0), (left, right))
+        padded = jnp.pad(tokens, padding)
+        segment_ids = jnp.pad(jnp.ones_like(tokens), padding)
+        positions = jnp.pad(jnp.arange(9, dtype=jnp.int32)[None], padding)
+        ours = plain(params, padded, positions=positions, segment_ids=segment_ids)
+        assert_same(ours[:, left : left + 9], reference)
+
+
+def test_packed_segments_are_separate_sequences(params):
+    parts = [random_tokens(1, n, seed=n) for n in (5, 1, 7)]
+    tokens = jnp.concatenate([*parts, jnp.zeros((1, 3), jnp.int32)], axis=1)
+    segment_ids = jnp.asarray([[1] * 5 + [2] + [3] * 7 + [0] * 3], jnp.int32)
+    positions = jnp.concatenate([jnp.arange(n) for n in (5, 1, 7, 3)])[None].astype(jnp.int32)
+    ours = plain(params, tokens, positions=positions, segment_ids=segment_ids)
+    start = 0
+    for part in parts:
+        assert_same(ours[:, start : start + part.shape[1]], plain(params, part))
+        start += part.shape[1]
+
+
+def test_prefill_and_single_steps(params):
+    tokens = random_tokens(2, 14)
+    reference = plain(params, tokens)
+    cache = KVCache.zeros(TOY, 2, 20, jnp.float32)
+    logits, cache = jit_forward(TOY, params, tokens[:, :6], cache=cache)
+    assert_same(logits, reference[:, :6])
+    for t in range(6, 14):
+        logits, cache = jit_forward(TOY, params, tokens[:, t : t + 1], cache=cache)
+        assert_same(logits[:, 0], reference[:, t])
+    np.testing.assert_array_equal(cache.length, [14, 14])
+
+
+def test_rows_at_different_lengths_and_padding_inside_the_cache(params):
+    first, second = random_tokens(1, 13, seed=1), random_tokens(1, 9, seed=2)
+    cache = KVCache.zeros(TOY, 2, 16, jnp.float32)
+    # Row 0 takes 7 tokens behind 1 of padding, row 1 takes 3 before 5 of padding.
+    tokens = jnp.zeros((2, 8), jnp.int32).at[0, 1:].set(first[0, :7]).at[1, :3].set(second[0, :3])
+    segment_ids = jnp.asarray([[0] + [1] * 7, [1] * 3 + [0] * 5], jnp.int32)
+    logits, cache = jit_forward(TOY, params, tokens, segment_ids=segment_ids, cache=cache)
+    np.testing.assert_array_equal(cache.length, [7, 3])
+    assert_same(logits[0, 1:], plain(params, first)[0, :7])
+    assert_same(logits[1, :3], plain(params, second)[0, :3])
+    # Six tokens more for each: they continue at different places.
+    more = jnp.concatenate([first[:, 7:], second[:, 3:]])
+    logits, cache = jit_forward(TOY, params, more, cache=cache)
+    assert_same(logits[0], plain(params, first)[0, 7:])
+    assert_same(logits[1], plain(params, second)[0, 3:])
+    np.testing.assert_array_equal(cache.length, [13, 9])
+
+
+def test_an_idle_row_is_neither_written_nor_counted(params):
+    tokens = random_tokens(2, 6)
+    cache = KVCache.zeros(TOY, 2, 8, jnp.float32)
+    _, cache = jit_forward(TOY, params, tokens[:, :5], cache=cache)
+    idle = jnp.asarray([[1], [0]], jnp.int32)
+    _, after = jit_forward(TOY, params, tokens[:, 5:], segment_ids=idle, cache=cache)
+    np.testing.assert_array_equal(after.length, [6, 5])
+    np.testing.assert_array_equal(after.k[:, 1], cache.k[:, 1])
+    assert np.abs(after.k[:, 0, 5]).max() > 0
+
+
+def test_unwritten_slots_never_reach_a_result(params):
+    tokens = random_tokens(2, 6)
+    reference = plain(params, tokens)
+    cache = KVCache.zeros(TOY, 2, 12, jnp.float32)
+    poisoned = cache.replace(k=jnp.full_like(cache.k, jnp.nan), v=jnp.full_like(cache.v, jnp.nan))
+    logits, cache = jit_forward(TOY, params, tokens[:, :4], cache=poisoned)
+    assert_same(logits, reference[:, :4])
+    logits, _ = jit_forward(TOY, params, tokens[:, 4:], cache=cache)
+    assert_same(logits, reference[:, 4:])
+
+
+def test_a_row_is_freed_by_its_length(params):
+    old, new = random_tokens(1, 9, seed=5), random_tokens(1, 4, seed=6)
+    cache = KVCache.zeros(TOY, 1, 12, jnp.float32)
+    _, cache = jit_forward(TOY, params, old, cache=cache)
+    cache = cache.replace(length=jnp.zeros_like(cache.length))
+    logits, _ = jit_forward(TOY, params, new, cache=cache)
+    assert_same(logits, plain(params, new))
+
+
+def test_a_full_cache_drops_what_does_not_fit(params):
+    tokens = random_tokens(1, 6)
+    cache = KVCache.zeros(TOY, 1, 4, jnp.float32)
+    _, full = jit_forward(TOY, params, tokens[:, :4], cache=cache)
+    _, after = jit_forward(TOY, params, tokens[:, 4:5], cache=full)
+    np.testing.assert_array_equal(after.k, full.k)
+
+
+def test_prefix_slots_have_no_position(params):
+    tokens = random_tokens(1, 5)
+    cache = KVCache.zeros(TOY, 1, 12, jnp.float32)
+    _, cache = jit_forward(TOY, params, random_tokens(1, 3, seed=9), cache=cache)
+    prefixed = cache.replace(prefix=cache.length)
+    given = jnp.arange(5, dtype=jnp.int32)[None]
+    ours, _ = jit_forward(TOY, params, tokens, cache=prefixed)
+    explicit, _ = jit_forward(TOY, params, tokens, positions=given, cache=cache)
+    np.testing.assert_array_equal(ours, explicit)
+    assert np.abs(ours - plain(params, tokens)).max() > 1e-3, "the prefix is attended to"
+
+
+def test_last_logits_are_one_column_of_forward(params):
+    tokens = random_tokens(3, 7)
+    index = jnp.asarray([0, 6, 3], jnp.int32)
+    picked, _ = jax.jit(last_logits, static_argnums=0)(TOY, params, tokens, index)
+    assert_same(picked, plain(params, tokens)[jnp.arange(3), index])
+
+
+def test_scanned_equals_unrolled(params):
+    tokens = random_tokens(2, 8)
+    context, _ = token_context(TOY, tokens, None, None, None, jnp.float32)
+    x = jnp.take(params["embed"], tokens, axis=0)
+    for layer in range(TOY.num_layers):
+        weights = jax.tree.map(lambda w, layer=layer: w[layer], params["layers"])
+        carry = (x, None, None)
+        (x, _, _), _ = GLMBlock(TOY).apply({"params": weights}, carry, layer, context)
+    unrolled = GLM(TOY).apply({"params": params}, x, method=GLM.logits)
+    assert_same(unrolled, plain(params, tokens))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_near_and_logits_stay_float32(params, dtype):
+    tokens = random_tokens(2, 10)
+    half = jax.tree.map(lambda x: x.astype(dtype), params)
+    reference = plain(params, tokens)
+    logits = plain(half, tokens)
+    assert logits.dtype == jnp.float32
+    assert jnp.linalg.norm(logits - reference) < 0.05 * jnp.linalg.norm(reference)
+    cache = KVCache.zeros(TOY, 2, 16, dtype)
+    cached, cache = jit_forward(TOY, half, tokens, cache=cache)
+    assert cache.k.dtype == dtype
+    np.testing.assert_allclose(cached, logits, atol=0.05)
+
+
+def test_einsum_accumulates_in_float32():
+    ones = jnp.ones((1, 1, 4096), jnp.bfloat16)
+    weights = jnp.ones((1, 4096), jnp.bfloat16)
+    out = einsum("BTD,FD->BTF", ones, weights)
+    assert out.dtype == jnp.float32 and float(out[0, 0, 0]) == 4096.0
+
+
+def test_dropout_only_with_a_key(params):
+    config = dataclasses.replace(TOY, hidden_dropout=0.5, attention_dropout=0.5)
+    tokens = random_tokens(1, 8)
+    reference = plain(params, tokens)
+    assert_same(jit_forward(config, params, tokens)[0], reference)
+    drawn = [
+        jit_forward(config, params, tokens, dropout_key=jax.random.key(seed))[0]
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[0] - drawn[2]).max() > 0.01
+    assert np.abs(drawn[0] - reference).max() > 0.01
+    for name in ("hidden_dropout", "attention_dropout"):
+        one = dataclasses.replace(TOY, **{name: 0.5})
+        noisy = jit_forward(one, params, tokens, dropout_key=jax.random.key(0))[0]
+        assert np.abs(noisy - reference).max() > 0.01, name
+
+
+def test_logn_scaling_by_hand(params):
+    config = dataclasses.replace(TOY, logn_scaling=True)
+    tokens = random_tokens(1, 6)
+    context, _ = token_context(config, tokens, None, None, None, jnp.float32)
+    np.testing.assert_array_equal(context.query_scale, np.ones((1, 6, 1, 1)))
+    assert_same(jit_forward(config, params, tokens)[0], plain(params, tokens))
+    cache = KVCache.zeros(config, 1, 4, jnp.float32).replace(length=jnp.asarray([9934]))
+    context, _ = token_context(config, tokens[:, :1], None, None, cache, jnp.float32)
+    expected = np.log(64 + 9934 + 1) / np.log(2048)
+    np.testing.assert_allclose(context.query_scale[0, 0, 0, 0], expected, rtol=1e-6)
+
+
+def decode_step(config, dtype, batch, size):
+    """The compiled program of one decode step over abstract weights."""
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+    cache = jax.eval_shape(lambda: KVCache.zeros(config, batch, size, dtype))
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+
+    def step(params, tokens, cache):
+        return forward(config, params, tokens, cache=cache)
+
+    jitted = jax.jit(step, donate_argnums=2, compiler_options=compiler_options("cpu"))
+    return params, cache, jitted.lower(params, tokens, cache).compile()
+
+
+def nbytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_the_cache_is_updated_in_place():
+    config = dataclasses.replace(TOY, num_layers=16)
+    _, cache, program = decode_step(config, jnp.float32, batch=4, size=4096)
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= nbytes((cache.k, cache.v))
+    assert memory.temp_size_in_bytes < 0.2 * nbytes((cache.k, cache.v))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_no_float32_copy_of_half_precision_weights_is_hoisted(dtype):
+    config = dataclasses.replace(
+        TOY, num_layers=16, hidden_size=256, ffn_hidden_size=1024, num_heads=8, head_dim=32
+    )
+    params, _, program = decode_step(config, dtype, batch=2, size=64)
+    layers = nbytes(params["layers"])
+    # One layer's weights in float32 are 2/16 of all of them in half precision.
+    assert program.memory_analysis().temp_size_in_bytes < 0.5 * layers

@@ -1,0 +1,206 @@
+"""The model against PyTorch: stored arrays of the published code, and GlmForCausalLM."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm2_jax import GLMConfig, KVCache, param_shapes
+from tests.support.shared_data import shared_path
+from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
+
+TOLERANCE = 2e-4
+
+
+def published_params(config: GLMConfig, weights) -> dict:
+    """Our layout from the published names, written out by hand, apart from the converter."""
+    D, H, N, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+    L = config.num_layers
+
+    def layers(name):
+        return np.stack([weights[f"transformer.encoder.layers.{i}.{name}"] for i in range(L)])
+
+    rows = [N * H, N * H + K * H]
+    q, k, v = np.split(layers("self_attention.query_key_value.weight"), rows, axis=1)
+    q_bias, k_bias, v_bias = np.split(layers("self_attention.query_key_value.bias"), rows, axis=1)
+    return {
+        "embed": weights["transformer.embedding.word_embeddings.weight"],
+        "layers": {
+            "attn_norm": layers("input_layernorm.weight"),
+            "q": q.reshape(L, N, H, D),
+            "k": k.reshape(L, K, H, D),
+            "v": v.reshape(L, K, H, D),
+            "q_bias": q_bias.reshape(L, N, H),
+            "k_bias": k_bias.reshape(L, K, H),
+            "v_bias": v_bias.reshape(L, K, H),
+            "o": layers("self_attention.dense.weight").reshape(L, D, N, H),
+            "mlp_norm": layers("post_attention_layernorm.weight"),
+            "gate_up": layers("mlp.dense_h_to_4h.weight").reshape(L, 2, -1, D),
+            "down": layers("mlp.dense_4h_to_h.weight"),
+        },
+        "final_norm": weights["transformer.encoder.final_layernorm.weight"],
+        "head": weights["transformer.output_layer.weight"],
+    }
+
+
+@pytest.fixture(scope="module")
+def published():
+    """(config, params, stored arrays) of the tiny model that the published code ran."""
+    raw = json.loads(shared_path("reference/hf_tiny_chatglm2_config.json").read_bytes())
+    arrays = dict(np.load(shared_path("reference/hf_tiny_chatglm2.npz")))
+    config = GLMConfig.from_hf(raw)
+    weights = {name[3:]: value for name, value in arrays.items() if name.startswith("sd/")}
+    return config, jax.tree.map(jnp.asarray, published_params(config, weights)), arrays
+
+
+def test_published_code_full_sequence(published):
+    config, params, arrays = published
+    real = arrays["attention_mask"] > 0
+    logits, _ = jit_forward(
+        config,
+        params,
+        jnp.asarray(arrays["input_ids"], jnp.int32),
+        positions=jnp.asarray(arrays["position_ids"], jnp.int32),
+        segment_ids=jnp.asarray(arrays["attention_mask"], jnp.int32),
+    )
+    assert np.abs(logits - arrays["logits"])[real].max() <= TOLERANCE
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    labels = arrays["labels"][:, 1:]
+    learned = labels != -100
+    picked = np.take_along_axis(np.asarray(log_probs), np.where(learned, labels, 0)[..., None], 2)
+    assert -picked[..., 0][learned].mean() == pytest.approx(float(arrays["loss"]), abs=1e-5)
+
+
+def test_published_code_keys_values_and_greedy_tokens(published):
+    config, params, arrays = published
+    tokens = jnp.asarray(arrays["input_ids"], jnp.int32)
+    mask = jnp.asarray(arrays["attention_mask"], jnp.int32)
+    cache = KVCache.zeros(config, 2, 32, jnp.float32)
+    logits, cache = jit_forward(config, params, tokens, segment_ids=mask, cache=cache)
+    for row in range(2):
+        length = int(mask[row].sum())
+        for ours, stored in ((cache.k, arrays["k0"]), (cache.v, arrays["v0"])):
+            reference = stored[-length:, row]  # left-padded
+            assert np.abs(ours[0, row, :length] - reference).max() <= TOLERANCE
+    answers = []
+    token = jnp.argmax(logits[:, -1], axis=-1)
+    for _ in range(arrays["greedy"].shape[1] - tokens.shape[1]):
+        answers.append(np.asarray(token))
+        logits, cache = jit_forward(config, params, token[:, None].astype(jnp.int32), cache=cache)
+        token = jnp.argmax(logits[:, -1], axis=-1)
+    np.testing.assert_array_equal(np.stack(answers, 1), arrays["greedy"][:, tokens.shape[1] :])
+
+
+SHAPES = {
+    "grouped": TOY,
+    "one group, odd ffn": dataclasses.replace(
+        TOY, num_kv_heads=1, ffn_hidden_size=53, num_layers=2, hidden_size=40, head_dim=8
+    ),
+    "full heads, real head size": dataclasses.replace(
+        TOY, num_kv_heads=4, head_dim=128, hidden_size=96, vocab_size=301, num_layers=2
+    ),
+}
+ROPES = {
+    "plain": ({}, {"rope_type": "default", "rope_theta": 10000.0}),
+    "chatglm2-32k": (
+        {"rope_ratio": 16.0, "rope_kind": "linear"},
+        {"rope_type": "linear", "factor": 16.0, "rope_theta": 10000.0},
+    ),
+    "chatglm3-32k": (
+        {"rope_ratio": 50.0, "rope_kind": "base"},
+        {"rope_type": "default", "rope_theta": 500000.0},
+    ),
+}
+
+
+def torch_model(config: GLMConfig, params, rope: dict):
+    """GlmForCausalLM, which is the same network under other names, with our weights."""
+    torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
+    from transformers import GlmConfig, GlmForCausalLM
+
+    reference = GlmForCausalLM(
+        GlmConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.norm_eps,
+            attention_bias=True,
+            max_position_embeddings=config.seq_length,
+            rope_parameters={"partial_rotary_factor": 0.5, **rope},
+            pad_token_id=0,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    D, layers = config.hidden_size, params["layers"]
+    state = {
+        "model.embed_tokens.weight": params["embed"],
+        "model.norm.weight": params["final_norm"],
+        "lm_head.weight": params["head"],
+    }
+    for i in range(config.num_layers):
+        at = f"model.layers.{i}."
+        state[at + "input_layernorm.weight"] = layers["attn_norm"][i]
+        state[at + "post_attention_layernorm.weight"] = layers["mlp_norm"][i]
+        for name in "qkv":
+            state[at + f"self_attn.{name}_proj.weight"] = layers[name][i].reshape(-1, D)
+            state[at + f"self_attn.{name}_proj.bias"] = layers[f"{name}_bias"][i].reshape(-1)
+        state[at + "self_attn.o_proj.weight"] = layers["o"][i].reshape(D, -1)
+        state[at + "mlp.gate_up_proj.weight"] = layers["gate_up"][i].reshape(-1, D)
+        state[at + "mlp.down_proj.weight"] = layers["down"][i]
+    tensors = {name: torch.tensor(np.asarray(value)) for name, value in state.items()}
+    reference.load_state_dict(tensors, strict=True)
+    return torch, reference
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_glm_for_causal_lm(shape, rope):
+    ours_rope, their_rope = ROPES[rope]
+    base = SHAPES[shape]
+    params = toy_params(base)
+    config = dataclasses.replace(base, **ours_rope)
+    torch, reference = torch_model(config, params, their_rope)
+    tokens = random_tokens(2, 40, config)
+    with torch.no_grad():
+        expected = reference(torch.tensor(np.asarray(tokens))).logits.numpy()
+    logits, _ = jit_forward(config, params, tokens)
+    assert np.abs(expected).max() > 0.5, "logits of unit scale, or the bound means nothing"
+    assert np.abs(logits - expected).max() <= TOLERANCE
+    with torch.no_grad():
+        greedy = reference.generate(
+            torch.tensor(np.asarray(tokens[:, :8])),
+            attention_mask=torch.ones(2, 8, dtype=torch.long),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+        ).numpy()
+    cache = KVCache.zeros(config, 2, 24, jnp.float32)
+    logits, cache = jit_forward(config, params, tokens[:, :8], cache=cache)
+    for column in range(8, 20):
+        token = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32)
+        np.testing.assert_array_equal(token[:, 0], greedy[:, column])
+        logits, cache = jit_forward(config, params, token, cache=cache)
+
+
+def test_the_other_meaning_of_the_ratio_is_another_model():
+    """The bound above would notice a ratio read in the wrong way."""
+    tokens = random_tokens(2, 40)
+    linear, base = (
+        jit_forward(dataclasses.replace(TOY, rope_ratio=16.0, rope_kind=kind), toy_params(), tokens)
+        for kind in ("linear", "base")
+    )
+    assert np.abs(linear[0] - base[0]).max() > 100 * TOLERANCE
+
+
+def test_toy_params_have_the_layout():
+    shapes = jax.tree.map(lambda x: x.shape, toy_params())
+    assert shapes == param_shapes(TOY)

@@ -1,0 +1,130 @@
+"""P-Tuning v2 prefixes in the model: the published arrays, and a plain NumPy counterpart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm2_jax import GLMConfig, KVCache, attention
+from glm2_jax.model import forward, unstack_layers
+from glm2_jax.prefix import Prefix, prefix_length, with_prefix
+from glm2_jax.schemes import SCHEMES
+from tests.glm2_jax.test_parity import TOLERANCE, published_params
+from tests.support.checkpoints import TINY, random_params
+from tests.support.prefixes import encoder, numpy_logits, numpy_prefix, write_prefix
+from tests.support.shared_data import shared_path
+from tests.support.toy import jit_forward, quantised, random_tokens
+
+P = 5
+PARAMS = jax.tree.map(jnp.asarray, random_params(TINY))  # nothing to compile
+
+
+@pytest.fixture(scope="module")
+def prefixed():
+    """Tiny params with a prefix, and its keys and values."""
+    k, v = numpy_prefix(TINY, encoder(TINY, P, projection=True))
+    return with_prefix(PARAMS, Prefix(jnp.asarray(k), jnp.asarray(v))), (k, v)
+
+
+def test_logits_are_those_of_a_plain_counterpart(prefixed):
+    params, (k, v) = prefixed
+    tokens = random_tokens(2, 10, TINY)
+    expected = np.stack([numpy_logits(TINY, PARAMS, row, k, v) for row in tokens])
+    logits, cache = jit_forward(TINY, params, tokens)
+    assert cache is None and prefix_length(params) == P and prefix_length(PARAMS) == 0
+    assert np.abs(logits - expected).max() <= TOLERANCE
+    without = numpy_logits(TINY, PARAMS, tokens[0], k[:, :0], v[:, :0])
+    assert np.abs(without - expected[0]).max() > 100 * TOLERANCE, "the prefix is attended to"
+
+    cache = KVCache.new(TINY, 2, 12, jnp.float32, params["prefix"])
+    assert cache.size == P + 12 and cache.length.tolist() == cache.prefix.tolist() == [P, P]
+    first, cache = jit_forward(TINY, params, tokens[:, :5], cache=cache)
+    rest, cache = jit_forward(TINY, params, tokens[:, 5:], cache=cache)
+    assert np.abs(np.concatenate([first, rest], 1) - expected).max() <= TOLERANCE
+    assert cache is not None and cache.length.tolist() == [P + 10] * 2
+
+
+def test_segments_of_a_packed_row_each_have_the_prefix(prefixed, monkeypatch):
+    params, (k, v) = prefixed
+    one, two = random_tokens(1, 4, TINY, 1), random_tokens(1, 6, TINY, 2)
+    row = jnp.concatenate([one, two, jnp.zeros((1, 2), jnp.int32)], axis=1)
+    packed = {
+        "segment_ids": jnp.asarray([[1] * 4 + [2] * 6 + [0] * 2]),
+        "positions": jnp.asarray([[*range(4), *range(6), 0, 0]]),
+    }
+    # Blocks of keys and queries, which divide nothing evenly: the prefix is in the first of them.
+    monkeypatch.setattr(attention, "SCORES", 60)
+    monkeypatch.setattr(attention, "KEYS", 4)
+    logits, _ = jax.jit(lambda *args: forward(TINY, *args, **packed))(params, row)
+    monkeypatch.undo()
+    for found, tokens in ((logits[:, :4], one), (logits[:, 4:10], two)):
+        expected = numpy_logits(TINY, PARAMS, tokens[0], k, v)
+        assert np.abs(found[0] - expected).max() <= TOLERANCE
+    assert jnp.isfinite(logits).all()
+
+
+def test_quantised_and_listed_layers_in_bfloat16(prefixed):
+    params, (k, v) = prefixed
+    small, large = quantised(PARAMS, SCHEMES["int8"])
+    tokens = random_tokens(1, 6, TINY)
+    expected = numpy_logits(TINY, large, tokens[0], k, v)
+    listed = unstack_layers(with_prefix(small, params["prefix"]))
+    logits, _ = jit_forward(TINY, listed, tokens)
+    assert np.abs(logits[0] - expected).max() <= TOLERANCE
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    logits, _ = jit_forward(TINY, narrow, tokens)
+    reference = numpy_logits(TINY, PARAMS, tokens[0], k, v)
+    without = numpy_logits(TINY, PARAMS, tokens[0], k[:, :0], v[:, :0])
+    assert np.abs(logits[0] - reference).mean() < np.abs(without - reference).mean() / 5
+
+
+def test_queries_are_scaled_by_their_place_behind_the_prefix(prefixed):
+    """The one architecture that looks at places: with the cache or without, they are the same."""
+    params, _ = prefixed
+    config = dataclasses.replace(TINY, logn_scaling=True)
+    long = {
+        **params,
+        "prefix": jax.tree.map(lambda x: jnp.tile(x, (1, 500, 1, 1)), params["prefix"]),
+    }
+    tokens = random_tokens(1, 3, TINY)
+    plain, _ = jit_forward(config, long, tokens)
+    cache = KVCache.new(config, 1, 3, jnp.float32, long["prefix"])
+    cached, _ = jit_forward(config, long, tokens, cache=cache)
+    assert np.abs(plain - cached).max() <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(config, params with the prefix, arrays) of the tiny model that the published code ran."""
+    import json
+
+    from convert.adapters.prefix import load_prefix
+
+    raw = json.loads(shared_path("reference/hf_tiny_chatglm2_config.json").read_bytes())
+    arrays = dict(np.load(shared_path("reference/hf_tiny_chatglm2_prefix.npz")))
+    config = GLMConfig.from_hf(raw)
+    weights = {name[3:]: value for name, value in arrays.items() if name.startswith("sd/")}
+    folder = tmp_path_factory.mktemp("published")
+    write_prefix(folder, {n: x for n, x in weights.items() if "prefix_encoder" in n})
+    found = load_prefix(folder, config)
+    assert found.projection and found.length == 5
+    params = jax.tree.map(jnp.asarray, published_params(config, weights))
+    return config, with_prefix(params, Prefix(jnp.asarray(found.k), jnp.asarray(found.v))), arrays
+
+
+def test_published_code_logits_and_greedy_tokens(published):
+    config, params, arrays = published
+    tokens = jnp.asarray(arrays["input_ids"], jnp.int32)
+    mask = jnp.asarray(arrays["attention_mask"], jnp.int32)
+    cache = KVCache.new(config, 2, 16, jnp.float32, params["prefix"])
+    logits, cache = jit_forward(config, params, tokens, segment_ids=mask, cache=cache)
+    assert np.abs(logits - arrays["logits"])[arrays["attention_mask"] > 0].max() <= TOLERANCE
+    answers = []
+    token = jnp.argmax(logits[:, -1], axis=-1)
+    for _ in range(arrays["greedy"].shape[1] - tokens.shape[1]):
+        answers.append(np.asarray(token))
+        logits, cache = jit_forward(config, params, token[:, None].astype(jnp.int32), cache=cache)
+        token = jnp.argmax(logits[:, -1], axis=-1)
+    np.testing.assert_array_equal(np.stack(answers, 1), arrays["greedy"][:, tokens.shape[1] :])

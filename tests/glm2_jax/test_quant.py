@@ -1,0 +1,188 @@
+"""Quantised weights: the published packing, the definition of the scales, and the products."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm2_jax import KVCache, compiler_options, last_logits
+from glm2_jax.errors import CheckpointError
+from glm2_jax.linear import _dot, _on_cpu, _on_gpu, einsum
+from glm2_jax.model import unstack_layers
+from glm2_jax.quant import (
+    SCHEMES,
+    QTensor,
+    dequantise,
+    pack_int4,
+    quantise,
+    unpack_int4,
+    unpacked,
+)
+from tests.support.shared_data import shared_path
+from tests.support.toy import (
+    TOY,
+    jit_forward,
+    quantised,
+    quantised_shapes,
+    random_tokens,
+    toy_params,
+)
+
+
+def small_weight(scheme, rows=24, columns=192, seed=0):
+    matrix = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+    values, scale = quantise(matrix, SCHEMES[scheme])
+    return matrix, QTensor(jnp.asarray(values), jnp.asarray(scale), SCHEMES[scheme].bits)
+
+
+def test_packing_by_hand():
+    # 5, 2 -> 0x52; 0, -4 -> 0x0c; -8, -7 -> 0x89
+    integers = np.array([[5, 2, 0, -4, -8, -7]], np.int8)
+    assert pack_int4(integers).view(np.uint8).tolist() == [[0x52, 0x0C, 0x89]]
+    np.testing.assert_array_equal(unpack_int4(pack_int4(integers)), integers)
+
+
+def test_packing_of_the_published_kernel():
+    case = json.loads(shared_path("reference/int4_pack_case.json").read_text(encoding="utf-8"))
+    packed = np.array(case["packed_int8"], np.int8)
+    np.testing.assert_array_equal(pack_int4(np.array(case["q"], np.int8)), packed)
+    weight = QTensor(jnp.asarray(packed), jnp.asarray(case["scale"], jnp.float32), 4)
+    np.testing.assert_allclose(dequantise(weight, 1), case["dequant"], rtol=1e-6)
+
+
+def test_every_pair_of_integers_survives_packing():
+    pairs = np.stack(np.meshgrid(np.arange(-8, 8), np.arange(-8, 8)), -1).astype(np.int8)
+    np.testing.assert_array_equal(unpack_int4(pack_int4(pairs)), pairs)
+    on_device = unpacked(QTensor(jnp.asarray(pack_int4(pairs)), jnp.ones(pairs.shape[:2]), 4))
+    np.testing.assert_array_equal(on_device, pairs)
+
+
+def test_an_odd_width_is_refused():
+    with pytest.raises(CheckpointError, match="3 columns"):
+        pack_int4(np.zeros((2, 3), np.int8))
+
+
+def test_scales_by_hand():
+    matrix = np.array([[127.0, -64.5, 0.5, 1.5], [0, 0, 0, 0]], np.float32)
+    values, scale = quantise(matrix, SCHEMES["int8"])
+    assert scale.tolist() == [1, 1] and values.tolist() == [[127, -64, 0, 2], [0, 0, 0, 0]]
+    row = np.tile(np.array([14.0, 3, -7, 1], np.float32), 32)  # a group of 128 columns
+    values, scale = quantise(np.concatenate([row, row / 20])[None], SCHEMES["int4"])
+    np.testing.assert_allclose(scale, [[2, 0.1]])
+    # 3 / 2 and 1 / 2 and -7 / 2 round to even
+    assert unpack_int4(values)[0, :4].tolist() == [7, 2, -4, 0]
+
+
+@pytest.mark.parametrize("form", SCHEMES)
+def test_rounding_error_is_half_a_step_at_most(form):
+    matrix, weight = small_weight(form)
+    steps = np.repeat(weight.scale, matrix.shape[1] // weight.scale[0].size, -1)
+    error = np.abs(np.asarray(dequantise(weight, 1)) - matrix)
+    assert (error <= steps.reshape(len(matrix), -1) * 0.5001).all()
+    assert error.max() > 0
+
+
+@pytest.mark.parametrize("form", SCHEMES)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("platform", [_on_cpu, _on_gpu, _dot])
+def test_products_are_those_of_the_dequantised_weight(form, rows, platform):
+    _, weight = small_weight(form)
+    x = jax.random.normal(jax.random.key(1), (rows, 192))
+    expected = x @ dequantise(weight, 1).T
+    np.testing.assert_allclose(platform(x, weight), expected, atol=2e-4)
+    half = platform(x.astype(jnp.bfloat16), weight)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, expected, atol=0.05 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("kind", ["plain", *SCHEMES])
+def test_products_by_chunks_on_a_cpu(kind, monkeypatch):
+    monkeypatch.setattr("glm2_jax.linear.CHUNK_ELEMENTS", 500)  # of 4608 integers: 12 chunks
+    matrix, weight = small_weight("int8" if kind == "plain" else kind)
+    if kind == "plain":
+        weight, expected = jnp.asarray(matrix, jnp.float16), matrix
+    else:
+        expected = np.asarray(dequantise(weight, 1))
+    x = np.random.default_rng(2).standard_normal((3, 192)).astype(np.float32)
+    text = str(jax.make_jaxpr(_on_cpu)(x, weight))
+    assert "scan" in text and "length=12" in text
+    np.testing.assert_allclose(_on_cpu(jnp.asarray(x), weight), x @ expected.T, atol=0.02)
+
+
+@pytest.mark.parametrize("columns", [128, 192, 640, 1056])
+@pytest.mark.parametrize("form", SCHEMES)
+def test_products_of_one_row_by_slices_on_a_cpu(form, columns, monkeypatch):
+    """Slices that divide the columns and those that do not, groups of one slice and of several."""
+    monkeypatch.setattr("glm2_jax.linear.SLICES", 4)
+    _, weight = small_weight(form, columns=columns)
+    x = jax.random.normal(jax.random.key(1), (1, columns))
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantise(weight, 1), np.float64).T
+    product = jax.jit(_on_cpu)
+    np.testing.assert_allclose(product(x, weight), expected, atol=2e-4)
+    rounded = x.astype(jnp.bfloat16)  # exact from here on, too
+    expected = np.asarray(rounded, np.float64) @ np.asarray(dequantise(weight, 1), np.float64).T
+    np.testing.assert_allclose(product(rounded, weight), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("columns", [1024, 3424])
+@pytest.mark.parametrize("form", SCHEMES)
+def test_one_row_on_a_cpu_writes_no_converted_weight(form, columns):
+    shapes = SCHEMES[form].shapes((512, columns), 1)
+    types = (jnp.int8, jnp.float32)
+    values, scale = (jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, types, strict=True))
+    x = jax.ShapeDtypeStruct((1, columns), jnp.bfloat16)
+    weight = QTensor(values, scale, SCHEMES[form].bits)
+    jitted = jax.jit(_on_cpu, compiler_options=compiler_options("cpu"))
+    compiled = jitted.lower(x, weight).compile()
+    assert "while" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * columns / 4
+
+
+@pytest.mark.parametrize("form", SCHEMES)
+def test_a_quantised_model_has_the_logits_of_the_dequantised_one(form):
+    small, large = quantised(toy_params(), SCHEMES[form])
+    tokens = random_tokens(2, 9)
+    ours, reference = (jit_forward(TOY, params, tokens)[0] for params in (small, large))
+    np.testing.assert_allclose(ours, reference, atol=1e-4)
+    assert not np.allclose(reference, jit_forward(TOY, toy_params(), tokens)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["float", *SCHEMES])
+def test_a_list_of_layers_gives_the_same_logits(form):
+    params = toy_params() if form == "float" else quantised(toy_params(), SCHEMES[form])[0]
+    tokens = random_tokens(2, 9)
+    stacked, cache = jit_forward(TOY, params, tokens, cache=KVCache.zeros(TOY, 2, 16, jnp.float32))
+    listed, other = jit_forward(
+        TOY, unstack_layers(params), tokens, cache=KVCache.zeros(TOY, 2, 16, jnp.float32)
+    )
+    np.testing.assert_allclose(listed, stacked, atol=1e-5)
+    np.testing.assert_allclose(other.k, cache.k, atol=1e-5)
+    assert other.length.tolist() == cache.length.tolist() == [9, 9]
+
+
+def test_attention_and_projections_are_told_apart():
+    q, k = jnp.ones((2, 3, 2, 1, 4)), jnp.ones((2, 5, 2, 4))
+    assert einsum("BTKGH,BSKH->BKGTS", q, k).shape == (2, 2, 1, 3, 5)
+    assert einsum("BTNH,DNH->BTD", q[:, :, :, 0], jnp.ones((7, 2, 4))).shape == (2, 3, 7)
+    assert einsum("...D,VD->...V", jnp.ones((2, 4)), jnp.ones((6, 4))).shape == (2, 6)
+
+
+@pytest.mark.parametrize("form", SCHEMES)
+def test_decode_never_holds_a_whole_float_weight(form):
+    """Temporaries of a compiled step stay far below the float32 copy of the quantised weights."""
+    config = dataclasses.replace(TOY, num_layers=4, hidden_size=512, ffn_hidden_size=2048)
+    params = quantised_shapes(config, SCHEMES[form])
+    abstract = jax.eval_shape(lambda: KVCache.zeros(config, 1, 16, jnp.float32))
+
+    def step(params, tokens, cache):
+        return last_logits(config, params, tokens, jnp.zeros(1, jnp.int32), cache=cache)
+
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    options = compiler_options("cpu")
+    jitted = jax.jit(step, donate_argnums=2, compiler_options=options)
+    compiled = jitted.lower(params, tokens, abstract).compile()
+    float_weights = 4 * 4 * 3 * 512 * 2048  # bytes of the feed-forward weights alone
+    assert compiled.memory_analysis().temp_size_in_bytes < float_weights / 4

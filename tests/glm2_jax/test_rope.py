@@ -1,0 +1,83 @@
+"""Rotary embedding: tables against the published ones, rotation by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm2_jax import PRESETS
+from glm2_jax.rope import apply_rope, rope_tables
+from tests.support.shared_data import shared_path
+
+CONFIG = PRESETS["chatglm2-6b"]
+tables = jax.jit(rope_tables, static_argnums=(0, 2))
+
+
+def cos_sin(config, positions, dtype=jnp.float32) -> np.ndarray:
+    """[positions, H / 4, 2] cosine and sine."""
+    cos, sin = tables(config, jnp.asarray([positions], jnp.int32), dtype)
+    assert cos.dtype == sin.dtype == jnp.float32
+    return np.stack([cos[0], sin[0]], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "table_dtype", "tolerance"),
+    [
+        ("fp32", jnp.float32, "float32", 1e-7),
+        ("fp32", jnp.float16, "float32", 1e-7),
+        ("fp32", jnp.float32, "reference", 1e-7),
+        ("fp16", jnp.float16, "reference", 0.0),
+        ("bf16", jnp.bfloat16, "reference", 0.0),
+    ],
+)
+def test_tables_of_the_published_code(stored, dtype, table_dtype, tolerance):
+    reference = np.load(shared_path("reference/hf_rope_tables.npz"))
+    config = dataclasses.replace(CONFIG, rope_table_dtype=table_dtype)
+    ours = cos_sin(config, reference["positions"], dtype)
+    assert np.abs(ours - reference[stored]).max() <= tolerance
+
+
+def test_angles_by_hand():
+    config = dataclasses.replace(CONFIG, head_dim=8)  # theta = 1, 10000^(-1/2) = 0.01
+    expected = [[[np.cos(a), np.sin(a)] for a in (p, p / 100)] for p in (0, 3, 7)]
+    np.testing.assert_allclose(cos_sin(config, [0, 3, 7]), expected, atol=1e-6)
+
+
+def test_linear_ratio_divides_positions():
+    scaled = dataclasses.replace(CONFIG, rope_ratio=16.0, rope_kind="linear")
+    np.testing.assert_array_equal(
+        cos_sin(scaled, [0, 16, 32, 16 * 500]), cos_sin(CONFIG, [0, 1, 2, 500])
+    )
+
+
+def test_base_ratio_multiplies_the_base():
+    scaled = dataclasses.replace(CONFIG, rope_ratio=50.0, rope_kind="base")
+    other_base = dataclasses.replace(CONFIG, rope_base=500_000.0)
+    np.testing.assert_array_equal(cos_sin(scaled, [5, 31]), cos_sin(other_base, [5, 31]))
+
+
+def test_chatglm3_rounds_only_the_finished_table():
+    config = dataclasses.replace(CONFIG, family="chatglm3", rope_table_dtype="reference")
+    exact = cos_sin(CONFIG, [4097, 30000])
+    rounded = cos_sin(config, [4097, 30000], jnp.float16)
+    np.testing.assert_array_equal(rounded, exact.astype(np.float16).astype(np.float32))
+
+
+def test_rotation_pairs_neighbours_and_passes_the_second_half():
+    x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
+    cos, sin = jnp.asarray([[[0.6, 0.0]]]), jnp.asarray([[[0.8, 1.0]]])
+    expected = [1 * 0.6 - 2 * 0.8, 2 * 0.6 + 1 * 0.8, -4, 3, 5, 6, 7, 8]
+    np.testing.assert_allclose(apply_rope(x, cos, sin)[0, 0, 0], expected, rtol=1e-6)
+
+
+def test_rotation_keeps_the_dtype_and_depends_on_distance_only():
+    x = jax.random.normal(jax.random.key(0), (1, 2, 1, 128))
+    dots = []
+    for start in (0, 1000):
+        cos, sin = tables(CONFIG, jnp.asarray([[start, start + 7]], jnp.int32), jnp.float32)
+        turned = apply_rope(x, cos, sin)
+        dots.append(float(turned[0, 0, 0] @ turned[0, 1, 0]))
+    assert abs(dots[0] - dots[1]) < 1e-3
+    assert apply_rope(x.astype(jnp.bfloat16), cos, sin).dtype == jnp.bfloat16

@@ -1,0 +1,97 @@
+"""The examples of docs/sharding.md run, and the page says what they print."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from glm2_jax import parse_mesh
+from infer.memory.links import LINKS
+from infer.memory.mesh_cost import mesh_cost
+from tests.support.paths import ROOT
+
+PAGE = (ROOT / "docs/sharding.md").read_text(encoding="utf-8")
+
+
+def example(name: str, *args: str) -> str:
+    """What an example prints, warnings being errors."""
+    flags = "--xla_backend_optimization_level=0"  # what is made of the partitioned program
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", f"examples/sharding/{name}", *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_page_has_the_collectives_that_are_compiled():
+    rows = json.loads(example("compare.py", "--json"))
+    columns = ("way", "mesh", "forward", "gradient", "KB")
+    header = PAGE.index("| way | mesh |")
+    lines = PAGE[header : PAGE.index("\n\n", header)].splitlines()[2:]
+    told = [[cell.strip() for cell in line.split("|")[1:6]] for line in lines]
+    assert told == [[row[column] for column in columns] for row in rows]
+    same = {(row["mesh"], row["forward"], row["gradient"]) for row in rows}
+    # Whoever cuts the same way gets the same program; only fsdp and the crossed cut differ.
+    assert len(same) == 7
+    assert {row["way"] for row in rows} == {"pmap", "jit", "shard_map", "jit, crossed"}
+
+
+def test_the_model_on_four_devices_holds_and_says_what_its_cost_tells():
+    text = example("model.py", "--mesh", "data=2,tensor=2")
+    assert "the 32 tokens of one device" in text
+    parts = re.findall(r"^(\S+) .* of it a device has \(([\d, ]+)\)", text, re.M)
+    sizes = dict.fromkeys(("weights", "cache"), 0)
+    for name, shape in parts:
+        size = 4
+        for number in re.findall(r"\d+", shape):
+            size *= int(number)
+        if name != "cache.length":
+            sizes["cache" if name == "cache.k" else "weights"] += size
+    config = load("model").config_of(2)
+    cost = mesh_cost(
+        config, parse_mesh("data=2,tensor=2"), LINKS["v5e"], batch=8, length=16, dtype="float32"
+    )
+    assert sizes == {"weights": cost.weights, "cache": cost.cache // 2}
+    listed = re.findall(r"^  (\S+) of ([\d,]+) bytes$", text, re.M)
+    found = [(kind, int(size.replace(",", ""))) for kind, size in listed]
+    assert [kind for kind, _ in found] == ["all-reduce"] * 3 + ["all-gather"]
+    (reduced,), gathered = {size for kind, size in found[:3]}, found[3][1]
+    # Two of them stand in the loop over the layers. Of 2 devices each sends the whole of an
+    # all-reduce, and half of what is gathered.
+    talk = cost.steps["decode"].talk
+    assert talk.calls == 2 * config.num_layers + 2
+    assert talk.link_bytes == (2 * config.num_layers + 1) * reduced + gathered / 2
+
+
+def test_the_page_has_the_tables_of_the_plan():
+    for heading, lines in load("plan").tables().items():
+        table = "\n".join([f"### {heading}", "", *lines, "", ""])
+        assert table in PAGE, f"docs/sharding.md: {heading}: run examples/sharding/plan.py"
+
+
+def test_the_picture_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    example("picture.py", str(tmp_path / "sharding.png"))
+    with (
+        open(tmp_path / "sharding.png", "rb") as drawn,
+        open(ROOT / "docs/sharding.png", "rb") as p,
+    ):
+        assert drawn.read(24) == p.read(24)  # a PNG of the same size
+
+
+def load(name: str):
+    """An example as a module."""
+    folder = ROOT / "examples/sharding"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", folder / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module

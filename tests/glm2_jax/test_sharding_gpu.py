@@ -1,0 +1,41 @@
+"""The shapes of the 6B model, four layers of them, over eight H200s that are not here, compiled."""
+
+import dataclasses
+import importlib.util
+import os
+
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+import pytest
+from jax.experimental import topologies
+
+from glm2_jax import PRESETS, make_mesh
+from tests.support.mesh_shapes import lowered
+from tests.support.program_text import collectives, kinds
+from tests.support.shared_data import shared_path
+
+CONFIG = dataclasses.replace(PRESETS["chatglm2-6b"], num_layers=4)
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no CUDA plugin is installed"
+)
+
+
+@pytest.mark.parametrize(("rows", "quantize"), [(1, None), (8, None), (1, "int8"), (1, "int4")])
+def test_a_step_has_two_all_reduces_a_layer_and_moves_no_weight(rows, quantize):
+    devices = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="h200",
+        topology="1x1x8",
+        target_config=shared_path("h200_target_config.txt").read_text(),
+    ).devices
+    lowering = lowered(CONFIG, make_mesh({"tensor": 8}, devices), quantize, rows, 2048, 1)
+    program = lowering.compile(compiler_options={"xla_gpu_autotune_level": 0})
+    found = collectives(program.as_text())
+    assert kinds(found, True) == {"all-reduce": 2}
+    assert kinds(found, False) == {"all-reduce": 1, "all-gather": 1}  # embedding, logits
+    assert max(one.elements for one in found) == rows * CONFIG.vocab_size
+    # Of weights no more is written to memory than a layer's gate and up, as bfloat16.
+    gate_up = 2 * CONFIG.ffn_hidden_size // 8 * CONFIG.hidden_size * 2
+    print(f"{rows} {quantize}: {program.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB more")
+    assert program.memory_analysis().temp_size_in_bytes < 1.05 * gate_up

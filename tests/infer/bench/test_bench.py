@@ -1,0 +1,474 @@
+"""`python -m infer.bench`: what is counted, what is measured, and what is said of it."""
+
+import argparse
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.loading.folder import open_folder
+from convert.writing.own import convert_folder
+from glm2_jax import GLMConfig, init_params
+from glm2_jax.cli import arguments
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.model import unstack_layers
+from glm2_jax.schemes import SCHEMES
+from infer.bench import __main__ as bench
+from infer.bench import consumer, plot, programs
+from infer.bench import measure as bench_run
+from infer.bench import peer as bench_peer
+from infer.bench import run as suite
+from infer.bench.ceilings import Ceilings, measure_ceilings
+from infer.bench.measure import Result, Shape, Variant, measure_all, work
+from infer.bench.random_params import random_params
+from infer.bench.report import Report, as_json, markdown, render
+from infer.engine.load import demo_folder
+from infer.memory.precision import Precision
+from tests.support.paths import ROOT
+from tests.support.toy import TOY, jit_forward, quantised_shapes, random_tokens
+
+CEILINGS = Ceilings(copy=10e9, read=20e9, matmul={"bfloat16": 2e12, "float32": 1e12})
+CPU = jax.devices("cpu")[0]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Ceilings that were not measured: their own test measures them."""
+    monkeypatch.setattr(suite, "measure_ceilings", lambda device: CEILINGS)
+
+
+@pytest.fixture
+def nothing_measured(monkeypatch):
+    monkeypatch.setattr(suite, "measure_ceilings", lambda device: pytest.fail("measures"))
+
+
+@pytest.fixture(scope="module")
+def toy_config(tmp_path_factory) -> str:
+    raw = dataclasses.replace(TOY, num_layers=2).to_hf()
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    return str(path)
+
+
+def measured(capsys, *args: str, code: int = 0) -> dict:
+    """What `--json` prints."""
+    small = ("--steps", "2", "--repeat", "2", "--json", "--device", "cpu")
+    assert bench.main([*args, *small]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def shapes_of(found: dict) -> list[tuple]:
+    shapes = [(r["variant"], r["shape"]) for r in found["results"]]
+    return [(v["quantisation"], v["layers"], s["batch"], s["prompt"], s["context"])
+            for v, s in shapes]  # fmt: skip
+
+
+def hand_made(**kwargs) -> Report:
+    """A report of two results, the second with a peer."""
+    variant = Variant("float32", "none", "list", 4_000_000)
+    shape = Shape(batch=2, context=100, steps=4)
+    first = Result(Variant("float32", "int8", "list"), Shape(1, prompt=128), 1e6, 4e9, [0.5, 0.25])
+    second = Result(
+        variant, shape, 4e9, 8e9, [0.5, 0.4, 0.9], 2.5, 5_000_000, 6_000_000, {"eager": [0.8, 1.0]}
+    )
+    about = {"device": "some device", "command": "python -m infer.bench --json"}
+    return Report(about, CEILINGS, [first, second], complete=True, **kwargs)
+
+
+# What is counted
+
+
+def test_bytes_and_operations_of_a_step():
+    config = GLMConfig(
+        num_layers=2, vocab_size=10, hidden_size=4, ffn_hidden_size=6, num_heads=2,
+        num_kv_heads=1, head_dim=4, seq_length=64,
+    )  # fmt: skip
+    params = random_params(config, jnp.float32)
+    moved, flops = work(config, params, Shape(batch=3, context=7, steps=5), "cpu")
+    # A layer: q 2*4*4, k and v 4*4 each, o 4*8, gate and up 2*6*4, down 4*6.
+    matrices = 2 * (32 + 16 + 16 + 32 + 48 + 24)
+    vectors = 2 * (4 + 8 + 4 + 4 + 4) + 4
+    keys = 3 * (7 + 3)  # 8, 9, ... 12 of each row
+    assert moved == 4 * (matrices + vectors + 10 * 4 + 3 * 4 + keys * 2 * 2 * 4)
+    assert flops == 2 * 3 * (matrices + 10 * 4) + 4 * 2 * 2 * 4 * keys
+
+
+def test_operations_of_a_prompt():
+    params = random_params(TOY, jnp.float32)
+    _, step = work(TOY, params, Shape(1, context=0), "cpu")
+    _, one = work(TOY, params, Shape(1, prompt=1), "cpu")
+    _, two = work(TOY, params, Shape(1, prompt=2), "cpu")
+    _, four = work(TOY, params, Shape(2, prompt=2), "cpu")
+    head, pair = 2 * 97 * 48, 4 * 3 * 4 * 16
+    assert step == one and four == 2 * two
+    assert two == 2 * (one - head - pair) + head + 3 * pair  # a head for the last, three pairs
+
+
+def test_layouts_count_the_same_and_quantised_ones_less():
+    params, shape = random_params(TOY, jnp.float32), Shape(1, context=8)
+    assert work(TOY, params, shape, "cpu") == work(TOY, unstack_layers(params), shape, "cpu")
+    small = random_params(TOY, jnp.float32, scheme=SCHEMES["int8"])
+    (moved, flops), (less, same) = work(TOY, params, shape, "cpu"), work(TOY, small, shape, "cpu")
+    assert same == flops and less < moved
+    numbers = 3 * (48 * 64 + 2 * 48 * 32 + 48 * 64 + 2 * 80 * 48 + 48 * 80)
+    scales = 3 * (4 * 16 + 2 * 32 + 48 + 160 + 48)
+    assert moved - less == 3 * numbers - 4 * scales
+
+
+# Random parameters
+
+
+@pytest.mark.parametrize("name", [None, *SCHEMES])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_random_params_are_laid_out_as_loaded_ones(name, as_list):
+    params = random_params(TOY, jnp.float32, scheme=SCHEMES.get(name), as_list=as_list, device=CPU)
+    if name is None:
+        expected = jax.eval_shape(lambda: init_params(TOY, jax.random.key(0)))
+        expected = jax.eval_shape(unstack_layers, expected) if as_list else expected
+    else:
+        expected = quantised_shapes(TOY, SCHEMES[name])
+        if not as_list:
+            stack = lambda *one: jax.ShapeDtypeStruct((3, *one[0].shape), one[0].dtype)  # noqa: E731
+            expected = {**expected, "layers": jax.tree.map(stack, *expected["layers"])}
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+    logits, _ = jit_forward(TOY, params, random_tokens(2, 5))
+    assert np.isfinite(logits).all() and np.ptp(logits) > 0
+
+
+def test_random_numbers_are_small_and_all_different():
+    config = dataclasses.replace(TOY, vocab_size=2000)
+    params = random_params(config, jnp.bfloat16)
+    embed, head = (np.asarray(params[name], np.float32) for name in ("embed", "head"))
+    for matrix in (embed, head):
+        assert abs(matrix.mean()) < 1e-3 and matrix.std() == pytest.approx(0.02, rel=0.05)
+        assert len(np.unique(matrix, axis=0)) == len(matrix)
+    assert abs(np.corrcoef(embed.ravel(), head.ravel())[0, 1]) < 0.02
+    assert params["embed"].dtype == jnp.bfloat16
+
+
+# Ceilings
+
+
+def test_ceilings_are_of_this_device():
+    found = measure_ceilings(CPU, array_bytes=2**22, matrix=64, repeats=2)
+    assert 1e6 < found.copy < 1e14 and 1e6 < found.read < 1e14
+    assert set(found.matmul) == {"bfloat16", "float32"} and min(found.matmul.values()) > 1e3
+    assert found.bandwidth == max(found.copy, found.read)
+
+
+def test_a_better_ceiling_replaces_a_disturbed_one():
+    other = Ceilings(copy=11e9, read=1e9, matmul={"bfloat16": 1e12, "float32": 3e12})
+    expected = Ceilings(11e9, 20e9, {"bfloat16": 2e12, "float32": 3e12})
+    assert CEILINGS.better(other) == other.better(CEILINGS) == expected
+
+
+# Measuring
+
+
+def test_the_demo(capsys, quick):
+    found = measured(
+        capsys, "--prompts", "8,2000", "--batches", "2", "--contexts", "8", "--quantize",
+        "none,int8", "--layout", "list",
+    )  # fmt: skip
+    assert shapes_of(found) == [
+        (weights, "list", *shape)
+        for weights in ("int8", "none")  # the smaller ones first
+        for shape in ((1, 8, 0), (2, 0, 8))
+    ]
+    assert found["not_measured"] == [
+        "not measured: 2000 tokens, more than the 1024 that the model knows"
+    ]
+    assert found["complete"] and "infer.bench --prompts 8,2000" in found["about"]["command"]
+    for name in ("device", "host", "versions", "load average", "model"):
+        assert found["about"][name]
+    for result in found["results"]:
+        assert len(result["seconds"]) == 2 and min(result["seconds"]) > 0
+        assert result["compile_s"] > 0 and result["planned"] > 0 and result["peak"] > 0
+        assert result["bytes_per_s"] == result["bytes"] / min(result["seconds"])
+        assert result["of_bandwidth"] == pytest.approx(result["bytes_per_s"] / 20e9)
+        assert result["of_matmul"] == pytest.approx(result["flops_per_s"] / 1e12)
+        assert result["tokens_per_s"] >= result["tokens_per_s_median"] > 0
+
+
+def test_random_weights(capsys, quick, toy_config):
+    found = measured(
+        capsys, "--random", toy_config, "--layers", "1", "--dtypes", "float32,bfloat16",
+        "--quantize", "int4", "--layout", "stacked", "--prompts", "none", "--contexts", "8",
+        "--batches", "1",
+    )  # fmt: skip
+    assert [result["variant"]["dtype"] for result in found["results"]] == ["float32", "bfloat16"]
+    assert shapes_of(found) == [("int4", "stacked", 1, 0, 8)] * 2
+    assert found["about"]["model"] == "config.json, random weights"
+
+
+def test_long_prompts_are_read_in_parts(monkeypatch):
+    monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)
+    compiled = []
+
+    class Compiler(programs.Compiler):
+        def __call__(self, function, *args, donate=None):
+            compiled.append(function.func.__name__)
+            return super().__call__(function, *args, donate=donate)
+
+    compiler = Compiler(CPU)
+    run = programs.prefill(compiler, TOY, random_params(TOY, jnp.float32), 1, 50)
+    assert compiled == ["read", "extend"] and compiler.seconds > 0
+    assert run() > 0 and run() > 0  # the cache of the first is used again
+
+
+class FakePeer:
+    """Answers at once, and writes down when it was asked."""
+
+    modes = ("eager", "compiled")
+
+    def __init__(self, calls: list, fail: str = ""):
+        self.calls, self.fail = calls, fail
+
+    def prepare(self, mode, batch, prompt, context, steps):
+        if mode == self.fail:
+            raise bench_peer.PeerError("transformers: too much")
+        self.calls.append(mode)
+
+    def measure(self):
+        self.calls.append("theirs")
+        return 2.0
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """Our side, which takes a second whatever it does."""
+    calls = []
+
+    def decode(*args):
+        return lambda: calls.append("ours") or 1.0
+
+    monkeypatch.setattr(bench_run, "decode", decode)
+    return calls
+
+
+def run_toy(peer=None, repeats=2) -> Result:
+    variant = Variant("float32", "none", "stacked")
+    shapes = [Shape(1, context=4)]
+    (result,) = measure_all(
+        TOY, random_params(TOY, jnp.float32), variant, shapes, repeats=repeats, peer=peer
+    )
+    return result
+
+
+def test_the_peer_takes_turns(ours):
+    result = run_toy(FakePeer(ours))
+    turns = ["ours", "theirs"] * 2
+    assert ours == ["ours", "eager", *turns, "compiled", *turns]
+    assert result.ratio("eager") == result.ratio("compiled") == 2.0 and not result.problem
+
+
+def test_a_peer_that_fails_does_not_end_it(ours):
+    result = run_toy(FakePeer(ours, fail="eager"))
+    assert list(result.peers) == ["compiled"] and "too much" in result.problem
+    assert result.seconds == [1.0, 1.0]
+    result = run_toy(FakePeer(ours, fail="compiled"), repeats=3)
+    assert list(result.peers) == ["eager"] and len(result.seconds) == 3
+
+
+def test_out_of_memory_leaves_the_rest(capsys, quick, monkeypatch, toy_config):
+    real = bench_run.decode
+
+    def decode(compiler, config, params, batch, context, count):
+        if batch == 2:
+            raise MemoryError
+        return real(compiler, config, params, batch, context, count)
+
+    monkeypatch.setattr(bench_run, "decode", decode)
+    found = measured(
+        capsys, "--random", toy_config, "--prompts", "none", "--contexts", "4", "--batches",
+        "1,2,4", code=5,
+    )  # fmt: skip
+    assert [bool(result["seconds"]) for result in found["results"]] == [True, False, True]
+    assert found["not_measured"] == [
+        "not measured: float32, layers list, decode 2 at 4: out of memory"
+    ]
+
+
+def test_without_the_peer_one_line_says_so(capsys, quick, monkeypatch, toy_config):
+    real = bench_peer.importlib.util.find_spec
+    specs = dict.fromkeys(bench_peer.PEERS["transformers"], "")
+    specs["torch"] = None  # and the others are there
+    monkeypatch.setattr(
+        bench_peer.importlib.util,
+        "find_spec",
+        lambda name: specs[name] if name in specs else real(name),
+    )
+    found = measured(
+        capsys, "--random", toy_config, "--prompts", "none", "--batches", "none", "--peer",
+        "transformers",
+    )  # fmt: skip
+    assert found["not_measured"] == [
+        "not measured: --peer transformers is skipped: torch not installed"
+    ]
+
+
+def test_transformers(capsys, quick, toy_config):
+    pytest.importorskip("torch", reason="the peer is not installed")
+    pytest.importorskip("transformers", reason="the peer is not installed")
+    found = measured(
+        capsys, "--random", toy_config, "--prompts", "8", "--contexts", "8", "--batches", "2",
+        "--quantize", "none,int8", "--peer", "transformers",
+    )  # fmt: skip
+    assert found["not_measured"] == [] and "transformers 5" in found["about"]["peer"]
+    for result in found["results"]:
+        quantised = result["variant"]["quantisation"] != "none"
+        assert list(result["ratios"]) == ([] if quantised else ["eager"])
+        assert all(len(seconds) == 2 for seconds in result["peers"].values())
+
+
+# What is said
+
+
+def test_table_and_paragraphs():
+    report = hand_made()
+    wide = render(report, 200)
+    rows = [line for line in wide.splitlines() if line.startswith("float32  ")]
+    assert len(rows) == 2 and "prefill 1 x 128" in rows[0] and "512" in rows[0]
+    assert "decode 2 at 100" in rows[1] and "50 %" in rows[1] and "6.0 MB" in rows[1]
+    assert "2.00 x as fast as transformers eager, 2.5 tok/s" in wide
+    narrow = render(report, 40)
+    assert max(map(len, narrow.splitlines())) <= 40
+    for text in ("decode 2 at 100", "tok/s", "peak 6.0 MB", "2.5 s", "--json"):
+        assert text in narrow
+
+
+def test_markdown_is_a_table():
+    lines = markdown(hand_made(unmeasured=["a TPU"])).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+    assert "* command: python -m infer.bench --json" in lines and "* not measured: a TPU" in lines
+
+
+def test_what_was_stopped_says_so():
+    report = hand_made()
+    report.complete = False
+    assert "not measured: the rest" in render(report, 100) and not as_json(report)["complete"]
+    nothing = Report({"device": "x"})
+    assert "not measured: the rest" in render(nothing, 80)
+    assert as_json(nothing)["ceilings"] is None and "the rest" in markdown(nothing)
+
+
+def test_the_consumer_preset(capsys, nothing_measured):
+    assert bench.main(["--preset", "consumer"]) == 0
+    text = capsys.readouterr().out
+    for published in ("13.0 GB, 20 tok/s", "8.0 GB, 28 tok/s", "6.0 GB, 35 tok/s"):
+        assert f"published, RTX 3090 24 GB: {published}" in text
+    assert text.count("planned, RTX 3090 24 GB: ") == text.count("measured: nothing") == 3
+    assert "not measured: no accelerator here" in text
+    assert " ".join(text.split()).count(f"--prefill-chunk {consumer.CHUNK} --max-length 4096") == 3
+
+
+def test_the_consumer_preset_keeps_its_goals():
+    """In GB; what CUDA takes is assumed, and comes on top."""
+    for scheme, goal in ((None, 13.3), ("int8", 8.0), ("int4", 5.5)):
+        plan = consumer.plan_for(Precision("bfloat16", scheme))
+        assert plan.total - plan.runtime <= goal * 1e9
+        assert scheme is None or plan.total <= goal * 1e9  # these with CUDA, too
+
+
+def test_the_consumer_preset_with_figures():
+    report = hand_made()
+    text = consumer.render(report, 100)
+    assert "measured, some device: 6.0 MB, 5 tok/s" in text and text.count("nothing") == 2
+    args = argparse.Namespace(device="cpu")
+    assert consumer.wanted(args, "cpu") and consumer.wanted(args, "gpu")
+
+
+def test_a_picture_needs_matplotlib(monkeypatch):
+    def damaged(name):
+        raise ImportError(f"{name}: numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr(plot.importlib, "import_module", damaged)
+    with pytest.raises(UsageError, match=r"pip install 'glm2-jax\[plot\]'") as error:
+        bench.main(["--plot", "roofline.png"])
+    assert "multiarray failed" in error.value.why
+
+
+def test_a_picture_of_nothing_is_refused_at_once(monkeypatch, nothing_measured):
+    monkeypatch.setattr(plot, "check_plot", lambda path: None)
+    with pytest.raises(UsageError, match="nothing to draw"):
+        bench.main(["--preset", "consumer", "--plot", "roofline.png"])
+
+
+def test_forms_are_checked_before_anything_is_measured(tmp_path, nothing_measured):
+    convert_folder(open_folder(demo_folder()), tmp_path / "q8", quantize="int8")
+    argv = ["--model", str(tmp_path / "q8"), "--quantize", "none,int8", "--device", "cpu"]
+    with pytest.raises(UsageError, match="quantised already"):
+        bench.main(argv)
+    with pytest.raises(CheckpointError):
+        bench.main(["--model", str(tmp_path), "--device", "cpu"])
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    path = tmp_path / "roofline.png"
+    arguments.check_plot(str(path))
+    plot.draw(hand_made(), str(path))
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    with pytest.raises(UsageError, match="picture"):
+        arguments.check_plot("roofline.txt")
+
+
+# Usage, and the end
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--layers", "3"], "--layers needs --random"),
+        (["--random", "chatglm2-6b", "--model", "x"], "--model and --random"),
+        (["--random", "x", "--preset", "consumer"], "--random and --preset"),
+        (["--random", "no-such-model"], "--random no-such-model: no such model"),
+        (["--markdown", "no/such/folder/a.md"], "folder does not exist"),
+    ],
+)
+def test_contradictions(args, message):
+    with pytest.raises(UsageError, match=message):
+        bench.main(args)
+
+
+@pytest.mark.parametrize(
+    "args", [["--dtypes", "float31"], ["--quantize", "int2"], ["--prompts", "0"], ["--batches", ""]]
+)
+def test_bad_values(args, capsys):
+    with pytest.raises(SystemExit) as ending:
+        bench.main(args)
+    assert ending.value.code == 2 and args[0] in capsys.readouterr().err
+
+
+def test_help_does_not_start_jax():
+    code = "import sys, infer.bench.__main__ as bench; bench.parser(); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_ctrl_c_shows_what_there_is(toy_config):
+    command = [
+        sys.executable, "-m", "infer.bench", "--random", toy_config, "--prompts", "none",
+        "--contexts", "8", "--batches", "1,2,4,8,16,32,64,128", "--repeat", "100000", "--json",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    while "of weights" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130 and "interrupted" in err
+    assert json.loads(out)["complete"] is False

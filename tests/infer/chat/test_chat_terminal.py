@@ -1,0 +1,239 @@
+"""`python -m infer.chat` on a pseudo-terminal of 20 columns."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+from convert import save_checkpoint
+from glm2_jax import Tokenizer
+from tests.support.engine_toy import TOY, toy_params
+from tests.support.paths import ROOT
+from tests.support.sp_model import sp_model
+
+PATIENCE = 120  # seconds, against hanging alone
+LONG = 30_000  # tokens of an answer that nobody waits for
+
+# Standard input becomes the terminal whose Ctrl-C is a signal for this process.
+ON_A_TERMINAL = """
+import fcntl, runpy, signal, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("infer.chat", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "toy"
+    config = dataclasses.replace(TOY, seq_length=LONG)
+    save_checkpoint(path, config, toy_params(), Tokenizer.from_bytes(sp_model()), source="test")
+    return ["--model", str(path), "--compile-cache", "off", "--greedy", "--loop-stop", "0"]
+
+
+class Terminal:
+    """A chat on a terminal of its own, whose keys are pressed and whose output is read."""
+
+    def __init__(self, *flags: str, **streams):
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+        self.output = ""
+        self._bytes = b""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_A_TERMINAL, *flags],
+            cwd=ROOT,
+            env=os.environ | {"TERM": "xterm", "LC_ALL": "C.UTF-8"},
+            start_new_session=True,
+            **({"stdin": self.slave, "stdout": self.slave, "stderr": self.slave} | streams),
+        )
+
+    def type(self, text: str) -> None:
+        time.sleep(0.2)  # nobody answers a prompt faster
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """Reads until this has been shown; returns everything up to it."""
+        deadline = time.monotonic() + PATIENCE
+        while text.encode() not in self._bytes:
+            assert time.monotonic() < deadline, f"{text!r} is not in {self._bytes!r}"
+            if select.select([self.master], [], [], 1)[0]:
+                self._bytes += os.read(self.master, 65536)
+        shown, _, self._bytes = self._bytes.partition(text.encode())
+        return shown.decode(errors="replace")
+
+    def wait(self) -> int:
+        """The exit code; what is shown meanwhile is read."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if select.select([self.master], [], [], 0.1)[0]:
+                self._bytes += os.read(self.master, 65536)
+        return self.process.wait(timeout=1)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def start():
+    terminals: list[Terminal] = []
+
+    def start(*flags: str, **streams) -> Terminal:
+        terminals.append(Terminal(*flags, **streams))
+        return terminals[-1]
+
+    yield start
+    for terminal in terminals:
+        terminal.close()
+
+
+def echoes(terminal: Terminal) -> bool:
+    return bool(termios.tcgetattr(terminal.slave)[3] & termios.ECHO)
+
+
+def test_a_conversation_with_wide_characters_and_ctrl_c(model, start, tmp_path):
+    terminal = start(*model)
+    terminal.wait_for("/help lists the commands")
+    terminal.wait_for("> ")
+    terminal.type("我很喜欢吃中国的菜，你喜欢吗，谢谢\x7f\x7f\n")
+    terminal.wait_for("compiling decode")
+    terminal.wait_for("\r\n")
+    while not terminal._bytes:  # the first of the answer
+        terminal._bytes = os.read(terminal.master, 65536)
+    terminal.type("\x03")
+    shown = terminal.wait_for("(stopped; Ctrl-C again leaves)")
+    assert "\x1b" not in shown  # the answer is left to the terminal as it is
+    terminal.wait_for("> ")
+    terminal.type("unfinished")
+    terminal.wait_for("unfinished")  # or the terminal would drop it before it is read
+    terminal.type("\x03")  # gives the line up, and is no first one
+    terminal.wait_for("> ")
+    terminal.type("first\\\n")
+    terminal.wait_for(". ")
+    terminal.type("\x03")  # gives up all lines of the question
+    terminal.wait_for("> ")
+    for submitted in ("", "/undoo"):
+        terminal.type("\x03")
+        terminal.wait_for("(Ctrl-C again leaves)")
+        terminal.wait_for("> ")
+        terminal.type(f"{submitted}\n")  # then the next Ctrl-C is a first one again
+        terminal.wait_for("> ")
+    saved = tmp_path / "s.json"
+    terminal.type(f"/save {saved}\n")
+    terminal.wait_for("saved 1 turn")
+    terminal.wait_for("> ")
+    ((question, answer),) = json.loads(saved.read_text())["history"]
+    assert question == "我很喜欢吃中国的菜，你喜欢吗，"
+    assert answer and len(answer) < LONG
+    terminal.type("\x03")
+    terminal.wait_for("(Ctrl-C again leaves)")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("interrupted")
+    assert terminal.wait() == 130 and echoes(terminal)
+
+
+def test_ctrl_c_in_a_reply_and_once_more_leaves(model, start):
+    terminal = start(*model)
+    terminal.wait_for("> ")
+    terminal.type("hi\n")
+    terminal.wait_for("compiling decode")
+    terminal.wait_for("\r\n")
+    while not terminal._bytes:
+        terminal._bytes = os.read(terminal.master, 65536)
+    terminal.type("\x03")
+    terminal.wait_for("(stopped; Ctrl-C again leaves)")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("interrupted")
+    assert terminal.wait() == 130 and echoes(terminal)
+
+
+def test_a_line_that_is_not_utf8(model, start):
+    terminal = start(*model)
+    terminal.wait_for("> ")
+    os.write(terminal.master, b"\xc4\xe3\n")
+    terminal.wait_for("this line is not UTF-8 text")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_only_answers_where_standard_output_is_no_terminal(model, start, tmp_path):
+    with open(tmp_path / "out", "w") as out:
+        terminal = start(*model, "--max-new-tokens", "3", stdout=out)
+        terminal.wait_for("> ")
+        terminal.type("hi\n")
+        terminal.wait_for("cut off")
+        terminal.wait_for("> ")
+        terminal.type("clear\n")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+    written = (tmp_path / "out").read_text()
+    assert written.endswith("\n") and "> " not in written and "\x1b" not in written
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_gives_the_terminal_back(model, start, signum):
+    terminal = start(*model)
+    terminal.wait_for("> ")
+    terminal.process.send_signal(signum)
+    assert terminal.wait() == 143 and echoes(terminal)
+
+
+def test_a_second_ctrl_c_ends_a_reply_that_does_not_stop():
+    code = (
+        "import time\n"
+        "from infer.chat.signals import ChatSignals\n"
+        "signals = ChatSignals()\n"
+        "with signals.replying():\n"
+        "    print('ready', flush=True)\n"
+        "    while not signals.stop: time.sleep(0.01)\n"
+        "    print('seen', flush=True)\n"
+        "    while True: time.sleep(1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "seen\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=PATIENCE) == ("", "interrupted\n")
+    assert process.returncode == 130
+
+
+def test_in_a_pipe_signals_end_it(model):
+    for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "infer.chat", *model],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("computing in")
+        process.send_signal(signum)
+        out, _ = process.communicate(timeout=PATIENCE)
+        assert (out, process.returncode) == ("", code)

@@ -1,0 +1,185 @@
+"""Tables and packed files as rows: CSV, TSV, Parquet, gzip."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+
+from glm2_jax.errors import InputError
+from infer.datasets.index import DataFile
+from infer.evaluate.rows import BadRows, parse_row, read_rows
+from tests.support.training_data import alpaca, open_files, write_rows
+
+ROWS = [
+    alpaca("一加一，等于几？", 'He said "2".\nTwo.', input="", history=[["a", "b"]]),
+    alpaca("Q2", "A2", input=" ", history=None),
+    alpaca("Q3", "A3", input="x,y", history=[]),
+]
+CSV = (
+    ",instruction,input,output,history,weight\r\n"
+    '0,一加一，等于几？,,"He said ""2"".\nTwo.","[[""a"", ""b""]]",1\r\n'
+    "\r\n"
+    '1,Q2," ",A2,,\r\n'
+    '2,Q3,"x,y",A3,[],1\r\n'
+)
+
+
+def messages(path, **options):
+    dataset = open_files([path], **options)
+    return [dataset.messages(int(n)) for n in dataset.first_of_rows()], dataset
+
+
+@pytest.fixture
+def expected(tmp_path):
+    return messages(write_rows(tmp_path / "lines", ROWS))[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "mark"), [("data.csv", ""), ("DATA.CSV", "\ufeff"), ("d.tsv", "")]
+)
+def test_a_table_in_text(tmp_path, expected, name, mark, packed):
+    text = mark + (CSV if name != "d.tsv" else CSV.replace("x,y", "xTy").replace(",", "\t"))
+    if name == "d.tsv":
+        text = text.replace('""\t ""', '"", ""').replace("xTy", "x,y")
+    path = tmp_path / (name + ".gz" * packed)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if packed else data)
+    found, dataset = messages(path)
+    assert found == expected and dataset.unused == {"column 1": 3}
+    assert [dataset.source(int(n)) for n in dataset.first_of_rows()] == [
+        f"{path}:{n}" for n in (2, 5, 6)
+    ]
+    evaluated = BadRows().keep(read_rows(str(path)), parse_row)
+    assert [list(row.messages) for row in evaluated] == expected
+    assert [row.where for row in evaluated] == [f"{path}:{n}" for n in (2, 5, 6)]
+
+
+def test_bad_rows_of_a_table(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text(
+        'instruction,output,train\nQ,A,\nQ,A,1,2\n"Q\nQ",A\nQ,A,no way\nQ,A,0\nQ,"",1\n'
+    )
+    dataset = open_files([path], max_bad=None)
+    assert dataset.bad == [
+        (f"{path}:3", "3 cells, but the header has 3".replace("3 cells", "4 cells") + WHY),
+        (f"{path}:4", f"2 cells, but the header has 3{WHY}"),
+        (f"{path}:6", "train of the row is 'no way': answers are learned or not, write 1 or 0, "
+                      "true or false"),
+        (f"{path}:8", "output is empty"),
+    ]  # fmt: skip
+    assert len(dataset) == 1 and dataset.marked == 1
+
+
+WHY = ": a text with the separator or a line break must be in quotes"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "has no rows\nit is empty"),
+        (b"instruction,output\n", "has no rows\nonly its header is there"),
+        (b"a,b,a\n1,2,3\n", "has the column 'a' twice"),
+        ("instruction,output\n今天天气很好,今天\n".encode("gb18030"), ":2: not UTF-8\n.*GB18030"),
+        ("instruction,output\nQ,A\n".encode("utf-16"), "is not UTF-8 text\nit looks like UTF-16"),
+        (b'instruction,output\n"Q,A\n' + b"x\n" * 40, ":2: not CSV\nfield larger"),
+        (b"instruction,output\nQ," + b"A" * 100, ":2: the line is longer than 60 bytes"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, monkeypatch, data, message):
+    path = tmp_path / "data.csv"
+    path.write_bytes(data)
+    monkeypatch.setattr("train.data.dataset.DataFile", lambda path: DataFile(path, max_row=60))
+    with pytest.raises(InputError, match=message):
+        open_files([path])
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_rows_packed_by_gzip(tmp_path, expected, array):
+    plain = write_rows(tmp_path / "plain", ROWS, array=array)
+    for name in ("data.jsonl.gz", "data"):  # by what they hold, not by their names
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        found, dataset = messages(path)
+        assert found == expected and dataset.source(0) == f"{path}{', row 1' if array else ':1'}"
+        assert dataset.fingerprint == messages(plain)[1].fingerprint
+    for cut in (12, -4):
+        path.write_bytes(gzip.compress(plain.read_bytes())[:cut])
+        with pytest.raises(InputError, match="its gzip data are damaged"):
+            open_files([path])
+
+
+def test_parquet(tmp_path, expected):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "data"
+    rows = [row | {"tools": None, "made": None} for row in ROWS]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found, dataset = messages(path)
+    assert found == expected and dataset.source(0) == f"{path}, row 1" and not dataset.unused
+    talk = {
+        "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", "w": 1}]
+    }
+    none = dict.fromkeys(alpaca())
+    parquet.write_table(pyarrow.Table.from_pylist([talk | none, alpaca()]), path)  # NULLs in both
+    with pytest.raises(InputError, match="row 1 is sharegpt, row 2 is alpaca"):
+        open_files([path])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="it is not a Parquet file"):
+        open_files([path])
+
+
+def test_binary_columns_of_parquet_are_text_or_not_learned(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [alpaca("问".encode(), b"A", picture=b"\x89\xff"), alpaca(b"Q", b"\xff")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data")
+    dataset = open_files([tmp_path / "data"], max_bad=None)
+    assert [message["content"] for message in dataset.messages(0)] == ["问", "A"]
+    assert dataset.unused == {"picture": 1}
+    assert dataset.bad == [(f"{tmp_path / 'data'}, row 2", STRANGE)]
+
+
+STRANGE = "output is not a string: it is of type dict"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04\x14\x00", "a zip archive or an Excel table"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "packed by zstd"),
+        (b"\xfd7zXZ\x00\x00\x04", "packed by xz"),
+        (b"BZh91AY&SY", "packed by bzip2"),
+        (b"ARROW1\x00\x00", "an Arrow file"),
+        (gzip.compress(gzip.compress(b"{}\n")), "packed by gzip twice"),
+    ],
+)
+def test_files_that_have_to_be_converted_first(tmp_path, data, message):
+    for name in ("data.csv", "data.jsonl", "data"):
+        path = tmp_path / name
+        path.write_bytes(data)
+        for read in (lambda path: open_files([path]), lambda path: list(read_rows(str(path)))):
+            with pytest.raises(InputError, match=message) as caught:
+                read(path)
+            assert caught.value.fix
+
+
+def test_parquet_without_its_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1" + b"\0" * 40 + b"PAR1")
+    with pytest.raises(InputError, match="pyarrow is not installed\npip install pyarrow, or write"):
+        open_files([tmp_path / "data.parquet"])
+
+
+def test_evaluation_reads_standard_input(tmp_path):
+    rows = "\n".join(map(json.dumps, ROWS))
+    code = "from infer.evaluate.rows import read_rows; print([w for w, _ in read_rows('-')])"
+    for data, places in ((rows, ["-:1", "-:2", "-:3"]), ("just a text", ["-"])):
+        done = subprocess.run(
+            [sys.executable, "-c", code], input=data, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == str(places), done.stderr

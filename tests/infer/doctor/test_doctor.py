@@ -1,0 +1,346 @@
+"""`python -m infer.doctor`: what it says about made-up machines, and about this one."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glm2_jax.cli.messages import human_size
+from glm2_jax.runtime import probing
+from glm2_jax.runtime.host_memory import Memory
+from glm2_jax.runtime.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Nvidia
+from infer.doctor import __main__ as doctor
+from infer.doctor import checkup, forms
+from infer.doctor.checkup import NOTE, PROBLEM, Report, examine
+from infer.doctor.forms import Model
+from infer.engine.load import demo_folder
+from tests.support.paths import ROOT
+
+GB = 10**9
+CPU = JaxProbe((Device("cpu", "cpu"),))
+PACKAGES = {"glm2-jax": "0.1.0", "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"}
+CUDA12 = {"jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2"}
+CUDA13 = {"jax-cuda13-plugin": "0.10.2", "jax-cuda13-pjrt": "0.10.2"}
+A100 = Gpu("NVIDIA A100-SXM4-40GB", 42 * GB, 41 * GB)
+
+LAPTOP = Machine(
+    packages=PACKAGES,
+    avx=True,
+    jax=CPU,
+    memory=Memory(16 * GB, 10 * GB),
+    disks=(Disk("current folder", ".", 100 * GB), Disk("downloads", "~/hub", 100 * GB)),
+    cache=Cache("/home/me/.cache/glm2-jax/programs", exists=True, programs=3, size=10**6),
+)
+WORKSTATION = dataclasses.replace(
+    LAPTOP,
+    nvidia=Nvidia(on_bus=1, nodes=1, driver="550.54.15", gpus=(A100,)),
+    memory=Memory(64 * GB, 60 * GB),
+)
+
+
+def changed(machine: Machine, **changes) -> Machine:
+    return dataclasses.replace(machine, **changes)
+
+
+def with_gpu(gpu: Gpu = A100, *, capability: str = "8.0", share: float = 0.75) -> Machine:
+    """A workstation whose jax uses its GPU."""
+    device = Device("gpu", gpu.name, int(gpu.total * share), capability)
+    return changed(
+        WORKSTATION,
+        packages=PACKAGES | CUDA12,
+        jax=JaxProbe((device,)),
+        nvidia=dataclasses.replace(WORKSTATION.nvidia, gpus=(gpu,)),
+    )
+
+
+def texts(report: Report, mark: str | None = None) -> str:
+    found = [f for section in report.sections for f in section.findings]
+    return "\n".join(f"{f.text} {f.fix}" for f in found if mark in (None, f.mark))
+
+
+def check(machine: Machine, model: Model | None = None) -> Report:
+    """Examines and renders; what holds of every report is asserted here."""
+    model = model or Model()
+    report = examine(machine, model)
+    for finding in (f for section in report.sections for f in section.findings):
+        assert finding.mark in ("ok", "note", "problem")
+        assert finding.fix or finding.mark != PROBLEM, finding
+    for columns in (40, 100):
+        for line in doctor.render(model, report, columns).splitlines():
+            whole = " do this: " in line or line == f"  {report.command}"
+            # what is longer is one word, such as a path
+            assert len(line) <= columns or whole or " " not in line.strip(), line
+    json.dumps(doctor.as_json(machine, model, report))
+    return report
+
+
+def test_a_laptop_is_offered_the_demo_model():
+    report = check(changed(LAPTOP, memory=Memory(8 * GB, 4 * GB)))
+    assert report.problems == 0 and report.exit_code == 0 and report.best is None
+    assert report.command == "python -m infer.generate --prompt 你好"
+    shown = doctor.render(Model(), report, 100)
+    for form in report.tables[0]:
+        size = human_size(form.needs)
+        assert f"{form.precision.name:<9} {size:>8}  too large" in shown
+    assert "No form of a 6B model fits here" in shown
+
+
+@pytest.mark.parametrize(
+    ("free", "flags"),
+    [
+        (6, "--dtype bfloat16 --quantize int4"),
+        (9, "--dtype bfloat16 --quantize int8"),
+        (15, "--dtype bfloat16"),
+        (26, "--dtype bfloat16"),
+        (28, "--dtype float32"),
+    ],
+)
+def test_memory_decides_the_form_on_a_processor(free, flags):
+    report = check(changed(LAPTOP, memory=Memory(32 * GB, free * GB)))
+    assert report.command == f"python -m infer.generate --model FOLDER {flags} --prompt 你好"
+
+
+def test_a_gpu_beside_a_jaxlib_for_the_processor_only():
+    report = check(WORKSTATION)
+    assert 'python -m pip install "glm2-jax[cuda]"' in texts(report, PROBLEM)
+    assert report.problems == 1 and report.exit_code == 0
+    assert "A100" in texts(report) and "mended" in doctor.render(Model(), report, 100)
+    assert report.best is not None and report.best.place.platform == "cpu"
+
+
+def test_drivers_and_cuda_versions():
+    old = dataclasses.replace(WORKSTATION.nvidia, driver="470.223.02")
+    report = check(changed(WORKSTATION, nvidia=old, packages=PACKAGES | CUDA12))
+    assert "470.223.02 is too old: CUDA 12 needs 525" in texts(report, PROBLEM)
+    report = check(changed(WORKSTATION, packages=PACKAGES | CUDA13))
+    said = texts(report, PROBLEM)
+    assert "too old for the installed CUDA 13" in said and "uninstall -y jax-cuda13-plugin" in said
+    new = dataclasses.replace(WORKSTATION.nvidia, driver="580.65")
+    report = check(changed(WORKSTATION, nvidia=new, packages=PACKAGES | CUDA13))
+    assert "too old" not in texts(report)
+    stale = PACKAGES | CUDA12 | {"jax-cuda12-plugin": "0.9.0"}
+    report = check(changed(WORKSTATION, packages=stale))
+    assert "pip install jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2" in texts(report)
+
+
+def test_a_gpu_that_jax_uses():
+    report = check(with_gpu())
+    assert report.problems == 0 and report.best is not None
+    assert (
+        report.command == "python -m infer.generate --model FOLDER --dtype bfloat16 --prompt 你好"
+    )
+    assert "jax uses it" in texts(report)
+
+
+def test_a_gpu_counts_with_what_our_commands_take_of_it():
+    gpu = Gpu("Tesla T4", 16 * GB, 16 * GB)
+    report = check(with_gpu(gpu, capability="7.5"))
+    assert report.command.startswith("python -m infer.generate --model FOLDER --dtype float16 --p")
+    taken = dataclasses.replace(gpu, free=10 * GB)
+    report = check(with_gpu(taken, capability="7.5"))
+    assert "--dtype float16 --quantize int8 --prompt" in report.command
+    assert "Other programs have taken 6.0 GB of GPU 0" in texts(report, NOTE)
+    chosen = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}  # is left as it is
+    report = check(changed(with_gpu(gpu, share=0.5), variables=chosen))
+    assert report.best is not None and report.best.place.memory == 8 * GB
+    assert report.best.precision.name == "int4"
+
+
+def test_two_gpus_of_which_the_first_is_taken():
+    one, taken = with_gpu(), dataclasses.replace(A100, free=5 * GB)
+    nvidia = dataclasses.replace(one.nvidia, on_bus=2, nodes=2, gpus=(taken, A100))
+    said = texts(check(changed(one, jax=JaxProbe(one.jax.devices * 2), nvidia=nvidia)), NOTE)
+    assert "2 devices; this program uses the first" in said
+    assert "export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1" in said
+
+
+def test_a_container_with_a_limit():
+    machine = changed(WORKSTATION, container=True, nvidia=Nvidia(on_bus=1, driver="550.54.15"))
+    machine = changed(machine, memory=Memory(64 * GB, 60 * GB, 4 * GB, 3 * GB))
+    report = check(machine)
+    assert "limited to 4.0 GB, 3.0 GB of it left" in texts(report, NOTE)
+    assert "docker run --gpus all" in texts(report, PROBLEM)
+    assert report.best is None and report.exit_code == 0
+
+
+def test_what_hides_a_gpu():
+    for name, value in (("JAX_PLATFORMS", "cpu"), ("CUDA_VISIBLE_DEVICES", "")):
+        machine = changed(WORKSTATION, packages=PACKAGES | CUDA12, variables={name: value})
+        report = check(machine)
+        assert "hides the GPU" in texts(report, PROBLEM) and f"unset {name}" in texts(report)
+    variables = {"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}
+    report = check(changed(WORKSTATION, packages=PACKAGES | CUDA12, variables=variables))
+    assert "unset LD_LIBRARY_PATH" in texts(report, PROBLEM)
+    unloaded = changed(WORKSTATION, nvidia=Nvidia(on_bus=1))
+    assert "driver is not loaded" in texts(check(unloaded), PROBLEM)
+    unexplained = changed(WORKSTATION, packages=PACKAGES | CUDA12)
+    assert "see what jax itself says" in texts(check(unexplained), PROBLEM)
+
+
+def test_a_cache_that_cannot_be_written():
+    report = check(changed(LAPTOP, cache=Cache("/root/cache", exists=True, writable=False)))
+    assert "not writable" in texts(report, PROBLEM)
+    assert 'export GLM2_JAX_COMPILE_CACHE="$(mktemp -d)"' in texts(report)
+    assert report.exit_code == 0
+    assert "not kept" in texts(check(changed(LAPTOP, cache=Cache("off"))), NOTE)
+
+
+def test_jax_that_does_not_work():
+    broken = JaxProbe(error="crashed with signal 4 (at: import jax)")
+    report = check(changed(LAPTOP, jax=broken, jax_on_cpu=broken, avx=False))
+    assert report.exit_code == 5 and report.command == "" and report.tables == ()
+    said = texts(report, PROBLEM)
+    assert "signal 4" in said and "python -m venv fresh" in said and "no AVX" in said
+    assert "Nothing can be computed" in doctor.render(Model(), report, 100)
+
+
+def test_jax_that_works_on_the_processor_only():
+    hung = JaxProbe(error="no answer within 180 seconds (at: find devices)", said=("CUDA_ERROR",))
+    machine = changed(WORKSTATION, packages=PACKAGES | CUDA12, jax=hung, jax_on_cpu=CPU)
+    report = check(machine)
+    assert report.exit_code == 0 and "--device cpu" in report.command
+    assert "CUDA_ERROR" in texts(report) and "export JAX_PLATFORMS=cpu" in texts(report)
+    report = check(changed(machine, variables={"JAX_PLATFORMS": "tpu"}))
+    assert "unset JAX_PLATFORMS" in texts(report)
+    small = changed(machine, memory=Memory(4 * GB, 3 * GB))
+    assert check(small).command == "python -m infer.generate --device cpu --prompt 你好"
+
+
+def test_variables_that_jax_cannot_use():
+    for name, error in (
+        ("XLA_FLAGS", "Unknown flag in XLA_FLAGS: --nonsense=1 (at: find devices)"),
+        ("JAX_ENABLE_X64", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+        ("JAX_LOG_LEVEL", 'Invalid value "x" for JAX flag jax_log_level'),
+    ):
+        broken = JaxProbe(error=error)
+        machine = changed(LAPTOP, jax=broken, jax_on_cpu=broken, variables={name: "x"})
+        said = texts(check(machine), PROBLEM)
+        assert f"unset {name}" in said and "fresh" not in said
+
+
+def test_tpus():
+    machine = changed(LAPTOP, tpus=4)
+    assert 'pip install "glm2-jax[tpu]"' in texts(check(machine), PROBLEM)
+    ready = changed(machine, packages=PACKAGES | {"libtpu": "0.0.52"})
+    assert "another program holds it" in texts(check(ready), PROBLEM)
+    hidden = changed(ready, variables={"JAX_PLATFORMS": "cpu"})
+    assert "hides the TPU" in texts(check(hidden), PROBLEM)
+    used = changed(ready, jax=JaxProbe((Device("tpu", "TPU v5 lite", 16 * GB),) * 4))
+    report = check(used)
+    assert (
+        report.problems == 0
+        and report.best is not None
+        and report.best.precision.name == "bfloat16"
+    )
+
+
+def test_a_model_of_its_own():
+    model = doctor._open(doctor.parser().parse_args(["--model", str(demo_folder())]))
+    report = check(changed(LAPTOP, memory=Memory(4 * GB, 2 * GB)), model)
+    assert report.best is not None and report.best.precision.name == "float32"
+    assert report.best.weights == 4 * model.config.num_params
+    spaces = dataclasses.replace(model, folder="my model")
+    assert "--model 'my model' " in forms.command(spaces, report.best)
+
+
+def test_a_folder_that_is_stored_quantised_stays_so():
+    model = Model(folder="int4-folder", scheme="int4-row")
+    report = check(changed(LAPTOP, memory=Memory(64 * GB, 60 * GB)), model)
+    assert report.best is not None and report.best.precision.name == "int4"
+    assert "--dtype bfloat16 --prompt" in report.command and "--quantize" not in report.command
+    names = {form.precision.name: form.flags for form in report.tables[0]}
+    assert names["bfloat16"] == "--dtype bfloat16 --quantize none" and "int8" not in names
+
+
+def test_unknown_memory_and_disks():
+    machine = changed(LAPTOP, memory=Memory(), disks=(Disk("downloads", "~/hub", None),))
+    report = check(machine)
+    assert "free space cannot be told" in texts(report, NOTE) and report.best is None
+    assert "try it" in doctor.render(Model(), report, 100)
+    report = check(changed(LAPTOP, disks=(Disk("downloads", "~/hub", 5 * GB),)))
+    assert "a 6B checkpoint has 12.5 GB" in texts(report, NOTE)
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "infer.doctor", *args],
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+
+def test_this_machine_in_forty_columns():
+    done = run(COLUMNS="40", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Software" and "\x1b" not in done.stdout
+    long = [line for line in lines if len(line) > 40]
+    long = [line for line in long if " " in line.strip()]  # else a word, which stays whole
+    assert all("python -m" in line or "do this" in line or "/" in line for line in long), long
+    assert str(Path.home()) not in done.stdout or len(str(Path.home())) < 2
+
+
+def test_this_machine_as_json_without_importing_jax():
+    code = (
+        "import sys\nfrom infer.doctor.__main__ import main\ncode = main(sys.argv[1:])\n"
+        "assert not {'jax', 'jaxlib'} & set(sys.modules)\nsys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--json", "--model", str(demo_folder())],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["machine"]["jax"]["devices"][0]["platform"] == "cpu"
+    assert found["model"]["parameters"] == 2337600 and found["exit_code"] == 0
+    assert found["best"] == "float32" and "--dtype" in found["command"]
+
+
+def test_a_jax_that_cannot_be_imported(tmp_path):
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("raise ImportError('this jax is damaged')")
+    done = run(PYTHONPATH=str(tmp_path))
+    assert done.returncode == 5 and "this jax is damaged" in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stdout + done.stderr and "Nothing can be computed" in done.stdout
+
+
+def test_variables_of_this_machine():
+    for name, value, told in (
+        ("JAX_PLATFORMS", "rocm", "JAX_PLATFORMS=rocm"),
+        ("XLA_FLAGS", "--nonsense=1", "--nonsense=1"),
+        ("JAX_ENABLE_X64", "maybe", "'maybe'"),
+    ):
+        done = run(**{"JAX_PLATFORMS": "cpu", name: value})
+        assert f"do this: unset {name}" in done.stdout and told in done.stdout, done.stdout
+        assert "AssertionError" not in done.stdout
+
+
+def test_flags():
+    code = (
+        "import sys\nfrom infer.doctor.__main__ import main\n"
+        "try: main(['--help'])\nfinally: print('numpy' in sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and "--json" in done.stdout and done.stderr == "False\n"
+    assert run("--model", "no/such/folder").returncode == 4
+    assert run("--nonsense").returncode == 2
+
+
+def test_main_prints_what_was_probed(monkeypatch, capsys):
+    small = changed(LAPTOP, memory=Memory(8 * GB, 4 * GB))
+    monkeypatch.setattr(probing, "probe", lambda: small)
+    assert doctor.main([]) == 0
+    assert "No form of a 6B model fits here" in capsys.readouterr().out
+    monkeypatch.setattr(probing, "probe", lambda: changed(LAPTOP, jax=JaxProbe(error="no")))
+    assert doctor.main(["--json"]) == checkup.EXIT_DEVICE
+    assert json.loads(capsys.readouterr().out)["problems"] == 1

@@ -1,0 +1,153 @@
+"""The engine on meshes: answers of one device, programs that fit each other, flags and refusals."""
+
+import argparse
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from glm2_jax import make_mesh
+from glm2_jax.cli.flags import mesh_flag
+from glm2_jax.config import PRESETS
+from glm2_jax.errors import UsageError
+from glm2_jax.runtime.buckets import padded_batch
+from glm2_jax.runtime.devices import as_mesh, faster_layers, find_mesh
+from infer.chat.__main__ import main as chat_main
+from infer.engine.placement import Places
+from infer.generate import __main__ as generate
+from infer.memory.budget import Budget, shared
+from infer.memory.plan import make_plan
+from infer.memory.precision import Precision
+from infer.memory.shares import sizes_of
+from tests.support.mesh_process import run
+
+SIX, BF16 = PRESETS["chatglm2-6b"], Precision("bfloat16")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run("tests.support.mesh_engine")
+
+
+def test_meshes_answer_with_the_tokens_of_one_device(found):
+    assert found["devices"] == 8 and found["varied"] == 6
+    assert [case["mesh"] for case in found["cases"]] == [
+        "tensor=8", "tensor=4,data=2", "data=2,fsdp=2,tensor=2", "data=8", "data=2,tensor=4",
+    ]  # fmt: skip
+    for case in found["cases"]:
+        assert case["greedy"] and case["sampled"], case
+
+
+def test_a_batch_that_rows_do_not_divide_is_padded(found):
+    rows = {case["mesh"]: case["rows"] for case in found["cases"]}  # of three prompts
+    assert rows["tensor=8"] == rows["data=2,fsdp=2,tensor=2"] == 4 and rows["data=8"] == 8
+    assert [padded_batch(count, 6) for count in (1, 6, 7, 9)] == [6, 12, 12, 18]
+
+
+def test_nothing_compiles_once_warm_and_the_cache_is_donated(found):
+    for case in found["cases"]:
+        assert case["programs"] == 2 and case["compiled_when_warm"] == 0, case
+        assert case["alias"] >= case["cache"], case
+
+
+def test_a_step_of_the_engine_moves_neither_weights_nor_cache(found):
+    for case in found["cases"]:
+        if "fsdp" in case["mesh"]:
+            continue
+        assert case["layers"] == ({"all-reduce": 2} if "tensor" in case["mesh"] else {}), case
+        assert case["kinds"] == ["all-gather", "all-reduce"], case
+        assert case["largest"] <= case["rows"] * 104, case  # logits; a layer's cache has more
+
+
+def test_conversations_parts_adapters_prefixes_drafts_and_loops(found):
+    assert len(found["ways"]) == 5
+    for name, same in found["ways"].items():
+        assert same, name
+
+
+def test_the_command_line(found):
+    (text, said), (alone, _) = found["command"]
+    assert text == alone and len(text) > 5
+    assert "computing in float32, on 8 devices (tensor=8)" in said
+
+
+def test_meshes_that_make_no_sense_are_told_by_the_command(found):
+    bad = found["bad"]
+    assert {kind for kind, *_ in bad.values()} == {"UsageError"}
+    assert bad["--tp 4"][1:3] == [
+        "The mesh tensor=4 takes 4 devices.", "There are 8 devices, and a mesh takes all of them.",
+    ]  # fmt: skip
+    assert "'x' is no size of tensor" in bad["--mesh data=2,tensor=x"][2]
+    assert "'model' is no axis" in bad["--mesh data=2,model=4"][2]
+
+
+def test_a_mesh_in_python():
+    assert as_mesh("tensor=1").axis_names == as_mesh({"tensor": 1}, "cpu").axis_names
+    mesh = make_mesh({"data": 1})
+    assert as_mesh(mesh) is mesh
+    device = jax.devices()[0]
+    other = Mesh(np.array([device]), ("x",))
+    for bad, kind, words in (
+        ({"model": 1}, None, "makes no sense"),
+        ({"data": 0}, None, "makes no sense"),
+        ({"data": 3}, None, "takes 3 devices"),
+        (7, None, "is no mesh"),
+        (other, None, "with the axes x"),
+        (mesh, "cpu", "contradicts"),
+        ("data=1", device, "takes all of a kind"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            as_mesh(bad, kind)
+
+
+def test_flags_of_a_mesh():
+    flags = generate.parser().parse_args
+    assert find_mesh(flags([])) is None and mesh_flag(flags(["--tp", "2"])) == "tensor=2"
+    assert find_mesh(argparse.Namespace()) is None  # a tool without these flags
+    with pytest.raises(SystemExit):
+        flags(["--tp", "2", "--mesh", "data=2"])
+    with pytest.raises(UsageError, match="not for this command"):
+        chat_main(["--coordinator", "host:1"])
+
+
+def test_layers_of_a_mesh():
+    assert [faster_layers(name, on_mesh=True) for name in ("cpu", "gpu", "tpu")] == [
+        "list", "list", "stacked",
+    ]  # fmt: skip
+
+
+def test_without_a_mesh_nothing_is_placed():
+    places, array = Places(), np.zeros(2)
+    assert places.rows == 1 and places.put(array) is array
+
+
+def test_memory_of_each_device():
+    whole = make_plan(SIX, BF16, 8192, 8, platform="tpu")
+    for sizes, cut, cache_cut in (
+        ({"tensor": 8}, 8, 1), ({"data": 2, "tensor": 4}, 4, 2), ({"tensor": 2}, 2, 2),
+        ({"fsdp": 8}, 8, 8), ({"data": 8}, 1, 8),
+    ):  # fmt: skip
+        plan = make_plan(SIX, BF16, 8192, 8, platform="tpu", mesh=sizes_of(sizes))
+        # Beyond its part a device has norms, and keys and values where two heads are not cut.
+        assert whole.weights / cut <= plan.weights < whole.weights / cut * 1.07, sizes
+        assert plan.cache == whole.cache // cache_cut, sizes
+        assert plan.temporary <= whole.temporary
+    one = make_plan(SIX, BF16, 8192, 1, mesh=sizes_of({"data": 8}))
+    assert one.rows == 8
+
+
+def test_devices_that_a_processor_plays_share_its_memory():
+    budget = shared(Budget("x", "cpu", 8_400_000_000), 8)
+    assert budget.memory == 1_400_000_000
+    assert shared(Budget("x", "gpu", 8), 8).memory == 8
+
+
+def test_the_dry_run_tells_of_each_device(capsys):
+    flags = ["--dry-run", "--config", "chatglm2-6b", "--device", "v5e-1", "--quantize", "int8"]
+    assert generate.main([*flags, "--mesh", "data=2,tensor=4", "--max-length", "2048"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "on 8 devices (v5e-1, data=2,tensor=4)" in text and "sizes are those of each" in text
+    with pytest.raises(UsageError, match="tensor=3") as error:
+        generate.main([*flags, "--tp", "3"])
+    assert "tensor=1, 2, 4, 8, 16, 32" in error.value.fix

@@ -1,0 +1,157 @@
+"""Out of memory at every stage of the real command line: exit code 5 with numbers and advice.
+
+The allocator is capped by RLIMIT_AS from the stage on: XLA:CPU then reports RESOURCE_EXHAUSTED for
+weights and for what a program needs, as a GPU would. Two stages get that report from a stand-in:
+XLA's compiler ends the process where the system gives it nothing, and a step needs too little.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert.random import official_config, write_random
+from glm2_jax.runtime.host_memory import find_memory
+from infer.engine.load import demo_folder
+from tests.support.paths import ROOT
+from tests.support.toy import TOY
+
+resource = pytest.importorskip("resource", reason="this system has no limits of a process")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+
+# python -c DRIVER STAGE flags: `infer.generate` that runs out of memory at a stage.
+DRIVER = """
+import re, resource, sys
+from pathlib import Path
+import jax
+from convert import interrupt
+from infer import loading, programs
+from infer.generate import main
+
+stage = sys.argv.pop(1)
+
+def cap():  # 60 MB more than there is now
+    size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (size + 60_000_000,) * 2)
+
+def fail(*args, **kwargs):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+def before(owner, name, action, when=lambda *args: True):
+    real = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        if when(*args):
+            action()
+        return real(*args, **kwargs)
+    setattr(owner, name, wrapped)
+
+def runs(wanted):
+    return lambda self, name, *rest: name == wanted and not self.tracing
+
+if stage == "load":
+    before(loading, "load_checkpoint", cap)
+elif stage == "compile":
+    before(programs.Programs, "_compile", fail)
+elif stage == "prefill":
+    before(programs.Programs, "call", cap, runs("prefill"))
+else:
+    before(programs.Programs, "call", fail, runs("decode"))
+interrupt.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Small but for its vocabulary, which fills memory at loading, and its heads, at prefill."""
+    folder = tmp_path_factory.mktemp("random")
+    config = TOY.to_hf() | {
+        "num_layers": 1,
+        "padded_vocab_size": 65024,
+        "hidden_size": 256,
+        "ffn_hidden_size": 256,
+        "num_attention_heads": 32,
+        "multi_query_group_num": 2,
+        "kv_channels": 8,
+        "seq_length": 2048,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    raw = official_config(str(folder / "config.json"))
+    write_random(folder / "model", raw, demo_folder())
+    return folder / "model"
+
+
+def generate(*args: str) -> subprocess.CompletedProcess:
+    """The command in a process of its own; its device is the CPU, and it keeps nothing."""
+    command = [*args, "--device", "cpu", "--compile-cache", "off", "--greedy", "--dtype", "fp32"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def check(done: subprocess.CompletedProcess, doing: str) -> None:
+    assert done.returncode == 5, done.stderr
+    what, why, fix = done.stderr.splitlines()[-3:]
+    assert what.startswith(f"error: out of device memory: {doing}")
+    assert re.search(r"Needed: [\d.]+ .B for .*; free: [\d.]+ ", why)
+    assert fix.startswith("What fits: --") or fix.startswith("Nothing of this model fits")
+    assert "Traceback" not in done.stderr and not done.stdout.strip()
+
+
+@pytest.mark.parametrize("stage", ["load", "prefill"])
+def test_a_capped_allocator(stage, model, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("你好" * 700, encoding="utf-8")
+    flags = "--model", str(model), "--prompt-file", str(prompt), "--max-new-tokens", "2"
+    for _ in range(2):  # under a cap native code itself may abort, as was seen once
+        done = generate(sys.executable, "-c", DRIVER, stage, *flags)
+        if done.returncode != -signal.SIGABRT:
+            break
+    check(done, "loading " if stage == "load" else "1 rows, prompts of up to 7")
+    said = "RESOURCE_EXHAUSTED", "Unable to allocate", "Cannot allocate", "cannot be read"
+    assert any(text in done.stderr for text in said)
+
+
+@pytest.mark.parametrize("stage", ["compile", "step"])
+def test_a_device_that_says_that_it_is_full(stage):
+    done = generate(sys.executable, "-c", DRIVER, stage, "--prompt", "x")
+    check(done, "1 rows, prompts of up to")
+    assert "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [(resource.RLIMIT_AS, 1_900_000_000), (resource.RLIMIT_DATA, 400_000_000)]
+)
+def test_limits_under_which_the_compiler_would_end_the_process_are_refused_before(kind, size):
+    code = (
+        "import os, resource, sys\n"
+        f"resource.setrlimit({kind}, ({size}, {size}))\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    done = generate(sys.executable, "-c", code, "-m", "infer.generate", "--prompt", "x")
+    assert done.returncode == 5 and "compiling" not in done.stderr, done.stderr
+    what, why, _ = done.stderr.splitlines()[-3:]
+    assert what.startswith("error: not enough memory: ") and "weights 9.4 MB" in what
+    assert why == "Free on this processor: 400.0 MB."
+
+
+def test_after_a_failure_what_the_process_has_counts_as_free(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 1000 kB\n")
+    (tmp_path / "proc/self/status").write_text("VmRSS:\t 6000 kB\nRssAnon:\t 5000 kB\n")
+    assert find_memory(tmp_path).usable == 1000 * 1024
+    assert find_memory(tmp_path, own=True).usable == 6000 * 1024
+
+
+def test_limits_of_the_process_count(monkeypatch):
+    infinity = resource.RLIM_INFINITY
+    limits = {resource.RLIMIT_AS: infinity, resource.RLIMIT_DATA: infinity}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], infinity))
+    assert find_memory().process_limit is None
+    limits[resource.RLIMIT_DATA] = 4_000_000_000
+    assert find_memory().process_limit == 4_000_000_000
+    limits[resource.RLIMIT_AS] = 5_000_000_000  # less the address space that libraries map
+    assert find_memory().process_limit == 3_500_000_000
+    limits[resource.RLIMIT_AS] = 1_000_000_000
+    assert find_memory().process_limit == find_memory().usable == 0

@@ -1,0 +1,313 @@
+"""A session: the engine's tokens, with only the new part of a prompt read."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+import infer
+from glm2_jax.errors import CheckpointError, DeviceError, InputError, UsageError
+from glm2_jax.text.prompt import build_followup
+from infer.engine import parts
+from infer.engine.params import SamplingParams
+from infer.engine.session import Session
+from tests.support import hurry
+from tests.support.engine_toy import TOY, toy_engine, toy_params, warm_engine
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
+PROMPT = list(range(10, 40))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return toy_engine(share=warm_engine())
+
+
+def finished(events):
+    return next(event.completion for event in events if event.completion)
+
+
+def ask(session, ids, sampling=GREEDY, **kwargs):
+    """The completion, checked against the engine's, and how many tokens were read for it."""
+    completion = finished(session.run(ids, sampling, **kwargs))
+    stats = session.engine.stats
+    assert stats.prefill_tokens + stats.reused_tokens == len(ids)
+    offset = {"row_ids": [kwargs.pop("draw")]} if "draw" in kwargs else {}
+    assert finished(session.engine.run([ids], sampling, **offset, **kwargs)) == completion
+    return completion, stats.prefill_tokens
+
+
+def test_only_what_is_new_is_read(engine):
+    session = Session(engine)
+    first, read = ask(session, PROMPT)
+    assert read == 30
+    assert session.ids == [*PROMPT, *first.output_ids[:-1]]  # the last one was never fed
+
+    grown = [*PROMPT, *first.output_ids, 7, 8, 9]
+    second, read = ask(session, grown)
+    assert read == 1 + 3  # the last token of the answer, and what follows it
+
+    again, read = ask(session, grown)
+    assert again == second and read == 1  # the last token has to be read
+
+    _, read = ask(session, PROMPT)  # both rounds taken back
+    assert read == 1
+
+    edited = [*PROMPT[:20], 99, *PROMPT[21:]]
+    _, read = ask(session, edited)
+    assert read == 10
+    _, read = ask(session, [50, 51])
+    assert read == 2
+
+
+def test_the_same_random_answers_as_the_engine(engine):
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=12, seed=3)
+    session = Session(engine)
+    first, _ = ask(session, PROMPT, sampling)
+    again, read = ask(session, PROMPT, sampling)
+    other, _ = ask(session, PROMPT, sampling, draw=1)
+    assert again == first and read == 1 and other.output_ids != first.output_ids
+
+
+def test_the_repetition_penalty_counts_the_whole_conversation(engine):
+    heavy = SamplingParams(temperature=0, max_new_tokens=10, repetition_penalty=1e6)
+    session = Session(engine)
+    first, _ = ask(session, [5, 6, 7], heavy)
+    grown = [5, 6, 7, *first.output_ids, 300]
+    second, read = ask(session, grown, heavy)
+    assert read == 2
+    assert len({*grown, *second.output_ids}) == 3 + 10 + 1 + 10
+
+
+def test_the_cache_grows_and_nothing_recompiles_once_warm():
+    engine = toy_engine()
+    session = Session(engine)
+
+    def conversation():
+        sizes, ids = [], list(PROMPT)
+        for _ in range(5):
+            completion = finished(session.run(ids, GREEDY))
+            sizes.append(session._cache.size)
+            ids += [*completion.output_ids, 5, 6, 7]
+        return sizes, completion
+
+    sizes, cold = conversation()
+    assert sizes == [64, 64, 128, 128, 128]
+    assert engine.programs.compiled == 5  # extend and decode twice, grow
+    conversation()  # in the large cache from the start
+    warm = engine.programs.compiled
+    counted = []
+
+    def count(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        assert conversation() == ([128] * 5, cold)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert engine.programs.compiled == warm == 5 and not counted
+
+
+def test_up_to_the_last_slot(engine):
+    engine = toy_engine(share=engine, max_length=64)
+    sampling = SamplingParams(temperature=0)
+    session = Session(engine)
+    ask(session, [5] * 20, SamplingParams(temperature=0, max_new_tokens=3))
+    completion, read = ask(session, [*[5] * 20, *[9] * 38], sampling)
+    assert read == 38 and len(completion.output_ids) == 6
+    _, read = ask(session, [*[5] * 20, *[9] * 43], sampling)
+    assert read == 5
+    with pytest.raises(InputError, match="64 tokens"):
+        session.run([5] * 64, sampling)
+    for bad in ([], [640], [5, -1]):
+        with pytest.raises(InputError):
+            session.run(bad, sampling)
+    ask(session, [5] * 20)  # refused prompts leave no trace
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_an_answer_may_be_left_early(engine, steps):
+    session = Session(engine)
+    whole, _ = ask(session, PROMPT)
+    events = session.run(PROMPT, GREEDY)
+    tokens = [next(events).token for _ in range(steps)]
+    events.close()
+    assert tokens == list(whole.output_ids[:steps])
+    _, read = ask(session, [*PROMPT, *tokens, 7, 8])
+    assert read == (2 if steps == 0 else 1 + 2)  # unstarted, the first answer is still there
+
+
+def test_a_new_call_closes_the_one_before(engine):
+    session = Session(engine)
+    old = session.run(PROMPT, GREEDY)
+    next(old)
+    ask(session, PROMPT)
+    assert list(old) == []
+
+
+def in_a_thread(function, *args):
+    """What a call in another thread gives, or raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+def test_an_answer_that_another_thread_reads_is_not_ended(engine):
+    session = Session(engine)
+    whole, _ = ask(session, PROMPT)
+    events = session.run(PROMPT, GREEDY)
+    for _ in range(3):  # not begun, begun, and going on
+        with pytest.raises(UsageError, match="answering in another thread, MainThread"):
+            in_a_thread(session.run, PROMPT, GREEDY)
+        next(events)
+    running, go_on = threading.Event(), threading.Event()
+
+    def reading():
+        running.set()
+        go_on.wait(60)
+        return iter(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_loop", lambda *args: parts())
+        slow = session.run(PROMPT, GREEDY)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(list, slow)  # its generator is executing
+            running.wait(60)
+            with pytest.raises(UsageError, match="Read that answer to its end"):
+                in_a_thread(session.run, PROMPT, GREEDY)
+            for call in (lambda: session.run(PROMPT, GREEDY), session.close):
+                with pytest.raises(UsageError, match="answering in another thread"):
+                    call()  # in the thread that asked, and handed the iterator on
+            go_on.set()
+            assert answer.result() == []
+    assert in_a_thread(ask, session, PROMPT)[0] == whole  # one after the other
+    in_a_thread(next, session.run(PROMPT, GREEDY))
+    session.close()
+    assert in_a_thread(ask, session, PROMPT)[0] == whole
+    in_a_thread(lambda: next(session.run(PROMPT, GREEDY)))  # left by a thread that has ended
+    assert ask(session, PROMPT)[0] == whole
+
+
+LEFT = """
+import threading
+from infer import reading
+from infer.conversation import Conversation
+from infer.left import closed_at_exit
+from infer.params import SamplingParams
+from infer.session import Session
+from tests.engine_toy import toy_engine
+reading.SMALLEST_BUCKET = 256  # one shape, so few programs
+engine, greedy = toy_engine(), SamplingParams(temperature=0)
+left = [
+    engine.run([[5, 6]], greedy),
+    engine.stream(["hi"], temperature=0),
+    engine.stream_chat("hi", temperature=0),
+    Session(engine).run([5, 6], greedy),
+    Conversation(engine, greedy).reply("hi"),
+]
+again = Conversation(engine, greedy)
+again.replace([("hi", "ho")], None)
+left.append(again.retry())
+for iterator in left:
+    next(iterator)
+def busy():
+    yield
+    begun.set()
+    threading.Event().wait()
+begun = threading.Event()
+endless = closed_at_exit(busy())
+threading.Thread(target=list, args=(endless,), daemon=True).start()
+begun.wait()
+print(len(left))
+"""
+
+
+def test_iterators_that_are_left_at_the_end_of_the_program_say_nothing():
+    environment = os.environ | {"XLA_FLAGS": hurry.FLAGS}
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.stdout, done.stderr) == ("6\n", "")
+
+
+def test_an_answer_that_a_stop_string_or_an_end_token_ended(engine):
+    session = Session(engine)
+    plain, _ = ask(session, PROMPT)
+    stop = plain.text[2:4]
+    completion, _ = ask(session, PROMPT, dataclasses.replace(GREEDY, stop=(stop,)))
+    assert completion.finish_reason == "stop"
+    ask(session, [*PROMPT, *completion.output_ids, 7])
+
+    ending = toy_engine(share=engine)
+    ending._stop_ids = (plain.output_ids[4],)
+    session = Session(ending)
+    completion, _ = ask(session, PROMPT)
+    assert completion.finish_reason == "stop"
+    assert session.ids == [*PROMPT, *completion.output_ids]
+    _, read = ask(session, [*PROMPT, *completion.output_ids, 7])
+    assert read == 1
+
+
+def test_after_an_error_everything_is_read_again(engine, monkeypatch):
+    session = Session(engine)
+    ask(session, PROMPT)
+    call, count = engine.programs.call, []
+
+    def full(*args, **kwargs):
+        count.append(1)
+        if len(count) == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(engine.programs, "call", full)
+    with pytest.raises(DeviceError, match="out of device memory: a prompt of 30 tokens"):
+        list(session.run(PROMPT, GREEDY))
+    monkeypatch.undo()
+    assert session.ids == []
+    _, read = ask(session, PROMPT)
+    assert read == 30
+
+
+def test_nan_in_a_later_turn(engine):
+    embed = np.array(toy_params()["embed"])
+    embed[77] = np.nan
+    damaged = toy_engine({**toy_params(), "embed": jax.numpy.asarray(embed)}, share=engine)
+    session = Session(damaged)
+    ask(session, PROMPT)
+    with pytest.raises(CheckpointError, match="NaN or Inf"):
+        list(session.run([*PROMPT, 77, 78], GREEDY))
+    ask(session, PROMPT)
+
+
+def test_the_cache_is_donated(engine):
+    session = Session(engine)
+    ask(session, PROMPT)
+    ask(session, PROMPT)
+    cache = 2 * TOY.num_layers * 64 * TOY.num_kv_heads * TOY.head_dim * 4
+    memory = engine.programs._programs["extend", (1, 64, 64)].memory_analysis()
+    assert memory.alias_size_in_bytes >= cache
+
+
+def test_a_conversation_with_the_demo_model(monkeypatch):
+    monkeypatch.setattr(parts, "SMALLEST_BUCKET", 128)  # one shape, so three programs
+    engine = infer.load(None, dtype="float32", device="cpu", max_length=128)
+    session, sampling = Session(engine), SamplingParams(temperature=0, max_new_tokens=40)
+    ids, new_ids, read = engine.build_prompt("你好"), [16], []
+    for question in ("你是谁？", "早上好", None):
+        completion, new = ask(session, ids, sampling, clean=True)
+        assert completion.finish_reason == "stop" and len(completion.text) > 5
+        read.append(new)
+        if question:
+            follow_up = build_followup(engine.tokenizer, question, len(read) + 1)
+            ids = [*ids, *completion.output_ids, *follow_up]
+            new_ids.append(len(follow_up))
+    # An answer that the end token ended is in the cache as a whole: the questions are all that
+    # has to be read.
+    assert read == new_ids and len(ids) > 1.4 * sum(read)

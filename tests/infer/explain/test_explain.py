@@ -1,0 +1,319 @@
+"""`python -m infer.explain` from a configuration: shapes, parameters, operations, bytes, bounds."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from glm2_jax import PRESETS, GLMConfig, KVCache, Tokenizer, forward, init_params
+from glm2_jax.cli.messages import cut_to_width
+from glm2_jax.errors import CheckpointError, GLMError, InputError, UsageError
+from glm2_jax.model import unstack_layers
+from glm2_jax.text.prompt import build_prompt
+from infer.engine.load import demo_folder
+from infer.explain import report
+from infer.explain import run as explain_run
+from infer.explain.__main__ import main
+from infer.explain.facts import PROMPT, Walk
+from infer.explain.walk import make_walk
+from infer.explain.words import WORDS
+from infer.memory.cards import CARDS
+from infer.memory.plan import make_plan, rate_bound, weight_bytes
+from infer.memory.precision import Precision
+from tests.support.paths import ROOT
+from tests.support.shared_data import shared_path
+
+SIX = PRESETS["chatglm2-6b"]
+BF16 = Precision("bfloat16")
+# As wide as it takes for products to outweigh all else, of which XLA counts a part.
+WIDE = GLMConfig(
+    num_layers=2,
+    vocab_size=640,
+    hidden_size=512,
+    ffn_hidden_size=768,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    seq_length=64,
+)
+SHAPES = {
+    "embed": (1, 17, 4096),
+    "attention.norm": (1, 17, 4096),
+    "attention.q": (1, 17, 32, 128),
+    "attention.k": (1, 17, 2, 128),
+    "attention.v": (1, 17, 2, 128),
+    "attention.rope_q": (1, 17, 32, 128),
+    "attention.rope_k": (1, 17, 2, 128),
+    "attention.cache": (1, 17, 2, 128),
+    "attention.scores": (1, 32, 17, 17),
+    "attention.softmax": (1, 32, 17, 17),
+    "attention.values": (1, 17, 32, 128),
+    "attention.o": (1, 17, 4096),
+    "attention.add": (1, 17, 4096),
+    "mlp.norm": (1, 17, 4096),
+    "mlp.gate_up": (1, 17, 2, 13696),
+    "mlp.act": (1, 17, 13696),
+    "mlp.down": (1, 17, 4096),
+    "mlp.add": (1, 17, 4096),
+    "norm": (1, 17, 4096),
+    "head": (1, 17, 65024),
+}
+
+
+@pytest.fixture(scope="module")
+def walk() -> Walk:
+    cards = [CARDS[name] for name in ("3060", "a100", "h200", "v5e-1")]
+    return make_walk(
+        SIX, BF16, 17, model="chatglm2-6b", prompt=PROMPT, length_from="published", cards=cards
+    )
+
+
+def stage(walk: Walk, name: str, decode: bool = False):
+    stages = (walk.decode if decode else walk.prefill).stages
+    return next(stage for stage in stages if stage.name == name)
+
+
+def test_every_stage_of_the_6b_model_in_order(walk):
+    assert {stage.name: stage.shape for stage in walk.prefill.stages} == SHAPES
+    assert [stage.name for stage in walk.prefill.stages] == list(SHAPES) == list(WORDS)
+    assert [stage.name for stage in walk.decode.stages] == list(SHAPES)
+    for name in ("embed", "attention.o", "mlp.down"):
+        assert stage(walk, name).reference == (17, 1, 4096)
+    assert stage(walk, "mlp.gate_up").reference == (17, 1, 27392)
+    assert stage(walk, "attention.scores", decode=True).shape == (1, 32, 1, 18)
+    assert stage(walk, "attention.cache", decode=True).shape == (1, 18, 2, 128)
+    for found in walk.prefill.stages:
+        assert len(found.axes) == len(found.shape) and found.title_en and found.title_zh
+        assert bool(found.note_en) == bool(found.note_zh) and "{" not in found.note_en
+
+
+def test_parameters_and_the_cache_are_exact(walk):
+    assert walk.prefill.params == walk.decode.params == walk.params == 6_243_584_000
+    layer = sum(stage.params for stage in walk.prefill.stages if stage.in_layer)
+    assert layer == 203_960_832
+    assert walk.cache.per_token == 28 * 1024 and walk.cache.with_full_heads == 448 * 1024
+    assert walk.cache.at_most == 896 * 2**20 and walk.cache.now == 17 * 28 * 1024
+
+
+def test_bytes_are_those_that_the_memory_plan_counts(walk):
+    table = SIX.vocab_size * SIX.hidden_size * 2
+    weights = weight_bytes(SIX, BF16) - table + 17 * 4096 * 2
+    assert walk.prefill.bytes == weights + walk.cache.now
+    plan = make_plan(SIX, BF16, 18)
+    rate = rate_bound(SIX, plan, CARDS["h200"].bandwidth)
+    bound = next(bound for bound in walk.bounds if bound.device == "h200")
+    assert bound.tokens_per_s == pytest.approx(rate, rel=1e-5)
+    quantised = make_walk(SIX, Precision("bfloat16", "int4-row"), 17, model="x")
+    weights = weight_bytes(SIX, Precision("bfloat16", "int4-row")) - table + 4096 * 2
+    assert quantised.decode.bytes == weights + 18 * 28 * 1024
+    assert quantised.decode.flops == walk.decode.flops
+
+
+def test_operations_are_those_of_the_compiled_program():
+    found = make_walk(WIDE, BF16, 16, model="x", batch=2)
+    params = jax.eval_shape(lambda: unstack_layers(init_params(WIDE, jax.random.key(0))))
+
+    def lowered(tokens: int, size: int):
+        ids = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
+        cache = jax.eval_shape(partial(KVCache.zeros, WIDE, 2, size, jnp.float32))
+        return jax.jit(partial(forward, WIDE)).lower(params, ids, cache=cache)
+
+    compiled = lowered(16, 16).compile().cost_analysis()["flops"]
+    assert found.prefill.flops == pytest.approx(compiled, rel=0.02)
+    assert found.decode.flops == pytest.approx(lowered(1, 17).cost_analysis()["flops"], rel=0.02)
+    assert found.prefill.flops == pytest.approx(32 * 2 * (WIDE.num_params - 640 * 512), rel=0.02)
+
+
+def test_operations_of_the_6b_model_are_those_that_xla_counts(walk):
+    params = jax.eval_shape(lambda: unstack_layers(init_params(SIX, jax.random.key(0))))
+    ids = jax.ShapeDtypeStruct((1, 17), jnp.int32)
+    lowered = jax.jit(partial(forward, SIX)).lower(params, ids)
+    assert walk.prefill.flops == pytest.approx(lowered.cost_analysis()["flops"], rel=0.02)
+
+
+def test_bounds_are_the_slower_of_bandwidth_and_arithmetic(walk):
+    by_name = {bound.device: bound for bound in walk.bounds}
+    one = by_name["a100"]
+    assert one.prefill_limit == one.decode_limit == "bandwidth" and one.fits
+    assert one.decode == pytest.approx(walk.decode.bytes / 1555e9)
+    assert one.ridge == pytest.approx(312e12 / 1555e9)
+    unknown = by_name["3060"]  # whose arithmetic could take longer than its bytes, or not
+    assert not unknown.fits and unknown.ridge is None
+    assert unknown.prefill_limit == unknown.decode_limit == "unknown"
+    assert unknown.decode == pytest.approx(walk.decode.bytes / unknown.bandwidth)
+    long = make_walk(SIX, BF16, 1024, model="x", batch=16, cards=[CARDS["a100"]])
+    assert long.bounds[0].prefill_limit == "arithmetic"
+    scores = stage(long, "attention.scores").flops
+    assert scores == stage(long, "attention.values").flops == 2 * 16 * 32 * 1024**2 * 128
+    seen = 28 * 2 * 2 * 16 * 32 * (1024 * 1025 // 2) * 128  # a token sees itself and those before
+    others = long.prefill.flops - 28 * 2 * scores - stage(long, "head").flops * 1023 / 1024
+    assert long.bounds[0].prefill == pytest.approx((others + seen) / 312e12)
+    assert long.prefill.stages[0].shape == (16, 1024, 4096) and math.isfinite(long.decode.intensity)
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
+def test_the_length_of_the_prompt_is_the_published_tokenizers(family):
+    tokenizer = Tokenizer.from_file(shared_path("tokenizer/tokenizer.model"), family=family)
+    for template in {"chatglm2", family, "raw"}:
+        ids = build_prompt(tokenizer, template, PROMPT)
+        assert len(ids) == explain_run.PUBLISHED_LENGTHS[template]
+
+
+@pytest.mark.parametrize("columns", [40, 72, 100, 160])
+def test_the_report_fits_the_terminal(walk, columns):
+    lines = list(report.render(walk, None, columns))
+    assert all(cut_to_width(line, columns) == line for line in lines)
+    text = " ".join(" ".join(lines).split())
+    for words in (
+        "6,243,584,000 parameters",
+        "[1, 32, 17, 17]",
+        "[1, 17, 2, 13696]",
+        "= [1, 17, 27392]",
+        "28 KiB",
+        "448 KiB",
+        "[17, 1, 4096]",
+        "27392 = 2 x 13696",
+        "nothing here was measured",
+    ):
+        assert words in text  # fmt: skip
+    assert ("  queries" in lines[8]) == (columns >= 100)  # a table where there is room
+
+
+def test_devices_stand_side_by_side_as_far_as_there_is_room(walk):
+    many = replace(walk, bounds=walk.bounds * 4)
+    lines = list(report.render(many, None, 72))
+    names = [line.split()[1:] for line in lines if line.startswith("device ")]
+    assert sum(names, []) == [bound.device for bound in many.bounds]
+    assert len(names[0]) > 2 and not [line for line in lines if cut_to_width(line, 72) != line]
+
+
+def test_nothing_of_a_prompt_reaches_the_terminal_as_control(walk):
+    evil = "a\x1b[31mRED\a\x9b\u202eb"
+    text = "\n".join(report.render(replace(walk, prompt=evil, model=evil), None, 100))
+    assert not set(text) & set("\x1b\a\x9b\u202e") and "a\\x1b[31mRED" in text
+
+
+def explained(capsys, *flags: str) -> tuple[str, str]:
+    assert main([*flags, "--compile-cache", "off"]) == 0
+    return capsys.readouterr()
+
+
+def test_the_command_from_a_name(capsys):
+    out, err = explained(capsys, "--config", "chatglm2-6b", "--json", "--device", "v5e", "H200")
+    found = json.loads(out)
+    assert err == "" and found["values"] is None
+    assert [bound["device"] for bound in found["walk"]["bounds"]] == ["v5e-1", "h200"]
+    assert found["walk"]["length"] == 17 and found["walk"]["length_from"] == "published"
+    assert found["walk"]["prefill"]["stages"][-1]["shape"] == [1, 17, 65024]
+    out, _ = explained(
+        capsys, "--config", "chatglm2-6b-int4", "--batch", "16", "--length", "128", "--json"
+    )
+    found = json.loads(out)["walk"]
+    assert found["weights_in"] == "int4" and found["prompt"] is None
+    assert found["prefill"]["stages"][0]["shape"] == [16, 128, 4096]
+    out, _ = explained(capsys, "--config", "chatglm3-6b", "--template", "chatglm2", "--json")
+    assert json.loads(out)["walk"]["length"] == 17
+    out, err = explained(capsys, "--config", "codegeex2-6b")
+    assert "a prompt of 128 ids is taken" in err and "a prompt: 128 ids, an example" in out
+
+
+def without_weights(folder: Path) -> Path:
+    for name in ("config.json", "tokenizer.model"):
+        (folder / name).write_bytes((demo_folder() / name).read_bytes())
+    return folder
+
+
+def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, capsys):
+    folder = without_weights(tmp_path)
+    for content in (None, b"version https://git-lfs.github.com/spec/v1\n"):
+        if content:
+            (folder / "model.safetensors").write_bytes(content)
+        out, err = explained(capsys, "--model", str(folder), "--json")
+        found = json.loads(out)
+        assert "holds no weights: shapes and costs alone" in err and found["values"] is None
+        assert (found["walk"]["length"], found["walk"]["length_from"]) == (16, "tokenizer")
+    for content in (b"", bytes(2000)):  # damaged is not the same as absent
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            main(["--model", str(folder)])
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {"x": "model-1.safetensors"}}')
+    with pytest.raises(CheckpointError, match="lacks 1 of 1 shards"):
+        main(["--model", str(folder)])
+    (folder / "tokenizer.model").unlink()  # it is not needed to explain a length
+    assert json.loads(explained(capsys, "--model", str(folder), "--length", "9", "--json")[0])
+    index.unlink()
+    with pytest.raises(UsageError, match="length of this prompt is not known"):
+        main(["--model", str(folder), "--prompt", "hello"])
+    assert json.loads(explained(capsys, "--model", str(folder), "--length", "9", "--json")[0])
+
+
+def bad(*flags: str) -> GLMError:
+    with pytest.raises(GLMError) as found:
+        main([*flags])
+    return found.value
+
+
+def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    error = bad("--config", "chatglm2-6B")
+    assert isinstance(error, CheckpointError) and "did you mean chatglm2-6b?" in error.what
+    assert "codegeex2-6b" in error.fix
+    for flags, what in (
+        (["--config", "chatglm2-6b", "--model", "x"], "each name a model"),
+        (["--config", "chatglm2-6b", "--prompt", "hello"], "length of this prompt is not known"),
+        (["--config", "codegeex2-6b", "-p", PROMPT], "length of this prompt is not known"),
+        (["--config", "chatglm2-6b", "--template", "chatglm3"], "'chatglm3' is not possible"),
+        (["--config", "chatglm2-6b", "--heads", "0:0"], "--heads: without effect"),
+        (["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max-new-tokens"),
+        (["--heads", "0:0,4:0"], "--heads 4:0: there is no such head"),
+        (["--heads", "0:8"], "--heads 0:8: there is no such head"),
+    ):
+        error = bad(*flags)
+        assert isinstance(error, UsageError) and what in error.what
+    for flags, what in (
+        (["--prompt", "好" * 2000], "leaves no room for an answer"),
+        (["--config", "chatglm2-6b", "--length", "32768"], "32,768 ids"),
+        (["--prompt", " "], "empty prompt"),
+    ):
+        error = bad(*flags)
+        assert isinstance(error, InputError) and what in error.what
+    monkeypatch.setattr(explain_run, "find_subject", lambda args: 1 / 0)
+    (tmp_path / "file").write_text("x")
+    assert "written to a file" in bad("--html", "-").what
+    for page in ("", "none/page.html", "file/page.html"):
+        assert isinstance(bad("--html", str(tmp_path / page)), InputError)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # trying leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--device", "h20"], "did you mean h200?"),
+        (["--device", "abacus"], "known: 3060"),
+        (["--heads", "0-0"], "write LAYER:HEAD"),
+        (["--top-k", "21"], "more than 20"),
+        (["--length", "9" * 20], "99999999999999999999 ids are more than any model reads"),
+        (["--width", "3"], "too few"),
+        (["--prompt", "x", "--length", "3"], "not allowed with"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        main(flags)
+    assert ending.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys; from infer.explain.__main__ import parser; parser().format_help();"
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,275 @@
+"""`--dry-run`, `--memory-limit`, and what is said where memory runs out."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import infer
+from convert.layouts.hf_config import native_config
+from convert.loading.folder import open_folder
+from convert.writing.own import convert_folder
+from glm2_jax import PRESETS
+from glm2_jax.cli import arguments
+from glm2_jax.errors import CheckpointError, DeviceError, UsageError
+from glm2_jax.runtime.machine import Gpu, Nvidia
+from infer.engine import load
+from infer.engine.load import demo_folder
+from infer.generate.__main__ import main, parser
+from infer.memory import budget
+from infer.memory.budget import Budget, Wish, set_gpu_share, settle
+from infer.memory.plan import make_plan
+from infer.memory.precision import Precision
+from tests.support.paths import ROOT
+
+GB = 10**9
+SIX = PRESETS["chatglm2-6b"]
+BF16 = Precision("bfloat16")
+
+
+def dry(capsys, *args: str) -> tuple[int, str]:
+    code = main(["--dry-run", *args])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [44, 78, 200])
+def test_the_table_fits_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out = dry(capsys, "--config", "chatglm2-6b", "--device", "3090")
+    assert code == 0 and max(map(len, out.splitlines())) <= columns
+    assert "24.5 GB to use, 936 GB/s" in " ".join(out.split())
+    assert "not a measurement" in " ".join(out.split())
+    assert "bfloat16 32,768" in " ".join(out.split())
+    for name in ("float32", "bfloat16", "int8", "int4"):
+        assert name in out
+
+
+def test_the_json_has_the_same_plans(capsys):
+    code, out = dry(
+        capsys, "--config", "chatglm3-6b", "--device", "h200", "--json", "--max-length", "4096"
+    )
+    found = json.loads(out)
+    assert code == 0 and found["fits"] is True and found["bandwidth"] == 4.8e12
+    assert len(found["plans"]) == 4 * 2
+    plan = next(p for p in found["plans"] if (p["quantize"], p["batch"]) == ("int8", 8))
+    want = make_plan(PRESETS["chatglm3-6b"], Precision("bfloat16", "int8"), 4096, 8)
+    assert plan["total"] == want.total and plan["weights"] == want.weights
+    assert plan["tokens_per_second_bound"] > 1000 and plan["speculate"] == 0
+
+
+def test_drafts_are_in_the_plans(capsys):
+    flags = "--config", "chatglm2-6b", "--device", "3090", "--json"
+    _, plain = dry(capsys, *flags)
+    _, drafting = dry(capsys, *flags, "--speculate", "32")
+    for one, other in zip(json.loads(plain)["plans"], json.loads(drafting)["plans"], strict=True):
+        assert other["speculate"] == 32 and one["temporary"] <= other["temporary"]
+        if one["batch"] == 8:
+            assert other["temporary"] >= 10 * 8 * 33 * SIX.vocab_size * 4
+
+
+def test_drafts_are_in_the_check_of_the_start(monkeypatch):
+    wishes: list[Wish] = []
+    monkeypatch.setattr(budget, "settle", lambda _, wish, __: wishes.append(wish) or 1 / 0)
+    for flags, columns in (((), 1), (("--speculate", "7"), 8)):
+        args = parser().parse_args(["--prompt", "x", "--device", "cpu", *flags])
+        with pytest.raises(ZeroDivisionError):
+            budget.prepare(args, demo_folder())
+        assert wishes.pop().columns == columns
+
+
+def test_nothing_fits_is_an_exit_code(capsys):
+    code, out = dry(capsys, "--config", "chatglm2-6b", "--device", "t4", "--memory-limit", "3")
+    assert code == 5 and "int4 none" in " ".join(out.split())
+    code, out = dry(
+        capsys, "--config", "chatglm2-6b", "--device", "t4", "--dtype", "fp16", "--quantize", "int4"
+    )
+    assert code == 0 and "float16" not in out.split("longest")[0] and "bfloat16" not in out
+
+
+def test_a_config_file_and_a_folder(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    config = dataclasses.replace(SIX, num_layers=2, seq_length=1024)
+    file.write_text(json.dumps(config.to_hf()))
+    code, out = dry(capsys, "--config", str(file), "--device", "4090", "--json")
+    assert code == 0 and {p["context"] for p in json.loads(out)["plans"]} == {1024}
+    _, out = dry(capsys, "--model", str(demo_folder()), "--device", "4090")
+    assert "2.3 million parameters" in out
+    code, out = dry(capsys, "--model", str(demo_folder()), "--device", "4090", "--json")
+    assert code == 0 and json.loads(out)["parameters"] == 2337600
+    flags = "--config", str(file), "--device", "4090", "--json"
+    _, official = dry(capsys, *flags)
+    file.write_text(json.dumps(native_config(config, "float16", (2,))))
+    assert json.loads(dry(capsys, *flags)[1]) == json.loads(official)
+    file.write_text(json.dumps(native_config(config, "float16", (2,)) | {"attention_bias": False}))
+    with pytest.raises(CheckpointError, match="attention_bias"):
+        main(["--dry-run", *flags])
+    file.write_text("[]")
+    for bad in (str(file), str(tmp_path / "none"), str(tmp_path)):
+        with pytest.raises(CheckpointError):
+            main(["--dry-run", "--config", bad])
+    file.write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        main(["--dry-run", "--config", str(file)])
+
+
+def test_flags_that_do_not_go_together():
+    with pytest.raises(UsageError, match="goes with --dry-run"):
+        main(["--config", "chatglm2-6b", "--prompt", "x"])
+    with pytest.raises(UsageError, match="--device 3090 goes with --dry-run"):
+        main(["--device", "3090", "--prompt", "x"])
+    with pytest.raises(UsageError, match="each name a model"):
+        main(["--dry-run", "--config", "chatglm2-6b", "--model", "x"])
+    with pytest.raises(UsageError, match="knows 32768 positions"):
+        main(["--dry-run", "--config", "chatglm2-6b", "--max-length", "40000"])
+    for flags, what in (
+        (["--max-length", "0"], "max_length"),
+        (["--max-length", "1"], "--max-length 1 is too short"),
+        (["--config", "chatglm2-6b-int4", "--quantize", "int8"], "quantised already"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            main(["--dry-run", *flags])
+
+
+def test_a_quantised_folder_is_not_planned_to_be_quantised(tmp_path):
+    folder = open_folder(demo_folder())
+    convert_folder(folder, tmp_path / "q4", quantize="int4")
+    with pytest.raises(UsageError, match="quantised already") as error:
+        main(["--dry-run", "--model", str(tmp_path / "q4"), "--quantize", "int8"])
+    assert error.value.exit_code == 2
+
+
+def test_flags_that_the_plan_is_without_are_named(capsys):
+    flags = "--config", "chatglm2-6b", "--device", "3090", "--json"
+    assert main(["--dry-run", *flags]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["--dry-run", *flags, "--prompt", "x", "--adapter", "y"]) == 0
+    assert capsys.readouterr().err.endswith("without: --prompt, --adapter\n")
+
+
+def test_weights_that_differ_in_their_dtype_alone_are_told_apart(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    flags = "--config", "chatglm2-6b", "--device", "cpu", "--memory-limit", "64"
+    _, out = dry(capsys, *flags, "--quantize", "int4", "--quantize-embeddings")
+    names = [f"{dtype}:int4+embeddings" for dtype in ("float32", "bfloat16")]
+    table = out.split("\n\n")[1].splitlines()
+    assert {line.split()[0] for line in table[1:]} == set(names)
+    assert len({len(line) for line in table}) == 1
+    assert all(f"{name} 32,768" in out for name in names)
+    for columns in ("60", "90"):
+        monkeypatch.setenv("COLUMNS", columns)
+        _, out = dry(capsys, *flags, "--quantize", "int4", "--quantize-embeddings")
+        assert max(map(len, out.splitlines())) <= int(columns) and names[0] in out
+
+
+def test_no_device_is_started():
+    code = (
+        "import sys\nfrom infer.generate import main\n"
+        "from infer.memory import compiler\n"
+        "compiler.installed = lambda: False\n"
+        "code = main(['--dry-run', '--config', 'chatglm2-6b', '--device', 'v5e-1'])\n"
+        "assert 'jax' not in sys.modules\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sizes_of_memory():
+    assert arguments.memory_size("8") == 8 * GB and arguments.memory_size("1.5") == 1.5 * GB
+    assert arguments.memory_size("500 MB") == 5e8 and arguments.memory_size("1GiB") == 2**30
+    for bad in ("", "x", "-1", "0", "nan", "inf", "1e99"):
+        with pytest.raises(argparse.ArgumentTypeError, match=repr(bad)):
+            arguments.memory_size(bad)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(infer, "load", lambda *args, **kwargs: pytest.fail("loaded"), raising=False)
+    common = "--prompt", "x", "--compile-cache", "off", "--device", "cpu"
+    with pytest.raises(DeviceError, match="--memory-limit allows 1.0 MB") as error:
+        main([*common, "--memory-limit", "1MB"])
+    assert error.value.exit_code == 5 and "weights 4.7 MB" in error.value.what
+    assert "jax itself 400.0 MB" in error.value.what
+    with pytest.raises(UsageError, match="--max-length 99999 is more than the model has"):
+        main([*common, "--max-length", "99999"])
+
+
+def limited(memory: int) -> Budget:
+    return Budget("a card", "gpu", memory, limited=True)
+
+
+def test_a_default_context_is_made_shorter_but_not_one_that_was_asked_for():
+    wish = Wish(SIX, (BF16,), 32768, 8)
+    told: list[str] = []
+    plan = settle(limited(18 * GB), wish, told.append)
+    assert plan.context < 32768 and plan.total <= 18 * GB and "memory for" in told[0]
+    asked = dataclasses.replace(wish, fixed_context=True)
+    with pytest.raises(DeviceError) as error:
+        settle(limited(18 * GB), asked, told.append)
+    text = str(error.value)
+    assert "--memory-limit allows 18.0 GB" in text and "32,768 tokens x 8" in text
+    assert "--dtype bfloat16 --quantize int4" in text and f"--max-length {plan.context}" in text
+    assert "--batch-size" in text and len(text.splitlines()) == 3
+    with pytest.raises(DeviceError, match="a larger device is needed"):
+        settle(limited(2 * GB), wish, told.append)
+    assert settle(Budget("a card", "gpu", None), wish, told.append).context == 32768
+
+
+def test_float32_gives_way_where_it_does_not_fit():
+    choices = Budget("cpu", "cpu", 16 * GB).precisions(None, "auto", None)
+    plan = settle(Budget("cpu", "cpu", 16 * GB), Wish(SIX, choices, 8192), print)
+    assert plan.precision == BF16
+
+
+def test_the_share_of_a_gpu_comes_from_the_plan():
+    gpu = Gpu("NVIDIA GeForce RTX 3090", 24 * 2**30, 23 * 2**30)
+    here = Budget("a card", "gpu", 22 * 2**30, present=gpu)
+    plan = make_plan(SIX, Precision("bfloat16", "int4"), 8192)
+    environment: dict[str, str] = {}
+    share = set_gpu_share(here, plan, environment)
+    assert share is not None and environment == {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
+    assert (plan.total - plan.runtime) / gpu.total < share < 0.3
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        environment = {name: "x"}  # the user's own
+        assert set_gpu_share(here, plan, environment) is None and environment == {name: "x"}
+    large = make_plan(SIX, BF16, 32768, 64)
+    assert set_gpu_share(here, large, {}) == pytest.approx(0.95, abs=0.002)
+    assert set_gpu_share(Budget("this processor", "cpu", GB), plan, {}) is None
+
+
+def test_the_device_that_is_here(monkeypatch):
+    gpu = Gpu("NVIDIA GeForce RTX 4090", 24 * 2**30, 20 * 2**30)
+    monkeypatch.setattr(budget, "find_nvidia", lambda: Nvidia(gpus=(gpu,)))
+    monkeypatch.setattr(budget, "_jax_may_use", lambda platform: True)
+    found = budget.find_budget("auto")
+    assert (found.platform, found.memory, found.bandwidth) == ("gpu", 20 * 2**30, 1.008e12)
+    assert budget.find_budget("cpu").platform == "cpu"
+    assert budget.find_budget("auto", 5 * GB).memory == 5 * GB
+    monkeypatch.setattr(budget, "find_nvidia", Nvidia)
+    monkeypatch.setattr(budget, "count_tpus", lambda: 4)
+    assert budget.find_budget("auto").platform == "tpu"
+
+
+def test_out_of_memory_while_loading_says_what_fits(monkeypatch):
+    for error in (
+        MemoryError("Unable to allocate 9 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+    ):
+
+        def full(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(load, "load_checkpoint", full)
+        with pytest.raises(DeviceError) as caught:
+            infer.load(device="cpu")
+        what, why, fix = str(caught.value).splitlines()
+        assert what.startswith("out of device memory: loading") and caught.value.exit_code == 5
+        assert "Needed: " in why and "free: " in why and str(error) in why
+        assert fix.startswith("What fits: ") and "--dtype bfloat16" in fix
+
+
+def test_help_names_the_cards():
+    text = parser().format_help()
+    assert "--dry-run" in text and "v5e-1" in text and "not measured" in " ".join(text.split())

@@ -1,0 +1,94 @@
+"""What `--dry-run` says of a compiler's own figures for a TPU that is not here."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from glm2_jax import PRESETS
+from infer.generate.__main__ import main
+from infer.memory import compiler
+from infer.memory.cards import CARDS
+from infer.memory.compile_for import peak_bytes
+from infer.memory.plan import cache_bytes, make_plan, weight_bytes
+from infer.memory.precision import Precision
+from infer.memory.shares import abstract_params
+
+SIX = PRESETS["chatglm2-6b"]
+SMALL = dataclasses.replace(
+    SIX, num_layers=1, vocab_size=1024, hidden_size=256, ffn_hidden_size=512, num_heads=4
+)
+FULL = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, 24.13G exceeds "
+    "15.75G. HLO module: jit_forward.\nSee elsewhere."
+)
+BF16 = Precision("bfloat16")
+
+
+def dry(capsys, *args: str) -> str:
+    assert main(["--dry-run", "--config", "chatglm2-6b", "--device", "v5e-1", *args]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_without_the_compiler_one_line_says_where_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(compiler, "installed", lambda: False)
+    monkeypatch.setattr(compiler, "_run", lambda request: pytest.fail("asked"))
+    assert dry(capsys).count("pip install 'glm2-jax[tpu-compile]'") == 1
+    assert json.loads(dry(capsys, "--json"))["compiled"] == []
+    assert main(["--dry-run", "--config", "chatglm2-6b", "--device", "3090"]) == 0
+    assert "tpu-compile" not in capsys.readouterr().out
+
+
+def test_the_figures_stand_beside_the_plan(capsys, monkeypatch):
+    asked = []
+
+    def run(request):
+        asked.append(request)
+        if request["dtype"] == "float32":
+            return {"peak": {}, "error": FULL}
+        return {"peak": {"step": 7 * 10**9, "prompt": 8 * 10**9}}
+
+    monkeypatch.setattr(compiler, "installed", lambda: True)
+    monkeypatch.setattr(compiler, "_run", run)
+    text = dry(capsys, "--max-length", "4096", "--prefill-chunk", "512")
+    planned = make_plan(SIX, BF16, 4096, platform="tpu", chunk=512).total / 1e9
+    assert f"bfloat16, 4,096 tokens: step 7.0 GB, prompt 8.0 GB; planned {planned:.1f} GB" in text
+    assert "float32, 4,096 tokens: does not fit, Ran out of memory on HBM, 24.13G exceeds" in text
+    assert "15.75G; planned" in text and "E1000" not in text and "HLO module" not in text
+    assert [request["programs"] for request in asked] == [{"step": 1, "prompt": 512}] * 4
+    assert asked[0]["topology"] == "v5e:1x1" and asked[0]["slots"] == 4096
+    found = json.loads(dry(capsys, "--json", "--quantize", "int8", "--memory-limit", "7.8"))
+    (one,) = found["compiled"]
+    assert one["quantize"] == "int8" and one["prompt_peak"] == 8 * 10**9
+    assert one["fits"] is False  # there is room on the card, but not in what the user allows
+
+
+def test_a_compiler_that_dies_is_told_of_and_decides_nothing(monkeypatch):
+    monkeypatch.setattr(compiler, "_MODULE", "infer.memory.no_such_module")
+    verdict = compiler.ask(SMALL, make_plan(SMALL, BF16, 64), "v5e-1", None, 64)
+    assert verdict.fits is None and "no_such_module" in verdict.problem
+    assert (verdict.step, verdict.prompt) == (None, None)
+
+
+def test_only_cards_with_a_topology_are_asked_about():
+    assert compiler.knows("v5e-1") and not compiler.knows("3090") and not compiler.knows("cpu")
+    assert {card.platform for card in CARDS.values() if card.topology} == {"tpu"}
+
+
+def test_the_peak_of_a_program_holds_weights_and_cache():
+    (device,) = jax.devices("cpu")[:1]
+    fixed = weight_bytes(SMALL, BF16) + cache_bytes(SMALL, 4, 128, 2)
+    assert fixed < peak_bytes(SMALL, BF16, 128, 2, 1, device) < fixed + 20e6
+    layers = abstract_params(SMALL, BF16, stacked=False)["layers"]
+    assert len(layers) == 1 and layers[0]["down"].shape == (256, 512)
+
+
+@pytest.mark.skipif(not compiler.installed(), reason="libtpu is not installed")
+def test_the_real_compiler_answers_and_refuses():
+    verdict = compiler.ask(SMALL, make_plan(SMALL, BF16, 128), "v5e-1", None, 64)
+    assert verdict.fits and not verdict.problem
+    assert verdict.step is not None and verdict.step >= weight_bytes(SMALL, BF16)
+    float32 = make_plan(SIX, Precision("float32"), 2048)
+    verdict = compiler.ask(SIX, float32, "v5e-1", None, 2048)
+    assert verdict.fits is False and "exceeds" in verdict.problem and verdict.step is None

@@ -1,0 +1,313 @@
+"""`python -m infer.selftest`: sound models pass, damaged ones fail in the right line."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import infer
+from convert.random import official_config, write_random
+from glm2_jax import DeviceError, Tokenizer
+from infer.engine.load import demo_folder
+from infer.engine.programs import Programs
+from infer.selftest import __main__ as selftest
+from infer.selftest import checks, known
+from infer.selftest.checks import Check
+from tests.support.checkpoints import TINY, tiny_config, write_official
+from tests.support.paths import ROOT
+from tests.support.shared_data import shared_file
+from tests.support.sp_model import sp_model
+
+LINES = 35  # a report must stay fit to paste
+
+PROGRAMS: dict[Hashable, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def share_programs(monkeypatch):
+    """Models of one configuration share what was compiled: it depends on shapes alone."""
+    real = infer.load
+
+    def load(*args, **kwargs):
+        engine = real(*args, **kwargs)
+        key = (engine.config, engine.checkpoint.summary.dtype, kwargs.get("layers"))
+        engine.programs = PROGRAMS.setdefault(key, engine.programs)
+        engine.executor.programs = engine.programs
+        return engine
+
+    monkeypatch.setattr(infer, "load", load, raising=False)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """A random checkpoint, of which nothing is known."""
+    return write_official(tmp_path_factory.mktemp("models") / "toy", TINY)
+
+
+@pytest.fixture
+def demo_copy(tmp_path) -> Path:
+    return Path(shutil.copytree(demo_folder(), tmp_path / "copy"))
+
+
+def report(capsys, *args: str, code: int = 0) -> str:
+    """Runs the command in this process; its report, checked for what every report must hold."""
+    assert selftest.main([*args, "--compile-cache", "off"]) == code
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= LINES and text.startswith("glm2-jax selftest\nmodel ")
+    return text
+
+
+def lines(text: str, status: str) -> list[str]:
+    """The names of the checks with a status."""
+    found = [line for line in text.splitlines() if line.startswith(f"{status} ")]
+    return [line.removeprefix(status).strip().split("  ")[0] for line in found]
+
+
+def damage(folder: Path, name: str, change) -> None:
+    """Rewrites one tensor of a folder in our own format."""
+    path = folder / "model.safetensors"
+    tensors = {key: np.array(value) for key, value in load_file(path).items()}
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path)
+
+
+def test_the_demo_passes(capsys):
+    text = report(capsys)
+    names = ["files", "parameters", "shapes", "finite", "prompt ids", "cache"]
+    assert lines(text, "pass") == names + ["first token", "answer"] * 3
+    assert "result       12 passed, 0 failed, 0 skipped" in text
+    assert "2,337,600" in text and "jax " in text and "decode " in text and "peak memory" in text
+
+
+def test_nan_in_a_file(capsys, demo_copy):
+    def change(array):
+        array[3, 5] = np.nan
+        return array
+
+    damage(demo_copy, "layers.1.down", change)
+    text = report(capsys, "--model", str(demo_copy), code=4)
+    assert lines(text, "FAIL") == ["files", "opens"] and lines(text, "pass") == []
+    assert "layers.1.down" in text and "copy/model.safetensors is damaged" in text
+    assert str(demo_copy.parent) not in text
+
+
+def test_a_single_byte(demo_copy):
+    assert checks.check_files(demo_copy).status == "pass"
+    with (demo_copy / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    found = checks.check_files(demo_copy)
+    assert found.status == "FAIL" and "model.safetensors differs: its sha256" in found.note
+
+
+def test_swapped_rows(capsys, demo_copy):
+    damage(demo_copy, "embed", lambda array: array[::-1].copy())
+    text = report(capsys, "--model", str(demo_copy), code=4)
+    assert lines(text, "pass")[:5] == ["parameters", "shapes", "finite", "prompt ids", "cache"]
+    assert set(lines(text, "FAIL")) == {"files", "first token", "answer"}
+    assert "expected 652 for 你好" in text and "or fine-tuned" in text
+
+
+def test_another_tokenizer(capsys, demo_copy):
+    model = bytearray((demo_copy / "tokenizer.model").read_bytes())
+    at = model.index("你好".encode())  # the piece for it becomes another
+    model[at : at + 6] = "我好".encode()
+    (demo_copy / "tokenizer.model").write_bytes(model)
+    text = report(capsys, "--model", str(demo_copy), code=4)
+    assert "prompt ids" in lines(text, "FAIL")
+    assert "tokenizer.model is not the demo one, or damaged" in text
+
+
+def test_of_a_random_model_nothing_is_known(capsys, toy):
+    text = report(capsys, "--model", str(toy))
+    assert lines(text, "pass") == ["parameters", "shapes", "finite", "cache"]
+    assert lines(text, "skipped") == ["files", "prompt ids", "first token", "answer"]
+    assert text.count("not known") == 3 and "model        toy\n" in text
+    assert str(toy.parent) not in text
+
+
+def test_random_weights_are_not_asked_for_known_answers(capsys, tmp_path):
+    raw = official_config(str(demo_folder() / "config.json"))
+    write_random(tmp_path / "random", raw, demo_folder())
+    text = report(capsys, "--model", str(tmp_path / "random"))
+    assert lines(text, "skipped") == ["files", "first token", "answer"]
+    assert "prompt ids" in lines(text, "pass")
+
+
+def test_a_toy_that_bears_the_name_of_a_published_checkpoint(capsys, tmp_path):
+    raw = {"_name_or_path": "THUDM/chatglm2-6b"}
+    folder = write_official(tmp_path / "posing", TINY, raw=raw)
+    text = report(capsys, "--model", str(folder), code=4)
+    assert lines(text, "FAIL") == ["parameters"]
+    assert f"got {TINY.num_params:,}, expected 6,243,584,000" in text
+
+
+def test_a_toy_with_the_configuration_of_a_published_checkpoint(capsys, tmp_path):
+    folder = write_official(tmp_path / "posing", TINY)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 28}))
+    text = report(capsys, "--model", str(folder), code=4)
+    assert lines(text, "FAIL") == ["opens"] and "do not fit the configuration" in text
+
+
+def test_a_wrong_greeting(capsys, toy, monkeypatch):
+    monkeypatch.setattr(checks, "known_answers", lambda *args: (known._CHATGLM2_6B,))
+    text = report(capsys, "--model", str(toy), code=4)
+    assert lines(text, "FAIL") == ["first token", "answer"]
+    assert "expected 36474 for 你好" in text and "ChatGLM2-6B" in text
+
+
+def test_damage_in_memory(toy):
+    engine = infer.load(toy, layers="stacked")
+    params = engine.checkpoint.params
+    layers = params["layers"] | {"q": params["layers"]["q"].at[1, 0, 0, 0].set(np.inf)}
+    checkpoint = dataclasses.replace(engine.checkpoint, params=params | {"layers": layers})
+    engine.checkpoint = checkpoint
+    found = {check.name: check for check in checks.run_checks(engine)}
+    assert found["finite"].status == "FAIL" and found["finite"].got == "in layers.q layer 1"
+    assert found["cache"].status == "FAIL" and found["parameters"].status == "pass"
+    answer = known.Answer("hi", 3, ("x",))
+    (check,) = checks._guarded("first token", lambda: checks._answer(engine, answer))
+    assert check.status == "FAIL" and "NaN or Inf" in check.got
+
+    embed = params["embed"][:-1]
+    engine.checkpoint = dataclasses.replace(checkpoint, params=params | {"embed": embed})
+    found = {
+        check.name: check for check in (checks._shapes(engine), checks._parameters(engine, False))
+    }
+    assert found["shapes"].status == found["parameters"].status == "FAIL"
+    assert found["shapes"].got == "embed (639, 32)"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_looking_for_nan_and_infinity_needs_no_memory(dtype):
+    for bad in (np.nan, np.inf, -np.inf):
+        for place in ((1, 0, 0), (1, 7, 33), (1, 4, 1)):
+            array = jnp.full((3, 8, 34), -2, dtype).at[place].set(bad)
+            assert checks._finite_rows(array).tolist() == [True, False, True]
+    large = jax.ShapeDtypeStruct((2, 256, 4096), jnp.dtype(dtype))
+    memory = checks._finite_rows.lower(large).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 10_000 or dtype == "float16"
+
+
+def test_a_cache_that_is_wrong(toy, monkeypatch):
+    def forgets(config, size, params, tokens):
+        return checks.KVCache.zeros(config, 1, size, "float32")
+
+    engine = infer.load(toy)
+    engine.programs = Programs("cpu")
+    monkeypatch.setattr(checks, "_fill", forgets)
+    assert checks._cache(engine).status == "FAIL"
+
+
+def test_the_cache_in_half_precision(toy):
+    assert checks._cache(infer.load(toy, dtype="bf16")).status == "pass"
+
+
+def test_out_of_memory_is_reported_with_its_own_exit_code(capsys, toy, monkeypatch):
+    def load(*args, **kwargs):
+        raise DeviceError("out of device memory: loading", "RESOURCE_EXHAUSTED", "Take less.")
+
+    monkeypatch.setattr(infer, "load", load)
+    text = report(capsys, "--model", str(toy), code=5)
+    assert lines(text, "FAIL") == ["opens"] and "RESOURCE_EXHAUSTED Take less." in text
+
+
+def test_known_prompts_against_the_published_tokenizer():
+    data = shared_file("tokenizer/tokenizer.model")
+    assert data is not None
+    for family, tokens in (("chatglm2", known.PUBLISHED), ("chatglm3", known.PUBLISHED)):
+        tokenizer = Tokenizer.from_bytes(data, family)
+        config = dataclasses.replace(known.PRESETS[f"{family}-6b"])
+        assert known.known_tokens(config, tokenizer) is tokens
+        for prompt in tokens.prompts:
+            if family == "chatglm2" and prompt.template == "chatglm3":
+                continue
+            ids = checks.build_prompt(tokenizer, prompt.template, prompt.question)
+            assert tuple(ids) == prompt.ids
+    assert len(known.PUBLISHED.prompts[0].ids) == 17
+
+
+def test_which_models_are_known():
+    tokenizer = Tokenizer.from_bytes(sp_model())
+    published = known.PRESETS["chatglm2-6b"]
+    assert known.is_6b(published) and published.num_params == known.PARAMETERS_6B
+    assert known.known_answers(published, tokenizer, "float16") == ()  # another tokenizer
+    tokenizer.num_pieces = known._PUBLISHED_PIECES
+    assert [a.first for a in known.known_answers(published, tokenizer, "float16")] == [36474]
+    assert known.known_answers(published, tokenizer, "int4") == ()
+    for name in ("chatglm2-6b-32k", "chatglm3-6b", "codegeex2-6b"):
+        assert known.known_answers(known.PRESETS[name], tokenizer, "float16") == ()
+    assert known.known_tokens(known.PRESETS["codegeex2-6b"], tokenizer) is known.CODEGEEX2
+    assert known.known_tokens(tiny_config(), Tokenizer.from_bytes(sp_model())) is None
+    assert known.claims_6b("THUDM/chatglm3-6b-32k") and not known.claims_6b("me/chatglm2-toy")
+    assert not known.claims_6b(None)
+
+
+def test_punctuation_and_width_do_not_matter():
+    published = "你好👋!我是人工智能助手 ChatGLM2-6B,很高兴见到你,欢迎问我任何问题。"
+    assert known.same_text(published, known._CHATGLM2_6B.texts[0])
+    assert not known.same_text(published.replace("很", "不"), known._CHATGLM2_6B.texts[0])
+
+
+def test_json_and_no_private_words(capsys, toy, monkeypatch):
+    monkeypatch.setenv("HOME", str(toy.parent))
+    assert selftest.main(["--model", str(toy), "--json", "--compile-cache", "off"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out)
+    assert found["model"] == "toy" and found["skipped"] == 4 and found["fail"] == 0
+    assert found["figures"]["decode_tokens"] > 0 and len(found["fingerprint"]) == 64
+    assert str(toy.parent) not in out and out.count("\n") == 1
+
+
+def test_paths_are_shortened(tmp_path, monkeypatch):
+    folder = tmp_path / "me" / "model"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    for spelling in (str(folder), "me/model", "./me/model/", "."):
+        given = f"{Path(spelling)}/a.bin and {folder}/b and {tmp_path}/me/other, inference"
+        check = Check("opens", "FAIL", note=given)
+        note = selftest._scrubbed(check, spelling)["note"]
+        assert str(tmp_path) not in note and note.endswith("/b and ~/other, inference"), note
+
+
+def test_a_model_is_named_by_its_last_part():
+    assert selftest._name("THUDM/chatglm2-6b") == "chatglm2-6b"
+    assert selftest._name(str(demo_folder())) == selftest._name(f"{demo_folder()}/") == "demo"
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "infer.selftest", "--model", str(tmp_path / "none")],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 4 and done.stdout == "" and "does not exist" in done.stderr
+
+
+def test_help_does_not_wait_for_jax():
+    code = (
+        "import sys\nfrom infer.selftest.__main__ import main\n"
+        "try: main(['--help'])\nfinally: print('numpy' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0 and "--model" in done.stdout and done.stderr == "False\n"

@@ -1,0 +1,154 @@
+"""Tiny official checkpoint folders with random weights, for tests of whatever opens one."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from convert import save_checkpoint
+from convert.layouts.names import PARTS, PUBLISHED
+from glm2_jax import Tokenizer
+from glm2_jax.config import GLMConfig
+from tests.support.sp_model import sp_model
+from tests.support.torch_zip import write_torch_file
+
+TINY = GLMConfig(
+    num_layers=2,
+    vocab_size=640,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    seq_length=256,
+)
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def tiny_config(**changes: Any) -> GLMConfig:
+    """`TINY` with other values."""
+    return dataclasses.replace(TINY, **changes)
+
+
+def random_params(config: GLMConfig, seed: int = 0) -> dict[str, Any]:
+    """Parameters as numpy float32: matrices of unit-scale outputs, norms around 1."""
+    random = np.random.default_rng(seed)
+    params: dict[str, Any] = {"layers": {}}
+    for part in PARTS:
+        stacked = (config.num_layers,) if part.path[0] == "layers" else ()
+        shape = stacked + part.shape(config)
+        values = random.standard_normal(shape, dtype=np.float32)
+        name = part.path[-1]
+        if name.endswith("norm"):
+            values = 1 + 0.1 * values
+        elif not name.endswith("bias"):
+            fan_in = math.prod(shape[2:]) if name == "o" else shape[-1]
+            values /= np.float32(math.sqrt(fan_in))
+        branch = params["layers"] if stacked else params
+        branch[name] = values
+    return params
+
+
+def official_tensors(
+    config: GLMConfig, params: Mapping[str, Any], dtype: str = "float16"
+) -> dict[str, np.ndarray]:
+    """Our parameters under the published names, fused as published, with the unused inv_freq."""
+    flat = {part.path: _at(params, part.path) for part in PARTS}
+    frequencies = np.arange(config.head_dim // 4, dtype=np.float32)
+    tensors = {"transformer.rotary_pos_emb.inv_freq": frequencies}
+    for rule in PUBLISHED:
+        for layer in rule.layers(config):
+            parts = {
+                part.path: np.asarray(flat[part.path] if layer is None else flat[part.path][layer])
+                for part in rule.parts
+            }
+            tensors[rule.full_name(layer)] = rule.join(config, parts)
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    return {name: array.astype(kind) for name, array in tensors.items()}
+
+
+def _at(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for key in path:
+        params = params[key]
+    return params
+
+
+def write_official(
+    folder: Path,
+    config: GLMConfig = TINY,
+    params: Mapping[str, Any] | None = None,
+    *,
+    kind: str = "bin",
+    shards: int = 2,
+    seed: int = 0,
+    dtype: str = "float16",
+    raw: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    tokenizer: bytes | None = None,
+) -> Path:
+    """Writes an official folder.
+
+    Args:
+        folder: made if absent.
+        config: the architecture.
+        params: our parameters; default `random_params(config, seed)`.
+        kind: "bin" or "safetensors".
+        shards: 1 writes a single file without an index.
+        seed: of the random parameters.
+        dtype: of the stored tensors.
+        raw: other or further keys of config.json; None as a value removes a key.
+        tensors: what to store instead of the parameters, under published names.
+        tokenizer: a SentencePiece model; default the tiny one.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    official = config.to_hf() | {"torch_dtype": dtype} | dict(raw or {})
+    official = {key: value for key, value in official.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(official, indent=2))
+    (folder / "tokenizer.model").write_bytes(sp_model() if tokenizer is None else tokenizer)
+    if tensors is None:
+        params = random_params(config, seed) if params is None else params
+        tensors = official_tensors(config, params, dtype)
+    write_weights(folder, tensors, kind=kind, shards=shards)
+    return folder
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, np.ndarray], *, kind: str = "bin", shards: int = 2
+) -> None:
+    """Writes tensors as one file, or as shards with their index. A layer may be split."""
+    stem, suffix = ("pytorch_model", "bin") if kind == "bin" else ("model", "safetensors")
+    write = write_torch_file if kind == "bin" else lambda path, part: save_file(part, path)
+    if shards == 1:
+        write(folder / f"{stem}.{suffix}", dict(tensors))
+        return
+    names = list(tensors)
+    size = -(-len(names) // shards)
+    weight_map = {}
+    for i in range(shards):
+        file = f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}"
+        part = {name: tensors[name] for name in names[i * size : (i + 1) * size]}
+        write(folder / file, part)
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+def save(folder: Path, params: Any = None, config: GLMConfig = TINY, **kwargs: Any):
+    """Writes random parameters, or those given, in our own format."""
+    params = random_params(config) if params is None else params
+    tokenizer = Tokenizer.from_bytes(sp_model(), config.family)
+    return save_checkpoint(folder, config, params, tokenizer, source="a test", **kwargs)

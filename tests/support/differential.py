@@ -1,0 +1,307 @@
+"""Random tiny models, each answered in every way there is: do the greedy tokens agree?
+
+`python -m tests.support.differential [ARCHITECTURES [MODELS [FIRST]]]` prints the counts, and every answer
+that differs; so many models of each architecture share its programs, which take the time.
+The reference reads the text again for each token: one device, stacked float32 weights, no cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm2_jax import (
+    GLMConfig,
+    Tokenizer,
+    UsageError,
+    check_mesh,
+    forward,
+    init_params,
+    make_mesh,
+    params_sharding,
+)
+from glm2_jax.config import FAMILIES, ROPE_KINDS
+from glm2_jax.mesh import mesh_text
+from glm2_jax.model import unstack_layers
+from glm2_jax.schemes import SCHEMES
+from glm2_jax.text.prompt import stop_ids
+from infer.engine.engine import Engine
+from infer.engine.params import SamplingParams
+from tests.support.sp_model import sp_model
+from tests.support.toy import quantised
+
+NEW_TOKENS, LONGEST = 16, 48  # of an answer; of a text
+END = -1
+TIE = 1e-5  # two likeliest logits this close may change places with the order of a sum
+GREEDY = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
+Texts = list[list[int]]
+
+
+class Way(NamedTuple):
+    """One way to answer: the weights it uses, how its engine is made, what is changed meanwhile."""
+
+    name: str
+    form: str  # of the layers
+    params: Any
+    options: dict[str, Any] = {}
+    changed: dict[str, int] = {}
+    rows: Sequence[int] = ()  # together, in this order; () = all
+    loop: bool = False  # the loop on the device
+    scheme: str | None = None  # of the weights
+
+
+class Answer(NamedTuple):
+    """What the reference says: tokens, and by how much each was the likeliest."""
+
+    tokens: list[int]  # END in place of a token that ends the answer
+    margins: list[float]
+
+
+def random_config(random: np.random.Generator) -> GLMConfig:
+    """A model of sizes that no published one has; half of them fit a mesh along `tensor`."""
+    pick: Callable[..., Any] = lambda *choices: choices[random.integers(len(choices))]  # noqa: E731
+    kv_heads, multiple = pick(1, 2, 3, 4), pick(2, 8)
+    return GLMConfig(
+        num_layers=pick(1, 2, 3, 4, 5),
+        vocab_size=multiple * int(random.integers(-(-104 // multiple), 300 // multiple)),
+        hidden_size=multiple * int(random.integers(2, 7)),
+        ffn_hidden_size=2 * multiple * int(random.integers(1, 6)),
+        num_heads=kv_heads * pick(1, 2, 3, 4),
+        num_kv_heads=kv_heads,
+        head_dim=pick(4, 8, 12, 16),
+        seq_length=pick(64, 96, 512),
+        norm_eps=pick(1e-5, 1e-6),
+        rope_ratio=pick(1.0, 2.5, 16.0, 50.0),
+        rope_kind=pick(*ROPE_KINDS),
+        rope_table_dtype=pick("float32", "reference"),
+        logn_scaling=pick(False, True),
+        family=pick(*FAMILIES),
+    )
+
+
+def random_params(config: GLMConfig, seed: int) -> Any:
+    """Float32 weights, norms and biases included, whose greedy answers vary."""
+    random = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    def draw(path: Any, x: Any) -> jax.Array:
+        center, scale = ("norm" in path[-1].key, 0.1) if x.ndim < 3 else (0, 0.3)
+        return jnp.asarray(random.normal(center, scale, x.shape), jnp.float32)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def random_prompts(config: GLMConfig, random: np.random.Generator) -> Texts:
+    """Four prompts; the first repeats itself, so that drafts are found."""
+    drawn = [random.integers(3, config.vocab_size, n) for n in random.integers(1, 32, 4)]
+    return [[*drawn[0].tolist()[:8] * 3], *(ids.tolist() for ids in drawn[1:])]
+
+
+def reference(config: GLMConfig, program: Any, params: Any, prompts: Texts) -> list[Answer]:
+    """The greedy answers, read again for every token."""
+    ends = set(stop_ids(_tokenizer(config)))
+    texts, going = [list(ids) for ids in prompts], set(range(len(prompts)))
+    answers = [Answer([], []) for _ in prompts]
+    for _ in range(NEW_TOKENS):
+        tokens = np.zeros((len(texts), LONGEST), np.int32)
+        for row, ids in enumerate(texts):
+            tokens[row, : len(ids)] = ids
+        logits = np.asarray(program(params, tokens))
+        for row in sorted(going):
+            last = logits[row, len(texts[row]) - 1]
+            second, first = np.sort(last)[-2:]
+            token = int(last.argmax())
+            answers[row].margins.append(float(first - second))
+            answers[row].tokens.append(END if token in ends else token)
+            texts[row].append(token)
+            if token in ends:
+                going.discard(row)
+    return answers
+
+
+def answer(config: GLMConfig, way: Way, prompts: Texts, shared: dict[Any, Any]) -> dict[int, Any]:
+    """row -> the tokens that an engine answers, as in `Answer`."""
+    checkpoint = SimpleNamespace(
+        config=config,
+        params=way.params,
+        tokenizer=_tokenizer(config),
+        template="raw",
+        fingerprint="toy",
+    )
+    rows = list(way.rows) or list(range(len(prompts)))
+    asked = [prompts[row] for row in rows]
+    engine = Engine(cast(Any, checkpoint), **way.options)
+    # Programs depend on shapes and places alone, but for what is changed in the code.
+    key = str(jax.tree.map(lambda x: (x.dtype, x.sharding), way.params)), str(way.changed)
+    engine.programs = engine.executor.programs = shared.setdefault(key, engine.programs)
+    with contextlib.ExitStack() as stack:
+        for name, value in way.changed.items():
+            stack.enter_context(mock.patch(name, value))
+        if way.loop:
+            done = dict(enumerate(engine.complete(asked, GREEDY)))
+        else:
+            events = engine.run(asked, GREEDY)
+            done = {e.row: e.completion for e in events if e.completion is not None}
+    return {rows[row]: _drawn(one) for row, one in done.items()}
+
+
+def ways(
+    config: GLMConfig, weights: dict[str | None, Any], random: np.random.Generator
+) -> Iterator[Way]:
+    """Ways to answer: all, and in both forms of the layers what needs no programs more.
+
+    Args:
+        weights: scheme, or None for float32 -> params.
+        random: what it draws decides which programs there are.
+    """
+    params, listed = weights[None], unstack_layers(weights[None])
+
+    def either() -> tuple[str, Any]:
+        return ("stacked", params) if random.random() < 0.5 else ("list", listed)
+
+    lonely, order = either(), random.permutation(4).tolist()
+    small = {
+        "infer.engine.call.ROOM": 2,
+        "glm2_jax.runtime.buckets.SMALLEST_BUCKET": 4,
+        "glm2_jax.runtime.buckets.GROWTH": 2,
+    }
+    blocks = {
+        "glm2_jax.attention.SCORES": 64,
+        "glm2_jax.attention.KEYS": 16,
+        "glm2_jax.model.MLP_ELEMENTS": 8 * config.ffn_hidden_size,
+    }
+    chunk, drafts = int(random.integers(1, 40)), int(random.integers(1, 9))
+    both = {"prefill_chunk": chunk, "speculate": drafts}
+    yield Way("stacked", "stacked", params)
+    yield Way("list", "list", listed)
+    for row in range(4):
+        yield Way("alone", *lonely, rows=[row])
+    yield Way("other rows", *either(), rows=order[:3])
+    yield Way("device loop", *either(), loop=True)
+    yield Way("chunks", *either(), {"prefill_chunk": chunk})
+    yield Way("speculate", *either(), {"speculate": drafts})
+    yield Way("growth", *either(), both if random.random() < 0.5 else {}, small)
+    yield Way("blocks", *either(), changed=blocks)
+    for scheme, each in weights.items():
+        name = "" if scheme is None else f"{scheme} "
+        if scheme is not None:
+            yield Way(f"{name}stacked", "stacked", each, scheme=scheme)
+            options = {"prefill_chunk": 20} if random.random() < 0.7 else both
+            yield Way(f"{name}list", "list", unstack_layers(each), options, scheme=scheme)
+        form = "list" if random.random() < 0.5 else "stacked"
+        each = unstack_layers(each) if form == "list" else each
+        placed, mesh = spread(config, each, random, scheme)
+        options = {"speculate": 2} if random.random() < 0.3 else {}
+        yield Way(f"{name}mesh", f"{form} {mesh}", placed, options, scheme=scheme)
+
+
+def spread(
+    config: GLMConfig, params: Any, random: np.random.Generator, scheme: str | None = None
+) -> tuple[Any, str]:
+    """The params on a mesh of all devices that they fit, and the mesh's name."""
+    count, how = len(jax.devices()), None if scheme is None else SCHEMES[scheme]
+    sizes = [2**power for power in range(count.bit_length()) if count % 2**power == 0]
+    fitting = []
+    for tensor in sizes:
+        for fsdp in sizes:
+            mesh = {"data": count // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+            try:
+                if tensor * fsdp <= count:
+                    check_mesh(config, mesh, how)
+                    fitting.append(mesh)
+            except UsageError:
+                pass
+    # A tensor axis where one fits: it is the one that cuts sums.
+    fitting = [mesh for mesh in fitting if mesh["tensor"] > 1] or fitting
+    mesh = fitting[int(random.integers(len(fitting)))]
+    where = params_sharding(
+        config, make_mesh(mesh), scheme=how, as_list=isinstance(params["layers"], list)
+    )
+    return jax.device_put(params, where), mesh_text(mesh)
+
+
+def check(architecture: int, models: int) -> Iterator[tuple[str, str, str]]:
+    """Models of one architecture, which share their programs: (way, outcome, what differs) of every
+    answer."""
+    config = random_config(np.random.default_rng(architecture))
+    program = jax.jit(lambda params, tokens: forward(config, params, tokens)[0])
+    shared: dict[Any, Any] = {}
+    for model in range(models):
+        params = random_params(config, model)
+        prompts = random_prompts(config, np.random.default_rng(model))
+        small = {scheme: quantised(params, SCHEMES[scheme]) for scheme in _schemes(architecture)}
+        plain = {None: params, **{scheme: large for scheme, (_, large) in small.items()}}
+        right = {name: reference(config, program, each, prompts) for name, each in plain.items()}
+        weights = {None: params, **{scheme: each for scheme, (each, _) in small.items()}}
+        for way in ways(config, weights, np.random.default_rng(architecture)):
+            for row, tokens in answer(config, way, prompts, shared).items():
+                outcome, detail = _compared(tokens, right[way.scheme][row])
+                where = f"architecture {architecture}, model {model}, {way.form}, row {row}"
+                yield way.name, outcome, f"{where}: {detail}; {config}"
+
+
+def main(architectures: int = 40, models: int = 5, first: int = 0) -> dict[str, Any]:
+    """Checks so many models of each architecture; how many answers of each way are right."""
+    counts: dict[str, Counter[str]] = {}
+    differing = []
+    for number in range(first, first + architectures):
+        with _likeliest_alone(number % 8 != 0):
+            for way, outcome, detail in check(number, models):
+                counts.setdefault(way, Counter())[outcome] += 1
+                if outcome != "same":
+                    differing.append(f"{way}: {outcome}: {detail}")
+                    print(differing[-1], file=sys.stderr, flush=True)
+        jax.clear_caches()
+        print(f"{number + 1 - first}/{architectures}", file=sys.stderr, flush=True)
+    return {"models": architectures * models, "ways": counts, "differing": differing}
+
+
+def _schemes(architecture: int) -> tuple[str, str]:
+    return "int8", ("int4", "int4-row")[architecture % 2]
+
+
+@contextlib.contextmanager
+def _likeliest_alone(wanted: bool) -> Iterator[None]:
+    """In place of the sampler, which takes half the time to compile, what it does when greedy."""
+    with contextlib.ExitStack() as stack:
+        if wanted:
+            likeliest = lambda logits, *_: jnp.argmax(logits, -1).astype(jnp.int32)  # noqa: E731
+            stack.enter_context(mock.patch("infer.engine.steps.sample", likeliest))
+            stack.enter_context(mock.patch("infer.engine.steps.token_logprobs", lambda *_: None))
+        yield
+
+
+def _compared(tokens: list[int], right: Answer) -> tuple[str, str]:
+    """ "same"; "tie" where a true tie decided the first token that differs; or "differs"."""
+    if tokens == right.tokens:
+        return "same", ""
+    pairs = zip(tokens, right.tokens, strict=False)
+    at = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+    if at is None:
+        return "differs", f"{len(tokens)} tokens, not {len(right.tokens)}"
+    margin = right.margins[at]
+    return "tie" if margin <= TIE else "differs", f"token {at}, margin {margin:.2g}"
+
+
+def _drawn(completion: Any) -> list[int]:
+    """The tokens of an answer, and END if a token ended it."""
+    tokens = list(map(int, completion.output_ids))
+    return [*tokens, *[END] * (completion.finish_reason == "stop")]
+
+
+def _tokenizer(config: GLMConfig) -> Tokenizer:
+    return Tokenizer.from_bytes(sp_model(), config.family)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*map(int, sys.argv[1:]))))

@@ -1,0 +1,59 @@
+"""A toy engine: random float32 weights and the tiny SentencePiece model of the tests."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+from typing import Any, cast
+
+import jax
+
+from glm2_jax import GLMConfig, Tokenizer, init_params
+from infer.engine.engine import Engine
+from tests.support.sp_model import sp_model
+
+TOY = GLMConfig(
+    num_layers=2,
+    vocab_size=640,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    seq_length=256,
+)
+
+
+@functools.cache
+def toy_params(seed: int = 0):
+    """Random weights, large enough that greedy answers vary and never meet the end token."""
+    params = init_params(TOY, jax.random.key(seed))
+    params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
+    return {**params, "head": params["head"].at[Tokenizer.eos_id].set(0)}
+
+
+def toy_engine(
+    params=None,
+    *,
+    family: str = "chatglm2",
+    template: str | None = None,
+    share: Engine | None = None,
+    **kwargs: Any,
+) -> Engine:
+    """A new engine; nothing is compiled yet, but for what it may `share` with another."""
+    checkpoint = SimpleNamespace(
+        config=dataclasses.replace(TOY, family=family),
+        params=toy_params() if params is None else params,
+        tokenizer=Tokenizer.from_bytes(sp_model(), family),
+        template=template or family,
+        fingerprint="toy",
+    )
+    engine = Engine(cast(Any, checkpoint), **kwargs)
+    if share is not None:  # programs depend on shapes alone, the weights are an argument
+        engine.programs = engine.executor.programs = share.programs
+    return engine
+
+
+@functools.cache
+def warm_engine() -> Engine:
+    """One engine of the process: others share what it compiled."""
+    return toy_engine()

@@ -1,0 +1,249 @@
+"""The engine on meshes of eight devices beside one: run by tests/infer/engine/test_mesh_engine.py."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from glm2_jax import (
+    GLMConfig,
+    Tokenizer,
+    cache_sharding,
+    forward,
+    init_lora,
+    init_params,
+    lora_sharding,
+    make_mesh,
+    params_sharding,
+    parse_mesh,
+)
+from glm2_jax.errors import GLMError
+from glm2_jax.lora import with_lora
+from glm2_jax.mesh import mesh_text
+from glm2_jax.prefix import Prefix, with_prefix
+from glm2_jax.runtime.gather import gathered
+from glm2_jax.schemes import SCHEMES
+from glm2_jax.sharding import replicated
+from infer.engine.engine import Engine
+from infer.engine.params import SamplingParams
+from infer.engine.session import Session
+from infer.evaluate.reader import Reader
+from infer.generate import __main__ as generate
+from tests.support.program_text import collectives, kinds
+from tests.support.sp_model import sp_model
+from tests.support.toy import quantised
+
+CONFIG = GLMConfig(2, 104, 32, 64, 8, 2, 8, 256)
+PROMPTS = [[5, 6, 7], [40, 12], [9, 8, 30, 77, 5]]
+GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
+SAMPLED = SamplingParams(seed=3, max_new_tokens=6, logprobs=2)
+LONG = [[5 + i % 90 for i in range(100)], [7, 8, 9]]
+PROMPT_ROWS = list(enumerate(PROMPTS))
+ENGINES: dict[tuple[str, str | None], Engine] = {}
+
+# Mesh, scheme of the weights: what is answered in each is that of one device.
+CASES = [
+    ("tensor=8", None),
+    ("tensor=4,data=2", None),
+    ("data=2,fsdp=2,tensor=2", None),
+    ("data=8", None),
+    ("data=2,tensor=4", "int8"),
+]
+
+
+@cache
+def weights(scheme: str | None = None) -> tuple[Any, Any]:
+    """Random weights, large enough that greedy answers vary and never meet the end token; and what
+    they stand for in float32."""
+    params = init_params(CONFIG, jax.random.key(0))
+    params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
+    params = {**params, "head": params["head"].at[Tokenizer.eos_id].set(0)}
+    return (params, params) if scheme is None else quantised(params, SCHEMES[scheme])
+
+
+@cache
+def extras() -> tuple[Any, Any]:
+    """An adapter and a prefix."""
+    random = np.random.default_rng(4)
+    lora = init_lora(CONFIG, jax.random.key(3), rank=4, targets="all-linear")
+    lora = jax.tree.map(lambda x: jax.numpy.asarray(random.normal(0, 0.1, x.shape), x.dtype), lora)
+    shape = (CONFIG.num_layers, 3, CONFIG.num_kv_heads, CONFIG.head_dim)
+    return lora, Prefix(*(jax.numpy.asarray(random.normal(0, 1, shape), "float32"),) * 2)
+
+
+def with_extras(params: Any, lora: Any, prefix: Prefix) -> Any:
+    return with_prefix(with_lora(params, lora), prefix)
+
+
+def engine(mesh: str | None, scheme: str | None = None, *, more: bool = False, **kwargs: Any):
+    """An engine on a mesh; `more` = with an adapter and a prefix."""
+    params, (lora, prefix) = weights(scheme)[0], extras()
+    if mesh is not None:
+        over = make_mesh(parse_mesh(mesh))
+        params = jax.device_put(
+            params, params_sharding(CONFIG, over, scheme=SCHEMES[scheme] if scheme else None)
+        )
+        lora = jax.device_put(lora, lora_sharding(lora, over))
+        prefix = jax.device_put(prefix, replicated(over))
+    if more:
+        params = with_extras(params, lora, prefix)
+    checkpoint = SimpleNamespace(
+        config=CONFIG,
+        params=params,
+        tokenizer=Tokenizer.from_bytes(sp_model(), "chatglm2"),
+        template="chatglm2",
+        fingerprint="toy",
+    )
+    return Engine(cast(Any, checkpoint), **kwargs)
+
+
+def answered(engine: Engine, prompts: Any, sampling: SamplingParams) -> list[list[int]]:
+    """Tokens of all answers, step by step."""
+    events = engine.run(prompts, sampling)
+    done = {e.row: e.completion.output_ids for e in events if e.completion is not None}
+    return [list(map(int, done[row])) for row in range(len(prompts))]
+
+
+@jax.jit
+def likeliest(params: Any, tokens: jax.Array) -> jax.Array:
+    """The likeliest next token of every position, on one device and without a cache."""
+    return forward(CONFIG, params, tokens)[0].argmax(-1)
+
+
+def greedy(prompts: Any, count: int, scheme: str | None = None, *, more: bool = False) -> list[Any]:
+    """The greedy answers of one device, read anew for every token."""
+    params = weights(scheme)[1]
+    params = with_extras(params, *extras()) if more else params
+    texts = [list(ids) for ids in prompts]
+    for _ in range(count):
+        tokens = np.zeros((4, 128), np.int32)
+        for row, ids in enumerate(texts):
+            tokens[row, : len(ids)] = ids
+        found = np.asarray(likeliest(params, tokens))
+        for row, ids in enumerate(texts):
+            ids.append(int(found[row, len(ids) - 1]))
+    return [ids[len(prompt) :] for ids, prompt in zip(texts, prompts, strict=True)]
+
+
+@cache
+def sampled() -> list[Any]:
+    """The sampled answers of one device."""
+    return answered(engine(None), PROMPTS, SAMPLED)
+
+
+class Compilations(list):
+    """What is compiled while it is entered."""
+
+    def __enter__(self):
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+        return self
+
+    def _count(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.append(event)
+
+    def __exit__(self, *error: Any) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._count)
+
+
+def compare(mesh: str, scheme: str | None) -> dict[str, Any]:
+    """One case: whether the answers are those of one device, and the engine's decode program."""
+    one = ENGINES[mesh, scheme] = engine(mesh, scheme)
+    first = answered(one, PROMPTS, GREEDY)
+    with Compilations() as compiled:
+        drawn, again = answered(one, PROMPTS, SAMPLED), answered(one, PROMPTS, GREEDY)
+    ((at, program),) = ((k, p) for k, p in one.programs._programs.items() if k[0] == "decode")
+    memory, found = program.memory_analysis(), collectives(program.as_text())
+    rows, slots = cast(Any, at[1])
+    assert one.mesh is not None
+    where: Any = cache_sharding(CONFIG, one.mesh).k
+    part = where.shard_shape((CONFIG.num_layers, rows, slots, CONFIG.num_kv_heads, 8))
+    return {
+        "mesh": mesh_text(dict(one.mesh.shape)),
+        "scheme": scheme,
+        "greedy": first == again == greedy(PROMPTS, 6, scheme),
+        "sampled": scheme is not None or drawn == sampled(),
+        "rows": rows,
+        "programs": one.programs.compiled,
+        "compiled_when_warm": len(compiled),
+        "cache": 2 * int(np.prod(part)) * 4,
+        "alias": memory.alias_size_in_bytes,
+        "layers": kinds(found, True),
+        "largest": max((one.elements for one in found), default=0),
+        "kinds": sorted({one.kind for one in found}),
+    }
+
+
+def conversation(engine: Engine) -> list[bool]:
+    """Two turns that keep their cache, which grows on the way: whether each is right."""
+    session, ids, right = Session(engine), [5, 6, 7], []
+    for count in (4, 6):
+        sampling = SamplingParams(temperature=0, max_new_tokens=count)
+        *_, last = session.run(ids, sampling)
+        said = list(map(int, cast(Any, last.completion).output_ids))
+        right.append([said] == greedy([ids], count))
+        ids = [*ids, *said, *range(10, 70)]
+    return [*right, engine.stats.reused_tokens > 0]
+
+
+def more_ways(mesh: str) -> dict[str, bool]:
+    """What else there is, on a mesh and on one device."""
+    plain, long = ENGINES[mesh, None], engine(mesh, more=True, prefill_chunk=256)
+    drafting = engine(mesh, speculate=3)
+    drafting.programs = drafting.executor.programs = plain.programs
+    logits = [
+        gathered(next(Reader(one, 3, 64).read(PROMPTS)).logits) for one in (plain, engine(None))
+    ]
+    off = [np.abs(logits[0][i, : len(x)] - logits[1][i, : len(x)]).max() for i, x in PROMPT_ROWS]
+    want = greedy(PROMPTS, 6)
+    looped = [list(map(int, one.output_ids)) for one in plain.complete(PROMPTS, GREEDY)]
+    return {
+        "conversation": all(conversation(plain)),
+        "long prompts, adapter and prefix": answered(long, LONG, GREEDY)
+        == greedy(LONG, 6, more=True),
+        "speculation": answered(drafting, PROMPTS, GREEDY) == want and drafting.stats.passes > 0,
+        "logits for evaluation": bool(max(off) < 1e-4),
+        "loop on the devices": looped == want,
+    }
+
+
+def command(*flags: str) -> list[str]:
+    """What `python -m infer.generate` writes on standard output and error, or its error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            generate.main([*flags, "--compile-cache", "off", "--device", "cpu"])
+        except GLMError as error:
+            return [type(error).__name__, error.what, error.why, error.fix]
+    return [out.getvalue(), err.getvalue()]
+
+
+def main() -> None:
+    ask = ("--prompt", "你好", "--seed", "7", "--layers", "stacked", "--max-new-tokens", "12")
+    found: dict[str, Any] = {
+        "devices": jax.device_count(),
+        "cases": [compare(*case) for case in CASES],
+        "varied": len(set(map(str, [*greedy(PROMPTS, 6), *sampled()]))),
+        "ways": more_ways("tensor=4,data=2"),
+        "command": [command(*ask, "--tp", "8"), command(*ask)],
+        "bad": {
+            flags: command("--prompt", "x", *flags.split())
+            for flags in (
+                "--tp 4",
+                "--mesh data=2,tensor=x",
+                "--mesh data=2,model=4",
+            )
+        },
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The toy model on meshes of eight devices beside one: run by tests/glm2_jax/test_sharding_model.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm2_jax import (
+    GLMConfig,
+    KVCache,
+    cache_sharding,
+    forward,
+    init_lora,
+    last_logits,
+    lora_sharding,
+    make_mesh,
+    param_shapes,
+    params_sharding,
+    parse_mesh,
+)
+from glm2_jax.lora import with_lora
+from glm2_jax.model import unstack_layers
+from glm2_jax.schemes import SCHEMES
+from tests.support.program_text import collectives, kinds
+from tests.support.toy import quantised, random_tokens
+
+# Groups of 32 columns in an ffn of 96: on four devices some lie on two.
+CONFIG = GLMConfig(2, 104, 64, 96, 8, 2, 16, 64)
+ROWS, SLOTS, STEPS = 8, 16, 3
+
+
+class Case(NamedTuple):
+    """A mesh, and what runs on it."""
+
+    mesh: str
+    scheme: str | None
+    as_list: bool  # of layers
+    adapted: bool
+    width: int  # tokens of a prompt, and of a row of the program
+
+
+CASES = [
+    Case("tensor=8", None, False, False, 1),
+    Case("data=2,tensor=4", "int4", False, True, 3),
+    Case("data=2,tensor=4", None, True, False, 1),
+    Case("tensor=2,data=2,fsdp=2", "int8", False, False, 3),
+    Case("data=8", "int8", False, True, 1),
+]
+
+
+@partial(jax.jit, donate_argnames="cache")
+def step(params: Any, tokens: jax.Array, lengths: jax.Array, cache: KVCache):
+    """Reads some tokens of every row: (logits, the most likely tokens, the cache)."""
+    real = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
+    logits, new = last_logits(CONFIG, params, tokens, lengths - 1, segment_ids=real, cache=cache)
+    return logits, jnp.argmax(logits, -1).astype(jnp.int32), new
+
+
+@cache
+def weights(scheme: str | None) -> tuple[Any, Any]:
+    """The params, and what they stand for in float32: one program answers for all schemes."""
+    random = np.random.default_rng(0)
+
+    def make(path: Any, shape: tuple[int, ...]) -> np.ndarray:
+        middle = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return random.normal(middle, 0.1, shape).astype(np.float32)
+
+    shapes = param_shapes(CONFIG)
+    params = jax.tree_util.tree_map_with_path(make, shapes, is_leaf=lambda x: type(x) is tuple)
+    pair = (params, params) if scheme is None else quantised(params, SCHEMES[scheme])
+    return jax.tree.map(np.asarray, pair)
+
+
+@cache
+def adapter() -> Any:
+    shapes = jax.eval_shape(
+        lambda: init_lora(CONFIG, jax.random.key(3), rank=4, targets="all-linear")
+    )
+    random = np.random.default_rng(4)
+    return jax.tree.map(lambda x: random.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
+
+
+def answer(run: Any, params: Any, state: KVCache, prompt: int, width: int) -> Any:
+    """Prompts of 1 .. `prompt` tokens and a few greedy steps, by a program for `width` tokens of
+    every row: (logits, tokens, the cache)."""
+    read = np.zeros((ROWS, width), np.int32)
+    read[:, :prompt] = random_tokens(ROWS, prompt, CONFIG)
+    lengths, seen = np.arange(ROWS, dtype=np.int32) % prompt + 1, []
+    for _ in range(STEPS + 1):
+        logits, tokens, state = run(params, read, lengths, state)
+        seen.append((np.asarray(logits), np.asarray(tokens)))
+        read[:, 0], lengths = seen[-1][1], np.ones_like(lengths)
+    return np.stack([x for x, _ in seen]), np.stack([x for _, x in seen]), state
+
+
+def wanted(case: Case) -> Any:
+    """What one device answers."""
+    params = weights(case.scheme)[1]
+    params = with_lora(params, adapter()) if case.adapted else params
+    widest = max(one.width for one in CASES)
+    return answer(step, params, empty(), case.width, widest)[:2]
+
+
+def empty() -> KVCache:
+    return KVCache.zeros(CONFIG, ROWS, SLOTS, jnp.float32)
+
+
+def placed(mesh: Any, scheme: str | None, as_list: bool, adapted: bool) -> Any:
+    params = weights(scheme)[0]
+    params = unstack_layers(params) if as_list else params
+    places = params_sharding(
+        CONFIG, mesh, scheme=SCHEMES[scheme] if scheme else None, as_list=as_list
+    )
+    params = jax.device_put(params, places)
+    if not adapted:
+        return params
+    return with_lora(params, jax.device_put(adapter(), lora_sharding(adapter(), mesh)))
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """One case: how far from one device, and the collectives of its program."""
+    want, want_tokens = wanted(case)
+    mesh = make_mesh(parse_mesh(case.mesh))
+    params = placed(mesh, case.scheme, case.as_list, case.adapted)
+    with jax.set_mesh(mesh):
+        state = empty()
+        read = np.zeros((ROWS, case.width), np.int32), np.ones(ROWS, np.int32)
+        # Compiled for a cache that lies so: what the program returns has to lie so as well.
+        program = step.lower(params, *read, state).compile()
+        got, got_tokens, state = answer(program, params, state, case.width, case.width)
+    found = collectives(program.as_text() or "")
+    return {
+        **case._asdict(),
+        "logits": float(np.abs(got - want).max()),
+        "scale": float(np.abs(want).max()),
+        "same_tokens": bool((got_tokens == want_tokens).all()),
+        "tokens": len(set(want_tokens.flat)),
+        "layers": kinds(found, True),
+        "outside": kinds(found, False),
+        "largest": max(one.elements for one in found) if found else 0,
+        "cache_part": state.k.addressable_shards[0].data.shape,
+        "cache_stays": state.k.sharding.is_equivalent_to(cache_sharding(CONFIG, mesh).k, 5),
+    }
+
+
+def gradients(params: Any, lora: Any) -> Any:
+    """Of a loss by all params and by an adapter."""
+
+    def loss(params: Any, lora: Any) -> jax.Array:
+        tokens = random_tokens(ROWS, 6, CONFIG)
+        logits, _ = forward(CONFIG, params, tokens, lora=lora)
+        scores = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(scores, tokens[:, 1:, None], -1).mean()
+
+    return jax.jit(jax.grad(loss, (0, 1)))(params, lora)
+
+
+def compare_gradients(text: str) -> dict[str, Any]:
+    want = gradients(weights(None)[0], adapter())
+    mesh = make_mesh(parse_mesh(text))
+    params = placed(mesh, None, False, False)
+    lora = jax.device_put(adapter(), lora_sharding(adapter(), mesh))
+    with jax.set_mesh(mesh):
+        got = gradients(params, lora)
+    pairs = jax.tree.leaves(jax.tree.map(lambda a, b: (np.asarray(a), np.asarray(b)), want, got))
+    off = [float(np.abs(a - b).max()) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
+    return {
+        "mesh": text,
+        "arrays": len(off),
+        "off": max(off),
+        "scale": max(float(np.abs(a).max()) for a in pairs[::2]),
+        "smallest_scale": min(float(np.abs(a).max()) for a in pairs[::2]),
+    }
+
+
+def main() -> None:
+    meshes = ["data=2,fsdp=2,tensor=2"]
+    found: dict[str, Any] = {
+        "devices": jax.device_count(),
+        "gradients": [compare_gradients(text) for text in meshes],
+        "cases": [],
+    }
+    for case in CASES:
+        found["cases"].append(compare(case))
+        print(json.dumps(found["cases"][-1]), file=sys.stderr, flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""A script of checks that runs on eight virtual CPU devices, in a process of its own.
+
+JAX takes the number of its devices once, so a test process that has one device keeps one. Compiling
+is what costs: one process makes many checks, and prints what it found as one JSON object.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from tests.support import hurry
+from tests.support.paths import ROOT
+
+DEVICES = 8
+
+
+def run(module: str, *args: str, timeout: int = 600) -> Any:
+    """What `python -m MODULE ARGS` prints as JSON on its last line, where JAX sees 8 devices."""
+    known = os.environ.get("XLA_FLAGS", "")
+    flags = f"{known} {hurry.FLAGS} --xla_force_host_platform_device_count={DEVICES}"
+    # XLA:CPU runs the devices on a pool of threads, where those that wait in two collectives of a
+    # program at once can keep the others from theirs for ever: there are more threads than that.
+    threads = {"NPROC": str(4 * DEVICES)}
+    env = {**os.environ, **threads, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    command = [sys.executable, "-W", "error", "-m", module, *args]
+    root = ROOT
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=root, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,87 @@
+"""A tiny SentencePiece model with the settings of the published one, trained in memory."""
+
+import functools
+import io
+import struct
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from tests.support.paths import ROOT
+
+_SENTENCES = (
+    "你好，世界。今天天气很好，我们去公园散步吧。",
+    "请问这个模型有多少层？它有二十八层。",
+    "我是一个人工智能助手，很高兴见到你，欢迎问我任何问题。",
+    "问：晚上睡不着应该怎么办\n\n答：可以听一听轻音乐。\n\n",
+    "[Round 1]\n\n问：你好\n\n答：你好！\n\n",
+    "Hello world, this is a tiny tokenizer for the tests.",
+    "What is the capital of France? The capital of France is Paris.",
+    "The model answers questions in English and in Chinese.",
+    "def main():\n    print('hello world')\t# greeting",
+    "sophisticated people like 1234567890 and 3.14159 <|user|> </s> <0x0A>",
+)
+
+
+@functools.cache
+def sp_model(
+    *,
+    byte_fallback: bool = True,
+    newlines: bool = False,
+    first_ids: tuple[int, int, int] = (0, 1, 2),
+) -> bytes:
+    """Trains the model: BPE, byte fallback, nothing normalised, digits split. Deterministic.
+
+    With `newlines` its pieces may hold newlines, which no published tokenizer's do.
+    """
+    model = io.BytesIO()
+    lines = _SENTENCES if newlines else [line for s in _SENTENCES for line in s.split("\n")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=byte_fallback,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        unk_id=first_ids[0],
+        bos_id=first_ids[1],
+        eos_id=first_ids[2],
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def without_dummy_prefix(model: bytes) -> bytes:
+    """The same model with add_dummy_prefix (field 3 of the normaliser) set to False."""
+    flag = b"identity\x12\x00\x18"
+    assert model.count(flag + b"\x01") == 1
+    return model.replace(flag + b"\x01", flag + b"\x00")
+
+
+def with_pieces(model: bytes, pieces: list[str], *, kind: int = 1) -> bytes:
+    """The same model with further pieces (field 1) of a kind: 1 = normal, 4 = user-defined."""
+    for piece in pieces:
+        text = piece.encode()
+        fields = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1000.0)
+        fields += b"\x18" + bytes([kind])
+        model += b"\x0a" + bytes([len(fields)]) + fields
+    return model
+
+
+REAL_TOKENIZER = ROOT.parent / "shared/data/tokenizer"
+
+
+def real_model() -> Path:
+    """The folder of the published tokenizer beside the checkout; skips the test without it."""
+    if not (REAL_TOKENIZER / "tokenizer.model").is_file():
+        pytest.skip("the published tokenizer is not beside the checkout")
+    return REAL_TOKENIZER

@@ -1,0 +1,286 @@
+"""Epochs and their batches: nothing lost, nothing too long, the same loss however rows are laid."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm2_jax import init_params
+from glm2_jax.errors import InputError, UsageError
+from glm2_jax.runtime.buckets import bucket
+from tests.support.toy import TOY
+from tests.support.training_data import GLM2, open_files, open_rows, write_rows
+from train.data.batch import Batch
+from train.data.batches import Batches
+from train.data.dataset import Group
+from train.data.plan import epoch_items, first_fit, make_plan, next_fit, random_order
+from train.step import make_eval
+
+LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=80)
+CONFIG = dataclasses.replace(TOY, vocab_size=GLM2.size)
+loss_of = make_eval(CONFIG)
+
+
+def rows(count: int, name: str = "Q"):
+    """Rows of very different lengths, some of two rounds."""
+    texts = [f"{name}{n} " + "今天天气很好 " * (n * 7 % 5) for n in range(count)]
+    history = [["你好", "你好！"]]
+    return [
+        {"instruction": t, "output": f"A{n}", "history": history if n % 4 == 3 else []}
+        for n, t in enumerate(texts)
+    ]
+
+
+def sources(batches: Batches, epoch: int) -> list[str]:
+    """Of all sequences of an epoch, in the order of the batches."""
+    steps = range(batches.steps_per_epoch(epoch))
+    return [source for step in steps for source in batches.at(epoch, step)[1]]
+
+
+def sequences(batch: Batch) -> list[tuple[list[int], list[bool]]]:
+    """The sequences of a batch, found by their segments; checks positions and padding."""
+    width = batch.tokens.shape[-1]
+    found = []
+    for tokens, segments, positions, learned in zip(
+        *(array.reshape(-1, width) for array in dataclasses.astuple(batch)), strict=True
+    ):
+        padding = segments == 0
+        assert not tokens[padding].any() and not learned[padding].any()
+        assert not positions[padding].any() and (np.diff(padding.astype(int)) >= 0).all()
+        for segment in range(1, segments.max() + 1):
+            place = np.flatnonzero(segments == segment)
+            assert (np.diff(place) == 1).all() and not learned[place[0]]
+            assert (positions[place] == np.arange(len(place))).all()
+            found.append((tokens[place].tolist(), learned[place].tolist()))
+    return found
+
+
+LAYOUTS = [
+    {"pack": pack, "shuffle": shuffle} for pack in (False, True) for shuffle in (False, True)
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_sequence_is_in_an_epoch_once(tmp_path, layout):
+    dataset = open_rows(tmp_path / "data", rows(23), max_length=100)
+    batches = Batches(dataset, batch_size=2, accumulate=3, **layout)
+    for epoch in (0, 1):
+        found = []
+        for step in range(batches.steps_per_epoch(epoch)):
+            batch, where = batches.at(epoch, step)
+            assert batch.tokens.shape[:2] == (3, 2)
+            assert {
+                array.dtype for array in (batch.tokens, batch.segment_ids, batch.positions)
+            } == {np.dtype(np.int32)}
+            assert batch.learned.dtype == bool
+            inside = sequences(batch)
+            assert len(inside) == len(where)
+            found += inside
+        all_samples = [dataset.sample(i) for i in range(len(dataset))]
+        assert sorted(found) == sorted((sample.ids, sample.learned) for sample in all_samples)
+        with pytest.raises(IndexError, match="has no step"):
+            batches.at(epoch, batches.steps_per_epoch(epoch))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_several_processes_read_what_one_reads(tmp_path, monkeypatch, pack):
+    """Each reads its own rows alone; shapes, names and the number of tokens are those of all."""
+    dataset = open_rows(tmp_path / "data", rows(11), max_length=100)
+
+    def new(wanted=None):
+        return Batches(dataset, batch_size=3, accumulate=2, pack=pack, rows=wanted)
+
+    whole, where = new().at(0, 0)
+    assert new().tokens(0, 0) == (whole.segment_ids > 0).sum()
+    read: list[int] = []
+    real = dataset.sample
+    monkeypatch.setattr(dataset, "sample", lambda index: (read.append(index), real(index))[1])
+    parts = [new(wanted) for wanted in ({0, 2}, {1})]
+    assert [part.tokens(0, 0) for part in parts] == [new().tokens(0, 0)] * 2 and not read
+    found = [part.at(0, 0) for part in parts]
+    assert [sources for _, sources in found] == [where, where]
+    assert sorted(dataset.source(index) for index in read) == sorted(where)
+    joined = jax.tree.map(lambda x, y: x + y, *(batch for batch, _ in found))
+    for x, y in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not found[0][0].tokens[:, 1].any() and not found[1][0].tokens[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_is_that_of_one_row_at_a_time(tmp_path, layout):
+    dataset = open_rows(tmp_path / "data", rows(16), max_length=64, max_bad=None)
+    assert len(dataset) > 8
+    batches = Batches(dataset, batch_size=2, **layout)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
+    total, alone, learned = 0.0, 0.0, 0
+    for step in range(batches.steps_per_epoch(0)):
+        flat = jax.tree.map(lambda array: array[0], batches.at(0, step)[0])
+        loss, count = loss_of(params, None, flat)
+        total, learned = total + float(loss), learned + int(count)
+    for index in range(len(dataset)):
+        sample = dataset.sample(index)
+        row = np.zeros((4, 2, 64), np.int32)  # the other row is empty
+        n = len(sample.ids)
+        for array, values in zip(row, (sample.ids, 1, range(n), sample.learned), strict=True):
+            array[0, :n] = values
+        loss, count = loss_of(params, None, Batch(*row[:3], row[3].astype(bool)))
+        alone, learned = alone + float(loss), learned - int(count)
+    assert learned == 0 and total == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_without_shuffling_rows_stay_in_their_order(tmp_path, pack):
+    paths = [write_rows(tmp_path / name, rows(9, name)) for name in "ba"]
+    dataset = open_files(paths, max_length=100)
+    batches = Batches(dataset, batch_size=2, accumulate=2, pack=pack, shuffle=False)
+    expected = [dataset.source(index) for index in range(len(dataset))]
+    assert sources(batches, 0) == sources(batches, 7) == expected
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_step_depends_on_nothing_but_its_place(tmp_path, pack):
+    dataset = open_rows(tmp_path / "data", rows(30), max_length=100)
+
+    def new():
+        return Batches(dataset, batch_size=2, accumulate=2, pack=pack, seed=3)
+
+    one = new()
+    wanted = {(epoch, step): one.at(epoch, step) for epoch in (0, 1) for step in (0, 1, 2)}
+    for place in reversed(wanted):
+        batch, where = new().at(*place)
+        jax.tree.map(np.testing.assert_array_equal, batch, wanted[place][0])
+        assert where == wanted[place][1]
+    orders = [sources(one, 0), sources(one, 1), sources(Batches(dataset, batch_size=4), 0)]
+    assert len(set(map(tuple, orders))) == 3 and len(set(map(frozenset, orders))) == 1
+
+
+def test_places_count_on_through_the_epochs(tmp_path):
+    dataset = open_rows(tmp_path / "data", rows(30), max_length=100)
+    batches = Batches(dataset, batch_size=1, accumulate=2, pack=True)
+    counts = [batches.steps_per_epoch(epoch) for epoch in range(3)]
+    expected = [(epoch, step) for epoch, n in enumerate(counts) for step in range(n)]
+    assert [batches.place(step) for step in range(sum(counts))] == expected
+    resumed = Batches(dataset, batch_size=1, accumulate=2, pack=True)
+    assert resumed.place(sum(counts) - 1) == expected[-1]
+
+
+def test_random_order_never_changes():
+    assert random_order(10, 1, 2, 3).tolist() == [1, 8, 2, 4, 6, 5, 0, 9, 7, 3]
+    assert random_order(0, 1).tolist() == [] and random_order(1, 1).tolist() == [0]
+    orders = {tuple(random_order(30, *seeds)) for seeds in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 1))}
+    assert len(orders) == 5
+
+
+@settings(deadline=None, database=None, max_examples=200)
+@given(LENGTHS)
+def test_first_fit_is_the_first_row_with_room(lengths):
+    by_hand, room = [], []
+    for length in lengths:
+        row = next((r for r, left in enumerate(room) if left >= length), len(room))
+        if row == len(room):
+            room.append(30)
+        room[row] -= length
+        by_hand.append(row)
+    assert first_fit(np.array(lengths, np.int32), 30).tolist() == by_hand
+
+
+@settings(deadline=None, database=None, max_examples=200)
+@given(LENGTHS)
+def test_next_fit_keeps_the_order_and_opens_no_row_too_early(lengths):
+    rows = next_fit(np.array(lengths, np.int32), 30)
+    assert rows[0] == 0 and set(np.diff(rows).tolist()) <= {0, 1}
+    used = np.bincount(rows, lengths)
+    assert used.max() <= 30
+    for row in range(1, len(used)):
+        assert used[row - 1] + lengths[np.flatnonzero(rows == row)[0]] > 30
+
+
+@settings(deadline=None, database=None, max_examples=200)
+@given(LENGTHS, st.booleans(), st.booleans(), st.integers(0, 9), st.integers(1, 5))
+def test_plans_lose_nothing(lengths, shuffle, pack, epoch, rows_per_step):
+    lengths = np.array(lengths, np.int32)
+    groups = [Group(0, len(lengths), 1.0)]
+    plan = make_plan(
+        groups, lengths, epoch=epoch, seed=1, shuffle=shuffle, pack=pack, width=30,
+        rows_per_step=rows_per_step,
+    )  # fmt: skip
+    rows = [plan.row(number) for number in range(len(plan.starts) - 1)]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(len(lengths)))
+    assert all(len(row) and lengths[row].sum() <= 30 for row in rows)
+    assert pack or all(len(row) == 1 for row in rows)
+    assert len(plan.row(len(rows))) == 0
+    if not shuffle:
+        assert np.concatenate(rows).tolist() == list(range(len(lengths)))
+
+
+def test_steps_hold_sequences_of_like_length_in_random_order():
+    lengths = np.array([50, 70, 200, 400] * 200, np.int32)
+    plan = make_plan(
+        [Group(0, 800, 1.0)], lengths, epoch=0, seed=0, shuffle=True, pack=False, width=400,
+        rows_per_step=8,
+    )  # fmt: skip
+    steps = [[bucket(int(n), 400) for n in lengths[step]] for step in plan.items.reshape(-1, 8)]
+    assert sum(len(set(step)) > 1 for step in steps) <= 12  # where two lengths meet in a window
+    widths = [max(step) for step in steps]
+    assert sum(a != b for a, b in zip(widths, widths[1:], strict=False)) > 40
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_weights_are_how_often_a_row_comes(shuffle):
+    groups = [Group(0, 10, 2.5), Group(10, 30, 0.25), Group(30, 33, 0.01)]
+    counts = []
+    for epoch in range(4):
+        items = epoch_items(groups, epoch=epoch, seed=0, shuffle=shuffle)
+        counts.append(np.bincount(items, minlength=33))
+        first, second, third = np.split(counts[-1], [10, 30])
+        assert sorted(first.tolist()) == [2] * 5 + [3] * 5
+        assert sorted(second.tolist()) == [0] * 15 + [1] * 5
+        assert third.sum() == 1  # a file that is named is never left out
+    if not shuffle:  # a file's rows take turns
+        assert set(sum(counts)[10:30].tolist()) == {1}
+    assert any((a != b).any() for a, b in zip(counts, counts[1:], strict=False))
+
+
+@pytest.mark.parametrize(("ratio", "general"), [(0.5, 20), (0.2, 5), (0.9, 180)])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_general_rows_are_their_share_of_an_epoch(tmp_path, shuffle, ratio, general):
+    own = write_rows(tmp_path / "own", [{"content": f"Q{n}", "summary": "A"} for n in range(20)])
+    other = write_rows(
+        tmp_path / "other", [{"instruction": f"G{n}", "output": "A"} for n in range(50)]
+    )
+    notes = []
+    dataset = open_files([own], mix=(other, ratio), on_note=notes.append)
+    assert notes == [f"general sequences in an epoch: {general}, drawn from 50"]
+    batches = Batches(dataset, batch_size=4, shuffle=shuffle)
+    drawn = []
+    for epoch in range(3):
+        found = [source.rpartition("/")[2] for source in sources(batches, epoch)]
+        mixed = [name for name in found if name.startswith("other")]
+        assert len(mixed) == general and len(found) == 20 + general
+        drawn.append(sorted(mixed))
+        if not shuffle:
+            assert [name for name in found if name.startswith("own")] == [
+                f"own:{n}" for n in range(1, 21)
+            ]
+            gaps = np.diff([place for place, name in enumerate(found) if name.startswith("own")])
+            assert gaps.max() <= general / 20 + 2  # they stand between, not all behind
+    assert drawn[0] != drawn[1]
+
+
+def test_what_cannot_be_batched(tmp_path):
+    dataset = open_rows(tmp_path / "data", rows(3))
+    for options in (
+        {"batch_size": 0},
+        {"batch_size": 1, "accumulate": 0},
+        {"batch_size": 1, "seed": -1},
+    ):
+        with pytest.raises(UsageError, match="at least"):
+            Batches(dataset, **options)
+    nothing = open_rows(tmp_path / "data", ["x"], max_bad=None)
+    with pytest.raises(InputError, match="nothing to learn from"):
+        Batches(nothing, batch_size=1)

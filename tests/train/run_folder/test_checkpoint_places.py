@@ -1,0 +1,167 @@
+"""Where the checkpoints of a training lie: elsewhere, in a bucket, of several processes."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from glm2_jax.errors import InputError, UsageError
+from glm2_jax.processes import join
+from tests.support import host_checkpoint
+from tests.support.paths import ROOT
+from tests.support.training_data import alpaca, open_rows, write_rows
+from train import lora
+from train.data.batches import Batches
+from train.options import checkpoint_place
+from train.run_folder.checkpoints import Checkpoints
+from train.run_folder.folder import RunFolder
+from train.run_folder.storage import check_shared
+
+RUN = {"command": "train.lora", "lr": 0.1}
+
+
+def opened(output, place, *, resume="auto", identity=None):
+    return RunFolder(output, resume=resume, identity=identity or RUN, checkpoints=str(place))
+
+
+def begun(output, place):
+    with opened(output, place) as out:
+        out.begin({"lr": 0.1})
+        (out.state / "3").mkdir(parents=True)
+        return out
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs:// is a folder here; returns it."""
+
+    class Bucket(LocalFileSystem):
+        protocol, cachable = ("gcs", "gs"), False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return str(path).replace("gs://", f"{tmp_path}/gs/")
+
+    (tmp_path / "gs/bucket").mkdir(parents=True)
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
+    monkeypatch.setattr(
+        "etils.epath.backend._FileSystemSpecBackend._get_filesystem",
+        lambda self, name: Bucket(auto_mkdir=True),
+    )
+    return tmp_path / "gs/bucket"
+
+
+def test_only_the_checkpoints_move(tmp_path):
+    out = begun(tmp_path / "out", tmp_path / "kept")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock", "recipe.yml", "run.json"}
+    assert {p.name for p in (tmp_path / "kept").iterdir()} == {"run.json", "state"}
+    assert out.log == tmp_path / "out/log.jsonl" and Path(out.best) == tmp_path / "kept/best"
+
+
+@pytest.mark.parametrize("place", ["kept", "gs://bucket/run"])
+def test_another_machine_goes_on_with_them(tmp_path, monkeypatch, bucket, place):
+    monkeypatch.chdir(tmp_path)
+    begun("one", place)
+    with opened("two", place) as out:
+        assert [path.name for path in out.state.iterdir()] == ["3"]
+    with pytest.raises(UsageError, match=f"{place} holds another training: lr was 0.1 and is 1"):
+        opened("three", place, identity=RUN | {"lr": 1})
+    with pytest.raises(UsageError, match="holds a training already"):
+        opened("four", place, resume="none")
+    (kept,) = tmp_path.rglob("run/run.json") if "gs" in place else [tmp_path / "kept/run.json"]
+    assert json.loads(kept.read_text()) == RUN
+    kept.write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        opened("two", place)
+
+
+def test_a_run_with_checkpoints_of_its_own_does_not_begin_anew_elsewhere(tmp_path):
+    begun(tmp_path / "out", tmp_path / "out")
+    with pytest.raises(UsageError, match="holds checkpoints itself"):
+        opened(tmp_path / "out", tmp_path / "kept")
+
+
+def test_orbax_is_given_the_bucket_as_it_is(monkeypatch, bucket):
+    given = []
+    monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, options: given.append(folder))
+    Checkpoints("gs://bucket/run/state", keep=1)
+    assert [str(folder) for folder in given] == ["gs://bucket/run/state"]
+
+
+def test_a_bucket_that_cannot_be_used(tmp_path, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
+    with pytest.raises(InputError) as caught:
+        opened(tmp_path / "out", "gs://other/run")
+    lines = str(caught.value).splitlines()
+    assert lines[:2] == [
+        "gs://other/run cannot be used",
+        "Please install gcsfs to access Google Storage",
+    ]
+    assert "extra gcs" in lines[2]
+    with pytest.raises(InputError, match="cannot be used"):
+        Checkpoints("gs://other/run/state", keep=1)
+
+
+def test_what_may_be_named():
+    for place in ("gs://bucket/run", "folder/run", "/run"):
+        assert checkpoint_place(place) == place
+    for place in ("s3://bucket/run", "https://host/run"):
+        with pytest.raises(UsageError, match="file system"):
+            checkpoint_place(place)
+    for place in ("", " ", "gs://", "gs:///"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            checkpoint_place(place)
+    assert lora.parser().parse_args(["--data", "d", "--checkpoints", "gs://b"]).checkpoints
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    begun(tmp_path / "out", tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(join, "is_first", lambda: False)
+    with opened(tmp_path / "out", tmp_path / "out") as one, opened(tmp_path / "out", one.path):
+        one.begin({"lr": 2})
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_folder_that_not_all_see(tmp_path, monkeypatch, first):
+    monkeypatch.setattr(join, "are_several", lambda: True)
+    monkeypatch.setattr(join, "is_first", lambda: first)
+    monkeypatch.setattr(join, "highest", lambda number: 1)  # another one does not see it
+    with pytest.raises(InputError, match="not all processes see"):
+        check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_save_and_go_on_and_so_does_one_alone(tmp_path):
+    rows = [alpaca(f"Q{i}", "A" * (i + 1)) for i in range(3)]
+    write_rows(tmp_path / "d.jsonl", rows)
+    command = [sys.executable, "-m", "infer.launch", "--num-processes", "2",
+               "--devices-per-process", "4", "--", sys.executable, "-m", "tests.support.host_checkpoint",
+               "--output", f"{tmp_path}/out", "--checkpoints", f"{tmp_path}/kept",
+               "--data", f"{tmp_path}/d.jsonl"]  # fmt: skip
+    told = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(done.stdout))
+    batch, _ = Batches(open_rows(tmp_path / "d.jsonl", rows), batch_size=3, shuffle=False).at(0, 0)
+    expected = {"sum": int(batch.tokens.sum()), "own": 2, "shape": [1, 4, batch.tokens.shape[-1]]}
+    assert told == [{"before": None, **expected}, {"before": 1, **expected}]
+    like = {"rows": jnp.zeros((4, 2))}
+    with Checkpoints(tmp_path / "kept/state", keep=2) as checkpoints:
+        (state, position) = checkpoints.restore(2, like)
+    np.testing.assert_array_equal(state["rows"], host_checkpoint.whole() + 2)
+    assert position == {"step": 1}

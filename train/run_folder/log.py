@@ -1,0 +1,174 @@
+"""What a training says of itself: lines on stderr, an object a line in a file, a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm2_jax.cli.messages import human_size, note
+from glm2_jax.errors import InputError
+
+
+class Log:
+    """Lines for people, and JSON lines for programs. A context manager.
+
+    Args:
+        total: steps of the whole run.
+        every: steps between two lines.
+        path: of the JSON lines, which are added to it.
+        taken: steps taken by an earlier run that goes on.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def __init__(self, total: int, *, every: int, path: str | os.PathLike, taken: int = 0):
+        self._total, self._every, self._first = total, every, taken
+        self._last = time.perf_counter()
+        self._seconds, self._tokens = 0.0, 0
+        self._unsaid: tuple[int, int | None, dict[str, float]] | None = None
+        try:
+            self._file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{os.fspath(path)} cannot be written", str(error)) from error
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # What could not be written is said already; closing would try it once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def step(self, step: int, tokens: int, memory: int | None, **figures: float) -> None:
+        """One step; says it where it is due: the first, the last and every few.
+
+        Args:
+            step: from 1.
+            tokens: how many it read, padding not counted.
+            memory: most bytes used so far.
+            **figures: loss, lr, grad_norm, ...
+        """
+        self._tokens += tokens
+        self._unsaid = step, memory, figures
+        if step == 1 or step % self._every == 0 or step == self._total:
+            self.finish()
+
+    def finish(self) -> None:
+        """Says the step before, if it is not said: the last one of a run that ends early."""
+        if self._unsaid is None:
+            return
+        step, memory, figures = self._unsaid
+        self._unsaid = None
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._last, 1e-9)
+        self._seconds += now - self._last
+        left = self._seconds / (step - self._first) * (self._total - step)
+        parts = [f"step {step}/{self._total}", *_texts(figures), f"{rate:.0f} tokens/s"]
+        if memory:
+            parts.append(f"memory {human_size(memory)}")
+        note(", ".join([*parts, f"{_duration(left)} left"]))
+        values = figures | {"tokens_per_second": rate, "memory_bytes": memory, "split": "train"}
+        self._write(step=step, **values)
+        self._last, self._tokens = now, 0
+
+    def evaluation(self, step: int, split: str, **figures: float) -> None:
+        """The figures of a set that is not trained on."""
+        note(", ".join([f"  {split} after step {step}", *_texts(figures)]))
+        self._write(step=step, **figures, split=split)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside takes no part in the rates: it is no step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - start
+
+    def _write(self, **values: Any) -> None:
+        known = {  # JSON has no NaN and no infinity
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        try:
+            print(json.dumps(known), file=self._file, flush=True)
+        except OSError as error:
+            raise InputError(f"{self._file.name} cannot be written", str(error)) from error
+
+
+def losses(found: Mapping[str, Sequence[Sequence[Any]]]) -> list[str]:
+    """Lines about how far losses fell.
+
+    Args:
+        found: see `train.loop.Position`.
+    """
+    lines = []
+    for name in sorted(found, key=lambda name: name != "training"):
+        (before, first), (after, last) = found[name]
+        steps = f"step {before} -> {after}"
+        lines.append(f"{name} loss {_loss(first)} -> {_loss(last)} ({steps}){_fall(first, last)}")
+    return lines
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _fall(first: float | None, last: float | None) -> str:
+    if not first or last is None:
+        return ""
+    share = 100 * (1 - last / first)
+    return f", {abs(share):.0f} % {'lower' if share >= 0 else 'higher'}"
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of a log; a line that a kill has torn ends it."""
+    return [line for line, _ in _lines(path)]
+
+
+def cut_log(path: str | os.PathLike, taken: int) -> None:
+    """Takes off the end of a log what it says of steps beyond the first `taken`: they were lost
+    with the run that took them, and are taken again.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    if not Path(path).is_file():
+        return
+    try:
+        kept = [end for line, end in _lines(path) if line["step"] <= taken]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{os.fspath(path)} is no log of a training", fix="Name another --log-jsonl."
+        ) from error
+    os.truncate(path, max(kept, default=0))
+
+
+def _lines(path: str | os.PathLike) -> Iterator[tuple[dict[str, Any], int]]:
+    """Objects, and where each ends in the file."""
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            yield json.loads(line), end
+
+
+def _texts(figures: Mapping[str, float]) -> list[str]:
+    return [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()]
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
