@@ -97,7 +97,7 @@ def add_dry_run(group: argparse._ActionsContainer, checked: str = "the source") 
 
 
 def find_folder(args: argparse.Namespace, name: str) -> Path:
-    """The folder of a model that is named by its path or on a hub, as `convert.hub.find.find_model`."""
+    """The folder of a model that is named by its path or on a hub, as `find_model`."""
     return find_model(name, source=args.hub_source, revision=args.revision)
 
 

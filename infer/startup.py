@@ -1,7 +1,7 @@
 """From the flags of the answering tools to an engine: which model, on what, and what is said of it.
 
-Everything of the project but `glm2_jax.cli.main` is imported inside the functions: tools import this
-module before their flags are parsed, and `--help` must not wait for jax.
+Everything of the project but `glm2_jax.cli.main` is imported inside the functions: tools import
+this module before their flags are parsed, and `--help` must not wait for jax.
 """
 
 from __future__ import annotations

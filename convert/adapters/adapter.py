@@ -42,8 +42,8 @@ class Adapter:
     Attributes:
         lora: its arrays.
         rslora: whether its scale is alpha / sqrt(rank).
-        base: fingerprint of the model it was trained on (see `convert.loading.folder.fingerprint`); None =
-            not known, likewise below.
+        base: fingerprint of the model it was trained on (see
+            `convert.loading.folder.fingerprint`); None = not known, likewise below.
         template: prompt template it was trained with.
         extra: whatever else is to be kept, as JSON values.
         source: the folder that it came from.

@@ -214,7 +214,8 @@ def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, A
         read_index: reads one of them, an index of weights, as JSON.
 
     Returns:
-        Configuration, tokenizer, and the set of weights that `convert.files.shards.open_weights` reads.
+        Configuration, tokenizer, and the set of weights that
+        `convert.files.shards.open_weights` reads.
 
     Raises:
         CheckpointError: something needed is not there, or an index names other than weights.

@@ -37,7 +37,7 @@ def add_model_options(parser: Parser) -> None:
 
 
 def add_mesh_options(group: argparse._ArgumentGroup) -> None:
-    """Over which devices to compute, beside `--device`; `glm2_jax.runtime.devices.find_mesh` reads it."""
+    """Which devices to compute on; `glm2_jax.runtime.devices.find_mesh` reads it."""
     mesh = group.add_mutually_exclusive_group()
     mesh.add_argument(
         "--mesh",

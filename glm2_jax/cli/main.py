@@ -4,8 +4,8 @@ Answers go to stdout, everything else to stderr. Exit codes: 0 ok, 1 unexpected,
 input or data, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed,
 143 terminated.
 
-How signals end a tool is in `glm2_jax.cli.interrupt`. Nothing here imports jax: `--help` must answer at
-once.
+How signals end a tool is in `glm2_jax.cli.interrupt`. Nothing here imports jax: `--help` must
+answer at once.
 """
 
 import errno

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from glm2_jax.cli.commands import as_typed
 from glm2_jax.cli.main import EXIT_USAGE, version
 from glm2_jax.cli.messages import note
 
@@ -31,9 +32,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, prog: str, description: str = "", example: str = "", **kwargs: Any):
-        kwargs.setdefault("epilog", f"example:\n  {example}" if example else None)
+        kwargs.setdefault("epilog", f"example:\n  {as_typed(example)}" if example else None)
         super().__init__(
-            prog=prog,
+            prog=as_typed(prog),
             description=textwrap.fill(description, 90),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""What a machine has, as far as it matters here: plain facts, gathered by `glm2_jax.runtime.probing`.
+"""What a machine has, as far as it matters here: plain facts, gathered by `probing`.
 
 The doctor judges nothing else, so that tests make up machines as they like.
 """

@@ -1,8 +1,8 @@
 """Rows of the known formats as messages.
 
-A conversation is a list of messages in the form that `glm2_jax.text.prompt.build_messages` takes: role
-(system, user, assistant, observation), content, and where there are any, metadata and tools. One
-that must not be learned has `"loss": False`, too.
+A conversation is a list of messages in the form that `glm2_jax.text.prompt.build_messages` takes:
+role (system, user, assistant, observation), content, and where there are any, metadata and tools.
+One that must not be learned has `"loss": False`, too.
 """
 
 from __future__ import annotations

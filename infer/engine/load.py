@@ -25,7 +25,7 @@ from infer.memory.shortage import when_loading
 
 def demo_folder() -> Path:
     """The bundled demo model, in the project's own format."""
-    return Path(__file__).parent / "demo"
+    return Path(__file__).parents[1] / "demo"
 
 
 def load(

@@ -1,7 +1,7 @@
 """What a model is evaluated on: texts, and conversations. Bad rows are told, not hidden.
 
-A file is plain text (one text), or rows in all forms that training reads (`infer.datasets`); a row may
-also be {"text"}. Rows and conversations are judged as training judges them.
+A file is plain text (one text), or rows in all forms that training reads (`infer.datasets`); a row
+may also be {"text"}. Rows and conversations are judged as training judges them.
 """
 
 from __future__ import annotations

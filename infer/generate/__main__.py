@@ -1,6 +1,7 @@
 """`python -m infer.generate`: answers one question, or a file of them.
 
-Only the flags are here; what they start is in `infer.generate.run`, which is imported after parsing.
+Only the flags are here; what they start is in `infer.generate.run`, which is imported after
+parsing.
 """
 
 import argparse

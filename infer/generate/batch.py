@@ -1,8 +1,8 @@
 """Answering a batch file: lines of like length together, the answers in the order of the lines.
 
-With an output file the answers are kept in a journal until all are there (`infer.generate.journal`), so that
-a run that ends early is continued. Every line has random numbers of its own, and the lines that are
-answered together are the same in every run, so the result does not depend on where one was stopped.
+With an output file the answers are kept in a journal until all are there, so that a run that ends
+early is continued. Every line has random numbers of its own, and the lines that are answered
+together are the same in every run, so the result does not depend on where one was stopped.
 """
 
 from __future__ import annotations

@@ -10,19 +10,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from glm2_jax import GLMConfig, init_params
-from glm2_jax.config import GLMConfig
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
 from infer.memory.precision import Precision
-
-if TYPE_CHECKING:
-    from infer.memory.precision import Precision
 
 Sizes = tuple[tuple[str, int], ...]  # of the mesh: (axis, size), which can be hashed
 

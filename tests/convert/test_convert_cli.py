@@ -10,10 +10,10 @@ import sys
 import time
 from collections import namedtuple
 
-import glm2_jax.prompt
 import pytest
 
 import glm2_jax.config
+import glm2_jax.text.prompt
 from convert import from_pytorch, inspect, options, verify_checkpoint
 from glm2_jax import CheckpointError, DeviceError, InputError, UsageError, choices
 from glm2_jax.cli import arguments, messages

@@ -1,66 +1,101 @@
-"""The layers train > infer > convert > glm2_jax: imports only point down, and never at torch."""
+"""The import graph: floors and rooms only import downwards, without cycles, and never torch."""
 
-import ast
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 
+import grimp
 import pytest
 
 from tests.support.paths import ROOT
 
-LAYERS = ("glm2_jax", "convert", "infer", "train")  # lowest first
-FORBIDDEN = {"torch", "transformers", "tests"}
-SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+FLOORS = ("glm2_jax", "convert", "infer", "train")  # lowest first
+# Each room, lowest first: a folder with all that is in it; "infer." are the loose modules.
+ROOMS = {
+    "glm2_jax": ("glm2_jax.", "text", "cli", "runtime", "processes"),
+    "convert": ("files", "hub", "layouts", "loading", "adapters", "writing", "convert."),
+    "infer": (
+        "memory", "engine", "requests", "infer.",
+        "doctor", "bench", "chat", "evaluate", "explain", "generate", "selftest",
+    ),
+    "train": ("run_folder", "data", "train.", "demo"),
+}  # fmt: skip
+# Rooms of which none knows another: the wings of the commands.
+WINGS = {"doctor", "bench", "chat", "evaluate", "explain", "generate", "selftest"}
 
 
-def imported(source: str) -> set[str]:
-    """Top-level names of everything that `source` imports, at module level or inside a function."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module)
-    return {name.partition(".")[0] for name in names}
+def room_of(module: str) -> str:
+    """ "infer.chat.run" -> "chat", "infer.options" -> "infer."."""
+    floor, *rest = module.split(".")
+    return rest[0] if rest and rest[0] in ROOMS[floor] else f"{floor}."
 
 
-def violations(layer: str, source: str) -> set[str]:
-    """What a file of `layer` imports and must not."""
-    above = set(LAYERS[LAYERS.index(layer) + 1 :])
-    return imported(source) & (above | FORBIDDEN)
+def violations(imports: dict[str, set[str]]) -> list[str]:
+    """Arrows of an import graph that point up, or from one command into another."""
+    order = [(floor, room) for floor in FLOORS for room in ROOMS[floor]]
+    found = []
+    for module, targets in imports.items():
+        for target in targets:
+            here = module.split(".")[0], room_of(module)
+            there = target.split(".")[0], room_of(target)
+            up = order.index(here) < order.index(there)
+            if up or (here != there and {here[1], there[1]} <= WINGS):
+                found.append(f"{module} -> {target}")
+    return sorted(found)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    layer = path.relative_to(ROOT).parts[0]
-    assert violations(layer, path.read_text(encoding="utf-8")) == set()
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """Module -> the modules that it imports anywhere in it, except for types alone."""
+    graph = grimp.build_graph(*FLOORS, exclude_type_checking_imports=True, cache_dir=None)
+    return {name: set(graph.find_modules_directly_imported_by(name)) for name in graph.modules}
+
+
+def test_imports_point_down(imports):
+    assert violations(imports) == []
+
+
+def test_no_imports_in_a_circle(imports):
+    TopologicalSorter(imports).prepare()  # raises CycleError with the modules of a circle
 
 
 @pytest.mark.parametrize(
-    ("layer", "source", "found"),
+    ("module", "target", "allowed"),
     [
-        ("glm2_jax", "import convert.inspect", {"convert"}),
-        ("glm2_jax", "def f():\n    from infer import load", {"infer"}),
-        ("convert", "import numpy, train.demo as d", {"train"}),
-        ("infer", "from torch.utils import data", {"torch"}),
-        ("infer", "from convert import load_checkpoint\nfrom .api import load", set()),
-        ("train", "import glm2_jax, convert, infer, train.demo", set()),
+        ("infer.engine.engine", "convert.loading.params", True),
+        ("convert.loading.params", "infer.engine.engine", False),
+        ("infer.engine.engine", "infer.requests.request", False),
+        ("infer.requests.request", "infer.engine.engine", True),
+        ("infer.chat.run", "infer.startup", True),
+        ("infer.startup", "infer.chat.run", False),
+        ("infer.chat.run", "infer.generate.run", False),
+        ("infer.chat.run", "infer.chat.reply", True),
+        ("glm2_jax.model", "glm2_jax.runtime.xla", False),
+        ("train.run", "train.data.dataset", True),
     ],
 )
-def test_the_check_sees_what_it_should(layer, source, found):
-    assert violations(layer, source) == found
+def test_the_check_sees_what_it_should(module, target, allowed):
+    assert (violations({module: {target}}) == []) == allowed
+
+
+def test_nothing_imports_torch():
+    graph = grimp.build_graph(*FLOORS, include_external_packages=True, cache_dir=None)
+    for name in ("torch", "transformers", "peft"):
+        assert name not in graph.modules or not graph.find_modules_that_directly_import(name)
 
 
 def test_importing_the_packages_loads_no_torch():
-    modules = "glm2_jax, convert, infer, train"
-    code = f"import sys, {modules}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    modules = ", ".join(FLOORS)
+    heavy = "{'jax', 'torch', 'transformers'}"
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_every_package_is_listed_for_installation():
+def test_every_folder_of_code_is_a_package():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in SOURCES}
-    assert folders == set(config["tool"]["setuptools"]["packages"])
-    assert all((ROOT / name.replace(".", "/") / "__init__.py").exists() for name in folders)
+    included = config["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert included == [f"{floor}{end}" for floor in FLOORS for end in ("", ".*")]
+    folders = {path.parent for floor in FLOORS for path in (ROOT / floor).rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []

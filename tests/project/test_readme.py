@@ -108,7 +108,7 @@ def test_the_others_are_run_elsewhere(command):
     assert command in commands("README.md")
     name, words = ELSEWHERE[command]
     place = ROOT / name
-    files = [place] if place.is_file() else [p for p in place.glob("*.py") if p != Path(__file__)]
+    files = [place] if place.is_file() else [p for p in place.rglob("*.py") if p != Path(__file__)]
     assert any(words in file.read_text(encoding="utf-8") for file in files)
 
 

@@ -1,7 +1,7 @@
 """Random tiny models, each answered in every way there is: do the greedy tokens agree?
 
-`python -m tests.support.differential [ARCHITECTURES [MODELS [FIRST]]]` prints the counts, and every answer
-that differs; so many models of each architecture share its programs, which take the time.
+`python -m tests.support.differential [ARCHITECTURES [MODELS [FIRST]]]` prints the counts, and every
+answer that differs; so many models of each architecture share its programs, which take the time.
 The reference reads the text again for each token: one device, stacked float32 weights, no cache.
 """
 

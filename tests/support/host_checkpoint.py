@@ -1,4 +1,4 @@
-"""Saves a sharded state from two processes, and goes on with it: python -m tests.support.host_checkpoint.
+"""Saves a sharded state from two processes, and goes on with it.
 
 Prints what the first process saw as JSON.
 """

@@ -1,4 +1,4 @@
-"""A command of several processes, for the tests of `glm2_jax.processes.join`: python -m tests.support.host_command.
+"""A command of several processes, for the tests of `glm2_jax.processes.join`.
 
 --do says what a process does once all have joined, for example "1:kill,loop": process 1 kills
 itself, the others compute together until they are ended.

@@ -1,4 +1,4 @@
-"""The engine on meshes of eight devices beside one: run by tests/infer/engine/test_mesh_engine.py."""
+"""The engine on meshes of eight devices beside one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints loaded onto meshes of eight devices: run by tests/convert/loading/test_sharded_loading.py."""
+"""Checkpoints loaded onto meshes of eight devices."""
 
 import contextlib
 import dataclasses

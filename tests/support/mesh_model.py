@@ -1,4 +1,4 @@
-"""The toy model on meshes of eight devices beside one: run by tests/glm2_jax/test_sharding_model.py."""
+"""The toy model on meshes of eight devices beside one."""
 
 from __future__ import annotations
 

@@ -32,8 +32,9 @@ MAX_BYTES = 2**30
 SMALL = 2**20  # bytes of a file that is encoded in a few seconds
 _ENDING = "-cache"
 _CODE = (
-    "glm2_jax.text.prompt", "glm2_jax.text.tokenizer", "infer.requests.request", "infer.datasets.encode",
-    "infer.datasets.formats", "infer.datasets.index", "infer.datasets.tables", "train.data.scan",
+    "glm2_jax.text.prompt", "glm2_jax.text.tokenizer", "infer.requests.request",
+    "infer.datasets.encode", "infer.datasets.formats", "infer.datasets.index",
+    "infer.datasets.tables", "train.data.scan",
 )  # fmt: skip
 
 

@@ -149,7 +149,8 @@ def test_two_processes_save_and_go_on_and_so_does_one_alone(tmp_path):
     rows = [alpaca(f"Q{i}", "A" * (i + 1)) for i in range(3)]
     write_rows(tmp_path / "d.jsonl", rows)
     command = [sys.executable, "-m", "infer.launch", "--num-processes", "2",
-               "--devices-per-process", "4", "--", sys.executable, "-m", "tests.support.host_checkpoint",
+               "--devices-per-process", "4", "--",
+               sys.executable, "-m", "tests.support.host_checkpoint",
                "--output", f"{tmp_path}/out", "--checkpoints", f"{tmp_path}/kept",
                "--data", f"{tmp_path}/d.jsonl"]  # fmt: skip
     told = []

@@ -1,0 +1,6 @@
+"""`python -m train`: the list of its tools."""
+
+from glm2_jax.cli.commands import list_tools
+
+if __name__ == "__main__":
+    list_tools("train")
