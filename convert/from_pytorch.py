@@ -26,7 +26,7 @@ def build_parser() -> Parser:
     weights.add_argument(
         "--quantize", choices=QUANTIZE,
         help="write the matrices of the layers as int8 (a scale a row) or int4 (a scale for 128 "
-        "columns); none = unpack what is stored quantised (default: as it is stored)",
+        "columns); none = unpack what is stored quantized (default: as it is stored)",
     )  # fmt: skip
     weights.add_argument(
         "--quantize-embeddings", action="store_true",
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         check_destination(args.destination, args.overwrite, source=folder.path, needed=size)
         note(f"would write {human_size(size)} in {written}")
         options.print_plan(
-            args, size, dtype=kind.name, quantisation=None if scheme is None else scheme.name
+            args, size, dtype=kind.name, quantization=None if scheme is None else scheme.name
         )
         return
     with Progress("converting", size, show=human_size) as progress:

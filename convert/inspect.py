@@ -56,8 +56,8 @@ def describe(
         "parameters": config.num_params,
         "stored_dtype": folder.stored_dtype,
         "float_dtype": folder.float_dtype,
-        "quantisation": None if folder.scheme is None else folder.scheme.name,
-        "quantisation_bits": 0 if folder.scheme is None else folder.scheme.bits,
+        "quantization": None if folder.scheme is None else folder.scheme.name,
+        "quantization_bits": 0 if folder.scheme is None else folder.scheme.bits,
         "rope_kind": config.rope_kind,
         "rope_ratio": config.rope_ratio,
         "vocabulary": config.vocab_size,
@@ -85,7 +85,7 @@ def as_table(found: dict[str, Any]) -> str:
     """The same for people."""
     from glm2_jax.schemes import SCHEMES, stored_as
 
-    scheme = None if found["quantisation"] is None else SCHEMES[found["quantisation"]]
+    scheme = None if found["quantization"] is None else SCHEMES[found["quantization"]]
     rope = f"{found['rope_kind']}, ratio {found['rope_ratio']:g}"
     lines = {
         "folder": found["path"],

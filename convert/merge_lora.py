@@ -33,7 +33,7 @@ def build_parser() -> Parser:
     options.add_dtype(weights)
     weights.add_argument(
         "--dequantize", action="store_true",
-        help="allow a quantised base; its weights are written unpacked",
+        help="allow a quantized base; its weights are written unpacked",
     )  # fmt: skip
     options.add_shard_size(weights)
     options.add_force_adapter(weights)

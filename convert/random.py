@@ -86,7 +86,7 @@ def official_config(
         flag: what an error calls `name`.
 
     Raises:
-        UsageError: an unknown name, a quantised model, or a number of layers below 1.
+        UsageError: an unknown name, a quantized model, or a number of layers below 1.
         CheckpointError: the file is no configuration of this family of models.
     """
     from convert.files.shards import read_json
@@ -109,7 +109,7 @@ def official_config(
         )
     if raw.get("quantization_bit") or name.endswith("int4"):
         raise UsageError(
-            f"{flag} {name} is a quantised model.",
+            f"{flag} {name} is a quantized model.",
             "Random weights are written as floats.",
             "Take the model that it was made from, for example chatglm2-6b.",
         )

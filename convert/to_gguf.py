@@ -23,7 +23,7 @@ def build_parser() -> Parser:
         prog="python -m convert.to_gguf",
         description=(
             "Writes any checkpoint folder that this project reads as one GGUF file for llama.cpp, "
-            "with its vocabulary. Quantised weights are dequantised first. The new file appears "
+            "with its vocabulary. Quantized weights are dequantized first. The new file appears "
             "complete or not at all."
         ),
         example="python -m convert.to_gguf ./chatglm2-6b chatglm2-6b-q8_0.gguf --type q8_0",
@@ -79,7 +79,7 @@ def _warnings(folder: "Folder", kind: str, tensors: "Sequence[Tensor]") -> list[
     lines = []
     if folder.scheme is not None:
         lines.append(
-            f"the weights are stored in {folder.scheme.name}; they are dequantised and written "
+            f"the weights are stored in {folder.scheme.name}; they are dequantized and written "
             f"as {kind}"
         )
     elif kind == "f16" and folder.stored_dtype != "float16":

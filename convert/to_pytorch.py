@@ -19,7 +19,7 @@ def build_parser() -> Parser:
         prog="python -m convert.to_pytorch",
         description=(
             "Writes any checkpoint folder that this project reads for PyTorch programs, as "
-            "safetensors (.bin is not written). Quantised weights are dequantised, except where "
+            "safetensors (.bin is not written). Quantized weights are dequantized, except where "
             "--layout chatglm has the same form. The new folder appears complete or not at all."
         ),
         example="python -m convert.to_pytorch ./chatglm2-6b-jax ./chatglm2-6b-glm --layout glm",
@@ -95,7 +95,7 @@ def _warnings(folder: "Folder", layout: str, dtype: str, packed: "Scheme | None"
     if folder.scheme is not None and packed is None:
         lines.append(
             f"the weights are stored in {folder.scheme.name}; "
-            f"they are written dequantised, in {dtype}"
+            f"they are written dequantized, in {dtype}"
         )
     elif folder.float_dtype != dtype:
         lines.append(f"the weights are stored in {folder.float_dtype}; written as {dtype}")

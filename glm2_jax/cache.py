@@ -41,7 +41,7 @@ class KVCache:
         """An empty cache of `batch` rows with `size` slots, in parts on the devices of an active
         mesh.
 
-        Zeros, not uninitialised memory: a masked slot has probability 0, and 0 times NaN is NaN.
+        Zeros, not uninitialized memory: a masked slot has probability 0, and 0 times NaN is NaN.
         """
         shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, LANES, SLICES
 from glm2_jax.mesh import WEIGHT_RULES, active_mesh, pieces
-from glm2_jax.quant import QTensor, dequantise, dequantise_whole, int4_halves
+from glm2_jax.quant import QTensor, dequantize, dequantize_whole, int4_halves
 
 Weight = jax.Array | QTensor
 
@@ -27,12 +27,12 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
     """`jnp.einsum` of two arrays, accumulated and returned in float32.
 
     Float32 operands are multiplied as float32 on every platform: GPUs would otherwise round them
-    to TF32 and TPUs to bfloat16. The scales of quantised weights are applied in float32.
+    to TF32 and TPUs to bfloat16. The scales of quantized weights are applied in float32.
 
     Args:
         spec: einsum over the axis letters of `glm2_jax.model`.
         x: activations.
-        w: weights or keys/values in the dtype of `x`, or quantised weights.
+        w: weights or keys/values in the dtype of `x`, or quantized weights.
         added: float32 of the result's shape, to be added to a product with a weight. Zeros leave
             every bit of a layer as it is, whatever the compiler fuses.
 
@@ -70,7 +70,7 @@ def _backward(spec: str, saved: tuple[jax.Array, Weight, Any], gradient: jax.Arr
     """Gradients by plain products of the activations' dtype: not every platform's form can be
     differentiated, and a float32 gradient would make half-precision products slow ones.
 
-    A quantised weight has no gradient; that of a plain one costs nothing where nobody wants it.
+    A quantized weight has no gradient; that of a plain one costs nothing where nobody wants it.
     """
     x, w, adds = saved
     to_added = None if adds is None else gradient
@@ -108,12 +108,12 @@ def _as_matrix(w: Weight, rows: int) -> Weight:
 
 
 def _as_array(spec: str, w: Weight, dtype: Any) -> jax.Array:
-    """A weight with its own axes; a quantised one is unpacked."""
+    """A weight with its own axes; a quantized one is unpacked."""
     if not isinstance(w, QTensor):
         return w
     letters = spec.split("->")[0].split(",")[1]
     cut = pieces(letters[-1], w.values.shape[-1], WEIGHT_RULES)
-    return dequantise_whole(w, len(letters) - _summed_columns(spec), cut).astype(dtype)
+    return dequantize_whole(w, len(letters) - _summed_columns(spec), cut).astype(dtype)
 
 
 def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -122,8 +122,8 @@ def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _dot(x: jax.Array, w: Weight) -> jax.Array:
-    """[M, C] times [R, C], summed over C: float32 [M, R]. Quantised weights are unpacked first."""
-    return _plain(_MATRICES, x, dequantise(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
+    """[M, C] times [R, C], summed over C: float32 [M, R]. Quantized weights are unpacked first."""
+    return _plain(_MATRICES, x, dequantize(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
 
 
 def _add(product: jax.Array, added: jax.Array | None, scale: Any = 1) -> jax.Array:

@@ -35,7 +35,7 @@ _WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also under JAX_ENABL
 
 
 def _weight(module: nn.Module, name: str, *shape: int) -> jax.Array | QTensor:
-    """A matrix, which may be quantised: then Linen, which compares shapes, is passed by."""
+    """A matrix, which may be quantized: then Linen, which compares shapes, is passed by."""
     stored = module.get_variable("params", name)
     return stored if isinstance(stored, QTensor) else module.param(name, _WEIGHT_INIT, shape)
 

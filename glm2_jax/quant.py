@@ -1,4 +1,4 @@
-"""Quantised weights: small integers, with a float scale for each row or each group of columns.
+"""Quantized weights: small integers, with a float scale for each row or each group of columns.
 
 A weight is read as a matrix whose rows are its output axes and whose columns are the axes that a
 product sums over. Only the integers change with the width; W = integers * scale.
@@ -30,7 +30,7 @@ NO_SCALE = np.float32(1e-30)
 
 @flax.struct.dataclass
 class QTensor:
-    """A quantised weight, as data in the params tree. Layers are stacked as for any parameter.
+    """A quantized weight, as data in the params tree. Layers are stacked as for any parameter.
 
     Attributes:
         values: int8. With 8 bits [*rows, *columns]; with 4 bits the last axis is half as long and
@@ -55,7 +55,7 @@ class QTensor:
         return self.values.nbytes + self.scale.nbytes
 
 
-def quantise(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
+def quantize(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric rounding to nearest (even): scale = max|W| / 127 for 8 bits, / 7 for 4 bits.
 
     Source: quantization.py of THUDM/chatglm2-6b, whose division by zero for a row of zeros is not
@@ -84,16 +84,16 @@ def quantise(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
     return values, scale if scheme.grouped else scale[:, 0]
 
 
-def dequantise(weight: QTensor, rows: int) -> jax.Array:
+def dequantize(weight: QTensor, rows: int) -> jax.Array:
     """The float32 weight [*rows, columns], its columns as one axis.
 
     Args:
         rows: number of its row axes, stacked layers included.
     """
-    return dequantise_whole(weight, rows, 1).reshape(*weight.scale.shape[:rows], -1)
+    return dequantize_whole(weight, rows, 1).reshape(*weight.scale.shape[:rows], -1)
 
 
-def dequantise_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
+def dequantize_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
     """The float32 weight [*rows, *columns].
 
     Where it lies on several devices, every element is made where it lies. A group of columns may
@@ -119,7 +119,7 @@ def dequantise_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
 def take_rows(weight: QTensor, index: jax.Array) -> jax.Array:
     """The rows of a matrix [rows, columns], unpacked alone: float32 [*index, columns]."""
     taken = QTensor(weight.values[index], weight.scale[index], weight.bits)
-    return dequantise(taken, index.ndim)
+    return dequantize(taken, index.ndim)
 
 
 def unpacked(weight: QTensor) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The ways in which weights are quantised, as sizes alone: what plans memory needs no jax."""
+"""The ways in which weights are quantized, as sizes alone: what plans memory needs no jax."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from glm2_jax.errors import UsageError
 
-# The weights of a layer that are quantised, and how many of their last axes are columns.
+# The weights of a layer that are quantized, and how many of their last axes are columns.
 COLUMN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate_up": 1, "down": 1}
 
-EMBEDDINGS = ("embed", "head")  # quantised where that was asked for; a row for each id
+EMBEDDINGS = ("embed", "head")  # quantized where that was asked for; a row for each id
 
 _EMBEDDINGS = "+embeddings"  # behind the name of a scheme that covers them
 
@@ -21,13 +21,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to quantise.
+    """A way to quantize.
 
     Attributes:
         name: one of `SCHEMES`.
         bits: 8 or 4.
         grouped: whether a row has a scale for every group of columns, and not one for all of it.
-        embeddings: whether embedding and head are quantised, too.
+        embeddings: whether embedding and head are quantized, too.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Scheme:
     embeddings: bool = False
 
     def covers(self, name: str) -> bool:
-        """Whether a parameter of that name is quantised."""
+        """Whether a parameter of that name is quantized."""
         return name in COLUMN_AXES or (self.embeddings and name in EMBEDDINGS)
 
     def group(self, columns: int) -> int | None:
@@ -78,25 +78,25 @@ def asked_scheme(
     """The name that the flags --quantize and --quantize-embeddings stand for, if they are known.
 
     Args:
-        stored: the scheme of a folder that is quantised.
+        stored: the scheme of a folder that is quantized.
         model: what the folder is called.
 
     Raises:
-        UsageError: quantising what is quantised already, or embeddings that nobody says how to
-            quantise.
+        UsageError: quantizing what is quantized already, or embeddings that nobody says how to
+            quantize.
     """
     if stored is not None and (embeddings or quantize not in (None, "none")):
         extra = " and --quantize-embeddings" if quantize and embeddings else "-embeddings"
         raise UsageError(
-            f"{model} is quantised already ({stored}).",
-            "Quantised once more, its weights would only get worse.",
+            f"{model} is quantized already ({stored}).",
+            "Quantized once more, its weights would only get worse.",
             f"Leave --quantize{extra if embeddings else ''} out, or start from the original "
             "weights.",
         )
     if embeddings and quantize in (None, "none"):
         raise UsageError(
-            "Embedding and head cannot be quantised alone.",
-            "They are quantised like the layers, and nothing says how.",
+            "Embedding and head cannot be quantized alone.",
+            "They are quantized like the layers, and nothing says how.",
             "Add --quantize int8 or int4.",
         )
     return f"{quantize}{_EMBEDDINGS}" if embeddings else quantize

@@ -1,7 +1,7 @@
 """How weights, adapters, caches and batches lie on a mesh.
 
 Tensor parallel over heads, ffn and vocabulary; the model axis of weights over `fsdp`; batches over
-`data` and `fsdp`. Quantised weights and adapters lie as the weights they belong to.
+`data` and `fsdp`. Quantized weights and adapters lie as the weights they belong to.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_mesh(
     Args:
         config: the model.
         mesh: or axis -> size.
-        scheme: how the weights are quantised.
+        scheme: how the weights are quantized.
 
     Raises:
         UsageError: an axis divides not all of what it cuts; says which numbers would.
@@ -84,7 +84,7 @@ def params_sharding(
     Args:
         config: the model.
         mesh: the devices.
-        scheme: how the weights are quantised: those leaves are `QTensor`s of shardings.
+        scheme: how the weights are quantized: those leaves are `QTensor`s of shardings.
         as_list: for a list of layers instead of stacked ones.
     """
     leading = "" if as_list else "L"

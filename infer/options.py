@@ -134,8 +134,8 @@ def add_performance_options(
     group.add_argument(
         "--quantize",
         choices=QUANTIZE,
-        help="keep the matrices of the layers as int8 or int4, quantised while they are loaded; "
-        "none = unpack what is stored quantised (default: as it is stored). Saves memory; on a CPU "
+        help="keep the matrices of the layers as int8 or int4, quantized while they are loaded; "
+        "none = unpack what is stored quantized (default: as it is stored). Saves memory; on a CPU "
         "one answer comes faster in int8 than in bfloat16, int4 is no faster than int8; on other "
         "devices not measured",
     )

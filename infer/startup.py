@@ -82,7 +82,7 @@ def open_engine(args: argparse.Namespace, **contents: Any) -> Engine:
             progress=show_progress,
         )
     summary = engine.checkpoint.summary
-    weights = f", weights in {summary.quantisation}" if summary.quantisation else ""
+    weights = f", weights in {summary.quantization}" if summary.quantization else ""
     note(f"computing in {summary.dtype}{weights}{_spread(engine)}")
     for line in engine.checkpoint.notes:
         note(line)

@@ -208,7 +208,7 @@ def _results(args: argparse.Namespace, subject: Subject, peer: Peer | None) -> I
         result = Result(
             name, variant.dtype, shape[0] * shape[1], work(config, base, lora, *shape)
         )  # fmt: skip
-        theirs = peer if variant.quantisation == "none" else None
+        theirs = peer if variant.quantization == "none" else None
         try:
             ours = _steps(args, config, base, lora, result)
             if theirs is not None:

@@ -1,6 +1,6 @@
 """Where a training computes: on one device, or over a mesh of them, in one process or in several.
 
-On a mesh the rows of a batch lie over `data` and `fsdp`, and what is trained, with the optimiser's
+On a mesh the rows of a batch lie over `data` and `fsdp`, and what is trained, with the optimizer's
 state of it, as the weights do that it belongs to.
 """
 

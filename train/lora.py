@@ -72,7 +72,7 @@ def _add_adapter_options(result: Parser) -> None:
     add(
         "--quantize-base", choices=QUANTIZE,
         help="keep the matrices of the base as int8 or int4 (QLoRA); none = unpack what is stored "
-        "quantised (default: as it is stored)",
+        "quantized (default: as it is stored)",
     )  # fmt: skip
 
 

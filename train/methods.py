@@ -79,7 +79,7 @@ class Method(ABC):
 
 
 class AdapterMethod(Method):
-    """Trains an adapter beside a base, which may be quantised.
+    """Trains an adapter beside a base, which may be quantized.
 
     Args:
         folder: the base.

@@ -1,4 +1,4 @@
-"""One optimiser step, of an adapter or of all parameters, and the loss that it lowers.
+"""One optimizer step, of an adapter or of all parameters, and the loss that it lowers.
 
 Axis letters as in `glm2_jax.model`; A is the number of batches whose gradients are added up.
 """
@@ -76,7 +76,7 @@ class Metrics(NamedTuple):
         grad_norm: float32, global norm of the gradient before clipping.
         learned_tokens: int32.
         finite: False where loss or gradient is NaN or infinite and no smaller loss scale can help.
-        skipped: whether the step left parameters and optimiser as they were: `finite` is False, or
+        skipped: whether the step left parameters and optimizer as they were: `finite` is False, or
             the gradient overflowed float16, which a smaller loss scale mends.
     """
 
@@ -195,7 +195,7 @@ def train_step(
     noise: float | None = None,
     effective: Callable[[LoRA], LoRA] | None = None,
 ) -> tuple[Any, State, Metrics]:
-    """One optimiser step.
+    """One optimizer step.
 
     Where loss or gradient is not finite it changes nothing but the loss scale and the count of such
     steps; what follows from that is the caller's to decide.
@@ -203,7 +203,7 @@ def train_step(
     Args:
         config: its dropout rates count, as those of an adapter do.
         optimizer: what makes updates of gradients; None = that of `numbers`.
-        base: parameters that stay as they are, quantised or not; their dtype is computed in.
+        base: parameters that stay as they are, quantized or not; their dtype is computed in.
             None = all parameters are trained.
         trained: an adapter for `base`, or all parameters; float32.
         state: see `State`.
@@ -266,7 +266,7 @@ def _apply(
     gradients: Any,
     learned: jax.Array,
 ) -> tuple[Any, State, Metrics]:
-    """The optimiser's update, where everything is finite."""
+    """The optimizer's update, where everything is finite."""
     norm = optax.tree.norm(gradients)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, optimized = optimizer.update(gradients, state.optimizer, trained)

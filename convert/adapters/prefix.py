@@ -302,7 +302,7 @@ def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
         if tensor.dtype.name not in FLOATS:
             raise CheckpointError(
                 f"The prefix {path} is damaged: {name} is {tensor.dtype.name}, not a float.",
-                "A prefix encoder is not quantised, also where its model is.",
+                "A prefix encoder is not quantized, also where its model is.",
                 "Copy the prefix again from where it was trained.",
             )
 

@@ -253,7 +253,7 @@ def is_ggml(start: bytes) -> bool:
 
 
 def refuse_quantized(raw: Mapping[str, Any]) -> None:
-    """Refuses a config.json whose weights another library has quantised.
+    """Refuses a config.json whose weights another library has quantized.
 
     Raises:
         CheckpointError: names the method.

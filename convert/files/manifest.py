@@ -22,7 +22,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "rope_kind": ROPE_KINDS,
     "template": TEMPLATES,
-    "quantisation": (None, *SCHEMES),
+    "quantization": (None, *SCHEMES),
 }
 
 _READ_BYTES = 4 * 2**20
@@ -43,7 +43,7 @@ class Manifest:
     Attributes:
         source: the folder or the training run that it was made from.
         dtype: type of the weights, e.g. "bfloat16".
-        quantisation: None, or the name of one of `glm2_jax.quant.SCHEMES`.
+        quantization: None, or the name of one of `glm2_jax.quant.SCHEMES`.
         rope_kind: "linear" or "base".
         template: prompt template.
         files: name -> size and sum, of every file but the manifest itself.
@@ -54,12 +54,12 @@ class Manifest:
     rope_kind: str
     template: str
     files: dict[str, FileEntry]
-    quantisation: str | None = None
+    quantization: str | None = None
 
     @property
     def scheme(self) -> Scheme | None:
-        """How the matrices are quantised."""
-        return None if self.quantisation is None else SCHEMES[self.quantisation]
+        """How the matrices are quantized."""
+        return None if self.quantization is None else SCHEMES[self.quantization]
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -98,6 +98,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _parse(raw: dict[str, Any]) -> Manifest:
+    if "quantisation" in raw:  # the key of folders written before 0.2
+        raw["quantization"] = raw.pop("quantisation")
     for key, choices in _CHOICES.items():
         if raw[key] not in choices:
             known = ", ".join(map(str, choices))

@@ -27,7 +27,7 @@ class StoredTensor:
         dtype: as stored.
         shape: as stored.
         offset: byte in the file where its first element begins.
-        strides: bytes between neighbours per axis; None = row-major without gaps.
+        strides: bytes between neighbors per axis; None = row-major without gaps.
     """
 
     file: Path

@@ -1,7 +1,7 @@
 """The tokenizer in the files that `transformers.AutoTokenizer` opens without code of the folder.
 
 `tokenizer.json` holds the pieces of the SentencePiece model as a byte-pair encoding of the
-`tokenizers` package. SentencePiece joins two neighbours when the joined piece has the best score;
+`tokenizers` package. SentencePiece joins two neighbors when the joined piece has the best score;
 so every way to cut a piece in two becomes a merge, ranked by that score.
 """
 

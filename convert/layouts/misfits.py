@@ -95,7 +95,7 @@ def explain_misfits(
         misfits: at least one.
         tensors: all that the folder holds, under the names that are stored.
         num_layers: of the configuration.
-        scheme: how it says that the matrices are quantised.
+        scheme: how it says that the matrices are quantized.
         native: whether it is one of the HF-native layout.
     """
     generic = f"The tensors do not fit the configuration: {misfits.count} problems."

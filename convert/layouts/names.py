@@ -24,7 +24,7 @@ from glm2_jax.schemes import COLUMN_AXES, Scheme
 Shape = tuple[int, ...]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-SCALE = "_scale"  # behind the name of a quantised tensor: the name of its scales
+SCALE = "_scale"  # behind the name of a quantized tensor: the name of its scales
 _SOME = 20  # layers that are looked for in any case
 
 _LAYER = "{layer}"
@@ -37,7 +37,7 @@ class Part:
     path: tuple[str, ...]
     shape: Callable[[GLMConfig], Shape]
 
-    def quantised(self, scheme: Scheme | None) -> bool:
+    def quantized(self, scheme: Scheme | None) -> bool:
         """Whether it is one of the matrices that a scheme makes smaller."""
         return scheme is not None and scheme.covers(self.path[-1])
 
@@ -63,9 +63,9 @@ class Rule:
     parts: tuple[Part, ...]
     column_axes: int = 1
 
-    def quantised(self, scheme: Scheme | None) -> bool:
-        """Whether folders of a scheme store it quantised."""
-        return all(part.quantised(scheme) for part in self.parts)
+    def quantized(self, scheme: Scheme | None) -> bool:
+        """Whether folders of a scheme store it quantized."""
+        return all(part.quantized(scheme) for part in self.parts)
 
     def columns(self, config: GLMConfig) -> int:
         """Elements of a row, that is of what a product sums over."""
@@ -211,7 +211,7 @@ INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
 
 
 class Match(NamedTuple):
-    """A stored tensor and the rule it fulfils; `scale` for the quantised ones, [rows]."""
+    """A stored tensor and the rule it fulfils; `scale` for the quantized ones, [rows]."""
 
     rule: Rule
     layer: int | None
@@ -236,7 +236,7 @@ def match_tensors(
         config: gives the shapes and the number of layers.
         tensors: what the folder holds, also under other names (see `convert.files.aliases`).
         rules: `PUBLISHED`, `GLM` or `OWN`.
-        scheme: how the folder's matrices are quantised.
+        scheme: how the folder's matrices are quantized.
 
     Returns:
         The matches, in the order of `tensors`.
@@ -266,9 +266,9 @@ def match_tensors(
     for rule, layer in wanted:
         name, scale = rule.full_name(layer), None
         tensor = left.pop(name, None)
-        if tensor is not None and rule.quantised(scheme):
+        if tensor is not None and rule.quantized(scheme):
             scale = left.pop(name + SCALE, None)
-        if tensor is None or (rule.quantised(scheme) and scale is None):
+        if tensor is None or (rule.quantized(scheme) and scale is None):
             misfits.missing.append(name if tensor is None else name + SCALE)
             continue
         matches[name] = Match(rule, layer, tensor, scale)

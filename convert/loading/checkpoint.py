@@ -29,7 +29,7 @@ class CheckpointSummary:
         family: "chatglm2", "chatglm3" or "codegeex2".
         stored_dtype: type of most of the stored weights.
         dtype: type of the parameters in memory, and of the activations.
-        quantisation: scheme of the matrices in memory (see `glm2_jax.schemes`), or None.
+        quantization: scheme of the matrices in memory (see `glm2_jax.schemes`), or None.
         num_params: number of parameters.
         bytes_on_disk: size of the weight files.
         source: the folder, as given.
@@ -39,7 +39,7 @@ class CheckpointSummary:
     family: str
     stored_dtype: str
     dtype: str
-    quantisation: str | None
+    quantization: str | None
     num_params: int
     bytes_on_disk: int
     source: str
@@ -88,7 +88,7 @@ def load_checkpoint(
     of the files do not count. Every number that is read is checked for NaN and infinity.
 
     With a mesh each process reads what its own devices hold, once, and nothing of the model is ever
-    whole. Two things make it read more. Where weights are quantised while they are loaded, a scale
+    whole. Two things make it read more. Where weights are quantized while they are loaded, a scale
     is that of a whole row or group, so rows are read whole, also those of `o` and `down`, of which
     a device holds some columns. And files are mapped in pages (4 kB or more): of rows whose pieces
     are shorter than a page the disk gives everything, though only the pieces are looked at.
@@ -96,9 +96,9 @@ def load_checkpoint(
     Args:
         path: the folder.
         dtype: "auto" or the name of a type, e.g. "bfloat16".
-        quantize: "int8" or "int4" to quantise the matrices of the layers while loading; None =
-            as the folder has them; "none" = never, what is stored quantised is unpacked to `dtype`.
-        quantize_embeddings: quantise embedding and head, too, in the same way.
+        quantize: "int8" or "int4" to quantize the matrices of the layers while loading; None =
+            as the folder has them; "none" = never, what is stored quantized is unpacked to `dtype`.
+        quantize_embeddings: quantize embedding and head, too, in the same way.
         layers: "stacked" for arrays with a leading axis of layers, "list" for a list of layers
             (see `glm2_jax.unstack_layers`). Only one of them is ever in memory.
         mesh: a `jax.sharding.Mesh` to spread the parameters over, see
@@ -136,7 +136,7 @@ def load_checkpoint(
             family=config.family,
             stored_dtype=folder.stored_dtype,
             dtype=dtype_name(target),
-            quantisation=None if scheme is None else scheme.name,
+            quantization=None if scheme is None else scheme.name,
             num_params=config.num_params,
             bytes_on_disk=folder.weights.bytes_on_disk,
             source=str(path),
@@ -173,13 +173,13 @@ def _notes(folder: Folder, dtype: str, scheme: Scheme | None) -> tuple[str, ...]
     if folder.scheme is not None and scheme is None:
         return (
             f"the weights are stored in {folder.scheme.name}; "
-            f"they were dequantised to {dtype} and take the memory of that",
+            f"they were dequantized to {dtype} and take the memory of that",
         )
     notes = []
     if folder.scheme is None and scheme is not None:
         what = "the matrices of the layers"
         what += ", the embedding and the head" if scheme.embeddings else ""
-        notes.append(f"{what} were quantised to int{scheme.bits}")
+        notes.append(f"{what} were quantized to int{scheme.bits}")
     if folder.float_dtype != dtype:
         which = "the weights" if scheme is None else "the other weights"
         notes.append(f"{which} are stored in {folder.float_dtype}; converted to {dtype}")

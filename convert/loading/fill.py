@@ -132,7 +132,7 @@ def _new_part(
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised numpy array whose memory XLA:CPU can use as it is."""
+    """An uninitialized numpy array whose memory XLA:CPU can use as it is."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT

@@ -43,7 +43,7 @@ class Folder:
         template: prompt template.
         matches: every tensor with its rule.
         weights: the tensors and files.
-        scheme: how its matrices are quantised; None where they are not.
+        scheme: how its matrices are quantized; None where they are not.
         manifest: of our own layout.
         notes: lines for the user.
     """
@@ -72,7 +72,7 @@ class Folder:
 
     @property
     def float_dtype(self) -> str:
-        """The type in which the folder keeps what it does not quantise."""
+        """The type in which the folder keeps what it does not quantize."""
         if self.scheme is None:
             return self.stored_dtype
         return next(m.tensor.dtype.name for m in self.matches if m.rule.parts == (FINAL_NORM,))
@@ -84,7 +84,7 @@ class Architecture:
 
     Attributes:
         config: the architecture.
-        scheme: how its matrices are quantised; None where they are not.
+        scheme: how its matrices are quantized; None where they are not.
         tokenizer: its tokenizer; None where the folder has no tokenizer.model.
         template: prompt template.
         notes: lines for the user.
@@ -104,7 +104,7 @@ def open_folder(
     template: str | None = None,
     family: str | None = None,
 ) -> Folder:
-    """Recognises a checkpoint folder and matches its tensors.
+    """Recognizes a checkpoint folder and matches its tensors.
 
     Args:
         path: a folder, official (`.bin` or safetensors), HF-native, or written by this project.
@@ -291,8 +291,8 @@ def _published_scheme(raw: dict[str, Any]) -> Scheme | None:
     if type(bits) is not int or bits not in (0, 4, 8):
         raise CheckpointError(
             f"config.json: quantization_bit = {shorten(bits)} is not supported.",
-            "The published quantised folders use 4 or 8 bits.",
-            "Use such a folder, or one that is not quantised.",
+            "The published quantized folders use 4 or 8 bits.",
+            "Use such a folder, or one that is not quantized.",
         )
     return OFFICIAL_SCHEMES.get(bits)
 
@@ -332,21 +332,21 @@ def check_template(config: GLMConfig, template: str, *, asked: bool) -> None:
 
 
 def target_scheme(folder: Folder, quantize: str | None, embeddings: bool = False) -> Scheme | None:
-    """How the matrices are to be quantised.
+    """How the matrices are to be quantized.
 
     Args:
         folder: what is opened.
         quantize: None = as stored; "none" = not at all; or one of `QUANTIZE`.
-        embeddings: whether embedding and head are to be quantised like the layers.
+        embeddings: whether embedding and head are to be quantized like the layers.
 
     Raises:
-        UsageError: an unknown name, a folder that is quantised already, or embeddings that nobody
-            says how to quantise.
+        UsageError: an unknown name, a folder that is quantized already, or embeddings that nobody
+            says how to quantize.
     """
     if quantize not in (*QUANTIZE, None, "none"):
         raise UsageError(
             f"quantize={quantize!r} is unknown.",
-            f"Known: {', '.join(QUANTIZE)}, none (what is stored quantised is unpacked).",
+            f"Known: {', '.join(QUANTIZE)}, none (what is stored quantized is unpacked).",
         )
     stored = None if folder.scheme is None else folder.scheme.name
     name = asked_scheme(quantize, embeddings, stored=stored, model=str(folder.path))

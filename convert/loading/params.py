@@ -31,7 +31,7 @@ def load_params(
 
     Args:
         folder: where from.
-        dtype: of everything that is not quantised.
+        dtype: of everything that is not quantized.
         scheme: of the matrices that it covers; None = they have `dtype`, too.
         as_list: whether the layers are a list, and not stacked.
         where: a `jax.sharding.Mesh`, a `jax.Device`, or None for the default device.
@@ -97,8 +97,8 @@ class _Plain:
         return self.place.finish()
 
 
-class _Quantised:
-    """The same for a quantised one: integers and scales."""
+class _Quantized:
+    """The same for a quantized one: integers and scales."""
 
     def __init__(self, specs: list[ArraySpec], scheme: Scheme, stacked: bool, column_axes: int):
         values, scales = specs
@@ -116,7 +116,7 @@ class _Quantised:
         self.values.layer = self.scales.layer = layer
 
     def fill(self, values: Values) -> Iterator[int]:
-        """As above. What is quantised here is read in whole rows: those that are needed."""
+        """As above. What is quantized here is read in whole rows: those that are needed."""
         if values.scheme == self.scheme:
             yield from self.values.copy(values.integers)
             yield from self.scales.copy(values.scale)
@@ -124,7 +124,7 @@ class _Quantised:
         for rows in self.values.columns_of | self.scales.columns_of:
             for piece in row_pieces(rows, values.columns):
                 written = 0
-                blocks = values.quantised(piece, self.scheme)
+                blocks = values.quantized(piece, self.scheme)
                 for place, block in zip((self.values, self.scales), blocks, strict=True):
                     written += place.write((*piece, *whole(block.shape[len(piece) :])), block)
                 yield written
@@ -148,7 +148,7 @@ class _Params:
         self.as_list, count = as_list, folder.config.num_layers
         self.sharding = _sharding_of(folder, scheme, as_list, where)
         self.tree: dict[str, Any] = {"layers": [{} for _ in range(count)] if as_list else {}}
-        self._open: dict[tuple, _Plain | _Quantised] = {}
+        self._open: dict[tuple, _Plain | _Quantized] = {}
         self._missing: dict[tuple, int] = {}
         self.nbytes = sum(
             spec.nbytes * (count if as_list and _in_layers(part) else 1)
@@ -156,15 +156,15 @@ class _Params:
             for spec in self._specs(part)
         )
 
-    def open(self, part: Part, layer: int | None) -> "_Plain | _Quantised":
+    def open(self, part: Part, layer: int | None) -> "_Plain | _Quantized":
         """Where the next elements of a part go."""
         key = self._key(part, layer)
         weight = self._open.get(key)
         if weight is None:
             stacked, axes = self._stacked(part), part.column_axes
             specs = self._specs(part)
-            if self.scheme is not None and part.quantised(self.scheme):
-                weight = _Quantised(specs, self.scheme, stacked, axes)
+            if self.scheme is not None and part.quantized(self.scheme):
+                weight = _Quantized(specs, self.scheme, stacked, axes)
             else:
                 weight = _Plain(specs[0], stacked, axes)
             layers = self.config.num_layers if stacked else 1
@@ -190,10 +190,10 @@ class _Params:
         return _in_layers(part) and not self.as_list
 
     def _specs(self, part: Part) -> list[ArraySpec]:
-        """The array of a part, or the two of a quantised one."""
+        """The array of a part, or the two of a quantized one."""
         stack = (self.config.num_layers,) if self._stacked(part) else ()
         shape, sharding = stack + part.shape(self.config), self.sharding(part)
-        if self.scheme is None or not part.quantised(self.scheme):
+        if self.scheme is None or not part.quantized(self.scheme):
             return [ArraySpec(shape, self.dtype, sharding)]
         shapes = self.scheme.shapes(shape, part.column_axes)
         dtypes = (np.dtype(np.int8), np.dtype(np.float32))

@@ -1,7 +1,7 @@
 """The numbers of a stored parameter, a few megabytes at a time, checked on the way.
 
 Whole tensors are never copied: what is read is a view of the mapped file, what is computed
-(dequantised, cast) has the size of a chunk.
+(dequantized, cast) has the size of a chunk.
 """
 
 import math
@@ -14,7 +14,7 @@ from convert.layouts.names import Match, Part
 from convert.loading.boxes import Box, pieces, shape_of, slices, whole
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
-from glm2_jax.quant import NO_SCALE, Scheme, quantise, unpack_int4
+from glm2_jax.quant import NO_SCALE, Scheme, quantize, unpack_int4
 
 CHUNK_ELEMENTS = 4 * 2**20
 
@@ -32,11 +32,11 @@ class Values:
         start: its first element in the flattened tensor.
         stop: the one after its last.
         config: gives the shapes.
-        scheme: how the folder's matrices are quantised.
+        scheme: how the folder's matrices are quantized.
 
     Attributes:
         columns: elements of a row.
-        scheme: how it is quantised; None where it is not.
+        scheme: how it is quantized; None where it is not.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class Values:
         Raises:
             CheckpointError: NaN or infinity, or a scale that is none, named.
         """
-        values = block(self._stored, box) if self.scheme is None else self._dequantised(box)
+        values = block(self._stored, box) if self.scheme is None else self._dequantized(box)
         if not all_finite(values):
             raise self._not_finite(values, box)
         return values
 
-    def quantised(self, rows: Box, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
+    def quantized(self, rows: Box, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
         """Integers and float32 scales of whole rows, of the shapes that `Scheme.shapes` tells.
 
         A scale is that of all its columns, so that it is the same whoever needs only some. What is
@@ -105,12 +105,12 @@ class Values:
             values, scales = ((*rows, *whole(array.shape[self._rows :])) for array in stored)
             return self.integers(values), self.scale(scales)
         chunk = self.floats((*rows, *whole(self.shape[self._rows :])))
-        pair = quantise(chunk.reshape(-1, self.columns), scheme)
+        pair = quantize(chunk.reshape(-1, self.columns), scheme)
         shapes = scheme.shapes(chunk.shape, chunk.ndim - self._rows)
         return pair[0].reshape(shapes[0]), pair[1].reshape(shapes[1])
 
     def integers(self, box: Box) -> np.ndarray:
-        """A box of what is stored quantised: zeros where the scale is none, else as stored."""
+        """A box of what is stored quantized: zeros where the scale is none, else as stored."""
         assert self.scheme is not None
         stored, rows, columns = block(self._stored, box), box[: self._rows], box[self._rows :]
         group = self.scheme.group(self.columns)
@@ -144,7 +144,7 @@ class Values:
         _check_scales(self.match, scales)
         return scales
 
-    def _dequantised(self, box: Box) -> np.ndarray:
+    def _dequantized(self, box: Box) -> np.ndarray:
         assert self.scheme is not None
         bits, group, rows = self.scheme.bits, self.scheme.group(self.columns), box[: self._rows]
         begin, end = _flat(box[self._rows :], self.shape[self._rows :])

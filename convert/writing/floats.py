@@ -31,7 +31,7 @@ def float_chunks(
     dtype: np.dtype,
     lora: LoRA | None = None,
 ) -> Iterator[np.ndarray]:
-    """One of our parameters as floats [n], in order; dequantised, merged in float32, then cast.
+    """One of our parameters as floats [n], in order; dequantized, merged in float32, then cast.
 
     Args:
         source: the folder.

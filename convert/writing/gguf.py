@@ -1,7 +1,7 @@
 """What a GGUF file of llama.cpp's architecture "chatglm" is made of: metadata, vocabulary, tensors.
 
 Read in llama.cpp's `src/models/chatglm.cpp`: query_key_value and dense_h_to_4h stay fused, in the
-published order of rows; the first half of a head is rotated, in neighbouring pairs; vectors are
+published order of rows; the first half of a head is rotated, in neighboring pairs; vectors are
 float32, whatever the matrices are.
 """
 
@@ -201,7 +201,7 @@ def add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabulary
     writer.add_add_space_prefix(tokenizer.adds_dummy_prefix)
     template = CHAT_TEMPLATES.get(source.template)
     if template is not None:
-        writer.add_chat_template(_unrecognised(template))
+        writer.add_chat_template(_unrecognized(template))
 
 
 def _add_rope(writer: Any, config: GLMConfig) -> None:
@@ -212,7 +212,7 @@ def _add_rope(writer: Any, config: GLMConfig) -> None:
         writer.add_rope_scaling_factor(config.rope_ratio)
 
 
-def _unrecognised(template: str) -> str:
+def _unrecognized(template: str) -> str:
     """The same template, which programs that know templates by a piece of their text do not take
     for that of GLM-4: they render it, or say that they cannot."""
     begin, end = PREFIX[: PREFIX.index("<")], PREFIX[PREFIX.index("<") :]
@@ -225,7 +225,7 @@ class Vocabulary:
 
     Attributes:
         texts: unique.
-        scores: the larger, the sooner two neighbours become this piece.
+        scores: the larger, the sooner two neighbors become this piece.
         types: numbers of `gguf.TokenType`.
     """
 
@@ -291,7 +291,7 @@ def export_gguf(
 ) -> None:
     """Writes an opened folder as one GGUF file, chunk by chunk: complete, or not at all.
 
-    Quantised matrices are dequantised; an adapter is added in float32 before anything is rounded.
+    Quantized matrices are dequantized; an adapter is added in float32 before anything is rounded.
 
     Args:
         source: what `open_folder` gives.

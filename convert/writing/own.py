@@ -72,7 +72,7 @@ def save_checkpoint(
         The manifest; without files where another process has written it.
 
     Raises:
-        UsageError: the folder exists, an unknown dtype, quantised parameters or a list of layers.
+        UsageError: the folder exists, an unknown dtype, quantized parameters or a list of layers.
         CheckpointError: parameters of a wrong shape, or NaN or infinity among them.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
@@ -123,10 +123,10 @@ def convert_folder(
     Args:
         source: what `open_folder` gives.
         destination: the new folder.
-        dtype: of what is not quantised; None keeps the stored type.
+        dtype: of what is not quantized; None keeps the stored type.
         quantize: as in `convert.load_checkpoint`, and so is `quantize_embeddings`.
         quantize_embeddings: see there.
-        adapter: merged in float32, before the cast; not into weights that are written quantised.
+        adapter: merged in float32, before the cast; not into weights that are written quantized.
         check: called with the complete folder before it gets its name; raises if it must not.
         overwrite: as in `save_checkpoint`, and so are the rest and the errors.
         max_shard_size: bytes of one weight file.
@@ -140,7 +140,7 @@ def convert_folder(
         rope_kind=source.config.rope_kind,
         template=source.template,
         files={},
-        quantisation=None if scheme is None else scheme.name,
+        quantization=None if scheme is None else scheme.name,
     )
     entries = _stored_entries(source, kind, scheme, adapter)
     return _write(
@@ -159,7 +159,7 @@ def form_of_conversion(
     """The types that `convert_folder` would write; it has the same arguments and errors.
 
     Returns:
-        The type of what is not quantised, and how the rest is.
+        The type of what is not quantized, and how the rest is.
     """
     kind = float_dtype(dtype or source.float_dtype)
     return kind, target_scheme(source, quantize, quantize_embeddings)
@@ -235,7 +235,7 @@ def _stored_entries(
     """What to write, in the order of the source's files, so that disks read forwards."""
     if adapter is not None and scheme is not None:
         raise UsageError(
-            f"An adapter cannot be merged into what is written quantised ({scheme.name}).",
+            f"An adapter cannot be merged into what is written quantized ({scheme.name}).",
             "They would be rounded once more, which can lose what the adapter adds.",
             'Use --dequantize (quantize="none"), or merge into the original weights.',
         )
@@ -243,8 +243,8 @@ def _stored_entries(
     entries = []
     for match in source.matches:
         for part, start, stop in match.rule.ranges(source.config):
-            if scheme is not None and part.quantised(scheme):
-                entries += _quantised_entries(source, match, part, start, stop, scheme)
+            if scheme is not None and part.quantized(scheme):
+                entries += _quantized_entries(source, match, part, start, stop, scheme)
             else:
                 place = (match, start, stop)
                 entries.append(
@@ -258,7 +258,7 @@ def _stored_entries(
     return entries
 
 
-def _quantised_entries(
+def _quantized_entries(
     source: Folder, match: Match, part: Part, start: int, stop: int, scheme: Scheme
 ) -> Iterator[Entry]:
     """The integers and the scales; both are computed twice rather than held."""
@@ -267,7 +267,7 @@ def _quantised_entries(
         with reading(match.tensor.file):
             values = Values(match, part, start, stop, source.config, source.scheme)
             for rows in values.row_pieces():
-                yield values.quantised(rows, scheme)[which]
+                yield values.quantized(rows, scheme)[which]
 
     name = own_name(part.path, match.layer)
     shapes = scheme.shapes(part.shape(source.config), part.column_axes)
@@ -280,8 +280,8 @@ def _require_plain(params: Mapping[str, Any]) -> None:
     if isinstance(layers, Mapping) and not any(isinstance(w, QTensor) for w in layers.values()):
         return
     raise UsageError(
-        "Quantised parameters and lists of layers are not written.",
-        "The folder holds stacked parameters; `convert_folder` quantises while it writes.",
+        "Quantized parameters and lists of layers are not written.",
+        "The folder holds stacked parameters; `convert_folder` quantizes while it writes.",
         'Load the model with quantize="none" and layers="stacked".',
     )
 

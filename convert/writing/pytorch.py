@@ -53,7 +53,7 @@ def export_folder(
 ) -> None:
     """Writes an opened folder in another layout, chunk by chunk: complete, or not at all.
 
-    Quantised matrices stay as they are where `packed_scheme` says so, and are dequantised
+    Quantized matrices stay as they are where `packed_scheme` says so, and are dequantized
     otherwise; an adapter is added in float32 before the cast to `dtype`.
 
     Args:
@@ -86,7 +86,7 @@ def export_folder(
 def packed_scheme(
     source: Folder, layout: str, lora: LoRA | None = None, dequantize: bool = False
 ) -> Scheme | None:
-    """How the matrices of an export are quantised: as in the source, where the official folders
+    """How the matrices of an export are quantized: as in the source, where the official folders
     define the same; None = they are written as floats."""
     same = layout == "chatglm" and source.scheme in OFFICIAL_SCHEMES.values()
     return source.scheme if same and lora is None and not dequantize else None
@@ -118,7 +118,7 @@ def export_entries(
     scale_dtype = kind if scheme is None else _scale_dtype(source, kind)
     entries = []
     for rule, layer in wanted:
-        if scheme is not None and rule.quantised(scheme):
+        if scheme is not None and rule.quantized(scheme):
             entries += _packed_entries(source, rule, layer, places, scheme, scale_dtype)
         else:
             entries.append(_entry(source, rule, layer, places, kind, lora))
@@ -158,7 +158,7 @@ def _packed_entries(
             with reading(match.tensor.file):
                 values = Values(match, part, start, stop, source.config, scheme)
                 for rows in values.row_pieces():
-                    yield values.quantised(rows, scheme)[which].astype(dtype)
+                    yield values.quantized(rows, scheme)[which].astype(dtype)
 
     name, integers = rule.full_name(layer), np.dtype(np.int8)
     shapes = scheme.shapes(rule.shape(source.config), rule.column_axes)

@@ -62,9 +62,9 @@ def draw(axes: Any, name: str, letters: str, spanned: str, sharding: Any) -> Non
             place += [start / sizes[letter], stop / sizes[letter]]
         owners.setdefault(tuple(place), []).append(device.id)
     for (top, bottom, left, right), devices in owners.items():
-        colour = COLOURS[min(devices)] if len(owners) > 1 else "#d9d9d9"
+        color = COLOURS[min(devices)] if len(owners) > 1 else "#d9d9d9"
         corner = left, 1 - bottom
-        part = Rectangle(corner, right - left, bottom - top, facecolor=colour, edgecolor="white")
+        part = Rectangle(corner, right - left, bottom - top, facecolor=color, edgecolor="white")
         axes.add_patch(part)
         text = "all" if len(devices) == 8 else " ".join(map(str, sorted(devices)))
         middle = (left + right) / 2, 1 - (top + bottom) / 2

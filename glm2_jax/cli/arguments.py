@@ -42,7 +42,7 @@ def use_utf8() -> None:
 
 
 def choose_platform(args: argparse.Namespace) -> None:
-    """Keeps jax from initialising an accelerator that is not wanted; call it before jax is there.
+    """Keeps jax from initializing an accelerator that is not wanted; call it before jax is there.
 
     Which device is taken is decided in `infer.startup.open_engine`.
     """

@@ -51,8 +51,8 @@ def find_device(name: Any) -> Any:
         raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
     try:
         return jax.local_devices(backend=None if name == "auto" else name)[0]
-    except (RuntimeError, AssertionError) as error:  # the latter where none can be initialised
-        reason = (str(error).splitlines() or ["JAX could initialise none."])[0]
+    except (RuntimeError, AssertionError) as error:  # the latter where none can be initialized
+        reason = (str(error).splitlines() or ["JAX could initialize none."])[0]
         platforms = os.environ.get("JAX_PLATFORMS")
         fix = "Use device 'auto' or 'cpu', or install the JAX package for that device."
         if platforms:

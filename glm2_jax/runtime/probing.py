@@ -44,7 +44,7 @@ import flax.linen
 stage("find devices")
 try: devices = jax.local_devices()
 except AssertionError:  # all it says
-    sys.exit("jax can initialise none of JAX_PLATFORMS=" + os.environ.get("JAX_PLATFORMS", ""))
+    sys.exit("jax can initialize none of JAX_PLATFORMS=" + os.environ.get("JAX_PLATFORMS", ""))
 stage("compute")
 assert float((jnp.ones(8) + 1).sum()) == 16
 found = []

@@ -144,7 +144,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes, family: str = "chatglm2") -> "Tokenizer":
-        """Opens a serialised SentencePiece model; raises CheckpointError if it is none."""
+        """Opens a serialized SentencePiece model; raises CheckpointError if it is none."""
         return cls(data, family)
 
     def encode(self, text: str) -> list[int]:

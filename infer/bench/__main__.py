@@ -15,7 +15,7 @@ from glm2_jax.cli.parser import Parser
 from glm2_jax.processes import join
 
 PROG = "python -m infer.bench"
-DESCRIPTION = """Measures reading prompts and answering, per dtype and quantisation, and says how
+DESCRIPTION = """Measures reading prompts and answering, per dtype and quantization, and says how
 much of the measured memory bandwidth and matrix products that is. Ctrl-C ends it at once and shows
 what is measured so far. Exit codes: 0 fine, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of
 memory or device, 130 interrupted, 143 terminated."""

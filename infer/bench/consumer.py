@@ -68,8 +68,8 @@ def render(report: Report, columns: int) -> str:
     """
     config = PRESETS[MODEL]
     lines = [*_wrapped(ABOUT, columns, "")]
-    for quantisation, published in PUBLISHED.items():
-        precision = Precision("bfloat16", None if quantisation == "none" else quantisation)
+    for quantization, published in PUBLISHED.items():
+        precision = Precision("bfloat16", None if quantization == "none" else quantization)
         plan = plan_for(precision)
         bound = rate_bound(config, plan, BANDWIDTH)
         facts = (
@@ -77,7 +77,7 @@ def render(report: Report, columns: int) -> str:
             f"planned, {CARD}: {_both(plan.total - plan.runtime)}, and {human_size(plan.runtime)} "
             f"of CUDA; at most {bound:.0f} tok/s ({BANDWIDTH / 1e9:g} GB/s); with "
             f"{flags(precision)} --prefill-chunk {CHUNK} --max-length {PROMPT + ANSWER}",
-            _measured(report, quantisation),
+            _measured(report, quantization),
         )
         lines.append(f"{MODEL}, {published.name} (here {precision.name}):")
         for fact in facts:
@@ -106,11 +106,11 @@ def _wrapped(text: str, columns: int, indent: str) -> list[str]:
     )
 
 
-def _measured(report: Report, quantisation: str) -> str:
+def _measured(report: Report, quantization: str) -> str:
     results = [
         result
         for result in report.results
-        if result.variant.quantisation == quantisation and result.seconds
+        if result.variant.quantization == quantization and result.seconds
     ]
     rates = [result.rate for result in results if not result.shape.prompt]
     if not rates:

@@ -60,20 +60,20 @@ class Variant:
 
     Attributes:
       dtype: name of the type that it computes in.
-      quantisation: name of the scheme of the layers' matrices; "none".
+      quantization: name of the scheme of the layers' matrices; "none".
       layers: "list" or "stacked".
       weights: bytes of all parameters, once.
     """
 
     dtype: str
-    quantisation: str
+    quantization: str
     layers: str
     weights: int = 0
 
     @property
     def precision(self) -> Precision:
         """The same for the arithmetic of `infer.memory`."""
-        return Precision(self.dtype, None if self.quantisation == "none" else self.quantisation)
+        return Precision(self.dtype, None if self.quantization == "none" else self.quantization)
 
 
 @dataclass

@@ -35,7 +35,7 @@ def draw(report: Report, path: str) -> None:
     variants = list(dict.fromkeys(result.variant for result in results))
     for number, variant in enumerate(variants):
         own = [result for result in results if result.variant == variant]
-        weights = "" if variant.quantisation == "none" else f", {variant.quantisation}"
+        weights = "" if variant.quantization == "none" else f", {variant.quantization}"
         axes.plot(
             [result.flops / result.bytes for result in own],
             [result.per_second(result.flops) / 1e12 for result in own],

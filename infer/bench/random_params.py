@@ -38,7 +38,7 @@ def random_params(
 
     Args:
         config: the architecture.
-        dtype: of everything that is not quantised.
+        dtype: of everything that is not quantized.
         scheme: of the layers' matrices, made as integers and scales at once; None = they have
             `dtype`, too.
         as_list: whether the layers are a list, and not stacked.

@@ -157,7 +157,7 @@ def unmeasured_lines(report: Report) -> list[str]:
 
 def variant_name(variant: Variant) -> str:
     """ "bfloat16, int4 weights, layers list"."""
-    weights = "" if variant.quantisation == "none" else f", {variant.quantisation} weights"
+    weights = "" if variant.quantization == "none" else f", {variant.quantization} weights"
     return f"{variant.dtype}{weights}, layers {variant.layers}"
 
 
@@ -165,7 +165,7 @@ def _cells(result: Result, ceilings: Ceilings | None) -> tuple[str, ...]:
     variant, (bandwidth, products) = result.variant, shares(result, ceilings)
     return (
         variant.dtype,
-        "as dtype" if variant.quantisation == "none" else variant.quantisation,
+        "as dtype" if variant.quantization == "none" else variant.quantization,
         variant.layers,
         what(result),
         _number(result.rate),

@@ -136,7 +136,7 @@ class Subject:
         """Before anything is measured: whether the model can be had in these forms, on the mesh.
 
         Raises:
-          UsageError: it is quantised already, or the mesh does not fit it. CheckpointError: it
+          UsageError: it is quantized already, or the mesh does not fit it. CheckpointError: it
             cannot be opened.
         """
         if self.config is not None:
@@ -154,8 +154,8 @@ class Subject:
         """The parameters in a form, and what became of it."""
         if self.config is not None and self.args.random:
             target = resolve_dtype(dtype, num_params=self.config.num_params, device=self.device)
-            quantisation = quantize or "none"
-            scheme = SCHEMES.get(quantisation)
+            quantization = quantize or "none"
+            scheme = SCHEMES.get(quantization)
             as_list = layers == "list"
             params = random_params(
                 self.config,
@@ -176,10 +176,10 @@ class Subject:
                 **model_options(self.args),
             ).checkpoint
             self.config, params = checkpoint.config, checkpoint.params
-            quantisation = checkpoint.summary.quantisation or "none"
+            quantization = checkpoint.summary.quantization or "none"
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         return Variant(
-            dtype_name(params["final_norm"].dtype), quantisation, layers, weights
+            dtype_name(params["final_norm"].dtype), quantization, layers, weights
         ), params
 
 
@@ -243,8 +243,8 @@ def _open_peer(
 def _open_in_peer(
     peer: Peer | None, config: GLMConfig, variant: Variant, report: Report
 ) -> Peer | None:
-    """The peer with the same shapes and dtype, or None where it cannot; it quantises nothing."""
-    if peer is None or variant.quantisation != "none":
+    """The peer with the same shapes and dtype, or None where it cannot; it quantizes nothing."""
+    if peer is None or variant.quantization != "none":
         return None
     try:
         peer.open(config, variant.dtype)

@@ -20,7 +20,7 @@ class Model:
 
     Attributes:
       folder: as the user named it; None = any 6B checkpoint.
-      scheme: of `glm2_jax.schemes`, where the folder stores it quantised.
+      scheme: of `glm2_jax.schemes`, where the folder stores it quantized.
     """
 
     config: GLMConfig = PRESETS["chatglm2-6b"]
@@ -74,7 +74,7 @@ def forms(model: Model, place: Place) -> list[Form]:
     """Every form that can be computed with at a place, the preferred first.
 
     Wider weights are preferred, since they are the model as it was trained; but float32 on a
-    device with fast 16-bit numbers. A folder that is stored quantised is best left as it is.
+    device with fast 16-bit numbers. A folder that is stored quantized is best left as it is.
     """
     choices = list(precisions("bfloat16" if place.capable else "float16", model.scheme))
     if place.platform != "cpu":

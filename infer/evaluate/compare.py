@@ -1,4 +1,4 @@
-"""Variants of one model side by side: what a dtype or quantisation costs, beside the first one."""
+"""Variants of one model side by side: what a dtype or quantization costs, beside the first one."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _figures(
     return {
         "variant": variant.name,
         "dtype": summary.dtype,
-        "quantisation": summary.quantisation or "none",
+        "quantization": summary.quantization or "none",
         "weight_bytes": weight_bytes(engine),
         **total.figures(),
         **(same if distance is None else distance.figures()),

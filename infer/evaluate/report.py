@@ -13,7 +13,7 @@ from glm2_jax.escape import join_lines, json_line
 
 _COLUMNS = {  # of a comparison: key -> heading
     "dtype": "dtype",
-    "quantisation": "weights",
+    "quantization": "weights",
     "weight_bytes": "size",
     "perplexity": "perplexity",
     "mean_abs_delta_logit": "mean |d|",

@@ -49,7 +49,7 @@ def check(args: argparse.Namespace) -> None:
     if args.quantize is not None and all(variant.quantize for variant in args.compare):
         raise UsageError(
             f"--quantize {args.quantize} has no effect",
-            "--compare says the quantisation of all forms.",
+            "--compare says the quantization of all forms.",
             "Leave it out.",
         )
     if args.dtype != "auto" and all(variant.dtype for variant in args.compare):
@@ -81,7 +81,7 @@ def check_folder(args: argparse.Namespace, folder: "Folder") -> None:
         if folder.scheme is not None and form.quantize not in (None, "none"):
             raise UsageError(
                 f"--compare: no {form.quantize} of {folder.path}",
-                f"It is quantised already ({folder.scheme.name}); once more, its weights would "
+                f"It is quantized already ({folder.scheme.name}); once more, its weights would "
                 "only get worse.",
                 "As it is stored beside unpacked: --compare bfloat16,bfloat16:none. Or start from "
                 "the original weights.",

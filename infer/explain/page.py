@@ -20,7 +20,7 @@ from glm2_jax.cli.files import real_path
 from glm2_jax.errors import InputError
 from infer.explain.facts import Values, Walk
 
-_DIGITS = 4  # of a probability in an attention map: more than a colour can show
+_DIGITS = 4  # of a probability in an attention map: more than a color can show
 _IN_SCRIPT = {
     "<": "\\u003c",
     ">": "\\u003e",

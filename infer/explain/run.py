@@ -41,7 +41,7 @@ class Subject:
     """The model that is explained.
 
     Attributes:
-      stored: the scheme that it is quantised by.
+      stored: the scheme that it is quantized by.
       tokenizer, template: None where they are not known.
       weights: whether they are there.
       notes: lines for the user.

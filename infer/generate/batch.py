@@ -293,7 +293,7 @@ def _model_of(engine: Engine) -> dict[str, Any]:
         "model": engine.checkpoint.fingerprint,
         "template": engine.template,
         "dtype": engine.checkpoint.summary.dtype,
-        "quantisation": engine.checkpoint.summary.quantisation,
+        "quantization": engine.checkpoint.summary.quantization,
         "rope_kind": engine.config.rope_kind,
         "longest": engine.max_length,
     }

@@ -61,7 +61,7 @@ class Budget:
         """What flags mean here, the first being what would be taken.
 
         Args:
-          stored: the scheme of a folder that is quantised.
+          stored: the scheme of a folder that is quantized.
           dtype, quantize: the flags.
         """
         scheme = stored if quantize is None else None if quantize == "none" else quantize
@@ -239,7 +239,7 @@ class Wish:
 
     Attributes:
       choices: what may be computed in, the first being preferred.
-      stored: the scheme of a folder that is quantised.
+      stored: the scheme of a folder that is quantized.
       fixed_context: whether the user asked for just this context.
       columns: tokens of each row that a step reads: one, and the drafts that it verifies.
       prefix: slots of each row before all tokens.

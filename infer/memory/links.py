@@ -22,7 +22,7 @@ class Links:
       card: memory and its bandwidth.
       flops: 16-bit products, dense, operations per second.
       link: bytes per second that one link carries in one direction.
-      ring: links of a device that a ring through its neighbours uses to send.
+      ring: links of a device that a ring through its neighbors uses to send.
       both_ways: whether the ring runs in both directions at once, over half of these links each.
       joined: devices that have such links to each other; the network joins more.
       network: bytes per second that a device can send to others.
@@ -47,7 +47,7 @@ class Links:
         return devices // 2 if self.both_ways else devices - 1
 
     def rate(self, devices: int) -> float:
-        """Bytes per second that a device of a ring sends; two neighbours share but one link."""
+        """Bytes per second that a device of a ring sends; two neighbors share but one link."""
         return self.link * (min(self.ring, devices - 1) if self.both_ways else self.ring)
 
 
@@ -174,7 +174,7 @@ def all_reduce(links: Links, sizes: Mapping[str, int], axis: str, size: float) -
 def _reach(links: Links, sizes: Mapping[str, int], axis: str) -> tuple[int, int]:
     """Of the devices along an axis: (how many links join, how many such groups there are)."""
     names = list(sizes)
-    apart = 1  # places between neighbours along the axis
+    apart = 1  # places between neighbors along the axis
     for name in names[names.index(axis) + 1 :]:
         apart *= sizes[name]
     inside = max(1, min(sizes[axis], links.joined // apart))

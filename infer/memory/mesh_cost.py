@@ -40,7 +40,7 @@ class Step:
     Attributes:
       name: "decode", "prefill", "lora" or "full".
       tokens: that all devices together read in it.
-      memory_s: moving weights, cache and optimiser state through memory once; no activations.
+      memory_s: moving weights, cache and optimizer state through memory once; no activations.
       products_s: operations of matrix products and attention.
       talk: with other devices.
       memory_fixed_s, links_fixed_s: what of these times does not grow with the batch.
@@ -136,8 +136,8 @@ def mesh_cost(
       card: of `infer.memory.links.LINKS`.
       batch: rows of all devices together; filled up to what `data` and `fsdp` divide.
       length: tokens in the cache of each row, of a prompt, and of a row that is trained on.
-      dtype: of activations and cache, and of weights that are not quantised.
-      scheme: of `glm2_jax.schemes`, by which matrices are quantised in inference and LoRA.
+      dtype: of activations and cache, and of weights that are not quantized.
+      scheme: of `glm2_jax.schemes`, by which matrices are quantized in inference and LoRA.
 
     Raises:
       UsageError: a mesh that does not fit the model.

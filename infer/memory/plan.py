@@ -134,7 +134,7 @@ def _rows(batch: int, mesh: Sizes | None) -> int:
 
 
 def matrix_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    """The matrices of one layer, those that can be quantised."""
+    """The matrices of one layer, those that can be quantized."""
     D, F, H = config.hidden_size, config.ffn_hidden_size, config.head_dim
     N, K = config.num_heads, config.num_kv_heads
     return {

@@ -12,7 +12,7 @@ class Precision:
     """How weights are kept and computed with.
 
     Attributes:
-      dtype: "float32", "bfloat16" or "float16": of activations, cache, and what is not quantised.
+      dtype: "float32", "bfloat16" or "float16": of activations, cache, and what is not quantized.
       quantize: name of a scheme of `glm2_jax.schemes` for the matrices of the layers, or None.
     """
 
@@ -26,7 +26,7 @@ class Precision:
 
     @property
     def size(self) -> int:
-        """Bytes of a number that is not quantised."""
+        """Bytes of a number that is not quantized."""
         return _FLOATS[self.dtype]
 
     @property
@@ -39,7 +39,7 @@ def precisions(half: str = "bfloat16", stored: str | None = None) -> tuple[Preci
 
     Args:
       half: the device's 16-bit type.
-      stored: the scheme of a folder that is quantised: it can be kept, or unpacked.
+      stored: the scheme of a folder that is quantized: it can be kept, or unpacked.
     """
     schemes = ("int8", "int4") if stored is None else (stored,)
     return (

@@ -104,16 +104,16 @@ def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = 
     layers = dict(params["layers"])
     scheme = precision.scheme
     if scheme is not None:
-        layers |= {n: _quantised(layers[n].shape, axes, scheme) for n, axes in COLUMN_AXES.items()}
+        layers |= {n: _quantized(layers[n].shape, axes, scheme) for n, axes in COLUMN_AXES.items()}
     if scheme is not None and scheme.embeddings:
-        params = {**params, **{n: _quantised(params[n].shape, 1, scheme) for n in EMBEDDINGS}}
+        params = {**params, **{n: _quantized(params[n].shape, 1, scheme) for n in EMBEDDINGS}}
     if stacked:
         return {**params, "layers": layers}
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
     return {**params, "layers": [one] * config.num_layers}
 
 
-def _quantised(shape: tuple[int, ...], axes: int, scheme: Scheme) -> QTensor:
+def _quantized(shape: tuple[int, ...], axes: int, scheme: Scheme) -> QTensor:
     values, scale = scheme.shapes(shape, axes)
     integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
     scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)

@@ -24,7 +24,7 @@ class Sheet:
     """All plans for one model at one place.
 
     Attributes:
-      name: of the model. stored: the scheme of a folder that is quantised.
+      name: of the model. stored: the scheme of a folder that is quantized.
       mesh: the sizes of its axes; None = one device.
       longest: (label of the weights, batch) -> the longest context that fits; empty where the
         place's memory is not known.

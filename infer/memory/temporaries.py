@@ -158,7 +158,7 @@ def _added(config: GLMConfig) -> int:
 
 
 def _hidden(config: GLMConfig, precision: Precision, tokens: int) -> int:
-    """The hidden states, and the same normalised."""
+    """The hidden states, and the same normalized."""
     return 2 * tokens * config.hidden_size * precision.size
 
 

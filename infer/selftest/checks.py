@@ -140,7 +140,7 @@ def failure(name: str, error: GLMError) -> Check:
 
 
 def _leaves(params: Any) -> dict[str, Any]:
-    """{"layers.q": array, ...}; {"layers.3.q.values": array, ...} of a list, quantised."""
+    """{"layers.q": array, ...}; {"layers.3.q.values": array, ...} of a list, quantized."""
     found = jax.tree_util.tree_flatten_with_path(params)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
@@ -150,19 +150,19 @@ def _parameters(engine: Engine, named_6b: bool) -> Check:
     if named_6b or is_6b(engine.config):
         expected = PARAMETERS_6B
     params = engine.checkpoint.params
-    count = sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_quantised))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_quantized))
     note = "the folder names itself after a 6B checkpoint" if named_6b else ""
     return compare("parameters", f"{expected:,}", f"{count:,}", note)
 
 
-def _is_quantised(value: Any) -> bool:
+def _is_quantized(value: Any) -> bool:
     return isinstance(value, QTensor)
 
 
 def _expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     config, as_list = engine.config, isinstance(engine.checkpoint.params["layers"], list)
-    quantisation, shapes = engine.checkpoint.summary.quantisation, {}
-    scheme = None if quantisation is None else SCHEMES[quantisation]
+    quantization, shapes = engine.checkpoint.summary.quantization, {}
+    scheme = None if quantization is None else SCHEMES[quantization]
     for part in PARTS:
         shape, names = part.shape(config), [".".join(part.path)]
         if part.path[0] == "layers" and as_list:
@@ -170,7 +170,7 @@ def _expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
         elif part.path[0] == "layers":
             shape = (config.num_layers, *shape)
         for name in names:
-            if scheme is not None and part.quantised(scheme):
+            if scheme is not None and part.quantized(scheme):
                 pair = scheme.shapes(shape, part.column_axes)
                 shapes[f"{name}.values"], shapes[f"{name}.scale"] = pair
             else:

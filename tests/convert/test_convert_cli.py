@@ -347,7 +347,7 @@ def test_from_pytorch(tmp_path, capsys):
         "destination": str(target),
         "bytes": TINY.num_params * 4,
         "dtype": "float32",
-        "quantisation": None,
+        "quantization": None,
         "written": False,
     }
     assert run(from_pytorch.main, *argv) == 0
@@ -379,13 +379,13 @@ def test_from_pytorch_errors(tmp_path, monkeypatch, argv, code):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_quantised_is_called_so(tmp_path, capsys):
+def test_what_is_quantized_is_called_so(tmp_path, capsys):
     source, own, again = write_official(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
     argv = [str(source), str(own), "--quantize", "int8", "--quantize-embeddings"]
     form = "int8+embeddings, the rest float16"
     assert run(from_pytorch.main, *argv, "--dry-run") == 0
     output = capsys.readouterr()
-    assert json.loads(output.out)["quantisation"] == "int8+embeddings"
+    assert json.loads(output.out)["quantization"] == "int8+embeddings"
     assert f"B in {form}\n" in output.err
     assert run(from_pytorch.main, *argv) == 0
     said = capsys.readouterr().err
@@ -397,7 +397,7 @@ def test_what_is_quantised_is_called_so(tmp_path, capsys):
     assert run(inspect.main, str(own)) == 0
     assert f"stored dtype  {form}\n" in capsys.readouterr().out
     assert run(inspect.main, str(own), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["quantisation"] == "int8+embeddings"
+    assert json.loads(capsys.readouterr().out)["quantization"] == "int8+embeddings"
 
 
 def test_inspect(tmp_path, capsys):

@@ -177,7 +177,7 @@ def test_shards_are_those_of_the_published_folder():
     [
         ([], 2, "required"),
         (["--config", "chatglm9"], 2, "Known models: chatglm2-6b, "),
-        (["--config", "chatglm2-6b-int4"], 2, "quantised"),
+        (["--config", "chatglm2-6b-int4"], 2, "quantized"),
         (["--config", "chatglm2-6b", "--layers", "0"], 2, "--layers 0"),
         (["--config", "{config}", "--layers", "2000000000"], 3, "not enough space"),
         (["--config", "{config}", "--seed", "-1"], 2, "--seed -1"),

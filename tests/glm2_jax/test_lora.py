@@ -34,7 +34,7 @@ from glm2_jax.model import unstack_layers
 from glm2_jax.quant import SCHEMES
 from tests.support import hurry
 from tests.support.toy import TOY as THREE_LAYERS
-from tests.support.toy import abstract_params, quantised, random_tokens, toy_params
+from tests.support.toy import abstract_params, quantized, random_tokens, toy_params
 
 TOY = dataclasses.replace(THREE_LAYERS, num_layers=2)
 ALL = "all-linear"
@@ -82,7 +82,7 @@ def merged(params, lora: LoRA):
 def base_of(form: str):
     params = toy_params(TOY)
     if form in SCHEMES:
-        return quantised(params, SCHEMES[form])[0]
+        return quantized(params, SCHEMES[form])[0]
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, form)), params)
 
 
@@ -129,8 +129,8 @@ def test_an_adapter_answers_step_by_step(layers):
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
-def test_a_quantised_base_takes_an_adapter(form):
-    small, large = quantised(toy_params(TOY), SCHEMES[form])
+def test_a_quantized_base_takes_an_adapter(form):
+    small, large = quantized(toy_params(TOY), SCHEMES[form])
     expected = logits(merged(large, trained()), None)
     np.testing.assert_allclose(logits(small, trained()), expected, atol=1e-4)
 

@@ -15,7 +15,7 @@ from tests.glm2_jax.test_parity import TOLERANCE, published_params
 from tests.support.checkpoints import TINY, random_params
 from tests.support.prefixes import encoder, numpy_logits, numpy_prefix, write_prefix
 from tests.support.shared_data import shared_path
-from tests.support.toy import jit_forward, quantised, random_tokens
+from tests.support.toy import jit_forward, quantized, random_tokens
 
 P = 5
 PARAMS = jax.tree.map(jnp.asarray, random_params(TINY))  # nothing to compile
@@ -65,9 +65,9 @@ def test_segments_of_a_packed_row_each_have_the_prefix(prefixed, monkeypatch):
     assert jnp.isfinite(logits).all()
 
 
-def test_quantised_and_listed_layers_in_bfloat16(prefixed):
+def test_quantized_and_listed_layers_in_bfloat16(prefixed):
     params, (k, v) = prefixed
-    small, large = quantised(PARAMS, SCHEMES["int8"])
+    small, large = quantized(PARAMS, SCHEMES["int8"])
     tokens = random_tokens(1, 6, TINY)
     expected = numpy_logits(TINY, large, tokens[0], k, v)
     listed = unstack_layers(with_prefix(small, params["prefix"]))

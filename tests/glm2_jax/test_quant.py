@@ -1,4 +1,4 @@
-"""Quantised weights: the published packing, the definition of the scales, and the products."""
+"""Quantized weights: the published packing, the definition of the scales, and the products."""
 
 import dataclasses
 import json
@@ -15,9 +15,9 @@ from glm2_jax.model import unstack_layers
 from glm2_jax.quant import (
     SCHEMES,
     QTensor,
-    dequantise,
+    dequantize,
     pack_int4,
-    quantise,
+    quantize,
     unpack_int4,
     unpacked,
 )
@@ -25,8 +25,8 @@ from tests.support.shared_data import shared_path
 from tests.support.toy import (
     TOY,
     jit_forward,
-    quantised,
-    quantised_shapes,
+    quantized,
+    quantized_shapes,
     random_tokens,
     toy_params,
 )
@@ -34,7 +34,7 @@ from tests.support.toy import (
 
 def small_weight(scheme, rows=24, columns=192, seed=0):
     matrix = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
-    values, scale = quantise(matrix, SCHEMES[scheme])
+    values, scale = quantize(matrix, SCHEMES[scheme])
     return matrix, QTensor(jnp.asarray(values), jnp.asarray(scale), SCHEMES[scheme].bits)
 
 
@@ -50,7 +50,7 @@ def test_packing_of_the_published_kernel():
     packed = np.array(case["packed_int8"], np.int8)
     np.testing.assert_array_equal(pack_int4(np.array(case["q"], np.int8)), packed)
     weight = QTensor(jnp.asarray(packed), jnp.asarray(case["scale"], jnp.float32), 4)
-    np.testing.assert_allclose(dequantise(weight, 1), case["dequant"], rtol=1e-6)
+    np.testing.assert_allclose(dequantize(weight, 1), case["dequant"], rtol=1e-6)
 
 
 def test_every_pair_of_integers_survives_packing():
@@ -67,10 +67,10 @@ def test_an_odd_width_is_refused():
 
 def test_scales_by_hand():
     matrix = np.array([[127.0, -64.5, 0.5, 1.5], [0, 0, 0, 0]], np.float32)
-    values, scale = quantise(matrix, SCHEMES["int8"])
+    values, scale = quantize(matrix, SCHEMES["int8"])
     assert scale.tolist() == [1, 1] and values.tolist() == [[127, -64, 0, 2], [0, 0, 0, 0]]
     row = np.tile(np.array([14.0, 3, -7, 1], np.float32), 32)  # a group of 128 columns
-    values, scale = quantise(np.concatenate([row, row / 20])[None], SCHEMES["int4"])
+    values, scale = quantize(np.concatenate([row, row / 20])[None], SCHEMES["int4"])
     np.testing.assert_allclose(scale, [[2, 0.1]])
     # 3 / 2 and 1 / 2 and -7 / 2 round to even
     assert unpack_int4(values)[0, :4].tolist() == [7, 2, -4, 0]
@@ -80,7 +80,7 @@ def test_scales_by_hand():
 def test_rounding_error_is_half_a_step_at_most(form):
     matrix, weight = small_weight(form)
     steps = np.repeat(weight.scale, matrix.shape[1] // weight.scale[0].size, -1)
-    error = np.abs(np.asarray(dequantise(weight, 1)) - matrix)
+    error = np.abs(np.asarray(dequantize(weight, 1)) - matrix)
     assert (error <= steps.reshape(len(matrix), -1) * 0.5001).all()
     assert error.max() > 0
 
@@ -88,10 +88,10 @@ def test_rounding_error_is_half_a_step_at_most(form):
 @pytest.mark.parametrize("form", SCHEMES)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("platform", [_on_cpu, _on_gpu, _dot])
-def test_products_are_those_of_the_dequantised_weight(form, rows, platform):
+def test_products_are_those_of_the_dequantized_weight(form, rows, platform):
     _, weight = small_weight(form)
     x = jax.random.normal(jax.random.key(1), (rows, 192))
-    expected = x @ dequantise(weight, 1).T
+    expected = x @ dequantize(weight, 1).T
     np.testing.assert_allclose(platform(x, weight), expected, atol=2e-4)
     half = platform(x.astype(jnp.bfloat16), weight)
     assert half.dtype == jnp.float32
@@ -105,7 +105,7 @@ def test_products_by_chunks_on_a_cpu(kind, monkeypatch):
     if kind == "plain":
         weight, expected = jnp.asarray(matrix, jnp.float16), matrix
     else:
-        expected = np.asarray(dequantise(weight, 1))
+        expected = np.asarray(dequantize(weight, 1))
     x = np.random.default_rng(2).standard_normal((3, 192)).astype(np.float32)
     text = str(jax.make_jaxpr(_on_cpu)(x, weight))
     assert "scan" in text and "length=12" in text
@@ -119,11 +119,11 @@ def test_products_of_one_row_by_slices_on_a_cpu(form, columns, monkeypatch):
     monkeypatch.setattr("glm2_jax.linear.SLICES", 4)
     _, weight = small_weight(form, columns=columns)
     x = jax.random.normal(jax.random.key(1), (1, columns))
-    expected = np.asarray(x, np.float64) @ np.asarray(dequantise(weight, 1), np.float64).T
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight, 1), np.float64).T
     product = jax.jit(_on_cpu)
     np.testing.assert_allclose(product(x, weight), expected, atol=2e-4)
     rounded = x.astype(jnp.bfloat16)  # exact from here on, too
-    expected = np.asarray(rounded, np.float64) @ np.asarray(dequantise(weight, 1), np.float64).T
+    expected = np.asarray(rounded, np.float64) @ np.asarray(dequantize(weight, 1), np.float64).T
     np.testing.assert_allclose(product(rounded, weight), expected, atol=2e-4)
 
 
@@ -142,8 +142,8 @@ def test_one_row_on_a_cpu_writes_no_converted_weight(form, columns):
 
 
 @pytest.mark.parametrize("form", SCHEMES)
-def test_a_quantised_model_has_the_logits_of_the_dequantised_one(form):
-    small, large = quantised(toy_params(), SCHEMES[form])
+def test_a_quantized_model_has_the_logits_of_the_dequantized_one(form):
+    small, large = quantized(toy_params(), SCHEMES[form])
     tokens = random_tokens(2, 9)
     ours, reference = (jit_forward(TOY, params, tokens)[0] for params in (small, large))
     np.testing.assert_allclose(ours, reference, atol=1e-4)
@@ -152,7 +152,7 @@ def test_a_quantised_model_has_the_logits_of_the_dequantised_one(form):
 
 @pytest.mark.parametrize("form", ["float", *SCHEMES])
 def test_a_list_of_layers_gives_the_same_logits(form):
-    params = toy_params() if form == "float" else quantised(toy_params(), SCHEMES[form])[0]
+    params = toy_params() if form == "float" else quantized(toy_params(), SCHEMES[form])[0]
     tokens = random_tokens(2, 9)
     stacked, cache = jit_forward(TOY, params, tokens, cache=KVCache.zeros(TOY, 2, 16, jnp.float32))
     listed, other = jit_forward(
@@ -172,9 +172,9 @@ def test_attention_and_projections_are_told_apart():
 
 @pytest.mark.parametrize("form", SCHEMES)
 def test_decode_never_holds_a_whole_float_weight(form):
-    """Temporaries of a compiled step stay far below the float32 copy of the quantised weights."""
+    """Temporaries of a compiled step stay far below the float32 copy of the quantized weights."""
     config = dataclasses.replace(TOY, num_layers=4, hidden_size=512, ffn_hidden_size=2048)
-    params = quantised_shapes(config, SCHEMES[form])
+    params = quantized_shapes(config, SCHEMES[form])
     abstract = jax.eval_shape(lambda: KVCache.zeros(config, 1, 16, jnp.float32))
 
     def step(params, tokens, cache):

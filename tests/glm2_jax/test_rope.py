@@ -65,7 +65,7 @@ def test_chatglm3_rounds_only_the_finished_table():
     np.testing.assert_array_equal(rounded, exact.astype(np.float16).astype(np.float32))
 
 
-def test_rotation_pairs_neighbours_and_passes_the_second_half():
+def test_rotation_pairs_neighbors_and_passes_the_second_half():
     x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
     cos, sin = jnp.asarray([[[0.6, 0.0]]]), jnp.asarray([[[0.8, 1.0]]])
     expected = [1 * 0.6 - 2 * 0.8, 2 * 0.6 + 1 * 0.8, -4, 3, 5, 6, 7, 8]

@@ -140,7 +140,7 @@ def test_the_int4_file():
     for rule in PUBLISHED:
         for _ in rule.layers(CONFIG):
             shape = rule.shape(CONFIG)
-            if rule.quantised(scheme):
+            if rule.quantized(scheme):
                 values, scales = scheme.shapes(shape, rule.column_axes)
                 total += math.prod(values) + 2 * math.prod(scales)
             else:

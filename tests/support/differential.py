@@ -38,7 +38,7 @@ from glm2_jax.text.prompt import stop_ids
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from tests.support.sp_model import sp_model
-from tests.support.toy import quantised
+from tests.support.toy import quantized
 
 NEW_TOKENS, LONGEST = 16, 48  # of an answer; of a text
 END = -1
@@ -239,7 +239,7 @@ def check(architecture: int, models: int) -> Iterator[tuple[str, str, str]]:
     for model in range(models):
         params = random_params(config, model)
         prompts = random_prompts(config, np.random.default_rng(model))
-        small = {scheme: quantised(params, SCHEMES[scheme]) for scheme in _schemes(architecture)}
+        small = {scheme: quantized(params, SCHEMES[scheme]) for scheme in _schemes(architecture)}
         plain = {None: params, **{scheme: large for scheme, (_, large) in small.items()}}
         right = {name: reference(config, program, each, prompts) for name, each in plain.items()}
         weights = {None: params, **{scheme: each for scheme, (each, _) in small.items()}}

@@ -38,7 +38,7 @@ from infer.evaluate.reader import Reader
 from infer.generate import __main__ as generate
 from tests.support.program_text import collectives, kinds
 from tests.support.sp_model import sp_model
-from tests.support.toy import quantised
+from tests.support.toy import quantized
 
 CONFIG = GLMConfig(2, 104, 32, 64, 8, 2, 8, 256)
 PROMPTS = [[5, 6, 7], [40, 12], [9, 8, 30, 77, 5]]
@@ -65,7 +65,7 @@ def weights(scheme: str | None = None) -> tuple[Any, Any]:
     params = init_params(CONFIG, jax.random.key(0))
     params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
     params = {**params, "head": params["head"].at[Tokenizer.eos_id].set(0)}
-    return (params, params) if scheme is None else quantised(params, SCHEMES[scheme])
+    return (params, params) if scheme is None else quantized(params, SCHEMES[scheme])
 
 
 @cache

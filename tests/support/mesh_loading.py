@@ -89,12 +89,12 @@ def bytes_read() -> Iterator[list[int]]:
         yield sizes
 
 
-def quantised_folder(folder: Path, bits: int) -> Path:
+def quantized_folder(folder: Path, bits: int) -> Path:
     tensors = official_tensors(CONFIG, random_params(CONFIG))
     rng = np.random.default_rng(1)
     for rule in PUBLISHED:
         for name in map(rule.full_name, rule.layers(CONFIG)):
-            if rule.quantised(SCHEMES["int8"]):
+            if rule.quantized(SCHEMES["int8"]):
                 rows, columns = rule.shape(CONFIG)
                 size = (rows, columns * bits // 8)
                 tensors[name] = rng.integers(-128, 128, size, dtype=np.int8)
@@ -104,12 +104,12 @@ def quantised_folder(folder: Path, bits: int) -> Path:
 
 
 def folders(root: Path) -> None:
-    """One folder of each layout; all but the quantised ones hold the same numbers."""
+    """One folder of each layout; all but the quantized ones hold the same numbers."""
     params = random_params(CONFIG)
     write_official(root / "bin", CONFIG, params)
     write_official(root / "safetensors", CONFIG, params, kind="safetensors")
-    quantised_folder(root / "int8", 8)
-    quantised_folder(root / "int4", 4)
+    quantized_folder(root / "int8", 8)
+    quantized_folder(root / "int4", 4)
     save(root / "own", params, CONFIG)
     export_folder(open_folder(root / "own"), root / "glm", layout="glm")
 
@@ -151,7 +151,7 @@ def loads(form: str) -> Callable[[Path], None]:
     def check(root: Path) -> None:
         name, options = FORMS[form]
         plain = load_checkpoint(root / name, **options)
-        kind = plain.summary.quantisation
+        kind = plain.summary.quantization
         as_list = options.get("layers") == "list"
         with patched(values, "CHUNK_ELEMENTS", 1000):
             for text in MESHES:
@@ -217,8 +217,8 @@ def check_bytes(root: Path) -> None:
         assert sum(sizes) == local_bytes(mesh, devices, 2)
 
 
-def check_bytes_of_quantised(root: Path) -> None:
-    """What is stored quantised is read like the rest; quantising reads rows whole, once."""
+def check_bytes_of_quantized(root: Path) -> None:
+    """What is stored quantized is read like the rest; quantizing reads rows whole, once."""
     mesh = mesh_of("tensor=8")
     with bytes_read() as sizes:
         load_checkpoint(root / "int8", dtype="float16")
@@ -388,7 +388,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "memory": check_memory,
     **{form: loads(form) for form in FORMS},
     "bytes": check_bytes,
-    "bytes of quantised": check_bytes_of_quantised,
+    "bytes of quantized": check_bytes_of_quantized,
     "others": check_others_are_not_looked_at,
     "copies": check_copies,
     "donation": check_donation,

@@ -28,7 +28,7 @@ from glm2_jax.lora import with_lora
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES
 from tests.support.program_text import collectives, kinds
-from tests.support.toy import quantised, random_tokens
+from tests.support.toy import quantized, random_tokens
 
 # Groups of 32 columns in an ffn of 96: on four devices some lie on two.
 CONFIG = GLMConfig(2, 104, 64, 96, 8, 2, 16, 64)
@@ -73,7 +73,7 @@ def weights(scheme: str | None) -> tuple[Any, Any]:
 
     shapes = param_shapes(CONFIG)
     params = jax.tree_util.tree_map_with_path(make, shapes, is_leaf=lambda x: type(x) is tuple)
-    pair = (params, params) if scheme is None else quantised(params, SCHEMES[scheme])
+    pair = (params, params) if scheme is None else quantized(params, SCHEMES[scheme])
     return jax.tree.map(np.asarray, pair)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from glm2_jax import GLMConfig, init_lora, lora_sharding, make_mesh, params_sharding, parse_mesh
 from glm2_jax.schemes import SCHEMES
-from tests.support.toy import quantised, toy_params
+from tests.support.toy import quantized, toy_params
 from train.data.batch import Batch
 from train.devices import Devices
 from train.optim import Numbers, make_schedule
@@ -54,8 +54,8 @@ class Case:
         params, lora = weights(None if self.full else scheme), adapter()
         places = lora_places = None
         if mesh is not None:
-            quantise = SCHEMES[scheme] if scheme in SCHEMES else None
-            places = params_sharding(CONFIG, mesh, scheme=quantise)
+            quantize = SCHEMES[scheme] if scheme in SCHEMES else None
+            places = params_sharding(CONFIG, mesh, scheme=quantize)
             lora_places = lora_sharding(lora, mesh)
         params = self.devices.put(params, places)
         self.base = None if self.full else params
@@ -80,7 +80,7 @@ class Case:
         return self.devices.key(7)
 
     def go(self, state: Any, steps: range) -> tuple[Any, list[list[float]]]:
-        """(what is trained and the optimiser's state, loss and norm of the steps)."""
+        """(what is trained and the optimizer's state, loss and norm of the steps)."""
         found = []
         for number in steps:
             rows = self.devices.batch(batch(number))
@@ -99,7 +99,7 @@ class Case:
 @cache
 def weights(scheme: str | None) -> Any:
     params = toy_params(CONFIG)
-    return params if scheme is None else quantised(params, SCHEMES[scheme])[0]
+    return params if scheme is None else quantized(params, SCHEMES[scheme])[0]
 
 
 @cache

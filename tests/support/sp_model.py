@@ -31,7 +31,7 @@ def sp_model(
     newlines: bool = False,
     first_ids: tuple[int, int, int] = (0, 1, 2),
 ) -> bytes:
-    """Trains the model: BPE, byte fallback, nothing normalised, digits split. Deterministic.
+    """Trains the model: BPE, byte fallback, nothing normalized, digits split. Deterministic.
 
     With `newlines` its pieces may hold newlines, which no published tokenizer's do.
     """
@@ -61,7 +61,7 @@ def sp_model(
 
 
 def without_dummy_prefix(model: bytes) -> bytes:
-    """The same model with add_dummy_prefix (field 3 of the normaliser) set to False."""
+    """The same model with add_dummy_prefix (field 3 of the normalizer) set to False."""
     flag = b"identity\x12\x00\x18"
     assert model.count(flag + b"\x01") == 1
     return model.replace(flag + b"\x01", flag + b"\x00")

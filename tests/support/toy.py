@@ -10,7 +10,7 @@ import numpy as np
 
 from glm2_jax import GLMConfig, compiler_options, forward, init_params
 from glm2_jax.model import unstack_layers
-from glm2_jax.quant import COLUMN_AXES, QTensor, Scheme, dequantise, quantise
+from glm2_jax.quant import COLUMN_AXES, QTensor, Scheme, dequantize, quantize
 from tests.support import hurry
 
 TOY = GLMConfig(
@@ -27,7 +27,7 @@ TOY = GLMConfig(
 jit_forward = jax.jit(
     forward, static_argnums=0, compiler_options=compiler_options("cpu") | hurry.OPTIONS
 )
-jit_dequantise = jax.jit(dequantise, static_argnums=1)
+jit_dequantize = jax.jit(dequantize, static_argnums=1)
 
 
 @functools.cache
@@ -52,22 +52,22 @@ def random_tokens(rows: int, length: int, config: GLMConfig = TOY, seed: int = 0
     return jnp.asarray(rng.integers(3, config.vocab_size, (rows, length)), jnp.int32)
 
 
-def quantised(params, scheme: Scheme):
+def quantized(params, scheme: Scheme):
     """The params with the layers' matrices as QTensors, and those matrices as float32 again."""
     small, large = dict(params["layers"]), dict(params["layers"])
     for name, axes in COLUMN_AXES.items():
         weight = np.asarray(params["layers"][name])
-        values, scale = quantise(weight.reshape(-1, math.prod(weight.shape[-axes:])), scheme)
+        values, scale = quantize(weight.reshape(-1, math.prod(weight.shape[-axes:])), scheme)
         shapes = scheme.shapes(weight.shape, axes)
         values, scale = values.reshape(shapes[0]), scale.reshape(shapes[1])
         small[name] = QTensor(jnp.asarray(values), jnp.asarray(scale), scheme.bits)
-        plain = jit_dequantise(small[name], weight.ndim - axes)
+        plain = jit_dequantize(small[name], weight.ndim - axes)
         large[name] = jnp.asarray(np.asarray(plain).reshape(weight.shape))
     return {**params, "layers": small}, {**params, "layers": large}
 
 
-def quantised_shapes(config: GLMConfig, scheme: Scheme):
-    """Abstract float32 params with a list of quantised layers, for compiling."""
+def quantized_shapes(config: GLMConfig, scheme: Scheme):
+    """Abstract float32 params with a list of quantized layers, for compiling."""
     params = jax.eval_shape(unstack_layers, abstract_params(config))
 
     def weight(array, axes: int) -> QTensor:

@@ -60,7 +60,7 @@ def test_operations_are_those_of_the_program():
     assert counted == pytest.approx(bench.work(wide, toy_params(wide), lora, 2, 16), rel=0.1)
 
 
-def test_random_weights_and_a_quantised_base(capsys, quick, toy_config):
+def test_random_weights_and_a_quantized_base(capsys, quick, toy_config):
     forms = ("--dtypes", "float32", "--quantize", "none,int4", "--layout", "list")
     assert bench.main(["--random", toy_config, *forms, *FLAGS, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -18,10 +18,10 @@ from train.step import init_state, train_step
 CONFIG = PRESETS["chatglm2-6b"]
 
 
-def step_memory(platform: str, quantisation: str | None, accumulate: int = 1):
+def step_memory(platform: str, quantization: str | None, accumulate: int = 1):
     """What the compiler says of a step, and the bytes of the base and of what is trained."""
     optimizer = make_optimizer(make_schedule("cosine", lr=5e-5, steps=100, warmup=0.03))
-    base = abstract_params(quantisation)
+    base = abstract_params(quantization)
     key = jax.eval_shape(lambda: jax.random.key(0))
     lora = jax.eval_shape(lambda key: init_lora(CONFIG, key, rank=8, dropout=0.1), key)
     state = jax.eval_shape(partial(init_state, optimizer), lora)
@@ -39,17 +39,17 @@ def nbytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("quantisation", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
-def test_memory_of_a_step(platform, quantisation):
-    memory, weights, state, trained = step_memory(platform, quantisation)
+def test_memory_of_a_step(platform, quantization):
+    memory, weights, state, trained = step_memory(platform, quantization)
     assert trained == 1_949_696
     beside = memory.temp_size_in_bytes + state  # gradients are temporaries
-    print(f"{platform} {quantisation}: weights {weights / GB:.2f} GB, adapter and optimiser "
+    print(f"{platform} {quantization}: weights {weights / GB:.2f} GB, adapter and optimizer "
           f"{state / GB:.3f} GB, temporaries {memory.temp_size_in_bytes / GB:.2f} GB")  # fmt: skip
     assert memory.alias_size_in_bytes >= state - 16  # nothing of it exists twice
     assert beside < 6 * GB
-    if quantisation == "int4":
+    if quantization == "int4":
         assert weights + beside < 10 * GB
 
 

@@ -19,7 +19,7 @@ from tests.support.toy import (
     TOY,
     abstract_params,
     jit_forward,
-    quantised,
+    quantized,
     random_tokens,
     toy_params,
 )
@@ -202,8 +202,8 @@ def test_computing_blocks_again_changes_nothing(layers):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-row"])
-def test_a_quantised_base_has_the_gradient_of_the_dequantised_one(scheme):
-    small, large = quantised(small_params(), SCHEMES[scheme])
+def test_a_quantized_base_has_the_gradient_of_the_dequantized_one(scheme):
+    small, large = quantized(small_params(), SCHEMES[scheme])
     batch = stacked(batch_of(random_tokens(2, 8)))
     found, metrics = gradient(small, adapter(), batch)
     wanted, of_large = gradient(large, adapter(), batch)

@@ -132,7 +132,7 @@ def _alike_together(items, lengths, size: int, width: int, seeds: tuple[int, ...
     """Groups sequences of similar length into the same steps, and puts the steps in random order.
 
     Only the sequences of `_WINDOW` steps are sorted together, so that a step holds no more than
-    chance made neighbours. An incomplete step stays the last: chance chooses its sequences before
+    chance made neighbors. An incomplete step stays the last: chance chooses its sequences before
     anything is sorted, because each of them counts more than one of a full step.
     """
     steps = len(items) // size

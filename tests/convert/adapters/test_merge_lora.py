@@ -107,7 +107,7 @@ def test_half_precision_within_its_bound(tmp_path, lora, dtype, capsys):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_a_quantised_base(tmp_path, lora, scheme, capsys):
+def test_a_quantized_base(tmp_path, lora, scheme, capsys):
     convert_folder(open_folder(write_official(tmp_path / "a")), tmp_path / "q", quantize=scheme)
     before = names(tmp_path)
     assert run(tmp_path / "q", lora, tmp_path / "new") == 2
@@ -188,9 +188,9 @@ def test_any_shape_and_type(kv_heads, hidden, ffn, rank, dtype, layout):
             assert merged.tobytes() == found.tobytes()
 
 
-def test_the_library_never_merges_into_quantised_weights(base, lora):
+def test_the_library_never_merges_into_quantized_weights(base, lora):
     adapter = load_adapter(lora, TINY)
-    with pytest.raises(UsageError, match="quantised"):
+    with pytest.raises(UsageError, match="quantized"):
         size_of_conversion(open_folder(base), None, "int8", adapter=adapter)
 
 

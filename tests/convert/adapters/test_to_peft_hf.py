@@ -79,12 +79,12 @@ def trained(model, **settings):
     torch.manual_seed(0)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     wrapped = peft.get_peft_model(model, config)
-    optimiser = torch.optim.AdamW((x for x in wrapped.parameters() if x.requires_grad), lr=0.05)
+    optimizer = torch.optim.AdamW((x for x in wrapped.parameters() if x.requires_grad), lr=0.05)
     tokens = torch.tensor(TOKENS)
     for _ in range(2):
         wrapped(tokens, labels=tokens).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return wrapped.eval()
 
 

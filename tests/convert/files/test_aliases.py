@@ -7,7 +7,7 @@ from convert import export_folder, open_folder
 from convert.files.shards import open_weights
 from convert.layouts.names import SCALE
 from glm2_jax import CheckpointError
-from tests.convert.writing.test_to_pytorch_quantised import write_packed
+from tests.convert.writing.test_to_pytorch_quantized import write_packed
 from tests.support.checkpoints import (
     TINY,
     official_tensors,
@@ -86,7 +86,7 @@ def test_wrapped_hf_native_names(tmp_path, wrapper):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("wrapper", ["DataParallel", "PEFT without its adapter", "the inner model"])
-def test_wrapped_quantised_names(tmp_path, wrapper, bits):
+def test_wrapped_quantized_names(tmp_path, wrapper, bits):
     source = write_packed(tmp_path / "source", bits)
     tensors = {OFFICIAL[wrapper](name): array for name, array in stored(source).items()}
     assert any(name.endswith(SCALE) for name in tensors)

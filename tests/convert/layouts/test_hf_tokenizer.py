@@ -15,8 +15,8 @@ from tests.support.sp_model import sp_model, without_dummy_prefix
 
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 
-# Special tokens are recognised in text, as everywhere in transformers, unless
-# split_special_tokens=True; the published tokenizer recognises none.
+# Special tokens are recognized in text, as everywhere in transformers, unless
+# split_special_tokens=True; the published tokenizer recognizes none.
 SPECIAL_IN_TEXT = ["[gMASK]", "[gMASK]sop", "</s>", "a</s>b", "<unk>"]
 
 TALK = [

@@ -234,8 +234,9 @@ def test_the_fingerprint_follows_the_manifest(tmp_path):
     [
         ({"format": "other"}, "not a manifest of this project"),
         ({"format_version": 2}, "another version"),
-        ({"quantisation": "int3"}, "is damaged"),
-        ({"quantisation": "int4"}, "missing: layers.0.q_scale"),
+        ({"quantization": "int3"}, "is damaged"),
+        ({"quantization": "int4"}, "missing: layers.0.q_scale"),
+        ({"quantisation": "int4"}, "missing: layers.0.q_scale"),  # the key of folders before 0.2
         ({"files": None}, "is damaged"),
         ({"files": {"../x": {"size": 1, "sha256": ""}}}, "the file name"),
         ({"source": 3}, "is damaged"),

@@ -142,7 +142,7 @@ def test_every_tensor_at_any_shape(heads, groups, ffn, dtype, kind, own):
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("kind", to_gguf.TYPES)
-def test_a_quantised_folder_is_dequantised(tmp_path, quantize, kind):
+def test_a_quantized_folder_is_dequantized(tmp_path, quantize, kind):
     config = tiny_config(**SHALLOW)
     official = write_official(tmp_path / "a", config, dtype="float32")
     convert_folder(open_folder(official), tmp_path / "own", quantize=quantize)
@@ -325,7 +325,7 @@ def test_what_is_not_kept_is_said(tmp_path, capsys):
     convert_folder(source, tmp_path / "own", quantize="int4")
     assert run(tmp_path / "own", tmp_path / "b.gguf", "--type", "f16") == 0
     err = capsys.readouterr().err
-    assert "stored in int4" in err and "dequantised" in err and "rotary angles" in err
+    assert "stored in int4" in err and "dequantized" in err and "rotary angles" in err
 
 
 def test_a_destination_that_exists(tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_an_official_folder_becomes_theirs_in_its_own_type(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_a_quantised_folder_is_dequantised(tmp_path, quantize):
+def test_a_quantized_folder_is_dequantized(tmp_path, quantize):
     official = open_folder(write_official(tmp_path / "official", dtype="float32"))
     convert_folder(official, tmp_path / "own", quantize=quantize)
     native = export(tmp_path / "own", tmp_path / "glm")

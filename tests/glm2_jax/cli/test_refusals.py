@@ -10,7 +10,7 @@ from convert import from_pytorch
 from glm2_jax.cli import main as cli
 from infer.engine.load import demo_folder
 from infer.generate import __main__ as generate
-from tests.convert.loading.test_convert_quantised import quantised_tensors
+from tests.convert.loading.test_convert_quantized import quantized_tensors
 from tests.support.checkpoints import TINY, write_official
 
 WEIGHT = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
@@ -46,20 +46,20 @@ def never_loaded(monkeypatch):
 
 
 def folder(path, change=lambda tensors: None, bits=4):
-    """A quantised folder as published, with something changed."""
-    tensors, _ = quantised_tensors(bits)
+    """A quantized folder as published, with something changed."""
+    tensors, _ = quantized_tensors(bits)
     change(tensors)
     return write_official(path / "source", tensors=tensors, raw={"quantization_bit": bits})
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_what_is_quantised_is_not_quantised_again(answer, run, tmp_path, scheme):
+def test_what_is_quantized_is_not_quantized_again(answer, run, tmp_path, scheme):
     source = folder(tmp_path)
     for code, text in (
         answer(source, "--quantize", scheme),
         run(from_pytorch.main, source, tmp_path / "own", "--quantize", scheme),
     ):
-        assert code == 2 and "quantised already" in text and len(text.splitlines()) == 3
+        assert code == 2 and "quantized already" in text and len(text.splitlines()) == 3
     assert not (tmp_path / "own").exists()
 
 

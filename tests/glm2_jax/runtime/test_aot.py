@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from glm2_jax import PRESETS, KVCache, compiler_options, init_params, last_logits, linear
-from glm2_jax.quant import QTensor, dequantise, quantise
+from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.runtime.xla import cache_dtype
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
 from infer.engine import steps
@@ -49,11 +49,11 @@ def device(platform: str) -> Any:
     ).devices[0]
 
 
-def abstract_params(quantisation: str | None) -> Any:
+def abstract_params(quantization: str | None) -> Any:
     params = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0), jnp.bfloat16))
     layers = dict(params["layers"])
-    for name, axes in COLUMN_AXES.items() if quantisation else ():
-        scheme = SCHEMES[quantisation or ""]
+    for name, axes in COLUMN_AXES.items() if quantization else ():
+        scheme = SCHEMES[quantization or ""]
         values, scale = scheme.shapes(layers[name].shape, axes)
         layers[name] = QTensor(
             jax.ShapeDtypeStruct(values, jnp.int8),  # pyright: ignore[reportArgumentType]
@@ -104,20 +104,20 @@ def largest_results(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("platform", "quantisation"),
+    ("platform", "quantization"),
     [
         *[("cuda", name) for name in (None, "int8", "int4", "int4-row")],
         *[("tpu", name) for name in (None, "int8")],  # 4 bits: see below
     ],
 )
-def test_a_step_copies_and_converts_no_weight(platform, quantisation):
-    args = abstract_params(quantisation), int32(1, 1), abstract_cache(platform, 2048)
+def test_a_step_copies_and_converts_no_weight(platform, quantization):
+    args = abstract_params(quantization), int32(1, 1), abstract_cache(platform, 2048)
     program = compiled(platform, greedy_step, *args, donate=2)
     memory = program.memory_analysis()
-    weights = {None: 12.49, "int8": 6.79, "int4": 4.11, "int4-row": 3.95}[quantisation]
+    weights = {None: 12.49, "int8": 6.79, "int4": 4.11, "int4-row": 3.95}[quantization]
     assert memory.argument_size_in_bytes / GB == pytest.approx(weights + 0.059, abs=0.03)
     # The weights of one layer's q alone are 33 MB as bfloat16 and 8 MB as int4; k and v are small.
-    print(f"{platform} {quantisation}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
+    print(f"{platform} {quantization}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
     assert memory.temp_size_in_bytes < 5 * MB
     assert memory.alias_size_in_bytes >= 2 * 28 * 2048 * 2 * 128 * 2
     if platform == "cuda":
@@ -125,11 +125,11 @@ def test_a_step_copies_and_converts_no_weight(platform, quantisation):
         assert largest_results(program.as_text())[-1] < smallest_weight
 
 
-@pytest.mark.parametrize("quantisation", ["int4", "int4-row"])
-def test_int4_on_a_tpu_is_never_a_whole_weight_unpacked(quantisation):
-    args = abstract_params(quantisation), int32(1, 1), abstract_cache("tpu", 2048)
+@pytest.mark.parametrize("quantization", ["int4", "int4-row"])
+def test_int4_on_a_tpu_is_never_a_whole_weight_unpacked(quantization):
+    args = abstract_params(quantization), int32(1, 1), abstract_cache("tpu", 2048)
     memory = compiled("tpu", greedy_step, *args, donate=2).memory_analysis()
-    print(f"tpu {quantisation}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
+    print(f"tpu {quantization}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
     gate_up = 2 * 13696 * 4096 * 2
     assert memory.temp_size_in_bytes < gate_up / 5
 
@@ -139,10 +139,10 @@ def test_the_form_for_a_tpu_gives_the_product(name, monkeypatch):
     monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 256 * 5)  # several chunks, of 4 rows
     random = np.random.default_rng(0)
     matrix = random.normal(size=(12, 256)).astype(np.float32)
-    values, scale = (jnp.asarray(array) for array in quantise(matrix, SCHEMES[name]))
+    values, scale = (jnp.asarray(array) for array in quantize(matrix, SCHEMES[name]))
     weight = QTensor(values, scale, SCHEMES[name].bits)
     x = jnp.asarray(random.normal(size=(3, 256)).astype(np.float32))
-    want = np.asarray(x, np.float64) @ np.asarray(dequantise(weight, 1), np.float64).T
+    want = np.asarray(x, np.float64) @ np.asarray(dequantize(weight, 1), np.float64).T
     np.testing.assert_allclose(np.asarray(linear._on_tpu(x, weight)), want, atol=1e-4)
 
 

@@ -32,7 +32,7 @@ from infer.bench.report import Report, as_json, markdown, render
 from infer.engine.load import demo_folder
 from infer.memory.precision import Precision
 from tests.support.paths import ROOT
-from tests.support.toy import TOY, jit_forward, quantised_shapes, random_tokens
+from tests.support.toy import TOY, jit_forward, quantized_shapes, random_tokens
 
 CEILINGS = Ceilings(copy=10e9, read=20e9, matmul={"bfloat16": 2e12, "float32": 1e12})
 CPU = jax.devices("cpu")[0]
@@ -66,7 +66,7 @@ def measured(capsys, *args: str, code: int = 0) -> dict:
 
 def shapes_of(found: dict) -> list[tuple]:
     shapes = [(r["variant"], r["shape"]) for r in found["results"]]
-    return [(v["quantisation"], v["layers"], s["batch"], s["prompt"], s["context"])
+    return [(v["quantization"], v["layers"], s["batch"], s["prompt"], s["context"])
             for v, s in shapes]  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_operations_of_a_prompt():
     assert two == 2 * (one - head - pair) + head + 3 * pair  # a head for the last, three pairs
 
 
-def test_layouts_count_the_same_and_quantised_ones_less():
+def test_layouts_count_the_same_and_quantized_ones_less():
     params, shape = random_params(TOY, jnp.float32), Shape(1, context=8)
     assert work(TOY, params, shape, "cpu") == work(TOY, unstack_layers(params), shape, "cpu")
     small = random_params(TOY, jnp.float32, scheme=SCHEMES["int8"])
@@ -133,7 +133,7 @@ def test_random_params_are_laid_out_as_loaded_ones(name, as_list):
         expected = jax.eval_shape(lambda: init_params(TOY, jax.random.key(0)))
         expected = jax.eval_shape(unstack_layers, expected) if as_list else expected
     else:
-        expected = quantised_shapes(TOY, SCHEMES[name])
+        expected = quantized_shapes(TOY, SCHEMES[name])
         if not as_list:
             stack = lambda *one: jax.ShapeDtypeStruct((3, *one[0].shape), one[0].dtype)  # noqa: E731
             expected = {**expected, "layers": jax.tree.map(stack, *expected["layers"])}
@@ -325,8 +325,8 @@ def test_transformers(capsys, quick, toy_config):
     )  # fmt: skip
     assert found["not_measured"] == [] and "transformers 5" in found["about"]["peer"]
     for result in found["results"]:
-        quantised = result["variant"]["quantisation"] != "none"
-        assert list(result["ratios"]) == ([] if quantised else ["eager"])
+        quantized = result["variant"]["quantization"] != "none"
+        assert list(result["ratios"]) == ([] if quantized else ["eager"])
         assert all(len(seconds) == 2 for seconds in result["peers"].values())
 
 
@@ -407,7 +407,7 @@ def test_a_picture_of_nothing_is_refused_at_once(monkeypatch, nothing_measured):
 def test_forms_are_checked_before_anything_is_measured(tmp_path, nothing_measured):
     convert_folder(open_folder(demo_folder()), tmp_path / "q8", quantize="int8")
     argv = ["--model", str(tmp_path / "q8"), "--quantize", "none,int8", "--device", "cpu"]
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         bench.main(argv)
     with pytest.raises(CheckpointError):
         bench.main(["--model", str(tmp_path), "--device", "cpu"])

@@ -41,7 +41,7 @@ def loaded(warm, monkeypatch):
     def load(path, *, max_length=None, template=None, **kwargs) -> Engine:
         engine = toy_engine(share=warm, max_length=max_length, template=template)
         checkpoint: Any = engine.checkpoint
-        checkpoint.summary = SimpleNamespace(dtype="float32", quantisation=None)
+        checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
         checkpoint.notes = ()
         checkpoint.fingerprint = "a" * 64
         return engine

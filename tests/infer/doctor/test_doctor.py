@@ -247,7 +247,7 @@ def test_a_model_of_its_own():
     assert "--model 'my model' " in forms.command(spaces, report.best)
 
 
-def test_a_folder_that_is_stored_quantised_stays_so():
+def test_a_folder_that_is_stored_quantized_stays_so():
     model = Model(folder="int4-folder", scheme="int4-row")
     report = check(changed(LAPTOP, memory=Memory(64 * GB, 60 * GB)), model)
     assert report.best is not None and report.best.precision.name == "int4"

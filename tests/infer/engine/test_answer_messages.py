@@ -197,7 +197,7 @@ def one_shape(monkeypatch):
 def engine():
     engine = toy_engine(family="chatglm3")
     checkpoint: Any = engine.checkpoint
-    checkpoint.summary = SimpleNamespace(dtype="float32", quantisation=None)
+    checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
     checkpoint.notes = ()
     checkpoint.fingerprint = "a" * 64
     return engine

@@ -197,7 +197,7 @@ def test_it_is_said(monkeypatch, capsys):
     params = toy_params()
     engine = toy_engine({**params, "head": 0 * params["head"]})  # says token 0 for ever
     checkpoint = cast(Any, engine.checkpoint)
-    checkpoint.summary = SimpleNamespace(dtype="float32", quantisation=None)
+    checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
     checkpoint.notes = ()
     monkeypatch.setattr(infer, "load", lambda *args, **kwargs: engine, raising=False)
     flags = ["--prompt", "hi", "--greedy", "--json", "--compile-cache", "off"]

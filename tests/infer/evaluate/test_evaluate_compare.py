@@ -115,7 +115,7 @@ def comparison(*flags: str):
     return parser().parse_args(["--compare", *flags])
 
 
-def test_forms_of_a_folder_that_is_quantised():
+def test_forms_of_a_folder_that_is_quantized():
     stored = folder(SCHEMES["int8"])
     with pytest.raises(UsageError) as error:
         check_folder(comparison("none,int4"), stored)
@@ -180,7 +180,7 @@ def test_the_demo_in_three_forms(tmp_path, capsys):
     flags = ("--data", str(path), "--compare", "none,int8,int4", "--dtype", "bfloat16")
     flags += ("--layers", "stacked")  # compiles faster
     first, int8, int4 = figures(capsys, *flags)["variants"]
-    assert [v["quantisation"] for v in (first, int8, int4)] == ["none", "int8", "int4"]
+    assert [v["quantization"] for v in (first, int8, int4)] == ["none", "int8", "int4"]
     assert {v["dtype"] for v in (first, int8, int4)} == {"bfloat16"}
     assert first["weight_bytes"] > int8["weight_bytes"] > int4["weight_bytes"]
     assert first["max_abs_delta_logit"] == first["kl_divergence"] == 0
@@ -198,7 +198,7 @@ def test_weights_in_a_list_are_counted(engine):
 
 def test_a_comparison_on_terminals_wide_and_narrow(capsys, monkeypatch):
     variant = {
-        "variant": "none", "dtype": "bfloat16", "quantisation": "none", "weight_bytes": 4_675_200,
+        "variant": "none", "dtype": "bfloat16", "quantization": "none", "weight_bytes": 4_675_200,
         "perplexity": 1.0716, "mean_abs_delta_logit": 0.0, "max_abs_delta_logit": 0.0,
         "kl_divergence": 0.0, "top1_agreement": 1.0,
     }  # fmt: skip

@@ -110,10 +110,10 @@ def test_bytes_are_those_that_the_memory_plan_counts(walk):
     rate = rate_bound(SIX, plan, CARDS["h200"].bandwidth)
     bound = next(bound for bound in walk.bounds if bound.device == "h200")
     assert bound.tokens_per_s == pytest.approx(rate, rel=1e-5)
-    quantised = make_walk(SIX, Precision("bfloat16", "int4-row"), 17, model="x")
+    quantized = make_walk(SIX, Precision("bfloat16", "int4-row"), 17, model="x")
     weights = weight_bytes(SIX, Precision("bfloat16", "int4-row")) - table + 4096 * 2
-    assert quantised.decode.bytes == weights + 18 * 28 * 1024
-    assert quantised.decode.flops == walk.decode.flops
+    assert quantized.decode.bytes == weights + 18 * 28 * 1024
+    assert quantized.decode.flops == walk.decode.flops
 
 
 def test_operations_are_those_of_the_compiled_program():

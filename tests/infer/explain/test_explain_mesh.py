@@ -27,7 +27,7 @@ def test_bytes_and_collectives_of_a_device(capsys):
     assert cut["steps"]["decode"]["talk"]["link_bytes"] == pytest.approx(sums + logits)
 
 
-def test_every_joined_device_by_default_and_quantised_weights(capsys):
+def test_every_joined_device_by_default_and_quantized_weights(capsys):
     costs = told(capsys, "--mesh", "data=2,tensor=4", "--quantize", "int8", "--batch", "4")
     assert [cost["links"]["name"] for cost in costs] == ["v5e", "v5p", "h200"]
     assert all(cost["precision"]["quantize"] == "int8" for cost in costs)

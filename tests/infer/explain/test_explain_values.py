@@ -23,7 +23,7 @@ from infer.explain.facts import Values
 from infer.explain.walk import make_walk
 from infer.memory.precision import Precision
 from tests.support.sp_model import sp_model
-from tests.support.toy import quantised, random_tokens
+from tests.support.toy import quantized, random_tokens
 
 HEADS = [(0, 0), (3, 7)]
 TOKENS = 32  # of an answer, at most: prompt and answer take the smallest cache
@@ -64,7 +64,7 @@ def one_layer(engine, **changes: jax.Array):
 def test_the_walk_computes_what_the_model_computes(engine, scheme):
     one, params = one_layer(engine)
     if scheme is not None:
-        params, _ = quantised(params, SCHEMES[scheme])
+        params, _ = quantized(params, SCHEMES[scheme])
     tokens = random_tokens(2, 9, one)
 
     @jax.jit

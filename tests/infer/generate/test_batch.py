@@ -40,7 +40,7 @@ def loaded(warm, monkeypatch):
         engine = toy_engine(share=share, max_length=max_length, family=family)
         checkpoint: SimpleNamespace = engine.checkpoint  # pyright: ignore
         checkpoint.summary, checkpoint.notes = (
-            SimpleNamespace(dtype="float32", quantisation=None),
+            SimpleNamespace(dtype="float32", quantization=None),
             (),
         )
         return engine

@@ -204,7 +204,7 @@ def command(warm, monkeypatch, tmp_path):
     def load(path, **kwargs) -> Engine:
         engine = toy_engine(share=warm)
         checkpoint: SimpleNamespace = engine.checkpoint  # pyright: ignore
-        checkpoint.summary = SimpleNamespace(dtype="float32", quantisation=None)
+        checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
         checkpoint.notes = ()
         checkpoint.fingerprint = str(path)
         return engine

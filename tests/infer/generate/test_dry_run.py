@@ -128,16 +128,16 @@ def test_flags_that_do_not_go_together():
     for flags, what in (
         (["--max-length", "0"], "max_length"),
         (["--max-length", "1"], "--max-length 1 is too short"),
-        (["--config", "chatglm2-6b-int4", "--quantize", "int8"], "quantised already"),
+        (["--config", "chatglm2-6b-int4", "--quantize", "int8"], "quantized already"),
     ):
         with pytest.raises(UsageError, match=what):
             main(["--dry-run", *flags])
 
 
-def test_a_quantised_folder_is_not_planned_to_be_quantised(tmp_path):
+def test_a_quantized_folder_is_not_planned_to_be_quantized(tmp_path):
     folder = open_folder(demo_folder())
     convert_folder(folder, tmp_path / "q4", quantize="int4")
-    with pytest.raises(UsageError, match="quantised already") as error:
+    with pytest.raises(UsageError, match="quantized already") as error:
         main(["--dry-run", "--model", str(tmp_path / "q4"), "--quantize", "int8"])
     assert error.value.exit_code == 2
 

@@ -39,7 +39,7 @@ def loaded(warm, monkeypatch):
         else:
             engine = toy_engine(share=warm, max_length=max_length, template=template)
         checkpoint: SimpleNamespace = engine.checkpoint  # pyright: ignore
-        checkpoint.summary = SimpleNamespace(dtype="float32", quantisation=None)
+        checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
         checkpoint.notes = ("the weights are stored in float16; converted to float32",)
         return engine
 

@@ -24,13 +24,13 @@ def test_a_ring_by_hand():
     assert gather(V5E, sizes, "data", 1e9) == all_reduce(V5E, sizes, "fsdp", 1e9) == Talk()
 
 
-def test_two_neighbours_have_one_link():
+def test_two_neighbors_have_one_link():
     talk = gather(V5E, {"tensor": 2}, "tensor", 100e6)
     assert talk.link_bytes == 50e6 and talk.seconds == pytest.approx(1e-3 + 1e-6)
 
 
 def test_what_links_do_not_join_takes_the_network():
-    # 64 rows of 8 neighbours in servers of 8: the axis of 64 goes from server to server.
+    # 64 rows of 8 neighbors in servers of 8: the axis of 64 goes from server to server.
     talk = all_reduce(H200, {"data": 64, "tensor": 8}, "data", 64e6)
     assert talk.link_bytes == 0 and talk.network_bytes == 2 * 63e6
     # The other way round its 8 nearest are in the server, and carry an eighth of it outside.

@@ -1,4 +1,4 @@
-"""`convert.to_pytorch` of quantised folders: packed where the official form is the same."""
+"""`convert.to_pytorch` of quantized folders: packed where the official form is the same."""
 
 import json
 import tempfile
@@ -30,7 +30,7 @@ def write_packed(folder, bits, config=TINY, dtype="float16", **kwargs):
     random = np.random.default_rng(bits)
     stored = official_tensors(config, random_params(config), dtype)
     for rule in PUBLISHED:
-        for layer in rule.layers(config) if rule.quantised(SCHEMES["int8"]) else ():
+        for layer in rule.layers(config) if rule.quantized(SCHEMES["int8"]) else ():
             name, shape = rule.full_name(layer), rule.shape(config)
             limit = 2 ** (bits - 1)
             integers = random.integers(-limit, limit, shape, dtype=np.int8)
@@ -83,7 +83,7 @@ def test_an_official_folder_is_written_again_as_it_is(tmp_path, bits, capsys):
     source = write_packed(tmp_path / "a", bits)
     assert run(source, tmp_path / "b", "--layout", "chatglm", "--max-shard-size", "20kB") == 0
     out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'b'}\n" and "dequantised" not in err and "scales" not in err
+    assert out == f"{tmp_path / 'b'}\n" and "dequantized" not in err and "scales" not in err
     assert f"{ {4: 'int4-row', 8: 'int8'}[bits] }, the rest float16, layout chatglm" in err
     assert_same_tensors(source, tmp_path / "b")
 
@@ -113,7 +113,7 @@ def test_our_own_int8_is_the_official_one_with_exact_scales(tmp_path, capsys):
     ],
     ids=["grouped int4", "embeddings", "asked for", "adapter", "glm"],
 )
-def test_what_has_no_such_form_is_dequantised(tmp_path, capsys, scheme, wide, layout, flags):
+def test_what_has_no_such_form_is_dequantized(tmp_path, capsys, scheme, wide, layout, flags):
     if layout == "glm":
         pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
     source = open_folder(write_official(tmp_path / "a", dtype="float32"))
@@ -124,7 +124,7 @@ def test_what_has_no_such_form_is_dequantised(tmp_path, capsys, scheme, wide, la
     assert run(tmp_path / "own", tmp_path / "b", "--layout", layout, *flags) == 0
     err = capsys.readouterr().err
     stored = f"{scheme}+embeddings" if wide else scheme
-    assert f"stored in {stored}; they are written dequantised, in float32" in err
+    assert f"stored in {stored}; they are written dequantized, in float32" in err
     new = open_folder(tmp_path / "b")
     assert new.scheme is None and new.stored_dtype == "float32"
     raw = json.loads((tmp_path / "b/config.json").read_text())

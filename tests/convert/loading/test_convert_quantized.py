@@ -1,4 +1,4 @@
-"""Quantised weights on disk and while loading: as stored, or made on the way."""
+"""Quantized weights on disk and while loading: as stored, or made on the way."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ from convert.layouts.names import PARTS, PUBLISHED
 from convert.loading.folder import open_folder
 from convert.writing.own import convert_folder, size_of_conversion
 from glm2_jax.errors import CheckpointError, UsageError
-from glm2_jax.quant import COLUMN_AXES, EMBEDDINGS, SCHEMES, QTensor, dequantise, quantise
+from glm2_jax.quant import COLUMN_AXES, EMBEDDINGS, SCHEMES, QTensor, dequantize, quantize
 from infer.memory.plan import flags, weight_bytes
 from infer.memory.precision import Precision
 from tests.convert.writing.test_to_pytorch import random_lora
@@ -28,7 +28,7 @@ from tests.support.checkpoints import TINY, official_tensors, random_params, wri
 from tests.support.toy import jit_forward
 
 
-def quantised_tensors(bits):
+def quantized_tensors(bits):
     """Official names with int4 or int8 matrices, and the params that they stand for."""
     tensors = official_tensors(TINY, random_params(TINY), "float16")
     exact = {}
@@ -36,7 +36,7 @@ def quantised_tensors(bits):
     for rule in PUBLISHED:
         for layer in rule.layers(TINY):
             name, shape = rule.full_name(layer), rule.shape(TINY)
-            if not rule.quantised(SCHEMES["int8"]):
+            if not rule.quantized(SCHEMES["int8"]):
                 exact[name] = tensors[name].astype(np.float32)
                 continue
             limit = 2 ** (bits - 1)
@@ -51,13 +51,13 @@ def quantised_tensors(bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
-def test_quantised_folders_are_dequantised_on_request(tmp_path, bits, kind):
-    tensors, exact = quantised_tensors(bits)
+def test_quantized_folders_are_dequantized_on_request(tmp_path, bits, kind):
+    tensors, exact = quantized_tensors(bits)
     write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits}, kind=kind, shards=1)
     checkpoint = load_checkpoint(tmp_path, dtype="float32", quantize="none")
     assert checkpoint.summary.layout == f"official int{bits}"
     assert checkpoint.summary.stored_dtype == f"int{bits}"
-    assert "dequantised to float32" in checkpoint.notes[0]
+    assert "dequantized to float32" in checkpoint.notes[0]
     for rule in PUBLISHED:
         for layer in rule.layers(TINY):
             for path, expected in rule.split(TINY, exact[rule.full_name(layer)]).items():
@@ -66,14 +66,14 @@ def test_quantised_folders_are_dequantised_on_request(tmp_path, bits, kind):
                 np.testing.assert_array_equal(np.asarray(found), expected)
 
 
-def test_a_quantised_folder_without_its_key_is_refused(tmp_path):
-    write_official(tmp_path, tensors=quantised_tensors(4)[0])
+def test_a_quantized_folder_without_its_key_is_refused(tmp_path):
+    write_official(tmp_path, tensors=quantized_tensors(4)[0])
     with pytest.raises(CheckpointError, match="wrong shape.*instead of"):
         load_checkpoint(tmp_path)
 
 
-def test_a_quantised_folder_without_scales_is_refused(tmp_path):
-    tensors = quantised_tensors(8)[0]
+def test_a_quantized_folder_without_scales_is_refused(tmp_path):
+    tensors = quantized_tensors(8)[0]
     del tensors["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight_scale"]
     write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 8})
     with pytest.raises(CheckpointError, match="missing: .*layers.0.*weight_scale"):
@@ -91,15 +91,15 @@ def leaf(params, part, layer):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_folders_stay_as_they_are(tmp_path, bits):
-    tensors, _ = quantised_tensors(bits)
+def test_quantized_folders_stay_as_they_are(tmp_path, bits):
+    tensors, _ = quantized_tensors(bits)
     write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits}, shards=1)
     checkpoint = load_checkpoint(tmp_path, dtype="float32", layers="list")
     name = {4: "int4-row", 8: "int8"}[bits]
-    assert checkpoint.summary.quantisation == name
+    assert checkpoint.summary.quantization == name
     for rule in PUBLISHED:
         for layer in rule.layers(TINY):
-            if not rule.quantised(SCHEMES["int8"]):
+            if not rule.quantized(SCHEMES["int8"]):
                 continue
             full = rule.full_name(layer)
             found = [leaf(checkpoint.params, part, layer) for part in rule.parts]
@@ -114,7 +114,7 @@ def test_quantised_folders_stay_as_they_are(tmp_path, bits):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_plain_folders_are_quantised_while_loading(tmp_path, scheme, monkeypatch):
+def test_plain_folders_are_quantized_while_loading(tmp_path, scheme, monkeypatch):
     monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)  # smaller than a tensor
     write_official(tmp_path, dtype="float32")
     plain = load_checkpoint(tmp_path, dtype="float32", layers="list").params
@@ -124,15 +124,15 @@ def test_plain_folders_are_quantised_while_loading(tmp_path, scheme, monkeypatch
         progress=lambda part, total: done.append((part, total)),
     )  # fmt: skip
     assert done[-1][0] == done[-1][1] == sum(x.nbytes for x in jax.tree.leaves(checkpoint.params))
-    assert checkpoint.notes == (f"the matrices of the layers were quantised to {scheme}",)
+    assert checkpoint.notes == (f"the matrices of the layers were quantized to {scheme}",)
     for part in PARTS:
-        if part.path[0] != "layers" or not part.quantised(SCHEMES[scheme]):
+        if part.path[0] != "layers" or not part.quantized(SCHEMES[scheme]):
             assert not any(isinstance(w, QTensor) for w in [checkpoint.params.get(part.path[0])])
             continue
         for layer in range(TINY.num_layers):
             weight = np.asarray(leaf(plain, part, layer))
             matrix = weight.reshape(-1, np.prod(weight.shape[-COLUMN_AXES[part.path[1]] :]))
-            values, scale = quantise(matrix, SCHEMES[scheme])
+            values, scale = quantize(matrix, SCHEMES[scheme])
             found = leaf(checkpoint.params, part, layer)
             np.testing.assert_array_equal(np.asarray(found.values).reshape(values.shape), values)
             np.testing.assert_array_equal(np.asarray(found.scale).reshape(scale.shape), scale)
@@ -142,8 +142,8 @@ def test_plain_folders_are_quantised_while_loading(tmp_path, scheme, monkeypatch
 def test_our_own_format_keeps_what_it_is_given(tmp_path, scheme):
     source = open_folder(write_official(tmp_path / "source"))
     manifest = convert_folder(source, tmp_path / "own", quantize=scheme, max_shard_size=20_000)
-    assert manifest.quantisation == scheme
-    assert json.loads((tmp_path / "own/manifest.json").read_text())["quantisation"] == scheme
+    assert manifest.quantization == scheme
+    assert json.loads((tmp_path / "own/manifest.json").read_text())["quantization"] == scheme
     verify_checkpoint(tmp_path / "own")
     loading = load_checkpoint(tmp_path / "source", dtype="float32", quantize=scheme)
     stored = load_checkpoint(tmp_path / "own", dtype="float32")
@@ -157,25 +157,25 @@ def test_our_own_format_keeps_what_it_is_given(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_embedding_and_head_are_quantised_where_that_is_asked_for(tmp_path, scheme):
+def test_embedding_and_head_are_quantized_where_that_is_asked_for(tmp_path, scheme):
     source = write_official(tmp_path / "source", dtype="float32")
     plain = load_checkpoint(source, dtype="float32").params
     asked: dict[str, Any] = {"quantize": scheme, "quantize_embeddings": True}
     loaded = load_checkpoint(source, dtype="float32", **asked)
-    assert loaded.summary.quantisation == f"{scheme}+embeddings"
-    assert f"the embedding and the head were quantised to {scheme}" in loaded.notes[0]
+    assert loaded.summary.quantization == f"{scheme}+embeddings"
+    assert f"the embedding and the head were quantized to {scheme}" in loaded.notes[0]
     wider = load_checkpoint(source, dtype="bfloat16", **asked)
     assert wider.notes[1] == "the other weights are stored in float32; converted to bfloat16"
     layers_alone = load_checkpoint(source, dtype="float32", quantize=scheme).params
     assert as_lists(loaded.params["layers"]) == as_lists(layers_alone["layers"])
     for name in EMBEDDINGS:
         assert not isinstance(layers_alone[name], QTensor)
-        values, scale = quantise(np.asarray(plain[name]), SCHEMES[scheme])
+        values, scale = quantize(np.asarray(plain[name]), SCHEMES[scheme])
         np.testing.assert_array_equal(np.asarray(loaded.params[name].values), values)
         np.testing.assert_array_equal(np.asarray(loaded.params[name].scale), scale)
 
     manifest = convert_folder(open_folder(source), tmp_path / "own", **asked)
-    assert manifest.quantisation == f"{scheme}+embeddings"
+    assert manifest.quantization == f"{scheme}+embeddings"
     verify_checkpoint(tmp_path / "own")
     stored = load_checkpoint(tmp_path / "own", dtype="float32")
     assert as_lists(stored.params) == as_lists(loaded.params)
@@ -184,26 +184,26 @@ def test_embedding_and_head_are_quantised_where_that_is_asked_for(tmp_path, sche
     assert sizes[0] < sizes[1]
     unpacked = load_checkpoint(tmp_path / "own", dtype="float32", quantize="none").params
     for name in EMBEDDINGS:
-        whole = dequantise(stored.params[name], 1)
+        whole = dequantize(stored.params[name], 1)
         np.testing.assert_array_equal(np.asarray(unpacked[name]), np.asarray(whole))
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         load_checkpoint(tmp_path / "own", **asked)
 
 
 @pytest.mark.parametrize("quantize", [None, "none"])
-def test_embedding_and_head_are_not_quantised_alone(tmp_path, quantize):
+def test_embedding_and_head_are_not_quantized_alone(tmp_path, quantize):
     source = write_official(tmp_path / "source")
-    with pytest.raises(UsageError, match="cannot be quantised alone"):
+    with pytest.raises(UsageError, match="cannot be quantized alone"):
         load_checkpoint(source, quantize=quantize, quantize_embeddings=True)
     arguments = [str(source), str(tmp_path / "own"), "--quantize-embeddings"]
-    with pytest.raises(UsageError, match="cannot be quantised alone"):
+    with pytest.raises(UsageError, match="cannot be quantized alone"):
         from_pytorch.main([*arguments, *(["--quantize", quantize] if quantize else [])])
     assert not (tmp_path / "own").exists()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("layers", ["stacked", "list"])
-def test_logits_are_those_of_the_dequantised_model(tmp_path, scheme, layers):
+def test_logits_are_those_of_the_dequantized_model(tmp_path, scheme, layers):
     source = write_official(tmp_path / "source", dtype="float32")
     arguments: dict[str, Any] = {"dtype": "float32", "layers": layers}
     small = load_checkpoint(source, quantize=scheme, quantize_embeddings=True, **arguments)
@@ -231,29 +231,29 @@ def test_the_plan_counts_the_bytes_that_are_loaded(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_an_official_quantised_folder_converts_bit_by_bit(tmp_path, bits):
-    tensors, _ = quantised_tensors(bits)
+def test_an_official_quantized_folder_converts_bit_by_bit(tmp_path, bits):
+    tensors, _ = quantized_tensors(bits)
     write_official(tmp_path / "source", tensors=tensors, raw={"quantization_bit": bits})
     manifest = convert_folder(open_folder(tmp_path / "source"), tmp_path / "own")
-    assert manifest.quantisation == {4: "int4-row", 8: "int8"}[bits]
+    assert manifest.quantization == {4: "int4-row", 8: "int8"}[bits]
     one, other = (load_checkpoint(tmp_path / name).params for name in ("source", "own"))
     assert as_lists(one) == as_lists(other)
 
 
-def test_what_is_quantised_is_not_quantised_again(tmp_path):
-    tensors, _ = quantised_tensors(8)
+def test_what_is_quantized_is_not_quantized_again(tmp_path):
+    tensors, _ = quantized_tensors(8)
     write_official(tmp_path / "source", tensors=tensors, raw={"quantization_bit": 8})
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         load_checkpoint(tmp_path / "source", quantize="int4")
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         convert_folder(open_folder(tmp_path / "source"), tmp_path / "own", quantize="int8")
-    for quantize, fix in (
+    for asked, fix in (
         (None, "Leave --quantize-embeddings out,"),
         ("none", "Leave --quantize and --quantize-embeddings out,"),
         ("int8", "Leave --quantize and --quantize-embeddings out,"),
     ):
-        with pytest.raises(UsageError, match="quantised already") as error:
-            load_checkpoint(tmp_path / "source", quantize=quantize, quantize_embeddings=True)
+        with pytest.raises(UsageError, match="quantized already") as error:
+            load_checkpoint(tmp_path / "source", quantize=asked, quantize_embeddings=True)
         assert fix in error.value.fix
     assert not (tmp_path / "own").exists()
 
@@ -273,7 +273,7 @@ def zero_rows(tensors, exact, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rows_of_the_scale_zero_are_rows_of_zeros(tmp_path, bits):
     """As the published code computes them: the integers times the scale."""
-    tensors, exact = quantised_tensors(bits)
+    tensors, exact = quantized_tensors(bits)
     zero_rows(tensors, exact, bits)
     write_official(tmp_path / "a", tensors=tensors, raw={"quantization_bit": bits})
     whole = load_checkpoint(tmp_path / "a", dtype="float32", quantize="none")
@@ -305,7 +305,7 @@ def test_rows_of_the_scale_zero_are_rows_of_zeros(tmp_path, bits):
 @pytest.mark.parametrize("length", [1, 4])
 def test_an_adapter_on_rows_of_the_scale_zero(tmp_path, bits, length):
     """What it adds is divided by the scale on the way."""
-    tensors, exact = quantised_tensors(bits)
+    tensors, exact = quantized_tensors(bits)
     zero_rows(tensors, exact, bits)
     write_official(tmp_path, tensors=tensors, raw={"quantization_bit": bits})
     lora = random_lora(TINY)
@@ -338,10 +338,10 @@ def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, scheme, monkeypatc
     count = 0
     for part in PARTS:
         for layer in range(TINY.num_layers) if part.path[0] == "layers" else (None,):
-            if part.quantised(SCHEMES[scheme]):
+            if part.quantized(SCHEMES[scheme]):
                 weight, plain = leaf(small, part, layer), leaf(whole.params, part, layer)
                 unpacked = np.asarray(
-                    dequantise(weight, len(weight.scale.shape) - (name == "int4"))
+                    dequantize(weight, len(weight.scale.shape) - (name == "int4"))
                 )
                 np.testing.assert_array_equal(unpacked.reshape(plain.shape), plain)
                 assert float(weight.scale.min()) > 0
@@ -352,28 +352,28 @@ def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, scheme, monkeypatc
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_rows_of_tiny_numbers_are_quantised_as_zeros(scheme):
+def test_rows_of_tiny_numbers_are_quantized_as_zeros(scheme):
     rows = [[1e-45, 1.4e-44], [1e-40, -2e-40], [1e-30, -1e-32], [1e-20, 0]]
     matrix = np.array(rows, np.float32)
-    values, scale = quantise(matrix, SCHEMES[scheme])
+    values, scale = quantize(matrix, SCHEMES[scheme])
     assert np.isfinite(scale).all() and (scale > 1e-30).all()
     weight = QTensor(jnp.asarray(values), jnp.asarray(scale), SCHEMES[scheme].bits)
-    np.testing.assert_allclose(np.asarray(dequantise(weight, 1)), matrix, rtol=0.15, atol=2e-30)
+    np.testing.assert_allclose(np.asarray(dequantize(weight, 1)), matrix, rtol=0.15, atol=2e-30)
 
 
 @pytest.mark.parametrize("bad", [-0.01, np.nan, np.inf, -np.inf])
 def test_scales_that_are_none_are_refused(tmp_path, bad):
-    tensors, _ = quantised_tensors(4)
+    tensors, _ = quantized_tensors(4)
     name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale"
     tensors[name][3] = bad
     write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 4})
-    for quantize in (None, "none"):
+    for asked in (None, "none"):
         with pytest.raises(CheckpointError, match=r"1\.mlp\.dense_4h_to_h\.weight_scale holds"):
-            load_checkpoint(tmp_path, quantize=quantize)
+            load_checkpoint(tmp_path, quantize=asked)
 
 
 def test_a_packed_width_that_does_not_match_is_refused(tmp_path):
-    tensors, _ = quantised_tensors(4)
+    tensors, _ = quantized_tensors(4)
     name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
     tensors[name] = tensors[name][:, :-1]
     write_official(tmp_path, tensors=tensors, raw={"quantization_bit": 4})
@@ -381,7 +381,7 @@ def test_a_packed_width_that_does_not_match_is_refused(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_quantised_parameters_are_not_saved_as_floats(tmp_path):
+def test_quantized_parameters_are_not_saved_as_floats(tmp_path):
     write_official(tmp_path / "source")
     for arguments in ({"quantize": "int8"}, {"layers": "list"}):
         checkpoint = load_checkpoint(tmp_path / "source", **arguments)
