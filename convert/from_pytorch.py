@@ -1,9 +1,10 @@
 """`python -m convert.from_pytorch SRC DST`: a folder of PyTorch's becomes our own format."""
 
 from convert import options
-from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 
 QUANTIZE = ("int8", "int4", "none")
 
@@ -47,6 +48,7 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and converts."""
     args = build_parser().parse_args(argv)
+    choice = from_flags(ModelChoice, args)
     from convert.files.manifest import verify_checkpoint
     from convert.loading.folder import open_folder
     from convert.writing.destination import check_destination
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> None:
     from glm2_jax.schemes import stored_as
 
     dtype = None if args.dtype == "keep" else args.dtype
-    folder = open_folder(options.find_folder(args, args.source), **flags.model_options(args))
+    folder = open_folder(options.find_folder(choice, args.source), **choice.form)
     size = size_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
     kind, scheme = form_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
     stored, written = stored_as(folder.float_dtype, folder.scheme), stored_as(kind.name, scheme)
@@ -63,7 +65,10 @@ def main(argv: list[str]) -> None:
         check_destination(args.destination, args.overwrite, source=folder.path, needed=size)
         note(f"would write {human_size(size)} in {written}")
         options.print_plan(
-            args, size, dtype=kind.name, quantization=None if scheme is None else scheme.name
+            args.destination,
+            size,
+            dtype=kind.name,
+            quantization=None if scheme is None else scheme.name,
         )
         return
     with Progress("converting", size, show=human_size) as progress:
@@ -83,7 +88,7 @@ def main(argv: list[str]) -> None:
         with Progress("verifying", size, show=human_size) as progress:
             verify_checkpoint(args.destination, lambda done, _: progress(done))
         note(f"verified: {len(manifest.files)} files have the sums of the manifest")
-    options.tell_written(human_size(size), args, written)
+    options.tell_written(human_size(size), args.destination, written)
 
 
 if __name__ == "__main__":

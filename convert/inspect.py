@@ -6,9 +6,9 @@ from convert.hub.find import find_model
 from convert.options import add_model_flags
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.flags import model_options
 from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
 
 
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
     """Parses and prints."""
     args = build_parser().parse_args(argv)
     path = str(find_model(args.path, source=args.hub_source, revision=args.revision))
-    found = describe(path, **model_options(args))
+    found = describe(path, **from_flags(ModelChoice, args).form)
     if args.verify:
         from convert.files.manifest import verify_checkpoint
 

@@ -5,10 +5,11 @@ import math
 from pathlib import Path
 
 from convert import options
-from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 
 DEVICES = ("cpu", "gpu", "tpu")
 
@@ -69,13 +70,14 @@ def _bound(text: str) -> float:
 def main(argv: list[str]) -> None:
     """Parses and merges."""
     args = build_parser().parse_args(argv)
+    choice = from_flags(ModelChoice, args)
     from convert.adapters.attach import open_adapter
     from convert.loading.folder import open_folder
     from convert.writing.destination import check_destination
     from convert.writing.merge_check import BOUNDS, MergeCheck
     from convert.writing.own import convert_folder, float_dtype, size_of_conversion
 
-    path, model = options.find_folder(args, args.base), flags.model_options(args)
+    path, model = options.find_folder(choice, args.base), choice.form
     folder = open_folder(path, **model)
     adapter = open_adapter(args.adapter, path, force=args.force_adapter, **model)
     kind = float_dtype(folder.float_dtype if args.dtype == "keep" else args.dtype).name
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> None:
     for line in adapter.notes:
         note(line)
     if args.dry_run:
-        options.print_plan(args, size)
+        options.print_plan(args.destination, size)
         return
     check = None
     if not args.skip_check:  # first of all: too little memory is known before anything is written
@@ -121,7 +123,7 @@ def main(argv: list[str]) -> None:
             max_shard_size=args.max_shard_size,
             progress=lambda done, _: bar(done),
         )
-    options.tell_written(human_size(size), args, kind)
+    options.tell_written(human_size(size), args.destination, kind)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from convert.hub.find import find_model
 from glm2_jax.choices import ROPE_KINDS, TEMPLATES
 from glm2_jax.cli.arguments import path_argument, size_argument
-from glm2_jax.cli.flags import add_family, add_hub_flags, model_options
+from glm2_jax.cli.flags import add_family, add_hub_flags
 from glm2_jax.cli.main import print_path
 from glm2_jax.cli.messages import note
+from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.escape import json_line
 
 if TYPE_CHECKING:
@@ -96,18 +97,18 @@ def add_dry_run(group: argparse._ActionsContainer, checked: str = "the source") 
     )
 
 
-def find_folder(args: argparse.Namespace, name: str) -> Path:
-    """The folder of a model that is named by its path or on a hub, as `find_model`."""
-    return find_model(name, source=args.hub_source, revision=args.revision)
+def find_folder(choice: ModelChoice, name: str) -> Path:
+    """Return the folder of a model that is named by its path or on a hub, as `find_model`."""
+    return find_model(name, source=choice.source, revision=choice.revision)
 
 
-def open_merged(args: argparse.Namespace, base: Path) -> Adapter | None:
-    """The adapter that is to be merged into a base; None without `--adapter`."""
+def open_merged(choice: ModelChoice, base: Path) -> Adapter | None:
+    """Return the adapter that is to be merged into a base; None without `--adapter`."""
     from convert.adapters.attach import open_adapter
 
-    if not args.adapter:
+    if not choice.adapter:
         return None
-    return open_adapter(args.adapter, base, force=args.force_adapter, **model_options(args))
+    return open_adapter(choice.adapter, base, force=choice.force_adapter, **choice.form)
 
 
 def tell_model(name: str, folder: Folder, stored: str, more: str = "") -> None:
@@ -126,16 +127,14 @@ def tell_model(name: str, folder: Folder, stored: str, more: str = "") -> None:
         note(line)
 
 
-def tell_written(
-    size: str, args: argparse.Namespace, form: str, adapter: Adapter | None = None
-) -> None:
+def tell_written(size: str, destination: str, form: str, adapter: Adapter | None = None) -> None:
     """A line of what was written, and DST on standard output."""
     merged = f", {', '.join(adapter.targets)} adapted" if adapter else ""
     note(f"wrote {size} in {form}{merged}")
-    print_path(args.destination)
+    print_path(destination)
 
 
-def print_plan(args: argparse.Namespace, size: int, **more: Any) -> None:
+def print_plan(destination: str, size: int, **more: Any) -> None:
     """What a dry run says on standard output: DST and its bytes."""
-    plan = {"destination": args.destination, "bytes": size, **more, "written": False}
+    plan = {"destination": destination, "bytes": size, **more, "written": False}
     print(json_line(plan))

@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING
 
 from convert import options
-from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,14 +46,15 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
+    choice = from_flags(ModelChoice, args)
     from convert.loading.folder import open_folder
     from convert.writing.destination import check_model_file
     from convert.writing.gguf import export_gguf, gguf_tensors, require_gguf
 
     require_gguf()  # before a model is downloaded
-    path = options.find_folder(args, args.source)
-    folder = open_folder(path, **flags.model_options(args))
-    adapter = options.open_merged(args, path)
+    path = options.find_folder(choice, args.source)
+    folder = open_folder(path, **choice.form)
+    adapter = options.open_merged(choice, path)
     lora = adapter.lora if adapter else None
     tensors = gguf_tensors(folder, args.type, lora)
     size = sum(tensor.nbytes for tensor in tensors)
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
         note(line)
     if args.dry_run:
         check_model_file(args.destination, needed=size)
-        options.print_plan(args, size)
+        options.print_plan(args.destination, size)
         return
     with Progress("writing", size, show=human_size) as progress:
         export_gguf(
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> None:
             lora=lora,
             progress=lambda done, _: progress(done),
         )
-    options.tell_written(human_size(size), args, args.type, adapter)
+    options.tell_written(human_size(size), args.destination, args.type, adapter)
 
 
 def _warnings(folder: "Folder", kind: str, tensors: "Sequence[Tensor]") -> list[str]:

@@ -4,10 +4,11 @@ import dataclasses
 
 from convert import options
 from glm2_jax.choices import LAYOUTS
-from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.messages import human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 
 
 def build_parser() -> Parser:
@@ -44,6 +45,7 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
+    choice = from_flags(ModelChoice, args)
     from pathlib import Path
 
     from convert.adapters.adapter import save_adapter, stored_tensors
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
     from convert.loading.folder import fingerprint, open_folder
     from convert.writing.destination import check_destination, new_checkpoint
 
-    base, model = options.find_folder(args, args.base), flags.model_options(args)
+    base, model = options.find_folder(choice, args.base), choice.form
     adapter = open_adapter(args.source, base, force=args.force_adapter, **model)
     if adapter.layout == args.layout:  # nothing is to be divided or joined
         adapter = open_adapter(args.source, base, force=args.force_adapter, apart=True, **model)
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
         note(line)
     if args.dry_run:
         check_destination(args.destination, None, source=source, needed=size)
-        options.print_plan(args, size)
+        options.print_plan(args.destination, size)
         return
     with new_checkpoint(args.destination, needed=size, source=source) as temporary:
         save_adapter(temporary, adapter, layout=args.layout)
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> None:
             module = name.split(".")[-3]
             ranks[module] = max(len(array), ranks.get(module, 0))
     said = ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())
-    options.tell_written(human_size(size), args, f"layout {args.layout}: {said}")
+    options.tell_written(human_size(size), args.destination, f"layout {args.layout}: {said}")
 
 
 if __name__ == "__main__":

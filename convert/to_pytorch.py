@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 from convert import options
 from glm2_jax.choices import LAYOUTS
-from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 
 if TYPE_CHECKING:
     from convert.loading.folder import Folder
@@ -48,6 +49,7 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
+    choice = from_flags(ModelChoice, args)
     from convert.layouts.names import SCALE
     from convert.loading.folder import open_folder
     from convert.writing.destination import check_destination
@@ -56,9 +58,9 @@ def main(argv: list[str]) -> None:
     from glm2_jax.schemes import stored_as
 
     dtype = None if args.dtype == "keep" else args.dtype
-    path = options.find_folder(args, args.source)
-    folder = open_folder(path, **flags.model_options(args))
-    adapter = options.open_merged(args, path)
+    path = options.find_folder(choice, args.source)
+    folder = open_folder(path, **choice.form)
+    adapter = options.open_merged(choice, path)
     lora = adapter.lora if adapter else None
     entries = export_entries(folder, args.layout, dtype, lora, args.dequantize)
     packed = packed_scheme(folder, args.layout, lora, args.dequantize)
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> None:
         note(line)
     if args.dry_run:
         check_destination(args.destination, None, source=folder.path, needed=size)
-        options.print_plan(args, size)
+        options.print_plan(args.destination, size)
         return
     with Progress("writing", size, show=human_size) as progress:
         export_folder(
@@ -86,7 +88,7 @@ def main(argv: list[str]) -> None:
             progress=lambda done, _: progress(done),
         )
     form = f"{stored_as(kind, packed)}, layout {args.layout}"
-    options.tell_written(human_size(size), args, form, adapter)
+    options.tell_written(human_size(size), args.destination, form, adapter)
 
 
 def _warnings(folder: "Folder", layout: str, dtype: str, packed: "Scheme | None") -> list[str]:

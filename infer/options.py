@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
@@ -18,19 +19,40 @@ from glm2_jax.limits import DRAFT
 if TYPE_CHECKING:
     from infer.engine.params import SamplingParams
 
-_SAMPLING_FLAGS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "max_new_tokens",
-    "max_length",
-    "stop",
-    "seed",
-    "logprobs",
-    "loop_stop",
-    "num_beams",
-)
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """The flags of `add_sampling_options`; None = the value of the preset."""
+
+    preset: str = "official"
+    greedy: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    stop: list[str] | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+    loop_stop: int | None = None
+    num_beams: int | None = None
+
+    def params(self) -> SamplingParams:
+        """Return the sampling parameters; UsageError for a bad value."""
+        from glm2_jax.errors import UsageError
+        from infer.engine.params import SamplingParams
+
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        preset, greedy = given.pop("preset"), given.pop("greedy")
+        if greedy:
+            if given.get("temperature"):
+                raise UsageError(
+                    f"--greedy contradicts --temperature {self.temperature:g}",
+                    fix="leave one of them out",
+                )
+            given["do_sample"] = False
+        return SamplingParams.from_kwargs(preset, **given)
 
 
 def add_adapter_options(parser: Parser) -> None:
@@ -195,24 +217,6 @@ def add_speculate(group: argparse._ArgumentGroup) -> None:
         "many prompts at once more so. In float32 the answers stay the same; in narrower types "
         "ties may fall otherwise. Measured on a CPU only",
     )
-
-
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """The sampling flags as `SamplingParams`; UsageError for a bad value."""
-    from glm2_jax.errors import UsageError
-    from infer.engine.params import SamplingParams
-
-    given = {
-        name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None
-    }
-    if args.greedy:
-        if given.get("temperature"):
-            raise UsageError(
-                f"--greedy contradicts --temperature {given['temperature']:g}",
-                fix="leave one of them out",
-            )
-        given["do_sample"] = False
-    return SamplingParams.from_kwargs(args.preset, **given)
 
 
 def draft_tokens(text: str) -> int:

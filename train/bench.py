@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--model and --random exclude each other.", fix="Leave one out.")
     if args.layers and not args.random:
         raise UsageError("--layers needs --random.", "A checkpoint has the layers that it has.")
-    arguments.choose_platform(args)
+    arguments.choose_platform(args.device)
     if args.peer and "jax" not in sys.modules:  # or nothing is left of a GPU's memory for the peer
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return run(args, argv)

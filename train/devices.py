@@ -41,7 +41,7 @@ class Devices:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Devices:
         """Those that `--device`, `--mesh` and `--tp` name; errors as of `find_mesh`."""
-        mesh = find_mesh(args)
+        mesh = find_mesh(args.mesh, args.device)
         return cls(find_device(args.device) if mesh is None else mesh.local_devices[0], mesh)
 
     def active(self) -> contextlib.AbstractContextManager[Any]:

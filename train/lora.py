@@ -11,7 +11,7 @@ from glm2_jax.choices import QUANTIZE
 from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.arguments import choose_platform, path_argument, positive, use_utf8
 from glm2_jax.cli.flags import add_model_options
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 from glm2_jax.processes.join import add_host_options
 from train import options, recipe
@@ -94,8 +94,8 @@ def start(parser: Parser, argv: Sequence[str], method: str) -> int:
     args = recipe.parse(parser, argv)
     if getattr(args, "init_adapter", ".") is None:
         fill_new_adapter(args)
-    choose_platform(args)
-    with join.start(args):
+    choose_platform(args.device)
+    with join.start(from_flags(join.Hosts, args), vars(args)):
         from train import methods
         from train.run import run
 

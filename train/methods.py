@@ -17,7 +17,8 @@ from convert.adapters.adapter import Adapter, save_adapter
 from convert.adapters.attach import open_adapter
 from convert.loading.folder import Folder
 from convert.writing.own import save_checkpoint
-from glm2_jax.cli.flags import model_options
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA, find_targets, init_lora, with_lora
 from glm2_jax.processes import join
@@ -102,7 +103,7 @@ class AdapterMethod(Method):
             quantize=args.quantize_base,
             layers=faster_layers(devices.first.platform, on_mesh=devices.mesh is not None),
             mesh=devices.mesh,
-            **model_options(args),
+            **from_flags(ModelChoice, args).form,
             device=devices.first if devices.mesh is None else None,
             progress=progress,
         )
@@ -139,7 +140,7 @@ def _first_adapter(folder: Folder, args: argparse.Namespace) -> Adapter:
         found = open_adapter(
             args.init_adapter,
             folder.path,
-            **model_options(args),
+            **from_flags(ModelChoice, args).form,
             force=args.force_adapter,
             apart=True,
         )
@@ -206,7 +207,7 @@ class FullMethod(Method):
             dtype="float32",
             quantize="none",
             mesh=devices.mesh,
-            **model_options(args),
+            **from_flags(ModelChoice, args).form,
             device=devices.first if devices.mesh is None else None,
             progress=progress,
         )

@@ -17,16 +17,16 @@ import jax
 
 from convert.loading.folder import Folder, fingerprint, open_folder
 from glm2_jax.cli.arguments import check_plot
-from glm2_jax.cli.flags import model_options
 from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.processes import join
 from glm2_jax.runtime.compile_cache import enable_compile_cache
 from glm2_jax.runtime.devices import device_errors
 from infer.engine.load import demo_folder
-from infer.startup import model_folder, say_which_model
+from infer.startup import model_folder, note_demo_model
 from train.data.batch import Batch
 from train.data.batches import Batches
 from train.data.dataset import Dataset
@@ -67,9 +67,9 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     """
     _check(args)
     enable_compile_cache(args.compile_cache, warn=note)
-    say_which_model(args)
-    path = model_folder(args)
-    folder = open_folder(path or demo_folder(), **model_options(args))
+    note_demo_model(from_flags(ModelChoice, args))
+    path = model_folder(from_flags(ModelChoice, args))
+    folder = open_folder(path or demo_folder(), **from_flags(ModelChoice, args).form)
     for line in folder.notes if args.check_data else ():  # a run that loads the model says them
         note(line)
     dataset = open_dataset(args, as_checkpoint(folder))
@@ -85,11 +85,11 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     data = {"data": dataset, VALIDATION: looked_at}
     identity = _identity(parser.prog, recipe, folder, data, getattr(args, "init_adapter", None))
     join.compare(
-        args,
-        parser.prog,
-        model=identity["base"],
-        data=_sums({"data": dataset, **sets}),
-        first_adapter=identity.get("--init-adapter"),
+        {
+            "model": identity["base"],
+            "data": _sums({"data": dataset, **sets}),
+            "first adapter": identity.get("--init-adapter"),
+        }
     )
     with RunFolder(
         args.output, resume=args.resume, identity=identity, checkpoints=args.checkpoints

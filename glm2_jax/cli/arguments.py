@@ -41,12 +41,12 @@ def use_utf8() -> None:
             reconfigure(encoding="utf-8", errors="replace")
 
 
-def choose_platform(args: argparse.Namespace) -> None:
+def choose_platform(device: str) -> None:
     """Keeps jax from initializing an accelerator that is not wanted; call it before jax is there.
 
-    Which device is taken is decided in `infer.startup.open_engine`.
+    `infer.startup.open_engine` decides which device is used.
     """
-    if args.device == "cpu" and "jax" not in sys.modules:
+    if device == "cpu" and "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 

@@ -1,7 +1,6 @@
 """Flags that several commands share."""
 
 import argparse
-from typing import Any
 
 from glm2_jax.cli.arguments import path_argument, positive
 from glm2_jax.cli.parser import Parser
@@ -46,14 +45,14 @@ def add_mesh_options(group: argparse._ArgumentGroup) -> None:
         "fsdp the rows and the weights, tensor the heads, ffn and vocabulary; the sizes multiply "
         "to the number of devices (default: one device)",
     )
-    mesh.add_argument("--tp", type=positive, metavar="N", help="short for --mesh tensor=N")
+    mesh.add_argument(
+        "--tp", type=_tensor_axis, dest="mesh", metavar="N", help="short for --mesh tensor=N"
+    )
 
 
-def mesh_flag(args: argparse.Namespace) -> str | None:
-    """The mesh that the flags of `add_mesh_options` ask for, as `--mesh` writes it; None = one
-    device."""
-    tensor = getattr(args, "tp", None)
-    return getattr(args, "mesh", None) if tensor is None else f"tensor={tensor}"
+def _tensor_axis(text: str) -> str:
+    """An argparse type: the mesh that `--tp` asks for."""
+    return f"tensor={positive(text)}"
 
 
 def add_family(group: argparse._ActionsContainer) -> None:
@@ -63,16 +62,6 @@ def add_family(group: argparse._ActionsContainer) -> None:
         help=f"the model's family, whatever the folder says: {', '.join(FAMILIES)} (default: by "
         "the folder's configuration, special tokens, chat template and names)",
     )  # fmt: skip
-
-
-def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags for what a folder does not tell about itself, as `open_folder`, `open_adapter` and
-    `infer.load` take them."""
-    return {
-        "rope_kind": args.rope_scaling,
-        "template": getattr(args, "template", None),
-        "family": args.family,
-    }
 
 
 def add_hub_flags(group: argparse._ActionsContainer) -> None:

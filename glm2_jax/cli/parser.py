@@ -1,16 +1,19 @@
 """The argument parser of every command."""
 
 import argparse
+import dataclasses
 import difflib
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from glm2_jax.cli.commands import as_typed
 from glm2_jax.cli.main import EXIT_USAGE, version
 from glm2_jax.cli.messages import note
+
+T = TypeVar("T")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -69,6 +72,29 @@ class Parser(argparse.ArgumentParser):
         flag = arguments.split("=")[0].split(" ")[0]
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         return f" (did you mean {near[0]}?)" if near else ""
+
+
+def from_flags(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
+    """Return a dataclass that is filled from the flags of the same names.
+
+    A field whose type is a dataclass is filled likewise; a field without a flag takes its default.
+
+    Args:
+        cls: the dataclass; `metadata={"flag": name}` of a field names another flag.
+        args: the parsed flags.
+        **more: values of fields that are no flags.
+    """
+    flags, kinds = vars(args), get_type_hints(cls)
+    values = dict(more)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        kind, name = kinds[field.name], field.metadata.get("flag", field.name)
+        if field.name in more:
+            continue
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = from_flags(kind, args)  # type: ignore[arg-type]
+        elif name in flags:
+            values[field.name] = flags[name]
+    return cls(**values)
 
 
 def _hyphenate(args: Sequence[str]) -> list[str]:

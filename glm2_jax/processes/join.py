@@ -16,6 +16,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from glm2_jax.cli.main import version
@@ -23,9 +24,9 @@ from glm2_jax.cli.messages import note, only_errors
 from glm2_jax.cli.parser import Parser
 from glm2_jax.errors import DeviceError, InputError, UsageError
 from glm2_jax.processes import supervise
+from glm2_jax.processes.supervise import Hosts
 
 AUTO = "auto"
-JOIN_TIMEOUT, HEARTBEAT_TIMEOUT = 120, 100  # seconds; the second is JAX's own
 # Where things are may differ from host to host; what they hold is compared instead.
 _PLACES = {
     "coordinator", "process_id", "model", "hub_source", "revision", "adapter", "prefix",
@@ -41,6 +42,8 @@ _LOST = re.compile(
 _UNLIMITED = 7 * 24 * 3600  # seconds a process that is ready waits for others that write
 
 _started = False
+_hosts = Hosts()
+_flags: Mapping[str, Any] = {}
 
 
 def add_host_options(parser: Parser) -> None:
@@ -57,11 +60,11 @@ def add_host_options(parser: Parser) -> None:
     add("--num-processes", type=_count, metavar="N", help="how many there are")
     add("--process-id", type=_count, metavar="I", help="which of them this one is, from 0")
     add(
-        "--join-timeout", type=_seconds, default=JOIN_TIMEOUT, metavar="S",
+        "--join-timeout", type=_seconds, default=Hosts.join_timeout, metavar="S",
         help="seconds until the others have to be there",
     )  # fmt: skip
     add(
-        "--heartbeat-timeout", type=_seconds, default=HEARTBEAT_TIMEOUT, metavar="S",
+        "--heartbeat-timeout", type=_seconds, default=Hosts.heartbeat_timeout, metavar="S",
         help="seconds without a sign of life until a process is taken for lost, which ends the "
         "others",
     )  # fmt: skip
@@ -79,23 +82,29 @@ def refuse_host_options(parser: Parser, why: str) -> None:
 
 
 @contextlib.contextmanager
-def start(args: argparse.Namespace) -> Iterator[None]:
-    """Makes this process one of the run that the flags name; around all that a command does.
+def start(hosts: Hosts, flags: Mapping[str, Any]) -> Iterator[None]:
+    """Make this process one of the run that the flags name; around all that a command does.
 
-    Without such flags nothing is done. Otherwise the command goes on in a process of its own, and
-    this one watches it and exits with its code; in the other one the body is run.
+    Without such flags nothing is done. Otherwise the command continues in a child process, and
+    this one watches it and exits with its code; in the child the body is run.
+
+    Args:
+        hosts: the flags of `add_host_options`.
+        flags: all flags of the command, which `compare` compares.
 
     Raises:
         UsageError: flags that make no sense together. DeviceError: the processes did not find each
             other, or one of them was lost.
     """
-    if not _check(args):
+    global _hosts, _flags
+    if not _check(hosts):
         yield
         return
     if not supervise.is_supervised():
-        sys.exit(supervise.supervise(args))
+        sys.exit(supervise.supervise(hosts))
     tell = supervise.connect()
-    _join(args)
+    _hosts, _flags = hosts, flags
+    _join(hosts)
     tell(supervise.JOINED)
     try:
         yield
@@ -109,6 +118,11 @@ def start(args: argparse.Namespace) -> Iterator[None]:
 def are_several() -> bool:
     """Whether this process is one of several."""
     return _started
+
+
+def number_of_processes() -> int:
+    """Return how many processes the flags name; 1 where a cluster says it. Does not start jax."""
+    return _hosts.num_processes or 1
 
 
 def is_first() -> bool:
@@ -149,23 +163,24 @@ def of_first(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
-def compare(args: argparse.Namespace, command: str, **contents: Any) -> None:
-    """Refuses a run whose processes were started differently; every one of them raises the same.
+def compare(contents: Mapping[str, Any] | None = None) -> None:
+    """Refuse a run whose processes were started differently; every one of them raises the same.
+
+    Flags that say where something is stored may differ.
 
     Args:
-        args: the flags; those that say where something is may differ.
-        command: as the user types it.
-        **contents: what the processes work with, as values or sums: name -> anything of JSON.
+        contents: what the processes work with, as values or sums: name -> anything of JSON; a name
+            with "--" replaces a flag.
 
     Raises:
         UsageError: flags or commands differ. InputError: versions or contents do.
     """
     if not _started:
         return
-    flags = {name for name in vars(args) if name not in _PLACES}
-    facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}
-    facts |= {f"--{name}": bool(getattr(args, name, None)) for name in _ASKED_FOR}
-    facts |= {"version": version()} | {k.replace("_", " "): v for k, v in contents.items()}
+    facts = {f"--{k.replace('_', '-')}": v for k, v in _flags.items() if k not in _PLACES}
+    facts |= {f"--{name}": bool(_flags.get(name)) for name in _ASKED_FOR}
+    facts |= {"version": version()} | dict(contents or {})
+    command = "/".join(Path(sys.argv[0]).parts[-2:])  # the folders may differ between hosts
     _compare({"command": command, "kinds of flags": sorted(facts)})
     _compare(facts)
 
@@ -201,17 +216,17 @@ def _digest(value: Any) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _check(args: argparse.Namespace) -> bool:
+def _check(hosts: Hosts) -> bool:
     """Whether there are several processes. Raises UsageError for flags that do not fit."""
     given = {
-        "--coordinator": args.coordinator,
-        "--num-processes": args.num_processes,
-        "--process-id": args.process_id,
+        "--coordinator": hosts.coordinator,
+        "--num-processes": hosts.num_processes,
+        "--process-id": hosts.process_id,
     }
     absent = [flag for flag, value in given.items() if value is None]
     if len(absent) == len(given):
         return False
-    if args.coordinator == AUTO:
+    if hosts.coordinator == AUTO:
         if len(absent) < 2:
             raise UsageError(
                 f"--coordinator {AUTO} contradicts --num-processes and --process-id",
@@ -225,40 +240,41 @@ def _check(args: argparse.Namespace) -> bool:
             fix="Give --coordinator HOST:PORT, --num-processes N and --process-id I, "
             f"or --coordinator {AUTO} alone.",
         )
-    host, _, port = args.coordinator.rpartition(":")
+    assert hosts.coordinator and hosts.num_processes is not None and hosts.process_id is not None
+    host, _, port = hosts.coordinator.rpartition(":")
     if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(
-            f"--coordinator {args.coordinator} is no address",
+            f"--coordinator {hosts.coordinator} is no address",
             fix="Write the host and a port, for example 10.0.0.1:1234.",
         )
-    if args.process_id >= args.num_processes:
+    if hosts.process_id >= hosts.num_processes:
         raise UsageError(
-            f"--process-id {args.process_id} is not below --num-processes {args.num_processes}",
+            f"--process-id {hosts.process_id} is not below --num-processes {hosts.num_processes}",
             fix="Number the processes from 0.",
         )
     return True
 
 
-def _join(args: argparse.Namespace) -> None:
+def _join(hosts: Hosts) -> None:
     """Finds the other processes; from here on only the first one tells what is no error."""
     global _started
-    if args.process_id == 0:
-        _check_port(args.coordinator)
-        note(f"process 0 of {args.num_processes}: waiting for the others at {args.coordinator}")
-    elif args.process_id is not None:
-        only_errors(f"process {args.process_id}")
+    if hosts.process_id == 0 and hosts.coordinator is not None:
+        _check_port(hosts.coordinator)
+        note(f"process 0 of {hosts.num_processes}: waiting for the others at {hosts.coordinator}")
+    elif hosts.process_id is not None:
+        only_errors(f"process {hosts.process_id}")
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM over
-    auto = args.coordinator == AUTO
+    auto = hosts.coordinator == AUTO
     try:
         jax.distributed.initialize(
-            None if auto else args.coordinator,
-            args.num_processes,
-            args.process_id,
+            None if auto else hosts.coordinator,
+            hosts.num_processes,
+            hosts.process_id,
             cluster_detection_method=None if auto else "deactivate",
-            initialization_timeout=args.join_timeout,
-            heartbeat_timeout_seconds=args.heartbeat_timeout,
+            initialization_timeout=hosts.join_timeout,
+            heartbeat_timeout_seconds=hosts.heartbeat_timeout,
             shutdown_timeout_seconds=_UNLIMITED,
         )
     except (ValueError, RuntimeError) as error:
@@ -299,6 +315,10 @@ def _leave() -> None:
     if _started:
         jax.distributed.shutdown()
     _started = False
+
+
+_hosts = Hosts()
+_flags: Mapping[str, Any] = {}
 
 
 def _tells_of_a_loss(error: BaseException | None) -> bool:

@@ -8,7 +8,6 @@ that does nothing but watch it. The two hold the ends of a socket: into the chil
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import queue
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.cli import interrupt
@@ -136,19 +136,27 @@ def _escaped(lines: bytes) -> bytes:
     return escape_controls(lines.decode(errors="replace"), keep="\n\t").encode()
 
 
-def supervise(args: argparse.Namespace) -> int:
-    """Runs this very command again and watches it; returns its exit code.
+@dataclass(frozen=True)
+class Hosts:
+    """The flags that make a process one of several, see `glm2_jax.processes.join`."""
 
-    Args:
-        args: the flags of `glm2_jax.processes.join`, and `--debug`.
-    """
-    name = "" if args.process_id is None else f"process {args.process_id}"
-    prefix = f"{name}: " if args.process_id else ""
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    join_timeout: int = 120  # seconds
+    heartbeat_timeout: int = 100  # seconds, the default of JAX
+    debug: bool = False
+
+
+def supervise(hosts: Hosts) -> int:
+    """Run this command again in a child process and watch it; returns its exit code."""
+    name = "" if hosts.process_id is None else f"process {hosts.process_id}"
+    prefix = f"{name}: " if hosts.process_id else ""
     over: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     worker = Worker([sys.executable, *sys.orig_argv[1:]], prefix=prefix, ended=over.put)
     came = pass_signals_on([worker])
     over.get()
-    code, error = worker.exit_code, why_ended(worker, args)
+    code, error = worker.exit_code, why_ended(worker, hosts)
     if came and code < 0:  # JAX was faster: another one had obeyed the signal, and was gone
         code, error = interrupt.exit_code(came[0]), None
     if error is None:
@@ -156,7 +164,7 @@ def supervise(args: argparse.Namespace) -> int:
         return code
     if prefix:
         only_errors(name)
-    if args.debug:
+    if hosts.debug:
         os.write(2, _escaped(worker.told))
     return report(error)
 
@@ -177,18 +185,18 @@ def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
     return came
 
 
-def why_ended(worker: Worker, args: argparse.Namespace) -> GLMError | None:
+def why_ended(worker: Worker, hosts: Hosts) -> GLMError | None:
     """What ended a worker that could not tell it itself; None for one that could.
 
     Args:
         worker: one that has ended.
-        args: the flags it was started with.
+        hosts: the flags it was started with.
     """
     code = worker.exit_code
     if code >= 0:
         return None
     if not worker.joined and code in (-signal.SIGABRT, -signal.SIGSEGV):
-        return _not_found(args)
+        return _not_found(hosts)
     peers = peers_lost(worker)
     if peers is not None:
         which = ", ".join(map(str, peers))
@@ -227,11 +235,11 @@ def lost(which: str, why: str) -> DeviceError:
     )
 
 
-def _not_found(args: argparse.Namespace) -> DeviceError:
-    where, limit = args.coordinator, f"within {args.join_timeout} s (--join-timeout)"
-    if args.process_id == 0:
+def _not_found(hosts: Hosts) -> DeviceError:
+    where, limit = hosts.coordinator, f"within {hosts.join_timeout} s (--join-timeout)"
+    if hosts.process_id == 0:
         return DeviceError(
-            f"not all {args.num_processes} processes have come",
+            f"not all {hosts.num_processes} processes have come",
             f"This one, process 0, waited for them at {where} {limit}.",
             "Start the others, and see that they reach that address.",
         )

@@ -1,6 +1,5 @@
 """The device or mesh that a run uses, and what its errors mean."""
 
-import argparse
 import contextlib
 import errno
 import os
@@ -11,31 +10,33 @@ import jax
 from jax.sharding import Mesh
 
 from glm2_jax.choices import DEVICES
-from glm2_jax.cli.flags import mesh_flag
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
 from glm2_jax.mesh import AXES, make_mesh, parse_mesh
 
 Shortage = tuple[str, str]  # needed and free; what fits instead
 
 
-def find_mesh(args: argparse.Namespace) -> Mesh | None:
-    """The mesh that `--mesh` or `--tp` asks for; None = one device.
+def find_mesh(mesh: str | None, device: str = "auto") -> Mesh | None:
+    """Return the mesh of a command's flags; None = one device.
+
+    Args:
+      mesh: the value of `--mesh`.
+      device: the kind of its devices, as `find_device` takes it.
 
     Raises:
       UsageError: it makes no sense, or takes more or fewer devices than there are; or there are
         several processes and no mesh. DeviceError: there is no such device.
     """
-    text = mesh_flag(args)
-    if text is None:
-        # Asked in this order, since the second starts jax's devices.
-        if getattr(args, "coordinator", None) is None or jax.process_count() == 1:
+    if mesh is None:
+        # In this order, since the second starts jax's devices.
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
             return None
         raise UsageError(
             "several processes need --mesh or --tp",
             "It says how their devices share the work.",
             f"Use for example --mesh data={jax.device_count()}.",
         )
-    return as_mesh(text, args.device)
+    return as_mesh(mesh, device)
 
 
 def find_device(name: Any) -> Any:

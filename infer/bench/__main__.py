@@ -158,13 +158,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.layers and not args.random:
         raise UsageError("--layers needs --random.", "A checkpoint has the layers that it has.")
     alone = [f"--{name}" for name in ("preset", "peer") if getattr(args, name) is not None]
-    if alone and flags.mesh_flag(args) is not None:
+    if alone and args.mesh is not None:
         raise UsageError(
             f"{' and '.join(alone)}: not on a mesh.",
             "What is compared there computes on one device.",
             "Leave --mesh or --tp out.",
         )
-    arguments.choose_platform(args)
+    arguments.choose_platform(args.device)
     if args.peer and "jax" not in sys.modules:  # or nothing is left of a GPU's memory for the peer
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from infer.bench import run

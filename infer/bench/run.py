@@ -22,9 +22,10 @@ from convert.loading.folder import open_folder, target_scheme
 from glm2_jax import GLMConfig
 from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.files import real_path
-from glm2_jax.cli.flags import model_options
 from glm2_jax.cli.main import EXIT_DEVICE, version
 from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import UsageError
 from glm2_jax.escape import json_line
 from glm2_jax.mesh import mesh_text
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             raise UsageError(f"{path} is a folder.", fix="Name a file in it.")
     if args.preset:
         consumer.apply(args)
-    mesh = find_mesh(args)
+    mesh = find_mesh(args.mesh, args.device)
     device = find_device(args.device) if mesh is None else mesh.devices.flat[0]
     measuring = not args.preset or consumer.wanted(args, device.platform)
     if args.plot and not measuring:
@@ -128,8 +129,8 @@ class Subject:
             self.config = GLMConfig.from_hf(raw)
             self.name = f"{Path(args.random).name}, random weights"
         else:
-            startup.say_which_model(args)
-            self.folder = startup.model_folder(args)
+            startup.note_demo_model(from_flags(ModelChoice, args))
+            self.folder = startup.model_folder(from_flags(ModelChoice, args))
             self.name = "demo (bundled)" if self.folder is None else Path(self.folder).name
 
     def check_forms(self, forms: Sequence[str | None]) -> None:
@@ -143,7 +144,9 @@ class Subject:
             schemes = [SCHEMES.get(quantize or "none") for quantize in forms]
             config = self.config
         else:
-            found = open_folder(self.folder or demo_folder(), **model_options(self.args))
+            found = open_folder(
+                self.folder or demo_folder(), **from_flags(ModelChoice, self.args).form
+            )
             schemes = [target_scheme(found, quantize) for quantize in forms]
             config = found.config
         if self.mesh is not None:
@@ -173,7 +176,7 @@ class Subject:
                 layers=layers,
                 mesh=self.mesh,
                 device=self.device if self.mesh is None else None,
-                **model_options(self.args),
+                **from_flags(ModelChoice, self.args).form,
             ).checkpoint
             self.config, params = checkpoint.config, checkpoint.params
             quantization = checkpoint.summary.quantization or "none"

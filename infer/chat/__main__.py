@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
     arguments.use_utf8()
     args = parser().parse_args(argv)
-    arguments.choose_platform(args)
+    arguments.choose_platform(args.device)
     from infer.chat import run
 
     return run.run(args)

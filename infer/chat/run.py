@@ -8,6 +8,8 @@ import sys
 
 from glm2_jax.cli.main import EXIT_INPUT, EXIT_INTERRUPTED
 from glm2_jax.cli.messages import note
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.cli.text_input import EndlessLine
 from glm2_jax.errors import InputError, UsageError
 from infer.chat import commands, files
@@ -24,11 +26,11 @@ from infer.console import displayed, print_json, print_stats
 from infer.engine.answer import Completion
 from infer.engine.call import TokenEvent
 from infer.engine.engine import Engine
-from infer.options import sampling_params
+from infer.options import SamplingFlags
 from infer.requests.conversation import Conversation, Events
 from infer.requests.exchange import result
 from infer.requests.request import Request
-from infer.startup import open_engine, say_which_model
+from infer.startup import note_demo_model, open_engine
 
 _AGAIN = "Ctrl-C again leaves"
 _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
@@ -36,12 +38,12 @@ _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
 
 def run(args: argparse.Namespace) -> int:
     """Holds a conversation until the input ends; returns the exit code."""
-    sampling = sampling_params(args)
+    sampling = from_flags(SamplingFlags, args).params()
     if args.logprobs is not None and not args.json:
         raise UsageError("--logprobs has nowhere to go", fix="add --json")
-    say_which_model(args)
+    note_demo_model(from_flags(ModelChoice, args))
     saved = None if args.history is None else files.load(args.history)
-    engine = open_engine(args)
+    engine = open_engine(from_flags(ModelChoice, args), from_flags(EngineOptions, args))
     if engine.template == "raw":
         raise UsageError(
             "the template raw has no turns, so there is no conversation to hold",

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument, use_utf8
-from glm2_jax.cli.flags import add_family, model_options
+from glm2_jax.cli.flags import add_family
 from glm2_jax.cli.main import EXIT_DEVICE
 from glm2_jax.cli.messages import human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _open(args: argparse.Namespace) -> "Model":
     from convert.loading.folder import open_folder
     from infer.doctor.forms import Model
 
-    found = open_folder(find_model(args.model), **model_options(args))
+    found = open_folder(find_model(args.model), **from_flags(ModelChoice, args).form)
     return Model(found.config, args.model, None if found.scheme is None else found.scheme.name)
 
 

@@ -16,6 +16,7 @@ from convert import load_checkpoint
 from convert.adapters.attach import attach, open_adapter
 from convert.adapters.prefix import attach_prefix, open_prefix
 from convert.hub.find import find_model
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from glm2_jax.runtime.devices import as_mesh, device_errors, faster_layers, find_device
 from infer.engine.engine import Engine
@@ -79,58 +80,89 @@ def load(
       UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
       DeviceError: the device is not there, or its memory is too small.
     """
+    choice = ModelChoice(
+        None if path is None else str(_folder(path)),
+        source, revision, dtype, quantize, quantize_embeddings, layers,
+        rope_kind=rope_kind, template=template, family=family,
+        adapter=None if adapter is None else os.fspath(adapter), force_adapter=force_adapter,
+        prefix=None if prefix is None else os.fspath(prefix),
+    )  # fmt: skip
+    return open_choice(
+        choice,
+        EngineOptions(max_length, prefill_chunk, speculate),
+        mesh=mesh,
+        device=device,
+        on_event=on_event,
+        progress=progress,
+    )
+
+
+def open_choice(
+    choice: ModelChoice,
+    options: EngineOptions,
+    *,
+    folder: Path | None = None,
+    mesh: str | Mapping[str, int] | Mesh | None = None,
+    device: Any = None,
+    on_event: OnEvent | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Engine:
+    """Open the checkpoint that a `ModelChoice` names, as `load` does.
+
+    Args:
+      choice: its `mesh` and `device` are not read: the next two arguments stand for them.
+      options: `memory_limit` and `compile_cache` are not read.
+      folder: the model's folder, where it is found already.
+      mesh, device, on_event, progress: as in `load`.
+    """
     if mesh is None:
         chosen = find_device(device)
     else:
         mesh = as_mesh(mesh, device)
         chosen = mesh.local_devices[0]
     start = time.perf_counter()
-    folder = demo_folder()
-    if path is not None:
-        folder = find_model(_folder(path), source=source, revision=revision)
-    form: dict[str, Any] = {"rope_kind": rope_kind, "template": template, "family": family}
-    ready = None
-    if adapter is not None:
-        ready = open_adapter(adapter, folder, **form, force=force_adapter)
-    found = None
-    if prefix is not None:
-        found = open_prefix(prefix, folder, **form)
+    if folder is None:
+        folder = demo_folder()
+        if choice.path is not None:
+            folder = find_model(choice.path, source=choice.source, revision=choice.revision)
+    force, form = choice.force_adapter, choice.form
+    adapter = choice.adapter and open_adapter(choice.adapter, folder, **form, force=force)
+    prefix = choice.prefix and open_prefix(choice.prefix, folder, **form)
     explain = partial(
         when_loading,
         folder,
         chosen,
-        dtype=dtype,
-        quantize=quantize,
-        embeddings=quantize_embeddings,
-        context=max_length,
+        dtype=choice.dtype,
+        quantize=choice.quantize,
+        embeddings=choice.quantize_embeddings,
+        context=options.max_length,
         form=form,
-        prefix=0 if found is None else found.length,
+        prefix=prefix.length if prefix else 0,
         mesh=mesh,
     )
     with device_errors(f"loading {folder}", explain):
         checkpoint = load_checkpoint(
             folder,
-            dtype=dtype,
-            quantize=quantize,
-            quantize_embeddings=quantize_embeddings,
-            layers=layers or faster_layers(chosen.platform, on_mesh=mesh is not None),
+            dtype=choice.dtype,
+            quantize=choice.quantize,
+            quantize_embeddings=choice.quantize_embeddings,
+            layers=choice.layers or faster_layers(chosen.platform, on_mesh=mesh is not None),
             mesh=mesh,
             **form,
             device=chosen if mesh is None else None,
             progress=progress,
         )
-        if ready is not None:
-            checkpoint = attach(checkpoint, ready)
-        if found is not None:
-            checkpoint = attach_prefix(checkpoint, found)
+        if adapter:
+            checkpoint = attach(checkpoint, adapter)
+        if prefix:
+            checkpoint = attach_prefix(checkpoint, prefix)
         jax.block_until_ready(checkpoint.params)
-    seconds = time.perf_counter() - start
     return Engine(
         checkpoint,
-        max_length=max_length,
-        prefill_chunk=prefill_chunk,
-        speculate=speculate,
-        load_s=seconds,
+        max_length=options.max_length,
+        prefill_chunk=options.prefill_chunk,
+        speculate=options.speculate,
+        load_s=time.perf_counter() - start,
         on_event=on_event,
     )
 

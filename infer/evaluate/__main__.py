@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.flags import add_mesh_options, add_model_options
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 from infer import options
 from infer.datasets import FORMATS
@@ -184,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.use_utf8()
     flags = parser()
     args = flags.parse_args(argv)
-    with join.start(args):
-        arguments.choose_platform(args)
+    with join.start(from_flags(join.Hosts, args), vars(args)):
+        arguments.choose_platform(args.device)
         if args.compare and "jax" not in sys.modules:  # or the first form takes a GPU for itself
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         from infer.evaluate import run

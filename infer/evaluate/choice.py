@@ -20,6 +20,8 @@ import numpy as np
 
 from glm2_jax.cli.files import real_path
 from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
@@ -33,7 +35,7 @@ from infer.evaluate.generation import (
 from infer.evaluate.reader import Reader
 from infer.evaluate.rows import BadRows, unplaced
 from infer.evaluate.subjects import GROUPS
-from infer.startup import open_engine, say_which_model
+from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
@@ -80,8 +82,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "Leave --shots out.",
         )
     shots = [examples_for(exam.path, bad).questions if args.shots else () for exam in exams]
-    say_which_model(args)
-    engine = open_engine(args, questions=unplaced(q for exam in exams for q in exam.questions))
+    note_demo_model(from_flags(ModelChoice, args))
+    engine = open_engine(
+        from_flags(ModelChoice, args),
+        from_flags(EngineOptions, args),
+        contents={"questions": unplaced(q for exam in exams for q in exam.questions)},
+    )
     asker = _Asker(engine, bad, args.batch_size)
     asked = []
     for exam, examples in zip(exams, shots, strict=True):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.runtime.gather import gathered
 from infer.evaluate.perplexity import Material, Targets, Total, add, batches
 from infer.evaluate.reader import Reader
@@ -104,7 +106,7 @@ def open_variant(args: argparse.Namespace, variant: Variant, first: Engine | Non
             taken = weight_bytes(first)
             note(f"of --memory-limit, {human_size(taken)} are those of the first form")
             args.memory_limit = max(args.memory_limit - taken, 0)
-    return open_engine(args)
+    return open_engine(from_flags(ModelChoice, args), from_flags(EngineOptions, args))
 
 
 def _figures(

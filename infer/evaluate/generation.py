@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from glm2_jax.cli.files import real_path
 from glm2_jax.cli.interrupt import always
 from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.processes import join
 from infer.datasets.encode import Encoder
@@ -28,7 +30,7 @@ from infer.evaluate.rows import (
     read_rows,
     unplaced,
 )
-from infer.startup import open_engine, say_which_model
+from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
@@ -96,8 +98,12 @@ def _generate(args: argparse.Namespace, bad: BadRows) -> tuple[list[str], list[s
     if marked := len(found) - len(rows):
         note(f"rows left out, because their answers are marked as not to be learned: {marked}")
     bad.check(len(rows))
-    say_which_model(args)
-    engine = open_engine(args, questions_and_answers=unplaced(rows))
+    note_demo_model(from_flags(ModelChoice, args))
+    engine = open_engine(
+        from_flags(ModelChoice, args),
+        from_flags(EngineOptions, args),
+        contents={"questions and answers": unplaced(rows)},
+    )
     encoder = Encoder(engine.tokenizer, engine.template)
 
     def prompt(where: str, row: Conversation) -> tuple[Conversation, list[int]]:

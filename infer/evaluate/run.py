@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import GLMError, UsageError
 from infer.evaluate import report, variants
 from infer.evaluate.rows import (
@@ -17,7 +19,7 @@ from infer.evaluate.rows import (
     read_rows,
     unplaced,
 )
-from infer.startup import model_folder, open_engine, say_which_model
+from infer.startup import model_folder, note_demo_model, open_engine
 
 # What scoring an existing file of answers takes.
 _SCORING = {"task", "predictions", "max_bad", "json", "debug"}
@@ -92,7 +94,7 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
     bad = BadRows(args.max_bad)
     rows = bad.keep(read_rows(data_file(args.data)), partial(parse_row, fmt=args.format))
     bad.check(len(rows))
-    say_which_model(args)
+    note_demo_model(from_flags(ModelChoice, args))
     _check_folder(args)
     material_of = partial(
         perplexity.prepare, rows=rows, bad=bad, window=args.window, stride=args.stride
@@ -101,7 +103,11 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
         first = compare.open_variant(args, args.compare[0])
         found = compare.compare(args, args.compare, material_of, first)
         return {"data": args.data or BUNDLED, "bad_rows": bad.count, "variants": found}
-    engine = open_engine(args, rows=unplaced(rows))
+    engine = open_engine(
+        from_flags(ModelChoice, args),
+        from_flags(EngineOptions, args),
+        contents={"rows": unplaced(rows)},
+    )
     total = perplexity.measure(engine, material_of(engine), args.batch_size)
     return {"data": args.data or BUNDLED, "bad_rows": bad.count, **total.figures()}
 
@@ -109,16 +115,15 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
 def _check_folder(args: argparse.Namespace) -> None:
     """Raises UsageError for what the folder cannot do, before its weights are loaded."""
     from convert.loading.folder import open_folder
-    from glm2_jax.cli.flags import model_options
     from infer.engine.load import demo_folder
     from infer.evaluate import perplexity
     from infer.memory.budget import DEFAULT_CONTEXT
 
-    path = model_folder(args)
+    path = model_folder(from_flags(ModelChoice, args))
     if path is not None:  # it is looked for once
         args.model, args.hub_source, args.revision = path, None, None
     try:
-        folder = open_folder(path or demo_folder(), **model_options(args))
+        folder = open_folder(path or demo_folder(), **from_flags(ModelChoice, args).form)
     except GLMError:  # loading says it, in its own words
         return
     longest = min(args.max_length or DEFAULT_CONTEXT, folder.config.seq_length)

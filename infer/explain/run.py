@@ -11,8 +11,9 @@ from pathlib import Path
 
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
 from glm2_jax.cli.files import real_path, require_writable
-from glm2_jax.cli.flags import model_options
 from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import join_lines, json_line
@@ -25,7 +26,7 @@ from infer.explain.report import render
 from infer.memory.budget import find_budget
 from infer.memory.cards import CARDS, Card
 from infer.memory.precision import Precision
-from infer.startup import model_folder, open_engine, say_which_model
+from infer.startup import model_folder, note_demo_model, open_engine
 
 # Ids of PROMPT in a template, by the tokenizers that these families were published with.
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
@@ -103,8 +104,8 @@ def find_subject(args: argparse.Namespace) -> Subject:
         if args.model is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
         return _from_config(args)
-    say_which_model(args)
-    folder = Path(model_folder(args) or demo_folder())
+    note_demo_model(from_flags(ModelChoice, args))
+    folder = Path(model_folder(from_flags(ModelChoice, args)) or demo_folder())
     name = "the bundled demo model" if args.model is None else args.model
     if args.model is not None:  # it is looked for once
         args.model, args.hub_source, args.revision = str(folder), None, None
@@ -114,7 +115,7 @@ def find_subject(args: argparse.Namespace) -> Subject:
     if folder.is_dir() and not _holds_weights(folder):
         note(f"{folder} holds no weights: shapes and costs alone")
         return _without_weights(args, name, folder)
-    found = open_folder(folder, **model_options(args))
+    found = open_folder(folder, **from_flags(ModelChoice, args).form)
     stored = None if found.scheme is None else found.scheme.name
     return Subject(name, found.config, stored, found.tokenizer, found.template, True, found.notes)
 
@@ -144,7 +145,7 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _without_weights(args: argparse.Namespace, name: str, folder: Path) -> Subject:
-    found = read_architecture(folder, **model_options(args))
+    found = read_architecture(folder, **from_flags(ModelChoice, args).form)
     stored = None if found.scheme is None else found.scheme.name
     template = args.template if found.tokenizer is None else found.template
     return Subject(name, found.config, stored, found.tokenizer, template, False, found.notes)
@@ -250,7 +251,7 @@ def _values(
 ) -> Values:
     from infer.explain.values import make_values
 
-    engine = open_engine(args)
+    engine = open_engine(from_flags(ModelChoice, args), from_flags(EngineOptions, args))
     with ExitStack() as opened:
         bars: list[Progress] = []
 

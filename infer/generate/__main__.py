@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 from infer import options
 from infer.memory.cards import CARDS
@@ -156,17 +156,16 @@ def _add_output_options(result: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_dry_run_flags(args: argparse.Namespace) -> None:
+def _refuse_dry_run_flags(config: str | None, device: str) -> None:
     from glm2_jax.errors import UsageError
 
-    if args.config is not None:
+    if config is not None:
         raise UsageError(
             "--config goes with --dry-run", fix="To answer, name a model: --model DIR."
         )
-    if args.device in CARDS:
+    if device in CARDS:
         raise UsageError(
-            f"--device {args.device} goes with --dry-run",
-            fix="To compute, take auto, cpu, gpu or tpu.",
+            f"--device {device} goes with --dry-run", fix="To compute, use auto, cpu, gpu or tpu."
         )
 
 
@@ -177,13 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         from infer.generate import dry_run
 
-        return dry_run.run(args)
-    _check_dry_run_flags(args)
-    with join.start(args):
-        arguments.choose_platform(args)
+        return dry_run.run(from_flags(dry_run.Settings, args))
+    _refuse_dry_run_flags(args.config, args.device)
+    with join.start(from_flags(join.Hosts, args), vars(args)):
+        arguments.choose_platform(args.device)
         from infer.generate import run
 
-        return run.run(args)
+        return run.run(from_flags(run.Settings, args))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ together are the same in every run, so the result does not depend on where one w
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -17,6 +16,7 @@ import stat
 import sys
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
@@ -39,6 +39,7 @@ from infer.startup import open_engine
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
     from infer.engine.stats import Stats
+    from infer.generate.run import Settings
 
 _CHUNKS_AHEAD = 16  # sorted together for a stream, where an answer waits for those before it
 
@@ -64,31 +65,35 @@ class Sink(Protocol):
         ...
 
 
-def run_batch(args: argparse.Namespace, sampling: SamplingParams, history: Turns) -> int:
+def run_batch(settings: Settings, sampling: SamplingParams, history: Turns) -> int:
     """Answers the lines of `--batch-file`; returns the exit code.
 
     A bad line is reported as file:line: reason and left out, which makes the exit code 3.
     """
-    join.compare(args, "infer.generate")
-    output = check_output(args) if join.is_first() else None
-    batch = _Batch(args, sampling)
+    assert settings.batch_file is not None
+    join.compare()
+    output = check_output(settings) if join.is_first() else None
+    batch = _Batch(settings, sampling, settings.batch_file)
     sha256 = hashlib.sha256()
-    with open_input(args.batch_file) as file:  # before the model is loaded: errors come at once
+    with open_input(settings.batch_file) as file:  # before the model is loaded: errors come at once
         requests = batch.requests(read_lines(file, batch.name, sha256.update), history)
     if not requests:
         raise InputError(f"{batch.name} has no prompt that can be answered")
-    agreed = {"lines_of_the_batch_file": _sum_of(requests)} if join.are_several() else {}
+    agreed = {"lines of the batch file": _sum_of(requests)} if join.are_several() else {}
+    load = partial(
+        open_engine, settings.choice, settings.options, rows=settings.batch_size, contents=agreed
+    )
     if not join.of_first(output is not None and not is_stream(output)):
-        return batch.to_stream(open_engine(args, **agreed), requests, output)
+        return batch.to_stream(load(), requests, output)
     if output is None:
-        engine = open_engine(args, **agreed)
+        engine = load()
         batch.to_file(engine, requests, Elsewhere(join.of_first(None)))
         return batch.end()
-    with Journal(output, restart=args.restart) as journal:
-        run = _run_of(args, sampling, history, sha256.hexdigest())
+    with Journal(output, restart=settings.restart) as journal:
+        run = _run_of(settings, sampling, history, sha256.hexdigest())
         journal.check(run)
-        refuse_existing(output, journal, args.overwrite)
-        engine = open_engine(args, **agreed)
+        refuse_existing(output, journal, settings.overwrite)
+        engine = load()
         journal.begin(run | _model_of(engine))
         join.of_first(list(journal.done))
         batch.to_file(engine, requests, journal)
@@ -149,9 +154,9 @@ class Elsewhere:
 class _Batch:
     """The lines of a batch file on their way to the engine, and what became of them."""
 
-    def __init__(self, args: argparse.Namespace, sampling: SamplingParams):
-        self.args, self.sampling = args, sampling
-        self.name = STDIN if args.batch_file == "-" else args.batch_file
+    def __init__(self, settings: Settings, sampling: SamplingParams, path: str):
+        self.settings, self.sampling = settings, sampling
+        self.name = STDIN if path == "-" else path
         self._answered = self._tokens = self._bad = self._loops = 0
         self._stats: Stats | None = None
 
@@ -160,11 +165,11 @@ class _Batch:
     ) -> list[tuple[int, Request]]:
         """The good lines, each with its number."""
         good, seen, repeated = [], {}, []
-        for number, request in parse_batch(lines, history, self.args.system):
+        for number, request in parse_batch(lines, history, self.settings.system):
             if isinstance(request, InputError):
                 self._report(number, request)
             else:
-                good.append((number, request.cleaned() if self.args.clean_text else request))
+                good.append((number, request.cleaned() if self.settings.clean_text else request))
                 if request.id is not None and seen.setdefault(request.id, number) != number:
                     repeated.append((number, request.id))
         if repeated:
@@ -202,7 +207,7 @@ class _Batch:
             open_stream(output) as file,
             Progress("rows answered", len(requests), show=_count) as bar,
         ):
-            while rows := list(islice(encoded, _CHUNKS_AHEAD * self.args.batch_size)):
+            while rows := list(islice(encoded, _CHUNKS_AHEAD * self.settings.batch_size)):
                 self._answer(engine, rows, InOrder([row.number for row in rows], file), bar)
         return self.end()
 
@@ -212,7 +217,7 @@ class _Batch:
         for number, request in requests:
             where = f"{self.name}:{number}"
             try:
-                ids = encode(engine, request, self.sampling, self.args.truncate_prompt, where)
+                ids = encode(engine, request, self.sampling, self.settings.truncate_prompt, where)
             except (InputError, UsageError) as error:
                 self._report(number, error)
                 continue
@@ -225,7 +230,7 @@ class _Batch:
         A chunk of which a part is there is answered as a whole again: with other rows beside them
         the last digits of log-probabilities may differ.
         """
-        for chunk in chunks(rows, self.args.batch_size):
+        for chunk in chunks(rows, self.settings.batch_size):
             new = [row.number not in sink.done for row in chunk]
             if not any(new):
                 continue
@@ -254,7 +259,7 @@ class _Batch:
         """Says what became of the lines; returns the exit code."""
         loops = f", {self._loops} stopped because they repeated themselves" if self._loops else ""
         note(f"{self._answered} answered, {self._bad} bad lines{loops}")
-        if self.args.stats and self._stats is not None:
+        if self.settings.stats and self._stats is not None:
             print_stats(self._stats)
         return EXIT_INPUT if self._bad else 0
 
@@ -273,16 +278,16 @@ def _sum_of(requests: Sequence[tuple[int, Request]]) -> str:
 
 
 def _run_of(
-    args: argparse.Namespace, sampling: SamplingParams, history: Turns, batch_sha256: str
+    settings: Settings, sampling: SamplingParams, history: Turns, batch_sha256: str
 ) -> dict[str, Any]:
     """What the answers depend on, as far as it is known without the model."""
     turns = json.dumps(history).encode()
     return {
         "input": batch_sha256,
         "history": hashlib.sha256(turns).hexdigest() if history else None,
-        "system": args.system,
-        "clean_text": args.clean_text,
-        "truncate_prompt": args.truncate_prompt,
+        "system": settings.system,
+        "clean_text": settings.clean_text,
+        "truncate_prompt": settings.truncate_prompt,
         **dataclasses.asdict(sampling),
     }
 
@@ -322,23 +327,23 @@ def is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def check_output(args: argparse.Namespace) -> Path | None:
+def check_output(settings: Settings) -> Path | None:
     """Raises before any work if the answers could not be written, or would replace an input.
 
     Returns:
       The output file, links followed; a pipe or device as it was named, since the names that
       /dev/stdout leads to need not exist; None for standard output.
     """
-    if args.output in (None, "-"):
+    if settings.output in (None, "-"):
         return None
-    named, path = Path(args.output), real_path(args.output)
+    named, path = Path(settings.output), real_path(settings.output)
     if path.is_dir():
         raise InputError(f"cannot write {path}", "it is a folder", "name a file")
     if is_stream(named):
         return named
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}", f"there is no folder {path.parent}", "make it")
-    inputs = {"--batch-file": args.batch_file, "--history": args.history}
+    inputs = {"--batch-file": settings.batch_file, "--history": settings.history}
     for written in (path, path.with_name(path.name + SUFFIX)):
         for flag, other in inputs.items():
             if other not in (None, "-") and written.exists() and Path(other).exists():
@@ -346,9 +351,12 @@ def check_output(args: argparse.Namespace) -> Path | None:
                     raise _is_input(written, path, flag)
         if written.exists() and _is_standard_input(written):
             raise _is_input(written, path, "standard input")
-    if args.model is not None and path.is_relative_to(os.path.realpath(args.model)):
+    if settings.choice.path is not None and path.is_relative_to(
+        os.path.realpath(settings.choice.path)
+    ):
         raise UsageError(
-            f"--output is inside the model's folder {args.model}", fix="name another place"
+            f"--output is inside the model's folder {settings.choice.path}",
+            fix="name another place",
         )
     for place in (path, path.parent):
         if place.exists() and not os.access(place, os.W_OK):

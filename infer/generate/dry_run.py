@@ -3,15 +3,16 @@ on them. No weights are read and no device is started."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.loading.folder import read_config
 from glm2_jax.cli.main import EXIT_DEVICE
 from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.escape import escape_controls, join_lines, json_line
@@ -20,39 +21,57 @@ from glm2_jax.schemes import SCHEMES, asked_scheme
 from infer.memory import compiler
 from infer.memory.budget import (
     DEFAULT_CONTEXT,
-    asked_mesh,
     check_context,
     find_budget,
+    mesh_sizes,
     prefix_tokens,
     share_budget,
 )
 from infer.memory.compiler import Verdict
 from infer.memory.plan import make_plan
 from infer.memory.sheet import Sheet, as_json, make_sheet, render, wrapped
+from infer.options import SamplingFlags
 
 DEFAULT_CONFIG = "chatglm2-6b"
 CONTEXTS = (2048, 8192, 32768)
-IGNORED = (  # flags that decide nothing of the plan
-    "prompt",
-    "prompt_file",
-    "batch_file",
-    "history",
-    "system",
-    "adapter",
-    "output",
-)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the plans; returns 5 where nothing fits, else 0."""
-    from infer.options import sampling_params
+@dataclass(frozen=True)
+class Unplanned:
+    """Flags that do not change the plan."""
 
-    sampling_params(args)  # what is refused without --dry-run is refused with it
-    _say_ignored(args)
-    name, config, stored = _model(args)
-    check_context(args.max_length, config.seq_length)
-    mesh = asked_mesh(args)
-    asked = asked_scheme(args.quantize, args.quantize_embeddings, stored=stored, model=name)
+    prompt: str | None
+    prompt_file: str | None
+    batch_file: str | None
+    history: str | None
+    system: str | None
+    adapter: str | None
+    output: str | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of a dry run."""
+
+    choice: ModelChoice
+    options: EngineOptions
+    sampling: SamplingFlags
+    unplanned: Unplanned
+    config: str | None
+    batch_size: int
+    num_processes: int | None
+    json: bool
+
+
+def run(settings: Settings) -> int:
+    """Print the plans; returns 5 where nothing fits, else 0."""
+    choice, options = settings.choice, settings.options
+    settings.sampling.params()  # what is refused without --dry-run is refused with it
+    _note_unplanned(settings.unplanned)
+    name, config, stored = _model(choice, settings.config)
+    check_context(options.max_length, config.seq_length)
+    mesh = mesh_sizes(choice.mesh)
+    asked = asked_scheme(choice.quantize, choice.quantize_embeddings, stored=stored, model=name)
     if mesh is not None:
         from glm2_jax.sharding import check_mesh
 
@@ -60,20 +79,22 @@ def run(args: argparse.Namespace) -> int:
     sheet = make_sheet(
         name,
         config,
-        share_budget(find_budget(args.device, args.memory_limit), mesh, args),
+        share_budget(
+            find_budget(choice.device, options.memory_limit), mesh, settings.num_processes or 1
+        ),
         stored=stored,
-        contexts=_contexts(config, args.max_length),
-        batches=sorted({1, args.batch_size}),
-        dtype=args.dtype,
+        contexts=_contexts(config, options.max_length),
+        batches=sorted({1, settings.batch_size}),
+        dtype=choice.dtype,
         quantize=asked,
-        chunk=args.prefill_chunk or PREFILL_CHUNK,
-        columns=1 + args.speculate,
-        prefix=prefix_tokens(args),
+        chunk=options.prefill_chunk or PREFILL_CHUNK,
+        columns=1 + options.speculate,
+        prefix=prefix_tokens(choice.prefix),
         mesh=mesh,
     )
-    one_device = mesh is None and compiler.knows(args.device)  # the compiler is asked of one
-    verdicts = _verdicts(sheet, args) if one_device else None
-    if args.json:
+    one_device = mesh is None and compiler.knows(choice.device)  # the compiler is asked of one
+    verdicts = _verdicts(sheet, choice, options) if one_device else None
+    if settings.json:
         found = None if verdicts is None else [_verdict_json(verdict) for verdict in verdicts]
         print(json_line(as_json(sheet) | {"compiled": found}))
     else:
@@ -84,26 +105,26 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DEVICE if sheet.nothing_fits else 0
 
 
-def _say_ignored(args: argparse.Namespace) -> None:
-    given = [flag for flag in IGNORED if getattr(args, flag) not in (None, False)]
+def _note_unplanned(unplanned: Unplanned) -> None:
+    given = [name for name, value in vars(unplanned).items() if value is not None]
     if given:
-        names = ", ".join(f"--{flag.replace('_', '-')}" for flag in given)
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         note(f"--dry-run answers nothing, and the plan is without: {names}")
 
 
-def _verdicts(sheet: Sheet, args: argparse.Namespace) -> Iterator[Verdict]:
+def _verdicts(sheet: Sheet, choice: ModelChoice, options: EngineOptions) -> Iterator[Verdict]:
     """The compiler's word on every precision, one row, with the context that was asked for; none
     where it is not installed."""
     if not compiler.installed():
         return
-    context = min(args.max_length or DEFAULT_CONTEXT, sheet.config.seq_length)
-    chunk = args.prefill_chunk or PREFILL_CHUNK
+    context = min(options.max_length or DEFAULT_CONTEXT, sheet.config.seq_length)
+    chunk = options.prefill_chunk or PREFILL_CHUNK
     for precision, label in sheet.labels.items():
         plan = make_plan(
             sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk
         )
-        note(f"compiling {label}, {context:,} tokens, for {args.device}")
-        yield compiler.ask(sheet.config, plan, args.device, sheet.budget.memory, chunk)
+        note(f"compiling {label}, {context:,} tokens, for {choice.device}")
+        yield compiler.ask(sheet.config, plan, choice.device, sheet.budget.memory, chunk)
 
 
 def render_verdicts(verdicts: Iterable[Verdict], columns: int) -> Iterator[str]:
@@ -142,23 +163,22 @@ def _verdict_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _model(args: argparse.Namespace) -> tuple[str, GLMConfig, str | None]:
+def _model(choice: ModelChoice, config: str | None) -> tuple[str, GLMConfig, str | None]:
     """Name, configuration and stored scheme of the model that the flags name."""
-    if args.model is not None:
-        if args.config is not None:
+    if choice.path is not None:
+        if config is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
         from convert.loading.folder import open_folder
-        from glm2_jax.cli.flags import model_options
         from infer.startup import model_folder
 
-        found = open_folder(str(model_folder(args)), **model_options(args))
-        return args.model, found.config, None if found.scheme is None else found.scheme.name
-    if args.config is None:
+        found = open_folder(str(model_folder(choice)), **choice.form)
+        return choice.path, found.config, None if found.scheme is None else found.scheme.name
+    if config is None:
         note(f"no --model and no --config given: planning for {DEFAULT_CONFIG}")
-    name = args.config or DEFAULT_CONFIG
+    name = config or DEFAULT_CONFIG
     if name in PRESETS:
         return name, PRESETS[name], "int4-row" if name.endswith("-int4") else None
-    return name, read_config(Path(name), args.rope_scaling, args.family), None
+    return name, read_config(Path(name), choice.rope_kind, choice.family), None
 
 
 def _contexts(config: GLMConfig, asked: int | None) -> list[int]:

@@ -2,62 +2,88 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from glm2_jax.cli.messages import note
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from infer.console import displayed, print_json, print_stats
 from infer.engine.params import SamplingParams
-from infer.options import sampling_params
+from infer.options import SamplingFlags
 from infer.requests.exchange import encode, result, warn_beyond_aligned
 from infer.requests.request import Request, read_history, read_prompt
-from infer.startup import open_engine, say_which_model
+from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answers what the flags ask for; returns the exit code."""
-    sampling = sampling_params(args)
-    check_flags(args)
-    say_which_model(args)
-    history = () if args.history is None else read_history(args.history)
-    if args.batch_file is not None:
+@dataclass(frozen=True)
+class Settings:
+    """The flags of the command, but those of a dry run and of several processes."""
+
+    choice: ModelChoice
+    options: EngineOptions
+    sampling: SamplingFlags
+    prompt: str | None
+    prompt_file: str | None
+    batch_file: str | None
+    history: str | None
+    system: str | None
+    clean_text: bool
+    truncate_prompt: int | None
+    batch_size: int
+    output: str | None
+    overwrite: bool
+    restart: bool
+    json: bool
+    stream: bool | None
+    stats: bool
+
+
+def run(settings: Settings) -> int:
+    """Answer what the flags ask for; returns the exit code."""
+    sampling = settings.sampling.params()
+    check_flags(settings)
+    note_demo_model(settings.choice)
+    history = () if settings.history is None else read_history(settings.history)
+    if settings.batch_file is not None:
         from infer.generate.batch import run_batch
 
-        return run_batch(args, sampling, history)
-    request = Request(_prompt_text(args), history, args.system)
-    if args.clean_text:
+        return run_batch(settings, sampling, history)
+    request = Request(_prompt_text(settings), history, settings.system)
+    if settings.clean_text:
         request = request.cleaned()
-    engine = open_engine(args, prompt_and_history=dataclasses.asdict(request))
-    _answer_one(args, engine, request, sampling)
+    contents = {"prompt and history": dataclasses.asdict(request)}
+    engine = open_engine(settings.choice, settings.options, contents=contents)
+    _answer_one(settings, engine, request, sampling)
     return 0
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(settings: Settings) -> None:
     """Raises UsageError for flags that have no meaning together."""
-    batch, as_json = args.batch_file is not None, args.json or args.batch_file is not None
-    if args.output is not None and not batch:
+    batch = settings.batch_file is not None
+    as_json = settings.json or batch
+    if settings.output is not None and not batch:
         raise UsageError("--output goes with --batch-file", fix="use > FILE for a single answer")
-    for flag in ("overwrite", "restart"):
-        if getattr(args, flag) and args.output is None:
+    for flag, given in {"overwrite": settings.overwrite, "restart": settings.restart}.items():
+        if given and settings.output is None:
             raise UsageError(f"--{flag} goes with --output")
-    if args.stream and as_json:
+    if settings.stream and as_json:
         raise UsageError(f"--stream contradicts {'--batch-file' if batch else '--json'}")
-    if args.logprobs is not None and not as_json:
+    if settings.sampling.logprobs is not None and not as_json:
         raise UsageError("--logprobs has nowhere to go", fix="add --json")
 
 
-def _prompt_text(args: argparse.Namespace) -> str:
-    if args.prompt_file is not None:
-        return read_prompt(args.prompt_file)
-    if args.prompt is not None and args.prompt != "-":
-        return args.prompt
-    if args.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+def _prompt_text(settings: Settings) -> str:
+    if settings.prompt_file is not None:
+        return read_prompt(settings.prompt_file)
+    if settings.prompt is not None and settings.prompt != "-":
+        return settings.prompt
+    if settings.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(
             "no prompt",
             "there is no --prompt, --prompt-file or --batch-file, and nothing on standard input",
@@ -67,13 +93,13 @@ def _prompt_text(args: argparse.Namespace) -> str:
 
 
 def _answer_one(
-    args: argparse.Namespace, engine: Engine, request: Request, sampling: SamplingParams
+    settings: Settings, engine: Engine, request: Request, sampling: SamplingParams
 ) -> None:
-    ids = encode(engine, request, sampling, args.truncate_prompt, "")
+    ids = encode(engine, request, sampling, settings.truncate_prompt, "")
     warn_beyond_aligned(engine, len(ids), sampling)
-    stream = args.stream
+    stream = settings.stream
     if stream is None:
-        stream = sys.stdout.isatty() and not args.json
+        stream = sys.stdout.isatty() and not settings.json
     # The streaming loop serves both: Ctrl-C ends it after the step that is running.
     completion = None
     try:
@@ -86,7 +112,7 @@ def _answer_one(
         if stream:
             print(flush=True)
     assert completion is not None
-    if args.json:
+    if settings.json:
         print_json(result(engine, request, completion))
     elif not stream:
         print(displayed(completion.text), flush=True)
@@ -94,5 +120,5 @@ def _answer_one(
         note("the answer was stopped because it repeated itself (--loop-stop)")
     if completion.finish_reason == "observation":
         note("the model waits for the result of a tool (<|observation|>)")
-    if args.stats:
+    if settings.stats:
         print_stats(engine.stats)

@@ -6,7 +6,6 @@ counts when it starts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -14,8 +13,8 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm2_jax.cli.flags import mesh_flag
 from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import DeviceError, GLMError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
@@ -138,71 +137,80 @@ def check_context(asked: int | None, seq_length: int) -> None:
         )
 
 
-def prepare(args: argparse.Namespace, folder: str | Path, batch: int = 1) -> None:
-    """Makes the plan for a model that is about to be loaded, before jax starts.
+def prepare(
+    choice: ModelChoice,
+    options: EngineOptions,
+    folder: str | Path,
+    *,
+    rows: int = 1,
+    processes: int = 1,
+) -> tuple[ModelChoice, EngineOptions]:
+    """Plan the memory of a model that is about to be loaded, before jax starts.
 
-    Writes what it decides into `args` (a shorter context, a narrower dtype) and the environment.
+    Sets the share of a GPU's memory in the environment.
 
     Args:
-      args: the flags of `infer.options.add_performance_options` and `--max-length`.
+      choice, options: the flags.
       folder: the checkpoint.
-      batch: prompts that are answered together.
+      rows: prompts that are answered together.
+      processes: of the run, over which a mesh is spread.
+
+    Returns:
+      The flags as they fit: perhaps a narrower dtype and a shorter context.
 
     Raises:
       UsageError: a context that the model does not have. DeviceError: it cannot fit.
     """
     from convert.loading.folder import open_folder
-    from glm2_jax.cli.flags import model_options
 
     try:
-        found = open_folder(folder, **model_options(args))
-    except GLMError:  # loading says it, in its own words
-        return
+        found = open_folder(folder, **choice.form)
+    except GLMError:  # loading reports it
+        return choice, options
     config, stored = found.config, None if found.scheme is None else found.scheme.name
-    mesh = asked_mesh(args)
-    asked = getattr(args, "max_length", None)
+    mesh, asked = mesh_sizes(choice.mesh), options.max_length
     check_context(asked, config.seq_length)
-    budget = share_budget(find_budget(args.device, args.memory_limit), mesh, args)
-    scheme = asked_scheme(args.quantize, args.quantize_embeddings, stored=stored, model=str(folder))
+    budget = share_budget(find_budget(choice.device, options.memory_limit), mesh, processes)
+    scheme = asked_scheme(
+        choice.quantize, choice.quantize_embeddings, stored=stored, model=str(folder)
+    )
     wish = Wish(
         config,
-        budget.precisions(stored, args.dtype, scheme),
+        budget.precisions(stored, choice.dtype, scheme),
         min(asked or DEFAULT_CONTEXT, config.seq_length),
-        batch,
+        rows,
         stored,
         fixed_context=asked is not None,
-        chunk=args.prefill_chunk or PREFILL_CHUNK,
-        columns=1 + getattr(args, "speculate", 0),
-        prefix=prefix_tokens(args),
+        chunk=options.prefill_chunk or PREFILL_CHUNK,
+        columns=1 + options.speculate,
+        prefix=prefix_tokens(choice.prefix),
         mesh=mesh,
     )
     plan = settle(budget, wish, note)
     if plan.precision != wish.choices[0]:
-        args.dtype = plan.precision.dtype
+        choice = dataclasses.replace(choice, dtype=plan.precision.dtype)
     if plan.context < wish.context:
-        args.max_length = plan.context
+        options = dataclasses.replace(options, max_length=plan.context)
     set_gpu_share(budget, plan)
+    return choice, options
 
 
-def asked_mesh(args: argparse.Namespace) -> Sizes | None:
-    """The sizes of the mesh that the flags ask for; None = one device.
+def mesh_sizes(mesh: str | None) -> Sizes | None:
+    """Return the sizes of the value of `--mesh`; None = one device.
 
     Raises:
-      UsageError: they make no sense.
+      UsageError: it is not a mesh.
     """
-    text = mesh_flag(args)
-    if text is None:
+    if mesh is None:
         return None
     from glm2_jax.mesh import parse_mesh
 
-    return sizes_of(parse_mesh(text))
+    return sizes_of(parse_mesh(mesh))
 
 
-def share_budget(budget: Budget, mesh: Sizes | None, args: argparse.Namespace) -> Budget:
-    """What each device of a mesh may take."""
-    if mesh is None:
-        return budget
-    return shared(budget, count_devices(mesh) // (getattr(args, "num_processes", None) or 1))
+def share_budget(budget: Budget, mesh: Sizes | None, processes: int) -> Budget:
+    """Return what each device of a mesh may take."""
+    return budget if mesh is None else shared(budget, count_devices(mesh) // processes)
 
 
 def shared(budget: Budget, devices: int) -> Budget:
@@ -220,17 +228,17 @@ def count_devices(mesh: Sizes) -> int:
     return math.prod(size for _, size in mesh)
 
 
-def prefix_tokens(args: argparse.Namespace) -> int:
-    """The tokens of the prefix that the flags name; 0 = none.
+def prefix_tokens(folder: str | None) -> int:
+    """Return the tokens of a prefix; 0 for None.
 
     Raises:
-      CheckpointError: it is no prefix.
+      CheckpointError: the folder does not hold a prefix.
     """
-    if getattr(args, "prefix", None) is None:
+    if folder is None:
         return 0
     from convert.adapters.prefix import measure_prefix
 
-    return measure_prefix(args.prefix)
+    return measure_prefix(folder)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.main import version
 from glm2_jax.cli.messages import note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
 from infer import options, startup
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     arguments.use_utf8()
     args = parser().parse_args(argv)
-    arguments.choose_platform(args)
+    arguments.choose_platform(args.device)
     report = examine(args)
     print(json_line(report) if args.json else render(report))
     codes = [check["exit_code"] for check in report["checks"] if check["status"] == "FAIL"]
@@ -67,15 +68,15 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     from glm2_jax.errors import CheckpointError, DeviceError, GLMError
     from infer.selftest import checks
 
-    startup.say_which_model(args)
+    startup.note_demo_model(from_flags(ModelChoice, args))
     report: dict[str, Any] = {"model": _name(args.model), "versions": _versions()}
-    if (folder := startup.model_folder(args)) is not None:
+    if (folder := startup.model_folder(from_flags(ModelChoice, args))) is not None:
         args.model, args.hub_source, args.revision = str(folder), None, None
     if args.model is not None and not Path(args.model).is_dir():
         open_folder(args.model)  # says what it is instead; there is nothing to report on
     found = [checks.check_files(_folder(args))]
     try:
-        engine = startup.open_engine(args)
+        engine = startup.open_engine(from_flags(ModelChoice, args), from_flags(EngineOptions, args))
     except (CheckpointError, DeviceError) as error:
         found.append(checks.failure("opens", error))
     else:

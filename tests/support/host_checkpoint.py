@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 
 
@@ -21,7 +21,7 @@ def main(argv):
         parser.add_argument(flag)
     parser.add_common()
     args = parser.parse_args(argv)
-    with join.start(args):
+    with join.start(from_flags(join.Hosts, args), vars(args)):
         return work(args)
 
 

@@ -12,7 +12,7 @@ import time
 
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import Progress, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.errors import InputError
 from glm2_jax.processes import join
 
@@ -25,10 +25,10 @@ def main(argv):
     parser.add_argument("--lr", type=float, default=1.0)
     parser.add_common()
     args = parser.parse_args(argv)
-    with join.start(args):
+    with join.start(from_flags(join.Hosts, args), vars(args)):
         import jax
 
-        join.compare(args, "host_command", checkpoint=args.model)
+        join.compare({"checkpoint": args.model})
         with Progress("working", 1, interval=0) as bar:
             bar(1)
         index = jax.process_index()

@@ -20,6 +20,8 @@ from convert import from_pytorch, inspect, load_checkpoint
 from convert.hub.find import find_model
 from glm2_jax import CheckpointError, InputError, UsageError
 from glm2_jax.cli import main as cli
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import from_flags
 from infer import startup
 from infer.generate import __main__ as generate
 from tests.support.checkpoints import TINY, write_official
@@ -381,9 +383,14 @@ def test_the_conversion_takes_names(hub, source, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["layers"] == TINY.num_layers
 
 
+def open_named(argv):
+    args = generate.parser().parse_args(argv)
+    return startup.open_engine(from_flags(ModelChoice, args), from_flags(EngineOptions, args))
+
+
 def test_the_engine_takes_names(hub, hf, capfd):
     argv = ["--model", NAME, "--compile-cache", "off", "--source", "hf"]
-    engine = startup.open_engine(generate.parser().parse_args(argv))
+    engine = open_named(argv)
     assert COMMIT in capfd.readouterr().err
     hub.requests.clear()
     again = infer.load(NAME)
@@ -391,4 +398,4 @@ def test_the_engine_takes_names(hub, hf, capfd):
     assert hub.requests == []
     for flag in (["--source", "hf"], ["--revision", "main"]):
         with pytest.raises(UsageError, match="need --model"):
-            startup.open_engine(generate.parser().parse_args(flag))
+            open_named(flag)

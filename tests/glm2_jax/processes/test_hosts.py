@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from glm2_jax.cli import main, messages
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.errors import DeviceError, InputError, UsageError
 from glm2_jax.processes import join, supervise
 from infer import launch
@@ -247,6 +247,11 @@ def test_the_launcher_needs_a_command(capsys):
         launch.main(["--num-processes", "2", "--", "no-such-command"])
 
 
+def started(*argv):
+    args = parsed(*argv)
+    return join.start(from_flags(join.Hosts, args), vars(args))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -261,7 +266,7 @@ def test_the_launcher_needs_a_command(capsys):
 )
 def test_flags_that_make_no_sense_together(argv, message):
     with pytest.raises(UsageError, match=message):
-        with join.start(parsed(*argv)):
+        with started(*argv):
             raise AssertionError("not to be entered")
 
 
@@ -273,9 +278,9 @@ def test_numbers_that_are_none(argv, capsys):
 
 
 def test_without_the_flags_nothing_is_done():
-    with join.start(parsed()):
+    with started():
         assert join.is_first() and join.highest(3) == 3
-        join.compare(parsed(), "x", anything=object())
+        join.compare({"anything": object()})
 
 
 def test_a_port_that_is_taken():
@@ -321,7 +326,8 @@ def test_where_things_are_may_differ(monkeypatch):
     monkeypatch.setattr(join, "_started", True)
     monkeypatch.setattr(join, "_compare", told.append)
     for more in (["--output", "a"], ["--output", "b", *flags(1)], [*flags(0), "--lr", "2"]):
-        join.compare(parsed(*more), "x", checkpoint="c")
+        monkeypatch.setattr(join, "_flags", vars(parsed(*more)))
+        join.compare({"checkpoint": "c"})
     names, first, _, second, _, third = told
     assert first["--output"] is True and first["--predictions"] is False  # whether, not where
     assert first["checkpoint"] == "c" and "version" in first

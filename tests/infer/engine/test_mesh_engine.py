@@ -1,14 +1,11 @@
 """The engine on meshes: answers of one device, programs that fit each other, flags and refusals."""
 
-import argparse
-
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from glm2_jax import make_mesh
-from glm2_jax.cli.flags import mesh_flag
 from glm2_jax.config import PRESETS
 from glm2_jax.errors import UsageError
 from glm2_jax.runtime.buckets import padded_batch
@@ -103,8 +100,7 @@ def test_a_mesh_in_python():
 
 def test_flags_of_a_mesh():
     flags = generate.parser().parse_args
-    assert find_mesh(flags([])) is None and mesh_flag(flags(["--tp", "2"])) == "tensor=2"
-    assert find_mesh(argparse.Namespace()) is None  # a tool without these flags
+    assert find_mesh(flags([]).mesh) is None and flags(["--tp", "2"]).mesh == "tensor=2"
     with pytest.raises(SystemExit):
         flags(["--tp", "2", "--mesh", "data=2"])
     with pytest.raises(UsageError, match="not for this command"):

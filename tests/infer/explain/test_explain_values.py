@@ -11,6 +11,7 @@ import pytest
 
 from glm2_jax import Tokenizer, forward, hidden, logits_of
 from glm2_jax.cli.messages import cut_to_width
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.context import token_context
 from glm2_jax.limits import SCORES
 from glm2_jax.quant import SCHEMES
@@ -18,7 +19,7 @@ from glm2_jax.text.prompt import build_prompt
 from infer.engine.params import SamplingParams
 from infer.explain import report, stages, values
 from infer.explain import run as explain_run
-from infer.explain.__main__ import main, parser
+from infer.explain.__main__ import main
 from infer.explain.facts import Values
 from infer.explain.walk import make_walk
 from infer.memory.precision import Precision
@@ -32,7 +33,7 @@ TOKENS = 32  # of an answer, at most: prompt and answer take the smallest cache
 @pytest.fixture(scope="module")
 def engine():
     """The demo model, as the command opens it."""
-    return explain_run.open_engine(parser().parse_args(["--compile-cache", "off"]))
+    return explain_run.open_engine(ModelChoice(), EngineOptions(compile_cache="off"))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from convert.loading.folder import open_folder
 from convert.writing.own import convert_folder
 from glm2_jax import PRESETS
 from glm2_jax.cli import arguments
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
 from glm2_jax.runtime.machine import Gpu, Nvidia
 from infer.engine import load
@@ -77,7 +79,8 @@ def test_drafts_are_in_the_check_of_the_start(monkeypatch):
     for flags, columns in (((), 1), (("--speculate", "7"), 8)):
         args = parser().parse_args(["--prompt", "x", "--device", "cpu", *flags])
         with pytest.raises(ZeroDivisionError):
-            budget.prepare(args, demo_folder())
+            choice, options = from_flags(ModelChoice, args), from_flags(EngineOptions, args)
+            budget.prepare(choice, options, demo_folder())
         assert wishes.pop().columns == columns
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import UsageError
 from infer import options
 from infer.generate.__main__ import main, parser
@@ -28,7 +29,7 @@ HUGE = str(10**30)
 
 
 def sampling(*flags: str):
-    return options.sampling_params(parser().parse_args(list(flags)))
+    return from_flags(options.SamplingFlags, parser().parse_args(list(flags))).params()
 
 
 @pytest.mark.parametrize(
