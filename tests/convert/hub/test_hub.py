@@ -215,7 +215,8 @@ _INSPECT = """
 import os, sys
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1000
-from convert import interrupt, inspect
+from convert import inspect
+from glm2_jax.cli import interrupt
 interrupt.run(inspect.main)
 """
 

@@ -27,9 +27,9 @@ LARGEST = CONFIG.vocab_size * CONFIG.hidden_size * 2
 _MEASURE = """
 import json, sys, threading, time
 import jax, jax.numpy as jnp
-from convert.folder import open_folder
-from convert.loader import load_checkpoint
-from convert.own_format import convert_folder
+from convert.loading.folder import open_folder
+from convert.loading.checkpoint import load_checkpoint
+from convert.writing.own import convert_folder
 from glm2_jax import Tokenizer
 
 def anonymous():

@@ -100,7 +100,7 @@ def test_a_closed_terminal_ends_a_tool_but_not_under_nohup(before, outcome):
     code = (
         "import os, signal\n"
         f"signal.signal(signal.SIGHUP, signal.{before})\n"
-        "from convert import interrupt\n"
+        "from glm2_jax.cli import interrupt\n"
         "def main(args):\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
         "    print('alive')\n"

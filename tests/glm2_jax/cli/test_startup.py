@@ -29,7 +29,7 @@ import collections, importlib, json, sys
 import jax
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.split("/")[-1]]))
-status = importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+status = importlib.import_module(sys.argv[1] + ".__main__").main(sys.argv[2:])
 names = "compile_requests_use_cache", "cache_hits", "cache_misses"
 print(json.dumps([status, *(counts[name] for name in names)]), file=sys.stderr)
 """
@@ -47,7 +47,7 @@ def start(module: str, cache: Path) -> tuple[list[int], list[str], str]:
     return json.loads(counts), lines, done.stdout
 
 
-@pytest.mark.parametrize("module", ["infer.generate", "infer.chat.__main__"])
+@pytest.mark.parametrize("module", ["infer.generate", "infer.chat"])
 def test_a_second_start_of_the_demo_compiles_nothing(module, tmp_path):
     (status, wanted, found, compiled), lines, answer = start(module, tmp_path)
     assert status == found == 0 and wanted == compiled >= 2

@@ -148,7 +148,7 @@ def test_a_path_on_standard_output_is_escaped_for_a_terminal_alone(monkeypatch, 
 def test_lines_of_native_code_in_a_process_of_several(tmp_path):
     """The launcher forwards what C++ writes into standard error."""
     code = (
-        "import os, sys; from infer import supervise; supervise.connect();"
+        "import os, sys; from glm2_jax.processes import supervise; supervise.connect();"
         r"os.write(2, b'\x1b]0;title\x07 said\n')"
     )
     done = subprocess.run(

@@ -370,7 +370,7 @@ def test_a_lost_connection_is_found_among_the_causes(operation):
 
 
 def test_errors_alone_are_told_with_a_name(monkeypatch, capsys):
-    monkeypatch.setattr(main, "_speaker", None)
+    monkeypatch.setattr(messages, "_speaker", None)
     messages.only_errors("process 3")
     messages.note("not told")
     with messages.Progress("nor this", 1, interval=0) as bar:

@@ -392,14 +392,14 @@ def test_a_picture_needs_matplotlib(monkeypatch):
     def damaged(name):
         raise ImportError(f"{name}: numpy.core.multiarray failed to import")
 
-    monkeypatch.setattr(plot.importlib, "import_module", damaged)
+    monkeypatch.setattr(arguments.importlib, "import_module", damaged)
     with pytest.raises(UsageError, match=r"pip install 'glm2-jax\[plot\]'") as error:
         bench.main(["--plot", "roofline.png"])
     assert "multiarray failed" in error.value.why
 
 
 def test_a_picture_of_nothing_is_refused_at_once(monkeypatch, nothing_measured):
-    monkeypatch.setattr(plot, "check_plot", lambda path: None)
+    monkeypatch.setattr(arguments, "check_plot", lambda path: None)
     with pytest.raises(UsageError, match="nothing to draw"):
         bench.main(["--preset", "consumer", "--plot", "roofline.png"])
 

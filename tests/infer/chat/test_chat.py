@@ -10,10 +10,10 @@ import pytest
 import infer
 from glm2_jax.cli.text_input import EndlessLine
 from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.runtime import buckets
 from infer.chat import run as chat_loop
 from infer.chat.__main__ import main, parser
 from infer.chat.input import read_entry
-from infer.engine import parts
 from infer.engine.answer import Completion
 from infer.engine.call import TokenEvent
 from infer.engine.engine import Engine
@@ -25,7 +25,7 @@ QUICK = ["--max-new-tokens", "6", "--compile-cache", "off"]
 @pytest.fixture(autouse=True)
 def one_shape(monkeypatch):
     """Every prompt and cache has the same padded size, so that little has to be compiled."""
-    monkeypatch.setattr(parts, "SMALLEST_BUCKET", 256)
+    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 256)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from glm2_jax.errors import GLMError, InputError, UsageError
+from glm2_jax.runtime import buckets
 from infer.chat import commands as chat_commands
 from infer.chat import files as chat_files
-from infer.engine import parts
 from infer.engine.params import SamplingParams
 from infer.requests.conversation import Conversation
 from tests.support.engine_toy import toy_engine, warm_engine
@@ -18,7 +18,7 @@ from tests.support.engine_toy import toy_engine, warm_engine
 @pytest.fixture(autouse=True)
 def one_shape(monkeypatch):
     """Every prompt and cache has the same padded size, so that little has to be compiled."""
-    monkeypatch.setattr(parts, "SMALLEST_BUCKET", 256)
+    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 256)
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import infer
 from glm2_jax import Tokenizer
 from glm2_jax.errors import UsageError
+from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_messages, build_prompt, reply_messages, stop_ids
 from infer.chat import commands
 from infer.chat.__main__ import main as chat_main
-from infer.engine import parts
 from infer.engine.answer import Answer, Message
 from infer.engine.call import Job
 from infer.engine.params import SamplingParams
@@ -190,7 +190,7 @@ def test_what_was_written_is_what_the_next_round_reads():
 @pytest.fixture(autouse=True)
 def one_shape(monkeypatch):
     """Every prompt and cache has the same padded size, so that little has to be compiled."""
-    monkeypatch.setattr(parts, "SMALLEST_BUCKET", 256)
+    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 256)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from infer.engine import parts
+from glm2_jax.runtime import buckets
 from infer.engine.params import SamplingParams
 from infer.requests.conversation import Conversation
 from tests.support.engine_toy import toy_engine, warm_engine
@@ -15,7 +15,7 @@ SAMPLING = SamplingParams(temperature=0, max_new_tokens=4)
 
 @pytest.fixture
 def conversation(monkeypatch) -> Conversation:
-    monkeypatch.setattr(parts, "SMALLEST_BUCKET", 256)  # one shape, so little is compiled
+    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 256)  # one shape, so little is compiled
     engine = toy_engine(share=warm_engine())
     return Conversation(engine, SAMPLING, say=lambda text: None)
 

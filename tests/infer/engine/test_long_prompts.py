@@ -11,10 +11,10 @@ import pytest
 from glm2_jax import KVCache, compiler_options, init_params
 from glm2_jax.errors import UsageError
 from glm2_jax.model import unstack_layers
+from glm2_jax.runtime import buckets as reading
 from glm2_jax.runtime.buckets import bucket, grown
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import call as job
-from infer.engine import parts as reading
 from infer.engine import steps
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams

@@ -28,9 +28,10 @@ DRIVER = """
 import re, resource, sys
 from pathlib import Path
 import jax
-from convert import interrupt
-from infer import loading, programs
-from infer.generate import main
+from glm2_jax.cli import interrupt
+from infer.engine import load as loading
+from infer.engine import programs
+from infer.generate.__main__ import main
 
 stage = sys.argv.pop(1)
 

@@ -13,8 +13,8 @@ import pytest
 
 import infer
 from glm2_jax.errors import CheckpointError, DeviceError, InputError, UsageError
+from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_followup
-from infer.engine import parts
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
 from tests.support import hurry
@@ -175,7 +175,7 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
         return iter(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_loop", lambda *args: parts())
+        patch.setattr(engine, "_loop", lambda *args: reading())
         slow = session.run(PROMPT, GREEDY)
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(list, slow)  # its generator is executing
@@ -197,12 +197,12 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
 
 LEFT = """
 import threading
-from infer import reading
-from infer.conversation import Conversation
-from infer.left import closed_at_exit
-from infer.params import SamplingParams
-from infer.session import Session
-from tests.engine_toy import toy_engine
+from glm2_jax.runtime import buckets as reading
+from infer.requests.conversation import Conversation
+from infer.engine.left import closed_at_exit
+from infer.engine.params import SamplingParams
+from infer.engine.session import Session
+from tests.support.engine_toy import toy_engine
 reading.SMALLEST_BUCKET = 256  # one shape, so few programs
 engine, greedy = toy_engine(), SamplingParams(temperature=0)
 left = [
@@ -296,7 +296,7 @@ def test_the_cache_is_donated(engine):
 
 
 def test_a_conversation_with_the_demo_model(monkeypatch):
-    monkeypatch.setattr(parts, "SMALLEST_BUCKET", 128)  # one shape, so three programs
+    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 128)  # one shape, so three programs
     engine = infer.load(None, dtype="float32", device="cpu", max_length=128)
     session, sampling = Session(engine), SamplingParams(temperature=0, max_new_tokens=40)
     ids, new_ids, read = engine.build_prompt("你好"), [16], []

@@ -170,7 +170,7 @@ def test_weights_that_differ_in_their_dtype_alone_are_told_apart(capsys, monkeyp
 
 def test_no_device_is_started():
     code = (
-        "import sys\nfrom infer.generate import main\n"
+        "import sys\nfrom infer.generate.__main__ import main\n"
         "from infer.memory import compiler\n"
         "compiler.installed = lambda: False\n"
         "code = main(['--dry-run', '--config', 'chatglm2-6b', '--device', 'v5e-1'])\n"

@@ -132,9 +132,9 @@ def test_lines_one_at_a_time(tmp_path, monkeypatch):
 
 LONG_LINES = """
 import resource, sys
-from convert import cli
+from glm2_jax.cli import main as cli
 from infer.evaluate.rows import read_rows
-from infer.generate import main
+from infer.generate.__main__ import main
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 code = 0

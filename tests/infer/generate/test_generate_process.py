@@ -52,7 +52,7 @@ def wait_for_handlers(process: subprocess.Popen[str]) -> None:
 def test_help_and_usage_errors_do_not_wait_for_jax():
     code = (
         "import sys\n"
-        "from infer.generate import main\n"
+        "from infer.generate.__main__ import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print('jax' in sys.modules, 'numpy' in sys.modules, file=sys.stderr)"
     )

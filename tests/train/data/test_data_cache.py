@@ -151,7 +151,7 @@ def test_errors_are_not_kept(tmp_path):
 
 OPEN = """
 import sys
-from tests.training_data import open_files
+from tests.support.training_data import open_files
 from train.data.cache import ScanCache
 for n in range(int(sys.argv[3])):
     dataset = open_files([sys.argv[1]], cache=ScanCache(sys.argv[2], small=0), max_length=300 + n)
