@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("epilog", f"example:\n  {as_typed(example)}" if example else None)
         super().__init__(
             prog=as_typed(prog),
-            description=textwrap.fill(description, 90),
+            description="\n\n".join(textwrap.fill(part, 90) for part in description.split("\n\n")),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
             **kwargs,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from convert import load_checkpoint
+from convert import Checkpoint, load_checkpoint
 from convert.adapters.attach import attach, open_adapter
 from convert.adapters.prefix import attach_prefix, open_prefix
 from convert.hub.find import find_model
@@ -52,33 +52,31 @@ def load(
     on_event: OnEvent | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
-    """Opens a checkpoint folder and returns an engine that answers with it.
+    """Open a checkpoint and return an engine that answers with it.
 
     Args:
-      path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
-        None = the bundled demo model.
-      dtype, quantize, quantize_embeddings, rope_kind, template, family: as in
-        `convert.load_checkpoint`.
-      layers: "stacked" or "list", as there; None = what is faster on the device, see
-        `faster_layers`.
-      mesh: all devices to compute on together, those of other processes included: a text such as
-        "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`; None = one device.
-      max_length: longest prompt and answer together; None = 8192, or what the model knows.
-      prefill_chunk: tokens of prompts, of all rows together, that are read at once; None = 2048.
-      speculate: tokens that each step drafts and verifies, see `infer.engine.drafts`; 0 = off.
-      device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`; with a
-        mesh that is not a `Mesh` yet the kind of its devices.
-      adapter: folder of a LoRA adapter, from train.lora or PEFT, to answer with.
-      force_adapter: take the adapter even if it was trained on another base or template.
-      prefix: folder of a P-Tuning v2 prefix, from the official training, to answer with.
-      source, revision: where to fetch "owner/name" from ("hf", "modelscope"), and which; without a
-        source the network is never used, see `convert.hub.find.find_model`.
-      on_event: called with a kind ("compile") and a line of text, for progress.
-      progress: called with the bytes of parameters loaded and to load.
+        path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
+            None = the bundled demo model.
+        dtype, quantize, quantize_embeddings, rope_kind, template, family: as in
+            `convert.load_checkpoint`.
+        layers: "stacked" or "list", as there; None = what is faster on the device.
+        mesh: a mesh over all devices, those of other processes included: a text such as
+            "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`; None = one device.
+        max_length: longest prompt and answer together; None = 8192, or what the model has.
+        prefill_chunk: prompt tokens of all rows together per prefill; None = 2048.
+        speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
+        device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
+        adapter: folder of a LoRA adapter, from train.lora or PEFT.
+        force_adapter: accept an adapter that was trained on another base or template.
+        prefix: folder of a P-Tuning v2 prefix, from the official training.
+        source, revision: the hub of "owner/name" ("hf", "modelscope") and the revision there;
+            without a source the network is never used.
+        on_event: called with a kind ("compile") and a line of text, for progress.
+        progress: called with the bytes of parameters loaded and to load.
 
     Raises:
-      UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
-      DeviceError: the device is not there, or its memory is too small.
+        UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
+        DeviceError: the device is not there, or its memory is too small.
     """
     choice = ModelChoice(
         None if path is None else str(_folder(path)),
@@ -125,17 +123,37 @@ def open_choice(
         folder = demo_folder()
         if choice.path is not None:
             folder = find_model(choice.path, source=choice.source, revision=choice.revision)
+    checkpoint = _load(choice, folder, chosen, mesh, options.max_length, progress)
+    return Engine(
+        checkpoint,
+        max_length=options.max_length,
+        prefill_chunk=options.prefill_chunk,
+        speculate=options.speculate,
+        load_s=time.perf_counter() - start,
+        on_event=on_event,
+    )
+
+
+def _load(
+    choice: ModelChoice,
+    folder: Path,
+    device: jax.Device,
+    mesh: Mesh | None,
+    max_length: int | None,
+    progress: Callable[[int, int], None],
+) -> Checkpoint:
+    """The model with its adapter and prefix, on the devices."""
     force, form = choice.force_adapter, choice.form
     adapter = choice.adapter and open_adapter(choice.adapter, folder, **form, force=force)
     prefix = choice.prefix and open_prefix(choice.prefix, folder, **form)
     explain = partial(
         when_loading,
         folder,
-        chosen,
+        device,
         dtype=choice.dtype,
         quantize=choice.quantize,
         embeddings=choice.quantize_embeddings,
-        context=options.max_length,
+        context=max_length,
         form=form,
         prefix=prefix.length if prefix else 0,
         mesh=mesh,
@@ -146,10 +164,10 @@ def open_choice(
             dtype=choice.dtype,
             quantize=choice.quantize,
             quantize_embeddings=choice.quantize_embeddings,
-            layers=choice.layers or faster_layers(chosen.platform, on_mesh=mesh is not None),
+            layers=choice.layers or faster_layers(device.platform, on_mesh=mesh is not None),
             mesh=mesh,
             **form,
-            device=chosen if mesh is None else None,
+            device=device if mesh is None else None,
             progress=progress,
         )
         if adapter:
@@ -157,14 +175,7 @@ def open_choice(
         if prefix:
             checkpoint = attach_prefix(checkpoint, prefix)
         jax.block_until_ready(checkpoint.params)
-    return Engine(
-        checkpoint,
-        max_length=options.max_length,
-        prefill_chunk=options.prefill_chunk,
-        speculate=options.speculate,
-        load_s=time.perf_counter() - start,
-        on_event=on_event,
-    )
+    return checkpoint
 
 
 def _folder(path: Any) -> Path:

@@ -22,7 +22,7 @@ from tests.support.paths import ROOT
 
 GB = 10**9
 CPU = JaxProbe((Device("cpu", "cpu"),))
-PACKAGES = {"glm2-jax": "0.1.0", "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"}
+PACKAGES = {"glm2-jax": "0.2.0", "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"}
 CUDA12 = {"jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2"}
 CUDA13 = {"jax-cuda13-plugin": "0.10.2", "jax-cuda13-pjrt": "0.10.2"}
 A100 = Gpu("NVIDIA A100-SXM4-40GB", 42 * GB, 41 * GB)
