@@ -17,7 +17,17 @@ T = TypeVar("T")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the example and shows the defaults that say something."""
+    """Keep the line breaks of the example, show defaults that say something, and a short usage."""
+
+    def add_usage(self, usage, actions, groups, prefix=None) -> None:  # types of the base class
+        """As argparse does, with "[flags]" for all that are optional."""
+        if usage is None:
+            needed = [a for a in actions if a.required or not a.option_strings]
+            words = [
+                " ".join((*a.option_strings[:1], str(a.metavar or a.dest.upper()))) for a in needed
+            ]
+            usage = " ".join((self._prog.replace("%", "%%"), "[flags]", *words))
+        super().add_usage(usage, actions, groups, prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:

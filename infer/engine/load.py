@@ -12,10 +12,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from convert import Checkpoint, load_checkpoint
+from convert import load_checkpoint
 from convert.adapters.attach import attach, open_adapter
 from convert.adapters.prefix import attach_prefix, open_prefix
 from convert.hub.find import find_model
+from convert.loading.checkpoint import Checkpoint
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from glm2_jax.runtime.devices import as_mesh, device_errors, faster_layers, find_device
@@ -137,7 +138,7 @@ def open_choice(
 def _load(
     choice: ModelChoice,
     folder: Path,
-    device: jax.Device,
+    device: Any,
     mesh: Mesh | None,
     max_length: int | None,
     progress: Callable[[int, int], None],

@@ -1,0 +1,85 @@
+"""The command `glm2`, and the lists of `python -m infer`, `train` and `convert`."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from glm2_jax.cli import commands
+from tests.support.paths import ROOT
+
+GLM2 = [sys.executable, "-P", "-c", "from glm2_jax.cli.commands import main; main()"]
+OWN = 'raise SystemExit("the user\'s own file")'
+
+
+def run(command, folder):
+    """A command in a folder; this checkout is found as if it were installed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_every_command_is_a_module_and_every_tool_has_a_command():
+    modules = {module for module, _ in commands.COMMANDS.values()}
+    assert len(modules) == len(commands.COMMANDS)
+    assert all(importlib.util.find_spec(module) for module in modules)
+    tools = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        for package in ("infer", "train", "convert")
+        for path in (ROOT / package).rglob("*.py")
+        if '\nif __name__ == "__main__":\n    interrupt.run(' in path.read_text("utf-8")
+    }
+    assert modules == tools
+
+
+def test_the_script_is_installed_under_its_name():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["scripts"] == {"glm2": "glm2_jax.cli.commands:main"}
+
+
+def test_a_command_runs_its_module_where_the_user_has_files_of_such_names(tmp_path):
+    (tmp_path / "train.py").write_text(OWN)
+    for package in ("convert", "infer", "glm2_jax"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(OWN)
+    done = run([*GLM2, "lora", "--help"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: glm2 lora [flags] --data") and "--rank" in done.stdout
+    assert "\n  glm2 lora --data" in done.stdout and "python -m" not in done.stdout
+    done = run([*GLM2, "merge_lora"], tmp_path)  # underscores are hyphens; its errors, its code
+    assert done.returncode == 2 and done.stderr.startswith("glm2 merge-lora: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "out", "err"),
+    [
+        ([], 0, "  glm2 generate      answer", ""),
+        (["--help"], 0, "glm2 COMMAND --help lists", ""),
+        (["--version"], 0, "glm2-jax ", ""),
+        (["chatt", "--model", "x"], 2, "", "unknown command 'chatt' (did you mean chat?)"),
+        (["--prompt", "x"], 2, "", "unknown command '--prompt'\nglm2 --help lists them"),
+    ],
+)
+def test_the_list_and_what_is_unknown(monkeypatch, capsys, argv, code, out, err):
+    monkeypatch.setattr(sys, "argv", ["glm2", *argv])
+    with pytest.raises(SystemExit) as ending:
+        commands.main()
+    found = capsys.readouterr()
+    assert ending.value.code == code and out in found.out and err in found.err
+    assert bool(found.out) == (code == 0)
+
+
+@pytest.mark.parametrize("package", ["infer", "train", "convert"])
+def test_a_package_lists_its_tools(monkeypatch, capsys, package):
+    monkeypatch.setattr(sys, "argv", [package])
+    with pytest.raises(SystemExit) as ending:
+        commands.list_tools(package)
+    lines = capsys.readouterr().out.splitlines()
+    assert ending.value.code == 0
+    assert all(line.startswith(f"  python -m {package}.") for line in lines)
+    monkeypatch.setattr(sys, "argv", [package, "nothing"])
+    with pytest.raises(SystemExit) as ending:
+        commands.list_tools(package)
+    assert ending.value.code == 2 and "unknown command 'nothing'" in capsys.readouterr().err
