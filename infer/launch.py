@@ -1,6 +1,5 @@
 """`python -m infer.launch`: the processes of one run, all on this machine."""
 
-import argparse
 import contextlib
 import queue
 import signal
@@ -20,15 +19,16 @@ from glm2_jax.errors import UsageError
 from glm2_jax.processes.supervise import Worker, pass_signals_on, peers_lost
 
 PROG = "python -m infer.launch"
-DESCRIPTION = """Starts a command as several processes of one run on this machine: to try out what
-is to run on several hosts, or where a host wants a process for each of its devices. Where one ends
-with an error, the others are ended, too. For several hosts, start the command on each of them with
---coordinator, --num-processes and --process-id instead; under Slurm or Kubernetes and on TPU VMs
-with --coordinator auto."""
+DESCRIPTION = """Starts a command as several processes of one run on this machine: to try out a run
+of several hosts, or to have one process per device. If one ends with an error, the
+others are ended.
+
+For several hosts, start the command on each of them with --coordinator, --num-processes and
+--process-id instead; under Slurm or Kubernetes and on TPU VMs with --coordinator auto."""
 EXAMPLE = f"""{PROG} --num-processes 2 --devices-per-process 4 -- \\
     python -m train.lora --mesh data=2,tensor=4 --data data.jsonl --output adapter"""
-_GRACE = 5.0  # seconds that processes which are ended have to end themselves
-_ECHO = 2.0  # seconds in which those that fail together, or the one that was lost, may end
+_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+_ECHO = 2.0  # seconds within which processes that fail together end
 _NO_ERROR = (0, EXIT_INTERRUPTED, EXIT_TERMINATED)
 
 
@@ -42,14 +42,13 @@ def parser() -> Parser:
     )
     group = result.add_argument_group("processes")
     group.add_argument(
-        "--num-processes", type=positive, required=True, metavar="N", help="how many to start"
+        "--num-processes", type=positive, required=True, metavar="N", help="processes to start"
     )
     group.add_argument(
         "--devices-per-process",
         type=positive,
         metavar="M",
-        help="compute on so many virtual devices of the CPU in each (default: on the devices that "
-        "each of them finds)",
+        help="virtual CPU devices in each process (default: the devices that each of them finds)",
     )
     result.add_common()
     return result
@@ -62,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = words.index("--") if "--" in words else len(words)
     args, command = parser().parse_args(words[:at]), words[at + 1 :]
     if not command:
-        raise UsageError("there is no command to start", fix="Write it after --.")
+        raise UsageError("no command to start", fix="Write it after --.")
     over: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-    workers = _start(args, command, over)
+    workers = _start(command, args.num_processes, args.devices_per_process, over)
     came = pass_signals_on(workers)
     code, cause = _wait(workers, over, came)
     if cause is None:
@@ -73,29 +72,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause)}"
     note(f"{which}; the others are ended")
     if code <= 0:
-        note("start again: a batch with --output, and a training with --resume auto, go on")
+        note("start again: a batch with --output and training with --resume auto resume")
     _end([worker for worker in workers if not worker.wait(0)])
     return code if code > 0 else EXIT_DEVICE
 
 
 def _start(
-    args: argparse.Namespace, command: list[str], over: queue.SimpleQueue[Worker]
+    command: list[str], processes: int, devices: int | None, over: queue.SimpleQueue[Worker]
 ) -> list[Worker]:
-    """The processes; each is put into the queue when it has ended."""
+    """Start the processes; each is put into the queue when it has ended."""
     environment = {}
-    if args.devices_per_process is not None:
-        environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices_per_process)}
-    flags = f"--coordinator 127.0.0.1:{_free_port()} --num-processes {args.num_processes}"
+    if devices is not None:
+        environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    flags = f"--coordinator 127.0.0.1:{_free_port()} --num-processes {processes}"
     try:
         return [
             Worker(
                 [*command, *flags.split(), "--process-id", str(number)],
                 prefix=f"process {number}: " if number else "",
                 environment=environment,
-                stdin=subprocess.DEVNULL,  # or they would take it from each other
+                stdin=subprocess.DEVNULL,  # or they would compete for it
                 ended=over.put,
             )
-            for number in range(args.num_processes)
+            for number in range(processes)
         ]
     except OSError as error:
         raise UsageError(
@@ -112,17 +111,17 @@ def _free_port() -> int:
 def _wait(
     workers: Sequence[Worker], over: queue.SimpleQueue[Worker], came: Sequence[int]
 ) -> tuple[int, Worker | None]:
-    """Waits until all have ended, or one has with an error.
+    """Wait until all have ended, or one has with an error.
 
     Returns:
-        (exit code, None) where nobody is to blame: the first that was not 0, or that of all;
-        (exit code, worker) of the one that is; 0 where it has not ended.
+        (exit code, None) where all ended alike or well: the first code that was not 0;
+        (exit code, worker) for the worker that caused an error; code 0 if it still runs.
     """
     code = 0
     for left in reversed(range(len(workers))):
         worker = over.get()
         if came and (worker.exit_code < 0 or worker.exit_code == EXIT_DEVICE):
-            # It lost another that obeyed the signal first.
+            # It lost another process that ended first by the same signal.
             code = code or interrupt.exit_code(came[0])
             continue
         code = code or worker.exit_code
@@ -137,9 +136,9 @@ def _wait(
 def _cause(
     first: Worker, left: int, over: queue.SimpleQueue[Worker], workers: Sequence[Worker]
 ) -> Worker | None:
-    """Whose end is that of the others, `left` of which run; None where all fail alike.
+    """Return the worker that made the others fail, `left` of which run; None if all fail alike.
 
-    It is the first that ended, but where that one had only lost another: the one that was lost,
+    It is the first that ended; if that one had only lost another process, it is the lost one,
     which may still run without responding.
     """
     ended, until = [first], time.monotonic() + _ECHO
@@ -165,12 +164,14 @@ def _ending(worker: Worker) -> str:
         return "stopped responding"
     code = worker.exit_code
     return (
-        f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+        f"ended with exit code {code}"
+        if code > 0
+        else f"was terminated by {signal.Signals(-code).name}"
     )
 
 
 def _end(workers: Sequence[Worker]) -> None:
-    """Ends processes that wait for one that is gone; those that can may tidy up first."""
+    """End processes that wait for a lost one; SIGTERM lets them clean up first."""
     for worker in workers:
         worker.send(signal.SIGTERM)
     until = time.monotonic() + _GRACE

@@ -1,8 +1,7 @@
 """One run of several processes, on several hosts: started together, compared, and ended together.
 
-JAX's own runtime does the work: `jax.distributed` finds the processes, and what it knows of
-clusters (Kubernetes, Slurm, TPU VMs) stays its own affair. Nothing here imports jax before it has
-to; `start` must be entered before anything else of jax is used.
+`jax.distributed` connects the processes and detects clusters (Kubernetes, Slurm, TPU VMs). Nothing
+here imports jax before it must; enter `start` before anything else of jax is used.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from glm2_jax.processes import supervise
 from glm2_jax.processes.supervise import Hosts
 
 AUTO = "auto"
-# Where things are may differ from host to host; what they hold is compared instead.
+# Paths may differ between hosts; the contents are compared instead.
 _PLACES = {
     "coordinator", "process_id", "model", "hub_source", "revision", "adapter", "prefix",
     "init_adapter", "data", "mix_data", "val_data", "guard_data", "sample_prompts", "prompt_file",
     "batch_file", "history", "output", "predictions", "checkpoints", "log_jsonl", "plot",
     "compile_cache", "config", "debug",
 }  # fmt: skip
-_ASKED_FOR = {"output", "predictions"}  # files: whether there is one has to be the same
-# What JAX raises, rather than to end the process, when the connection to another one breaks.
+_ASKED_FOR = {"output", "predictions"}  # paths that all processes or none must have
+# Errors that JAX raises when the connection to another process breaks.
 _LOST = re.compile(
     r"Gloo [\w-]+ failed|remote process exited|coordination service|unhealthy|heartbeat"
 )
-_UNLIMITED = 7 * 24 * 3600  # seconds a process that is ready waits for others that write
+_UNLIMITED = 7 * 24 * 3600  # seconds that a finished process waits for others that still write
 
 _started = False
 _hosts = Hosts()
@@ -47,35 +46,37 @@ _flags: Mapping[str, Any] = {}
 
 
 def add_host_options(parser: Parser) -> None:
-    """The flags that make a process one of several."""
+    """Add the flags that make a process one of several."""
     group = parser.add_argument_group(
-        "several processes", "The same command on each host, its number apart."
+        "several processes", "The same command on each host; only --process-id differs."
     )
     add = group.add_argument
     add(
         "--coordinator", metavar="HOST:PORT",
-        help=f"where process 0 runs, and a free port there; {AUTO} = Kubernetes, Slurm or TPU VMs "
-        "tell this and the two numbers",
+        help=f"host of process 0 and a free port there; {AUTO} = Kubernetes, Slurm or TPU VMs "
+        "provide this and the next two",
     )  # fmt: skip
-    add("--num-processes", type=_count, metavar="N", help="how many there are")
-    add("--process-id", type=_count, metavar="I", help="which of them this one is, from 0")
+    add("--num-processes", type=_count, metavar="N", help="number of processes")
+    add("--process-id", type=_count, metavar="I", help="index of this process, from 0")
     add(
         "--join-timeout", type=_seconds, default=Hosts.join_timeout, metavar="S",
-        help="seconds until the others have to be there",
+        help="seconds to wait for the other processes to start",
     )  # fmt: skip
     add(
         "--heartbeat-timeout", type=_seconds, default=Hosts.heartbeat_timeout, metavar="S",
-        help="seconds without a sign of life until a process is taken for lost, which ends the "
+        help="seconds without a heartbeat after which a process counts as lost, which ends the "
         "others",
     )  # fmt: skip
 
 
 def refuse_host_options(parser: Parser, why: str) -> None:
-    """The same flags, for a command that is not for several processes: each is an error."""
+    """Add the same flags to a command that does not support several processes: each is an error."""
 
     class Refuse(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None) -> None:
-            raise UsageError(f"{option_string}: not for this command", why, "Leave it out.")
+            raise UsageError(
+                f"{option_string}: not supported by this command", why, "Leave it out."
+            )
 
     for flag in ("--coordinator", "--num-processes", "--process-id"):
         parser.add_argument(flag, action=Refuse, help=argparse.SUPPRESS)
@@ -109,14 +110,14 @@ def start(hosts: Hosts, flags: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _tells_of_a_loss(error):
+        if _is_lost_connection(error):
             raise supervise.lost("", "The connection to it broke (--debug says how).") from error
         raise
     _leave()
 
 
 def are_several() -> bool:
-    """Whether this process is one of several."""
+    """Return whether this process is one of several."""
     return _started
 
 
@@ -126,7 +127,7 @@ def number_of_processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes files."""
+    """Return whether this process prints and writes files."""
     if not _started:
         return True
     import jax
@@ -135,9 +136,9 @@ def is_first() -> bool:
 
 
 def highest(number: int) -> int:
-    """The highest of the numbers that all processes call this with; `number` itself without others.
+    """Return the highest of the numbers that all processes call this with.
 
-    All have to call it, at the same place of their work: so they agree, for example, to end.
+    A collective: all processes must call it at the same point, for example to agree to end.
     """
     if not _started:
         return number
@@ -148,9 +149,9 @@ def highest(number: int) -> int:
 
 
 def of_first(value: Any) -> Any:
-    """What the first process calls this with, as JSON keeps it; `value` itself without others.
+    """Return the value that the first process calls this with; it must be JSON.
 
-    All have to call it, at the same place of their work; the value of the others does not count.
+    A collective: all processes must call it at the same point.
     """
     if not _started:
         return value
@@ -202,11 +203,11 @@ def _compare(facts: Mapping[str, Any]) -> None:
         if others.any():
             numbers = [str(number) for number in np.flatnonzero(others)]
             told.append(f"{name} (process{'es' * (len(numbers) > 1)} {', '.join(numbers)})")
-    jax.distributed.shutdown()  # all are here: nobody takes another's end for a loss
+    jax.distributed.shutdown()  # all are here, so that none counts another as lost
     of_flags = all(text.startswith(("--", "command", "kinds")) for text in told)
     raise (UsageError if of_flags else InputError)(
         f"the processes differ from process 0 in {', '.join(told)}",
-        "All processes of a run have to compute the same.",
+        "All processes of a run must compute the same.",
         "Start all of them with the same flags, files and version.",
     )
 
@@ -230,13 +231,13 @@ def _check(hosts: Hosts) -> bool:
         if len(absent) < 2:
             raise UsageError(
                 f"--coordinator {AUTO} contradicts --num-processes and --process-id",
-                "The cluster tells these numbers.",
+                "The cluster provides these numbers.",
                 "Leave them out, or name the coordinator: --coordinator HOST:PORT.",
             )
         return True
     if absent:
         raise UsageError(
-            f"one of several processes needs {' and '.join(absent)}, too",
+            f"one of several processes also needs {' and '.join(absent)}",
             fix="Give --coordinator HOST:PORT, --num-processes N and --process-id I, "
             f"or --coordinator {AUTO} alone.",
         )
@@ -244,19 +245,20 @@ def _check(hosts: Hosts) -> bool:
     host, _, port = hosts.coordinator.rpartition(":")
     if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(
-            f"--coordinator {hosts.coordinator} is no address",
-            fix="Write the host and a port, for example 10.0.0.1:1234.",
+            f"--coordinator must be HOST:PORT, got {hosts.coordinator}",
+            fix="For example 10.0.0.1:1234.",
         )
     if hosts.process_id >= hosts.num_processes:
         raise UsageError(
-            f"--process-id {hosts.process_id} is not below --num-processes {hosts.num_processes}",
+            f"--process-id must be below --num-processes {hosts.num_processes}, "
+            f"got {hosts.process_id}",
             fix="Number the processes from 0.",
         )
     return True
 
 
 def _join(hosts: Hosts) -> None:
-    """Finds the other processes; from here on only the first one tells what is no error."""
+    """Connect to the other processes; from here on only the first one prints notes."""
     global _started
     if hosts.process_id == 0 and hosts.coordinator is not None:
         _check_port(hosts.coordinator)
@@ -279,11 +281,11 @@ def _join(hosts: Hosts) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise DeviceError(
-            "no cluster was found" if auto else "the processes of this run cannot be joined",
+            "no cluster was found" if auto else "the processes of this run could not connect",
             f"JAX says: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
             "Give --coordinator HOST:PORT, --num-processes N and --process-id I."
             if auto
-            else "See that all processes run, with the same --coordinator.",
+            else "Check that all processes run, with the same --coordinator.",
         ) from error
     _started = True
     if jax.process_index() != 0:
@@ -292,7 +294,7 @@ def _join(hosts: Hosts) -> None:
 
 
 def _check_port(coordinator: str) -> None:
-    """JAX would end without a word where the port of the coordinator is taken."""
+    """Refuse a port that is in use: JAX would end the process without a message."""
     port = int(coordinator.rpartition(":")[2])
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
@@ -308,7 +310,7 @@ def _check_port(coordinator: str) -> None:
 
 
 def _leave() -> None:
-    """Waits for the others, so that none of them takes the end of this one for a loss."""
+    """Wait for the others, so that none of them counts this process as lost."""
     global _started
     import jax
 
@@ -321,8 +323,8 @@ _hosts = Hosts()
 _flags: Mapping[str, Any] = {}
 
 
-def _tells_of_a_loss(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is that of a connection that broke."""
+def _is_lost_connection(error: BaseException | None) -> bool:
+    """Return whether an error, or one of its causes, is a broken connection."""
     while error is not None:
         kind = type(error).__name__
         if kind in ("XlaRuntimeError", "JaxRuntimeError") and _LOST.search(str(error)):
@@ -341,5 +343,5 @@ def _count(text: str) -> int:
 def _seconds(text: str) -> int:
     """An argparse type: whole seconds, 1 or more."""
     if (number := _count(text)) < 1:
-        raise argparse.ArgumentTypeError("it takes at least a second")
+        raise argparse.ArgumentTypeError("must be at least 1 second")
     return number

@@ -1,9 +1,9 @@
-"""Commands in processes that are watched: what ends one without a word is told in a line.
+"""Supervised commands: an end in C++ is reported in a line.
 
-JAX ends a process in C++ when another one of its run is lost, or none is found: with a stack trace,
-and past every handler of Python's. So a command that is one of several runs as a child of a process
-that does nothing but watch it. The two hold the ends of a socket: into the child's C++ writes
-(Python keeps the real stdout and stderr), and where it ends, the other process is gone.
+When another process of its run is lost, or none is found, JAX aborts a process in C++, with a stack
+trace and past every handler of Python. So a command that is one of several runs as a child of a
+supervisor. A socket connects the two: what C++ writes in the child goes into it (Python keeps the
+real stdout and stderr), and when one of the two ends, the other one sees the socket close.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from glm2_jax.cli.messages import only_errors
 from glm2_jax.errors import DeviceError, GLMError
 from glm2_jax.escape import escape_controls
 
-JOINED = b"\0joined\n"  # what the child says once it has found the others
+JOINED = b"\0joined\n"  # the child sends it once it is connected to the others
 _VARIABLE = "GLM2_SUPERVISED_FD"
 _KEPT = 64  # lines of C++ that are kept for --debug
-# Where C++ begins to tell that another process is gone: nothing of it is for the user.
+# The first line of C++ about a lost process; none of the lines after it are for the user.
 _ABOUT_OTHERS = re.compile(
     rb"[WEF]\d{4} .* (coordination_service\w*|client|preemption_\w+|add_port)\.(cc|h):\d+\]"
 )
-_OF_NO_USE = re.compile(rb".*(\[Gloo\] Rank|connected peer ranks)")  # two of them may share a line
+_IGNORED = re.compile(rb".*(\[Gloo\] Rank|connected peer ranks)")  # two of them may share a line
 _UNHEALTHY = re.compile(rb"unhealthy[^:]*:((?:\s+\d+)+)\s")
 _LEADER = re.compile(rb"the leader task was preempted|Failed to send RPC to coordination")
 
 
 class Worker:
-    """A command that runs in a process of its own.
+    """A command that runs in a child process.
 
     Args:
-        command: its words.
-        prefix: of the lines that C++ writes in it.
+        command: program and arguments.
+        prefix: put before the lines that C++ writes in it.
         environment: added to that of this process.
-        stdin: as `subprocess.Popen` takes it.
+        stdin: as in `subprocess.Popen`.
         ended: called with this worker, in another thread, when it has ended.
 
     Attributes:
-        joined: whether it has found the other processes of its run.
+        joined: whether it is connected to the other processes of its run.
     """
 
     def __init__(
@@ -85,22 +85,22 @@ class Worker:
 
     @property
     def exit_code(self) -> int:
-        """Of one that has ended; a signal's is negative."""
+        """Exit code of a worker that has ended; negative for a signal."""
         return self._process.returncode
 
     @property
-    def told(self) -> bytes:
-        """What C++ wrote of other processes, or before a sudden end."""
+    def output(self) -> bytes:
+        """What C++ wrote about other processes, or before an abort."""
         return b"".join(self._held)
 
     def send(self, signum: int) -> None:
-        """Passes a signal on, which a stopped process gets when it continues."""
+        """Forward a signal; a stopped process gets it when it continues."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signum)
             self._process.send_signal(signal.SIGCONT)
 
     def is_stopped(self) -> bool:
-        """Whether it was stopped, by SIGSTOP for example, and does not run."""
+        """Return whether it is stopped, by SIGSTOP for example."""
         # macOS has no waitid before Python 3.13.
         with contextlib.suppress(ChildProcessError, AttributeError):
             states = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
@@ -108,7 +108,7 @@ class Worker:
         return False
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether it has ended, after so many seconds at most."""
+        """Wait at most so many seconds; returns whether it has ended."""
         self._waiter.join(seconds)
         return not self._waiter.is_alive()
 
@@ -123,7 +123,7 @@ class Worker:
                 for line in lines:
                     if line.endswith(JOINED):
                         self.joined = True
-                    elif _OF_NO_USE.match(line):
+                    elif _IGNORED.match(line):
                         continue
                     elif self._held or _ABOUT_OTHERS.match(line):
                         self._held = [*self._held, line][:_KEPT]
@@ -132,7 +132,7 @@ class Worker:
 
 
 def _escaped(lines: bytes) -> bytes:
-    """Lines that C++ wrote, for a terminal."""
+    """Return lines that C++ wrote as a terminal may show them."""
     return escape_controls(lines.decode(errors="replace"), keep="\n\t").encode()
 
 
@@ -157,7 +157,7 @@ def supervise(hosts: Hosts) -> int:
     came = pass_signals_on([worker])
     over.get()
     code, error = worker.exit_code, why_ended(worker, hosts)
-    if came and code < 0:  # JAX was faster: another one had obeyed the signal, and was gone
+    if came and code < 0:  # JAX was faster: another process had ended by the same signal
         code, error = interrupt.exit_code(came[0]), None
     if error is None:
         interrupt.tell(code, prefix)
@@ -165,13 +165,12 @@ def supervise(hosts: Hosts) -> int:
     if prefix:
         only_errors(name)
     if hosts.debug:
-        os.write(2, _escaped(worker.told))
+        os.write(2, _escaped(worker.output))
     return report(error)
 
 
 def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
-    """Signals that end a tool go to the workers from here on; returns the list of those that
-    came."""
+    """Forward signals that end a tool to the workers; returns the list of those that came."""
     came: list[int] = []
 
     def pass_on(signum: int, frame: object) -> None:
@@ -186,12 +185,7 @@ def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
 
 
 def why_ended(worker: Worker, hosts: Hosts) -> GLMError | None:
-    """What ended a worker that could not tell it itself; None for one that could.
-
-    Args:
-        worker: one that has ended.
-        hosts: the flags it was started with.
-    """
+    """Return what ended a worker that could not report it; None for one that could."""
     code = worker.exit_code
     if code >= 0:
         return None
@@ -202,36 +196,32 @@ def why_ended(worker: Worker, hosts: Hosts) -> GLMError | None:
         which = ", ".join(map(str, peers))
         return lost(which, "It stopped responding." if which else "JAX ended this one.")
     return DeviceError(
-        f"the command was ended by {signal.Signals(-code).name}",
-        "It could not tell why itself.",
-        "See whether the memory of this host was full; --debug shows what C++ said.",
+        f"the command was terminated by {signal.Signals(-code).name}",
+        "It could not report why.",
+        "Check whether this host ran out of memory; --debug shows the output of C++.",
     )
 
 
 def peers_lost(worker: Worker) -> list[int] | None:
-    """The processes without which JAX ended a worker, [] where it names none; None for another end.
-
-    Args:
-        worker: one that has ended.
-    """
-    if not worker.told or worker.exit_code != -signal.SIGABRT:
+    """Return the processes whose loss made JAX abort a worker; [] = unnamed, None = another end."""
+    if not worker.output or worker.exit_code != -signal.SIGABRT:
         return None
-    if tasks := _UNHEALTHY.search(worker.told):
+    if tasks := _UNHEALTHY.search(worker.output):
         return [*dict.fromkeys(map(int, tasks[1].split()))]
-    return [0] if _LEADER.search(worker.told) else []
+    return [0] if _LEADER.search(worker.output) else []
 
 
 def lost(which: str, why: str) -> DeviceError:
-    """The error of a run of which another process is gone.
+    """Return the error of a run that lost a process.
 
     Args:
-        which: its number, or several; "" where nobody knows.
-        why: how that was seen.
+        which: its number, or several; "" = unknown.
+        why: how it was noticed.
     """
     return DeviceError(
         f"process {which} of this run was lost" if which else "a process of this run was lost",
         why,
-        "See what that one said; then start all again. A training goes on with --resume auto.",
+        "Read its output, then start all again. Training resumes with --resume auto.",
     )
 
 
@@ -239,9 +229,9 @@ def _not_found(hosts: Hosts) -> DeviceError:
     where, limit = hosts.coordinator, f"within {hosts.join_timeout} s (--join-timeout)"
     if hosts.process_id == 0:
         return DeviceError(
-            f"not all {hosts.num_processes} processes have come",
-            f"This one, process 0, waited for them at {where} {limit}.",
-            "Start the others, and see that they reach that address.",
+            f"not all {hosts.num_processes} processes have connected",
+            f"Process 0 waited for them at {where} {limit}.",
+            "Start the others, and check that they can reach that address.",
         )
     return DeviceError(
         f"no coordinator at {where}",
@@ -251,12 +241,12 @@ def _not_found(hosts: Hosts) -> DeviceError:
 
 
 def is_supervised() -> bool:
-    """Whether this process is one that is watched."""
+    """Return whether this process is a supervised child."""
     return _VARIABLE in os.environ
 
 
 def connect() -> Callable[[bytes], object]:
-    """Connects a watched process with the one that watches; returns what tells it something."""
+    """Connect a supervised process to its supervisor; returns a function that sends bytes to it."""
     line = socket.socket(fileno=int(os.environ.pop(_VARIABLE)))
     interrupt.leave_the_word()
     sys.stdout, sys.stderr = (_for_python(stream, line) for stream in (sys.stdout, sys.stderr))
@@ -265,7 +255,7 @@ def connect() -> Callable[[bytes], object]:
 
 
 def _for_python(stream: Any, line: socket.socket) -> Any:
-    """The stream as Python goes on to use it, while what C++ writes into it goes into the line."""
+    """Return the stream for Python; what C++ writes to its descriptor goes into the socket."""
     stream.flush()
     number, buffering = stream.fileno(), 1 if stream.line_buffering else -1
     kept = os.dup(number)
@@ -274,7 +264,7 @@ def _for_python(stream: Any, line: socket.socket) -> Any:
 
 
 def _end_with(line: socket.socket) -> None:
-    """Ends this process when the one that watches it has ended."""
+    """End this process when its supervisor has ended."""
     with contextlib.suppress(OSError):
         line.recv(1)
     os._exit(EXIT_DEVICE)

@@ -101,7 +101,7 @@ def test_processes_with_other_flags_and_another_checkpoint_are_refused():
     first, second = (ends(process) for process in both)
     lines = [
         "error: the processes differ from process 0 in --lr (process 1), checkpoint (process 1)",
-        "All processes of a run have to compute the same.",
+        "All processes of a run must compute the same.",
         "Start all of them with the same flags, files and version.",
     ]
     assert first[:2] == second[:2] == (3, "")
@@ -129,11 +129,11 @@ def test_a_process_that_stops_to_answer_ends_the_other_one():
     assert ends(first) == (5, "[2, 8]\n", [
         "error: process 1 of this run was lost",
         "It stopped responding.",
-        "See what that one said; then start all again. A training goes on with --resume auto.",
+        "Read its output, then start all again. Training resumes with --resume auto.",
     ])  # fmt: skip
     os.kill(int(watched), signal.SIGKILL)
     code, _, err = ends(second)
-    assert code == 5 and err[0] == "process 1: error: the command was ended by SIGKILL"
+    assert code == 5 and err[0] == "process 1: error: the command was terminated by SIGKILL"
 
 
 def test_a_coordinator_that_is_not_there():
@@ -149,7 +149,7 @@ def test_a_coordinator_that_is_not_there():
 def test_the_launcher_ends_all_where_one_ends():
     code, out, err = ends(start_launcher("--do", "1:kill,loop"))
     assert (code, out) == (5, "[2, 8]\n")
-    assert "process 1 of 2 was ended by SIGKILL; the others are ended" in err
+    assert "process 1 of 2 was terminated by SIGKILL; the others are ended" in err
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -171,7 +171,7 @@ class Ended:
     """A worker as the launcher sees it: which lost `peers`, ended by itself, or runs."""
 
     def __init__(self, exit_code=None, told=b"", stopped=False):
-        self.exit_code, self.told, self.is_stopped = exit_code, told, lambda: stopped
+        self.exit_code, self.output, self.is_stopped = exit_code, told, lambda: stopped
 
     def wait(self, seconds):
         return self.exit_code is not None
@@ -189,10 +189,10 @@ LOST_0 = b"F1121 10:00:00.1 7 client.h:80] Most likely the leader task was preem
         ([Ended(), Ended(-6, LOST_0)], 0, "stopped responding"),
         ([Ended(5), Ended(stopped=True)], 1, "stopped responding"),
         ([Ended(5), Ended()], 0, "ended with exit code 5"),
-        ([Ended(-6, LOST_1), Ended(-9)], 1, "was ended by SIGKILL"),
-        ([Ended(-9), Ended(-6, LOST_0)], 0, "was ended by SIGKILL"),
+        ([Ended(-6, LOST_1), Ended(-9)], 1, "was terminated by SIGKILL"),
+        ([Ended(-9), Ended(-6, LOST_0)], 0, "was terminated by SIGKILL"),
         ([Ended(-6, LOST_1), Ended(3)], 1, "ended with exit code 3"),
-        ([Ended(-6), Ended()], 0, "was ended by SIGABRT"),
+        ([Ended(-6), Ended()], 0, "was terminated by SIGABRT"),
     ],
 )
 def test_whose_end_is_that_of_the_others(workers, cause, told, monkeypatch):
@@ -255,13 +255,13 @@ def started(*argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--process-id", "0"], "needs --coordinator and --num-processes, too"),
-        (["--coordinator", "h:1", "--num-processes", "2"], "needs --process-id, too"),
+        (["--process-id", "0"], "also needs --coordinator and --num-processes"),
+        (["--coordinator", "h:1", "--num-processes", "2"], "also needs --process-id"),
         (["--coordinator", "auto", "--process-id", "0"], "auto contradicts"),
-        (flags(2), "--process-id 2 is not below --num-processes 2"),
-        (flags(0, port="x"), "127.0.0.1:x is no address"),
-        (flags(0, port=65536), "is no address"),
-        (["--coordinator", "host", *flags(0)[2:]], "--coordinator host is no address"),
+        (flags(2), "--process-id must be below --num-processes 2, got 2"),
+        (flags(0, port="x"), "must be HOST:PORT, got 127.0.0.1:x"),
+        (flags(0, port=65536), "must be HOST:PORT"),
+        (["--coordinator", "host", *flags(0)[2:]], "must be HOST:PORT, got host"),
     ],
 )
 def test_flags_that_make_no_sense_together(argv, message):
@@ -338,14 +338,14 @@ def test_where_things_are_may_differ(monkeypatch):
 @pytest.mark.parametrize(
     ("code", "joined", "told", "message"),
     [
-        (-6, False, b"", "not all 2 processes have come"),
+        (-6, False, b"", "not all 2 processes have connected"),
         (-6, True, b"F1121 10:00:00.1 7 client.h:80] The leader task was preempted/died\n", None),
-        (-9, True, b"", "was ended by SIGKILL"),
+        (-9, True, b"", "was terminated by SIGKILL"),
         (3, True, b"E1121 ...", None),
     ],
 )
 def test_why_a_process_ended(code, joined, told, message):
-    worker = argparse.Namespace(exit_code=code, joined=joined, told=told)
+    worker = argparse.Namespace(exit_code=code, joined=joined, output=told)
     found = supervise.why_ended(worker, parsed(*flags(0)))
     if message is None and code < 0:
         message = "a process of this run was lost"
@@ -358,15 +358,15 @@ def test_a_lost_connection_is_found_among_the_causes(operation):
         pass
 
     broken = JaxRuntimeError(f"UNKNOWN: Gloo {operation} failed: Connection closed by peer\nmore")
-    assert not join._tells_of_a_loss(ValueError("Gloo AllReduce failed"))
-    assert not join._tells_of_a_loss(JaxRuntimeError("RESOURCE_EXHAUSTED"))
+    assert not join._is_lost_connection(ValueError("Gloo AllReduce failed"))
+    assert not join._is_lost_connection(JaxRuntimeError("RESOURCE_EXHAUSTED"))
     try:
         try:
             raise broken
         except RuntimeError as error:
             raise InputError("the checkpoints cannot be written") from error
     except InputError as error:
-        assert join._tells_of_a_loss(error)
+        assert join._is_lost_connection(error)
 
 
 def test_errors_alone_are_told_with_a_name(monkeypatch, capsys):

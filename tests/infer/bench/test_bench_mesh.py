@@ -119,7 +119,7 @@ def test_a_line_says_what_virtual_devices_share():
         (["--tp", "2", "--peer", "transformers"], "--peer: not on a mesh"),
         (["--mesh", "data=2", "--preset", "consumer"], "--preset: not on a mesh"),
         (["--tp", "1", "--preset", "consumer", "--peer", "transformers"], "--preset and --peer"),
-        (["--coordinator", "host:1"], "--coordinator: not for this command"),
+        (["--coordinator", "host:1"], "--coordinator: not supported by this command"),
         (["--mesh", "data=2,model=4"], "makes no sense"),
         (["--tp", "7"], "tensor=7 takes 7 devices"),
     ],

@@ -103,7 +103,7 @@ def test_flags_of_a_mesh():
     assert find_mesh(flags([]).mesh) is None and flags(["--tp", "2"]).mesh == "tensor=2"
     with pytest.raises(SystemExit):
         flags(["--tp", "2", "--mesh", "data=2"])
-    with pytest.raises(UsageError, match="not for this command"):
+    with pytest.raises(UsageError, match="not supported by this command"):
         chat_main(["--coordinator", "host:1"])
 
 
