@@ -10,40 +10,40 @@ SOURCES = ("hf", "modelscope")
 
 
 def add_model_options(parser: Parser) -> None:
-    """Which model, and how its checkpoint is to be understood."""
+    """Add the flags that name a model and say how its checkpoint is read."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         "-m",
         type=path_argument,
         metavar="DIR|NAME",
-        help="checkpoint folder, as published or converted, or OWNER/NAME of a model on a hub "
-        "(default: the bundled demo model)",
+        help="checkpoint folder, published or converted, or OWNER/NAME on a hub (default: the "
+        "bundled demo model)",
     )
     add_hub_flags(group)
     group.add_argument(
         "--rope-scaling",
         choices=("linear", "base"),
-        help="what the checkpoint's rope_ratio means, where it does not say: positions divided "
-        "(chatglm2-6b-32k) or the base multiplied (chatglm3-6b-32k, -128k)",
+        help="meaning of rope_ratio, where the checkpoint does not say it: linear divides the "
+        "positions (chatglm2-6b-32k), base multiplies the rotary base (chatglm3-6b-32k, -128k)",
     )
     group.add_argument(
         "--template",
         choices=("chatglm2", "chatglm3", "raw"),
-        help="how a prompt is written for the model (default: by the checkpoint's family)",
+        help="prompt template (default: by the checkpoint's family)",
     )
     add_family(group)
 
 
 def add_mesh_options(group: argparse._ArgumentGroup) -> None:
-    """Which devices to compute on; `glm2_jax.runtime.devices.find_mesh` reads it."""
+    """Add the flags of a mesh; `glm2_jax.runtime.devices.find_mesh` reads their value."""
     mesh = group.add_mutually_exclusive_group()
     mesh.add_argument(
         "--mesh",
         metavar="AXES",
-        help="compute on all devices together, for example data=2,tensor=4: data shares the rows, "
-        "fsdp the rows and the weights, tensor the heads, ffn and vocabulary; the sizes multiply "
-        "to the number of devices (default: one device)",
+        help="mesh axes over all devices, for example data=2,tensor=4: data shards the rows, fsdp "
+        "the rows and the weights, tensor the heads, ffn and vocabulary; the product of the sizes "
+        "is the number of devices (default: one device)",
     )
     mesh.add_argument(
         "--tp", type=_tensor_axis, dest="mesh", metavar="N", help="short for --mesh tensor=N"
@@ -56,21 +56,21 @@ def _tensor_axis(text: str) -> str:
 
 
 def add_family(group: argparse._ActionsContainer) -> None:
-    """`--family`."""
+    """Add `--family`."""
     group.add_argument(
         "--family", choices=FAMILIES, metavar="NAME",
-        help=f"the model's family, whatever the folder says: {', '.join(FAMILIES)} (default: by "
-        "the folder's configuration, special tokens, chat template and names)",
+        help=f"model family: {', '.join(FAMILIES)} (default: recognized by the folder's "
+        "configuration, special tokens, chat template and names)",
     )  # fmt: skip
 
 
 def add_hub_flags(group: argparse._ActionsContainer) -> None:
-    """`--source` and `--revision`; the values are `hub_source` and `revision`."""
+    """Add `--source` (its value is `hub_source`) and `--revision`."""
     group.add_argument(
         "--source", choices=SOURCES, dest="hub_source",
-        help="fetch a model that is given as OWNER/NAME from Hugging Face or from ModelScope; "
-        "without it the network is never used, and only a copy in the hub's cache is found",
+        help="hub to download OWNER/NAME from: Hugging Face or ModelScope (default: never use the "
+        "network, only the hub's cache)",
     )  # fmt: skip
     group.add_argument(
-        "--revision", metavar="REV", help="branch, tag or commit of such a model (default: newest)"
+        "--revision", metavar="REV", help="branch, tag or commit on the hub (default: newest)"
     )
