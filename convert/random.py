@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from glm2_jax.text.tokenizer import Tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
-FORMATS = ("bin", "safetensors")
 _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn, and taken from them at a time
 # Published beside the parameters; computed anew by whoever loads it.
@@ -66,9 +65,8 @@ def build_parser() -> Parser:
         help="the tokenizer.model to put into the folder, or a folder that holds one",
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
-    weights.add_argument("--seed", type=int, default=0, metavar="N", help="other numbers")
+    weights.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
     weights.add_argument("--dtype", choices=DTYPES, default="float16", help="type to store")
-    weights.add_argument("--format", choices=FORMATS, default="bin", help="kind of weight files")
     add_shard_size(weights, default="2GB")
     parser.add_common()
     return parser
@@ -128,7 +126,6 @@ def write_random(
     tokenizer_path: str | Path,
     *,
     dtype: str = "float16",
-    file_format: str = "bin",
     max_shard_size: int = 2 * 10**9,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -139,7 +136,7 @@ def write_random(
         destination: the new folder.
         raw: its config.json, as `official_config` gives it.
         tokenizer_path: a tokenizer.model, or a folder that holds one.
-        dtype: one of `DTYPES`; file_format: one of `FORMATS`.
+        dtype: one of `DTYPES`.
         max_shard_size: bytes of one weight file.
         seed: the same seed gives the same bytes.
         progress: called with the bytes written and to write.
@@ -153,7 +150,6 @@ def write_random(
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
     from convert.files.safetensors_writer import write_file, write_shards
-    from convert.files.torch_writer import write_torch_shards
     from convert.writing.destination import check_destination, new_checkpoint
     from glm2_jax.config import GLMConfig
     from glm2_jax.errors import UsageError
@@ -166,11 +162,10 @@ def write_random(
     check_destination(destination, None, needed=size)  # any number of layers may be asked for
     entries = random_entries(config, dtype, seed)
     size = sum(entry.nbytes for entry in entries)
-    write_weights = write_torch_shards if file_format == "bin" else write_shards
     with new_checkpoint(destination, needed=size) as temporary:
         write_file(temporary / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
         write_file(temporary / "tokenizer.model", tokenizer.model_bytes)
-        write_weights(temporary, entries, max_shard_size, progress)
+        write_shards(temporary, entries, max_shard_size, progress=progress)
     return size
 
 
@@ -245,7 +240,6 @@ def main(argv: list[str]) -> None:
             raw,
             args.tokenizer,
             dtype=args.dtype,
-            file_format=args.format,
             max_shard_size=args.max_shard_size,
             seed=args.seed,
             progress=show_progress,

@@ -63,7 +63,7 @@ def _add_what(result: Parser) -> None:
 
     add(
         "--preset", choices=("consumer",), metavar="consumer",
-        help="a 6B model on a consumer card: published, planned and measured memory and speed; "
+        help="a 6B model on a consumer card: planned and measured memory and speed; "
         "measured only on a GPU, or where --device cpu asks for it",
     )  # fmt: skip
     add("--device", choices=DEVICES, default="auto", help="where to compute")

@@ -1,10 +1,9 @@
-"""`--preset consumer`: a 6B model on a consumer card, as published, as planned and as measured."""
+"""`--preset consumer`: a 6B model on a consumer card, as planned and as measured."""
 
 from __future__ import annotations
 
 import argparse
 import textwrap
-from dataclasses import dataclass
 
 from glm2_jax.cli.messages import human_size
 from glm2_jax.config import PRESETS
@@ -19,37 +18,20 @@ from infer.memory.precision import Precision
 MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
 PROMPT = ANSWER = 2048  # tokens
+QUANTIZATIONS = ("none", "int8", "int4")
 UNMEASURED = "no accelerator here; --device cpu measures the processor"
 CHUNK = 512  # of --prefill-chunk: a card that is full has no room to read more at once
 ABOUT = (
     f"planned is the peak of weights, cache and temporaries for a prompt of {PROMPT} tokens and an "
     f"answer of {ANSWER}; what CUDA itself takes of the card is an assumption, not measured. "
-    "GB are 10^9 bytes, GiB 2^30. Published figures do not say which they are in. Measured "
-    f"prompts are read in chunks of {PREFILL_CHUNK}."
+    f"GB are 10^9 bytes, GiB 2^30. Measured prompts are prefilled in chunks of {PREFILL_CHUNK}."
 )
-
-
-@dataclass(frozen=True)
-class Published:
-    """What users of the published program report on `CARD`: bytes, tokens per second."""
-
-    name: str
-    memory: float
-    rate: float
-
-
-# By our name of the form of the layers' matrices.
-PUBLISHED = {
-    "none": Published("fp16", 13e9, 20),
-    "int8": Published("int8", 8e9, 28),
-    "int4": Published("int4", 6e9, 35),
-}
 
 
 def apply(args: argparse.Namespace) -> None:
     """Sets the flags that the preset stands for."""
     args.random = MODEL
-    args.quantize = tuple(PUBLISHED)
+    args.quantize = QUANTIZATIONS
     args.prompts, args.batches, args.contexts = (PROMPT,), (1,), (PROMPT,)
     if args.dtypes == ("auto",):
         args.dtypes = ("bfloat16",)
@@ -68,18 +50,17 @@ def render(report: Report, columns: int) -> str:
     """
     config = PRESETS[MODEL]
     lines = [*_wrapped(ABOUT, columns, "")]
-    for quantization, published in PUBLISHED.items():
+    for quantization in QUANTIZATIONS:
         precision = Precision("bfloat16", None if quantization == "none" else quantization)
         plan = plan_for(precision)
         bound = rate_bound(config, plan, BANDWIDTH)
         facts = (
-            f"published, {CARD}: {human_size(published.memory)}, {published.rate:g} tok/s",
             f"planned, {CARD}: {_both(plan.total - plan.runtime)}, and {human_size(plan.runtime)} "
             f"of CUDA; at most {bound:.0f} tok/s ({BANDWIDTH / 1e9:g} GB/s); with "
             f"{flags(precision)} --prefill-chunk {CHUNK} --max-length {PROMPT + ANSWER}",
             _measured(report, quantization),
         )
-        lines.append(f"{MODEL}, {published.name} (here {precision.name}):")
+        lines.append(f"{MODEL}, {precision.name}:")
         for fact in facts:
             lines += _wrapped(fact, columns, "  ")
     return join_lines(lines)

@@ -365,8 +365,6 @@ def test_what_was_stopped_says_so():
 def test_the_consumer_preset(capsys, nothing_measured):
     assert bench.main(["--preset", "consumer"]) == 0
     text = capsys.readouterr().out
-    for published in ("13.0 GB, 20 tok/s", "8.0 GB, 28 tok/s", "6.0 GB, 35 tok/s"):
-        assert f"published, RTX 3090 24 GB: {published}" in text
     assert text.count("planned, RTX 3090 24 GB: ") == text.count("measured: nothing") == 3
     assert "not measured: no accelerator here" in text
     assert " ".join(text.split()).count(f"--prefill-chunk {consumer.CHUNK} --max-length 4096") == 3
