@@ -140,7 +140,7 @@ def test_a_folder_that_not_all_see(tmp_path, monkeypatch, first):
     monkeypatch.setattr(join, "are_several", lambda: True)
     monkeypatch.setattr(join, "is_first", lambda: first)
     monkeypatch.setattr(join, "highest", lambda number: 1)  # another one does not see it
-    with pytest.raises(InputError, match="not all processes see"):
+    with pytest.raises(InputError, match="is not the same folder for all processes"):
         check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
 
