@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glm2_jax.cli.text_input import guess_encoding
+from glm2_jax.cli.text_input import CONVERT, bad_byte
 from glm2_jax.errors import InputError, shown
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -81,11 +81,7 @@ def _text_lines(file: BinaryIO, name: str, max_row: int) -> Iterator[str]:
         try:
             yield (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}:{number}: not UTF-8",
-                f"byte {error.start + 1} cannot be read; it looks like {guess_encoding(line)}",
-                "save it as UTF-8, or convert it: iconv -f ENCODING -t UTF-8",
-            ) from None
+            raise InputError(f"{name}:{number}: not UTF-8", bad_byte(error), CONVERT) from None
 
 
 def _header(cells: Sequence[str], name: str) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from glm2_jax.cli.json_input import parse_json
 from glm2_jax.cli.messages import human_size, note
-from glm2_jax.cli.text_input import LARGEST, guess_encoding, open_input, read_text, read_utf8
+from glm2_jax.cli.text_input import LARGEST, bad_byte, open_input, read_text, read_utf8
 from glm2_jax.errors import InputError
 from infer.datasets.formats import Message, detect, read_messages, unknown_format
 from infer.datasets.index import PACKED, DataFile
@@ -222,8 +222,6 @@ def _json(data: bytes | InputError) -> Any:
     try:
         return parse_json(data.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        return InputError(
-            "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(data)}?"
-        )
+        return InputError("not UTF-8", bad_byte(error))
     except InputError as error:
         return error

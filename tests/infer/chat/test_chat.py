@@ -146,7 +146,7 @@ def test_mistakes_in_a_pipe_are_told_and_make_the_exit_code_3(chat):
         == "error: unknown command '/undoo': did you mean /undo? (//... asks it as a question)"
     )
     assert "error: the question is too long: alone it takes" in err[1]
-    assert "top_p must be" in "".join(err) and "no such file" in "".join(err)
+    assert "top_p must be" in "".join(err) and "file not found" in "".join(err)
     code, out, err = chat(b"hi\n" + "你好\n".encode("gb18030") + b"hi\n")
     assert code == 3 and len(out) == 2 and any("not UTF-8" in line for line in err)
     assert chat("/\n")[0] == 3

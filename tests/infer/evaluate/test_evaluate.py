@@ -253,7 +253,7 @@ def test_files_that_are_no_text(toy, tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError):
         main(["--data", str(path)])
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="file not found"):
         main(["--data", str(tmp_path / "none.txt")])
 
 

@@ -231,7 +231,7 @@ def test_files_of_no_layout(tmp_path, content, reason):
 def test_no_files(tmp_path):
     with pytest.raises(InputError, match="no csv"):
         main(["--task", "choice", "--data", str(tmp_path)])
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="file not found"):
         main(["--task", "choice", "--data", str(tmp_path / "none.csv")])
 
 

