@@ -229,12 +229,7 @@ def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
     raw = official_config(args.config, layers=args.layers, dtype=args.dtype)
-    with Progress("writing", 0, show=human_size) as bar:
-
-        def show_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar(done)
-
+    with Progress("writing", show=human_size) as bar:
         size = write_random(
             args.destination,
             raw,
@@ -242,7 +237,7 @@ def main(argv: list[str]) -> None:
             dtype=args.dtype,
             max_shard_size=args.max_shard_size,
             seed=args.seed,
-            progress=show_progress,
+            progress=bar.update,
         )
     note(f"wrote {human_size(size)} of random weights in {args.dtype}, {raw['num_layers']} layers")
     print_path(args.destination)

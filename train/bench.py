@@ -12,7 +12,6 @@ import os
 import shlex
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from glm2_jax.cli.flags import add_model_options
 from glm2_jax.cli.main import EXIT_DEVICE, is_out_of_memory
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.tables import fold
 from glm2_jax.escape import join_lines, json_line
 from infer.bench.__main__ import LAYOUTS, add_random_options, one_of
 
@@ -318,10 +318,7 @@ def render(report: Report) -> str:
         lines += ["", *_lines(result, report.ceilings)]
     lines += [f"not measured: {line}" for line in report.unmeasured]
     lines += [] if report.complete else ["not measured: the rest, as it was stopped before the end"]
-    fold = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-    return join_lines(
-        part for line in lines for part in textwrap.wrap(line, columns(), **fold) or [""]
-    )
+    return join_lines(part for line in lines for part in fold(line, columns()))
 
 
 def _lines(result: Result, ceilings: Ceilings | None) -> list[str]:

@@ -94,8 +94,8 @@ def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> in
     with RunFolder(
         args.output, resume=args.resume, identity=identity, checkpoints=args.checkpoints
     ) as out:
-        with Progress("loading", 0, show=human_size) as bar:
-            method = make_method(folder, args, devices, partial(_show, bar))
+        with Progress("loading", show=human_size) as bar:
+            method = make_method(folder, args, devices, bar.update)
         with jax.default_device(devices.first):
             return _train(args, out, method, batches, sets, devices, recipe)
 
@@ -118,11 +118,6 @@ def as_checkpoint(folder: Folder) -> Any:
     return SimpleNamespace(
         tokenizer=folder.tokenizer, template=folder.template, config=folder.config
     )
-
-
-def _show(bar: Progress, done: int, total: int) -> None:
-    bar.total = total
-    bar(done)
 
 
 def _sets(

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from glm2_jax.cli.messages import _complain, note
+from glm2_jax.cli.messages import complain, note
 from glm2_jax.escape import escape_controls
 
 EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
@@ -103,30 +103,30 @@ def report(error: Exception, *, debug: bool = False) -> int:
 
     trace = "".join(traceback.format_exception(error)).splitlines()
     if debug:
-        _complain(*trace)
+        complain(*trace)
     if isinstance(error, GLMError):
-        _complain(*f"error: {error}".splitlines())
+        complain(*f"error: {error}".splitlines())
         return error.exit_code
     if is_out_of_memory(error):
         first_line = (str(error).splitlines() or ["the allocation failed"])[0]
-        _complain("error: out of memory", first_line, "try a smaller --dtype, batch or length")
+        complain("error: out of memory", first_line, "try a smaller --dtype, batch or length")
         return EXIT_DEVICE
     variable = named_variable(str(error), os.environ)
     if isinstance(error, (ValueError, RuntimeError, FloatingPointError)) and variable:
         value = os.environ[variable][:500]
         reason = str(error).splitlines()[0]
-        _complain(f"error: jax cannot use {variable}={value}", reason, f"unset {variable}")
+        complain(f"error: jax cannot use {variable}={value}", reason, f"unset {variable}")
         return EXIT_DEVICE
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free some space or write elsewhere" if full else "check the path and its rights"
         reason = error.strerror or str(error)
-        _complain(f"error: {name} cannot be read or written", reason, fix)
+        complain(f"error: {name} cannot be read or written", reason, fix)
         return EXIT_INPUT
     if not debug:
-        _complain(*trace)
-    _complain("unexpected error, please report it with the lines above")
+        complain(*trace)
+    complain("unexpected error, please report it with the lines above")
     return 1
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 
 from glm2_jax.cli.messages import human_size
+from glm2_jax.cli.tables import fold
 from glm2_jax.config import PRESETS
 from glm2_jax.escape import join_lines
 from glm2_jax.limits import PREFILL_CHUNK
@@ -49,7 +49,7 @@ def render(report: Report, columns: int) -> str:
     card's memory bandwidth allows at most, as nothing was measured there.
     """
     config = PRESETS[MODEL]
-    lines = [*_wrapped(ABOUT, columns, "")]
+    lines = fold(ABOUT, columns)
     for quantization in QUANTIZATIONS:
         precision = Precision("bfloat16", None if quantization == "none" else quantization)
         plan = plan_for(precision)
@@ -62,7 +62,7 @@ def render(report: Report, columns: int) -> str:
         )
         lines.append(f"{MODEL}, {precision.name}:")
         for fact in facts:
-            lines += _wrapped(fact, columns, "  ")
+            lines += fold(f"  {fact}", columns)
     return join_lines(lines)
 
 
@@ -74,17 +74,6 @@ def plan_for(precision: Precision) -> Plan:
 def _both(size: float) -> str:
     """In both of the units that are called gigabytes."""
     return f"{human_size(size)} ({size / 2**30:.1f} GiB)"
-
-
-def _wrapped(text: str, columns: int, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        columns,
-        initial_indent=indent,
-        subsequent_indent=f"{indent}  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def _measured(report: Report, quantization: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from glm2_jax.cli.messages import human_size
+from glm2_jax.cli.tables import fold, table
 from glm2_jax.escape import join_lines
 from infer.bench.ceilings import Ceilings
 from infer.bench.measure import Result, Variant
@@ -75,19 +76,19 @@ def render(report: Report, columns: int) -> str:
     """The report for people, at most so many columns wide where no single word is wider."""
     head = [f"{name}: {text}" for name, text in report.about.items()]
     head += [] if report.ceilings is None else ceiling_lines(report.ceilings)
-    lines = [part for line in head for part in _fold(line, columns)]
+    lines = [part for line in head for part in fold(line, columns)]
     rows = [_cells(result, report.ceilings) for result in report.results if result.seconds]
-    table = _table([HEADER, *rows]) if rows else []
-    if table and max(map(len, table)) > columns:
-        table = [
+    figures = table([HEADER, *rows], texts=4) if rows else []
+    if figures and max(map(len, figures)) > columns:
+        figures = [
             line
             for result in report.results
             if result.seconds
             for line in _record(result, report.ceilings, columns)
         ]
-    lines += ["", *table] if table else []
+    lines += ["", *figures] if figures else []
     for line in [*peer_lines(report.results), *unmeasured_lines(report)]:
-        lines += _fold(line, columns)
+        lines += fold(line, columns)
     if rows:
         lines += ["", *textwrap.wrap(report.note, columns)]
     return join_lines(lines)
@@ -192,7 +193,7 @@ def _record(result: Result, ceilings: Ceilings | None, columns: int) -> list[str
     indented = textwrap.wrap(
         facts, columns, initial_indent="  ", subsequent_indent="  ", break_long_words=False
     )
-    return [*_fold(head, columns), *indented]
+    return [*fold(head, columns), *indented]
 
 
 def _result_json(result: Result, ceilings: Ceilings | None) -> dict[str, Any]:
@@ -218,21 +219,3 @@ def _number(value: float) -> str:
 
 def _per_cent(part: float | None) -> str:
     return "?" if part is None else f"{100 * part:.0f} %"
-
-
-def _fold(line: str, columns: int) -> list[str]:
-    # Long words (commands, paths) stay whole, so that they can be copied.
-    return textwrap.wrap(
-        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if at < 4 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

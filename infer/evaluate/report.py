@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm2_jax.cli.messages import human_size
-from glm2_jax.cli.tables import _width, table
+from glm2_jax.cli.messages import human_size, text_width
+from glm2_jax.cli.tables import table
 from glm2_jax.escape import join_lines, json_line
 
 _COLUMNS = {  # of a comparison: key -> heading
@@ -53,7 +53,7 @@ def _listed(key: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     heads = list(columns.values())
     lines = table([heads, *cells], texts=_TEXTS if compared else 1)
     available = shutil.get_terminal_size().columns
-    if max(map(_width, lines)) > available:
+    if max(map(text_width, lines)) > available:
         wide = max(map(len, heads))
         lines = [
             f"{'  ' if at else '- '}{head:{wide}}  {cell}"

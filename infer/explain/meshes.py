@@ -7,10 +7,10 @@ import math
 import shutil
 from dataclasses import asdict
 
+from glm2_jax.cli.tables import fold
 from glm2_jax.errors import UsageError
 from glm2_jax.escape import join_lines, json_line
 from glm2_jax.mesh import parse_mesh
-from infer.explain.report import fold
 from infer.explain.run import find_precision, find_subject
 from infer.memory.links import LINKS, find_links
 from infer.memory.mesh_cost import mesh_cost, report

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from glm2_jax.cli.messages import cut_to_width, human_size
-from glm2_jax.cli.tables import table
+from glm2_jax.cli.tables import fold, table
 from glm2_jax.escape import escape_controls
 from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Step, Token, Values, Walk
 
@@ -336,11 +336,3 @@ def _broken(text: str, columns: int) -> Iterator[str]:
             yield part.rstrip()
             line = line[len(part) :]
         yield line
-
-
-def fold(line: str, columns: int) -> list[str]:
-    """The lines of at most `columns` that an English one becomes; an empty one stays."""
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(
-        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    ) or [""]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.cli.messages import human_size
+from glm2_jax.cli.tables import fold
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
 from infer.memory.budget import Budget, count_devices
@@ -145,13 +145,7 @@ def _mesh_text(sheet: Sheet) -> str:
 
 def wrapped(text: str, columns: int) -> list[str]:
     """Lines of at most so many columns, where words allow it."""
-    return textwrap.wrap(
-        text,
-        max(columns, 20),
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,  # flags and names of packages can be copied
-    )
+    return fold(text, max(columns, 20))
 
 
 def _wide(sheet: Sheet, first: int) -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from glm2_jax.cli.tables import fold
 from glm2_jax.escape import join_lines
 from train.data.dataset import Dataset
 from train.data.duplicates import ALIKE, PIECE, Dialogues, repeats, signature
@@ -95,7 +95,7 @@ class Report:
         )
         lines += [f"{where} nearly repeats {first}" for where, first in self.repeats[:_LISTED]]
         if columns is not None:
-            lines = [part for line in lines for part in _wrap(line, columns)]
+            lines = [part for line in lines for part in fold(line, columns)]
         return join_lines([*lines, *self._lengths(_WIDTH if columns is None else columns)])
 
     def _lengths(self, columns: int) -> list[str]:
@@ -190,12 +190,6 @@ def draw(report: Report, path: str) -> None:
     axes.set(xlabel="tokens", ylabel="sequences", title=title)
     axes.grid(True, axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
-
-
-def _wrap(line: str, columns: int) -> list[str]:
-    return textwrap.wrap(
-        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
 
 
 def _round_numbers():

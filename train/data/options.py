@@ -112,12 +112,7 @@ def open_dataset(
         raise UsageError("--mix-ratio needs --mix-data", fix="name the file of general rows")
     files = [split_weight(text) for text in args.data] if other is None else [(other, 1.0)]
     ratio = 0.1 if args.mix_ratio is None else args.mix_ratio
-    with Progress("reading data", 0, show=human_size) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar(done)
-
+    with Progress("reading data", show=human_size) as bar:
         return Dataset.open(
             [path for path, _ in files],
             tokenizer=checkpoint.tokenizer,
@@ -131,7 +126,7 @@ def open_dataset(
             weights=[weight for _, weight in files],
             mix=None if args.mix_data is None or other is not None else (args.mix_data, ratio),
             on_note=note,
-            progress=show,
+            progress=bar.update,
         )
 
 
@@ -147,13 +142,8 @@ def look_at(args: argparse.Namespace, dataset: Dataset) -> int | None:
         print(print_sample(dataset, args.print_sample))
     if not args.check_data:
         return None
-    with Progress("comparing rows", 0) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar(done)
-
-        report = check(dataset, show)
+    with Progress("comparing rows") as bar:
+        report = check(dataset, bar.update)
     print(report.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if args.plot is not None:
         draw(report, args.plot)

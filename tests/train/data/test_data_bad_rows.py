@@ -201,7 +201,9 @@ def test_text_that_is_not_utf8(tmp_path):
     path = tmp_path / "data"
     row = json.dumps(alpaca("今天天气怎么样", "今天天气很好"), ensure_ascii=False)
     path.write_bytes(row.encode("gb18030"))
-    with pytest.raises(InputError, match=r"data:1: not UTF-8: byte 18 cannot be read; it may be GB18030"):
+    with pytest.raises(
+        InputError, match=r"data:1: not UTF-8: byte 18 cannot be read; it may be GB18030"
+    ):
         open_files([path])
     path.write_bytes(f"[{row},".encode() + row.encode("gb18030") + b"]")
     with pytest.raises(InputError, match=r"1 of 2 rows .*\n.*data, row 2: not UTF-8"):
