@@ -13,7 +13,7 @@ from glm2_jax.escape import escape_controls, join_lines
 
 _CLEAR = "\r\x1b[K"  # the line of a terminal
 _speaker: str | None = None  # set in a process that prints only errors, after this name
-_shown = False  # whether a progress line is on the terminal
+_shown_on: TextIO | None = None  # the terminal that a progress line is on
 
 
 class Progress:
@@ -52,18 +52,19 @@ class Progress:
             done: the amount.
             more: a figure to show after the rate.
         """
-        global _shown
+        global _shown_on
         now = time.monotonic()
         if now - self.last < self.interval:
             return
         self.last = now
         rate = (done - self.before) / (now - self.start)
         line = f"{escape_controls(self.label)}: {self.show(done)} of {self.show(self.total)}"
-        line += f", {self.show(rate)}/s, {escape_controls(more) + ', ' if more else ''}"
-        line += f"{max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
+        line += f", {self.show(rate)}/s{', ' + escape_controls(more) if more else ''}"
+        if rate > 0:
+            line += f", {max(self.total - done, 0) / rate:.0f} s left"
         if self.terminal:  # a line that wraps could not be cleared
             line = _CLEAR + cut_to_width(line, _columns(self.stream) - 1)
-            _shown = True
+            _shown_on = self.stream
         _print(line if self.terminal else f"{line}\n", self.stream)
 
     def update(self, done: float, total: float) -> None:
@@ -73,10 +74,10 @@ class Progress:
 
     def close(self) -> None:
         """Clear the line on a terminal; elsewhere the lines stay."""
-        global _shown
+        global _shown_on
         if self.terminal:
             _print(_CLEAR, self.stream)
-            _shown = False
+            _shown_on = None
 
     def __enter__(self) -> "Progress":
         return self
@@ -94,7 +95,8 @@ def only_errors(name: str) -> None:
 def note(text: str) -> None:
     """Print a line for the user that is not part of the answer: on stderr, escaped."""
     if _speaker is None:
-        _print(f"{_CLEAR if _shown else ''}{escape_controls(text)}\n")
+        clear = _CLEAR if _shown_on is sys.stderr else ""
+        _print(f"{clear}{escape_controls(text)}\n")
 
 
 def complain(*lines: str) -> None:
