@@ -7,7 +7,6 @@ import codecs
 import contextlib
 import errno
 import io
-import math
 import os
 import re
 import stat
@@ -58,15 +57,13 @@ def read_utf8(path: str | os.PathLike[str]) -> str:
 def read_text(file: BinaryIO, name: str) -> str:
     """Read the rest of an open file; InputError if it is larger than LARGEST, or not UTF-8."""
     size = os.fstat(file.fileno()).st_size if _is_kind(file, stat.S_ISREG) else 0
-    parts, left = [], LARGEST + 1  # in pieces: reading all at once would allocate the limit
-    while size <= LARGEST and left and (piece := file.read(min(_PIECE, left))):
-        parts.append(piece)
-        left -= len(piece)
-    if size > LARGEST or not left:
+    # For a file of known size `read(LARGEST + 1)` would reserve that much memory.
+    data = b"" if size > LARGEST else file.read() if size else file.read(LARGEST + 1)
+    if max(size, len(data)) > LARGEST:
         has = human_size(size) if size else "more"
         why = f"it has {has}, and a text may have {human_size(LARGEST)}"
         raise InputError(f"cannot read {name}", why)
-    return decode_utf8(b"".join(parts), name)
+    return decode_utf8(data, name)
 
 
 def read_lines(
@@ -84,11 +81,10 @@ def read_lines(
         if it is longer than MAX_LINE.
 
     Raises:
-        InputError: the bytes are UTF-16 or UTF-32, or are more than LARGEST from a device.
+        InputError: the bytes are UTF-16 or UTF-32.
         EndlessLine: a line of a pipe or device does not end.
     """
     refuse_wide(file.peek() if isinstance(file, io.BufferedReader) else b"", name)
-    left = LARGEST if _is_kind(file, stat.S_ISCHR) else math.inf
     for number in count(1):
         try:
             line = read_line(file, f"{name}:{number}", seen)
@@ -99,9 +95,6 @@ def read_lines(
             continue
         if not line:
             return
-        left -= len(line)
-        if left < 0:
-            raise InputError(f"cannot read {name}", f"it has more than {human_size(LARGEST)}")
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
