@@ -59,7 +59,11 @@ def new_output(
             work.mkdir(mode=0o700, exist_ok=True)
             if work.is_symlink() or work.stat().st_uid != os.geteuid():
                 raise PermissionError(errno.EACCES, f"{work} belongs to another user")
-            with writer_lock(work / "lock", destination), always(lambda: _close(destination)):
+            with contextlib.ExitStack() as opened:
+                locked = opened.enter_context(writer_lock(work / "lock", destination))
+                if not locked and new.exists():
+                    raise FileExistsError(errno.EEXIST, f"another process may be using {work}")
+                opened.enter_context(always(lambda: _close(destination)))
                 _settle(destination)
                 if os.path.lexists(destination):
                     check()
@@ -120,7 +124,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def writer_lock(path: Path, output: Path) -> contextlib.AbstractContextManager:
-    """Lock a file until the returned context, or the process, ends.
+    """Lock a file until the returned context, or the process, ends; it gives None without locks.
 
     Args:
         path: the file; made if missing.

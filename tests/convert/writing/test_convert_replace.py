@@ -153,6 +153,10 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", flock)
     save(tmp_path / "own")
     assert "has no locks" in capsys.readouterr().err and names(tmp_path) == ["own"]
+    (tmp_path / ".own.unfinished/new").mkdir(parents=True)
+    with pytest.raises(InputError, match="another process may be using .*own.unfinished"):
+        save(tmp_path / "own", overwrite=True)
+    assert names(tmp_path) == [".own.unfinished", "own"]
 
 
 def test_the_folder_of_another_user_is_not_written_into(tmp_path):
