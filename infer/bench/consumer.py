@@ -20,7 +20,7 @@ CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
 PROMPT = ANSWER = 2048  # tokens
 QUANTIZATIONS = ("none", "int8", "int4")
 UNMEASURED = "no accelerator here; --device cpu measures the processor"
-CHUNK = 512  # of --prefill-chunk: a card that is full has no room to read more at once
+CHUNK = 512  # of --prefill-chunk: a full card has no room for the temporaries of more
 ABOUT = (
     f"planned is the peak of weights, cache and temporaries for a prompt of {PROMPT} tokens and an "
     f"answer of {ANSWER}; what CUDA itself takes of the card is an assumption, not measured. "
@@ -29,7 +29,7 @@ ABOUT = (
 
 
 def apply(args: argparse.Namespace) -> None:
-    """Sets the flags that the preset stands for."""
+    """Set the flags that the preset stands for."""
     args.random = MODEL
     args.quantize = QUANTIZATIONS
     args.prompts, args.batches, args.contexts = (PROMPT,), (1,), (PROMPT,)
@@ -38,15 +38,15 @@ def apply(args: argparse.Namespace) -> None:
 
 
 def wanted(args: argparse.Namespace, platform: str) -> bool:
-    """Whether to measure: on a CPU, which is no such card, only for those who ask for it."""
+    """Return whether to measure: on a CPU only if --device asks for it."""
     return platform != "cpu" or args.device == "cpu"
 
 
 def render(report: Report, columns: int) -> str:
-    """The figures side by side, a paragraph for each form of the weights.
+    """Return the planned and measured figures, a paragraph per quantization.
 
-    The plan is of `PROMPT` and `ANSWER` tokens, read in chunks of `CHUNK`; its speed is what the
-    card's memory bandwidth allows at most, as nothing was measured there.
+    The plan is for `PROMPT` and `ANSWER` tokens with a prefill in chunks of `CHUNK`; its speed is
+    the bound that the card's memory bandwidth sets, not a measurement.
     """
     config = PRESETS[MODEL]
     lines = fold(ABOUT, columns)
@@ -67,12 +67,12 @@ def render(report: Report, columns: int) -> str:
 
 
 def plan_for(precision: Precision) -> Plan:
-    """What a prompt and an answer of the preset take, with the flags that it recommends."""
+    """Return the memory plan of the preset, with the flags that it recommends."""
     return make_plan(PRESETS[MODEL], precision, PROMPT + ANSWER, chunk=CHUNK)
 
 
 def _both(size: float) -> str:
-    """In both of the units that are called gigabytes."""
+    """Write a size in GB and GiB."""
     return f"{human_size(size)} ({size / 2**30:.1f} GiB)"
 
 

@@ -105,7 +105,7 @@ def unused_keys(row: Mapping[str, Any], fmt: str) -> Iterator[str]:
                 found[f"{name} in {key}"] = None
         if not _is_answer(entry):
             asked = [name for name in MARKS if _flag(entry.get(name)) is True]
-            found |= dict.fromkeys(f"{name} of messages that are no answers" for name in asked)
+            found |= dict.fromkeys(f"{name} of messages that are not answers" for name in asked)
     yield from found
 
 
@@ -117,7 +117,9 @@ def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
     """
     messages = _pair(row, fmt) if fmt in _PAIRS else _conversation(row, fmt)
     if not absent(_value(row, "tools")):
-        raise InputError("tools stand beside the messages", "write them into the system message")
+        raise InputError(
+            "the row has tools outside its messages", "write them into the system message"
+        )
     kept = []
     for number, message in enumerate(messages, 1):
         system = message["role"] == "system"

@@ -337,7 +337,9 @@ class _Elements:
                 self._advance(self.at + 1)
                 self._next_char()
             elif char != "]":
-                why = "there is no comma after a row" if char else "the array has no end"
+                why = (
+                    "a comma is missing after a row" if char else "the end of the array is missing"
+                )
                 raise self._broken(why, self.at)
         self._advance(self.at + 1)
         if self._next_char():

@@ -55,7 +55,7 @@ BAD_ROWS = [
     (alpaca(history=[["Q"]]), "turn 1 of the history"),
     (alpaca(history=[["Q", "A"], ["", "A"]]), "message 3 (user) is empty"),
     (alpaca(history=[["Q", ""]]), "message 2 (assistant) is empty"),
-    (alpaca(tools=[{"name": "f"}]), "tools stand beside the messages"),
+    (alpaca(tools=[{"name": "f"}]), "the row has tools outside its messages"),
     ({"content": 1, "summary": "A"}, "content is not a string"),
     ({"content": "Q", "summary": ""}, "summary is empty"),
     ({"conversations": []}, "the conversation does not begin with a question"),
