@@ -5,16 +5,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from glm2_jax.choices import FAMILIES, ROPE_KINDS
 from glm2_jax.errors import CheckpointError
 from glm2_jax.family import (
-    FAMILIES,
     config_signs,
     decide_family,
     named_family,
     tokenizer_signs,
 )
 
-ROPE_KINDS = ("linear", "base")
 MAX_SIZE = 2**31 - 1  # positions and ids are int32
 
 # Keys of config.json with the only value that this implementation computes, and the value that

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from glm2_jax.choices import FAMILIES
 from glm2_jax.errors import CheckpointError
 
-FAMILIES = ("chatglm2", "chatglm3", "codegeex2")
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 _CHATGLM3 = frozenset({"chatglm3"})

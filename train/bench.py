@@ -19,14 +19,14 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.flags import add_model_options
 from glm2_jax.cli.main import EXIT_DEVICE, is_out_of_memory
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.parser import Parser
 from glm2_jax.escape import join_lines, json_line
-from infer.bench.__main__ import LAYOUTS, add_random_options, one_of
+from infer.bench.__main__ import add_random_options, one_of
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, LoRA
@@ -66,7 +66,7 @@ def parser() -> Parser:
         "(default: as stored; random weights: none)",
     )  # fmt: skip
     add(
-        "--layout", type=one_of(LAYOUTS), default="stacked", metavar="A,B",
+        "--layout", type=one_of(LAYER_LAYOUTS), default="stacked", metavar="A,B",
         help="how the layers lie in memory: stacked, as train.lora has them, or list",
     )  # fmt: skip
     add("--batch-size", type=arguments.positive, default=4, metavar="N", help="rows of a step")

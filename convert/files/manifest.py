@@ -9,17 +9,17 @@ from typing import Any
 
 from convert.files.shards import WEIGHT_FILES, Weights, open_weights, read_json
 from convert.files.tensor import is_plain_name, reading, regular_file_size
-from glm2_jax.config import ROPE_KINDS, shorten
+from glm2_jax.choices import ROPE_KINDS, STORED_DTYPES, TEMPLATES
+from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
 from glm2_jax.schemes import SCHEMES, Scheme
-from glm2_jax.text.prompt import TEMPLATES
 
 MANIFEST = "manifest.json"
 FORMAT = "glm2-jax"
 FORMAT_VERSION = 1
 
 _CHOICES = {
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": STORED_DTYPES,
     "rope_kind": ROPE_KINDS,
     "template": TEMPLATES,
     "quantization": (None, *SCHEMES),

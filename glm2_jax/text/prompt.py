@@ -8,10 +8,10 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glm2_jax.choices import TEMPLATES
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
 
-TEMPLATES = ("chatglm2", "chatglm3", "raw")
 ROLES = ("system", "user", "assistant", "observation")
 Reply = str | Sequence[Mapping[str, Any]]  # an answer of a history: text, or ChatGLM3 messages
 Turns = Sequence[Sequence[Any]]  # [question, Reply]

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.parser import Parser
@@ -22,7 +22,6 @@ memory or device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --random chatglm2-6b --quantize none,int8,int4 --batches 1,64
   {PROG} --model chatglm2-6b --dtypes float32,bfloat16 --peer transformers
   {PROG} --random chatglm2-6b --mesh data=2,tensor=4"""
-LAYOUTS = ("stacked", "list")
 
 
 def parser() -> Parser:
@@ -78,7 +77,7 @@ def _add_what(result: Parser) -> None:
         "(default: as stored; random weights: none)",
     )  # fmt: skip
     add(
-        "--layout", type=one_of(LAYOUTS), metavar="A,B",
+        "--layout", type=one_of(LAYER_LAYOUTS), metavar="A,B",
         help="how the layers lie in memory, stacked or list (default: by device)",
     )  # fmt: skip
     add(

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from glm2_jax.choices import ROPE_KINDS
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument, use_utf8
 from glm2_jax.cli.flags import add_family
@@ -45,7 +46,7 @@ def parser() -> Parser:
     )
     group.add_argument(
         "--rope-scaling",
-        choices=("linear", "base"),
+        choices=ROPE_KINDS,
         help="what the checkpoint's rope_ratio means, where it does not say",
     )
     add_family(group)
