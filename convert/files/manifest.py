@@ -43,7 +43,7 @@ class Manifest:
     Attributes:
         source: the folder or the training run that it was made from.
         dtype: type of the weights, e.g. "bfloat16".
-        quantization: None, or the name of one of `glm2_jax.quant.SCHEMES`.
+        quantization: None, or the name of one of `glm2_jax.schemes.SCHEMES`.
         rope_kind: "linear" or "base".
         template: prompt template.
         files: name -> size and sum, of every file but the manifest itself.

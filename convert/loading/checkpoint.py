@@ -12,9 +12,9 @@ from convert.loading.params import load_params
 from glm2_jax.choices import LAYER_LAYOUTS
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
-from glm2_jax.quant import Scheme
 from glm2_jax.runtime.devices import find_device
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
+from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import check_mesh
 from glm2_jax.text.tokenizer import Tokenizer
 

@@ -20,7 +20,8 @@ from convert.random import NAME as RANDOM
 from glm2_jax import KVCache, last_logits
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.errors import GLMError
-from glm2_jax.quant import SCHEMES, QTensor
+from glm2_jax.quant import QTensor
+from glm2_jax.schemes import SCHEMES
 from glm2_jax.text.prompt import build_prompt
 from infer.engine.call import bucket
 from infer.engine.engine import Engine

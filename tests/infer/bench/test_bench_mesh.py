@@ -120,7 +120,7 @@ def test_a_line_says_what_virtual_devices_share():
         (["--mesh", "data=2", "--preset", "consumer"], "--preset: not on a mesh"),
         (["--tp", "1", "--preset", "consumer", "--peer", "transformers"], "--preset and --peer"),
         (["--coordinator", "host:1"], "--coordinator: not supported by this command"),
-        (["--mesh", "data=2,model=4"], "makes no sense"),
+        (["--mesh", "data=2,model=4"], "is not valid"),
         (["--tp", "7"], "tensor=7 takes 7 devices"),
     ],
 )

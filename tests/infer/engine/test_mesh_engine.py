@@ -75,8 +75,11 @@ def test_meshes_that_make_no_sense_are_told_by_the_command(found):
     assert bad["--tp 4"][1:3] == [
         "The mesh tensor=4 takes 4 devices.", "There are 8 devices, and a mesh takes all of them.",
     ]  # fmt: skip
-    assert "'x' is no size of tensor" in bad["--mesh data=2,tensor=x"][2]
-    assert "'model' is no axis" in bad["--mesh data=2,model=4"][2]
+    assert (
+        "size of tensor must be a whole number of at least 1, got 'x'"
+        in bad["--mesh data=2,tensor=x"][2]
+    )
+    assert "'model' is not an axis" in bad["--mesh data=2,model=4"][2]
 
 
 def test_a_mesh_in_python():
@@ -86,8 +89,8 @@ def test_a_mesh_in_python():
     device = jax.devices()[0]
     other = Mesh(np.array([device]), ("x",))
     for bad, kind, words in (
-        ({"model": 1}, None, "makes no sense"),
-        ({"data": 0}, None, "makes no sense"),
+        ({"model": 1}, None, "is not valid"),
+        ({"data": 0}, None, "is not valid"),
         ({"data": 3}, None, "takes 3 devices"),
         (7, None, "is no mesh"),
         (other, None, "with the axes x"),

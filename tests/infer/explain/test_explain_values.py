@@ -14,7 +14,7 @@ from glm2_jax.cli.messages import cut_to_width
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.context import token_context
 from glm2_jax.limits import SCORES
-from glm2_jax.quant import SCHEMES
+from glm2_jax.schemes import SCHEMES
 from glm2_jax.text.prompt import build_prompt
 from infer.engine.params import SamplingParams
 from infer.explain import report, stages, values
