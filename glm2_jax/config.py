@@ -195,14 +195,16 @@ class GLMConfig:
         if family is None:
             signs = [*config_signs(raw), *tokenizer_signs(tokenizer_config or {})]
             family = decide_family(signs, "config.json")
-        numbers = {name: _number(raw, name, getattr(cls, name)) for name in _NUMBERS}
-        ratio = numbers["rope_ratio"]
+        values: dict[str, Any] = {
+            **{name: _integer(raw, name, default) for name, default in _DIMENSIONS.items()},
+            **{name: _number(raw, name, getattr(cls, name)) for name in _NUMBERS},
+        }
+        ratio = values["rope_ratio"]
         rope_kind = str(rope_kind or raw.get("rope_kind") or _rope_kind(family, ratio))
         if family is None:
             family = "chatglm3" if ratio != 1.0 and rope_kind == "base" else "chatglm2"
         return cls(
-            **{name: _integer(raw, name, default) for name, default in _DIMENSIONS.items()},
-            **numbers,
+            **values,
             rope_kind=rope_kind,
             rope_table_dtype=raw.get("rope_table_dtype", "float32"),
             logn_scaling=_flag(raw, "logn_scaling"),
@@ -307,8 +309,9 @@ def _rope_kind(family: str | None, ratio: float) -> str:
 
 
 def _preset(family: str, seq_length: int, rope_ratio: float = 1.0) -> GLMConfig:
+    sizes: dict[str, Any] = {**_DIMENSIONS, "num_kv_heads": 2, "seq_length": seq_length}
     return GLMConfig(
-        **{**_DIMENSIONS, "num_kv_heads": 2, "seq_length": seq_length},
+        **sizes,
         rope_ratio=rope_ratio,
         rope_kind=_rope_kind(family, rope_ratio),
         family=family,

@@ -92,7 +92,7 @@ def test_a_mesh_in_python():
         ({"model": 1}, None, "is not valid"),
         ({"data": 0}, None, "is not valid"),
         ({"data": 3}, None, "takes 3 devices"),
-        (7, None, "is no mesh"),
+        (7, None, "is not a mesh"),
         (other, None, "with the axes x"),
         (mesh, "cpu", "contradicts"),
         ("data=1", device, "takes all of a kind"),
