@@ -1,4 +1,4 @@
-"""What one step learns from."""
+"""The arrays that one training step learns from."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import flax.struct
 
 @flax.struct.dataclass
 class Batch:
-    """Rows that hold token sequences, one or several in each.
+    """Rows of one or several token sequences each.
 
-    A step that accumulates gradients takes arrays [A, B, T]: A times as many rows, B at once.
+    With gradient accumulation the arrays are [A, B, T]: A micro-batches of B rows.
 
     Attributes:
         tokens: int32 [B, T].
