@@ -103,11 +103,7 @@ class Devices:
 
 
 def state_sharding(
-    optimizer: optax.GradientTransformation,
-    trained: Any,
-    mesh: Mesh,
-    *,
-    loss_scaling: bool = False,
+    optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh, *, loss_scaling: bool = False
 ) -> State:
     """Return the shardings of a state: moments like the arrays they belong to, the rest complete.
 

@@ -25,23 +25,15 @@ _BAD_IN_A_ROW = 5  # steps after which leaving them out does not help
 
 @dataclass
 class Position:
-    """The progress of a run, saved with its arrays.
+    """The progress of a run, saved with its arrays."""
 
-    Attributes:
-        step: steps taken.
-        best: lowest finite loss of an evaluation, None before the first.
-        best_step: steps taken then.
-        waited: evaluations since.
-        skipped: steps that changed nothing.
-        losses: name of a set, or "training" -> first and last [step, loss], None for a loss that
-            is not finite.
-    """
-
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    waited: int = 0
-    skipped: int = 0
+    step: int = 0  # steps taken
+    best: float | None = None  # lowest finite loss of an evaluation, None before the first
+    best_step: int = 0  # steps taken then
+    waited: int = 0  # evaluations since
+    skipped: int = 0  # steps that changed nothing
+    # name of a set, or "training" -> first and last [step, loss], None for a loss that is not
+    # finite
     losses: dict[str, list[list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,39 +68,27 @@ class Position:
 
 @dataclass
 class Loop:
-    """Takes the steps of a run.
+    """Takes the steps of a run."""
 
-    Attributes:
-        step: (state, batch, number of the step from 0) -> (state, metrics); the state is used up.
-        evaluate: state -> name of a set -> its figures, `loss` among them; None = nothing to
-            evaluate. The first set decides which evaluation is the best.
-        rate: number of updates so far -> learning rate of the next, for the log.
-        device: whose memory is logged.
-        batches: the data.
-        total: steps to take.
-        save_every: steps between checkpoints.
-        log: of every step and evaluation.
-        checkpoints: of the state.
-        stopping: asked after every step, by all processes.
-        eval_every: steps between evaluations; None = only at the end.
-        early_stop: evaluations without a lower loss after which the run ends; None = it does not.
-        best: checkpoints of the best evaluation; None = do not keep it.
-        skip_bad: leave a step out where its loss or gradient is not finite, instead of ending.
-    """
-
+    # (state, batch, number of the step from 0) -> (state, metrics); the state is used up
     step: Callable[[Any, Any, int], tuple[Any, Metrics]]
+    # state -> name of a set -> its figures, `loss` among them; None = nothing to evaluate. The
+    # first set decides which evaluation is the best
     evaluate: Callable[[Any], dict[str, dict[str, float]]] | None
+    # number of updates so far -> learning rate of the next, for the log
     rate: Callable[[int], float]
-    device: Any
-    batches: Batches
-    total: int
-    save_every: int
-    log: Log
-    checkpoints: Checkpoints
-    stopping: Stopping
-    eval_every: int | None = None
+    device: Any  # whose memory is logged
+    batches: Batches  # the data
+    total: int  # steps to take
+    save_every: int  # steps between checkpoints
+    log: Log  # of every step and evaluation
+    checkpoints: Checkpoints  # of the state
+    stopping: Stopping  # asked after every step, by all processes
+    eval_every: int | None = None  # steps between evaluations; None = only at the end
+    # evaluations without a lower loss after which the run ends; None = it does not
     early_stop: int | None = None
-    best: Checkpoints | None = None
+    best: Checkpoints | None = None  # checkpoints of the best evaluation; None = do not keep it
+    # leave a step out where its loss or gradient is not finite, instead of ending
     skip_bad: bool = False
 
     def __post_init__(self) -> None:

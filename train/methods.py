@@ -33,22 +33,14 @@ Progress = Callable[[int, int], None]
 
 
 class Method(ABC):
-    """What a run trains.
+    """What a run trains."""
 
-    Attributes:
-        checkpoint: the model that it starts from.
-        base: frozen parameters; None = none.
-        trained: the trained arrays before the first step, float32.
-        dtype: that all parameters are computed in; None = their own.
-        computed: dtype of the activations.
-        effective: makes the adapter from the trained arrays; None = they are the adapter.
-    """
-
-    checkpoint: Checkpoint
-    base: Any
-    trained: Any
-    dtype: np.dtype | None
-    computed: np.dtype
+    checkpoint: Checkpoint  # the model that it starts from
+    base: Any  # frozen parameters; None = none
+    trained: Any  # the trained arrays before the first step, float32
+    dtype: np.dtype | None  # that all parameters are computed in; None = their own
+    computed: np.dtype  # dtype of the activations
+    # makes the adapter from the trained arrays; None = they are the adapter
     effective: Callable[[LoRA], LoRA] | None = None
 
     @property

@@ -29,19 +29,12 @@ def warmup_steps(warmup: float, steps: int) -> int:
 
 @flax.struct.dataclass
 class Schedule:
-    """The learning rate of a step, made by `make_schedule`: a pytree of scalars.
+    """The learning rate of a step, made by `make_schedule`: a pytree of scalars."""
 
-    Attributes:
-        kind: int32, index in `train.options.SCHEDULES`.
-        lr: float32, the highest rate.
-        rising: float32, warm-up steps.
-        falling: float32, steps after them, at least 1.
-    """
-
-    kind: Any
-    lr: Any
-    rising: Any
-    falling: Any
+    kind: Any  # int32, index in `train.options.SCHEDULES`
+    lr: Any  # float32, the highest rate
+    rising: Any  # float32, warm-up steps
+    falling: Any  # float32, steps after them, at least 1
 
     def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
         """Return the rate of a step, counted from 0."""
@@ -88,23 +81,14 @@ def make_optimizer(
 
 @flax.struct.dataclass
 class Numbers:
-    """What a run may choose without compiling its step again: a pytree of scalars.
+    """What a run may choose without compiling its step again: a pytree of scalars."""
 
-    Attributes:
-        schedule: see `Schedule`.
-        weight_decay: see `make_optimizer`.
-        clip: see `make_optimizer`; None (no scalar: another program) = no clipping.
-        noise: strength of noise on the embeddings (NEFTune, arXiv 2310.05914); None = no noise.
-        scale: target -> scale of the adapter that is trained; None without an adapter.
-        kept: the share of its inputs that dropout keeps; None without dropout.
-    """
-
-    schedule: Schedule
-    weight_decay: Any
-    clip: Any
-    noise: Any
-    scale: Any
-    kept: Any
+    schedule: Schedule  # see `Schedule`
+    weight_decay: Any  # see `make_optimizer`
+    clip: Any  # see `make_optimizer`; None (no scalar: another program) = no clipping
+    noise: Any  # strength of noise on the embeddings (NEFTune, arXiv 2310.05914); None = no noise
+    scale: Any  # target -> scale of the adapter that is trained; None without an adapter
+    kept: Any  # the share of its inputs that dropout keeps; None without dropout
 
     @classmethod
     def of(

@@ -55,29 +55,19 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a training run.
+    """All settings of a training run."""
 
-    Attributes:
-        command: such as "python -m train.lora".
-        default_lr: learning rate for a wide model, where none is given.
-        choice: the base model, its dtype, and the devices.
-        data: the rows to learn from.
-        adapter: None = train all parameters.
-        training: optimizer and batches; numbers that depend on data and model may be None, see
-            `train.defaults.choose`.
-        evaluation: during training.
-        output: result, checkpoints and log.
-        compile_cache: folder of compiled programs, or "off"; None = in the user's cache folder.
-    """
-
-    command: str
-    default_lr: float
-    choice: ModelChoice
-    data: DataOptions
-    adapter: AdapterOptions | None
+    command: str  # such as "python -m train.lora"
+    default_lr: float  # learning rate for a wide model, where none is given
+    choice: ModelChoice  # the base model, its dtype, and the devices
+    data: DataOptions  # the rows to learn from
+    adapter: AdapterOptions | None  # None = train all parameters
+    # optimizer and batches; numbers that depend on data and model may be None, see
+    # `train.defaults.choose`
     training: TrainingOptions
-    evaluation: EvaluationOptions
-    output: OutputOptions
+    evaluation: EvaluationOptions  # during training
+    output: OutputOptions  # result, checkpoints and log
+    # folder of compiled programs, or "off"; None = in the user's cache folder
     compile_cache: str | None
 
     def settings(self) -> dict[str, Any]:

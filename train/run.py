@@ -183,12 +183,7 @@ def _contents(sets: Sets) -> dict[str, Any]:
 
 
 def _train(
-    recipe: Recipe,
-    out: RunFolder,
-    method: Method,
-    batches: Batches,
-    sets: Sets,
-    devices: Devices,
+    recipe: Recipe, out: RunFolder, method: Method, batches: Batches, sets: Sets, devices: Devices
 ) -> int:
     """Take the steps and write the result; return the exit code."""
     total = count_steps(recipe.training, batches)

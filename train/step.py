@@ -28,15 +28,10 @@ _STEPS_TO_DOUBLE = 2000
 
 @flax.struct.dataclass
 class LossScale:
-    """A factor on float16 losses, so that small gradients do not vanish.
+    """A factor on float16 losses, so that small gradients do not vanish."""
 
-    Attributes:
-        scale: float32, a power of two.
-        good_steps: int32, steps without an overflow since it changed.
-    """
-
-    scale: jax.Array
-    good_steps: jax.Array
+    scale: jax.Array  # float32, a power of two
+    good_steps: jax.Array  # int32, steps without an overflow since it changed
 
     @classmethod
     def first(cls) -> LossScale:
@@ -54,35 +49,23 @@ class LossScale:
 
 @flax.struct.dataclass
 class State:
-    """What a run needs to resume exactly, besides the trained arrays and the number of the step.
+    """What a run needs to resume exactly, besides the trained arrays and the number of the step."""
 
-    Attributes:
-        optimizer: optax's state.
-        skipped: int32, steps so far that changed no parameter.
-        loss_scale: None where the loss is not scaled.
-    """
-
-    optimizer: Any
-    skipped: jax.Array
-    loss_scale: LossScale | None
+    optimizer: Any  # optax's state
+    skipped: jax.Array  # int32, steps so far that changed no parameter
+    loss_scale: LossScale | None  # None where the loss is not scaled
 
 
 class Metrics(NamedTuple):
-    """The figures of a step.
+    """The figures of a step."""
 
-    Attributes:
-        loss: float32, mean over the learned tokens of all A micro-batches.
-        grad_norm: float32, global norm of the gradient before clipping.
-        learned_tokens: int32.
-        finite: False where loss or gradient is NaN or infinite and no smaller loss scale can help.
-        skipped: whether the step left parameters and optimizer unchanged: `finite` is False, or
-            the gradient overflowed float16, which a smaller loss scale will cure.
-    """
-
-    loss: jax.Array
-    grad_norm: jax.Array
-    learned_tokens: jax.Array
+    loss: jax.Array  # float32, mean over the learned tokens of all A micro-batches
+    grad_norm: jax.Array  # float32, global norm of the gradient before clipping
+    learned_tokens: jax.Array  # int32
+    # False where loss or gradient is NaN or infinite and no smaller loss scale can help
     finite: jax.Array
+    # whether the step left parameters and optimizer unchanged: `finite` is False, or the gradient
+    # overflowed float16, which a smaller loss scale will cure
     skipped: jax.Array
 
 

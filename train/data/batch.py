@@ -10,15 +10,9 @@ class Batch:
     """Rows of one or several token sequences each.
 
     With gradient accumulation the arrays are [A, B, T]: A micro-batches of B rows.
-
-    Attributes:
-        tokens: int32 [B, T].
-        segment_ids: int32 [B, T], 1, 2, ... for the sequences of a row, 0 for padding.
-        positions: int32 [B, T], from 0 in every sequence.
-        learned: bool [B, T], tokens whose prediction counts in the loss.
     """
 
-    tokens: Any
-    segment_ids: Any
-    positions: Any
-    learned: Any
+    tokens: Any  # int32 [B, T]
+    segment_ids: Any  # int32 [B, T], 1, 2, ... for the sequences of a row, 0 for padding
+    positions: Any  # int32 [B, T], from 0 in every sequence
+    learned: Any  # bool [B, T], tokens whose prediction counts in the loss

@@ -17,17 +17,11 @@ from train.data.split import Subset
 
 
 class Step(NamedTuple):
-    """The data of one optimizer step.
+    """The data of one optimizer step."""
 
-    Attributes:
-        batch: arrays [A, B, T].
-        sources: "file:line" of every sequence, also of rows that other processes compute.
-        tokens: how many tokens these sequences have.
-    """
-
-    batch: Batch
-    sources: list[str]
-    tokens: int
+    batch: Batch  # arrays [A, B, T]
+    sources: list[str]  # "file:line" of every sequence, also of rows that other processes compute
+    tokens: int  # how many tokens these sequences have
 
 
 class Batches:

@@ -19,17 +19,11 @@ _LISTED = 5  # examples of rows that are only counted
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a check.
+    """The result of a check."""
 
-    Attributes:
-        dataset: the dataset that was checked.
-        repeats: (where, where the earlier row is that it nearly repeats).
-        growing: (where, where a row is that continues the same dialogue).
-    """
-
-    dataset: Dataset
-    repeats: list[tuple[str, str]]
-    growing: list[tuple[str, str]]
+    dataset: Dataset  # the dataset that was checked
+    repeats: list[tuple[str, str]]  # (where, where the earlier row is that it nearly repeats)
+    growing: list[tuple[str, str]]  # (where, where a row is that continues the same dialogue)
 
     @property
     def exit_code(self) -> int:

@@ -27,32 +27,20 @@ MAX_SHOWN = 20  # bad rows that are shown without --check-data
 
 @dataclass(frozen=True)
 class Sample:
-    """A token sequence to learn from.
+    """A token sequence to learn from."""
 
-    Attributes:
-        ids: the tokens.
-        learned: for each of them, whether its prediction counts in the loss.
-        source: where its row is, see `Dataset.source`.
-    """
-
-    ids: list[int]
-    learned: list[bool]
-    source: str
+    ids: list[int]  # the tokens
+    learned: list[bool]  # for each of them, whether its prediction counts in the loss
+    source: str  # where its row is, see `Dataset.source`
 
 
 class Group(NamedTuple):
-    """The sequences of one file.
+    """The sequences of one file."""
 
-    Attributes:
-        start, stop: their range.
-        weight: how often an epoch has each of them, on average.
-        general: whether they are mixed in between the others.
-    """
-
-    start: int
-    stop: int
-    weight: float
-    general: bool = False
+    start: int  # the first sequence
+    stop: int  # after the last one
+    weight: float  # how often an epoch has each of them, on average
+    general: bool = False  # whether they are mixed in between the others
 
 
 class Dataset:

@@ -17,15 +17,10 @@ _WINDOW = 32  # steps whose sequences are sorted by length together
 
 
 class Plan(NamedTuple):
-    """The rows of an epoch.
+    """The rows of an epoch."""
 
-    Attributes:
-        items: int64 [N], sequences in the order in which they stand in the rows.
-        starts: int64 [rows + 1], where each row begins in `items`.
-    """
-
-    items: np.ndarray
-    starts: np.ndarray
+    items: np.ndarray  # int64 [N], sequences in the order in which they stand in the rows
+    starts: np.ndarray  # int64 [rows + 1], where each row begins in `items`
 
     def row(self, number: int) -> np.ndarray:
         """Return the sequences of a row; none after the last row."""

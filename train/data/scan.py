@@ -28,43 +28,29 @@ sequences it is, its tokens, and how many of them are learned."""
 
 @dataclass
 class Scan:
-    """The sequences of a file.
+    """The sequences of a file."""
 
-    Attributes:
-        format: one of FORMATS, or "unknown".
-        by_line: whether every row begins in a line of its own.
-        rows: number of rows, good and bad.
-        bad: (line, number of the row, reason), the first MAX_LISTED.
-        bad_reasons: how many there are for each reason, without what is particular to a row.
-        unused: keys that have no effect, with the number of rows that have them.
-        marked: answers that are marked as not to be learned.
-        columns: COLUMNS as arrays.
-    """
-
-    format: str = "unknown"
-    by_line: bool = True
-    rows: int = 0
+    format: str = "unknown"  # one of FORMATS, or "unknown"
+    by_line: bool = True  # whether every row begins in a line of its own
+    rows: int = 0  # number of rows, good and bad
+    # (line, number of the row, reason), the first MAX_LISTED
     bad: list[tuple[int, int, str]] = field(default_factory=list)
+    # how many there are for each reason, without what is particular to a row
     bad_reasons: Counter[str] = field(default_factory=Counter)
+    # keys that have no effect, with the number of rows that have them
     unused: Counter[str] = field(default_factory=Counter)
-    marked: int = 0
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    marked: int = 0  # answers that are marked as not to be learned
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # COLUMNS as arrays
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read rows.
+    """How to read rows."""
 
-    Attributes:
-        encoder: turns them into tokens.
-        max_length: most tokens of a sequence; a longer one makes its row a bad one.
-        fmt: one of FORMATS, or "auto": that of the file's first rows.
-        preferred: with "auto", the format to use where a row has the keys of several.
-    """
-
-    encoder: Encoder
-    max_length: int
-    fmt: str = "auto"
+    encoder: Encoder  # turns them into tokens
+    max_length: int  # most tokens of a sequence; a longer one makes its row a bad one
+    fmt: str = "auto"  # one of FORMATS, or "auto": that of the file's first rows
+    # with "auto", the format to use where a row has the keys of several
     preferred: str | None = None
 
 

@@ -86,13 +86,7 @@ def demo_config(tokenizer: Tokenizer) -> GLMConfig:
 
 
 def train(
-    config: GLMConfig,
-    tokenizer: Tokenizer,
-    pairs: list[Pair],
-    *,
-    epochs: int,
-    lr: float,
-    seed: int,
+    config: GLMConfig, tokenizer: Tokenizer, pairs: list[Pair], *, epochs: int, lr: float, seed: int
 ) -> Any:
     """Trains all parameters in float32 and returns them.
 
@@ -113,8 +107,7 @@ def train(
     warmup = min(WARMUP_STEPS, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr * 0.02)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=0.1),
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1)
     )
     params = init_params(config, key)
     state = init_state(optimizer, params)
