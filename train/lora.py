@@ -5,20 +5,15 @@ Only the flags are here; the work is in `train.run`, which is imported after par
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from glm2_jax.choices import QUANTIZE
-from glm2_jax.cli import arguments, interrupt
-from glm2_jax.cli.arguments import choose_platform, path_argument, positive, use_utf8
-from glm2_jax.cli.flags import add_model_options
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import above_zero, number, path_argument, positive
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
-from glm2_jax.processes import join
-from glm2_jax.processes.join import add_host_options
-from train import options, recipe
-from train.data.options import add_data_options
+from train.command import make_parser, start
 from train.recipe import AdapterOptions, Recipe
 
 NEW_ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
@@ -37,15 +32,8 @@ EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    recipe.add_config_flag(result)
-    add_model_options(result)
-    add_data_options(result)
+    result = make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, remat=True, output="adapter")
     _add_adapter_options(result)
-    options.add_training_options(result, lr=LR, remat=True)
-    options.add_evaluation_options(result)
-    add_host_options(result)
-    options.add_output_options(result, "adapter")
     result.add_common()
     return result
 
@@ -55,10 +43,10 @@ def _add_adapter_options(result: Parser) -> None:
     new = NEW_ADAPTER
     add("--rank", type=positive, metavar="N", help=f"rank (default: {new['rank']})")
     add(
-        "--alpha", type=arguments.above_zero, metavar="X",
+        "--alpha", type=above_zero, metavar="X",
         help=f"alpha: the adapter is scaled by alpha / rank (default: {new['alpha']})",
     )  # fmt: skip
-    add("--dropout", type=arguments.number, default=0.1, metavar="X", help="dropout of its input")
+    add("--dropout", type=number, default=0.1, metavar="X", help="dropout of its input")
     add(
         "--target", metavar="NAMES",
         help="matrices to adapt, by their published names, separated by commas, or attn "
@@ -93,14 +81,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; raises GLMError for what the user can fix."""
-    use_utf8()
-    args = recipe.parse(parser(), sys.argv[1:] if argv is None else argv)
-    choose_platform(args.device)
-    with join.start(from_flags(join.Hosts, args), vars(args)):
-        from train.methods import AdapterMethod
-        from train.run import run
-
-        return run(make_recipe(args), AdapterMethod)
+    return start(parser(), argv, make_recipe, "AdapterMethod")
 
 
 if __name__ == "__main__":

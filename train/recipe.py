@@ -89,15 +89,6 @@ class Recipe:
         return {"command": self.command} | found
 
 
-def add_config_flag(parser: Parser) -> None:
-    """Add `--config`."""
-    parser.add_argument_group("recipe").add_argument(
-        "--config", type=path_argument, metavar="FILE.yml",
-        help="read flags from a YAML file, one per line: `lr: 2e-5`; flags of the command line "
-        "override it",
-    )  # fmt: skip
-
-
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse `argv`, and from its `--config` file the flags that `argv` does not have.
 

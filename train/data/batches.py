@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Container
 from typing import NamedTuple
 
-import numpy as np
+import jax
 
 from glm2_jax.errors import InputError
 from glm2_jax.runtime.buckets import bucket
-from train.data.batch import Batch
+from train.data.batch import Batch, make_batch
 from train.data.dataset import Dataset
 from train.data.plan import Plan, make_plan
 from train.data.split import Subset
@@ -92,21 +92,10 @@ class Batches:
         lengths = [int(self.dataset.lengths[row].sum()) for row in rows]
         limit = self.dataset.max_length
         width = limit if self.pack else bucket(max(lengths), limit)
-        tokens, segment_ids, positions = np.zeros((3, count, width), np.int32)
-        learned = np.zeros((count, width), bool)
-        for number, row in enumerate(rows):
-            if number % size not in self._wanted:
-                continue
-            start = 0
-            for segment, index in enumerate(row.tolist(), 1):
-                sample = self.dataset.sample(index)
-                place = slice(start, start := start + len(sample.ids))
-                tokens[number, place] = sample.ids
-                segment_ids[number, place] = segment
-                positions[number, place] = np.arange(len(sample.ids))
-                learned[number, place] = sample.learned
-        arrays = (tokens, segment_ids, positions, learned)
-        batch = Batch(*(array.reshape(*self.shape, width) for array in arrays))
+        filled = [row if n % size in self._wanted else row[:0] for n, row in enumerate(rows)]
+        samples = [[self.dataset.sample(index) for index in row.tolist()] for row in filled]
+        flat = make_batch([[(x.ids, x.learned) for x in row] for row in samples], width)
+        batch = jax.tree.map(lambda x: x.reshape(*self.shape, width), flat)
         sources = [self.dataset.source(index) for row in rows for index in row.tolist()]
         return Step(batch, sources, sum(lengths))
 

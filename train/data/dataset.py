@@ -179,9 +179,7 @@ class Dataset:
         """Return lines about repeated files, and about keys and answers that are not used."""
         names = [name for name, _, _ in self.files]
         lines = [
-            f"{name} is given again"
-            if name == names[i]
-            else f"{name} has the contents of {names[i]}"
+            f"{name} is given again" if name == names[i] else f"{name} is a copy of {names[i]}"
             for number, (name, i) in enumerate(zip(names, self._same, strict=True))
             if i < number
         ]
