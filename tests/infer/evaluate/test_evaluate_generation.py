@@ -142,7 +142,7 @@ def test_any_prediction_has_figures(prediction):
 
 
 def test_meteor_by_hand_and_without_wordnet(monkeypatch):
-    monkeypatch.setattr(metrics, "_has_wordnet", lambda: False)
+    monkeypatch.setattr("nltk.data.path", [])
     found = metrics.score(["The cats sat"], ["The cat sat quietly"])
     # Three words match, "cats" by its stem, in one chunk: P 1, R 3/4.
     mean = 1 * 0.75 / (0.9 * 1 + 0.1 * 0.75)
