@@ -151,7 +151,9 @@ def probe_jax(
     # Without preallocation the test computation also works beside another program.
     quiet = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "1"}
     try:
-        status, out, err = run_tool([sys.executable, "-c", code], seconds, quiet | dict(env or {}))
+        # Without -P a file of the user's in this folder, such as jax.py, would be imported.
+        command = [sys.executable, "-P", "-c", code]
+        status, out, err = run_tool(command, seconds, quiet | dict(env or {}))
     except OSError as error:
         return JaxProbe(error=f"Python could not be started: {error.strerror}")
     said = telling_lines(err)

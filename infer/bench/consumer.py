@@ -13,8 +13,8 @@ from glm2_jax.limits import PREFILL_CHUNK
 from infer.bench.measure import Result
 from infer.bench.report import Report
 from infer.memory.cards import CARDS
-from infer.memory.plan import Plan, flags, make_plan, rate_bound
-from infer.memory.precision import Precision
+from infer.memory.plan import Plan, rate_bound
+from infer.memory.precision import Precision, flags
 
 MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
@@ -66,12 +66,11 @@ def render(report: Report, columns: int) -> str:
     The plan is of `PROMPT` and `ANSWER` tokens, read in chunks of `CHUNK`; its speed is what the
     card's memory bandwidth allows at most, as nothing was measured there.
     """
-    config = PRESETS[MODEL]
     lines = [*_wrapped(ABOUT, columns, "")]
     for quantization, published in PUBLISHED.items():
         precision = Precision("bfloat16", None if quantization == "none" else quantization)
         plan = plan_for(precision)
-        bound = rate_bound(config, plan, BANDWIDTH)
+        bound = rate_bound(plan, BANDWIDTH)
         facts = (
             f"published, {CARD}: {human_size(published.memory)}, {published.rate:g} tok/s",
             f"planned, {CARD}: {_both(plan.total - plan.runtime)}, and {human_size(plan.runtime)} "
@@ -87,7 +86,7 @@ def render(report: Report, columns: int) -> str:
 
 def plan_for(precision: Precision) -> Plan:
     """What a prompt and an answer of the preset take, with the flags that it recommends."""
-    return make_plan(PRESETS[MODEL], precision, PROMPT + ANSWER, chunk=CHUNK)
+    return Plan(PRESETS[MODEL], precision, PROMPT + ANSWER, chunk=CHUNK)
 
 
 def _both(size: float) -> str:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.runtime.machine import Device, Machine
-from infer.memory.plan import GPU_SHARE, SHARE_VARIABLES, flags, make_plan
-from infer.memory.precision import Precision, precisions
+from infer.memory.budget import GPU_SHARE, SHARE_VARIABLES
+from infer.memory.plan import Plan
+from infer.memory.precision import Precision, flags, precisions
 
 PROMPT = "你好"
 CONTEXT = 8192  # tokens that the cache is reckoned for: the default of --max-length
@@ -86,7 +87,7 @@ def forms(model: Model, place: Place) -> list[Form]:
 
 def _form(model: Model, place: Place, precision: Precision) -> Form:
     tokens = min(CONTEXT, model.config.seq_length)
-    plan = make_plan(model.config, precision, tokens, platform=place.platform)
+    plan = Plan(model.config, precision, tokens, platform=place.platform)
     fits = None if place.memory is None else plan.total <= place.memory
     shown = flags(precision, model.scheme)
     return Form(precision, place, shown, plan.weights, plan.cache, plan.total, fits)

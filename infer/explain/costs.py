@@ -6,7 +6,7 @@ from glm2_jax.config import GLMConfig
 from infer.explain.facts import Bound, Cache, Pass
 from infer.memory.budget import find_budget
 from infer.memory.cards import Card
-from infer.memory.plan import cache_bytes, make_plan
+from infer.memory.plan import Plan, cache_bytes
 from infer.memory.precision import Precision
 
 SCORED = ("attention.scores", "attention.values")  # stages that work on pairs of tokens
@@ -31,7 +31,7 @@ def bound(
     left_out = head - head // prefill.tokens + config.num_layers * _unseen(prefill)
     read, read_limit = _least(card, prefill, left_out)
     step, step_limit = _least(card, decode)
-    plan = make_plan(config, precision, decode.keys, batch, platform=card.platform)
+    plan = Plan(config, precision, decode.keys, batch, platform=card.platform)
     usable = find_budget(card.name).memory
     return Bound(
         device=card.name,

@@ -25,7 +25,7 @@ from infer.explain.facts import PROMPT, Walk
 from infer.explain.walk import make_walk
 from infer.explain.words import WORDS
 from infer.memory.cards import CARDS
-from infer.memory.plan import make_plan, rate_bound, weight_bytes
+from infer.memory.plan import Plan, rate_bound, weight_bytes
 from infer.memory.precision import Precision
 from tests.support.paths import ROOT
 from tests.support.shared_data import shared_path
@@ -106,8 +106,8 @@ def test_bytes_are_those_that_the_memory_plan_counts(walk):
     table = SIX.vocab_size * SIX.hidden_size * 2
     weights = weight_bytes(SIX, BF16) - table + 17 * 4096 * 2
     assert walk.prefill.bytes == weights + walk.cache.now
-    plan = make_plan(SIX, BF16, 18)
-    rate = rate_bound(SIX, plan, CARDS["h200"].bandwidth)
+    plan = Plan(SIX, BF16, 18)
+    rate = rate_bound(plan, CARDS["h200"].bandwidth)
     bound = next(bound for bound in walk.bounds if bound.device == "h200")
     assert bound.tokens_per_s == pytest.approx(rate, rel=1e-5)
     quantized = make_walk(SIX, Precision("bfloat16", "int4-row"), 17, model="x")
