@@ -121,9 +121,7 @@ def _verdicts(sheet: Sheet, choice: ModelChoice, options: EngineOptions) -> Iter
     context = min(options.max_length or DEFAULT_CONTEXT, sheet.config.seq_length)
     chunk = options.prefill_chunk or PREFILL_CHUNK
     for precision, label in sheet.labels.items():
-        plan = Plan(
-            sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk
-        )
+        plan = Plan(sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk)
         note(f"compiling {label}, {context:,} tokens, for {choice.device}")
         yield compiler.ask(plan, choice.device, sheet.budget.memory)
 

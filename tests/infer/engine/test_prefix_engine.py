@@ -122,9 +122,7 @@ def test_the_reader_of_evaluations(engine):
 
 def test_the_memory_plan_counts_it():
     precision = Precision("float32")
-    plain, more = (
-        Plan(TINY, precision, 128, 4, platform="cpu", prefix=count) for count in (0, P)
-    )
+    plain, more = (Plan(TINY, precision, 128, 4, platform="cpu", prefix=count) for count in (0, P))
     slot = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
     assert more.cache - plain.cache == 4 * P * slot
     assert more.weights - plain.weights == P * slot

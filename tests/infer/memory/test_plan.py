@@ -154,6 +154,7 @@ def test_draft_tokens_are_in_the_plan_and_fewer_of_them_in_the_advice():
     assert largest_context(plain, plain.total) >= 1024 > largest_context(drafting, plain.total)
 
 
+@pytest.mark.parametrize(("scheme", "width"), [("int4", 1), ("int4-row", 256), ("int8", 512)])
 def test_plans_for_a_tpu_are_near_its_compilers_peak(scheme, width):
     precision = Precision("bfloat16", scheme)
     found = peak_bytes(SIX, precision, 2048, 1, width, device("tpu"))
