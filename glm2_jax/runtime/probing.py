@@ -16,7 +16,9 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from glm2_jax.cli.main import version
 from glm2_jax.runtime.compile_cache import OFF, default_folder
 from glm2_jax.runtime.host_memory import find_memory, read_text
 from glm2_jax.runtime.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Nvidia
@@ -99,6 +101,29 @@ def installed(names: tuple[str, ...]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def describe_software() -> str:
+    """Return the versions of this package, of what it computes with and of the system, in a line
+    for reports."""
+    found = {k: v for k, v in installed(PACKAGES + PLUGINS).items() if k != "glm2-jax"}
+    versions = [f"{name} {number}" for name, number in found.items()]
+    system = f"{platform.system()} {platform.machine()}"
+    return ", ".join([version(), *versions, f"Python {platform.python_version()}", system])
+
+
+def describe_device(device: Any) -> str:
+    """Return the name of a `jax.Device` for reports; of a GPU with the version of its driver."""
+    if device.platform == "cpu":
+        return processor()
+    driver = find_nvidia().driver if device.platform == "gpu" else ""
+    return device.device_kind + (f", driver {driver}" if driver else "")
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    match = re.search(r"^model name\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def run_tool(

@@ -77,6 +77,10 @@ class Budget:
             return (Precision("float32", scheme), Precision(self.half, scheme))
         return (Precision(self.half, scheme),)
 
+    def fits(self, plan: Plan) -> bool | None:
+        """Whether a plan fits; None where the memory is unknown."""
+        return None if self.memory is None else plan.total <= self.memory
+
 
 def find_budget(device: str, limit: int | None = None) -> Budget:
     """Return the budget of a device that is here, or of one that is only named.

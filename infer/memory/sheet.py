@@ -37,10 +37,6 @@ class Sheet:
     longest: dict[tuple[str, int], int]
     mesh: Sizes | None = None
 
-    def fits(self, plan: Plan) -> bool | None:
-        """Whether a plan fits; None where the place does not report its memory."""
-        return None if self.budget.memory is None else plan.total <= self.budget.memory
-
     @property
     def labels(self) -> dict[Precision, str]:
         """What the table calls them: with the dtype where the integers alone are ambiguous."""
@@ -148,7 +144,7 @@ def _cells(sheet: Sheet, plan: Plan) -> tuple[str, ...]:
         f"{plan.context:,}",
         str(plan.batch),
         *map(human_size, (plan.weights, plan.cache, plan.temporary, plan.total)),
-        {True: "yes", False: "no", None: "?"}[sheet.fits(plan)],
+        {True: "yes", False: "no", None: "?"}[sheet.budget.fits(plan)],
         "?" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}",
     )
 
@@ -177,7 +173,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
                 "temporary": plan.temporary,
                 "runtime": plan.runtime,
                 "total": plan.total,
-                "fits": sheet.fits(plan),
+                "fits": sheet.budget.fits(plan),
                 "tokens_per_second_bound": sheet.rate(plan),
             }
             for plan in sheet.plans

@@ -28,7 +28,7 @@ def test_a_plan_for_every_precision_context_and_batch():
         (2048, 1), (2048, 8), (8192, 1), (8192, 8),
     ]  # fmt: skip
     plan = next(p for p in found.plans if p == Plan(SIX, INT8, 8192, 8))
-    assert found.fits(plan) is (plan.total <= found.budget.memory)
+    assert found.budget.fits(plan) and not found.budget.fits(found.plans[0])
     assert found.rate(plan) == rate_bound(plan, 936e9)
     assert found.longest["int8", 8] == largest_context(plan, found.budget.memory or 0)
     assert found.longest["float32", 1] == 0 and not found.nothing_fits
