@@ -17,7 +17,9 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from glm2_jax.cli.main import version
 from glm2_jax.runtime.compile_cache import OFF, default_folder
 from glm2_jax.runtime.host_memory import find_memory, read_text
 from glm2_jax.runtime.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Nvidia
@@ -62,17 +64,13 @@ def probe() -> Machine:
     """Look at this machine; takes as long as starting jax does."""
     nvidia = find_nvidia()  # before jax, which may itself take GPU memory
     jax = probe_jax()
-    packages = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
     return Machine(
         system=platform.system(),
         arch=platform.machine(),
         python=platform.python_version(),
         container=any(Path(p).exists() for p in ("/.dockerenv", "/run/.containerenv"))
         or "KUBERNETES_SERVICE_HOST" in os.environ,
-        packages=packages,
+        packages=installed(),
         variables={
             name: value
             for name, value in sorted(os.environ.items())
@@ -87,6 +85,38 @@ def probe() -> Machine:
         disks=find_disks(),
         cache=find_cache(),
     )
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of those of `PACKAGES` that are installed; imports none of them."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def describe_software() -> str:
+    """Return the versions of this package, of what it computes with and of the system, in a line
+    for reports."""
+    found = {k: v for k, v in installed().items() if k != "glm2-jax"}
+    versions = [f"{name} {number}" for name, number in found.items()]
+    system = f"{platform.system()} {platform.machine()}"
+    return ", ".join([version(), *versions, f"Python {platform.python_version()}", system])
+
+
+def describe_device(device: Any) -> str:
+    """Return the name of a `jax.Device` for reports; of a GPU with the version of its driver."""
+    if device.platform == "cpu":
+        return processor()
+    driver = find_nvidia().driver if device.platform == "gpu" else ""
+    return device.device_kind + (f", driver {driver}" if driver else "")
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    match = re.search(r"^model name\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def run_tool(
@@ -133,7 +163,9 @@ def probe_jax(
     # Without preallocation the test also works while another program uses the GPU.
     quiet = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "1"}
     try:
-        status, out, err = run_tool([sys.executable, "-c", code], seconds, quiet | dict(env or {}))
+        # Without -P a file of the user's in this folder, such as jax.py, would be imported.
+        command = [sys.executable, "-P", "-c", code]
+        status, out, err = run_tool(command, seconds, quiet | dict(env or {}))
     except OSError as error:
         return JaxProbe(error=f"Python could not be started: {error.strerror}")
     said = important_lines(err)

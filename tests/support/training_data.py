@@ -5,7 +5,6 @@ from itertools import chain
 from pathlib import Path
 
 from glm2_jax.cli.parser import Parser, from_flags
-from glm2_jax.config import GLMConfig
 from glm2_jax.text.tokenizer import Tokenizer
 from tests.support.sp_model import sp_model
 from train.data.dataset import Dataset

@@ -22,8 +22,8 @@ from convert.writing.own import convert_folder, size_of_conversion
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES
-from infer.memory.plan import flags, weight_bytes
-from infer.memory.precision import Precision
+from infer.memory.plan import weight_bytes
+from infer.memory.precision import Precision, flags
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, official_tensors, random_params, write_official
 from tests.support.toy import jit_forward

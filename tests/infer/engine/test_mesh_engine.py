@@ -14,7 +14,7 @@ from infer.chat.__main__ import main as chat_main
 from infer.engine.placement import Places
 from infer.generate import __main__ as generate
 from infer.memory.budget import Budget, shared
-from infer.memory.plan import make_plan
+from infer.memory.plan import Plan
 from infer.memory.precision import Precision
 from infer.memory.shares import sizes_of
 from tests.support.mesh_process import run
@@ -122,17 +122,17 @@ def test_without_a_mesh_nothing_is_placed():
 
 
 def test_memory_of_each_device():
-    whole = make_plan(SIX, BF16, 8192, 8, platform="tpu")
+    whole = Plan(SIX, BF16, 8192, 8, platform="tpu")
     for sizes, cut, cache_cut in (
         ({"tensor": 8}, 8, 1), ({"data": 2, "tensor": 4}, 4, 2), ({"tensor": 2}, 2, 2),
         ({"fsdp": 8}, 8, 8), ({"data": 8}, 1, 8),
     ):  # fmt: skip
-        plan = make_plan(SIX, BF16, 8192, 8, platform="tpu", mesh=sizes_of(sizes))
+        plan = Plan(SIX, BF16, 8192, 8, platform="tpu", mesh=sizes_of(sizes))
         # Beyond its part a device has norms, and keys and values where two heads are not cut.
         assert whole.weights / cut <= plan.weights < whole.weights / cut * 1.07, sizes
         assert plan.cache == whole.cache // cache_cut, sizes
         assert plan.temporary <= whole.temporary
-    one = make_plan(SIX, BF16, 8192, 1, mesh=sizes_of({"data": 8}))
+    one = Plan(SIX, BF16, 8192, 1, mesh=sizes_of({"data": 8}))
     assert one.rows == 8
 
 
