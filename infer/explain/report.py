@@ -73,7 +73,8 @@ def _head(walk: Walk) -> Iterator[str]:
 
 def _stages(walk: Walk, columns: int) -> list[str]:
     """The stages in a table, or where that is too wide, in a few lines each."""
-    rows, records, inside = [STAGES], [], False
+    rows: list[tuple[str, ...]] = [STAGES]
+    records, inside = [], False
     for read, step in zip(walk.prefill.stages, walk.decode.stages, strict=True):
         if read.in_layer != inside:
             inside = read.in_layer

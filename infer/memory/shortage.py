@@ -24,7 +24,7 @@ from infer.memory.shares import sizes_of
 
 
 def when_answering(
-    config: Any, params: Any, device: Any, *, context: int, batch: int, **options: int
+    config: Any, params: Any, device: Any, *, context: int, batch: int, **options: Any
 ) -> Shortage:
     """Return needed, free and what fits, for a call of an engine.
 
