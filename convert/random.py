@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.options import add_shard_size
+from glm2_jax.choices import STORED_DTYPES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.main import print_path
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from glm2_jax.config import GLMConfig
     from glm2_jax.text.tokenizer import Tokenizer
 
-DTYPES = ("float16", "bfloat16", "float32")
 _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn, and taken from them at a time
 # Published beside the parameters; computed anew by whoever loads it.
@@ -66,7 +66,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
     weights.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
-    weights.add_argument("--dtype", choices=DTYPES, default="float16", help="type to store")
+    weights.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="type to store")
     add_shard_size(weights, default="2GB")
     parser.add_common()
     return parser
@@ -136,7 +136,7 @@ def write_random(
         destination: the new folder.
         raw: its config.json, as `official_config` gives it.
         tokenizer_path: a tokenizer.model, or a folder that holds one.
-        dtype: one of `DTYPES`.
+        dtype: one of `STORED_DTYPES`.
         max_shard_size: bytes of one weight file.
         seed: the same seed gives the same bytes.
         progress: called with the bytes written and to write.
@@ -165,7 +165,7 @@ def write_random(
     with new_checkpoint(destination, needed=size) as temporary:
         write_file(temporary / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
         write_file(temporary / "tokenizer.model", tokenizer.model_bytes)
-        write_shards(temporary, entries, max_shard_size, progress=progress)
+        write_shards(temporary, entries, max_shard_size, progress)
     return size
 
 

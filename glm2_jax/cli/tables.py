@@ -1,13 +1,37 @@
-"""Tables and folded lines on a terminal."""
+"""Lines and tables for a terminal of any width."""
 
+import shutil
 import textwrap
 from collections.abc import Sequence
 
 from glm2_jax.cli.messages import text_width
 
 
+def columns(most: int = 160) -> int:
+    """Return the columns to write in: those of the terminal, at least 20; `most` without one."""
+    return max(shutil.get_terminal_size((most, 24)).columns, 20)
+
+
+def fold(line: str, columns: int, indent: str = "  ") -> list[str]:
+    """Break a line into lines of at most `columns` where words allow it; an empty one stays.
+
+    Long words (commands, paths) are kept as they are, so that they can be copied.
+
+    Args:
+        indent: of every further line, in addition to the spaces that the line begins with.
+    """
+    before = " " * (len(line) - len(line.lstrip()))
+    return textwrap.wrap(
+        line,
+        columns,
+        subsequent_indent=before + indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [""]
+
+
 def table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
-    """Align cells in columns; the first `texts` columns are text, the others numbers."""
+    """Write rows in columns; the first `texts` of them are text, the others numbers."""
     widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -18,14 +42,3 @@ def table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def fold(line: str, columns: int) -> list[str]:
-    """Fold a line into lines of at most `columns`, the later ones indented by two more.
-
-    Words stay complete, so that commands and paths can be copied. An empty line stays.
-    """
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(
-        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    ) or [""]

@@ -12,6 +12,7 @@ from convert import random as convert_random
 from convert.files.safetensors_writer import divide
 from convert.random import official_config, random_entries, write_random
 from glm2_jax import PRESETS, CheckpointError, GLMConfig, InputError, UsageError, forward
+from glm2_jax.choices import STORED_DTYPES
 from glm2_jax.cli import main
 from tests.support.checkpoints import TINY, tiny_config
 from tests.support.sp_model import sp_model
@@ -37,7 +38,7 @@ def run(*argv):
     return caught.value.code
 
 
-@pytest.mark.parametrize("dtype", convert_random.DTYPES)
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_a_random_folder_answers(tmp_path, config_file, tokenizer, dtype):
     target = tmp_path / "new"
     argv = [target, "--config", config_file, "--tokenizer", tokenizer, "--max-shard-size", "60kB"]

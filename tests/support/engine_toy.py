@@ -57,3 +57,22 @@ def toy_engine(
 def warm_engine() -> Engine:
     """One engine of the process: others share what it compiled."""
     return toy_engine()
+
+
+def open_toy(opened: list[tuple[Any, Any]], notes: tuple[str, ...] = ()):
+    """Return what replaces `infer.engine.load.open_choice`: it opens toy engines that share their
+    programs, and appends (choice, options) to `opened`."""
+
+    def open_choice(choice, options, **kwargs) -> Engine:
+        opened.append((choice, options))
+        family = "chatglm3" if choice.template == "chatglm3" else "chatglm2"
+        share = warm_engine() if family == "chatglm2" else None  # other end ids, other programs
+        engine = toy_engine(
+            share=share, family=family, template=choice.template, max_length=options.max_length
+        )
+        checkpoint = cast(Any, engine.checkpoint)
+        checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
+        checkpoint.notes = notes
+        return engine
+
+    return open_choice

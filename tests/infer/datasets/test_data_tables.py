@@ -100,7 +100,6 @@ def test_rows_packed_by_gzip(tmp_path, expected, array):
     path.write_bytes(gzip.compress(plain.read_bytes()))
     found, dataset = messages(path)
     assert found == expected and dataset.source(0) == f"{path}{', row 1' if array else ':1'}"
-    assert dataset.fingerprint == messages(plain)[1].fingerprint
     for cut in (12, -4):
         path.write_bytes(gzip.compress(plain.read_bytes())[:cut])
         with pytest.raises(InputError, match="its gzip data are damaged"):
