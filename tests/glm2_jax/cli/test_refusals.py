@@ -88,7 +88,7 @@ def test_bad_scales(answer, run, tmp_path, bits, bad):
 def test_a_context_beyond_the_table(run, never_loaded, more):
     flags = ("--max-length", "1025", *more)
     code, text = run(generate.main, "--prompt", "x", "--model", demo_folder(), *flags)
-    assert code == 2 and "1024" in text and "seq_length" in text and "--max-length 1024" in text
+    assert code == 2 and "at most 1024, got 1025" in text and "seq_length" in text
 
 
 def test_a_plan_that_cannot_fit(answer, never_loaded):
