@@ -163,5 +163,5 @@ def test_names_of_other_programs_are_no_aliases(tmp_path):
     with pytest.raises(CheckpointError, match="named as Megatron names them"):
         open_folder(write(tmp_path / "other", tensors, source))
     tensors = {f"student.{name}": array for name, array in TENSORS.items()}
-    with pytest.raises(CheckpointError, match=r"18 of 18 names begin with 'student\.'"):
+    with pytest.raises(CheckpointError, match=r"unexpected: student\.transformer"):
         open_folder(write(tmp_path / "student", tensors, source))

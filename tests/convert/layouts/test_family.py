@@ -15,7 +15,7 @@ from glm2_jax.family import (
     config_signs,
     decide_family,
     named_family,
-    template_signs,
+    prompt_signs,
     tokenizer_signs,
 )
 from glm2_jax.text.prompt import build_prompt, stop_ids
@@ -195,7 +195,7 @@ def test_names(name, family):
     ],
 )
 def test_templates_of_neither_kind_show_nothing(template):
-    assert template_signs(template, "x") == []
+    assert prompt_signs(template, "x") == []
 
 
 # Nine pieces in the places of the special ids, and two more, as public fine-tunes are made.

@@ -25,7 +25,13 @@ from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES
 from infer.memory.plan import weight_bytes
 from infer.memory.precision import Precision, flags
 from tests.convert.writing.test_to_pytorch import random_lora
-from tests.support.checkpoints import TINY, official_tensors, random_params, write_official
+from tests.support.checkpoints import (
+    TINY,
+    official_tensors,
+    random_params,
+    split,
+    write_official,
+)
 from tests.support.toy import jit_forward
 
 
@@ -61,7 +67,7 @@ def test_quantized_folders_are_dequantized_on_request(tmp_path, bits, kind):
     assert "dequantized to float32" in checkpoint.notes[0]
     for rule in PUBLISHED:
         for layer in rule.layers(TINY):
-            for path, expected in rule.split(TINY, exact[rule.full_name(layer)]).items():
+            for path, expected in split(rule, TINY, exact[rule.full_name(layer)]).items():
                 found = checkpoint.params[path[0]]
                 found = found if layer is None else found[path[1]][layer]
                 np.testing.assert_array_equal(np.asarray(found), expected)
@@ -280,7 +286,7 @@ def test_rows_of_the_scale_zero_are_rows_of_zeros(tmp_path, bits):
     whole = load_checkpoint(tmp_path / "a", dtype="float32", quantize="none")
     for rule in PUBLISHED:
         for layer in rule.layers(TINY):
-            for path, expected in rule.split(TINY, exact[rule.full_name(layer)]).items():
+            for path, expected in split(rule, TINY, exact[rule.full_name(layer)]).items():
                 found = whole.params[path[0]]
                 found = found if layer is None else found[path[1]][layer]
                 np.testing.assert_allclose(np.asarray(found), expected, atol=1e-35)
