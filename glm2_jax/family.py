@@ -128,7 +128,7 @@ def _named(raw: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str, str]]
 
 
 def _texts(value: Any, key: str = "content") -> list[str]:
-    """Return all texts in a value: itself, or those of its items; of an object its `key`, or all."""
+    """Return all texts in a value: itself, or those of its items; of an object those of `key`."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):

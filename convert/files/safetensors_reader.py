@@ -2,7 +2,7 @@
 
 The format: 8 bytes of header length, a JSON object name -> {dtype, shape, data_offsets}, then the
 bytes of the tensors without gaps. The safetensors library copies what it reads; a view of the
-mapped file does not, and the checks are the same ones.
+mapped file does not.
 """
 
 import json
@@ -32,7 +32,7 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
-    """Lists the tensors of a `.safetensors` file.
+    """List the tensors of a `.safetensors` file.
 
     Args:
         path: the file.
@@ -41,7 +41,7 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
         name -> tensor, in the order of the header.
 
     Raises:
-        CheckpointError: cut, or a header that does not describe the file exactly.
+        CheckpointError: truncated, or a header that does not describe the file exactly.
     """
     size = regular_file_size(path)
     with path.open("rb") as file:
@@ -58,22 +58,28 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
                 f"Its header would have {header_length} bytes; {MAX_HEADER_BYTES} are the limit.",
             )
         if len(start) < 8 or 8 + header_length > size:
-            raise _cut(path, 8 + (header_length if len(start) == 8 else 0), size, "at least ")
+            raise _truncated(path, 8 + header_length * (len(start) == 8), size, "at least ")
         header = _parse(path, file.read(header_length))
     header.pop("__metadata__", None)
-    data_start = 8 + header_length
-    tensors: dict[str, StoredTensor] = {}
-    spans: list[tuple[int, int]] = []
+    data_start, position = 8 + header_length, 0
+    tensors, spans = {}, []
     for name, entry in header.items():
         try:
             dtype, shape, begin, end = _entry(entry)
         except (ValueError, KeyError, TypeError) as error:
-            raise _bad(
-                path, f"the entry of {name[:200]!r} is wrong ({str(error)[:200]})"
-            ) from error
+            reason = f"the entry of {name[:200]!r} is wrong ({str(error)[:200]})"
+            raise _bad(path, reason) from error
         tensors[name] = StoredTensor(path, dtype, shape, data_start + begin)
         spans.append((begin, end))
-    _check_spans(path, spans, data_start, size)
+    for begin, end in sorted(spans):  # no gap, no overlap
+        if begin != position:
+            raise _bad(path, f"its tensors overlap or leave a gap at byte {position} of the data")
+        position = end
+    extra = size - data_start - position
+    if extra < 0:
+        raise _truncated(path, data_start + position, size)
+    if extra:
+        raise _bad(path, f"{extra} bytes follow the last tensor")
     return tensors
 
 
@@ -87,11 +93,11 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=...)`: a name that is there twice is an error."""
+    """Refuse a duplicate name: for `json.loads(object_pairs_hook=...)`."""
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{name[:200]!r} is there twice")
+            raise ValueError(f"{name[:200]!r} appears twice")
         result[name] = value
     return result
 
@@ -114,29 +120,15 @@ def _entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
     return dtype, tuple(shape), begin, end
 
 
-def _check_spans(path: Path, spans: list[tuple[int, int]], data_start: int, size: int) -> None:
-    """The tensors must cover the rest of the file exactly: no gap, no overlap."""
-    position = 0
-    for begin, end in sorted(spans):
-        if begin != position:
-            raise _bad(path, f"its tensors overlap or leave a gap at byte {position} of the data")
-        position = end
-    if data_start + position > size:
-        raise _cut(path, data_start + position, size)
-    if data_start + position < size:
-        extra = size - data_start - position
-        raise _bad(path, f"{extra} bytes follow the last tensor")
-
-
 def _bad(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a valid safetensors file: {reason}.", fix="Download it again."
     )
 
 
-def _cut(path: Path, expected: int, size: int, least: str = "") -> CheckpointError:
+def _truncated(path: Path, expected: int, size: int, least: str = "") -> CheckpointError:
     return CheckpointError(
-        f"{path} is cut.",
+        f"{path} is truncated.",
         f"It should have {least}{expected} bytes and has {size}.",
         "Download it again.",
     )

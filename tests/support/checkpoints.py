@@ -35,6 +35,11 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    """Writes other or further keys into a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def tiny_config(**changes: Any) -> GLMConfig:
     """`TINY` with other values."""
     return dataclasses.replace(TINY, **changes)

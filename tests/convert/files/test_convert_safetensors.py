@@ -51,7 +51,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     [
         (b"[]", "not a JSON object"),
         (b"{", "cannot be parsed"),
-        (b'{"a": 1, "a": 2}', "'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "'a' appears twice"),
         (b'{"\xff": 1}', "cannot be parsed"),
         (b'{"a":' + b"[" * 100_000, "cannot be parsed"),
         ({"a": 1}, "not an object"),
@@ -64,7 +64,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"a": entry(), "b": entry(offsets=(4, 12))}, "overlap or leave a gap"),
         ({"a": entry(offsets=(4, 12))}, "overlap or leave a gap"),
         ({"a": entry(shape=(1,), offsets=(0, 4))}, "4 bytes follow"),
-        ({"a": entry(shape=(4,), offsets=(0, 16))}, "is cut"),
+        ({"a": entry(shape=(4,), offsets=(0, 16))}, "is truncated"),
         ({"a": {"dtype": "F32"}}, "is wrong"),
     ],
 )
@@ -77,7 +77,7 @@ def test_header_length(tmp_path):
     path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
     assert "limit" in refusal(path)
     path.write_bytes(b"\x05\0")
-    assert "is cut" in refusal(path)
+    assert "is truncated" in refusal(path)
 
 
 def test_cut_at_any_byte(tmp_path):

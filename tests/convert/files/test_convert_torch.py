@@ -75,14 +75,6 @@ def test_reads_what_torch_writes(tmp_path):
         np.testing.assert_array_equal(array, expected.detach().float().numpy(), err_msg=name)
 
 
-def test_torch_reads_what_the_test_writer_writes(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    write_torch_file(tmp_path / "weights.bin", TENSORS)
-    found = torch.load(tmp_path / "weights.bin", weights_only=True)
-    for name, expected in TENSORS.items():
-        np.testing.assert_array_equal(found[name].float().numpy(), expected.astype(np.float32))
-
-
 def test_newer_pickle_protocols_of_torch(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     path = tmp_path / "weights.bin"
@@ -100,19 +92,15 @@ class Runs:
         return self.call
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize(
-    ("function", "argument", "name"),
-    [(os.system, "touch {}", "system"), (eval, "open('{}', 'w')", "eval"), (exec, "1", "exec")],
-)
-def test_a_pickle_that_calls_is_refused_by_name(tmp_path, function, argument, name, protocol):
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_that_calls_is_refused_by_name(tmp_path, protocol):
     mark = tmp_path / "executed"
-    value = {"weight": Runs(function, argument.format(mark))}
-    path = write_pickle(tmp_path / "evil.bin", pickle.dumps(value, protocol=protocol))
-    message = refusal(path)
-    assert not mark.exists()
-    if protocol >= 2:
-        assert name in message and "asks for" in message
+    for function, argument in ((os.system, f"touch {mark}"), (eval, f"open('{mark}', 'w')")):
+        data = pickle.dumps({"weight": Runs(function, argument)}, protocol=protocol)
+        message = refusal(write_pickle(tmp_path / "evil.bin", data))
+        assert not mark.exists()
+        if protocol >= 2:
+            assert function.__name__ in message and "asks for" in message
 
 
 @pytest.mark.parametrize(
@@ -173,25 +161,22 @@ def test_storages_are_looked_up_not_opened(tmp_path):
     for key in ("../../secret", str(tmp_path / "secret")):
         value = tensor_pickle(key, np.dtype(np.float32), (1,))
         path = write_pickle(tmp_path / "bad.bin", state_dict_pickle({"w": value}))
-        assert "is absent" in refusal(path)
+        assert "is missing" in refusal(path)
 
 
 def test_a_name_twice_is_refused(tmp_path):
     value = tensor_pickle("0", np.dtype(np.float32), (1,))
     data = state_dict_pickle({"w": value}).replace(b"u.", b"X\x01\x00\x00\x00w" + value + b"u.")
     path = write_pickle(tmp_path / "bad.bin", data, _0=b"\0" * 4)
-    assert "'w' is there twice" in refusal(path)
-
-
-def test_a_training_checkpoint_is_refused(tmp_path):
-    data = pickle.dumps({"epoch": 3, "model": {}}, protocol=2)
-    assert "'epoch' is not a tensor" in refusal(write_pickle(tmp_path / "bad.bin", data))
+    assert "'w' appears twice" in refusal(path)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_not_a_dictionary(tmp_path, protocol):
+def test_what_is_not_a_dictionary_of_tensors_is_refused(tmp_path, protocol):
     path = write_pickle(tmp_path / "bad.bin", pickle.dumps([1], protocol=protocol))
     assert "does not hold a dictionary" in refusal(path)
+    data = pickle.dumps({"epoch": 3, "model": {}}, protocol=protocol)
+    assert "'epoch' is not a tensor" in refusal(write_pickle(path, data))
 
 
 def test_zip_bombs_are_refused(tmp_path, monkeypatch):
@@ -212,25 +197,16 @@ def test_endless_pickles_are_refused(tmp_path, monkeypatch):
     assert "more than 1000 opcodes" in refusal(path)
 
 
-def test_members_twice_are_refused(tmp_path):
-    path = tmp_path / "bad.bin"
-    with pytest.warns(UserWarning, match="Duplicate"):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", state_dict_pickle({}))
-            archive.writestr("archive/data.pkl", state_dict_pickle({}))
-    assert "is there twice" in refusal(path)
-
-
-@pytest.mark.parametrize("names", [["a/data.pkl", "b/data.pkl"], ["data.pkl"], ["x/y/data.pkl"]])
-def test_an_archive_without_one_root_is_refused(tmp_path, names):
-    path = tmp_path / "bad.bin"
-    write_members(path, dict.fromkeys(names, state_dict_pickle({})))
-    assert "instead of one" in refusal(path)
-
-
-def test_big_endian_files_are_refused(tmp_path):
-    path = tmp_path / "bad.bin"
-    write_members(path, {"a/data.pkl": state_dict_pickle({}), "a/byteorder": b"big"})
+def test_archives_that_torch_does_not_write_are_refused(tmp_path):
+    path, empty = tmp_path / "bad.bin", state_dict_pickle({})
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", empty)
+        archive.writestr("archive/data.pkl", empty)
+    assert "appears twice" in refusal(path)
+    for names in (["a/data.pkl", "b/data.pkl"], ["data.pkl"], ["x/y/data.pkl"]):
+        write_members(path, dict.fromkeys(names, empty))
+        assert "instead of one" in refusal(path)
+    write_members(path, {"a/data.pkl": empty, "a/byteorder": b"big"})
     assert "little-endian" in refusal(path)
 
 
@@ -248,19 +224,12 @@ def test_other_formats_are_refused_with_what_to_do(tmp_path):
     path.write_bytes(b"<!DOCTYPE html><html>")
     assert "is not a torch file" in refusal(path)
     path.write_bytes(b"")
-    assert "is empty" in refusal(path)
+    assert "It is empty" in refusal(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     assert "git lfs pull" in refusal(path)
 
 
-def test_a_legacy_file_of_torch_is_refused(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    path = tmp_path / "old.bin"
-    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    assert "legacy" in refusal(path)
-
-
-def test_cut_at_any_byte(tmp_path):
+def test_truncated_at_any_byte(tmp_path):
     whole = tmp_path / "whole.bin"
     write_torch_file(whole, TENSORS)
     data = whole.read_bytes()

@@ -93,7 +93,7 @@ def test_an_adapter(tmp_path):
     [
         ("{", "cannot be parsed"),
         ("[]", "not a JSON object"),
-        ('{"a": 1, "a": 2}', "'a' is there twice"),
+        ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a":' * 50_000, "cannot be parsed"),
         ("\xff", "cannot be parsed"),
     ],
@@ -208,7 +208,7 @@ def test_links_as_in_a_hub_cache(tmp_path):
     assert load_checkpoint(snapshot).config == TINY
     shard(folder, 2).unlink()
     message = refusal(snapshot)
-    assert "symbolic link to a file that is not there" in message
+    assert "symbolic link to a file that does not exist" in message
 
 
 def test_a_pipe_instead_of_a_file(tmp_path):
@@ -255,7 +255,7 @@ def test_a_folder_whose_name_is_too_long():
 def test_a_file_that_was_cut_while_it_was_read(tmp_path):
     folder = open_folder(write_official(tmp_path, shards=1))
     os.truncate(tmp_path / "pytorch_model.bin", 100)
-    with pytest.raises(CheckpointError, match="pytorch_model.bin was cut"):
+    with pytest.raises(CheckpointError, match="pytorch_model.bin was truncated"):
         folder.matches[-1].tensor.read()
 
 

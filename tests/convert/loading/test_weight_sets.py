@@ -131,7 +131,7 @@ def test_a_link_that_leads_nowhere_is_left_out(tmp_path):
 
 def test_the_file_that_the_configuration_names(tmp_path):
     folder = write_official(tmp_path, shards=1, raw={"transformers_weights": "best.safetensors"})
-    assert "best.safetensors is absent" in refusal(folder)
+    assert "best.safetensors is missing" in refusal(folder)
     write(folder, MODELS[1], **FORMS["model.safetensors"])
     (folder / "model.safetensors").rename(folder / "best.safetensors")
     found = open_folder(folder)
