@@ -49,6 +49,11 @@ class Part:
         return scheme is not None and scheme.covers(self.path[-1])
 
     @property
+    def in_layers(self) -> bool:
+        """Whether every layer has one."""
+        return self.path[0] == "layers"
+
+    @property
     def column_axes(self) -> int:
         """How many of the last axes are columns."""
         return COLUMN_AXES.get(self.path[-1], 1)

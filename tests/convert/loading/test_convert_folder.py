@@ -52,8 +52,8 @@ def edit_json(path, **changes):
 
 def test_missing_folder(tmp_path):
     message = three_lines(tmp_path / "some" / "nowhere")
-    assert "nowhere does not exist" in message
-    assert f"The part of its path that exists is {tmp_path}." in message
+    assert "directory not found: " in message
+    assert f"nowhere ({tmp_path} exists)." in message
 
 
 def test_a_file_instead_of_a_folder(tmp_path, monkeypatch):
