@@ -137,9 +137,10 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, s
 def _compare(fast: Any, tokenizer: Tokenizer) -> None:
     """Refuse a SentencePiece model that does not work as a byte-pair encoding of this kind."""
     encode = functools.partial(fast.encode, add_special_tokens=False)
-    pairs = [(repr(text), encode(text).ids, tokenizer.encode(text)) for text in _PROBES]
-    for name, token_id in tokenizer.special.items():
-        pairs.append((name, fast.token_to_id(SAFE_NAMES.get(name, name)), token_id))
+    pairs: list[tuple[str, Any, Any]] = [
+        *((repr(text), encode(text).ids, tokenizer.encode(text)) for text in _PROBES),
+        *((x, fast.token_to_id(SAFE_NAMES.get(x, x)), i) for x, i in tokenizer.special.items()),
+    ]
     for text, found, expected in pairs:
         if found != expected:
             raise CheckpointError(

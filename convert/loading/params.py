@@ -61,7 +61,7 @@ def load_params(
                 progress(done, total)
     tree: dict[str, Any] = {"layers": [{} for _ in range(config.num_layers)] if as_list else {}}
     for part, layer in list(weights):
-        branch = tree if not part.in_layers else tree["layers"]
+        branch: Any = tree["layers"] if part.in_layers else tree
         branch = branch if layer is None else branch[layer]
         branch[part.path[-1]] = weights.pop((part, layer)).finish()
     return tree
@@ -138,8 +138,8 @@ class _Weight:
 
     def finish(self) -> jax.Array | QTensor:
         """Return the filled arrays."""
-        arrays = [place.finish() for place in self.places]
-        return arrays[0] if self.scheme is None else QTensor(*arrays, self.scheme.bits)
+        values, *scales = [place.finish() for place in self.places]
+        return values if self.scheme is None else QTensor(values, scales[0], self.scheme.bits)
 
     def _columns_of(self, place: Place) -> dict[Box, list[Box]]:
         """Return the rows of one layer that are needed, and which of their columns."""
