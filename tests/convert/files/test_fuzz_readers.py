@@ -55,7 +55,6 @@ def test_messages_may_nest_only_so_deep():
 
 
 def test_a_longer_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fuzz, "atheris", None)
     monkeypatch.setattr(fuzz, "ROUND", 30)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["fuzz", "history", "--minutes", "0"])
