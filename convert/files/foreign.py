@@ -61,10 +61,9 @@ _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "an Orbax checkpoint, the state of a training run",
         "Give what the training wrote at its end: a model, or an adapter as --adapter.",
     ),
-    (("*.gguf", "*ggml*.bin"), f"a folder with {GGML}", USE_TORCH),
     (
-        ("tf_model.h5", "saved_model.pb", "*.ckpt.index", "flax_model*.msgpack", "*.onnx"),
-        "a model of TensorFlow, Flax or ONNX, which is not supported",
+        ("*.gguf", "*ggml*.bin", "tf_model.h5", "*.ckpt.index", "flax_model*.msgpack", "*.onnx"),
+        "a model of llama.cpp (GGUF), TensorFlow, Flax or ONNX, which is not supported",
         USE_TORCH,
     ),
 )

@@ -18,10 +18,6 @@ MAX_PICKLE_BYTES = 64 * 2**20
 MAX_MEMBERS = 100_000
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_SAVE_AGAIN = (
-    "Save it again with a recent torch: torch.save(torch.load(FILE, weights_only=True), FILE)."
-)
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
@@ -67,19 +63,18 @@ def _check_container(path: Path, start: bytes, size: int) -> None:
             "A .bin file must be one of torch.save.",
             "Give it a name that ends in .safetensors, and name it so in its index if it has one.",
         )
-    if start.startswith(_LEGACY_MAGIC):
-        kind = "It has the legacy format of torch < 1.6, a chain of pickles, which is not read."
-    elif start[257:262] == b"ustar":
-        kind = "It has the tar format of very old torch versions, which is not read."
-    elif start.startswith(b"\x80"):
-        kind = "It is a bare pickle, which could run code when opened; it is not read."
-    else:
+    if start.startswith(b"\x80") or start[257:262] == b"ustar":
         raise CheckpointError(
-            f"{path} is not a torch file.",
-            f"It begins with {start[:8]!r} instead of a zip header." if size else "It is empty.",
-            "Download it again; a web page saved under that name is a common cause.",
+            f"{path} cannot be read.",
+            "It is a bare pickle or of torch < 1.6, which could run code when opened.",
+            "Save it again with a recent torch: torch.save(torch.load(FILE, weights_only=True), "
+            "FILE).",
         )
-    raise CheckpointError(f"{path} cannot be read.", kind, _SAVE_AGAIN)
+    raise CheckpointError(
+        f"{path} is not a torch file.",
+        f"It begins with {start[:8]!r} instead of a zip header." if size else "It is empty.",
+        "Download it again; a web page saved under that name is a common cause.",
+    )
 
 
 class _Archive:

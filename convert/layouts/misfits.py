@@ -25,15 +25,9 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
         "Save the tensors transformer.prefix_encoder.* into a separate folder, for --prefix.",
     ),
     (
-        r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB)$|\.quant_state\b",
-        "quantized by bitsandbytes, which is not supported",
-        ORIGINALS,
-    ),
-    (r"\.g_idx$", "quantized by GPTQ, which is not supported", ORIGINALS),
-    (r"\.(qweight|qzeros)$", "quantized by AWQ or GPTQ, which is not supported", ORIGINALS),
-    (
+        r"\.((nested_)?(absmax|quant_map)|SCB|quant_state\b.*)$|\.(qweight|qzeros|g_idx)$|"
         r"\.(W_q|weight_packed|weight_scale_inv|weight_zero_point|qscales)$",
-        "quantized by a library that is not supported",
+        "quantized by bitsandbytes, GPTQ, AWQ or another library that is not supported",
         ORIGINALS,
     ),
     (

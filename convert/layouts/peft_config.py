@@ -192,15 +192,11 @@ def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _check_selection(path: Path, selection: Mapping[str, Any]) -> None:
-    for name, kind, why in (
-        ("target_modules", str, "It must be names, or a regular expression."),
-        ("exclude_modules", str, "It must be names, or a regular expression."),
-        ("layers_pattern", str, "It must be names, or a regular expression."),
-        ("layers_to_transform", int, "It must be numbers of layers."),
-    ):
-        value = selection.get(name, [])
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+        value, kind = selection.get(name, []), int if name == "layers_to_transform" else str
         if not all(type(item) is kind for item in _as_list(value)):
-            raise _wrong(path, name, value, why)
+            why = "numbers of layers" if kind is int else "names, or a regular expression"
+            raise _wrong(path, name, value, f"It must be {why}.")
     for key, kind in (("r", "rank"), ("lora_alpha", "alpha")):
         patterns = selection.get(f"{kind}_pattern", {})
         if not isinstance(patterns, dict):

@@ -209,15 +209,14 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path):
 
 def test_other_formats_are_refused_with_what_to_do(tmp_path):
     path = tmp_path / "old.bin"
-    path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\0" * 100)
-    message = refusal(path)
-    assert "legacy" in message and "torch.save" in message
-    path.write_bytes(pickle.dumps({"a": 1}))
-    assert "bare pickle" in refusal(path)
     (tmp_path / "member").write_bytes(b"1")
     with tarfile.open(path, "w") as archive:
         archive.add(tmp_path / "member", "member")
-    assert "tar format" in refusal(path)
+    legacy = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\0" * 100
+    for data in (path.read_bytes(), legacy, pickle.dumps({"a": 1})):
+        path.write_bytes(data)
+        message = refusal(path)
+        assert "bare pickle or of torch < 1.6" in message and "torch.save" in message
     path.write_bytes(b"<!DOCTYPE html><html>")
     assert "is not a torch file" in refusal(path)
     path.write_bytes(b"")
