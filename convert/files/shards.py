@@ -1,7 +1,6 @@
 """Opens the weights of a folder as one dictionary of tensors, however many files hold them."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 
 from convert.files.aliases import is_computed, plain_name
 from convert.files.foreign import explain_folder
-from convert.files.safetensors_reader import read_safetensors_file, unique_pairs
-from convert.files.tensor import StoredTensor, is_plain_name, regular_file_size
+from convert.files.safetensors_reader import parse_json, read_safetensors_file
+from convert.files.tensor import StoredTensor, bad_file, is_plain_name, regular_file_size
 from convert.files.torch_zip import read_torch_file
 from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
@@ -122,29 +121,18 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, too large, not UTF-8, not JSON, not an object.
     """
     if regular_file_size(path) > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path} is larger than {MAX_JSON_BYTES} bytes.",
-            "Files of this kind have a few thousand.",
-            "Download it again.",
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        value = json.loads(text, object_pairs_hook=unique_pairs)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be parsed.", str(error)[:200], "Download it again."
-        ) from error
+        what = f"is larger than {MAX_JSON_BYTES} bytes"
+        raise bad_file(path, what, "Files of this kind have a few thousand.")
+    value = parse_json(path, path.read_bytes())
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} is not a JSON object.", f"It holds {shorten(value)}.", "Download it again."
-        )
+        raise bad_file(path, "is not a JSON object", f"It holds {shorten(value)}.")
     return value
 
 
 def _open_index(folder: Path, index: Path, present: Collection[str]) -> Weights:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map.", fix="Download it again.")
+        raise bad_file(index, "has no weight_map")
     for name in set(map(str, weight_map.values())):
         check_file_name(index, name)
     files = {name: folder / name for name in dict.fromkeys(weight_map.values())}

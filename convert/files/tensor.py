@@ -73,6 +73,11 @@ def check_shape(shape: Sequence[int]) -> None:
         raise ValueError(f"a tensor of {len(shape)} dimensions is too large")
 
 
+def bad_file(path: Path, what: str, why: str = "") -> CheckpointError:
+    """Return the error of a file that is damaged, or not what its name says."""
+    return CheckpointError(f"{path} {what}.", why, "Download it again.")
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn what the system refuses inside into a `CheckpointError` that names the file."""

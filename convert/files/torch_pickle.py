@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.files.tensor import BFLOAT16, MAX_DIMENSIONS, check_shape
+from convert.files.tensor import BFLOAT16, MAX_DIMENSIONS, bad_file, check_shape
 from glm2_jax.errors import CheckpointError
 
 MAX_OPCODES = 5_000_000
@@ -98,9 +98,7 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, TorchTensor]:
         ) from None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise CheckpointError(
-            f"{path} is damaged: its pickle cannot be followed.", reason, "Download it again."
-        ) from error
+        raise bad_file(path, "is damaged: its pickle cannot be followed", reason) from error
     save = "Save it again as torch.save(model.state_dict(), FILE) does."
     if not isinstance(result, dict):
         raise CheckpointError(

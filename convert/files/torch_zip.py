@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from convert.files.foreign import GGML, USE_TORCH, is_ggml
-from convert.files.tensor import StoredTensor, regular_file_size
+from convert.files.tensor import StoredTensor, bad_file, regular_file_size
 from convert.files.torch_pickle import TorchTensor, read_state_dict
 from glm2_jax.errors import CheckpointError
 
@@ -40,11 +40,9 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
             with zipfile.ZipFile(file) as zip_file:
                 members = zip_file.infolist()
         except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
-            raise CheckpointError(
-                f"{path} is truncated or damaged: it has {size} bytes.",
-                f"The directory at the end of the archive cannot be read ({str(error)[:200]}).",
-                "Download it again and compare its size with the published one.",
-            ) from error
+            why = f"The directory at the end of the archive cannot be read ({str(error)[:200]})."
+            what = f"is truncated or damaged: it has {size} bytes"
+            raise bad_file(path, what, why) from error
         archive = _Archive(path, file, size, members)
         pickle = archive.read(f"{archive.prefix}/data.pkl", MAX_PICKLE_BYTES)
         tensors = read_state_dict(pickle, path)
@@ -98,9 +96,7 @@ class _Archive:
             raise self.error("its numbers are not little-endian")
 
     def error(self, reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} is not a valid torch file: {reason}.", fix="Download it again."
-        )
+        return bad_file(self.path, f"is not a valid torch file: {reason}")
 
     def position(self, name: str) -> int:
         """Return the first byte of a member, after its checks."""
@@ -123,11 +119,9 @@ class _Archive:
         *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + member.file_size > self.size:
-            raise CheckpointError(
-                f"{self.path} is truncated.",
-                f"{name[:100]} ends at byte {start + member.file_size}; it has {self.size} bytes.",
-                "Download it again.",
-            )
+            end = start + member.file_size
+            why = f"{name[:100]} ends at byte {end}; the file has {self.size} bytes."
+            raise bad_file(self.path, "is truncated", why)
         return start
 
     def read(self, name: str, limit: int) -> bytes:

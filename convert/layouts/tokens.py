@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.files.shards import read_json
-from convert.files.tensor import reading
+from convert.files.tensor import bad_file, reading
 from convert.layouts.hf_tokenizer import SAFE_NAMES
 from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
@@ -119,9 +119,7 @@ def _fast_tokens(path: Path) -> list[Any]:
     try:
         found, _ = json.JSONDecoder().raw_decode(rest.lstrip())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be parsed.", str(error)[:200], "Download it again."
-        ) from error
+        raise bad_file(path, "cannot be parsed", str(error)[:200]) from error
     return found if isinstance(found, list) else []
 
 

@@ -60,12 +60,12 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"a": entry(shape=(-2,))}, "is not a size"),
         ({"a": entry(shape=(2.0,))}, "is not a size"),
         ({"a": entry(offsets=(8, 0))}, "does not fill"),
-        ({"a": entry(offsets=(0, 8, 9))}, "is wrong"),
+        ({"a": entry(offsets=(0, 8, 9))}, "has a wrong entry"),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, "overlap or leave a gap"),
         ({"a": entry(offsets=(4, 12))}, "overlap or leave a gap"),
-        ({"a": entry(shape=(1,), offsets=(0, 4))}, "4 bytes follow"),
+        ({"a": entry(shape=(1,), offsets=(0, 4))}, "does not end with its tensors"),
         ({"a": entry(shape=(4,), offsets=(0, 16))}, "is truncated"),
-        ({"a": {"dtype": "F32"}}, "is wrong"),
+        ({"a": {"dtype": "F32"}}, "has a wrong entry"),
     ],
 )
 def test_bad_headers(tmp_path, header, reason):
