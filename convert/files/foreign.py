@@ -199,8 +199,8 @@ def explain_file(path: Path) -> CheckpointError:
             f"{path} is a file of a LoRA adapter, not a model.",
             fix=f"Give the base as the model (--model), and the folder as --adapter {folder}.",
         )
-    absent = [name for name in ("config.json", "tokenizer.model") if not (folder / name).exists()]
-    put = f"Put {' and '.join(absent)} next to it, and give" if absent else "Give"
+    missing = [name for name in ("config.json", "tokenizer.model") if not (folder / name).exists()]
+    put = f"Put {' and '.join(missing)} next to it, and give" if missing else "Give"
     return CheckpointError(
         f"{path} is a file.",
         "A checkpoint is a folder: configuration, tokenizer and weights together.",

@@ -238,7 +238,7 @@ def _read_global(file: io.BytesIO) -> str:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-        raise ValueError("a count is not a whole number in range")
+        raise ValueError("a count is not an integer in range")
     return value
 
 
@@ -265,7 +265,7 @@ def _tensor(arguments: tuple) -> TorchTensor:
 
 
 _OPCODES = {info.code.encode("latin-1"): info for info in pickletools.opcodes}
-# Opcodes whose argument is the value: text, whole numbers, floats.
+# Opcodes whose argument is the value: text, integers, floats.
 _VALUES = (
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2",
     "LONG1", "LONG4", "BINFLOAT",

@@ -22,7 +22,7 @@ _SAME = {
     "rms_norm_eps": "layernorm_epsilon",
 }
 
-# What this implementation computes, and what the class of transformers takes for an absent key.
+# What this implementation computes, and what the class of transformers takes for a missing key.
 _REQUIRED_VALUES: dict[str, tuple[Any, Any]] = {
     "hidden_act": ("silu", "silu"),
     "attention_bias": (True, True),
@@ -98,10 +98,10 @@ def published_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a key is missing, or asks for what this implementation does not compute.
     """
-    absent = [key for key in _SAME if raw.get(key) is None]
-    if absent:
+    missing = [key for key in _SAME if raw.get(key) is None]
+    if missing:
         raise CheckpointError(
-            f"config.json of the HF-native layout lacks {', '.join(absent)}.",
+            f"config.json of the HF-native layout lacks {', '.join(missing)}.",
             "Its model_type is 'glm'; without these keys the sizes of the model are not known.",
             "Save the model once more with save_pretrained, or use its official folder.",
         )

@@ -67,7 +67,7 @@ class PeftConfig:
         Args:
             matrices: of all layers, by their full names.
             ends: embedding and head, which "all-linear" leaves out.
-            usual: what target_modules means where it is absent.
+            usual: what a missing target_modules means.
 
         Raises:
             CheckpointError: nothing says what is adapted, or an expression cannot be matched.
@@ -129,7 +129,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """Read the configuration of an adapter.
 
     Raises:
-        CheckpointError: absent, not plain LoRA, or impossible values.
+        CheckpointError: missing, not plain LoRA, or impossible values.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -138,7 +138,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     _refuse_unsupported(folder, raw)
     dropout = raw.get("lora_dropout") or 0.0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise _wrong(path, "lora_dropout", dropout, "A rate is a number from 0 to 1.")
+        raise _wrong(path, "lora_dropout", dropout, "A rate must be at least 0 and less than 1.")
     given = {key: raw[key] for key in _SELECTION if key in raw and not _is_default(raw[key])}
     selection = {"r": 8, "lora_alpha": 8, **given}
     _check_selection(path, selection)
@@ -204,9 +204,9 @@ def _check_selection(path: Path, selection: Mapping[str, Any]) -> None:
             raise _wrong(path, f"{kind}_pattern", patterns, why)
         for name, value in ((key, selection[key]), *patterns.items()):
             if kind == "rank" and (type(value) is not int or value < 1):
-                raise _wrong(path, name, value, "A rank is a whole number of 1 or more.")
+                raise _wrong(path, name, value, "A rank must be an integer of at least 1.")
             if type(value) not in (int, float) or not math.isfinite(value):
-                raise _wrong(path, name, value, "alpha is a number.")
+                raise _wrong(path, name, value, "alpha must be a finite number.")
 
 
 def _is_default(value: Any) -> bool:

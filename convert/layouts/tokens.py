@@ -179,7 +179,7 @@ def _special_ids(
     missing = ", ".join(name for name in anchors if name not in ids)
     raise CheckpointError(
         f"{named.where} gives the ids of some special tokens of a {family} model.",
-        f"{', '.join(f'{name} is {ids[name]}' for name in given)}, which is no published order, "
+        f"{', '.join(f'{name} is {ids[name]}' for name in given)}, which is not a published order, "
         f"and {missing} is missing.",
         f"Add the missing ids to added_tokens_decoder in {TOKENIZER_CONFIG}, or name another "
         "family with --family.",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 Box = tuple[tuple[int, int], ...]
 
 
-def whole(shape: tuple[int, ...]) -> Box:
+def full_box(shape: tuple[int, ...]) -> Box:
     """Return the box of all elements."""
     return tuple((0, size) for size in shape)
 
@@ -22,7 +22,7 @@ def shape_of(box: Box) -> tuple[int, ...]:
 
 def slices(box: Box, origin: Box | None = None) -> tuple[slice, ...]:
     """Return the box as an index into the array, or into what the box `origin` cuts out of it."""
-    starts = [start for start, _ in origin or whole(shape_of(box))]
+    starts = [start for start, _ in origin or full_box(shape_of(box))]
     return tuple(slice(b - s, e - s) for (b, e), s in zip(box, starts, strict=True))
 
 

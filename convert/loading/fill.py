@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.loading.boxes import Box, overlap, shape_of, slices, whole
+from convert.loading.boxes import Box, full_box, overlap, shape_of, slices
 
 _ALIGNMENT = 64
 
@@ -73,7 +73,7 @@ class Place:
 def local_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Box, list[Any]]:
     """Return the boxes of an array that this process holds, each with its devices."""
     if sharding is None:
-        return {whole(shape): [None]}
+        return {full_box(shape): [None]}
     boxes: dict[Box, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         box = tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))

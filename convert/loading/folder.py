@@ -16,7 +16,7 @@ from convert.files.shards import Weights, choose_weights, open_weights, read_jso
 from convert.files.tensor import is_plain_name, reading
 from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native, published_keys
-from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
+from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, Rule, match_tensors
 from convert.layouts.tokens import assumed_places, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS, TEMPLATES
 from glm2_jax.cli.files import refuse_url
@@ -148,10 +148,7 @@ def open_folder(
                 "Its tensors have the names of this project's own format, which needs that file.",
                 "Copy the file, too, or convert the source again.",
             )
-        if manifest is not None:
-            layout, rules = "own", OWN
-        else:
-            layout, rules = ("HF-native glm", GLM) if is_native(raw) else ("official", PUBLISHED)
+        layout, rules = _layout(raw, manifest)
         with _naming_other_set(weights):
             matches = match_tensors(found.config, weights.tensors, rules, found.scheme)
     return Folder(
@@ -182,6 +179,13 @@ def read_architecture(
     asked = _Asked(rope_kind, template, family)
     with reading(Path(path)):
         return _architecture(Path(path), asked)[2]
+
+
+def _layout(raw: dict[str, Any], manifest: Manifest | None) -> tuple[str, tuple[Rule, ...]]:
+    """Return the name and the rules of the layout that config.json and manifest show."""
+    if manifest is not None:
+        return "own", OWN
+    return ("HF-native glm", GLM) if is_native(raw) else ("official", PUBLISHED)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from convert.layouts.names import PARTS, Part
-from convert.loading.boxes import Box, shape_of, whole
+from convert.loading.boxes import Box, full_box, shape_of
 from convert.loading.fill import ArraySpec, Place
 from convert.loading.folder import Folder
 from convert.loading.values import Values, cast, row_pieces
@@ -132,7 +132,7 @@ class _Weight:
                 for piece in row_pieces(rows, values.columns):
                     blocks = values.quantized(piece, self.scheme)
                     yield sum(
-                        self._write(place, layer, (*piece, *whole(x.shape[len(piece) :])), x)
+                        self._write(place, layer, (*piece, *full_box(x.shape[len(piece) :])), x)
                         for place, x in zip(self.places, blocks, strict=True)
                     )
 

@@ -1,6 +1,6 @@
 """Reads the numbers of a stored parameter a few megabytes at a time, and checks them.
 
-Whole tensors are never copied: what is read is a view of the mapped file, what is computed
+Complete tensors are never copied: what is read is a view of the mapped file, what is computed
 (dequantized, cast) has the size of a chunk.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.files.tensor import StoredTensor
 from convert.layouts.names import Match, Part
-from convert.loading.boxes import Box, pieces, shape_of, slices, whole
+from convert.loading.boxes import Box, full_box, pieces, shape_of, slices
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
 from glm2_jax.quant import NO_SCALE, quantize, unpack_int4
@@ -72,13 +72,13 @@ class Values:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield all elements in order, as stored or float32, in arrays [n]; finite."""
-        columns = whole(self.shape[self._row_axes :])
+        columns = full_box(self.shape[self._row_axes :])
         for rows in self.row_pieces():
             yield self.floats((*rows, *columns)).reshape(-1)
 
     def row_pieces(self) -> Iterator[Box]:
         """Yield all rows in order, in boxes of as many as make a chunk."""
-        return row_pieces(whole(self.shape[: self._row_axes]), self.columns)
+        return row_pieces(full_box(self.shape[: self._row_axes]), self.columns)
 
     def floats(self, box: Box) -> np.ndarray:
         """Return a box of the elements, as stored or float32; finite."""
@@ -95,9 +95,9 @@ class Values:
         """
         if self.scheme == scheme:
             stored = (self._stored, self._scales)
-            values, scales = ((*rows, *whole(array.shape[self._row_axes :])) for array in stored)
+            values, scales = ((*rows, *full_box(array.shape[self._row_axes :])) for array in stored)
             return self.integers(values), self.scale(scales)
-        chunk = self.floats((*rows, *whole(self.shape[self._row_axes :])))
+        chunk = self.floats((*rows, *full_box(self.shape[self._row_axes :])))
         pair = quantize(chunk.reshape(-1, self.columns), scheme)
         shapes = scheme.shapes(chunk.shape, chunk.ndim - self._row_axes)
         return pair[0].reshape(shapes[0]), pair[1].reshape(shapes[1])
@@ -185,7 +185,7 @@ def block(array: np.ndarray, box: Box) -> np.ndarray:
 def _flat(columns: Box, shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the first column and the one after the last; only the first axis may be cut."""
     inner = math.prod(shape[1:])
-    assert columns[1:] == whole(shape[1:]), "only the first axis of columns is ever cut"
+    assert columns[1:] == full_box(shape[1:]), "only the first axis of columns is ever cut"
     return columns[0][0] * inner, columns[0][1] * inner
 
 

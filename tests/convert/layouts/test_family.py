@@ -225,7 +225,7 @@ def test_an_extended_tokenizer_whose_special_ids_nothing_names_is_reported(tmp_p
     [
         ({"<sql>": 640}, "640.*beyond"),
         ({"<sql>": PIECES + 3}, "the id of sop"),
-        ({"[gMASK]": PIECES, "sop": PIECES + 1, "<|user|>": PIECES + 2}, "no published order"),
+        ({"[gMASK]": PIECES, "sop": PIECES + 1, "<|user|>": PIECES + 2}, "not a published order"),
         ({"<sql>": -1}, "not an added token"),
         ({"": 600}, "not an added token"),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from convert.layouts.names import PARTS
 from convert.loading import fill, values
-from convert.loading.boxes import pieces, whole
+from convert.loading.boxes import full_box, pieces
 from convert.loading.fill import ArraySpec, DevicePlace, HostPlace, Place
 from convert.loading.folder import open_folder
 from convert.loading.params import load_params
@@ -76,7 +76,7 @@ def test_a_cast_to_float16_never_overflows_unseen(tmp_path):
 def test_a_place_takes_what_is_its_own():
     place = Place(ArraySpec((4, 6), FLOAT32, None))
     array = np.arange(24, dtype=np.float16).reshape(4, 6)
-    for box in pieces(whole((4, 6)), 5):
+    for box in pieces(full_box((4, 6)), 5):
         assert place.write(box, array[tuple(slice(*side) for side in box)]) <= 5 * 4
     np.testing.assert_array_equal(np.asarray(place.finish()), array)
 
