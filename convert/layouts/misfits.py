@@ -2,12 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from convert.files.foreign import ORIGINALS
-from convert.files.tensor import StoredTensor
 from glm2_jax.errors import CheckpointError
-from glm2_jax.schemes import Scheme
 
 _SHOWN = 3  # examples of each kind
 
@@ -67,24 +65,16 @@ class Misfits:
         return len(self.missing) + len(self.wrong) + len(self.unexpected)
 
 
-def explain_misfits(
-    misfits: Misfits,
-    tensors: Mapping[str, StoredTensor],
-    num_layers: int,
-    scheme: Scheme | None,
-    native: bool,
-) -> CheckpointError:
+def explain_misfits(misfits: Misfits, tensors: Collection[str], native: bool) -> CheckpointError:
     """Return the error that says why tensors do not fit, as far as their names show it.
 
     Args:
         misfits: at least one.
-        tensors: all that the folder holds, under the names that are stored.
-        num_layers: of the configuration.
-        scheme: how the configuration says that the matrices are quantized.
+        tensors: names of all that the folder holds, as they are stored.
         native: whether the configuration is one of the HF-native layout.
     """
     generic = f"The tensors do not fit the configuration: {misfits.count} problems."
-    cause = _cause(misfits, tensors, num_layers, scheme, native)
+    cause = _cause(misfits, tensors, native)
     what, fix = cause or (generic, "Check that config.json belongs to these weights.")
     lines = [] if cause is None else [generic]
     for kind, problems in (
@@ -98,14 +88,8 @@ def explain_misfits(
     return CheckpointError(what, lines, fix)
 
 
-def _cause(
-    misfits: Misfits,
-    tensors: Collection[str],
-    num_layers: int,
-    scheme: Scheme | None,
-    native: bool,
-) -> tuple[str, str] | None:
-    """Return what the weights are and what to do; None where the names show nothing."""
+def _cause(misfits: Misfits, tensors: Collection[str], native: bool) -> tuple[str, str] | None:
+    """Return what the weights are and what to do; None where the names do not show it."""
     missing, unexpected = misfits.missing, misfits.unexpected
     if not tensors:
         return "The weight files hold no tensors.", "Download them again."
@@ -124,15 +108,10 @@ def _cause(
             f"These weights have {kind} names, but config.json {has} the model_type 'glm'.",
             "Use the config.json that was saved with these weights.",
         )
-    if any(name.endswith("weight_scale") for name in unexpected):
+    if any(name.endswith("weight_scale") for name in (*missing, *unexpected)):
         return (
-            "These weights are quantized, but config.json has no quantization_bit.",
-            "Use the config.json of the same repository; it has quantization_bit 4 or 8.",
-        )
-    if scheme is not None and missing and all(name.endswith("_scale") for name in missing):
-        return (
-            f"config.json says quantization_bit = {scheme.bits}, but the matrices have no scales.",
-            "Remove quantization_bit from config.json if these weights are not quantized.",
+            "config.json and the weights do not agree on quantization (quantization_bit).",
+            "Use the config.json of the same repository.",
         )
     heads = ("output_layer.weight", "lm_head.weight")
     if misfits.count == 1 and missing and missing[0].endswith(heads):
@@ -141,22 +120,4 @@ def _cause(
             f"Save {missing[0]} with them: it is not the embedding, though some programs tie or "
             "drop it. If it was not trained, take it from the base model.",
         )
-    return _other_depth(misfits, tensors, num_layers)
-
-
-def _other_depth(
-    misfits: Misfits, tensors: Collection[str], num_layers: int
-) -> tuple[str, str] | None:
-    """Return the cause where all that does not fit are layers that one side lacks."""
-
-    def layers(names: Collection[str]) -> list[int]:
-        found = (re.search(r"layers\.(\d+)\.", name) for name in names)
-        return [int(match[1]) if match else -1 for match in found]
-
-    depth = 1 + max(layers(tensors))
-    if misfits.wrong or min(layers(misfits.missing + misfits.unexpected)) < min(depth, num_layers):
-        return None
-    return (
-        f"config.json says num_layers = {num_layers}, and the weights have {depth} layers.",
-        "Check that config.json belongs to these weights, and that no file of them is missing.",
-    )
+    return None

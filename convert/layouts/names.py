@@ -243,7 +243,7 @@ def match_tensors(
         misfits.wrong += _wrong(config, matches[name], scheme)
     misfits.unexpected += left
     if misfits.count:
-        raise explain_misfits(misfits, tensors, config.num_layers, scheme, rules is GLM)
+        raise explain_misfits(misfits, tensors, rules is GLM)
     return [matches[name] for name in stored if name in matches]
 
 
