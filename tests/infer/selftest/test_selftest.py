@@ -291,7 +291,7 @@ def test_a_model_is_named_by_its_last_part():
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="directory not found"):
         main(["--model", str(tmp_path / "none"), "--compile-cache", "off"])
     assert capsys.readouterr().out == ""
 
