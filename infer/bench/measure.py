@@ -16,8 +16,7 @@ from glm2_jax.mesh import mesh_of
 from glm2_jax.runtime.xla import cache_dtype
 from glm2_jax.schemes import COLUMN_AXES
 from infer.bench.peer import Peer, PeerError
-from infer.bench.programs import Compiler, decode, prefill
-from infer.engine.placement import Places
+from infer.bench.programs import Workload, devices_of
 from infer.memory.peak import peak_bytes, reset_peak
 from infer.memory.precision import Precision
 from infer.memory.shares import Sizes, device_params, row_pieces, sizes_of, total_bytes
@@ -77,7 +76,6 @@ class Result:
     Attributes:
       bytes, flops: the least that a prefill or a step has to do, see `work` and `mesh_work`.
       seconds: of a prefill or a step, one for each repetition.
-      planned: bytes that the compiler says the programs need on each device, weights included.
       peak: the most memory used; on a CPU by the process since the measurement began, elsewhere
         since the start, on the device that used most.
       peers: the peer's seconds by mode.
@@ -90,7 +88,6 @@ class Result:
     flops: float = 0.0
     seconds: list[float] = field(default_factory=list)
     compile_s: float = 0.0
-    planned: int | None = None
     peak: int | None = None
     peers: dict[str, list[float]] = field(default_factory=dict)
     problem: str = ""
@@ -202,14 +199,12 @@ def measure_all(
 def _measure(
     config: GLMConfig, params: Any, result: Result, repeats: int, peer: Peer | None
 ) -> None:
-    shape = result.shape
-    programs = Compiler(devices_of(params)[0], Places(mesh_of(params)))
+    shape, work = result.shape, Workload(config, params)
     if shape.prompt:
-        run = prefill(programs, config, params, shape.batch, shape.prompt)
+        run = work.prefill(shape.batch, shape.prompt)
     else:
-        run = decode(programs, config, params, shape.batch, shape.context, shape.steps)
-    result.compile_s, result.planned = programs.seconds, programs.planned
-    run()
+        run = work.decode(shape.batch, shape.context, shape.steps)
+    result.compile_s = work.programs.seconds
     for mode in peer.modes if peer else ():
         assert peer is not None
         try:
@@ -222,8 +217,3 @@ def _measure(
             result.problem = str(error)
     for _ in range(repeats - len(result.seconds)):
         result.seconds.append(run())
-
-
-def devices_of(params: Any) -> list[Any]:
-    """Return the devices that hold parameters."""
-    return sorted(params["final_norm"].devices(), key=lambda device: device.id)

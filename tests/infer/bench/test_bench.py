@@ -20,16 +20,14 @@ from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
-from infer.bench import consumer, plot, programs
-from infer.bench import measure as bench_run
 from infer.bench import peer as bench_peer
+from infer.bench import plot, programs
 from infer.bench import run as suite
 from infer.bench.ceilings import Ceilings, measure_ceilings
 from infer.bench.measure import Result, Shape, Variant, measure_all, work
 from infer.bench.random_params import random_params
 from infer.bench.report import Report, as_json, render
 from infer.engine.load import demo_folder
-from infer.memory.precision import Precision
 from tests.support.paths import ROOT
 from tests.support.toy import TOY, jit_forward, quantized_shapes, random_tokens
 
@@ -75,7 +73,7 @@ def hand_made(**kwargs) -> Report:
     shape = Shape(batch=2, context=100, steps=4)
     first = Result(Variant("float32", "int8", "list"), Shape(1, prompt=128), 1e6, 4e9, [0.5, 0.25])
     second = Result(
-        variant, shape, 4e9, 8e9, [0.5, 0.4, 0.9], 2.5, 5_000_000, 6_000_000, {"eager": [0.8, 1.0]}
+        variant, shape, 4e9, 8e9, [0.5, 0.4, 0.9], 2.5, 6_000_000, {"eager": [0.8, 1.0]}
     )
     about = {"device": "some device", "command": "python -m infer.bench --json"}
     return Report(about, CEILINGS, [first, second], complete=True, **kwargs)
@@ -183,7 +181,7 @@ def test_the_demo(capsys, quick):
         assert found["about"][name]
     for result in found["results"]:
         assert len(result["seconds"]) == 2 and min(result["seconds"]) > 0
-        assert result["compile_s"] > 0 and result["planned"] > 0 and result["peak"] > 0
+        assert result["compile_s"] > 0 and result["peak"] > 0
         assert result["bytes_per_s"] == result["bytes"] / min(result["seconds"])
         assert result["of_bandwidth"] == pytest.approx(result["bytes_per_s"] / 20e9)
         assert result["of_matmul"] == pytest.approx(result["flops_per_s"] / 1e12)
@@ -205,17 +203,10 @@ def test_random_weights(capsys, quick, toy_config):
 
 def test_long_prompts_are_read_in_parts(monkeypatch):
     monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)
-    compiled = []
-
-    class Compiler(programs.Compiler):
-        def __call__(self, function, *args, donate=None):
-            compiled.append(function.func.__name__)
-            return super().__call__(function, *args, donate=donate)
-
-    compiler = Compiler(CPU)
-    run = programs.prefill(compiler, TOY, random_params(TOY, jnp.float32), 1, 50)
-    assert compiled == ["read", "extend"] and compiler.seconds > 0
-    assert run() > 0 and run() > 0  # the cache of the first is used again
+    work = programs.Workload(TOY, random_params(TOY, jnp.float32))
+    run = work.prefill(1, 50)
+    assert work.programs.compiled == 2 and work.programs.seconds > 0  # read and extend
+    assert run() > 0 and run() > 0 and work.programs.compiled == 2
 
 
 class FakePeer:
@@ -244,7 +235,7 @@ def ours(monkeypatch):
     def decode(*args):
         return lambda: calls.append("ours") or 1.0
 
-    monkeypatch.setattr(bench_run, "decode", decode)
+    monkeypatch.setattr(programs.Workload, "decode", decode)
     return calls
 
 
@@ -260,7 +251,7 @@ def run_toy(peer=None, repeats=2) -> Result:
 def test_the_peer_takes_turns(ours):
     result = run_toy(FakePeer(ours))
     turns = ["ours", "theirs"] * 2
-    assert ours == ["ours", "eager", *turns, "compiled", *turns]
+    assert ours == ["eager", *turns, "compiled", *turns]
     assert result.ratio("eager") == result.ratio("compiled") == 2.0 and not result.problem
 
 
@@ -273,14 +264,14 @@ def test_a_peer_that_fails_does_not_end_it(ours):
 
 
 def test_out_of_memory_leaves_the_rest(capsys, quick, monkeypatch, toy_config):
-    real = bench_run.decode
+    real = programs.Workload.decode
 
-    def decode(compiler, config, params, batch, context, count):
+    def decode(work, batch, context, count):
         if batch == 2:
             raise MemoryError
-        return real(compiler, config, params, batch, context, count)
+        return real(work, batch, context, count)
 
-    monkeypatch.setattr(bench_run, "decode", decode)
+    monkeypatch.setattr(programs.Workload, "decode", decode)
     found = measured(
         capsys, "--random", toy_config, "--prompts", "none", "--contexts", "4", "--batches",
         "1,2,4", code=5,
@@ -348,29 +339,6 @@ def test_what_was_stopped_says_so():
     assert as_json(nothing)["ceilings"] is None
 
 
-def test_the_consumer_preset(capsys, nothing_measured):
-    assert bench.main(["--preset", "consumer"]) == 0
-    text = capsys.readouterr().out
-    assert text.count("planned, RTX 3090 24 GB: ") == text.count("measured: nothing") == 3
-    assert "not measured: no accelerator here" in text
-    assert " ".join(text.split()).count(f"--prefill-chunk {consumer.CHUNK} --max-length 4096") == 3
-
-
-def test_the_consumer_preset_keeps_its_goals():
-    """In GB; what CUDA takes is assumed, and comes on top."""
-    for scheme, goal in ((None, 13.3), ("int8", 8.0), ("int4", 5.5)):
-        plan = consumer.plan_for(Precision("bfloat16", scheme))
-        assert plan.total - plan.runtime <= goal * 1e9
-        assert scheme is None or plan.total <= goal * 1e9  # these with CUDA, too
-
-
-def test_the_consumer_preset_with_figures():
-    report = hand_made()
-    text = consumer.render(report, 100)
-    assert "measured, some device: 6.0 MB, 5 tok/s" in text and text.count("nothing") == 2
-    assert consumer.wanted("cpu", "cpu") and consumer.wanted("auto", "gpu")
-
-
 def test_a_picture_needs_matplotlib(monkeypatch):
     def damaged(name):
         raise ImportError(f"{name}: numpy.core.multiarray failed to import")
@@ -379,12 +347,6 @@ def test_a_picture_needs_matplotlib(monkeypatch):
     with pytest.raises(UsageError, match=r"pip install 'glm2-jax\[plot\]'") as error:
         bench.main(["--plot", "roofline.png"])
     assert "multiarray failed" in error.value.why
-
-
-def test_a_picture_of_nothing_is_refused_at_once(monkeypatch, nothing_measured):
-    monkeypatch.setattr(arguments, "check_plot", lambda path: None)
-    with pytest.raises(UsageError, match="nothing to draw"):
-        bench.main(["--preset", "consumer", "--plot", "roofline.png"])
 
 
 def test_forms_are_checked_before_anything_is_measured(tmp_path, nothing_measured):
@@ -414,7 +376,6 @@ def test_the_picture(tmp_path):
     [
         (["--layers", "3"], "--layers needs --random"),
         (["--random", "chatglm2-6b", "--model", "x"], "--model and --random"),
-        (["--random", "x", "--preset", "consumer"], "--random and --preset"),
         (["--random", "no-such-model"], "--random no-such-model: no such model"),
         (["--plot", "no/such/folder/a.png"], "folder does not exist"),
     ],

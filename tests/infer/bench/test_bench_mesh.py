@@ -121,7 +121,6 @@ def test_a_line_says_what_virtual_devices_share():
     ("args", "message"),
     [
         (["--tp", "2", "--peer", "transformers"], "--peer: not supported on a mesh"),
-        (["--tp", "1", "--preset", "consumer", "--peer", "transformers"], "--preset and --peer"),
         (["--coordinator", "host:1"], "--coordinator: not supported by this command"),
         (["--mesh", "data=2,model=4"], "is not valid"),
         (["--tp", "7"], "tensor=7 takes 7 devices"),
@@ -159,7 +158,6 @@ def test_measuring_on_a_mesh(found):
     for result in report["results"]:
         assert result["variant"]["layers"] == "list" and not result["problem"]
         assert result["bytes_per_s"] == result["bytes"] / min(result["seconds"])
-        assert 0 < result["planned"] < 8 * result["variant"]["weights"]
     # Of three rows, though four are computed.
     assert decode["tokens_per_s"] == pytest.approx(3 / min(decode["seconds"]))
     assert "72.4 kB of weights, 21.6 kB on each device" in said
