@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.commands import as_typed
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from infer.bench import run
 
     choice = from_flags(ModelChoice, args, layers=None, quantize=None)
-    command = f"{PROG} {shlex.join(argv)}".rstrip()
+    command = as_typed(f"{PROG} {shlex.join(argv)}".rstrip())
     return run.run(from_flags(run.Settings, args, choice=choice, command=command))
 
 

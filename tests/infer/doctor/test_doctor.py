@@ -102,8 +102,6 @@ def test_a_laptop_is_offered_the_demo_model():
     ("free", "flags"),
     [
         (6, "--dtype bfloat16 --quantize int4"),
-        (9, "--dtype bfloat16 --quantize int8"),
-        (15, "--dtype bfloat16"),
         (26, "--dtype bfloat16"),
         (28, "--dtype float32"),
     ],
@@ -335,26 +333,10 @@ def test_a_file_of_the_users_is_not_taken_for_jax(tmp_path, monkeypatch):
     assert found.works, found.error
 
 
-def test_variables_of_this_machine():
-    for name, value, reported in (
-        ("JAX_PLATFORMS", "rocm", "JAX_PLATFORMS=rocm"),
-        ("XLA_FLAGS", "--nonsense=1", "--nonsense=1"),
-    ):
-        done = run(**{"JAX_PLATFORMS": "cpu", name: value})
-        assert f"do this: unset {name}" in done.stdout and reported in done.stdout, done.stdout
-        assert "AssertionError" not in done.stdout
-
-
-def test_flags():
-    code = (
-        "import sys\nfrom infer.doctor.__main__ import main\n"
-        "try: main(['--help'])\nfinally: print('numpy' in sys.modules, file=sys.stderr)"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0 and "--json" in done.stdout and done.stderr == "False\n"
-    with pytest.raises(CheckpointError):
-        main(["--model", "no/such/folder"])
+def test_a_variable_of_this_machine():
+    done = run(JAX_PLATFORMS="rocm")
+    assert "do this: unset JAX_PLATFORMS" in done.stdout and "JAX_PLATFORMS=rocm" in done.stdout
+    assert "AssertionError" not in done.stdout
 
 
 def test_main_prints_what_was_probed(monkeypatch, capsys):
@@ -365,3 +347,5 @@ def test_main_prints_what_was_probed(monkeypatch, capsys):
     monkeypatch.setattr(probing, "probe", lambda: changed(LAPTOP, jax=JaxProbe(error="no")))
     assert main(["--json"]) == EXIT_DEVICE
     assert json.loads(capsys.readouterr().out)["problems"] == 1
+    with pytest.raises(CheckpointError):
+        main(["--model", "no/such/folder"])
