@@ -48,7 +48,7 @@ class Links:
         return devices // 2 if self.both_ways else devices - 1
 
     def rate(self, devices: int) -> float:
-        """Return the bytes per second that a device sends in a ring; two neighbors share one link."""
+        """Return the bytes per second that a device sends in a ring; two devices share one link."""
         return self.link * (min(self.ring, devices - 1) if self.both_ways else self.ring)
 
 
