@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from glm2_jax.cli.model_choice import ModelChoice
@@ -15,8 +14,7 @@ from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
 from infer.bench import run as suite
 from infer.bench.ceilings import Ceilings
-from infer.bench.measure import Result, Shape, Variant, mesh_work, work
-from infer.bench.random_params import random_params
+from infer.bench.measure import Result, Shape, Variant, work
 from infer.bench.report import Report, as_json, render
 from infer.bench.subject import Subject, describe_mesh
 from infer.memory.links import LINKS
@@ -52,7 +50,7 @@ def test_bytes_and_operations_are_those_of_the_cost_model(sizes, scheme):
     shapes = {"decode": Shape(3, context=99), "prefill": Shape(3, prompt=100)}
     for name, shape in shapes.items():
         precision, step = Precision("bfloat16", scheme), cost.steps[name]
-        moved, flops = mesh_work(SIX, precision, sizes_of(sizes), shape, "tpu")
+        moved, flops = work(SIX, precision, shape, "tpu", sizes_of(sizes))
         embedded = rows * max(shape.prompt, 1) * SIX.hidden_size * 2
         read = step.memory_s * links.card.bandwidth + embedded
         assert moved == pytest.approx(8 * read, rel=1e-12), name
@@ -61,11 +59,10 @@ def test_bytes_and_operations_are_those_of_the_cost_model(sizes, scheme):
 
 def test_what_is_on_several_devices_counts_on_each():
     config, plain = dataclasses.replace(TOY, vocab_size=96), Precision("float32")
-    params = random_params(config, jnp.float32)
-    one, half = (work(config, params, Shape(rows, context=7), "cpu") for rows in (4, 2))
+    one, half = (work(config, plain, Shape(rows, context=7), "cpu") for rows in (4, 2))
 
     def of(rows: int = 4, **sizes: int) -> tuple[float, float]:
-        return mesh_work(config, plain, sizes_of(sizes), Shape(rows, context=7), "cpu")
+        return work(config, plain, Shape(rows, context=7), "cpu", sizes_of(sizes))
 
     assert of() == one
     assert of(data=2) == of(fsdp=2) == (2 * half[0], 2 * half[1]) == of(rows=3, data=2)
