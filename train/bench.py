@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.flags import add_model_options
 from glm2_jax.cli.main import EXIT_DEVICE, is_out_of_memory
@@ -27,7 +27,7 @@ from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
-from infer.bench.__main__ import LAYOUTS, add_random_options, one_of
+from infer.bench.__main__ import add_random_options, one_of
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, LoRA
@@ -90,7 +90,7 @@ def parser() -> Parser:
         "weights: none)",
     )  # fmt: skip
     add(
-        "--layout", type=one_of(LAYOUTS), default="stacked", metavar="A,B",
+        "--layout", type=one_of(LAYER_LAYOUTS), default="stacked", metavar="A,B",
         help="layers stacked or in a list, which train.lora uses on a CPU",
     )  # fmt: skip
     add("--batch-size", **count, default=4, help="rows per step")
@@ -318,8 +318,8 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def render(report: Report) -> str:
     """Return the report for people, wrapped to the width of the terminal."""
-    from infer.bench.report import ceiling_lines
     from glm2_jax.cli.tables import columns
+    from infer.bench.report import ceiling_lines
 
     lines = [f"{name}: {text}" for name, text in report.about.items()]
     lines += ceiling_lines(report.ceilings)[1:] if report.ceilings else []

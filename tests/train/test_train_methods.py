@@ -9,7 +9,7 @@ import pytest
 
 from convert import load_checkpoint, open_folder
 from convert.adapters.adapter import load_adapter
-from glm2_jax.sharding import make_mesh, replicated
+from glm2_jax import make_mesh, replicated
 from tests.support.checkpoints import save, tiny_config
 from tests.support.training_data import alpaca, learned_of, open_rows
 from train import full, lora, validation
