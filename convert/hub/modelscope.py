@@ -15,7 +15,8 @@ class ModelScope:
     """A model on ModelScope, or on the server that MODELSCOPE_ENDPOINT names."""
 
     source, hub, variable = "modelscope", "ModelScope", "MODELSCOPE_ENDPOINT"
-    login, offline = "set MODELSCOPE_API_TOKEN", None
+    login = "set MODELSCOPE_API_TOKEN"
+    offline: str | None = None
 
     def __init__(self, name: str, revision: str | None):
         self.name, self.revision = name, revision or "master"
