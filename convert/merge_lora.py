@@ -1,4 +1,4 @@
-"""`python -m convert.merge_lora BASE ADAPTER DST`: a base and its LoRA adapter become one model."""
+"""`python -m convert.merge_lora BASE ADAPTER DST`: merge a LoRA adapter into its base."""
 
 import argparse
 import math
@@ -8,13 +8,13 @@ from convert import options
 from glm2_jax.choices import DEVICES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
 
 def build_parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser(
         prog="python -m convert.merge_lora",
         description=(
@@ -27,20 +27,24 @@ def build_parser() -> Parser:
     parser.add_argument(
         "base", metavar="BASE", type=path_argument, help="the model's folder, or OWNER/NAME"
     )
-    parser.add_argument("adapter", metavar="ADAPTER", type=path_argument, help="its folder")
-    parser.add_argument("destination", metavar="DST", type=path_argument, help="the one to write")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", type=path_argument, help="the adapter's folder"
+    )
+    parser.add_argument(
+        "destination", metavar="DST", type=path_argument, help="the folder to write"
+    )
     weights = parser.add_argument_group("weights")
     options.add_dtype(weights)
     weights.add_argument(
         "--dequantize", action="store_true",
-        help="allow a quantized base; its weights are written unpacked",
+        help="allow a quantized base; its weights are written as floats",
     )  # fmt: skip
     options.add_shard_size(weights)
     options.add_force_adapter(weights)
     checking = parser.add_argument_group("check")
     checking.add_argument(
         "--bound", type=_bound, metavar="X",
-        help="largest difference of a logit that is accepted (default: 0.001 in float32, 0.125 in "
+        help="largest accepted difference of a logit (default: 0.001 in float32, 0.125 in "
         "float16, 1 in bfloat16)",
     )  # fmt: skip
     checking.add_argument(
@@ -67,52 +71,47 @@ def _bound(text: str) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Parses and merges."""
+    """Parse the flags and merge."""
     args = build_parser().parse_args(argv)
     choice = from_flags(ModelChoice, args)
-    from convert.adapters.attach import open_adapter
-    from convert.loading.folder import open_folder
     from convert.writing.destination import check_destination
     from convert.writing.merge_check import BOUNDS, MergeCheck
-    from convert.writing.own import convert_folder, float_dtype, size_of_conversion
+    from convert.writing.own import convert_folder, plan_conversion
 
-    path, model = options.find_folder(choice, args.base), choice.form
-    folder = open_folder(path, **model)
-    adapter = open_adapter(args.adapter, path, force=args.force_adapter, **model)
-    kind = float_dtype(folder.float_dtype if args.dtype == "keep" else args.dtype).name
-    form = {"dtype": kind, "quantize": "none" if args.dequantize else None, "adapter": adapter}
-    size = size_of_conversion(folder, **form)
-    check_destination(args.destination, args.overwrite, source=folder.path, needed=size)
-    options.tell_model(
-        args.base, folder, folder.stored_dtype, f"; {', '.join(adapter.targets)} adapted"
-    )
-    for line in adapter.notes:
-        note(line)
+    folder, adapter = options.open_source(choice, args.base)
+    assert adapter is not None
+    form = {
+        "dtype": None if args.dtype == "keep" else args.dtype,
+        "quantize": "none" if args.dequantize else None,
+        "adapter": adapter,
+    }
+    plan = plan_conversion(folder, **form)
+    dtype = plan.dtype.name
+    check_destination(args.destination, args.overwrite, source=folder.path, needed=plan.nbytes)
+    options.print_model(args.base, folder, adapter)
     if args.dry_run:
-        options.print_plan(args.destination, size)
+        options.print_plan(args.destination, plan.nbytes)
         return
     check = None
     if not args.skip_check:  # first of all: too little memory is known before anything is written
-        with Progress("loading", size, show=human_size) as bar:
-            check = MergeCheck(
-                folder, adapter, kind, device=args.device, progress=lambda done, _: bar(done)
-            )
+        with options.progress("loading") as progress:
+            check = MergeCheck(folder, adapter, dtype, device=args.device, progress=progress)
 
     def compare(merged: Path) -> None:
         if check is None:
             note("not compared with base and adapter (--skip-check)")
             return
-        bound = BOUNDS[kind] if args.bound is None else args.bound
-        with Progress("loading the merged model", size, show=human_size) as bar:
-            found = check.require(merged, bound, lambda done, _: bar(done))
+        bound = BOUNDS[dtype] if args.bound is None else args.bound
+        with options.progress("loading the merged model") as progress:
+            found = check.require(merged, bound, progress)
         note(
             f"largest logit difference between merged and unmerged: {found:.3g} "
             f"(the adapter changes logits by up to {check.effect:.3g})"
         )
-        if check.weak(bound):
+        if check.effect <= bound:  # leaving the adapter out would pass, too
             note(f"the adapter changes less than the bound, {bound:.3g}, so this shows little")
 
-    with Progress("merging", size, show=human_size) as bar:
+    with options.progress("merging") as progress:
         convert_folder(
             folder,
             args.destination,
@@ -120,9 +119,9 @@ def main(argv: list[str]) -> None:
             check=compare,
             overwrite=args.overwrite,
             max_shard_size=args.max_shard_size,
-            progress=lambda done, _: bar(done),
+            progress=progress,
         )
-    options.tell_written(human_size(size), args.destination, kind)
+    options.print_written(plan.nbytes, args.destination, dtype)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ NAME = "random weights"  # `_name_or_path` of the folder: it bears no model's na
 
 
 def build_parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser(
         prog="python -m convert.random",
         description=(

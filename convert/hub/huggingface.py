@@ -124,7 +124,7 @@ class HuggingFace:
                     "GET", url, headers=build_hf_headers() | headers
                 ) as response:
                     hf_raise_for_status(response)
-                    if start and response.status_code != 206:  # the server does not send parts of files
+                    if start and response.status_code != 206:  # the server sends all of it
                         count(-start)
                         target.truncate(0)
                     for chunk in response.iter_raw():

@@ -1,16 +1,14 @@
-"""Whether a merged model answers as the base and its adapter do: logits of fixed prompts.
+"""Checks that a merged model answers as base and adapter do: logits of fixed prompts.
 
 Both are computed in the type of the merged weights, one model at a time. The bounds are what
-rounding alone can do there; a wrong merge (another scale, a swapped half) changes logits as much
-as the adapter itself does, which is told beside the difference.
+rounding alone can do; a wrong merge (another scale, a swapped half) changes logits as much as the
+adapter itself does, which is printed next to the difference.
 
-Half precision: merged weights are rounded once more, each by up to u = 2^-8 (bfloat16) or 2^-11
-(float16) of itself. Measured with 28 layers of random weights (hidden size 256 and 512), logits of
-the standard deviation 1: 0.065 and 0.009, 17 u. Those of published models spread several times
-wider and are many more, so the bounds are 256 u. In float32 only the order of sums differs: 5e-6
-there, and 1e-3 is left for wider logits, thousands of columns and other devices. Published weights
-were not measured. Where the adapter itself moves no logit beyond the bound, the comparison says
-little, and `weak` tells so.
+Merged weights are rounded once more, each by up to u = 2^-8 (bfloat16) or 2^-11 (float16) of
+itself. Measured with 28 layers of random weights (hidden size 256 and 512) and logits of the
+standard deviation 1: 17 u. The logits of published models, which were not measured, spread several
+times wider and are many more, so the bounds are 256 u. In float32 only the order of sums differs:
+5e-6 was measured, and the bound of 1e-3 allows for wider logits, longer sums and other devices.
 """
 
 import contextlib
@@ -43,7 +41,7 @@ PROMPTS = (
 
 
 class MergeCheck:
-    """Computes what base and adapter say, and compares a merged folder with it.
+    """The logits of base and adapter, with which a merged folder is compared.
 
     Args:
         base: the folder that is merged into.
@@ -53,7 +51,7 @@ class MergeCheck:
         progress: called with the bytes loaded and to load.
 
     Attributes:
-        effect: how far the adapter moves a logit at most.
+        effect: the largest change of a logit by the adapter.
 
     Raises:
         DeviceError: the model does not fit the memory.
@@ -78,17 +76,13 @@ class MergeCheck:
             self.expected = self._logits(attach(plain, adapter))
             self.effect = float(np.abs(self.expected - self._logits(plain)).max())
 
-    def weak(self, bound: float) -> bool:
-        """Whether leaving the adapter out would pass, too."""
-        return self.effect <= bound
-
     def require(
         self, merged: Path, bound: float, progress: Progress = lambda done, total: None
     ) -> float:
-        """The largest difference of a logit between a merged folder and base and adapter.
+        """Return the largest difference of a logit between a merged folder and base and adapter.
 
         Raises:
-            CheckpointError: it is above `bound`, or no number.
+            CheckpointError: it is above `bound`, or not a number.
             DeviceError: the model does not fit the memory.
         """
         with self._memory():
@@ -99,7 +93,7 @@ class MergeCheck:
                 f"The merged model differs from base and adapter by {found:.3g} in a logit.",
                 f"The bound for {self.dtype} is {bound:.3g}; the adapter itself changes logits by "
                 f"up to {self.effect:.3g}. Nothing was left behind.",
-                "Use --dtype float32, or --bound if so large a difference is acceptable.",
+                "Use --dtype float32, or --bound if such a difference is acceptable.",
             )
         return found
 
@@ -118,7 +112,7 @@ class MergeCheck:
         )
 
     def _logits(self, checkpoint: Checkpoint) -> np.ndarray:
-        """float32 [tokens of all prompts, V]."""
+        """Return float32 [tokens of all prompts, V]."""
         (device,) = checkpoint.params["embed"].devices()
         logits, _ = _program(device.platform)(
             checkpoint.config,

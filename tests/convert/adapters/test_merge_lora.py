@@ -25,7 +25,7 @@ from convert.files.manifest import verify_checkpoint
 from convert.files.shards import open_weights
 from convert.loading.folder import fingerprint
 from convert.writing import floats, merge_check
-from convert.writing.own import convert_folder, size_of_conversion
+from convert.writing.own import convert_folder, plan_conversion
 from glm2_jax import DeviceError, UsageError
 from glm2_jax.cli import main
 from glm2_jax.lora import init_lora
@@ -191,7 +191,7 @@ def test_any_shape_and_type(kv_heads, hidden, ffn, rank, dtype, layout):
 def test_the_library_never_merges_into_quantized_weights(base, lora):
     adapter = load_adapter(lora, TINY)
     with pytest.raises(UsageError, match="quantized"):
-        size_of_conversion(open_folder(base), None, "int8", adapter=adapter)
+        plan_conversion(open_folder(base), None, "int8", adapter=adapter)
 
 
 def test_an_adapter_of_another_base(tmp_path, base, capsys):

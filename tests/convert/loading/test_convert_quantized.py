@@ -18,7 +18,7 @@ from convert import (
 )
 from convert.layouts.names import PARTS, PUBLISHED
 from convert.loading.folder import open_folder
-from convert.writing.own import convert_folder, size_of_conversion
+from convert.writing.own import convert_folder, plan_conversion
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES
@@ -179,8 +179,8 @@ def test_our_own_format_keeps_what_is_quantized(tmp_path, name, embeddings):
     stored = load(tmp_path / "own")
     assert stored.summary.layout == f"own {name}"
     assert as_lists(stored.params) == as_lists(loaded.params)
-    size = size_of_conversion(folder, None, name, embeddings)
-    assert size < stored.summary.bytes_on_disk and size < size_of_conversion(folder, None)
+    size = plan_conversion(folder, None, name, embeddings).nbytes
+    assert size < stored.summary.bytes_on_disk and size < plan_conversion(folder).nbytes
     unpacked = load(tmp_path / "own", quantize="none").params
     assert not any(isinstance(weight, QTensor) for weight in unpacked["layers"].values())
     if embeddings:

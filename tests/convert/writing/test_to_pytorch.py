@@ -140,10 +140,10 @@ def test_the_6b_model_has_the_published_size():
     source = Folder.__new__(Folder)
     for name, value in {"config": config, "matches": matches, "scheme": None}.items():
         object.__setattr__(source, name, value)
-    official = pytorch.export_entries(source, "chatglm")
+    official = pytorch.plan_export(source, "chatglm").entries
     assert len(official) == 200
     assert sum(entry.nbytes for entry in official) == 12_487_168_064  # of the published index
-    native = pytorch.export_entries(source, "glm")
+    native = pytorch.plan_export(source, "glm").entries
     assert sum(entry.nbytes for entry in native) == 2 * config.num_params
     shapes = {entry.name: entry.shape for entry in native}
     assert shapes["model.layers.27.self_attn.q_proj.weight"] == (4096, 4096)
@@ -186,9 +186,9 @@ def test_an_adapter_is_added_in_float32(tmp_path, base):
 def test_only_chunks_are_in_memory(tmp_path, monkeypatch):
     save(tmp_path / "own")
     source, lora = open_folder(tmp_path / "own"), random_lora()
-    whole = [list(e.chunks()) for e in pytorch.export_entries(source, "chatglm", lora=lora)]
+    whole = [list(e.chunks()) for e in pytorch.plan_export(source, "chatglm", lora=lora).entries]
     monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)
-    cut = [list(e.chunks()) for e in pytorch.export_entries(source, "chatglm", lora=lora)]
+    cut = [list(e.chunks()) for e in pytorch.plan_export(source, "chatglm", lora=lora).entries]
     assert max(chunk.size for chunks in cut for chunk in chunks) <= 100
     for one, other in zip(whole, cut, strict=True):
         np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), atol=1e-6)
