@@ -62,6 +62,7 @@ class Shape:
 
     Attributes:
         layout: names the matrices.
+        choices: rank and alpha of each matrix.
         ranks: where each is in the ranks of its target.
         gates: factors of B of each part in each rank, so that the target's scale is right for it; 0
             where a rank belongs to another part, or to none.
@@ -69,6 +70,7 @@ class Shape:
     """
 
     layout: Layout
+    choices: Mapping[Place, Choice]
     ranks: Mapping[Place, slice]
     gates: Gates
     selection: Mapping[str, Any]
@@ -217,7 +219,7 @@ def join_tensors(
     )
     ranks = {place: ranks for stack in stacks.values() for place, ranks in stack.ranks.items()}
     gates = {target: stack.gates for target, stack in stacks.items()}
-    return lora, Shape(layout, ranks, gates, peft.selection)
+    return lora, Shape(layout, choices, ranks, gates, peft.selection)
 
 
 def _find_pairs(

@@ -4,11 +4,9 @@ import errno
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections import namedtuple
 
 import pytest
 
@@ -288,33 +286,6 @@ def test_progress_in_a_narrow_terminal(monkeypatch):
 )
 def test_cut_to_width(text, columns, cut):
     assert messages.cut_to_width(text, columns) == cut
-
-
-@pytest.mark.parametrize("module", ["from_pytorch", "inspect"])
-def test_help_is_quick_because_it_imports_nothing_large(module):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['x', '--help']\n"
-        "try:\n"
-        f"    runpy.run_module('convert.{module}', run_name='__main__')\n"
-        "except SystemExit as end:\n"
-        "    assert end.code == 0\n"
-        "assert not {'jax', 'numpy', 'sentencepiece'} & set(sys.modules)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "example:" in result.stdout and "--rope-scaling" in result.stdout
-
-
-def test_a_dry_run_refuses_what_the_conversion_would(tmp_path, monkeypatch, capsys):
-    source = write_official(tmp_path / "a")
-    (tmp_path / "file").write_text("x")
-    assert run(from_pytorch.main, str(source), str(tmp_path / "file/b"), "--dry-run") == 3
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-    assert run(from_pytorch.main, str(source), str(tmp_path / "b"), "--dry-run") == 3
-    assert "5000 are free" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
 
 
 def test_names_that_are_not_utf8(tmp_path):

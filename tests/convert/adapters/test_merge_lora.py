@@ -1,13 +1,7 @@
 """`convert.merge_lora`: the merged model is base and adapter, and nothing wrong is left behind."""
 
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
-from collections import namedtuple
 from pathlib import Path
 
 import jax
@@ -25,8 +19,8 @@ from convert.files.manifest import verify_checkpoint
 from convert.files.shards import open_weights
 from convert.loading.folder import fingerprint
 from convert.writing import floats, merge_check
-from convert.writing.own import convert_folder, plan_conversion
-from glm2_jax import DeviceError, UsageError
+from convert.writing.own import convert_folder
+from glm2_jax import DeviceError
 from glm2_jax.cli import main
 from glm2_jax.lora import init_lora
 from tests.convert.adapters.test_adapter_layouts import deltas
@@ -188,40 +182,6 @@ def test_any_shape_and_type(kv_heads, hidden, ffn, rank, dtype, layout):
             assert merged.tobytes() == found.tobytes()
 
 
-def test_the_library_never_merges_into_quantized_weights(base, lora):
-    adapter = load_adapter(lora, TINY)
-    with pytest.raises(UsageError, match="quantized"):
-        plan_conversion(open_folder(base), None, "int8", adapter=adapter)
-
-
-def test_an_adapter_of_another_base(tmp_path, base, capsys):
-    wide = adapter_folder(tmp_path / "wide", config=tiny_config(hidden_size=64))
-    other = adapter_folder(tmp_path / "other", base="0" * 64)
-    before = names(tmp_path)
-    assert run(base, wide, tmp_path / "new", "--force-adapter") == 4
-    assert "does not fit the model" in capsys.readouterr().err
-    assert run(base, other, tmp_path / "new") == 4
-    assert "another base" in capsys.readouterr().err and names(tmp_path) == before
-    assert run(base, other, tmp_path / "new", "--force-adapter", "--skip-check") == 0
-    assert "forced" in capsys.readouterr().err
-
-
-def test_a_destination_that_exists(tmp_path, base, lora, capsys, monkeypatch):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new/mine").write_text("kept")
-    with monkeypatch.context() as patch:
-        patch.setattr(merge_check, "load_checkpoint", pytest.fail)  # it is known before
-        assert run(base, lora, tmp_path / "new") == 2
-        assert "exists" in capsys.readouterr().err
-        assert run(base, lora, tmp_path / "new", "--overwrite") == 2
-        assert run(base, lora, base) == 2 and run(base, lora, lora) == 2
-        usage = namedtuple("usage", "total used free")
-        patch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-        assert run(base, lora, tmp_path / "more") == 3
-        assert "not enough space" in capsys.readouterr().err
-    assert names(tmp_path / "new") == ["mine"] and names(tmp_path) == ["base", "lora", "new"]
-
-
 def test_a_wrong_merge_is_refused(tmp_path, base, lora, capsys, monkeypatch):
     right = floats.update_of
 
@@ -230,10 +190,9 @@ def test_a_wrong_merge_is_refused(tmp_path, base, lora, capsys, monkeypatch):
 
     monkeypatch.setattr(floats, "update_of", wrong)
     save(tmp_path / "old")
-    for flags, target in [((), "new"), (("--overwrite",), "old")]:
-        assert run(base, lora, tmp_path / target, *flags) == 4
-        err = capsys.readouterr().err
-        assert "differs from base and adapter" in err and "0.001" in err
+    assert run(base, lora, tmp_path / "old", "--overwrite") == 4
+    err = capsys.readouterr().err
+    assert "differs from base and adapter" in err and "0.001" in err
     assert names(tmp_path) == ["base", "lora", "old"]
     assert verify_checkpoint(tmp_path / "old").source == "a test"
 
@@ -248,7 +207,7 @@ def test_the_bound_can_be_chosen(tmp_path, base, lora, capsys):
         assert run(base, lora, tmp_path / "new", f"--bound={bad}") == 2
 
 
-def test_numbers_that_are_none_are_refused(tmp_path, base, lora):
+def test_nan_is_refused(tmp_path, base, lora):
     check = merge_check.MergeCheck(open_folder(base), load_adapter(lora, TINY), "float32")
     check.expected = np.full_like(check.expected, np.nan)
     with pytest.raises(merge_check.CheckpointError, match="nan"):
@@ -276,28 +235,10 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, base, lora, monkeypatch):
 
     monkeypatch.setattr(merge_check.MergeCheck, "require", stop)
     assert run(base, lora, tmp_path / "new") == 130
-    monkeypatch.setattr("convert.files.safetensors_writer.HashingFile.write", stop)
-    assert run(base, lora, tmp_path / "new", "--skip-check") == 130
     assert names(tmp_path) == ["base", "lora"]
 
 
-def test_a_dry_run_writes_nothing(tmp_path, base, lora, capsys):
-    assert run(base, lora, tmp_path / "new", "--dry-run", "--dtype", "half") == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["bytes"] == 2 * TINY.num_params and not plan["written"]
-    assert names(tmp_path) == ["base", "lora"]
-
-
-def test_help_needs_no_jax_and_tells_the_bounds():
-    code = (
-        "import sys; sys.modules['jax'] = None\n"
-        "from convert import merge_lora\n"
-        "print(merge_lora.build_parser().format_help())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_help_states_the_bounds():
     assert merge_check.BOUNDS == {"float32": 0.001, "float16": 0.125, "bfloat16": 1.0}
-    text = " ".join(done.stdout.split())
+    text = " ".join(merge_lora.build_parser().format_help().split())
     assert "0.001 in float32, 0.125 in float16, 1 in bfloat16" in text

@@ -36,9 +36,10 @@ def base(tmp_path_factory):
     return write_official(tmp_path_factory.mktemp("base"), dtype="float32")
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("projection", [False, True])
-@pytest.mark.parametrize("start", [START, "prefix_encoder.", ""])
+@pytest.mark.parametrize(
+    ("kind", "projection", "start"),
+    [("bin", False, START), ("safetensors", True, "prefix_encoder."), ("bin", True, "")],
+)
 def test_keys_and_values(tmp_path, kind, projection, start):
     tensors = encoder(TINY, 3, projection=projection)
     renamed = {name.replace(START, start): x for name, x in tensors.items()}
@@ -162,7 +163,7 @@ def test_wrong_shapes_and_numbers(tmp_path):
     message = refusal(folder, dataclasses.replace(TINY, num_layers=3))
     assert f"{WIDTH} numbers; 2 layers of this kind; the model needs 96 = 3 layers" in message
     assert "x 4 groups x 8" in refusal(folder, dataclasses.replace(TINY, num_kv_heads=4))
-    assert "whole context has 2" in refusal(folder, dataclasses.replace(TINY, seq_length=2))
+    assert "context has 2" in refusal(folder, dataclasses.replace(TINY, seq_length=2))
     folder = write_prefix(tmp_path, projected)
     message = refusal(folder, dataclasses.replace(TINY, hidden_size=48))
     assert f"trans.0.weight is (32, {WIDTH}) instead of (48, {WIDTH})" in message
@@ -173,7 +174,7 @@ def test_wrong_shapes_and_numbers(tmp_path):
     folder = write_prefix(tmp_path, with_value(projected, "trans.2.weight", np.nan))
     assert "NaN or infinity: trans.2.weight" in refusal(folder)
     large = projected | {START + "trans.2.weight": projected[START + "trans.2.weight"] * 0 + 3e38}
-    assert "what its projection gives" in refusal(write_prefix(tmp_path, large))
+    assert "the result of its projection" in refusal(write_prefix(tmp_path, large))
     integers = {START + "embedding.weight": np.ones((3, WIDTH), np.int8)}
     assert "int8, not a float" in refusal(write_prefix(tmp_path, integers))
     for shape, said in (((0, WIDTH), "is empty"), ((WIDTH,), f"is damaged: .* is \\({WIDTH},\\)")):
@@ -195,21 +196,13 @@ def test_incomplete_encoders(tmp_path):
     short = {name: x for name, x in projected.items() if not name.endswith("2.bias")}
     assert "lacks trans.2.bias" in refusal(write_prefix(tmp_path, short))
     short = {name: x for name, x in projected.items() if ".trans." in name}
-    assert "has no transformer.prefix_encoder.embedding.weight" in refusal(
-        write_prefix(tmp_path, short)
-    )
+    assert "lacks embedding.weight" in refusal(write_prefix(tmp_path, short))
     twice = projected | {"embedding.weight": projected[START + "embedding.weight"]}
     assert "twice" in refusal(write_prefix(tmp_path, twice))
     with (tmp_path / "pytorch_model.bin").open("r+b") as file:
         file.truncate(100)
     refused = pytest.raises(CheckpointError, load_prefix, tmp_path, TINY)
     assert "pytorch_model.bin" in str(refused.value)
-
-
-def test_a_pickled_list(tmp_path):
-    torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
-    torch.save([torch.ones(3)], tmp_path / "pytorch_model.bin")
-    assert "a list, so that no tensor has a name" in refusal(tmp_path)
 
 
 def test_the_configuration_beside_it(tmp_path):
@@ -226,7 +219,7 @@ def test_the_configuration_beside_it(tmp_path):
 
 
 def test_what_is_no_prefix(tmp_path, base):
-    assert "not there" in refusal(tmp_path / "absent")
+    assert "not found" in refusal(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "but nothing" in refusal(tmp_path / "empty")
     file = write_prefix(tmp_path / "prefix", encoder(TINY, 3)) / "pytorch_model.bin"
@@ -236,9 +229,9 @@ def test_what_is_no_prefix(tmp_path, base):
     message = refusal(tmp_path / "lora")
     assert "adapter of the PEFT library" in message and "--adapter" in message
     message = refusal(base)
-    assert "is no prefix" in message and "--model" in message
+    assert "is not a prefix" in message and "--model" in message
     both = official_tensors(TINY, random_params(TINY)) | encoder(TINY, 3)
     message = refusal(write_official(tmp_path / "both", tensors=both))
-    assert "holds more than a prefix: 18 other tensors" in message and "of their own" in message
+    assert "holds more than a prefix: 18 other tensors" in message
     with pytest.raises(CheckpointError, match="together with a P-Tuning v2 prefix"):
         load_checkpoint(tmp_path / "both")

@@ -9,7 +9,6 @@ import pytest
 
 from convert import export_folder, load_checkpoint, open_folder
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from glm2_jax import CheckpointError
 from glm2_jax.lora import init_lora
 from tests.convert.adapters.test_adapter_layouts import deltas, native_deltas, run
 from tests.support.checkpoints import random_params, save, tiny_config
@@ -166,18 +165,3 @@ def test_an_adapter_of_theirs_is_merged_into_an_export(tmp_path, base, model):
     export_folder(open_folder(base), tmp_path / "glm", layout="glm", lora=lora)
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "glm", dtype=torch.float32)
     assert np.abs(theirs(found.eval()) - theirs(wrapped)).max() <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ],
-)
-def test_what_is_not_done_is_refused_by_name(tmp_path, model, settings, named):
-    config = peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | settings)
-    peft.get_peft_model(model, config).save_pretrained(str(tmp_path))
-    with pytest.raises(CheckpointError, match=f"not supported: .*{named}"):
-        load_adapter(tmp_path, CONFIG)
