@@ -32,14 +32,10 @@ def build_parser() -> Parser:
         "--quantize-embeddings", action="store_true",
         help="with --quantize int8 or int4: quantize embedding and head, too",
     )  # fmt: skip
-    options.add_shard_size(weights)
     options.add_model_flags(parser)
-    writing = parser.add_argument_group("writing")
-    options.add_overwrite(writing)
-    writing.add_argument(
+    options.add_writing(parser, overwrite=True).add_argument(
         "--verify", action="store_true", help="read the new folder and compare its checksums"
     )
-    options.add_dry_run(writing)
     parser.add_common()
     return parser
 

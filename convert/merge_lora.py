@@ -39,7 +39,6 @@ def build_parser() -> Parser:
         "--dequantize", action="store_true",
         help="allow a quantized base; its weights are written as floats",
     )  # fmt: skip
-    options.add_shard_size(weights)
     options.add_force_adapter(weights)
     checking = parser.add_argument_group("check")
     checking.add_argument(
@@ -56,9 +55,7 @@ def build_parser() -> Parser:
         help="merge without comparing: for machines that cannot hold the model in --dtype",
     )  # fmt: skip
     options.add_model_flags(parser)
-    writing = parser.add_argument_group("writing")
-    options.add_overwrite(writing)
-    options.add_dry_run(writing, "base and adapter")
+    options.add_writing(parser, "base and adapter", overwrite=True)
     parser.add_common()
     return parser
 

@@ -32,11 +32,12 @@ def add_places(
 
 
 def add_dtype(group: argparse._ActionsContainer) -> None:
-    """Add `--dtype`, the type to store."""
+    """Add `--dtype`, the type to store, and `--max-shard-size`."""
     group.add_argument(
         "--dtype", choices=("keep", *DTYPE_NAMES), default="keep", metavar="TYPE",
         help="type to store: keep, float32, bfloat16 or float16",
     )  # fmt: skip
+    add_shard_size(group)
 
 
 def add_shard_size(group: argparse._ActionsContainer, default: str = "4GB") -> None:
@@ -80,19 +81,20 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_hub_flags(parser.add_argument_group("hub"))
 
 
-def add_overwrite(group: argparse._ActionsContainer) -> None:
-    """Add `--overwrite`."""
-    group.add_argument(
-        "--overwrite", action="store_true",
-        help="replace DST if it is a folder of this format; the old one is removed last",
-    )  # fmt: skip
-
-
-def add_dry_run(group: argparse._ActionsContainer, checked: str = "the source") -> None:
-    """Add `--dry-run`, which ends with `print_plan`."""
+def add_writing(
+    parser: argparse.ArgumentParser, checked: str = "the source", *, overwrite: bool = False
+) -> argparse._ArgumentGroup:
+    """Add `--dry-run`, which ends with `print_plan`, and `--overwrite` if it is possible."""
+    group = parser.add_argument_group("writing")
+    if overwrite:
+        group.add_argument(
+            "--overwrite", action="store_true",
+            help="replace DST if it is a folder of this format; the old one is removed last",
+        )  # fmt: skip
     group.add_argument(
         "--dry-run", action="store_true", help=f"check {checked} and print what would be written"
     )
+    return group
 
 
 def open_source(choice: ModelChoice, name: str) -> tuple[Folder, Adapter | None]:

@@ -35,7 +35,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     options.add_adapter_flags(parser)
     options.add_model_flags(parser)
-    options.add_dry_run(parser.add_argument_group("writing"))
+    options.add_writing(parser)
     parser.add_common()
     return parser
 

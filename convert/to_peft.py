@@ -38,7 +38,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     options.add_force_adapter(form)
     options.add_model_flags(parser)
-    options.add_dry_run(parser.add_argument_group("writing"), "the adapter")
+    options.add_writing(parser, "the adapter")
     parser.add_common()
     return parser
 

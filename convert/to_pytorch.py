@@ -37,10 +37,9 @@ def build_parser() -> Parser:
         "--dequantize", action="store_true",
         help="write floats even where the official packed int4 or int8 could be written",
     )  # fmt: skip
-    options.add_shard_size(form)
     options.add_adapter_flags(parser)
     options.add_model_flags(parser)
-    options.add_dry_run(parser.add_argument_group("writing"))
+    options.add_writing(parser)
     parser.add_common()
     return parser
 

@@ -42,25 +42,20 @@ class Client(Protocol):
     cache: Path  # folder of the hub's cache
     offline: str | None  # the environment variable that forbids the network, if it is set
 
-    def cached_folder(self) -> Path | None:
-        """Return the folder of an earlier download, without using the network."""
-        ...
+    # Return the folder of an earlier download, without using the network.
+    def cached_folder(self) -> Path | None: ...
 
-    def list_files(self) -> dict[str, int]:
-        """Return file name -> bytes, and set `commit`."""
-        ...
+    # Return file name -> bytes, and set `commit`.
+    def list_files(self) -> dict[str, int]: ...
 
-    def bytes_here(self, file: str) -> int:
-        """Return how many bytes of a listed file need not be downloaded."""
-        ...
+    # Return how many bytes of a listed file need not be downloaded.
+    def bytes_here(self, file: str) -> int: ...
 
-    def fetch(self, files: Collection[str], count: Count) -> Path:
-        """Download the listed files that are not in the cache, and return their folder."""
-        ...
+    # Download the listed files that are not in the cache, and return their folder.
+    def fetch(self, files: Collection[str], count: Count) -> Path: ...
 
-    def explain(self, error: Exception) -> GLMError | None:
-        """Return our error for one that only this client raises."""
-        ...
+    # Return our error for one that only this client raises.
+    def explain(self, error: Exception) -> GLMError | None: ...
 
 
 def open_clients(name: str, revision: str | None, source: str | None) -> list[Client]:

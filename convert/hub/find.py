@@ -80,19 +80,25 @@ def find_model(
             "Such a name is OWNER/NAME, for example THUDM/chatglm2-6b.",
             "Leave --source out to open a folder.",
         )
-    _refuse_known(name)
+    owner, _, model = name.lower().partition("/")
+    for beginning, reason in _REFUSED.items():
+        if owner in _OWNERS and model.startswith(beginning):
+            raise CheckpointError(f"{name} is not supported.", reason, "Use chatglm3-6b.")
     from convert.hub.clients import open_clients
 
     clients = open_clients(name, revision, source)
-    if source is not None:
+    offline = None if source is None else clients[0].offline
+    if source is not None and offline is None:
         return _fetch(clients[0], say)
+    if offline is not None:
+        say(f"{offline} is set: {clients[0].hub} is not asked")
     for client in clients:
         folder = client.cached_folder()
         if folder is not None:
             return _complete(folder, client)
     raise CheckpointError(
         f"Folder {name} not found, and no downloaded model has that name.",
-        "The network is used only if a source is named.",
+        f"{offline} is set." if offline else "The network is used only if a source is named.",
         "Check the path; or use --source hf or --source modelscope (source=...) to download it.",
     )
 
@@ -124,15 +130,6 @@ def _snapshot_or_folder(folder: Path, say: Callable[[str], None]) -> Path:
     return snapshot
 
 
-def _refuse_known(name: str) -> None:
-    owner, _, model = name.lower().partition("/")
-    for beginning, reason in _REFUSED.items():
-        if owner in _OWNERS and model.startswith(beginning):
-            raise CheckpointError(
-                f"{name} is not supported.", reason, "Use chatglm2-6b or chatglm3-6b."
-            )
-
-
 def _complete(folder: Path, client: "Client") -> Path:
     """Return the folder, unless a needed file is missing."""
     from convert.files.shards import read_json
@@ -152,8 +149,6 @@ def _complete(folder: Path, client: "Client") -> Path:
 def _fetch(client: "Client", say: Callable[[str], None]) -> Path:
     from convert.files.shards import choose_weights, read_json
 
-    if client.offline:
-        return _offline_copy(client, say)
     sizes = client.list_files()
     names = needed_files(
         sizes, lambda index: read_json(client.fetch([index], lambda count: None) / index)
@@ -181,18 +176,6 @@ def _fetch(client: "Client", say: Callable[[str], None]) -> Path:
             "Remove the file.",
         )
     return folder
-
-
-def _offline_copy(client: "Client", say: Callable[[str], None]) -> Path:
-    folder = client.cached_folder()
-    if folder is None:
-        raise CheckpointError(
-            f"{client.name} is not in {client.cache}.",
-            f"{client.offline} is set, so {client.hub} is not asked.",
-            "Unset it, or give a folder.",
-        )
-    say(f"{client.offline} is set: {client.hub} is not asked")
-    return _complete(folder, client)
 
 
 def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, Any]]) -> list[str]:

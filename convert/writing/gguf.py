@@ -12,7 +12,7 @@ import os
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -191,18 +191,12 @@ def _add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabular
         writer.add_chat_template(template.replace(PREFIX, f"{begin}' ~ '{end}"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """What each id stands for, by id."""
 
     texts: Sequence[str]  # unique
     scores: Sequence[float]  # the larger, the sooner two neighbors become this piece
     types: Sequence[int]  # of `gguf.TokenType`
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the file: lengths and texts, scores, types."""
-        return sum(8 + len(text.encode()) + 4 + 4 for text in self.texts)
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
@@ -213,15 +207,15 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     kinds = require_gguf().TokenType
+    tests = {
+        kinds.UNKNOWN: model.is_unknown,
+        kinds.CONTROL: model.is_control,
+        kinds.BYTE: model.is_byte,
+        kinds.UNUSED: model.is_unused,
+    }
 
     def kind(piece: int) -> int:
-        if model.is_unknown(piece):
-            return kinds.UNKNOWN
-        if model.is_control(piece):
-            return kinds.CONTROL
-        if model.is_byte(piece):
-            return kinds.BYTE
-        return kinds.UNUSED if model.is_unused(piece) else kinds.NORMAL
+        return next((kind for kind, test in tests.items() if test(piece)), kinds.NORMAL)
 
     rows = [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(len(model))]
     rows += [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(len(rows), size)]
@@ -276,7 +270,9 @@ def export_gguf(
         writer.add_tensor_info(
             tensor.name, elements.shape, elements.dtype, tensor.nbytes, raw_dtype=tensor.kind
         )
-    needed = vocabulary.nbytes + sum(tensor.nbytes for tensor in tensors)
+    # Of each id the length and the text, the score and the type; and the tensors.
+    needed = sum(8 + len(text.encode()) + 4 + 4 for text in vocabulary.texts)
+    needed += sum(tensor.nbytes for tensor in tensors)
     with new_model_file(destination, needed=needed) as path:
         with contextlib.closing(writer):
             writer.write_header_to_file(path)
