@@ -15,12 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert.files.shards import WEIGHT_FILES, open_weights, read_json
+from convert.files.shards import WEIGHT_FILES, open_weights
 from convert.files.tensor import StoredTensor, reading
 from convert.layouts.names import FLOATS
 from convert.layouts.peft_config import peft_kind
 from convert.loading.checkpoint import Checkpoint
-from convert.loading.folder import open_folder
 from convert.loading.values import cast
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
@@ -30,7 +29,6 @@ _ENCODER = "transformer.prefix_encoder."
 _START = re.compile(r"(?:transformer\.)?(?:prefix_encoder\.)?")
 _EMBEDDING = "embedding.weight"
 _PROJECTION = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
-_SAVED = re.compile(r"checkpoint-\d+")
 # The norms square what attention makes of a value and sum over its width, in float32. Where that
 # overflows they give 0, so that every logit is 0: finite, and meaningless. Far above any trained
 # number (float16 ends at 65504), far below the root of float32's largest.
@@ -50,7 +48,6 @@ class FoundPrefix:
     Attributes:
         k: float32 [L, P, K, H] keys.
         v: float32 [L, P, K, H] values.
-        projection: whether the encoder has the two linear layers.
         source: the folder.
         digest: sha256 of the encoder's tensors.
         notes: lines for the user.
@@ -58,7 +55,6 @@ class FoundPrefix:
 
     k: np.ndarray
     v: np.ndarray
-    projection: bool
     source: str
     digest: str
     notes: tuple[str, ...] = ()
@@ -69,32 +65,17 @@ class FoundPrefix:
         return self.k.shape[1]
 
 
-def open_prefix(
-    folder: str | os.PathLike,
-    base: str | Path,
-    *,
-    rope_kind: str | None = None,
-    template: str | None = None,
-    family: str | None = None,
-) -> FoundPrefix:
-    """Read a prefix for a base whose weights need not be loaded yet.
+def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
+    """Read a prefix for a model whose weights need not be loaded yet.
 
     Args:
-        folder: holds `pytorch_model.bin` or safetensors of the prefix encoder; or a single
-            `checkpoint-N` that does.
-        base: the model's folder.
-        rope_kind, template, family: as in `convert.load_checkpoint`.
+        folder: holds `pytorch_model.bin` or safetensors of the prefix encoder.
+        config: the model.
 
     Raises:
-        CheckpointError: either cannot be opened, or they do not belong together.
+        CheckpointError: it is not a prefix, damaged, or trained for another model.
     """
-    found = open_folder(base, rope_kind=rope_kind, template=template, family=family)
-    return load_prefix(folder, found.config)
-
-
-def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
-    """Read a prefix for an architecture; arguments and errors are those of `open_prefix`."""
-    path, tensors, notes = _open(Path(folder))
+    path, tensors, notes = _open(folder)
     _check_shapes(path, tensors, config)
     # [P, 2 L K H] -> [L, P, K, H], the keys of a layer before its values.
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
@@ -102,7 +83,6 @@ def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
     return FoundPrefix(
         k=np.ascontiguousarray(encoded[:, :, 0]),
         v=np.ascontiguousarray(encoded[:, :, 1]),
-        projection=len(tensors) > 1,
         source=str(path),
         digest=_digest(tensors),
         notes=tuple(f"prefix {path}: {note}" for note in notes),
@@ -115,7 +95,7 @@ def measure_prefix(folder: str | os.PathLike) -> int:
     Raises:
         CheckpointError: it is not a prefix.
     """
-    path, tensors, _ = _open(Path(folder))
+    path, tensors, _ = _open(folder)
     return _length(path, tensors)
 
 
@@ -131,8 +111,7 @@ def attach_prefix(checkpoint: Checkpoint, found: FoundPrefix) -> Checkpoint:
     rounded = [cast(x, dtype, f"{found.source}: the prefix") for x in (found.k, found.v)]
     prefix = Prefix(*jax.device_put(rounded, checkpoint.params["final_norm"].sharding))
     both = f"{checkpoint.fingerprint} prefix {found.digest}"
-    form = "with projection" if found.projection else "without projection"
-    line = f"prefix {found.source}: {found.length} tokens (P-Tuning v2, {form})"
+    line = f"prefix {found.source}: {found.length} tokens (P-Tuning v2)"
     return dataclasses.replace(
         checkpoint,
         params=with_prefix(checkpoint.params, prefix),
@@ -141,17 +120,16 @@ def attach_prefix(checkpoint: Checkpoint, found: FoundPrefix) -> Checkpoint:
     )
 
 
-def _open(folder: Path) -> tuple[Path, Tensors, tuple[str, ...]]:
-    """Return the folder with the weights, the encoder's tensors, still unread, and notes."""
-    with reading(folder):
-        path = _find_folder(folder)
+def _open(folder: str | os.PathLike) -> tuple[Path, Tensors, tuple[str, ...]]:
+    """Return the folder, the encoder's tensors, still unread, and notes."""
+    path = Path(folder)
+    with reading(path):
+        _check_folder(path)
         weights = open_weights(path)
-        found = _encoder_tensors(path, weights.tensors)
-        _check_config(path, found)
-    return path, found, weights.notes
+    return path, _encoder_tensors(path, weights.tensors), weights.notes
 
 
-def _find_folder(folder: Path) -> Path:
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(
             f"The prefix {folder} is {'a file' if folder.exists() else 'not found'}.",
@@ -169,22 +147,12 @@ def _find_folder(folder: Path) -> Path:
             else f"{kind} is not supported: train a LoRA adapter on its data "
             "(python -m train.lora).",
         )
-    if any(name in WEIGHT_FILES for name in names):
-        return folder
-    saved = [name for name in names if _SAVED.fullmatch(name)]
-    if len(saved) == 1:
-        return _find_folder(folder / saved[0])
-    if saved:
+    if not any(name in WEIGHT_FILES for name in names):
         raise CheckpointError(
-            f"{folder} holds several prefixes.",
-            f"They are {', '.join(saved[:12])}; the last one need not be the best.",
-            f"Name one of them, for example {folder / saved[0]}.",
+            f"{folder} holds no prefix: it has no weights.",
+            f"It has none of {', '.join(WEIGHT_FILES)}, but {', '.join(names[:12]) or 'nothing'}.",
+            "Give the folder that the training saved, such as checkpoint-3000.",
         )
-    raise CheckpointError(
-        f"{folder} holds no prefix: it has no weights.",
-        f"It has none of {', '.join(WEIGHT_FILES)}, but {', '.join(names[:12]) or 'nothing'}.",
-        "Give the folder that the training saved, such as checkpoint-3000.",
-    )
 
 
 def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
@@ -209,41 +177,14 @@ def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
             "Give a model as --model, and as --prefix what the training with pre_seq_len saved.",
         )
     wanted = known if any(name in found for name in _PROJECTION) else known[:1]
-    missing = [name for name in wanted if name not in found]
-    if missing:
+    if len(tensors) != len(wanted) or found.keys() != set(wanted):
         raise CheckpointError(
-            f"{path} lacks {', '.join(missing)} of the prefix encoder.",
-            "An encoder has the embedding, and all of the projection or none of it.",
-            _COPY_AGAIN,
-        )
-    if len(found) < len(tensors):
-        raise CheckpointError(
-            f"{path} has a tensor of the prefix encoder twice, under two names.",
-            f"Its names are {', '.join(sorted(tensors))[:300]}.",
+            f"{path} does not hold one complete prefix encoder.",
+            f"Its tensors are {', '.join(sorted(tensors))[:300]}; an encoder has the embedding, "
+            "and all of the projection or none of it.",
             _COPY_AGAIN,
         )
     return found
-
-
-def _check_config(path: Path, tensors: Tensors) -> None:
-    """Compare the tensors with config.json in the same folder, if there is one."""
-    if not os.path.lexists(path / "config.json"):
-        return
-    raw = read_json(path / "config.json")
-    length, projection = raw.get("pre_seq_len"), raw.get("prefix_projection")
-    found, has = _length(path, tensors), len(tensors) > 1
-    claim = held = ""
-    if length is not None and length != found:
-        claim, held = f"pre_seq_len = {length}", f"{found} prefix tokens"
-    elif length is not None and projection is not None and bool(projection) != has:
-        claim = f"prefix_projection = {bool(projection)}"
-        held = "a projection" if has else "no projection"
-    if claim:
-        raise CheckpointError(
-            f"The prefix {path} does not fit its config.json.",
-            f"config.json says {claim}, the weights hold {held}.",
-            "Put the files of one training together, or remove config.json.",
-        )
 
 
 def _length(path: Path, tensors: Tensors) -> int:
@@ -264,11 +205,9 @@ def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
     width = 2 * L * K * H
     stored = tensors[_EMBEDDING].shape[1]
     if stored != width:
-        layers = stored / (2 * K * H)
-        guess = f"; {layers:g} layers of this kind" if layers == int(layers) else ""
         raise CheckpointError(
             f"The prefix {path} was trained for another model.",
-            f"Its tokens have {stored} numbers{guess}; the model needs {width} = {L} layers x 2 "
+            f"Its tokens have {stored} numbers; the model needs {width} = {L} layers x 2 "
             f"(key, value) x {K} groups x {H}.",
             _OTHER_MODEL,
         )
