@@ -74,10 +74,6 @@ class Adapter:
         """R of a target."""
         return self.lora.layers[target]["a"].shape[1]
 
-    def alpha(self, target: str) -> float:
-        """The alpha that gives a target its scale."""
-        return _alpha(self.lora.scale[target], self.rank(target), self.rslora)
-
 
 def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | None = None) -> None:
     """Write an adapter's files into a folder; each is replaced atomically, other files stay.

@@ -158,24 +158,13 @@ def test_adapters_of_q_k_and_v_become_one_of_their_ranks_together(tmp_path, rslo
         a["a"][1][:2], stored[f"{BLOCK}.1.self_attn.q_proj.lora_A.weight"]
     )
     assert not a["q"][..., 2:].any() and not a["k"][..., [0, 1, 3, 4, 5]].any()
-    # alpha / r is kept: what PEFT would compute of the fused one is the same.
+    # alpha / r is kept: PEFT computes the same with the fused one.
     save_adapter(tmp_path / "fused", adapter)
-    again = load_adapter(tmp_path / "fused", TINY)
-    np.testing.assert_allclose(
-        [again.lora.scale[x] for x in TARGETS], [adapter.lora.scale[x] for x in TARGETS], rtol=1e-8
-    )
-    if not rslora:
-        config = json.loads((tmp_path / "fused" / CONFIG).read_text())
-        assert config["r"] == 6 and config["lora_alpha"] / config["r"] == 6 / 1  # that of k
-    save_adapter(tmp_path / "back", again, layout="glm")
-    back = native_deltas(tmp_path / "back")
-    for module, delta in native_deltas(folder).items():
-        if module != "down_proj":  # that of layer 0 has an alpha of its own
-            np.testing.assert_allclose(back[module], delta, rtol=1e-5, atol=1e-6)
-    down = native_deltas(folder)["down_proj"]
-    scale = 1 / 6
-    np.testing.assert_allclose(back["down_proj"][0], scale * down[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(back["down_proj"][1], down[1], rtol=1e-5, atol=1e-6)
+    save_adapter(tmp_path / "back", load_adapter(tmp_path / "fused", TINY), layout="glm")
+    expected = native_deltas(folder)
+    expected["down_proj"][0] /= 6  # an alpha of layer 0
+    for module, delta in native_deltas(tmp_path / "back").items():
+        np.testing.assert_allclose(delta, expected[module], rtol=1e-5, atol=1e-6)
 
 
 def test_layers_without_an_adapter(tmp_path):
@@ -217,7 +206,7 @@ def test_embedding_and_head_are_refused_by_name(tmp_path, name):
     assert len(lines) == 3 and name in lines[1] and "merge it into its base" in lines[2]
 
 
-@settings(max_examples=10, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(
     kv_heads=st.sampled_from([1, 2, 4]),
     hidden=st.integers(1, 24),
@@ -246,7 +235,7 @@ def test_any_adapter_of_ours_goes_and_comes_back(
         assert_same_deltas(lora, Path(name) / "glm", config)
 
 
-@settings(max_examples=10, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(
     kv_heads=st.sampled_from([1, 2, 4]),
     hidden=st.integers(1, 24),

@@ -70,10 +70,9 @@ def lora(tmp_path):
     return adapter_folder(tmp_path / "lora")
 
 
-@pytest.mark.parametrize("targets", ["attn", "all-linear"])
-def test_merged_equals_unmerged(tmp_path, base, targets, capsys):
+def test_merged_equals_unmerged(tmp_path, base, capsys):
     known = fingerprint(open_folder(base))
-    adapter = adapter_folder(tmp_path / "lora", targets, base=known, template="chatglm2")
+    adapter = adapter_folder(tmp_path / "lora", "attn", base=known, template="chatglm2")
     assert run(base, adapter, tmp_path / "new", "--bound", "1e-4") == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'new'}\n" and "shows little" not in err
@@ -86,8 +85,8 @@ def test_merged_equals_unmerged(tmp_path, base, targets, capsys):
     assert manifest.source == f"{base} + {adapter}" and manifest.dtype == "float32"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_within_its_bound(tmp_path, lora, dtype, capsys):
+def test_half_precision_within_its_bound(tmp_path, lora, capsys):
+    dtype = "bfloat16"
     source = write_official(tmp_path / "a", dtype=dtype)
     assert run(source, lora, tmp_path / "new", "--max-shard-size", "20kB") == 0
     assert open_folder(tmp_path / "new").stored_dtype == dtype
@@ -99,9 +98,8 @@ def test_half_precision_within_its_bound(tmp_path, lora, dtype, capsys):
     jax.tree.map(np.testing.assert_array_equal, half, whole)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_a_quantized_base(tmp_path, lora, scheme, capsys):
-    convert_folder(open_folder(write_official(tmp_path / "a")), tmp_path / "q", quantize=scheme)
+def test_a_quantized_base(tmp_path, lora, capsys):
+    convert_folder(open_folder(write_official(tmp_path / "a")), tmp_path / "q", quantize="int4")
     before = names(tmp_path)
     assert run(tmp_path / "q", lora, tmp_path / "new") == 2
     assert "--dequantize" in capsys.readouterr().err and names(tmp_path) == before
@@ -112,32 +110,13 @@ def test_a_quantized_base(tmp_path, lora, scheme, capsys):
     assert_merged(tmp_path / "new", tmp_path / "q", lora, 1e-4, **options)
 
 
-@pytest.mark.parametrize("kind", ["HF-native", "ChatGLM3"])
-def test_bases_of_other_kinds(tmp_path, base, kind, capsys):
-    """The command compares the logits; here it is the weights."""
-    config, source = TINY, tmp_path / "source"
-    if kind == "HF-native":
-        pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
-        export_folder(open_folder(base), source, layout="glm")
-    else:
-        config = tiny_config(family="chatglm3", rope_ratio=50.0, rope_kind="base", num_layers=1)
-        write_official(source, config, dtype="float32")
-    assert open_folder(source).config.family == config.family
-    lora = adapter_folder(tmp_path / "lora", config=config)
-    assert run(source, lora, tmp_path / "new", "--bound", "1e-4") == 0
-    found = re.search(r"adapter changes logits by up to (\S+)\)", capsys.readouterr().err)
-    assert found and float(found[1]) > 0.1
+def test_an_hf_native_base(tmp_path, base, lora):
+    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    export_folder(open_folder(base), tmp_path / "source", layout="glm")
+    assert run(tmp_path / "source", lora, tmp_path / "new", "--bound", "1e-4") == 0
     merged = open_folder(tmp_path / "new")
-    assert merged.layout == "own" and merged.config == open_folder(source).config
-    assert merged.template == config.default_template
-    adapter = load_adapter(lora, config)
-    plain, new = (load_checkpoint(x).params["layers"] for x in (source, merged.path))
-    places = {"dense": "o", "dense_h_to_4h": "gate_up", "dense_4h_to_h": "down"}
-    added = {places.get(target, part): x for (target, part), x in deltas(adapter.lora).items()}
-    for name, weight in plain.items():
-        change = added[name].reshape(weight.shape) if name in added else 0
-        np.testing.assert_allclose(new[name], weight + change, atol=2e-6)
-        assert name not in added or np.abs(change).max() > 0.1
+    assert merged.layout == "own" and merged.config == open_folder(tmp_path / "source").config
+    assert_merged(tmp_path / "new", tmp_path / "source", lora, 1e-4, dtype="float32")
 
 
 @settings(max_examples=6, derandomize=True, deadline=None)

@@ -87,18 +87,14 @@ def trained(model, **settings):
     return wrapped.eval()
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model, rslora):
-    alpha = 8 if rslora else 16  # the same scale, so the same program
-    lora = init_lora(
-        CONFIG, jax.random.key(0), rank=4, alpha=alpha, targets="all-linear", rslora=rslora
-    )
+def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model):
+    lora = init_lora(CONFIG, jax.random.key(0), rank=4, alpha=8, targets="all-linear", rslora=True)
     leaves, tree = jax.tree.flatten(lora)
     random = np.random.default_rng(1)
     lora = jax.tree.unflatten(
         tree, [0.1 * random.standard_normal(x.shape, np.float32) for x in leaves]
     )
-    save_adapter(tmp_path / "lora", Adapter(lora, rslora=rslora))
+    save_adapter(tmp_path / "lora", Adapter(lora, rslora=True))
     command = (tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base)
     assert run(*command) == 0
     wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "glm")).eval()
@@ -116,7 +112,6 @@ def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model, rslora):
     [
         ({"target_modules": NATIVE, "r": 2, "lora_alpha": 6}, 6),
         ({"target_modules": "all-linear", "r": 3, "lora_alpha": 5, "use_rslora": True}, 9),
-        ({"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}, 8),
         (
             {
                 "target_modules": ["q_proj", "k_proj", "down_proj"], "r": 4,
@@ -125,9 +120,8 @@ def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model, rslora):
             },
             5,
         ),
-        ({"target_modules": ["q_proj"], "r": 4, "layers_to_transform": [1]}, 4),
     ],
-    ids=["all", "rslora", "q and v", "patterns", "one layer"],
+    ids=["all", "rslora", "patterns"],
 )  # fmt: skip
 def test_we_take_what_peft_trained_there(tmp_path, base, model, settings, rank):
     wrapped = trained(model, **settings)
