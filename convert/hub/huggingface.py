@@ -130,6 +130,8 @@ class HuggingFace:
                     for chunk in response.iter_raw():
                         target.write(chunk)
                         count(len(chunk))
+                if target.tell() == start:
+                    raise OSError("the server sent nothing")
             except Exception as error:
                 failures = 0 if target.tell() > start else failures + 1
                 if failures == _TRIES or not is_network_error(error):

@@ -178,6 +178,8 @@ def test_a_connection_that_never_lasts(hub, hf, monkeypatch):
     hub.cuts, hub.nothing = dict.fromkeys(SHARDS, 10**6), True
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert "the connection broke" in fails(CheckpointError, NAME, source="hf")
+    hub.cuts, hub.broken = {}, dict.fromkeys(SHARDS, b"")
+    assert "the server sent nothing" in fails(CheckpointError, NAME, source="hf")
 
 
 _INSPECT = """

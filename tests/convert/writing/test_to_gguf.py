@@ -5,9 +5,6 @@ That llama.cpp runs such files is checked by `python -m tests.support.gguf_check
 
 import builtins
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
