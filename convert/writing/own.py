@@ -28,7 +28,6 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.quant import QTensor
 from glm2_jax.runtime.gather import gathered
-from glm2_jax.schemes import Scheme
 from glm2_jax.text.tokenizer import Tokenizer
 
 DEFAULT_SHARD_SIZE = 4 * 10**9
