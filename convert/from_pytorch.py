@@ -32,11 +32,9 @@ def build_parser() -> Parser:
         "--quantize-embeddings", action="store_true",
         help="with --quantize int8 or int4: quantize embedding and head, too",
     )  # fmt: skip
-    options.add_model_flags(parser)
-    options.add_writing(parser, overwrite=True).add_argument(
+    options.add_last(parser, overwrite=True).add_argument(
         "--verify", action="store_true", help="read the new folder and compare its checksums"
     )
-    parser.add_common()
     return parser
 
 

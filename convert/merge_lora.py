@@ -19,8 +19,8 @@ def build_parser() -> Parser:
         prog="python -m convert.merge_lora",
         description=(
             "Merges a LoRA adapter into its base, in float32, and writes a folder of this "
-            "project's format. Before it appears, logits of fixed prompts are compared with those "
-            "of base and adapter; above a bound nothing is left behind."
+            "project's format. The logits of fixed prompts are compared with those of base and "
+            "adapter; if they differ by more than a bound, nothing is left behind."
         ),
         example="python -m convert.merge_lora ./chatglm2-6b ./my-adapter ./chatglm2-6b-mine",
     )
@@ -48,15 +48,13 @@ def build_parser() -> Parser:
     )  # fmt: skip
     checking.add_argument(
         "--device", choices=DEVICES, default="auto",
-        help="where the logits are computed (default: the device that jax prefers)",
+        help="where the logits are computed",
     )  # fmt: skip
     checking.add_argument(
         "--skip-check", action="store_true",
         help="merge without comparing: for machines that cannot hold the model in --dtype",
     )  # fmt: skip
-    options.add_model_flags(parser)
-    options.add_writing(parser, "base and adapter", overwrite=True)
-    parser.add_common()
+    options.add_last(parser, "base and adapter", overwrite=True)
     return parser
 
 

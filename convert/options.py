@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from convert.hub.find import find_model
-from glm2_jax.choices import DTYPE_NAMES, ROPE_KINDS, TEMPLATES
+from glm2_jax.choices import DTYPE_NAMES
 from glm2_jax.cli.arguments import path_argument, size_argument
-from glm2_jax.cli.flags import add_family, add_hub_flags
+from glm2_jax.cli.flags import add_form_flags, add_hub_flags
 from glm2_jax.cli.main import print_path
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser
 from glm2_jax.escape import json_line
 
 if TYPE_CHECKING:
@@ -66,25 +67,18 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add_force_adapter(group)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: Parser) -> None:
     """Add the flags for what a folder may not say about itself, and for hubs."""
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--rope-scaling", choices=ROPE_KINDS,
-        help="meaning of rope_ratio where the folder does not say it: linear divides positions "
-        "(chatglm2-6b-32k), base multiplies the rotary base (chatglm3-6b-32k, -128k)",
-    )  # fmt: skip
-    model.add_argument(
-        "--template", choices=TEMPLATES, help="prompt template instead of the family's"
-    )
-    add_family(model)
+    add_form_flags(parser.add_argument_group("model"))
     add_hub_flags(parser.add_argument_group("hub"))
 
 
-def add_writing(
-    parser: argparse.ArgumentParser, checked: str = "the source", *, overwrite: bool = False
+def add_last(
+    parser: Parser, checked: str = "the source", *, overwrite: bool = False
 ) -> argparse._ArgumentGroup:
-    """Add `--dry-run`, which ends with `print_plan`, and `--overwrite` if it is possible."""
+    """Add the flags that come last in every tool that writes, and return the group of writing:
+    the model's, `--dry-run`, which ends with `print_plan`, and `--overwrite` if it is possible."""
+    add_model_flags(parser)
     group = parser.add_argument_group("writing")
     if overwrite:
         group.add_argument(
@@ -94,6 +88,7 @@ def add_writing(
     group.add_argument(
         "--dry-run", action="store_true", help=f"check {checked} and print what would be written"
     )
+    parser.add_common()
     return group
 
 

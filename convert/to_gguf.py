@@ -34,9 +34,7 @@ def build_parser() -> Parser:
         "multiple of 32 stay f16); norms and biases are float32",
     )  # fmt: skip
     options.add_adapter_flags(parser)
-    options.add_model_flags(parser)
-    options.add_writing(parser)
-    parser.add_common()
+    options.add_last(parser)
     return parser
 
 

@@ -37,9 +37,7 @@ def build_parser() -> Parser:
         help="the base model, in any layout, or OWNER/NAME; DST records it",
     )  # fmt: skip
     options.add_force_adapter(form)
-    options.add_model_flags(parser)
-    options.add_writing(parser, "the adapter")
-    parser.add_common()
+    options.add_last(parser, "the adapter")
     return parser
 
 

@@ -38,9 +38,7 @@ def build_parser() -> Parser:
         help="write floats even where the official packed int4 or int8 could be written",
     )  # fmt: skip
     options.add_adapter_flags(parser)
-    options.add_model_flags(parser)
-    options.add_writing(parser)
-    parser.add_common()
+    options.add_last(parser)
     return parser
 
 
