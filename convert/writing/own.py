@@ -142,10 +142,8 @@ def plan_conversion(
     adapter: Adapter | None = None,
 ) -> Plan:
     """Return what `convert_folder` writes; it has the same arguments and errors."""
-    kind, scheme = (
-        float_dtype(dtype or source.float_dtype),
-        target_scheme(source, quantize, quantize_embeddings),
-    )
+    kind = float_dtype(dtype or source.float_dtype)
+    scheme = target_scheme(source, quantize, quantize_embeddings)
     if adapter is not None and scheme is not None:
         raise UsageError(
             f"An adapter cannot be merged into weights that are written quantized ({scheme.name}).",
