@@ -87,19 +87,19 @@ def find_model(
     from convert.hub.clients import open_clients
 
     clients = open_clients(name, revision, source)
-    offline = None if source is None else clients[0].offline
-    if source is not None and offline is None:
+    if source is not None and clients[0].offline is None:
         return _fetch(clients[0], say)
-    if offline is not None:
-        say(f"{offline} is set: {clients[0].hub} is not asked")
     for client in clients:
         folder = client.cached_folder()
         if folder is not None:
             return _complete(folder, client)
+    why = "The network is used only if a source is named."
+    fix = "Check the path; or use --source hf or --source modelscope (source=...) to download it."
+    if source is not None:
+        why = f"{clients[0].offline} is set, so {clients[0].hub} is not asked."
+        fix = "Unset it to download the model, or give a folder."
     raise CheckpointError(
-        f"Folder {name} not found, and no downloaded model has that name.",
-        f"{offline} is set." if offline else "The network is used only if a source is named.",
-        "Check the path; or use --source hf or --source modelscope (source=...) to download it.",
+        f"Folder {name} not found, and no downloaded model has that name.", why, fix
     )
 
 
