@@ -3,7 +3,7 @@
 from convert import options
 from glm2_jax.choices import QUANTIZE
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -64,20 +64,20 @@ def main(argv: list[str]) -> None:
             args.destination, plan.nbytes, dtype=plan.dtype.name, quantization=quantization
         )
         return
-    with options.progress("converting") as progress:
+    with Progress("converting", show=human_size) as bar:
         manifest = convert_folder(
             folder,
             args.destination,
             **form,
             overwrite=args.overwrite,
             max_shard_size=args.max_shard_size,
-            progress=progress,
+            progress=bar.update,
         )
     if written != stored:
         note(f"the weights were stored in {stored}; written as {written}")
     if args.verify:
-        with options.progress("verifying") as progress:
-            verify_checkpoint(args.destination, progress)
+        with Progress("verifying", show=human_size) as bar:
+            verify_checkpoint(args.destination, bar.update)
         note(f"verified: the checksums of {len(manifest.files)} files match the manifest")
     options.print_written(plan.nbytes, args.destination, written)
 

@@ -6,7 +6,7 @@ from convert import options
 from convert.hub.find import find_model
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
@@ -121,8 +121,8 @@ def main(argv: list[str]) -> None:
     if args.verify:
         from convert.files.manifest import verify_checkpoint
 
-        with options.progress("verifying") as progress:
-            manifest = verify_checkpoint(path, progress)
+        with Progress("verifying", show=human_size) as bar:
+            manifest = verify_checkpoint(path, bar.update)
         found["verified"] = True
         note(f"verified: the checksums of {len(manifest.files)} files match the manifest")
     print(json_line(found) if args.json else as_table(found))

@@ -8,7 +8,7 @@ from convert import options
 from glm2_jax.choices import DEVICES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.messages import note
+from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -89,16 +89,16 @@ def main(argv: list[str]) -> None:
         return
     check = None
     if not args.skip_check:  # first of all: too little memory is known before anything is written
-        with options.progress("loading") as progress:
-            check = MergeCheck(folder, adapter, dtype, device=args.device, progress=progress)
+        with Progress("loading", show=human_size) as bar:
+            check = MergeCheck(folder, adapter, dtype, device=args.device, progress=bar.update)
 
     def compare(merged: Path) -> None:
         if check is None:
             note("not compared with base and adapter (--skip-check)")
             return
         bound = BOUNDS[dtype] if args.bound is None else args.bound
-        with options.progress("loading the merged model") as progress:
-            found = check.require(merged, bound, progress)
+        with Progress("loading the merged model", show=human_size) as bar:
+            found = check.require(merged, bound, bar.update)
         note(
             f"largest logit difference between merged and unmerged: {found:.3g} "
             f"(the adapter changes logits by up to {check.effect:.3g})"
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         if check.effect <= bound:  # leaving the adapter out would pass, too
             note(f"the adapter changes less than the bound, {bound:.3g}, so this shows little")
 
-    with options.progress("merging") as progress:
+    with Progress("merging", show=human_size) as bar:
         convert_folder(
             folder,
             args.destination,
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
             check=compare,
             overwrite=args.overwrite,
             max_shard_size=args.max_shard_size,
-            progress=progress,
+            progress=bar.update,
         )
     options.print_written(plan.nbytes, args.destination, dtype)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from convert.hub.find import find_model
@@ -12,7 +10,7 @@ from glm2_jax.choices import DTYPE_NAMES
 from glm2_jax.cli.arguments import path_argument, size_argument
 from glm2_jax.cli.flags import add_form_flags, add_hub_flags
 from glm2_jax.cli.main import print_path
-from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser
 from glm2_jax.escape import json_line
@@ -115,18 +113,6 @@ def print_model(
     )
     for line in (*folder.notes, *warnings, *(adapter.notes if adapter else ())):
         note(line)
-
-
-@contextlib.contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that shows how many bytes of how many are done."""
-    with Progress(label, 0, show=human_size) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar(done)
-
-        yield show
 
 
 def print_written(size: int, destination: str, form: str) -> None:

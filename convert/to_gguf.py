@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from convert import options
 from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.cli import interrupt
+from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -54,8 +55,8 @@ def main(argv: list[str]) -> None:
         check_model_file(args.destination, needed=size)
         options.print_plan(args.destination, size)
         return
-    with options.progress("writing") as progress:
-        export_gguf(folder, args.destination, kind=args.type, lora=lora, progress=progress)
+    with Progress("writing", show=human_size) as bar:
+        export_gguf(folder, args.destination, kind=args.type, lora=lora, progress=bar.update)
     options.print_written(size, args.destination, args.type)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from convert import options
 from glm2_jax.choices import LAYOUTS
 from glm2_jax.cli import interrupt
+from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -62,13 +63,13 @@ def main(argv: list[str]) -> None:
         check_destination(args.destination, None, source=folder.path, needed=plan.nbytes)
         options.print_plan(args.destination, plan.nbytes)
         return
-    with options.progress("writing") as progress:
+    with Progress("writing", show=human_size) as bar:
         export_folder(
             folder,
             args.destination,
             **form,
             max_shard_size=args.max_shard_size,
-            progress=progress,
+            progress=bar.update,
         )
     written = f"{stored_as(plan.dtype.name, plan.scheme)}, layout {args.layout}"
     options.print_written(plan.nbytes, args.destination, written)
