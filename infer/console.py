@@ -27,9 +27,9 @@ def print_json(value: dict[str, Any], file: Any = None) -> None:
     file.flush()
 
 
-def print_stats(stats: Stats) -> None:
+def print_stats(load_s: float, stats: Stats) -> None:
     """Times, speed and memory, one per line; compiling is in none of the other times."""
-    note(f"load         {stats.load_s:8.2f} s")
+    note(f"load         {load_s:8.2f} s")
     note(f"compile      {stats.compile_s:8.2f} s{_programs(stats)}")
     note(f"first token  {stats.first_token_s:8.3f} s")
     note(f"prefill      {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s")

@@ -24,8 +24,8 @@ from infer.chat.input import (
 from infer.chat.signals import ChatSignals
 from infer.console import displayed, print_json, print_stats
 from infer.engine.answer import Completion
-from infer.engine.call import TokenEvent
 from infer.engine.engine import Engine
+from infer.engine.rows import TokenEvent
 from infer.options import SamplingFlags
 from infer.requests.conversation import Conversation, Events
 from infer.requests.exchange import result
@@ -169,12 +169,12 @@ class Chat:
         elif not text:
             note("(the model ended its answer at once)")
         if self.args.stats:
-            print_stats(self.engine.stats)
+            print_stats(self.engine.load_s, self.conversation.stats)
 
     def _print_object(self, completion: Completion) -> None:
         question = self.conversation.unanswered or self.conversation.turns[-1].question
         value = result(self.engine, Request(question), completion)
-        value["usage"]["reused_tokens"] = self.engine.stats.reused_tokens
+        value["usage"]["reused_tokens"] = completion.stats.reused_tokens
         print_json(value)
 
 

@@ -7,7 +7,7 @@ space that is stripped nor the empty metadata line of a ChatGLM3 answer can end 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from glm2_jax.errors import UsageError, shown
@@ -15,6 +15,7 @@ from glm2_jax.text.prompt import ROLES, Reply
 from glm2_jax.text.tokenizer import Detokenizer, Tokenizer
 from infer.engine.loops import LoopDetector
 from infer.engine.params import SamplingParams
+from infer.engine.stats import Stats
 
 _DATE_MARK, _DATE = "[[训练时间]]", "2023年"
 
@@ -73,6 +74,7 @@ class Completion:
       messages: what a ChatGLM3 answer consists of, as far as `text` goes; () for other templates,
         and for ids that were continued as they are.
       stop_reason: the end token or the stop string that ended the answer; else None.
+      stats: tokens and seconds of the answer. Those of several: `infer.engine.stats.together`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -82,6 +84,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     messages: tuple[Message, ...] = ()
     stop_reason: int | str | None = None
+    stats: Stats = field(default_factory=Stats, compare=False, repr=False)
 
     @property
     def reply(self) -> Reply:
@@ -279,6 +282,7 @@ class Answer:
       roles: read it as ChatGLM3 messages, each of them cleaned.
 
     Attributes:
+      limit, stop_ids: the arguments.
       finish_reason: None while the answer goes on.
 
     Raises:
@@ -302,7 +306,7 @@ class Answer:
         self.limit = limit
         self.finish_reason: str | None = None
         self._stop_reason: int | str | None = None
-        self._stop_ids = stop_ids
+        self.stop_ids = stop_ids
         self._observation = tokenizer.special.get("<|observation|>")
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
@@ -314,7 +318,7 @@ class Answer:
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> str:
         """Takes the next token (an end token too) and returns the text that is now certain."""
-        if token in self._stop_ids:
+        if token in self.stop_ids:
             self._stop_reason = token
             return self._finish("observation" if token == self._observation else "stop", "")
         self._ids.append(token)
@@ -335,7 +339,7 @@ class Answer:
         """Tokens so far, without the end token."""
         return len(self._ids)
 
-    def completion(self) -> Completion:
+    def completion(self, stats: Stats | None = None) -> Completion:
         """The finished answer."""
         assert self.finish_reason is not None
         text = "".join(self._pieces)
@@ -347,6 +351,7 @@ class Answer:
             None if self._logprobs is None else tuple(self._logprobs),
             self._text.messages(text),
             self._stop_reason,
+            stats or Stats(),
         )
 
     def _finish(self, reason: str, text: str) -> str:

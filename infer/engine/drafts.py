@@ -17,14 +17,11 @@ narrow type like bfloat16 may take the other one. B rows, N tokens of a draft, V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-import jax
 import numpy as np
 
-from infer.engine.call import Job, TokenEvent
-from infer.engine.stats import Clock
-from infer.engine.steps import IDLE, Output, State
+from infer.engine.rows import TokenEvent
 
 LONGEST_MATCH = 3  # tokens at the end of the text that are looked up, less where they are new
 
@@ -86,43 +83,3 @@ class Drafts:
         for row, draft in found.items():
             drafts[row] = draft
         return drafts
-
-
-def loop(
-    job: Job,
-    clock: Clock,
-    count: int,
-    state: State,
-    first: Output,
-    step: Callable[[State, np.ndarray | None], tuple[State, Output]],
-) -> Iterator[tuple[State, list[TokenEvent]]]:
-    """Goes on from the first step, yielding each step's events and the newest state.
-
-    A step begins when the tokens of the one before it are known, since they tell the drafts.
-
-    Args:
-      count: N.
-      first: of the step that read the prompts.
-      step: `verify` for a state and drafts, a plain step where there are none; uses the state up.
-    """
-    drafts = Drafts([answer.prompt_ids for answer in job.answers], count)
-    events = list(job.take(jax.device_get(first)))
-    while True:
-        clock.read(job)
-        drafts.push(events)
-        yield state, events
-        if not job.steps_wanted:
-            return
-        keep = job.keep
-        found = drafts.next(keep)
-        state, outputs = step(state, found)
-        outputs = jax.device_get(outputs)
-        events = list(job.take(outputs) if found is None else _taken(job, outputs))
-        clock.verified(int(keep.sum()), 0 if found is None else count, len(events))
-
-
-def _taken(job: Job, outputs: Output) -> Iterator[TokenEvent]:
-    for index, tokens in enumerate(outputs.tokens):
-        if (tokens == IDLE).all():
-            return
-        yield from job.take(jax.tree.map(lambda x, index=index: x[index], outputs))

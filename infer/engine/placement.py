@@ -78,8 +78,8 @@ class Places:
         if isinstance(x, Output):
             return jax.tree.map(lambda _: whole, x)
         if isinstance(x, Controls):
-            rows = {name: self._of(getattr(x, name)) for name in ("rows", "row_ids", "limit")}
-            return jax.tree.map(lambda _: whole, x)._replace(**rows)
+            rows = jax.tree.map(lambda array: self._cut(array, "B"), x)
+            return rows._replace(stop_ids=whole, want_logprobs=whole)
         if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
             return x.sharding
         return self._cut(x, "B" if np.ndim(x) else "")

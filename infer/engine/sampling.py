@@ -7,6 +7,7 @@ B rows, V vocabulary entries. `SamplingParams`, the user's side, lives in `infer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ FEW = 128
 _MIN_TEMPERATURE = 1e-6
 
 
-class Rows(NamedTuple):
-    """Sampling numbers of each row of a batch, all [B]."""
+class Sampling(NamedTuple):
+    """Sampling parameters of each row of a batch, all [B]."""
 
     temperature: jax.Array | np.ndarray  # float32; 0 = greedy
     top_k: jax.Array | np.ndarray  # int32; 0 = off
@@ -31,36 +32,39 @@ class Rows(NamedTuple):
     repetition_penalty: jax.Array | np.ndarray  # float32; 1 = off
 
     @classmethod
-    def full(cls, batch: int, params: SamplingParams) -> Rows:
-        """The same `params` for every row, as NumPy arrays (no device work)."""
-        top_k = min(params.top_k, np.iinfo(np.int32).max)
+    def of(cls, params: Sequence[SamplingParams], batch: int) -> Sampling:
+        """Return those of each row as NumPy arrays; rows after the last are greedy."""
+        rows = [*params, *[SamplingParams(temperature=0)] * (batch - len(params))]
+        most = np.iinfo(np.int32).max
         return cls(
-            temperature=np.full(batch, params.temperature, np.float32),
-            top_k=np.full(batch, top_k, np.int32),
-            top_p=np.full(batch, params.top_p, np.float32),
-            repetition_penalty=np.full(batch, params.repetition_penalty, np.float32),
+            temperature=np.array([row.temperature for row in rows], np.float32),
+            top_k=np.array([min(row.top_k, most) for row in rows], np.int32),
+            top_p=np.array([row.top_p for row in rows], np.float32),
+            repetition_penalty=np.array([row.repetition_penalty for row in rows], np.float32),
         )
 
 
 def row_keys(seed: jax.Array, row_ids: jax.Array, step: jax.Array) -> jax.Array:
-    """One random key per row: fold_in(fold_in(key(seed), row), step).
+    """Return one random key per row: fold_in(fold_in(key(seed), row), step).
 
-    The key depends on the row's own number and step only, so a row draws the same tokens alone
+    A key depends on the row's own seed, number and step only, so a row draws the same tokens alone
     and in a batch.
 
     Args:
-      seed: uint32 [2], high and low half of the seed (`seed_words`).
-      row_ids: int32 [B].
-      step: int32 [B] or scalar, how many tokens the answers have so far.
+        seed: uint32 [B, 2], high and low half of the seed (`seed_words`).
+        row_ids: int32 [B].
+        step: int32 [B] or scalar, how many tokens the answers have so far.
     """
-    base = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    step = jnp.broadcast_to(step, row_ids.shape)
-    fold_in = jax.random.fold_in
-    return jax.vmap(lambda row, step: fold_in(fold_in(base, row), step))(row_ids, step)
+
+    def key(seed: jax.Array, row: jax.Array, step: jax.Array) -> jax.Array:
+        base = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.fold_in(jax.random.fold_in(base, row), step)
+
+    return jax.vmap(key)(seed, row_ids, jnp.broadcast_to(step, row_ids.shape))
 
 
 def seed_words(seed: int) -> np.ndarray:
-    """uint32 [2] for `row_keys`; below 2**32 the key equals `jax.random.key(seed)`."""
+    """Return uint32 [2] for `row_keys`; below 2**32 the key equals `jax.random.key(seed)`."""
     return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
@@ -97,7 +101,7 @@ def ranked(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return largest[:, ::-1], vocab - 1 - mirrored[:, ::-1].astype(jnp.int32)
 
 
-def filter_ranked(scores: jax.Array, rows: Rows) -> jax.Array:
+def filter_ranked(scores: jax.Array, rows: Sampling) -> jax.Array:
     """Temperature, top-k and top-p, in this order; what is dropped becomes -inf.
 
     The softmax of the result is the distribution of transformers' warpers applied in their order.
@@ -125,7 +129,7 @@ def filter_ranked(scores: jax.Array, rows: Rows) -> jax.Array:
     return jnp.where(drop, -jnp.inf, scores)
 
 
-def few_enough(scores: jax.Array, rows: Rows) -> jax.Array:
+def few_enough(scores: jax.Array, rows: Sampling) -> jax.Array:
     """Whether the largest scores hold all that top-k keeps, ties included.
 
     Args:
@@ -140,7 +144,7 @@ def few_enough(scores: jax.Array, rows: Rows) -> jax.Array:
     return jnp.all(inside | (rows.temperature == 0))
 
 
-def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Rows) -> jax.Array:
+def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Sampling) -> jax.Array:
     """Draws one token a row: penalty, then temperature, top-k, top-p, then the draw.
 
     Rows of temperature 0 take the largest penalised logit (the lowest id among equals). A batch of
@@ -189,7 +193,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> L
 
     Args:
       logits: float32 [B, V]. tokens: int32 [B], the tokens drawn.
-      wanted: bool scalar; when false zeros come back and nothing is computed.
+      wanted: bool [B]; if no row wants them, zeros come back and nothing is computed.
     """
     batch, vocab = logits.shape
     count = min(MAX_LOGPROBS, vocab)
@@ -205,4 +209,4 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> L
         empty = jnp.zeros((batch, count), jnp.float32)
         return Logprobs(jnp.zeros(batch, jnp.float32), empty, empty.astype(jnp.int32))
 
-    return jax.lax.cond(wanted, compute, nothing)
+    return jax.lax.cond(jnp.any(wanted), compute, nothing)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from glm2_jax import GLMConfig, KVCache, forward, last_logits
 from glm2_jax.mesh import active_mesh
-from infer.engine.sampling import Logprobs, Rows, row_keys, sample, token_logprobs
+from infer.engine.sampling import Logprobs, Sampling, row_keys, sample, token_logprobs
 
 # In place of a token:
 NOT_FINITE = -1  # the row's logits held NaN or Inf
@@ -23,14 +23,14 @@ Array = Any  # jax.Array, or numpy.ndarray on its way into a program
 
 
 class Controls(NamedTuple):
-    """What a call asks for; arrays, so that nothing recompiles when they change."""
+    """What the rows ask for; arrays, so that nothing recompiles when they change."""
 
-    rows: Rows
-    seed: Array  # uint32 [2]
+    sampling: Sampling
+    seed: Array  # uint32 [B, 2]
     row_ids: Array  # int32 [B], which random numbers a row draws
     limit: Array  # int32 [B], longest answer of each row
-    stop_ids: Array  # int32 [a few]
-    want_logprobs: Array  # bool scalar
+    stop_ids: Array  # int32 [a few], of all rows
+    want_logprobs: Array  # bool [B]
 
 
 class State(NamedTuple):
@@ -186,7 +186,7 @@ def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Ou
       logits: float32 [B, V].
     """
     keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
-    token = sample(logits, keys, state.seen, controls.rows)
+    token = sample(logits, keys, state.seen, controls.sampling)
     logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
     finite = jnp.isfinite(logits).all(axis=-1)
     output = jnp.where(state.active, jnp.where(finite, token, NOT_FINITE), IDLE)
@@ -242,12 +242,8 @@ def verify(
 
 def _spread(controls: Controls, columns: int) -> Controls:
     """The controls of each row for each of its columns: [B] becomes [B (N + 1)]."""
-
-    def spread(x: Array) -> jax.Array:
-        return jnp.repeat(jnp.asarray(x), columns)
-
-    rows, row_ids = Rows(*map(spread, controls.rows)), spread(controls.row_ids)
-    return controls._replace(rows=rows, row_ids=row_ids, limit=spread(controls.limit))
+    spread = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), columns, axis=0), controls)
+    return spread._replace(stop_ids=controls.stop_ids)
 
 
 def _columns(state: State, drafts: jax.Array) -> State:

@@ -160,7 +160,9 @@ def answers(
                 numbers, ids = zip(*group[first : first + batch], strict=True)
                 completions = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
                 done += len(ids)
-                bar.start += engine.stats.compile_s  # says nothing of the time left
+                bar.start += max(
+                    one.stats.compile_s for one in completions
+                )  # says nothing of the time left
                 bar(done)
                 yield from zip(numbers, (one.text for one in completions), strict=True)
 

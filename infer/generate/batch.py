@@ -30,7 +30,7 @@ from glm2_jax.escape import json_line
 from glm2_jax.processes import join
 from infer.console import print_stats
 from infer.engine.params import SamplingParams
-from infer.engine.stats import add_stats
+from infer.engine.stats import add_stats, together
 from infer.generate.journal import SUFFIX, Journal
 from infer.requests.exchange import encode, result, warn_beyond_aligned
 from infer.requests.request import Request, Turns, parse_batch
@@ -249,8 +249,9 @@ class _Batch:
                     self._loops += completion.finish_reason == "loop"
             sink.append(answers)
             self._answered += len(answers)
-            self._stats = add_stats(self._stats, engine.stats)
-            bar.start += engine.stats.compile_s  # what is over says nothing of the time left
+            stats = together(completion.stats for completion in completions)
+            self._stats = add_stats(self._stats, stats)
+            bar.start += stats.compile_s  # what is over says nothing of the time left
             if isinstance(sink, Journal) or not sys.stdout.isatty():  # there the answers show it
                 rate = self._tokens / (time.monotonic() - bar.start)
                 bar(self._answered, f"{rate:.0f} tokens/s")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from glm2_jax.errors import CheckpointError, InputError
 from glm2_jax.text.prompt import Reply, build_followup
 from infer.engine.answer import RoleText, reply_of
-from infer.engine.call import TokenEvent
 from infer.engine.engine import Engine
 from infer.engine.left import closed_at_exit
 from infer.engine.params import MAX_SEED, SamplingParams
+from infer.engine.rows import TokenEvent
 from infer.engine.session import Session
 from infer.engine.stats import Stats, add_stats
 from infer.requests.exchange import warn_beyond_aligned
@@ -55,6 +55,7 @@ class Conversation:
       turns: what has been said, oldest first.
       unanswered: the last question, where nothing came of it.
       left_out: how many of the oldest turns the last prompt did not have room for.
+      stats: statistics of the last answer.
       total: statistics of all answers.
     """
 
@@ -66,6 +67,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.unanswered: str | None = None
         self.left_out = 0
+        self.stats = Stats()
         self.total: Stats | None = None
         self._session = Session(engine)
         self._say = say
@@ -189,7 +191,8 @@ class Conversation:
                 yield event
         finally:
             self._session.close()
-            self.total = add_stats(self.total, self.engine.stats)
+            self.stats = events.stats
+            self.total = add_stats(self.total, self.stats)
             self._keep(question, text, ids, tokens)
 
     def _keep(self, question: str, text: str, ids: list[int], tokens: list[int]) -> None:

@@ -21,8 +21,8 @@ from glm2_jax import KVCache, last_logits
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.errors import GLMError
 from glm2_jax.quant import SCHEMES, QTensor
+from glm2_jax.runtime.buckets import bucket
 from glm2_jax.text.prompt import build_prompt
-from infer.engine.call import bucket
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.selftest.known import (
@@ -305,29 +305,28 @@ def measure(engine: Engine) -> Figures:
       GLMError: the model computes NaN, or the memory does not suffice.
     """
     compiled_before = engine.programs.seconds
-    load_s = engine.stats.load_s
+    load_s = engine.load_s
     ids = engine.build_prompt(HELLO)
     length = 128 if engine.device.platform == "cpu" else 512
     length = max(min(length, engine.max_length // 2), 1)
     long = list(islice(cycle(ids), length))
     for _ in range(2):
-        engine.complete([long], _greedy(1))
-    prefill_tokens, prefill_rate = engine.stats.prefill_tokens, engine.stats.prefill_rate
+        (read,) = engine.complete([long], _greedy(1))
     engine.complete([ids], _greedy(ANSWER_TOKENS))
     tokens = runs = 0
     seconds, start = 0.0, time.perf_counter()
     while tokens < DECODE_TOKENS and runs < DECODE_RUNS:
-        engine.complete([ids], _greedy(ANSWER_TOKENS))
-        tokens += engine.stats.decode_tokens
-        seconds += engine.stats.decode_s
+        (answer,) = engine.complete([ids], _greedy(ANSWER_TOKENS))
+        tokens += answer.stats.decode_tokens
+        seconds += answer.stats.decode_s
         runs += 1
         if time.perf_counter() - start > DECODE_SECONDS:
             break
     return Figures(
         load_s=load_s,
         compile_s=engine.programs.seconds - compiled_before,
-        prefill_tokens=prefill_tokens,
-        prefill_rate=prefill_rate,
+        prefill_tokens=read.stats.prefill_tokens,
+        prefill_rate=read.stats.prefill_rate,
         decode_tokens=tokens,
         decode_rate=tokens / seconds if seconds else 0.0,
     )

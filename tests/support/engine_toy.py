@@ -47,10 +47,9 @@ def toy_engine(
         template=template or family,
         fingerprint="toy",
     )
-    engine = Engine(cast(Any, checkpoint), **kwargs)
-    if share is not None:  # programs depend on shapes alone, the weights are an argument
-        engine.programs = engine.executor.programs = share.programs
-    return engine
+    # Programs depend on shapes alone, the weights are an argument.
+    programs = None if share is None else share.programs
+    return Engine(cast(Any, checkpoint), programs=programs, **kwargs)
 
 
 @functools.cache

@@ -15,8 +15,8 @@ from infer.chat import run as chat_loop
 from infer.chat.__main__ import main, parser
 from infer.chat.input import read_entry
 from infer.engine.answer import Completion
-from infer.engine.call import TokenEvent
 from infer.engine.engine import Engine
+from infer.engine.rows import TokenEvent
 from tests.support.engine_toy import toy_engine, warm_engine
 
 QUICK = ["--max-new-tokens", "6", "--compile-cache", "off"]

@@ -75,7 +75,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(conversation):
     assert conversation.history == [("one", part)] and whole.startswith(part)
     ids = conversation.turns[0].ids
     said(conversation.reply("two"))
-    assert ids is not None and conversation.engine.stats.reused_tokens == len(ids) - 1
+    assert ids is not None and conversation.stats.reused_tokens == len(ids) - 1
 
 
 def test_nothing_of_an_answer_leaves_no_turn(conversation):
@@ -283,7 +283,7 @@ def test_chatglm3_reads_only_the_new_part_too(warm):
     conversation = toy(warm, "chatglm3")
     said(conversation.reply("one"))
     said(conversation.reply("two"))
-    stats = conversation.engine.stats
+    stats = conversation.stats
     assert stats.reused_tokens > 5
     with pytest.raises(InputError):
         conversation.replace([("a", [{"role": "tool", "content": "b"}])], None)

@@ -11,7 +11,7 @@ import pytest
 from glm2_jax import KVCache, compiler_options, init_params
 from glm2_jax.errors import UsageError
 from glm2_jax.model import unstack_layers
-from glm2_jax.runtime import buckets as reading
+from glm2_jax.runtime import buckets
 from glm2_jax.runtime.buckets import bucket, grown
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import call as job
@@ -65,7 +65,7 @@ def test_reading_in_parts_changes_no_answer(engine, chunk):
     events = in_parts.run(LONG, GREEDY)
     done = {event.row: event.completion for event in events if event.completion}
     assert [done[row] for row in range(4)] == whole
-    assert in_parts.stats.prefill_tokens == sum(map(len, LONG))
+    assert events.stats.prefill_tokens == sum(map(len, LONG))
 
 
 def test_all_full_parts_are_one_program():
@@ -85,14 +85,14 @@ def test_a_session_reads_in_parts(engine):
         (want,) = engine.complete([ids], GREEDY)
         events = list(in_parts.run(ids, GREEDY))
         assert events[-1].completion == want
-    assert in_parts.engine.stats.reused_tokens == 100
+    assert want.stats.reused_tokens == 0 and events[-1].completion.stats.reused_tokens == 100
 
 
 def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monkeypatch):
     sampling = SamplingParams(temperature=0.9, top_p=1.0, max_new_tokens=34, seed=5)
     prompts = [[5, 6, 7], [300, 4, 300, 4, 21, 9, 9]]
     whole = engine.complete(prompts, sampling)
-    monkeypatch.setattr(reading, "SMALLEST_BUCKET", 16)  # the cache begins with 16 slots, ...
+    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 16)  # the cache begins with 16 slots, ...
     monkeypatch.setattr(job, "ROOM", 4)  # ... of which 4 at least are for the answers
     small = toy_engine()
 
@@ -132,8 +132,8 @@ def test_a_short_answer_does_not_get_a_long_cache(engine, monkeypatch):
     monkeypatch.setattr(job, "ROOM", 60)
     for limit, sizes in ((20, (64, 64)), (100, (64, 128)), (None, (64, 256))):
         sampling = SamplingParams(temperature=0, max_new_tokens=limit)
-        call = engine._job([[5, 6, 7]], sampling, None, False)
-        assert (call.cache_size, call.largest_cache) == sizes
+        batch = engine.schedule([[5, 6, 7]], sampling).batch
+        assert (batch.cache_size, batch.largest_cache) == sizes
 
 
 @pytest.mark.parametrize("layers", ["stacked", "list"])

@@ -16,6 +16,7 @@ from glm2_jax.errors import CheckpointError, DeviceError, InputError, UsageError
 from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_followup
 from infer.engine.params import SamplingParams
+from infer.engine.scheduler import Scheduler
 from infer.engine.session import Session
 from tests.support import hurry
 from tests.support.engine_toy import TOY, toy_engine, toy_params, warm_engine
@@ -36,7 +37,7 @@ def finished(events):
 def ask(session, ids, sampling=GREEDY, **kwargs):
     """The completion, checked against the engine's, and how many tokens were read for it."""
     completion = finished(session.run(ids, sampling, **kwargs))
-    stats = session.engine.stats
+    stats = completion.stats
     assert stats.prefill_tokens + stats.reused_tokens == len(ids)
     offset = {"row_ids": [kwargs.pop("draw")]} if "draw" in kwargs else {}
     assert finished(session.engine.run([ids], sampling, **offset, **kwargs)) == completion
@@ -175,7 +176,7 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
         return iter(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_loop", lambda *args: reading())
+        patch.setattr(Scheduler, "steps", lambda *args: reading())
         slow = session.run(PROMPT, GREEDY)
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(list, slow)  # its generator is executing
@@ -197,13 +198,13 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
 
 LEFT = """
 import threading
-from glm2_jax.runtime import buckets as reading
-from infer.requests.conversation import Conversation
+from glm2_jax.runtime import buckets
 from infer.engine.left import closed_at_exit
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
+from infer.requests.conversation import Conversation
 from tests.support.engine_toy import toy_engine
-reading.SMALLEST_BUCKET = 256  # one shape, so few programs
+buckets.SMALLEST_BUCKET = 256  # one shape, so few programs
 engine, greedy = toy_engine(), SamplingParams(temperature=0)
 left = [
     engine.run([[5, 6]], greedy),

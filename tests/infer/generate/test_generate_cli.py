@@ -12,10 +12,9 @@ from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import GLMError, InputError, UsageError
 from infer import options
 from infer.engine.answer import Completion
-from infer.engine.call import TokenEvent
 from infer.engine.engine import Engine
 from infer.engine.params import PRESETS
-from infer.engine.stats import Stats, add_stats
+from infer.engine.rows import TokenEvent
 from infer.generate.__main__ import main, parser
 from tests.support.engine_toy import toy_engine, warm_engine
 
@@ -292,13 +291,6 @@ def test_stats_are_told_apart(loaded, capsys):
     err = capsys.readouterr().err
     for name in ("load ", "compile ", "first token ", "prefill ", "decode ", "peak memory "):
         assert sum(line.startswith(name) for line in err.splitlines()) == 1, name
-
-
-def test_stats_of_several_calls_add_up():
-    first = Stats(1.0, 2.0, 0.5, 10, 0.5, 4, 1.0)
-    total = add_stats(add_stats(None, first), Stats(1.0, 0.0, 0.1, 20, 0.5, 8, 3.0))
-    assert total == Stats(1.0, 2.0, 0.5, 30, 1.0, 12, 4.0)
-    assert first.prefill_tokens == 10
 
 
 def test_a_loop_and_a_stop_string_end_an_answer(loaded, warm, capsys):

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import infer
 from convert.random import official_config, write_random
 from glm2_jax import DeviceError, Tokenizer
+from infer.engine.engine import Engine
 from infer.engine.load import demo_folder
 from infer.engine.programs import Programs
 from infer.selftest import __main__ as selftest
@@ -37,16 +38,15 @@ PROGRAMS: dict[Hashable, Any] = {}
 @pytest.fixture(autouse=True)
 def share_programs(monkeypatch):
     """Models of one configuration share what was compiled: it depends on shapes alone."""
-    real = infer.load
 
-    def load(*args, **kwargs):
-        engine = real(*args, **kwargs)
-        key = (engine.config, engine.checkpoint.summary.dtype, kwargs.get("layers"))
-        engine.programs = PROGRAMS.setdefault(key, engine.programs)
-        engine.executor.programs = engine.programs
+    def make(checkpoint, **kwargs):
+        layers = type(checkpoint.params["layers"])
+        key = (checkpoint.config, checkpoint.summary.dtype, layers)
+        engine = Engine(checkpoint, programs=PROGRAMS.get(key), **kwargs)
+        PROGRAMS[key] = engine.programs
         return engine
 
-    monkeypatch.setattr(infer, "load", load, raising=False)
+    monkeypatch.setattr("infer.engine.load.Engine", make)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_a_cache_that_is_wrong(toy, monkeypatch):
         return checks.KVCache.zeros(config, 1, size, "float32")
 
     engine = infer.load(toy)
-    engine.programs = Programs("cpu")
+    engine.executor.programs = Programs("cpu")
     monkeypatch.setattr(checks, "_fill", forgets)
     assert checks._cache(engine).status == "FAIL"
 
