@@ -70,7 +70,7 @@ class Row:
         """Return the finished answer."""
         return self.answer.completion(self.stats)
 
-    def take(self, token: int, logprobs: Sequence[np.ndarray] | None) -> TokenEvent:
+    def take(self, token: int, logprobs: Sequence[Any] | None) -> TokenEvent:
         """Append the next token.
 
         Args:
@@ -128,7 +128,7 @@ def make_rows(
     ]
     check_prompts(prompts, vocab_size)
     count = len(prompts)
-    each = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * count
+    each: list[Any] = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * count
     if len(each) != count or not all(isinstance(one, SamplingParams) for one in each):
         raise UsageError(
             f"sampling must be SamplingParams, or one for each prompt, not {shown(sampling)}"

@@ -158,6 +158,7 @@ class _Batch:
         self.settings, self.sampling = settings, sampling
         self.name = STDIN if path == "-" else path
         self._answered = self._tokens = self._bad = self._loops = 0
+        self._load_s = 0.0
         self._stats: Stats | None = None
 
     def requests(
@@ -250,7 +251,7 @@ class _Batch:
             sink.append(answers)
             self._answered += len(answers)
             stats = together(completion.stats for completion in completions)
-            self._stats = add_stats(self._stats, stats)
+            self._load_s, self._stats = engine.load_s, add_stats(self._stats, stats)
             bar.start += stats.compile_s  # what is over says nothing of the time left
             if isinstance(sink, Journal) or not sys.stdout.isatty():  # there the answers show it
                 rate = self._tokens / (time.monotonic() - bar.start)
@@ -261,7 +262,7 @@ class _Batch:
         loops = f", {self._loops} stopped because they repeated themselves" if self._loops else ""
         note(f"{self._answered} answered, {self._bad} bad lines{loops}")
         if self.settings.stats and self._stats is not None:
-            print_stats(self._stats)
+            print_stats(self._load_s, self._stats)
         return EXIT_INPUT if self._bad else 0
 
     def _report(self, number: int, error: GLMError) -> None:
