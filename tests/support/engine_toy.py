@@ -1,13 +1,16 @@
 """A toy engine: random float32 weights and the tiny SentencePiece model of the tests."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
 
 from glm2_jax import GLMConfig, Tokenizer, init_params
+from infer.engine.answer import Completion
 from infer.engine.engine import Engine
 from tests.support.sp_model import sp_model
 
@@ -56,3 +59,31 @@ def toy_engine(
 def warm_engine() -> Engine:
     """One engine of the process: others share what it compiled."""
     return toy_engine()
+
+
+def streamed(engine: Engine, prompts, sampling, **kwargs: Any) -> list[Completion]:
+    """What `run` gives, in the form of `complete`."""
+    events = engine.run(prompts, sampling, **kwargs)
+    done = {event.row: event.completion for event in events if event.completion}
+    return [done[row] for row in range(len(prompts))]
+
+
+def finished(events) -> Completion:
+    """The answer at the end of a call of one row."""
+    return next(event.completion for event in events if event.completion)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """A list of what JAX compiles meanwhile."""
+    found = []
+
+    def count(event: str, seconds: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)

@@ -15,9 +15,8 @@ NINF = -math.inf
 
 
 def rows(batch=1, **kwargs):
-    return sampling.Rows.full(
-        batch, SamplingParams(**{"temperature": 1, "top_k": 0, "top_p": 1} | kwargs)
-    )
+    params = SamplingParams(**{"temperature": 1, "top_k": 0, "top_p": 1} | kwargs)
+    return sampling.Sampling.of([params] * batch, batch)
 
 
 def filtered(scores, numbers, count=None):
@@ -180,9 +179,8 @@ def test_a_draw_does_not_depend_on_what_was_skipped(monkeypatch):
 
 
 def keys(batch, step=0, seed=0):
-    return sampling.row_keys(
-        sampling.seed_words(seed), np.arange(batch, dtype=np.int32), np.int32(step)
-    )
+    seeds = np.tile(sampling.seed_words(seed), (batch, 1))
+    return sampling.row_keys(seeds, np.arange(batch, dtype=np.int32), np.int32(step))
 
 
 def test_greedy_takes_the_lowest_id_among_equals_and_obeys_the_penalty():
@@ -211,8 +209,9 @@ def test_frequencies_follow_the_filtered_distribution():
 
 
 def test_keys_depend_on_seed_row_and_step_only():
-    alone = sampling.row_keys(sampling.seed_words(5), np.array([3], np.int32), 7)
-    batch = sampling.row_keys(sampling.seed_words(5), np.arange(8, dtype=np.int32), 7)
+    seeds = np.array([sampling.seed_words(seed) for seed in (9, 8, 7, 5, 4)])
+    alone = sampling.row_keys(seeds[3:4], np.array([3], np.int32), 7)
+    batch = sampling.row_keys(seeds, np.arange(5, dtype=np.int32), 7)
     assert jax.random.key_data(alone[0]).tolist() == jax.random.key_data(batch[3]).tolist()
     expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 3), 7)
     assert jax.random.key_data(alone[0]).tolist() == jax.random.key_data(expected).tolist()
@@ -230,13 +229,13 @@ def test_one_program_for_every_setting():
 
     logits, seen = np.zeros((2, 8), np.float32), np.zeros((2, 8), bool)
     for params in (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.1)):
-        draw(logits, keys(2), seen, sampling.Rows.full(2, params))
+        draw(logits, keys(2), seen, sampling.Sampling.of([params], 2))
     assert len(traces) == 1
 
 
 def test_logprobs_are_of_the_raw_logits():
     logits = np.log(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32)) + 3
-    result = sampling.token_logprobs(logits, np.array([1], np.int32), np.array(True))
+    result = sampling.token_logprobs(logits, np.array([1], np.int32), np.array([True]))
     np.testing.assert_allclose(np.exp(result.chosen), [0.2], rtol=1e-5)
     np.testing.assert_allclose(np.exp(result.top), [[0.4, 0.3, 0.2, 0.1]], rtol=1e-5)
     assert result.top_ids.tolist() == [[3, 2, 1, 0]]
