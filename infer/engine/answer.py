@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from glm2_jax.errors import UsageError, shown
 from glm2_jax.text.prompt import ROLES, Reply
 from glm2_jax.text.tokenizer import Detokenizer, Tokenizer
 from infer.engine.loops import LoopDetector
@@ -284,9 +283,6 @@ class Answer:
     Attributes:
       limit, stop_ids: the arguments.
       finish_reason: None while the answer goes on.
-
-    Raises:
-      UsageError: a stop string can never match.
     """
 
     def __init__(
@@ -300,8 +296,6 @@ class Answer:
         clean: bool,
         roles: bool = False,
     ):
-        if clean:
-            _refuse_replaced(sampling.stop)
         self.prompt_ids = tuple(prompt_ids)
         self.limit = limit
         self.finish_reason: str | None = None
@@ -365,13 +359,3 @@ class Answer:
         self.finish_reason = reason
         self._pieces.append(text)
         return text
-
-
-def _refuse_replaced(strings: Sequence[str]) -> None:
-    for string in strings:
-        if _DATE_MARK in string:
-            raise UsageError(
-                f"the stop string {shown(string)} can never match",
-                f"An answer has {_DATE} in the place of {_DATE_MARK}.",
-                "Leave it out.",
-            )

@@ -14,9 +14,9 @@ from glm2_jax.text import prompt
 from infer.engine.answer import Answer, Completion
 from infer.engine.call import Batch, Call
 from infer.engine.executor import Executor
-from infer.engine.params import SamplingParams
+from infer.engine.params import SamplingParams, whole
 from infer.engine.programs import OnEvent, Programs
-from infer.engine.rows import TokenEvent, listed, make_rows, whole
+from infer.engine.rows import TokenEvent, listed, make_rows
 from infer.engine.scheduler import Scheduler
 
 if TYPE_CHECKING:

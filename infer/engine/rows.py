@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,15 +153,6 @@ def listed(value: Any, rule: str) -> list[Any]:
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
         raise UsageError(f"{rule}, not {shown(value)}")
     return list(value)
-
-
-def whole(name: str, value: Any, least: int, most: int = sys.maxsize) -> int:
-    """Return the value of an option as an int; UsageError if it is not one in this range."""
-    known = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not known or not least <= value <= most:
-        bounds = f"{least} or more" if most == sys.maxsize else f"{least} to {most}"
-        raise UsageError(f"{name} must be a whole number, {bounds}, not {shown(value)}")
-    return int(value)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

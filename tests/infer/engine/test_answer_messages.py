@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 import infer
 from glm2_jax import Tokenizer
-from glm2_jax.errors import UsageError
 from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_messages, build_prompt, reply_messages, stop_ids
 from infer.chat import commands
 from infer.chat.__main__ import main as chat_main
 from infer.engine.answer import Answer, Message
-from infer.engine.call import Job
+from infer.engine.call import Batch
 from infer.engine.params import SamplingParams
 from infer.evaluate import generation
 from infer.evaluate.__main__ import main as evaluate_main
@@ -148,7 +147,7 @@ def answers(draw):
 def test_stop_strings_see_the_text_that_is_shown(ids, stop, glm3):
     tokenizer = GLM3 if glm3 else GLM2
     whole = read([*ids, 2], tokenizer=tokenizer)[1]
-    if not stop or MARK in stop:
+    if not stop:
         return
     pieces, completion = read([*ids, 2], tokenizer=tokenizer, stop=stop)
     at = whole.text.find(stop)
@@ -170,12 +169,7 @@ def test_neither_the_stripped_line_nor_hidden_text_ends_an_answer():
     assert read([*TWO, USER], stop="<|assistant|>")[1].messages == (PLAIN,)
 
 
-def test_a_stop_string_that_can_never_match_is_refused():
-    with pytest.raises(UsageError, match="can never match\nAn answer has 2023年 in the place"):
-        read([2], stop=("x", "在[[训练时间]]"))
-    read([2], stop="[[训练时间]]", clean=False)
-    with pytest.raises(UsageError, match="can never match\nIt has half of a character"):
-        SamplingParams(stop=("\udcff",))
+def test_a_stop_string_is_looked_for_in_the_cleaned_text():
     assert read([*HEADER, *GLM3.encode("[[训练时间]]"), 2], stop="3年")[1].text == "202"
 
 
@@ -206,14 +200,14 @@ def engine():
 @pytest.fixture
 def scripted(monkeypatch):
     """Has every answer consist of these ids, whatever the model draws."""
-    take, script = Job.take, []
+    take, script = Batch.take, []
 
     def scripted_take(self, output):
-        drawn = [answer.drawn for answer in self.answers]
+        drawn = [row.tokens for row in self.rows]
         tokens = [script[min(count, len(script) - 1)] for count in drawn]
         return take(self, output._replace(tokens=np.array(tokens)))
 
-    monkeypatch.setattr(Job, "take", scripted_take)
+    monkeypatch.setattr(Batch, "take", scripted_take)
 
     def set_script(ids):
         script[:] = ids

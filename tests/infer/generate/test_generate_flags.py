@@ -36,7 +36,7 @@ def sampling(*flags: str):
     "flag", ["--seed", "--logprobs", "--temperature=1e39", "--repetition-penalty=1e40"]
 )
 def test_numbers_that_are_too_large(flag):
-    with pytest.raises(UsageError, match=r"(between 0|at most)"):
+    with pytest.raises(UsageError, match=r"(0 to|at most)"):
         sampling(*([flag] if "=" in flag else [flag, HUGE]))
 
 
