@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import inspect
+import weakref
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from glm2_jax.runtime.buckets import bucket, padded_batch
-from infer.engine.left import closed_at_exit
 from infer.engine.parts import ROOM, parts
 from infer.engine.rows import Row, TokenEvent
 from infer.engine.sampling import Sampling, seed_words
 from infer.engine.stats import Stats, together
 from infer.engine.steps import IDLE, Controls, Output
+
+AnyGenerator = TypeVar("AnyGenerator", bound=Generator[Any, None, None])
+_open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+def closed_at_exit(generator: AnyGenerator) -> AnyGenerator:
+    """Have a generator closed before Python takes its modules apart, and return it.
+
+    One that was left early, and is still referenced when Python ends, would otherwise be closed
+    when the names that its clean-up uses are gone, and an exception would be printed.
+    """
+    _open.add(generator)
+    return generator
+
+
+@atexit.register
+def _close_all() -> None:
+    for generator in list(_open):
+        with contextlib.suppress(ValueError):  # another thread runs it
+            generator.close()
 
 
 class Batch:

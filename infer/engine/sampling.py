@@ -2,7 +2,7 @@
 
 Everything that a user can change (temperature, top-k, top-p, penalty, seed) is an array and not a
 constant of the program, so a change never compiles anything, and the rows of a batch may differ.
-B rows, V vocabulary entries. `SamplingParams`, the user's side, lives in `infer.engine.params`.
+B rows, V vocabulary entries. The user's side is `infer.engine.params.SamplingParams`.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def seed_words(seed: int) -> np.ndarray:
     return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
-def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray) -> jax.Array:
-    """Repetition penalty: seen tokens' logits, divided if positive, multiplied if negative.
+def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray) -> jax.Array:
+    """Apply the repetition penalty: divide the logits of seen tokens, multiply negative ones.
 
     Args:
-      logits: float32 [B, V]. seen: bool [B, V], true for tokens of the prompt and the answer.
-      penalty: float32 [B].
+        logits: float32 [B, V]. seen: bool [B, V], true for tokens of the prompt and the answer.
+        penalty: float32 [B].
     """
     penalty = penalty[:, None]
     changed = jnp.where(logits < 0, logits * penalty, logits / penalty)
@@ -82,38 +82,38 @@ def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray
 
 
 def ranked(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` largest of each row in rising order, the lower id first among equals.
+    """Return the `count` largest of each row in rising order, the lower id first among equals.
 
     Args:
-      scores: float32 [B, V].
+        scores: float32 [B, V].
 
     Returns:
-      (float32 [B, count], int32 [B, count] ids).
+        (float32 [B, count], int32 [B, count] ids).
     """
     vocab = scores.shape[-1]
     if count == vocab:
         ids = jnp.argsort(scores, axis=-1, stable=True)
         return jnp.take_along_axis(scores, ids, axis=-1), ids.astype(jnp.int32)
     # top_k falls and has the lower id first, so take it of the mirror image, backwards. Without
-    # the barrier XLA:CPU merges it with what follows and then sorts the whole row after all.
+    # the barrier XLA:CPU merges it with what follows and then sorts the complete row after all.
     # One barrier for both would have XLA:CPU abort, where rows are not cut over a mesh.
     largest, mirrored = map(jax.lax.optimization_barrier, jax.lax.top_k(scores[:, ::-1], count))
     return largest[:, ::-1], vocab - 1 - mirrored[:, ::-1].astype(jnp.int32)
 
 
 def filter_ranked(scores: jax.Array, rows: Sampling) -> jax.Array:
-    """Temperature, top-k and top-p, in this order; what is dropped becomes -inf.
+    """Apply temperature, top-k and top-p, in this order; what is dropped becomes -inf.
 
     The softmax of the result is the distribution of transformers' warpers applied in their order.
     Ties: every token that ties with the k-th stays; among tokens that tie at the edge of top-p,
     those with the lower id are dropped first (as in a stable ascending sort). One always stays.
 
     Args:
-      scores: float32 [B, C], rising: all of the vocabulary, or the largest, if `few_enough`.
-      rows: a temperature of 0 is treated as a tiny one.
+        scores: float32 [B, C], rising: all of the vocabulary, or the largest, if `few_enough`.
+        rows: a temperature of 0 is treated as a tiny one.
 
     Returns:
-      float32 [B, C], shifted so that the last is 0.
+        float32 [B, C], shifted so that the last is 0.
     """
     temperature = jnp.maximum(rows.temperature, _MIN_TEMPERATURE)[:, None]
     scores = (scores - scores[:, -1:]) / temperature
@@ -130,13 +130,10 @@ def filter_ranked(scores: jax.Array, rows: Sampling) -> jax.Array:
 
 
 def few_enough(scores: jax.Array, rows: Sampling) -> jax.Array:
-    """Whether the largest scores hold all that top-k keeps, ties included.
+    """Return whether the largest scores include all that top-k keeps, ties included.
 
     Args:
-      scores: float32 [B, C], the C largest in rising order.
-
-    Returns:
-      bool scalar.
+        scores: float32 [B, C], the C largest in rising order.
     """
     count = scores.shape[-1]
     kth = jnp.take_along_axis(scores, (count - jnp.clip(rows.top_k, 1, count))[:, None], axis=-1)
@@ -145,20 +142,17 @@ def few_enough(scores: jax.Array, rows: Sampling) -> jax.Array:
 
 
 def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Sampling) -> jax.Array:
-    """Draws one token a row: penalty, then temperature, top-k, top-p, then the draw.
+    """Draw one token a row, int32 [B]: penalty, then temperature, top-k, top-p, then the draw.
 
-    Rows of temperature 0 take the largest penalised logit (the lowest id among equals). A batch of
-    only such rows skips ranking and random numbers, and one whose top-k is small skips the sort of
-    the whole vocabulary: all in the same program, and with the same result.
+    Rows of temperature 0 take the largest penalized logit (the lowest id among equals). A batch of
+    only such rows skips ranking and random numbers, and one whose top-k is small skips sorting the
+    vocabulary: all in the same program, and with the same result.
 
     Args:
-      logits: float32 [B, V]. keys: random keys [B]. seen: bool [B, V]. rows: each [B].
-
-    Returns:
-      int32 [B].
+        logits: float32 [B, V]. keys: random keys [B]. seen: bool [B, V]. rows: each [B].
     """
     vocab = logits.shape[-1]
-    scores = penalise(logits, seen, rows.repetition_penalty)
+    scores = penalize(logits, seen, rows.repetition_penalty)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
     def draw(candidates: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -181,7 +175,7 @@ def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Sampling) 
 
 
 class Logprobs(NamedTuple):
-    """Natural logarithms of probabilities under the model's own distribution (see below)."""
+    """Natural logarithms of probabilities under the unfiltered model."""
 
     chosen: jax.Array  # float32 [B]
     top: jax.Array  # float32 [B, MAX_LOGPROBS], falling
@@ -189,11 +183,11 @@ class Logprobs(NamedTuple):
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Logprobs:
-    """Log-softmax of the raw logits: before penalty, temperature, top-k and top-p.
+    """Return log-softmax of the raw logits: before penalty, temperature, top-k and top-p.
 
     Args:
-      logits: float32 [B, V]. tokens: int32 [B], the tokens drawn.
-      wanted: bool [B]; if no row wants them, zeros come back and nothing is computed.
+        logits: float32 [B, V]. tokens: int32 [B], the tokens drawn.
+        wanted: bool [B]; if no row wants them, zeros come back and nothing is computed.
     """
     batch, vocab = logits.shape
     count = min(MAX_LOGPROBS, vocab)

@@ -182,7 +182,7 @@ def test_stats(conversation, capsys):
     assert "speculation" not in shown
     assert conversation.total is not None
     conversation.total.passes, conversation.total.drafted_tokens = 2, 8
-    assert "speculation  0 of 8 drafted tokens accepted" in command(conversation, "/stats", capsys)
+    assert "speculation  0 of 8 draft tokens accepted" in command(conversation, "/stats", capsys)
 
 
 def test_saved_and_loaded(conversation, warm, tmp_path, capsys):

@@ -91,7 +91,7 @@ def test_extreme_temperatures_stay_finite(temperature):
 def test_penalty_by_hand():
     logits = np.array([[2.0, -2.0, 2.0, -2.0]], np.float32)
     seen = np.array([[True, True, False, False]])
-    out = sampling.penalise(logits, seen, np.array([2.0], np.float32))
+    out = sampling.penalize(logits, seen, np.array([2.0], np.float32))
     assert out.tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
@@ -100,7 +100,7 @@ def test_extreme_penalties_leave_no_nan(penalty):
     logits = np.array([[9.0, -9.0, 0.0]], np.float32)
     for seen in ([[True] * 3], [[True, True, False]]):
         numbers = rows(1, temperature=1e-40, repetition_penalty=penalty)
-        out = jax.jit(sampling.penalise)(logits, np.array(seen), numbers.repetition_penalty)
+        out = jax.jit(sampling.penalize)(logits, np.array(seen), numbers.repetition_penalty)
         assert np.isfinite(out).all()
         assert np.isfinite(jax.nn.softmax(filtered(out, numbers), axis=-1)).all()
 
@@ -140,8 +140,8 @@ def test_filter_equals_transformers(seed):
         numbers = rows(
             batch, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty
         )
-        penalised = sampling.penalise(logits, seen, numbers.repetition_penalty)
-        ours = filtered(penalised, numbers)
+        penalized = sampling.penalize(logits, seen, numbers.repetition_penalty)
+        ours = filtered(penalized, numbers)
         np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(scores.numpy()))
         np.testing.assert_allclose(jax.nn.softmax(ours, -1), expected, atol=1e-6)
 

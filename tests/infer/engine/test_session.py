@@ -199,7 +199,7 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
 LEFT = """
 import threading
 from glm2_jax.runtime import buckets
-from infer.engine.left import closed_at_exit
+from infer.engine.call import closed_at_exit
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
 from infer.requests.conversation import Conversation

@@ -378,7 +378,7 @@ def test_what_stats_say(capsys, engine):
     stats = completion.stats
     console.print_stats(1.0, stats)
     told = capsys.readouterr().err
-    tokens = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"
+    tokens = f"{stats.accepted_tokens} of {stats.drafted_tokens} draft tokens accepted"
     assert tokens in told and f"{39 / stats.passes:.2f} tokens a pass" in told
     total = add_stats(stats, stats)
     assert total.passes == 2 * stats.passes
@@ -393,5 +393,5 @@ def test_the_flag_reaches_the_engine(capsys):
         assert generate_main([*flags, "--stats", "--speculate", draft]) == 0
         out, err = capsys.readouterr()
         answers.append(out)
-        assert ("drafted tokens accepted" in err) == (draft == "3")
+        assert ("draft tokens accepted" in err) == (draft == "3")
     assert answers[0] == answers[1]
