@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -47,21 +47,22 @@ class Stats:
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
 
+_NAMES = [field.name for field in dataclasses.fields(Stats)]
+
+
 def together(rows: Iterable[Stats]) -> Stats:
     """Return the statistics of rows of one call: tokens add up, all else is that of the longest."""
-    rows = list(rows)
-
-    def combine(name: str) -> Callable:
-        return sum if name.endswith("_tokens") else max
-
-    names = [field.name for field in dataclasses.fields(Stats)]
-    return Stats(**{name: combine(name)(getattr(row, name) for row in rows) for name in names})
+    total = Stats()
+    for row in rows:
+        for name in _NAMES:
+            values = getattr(total, name), getattr(row, name)
+            setattr(total, name, sum(values) if name.endswith("_tokens") else max(values))
+    return total
 
 
 def add_stats(total: Stats | None, stats: Stats) -> Stats:
     """Return the sum of calls, one after the other; the first token of the first call counts."""
     if total is None:
         return dataclasses.replace(stats)
-    names = {field.name for field in dataclasses.fields(stats)} - {"first_token_s"}
-    sums = {name: getattr(total, name) + getattr(stats, name) for name in names}
-    return dataclasses.replace(total, **sums)
+    sums = {name: getattr(total, name) + getattr(stats, name) for name in _NAMES}
+    return Stats(**sums | {"first_token_s": total.first_token_s})

@@ -10,6 +10,7 @@ from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.runtime import buckets
 from infer.chat import commands as chat_commands
 from infer.chat import files as chat_files
+from infer.engine.call import Call
 from infer.engine.params import SamplingParams
 from infer.requests.conversation import Conversation
 from tests.support.engine_toy import toy_engine, warm_engine
@@ -89,9 +90,15 @@ def test_nothing_of_an_answer_leaves_no_turn(conversation):
     assert question == "one" and answer and first.startswith(answer)
 
 
+def no_answer(*args, **kwargs):
+    return Call((event for event in ()), [])
+
+
 def test_a_retry_of_which_nothing_comes_leaves_the_old_answer(conversation, monkeypatch):
     first = said(conversation.reply("one"))
-    monkeypatch.setattr(conversation._session, "run", lambda *a, **k: iter(()))
+    monkeypatch.setattr(
+        conversation._session, "run", lambda *a, **k: Call((event for event in ()), [])
+    )
     said(conversation.retry())
     assert conversation.history == [("one", first)] and conversation.unanswered is None
 
@@ -99,7 +106,9 @@ def test_a_retry_of_which_nothing_comes_leaves_the_old_answer(conversation, monk
 def test_a_question_without_an_answer_can_be_asked_again(conversation, monkeypatch):
     said(conversation.reply("one"))
     with monkeypatch.context() as patch:
-        patch.setattr(conversation._session, "run", lambda *a, **k: iter(()))
+        patch.setattr(
+            conversation._session, "run", lambda *a, **k: Call((event for event in ()), [])
+        )
         said(conversation.reply("two"))
         assert conversation.unanswered == "two" and len(conversation.turns) == 1
         said(conversation.retry())
