@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
@@ -204,8 +205,11 @@ def more_ways(mesh: str) -> dict[str, bool]:
     want = greedy(PROMPTS, 6)
     drafted = drafting.complete(PROMPTS, GREEDY)
     looped = [list(map(int, one.output_ids)) for one in plain.complete(PROMPTS, GREEDY)]
+    with ThreadPoolExecutor(4) as pool:
+        threads = list(pool.map(lambda _: answered(plain, PROMPTS, GREEDY), range(8)))
     return {
         "conversation": all(conversation(plain)),
+        "several threads": all(found == want for found in threads),
         "long prompts, adapter and prefix": answered(long, LONG, GREEDY)
         == greedy(LONG, 6, more=True),
         "speculation": [list(one.output_ids) for one in drafted] == want

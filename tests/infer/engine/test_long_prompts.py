@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from glm2_jax import KVCache, compiler_options, init_params
-from glm2_jax.errors import UsageError
 from glm2_jax.model import unstack_layers
 from glm2_jax.runtime import buckets
 from glm2_jax.runtime.buckets import bucket, grown
@@ -20,7 +19,7 @@ from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.parts import parts
 from infer.engine.session import Session
-from tests.support.engine_toy import TOY, toy_engine, warm_engine
+from tests.support.engine_toy import TOY, compilations, streamed, toy_engine, warm_engine
 
 LONG = [list(range(10, 160)), [9, 8], list(range(200, 264)), [7] * 66]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=5)
@@ -57,15 +56,13 @@ def test_rows_beyond_the_prompts_are_empty():
     assert part.tokens.shape == (4, 64) and part.lengths.tolist() == [2, 1, 1, 0]
 
 
-@pytest.mark.parametrize("chunk", [96, 3])
-def test_reading_in_parts_changes_no_answer(engine, chunk):
+def test_reading_in_parts_changes_no_answer(engine):
     whole = engine.complete(LONG, GREEDY)
-    in_parts = toy_engine(share=engine, prefill_chunk=chunk)
+    in_parts = toy_engine(share=engine, prefill_chunk=96)
     assert in_parts.complete(LONG, GREEDY) == whole
-    events = in_parts.run(LONG, GREEDY)
-    done = {event.row: event.completion for event in events if event.completion}
-    assert [done[row] for row in range(4)] == whole
-    assert events.stats.prefill_tokens == sum(map(len, LONG))
+    answers = streamed(in_parts, LONG, GREEDY)
+    assert answers == whole
+    assert [answer.stats.prefill_tokens for answer in answers] == list(map(len, LONG))
 
 
 def test_all_full_parts_are_one_program():
@@ -96,25 +93,12 @@ def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monk
     monkeypatch.setattr(job, "ROOM", 4)  # ... of which 4 at least are for the answers
     small = toy_engine()
 
-    def streamed():
-        done = {e.row: e.completion for e in small.run(prompts, sampling) if e.completion}
-        return [done[row] for row in range(2)]
-
-    assert streamed() == small.complete(prompts, sampling) == whole
+    assert streamed(small, prompts, sampling) == small.complete(prompts, sampling) == whole
     keys = sorted((name, key[-1]) for name, key in small.programs._programs)
     steps_of = [("decode", 16), ("decode", 64), ("decode_many", 64)]
     assert keys == [*steps_of, ("grow", 64), ("prefill", 16)]
-    counted = []
-
-    def count(event, seconds, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            counted.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        assert streamed() == small.complete(prompts, sampling) == whole
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
+    with compilations() as counted:
+        assert streamed(small, prompts, sampling) == small.complete(prompts, sampling) == whole
     assert small.programs.compiled == len(keys) and not counted
 
 
@@ -156,9 +140,3 @@ def test_half_precision_on_a_cpu_copies_no_cache(layers):
     keys = cache.k.size * cache.k.dtype.itemsize
     assert memory.alias_size_in_bytes >= 2 * keys
     assert memory.temp_size_in_bytes < 3 * keys / config.num_layers  # of a layer, both
-
-
-@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "8"])
-def test_prefill_chunk_is_a_whole_number(bad):
-    with pytest.raises(UsageError, match="prefill_chunk must be a whole number, 1 or more"):
-        toy_engine(prefill_chunk=bad)
