@@ -10,7 +10,7 @@ import numpy as np
 
 from glm2_jax.errors import CheckpointError, InputError, UsageError, shown
 from infer.engine.answer import Answer, Completion, TokenLogprob
-from infer.engine.params import SamplingParams
+from infer.engine.params import SamplingParams, whole
 from infer.engine.stats import Stats
 from infer.engine.steps import NOT_FINITE
 
@@ -125,19 +125,21 @@ def make_rows(
         listed(ids, "a prompt must be a list of token ids")
         for ids in listed(prompts, "prompts must be a list of lists of token ids")
     ]
-    check_prompts(prompts, vocab_size)
+    _check_prompts(prompts, vocab_size)
     count = len(prompts)
-    each: list[Any] = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * count
-    if len(each) != count or not all(isinstance(one, SamplingParams) for one in each):
+    params: list[Any] = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * count
+    if len(params) != count or not all(isinstance(one, SamplingParams) for one in params):
         raise UsageError(
             f"sampling must be SamplingParams, or one for each prompt, not {shown(sampling)}"
         )
-    draws = check_row_ids(row_ids, count)
+    draws = range(count) if row_ids is None else row_ids
+    if len(draws) != count:
+        raise UsageError(f"there are {len(draws)} row_ids for {count} prompts")
     rows = []
-    for index, (ids, params, draw) in enumerate(zip(prompts, each, draws, strict=True)):
-        ceiling = min(params.max_length or max_length, max_length)
-        limit = answer_limit(len(ids), index, params, ceiling)
-        rows.append(Row(index, ids, params, draw, make_answer(ids, params, limit=limit)))
+    for index, (ids, one, draw) in enumerate(zip(prompts, params, draws, strict=True)):
+        limit = _answer_limit(len(ids), index, one, min(one.max_length or max_length, max_length))
+        answer = make_answer(ids, one, limit=limit)
+        rows.append(Row(index, ids, one, whole("row_ids", draw, 0, 2**31 - 1), answer))
     return rows
 
 
@@ -155,7 +157,7 @@ def listed(value: Any, rule: str) -> list[Any]:
     return list(value)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     """Raise InputError for no prompts, an empty one, or ids that are not in the vocabulary."""
     if not prompts:
         raise InputError("no prompts were given")
@@ -171,19 +173,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             )
 
 
-def check_row_ids(row_ids: Sequence[int] | None, count: int) -> Sequence[int]:
-    """Return the number that each prompt draws its random numbers by."""
-    if row_ids is None:
-        return range(count)
-    if len(row_ids) != count:
-        raise UsageError(f"there are {len(row_ids)} row_ids for {count} prompts")
-    for number in row_ids:
-        if not isinstance(number, int | np.integer) or not 0 <= number < 2**31:
-            raise UsageError(f"row_ids must be whole numbers below 2**31, not {shown(number)}")
-    return row_ids
-
-
-def answer_limit(length: int, row: int, sampling: SamplingParams, ceiling: int) -> int:
+def _answer_limit(length: int, row: int, sampling: SamplingParams, ceiling: int) -> int:
     """Return how many tokens the answer to a prompt of `length` may have.
 
     Raises:

@@ -38,18 +38,12 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        executor: Executor,
-        batch: Batch,
-        *,
-        draft: int = 0,
-        separate_cache: bool = False,
+        self, executor: Executor, batch: Batch, *, draft: int = 0, separate_cache: bool = False
     ):
-        self.batch, self._draft = batch, draft
-        self._separate_cache = separate_cache
+        self.batch, self._draft, self._separate_cache = batch, draft, separate_cache
         self._made = Made()
         self._executor = executor.counting(self._made)
-        self._begin = self._prefill_begin = 0.0
+        self._called = self._prefill_called = 0.0
 
     def events(self) -> Generator[TokenEvent, None, None]:
         """Answer step by step."""
@@ -84,7 +78,7 @@ class Scheduler:
         """
         batch, executor = self.batch, self._executor
         decodes = batch.steps_wanted > 1
-        self._begin = time.perf_counter()
+        self._called = time.perf_counter()
 
         def begin(executor: Executor) -> None:
             state, _ = self._prefill(executor, cache)
@@ -98,14 +92,13 @@ class Scheduler:
         room = batch.cache_size if cache is None else executor.room(cache)
         sizes = (room if self._separate_cache else 0, batch.cache_size, batch.largest_cache)
         executor.compile_ahead((widths, sizes, decodes, count, self._draft), begin, self._made)
-        self._prefill_begin = self._seconds()
+        self._prefill_called = self._seconds()
 
     def steps(self, cache: KVCache | None = None) -> Iterator[tuple[State, list[TokenEvent]]]:
         """Answer step by step, yielding each step's events and the newest state.
 
         Each step is dispatched before the one before it is read, so that the device does not wait
-        for the host. So the state may be a step ahead of the events; it is used up when the
-        iterator goes on.
+        for the host. So the state may be a step ahead of the events; the next step uses it up.
 
         Args:
             cache: has the ids that the batch reuses; it is used up. None = a new one.
@@ -125,7 +118,7 @@ class Scheduler:
             pending = following if self.batch.going else None
 
     def device_errors(self) -> AbstractContextManager[None]:
-        """Has an error of memory say what the batch needs."""
+        """Return the context in which an out-of-memory error reports what the batch needs."""
         batch, executor = self.batch, self._executor
         longest = max(len(row.ids) for row in batch.rows)
         prompts = f"a prompt of {longest} tokens"
@@ -231,7 +224,7 @@ class Scheduler:
         if not stats.prefill_tokens:
             stats.reused_tokens = self.batch.reused
             stats.prefill_tokens = len(row.ids) - self.batch.reused
-            stats.first_token_s, stats.prefill_s = now, now - self._prefill_begin
+            stats.first_token_s, stats.prefill_s = now, now - self._prefill_called
         stats.decode_tokens, stats.decode_s = row.tokens - 1, now - stats.first_token_s
         stats.compile_s, stats.programs, stats.programs_kept = (
             made.seconds,
@@ -241,4 +234,4 @@ class Scheduler:
 
     def _seconds(self) -> float:
         """Seconds since the call began, without those of compiling."""
-        return time.perf_counter() - self._begin - self._made.seconds
+        return time.perf_counter() - self._called - self._made.seconds

@@ -65,4 +65,4 @@ def add_stats(total: Stats | None, stats: Stats) -> Stats:
     if total is None:
         return dataclasses.replace(stats)
     sums = {name: getattr(total, name) + getattr(stats, name) for name in _NAMES}
-    return Stats(**sums | {"first_token_s": total.first_token_s})
+    return dataclasses.replace(total, **sums | {"first_token_s": total.first_token_s})

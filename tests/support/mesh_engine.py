@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -206,7 +206,8 @@ def more_ways(mesh: str) -> dict[str, bool]:
     drafted = drafting.complete(PROMPTS, GREEDY)
     looped = [list(map(int, one.output_ids)) for one in plain.complete(PROMPTS, GREEDY)]
     with ThreadPoolExecutor(4) as pool:
-        threads = list(pool.map(lambda _: answered(plain, PROMPTS, GREEDY), range(8)))
+        ask = partial(answered, prompts=PROMPTS, sampling=GREEDY)
+        threads = list(pool.map(ask, [plain, drafting] * 4))  # drafts: not compiled yet
     return {
         "conversation": all(conversation(plain)),
         "several threads": all(found == want for found in threads),

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import infer
 from glm2_jax import Tokenizer
 from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_messages, build_prompt, reply_messages, stop_ids
@@ -64,7 +63,6 @@ def read(ids, *, last=ASSISTANT, limit=99, tokenizer=GLM3, clean=True, **samplin
         ([*HEADER, *GLM3.encode(" 你好。 \n")], "你好。", [PLAIN]),
         (GLM3.encode("你好。"), "你好。", [PLAIN]),  # one line: it has no metadata
         ([], "", [Message("assistant", "", "")]),
-        (HEADER, "", [Message("assistant", "", "")]),
         (GLM3.encode(" search \n(x)"), "<|assistant|>search\n(x)", [CALL]),
         (
             [*HEADER, *GLM3.encode("search\n(x)")],
@@ -78,11 +76,6 @@ def read(ids, *, last=ASSISTANT, limit=99, tokenizer=GLM3, clean=True, **samplin
             [PLAIN._replace(content=""), CALL, PLAIN],
         ),
         (
-            [*HEADER, *GLM3.encode("你好。"), ASSISTANT],
-            "你好。\n<|assistant|>",
-            [PLAIN, PLAIN._replace(content="")],
-        ),
-        (
             [*HEADER, *GLM3.encode("你好。"), SYSTEM, *HEADER, *GLM3.encode("Paris")],
             "你好。\n<|system|>\nParis",
             [PLAIN, Message("system", "", "Paris")],
@@ -94,21 +87,17 @@ def read(ids, *, last=ASSISTANT, limit=99, tokenizer=GLM3, clean=True, **samplin
         ),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize(
-    ("end", "reason"), [(2, "stop"), (USER, "stop"), (OBSERVATION, "observation"), (None, "length")]
-)
-def test_an_answer_is_a_list_of_messages(ids, text, messages, end, reason):
-    if end is None and not ids:
-        return
-    pieces, completion = read([*ids, end], limit=99 if end else len(ids))
-    assert "".join(pieces) == completion.text == text
-    assert list(completion.messages) == messages
-    assert (completion.finish_reason, completion.stop_reason) == (reason, end)
-    assert list(completion.output_ids) == ids
-    reply = [message._asdict() for message in messages]
-    assert completion.reply == (
-        text if [*map(tuple, messages)] == [("assistant", "", text)] else reply
-    )
+def test_an_answer_is_a_list_of_messages(ids, text, messages):
+    plain = messages == [Message("assistant", "", text)]
+    ends = {2: "stop", USER: "stop", OBSERVATION: "observation"} | ({None: "length"} if ids else {})
+    for end, reason in ends.items():
+        pieces, completion = read([*ids, end], limit=99 if end else len(ids))
+        assert "".join(pieces) == completion.text == text
+        assert list(completion.messages) == messages
+        assert (completion.finish_reason, completion.stop_reason) == (reason, end)
+        assert list(completion.output_ids) == ids
+        reply = text if plain else [message._asdict() for message in messages]
+        assert completion.reply == reply
 
 
 def test_a_continued_message_has_no_metadata_line():
@@ -227,7 +216,7 @@ def odd(ids):
     return [*ids[: -len(GLM3.encode("(x)"))], *GLM3.encode("(x)")[1:]]
 
 
-@pytest.mark.parametrize("ids", [[], HEADER, [*HEADER, 30], GLM3.encode("👋")[:-1], TWO])
+@pytest.mark.parametrize("ids", [[], [*HEADER, 30], GLM3.encode("👋")[:-1], TWO])
 def test_a_history_that_chat_returned_is_accepted(engine, scripted, ids):
     scripted([*ids, OBSERVATION])
     response, history = engine.chat("Q1")
@@ -267,7 +256,7 @@ def test_a_conversation_goes_on_from_the_ids_that_were_written(engine, scripted,
     )
 
 
-@pytest.mark.parametrize("steps", range(1, len(TWO)))
+@pytest.mark.parametrize("steps", [1, 4, len(TWO) - 4, len(TWO) - 1])
 def test_an_answer_that_is_left_early_keeps_its_messages(engine, scripted, steps):
     scripted([*TWO, OBSERVATION])
     conversation = Conversation(engine, SamplingParams(temperature=0))
@@ -301,7 +290,7 @@ def test_a_stop_string_is_not_in_the_next_prompt(engine, scripted):
 @pytest.fixture
 def command(engine, scripted, monkeypatch, capsys):
     """Runs a command with the engine; gives the lines of its output, and what is on stderr."""
-    monkeypatch.setattr(infer, "load", lambda *args, **kwargs: engine)
+    monkeypatch.setattr("infer.engine.load.open_choice", lambda *args, **kwargs: engine)
     scripted([*TWO, OBSERVATION])
 
     def run(main, *flags, stdin=""):

@@ -32,7 +32,7 @@ def test_prompts_may_be_any_kind_of_list(engine):
 
 
 def test_what_is_not_a_list_of_prompts(engine):
-    for prompts in ("hi", b"hi", None, 5, [5, 6], [None], [b"hi"], [{"a": 1}]):
+    for prompts in ("hi", b"hi", None, 5, [5, 6], ["hi", [5]], [b"hi"], [{"a": 1}]):
         with pytest.raises(UsageError, match="must be a"):
             engine.generate(prompts, **SHORT)
         with pytest.raises(UsageError, match="must be a list of"):

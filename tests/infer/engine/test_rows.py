@@ -94,7 +94,7 @@ def test_what_a_session_has_is_not_read_again():
         ([SamplingParams()], None, "one for each prompt"),
         ([SamplingParams(), {}], None, "one for each prompt"),
         (SamplingParams(), [1], "there are 1 row_ids for 2"),
-        (SamplingParams(), [0, 2**31], "below 2"),
+        (SamplingParams(), [0, 2**31], "row_ids must be a whole number, 0 to"),
     ],
 )
 def test_wrong_parameters_are_refused(sampling, row_ids, error):
