@@ -1,12 +1,11 @@
 """`python -m convert.from_pytorch SRC DST`: a folder of PyTorch's becomes our own format."""
 
 from convert import options
+from glm2_jax.choices import QUANTIZE
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
-
-QUANTIZE = ("int8", "int4", "none")
 
 
 def build_parser() -> Parser:

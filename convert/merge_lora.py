@@ -5,13 +5,12 @@ import math
 from pathlib import Path
 
 from convert import options
+from glm2_jax.choices import DEVICES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
-
-DEVICES = ("cpu", "gpu", "tpu")
 
 
 def build_parser() -> Parser:
@@ -45,7 +44,7 @@ def build_parser() -> Parser:
         "float16, 1 in bfloat16)",
     )  # fmt: skip
     checking.add_argument(
-        "--device", choices=DEVICES,
+        "--device", choices=DEVICES, default="auto",
         help="where the logits are computed (default: the device that jax prefers)",
     )  # fmt: skip
     checking.add_argument(

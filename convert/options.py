@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.hub.find import find_model
-from glm2_jax.choices import ROPE_KINDS, TEMPLATES
+from glm2_jax.choices import DTYPE_NAMES, ROPE_KINDS, TEMPLATES
 from glm2_jax.cli.arguments import path_argument, size_argument
 from glm2_jax.cli.flags import add_family, add_hub_flags
 from glm2_jax.cli.main import print_path
@@ -18,9 +18,6 @@ from glm2_jax.escape import json_line
 if TYPE_CHECKING:
     from convert.adapters.adapter import Adapter
     from convert.loading.folder import Folder
-
-# Spelt out here, and compared with the library's lists in a test, so that --help needs no jax.
-DTYPES = ("keep", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16", "half")
 
 
 def add_places(
@@ -36,7 +33,7 @@ def add_places(
 def add_dtype(group: argparse._ActionsContainer) -> None:
     """`--dtype` of weights that are stored."""
     group.add_argument(
-        "--dtype", choices=DTYPES, default="keep", metavar="TYPE",
+        "--dtype", choices=("keep", *DTYPE_NAMES), default="keep", metavar="TYPE",
         help="type to store: keep, float32, bfloat16 or float16",
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.options import add_shard_size
+from glm2_jax.choices import STORED_DTYPES, WEIGHT_FORMATS
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.main import print_path
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from glm2_jax.config import GLMConfig
     from glm2_jax.text.tokenizer import Tokenizer
 
-DTYPES = ("float16", "bfloat16", "float32")
-FORMATS = ("bin", "safetensors")
 _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn, and taken from them at a time
 # Published beside the parameters; computed anew by whoever loads it.
@@ -67,8 +66,10 @@ def build_parser() -> Parser:
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
     weights.add_argument("--seed", type=int, default=0, metavar="N", help="other numbers")
-    weights.add_argument("--dtype", choices=DTYPES, default="float16", help="type to store")
-    weights.add_argument("--format", choices=FORMATS, default="bin", help="kind of weight files")
+    weights.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="type to store")
+    weights.add_argument(
+        "--format", choices=WEIGHT_FORMATS, default="bin", help="kind of weight files"
+    )
     add_shard_size(weights, default="2GB")
     parser.add_common()
     return parser
@@ -139,7 +140,7 @@ def write_random(
         destination: the new folder.
         raw: its config.json, as `official_config` gives it.
         tokenizer_path: a tokenizer.model, or a folder that holds one.
-        dtype: one of `DTYPES`; file_format: one of `FORMATS`.
+        dtype: one of `STORED_DTYPES`; file_format: one of `WEIGHT_FORMATS`.
         max_shard_size: bytes of one weight file.
         seed: the same seed gives the same bytes.
         progress: called with the bytes written and to write.

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from convert import options
+from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
 
     from convert.loading.folder import Folder
     from convert.writing.gguf import Tensor
-
-# Spelt out here, and compared with the library's list in a test, so that --help needs no jax.
-TYPES = ("f16", "q8_0")
 
 
 def build_parser() -> Parser:
@@ -32,7 +30,7 @@ def build_parser() -> Parser:
     options.add_places(parser, destination="the file to write")
     form = parser.add_argument_group("form")
     form.add_argument(
-        "--type", choices=TYPES, required=True,
+        "--type", choices=GGUF_TYPES, required=True,
         help="of the matrices: f16, 16 bits a weight; q8_0, 8.5 bits (rows that are no multiple "
         "of 32 stay f16); norms and biases are float32",
     )  # fmt: skip

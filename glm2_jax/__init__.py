@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from glm2_jax.config import PRESETS, GLMConfig
     from glm2_jax.errors import CheckpointError, DeviceError, GLMError, InputError, UsageError
     from glm2_jax.lora import LoRA, init_lora
+    from glm2_jax.mesh import make_mesh, parse_mesh
     from glm2_jax.model import (
         GLM,
         GLMBlock,
@@ -26,43 +27,11 @@ if TYPE_CHECKING:
         cache_sharding,
         check_mesh,
         lora_sharding,
-        make_mesh,
         params_sharding,
-        parse_mesh,
         replicated,
         rows_sharding,
     )
     from glm2_jax.text.tokenizer import Tokenizer
-
-_MODULES = {
-    "cache": ["KVCache"],
-    "config": ["PRESETS", "GLMConfig"],
-    "errors": ["CheckpointError", "DeviceError", "GLMError", "InputError", "UsageError"],
-    "lora": ["LoRA", "init_lora"],
-    "model": [
-        "GLM",
-        "GLMBlock",
-        "forward",
-        "hidden",
-        "init_params",
-        "last_logits",
-        "logits_of",
-        "param_shapes",
-    ],
-    "sharding": [
-        "cache_sharding",
-        "check_mesh",
-        "lora_sharding",
-        "make_mesh",
-        "params_sharding",
-        "parse_mesh",
-        "replicated",
-        "rows_sharding",
-    ],
-    "text.tokenizer": ["Tokenizer"],
-    "runtime.xla": ["compiler_options"],
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "GLM",
@@ -94,6 +63,20 @@ __all__ = [
     "replicated",
     "rows_sharding",
 ]
+
+# Module -> the public names that it defines.
+_MODULES = {
+    "cache": "KVCache",
+    "config": "PRESETS GLMConfig",
+    "errors": "CheckpointError DeviceError GLMError InputError UsageError",
+    "lora": "LoRA init_lora",
+    "mesh": "make_mesh parse_mesh",
+    "model": "GLM GLMBlock forward hidden init_params last_logits logits_of param_shapes",
+    "runtime.xla": "compiler_options",
+    "sharding": "cache_sharding check_mesh lora_sharding params_sharding replicated rows_sharding",
+    "text.tokenizer": "Tokenizer",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

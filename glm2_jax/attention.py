@@ -1,4 +1,4 @@
-"""Grouped-query attention; where there are many scores, over blocks of queries and of keys.
+"""Grouped-query attention, in blocks of queries and keys where there are many scores.
 
 Query heads are viewed as K groups of G = N / K, so keys are never repeated. Scores, softmax and
 sums are float32.
@@ -22,14 +22,13 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing
 
 @flax.struct.dataclass
 class Visibility:
-    """Which keys the queries may look at: those of their own segment, up to their own place, and
-    those of a prefix.
+    """Says which keys a query sees: those of its segment up to its own place, and the prefix.
 
     Attributes:
-        places: int32 [B, T], the key that is a query's own.
-        segments: int32 [B, T] of the queries.
-        key_segments: int32 [B, S]; 0 is a key that nobody may look at.
-        prefix: how many keys at the beginning are for the queries of all segments.
+        places: int32 [B, T], index of each query's own key.
+        segments: int32 [B, T], segment of each query.
+        key_segments: int32 [B, S], segment of each key; 0 = no query sees it.
+        prefix: number of leading keys that the queries of all segments see.
     """
 
     places: jax.Array
@@ -38,7 +37,7 @@ class Visibility:
     prefix: int = flax.struct.field(pytree_node=False, default=0)
 
     def mask(self, start: jax.Array | int, size: int) -> jax.Array:
-        """bool [B, T, size] for the keys from `start` on."""
+        """Return bool [B, T, size] for the `size` keys from `start` on."""
         keys = jax.lax.dynamic_slice_in_dim(self.key_segments, start, size, axis=1)[:, None]
         numbers = start + jnp.arange(size, dtype=jnp.int32)
         causal = numbers <= self.places[..., None]
@@ -55,14 +54,14 @@ def attend(
     visible: Visibility,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, over the keys that each query may look at.
+    """Compute softmax(q k^T / sqrt(H)) v over the keys that each query sees.
 
     Args:
         q: [B, T, N, H].
         k: [B, S, K, H], in the dtype of `q` or a wider one.
-        v: [B, S, K, H], likewise. Where nobody may look it may hold anything, NaN included.
-        visible: who looks where. What a query that sees nothing gets is finite and means nothing.
-        dropout: applied to the probabilities, which then are computed all at once.
+        v: [B, S, K, H], likewise. Unseen slots may hold anything, NaN included.
+        visible: which keys are seen. The result of a query that sees none is finite and arbitrary.
+        dropout: applied to the probabilities, which are then computed without blocks.
 
     Returns:
         [B, T, N, H] in q's dtype.
@@ -72,16 +71,16 @@ def attend(
     # A probability of 0 does not silence a NaN.
     v = jnp.where(visible.key_segments[:, :, None, None] > 0, v, 0)
     q = q.reshape(B, T, K, N // K, H)
-    here = B * N // (pieces("B", B) * pieces("N", N))  # rows and heads of one device
-    if dropout is None and here * T * S > SCORES:
+    local = B * N // (pieces("B", B) * pieces("N", N))  # rows times heads on one device
+    if dropout is None and local * T * S > SCORES:
         keys = min(KEYS, S)
-        queries = max(1, SCORES // (here * keys))
+        queries = max(1, SCORES // (local * keys))
 
         def block(q: jax.Array, places: jax.Array, segments: jax.Array) -> jax.Array:
             part = Visibility(places, segments, visible.key_segments, visible.prefix)
             return _over_blocks(q, k, v, part, keys)
 
-        # Training computes a block's scores again rather than keep all of them.
+        # In training a block's scores are recomputed, not kept.
         block = jax.checkpoint(block)
         out = map_blocks(block, queries, q, visible.places, visible.segments)
     else:
@@ -92,8 +91,10 @@ def attend(
 
 
 def scaled_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """Products of queries [B, T, K, G, H] and keys [B, S, K, H] over sqrt(H), float32
-    [B, K, G, T, S]; the lowest number where `mask` [B, T, S] is not set."""
+    """Return q k^T / sqrt(H), float32 [B, K, G, T, S], with the lowest float32 where masked.
+
+    The queries are [B, T, K, G, H], the keys [B, S, K, H], and the mask is [B, T, S].
+    """
     scores = einsum("BTKGH,BSKH->BKGTS", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
     return jnp.where(mask[:, None, None], scores, _LOWEST)
 
@@ -101,7 +102,7 @@ def scaled_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
 def _over_blocks(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, size: int
 ) -> jax.Array:
-    """Attention of [B, T, K, G, H] queries over blocks of `size` keys, by online softmax."""
+    """Attend from [B, T, K, G, H] queries to blocks of `size` keys, by online softmax."""
     S = k.shape[1]
     last = jnp.max(visible.places)
 
@@ -122,7 +123,7 @@ def _over_blocks(
 
     @jax.checkpoint
     def step(carry, start):
-        # Blocks behind the last query's place are not read at all.
+        # Blocks after the last query's place are not read.
         return jax.lax.cond(start <= last, add, lambda carry, start: carry, carry, start), None
 
     B, T, K, G, H = q.shape

@@ -1,4 +1,4 @@
-"""The static-shape key/value cache."""
+"""The key/value cache, whose shape never changes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ AXES = {"k": "LBSKH", "v": "LBSKH", "length": "B", "prefix": "B"}  # letters of 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of every layer for a batch of rows, each row at its own length.
+    """Keys and values of every layer for a batch of rows, each with its own length.
 
-    Slots 0 .. length - 1 of a row are written; what lies behind is never read. Setting `length`
-    of a row to `prefix` frees it for another sequence.
+    Slots 0 .. length - 1 of a row are written; later slots are never read. Setting the `length`
+    of a row to its `prefix` frees the row for another sequence.
 
     Attributes:
         k: [L, B, S, K, H] keys, already rotated.
         v: [L, B, S, K, H] values.
-        length: [B] int32, written slots of each row.
-        prefix: [B] int32, leading slots of each row that have no position (prefix tuning).
+        length: int32 [B], written slots of each row.
+        prefix: int32 [B], leading slots of each row that have no position (prefix tuning).
     """
 
     k: jax.Array
@@ -38,10 +38,9 @@ class KVCache:
 
     @classmethod
     def zeros(cls, config: GLMConfig, batch: int, size: int, dtype) -> KVCache:
-        """An empty cache of `batch` rows with `size` slots, in parts on the devices of an active
-        mesh.
+        """Make an empty cache of `batch` rows with `size` slots, sharded over an active mesh.
 
-        Zeros, not uninitialized memory: a masked slot has probability 0, and 0 times NaN is NaN.
+        It is zeros, not uninitialized memory: a masked slot has probability 0, and 0 * NaN is NaN.
         """
         shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
 
@@ -53,19 +52,23 @@ class KVCache:
                 prefix=jnp.zeros(batch, jnp.int32),
             ).pinned()
 
-        return jax.jit(make)() if active_mesh() else make()  # jit: never whole on one device
+        return jax.jit(make)() if active_mesh() else make()  # jit: never all on one device
 
     def pinned(self) -> KVCache:
-        """The cache, pinned to the active mesh as `glm2_jax.sharding.cache_sharding` says."""
+        """Constrain the cache to the active mesh, as `glm2_jax.sharding.cache_sharding` says."""
         pinned = {name: constrain(getattr(self, name), *axes) for name, axes in AXES.items()}
         return dataclasses.replace(self, **pinned)
 
     @classmethod
     def new(cls, config: GLMConfig, batch: int, size: int, dtype, prefix: Prefix | None) -> KVCache:
-        """A cache for params with that prefix (`params.get("prefix")`): each row begins with it.
+        """Make a cache for params with that prefix (`params.get("prefix")`), already written.
 
         Args:
+            config: the architecture.
+            batch: number of rows.
             size: slots of a row for tokens; those of the prefix come on top.
+            dtype: of keys and values.
+            prefix: what every row begins with; None = nothing.
         """
         if prefix is None:
             return cls.zeros(config, batch, size, dtype)
@@ -80,18 +83,18 @@ class KVCache:
 
     @property
     def size(self) -> int:
-        """S, slots of a row."""
+        """S, the slots of a row."""
         return self.k.shape[2]
 
 
 def write_layer(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes [B, T, K, H] into the slots of one layer of [L, B, S, K, H], in one scatter."""
+    """Write [B, T, K, H] into slots [B, T] of one layer of [L, B, S, K, H], in one scatter."""
     if not active_mesh():
         rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
         return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
-    # Either form keeps rows where they lie on its platforms. The partitioner of jaxlib sends those
-    # of the plain one between devices; the compiler of TPUs copies the cache for the other. Left
-    # alone, it also transposes the whole cache twice a layer where several tokens are written.
+    # Each form keeps every row on its device on the platforms it is for. XLA's partitioner moves
+    # rows between devices for the first form; the TPU compiler copies the cache for the second, and
+    # without a fixed layout it transposes all of it twice per layer if several tokens are written.
     forms = {
         "tpu": lambda *args: _rows_first(_scatter(*args)),
         "default": partial(_scatter, rows_apart=True),
@@ -101,7 +104,7 @@ def write_layer(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.A
 
 
 def _scatter(cache, new, layer, slots, rows_apart: bool = False) -> jax.Array:
-    """`write_layer` as one scatter whose rows count up, or (`rows_apart`) one for each row."""
+    """Scatter with the rows as an index that counts up, or (`rows_apart`) as a batch dimension."""
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2, 3),
         inserted_window_dims=(0, 2) if rows_apart else (0, 1, 2),
@@ -116,15 +119,14 @@ def _scatter(cache, new, layer, slots, rows_apart: bool = False) -> jax.Array:
 
 
 def read_layer(cache: jax.Array, layer: jax.Array) -> jax.Array:
-    """One layer of [L, B, S, K, H]: [B, S, K, H]."""
+    """Return one layer [B, S, K, H] of [L, B, S, K, H]."""
     slots = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
     slots = constrain(slots, *"BSKH")
-    # Left alone, XLA:GPU transposes the whole cache, to a layout that its dots like better, at the
-    # beginning of every program and back at its end; the compiler of TPUs does so in every layer
-    # where several tokens of several rows, or very many of one, are read.
+    # Without a fixed layout XLA:GPU transposes the cache at the start of every program, to suit its
+    # dots, and back at the end; the TPU compiler does so in every layer of a prefill.
     return jax.lax.platform_dependent(slots, cpu=lambda x: x, default=_rows_first)
 
 
 def _rows_first(x: jax.Array) -> jax.Array:
-    """The same array, which lies in memory in the order of its axes."""
+    """Return the array with a row-major memory layout."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -1,10 +1,27 @@
-"""The lists of choices that flags and the Python API share. Free of jax."""
+"""The lists of choices that flags and the Python API share, each once. Free of jax."""
 
-DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32")
+# Every name that a dtype can be given by, and the dtype.
+DTYPE_NAMES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float32": "float32",
+}
+DTYPES = ("auto", *DTYPE_NAMES)  # to compute in
+STORED_DTYPES = ("float16", "bfloat16", "float32")  # of weights in a folder
+
 QUANTIZE = ("int8", "int4", "none")
 DEVICES = ("auto", "cpu", "gpu", "tpu")
-DEVICES = ("auto", "cpu", "gpu", "tpu")
-# Spelt out here, and compared with the library's list in a test, so that --help needs no jax.
-LAYOUTS = ("glm", "chatglm")
+LAYER_LAYOUTS = ("stacked", "list")  # layers as stacked arrays, or as a list of layers
+
+FAMILIES = ("chatglm2", "chatglm3", "codegeex2")
 ROPE_KINDS = ("linear", "base")
 TEMPLATES = ("chatglm2", "chatglm3", "raw")
+
+SOURCES = ("hf", "modelscope")
+LAYOUTS = ("glm", "chatglm")  # of folders and adapters for PyTorch
+WEIGHT_FORMATS = ("bin", "safetensors")
+GGUF_TYPES = ("f16", "q8_0")

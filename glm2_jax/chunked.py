@@ -1,4 +1,4 @@
-"""A function over a long axis, block by block."""
+"""Applies a function along a long axis, block by block."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import jax.numpy as jnp
 def map_blocks(
     function: Callable[..., jax.Array], size: int, *arrays: jax.Array, axis: int = 1
 ) -> jax.Array:
-    """Calls a function with blocks of arrays, one after another, and joins what it returns.
+    """Call a function with blocks of arrays, one after another, and concatenate its results.
 
     Args:
         function: takes a block of every array, returns an array with the same axis.
-        size: longest block; shorter arrays go through the function as they are.
-        *arrays: equally long along `axis`. The last block is padded with zeros, and what the
-            function makes of these is dropped.
+        size: longest block; arrays no longer than that are passed as they are.
+        *arrays: equally long along `axis`. The last block is padded with zeros, whose results are
+            dropped.
+        axis: the axis that is cut.
     """
     length = arrays[0].shape[axis]
     if length <= size:

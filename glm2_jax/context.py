@@ -1,7 +1,4 @@
-"""What the layers need to know of the tokens: positions, visibility, slots of the cache.
-
-Axis letters as in `glm2_jax.model`.
-"""
+"""What the layers need to know of the tokens: positions, visibility, slots of the cache."""
 
 from __future__ import annotations
 
@@ -20,18 +17,16 @@ from glm2_jax.rope import rope_tables
 
 @flax.struct.dataclass
 class TokenContext:
-    """What every layer needs to know of the tokens, beside their activations.
+    """What every layer needs to know of the tokens besides their activations.
 
     Attributes:
-        cos: float32 [B, T, H / 4] of the rotary angles; sin likewise.
-        sin: see cos.
-        visible: which keys each query may look at; without a cache those of the prefix, if any, and
-            of the T tokens.
-        slots: int32 [B, T], the cache's slot each token is written to; past the end: dropped. None
-            without a cache.
-        query_scale: float32 [B, T, 1, 1], or None where queries are not scaled.
-        prefix: what each layer puts before the keys and values of the tokens; None with a cache,
-            which has it.
+        cos, sin: float32 [B, T, H / 4], of the rotary angles.
+        visible: which keys each query sees: of the cache, or without one of prefix and tokens.
+        slots: int32 [B, T], the cache slot of each token; past the end = not written. None without
+            a cache.
+        query_scale: float32 [B, T, 1, 1], or None if queries are not scaled.
+        prefix: keys and values that each layer puts before those of the tokens; None with a cache,
+            which holds them.
     """
 
     cos: jax.Array
@@ -51,12 +46,12 @@ def token_context(
     dtype: Any,
     prefix: Prefix | None = None,
 ) -> tuple[TokenContext, jax.Array | None]:
-    """The tokens' context, and the cache's new lengths (None without a cache).
+    """Return the context of the tokens, and the new lengths of the cache (None without a cache).
 
     Args:
-        tokens, positions, segment_ids, cache: as in `glm2_jax.forward`.
+        config, tokens, positions, segment_ids, cache: as in `glm2_jax.forward`.
         dtype: of the activations.
-        prefix: of the params; with a cache, the cache tells.
+        prefix: of the params; ignored with a cache.
     """
     B, T = tokens.shape
     if segment_ids is None:
@@ -75,7 +70,7 @@ def token_context(
         rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         index = cache.length[:, None] + jnp.maximum(rank, 0)
         default_positions = jnp.maximum(index - cache.prefix[:, None], 0)
-        # Padding goes past the end, each to a place of its own: indices stay unique.
+        # Padding goes past the end, each token to a different place: indices stay unique.
         slots = jnp.where(real, index, cache.size + columns)
         length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
         numbers = jnp.arange(cache.size, dtype=jnp.int32)
@@ -87,6 +82,6 @@ def token_context(
 
 
 def _logn_scale(index: jax.Array) -> jax.Array:
-    """max(1, log(64 + p + 1) / log(2048)) of each query's place on the key axis; [B, T, 1, 1]."""
+    """Return max(1, log(64 + p + 1) / log(2048)) of each query's place p; [B, T, 1, 1]."""
     scale = jnp.log(index.astype(jnp.float32) + 65.0) / jnp.log(2048.0)
     return jnp.maximum(scale, 1.0)[:, :, None, None]

@@ -1,7 +1,7 @@
-"""Which family a model belongs to, by the signs that its files carry.
+"""Finds the family of a model by signs in its files.
 
-The three families have one architecture, and differ in how a prompt is written and in the ids that
-end an answer; so a wrong guess shows in nothing but bad answers.
+The three families have one architecture and differ only in the prompt format and in the ids that
+end an answer, so a wrong guess shows only in bad answers.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from glm2_jax.choices import FAMILIES
 from glm2_jax.errors import CheckpointError
 
-FAMILIES = ("chatglm2", "chatglm3", "codegeex2")
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 _CHATGLM3 = frozenset({"chatglm3"})
@@ -29,9 +29,9 @@ class Sign:
     """Something in a checkpoint that shows its family.
 
     Attributes:
-        text: what and where, for people.
-        families: those that it allows.
-        clear: whether a reader of config.json sees it at once, so that it need not be reported.
+        text: what it is and where, for messages.
+        families: the families that it allows.
+        clear: whether it is obvious in config.json, so that it need not be reported.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Sign:
 
 
 def decide_family(signs: Sequence[Sign], source: str = "The checkpoint") -> str | None:
-    """The only family that all signs allow; None without signs.
+    """Return the one family that all signs allow; None without signs.
 
     Raises:
         CheckpointError: the signs contradict each other.
@@ -52,14 +52,16 @@ def decide_family(signs: Sequence[Sign], source: str = "The checkpoint") -> str 
         raise CheckpointError(
             f"{source} carries contradicting signs of its model family.",
             "; ".join(dict.fromkeys(said)) + ".",
-            f"Say which it is: {' or '.join(f'--family {name}' for name in named)}.",
+            f"Choose with {' or '.join(f'--family {name}' for name in named)}.",
         )
     return min(allowed) if signs else None
 
 
 def named_family(name: Any) -> str | None:
-    """The family that a name, a path or a class name contains; the last part of a path counts
-    first. None where there is none, or more than one in the same part."""
+    """Return the family in a name, path or class name, from the last part of the path to the first.
+
+    None if there is none, or more than one in the same part.
+    """
     if not isinstance(name, str):
         return None
     for part in reversed(PurePath(name.replace("\\", "/")).parts):
@@ -70,7 +72,7 @@ def named_family(name: Any) -> str | None:
 
 
 def config_signs(raw: Mapping[str, Any]) -> list[Sign]:
-    """The signs in a parsed `config.json`, the most telling first."""
+    """Return the signs in a parsed `config.json`, the strongest first."""
     signs = []
     if "interleaved_qkv" in raw or "rotary_percent" in raw:
         keys = "interleaved_qkv or rotary_percent in config.json"
@@ -85,7 +87,7 @@ def config_signs(raw: Mapping[str, Any]) -> list[Sign]:
 
 
 def tokenizer_signs(tokenizer_config: Mapping[str, Any]) -> list[Sign]:
-    """The signs in a parsed `tokenizer_config.json`: its roles first, names last."""
+    """Return the signs in a parsed `tokenizer_config.json`: roles first, names last."""
     where = "tokenizer_config.json"
     added = tokenizer_config.get("added_tokens_decoder")
     tokens = _texts(list(added.values()) if isinstance(added, Mapping) else None)
@@ -104,13 +106,13 @@ def tokenizer_signs(tokenizer_config: Mapping[str, Any]) -> list[Sign]:
 
 
 def token_signs(tokens: Iterable[str], where: str) -> list[Sign]:
-    """What the names of a tokenizer's tokens show."""
+    """Return the sign in the names of a tokenizer's tokens."""
     roles = [name for name in ROLE_TOKENS if name in set(tokens)]
     return [Sign(f"role tokens ({', '.join(roles)}) in {where}", _CHATGLM3)] if roles else []
 
 
 def template_signs(template: str, where: str) -> list[Sign]:
-    """What a chat template shows; nothing where it is of neither kind, or of both."""
+    """Return the sign in a chat template; none if it has neither roles nor rounds, or both."""
     roles = _ROLES_IN_TEMPLATE.search(template) is not None
     rounds = "[Round " in template
     if roles == rounds:
@@ -120,7 +122,7 @@ def template_signs(template: str, where: str) -> list[Sign]:
 
 
 def code_signs(code: str, where: str) -> list[Sign]:
-    """What the tokenizer's Python code, as published, shows; it is not run."""
+    """Return the sign in the tokenizer's published Python code, which is not run."""
     if all(f'"{name}"' in code or f"'{name}'" in code for name in ROLE_TOKENS):
         return [Sign(f"the role tokens in {where}", _CHATGLM3)]
     if "[Round " in code and "<|user|>" not in code:
@@ -129,14 +131,14 @@ def code_signs(code: str, where: str) -> list[Sign]:
 
 
 def end_signs(ends: Iterable[int], roles: Iterable[int], where: str) -> list[Sign]:
-    """What the ids that end an answer show, given those of <|user|> and <|observation|>."""
+    """Return the sign in the ids that end an answer, given those of the role tokens."""
     found = sorted(set(ends) & set(roles))
     text = f"the end ids {', '.join(map(str, found))} in {where}, which are roles"
     return [Sign(text, _CHATGLM3)] if found else []
 
 
 def _texts(value: Any, key: str = "content") -> list[str]:
-    """All texts in a value: itself, or those of its items; of an object its `key`, else all."""
+    """Return all texts in a value: itself, or of its items; of an object its `key`, or all."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):

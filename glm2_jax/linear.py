@@ -1,7 +1,6 @@
-"""The one product of activations and weights that every layer uses, in the form each platform
-computes fastest.
+"""The product of activations and weights of every layer, in the fastest form of each platform.
 
-What is measured, and why the forms differ, is in docs/benchmarks.md.
+Why the forms differ, with measurements: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from glm2_jax.quant import QTensor, dequantize, dequantize_whole, int4_halves
 Weight = jax.Array | QTensor
 
 _MATRICES = "MC,RC->MR"  # activations times a weight
-_LEADING = "abcdef"  # for "..." of a spec, where sums over it have to be written
+_LEADING = "abcdef"  # in place of "...", over which a gradient cannot sum
 
 
 def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
-    """`jnp.einsum` of two arrays, accumulated and returned in float32.
+    """Compute `jnp.einsum` of two arrays, accumulated and returned in float32.
 
     Float32 operands are multiplied as float32 on every platform: GPUs would otherwise round them
     to TF32 and TPUs to bfloat16. The scales of quantized weights are applied in float32.
@@ -33,8 +32,8 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
         spec: einsum over the axis letters of `glm2_jax.model`.
         x: activations.
         w: weights or keys/values in the dtype of `x`, or quantized weights.
-        added: float32 of the result's shape, to be added to a product with a weight. Zeros leave
-            every bit of a layer as it is, whatever the compiler fuses.
+        added: float32 of the result's shape, added to the product. Adding zeros changes no bit of
+            the result, whatever the compiler fuses.
 
     Returns:
         float32 array.
@@ -42,7 +41,7 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
     columns = _summed_columns(spec)
     if not columns:
         return _multiply(spec, x, w, added)
-    if active_mesh():  # a matrix would join axes that lie on several devices
+    if active_mesh():  # a matrix would merge axes that are cut over devices
         return _multiply(spec.replace("...", _LEADING[: x.ndim - columns]), x, w, added)
     rows = w.scale.shape if isinstance(w, QTensor) else w.shape
     rows = rows[: len(spec.split("->")[0].split(",")[1]) - columns]
@@ -54,10 +53,10 @@ def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -
 
 
 def _product(spec: str, x: jax.Array, w: Weight, added: jax.Array | None) -> jax.Array:
-    """The product by itself; where it is activations times a weight, in the platform's form."""
+    """Compute the product, in the platform's form if it is activations times a weight."""
     if spec != _MATRICES:
         return _add(_plain(spec, x, _as_array(spec, w, x.dtype)), added)
-    forms = {"cpu": _on_cpu, "cuda": _on_gpu, "tpu": _on_tpu, "default": _anywhere}
+    forms = {"cpu": _on_cpu, "cuda": _on_gpu, "tpu": _on_tpu, "default": _default}
     return jax.lax.platform_dependent(x, w, added, **forms)
 
 
@@ -67,10 +66,11 @@ def _forward(spec: str, x: jax.Array, w: Weight, added: jax.Array | None):
 
 
 def _backward(spec: str, saved: tuple[jax.Array, Weight, Any], gradient: jax.Array):
-    """Gradients by plain products of the activations' dtype: not every platform's form can be
-    differentiated, and a float32 gradient would make half-precision products slow ones.
+    """Compute gradients by plain products in the activations' dtype.
 
-    A quantized weight has no gradient; that of a plain one costs nothing where nobody wants it.
+    Not every platform's form can be differentiated, and a float32 gradient would make
+    half-precision products slow. A quantized weight has no gradient; an unused gradient of a plain
+    one is not computed.
     """
     x, w, adds = saved
     to_added = None if adds is None else gradient
@@ -90,7 +90,7 @@ _multiply.defvjp(_forward, _backward)
 
 
 def _summed_columns(spec: str) -> int:
-    """How many trailing axes are summed, where `spec` is activations times a weight; else 0."""
+    """Return how many trailing axes are summed if `spec` is activations times a weight, else 0."""
     operands, result = spec.split("->")
     left, right = operands.split(",")
     rows = "".join(axis for axis in right if axis in result)
@@ -100,7 +100,7 @@ def _summed_columns(spec: str) -> int:
 
 
 def _as_matrix(w: Weight, rows: int) -> Weight:
-    """A weight with `rows` row axes as [R, C]."""
+    """Reshape a weight with `rows` row axes to [R, C]."""
     if not isinstance(w, QTensor):
         return w.reshape(math.prod(w.shape[:rows]), -1)
     R, groups = math.prod(w.scale.shape[:rows]), w.scale.shape[rows:]
@@ -108,7 +108,7 @@ def _as_matrix(w: Weight, rows: int) -> Weight:
 
 
 def _as_array(spec: str, w: Weight, dtype: Any) -> jax.Array:
-    """A weight with its own axes; a quantized one is unpacked."""
+    """Return a weight with its own axes, dequantized."""
     if not isinstance(w, QTensor):
         return w
     letters = spec.split("->")[0].split(",")[1]
@@ -122,27 +122,29 @@ def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _dot(x: jax.Array, w: Weight) -> jax.Array:
-    """[M, C] times [R, C], summed over C: float32 [M, R]. Quantized weights are unpacked first."""
+    """Multiply [M, C] by [R, C], dequantized first: float32 [M, R]."""
     return _plain(_MATRICES, x, dequantize(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
 
 
 def _add(product: jax.Array, added: jax.Array | None, scale: Any = 1) -> jax.Array:
-    """The sum, where `scale` has yet to be multiplied with both.
+    """Add `added` to a product that is yet to be multiplied by `scale`.
 
-    Compilers fuse that multiplication with an addition that follows, which rounds once. A sum in
-    between would have it rounded twice, even where zero is added.
+    Compilers fuse that multiplication with a later addition, which rounds once. Adding after the
+    multiplication would round twice, even if zero is added.
     """
     return product if added is None else product + added / scale
 
 
-def _anywhere(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
-    """The product as platforms without a form of their own compute it."""
+def _default(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
+    """Compute [M, C] times a weight [R, C]: float32 [M, R]."""
     return _add(_dot(x, w), added)
 
 
 def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
-    """The same for XLA:GPU, which fuses slicing a layer's weight out of stacked ones, unpacking and
-    converting into a reduction, but writes a copy of the slice for a dot."""
+    """Do the same for XLA:GPU, which writes a copy of a layer's weight for a dot.
+
+    Into a reduction it fuses slicing the weight out of stacked ones, unpacking and converting.
+    """
     if x.shape[0] > FEW_ROWS:
         return _add(_dot(x, w), added)
     parts = _parts(x.astype(jnp.float32), w)
@@ -158,8 +160,10 @@ def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Arra
 
 
 def _on_tpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
-    """The same for XLA:TPU, which fuses unpacking 8 bits into a product. What it unpacks of 4 bits
-    it writes to memory first, so that is never a whole weight."""
+    """Do the same for XLA:TPU, which fuses unpacking 8 bits into a product, but not 4 bits.
+
+    It writes unpacked 4-bit weights to memory first, so they are unpacked in chunks.
+    """
     if not isinstance(w, QTensor) or w.bits == 8:
         return _add(_dot(x, w), added)
 
@@ -173,7 +177,7 @@ def _on_tpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Arra
 
 
 def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
-    """Activations and the integers they meet: for 4 bits, those of the even and the odd columns."""
+    """Pair activations with integers; of 4 bits, those of the even and those of the odd columns."""
     if not isinstance(w, QTensor):
         return [(x, w)]
     if w.bits == 8:
@@ -182,8 +186,10 @@ def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def _on_cpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
-    """The same for XLA:CPU, which has a fast product for float32, and for bfloat16 from two rows
-    on; for everything else it would first write a float32 copy of the whole weight to memory."""
+    """Do the same for XLA:CPU, which has fast products for float32 and, from two rows, bfloat16.
+
+    For everything else it would first write a float32 copy of the complete weight to memory.
+    """
     if x.shape[0] == 1 and isinstance(w, QTensor) and _group_bytes(w) % LANES == 0:
         return _one_row_on_cpu(x, w, added)
     grouped = isinstance(w, QTensor) and w.scale.ndim == 2
@@ -213,17 +219,19 @@ def _on_cpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Arra
 
 
 def _one_row_on_cpu(x: jax.Array, w: QTensor, added: jax.Array | None) -> jax.Array:
-    """The same for one row and integers: slices of the columns are multiplied and added up element
-    by element. XLA:CPU makes of that one loop over the stored bytes, in vector instructions and on
-    all cores; of a sum along the columns it makes neither."""
+    """Do the same for one row and integers, adding up products of slices of the columns.
+
+    XLA:CPU compiles that to one loop over the stored bytes, vectorized and on all cores; it does
+    neither for a sum along the columns.
+    """
     width, group = w.values.shape[1], _group_bytes(w)
     lanes = min(group, max(LANES, 2 ** (-(-width // SLICES) - 1).bit_length()))
     x = x[0].astype(jnp.float32)
     halves = jnp.stack([x] if w.bits == 8 else [x[0::2], x[1::2]])
-    rest = width % lanes  # the last slice overlaps the one before it, where it meets zeros
+    rest = width % lanes  # the last slice overlaps the one before, and is multiplied by zeros there
     zeros = jnp.zeros((len(halves), -rest % lanes), jnp.float32)
     halves = jnp.concatenate([halves[:, : width - rest], zeros, halves[:, width - rest :]], axis=1)
-    # In the loop nothing is done to activations.
+    # Nothing is computed on activations inside the loop.
     halves = jax.lax.optimization_barrier(halves.reshape(len(halves), -1, lanes))
 
     def product(index: int) -> jax.Array:
@@ -246,12 +254,12 @@ def _one_row_on_cpu(x: jax.Array, w: QTensor, added: jax.Array | None) -> jax.Ar
         scale = w.scale[:, number, None].astype(jnp.float32)
         total += scale * sum((product(index) for index in indices), jnp.float32(0))
         if (number + 1) * each % SLICES == 0:
-            total = jax.lax.optimization_barrier(total)  # else the loop is no longer vectorised
+            total = jax.lax.optimization_barrier(total)  # else the loop is not vectorized
     return _add((total @ jnp.ones(lanes, jnp.float32))[None], added)
 
 
 def _group_bytes(w: QTensor) -> int:
-    """Bytes of integers that share a scale."""
+    """Return how many bytes of integers share a scale."""
     return w.values.shape[1] // (w.scale.shape[1] if w.scale.ndim == 2 else 1)
 
 
@@ -263,12 +271,9 @@ def _scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:
 def _by_chunks(
     product: Callable[..., jax.Array], x: jax.Array, elements: int, *arrays: jax.Array
 ) -> jax.Array:
-    """Applies `product` ([r, ...] arrays -> [M, r]) to chunks of rows: [R, ...] -> float32 [M, R].
+    """Apply `product` ([r, ...] arrays -> [M, r]) to chunks of R rows: float32 [M, R].
 
-    Args:
-        x: [M, C] activations that `product` multiplies with.
-        elements: of the weight.
-        *arrays: [R, ...], equally many rows of each.
+    `x` are the [M, C] activations that `product` uses, `elements` is the size of the weight.
     """
     rows = arrays[0].shape[0]
     count = -(-elements // CHUNK_ELEMENTS)
@@ -282,7 +287,7 @@ def _by_chunks(
         chunk = (jax.lax.dynamic_slice_in_dim(array, index * size, size) for array in arrays)
         return jax.lax.dynamic_update_slice_in_dim(out, product(*chunk), index * size, axis=1)
 
-    # An array that depended on nothing would be made at the beginning of the program, for the
-    # products of all layers at once: 9 GB for 2048 tokens of a 6B model.
+    # It depends on `x`: a constant would be allocated at the start of the program, for the products
+    # of all layers at once, 9 GB for 2048 tokens of a 6B model.
     out = jnp.full((x.shape[0], rows), 0 * x[0, 0], jnp.float32)
     return jax.lax.fori_loop(0, count, write, out)

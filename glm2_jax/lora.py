@@ -1,11 +1,11 @@
-"""Low-rank adapters: what is added to a base model's products, in a tree of its own.
+"""Low-rank adapters (LoRA), in a tree separate from the base model.
 
-An adapted product is W x + scale * B (A x). A and B are float32 and stacked on the layers; the base
-is never touched, so several adapters can be held for one base, and gradients taken of an adapter
-alone. Axis letters as in `glm2_jax.model`, and R for the rank.
+An adapted product is W x + scale * B (A x). A and B are float32 with a leading axis of layers; the
+base never changes, so one base can have several adapters, and gradients can be taken of an adapter
+alone. Axis letters as in `glm2_jax.model`.
 
-The targets have the published names of the matrices. A fused matrix has one A, and a B for each of
-the parts that the model keeps apart.
+The targets have the published names of the matrices. A fused matrix has one A, and a B for each
+part that the model keeps separate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Target(NamedTuple):
-    """A published matrix: the product with A, and those with the B of every part."""
+    """A published matrix: the einsum of the product with A, and those with the B of every part."""
 
     down: str
     up: dict[str, str]
@@ -56,12 +56,11 @@ class LoRA:
     """An adapter.
 
     Attributes:
-        layers: target -> {"a": float32, and one B for each part}, see `adapter_shapes`; every array
-            has a leading axis of layers. Beside them may be "scale" and "kept", float32 scalars in
-            place of `scale` and of 1 - `dropout`, for a program that is to serve all of them.
-        scale: target -> what B (A x) is multiplied with; a `FrozenDict`, because programs are
-            compiled for it.
-        dropout: rate at which elements of x are dropped before A, where a dropout key is given.
+        layers: target -> {"a": A, and one B for each part}, see `adapter_shapes`; float32, with a
+            leading axis of layers. It may also hold the float32 scalars "scale" and "kept", which
+            replace `scale` and 1 - `dropout` so that one program serves all values.
+        scale: target -> the factor of B (A x); a `FrozenDict`, as it is static under jit.
+        dropout: rate at which elements of x are dropped before A, if a dropout key is given.
     """
 
     layers: dict[str, Weights]
@@ -70,18 +69,18 @@ class LoRA:
 
     @property
     def num_params(self) -> int:
-        """Elements of all its arrays."""
+        """The number of parameters."""
         return sum(x.size for x in jax.tree.leaves(self.layers))
 
 
 def find_targets(wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """The targets that names mean, each once, in the order of `TARGETS`.
+    """Return the targets that names stand for, each once, in the order of `TARGETS`.
 
     Args:
-        wanted: names of targets and groups; a text may hold several, separated by commas.
+        wanted: names of targets and groups; a string may hold several, separated by commas.
 
     Raises:
-        UsageError: a name that is neither, or none at all.
+        UsageError: no names, or a name that is neither a target nor a group.
     """
     names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
     found = {target for name in names for target in GROUPS.get(name.strip(), (name.strip(),))}
@@ -96,20 +95,20 @@ def find_targets(wanted: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def weight_axes(target: Target) -> dict[str, str]:
-    """The axis letters of a target's A and B in one layer: {"a": "RD", "q": "NHR", ...}."""
+    """Return the axis letters of a target's A and B in one layer: {"a": "RD", "q": "NHR", ...}."""
     specs = {"a": target.down, **target.up}
     return {name: spec.split("->")[0].split(",")[1] for name, spec in specs.items()}
 
 
 def adapter_shapes(config: GLMConfig, target: str, rank: int) -> Shapes:
-    """The shapes of a target's A and B in one layer."""
+    """Return the shapes of a target's A and B in one layer."""
     sizes = {**axis_sizes(config), "R": rank}
     weights = weight_axes(TARGETS[target])
     return {name: tuple(sizes[axis] for axis in axes) for name, axes in weights.items()}
 
 
 def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised adapters (arXiv 2312.03732)."""
+    """Return alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (arXiv 2312.03732)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
@@ -123,25 +122,26 @@ def init_lora(
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> LoRA:
-    """A new adapter, which changes nothing yet: A uniform in +-1 / sqrt(columns), as in the peft
-    library (Kaiming's with a = sqrt(5)), B zero.
+    """Make a new adapter, which changes nothing yet.
+
+    As in the peft library, A is uniform in +-1 / sqrt(columns) (Kaiming with a = sqrt(5)), B zero.
 
     Args:
-        config: the base's architecture.
+        config: the architecture of the base.
         key: a random key.
-        rank: R, 1 or more.
-        alpha: the adapter's strength, see `scale_of`.
+        rank: R, at least 1.
+        alpha: numerator of the scale, see `scale_of`.
         targets: see `find_targets`.
         dropout: see `LoRA`.
-        rslora: rank-stabilised scale.
+        rslora: rank-stabilized scale.
 
     Raises:
         UsageError: a rank below 1, a dropout rate outside [0, 1), an unknown target.
     """
     if rank < 1:
-        raise UsageError(f"An adapter of rank {rank} has no parameters.", fix="Use 1 or more.")
+        raise UsageError(f"The rank must be at least 1, got {rank}.")
     if not 0 <= dropout < 1:
-        raise UsageError(f"The dropout rate {dropout:g} is not in [0, 1).")
+        raise UsageError(f"The dropout rate must be at least 0 and below 1, got {dropout:g}.")
     names = find_targets(targets)
     layers = {}
     for name, target_key in zip(names, jax.random.split(key, len(names)), strict=True):
@@ -163,19 +163,19 @@ def adapt(
     dropout_key: jax.Array | None = None,
     columns: jax.Array | None = None,
 ) -> Callable[[str], jax.Array | None]:
-    """What one layer of an adapter adds to a target's products with x.
+    """Compute what one layer of an adapter adds to a target's products with x.
 
     Args:
         lora: the adapter, its arrays without the axis of layers; None adds nothing.
         target: one of `TARGETS`.
         x: the activations that the target is multiplied with.
-        dropout_key: drops elements of x, for training; targets may share it.
-        columns: int32 [T], the numbers of the columns of x where they are a part of a text: what is
-            dropped of a column does then not depend on the others.
+        dropout_key: drops elements of x, in training; targets may share it.
+        columns: int32 [T], the columns' numbers in the text if x is a part of it: what is dropped
+            of a column then does not depend on the others.
 
     Returns:
-        A function of a part, which gives what is to be added to the product of that part, float32,
-        or None. A and B are rounded to the dtype of x, their products are float32.
+        A function from a part to the float32 array to add to its product, or None. A and B are
+        rounded to the dtype of x, their products are float32.
     """
     if lora is None or target not in lora.layers:
         return lambda part: None
@@ -193,7 +193,7 @@ def adapt(
 def _kept(
     key: jax.Array, share: jax.Array, shape: tuple[int, ...], columns: jax.Array | None
 ) -> jax.Array:
-    """Which elements are not dropped: bool [B, T, ...]."""
+    """Draw which elements are not dropped: bool [B, T, ...]."""
     if columns is None:
         return jax.random.bernoulli(key, share, shape)
 
@@ -205,11 +205,10 @@ def _kept(
 
 
 def with_lora(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
-    """Params that bring their adapter along, for programs that take params alone. The base's arrays
-    are shared, not copied."""
+    """Return the params with an adapter inside, for programs that take only params."""
     return {**params, "lora": lora}
 
 
 def layer_of(lora: LoRA | None, layer: int) -> LoRA | None:
-    """One layer's arrays of an adapter."""
+    """Return one layer of an adapter."""
     return jax.tree.map(lambda x: x[layer], lora)

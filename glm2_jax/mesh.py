@@ -1,8 +1,8 @@
-"""The mesh of devices, and the one table that says which of its axes cuts which axis of an array.
+"""The mesh of devices, and the one table that says which mesh axis cuts which array axis.
 
-A mesh has the axes `data`, `fsdp` and `tensor`. JAX's partitioner does the rest: arrays are placed
-by the table, and while a mesh is active (`jax.set_mesh`) the model pins its activations to it. With
-no active mesh everything here leaves the programs as they are.
+A mesh has the axes `data`, `fsdp` and `tensor`. Arrays are placed by the table, and while a mesh is
+active (`jax.set_mesh`) the model constrains its activations by it; JAX's partitioner does the rest.
+Without an active mesh nothing here changes a program.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from glm2_jax.errors import UsageError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Axis letter -> the mesh axes that cut it; letters as in `glm2_jax.model`. An axis that these do
-# not divide is left whole on every device: the key/value heads beyond tensor = K.
+# Axis letter (see `glm2_jax.model`) -> the mesh axes that cut it. An axis that they do not divide
+# is replicated, such as the key/value heads where tensor > K.
 RULES: Mapping[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
     "N": ("tensor",),
@@ -28,43 +28,52 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "F": ("tensor",),
     "V": ("tensor",),
 }
-# The model axis of weights alone: activations are cut along their batch instead.
+# D is cut in weights only: activations are cut along their batch instead.
 WEIGHT_RULES: Mapping[str, tuple[str, ...]] = {**RULES, "D": ("fsdp",)}
 
 
+def all_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes with the absent axes of size 1 at the end."""
+    return {**sizes, **{axis: 1 for axis in AXES if axis not in sizes}}
+
+
 def parse_mesh(text: str) -> dict[str, int]:
-    """The mesh that a text like "data=2,tensor=4" means: axis -> size, in the order given.
+    """Parse a mesh such as "data=2,tensor=4": axis -> size, in the order given.
 
     Axes that are not named have size 1 and come last.
 
     Raises:
-        UsageError: an unknown axis, one that is named twice, a size that is no whole number >= 1.
+        UsageError: an unknown axis, an axis given twice, or a size that is not an integer >= 1.
     """
+
+    def refuse(why: str) -> UsageError:
+        return UsageError(f"The mesh {text!r} is not valid.", why, "Write it like data=2,tensor=4.")
+
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
         if name not in AXES:
-            raise _bad_mesh(text, f"{name!r} is no axis: there are {', '.join(AXES)}.")
+            raise refuse(f"{name!r} is not an axis: the axes are {', '.join(AXES)}.")
         if name in sizes:
-            raise _bad_mesh(text, f"The axis {name} is named twice.")
+            raise refuse(f"The axis {name} is given twice.")
         if not (size.isascii() and size.isdigit() and int(size) >= 1):
-            raise _bad_mesh(text, f"{size!r} is no size of {name}: a whole number from 1 on is.")
+            raise refuse(f"The size of {name} must be a whole number of at least 1, got {size!r}.")
         sizes[name] = int(size)
-    return {**sizes, **{axis: 1 for axis in AXES if axis not in sizes}}
+    return all_axes(sizes)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of devices.
+    """Make a mesh of devices.
 
     Args:
-        sizes: axis -> size, the slowest axis first; axes that are absent have size 1.
-        devices: default: all that JAX sees, those of other processes included.
+        sizes: axis -> size, the slowest axis first; absent axes have size 1.
+        devices: default: all that JAX sees, including those of other processes.
 
     Raises:
         UsageError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {**sizes, **{axis: 1 for axis in AXES if axis not in sizes}}
+    sizes = all_axes(sizes)
     if math.prod(sizes.values()) != len(devices):
         raise _wrong_count(sizes, len(devices))
     kinds = (AxisType.Auto,) * len(sizes)
@@ -72,10 +81,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def active_mesh() -> Mapping[str, int]:
-    """Axis -> size of the mesh that is active; empty without one.
+    """Return axis -> size of the active mesh; empty without one.
 
-    A mesh with other axes is the caller's own affair, and so are axes that `jax.shard_map` has
-    taken: what runs inside it sees one device's part.
+    A mesh with other axes does not count, nor do axes inside `jax.shard_map`: code in there sees
+    the part of one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = set(mesh.axis_names) == set(AXES) and set(mesh.axis_types) == {AxisType.Auto}
@@ -83,11 +92,11 @@ def active_mesh() -> Mapping[str, int]:
 
 
 def constrain(x: jax.Array, *letters: str | None) -> jax.Array:
-    """Pins an activation to the active mesh; without one, `x` itself.
+    """Constrain an activation to the active mesh; without a mesh return `x`.
 
     Args:
         x: activations.
-        *letters: the axis letter of each axis, or None for one that is whole on every device.
+        *letters: the axis letter of each axis; None = replicated.
     """
     mesh = active_mesh()
     if not mesh:
@@ -96,7 +105,7 @@ def constrain(x: jax.Array, *letters: str | None) -> jax.Array:
 
 
 def pieces(letter: str, size: int, rules: Mapping[str, tuple[str, ...]] = RULES) -> int:
-    """In how many pieces the active mesh cuts an axis; 1 without a mesh."""
+    """Return into how many pieces the active mesh cuts an axis; 1 without a mesh."""
     return _count(rules.get(letter, ()), size, active_mesh())
 
 
@@ -106,10 +115,10 @@ def partition(
     mesh: Mapping[str, int],
     rules: Mapping[str, tuple[str, ...]] = WEIGHT_RULES,
 ) -> PartitionSpec:
-    """How an array is cut. Mesh axes of size 1 are not named: equal cuts have equal names.
+    """Return how an array is cut. Mesh axes of size 1 are left out: equal cuts are equal specs.
 
     Args:
-        letters: the axis letter of each axis, or None for one that is never cut.
+        letters: the axis letter of each axis; None = never cut.
         shape: of the array.
         mesh: axis -> size.
         rules: which mesh axes cut which letter.
@@ -126,7 +135,7 @@ def partition(
 
 
 def axis_sizes(config: GLMConfig) -> dict[str, int]:
-    """Axis letter -> its size in the weights."""
+    """Return axis letter -> its size in the weights."""
     return {
         "L": config.num_layers,
         "V": config.vocab_size,
@@ -140,43 +149,37 @@ def axis_sizes(config: GLMConfig) -> dict[str, int]:
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
-    """The mesh as the flag writes it, without axes of size 1: "data=2,tensor=4"."""
-    named = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
-    return ",".join(named) or "data=1"
+    """Return the mesh as `--mesh` takes it, without axes of size 1: "data=2,tensor=4"."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """Return the mesh that parameters are sharded over; None if they are on one device."""
+    where = params["final_norm"].sharding
+    return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
 
 
 def _count(axes: Sequence[str], size: int, mesh: Mapping[str, int]) -> int:
-    """Pieces that mesh axes cut an axis of `size` into: 1 where they do not divide it."""
+    """Return the pieces that mesh axes cut an axis of `size` into: 1 if they do not divide it."""
     count = math.prod(mesh.get(axis, 1) for axis in axes)
     return count if size % count == 0 else 1
 
 
-# How one CPU becomes several devices, to try a mesh.
-_VIRTUAL = " One CPU counts as {0} with XLA_FLAGS=--xla_force_host_platform_device_count={0}."
-
-
-def _bad_mesh(text: str, why: str) -> UsageError:
-    return UsageError(f"The mesh {text!r} makes no sense.", why, "Write it like data=2,tensor=4.")
-
-
 def _wrong_count(sizes: Mapping[str, int], devices: int) -> UsageError:
     wanted = math.prod(sizes.values())
-    fitting = []
-    for axis, size in sizes.items():
-        others = wanted // size
-        if devices % others == 0:
-            fitting.append(mesh_text({**sizes, axis: devices // others}))
-    choices = list(dict.fromkeys(fitting)) or [f"tensor={devices}"]
+    fitting = [
+        mesh_text({**sizes, axis: devices * size // wanted})
+        for axis, size in sizes.items()
+        if devices * size % wanted == 0
+    ]
+    choices = " or ".join(dict.fromkeys(fitting)) or f"tensor={devices}"
+    fix = f"Use a mesh that multiplies to {devices}, such as {choices}."
+    if devices == 1:  # to try a mesh on any machine
+        flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
+        fix += f" One CPU counts as {wanted} devices with {flag}."
     there = "There is 1 device" if devices == 1 else f"There are {devices} devices"
     return UsageError(
         f"The mesh {mesh_text(sizes)} takes {wanted} devices.",
         f"{there}, and a mesh takes all of them.",
-        f"Use a mesh that multiplies to {devices}, such as {' or '.join(choices)}."
-        + (_VIRTUAL.format(wanted) if devices == 1 else ""),
+        fix,
     )
-
-
-def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on; None where they are on one device."""
-    where = params["final_norm"].sharding
-    return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None

@@ -1,4 +1,4 @@
-"""ChatGLM2 as a pure function: a scanned Linen block, and the entry points around it.
+"""ChatGLM2 as a pure function: a scanned Linen block, and the functions around it.
 
 Axis letters, in every einsum and shape comment of the package:
   B batch, T query length, S cache length, L layers, D model, N query heads, K key/value heads,
@@ -35,13 +35,13 @@ _WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also under JAX_ENABL
 
 
 def _weight(module: nn.Module, name: str, *shape: int) -> jax.Array | QTensor:
-    """A matrix, which may be quantized: then Linen, which compares shapes, is passed by."""
+    """Return a matrix; Linen, which compares shapes, does not see it if it is quantized."""
     stored = module.get_variable("params", name)
     return stored if isinstance(stored, QTensor) else module.param(name, _WEIGHT_INIT, shape)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once at the end.
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once.
 
     Source: RMSNorm of the published modeling_chatglm.py.
     """
@@ -75,7 +75,7 @@ class GLMBlock(nn.Module):
         self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
     def __call__(self, carry, layer: jax.Array, context: TokenContext, lora: LoRA | None = None):
-        """Computes one layer.
+        """Compute one layer.
 
         Args:
             carry: (x [B, T, D], cached keys and values [L, B, S, K, H] or None).
@@ -84,7 +84,7 @@ class GLMBlock(nn.Module):
             lora: this layer's part of an adapter.
 
         Returns:
-            (the new carry, None), as a scan wants it.
+            (the new carry, None), as a scan expects it.
         """
         x, k_cache, v_cache = carry
         eps = self.config.norm_eps
@@ -99,7 +99,7 @@ class GLMBlock(nn.Module):
         return (x, k_cache, v_cache), None
 
     def _adapter_key(self, lora: LoRA | None) -> jax.Array | None:
-        """A new key for dropping what an adapter reads, in training."""
+        """Make a key for an adapter's dropout, in training."""
         drops = lora is not None and lora.dropout > 0 and not self.deterministic
         return self.make_rng("dropout") if drops else None
 
@@ -118,8 +118,8 @@ class GLMBlock(nn.Module):
                 v_cache = write_layer(v_cache, v, layer, context.slots)
             k, v = read_layer(k_cache, layer), read_layer(v_cache, layer)
         elif context.prefix is not None:
-            k = _behind(context.prefix.k, k, layer)
-            v = _behind(context.prefix.v, v, layer)
+            k = _after_prefix(context.prefix.k, k, layer)
+            v = _after_prefix(context.prefix.v, v, layer)
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
         x = attend(q, k, v, context.visible, dropout)
@@ -131,7 +131,7 @@ class GLMBlock(nn.Module):
         gate_up, down, key = self.gate_up, self.down, self._adapter_key(lora)
 
         def mlp(x: jax.Array, *columns: jax.Array) -> jax.Array:
-            # A column drops the same elements in whatever block it is: meshes have others.
+            # What a column drops does not depend on its block: blocks differ between meshes.
             drops = (key, *(number[0] for number in columns))
             added = adapt(lora, "dense_h_to_4h", x, *drops)
             both = constrain(einsum("BTD,CFD->BTCF", x, gate_up, added("b")), "B", None, None, "F")
@@ -148,16 +148,16 @@ class GLMBlock(nn.Module):
 def run_layer(
     block: GLMBlock, carry: Any, layer: Any, context: TokenContext, lora: LoRA | None
 ) -> tuple[Any, None]:
-    """Runs one layer: the body of the scan over stacked layers and of the loop over a list.
+    """Run one layer: the body of the scan over stacked layers and of the loop over a list.
 
-    What is to happen between layers belongs here, or it happens in one of the two forms alone. The
-    index of the layer is traced in the scan. Arguments and result as in `GLMBlock.__call__`.
+    An edit here affects both forms. The index of the layer is traced in the scan. Arguments and
+    result as in `GLMBlock.__call__`.
     """
     return block(carry, layer, context, lora)
 
 
 class GLM(nn.Module):
-    """Embedding, blocks, final norm and head; its `params` are the package's layout."""
+    """Embedding, blocks, final norm and head; its `params` have the layout of `param_shapes`."""
 
     config: GLMConfig
     deterministic: bool = True
@@ -178,8 +178,11 @@ class GLM(nn.Module):
         lora: LoRA | None = None,
         noise: jax.Array | None = None,
     ):
-        """Runs the stacked layers: tokens [B, T] -> (hidden states [B, T, D] before the final norm,
-        keys, values of the cache or None)."""
+        """Run the stacked layers on tokens [B, T].
+
+        Returns:
+            (hidden states [B, T, D] before the final norm, keys and values of the cache or None).
+        """
         scanned = nn.scan(
             nn.remat(run_layer, prevent_cse=False) if self.remat else run_layer,
             variable_axes={"params": 0},
@@ -193,7 +196,7 @@ class GLM(nn.Module):
         return carry
 
     def carry(self, tokens: jax.Array, cache: KVCache | None, noise: jax.Array | None = None):
-        """What the first block starts from: (embeddings [B, T, D], keys, values or None)."""
+        """Return the input of the first block: (embeddings [B, T, D], keys and values or None)."""
         stacked = (None, None) if cache is None else (cache.k, cache.v)
         x = self._embedded(tokens)
         x = x if noise is None else (x + noise).astype(x.dtype)
@@ -201,15 +204,15 @@ class GLM(nn.Module):
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:
         if tokens.size == 1 and active_mesh():
-            # XLA:GPU makes a slice of one token's row, and for that gathers the whole matrix.
+            # XLA:GPU turns one token's row into a slice, and for that gathers the complete matrix.
             return self._embedded(jnp.pad(tokens, ((0, 0), (0, 1))))[:, :1]
         if isinstance(self.embed, QTensor):
             return take_rows(self.embed, tokens).astype(self.final_norm.dtype)
-        # Whole rows: cut ones would have to change places with cut batches.
+        # Not cut along D: parts of rows would have to be exchanged for parts of the batch.
         return jnp.take(constrain(self.embed, "V", None), tokens, axis=0)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Final norm and head: [..., D] -> float32 [..., V]."""
+        """Apply final norm and head: [..., D] -> float32 [..., V]."""
         with jax.named_scope("head"):
             x = rms_norm(x, self.final_norm, self.config.norm_eps)
             logits = einsum("...D,VD->...V", x, self.head)
@@ -227,25 +230,25 @@ def forward(
     lora: LoRA | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Next-token logits of every position. Pure; jit it with `config` static.
+    """Return the next-token logits of every position. Pure; jit it with `config` static.
 
     Args:
         config: the architecture (static).
-        params: the weights, laid out as `param_shapes` says; their dtype is the compute dtype.
+        params: the weights, as `param_shapes` lays them out; their dtype is the compute dtype.
         tokens: int32 [B, T].
         positions: int32 [B, T] rotary positions. Default: with a cache they continue each row,
             without one they are 0 .. T - 1.
         segment_ids: int32 [B, T], default all 1. 0 is padding: not seen, not written, not counted.
-            Without a cache tokens attend causally inside their own segment, which serves packed
-            rows; with a cache every non-zero id is the row's one sequence.
-        cache: keys and values of what came before, to be continued; rows may differ in length.
-            Donate it. None runs a plain causal forward. With the params of `with_prefix` begin it
-            by `KVCache.new`: a prefix is read from the cache where there is one.
+            Without a cache tokens attend causally inside their segment, for packed rows; with a
+            cache every non-zero id means the one sequence of the row.
+        cache: keys and values of earlier tokens; rows may differ in length. Donate it. None runs a
+            plain causal forward. For params of `with_prefix` make it with `KVCache.new`: with a
+            cache the prefix is read from there.
         lora: an adapter; gradients may be taken of it alone. Default: that of `with_lora`, if any.
-        dropout_key: turns on the configuration's and the adapter's dropout rates, for training.
+        dropout_key: turns on the dropout of configuration and adapter, for training.
 
     Returns:
-        (logits float32 [B, T, V], the continued cache or None). Logits of padding mean nothing.
+        (logits float32 [B, T, V], the new cache or None). Logits of padding are arbitrary.
     """
     x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora, dropout_key)
     return constrain(logits_of(config, params, x), "B", None, None), cache
@@ -262,13 +265,13 @@ def last_logits(
     cache: KVCache | None = None,
     lora: LoRA | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Like `forward`, for one position of each row: only that one goes through the head.
+    """Return the logits of one position of each row; only that one goes through the head.
 
     Args:
-        index: int32 [B], the column whose logits are wanted.
+        index: int32 [B], the column of each row. The others: as in `forward`.
 
     Returns:
-        (logits float32 [B, V], the continued cache or None).
+        (logits float32 [B, V], the new cache or None).
     """
     x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora)
     x = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
@@ -287,13 +290,13 @@ def hidden(
     noise: jax.Array | None = None,
     remat: bool = False,
 ) -> jax.Array:
-    """What the blocks make of the tokens; `forward` is `logits_of` it. For a loss that computes its
-    logits a few positions at a time.
+    """Return the hidden states, whose `logits_of` are those of `forward`.
+
+    For a loss that computes its logits a few positions at a time.
 
     Args:
-        noise: [B, T, D], added to the embeddings.
-        remat: whether the backward pass computes each block again instead of keeping what is
-            inside it.
+        noise: [B, T, D], added to the embeddings. The others: as in `forward`.
+        remat: whether the backward pass recomputes each block instead of keeping its activations.
 
     Returns:
         [B, T, D] in the dtype of the params.
@@ -303,15 +306,15 @@ def hidden(
 
 
 def logits_of(config: GLMConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Final norm and head: hidden states [..., D] -> logits, float32 [..., V].
+    """Apply final norm and head: hidden states [..., D] -> logits, float32 [..., V].
 
-    On a mesh they lie as the head's rows do; those of `forward` are whole on every device.
+    On a mesh they are cut along V as the head is; those of `forward` are not.
     """
     return cast(jax.Array, GLM(config).apply({"params": params}, x, method=GLM.logits))
 
 
 def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random weights: normal(0.02) matrices, zero biases, norms of one."""
+    """Make random weights: normal(0.02) matrices, zero biases, norms of one."""
 
     def init() -> Params:
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -324,10 +327,10 @@ def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> 
 
 
 def unstack_layers(params: Params) -> Params:
-    """The params with a list of layers, each its own arrays, in place of stacked ones.
+    """Return the params with a list of layers in place of stacked ones.
 
-    Every function of this module takes either form. The list is faster where slicing a layer out
-    of a stacked array costs a copy of it; the stacked form compiles faster.
+    Every function of this module takes both forms. The list is faster if slicing a layer out of a
+    stacked array copies it; the stacked form compiles faster.
     """
     leading = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(leading)]
@@ -335,7 +338,7 @@ def unstack_layers(params: Params) -> Params:
 
 
 def param_shapes(config: GLMConfig) -> Params:
-    """The params tree with shape tuples as leaves."""
+    """Return the params tree with shape tuples as leaves."""
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return jax.tree.map(lambda x: x.shape, abstract)
 
@@ -371,13 +374,13 @@ def project(
     bias: jax.Array,
     added: jax.Array | None,
 ) -> jax.Array:
-    """Product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
+    """Compute product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
     projected = einsum(spec, x, weight, added) + bias.astype(jnp.float32)
     return constrain(projected.astype(x.dtype), *spec.split("->")[1])
 
 
-def _behind(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
-    """[B, T, K, H] behind one layer of a prefix [L, P, K, H], in the dtype of the former."""
+def _after_prefix(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
+    """Put one layer of a prefix [L, P, K, H] before [B, T, K, H], in the dtype of the latter."""
     first = jax.lax.dynamic_index_in_dim(prefix, layer, keepdims=False).astype(new.dtype)
     first = jnp.broadcast_to(first, (new.shape[0], *first.shape))
     return jnp.concatenate([first, new], axis=1)

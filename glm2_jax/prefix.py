@@ -1,10 +1,10 @@
-"""Prefixes of P-Tuning v2: trained keys and values of every layer, which each sequence begins with.
+"""P-Tuning v2 prefixes: trained keys and values of every layer that each sequence begins with.
 
-They have no position and are not rotated; the positions of real tokens begin at 0 behind them, and
-every real token sees all of them. Axis letters as in `glm2_jax.model`, and P for the prefix.
+They have no position and are not rotated; the positions of real tokens begin at 0 after them, and
+every token sees all of them. Axis letters as in `glm2_jax.model`, and P for the prefix.
 
-Without a cache the layers put the prefix before the keys of each row; of packed rows every segment
-sees it, as if it were alone. With a cache it lies in the first slots of each row: `KVCache.new`.
+Without a cache the layers put the prefix before the keys of each row, and every segment of a packed
+row sees it. With a cache it is in the first slots of each row, see `KVCache.new`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 
 @flax.struct.dataclass
 class Prefix:
-    """What a prefix encoder gives.
+    """The output of a prefix encoder.
 
     Attributes:
         k: [L, P, K, H] keys.
@@ -30,17 +30,16 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """P."""
+        """P, the number of its keys."""
         return self.k.shape[1]
 
 
 def with_prefix(params: Mapping[str, Any], prefix: Prefix) -> dict[str, Any]:
-    """Params that bring their prefix along, for programs that take params alone. All other arrays
-    are shared, not copied."""
+    """Return the params with a prefix inside, for programs that take only params."""
     return {**params, "prefix": prefix}
 
 
 def prefix_length(params: Mapping[str, Any]) -> int:
-    """P of the params' prefix, 0 where they have none."""
+    """Return the length of the params' prefix, 0 if they have none."""
     prefix = params.get("prefix")
     return 0 if prefix is None else prefix.length

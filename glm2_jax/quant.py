@@ -1,7 +1,7 @@
 """Quantized weights: small integers, with a float scale for each row or each group of columns.
 
-A weight is read as a matrix whose rows are its output axes and whose columns are the axes that a
-product sums over. Only the integers change with the width; W = integers * scale.
+A weight is a matrix whose rows are its output axes and whose columns are the axes that a product
+sums over; W = integers * scale.
 """
 
 from __future__ import annotations
@@ -15,28 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax.errors import CheckpointError
-from glm2_jax.schemes import COLUMN_AXES as COLUMN_AXES
-from glm2_jax.schemes import EMBEDDINGS as EMBEDDINGS
-from glm2_jax.schemes import GROUP as GROUP
-from glm2_jax.schemes import SCHEMES as SCHEMES
-from glm2_jax.schemes import Scheme as Scheme
+from glm2_jax.schemes import Scheme
 
 Array = Any  # jax.Array or numpy.ndarray
 
-# Below this a scale counts as 0, as the published quantizer gives it to a row of zeros. Such a row
-# is stored as zeros of the scale 1, so that nothing divides by a scale that is none.
+# A smaller scale counts as 0, which the published quantizer gives to a row of zeros. Such a row is
+# stored as zeros with the scale 1, so that nothing is divided by 0.
 NO_SCALE = np.float32(1e-30)
 
 
 @flax.struct.dataclass
 class QTensor:
-    """A quantized weight, as data in the params tree. Layers are stacked as for any parameter.
+    """A quantized weight in the params tree, with layers stacked as for any parameter.
 
     Attributes:
-        values: int8. With 8 bits [*rows, *columns]; with 4 bits the last axis is half as long and
-            a byte holds two columns, the even one in its high half, the odd one in its low half,
-            both in two's complement (the packing of THUDM/chatglm2-6b-int4).
-        scale: float [*rows], or [*rows, groups] where consecutive columns form groups of one size.
+        values: int8 [*rows, *columns]. With 4 bits the last axis is half as long: a byte holds two
+            columns, the even one in the high half, the odd one in the low half, both in two's
+            complement (the packing of THUDM/chatglm2-6b-int4).
+        scale: float [*rows], or [*rows, groups] for groups of consecutive columns.
         bits: 8 or 4.
     """
 
@@ -46,24 +42,23 @@ class QTensor:
 
     @property
     def size(self) -> int:
-        """Elements of the weight."""
+        """The number of elements of the weight."""
         return self.values.size * 8 // self.bits
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the integers and the scales."""
+        """The bytes of integers and scales."""
         return self.values.nbytes + self.scale.nbytes
 
 
 def quantize(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric rounding to nearest (even): scale = max|W| / 127 for 8 bits, / 7 for 4 bits.
+    """Quantize with symmetric rounding to nearest (even): scale = max|W| / 127, or / 7 for 4 bits.
 
-    Source: quantization.py of THUDM/chatglm2-6b, whose division by zero for a row of zeros is not
-    kept: such a row has the scale 1.
+    Source: quantization.py of THUDM/chatglm2-6b, but a row of zeros has the scale 1.
 
     Args:
         matrix: float [rows, columns].
-        scheme: how.
+        scheme: the scheme.
 
     Returns:
         (int8 [rows, columns], or [rows, columns / 2] packed; float32 scales [rows] or
@@ -85,23 +80,24 @@ def quantize(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
 
 
 def dequantize(weight: QTensor, rows: int) -> jax.Array:
-    """The float32 weight [*rows, columns], its columns as one axis.
+    """Return the float32 weight [*rows, columns], its columns as one axis.
 
     Args:
+        weight: the weight.
         rows: number of its row axes, stacked layers included.
     """
     return dequantize_whole(weight, rows, 1).reshape(*weight.scale.shape[:rows], -1)
 
 
 def dequantize_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
-    """The float32 weight [*rows, *columns].
+    """Return the float32 weight [*rows, *columns]; on a mesh nothing moves between devices.
 
-    Where it lies on several devices, every element is made where it lies. A group of columns may
-    lie on two of them: its scale is repeated, for smaller groups that do not.
+    A group of columns may be on two devices: then its scale is repeated for smaller groups.
 
     Args:
+        weight: the weight.
         rows: number of its row axes.
-        cut: how many devices the last axis lies on.
+        cut: number of devices that the last axis is cut over.
     """
     integers = unpacked(weight)
     scale = weight.scale.astype(jnp.float32)
@@ -117,13 +113,13 @@ def dequantize_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
 
 
 def take_rows(weight: QTensor, index: jax.Array) -> jax.Array:
-    """The rows of a matrix [rows, columns], unpacked alone: float32 [*index, columns]."""
+    """Dequantize some rows of a matrix [rows, columns]: float32 [*index, columns]."""
     taken = QTensor(weight.values[index], weight.scale[index], weight.bits)
     return dequantize(taken, index.ndim)
 
 
 def unpacked(weight: QTensor) -> jax.Array:
-    """The integers, int8 [*rows, *columns]."""
+    """Return the integers, int8 [*rows, *columns]."""
     if weight.bits == 8:
         return weight.values
     pairs = jnp.stack(int4_halves(weight.values), axis=-1)
@@ -131,12 +127,12 @@ def unpacked(weight: QTensor) -> jax.Array:
 
 
 def int4_halves(packed: Array) -> tuple[Array, Array]:
-    """int8 [..., columns / 2] -> the even and the odd columns, each int8 [..., columns / 2]."""
+    """Split int8 [..., columns / 2] into the even and the odd columns, each int8 of that shape."""
     return packed >> 4, (packed << 4) >> 4
 
 
 def pack_int4(integers: np.ndarray) -> np.ndarray:
-    """int8 [..., columns] in -8..7 -> int8 [..., columns / 2]; the inverse of `unpack_int4`.
+    """Pack int8 [..., columns] in -8..7 into int8 [..., columns / 2].
 
     Raises:
         CheckpointError: an odd number of columns.
@@ -151,7 +147,7 @@ def pack_int4(integers: np.ndarray) -> np.ndarray:
 
 
 def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """int8 [..., columns / 2] -> int8 [..., columns]."""
+    """Unpack int8 [..., columns / 2] into int8 [..., columns], the inverse of `pack_int4`."""
     result = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.int8)
     result[..., 0::2], result[..., 1::2] = int4_halves(packed)
     return result

@@ -11,17 +11,17 @@ _FLOAT_BITS = {"float16": (5, 10), "bfloat16": (8, 7)}
 
 
 def rope_tables(config: GLMConfig, positions: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every position's angles.
+    """Return cosine and sine of every position's angles.
 
     theta_i = base^(-2i / R) with R = H / 2 rotated dimensions, angle = position * theta_i.
 
     Args:
         config: gives base, ratio, its meaning, and `rope_table_dtype`.
         positions: int32 [B, T].
-        dtype: the model's dtype; it matters with `rope_table_dtype="reference"` only.
+        dtype: the model's dtype; matters only with `rope_table_dtype="reference"`.
 
     Returns:
-        (cos, sin), float32 [B, T, H / 4]. With "reference" they carry the rounding of the published
+        (cos, sin), float32 [B, T, H / 4]. With "reference" they are rounded as in the published
         code: ChatGLM2 computes theta, positions and their product in the model's dtype, ChatGLM3
         rounds only the finished cosine and sine. (Source: modeling_chatglm.py of both.)
     """
@@ -30,7 +30,7 @@ def rope_tables(config: GLMConfig, positions: jax.Array, dtype) -> tuple[jax.Arr
     in_model_dtype = rounded and config.family != "chatglm3"
 
     def to_model_dtype(x: jax.Array) -> jax.Array:
-        # A plain cast there and back may be dropped by the compiler as excess precision.
+        # The compiler may drop a cast there and back as excess precision.
         return jax.lax.reduce_precision(x, *_FLOAT_BITS[name])
 
     theta = jnp.asarray(_theta(config, dtype if in_model_dtype else np.float32))
@@ -50,7 +50,7 @@ def rope_tables(config: GLMConfig, positions: jax.Array, dtype) -> tuple[jax.Arr
 
 
 def _theta(config: GLMConfig, dtype) -> np.ndarray:
-    """[H / 4] frequencies, computed step by step in `dtype`, returned as float32."""
+    """Return the [H / 4] frequencies, computed step by step in `dtype`, as float32."""
     dtype = np.dtype(dtype)
     rotated = config.head_dim // 2
     base = config.rope_base * (config.rope_ratio if config.rope_kind == "base" else 1.0)
@@ -63,15 +63,9 @@ def _theta(config: GLMConfig, dtype) -> np.ndarray:
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the first half of the head dimensions and passes the rest through.
+    """Rotate the first half of the head dimensions of [B, T, heads, H], in float32.
 
-    Args:
-        x: [B, T, heads, H].
-        cos: float32 [B, T, H / 4].
-        sin: float32 [B, T, H / 4].
-
-    Returns:
-        [B, T, heads, H] in the dtype of `x`; computed in float32.
+    The result has the dtype of `x`; `cos` and `sin` are float32 [B, T, H / 4].
     """
     rotated = x.shape[-1] // 2
     pairs = x[..., :rotated].astype(jnp.float32).reshape(*x.shape[:-1], rotated // 2, 2)

@@ -1,4 +1,4 @@
-"""The ways in which weights are quantized, as sizes alone: what plans memory needs no jax."""
+"""The ways in which weights are quantized, as sizes only: the memory plan needs no jax."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from glm2_jax.errors import UsageError
 # The weights of a layer that are quantized, and how many of their last axes are columns.
 COLUMN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate_up": 1, "down": 1}
 
-EMBEDDINGS = ("embed", "head")  # quantized where that was asked for; a row for each id
+EMBEDDINGS = ("embed", "head")  # quantized on request; a row for each id
+_EMBEDDINGS = "+embeddings"  # suffix of the schemes that include them
 
-_EMBEDDINGS = "+embeddings"  # behind the name of a scheme that covers them
-
-GROUP = 128  # columns that share a scale in our own int4
+GROUP = 128  # columns that share a scale in our int4
 
 Shape = tuple[int, ...]
 
@@ -26,7 +25,7 @@ class Scheme:
     Attributes:
         name: one of `SCHEMES`.
         bits: 8 or 4.
-        grouped: whether a row has a scale for every group of columns, and not one for all of it.
+        grouped: whether a row has a scale for every group of columns, not one for the row.
         embeddings: whether embedding and head are quantized, too.
     """
 
@@ -36,19 +35,18 @@ class Scheme:
     embeddings: bool = False
 
     def covers(self, name: str) -> bool:
-        """Whether a parameter of that name is quantized."""
+        """Return whether a parameter of that name is quantized."""
         return name in COLUMN_AXES or (self.embeddings and name in EMBEDDINGS)
 
     def group(self, columns: int) -> int | None:
-        """Columns that share a scale: `GROUP`, or less where that does not divide them; None = all.
+        """Return how many of a weight's columns share a scale; None = all of a row.
 
-        Args:
-            columns: of the weight.
+        It is less than `GROUP` if that does not divide the columns.
         """
         return math.gcd(columns, GROUP) if self.grouped else None
 
     def shapes(self, shape: Shape, column_axes: int) -> tuple[Shape, Shape]:
-        """The shapes of the values and of the scales of a weight.
+        """Return the shapes of the values and of the scales of a weight.
 
         Args:
             shape: of the weight.
@@ -75,39 +73,39 @@ SCHEMES = {
 def asked_scheme(
     quantize: str | None, embeddings: bool, *, stored: str | None = None, model: str = "The model"
 ) -> str | None:
-    """The name that the flags --quantize and --quantize-embeddings stand for, if they are known.
+    """Return the scheme's name that --quantize and --quantize-embeddings stand for.
 
     Args:
+        quantize: one of `choices.QUANTIZE`, or None.
+        embeddings: whether to quantize embedding and head, too.
         stored: the scheme of a folder that is quantized.
-        model: what the folder is called.
+        model: how messages name the folder.
 
     Raises:
-        UsageError: quantizing what is quantized already, or embeddings that nobody says how to
-            quantize.
+        UsageError: the folder is quantized already, or embeddings without layers.
     """
     if stored is not None and (embeddings or quantize not in (None, "none")):
         extra = " and --quantize-embeddings" if quantize and embeddings else "-embeddings"
         raise UsageError(
             f"{model} is quantized already ({stored}).",
-            "Quantized once more, its weights would only get worse.",
-            f"Leave --quantize{extra if embeddings else ''} out, or start from the original "
-            "weights.",
+            "Quantizing it again would only make it worse.",
+            f"Omit --quantize{extra if embeddings else ''}, or start from the original weights.",
         )
     if embeddings and quantize in (None, "none"):
         raise UsageError(
             "Embedding and head cannot be quantized alone.",
-            "They are quantized like the layers, and nothing says how.",
+            "They are quantized like the layers.",
             "Add --quantize int8 or int4.",
         )
     return f"{quantize}{_EMBEDDINGS}" if embeddings else quantize
 
 
 def stored_as(dtype: str, scheme: Scheme | None) -> str:
-    """How weights are stored, for people: "float16", or "int8, the rest float16"."""
+    """Describe how weights are stored: "float16", or "int8, the rest float16"."""
     return dtype if scheme is None else f"{scheme.name}, the rest {dtype}"
 
 
 def scheme_flags(name: str) -> str:
-    """The flags that ask for a scheme."""
+    """Return the flags that ask for a scheme."""
     flag = " --quantize-embeddings" if name.endswith(_EMBEDDINGS) else ""
     return f"--quantize {name.removesuffix(_EMBEDDINGS)}{flag}"

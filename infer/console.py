@@ -56,12 +56,11 @@ def _programs(stats: Stats) -> str:
 
 
 def peak_memory() -> str:
-    """Return the peak memory of this process, and of the device if it is known."""
-    import resource
-
+    """Return the most memory used so far: by this process, and on the device if it reports that."""
     import jax
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    text = human_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) + " (host)"
+    from infer.memory.peak import host_peak
+
+    text = human_size(host_peak()) + " (host)"
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return text if device is None else f"{text}, {human_size(device)} (device)"

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli.arguments import memory_size, path_argument, positive
 from glm2_jax.cli.parser import Parser
 from glm2_jax.limits import DRAFT
+from infer.engine.params import PRESETS
 
 if TYPE_CHECKING:
     from infer.engine.params import SamplingParams
@@ -81,7 +82,7 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     number: dict[str, Any] = {"type": float, "metavar": "X"}
     integer: dict[str, Any] = {"type": int, "metavar": "N"}
     add(
-        "--preset", choices=("official", "api"), default="official",
+        "--preset", choices=tuple(PRESETS), default="official",
         help="values of the flags below: official = the reference's chat(), "
         "api = the reference's HTTP server (temperature 0.95, top-p 0.7, max-length 2048)",
     )  # fmt: skip
@@ -138,7 +139,7 @@ def add_performance_options(
         "measures the cost in quality",
     )  # fmt: skip
     add(
-        "--layers", choices=("stacked", "list"),
+        "--layers", choices=LAYER_LAYOUTS,
         help="layout of the layers in memory: list is faster on a CPU, stacked compiles faster "
         "(default: by device)",
     )  # fmt: skip

@@ -19,20 +19,21 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from glm2_jax.choices import DEVICES, DTYPES, QUANTIZE
+from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.flags import add_model_options
 from glm2_jax.cli.main import EXIT_DEVICE, is_out_of_memory
 from glm2_jax.cli.messages import human_size, note
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
-from infer.bench.__main__ import LAYOUTS, add_random_options, one_of
+from infer.bench.__main__ import add_random_options, one_of
 
 if TYPE_CHECKING:
     from glm2_jax import GLMConfig, LoRA
     from infer.bench.ceilings import Ceilings
     from infer.bench.peer import Peer
-    from infer.bench.run import Subject
+    from infer.bench.subject import Subject
 
 PROG = "python -m train.bench"
 DESCRIPTION = """Measures steps that train an adapter: tokens a second, and how much of the measured
@@ -66,7 +67,7 @@ def parser() -> Parser:
         "(default: as stored; random weights: none)",
     )  # fmt: skip
     add(
-        "--layout", type=one_of(LAYOUTS), default="stacked", metavar="A,B",
+        "--layout", type=one_of(LAYER_LAYOUTS), default="stacked", metavar="A,B",
         help="how the layers lie in memory: stacked, as train.lora has them, or list",
     )  # fmt: skip
     add("--batch-size", type=arguments.positive, default=4, metavar="N", help="rows of a step")
@@ -155,15 +156,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """
     from glm2_jax.lora import find_targets
     from glm2_jax.runtime.devices import find_device
-    from infer.bench import run as suite
+    from infer.bench import subject as suite
     from infer.bench.ceilings import measure_ceilings
     from infer.bench.peer import Peer, missing
 
     find_targets(args.target)
     device = find_device(args.device)
-    subject = suite.Subject(args, device)
-    about = suite.about(args, argv, device, subject)
-    report = Report(about | {"command": f"{PROG} {shlex.join(argv)}".rstrip()})
+    choice = from_flags(ModelChoice, args, layers=None, quantize=None)
+    subject = suite.Subject(choice, device, random=args.random, layers=args.layers)
+    command = f"{PROG} {shlex.join(argv)}".rstrip()
+    report = Report(subject.about(command, f"{args.repeat}, of {args.steps} steps"))
     with interrupt.always(lambda: print(_text(args, report), flush=True)):
         note(f"measuring what {device.device_kind} can do at most ...")
         report.ceilings = measure_ceilings(device)
@@ -176,11 +178,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 stack.enter_context(interrupt.always(peer.close))
             for result in _results(args, subject, peer):
                 report.results.append(result)
-                if peer is not None and peer.about:
-                    versions = (
-                        f"{name} {number}" for name, number in peer.about["versions"].items()
-                    )
-                    report.about["peer"] = f"{', '.join(versions)}, {peer.about['threads']} threads"
+                if peer is not None and peer.versions:
+                    report.about["peer"] = peer.versions
                 note(f"{result.name}: {result.problem or f'{_rate(result):.4g} tok/s'}")
         # Once more: a share of more than 100 per cent would only say that the machine was busy.
         report.ceilings = report.ceilings.better(measure_ceilings(device))
@@ -309,8 +308,8 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def render(report: Report) -> str:
     """The report for people, folded to the width of the terminal."""
+    from glm2_jax.cli.tables import columns
     from infer.bench.report import ceiling_lines
-    from infer.bench.run import columns
 
     lines = [f"{name}: {text}" for name, text in report.about.items()]
     lines += ceiling_lines(report.ceilings)[1:] if report.ceilings else []

@@ -1,57 +1,59 @@
-"""Numbers for flags that were not given, so that few rows and small models learn, too."""
+"""Default numbers that depend on data and model, so that few rows and small models learn, too."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import math
 
 from glm2_jax.cli.messages import note
+from train.recipe import Recipe
 from train.run_folder.storage import free_place
 
-MICRO_BATCHES, EPOCHS = 8, 3  # of a step, and times over the data, where there are rows enough
+MICRO_BATCHES, EPOCHS = 8, 3  # per step, and per run, where there are rows enough
 WANTED_STEPS, FEW_STEPS = 200, 50
 WIDTH = 4096  # hidden size of the models that the default learning rates are meant for
 
 
-def choose(args: argparse.Namespace, parts: int, hidden_size: int) -> argparse.Namespace:
-    """Return the flags with a number in place of each None, and say which were chosen.
+def choose(recipe: Recipe, parts: int, hidden_size: int) -> Recipe:
+    """Return the recipe with a number in place of each None, and report which were chosen.
 
     Args:
-        args: flags of a training.
+        recipe: the settings as they were given.
         parts: micro-batches in an epoch.
         hidden_size: of the model.
     """
-    accumulate = args.grad_accum or _micro_batches(parts)
+    training = recipe.training
+    accumulate = training.grad_accum or _micro_batches(parts)
     found = {
-        "lr": float(f"{args.lr_of_wide_model * WIDTH / hidden_size:.2g}"),
+        "lr": float(f"{recipe.default_lr * WIDTH / hidden_size:.2g}"),
         "grad_accum": accumulate,
-        "epochs": None if args.steps is not None else _epochs(parts, accumulate),
+        "epochs": None if training.steps is not None else _epochs(parts, accumulate),
     }
     chosen = {
         name: value
         for name, value in found.items()
-        if value is not None and getattr(args, name) is None
+        if value is not None and getattr(training, name) is None
     }
     if chosen:
         note(f"chosen for this data and model: {_flags(**chosen)}")
-    return argparse.Namespace(**{**vars(args), **chosen})
+    return dataclasses.replace(recipe, training=dataclasses.replace(training, **chosen))
 
 
-def warn_of_few_steps(args: argparse.Namespace, parts: int, steps: int) -> None:
+def warn_of_few_steps(recipe: Recipe, parts: int, steps: int) -> None:
     """Say how to take more steps, where a run has too few to learn much."""
     if steps >= FEW_STEPS:
         return
     accumulate = _micro_batches(parts)
     longer = {"grad_accum": accumulate, "epochs": _epochs(parts, accumulate)}
-    remedy = _flags(**(longer if args.steps is None else {"steps": WANTED_STEPS}))
+    remedy = _flags(**(longer if recipe.training.steps is None else {"steps": WANTED_STEPS}))
     note(
         f"warning: only {steps} optimizer step{'s' * (steps > 1)}, too few to learn much. "
-        f"Try {remedy} {free_place(args.output, args.checkpoints)}"
+        f"Try {remedy} {free_place(recipe.output.output, recipe.output.checkpoints)}"
     )
 
 
 def _micro_batches(parts: int) -> int:
-    """The most micro-batches in a step with which `EPOCHS` epochs have the wanted steps."""
+    """Return the most micro-batches per step with which `EPOCHS` epochs have the wanted steps."""
     return min(max(EPOCHS * parts // WANTED_STEPS, 1), MICRO_BATCHES)
 
 

@@ -1,40 +1,38 @@
 """`python -m train.full`: fine-tunes all parameters of a model."""
 
-import sys
+import argparse
 from collections.abc import Sequence
 
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.flags import add_model_options
-from glm2_jax.cli.parser import Parser
-from glm2_jax.processes.join import add_host_options
-from train import options, recipe
-from train.data.options import add_data_options
-from train.lora import start
+from glm2_jax.cli.parser import Parser, from_flags
+from train.command import make_parser, start
+from train.recipe import Recipe
 
+LR = 1e-5
 PROG = "python -m train.full"
-DESCRIPTION = """Fine-tunes all parameters of a model, in float32 with AdamW: 16 bytes a parameter
-and the activations. For small models; a 6B one takes train.lora. --output/model is the new model,
-beside it what --resume auto needs. Exit codes as those of train.lora."""
+DESCRIPTION = """Fine-tune all parameters of a model, in float32 with AdamW.
+
+This takes 16 bytes per parameter and the activations: it is for small models; use train.lora for a
+6B model. --output/model is the new model; the checkpoints for --resume auto are stored next to it.
+Exit codes as those of train.lora."""
 EXAMPLE = f"{PROG} --data data.jsonl --model SMALL --output trained"
 
 
 def parser() -> Parser:
-    """The flags of the command."""
-    result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    recipe.add_config_flag(result)
-    add_model_options(result)
-    add_data_options(result)
-    options.add_training_options(result, lr=1e-5, remat=False)
-    options.add_evaluation_options(result)
-    add_host_options(result)
-    options.add_output_options(result, "trained")
+    """Return the parser of the command."""
+    result = make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, remat=False, output="trained")
     result.add_common()
     return result
 
 
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """Return the settings that the flags of this command give."""
+    return from_flags(Recipe, args, command=PROG, default_lr=LR, adapter=None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
-    return start(parser(), sys.argv[1:] if argv is None else argv, "FullMethod")
+    """Run the command and return its exit code; raises GLMError for what the user can fix."""
+    return start(parser(), argv, make_recipe, "FullMethod")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loop: steps, and between them the log, evaluations and checkpoints."""
+"""The training loop: steps, and between them the log, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,23 +25,15 @@ _BAD_IN_A_ROW = 5  # steps after which leaving them out does not help
 
 @dataclass
 class Position:
-    """Where a run is, beside its arrays; saved with them.
+    """The progress of a run, saved with its arrays."""
 
-    Attributes:
-        step: steps taken.
-        best: lowest finite loss of an evaluation, None before the first.
-        best_step: steps taken then.
-        waited: evaluations since.
-        skipped: steps that changed nothing.
-        losses: name of a set, or "training" -> first and last [step, loss], None for a loss that
-            is not finite.
-    """
-
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    waited: int = 0
-    skipped: int = 0
+    step: int = 0  # steps taken
+    best: float | None = None  # lowest finite loss of an evaluation, None before the first
+    best_step: int = 0  # steps taken then
+    waited: int = 0  # evaluations since
+    skipped: int = 0  # steps that changed nothing
+    # name of a set, or "training" -> first and last [step, loss], None for a loss that is not
+    # finite
     losses: dict[str, list[list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,113 +61,85 @@ class Position:
         return position
 
     def note_loss(self, name: str, step: int, loss: float) -> None:
-        """Keep the loss as the last of its set, and as the first if it is that."""
+        """Keep a loss as the last of its set, and as the first if there is none yet."""
         found = [step, loss if math.isfinite(loss) else None]  # JSON has no NaN
         self.losses[name] = [self.losses.get(name, [found])[0], found]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What is done, and what with.
-
-    Attributes:
-        step: (state, batch, number of the step from 0) -> (state, metrics); the state is used up.
-        evaluate: state -> name of a set -> its figures, `loss` among them; None = nothing to
-            evaluate. The first set decides which evaluation is the best.
-        rate: number of updates so far -> learning rate of the next, for the log.
-        device: whose memory is told.
-        batches: the data by epoch and place.
-        total: steps to take.
-        eval_every, early_stop, save_every: as the flags; None = only at the end, never.
-        skip_bad: leave a step out where its loss or gradient is not finite, instead of ending.
-    """
-
-    step: Callable[[Any, Any, int], tuple[Any, Metrics]]
-    evaluate: Callable[[Any], dict[str, dict[str, float]]] | None
-    rate: Callable[[int], float]
-    device: Any
-    batches: Batches
-    total: int
-    eval_every: int | None
-    early_stop: int | None
-    save_every: int
-    skip_bad: bool
-
-
+@dataclass
 class Loop:
-    """Takes the steps of a run.
+    """Takes the steps of a run."""
 
-    Args:
-        run: what is done.
-        log: is told of every step and evaluation.
-        checkpoints: where the state goes.
-        best: where that of the best evaluation goes; None = nowhere.
-        stopping: looked at after every step, by all processes.
-    """
+    # (state, batch, number of the step from 0) -> (state, metrics); the state is used up
+    step: Callable[[Any, Any, int], tuple[Any, Metrics]]
+    # state -> name of a set -> its figures, `loss` among them; None = nothing to evaluate. The
+    # first set decides which evaluation is the best
+    evaluate: Callable[[Any], dict[str, dict[str, float]]] | None
+    # number of updates so far -> learning rate of the next, for the log
+    rate: Callable[[int], float]
+    device: Any  # whose memory is logged
+    batches: Batches  # the data
+    total: int  # steps to take
+    save_every: int  # steps between checkpoints
+    log: Log  # of every step and evaluation
+    checkpoints: Checkpoints  # of the state
+    stopping: Stopping  # asked after every step, by all processes
+    eval_every: int | None = None  # steps between evaluations; None = only at the end
+    # evaluations without a lower loss after which the run ends; None = it does not
+    early_stop: int | None = None
+    best: Checkpoints | None = None  # checkpoints of the best evaluation; None = do not keep it
+    # leave a step out where its loss or gradient is not finite, instead of ending
+    skip_bad: bool = False
 
-    def __init__(
-        self,
-        run: Run,
-        log: Log,
-        checkpoints: Checkpoints,
-        best: Checkpoints | None,
-        stopping: Stopping,
-    ):
-        self._run, self._log = run, log
-        self._checkpoints, self._best, self._stopping = checkpoints, best, stopping
+    def __post_init__(self) -> None:
         self._unread: tuple[int, Metrics, list[str], int] | None = None
         # A GPU computes a step while the one before is read; a CPU does not, and is timed better.
-        self._ahead = run.device.platform != "cpu"
+        self._ahead = self.device.platform != "cpu"
         self._bad = 0  # steps in a row
 
-    def go(self, state: Any, position: Position) -> Any:
-        """Takes the steps that are left, or those until a signal; returns the state.
+    def run(self, state: Any, position: Position) -> Any:
+        """Take the steps that are left, or those until a signal; return the state.
 
         Args:
-            state: pytree of arrays, after `position.step` steps; is used up.
-            position: is moved on.
+            state: pytree of arrays after `position.step` steps; is used up.
+            position: is moved forward.
 
         Raises:
             InputError: loss or gradient is not finite, with the step and its rows; or the disk is
                 full. The last checkpoint stays.
         """
-        run = self._run
-        if position.step == 0 and run.evaluate is not None:
+        if position.step == 0 and self.evaluate is not None:
             self._evaluate(state, position)
-        while position.step < run.total and not self._patience_lost(position):
-            place = run.batches.place(position.step)
-            (batch, rows), tokens = run.batches.at(*place), run.batches.tokens(*place)
-            state, metrics = run.step(state, batch, position.step)
+        while position.step < self.total and not self._patience_lost(position):
+            batch, rows, tokens = self.batches.at(*self.batches.place(position.step))
+            state, metrics = self.step(state, batch, position.step)
             position.step += 1
             self._read(position)
             self._unread = position.step, metrics, rows, tokens
             if not self._ahead:
                 self._read(position)
-            asked_to_stop = self._stopping.agree()
+            asked_to_stop = self.stopping.agree()
             if asked_to_stop or self._due(position.step):
                 self._read(position)
                 self._look(state, position)
-                self._checkpoints.save(position.step, state, dataclasses.asdict(position))
+                self.checkpoints.save(position.step, state, dataclasses.asdict(position))
             if asked_to_stop:
                 break
         self._read(position)
-        if not self._stopping.signal:
-            self._log.finish()
-        self._checkpoints.finish()
+        if not self.stopping.signal:
+            self.log.finish()
+        self.checkpoints.finish()
         return state
 
     def _due(self, step: int) -> bool:
-        """Whether a checkpoint is, or an evaluation, of which it keeps the outcome."""
-        run = self._run
-        evaluated = run.eval_every is not None and step % run.eval_every == 0
-        saved = step % run.save_every == 0 or step == run.total
-        return saved or evaluated
+        """Return whether to save: also after an evaluation, to keep its outcome."""
+        evaluated = self.eval_every is not None and step % self.eval_every == 0
+        return evaluated or step % self.save_every == 0 or step == self.total
 
     def _look(self, state: Any, position: Position) -> None:
-        """Evaluates, where that is due."""
-        run, step = self._run, position.step
-        every = run.eval_every or run.total
-        if run.evaluate is None or not (step % every == 0 or step == run.total):
+        """Evaluate, where that is due, and keep the best."""
+        step = position.step
+        if self.evaluate is None or (step % (self.eval_every or self.total) and step != self.total):
             return
         losses = self._evaluate(state, position)
         if not losses:
@@ -185,27 +149,26 @@ class Loop:
             position.waited += 1
             return
         position.best, position.best_step, position.waited = loss, step, 0
-        if self._best is not None and self._best.newest != step:  # a run that was killed evaluates
-            self._best.save(step, state, {})  # again
+        if self.best is not None and self.best.newest != step:  # a killed run evaluates again
+            self.best.save(step, state, {})
 
     def _evaluate(self, state: Any, position: Position) -> list[float]:
-        """Evaluates and says it; the losses of the sets."""
-        assert self._run.evaluate is not None
-        with self._log.apart():
-            found = self._run.evaluate(state)
+        """Evaluate, log it, and return the losses of the sets."""
+        assert self.evaluate is not None
+        with self.log.apart():
+            found = self.evaluate(state)
         for split, figures in found.items():
-            self._log.evaluation(position.step, split, **figures)
+            self.log.evaluation(position.step, split, **figures)
             position.note_loss(split, position.step, figures["loss"])
             if not math.isfinite(figures["loss"]):
                 note(f"warning: the {split} loss after step {position.step} is not finite")
         return [figures["loss"] for figures in found.values()]
 
     def _patience_lost(self, position: Position) -> bool:
-        patience = self._run.early_stop
-        return patience is not None and position.waited >= patience
+        return self.early_stop is not None and position.waited >= self.early_stop
 
     def _read(self, position: Position) -> None:
-        """Waits for the figures of the step that was dispatched last, and says them."""
+        """Wait for the figures of the step that was dispatched last, and log them."""
         if self._unread is None:
             return
         step, metrics, rows, tokens = self._unread
@@ -214,25 +177,25 @@ class Loop:
         if not metrics.finite:
             self._not_finite(step, rows)
         elif metrics.skipped:
-            note(f"step {step}: gradients overflowed float16; the next one scales the loss less")
+            note(f"step {step}: gradients overflowed float16; the loss scale is halved")
         self._bad = 0 if metrics.finite else self._bad + 1
-        rate = self._run.rate(step - 1 - position.skipped)
+        rate = self.rate(step - 1 - position.skipped)
         position.skipped += int(metrics.skipped)
         figures = {"loss": metrics.loss, "lr": rate, "grad_norm": metrics.grad_norm}
         if position.skipped:
             figures["skipped"] = position.skipped
         figures = {name: float(value) for name, value in figures.items()}
         position.note_loss("training", step, figures["loss"])
-        self._log.step(step, tokens, peak_bytes(self._run.device), **figures)
+        self.log.step(step, tokens, peak_bytes(self.device), **figures)
 
     def _not_finite(self, step: int, rows: list[str]) -> None:
         shown = "; ".join(rows[:_ROWS_SHOWN]) + ("; ..." if len(rows) > _ROWS_SHOWN else "")
         what = f"loss or gradient of step {step} is NaN or infinite; its rows: {shown}"
-        if not self._run.skip_bad or self._bad + 1 == _BAD_IN_A_ROW:
-            also = f" as in the {self._bad} steps before" if self._bad else ""
+        if not self.skip_bad or self._bad + 1 == _BAD_IN_A_ROW:
+            also = f", as in the {self._bad} steps before" if self._bad else ""
             raise InputError(
                 what + also,
-                "Such a step is not taken, the last checkpoint is from before it.",
-                "Look at these rows, take a lower --lr, or leave such steps out: --nan-policy skip",
+                "The step was not taken; the last checkpoint is from before it.",
+                "Check these rows, lower --lr, or leave such steps out: --nan-policy skip.",
             )
         note(f"{what}; left out")

@@ -1,105 +1,87 @@
-"""`python -m train.lora`: fine-tunes a small adapter beside a model that stays as it is.
+"""`python -m train.lora`: fine-tunes a LoRA adapter of a model whose parameters stay frozen.
 
-Only the flags are here; what they start is in `train.run`, which is imported after parsing.
+Only the flags are here; the work is in `train.run`, which is imported after parsing.
 """
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from glm2_jax.choices import QUANTIZE
-from glm2_jax.cli import arguments, interrupt
-from glm2_jax.cli.arguments import choose_platform, path_argument, positive, use_utf8
-from glm2_jax.cli.flags import add_model_options
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import above_zero, number, path_argument, positive
+from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
-from glm2_jax.processes import join
-from glm2_jax.processes.join import add_host_options
-from train import options, recipe
-from train.data.options import add_data_options
+from train.command import make_parser, start
+from train.recipe import AdapterOptions, Recipe
 
-NEW_ADAPTER = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
+NEW_ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
+LR = 5e-5
 PROG = "python -m train.lora"
-DESCRIPTION = """Fine-tunes a LoRA adapter on instruction / input / output rows and others.
+DESCRIPTION = """Fine-tune a LoRA adapter.
 
---output holds at its end an adapter that PEFT can read, too, and that infer.generate and infer.chat
-take as --adapter; beside it what --resume auto needs to end bit for bit as if it had never been
-stopped. Exit codes: 0 fine, 2 usage, 3 bad data, or loss not finite, 4 model or checkpoint, 5 out
-of memory or device, 130 interrupted, 143 terminated (both after saving)."""
+At the end --output holds an adapter in the format of PEFT, for --adapter of infer.generate,
+infer.chat and infer.evaluate, and the checkpoints for --resume auto, which continues a stopped run
+with bit-identical results. Exit codes: 0 ok, 2 usage, 3 bad data or non-finite loss, 4 model or
+checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated (both after saving)."""
 EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
   {PROG} --data data.jsonl --model chatglm2-6b --output adapter --resume auto
   {PROG} --data data.jsonl --check-data"""
 
 
 def parser() -> Parser:
-    """The flags of the command."""
-    result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    recipe.add_config_flag(result)
-    add_model_options(result)
-    add_data_options(result)
+    """Return the parser of the command."""
+    result = make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, remat=True, output="adapter")
     _add_adapter_options(result)
-    options.add_training_options(result, lr=5e-5, remat=True)
-    options.add_evaluation_options(result)
-    add_host_options(result)
-    options.add_output_options(result, "adapter")
     result.add_common()
     return result
 
 
 def _add_adapter_options(result: Parser) -> None:
-    group = result.add_argument_group("adapter")
-    add = group.add_argument
-    add("--rank", type=positive, metavar="N", help=f"its rank (default: {NEW_ADAPTER['rank']})")
+    add = result.add_argument_group("adapter").add_argument
+    new = NEW_ADAPTER
+    add("--rank", type=positive, metavar="N", help=f"rank (default: {new['rank']})")
     add(
-        "--alpha", type=arguments.above_zero, metavar="X",
-        help=f"its strength: alpha / rank (default: {NEW_ADAPTER['alpha']})",
+        "--alpha", type=above_zero, metavar="X",
+        help=f"alpha: the adapter is scaled by alpha / rank (default: {new['alpha']})",
     )  # fmt: skip
-    add("--dropout", type=arguments.number, default=0.1, metavar="X", help="before A")
+    add("--dropout", type=number, default=0.1, metavar="X", help="dropout of its input")
     add(
         "--target", metavar="NAMES",
-        help="matrices, as published, or attn (query_key_value), attn+mlp, all-linear; several "
-        f"with commas (default: {NEW_ADAPTER['target']})",
+        help="matrices to adapt, by their published names, separated by commas, or attn "
+        f"(query_key_value), attn+mlp, all-linear (default: {new['target']})",
     )  # fmt: skip
-    add("--rslora", action="store_const", const=True, help="strength alpha / sqrt(rank)")
+    add("--rslora", action="store_const", const=True, help="rsLoRA: scale by alpha / sqrt(rank)")
     add(
         "--init-adapter", type=path_argument, metavar="DIR",
-        help="start from an adapter, which keeps its rank, alpha, matrices and rsLoRA; flags that "
-        "say otherwise are refused",
+        help="continue from this adapter, with its rank, alpha, matrices and rsLoRA; other values "
+        "of these flags are refused",
     )  # fmt: skip
     add(
         "--force-adapter", action="store_true",
-        help="take --init-adapter though it was trained on another base model or prompt template",
+        help="accept an --init-adapter that was trained on another base model or template",
     )  # fmt: skip
     add(
         "--quantize-base", choices=QUANTIZE,
-        help="keep the matrices of the base as int8 or int4 (QLoRA); none = unpack what is stored "
-        "quantized (default: as it is stored)",
+        help="quantize the frozen base to int8 or int4 (QLoRA); none = dequantize a quantized "
+        "checkpoint (default: as stored)",
     )  # fmt: skip
 
 
-def fill_new_adapter(args: argparse.Namespace) -> None:
-    """Fills the flags of a new adapter that are not given; one to start from has no defaults."""
-    for name, value in NEW_ADAPTER.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """Return the settings that the flags of this command give."""
+    adapter = from_flags(AdapterOptions, args)
+    if adapter.init_adapter is None:
+        unset = {name: x for name, x in NEW_ADAPTER.items() if getattr(adapter, name) is None}
+        adapter = dataclasses.replace(adapter, **unset)
+    choice = from_flags(ModelChoice, args, quantize=args.quantize_base)
+    return from_flags(Recipe, args, command=PROG, default_lr=LR, adapter=adapter, choice=choice)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
-    return start(parser(), sys.argv[1:] if argv is None else argv, "AdapterMethod")
-
-
-def start(parser: Parser, argv: Sequence[str], method: str) -> int:
-    """Parses the flags and trains by a class of `train.methods`."""
-    use_utf8()
-    args = recipe.parse(parser, argv)
-    if getattr(args, "init_adapter", ".") is None:
-        fill_new_adapter(args)
-    choose_platform(args.device)
-    with join.start(from_flags(join.Hosts, args), vars(args)):
-        from train import methods
-        from train.run import run
-
-        return run(parser, args, getattr(methods, method))
+    """Run the command and return its exit code; raises GLMError for what the user can fix."""
+    return start(parser(), argv, make_recipe, "AdapterMethod")
 
 
 if __name__ == "__main__":

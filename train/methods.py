@@ -1,8 +1,7 @@
-"""What is trained: an adapter beside a base that stays, or all parameters."""
+"""What is trained: an adapter of a frozen base, or all parameters."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from convert.adapters.attach import open_adapter
 from convert.loading.folder import Folder
 from convert.writing.own import save_checkpoint
 from glm2_jax.cli.model_choice import ModelChoice
-from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA, find_targets, init_lora, with_lora
 from glm2_jax.processes import join
@@ -28,46 +26,39 @@ from glm2_jax.runtime.gather import gathered
 from glm2_jax.sharding import lora_sharding
 from infer.engine.engine import Engine
 from train.devices import Devices
+from train.recipe import AdapterOptions, Recipe
 from train.run_folder.folder import MODEL
 
 Progress = Callable[[int, int], None]
 
 
 class Method(ABC):
-    """What a run trains.
+    """What a run trains."""
 
-    Attributes:
-        checkpoint: the model that it starts from.
-        base: parameters that stay; None = none.
-        trained: what the first step starts from, float32.
-        dtype: that all parameters are computed in; None = their own.
-        computed: dtype of the activations.
-        effective: makes the adapter of what is trained; None = it is what answers.
-    """
-
-    checkpoint: Checkpoint
-    base: Any
-    trained: Any
-    dtype: np.dtype | None
-    computed: np.dtype
+    checkpoint: Checkpoint  # the model that it starts from
+    base: Any  # frozen parameters; None = none
+    trained: Any  # the trained arrays before the first step, float32
+    dtype: np.dtype | None  # that all parameters are computed in; None = their own
+    computed: np.dtype  # dtype of the activations
+    # makes the adapter from the trained arrays; None = they are the adapter
     effective: Callable[[LoRA], LoRA] | None = None
 
     @property
     def num_trained(self) -> int:
-        """How many parameters are trained."""
+        """The number of trained parameters."""
         return sum(x.size for x in jax.tree.leaves(self.trained))
 
     @abstractmethod
     def model(self, trained: Any) -> tuple[Any, LoRA | None]:
-        """(parameters, adapter) that answer with what is trained."""
+        """Return the parameters and the adapter that answer with the trained arrays."""
 
     @abstractmethod
     def write(self, folder: Path, trained: Any) -> Path:
-        """Writes the result; returns the folder that inference takes. Of several processes all
-        call it, and the first one writes."""
+        """Write the result and return its folder. All processes must call this; the first one
+        writes."""
 
     def answering(self) -> Callable[[Any], Engine]:
-        """A function of what is trained: the engine that answers with it, always the same one."""
+        """Return a function of the trained arrays that returns the engine, always the same one."""
         engine = Engine(self.checkpoint)
 
         def engine_of(trained: Any) -> Engine:
@@ -80,45 +71,35 @@ class Method(ABC):
 
 
 class AdapterMethod(Method):
-    """Trains an adapter beside a base, which may be quantized.
+    """Trains an adapter of a frozen base, which may be quantized.
 
     Args:
         folder: the base.
-        args: the flags of `train.lora`.
+        recipe: the settings.
         devices: where to compute.
         progress: called with the bytes of parameters loaded and to load.
 
     Raises:
-        UsageError: flags that make no sense. CheckpointError: the base or the first adapter cannot
-            be opened, or they do not belong together.
+        UsageError: flags that contradict the adapter.
+        CheckpointError: the base or the first adapter cannot be opened, or they do not fit.
     """
 
-    def __init__(
-        self, folder: Folder, args: argparse.Namespace, devices: Devices, progress: Progress
-    ):
-        adapter = _first_adapter(folder, args)
-        self.checkpoint = load_checkpoint(
-            folder.path,
-            dtype=args.dtype,
-            quantize=args.quantize_base,
-            layers=faster_layers(devices.first.platform, on_mesh=devices.mesh is not None),
-            mesh=devices.mesh,
-            **from_flags(ModelChoice, args).form,
-            device=devices.first if devices.mesh is None else None,
-            progress=progress,
-        )
-        self.base, self.dtype = self.checkpoint.params, None
+    def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
+        adapter = _first_adapter(folder, recipe)
+        layers = faster_layers(devices.first.platform, on_mesh=devices.mesh is not None)
+        choice = dataclasses.replace(recipe.choice, layers=layers)
+        checkpoint = _load(folder, choice, devices, progress)
+        self.base, self.dtype = checkpoint.params, None
         self.computed = self.base["embed"].dtype
         places = None if devices.mesh is None else lora_sharding(adapter.lora, devices.mesh)
         self.trained = devices.put(adapter.lora, places)
         self._adapter = dataclasses.replace(
-            adapter, base=self.checkpoint.fingerprint, template=self.checkpoint.template
+            adapter, base=checkpoint.fingerprint, template=checkpoint.template
         )
         if adapter.shape is not None and not adapter.shape.is_plain:
             self.effective = jax.jit(adapter.shape.effective)
-        self.checkpoint = dataclasses.replace(
-            self.checkpoint, notes=(*self.checkpoint.notes, *adapter.notes)
-        )
+        notes = (*checkpoint.notes, *adapter.notes)
+        self.checkpoint = dataclasses.replace(checkpoint, notes=notes)
 
     @property
     def num_trained(self) -> int:
@@ -135,85 +116,15 @@ class AdapterMethod(Method):
         return folder
 
 
-def _first_adapter(folder: Folder, args: argparse.Namespace) -> Adapter:
-    if args.init_adapter is not None:
-        found = open_adapter(
-            args.init_adapter,
-            folder.path,
-            **from_flags(ModelChoice, args).form,
-            force=args.force_adapter,
-            apart=True,
-        )
-        _refuse_contradictions(found, args, folder.config.num_layers)
-        return dataclasses.replace(
-            found, lora=dataclasses.replace(found.lora, dropout=args.dropout)
-        )
-    lora = init_lora(
-        folder.config,
-        jax.random.key(args.seed),
-        rank=args.rank,
-        alpha=args.alpha,
-        targets=args.target,
-        dropout=args.dropout,
-        rslora=args.rslora,
-    )
-    return Adapter(lora=lora, rslora=args.rslora)
-
-
-def _refuse_contradictions(found: Adapter, args: argparse.Namespace, num_layers: int) -> None:
-    """Refuses flags for a new adapter that are not those of the one to start from.
-
-    Raises:
-        UsageError: names all of them.
-    """
-    shape = found.shape
-    assert shape is not None
-    ranks, alphas = (sorted(set(values)) for values in zip(*shape.choices.values(), strict=True))
-    adapted = list(dict.fromkeys(module.name for module, _ in shape.choices))
-    wrong = []
-    if args.rank is not None and ranks != [args.rank]:
-        wrong.append(f"--rank {args.rank} (it has {', '.join(map(str, ranks))})")
-    if args.alpha is not None and alphas != [args.alpha]:
-        wrong.append(f"--alpha {args.alpha:g} (it has {', '.join(f'{x:g}' for x in alphas)})")
-    if args.target is not None:
-        targets = find_targets(args.target)
-        wanted = {
-            place
-            for place in shape.layout.places(num_layers).values()
-            if place[0].target in targets
-        }
-        if wanted != shape.choices.keys():
-            places = f"{', '.join(adapted)} in {len({x for _, x in shape.choices})} layers"
-            wrong.append(f"--target {args.target} (it has {places})")
-    if args.rslora and not found.rslora:
-        wrong.append("--rslora (it has none)")
-    if wrong:
-        raise UsageError(
-            f"{args.init_adapter} contradicts {'; '.join(wrong)}.",
-            "An adapter keeps its rank, alpha, matrices and rsLoRA where it is trained further.",
-            "Leave these flags out, or leave out --init-adapter to train a new adapter.",
-        )
-
-
 class FullMethod(Method):
-    """Trains all parameters, which are float32, and computes in `--dtype`; else as above."""
+    """Trains all parameters, stored in float32 and computed in `--dtype`; else as above."""
 
-    def __init__(
-        self, folder: Folder, args: argparse.Namespace, devices: Devices, progress: Progress
-    ):
-        config = folder.config
-        self.checkpoint = load_checkpoint(
-            folder.path,
-            dtype="float32",
-            quantize="none",
-            mesh=devices.mesh,
-            **from_flags(ModelChoice, args).form,
-            device=devices.first if devices.mesh is None else None,
-            progress=progress,
-        )
+    def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
+        choice = dataclasses.replace(recipe.choice, dtype="float32", quantize="none")
+        self.checkpoint = _load(folder, choice, devices, progress)
         self.base, self.trained = None, self.checkpoint.params
         self.computed = resolve_dtype(
-            args.dtype, num_params=config.num_params, device=devices.first
+            recipe.choice.dtype, num_params=folder.config.num_params, device=devices.first
         )
         self.dtype = self.computed
 
@@ -232,3 +143,64 @@ class FullMethod(Method):
             overwrite=True,
         )
         return result
+
+
+def _load(folder: Folder, choice: ModelChoice, devices: Devices, progress: Progress) -> Checkpoint:
+    return load_checkpoint(
+        folder.path,
+        dtype=choice.dtype,
+        quantize=choice.quantize,
+        layers=choice.layers or "stacked",
+        mesh=devices.mesh,
+        device=devices.first if devices.mesh is None else None,
+        progress=progress,
+        **choice.form,
+    )
+
+
+def _first_adapter(folder: Folder, recipe: Recipe) -> Adapter:
+    """Return a new adapter, or the one to start from."""
+    options = recipe.adapter
+    assert options is not None
+    if options.init_adapter is None:
+        new: dict[str, Any] = {
+            "rank": options.rank, "alpha": options.alpha, "targets": options.target,
+            "dropout": options.dropout, "rslora": options.rslora,
+        }  # fmt: skip
+        lora = init_lora(folder.config, jax.random.key(recipe.training.seed), **new)
+        return Adapter(lora=lora, rslora=bool(options.rslora))
+    force, form = options.force_adapter, recipe.choice.form
+    found = open_adapter(options.init_adapter, folder.path, **form, force=force, apart=True)
+    _refuse_contradictions(found, options, folder.config.num_layers)
+    return dataclasses.replace(found, lora=dataclasses.replace(found.lora, dropout=options.dropout))
+
+
+def _refuse_contradictions(found: Adapter, options: AdapterOptions, num_layers: int) -> None:
+    """Refuse flags for a new adapter that contradict the one to start from.
+
+    Raises:
+        UsageError: lists all of them.
+    """
+    shape = found.shape
+    assert shape is not None
+    ranks, alphas = (sorted(set(values)) for values in zip(*shape.choices.values(), strict=True))
+    wrong = []
+    if options.rank is not None and ranks != [options.rank]:
+        wrong.append(f"--rank {options.rank} (it has {', '.join(map(str, ranks))})")
+    if options.alpha is not None and alphas != [options.alpha]:
+        wrong.append(f"--alpha {options.alpha:g} (it has {', '.join(f'{x:g}' for x in alphas)})")
+    if options.target is not None:
+        targets = find_targets(options.target)
+        places = shape.layout.places(num_layers).values()
+        if {place for place in places if place[0].target in targets} != shape.choices.keys():
+            names = ", ".join(dict.fromkeys(module.name for module, _ in shape.choices))
+            layers = len({layer for _, layer in shape.choices})
+            wrong.append(f"--target {options.target} (it has {names} in {layers} layers)")
+    if options.rslora and not found.rslora:
+        wrong.append("--rslora (it has none)")
+    if wrong:
+        raise UsageError(
+            f"{options.init_adapter} contradicts {'; '.join(wrong)}.",
+            "An adapter keeps its rank, alpha, matrices and rsLoRA when it is trained further.",
+            "Leave these flags out, or leave out --init-adapter to train a new adapter.",
+        )

@@ -1,6 +1,6 @@
-"""The optimizer: AdamW under a schedule, after clipping, with what PEFT's users are used to.
+"""The optimizer: AdamW with a learning rate schedule, after clipping, with the defaults of PEFT.
 
-All numbers of it are arguments of a compiled step, not constants in it: see `Numbers`.
+All its numbers are arguments of a compiled step, not constants in it: see `Numbers`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,21 @@ from train.options import SCHEDULES
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Steps of warm-up: `warmup` itself, or below 1 that part of all steps, rounded up, but never
-    the last one: a run of one step would learn nothing."""
+    """Return the number of warm-up steps: `warmup` itself, or below 1 this share of all steps.
+
+    A share is rounded up, but never includes the last step: a run of one step would learn nothing.
+    """
     return min(math.ceil(warmup * steps), steps - 1) if warmup < 1 else int(warmup)
 
 
 @flax.struct.dataclass
 class Schedule:
-    """The learning rate of a step, made by `make_schedule`: a pytree of scalars.
+    """The learning rate of a step, made by `make_schedule`: a pytree of scalars."""
 
-    Attributes:
-        kind: int32, place of its name in `train.options.SCHEDULES`.
-        lr: float32, the highest rate.
-        rising: float32, steps of warm-up.
-        falling: float32, steps after them, at least 1.
-    """
-
-    kind: Any
-    lr: Any
-    rising: Any
-    falling: Any
+    kind: Any  # int32, index in `train.options.SCHEDULES`
+    lr: Any  # float32, the highest rate
+    rising: Any  # float32, warm-up steps
+    falling: Any  # float32, steps after them, at least 1
 
     def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
         """Return the rate of a step, counted from 0."""
@@ -52,15 +47,15 @@ class Schedule:
 
 
 def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> Schedule:
-    """The learning rate of a step, counted from 0, as transformers' schedulers define it.
+    """Make a schedule as transformers defines it.
 
-    It rises from 0 (so the first step of a warm-up changes nothing) to `lr`, then stays there
-    ("constant"), or falls to 0 in a straight line ("linear") or as half a cosine ("cosine").
+    The rate rises from 0 (so the first step of a warm-up changes nothing) to `lr`, then stays there
+    ("constant"), or falls to 0 linearly ("linear") or as half a cosine ("cosine").
 
     Args:
         name: one of `train.options.SCHEDULES`.
         lr: the highest rate.
-        steps: of the whole run.
+        steps: of the complete run.
         warmup: see `warmup_steps`.
     """
     rising = warmup_steps(warmup, steps)
@@ -71,11 +66,11 @@ def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> S
 def make_optimizer(
     schedule: optax.ScalarOrSchedule, *, clip: Any = 1.0, weight_decay: Any = 0.0
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay; betas 0.9 and 0.999, epsilon 1e-8.
+    """Make AdamW with decoupled weight decay; betas 0.9 and 0.999, epsilon 1e-8.
 
     Args:
-        schedule: the learning rate; of steps that were applied.
-        clip: the largest global norm of the gradient; 0 or None = not clipped.
+        schedule: the learning rate by the number of updates so far.
+        clip: the largest global norm of the gradient; 0 or None = no clipping.
         weight_decay: of matrices; norms and biases have none.
     """
     adamw = optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=_decays)
@@ -86,23 +81,14 @@ def make_optimizer(
 
 @flax.struct.dataclass
 class Numbers:
-    """What a run may choose without compiling its step again: a pytree of scalars.
+    """What a run may choose without compiling its step again: a pytree of scalars."""
 
-    Attributes:
-        schedule: see `Schedule`.
-        weight_decay: see `make_optimizer`.
-        clip: see `make_optimizer`; None (no scalar: another program) = not clipped.
-        noise: strength of noise on the embeddings (NEFTune, arXiv 2310.05914); None = no noise.
-        scale: target -> scale of the adapter that is trained; None where none is.
-        kept: the part of its inputs that its dropout leaves; None where nothing is dropped.
-    """
-
-    schedule: Schedule
-    weight_decay: Any
-    clip: Any
-    noise: Any
-    scale: Any
-    kept: Any
+    schedule: Schedule  # see `Schedule`
+    weight_decay: Any  # see `make_optimizer`
+    clip: Any  # see `make_optimizer`; None (no scalar: another program) = no clipping
+    noise: Any  # strength of noise on the embeddings (NEFTune, arXiv 2310.05914); None = no noise
+    scale: Any  # target -> scale of the adapter that is trained; None without an adapter
+    kept: Any  # the share of its inputs that dropout keeps; None without dropout
 
     @classmethod
     def of(
@@ -114,7 +100,7 @@ class Numbers:
         clip: float,
         noise: float,
     ) -> Numbers:
-        """Those of an adapter and of flags, where 0 turns `clip` and `noise` off."""
+        """Make the numbers of an adapter and of flags, where 0 turns `clip` and `noise` off."""
         dropout = 0 if lora is None else lora.dropout
         return cls(
             schedule,
@@ -126,19 +112,18 @@ class Numbers:
         )
 
     def optimizer(self) -> optax.GradientTransformation:
-        """The optimizer with these numbers."""
+        """Return the optimizer with these numbers."""
         return make_optimizer(self.schedule, clip=self.clip, weight_decay=self.weight_decay)
 
     def put_into(self, lora: LoRA) -> LoRA:
-        """The adapter with `scale` and `kept` among its arrays, one for each layer."""
-
-        def with_numbers(target: str, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            own = {"scale": self.scale[target], "kept": self.kept}
+        """Return the adapter with `scale` and `kept` among its arrays, one for each layer."""
+        layers = {}
+        for target, weights in lora.layers.items():
+            numbers = {"scale": self.scale[target], "kept": self.kept}
             shape = weights["a"].shape[:1]
-            found = {key: jnp.broadcast_to(x, shape) for key, x in own.items() if x is not None}
-            return weights | found
-
-        layers = {name: with_numbers(name, weights) for name, weights in lora.layers.items()}
+            layers[target] = weights | {
+                key: jnp.broadcast_to(x, shape) for key, x in numbers.items() if x is not None
+            }
         return dataclasses.replace(lora, layers=layers)
 
 

@@ -1,6 +1,7 @@
-"""A recipe in a file, with flags on top: both go through the same parser.
+"""The settings of a training run as one value, and as a YAML file.
 
-A file is YAML with the names of flags, `lr: 2e-5` for `--lr 2e-5`. Needs no jax.
+A file holds flags by their names, `lr: 2e-5` for `--lr 2e-5`. The command line overrides it, and
+both go through the same parser. Imports no jax.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ import argparse
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError, UsageError, shown
+from train.data.options import DataOptions
+from train.options import EvaluationOptions, OutputOptions, TrainingOptions
 
 _LONGEST = 100_000  # characters; PyYAML takes seconds for that many
 _NOT_SETTINGS = (
@@ -25,23 +30,70 @@ _NOT_SETTINGS = (
     # Of a process, not of what it computes.
     "coordinator", "num_processes", "process_id", "join_timeout", "heartbeat_timeout",
 )  # fmt: skip
+# Flags that do not change the trained parameters. Data and models count by their contents.
+_NO_EFFECT = {
+    "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
+    "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
+    "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
+    "data-cache", "init-adapter", "force-adapter",
+}  # fmt: skip
 
 
-def add_config_flag(parser: Parser) -> None:
-    """Adds `--config`."""
-    parser.add_argument_group("recipe").add_argument(
-        "--config",
-        type=path_argument,
-        metavar="FILE.yml",
-        help="flags from a YAML file, one a line: `lr: 2e-5`; flags of the command go before it",
-    )
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The flags of the adapter, by their names; None = 8, 32, "attn" and False for a new adapter,
+    or those of `init_adapter`."""
+
+    rank: int | None
+    alpha: float | None
+    dropout: float
+    target: str | None
+    rslora: bool | None
+    init_adapter: str | None
+    force_adapter: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a training run."""
+
+    command: str  # such as "python -m train.lora"
+    default_lr: float  # learning rate for a wide model, where none is given
+    choice: ModelChoice  # the base model, its dtype, and the devices
+    data: DataOptions  # the rows to learn from
+    adapter: AdapterOptions | None  # None = train all parameters
+    # optimizer and batches; numbers that depend on data and model may be None, see
+    # `train.defaults.choose`
+    training: TrainingOptions
+    evaluation: EvaluationOptions  # during training
+    output: OutputOptions  # result, checkpoints and log
+    # folder of compiled programs, or "off"; None = in the user's cache folder
+    compile_cache: str | None
+
+    def settings(self) -> dict[str, Any]:
+        """Return all settings by the names of their flags: a file of them repeats the run."""
+        choice = self.choice
+        found = {
+            "model": choice.path, "source": choice.source, "revision": choice.revision,
+            "rope-scaling": choice.rope_kind, "template": choice.template,
+            "family": choice.family, "quantize-base": choice.quantize, **vars(self.data),
+            **(vars(self.adapter) if self.adapter else {}), **vars(self.training),
+            "dtype": choice.dtype, "device": choice.device, "mesh": choice.mesh,
+            "compile-cache": self.compile_cache, **vars(self.evaluation), **vars(self.output),
+        }  # fmt: skip
+        return {name.replace("_", "-"): x for name, x in found.items() if x is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that the trained parameters depend on, by their flags."""
+        found = {f"--{name}": x for name, x in self.settings().items() if name not in _NO_EFFECT}
+        return {"command": self.command} | found
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of `argv`, and of its `--config` file those that `argv` does not have.
+    """Parse `argv`, and from its `--config` file the flags that `argv` does not have.
 
     Raises:
-        UsageError: a name in the file is no flag of the command, or its value is none.
+        UsageError: a name in the file is not a flag of the command, or its value cannot be one.
         InputError: the file cannot be read.
     """
     finder = Parser(prog=parser.prog, add_help=False)
@@ -49,19 +101,18 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     config = finder.parse_known_args(argv)[0].config
     if config is None:
         return parser.parse_args(argv)
-    given = _replaced(parser, argv)
+    given = _given(parser, argv)
     words: dict[str, list[str]] = {}
     for name, value in read_recipe(Path(config)).items():
         action = _action(parser, name, config)
         if action.dest in words:
-            raise UsageError(f"{config}: {name} is there twice")
-        if action.dest not in given:
-            words[action.dest] = _words(action, name, value, config)
+            raise UsageError(f"{config}: {name} is given twice.")
+        words[action.dest] = [] if action.dest in given else _words(action, name, value, config)
     return parser.parse_args([*itertools.chain(*words.values()), *argv])
 
 
-def _replaced(parser: Parser, argv: Sequence[str]) -> set[str]:
-    """The settings that the command has itself, and those that exclude them."""
+def _given(parser: Parser, argv: Sequence[str]) -> set[str]:
+    """Return the settings of the command line, and those that they exclude."""
     flags = {arg.partition("=")[0].replace("_", "-") for arg in argv if arg.startswith("-")}
     given = {action.dest for action in parser._actions if flags & set(action.option_strings)}
     for group in parser._mutually_exclusive_groups:
@@ -71,22 +122,22 @@ def _replaced(parser: Parser, argv: Sequence[str]) -> set[str]:
 
 
 class _Texts(yaml.BaseLoader):
-    """Leaves values the texts that they are, as on a command line: `off` is no truth value there.
-    A name that is there twice is an error."""
+    """Leaves values as text, as on a command line, so that `off` is not a truth value. A name that
+    is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = Counter(str(name.value) for name, _ in node.value)
         for name, count in names.items():
             if count > 1:
-                raise yaml.YAMLError(f"{name} is there twice")
+                raise yaml.YAMLError(f"{name} is given twice")
         return super().construct_mapping(node, deep)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The names and values of a recipe.
+    """Return the names and values of a recipe file.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8, too long, or no YAML mapping.
+        InputError: the file cannot be read, is not UTF-8, too long, or not a YAML mapping.
     """
     text = read_utf8(path)
     if len(text) > _LONGEST:
@@ -98,23 +149,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         found = yaml.load(text, _Texts)
     except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply", fix="Write a flag a line.") from error
+        raise InputError(f"{path} is nested too deeply", fix="Write one flag per line.") from error
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
-        raise InputError(f"{path} is not YAML", problem, "Write a flag a line.") from error
+        raise InputError(f"{path} is not YAML", problem, "Write one flag per line.") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path} is no recipe", "It has to be lines such as `lr: 2e-5`.")
+        raise InputError(f"{path} is not a recipe", fix="Write lines such as `lr: 2e-5`.")
     return found
-
-
-def as_recipe(parser: Parser, args: argparse.Namespace) -> dict[str, Any]:
-    """Every setting with its value; a file of it given as `--config` repeats the command."""
-    result = {}
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        if action.option_strings and action.dest not in _NOT_SETTINGS and value is not None:
-            result[_name(action)] = value
-    return result
 
 
 def _name(action: argparse.Action) -> str:
@@ -126,21 +167,21 @@ def _action(parser: Parser, name: str, path: str) -> argparse.Action:
     action = parser._option_string_actions.get(flag)
     if action is None or action.dest in _NOT_SETTINGS or flag[2:] != _name(action):
         known = ", ".join(sorted(_name(a) for a in parser._actions if a.dest not in _NOT_SETTINGS))
-        raise UsageError(f"{path}: {name} is no setting of this command", f"Known: {known}.")
+        raise UsageError(f"{path}: {name} is not a setting of this command.", f"Known: {known}.")
     return action
 
 
 def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[str]:
-    """A setting as the words of a command line."""
+    """Return a setting as the words of a command line."""
     flag = f"--{_name(action)}"
     if action.nargs == 0:
         if value not in ("true", "false"):
-            raise UsageError(f"{path}: {name} is true or false, not {shown(value)}")
+            raise UsageError(f"{path}: {name} must be true or false, got {shown(value)}.")
         opposite = f"--no-{_name(action)}"
         no = [opposite] if opposite in action.option_strings else []
         return [flag] if value == "true" else no
     several = isinstance(action, argparse._AppendAction)
     values = value if several and isinstance(value, list) else [value]
     if not all(isinstance(value, str) and value for value in values):
-        raise UsageError(f"{path}: {name} cannot be {shown(value)}")
+        raise UsageError(f"{path}: {name} cannot be {shown(value)}.")
     return [f"{flag}={value}" for value in values]

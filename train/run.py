@@ -1,8 +1,7 @@
-"""One training from its flags: data, model, loop, result; of `train.lora` and `train.full`."""
+"""One run of `train.lora` or `train.full` from its recipe: data, model, loop, result."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,340 +16,299 @@ import jax
 from convert.loading.folder import Folder, fingerprint, open_folder
 from glm2_jax.cli.arguments import check_plot
 from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.model_choice import ModelChoice
-from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.processes import join
 from glm2_jax.runtime.compile_cache import enable_compile_cache
-from glm2_jax.runtime.devices import device_errors
+from glm2_jax.runtime.devices import device_errors, find_device, find_mesh
 from infer.engine.load import demo_folder
 from infer.startup import model_folder, note_demo_model
 from train.data.batch import Batch
 from train.data.batches import Batches
 from train.data.dataset import Dataset
-from train.data.options import look_at, open_dataset
+from train.data.options import open_dataset, print_checks, show_progress
 from train.data.split import Subset, split
 from train.data.vocabulary import unknown_characters
 from train.defaults import choose, warn_of_few_steps
 from train.devices import Devices
-from train.loop import Loop, Position, Run
+from train.loop import Loop, Position
 from train.methods import Method
 from train.optim import Numbers, make_schedule
-from train.recipe import as_recipe
+from train.options import TrainingOptions
+from train.recipe import Recipe
 from train.run_folder import curve
 from train.run_folder.checkpoints import Checkpoints
 from train.run_folder.folder import RunFolder
 from train.run_folder.log import Log, cut_log, losses, read_log
 from train.step import make_step
 from train.stopping import Stopping
-from train.validation import GUARD, VALIDATION, Validation, answer
+from train.validation import GUARD, VALIDATION, make_validation, print_answers
 
-# Flags that change where things are and what is told, but not the parameters. Data and model count
-# by their contents.
-_NO_PART = {
-    "model", "source", "revision", "data", "max-bad", "mix-data", "check-data", "print-sample",
-    "val-data", "guard-data", "sample-prompts", "output", "checkpoints", "resume", "save-every",
-    "keep", "log-every", "log-jsonl", "plot", "device", "mesh", "tp", "compile-cache",
-    "data-cache", "init-adapter", "force-adapter",
-}  # fmt: skip
-
-MakeMethod = Callable[[Folder, argparse.Namespace, Devices, Any], Method]
+MakeMethod = Callable[[Folder, Recipe, Devices, Any], Method]
+Sets = dict[str, Dataset | Subset]
 
 
-def run(parser: Parser, args: argparse.Namespace, make_method: MakeMethod) -> int:
-    """Trains as the flags say; returns the exit code.
+def run(recipe: Recipe, make_method: MakeMethod) -> int:
+    """Train as the recipe says, and return the exit code.
 
     Raises:
-        GLMError: anything that the user can mend.
+        GLMError: anything that the user can fix.
     """
-    _check(args)
-    enable_compile_cache(args.compile_cache, warn=note)
-    note_demo_model(from_flags(ModelChoice, args))
-    path = model_folder(from_flags(ModelChoice, args))
-    folder = open_folder(path or demo_folder(), **from_flags(ModelChoice, args).form)
-    for line in folder.notes if args.check_data else ():  # a run that loads the model says them
+    _check(recipe)
+    enable_compile_cache(recipe.compile_cache, warn=note)
+    note_demo_model(recipe.choice)
+    path = model_folder(recipe.choice)
+    folder = open_folder(path or demo_folder(), **recipe.choice.form)
+    for line in folder.notes if recipe.data.check_data else ():  # a run notes them when it loads
         note(line)
-    dataset = open_dataset(args, as_checkpoint(folder))
+    dataset = open_dataset(recipe.data, folder)
     if path is None and (line := unknown_characters(dataset)) is not None:
         note(line)
-    if (code := look_at(args, dataset)) is not None:
+    if (code := print_checks(recipe.data, dataset)) is not None:
         return code
-    devices = Devices.of(args)
-    learned, sets = _sets(args, folder, dataset)
-    args, batches = _batches(args, learned, devices, folder.config.hidden_size)
-    recipe = as_recipe(parser, args)
-    looked_at = sets.get(VALIDATION)  # counts, because it may end the run early
-    data = {"data": dataset, VALIDATION: looked_at}
-    identity = _identity(parser.prog, recipe, folder, data, getattr(args, "init_adapter", None))
+    mesh = find_mesh(recipe.choice.mesh, recipe.choice.device)
+    first = find_device(recipe.choice.device) if mesh is None else mesh.local_devices[0]
+    devices = Devices(first, mesh)
+    learned, sets = _split(recipe, folder, dataset)
+    recipe, batches = _plan(recipe, learned, devices, folder.config.hidden_size)
+    identity = _identity(recipe, folder, dataset, sets)
     join.compare(
         {
             "model": identity["base"],
-            "data": _sums({"data": dataset, **sets}),
+            "data": _contents({"data": dataset, **sets}),
             "first adapter": identity.get("--init-adapter"),
         }
     )
+    output = recipe.output
     with RunFolder(
-        args.output, resume=args.resume, identity=identity, checkpoints=args.checkpoints
+        output.output, resume=output.resume, identity=identity, checkpoints=output.checkpoints
     ) as out:
         with Progress("loading", 0, show=human_size) as bar:
-            method = make_method(folder, args, devices, partial(_show, bar))
+            method = make_method(folder, recipe, devices, partial(show_progress, bar))
         with jax.default_device(devices.first):
-            return _train(args, out, method, batches, sets, devices, recipe)
+            return _train(recipe, out, method, batches, sets, devices)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuses at once what would fail at the end."""
-    if args.plot is not None:
-        check_plot(args.plot)
-    for flag, path in (("--plot", args.plot), ("--log-jsonl", args.log_jsonl)):
+def _check(recipe: Recipe) -> None:
+    """Refuse at once what would fail at the end."""
+    output, evaluation = recipe.output, recipe.evaluation
+    if output.plot is not None:
+        check_plot(output.plot)
+    for flag, path in (("--plot", output.plot), ("--log-jsonl", output.log_jsonl)):
         parent = os.path.dirname(path or "") or "."
         if path == "-" or not os.access(parent, os.W_OK):
-            why = "It is to be a file in a folder that is there and can be written."
+            why = "It must be a file in a folder that exists and can be written."
             raise InputError(f"{flag} {path} cannot be written", why)
-    if args.early_stop is not None and args.eval_every is None:
-        raise UsageError("--early-stop needs --eval-every.")
+    if evaluation.early_stop is not None:
+        if evaluation.eval_every is None:
+            raise UsageError("--early-stop needs --eval-every.")
+        if not evaluation.val_split and evaluation.val_data is None:
+            raise UsageError("--early-stop needs --val-data or --val-split.")
 
 
-def as_checkpoint(folder: Folder) -> Any:
-    """What `open_dataset` asks of a model."""
-    return SimpleNamespace(
-        tokenizer=folder.tokenizer, template=folder.template, config=folder.config
-    )
-
-
-def _show(bar: Progress, done: int, total: int) -> None:
-    bar.total = total
-    bar(done)
-
-
-def _sets(
-    args: argparse.Namespace, folder: Folder, dataset: Dataset
-) -> tuple[Dataset | Subset, dict[str, Any]]:
-    """What is learned, and what is looked at."""
-    sets: dict[str, Any] = {}
+def _split(recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Dataset | Subset, Sets]:
+    """Return the rows to learn from, and the sets to evaluate by name."""
+    evaluation, sets = recipe.evaluation, Sets()
     learned: Dataset | Subset = dataset
-    if args.val_split:
-        learned, sets[VALIDATION] = split(dataset, args.val_split, args.seed)
-    for name, path in ((VALIDATION, args.val_data), (GUARD, args.guard_data)):
+    if evaluation.val_split:
+        learned, sets[VALIDATION] = split(dataset, evaluation.val_split, recipe.training.seed)
+    for name, path in ((VALIDATION, evaluation.val_data), (GUARD, evaluation.guard_data)):
         if path is not None:
-            sets[name] = open_dataset(args, as_checkpoint(folder), path)
-    if args.early_stop is not None and VALIDATION not in sets:
-        raise UsageError("--early-stop needs --val-data or --val-split.")
+            sets[name] = open_dataset(recipe.data, folder, path)
     for name, rows in {"training": learned, **sets}.items():
         if not rows.learned.any():
             raise InputError(f"the {name} rows have no token that counts in the loss")
     return learned, sets
 
 
-def _batches(
-    args: argparse.Namespace, learned: Dataset | Subset, devices: Devices, hidden_size: int
-) -> tuple[argparse.Namespace, Batches]:
-    """The flags, with numbers for those that depend on data and model, and the batches."""
-    rows = min(args.batch_size, len(learned))  # more would be empty, and computed all the same
+def _plan(
+    recipe: Recipe, learned: Dataset | Subset, devices: Devices, hidden_size: int
+) -> tuple[Recipe, Batches]:
+    """Return the recipe with the numbers that depend on data and model, and the batches."""
+    rows = min(recipe.training.batch_size, len(learned))  # more would be empty, but computed
     make = partial(
         Batches,
         learned,
         batch_size=rows,
-        pack=args.pack,
-        shuffle=not args.no_shuffle,
-        seed=args.seed,
+        pack=recipe.data.pack,
+        shuffle=not recipe.data.no_shuffle,
+        seed=recipe.training.seed,
         rows=devices.rows(rows),
     )
     parts = make().steps_per_epoch(0)
-    args = choose(args, parts, hidden_size)
-    batches = make(accumulate=min(args.grad_accum, -(-len(learned) // rows)))
-    warn_of_few_steps(args, parts, _steps(args, batches))
-    return args, batches
+    recipe = choose(recipe, parts, hidden_size)
+    assert recipe.training.grad_accum is not None
+    batches = make(accumulate=min(recipe.training.grad_accum, -(-len(learned) // rows)))
+    warn_of_few_steps(recipe, parts, count_steps(recipe.training, batches))
+    return recipe, batches
 
 
-def _identity(
-    command: str,
-    recipe: dict[str, Any],
-    folder: Folder,
-    sets: dict[str, Any],
-    adapter: str | None,
-) -> dict[str, Any]:
-    """What the result depends on."""
-    flags = {f"--{name}": value for name, value in recipe.items() if name not in _NO_PART}
-    if adapter is not None:
-        flags["--init-adapter"] = _sum_of(adapter)
-    base = {"command": command, "base": fingerprint(folder), "template": folder.template}
-    return base | _sums(sets) | flags
-
-
-def _sums(sets: dict[str, Any]) -> dict[str, Any]:
-    """Of the files that sets are read from: those that are a part of another are none."""
-    found = {}
-    for name, rows in sets.items():
-        if isinstance(rows, Dataset):
-            sums = [content[:16] for _, content, _ in rows.files]
-            weights = [(group.weight, group.general) for group in rows.groups]
-            found[name] = list(zip(sums, weights, strict=True))
-    return found
-
-
-def _sum_of(adapter: str) -> str:
-    """Of an adapter's files."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(adapter).glob("*adapter*")):
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _train(
-    args: argparse.Namespace,
-    out: RunFolder,
-    method: Method,
-    batches: Batches,
-    sets: dict[str, Any],
-    devices: Devices,
-    recipe: dict[str, Any],
-) -> int:
-    total = _steps(args, batches)
-    config = method.checkpoint.config
-    schedule = make_schedule(args.schedule, lr=args.lr, steps=total, warmup=args.warmup)
-    numbers = Numbers.of(
-        schedule,
-        None if method.base is None else method.model(method.trained)[1],
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        noise=args.neftune,
-    )
-    optimizer = numbers.optimizer()
-    scaled = str(method.computed) == "float16"
-    state = (method.trained, devices.state(optimizer, method.trained, loss_scaling=scaled))
-    position, path = Position(), args.log_jsonl or out.log
-    path = path if join.is_first() else os.devnull
-    prompts = _prompts(args)
-    _say_what(method, batches, total)
-    out.begin(recipe)
-    with contextlib.ExitStack() as stack:
-        stopping = stack.enter_context(Stopping())
-        checkpoints = stack.enter_context(Checkpoints(out.state, keep=args.keep))
-        best = None
-        if args.early_stop is not None:
-            best = stack.enter_context(Checkpoints(out.best, keep=1))
-        if checkpoints.newest is not None:
-            state, saved = checkpoints.restore(checkpoints.newest, state)
-            position = Position.restored(saved, checkpoints.newest)
-            note(f"going on after step {position.step} of {total}")
-        if position.step > 0 or args.log_jsonl is None:
-            cut_log(path, position.step)
-        with Log(total, every=args.log_every, path=path, taken=position.step) as log:
-            step = make_step(
-                config,
-                dtype=method.dtype,
-                remat=args.grad_checkpoint,
-                effective=method.effective,
-                out_shardings=devices.shardings(*state),
-            )
-            work = Run(
-                step=_announced(step, method.base, devices, args.seed, numbers, log),
-                evaluate=_evaluate(args, method, sets, prompts, devices),
-                rate=lambda updates: float(schedule(updates)),
-                device=devices.first,
-                batches=batches,
-                total=total,
-                eval_every=args.eval_every,
-                early_stop=args.early_stop,
-                save_every=args.save_every,
-                skip_bad=args.nan_policy == "skip",
-            )
-            with device_errors(f"training, {args.batch_size} rows at once", _smaller):
-                loop = Loop(work, log, checkpoints, best, stopping)
-                state = loop.go(state, position)
-        stopped = stopping.agree()
-        if not stopped:
-            _check_outcome(position, best is not None)
-        if best is not None and best.newest is not None and not stopped:
-            best.finish()
-            state, _ = best.restore(best.newest, state)
-    if stopped:
-        note(f"saved after step {position.step}; go on with --resume auto")
-        return stopping.exit_code
-    _say_end(position, total, best is not None)
-    for line in losses(position.losses):
-        note(line)
-    note(f"the result is in {method.write(out.path, state[0])}")
-    if args.plot is not None and join.is_first():
-        curve.draw(read_log(path), args.plot)
-    return 0
-
-
-def _steps(args: argparse.Namespace, batches: Batches) -> int:
-    """How many steps the whole run has."""
-    if args.steps is not None:
-        return args.steps
+def count_steps(training: TrainingOptions, batches: Batches) -> int:
+    """Return the number of steps of the complete run."""
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None
     if not batches.pack:  # all epochs have as many
-        return max(1, round(args.epochs * batches.steps_per_epoch(0)))
-    whole, part = divmod(args.epochs, 1)
-    steps = sum(batches.steps_per_epoch(epoch) for epoch in range(int(whole)))
+        return max(1, round(training.epochs * batches.steps_per_epoch(0)))
+    epochs, part = divmod(training.epochs, 1)
+    steps = sum(batches.steps_per_epoch(epoch) for epoch in range(int(epochs)))
     if part:
-        steps += round(part * batches.steps_per_epoch(int(whole)))
+        steps += round(part * batches.steps_per_epoch(int(epochs)))
     return max(steps, 1)
 
 
-def _say_what(method: Method, batches: Batches, total: int) -> None:
-    summary = method.checkpoint.summary
-    note(
-        f"{len(batches.dataset)} sequences, {total} steps; training {method.num_trained:,} "
-        f"parameters of {summary.num_params:,}, computing in {method.computed}"
+def _identity(recipe: Recipe, folder: Folder, dataset: Dataset, sets: Sets) -> dict[str, Any]:
+    """Return everything that the result depends on, for the check of a resumed run."""
+    found = recipe.identity() | {"base": fingerprint(folder), "template": folder.template}
+    if recipe.adapter is not None and recipe.adapter.init_adapter is not None:
+        digest = hashlib.sha256()
+        for path in sorted(Path(recipe.adapter.init_adapter).glob("*adapter*")):
+            if path.is_file():
+                digest.update(path.read_bytes())
+        found["--init-adapter"] = digest.hexdigest()[:16]
+    evaluated = {VALIDATION: sets[VALIDATION]} if VALIDATION in sets else {}  # may end the run
+    return found | _contents({"data": dataset, **evaluated})
+
+
+def _contents(sets: Sets) -> dict[str, Any]:
+    """Return hashes and weights of the files of each set; a split has no files of its own."""
+    return {
+        name: [
+            (sha256[:16], (group.weight, group.general))
+            for (_, sha256, _), group in zip(rows.files, rows.groups, strict=True)
+        ]
+        for name, rows in sets.items()
+        if isinstance(rows, Dataset)
+    }
+
+
+def _train(
+    recipe: Recipe, out: RunFolder, method: Method, batches: Batches, sets: Sets, devices: Devices
+) -> int:
+    """Take the steps and write the result; return the exit code."""
+    total = count_steps(recipe.training, batches)
+    early_stop = recipe.evaluation.early_stop is not None
+    prompts = _read_prompts(recipe.evaluation.sample_prompts)
+    numbers = _numbers(recipe.training, method, total)
+    scaled = str(method.computed) == "float16"
+    state = (
+        method.trained,
+        devices.state(numbers.optimizer(), method.trained, loss_scaling=scaled),
     )
-    for line in method.checkpoint.notes:
-        note(line)
-
-
-def _say_end(position: Position, total: int, chosen: bool) -> None:
-    if position.skipped:
-        note(f"{position.skipped} of {position.step} steps changed nothing")
-    if position.step < total:
-        note(f"ended after step {position.step} of {total}: the validation loss stopped improving")
-    if chosen:
-        note(f"the best evaluation was after step {position.best_step}, loss {position.best:.4g}")
-
-
-def _check_outcome(position: Position, choosing: bool) -> None:
-    """Refuses a run that changed nothing, and one of which no evaluation can be the best."""
-    if position.skipped == position.step:
-        raise InputError(
-            f"all {position.step} steps were left out, so nothing was learned",
-            "Their losses or gradients were NaN or infinite.",
-            "Take a lower --lr, or look at the rows, with another --output.",
+    evaluate = _evaluation(recipe, method, sets, prompts, devices)
+    _describe(method, batches, total)
+    out.begin(recipe.settings())
+    log_path = (recipe.output.log_jsonl or out.log) if join.is_first() else os.devnull
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(Stopping())
+        checkpoints = stack.enter_context(Checkpoints(out.state, keep=recipe.output.keep))
+        best = stack.enter_context(Checkpoints(out.best, keep=1)) if early_stop else None
+        state, position = _resume(checkpoints, state, total)
+        if position.step > 0 or recipe.output.log_jsonl is None:
+            cut_log(log_path, position.step)
+        every = recipe.output.log_every
+        log = stack.enter_context(Log(total, every=every, path=log_path, taken=position.step))
+        loop = Loop(
+            step=_compiling_step(recipe, method, devices, numbers, log, state),
+            evaluate=evaluate,
+            rate=lambda updates: float(numbers.schedule(updates)),
+            device=devices.first,
+            batches=batches,
+            total=total,
+            save_every=recipe.output.save_every,
+            log=log,
+            checkpoints=checkpoints,
+            stopping=stopping,
+            eval_every=recipe.evaluation.eval_every,
+            early_stop=recipe.evaluation.early_stop,
+            best=best,
+            skip_bad=recipe.training.nan_policy == "skip",
         )
-    if choosing and position.best is None:
-        raise InputError(
-            "no validation loss was finite, so none is the best",
-            f"--early-stop chooses the result by it; the training ended after step "
-            f"{position.step}, and its last checkpoint stays.",
-            "Look at the validation rows, or leave --early-stop out, with another --output.",
-        )
+        with device_errors(f"training, {recipe.training.batch_size} rows at once", _smaller):
+            state = loop.run(state, position)
+        if stopping.agree():
+            note(f"saved after step {position.step}; resume with --resume auto")
+            return stopping.exit_code
+        _check_outcome(position, choosing=early_stop)
+        if best is not None and best.newest is not None:
+            best.finish()
+            state, _ = best.restore(best.newest, state)
+    _report(position, total, choosing=early_stop)
+    note(f"the result is in {method.write(out.path, state[0])}")
+    if recipe.output.plot is not None and join.is_first():
+        curve.draw(read_log(log_path), recipe.output.plot)
+    return 0
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """The questions of `--sample-prompts`."""
-    if args.sample_prompts is None:
+def _read_prompts(path: str | None) -> list[str]:
+    """Return the prompts of `--sample-prompts`."""
+    if path is None:
         return []
-    lines = [line for line in read_utf8(args.sample_prompts).splitlines() if line.strip()]
+    lines = [line for line in read_utf8(path).splitlines() if line.strip()]
     if not lines:
-        raise InputError(f"{args.sample_prompts} has no questions", "There is one in each line.")
+        raise InputError(f"{path} has no prompts", fix="Write one per line.")
     return lines
 
 
-def _announced(
-    step: Any, base: Any, devices: Devices, seed: int, numbers: Numbers, log: Log
+def _numbers(training: TrainingOptions, method: Method, total: int) -> Numbers:
+    assert training.lr is not None
+    return Numbers.of(
+        make_schedule(training.schedule, lr=training.lr, steps=total, warmup=training.warmup),
+        None if method.base is None else method.model(method.trained)[1],
+        weight_decay=training.weight_decay,
+        clip=training.clip,
+        noise=training.neftune,
+    )
+
+
+def _evaluation(
+    recipe: Recipe, method: Method, sets: Sets, prompts: list[str], devices: Devices
+) -> Callable[[Any], dict[str, dict[str, float]]] | None:
+    """Return the evaluation of a state: sample answers and losses; None if there is nothing."""
+    if not sets and not prompts:
+        return None
+    config, rows = method.checkpoint.config, recipe.training.batch_size
+    validation = make_validation(config, sets, rows, devices)
+    answering = method.answering() if prompts else None
+
+    def evaluate(state: tuple[Any, Any]) -> dict[str, dict[str, float]]:
+        if answering is not None:
+            print_answers(answering(state[0]), prompts, note)
+        return validation(*method.model(state[0]))
+
+    return evaluate
+
+
+def _resume(checkpoints: Checkpoints, state: Any, total: int) -> tuple[Any, Position]:
+    """Return the state and position of the newest checkpoint, or those of the first step."""
+    if checkpoints.newest is None:
+        return state, Position()
+    state, saved = checkpoints.restore(checkpoints.newest, state)
+    position = Position.restored(saved, checkpoints.newest)
+    note(f"resuming after step {position.step} of {total}")
+    return state, position
+
+
+def _compiling_step(
+    recipe: Recipe, method: Method, devices: Devices, numbers: Numbers, log: Log, state: Any
 ) -> Callable[[Any, Any, int], Any]:
-    """The step, compiled ahead for each shape of batch, and that said."""
+    """Return the step, which reports when it compiles for a new shape of a batch."""
+    step = make_step(
+        method.checkpoint.config,
+        dtype=method.dtype,
+        remat=recipe.training.grad_checkpoint,
+        effective=method.effective,
+        out_shardings=devices.shardings(*state),
+    )
     compiled: dict[tuple[int, ...], Any] = {}
-    key = devices.key(seed)
+    key = devices.key(recipe.training.seed)
 
     def take(state: tuple[Any, Any], batch: Batch, number: int) -> Any:
         batch = devices.batch(batch)
         shape = batch.tokens.shape
-        arguments = (base, *state, batch, key, number, numbers)
+        arguments = (method.base, *state, batch, key, number, numbers)
         if shape not in compiled:
-            jax.block_until_ready(state)  # what still runs is not compiling
+            jax.block_until_ready(state)  # the time of earlier steps does not count as compiling
             note(f"compiling the step for {' x '.join(map(str, shape))} tokens")
             start = time.perf_counter()
             with log.apart(), devices.active():
@@ -363,26 +320,42 @@ def _announced(
     return take
 
 
-def _evaluate(
-    args: argparse.Namespace,
-    method: Method,
-    sets: dict[str, Any],
-    prompts: list[str],
-    devices: Devices,
-) -> Callable[[Any], dict[str, dict[str, float]]] | None:
-    """What is looked at in between, if anything."""
-    if not sets and not prompts:
-        return None
-    validation = Validation(method.checkpoint.config, sets, args.batch_size, devices)
-    answering = method.answering() if prompts else None
-
-    def evaluate(state: tuple[Any, Any]) -> dict[str, dict[str, float]]:
-        if answering is not None:
-            answer(answering(state[0]), prompts, note)
-        return validation(*method.model(state[0]))
-
-    return evaluate
-
-
 def _smaller() -> tuple[str, str]:
     return "", "Try a smaller --batch-size with more --grad-accum, or a smaller --max-length."
+
+
+def _describe(method: Method, batches: Batches, total: int) -> None:
+    note(
+        f"{len(batches.dataset)} sequences, {total} steps; training {method.num_trained:,} of "
+        f"{method.checkpoint.summary.num_params:,} parameters, computing in {method.computed}"
+    )
+    for line in method.checkpoint.notes:
+        note(line)
+
+
+def _report(position: Position, total: int, *, choosing: bool) -> None:
+    if position.skipped:
+        note(f"{position.skipped} of {position.step} steps changed nothing")
+    if position.step < total:
+        note(f"ended after step {position.step} of {total}: the validation loss stopped improving")
+    if choosing:
+        note(f"the best evaluation was after step {position.best_step}, loss {position.best:.4g}")
+    for line in losses(position.losses):
+        note(line)
+
+
+def _check_outcome(position: Position, *, choosing: bool) -> None:
+    """Refuse a run that changed nothing, and one that has no best evaluation to choose."""
+    if position.skipped == position.step:
+        raise InputError(
+            f"all {position.step} steps were left out, so nothing was learned",
+            "Their losses or gradients were NaN or infinite.",
+            "Lower --lr, or check the rows; use another --output.",
+        )
+    if choosing and position.best is None:
+        raise InputError(
+            "no validation loss was finite, so none is the best",
+            f"--early-stop chooses the result by it; training ended after step {position.step}, "
+            "and its last checkpoint stays.",
+            "Check the validation rows, or leave --early-stop out; use another --output.",
+        )

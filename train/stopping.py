@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a training between two steps, after saving."""
+"""Ctrl-C, SIGTERM and SIGHUP end a training run between two steps, after saving."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from glm2_jax.processes import join
 
 
 class Stopping:
-    """Takes the signals that end a tool over, for the main thread, until it is left: a context
-    manager.
+    """Handles the signals that end a command as long as it is open. A context manager.
 
     The second signal ends the process at once: what was saved before is complete.
 
     Attributes:
-        signal: the signal that asked for the end; None while nobody did. Of several processes all
-            have that of any of them, once they have agreed.
+        signal: the signal that asked to stop, or None. All processes of a run have the one that
+            any of them received, once they have agreed.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._came: int | None = None  # to this process
+        self._received: int | None = None  # by this process
 
     def __enter__(self) -> Stopping:
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        # The thread reads them from the pipe: the main one may be inside a step for long.
+        # A thread reads them from the pipe, because the main one may be inside a step for long.
         self._before = {
             signum: signal.signal(signum, lambda signum, frame: None)
             for signum in interrupt.ending_signals()
@@ -46,21 +45,23 @@ class Stopping:
 
     @property
     def exit_code(self) -> int:
-        """Of the process: 0 while nobody asked for the end."""
+        """The exit code of the process: 0 without a signal."""
         return 0 if self.signal is None else interrupt.exit_code(self.signal)
 
     def agree(self) -> bool:
-        """Whether any process of the run was asked to end. All have to call this, at the same
-        place of their work: `signal` changes nowhere else."""
-        self.signal = join.highest(self._came or self.signal or 0) or None
+        """Return whether any process of the run was asked to stop.
+
+        All processes must call this at the same point of their work: `signal` changes nowhere else.
+        """
+        self.signal = join.highest(self._received or self.signal or 0) or None
         return self.signal is not None
 
     def _watch(self, reading: int) -> None:
         while read := os.read(reading, 1):
             if read[0] not in self._before:
                 continue
-            if self._came is not None:
+            if self._received is not None:
                 interrupt.end(read[0])
-            self._came = read[0]
-            note("ending after this step, which is saved; once more ends at once")
+            self._received = read[0]
+            note("stopping after this step, which is saved; a second signal stops at once")
         os.close(reading)

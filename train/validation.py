@@ -1,4 +1,4 @@
-"""Looking at a model while it is trained: losses of sets that it does not learn, and answers."""
+"""Evaluation during training: losses of sets that are not trained on, and sample answers."""
 
 from __future__ import annotations
 
@@ -18,50 +18,41 @@ from train.step import make_eval
 VALIDATION, GUARD = "validation", "guard"
 
 
-class Validation:
-    """The losses of some sets.
+def make_validation(
+    config: GLMConfig, sets: Mapping[str, Dataset | Subset], batch_size: int, devices: Devices
+) -> Callable[[Any, Any], dict[str, dict[str, float]]]:
+    """Return a function of (params, adapter or None) that computes the losses of some sets.
 
     Args:
         config: the architecture.
         sets: name -> rows.
         batch_size: rows computed at once.
         devices: where to compute.
+
+    Returns:
+        Name of a set -> `loss`, nats per learned token, and `perplexity`.
     """
+    loss_of, rows = make_eval(config), devices.rows(batch_size)
+    batches = {
+        name: Batches(dataset, batch_size=batch_size, shuffle=False, rows=rows)
+        for name, dataset in sets.items()
+    }
 
-    def __init__(
-        self,
-        config: GLMConfig,
-        sets: Mapping[str, Dataset | Subset],
-        batch_size: int,
-        devices: Devices,
-    ):
-        self._loss, self._devices = make_eval(config), devices
-        own = devices.rows(batch_size)
-        self._sets = {
-            name: Batches(rows, batch_size=batch_size, shuffle=False, rows=own)
-            for name, rows in sets.items()
-        }
-
-    def __call__(self, params: Any, lora: Any) -> dict[str, dict[str, float]]:
-        """Name of a set -> `loss`, nats per learned token, and `perplexity`."""
-        return {name: self._figures(params, lora, rows) for name, rows in self._sets.items()}
-
-    def _figures(self, params: Any, lora: Any, batches: Batches) -> dict[str, float]:
+    def figures(params: Any, lora: Any, of_set: Batches) -> dict[str, float]:
         sums = []
-        for number in range(batches.steps_per_epoch(0)):
-            batch, _ = batches.at(0, number)
-            one = self._devices.batch(jax.tree.map(lambda x: x[0], batch))
-            with self._devices.active():
-                sums.append(self._loss(params, lora, one))
+        for number in range(of_set.steps_per_epoch(0)):
+            one = devices.batch(jax.tree.map(lambda x: x[0], of_set.at(0, number).batch))
+            with devices.active():
+                sums.append(loss_of(params, lora, one))
         totals = jax.device_get(sums)
         loss = math.fsum(float(s) for s, _ in totals) / sum(int(n) for _, n in totals)
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else loss * math.inf}
 
+    return lambda params, lora: {name: figures(params, lora, x) for name, x in batches.items()}
 
-def answer(
-    engine: Any, prompts: list[str], say: Callable[[str], None], max_new_tokens: int = 64
-) -> None:
-    """Answers questions greedily and says them with their answers."""
-    found = engine.generate(prompts, do_sample=False, max_new_tokens=max_new_tokens)
+
+def print_answers(engine: Any, prompts: list[str], show: Callable[[str], None]) -> None:
+    """Answer prompts greedily and show them with their answers."""
+    found = engine.generate(prompts, do_sample=False, max_new_tokens=64)
     for prompt, completion in zip(prompts, found, strict=True):
-        say(f"  {prompt} -> {' '.join(completion.text.split())}")
+        show(f"  {prompt} -> {' '.join(completion.text.split())}")

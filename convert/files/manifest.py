@@ -9,17 +9,17 @@ from typing import Any
 
 from convert.files.shards import WEIGHT_FILES, Weights, open_weights, read_json
 from convert.files.tensor import is_plain_name, reading, regular_file_size
-from glm2_jax.config import ROPE_KINDS, shorten
+from glm2_jax.choices import ROPE_KINDS, STORED_DTYPES, TEMPLATES
+from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
 from glm2_jax.schemes import SCHEMES, Scheme
-from glm2_jax.text.prompt import TEMPLATES
 
 MANIFEST = "manifest.json"
 FORMAT = "glm2-jax"
 FORMAT_VERSION = 1
 
 _CHOICES = {
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": STORED_DTYPES,
     "rope_kind": ROPE_KINDS,
     "template": TEMPLATES,
     "quantization": (None, *SCHEMES),
@@ -43,7 +43,7 @@ class Manifest:
     Attributes:
         source: the folder or the training run that it was made from.
         dtype: type of the weights, e.g. "bfloat16".
-        quantization: None, or the name of one of `glm2_jax.quant.SCHEMES`.
+        quantization: None, or the name of one of `glm2_jax.schemes.SCHEMES`.
         rope_kind: "linear" or "base".
         template: prompt template.
         files: name -> size and sum, of every file but the manifest itself.

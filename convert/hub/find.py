@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm2_jax.choices import SOURCES
 from glm2_jax.cli.files import refuse_url
-from glm2_jax.cli.flags import SOURCES
 from glm2_jax.cli.messages import Progress, human_size, note
 
 if TYPE_CHECKING:

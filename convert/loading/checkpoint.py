@@ -5,15 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from convert.loading.folder import Folder, fingerprint, open_folder, target_scheme
 from convert.loading.params import load_params
+from glm2_jax.choices import LAYER_LAYOUTS
 from glm2_jax.config import GLMConfig
-from glm2_jax.errors import DeviceError, UsageError
-from glm2_jax.quant import Scheme
+from glm2_jax.errors import UsageError
+from glm2_jax.runtime.devices import find_device
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
+from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import check_mesh
 from glm2_jax.text.tokenizer import Tokenizer
 
@@ -115,9 +116,12 @@ def load_checkpoint(
         CheckpointError: the folder cannot be opened; the message says which file and why.
         DeviceError: no such device.
     """
-    if layers not in ("stacked", "list"):
-        raise UsageError(f"layers={layers!r} is unknown.", "Known: stacked, list.")
-    device = _find_device(device) if mesh is None else _first_device(mesh, device)
+    if layers not in LAYER_LAYOUTS:
+        raise UsageError(f"layers={layers!r} is unknown.", f"Known: {', '.join(LAYER_LAYOUTS)}.")
+    if mesh is not None:
+        device = _first_device(mesh, device)
+    elif isinstance(device, str):
+        device = find_device(device)
     folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
     config = folder.config
     scheme = target_scheme(folder, quantize, quantize_embeddings)
@@ -154,19 +158,6 @@ def _first_device(mesh: Any, device: Any) -> Any:
             "Use glm2_jax.make_mesh, and leave device out.",
         )
     return mesh.devices.flat[0]
-
-
-def _find_device(device: Any) -> Any:
-    if not isinstance(device, str):
-        return device
-    try:
-        return jax.devices(device)[0]
-    except RuntimeError as error:
-        raise DeviceError(
-            f"There is no device {device!r} here.",
-            str(error).splitlines()[0],
-            f"jax sees: {', '.join(str(found) for found in jax.devices())}.",
-        ) from error
 
 
 def _notes(folder: Folder, dtype: str, scheme: Scheme | None) -> tuple[str, ...]:

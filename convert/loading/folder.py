@@ -17,15 +17,14 @@ from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native, published_keys
 from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
 from convert.layouts.tokens import assumed_places, fit_tokenizer
+from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS, TEMPLATES
 from glm2_jax.cli.files import refuse_url
 from glm2_jax.cli.text_input import read_utf8
-from glm2_jax.config import FAMILIES, PRESETS, ROPE_KINDS, GLMConfig, shorten
+from glm2_jax.config import PRESETS, GLMConfig, shorten
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
-from glm2_jax.text.prompt import TEMPLATES
 from glm2_jax.text.tokenizer import Tokenizer
 
-QUANTIZE = ("int8", "int4")  # schemes that may be asked for
 OFFICIAL_SCHEMES = {4: SCHEMES["int4-row"], 8: SCHEMES["int8"]}  # by quantization_bit
 
 _MIB = 2**20
@@ -336,17 +335,17 @@ def target_scheme(folder: Folder, quantize: str | None, embeddings: bool = False
 
     Args:
         folder: what is opened.
-        quantize: None = as stored; "none" = not at all; or one of `QUANTIZE`.
+        quantize: one of `QUANTIZE`, "none" = not at all; None = as stored.
         embeddings: whether embedding and head are to be quantized like the layers.
 
     Raises:
         UsageError: an unknown name, a folder that is quantized already, or embeddings that nobody
             says how to quantize.
     """
-    if quantize not in (*QUANTIZE, None, "none"):
+    if quantize not in (None, *QUANTIZE):
         raise UsageError(
             f"quantize={quantize!r} is unknown.",
-            f"Known: {', '.join(QUANTIZE)}, none (what is stored quantized is unpacked).",
+            f"Known: {', '.join(QUANTIZE)} (what is stored quantized is unpacked).",
         )
     stored = None if folder.scheme is None else folder.scheme.name
     name = asked_scheme(quantize, embeddings, stored=stored, model=str(folder.path))

@@ -13,7 +13,8 @@ from convert.loading.boxes import Box, shape_of, whole
 from convert.loading.fill import ArraySpec, Place
 from convert.loading.folder import Folder
 from convert.loading.values import Values, cast, row_pieces
-from glm2_jax.quant import QTensor, Scheme
+from glm2_jax.quant import QTensor
+from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import params_sharding
 
 Progress = Callable[[int, int], None]

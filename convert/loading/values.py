@@ -14,7 +14,8 @@ from convert.layouts.names import Match, Part
 from convert.loading.boxes import Box, pieces, shape_of, slices, whole
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
-from glm2_jax.quant import NO_SCALE, Scheme, quantize, unpack_int4
+from glm2_jax.quant import NO_SCALE, quantize, unpack_int4
+from glm2_jax.schemes import Scheme
 
 CHUNK_ELEMENTS = 4 * 2**20
 

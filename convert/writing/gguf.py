@@ -23,13 +23,12 @@ from convert.layouts.names import INV_FREQ
 from convert.loading.folder import Folder
 from convert.writing.destination import new_model_file
 from convert.writing.pytorch import export_entries
+from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.lora import LoRA
 from glm2_jax.text.prompt import stop_ids
 from glm2_jax.text.tokenizer import Tokenizer
-
-TYPES = ("f16", "q8_0")
 
 # Q8_0 stores 32 numbers of a row as int8 and a float16 scale.
 _BLOCK = 32
@@ -110,14 +109,14 @@ def gguf_tensors(source: Folder, kind: str, lora: LoRA | None = None) -> list[Te
 
     Args:
         source: what `open_folder` gives.
-        kind: one of `TYPES`, for the matrices. Rows that are no multiple of 32 stay f16.
+        kind: one of `GGUF_TYPES`, for the matrices. Rows that are no multiple of 32 stay f16.
         lora: an adapter to merge.
 
     Raises:
         UsageError: an unknown kind, or a model that llama.cpp does not compute.
     """
-    if kind not in TYPES:
-        raise UsageError(f"unknown type {kind!r}.", f"Known: {', '.join(TYPES)}.")
+    if kind not in GGUF_TYPES:
+        raise UsageError(f"unknown type {kind!r}.", f"Known: {', '.join(GGUF_TYPES)}.")
     config = source.config
     check_model(config)
     gguf = require_gguf()
@@ -162,7 +161,7 @@ def add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabulary
     Args:
         writer: nothing is written yet.
         source: the model.
-        kind: one of `TYPES`.
+        kind: one of `GGUF_TYPES`.
         vocabulary: of `gguf_vocabulary`.
     """
     gguf = require_gguf()

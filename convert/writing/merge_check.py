@@ -30,6 +30,7 @@ from convert.loading.folder import Folder
 from glm2_jax import compiler_options, forward
 from glm2_jax.cli.main import is_out_of_memory
 from glm2_jax.errors import CheckpointError, DeviceError
+from glm2_jax.runtime.devices import find_device
 from glm2_jax.runtime.dtypes import available_memory
 from glm2_jax.text.prompt import build_prompt
 
@@ -48,7 +49,7 @@ class MergeCheck:
         base: the folder that is merged into.
         adapter: the adapter.
         dtype: name of the type of the merged weights.
-        device: name of a platform; None = the default device.
+        device: as `glm2_jax.runtime.devices.find_device` takes it.
         progress: called with the bytes loaded and to load.
 
     Attributes:
@@ -64,7 +65,7 @@ class MergeCheck:
         adapter: Adapter,
         dtype: str,
         *,
-        device: str | None = None,
+        device: str = "auto",
         progress: Progress = lambda done, total: None,
     ):
         self.base, self.dtype, self.device = base, dtype, device
@@ -130,7 +131,7 @@ class MergeCheck:
     @contextlib.contextmanager
     def _memory(self) -> Iterator[None]:
         needed = self.base.config.num_params * (4 if self.dtype == "float32" else 2)
-        platform = self.device or jax.default_backend()
+        platform = find_device(self.device).platform
         if platform == "cpu" and needed > available_memory():
             raise _too_large(f"{needed} bytes are needed and {available_memory()} can be used.")
         try:

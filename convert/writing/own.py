@@ -28,9 +28,10 @@ from convert.writing.destination import new_checkpoint
 from convert.writing.floats import float_chunks
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
-from glm2_jax.quant import QTensor, Scheme
+from glm2_jax.quant import QTensor
 from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.runtime.gather import gathered
+from glm2_jax.schemes import Scheme
 from glm2_jax.text.tokenizer import Tokenizer
 
 DEFAULT_SHARD_SIZE = 4 * 10**9

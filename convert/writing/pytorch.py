@@ -20,13 +20,12 @@ from convert.loading.values import Values
 from convert.writing.destination import new_checkpoint
 from convert.writing.floats import float_chunks
 from convert.writing.own import DEFAULT_SHARD_SIZE, float_dtype, json_file, small_files
+from glm2_jax.choices import LAYOUTS
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import LoRA
 from glm2_jax.schemes import Scheme
 from glm2_jax.text.prompt import stop_ids
-
-LAYOUTS = ("glm", "chatglm")
 
 # What the official configurations say beside the keys that `GLMConfig` knows.
 _OFFICIAL = {

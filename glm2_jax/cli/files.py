@@ -309,3 +309,20 @@ def real_path(path: str | os.PathLike) -> Path:
 
 
 BUCKET = "gs://"  # of Google Cloud Storage
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file under a temporary name and rename it to `path`.
+
+    Raises:
+        OSError: it cannot be written; `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

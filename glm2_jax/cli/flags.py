@@ -2,11 +2,9 @@
 
 import argparse
 
+from glm2_jax.choices import FAMILIES, ROPE_KINDS, SOURCES, TEMPLATES
 from glm2_jax.cli.arguments import path_argument, positive
 from glm2_jax.cli.parser import Parser
-from glm2_jax.family import FAMILIES
-
-SOURCES = ("hf", "modelscope")
 
 
 def add_model_options(parser: Parser) -> None:
@@ -23,13 +21,13 @@ def add_model_options(parser: Parser) -> None:
     add_hub_flags(group)
     group.add_argument(
         "--rope-scaling",
-        choices=("linear", "base"),
+        choices=ROPE_KINDS,
         help="meaning of rope_ratio, where the checkpoint does not say it: linear divides the "
         "positions (chatglm2-6b-32k), base multiplies the rotary base (chatglm3-6b-32k, -128k)",
     )
     group.add_argument(
         "--template",
-        choices=("chatglm2", "chatglm3", "raw"),
+        choices=TEMPLATES,
         help="prompt template (default: by the checkpoint's family)",
     )
     add_family(group)

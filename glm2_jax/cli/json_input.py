@@ -28,15 +28,19 @@ def parse_json(text: str) -> Any:
         raise InputError("not JSON", str(error)) from None
 
 
-def parse_object(line: bytes) -> dict[str, Any]:
-    """Reads a JSON object whose keys differ; InputError says what is wrong with it."""
+def parse_line(line: bytes) -> Any:
+    """Return the value of a line of JSON; InputError as `parse_json`, or if it is not UTF-8."""
     try:
-        text = line.decode("utf-8").rstrip("\r\n")
+        return parse_json(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise InputError(
             "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(line)}?"
         ) from None
-    row = parse_json(text)
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Reads a JSON object whose keys differ; InputError says what is wrong with it."""
+    row = parse_line(line)
     if not isinstance(row, dict):
         raise InputError("not a JSON object", "write {...} with a value for each key")
     return row

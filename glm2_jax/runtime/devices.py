@@ -20,30 +20,34 @@ def find_mesh(mesh: str | None, device: str = "auto") -> Mesh | None:
     """Return the mesh of a command's flags; None = one device.
 
     Args:
-      mesh: the value of `--mesh`.
-      device: the kind of its devices, as `find_device` takes it.
+        mesh: the value of `--mesh`.
+        device: the kind of its devices, as `find_device` takes it.
 
     Raises:
-      UsageError: it makes no sense, or takes more or fewer devices than there are; or there are
-        several processes and no mesh. DeviceError: there is no such device.
+        UsageError: as of `as_mesh`, or there are several processes and no mesh.
+        DeviceError: there is no such device.
     """
-    if mesh is None:
-        # In this order, since the second starts jax's devices.
-        if not jax.distributed.is_initialized() or jax.process_count() == 1:
-            return None
-        raise UsageError(
-            "several processes need --mesh or --tp",
-            "It says how their devices share the work.",
-            f"Use for example --mesh data={jax.device_count()}.",
-        )
-    return as_mesh(mesh, device)
+    if mesh is not None:
+        return as_mesh(mesh, device)
+    # In this order, since the second starts jax's devices.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return None
+    raise UsageError(
+        "several processes need --mesh or --tp",
+        "It says how their devices share the work.",
+        f"Use for example --mesh data={jax.device_count()}.",
+    )
 
 
 def find_device(name: Any) -> Any:
-    """The first device of a kind; a `jax.Device` is taken as it is.
+    """Return the first device of a kind; a `jax.Device` is returned as it is.
+
+    Args:
+        name: one of `choices.DEVICES`; None = "auto".
 
     Raises:
-      UsageError: an unknown name. DeviceError: this machine, or this JAX, has none.
+        UsageError: an unknown name.
+        DeviceError: this machine, or this JAX, has no such device.
     """
     if isinstance(name, jax.Device):
         return name
@@ -52,8 +56,8 @@ def find_device(name: Any) -> Any:
         raise UsageError(f"unknown device {name!r}", fix=f"Known: {', '.join(DEVICES)}.")
     try:
         return jax.local_devices(backend=None if name == "auto" else name)[0]
-    except (RuntimeError, AssertionError) as error:  # the latter where none can be initialized
-        reason = (str(error).splitlines() or ["JAX could initialize none."])[0]
+    except (RuntimeError, AssertionError) as error:  # the latter if none can be initialized
+        reason = (str(error).splitlines() or ["JAX could not initialize any device."])[0]
         platforms = os.environ.get("JAX_PLATFORMS")
         fix = "Use device 'auto' or 'cpu', or install the JAX package for that device."
         if platforms:
@@ -62,49 +66,49 @@ def find_device(name: Any) -> Any:
 
 
 def as_mesh(mesh: Any, device: Any = None) -> Mesh:
-    """A mesh of all devices of a kind.
+    """Return a mesh of all devices of a kind.
 
     Args:
-      mesh: a text such as "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`, which is
-        checked.
-      device: the kind, as `find_device` takes it.
+        mesh: a text such as "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`, which is
+            checked.
+        device: the kind, as `find_device` takes it.
 
     Raises:
-      UsageError: it makes no sense, or takes more or fewer devices than there are. DeviceError:
-        there is no such device.
+        UsageError: the mesh is not valid, or takes more or fewer devices than there are.
+        DeviceError: there is no such device.
     """
     if isinstance(mesh, Mesh):
         if device not in (None, "auto"):
             raise UsageError(
-                f"device={device!r} contradicts mesh={mesh!r}", "A mesh has devices of its own."
+                f"device={device!r} contradicts mesh={mesh!r}", "A mesh names its devices."
             )
         if set(mesh.axis_names) != set(AXES):
             raise UsageError(
-                f"a mesh with the axes {', '.join(map(str, mesh.axis_names))}",
-                f"Its axes have to be {', '.join(AXES)}, in any order; unused ones have size 1.",
+                f"a mesh with the axes {', '.join(map(str, mesh.axis_names))} is not supported",
+                f"Its axes must be {', '.join(AXES)}, in any order; unused ones have size 1.",
                 "Make it with glm2_jax.make_mesh.",
             )
         return mesh
     if isinstance(device, jax.Device):
         raise UsageError(
             f"device={device!r} is one device, and a mesh takes all of a kind",
-            fix="Name the kind, or leave device out.",
+            fix="Name the kind, or omit device.",
         )
     if isinstance(mesh, Mapping):
         mesh = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     if not isinstance(mesh, str):
-        raise UsageError(f"mesh={mesh!r} is no mesh", fix="Write it like data=2,tensor=4.")
+        raise UsageError(f"mesh={mesh!r} is not a mesh", fix="Write it like data=2,tensor=4.")
     sizes = parse_mesh(mesh)
     return make_mesh(sizes, jax.devices(find_device(device).platform))
 
 
 def faster_layers(platform: str, *, on_mesh: bool = False) -> str:
-    """The layout of the layers that decodes faster ("stacked" or "list").
+    """Return the layout of the layers that decodes faster: "stacked" or "list".
 
     On a CPU a scan over stacked layers copies each layer out first, and takes three times as long.
-    XLA:GPU at few rows and XLA:TPU fuse that away (checked in compiled programs, not measured), and
+    XLA:GPU at few rows and XLA:TPU fuse that (checked in compiled programs, not measured), and
     compile a stacked model in a tenth of the time. On a mesh products are plain dots, for which
-    XLA:GPU copies each layer out, too.
+    XLA:GPU copies each layer, too.
     """
     return "list" if platform == "cpu" or (platform == "gpu" and on_mesh) else "stacked"
 
@@ -113,12 +117,11 @@ def faster_layers(platform: str, *, on_mesh: bool = False) -> str:
 def device_errors(
     doing: str, explain: Callable[[], Shortage | None] = lambda: None
 ) -> Iterator[None]:
-    """Turns running out of memory, on the device or the host, into a DeviceError that says what
-    fits.
+    """Turn running out of device or host memory into a DeviceError that says what would fit.
 
     Args:
-      doing: what was tried, with its sizes.
-      explain: asked for the rest when it happens.
+        doing: what is computed, with its sizes.
+        explain: called for the other parts of the message when it happens.
     """
     try:
         yield
@@ -133,7 +136,7 @@ def device_errors(
 
 
 def _exhausted(error: Exception) -> bool:
-    """Whether it is about memory: of the device, of Python, or for a file that is mapped."""
+    """Return whether memory ran out: of the device, of Python, or for a mapped file."""
     if isinstance(error, CheckpointError):
         cause = error.__cause__
         return isinstance(cause, OSError) and cause.errno == errno.ENOMEM

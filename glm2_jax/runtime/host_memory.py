@@ -1,4 +1,4 @@
-"""What the operating system says of this machine's memory. Needs no jax."""
+"""The memory of this machine, as the operating system reports it. Needs no jax."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_NO_LIMIT = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
-# Address space that jax and its libraries map beside the memory that they use: measured 1.3 GB on
-# Linux with jax 0.10. Where it is missing, XLA's compiler ends the process without a word.
+_NO_LIMIT = 2**60  # cgroup v1 writes a number near 2**63 for "no limit"
+# Address space that jax and its libraries map in addition to the memory that they use: measured
+# 1.3 GB on Linux with jax 0.10. Without it XLA's compiler ends the process without a message.
 _MAPPED = 1_500_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Host memory in bytes; None where the system does not say.
+    """Host memory in bytes; None = unknown.
 
     Attributes:
-      total, available: of the machine.
-      limit, limit_left: what the control groups (a container, a batch system) leave of it.
-      process_limit: what the process's own limits (`ulimit -v`, `ulimit -d`) leave to arrays.
+        total, available: of the machine.
+        limit, limit_left: of the control groups (a container, a batch system).
+        process_limit: what the limits of the process (`ulimit -v`, `ulimit -d`) leave to arrays.
     """
 
     total: int | None = None
@@ -33,30 +33,26 @@ class Memory:
     @property
     def usable(self) -> int | None:
         """What a new program can have."""
-        told = (self.available, self.limit_left, self.process_limit)
-        known = [n for n in told if n is not None]
-        return min(known) if known else self.total
+        known = [self.available, self.limit_left, self.process_limit]
+        return min((size for size in known if size is not None), default=self.total)
 
 
 def find_memory(root: Path = Path("/"), *, own: bool = False) -> Memory:
-    """Host memory, and what the control groups leave of it.
+    """Return the host memory and what limits it.
 
     Args:
-      own: count as free what this process has already taken, for it to start anew.
+        root: of the file system; another one in tests.
+        own: count memory that this process already has as free.
     """
     text = read_text(root / "proc/meminfo")
-    total, available = (
-        int(match[1]) * 1024 if (match := re.search(rf"^{name}:\s+(\d+) kB", text, re.M)) else None
-        for name in ("MemTotal", "MemAvailable")
-    )
+    total, available = (_kilobytes(name, text) for name in ("MemTotal", "MemAvailable"))
     if total is None:
-        try:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows
             total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, OSError, ValueError):  # Windows has no such thing
-            pass
     limits = [pair for folder in _memory_groups(root) if (pair := _group_limit(folder))]
     below = [pair for pair in limits if total is None or pair[0] < total]
-    taken = _resident(root) if own else 0
+    status = read_text(root / "proc/self/status") if own else ""
+    taken = _kilobytes("RssAnon", status) or 0
     return Memory(
         total,
         None if available is None else available + taken,
@@ -66,14 +62,14 @@ def find_memory(root: Path = Path("/"), *, own: bool = False) -> Memory:
     )
 
 
-def _resident(root: Path) -> int:
-    """Bytes of memory that this process has; 0 where the system does not say."""
-    match = re.search(r"^RssAnon:\s+(\d+) kB", read_text(root / "proc/self/status"), re.M)
-    return 0 if match is None else int(match[1]) * 1024
+def _kilobytes(name: str, text: str) -> int | None:
+    """Return the bytes of a line such as "MemTotal:  16000000 kB"; None without such a line."""
+    match = re.search(rf"^{name}:\s+(\d+) kB", text, re.M)
+    return None if match is None else int(match[1]) * 1024
 
 
 def _process_limit() -> int | None:
-    """Bytes that `ulimit` leaves to this process; None = it limits nothing."""
+    """Return the bytes that `ulimit` leaves to this process; None = no limit."""
     known = []
     with contextlib.suppress(ImportError):  # Windows
         import resource
@@ -86,7 +82,7 @@ def _process_limit() -> int | None:
 
 
 def _memory_groups(root: Path) -> list[Path]:
-    """The control groups of this process that may limit memory, with all their parents."""
+    """Return the control groups that may limit this process's memory, with all their parents."""
     folders = []
     for line in read_text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
@@ -102,7 +98,7 @@ def _memory_groups(root: Path) -> list[Path]:
 
 
 def _group_limit(folder: Path) -> tuple[int, int] | None:
-    """(limit, used without what can be dropped at once) of a control group, bytes."""
+    """Return (limit, used without what can be dropped at once) of a control group, in bytes."""
     for limit_file, used_file, droppable in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -118,7 +114,7 @@ def _group_limit(folder: Path) -> tuple[int, int] | None:
 
 
 def read_text(path: Path) -> str:
-    """A small file's text; "" where there is none."""
+    """Return a small file's text; "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

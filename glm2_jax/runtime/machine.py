@@ -1,7 +1,4 @@
-"""What a machine has, as far as it matters here: plain facts, gathered by `probing`.
-
-The doctor judges nothing else, so that tests make up machines as they like.
-"""
+"""The facts about a machine that matter here; `probing` collects them, the doctor judges them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from glm2_jax.runtime.host_memory import Memory
 
 @dataclass(frozen=True)
 class Device:
-    """A device that jax found; `memory` is what jax may use, bytes, where it tells."""
+    """A device that jax found; `memory` is what jax may use, in bytes, if known."""
 
     platform: str  # "cpu", "gpu", "tpu"
     kind: str
@@ -24,12 +21,12 @@ class Device:
 
 @dataclass(frozen=True)
 class JaxProbe:
-    """What became of jax in a process of its own.
+    """What jax did in a separate process.
 
     Attributes:
-      devices: none where jax does not work.
-      error: one line; "" where jax works.
-      said: what it wrote on standard error, the telling lines.
+        devices: empty if jax does not work.
+        error: one line; "" if jax works.
+        said: the important lines of its standard error.
     """
 
     devices: tuple[Device, ...] = ()
@@ -43,7 +40,7 @@ class JaxProbe:
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU as nvidia-smi tells it; bytes."""
+    """An NVIDIA GPU as nvidia-smi lists it; bytes."""
 
     name: str
     total: int
@@ -55,11 +52,11 @@ class Nvidia:
     """Signs of NVIDIA GPUs.
 
     Attributes:
-      on_bus: GPUs on the PCI bus.
-      nodes: device files of GPUs, /dev/nvidia0 or /dev/dxg.
-      driver: version of the kernel driver, "" where it is not loaded.
-      gpus: what nvidia-smi lists.
-      smi_error: why nvidia-smi gave no list; "" where it did, or is not installed.
+        on_bus: GPUs on the PCI bus.
+        nodes: device files of GPUs, /dev/nvidia0 or /dev/dxg.
+        driver: version of the kernel driver, "" if it is not loaded.
+        gpus: what nvidia-smi lists.
+        smi_error: why nvidia-smi gave no list; "" if it did, or is not installed.
     """
 
     on_bus: int = 0
@@ -75,7 +72,7 @@ class Nvidia:
 
 @dataclass(frozen=True)
 class Disk:
-    """Free bytes where something is kept; None where the folder cannot be asked."""
+    """Free bytes of the disk that a folder is on; None = unknown."""
 
     purpose: str
     folder: str
@@ -84,7 +81,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder of compiled programs; `folder` is "off" where there is to be none."""
+    """The folder of compiled programs; `folder` is "off" if they are not kept."""
 
     folder: str
     exists: bool = False
@@ -98,10 +95,10 @@ class Machine:
     """Everything that the doctor judges.
 
     Attributes:
-      packages: name -> version, of those that are installed.
-      variables: environment variables that change what jax does, where set.
-      avx: whether the processor has it; None where unknown or meaningless.
-      jax_on_cpu: a second try without accelerators, where the first failed.
+        packages: name -> version of those that are installed.
+        variables: environment variables that are set and change what jax does.
+        avx: whether the processor has it; None = unknown.
+        jax_on_cpu: a second attempt without accelerators if the first failed.
     """
 
     system: str = "Linux"

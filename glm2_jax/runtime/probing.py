@@ -1,10 +1,11 @@
-"""Looks at this machine, without importing jax here.
+"""Looks at this machine without importing jax here.
 
-Everything that can crash or hang (jax with its plugins, nvidia-smi) runs in a process of its own.
+Everything that can crash or hang (jax with its plugins, nvidia-smi) runs in a separate process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,24 +17,20 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from glm2_jax.cli.main import version
 from glm2_jax.runtime.compile_cache import OFF, default_folder
 from glm2_jax.runtime.host_memory import find_memory, read_text
 from glm2_jax.runtime.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Nvidia
 
-PACKAGES = ("glm2-jax", "jax", "jaxlib", "flax")
-PLUGINS = (
-    "jax-cuda12-plugin",
-    "jax-cuda12-pjrt",
-    "jax-cuda13-plugin",
-    "jax-cuda13-pjrt",
-    "libtpu",
-)
+_CUDA = [f"jax-cuda{version}-{part}" for version in (12, 13) for part in ("plugin", "pjrt")]
+PACKAGES = ("glm2-jax", "jax", "jaxlib", "flax", *_CUDA, "libtpu")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "LD_LIBRARY_PATH")
 JAX_SECONDS = 180.0  # an accelerator that starts cold on a slow disk takes most of a minute
 TOOL_SECONDS = 20.0
 
-# Runs in the child: a line for each stage, so that a crash or a hang shows where it happened.
+# Runs in the child; it prints a line for each stage, so that a crash or a hang shows where it was.
 _JAX_PROBE = """
 import json, os, sys
 def stage(name): print("stage " + name, flush=True)
@@ -43,8 +40,8 @@ stage("import flax")
 import flax.linen
 stage("find devices")
 try: devices = jax.local_devices()
-except AssertionError:  # all it says
-    sys.exit("jax can initialize none of JAX_PLATFORMS=" + os.environ.get("JAX_PLATFORMS", ""))
+except AssertionError:  # which has no message
+    sys.exit("jax cannot initialize any of JAX_PLATFORMS=" + os.environ.get("JAX_PLATFORMS", ""))
 stage("compute")
 assert float((jnp.ones(8) + 1).sum()) == 16
 found = []
@@ -64,7 +61,7 @@ _MARKUP = re.compile(r"^([IWEF]\d{4} [^\]]*\]|(ERROR|WARNING|INFO):.*?[a-z_]:\d+
 
 
 def probe() -> Machine:
-    """Looks at this machine; takes as long as starting jax does."""
+    """Look at this machine; takes as long as starting jax does."""
     nvidia = find_nvidia()  # before jax, which may itself take GPU memory
     jax = probe_jax()
     return Machine(
@@ -73,7 +70,7 @@ def probe() -> Machine:
         python=platform.python_version(),
         container=any(Path(p).exists() for p in ("/.dockerenv", "/run/.containerenv"))
         or "KUBERNETES_SERVICE_HOST" in os.environ,
-        packages=installed(PACKAGES + PLUGINS),
+        packages=installed(),
         variables={
             name: value
             for name, value in sorted(os.environ.items())
@@ -90,97 +87,115 @@ def probe() -> Machine:
     )
 
 
-def installed(names: tuple[str, ...]) -> dict[str, str]:
-    """name -> version of the packages that are installed; nothing is imported."""
+def installed() -> dict[str, str]:
+    """Return the versions of those of `PACKAGES` that are installed; imports none of them."""
     found = {}
-    for name in names:
-        try:
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
+
+
+def describe_software() -> str:
+    """Return the versions of this package, of what it computes with and of the system, in a line
+    for reports."""
+    found = {k: v for k, v in installed().items() if k != "glm2-jax"}
+    versions = [f"{name} {number}" for name, number in found.items()]
+    system = f"{platform.system()} {platform.machine()}"
+    return ", ".join([version(), *versions, f"Python {platform.python_version()}", system])
+
+
+def describe_device(device: Any) -> str:
+    """Return the name of a `jax.Device` for reports; of a GPU with the version of its driver."""
+    if device.platform == "cpu":
+        return processor()
+    driver = find_nvidia().driver if device.platform == "gpu" else ""
+    return device.device_kind + (f", driver {driver}" if driver else "")
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    match = re.search(r"^model name\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def run_tool(
     command: list[str], seconds: float, env: Mapping[str, str] | None = None
 ) -> tuple[int | None, str, str]:
-    """Runs a program that may hang.
+    """Run a program that may hang.
 
     Returns:
-      Exit status (negative: a signal; None: it took longer than `seconds` and was killed),
-      standard output, standard error.
+        Exit status (negative: a signal; None: killed after `seconds`), standard output, standard
+        error.
 
     Raises:
-      OSError: it cannot be started.
+        OSError: it cannot be started.
     """
+    # Files, not pipes: nothing can wait for a reader, and the output of a killed program stays.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        # Files, not pipes: nothing can wait for a reader, and what was said stays readable.
+        environment = {**os.environ, **(env or {})}
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            env={**os.environ, **(env or {})},
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment
         )
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = None
             process.kill()
-            try:
+            # Even SIGKILL does not end a process that is stuck in the driver.
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-            except subprocess.TimeoutExpired:
-                pass  # stuck inside the driver: not even SIGKILL ends it, so leave it
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode("utf-8", "replace"))
-    return status, texts[0], texts[1]
+        out.seek(0)
+        err.seek(0)
+        return status, out.read().decode("utf-8", "replace"), err.read().decode("utf-8", "replace")
 
 
 def probe_jax(
     env: Mapping[str, str] | None = None, *, code: str = _JAX_PROBE, seconds: float = JAX_SECONDS
 ) -> JaxProbe:
-    """Starts jax in a process of its own and computes something.
+    """Start jax in a separate process and compute something.
 
     Args:
-      env: further environment variables.
-      code: what the process runs; for tests.
-      seconds: how long it may take.
+        env: additional environment variables.
+        code: what the process runs; for tests.
+        seconds: how long it may take.
     """
-    # Without preallocation the test computation also works beside another program.
+    # Without preallocation the test also works while another program uses the GPU.
     quiet = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "1"}
     try:
-        status, out, err = run_tool([sys.executable, "-c", code], seconds, quiet | dict(env or {}))
+        # Without -P a file of the user's in this folder, such as jax.py, would be imported.
+        command = [sys.executable, "-P", "-c", code]
+        status, out, err = run_tool(command, seconds, quiet | dict(env or {}))
     except OSError as error:
         return JaxProbe(error=f"Python could not be started: {error.strerror}")
-    said = telling_lines(err)
+    said = important_lines(err)
     if status == 0:
         devices = json.loads(out.strip().splitlines()[-1])
         return JaxProbe(tuple(Device(**device) for device in devices), said=said)
-    stages = re.findall(r"^stage (.*)$", out, flags=re.MULTILINE)
-    where = f" (at: {stages[-1]})" if stages else ""
     if status is None:
-        return JaxProbe(error=f"no answer within {seconds:.0f} seconds{where}", said=said)
-    if status < 0:
-        return JaxProbe(error=f"crashed with signal {-status}{where}", said=said)
-    return JaxProbe(error=f"{said[-1] if said else f'exit status {status}'}{where}", said=said)
+        error = f"no answer within {seconds:.0f} seconds"
+    elif status < 0:
+        error = f"crashed with signal {-status}"
+    else:
+        error = said[-1] if said else f"exit status {status}"
+    stages = re.findall(r"^stage (.*)$", out, flags=re.MULTILINE)
+    return JaxProbe(error=error + (f" (at: {stages[-1]})" if stages else ""), said=said)
 
 
-def telling_lines(text: str, count: int = 4, width: int = 300) -> tuple[str, ...]:
-    """The last few lines of a log that say something, without its time stamps, each once."""
+def important_lines(text: str, count: int = 4, width: int = 300) -> tuple[str, ...]:
+    """Return the last few important lines of a log, without time stamps, each once."""
     lines = [line for line in text.splitlines() if not _UNIMPORTANT.match(line)]
     clean = [_MARKUP.sub("", line).strip()[:width] for line in lines]
     return tuple(dict.fromkeys(line for line in clean if line))[-count:]
 
 
 def find_nvidia(root: Path = Path("/")) -> Nvidia:
-    """Looks for NVIDIA GPUs: on the bus, in /dev, in the driver, and with nvidia-smi."""
+    """Look for NVIDIA GPUs: on the bus, in /dev, in the driver, and with nvidia-smi."""
     gpus, smi_error, smi_driver = _ask_nvidia_smi()
     text = read_text(root / "proc/driver/nvidia/version")
     match = re.search(r"Kernel Module.*?\s(\d+\.\d+(\.\d+)?)\s", text)
     return Nvidia(
-        on_bus=len(_pci(root, "0x10de", ("0x03",))),
+        on_bus=len(_pci(root, "0x10de", "0x03")),
         nodes=len([*root.glob("dev/nvidia[0-9]*"), *root.glob("dev/dxg")]),
         driver=match[1] if match else smi_driver,
         gpus=gpus,
@@ -189,7 +204,7 @@ def find_nvidia(root: Path = Path("/")) -> Nvidia:
 
 
 def _ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str, str]:
-    """(GPUs, why there are none, driver version)."""
+    """Return (GPUs, why there are none, driver version)."""
     if not (tool := shutil.which("nvidia-smi")):
         return (), "", ""
     query = "--query-gpu=driver_version,memory.total,memory.free,name"
@@ -198,13 +213,13 @@ def _ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str, str]:
     except OSError as error:
         return (), str(error.strerror), ""
     if status != 0:
-        said = telling_lines(err + "\n" + out)
+        said = important_lines(err + "\n" + out)
         return (), said[0] if said else "no answer" if status is None else f"status {status}", ""
     return parse_nvidia_smi(out)
 
 
 def parse_nvidia_smi(text: str) -> tuple[tuple[Gpu, ...], str, str]:
-    """Reads lines of "driver, MiB in all, MiB free, name"; as `_ask_nvidia_smi` gives them."""
+    """Read lines of "driver, MiB in all, MiB free, name" as `_ask_nvidia_smi` returns them."""
     rows = [[cell.strip() for cell in line.split(",", 3)] for line in text.splitlines()]
     rows = [row for row in rows if len(row) == 4]
     if not rows:
@@ -217,53 +232,52 @@ def parse_nvidia_smi(text: str) -> tuple[tuple[Gpu, ...], str, str]:
 
 
 def count_tpus(root: Path = Path("/")) -> int:
-    """Google TPUs: their device files, or their numbers on the PCI bus (as jax knows them)."""
+    """Count Google TPUs by their device files, or by their ids on the PCI bus (as jax does)."""
     chips = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
-    on_bus = [d for d in _pci(root, "0x1ae0", ("",)) if read_text(d / "device").strip() in chips]
+    on_bus = [d for d in _pci(root, "0x1ae0") if read_text(d / "device").strip() in chips]
     return max(len(list(root.glob("dev/accel[0-9]*"))), len(on_bus))
 
 
-def _pci(root: Path, vendor: str, classes: tuple[str, ...]) -> list[Path]:
+def _pci(root: Path, vendor: str, kind: str = "") -> list[Path]:
+    """Return the PCI devices of a vendor whose class begins with `kind`."""
     return [
         device
         for device in root.glob("sys/bus/pci/devices/*")
         if read_text(device / "vendor").strip() == vendor
-        and read_text(device / "class").strip().startswith(classes)
+        and read_text(device / "class").startswith(kind)
     ]
 
 
 def has_avx(root: Path = Path("/")) -> bool | None:
-    """Whether an x86 processor has AVX, without which jaxlib crashes."""
+    """Return whether an x86 processor has AVX, without which jaxlib crashes."""
     flags = re.search(r"^flags\s*:(.*)$", read_text(root / "proc/cpuinfo"), flags=re.MULTILINE)
     return "avx" in flags[1].split() if flags else None
 
 
 def find_disks() -> tuple[Disk, ...]:
-    """Free space of the folders that a user will write to."""
-    home = (
-        os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    """Return the free space of the folders that a user will write to."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    folders = {
+        "current folder": ".",
+        "downloads": os.environ.get("HF_HUB_CACHE") or f"{hub}/hub",
+        "compiled programs": find_cache().folder,
+    }
+    return tuple(
+        Disk(purpose, path, free_space(path)) for purpose, path in folders.items() if path != OFF
     )
-    hub = os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
-    folders = {"current folder": ".", "downloads": hub}
-    cache = find_cache().folder
-    if cache != OFF:
-        folders["compiled programs"] = cache
-    return tuple(Disk(purpose, path, free_space(path)) for purpose, path in folders.items())
 
 
 def free_space(folder: str) -> int | None:
-    """Free bytes of the disk that a folder is on, or would be on; None where it cannot be told."""
+    """Return the free bytes of the disk that a folder is on, or would be on; None = unknown."""
     try:
-        path = Path(folder).expanduser().absolute()
-        while not path.exists() and path != path.parent:
-            path = path.parent
-        return shutil.disk_usage(path).free
+        return shutil.disk_usage(_existing(Path(folder).expanduser().absolute())).free
     except (OSError, RuntimeError):
         return None
 
 
 def find_cache() -> Cache:
-    """The state of the folder of compiled programs; nothing is made or written."""
+    """Return the state of the folder of compiled programs; nothing is created or written."""
     try:
         folder = default_folder()
     except RuntimeError:  # no home folder
@@ -272,10 +286,13 @@ def find_cache() -> Cache:
         return Cache(OFF)
     try:
         sizes = [path.stat().st_size for path in folder.glob("*-cache")]
-        exists, nearest = folder.is_dir(), folder
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
+        exists, nearest = folder.is_dir(), _existing(folder)
     except OSError:
         return Cache(str(folder), writable=False)
     writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
     return Cache(str(folder), exists, writable, len(sizes), sum(sizes))
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next((p for p in (path, *path.parents) if p.exists()), path)

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """Options for `jax.jit(..., compiler_options=...)` of anything that runs the scanned blocks.
+    """Return options for `jax.jit(..., compiler_options=...)` of programs that scan the blocks.
 
     XLA:CPU of jax 0.10 hoists a float32 copy of all stacked half-precision weights out of the scan:
     23 to 25 GB for a 6B model in bfloat16. Without the two hoisting passes it converts one layer
-    at a time. Its loops are vectorised for 256 bits even where there are registers of 512.
+    at a time. It vectorizes loops for 256 bits even if there are registers of 512.
 
     Args:
         platform: "cpu", "gpu" or "tpu", as `jax.Device.platform` names it.
@@ -22,9 +22,9 @@ def compiler_options(platform: str) -> dict[str, str]:
 
 
 def cache_dtype(platform: str, dtype: Any) -> Any:
-    """The type of a cache for a model that computes in `dtype`.
+    """Return the dtype of a cache for a model that computes in `dtype`.
 
-    float32 on a CPU: XLA:CPU of jax 0.10 writes a token into a half-precision cache by converting
-    the whole cache to float32 and back, in every layer.
+    It is float32 on a CPU: XLA:CPU of jax 0.10 writes a token into a half-precision cache by
+    converting the complete cache to float32 and back, in every layer.
     """
     return jnp.float32 if platform == "cpu" else dtype

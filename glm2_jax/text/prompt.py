@@ -1,6 +1,7 @@
 """Prompts as ids: ChatGLM2 rounds, ChatGLM3 role messages, and raw text.
 
-Question and answer text goes through the tokenizer alone, so it can never act as a special id.
+The text of questions and answers is encoded by the tokenizer alone, so it never becomes a special
+id.
 """
 
 import json
@@ -8,10 +9,10 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glm2_jax.choices import TEMPLATES
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
 
-TEMPLATES = ("chatglm2", "chatglm3", "raw")
 ROLES = ("system", "user", "assistant", "observation")
 Reply = str | Sequence[Mapping[str, Any]]  # an answer of a history: text, or ChatGLM3 messages
 Turns = Sequence[Sequence[Any]]  # [question, Reply]
@@ -24,64 +25,76 @@ def build_prompt(
     history: Turns = (),
     system: str | None = None,
 ) -> list[int]:
-    """Builds the ids that a question is asked with.
+    """Build the ids of a prompt.
 
     Args:
         tokenizer: the tokenizer; "chatglm3" needs one with role ids.
-        template: one of TEMPLATES.
+        template: one of `choices.TEMPLATES`.
         query: the question, not blank.
         history: (question, answer) pairs, oldest first. An answer is text; with "chatglm3" it may
             be a list of messages, as `build_messages` takes them.
-        system: instructions. ChatGLM2 has no place for them: they are put before the first
-            question, with a newline.
+        system: instructions. ChatGLM2 has no place for them: they precede the first question.
 
     Raises:
         InputError: blank question, malformed history, or history/system with "raw".
-        UsageError: unknown template, or one that the tokenizer cannot write.
+        UsageError: unknown template, or one that needs another tokenizer.
     """
     _check_turns(query, history, system)
     if template == "chatglm2":
-        return tokenizer.prefix_ids + tokenizer.encode(_rounds(query, history, system))
+        return tokenizer.prefix_ids + tokenizer.encode(chatglm2_text(query, history, system))
     if template == "chatglm3":
         return build_messages(tokenizer, _turns_to_messages(query, history, system))
     if template == "raw":
         if len(history) or system:
             raise InputError(
                 "The raw template takes neither history nor a system text.",
-                "It hands the text to the model as it is.",
+                "It passes the text to the model as it is.",
                 "Write everything into the prompt, or choose another template.",
             )
         return tokenizer.prefix_ids + tokenizer.encode(query)
-    raise UsageError(f"Unknown template {template!r}.", f"There are {', '.join(TEMPLATES)}.")
+    raise UsageError(f"unknown template {template!r}", fix=f"Known: {', '.join(TEMPLATES)}.")
 
 
-def chatglm2_text(query: str, history: Turns = ()) -> str:
-    """The text of a ChatGLM2 conversation up to the answer that is asked for.
+def chatglm2_text(query: str, history: Turns = (), system: str | None = None) -> str:
+    """Return the text of a ChatGLM2 prompt; the arguments are those of `build_prompt`.
 
     Raises:
-        InputError: blank question or malformed history.
+        InputError: an answer is a list of messages.
     """
-    _check_turns(query, history, None)
-    return _rounds(query, history, None)
+    questions = [question for question, _ in history] + [query]
+    if system:
+        questions[0] = f"{system}\n{questions[0]}"
+    for number, (_, answer) in enumerate(history, 1):
+        if not isinstance(answer, str):
+            raise InputError(
+                f"The answer in turn {number} of the history is a list of messages.",
+                "Only the chatglm3 template supports them.",
+                "Write the answer as text.",
+            )
+    answers = [f"{answer}\n\n" for _, answer in history] + [""]
+    return "".join(
+        f"[Round {number}]\n\n问：{question}\n\n答：{answer}"
+        for number, (question, answer) in enumerate(zip(questions, answers, strict=True), 1)
+    )
 
 
 def build_followup(tokenizer: Tokenizer, query: str, round_number: int) -> list[int]:
-    """The ids that continue a ChatGLM2 conversation whose last answer is already in the cache.
+    """Build the ids that continue a ChatGLM2 conversation whose last answer is in the cache.
 
-    They are exactly the end of the full prompt's ids: a newline is a byte piece, which nothing
-    can merge across, so only the dummy prefix has to go.
+    They are exactly the end of the full prompt's ids: a newline is a byte piece, which never
+    merges, so only the dummy prefix has to go.
 
     Args:
         tokenizer: the tokenizer.
         query: the next question, not blank.
-        round_number: its number; the first question is round 1 and has no follow-up form.
+        round_number: its number, 2 or more.
 
     Raises:
         InputError: blank question.
         CheckpointError: the tokenizer merges newlines, so no such suffix exists.
     """
     if round_number < 2:
-        raise ValueError(f"round {round_number} is no follow-up, build the whole prompt")
+        raise ValueError(f"round {round_number} has no follow-up, build the complete prompt")
     _check_turns(query, (), None)
     ids = tokenizer.encode(f"\n\n[Round {round_number}]\n\n问：{query}\n\n答：")
     if tokenizer.adds_dummy_prefix and tokenizer.piece(ids[0]) == SPACE_MARK:
@@ -90,19 +103,19 @@ def build_followup(tokenizer: Tokenizer, query: str, round_number: int) -> list[
         raise CheckpointError(
             "This tokenizer cannot continue a conversation piecewise.",
             "It has pieces that contain a newline, so text is split differently at the seam.",
-            "Build the whole prompt for every question.",
+            "Build the complete prompt for every question.",
         )
     return ids
 
 
 def build_messages(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[int]:
-    """Builds a ChatGLM3 prompt; the model is to answer as the assistant.
+    """Build the ids of a ChatGLM3 prompt, which the model answers as the assistant.
 
     Args:
         tokenizer: a tokenizer with role ids.
         messages: mappings with "role" (one of ROLES), "content", and optionally "metadata" (one
-            line: the tool that an assistant message calls) and, for system, "tools" (JSON). All but
-            the question that is asked last may be empty, as in the published code.
+            line: the tool that an assistant message calls) and, for system, "tools" (JSON). Only a
+            final question must not be empty, as in the published code.
 
     Raises:
         InputError: names the first malformed message.
@@ -120,18 +133,17 @@ def build_messages(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[in
         raise InputError("There are no messages.")
     ids = list(tokenizer.prefix_ids)
     for number, message in enumerate(messages, 1):
-        role, metadata, content = _check_message(message, number)
+        role, metadata, content = _check_message(message, f"Message {number}")
         if number == len(messages) and role in ("user", "system") and not content.strip():
             raise InputError(f"Message {number} ({role}) is empty.", "There is nothing to answer.")
-        # Two encodes: each gets a dummy prefix of its own, as in the published code.
+        # Encoded separately: each gets a dummy prefix, as in the published code.
         ids += [tokenizer.special[f"<|{role}|>"]]
         ids += tokenizer.encode(metadata + "\n") + tokenizer.encode(content)
     return ids + [tokenizer.special["<|assistant|>"]]
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end an answer: the end token, for ChatGLM3 the roles that follow one, and those
-    that the folder names."""
+    """Return the ids that end an answer: end token, roles that follow it, those of the folder."""
     followers = ("<|user|>", "<|observation|>")
     roles = [tokenizer.special[name] for name in followers if name in tokenizer.special]
     return tuple(dict.fromkeys((tokenizer.eos_id, *roles, *tokenizer.end_ids)))
@@ -145,13 +157,13 @@ def truncate_prompt(
     system: str | None,
     limit: int,
 ) -> tuple[list[int], int, int]:
-    """Builds a prompt of at most `limit` ids, leaving out as little as it must.
+    """Build a prompt of at most `limit` ids, omitting as little as possible.
 
-    The oldest turns go first, then the end of the question, in whole characters. The frame
-    around the question and the system text are never cut.
+    The oldest turns go first, then the end of the question, in whole characters. The frame around
+    the question and the system text are never cut. The other arguments are those of `build_prompt`.
 
     Returns:
-        The ids, the number of turns left out, and the number of question tokens left out.
+        The ids, the number of omitted turns, and the number of omitted question tokens.
 
     Raises:
         InputError: not even the first character of the question fits; else as build_prompt.
@@ -164,15 +176,15 @@ def truncate_prompt(
     def too_long(turns: int, characters: int) -> bool:
         return len(build(turns, characters)) > limit
 
-    whole = len(query)
-    ids = build(len(history), whole)
+    length = len(query)
+    ids = build(len(history), length)
     if len(ids) <= limit:
         return ids, 0, 0
-    turns = bisect_left(range(1, len(history) + 1), True, key=lambda n: too_long(n, whole))
-    if turns or not too_long(0, whole):
-        return build(turns, whole), len(history) - turns, 0
+    turns = bisect_left(range(1, len(history) + 1), True, key=lambda n: too_long(n, length))
+    if turns or not too_long(0, length):
+        return build(turns, length), len(history) - turns, 0
 
-    shortest = whole - len(query.lstrip()) + 1  # a question of blanks alone is none
+    shortest = length - len(query.lstrip()) + 1  # a blank question is refused
     if too_long(0, shortest):
         raise InputError(
             f"The prompt does not fit into {limit} tokens.",
@@ -180,28 +192,10 @@ def truncate_prompt(
             "Allow more tokens"
             + (", or shorten the system text, which is never cut." if system else "."),
         )
-    longer = range(shortest + 1, whole + 1)
+    longer = range(shortest + 1, length + 1)
     characters = shortest + bisect_left(longer, True, key=lambda n: too_long(0, n))
     ids = build(0, characters)
-    return ids, len(history), len(build(0, whole)) - len(ids)
-
-
-def _rounds(query: str, history: Turns, system: str | None) -> str:
-    questions = [question for question, _ in history] + [query]
-    if system:
-        questions[0] = f"{system}\n{questions[0]}"
-    for number, (_, answer) in enumerate(history, 1):
-        if not isinstance(answer, str):
-            raise InputError(
-                f"The answer in turn {number} of the history is a list of messages.",
-                "Only the chatglm3 template can write them.",
-                "Write the answer as text.",
-            )
-    answers = [f"{answer}\n\n" for _, answer in history] + [""]
-    return "".join(
-        f"[Round {number}]\n\n问：{question}\n\n答：{answer}"
-        for number, (question, answer) in enumerate(zip(questions, answers, strict=True), 1)
-    )
+    return ids, len(history), len(build(0, length)) - len(ids)
 
 
 def _turns_to_messages(query: str, history: Turns, system: str | None) -> list[Mapping[str, Any]]:
@@ -212,28 +206,26 @@ def _turns_to_messages(query: str, history: Turns, system: str | None) -> list[M
 
 
 def is_reply(value: object) -> bool:
-    """Whether a value has the form of an answer in a history: text, or a list of messages."""
+    """Return whether a value can be an answer of a history: text, or a list of messages."""
     if isinstance(value, str):
         return True
-    if not isinstance(value, Sequence) or not len(value):
-        return False
-    return all(isinstance(part, Mapping) for part in value)
+    parts = value if isinstance(value, Sequence) else ()
+    return len(parts) > 0 and all(isinstance(part, Mapping) for part in parts)
 
 
 def reply_messages(reply: Reply) -> list[Mapping[str, Any]]:
-    """The messages of an answer in a history."""
+    """Return the messages of an answer of a history."""
     return [{"role": "assistant", "content": reply}] if isinstance(reply, str) else list(reply)
 
 
 def _check_turns(query: object, history: object, system: object) -> None:
-    if not isinstance(query, str):
-        raise InputError("The prompt is not a string.", f"It is of type {type(query).__name__}.")
-    if not query.strip():
+    for name, text in (("prompt", query), ("system text", "" if system is None else system)):
+        if not isinstance(text, str):
+            raise InputError(
+                f"The {name} is not a string.", f"It is of type {type(text).__name__}."
+            )
+    if not str(query).strip():
         raise InputError("empty prompt", "There is nothing to answer.", "Write a question.")
-    if system is not None and not isinstance(system, str):
-        raise InputError(
-            "The system text is not a string.", f"It is of type {type(system).__name__}."
-        )
     if isinstance(history, str) or not isinstance(history, Sequence):
         raise InputError("The history is not a list of [question, answer] pairs.")
     for number, turn in enumerate(history, 1):
@@ -242,9 +234,8 @@ def _check_turns(query: object, history: object, system: object) -> None:
             raise InputError(f"Turn {number} of the history is not a [question, answer] pair.")
 
 
-def _check_message(message: object, number: int) -> tuple[str, str, str]:
-    """Returns (role, metadata, content), the tools written into the content."""
-    where = f"Message {number}"
+def _check_message(message: object, where: str) -> tuple[str, str, str]:
+    """Return (role, metadata, content), with the tools in the content."""
     if not isinstance(message, Mapping):
         raise InputError(f"{where} is not an object with role and content.")
     unknown = sorted(str(key) for key in message.keys() - {"role", "content", "metadata", "tools"})
@@ -252,20 +243,17 @@ def _check_message(message: object, number: int) -> tuple[str, str, str]:
         raise InputError(f"{where} has an unknown key: {', '.join(unknown)}.")
     role, content, metadata = message.get("role"), message.get("content"), message.get("metadata")
     if role not in ROLES:
-        raise InputError(f"{where} has the role {role!r}.", f"There are {', '.join(ROLES)}.")
+        raise InputError(f"{where} has the role {role!r}.", f"The roles are {', '.join(ROLES)}.")
+    where = f"{where} ({role})"
     if not isinstance(content, str):
-        raise InputError(f"{where} ({role}) has no content string.")
+        raise InputError(f"{where} has no content string.")
     if metadata is not None and (not isinstance(metadata, str) or "\n" in metadata):
-        raise InputError(f"{where} ({role}) has metadata that is not one line of text.")
-    if message.get("tools") is not None:
-        content += "\n" + _tools_text(message["tools"], role, where)
+        raise InputError(f"{where} has metadata that is not one line of text.")
+    if (tools := message.get("tools")) is not None:
+        if role != "system":
+            raise InputError(f"{where} has tools.", "Only a system message may have them.")
+        try:
+            content += "\n" + json.dumps(tools, indent=4, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where} has tools that are not JSON.", str(error)) from error
     return role, metadata or "", content
-
-
-def _tools_text(tools: object, role: str, where: str) -> str:
-    if role != "system":
-        raise InputError(f"{where} ({role}) has tools.", "Only a system message may have them.")
-    try:
-        return json.dumps(tools, indent=4, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} ({role}) has tools that are not JSON.", str(error)) from error

@@ -1,8 +1,7 @@
-"""The SentencePiece tokenizer of the ChatGLM family, with its special ids behind the pieces.
+"""The SentencePiece tokenizer of the ChatGLM family, with its special ids after the pieces.
 
-Special ids exist only as numbers: they are added by the prompt builders, and no text, whatever it
-says, is ever encoded to one of them. Tokens that a fine-tuned folder added are text: where it
-contains one, it is encoded to the one id, as the `transformers` tokenizer does.
+No text is ever encoded to a special id; only the prompt builders add them. Tokens that a fine-tuned
+folder added are text, and encoded to one id each, as the `transformers` tokenizer does.
 """
 
 import codecs
@@ -11,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import sentencepiece
 
@@ -18,7 +18,7 @@ from glm2_jax.errors import CheckpointError, InputError
 from glm2_jax.family import ROLE_TOKENS
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
-MAX_MODEL_BYTES = 64 * 2**20  # the published one has a million
+MAX_MODEL_BYTES = 64 * 2**20  # the published one has a million bytes
 _COMMON_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 SPECIAL = {
     "chatglm2": _COMMON_SPECIAL,
@@ -27,17 +27,21 @@ SPECIAL = {
 }
 """The special tokens of each family, in the order of their ids."""
 
+# An error handler: SentencePiece replaces each byte, Python's "replace" only each run of them.
+_EACH_BYTE = "glm2_jax.each_byte"
+codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", cast(Any, error).start + 1))
+
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token beyond those of the family; the fields are those of `transformers`.
+    """A token that the family does not have; the fields are those of `transformers`.
 
     Attributes:
         content: its text.
         id: its id.
         special: whether the folder calls it special; encoding and decoding do not depend on it.
-        lstrip, rstrip: whether the blanks before and after it belong to it.
-        single_word: whether it counts only between spaces.
+        lstrip, rstrip: whether blanks before and after it belong to it.
+        single_word: whether it is only recognized between spaces.
     """
 
     content: str
@@ -49,19 +53,19 @@ class AddedToken:
 
 
 class Tokenizer:
-    """Text to ids and back, equal to the published tokenizers.
+    """Encodes text to ids and back, exactly as the published tokenizers do.
 
     Attributes:
         family: "chatglm2", "chatglm3" or "codegeex2".
         model_bytes: the SentencePiece model as it was read.
         num_pieces: number of pieces in that model; special ids follow them.
         special: name -> id of every special token of the family.
-        added: further tokens, by their text.
-        end_ids: ids beyond those of the family that end an answer.
-        size: the largest id with a meaning, plus 1.
+        added: additional tokens by their text.
+        end_ids: additional ids that end an answer.
+        size: the largest id in use, plus 1.
         prefix_ids: [gMASK] and sop, which begin every sequence.
-        eos_id, pad_id: 2 and 0 (the unknown piece doubles as padding).
-        adds_dummy_prefix: whether the model puts a space in front of every text.
+        eos_id, pad_id: 2 and 0 (the unknown piece is also the padding).
+        adds_dummy_prefix: whether the model puts a space before every text.
     """
 
     eos_id = 2
@@ -72,7 +76,7 @@ class Tokenizer:
         self._pieces = _load_model(model_bytes, source)
         self.num_pieces = self._pieces.get_piece_size()
         self._set_tokens(family, None, (), ())
-        # The flag lives in the model's protobuf; what it does to a letter shows it without one.
+        # The flag is in the model's protobuf; its effect on a letter shows it without a parser.
         self.adds_dummy_prefix = self.piece(self.encode("A")[0]).startswith(SPACE_MARK)
 
     def with_tokens(
@@ -82,14 +86,14 @@ class Tokenizer:
         added: Sequence[AddedToken] = (),
         end_ids: Sequence[int] = (),
     ) -> "Tokenizer":
-        """The same pieces with other tokens.
+        """Return a tokenizer of the same pieces with other tokens.
 
         Args:
             family: "chatglm2", "chatglm3" or "codegeex2".
-            special: name -> id of its special tokens, "[gMASK]" and "sop" at least; None = they
-                follow the pieces, as published. One may stand in the place of a piece.
-            added: further tokens; their ids and texts differ from each other and from `special`.
-            end_ids: ids beyond those of the family that end an answer.
+            special: name -> id of its special tokens, at least "[gMASK]" and "sop"; None = they
+                follow the pieces, as published. Such an id may replace a piece.
+            added: additional tokens; ids and texts are unique and differ from `special`.
+            end_ids: additional ids that end an answer.
         """
         other = copy.copy(self)
         other._set_tokens(family, special, added, end_ids)
@@ -117,19 +121,19 @@ class Tokenizer:
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
 
     def default_special(self, family: str) -> dict[str, int]:
-        """name -> id of a family's special tokens where they follow the pieces, as published."""
+        """Return name -> id of a family's special tokens where they follow the pieces."""
         return {name: self.num_pieces + i for i, name in enumerate(SPECIAL[family])}
 
     @classmethod
     def from_file(cls, path: str | Path, family: str = "chatglm2") -> "Tokenizer":
-        """Reads a `tokenizer.model` file.
+        """Read a `tokenizer.model` file.
 
         Raises:
-            CheckpointError: the file is missing, unreadable or no fitting SentencePiece model.
+            CheckpointError: the file is missing, unreadable or not a suitable SentencePiece model.
         """
         path = Path(path)
         try:
-            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            if path.exists() and not path.is_file():  # reading a pipe could wait forever
                 raise OSError("it is not a plain file")
             if path.stat().st_size > MAX_MODEL_BYTES:
                 raise OSError(f"it is larger than {MAX_MODEL_BYTES} bytes")
@@ -144,14 +148,14 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes, family: str = "chatglm2") -> "Tokenizer":
-        """Opens a serialized SentencePiece model; raises CheckpointError if it is none."""
+        """Open a serialized SentencePiece model; raises CheckpointError if it is not one."""
         return cls(data, family)
 
     def encode(self, text: str) -> list[int]:
-        """Encodes text without the prefix ids; never gives a special id.
+        """Encode text without the prefix ids; never returns a special id.
 
         Raises:
-            InputError: `text` is no string, or holds a lone surrogate, which has no UTF-8 form.
+            InputError: `text` is not a string, or holds a lone surrogate, which has no UTF-8 form.
         """
         if not isinstance(text, str):
             raise InputError(
@@ -177,7 +181,7 @@ class Tokenizer:
         return ids
 
     def _split_added(self, text: str) -> list[str]:
-        """The text between added tokens, and at odd places these; "" where one does not count."""
+        """Return text and added tokens in turn; "" in place of a token that is part of a word."""
         parts = self._split.split(text) if self._split is not None else [text]
         for i in range(1, len(parts), 2):
             token, left, right = self.added[parts[i]], parts[i - 1], parts[i + 1]
@@ -195,7 +199,7 @@ class Tokenizer:
         ids = self._pieces.encode(text)
         if self._replaced.isdisjoint(ids):
             return ids
-        # The text of a piece whose id means another token: in single characters.
+        # A piece whose id means another token is encoded in single characters.
         parts = ([i] if i not in self._replaced else self._encode_characters(i) for i in ids)
         return [i for part in parts for i in part]
 
@@ -208,34 +212,32 @@ class Tokenizer:
                 yield found
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes ids; special, control, unknown, negative and out-of-range ids give nothing.
+        """Decode ids; special, control, unknown, negative and out-of-range ids have no text.
 
-        One leading space is dropped where the model adds one; every byte that is no part of a
-        whole UTF-8 character becomes U+FFFD.
+        One leading space is dropped if the model adds one; every byte that is not part of a
+        complete UTF-8 character becomes U+FFFD.
         """
         detokenizer = Detokenizer(self)
         return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
 
     def piece(self, token_id: int) -> str:
-        """The piece as the model stores it (spaces as U+2581), or the text of an added token; ""
-        for other ids."""
+        """Return a piece as stored (spaces as U+2581) or an added token's text, else ""."""
         if not 0 <= token_id < self.num_pieces or token_id in self._replaced:
             return self._texts.get(token_id, "")
         return self._pieces.id_to_piece(int(token_id))
 
     def piece_id(self, text: str) -> int | None:
-        """The id of the piece with exactly this text; None where the model has none."""
+        """Return the id of the piece with exactly this text; None if there is none."""
         token_id = self._pieces.piece_to_id(text)
         return token_id if self._pieces.id_to_piece(token_id) == text else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes a token stands for, its leading space included; b"" where it has none."""
+        """Return a token's UTF-8 bytes with its leading space; b"" if it has no text."""
         byte = self.byte_value(token_id)
         return self.token_text(token_id).encode("utf-8") if byte is None else bytes([byte])
 
     def token_text(self, token_id: int) -> str:
-        """The text of an ordinary piece with plain spaces, or that of an added token; "" for
-        every other id."""
+        """Return the text of an ordinary piece, with plain spaces, or an added token, else ""."""
         if token_id in self._texts:
             return self._texts[token_id]
         if not self._is_ordinary(token_id) or self.byte_value(token_id) is not None:
@@ -243,11 +245,11 @@ class Tokenizer:
         return self.piece(token_id).replace(SPACE_MARK, " ")
 
     def is_added(self, token_id: int) -> bool:
-        """Whether an id is that of an added token."""
+        """Return whether an id is that of an added token."""
         return token_id in self._texts
 
     def byte_value(self, token_id: int) -> int | None:
-        """The byte, 0 to 255, that a byte piece such as <0x0A> stands for; None for other ids."""
+        """Return the byte, 0 to 255, of a byte piece such as <0x0A>; None for other ids."""
         if not self._is_ordinary(token_id) or not self._pieces.is_byte(int(token_id)):
             return None
         return int(self.piece(token_id)[3:5], 16)
@@ -260,7 +262,7 @@ class Tokenizer:
 
 
 def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
-    """Parses the model and checks what the rest of the project relies on."""
+    """Parse the model and check what the rest of the project relies on."""
     name = f"The tokenizer {source}" if source else "The tokenizer"
     if data.startswith(b"version https://git-lfs"):
         raise CheckpointError(
@@ -274,7 +276,7 @@ def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcesso
         pieces.id_to_piece(list(range(pieces.get_piece_size())))  # each is valid text
     except (RuntimeError, UnicodeError) as error:
         raise CheckpointError(
-            f"{name} is no SentencePiece model.",
+            f"{name} is not a SentencePiece model.",
             " ".join(str(error).split()),
             "Download the file from the repository that the weights come from.",
         ) from error
@@ -296,53 +298,35 @@ def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcesso
 class Detokenizer:
     """Turns a stream of ids into text; the parts joined equal the decode of all ids.
 
-    Consecutive byte pieces are held back while they may still grow into a character. Any other
-    id ends such a run, and each byte left in it that is no part of a character becomes U+FFFD,
-    one for each byte, as in SentencePiece.
+    Consecutive byte pieces are held back while they may still become a character. Any other id ends
+    such a run. Each byte that is not part of a character becomes U+FFFD, as in SentencePiece.
     """
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
-        self._held = b""  # the start of a character, never a whole one
+        self._bytes = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
         self._at_start = tokenizer.adds_dummy_prefix  # a leading space is still to be dropped
 
     def push(self, token_id: int) -> str:
-        """Takes the next id and returns the text that is now certain, perhaps ""."""
+        """Take the next id and return the text that is now certain, perhaps ""."""
         byte = self._tokenizer.byte_value(token_id)
-        if byte is not None:
-            text, self._held = _split_characters(self._held + bytes([byte]))
-            self._at_start = self._at_start and not text
-            return text
-        return self.flush() + self._piece_text(token_id)
+        if byte is None:
+            return self.flush() + self._piece_text(token_id)
+        return self._started(self._bytes.decode(bytes([byte])))
 
     def flush(self) -> str:
-        """Ends the stream (or a run of bytes): returns what was held back."""
-        text, self._held = "\ufffd" * len(self._held), b""
+        """End the stream, or a run of bytes, and return what was held back."""
+        return self._started(self._bytes.decode(b"", final=True))
+
+    def _started(self, text: str) -> str:
         self._at_start = self._at_start and not text
         return text
 
     def _piece_text(self, token_id: int) -> str:
         text = self._tokenizer.token_text(token_id)
-        if not text:
-            return ""
-        if self._tokenizer.is_added(token_id):  # the text after it was encoded on its own
+        if self._tokenizer.is_added(token_id):  # the text after it was encoded separately
             self._at_start = self._tokenizer.adds_dummy_prefix
             return text
-        drop, self._at_start = self._at_start and text[0] == " ", False
-        return text[1:] if drop else text
-
-
-def _split_characters(data: bytes) -> tuple[str, bytes]:
-    """Decodes what is certain in `data`; returns it and the bytes that may still become more."""
-    text = ""
-    while data:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        try:
-            text += decoder.decode(data)
-        except UnicodeDecodeError as error:
-            # Everything before the bad byte is sound; the bad byte alone is given up.
-            text += data[: error.start].decode("utf-8") + "\ufffd"
-            data = data[error.start + 1 :]
-            continue
-        return text, decoder.getstate()[0]
-    return text, b""
+        dropped = text[1:] if self._at_start and text.startswith(" ") else text
+        self._started(text)
+        return dropped

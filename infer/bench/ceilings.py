@@ -1,6 +1,6 @@
-"""What a device can do at most, measured: bytes a second from memory, and products a second.
+"""The measured limits of a device: memory bandwidth and matrix products.
 
-Everything is timed as the best of several repetitions: a ceiling is what is possible at all.
+Everything is timed as the best of several repetitions: a limit is what is possible at all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from glm2_jax.runtime.dtypes import dtype_name
 
 REPEATS = 20
-# Far beyond every cache, and small beside a model.
+# Far beyond every cache, and small compared with a model.
 ARRAY_BYTES = {"cpu": 2**29, "gpu": 2**30, "tpu": 2**30}
 MATRIX = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 _ROW = 4096  # elements that are summed up to one
@@ -27,10 +27,10 @@ class Ceilings:
     """Measured limits, of one device or of several together.
 
     Attributes:
-      copy: bytes a second, read and written ones together, of changing a large array in place.
-      read: bytes a second of a large array, summed up or multiplied by a vector.
-      matmul: operations a second (two for a product and its sum) by the name of a dtype.
-      devices: by how many what was measured on one of them is multiplied.
+      copy: bytes per second, read and written, of changing a large array in place.
+      read: bytes per second of a large array, summed up or multiplied by a vector.
+      matmul: operations per second (two for a product and its sum) by the name of a dtype.
+      devices: by how many the limits of one were multiplied.
     """
 
     copy: float
@@ -40,18 +40,18 @@ class Ceilings:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second: the better of the two."""
+        """Bytes per second: the better of the two."""
         return max(self.copy, self.read)
 
     def better(self, other: Ceilings) -> Ceilings:
-        """The higher of each: what else the machine does can only make a ceiling too low."""
+        """Return the higher of each: other work of the machine can only make a limit too low."""
         matmul = {name: max(ops, other.matmul[name]) for name, ops in self.matmul.items()}
         return replace(
             self, copy=max(self.copy, other.copy), read=max(self.read, other.read), matmul=matmul
         )
 
     def times(self, devices: int) -> Ceilings:
-        """Of so many devices, each with memory of its own; these being those of one."""
+        """Return the limits of so many devices, each with its own memory, from those of one."""
         matmul = {name: devices * ops for name, ops in self.matmul.items()}
         return Ceilings(devices * self.copy, devices * self.read, matmul, devices)
 
@@ -64,13 +64,14 @@ def measure_ceilings(
     matrix: int | None = None,
     repeats: int = REPEATS,
 ) -> Ceilings:
-    """Measures a device.
+    """Measure a device.
 
     Args:
       dtypes: of the matrix products; the sums are in float32, and float32 is not rounded to TF32,
         as in the model.
-      array_bytes: size of the large array; matrix: rows and columns of the products; both None =
-        what suits the kind of device.
+      array_bytes: size of the large array; None = by the kind of device.
+      matrix: rows and columns of the products; None = by the kind of device.
+      repeats: repetitions of each measurement.
     """
     array_bytes = array_bytes or ARRAY_BYTES.get(device.platform, 2**30)
     matrix = matrix or MATRIX.get(device.platform, 8192)
@@ -101,7 +102,7 @@ def _best(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int
 
 
 def _best_in_place(x: jax.Array, repeats: int) -> float:
-    """In place, or a CPU would spend its time on fetching fresh pages for the result."""
+    """In place, or a CPU would spend its time on allocating pages for the result."""
     program = jax.jit(jnp.negative, donate_argnums=0).lower(x).compile()
     seconds = []
     for _ in range(repeats + 1):
@@ -112,7 +113,7 @@ def _best_in_place(x: jax.Array, repeats: int) -> float:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds until the result of `run` is there."""
+    """Return the seconds until the result of `run` is ready."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start

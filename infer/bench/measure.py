@@ -1,11 +1,11 @@
-"""Measuring a model shape by shape, and the peer in turns with it."""
+"""Measures a model shape by shape, and the peer in turns with it."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,7 @@ class Shape:
     """What is measured.
 
     Attributes:
-      batch: rows.
-      prompt: tokens of each row that are read; 0 = a step is measured.
+      prompt: tokens of each row that are prefilled; 0 = a decode step is measured.
       context: tokens of each row that are in the cache before the first step.
       steps: of one repetition.
     """
@@ -38,10 +37,6 @@ class Shape:
     prompt: int = 0
     context: int = 0
     steps: int = 1
-
-    @property
-    def kind(self) -> str:
-        return "prefill" if self.prompt else "decode"
 
     @property
     def tokens(self) -> int:
@@ -59,8 +54,7 @@ class Variant:
     """A model in memory.
 
     Attributes:
-      dtype: name of the type that it computes in.
-      quantization: name of the scheme of the layers' matrices; "none".
+      quantization: the scheme of the layers' matrices, or "none".
       layers: "list" or "stacked".
       weights: bytes of all parameters, once.
     """
@@ -72,19 +66,18 @@ class Variant:
 
     @property
     def precision(self) -> Precision:
-        """The same for the arithmetic of `infer.memory`."""
+        """The same for `infer.memory`."""
         return Precision(self.dtype, None if self.quantization == "none" else self.quantization)
 
 
 @dataclass
 class Result:
-    """What came out of one shape.
+    """The measurement of one shape.
 
     Attributes:
-      bytes, flops: that a prefill or a step cannot do without, see `work` and `mesh_work`.
+      bytes, flops: the least that a prefill or a step has to do, see `work` and `mesh_work`.
       seconds: of a prefill or a step, one for each repetition.
-      compile_s: compiling the programs.
-      planned: bytes that the compiler says they need on each device, weights included.
+      planned: bytes that the compiler says the programs need on each device, weights included.
       peak: the most memory used; on a CPU by the process since the measurement began, elsewhere
         since the start, on the device that used most.
       peers: the peer's seconds by mode.
@@ -103,7 +96,7 @@ class Result:
     problem: str = ""
 
     def per_second(self, amount: float) -> float:
-        """`amount`, if that is what a prefill or a step does, in the best repetition."""
+        """Return an amount of one prefill or step per second of the best repetition."""
         return amount / min(self.seconds)
 
     @property
@@ -117,12 +110,12 @@ class Result:
         return self.shape.tokens / statistics.median(self.seconds)
 
     def ratio(self, mode: str) -> float:
-        """How many times as fast as the peer: the best against the best."""
+        """Return how many times as fast as the peer: the best compared with the best."""
         return min(self.peers[mode]) / min(self.seconds)
 
 
 def work(config: GLMConfig, params: Any, shape: Shape, platform: str) -> tuple[float, float]:
-    """What a prefill, or a step on average, cannot do without on one device.
+    """Return the least that a prefill, or a step on average, has to do on one device.
 
     Args:
       params: arrays, or their shapes and dtypes.
@@ -130,7 +123,7 @@ def work(config: GLMConfig, params: Any, shape: Shape, platform: str) -> tuple[f
 
     Returns:
       Bytes: every weight once, but of the embedding only the rows of the tokens; keys and values
-      of the tokens that are looked at, once a row. Not what a larger cache may make it read.
+      of the tokens that are attended to, once a row. Not what a larger cache may make it read.
       Operations: two for each number of a matrix and token (the head: for each row), and four for
       each pair of a query and a key, head and dimension.
     """
@@ -150,7 +143,7 @@ def work(config: GLMConfig, params: Any, shape: Shape, platform: str) -> tuple[f
 
 
 def _numbers(params: Any, name: str) -> int:
-    """Of a weight, in all layers."""
+    """The numbers of a weight, in all layers."""
     layers = params["layers"]
     return sum(layer[name].size for layer in (layers if isinstance(layers, list) else [layers]))
 
@@ -158,11 +151,11 @@ def _numbers(params: Any, name: str) -> int:
 def mesh_work(
     config: GLMConfig, precision: Precision, mesh: Sizes, shape: Shape, platform: str
 ) -> tuple[float, float]:
-    """What all devices of a mesh do together: what one does, times their number.
+    """Return what all devices of a mesh do together: what one does, times their number.
 
-    So what lies on several devices counts on each of them: norms, key/value heads beyond what
-    `tensor` cuts, the weights of each part of `data`. `fsdp` counts whole, as what is fetched is
-    read; so do rows that fill up a batch. Bytes through links are not counted.
+    So an array that several devices hold counts on each of them: norms, key/value heads beyond what
+    `tensor` cuts, the weights of each part of `data`. Weights that `fsdp` cuts count in full, as
+    what is gathered is read; so do rows that fill up a batch. Collectives are not counted.
     """
     whole = sizes_of({**dict(mesh), "data": 1, "fsdp": 1})
     params = device_params(config, precision, whole)
@@ -181,13 +174,19 @@ def measure_all(
     repeats: int,
     peer: Peer | None = None,
 ) -> Iterator[Result]:
-    """Measures one model; ours and the peer's repetitions take turns, so that noise hits both.
+    """Measure one model; our repetitions and the peer's take turns, so that noise affects both.
 
     Args:
       peer: with a model of the same dtype open.
     """
     for shape in shapes:
-        result = Result(variant, shape, *_work(config, params, variant, shape))
+        devices, mesh = devices_of(params), mesh_of(params)
+        if mesh is None:
+            least = work(config, params, shape, devices[0].platform)
+        else:
+            sizes = sizes_of(mesh.shape)
+            least = mesh_work(config, variant.precision, sizes, shape, devices[0].platform)
+        result = Result(variant, shape, *least)
         reset_peak()
         try:
             _measure(config, params, result, repeats, peer)
@@ -195,16 +194,9 @@ def measure_all(
             if not is_out_of_memory(error):
                 raise
             result.problem = "out of memory"
-        peaks = [peak for peak in map(peak_bytes, devices_of(params)) if peak is not None]
+        peaks = [peak for peak in map(peak_bytes, devices) if peak is not None]
         result.peak = max(peaks, default=None)
         yield result
-
-
-def _work(config: GLMConfig, params: Any, variant: Variant, shape: Shape) -> tuple[float, float]:
-    mesh, platform = mesh_of(params), devices_of(params)[0].platform
-    if mesh is None:
-        return work(config, params, shape, platform)
-    return mesh_work(config, variant.precision, sizes_of(mesh.shape), shape, platform)
 
 
 def _measure(
@@ -221,7 +213,7 @@ def _measure(
     for mode in peer.modes if peer else ():
         assert peer is not None
         try:
-            peer.prepare(mode, shape.batch, shape.prompt, shape.context, shape.steps)
+            peer.ask(do="prepare", mode=mode, **asdict(shape))
             for _ in range(repeats):
                 result.seconds.append(run())
                 result.peers.setdefault(mode, []).append(peer.measure())
@@ -233,5 +225,5 @@ def _measure(
 
 
 def devices_of(params: Any) -> list[Any]:
-    """Where parameters are."""
+    """Return the devices that hold parameters."""
     return sorted(params["final_norm"].devices(), key=lambda device: device.id)

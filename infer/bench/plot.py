@@ -1,16 +1,16 @@
-"""The roofline picture: what was reached, under what the device can do."""
+"""The roofline picture: what was reached, under the limits of the device."""
 
 from __future__ import annotations
 
 from glm2_jax.errors import InputError
 from glm2_jax.mesh import mesh_text
-from infer.bench.report import Report, what
+from infer.bench.report import Report, variant_name, what
 
 _MARKERS = "osDv^P*X"
 
 
 def draw(report: Report, path: str) -> None:
-    """Writes the picture; both axes are logarithmic.
+    """Write the picture; both axes are logarithmic.
 
     Raises:
       InputError: there is nothing to draw, or the file cannot be written.
@@ -35,18 +35,17 @@ def draw(report: Report, path: str) -> None:
     variants = list(dict.fromkeys(result.variant for result in results))
     for number, variant in enumerate(variants):
         own = [result for result in results if result.variant == variant]
-        weights = "" if variant.quantization == "none" else f", {variant.quantization}"
         axes.plot(
             [result.flops / result.bytes for result in own],
             [result.per_second(result.flops) / 1e12 for result in own],
             linestyle="none",
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=7,
-            label=f"{variant.dtype}{weights}, layers {variant.layers}",
+            label=variant_name(variant),
         )
     _name_points(axes, results)
     axes.set(xscale="log", yscale="log", xlim=(low, high))
-    axes.set_xlabel("operations for each byte that has to be read")
+    axes.set_xlabel("operations per byte that has to be read")
     axes.set_ylabel("TFLOP/s")
     mesh = "" if report.mesh is None else f", {mesh_text(report.mesh)}"
     axes.set_title(
@@ -59,7 +58,7 @@ def draw(report: Report, path: str) -> None:
 
 
 def _name_points(axes, results) -> None:
-    """A shape is named once, at its highest point: the variants' points lie close together."""
+    """Name a shape once, at its highest point: the points of the variants are close together."""
     best = {}
     for result in results:
         name = what(result)

@@ -1,8 +1,8 @@
-"""Random parameters of any size made where they lie: no file is read, none is written.
+"""Random parameters of any size, made on the device: no file is read or written.
 
 For measuring: the values mean nothing, but they are finite at any depth and no two rows are alike.
-Drawing thousands of millions of random numbers takes minutes on a CPU, so each value is a hash of
-its place, which costs a few integer operations and no memory beyond the result.
+Drawing billions of random numbers takes minutes on a CPU, so each value is a hash of its place,
+which costs a few integer operations and no memory beyond the result.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ def random_params(
     device: Any = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Parameters as `convert.load_checkpoint` would give them; on a mesh with the same values.
+    """Return parameters as `convert.load_checkpoint` would; on a mesh with the same values.
 
     Args:
         config: the architecture.
         dtype: of everything that is not quantized.
-        scheme: of the layers' matrices, made as integers and scales at once; None = they have
-            `dtype`, too.
+        scheme: of the layers' matrices, made as integers and scales; None = they have `dtype`.
         as_list: whether the layers are a list, and not stacked.
         device: a `jax.Device`; None = the default one.
-        mesh: of the devices to make them on, each its part and no more; in place of `device`.
+        mesh: instead of `device`: every device makes its part and no more.
     """
     shapes, seeds = param_shapes(config), iter(range(1, 2**31))
     places: Any = {}
@@ -79,7 +78,7 @@ def random_params(
 
 @functools.lru_cache
 def _program(function: Callable, place: Any, *sizes: Any) -> Callable[..., jax.Array]:
-    """`function(seed, *sizes)`, whose result is made in its place: each device makes its part."""
+    """Compile `function(seed, *sizes)`; each device makes its part of the result."""
     options = {} if place is None else {"out_shardings": place}
     return jax.jit(lambda seed: function(seed, *sizes), **options)
 

@@ -1,15 +1,15 @@
-"""What was measured, as a table for a terminal of any width, as Markdown and as JSON."""
+"""What was measured, as a table for a terminal of any width and as JSON."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from glm2_jax.cli.messages import human_size
+from glm2_jax.cli.tables import fold, table
 from glm2_jax.escape import join_lines
 from infer.bench.ceilings import Ceilings
 from infer.bench.measure import Result, Variant
@@ -20,13 +20,14 @@ HEADER = (
 )  # fmt: skip
 NOTE = (
     "tok/s, ms, GB/s and TFLOP/s are of the best repetition. GB/s counts what has to be read once: "
-    "weights, and keys and values of the context; per cent are of the measured ceilings. More than "
-    "100 % says that a model fits into caches, or that the machine was busy with something else."
+    "weights, and keys and values of the context; per cent are of the measured limits. More than "
+    "100 % means that a model fits into caches, or that the machine was busy with something else."
 )
 MESH_NOTE = (
     "tok/s are of all devices together. GB/s and TFLOP/s count what one device reads and computes, "
-    "times their number: what each has whole, and rows that fill up a batch, count on all of them; "
-    "talk between devices does not. peak is of the device that used most, on a CPU of the process."
+    "times their number: arrays that every device holds, and rows that fill up a batch, count on "
+    "all of them; collectives do not count. peak is of the device that used most, on a CPU of the "
+    "process."
 )
 
 
@@ -48,14 +49,9 @@ class Report:
     complete: bool = False
     mesh: Mapping[str, int] | None = None
 
-    @property
-    def note(self) -> str:
-        """How the figures are to be read."""
-        return NOTE if self.mesh is None else f"{NOTE} {MESH_NOTE}"
-
 
 def what(result: Result) -> str:
-    """ "prefill 1 x 512", "decode 8 at 2048": rows, and tokens read or in the cache."""
+    """Return "prefill 1 x 512", "decode 8 at 2048": rows, and tokens read or in the cache."""
     shape = result.shape
     if shape.prompt:
         return f"prefill {shape.batch} x {shape.prompt}"
@@ -63,7 +59,7 @@ def what(result: Result) -> str:
 
 
 def shares(result: Result, ceilings: Ceilings | None) -> tuple[float | None, float | None]:
-    """The parts of the measured bandwidth, and of the matrix products of the dtype, reached."""
+    """Return the parts of the measured bandwidth, and of the dtype's matrix products, reached."""
     if ceilings is None:
         return None, None
     top = ceilings.matmul.get(result.variant.dtype)
@@ -72,44 +68,25 @@ def shares(result: Result, ceilings: Ceilings | None) -> tuple[float | None, flo
 
 
 def render(report: Report, columns: int) -> str:
-    """The report for people, at most so many columns wide where no single word is wider."""
-    head = [f"{name}: {text}" for name, text in report.about.items()]
-    head += [] if report.ceilings is None else ceiling_lines(report.ceilings)
-    lines = [part for line in head for part in _fold(line, columns)]
-    rows = [_cells(result, report.ceilings) for result in report.results if result.seconds]
-    table = _table([HEADER, *rows]) if rows else []
-    if table and max(map(len, table)) > columns:
-        table = [
-            line
-            for result in report.results
-            if result.seconds
-            for line in _record(result, report.ceilings, columns)
-        ]
-    lines += ["", *table] if table else []
-    for line in [*peer_lines(report.results), *unmeasured_lines(report)]:
-        lines += _fold(line, columns)
-    if rows:
-        lines += ["", *textwrap.wrap(report.note, columns)]
-    return join_lines(lines)
-
-
-def markdown(report: Report) -> str:
-    """The report as a section of a document."""
-    lines = ["## Measured with `infer.bench`", ""]
-    lines += [f"* {name}: {text}" for name, text in report.about.items()]
-    if report.ceilings is not None:
-        lines += [f"* {line}" for line in ceiling_lines(report.ceilings)]
-    rows = [_cells(result, report.ceilings) for result in report.results if result.seconds]
-    if rows:
-        rule = ["---"] * 4 + ["---:"] * (len(HEADER) - 4)
-        lines += ["", *(f"| {' | '.join(row)} |" for row in (HEADER, rule, *rows)), "", report.note]
-    extra = [*peer_lines(report.results), *unmeasured_lines(report)]
-    lines += ["", *(f"* {line}" for line in extra)] if extra else []
-    return "\n".join(lines) + "\n"
+    """Write the report for people, at most so many columns wide where no single word is wider."""
+    lines = [f"{name}: {text}" for name, text in report.about.items()]
+    lines += [] if report.ceilings is None else ceiling_lines(report.ceilings)
+    measured = [result for result in report.results if result.seconds]
+    if measured:
+        rows = [_cells(result, report.ceilings) for result in measured]
+        figures = table([HEADER, *rows], texts=4)
+        if max(map(len, figures)) > columns:
+            named = zip(measured, rows, strict=True)
+            figures = [line for result, cells in named for line in _record(result, cells)]
+        lines += ["", *figures]
+    lines += [*peer_lines(report.results), *unmeasured_lines(report)]
+    if measured:
+        lines += ["", NOTE if report.mesh is None else f"{NOTE} {MESH_NOTE}"]
+    return join_lines(part for line in lines for part in fold(line, columns))
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report for programs; bytes, seconds and operations, no rounded figures."""
+    """Return the report for programs; bytes, seconds and operations, no rounded figures."""
     return {
         "about": report.about,
         "mesh": None if report.mesh is None else dict(report.mesh),
@@ -122,7 +99,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def ceiling_lines(ceilings: Ceilings) -> list[str]:
-    """The measured limits of the device, or of all devices, for people."""
+    """Return the measured limits of the device, or of all devices, for people."""
     several = "" if ceilings.devices == 1 else f" (on one device, times {ceilings.devices})"
     products = ", ".join(f"{name} {ops / 1e12:.3g}" for name, ops in ceilings.matmul.items())
     return [
@@ -133,7 +110,7 @@ def ceiling_lines(ceilings: Ceilings) -> list[str]:
 
 
 def peer_lines(results: Sequence[Result]) -> list[str]:
-    """The peer's figures beside ours, a line for each shape and mode."""
+    """Return the peer's figures compared with ours, a line for each shape and mode."""
     return [
         f"{variant_name(result.variant)}, {what(result)}: {result.ratio(mode):.2f} x as fast as "
         f"transformers {mode}, {result.shape.tokens / min(seconds):.4g} tok/s "
@@ -144,7 +121,7 @@ def peer_lines(results: Sequence[Result]) -> list[str]:
 
 
 def unmeasured_lines(report: Report) -> list[str]:
-    """What is missing, and why."""
+    """Return what is missing, and why."""
     lines = [
         f"{variant_name(result.variant)}, {what(result)}: {result.problem}"
         for result in report.results
@@ -156,7 +133,7 @@ def unmeasured_lines(report: Report) -> list[str]:
 
 
 def variant_name(variant: Variant) -> str:
-    """ "bfloat16, int4 weights, layers list"."""
+    """Return "bfloat16, int4 weights, layers list"."""
     weights = "" if variant.quantization == "none" else f", {variant.quantization} weights"
     return f"{variant.dtype}{weights}, layers {variant.layers}"
 
@@ -180,19 +157,14 @@ def _cells(result: Result, ceilings: Ceilings | None) -> tuple[str, ...]:
     )
 
 
-def _record(result: Result, ceilings: Ceilings | None, columns: int) -> list[str]:
-    """A row of the table as a few lines, for a terminal that is too narrow for it."""
-    cells = _cells(result, ceilings)
+def _record(result: Result, cells: tuple[str, ...]) -> list[str]:
+    """A row of the table as two lines, for a terminal that is too narrow for it."""
     rate, median, ms, moved, of_bandwidth, flops, of_products, peak, compiling = cells[4:]
-    facts = (
-        f"{rate} tok/s (median {median}), {ms} ms; {moved} GB/s = {of_bandwidth}, "
-        f"{flops} TFLOP/s = {of_products}; peak {peak}, compiled in {compiling}"
-    )
-    head = f"{what(result)}, {variant_name(result.variant)}:"
-    indented = textwrap.wrap(
-        facts, columns, initial_indent="  ", subsequent_indent="  ", break_long_words=False
-    )
-    return [*_fold(head, columns), *indented]
+    return [
+        f"{what(result)}, {variant_name(result.variant)}:",
+        f"  {rate} tok/s (median {median}), {ms} ms; {moved} GB/s = {of_bandwidth}, "
+        f"{flops} TFLOP/s = {of_products}; peak {peak}, compiled in {compiling}",
+    ]
 
 
 def _result_json(result: Result, ceilings: Ceilings | None) -> dict[str, Any]:
@@ -218,21 +190,3 @@ def _number(value: float) -> str:
 
 def _per_cent(part: float | None) -> str:
     return "?" if part is None else f"{100 * part:.0f} %"
-
-
-def _fold(line: str, columns: int) -> list[str]:
-    # Long words (commands, paths) stay whole, so that they can be copied.
-    return textwrap.wrap(
-        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if at < 4 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

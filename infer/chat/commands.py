@@ -1,11 +1,11 @@
-"""The commands of a chat: lines that begin with a slash, and the two official words."""
+"""The commands of a chat that change or show the conversation: lines that begin with a slash."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from glm2_jax.cli.messages import note
@@ -17,54 +17,51 @@ from infer.requests.conversation import Conversation
 
 HELP = """\
 clear               forget the conversation and clear the screen
-stop                leave (so do Ctrl-D, and Ctrl-C twice)
-/undo               take the last question and its answer back
-/retry              ask the last question again, with other random numbers (greedy: the same answer)
+stop                leave (also Ctrl-D, or Ctrl-C twice)
+/undo               remove the last question and its answer
+/retry              ask the last question again with a new random seed (greedy: the same answer)
 /save F             write the conversation to a file
-/load F             go on from a saved conversation, or from a history [["question", "answer"], ...]
-/system T           set the instructions; alone: show them; /system - removes them
+/load F             continue a saved conversation, or a history [["question", "answer"], ...]
+/system T           set the system prompt; without T show it; /system - removes it
 /set NAME VALUE     set temperature, top_k, top_p, repetition_penalty, greedy, max_new_tokens,
                     max_length, seed, stop or loop_stop; alone: show them; none = no limit
-/stats              tokens, speed and room left
+/stats              tokens, speed and remaining room
 /help               this list
 //TEXT              a question that begins with a slash
-Lines that end with \\ go on in the next one; so does what stands between two \"\"\".
-Ctrl-C ends a reply; what there is of it stays in the conversation, /undo takes it back."""
+A line that ends with \\ continues in the next one; so does text between two \"\"\".
+Ctrl-C ends a reply; what was shown of it stays in the conversation, /undo removes it."""
 
 _SETTABLE = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "logprobs"]
 _WORDS = {"none": None, "null": None, "on": True, "yes": True, "off": False, "no": False}
 
-Command = Callable[[Conversation, str], None]
-
 
 def run(conversation: Conversation, line: str) -> None:
-    """Carries out a command line other than the ones that ask, clear or leave.
+    """Carry out a command line other than the ones that ask, clear or leave.
 
     Raises:
-      GLMError: it cannot be done; nothing has changed.
+        GLMError: it is not possible; nothing has changed.
     """
     name, *rest = line.split(maxsplit=1)
-    if rest and name in _ALONE:
-        raise InputError(f"{name} stands alone, without {_short(rest[0])}")
+    argument = "".join(rest).strip()
+    if argument and name in ("/undo", "/stats", "/help", "/retry", "/clear", "/stop"):
+        raise InputError(f"{name} takes no argument, got {_short(argument)}")
     command = COMMANDS.get(name)
     if command is None:
-        raise unknown(name)
-    command(conversation, "".join(rest).strip())
+        hint = _nearest(name, NAMES, "/help lists the commands", cutoff=0.5)
+        raise InputError(f"unknown command {_short(name)}: {hint} (//... asks it as a question)")
+    command(conversation, argument)
 
 
-def unknown(name: str) -> InputError:
-    """The error for a command that does not exist, with the nearest that does."""
-    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
-    return InputError(f"unknown command {_short(name)}: {hint} (//... asks it as a question)")
+def _nearest(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
-def load(conversation: Conversation, name: str) -> None:
-    """Replaces the conversation by that of a file."""
+def _load(conversation: Conversation, name: str) -> None:
     if not name:
         raise InputError("/load needs the name of a file")
     saved = files.load(name)
-    # A plain history says nothing of instructions: they stay.
+    # A plain history has no system prompt: the present one stays.
     system = conversation.system if saved.sampling is None else saved.system
     conversation.replace(saved.history, system, saved.ids)
     conversation.sampling = saved.sampling or conversation.sampling
@@ -73,7 +70,7 @@ def load(conversation: Conversation, name: str) -> None:
 
 
 def warn_of_another_model(conversation: Conversation, saved: files.Saved) -> None:
-    """Says so if the conversation was held with another model, or template."""
+    """Warn if the conversation was held with another model or template."""
     engine = conversation.engine
     if saved.fingerprint not in (None, engine.checkpoint.fingerprint):
         note("warning: this conversation was held with another model")
@@ -81,47 +78,42 @@ def warn_of_another_model(conversation: Conversation, saved: files.Saved) -> Non
         note(f"warning: this conversation was held with the template {saved.template}")
 
 
-def _save(conversation: Conversation, argument: str) -> None:
-    if not argument:
+def _save(conversation: Conversation, name: str) -> None:
+    if not name:
         raise InputError("/save needs the name of a file")
-    path = files.save(argument, conversation)
+    path = files.save(name, conversation)
     note(f"saved {_count(len(conversation.turns))} to {path}")
 
 
 def _undo(conversation: Conversation, argument: str) -> None:
-    turn = conversation.undo()
-    if turn is None:
-        raise InputError("there is no turn that could be taken back")
-    note(f"taken back, {_count(len(conversation.turns))} left")
+    if conversation.undo() is None:
+        raise InputError("there is no turn to remove")
+    note(f"removed, {_count(len(conversation.turns))} left")
 
 
-def _system(conversation: Conversation, argument: str) -> None:
-    if argument:
-        conversation.set_system(None if argument == "-" else argument)
+def _system(conversation: Conversation, text: str) -> None:
+    if text:
+        conversation.set_system(None if text == "-" else text)
     note(f"system: {conversation.system or '(none)'}")
 
 
 def _set(conversation: Conversation, argument: str) -> None:
     name, _, text = argument.partition(" ")
+    name = name.replace("-", "_")
     if name:
-        conversation.sampling = _changed(conversation.sampling, name.replace("-", "_"), text)
-    shown = {"": _SETTABLE, "greedy": ["temperature"]}.get(name, [name.replace("-", "_")])
-    for key in shown:
-        note(f"{key} = {_value_of(conversation, key)}")
-
-
-def _value_of(conversation: Conversation, name: str) -> str:
-    wanted = getattr(conversation.sampling, name)
-    if name != "max_length" or wanted == conversation.ceiling:
-        return _show(wanted)
-    return f"{conversation.ceiling}, the most that the model and --max-length allow"
+        conversation.sampling = _changed(conversation.sampling, name, text.strip())
+    for key in {"": _SETTABLE, "greedy": ["temperature"]}.get(name, [name]):
+        value = getattr(conversation.sampling, key)
+        if key == "max_length" and value != conversation.ceiling:
+            note(f"{key} = {conversation.ceiling}, the most that the model and --max-length allow")
+        else:
+            note(f"{key} = {_show(value)}")
 
 
 def _changed(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
-    text = text.strip()
-    if name not in (*_SETTABLE, "greedy"):
-        near = difflib.get_close_matches(name, [*_SETTABLE, "greedy"], n=1)
-        hint = f"did you mean {near[0]}?" if near else "/set alone lists the names"
+    known = [*_SETTABLE, "greedy"]
+    if name not in known:
+        hint = _nearest(name, known, "/set alone lists the names")
         raise InputError(f"unknown setting {_short(name)}: {hint}")
     if not text:
         raise InputError(f"/set {name} needs a value")
@@ -177,14 +169,13 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 30 else text[:30] + "...")
 
 
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "/undo": _undo,
     "/save": _save,
-    "/load": load,
+    "/load": _load,
     "/system": _system,
     "/set": _set,
     "/stats": _stats,
     "/help": _help,
 }
 NAMES = [*COMMANDS, "/retry", "/clear", "/stop"]
-_ALONE = ("/undo", "/stats", "/help", "/retry", "/clear", "/stop")

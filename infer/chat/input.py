@@ -1,4 +1,4 @@
-"""Where a chat's lines come from: a terminal with line editing, or a pipe."""
+"""Read the lines of a chat from a terminal with line editing, or from a pipe."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from glm2_jax.errors import InputError
 PROMPT, MORE = "> ", ". "
 _QUOTES = '"""'
 ReadLine = Callable[[str], str | None]
+"""Shows a prompt and returns a line without its end; None at the end of input."""
 
 
 class GivenUp(Exception):
-    """Ctrl-C was pressed where something was typed, which is forgotten."""
+    """Ctrl-C was pressed after something was typed, which is dropped."""
 
 
 class Entry(NamedTuple):
-    """What was entered; what stands in quotation marks is no command, whatever it says."""
+    """What was entered; quoted text is never a command."""
 
     text: str
     quoted: bool = False
 
+    def is_command(self, word: str) -> bool:
+        """Whether this is one of the official words `clear` and `stop`, with or without a slash."""
+        return not self.quoted and self.text.strip() in (word, f"/{word}")
+
 
 def read_entry(read: ReadLine) -> Entry | None:
-    r"""Reads a command or a question, which may have several lines; None at the end of input.
+    r"""Read a command or a question of one or several lines; None at the end of input.
 
-    A line that ends with one backslash goes on in the next one; a question that begins with three
-    quotation marks goes on to the next three.
-
-    Args:
-      read: reads a line without its end, given the prompt to show; None at the end of input.
+    A line that ends with one backslash continues in the next one; a question that begins with three
+    quotation marks continues to the next three.
 
     Raises:
-      InputError: the input ends inside quotation marks.
+        InputError: the input ends inside quotation marks.
     """
     line = read(PROMPT)
     if line is None:
@@ -46,17 +48,13 @@ def read_entry(read: ReadLine) -> Entry | None:
     if line.lstrip().startswith(_QUOTES):
         return Entry(_quoted(line.lstrip().removeprefix(_QUOTES), read), quoted=True)
     lines = [line]
-    while _goes_on(lines[-1]):
+    while lines[-1].endswith("\\") and not lines[-1].endswith("\\\\"):
         lines[-1] = lines[-1][:-1]
         following = read(MORE)
         if following is None:
             break
         lines.append(following)
     return Entry("\n".join(lines))
-
-
-def _goes_on(line: str) -> bool:
-    return line.endswith("\\") and not line.endswith("\\\\")
 
 
 def _quoted(line: str, read: ReadLine) -> str:
@@ -73,10 +71,10 @@ def _quoted(line: str, read: ReadLine) -> str:
 
 
 def read_pipe(prompt: str) -> str | None:
-    """Reads a line from a standard input that is no terminal; nothing is shown.
+    """Read a line of standard input where that is not a terminal; shows nothing.
 
     Raises:
-      InputError: the line is not UTF-8, or too long. EndlessLine: it has no end.
+        InputError: the line is not UTF-8, or too long. EndlessLine: it has no end.
     """
     if sys.stdin is None:
         return None
@@ -87,12 +85,12 @@ def read_pipe(prompt: str) -> str | None:
 
 
 def read_terminal(prompt: str) -> str | None:
-    """Asks for a line on the terminal, with editing and history where Python has readline.
+    """Ask for a line on the terminal, with editing and history where Python has readline.
 
     Raises:
-      GivenUp: Ctrl-C, in a line that has text or goes on from another.
-      KeyboardInterrupt: Ctrl-C in an empty line.
-      InputError: the line is not UTF-8.
+        GivenUp: Ctrl-C in a line that has text or continues another.
+        KeyboardInterrupt: Ctrl-C in an empty line.
+        InputError: the line is not UTF-8.
     """
     try:
         if sys.stdout.isatty():
@@ -103,9 +101,10 @@ def read_terminal(prompt: str) -> str | None:
             line = sys.stdin.readline()
             if not line:
                 raise EOFError
-        line.encode("utf-8")  # bytes that are none come as lone surrogates in some locales
+        line.encode("utf-8")  # in some locales other bytes arrive as lone surrogates
     except KeyboardInterrupt:
-        if prompt == MORE or _typed():
+        readline = sys.modules.get("readline")
+        if prompt == MORE or (readline is not None and readline.get_line_buffer()):
             raise GivenUp from None
         raise
     except EOFError:
@@ -116,14 +115,8 @@ def read_terminal(prompt: str) -> str | None:
     return line.removesuffix("\n")
 
 
-def _typed() -> str:
-    """What stands in the line that is edited, as far as that can be known."""
-    readline = sys.modules.get("readline")
-    return "" if readline is None else readline.get_line_buffer()
-
-
 def enable_editing() -> None:
-    """Turns on line editing; `input` uses the module as soon as it is imported."""
+    """Turn on line editing: `input` uses readline once it is imported."""
     with contextlib.suppress(ImportError):
         import readline
 

@@ -1,9 +1,8 @@
-"""Ctrl-C in a chat: it ends a reply, and twice the program.
+"""Ctrl-C in a chat ends a reply, and twice the program.
 
-Python hands a signal to the main thread only between two bytecodes, not while a program is compiled
-or runs on the device. So a thread of its own reads the signals of a reply from a pipe, sets a flag
-that is looked at between two tokens, and ends the process if that has not helped when the next one
-comes.
+Python handles a signal only between two bytecodes of the main thread, not while a program is
+compiled or runs on the device. So a second thread reads the signals of a reply from a pipe, sets a
+flag that is checked between two tokens, and ends the process if another signal comes first.
 """
 
 import contextlib
@@ -22,16 +21,16 @@ _WAKE = (0.05, 0.2, 1.0)  # seconds between a Ctrl-C and the attempts to have it
 
 
 class ChatSignals:
-    """Handles the signals that end a tool from its making on; for the main thread of a terminal.
+    """Handles the signals that end a command; made in the main thread, for a chat on a terminal.
 
     Attributes:
-      stop: Ctrl-C was pressed since the last reply began; until a line is asked for.
+        stop: Ctrl-C was pressed since the last reply began; reset when a line is asked for.
     """
 
     def __init__(self) -> None:
         self.stop = False
         self._waiting = False
-        self._handled = 0  # by the main thread, of those that the other thread has yet to read
+        self._handled = 0  # signals that the other thread has not read yet
         try:
             self._terminal = termios.tcgetattr(sys.stdin.fileno())
         except (termios.error, OSError, ValueError):
@@ -56,7 +55,7 @@ class ChatSignals:
 
     @contextlib.contextmanager
     def replying(self) -> Iterator[None]:
-        """Inside, SIGINT sets `stop`, and ends the process if that is set already."""
+        """Inside, SIGINT sets `stop`, or ends the process if `stop` is set already."""
         self.stop = self._waiting = False
         self._handled = 0
         yield
@@ -91,10 +90,10 @@ class ChatSignals:
 
 
 def _wake(thread: threading.Thread) -> None:
-    """Interrupts what a thread waits for, so that it notices a signal it has not handled yet.
+    """Interrupt what a thread waits for, so that it handles a pending signal.
 
-    One that comes while a key is handled, and not while the next is waited for, would else be
-    noticed with that next key. Nobody minds this signal: it says that a window has its size.
+    A signal that comes while readline handles a key would otherwise wait for the next key. SIGWINCH
+    (the window was resized) is harmless.
     """
 
     def wake() -> None:

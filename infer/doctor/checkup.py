@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from glm2_jax.cli.main import EXIT_DEVICE, named_variable
 from glm2_jax.cli.messages import human_size
 from glm2_jax.runtime.compile_cache import OFF, VARIABLE
 from glm2_jax.runtime.machine import Machine
-from infer.doctor import forms
-from infer.doctor.forms import Form, Model
+from infer.doctor.forms import Model, Place, command, places
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 OLDEST_DRIVER = {"12": 525, "13": 580}  # NVIDIA's minimum for each CUDA version
@@ -19,6 +18,7 @@ CHECKPOINT_SIZE = 12.5e9
 _INSTALL = 'python -m pip install "glm2-jax[{extra}]"'
 _FRESH = "python -m venv fresh && . fresh/bin/activate && pip install -e ."
 _DRIVER = "sudo ubuntu-drivers install && sudo reboot"  # others: the page in the finding
+_UBUNTU = "On Ubuntu (elsewhere: nvidia.com/drivers):"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Finding:
 
     Attributes:
       mark: "ok", "note" or "problem".
-      text: what is so.
       fix: the command to type; a problem always has one.
     """
 
@@ -37,62 +36,53 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Section:
-    title: str
-    findings: tuple[Finding, ...]
-
-
-@dataclass(frozen=True)
 class Report:
-    """All of it.
+    """Everything that was found.
 
     Attributes:
-      tables: the forms at each place.
-      best: the form to take, None where none fits.
+      sections: by their titles.
+      best: the place whose best form is recommended; None where none fits.
       command: the command to type next; "" where jax does not work at all.
-      exit_code: 0, or 5 where jax does not work.
     """
 
-    sections: tuple[Section, ...]
-    tables: tuple[tuple[Form, ...], ...]
-    best: Form | None
+    sections: Mapping[str, tuple[Finding, ...]]
+    places: tuple[Place, ...]
+    best: Place | None
     command: str
-    exit_code: int
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.places else EXIT_DEVICE
 
     @property
     def problems(self) -> int:
-        return sum(f.mark == PROBLEM for section in self.sections for f in section.findings)
+        return sum(f.mark == PROBLEM for found in self.sections.values() for f in found)
 
 
 def examine(machine: Machine, model: Model) -> Report:
-    """Judges a machine."""
-    sections = (
-        Section("Software", tuple(_software(machine))),
-        Section("Devices", tuple(_devices(machine))),
-        Section("Memory", tuple(_memory(machine))),
-        Section("Disk", tuple(_disk(machine))),
-    )
-    places = forms.places(machine)
-    best = forms.best_form(model, machine)
-    command = forms.command(model, best) if best else forms.demo_command(machine)
+    """Judge a machine."""
+    sections = {
+        "Software": tuple(_software(machine)),
+        "Devices": tuple(_devices(machine)),
+        "Memory": tuple(_memory(machine)),
+        "Disk": tuple(_disk(machine)),
+    }
+    found = places(model, machine)
+    best = next((place for place in found if place.best), None)
     return Report(
-        sections,
-        tuple(tuple(forms.forms(model, place)) for place in places),
-        best,
-        command if places else "",
-        0 if places else EXIT_DEVICE,
+        sections, found, best, command(model, machine, best and best.best) if found else ""
     )
 
 
 def _software(machine: Machine) -> Iterator[Finding]:
     yield Finding(OK, f"Python {machine.python} on {machine.system} {machine.arch}")
     versions = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
-    yield Finding(OK, versions or "no package of ours is known to this Python")
+    yield Finding(OK, versions or "this Python finds none of our packages")
     if machine.avx is False and machine.arch.lower() in ("x86_64", "amd64"):
         yield Finding(
             PROBLEM,
             "This processor has no AVX, which jax needs; in a virtual machine it may be hidden.",
-            "grep -c avx /proc/cpuinfo  # 0: take another machine, or give the VM the host's CPU",
+            "grep -c avx /proc/cpuinfo  # 0: use another machine, or give the VM the host's CPU",
         )
     yield from _jax(machine)
     yield from _mismatch(machine)
@@ -107,17 +97,17 @@ def _jax(machine: Machine) -> Iterator[Finding]:
         return
     text = f"jax does not work: {machine.jax.error}."
     if machine.jax.said and machine.jax.said[-1] not in machine.jax.error:  # a crash or a hang
-        text += f" Last it said: {machine.jax.said[-1]}"
+        text += f" Its last message: {machine.jax.said[-1]}"
     named = named_variable(text, machine.variables)
     alone = machine.jax_on_cpu is not None and machine.jax_on_cpu.works
     if alone:
-        text += " On the processor alone it works."
+        text += " It works on the processor alone."
         if "JAX_PLATFORMS" in machine.variables:
             named = named or "JAX_PLATFORMS"
     if named is not None:
         yield Finding(PROBLEM, text, f"unset {named}")
     elif alone:
-        yield Finding(PROBLEM, text, "export JAX_PLATFORMS=cpu  # until the cause is mended")
+        yield Finding(PROBLEM, text, "export JAX_PLATFORMS=cpu  # until the cause is fixed")
     else:
         yield Finding(PROBLEM, f"{text} In a fresh environment, in the checkout:", _FRESH)
 
@@ -129,7 +119,7 @@ def _mismatch(machine: Machine) -> Iterator[Finding]:
         if version and jaxlib and _numbers(version)[:3] != _numbers(jaxlib)[:3]:
             yield Finding(
                 PROBLEM,
-                f"{plugin} {version} does not belong to jaxlib {jaxlib}; jax will not use it.",
+                f"{plugin} {version} does not match jaxlib {jaxlib}; jax will not use it.",
                 f"python -m pip install {plugin}=={jaxlib} {plugin[:-6]}pjrt=={jaxlib}",
             )
 
@@ -140,13 +130,12 @@ def _devices(machine: Machine) -> Iterator[Finding]:
     yield from _nvidia(machine, "gpu" in found)
     yield from _tpu(machine, "tpu" in found)
     if not (accelerated or machine.nvidia.present or machine.tpus):
-        yield Finding(OK, "No GPU and no TPU was found; the processor computes.")
+        yield Finding(OK, "No GPU or TPU was found; the processor computes.")
     if len([p for p in found if p != "cpu"]) > 1:
         yield Finding(NOTE, f"{len(found)} devices; this program uses the first.")
-    share = machine.variables
-    for name in sorted(share):
+    for name, value in sorted(machine.variables.items()):
         if name.startswith(("XLA_PYTHON_CLIENT_", "JAX_")) or name == "XLA_FLAGS":
-            yield Finding(NOTE, f"{name}={share[name]} is set; it changes what jax does.")
+            yield Finding(NOTE, f"{name}={value} is set; it changes what jax does.")
 
 
 def _nvidia(machine: Machine, used: bool) -> Iterator[Finding]:
@@ -160,79 +149,76 @@ def _nvidia(machine: Machine, used: bool) -> Iterator[Finding]:
     if not nvidia.present:
         if _cuda(machine) and not used:
             where = "start the container with --gpus all" if machine.container else "lspci shows it"
-            yield Finding(NOTE, f"CUDA packages are installed, but no GPU is here ({where}).")
+            yield Finding(NOTE, f"CUDA packages are installed, but no GPU was found ({where}).")
         return
     yield Finding(NOTE, f"NVIDIA GPU: {names or 'found on the bus'}{driver}; jax does not use it")
     yield _why_unused(machine)
 
 
 def _why_unused(machine: Machine) -> Finding:
-    """The first reason, in the order in which they have to be mended."""
-    nvidia, cuda = machine.nvidia, _cuda(machine)
-    major = _numbers(nvidia.driver)[0] if _numbers(nvidia.driver) else None
-    if not nvidia.nodes and not nvidia.gpus:
-        if machine.container:
-            return Finding(
-                PROBLEM,
-                "This container was not given the GPU: there is no /dev/nvidia0. Start it with:",
-                "docker run --gpus all ...  # needs nvidia-container-toolkit on the host",
-            )
-        if major is None:
-            return Finding(
-                PROBLEM,
-                "The NVIDIA driver is not loaded. On Ubuntu (elsewhere: nvidia.com/drivers):",
-                _DRIVER,
-            )
-    if major is not None and major < OLDEST_DRIVER["12"]:
-        return Finding(
-            PROBLEM,
+    """The first reason, in the order in which they have to be fixed."""
+    nvidia, cuda, set_to = machine.nvidia, _cuda(machine), machine.variables.get
+    major = next(iter(_numbers(nvidia.driver)), None)
+    unseen = not nvidia.nodes and not nvidia.gpus
+    platforms, visible = set_to("JAX_PLATFORMS", ""), set_to("CUDA_VISIBLE_DEVICES", "0")
+    reasons = (
+        (
+            unseen and machine.container,
+            "This container was not given the GPU: there is no /dev/nvidia0. Start it with:",
+            "docker run --gpus all ...  # needs nvidia-container-toolkit on the host",
+        ),
+        (unseen and major is None, f"The NVIDIA driver is not loaded. {_UBUNTU}", _DRIVER),
+        (
+            major is not None and major < OLDEST_DRIVER["12"],
             f"Driver {nvidia.driver} is too old: CUDA 12 needs {OLDEST_DRIVER['12']} or newer. "
-            "On Ubuntu (elsewhere: nvidia.com/drivers):",
+            f"{_UBUNTU}",
             _DRIVER,
-        )
-    if not cuda:
-        return Finding(
-            PROBLEM,
+        ),
+        (
+            not cuda,
             "The installed jaxlib computes on the processor only: the CUDA packages are missing.",
             _INSTALL.format(extra="cuda"),
-        )
-    if cuda == {"13"} and major is not None and major < OLDEST_DRIVER["13"]:
-        return Finding(
-            PROBLEM,
+        ),
+        (
+            cuda == {"13"} and major is not None and major < OLDEST_DRIVER["13"],
             f"Driver {nvidia.driver} is too old for the installed CUDA 13 packages, which need "
-            f"{OLDEST_DRIVER['13']} or newer; CUDA 12 fits it.",
+            f"{OLDEST_DRIVER['13']} or newer; CUDA 12 works with it.",
             "python -m pip uninstall -y jax-cuda13-plugin jax-cuda13-pjrt && "
             + _INSTALL.format(extra="cuda"),
-        )
-    for name, hides in (
-        ("JAX_PLATFORMS", lambda value: value and not re.search("cuda|gpu", value)),
-        ("CUDA_VISIBLE_DEVICES", lambda value: value.strip() in ("", "-1", "NoDevFiles")),
-    ):
-        value = machine.variables.get(name)
-        if value is not None and hides(value):
-            return Finding(PROBLEM, f"{name}={value!r} hides the GPU from jax.", f"unset {name}")
-    if "cuda" in machine.variables.get("LD_LIBRARY_PATH", "").lower():
-        return Finding(
-            PROBLEM,
-            "LD_LIBRARY_PATH names CUDA libraries, which are then taken instead of jax's own.",
+        ),
+        (
+            platforms and not re.search("cuda|gpu", platforms),
+            f"JAX_PLATFORMS={platforms!r} hides the GPU from jax.",
+            "unset JAX_PLATFORMS",
+        ),
+        (
+            visible.strip() in ("", "-1", "NoDevFiles"),
+            f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPU from jax.",
+            "unset CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            "cuda" in set_to("LD_LIBRARY_PATH", "").lower(),
+            "LD_LIBRARY_PATH names CUDA libraries, which are used instead of jax's own.",
             "unset LD_LIBRARY_PATH",
-        )
-    if nvidia.smi_error:
-        return Finding(PROBLEM, f"nvidia-smi fails: {nvidia.smi_error}. On Ubuntu:", _DRIVER)
-    return Finding(
-        PROBLEM,
-        "The CUDA packages are installed and the driver fits; see what jax itself says:",
-        'JAX_PLATFORMS=cuda python -c "import jax; print(jax.devices())"',
+        ),
+        (nvidia.smi_error, f"nvidia-smi fails: {nvidia.smi_error}. On Ubuntu:", _DRIVER),
+        (
+            True,
+            "The CUDA packages are installed and the driver is new enough; see jax's own message:",
+            'JAX_PLATFORMS=cuda python -c "import jax; print(jax.devices())"',
+        ),
     )
+    text, fix = next((text, fix) for holds, text, fix in reasons if holds)
+    return Finding(PROBLEM, text, fix)
 
 
 def _crowded(machine: Machine) -> Iterator[Finding]:
-    """Memory of GPUs that other programs have taken."""
+    """Memory of GPUs that other programs use."""
     gpus = machine.nvidia.gpus
     for index, gpu in enumerate(gpus):
         if gpu.total - gpu.free > 1e9:
             taken = human_size(gpu.total - gpu.free)
-            yield Finding(NOTE, f"Other programs have taken {taken} of GPU {index}'s memory.")
+            yield Finding(NOTE, f"Other programs use {taken} of GPU {index}'s memory.")
     freest = max(range(len(gpus)), key=lambda i: gpus[i].free, default=0)
     if gpus and gpus[freest].free - gpus[0].free > 1e9:
         yield Finding(
@@ -243,23 +229,19 @@ def _crowded(machine: Machine) -> Iterator[Finding]:
 
 
 def _tpu(machine: Machine, used: bool) -> Iterator[Finding]:
+    platforms = machine.variables.get("JAX_PLATFORMS")
     if used:
         yield Finding(OK, "TPU: jax uses it")
-    elif machine.tpus and "libtpu" not in machine.packages:
-        yield Finding(
-            PROBLEM,
-            "A TPU is there, but the package that drives it is missing.",
-            _INSTALL.format(extra="tpu"),
-        )
-    elif machine.tpus and machine.variables.get("JAX_PLATFORMS"):
-        value = machine.variables["JAX_PLATFORMS"]
-        yield Finding(PROBLEM, f"JAX_PLATFORMS={value!r} hides the TPU.", "unset JAX_PLATFORMS")
-    elif machine.tpus:
-        yield Finding(
-            PROBLEM,
-            "A TPU is there, but jax does not find it; often another program holds it.",
-            "sudo lsof -w /dev/accel* /dev/vfio/*",
-        )
+    elif not machine.tpus:
+        return
+    elif "libtpu" not in machine.packages:
+        text = "This machine has a TPU, but the package that drives it is missing."
+        yield Finding(PROBLEM, text, _INSTALL.format(extra="tpu"))
+    elif platforms:
+        yield Finding(PROBLEM, f"JAX_PLATFORMS={platforms!r} hides the TPU.", "unset JAX_PLATFORMS")
+    else:
+        text = "This machine has a TPU, but jax does not find it; often another program uses it."
+        yield Finding(PROBLEM, text, "sudo lsof -w /dev/accel* /dev/vfio/*")
 
 
 def _cuda(machine: Machine) -> set[str]:
@@ -274,7 +256,7 @@ def _numbers(version: str) -> list[int]:
 def _memory(machine: Machine) -> Iterator[Finding]:
     memory = machine.memory
     if memory.total is None:
-        yield Finding(NOTE, "This system does not tell how much memory it has.")
+        yield Finding(NOTE, "This system does not report how much memory it has.")
         return
     free = "" if memory.available is None else f", {human_size(memory.available)} of it free"
     yield Finding(OK, f"Host: {human_size(memory.total)}{free}")
@@ -282,7 +264,7 @@ def _memory(machine: Machine) -> Iterator[Finding]:
         yield Finding(
             NOTE,
             f"This container or job is limited to {human_size(memory.limit)}, "
-            f"{human_size(memory.limit_left)} of it left; beyond that it is killed.",
+            f"{human_size(memory.limit_left)} of it left; a program that takes more is killed.",
         )
     for device in machine.jax.devices:
         if device.platform != "cpu" and device.memory:
@@ -292,7 +274,7 @@ def _memory(machine: Machine) -> Iterator[Finding]:
 def _disk(machine: Machine) -> Iterator[Finding]:
     for disk in machine.disks:
         if disk.free is None:
-            yield Finding(NOTE, f"{disk.purpose} ({disk.folder}): free space cannot be told")
+            yield Finding(NOTE, f"{disk.purpose} ({disk.folder}): free space unknown")
             continue
         text = f"{disk.purpose} ({disk.folder}): {human_size(disk.free)} free"
         small = disk.purpose == "downloads" and disk.free < CHECKPOINT_SIZE
@@ -301,16 +283,16 @@ def _disk(machine: Machine) -> Iterator[Finding]:
         yield Finding(NOTE if small else OK, text, fix)
     cache = machine.cache
     if cache.folder == OFF:
-        yield Finding(NOTE, f"Compiled programs are not kept ({VARIABLE}=off): slow starts.")
+        yield Finding(NOTE, f"Compiled programs are not cached ({VARIABLE}=off): starts are slow.")
     elif not cache.writable:
         yield Finding(
             PROBLEM,
-            f"{cache.folder}, where compiled programs are kept, is not writable: every start "
-            "compiles anew.",
+            f"{cache.folder}, the cache of compiled programs, is not writable: every start "
+            "compiles again.",
             f'export {VARIABLE}="$(mktemp -d)"',
         )
     elif cache.exists:
         size = human_size(cache.size)
-        yield Finding(OK, f"compiled programs: {cache.programs} kept, {size}, in {cache.folder}")
+        yield Finding(OK, f"compiled programs: {cache.programs} cached, {size}, in {cache.folder}")
     else:
-        yield Finding(OK, f"compiled programs: none yet; they will be kept in {cache.folder}")
+        yield Finding(OK, f"compiled programs: none yet; they will be cached in {cache.folder}")

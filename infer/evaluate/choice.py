@@ -1,16 +1,17 @@
-"""Multiple choice: the likeliest of the letters A to D behind a question.
+"""Multiple choice: the likeliest of the letters A to D after a question.
 
-One pass reads the question and compares the letters. Two passes do as the official C-Eval script
-of ChatGLM2: the model answers greedily in words; then the question, its words and a sentence that
-asks for the conclusion are one question, and the letters are compared behind that. (The script cuts
-what is longer than 2048 tokens; here nothing is cut, what is too long is a bad row.)
+One pass reads the question and compares the letters. Two passes follow the official C-Eval script
+of ChatGLM2: the model first answers in words, greedily; then question, words and a sentence that
+asks for the conclusion are one prompt, after which the letters are compared. (The script cuts a
+prompt to 2048 tokens; here one that is too long is a bad row.)
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +21,26 @@ import numpy as np
 
 from glm2_jax.cli.files import real_path
 from glm2_jax.cli.messages import Progress, note
-from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.runtime.gather import gathered
-from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
-from infer.evaluate.generation import (
-    answers,
-    check_output,
-    checked,
-    predictions_file,
-    sampling_params,
+from infer.evaluate.exams import (
+    LETTERS,
+    SUBJECTS,
+    Exam,
+    Question,
+    examples_for,
+    find_files,
+    read_exam,
 )
+from infer.evaluate.generation import answers, checked, sampling_params
+from infer.evaluate.predictions import check_output, predictions_file
 from infer.evaluate.reader import Reader
 from infer.evaluate.rows import BadRows, unplaced
-from infer.evaluate.subjects import GROUPS
 from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
+    from infer.evaluate.run import Settings
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class Asked:
     """A question that fits.
 
     Attributes:
-      text: what is asked, without the rounds of examples before it.
-      ids: the whole prompt.
-      shots: examples before it.
+        text: the question as asked, without earlier rounds with examples.
+        ids: the complete prompt.
+        shots: examples before it.
+        words: what the model wrote in the first of two passes.
     """
 
     exam: Exam
@@ -56,176 +59,131 @@ class Asked:
     text: str
     ids: list[int]
     shots: int = 0
+    words: str = ""
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Asks all questions; returns the figures."""
-    if args.two_pass and args.shots:
-        raise UsageError("--two-pass and --shots exclude each other", "The script has no examples.")
-    sampling = sampling_params(args, greedy=True)
-    check_output(args)
-    bad = BadRows(args.max_bad)
-    files = find_files(args.data)
-    if args.shots and any(real_path(file).parent.name == "dev" for file in files):
+def run(settings: Settings) -> dict[str, Any]:
+    """Ask all questions; returns the figures."""
+    if settings.two_pass and settings.shots:
+        raise UsageError("--two-pass excludes --shots", "The official script has no examples.")
+    sampling = dataclasses.replace(sampling_params(settings), temperature=0.0)
+    check_output(settings.predictions, settings.data, settings.overwrite)
+    bad = BadRows(settings.max_bad)
+    exams = _read_exams(settings, bad)
+    examples = [examples_for(exam, bad) if settings.shots else () for exam in exams]
+    questions = [question for exam in exams for question in exam.questions]
+    note_demo_model(settings.choice)
+    batch = settings.batch_size
+    contents = {"questions": unplaced(questions)}
+    engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
+    asker = Asker(engine, bad)
+    asked: list[Asked] = []
+    for exam, solved in zip(exams, examples, strict=True):
+        few = None if settings.two_pass else solved[: settings.shots]
+        asked += asker.ask(exam, few)
+    bad.check(len(asked))
+    note(f"the first question: {asked[0].text!r}")
+    result: dict[str, Any] = {"data": settings.data, "passes": 1, "shots": settings.shots}
+    if settings.shots:
+        used = [one.shots for one in asked]
+        result["mean_shots_used"] = fmean(used)
+        if fewer := sum(count < settings.shots for count in used):
+            note(
+                f"{fewer} of {len(asked)} questions have fewer than {settings.shots} examples: "
+                "there are no more, or they would be too long"
+            )
+    if settings.two_pass:
+        result["passes"] = 2
+        found = answers(engine, [one.ids for one in asked], sampling, batch, clean=False)
+        asked = asker.conclude(asked, [text for _, text in sorted(found)])
+        bad.check(len(asked))
+        note(f"the first question, second pass: {asked[0].text!r}")
+    logits = letter_logits(engine, [one.ids for one in asked], asker.letters, batch)
+    _write(settings, asked, logits)
+    return result | {"bad_rows": bad.count} | figures(asked, logits.argmax(axis=1))
+
+
+def _read_exams(settings: Settings, bad: BadRows) -> list[Exam]:
+    assert settings.data is not None
+    files = find_files(settings.data)
+    if settings.shots and any(real_path(file).parent.name == "dev" for file in files):
         raise UsageError(
-            f"--shots takes its examples from the folder dev, and {args.data} is in it",
-            "Each question would be among its own examples, with the answer.",
-            "Name the folder val or test beside it, or leave --shots out.",
+            f"--shots takes its examples from the folder dev, and {settings.data} is in it",
+            "Each question would be one of its own examples, with the answer.",
+            "Name the folder val or test next to it, or leave --shots out.",
         )
     exams = [read_exam(path, bad) for path in files]
     bad.check(sum(len(exam.questions) for exam in exams))
-    whole = [str(exam.path) for exam in exams if exam.layout == "official"]
-    if args.shots and whole:
+    complete = [exam.path for exam in exams if exam.layout == "official"]
+    if settings.shots and complete:
         raise UsageError(
-            "--shots goes with csv files",
-            f"The texts of {whole[0]} are whole prompts.",
+            "--shots needs csv files",
+            f"The texts of {complete[0]} are complete prompts.",
             "Leave --shots out.",
         )
-    shots = [examples_for(exam.path, bad).questions if args.shots else () for exam in exams]
-    note_demo_model(from_flags(ModelChoice, args))
-    engine = open_engine(
-        from_flags(ModelChoice, args),
-        from_flags(EngineOptions, args),
-        contents={"questions": unplaced(q for exam in exams for q in exam.questions)},
-    )
-    asker = _Asker(engine, bad, args.batch_size)
-    asked = []
-    for exam, examples in zip(exams, shots, strict=True):
-        if args.two_pass:
-            asked += asker.fitting(exam, lambda exam, q: asker.plain(exam, q))
-        else:
-            few = examples[: args.shots]
-            asked += asker.fitting(exam, lambda exam, q, few=few: asker.shown(exam, q, few))
-    bad.check(len(asked))
-    note(f"the first question: {asked[0].text!r}")
-    words = []
-    used = [one.shots for one in asked]
-    if fewer := sum(count < args.shots for count in used):
-        note(f"{fewer} of {len(asked)} questions have fewer than {args.shots} examples: there are "
-             "no more, or they would be too long")  # fmt: skip
-    if args.two_pass:
-        prompts = [one.ids for one in asked]
-        found = sorted(answers(engine, prompts, sampling, args.batch_size, clean=False))
-        words = [text for _, text in found]
-        asked, words = asker.concluded(asked, words)
-        bad.check(len(asked))
-        note(f"the first question, second pass: {asked[0].text!r}")
-    scores = asker.letters([one.ids for one in asked])
-    _write(args, asked, words, scores)
-    shown = {"shots": args.shots, **({"mean_shots_used": fmean(used)} if args.shots else {})}
-    return {"data": args.data, "passes": 1 + args.two_pass, **shown, "bad_rows": bad.count,
-            **_figures(asked, scores.argmax(axis=1))}  # fmt: skip
+    return exams
 
 
-class _Asker:
-    """Puts questions to an engine."""
+class Asker:
+    """Makes prompts of questions.
 
-    def __init__(self, engine: Engine, bad: BadRows, batch: int):
-        self.engine, self.bad, self.batch = engine, bad, batch
-        common, self.ids = letter_ids(engine)
-        self._before = common
+    Attributes:
+        before: ids at the end of every prompt, with which all letters begin.
+        letters: the ids that tell the letters apart.
+    """
 
-    def fitting(self, exam: Exam, make: Any) -> list[Asked]:
-        """The questions of an exam that fit; `make` (exam, question) puts one."""
-        rows = ((question.where, question) for question in exam.questions)
-        return self.bad.keep(rows, lambda where, question: make(exam, question))
+    def __init__(self, engine: Engine, bad: BadRows):
+        self.engine, self.bad = engine, bad
+        self.before, self.letters = letter_ids(engine)
 
-    def plain(self, exam: Exam, question: Question) -> Asked:
-        """A question that is to be answered in words."""
-        text = exam.head + exam.put(question, ask=False)
-        return Asked(exam, question, text, checked(self.engine, self.engine.build_prompt(text)))
+    def ask(self, exam: Exam, examples: Sequence[Question] | None) -> list[Asked]:
+        """Return the questions of an exam that fit, each after as many examples as fit; with
+        None, an answer in words is asked for."""
 
-    def shown(self, exam: Exam, question: Question, examples: Sequence[Question]) -> Asked:
-        """A question to be answered with a letter, behind as many examples as there is room for."""
-        for count in range(len(examples), -1, -1):
-            try:
-                text, ids = self._behind(exam, question, examples[:count])
-                ids = checked(self.engine, ids)
-                break
-            except InputError:
-                if not count:
-                    raise
-        return Asked(exam, question, text, [*ids, *self._before], count)
+        def put(where: str, question: Question) -> Asked:
+            if examples is None:
+                text = exam.head + exam.put(question, ask=False)
+                ids = checked(self.engine, self.engine.build_prompt(text))
+                return Asked(exam, question, text, ids)
+            for count in range(len(examples), 0, -1):
+                try:
+                    return self._shown(exam, question, examples[:count])
+                except InputError:  # too long
+                    continue
+            return self._shown(exam, question, ())
 
-    def _behind(
-        self, exam: Exam, question: Question, examples: Sequence[Question]
-    ) -> tuple[str, list[int]]:
-        """Examples are earlier rounds of the conversation, or with the raw template text."""
+        return self.bad.keep(((question.where, question) for question in exam.questions), put)
+
+    def _shown(self, exam: Exam, question: Question, examples: Sequence[Question]) -> Asked:
+        """Examples are earlier rounds, or with the template raw earlier text."""
         texts = [exam.put(one) for one in (*examples, question)]
         solved = [LETTERS[one.answer] for one in examples]
         if self.engine.template == "raw":
-            texts = [
-                "".join(f"{text}{x}\n\n" for text, x in zip(texts, [*solved, ""], strict=True))
-            ]
-            texts, solved = [texts[0].removesuffix("\n\n")], []
+            rounds = [f"{text}{x}" for text, x in zip_longest(texts, solved, fillvalue="")]
+            texts, solved = ["\n\n".join(rounds)], []
         texts[0] = exam.head + texts[0]
         *before, text = texts
-        return text, self.engine.build_prompt(text, list(zip(before, solved, strict=True)))
+        ids = self.engine.build_prompt(text, list(zip(before, solved, strict=True)))
+        ids = [*checked(self.engine, ids), *self.before]
+        return Asked(exam, question, text, ids, len(examples))
 
-    def concluded(
-        self, asked: Sequence[Asked], words: Sequence[str]
-    ) -> tuple[list[Asked], list[str]]:
-        """The questions of the second pass, and the words of those that fit."""
+    def conclude(self, asked: Sequence[Asked], words: Sequence[str]) -> list[Asked]:
+        """Return the questions of the second pass that fit, given the words of the first."""
 
-        def conclude(where: str, row: tuple[Asked, str]) -> tuple[Asked, str]:
+        def put(where: str, row: tuple[Asked, str]) -> Asked:
             one, said = row
-            end = "\n" if one.question.choices else ""  # the official texts have their own
+            end = "\n" if one.question.choices else ""  # the official texts end with one
             text = f"{one.text}{end}{said}\n{one.exam.style.conclude}"
             ids = checked(self.engine, self.engine.build_prompt(text))
-            return Asked(one.exam, one.question, text, [*ids, *self._before]), said
+            return dataclasses.replace(one, text=text, ids=[*ids, *self.before], words=said)
 
-        rows = ((row[0].question.where, row) for row in zip(asked, words, strict=True))
-        kept = self.bad.keep(rows, conclude)
-        return [one for one, _ in kept], [said for _, said in kept]
-
-    def letters(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 [prompts, 4]: the logits of the letters behind each prompt."""
-        result = np.zeros((len(prompts), len(LETTERS)), np.float32)
-        reader = Reader(self.engine, self.batch, self.engine.max_length)
-        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        with Progress("questions", len(prompts)) as bar:
-            for first in range(0, len(order), self.batch):
-                rows = order[first : first + self.batch]
-                compiled = self.engine.programs.seconds
-                for part, values in self._last([prompts[row] for row in rows], reader):
-                    result[[rows[at] for at in part]] = values
-                bar.start += self.engine.programs.seconds - compiled
-                bar(first + len(rows))
-        if not np.isfinite(result).all():
-            raise CheckpointError("the model produced NaN or Inf", fix="Use another --dtype.")
-        return result
-
-    def _last(
-        self, prompts: list[Sequence[int]], reader: Reader
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """(rows, their letters' logits [rows, 4]), as their ends are read."""
-        last = np.array([len(ids) - 1 for ids in prompts])
-        for chunk in reader.read(prompts):
-            width = chunk.real.shape[1]
-            ending = np.flatnonzero((chunk.start <= last) & (last < chunk.start + width))
-            if not ending.size:
-                continue
-            columns = np.zeros(reader.batch, np.int32)
-            columns[ending] = last[ending] - chunk.start
-            key = chunk.logits.shape
-            call = self.engine.programs.call
-            values = call("letters", key, pick, chunk.logits, columns, np.array(self.ids, np.int32))
-            yield ending.tolist(), gathered(values)[ending]
-
-
-def pick(logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:
-    """Some ids' logits at a column of each row: float32 [B, T, V] -> [B, ids]."""
-    rows = jnp.take_along_axis(logits, columns[:, None, None], axis=1)[:, 0]
-    return rows[:, ids]
+        rows = zip(asked, words, strict=True)
+        return self.bad.keep(((row[0].question.where, row) for row in rows), put)
 
 
 def letter_ids(engine: Engine) -> tuple[list[int], list[int]]:
-    """The ids that all answers "A" to "D" begin with (none in the published tokenizers), and the
-    one by which each goes on.
-
-    Raises:
-      CheckpointError: the tokenizer does not tell the letters apart by one id.
-    """
+    """Return the ids that all answers "A" to "D" begin with (none in the published tokenizers), and
+    the ids that follow, one per letter; CheckpointError where the letters differ in more."""
     ids = [engine.tokenizer.encode(letter) for letter in LETTERS]
     at = 0
     while len({tuple(one[: at + 1]) for one in ids}) == 1 and all(len(one) > at + 1 for one in ids):
@@ -236,16 +194,59 @@ def letter_ids(engine: Engine) -> tuple[list[int], list[int]]:
     return ids[0][:at], different
 
 
-def _figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
-    """Accuracy of all questions (the official script's), by file, and by group of C-Eval."""
+def letter_logits(
+    engine: Engine, prompts: Sequence[Sequence[int]], letters: Sequence[int], batch: int
+) -> np.ndarray:
+    """Return float32 [prompts, 4]: the logits of the letters after each prompt."""
+    result = np.zeros((len(prompts), len(letters)), np.float32)
+    reader = Reader(engine, batch, engine.max_length)
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    with Progress("questions", len(prompts)) as bar:
+        for first in range(0, len(order), batch):
+            rows = order[first : first + batch]
+            compiled = engine.programs.seconds
+            for part, values in _at_ends(reader, [prompts[row] for row in rows], letters):
+                result[np.take(rows, part)] = values
+            bar.start += engine.programs.seconds - compiled  # not part of the rate
+            bar(first + len(rows))
+    if not np.isfinite(result).all():
+        raise CheckpointError("the model produced NaN or Inf", fix="Use another --dtype.")
+    return result
+
+
+def _at_ends(
+    reader: Reader, prompts: Sequence[Sequence[int]], letters: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield indices of prompts, and the letters' logits [indices, 4], as their ends are read."""
+    last = np.array([len(ids) - 1 for ids in prompts])
+    for chunk in reader.read(prompts):
+        end = chunk.start + chunk.real.shape[1]
+        ending = np.flatnonzero((chunk.start <= last) & (last < end))
+        if not ending.size:
+            continue
+        columns = np.zeros(reader.batch, np.int32)
+        columns[ending] = last[ending] - chunk.start
+        ids = np.array(letters, np.int32)
+        values = reader.engine.programs.call(
+            "letters", chunk.logits.shape, pick, chunk.logits, columns, ids
+        )
+        yield ending, gathered(values)[ending]
+
+
+def pick(logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the logits of some ids at a column of each row: float32 [B, T, V] -> [B, ids]."""
+    return jnp.take_along_axis(logits, columns[:, None, None], axis=1)[:, 0][:, ids]
+
+
+def figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
+    """Return the accuracy of all questions (as the official script), by file and by C-Eval group;
+    `chosen` are the letters taken, int [questions]."""
     right: dict[str, list[bool]] = {}
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, str | None] = {}  # of each file
     for one, letter in zip(asked, chosen, strict=True):
         name = str(one.exam.path)
         right.setdefault(name, []).append(bool(letter == one.question.answer))
-        group = GROUPS.get(one.exam.subject)
-        if group and name not in groups.setdefault(group, []):
-            groups[group].append(name)
+        groups[name] = SUBJECTS.get(one.exam.subject, {}).get("group")
     shares = {name: fmean(each) for name, each in right.items()}
     everything = [each for part in right.values() for each in part]
     result: dict[str, Any] = {
@@ -254,10 +255,14 @@ def _figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
         "accuracy": fmean(everything),
         "mean_of_files": fmean(shares.values()),
     }
-    if groups and sum(map(len, groups.values())) == len(right):
+    if all(groups.values()):
+        parts = {
+            group: [shares[name] for name in groups if groups[name] == group]
+            for group in dict.fromkeys(groups.values())
+        }
         result["groups"] = [
-            {"group": group, "files": len(names), "accuracy": fmean(shares[name] for name in names)}
-            for group, names in groups.items()
+            {"group": group, "files": len(part), "accuracy": fmean(part)}
+            for group, part in parts.items()
         ]
     result["files"] = [
         {"file": name, "questions": len(right[name]), "accuracy": share}
@@ -266,19 +271,15 @@ def _figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
     return result
 
 
-def _write(
-    args: argparse.Namespace, asked: Sequence[Asked], words: Sequence[str], scores: np.ndarray
-) -> None:
-    with predictions_file(args) as write:
-        for at, (one, values) in enumerate(zip(asked, scores, strict=True)):
-            write(
-                at,
-                {
-                    "where": one.question.where,
-                    "prompt": one.text,
-                    **({"words": words[at]} if words else {}),
-                    "labels": LETTERS[one.question.answer],
-                    "predict": LETTERS[int(values.argmax())],
-                    "logits": [round(float(value), 4) for value in values],
-                },
-            )
+def _write(settings: Settings, asked: Sequence[Asked], logits: np.ndarray) -> None:
+    with predictions_file(settings.predictions) as write:
+        for at, (one, values) in enumerate(zip(asked, logits, strict=True)):
+            row = {
+                "where": one.question.where,
+                "prompt": one.text,
+                **({"words": one.words} if settings.two_pass else {}),
+                "labels": LETTERS[one.question.answer],
+                "predict": LETTERS[int(values.argmax())],
+                "logits": [round(float(value), 4) for value in values],
+            }
+            write(at, row)

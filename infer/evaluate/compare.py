@@ -1,151 +1,113 @@
-"""Variants of one model side by side: what a dtype or quantization costs, beside the first one."""
+"""Compare variants of a model: what a dtype or a quantization costs."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.cli.parser import from_flags
+from glm2_jax.cli.messages import human_size, note
 from glm2_jax.runtime.gather import gathered
-from infer.evaluate.perplexity import Material, Targets, Total, add, batches
-from infer.evaluate.reader import Reader
-from infer.evaluate.variants import Variant, asking_for
+from infer.evaluate.perplexity import Material, Total, measure
+from infer.evaluate.reader import Chunk
+from infer.evaluate.variants import Variant
 from infer.startup import open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
+    from infer.evaluate.run import Settings
 
 
-@dataclass
 class Distance:
     """How far the logits are from those of the first variant, over the positions that count."""
 
-    positions: int = 0
-    agree: int = 0
-    absolute: float = 0.0
-    largest: float = 0.0
-    divergence: float = 0.0
+    def __init__(self) -> None:
+        self._sums = np.zeros(3)  # of |difference|, KL, same top token
+        self._largest = 0.0
+        self._positions = 0
 
-    def add(self, absolute: Any, largest: Any, divergence: Any, agree: Any) -> None:
-        """Takes the figures of some positions, as `distances` gives them."""
-        self.positions += len(agree)
-        self.agree += int(agree.sum())
-        self.absolute += float(absolute.astype(np.float64).sum())
-        self.largest = max(self.largest, float(largest.max(initial=0.0)))
-        self.divergence += float(divergence.astype(np.float64).sum())
+    def add(self, mean: Any, largest: Any, divergence: Any, same: Any) -> None:
+        """Add what `distances` returns, for some positions."""
+        self._positions += len(same)
+        self._sums += [part.astype(np.float64).sum() for part in (mean, divergence, same)]
+        self._largest = max(self._largest, float(largest.max(initial=0.0)))
 
     def figures(self) -> dict[str, float]:
-        """The averages; KL(first || this) in nats."""
+        """Return the averages; KL(first || this) in nats."""
+        mean, divergence, same = (self._sums / max(self._positions, 1)).tolist()
         return {
-            "mean_abs_delta_logit": self.absolute / self.positions,
-            "max_abs_delta_logit": self.largest,
-            "kl_divergence": self.divergence / self.positions,
-            "top1_agreement": self.agree / self.positions,
+            "mean_abs_delta_logit": mean,
+            "max_abs_delta_logit": self._largest,
+            "kl_divergence": divergence,
+            "top1_agreement": same,
         }
 
 
 def distances(
     first: jax.Array, other: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of float32 [B, T, V] logits: mean and largest |difference|, KL(first || other) in nats, and
-    whether the likeliest token is the same; each [B, T]."""
+    """Compare float32 [B, T, V] logits: mean and largest |difference|, KL(first || other) in nats,
+    and whether the likeliest token is the same; each [B, T]."""
     difference = jnp.abs(first - other)
     p, q = jax.nn.log_softmax(first), jax.nn.log_softmax(other)
     divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-    agree = first.argmax(axis=-1) == other.argmax(axis=-1)
-    return difference.mean(axis=-1), difference.max(axis=-1), divergence, agree
+    same = first.argmax(axis=-1) == other.argmax(axis=-1)
+    return difference.mean(axis=-1), difference.max(axis=-1), divergence, same
 
 
 def weight_bytes(engine: Engine) -> int:
-    """Bytes of all parameters in memory."""
+    """Return the bytes of all parameters in memory."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.checkpoint.params))
 
 
 def compare(
-    args: argparse.Namespace,
-    names: tuple[Variant, ...],
-    material_of: Callable[[Engine], Material],
-    first: Engine,
+    settings: Settings, compared: Sequence[Variant], material_of: Callable[[Engine], Material]
 ) -> list[dict[str, Any]]:
-    """Measures all variants; the first stays in memory, the others take turns beside it.
-
-    Args:
-      material_of: makes the tokens that are read.
-      first: an engine of the first variant.
-
-    Returns:
-      A dictionary of figures for each.
-    """
+    """Return the figures of all variants; the first stays in memory, the others take turns."""
+    first = open_variant(settings, compared[0])
     material = material_of(first)
     results = []
-    for variant in names[1:]:
-        note(f"comparing {names[0].name} with {variant.name}")
-        engine = open_variant(args, variant, first)
-        mine, others, distance = _together(first, engine, material, args.batch_size)
+    for variant in compared[1:]:
+        note(f"comparing {compared[0].name} with {variant.name}")
+        engine, distance = open_variant(settings, variant, first), Distance()
+
+        def add_distance(chunks: Sequence[Chunk], counts: np.ndarray, distance=distance) -> None:
+            one, two = (chunk.logits for chunk in chunks)
+            found = first.programs.call("distances", one.shape, distances, one, two)
+            distance.add(*(gathered(part)[counts] for part in found))
+
+        totals = measure([first, engine], material, settings.batch_size, add_distance)
         if not results:
-            results.append(_figures(names[0], first, mine))
-        results.append(_figures(variant, engine, others, distance))
+            unchanged = Distance().figures() | {"top1_agreement": 1.0}
+            results.append(_figures(compared[0], first, totals[0]) | unchanged)
+        results.append(_figures(variant, engine, totals[1]) | distance.figures())
         del engine  # before the next is loaded
     return results
 
 
-def open_variant(args: argparse.Namespace, variant: Variant, first: Engine | None = None) -> Engine:
-    """The model in a form; beside the `first` it has that one's room, and the memory it leaves."""
-    args = asking_for(args, variant)
+def open_variant(settings: Settings, variant: Variant, first: Engine | None = None) -> Engine:
+    """Open a variant; after the `first` with its maximal length, in the memory that it leaves."""
+    options = settings.options
     if first is not None:
-        args.max_length = first.max_length
-        if args.memory_limit is not None:
+        options = dataclasses.replace(options, max_length=first.max_length)
+        if options.memory_limit is not None:
             taken = weight_bytes(first)
-            note(f"of --memory-limit, {human_size(taken)} are those of the first form")
-            args.memory_limit = max(args.memory_limit - taken, 0)
-    return open_engine(from_flags(ModelChoice, args), from_flags(EngineOptions, args))
+            note(f"the first variant takes {human_size(taken)} of --memory-limit")
+            left = max(options.memory_limit - taken, 0)
+            options = dataclasses.replace(options, memory_limit=left)
+    return open_engine(variant.of(settings.choice), options, rows=settings.batch_size)
 
 
-def _figures(
-    variant: Variant, engine: Engine, total: Total, distance: Distance | None = None
-) -> dict[str, Any]:
+def _figures(variant: Variant, engine: Engine, total: Total) -> dict[str, Any]:
     summary = engine.checkpoint.summary
-    same = {"mean_abs_delta_logit": 0.0, "max_abs_delta_logit": 0.0}
-    same |= {"kl_divergence": 0.0, "top1_agreement": 1.0}
     return {
         "variant": variant.name,
         "dtype": summary.dtype,
         "quantization": summary.quantization or "none",
         "weight_bytes": weight_bytes(engine),
         **total.figures(),
-        **(same if distance is None else distance.figures()),
     }
-
-
-def _together(
-    first: Engine, other: Engine, material: Material, batch: int
-) -> tuple[Total, Total, Distance]:
-    """Reads everything with two models at once."""
-    mine, others, distance = material.total(), material.total(), Distance()
-    readers = Reader(first, batch, first.max_length), Reader(other, batch, first.max_length)
-    compiled = first.programs.seconds + other.programs.seconds
-    with Progress("tokens read", material.tokens) as bar:
-        done = 0
-        for items in batches(material.items, batch):
-            targets = Targets(items, readers[0].batch)
-            ids = [item.ids[:-1] for item in items]
-            for one, two in zip(*(reader.read(ids) for reader in readers), strict=True):
-                counts = add(first, mine, one, targets)
-                add(other, others, two, targets)
-                found = first.programs.call(
-                    "distances", one.logits.shape, distances, one.logits, two.logits
-                )
-                distance.add(*(gathered(part)[counts] for part in found))
-                done += int(one.real.sum())
-                now = first.programs.seconds + other.programs.seconds
-                bar.start, compiled = bar.start + now - compiled, now
-                bar(done)
-    return mine, others, distance

@@ -1,23 +1,24 @@
-"""Multiple-choice questions in the layouts they are published in, and how they are put.
+"""Multiple-choice questions in their published layouts, and how they are asked.
 
 * C-Eval: csv with the header id,question,A,B,C,D,answer,explanation.
 * CMMLU: csv with the header ,Question,A,B,C,D,Answer.
 * MMLU: csv without a header: question, A, B, C, D, answer; exports of it have one.
 * The data of ChatGLM2's evaluation script: JSON lines {"inputs_pretokenized", "label"}, whose text
-  is the whole prompt and whose label counts from 0.
+  is the complete prompt and whose label counts from 0.
 
-A csv file is put in its own language: questions without Chinese characters as MMLU puts them, all
-others as C-Eval (a header with an id) or CMMLU does. A question with more than four choices cannot
-be asked and is a bad row.
+A csv file is asked in its own language: questions without Chinese characters as in MMLU, all others
+as in C-Eval (a header with an id) or CMMLU. A question with more than four choices is a bad row.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,27 @@ from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError
 from infer.evaluate.rows import CHINESE, BadRows, read_rows
-from infer.evaluate.subjects import NAMES
 
 LETTERS = ("A", "B", "C", "D")
 _COLUMNS = ("question", "a", "b", "c", "d", "answer")
 _CHINESE_HEADER = {"题目": "question", "问题": "question", "答案": "answer"}
-_MORE_CHOICES = re.compile(r"[e-z]")  # columns of choices beyond D
+_MORE_CHOICES = re.compile(r"[e-z]")  # columns of choices after D
+
+_SUBJECTS = (Path(__file__).parent / "subjects.jsonl").read_text(encoding="utf-8")
+SUBJECTS = {row["name"]: row for row in map(json.loads, _SUBJECTS.splitlines())}
+"""The 52 subjects of C-Eval: their Chinese names in its prompts, and their groups in its tables."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a layout's questions are put.
+    """How the questions of a layout are asked, in the words of its authors.
 
     Attributes:
-      head: before the first question, with a {subject}; as the layout's own authors have it.
-      question: before each question.
-      ask: behind its choices.
-      conclude: behind what the model wrote, when its answer is asked for. That of C-Eval is the
-        official script's; for English there is none, this one is our own.
+        head: before the first question, with a {subject}.
+        question: before each question.
+        ask: after its choices.
+        conclude: after the model's text, to ask for its answer. The Chinese one is the official
+            script's; there is no official English one.
     """
 
     head: str
@@ -74,10 +78,10 @@ class Question:
     """A question with one right answer.
 
     Attributes:
-      where: file and line.
-      text: the question; of the official jsonl the whole prompt.
-      choices: four texts; none where the text has them.
-      answer: 0 to 3.
+        where: file and line.
+        text: the question; for the official JSON lines the complete prompt.
+        choices: four texts; none where `text` has them.
+        answer: 0 to 3.
     """
 
     where: str
@@ -91,8 +95,8 @@ class Exam:
     """The questions of one file.
 
     Attributes:
-      subject: from the file's name, e.g. "computer_network".
-      layout: a key of STYLES.
+        subject: from the file's name, e.g. "computer_network".
+        layout: a key of STYLES.
     """
 
     path: Path
@@ -107,15 +111,12 @@ class Exam:
     @property
     def head(self) -> str:
         """What comes before the first question."""
-        name = self.subject.replace("_", " ")
-        return self.style.head.format(subject=NAMES.get(self.subject, name))
+        known = SUBJECTS.get(self.subject)
+        name = known["chinese"] if known else self.subject.replace("_", " ")
+        return self.style.head.format(subject=name)
 
     def put(self, question: Question, *, ask: bool = True) -> str:
-        """A question with its choices.
-
-        Args:
-          ask: whether the answer is asked for at the end.
-        """
+        """Return a question with its choices; `ask` for the answer at the end."""
         style = self.style
         lines = [style.question + question.text]
         lines += [f"{x}. {text}" for x, text in zip(LETTERS, question.choices, strict=False)]
@@ -123,13 +124,10 @@ class Exam:
 
 
 def find_files(named: str) -> list[Path]:
-    """The csv and jsonl files of a folder, or the one file.
+    """Return the csv and jsonl files of a folder, or the one file.
 
-    A folder `dev` beside `val` or `test` holds the examples of `--shots`, no questions: it is left
-    out, which is told.
-
-    Raises:
-      InputError: there is none.
+    A folder `dev` next to `val` or `test` holds the examples of `--shots`, not questions: it is
+    left out, with a note. InputError where there is no file.
     """
     path = Path(named)
     if not path.is_dir():
@@ -137,62 +135,50 @@ def find_files(named: str) -> list[Path]:
     found = sorted(p for p in path.rglob("*") if p.suffix in (".csv", ".jsonl") and p.is_file())
     if not found:
         raise InputError(f"{named} has no csv and no jsonl files")
-    solved = {
+    examples = {
         folder
-        for file in found
-        for folder in file.parents
-        if folder.is_relative_to(path) and folder != path and _holds_examples(folder)
+        for folder in chain.from_iterable(file.parents for file in found)
+        if folder.name == "dev"
+        and path in folder.parents
+        and any((folder.parent / name).is_dir() for name in ("val", "test"))
     }
-    for folder in sorted(solved):
-        note(f"{folder} is left out: the solved examples of --shots are no questions")
-    return [file for file in found if solved.isdisjoint(file.parents)]
-
-
-def _holds_examples(folder: Path) -> bool:
-    return folder.name == "dev" and any((folder.parent / x).is_dir() for x in ("val", "test"))
-
-
-def subject_of(path: Path) -> str:
-    """ "val/computer_network_val.csv" -> "computer_network"."""
-    return re.sub(r"_(val|dev|test)$", "", path.stem)
+    for folder in sorted(examples):
+        note(f"{folder} is left out: it holds the solved examples of --shots")
+    return [file for file in found if examples.isdisjoint(file.parents)]
 
 
 def read_exam(path: Path, bad: BadRows) -> Exam:
-    """Reads a file; rows that cannot be used are told.
+    """Read a file; rows that cannot be used are reported.
 
     Raises:
-      InputError: the file is not UTF-8, or has not the columns of any layout.
+        InputError: the file is not UTF-8, or has the columns of no known layout.
     """
+    subject = re.sub(r"_(val|dev|test)$", "", path.stem)
     if path.suffix == ".jsonl":
-        layout, rows = "official", read_rows(str(path))
-        questions = bad.keep(rows, _official)
-    else:
-        header, layout, rows = _csv(path)
-        questions = bad.keep(rows, lambda where, row: _question(where, row, header))
-        chinese = sum(bool(CHINESE.search(question.text)) for question in questions)
-        layout = layout if 2 * chinese > len(questions) else "MMLU"
-    return Exam(path, subject_of(path), layout, tuple(questions))
+        questions = bad.keep(read_rows(str(path)), _official)
+        return Exam(path, subject, "official", tuple(questions))
+    header, layout, rows = _csv(path)
+    questions = bad.keep(rows, lambda where, row: _question(where, row, header))
+    chinese = sum(bool(CHINESE.search(question.text)) for question in questions)
+    layout = layout if 2 * chinese > len(questions) else "MMLU"
+    return Exam(path, subject, layout, tuple(questions))
 
 
-def examples_for(path: Path, bad: BadRows) -> Exam:
-    """The solved questions that belong to a file: in the folder `dev` beside the file's folder.
-
-    Raises:
-      InputError: there are none.
-    """
-    folder, subject = real_path(path).parent.parent / "dev", subject_of(path)
+def examples_for(exam: Exam, bad: BadRows) -> tuple[Question, ...]:
+    """Return the solved questions of a file, from the folder `dev` next to the file's folder."""
+    folder, subject = real_path(exam.path).parent.parent / "dev", exam.subject
     for name in (f"{subject}_dev.csv", f"{subject}.csv"):
         if (folder / name).exists():
-            return read_exam(folder / name, bad)
+            return read_exam(folder / name, bad).questions
     raise InputError(
-        f"no examples for {path}",
+        f"no examples for {exam.path}",
         f"Neither {subject}_dev.csv nor {subject}.csv is in {folder}.",
         "Put them there, or leave --shots out.",
     )
 
 
 def _csv(path: Path) -> tuple[list[str], str, Iterator[tuple[str, Any]]]:
-    """The names of a csv file's columns, the layout of its Chinese questions, and its rows."""
+    """Return the column names of a csv file, the layout of its Chinese questions, and its rows."""
     records = _records(path)
     first = next(records, None)
     if first is None:
@@ -213,35 +199,25 @@ def _csv(path: Path) -> tuple[list[str], str, Iterator[tuple[str, Any]]]:
         return names, ("C-Eval" if "id" in names else "CMMLU"), records
     if len(header) != len(_COLUMNS):
         raise InputError(
-            f"{path} is in no layout that is known here",
+            f"{path} is in no known layout",
             f"It begins with {len(header)} columns, without a header that names a question.",
             "Known: C-Eval (id,question,A,B,C,D,answer), CMMLU (,Question,A,B,C,D,Answer), "
             "MMLU (six columns, no header).",
         )
-    return list(_COLUMNS), "CMMLU", _with(first, records)
-
-
-def _with(first: tuple[str, Any], rest: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    yield first
-    yield from rest
+    return list(_COLUMNS), "CMMLU", chain([first], records)
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", cells) of each row; the line is the one it begins on."""
+    """Yield "file:line" and the cells of each row; the line is the one it begins on."""
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
-    line = 1
-    while True:
-        where = f"{path}:{line}"
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield where, InputError("not csv", str(error))
-            return
-        line = reader.line_num + 1
-        if row:
-            yield where, row
+    where = f"{path}:1"
+    try:
+        for row in reader:
+            if row:
+                yield where, row
+            where = f"{path}:{reader.line_num + 1}"
+    except csv.Error as error:
+        yield where, InputError("not csv", str(error))
 
 
 def _question(where: str, row: Sequence[str], header: Sequence[str]) -> Question:
@@ -253,17 +229,14 @@ def _question(where: str, row: Sequence[str], header: Sequence[str]) -> Question
             f"{len(row)} columns, but the header has {len(header)}",
             "a text with a comma must be in quotes",
         )
-    cells = {
-        name: row[at].strip()
-        for at, name in enumerate(header)
-        if header.index(name) == at < len(row)
-    }
+    cells: dict[str, str] = {}
+    for name, cell in zip(header, row, strict=False):
+        cells.setdefault(name, cell.strip())
     if more := [name.upper() for name in cells if _MORE_CHOICES.fullmatch(name) and cells[name]]:
         raise InputError(
             f"it has the choices {', '.join((*LETTERS, *more))}", "only A, B, C and D can be asked"
         )
-    empty = [name for name in _COLUMNS[:5] if not cells[name]]
-    if empty:
+    if empty := [name for name in _COLUMNS[:5] if not cells[name]]:
         raise InputError(f"{', '.join(empty)} is empty")
     letter = cells["answer"].upper()
     if letter not in LETTERS:

@@ -1,15 +1,15 @@
-"""Perplexity: how likely a model finds texts, and answers to questions, token by token.
+"""Perplexity: the likelihood of texts, and of answers to questions, token by token.
 
-A text is read behind the template's prefix ids. One that is longer than the window is read in
-windows that overlap: each token is counted once, in the first window it is in, and but for the
-first window with at least `window - stride` tokens before it. Of a conversation every answer and
-what ends it are counted, as training learns them.
+A text follows the template's prefix ids. One that is longer than the window is read in overlapping
+windows: each token counts once, in the first window that has it, and except in the first window at
+least `window - stride` tokens come before it. In a conversation every answer and its end count, as
+in training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,54 +27,20 @@ from infer.evaluate.rows import BadRows, Conversation, Text
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
 
-WINDOW = 2048  # tokens read at once, where neither model nor user says less
+WINDOW = 2048  # tokens of a window by default
 
 
 @dataclass(frozen=True)
 class Item:
-    """A row of tokens.
-
-    Attributes:
-      ids: the tokens.
-      counted: for each of them, whether it counts; the first one does not.
-    """
+    """A sequence of token ids, and which of them count; the first one never does."""
 
     ids: tuple[int, ...]
     counted: tuple[bool, ...]
 
 
-@dataclass
-class Total:
-    """What was measured: nats are minus natural logarithms of probabilities.
-
-    Attributes:
-      characters, bytes: of the texts, or of the answers; UTF-8.
-    """
-
-    rows: int
-    characters: int
-    bytes: int
-    tokens: int = 0
-    nats: float = 0.0
-
-    def figures(self) -> dict[str, Any]:
-        """The averages, for people and programs."""
-        per_token = self.nats / self.tokens
-        return {
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "characters": self.characters,
-            "bytes": self.bytes,
-            "nats_per_token": per_token,
-            "perplexity": math.exp(min(per_token, 700.0)),  # beyond that no number is left
-            "nats_per_character": self.nats / self.characters,
-            "bits_per_byte": self.nats / self.bytes / math.log(2),
-        }
-
-
 @dataclass(frozen=True)
 class Material:
-    """What is to be read, and what it was made of."""
+    """What is read, and the size of what counts in it: rows, characters, bytes of UTF-8."""
 
     items: tuple[Item, ...]
     rows: int
@@ -83,12 +49,31 @@ class Material:
 
     @property
     def tokens(self) -> int:
-        """How many are read in all, those that only lead up to others included."""
+        """Number of tokens that are read, counted or not."""
         return sum(len(item.ids) - 1 for item in self.items)
 
-    def total(self) -> Total:
-        """An empty total."""
-        return Total(self.rows, self.characters, self.bytes)
+
+@dataclass
+class Total:
+    """What was measured so far: counted tokens, and their negative log-likelihood in nats."""
+
+    material: Material
+    tokens: int = 0
+    nats: float = 0.0
+
+    def figures(self) -> dict[str, Any]:
+        """Return the averages."""
+        per_token = self.nats / self.tokens
+        return {
+            "rows": self.material.rows,
+            "tokens": self.tokens,
+            "characters": self.material.characters,
+            "bytes": self.material.bytes,
+            "nats_per_token": per_token,
+            "perplexity": math.exp(min(per_token, 700.0)),  # a larger one has no float
+            "nats_per_character": self.nats / self.material.characters,
+            "bits_per_byte": self.nats / self.material.bytes / math.log(2),
+        }
 
 
 def prepare(
@@ -99,49 +84,43 @@ def prepare(
     window: int | None = None,
     stride: int | None = None,
 ) -> Material:
-    """Makes tokens of the rows; conversations that are too long are told as bad rows.
-
-    Args:
-      window: tokens read at once, None = 2048 or what the engine has.
-      stride: tokens by which windows follow each other, None = half a window.
+    """Tokenize the rows for an engine; `window` and `stride` as in `fit_windows`.
 
     Raises:
-      UsageError: a window that the engine does not have, or a stride that is not smaller.
-      InputError: no row is left, or too many are bad.
+        UsageError: as `fit_windows`.
+        InputError: no row is left, or too many are bad, such as conversations that are too long.
     """
     longest = engine.max_length
     prefix = tuple(engine.tokenizer.prefix_ids)
     room, stride = fit_windows(window, stride, longest, len(prefix))
     encoder = Encoder(engine.tokenizer, engine.template)
 
-    def items(where: str, row: Text | Conversation) -> list[Item]:
+    def items(where: str, row: Text | Conversation) -> tuple[Text | Conversation, list[Item]]:
         if isinstance(row, Text):
-            return list(windows(prefix, engine.tokenizer.encode(row.text), room, stride))
+            return row, list(windows(prefix, engine.tokenizer.encode(row.text), room, stride))
         found = []
         for number in reversed(range(encoder.count(row.messages))):  # the longest one first
             ids, learned = encoder.encode(row.messages, number)
             if len(ids) - 1 > longest:
-                raise InputError("too long", f"{len(ids)} tokens, of {longest} that there may be")
+                raise InputError("too long", f"{len(ids)} tokens, at most {longest} are possible")
             found.insert(0, Item(tuple(ids), tuple(learned)))
-        return found
+        return row, found
 
-    made: list[Item] = []
-    texts: list[str] = []
-    good = marked = 0
-    for row in rows:
-        for found in bad.keep([(row.where, row)], items):
-            made += found
-            texts += _counted_texts(row)
-            good, marked = good + bool(found), marked + (not found)
-    if marked:
+    good = bad.keep(((row.where, row) for row in rows), items)
+    counted = [(row, found) for row, found in good if found]
+    if marked := len(good) - len(counted):
         note(f"rows left out, because nothing in them is to be learned: {marked}")
-    bad.check(good)
-    sizes = [len(text.encode()) for text in texts]
-    return Material(tuple(made), good, sum(map(len, texts)), sum(sizes))
+    bad.check(len(counted))
+    texts = [text for row, _ in counted for text in _counted_texts(row)]
+    return Material(
+        tuple(item for _, found in counted for item in found),
+        rows=len(counted),
+        characters=sum(map(len, texts)),
+        bytes=sum(len(text.encode()) for text in texts),
+    )
 
 
 def _counted_texts(row: Text | Conversation) -> list[str]:
-    """What of a row counts."""
     if isinstance(row, Text):
         return [row.text]
     return [
@@ -154,14 +133,16 @@ def _counted_texts(row: Text | Conversation) -> list[str]:
 def fit_windows(
     window: int | None, stride: int | None, longest: int, prefix: int
 ) -> tuple[int, int]:
-    """(room of a window for a text's tokens, stride) for what was asked; None = the default.
+    """Return the text tokens of a window, and the stride.
 
     Args:
-      longest: tokens that may be read at once.
-      prefix: tokens before each window.
+        window: tokens of a window; None = 2048, or what the engine has.
+        stride: tokens between the starts of two windows; None = half a window.
+        longest: the maximal length of the engine.
+        prefix: tokens before the text in each window.
 
     Raises:
-      UsageError: as `prepare`.
+        UsageError: the window does not fit, or the stride is not smaller than it.
     """
     window = min(WINDOW, longest) if window is None else window
     if not prefix + 2 <= window <= longest:
@@ -169,92 +150,88 @@ def fit_windows(
             f"--window {window} is not possible",
             f"A window has {prefix + 2} to {longest} tokens here (--max-length).",
         )
-    room = window + 1 - prefix  # the last token of a text is not read, only predicted
+    room = window + 1 - prefix  # the last token of a text is only predicted, not read
     stride = max(window // 2, 1) if stride is None else stride
     if stride >= room:
         raise UsageError(
             f"--stride {stride} is not possible",
-            f"Windows of {window} tokens would leave out what is before them.",
+            f"Windows of {window} tokens would have no context.",
             f"Use {room - 1} or less.",
         )
     return room, stride
 
 
 def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int) -> Iterator[Item]:
-    """Cuts a text into items of at most `room` of its ids, in which every id counts once."""
+    """Cut a text into items of at most `room` of its ids, in which every id counts once."""
     done = 0
     while done < len(ids):
-        new = room if not done else stride
-        end = min(done + new, len(ids))
+        end = min(done + (stride if done else room), len(ids))
         start = max(end - room, 0)
         before = len(prefix) + done - start
         yield Item((*prefix, *ids[start:end]), (False,) * before + (True,) * (end - done))
         done = end
 
 
-def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Items to read together, the longest first: what does not fit into memory shows early."""
-    ordered = sorted(items, key=lambda item: -len(item.ids))
-    for first in range(0, len(ordered), size):
-        yield ordered[first : first + size]
+def _targets(items: Sequence[Item], chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    """Return the next tokens of a chunk's columns, int32 [B, T], and whether they count, bool."""
+    tokens, counts = np.zeros(chunk.real.shape, np.int32), np.zeros(chunk.real.shape, bool)
+    columns = slice(chunk.start + 1, chunk.start + 1 + chunk.real.shape[1])
+    for row, item in enumerate(items):
+        ids = item.ids[columns]
+        tokens[row, : len(ids)], counts[row, : len(ids)] = ids, item.counted[columns]
+    return tokens, counts
 
 
-class Targets:
-    """What follows each column of a batch, and whether it counts; cut to a chunk's columns."""
+def measure(
+    engines: Sequence[Engine],
+    material: Material,
+    batch: int,
+    also: Callable[[Sequence[Chunk], np.ndarray], None] = lambda chunks, counts: None,
+) -> list[Total]:
+    """Read everything with each engine, `batch` rows at a time; returns one total per engine.
 
-    def __init__(self, batch: Sequence[Item], rows: int):
-        width = max(len(item.ids) - 1 for item in batch)
-        self._next = np.zeros((rows, width), np.int32)
-        self._counts = np.zeros((rows, width), bool)
-        for row, item in enumerate(batch):
-            self._next[row, : len(item.ids) - 1] = item.ids[1:]
-            self._counts[row, : len(item.ids) - 1] = item.counted[1:]
-
-    def of(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [B, T] tokens that follow, and bool [B, T] whether they count."""
-        missing = chunk.start + chunk.real.shape[1] - self._next.shape[1]
-        columns = slice(chunk.start, chunk.start + chunk.real.shape[1])
-        pad = ((0, 0), (0, max(missing, 0)))
-        return np.pad(self._next[:, columns], pad), np.pad(self._counts[:, columns], pad)
-
-
-def measure(engine: Engine, material: Material, batch: int) -> Total:
-    """Reads everything and adds up what counts."""
-    total = material.total()
-    reader = Reader(engine, batch, engine.max_length)
-    compiled = engine.programs.seconds
+    `also` is called with the chunks of all engines for the same columns, and bool [B, T], which
+    positions count. The maximal length of the first engine holds for all.
+    """
+    totals = [Total(material) for _ in engines]
+    readers = [Reader(engine, batch, engines[0].max_length) for engine in engines]
+    # The longest first: what does not fit into memory fails early.
+    ordered = sorted(material.items, key=lambda item: -len(item.ids))
+    compiled = _compile_seconds(engines)
     with Progress("tokens read", material.tokens) as bar:
         done = 0
-        for items in batches(material.items, batch):
-            targets = Targets(items, reader.batch)
-            for chunk in reader.read([item.ids[:-1] for item in items]):
-                add(engine, total, chunk, targets)
-                done += int(chunk.real.sum())
-                bar.start += engine.programs.seconds - compiled  # says nothing of the time left
-                compiled = engine.programs.seconds
+        for first in range(0, len(ordered), batch):
+            items = ordered[first : first + batch]
+            ids = [item.ids[:-1] for item in items]
+            for chunks in zip(*(reader.read(ids) for reader in readers), strict=True):
+                tokens, counts = _targets(items, chunks[0])
+                for engine, total, chunk in zip(engines, totals, chunks, strict=True):
+                    _add(engine, total, chunk.logits, tokens, counts)
+                also(chunks, counts)
+                done += int(chunks[0].real.sum())
+                now = _compile_seconds(engines)
+                bar.start, compiled = bar.start + now - compiled, now  # not part of the rate
                 bar(done)
-    return total
+    return totals
 
 
-def add(engine: Engine, total: Total, chunk: Chunk, targets: Targets) -> np.ndarray:
-    """Adds a chunk to a total; returns bool [B, T], which positions counted.
+def _compile_seconds(engines: Sequence[Engine]) -> float:
+    return sum(engine.programs.seconds for engine in engines)
 
-    Raises:
-      CheckpointError: NaN or Inf in the logits.
-    """
-    tokens, counts = targets.of(chunk)
-    nats = gathered(
-        engine.programs.call("nats", chunk.logits.shape, token_nats, chunk.logits, tokens)
-    )[counts]
+
+def _add(
+    engine: Engine, total: Total, logits: jax.Array, tokens: np.ndarray, counts: np.ndarray
+) -> None:
+    """Add a chunk to a total; CheckpointError for NaN or Inf in the logits."""
+    nats = gathered(engine.programs.call("nats", logits.shape, token_nats, logits, tokens))[counts]
     if not np.isfinite(nats).all():
         raise CheckpointError(
             "the model produced NaN or Inf",
-            "The weights are damaged, or their numbers do not fit the dtype.",
+            "The weights are damaged, or their values do not fit the dtype.",
             "Check the checkpoint's files, or use --dtype float32 or bfloat16.",
         )
     total.tokens += nats.size
     total.nats += float(nats.astype(np.float64).sum())
-    return counts
 
 
 def token_nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:

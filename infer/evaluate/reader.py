@@ -1,8 +1,7 @@
-"""Logits of every position of many rows, a few columns at a time, in a fixed set of programs.
+"""Compute the logits of every position of many rows, a few columns at a time.
 
-B rows, T columns of a chunk, S slots of the cache, V vocabulary. The logits of B x T positions are
-all that there ever is: B x T is at most `POSITIONS`, however long the rows; of more rows than that
-one column is read at once.
+B rows, T columns of a chunk, V vocabulary. However long the rows are, only the logits of B x T
+positions are in memory, at most `POSITIONS` (with more rows than that, T is 1).
 """
 
 from __future__ import annotations
@@ -17,22 +16,21 @@ import numpy as np
 from glm2_jax import GLMConfig, KVCache, forward
 from glm2_jax.runtime.buckets import SMALLEST_BUCKET, bucket
 from glm2_jax.runtime.devices import device_errors
-from infer.engine.programs import Programs
 from infer.memory.shortage import when_answering
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
 
-POSITIONS = 512  # whose logits are in memory at once: 133 MB of them with 65,024 tokens
+POSITIONS = 512  # 133 MB of logits with a vocabulary of 65,024
 
 
 class Chunk(NamedTuple):
     """Some columns of all rows.
 
     Attributes:
-      start: the first column.
-      logits: float32 [B, T, V], on the device; those beyond a row's end mean nothing.
-      real: bool [B, T], what belongs to a row.
+        start: the first column.
+        logits: float32 [B, T, V], on the device; undefined after a row's end.
+        real: bool [B, T], whether a position belongs to a row.
     """
 
     start: int
@@ -41,29 +39,28 @@ class Chunk(NamedTuple):
 
 
 class Reader:
-    """Reads rows with a model; each size of the cache, a power of two, has one program.
+    """Reads rows with a model; each cache size, a power of two, is one program.
 
     Args:
-      engine: whose model, programs and type of cache.
-      batch: rows that are read together.
-      longest: tokens that a row may have.
+        engine: its model, programs and type of cache are used.
+        batch: rows that are read together.
+        longest: the most tokens of a row.
 
     Attributes:
-      batch: B, on a mesh rounded up to what it divides; the last rows are empty then.
+        batch: B; on a mesh rounded up to a multiple of its data axes, with empty rows at the end.
     """
 
     def __init__(self, engine: Engine, batch: int, longest: int):
         rows = engine.executor.places.rows
         self.engine, self.batch, self.longest = engine, -(-batch // rows) * rows, longest
-        self.programs: Programs = engine.programs
         most = max(POSITIONS // self.batch, 1)
         self.columns = min(1 << (most.bit_length() - 1), SMALLEST_BUCKET * 4)
 
     def read(self, rows: Sequence[Sequence[int]]) -> Iterator[Chunk]:
-        """The logits of rows, `batch` of them at most.
+        """Yield the logits of at most `batch` rows.
 
         Raises (while iterating):
-          DeviceError: out of memory.
+            DeviceError: out of memory.
         """
         engine, size = self.engine, bucket(max(map(len, rows)), self.longest)
         width = min(self.columns, size)
@@ -84,7 +81,7 @@ class Reader:
                 for row, ids in enumerate(rows):
                     part = ids[start : start + width]
                     tokens[row, : len(part)], real[row, : len(part)] = part, True
-                logits, cache = self.programs.call(
+                logits, cache = engine.programs.call(
                     "logits",
                     (self.batch, width, size),
                     partial(_logits, engine.config),

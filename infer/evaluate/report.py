@@ -1,4 +1,4 @@
-"""Results as tables for people; as JSON they are printed as they are."""
+"""Results as tables for people, or as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm2_jax.cli.messages import human_size
-from glm2_jax.cli.tables import _width, table
+from glm2_jax.cli.tables import table
 from glm2_jax.escape import join_lines, json_line
 
 _COLUMNS = {  # of a comparison: key -> heading
@@ -21,16 +21,15 @@ _COLUMNS = {  # of a comparison: key -> heading
     "kl_divergence": "KL",
     "top1_agreement": "same top",
 }
-_TEXTS = 2  # columns of a comparison that are no numbers
 _SHARES = {"top1_agreement", "accuracy", "mean_of_files"}
 COMPARED = (
-    "beside the first line, over the positions that count: |d| of all logits; KL(first || this) "
-    "in nats; how often the likeliest token is the same"
+    "compared with the first line, over the positions that count: |d| of all logits; KL(first || "
+    "this) in nats; how often the likeliest token is the same"
 )
 
 
 def show(results: Mapping[str, Any], as_json: bool) -> None:
-    """Prints results on standard output."""
+    """Print results on standard output."""
     if as_json:
         print(json_line(results, allow_nan=False), flush=True)
         return
@@ -44,23 +43,12 @@ def show(results: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _listed(key: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of dictionaries; on a narrow terminal one line for each figure."""
-    if not rows:
-        return []
     compared = key == "variants"
     columns = _COLUMNS if compared else {name: name.replace("_", " ") for name in rows[0]}
     cells = [[_cell(name, row[name]) for name in columns] for row in rows]
-    heads = list(columns.values())
-    lines = table([heads, *cells], texts=_TEXTS if compared else 1)
-    available = shutil.get_terminal_size().columns
-    if max(map(_width, lines)) > available:
-        wide = max(map(len, heads))
-        lines = [
-            f"{'  ' if at else '- '}{head:{wide}}  {cell}"
-            for row in cells
-            for at, (head, cell) in enumerate(zip(heads, row, strict=True))
-        ]
-    return [*lines, "", *textwrap.wrap(COMPARED, available)] if compared else lines
+    lines = table([list(columns.values()), *cells], texts=2 if compared else 1)
+    width = shutil.get_terminal_size().columns
+    return [*lines, "", *textwrap.wrap(COMPARED, width)] if compared else lines
 
 
 def _cell(key: str, value: Any) -> str:

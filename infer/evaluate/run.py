@@ -2,132 +2,146 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import GLMError, UsageError
 from infer.evaluate import report, variants
-from infer.evaluate.rows import (
-    BUNDLED,
-    BadRows,
-    data_file,
-    parse_row,
-    read_rows,
-    unplaced,
-)
+from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_rows, unplaced
 from infer.startup import model_folder, note_demo_model, open_engine
 
-# What scoring an existing file of answers takes.
-_SCORING = {"task", "predictions", "max_bad", "json", "debug"}
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of the command, but those of several processes."""
+
+    choice: ModelChoice
+    options: EngineOptions
+    task: str
+    data: str | None
+    format: str
+    max_bad: int
+    batch_size: int
+    compare: tuple[variants.Variant, ...] | None
+    window: int | None
+    stride: int | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    shots: int
+    two_pass: bool
+    json: bool
+    predictions: str | None
+    overwrite: bool
 
 
-def run(args: argparse.Namespace, given: Mapping[str, str]) -> int:
-    """Measures what the flags ask for and prints it; returns the exit code.
+def run(settings: Settings, given: Mapping[str, str]) -> int:
+    """Measure what the flags ask for and print it; returns the exit code.
 
     Args:
-      given: name in `args` -> flag, of those that differ from their defaults.
+        settings: the flags.
+        given: destination -> flag, of those that differ from their defaults.
     """
-    check_flags(args, given)
-    if args.task == "generation":
-        from infer.evaluate import generation
-
-        results = generation.run(args)
-    elif args.task == "choice":
-        from infer.evaluate import choice
-
-        results = choice.run(args)
+    check_flags(settings, given)
+    if settings.task == "generation":
+        from infer.evaluate.generation import run as measure
+    elif settings.task == "choice":
+        from infer.evaluate.choice import run as measure
     else:
-        results = _perplexity(args)
-    report.show({"task": args.task, **results}, args.json)
+        measure = _perplexity
+    report.show({"task": settings.task, **measure(settings)}, settings.json)
     return 0
 
 
-def check_flags(args: argparse.Namespace, given: Mapping[str, str]) -> None:
-    """Raises UsageError for flags that have no meaning together; `given` is as in `run`."""
-    generation = args.task == "generation"
-    rules = (  # what goes with what
-        (("compare", "window", "stride"), args.task == "perplexity", "--task perplexity"),
-        (("shots", "two_pass"), args.task == "choice", "--task choice"),
-        (("temperature", "top_p", "seed"), generation, "--task generation"),
-        (
-            ("max_new_tokens",),
-            generation or args.two_pass,
-            "--task generation, or --task choice --two-pass",
-        ),
-        (("format",), args.task != "choice", "--task perplexity or generation"),
-        (("predictions",), args.task != "perplexity", "--task generation or choice"),
-        (("overwrite",), args.predictions, "--predictions"),
+def check_flags(settings: Settings, given: Mapping[str, str]) -> None:
+    """Raise UsageError for flags that have no effect together; `given` as in `run`."""
+    task = settings.task
+    generates, scores = task == "generation", settings.predictions and not settings.data
+    rules = (
+        (("compare", "window", "stride"), task == "perplexity", "--task perplexity"),
+        (("shots", "two_pass"), task == "choice", "--task choice"),
+        (("temperature", "top_p", "seed"), generates, "--task generation"),
+        (("max_new_tokens",), generates or settings.two_pass, "--task generation or --two-pass"),
+        (("format",), task != "choice", "--task perplexity or generation"),
+        (("predictions",), task != "perplexity", "--task generation or choice"),
+        (("overwrite",), settings.predictions, "--predictions"),
     )
-    for names, fits, words in rules:
+    for names, fits, needed in rules:
         for name in names:
             if name in given and not fits:
                 raise UsageError(
-                    f"{given[name]} goes with {words}",
-                    f"With --task {args.task} as it is asked for here it would do nothing.",
-                    "Leave it out, or add what it goes with.",
+                    f"{given[name]} needs {needed}",
+                    f"With --task {task} and the other flags it has no effect.",
+                    "Leave it out, or add what it needs.",
                 )
-    if generation and args.predictions and not args.data:
-        idle = [flag for name, flag in given.items() if name not in _SCORING]
-        if idle:
+    if generates and scores:
+        used = {"task", "predictions", "max_bad", "json", "debug"}
+        if idle := [flag for name, flag in given.items() if name not in used]:
             raise UsageError(
-                f"{', '.join(idle)}: without effect",
-                f"Without --data, {args.predictions} is read and scored; no model answers.",
-                "Leave them out, or name the questions that are to be answered: --data F.",
+                f"{', '.join(idle)}: no effect",
+                f"Without --data, {settings.predictions} is read and scored; no model answers.",
+                "Leave them out, or name the questions to answer: --data F.",
             )
-    if args.task == "choice" and not args.data:
+    if task == "choice" and not settings.data:
         raise UsageError(
             "--task choice needs --data",
             "No questions are bundled.",
             "Name a csv file or a folder.",
         )
-    if args.compare:
-        variants.check(args)
+    if settings.compare:
+        variants.check(settings.compare, settings.choice)
 
 
-def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
+def _perplexity(settings: Settings) -> dict[str, Any]:
     from infer.evaluate import compare, perplexity
 
-    bad = BadRows(args.max_bad)
-    rows = bad.keep(read_rows(data_file(args.data)), partial(parse_row, fmt=args.format))
+    bad = BadRows(settings.max_bad)
+    parse = partial(parse_row, fmt=settings.format)
+    rows = bad.keep(read_rows(data_file(settings.data)), parse)
     bad.check(len(rows))
-    note_demo_model(from_flags(ModelChoice, args))
-    _check_folder(args)
-    material_of = partial(
-        perplexity.prepare, rows=rows, bad=bad, window=args.window, stride=args.stride
+    note_demo_model(settings.choice)
+    settings = _check_folder(settings)
+    prepare = partial(
+        perplexity.prepare, rows=rows, bad=bad, window=settings.window, stride=settings.stride
     )
-    if args.compare:
-        first = compare.open_variant(args, args.compare[0])
-        found = compare.compare(args, args.compare, material_of, first)
-        return {"data": args.data or BUNDLED, "bad_rows": bad.count, "variants": found}
-    engine = open_engine(
-        from_flags(ModelChoice, args),
-        from_flags(EngineOptions, args),
-        contents={"rows": unplaced(rows)},
-    )
-    total = perplexity.measure(engine, material_of(engine), args.batch_size)
-    return {"data": args.data or BUNDLED, "bad_rows": bad.count, **total.figures()}
+    if settings.compare:
+        figures = {"variants": compare.compare(settings, settings.compare, prepare)}
+    else:
+        contents = {"rows": unplaced(rows)}
+        batch = settings.batch_size
+        engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
+        [total] = perplexity.measure([engine], prepare(engine), batch)
+        figures = total.figures()
+    return {"data": settings.data or BUNDLED, "bad_rows": bad.count, **figures}
 
 
-def _check_folder(args: argparse.Namespace) -> None:
-    """Raises UsageError for what the folder cannot do, before its weights are loaded."""
+def _check_folder(settings: Settings) -> Settings:
+    """Raise UsageError for what the model cannot do, before its weights are loaded.
+
+    Returns:
+        The settings, with the folder of a model that was downloaded.
+    """
     from convert.loading.folder import open_folder
     from infer.engine.load import demo_folder
     from infer.evaluate import perplexity
     from infer.memory.budget import DEFAULT_CONTEXT
 
-    path = model_folder(from_flags(ModelChoice, args))
-    if path is not None:  # it is looked for once
-        args.model, args.hub_source, args.revision = path, None, None
+    path = model_folder(settings.choice)
+    if path is not None:
+        choice = dataclasses.replace(settings.choice, path=path, source=None, revision=None)
+        settings = dataclasses.replace(settings, choice=choice)
     try:
-        folder = open_folder(path or demo_folder(), **from_flags(ModelChoice, args).form)
-    except GLMError:  # loading says it, in its own words
-        return
-    longest = min(args.max_length or DEFAULT_CONTEXT, folder.config.seq_length)
+        folder = open_folder(path or demo_folder(), **settings.choice.form)
+    except GLMError:  # loading reports it in its own words
+        return settings
+    longest = min(settings.options.max_length or DEFAULT_CONTEXT, folder.config.seq_length)
     prefix = len(folder.tokenizer.prefix_ids)
-    perplexity.fit_windows(args.window, args.stride, longest, prefix)
-    if args.compare:
-        variants.check_folder(args, folder)
+    perplexity.fit_windows(settings.window, settings.stride, longest, prefix)
+    if settings.compare:
+        variants.check_folder(settings.compare, settings.choice, folder)
+    return settings

@@ -1,11 +1,13 @@
-"""The forms of a model that `--compare` names. Needs no jax."""
+"""The variants of a model that `--compare` names. Does not import jax."""
 
 import argparse
-import copy
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from glm2_jax.choices import DTYPES, QUANTIZE
+from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -14,85 +16,63 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of the model; None = as the other flags say.
-
-    Attributes:
-      name: as the user wrote it.
-    """
+    """One variant, `name` as the user wrote it; None = as the other flags say."""
 
     name: str
     dtype: str | None
     quantize: str | None
 
+    def of(self, choice: ModelChoice) -> ModelChoice:
+        """Return the choice of this variant."""
+        quantize = self.quantize or choice.quantize
+        return dataclasses.replace(
+            choice,
+            dtype=self.dtype or choice.dtype,
+            quantize=quantize,
+            quantize_embeddings=choice.quantize_embeddings and quantize != "none",
+        )
+
 
 def variants(text: str) -> tuple[Variant, ...]:
-    """An argparse type: "none,int8,float32:int4", two forms or more."""
+    """An argparse type: "none,int8,float32:int4", at least two variants."""
     found = []
     for name in dict.fromkeys(part.strip() for part in text.split(",")):
         dtype, colon, quantize = name.partition(":")
         if not colon and dtype in QUANTIZE:
             dtype, quantize = "", dtype
-        known = (not dtype or dtype in DTYPES) and (not quantize or quantize in QUANTIZE)
-        if not known or not (dtype or quantize):
+        if not name.strip(":") or dtype not in (*DTYPES, "") or quantize not in (*QUANTIZE, ""):
             raise argparse.ArgumentTypeError(
-                f"{name!r} is none of {', '.join((*QUANTIZE, *DTYPES))}, nor two of them as in "
-                "float32:int8"
+                f"{name!r} must be one of {', '.join((*QUANTIZE, *DTYPES))}, or DTYPE:QUANTIZATION "
+                "such as float32:int8"
             )
         found.append(Variant(name, dtype or None, quantize or None))
     if len(found) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is one form; to compare takes two or more")
+        raise argparse.ArgumentTypeError(f"{text!r} must name at least two variants")
     return tuple(found)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises UsageError for a flag that all forms of `--compare` contradict."""
-    if args.quantize is not None and all(variant.quantize for variant in args.compare):
-        raise UsageError(
-            f"--quantize {args.quantize} has no effect",
-            "--compare says the quantization of all forms.",
-            "Leave it out.",
-        )
-    if args.dtype != "auto" and all(variant.dtype for variant in args.compare):
-        raise UsageError(
-            f"--dtype {args.dtype} has no effect",
-            "--compare says the dtype of all forms.",
-            "Leave it out.",
-        )
+def check(compared: Sequence[Variant], choice: ModelChoice) -> None:
+    """Raise UsageError for a flag that every variant overrides."""
+    for flag, value in {"quantize": choice.quantize, "dtype": choice.dtype}.items():
+        if value not in (None, "auto") and all(getattr(one, flag) for one in compared):
+            raise UsageError(
+                f"--{flag} {value} has no effect",
+                f"--compare names the {flag} of every variant.",
+                "Leave it out.",
+            )
 
 
-def asking_for(args: argparse.Namespace, variant: Variant) -> argparse.Namespace:
-    """The flags by which one form would be opened alone."""
-    args = copy.copy(args)
-    args.dtype = variant.dtype or args.dtype
-    args.quantize = variant.quantize or args.quantize
-    if args.quantize == "none":  # --quantize-embeddings is for the other forms
-        args.quantize_embeddings = False
-    return args
-
-
-def check_folder(args: argparse.Namespace, folder: "Folder") -> None:
-    """Raises UsageError for a form that the folder cannot have, or that is there twice."""
+def check_folder(compared: Sequence[Variant], choice: ModelChoice, folder: "Folder") -> None:
+    """Raise UsageError for a variant that the folder cannot have."""
     from convert.loading.folder import target_scheme
-    from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 
-    seen: dict[object, str] = {}
-    for variant in args.compare:
-        form = asking_for(args, variant)
-        if folder.scheme is not None and form.quantize not in (None, "none"):
+    for variant in compared:
+        one = variant.of(choice)
+        try:
+            target_scheme(folder, one.quantize, one.quantize_embeddings)
+        except UsageError as error:
             raise UsageError(
-                f"--compare: no {form.quantize} of {folder.path}",
-                f"It is quantized already ({folder.scheme.name}); once more, its weights would "
-                "only get worse.",
-                "As it is stored beside unpacked: --compare bfloat16,bfloat16:none. Or start from "
-                "the original weights.",
-            )
-        scheme = target_scheme(folder, form.quantize, form.quantize_embeddings)
-        dtype = form.dtype
-        if dtype != "auto":
-            dtype = dtype_name(resolve_dtype(dtype, num_params=folder.config.num_params))
-        other = seen.setdefault((dtype, scheme), variant.name)
-        if other != variant.name:
-            raise UsageError(
-                f"--compare: {other} and {variant.name} are the same form of this model",
-                fix="Leave one of them out.",
-            )
+                f"--compare {variant.name}: {error.what}",
+                error.why,
+                f"Leave {variant.name} out, or start from the original weights.",
+            ) from None

@@ -1,4 +1,4 @@
-"""What is explained, as data: the terminal, `--json` and the page print these. Needs no jax.
+"""What is explained, as data, which the terminal, `--json` and the page show. Needs no jax.
 
 Axis letters are those of `glm2_jax.model`; bytes, seconds and operations are not rounded.
 `dataclasses.asdict` of them is plain JSON.
@@ -17,15 +17,13 @@ class Stage:
     Attributes:
       name: unique in a pass, for example "embed", "attention.q", "mlp.down", "head".
       part: "input", "attention", "mlp" or "output"; attention and mlp are in each layer.
-      title_en, title_zh: what it does, in a few words.
-      note_en, note_zh: a sentence more; may be empty.
+      note_en, note_zh: may be empty.
       axes: names of the shape's axes, for example "BTNH"; C is gate and up, of which there are 2.
       shape: of the result.
-      reference: the same in the published PyTorch code, which carries the sequence first.
-      params: of one layer.
-      flops: of one layer: 2 for each product and sum of a matrix product; all else is left out.
-      bytes: of one layer: weights read, keys and values written and read. What flows from stage to
-        stage is left out, as it may stay on the chip.
+      reference: the same in the published PyTorch code, which has the sequence first.
+      params, flops, bytes: of one layer. flops are 2 for a product and sum of a matrix product;
+        bytes are weights read, keys and values written and read. Arrays that are passed from stage
+        to stage are left out, as they may stay on the chip.
     """
 
     name: str
@@ -71,12 +69,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Cache:
-    """What keys and values take.
+    """The bytes of keys and values.
 
     Attributes:
-      per_token: bytes of one token in all layers. with_full_heads: if every query head had keys and
-        values of its own.
-      now: of all rows, after the prompt. at_most: at the longest context.
+      per_token: of one token in all layers.
+      with_full_heads: the same, if every query head had its own key/value head.
+      now: of all rows, after the prompt.
+      at_most: of all rows, at the longest context.
     """
 
     per_token: int
@@ -87,18 +86,14 @@ class Cache:
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time a device could take, from the makers' figures; no measurement.
+    """The least time a device could take, from the makers' figures, not measured.
 
     Attributes:
-      device: name, as in `infer.memory.cards`.
-      memory: bytes. bandwidth: bytes a second.
-      flops: dense operations a second in 16-bit floats; None = no figure known.
+      device, memory, bandwidth, flops: as in `infer.memory.cards`.
       fits: whether the prompt and one token more fit into the memory, by `infer.memory.plan`.
-      ridge: flops / bandwidth: with a higher intensity arithmetic is the limit, with a lower one
-        bandwidth is.
-      prefill, decode: seconds of the two passes, of which the first has the head read one position
-        of each row, as answering does, and leaves out scores of tokens that may not be seen. Where
-        flops is None, those of the bytes alone.
+      ridge: flops / bandwidth: a higher intensity is compute-bound, a lower one bandwidth-bound.
+      prefill, decode: seconds of the two passes. The prefill computes the logits of one position of
+        each row, as answering does, and no masked scores. Where flops is None, of the bytes alone.
       prefill_limit, decode_limit: "bandwidth" or "arithmetic", whichever takes longer; "unknown"
         where flops is None.
       tokens_per_s: of decoding, all rows together.
@@ -123,14 +118,14 @@ class Walk:
 
     Attributes:
       model: name or folder.
-      family: "chatglm2", ...
-      sizes: axis letter -> size: B, L, D, N, K, H, F, V.
+      sizes: axis letter -> size: B, L, D, N, K, G, H, F, V.
       prompt: the question; None where only a length was given.
-      length: T, ids of the prompt. length_from: "tokenizer", "published" (the published tokenizer's
-        count for just this prompt), "asked", or "example" (nobody said).
+      length: T, ids of the prompt.
+      length_from: "tokenizer", "published" (the published tokenizer's count for this prompt),
+        "asked", or "example".
       context: the longest sequence.
       weights_in: "bfloat16", "int4", ...: what bytes are counted in.
-      params, weight_bytes: of the whole model.
+      params, weight_bytes: of the complete model.
     """
 
     model: str
@@ -151,12 +146,8 @@ class Walk:
 
 @dataclass(frozen=True)
 class Token:
-    """An id and what it stands for.
-
-    Attributes:
-      piece: as the tokenizer stores it ("▁" is a space, "<0x0A>" a byte), or a special's name.
-      text: as it is read; "" for special ids.
-    """
+    """An id, its piece as the tokenizer stores it ("▁" is a space, "<0x0A>" a byte; or a special
+    token's name), and its text, "" for special ids."""
 
     id: int
     piece: str
@@ -165,7 +156,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that may come next, and how probable it is: before temperature and top-k."""
+    """A token that may come next, and its probability before temperature and top-k."""
 
     token: Token
     probability: float
@@ -173,7 +164,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Head:
-    """Attention of one head: weights[t][s] is what token t takes of token s; a row sums to 1."""
+    """Attention of one head: weights[t][s] of token t to token s; a row sums to 1."""
 
     layer: int
     head: int
@@ -186,9 +177,9 @@ class Layer:
 
     Attributes:
       layer: its index; -1 = the embedding, before any layer.
-      stream: length of what leaves the layer. attention, mlp: of what they added to it (0 for the
-        embedding).
-      lens: the likeliest next tokens, if final norm and head read the last position here; the last
+      stream: length of the output of the layer.
+      attention, mlp: lengths of what they added to it (0 for the embedding).
+      lens: the most probable next tokens, if final norm and head are applied here; the last
         layer's are the model's own.
     """
 
@@ -201,11 +192,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """One token of the answer: the likeliest one is taken.
+    """One token of the answer, the most probable one; the end token, too.
 
     Attributes:
-      chosen: what was taken; the end token, too.
-      alternatives: the likeliest tokens, falling; the chosen one is among them.
+      alternatives: the most probable tokens, the chosen one included.
     """
 
     chosen: Candidate
@@ -220,10 +210,8 @@ class Values:
       text: the prompt as it was built, without the ids that begin it; real newlines.
       tokens: of the prompt, special ones included.
       layers: the embedding first.
-      heads: those that were asked for.
       steps: of the answer.
-      answer: its text. end: "stop" (the end token came) or "length".
-      dtype: of the computation.
+      end: "stop" (the end token came) or "length".
     """
 
     text: str

@@ -1,7 +1,7 @@
-"""An explanation as one HTML file, which needs no network, no server, and nothing beside it.
+"""An explanation as one HTML file, which needs no network, no server and no other file.
 
-The page is drawn in the browser from the data that it contains, by the script that is put into it;
-its security policy allows that script and that style and nothing else.
+The page is drawn in the browser from the data that it contains, by the script that it contains; its
+security policy allows that script and that style and nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _IN_SCRIPT = {
 
 
 def write_page(path: Path, walk: Walk, values: Values | None) -> None:
-    """Writes the page; a file of that name is replaced, by a whole page or not at all.
+    """Write the page; a file of that name is replaced by a complete page or not at all.
 
     Args:
         values: None = the page shows shapes and costs alone.
@@ -41,7 +41,7 @@ def write_page(path: Path, walk: Walk, values: Values | None) -> None:
     """
     page = make_page(walk, values).encode("utf-8")
     if path.exists() and not path.is_file():  # a rename would take the place of a device
-        raise InputError(f"{path} is no plain file.", fix="Name another file.")
+        raise InputError(f"{path} is not a regular file.", fix="Name another file.")
     path = real_path(path)  # what a link leads to is replaced, not the link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -60,7 +60,7 @@ def write_page(path: Path, walk: Walk, values: Values | None) -> None:
 
 
 def make_page(walk: Walk, values: Values | None) -> str:
-    """The page's text."""
+    """Return the page's text."""
     style, script = _part("page.css"), _part("page.js") + _part("page_values.js")
     data = {"walk": asdict(walk), "values": None if values is None else _values(values)}
     filled = {
@@ -68,7 +68,7 @@ def make_page(walk: Walk, values: Values | None) -> str:
         "@SCRIPT_HASH@": _hash(script),
         "@STYLE@": style,
         "@SCRIPT@": script,
-        "@DATA@": _json(data),  # last: what it holds is nobody's place
+        "@DATA@": _json(data),  # last: it may contain the other names
     }
     page = _part("page.html")
     for place, text in filled.items():
@@ -86,7 +86,7 @@ def _hash(text: str) -> str:
 
 
 def _values(values: Values) -> dict[str, Any]:
-    """Of attention only what may be seen: row t has t + 1 numbers."""
+    """The values, of attention without what is masked: row t has t + 1 numbers."""
     heads = [
         {
             "layer": head.layer,
@@ -102,6 +102,6 @@ def _values(values: Values) -> dict[str, Any]:
 
 
 def _json(data: Any) -> str:
-    """JSON that nothing in it can end: inside strings, what HTML could read is written as \\u."""
+    """JSON that does not end its script: in strings, what HTML could read is written as \\u."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(str.maketrans(_IN_SCRIPT))

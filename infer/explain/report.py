@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from glm2_jax.cli.messages import cut_to_width, human_size
-from glm2_jax.cli.tables import table
+from glm2_jax.cli.tables import fold, table
 from glm2_jax.escape import escape_controls
-from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Step, Token, Values, Walk
+from infer.explain.facts import Bound, Candidate, Head, Pass, Step, Token, Values, Walk
 
 BOUND = (
     "The least time for these operations and bytes by the makers' figures, which no program "
-    "reaches; nothing here was measured. The head reads one position of each prompt, and scores "
-    "of tokens that may not be seen are left out. What flows between stages, and starting "
-    "programs, is not counted."
+    "reaches; nothing here was measured. The head computes one position of each prompt, and masked "
+    "scores are left out. Arrays that are passed between stages, and starting programs, are not "
+    "counted."
 )
 UNKNOWN = "?: no figure is known; the times there are those of the bytes alone."
-BYTES = "<0x..>: one byte of a character that has no piece of its own; <0x0A> is a newline."
+BYTES = "<0x..>: one byte of a character that has no piece in the vocabulary; <0x0A> is a newline."
 COUNTED = (
-    "FLOP: 2 for each product and sum of a matrix product, all scores included, also those of "
-    "tokens that may not be seen. Bytes: weights read, keys and values written and read. Of "
-    "stages in layers, both are of one layer."
+    "FLOP: 2 for a product and sum of a matrix product, all scores included, also masked ones. "
+    "Bytes: weights read, keys and values written and read. Both are of one layer for stages in "
+    "layers."
 )
 LENGTHS = (
-    "Lengths are of the last token: of the stream that leaves the layer, and of what attention and "
-    "mlp added. Next: what final norm and head make of it there; after the last layer this is the "
+    "Lengths are of the last token: of the output of the layer, and of what attention and mlp "
+    "added. Next: what final norm and head make of it there; after the last layer this is the "
     "model's own answer."
+)
+ROW = (
+    "A row attends to the columns up to its own. Signs are tenths of the square root of the "
+    "probability: a blank, then "
 )
 SHADES = " .:-=+*#%@"  # of a probability's square root, in tenths
 LENGTH_FROM = {
@@ -36,30 +39,22 @@ LENGTH_FROM = {
     "asked": ", as asked for",
     "example": ", an example",
 }
-LIMITS = {"unknown": "?"}
+STAGES = ("stage", "shape", "parameters", "FLOP", "bytes", "step FLOP", "step bytes")
 _PROMPT = 20  # columns of a prompt in a line, at most
 _PIECE = 12  # columns of a piece, at most
 _LABEL = 13  # columns before a row of a map
 
 
-def render(walk: Walk, values: Values | None, columns: int) -> Iterator[str]:
-    """The lines, at most so many columns wide where no single word is wider."""
+def render(walk: Walk, values: Values | None, columns: int) -> list[str]:
+    """Return the lines, at most so many columns wide where no single word is wider."""
     prompt = escape_controls(walk.prompt or "", "\n")
     walk = replace(walk, model=escape_controls(walk.model), prompt=prompt)
-    for line in _head(walk):
-        yield from fold(line, columns)
-    yield ""
-    yield from _stages(walk, columns)
-    yield ""
-    yield from _notes(walk, columns)
-    yield ""
-    for line in _totals(walk):
-        yield from fold(line, columns)
-    if walk.bounds:
-        yield ""
-        yield from _bounds(walk.bounds, columns)
-    if values is not None:
-        yield from _values(values, columns)
+    lines = [*_head(walk), "", *_stages(walk, columns), ""]
+    lines += [f"{s.title_en}: {s.note_en}" for s in walk.prefill.stages if s.note_en]
+    lines += [COUNTED, "", *_totals(walk)]
+    lines += ["", *_bounds(walk.bounds, columns)] if walk.bounds else []
+    lines += [] if values is None else _values(values, columns)
+    return [part for line in lines for part in fold(line, columns)]
 
 
 def _head(walk: Walk) -> Iterator[str]:
@@ -77,69 +72,45 @@ def _head(walk: Walk) -> Iterator[str]:
 
 
 def _stages(walk: Walk, columns: int) -> list[str]:
-    pairs = list(zip(walk.prefill.stages, walk.decode.stages, strict=True))
-    rows: list[tuple[str, ...]] = [
-        ("stage", "shape", "parameters", "FLOP", "bytes", "step FLOP", "step bytes")
-    ]
-    inside = False
-    for read, step in pairs:
+    """The stages in a table, or where that is too wide, in a few lines each."""
+    rows: list[tuple[str, ...]] = [STAGES]
+    records, inside = [], False
+    for read, step in zip(walk.prefill.stages, walk.decode.stages, strict=True):
         if read.in_layer != inside:
             inside = read.in_layer
-            rows.append((f"{_between(walk, inside)}:", *[""] * 6))
-        rows.append((f"  {read.title_en}", _shape(read), *_figures(read, step)))
-        rows += [("", f"= {joined}", *[""] * 5) for joined in _joined(read)]
+            title = f"each of {walk.sizes['L']} layers:" if inside else "after the layers:"
+            rows.append((title, *[""] * 6))
+            records.append(title)
+        shapes = [_shape(read.shape)]
+        if "C" in read.axes:  # gate and up side by side
+            *rest, two, width = read.shape
+            shapes.append(f"= {_shape((*rest, two * width))}")
+        params = f"{read.params:,}" if read.params else ""
+        figures = [
+            show(n) if n else ""
+            for stage in (read, step)
+            for show, n in ((_count, stage.flops), (human_size, stage.bytes))
+        ]
+        dashes = [cell or "-" for cell in (params, *figures)]
+        rows.append((f"  {read.title_en}", shapes[0], *dashes))
+        rows += [("", more, *[""] * 5) for more in shapes[1:]]
+        records.append(f"{read.title_en} {' '.join(shapes)}")
+        facts = [f"{params} parameters"] if params else []
+        for name, (flops, moved) in (("", figures[:2]), ("step ", figures[2:])):
+            cost = ", ".join(filter(None, (flops and f"{flops}FLOP", moved)))
+            facts += [name + cost] if cost else []
+        records += [f"  {'; '.join(facts)}"] if facts else []
     lines = table(rows, texts=2)
-    return lines if _fits(lines, columns) else list(_records(walk, pairs, columns))
-
-
-def _between(walk: Walk, inside: bool) -> str:
-    return f"each of {walk.sizes['L']} layers" if inside else "after the layers"
-
-
-def _figures(read: Stage, step: Stage) -> tuple[str, ...]:
-    figures = (read.flops, read.bytes, step.flops, step.bytes)
-    kinds = (_count, human_size, _count, human_size)
-    moved = (kind(n) if n else "-" for kind, n in zip(kinds, figures, strict=True))
-    return f"{read.params:,}" if read.params else "-", *moved
-
-
-def _records(walk: Walk, pairs: Sequence[tuple[Stage, Stage]], columns: int) -> Iterator[str]:
-    """The table's rows as a few lines each."""
-    inside = False
-    for read, step in pairs:
-        if read.in_layer != inside:
-            inside = read.in_layer
-            yield f"{_between(walk, inside)}:"
-        yield from fold(" = ".join((f"{read.title_en} {_shape(read)}", *_joined(read))), columns)
-        facts = [f"{read.params:,} parameters"] if read.params else []
-        facts += [part for part in (_cost(read), _cost(step, "step ")) if part]
-        if facts:
-            yield from textwrap.wrap(
-                "; ".join(facts), columns, initial_indent="  ", subsequent_indent="  "
-            )
-
-
-def _cost(stage: Stage, name: str = "") -> str:
-    """ "step 33.6 MFLOP, 33.6 MB"; what is nothing is left out."""
-    flops = f"{_count(stage.flops)}FLOP" if stage.flops else ""
-    moved = human_size(stage.bytes) if stage.bytes else ""
-    return name + ", ".join(filter(None, (flops, moved))) if flops or moved else ""
-
-
-def _notes(walk: Walk, columns: int) -> Iterator[str]:
-    for stage in walk.prefill.stages:
-        if stage.note_en:
-            yield from fold(f"{stage.title_en}: {stage.note_en}", columns)
-    yield from fold(COUNTED, columns)
+    return lines if _fits(lines, columns) else records
 
 
 def _totals(walk: Walk) -> Iterator[str]:
-    yield f"reading the prompt: {_work(walk.prefill)}"
-    yield f"one step after it, {walk.decode.keys} keys a row: {_work(walk.decode)}"
+    yield f"prefill of the prompt: {_work(walk.prefill)}"
+    yield f"one decode step after it, {walk.decode.keys} keys a row: {_work(walk.decode)}"
     cache, s = walk.cache, walk.sizes
     yield (
         f"cache: {_binary(cache.per_token)} a token; {_binary(cache.with_full_heads)} if all "
-        f"{s['N']} heads had keys and values of their own; {_binary(cache.now)} after the prompt, "
+        f"{s['N']} heads had their own keys and values; {_binary(cache.now)} after the prompt, "
         f"{_binary(cache.at_most)} at {walk.context:,} tokens"
     )
 
@@ -152,34 +123,32 @@ def _work(work: Pass) -> str:
 def _bounds(bounds: Sequence[Bound], columns: int) -> Iterator[str]:
     rest = list(bounds)
     while rest:
-        lines, count = _bound_table(rest[:1]), 1
-        while count < len(rest) and _fits(wider := _bound_table(rest[: count + 1]), columns):
-            lines, count = wider, count + 1
+        counts = range(len(rest), 1, -1)
+        tables = ((count, _bound_table(rest[:count])) for count in counts)
+        fitting = (found for found in tables if _fits(found[1], columns))
+        count, lines = next(fitting, (1, _bound_table(rest[:1])))
         yield from (*lines, "")
         rest = rest[count:]
-    yield from fold(BOUND, columns)
+    yield BOUND
     if any(bound.flops is None for bound in bounds):
-        yield from fold(UNKNOWN, columns)
+        yield UNKNOWN
 
 
 def _bound_table(bounds: Sequence[Bound]) -> list[str]:
-    def row(name: str, cell: Callable[[Bound], str]) -> tuple[str, ...]:
-        return name, *map(cell, bounds)
-
-    rows = [
-        row("device", lambda b: b.device),
-        row("memory", lambda b: human_size(b.memory)),
-        row("fits, as planned", lambda b: "yes" if b.fits else "no"),
-        row("bandwidth, GB/s", lambda b: f"{b.bandwidth / 1e9:,.0f}"),
-        row("16-bit TFLOP/s", lambda b: "?" if b.flops is None else f"{b.flops / 1e12:.4g}"),
-        row("balance, FLOP/byte", lambda b: "?" if b.ridge is None else f"{b.ridge:.0f}"),
-        row("prompt, ms >=", lambda b: _digits(b.prefill * 1e3)),
-        row("  limited by", lambda b: LIMITS.get(b.prefill_limit, b.prefill_limit)),
-        row("step, ms >=", lambda b: _digits(b.decode * 1e3)),
-        row("  limited by", lambda b: LIMITS.get(b.decode_limit, b.decode_limit)),
-        row("tokens/s <=", lambda b: f"{b.tokens_per_s:,.0f}"),
-    ]
-    return table(rows, texts=1)
+    rows: tuple[tuple[str, Callable[[Bound], str]], ...] = (
+        ("device", lambda b: b.device),
+        ("memory", lambda b: human_size(b.memory)),
+        ("fits, as planned", lambda b: "yes" if b.fits else "no"),
+        ("bandwidth, GB/s", lambda b: f"{b.bandwidth / 1e9:,.0f}"),
+        ("16-bit TFLOP/s", lambda b: "?" if b.flops is None else f"{b.flops / 1e12:.4g}"),
+        ("balance, FLOP/byte", lambda b: "?" if b.ridge is None else f"{b.ridge:.0f}"),
+        ("prompt, ms >=", lambda b: _digits(b.prefill * 1e3)),
+        ("  limited by", lambda b: b.prefill_limit.replace("unknown", "?")),
+        ("step, ms >=", lambda b: _digits(b.decode * 1e3)),
+        ("  limited by", lambda b: b.decode_limit.replace("unknown", "?")),
+        ("tokens/s <=", lambda b: f"{b.tokens_per_s:,.0f}"),
+    )
+    return table([(name, *map(cell, bounds)) for name, cell in rows], texts=1)
 
 
 def _values(values: Values, columns: int) -> Iterator[str]:
@@ -187,23 +156,15 @@ def _values(values: Values, columns: int) -> Iterator[str]:
     text = escape_controls(values.text, "\n")
     yield from (f"  | {line}".rstrip() for line in _broken(text, columns - 4))
     yield from ("", f"its ids, computed in {values.dtype}:")
-    rows = [("piece", "", "id"), *((_piece(t), str(n), str(t.id)) for n, t in _numbered(values))]
-    yield from table(rows, texts=1)
+    rows = [(_piece(token), str(at), str(token.id)) for at, token in enumerate(values.tokens)]
+    yield from table([("piece", "", "id"), *rows], texts=1)
     if any(token.piece.startswith("<0x") for token in values.tokens):
-        yield from fold(BYTES, columns)
-    yield from ("", "layer by layer:")
-    yield from _layers(values, columns)
-    yield from fold(LENGTHS, columns)
+        yield BYTES
+    yield from ("", "layer by layer:", *_layers(values, columns), LENGTHS)
     for head in values.heads:
-        yield ""
-        yield from _map(head, values, columns)
-    yield from ("", *fold("the answer, always the likeliest token:", columns))
-    yield from _answer(values, columns)
+        yield from ("", *_map(head, values, columns))
+    yield from ("", "the answer, always the most probable token:", *_answer(values, columns))
     yield from _broken(escape_controls(f"answer: {values.answer}", "\n"), columns)
-
-
-def _numbered(values: Values) -> Iterator[tuple[int, Token]]:
-    return enumerate(values.tokens)
 
 
 def _layers(values: Values, columns: int) -> list[str]:
@@ -243,7 +204,7 @@ def _answer(values: Values, columns: int) -> list[str]:
 
     most = len(values.steps[0].alternatives) if values.steps else 1
     lines = _widest(lambda count: table(rows(count), texts=1 + count), most, columns)
-    ends = {"stop": "ended by its end token", "length": "as long as it may be"}
+    ends = {"stop": "ended by its end token", "length": "ended by the longest length"}
     return [*lines, ends.get(values.end, values.end)]
 
 
@@ -262,44 +223,32 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
     yield f"attention of layer {head.layer}, head {head.head}:"
     tokens = len(values.tokens)
     if _LABEL + tokens > columns:
-        yield from fold("too wide for here; --html, --json or a greater --width shows it", columns)
+        yield "too wide for this terminal; --html, --json or a greater --width shows it"
         return
     wide = 2 if _LABEL + 2 * tokens <= columns else 1
     rows = []
-    for (number, token), weights in zip(_numbered(values), head.weights, strict=True):
-        cells = (SHADES[min(int(10 * weight**0.5), 9)] * wide for weight in weights[: number + 1])
-        rows.append((str(number), cut_to_width(_piece(token), _LABEL - 5), "".join(cells)))
+    for at, (token, weights) in enumerate(zip(values.tokens, head.weights, strict=True)):
+        cells = (SHADES[min(int(10 * weight**0.5), 9)] * wide for weight in weights[: at + 1])
+        rows.append((str(at), cut_to_width(_piece(token), _LABEL - 5), "".join(cells)))
     yield from table(rows, texts=3)
     if head is values.heads[-1]:
-        shown = (
-            "A row looks at the columns up to its own. Signs are tenths of the square root: a "
-            f"blank, then {SHADES.strip()}"
-        )
-        yield from fold(shown, columns)
+        yield ROW + SHADES.strip()
 
 
 def _widest(build: Callable[[int], list[str]], most: int, columns: int) -> list[str]:
     """The table with as many candidates as the columns hold, one at least; says if not all."""
     counts = range(most, 1, -1)
     count = next((count for count in counts if _fits(build(count), columns)), 1)
-    left_out = f"({count} of {most} candidates fit here; --width N takes more columns)"
-    return [*build(count), *(fold(left_out, columns) if count < most else [])]
+    left_out = f"({count} of {most} candidates fit here; --width N gives more columns)"
+    return [*build(count), *([left_out] if count < most else [])]
 
 
 def _fits(lines: Sequence[str], columns: int) -> bool:
     return all(cut_to_width(line, columns) == line for line in lines)
 
 
-def _shape(stage: Stage) -> str:
-    return f"[{', '.join(map(str, stage.shape))}]"
-
-
-def _joined(stage: Stage) -> list[str]:
-    """The shape with gate and up side by side, of the stage that has them."""
-    if "C" not in stage.axes:
-        return []
-    *rest, two, width = stage.shape
-    return [f"[{', '.join(map(str, (*rest, two * width)))}]"]
+def _shape(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def _piece(token: Token) -> str:
@@ -336,11 +285,3 @@ def _broken(text: str, columns: int) -> Iterator[str]:
             yield part.rstrip()
             line = line[len(part) :]
         yield line
-
-
-def fold(line: str, columns: int) -> list[str]:
-    """The lines of at most `columns` that an English one becomes; an empty one stays."""
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(
-        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    ) or [""]

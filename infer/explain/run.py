@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
 from glm2_jax.cli.files import real_path, require_writable
 from glm2_jax.cli.messages import Progress, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.cli.parser import from_flags
+from glm2_jax.cli.tables import columns
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import join_lines, json_line
@@ -23,6 +21,8 @@ from glm2_jax.text.tokenizer import Tokenizer
 from infer.engine.load import demo_folder
 from infer.explain.facts import DEVICES, PROMPT, Values, Walk
 from infer.explain.report import render
+from infer.explain.values import longest, make_values
+from infer.explain.walk import make_walk
 from infer.memory.budget import find_budget
 from infer.memory.cards import CARDS, Card
 from infer.memory.precision import Precision
@@ -32,9 +32,38 @@ from infer.startup import model_folder, note_demo_model, open_engine
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
 _PUBLISHED_FAMILIES = ("chatglm2", "chatglm3")
 _PUBLISHED_VOCABULARY = 65024
-_VALUE_FLAGS = ("top_k", "heads", "max_new_tokens")
-EXAMPLE_LENGTH = 128  # where no prompt was given, and the ids of PROMPT are not known
+EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
 _POINTER = b"version https://git-lfs"  # begins a file that stands for one that was not fetched
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of the command."""
+
+    choice: ModelChoice
+    options: EngineOptions
+    config: str | None
+    prompt: str | None
+    length: int | None
+    batch: int
+    top_k: int | None
+    heads: tuple[tuple[int, int], ...] | None
+    max_new_tokens: int | None
+    cards: list[str] | None
+    mesh: str | None
+    json: bool
+    html: str | None
+    width: int | None
+
+    def given(self, *names: str) -> str:
+        """Return those of these flags that were given, as they are typed."""
+        found = [name for name in names if getattr(self, name) is not None]
+        return ", ".join(f"--{name.replace('_', '-')}" for name in found)
+
+    @property
+    def columns(self) -> int:
+        """Columns to write in."""
+        return self.width or max(columns(100), 30)
 
 
 @dataclass(frozen=True)
@@ -42,13 +71,15 @@ class Subject:
     """The model that is explained.
 
     Attributes:
+      choice: the model, as it is loaded.
       stored: the scheme that it is quantized by.
       tokenizer, template: None where they are not known.
-      weights: whether they are there.
+      weights: whether it has weights.
       notes: lines for the user.
     """
 
     name: str
+    choice: ModelChoice
     config: GLMConfig
     stored: str | None
     tokenizer: Tokenizer | None
@@ -57,38 +88,39 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-def run(args: argparse.Namespace) -> int:
-    """Explains what the flags ask for; returns the exit code."""
-    if args.html is not None:
-        check_page(Path(args.html))
-    subject = find_subject(args)
-    ids, length, source = _prompt(args, subject)
-    _check_length(length, subject.config)
-    heads = _heads(args.heads, subject.config)
-    with_values = _wants_values(args, subject, ids)
-    for line in () if with_values else subject.notes:  # what loads the weights, says them itself
+def run(settings: Settings) -> int:
+    """Explain what the flags ask for; returns the exit code."""
+    if settings.html is not None:
+        check_page(Path(settings.html))
+    subject = find_subject(settings)
+    ids, length, source = _prompt(settings, subject)
+    if length >= subject.config.seq_length:
+        raise InputError(
+            f"The prompt has {length:,} ids, which leaves no room for an answer.",
+            f"The model's context (seq_length) is {subject.config.seq_length:,}.",
+            "Shorten the prompt.",
+        )
+    heads = _heads(settings.heads, subject.config)
+    with_values = _wants_values(settings, subject, ids)
+    for line in () if with_values else subject.notes:  # loading the weights prints them, too
         note(line)
-    prompt = None if source in ("asked", "example") else args.prompt or PROMPT
-
-    from infer.explain.walk import make_walk
-
     walk = make_walk(
         subject.config,
-        find_precision(args, subject),
+        find_precision(subject),
         length,
         model=subject.name,
-        batch=args.batch,
-        prompt=prompt,
+        batch=settings.batch,
+        prompt=None if source in ("asked", "example") else settings.prompt or PROMPT,
         length_from=source,
-        cards=_cards(args.cards or DEVICES),
+        cards=_cards(settings.cards or DEVICES),
     )
-    values = _values(args, ids, heads) if with_values and ids else None
-    _show(args, walk, values)
+    values = _values(settings, subject.choice, ids, heads) if with_values and ids else None
+    _show(settings, walk, values)
     return 0
 
 
 def check_page(path: Path) -> None:
-    """Raises InputError for a page that cannot be written; before anything is computed."""
+    """Raise InputError for a page that cannot be written; before anything is computed."""
     if str(path) == "-":
         raise InputError("A page is written to a file.", fix="Name one, for example --html x.html.")
     if path.is_dir():
@@ -98,41 +130,43 @@ def check_page(path: Path) -> None:
     require_writable(path)
 
 
-def find_subject(args: argparse.Namespace) -> Subject:
-    """The model that the flags name; its weights are not read."""
-    if args.config is not None:
-        if args.model is not None:
+def find_subject(settings: Settings) -> Subject:
+    """Return the model that the flags name; its weights are not read."""
+    choice = settings.choice
+    if settings.config is not None:
+        if choice.path is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
-        return _from_config(args)
-    note_demo_model(from_flags(ModelChoice, args))
-    folder = Path(model_folder(from_flags(ModelChoice, args)) or demo_folder())
-    name = "the bundled demo model" if args.model is None else args.model
-    if args.model is not None:  # it is looked for once
-        args.model, args.hub_source, args.revision = str(folder), None, None
-    needs_text = args.length is None and args.mesh is None
-    if not needs_text and not (folder / "tokenizer.model").exists():
-        return _without_weights(args, name, folder)
-    if folder.is_dir() and not _holds_weights(folder):
-        note(f"{folder} holds no weights: shapes and costs alone")
-        return _without_weights(args, name, folder)
-    found = open_folder(folder, **from_flags(ModelChoice, args).form)
+        return _from_config(settings.config, choice)
+    note_demo_model(choice)
+    folder = Path(model_folder(choice) or demo_folder())
+    name = "the bundled demo model" if choice.path is None else choice.path
+    if choice.path is not None:  # it is searched once
+        choice = replace(choice, path=str(folder), source=None, revision=None)
+    needs_text = settings.length is None and settings.mesh is None
+    without = not needs_text and not (folder / "tokenizer.model").exists()
+    if not without and folder.is_dir() and not _holds_weights(folder):
+        note(f"{folder} holds no weights: only shapes and costs are shown")
+        without = True
+    found = (read_architecture if without else open_folder)(folder, **choice.form)
     stored = None if found.scheme is None else found.scheme.name
-    return Subject(name, found.config, stored, found.tokenizer, found.template, True, found.notes)
+    template = choice.template if found.tokenizer is None else found.template
+    tokenizer, weights = found.tokenizer, not without
+    return Subject(name, choice, found.config, stored, tokenizer, template, weights, found.notes)
 
 
-def _from_config(args: argparse.Namespace) -> Subject:
-    name, stored = args.config, None
+def _from_config(name: str, choice: ModelChoice) -> Subject:
+    stored = None
     if name in PRESETS:
         config, stored = PRESETS[name], "int4-row" if name.endswith("-int4") else None
     else:
-        config = read_config(Path(name), args.rope_scaling, args.family)
-    if args.template is not None:
-        check_template(config, args.template, asked=True)
-    return Subject(name, config, stored, None, args.template, False)
+        config = read_config(Path(name), choice.rope_kind, choice.family)
+    if choice.template is not None:
+        check_template(config, choice.template, asked=True)
+    return Subject(name, choice, config, stored, None, choice.template, weights=False)
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Whether any file is to be weights, or an index names some; what is wrong, loading tells."""
+    """Whether any file has weights, or an index names some; loading reports what is wrong."""
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
     if not files:
         return any(folder.glob("*.index.json"))
@@ -144,18 +178,11 @@ def _is_pointer(path: Path) -> bool:
         return file.read(len(_POINTER)) == _POINTER
 
 
-def _without_weights(args: argparse.Namespace, name: str, folder: Path) -> Subject:
-    found = read_architecture(folder, **from_flags(ModelChoice, args).form)
-    stored = None if found.scheme is None else found.scheme.name
-    template = args.template if found.tokenizer is None else found.template
-    return Subject(name, found.config, stored, found.tokenizer, template, False, found.notes)
-
-
-def _prompt(args: argparse.Namespace, subject: Subject) -> tuple[list[int] | None, int, str]:
-    """Ids of the prompt, None where they are not known; how many; and by whom they were counted."""
-    if args.length is not None:
-        return None, args.length, "asked"
-    prompt = PROMPT if args.prompt is None else args.prompt
+def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int, str]:
+    """The prompt's ids, None where they are not known; their number; and who counted them."""
+    if settings.length is not None:
+        return None, settings.length, "asked"
+    prompt = PROMPT if settings.prompt is None else settings.prompt
     if subject.tokenizer is not None and subject.template is not None:
         ids = build_prompt(subject.tokenizer, subject.template, prompt)
         return ids, len(ids), "tokenizer"
@@ -164,15 +191,15 @@ def _prompt(args: argparse.Namespace, subject: Subject) -> tuple[list[int] | Non
     if published and prompt == PROMPT:
         known = PUBLISHED_LENGTHS[subject.template or config.default_template]
         return None, known, "published"
-    if args.prompt is not None:
+    if settings.prompt is not None:
         raise UsageError(
             "The length of this prompt is not known.",
-            f"It takes the model's tokenizer to count ids; without one only those of {PROMPT} are "
-            f"known, for {' and '.join(_PUBLISHED_FAMILIES)} models as they were published.",
-            "Name a folder with tokenizer.model (--model DIR), or say how many: --length N.",
+            f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is "
+            f"known, for published {' and '.join(_PUBLISHED_FAMILIES)} models.",
+            "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
         )
     length = min(EXAMPLE_LENGTH, config.seq_length - 1)
-    note(f"this model's tokenizer is not there: a prompt of {length} ids is taken (--length N)")
+    note(f"this model has no tokenizer: the example is a prompt of {length} ids (--length N)")
     return None, length, "example"
 
 
@@ -182,20 +209,11 @@ def _cards(names: Sequence[str]) -> list[Card]:
     for name, card in found.items():
         if card is None:
             raise UsageError(
-                f"{name} are several devices.",
-                "How they share the work has to be said.",
+                f"--device {name} names several devices.",
+                "A mesh says how they share the work.",
                 "Add a mesh of as many, for example --mesh tensor=8.",
             )
     return list(dict.fromkeys(card for card in found.values() if card is not None))
-
-
-def _check_length(length: int, config: GLMConfig) -> None:
-    if length >= config.seq_length:
-        raise InputError(
-            f"The prompt has {length:,} ids, which leaves no room for an answer.",
-            f"The model's context (seq_length) is {config.seq_length:,}.",
-            "Shorten the prompt.",
-        )
 
 
 def _heads(asked: Sequence[tuple[int, int]] | None, config: GLMConfig) -> Sequence[tuple[int, int]]:
@@ -208,79 +226,74 @@ def _heads(asked: Sequence[tuple[int, int]] | None, config: GLMConfig) -> Sequen
     for layer, head in asked:
         if layer >= L or head >= N:
             raise UsageError(
-                f"--heads {layer}:{head}: there is no such head.",
+                f"--heads {layer}:{head} does not exist.",
                 f"The model has layers 0 to {L - 1} with heads 0 to {N - 1}.",
             )
     return asked
 
 
-def _wants_values(args: argparse.Namespace, subject: Subject, ids: list[int] | None) -> bool:
-    """Whether the walk is also made with weights; UsageError for flags that would do nothing."""
-    shapes_alone = args.config is not None or args.length is not None
-    given = [f"--{flag.replace('_', '-')}" for flag in _VALUE_FLAGS if getattr(args, flag)]
-    if shapes_alone and given:
+def _wants_values(settings: Settings, subject: Subject, ids: list[int] | None) -> bool:
+    """Whether values are shown, too; UsageError for flags without effect."""
+    only_shapes = settings.config is not None or settings.length is not None
+    given = settings.given("top_k", "heads", "max_new_tokens")
+    if only_shapes and given:
         raise UsageError(
-            f"{', '.join(given)}: without effect",
-            "Only shapes and costs are explained with --config or --length.",
-            "Leave it out, or take --model and --prompt.",
+            f"{given}: without effect",
+            "With --config or --length only shapes and costs are explained.",
+            "Leave it out, or use --model and --prompt.",
         )
-    if shapes_alone or not subject.weights or ids is None:
+    if only_shapes or not subject.weights or ids is None:
         return False
-
-    from infer.explain.values import longest
-
     if len(ids) < longest(subject.config):
         return True
     note(
-        f"shapes and costs alone: real values are shown of up to {longest(subject.config):,} ids, "
+        f"only shapes and costs: values are shown for up to {longest(subject.config):,} ids, "
         f"the prompt has {len(ids):,}"
     )
     return False
 
 
-def find_precision(args: argparse.Namespace, subject: Subject) -> Precision:
-    """What bytes are counted in: bfloat16 where no flag says otherwise."""
+def find_precision(subject: Subject) -> Precision:
+    """Return what bytes are counted in: bfloat16 where no flag says otherwise."""
+    choice, stored = subject.choice, subject.stored
     scheme = asked_scheme(
-        args.quantize, args.quantize_embeddings, stored=subject.stored, model=subject.name
+        choice.quantize, choice.quantize_embeddings, stored=stored, model=subject.name
     )
-    return find_budget("h200").precisions(subject.stored, args.dtype, scheme)[0]
+    return find_budget("h200").precisions(stored, choice.dtype, scheme)[0]
 
 
 def _values(
-    args: argparse.Namespace, ids: Sequence[int], heads: Sequence[tuple[int, int]]
+    settings: Settings, choice: ModelChoice, ids: Sequence[int], heads: Sequence[tuple[int, int]]
 ) -> Values:
-    from infer.explain.values import make_values
-
-    engine = open_engine(from_flags(ModelChoice, args), from_flags(EngineOptions, args))
+    engine = open_engine(choice, settings.options)
     with ExitStack() as opened:
         bars: list[Progress] = []
 
         def progress(layers: int) -> None:
-            if not bars:  # the first layer took its compilation, too: it says nothing of the rest
+            if bars:
+                bars[0](layers)
+            else:  # the time of the first layer includes its compilation
                 bar = Progress("layers", engine.config.num_layers, done=layers)
                 bars.append(opened.enter_context(bar))
-            else:
-                bars[0](layers)
 
         return make_values(
             engine,
             ids,
             heads=heads,
-            top_k=args.top_k or 5,
-            max_new_tokens=args.max_new_tokens or 64,
+            top_k=settings.top_k or 5,
+            max_new_tokens=settings.max_new_tokens or 64,
             progress=progress,
         )
 
 
-def _show(args: argparse.Namespace, walk: Walk, values: Values | None) -> None:
-    if args.html is not None:
+def _show(settings: Settings, walk: Walk, values: Values | None) -> None:
+    if settings.html is not None:
         from infer.explain.page import write_page
 
-        write_page(Path(args.html), walk, values)
-        note(f"page: {args.html}")
-    if args.json:
+        write_page(Path(settings.html), walk, values)
+        note(f"page: {settings.html}")
+    if settings.json:
         found = {"walk": asdict(walk), "values": None if values is None else asdict(values)}
         print(json_line(found, allow_nan=False), flush=True)
-        return
-    columns = args.width or shutil.get_terminal_size((100, 24)).columns
-    print(join_lines(render(walk, values, max(columns, 30))), flush=True)
+    else:
+        print(join_lines(render(walk, values, settings.columns)), flush=True)

@@ -1,7 +1,7 @@
-"""The model once more, stage by stage: the walk that shapes, costs and values are taken from.
+"""The model stage by stage: the walk that shapes, costs and values are taken from.
 
-Axis letters as in `glm2_jax.model`, whose parts are called here one after another. Nothing answers
-with this; that it computes what `glm2_jax.forward` computes is tested.
+Axis letters as in `glm2_jax.model`, whose parts are called here one after another. It is only used
+to explain; a test compares it with `glm2_jax.forward`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from glm2_jax.linear import einsum
 from glm2_jax.model import GLM, project, rms_norm
 from glm2_jax.rope import apply_rope
 
-# Called with a stage's name, its function and the function's arrays; returns what comes out of it.
+# Called with a stage's name, its function and the function's arrays; returns the result.
 Take = Callable[..., Any]
 
 
 def call(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
-    """A `Take` that only computes."""
+    """Compute a stage: the simplest `Take`."""
     return function(*arrays)
 
 
@@ -38,17 +38,16 @@ def walk_layer(
     cache: tuple[jax.Array, jax.Array] | None,
     take: Take = call,
 ) -> jax.Array:
-    """One layer.
+    """Walk through one layer.
 
     Args:
         weights: of this layer.
-        x: [B, T, D], the stream that enters it.
+        x: [B, T, D], the input of the layer.
         context: of the tokens.
-        cache: keys and values of what came before, [1, B, S, K, H] each; None = nothing came
-            before, and nothing is kept.
+        cache: keys and values of the tokens before, [1, B, S, K, H] each; None = there are none.
 
     Returns:
-        The stream that leaves it.
+        [B, T, D], the output of the layer.
     """
     norm = partial(rms_norm, eps=config.norm_eps)
     a = take("attention.norm", norm, x, weights["attn_norm"])
@@ -80,13 +79,13 @@ def _attention(weights: Any, x: jax.Array, context: TokenContext, cache: Any, ta
 
 
 def walk_head(config: GLMConfig, params: Any, x: jax.Array, take: Take = call) -> jax.Array:
-    """Final norm and head: [..., D] -> float32 [..., V]."""
+    """Apply final norm and head: [..., D] -> float32 [..., V]."""
     x = take("norm", partial(rms_norm, eps=config.norm_eps), x, params["final_norm"])
     return take("head", partial(einsum, "...D,VD->...V"), x, params["head"])
 
 
 def embed(config: GLMConfig, params: Any, tokens: jax.Array) -> jax.Array:
-    """tokens [B, T] -> the stream before any layer, [B, T, D]."""
+    """Look up tokens [B, T] -> [B, T, D], the input of the first layer."""
     return GLM(config).apply({"params": params}, tokens, None, method=GLM.carry)[0]
 
 
@@ -102,7 +101,7 @@ def _rotate_queries(q: jax.Array, context: TokenContext) -> jax.Array:
 def _through_cache(
     k: jax.Array, v: jax.Array, ks: jax.Array, vs: jax.Array, context: TokenContext
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes new keys and values behind the old ones; reads all, [B, S, K, H] each."""
+    """Write new keys and values after the old ones; returns all, [B, S, K, H] each."""
     assert context.slots is not None
     layer = jnp.int32(0)
     ks, vs = write_layer(ks, k, layer, context.slots), write_layer(vs, v, layer, context.slots)
@@ -110,7 +109,7 @@ def _through_cache(
 
 
 def _all_scores(q: jax.Array, k: jax.Array, context: TokenContext) -> jax.Array:
-    """[B, N, T, S]; those that may not be looked at are the lowest number there is."""
+    """[B, N, T, S]; masked ones are the lowest number."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     scores = scaled_scores(q.reshape(B, T, K, N // K, H), k, context.visible.mask(0, S))

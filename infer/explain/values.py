@@ -22,12 +22,12 @@ from infer.engine.params import SamplingParams
 from infer.explain import stages
 from infer.explain.facts import Candidate, Head, Layer, Step, Token, Values
 
-DIGITS = 6  # behind the point, of lengths and of probabilities in an attention matrix
-NO_PIECE = "<no piece>"  # of ids that fill the vocabulary up
+DIGITS = 6  # after the point, of lengths and of attention probabilities
+NO_PIECE = "<no piece>"  # of ids that fill up the vocabulary
 
 
 def longest(config: GLMConfig) -> int:
-    """Tokens, prompt and answer together, whose scores are computed at once."""
+    """Return the tokens, prompt and answer together, whose scores are computed at once."""
     return min(config.seq_length, int((SCORES / config.num_heads) ** 0.5))
 
 
@@ -40,12 +40,13 @@ def make_values(
     max_new_tokens: int = 64,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Values:
-    """Answers a prompt, always with the likeliest token, and walks through prompt and answer.
+    """Answer a prompt, always with the most probable token, and walk through prompt and answer.
 
     Args:
         ids: of the prompt, fewer than `longest`.
         heads: (layer, head) whose attention is wanted.
         top_k: candidates that are listed, at most `infer.engine.params.MAX_LOGPROBS`.
+        max_new_tokens: longest answer.
         progress: called with the layers that are done.
 
     Raises:
@@ -122,7 +123,7 @@ class _Walked:
             self._answering = x[0, prompt - 1 : prompt - 1 + steps]
 
     def lens(self, top_k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The likeliest tokens after the prompt, read off the embedding and every layer."""
+        """The most probable tokens after the prompt, at the embedding and every layer."""
         return list(zip(*self._likeliest(self._rows, top_k)[1:], strict=True))
 
     def answering(self, top_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,7 +146,7 @@ def _begin(config: GLMConfig, ends: Any, tokens: jax.Array) -> tuple[jax.Array, 
 
 
 def _layer(config: GLMConfig, weights: Any, x: jax.Array, context: TokenContext) -> Any:
-    """One layer: what leaves it, the lengths of that and of both parts [T], attention [N, T, T]."""
+    """One layer: its output, the lengths of that and of both parts [T], attention [N, T, T]."""
     seen: dict[str, jax.Array] = {}
 
     def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
@@ -172,7 +173,7 @@ def _steps(
 ) -> Iterator[Step]:
     every, probabilities, ids = walked.answering(top_k)
     for row, (likely, best) in enumerate(zip(probabilities, ids, strict=True)):
-        # The engine does not tell which id ended the answer: the likeliest one did.
+        # The engine does not report which id ended the answer: the most probable one did.
         chosen = output_ids[row] if row < len(output_ids) else int(best[0])
         candidate = Candidate(name(chosen), float(every[row, chosen]))
         yield Step(candidate, _candidates(name, likely, best))
@@ -190,14 +191,14 @@ def _rounded(x: Any) -> list[Any]:
 
 
 def named(tokenizer: Tokenizer, token_id: int) -> Token:
-    """What an id stands for."""
+    """Return an id with its piece and its text."""
     special = {number: name for name, number in tokenizer.special.items()}
     piece = special.get(token_id) or tokenizer.piece(token_id) or NO_PIECE
     return Token(token_id, piece, tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
 
 
 def prompt_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """A prompt as it was built: without the ids that begin it, roles by their names."""
+    """Return a prompt as it was built: without the ids that begin it, roles by their names."""
     special = {number: name for name, number in tokenizer.special.items()}
     rest = ids[len(tokenizer.prefix_ids) :]
     parts = (special.get(i, "").encode() or tokenizer.token_bytes(i) for i in rest)

@@ -17,14 +17,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from glm2_jax import GLMConfig, KVCache, param_shapes
 from glm2_jax.context import token_context
 from glm2_jax.model import Params
-from glm2_jax.schemes import COLUMN_AXES
 from infer.explain import stages
-from infer.explain.costs import bound, cache_costs
-from infer.explain.facts import Pass, Stage, Walk
+from infer.explain.facts import Bound, Cache, Pass, Stage, Walk
 from infer.explain.words import WORDS, reference_shape
+from infer.memory.budget import find_budget
 from infer.memory.cards import Card
-from infer.memory.plan import weight_bytes
+from infer.memory.plan import Plan, array_bytes, cache_bytes, weight_bytes
 from infer.memory.precision import Precision
+
+SCORED = ("attention.scores", "attention.values")  # stages that work on pairs of tokens
 
 
 def make_walk(
@@ -38,17 +39,18 @@ def make_walk(
     length_from: str = "asked",
     cards: Sequence[Card] = (),
 ) -> Walk:
-    """The walk for prompts of one length.
+    """Return the walk for prompts of one length.
 
     Args:
         precision: what bytes are counted in.
         length: ids of each prompt. length_from, prompt, model: as in `Walk`.
         batch: prompts together.
-        cards: devices to tell the least time of.
+        cards: devices whose least time is wanted.
     """
     shapes = param_shapes(config)
     prefill = _pass("prefill", config, shapes, precision, batch, length, length)
     decode = _pass("decode", config, shapes, precision, batch, 1, length + 1)
+    token = cache_bytes(config, precision.size, 1, 1)
     return Walk(
         model=model,
         family=config.family,
@@ -62,9 +64,54 @@ def make_walk(
         weight_bytes=weight_bytes(config, precision),
         prefill=prefill,
         decode=decode,
-        cache=cache_costs(config, precision, batch, length),
-        bounds=tuple(bound(card, config, precision, batch, prefill, decode) for card in cards),
+        cache=Cache(
+            per_token=token,
+            with_full_heads=token * config.num_heads // config.num_kv_heads,
+            now=token * length * batch,
+            at_most=token * config.seq_length * batch,
+        ),
+        bounds=tuple(_bound(card, config, precision, batch, prefill, decode) for card in cards),
     )
+
+
+def _bound(
+    card: Card, config: GLMConfig, precision: Precision, batch: int, prefill: Pass, decode: Pass
+) -> Bound:
+    """The least time of both passes on a device: the longer of moving bytes and of arithmetic."""
+    head = prefill.stages[-1].flops  # of which answering computes one position of each row
+    left_out = head - head // prefill.tokens + config.num_layers * _masked(prefill)
+    read, read_limit = _least(card, prefill, left_out)
+    step, step_limit = _least(card, decode)
+    plan = Plan(config, precision, decode.keys, batch, card.platform)
+    return Bound(
+        device=card.name,
+        memory=card.memory,
+        bandwidth=card.bandwidth,
+        flops=card.flops,
+        fits=bool(find_budget(card.name).fits(plan)),
+        ridge=None if card.flops is None else card.flops / card.bandwidth,
+        prefill=read,
+        prefill_limit=read_limit,
+        decode=step,
+        decode_limit=step_limit,
+        tokens_per_s=batch / step,
+    )
+
+
+def _masked(work: Pass) -> int:
+    """A layer's operations for keys after the query's token, which a program may leave out.
+
+    Of T tokens on S keys, T (T - 1) / 2 of the T S pairs are such.
+    """
+    flops = sum(stage.flops for stage in work.stages if stage.name in SCORED)
+    return flops * (work.tokens - 1) // (2 * work.keys)
+
+
+def _least(card: Card, work: Pass, left_out: int = 0) -> tuple[float, str]:
+    moving = work.bytes / card.bandwidth
+    if card.flops is None:
+        return moving, "unknown"
+    return max((moving, "bandwidth"), ((work.flops - left_out) / card.flops, "arithmetic"))
 
 
 def _sizes(config: GLMConfig, batch: int) -> dict[str, int]:
@@ -91,48 +138,47 @@ def _pass(
     keys: int,
 ) -> Pass:
     sizes = _sizes(config, batch) | {"T": tokens, "S": keys, "C": 2}
+    merged = {
+        "F2": 2 * sizes["F"],
+        "P": sizes["H"] // 2,
+        "QKV": (sizes["N"] + 2 * sizes["K"]) * sizes["H"],
+    }
     found: list[Stage] = []
 
     def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
         traced, result = jax.make_jaxpr(function, return_shape=True)(*arrays)
-        found.append(_stage(name, jax.tree.leaves(result)[0].shape, products(traced.jaxpr)))
-        return result
-
-    def _stage(name: str, shape: tuple[int, ...], flops: int) -> Stage:
         words = WORDS[name]
-        filled = sizes | {
-            "F2": 2 * sizes["F"],
-            "P": sizes["H"] // 2,
-            "QKV": (sizes["N"] + 2 * sizes["K"]) * sizes["H"],
-        }
         weights = {key: _shape_of(shapes, key) for key in words.weights}
-        return Stage(
+        stage = Stage(
             name=name,
             part=words.part,
             title_en=words.title_en,
             title_zh=words.title_zh,
-            note_en=words.note_en.format_map(filled),
-            note_zh=words.note_zh.format_map(filled),
+            note_en=words.note_en.format_map(sizes | merged),
+            note_zh=words.note_zh.format_map(sizes | merged),
             axes=words.axes,
-            shape=shape,
+            shape=jax.tree.leaves(result)[0].shape,
             reference=reference_shape(words.reference, sizes),
             params=sum(map(math.prod, weights.values())),
-            flops=flops,
+            flops=products(traced.jaxpr),
             bytes=_bytes(name, weights, precision, sizes),
         )
+        found.append(stage)
+        return result
 
     _trace(config, shapes, batch, tokens, keys, take)
-    layers = {stage.name: config.num_layers if stage.in_layer else 1 for stage in found}
-    flops = sum(layers[stage.name] * stage.flops for stage in found)
-    moved = sum(layers[stage.name] * stage.bytes for stage in found)
-    params = sum(layers[stage.name] * stage.params for stage in found)
+    times = [config.num_layers if stage.in_layer else 1 for stage in found]
+    params, flops, moved = (
+        sum(n * getattr(stage, of) for n, stage in zip(times, found, strict=True))
+        for of in ("params", "flops", "bytes")
+    )
     return Pass(name, tokens, keys, tuple(found), params, flops, moved, flops / moved)
 
 
 def _trace(
     config: GLMConfig, shapes: Params, batch: int, tokens: int, keys: int, take: stages.Take
 ) -> None:
-    """Walks through the model with abstract float32 arrays, through one layer for all."""
+    """Walk through the model with abstract float32 arrays, through one layer for all."""
 
     def array(shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), dtype)
@@ -153,7 +199,7 @@ def _trace(
 
 
 def _shape_of(shapes: Params, key: str) -> tuple[int, ...]:
-    """Of one layer's weight, or of one beside the layers."""
+    """The shape of one layer's weight, or of one outside the layers."""
     return shapes[key] if key in shapes else shapes["layers"][key][1:]
 
 
@@ -162,23 +208,16 @@ def _bytes(
 ) -> int:
     """Weights that are read, and keys and values that are written or read."""
     if name == "embed":  # a row for each token
-        return sizes["B"] * sizes["T"] * _weight_bytes(name, (1, sizes["D"]), precision)
+        return sizes["B"] * sizes["T"] * array_bytes(precision, name, (1, sizes["D"]))
     if name == "attention.cache":  # the new ones are written, those before them are read
         return 2 * sizes["B"] * sizes["S"] * sizes["K"] * sizes["H"] * precision.size
-    return sum(_weight_bytes(key, shape, precision) for key, shape in weights.items())
-
-
-def _weight_bytes(key: str, shape: tuple[int, ...], precision: Precision) -> int:
-    if precision.scheme is None or not precision.scheme.covers(key):
-        return math.prod(shape) * precision.size
-    values, scales = precision.scheme.shapes(shape, COLUMN_AXES.get(key, 1))
-    return math.prod(values) + 4 * math.prod(scales)
+    return sum(array_bytes(precision, key, shape) for key, shape in weights.items())
 
 
 def products(jaxpr: Jaxpr) -> int:
-    """Operations of the matrix products in a traced function, 2 for each product and sum.
+    """Return the operations of the matrix products in a traced function, 2 for a product and sum.
 
-    Of the forms that a product has for different platforms, the one that is written as such counts.
+    Of the forms that a product has for different platforms, the one that is a dot counts.
     """
     return sum(_operations(equation) for equation in jaxpr.eqns)
 

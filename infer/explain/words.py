@@ -1,4 +1,4 @@
-"""What each stage is called and what there is to say about it, in English and in Chinese.
+"""The title of each stage and a note on it, in English and in Chinese.
 
 Sizes are filled in by their letters; F2 is 2 F, G is N / K, P is H / 2.
 """
@@ -13,8 +13,8 @@ class Words:
     """About one stage.
 
     Attributes:
-      axes: of its result. reference: of the same in the published PyTorch code; a number stands for
-        itself, letters side by side in brackets are one axis.
+      axes: of its result.
+      reference: axes of the same in the published PyTorch code; letters in brackets are one axis.
       weights: names in the params that it reads.
     """
 
@@ -31,7 +31,7 @@ class Words:
 WORDS = {
     "embed": Words(
         "input", "embedding", "词嵌入", "BTD", "TBD", ("embed",),
-        "A row of a table for each id; no position is added to it. The published code carries the "
+        "A row of a table for each id; no position is added to it. The published code has the "
         "sequence first from here on: [{T}, {B}, {D}].",
         "每个 id 取表中的一行；不加位置向量。官方代码从这里起把序列放在第一维：[{T}, {B}, {D}]。",
     ),
@@ -57,12 +57,12 @@ WORDS = {
     ),
     "attention.rope_q": Words(
         "attention", "rotate queries", "旋转 Q", "BTNH", "TBNH", (),
-        "Position: the first {P} of {H} dimensions of a head are turned in pairs, the others pass.",
+        "Position: the first {P} of {H} dimensions of a head are rotated in pairs.",
         "位置编码：每个头前 {P} 维（共 {H} 维）两两旋转，其余不变。",
     ),
     "attention.rope_k": Words(
         "attention", "rotate keys", "旋转 K", "BTKH", "TBKH", (),
-        "Before they are cached: a key is turned once.", "在写入缓存之前：每个键只旋转一次。",
+        "Before they are cached: a key is rotated once.", "在写入缓存之前：每个键只旋转一次。",
     ),
     "attention.cache": Words(
         "attention", "cache of keys, values", "KV 缓存", "BSKH", "SBKH", (),
@@ -71,9 +71,8 @@ WORDS = {
     ),
     "attention.scores": Words(
         "attention", "scores", "注意力分数", "BNTS", "BNTS", (),
-        "q k / sqrt({H}), float32; a token sees itself and what is before it, the others are "
-        "computed and masked. Where there are many, they are computed block by block and never "
-        "all at once.",
+        "q k / sqrt({H}), float32; a token attends to itself and to those before it, the others "
+        "are computed and masked. Many scores are computed block by block, never all at once.",
         "q·k / sqrt({H})，float32；每个词元只看自己和之前的，其余的算出后被遮蔽。"
         "分数很多时分块计算，不会同时存在。",
     ),
@@ -87,12 +86,12 @@ WORDS = {
     ),
     "attention.o": Words(
         "attention", "output projection", "输出投影", "BTD", "TBD", ("o",),
-        "All heads together, back to the width of the stream; no bias.",
+        "All heads together, back to the width of the residual stream; no bias.",
         "所有头合在一起，回到残差流的宽度；没有偏置。",
     ),
     "attention.add": Words(
         "attention", "add to the stream", "残差相加", "BTD", "TBD", (),
-        "To what entered the layer, not to its norm.", "加到进入本层的值上，而不是归一化之后的值。",
+        "To the input of the layer, not to its norm.", "加到进入本层的值上，而不是归一化之后的值。",
     ),
     "mlp.norm": Words("mlp", "RMSNorm", "RMSNorm 归一化", "BTD", "TBD", ("mlp_norm",)),
     "mlp.gate_up": Words(
@@ -103,22 +102,22 @@ WORDS = {
     ),
     "mlp.act": Words(
         "mlp", "silu(gate) * up", "silu(门控) * 升维", "BTF", "TBF", (),
-        "SwiGLU, with nothing to learn in it.", "SwiGLU，本身没有可学习的参数。",
+        "SwiGLU, without parameters.", "SwiGLU，本身没有可学习的参数。",
     ),
     "mlp.down": Words("mlp", "down", "降维", "BTD", "TBD", ("down",)),
     "mlp.add": Words("mlp", "add to the stream", "残差相加", "BTD", "TBD"),
     "norm": Words("output", "final RMSNorm", "最后的 RMSNorm", "BTD", "TBD", ("final_norm",)),
     "head": Words(
         "output", "head: logits", "输出层 logits", "BTV", "BTV", ("head",),
-        "A matrix of its own, not the embedding's. To answer, only the last position goes through "
-        "it; here all do.",
+        "Not tied to the embedding. Answering computes it for the last position alone; here it "
+        "is computed for all.",
         "独立的矩阵，与词嵌入不共享。生成回答时只计算最后一个位置；这里是全部位置。",
     ),
 }  # fmt: skip
 
 
 def reference_shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    """The shape that `Words.reference` stands for."""
+    """Return the shape that `Words.reference` stands for."""
     shape, merged = [], None
     for axis in axes:
         if axis == "(":

@@ -1,24 +1,23 @@
-"""`python -m infer.generate`: answers one question, or a file of them.
+"""`python -m infer.generate`: answer one prompt, or a file of prompts.
 
-Only the flags are here; what they start is in `infer.generate.run`, which is imported after
-parsing.
+Only the flags are here; `infer.generate.run` does the work and is imported after parsing.
 """
 
 import argparse
 from collections.abc import Sequence
 
 from glm2_jax.cli import arguments, flags, interrupt
-from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.arguments import path_argument, positive
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 from infer import options
 from infer.memory.cards import CARDS
 
 PROG = "python -m infer.generate"
-DESCRIPTION = """Answers a question with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
+DESCRIPTION = """Answers a prompt with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
 
 The answer goes to standard output, all else to standard error. Without a prompt, standard input
-is read if it is not a terminal. Exit codes: 0 fine, 1 unexpected, 2 usage, 3 bad input or data,
+is read if it is not a terminal. Exit codes: 0 success, 1 unexpected, 2 usage, 3 bad input or data,
 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed, 143
 terminated."""
 EXAMPLE = f"""{PROG} --prompt 你好 --greedy
@@ -27,7 +26,7 @@ EXAMPLE = f"""{PROG} --prompt 你好 --greedy
 
 
 def parser() -> Parser:
-    """The flags of the command."""
+    """Return the parser of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     flags.add_model_options(result)
     options.add_adapter_options(result)
@@ -36,37 +35,24 @@ def parser() -> Parser:
     performance = options.add_performance_options(result, cards=CARDS)
     flags.add_mesh_options(performance)
     options.add_speculate(performance)
-    performance.add_argument(
-        "--batch-size",
-        type=arguments.positive,
-        default=8,
-        metavar="N",
-        help="lines of a batch file that are answered together",
-    )
+    help = "lines of a batch file that are answered together"
+    performance.add_argument("--batch-size", type=positive, default=8, metavar="N", help=help)
     join.add_host_options(result)
     _add_output_options(result)
-    group = result.add_argument_group("memory plan")
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="answer nothing: print how much memory the model takes by weights, context and batch, "
-        "what fits the device, and the speed that its memory allows at most (calculated, not "
-        "measured); no weights are read. Exit code 5 if nothing fits",
-    )
-    group.add_argument(
-        "--config",
-        action=_Once,
-        type=path_argument,
-        metavar="NAME|FILE",
-        help="with --dry-run, in place of --model: a published name or a config.json (default: "
-        "chatglm2-6b)",
-    )
+    add = result.add_argument_group("memory plan").add_argument
+    help = """print the memory for weights, context and batch, what fits the device, and an upper
+        bound of the speed (calculated, not measured); no weights are read, nothing is answered.
+        Exit code 5 if nothing fits"""
+    add("--dry-run", action="store_true", help=help)
+    help = """with --dry-run, instead of --model: a published name or a config.json (default:
+        chatglm2-6b)"""
+    add("--config", action=_Once, type=path_argument, metavar="NAME|FILE", help=help)
     result.add_common()
     return result
 
 
 class _Once(argparse.Action):
-    """Stores a value; a second one is an error, since the first would be lost without a word."""
+    """Stores a value; a second one is an error, so that none is lost silently."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if getattr(namespace, self.dest) is not None:
@@ -77,100 +63,53 @@ class _Once(argparse.Action):
 def _add_prompt_options(result: argparse.ArgumentParser) -> None:
     group = result.add_argument_group("prompt")
     source = group.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prompt",
-        "-p",
-        action=_Once,
-        metavar="TEXT",
-        help="the question; - reads it from standard input",
-    )
-    source.add_argument(
-        "--prompt-file",
-        action=_Once,
-        type=path_argument,
-        metavar="F",
-        help="a UTF-8 file that holds the question",
-    )
-    source.add_argument(
-        "--batch-file",
-        action=_Once,
-        type=path_argument,
-        metavar="F",
-        help='a line for each question: {"prompt": ...}, with id, history, system if wanted, or '
-        '{"messages": [...]} for ChatGLM3; bad lines are reported, the rest is answered',
-    )
-    group.add_argument(
-        "--history",
-        action=_Once,
-        type=path_argument,
-        metavar="F",
-        help='JSON file of earlier turns: [["question", "answer"], ...]',
-    )
-    group.add_argument(
-        "--system",
-        action=_Once,
-        metavar="TEXT",
-        help="instructions; ChatGLM2 has no system slot: the text is put before the first "
-        "question, with a newline",
-    )
-    group.add_argument(
-        "--clean-text",
-        action="store_true",
-        help="turn ideographic and no-break spaces of the prompt into plain ones",
-    )
-    group.add_argument(
-        "--truncate-prompt",
-        type=arguments.positive,
-        metavar="N",
-        help="cut a longer prompt to N tokens: the oldest turns first, then the end of the "
-        "question; it is always said (default: never cut, a prompt that is too long is an error)",
-    )
+    help = "the prompt; - reads it from standard input"
+    source.add_argument("--prompt", "-p", action=_Once, metavar="TEXT", help=help)
+    help = "a UTF-8 file with the prompt"
+    source.add_argument("--prompt-file", action=_Once, type=path_argument, metavar="F", help=help)
+    help = """JSON lines with a prompt each: {"prompt": ...}, optionally with id, history, system;
+        or {"messages": [...]} for ChatGLM3; bad lines are reported, the others are answered"""
+    source.add_argument("--batch-file", action=_Once, type=path_argument, metavar="F", help=help)
+    add = group.add_argument
+    help = 'JSON file of earlier turns: [["question", "answer"], ...]'
+    add("--history", action=_Once, type=path_argument, metavar="F", help=help)
+    help = """system prompt; ChatGLM2 has no place for one: it is put before the first question,
+        with a newline"""
+    add("--system", action=_Once, metavar="TEXT", help=help)
+    help = "replace ideographic and no-break spaces of the prompt by plain spaces"
+    add("--clean-text", action="store_true", help=help)
+    help = """cut a longer prompt to N tokens: the oldest turns first, then the end of the question;
+        reported on standard error (default: a prompt that is too long is an error)"""
+    add("--truncate-prompt", type=positive, metavar="N", help=help)
 
 
 def _add_output_options(result: argparse.ArgumentParser) -> None:
-    group = result.add_argument_group("output")
-    group.add_argument(
-        "--output",
-        "-o",
-        action=_Once,
-        type=path_argument,
-        metavar="F",
-        help="where the answers to a batch file go; until all are there, they are kept in "
-        "F.partial, and the same command continues after a stop (default: standard output, "
-        "each answer as soon as those before it are there; what was stopped starts anew)",
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace an --output that is there already"
-    )
-    group.add_argument(
-        "--restart", action="store_true", help="throw away F.partial instead of continuing"
-    )
-    group.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
-    group.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="print the answer as it comes (default: on a terminal)",
-    )
-    group.add_argument(
-        "--stats", action="store_true", help="times, speed and memory on standard error"
-    )
+    add = result.add_argument_group("output").add_argument
+    help = """file for the answers to a batch file; until all are there, they are kept in F.partial,
+        and the same command continues an interrupted run (default: standard output, each answer as
+        soon as those before it are there; an interrupted run is not continued)"""
+    add("--output", "-o", action=_Once, type=path_argument, metavar="F", help=help)
+    add("--overwrite", action="store_true", help="replace an existing --output")
+    add("--restart", action="store_true", help="discard F.partial instead of continuing it")
+    add("--json", action="store_true", help="print a JSON object for each prompt")
+    help = "print the answer while it is generated (default: on a terminal)"
+    add("--stream", action=argparse.BooleanOptionalAction, help=help)
+    add("--stats", action="store_true", help="times, speed and memory on standard error")
 
 
 def _refuse_dry_run_flags(config: str | None, device: str) -> None:
     from glm2_jax.errors import UsageError
 
     if config is not None:
-        raise UsageError(
-            "--config goes with --dry-run", fix="To answer, name a model: --model DIR."
-        )
+        raise UsageError("--config needs --dry-run", fix="To answer, name a model: --model DIR.")
     if device in CARDS:
         raise UsageError(
-            f"--device {device} goes with --dry-run", fix="To compute, use auto, cpu, gpu or tpu."
+            f"--device {device} needs --dry-run", fix="To compute, use auto, cpu, gpu or tpu."
         )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
+    """Run the command; returns its exit code, raises GLMError for an expected error."""
     arguments.use_utf8()
     args = parser().parse_args(argv)
     if args.dry_run:

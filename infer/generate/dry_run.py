@@ -13,6 +13,7 @@ from convert.loading.folder import read_config
 from glm2_jax.cli.main import EXIT_DEVICE
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.tables import fold
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.escape import escape_controls, join_lines, json_line
@@ -28,8 +29,8 @@ from infer.memory.budget import (
     share_budget,
 )
 from infer.memory.compiler import Verdict
-from infer.memory.plan import make_plan
-from infer.memory.sheet import Sheet, as_json, make_sheet, render, wrapped
+from infer.memory.plan import Plan
+from infer.memory.sheet import Sheet, as_json, make_sheet, render
 from infer.options import SamplingFlags
 
 DEFAULT_CONFIG = "chatglm2-6b"
@@ -120,11 +121,9 @@ def _verdicts(sheet: Sheet, choice: ModelChoice, options: EngineOptions) -> Iter
     context = min(options.max_length or DEFAULT_CONTEXT, sheet.config.seq_length)
     chunk = options.prefill_chunk or PREFILL_CHUNK
     for precision, label in sheet.labels.items():
-        plan = make_plan(
-            sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk
-        )
+        plan = Plan(sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk)
         note(f"compiling {label}, {context:,} tokens, for {choice.device}")
-        yield compiler.ask(sheet.config, plan, choice.device, sheet.budget.memory, chunk)
+        yield compiler.ask(plan, choice.device, sheet.budget.memory)
 
 
 def render_verdicts(verdicts: Iterable[Verdict], columns: int) -> Iterator[str]:
@@ -133,7 +132,7 @@ def render_verdicts(verdicts: Iterable[Verdict], columns: int) -> Iterator[str]:
     empty = True
     for verdict in verdicts:
         if empty:
-            yield from wrapped(f"the compiler's own figures: {compiler.ABOUT}", columns)
+            yield from fold(f"the compiler's own figures: {compiler.ABOUT}", columns)
         empty = False
         plan = verdict.plan
         peaks = ("step", verdict.step), ("prompt", verdict.prompt)
@@ -143,9 +142,9 @@ def render_verdicts(verdicts: Iterable[Verdict], columns: int) -> Iterator[str]:
         if verdict.problem:
             said.append(verdict.problem)
         text = f"{plan.precision.name}, {plan.context:,} tokens: {', '.join(said)}"
-        yield from wrapped(f"{text}; planned {human_size(plan.total)}", columns)
+        yield from fold(f"{text}; planned {human_size(plan.total)}", columns)
     if empty:
-        yield from wrapped(compiler.EXTRA, columns)
+        yield from fold(compiler.EXTRA, columns)
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `python -m infer.generate` does once its flags are parsed: ask, answer, print."""
+"""What `python -m infer.generate` does once its flags are parsed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    """Answer what the flags ask for; returns the exit code."""
+    """Answer the prompts that the flags name; returns the exit code."""
     sampling = settings.sampling.params()
     check_flags(settings)
     note_demo_model(settings.choice)
@@ -64,29 +64,30 @@ def run(settings: Settings) -> int:
 
 
 def check_flags(settings: Settings) -> None:
-    """Raises UsageError for flags that have no meaning together."""
+    """Raise UsageError for flags that have no effect together."""
     batch = settings.batch_file is not None
     as_json = settings.json or batch
     if settings.output is not None and not batch:
-        raise UsageError("--output goes with --batch-file", fix="use > FILE for a single answer")
+        raise UsageError("--output needs --batch-file", fix="use > FILE for a single answer")
     for flag, given in {"overwrite": settings.overwrite, "restart": settings.restart}.items():
         if given and settings.output is None:
-            raise UsageError(f"--{flag} goes with --output")
+            raise UsageError(f"--{flag} needs --output")
     if settings.stream and as_json:
-        raise UsageError(f"--stream contradicts {'--batch-file' if batch else '--json'}")
+        raise UsageError(f"--stream excludes {'--batch-file' if batch else '--json'}")
     if settings.sampling.logprobs is not None and not as_json:
-        raise UsageError("--logprobs has nowhere to go", fix="add --json")
+        raise UsageError("--logprobs needs --json")
 
 
 def _prompt_text(settings: Settings) -> str:
     if settings.prompt_file is not None:
         return read_prompt(settings.prompt_file)
-    if settings.prompt is not None and settings.prompt != "-":
+    if settings.prompt not in (None, "-"):
         return settings.prompt
     if settings.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(
             "no prompt",
-            "there is no --prompt, --prompt-file or --batch-file, and nothing on standard input",
+            "--prompt, --prompt-file and --batch-file are missing, and standard input is a "
+            "terminal or closed",
             "add --prompt TEXT",
         )
     return read_prompt("-")
@@ -100,14 +101,13 @@ def _answer_one(
     stream = settings.stream
     if stream is None:
         stream = sys.stdout.isatty() and not settings.json
-    # The streaming loop serves both: Ctrl-C ends it after the step that is running.
+    # Also without streaming: Ctrl-C then ends the loop after the running step.
     completion = None
     try:
         for event in engine.run([ids], sampling, clean=engine.template != "raw"):
             completion = event.completion
             if stream and event.text:
-                sys.stdout.write(displayed(event.text))
-                sys.stdout.flush()
+                print(displayed(event.text), end="", flush=True)
     finally:
         if stream:
             print(flush=True)

@@ -7,7 +7,7 @@ counts when it starts.
 from __future__ import annotations
 
 import dataclasses
-import math
+import importlib.util
 import os
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from pathlib import Path
 
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.config import GLMConfig
 from glm2_jax.errors import DeviceError, GLMError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.host_memory import find_memory
@@ -23,11 +22,19 @@ from glm2_jax.runtime.machine import Gpu
 from glm2_jax.runtime.probing import count_tpus, find_nvidia
 from glm2_jax.schemes import asked_scheme
 from infer.memory.cards import CARDS, find_card
-from infer.memory.plan import GPU_SHARE, RUNTIME, SHARE_VARIABLES, Plan, flags, make_plan, nearest
-from infer.memory.precision import Precision, precisions
-from infer.memory.shares import Sizes, sizes_of
+from infer.memory.plan import RUNTIME, Plan, nearest
+from infer.memory.precision import Precision, flags, precisions
+from infer.memory.shares import Sizes, count_devices, sizes_of
 
 DEFAULT_CONTEXT = 8192  # of --max-length
+# Of a GPU's memory: the rest is the driver's, and what a desktop shows.
+GPU_SHARE = 0.95
+SHARE_VARIABLES = (  # by which a user decides what jax takes of a GPU's memory
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+    "XLA_CLIENT_MEM_FRACTION",
+)
 SPARE = 1.1  # of a plan, for what a pool cannot use between its pieces
 _LONG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
@@ -42,7 +49,7 @@ class Budget:
       memory: bytes; None = unknown.
       bandwidth: of that memory, bytes per second; None = unknown.
       half: its 16-bit type.
-      present: the GPU that is here, where there is one.
+      present: the GPU of this machine, where there is one.
       limited: whether the user set the memory.
     """
 
@@ -57,7 +64,7 @@ class Budget:
     def precisions(
         self, stored: str | None, dtype: str, quantize: str | None
     ) -> tuple[Precision, ...]:
-        """What flags mean here, the first being what would be taken.
+        """Return what the flags mean here, the first being preferred.
 
         Args:
           stored: the scheme of a folder that is quantized.
@@ -70,49 +77,45 @@ class Budget:
             return (Precision("float32", scheme), Precision(self.half, scheme))
         return (Precision(self.half, scheme),)
 
+    def fits(self, plan: Plan) -> bool | None:
+        """Whether a plan fits; None where the memory is unknown."""
+        return None if self.memory is None else plan.total <= self.memory
+
 
 def find_budget(device: str, limit: int | None = None) -> Budget:
-    """The budget of a device that is here, or of one that is only named.
+    """Return the budget of a device that is here, or of one that is only named.
 
     Args:
-      device: "auto", "cpu", "gpu", "tpu", or one of `infer.devices.CARDS`.
+      device: "auto", "cpu", "gpu", "tpu", or one of `infer.memory.cards.CARDS`.
       limit: bytes that the user allows.
     """
-    found = _named(device) if device in CARDS else _present(device)
-    if limit is None:
-        return found
-    return dataclasses.replace(found, memory=limit, limited=True)
-
-
-def _named(name: str) -> Budget:
-    card = CARDS[name]
-    memory = int(card.memory * GPU_SHARE) if card.platform == "gpu" else card.memory
-    half = "float16" if name in ("t4", "v100") else "bfloat16"
-    return Budget(name, card.platform, memory, card.bandwidth, half)
+    if device in CARDS:
+        card = CARDS[device]
+        memory = int(card.memory * GPU_SHARE) if card.platform == "gpu" else card.memory
+        found = Budget(device, card.platform, memory, card.bandwidth, card.half)
+    else:
+        found = _present(device)
+    return found if limit is None else dataclasses.replace(found, memory=limit, limited=True)
 
 
 def _present(device: str) -> Budget:
     gpus = find_nvidia().gpus if device in ("auto", "gpu") and _jax_may_use("cuda") else ()
     if gpus:
-        gpu = gpus[0]
-        card = find_card(gpu.name)
+        gpu, card = gpus[0], find_card(gpus[0].name)
         memory = min(int(gpu.total * GPU_SHARE), gpu.free) if gpu.total else None
-        half = "float16" if card is not None and card.name in ("t4", "v100") else "bfloat16"
-        bandwidth = None if card is None else card.bandwidth
-        return Budget(gpu.name, "gpu", memory, bandwidth, half, present=gpu)
-    if device == "gpu" or (device in ("auto", "tpu") and _jax_may_use("tpu") and count_tpus()):
-        return Budget(
-            "the GPU" if device == "gpu" else "the TPU", device.replace("auto", "tpu"), None
-        )
-    if device == "tpu":
+        found = Budget(gpu.name, "gpu", memory, present=gpu)
+        if card is None:
+            return found
+        return dataclasses.replace(found, bandwidth=card.bandwidth, half=card.half)
+    if device == "gpu":
+        return Budget("the GPU", "gpu", None)
+    if device == "tpu" or (device == "auto" and _jax_may_use("tpu") and count_tpus()):
         return Budget("the TPU", "tpu", None)
     return Budget("this processor", "cpu", find_memory().usable)
 
 
 def _jax_may_use(platform: str) -> bool:
-    """Whether jax has a package for it and is not told to leave it alone."""
-    import importlib.util
-
+    """Whether jax has a package for a platform and is not told to leave it alone."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     if asked and not any(word in asked for word in (platform, "gpu" if platform == "cuda" else "")):
         return False
@@ -121,19 +124,17 @@ def _jax_may_use(platform: str) -> bool:
 
 
 def check_context(asked: int | None, seq_length: int) -> None:
-    """Raises UsageError for a context that is longer than the model's table of positions, or has
-    no room for a prompt and an answer."""
+    """Raise UsageError for a context that is longer than the model's table of positions, or has no
+    room for a prompt and an answer."""
     if asked is not None and asked < 2:
         raise UsageError(
-            f"--max-length {asked} is too short",
-            "A prompt and its answer have a token each, at least.",
-            "Use --max-length 2 or more.",
+            f"--max-length must be at least 2, got {asked}",
+            "A prompt and its answer have at least one token each.",
         )
     if asked is not None and asked > seq_length:
         raise UsageError(
-            f"--max-length {asked} is more than the model has",
-            f"Its configuration (seq_length) knows {seq_length} positions.",
-            f"Use --max-length {seq_length} or less.",
+            f"--max-length must be at most {seq_length}, got {asked}",
+            f"The model's configuration has {seq_length} positions (seq_length).",
         )
 
 
@@ -174,22 +175,24 @@ def prepare(
     scheme = asked_scheme(
         choice.quantize, choice.quantize_embeddings, stored=stored, model=str(folder)
     )
-    wish = Wish(
-        config,
-        budget.precisions(stored, choice.dtype, scheme),
-        min(asked or DEFAULT_CONTEXT, config.seq_length),
-        rows,
-        stored,
-        fixed_context=asked is not None,
-        chunk=options.prefill_chunk or PREFILL_CHUNK,
-        columns=1 + options.speculate,
-        prefix=prefix_tokens(choice.prefix),
-        mesh=mesh,
-    )
-    plan = settle(budget, wish, note)
-    if plan.precision != wish.choices[0]:
+    wishes = [
+        Plan(
+            config,
+            precision,
+            min(asked or DEFAULT_CONTEXT, config.seq_length),
+            rows,
+            budget.platform,
+            chunk=options.prefill_chunk or PREFILL_CHUNK,
+            columns=1 + options.speculate,
+            prefix=prefix_tokens(choice.prefix),
+            mesh=mesh,
+        )
+        for precision in budget.precisions(stored, choice.dtype, scheme)
+    ]
+    plan = settle(budget, wishes, stored, None if asked is not None else note)
+    if plan.precision != wishes[0].precision:
         choice = dataclasses.replace(choice, dtype=plan.precision.dtype)
-    if plan.context < wish.context:
+    if plan.context < wishes[0].context:
         options = dataclasses.replace(options, max_length=plan.context)
     set_gpu_share(budget, plan)
     return choice, options
@@ -223,11 +226,6 @@ def shared(budget: Budget, devices: int) -> Budget:
     return dataclasses.replace(budget, memory=memory)
 
 
-def count_devices(mesh: Sizes) -> int:
-    """The devices of a mesh."""
-    return math.prod(size for _, size in mesh)
-
-
 def prefix_tokens(folder: str | None) -> int:
     """Return the tokens of a prefix; 0 for None.
 
@@ -241,87 +239,47 @@ def prefix_tokens(folder: str | None) -> int:
     return measure_prefix(folder)
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is to be answered with, as far as it decides the memory.
+def settle(
+    budget: Budget,
+    wishes: Sequence[Plan],
+    stored: str | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Plan:
+    """Return the plan to compute with: the first of the wishes that fits.
 
-    Attributes:
-      choices: what may be computed in, the first being preferred.
+    Args:
+      wishes: plans that differ in their precision, the first being preferred.
       stored: the scheme of a folder that is quantized.
-      fixed_context: whether the user asked for just this context.
-      columns: tokens of each row that a step reads: one, and the drafts that it verifies.
-      prefix: slots of each row before all tokens.
-      mesh: over which the model is spread.
-    """
-
-    config: GLMConfig
-    choices: Sequence[Precision]
-    context: int
-    batch: int = 1
-    stored: str | None = None
-    fixed_context: bool = False
-    chunk: int = PREFILL_CHUNK
-    columns: int = 1
-    prefix: int = 0
-    mesh: Sizes | None = None
-
-    def plan(self, precision: Precision, platform: str) -> Plan:
-        return make_plan(
-            self.config,
-            precision,
-            self.context,
-            self.batch,
-            platform=platform,
-            chunk=self.chunk,
-            columns=self.columns,
-            prefix=self.prefix,
-            mesh=self.mesh,
-        )
-
-
-def settle(budget: Budget, wish: Wish, tell: Callable[[str], None]) -> Plan:
-    """The plan that is to be computed with: what was wished, where it fits.
-
-    Where only the default context does not fit, it is made shorter, and `tell` gets a line on it.
+      tell: the context may be made shorter where only that does not fit, and this gets a line on
+        it; None = the user asked for just this context.
 
     Raises:
       DeviceError: it does not fit; with the numbers and what does.
     """
-    plans = [wish.plan(precision, budget.platform) for precision in wish.choices]
     memory = budget.memory
     if memory is None:
-        return plans[0]
-    fitting = next((plan for plan in plans if plan.total <= memory), None)
+        return wishes[0]
+    fitting = next((plan for plan in wishes if plan.total <= memory), None)
     if fitting is not None:
         return fitting
-    plan = plans[-1]
-    near = _near(budget, wish, plan, memory)
-    shorter = next((p for p in near if only_shorter(p, plan)), None)
-    if shorter is not None and not wish.fixed_context:
+    plan = wishes[-1]
+    near = nearest(plan, memory, precisions(budget.half, stored))
+    shorter = (p for p in near if dataclasses.replace(p, context=plan.context) == plan)
+    if tell is not None and (found := next(shorter, None)):
         tell(
-            f"memory for {shorter.context:,} tokens of prompt and answer: {human_size(plan.total)} "
-            f"would be needed for {plan.context:,}, {human_size(memory)} can be had"
+            f"context reduced to {found.context:,} tokens: {plan.context:,} need "
+            f"{human_size(plan.total)}, and {human_size(memory)} is available"
         )
-        return shorter
-    why = "--memory-limit allows" if budget.limited else f"Free on {budget.name}:"
-    fix = advice(near, plan, wish.stored)
+        return found
+    why, fix = "--memory-limit allows", advice(near, plan, stored)
     if not budget.limited:
-        fix += " (--memory-limit 999GB tries it all the same.)"
-    raise DeviceError(
-        f"not enough memory: {needs(plan)}",
-        f"{why} {human_size(memory)}.",
-        fix,
-    )
-
-
-def only_shorter(other: Plan, plan: Plan) -> bool:
-    """Whether a plan differs from another in its context alone."""
-    kept = ("precision", "batch", "chunk", "columns")
-    return all(getattr(other, name) == getattr(plan, name) for name in kept)
+        why = f"Free on {budget.name}:"
+        fix += " (--memory-limit 999GB tries it anyway.)"
+    raise DeviceError(f"not enough memory: {needs(plan)}", f"{why} {human_size(memory)}.", fix)
 
 
 def needs(plan: Plan) -> str:
-    """The numbers of a plan in a line."""
+    """Return the numbers of a plan in a line."""
     parts = (
         ("weights", plan.weights),
         ("cache", plan.cache),
@@ -336,47 +294,38 @@ def needs(plan: Plan) -> str:
     return f"{human_size(plan.total)} for {what} ({sizes})"
 
 
-def _near(budget: Budget, wish: Wish, plan: Plan, memory: int) -> list[Plan]:
-    choices = precisions(budget.half, wish.stored)
-    return nearest(wish.config, plan, memory, choices, platform=budget.platform)
-
-
 def advice(near: Sequence[Plan], plan: Plan, stored: str | None) -> str:
-    """What fits instead, as flags."""
+    """Return what fits instead, as flags."""
     if not near:
-        return "Nothing of this model fits; a larger device is needed."
+        return "No form of this model fits; a larger device is needed."
     return f"What fits: {'; or '.join(_change(other, plan, stored) for other in near)}."
 
 
 def _change(other: Plan, plan: Plan, stored: str | None) -> str:
-    changes = []
-    if other.precision != plan.precision:
-        changes.append(flags(other.precision, stored))
-    if other.context != plan.context:
-        changes.append(f"--max-length {other.context}")
-    if other.batch != plan.batch:
-        changes.append(f"--batch-size {other.batch}")
-    if other.chunk != plan.chunk:
-        changes.append(f"--prefill-chunk {other.chunk}")
-    if other.columns != plan.columns:
-        changes.append(f"--speculate {other.columns - 1}")
+    changes = [flags(other.precision, stored)] if other.precision != plan.precision else []
+    for flag, now, then in (
+        ("--max-length", other.context, plan.context),
+        ("--batch-size", other.batch, plan.batch),
+        ("--prefill-chunk", other.chunk, plan.chunk),
+        ("--speculate", other.columns - 1, plan.columns - 1),
+    ):
+        changes += [f"{flag} {now}"] if now != then else []
     return f"{' '.join(changes)} ({human_size(other.total)})"
 
 
-def shortage(budget: Budget, wish: Wish, precision: Precision) -> tuple[str, str]:
-    """What to say when memory ran out in spite of the plan: (needed and free, what fits)."""
-    plan = wish.plan(precision, budget.platform)
+def shortage(budget: Budget, plan: Plan, stored: str | None = None) -> tuple[str, str]:
+    """Return what to say when memory ran out in spite of the plan: (needed and free, what fits)."""
     # It did not fit, whatever the plan says: what is advised is smaller in any case.
     memory = plan.total - 1 if budget.memory is None else min(budget.memory, plan.total - 1)
     free = "not known" if budget.memory is None else human_size(budget.memory)
-    near = _near(budget, wish, plan, memory)
-    return f"Needed: {needs(plan)}; free: {free}.", advice(near, plan, wish.stored)
+    near = nearest(plan, memory, precisions(budget.half, stored))
+    return f"Needed: {needs(plan)}; free: {free}.", advice(near, plan, stored)
 
 
 def set_gpu_share(
     budget: Budget, plan: Plan, environment: MutableMapping[str, str] = os.environ
 ) -> float | None:
-    """Has jax take what the plan needs of a GPU, and not three quarters of it; before jax starts.
+    """Have jax take what the plan needs of a GPU, and not three quarters of it; before jax starts.
 
     Returns:
       The share, or None where nothing was set: no GPU, or the user has set something.

@@ -1,9 +1,9 @@
-"""Devices that a plan can be made for without having one: memory, its bandwidth, and products.
+"""Devices that a plan can be made for without having one: memory, bandwidth, arithmetic.
 
-Bandwidths and products are the makers' figures, which no program reaches: speeds derived from them
-are bounds. NVIDIA often tells products with sparsity, which is twice what is here.
-GPU memories are sold in units of 1024^3 bytes and told as such by nvidia-smi, a little less where
-the card keeps some for itself.
+Bandwidths and operations are the makers' figures, which no program reaches: speeds derived from
+them are bounds. NVIDIA often quotes operations with sparsity, which is twice what is here.
+GPU memories are sold in units of 1024^3 bytes and reported as such by nvidia-smi, a little less
+where the card keeps some for itself.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Card:
       bandwidth: of the memory, bytes per second.
       kinds: parts of the name that jax or nvidia-smi gives it, in lower case; all must be there.
       topology: by which libtpu compiles for one such chip without having it.
-      flops: dense operations a second of matrix products, in bfloat16 (float16 on those that lack
-        it), summed in float32; None = no figure of the maker's known.
+      flops: dense operations a second of matrix products, in 16 bits, summed in float32; None = no
+        figure of the maker's is known.
     """
 
     name: str
@@ -35,14 +35,19 @@ class Card:
     topology: str | None = None
     flops: float | None = None
 
+    @property
+    def half(self) -> str:
+        """Its 16-bit type: the older ones lack bfloat16."""
+        return "float16" if self.name in ("t4", "v100") else "bfloat16"
+
 
 CARDS = {
     card.name: card
     for card in (
         # NVIDIA: as the makers' specifications are commonly quoted; T4 and A100 40 GB looked up.
-        # Products: of GeForce cards from the architectures' whitepapers (tensor cores, sums in
-        # float32), those of 3060 and 4060 not known; of the others from their data sheets. Both
-        # figures of V100, A100 80 GB, H100 and H200 are those of the SXM form.
+        # Operations: of GeForce cards from the architectures' whitepapers (tensor cores, sums in
+        # float32), unknown for 3060 and 4060; of the others from their data sheets. Both figures
+        # of V100, A100 80 GB, H100 and H200 are those of the SXM form.
         Card("3060", "gpu", 12 * _GIB, 360e9, ("rtx 3060",)),
         Card("3080", "gpu", 10 * _GIB, 760e9, ("rtx 3080",), flops=59.5e12),
         Card("3090", "gpu", 24 * _GIB, 936e9, ("rtx 3090",), flops=71e12),
@@ -60,8 +65,8 @@ CARDS = {
         Card("h100", "gpu", 80 * _GIB, 3350e9, ("h100", "80gb"), flops=989e12),  # PCIe: 2000
         Card("h200", "gpu", 143771 * _MIB, 4800e9, ("h200",), flops=989e12),  # 141 GB
         # Google: one chip; v5e and v5p looked up at cloud.google.com/tpu/docs, v6e as quoted, and
-        # the products of all three ("peak compute per chip (bf16)") there, too. Of
-        # the 16 GB of a v5e the compiler leaves 15.75 GiB to programs (its out-of-memory message).
+        # the operations of all three ("peak compute per chip (bf16)") there, too. Of the 16 GB of a
+        # v5e the compiler leaves 15.75 GiB to programs (its out-of-memory message).
         Card("v5e-1", "tpu", int(15.75 * _GIB), 819e9, ("tpu v5 lite",), "v5e:1x1", 197e12),
         Card("v5p", "tpu", 95 * _GB, 2765e9, ("tpu v5",), "v5p:1x1x1", 459e12),
         Card("v6e-1", "tpu", 32 * _GB, 1640e9, ("tpu v6 lite",), "v6e:1x1", 918e12),
@@ -70,7 +75,7 @@ CARDS = {
 
 
 def find_card(kind: str) -> Card | None:
-    """The card that jax or nvidia-smi calls `kind`, the one that says most about it; None = none.
+    """Return the card that jax or nvidia-smi calls `kind`, by the most specific name; None = none.
 
     Args:
       kind: for example "NVIDIA GeForce RTX 3090", "TPU v5 lite".

@@ -27,14 +27,10 @@ from infer.memory.shares import abstract_params
 def peak_bytes(
     config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, device: Any
 ) -> int:
-    """The most memory that reading `width` tokens of every row takes, weights and cache included.
+    """Return the peak bytes of reading `width` tokens of every row, weights and cache included.
 
     Drawing a token from the logits is left out: compiling it takes longer than all the rest, and
     it needs a few megabytes.
-
-    Args:
-      slots, rows: of the cache.
-      device: of a topology.
 
     Raises:
       jax.errors.JaxRuntimeError: it does not fit.
@@ -51,12 +47,12 @@ def peak_bytes(
 
     lowered = jax.jit(forward, donate_argnums=3).lower(*args)
     memory = lowered.compile().memory_analysis()
-    assert memory is not None  # every compiler that this is for tells
+    assert memory is not None  # every compiler that this is for reports it
     return memory.peak_memory_in_bytes
 
 
 def main() -> None:
-    """Answers one request: {"peak": {program: bytes}} and, where one failed, {"error": text}."""
+    """Answer one request: {"peak": {program: bytes}} and, where one failed, {"error": text}."""
     request = json.load(sys.stdin)
     config = GLMConfig(**request["config"])
     precision = Precision(request["dtype"], request["quantize"])

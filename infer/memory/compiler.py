@@ -1,4 +1,4 @@
-"""A TPU compiler's own figures beside a plan: asked of libtpu, where that is installed.
+"""A TPU compiler's own figures for a plan: asked of libtpu, where that is installed.
 
 The compiler needs no TPU. It runs in a process of its own, `infer.memory.compile_for`, so nothing
 here starts jax.
@@ -13,19 +13,19 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from glm2_jax.config import GLMConfig
 from infer.memory.cards import CARDS
 from infer.memory.plan import Plan
 
 EXTRA = (
-    "The compiler's own figures can be had without a TPU, with an extra: "
+    "The compiler's own figures are available without a TPU, with an extra: "
     "pip install 'glm2-jax[tpu-compile]'"
 )
 ABOUT = (
     "step and prompt are XLA's peak, weights and cache included, drawing a token left out; "
-    "a G of its own is 1024^3 bytes"
+    "the G of its messages is 1024^3 bytes"
 )
 # jax looks for no accelerator and libtpu asks no metadata server which one this machine has.
 _ENVIRONMENT = {
@@ -34,15 +34,16 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 _MODULE = "infer.memory.compile_for"
+_INSTALLED = str(Path(__file__).parents[2])  # the folder that holds this package
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the compiler says of one plan.
+    """What the compiler says of a plan.
 
     Attributes:
-      step, prompt: bytes at the worst moment of a step of an answer, and of reading a chunk of a
-        prompt; None where that was not compiled.
+      step, prompt: peak bytes of a decode step, and of a prefill of one chunk; None where that was
+        not compiled.
       problem: why not; "" where all was.
       fits: None where the compiler could not be asked.
     """
@@ -55,32 +56,32 @@ class Verdict:
 
 
 def knows(name: str) -> bool:
-    """Whether there is a compiler that can be asked about a device of this name."""
+    """Return whether a compiler can be asked about a device of this name."""
     return name in CARDS and CARDS[name].topology is not None
 
 
 def installed() -> bool:
+    """Return whether the compiler is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
-def ask(config: GLMConfig, plan: Plan, name: str, memory: int | None, chunk: int) -> Verdict:
-    """Compiles a step and a chunk of a prompt for a card, and reads what they need.
+def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
+    """Compile a decode step and a prefill of one chunk for a card, and read what they need.
 
     Args:
-      name: of the card, one that it `knows`.
+      name: of a card that the compiler `knows`.
       memory: bytes that may be taken; None = what the compiler thinks.
-      chunk: most tokens of a prompt, all rows together, that are read at once.
     """
     card = CARDS[name]
     request = {
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(plan.config),
         "platform": card.platform,
         "topology": card.topology,
         "dtype": plan.precision.dtype,
         "quantize": plan.precision.quantize,
         "slots": plan.context,
         "rows": plan.rows,
-        "programs": {"step": 1, "prompt": min(max(1, chunk // plan.rows), plan.context)},
+        "programs": {"step": 1, "prompt": min(max(1, plan.chunk // plan.rows), plan.context)},
     }
     answer = _run(request)
     peak, problem = answer.get("peak", {}), answer.get("error", "")
@@ -93,11 +94,13 @@ def ask(config: GLMConfig, plan: Plan, name: str, memory: int | None, chunk: int
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of the other process; {"error": text} where it gave none."""
+    """Return the answer of the other process; {"error": text} where it gave none."""
+    # Without -P, and this path in front, a folder `infer` of the user's would be imported.
+    paths = [_INSTALLED, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", _MODULE],
+        [sys.executable, "-P", "-m", _MODULE],
         input=json.dumps(request),
-        env=os.environ | _ENVIRONMENT,
+        env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
@@ -106,11 +109,11 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         said = done.stderr.strip().splitlines()
-        return {"error": said[-1] if said else f"the compiler ended with {done.returncode}"}
+        return {"error": said[-1] if said else f"the compiler exited with code {done.returncode}"}
 
 
 def _sentence(problem: str) -> str:
-    """The compiler's first sentence without its codes ("RESOURCE_EXHAUSTED: E1000: Oom: ")."""
+    """Return the first sentence without the codes ("RESOURCE_EXHAUSTED: E1000: Oom: ")."""
     words = (problem.splitlines() or [""])[0].split(": ")
     while len(words) > 1 and " " not in words[0]:
         words.pop(0)

@@ -1,49 +1,48 @@
-"""What a mesh costs: bytes on a device and through its links, and the times that steps cannot beat.
+"""What a mesh costs: bytes on a device and through its links, and lower bounds of step times.
 
 All is arithmetic over the shapes that `glm2_jax.sharding` gives a device, at the makers' rates of
 `infer.memory.links`. Axis letters as in `glm2_jax.model`; here b are the rows of one device.
 
 Collectives of a step, as compiled programs have them (docs/sharding.md):
-  tensor: an all-reduce of [b, T, D] behind attention and MLP of each layer and behind the
-    embedding, and an all-gather of the logits that are drawn from. In the backward pass as many
-    again; where blocks are computed again, one more a layer.
-  fsdp: an all-gather of every matrix before it is used; in training before the backward pass once
-    more, and a reduce-scatter of its gradient, which is float32 there.
+  tensor: an all-reduce of [b, T, D] after attention and MLP of each layer and after the embedding,
+    and an all-gather of the logits that are drawn from. In the backward pass as many again; if
+    blocks are recomputed, one more per layer.
+  fsdp: an all-gather of every matrix before it is used; in training once more before the backward
+    pass, and a reduce-scatter of its gradient, which is float32 there.
   data: in training an all-reduce of the gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from glm2_jax.cli.messages import human_size
 from glm2_jax.config import GLMConfig
-from glm2_jax.mesh import AXES, mesh_text
+from glm2_jax.mesh import all_axes, mesh_text
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS
 from glm2_jax.sharding import check_mesh
 from infer.memory.links import Links, Talk, all_reduce, gather
 from infer.memory.precision import Precision
-from infer.memory.shares import cache_share, device_params, sizes_of, total_bytes
+from infer.memory.shares import Sizes, cache_share, device_params, sizes_of, total_bytes
 
 _FLOAT32 = 4
-_ADAM = 4 * _FLOAT32  # of a trained parameter: itself, its gradient, two moments
+_ADAM = 4 * _FLOAT32  # per trained parameter: itself, its gradient, two moments
 _ADAM_MOVED = 7 * _FLOAT32  # in an update: these are read, all but the gradient are written
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step on one device, and the times of what it has to do; each is a bound.
+    """A step on one device, and lower bounds of its times.
 
     Attributes:
-      name: "decode", "prefill", "lora" or "full".
-      tokens: that all devices together read in it.
-      memory_s: moving weights, cache and optimizer state through memory once; no activations.
-      products_s: operations of matrix products and attention.
-      talk: with other devices.
-      memory_fixed_s, links_fixed_s: what of these times does not grow with the batch.
+        name: "decode", "prefill", "lora" or "full".
+        tokens: of all devices together.
+        memory_s: moving weights, cache and optimizer state through memory once; no activations.
+        products_s: operations of matrix products and attention.
+        talk: with other devices.
+        memory_fixed_s, links_fixed_s: the parts of these times that do not grow with the batch.
     """
 
     name: str
@@ -66,24 +65,23 @@ class Step:
 
     @property
     def overlapped_s(self) -> float:
-        """If links, memory and products all work at once."""
+        """The time if links, memory and products work at once."""
         return max(self.memory_s, self.products_s, self.talk.seconds)
 
     @property
     def serial_s(self) -> float:
-        """If nothing is computed while devices talk."""
+        """The time if nothing is computed while devices talk."""
         return max(self.memory_s, self.products_s) + self.talk.seconds
 
     @property
     def tokens_needed(self) -> int | None:
-        """In a step, for products to take longest; None if no batch is large enough: the time of
-        memory or links then grows with it as fast as theirs."""
+        """Tokens per step from which products take longest; None if memory or links grow faster."""
         needed = 0.0
         for total, fixed in (
             (self.memory_s, self.memory_fixed_s),
             (self.talk.seconds, self.links_fixed_s),
         ):
-            spare = self.products_s - (total - fixed)  # what the batch gains on it
+            spare = self.products_s - (total - fixed)  # what a larger batch gains
             if spare <= 0:
                 return None
             needed = max(needed, fixed / spare * self.tokens)
@@ -95,12 +93,12 @@ class MeshCost:
     """What a model on a mesh costs each device.
 
     Attributes:
-      sizes: axis -> size. batch: rows of all devices, of `length` tokens each.
-      weights, cache: bytes.
-      adapted, trained: bytes in LoRA (the base alone: adapters are small) and in full training
-        with Adam (float32 parameters, gradients and moments, and the copy that is computed with),
-        without activations.
-      steps: by name.
+        sizes: axis -> size. batch: rows of all devices, of `length` tokens each.
+        weights, cache: bytes.
+        adapted, trained: bytes in LoRA (only the base: adapters are small) and in full training
+            with Adam (float32 parameters, gradients and moments, and the copy that is computed
+            with), without activations.
+        steps: by name.
     """
 
     links: Links
@@ -129,165 +127,138 @@ def mesh_cost(
     dtype: str = "bfloat16",
     scheme: str | None = None,
 ) -> MeshCost:
-    """What a model on a mesh costs.
+    """Return what a model on a mesh costs.
 
     Args:
-      sizes: axis -> size, as `glm2_jax.parse_mesh` gives it.
-      card: of `infer.memory.links.LINKS`.
-      batch: rows of all devices together; filled up to what `data` and `fsdp` divide.
-      length: tokens in the cache of each row, of a prompt, and of a row that is trained on.
-      dtype: of activations and cache, and of weights that are not quantized.
-      scheme: of `glm2_jax.schemes`, by which matrices are quantized in inference and LoRA.
+        config: the model.
+        sizes: axis -> size, as `glm2_jax.parse_mesh` returns it.
+        card: one of `infer.memory.links.LINKS`.
+        batch: rows of all devices together; filled up to what `data` and `fsdp` divide.
+        length: tokens in the cache of each row, of a prompt, and of a row in training.
+        dtype: of activations and cache, and of weights that are not quantized.
+        scheme: of `glm2_jax.schemes`, for the matrices in inference and LoRA.
 
     Raises:
-      UsageError: a mesh that does not fit the model.
+        UsageError: a mesh that does not fit the model.
     """
-    sizes = {**sizes, **{axis: 1 for axis in AXES if axis not in sizes}}
-    precision = Precision(dtype, scheme)
+    sizes = all_axes(sizes)
+    precision, mesh = Precision(dtype, scheme), sizes_of(sizes)
     check_mesh(config, sizes, precision.scheme)
-    here = -(-batch // (sizes["data"] * sizes["fsdp"]))
-    made = _Steps(config, sizes, card, precision, here, length)
-    elements = total_bytes(device_params(config, Precision("float32"), sizes_of(sizes))) // _FLOAT32
-    weights = total_bytes(made.params)
-    return MeshCost(
-        card,
-        sizes,
-        precision,
-        batch,
-        length,
-        weights,
-        made.cache,
-        weights,
-        elements * (_ADAM + Precision(dtype).size),
-        {step.name: step for step in (made.decode(), made.prefill(), made.lora(), made.full())},
+    copies = sizes["data"] * sizes["fsdp"]
+    here = -(-batch // copies)
+    elements = total_bytes(device_params(config, Precision("float32"), mesh)) // _FLOAT32
+    weights = total_bytes(device_params(config, precision, mesh))
+    cache = cache_share(config, precision.size, length, here * copies, mesh)
+    trained = elements * (_ADAM + precision.size)
+    steps = _steps(config, sizes, card, precision, here, length, cache)
+    return MeshCost(card, sizes, precision, batch, length, weights, cache, weights, trained, steps)
+
+
+def _steps(
+    config: GLMConfig,
+    sizes: Mapping[str, int],
+    links: Links,
+    precision: Precision,
+    here: int,
+    length: int,
+    cache: int,
+) -> dict[str, Step]:
+    """Return the steps of a device with `here` rows of `length` tokens, by name."""
+    L, plain, computed = config.num_layers, Precision(precision.dtype), _gathered(sizes)
+    shapes = device_params(config, plain, computed)
+    matrices = sum(math.prod(shapes["layers"][name].shape) for name in COLUMN_AXES)
+    head, heads = math.prod(shapes["head"].shape), config.num_heads // sizes["tensor"]
+    params = device_params(config, precision, computed)
+    read = total_bytes(params) - total_bytes(params["embed"])  # of which a step needs a few rows
+    stored = total_bytes(device_params(config, plain, sizes_of(sizes)))
+    tokens, triangle = here * length, here * length * (length + 1) / 2
+
+    def operations(tokens: int, drawn: int, pairs: float) -> float:
+        attention = 4 * L * heads * config.head_dim * pairs
+        return 2 * matrices * tokens + 2 * head * drawn + attention
+
+    def reduced(tokens: int) -> Talk:
+        return all_reduce(links, sizes, "tensor", tokens * config.hidden_size * precision.size)
+
+    def infer(name: str, tokens: int, pairs: float) -> Step:
+        def growing(tokens: int) -> Talk:
+            logits = min(here, tokens) * config.vocab_size * _FLOAT32
+            return reduced(tokens) * (2 * L + 1) + gather(links, sizes, "tensor", logits)
+
+        work, fixed = operations(tokens, here, pairs), _weights(config, precision, sizes, links)
+        return _step(links, sizes, name, tokens, (read, cache), work, fixed, growing)
+
+    def train(name: str, moved: float, reductions: int, fixed: Talk) -> Step:
+        def growing(tokens: int) -> Talk:
+            return reduced(tokens) * reductions
+
+        work = 3 * operations(tokens, tokens, triangle)
+        return _step(links, sizes, name, tokens, (moved, 0), work, fixed, growing)
+
+    lora = _weights(config, precision, sizes, links) * 2
+    full = _weights(config, plain, sizes, links) * 2
+    full += _weights(config, Precision("float32"), sizes, links)
+    full += all_reduce(links, sizes, "data", stored)
+    updated = stored // plain.size * (_ADAM_MOVED + 3 * plain.size)
+    steps = (
+        infer("decode", here, tokens),
+        infer("prefill", tokens, triangle),
+        # Forward, again inside each block, and backward through the activations.
+        train("lora", 3 * read, 5 * L + 2, lora),
+        # Forward, and backward through activations and weights.
+        train("full", updated, 4 * L + 2, full),
+    )
+    return {step.name: step for step in steps}
+
+
+def _gathered(sizes: Mapping[str, int]) -> Sizes:
+    """Return the mesh that computes: what `data` and `fsdp` cut is gathered before a product."""
+    return sizes_of({**sizes, "data": 1, "fsdp": 1})
+
+
+def _weights(
+    config: GLMConfig, precision: Precision, sizes: Mapping[str, int], links: Links
+) -> Talk:
+    """Return what gathering every matrix once over fsdp takes."""
+    params, total = device_params(config, precision, _gathered(sizes)), Talk()
+    layers = params["layers"], COLUMN_AXES, config.num_layers
+    for tree, names, times in (layers, (params, EMBEDDINGS, 1)):
+        for name in names:
+            one = gather(links, sizes, "fsdp", total_bytes(tree[name]) / times)
+            total += one * times
+    return total
+
+
+def _step(
+    links: Links,
+    sizes: Mapping[str, int],
+    name: str,
+    tokens: int,
+    moved: tuple[float, int],
+    operations: float,
+    fixed: Talk,
+    growing: Callable[[int], Talk],
+) -> Step:
+    """Return a step of `tokens` on this device that moves weights or state, and a cache."""
+    return Step(
+        name,
+        tokens * sizes["data"] * sizes["fsdp"],
+        sum(moved) / links.card.bandwidth,
+        operations / links.flops,
+        fixed + growing(tokens),
+        moved[0] / links.card.bandwidth,
+        fixed.seconds + growing(0).seconds,  # the hops of rings that carry nothing
     )
 
 
-def _cut(params: Any) -> dict[str, Any]:
-    """The parameters that `fsdp` cuts."""
-    layers = {name: params["layers"][name] for name in COLUMN_AXES}
-    return {**layers, **{name: params[name] for name in EMBEDDINGS}}
-
-
-class _Steps:
-    """The steps of one device: b rows of `length` tokens."""
-
-    def __init__(
-        self,
-        config: GLMConfig,
-        sizes: Mapping[str, int],
-        links: Links,
-        precision: Precision,
-        here: int,
-        length: int,
-    ):
-        self.config, self.sizes, self.links, self.precision = config, sizes, links, precision
-        self.here, self.length = here, length
-        whole = {**sizes, "data": 1, "fsdp": 1}  # what computes: fsdp is gathered first
-        plain = Precision(precision.dtype)
-        self.params = device_params(config, precision, sizes_of(sizes))
-        self.gathered = device_params(config, precision, sizes_of(whole))
-        self.plain = device_params(config, plain, sizes_of(sizes))
-        computed = device_params(config, plain, sizes_of(whole))
-        matrices = sum(math.prod(computed["layers"][name].shape) for name in COLUMN_AXES)
-        self.matrices, self.head = matrices, math.prod(computed["head"].shape)
-        rows = here * sizes["data"] * sizes["fsdp"]
-        self.cache = cache_share(config, precision.size, length, rows, sizes_of(sizes))
-
-    def decode(self) -> Step:
-        """A token for every row, `length` tokens being in the cache."""
-        pairs = self.here * self.length
-        operations = 2 * (self.matrices + self.head) * self.here + self._attention(pairs)
-        return self._step("decode", self.here, self._read() + self.cache, operations, self._forward)
-
-    def prefill(self) -> Step:
-        """Reads a prompt of every row, all at once."""
-        tokens = self.here * self.length
-        pairs = tokens * (self.length + 1) / 2
-        operations = 2 * self.matrices * tokens + 2 * self.head * self.here
-        operations += self._attention(pairs)
-        moved = self._read() + self.cache
-        return self._step("prefill", tokens, moved, operations, self._forward)
-
-    def lora(self) -> Step:
-        """A step of an adapter: forwards, forwards again inside each block, and backwards through
-        the activations. Every matrix is multiplied with three times."""
-        return self._step("lora", *self._trained(3 * self._read()), self._backward)
-
-    def full(self) -> Step:
-        """A step of all parameters: forwards, and backwards through activations and weights."""
-        elements = total_bytes(self.plain) // Precision(self.precision.dtype).size
-        moved = elements * (_ADAM_MOVED + 3 * Precision(self.precision.dtype).size)
-        return self._step("full", *self._trained(moved), self._learned)
-
-    def _trained(self, moved: float) -> tuple[int, float, float]:
-        """(tokens, bytes through memory, operations) of a training step."""
-        tokens = self.here * self.length
-        pairs = tokens * (self.length + 1) / 2
-        operations = 2 * (self.matrices + self.head) * tokens + self._attention(pairs)
-        return tokens, moved, 3 * operations
-
-    def _step(self, name: str, tokens: int, moved: float, operations: float, talks: Any) -> Step:
-        fixed, growing = talks(tokens)
-        bandwidth, flops = self.links.card.bandwidth, self.links.flops
-        kept = moved - (self.cache if name in ("decode", "prefill") else 0)
-        return Step(
-            name,
-            tokens * self.sizes["data"] * self.sizes["fsdp"],
-            moved / bandwidth,
-            operations / flops,
-            fixed + growing,
-            kept / bandwidth,
-            fixed.seconds + talks(0)[1].seconds,  # the steps of rings through which nothing goes
-        )
-
-    def _read(self) -> int:
-        """Bytes of weights that a step reads; of the embedding it needs a few rows."""
-        return total_bytes(self.gathered) - total_bytes(self.gathered["embed"])
-
-    def _attention(self, pairs: float) -> float:
-        """Operations, for pairs of a query and a key."""
-        heads = self.config.num_heads // self.sizes["tensor"]
-        return 4 * self.config.num_layers * heads * self.config.head_dim * pairs
-
-    def _forward(self, tokens: int) -> tuple[Talk, Talk]:
-        """(what does not depend on the batch, what does)."""
-        reduced = self._reduced(tokens) * (2 * self.config.num_layers + 1)
-        logits = min(self.here, tokens) * self.config.vocab_size * _FLOAT32
-        return self._gathered(self.precision), reduced + gather(
-            self.links, self.sizes, "tensor", logits
-        )
-
-    def _backward(self, tokens: int) -> tuple[Talk, Talk]:
-        reduced = self._reduced(tokens) * (5 * self.config.num_layers + 2)
-        return self._gathered(self.precision) * 2, reduced
-
-    def _learned(self, tokens: int) -> tuple[Talk, Talk]:
-        reduced = self._reduced(tokens) * (4 * self.config.num_layers + 2)
-        weights = self._gathered(Precision(self.precision.dtype)) * 2
-        scattered = self._gathered(Precision("float32"))
-        gradients = all_reduce(self.links, self.sizes, "data", total_bytes(self.plain))
-        return weights + scattered + gradients, reduced
-
-    def _reduced(self, tokens: int) -> Talk:
-        size = tokens * self.config.hidden_size * self.precision.size
-        return all_reduce(self.links, self.sizes, "tensor", size)
-
-    def _gathered(self, precision: Precision) -> Talk:
-        """Every matrix once, over fsdp."""
-        whole = {**self.sizes, "data": 1, "fsdp": 1}
-        params = _cut(device_params(self.config, precision, sizes_of(whole)))
-        total = Talk()
-        for name, part in params.items():
-            times = self.config.num_layers if name in COLUMN_AXES else 1
-            one = gather(self.links, self.sizes, "fsdp", total_bytes(part) / times)
-            total = total + one * times
-        return total
-
-
 def report(cost: MeshCost) -> list[str]:
-    """The costs in lines, for people."""
+    """Return the costs in lines, for people."""
     links, card = cost.links, cost.links.card
+
+    def shown(size: int) -> str:
+        return human_size(size) + ("" if size < card.memory else " (too much)")
+
+    held = cost.weights + cost.cache
     lines = [
         f"mesh {mesh_text(cost.sizes)} of {cost.devices} x {links.name}: {cost.precision.name}, "
         f"{cost.batch:,} x {cost.length:,} tokens",
@@ -295,35 +266,26 @@ def report(cost: MeshCost) -> list[str]:
         f"{links.flops / 1e12:,.0f} TFLOP/s, {links.link * links.ring / 1e9:,.0f} GB/s around a "
         f"ring, {links.network / 1e9:,.1f} GB/s of network):",
         f"  weights {human_size(cost.weights)}, cache {human_size(cost.cache)}, without activations"
-        f"{_fits(cost.weights + cost.cache, card.memory)}",
-        f"  in training without activations: LoRA {human_size(cost.adapted)}"
-        f"{_fits(cost.adapted, card.memory)}, all parameters {human_size(cost.trained)}"
-        f"{_fits(cost.trained, card.memory)}",
-        "times that a step takes at least, at the makers' rates:",
+        + ("" if held < card.memory else " (too much)"),
+        f"  in training without activations: LoRA {shown(cost.adapted)}, all parameters "
+        f"{shown(cost.trained)}",
+        "lower bounds of step times, at the makers' rates:",
     ]
     for step in cost.steps.values():
-        talk = step.talk
-        lines.append(
+        talk, needed = step.talk, step.tokens_needed
+        sent = human_size(round(talk.link_bytes))
+        per_link = human_size(round(talk.link_bytes / links.ring))
+        lines += [
             f"  {step.name}: memory {_time(step.memory_s)}, products {_time(step.products_s)}, "
             f"links {_time(talk.seconds)}: limited by {step.limit}, at most "
-            f"{step.tokens / step.overlapped_s:,.0f} tokens/s"
-        )
-        lines.append(
-            f"    {talk.calls} collectives; a device sends {human_size(round(talk.link_bytes))} "
-            f"through {links.ring} links ({human_size(round(talk.link_bytes / links.ring))} each)"
-            f" and {human_size(round(talk.network_bytes))} through the network"
-        )
-        needed = step.tokens_needed
-        lines.append(
+            f"{step.tokens / step.overlapped_s:,.0f} tokens/s",
+            f"    {talk.calls} collectives; a device sends {sent} through {links.ring} links "
+            f"({per_link} each) and {human_size(round(talk.network_bytes))} through the network",
             "    no batch makes products take longest"
             if needed is None
-            else f"    products take longest from {needed:,} tokens a step on"
-        )
+            else f"    products take longest from {needed:,} tokens per step",
+        ]
     return lines
-
-
-def _fits(size: int, memory: int) -> str:
-    return "" if size < memory else " (too much)"
 
 
 def _time(seconds: float) -> str:

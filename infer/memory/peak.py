@@ -7,7 +7,7 @@ from typing import Any
 
 
 def reset_peak() -> None:
-    """Begins anew, on the host: Linux can; elsewhere the peak is since the start."""
+    """Start counting again, on the host: Linux can; elsewhere the peak is since the start."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -16,12 +16,14 @@ def reset_peak() -> None:
 
 
 def peak_bytes(device: Any) -> int | None:
-    """The most memory used so far, on the device where it tells, else of this process."""
+    """Return the most memory used so far, on the device where it reports that; on a CPU by this
+    process."""
     found = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if found is not None:
-        return found
-    if device.platform != "cpu":
-        return None
+    return host_peak() if found is None and device.platform == "cpu" else found
+
+
+def host_peak() -> int:
+    """Return the most memory that this process has used."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

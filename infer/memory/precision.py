@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass
 
-from glm2_jax.schemes import SCHEMES, Scheme
+from glm2_jax.schemes import SCHEMES, Scheme, scheme_flags
 
 _FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are kept and computed with.
+    """How weights are stored and computed with.
 
     Attributes:
       dtype: "float32", "bfloat16" or "float16": of activations, cache, and what is not quantized.
-      quantize: name of a scheme of `glm2_jax.schemes` for the matrices of the layers, or None.
+      quantize: a scheme of `glm2_jax.schemes` for the matrices of the layers, or None.
     """
 
     dtype: str
@@ -35,15 +35,20 @@ class Precision:
 
 
 def precisions(half: str = "bfloat16", stored: str | None = None) -> tuple[Precision, ...]:
-    """Those that a user can ask for, the widest first.
+    """Return those that a user can ask for, the widest first.
 
     Args:
       half: the device's 16-bit type.
-      stored: the scheme of a folder that is quantized: it can be kept, or unpacked.
+      stored: the scheme of a folder that is quantized: it can be kept, or dequantized.
     """
     schemes = ("int8", "int4") if stored is None else (stored,)
-    return (
-        Precision("float32"),
-        Precision(half),
-        *(Precision(half, scheme) for scheme in schemes),
-    )
+    quantized = (Precision(half, scheme) for scheme in schemes)
+    return (Precision("float32"), Precision(half), *quantized)
+
+
+def flags(precision: Precision, stored: str | None = None) -> str:
+    """Return the flags that ask for a precision of a folder with this scheme."""
+    quantize = precision.quantize
+    if stored is not None:
+        quantize = None if quantize == stored else "none"
+    return f"--dtype {precision.dtype}" + (f" {scheme_flags(quantize)}" if quantize else "")

@@ -1,7 +1,7 @@
 """What one device of a mesh has of a model: its part of the weights and of the cache, in bytes.
 
-From the same shardings that the weights are loaded by, over a mesh that has no devices. This needs
-jax, which the plan for one device does not.
+Computed from the same shardings that the weights are loaded by, over a mesh that has no devices.
+That needs jax, which the plan for one device does not: it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from glm2_jax import GLMConfig, init_params
-from glm2_jax.quant import QTensor
+from glm2_jax.config import GLMConfig
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
 from infer.memory.precision import Precision
 
@@ -24,20 +20,25 @@ Sizes = tuple[tuple[str, int], ...]  # of the mesh: (axis, size), which can be h
 
 
 def sizes_of(mesh: Mapping[str, int]) -> Sizes:
-    """All axes, absent ones of size 1."""
+    """Return the sizes of all axes, absent ones being 1."""
     from glm2_jax.mesh import AXES
 
     return tuple((axis, mesh.get(axis, 1)) for axis in AXES)
 
 
+def count_devices(mesh: Sizes) -> int:
+    """Return the number of devices of a mesh."""
+    return math.prod(size for _, size in mesh)
+
+
 def row_pieces(mesh: Sizes) -> int:
-    """In how many pieces the rows of a batch are cut."""
+    """Return into how many pieces the rows of a batch are cut."""
     return dict(mesh)["data"] * dict(mesh)["fsdp"]
 
 
 @lru_cache
 def device_params(config: GLMConfig, precision: Precision, mesh: Sizes) -> Any:
-    """The params tree as one device has it: shapes and dtypes."""
+    """Return the params tree as one device has it: shapes and dtypes."""
     import jax
 
     from glm2_jax.sharding import params_sharding
@@ -50,37 +51,38 @@ def device_params(config: GLMConfig, precision: Precision, mesh: Sizes) -> Any:
 
 
 def total_bytes(tree: Any) -> int:
-    """Of arrays, or their shapes and dtypes."""
+    """Return the bytes of arrays, or of what their shapes and dtypes stand for."""
     import jax
 
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def weight_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
-    """Bytes of the weights on each device."""
+    """Return the bytes of the weights on each device."""
     return total_bytes(device_params(config, precision, mesh))
 
 
 def embedding_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
-    """Bytes of the embedding on each device."""
+    """Return the bytes of the embedding on each device."""
     return total_bytes(device_params(config, precision, mesh)["embed"])
 
 
 def cache_share(config: GLMConfig, size: int, slots: int, rows: int, mesh: Sizes) -> int:
-    """Bytes of keys and values on each device, `size` bytes a number.
+    """Return the bytes of keys and values on each device, `size` bytes a number.
 
     Args:
-      slots, rows: of the whole cache.
+      slots, rows: of the complete cache.
     """
     from glm2_jax.sharding import cache_sharding
 
     where: Any = cache_sharding(config, _without_devices(mesh)).k
-    whole = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
-    return 2 * size * math.prod(where.shard_shape(whole))
+    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+    return 2 * size * math.prod(where.shard_shape(shape))
 
 
 def share_of(config: GLMConfig, mesh: Sizes) -> GLMConfig:
-    """The model as wide as one device computes it, rounded up to whole groups of heads."""
+    """Return the model as wide as one device computes it, rounded up to complete groups of
+    heads."""
     cut = dict(mesh)["tensor"]
     heads = config.num_kv_heads // (cut if config.num_kv_heads % cut == 0 else 1)
     return dataclasses.replace(
@@ -98,7 +100,12 @@ def _without_devices(mesh: Sizes) -> Any:
 
 
 def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = True) -> Any:
-    """The params tree as shapes, as an engine would hold it."""
+    """Return the params tree as shapes, as an engine would hold it."""
+    import jax
+    import jax.numpy as jnp
+
+    from glm2_jax import init_params
+
     init = partial(init_params, config, jax.random.key(0), jnp.dtype(precision.dtype))
     params = jax.eval_shape(init)
     layers = dict(params["layers"])
@@ -113,8 +120,12 @@ def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = 
     return {**params, "layers": [one] * config.num_layers}
 
 
-def _quantized(shape: tuple[int, ...], axes: int, scheme: Scheme) -> QTensor:
+def _quantized(shape: tuple[int, ...], axes: int, scheme: Scheme) -> Any:
+    import jax
+
+    from glm2_jax.quant import QTensor
+
     values, scale = scheme.shapes(shape, axes)
-    integers: Any = jax.ShapeDtypeStruct(values, jnp.int8)
-    scales: Any = jax.ShapeDtypeStruct(scale, jnp.float32)
+    integers: Any = jax.ShapeDtypeStruct(values, "int8")
+    scales: Any = jax.ShapeDtypeStruct(scale, "float32")
     return QTensor(integers, scales, scheme.bits)

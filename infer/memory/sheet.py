@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.cli.messages import human_size
+from glm2_jax.cli.tables import fold, table
 from glm2_jax.config import GLMConfig
-from glm2_jax.limits import PREFILL_CHUNK
-from infer.memory.budget import Budget, count_devices
-from infer.memory.plan import Plan, largest_context, make_plan, rate_bound
+from infer.memory.budget import Budget
+from infer.memory.plan import Plan, largest_context, rate_bound
 from infer.memory.precision import Precision, precisions
-from infer.memory.shares import Sizes
+from infer.memory.shares import Sizes, count_devices
 
-WIDE = 68  # columns of the table, without the first
 _BOUND = "a bound from the memory's bandwidth, not a measurement"
 
 
@@ -24,7 +22,8 @@ class Sheet:
     """All plans for one model at one place.
 
     Attributes:
-      name: of the model. stored: the scheme of a folder that is quantized.
+      name: of the model.
+      stored: the scheme of a folder that is quantized.
       mesh: the sizes of its axes; None = one device.
       longest: (label of the weights, batch) -> the longest context that fits; empty where the
         place's memory is not known.
@@ -38,19 +37,15 @@ class Sheet:
     longest: dict[tuple[str, int], int]
     mesh: Sizes | None = None
 
-    def fits(self, plan: Plan) -> bool | None:
-        """None where the place does not tell its memory."""
-        return None if self.budget.memory is None else plan.total <= self.budget.memory
-
     @property
     def labels(self) -> dict[Precision, str]:
-        """What the table calls them: with the dtype where the integers alone do not tell."""
-        return _labels([plan.precision for plan in self.plans])
+        """What the table calls them: with the dtype where the integers alone are ambiguous."""
+        return _labels(plan.precision for plan in self.plans)
 
     def rate(self, plan: Plan) -> float | None:
-        """Tokens per second that the bandwidth allows, where it is known."""
+        """Return the tokens per second that the bandwidth allows, where it is known."""
         bandwidth = self.budget.bandwidth
-        return None if bandwidth is None else rate_bound(self.config, plan, bandwidth)
+        return None if bandwidth is None else rate_bound(plan, bandwidth)
 
     @property
     def nothing_fits(self) -> bool:
@@ -68,144 +63,94 @@ def make_sheet(
     config: GLMConfig,
     budget: Budget,
     *,
-    stored: str | None = None,
     contexts: Sequence[int],
     batches: Sequence[int],
+    stored: str | None = None,
     dtype: str = "auto",
     quantize: str | None = None,
-    chunk: int = PREFILL_CHUNK,
-    columns: int = 1,
-    prefix: int = 0,
-    mesh: Sizes | None = None,
+    **options: Any,
 ) -> Sheet:
-    """Plans for every precision that the flags leave open.
+    """Make plans for every precision that the flags leave open.
 
     Args:
       dtype, quantize: as the flags of the same names.
-      columns: tokens of each row that a step reads: one, and the drafts that it verifies.
-      prefix: tokens of a prefix.
-      mesh: over which the model is spread.
+      options: of every `Plan`: chunk, columns, prefix, mesh.
     """
     chosen = budget.precisions(stored, dtype, quantize)
     if dtype == "auto" and quantize is None:
         chosen = precisions(budget.half, stored)
-    options: dict[str, Any] = {"chunk": chunk, "columns": columns, "prefix": prefix}
-    options |= {"platform": budget.platform, "mesh": mesh}
-    plans = [
-        make_plan(config, precision, context, batch, **options)
+    plans = tuple(
+        Plan(config, precision, context, batch, budget.platform, **options)
         for precision in chosen
         for context in contexts
         for batch in batches
-    ]
-    longest = {}
-    if budget.memory is not None:
-        longest = {
-            (label, batch): largest_context(config, precision, batch, budget.memory, **options)
-            for precision, label in _labels(chosen).items()
-            for batch in batches
-        }
-    return Sheet(name, config, stored, budget, tuple(plans), longest, mesh)
+    )
+    labels, longest = _labels(chosen), {}
+    for plan in plans if budget.memory is not None else ():
+        key = labels[plan.precision], plan.batch
+        if key not in longest:
+            longest[key] = largest_context(plan, budget.memory or 0)
+    return Sheet(name, config, stored, budget, plans, longest, options.get("mesh"))
 
 
 def render(sheet: Sheet, columns: int) -> Iterator[str]:
-    """The sheet for people, in lines of at most `columns` where words allow it."""
-    budget = sheet.budget
+    """Write the sheet for people, in lines of at most `columns` where words allow it."""
+    budget, count = sheet.budget, sheet.config.num_params
     memory = "memory unknown" if budget.memory is None else f"{human_size(budget.memory)} to use"
     speed = "" if budget.bandwidth is None else f", {budget.bandwidth / 1e9:,.0f} GB/s"
-    count = sheet.config.num_params
     size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
-    head = f"{sheet.name}, {size} parameters"
+    head = f"{sheet.name}, {size} parameters, on"
     if sheet.mesh is None:
-        yield from wrapped(f"{head}, on {budget.name}: {memory}{speed}", columns)
+        yield from fold(f"{head} {budget.name}: {memory}{speed}", columns)
     else:
-        where = f"{count_devices(sheet.mesh)} devices ({budget.name}, {_mesh_text(sheet)})"
-        yield from wrapped(f"{head}, on {where}: {memory}{speed} each", columns)
-        yield from wrapped("All sizes are those of each device.", columns)
+        from glm2_jax.mesh import mesh_text
+
+        shape = mesh_text(dict(sheet.mesh))
+        where = f"{count_devices(sheet.mesh)} devices ({budget.name}, {shape})"
+        yield from fold(f"{head} {where}: {memory}{speed} each", columns)
+        yield from fold("All sizes are those of each device.", columns)
     yield ""
-    first = max(map(len, ("weights in", *sheet.labels.values())))
-    yield from _wide(sheet, first) if columns >= first + WIDE else _narrow(sheet)
+    yield from _table(sheet, columns)
     yield ""
     for batch in dict.fromkeys(batch for _, batch in sheet.longest):
         found = [(name, n) for (name, rows), n in sheet.longest.items() if rows == batch]
         text = ", ".join(f"{name} {f'{n:,}' if n else 'none'}" for name, n in found)
-        yield from wrapped(f"longest context that fits, batch {batch}: {text}", columns)
-    if budget.bandwidth is not None:
-        yield from wrapped(f"tokens/s: {_BOUND}; all rows of a batch together.", columns)
-    else:
-        yield from wrapped("tokens/s: the memory's bandwidth is not known here.", columns)
-    temporary = "temporary is the most that a program needs while it runs, jax's own memory apart"
-    yield from wrapped(f"{temporary}, which is in the total.", columns)
+        yield from fold(f"longest context that fits, batch {batch}: {text}", columns)
+    known = f"{_BOUND}; all rows of a batch together."
+    unknown = "the memory's bandwidth is not known here."
+    yield from fold(f"tokens/s: {unknown if budget.bandwidth is None else known}", columns)
+    temporary = "temporary: the most that a program needs while it runs. The total includes jax's"
+    yield from fold(f"{temporary} own memory.", columns)
 
 
-def _mesh_text(sheet: Sheet) -> str:
-    from glm2_jax.mesh import mesh_text
+def _table(sheet: Sheet, columns: int) -> Iterator[str]:
+    """The plans in a table, or where that is too wide, a smaller one for each precision."""
+    head = ("context", "batch", "weights", "cache", "temporary", "total", "fits", "tok/s <=")
+    rows = {plan: _cells(sheet, plan) for plan in sheet.plans}
+    named = [(sheet.labels[plan.precision], *cells) for plan, cells in rows.items()]
+    lines = table([("weights in", *head), *named], texts=1)
+    if max(map(len, lines)) <= columns:
+        yield from lines
+        return
+    for precision, label in sheet.labels.items():
+        same = {plan: cells for plan, cells in rows.items() if plan.precision == precision}
+        yield f"{label}, weights {human_size(next(iter(same)).weights)}"
+        yield from table([(*row[:2], *row[5:]) for row in (head, *same.values())], texts=0)
 
-    return mesh_text(dict(sheet.mesh or ()))
 
-
-def wrapped(text: str, columns: int) -> list[str]:
-    """Lines of at most so many columns, where words allow it."""
-    return textwrap.wrap(
-        text,
-        max(columns, 20),
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,  # flags and names of packages can be copied
+def _cells(sheet: Sheet, plan: Plan) -> tuple[str, ...]:
+    rate = sheet.rate(plan)
+    return (
+        f"{plan.context:,}",
+        str(plan.batch),
+        *map(human_size, (plan.weights, plan.cache, plan.temporary, plan.total)),
+        {True: "yes", False: "no", None: "?"}[sheet.budget.fits(plan)],
+        "?" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}",
     )
-
-
-def _wide(sheet: Sheet, first: int) -> Iterator[str]:
-    row = f"{{:<{first}}}" + " {:>7} {:>5}  {:>8} {:>8} {:>9} {:>8}  {:<4} {:>8}"
-    yield row.format(
-        "weights in",
-        "context",
-        "batch",
-        "weights",
-        "cache",
-        "temporary",
-        "total",
-        "fits",
-        "tok/s <=",
-    )
-    for plan in sheet.plans:
-        sizes = (plan.weights, plan.cache, plan.temporary, plan.total)
-        yield row.format(
-            sheet.labels[plan.precision],
-            f"{plan.context:,}",
-            plan.batch,
-            *(human_size(size) for size in sizes),
-            _answer(sheet.fits(plan)),
-            _speed(sheet.rate(plan)),
-        )
-
-
-def _narrow(sheet: Sheet) -> Iterator[str]:
-    row = "{:>7} x {:<4} {:>8} {:<4} {:>6}"
-    before = None
-    for plan in sheet.plans:
-        if plan.precision != before:
-            before = plan.precision
-            yield f"{sheet.labels[before]}, weights {human_size(plan.weights)}"
-            yield row.format("context", "rows", "total", "fits", "tok/s<")
-        yield row.format(
-            f"{plan.context:,}",
-            plan.batch,
-            human_size(plan.total),
-            _answer(sheet.fits(plan)),
-            _speed(sheet.rate(plan)),
-        )
-
-
-def _answer(fits: bool | None) -> str:
-    return {True: "yes", False: "no", None: "?"}[fits]
-
-
-def _speed(rate: float | None) -> str:
-    return "?" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def as_json(sheet: Sheet) -> dict[str, Any]:
-    """The same facts for programs; sizes in bytes."""
+    """Return the same facts for programs; sizes in bytes."""
     return {
         "model": sheet.name,
         "parameters": sheet.config.num_params,
@@ -228,7 +173,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
                 "temporary": plan.temporary,
                 "runtime": plan.runtime,
                 "total": plan.total,
-                "fits": sheet.fits(plan),
+                "fits": sheet.budget.fits(plan),
                 "tokens_per_second_bound": sheet.rate(plan),
             }
             for plan in sheet.plans

@@ -17,33 +17,25 @@ from glm2_jax.runtime.devices import Shortage
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from glm2_jax.runtime.host_memory import find_memory
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
-from infer.memory.budget import DEFAULT_CONTEXT, Budget, Wish, shared, shortage
+from infer.memory.budget import DEFAULT_CONTEXT, Budget, shared, shortage
+from infer.memory.plan import Plan
 from infer.memory.precision import Precision
-from infer.memory.shares import Sizes, sizes_of
+from infer.memory.shares import sizes_of
 
 
 def when_answering(
-    config: Any,
-    params: Any,
-    device: Any,
-    *,
-    context: int,
-    batch: int,
-    chunk: int,
-    columns: int = 1,
+    config: Any, params: Any, device: Any, *, context: int, batch: int, **options: Any
 ) -> Shortage:
-    """Needed, free and what fits, for a call of an engine.
+    """Return needed, free and what fits, for a call of an engine.
 
     Args:
-      context: tokens of the longest prompt and answer. batch: prompts at once.
-      columns: tokens of each row that a step reads.
+      context: tokens of the longest prompt and answer.
+      batch: prompts that are answered together.
+      options: `chunk` and `columns` of the `Plan`.
     """
-    precision = _precision(params)
+    options |= {"prefix": prefix_length(params)}
     context = min(context, config.seq_length)
-    sizes: dict[str, Any] = {"chunk": chunk, "columns": columns, "prefix": prefix_length(params)}
-    mesh = mesh_of(params)
-    wish = Wish(config, (precision,), context, batch, **sizes, mesh=_sizes(mesh))
-    return shortage(_budget(device, mesh), wish, precision)
+    return _shortage(device, mesh_of(params), config, _precision(params), context, batch, **options)
 
 
 def when_loading(
@@ -58,7 +50,7 @@ def when_loading(
     prefix: int = 0,
     mesh: Mesh | None = None,
 ) -> Shortage | None:
-    """The same for opening a folder; None where it cannot even be looked at, for want of memory.
+    """Return the same for loading a folder; None where not even its files can be looked at.
 
     Args:
       form: the options of `open_folder`.
@@ -72,34 +64,39 @@ def when_loading(
     precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
     stored = None if found.scheme is None else found.scheme.name
     tokens = min(context or DEFAULT_CONTEXT, found.config.seq_length)
-    wish = Wish(found.config, (precision,), tokens, stored=stored, prefix=prefix, mesh=_sizes(mesh))
-    return shortage(_budget(device, mesh), wish, precision)
+    return _shortage(device, mesh, found.config, precision, tokens, stored=stored, prefix=prefix)
 
 
-def _sizes(mesh: Mesh | None) -> Sizes | None:
-    return None if mesh is None else sizes_of(mesh.shape)
-
-
-def _budget(device: Any, mesh: Mesh | None) -> Budget:
-    """The budget of a `jax.Device`: what jax may take there in all."""
+def _shortage(
+    device: Any,
+    mesh: Mesh | None,
+    config: Any,
+    precision: Precision,
+    context: int,
+    batch: int = 1,
+    stored: str | None = None,
+    **options: int,
+) -> Shortage:
     if device.platform == "cpu":
-        found = Budget("this processor", "cpu", find_memory(own=True).usable)
-        return found if mesh is None else shared(found, len(mesh.local_devices))
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return Budget(device.device_kind, device.platform, limit)
+        budget = Budget("this processor", "cpu", find_memory(own=True).usable)
+        budget = budget if mesh is None else shared(budget, len(mesh.local_devices))
+    else:  # what jax may take there in all
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        budget = Budget(device.device_kind, device.platform, limit)
+    sizes = None if mesh is None else sizes_of(mesh.shape)
+    plan = Plan(config, precision, context, batch, budget.platform, mesh=sizes, **options)
+    return shortage(budget, plan, stored)
 
 
 def _precision(params: Any) -> Precision:
-    """How an engine's weights are kept."""
+    """How an engine's weights are stored."""
     layers = params["layers"]
-    stacked = not isinstance(layers, list | tuple)
-    weight = (layers if stacked else layers[0])["q"]
+    weight = (layers[0] if isinstance(layers, list | tuple) else layers)["q"]
     dtype = dtype_name(params["final_norm"].dtype)
     if not isinstance(weight, QTensor):
         return Precision(dtype)
-    rows = weight.values.ndim - COLUMN_AXES["q"]
-    grouped = weight.scale.ndim > rows
-    schemes = SCHEMES.values()
+    grouped = weight.scale.ndim > weight.values.ndim - COLUMN_AXES["q"]
     form = weight.bits, grouped, isinstance(params["embed"], QTensor)
+    schemes = SCHEMES.values()
     name = next(s.name for s in schemes if (s.bits, s.grouped, s.embeddings) == form)
     return Precision(dtype, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.files.manifest import MANIFEST, verify_checkpoint
-from convert.layouts.names import PARTS
 from convert.random import NAME as RANDOM
 from glm2_jax import KVCache, last_logits
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.errors import GLMError
-from glm2_jax.quant import SCHEMES, QTensor
+from glm2_jax.quant import QTensor
 from glm2_jax.runtime.buckets import bucket
 from glm2_jax.text.prompt import build_prompt
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
+from infer.memory.precision import Precision
+from infer.memory.shares import abstract_params
 from infer.selftest.known import (
     HELLO,
     PARAMETERS_6B,
@@ -40,10 +41,10 @@ from infer.selftest.known import (
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 ANSWER_TOKENS = 64
 DECODE_TOKENS, DECODE_SECONDS, DECODE_RUNS = 128, 5.0, 10  # measure until one of them is reached
-STEPS = 2  # single tokens that go through the cache in the comparison with no cache
+STEPS = 2  # decode steps that are compared with one prefill
 
 # Largest difference of two logits as a share of the largest logit. An accelerator multiplies
-# float32 in narrower types unless it is told not to.
+# float32 in narrower types by default.
 _TOLERANCES = {"float32": 1e-4, "float32 accelerated": 2e-2}
 _HALF_TOLERANCE = 5e-2
 
@@ -55,8 +56,8 @@ class Check:
     Attributes:
       status: "pass", "FAIL" or "skipped".
       expected, got: for people; `expected` is "" where there is nothing to compare with.
-      note: why it failed or was skipped, where that needs saying.
-      exit_code: that a failure asks for.
+      note: why it failed or was skipped.
+      exit_code: of the command, if the check failed.
     """
 
     name: str
@@ -80,15 +81,15 @@ class Figures:
 
 
 def compare(name: str, expected: Any, got: Any, note: str = "") -> Check:
-    """A check that two values are equal."""
+    """Return the check that two values are equal."""
     same = expected == got
     return Check(name, PASS if same else FAIL, str(expected), str(got), "" if same else note)
 
 
 def check_files(folder: Path) -> Check:
-    """Whether every file of a folder in our own format is as it was written."""
+    """Check whether every file of a folder in our own format is as it was written."""
     if not (folder / MANIFEST).exists():
-        return Check("files", SKIPPED, note=f"no {MANIFEST} to compare them with")
+        return Check("files", SKIPPED, note=f"{MANIFEST} not found, which holds their checksums")
     try:
         with Progress("checking the files", 0, show=human_size) as bar:
 
@@ -99,42 +100,42 @@ def check_files(folder: Path) -> Check:
             manifest = verify_checkpoint(folder, show_progress)
     except GLMError as error:
         return failure("files", error)
-    count = len(manifest.files)
-    return Check("files", PASS, got=f"{count} files have the sums of the manifest")
+    return Check(
+        "files", PASS, got=f"{len(manifest.files)} files have the checksums of the manifest"
+    )
 
 
 def run_checks(engine: Engine, *, name: object = None) -> Iterator[Check]:
-    """All checks of an opened model, one after the other.
+    """Run all checks of a loaded model, one after the other.
 
     Args:
       name: what the folder calls itself, `_name_or_path` of its config.json.
     """
-    config, tokenizer = engine.config, engine.tokenizer
-    yield from _guarded("parameters", lambda: [_parameters(engine, claims_6b(name))])
-    yield from _guarded("shapes", lambda: [_shapes(engine)])
-    yield from _guarded("finite", lambda: [_finite(engine)])
-    yield from _guarded("prompt ids", lambda: _prompt_ids(engine))
-    yield from _guarded("cache", lambda: [_cache(engine)])
-    answers = known_answers(config, tokenizer, engine.checkpoint.summary.stored_dtype)
+    yield from guarded("parameters", lambda: [_parameters(engine, claims_6b(name))])
+    yield from guarded("shapes", lambda: [_shapes(engine)])
+    yield from guarded("finite", lambda: [_finite(engine)])
+    yield from guarded("prompt ids", lambda: _prompt_ids(engine))
+    yield from guarded("cache", lambda: [_cache(engine)])
+    stored = engine.checkpoint.summary.stored_dtype
+    answers = known_answers(engine.config, engine.tokenizer, stored)
     if engine.template != "chatglm2" or name == RANDOM:
         answers = ()
-    if not answers:
-        for name in ("first token", "answer"):
-            yield Check(name, SKIPPED, note="not known for this checkpoint")
     for answer in answers:
-        yield from _guarded("first token", partial(_answer, engine, answer))
+        yield from guarded("first token", partial(_answer, engine, answer))
+    for skipped in ("first token", "answer") if not answers else ():
+        yield Check(skipped, SKIPPED, note="not known for this checkpoint")
 
 
-def _guarded(name: str, checks: Callable[[], Sequence[Check]]) -> list[Check]:
-    """The checks, or their failure."""
+def guarded(name: str, checks: Callable[[], list[Check]]) -> list[Check]:
+    """Return the checks, or their failure."""
     try:
-        return list(checks())
+        return checks()
     except GLMError as error:
         return [failure(name, error)]
 
 
 def failure(name: str, error: GLMError) -> Check:
-    """The check that an error ended."""
+    """Return the check that an error ended."""
     note = " ".join(f"{error.why} {error.fix}".split())
     return Check(name, FAIL, got=error.what, note=note, exit_code=error.exit_code)
 
@@ -150,63 +151,36 @@ def _parameters(engine: Engine, named_6b: bool) -> Check:
     if named_6b or is_6b(engine.config):
         expected = PARAMETERS_6B
     params = engine.checkpoint.params
-    count = sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_quantized))
-    note = "the folder names itself after a 6B checkpoint" if named_6b else ""
-    return compare("parameters", f"{expected:,}", f"{count:,}", note)
-
-
-def _is_quantized(value: Any) -> bool:
-    return isinstance(value, QTensor)
-
-
-def _expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    config, as_list = engine.config, isinstance(engine.checkpoint.params["layers"], list)
-    quantization, shapes = engine.checkpoint.summary.quantization, {}
-    scheme = None if quantization is None else SCHEMES[quantization]
-    for part in PARTS:
-        shape, names = part.shape(config), [".".join(part.path)]
-        if part.path[0] == "layers" and as_list:
-            names = [f"layers.{layer}.{part.path[1]}" for layer in range(config.num_layers)]
-        elif part.path[0] == "layers":
-            shape = (config.num_layers, *shape)
-        for name in names:
-            if scheme is not None and part.quantized(scheme):
-                pair = scheme.shapes(shape, part.column_axes)
-                shapes[f"{name}.values"], shapes[f"{name}.scale"] = pair
-            else:
-                shapes[name] = shape
-    return shapes
+    leaves = jax.tree.leaves(params, is_leaf=lambda value: isinstance(value, QTensor))
+    note = "the folder's name is that of a 6B checkpoint" if named_6b else ""
+    return compare("parameters", f"{expected:,}", f"{sum(leaf.size for leaf in leaves):,}", note)
 
 
 def _shapes(engine: Engine) -> Check:
-    expected = _expected_shapes(engine)
-    found = {name: leaf.shape for name, leaf in _leaves(engine.checkpoint.params).items()}
+    params, summary = engine.checkpoint.params, engine.checkpoint.summary
+    precision = Precision(summary.dtype, summary.quantization)
+    stacked = not isinstance(params["layers"], list)
+    trees = abstract_params(engine.config, precision, stacked=stacked), params
+    expected, found = ({name: x.shape for name, x in _leaves(tree).items()} for tree in trees)
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if not wrong:
-        return Check("shapes", PASS, got=f"{len(found)} tensors as the configuration says")
-    name = wrong[0]
-    return Check(
-        "shapes",
-        FAIL,
-        f"{name} {expected.get(name, 'absent')}",
-        f"{name} {found.get(name, 'absent')}",
-        f"{len(wrong)} tensors differ",
-    )
+        return Check("shapes", PASS, got=f"{len(found)} tensors match the configuration")
+    texts = (f"{wrong[0]} {shapes.get(wrong[0], 'absent')}" for shapes in (expected, found))
+    return Check("shapes", FAIL, *texts, note=f"{len(wrong)} tensors differ")
 
 
 @jax.jit
 def _finite_rows(array: jax.Array) -> jax.Array:
     """[L, ...] -> bool [L]: the largest magnitude keeps NaN and infinity.
 
-    Found while reading, where isfinite and then all first writes a byte for every number (jax
-    0.10.2 and 0.12.0, on the CPU; float16, which nobody takes there, is copied all the same).
+    This needs no memory, where isfinite and then all first writes a byte for every number (jax
+    0.10.2 and 0.12.0, on the CPU; float16, which is not used there, is copied in both).
     """
     return jnp.isfinite(jnp.abs(array).max(axis=tuple(range(1, array.ndim))))
 
 
 def _finite(engine: Engine) -> Check:
-    wrong = []
-    leaves = _leaves(engine.checkpoint.params)
+    wrong, leaves = [], _leaves(engine.checkpoint.params)
     for name, leaf in leaves.items():
         if leaf.dtype == np.int8:
             continue
@@ -222,7 +196,7 @@ def _finite(engine: Engine) -> Check:
 def _prompt_ids(engine: Engine) -> list[Check]:
     known = known_tokens(engine.config, engine.tokenizer)
     if known is None:
-        note = f"this tokenizer of {engine.tokenizer.num_pieces:,} pieces is not known"
+        note = f"not known for this tokenizer of {engine.tokenizer.num_pieces:,} pieces"
         return [Check("prompt ids", SKIPPED, note=note)]
     roles = "<|user|>" in engine.tokenizer.special
     able = [prompt for prompt in known.prompts if roles or prompt.template != "chatglm3"]
@@ -232,7 +206,7 @@ def _prompt_ids(engine: Engine) -> list[Check]:
 def _one_prompt(engine: Engine, name: str, prompt: Prompt) -> Check:
     got = build_prompt(engine.tokenizer, prompt.template, prompt.question)
     if tuple(got) != prompt.ids:
-        note = f"tokenizer.model is not the {name} one, or damaged"
+        note = f"tokenizer.model is not the {name} one, or it is damaged"
         return Check("prompt ids", FAIL, str(list(prompt.ids)), str(got), note)
     short = prompt.question.split("\n")[0]
     text = f"{len(got)} ids for {short} ({prompt.template}), as the {name} tokenizer gives"
@@ -240,7 +214,7 @@ def _one_prompt(engine: Engine, name: str, prompt: Prompt) -> Check:
 
 
 def _cache(engine: Engine) -> Check:
-    """The logits after a short prompt, once read in one go, once token by token with a cache."""
+    """Compare the logits of one prefill with those of decode steps on a cache."""
     ids = engine.build_prompt(HELLO)
     tokens = np.array([ids], np.int32)
     size = bucket(len(ids), max(engine.max_length, len(ids)))
@@ -256,8 +230,7 @@ def _cache(engine: Engine) -> Check:
     want, got = np.asarray(want), np.asarray(got)
     difference = float(np.abs(want - got).max() / max(np.abs(want).max(), 1e-30))
     tolerance = _tolerance(engine)
-    # NaN is no number below the tolerance
-    status = PASS if difference <= tolerance else FAIL
+    status = PASS if difference <= tolerance else FAIL  # NaN fails, too
     return Check("cache", status, f"at most {tolerance:g}", f"cached - uncached {difference:.1e}")
 
 
@@ -287,31 +260,28 @@ def _answer(engine: Engine, known: Answer) -> list[Check]:
     ids = engine.build_prompt(known.question)
     (completion,) = engine.complete([ids], _greedy(ANSWER_TOKENS), clean=True)
     first = completion.output_ids[0] if completion.output_ids else None
-    note = "not these weights, or damaged, or fine-tuned"
     right = any(same_text(completion.text, text) for text in known.texts)
     text = completion.text if right else f"{completion.text[:80]!r}"
+    note = "" if right else "other weights, or damaged, or fine-tuned"
+    expected, got = (f"{token} for {known.question}" for token in (known.first, first))
     return [
-        compare(
-            "first token", f"{known.first} for {known.question}", f"{first} for {known.question}"
-        ),
-        Check("answer", PASS if right else FAIL, known.texts[0], text, "" if right else note),
+        compare("first token", expected, got),
+        Check("answer", PASS if right else FAIL, known.texts[0], text, note),
     ]
 
 
 def measure(engine: Engine) -> Figures:
-    """Measures reading and answering, each after a run that compiles and warms up.
+    """Measure prefill and decode speed, each after a run that compiles and warms up.
 
     Raises:
-      GLMError: the model computes NaN, or the memory does not suffice.
+      GLMError: the model computes NaN, or memory runs out.
     """
     compiled_before = engine.programs.seconds
-    load_s = engine.load_s
     ids = engine.build_prompt(HELLO)
     length = 128 if engine.device.platform == "cpu" else 512
     length = max(min(length, engine.max_length // 2), 1)
-    long = list(islice(cycle(ids), length))
     for _ in range(2):
-        (read,) = engine.complete([long], _greedy(1))
+        (read,) = engine.complete([list(islice(cycle(ids), length))], _greedy(1))
     engine.complete([ids], _greedy(ANSWER_TOKENS))
     tokens = runs = 0
     seconds, start = 0.0, time.perf_counter()
@@ -322,11 +292,7 @@ def measure(engine: Engine) -> Figures:
         runs += 1
         if time.perf_counter() - start > DECODE_SECONDS:
             break
-    return Figures(
-        load_s=load_s,
-        compile_s=engine.programs.seconds - compiled_before,
-        prefill_tokens=read.stats.prefill_tokens,
-        prefill_rate=read.stats.prefill_rate,
-        decode_tokens=tokens,
-        decode_rate=tokens / seconds if seconds else 0.0,
-    )
+    compile_s = engine.programs.seconds - compiled_before
+    rate = tokens / seconds if seconds else 0.0
+    stats = read.stats
+    return Figures(engine.load_s, compile_s, stats.prefill_tokens, stats.prefill_rate, tokens, rate)

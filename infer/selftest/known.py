@@ -1,6 +1,6 @@
 """What is known of the published checkpoints and of the bundled demo model.
 
-Only what has been seen stands here; of every other checkpoint the answers are "not known".
+Only what was observed is here; for every other checkpoint the answers are "not known".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Answer:
 
     Attributes:
       first: id of the first token.
-      texts: the whole answer, in every wording that has been published.
+      texts: the complete answer, in every wording that has been published.
     """
 
     question: str
@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer that is known: its name, and what it gives."""
+    """A known tokenizer: its name, and the ids that it gives."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -106,45 +106,40 @@ _DEMO = (
 
 
 def sizes(config: GLMConfig) -> tuple[int, ...]:
-    """What decides the shapes of all weights."""
-    return (
-        config.num_layers,
-        config.vocab_size,
-        config.hidden_size,
-        config.ffn_hidden_size,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-    )
+    """Return what decides the shapes of all weights."""
+    c = config
+    widths = c.vocab_size, c.hidden_size, c.ffn_hidden_size
+    return (c.num_layers, *widths, c.num_heads, c.num_kv_heads, c.head_dim)
 
 
 def is_6b(config: GLMConfig) -> bool:
-    """Whether the weights have the shapes of the published 6B checkpoints."""
+    """Return whether the weights have the shapes of the published 6B checkpoints."""
     return sizes(config) == sizes(PRESETS["chatglm2-6b"])
 
 
 def claims_6b(name: object) -> bool:
-    """Whether the `_name_or_path` of a config.json is that of a published 6B checkpoint."""
+    """Return whether the `_name_or_path` of a config.json is that of a published 6B checkpoint."""
     return isinstance(name, str) and any(preset in name.lower() for preset in PRESETS)
 
 
 def is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
-    """Whether this is the bundled demo model, or weights in its place."""
+    """Return whether this is the bundled demo model, or has the same shapes."""
     return sizes(config) == _DEMO_SIZES and tokenizer.num_pieces == _DEMO_PIECES
 
 
 def known_tokens(config: GLMConfig, tokenizer: Tokenizer) -> Tokens | None:
-    """What the tokenizer should give. Told by its size, not its sum: a damaged file must fail."""
+    """Return what the tokenizer should give: by its size, not its checksum, as a damaged file must
+    fail."""
     if tokenizer.num_pieces == _PUBLISHED_PIECES:
         return CODEGEEX2 if config.family == "codegeex2" else PUBLISHED
     return DEMO if is_demo(config, tokenizer) else None
 
 
 def known_answers(config: GLMConfig, tokenizer: Tokenizer, stored: str) -> tuple[Answer, ...]:
-    """What the model should answer; () where that is not known.
+    """Return what the model should answer; () where that is not known.
 
     Args:
-      stored: type of the stored weights; the answers of the int4 checkpoint are not known.
+      stored: dtype in the checkpoint; the answers of the int4 checkpoint are not known.
     """
     if is_demo(config, tokenizer):
         return _DEMO
@@ -154,7 +149,7 @@ def known_answers(config: GLMConfig, tokenizer: Tokenizer, stored: str) -> tuple
 
 
 def same_text(got: str, expected: str) -> bool:
-    """Whether two answers are the same but for punctuation, width and white space."""
+    """Return whether two answers are the same, except for punctuation, width and white space."""
     return _letters(got) == _letters(expected)
 
 

@@ -12,14 +12,11 @@ from collections import namedtuple
 
 import pytest
 
-import glm2_jax.config
-import glm2_jax.text.prompt
-from convert import from_pytorch, inspect, options, verify_checkpoint
-from glm2_jax import CheckpointError, DeviceError, InputError, UsageError, choices
+from convert import from_pytorch, inspect, verify_checkpoint
+from glm2_jax import CheckpointError, DeviceError, InputError, UsageError
 from glm2_jax.cli import arguments, messages
 from glm2_jax.cli import main as cli
 from glm2_jax.cli.parser import Parser
-from glm2_jax.runtime.dtypes import DTYPE_NAMES
 from tests.support.checkpoints import TINY, write_official
 
 
@@ -291,12 +288,6 @@ def test_progress_in_a_narrow_terminal(monkeypatch):
 )
 def test_cut_to_width(text, columns, cut):
     assert messages.cut_to_width(text, columns) == cut
-
-
-def test_lists_in_the_help_are_those_of_the_library():
-    assert set(options.DTYPES) - {"keep"} == set(DTYPE_NAMES) - {"auto"}
-    assert choices.ROPE_KINDS == glm2_jax.config.ROPE_KINDS
-    assert choices.TEMPLATES == glm2_jax.text.prompt.TEMPLATES
 
 
 @pytest.mark.parametrize("module", ["from_pytorch", "inspect"])

@@ -16,6 +16,7 @@ from convert.files.torch_writer import write_torch_file
 from convert.files.torch_zip import read_torch_file
 from convert.random import official_config, random_entries, write_random
 from glm2_jax import PRESETS, CheckpointError, GLMConfig, InputError, UsageError, forward
+from glm2_jax.choices import STORED_DTYPES
 from glm2_jax.cli import main
 from tests.support.checkpoints import TINY, tiny_config
 from tests.support.sp_model import sp_model
@@ -109,7 +110,7 @@ def test_the_pickle_names_nothing_but_tensors(torch_file):
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("dtype", convert_random.DTYPES)
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_a_random_folder_answers(tmp_path, config_file, tokenizer, kind, dtype):
     target = tmp_path / "new"
     argv = [target, "--config", config_file, "--tokenizer", tokenizer, "--max-shard-size", "60kB"]

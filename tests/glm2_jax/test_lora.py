@@ -31,7 +31,7 @@ from glm2_jax.lora import (
     with_lora,
 )
 from glm2_jax.model import unstack_layers
-from glm2_jax.quant import SCHEMES
+from glm2_jax.schemes import SCHEMES
 from tests.support import hurry
 from tests.support.toy import TOY as THREE_LAYERS
 from tests.support.toy import abstract_params, quantized, random_tokens, toy_params

@@ -12,15 +12,8 @@ from glm2_jax import KVCache, compiler_options, last_logits
 from glm2_jax.errors import CheckpointError
 from glm2_jax.linear import _dot, _on_cpu, _on_gpu, einsum
 from glm2_jax.model import unstack_layers
-from glm2_jax.quant import (
-    SCHEMES,
-    QTensor,
-    dequantize,
-    pack_int4,
-    quantize,
-    unpack_int4,
-    unpacked,
-)
+from glm2_jax.quant import QTensor, dequantize, pack_int4, quantize, unpack_int4, unpacked
+from glm2_jax.schemes import SCHEMES
 from tests.support.shared_data import shared_path
 from tests.support.toy import (
     TOY,

@@ -97,7 +97,7 @@ def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
     output = tmp_path / "model"
     assert demo.main(["--output", str(output), "--epochs", "2"]) == 0
     said = capsys.readouterr().err
-    assert "40 questions" in said and "right answers:" in said and "epoch 2 of 2" in said
+    assert "40 questions" in said and "correct answers:" in said and "epoch 2 of 2" in said
     assert load(output).config == demo.demo_config(load(output).tokenizer)
 
 

@@ -30,7 +30,7 @@ from glm2_jax import (
     make_mesh,
     params_sharding,
 )
-from glm2_jax.config import FAMILIES, ROPE_KINDS
+from glm2_jax.choices import FAMILIES, ROPE_KINDS
 from glm2_jax.mesh import mesh_text
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES

@@ -61,21 +61,40 @@ def warm_engine() -> Engine:
     return toy_engine()
 
 
+def open_toy(opened: list[tuple[Any, Any]], notes: tuple[str, ...] = ()):
+    """Return what replaces `infer.engine.load.open_choice`: it opens toy engines that share their
+    programs, and appends (choice, options) to `opened`."""
+
+    def open_choice(choice, options, **kwargs) -> Engine:
+        opened.append((choice, options))
+        family = "chatglm3" if choice.template == "chatglm3" else "chatglm2"
+        share = warm_engine() if family == "chatglm2" else None  # other end ids, other programs
+        engine = toy_engine(
+            share=share, family=family, template=choice.template, max_length=options.max_length
+        )
+        checkpoint = cast(Any, engine.checkpoint)
+        checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
+        checkpoint.notes = notes
+        return engine
+
+    return open_choice
+
+
 def streamed(engine: Engine, prompts, sampling, **kwargs: Any) -> list[Completion]:
-    """What `run` gives, in the form of `complete`."""
+    """Return what `run` gives, in the form of `complete`."""
     events = engine.run(prompts, sampling, **kwargs)
     done = {event.row: event.completion for event in events if event.completion}
     return [done[row] for row in range(len(prompts))]
 
 
 def finished(events) -> Completion:
-    """The answer at the end of a call of one row."""
+    """Return the answer at the end of a call of one row."""
     return next(event.completion for event in events if event.completion)
 
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """A list of what JAX compiles meanwhile."""
+    """Give a list of what JAX compiles meanwhile."""
     found = []
 
     def count(event: str, seconds: float, **kwargs: Any) -> None:

@@ -28,7 +28,7 @@ def main(argv):
 def work(args):
     import jax
 
-    from glm2_jax.sharding import make_mesh, rows_sharding
+    from glm2_jax import make_mesh, rows_sharding
     from tests.support.training_data import open_rows
     from train.data.batches import Batches
     from train.devices import Devices

@@ -10,7 +10,8 @@ import numpy as np
 
 from glm2_jax import GLMConfig, compiler_options, forward, init_params
 from glm2_jax.model import unstack_layers
-from glm2_jax.quant import COLUMN_AXES, QTensor, Scheme, dequantize, quantize
+from glm2_jax.quant import QTensor, dequantize, quantize
+from glm2_jax.schemes import COLUMN_AXES, Scheme
 from tests.support import hurry
 
 TOY = GLMConfig(

@@ -1,14 +1,18 @@
 """Small data files and datasets for the tests of training."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
+from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.text.tokenizer import Tokenizer
 from tests.support.sp_model import sp_model
 from train.data.dataset import Dataset
+from train.data.options import DataOptions, add_data_options
 
 GLM2 = Tokenizer.from_bytes(sp_model(), "chatglm2")
 GLM3 = Tokenizer.from_bytes(sp_model(), "chatglm3")
+CHATGLM3 = {"tokenizer": GLM3, "template": "chatglm3"}  # options of `open_files`
 
 TURNS = (("你好", "你好👋！"), ("What is it?", "A test."), ("为什么？", " 因为\n  有两行。"))
 
@@ -25,6 +29,11 @@ def role_messages(*entries, key="messages"):
     return {key: [{"role": role, "content": content} for role, content in entries]}
 
 
+def turns(roles, pairs=TURNS):
+    """Questions and answers one after another, each with its role."""
+    return zip(roles * len(pairs), chain(*pairs), strict=True)
+
+
 ONE = {
     "alpaca": {"instruction": "问：1+1", "input": "等于几？", "output": "2", "system": "Be brief."},
     "sharegpt": sharegpt(("human", "问：1+1\n等于几？"), ("gpt", "2"), system="Be brief."),
@@ -32,21 +41,12 @@ ONE = {
         ("system", "Be brief."), ("user", "问：1+1\n等于几？"), ("assistant", "2")
     ),
 }
-
+_MESSAGES = (("system", "S"), *turns(("user", "assistant")))
 CONVERSATIONS = [
     alpaca(*TURNS[2], history=[list(turn) for turn in TURNS[:2]], system="S"),
-    sharegpt(
-        *((f, t) for turn in TURNS for f, t in zip(("human", "gpt"), turn, strict=True)), system="S"
-    ),
-    role_messages(
-        ("system", "S"),
-        *((r, t) for turn in TURNS for r, t in zip(("user", "assistant"), turn, strict=True)),
-    ),
-    role_messages(
-        ("system", "S"),
-        *((r, t) for turn in TURNS for r, t in zip(("user", "assistant"), turn, strict=True)),
-        key="conversations",
-    ),
+    sharegpt(*turns(("human", "gpt")), system="S"),
+    role_messages(*_MESSAGES),
+    role_messages(*_MESSAGES, key="conversations"),
 ]
 
 
@@ -59,18 +59,25 @@ def answer_ids(tokenizer, answer):
 
 
 def write_rows(path: Path, rows, *, array: bool = False) -> Path:
-    """Writes values as JSON lines, or as an array; text goes as it is."""
+    """Write values as JSON lines, or as an array; text goes as it is."""
     texts = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows]
     path.write_text(f"[{','.join(texts)}]" if array else "\n".join(texts) + "\n", encoding="utf-8")
     return path
 
 
 def open_rows(path: Path, rows, *, array: bool = False, **options) -> Dataset:
-    """A dataset of these rows."""
+    """Return a dataset of these rows."""
     return open_files([write_rows(path, rows, array=array)], **options)
 
 
 def open_files(paths, **options) -> Dataset:
-    """A dataset of files, for ChatGLM2 unless told otherwise."""
+    """Return a dataset of files, for ChatGLM2 unless the options name another model."""
     options = {"tokenizer": GLM2, "template": "chatglm2", "max_length": 512} | options
     return Dataset.open(paths, **options)
+
+
+def data_flags(*argv: str) -> DataOptions:
+    """Return the data flags of a command line."""
+    parser = Parser(prog="x")
+    add_data_options(parser)
+    return from_flags(DataOptions, parser.parse_args(argv))

@@ -1,7 +1,6 @@
 """`python -m train.lora` and `train.full` from their flags to their result, on the demo model."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -83,17 +82,19 @@ def test_a_run_leaves_adapter_log_recipe_and_checkpoints(cache, data, tmp_path, 
     }
 
 
+def command(cache, data, output, *more: str) -> list[str]:
+    flags = ["--data", data, "--output", str(output), "--compile-cache", cache, *SMALL, *more]
+    return [sys.executable, "-m", "train.lora", *flags]
+
+
 def test_killed_anywhere_it_ends_as_if_never_stopped(cache, data, tmp_path):
-    assert train(cache, data, tmp_path / "whole", "--save-every", "1", "--dropout", "0.2") == 0
-    command = [
-        sys.executable, "-m", "train.lora", "--data", data, "--output", str(tmp_path / "killed"),
-        "--compile-cache", cache, *SMALL, "--steps", "6", "--save-every", "1", "--dropout", "0.2",
-        "--resume", "auto",
-    ]  # fmt: skip
+    often = ["--steps", "6", "--save-every", "1", "--dropout", "0.2"]
+    assert train(cache, data, tmp_path / "whole", *often) == 0
+    resumed = command(cache, data, tmp_path / "killed", *often, "--resume", "auto")
     rng = random.Random(7)
     kills = 0
     for _ in range(3):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(resumed, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         for line in process.stderr:  # from the first step on, at any moment
             if line.startswith("step"):
@@ -103,7 +104,7 @@ def test_killed_anywhere_it_ends_as_if_never_stopped(cache, data, tmp_path):
         kills += process.wait() == -signal.SIGKILL
         process.stderr.close()
     assert kills > 0
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(resumed, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     whole, killed = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("whole", "killed"))
     assert whole == killed
@@ -112,24 +113,20 @@ def test_killed_anywhere_it_ends_as_if_never_stopped(cache, data, tmp_path):
     assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_ends_with_143(cache, data, tmp_path, signum):
-    command = [
-        sys.executable, "-m", "train.lora", "--data", data, "--output", str(tmp_path / "a"),
-        "--compile-cache", cache, *SMALL, "--steps", "4000", "--save-every", "4000",
-    ]  # fmt: skip
+def test_a_closed_terminal_saves_and_ends_with_143(cache, data, tmp_path):
+    endless = command(cache, data, tmp_path / "a", "--steps", "4000", "--save-every", "4000")
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(endless, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGHUP, before)
     with process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("step 3/"):
-                process.send_signal(signum)
+                process.send_signal(signal.SIGHUP)
                 break
         rest = process.stderr.read()
     assert process.returncode == 143
-    assert "go on with --resume auto" in rest
+    assert "resume with --resume auto" in rest
     (step,) = (tmp_path / "a" / "state").iterdir()
     assert int(step.name) >= 3 and not (tmp_path / "a" / WEIGHTS).exists()
 
@@ -199,25 +196,15 @@ def test_patience_ends_a_run_with_its_best_parameters(cache, data, tmp_path, cap
         np.testing.assert_array_equal(array, results[1][name])
 
 
-def test_early_stop_needs_something_to_look_at(cache, data, tmp_path):
-    with pytest.raises(UsageError, match="--early-stop needs --eval-every"):
-        train(cache, data, tmp_path / "a", "--early-stop", "2")
-    with pytest.raises(UsageError, match="--early-stop needs --val"):
-        train(cache, data, tmp_path / "a", "--early-stop", "2", "--eval-every", "1")
-
-
-def test_a_step_that_is_not_finite_ends_the_run_and_can_be_left_out(cache, data, tmp_path, capsys):
+def test_a_step_that_is_not_finite_changes_nothing(cache, data, tmp_path, capsys):
     more = ["--lr", "1e30", "--warmup", "0", "--clip", "0", "--save-every", "1"]
     with pytest.raises(InputError, match=r"step 2 is NaN or infinite; its rows: .*:\d"):
         train(cache, data, tmp_path / "a", *more)
     assert [path.name for path in (tmp_path / "a" / "state").iterdir()] == ["1"]
     more += ["--nan-policy", "skip", "--steps", "4"]
     assert train(cache, data, tmp_path / "b", *more) == 0
-    shown = capsys.readouterr().err
-    assert "left out" in shown and "3 of 4 steps changed nothing" in shown
+    assert "3 of 4 steps changed nothing" in capsys.readouterr().err
     assert np.isfinite(load_file(tmp_path / "b" / WEIGHTS).popitem()[1]).all()
-    with pytest.raises(InputError, match="as in the 4 steps before"):
-        train(cache, data, tmp_path / "c", *more, "--steps", "9")
 
 
 def test_check_data_reads_everything_and_stops(data, tmp_path, capsys):
@@ -238,7 +225,9 @@ def test_check_data_reads_everything_and_stops(data, tmp_path, capsys):
         (["--plot", "/nowhere/loss.png"], InputError, "cannot be written"),
         (["--log-jsonl", "-"], InputError, "cannot be written"),
         (["--max-length", "5000"], UsageError, "more than the"),
-        (["--val-split", "0.99"], UsageError, "leaves nothing"),
+        (["--val-split", "0.99"], UsageError, "leaves none for training"),
+        (["--early-stop", "2"], UsageError, "--early-stop needs --eval-every"),
+        (["--early-stop", "2", "--eval-every", "1"], UsageError, "--early-stop needs --val"),
     ],
 )
 def test_bad_flags(cache, data, tmp_path, flags, error, words):
@@ -262,15 +251,3 @@ def test_all_parameters(cache, data, tmp_path):
     engine = load(tmp_path / "a" / "model")
     assert engine.checkpoint.summary.dtype == "float32"
     assert engine.generate(["你好"], max_new_tokens=2)[0].output_ids
-
-
-def test_help_does_not_wait_for_jax():
-    code = (
-        "import sys\nfrom train.lora import main\n"
-        "try: main(['--help'])\nfinally: print('jax' in sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8",
-        env=os.environ | {"COLUMNS": "80"},
-    )  # fmt: skip
-    assert done.returncode == 0 and "--rank" in done.stdout and done.stderr == "False\n"

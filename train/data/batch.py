@@ -1,24 +1,35 @@
-"""What one step learns from."""
+"""The arrays that one training step learns from."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
+import numpy as np
 
 
 @flax.struct.dataclass
 class Batch:
-    """Rows that hold token sequences, one or several in each.
+    """Rows of one or several token sequences each.
 
-    A step that accumulates gradients takes arrays [A, B, T]: A times as many rows, B at once.
-
-    Attributes:
-        tokens: int32 [B, T].
-        segment_ids: int32 [B, T], 1, 2, ... for the sequences of a row, 0 for padding.
-        positions: int32 [B, T], from 0 in every sequence.
-        learned: bool [B, T], tokens whose prediction counts in the loss.
+    With gradient accumulation the arrays are [A, B, T]: A micro-batches of B rows.
     """
 
-    tokens: Any
-    segment_ids: Any
-    positions: Any
-    learned: Any
+    tokens: Any  # int32 [B, T]
+    segment_ids: Any  # int32 [B, T], 1, 2, ... for the sequences of a row, 0 for padding
+    positions: Any  # int32 [B, T], from 0 in every sequence
+    learned: Any  # bool [B, T], tokens whose prediction counts in the loss
+
+
+def make_batch(rows: Sequence[Sequence[tuple[list[int], list[bool]]]], width: int) -> Batch:
+    """Return the batch [B, width] of rows of sequences, each its tokens and which are learned."""
+    tokens, segment_ids, positions = np.zeros((3, len(rows), width), np.int32)
+    learned = np.zeros((len(rows), width), bool)
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, (ids, mask) in enumerate(row, 1):
+            place = slice(start, start := start + len(ids))
+            tokens[number, place] = ids
+            segment_ids[number, place] = segment
+            positions[number, place] = np.arange(len(ids))
+            learned[number, place] = mask
+    return Batch(tokens, segment_ids, positions, learned)

@@ -1,11 +1,9 @@
-"""What a dataset is: a report of all its rows, and samples with what is learned of them."""
+"""`--check-data` and `--print-sample`: a report of all rows, and samples with what is learned."""
 
 from __future__ import annotations
 
-import textwrap
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,73 +13,34 @@ from train.data.duplicates import ALIKE, PIECE, Dialogues, repeats, signature
 from train.data.summary import counted, summed
 
 _BINS = 12
-_LISTED = 5  # examples of what is only counted
-_WIDTH = 80  # of the histogram where there is no terminal
-_FIGURES = 30  # columns beside a bar
+_BAR = 50  # characters of the longest bar
+_LISTED = 5  # examples of rows that are only counted
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is in a dataset.
+    """The result of a check."""
 
-    Attributes:
-        files: (path, format) of each.
-        rows: rows that were read.
-        bad: (where, reason), the first ones.
-        bad_reasons: how many there are for each reason.
-        lengths: int32 [N], tokens of every sequence.
-        learned: int, tokens that are learned in an epoch of all rows.
-        max_length: most tokens of a sequence.
-        repeats: (where, where the earlier row is that it nearly repeats).
-        unused: keys that are not used, with their number of rows.
-        repeated_files: what is to be said of files with the contents of an earlier one.
-        marked: answers that are marked as not to be learned.
-        growing: (where, where a row is that goes on with the same dialogue).
-    """
-
-    files: list[tuple[str, str]]
-    rows: int
-    bad: list[tuple[str, str]]
-    bad_reasons: Counter[str]
-    lengths: np.ndarray
-    learned: int
-    max_length: int
-    repeats: list[tuple[str, str]]
-    unused: Counter[str]
-    repeated_files: list[str] = field(default_factory=list)
-    marked: int = 0
-    growing: list[tuple[str, str]] = field(default_factory=list)
+    dataset: Dataset  # the dataset that was checked
+    repeats: list[tuple[str, str]]  # (where, where the earlier row is that it nearly repeats)
+    growing: list[tuple[str, str]]  # (where, where a row is that continues the same dialogue)
 
     @property
     def exit_code(self) -> int:
-        """Of a tool that was asked to check: 3 where there are bad rows."""
-        return 3 if self.bad_reasons else 0
+        """The exit code of a command that was asked to check: 3 where there are bad rows."""
+        return 3 if self.dataset.num_bad else 0
 
-    def bins(self) -> tuple[np.ndarray, np.ndarray]:
-        """The histogram of the lengths: edges [n + 1], a sequence of exactly one is in the bin
-        before it, and counts [n]."""
-        longest = int(self.lengths.max(initial=1))
-        before = int(self.lengths.min(initial=longest)) - 1
-        size = next(s for s in _round_numbers() if s * _BINS >= longest - before // s * s)
-        edges = np.arange(before // size * size, longest + size, size)
-        return edges, np.histogram(self.lengths, edges + 0.5)[0]
-
-    def text(self, columns: int | None = None) -> str:
-        """The report for a terminal of so many columns; None = no line is wrapped."""
-        lines = [f"{name}: {fmt}" for name, fmt in self.files]
-        count, bad = len(self.lengths), self.bad_reasons.total()
-        lines += self.repeated_files
-        rows, sequences = counted(self.rows, "row"), counted(count, "sequence")
-        lines.append(f"{rows}, {bad} of them bad; {sequences} to learn from")
-        lines += summed(self.bad)[0]
-        if bad > len(self.bad):
-            lines.append(f"... and {bad - len(self.bad)} more")
-        lines += [f"bad: {n} x {reason}" for reason, n in self.bad_reasons.most_common()]
-        if self.unused:
-            keys = (f"{key} ({counted(n, 'row')})" for key, n in self.unused.most_common())
-            lines.append(f"keys that are not used: {', '.join(keys)}")
-        if self.marked:
-            lines.append(f"{counted(self.marked, 'answer')} marked as not to be learned")
+    def text(self) -> str:
+        """Return the report for people."""
+        data = self.dataset
+        rows, sequences = counted(data.rows, "row"), counted(len(data), "sequence")
+        lines = [f"{name}: {fmt}" for name, _, fmt in data.files]
+        lines += [f"{rows}, {data.num_bad} of them bad; {sequences} to learn from"]
+        lines += summed(data.bad)[0]
+        if data.num_bad > len(data.bad):
+            lines.append(f"... and {data.num_bad - len(data.bad)} more")
+        lines += [f"bad: {n} x {reason}" for reason, n in data.bad_reasons.most_common()]
+        lines += data.notes()
         if self.growing:
             lines.append(
                 f"dialogues that go on in another row: {counted(len(self.growing), 'row')}; every "
@@ -94,34 +53,41 @@ class Report:
             f"common): {counted(len(self.repeats), 'row')}"
         )
         lines += [f"{where} nearly repeats {first}" for where, first in self.repeats[:_LISTED]]
-        if columns is not None:
-            lines = [part for line in lines for part in _wrap(line, columns)]
-        return join_lines([*lines, *self._lengths(_WIDTH if columns is None else columns)])
+        return join_lines([*lines, *self._lengths()])
 
-    def _lengths(self, columns: int) -> list[str]:
-        if not len(self.lengths):
+    def _lengths(self) -> list[str]:
+        data = self.dataset
+        if not len(data):
             return []
-        tokens = int(self.lengths.sum(dtype=np.int64))
-        low, middle, high = np.percentile(self.lengths, (0, 50, 100)).astype(int)
+        tokens, learned = (int(x.sum(dtype=np.int64)) for x in (data.lengths, data.learned))
+        low, middle, high = np.percentile(data.lengths, (0, 50, 100)).astype(int)
         lines = [
-            f"{counted(tokens, 'token')}, {self.learned} learned",
-            f"lengths {low} to {high}, median {middle}, allowed {self.max_length}:",
+            f"{counted(tokens, 'token')}, {learned} learned",
+            f"lengths {low} to {high}, median {middle}, allowed {data.max_length}:",
         ]
-        edges, counts = self.bins()
-        room = max(columns - _FIGURES, 10)
+        edges, counts = histogram(data.lengths)
         for low, high, n in zip(edges, edges[1:], counts, strict=False):
-            bar = "#" * -(-int(n) * room // int(counts.max()))
+            bar = "#" * -(-int(n) * _BAR // int(counts.max()))
             lines.append(f"{low + 1:6} - {high:6} {n:9} {bar}".rstrip())
         return lines
+
+
+def histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return edges [n + 1] and counts [n] of at most 12 bins whose size is 1, 2 or 5 times a power
+    of ten; a length that equals an edge is in the bin before it."""
+    low, high = int(lengths.min()) - 1, int(lengths.max())
+    sizes = (factor * 10**power for power in range(10) for factor in (1, 2, 5))
+    size = next(size for size in sizes if size * _BINS >= high - low // size * size)
+    edges = np.arange(low // size * size, high + size, size)
+    return edges, np.histogram(lengths, edges + 0.5)[0]
 
 
 def check(
     dataset: Dataset, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Looks at every row; opens nothing that `Dataset.open(max_bad=None)` has not.
+    """Look at every row of a dataset that was opened with `max_bad=None`.
 
     Args:
-        dataset: all of it is looked at.
         progress: called with the rows compared and to compare.
     """
     rows = dataset.first_of_rows().tolist()
@@ -132,29 +98,16 @@ def check(
         dialogues.add(messages)
         signatures[number] = signature("\n".join(message["content"] for message in messages))
         progress(number + 1, len(rows))
-    earlier = repeats(signatures)
-    pairs = [(i, first) for i, first in enumerate(earlier.tolist()) if i != first]
-    return Report(
-        files=[(name, fmt) for name, _, fmt in dataset.files],
-        rows=dataset.rows,
-        bad=dataset.bad,
-        bad_reasons=dataset.bad_reasons,
-        lengths=dataset.lengths,
-        learned=int(dataset.learned.sum(dtype=np.int64)),
-        max_length=dataset.max_length,
-        repeats=[(dataset.source(rows[i]), dataset.source(rows[first])) for i, first in pairs],
-        unused=dataset.unused,
-        repeated_files=dataset.repeated_files,
-        marked=dataset.marked,
-        growing=[
-            (dataset.source(rows[i]), dataset.source(rows[later]))
-            for i, later in dialogues.growing()
-        ],
-    )
+    near = [(i, first) for i, first in enumerate(repeats(signatures).tolist()) if i != first]
+
+    def places(pairs: list[tuple[int, int]]) -> list[tuple[str, str]]:
+        return [(dataset.source(rows[i]), dataset.source(rows[other])) for i, other in pairs]
+
+    return Report(dataset, places(near), places(dialogues.growing()))
 
 
 def print_sample(dataset: Dataset, count: int) -> str:
-    """The tokens of the first sequences, one a line; a star stands before those that are learned.
+    """Return the tokens of the first sequences, one per line, those that are learned with a star.
 
     Special ids have their names, bytes and spaces are as the tokenizer writes them.
     """
@@ -169,38 +122,3 @@ def print_sample(dataset: Dataset, count: int) -> str:
             piece = names.get(token) or tokenizer.piece(token)
             lines.append(f"{'*' if mark else ' '} {token:6} {piece}")
     return join_lines(lines)
-
-
-def draw(report: Report, path: str) -> None:
-    """Writes the histogram of the lengths as a picture (extra `plot`).
-
-    Args:
-        report: of `check`.
-        path: ends in .png, .svg or .pdf.
-    """
-    from matplotlib.figure import Figure
-
-    edges, counts = report.bins()
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", edgecolor="white")
-    title = (
-        f"{counted(len(report.lengths), 'sequence')}, at most {report.max_length} tokens allowed"
-    )
-    axes.set(xlabel="tokens", ylabel="sequences", title=title)
-    axes.grid(True, axis="y", alpha=0.3)
-    figure.savefig(path, dpi=150)
-
-
-def _wrap(line: str, columns: int) -> list[str]:
-    return textwrap.wrap(
-        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _round_numbers():
-    """1, 2, 5, 10, 20, 50, ..."""
-    size = 1
-    while True:
-        yield from (size, 2 * size, 5 * size)
-        size *= 10

@@ -1,8 +1,7 @@
-"""All sequences of some files: counted and measured once, encoded again whenever one is wanted."""
+"""All sequences of some files: located and measured once, encoded again whenever one is needed."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zlib
 from bisect import bisect_right
@@ -15,59 +14,44 @@ from typing import NamedTuple
 import numpy as np
 
 from glm2_jax.cli.json_input import parse_object
-from glm2_jax.errors import InputError, UsageError
+from glm2_jax.errors import InputError
 from glm2_jax.text.tokenizer import Tokenizer
-from infer.datasets import FORMATS
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import Message, read_messages
 from infer.datasets.index import DataFile
-from train.data.cache import ScanCache
 from train.data.scan import COLUMNS, MAX_LISTED, Reading, Scan, scan
 from train.data.summary import counted, summed
 
-MAX_TOLD = 20  # bad rows that are told where nobody asked for all
+MAX_SHOWN = 20  # bad rows that are shown without --check-data
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A token sequence to learn from.
+    """A token sequence to learn from."""
 
-    Attributes:
-        ids: the tokens.
-        learned: for each of them, whether its prediction counts in the loss.
-        source: where its row is, see `Dataset.source`.
-    """
-
-    ids: list[int]
-    learned: list[bool]
-    source: str
+    ids: list[int]  # the tokens
+    learned: list[bool]  # for each of them, whether its prediction counts in the loss
+    source: str  # where its row is, see `Dataset.source`
 
 
 class Group(NamedTuple):
-    """Sequences of one file.
+    """The sequences of one file."""
 
-    Attributes:
-        start, stop: which ones.
-        weight: how often an epoch has each of them, on average.
-        general: whether they are mixed in between the others.
-    """
-
-    start: int
-    stop: int
-    weight: float
-    general: bool = False
+    start: int  # the first sequence
+    stop: int  # after the last one
+    weight: float  # how often an epoch has each of them, on average
+    general: bool = False  # whether they are mixed in between the others
 
 
 class Dataset:
-    """Sequences of all rows that can be learned from; made by `open`.
+    """The sequences of all rows that can be learned from; made by `open`.
 
     Attributes:
         lengths: int32 [N], tokens of every sequence.
         learned: int32 [N], how many of them are learned.
         groups: the sequences of each file, in the order of the files.
-        fingerprint: sha256 over the contents of the files.
         files: (path, sha256, format) of every file, in their order.
-        rows: rows that were read, good and bad.
+        rows: number of rows, good and bad.
         bad: (where, reason) of those that cannot be used, the first MAX_LISTED.
         bad_reasons: how many there are for each reason, without what is particular to a row.
         unused: keys that have no effect, with the number of rows that have them.
@@ -77,10 +61,9 @@ class Dataset:
 
     lengths: np.ndarray
     learned: np.ndarray
-    fingerprint: str
 
     def __init__(self, encoder: Encoder, max_length: int):
-        self.encoder, self.max_length = encoder, max_length
+        self._encoder, self.max_length = encoder, max_length
         self.tokenizer, self.template = encoder.tokenizer, encoder.template
         self.groups: list[Group] = []
         self.files: list[tuple[str, str, str]] = []
@@ -90,7 +73,7 @@ class Dataset:
         self.unused: Counter[str] = Counter()
         self.marked = 0
         self._files: list[DataFile] = []
-        self._stops: list[int] = []  # behind the last sequence of each file
+        self._stops: list[int] = []  # after the last sequence of each file
         self._same: list[int] = []  # for each file the first one with the same contents
         self._columns: dict[str, np.ndarray] = {}
 
@@ -106,79 +89,74 @@ class Dataset:
         train_on_prompt: bool = False,
         max_bad: int | None = 0,
         preferred: str | None = None,
-        cache: ScanCache | None = None,
         weights: Sequence[float] | None = None,
         mix: tuple[str | os.PathLike[str], float] | None = None,
+        scan: Callable[[DataFile, Reading, Callable[[int], None]], Scan] = scan,
         on_note: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Dataset:
-        """Reads all rows of the files once, and keeps where they are and how long.
+        """Read all rows of the files once, and keep where they are and how long.
 
         Args:
             paths: of JSON lines, JSON arrays, or tables.
             tokenizer, template: of the model.
             max_length: most tokens of a sequence; a longer one makes its row a bad one.
-            fmt: one of FORMATS, or "auto": of every file, that of its first rows. That of `mix` is
-                always found out so.
-            preferred: the format to take, where it is found out and a row has the keys of several;
-                default `fmt`.
-            cache: keeps what a large file holds, so that it is not encoded at every start.
+            fmt: one of FORMATS, or "auto": for every file, that of its first rows. The format of
+                `mix` is always found this way.
             train_on_prompt: learn questions as well as answers.
             max_bad: how many bad rows may be left out; None = any number, even all.
+            preferred: the format to use, where it is found from the rows and a row has the keys of
+                several; default `fmt`.
             weights: how often an epoch has each row of each file; default once.
-            mix: a file of general rows, and the share of an epoch that they are to be.
+            mix: a file of general rows, and their share of an epoch.
+            scan: reads a file, see `train.data.scan.scan`.
             on_note: called with lines for the user.
             progress: called with the bytes read and to read.
 
         Raises:
             InputError: too many bad rows, or a file that cannot be read, has no rows, or mixes
-                formats. UsageError: an argument makes no sense.
+                formats.
         """
-        weights = [1.0] * len(paths) if weights is None else list(weights)
-        _check(paths, fmt, max_length, weights, mix)
         dataset = cls(Encoder(tokenizer, template, train_on_prompt), max_length)
         dataset._files = [DataFile(path) for path in (*paths, *([mix[0]] if mix else []))]
         preferred = preferred or (None if fmt == "auto" else fmt)
         total = sum(file.size for file in dataset._files)
         before, scans = 0, []
         for number, file in enumerate(dataset._files):
-            of_file = fmt if number < len(paths) else "auto"
-            how = Reading(dataset.encoder, max_length, of_file, preferred)
-            scans.append(
-                _scanned(cache, file, how, lambda done, at=before: progress(at + done, total))
-            )
+            own_format = fmt if number < len(paths) else "auto"
+            reading = Reading(dataset._encoder, max_length, own_format, preferred)
+            scans.append(scan(file, reading, lambda done, at=before: progress(at + done, total)))
             before += file.size
         dataset._join(scans)
-        dataset._weigh(weights, mix[1] if mix else None)
-        dataset._judge(max_bad, on_note)
+        dataset._weigh(weights or [1.0] * len(paths), mix[1] if mix else None)
+        if max_bad is not None:
+            dataset._report(max_bad, on_note)
         return dataset
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def sample(self, index: int) -> Sample:
-        """A sequence, encoded again from its row; InputError if that has changed."""
+        """Return a sequence, encoded again from its row; InputError if that has changed."""
         number = int(self._columns["number"][index])
-        ids, learned = self.encoder.encode(self.messages(index), number)
+        ids, learned = self._encoder.encode(self.messages(index), number)
         return Sample(ids, learned, self.source(index))
 
     def messages(self, index: int) -> list[Message]:
-        """The whole conversation that a sequence is of; InputError if its row has changed."""
-        file = self._file_of(index)
-        offset, size, total = (
-            int(self._columns[name][index]) for name in ("offset", "size", "sum")
-        )
+        """Return the complete conversation of a sequence; InputError if its row has changed."""
+        file = bisect_right(self._stops, index)
+        offset, size, crc = (int(self._columns[name][index]) for name in ("offset", "size", "sum"))
         data = self._files[file].read(offset, size)
-        if zlib.crc32(data) != total:
+        if zlib.crc32(data) != crc:
             raise InputError(
                 f"{self.source(index)} has changed since it was first read",
-                "rows are read again from their files while they are learned",
-                "do not touch the files of a run; start it again",
+                "Training reads rows from their files again and again.",
+                "Do not change the files during a run; start it again.",
             )
         return read_messages(parse_object(data), self.files[file][2])
 
     def first_of_rows(self) -> np.ndarray:
-        """int64: the first sequence of every row; those of repeated files once."""
+        """Return int64: the first sequence of every row; those of repeated files once."""
         first = self._columns["number"] == 0
         for number, same in enumerate(self._same):
             if same < number:
@@ -186,39 +164,36 @@ class Dataset:
         return np.flatnonzero(first)
 
     def source(self, index: int) -> str:
-        """Where the row of a sequence is: "file:line", or "file, row N" in a file that has several
-        rows in a line."""
+        """Return where the row of a sequence is: "file:line", or "file, row N" in a file that has
+        several rows in a line."""
         line, row = (int(self._columns[name][index]) for name in ("line", "row"))
-        return self._files[self._file_of(index)].place(line, row)
+        return self._files[bisect_right(self._stops, index)].place(line, row)
 
     def row_ids(self) -> np.ndarray:
-        """int64 [N]: a number of the row of each sequence; a file that is given again has the same
-        ones."""
+        """Return int64 [N]: a number for the row of each sequence; a file that is given again has
+        the same numbers."""
         files = np.searchsorted(self._stops, np.arange(len(self)), side="right")
         return np.array(self._same, np.int64)[files] << 40 | self._columns["row"]
 
-    def close(self) -> None:
-        """Closes the files; nothing can be encoded any more."""
-        for file in self._files:
-            file.close()
+    def notes(self) -> list[str]:
+        """Return lines about repeated files, and about keys and answers that are not used."""
+        names = [name for name, _, _ in self.files]
+        lines = [
+            f"{name} is given again" if name == names[i] else f"{name} is a copy of {names[i]}"
+            for number, (name, i) in enumerate(zip(names, self._same, strict=True))
+            if i < number
+        ]
+        if self.unused:
+            keys = (f"{key} ({counted(n, 'row')})" for key, n in self.unused.most_common())
+            lines.append(f"keys that are not used: {', '.join(keys)}")
+        if self.marked:
+            lines.append(f"{counted(self.marked, 'answer')} marked as not to be learned")
+        return lines
 
     @property
     def num_bad(self) -> int:
-        """How many rows cannot be used."""
+        """Number of rows that cannot be used."""
         return self.bad_reasons.total()
-
-    @property
-    def repeated_files(self) -> list[str]:
-        """What is to be said of files with the contents of an earlier one, one line each."""
-        names = [name for name, _, _ in self.files]
-        pairs = [(names[i], names[first]) for i, first in enumerate(self._same) if first < i]
-        return [
-            f"{name} is given again" if name == first else f"{name} holds the same as {first}"
-            for name, first in pairs
-        ]
-
-    def _file_of(self, index: int) -> int:
-        return bisect_right(self._stops, index)
 
     def _join(self, scans: Sequence[Scan]) -> None:
         for file, found in zip(self._files, scans, strict=True):
@@ -234,9 +209,8 @@ class Dataset:
             name: np.concatenate([found.columns[name] for found in scans]) for name in COLUMNS
         }
         self.lengths, self.learned = self._columns["length"], self._columns["learned"]
-        sums = [sum for _, sum, _ in self.files]
-        self._same = [sums.index(sum) for sum in sums]
-        self.fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
+        sums = [sha256 for _, sha256, _ in self.files]
+        self._same = [sums.index(sha256) for sha256 in sums]
 
     def _weigh(self, weights: Sequence[float], share: float | None) -> None:
         ranges = list(pairwise([0, *self._stops]))
@@ -247,17 +221,10 @@ class Dataset:
             wanted = sum((g.stop - g.start) * g.weight for g in own) * share / (1 - share)
             self.groups = [*own, Group(start, stop, wanted / max(stop - start, 1), general=True)]
 
-    def _judge(self, max_bad: int | None, on_note: Callable[[str], None]) -> None:
-        """Tells what is not learned, and raises InputError where that is too much."""
-        if max_bad is None:
-            return
-        if self.unused:
-            keys = (f"{key} ({counted(n, 'row')})" for key, n in self.unused.most_common(8))
-            on_note(f"keys that are not used: {', '.join(keys)}")
-        if self.marked:
-            on_note(f"{counted(self.marked, 'answer')} marked as not to be learned")
-        lines, more = summed(self.bad, MAX_TOLD)
-        for line in (*self.repeated_files, *lines):
+    def _report(self, max_bad: int, on_note: Callable[[str], None]) -> None:
+        """Report the rows that are not learned; raise InputError where there are too many."""
+        lines, more = summed(self.bad, MAX_SHOWN)
+        for line in (*self.notes(), *lines):
             on_note(line)
         if more := more + self.num_bad - len(self.bad):
             on_note(f"... and {counted(more, 'more bad row')}")
@@ -267,7 +234,7 @@ class Dataset:
             if group.start == group.stop:
                 raise InputError(f"{name} has no row that can be learned from", first)
         if self.num_bad > max_bad:
-            fix = "--check-data says what is wrong with which; --max-bad N leaves so many out"
+            fix = "List all of them: --check-data. Or leave up to N of them out: --max-bad N."
             raise InputError(found, first, fix)
         if self.num_bad:
             on_note(f"{found} and are left out")
@@ -276,23 +243,3 @@ class Dataset:
                 n = group.stop - group.start
                 count = max(round(n * group.weight), 1)
                 on_note(f"general sequences in an epoch: {count}, drawn from {n}")
-
-
-def _scanned(
-    cache: ScanCache | None, file: DataFile, how: Reading, progress: Callable[[int], None]
-) -> Scan:
-    return scan(file, how, progress) if cache is None else cache.scan(file, how, progress)
-
-
-def _check(paths, fmt, max_length, weights, mix) -> None:
-    if not paths:
-        raise UsageError("no data", fix="name a file: --data FILE")
-    if fmt not in ("auto", *FORMATS):
-        known = f"Known: auto, {', '.join(FORMATS)}."
-        raise UsageError(f"unknown format {fmt!r} of data", fix=known)
-    if max_length < 2:
-        raise UsageError(f"a longest sequence of {max_length} tokens leaves nothing to learn")
-    if len(weights) != len(paths) or not all(0 < weight < float("inf") for weight in weights):
-        raise UsageError("each file of data needs a weight above 0")
-    if mix is not None and not 0 < mix[1] < 1:
-        raise UsageError(f"the share of general rows is {mix[1]}, not between 0 and 1")

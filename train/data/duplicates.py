@@ -1,9 +1,9 @@
-"""Rows that nearly repeat an earlier one, found by MinHash; and dialogues that rows repeat.
+"""Rows that nearly repeat an earlier one, found by MinHash, and dialogues that rows repeat.
 
-A text is the set of its 5-character pieces, after case, width, spaces and punctuation are gone. Of
-the set, 64 hash functions each keep the smallest value; the share of them in which two texts agree
-estimates the share of pieces that they have in common. Only texts that agree in all of some four
-are compared, each with the first such one (locality-sensitive hashing).
+A text is the set of its 5-character pieces, after case, width, spaces and punctuation are removed.
+For each of 64 hash functions the smallest value over this set is kept; the share of equal values
+estimates the share of pieces that two texts have in common. Only texts that agree in all values of
+some band of four are compared, each with the first such text (locality-sensitive hashing).
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import numpy as np
 PIECE = 5  # characters
 ALIKE = 0.8  # of the pieces in common
 _HASHES, _BAND = 64, 4
+_bits = np.random.Philox(np.random.SeedSequence(5)).random_raw(2 * _HASHES)
+_FACTORS, _TERMS = _bits[:_HASHES] | np.uint64(1), _bits[_HASHES:]
 
 
 def signature(text: str) -> np.ndarray:
-    """uint32 [64]: the smallest value of each hash function over the pieces of a text."""
+    """Return uint32 [64]: the smallest value of each hash function over the pieces of a text."""
     normal = unicodedata.normalize("NFKC", text).casefold()
     normal = "".join(char for char in normal if unicodedata.category(char)[0] not in "PZC")
     pieces = {normal[at : at + PIECE] for at in range(max(len(normal) - PIECE + 1, 1))}
@@ -33,13 +35,13 @@ def signature(text: str) -> np.ndarray:
 
 
 def repeats(signatures: np.ndarray) -> np.ndarray:
-    """For each text the first one that it nearly repeats.
+    """Find for each text the first one that it nearly repeats.
 
     Args:
         signatures: uint32 [N, 64].
 
     Returns:
-        int64 [N]: an earlier text, or the text itself where none is nearly the same.
+        int64 [N]: an earlier text, or the text itself where no earlier one is nearly the same.
     """
     found = np.arange(len(signatures))
     for start in range(0, _HASHES, _BAND):
@@ -52,29 +54,27 @@ def repeats(signatures: np.ndarray) -> np.ndarray:
 
 
 class Dialogues:
-    """Conversations, of which some may be how others begin: logs often repeat in each row the
-    dialogue so far. Of each round only a few bytes are kept."""
+    """Finds conversations that are the beginning of another one: logs often repeat in each row the
+    dialogue so far. Only a hash of each round is kept."""
 
     def __init__(self):
-        self._complete = array("Q")  # the sum of each conversation
-        self._sums, self._of = array("Q"), array("q")  # of proper beginnings, and whose they are
+        self._complete = array("Q")  # the hash of each conversation
+        self._sums, self._of = array("Q"), array("q")  # of proper beginnings, and their number
 
     def add(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Takes the next conversation."""
+        """Add the next conversation, which ends with an answer."""
         digest = hashlib.blake2b(digest_size=8)
         for left, message in enumerate(messages, 1 - len(messages)):
             digest.update(f"{message['role']}\0{message['content']}\0".encode("utf-8", "replace"))
-            if message["role"] != "assistant":
-                continue
             total = int.from_bytes(digest.digest(), "little")
-            if left:
+            if not left:
+                self._complete.append(total)
+            elif message["role"] == "assistant":
                 self._sums.append(total)
                 self._of.append(len(self._complete))
-            else:
-                self._complete.append(total)
 
     def growing(self) -> list[tuple[int, int]]:
-        """(number of a conversation, number of one that begins with all of it)."""
+        """Return pairs: the number of a conversation, and of one that begins with all of it."""
         if not self._sums:
             return []
         sums, complete = np.array(self._sums), np.array(self._complete)
@@ -82,7 +82,3 @@ class Dialogues:
         places = order[np.minimum(np.searchsorted(sums[order], complete), len(sums) - 1)]
         found = np.flatnonzero(sums[places] == complete)
         return [(int(number), self._of[places[number]]) for number in found]
-
-
-_bits = np.random.Philox(np.random.SeedSequence(5)).random_raw(2 * _HASHES)
-_FACTORS, _TERMS = _bits[:_HASHES] | np.uint64(1), _bits[_HASHES:]

@@ -1,10 +1,11 @@
-"""Flags that say what is learned. Needs no jax before a dataset is opened."""
+"""Flags that name the data of a training run. Imports no jax before a dataset is opened."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from glm2_jax.cli.arguments import path_argument, positive, whole
@@ -13,165 +14,171 @@ from glm2_jax.cli.parser import Parser
 from infer.datasets import FORMATS
 
 if TYPE_CHECKING:
-    from convert import Checkpoint
+    from convert.loading.folder import Folder
     from train.data.dataset import Dataset
 
 MAX_LENGTH = 2048
+MIX_RATIO = 0.1
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The flags of `add_data_options`, by their names."""
+
+    data: Sequence[str]
+    format: str
+    max_length: int | None
+    max_bad: int
+    train_on_prompt: bool
+    pack: bool
+    no_shuffle: bool
+    mix_data: str | None
+    mix_ratio: float | None
+    data_cache: str | None
+    check_data: bool
+    print_sample: int | None
 
 
 def add_data_options(parser: Parser) -> None:
-    """Which rows are learned, and how they are laid out."""
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    """Add the flags for the rows to learn from and their layout."""
+    add = parser.add_argument_group("data").add_argument
     add(
         "--data", type=data_argument, action="append", required=True, metavar="FILE[=WEIGHT]",
-        help="JSON lines, a JSON array, .csv, .tsv or Parquet (with pyarrow), UTF-8, also as .gz; "
-        "may be given again; a weight is how often an epoch has each row of the file, 0.5 = every "
-        "other",
+        help="training rows: JSON lines, a JSON array, .csv, .tsv or Parquet (with pyarrow), in "
+        "UTF-8, also as .gz; may be repeated; WEIGHT is how often an epoch has each row of the "
+        "file, 0.5 = every other row",
     )  # fmt: skip
     add(
         "--format", choices=("auto", *FORMATS), default="auto",
-        help="of --data: alpaca: instruction, input, output, history, system; sharegpt: "
-        "conversations of from and value; messages: role and content; adgen: content, summary; "
-        "prompt: prompt, response, history; auto: by the keys of a file's first rows. Other files "
-        "are read by their keys; where those are of several formats, this one counts there, too",
+        help="keys of a row in --data: alpaca: instruction, input, output, history, system; "
+        "sharegpt: conversations of from and value; messages: role and content; adgen: content, "
+        "summary; prompt: prompt, response, history; auto: detect from the first rows of each "
+        "file. In other files the format is detected; where their rows fit several, this one is "
+        "used",
     )  # fmt: skip
     add(
         "--max-length", type=positive, metavar="N",
-        help=f"most tokens of a sequence; longer ones are bad rows, nothing is cut (default: "
-        f"{MAX_LENGTH}, or what the model has)",
+        help="most tokens of a sequence; longer ones are bad rows, nothing is truncated (default: "
+        f"{MAX_LENGTH}, or the limit of the model)",
     )  # fmt: skip
-    add(
-        "--max-bad", type=whole, default=0, metavar="N",
-        help="go on without bad rows where there are no more than N",
-    )  # fmt: skip
+    add("--max-bad", type=whole, default=0, metavar="N", help="leave out up to N bad rows")
     add(
         "--train-on-prompt", action="store_true",
-        help="learn questions, too, not only answers and their end",
+        help="compute the loss on questions, too, not only on answers and their end",
     )  # fmt: skip
     add(
         "--pack", action="store_true",
-        help="several sequences in a row of --max-length tokens; none sees the others",
+        help="pack several sequences into a row of --max-length tokens; they do not attend to "
+        "each other",
     )  # fmt: skip
     add(
         "--no-shuffle", action="store_true",
-        help="rows in the order of the files, never regrouped",
+        help="keep rows in the order of the files, without grouping them by length",
     )  # fmt: skip
     add(
         "--mix-data", type=path_argument, metavar="FILE",
-        help="general rows to mix in, so that the model does not forget",
+        help="general rows to mix in, against forgetting",
     )  # fmt: skip
     add(
         "--mix-ratio", type=share_argument, metavar="X",
-        help="the part of an epoch that they are (default: 0.1)",
+        help=f"share of an epoch taken from --mix-data (default: {MIX_RATIO})",
     )  # fmt: skip
     add(
         "--data-cache", type=path_argument, metavar="DIR|off",
-        help="where the lengths of large files' rows are kept, so that they are encoded once "
+        help="cache for the sequence lengths of large files, so that they are tokenized only once "
         "(default: the user's cache folder)",
     )  # fmt: skip
     add(
         "--check-data", action="store_true",
-        help="read everything, say what is in it and what is wrong with it, and stop; exit code "
-        "3 if there are bad rows",
+        help="read all rows, report what they hold and what is wrong with them, and stop; exit "
+        "code 3 if there are bad rows",
     )  # fmt: skip
     add(
         "--print-sample", type=positive, metavar="N",
-        help="show the tokens of the first N sequences, with what is learned marked",
+        help="print the tokens of the first N sequences and mark those that are learned",
     )  # fmt: skip
 
 
-def open_dataset(
-    args: argparse.Namespace, checkpoint: Checkpoint, other: str | None = None
-) -> Dataset:
-    """Opens what the flags of `add_data_options` name.
-
-    With `--check-data` any number of bad rows is taken: they are what is asked for.
+def open_dataset(options: DataOptions, folder: Folder, other: str | None = None) -> Dataset:
+    """Open the dataset that the flags name, with any number of bad rows for `--check-data`.
 
     Args:
-        args: the flags.
-        checkpoint: anything with `tokenizer`, `template` and `config` of the model.
-        other: a file to open instead of those, such as `--val-data`. Its format is found out;
-            where its rows have the keys of several, `--format` counts.
+        options: the flags.
+        folder: the model: its tokenizer, template and context length are used.
+        other: a file to open instead of `--data`, such as `--val-data`.
 
     Raises:
-        InputError: bad data. UsageError: flags that make no sense.
+        InputError: bad data.
+        UsageError: flags that contradict each other or the model.
     """
-    from glm2_jax.cli.arguments import check_plot
     from glm2_jax.errors import UsageError
-    from train.data.cache import ScanCache
+    from train.data.cache import cached_scan
     from train.data.dataset import Dataset
 
-    if args.check_data and args.plot is not None:
-        check_plot(args.plot)
-    longest = checkpoint.config.seq_length
-    max_length = min(MAX_LENGTH, longest) if args.max_length is None else args.max_length
+    longest = folder.config.seq_length
+    max_length = options.max_length or min(MAX_LENGTH, longest)
     if max_length > longest:
-        raise UsageError(f"--max-length {max_length} is more than the {longest} of the model")
-    if args.mix_ratio is not None and args.mix_data is None:
-        raise UsageError("--mix-ratio needs --mix-data", fix="name the file of general rows")
-    files = [split_weight(text) for text in args.data] if other is None else [(other, 1.0)]
-    ratio = 0.1 if args.mix_ratio is None else args.mix_ratio
+        raise UsageError(f"--max-length {max_length} is more than the {longest} of the model.")
+    if options.mix_ratio is not None and options.mix_data is None:
+        raise UsageError("--mix-ratio needs --mix-data.", fix="Name the file of general rows.")
+    mix = None
+    if options.mix_data is not None and other is None:
+        mix = options.mix_data, options.mix_ratio or MIX_RATIO
+    files = [split_weight(text) for text in options.data] if other is None else [(other, 1.0)]
     with Progress("reading data", 0, show=human_size) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar(done)
-
         return Dataset.open(
             [path for path, _ in files],
-            tokenizer=checkpoint.tokenizer,
-            template=checkpoint.template,
+            tokenizer=folder.tokenizer,
+            template=folder.template,
             max_length=max_length,
-            fmt=args.format if other is None else "auto",
-            preferred=None if args.format == "auto" else args.format,
-            train_on_prompt=args.train_on_prompt,
-            max_bad=None if args.check_data else args.max_bad,
-            cache=ScanCache(args.data_cache, note),
+            fmt=options.format if other is None else "auto",
+            preferred=None if options.format == "auto" else options.format,
+            train_on_prompt=options.train_on_prompt,
+            max_bad=None if options.check_data else options.max_bad,
             weights=[weight for _, weight in files],
-            mix=None if args.mix_data is None or other is not None else (args.mix_data, ratio),
+            mix=mix,
+            scan=partial(cached_scan, folder=options.data_cache, warn=note),
             on_note=note,
-            progress=show,
+            progress=partial(show_progress, bar),
         )
 
 
-def look_at(args: argparse.Namespace, dataset: Dataset) -> int | None:
-    """Does what `--check-data` and `--print-sample` ask for, on standard output.
+def print_checks(options: DataOptions, dataset: Dataset) -> int | None:
+    """Print on standard output what `--check-data` and `--print-sample` ask for.
 
     Returns:
-        The exit code of a run that ends with `--check-data`; None without.
+        The exit code of a run that ends with `--check-data`; None without that flag.
     """
-    from train.data.check import check, draw, print_sample
+    from train.data.check import check, print_sample
 
-    if args.print_sample is not None:
-        print(print_sample(dataset, args.print_sample))
-    if not args.check_data:
+    if options.print_sample is not None:
+        print(print_sample(dataset, options.print_sample))
+    if not options.check_data:
         return None
     with Progress("comparing rows", 0) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar(done)
-
-        report = check(dataset, show)
-    print(report.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
-    if args.plot is not None:
-        draw(report, args.plot)
+        report = check(dataset, partial(show_progress, bar))
+    print(report.text())
     return report.exit_code
 
 
+def show_progress(bar: Progress, done: int, total: int) -> None:
+    """Show progress towards a total that is known only now."""
+    bar.total = total
+    bar(done)
+
+
 def data_argument(text: str) -> str:
-    """An argparse type: FILE or FILE=WEIGHT; the text stays as it is, for a recipe."""
+    """Check FILE or FILE=WEIGHT as an argparse type; the text stays as it is, for a recipe."""
     path, weight = split_weight(path_argument(text))
     if not path.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     if not 0 < weight < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: a weight is a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r}: a weight must be a number above 0")
     return text
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """FILE[=WEIGHT] in its two parts; what follows the last = and is no number is of the name."""
+    """Split FILE[=WEIGHT]; text after the last = that is not a number belongs to the name."""
     path, equals, weight = text.rpartition("=")
     try:
         return (path, float(weight)) if equals else (text, 1.0)
@@ -180,7 +187,7 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def share_argument(text: str) -> float:
-    """An argparse type: a number above 0 and below 1."""
+    """Read a number above 0 and below 1 as an argparse type."""
     try:
         value = float(text)
     except ValueError:

@@ -1,11 +1,10 @@
-"""Which sequences an epoch has, in which order, and in which rows they stand.
+"""The sequences of an epoch, their order, and the rows they are put into.
 
 All of it is a pure function of the lengths, the seed and the epoch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,18 +17,13 @@ _WINDOW = 32  # steps whose sequences are sorted by length together
 
 
 class Plan(NamedTuple):
-    """The rows of an epoch.
+    """The rows of an epoch."""
 
-    Attributes:
-        items: int64 [N], sequences in the order in which they stand in the rows.
-        starts: int64 [rows + 1], where each row begins in `items`.
-    """
-
-    items: np.ndarray
-    starts: np.ndarray
+    items: np.ndarray  # int64 [N], sequences in the order in which they stand in the rows
+    starts: np.ndarray  # int64 [rows + 1], where each row begins in `items`
 
     def row(self, number: int) -> np.ndarray:
-        """The sequences of a row; none beyond the last."""
+        """Return the sequences of a row; none after the last row."""
         if number >= len(self.starts) - 1:
             return self.items[:0]
         return self.items[self.starts[number] : self.starts[number + 1]]
@@ -46,59 +40,62 @@ def make_plan(
     width: int,
     rows_per_step: int,
 ) -> Plan:
-    """Plans an epoch.
+    """Plan an epoch.
 
     Args:
-        groups: the files' sequences and their weights.
+        groups: the sequences of each file and their weights.
         lengths: int32 [N] of all sequences.
-        epoch, seed: what random order depends on.
-        shuffle: random order; if not, that of the files, and rows are filled one after another.
-        pack: several sequences in a row of `width` tokens; if not, one.
+        epoch, seed: what the random order depends on.
+        shuffle: use a random order; if False, keep that of the files, and fill one row after the
+            other.
+        pack: put several sequences into a row of `width` tokens; if False, one.
         width: most tokens of a row.
-        rows_per_step: rows that are computed together.
+        rows_per_step: rows of an optimizer step.
     """
     items = epoch_items(groups, epoch=epoch, seed=seed, shuffle=shuffle)
     if pack:
         fit = first_fit if shuffle else next_fit
         rows = fit(lengths[items], width)
-        if shuffle:  # the rows that are begun last are the emptiest, and hold the longest sequences
+        if shuffle:  # the last rows are the emptiest, and hold the longest sequences
             rows = random_order(rows.max() + 1, seed, epoch, 1)[rows]
         # A stable sort by row keeps the order inside each.
         starts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
         return Plan(items[np.argsort(rows, kind="stable")], starts)
     if shuffle:
-        items = _alike_together(items, lengths, rows_per_step, width, (seed, epoch, 1))
+        items = _group_by_length(items, lengths, rows_per_step, width, (seed, epoch, 1))
     return Plan(items, np.arange(len(items) + 1))
 
 
 def epoch_items(groups: Sequence[Group], *, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
-    """int64: the sequences of an epoch in their order.
+    """Return int64: the sequences of an epoch in their order.
 
-    A weight of 2.5 gives every sequence of a file twice, and half of them once more: others in
-    every epoch. Without shuffling files come one after another, and general rows stand evenly
-    between them.
+    A weight of 2.5 takes every sequence of a file twice, and half of them once more, different ones
+    in every epoch. Without shuffling the files follow each other, and general rows are spread
+    evenly between theirs.
     """
     parts = []
     for number, group in enumerate(groups):
         n = group.stop - group.start
-        whole, rest = divmod(max(round(n * group.weight), 1), max(n, 1))
+        times, rest = divmod(max(round(n * group.weight), 1), max(n, 1))
         if shuffle:
             extra = np.sort(random_order(n, seed, epoch, 2 + number)[:rest])
         else:
             extra = (epoch * rest + np.arange(rest)) % max(n, 1)
-        parts.append(group.start + np.concatenate([np.tile(np.arange(n), whole), extra]))
+        parts.append(group.start + np.concatenate([np.tile(np.arange(n), times), extra]))
     if shuffle:
         items = np.concatenate(parts)
         return items[random_order(len(items), seed, epoch, 0)]
-    own = [part for part, group in zip(parts, groups, strict=True) if not group.general]
-    general = [part for part, group in zip(parts, groups, strict=True) if group.general]
-    return _between(np.concatenate(own), np.concatenate([np.zeros(0, np.int64), *general]))
+    own = np.concatenate([x for x, group in zip(parts, groups, strict=True) if not group.general])
+    general = [x for x, group in zip(parts, groups, strict=True) if group.general]
+    merged = [own, np.concatenate([np.zeros(0, np.int64), *general])]
+    places = [(np.arange(len(part)) + 0.5) / max(len(part), 1) for part in merged]
+    return np.concatenate(merged)[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def first_fit(lengths: np.ndarray, width: int) -> np.ndarray:
-    """int64 [N]: the row of each sequence: the first that has room for it, in their order.
+    """Return int64 [N]: for each sequence in turn the first row that has room for it.
 
-    A tree over the rows' room, whose nodes hold the most of any row below, finds it in
+    A tree over the free room of the rows, whose nodes hold the most of any row below, finds it in
     logarithmic time.
     """
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
@@ -117,7 +114,7 @@ def first_fit(lengths: np.ndarray, width: int) -> np.ndarray:
 
 
 def next_fit(lengths: np.ndarray, width: int) -> np.ndarray:
-    """int64 [N]: the row of each sequence: the last one begun, or a new one. Order is kept."""
+    """Return int64 [N]: the row of each sequence, the current one or a new one, in order."""
     rows = np.empty(len(lengths), np.int64)
     row, room = 0, width
     for item, length in enumerate(lengths.tolist()):
@@ -128,12 +125,12 @@ def next_fit(lengths: np.ndarray, width: int) -> np.ndarray:
     return rows
 
 
-def _alike_together(items, lengths, size: int, width: int, seeds: tuple[int, ...]) -> np.ndarray:
-    """Groups sequences of similar length into the same steps, and puts the steps in random order.
+def _group_by_length(items, lengths, size: int, width: int, seeds: tuple[int, ...]) -> np.ndarray:
+    """Put sequences of similar length into the same steps, and the steps into random order.
 
-    Only the sequences of `_WINDOW` steps are sorted together, so that a step holds no more than
-    chance made neighbors. An incomplete step stays the last: chance chooses its sequences before
-    anything is sorted, because each of them counts more than one of a full step.
+    Only the sequences of `_WINDOW` steps are sorted together, so that a step holds little more than
+    sequences that were neighbors by chance. An incomplete step stays the last: its sequences are
+    chosen before anything is sorted, because each of them counts more than one of a full step.
     """
     steps = len(items) // size
     items, rest = items[: steps * size], items[steps * size :]
@@ -143,27 +140,11 @@ def _alike_together(items, lengths, size: int, width: int, seeds: tuple[int, ...
     return np.concatenate([grouped[random_order(steps, *seeds)].reshape(-1), rest])
 
 
-def _between(own: np.ndarray, general: np.ndarray) -> np.ndarray:
-    """Both in their order, the general ones at even distances."""
-    places = [(np.arange(len(part)) + 0.5) / max(len(part), 1) for part in (own, general)]
-    order = np.argsort(np.concatenate(places), kind="stable")
-    return np.concatenate([own, general])[order]
-
-
-def steps_of(plan: Plan, rows_per_step: int) -> int:
-    """The number of steps that take all rows of a plan."""
-    return math.ceil((len(plan.starts) - 1) / rows_per_step)
-
-
 def random_order(count: int, *seeds: int) -> np.ndarray:
-    """int64: 0 to count - 1 in a random order.
+    """Return int64: 0 to count - 1 in a random order that depends on the seeds (0 or more).
 
     It is made from raw Philox bits, which are the same in every version of NumPy, unlike what
     `np.random.Generator` makes of them.
-
-    Args:
-        count: how many.
-        seeds: whole numbers of 0 or more, always as many; others give another order.
     """
     bits = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
     return np.argsort(bits, kind="stable")

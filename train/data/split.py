@@ -1,4 +1,4 @@
-"""Rows taken out of a dataset, to look at and not to learn from."""
+"""Validation rows taken out of a dataset."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import numpy as np
 
 from glm2_jax.errors import UsageError
 from train.data.dataset import Dataset, Sample
+from train.data.plan import random_order
 
 
 class Subset:
-    """Some sequences of a dataset, with all of it that `Batches` needs.
+    """Some sequences of a dataset, with all that `Batches` needs.
 
     Args:
-        dataset: the whole.
+        dataset: the complete dataset.
         indices: of its sequences, ascending.
     """
 
@@ -23,35 +24,35 @@ class Subset:
         self.max_length = dataset.max_length
         self.lengths = dataset.lengths[self._indices]
         self.learned = dataset.learned[self._indices]
-        starts = [int(np.searchsorted(self._indices, group.start)) for group in dataset.groups]
+        edges = [group.start for group in dataset.groups] + [len(dataset)]
+        edges = np.searchsorted(self._indices, edges).tolist()
         self.groups = [
             group._replace(start=start, stop=stop)
-            for group, start, stop in zip(
-                dataset.groups, starts, [*starts[1:], len(self._indices)], strict=True
-            )
+            for group, start, stop in zip(dataset.groups, edges, edges[1:], strict=False)
         ]
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def sample(self, index: int) -> Sample:
-        """A sequence, as `Dataset.sample`."""
+        """Return a sequence, as `Dataset.sample` does."""
         return self._dataset.sample(int(self._indices[index]))
 
     def source(self, index: int) -> str:
-        """Its row, as `Dataset.source`."""
+        """Return where its row is, as `Dataset.source` does."""
         return self._dataset.source(int(self._indices[index]))
 
 
 def split(dataset: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
-    """What stays to learn from, and a random share of the rows that does not.
+    """Return the rows to learn from, and a random share of the rows for validation.
 
-    All sequences of a row go together, also those of a file that is given twice; general rows stay.
+    All sequences of a row stay together, also those of a file that is given twice; general rows are
+    never taken for validation.
 
     Raises:
         UsageError: the share leaves one of the two without rows.
     """
-    own = [g for g in dataset.groups if not g.general]
+    own = [group for group in dataset.groups if not group.general]
     start, stop = own[0].start, own[-1].stop
     rows: dict[int, list[int]] = {}
     for index, row in enumerate(dataset.row_ids()[start:stop].tolist(), start):
@@ -59,12 +60,11 @@ def split(dataset: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
     count = round(len(rows) * share)
     if not 0 < count < len(rows):
         raise UsageError(
-            f"--val-split {share:g} of {len(rows)} rows leaves nothing to "
-            + ("look at" if count < 1 else "learn from"),
-            fix="Take another share, or name a file: --val-data.",
+            f"--val-split {share:g} of {len(rows)} rows leaves none for "
+            + ("validation." if count < 1 else "training."),
+            fix="Choose another share, or name a file: --val-data FILE.",
         )
-    keys = np.random.Philox(np.random.SeedSequence((seed, len(rows)))).random_raw(len(rows))
-    chosen = set(np.argsort(keys, kind="stable")[:count].tolist())
+    chosen = set(random_order(len(rows), seed, len(rows))[:count].tolist())
     out = [i for number, row in enumerate(rows.values()) if number in chosen for i in row]
     kept = np.setdiff1d(np.arange(len(dataset)), out)
     return Subset(dataset, kept), Subset(dataset, out)

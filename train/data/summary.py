@@ -1,35 +1,28 @@
-"""What is told of rows: reasons in a line, equal ones together, numbers with their nouns."""
+"""Summaries of rows for people: rows with the same reason in one line, numbers with their nouns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
 
-from glm2_jax.errors import InputError
-
-_RANGES = 20  # that are listed of a reason
+_RANGES = 20  # ranges of rows that a line lists
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 row", "2 rows"."""
+    """Return "1 row", "2 rows"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def joined(error: InputError) -> str:
-    """What and why in one line."""
-    return f"{error.what.rstrip('.')}: {error.why}" if error.why else error.what
-
-
 def summed(bad: Iterable[tuple[str, str]], limit: int | None = None) -> tuple[list[str], int]:
-    """Lines such as "file:2-9, 12: reason (9 rows)", or "file, row 2-9: ...", one for each file and
-    reason.
+    """Summarize bad rows in lines such as "file:2-9, 12: reason (9 rows)".
 
     Args:
         bad: ("file:line" or "file, row N", reason) in their order.
-        limit: of the lines; None = all.
+        limit: most lines; None = no limit.
 
     Returns:
-        The lines, in the order of their first rows, and how many rows are in none of them.
+        One line for each file and reason, in the order of their first rows, and how many rows are
+        in none of them.
     """
     rows: dict[tuple[str, str], list[int]] = {}
     for where, reason in bad:
@@ -44,7 +37,7 @@ def summed(bad: Iterable[tuple[str, str]], limit: int | None = None) -> tuple[li
 
 
 def _ranges(numbers: list[int]) -> str:
-    """ "2-9, 12" of numbers that rise."""
+    """Return "2-9, 12" of ascending numbers."""
     ranges = []
     for _, group in groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
         found = [number for _, number in group]

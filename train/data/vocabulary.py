@@ -1,4 +1,4 @@
-"""What of some rows the demo model has no tokens for."""
+"""A warning about characters that the bundled demo model has no tokens for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 
 from train.data.dataset import Dataset
 
-_ROWS = 1000  # that are looked at
+_ROWS = 1000  # rows to look at
 _SHOWN = 8
 
 
@@ -19,13 +19,12 @@ def unknown_characters(dataset: Dataset) -> str | None:
             characters.update(message["content"])
     unknown = [
         x
-        for x in characters
+        for x, _ in characters.most_common()
         if not x.isspace()
         and any(tokenizer.byte_value(token) is not None for token in tokenizer.encode(x))
     ]
     if not unknown:
         return None
-    unknown.sort(key=lambda x: -characters[x])
     count = sum(characters[x] for x in unknown)
     rows = f" in the first {_ROWS} rows" if len(first) > _ROWS else ""
     shown = " ".join(x for x in unknown[:_SHOWN] if x.isprintable())

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.arguments import path_argument, positive, whole
 from glm2_jax.cli.messages import Progress, note
 from glm2_jax.cli.parser import Parser
 
@@ -15,39 +15,38 @@ if TYPE_CHECKING:
     from train.demo.data import Pair
 
 PROG = "python -m train.demo"
+DESCRIPTION = """Train the small bilingual demo model on the questions in train/demo, and report how
+many it answers correctly. The same machine and versions give the same weights."""
 PIECES = 2043  # 2048 with the five special ids
 ROWS, WIDTH = 8, 256  # a batch: 2048 tokens
 WARMUP_STEPS = 100
 DROPOUT = 0.1
-EPOCHS = 100
 
 
 def main(argv: list[str]) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(
-        prog=PROG,
-        description="Trains the small bilingual demo model from the questions in train/demo and "
-        "says how many it answers rightly. Repeatable: the same machine and versions "
-        "give the same weights.",
+        prog=PROG, description=DESCRIPTION,
         example=f"{PROG} --output demo-model && python -m infer.generate --model demo-model",
-    )
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--output", metavar="DIR", type=path_argument, default="demo-model",
-        help="the new model folder",
     )  # fmt: skip
-    group.add_argument("--overwrite", action="store_true", help="replace that folder")
-    group.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the questions")
-    group.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and dropout")
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--output", metavar="DIR", type=path_argument, default="demo-model",
+        help="folder of the new model",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace that folder")
+    add("--epochs", type=positive, metavar="N", default=100, help="passes over the questions")
+    add("--lr", type=float, metavar="X", default=2e-3, help="highest learning rate")
+    add("--seed", type=whole, metavar="N", default=0, help="random seed")
     parser.add_common()
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.seed < 0 or not 0 < args.lr < 1:
-        parser.error("--epochs must be at least 1, --seed at least 0, --lr between 0 and 1")
+    if not 0 < args.lr < 1:
+        parser.error(f"argument --lr: must be between 0 and 1, got {args.lr:g}")
 
     from convert.writing.destination import check_destination
     from convert.writing.own import save_checkpoint
     from glm2_jax import Tokenizer
-    from train.demo.data import load_heldout, load_pairs, train_tokenizer
+    from train.demo.data import load_pairs, train_tokenizer
 
     check_destination(args.output, args.overwrite)
     pairs = load_pairs()
@@ -57,44 +56,28 @@ def main(argv: list[str]) -> int:
     note(f"{config.num_params:,} parameters, {len(pairs)} questions in {wordings} wordings")
     params = train(config, tokenizer, pairs, epochs=args.epochs, lr=args.lr, seed=args.seed)
     save_checkpoint(
-        args.output,
-        config,
-        params,
-        tokenizer,
-        source="python -m train.demo",
-        dtype="float16",
+        args.output, config, params, tokenizer, source=PROG, dtype="float16",
         overwrite=args.overwrite,
-    )
+    )  # fmt: skip
     note(f"saved {args.output}")
-    return _report(args.output, pairs, load_heldout())
+    _report(args.output, pairs)
+    return 0
 
 
 def demo_config(tokenizer: Tokenizer) -> GLMConfig:
-    """ChatGLM2's architecture at 1/2700 of its size."""
+    """Return ChatGLM2's architecture at 1/2700 of its size."""
     from glm2_jax import GLMConfig
 
     return GLMConfig(
-        num_layers=4,
-        vocab_size=tokenizer.size,
-        hidden_size=192,
-        ffn_hidden_size=512,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=24,
-        seq_length=1024,
-    )
+        num_layers=4, vocab_size=tokenizer.size, hidden_size=192, ffn_hidden_size=512,
+        num_heads=8, num_kv_heads=2, head_dim=24, seq_length=1024,
+    )  # fmt: skip
 
 
 def train(
-    config: GLMConfig,
-    tokenizer: Tokenizer,
-    pairs: list[Pair],
-    *,
-    epochs: int,
-    lr: float,
-    seed: int,
+    config: GLMConfig, tokenizer: Tokenizer, pairs: list[Pair], *, epochs: int, lr: float, seed: int
 ) -> Any:
-    """Trains all parameters in float32 and returns them.
+    """Train all parameters in float32 and return them.
 
     AdamW with warm-up, cosine decay and clipping; dropout while training only.
     """
@@ -113,8 +96,7 @@ def train(
     warmup = min(WARMUP_STEPS, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr * 0.02)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=0.1),
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1)
     )
     params = init_params(config, key)
     state = init_state(optimizer, params)
@@ -125,8 +107,8 @@ def train(
         for number in range(epochs):
             losses = []
             for batch in epoch(pairs, tokenizer, rng, ROWS, WIDTH):
-                whole = jax.tree.map(lambda x: x[None], batch)
-                params, state, metrics = step(None, params, state, whole, key, count)
+                batch = jax.tree.map(lambda x: x[None], batch)  # one micro-batch per step
+                params, state, metrics = step(None, params, state, batch, key, count)
                 losses.append(metrics.loss)
                 count += 1
                 progress(count)
@@ -135,21 +117,21 @@ def train(
     return params
 
 
-def _report(folder: str, pairs: list[Pair], heldout: list[dict]) -> int:
-    """Opens what was saved and says how well it answers."""
+def _report(folder: str, pairs: list[Pair]) -> None:
+    """Open the saved model and report how well it answers."""
     from infer import load
+    from train.demo.data import load_heldout
     from train.demo.score import missed_wordings, wrong_answers
 
-    engine = load(folder)
+    engine, heldout = load(folder), load_heldout()
     wrong = wrong_answers(engine, pairs)
     missed = missed_wordings(engine, heldout)
     for question, expected, got in wrong:
         note(f"  wrong: {question} -> {got} (expected: {expected})")
     for question, got in missed:
         note(f"  missed: {question} -> {got}")
-    note(f"right answers: {len(pairs) - len(wrong)} of {len(pairs)} questions as trained")
+    note(f"correct answers: {len(pairs) - len(wrong)} of {len(pairs)} questions as trained")
     note(f"unseen wordings: {len(heldout) - len(missed)} of {len(heldout)}")
-    return 0
 
 
 if __name__ == "__main__":

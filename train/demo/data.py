@@ -11,7 +11,7 @@ import sentencepiece
 
 from glm2_jax import Tokenizer
 from glm2_jax.text.prompt import build_prompt, chatglm2_text
-from train.data.batch import Batch
+from train.data.batch import Batch, make_batch
 
 FOLDER = Path(__file__).parent
 
@@ -21,20 +21,20 @@ MAX_HISTORY = 2
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One answer and every wording of its question, the plain one first."""
+    """An answer and every wording of its question, the plain one first."""
 
     questions: tuple[str, ...]
     answer: str
 
 
 def load_pairs() -> list[Pair]:
-    """The pairs of `pairs.jsonl`."""
+    """Return the pairs of `pairs.jsonl`."""
     rows = _read_lines("pairs.jsonl")
     return [Pair((row["instruction"], *row.get("paraphrases", ())), row["output"]) for row in rows]
 
 
 def load_heldout() -> list[dict]:
-    """Wordings the model never sees: {"instruction", "expected_any": substrings}."""
+    """Return wordings the model never sees: {"instruction", "expected_any": substrings}."""
     return _read_lines("heldout.jsonl")
 
 
@@ -44,7 +44,7 @@ def _read_lines(name: str) -> list[dict]:
 
 
 def train_tokenizer(pairs: list[Pair], vocab_size: int) -> bytes:
-    """A SentencePiece model with the options of the published one, over the pairs' text.
+    """Train a SentencePiece model with the options of the published one on the pairs' text.
 
     Lines hold no newline, so that it stays a byte piece, as in the published model.
     """
@@ -53,56 +53,48 @@ def train_tokenizer(pairs: list[Pair], vocab_size: int) -> bytes:
     text = [line for entry in prompts + answers for line in entry.splitlines() if line]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=1.0,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        max_sentencepiece_length=16,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(text), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        character_coverage=1.0, byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=True, split_digits=True,
+        allow_whitespace_only_pieces=True, max_sentencepiece_length=16, minloglevel=2,
+    )  # fmt: skip
     return model.getvalue()
 
 
 def epoch(
     pairs: list[Pair], tokenizer: Tokenizer, rng: np.random.Generator, rows: int, width: int
 ) -> Iterator[Batch]:
-    """Every pair once, in one of its wordings, packed into batches of `rows` x `width` tokens.
+    """Yield every pair once, in one of its wordings, in packed batches of `rows` x `width` tokens.
 
     The last, incomplete batch is left out: the next epoch draws another order.
     """
-    row = _Row(width)
-    batch: list[_Row] = []
+    batch, row, used = [], [], 0
     for index in rng.permutation(len(pairs)):
-        prompt, answer = _example(pairs, index, tokenizer, rng)
-        if not row.fits(len(prompt) + len(answer)):
+        ids, learned = _example(pairs, index, tokenizer, rng)
+        if used + len(ids) > width:
             batch.append(row)
-            row = _Row(width)
+            row, used = [], 0
             if len(batch) == rows:
-                yield _stack(batch)
+                yield make_batch(batch, width)
                 batch = []
-        row.add(prompt, answer)
+        row.append((ids, learned))
+        used += len(ids)
 
 
-def _example(pairs, index, tokenizer, rng) -> tuple[list[int], list[int]]:
-    """Ids of a prompt, now and then with earlier rounds, and of its answer with the end token."""
+def _example(pairs, index, tokenizer, rng) -> tuple[list[int], list[bool]]:
+    """Return a prompt, sometimes with earlier rounds, and its answer, which is learned."""
     history = []
     if rng.random() < HISTORY_SHARE:
         for other in rng.integers(len(pairs), size=rng.integers(1, MAX_HISTORY + 1)):
             history.append((_wording(pairs[other], rng), pairs[other].answer))
     query = _wording(pairs[index], rng)
     prompt = build_prompt(tokenizer, "chatglm2", query, history)
-    return prompt, [*tokenizer.encode(pairs[index].answer), tokenizer.eos_id]
+    answer = [*tokenizer.encode(pairs[index].answer), tokenizer.eos_id]
+    return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
 
 def _wording(pair: Pair, rng: np.random.Generator) -> str:
-    """A wording of the question, sometimes typed carelessly."""
+    """Return a wording of the question, sometimes typed carelessly."""
     plain = rng.random() < 0.3
     text = pair.questions[0 if plain else rng.integers(len(pair.questions))]
     if rng.random() < 0.15:
@@ -110,37 +102,3 @@ def _wording(pair: Pair, rng: np.random.Generator) -> str:
     if rng.random() < 0.1:
         text = text.lower()
     return text
-
-
-class _Row:
-    """A row being packed: sequences one after another, each its own segment."""
-
-    def __init__(self, width: int):
-        self.tokens = np.zeros(width, np.int32)
-        self.segment_ids = np.zeros(width, np.int32)
-        self.positions = np.zeros(width, np.int32)
-        self.learned = np.zeros(width, bool)
-        self.used = 0
-        self.segments = 0
-
-    def fits(self, length: int) -> bool:
-        return self.used + length <= len(self.tokens)
-
-    def add(self, prompt: list[int], answer: list[int]) -> None:
-        ids = prompt + answer
-        place = slice(self.used, self.used + len(ids))
-        self.used += len(ids)
-        self.segments += 1
-        self.tokens[place] = ids
-        self.segment_ids[place] = self.segments
-        self.positions[place] = np.arange(len(ids))
-        self.learned[place] = np.arange(len(ids)) >= len(prompt)
-
-
-def _stack(rows: list[_Row]) -> Batch:
-    return Batch(
-        tokens=np.stack([row.tokens for row in rows]),
-        segment_ids=np.stack([row.segment_ids for row in rows]),
-        positions=np.stack([row.positions for row in rows]),
-        learned=np.stack([row.learned for row in rows]),
-    )

@@ -1,4 +1,4 @@
-"""How many questions the demo answers rightly, greedily."""
+"""How many questions the demo answers correctly, greedily."""
 
 from glm2_jax import Tokenizer
 from infer import Engine
@@ -8,17 +8,16 @@ BATCH = 64
 
 
 def answers(engine: Engine, questions: list[str]) -> list[str]:
-    """The greedy answer to every question."""
+    """Return the greedy answer to every question."""
     texts = []
     for start in range(0, len(questions), BATCH):
         part = questions[start : start + BATCH]
-        completions = engine.generate(part, temperature=0, max_new_tokens=96)
-        texts += [completion.text for completion in completions]
+        texts += [x.text for x in engine.generate(part, temperature=0, max_new_tokens=96)]
     return texts
 
 
 def wrong_answers(engine: Engine, pairs: list[Pair]) -> list[tuple[str, str, str]]:
-    """(question, expected, got) of every plain question whose answer is not the learned one."""
+    """Return (question, expected, got) of every plain question with another answer than learned."""
     got = answers(engine, [pair.questions[0] for pair in pairs])
     return [
         (pair.questions[0], pair.answer, text)
@@ -28,7 +27,7 @@ def wrong_answers(engine: Engine, pairs: list[Pair]) -> list[tuple[str, str, str
 
 
 def missed_wordings(engine: Engine, heldout: list[dict]) -> list[tuple[str, str]]:
-    """(question, got) of every unseen wording whose answer holds none of the expected texts."""
+    """Return (question, got) of unseen wordings whose answer has none of the expected texts."""
     got = answers(engine, [row["instruction"] for row in heldout])
     return [
         (row["instruction"], text)

@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save_file
 from convert import open_folder, to_peft
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
 from convert.loading.folder import fingerprint
-from convert.writing import pytorch
-from glm2_jax import CheckpointError, UsageError, choices
+from glm2_jax import CheckpointError, UsageError
 from glm2_jax.cli import main as cli
 from glm2_jax.lora import TARGETS, LoRA
 from tests.convert.writing.test_to_pytorch import random_lora
@@ -334,10 +333,6 @@ def test_any_adapter_of_theirs_comes_and_goes_back(
 
 
 # The command.
-
-
-def test_the_layouts_of_the_command():
-    assert to_peft.LAYOUTS == choices.LAYOUTS == pytorch.LAYOUTS
 
 
 def test_help_needs_no_jax():

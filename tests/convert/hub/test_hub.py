@@ -19,6 +19,7 @@ import infer
 from convert import from_pytorch, inspect, load_checkpoint
 from convert.hub.find import find_model
 from glm2_jax import CheckpointError, InputError, UsageError
+from glm2_jax.choices import SOURCES
 from glm2_jax.cli import main as cli
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.parser import from_flags
@@ -28,7 +29,6 @@ from tests.support.checkpoints import TINY, write_official
 from tests.support.hub_server import COMMIT, serving
 
 NAME = "someone/tiny"
-SOURCES = ("hf", "modelscope")
 NEEDED = {
     "config.json",
     "tokenizer.model",

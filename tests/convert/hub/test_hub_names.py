@@ -6,7 +6,7 @@ import pytest
 
 from convert.hub.find import find_model, needed_files
 from glm2_jax import CheckpointError, UsageError
-from glm2_jax.cli.flags import SOURCES
+from glm2_jax.choices import SOURCES
 
 NAME = "someone/tiny"
 

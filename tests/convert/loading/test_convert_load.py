@@ -194,8 +194,10 @@ def test_arguments_that_make_no_sense(tmp_path, arguments):
 
 
 def test_an_unknown_device(tmp_path):
-    with pytest.raises(DeviceError, match="no device 'abacus'"):
+    with pytest.raises(UsageError, match="unknown device 'abacus'"):
         load_checkpoint(write_official(tmp_path), device="abacus")
+    with pytest.raises(DeviceError, match="no device 'tpu'"):
+        load_checkpoint(tmp_path, device="tpu")
     assert load_checkpoint(tmp_path, device="cpu").params["embed"].committed
 
 

@@ -20,9 +20,10 @@ from convert.layouts.names import PARTS, PUBLISHED
 from convert.loading.folder import open_folder
 from convert.writing.own import convert_folder, size_of_conversion
 from glm2_jax.errors import CheckpointError, UsageError
-from glm2_jax.quant import COLUMN_AXES, EMBEDDINGS, SCHEMES, QTensor, dequantize, quantize
-from infer.memory.plan import flags, weight_bytes
-from infer.memory.precision import Precision
+from glm2_jax.quant import QTensor, dequantize, quantize
+from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES
+from infer.memory.plan import weight_bytes
+from infer.memory.precision import Precision, flags
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, official_tensors, random_params, write_official
 from tests.support.toy import jit_forward
@@ -248,9 +249,9 @@ def test_what_is_quantized_is_not_quantized_again(tmp_path):
     with pytest.raises(UsageError, match="quantized already"):
         convert_folder(open_folder(tmp_path / "source"), tmp_path / "own", quantize="int8")
     for asked, fix in (
-        (None, "Leave --quantize-embeddings out,"),
-        ("none", "Leave --quantize and --quantize-embeddings out,"),
-        ("int8", "Leave --quantize and --quantize-embeddings out,"),
+        (None, "Omit --quantize-embeddings,"),
+        ("none", "Omit --quantize and --quantize-embeddings,"),
+        ("int8", "Omit --quantize and --quantize-embeddings,"),
     ):
         with pytest.raises(UsageError, match="quantized already") as error:
             load_checkpoint(tmp_path / "source", quantize=asked, quantize_embeddings=True)

@@ -25,6 +25,7 @@ from convert.adapters.adapter import Adapter, save_adapter
 from convert.writing import gguf as gguf_layout
 from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, InputError, Tokenizer, UsageError
+from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.cli import main
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import (
@@ -118,7 +119,7 @@ def run(*argv):
     groups=st.sampled_from([1, 2, 4]),
     ffn=st.one_of(st.integers(1, 40), st.just(64)),
     dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
-    kind=st.sampled_from(to_gguf.TYPES),
+    kind=st.sampled_from(GGUF_TYPES),
     own=st.booleans(),
 )
 def test_every_tensor_at_any_shape(heads, groups, ffn, dtype, kind, own):
@@ -141,7 +142,7 @@ def test_every_tensor_at_any_shape(heads, groups, ffn, dtype, kind, own):
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-@pytest.mark.parametrize("kind", to_gguf.TYPES)
+@pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_a_quantized_folder_is_dequantized(tmp_path, quantize, kind):
     config = tiny_config(**SHALLOW)
     official = write_official(tmp_path / "a", config, dtype="float32")
@@ -313,10 +314,6 @@ def test_the_command(tmp_path, capsys):
     assert names(tmp_path / "new") == ["b.gguf"]
     assert run(source, tmp_path / "c.gguf", "--type", "f16") == 0
     assert "stored in bfloat16; written as f16" in capsys.readouterr().err
-
-
-def test_the_types_of_the_command():
-    assert to_gguf.TYPES == gguf_layout.TYPES
 
 
 def test_what_is_not_kept_is_said(tmp_path, capsys):

@@ -26,7 +26,7 @@ from convert.layouts.names import GLM, INV_FREQ, PARTS, PUBLISHED, Match
 from convert.loading.folder import Folder
 from convert.writing import pytorch
 from convert.writing.own import convert_folder
-from glm2_jax import PRESETS, CheckpointError, InputError, UsageError, choices
+from glm2_jax import PRESETS, CheckpointError, InputError, UsageError
 from glm2_jax.cli import main
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
 from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
@@ -62,10 +62,6 @@ def run(*argv):
     with pytest.raises(SystemExit) as caught:
         main.run_main(to_pytorch.main, [str(x) for x in argv])
     return caught.value.code
-
-
-def test_the_layouts_of_the_command():
-    assert choices.LAYOUTS == pytorch.LAYOUTS
 
 
 @pytest.mark.parametrize("rules", [PUBLISHED, GLM], ids=["official", "glm"])

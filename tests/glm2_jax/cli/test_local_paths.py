@@ -12,7 +12,6 @@ from glm2_jax.cli import main as cli
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.files import real_path
 from glm2_jax.errors import CheckpointError, InputError, UsageError
-from infer.bench import __main__ as bench
 from infer.chat import files
 from infer.engine.load import demo_folder
 from infer.evaluate import __main__ as evaluate
@@ -103,7 +102,6 @@ ANSWERS = ["--data", "lines.jsonl", "--task", "generation", "--predictions"]
         (explain.main, ["--length", 3, "--html"]),
         (generate.main, BATCH),
         (evaluate.main, ANSWERS),
-        (bench.main, ["--markdown"]),
         (from_pytorch.main, [demo_folder()]),
     ],
 )

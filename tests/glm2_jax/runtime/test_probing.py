@@ -104,7 +104,7 @@ def test_what_jax_says_is_shortened():
         "E0101 10:00:00.1 12 cuda_executor.cc:1] no driver\n" * 2 + "-" * 20 + "\n"
         "For simplicity, JAX has removed its internal frames from the traceback of the following\n"
     )
-    assert probing.telling_lines(log) == ("An NVIDIA GPU may be present", "no driver")
+    assert probing.important_lines(log) == ("An NVIDIA GPU may be present", "no driver")
 
 
 def test_free_space_and_cache(tmp_path, monkeypatch):

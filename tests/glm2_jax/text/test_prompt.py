@@ -247,7 +247,7 @@ def test_what_a_template_cannot_do():
             build_prompt(GLM2, "raw", "Q", history, system)
     with pytest.raises(UsageError, match="needs a ChatGLM3 tokenizer"):
         build_prompt(GLM2, "chatglm3", "Q")
-    with pytest.raises(UsageError, match="Unknown template 'chatglm'"):
+    with pytest.raises(UsageError, match="unknown template 'chatglm'"):
         build_prompt(GLM2, "chatglm", "Q")
 
 

@@ -143,7 +143,7 @@ def test_only_strings_are_encoded(text):
 def test_broken_models_are_refused(data, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="no SentencePiece model") as error:
+    with pytest.raises(CheckpointError, match="not a SentencePiece model") as error:
         Tokenizer.from_file(path)
     assert str(path) in str(error.value) and error.value.why and "Download" in error.value.fix
 

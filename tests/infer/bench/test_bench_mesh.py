@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.config import PRESETS
 from glm2_jax.errors import UsageError
 from glm2_jax.schemes import SCHEMES
@@ -16,7 +17,8 @@ from infer.bench import run as suite
 from infer.bench.ceilings import Ceilings
 from infer.bench.measure import Result, Shape, Variant, mesh_work, work
 from infer.bench.random_params import random_params
-from infer.bench.report import Report, as_json, markdown, render
+from infer.bench.report import Report, as_json, render
+from infer.bench.subject import Subject, describe_mesh
 from infer.memory.links import LINKS
 from infer.memory.mesh_cost import mesh_cost
 from infer.memory.precision import Precision
@@ -26,7 +28,12 @@ from tests.support.toy import TOY
 
 SIX = PRESETS["chatglm2-6b"]
 ONE = Ceilings(copy=10e9, read=20e9, matmul={"bfloat16": 2e12, "float32": 1e12})
-MESHES = ({"tensor": 8}, {"data": 2, "tensor": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
+MESHES = [
+    ({"tensor": 8}, None),
+    ({"data": 2, "tensor": 4}, "int8"),
+    ({"data": 8}, "int4"),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, None),
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +44,7 @@ def found(tmp_path_factory):
 # What is counted
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize(("sizes", "scheme"), MESHES)
 def test_bytes_and_operations_are_those_of_the_cost_model(sizes, scheme):
     """Which counts no rows of the embedding, and one device."""
     links, rows = LINKS["v5e"], -(-3 // (sizes.get("data", 1) * sizes.get("fsdp", 1)))
@@ -82,11 +88,11 @@ def test_ceilings_are_those_of_all_devices_where_these_are_real(monkeypatch):
     mesh: Any = SimpleNamespace(size=8)
     monkeypatch.setattr(suite, "measure_ceilings", lambda device: ONE)
     for platform in ("gpu", "tpu"):
-        found = suite._ceilings(SimpleNamespace(platform=platform), mesh)
+        found = suite.ceilings_of(SimpleNamespace(platform=platform), mesh)
         assert found == Ceilings(80e9, 160e9, {"bfloat16": 16e12, "float32": 8e12}, 8)
     assert found.better(ONE.times(8)) == found
-    assert suite._ceilings(SimpleNamespace(platform="cpu"), mesh) == ONE
-    assert suite._ceilings(SimpleNamespace(platform="gpu"), None) == ONE
+    assert suite.ceilings_of(SimpleNamespace(platform="cpu"), mesh) == ONE
+    assert suite.ceilings_of(SimpleNamespace(platform="gpu"), None) == ONE
 
 
 # What is said
@@ -99,28 +105,25 @@ def test_the_report_names_mesh_and_devices():
     assert found["mesh"] == {"tensor": 8} and found["devices"] == 8
     assert found["ceilings"]["devices"] == 8 and found["results"][0]["of_bandwidth"] == 0.2
     assert "bandwidth (on one device, times 8): copy 80 GB/s, read 160 GB/s" in text
-    for written in (text, markdown(report)):
-        assert "tok/s are of all devices together" in written
+    assert "tok/s are of all devices together" in text
     alone = Report({"device": "x"}, ONE, [result], complete=True)
     assert as_json(alone)["mesh"] is None and as_json(alone)["devices"] == 1
-    assert "together" not in render(alone, 300) + markdown(alone) and "times" not in str(alone)
+    assert "together" not in render(alone, 300) and "times" not in str(alone)
 
 
 def test_a_line_says_what_virtual_devices_share():
     mesh: Any = SimpleNamespace(size=8, shape={"data": 2, "tensor": 4})
-    assert suite._mesh_line(mesh, "gpu") == {"mesh": "data=2,tensor=4, 8 devices"}
-    assert "one processor" in suite._mesh_line(mesh, "cpu")["mesh"]
-    assert suite._mesh_line(None, "cpu") == {}
+    assert describe_mesh(mesh, "gpu") == "data=2,tensor=4, 8 devices"
+    assert "one processor" in describe_mesh(mesh, "cpu")
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--tp", "2", "--peer", "transformers"], "--peer: not on a mesh"),
-        (["--mesh", "data=2", "--preset", "consumer"], "--preset: not on a mesh"),
+        (["--tp", "2", "--peer", "transformers"], "--peer: not supported on a mesh"),
         (["--tp", "1", "--preset", "consumer", "--peer", "transformers"], "--preset and --peer"),
         (["--coordinator", "host:1"], "--coordinator: not supported by this command"),
-        (["--mesh", "data=2,model=4"], "makes no sense"),
+        (["--mesh", "data=2,model=4"], "is not valid"),
         (["--tp", "7"], "tensor=7 takes 7 devices"),
     ],
 )
@@ -131,8 +134,8 @@ def test_what_is_refused(args, message, monkeypatch):
 
 
 def test_a_mesh_has_to_fit_every_form():
-    args = cast(Any, SimpleNamespace(random="chatglm2-6b", layers=1))
-    subject = suite.Subject(args, jax.devices()[0], cast(Any, {"fsdp": 4096}))
+    mesh = cast(Any, {"fsdp": 4096})
+    subject = Subject(ModelChoice(), jax.devices()[0], mesh, random="chatglm2-6b", layers=1)
     subject.check_forms((None, "int8"))
     with pytest.raises(UsageError, match="two columns share a byte") as error:
         subject.check_forms(("int8", "int4"))

@@ -337,7 +337,7 @@ def test_a_wanted_tool_call_is_compared_in_the_form_of_an_answer(
 ):
     for name in ("jieba", "rouge_chinese", "nltk", "sacrebleu"):
         pytest.importorskip(name)
-    monkeypatch.setattr(generation, "open_engine", lambda args, **contents: engine)
+    monkeypatch.setattr(generation, "open_engine", lambda *args, **contents: engine)
     data, written = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     asked = {"role": "user", "content": "Q"}
     for call in (CALL, CALL._replace(content="")):

@@ -14,7 +14,7 @@ from infer.chat.__main__ import main as chat_main
 from infer.engine.placement import Places
 from infer.generate import __main__ as generate
 from infer.memory.budget import Budget, shared
-from infer.memory.plan import make_plan
+from infer.memory.plan import Plan
 from infer.memory.precision import Precision
 from infer.memory.shares import sizes_of
 from tests.support.mesh_process import run
@@ -75,8 +75,11 @@ def test_meshes_that_make_no_sense_are_told_by_the_command(found):
     assert bad["--tp 4"][1:3] == [
         "The mesh tensor=4 takes 4 devices.", "There are 8 devices, and a mesh takes all of them.",
     ]  # fmt: skip
-    assert "'x' is no size of tensor" in bad["--mesh data=2,tensor=x"][2]
-    assert "'model' is no axis" in bad["--mesh data=2,model=4"][2]
+    assert (
+        "size of tensor must be a whole number of at least 1, got 'x'"
+        in bad["--mesh data=2,tensor=x"][2]
+    )
+    assert "'model' is not an axis" in bad["--mesh data=2,model=4"][2]
 
 
 def test_a_mesh_in_python():
@@ -86,10 +89,10 @@ def test_a_mesh_in_python():
     device = jax.devices()[0]
     other = Mesh(np.array([device]), ("x",))
     for bad, kind, words in (
-        ({"model": 1}, None, "makes no sense"),
-        ({"data": 0}, None, "makes no sense"),
+        ({"model": 1}, None, "is not valid"),
+        ({"data": 0}, None, "is not valid"),
         ({"data": 3}, None, "takes 3 devices"),
-        (7, None, "is no mesh"),
+        (7, None, "is not a mesh"),
         (other, None, "with the axes x"),
         (mesh, "cpu", "contradicts"),
         ("data=1", device, "takes all of a kind"),
@@ -119,17 +122,17 @@ def test_without_a_mesh_nothing_is_placed():
 
 
 def test_memory_of_each_device():
-    whole = make_plan(SIX, BF16, 8192, 8, platform="tpu")
+    whole = Plan(SIX, BF16, 8192, 8, platform="tpu")
     for sizes, cut, cache_cut in (
         ({"tensor": 8}, 8, 1), ({"data": 2, "tensor": 4}, 4, 2), ({"tensor": 2}, 2, 2),
         ({"fsdp": 8}, 8, 8), ({"data": 8}, 1, 8),
     ):  # fmt: skip
-        plan = make_plan(SIX, BF16, 8192, 8, platform="tpu", mesh=sizes_of(sizes))
+        plan = Plan(SIX, BF16, 8192, 8, platform="tpu", mesh=sizes_of(sizes))
         # Beyond its part a device has norms, and keys and values where two heads are not cut.
         assert whole.weights / cut <= plan.weights < whole.weights / cut * 1.07, sizes
         assert plan.cache == whole.cache // cache_cut, sizes
         assert plan.temporary <= whole.temporary
-    one = make_plan(SIX, BF16, 8192, 1, mesh=sizes_of({"data": 8}))
+    one = Plan(SIX, BF16, 8192, 1, mesh=sizes_of({"data": 8}))
     assert one.rows == 8
 
 

@@ -20,7 +20,7 @@ from infer.engine.session import Session
 from infer.evaluate import __main__ as evaluate
 from infer.evaluate.reader import Reader
 from infer.generate.__main__ import main
-from infer.memory.plan import largest_context, make_plan
+from infer.memory.plan import Plan, largest_context
 from infer.memory.precision import Precision
 from infer.memory.shortage import when_answering
 from tests.support.checkpoints import TINY, random_params, write_official
@@ -122,14 +122,12 @@ def test_the_reader_of_evaluations(engine):
 
 def test_the_memory_plan_counts_it():
     precision = Precision("float32")
-    plain, more = (
-        make_plan(TINY, precision, 128, 4, platform="cpu", prefix=count) for count in (0, P)
-    )
+    plain, more = (Plan(TINY, precision, 128, 4, platform="cpu", prefix=count) for count in (0, P))
     slot = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
     assert more.cache - plain.cache == 4 * P * slot
     assert more.weights - plain.weights == P * slot
-    assert largest_context(TINY, precision, 4, plain.total, platform="cpu") >= 128
-    assert largest_context(TINY, precision, 4, plain.total, platform="cpu", prefix=P) < 128
+    assert largest_context(plain, plain.total) >= 128
+    assert largest_context(more, plain.total) < 128
     device = toy_engine(PARAMS).device
     sizes = {"context": 128, "batch": 4, "chunk": 64}
     said = [

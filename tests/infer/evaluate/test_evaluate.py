@@ -1,9 +1,10 @@
-"""`python -m infer.evaluate --task perplexity`, and forms of a model beside each other."""
+"""`python -m infer.evaluate --task perplexity`: which tokens count, and how likely they are."""
 
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,27 +13,14 @@ import pytest
 from glm2_jax import forward
 from glm2_jax.errors import CheckpointError, InputError
 from infer.evaluate import perplexity, reader
-from infer.evaluate import run as evaluation
 from infer.evaluate.__main__ import main, parser
 from infer.evaluate.reader import Reader
-from infer.evaluate.rows import BadRows, Conversation, Text
+from infer.evaluate.rows import BadRows, Conversation, Text, data_file
 from tests.support.engine_toy import toy_engine, toy_params, warm_engine
 from tests.support.training_data import open_rows
 from train.demo import data as demo_data
 
 LONG = "你好，世界。今天天气很好，我们去公园散步吧。The model answers questions. " * 6
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return toy_engine(share=warm_engine(), max_length=256)
-
-
-@pytest.fixture
-def toy(engine, monkeypatch):
-    """The toy engine in place of what the flags name."""
-    monkeypatch.setattr(evaluation, "open_engine", lambda args, **contents: engine)
-    return engine
 
 
 def pair(question, answer, history=(), **marks):
@@ -46,7 +34,7 @@ def pair(question, answer, history=(), **marks):
 
 
 def nats_of(engine, ids, first: int) -> float:
-    """The whole row at once, without cache or chunks, in float64."""
+    """The complete row at once, without cache or chunks, in float64."""
     tokens = np.array([ids[:-1]], np.int32)
     logits, _ = jax.jit(forward, static_argnums=0)(engine.config, engine.checkpoint.params, tokens)
     logits = np.asarray(logits[0], np.float64)
@@ -58,18 +46,18 @@ def nats_of(engine, ids, first: int) -> float:
 
 def measured(engine, *rows, batch: int = 4, **kwargs):
     made = perplexity.prepare(engine, rows, BadRows(), **kwargs)
-    return perplexity.measure(engine, made, batch)
+    [total] = perplexity.measure([engine], made, batch)
+    return total
 
 
-def figures(capsys, *args: str) -> dict:
-    assert main([*args, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+def write_rows(path, *rows):
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
 
 
 def test_a_text_is_as_likely_as_each_of_its_tokens(engine):
     text = "今天天气很好，我们去公园散步吧。"
-    ids = engine.tokenizer.encode(text)
-    prefix = engine.tokenizer.prefix_ids
+    ids, prefix = engine.tokenizer.encode(text), engine.tokenizer.prefix_ids
     total = measured(engine, Text("here", text))
     assert total.tokens == len(ids)
     assert total.nats == pytest.approx(nats_of(engine, [*prefix, *ids], len(prefix)), rel=1e-5)
@@ -84,36 +72,24 @@ def test_of_an_answer_only_it_and_its_end_count(engine):
     total = measured(engine, pair(question, answer))
     prompt = engine.build_prompt(question)
     learned = [*engine.tokenizer.encode(answer), engine.tokenizer.eos_id]
-    assert total.tokens == len(learned) and total.characters == len(answer)
+    assert total.tokens == len(learned) and total.material.characters == len(answer)
     assert total.nats == pytest.approx(nats_of(engine, prompt + learned, len(prompt)), rel=1e-5)
-
-
-HISTORY = (("你好", "你好！"), ("今天天气很好", "是的。"))
 
 
 @pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
 def test_every_answer_counts_as_training_learns_it(engine, tmp_path, family):
     if family == "chatglm3":
         engine = toy_engine(family=family, share=warm_engine(), max_length=256)
-    row = {"instruction": "谢谢", "output": "不客气。", "history": [list(turn) for turn in HISTORY]}
+    history = (("你好", "你好！"), ("今天天气很好", "是的。"))
+    row = {"instruction": "谢谢", "output": "不客气。", "history": [list(turn) for turn in history]}
     dataset = open_rows(
         tmp_path / "data", [row], tokenizer=engine.tokenizer, template=engine.template
     )
-    total = measured(engine, pair("谢谢", "不客气。", HISTORY))
-    assert total.rows == 1 and total.tokens == dataset.learned.sum()
-    assert total.characters == sum(len(answer) for _, answer in HISTORY) + len("不客气。")
-    marked = measured(engine, pair("谢谢", "不客气。", HISTORY, loss=False))
-    assert marked.characters == len("不客气。") and 0 < marked.tokens < total.tokens
-
-
-def test_a_chatglm3_answer_begins_with_the_line_for_a_tool():
-    engine = toy_engine(family="chatglm3")
-    [item] = perplexity.prepare(engine, [pair("你好", "我是模型")], BadRows()).items
-    encode = engine.tokenizer.encode
-    answer = [*encode("\n"), *encode("我是模型"), engine.tokenizer.eos_id]
-    prompt = engine.build_prompt("你好")
-    assert list(item.ids) == prompt + answer
-    assert list(item.counted) == [False] * len(prompt) + [True] * len(answer)
+    total = measured(engine, pair("谢谢", "不客气。", history))
+    assert total.material.rows == 1 and total.tokens == dataset.learned.sum()
+    assert total.material.characters == len("你好！是的。不客气。")
+    marked = measured(engine, pair("谢谢", "不客气。", history, loss=False))
+    assert marked.material.characters == len("不客气。") and 0 < marked.tokens < total.tokens
 
 
 def test_windows_count_every_token_once():
@@ -124,7 +100,6 @@ def test_windows_count_every_token_once():
         (90, 91, 4, 5, 6, 7, 8, 9),
     ]
     assert [item.counted.index(True) for item in items] == [2, 6, 6]
-    assert all(all(item.counted[item.counted.index(True) :]) for item in items)
     odd = list(perplexity.windows((90,), range(7), room=4, stride=2))
     counted = [item.ids[item.counted.index(True) :] for item in odd]
     assert counted == [(0, 1, 2, 3), (4, 5), (6,)]
@@ -139,17 +114,14 @@ def test_a_long_text_is_read_in_windows(engine):
     assert total.nats == pytest.approx(expected, rel=1e-5)
 
 
-def test_more_context_is_another_figure(engine):
-    wide = measured(engine, Text("here", LONG), window=128, stride=16)
-    narrow = measured(engine, Text("here", LONG), window=32, stride=16)
-    assert wide.tokens == narrow.tokens and wide.nats != narrow.nats
-
-
-def test_the_batch_does_not_matter(engine):
+def test_neither_the_batch_nor_the_chunks_matter(engine):
     rows = [Text("a", LONG[:40]), pair("你好", "今天天气很好"), Text("c", LONG[:90])]
     one, four = measured(engine, *rows, batch=1), measured(engine, *rows, batch=4)
     assert one.tokens == four.tokens
     assert one.nats == pytest.approx(four.nats, rel=1e-6)
+    for batch in (1, 3, 8, 600):
+        columns = Reader(engine, batch, 256).columns
+        assert columns >= 1 and (columns == 1 or batch * columns <= reader.POSITIONS)
 
 
 def test_more_data_compiles_nothing_and_logits_stay_small():
@@ -162,12 +134,6 @@ def test_more_data_compiles_nothing_and_logits_stay_small():
     assert shapes and all(rows * columns <= reader.POSITIONS for rows, columns, _ in shapes)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8, 600])
-def test_the_columns_of_a_chunk(engine, batch):
-    columns = Reader(engine, batch, 256).columns
-    assert columns >= 1 and (columns == 1 or batch * columns <= reader.POSITIONS)
-
-
 def test_nan_is_an_error(engine):
     params = toy_params()
     params = {**params, "final_norm": params["final_norm"].at[0].set(np.nan)}
@@ -175,10 +141,10 @@ def test_nan_is_an_error(engine):
         measured(toy_engine(params, share=engine, max_length=256), Text("here", "你好"))
 
 
-def test_a_text_file_by_the_command(toy, tmp_path, capsys):
+def test_a_text_file_by_the_command(toy, tmp_path, figures, capsys):
     path = tmp_path / "text.txt"
     path.write_text(LONG, encoding="utf-8")
-    found = figures(capsys, "--data", str(path), "--window", "64")
+    found = figures("--data", path, "--window", "64")
     total = measured(toy, Text("", LONG), window=64)
     assert found["tokens"] == total.tokens and found["rows"] == 1
     assert found["perplexity"] == pytest.approx(total.figures()["perplexity"])
@@ -186,16 +152,15 @@ def test_a_text_file_by_the_command(toy, tmp_path, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_rows_of_every_form(toy, tmp_path, capsys):
+def test_rows_of_every_form(toy, tmp_path, figures):
     rows = [
         {"text": "你好"},
         {"instruction": "你好", "input": "世界", "output": "今天"},
         {"content": "类型#裤", "summary": "好看的裤子", "more": 1},
     ]
-    lines, whole = tmp_path / "rows.jsonl", tmp_path / "rows.json"
-    lines.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
-    whole.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    found = [figures(capsys, "--data", str(path)) for path in (lines, whole)]
+    lines, array = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "rows.json"
+    array.write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
+    found = [figures("--data", path) for path in (lines, array)]
     assert found[0]["rows"] == 3 and found[0]["tokens"] == found[1]["tokens"]
     first, second = pair("你好\n世界", "今天"), pair("类型#裤", "好看的裤子")
     total = measured(toy, Text("", "你好"), first, second)
@@ -208,64 +173,40 @@ BAD = [
     (b"[1]", "not a JSON object"),
     (b'{"text": " "}', "text is empty"),
     (b'{"text": 5}', "text is not a string"),
-    (b'{"text": "a", "text": "b"}', "twice"),
     (b'{"prompt": "a"}', "no known format, its keys are 'prompt'"),
-    (b'{"instruction": "a"}', "no known format, its keys are 'instruction'"),
-    (b'{"instruction": "a", "output": "b", "input": 1}', "input is not a string"),
     (b'{"instruction": "a", "output": "b", "history": [1]}', "history"),
     (rb'{"text": "\ud800"}', "half of a character"),
+    (json.dumps({"instruction": "a", "output": "世" * 400}).encode(), "too long: "),
 ]
 
 
-@pytest.mark.parametrize(("line", "reason"), BAD, ids=[reason for _, reason in BAD])
-def test_a_bad_row_is_told_and_is_an_error(toy, tmp_path, capsys, line, reason):
+def test_bad_rows_are_reported_and_are_an_error(toy, tmp_path, figures, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "hello"}\n\n' + line + b"\n")
-    with pytest.raises(InputError, match="1 of 2 rows is bad") as error:
-        main(["--data", str(path)])
+    path.write_bytes(b"\n\n".join([b'{"text": "hello"}', *(line for line, _ in BAD)]))
+    with pytest.raises(InputError, match="8 of 10 rows are bad") as error:
+        main(["--data", str(path)])  # before the length of the last one is known
     assert error.value.exit_code == 3
-    assert f"{path}:3: " in (told := capsys.readouterr().err) and reason in told
-    found = figures(capsys, "--data", str(path), "--max-bad", "1")
-    assert found["bad_rows"] == 1 and found["rows"] == 1
+    with pytest.raises(InputError, match="9 of 10 rows are bad"):
+        main(["--data", str(path), "--max-bad", "8"])
+    reported = capsys.readouterr().err.splitlines()
+    for number, (_, reason) in enumerate(BAD, 1):
+        assert any(f"{path}:{1 + 2 * number}: " in line and reason in line for line in reported)
+    found = figures("--data", path, "--max-bad", "9")
+    assert found["bad_rows"] == 9 and found["rows"] == 1
 
 
-def test_an_answer_that_is_too_long_is_a_bad_row(toy, tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"instruction": "你好", "output": "世" * 400}, {"text": "你好"}]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    with pytest.raises(InputError, match="1 of 2"):
-        main(["--data", str(path)])
-    assert f"{path}:1: too long: " in capsys.readouterr().err
-    assert figures(capsys, "--data", str(path), "--max-bad", "1")["bad_rows"] == 1
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"[]", b"{}\n"])
-def test_nothing_that_can_be_used(toy, tmp_path, content):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InputError):
-        main(["--data", str(path), "--max-bad", "5"])
-
-
-@pytest.mark.parametrize("content", ["你好".encode("gb18030"), "你好".encode("utf-16"), b"", b"[1"])
-def test_files_that_are_no_text(toy, tmp_path, content):
-    path = tmp_path / "text.txt"
-    path.write_bytes(content)
-    with pytest.raises(InputError):
-        main(["--data", str(path)])
-    with pytest.raises(InputError, match="no such file"):
-        main(["--data", str(tmp_path / "none.txt")])
-
-
-def evaluation_sample() -> list[str]:
-    from infer.evaluate.rows import data_file
-
-    with open(data_file(None), encoding="utf-8") as file:
-        return file.read().splitlines()
+@pytest.mark.parametrize("name", ["rows.jsonl", "text.txt"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"[]", b"{}\n", "你好".encode("gb18030"), None])
+def test_files_without_a_usable_row(toy, tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=None if content is not None else "no such file"):
+        main(["--data", str(tmp_path / name), "--max-bad", "5"])
 
 
 def test_the_bundled_sample_is_new_questions_with_learned_answers(capsys):
-    rows = [json.loads(line) for line in evaluation_sample()]
+    lines = Path(data_file(None)).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     unseen = {row["instruction"] for row in demo_data.load_heldout()}
     learned = {pair.answer for pair in demo_data.load_pairs()}
     assert {row["instruction"] for row in rows} <= unseen

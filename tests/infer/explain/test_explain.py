@@ -25,7 +25,7 @@ from infer.explain.facts import PROMPT, Walk
 from infer.explain.walk import make_walk
 from infer.explain.words import WORDS
 from infer.memory.cards import CARDS
-from infer.memory.plan import make_plan, rate_bound, weight_bytes
+from infer.memory.plan import Plan, rate_bound, weight_bytes
 from infer.memory.precision import Precision
 from tests.support.paths import ROOT
 from tests.support.shared_data import shared_path
@@ -106,8 +106,8 @@ def test_bytes_are_those_that_the_memory_plan_counts(walk):
     table = SIX.vocab_size * SIX.hidden_size * 2
     weights = weight_bytes(SIX, BF16) - table + 17 * 4096 * 2
     assert walk.prefill.bytes == weights + walk.cache.now
-    plan = make_plan(SIX, BF16, 18)
-    rate = rate_bound(SIX, plan, CARDS["h200"].bandwidth)
+    plan = Plan(SIX, BF16, 18)
+    rate = rate_bound(plan, CARDS["h200"].bandwidth)
     bound = next(bound for bound in walk.bounds if bound.device == "h200")
     assert bound.tokens_per_s == pytest.approx(rate, rel=1e-5)
     quantized = make_walk(SIX, Precision("bfloat16", "int4-row"), 17, model="x")
@@ -221,7 +221,7 @@ def test_the_command_from_a_name(capsys):
     out, _ = explained(capsys, "--config", "chatglm3-6b", "--template", "chatglm2", "--json")
     assert json.loads(out)["walk"]["length"] == 17
     out, err = explained(capsys, "--config", "codegeex2-6b")
-    assert "a prompt of 128 ids is taken" in err and "a prompt: 128 ids, an example" in out
+    assert "the example is a prompt of 128 ids" in err and "a prompt: 128 ids, an example" in out
 
 
 def without_weights(folder: Path) -> Path:
@@ -237,7 +237,7 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, capsys):
             (folder / "model.safetensors").write_bytes(content)
         out, err = explained(capsys, "--model", str(folder), "--json")
         found = json.loads(out)
-        assert "holds no weights: shapes and costs alone" in err and found["values"] is None
+        assert "holds no weights: only shapes and costs" in err and found["values"] is None
         assert (found["walk"]["length"], found["walk"]["length_from"]) == (16, "tokenizer")
     for content in (b"", bytes(2000)):  # damaged is not the same as absent
         (folder / "model.safetensors").write_bytes(content)
@@ -273,8 +273,7 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
         (["--config", "chatglm2-6b", "--template", "chatglm3"], "'chatglm3' is not possible"),
         (["--config", "chatglm2-6b", "--heads", "0:0"], "--heads: without effect"),
         (["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max-new-tokens"),
-        (["--heads", "0:0,4:0"], "--heads 4:0: there is no such head"),
-        (["--heads", "0:8"], "--heads 0:8: there is no such head"),
+        (["--heads", "0:0,4:0"], "--heads 4:0 does not exist"),
     ):
         error = bad(*flags)
         assert isinstance(error, UsageError) and what in error.what
@@ -285,7 +284,7 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     ):
         error = bad(*flags)
         assert isinstance(error, InputError) and what in error.what
-    monkeypatch.setattr(explain_run, "find_subject", lambda args: 1 / 0)
+    monkeypatch.setattr(explain_run, "find_subject", lambda settings: 1 / 0)
     (tmp_path / "file").write_text("x")
     assert "written to a file" in bad("--html", "-").what
     for page in ("", "none/page.html", "file/page.html"):
@@ -299,9 +298,9 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
         (["--device", "h20"], "did you mean h200?"),
         (["--device", "abacus"], "known: 3060"),
         (["--heads", "0-0"], "write LAYER:HEAD"),
-        (["--top-k", "21"], "more than 20"),
-        (["--length", "9" * 20], "99999999999999999999 ids are more than any model reads"),
-        (["--width", "3"], "too few"),
+        (["--top-k", "21"], "from 1 to 20, got 21"),
+        (["--length", "9" * 20], "must be from 1 to 1000000000, got 99999999999999999999"),
+        (["--width", "3"], "must be from 30"),
         (["--prompt", "x", "--length", "3"], "not allowed with"),
     ],
 )

@@ -14,7 +14,7 @@ from glm2_jax.cli.messages import cut_to_width
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.context import token_context
 from glm2_jax.limits import SCORES
-from glm2_jax.quant import SCHEMES
+from glm2_jax.schemes import SCHEMES
 from glm2_jax.text.prompt import build_prompt
 from infer.engine.params import SamplingParams
 from infer.explain import report, stages, values
@@ -165,11 +165,11 @@ def test_the_report_fits_the_terminal(engine, found, columns):
     start = lines.index("attention of layer 0, head 0:")
     assert lines[start + 1].split()[-1] in ("@", "@@")  # the first token sees itself alone
     assert ("(1 of 4 candidates fit here" in " ".join(lines)) == (columns == 40)
-    assert "too wide for here" in "\n".join(report.render(walk, found, 28))
+    assert "too wide for this" in "\n".join(report.render(walk, found, 28))
 
 
 def test_the_command_prints_what_was_found(engine, found, capsys, monkeypatch):
-    monkeypatch.setattr(explain_run, "open_engine", lambda args: engine)
+    monkeypatch.setattr(explain_run, "open_engine", lambda choice, options: engine)
     assert main(["--json", "--heads", "3:7", "--top-k", "4", "--max-new-tokens", str(TOKENS)]) == 0
     out, err = capsys.readouterr()
     assert err.startswith("no --model given: using the bundled demo model")
@@ -183,8 +183,8 @@ def test_scores_of_long_prompts_are_not_computed_at_once(engine, capsys, monkeyp
     assert values.longest(engine.config) == engine.config.seq_length
     long = dataclasses.replace(engine.config, seq_length=2**20, num_heads=32)
     assert values.longest(long) ** 2 * 32 <= SCORES < (values.longest(long) + 1) ** 2 * 32
-    monkeypatch.setattr(values, "longest", lambda config: 16)
-    monkeypatch.setattr(explain_run, "open_engine", lambda args: 1 / 0)
+    monkeypatch.setattr(explain_run, "longest", lambda config: 16)
+    monkeypatch.setattr(explain_run, "open_engine", lambda *args: 1 / 0)
     assert main(["--json"]) == 0
     out, err = capsys.readouterr()
     assert "the prompt has 16" in err and json.loads(out)["values"] is None

@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from glm2_jax.processes import join
 from infer.engine.engine import Engine
-from infer.evaluate.generation import check_output, predictions_file
 from infer.generate import __main__ as generate
 from tests.support.paths import ROOT
 
@@ -45,16 +43,3 @@ def test_two_processes_go_on_with_what_one_left(tmp_path, monkeypatch):
     assert "5 answered, 0 bad lines" in done.stderr and done.stdout == ""
     assert Path(theirs).read_bytes() == Path(ours).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["in", "ours", "theirs"]
-
-
-def test_predictions_are_for_the_first_of_several_processes(tmp_path, monkeypatch):
-    from infer.evaluate.__main__ import parser
-
-    path = tmp_path / "answers.jsonl"
-    path.write_text("an earlier one")
-    args = parser().parse_args(["--task", "generation", "--predictions", str(path)])
-    monkeypatch.setattr(join, "is_first", lambda: False)
-    check_output(args)
-    with predictions_file(args) as write:
-        write(0, {"predict": "x"})
-    assert path.read_text() == "an earlier one" and os.listdir(tmp_path) == [path.name]

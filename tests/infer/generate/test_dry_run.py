@@ -23,8 +23,8 @@ from infer.engine import load
 from infer.engine.load import demo_folder
 from infer.generate.__main__ import main, parser
 from infer.memory import budget
-from infer.memory.budget import Budget, Wish, set_gpu_share, settle
-from infer.memory.plan import make_plan
+from infer.memory.budget import Budget, set_gpu_share, settle
+from infer.memory.plan import Plan
 from infer.memory.precision import Precision
 from tests.support.paths import ROOT
 
@@ -58,7 +58,7 @@ def test_the_json_has_the_same_plans(capsys):
     assert code == 0 and found["fits"] is True and found["bandwidth"] == 4.8e12
     assert len(found["plans"]) == 4 * 2
     plan = next(p for p in found["plans"] if (p["quantize"], p["batch"]) == ("int8", 8))
-    want = make_plan(PRESETS["chatglm3-6b"], Precision("bfloat16", "int8"), 4096, 8)
+    want = Plan(PRESETS["chatglm3-6b"], Precision("bfloat16", "int8"), 4096, 8)
     assert plan["total"] == want.total and plan["weights"] == want.weights
     assert plan["tokens_per_second_bound"] > 1000 and plan["speculate"] == 0
 
@@ -74,8 +74,8 @@ def test_drafts_are_in_the_plans(capsys):
 
 
 def test_drafts_are_in_the_check_of_the_start(monkeypatch):
-    wishes: list[Wish] = []
-    monkeypatch.setattr(budget, "settle", lambda _, wish, __: wishes.append(wish) or 1 / 0)
+    wishes: list[Plan] = []
+    monkeypatch.setattr(budget, "settle", lambda _, plans, *__: wishes.extend(plans) or 1 / 0)
     for flags, columns in (((), 1), (("--speculate", "7"), 8)):
         args = parser().parse_args(["--prompt", "x", "--device", "cpu", *flags])
         with pytest.raises(ZeroDivisionError):
@@ -126,11 +126,11 @@ def test_flags_that_do_not_go_together():
         main(["--device", "3090", "--prompt", "x"])
     with pytest.raises(UsageError, match="each name a model"):
         main(["--dry-run", "--config", "chatglm2-6b", "--model", "x"])
-    with pytest.raises(UsageError, match="knows 32768 positions"):
+    with pytest.raises(UsageError, match="must be at most 32768"):
         main(["--dry-run", "--config", "chatglm2-6b", "--max-length", "40000"])
     for flags, what in (
         (["--max-length", "0"], "max_length"),
-        (["--max-length", "1"], "--max-length 1 is too short"),
+        (["--max-length", "1"], "--max-length must be at least 2"),
         (["--config", "chatglm2-6b-int4", "--quantize", "int8"], "quantized already"),
     ):
         with pytest.raises(UsageError, match=what):
@@ -195,7 +195,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch):
         main([*common, "--memory-limit", "1MB"])
     assert error.value.exit_code == 5 and "weights 4.7 MB" in error.value.what
     assert "jax itself 400.0 MB" in error.value.what
-    with pytest.raises(UsageError, match="--max-length 99999 is more than the model has"):
+    with pytest.raises(UsageError, match="--max-length must be at most 1024, got 99999"):
         main([*common, "--max-length", "99999"])
 
 
@@ -204,32 +204,32 @@ def limited(memory: int) -> Budget:
 
 
 def test_a_default_context_is_made_shorter_but_not_one_that_was_asked_for():
-    wish = Wish(SIX, (BF16,), 32768, 8)
+    wish = [Plan(SIX, BF16, 32768, 8)]
     told: list[str] = []
-    plan = settle(limited(18 * GB), wish, told.append)
-    assert plan.context < 32768 and plan.total <= 18 * GB and "memory for" in told[0]
-    asked = dataclasses.replace(wish, fixed_context=True)
+    plan = settle(limited(18 * GB), wish, None, told.append)
+    assert plan.context < 32768 and plan.total <= 18 * GB
+    assert f"context reduced to {plan.context:,} tokens" in told[0]
     with pytest.raises(DeviceError) as error:
-        settle(limited(18 * GB), asked, told.append)
+        settle(limited(18 * GB), wish)
     text = str(error.value)
     assert "--memory-limit allows 18.0 GB" in text and "32,768 tokens x 8" in text
     assert "--dtype bfloat16 --quantize int4" in text and f"--max-length {plan.context}" in text
     assert "--batch-size" in text and len(text.splitlines()) == 3
     with pytest.raises(DeviceError, match="a larger device is needed"):
-        settle(limited(2 * GB), wish, told.append)
-    assert settle(Budget("a card", "gpu", None), wish, told.append).context == 32768
+        settle(limited(2 * GB), wish, None, told.append)
+    assert settle(Budget("a card", "gpu", None), wish).context == 32768
 
 
 def test_float32_gives_way_where_it_does_not_fit():
     choices = Budget("cpu", "cpu", 16 * GB).precisions(None, "auto", None)
-    plan = settle(Budget("cpu", "cpu", 16 * GB), Wish(SIX, choices, 8192), print)
-    assert plan.precision == BF16
+    wishes = [Plan(SIX, choice, 8192, platform="cpu") for choice in choices]
+    assert settle(Budget("cpu", "cpu", 16 * GB), wishes).precision == BF16
 
 
 def test_the_share_of_a_gpu_comes_from_the_plan():
     gpu = Gpu("NVIDIA GeForce RTX 3090", 24 * 2**30, 23 * 2**30)
     here = Budget("a card", "gpu", 22 * 2**30, present=gpu)
-    plan = make_plan(SIX, Precision("bfloat16", "int4"), 8192)
+    plan = Plan(SIX, Precision("bfloat16", "int4"), 8192)
     environment: dict[str, str] = {}
     share = set_gpu_share(here, plan, environment)
     assert share is not None and environment == {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
@@ -237,7 +237,7 @@ def test_the_share_of_a_gpu_comes_from_the_plan():
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
         environment = {name: "x"}  # the user's own
         assert set_gpu_share(here, plan, environment) is None and environment == {name: "x"}
-    large = make_plan(SIX, BF16, 32768, 64)
+    large = Plan(SIX, BF16, 32768, 64)
     assert set_gpu_share(here, large, {}) == pytest.approx(0.95, abs=0.002)
     assert set_gpu_share(Budget("this processor", "cpu", GB), plan, {}) is None
 

@@ -20,24 +20,20 @@ from tests.support.paths import ROOT
 CHINESE = "今天天气怎么样？请写一首关于春天的诗。"
 
 
-@pytest.mark.parametrize("data", [CHINESE.encode(), b"\xef\xbb\xbf" + CHINESE.encode()])
-def test_utf8_is_read_with_and_without_a_mark(tmp_path, data):
-    (tmp_path / "a.txt").write_bytes(data)
-    assert read_utf8(tmp_path / "a.txt") == CHINESE
+def test_utf8_is_read_with_and_without_a_mark(tmp_path):
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "a.txt").write_bytes(mark + f"{CHINESE}\0\n".encode())
+        assert read_utf8(tmp_path / "a.txt") == f"{CHINESE}\0\n"  # single NULs are text
 
 
 @pytest.mark.parametrize(
     ("text", "codec", "name"),
     [
         (CHINESE, "gb18030", "GB18030"),
-        ("你好", "gbk", "GB18030"),
-        ("今天天氣怎麼樣？請寫一首關於春天的詩。", "big5", "Big5"),
         ("介紹一下清華大學", "big5", "Big5"),
         ("今日の天気はどうですか？春の詩を書いてください。", "cp932", "Shift-JIS"),
         ("Où est la bibliothèque ?", "latin-1", "Latin-1"),
-        ("Müßiggang über alles", "cp1252", "Latin-1"),
         (CHINESE, "utf-16", "UTF-16"),
-        ("hello 你好", "utf-16-le", "UTF-16"),
         ("hello 你好", "utf-16-be", "UTF-16"),
         ("hello", "utf-32", "UTF-32"),
     ],
@@ -48,28 +44,31 @@ def test_other_encodings_are_refused_with_a_guess(tmp_path, text, codec, name):
         read_utf8(tmp_path / "a.txt")
 
 
-def test_the_place_of_the_bad_byte_is_named(tmp_path):
+def test_bytes_of_no_encoding(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ntw\xff")
     with pytest.raises(InputError, match="line 2, byte 7"):
         read_utf8(tmp_path / "a.txt")
-
-
-def test_nonsense_is_not_given_a_name():
     assert "no text encoding" in guess_encoding(bytes(range(128, 256)) * 4)
 
 
-def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        read_utf8(tmp_path / "missing")
-    with pytest.raises(InputError, match="folder"):
-        read_utf8(tmp_path)
-    with pytest.raises(InputError, match="null"):
-        read_utf8("a\0b")
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "locked").touch(mode=0)
+    for path in (
+        tmp_path / "missing",
+        tmp_path,
+        "a\0b",
+        *[tmp_path / "locked"] * bool(os.getuid()),
+    ):
+        with pytest.raises(InputError, match="cannot read"):
+            read_utf8(path)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="closed"):
+        read_prompt("-")
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "-"])
 def test_what_has_no_end_is_refused(monkeypatch, name):
-    """A character device, and a pipe of which the other end goes on writing."""
+    """A character device, and a pipe into which another process keeps writing."""
     with open_zeros(name) as zeros:
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=zeros))
         with pytest.raises(InputError, match="it has more, and a text may have 256.0 MB"):
@@ -80,7 +79,6 @@ def test_what_has_no_end_is_refused(monkeypatch, name):
             f"cannot read {name}:1",
             "a line may have 16.8 MB, this has 256.9 MB so far",
         ]
-    assert read_utf8("/dev/null") == ""
 
 
 @contextlib.contextmanager
@@ -94,13 +92,6 @@ def open_zeros(name):
         process.kill()
 
 
-def test_a_device_of_lines_without_end(monkeypatch):
-    monkeypatch.setattr(text_input, "LARGEST", 1 << 20)
-    with open_input("/dev/urandom") as file:
-        with pytest.raises(InputError, match="it has more than 1.0 MB"):
-            list(read_lines(file, "random"))
-
-
 def test_the_largest_text(tmp_path, monkeypatch):
     path = tmp_path / "a"
     for size in (0, 1, text_input._PIECE, text_input._PIECE + 1):
@@ -110,6 +101,10 @@ def test_the_largest_text(tmp_path, monkeypatch):
         path.write_bytes(b"a" * (size + 1))
         with pytest.raises(InputError, match=f"it has {human_size(size + 1)}, and a text may have"):
             read_utf8(path)
+    monkeypatch.setattr(text_input, "LARGEST", 1 << 20)
+    with open_input("/dev/urandom") as file:  # lines without end
+        with pytest.raises(InputError, match="it has more than 1.0 MB"):
+            list(read_lines(file, "random"))
 
 
 def test_lines_one_at_a_time(tmp_path, monkeypatch):
@@ -137,99 +132,66 @@ from infer.evaluate.rows import read_rows
 from infer.generate.__main__ import main
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-code = 0
-if sys.argv[1] == "rows":
-    rows = list(read_rows(sys.argv[2]))
-    assert len(rows) == 1, rows
-    print(rows[0][1], file=sys.stderr)
-else:
-    try: cli.run_main(main, sys.argv[1:])
-    except SystemExit as ending: code = ending.code
+_, row = list(read_rows(sys.argv[1]))[0]
+print(row, file=sys.stderr)
+for flags in (["--batch-file"], ["--prompt", "x", "--history"]):
+    try: cli.run_main(main, [*flags, sys.argv[1]])
+    except SystemExit as ending: assert ending.code == 3
 print(peak() - before)
-sys.exit(code)
 """
 
 
-@pytest.mark.parametrize(
-    ("argv", "code", "message"),
-    [
-        (["--batch-file", "F"], 3, "F.jsonl:1: a line may have 16.8 MB, this has 300.0 MB"),
-        (["rows", "F"], 0, "the row is too long to be read\n300000000 bytes"),
-        (["--prompt-file", "F"], 3, "it has 300.0 MB, and a text may have 256.0 MB"),
-        (["--prompt", "x", "--history", "F"], 3, "it has 300.0 MB, and a text may have 256.0 MB"),
-    ],
-)
-def test_memory_for_a_line_that_is_too_long(argv, code, message, tmp_path):
+def test_memory_for_a_line_that_is_too_long(tmp_path):
     path = tmp_path / "F.jsonl"
     with path.open("wb") as file:
         file.truncate(3 * 10**8)  # takes no space
-    argv = [str(path) if word == "F" else word for word in argv]
     done = subprocess.run(
-        [sys.executable, "-c", LONG_LINES, *argv], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", LONG_LINES, path], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == code and message in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    for message in (
+        "the row is too long to be read\n300000000 bytes",
+        "F.jsonl:1: a line may have 16.8 MB, this has 300.0 MB",
+        "it has 300.0 MB, and a text may have 256.0 MB",
+    ):
+        assert message in done.stderr
     assert int(done.stdout) < 100 * 10**6
 
 
-def test_single_nuls_are_text(tmp_path):
-    (tmp_path / "a").write_bytes("你\0好\n".encode())
-    assert read_utf8(tmp_path / "a") == "你\0好\n"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission(tmp_path):
-    (tmp_path / "a").touch(mode=0)
-    with pytest.raises(InputError, match="permission denied"):
-        read_utf8(tmp_path / "a")
-
-
-def test_standard_input(monkeypatch):
+def test_prompts_lose_the_end_of_their_last_line_alone(tmp_path, monkeypatch):
     stdin = SimpleNamespace(buffer=io.BytesIO(f"{CHINESE}\r\n".encode()))
     monkeypatch.setattr("sys.stdin", stdin)
     assert read_prompt("-") == CHINESE
-    monkeypatch.setattr("sys.stdin", None)
-    with pytest.raises(InputError, match="closed"):
-        read_prompt("-")
-
-
-def test_only_the_end_of_the_last_line_is_dropped(tmp_path):
     (tmp_path / "a").write_text("def f():\n\n")
     assert read_prompt(str(tmp_path / "a")) == "def f():\n"
 
 
-def test_history_file(tmp_path):
+def test_history_files(tmp_path):
     path = tmp_path / "history.json"
     path.write_text(json.dumps([["你好", "你好！"]]), encoding="utf-8")
     assert read_history(str(path)) == (("你好", "你好！"),)
+    for bad in ("{}", '["ab"]', '[["a"]]', '[["a", "b", "c"]]', '[["a", 1]]', "[[", "[" * 9**5):
+        path.write_text(bad)
+        with pytest.raises(InputError, match=r'(?s)history\.json.*\[\["question", "answer"\]'):
+            read_history(str(path))
 
 
-@pytest.mark.parametrize(
-    "text", ["{}", '"ab"', '["ab"]', '[["a"]]', '[["a", "b", "c"]]', '[["a", 1]]', "[[", "[" * 9**5]
-)
-def test_bad_history_files_are_refused_with_the_form(tmp_path, text):
-    path = tmp_path / "history.json"
-    path.write_text(text)
-    with pytest.raises(InputError, match=r'(?s)history\.json.*\[\["question", "answer"\]'):
-        read_history(str(path))
-
-
-def test_a_full_line():
+def test_lines_with_and_without_values_for_the_flags():
     line = '{"prompt": "q", "id": 7, "history": [["a", "b"]], "system": "s"}'
     assert parse_line(line.encode()) == Request("q", (("a", "b"),), "s", id=7)
-
-
-def test_flags_serve_lines_that_have_nothing_of_their_own():
     history = (("a", "b"),)
     assert parse_line(b'{"prompt": "q"}', history, "s") == Request("q", history, "s")
     own = b'{"prompt": "q", "history": [], "system": null}'
     assert parse_line(own, history, "s") == Request("q")
 
 
-def test_messages():
+def test_messages_and_cleaned_text():
     messages = [{"role": "user", "content": "q\u3000r"}]
     request = parse_line(json.dumps({"messages": messages, "id": "x"}).encode())
     assert request.messages == tuple(messages) and request.id == "x"
     assert request.cleaned().messages == ({"role": "user", "content": "q r"},)
+    request = Request("a\u3000b", (("c\u00a0d", "e\u3000f"),), "g\u3000h").cleaned()
+    assert request == Request("a b", (("c d", "e f"),), "g h")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +202,6 @@ def test_messages():
         (b"{}", "no prompt"),
         (b'{"prompt": 3}', "prompt is not a string"),
         (b'{"prompt": " \\n"}', "empty prompt"),
-        (b'{"prompt": "q", "id": [1]}', "id is not"),
         (b'{"prompt": "q", "id": true}', "id is not"),
         (b'{"prompt": "q", "system": 1}', "system is not a string"),
         (b'{"prompt": "q", "history": "a"}', "history is not a list"),
@@ -250,7 +211,6 @@ def test_messages():
         (b'{"prompt": "q", "sytem": "s"}', "sytem(.|\n)*did you mean system"),
         (b'{"prompt": "q", "max": 3}', "max(.|\n)*there are prompt, messages"),
         (b'{"prompt": "q", "prompt": "r"}', "key 'prompt' is there twice"),
-        (b'{"messages": []}', "messages is not a list"),
         (b'{"messages": ["q"]}', "messages is not a list"),
         ('{"prompt": "你好"}'.encode("gbk"), "GB18030"),
         (b"[" * 100_000, "nested too deeply"),
@@ -261,22 +221,12 @@ def test_bad_lines(line, reason):
         parse_line(line)
 
 
-def lines_of(data):
-    return read_lines(io.BufferedReader(io.BytesIO(data)), "in.jsonl")
+def test_a_batch_file_continues_after_a_bad_line():
+    def parsed(data):
+        return list(parse_batch(read_lines(io.BufferedReader(io.BytesIO(data)), "in.jsonl")))
 
-
-def test_a_batch_file_goes_on_after_a_bad_line():
-    data = b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}'
-    rows = list(parse_batch(lines_of(data)))
+    rows = parsed(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}')
     assert [number for number, _ in rows] == [1, 4, 5]
     assert [type(row) for _, row in rows] == [Request, InputError, Request]
-
-
-def test_a_batch_file_in_utf16_is_refused_as_a_whole():
     with pytest.raises(InputError, match="in.jsonl(.|\n)*UTF-16"):
-        list(parse_batch(lines_of('{"prompt": "a"}'.encode("utf-16"))))
-
-
-def test_cleaned_text():
-    request = Request("a\u3000b", (("c\u00a0d", "e\u3000f"),), "g\u3000h").cleaned()
-    assert request == Request("a b", (("c d", "e f"),), "g h")
+        parsed('{"prompt": "a"}'.encode("utf-16"))

@@ -1,4 +1,4 @@
-"""`python -m infer.generate` as a process of its own: imports, locales, signals, pipes."""
+"""`python -m infer.generate` as a process: imports, locales, signals, pipes."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def test_help_and_usage_errors_do_not_wait_for_jax():
         "try: main(sys.argv[1:])\n"
         "finally: print('jax' in sys.modules, 'numpy' in sys.modules, file=sys.stderr)"
     )
-    for flag, status in (("--help", 0), ("--version", 0), ("--nonsense", 2)):
+    for flag, status in (("--help", 0), ("--nonsense", 2)):
         done = subprocess.run(
             [sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True
         )
@@ -65,58 +65,47 @@ def test_help_and_usage_errors_do_not_wait_for_jax():
 
 
 def test_output_is_utf8_whatever_the_locale_says(model):
-    plain = os.environ | {"LANG": "C", "LC_ALL": "C"}
-    old = plain | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for environment in (plain, old):
-        done = subprocess.run(
-            [*COMMAND, *model, "--json", "--max-new-tokens", "1"],
-            cwd=ROOT,
-            env=environment,
-            input="你好\n".encode(),
-            capture_output=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert '"prompt": "你好"' in done.stdout.decode("utf-8")
+    locale = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [*COMMAND, *model, "--json", "--max-new-tokens", "1"],
+        cwd=ROOT,
+        env=os.environ | locale,
+        input="你好\n".encode(),
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"prompt": "你好"' in done.stdout.decode("utf-8")
 
 
-@pytest.mark.parametrize(
-    ("signum", "code", "message"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-)
-def test_signals_end_it_at_once(model, endless, tmp_path, signum, code, message):
+def test_a_signal_ends_it_at_once(model, endless, tmp_path):
     output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     process = start(*model, *endless, "--max-new-tokens", "2", "--output", str(output))
     deadline = time.monotonic() + 120
     while not (journal.exists() and b'"answer"' in journal.read_bytes()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and out == ""
-    assert err.splitlines()[-1] == message and "Traceback" not in err
+    assert process.returncode == 143 and out == ""
+    assert err.splitlines()[-1] == "terminated" and "Traceback" not in err
     assert "to continue after a stop, run the same command" in err and not output.exists()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
-def test_ctrl_c_while_importing_loading_and_compiling(model, endless):
-    for delay in (0.05, 0.3, 0.7, 1.5):
+def test_ctrl_c_while_importing_loading_compiling_and_reading(model, endless):
+    for delay in (0.05, 0.7, 1.5):
         process = start(*model, *endless)
         wait_for_handlers(process)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in err, (delay, err)
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
-def test_ctrl_c_while_waiting_for_standard_input(model):
     process = start(*model, "--prompt", "-", stdin=subprocess.PIPE)
     wait_for_handlers(process)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    _, err = process.communicate()
-    assert err == "interrupted\n"
+    assert process.communicate()[1] == "interrupted\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error_message(model, endless):

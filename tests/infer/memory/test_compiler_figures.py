@@ -11,7 +11,7 @@ from infer.generate.__main__ import main
 from infer.memory import compiler
 from infer.memory.cards import CARDS
 from infer.memory.compile_for import peak_bytes
-from infer.memory.plan import cache_bytes, make_plan, weight_bytes
+from infer.memory.plan import Plan, cache_bytes, weight_bytes
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
 
@@ -52,7 +52,7 @@ def test_the_figures_stand_beside_the_plan(capsys, monkeypatch):
     monkeypatch.setattr(compiler, "installed", lambda: True)
     monkeypatch.setattr(compiler, "_run", run)
     text = dry(capsys, "--max-length", "4096", "--prefill-chunk", "512")
-    planned = make_plan(SIX, BF16, 4096, platform="tpu", chunk=512).total / 1e9
+    planned = Plan(SIX, BF16, 4096, platform="tpu", chunk=512).total / 1e9
     assert f"bfloat16, 4,096 tokens: step 7.0 GB, prompt 8.0 GB; planned {planned:.1f} GB" in text
     assert "float32, 4,096 tokens: does not fit, Ran out of memory on HBM, 24.13G exceeds" in text
     assert "15.75G; planned" in text and "E1000" not in text and "HLO module" not in text
@@ -64,9 +64,17 @@ def test_the_figures_stand_beside_the_plan(capsys, monkeypatch):
     assert one["fits"] is False  # there is room on the card, but not in what the user allows
 
 
-def test_a_compiler_that_dies_is_told_of_and_decides_nothing(monkeypatch):
+def test_a_folder_of_the_users_named_infer_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "infer").mkdir()
+    (tmp_path / "infer" / "__init__.py").write_text("raise SystemExit('the user's own file')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ".")
+    assert compiler._run({}) == {"error": "KeyError: 'config'"}  # of our own module
+
+
+def test_a_compiler_that_fails_is_reported_and_decides_nothing(monkeypatch):
     monkeypatch.setattr(compiler, "_MODULE", "infer.memory.no_such_module")
-    verdict = compiler.ask(SMALL, make_plan(SMALL, BF16, 64), "v5e-1", None, 64)
+    verdict = compiler.ask(Plan(SMALL, BF16, 64), "v5e-1", None)
     assert verdict.fits is None and "no_such_module" in verdict.problem
     assert (verdict.step, verdict.prompt) == (None, None)
 
@@ -86,9 +94,8 @@ def test_the_peak_of_a_program_holds_weights_and_cache():
 
 @pytest.mark.skipif(not compiler.installed(), reason="libtpu is not installed")
 def test_the_real_compiler_answers_and_refuses():
-    verdict = compiler.ask(SMALL, make_plan(SMALL, BF16, 128), "v5e-1", None, 64)
+    verdict = compiler.ask(Plan(SMALL, BF16, 128, chunk=64), "v5e-1", None)
     assert verdict.fits and not verdict.problem
     assert verdict.step is not None and verdict.step >= weight_bytes(SMALL, BF16)
-    float32 = make_plan(SIX, Precision("float32"), 2048)
-    verdict = compiler.ask(SIX, float32, "v5e-1", None, 2048)
+    verdict = compiler.ask(Plan(SIX, Precision("float32"), 2048), "v5e-1", None)
     assert verdict.fits is False and "exceeds" in verdict.problem and verdict.step is None

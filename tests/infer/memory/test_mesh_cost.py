@@ -7,7 +7,7 @@ import pytest
 from glm2_jax import PRESETS, GLMConfig, UsageError, parse_mesh
 from infer.memory.links import LINKS, Talk, all_reduce, find_links, gather
 from infer.memory.mesh_cost import mesh_cost, report
-from infer.memory.plan import cache_bytes, make_plan, rate_bound, weight_bytes
+from infer.memory.plan import Plan, cache_bytes, rate_bound, weight_bytes
 from infer.memory.precision import Precision
 
 SIX = PRESETS["chatglm2-6b"]
@@ -46,9 +46,9 @@ def test_one_device_is_what_its_plan_says(scheme):
     cost = mesh_cost(SIX, {}, LINKS["h200"], batch=4, length=1024, scheme=scheme)
     assert cost.weights == weight_bytes(SIX, precision)
     assert cost.cache == cache_bytes(SIX, 2, 1024, 4)
-    plan = make_plan(SIX, precision, 1024, 4)
+    plan = Plan(SIX, precision, 1024, 4)
     step = cost.steps["decode"]
-    assert 4 / step.memory_s == pytest.approx(rate_bound(SIX, plan, H200.card.bandwidth))
+    assert 4 / step.memory_s == pytest.approx(rate_bound(plan, H200.card.bandwidth))
     assert step.talk == Talk() and step.limit == "memory" and step.serial_s == step.overlapped_s
     assert cost.trained == 18 * SIX.num_params
 

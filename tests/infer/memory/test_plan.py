@@ -1,4 +1,4 @@
-"""The memory plan, held against the trees and the compiled programs that it speaks of."""
+"""The memory plan, compared with the trees and the compiled programs that it is about."""
 
 import dataclasses
 from functools import partial
@@ -16,21 +16,13 @@ from glm2_jax.schemes import SCHEMES
 from infer.engine import steps
 from infer.engine.sampling import Sampling
 from infer.engine.steps import verify
-from infer.memory.budget import Budget, Wish, settle
+from infer.memory.budget import Budget, settle
 from infer.memory.cards import CARDS, find_card
 from infer.memory.compile_for import peak_bytes
-from infer.memory.plan import (
-    cache_bytes,
-    flags,
-    largest_context,
-    make_plan,
-    nearest,
-    rate_bound,
-    weight_bytes,
-)
-from infer.memory.precision import Precision, precisions
+from infer.memory.plan import Plan, cache_bytes, largest_context, nearest, rate_bound, weight_bytes
+from infer.memory.precision import Precision, flags, precisions
 from infer.memory.shares import abstract_params
-from infer.memory.temporaries import cache_number, step_bytes
+from infer.memory.temporaries import Program, cache_number
 from tests.glm2_jax.runtime.test_aot import OPTIONS, device
 
 SIX = PRESETS["chatglm2-6b"]
@@ -112,9 +104,8 @@ def check_program(
     memory = memory_of(platform, config, precision, rows, width, slots, drafted)
     plan_platform = "gpu" if platform == "cuda" else platform
     columns = 1 + drafted
-    planned = step_bytes(
-        config, precision, slots, rows, max(width, columns), plan_platform, columns
-    )
+    form = config, precision, plan_platform
+    planned = Program(*form, slots, rows, max(width, columns), columns).bytes
     found = memory.temp_size_in_bytes
     print(f"{found / 1e6:.1f} MB of temporaries, planned {planned / 1e6:.1f}")
     assert planned == pytest.approx(found, rel=0.1, abs=2e6)
@@ -125,68 +116,50 @@ def check_program(
 
 
 @pytest.mark.parametrize(
-    ("config", "precision", "rows", "width", "slots"),
+    ("platform", "config", "precision", "rows", "width", "slots", "drafted"),
     [
-        (TOY, FLOAT32, 1, 0, 2048),
-        (TOY, FLOAT32, 1, 512, 512),
-        (TOY, INT4, 1, 512, 2048),
-        (MEDIUM, BF16, 8, 0, 1024),
-        (MEDIUM, FLOAT32, 1, 2048, 2048),
-        (MEDIUM, BF16, 1, 512, 2048),
-        (MEDIUM, INT8, 2, 256, 512),
+        ("cpu", TOY, FLOAT32, 1, 0, 2048, 0),
+        ("cpu", TOY, INT4, 1, 512, 2048, 0),
+        ("cpu", MEDIUM, BF16, 8, 0, 1024, 0),
+        ("cpu", MEDIUM, FLOAT32, 1, 2048, 2048, 0),
+        ("cpu", MEDIUM, INT8, 2, 256, 512, 0),
+        ("cpu", MEDIUM, BF16, 8, 0, 1024, 32),
+        ("cuda", SIX, BF16, 1, 0, 8192, 0),
+        ("cuda", SIX, INT4, 8, 0, 8192, 0),
+        ("cuda", SIX, BF16, 1, 2048, 32768, 0),
+        ("cuda", SIX, INT4, 1, 512, 8192, 0),
+        ("cuda", SIX, INT8, 8, 256, 2048, 0),
+        ("cuda", ATTENTION, BF16, 2, 0, 16384, 0),
+        ("cuda", ATTENTION, BF16, 1, 32, 32768, 0),
+        ("cuda", ATTENTION, BF16, 1, 512, 8192, 0),
+        ("cuda", ATTENTION, FLOAT32, 1, 128, 4096, 0),
     ],
 )
-def test_temporaries_are_those_of_programs_for_a_processor(config, precision, rows, width, slots):
-    check_program("cpu", config, precision, rows, width, slots)
+def test_temporaries_are_those_of_compiled_programs(
+    platform, config, precision, rows, width, slots, drafted
+):
+    check_program(platform, config, precision, rows, width, slots, drafted)
 
 
-def test_a_step_that_verifies_drafts_needs_what_is_planned_for_it():
-    check_program("cpu", MEDIUM, BF16, 8, 0, 1024, drafted=32)
-
-
-def test_drafts_are_in_the_plan_and_fewer_of_them_in_the_advice():
-    options: dict[str, Any] = {"platform": "cpu", "chunk": 64}
-    plain, drafting = (make_plan(TOY, FLOAT32, 1024, 8, columns=n, **options) for n in (1, 33))
+def test_draft_tokens_are_in_the_plan_and_fewer_of_them_in_the_advice():
+    plain, drafting = (Plan(TOY, FLOAT32, 1024, 8, "cpu", 64, n) for n in (1, 33))
     assert drafting.temporary == 10 * 8 * 33 * TOY.vocab_size * 4
     assert drafting.temporary > 2 * plain.temporary
-    wish = Wish(TOY, (FLOAT32,), 1024, 8, fixed_context=True, chunk=64, columns=33)
     with pytest.raises(
         DeviceError, match=r"x 8, --speculate 32 .*\n.*\nWhat fits: --speculate 16 "
     ):
-        settle(Budget("here", "cpu", drafting.total - 1), wish, pytest.fail)
+        settle(Budget("here", "cpu", drafting.total - 1), [drafting])
     with pytest.raises(DeviceError, match=r"What fits: --speculate 2 \("):
-        settle(Budget("here", "cpu", plain.total + 9), wish, pytest.fail)
-    assert largest_context(TOY, FLOAT32, 8, plain.total, columns=1, **options) >= 1024
-    assert largest_context(TOY, FLOAT32, 8, plain.total, columns=33, **options) < 1024
+        settle(Budget("here", "cpu", plain.total + 9), [drafting])
+    assert largest_context(plain, plain.total) >= 1024 > largest_context(drafting, plain.total)
 
 
-@pytest.mark.parametrize(
-    ("config", "precision", "rows", "width", "slots"),
-    [
-        (SIX, BF16, 1, 0, 8192),
-        (SIX, INT4, 8, 0, 8192),
-        (SIX, BF16, 1, 2048, 32768),
-        (SIX, INT4, 1, 512, 8192),
-        (SIX, INT8, 8, 256, 2048),
-        (ATTENTION, BF16, 2, 0, 16384),
-        (ATTENTION, BF16, 1, 32, 32768),
-        (ATTENTION, BF16, 1, 512, 8192),
-        (ATTENTION, FLOAT32, 1, 128, 4096),
-    ],
-)
-def test_temporaries_are_those_of_programs_for_a_gpu(config, precision, rows, width, slots):
-    check_program("cuda", config, precision, rows, width, slots)
-
-
-@pytest.mark.parametrize(
-    ("scheme", "width"),
-    [("int4", 1), ("int4", 512), ("int4-row", 1), ("int4-row", 256), ("int8", 1), ("int8", 512)],
-)
+@pytest.mark.parametrize(("scheme", "width"), [("int4", 1), ("int4-row", 256), ("int8", 512)])
 def test_plans_for_a_tpu_are_near_its_compilers_peak(scheme, width):
     precision = Precision("bfloat16", scheme)
     found = peak_bytes(SIX, precision, 2048, 1, width, device("tpu"))
     planned = weight_bytes(SIX, precision) + cache_bytes(SIX, 2, 2048, 1)
-    planned += step_bytes(SIX, precision, 2048, 1, width, "tpu")
+    planned += Program(SIX, precision, "tpu", 2048, 1, width).bytes
     print(f"{found / 1e6:.1f} MB in all, planned {planned / 1e6:.1f}")
     assert planned == pytest.approx(found, rel=0.03)
 
@@ -204,63 +177,53 @@ def test_weights_and_cache_are_counted_exactly(precision):
 
 
 def test_the_largest_context_is_the_largest():
-    memory = 18 * GIB
-    tokens = largest_context(SIX, BF16, 16, memory)
+    plan, memory = Plan(SIX, BF16, 1, 16), 18 * GIB
+    tokens = largest_context(plan, memory)
     assert 0 < tokens < SIX.seq_length and tokens % 64 == 0
-    assert make_plan(SIX, BF16, tokens, 16).total <= memory
-    assert make_plan(SIX, BF16, tokens + 64, 16).total > memory
-    assert largest_context(SIX, INT4, 1, 24 * GIB) == SIX.seq_length
-    assert largest_context(SIX, BF16, 1, 10 * GIB) == 0
+    assert dataclasses.replace(plan, context=tokens).total <= memory
+    assert dataclasses.replace(plan, context=tokens + 64).total > memory
+    assert largest_context(Plan(SIX, INT4, 1), 24 * GIB) == SIX.seq_length
+    assert largest_context(Plan(SIX, BF16, 1), 10 * GIB) == 0
 
 
 def test_rows_and_context_only_ever_add():
     for platform in ("cpu", "gpu", "tpu"):
         for precision in precisions():
-            sizes = [make_plan(SIX, precision, 1 << p, platform=platform) for p in range(6, 16)]
-            totals = [plan.total for plan in sizes]
+            totals = [Plan(SIX, precision, 1 << p, 1, platform).total for p in range(6, 16)]
             assert totals == sorted(totals)
-            rows = [make_plan(SIX, precision, 4096, b, platform=platform).total for b in (1, 2, 9)]
+            rows = [Plan(SIX, precision, 4096, b, platform).total for b in (1, 2, 9)]
             assert rows == sorted(rows)
-
-
-def test_a_smaller_chunk_needs_less():
-    long, short = (make_plan(SIX, BF16, 32768, chunk=chunk) for chunk in (2048, 256))
+    long, short = (Plan(SIX, BF16, 32768, chunk=chunk) for chunk in (2048, 256))
     assert short.temporary < long.temporary and short.cache == long.cache
 
 
 def test_what_fits_instead():
-    wanted = make_plan(SIX, BF16, 32768, 8)
-    found = nearest(SIX, wanted, 20 * GIB, precisions())
+    wanted = Plan(SIX, BF16, 32768, 8)
+    found = nearest(wanted, 20 * GIB, precisions())
     assert all(plan.total <= 20 * GIB for plan in found)
     changes = [(p.precision.name, p.context, p.batch) for p in found]
     assert changes[0] == ("int8", 32768, 8) and changes[2] == ("bfloat16", 32768, 4)
     assert changes[1][0] == "bfloat16" and 0 < changes[1][1] < 32768 and changes[1][2] == 8
-    (only,) = nearest(SIX, wanted, 6 * GIB, precisions())  # one change is not enough
+    (only,) = nearest(wanted, 6 * GIB, precisions())  # one change is not enough
     assert (only.precision, only.batch) == (INT4, 1) and 0 < only.context <= 32768
-    assert nearest(SIX, wanted, 2 * GIB, precisions()) == []
+    assert nearest(wanted, 2 * GIB, precisions()) == []
 
 
 def test_prompts_in_smaller_chunks_are_what_fits_nearest():
-    wanted = make_plan(SIX, BF16, 8192)
-    room = make_plan(SIX, BF16, 8192, chunk=512).total
-    assert room < make_plan(SIX, BF16, 8192, chunk=1024).total < wanted.total
-    found = nearest(SIX, wanted, room, precisions())[0]
-    assert (found.precision, found.context, found.batch, found.chunk) == (BF16, 8192, 1, 512)
-    assert found.total <= room
+    wanted = Plan(SIX, BF16, 8192)
+    room = Plan(SIX, BF16, 8192, chunk=512).total
+    assert room < Plan(SIX, BF16, 8192, chunk=1024).total < wanted.total
+    found = nearest(wanted, room, precisions())[0]
+    assert found == dataclasses.replace(wanted, chunk=512) and found.total <= room
     with pytest.raises(DeviceError, match=r"What fits: --prefill-chunk 512 \("):
-        settle(
-            Budget("a card", "gpu", room, limited=True),
-            Wish(SIX, (BF16,), 8192, fixed_context=True),
-            pytest.fail,
-        )
+        settle(Budget("a card", "gpu", room, limited=True), [wanted])
 
 
 def test_the_bound_of_the_speed():
     """Weights without the embedding, at 936 GB/s: 78 tokens/s in bfloat16, 150 in int8."""
     for precision, want in ((BF16, 78), (INT8, 150), (INT4, 262)):
-        plan = make_plan(SIX, precision, 64)
-        assert rate_bound(SIX, plan, 936e9) == pytest.approx(want, abs=1)
-    assert rate_bound(SIX, make_plan(SIX, BF16, 64, 8), 936e9) == pytest.approx(8 * 78, rel=0.01)
+        assert rate_bound(Plan(SIX, precision, 64), 936e9) == pytest.approx(want, abs=1)
+    assert rate_bound(Plan(SIX, BF16, 64, 8), 936e9) == pytest.approx(8 * 78, rel=0.01)
 
 
 def test_flags_ask_for_a_precision():

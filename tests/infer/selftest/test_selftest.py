@@ -18,13 +18,16 @@ from safetensors.numpy import load_file, save_file
 
 import infer
 from convert.random import official_config, write_random
-from glm2_jax import DeviceError, Tokenizer
+from glm2_jax import CheckpointError, DeviceError, Tokenizer
+from infer.engine import load
 from infer.engine.engine import Engine
 from infer.engine.load import demo_folder
 from infer.engine.programs import Programs
-from infer.selftest import __main__ as selftest
 from infer.selftest import checks, known
+from infer.selftest.__main__ import main
 from infer.selftest.checks import Check
+from infer.selftest.report import scrubbed
+from infer.selftest.run import model_name
 from tests.support.checkpoints import TINY, tiny_config, write_official
 from tests.support.paths import ROOT
 from tests.support.shared_data import shared_file
@@ -40,13 +43,12 @@ def share_programs(monkeypatch):
     """Models of one configuration share what was compiled: it depends on shapes alone."""
 
     def make(checkpoint, **kwargs):
-        layers = type(checkpoint.params["layers"])
-        key = (checkpoint.config, checkpoint.summary.dtype, layers)
+        key = (checkpoint.config, checkpoint.summary.dtype, type(checkpoint.params["layers"]))
         engine = Engine(checkpoint, programs=PROGRAMS.get(key), **kwargs)
         PROGRAMS[key] = engine.programs
         return engine
 
-    monkeypatch.setattr("infer.engine.load.Engine", make)
+    monkeypatch.setattr(load, "Engine", make)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def demo_copy(tmp_path) -> Path:
 
 def report(capsys, *args: str, code: int = 0) -> str:
     """Runs the command in this process; its report, checked for what every report must hold."""
-    assert selftest.main([*args, "--compile-cache", "off"]) == code
+    assert main([*args, "--compile-cache", "off"]) == code
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= LINES and text.startswith("glm2-jax selftest\nmodel ")
     return text
@@ -128,7 +130,7 @@ def test_another_tokenizer(capsys, demo_copy):
     (demo_copy / "tokenizer.model").write_bytes(model)
     text = report(capsys, "--model", str(demo_copy), code=4)
     assert "prompt ids" in lines(text, "FAIL")
-    assert "tokenizer.model is not the demo one, or damaged" in text
+    assert "tokenizer.model is not the demo one, or it is damaged" in text
 
 
 def test_of_a_random_model_nothing_is_known(capsys, toy):
@@ -147,16 +149,12 @@ def test_random_weights_are_not_asked_for_known_answers(capsys, tmp_path):
     assert "prompt ids" in lines(text, "pass")
 
 
-def test_a_toy_that_bears_the_name_of_a_published_checkpoint(capsys, tmp_path):
+def test_toys_that_pose_as_a_published_checkpoint(capsys, tmp_path):
     raw = {"_name_or_path": "THUDM/chatglm2-6b"}
     folder = write_official(tmp_path / "posing", TINY, raw=raw)
     text = report(capsys, "--model", str(folder), code=4)
     assert lines(text, "FAIL") == ["parameters"]
     assert f"got {TINY.num_params:,}, expected 6,243,584,000" in text
-
-
-def test_a_toy_with_the_configuration_of_a_published_checkpoint(capsys, tmp_path):
-    folder = write_official(tmp_path / "posing", TINY)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_layers": 28}))
     text = report(capsys, "--model", str(folder), code=4)
@@ -180,7 +178,7 @@ def test_damage_in_memory(toy):
     assert found["finite"].status == "FAIL" and found["finite"].got == "in layers.q layer 1"
     assert found["cache"].status == "FAIL" and found["parameters"].status == "pass"
     answer = known.Answer("hi", 3, ("x",))
-    (check,) = checks._guarded("first token", lambda: checks._answer(engine, answer))
+    (check,) = checks.guarded("first token", lambda: checks._answer(engine, answer))
     assert check.status == "FAIL" and "NaN or Inf" in check.got
 
     embed = params["embed"][:-1]
@@ -219,10 +217,10 @@ def test_the_cache_in_half_precision(toy):
 
 
 def test_out_of_memory_is_reported_with_its_own_exit_code(capsys, toy, monkeypatch):
-    def load(*args, **kwargs):
+    def full(*args, **kwargs):
         raise DeviceError("out of device memory: loading", "RESOURCE_EXHAUSTED", "Take less.")
 
-    monkeypatch.setattr(infer, "load", load)
+    monkeypatch.setattr(load, "open_choice", full)
     text = report(capsys, "--model", str(toy), code=5)
     assert lines(text, "FAIL") == ["opens"] and "RESOURCE_EXHAUSTED Take less." in text
 
@@ -266,7 +264,7 @@ def test_punctuation_and_width_do_not_matter():
 
 def test_json_and_no_private_words(capsys, toy, monkeypatch):
     monkeypatch.setenv("HOME", str(toy.parent))
-    assert selftest.main(["--model", str(toy), "--json", "--compile-cache", "off"]) == 0
+    assert main(["--model", str(toy), "--json", "--compile-cache", "off"]) == 0
     out = capsys.readouterr().out
     found = json.loads(out)
     assert found["model"] == "toy" and found["skipped"] == 4 and found["fail"] == 0
@@ -282,24 +280,19 @@ def test_paths_are_shortened(tmp_path, monkeypatch):
     for spelling in (str(folder), "me/model", "./me/model/", "."):
         given = f"{Path(spelling)}/a.bin and {folder}/b and {tmp_path}/me/other, inference"
         check = Check("opens", "FAIL", note=given)
-        note = selftest._scrubbed(check, spelling)["note"]
+        note = scrubbed(check, spelling)["note"]
         assert str(tmp_path) not in note and note.endswith("/b and ~/other, inference"), note
 
 
 def test_a_model_is_named_by_its_last_part():
-    assert selftest._name("THUDM/chatglm2-6b") == "chatglm2-6b"
-    assert selftest._name(str(demo_folder())) == selftest._name(f"{demo_folder()}/") == "demo"
+    assert model_name("THUDM/chatglm2-6b") == "chatglm2-6b"
+    assert model_name(str(demo_folder())) == model_name(f"{demo_folder()}/") == "demo"
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "infer.selftest", "--model", str(tmp_path / "none")],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        encoding="utf-8",
-    )
-    assert done.returncode == 4 and done.stdout == "" and "does not exist" in done.stderr
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        main(["--model", str(tmp_path / "none"), "--compile-cache", "off"])
+    assert capsys.readouterr().out == ""
 
 
 def test_help_does_not_wait_for_jax():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm2_jax.errors import GLMError, InputError, UsageError
+from glm2_jax.errors import GLMError, InputError
 from glm2_jax.text.prompt import build_prompt
 from infer.datasets.encode import Encoder
 from infer.datasets.index import DataFile
@@ -30,8 +30,6 @@ DEEP = '{"instruction":' * 200 + "1" + "}" * 200
 BAD_ROWS = [
     ("{", "not JSON: Expecting property name"),
     ("3", "not a JSON object"),
-    ('"text"', "not a JSON object"),
-    ("null", "not a JSON object"),
     (DEEP, "not JSON that can be read: it is nested too deeply"),
     ('{"instruction": 1%s}' % ("0" * 5000), "not JSON"),
     ('{"instruction": "Q", "output": "A", "output": "B"}', "the key 'output' is there twice"),
@@ -41,32 +39,22 @@ BAD_ROWS = [
         alpaca() | role_messages(("user", "Q"), ("assistant", "A")),
         "it has the keys of alpaca and messages",
     ),
-    (alpaca(query=""), "instruction is empty"),
     (alpaca(query=" \n", input="\u3000"), "instruction is empty"),
-    (alpaca(answer=""), "output is empty"),
     (alpaca(answer=" \n"), "output is empty"),
     (alpaca(answer=None), "output is not a string: it is of type NoneType"),
-    (alpaca(query=5), "instruction is not a string: it is of type int"),
     (alpaca(query=["Q"]), "instruction is not a string: it is of type list"),
-    (alpaca(input=True), "input is not a string: it is of type bool"),
-    (alpaca(system={"a": 1}), "system is not a string: it is of type dict"),
     (alpaca(answer="\ud800"), "Character 1 of the text is a lone surrogate (U+D800): It is half"),
     (alpaca(history="Q"), "the history is not a list"),
     (alpaca(history=[["Q"]]), "turn 1 of the history"),
     (alpaca(history=[["Q", "A"], ["", "A"]]), "message 3 (user) is empty"),
-    (alpaca(history=[["Q", ""]]), "message 2 (assistant) is empty"),
     (alpaca(tools=[{"name": "f"}]), "tools stand beside the messages"),
     ({"content": 1, "summary": "A"}, "content is not a string"),
-    ({"content": "Q", "summary": ""}, "summary is empty"),
     ({"conversations": []}, "the conversation does not begin with a question"),
-    ({"conversations": "Q"}, "conversations is not a list of objects"),
     ({"conversations": ["Q", "A"]}, "conversations is not a list of objects"),
     (sharegpt(("human", "Q")), "the conversation does not end with an answer"),
     (sharegpt(("gpt", "A")), "the conversation does not begin with a question"),
-    (sharegpt(("human", "Q"), ("bot", "A")), "message 2 is from 'bot': there are human"),
     (sharegpt(("human", "Q"), (["gpt"], "A")), "message 2 is from ['gpt']"),
     (sharegpt(("human", "Q"), ("gpt", 1)), "message 2 has no text in its value"),
-    (sharegpt(("human", "Q"), ("gpt", "")), "message 2 (assistant) is empty"),
     (sharegpt(("human", "Q"), ("human", "Q"), ("gpt", "A")), "message 2 is of the role user"),
     (
         sharegpt(("system", "S"), ("system", "S"), ("human", "Q"), ("gpt", "A")),
@@ -78,24 +66,12 @@ BAD_ROWS = [
     ),
     (role_messages(("user", "Q"), ("tool", "A")), "message 2 has the role 'tool'"),
     (role_messages(("user", "Q"), ("assistant", None)), "message 2 (assistant) has no text"),
-    ({"prompt": "Q", "response": ""}, "response is empty"),
     ({"prompt": None, "response": "A"}, "prompt is empty"),
-    (
-        {"prompt": "Q", "response": "A", "weight": 0.5},
-        "weight of the row is 0.5: answers are learn",
-    ),
-    (alpaca(train="maybe"), "train of the row is 'maybe'"),
-    (alpaca(loss=[0]), "loss of the row is [0]"),
-    (
-        role_messages(("user", "Q"), ("assistant", "A")) | {"weight": 2},
-        "weight of the row is 2: answers are learned or not",
-    ),
     (
         {"messages": [{"role": "user", "content": "Q", "weight": -1}]},
         "weight of message 1 is -1: answers are learned or not",
     ),
     ({"messages": [{"role": "user", "text": "Q"}]}, "message 1 has an unknown key: 'text'"),
-    ({"messages": [{"role": {}, "content": "Q"}]}, "message 1 has the role {}"),
     (alpaca("tokenizer " * 600), "too long: "),
 ]
 
@@ -144,9 +120,6 @@ def test_how_many_bad_rows_are_too_many(tmp_path):
 def test_every_row_bad(tmp_path):
     with pytest.raises(InputError, match="data has no row that can be learned from\nthe first is"):
         open_rows(tmp_path / "data", [alpaca(""), "x"], max_bad=99)
-
-
-def test_many_bad_rows_are_told_with_their_number(tmp_path):
     notes = []
     bad = [f"[{n}" + " " * n + "x" for n in range(29)]  # each in another column
     with pytest.raises(InputError, match="31 of 32 rows"):
@@ -172,8 +145,7 @@ def test_columns_and_lines_of_what_is_not_json(tmp_path):
         open_rows(tmp_path / "data", [row])
 
 
-@pytest.mark.parametrize("max_bad", [0, None])
-@pytest.mark.parametrize("text", ["", "\n", "[]", " [ \n ] "])
+@pytest.mark.parametrize(("text", "max_bad"), [("\n", 0), ("", None), (" [ \n ] ", None)])
 def test_no_rows_at_all(tmp_path, text, max_bad):
     (tmp_path / "data").write_text(text)
     with pytest.raises(InputError, match="data has no rows\nit is empty"):
@@ -243,32 +215,10 @@ def test_a_file_that_mixes_formats_is_refused(tmp_path):
         open_rows(path, rows)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fmt": "csv"}, "unknown format 'csv' of data\nKnown: auto, alpaca, sharegpt"),
-        ({"max_length": 1}, "leaves nothing to learn"),
-        ({"weights": [0]}, "a weight above 0"),
-        ({"weights": [1, 1]}, "a weight above 0"),
-        ({"weights": [float("nan")]}, "a weight above 0"),
-        ({"mix": ("x", 1.0)}, "not between 0 and 1"),
-        ({"mix": ("x", 0.0)}, "not between 0 and 1"),
-    ],
-)
-def test_options_that_make_no_sense(tmp_path, options, message):
-    with pytest.raises(UsageError, match=message):
-        open_rows(tmp_path / "data", [alpaca()], **options)
-
-
-def test_no_file_at_all():
-    with pytest.raises(UsageError, match="no data"):
-        open_files([])
-
-
 SEEDS = st.sampled_from([json.dumps(row).encode() for row in (*ONE.values(), *CONVERSATIONS)])
 
 
-@settings(deadline=None, database=None, max_examples=150)
+@settings(deadline=None, database=None, max_examples=100)
 @given(damaged(SEEDS), damaged(SEEDS), st.sampled_from([(b"", b"\n"), (b"[", b",")]))
 def test_damaged_files_give_rows_or_reasons(tmp_path_factory, first, second, frame):
     path = tmp_path_factory.mktemp("damaged") / "data"

@@ -1,6 +1,7 @@
 """Epochs and their batches: nothing lost, nothing too long, the same loss however rows are laid."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm2_jax import init_params
-from glm2_jax.errors import InputError, UsageError
+from glm2_jax.errors import InputError
 from glm2_jax.runtime.buckets import bucket
 from tests.support.toy import TOY
 from tests.support.training_data import GLM2, open_files, open_rows, write_rows
@@ -21,6 +22,7 @@ from train.step import make_eval
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=80)
 CONFIG = dataclasses.replace(TOY, vocab_size=GLM2.size)
+MANY = settings(deadline=None, database=None, max_examples=200)
 loss_of = make_eval(CONFIG)
 
 
@@ -35,9 +37,9 @@ def rows(count: int, name: str = "Q"):
 
 
 def sources(batches: Batches, epoch: int) -> list[str]:
-    """Of all sequences of an epoch, in the order of the batches."""
+    """All sequences of an epoch, in the order of the batches."""
     steps = range(batches.steps_per_epoch(epoch))
-    return [source for step in steps for source in batches.at(epoch, step)[1]]
+    return [source for step in steps for source in batches.at(epoch, step).sources]
 
 
 def sequences(batch: Batch) -> list[tuple[list[int], list[bool]]]:
@@ -70,12 +72,10 @@ def test_every_sequence_is_in_an_epoch_once(tmp_path, layout):
     for epoch in (0, 1):
         found = []
         for step in range(batches.steps_per_epoch(epoch)):
-            batch, where = batches.at(epoch, step)
-            assert batch.tokens.shape[:2] == (3, 2)
-            assert {
-                array.dtype for array in (batch.tokens, batch.segment_ids, batch.positions)
-            } == {np.dtype(np.int32)}
-            assert batch.learned.dtype == bool
+            batch, where, tokens = batches.at(epoch, step)
+            assert batch.tokens.shape[:2] == (3, 2) and tokens == (batch.segment_ids > 0).sum()
+            kinds = [x.dtype for x in dataclasses.astuple(batch)]
+            assert kinds == [np.int32, np.int32, np.int32, bool]
             inside = sequences(batch)
             assert len(inside) == len(where)
             found += inside
@@ -90,23 +90,26 @@ def test_several_processes_read_what_one_reads(tmp_path, monkeypatch, pack):
     """Each reads its own rows alone; shapes, names and the number of tokens are those of all."""
     dataset = open_rows(tmp_path / "data", rows(11), max_length=100)
 
-    def new(wanted=None):
-        return Batches(dataset, batch_size=3, accumulate=2, pack=pack, rows=wanted)
+    def step(wanted=None):
+        return Batches(dataset, batch_size=3, accumulate=2, pack=pack, rows=wanted).at(0, 0)
 
-    whole, where = new().at(0, 0)
-    assert new().tokens(0, 0) == (whole.segment_ids > 0).sum()
+    one = step()
     read: list[int] = []
     real = dataset.sample
     monkeypatch.setattr(dataset, "sample", lambda index: (read.append(index), real(index))[1])
-    parts = [new(wanted) for wanted in ({0, 2}, {1})]
-    assert [part.tokens(0, 0) for part in parts] == [new().tokens(0, 0)] * 2 and not read
-    found = [part.at(0, 0) for part in parts]
-    assert [sources for _, sources in found] == [where, where]
-    assert sorted(dataset.source(index) for index in read) == sorted(where)
-    joined = jax.tree.map(lambda x, y: x + y, *(batch for batch, _ in found))
-    for x, y in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert not found[0][0].tokens[:, 1].any() and not found[1][0].tokens[:, [0, 2]].any()
+    parts = [step({0, 2}), step({1})]
+    assert [part[1:] for part in parts] == [one[1:], one[1:]]
+    assert sorted(dataset.source(index) for index in read) == sorted(one.sources)
+    joined = jax.tree.map(lambda x, y: x + y, *(part.batch for part in parts))
+    jax.tree.map(np.testing.assert_array_equal, joined, one.batch)
+    assert not parts[0].batch.tokens[:, 1].any() and not parts[1].batch.tokens[:, [0, 2]].any()
+
+
+@cache
+def params():
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,13 +117,10 @@ def test_the_loss_is_that_of_one_row_at_a_time(tmp_path, layout):
     dataset = open_rows(tmp_path / "data", rows(16), max_length=64, max_bad=None)
     assert len(dataset) > 8
     batches = Batches(dataset, batch_size=2, **layout)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
     total, alone, learned = 0.0, 0.0, 0
     for step in range(batches.steps_per_epoch(0)):
-        flat = jax.tree.map(lambda array: array[0], batches.at(0, step)[0])
-        loss, count = loss_of(params, None, flat)
+        flat = jax.tree.map(lambda array: array[0], batches.at(0, step).batch)
+        loss, count = loss_of(params(), None, flat)
         total, learned = total + float(loss), learned + int(count)
     for index in range(len(dataset)):
         sample = dataset.sample(index)
@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_one_row_at_a_time(tmp_path, layout):
         n = len(sample.ids)
         for array, values in zip(row, (sample.ids, 1, range(n), sample.learned), strict=True):
             array[0, :n] = values
-        loss, count = loss_of(params, None, Batch(*row[:3], row[3].astype(bool)))
+        loss, count = loss_of(params(), None, Batch(*row[:3], row[3].astype(bool)))
         alone, learned = alone + float(loss), learned - int(count)
     assert learned == 0 and total == pytest.approx(alone, rel=1e-5)
 
@@ -152,21 +152,15 @@ def test_a_step_depends_on_nothing_but_its_place(tmp_path, pack):
     one = new()
     wanted = {(epoch, step): one.at(epoch, step) for epoch in (0, 1) for step in (0, 1, 2)}
     for place in reversed(wanted):
-        batch, where = new().at(*place)
-        jax.tree.map(np.testing.assert_array_equal, batch, wanted[place][0])
-        assert where == wanted[place][1]
+        step = new().at(*place)
+        jax.tree.map(np.testing.assert_array_equal, step.batch, wanted[place].batch)
+        assert step.sources == wanted[place].sources
     orders = [sources(one, 0), sources(one, 1), sources(Batches(dataset, batch_size=4), 0)]
     assert len(set(map(tuple, orders))) == 3 and len(set(map(frozenset, orders))) == 1
-
-
-def test_places_count_on_through_the_epochs(tmp_path):
-    dataset = open_rows(tmp_path / "data", rows(30), max_length=100)
-    batches = Batches(dataset, batch_size=1, accumulate=2, pack=True)
-    counts = [batches.steps_per_epoch(epoch) for epoch in range(3)]
+    counts = [one.steps_per_epoch(epoch) for epoch in range(3)]
     expected = [(epoch, step) for epoch, n in enumerate(counts) for step in range(n)]
-    assert [batches.place(step) for step in range(sum(counts))] == expected
-    resumed = Batches(dataset, batch_size=1, accumulate=2, pack=True)
-    assert resumed.place(sum(counts) - 1) == expected[-1]
+    assert [one.place(step) for step in range(sum(counts))] == expected
+    assert new().place(sum(counts) - 1) == expected[-1]
 
 
 def test_random_order_never_changes():
@@ -176,9 +170,9 @@ def test_random_order_never_changes():
     assert len(orders) == 5
 
 
-@settings(deadline=None, database=None, max_examples=200)
+@MANY
 @given(LENGTHS)
-def test_first_fit_is_the_first_row_with_room(lengths):
+def test_first_fit_is_the_first_row_with_room_and_next_fit_keeps_the_order(lengths):
     by_hand, room = [], []
     for length in lengths:
         row = next((r for r, left in enumerate(room) if left >= length), len(room))
@@ -186,28 +180,23 @@ def test_first_fit_is_the_first_row_with_room(lengths):
             room.append(30)
         room[row] -= length
         by_hand.append(row)
-    assert first_fit(np.array(lengths, np.int32), 30).tolist() == by_hand
-
-
-@settings(deadline=None, database=None, max_examples=200)
-@given(LENGTHS)
-def test_next_fit_keeps_the_order_and_opens_no_row_too_early(lengths):
-    rows = next_fit(np.array(lengths, np.int32), 30)
+    lengths = np.array(lengths, np.int32)
+    assert first_fit(lengths, 30).tolist() == by_hand
+    rows = next_fit(lengths, 30)
     assert rows[0] == 0 and set(np.diff(rows).tolist()) <= {0, 1}
     used = np.bincount(rows, lengths)
     assert used.max() <= 30
-    for row in range(1, len(used)):
+    for row in range(1, len(used)):  # no row begins too early
         assert used[row - 1] + lengths[np.flatnonzero(rows == row)[0]] > 30
 
 
-@settings(deadline=None, database=None, max_examples=200)
+@MANY
 @given(LENGTHS, st.booleans(), st.booleans(), st.integers(0, 9), st.integers(1, 5))
 def test_plans_lose_nothing(lengths, shuffle, pack, epoch, rows_per_step):
     lengths = np.array(lengths, np.int32)
-    groups = [Group(0, len(lengths), 1.0)]
     plan = make_plan(
-        groups, lengths, epoch=epoch, seed=1, shuffle=shuffle, pack=pack, width=30,
-        rows_per_step=rows_per_step,
+        [Group(0, len(lengths), 1.0)], lengths, epoch=epoch, seed=1, shuffle=shuffle, pack=pack,
+        width=30, rows_per_step=rows_per_step,
     )  # fmt: skip
     rows = [plan.row(number) for number in range(len(plan.starts) - 1)]
     assert sorted(np.concatenate(rows).tolist()) == list(range(len(lengths)))
@@ -246,8 +235,9 @@ def test_weights_are_how_often_a_row_comes(shuffle):
     assert any((a != b).any() for a, b in zip(counts, counts[1:], strict=False))
 
 
-@pytest.mark.parametrize(("ratio", "general"), [(0.5, 20), (0.2, 5), (0.9, 180)])
-@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(
+    ("shuffle", "ratio", "general"), [(False, 0.5, 20), (True, 0.2, 5), (False, 0.9, 180)]
+)
 def test_general_rows_are_their_share_of_an_epoch(tmp_path, shuffle, ratio, general):
     own = write_rows(tmp_path / "own", [{"content": f"Q{n}", "summary": "A"} for n in range(20)])
     other = write_rows(
@@ -264,23 +254,13 @@ def test_general_rows_are_their_share_of_an_epoch(tmp_path, shuffle, ratio, gene
         assert len(mixed) == general and len(found) == 20 + general
         drawn.append(sorted(mixed))
         if not shuffle:
-            assert [name for name in found if name.startswith("own")] == [
-                f"own:{n}" for n in range(1, 21)
-            ]
-            gaps = np.diff([place for place, name in enumerate(found) if name.startswith("own")])
-            assert gaps.max() <= general / 20 + 2  # they stand between, not all behind
+            own_rows = [place for place, name in enumerate(found) if name.startswith("own")]
+            assert [found[place] for place in own_rows] == [f"own:{n}" for n in range(1, 21)]
+            assert np.diff(own_rows).max() <= general / 20 + 2  # general rows are spread evenly
     assert drawn[0] != drawn[1]
 
 
-def test_what_cannot_be_batched(tmp_path):
-    dataset = open_rows(tmp_path / "data", rows(3))
-    for options in (
-        {"batch_size": 0},
-        {"batch_size": 1, "accumulate": 0},
-        {"batch_size": 1, "seed": -1},
-    ):
-        with pytest.raises(UsageError, match="at least"):
-            Batches(dataset, **options)
+def test_data_without_a_good_row_cannot_be_batched(tmp_path):
     nothing = open_rows(tmp_path / "data", ["x"], max_bad=None)
     with pytest.raises(InputError, match="nothing to learn from"):
         Batches(nothing, batch_size=1)

@@ -7,6 +7,7 @@ from glm2_jax.text.prompt import build_messages, build_prompt
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import read_messages
 from tests.support.training_data import (
+    CHATGLM3,
     GLM2,
     GLM3,
     alpaca,
@@ -15,35 +16,32 @@ from tests.support.training_data import (
     open_rows,
     role_messages,
     sharegpt,
+    turns,
 )
 from train.data.check import check
 
 TWO = (("Q1", "wrong"), ("Q2", "right"))
-NO = [{"loss": False}, {"weight": 0}, {"train": False}, {"weight": 0.0}, {"loss": "false"},
-      {"weight": "0.0"}]  # fmt: skip
-YES = [{}, {"loss": True}, {"weight": 1}, {"train": True}, {"loss": None}, {"weight": ""},
-       {"weight": "1.0"}]  # fmt: skip
+NO = [{"loss": False}, {"weight": 0}, {"train": False}, {"weight": "0.0"}]
+YES = [{}, {"loss": True}, {"weight": 1}, {"loss": None}, {"weight": ""}, {"weight": "1.0"}]
 
 
 def sharegpt_row(marks: dict, of: int = 1) -> dict:
-    row = sharegpt(*((f, t) for turn in TWO for f, t in zip(("human", "gpt"), turn, strict=True)))
+    row = sharegpt(*turns(("human", "gpt"), TWO))
     row["conversations"][of] |= marks
     return row
 
 
-def messages_row(marks: dict, of: int = 1, key: str = "messages") -> dict:
-    roles = ("user", "assistant")
-    entries = [(r, t) for turn in TWO for r, t in zip(roles, turn, strict=True)]
-    row = role_messages(*entries, key=key)
-    row[key][of] |= marks
+def messages_row(marks: dict, of: int = 1) -> dict:
+    row = role_messages(*turns(("user", "assistant"), TWO))
+    row["messages"][of] |= marks
     return row
 
 
-ROWS = [sharegpt_row, messages_row, lambda m, of=1: messages_row(m, of, "conversations")]
+ROWS = [sharegpt_row, messages_row]
 
 
 def learned(tmp_path, rows, **options) -> tuple[list[list[int]], list[str]]:
-    """The learned ids of every sequence, and what is said."""
+    """The learned ids of every sequence, and the notes."""
     notes: list[str] = []
     dataset = open_rows(tmp_path / "data", rows, on_note=notes.append, **options)
     return [learned_of(dataset.sample(n)) for n in range(len(dataset))], notes
@@ -56,26 +54,26 @@ def test_a_marked_answer_is_not_learned(tmp_path, make, marks):
     found, notes = learned(tmp_path, [make(marks)])
     assert found == kept
     assert notes == [] if marks in YES else ["1 answer marked as not to be learned"]
-    # What was said is still what the next answer follows.
+    # The next answer still follows it.
     last = open_rows(tmp_path / "data", [make(marks)]).sample(len(kept) - 1)
     prompt = build_prompt(GLM2, "chatglm2", "Q2", [TWO[0]])
     assert last.ids == prompt + answer_ids(GLM2, "right")
 
 
 @pytest.mark.parametrize("make", ROWS)
-def test_of_a_chatglm3_sequence_the_marked_answer_is_left_out(tmp_path, make):
-    options = {"tokenizer": GLM3, "template": "chatglm3"}
-    [plain], _ = learned(tmp_path, [make({})], **options)
-    [found], _ = learned(tmp_path, [make({"loss": False})], **options)
+def test_a_chatglm3_sequence_leaves_the_marked_answer_out(tmp_path, make):
+    [plain], _ = learned(tmp_path, [make({})], **CHATGLM3)
+    [found], _ = learned(tmp_path, [make({"loss": False})], **CHATGLM3)
     right = [*GLM3.encode("\n"), *answer_ids(GLM3, "right")]
     wrong = [*GLM3.encode("\n"), *GLM3.encode("wrong"), GLM3.special["<|user|>"]]
     assert (plain, found) == (wrong + right, right)
-    messages = read_messages(
-        make({"loss": False}), "sharegpt" if make is sharegpt_row else "messages"
-    )
-    plain_messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-    sample = open_rows(tmp_path / "data", [make({"weight": 0})], **options).sample(0)
-    assert sample.ids == build_messages(GLM3, plain_messages)[:-1] + [GLM3.eos_id]
+    fmt = "sharegpt" if make is sharegpt_row else "messages"
+    messages = [
+        {"role": m["role"], "content": m["content"]}
+        for m in read_messages(make({"loss": False}), fmt)
+    ]
+    sample = open_rows(tmp_path / "data", [make({"weight": 0})], **CHATGLM3).sample(0)
+    assert sample.ids == build_messages(GLM3, messages)[:-1] + [GLM3.eos_id]
 
 
 @pytest.mark.parametrize("marks", NO)
@@ -90,12 +88,10 @@ def test_of_a_chatglm3_sequence_the_marked_answer_is_left_out(tmp_path, make):
     ],
 )
 def test_a_marked_row_is_not_learned_at_all(tmp_path, row, marks):
-    for train_on_prompt in (False, True):
-        for options in ({}, {"tokenizer": GLM3, "template": "chatglm3"}):
-            options = options | {"train_on_prompt": train_on_prompt}
-            both, notes = learned(tmp_path, [row | marks, row], **options)
-            alone, _ = learned(tmp_path, [row], **options)
-            assert both == alone and "marked as not to be learned" in notes[0]
+    for options in ({}, {"train_on_prompt": True}, CHATGLM3):
+        both, notes = learned(tmp_path, [row | marks, row], **options)
+        alone, _ = learned(tmp_path, [row], **options)
+        assert both == alone and "marked as not to be learned" in notes[0]
     with pytest.raises(InputError, match="has no row that can be learned from"):
         open_rows(tmp_path / "data", [row | marks])
     dataset = open_rows(tmp_path / "data", [row | marks, row])
@@ -122,8 +118,7 @@ def test_nothing_that_is_marked_is_learned_with_its_prompt(template, of):
     assert [text in found for text in texts] == [n != of for n in range(4)]
 
 
-@pytest.mark.parametrize("value", [0.5, 2, -1, "some", [0], {"a": 1}])
-@pytest.mark.parametrize("key", ["loss", "weight", "train"])
+@pytest.mark.parametrize(("key", "value"), [("loss", 0.5), ("weight", -1), ("train", {"a": 1})])
 def test_a_mark_between_yes_and_no_is_refused(tmp_path, key, value):
     for make in ROWS:
         with pytest.raises(

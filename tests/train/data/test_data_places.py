@@ -1,13 +1,12 @@
-"""What tells a row from all others, and where it is for people."""
+"""What distinguishes a row from all others, and where it is for people."""
 
 import json
 
-import numpy as np
 import pytest
 
 from glm2_jax.errors import InputError
 from infer.evaluate.rows import read_rows
-from tests.support.training_data import GLM2, alpaca, open_files, open_rows, write_rows
+from tests.support.training_data import alpaca, open_files, open_rows, write_rows
 from train.data.batches import Batches
 from train.data.check import check
 from train.data.split import split
@@ -22,8 +21,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_are_split_however_the_file_is_laid_out(tmp_path, layout):
-    path = tmp_path / "data"
+def test_rows_are_split_and_named_however_the_file_is_laid_out(tmp_path, layout):
+    path = tmp_path / "data.json"
     path.write_text(LAYOUTS[layout])
     dataset = open_files([path])
     kept, out = split(dataset, 0.25, 3)
@@ -31,10 +30,13 @@ def test_rows_are_split_however_the_file_is_laid_out(tmp_path, layout):
     expected = split(open_rows(tmp_path / "lines", ROWS), 0.25, 3)[1]
     if layout != "four lines":  # another order
         assert [out.sample(n).ids for n in range(10)] == [expected.sample(n).ids for n in range(10)]
-    places = {dataset.source(index) for index in range(40)}
-    assert len(places) == 40
+    places = [dataset.source(index) for index in range(40)]
+    assert len(set(places)) == 40
     one = {"one line": ", row 18", "four lines": ", row 18", "lines": ":18"}.get(layout, ":70")
     assert f"{path}{one}" in places
+    batches = Batches(dataset, batch_size=4, accumulate=10)
+    assert set(batches.at(0, 0).sources) == set(places)
+    assert [where for where, _ in read_rows(str(path))] == places  # evaluation names the same
 
 
 def test_all_sequences_of_a_row_stay_together_in_one_line(tmp_path):
@@ -48,8 +50,7 @@ def test_all_sequences_of_a_row_stay_together_in_one_line(tmp_path):
 def test_a_row_of_a_file_that_is_given_twice_is_on_one_side(tmp_path):
     path = write_rows(tmp_path / "data", ROWS, array=True)
     copy = write_rows(tmp_path / "copy", ROWS, array=True)
-    dataset = open_files([path, path, copy])
-    kept, out = split(dataset, 0.25, 1)
+    kept, out = split(open_files([path, path, copy]), 0.25, 1)
     assert (len(kept), len(out)) == (90, 30)
     sides = [{tuple(part.sample(n).ids) for n in range(len(part))} for part in (kept, out)]
     assert not sides[0] & sides[1]
@@ -70,21 +71,6 @@ def test_bad_rows_of_one_line_are_told_apart(tmp_path):
         open_rows(path, rows, array=True)
 
 
-def test_the_rows_of_a_step_are_told_apart(tmp_path):
-    dataset = open_rows(tmp_path / "data", ROWS, array=True)
-    batches = Batches(dataset, batch_size=4, accumulate=10)
-    assert len(set(batches.at(0, 0)[1])) == 40
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_evaluation_names_the_same_places(tmp_path, layout):
-    path = tmp_path / "data.json"
-    path.write_text(LAYOUTS[layout])
-    dataset = open_files([path])
-    found = [where for where, _ in read_rows(str(path))]
-    assert found == [dataset.source(index) for index in range(len(dataset))]
-
-
 def test_a_file_of_immense_rows_is_read_in_little_memory(tmp_path):
     path = tmp_path / "data.jsonl"
     with path.open("wb") as file:
@@ -94,7 +80,6 @@ def test_a_file_of_immense_rows_is_read_in_little_memory(tmp_path):
     found = list(read_rows(str(path)))
     assert [where for where, _ in found] == [f"{path}:{n}" for n in (1, 2, 3)]
     assert "too long to be read" in str(found[1][1]) and found[2][1] == ROWS[1]
-    assert open_files([path], max_bad=1).bad[0][0] == f"{path}:2"
-    assert np.array(open_files([path], max_bad=1).lengths).tolist() == [
-        len(open_rows(tmp_path / "a", [row], tokenizer=GLM2).sample(0).ids) for row in ROWS[:2]
-    ]
+    dataset = open_files([path], max_bad=1)
+    assert dataset.bad[0][0] == f"{path}:2"
+    assert dataset.lengths.tolist() == open_rows(tmp_path / "a", ROWS[:2]).lengths.tolist()

@@ -1,0 +1,116 @@
+"""Files of answers (`--predictions`): JSON lines, as the official script writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from glm2_jax.cli.files import real_path, replace_file
+from glm2_jax.cli.interrupt import always
+from glm2_jax.cli.messages import note
+from glm2_jax.errors import InputError, UsageError
+from glm2_jax.processes import join
+from infer.evaluate.rows import BadRows, read_rows
+
+
+def read_predictions(path: str, bad: BadRows) -> tuple[list[str], list[str]]:
+    """Return the labels and the predictions of a file."""
+    if not Path(path).exists():
+        raise InputError(
+            f"{path} not found, there is nothing to score",
+            "Without --data, --predictions is a file of answers that is read.",
+            "To write it, name the questions: --data F.",
+        )
+    found = bad.keep(read_rows(path), _prediction)
+    bad.check(len(found))
+    labels, predictions = zip(*found, strict=True)
+    return list(labels), list(predictions)
+
+
+def _prediction(where: str, row: Any) -> tuple[str, str]:
+    label, text = (row.get("labels"), row.get("predict")) if isinstance(row, dict) else (None, None)
+    if not isinstance(label, str) or not isinstance(text, str):
+        raise InputError("no prediction", 'write {"labels": "...", "predict": "..."}')
+    if not label.strip():
+        raise InputError("labels is empty")
+    return label, text
+
+
+def check_output(predictions: str | None, data: str | None, overwrite: bool) -> None:
+    """Raise before any work if `--predictions` cannot be written."""
+    if predictions is None or not join.is_first():
+        return
+    path = Path(predictions)
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+        raise InputError(f"cannot write {path}", "it is not a file, or its folder does not exist")
+    target, partial = _places(predictions)
+    if data is not None and real_path(data) in (target, partial):
+        raise UsageError(f"--predictions and --data are both {data}", fix="Name another file.")
+    if path.exists() and not overwrite:
+        raise UsageError(
+            f"{path} exists already",
+            fix="Name another file, or add --overwrite. Without --data it is read and scored.",
+        )
+    if partial.exists() and partial.stat().st_size and not overwrite:
+        raise UsageError(
+            f"{partial} exists already",
+            "It holds the answers of an interrupted run, which is not continued.",
+            "Move it away, or add --overwrite to replace it.",
+        )
+
+
+def _places(predictions: str) -> tuple[Path, Path]:
+    """Return the final path, links followed, and that of the file until it is complete."""
+    path = real_path(predictions)
+    return path, path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def predictions_file(named: str | None) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """Give a function that writes a row: its number and an object.
+
+    Each row is written to F.partial at once; when all are there, F gets them in the order of their
+    numbers. After an interruption F.partial stays. Without a name, and in all but the first of
+    several processes, nothing is written.
+    """
+    if named is None or not join.is_first():
+        yield lambda number, row: None
+        return
+    path, partial = _places(named)
+    lines: dict[int, bytes] = {}
+
+    def keep_partial() -> None:
+        if lines and partial.exists():
+            note(f"incomplete: {len(lines)} answers are in {partial}, which can be scored")
+        else:
+            partial.unlink(missing_ok=True)
+
+    with always(keep_partial):
+        with partial.open("wb", buffering=0) as file:
+
+            def write(number: int, row: dict[str, Any]) -> None:
+                line = left = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                complete = file.tell()
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError as error:
+                    file.truncate(complete)
+                    raise _cannot_write(partial, error) from error
+                lines[number] = line
+
+            yield write
+        try:
+            replace_file(path, b"".join(lines[number] for number in sorted(lines)))
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        partial.unlink()
+    note(f"predictions are in {named}")
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"cannot write {path}", reason, "Free some space, or name another file.")

@@ -1,0 +1,69 @@
+"""The report of the self-test: it names no user, no prompt, and of paths only the last part of the
+model's folder, so that it can be pasted into a bug report as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from glm2_jax.escape import join_lines
+from infer.selftest.checks import PASS, SKIPPED, Check
+
+
+def scrubbed(check: Check, folder: str | None) -> dict[str, Any]:
+    """Return a check without the paths that errors name: of the folder only its last part stays."""
+    values = dataclasses.asdict(check)
+    names = {os.path.expanduser("~"): "~"}
+    if folder is not None:
+        path, real = Path(folder), Path(os.path.realpath(folder))
+        spellings = {str(real), str(path.absolute()), str(path), folder.rstrip(os.sep)}
+        names = dict.fromkeys(spellings - {"", "."}, real.name) | names
+    for path in sorted(names, key=len, reverse=True):  # the longest first: it may hold others
+        for key in ("expected", "got", "note") if len(path) > 1 else ():
+            values[key] = values[key].replace(path, names[path])
+    return values
+
+
+def render(report: dict[str, Any]) -> str:
+    """Write the report for people."""
+    rows = {"model": "{model}"}
+    if "layout" in report:
+        rows |= {
+            "architecture": "{family}, {parameters:,} parameters, {layers} layers, "
+            "vocabulary {vocabulary:,}",
+            "rope": "{rope}; template {template}",
+            "layout": "{layout}, stored in {stored_dtype}, computed in {dtype}",
+            "device": "{device}",
+            "fingerprint": "{fingerprint:.16}",
+        }
+    lines = ["glm2-jax selftest", *_rows(rows | {"versions": "{versions}"}, report), ""]
+    for check in report["checks"]:
+        lines += _check_lines(check)
+    if "figures" in report:
+        rows = {
+            "load": "{load_s:.1f} s, compile {compile_s:.1f} s",
+            "prefill": "{prefill_rate:.1f} tokens/s ({prefill_tokens} tokens)",
+            "decode": "{decode_rate:.1f} tokens/s ({decode_tokens} tokens)",
+        }
+        lines += ["", *_rows(rows, report["figures"])]
+    if "peak_memory" in report:
+        lines += _rows({"peak memory": "{peak_memory}"}, report)
+    counts = {"result": "{pass} passed, {fail} failed, {skipped} skipped"}
+    return join_lines([*lines, "", *_rows(counts, report)])
+
+
+def _rows(rows: dict[str, str], values: dict[str, Any]) -> list[str]:
+    return [f"{label:<13}{text.format_map(values)}" for label, text in rows.items()]
+
+
+def _check_lines(check: dict[str, Any]) -> list[str]:
+    head = f"{check['status']:<8} {check['name']:<12} "
+    if check["status"] == SKIPPED:
+        return [head + check["note"]]
+    if check["status"] == PASS:
+        return [head + (check["got"] or check["expected"])]
+    expected = f", expected {check['expected']}" if check["expected"] else ""
+    lines = [f"{head}got {check['got']}{expected}"]
+    return [*lines, f"{'':<21} {check['note']}"] if check["note"] else lines

@@ -1,0 +1,185 @@
+"""The training loop by itself: when it logs, evaluates, saves and ends. Nothing is computed."""
+
+import contextlib
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glm2_jax.errors import CheckpointError, InputError
+from train import loop as loop_module
+from train.data.batches import Step
+from train.loop import Loop, Position
+from train.step import Metrics
+
+NAN, INF = math.nan, math.inf
+
+
+class Log:
+    def __init__(self):
+        self.steps, self.evaluations, self.finished = [], [], 0
+
+    def step(self, step, tokens, memory, **figures):
+        self.steps.append((step, tokens, figures))
+
+    def evaluation(self, step, split, **figures):
+        self.evaluations.append((step, split, figures["loss"]))
+
+    def finish(self):
+        self.finished += 1
+
+    def apart(self):
+        return contextlib.nullcontext()
+
+
+class Saved(dict):
+    """Checkpoints by step."""
+
+    newest = property(lambda self: max(self, default=None))
+
+    def save(self, step, state, position):
+        self[step] = state, json.loads(json.dumps(position, allow_nan=False))
+
+    def finish(self):
+        pass
+
+
+class Stopping:
+    def __init__(self, after: int | None = None):
+        self.signal, self._left = None, after
+
+    def agree(self) -> bool:
+        if self._left is not None:
+            self._left -= 1
+            self.signal = 15 if self._left <= 0 else None
+        return self.signal is not None
+
+
+class Data:
+    def place(self, step):
+        return 0, step
+
+    def at(self, epoch, step):
+        return Step(step, [f"data:{step + 1}"], 5)  # type: ignore[arg-type]
+
+
+def metrics(loss=1.0, finite=True, skipped=False) -> Metrics:
+    return Metrics(*map(np.asarray, (loss, 2.0, 1, finite, skipped)))
+
+
+def bad(state, batch, number):
+    return state, metrics(NAN, finite=False, skipped=True)
+
+
+@pytest.fixture(autouse=True)
+def no_memory(monkeypatch):
+    monkeypatch.setattr(loop_module, "peak_bytes", lambda device: None)
+
+
+def make(total=6, platform="cpu", **more: Any) -> Any:
+    """A loop whose state counts the steps."""
+    found = {
+        "step": lambda state, batch, number: (state + 1, metrics(10.0 - number)),
+        "evaluate": None, "rate": lambda updates: updates / 10, "batches": Data(),
+        "device": SimpleNamespace(platform=platform), "total": total, "save_every": 4,
+        "log": Log(), "checkpoints": Saved(), "stopping": Stopping(),
+    }  # fmt: skip
+    return Loop(**found | more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_steps_are_logged_and_saved_where_it_is_due(platform):
+    loop, position = make(platform=platform), Position()
+    assert loop.run(0, position) == 6
+    assert [step for step, *_ in loop.log.steps] == [1, 2, 3, 4, 5, 6] and loop.log.finished == 1
+    assert loop.log.steps[2] == (3, 5, {"loss": 8.0, "lr": 0.2, "grad_norm": 2.0})
+    assert {step: state for step, (state, _) in loop.checkpoints.items()} == {4: 4, 6: 6}
+    assert position.losses == {"training": [[1, 10.0], [6, 5.0]]}
+
+    again = make(platform=platform)
+    state, saved = loop.checkpoints[4]
+    assert again.run(state, Position.restored(saved, 4)) == 6
+    assert again.log.steps == loop.log.steps[4:] and again.checkpoints[6] == loop.checkpoints[6]
+
+
+def test_a_device_computes_a_step_while_the_one_before_is_read():
+    order = []
+    for platform, wanted in (("cpu", "srsr"), ("gpu", "ssrr")):
+        loop = make(total=2, platform=platform, save_every=9)
+        loop.step = lambda state, batch, number: (order.append("s"), (state, metrics()))[1]
+        loop.log.step = lambda *args, **figures: order.append("r")
+        loop.run(0, Position())
+        assert "".join(order) == wanted
+        order.clear()
+
+
+def test_a_signal_ends_the_run_after_saving():
+    loop, position = make(stopping=Stopping(after=3)), Position()
+    assert loop.run(0, position) == 3 and position.step == 3
+    assert list(loop.checkpoints) == [3] and loop.log.finished == 0  # resuming logs the step
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps", "best"),
+    [
+        ((3.0, 2.0, 1.0, 1.5, 1.2), 4, 2),
+        ((NAN, NAN, NAN), 2, None),
+        ((3.0, INF, INF), 2, None),
+        ((NAN, NAN, 2.0, 1.0, NAN, 1.5), 5, 3),
+        ((3.0, 2.0, NAN, NAN), 3, 1),
+    ],
+)
+def test_early_stopping_keeps_the_best_and_never_what_is_not_finite(losses, steps, best, capsys):
+    script, best_states, position = iter(losses), Saved(), Position()
+    loop = make(eval_every=1, early_stop=2, best=best_states)
+    loop.evaluate = lambda state: {"validation": {"loss": next(script)}, "guard": {"loss": 9.0}}
+    assert loop.run(0, position) == steps
+    assert (position.best_step or None, best_states.newest) == (best, best)
+    if best is not None:
+        assert position.best == losses[best] and best_states[best][0] == best
+    evaluations = loop.log.evaluations[::2]
+    assert [step for step, _, _ in evaluations] == list(range(len(losses)))
+    np.testing.assert_array_equal([loss for *_, loss in evaluations], losses)
+    assert capsys.readouterr().err.count("is not finite") == np.sum(~np.isfinite(losses))
+    assert position.losses["guard"] == [[0, 9.0], [steps, 9.0]]
+
+
+def test_a_killed_run_evaluates_again_without_saving_the_best_twice():
+    best_states = Saved({4: "of the killed run"})
+    loop = make(eval_every=4, best=best_states, evaluate=lambda state: {"v": {"loss": 1.0}})
+    position = Position(step=3)
+    loop.run(3, position)
+    assert best_states[4] == "of the killed run" and position.best_step == 4
+
+
+def test_a_step_that_is_not_finite_ends_the_run_or_is_left_out(capsys):
+    loop = make(step=bad)
+    with pytest.raises(InputError, match="step 1 is NaN or infinite; its rows: data:1\n") as error:
+        loop.run(0, Position())
+    assert "--nan-policy skip" in error.value.fix and not loop.checkpoints
+    position = Position()
+    make(total=4, step=bad, skip_bad=True).run(0, position)
+    assert position.skipped == 4 and capsys.readouterr().err.count("left out") == 4
+    with pytest.raises(InputError, match=", as in the 4 steps before"):
+        make(step=bad, skip_bad=True).run(0, Position())
+
+
+def test_an_overflow_of_float16_is_skipped_and_the_rate_counts_updates(capsys):
+    loop, position = make(total=3), Position()
+    loop.step = lambda state, batch, number: (state, metrics(skipped=number == 0))
+    loop.run(0, position)
+    assert position.skipped == 1 and "the loss scale is halved" in capsys.readouterr().err
+    assert [figures["lr"] for _, _, figures in loop.log.steps] == [0.0, 0.0, 0.1]
+    assert [figures.get("skipped") for *_, figures in loop.log.steps] == [1, 1, 1]
+
+
+def test_a_position_is_restored_as_it_was_saved_or_refused():
+    saved = vars(Position(step=3, best=1.5, best_step=2))
+    assert Position.restored(saved, 3) == Position(**saved)
+    assert Position(step=3, best=NAN, best_step=2).best is None  # as an older version saved it
+    for damaged in (saved | {"step": 2}, saved | {"waited": "x"}, saved | {"more": 1}, None):
+        with pytest.raises(CheckpointError, match="after step 3 is damaged"):
+            Position.restored(damaged, 3)

@@ -1,0 +1,111 @@
+"""What is trained and what comes of it, validation, and devices: on a tiny checkpoint."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from convert import load_checkpoint, open_folder
+from convert.adapters.adapter import load_adapter
+from glm2_jax.sharding import make_mesh
+from tests.support.checkpoints import save, tiny_config
+from tests.support.training_data import alpaca, learned_of, open_rows
+from train import full, lora, validation
+from train.data.batch import make_batch
+from train.devices import Devices
+from train.methods import AdapterMethod, FullMethod
+from train.recipe import Recipe, parse
+from train.validation import print_answers
+
+ONE = Devices(jax.devices()[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save(path, config=tiny_config(num_layers=1))
+    return open_folder(path)
+
+
+def recipe(command, *flags: str) -> Recipe:
+    return command.make_recipe(parse(command.parser(), ["--data", "d", *flags]))
+
+
+def quiet(done, total):
+    pass
+
+
+def test_an_adapter_is_trained_beside_a_frozen_base(folder, tmp_path):
+    settings = recipe(lora, "--rank", "2", "--dtype", "float32", "--quantize-base", "int8")
+    method = AdapterMethod(folder, settings, ONE, quiet)
+    assert method.checkpoint.summary.quantization == "int8" and method.dtype is None
+    assert method.num_trained == sum(x.size for x in jax.tree.leaves(method.trained))
+    params, adapter = method.model(method.trained)
+    assert params is method.base and adapter is method.trained
+    changed = jax.tree.map(lambda x: x + 1, method.trained)
+    assert method.write(tmp_path, changed) == tmp_path
+    written = load_adapter(tmp_path, folder.config)
+    jax.tree.map(np.testing.assert_array_equal, written.lora.layers, changed.layers)
+    assert written.base == method.checkpoint.fingerprint
+
+
+def test_all_parameters_are_trained_in_float32(folder, tmp_path):
+    method = FullMethod(folder, recipe(full, "--dtype", "bfloat16"), ONE, quiet)
+    assert method.base is None and method.num_trained == folder.config.num_params
+    assert {x.dtype for x in jax.tree.leaves(method.trained)} == {np.dtype("float32")}
+    params, adapter = method.model(method.trained)
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"} and adapter is None
+    result = method.write(tmp_path, method.trained)
+    again = load_checkpoint(result, dtype="float32").params
+    jax.tree.map(np.testing.assert_array_equal, again, method.trained)
+
+
+def test_the_engine_answers_with_what_is_trained(folder):
+    method = FullMethod(folder, recipe(full), ONE, quiet)
+    engine_of = method.answering()
+    engine = engine_of(method.trained)
+    assert engine_of(jax.tree.map(np.zeros_like, method.trained)) is engine
+    assert not any(x.any() for x in jax.tree.leaves(engine.checkpoint.params))
+
+    class Echo:
+        def generate(self, prompts, **options):
+            return [SimpleNamespace(text=f"{prompt}\n!") for prompt in prompts]
+
+    lines: list[str] = []
+    print_answers(Echo(), ["a", "b"], lines.append)
+    assert lines == ["  a -> a !", "  b -> b !"]
+
+
+def test_validation_is_the_mean_over_learned_tokens(folder, tmp_path, monkeypatch):
+    def loss_of(params, lora, batch):
+        return (batch.tokens * batch.learned).sum() * params, batch.learned.sum()
+
+    monkeypatch.setattr(validation, "make_eval", lambda config: loss_of)
+    rows = [alpaca(f"Q{n}" * (n + 1), "好" * (n + 1)) for n in range(5)]
+    sets = {
+        "validation": open_rows(tmp_path / "a", rows),
+        "guard": open_rows(tmp_path / "b", rows[:2]),
+    }
+    found = validation.make_validation(folder.config, sets, 2, ONE)
+    for name, dataset in sets.items():
+        learned = [i for n in range(len(dataset)) for i in learned_of(dataset.sample(n))]
+        figures = found(1e-3, None)[name]
+        assert figures["loss"] == pytest.approx(1e-3 * np.mean(learned))
+        assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    assert math.isnan(found(math.nan, None)["guard"]["loss"])
+    assert found(1e9, None)["guard"]["perplexity"] == math.inf
+
+
+def test_devices_of_a_mesh_get_rows_they_can_divide(folder):
+    mesh = Devices(jax.devices()[0], make_mesh({"data": 1}))
+    batch = make_batch([[([5, 6], [False, True])]] * 3, 4)
+    for devices in (ONE, mesh):
+        assert devices.rows(3) == {0, 1, 2}
+        jax.tree.map(np.testing.assert_array_equal, devices.batch(batch), batch)
+        assert jax.random.key_data(devices.key(3)).tolist() == [0, 3]
+        placed = devices.put({"a": np.arange(4)})
+        assert placed["a"].sharding.device_set == {jax.devices()[0]}
+    assert ONE.shardings(placed) is None
+    assert mesh.shardings(placed)[0] == {"a": placed["a"].sharding}
