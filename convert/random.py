@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.options import add_shard_size
-from glm2_jax.choices import STORED_DTYPES, WEIGHT_FORMATS
+from glm2_jax.choices import STORED_DTYPES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.main import print_path
@@ -65,11 +65,8 @@ def build_parser() -> Parser:
         help="the tokenizer.model to put into the folder, or a folder that holds one",
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
-    weights.add_argument("--seed", type=int, default=0, metavar="N", help="other numbers")
+    weights.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
     weights.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="type to store")
-    weights.add_argument(
-        "--format", choices=WEIGHT_FORMATS, default="bin", help="kind of weight files"
-    )
     add_shard_size(weights, default="2GB")
     parser.add_common()
     return parser
@@ -129,7 +126,6 @@ def write_random(
     tokenizer_path: str | Path,
     *,
     dtype: str = "float16",
-    file_format: str = "bin",
     max_shard_size: int = 2 * 10**9,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -140,7 +136,7 @@ def write_random(
         destination: the new folder.
         raw: its config.json, as `official_config` gives it.
         tokenizer_path: a tokenizer.model, or a folder that holds one.
-        dtype: one of `STORED_DTYPES`; file_format: one of `WEIGHT_FORMATS`.
+        dtype: one of `STORED_DTYPES`.
         max_shard_size: bytes of one weight file.
         seed: the same seed gives the same bytes.
         progress: called with the bytes written and to write.
@@ -154,7 +150,6 @@ def write_random(
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
     from convert.files.safetensors_writer import write_file, write_shards
-    from convert.files.torch_writer import write_torch_shards
     from convert.writing.destination import check_destination, new_checkpoint
     from glm2_jax.config import GLMConfig
     from glm2_jax.errors import UsageError
@@ -167,11 +162,10 @@ def write_random(
     check_destination(destination, None, needed=size)  # any number of layers may be asked for
     entries = random_entries(config, dtype, seed)
     size = sum(entry.nbytes for entry in entries)
-    write_weights = write_torch_shards if file_format == "bin" else write_shards
     with new_checkpoint(destination, needed=size) as temporary:
         write_file(temporary / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
         write_file(temporary / "tokenizer.model", tokenizer.model_bytes)
-        write_weights(temporary, entries, max_shard_size, progress)
+        write_shards(temporary, entries, max_shard_size, progress)
     return size
 
 
@@ -235,21 +229,15 @@ def main(argv: list[str]) -> None:
     """Parses and writes."""
     args = build_parser().parse_args(argv)
     raw = official_config(args.config, layers=args.layers, dtype=args.dtype)
-    with Progress("writing", 0, show=human_size) as bar:
-
-        def show_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar(done)
-
+    with Progress("writing", show=human_size) as bar:
         size = write_random(
             args.destination,
             raw,
             args.tokenizer,
             dtype=args.dtype,
-            file_format=args.format,
             max_shard_size=args.max_shard_size,
             seed=args.seed,
-            progress=show_progress,
+            progress=bar.update,
         )
     note(f"wrote {human_size(size)} of random weights in {args.dtype}, {raw['num_layers']} layers")
     print_path(args.destination)

@@ -23,5 +23,4 @@ TEMPLATES = ("chatglm2", "chatglm3", "raw")
 
 SOURCES = ("hf", "modelscope")
 LAYOUTS = ("glm", "chatglm")  # of folders and adapters for PyTorch
-WEIGHT_FORMATS = ("bin", "safetensors")
 GGUF_TYPES = ("f16", "q8_0")

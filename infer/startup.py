@@ -65,12 +65,7 @@ def open_engine(
     mesh = find_mesh(choice.mesh, choice.device)
     if join.are_several():
         join.compare(_contents(choice, options, folder) | dict(contents or {}))
-    with Progress("loading", 0, show=human_size) as bar:
-
-        def show_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar(done)
-
+    with Progress("loading", show=human_size) as bar:
         engine = open_choice(
             choice,
             options,
@@ -78,7 +73,7 @@ def open_engine(
             mesh=mesh,
             device=choice.device if mesh is None else None,
             on_event=lambda kind, text: note(text),
-            progress=show_progress,
+            progress=bar.update,
         )
     summary = engine.checkpoint.summary
     weights = f", weights in {summary.quantization}" if summary.quantization else ""

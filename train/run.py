@@ -26,7 +26,7 @@ from infer.startup import model_folder, note_demo_model
 from train.data.batch import Batch
 from train.data.batches import Batches
 from train.data.dataset import Dataset
-from train.data.options import open_dataset, print_checks, show_progress
+from train.data.options import open_dataset, print_checks
 from train.data.split import Subset, split
 from train.data.vocabulary import unknown_characters
 from train.defaults import choose, warn_of_few_steps
@@ -83,8 +83,8 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
     with RunFolder(
         output.output, resume=output.resume, identity=identity, checkpoints=output.checkpoints
     ) as out:
-        with Progress("loading", 0, show=human_size) as bar:
-            method = make_method(folder, recipe, devices, partial(show_progress, bar))
+        with Progress("loading", show=human_size) as bar:
+            method = make_method(folder, recipe, devices, bar.update)
         with jax.default_device(devices.first):
             return _train(recipe, out, method, batches, sets, devices)
 

@@ -2,95 +2,78 @@
 
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from convert.files.manifest import MANIFEST, read_manifest
 from convert.files.tensor import reading
-from glm2_jax.cli.files import (
-    moved_aside,
-    new_file,
-    new_folder,
-    real_path,
-    remove_leftovers,
-    require_space,
-    require_writable,
-    restore,
-)
+from glm2_jax.cli.files import current, new_output, real_path, require_space, require_writable
 from glm2_jax.errors import CheckpointError, UsageError
 
 # Room for headers, the index, the manifest and the blocks of the file system.
 _SPARE_BYTES = 2**20
 
 
-@contextmanager
 def new_checkpoint(
     destination: str | Path,
     *,
     needed: int,
     overwrite: bool | None = None,
     source: Path | None = None,
-) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `destination`, complete or not at all.
+) -> AbstractContextManager[Path]:
+    """Give a temporary folder that becomes `destination`, complete or not at all.
 
-    Arguments and errors are those of `check_destination`; an error of the system while the folder
-    is filled is an InputError, too. Nothing is left behind.
+    The arguments and errors are those of `check_destination`; another process that writes the same
+    folder, and an error of the system while the folder is filled, are an InputError, too.
     """
     folder = real_path(destination)
-    restore(folder)
-    check_destination(folder, overwrite, source=source, needed=needed)
-    remove_leftovers(folder)
-    may_replace = functools.partial(_check_replaceable, folder, folder, overwrite, source)
-    with new_folder(folder, may_replace) as temporary:
-        yield temporary
+    check = functools.partial(_check_replaceable, folder, folder, overwrite, source)
+    return new_output(folder, check, needed=needed + _SPARE_BYTES)
 
 
 def check_destination(
     destination: str | Path, overwrite: bool | None, *, source: Path | None = None, needed: int = 0
 ) -> None:
-    """Refuses to begin what cannot be finished, and to replace what must not be replaced.
+    """Refuse to begin what cannot be finished, and to replace what must not be replaced.
 
     Args:
         destination: the folder to write.
-        overwrite: whether a folder of our own format may be replaced; None = nobody can ask for it.
+        overwrite: whether a folder of this project's format may be replaced; None = the command has
+            no flag for it.
         source: the folder that is converted.
         needed: bytes to write.
 
     Raises:
-        UsageError: a URL; or the folder exists and `overwrite` is not True, or it is none of ours,
-            or it holds the source or files that we did not write.
+        UsageError: a URL; or the folder exists and `overwrite` is not True, or it is not of this
+            project's format, or it holds the source or files that were not written by it.
         InputError: no space, or the folder cannot be written.
     """
     folder = real_path(destination)
     require_writable(folder)
-    _check_replaceable(folder, moved_aside(folder) or folder, overwrite, source)
+    _check_replaceable(folder, current(folder), overwrite, source)
     require_space(folder, needed + _SPARE_BYTES)
 
 
-@contextmanager
-def new_model_file(destination: str | Path, *, needed: int) -> Iterator[Path]:
-    """Gives the path of a file that becomes `destination`, complete or not at all.
+def new_model_file(destination: str | Path, *, needed: int) -> AbstractContextManager[Path]:
+    """Give the path of a file that becomes `destination`, complete or not at all.
 
-    Arguments and errors are those of `check_model_file`; an error of the system while the file is
-    written is an InputError, too. Nothing is left behind.
+    The arguments and errors are those of `check_model_file`; see `new_checkpoint` for more.
     """
     check_model_file(destination, needed=needed)
     file = real_path(destination)
-    remove_leftovers(file)
-    with new_file(file, functools.partial(_check_replaceable, file, file, None, None)) as path:
-        yield path
+    check = functools.partial(_check_replaceable, file, file, None, None)
+    return new_output(file, check, needed=needed + _SPARE_BYTES, folder=False)
 
 
 def check_model_file(destination: str | Path, *, needed: int = 0) -> None:
-    """Refuses to begin what cannot be finished.
+    """Refuse to begin what cannot be finished.
 
     Args:
         destination: the file to write.
         needed: bytes to write.
 
     Raises:
-        UsageError: something has that name, or it is that of a folder.
+        UsageError: the path exists, or names a folder.
         InputError: no space, or the file cannot be written.
     """
     slash = os.fspath(destination).endswith(os.sep)
@@ -111,7 +94,7 @@ def _check_replaceable(
     if present.is_dir() and present.samefile("."):
         raise UsageError(
             f"{folder} is the current folder.",
-            "A new folder takes its place, so you would stay in one that is gone.",
+            "A new folder takes its place, so you would stay in one that was removed.",
             "Run the command somewhere else.",
         )
     if source is not None and present.is_dir():
@@ -124,7 +107,7 @@ def _check_replaceable(
             asking = "" if overwrite is None else ", or use --overwrite (overwrite=True)"
             raise UsageError(
                 f"{folder} exists.",
-                "Nothing is overwritten" + (" unless that is asked for." if asking else "."),
+                "Nothing is overwritten" + (" unless you ask for it." if asking else "."),
                 f"Choose another name{asking}.",
             )
         known = {MANIFEST, *read_manifest(present).files}
@@ -136,7 +119,7 @@ def _check_replaceable(
     except (CheckpointError, OSError) as error:
         raise UsageError(
             f"{folder} is not a folder of this project's format.",
-            "Only such a folder is replaced, so that a mistyped path costs nothing.",
+            "Only such a folder is replaced, so that a mistyped path does no harm.",
             "Choose another name, or remove it yourself.",
         ) from error
     if foreign:
@@ -148,18 +131,18 @@ def _check_replaceable(
 
 
 def _check_outside(folder: Path, source: Path) -> None:
-    """The source, or a file that it links to, must not go when `folder` is replaced."""
+    """Refuse to replace a folder that holds the source, or a file that it links to."""
     if folder.samefile(source):
         raise UsageError(
             "The folder cannot be converted onto itself.",
-            "What is written is read from it until the end.",
+            "It is read until the new folder is complete.",
             "Name another one.",
         )
     for path in (source, *source.iterdir()):
         real = real_path(path)
         if any(parent.exists() and parent.samefile(folder) for parent in real.parents):
             raise UsageError(
-                f"The source {path} lies in {folder}.",
+                f"The source {path} is inside {folder}.",
                 "Replacing that folder would lose it.",
                 "Choose another name.",
             )

@@ -1,10 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end a tool at once, whatever it is doing.
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end a command at once, whatever it is doing.
 
-Python makes a signal an exception only between two bytecodes of the main thread: not while a
-program is compiled or run, and one that arrives inside a callback of jax, or while an extension
-module is loaded, is lost or turned into another error. Unwinding past a computation that still runs
-can also crash while the interpreter shuts down. So a tool simply ends: each answer is written as
-soon as it is there, and what must not be left behind is named with `always`.
+Python raises the exception of a signal only between two bytecodes of the main thread: not while a
+program is compiled or runs. Inside a callback of jax, or while an extension module is loaded, the
+exception is lost or becomes another one. Unwinding past a running computation can also crash the
+interpreter. So the process just exits: each answer is written as soon as it is complete, and
+`always` names what must be cleaned up.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _silent = False
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Like `run_main`, and a signal ends the process."""
+    """Run a command as `run_main` does; a signal ends the process."""
 
     def guarded(args: list[str]) -> int | None:
         end_on_signals()
@@ -39,7 +39,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     try:
         run_main(guarded)
     except SystemExit as ending:
-        if ending.code:  # a computation may still be running: do not wait for it, nor unwind it
+        if ending.code:  # a computation may still run: neither wait for it nor unwind it
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
             os._exit(ending.code if isinstance(ending.code, int) else 1)
@@ -48,9 +48,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 @contextlib.contextmanager
 def always(action: Callable[[], object]) -> Iterator[None]:
-    """Runs `action` when the block is left, also when a signal ends the process inside it.
+    """Run `action` when the block is left, also when a signal ends the process inside it.
 
-    It may then run in another thread, and for a second time: it must not mind either.
+    The action may run in another thread and for a second time.
     """
     _actions.append(action)
     try:
@@ -61,7 +61,7 @@ def always(action: Callable[[], object]) -> Iterator[None]:
 
 
 def end_on_signals() -> None:
-    """From now on SIGINT ends the process with 130, SIGTERM and SIGHUP with 143."""
+    """From now on let SIGINT end the process with 130, SIGTERM and SIGHUP with 143."""
     for signum in ending_signals():
         signal.signal(signum, _handle)
     reading, writing = os.pipe()
@@ -71,13 +71,13 @@ def end_on_signals() -> None:
 
 
 def ending_signals() -> list[signal.Signals]:
-    """The signals that end a tool: without SIGHUP where it is ignored, as nohup does it."""
+    """Return the signals that end a command: without SIGHUP where nohup ignores it."""
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     return [signum for signum in _ENDINGS if signum not in ignored]
 
 
 def exit_code(signum: int) -> int:
-    """The exit code of a tool that a signal ended."""
+    """Return the exit code of a command that a signal ended."""
     return _ENDINGS[signal.Signals(signum)][1]
 
 
@@ -88,7 +88,7 @@ def _handle(signum: int, frame: object) -> NoReturn:
 
 
 def _watch(reading: int) -> None:
-    """Ends the process for a main thread that is busy outside Python."""
+    """End the process for a main thread that is busy outside Python."""
     while (signum := os.read(reading, 1)[0]) not in _ENDINGS:
         pass
     time.sleep(_GRACE)
@@ -96,13 +96,13 @@ def _watch(reading: int) -> None:
 
 
 def leave_the_word() -> None:
-    """From here on a signal ends this process without a word: the one that watches it tells."""
+    """From now on let a signal end this process silently: its parent reports it."""
     global _silent
     _silent = True
 
 
 def tell(ending: int, prefix: str = "") -> None:
-    """Says that a signal ended the work, where `ending` is the exit code of one."""
+    """Print that a signal ended the work, if `ending` is the exit code of one."""
     for message, code in set(_ENDINGS.values()):
         if code == ending:
             line = prefix.encode() + message
@@ -112,8 +112,8 @@ def tell(ending: int, prefix: str = "") -> None:
 
 
 def end(signum: int) -> NoReturn:
-    """Ends the process at once, with the message and exit code of the signal."""
-    _ending.acquire()  # whoever comes second waits here for the end
+    """End the process at once, with the message and exit code of the signal."""
+    _ending.acquire()  # a second thread waits here for the end
     for action in reversed(_actions):
         with contextlib.suppress(Exception):
             action()

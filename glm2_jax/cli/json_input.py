@@ -1,19 +1,19 @@
-"""JSON that comes from outside, read with limits."""
+"""Reads JSON from outside, with limits."""
 
 import json
 from typing import Any
 
-from glm2_jax.cli.text_input import guess_encoding
+from glm2_jax.cli.text_input import bad_byte
 from glm2_jax.errors import InputError, shown
 
 _MAX_DEPTH = 100
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
-      InputError: it is none, has a key twice, or is nested too deeply.
+        InputError: it is not JSON, has a key twice, or is nested too deeply.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
@@ -33,13 +33,11 @@ def parse_line(line: bytes) -> Any:
     try:
         return parse_json(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        raise InputError(
-            "not UTF-8", f"byte {error.start + 1} cannot be read; {guess_encoding(line)}?"
-        ) from None
+        raise InputError("not UTF-8", bad_byte(error)) from None
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """Reads a JSON object whose keys differ; InputError says what is wrong with it."""
+    """Return the JSON object of a line; InputError as `parse_line`, or if it is not an object."""
     row = parse_line(line)
     if not isinstance(row, dict):
         raise InputError("not a JSON object", "write {...} with a value for each key")
@@ -47,7 +45,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises RecursionError for a value so deep that writing it again could fail."""
+    """Raise RecursionError for a value so deep that writing it again could fail."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         level = [

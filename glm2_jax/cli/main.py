@@ -1,11 +1,8 @@
-"""What every command line of the project shares: parsing, errors, exit codes, progress.
+"""How every command runs: errors become lines and exit codes.
 
 Answers go to stdout, everything else to stderr. Exit codes: 0 ok, 1 unexpected, 2 usage, 3 bad
 input or data, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed,
-143 terminated.
-
-How signals end a tool is in `glm2_jax.cli.interrupt`. Nothing here imports jax: `--help` must
-answer at once.
+143 terminated. How signals end a command is in `glm2_jax.cli.interrupt`.
 """
 
 import errno
@@ -16,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from glm2_jax.cli.messages import _complain, note
+from glm2_jax.cli.messages import complain, note
 from glm2_jax.escape import escape_controls
 
 EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
@@ -24,7 +21,7 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
 
 
 def version() -> str:
-    """The installed version, as `--version` prints it."""
+    """Return the installed version, as `--version` prints it."""
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 
@@ -35,18 +32,18 @@ def version() -> str:
 
 
 def print_path(path: str) -> None:
-    """Prints a path on standard output: as it is for a program, escaped for a terminal."""
+    """Print a path on standard output: as it is for a program, escaped for a terminal."""
     print(escape_controls(path) if sys.stdout.isatty() else path)
 
 
 def run_main(
     main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Runs a command and exits with its code; expected errors become lines, not tracebacks.
+    """Run a command and exit with its code; expected errors become lines, not tracebacks.
 
     Args:
-      main: takes the arguments without the program's name; returns an exit code or None for 0.
-      argv: the arguments; default `sys.argv[1:]`.
+        main: takes the arguments without the program's name; returns an exit code or None for 0.
+        argv: the arguments; default `sys.argv[1:]`.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     _open_streams()
@@ -58,15 +55,15 @@ def run_main(
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # said already; without this Python would complain again at its end
+        except OSError:  # reported already; without this Python would report it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
 def _open_streams() -> None:
-    """Fills the places of closed standard streams (`>&-`), before a file of ours gets their number.
+    """Replace closed standard streams (`>&-`), before another file gets their number.
 
-    Then nothing is read from stdin, what stdout is given is an error, and stderr is silent.
+    Then stdin is empty, writing to stdout is an error, and stderr is silent.
     """
     for number in range(3):
         try:
@@ -95,44 +92,44 @@ def _guarded(main: Callable[[list[str]], int | None], args: list[str]) -> int:
 
 
 def report(error: Exception, *, debug: bool = False) -> int:
-    """Prints an error as one line of what, one of why, one of what to do; returns its exit code.
+    """Print an error as what, why and what to do, a line each; return its exit code.
 
-    An error that nobody expected keeps its traceback: it is a bug, and whoever mends it needs it.
+    An unexpected error is a bug and keeps its traceback.
     """
     from glm2_jax.errors import GLMError
 
     trace = "".join(traceback.format_exception(error)).splitlines()
     if debug:
-        _complain(*trace)
+        complain(*trace)
     if isinstance(error, GLMError):
-        _complain(*f"error: {error}".splitlines())
+        complain(*f"error: {error}".splitlines())
         return error.exit_code
     if is_out_of_memory(error):
         first_line = (str(error).splitlines() or ["the allocation failed"])[0]
-        _complain("error: out of memory", first_line, "try a smaller --dtype, batch or length")
+        complain("error: out of memory", first_line, "try a smaller --dtype, batch or length")
         return EXIT_DEVICE
     variable = named_variable(str(error), os.environ)
     if isinstance(error, (ValueError, RuntimeError, FloatingPointError)) and variable:
         value = os.environ[variable][:500]
         reason = str(error).splitlines()[0]
-        _complain(f"error: jax cannot use {variable}={value}", reason, f"unset {variable}")
+        complain(f"error: jax cannot use {variable}={value}", reason, f"unset {variable}")
         return EXIT_DEVICE
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free some space or write elsewhere" if full else "check the path and its rights"
         reason = error.strerror or str(error)
-        _complain(f"error: {name} cannot be read or written", reason, fix)
+        complain(f"error: {name} cannot be read or written", reason, fix)
         return EXIT_INPUT
     if not debug:
-        _complain(*trace)
-    _complain("unexpected error, please report it with the lines above")
+        complain(*trace)
+    complain("unexpected error, please report it with the lines above")
     return 1
 
 
 def named_variable(text: str, variables: Iterable[str]) -> str | None:
-    """The environment variable of jax that an error of jax names: as it is, as "jax_...", as
-    "jax.default_device" or "disable jit", or by what it disallows."""
+    """Return the environment variable of jax that an error of jax is about: named as it is, as
+    "jax_...", "jax.default_device" or "disable jit", or by what it disallows."""
     text = re.sub(r"Disallowed \S+ transfer", "transfer guard", text)
     for variable in variables:
         short = variable.removeprefix("JAX_").replace("_", "[ _]")
@@ -145,6 +142,6 @@ def named_variable(text: str, variables: Iterable[str]) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or device memory ran out (jax's own error type is known only by its name)."""
+    """Return whether host or device memory ran out; jax's own error type is known by its name."""
     from_jax = type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError")
     return isinstance(error, MemoryError) or (from_jax and "RESOURCE_EXHAUSTED" in str(error))

@@ -11,25 +11,27 @@ from typing import TextIO
 
 from glm2_jax.escape import escape_controls, join_lines
 
-_speaker: str | None = None  # set in a process that tells only errors, after this name
+_CLEAR = "\r\x1b[K"  # the line of a terminal
+_speaker: str | None = None  # set in a process that prints only errors, after this name
+_shown_on: TextIO | None = None  # the terminal that a progress line is on
 
 
 class Progress:
     """Progress with rate and ETA: one line that is rewritten on a terminal, plain lines elsewhere.
 
     Args:
-      label: what is being done, e.g. "loading".
-      total: how much there is to do.
-      show: turns an amount into text, e.g. `human_size`.
-      stream: where to write; default stderr.
-      interval: seconds between two plain lines (a terminal is refreshed ten times a second).
-      done: how much was there before; it has no part in the rate.
+        label: what is being done, e.g. "loading".
+        total: how much there is to do; may also come with `update`.
+        show: turns an amount into text, e.g. `human_size`.
+        stream: where to write; default stderr.
+        interval: seconds between two plain lines (a terminal is refreshed ten times a second).
+        done: how much was done before; it does not count in the rate.
     """
 
     def __init__(
         self,
         label: str,
-        total: float,
+        total: float = 0,
         *,
         show: Callable[[float], str] = lambda amount: f"{amount:.0f}",
         stream: TextIO | None = None,
@@ -44,27 +46,38 @@ class Progress:
         self.start = self.last = time.monotonic()
 
     def __call__(self, done: float, more: str = "") -> None:
-        """Says that `done` of `total` is finished; writes only when the interval has passed.
+        """Record that `done` of `total` is finished; print it when the interval has passed.
 
         Args:
-          more: a figure to show beside the rate.
+            done: the amount.
+            more: a figure to show after the rate.
         """
+        global _shown_on
         now = time.monotonic()
         if now - self.last < self.interval:
             return
         self.last = now
         rate = (done - self.before) / (now - self.start)
         line = f"{escape_controls(self.label)}: {self.show(done)} of {self.show(self.total)}"
-        line += f", {self.show(rate)}/s, {escape_controls(more) + ', ' if more else ''}"
-        line += f"{max(self.total - done, 0) / max(rate, 1e-9):.0f} s left"
+        line += f", {self.show(rate)}/s{', ' + escape_controls(more) if more else ''}"
+        if rate > 0:
+            line += f", {max(self.total - done, 0) / rate:.0f} s left"
         if self.terminal:  # a line that wraps could not be cleared
-            line = cut_to_width(line, _columns(self.stream) - 1)
-        _tell(f"\r\x1b[K{line}" if self.terminal else f"{line}\n", self.stream)
+            line = _CLEAR + cut_to_width(line, _columns(self.stream) - 1)
+            _shown_on = self.stream
+        _print(line if self.terminal else f"{line}\n", self.stream)
+
+    def update(self, done: float, total: float) -> None:
+        """Record that `done` of a `total` that is known now is finished."""
+        self.total = total
+        self(done)
 
     def close(self) -> None:
-        """Clears the line on a terminal; elsewhere the lines stay."""
+        """Clear the line on a terminal; elsewhere the lines stay."""
+        global _shown_on
         if self.terminal:
-            _tell("\r\x1b[K", self.stream)
+            _print(_CLEAR, self.stream)
+            _shown_on = None
 
     def __enter__(self) -> "Progress":
         return self
@@ -74,25 +87,26 @@ class Progress:
 
 
 def only_errors(name: str) -> None:
-    """From here on only errors are told, each line after `name`: another process tells the rest."""
+    """From now on print only errors, each line after `name`: another process prints the rest."""
     global _speaker
     _speaker = name
 
 
 def note(text: str) -> None:
-    """One line for the user that is not part of the answer: on stderr, escaped."""
+    """Print a line for the user that is not part of the answer: on stderr, escaped."""
     if _speaker is None:
-        _tell(f"{escape_controls(text)}\n")
+        clear = _CLEAR if _shown_on is sys.stderr else ""
+        _print(f"{clear}{escape_controls(text)}\n")
 
 
-def _complain(*lines: str) -> None:
-    """Lines about an error: on stderr, escaped."""
+def complain(*lines: str) -> None:
+    """Print the lines of an error: on stderr, escaped."""
     prefix = "" if _speaker is None else f"{_speaker}: "
-    _tell(join_lines(prefix + line for line in lines) + "\n")
+    _print(join_lines(prefix + line for line in lines) + "\n")
 
 
-def _tell(text: str, stream: TextIO | None = None) -> None:
-    """Writes at once to stderr, or to `stream`; the work goes on where nobody can read it."""
+def _print(text: str, stream: TextIO | None = None) -> None:
+    """Print at once; work continues where nobody reads it."""
     with contextlib.suppress(OSError):
         print(text, end="", file=stream or sys.stderr, flush=True)
 
@@ -106,15 +120,19 @@ def human_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def cut_to_width(text: str, columns: int) -> str:
-    """The beginning of a text that fits into so many columns of a terminal.
+def text_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes.
 
-    East Asian wide characters take two, marks that combine with the one before take none.
+    East Asian wide characters take two, combining marks and invisible characters none.
     """
+    hidden = sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
+    return len(text) - hidden + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+
+
+def cut_to_width(text: str, columns: int) -> str:
+    """Return the longest beginning of a text that fits into so many columns of a terminal."""
     for at, char in enumerate(text):
-        if unicodedata.combining(char) or unicodedata.category(char) == "Cf":
-            continue
-        columns -= 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        columns -= text_width(char)
         if columns < 0:
             return text[:at]
     return text

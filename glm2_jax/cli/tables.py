@@ -2,8 +2,9 @@
 
 import shutil
 import textwrap
-import unicodedata
 from collections.abc import Sequence
+
+from glm2_jax.cli.messages import text_width
 
 
 def columns(most: int = 160) -> int:
@@ -17,7 +18,7 @@ def fold(line: str, columns: int, indent: str = "  ") -> list[str]:
     Long words (commands, paths) are kept as they are, so that they can be copied.
 
     Args:
-      indent: of every further line, in addition to the spaces that the line begins with.
+        indent: of every further line, in addition to the spaces that the line begins with.
     """
     before = " " * (len(line) - len(line.lstrip()))
     return textwrap.wrap(
@@ -31,16 +32,13 @@ def fold(line: str, columns: int, indent: str = "  ") -> list[str]:
 
 def table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
     """Write rows in columns; the first `texts` of them are text, the others numbers."""
-    widths = [max(_width(row[at]) for row in rows) for at in range(len(rows[0]))]
-    return [
-        "  ".join(
+    widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        pads = [" " * (width - text_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [
             cell + pad if at < texts else pad + cell
-            for at, cell in enumerate(row)
-            if (pad := " " * (widths[at] - _width(cell))) is not None
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _width(text: str) -> int:
-    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+            for at, (cell, pad) in enumerate(zip(row, pads, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

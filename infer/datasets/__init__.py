@@ -1,4 +1,4 @@
-"""Rows of data files as conversations, and those as tokens: what is trained and evaluated on."""
+"""Turns rows of data files into conversations, and those into tokens, to train and evaluate on."""
 
 FORMATS = ("alpaca", "sharegpt", "messages", "adgen", "prompt")
-"""The forms a row may have; `infer.datasets.formats` reads them."""
+"""The formats of rows; `infer.datasets.formats` reads them."""

@@ -1,12 +1,12 @@
-"""Conversations as token sequences, exactly as the model sees them when it answers.
+"""Encodes conversations as token sequences, exactly as the model sees them when it answers.
 
-ChatGLM3 keeps a conversation as it is, so a whole one is a sequence in which every answer is
-learned, with the id behind it: that is what ends an answer. ChatGLM2 and raw text are written anew
-for every question, and an answer of the past is split into other pieces than when it was given, and
-has no end token. So there every answer is a sequence of its own, behind the prompt it answers.
+ChatGLM3 only appends to a conversation, so all of it is one sequence in which every answer is
+learned, with the id that follows and ends it. ChatGLM2 and raw text write the prompt again for
+every question: there a past answer has other tokens than when it was given, and no end token. So
+every answer is a separate sequence, after its prompt.
 
-A message with `"loss": False` is never learned: of a ChatGLM3 sequence its tokens are left out of
-the loss; of the others there is no sequence for such an answer.
+A message with `"loss": False` is never learned: in a ChatGLM3 sequence its tokens are left out of
+the loss; in the others such an answer has no sequence.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from infer.datasets.formats import Message
 
 
 class Encoder:
-    """Turns conversations into sequences.
+    """Encodes conversations as sequences.
 
     Args:
         tokenizer: of the model.
         template: "chatglm2", "chatglm3" or "raw".
-        train_on_prompt: learn all but the ids that every sequence begins with.
+        train_on_prompt: learn everything except the ids that every sequence begins with.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, train_on_prompt: bool = False):
@@ -34,23 +34,23 @@ class Encoder:
         self.train_on_prompt = train_on_prompt
 
     def count(self, messages: Sequence[Message]) -> int:
-        """How many sequences a conversation is; 0 where nothing of it is learned."""
+        """Return the number of sequences of a conversation; 0 where nothing is learned."""
         if self.template == "chatglm3":
             return int(any(map(self._is_learned, messages)))
         return len(self._learned_turns(messages))
 
     def encode(self, messages: Sequence[Message], number: int) -> tuple[list[int], list[bool]]:
-        """The ids of one of its sequences, and which of them are learned.
+        """Return the ids of one of its sequences, and which of them are learned.
 
         Raises:
-            InputError: the template cannot write the conversation.
+            InputError: the template cannot express the conversation.
         """
         if self.template == "chatglm3":
             return self._roles(messages)
         return self._round(messages, self._learned_turns(messages)[number])
 
     def question(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that the last answer follows; InputError as `encode`."""
+        """Return the ids before the last answer; InputError as `encode`."""
         if self.template == "chatglm3":
             return build_messages(self.tokenizer, _unmarked(messages[:-1]))
         system, turns = _turns(messages, self.template)
@@ -61,7 +61,7 @@ class Encoder:
         return kind and message.get("loss", True)
 
     def _learned_turns(self, messages: Sequence[Message]) -> list[int]:
-        """The turns of which the answer, or with `train_on_prompt` anything, is learned."""
+        """Return the turns whose answer, or with `train_on_prompt` any message, is learned."""
         _turns(messages, self.template)  # questions and answers in turn
         first = messages[0]["role"] == "system"
         pairs = zip(messages[first::2], messages[first + 1 :: 2], strict=True)
@@ -94,13 +94,13 @@ class Encoder:
     def _first_learned(
         self, messages: Sequence[Message], turn: int, query: str, prompt: int
     ) -> int:
-        """From which token of a prompt on all are learned."""
+        """Return the index of a prompt's first token from which all are learned."""
         if all(map(self._is_learned, messages)):
             return len(self.tokenizer.prefix_ids)
         if not self._is_learned(messages[-1]) or not turn:
             return prompt
-        # The rounds before it hold something that is not to be learned. They are learned, as far as
-        # they may be, in their own sequences.
+        # The rounds before hold something that must not be learned; what may be learned of them is
+        # in their own sequences.
         return prompt - len(build_followup(self.tokenizer, query, turn + 1))
 
 
@@ -109,7 +109,7 @@ def _unmarked(messages: Sequence[Message]) -> list[Message]:
 
 
 def _turns(messages: Sequence[Message], template: str) -> tuple[str | None, list[tuple[str, str]]]:
-    """The system text, and questions with their answers."""
+    """Return the system text, and the questions with their answers."""
     first = messages[0]["role"] == "system"
     for number, message in enumerate(messages, 1):
         where, role = f"message {number}", message["role"]

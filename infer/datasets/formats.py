@@ -1,8 +1,8 @@
-"""Rows of the known formats as messages.
+"""Reads rows of the known formats as messages.
 
-A conversation is a list of messages in the form that `glm2_jax.text.prompt.build_messages` takes:
-role (system, user, assistant, observation), content, and where there are any, metadata and tools.
-One that must not be learned has `"loss": False`, too.
+A conversation is a list of messages as `glm2_jax.text.prompt.build_messages` takes them: role
+(system, user, assistant, observation), content, and optionally metadata and tools. A message that
+must not be learned has `"loss": False`.
 """
 
 from __future__ import annotations
@@ -25,23 +25,17 @@ _NEEDED = {
     "adgen": ("content", "summary"),
     "prompt": ("prompt", "response"),
 }
-_PAIRS = ("alpaca", "adgen", "prompt")  # a question and its answer, each under its own key
+_PAIRS = ("alpaca", "adgen", "prompt")  # a question and its answer under a key each
+# Whether a row or an entry is learned: the keys of ms-swift and GLM, OpenAI, axolotl.
 MARKS = ("loss", "weight", "train")
-"""Keys of a row or of an entry that say whether it is learned: of ms-swift and GLM, OpenAI,
-axolotl."""
 _KNOWN = {
     name: (*_NEEDED[name], "input", "history", "system", "tools", *MARKS) for name in _PAIRS
 } | {
     "sharegpt": ("conversations", "system", "tools", *MARKS),
     "messages": ("messages", "conversations", "tools", *MARKS),
 }
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "observation",
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {
+    role: role for role in ("user", "assistant", "system", "observation")
 }
 _ENTRY_KEYS = {
     "sharegpt": ("from", "value", *MARKS),
@@ -51,8 +45,8 @@ _FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false
 
 
 def absent(value: Any) -> bool:
-    """Whether an optional field with this value is as good as not there: null, blank, empty, or
-    NaN, with which tables fill what is missing."""
+    """Return whether the value of an optional field counts as missing: null, blank, empty or NaN
+    (tables fill gaps with it)."""
     return (
         value is None
         or value != value
@@ -63,15 +57,14 @@ def absent(value: Any) -> bool:
 
 
 def detect(row: Mapping[str, Any], preferred: str | None = None) -> str | None:
-    """The format of a row that has all the keys that one needs; None where there is no such.
-
-    Where the keys of two are there, the one whose values are not empty counts.
+    """Return the format whose keys a row has, if any; of several the one with values in them.
 
     Args:
-        preferred: the format to take of several.
+        row: the row.
+        preferred: the format to choose of several.
 
     Raises:
-        InputError: it has the keys of two, none of them preferred.
+        InputError: it has the keys of several, none of them preferred.
     """
     there = [name for name, keys in _NEEDED.items() if all(key in row for key in keys)]
     # Tables that became JSON fill every column. The first key of a pair may be blank (with input).
@@ -94,13 +87,13 @@ def _has_role_messages(conversations: Any) -> bool:
 
 
 def unknown_format(row: Mapping[str, Any]) -> InputError:
-    """What is wrong with a row that has the keys of no format."""
+    """Return the error for a row that has the keys of no format."""
     forms = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in _NEEDED.items())
     return InputError(f"no known format, its keys are {_key_list(row)}", f"there are {forms}")
 
 
 def unused_keys(row: Mapping[str, Any], fmt: str) -> Iterator[str]:
-    """The keys of a row, and of its entries, that have a value and no effect; each once."""
+    """Yield the keys of a row, and of its entries, that have a value but no effect, once each."""
     yield from (key for key in row if key not in _KNOWN[fmt] and not absent(row[key]))
     if fmt in _PAIRS:
         return
@@ -112,19 +105,21 @@ def unused_keys(row: Mapping[str, Any], fmt: str) -> Iterator[str]:
                 found[f"{name} in {key}"] = None
         if not _is_answer(entry):
             asked = [name for name in MARKS if _flag(entry.get(name)) is True]
-            found |= dict.fromkeys(f"{name} of messages that are no answers" for name in asked)
+            found |= dict.fromkeys(f"{name} of messages that are not answers" for name in asked)
     yield from found
 
 
 def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
-    """The conversation of a row. Optional fields that are null or blank are not there.
+    """Return the conversation of a row. Optional fields that are null or blank are ignored.
 
     Raises:
-        InputError: something of it is missing, of a wrong type, empty, or in a wrong order.
+        InputError: a part is missing, of a wrong type, empty, or in a wrong order.
     """
     messages = _pair(row, fmt) if fmt in _PAIRS else _conversation(row, fmt)
     if not absent(_value(row, "tools")):
-        raise InputError("tools stand beside the messages", "write them into the system message")
+        raise InputError(
+            "the row has tools outside its messages", "write them into the system message"
+        )
     kept = []
     for number, message in enumerate(messages, 1):
         system = message["role"] == "system"
@@ -146,8 +141,8 @@ def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
 
 
 def _says_something(message: Message) -> bool:
-    """Whether a message has text, or may do without: it has tools or names one, is a tool's result,
-    or an answer that is not learned."""
+    """Return whether a message has text or needs none: it has tools, calls one, is the result of
+    one, or is an answer that is not learned."""
     if message["content"].strip() or message.get("tools") or message.get("metadata"):
         return True
     unlearned = message["role"] == "assistant" and not message.get("loss", True)
@@ -155,7 +150,7 @@ def _says_something(message: Message) -> bool:
 
 
 def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:
-    """A question and its answer, with the rounds before it."""
+    """Return the messages of a question and its answer, with the rounds before."""
     asked, answered = _NEEDED[fmt]
     if asked not in row:
         raise _missing(row, asked)
@@ -175,7 +170,7 @@ def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:
 
 
 def _conversation(row: Mapping[str, Any], fmt: str) -> list[Message]:
-    """The entries of a list, and before them the system text that stands beside it."""
+    """Return the messages of a list, after the system text of the row."""
     read = _role_message if fmt == "messages" else _sharegpt
     messages = []
     if fmt == "sharegpt" and (system := _optional(row, "system")).strip():
@@ -188,7 +183,7 @@ def _conversation(row: Mapping[str, Any], fmt: str) -> list[Message]:
 def _marked(
     read: Callable[[Mapping[str, Any], str], Message], entry: Mapping[str, Any], number: int
 ) -> Message:
-    """The message of an entry, with what its marks say."""
+    """Return the message of an entry, marked if it must not be learned."""
     where = f"message {number}"
     message = read(entry, where)
     if not _is_learned(entry, where):
@@ -202,11 +197,7 @@ def _sharegpt(entry: Mapping[str, Any], where: str) -> Message:
         known = ", ".join(_SHAREGPT_ROLES)
         raise InputError(f"{where} is from {shown(role)}", f"there are {known}")
     role = _SHAREGPT_ROLES[role]
-    if content is None and role == "system":
-        content = ""
-    if not isinstance(content, str):
-        raise InputError(f"{where} has no text in its value")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _content(content, role, f"{where} has no text in its value")}
 
 
 def _role_message(entry: Mapping[str, Any], where: str) -> Message:
@@ -217,12 +208,17 @@ def _role_message(entry: Mapping[str, Any], where: str) -> Message:
     role, content = entry.get("role"), entry.get("content")
     if role not in ROLES:
         raise InputError(f"{where} has the role {shown(role)}", f"there are {', '.join(ROLES)}")
-    if content is None and role == "system":
-        content = ""
-    if not isinstance(content, str):
-        raise InputError(f"{where} ({role}) has no text in its content")
+    content = _content(content, role, f"{where} ({role}) has no text in its content")
     extra = {key: given[key] for key in ("metadata", "tools") if not absent(_value(given, key))}
     return {"role": role, "content": content, **extra}
+
+
+def _content(value: Any, role: str, error: str) -> str:
+    if value is None and role == "system":
+        return ""
+    if not isinstance(value, str):
+        raise InputError(error)
+    return value
 
 
 def _is_answer(entry: Mapping[str, Any]) -> bool:
@@ -231,7 +227,7 @@ def _is_answer(entry: Mapping[str, Any]) -> bool:
 
 
 def _is_learned(entry: Mapping[str, Any], where: str) -> bool:
-    """What the marks of an entry or row say; InputError for one that is neither yes nor no."""
+    """Return what the marks of an entry or row say; InputError for one that is not yes or no."""
     learned = True
     for key in MARKS:
         if absent(value := entry.get(key)):
@@ -247,7 +243,7 @@ def _is_learned(entry: Mapping[str, Any], where: str) -> bool:
 
 
 def _flag(value: Any) -> bool | None:
-    """Yes or no, also as a number or as text (of a table); None for anything else."""
+    """Return yes or no, also from a number or a text (of a table); None for anything else."""
     if isinstance(value, bool | int | float):
         return bool(value) if value in (0, 1) else None
     return _FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
@@ -271,12 +267,12 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 
 
 def _optional(row: Mapping[str, Any], key: str) -> str:
-    """The text of a key that may be missing, null or empty: all are the same as an empty one."""
+    """Return the text of a key that may be missing, null or empty: "" for all of them."""
     return "" if absent(row.get(key)) else _text(row, key)
 
 
 def _value(row: Mapping[str, Any], key: str) -> Any:
-    """A list or object, which tables hold as JSON text; other text stays as it is."""
+    """Return a list or object, which tables hold as JSON text; other text stays text."""
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         return value
@@ -287,7 +283,7 @@ def _value(row: Mapping[str, Any], key: str) -> Any:
 
 
 def _list_key(row: Mapping[str, Any], fmt: str) -> str:
-    """Where the entries of a conversation are."""
+    """Return the key that holds the entries of a conversation."""
     use_messages = fmt == "messages" and not (
         absent(row.get("messages")) and "conversations" in row
     )

@@ -1,9 +1,9 @@
-"""Rows of data files by their place: of a file only the offsets of its rows stay in memory.
+"""Reads rows of data files by offset: only the offsets stay in memory.
 
-A file is JSON lines, one JSON array, or a table (CSV, TSV, Parquet), plain or packed by gzip. All
-are read once from begin to end, a few rows at a time; a row that is wanted later is read again from
-its place. What gzip unpacks, and the rows of a table as JSON, are kept in a temporary file without
-a name.
+A file is JSON lines, one JSON array, or a table (CSV, TSV, Parquet), plain or compressed by gzip.
+It is read once from start to end, a few rows at a time; a row that is needed later is read again
+from its offset. What gzip unpacks, and the rows of a table as JSON, are kept in an unnamed
+temporary file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from glm2_jax.cli.text_input import refuse_wide
 from glm2_jax.errors import InputError, shown
 from infer.datasets.tables import PARQUET, csv_records, delimiter_of, parquet_records
 
-MAX_ROW = 16 * 2**20  # bytes; no row that a model could learn from is as long
+MAX_ROW = 16 * 2**20  # bytes; no model could learn from a longer row
 _PIECE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANKS = " \t\r\n"
-PACKED = {
+PACKED = {  # first bytes of files that are not read
     b"PK\x03\x04": (
         "a zip archive or an Excel table",
         "unzip it, or save the table as CSV (UTF-8)",
@@ -39,8 +39,8 @@ PACKED = {
     b"BZh": ("packed by bzip2", "unpack it: bzip2 -d FILE"),
     b"\x1f\x8b": ("packed by gzip twice", "unpack it: gzip -d FILE"),
     b"ARROW1": ("an Arrow file", "write it as Parquet or as JSON lines"),
-}  # beginnings of files that are not read
-_TAIL = 16  # characters at the end of what was read that may mean something else with the rest
+}
+_TAIL = 16  # characters at the end of the window whose meaning may change with the next ones
 
 
 class Row(NamedTuple):
@@ -51,7 +51,7 @@ class Row(NamedTuple):
         number: of the row, from 1.
         offset: of its first byte in the file.
         size: in bytes.
-        data: its bytes, or what is wrong with it where it cannot be read.
+        data: its bytes, or an error where it cannot be read.
     """
 
     line: int
@@ -66,19 +66,19 @@ class DataFile:
 
     Args:
         path: of a plain file.
-        max_row: bytes; of a longer row nothing is kept.
-        file: an open file to read instead, whose name the path is.
+        max_row: bytes; a longer row is an error.
+        file: an open file to read instead; `path` is only its name.
 
     Attributes:
         name: the path as text.
-        size: of the file, in bytes; of what gzip unpacks.
+        size: in bytes, unpacked.
         kind: "lines", "array", "csv" or "parquet".
-        by_line: whether the rows read so far begin in different lines.
-        sha256: of its contents, once `rows` has come to its end.
+        by_line: whether all rows read so far begin in different lines.
+        sha256: of the contents, after all of `rows`.
 
     Raises:
-        InputError: it cannot be read, is empty, is UTF-16 or UTF-32, or begins with an object that
-            goes on in the next line, so that lines are no rows.
+        InputError: it cannot be read, is empty, is UTF-16 or UTF-32, or begins with an object over
+            several lines.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class DataFile:
         return "lines"
 
     def rows(self) -> Iterator[Row]:
-        """All rows in their order; blank lines are none.
+        """Yield all rows in order; blank lines are skipped.
 
         Raises:
-            InputError: a JSON array that is broken, where nothing tells where its next row begins;
-                or a table that cannot be read.
+            InputError: a broken JSON array, whose next row cannot be found; or a table that cannot
+                be read.
         """
         sha256 = self.digest() if self._table is not None else ""
         with open(self._fd, "rb", closefd=False) as file:
@@ -169,24 +169,24 @@ class DataFile:
             offset += size if isinstance(data, bytes) else 0
 
     def place(self, line: int, number: int) -> str:
-        """Where a row is, for people, once all are read."""
+        """Return where a row is, for people; call it after `rows`."""
         return f"{self.name}:{line}" if self.by_line else f"{self.name}, row {number}"
 
     def digest(self) -> str:
-        """The sha256 of the contents, read once more."""
+        """Return the sha256 of the contents, read again."""
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def restore(self, sha256: str, by_line: bool) -> None:
-        """Brings the file into the state it has after `rows`, where what that yields is known."""
+        """Set the state after `rows`, where the rows are known already."""
         self.sha256, self.by_line = sha256, by_line
         if self._table is not None:
             for _ in self.rows():
                 pass
 
     def read(self, offset: int, size: int) -> bytes:
-        """The bytes of a row; fewer than `size` where the file has become shorter."""
+        """Return the bytes of a row; fewer than `size` where the file was cut since."""
         if self._table is None:
             return os.pread(self._fd, size, offset)
         self._table.flush()
@@ -194,7 +194,7 @@ class DataFile:
 
 
 def no_rows(name: str, why: str = "it is empty") -> InputError:
-    """What is wrong with a file that has none."""
+    """Return the error for a file without rows."""
     return InputError(f"{name} has no rows", why)
 
 
@@ -213,7 +213,7 @@ def _open(name: str) -> int:
 
 
 def _unpacked(fd: int, name: str) -> int:
-    """The descriptor, or for a file that gzip packed that of its contents."""
+    """Return the descriptor, or for a gzip file that of its unpacked contents."""
     if os.pread(fd, 2, 0) != b"\x1f\x8b":
         return fd
     with open(fd, "rb") as packed, tempfile.TemporaryFile() as contents, _writing(name):
@@ -229,7 +229,7 @@ def _unpacked(fd: int, name: str) -> int:
 
 @contextlib.contextmanager
 def _writing(name: str) -> Iterator[None]:
-    """Makes a failure of the temporary file an InputError."""
+    """Turn a failure of the temporary file into an InputError."""
     try:
         yield
     except OSError as error:
@@ -245,14 +245,14 @@ def _too_long(size: int) -> InputError:
 
 
 def _refuse_spread(sample: bytes, name: str, *, cut: bool) -> None:
-    """Raises InputError for a file whose first JSON object is not at its end with its line."""
+    """Raise InputError for a file whose first JSON object spans several lines."""
     text = sample.decode("latin-1").strip(_BLANKS)  # see `_Elements`
     if not text.startswith("{"):
         return
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
-        if not cut or error.pos < len(text) - _TAIL:  # a bad row, of which there may be good ones
+        if not cut or error.pos < len(text) - _TAIL:  # a bad row; the others may be good
             return
         value, end = {}, len(text)
     except (RecursionError, ValueError):
@@ -264,12 +264,12 @@ def _refuse_spread(sample: bytes, name: str, *, cut: bool) -> None:
     raise InputError(
         f"{name} begins with a JSON object over several lines, not with a row",
         f"of JSON lines each line is a row{inside}",
-        "write each row into a line of its own, or all of them as one array: [...]",
+        "write each row on one line, or all of them as one array: [...]",
     )
 
 
 class _Hashed:
-    """A file, and the sum of what has been read of it."""
+    """A file, and the checksum of what was read of it."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.sha256 = file, hashlib.sha256()
@@ -304,12 +304,12 @@ def _lines(source: _Hashed, offset: int, max_row: int) -> Iterator[Row]:
 class _Elements:
     """The elements of a JSON array, with a window of the file in memory.
 
-    The window is read as Latin-1, in which a character is a byte: all that gives JSON its structure
-    is ASCII, which UTF-8 never uses inside other characters. So a place in the text is a place in
-    the file, and the window may end anywhere.
+    The window is decoded as Latin-1, a character per byte: the structure of JSON is ASCII, which
+    UTF-8 never uses inside other characters. So an index in the text is an offset in the file, and
+    the window may end anywhere.
     """
 
-    # Only the end of a value matters here; what it holds is not kept.
+    # Only the end of a value matters here; its contents are dropped.
     _decoder = json.JSONDecoder(
         object_pairs_hook=len, parse_int=len, parse_float=len, parse_constant=len
     )
@@ -337,14 +337,16 @@ class _Elements:
                 self._advance(self.at + 1)
                 self._next_char()
             elif char != "]":
-                why = "there is no comma after a row" if char else "the array has no end"
+                why = (
+                    "a comma is missing after a row" if char else "the end of the array is missing"
+                )
                 raise self._broken(why, self.at)
         self._advance(self.at + 1)
         if self._next_char():
             raise self._broken("something follows the end of the array", self.at)
 
     def _next_char(self) -> str:
-        """Goes on to the next character that is not blank; "" at the end of the file."""
+        """Advance to the next character that is not blank; "" at the end of the file."""
         while True:
             end = self.at
             while end < len(self.text) and self.text[end] in _BLANKS:
@@ -357,11 +359,11 @@ class _Elements:
             self._read_more()
 
     def _end_of_value(self) -> int:
-        """Where the value ends that begins at `at`, reading on as far as it takes."""
+        """Return where the value at `at` ends, reading as much as needed."""
         while True:
             try:
                 end = self._decoder.raw_decode(self.text, self.at)[1]
-                if end + _TAIL <= len(self.text) or self.ended:  # a number may go on
+                if end + _TAIL <= len(self.text) or self.ended:  # a number may continue
                     return end
             except RecursionError:
                 raise self._broken("a row is nested too deeply", self.at) from None
@@ -376,7 +378,7 @@ class _Elements:
             self._read_more()
 
     def _read_more(self) -> None:
-        """Drops what is done with and reads as much as is left again, so that few tries do."""
+        """Drop what was used and read at least as much as is left: then few retries are needed."""
         left = self.text[self.at :]
         self.offset += self.at
         data = self.source.read(max(_PIECE, len(left)))
@@ -391,6 +393,6 @@ class _Elements:
         line = self.line + self.text.count("\n", self.at, at)
         return InputError(
             f"{self.name}:{line}: {why}",
-            "in a JSON array nothing tells where the next row begins, so none can be left out",
-            "mend the file, or write one row a line (JSON lines), where bad rows can be left out",
+            "the next row of a broken JSON array cannot be found, so no row can be left out",
+            "fix the file, or write one row a line (JSON lines), where bad rows can be left out",
         )

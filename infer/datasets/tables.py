@@ -1,4 +1,4 @@
-"""Rows of tables as JSON objects: CSV and TSV by the standard library, Parquet by pyarrow."""
+"""Reads rows of tables as JSON objects: CSV and TSV, and Parquet by pyarrow."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glm2_jax.cli.text_input import guess_encoding
+from glm2_jax.cli.text_input import CONVERT, bad_byte
 from glm2_jax.errors import InputError, shown
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-PARQUET = b"PAR1"  # begins and ends such a file
+PARQUET = b"PAR1"  # the first and last bytes of such a file
 _BOM = b"\xef\xbb\xbf"
 _BATCH = 256  # rows of a Parquet file in memory at once
 
 Record = tuple[int, bytes | InputError]
-"""The line that a row begins in (of a Parquet file its number), and its JSON or what is wrong."""
+"""The line that a row begins in (in a Parquet file its number), and its JSON or an error."""
 
 
 def delimiter_of(name: str) -> str | None:
-    """What stands between the cells of a table in text; None where the name is of no such file."""
+    """Return the delimiter of a table in text by its name; None for other files."""
     return DELIMITERS.get(Path(name.lower().removesuffix(".gz")).suffix)
 
 
 def csv_records(file: BinaryIO, name: str, delimiter: str, max_row: int) -> Iterator[Record]:
-    """The rows of a table in text, whose first line names its columns.
+    """Yield the rows of a table in text, whose first line names its columns.
 
     Raises:
         InputError: it is not UTF-8 or not CSV, or a line is longer than `max_row` bytes.
@@ -47,7 +47,7 @@ def csv_records(file: BinaryIO, name: str, delimiter: str, max_row: int) -> Iter
 
 
 def parquet_records(file: BinaryIO, name: str) -> Iterator[Record]:
-    """The rows of a Parquet file.
+    """Yield the rows of a Parquet file.
 
     Raises:
         InputError: it is damaged, or pyarrow is not installed.
@@ -81,11 +81,7 @@ def _text_lines(file: BinaryIO, name: str, max_row: int) -> Iterator[str]:
         try:
             yield (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}:{number}: not UTF-8",
-                f"byte {error.start + 1} cannot be read; it looks like {guess_encoding(line)}",
-                "save it as UTF-8, or convert it: iconv -f ENCODING -t UTF-8",
-            ) from None
+            raise InputError(f"{name}:{number}: not UTF-8", bad_byte(error), CONVERT) from None
 
 
 def _header(cells: Sequence[str], name: str) -> list[str]:
@@ -110,8 +106,8 @@ def _json(row: dict[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for. Dates and decimals are of no format; as text they can be reported
-    as keys that are not used. Bytes are text if they can be, and never learned if not."""
+    """Return a JSON value for another one: text for bytes that are UTF-8, dates and decimals; other
+    bytes become an object, which is not accepted as text."""
     if not isinstance(value, bytes):
         return str(value)
     try:

@@ -91,13 +91,8 @@ def check_files(folder: Path) -> Check:
     if not (folder / MANIFEST).exists():
         return Check("files", SKIPPED, note=f"{MANIFEST} not found, which holds their checksums")
     try:
-        with Progress("checking the files", 0, show=human_size) as bar:
-
-            def show_progress(done: int, total: int) -> None:
-                bar.total = total
-                bar(done)
-
-            manifest = verify_checkpoint(folder, show_progress)
+        with Progress("checking the files", show=human_size) as bar:
+            manifest = verify_checkpoint(folder, bar.update)
     except GLMError as error:
         return failure("files", error)
     return Check(

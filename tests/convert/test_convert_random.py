@@ -1,7 +1,6 @@
-"""Random checkpoints of real shapes, and the writer of torch files that they go through."""
+"""Random checkpoints of real shapes."""
 
 import json
-import pickle
 import subprocess
 import sys
 
@@ -10,10 +9,7 @@ import pytest
 
 from convert import load_checkpoint
 from convert import random as convert_random
-from convert.files.safetensors_writer import Entry, divide
-from convert.files.tensor import BFLOAT16
-from convert.files.torch_writer import write_torch_file
-from convert.files.torch_zip import read_torch_file
+from convert.files.safetensors_writer import divide
 from convert.random import official_config, random_entries, write_random
 from glm2_jax import PRESETS, CheckpointError, GLMConfig, InputError, UsageError, forward
 from glm2_jax.choices import STORED_DTYPES
@@ -42,83 +38,15 @@ def run(*argv):
     return caught.value.code
 
 
-def entry(name, array):
-    pieces = np.array_split(array.reshape(-1), 3)
-    return Entry(name, array.shape, array.dtype, lambda: iter(pieces))
-
-
-ARRAYS = {
-    "a.half": np.arange(6, dtype=np.float16).reshape(2, 3),
-    "b.bfloat16": np.arange(5).astype(BFLOAT16),
-    "c.single": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4),
-    "d.bytes": np.arange(-70, 70, dtype=np.int8).reshape(70, 2),
-    "e.double": np.array([[np.pi]]),
-    "名": np.float32(np.arange(300)),
-}
-
-
-@pytest.fixture(params=[2**30, 256], ids=["sizes of 32 bits", "sizes of 64 bits"])
-def torch_file(tmp_path, monkeypatch, request):
-    monkeypatch.setattr("convert.files.torch_writer._LARGE", request.param)
-    path = tmp_path / "a.bin"
-    written = []
-    write_torch_file(path, [entry(name, array) for name, array in ARRAYS.items()], written.append)
-    assert sum(written) == sum(array.nbytes for array in ARRAYS.values())
-    return path
-
-
-def test_torch_reads_what_is_written(torch_file):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    for mapped in (False, True):
-        found = torch.load(torch_file, weights_only=True, mmap=mapped)
-        assert list(found) == list(ARRAYS)
-        for name, array in ARRAYS.items():
-            assert str(found[name].dtype) == f"torch.{array.dtype.name}"
-            np.testing.assert_array_equal(found[name].double(), array.astype(np.float64))
-
-
-def test_our_reader_reads_what_is_written(torch_file):
-    found = read_torch_file(torch_file)
-    assert list(found) == list(ARRAYS)
-    for name, array in ARRAYS.items():
-        assert found[name].dtype == array.dtype and found[name].offset % 64 == 0
-        np.testing.assert_array_equal(found[name].read(), array)
-
-
-def test_the_pickle_names_nothing_but_tensors(torch_file):
-    """Python's own unpickler, held on a short lead, sees the same words as our reader."""
-    import zipfile
-
-    names = set()
-
-    class Watching(pickle.Unpickler):
-        def find_class(self, module, name):
-            names.add(f"{module}.{name}")
-            return lambda *arguments: dict()
-
-        def persistent_load(self, pid):
-            return pid
-
-    with zipfile.ZipFile(torch_file) as archive:
-        assert archive.testzip() is None  # checksums
-        Watching(archive.open("archive/data.pkl")).load()
-    kinds = {"Half", "BFloat16", "Float", "Char", "Double"}
-    assert names == {f"torch.{kind}Storage" for kind in kinds} | {
-        "collections.OrderedDict",
-        "torch._utils._rebuild_tensor_v2",
-    }
-
-
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
-def test_a_random_folder_answers(tmp_path, config_file, tokenizer, kind, dtype):
+def test_a_random_folder_answers(tmp_path, config_file, tokenizer, dtype):
     target = tmp_path / "new"
     argv = [target, "--config", config_file, "--tokenizer", tokenizer, "--max-shard-size", "60kB"]
-    assert run(*argv, "--format", kind, "--dtype", dtype, "--layers", "3", "--seed", "5") == 0
+    assert run(*argv, "--dtype", dtype, "--layers", "3", "--seed", "5") == 0
     checkpoint = load_checkpoint(target, dtype="float32")
     assert checkpoint.config == tiny_config(num_layers=3)
     assert (checkpoint.summary.layout, checkpoint.summary.stored_dtype) == ("official", dtype)
-    assert len(list(target.glob(f"*.{kind}"))) > 1 and not list(target.glob("*.py"))
+    assert len(list(target.glob("*.safetensors"))) > 1 and not list(target.glob("*.py"))
     params = checkpoint.params
     assert (np.asarray(params["layers"]["attn_norm"]) == 1).all()
     assert abs(float(np.std(params["embed"])) - 0.02) < 0.001
@@ -131,7 +59,7 @@ def test_the_seed_decides(tmp_path, tokenizer):
     raw = official_config_of_tiny()
     for folder, seed in {"a": 1, "b": 1, "c": 2}.items():
         write_random(tmp_path / folder, raw, tokenizer, seed=seed)
-    a, b, c = ((tmp_path / name / "pytorch_model.bin").read_bytes() for name in "abc")
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b and a != c and len(a) == len(c)
 
 

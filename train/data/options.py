@@ -125,7 +125,7 @@ def open_dataset(options: DataOptions, folder: Folder, other: str | None = None)
     if options.mix_data is not None and other is None:
         mix = options.mix_data, options.mix_ratio or MIX_RATIO
     files = [split_weight(text) for text in options.data] if other is None else [(other, 1.0)]
-    with Progress("reading data", 0, show=human_size) as bar:
+    with Progress("reading data", show=human_size) as bar:
         return Dataset.open(
             [path for path, _ in files],
             tokenizer=folder.tokenizer,
@@ -139,7 +139,7 @@ def open_dataset(options: DataOptions, folder: Folder, other: str | None = None)
             mix=mix,
             scan=partial(cached_scan, folder=options.data_cache, warn=note),
             on_note=note,
-            progress=partial(show_progress, bar),
+            progress=bar.update,
         )
 
 
@@ -155,16 +155,10 @@ def print_checks(options: DataOptions, dataset: Dataset) -> int | None:
         print(print_sample(dataset, options.print_sample))
     if not options.check_data:
         return None
-    with Progress("comparing rows", 0) as bar:
-        report = check(dataset, partial(show_progress, bar))
+    with Progress("comparing rows") as bar:
+        report = check(dataset, bar.update)
     print(report.text())
     return report.exit_code
-
-
-def show_progress(bar: Progress, done: int, total: int) -> None:
-    """Show progress towards a total that is known only now."""
-    bar.total = total
-    bar(done)
 
 
 def data_argument(text: str) -> str:

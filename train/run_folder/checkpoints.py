@@ -1,4 +1,4 @@
-"""What a training needs to go on, saved by Orbax: complete or not there at all."""
+"""Checkpoints of a training, saved by Orbax: complete or not there at all."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from train.run_folder.storage import absolute, using
 class Checkpoints:
     """The checkpoints of one run, by the number of steps taken. A context manager.
 
-    Saving copies the arrays and goes on in the background; leaving waits for it.
+    Saving copies the arrays and writes in the background; leaving the context waits for it.
 
     Args:
-        folder: made if it is not there; also of object storage, see `train.run_folder.storage`.
-        keep: how many of the newest stay.
+        folder: made if it is missing; also in object storage, see `train.run_folder.storage`.
+        keep: how many of the newest are kept.
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int):
@@ -46,18 +46,18 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        """Steps taken at the newest complete checkpoint."""
+        """The number of steps of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Saves after `step` steps.
+        """Save after `step` steps.
 
         Args:
             state: pytree of arrays.
             position: JSON values that belong to it.
 
         Raises:
-            InputError: it, or the one before it, could not be written; those before stay.
+            InputError: this checkpoint, or the one before, could not be written; older ones stay.
         """
         with self._errors("written"):
             self._manager.wait_until_finished()
@@ -67,15 +67,15 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def finish(self) -> None:
-        """Waits until what was saved is on the disk. Raises as `save` does."""
+        """Wait until the saved checkpoints are on the disk. Raises as `save` does."""
         with self._errors("written"):
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The state and the position saved after `step` steps.
+        """Return the state and the position saved after `step` steps.
 
         Args:
-            like: a state of the same structure, whose shapes, types and devices count.
+            like: a state of the same structure, which gives shapes, dtypes and devices.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another structure.
@@ -88,24 +88,24 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
                 ),
             )
-        except Exception as error:  # Orbax raises that very class, too, where data are cut
+        except Exception as error:  # Orbax raises `Exception` itself where data are cut
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(
                 f"the checkpoint {self.folder / str(step)} cannot be read",
                 _reason(error),
-                f"Remove it, then --resume auto {self._goes_on(but=step)}.",
+                f"Remove it, then --resume auto {self._next_run(but=step)}.",
             ) from error
         return found["state"], found["position"]
 
-    def _goes_on(self, but: int | None = None) -> str:
-        """What a run does next, by the checkpoints that are whole: the others have other names."""
+    def _next_run(self, but: int | None = None) -> str:
+        """Return what the next run will do; only complete checkpoints are named by a number."""
         try:
             steps = [int(x.name) for x in self.folder.iterdir() if x.name.isdecimal()]
         except OSError:
             steps = []
         newest = max((step for step in steps if step != but), default=None)
-        return "begins anew" if newest is None else f"goes on after step {newest}"
+        return "starts over" if newest is None else f"resumes after step {newest}"
 
     @contextlib.contextmanager
     def _errors(self, done: str) -> Iterator[None]:
@@ -117,12 +117,12 @@ class Checkpoints:
             raise InputError(
                 f"the checkpoints in {self.folder} cannot be {done}",
                 _reason(error),
-                f"Free some space, or check the rights; then --resume auto {self._goes_on()}.",
+                f"Free some space, or check the rights; then --resume auto {self._next_run()}.",
             ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause: of TensorStore's 'CODE: outer "path": ... "path": inner [x=..]' the last."""
+    """Return the first cause; of TensorStore's 'CODE: outer "path": inner [x=..]' the inner one."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(getattr(error, "strerror", None) or error).split())
@@ -133,23 +133,23 @@ def _reason(error: BaseException) -> str:
 
 @functools.cache
 def _quieten() -> None:
-    """What Orbax's threads say of a failure stays unsaid from here on: it is raised as well.
+    """Hide what Orbax's threads print about a failure, which is raised as well.
 
-    Some of it comes when what they left is collected, or from TensorStore's own threads, which
-    may be long after; so this stays. All that is not theirs is passed on.
+    Some of it comes with garbage collection or from TensorStore's threads, perhaps much later, so
+    this is never undone. Messages of others are passed on.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_not_of_orbax)
     warnings.filterwarnings("ignore", "coroutine '_read_array.* was never awaited", RuntimeWarning)
-    tell = sys.unraisablehook
+    print_unraised = sys.unraisablehook
 
-    def hear(unraised: sys.UnraisableHookArgs) -> None:
+    def hook(unraised: sys.UnraisableHookArgs) -> None:
         code = getattr(unraised.object, "cr_code", None)  # of a coroutine
         late = unraised.object is None and str(unraised.exc_value) == "Event loop is closed"
         if not late and "orbax" not in getattr(code, "co_filename", ""):
-            tell(unraised)
+            print_unraised(unraised)
 
-    sys.unraisablehook = hear
+    sys.unraisablehook = hook
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""Draws the loss curve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def draw(lines: Sequence[dict[str, Any]], path: str) -> None:
-    """Writes the curves of training, evaluation and guard loss over the steps.
+    """Write a picture of the training, evaluation and guard loss over the steps.
 
     Args:
         lines: of `train.run_folder.log.read_log`.

@@ -1,4 +1,4 @@
-"""What a training says of itself: lines on stderr, an object a line in a file, a picture."""
+"""The log of a training: lines on stderr, and JSON lines in a file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Log:
     """Lines for people, and JSON lines for programs. A context manager.
 
     Args:
-        total: steps of the whole run.
+        total: steps of the complete run.
         every: steps between two lines.
-        path: of the JSON lines, which are added to it.
-        taken: steps taken by an earlier run that goes on.
+        path: of the JSON lines, which are appended.
+        taken: steps taken by the earlier run that is resumed.
 
     Raises:
         InputError: the file cannot be written.
@@ -32,7 +32,7 @@ class Log:
         self._total, self._every, self._first = total, every, taken
         self._last = time.perf_counter()
         self._seconds, self._tokens = 0.0, 0
-        self._unsaid: tuple[int, int | None, dict[str, float]] | None = None
+        self._pending: tuple[int, int | None, dict[str, float]] | None = None
         try:
             self._file = open(path, "a", encoding="utf-8")
         except OSError as error:
@@ -42,30 +42,29 @@ class Log:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # What could not be written is said already; closing would try it once more.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a failed write was reported; closing tries it again
             self._file.close()
 
     def step(self, step: int, tokens: int, memory: int | None, **figures: float) -> None:
-        """One step; says it where it is due: the first, the last and every few.
+        """Record a step; print it where one is due: the first, the last and every few.
 
         Args:
             step: from 1.
-            tokens: how many it read, padding not counted.
-            memory: most bytes used so far.
+            tokens: processed in it, padding not counted.
+            memory: peak memory so far in bytes.
             **figures: loss, lr, grad_norm, ...
         """
         self._tokens += tokens
-        self._unsaid = step, memory, figures
+        self._pending = step, memory, figures
         if step == 1 or step % self._every == 0 or step == self._total:
             self.finish()
 
     def finish(self) -> None:
-        """Says the step before, if it is not said: the last one of a run that ends early."""
-        if self._unsaid is None:
+        """Print the latest step, if it is not printed yet."""
+        if self._pending is None:
             return
-        step, memory, figures = self._unsaid
-        self._unsaid = None
+        step, memory, figures = self._pending
+        self._pending = None
         now = time.perf_counter()
         rate = self._tokens / max(now - self._last, 1e-9)
         self._seconds += now - self._last
@@ -79,13 +78,13 @@ class Log:
         self._last, self._tokens = now, 0
 
     def evaluation(self, step: int, split: str, **figures: float) -> None:
-        """The figures of a set that is not trained on."""
+        """Record the figures of a set that is not trained on."""
         note(", ".join([f"  {split} after step {step}", *_texts(figures)]))
         self._write(step=step, **figures, split=split)
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """What is done inside takes no part in the rates: it is no step."""
+        """Leave the time of the block out of the rates: it is not a step."""
         start = time.perf_counter()
         try:
             yield
@@ -104,7 +103,7 @@ class Log:
 
 
 def losses(found: Mapping[str, Sequence[Sequence[Any]]]) -> list[str]:
-    """Lines about how far losses fell.
+    """Return lines about how far each loss fell.
 
     Args:
         found: see `train.loop.Position`.
@@ -112,30 +111,22 @@ def losses(found: Mapping[str, Sequence[Sequence[Any]]]) -> list[str]:
     lines = []
     for name in sorted(found, key=lambda name: name != "training"):
         (before, first), (after, last) = found[name]
-        steps = f"step {before} -> {after}"
-        lines.append(f"{name} loss {_loss(first)} -> {_loss(last)} ({steps}){_fall(first, last)}")
+        fall = ""
+        if first and last is not None:
+            share = 100 * (1 - last / first)
+            fall = f", {abs(share):.0f} % {'lower' if share >= 0 else 'higher'}"
+        texts = ["not finite" if loss is None else f"{loss:.4g}" for loss in (first, last)]
+        lines.append(f"{name} loss {' -> '.join(texts)} (step {before} -> {after}){fall}")
     return lines
 
 
-def _loss(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def _fall(first: float | None, last: float | None) -> str:
-    if not first or last is None:
-        return ""
-    share = 100 * (1 - last / first)
-    return f", {abs(share):.0f} % {'lower' if share >= 0 else 'higher'}"
-
-
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects of a log; a line that a kill has torn ends it."""
+    """Return the objects of a log, up to a line that a kill has cut."""
     return [line for line, _ in _lines(path)]
 
 
 def cut_log(path: str | os.PathLike, taken: int) -> None:
-    """Takes off the end of a log what it says of steps beyond the first `taken`: they were lost
-    with the run that took them, and are taken again.
+    """Remove the steps beyond the first `taken` from a log: they are taken again.
 
     Raises:
         InputError: the file holds something else.
@@ -146,13 +137,13 @@ def cut_log(path: str | os.PathLike, taken: int) -> None:
         kept = [end for line, end in _lines(path) if line["step"] <= taken]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{os.fspath(path)} is no log of a training", fix="Name another --log-jsonl."
+            f"{os.fspath(path)} is not the log of a training", fix="Name another --log-jsonl."
         ) from error
     os.truncate(path, max(kept, default=0))
 
 
 def _lines(path: str | os.PathLike) -> Iterator[tuple[dict[str, Any], int]]:
-    """Objects, and where each ends in the file."""
+    """Yield the objects, and where each ends in the file."""
     end = 0
     with open(path, "rb") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""Where checkpoints may lie: in the file system, or in a bucket of Google Cloud Storage."""
+"""Where checkpoints are stored: in the file system, or in a bucket of Google Cloud Storage."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from glm2_jax.cli.files import BUCKET
 from glm2_jax.errors import GLMError, InputError
 from glm2_jax.processes import join
 
-SEEN = ".seen"  # what the first process leaves in a folder for a moment
+SEEN = ".seen"  # the first process makes it in a folder for a moment
 
 
 def absolute(place: str | os.PathLike) -> epath.Path:
-    """The place, from whatever folder it is looked at; a bucket is left as it is."""
+    """Return the absolute path of a place; a bucket is left as it is."""
     text = os.fspath(place)
     return epath.Path(text if text.startswith(BUCKET) else Path(text).absolute())
 
 
 def free_place(output: str | os.PathLike, checkpoints: str | os.PathLike | None) -> str:
-    """The flags of another `--output`, and of other `--checkpoints` if they are given: folders
-    with a number behind the names, that are not there yet."""
+    """Return flags that name another `--output`, and other `--checkpoints` if they are given:
+    the same names with the first number that is free."""
     number = 2
     while Path(f"{os.fspath(output)}-{number}").exists():
         number += 1
@@ -37,7 +37,7 @@ def free_place(output: str | os.PathLike, checkpoints: str | os.PathLike | None)
 
 @contextlib.contextmanager
 def using(place: epath.Path) -> Iterator[None]:
-    """Turns the many errors of a bucket into InputError; those of files are left alone."""
+    """Turn the many errors of a bucket into InputError; those of files are left alone."""
     try:
         yield
     except Exception as error:
@@ -46,13 +46,13 @@ def using(place: epath.Path) -> Iterator[None]:
         raise InputError(
             f"{place} cannot be used",
             (str(error).splitlines() or [type(error).__name__])[0][:300],
-            "Install the extra gcs, log in (gcloud auth application-default login), or look at "
-            "the rights and the name of the bucket.",
+            "Install the extra gcs, log in (gcloud auth application-default login), or check the "
+            "rights and the name of the bucket.",
         ) from error
 
 
 def check_shared(place: epath.Path) -> None:
-    """Refuses a place that is not one and the same for all processes of the run.
+    """Refuse a place that is not the same for all processes of the run.
 
     Raises:
         InputError: in all of them.
@@ -63,13 +63,13 @@ def check_shared(place: epath.Path) -> None:
     if join.is_first():
         place.mkdir(parents=True, exist_ok=True)
         token.write_text("")
-    join.highest(0)  # now it is there
+    join.highest(0)  # a barrier: now the file exists
     blind = join.highest(int(not token.exists()))
     if join.is_first():
         token.unlink()
     if blind:
         raise InputError(
-            f"not all processes see {place} of the first one",
-            "Each of them saves its part of a checkpoint there.",
+            f"{place} is not the same folder for all processes",
+            "Each process saves its part of a checkpoint there.",
             "Name a folder that the hosts share, or a bucket: --checkpoints gs://BUCKET/PATH.",
         )

@@ -108,7 +108,7 @@ def test_errors_in_a_pipe_are_reported_and_make_the_exit_code_3(chat):
     assert err[0] == unknown
     assert "error: the question is too long: alone it takes" in err[1]
     said = "\n".join(err)
-    for reason in ("top_p must be", "no such file", "not UTF-8", "the input ended inside"):
+    for reason in ("top_p must be", "file not found", "not UTF-8", "the input ended inside"):
         assert reason in said
 
 

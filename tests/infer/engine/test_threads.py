@@ -62,19 +62,6 @@ def test_statistics_of_a_call_are_its_own():
     assert (other.stats.prefill_tokens, other.stats.decode_tokens) == (20, 29)
 
 
-def test_a_thread_that_runs_does_not_wait_for_one_that_compiles():
-    engine = toy_engine(share=warm_engine())
-    sampling = SamplingParams(temperature=0, max_new_tokens=3)
-    expected = streamed(engine, PROMPTS[:1], sampling)
-    with ThreadPoolExecutor(1) as pool:
-
-        def begin(call):
-            answers = pool.submit(streamed, engine, PROMPTS[:1], sampling).result(60)
-            assert answers == expected and answers[0].stats.compile_s == 0
-
-        engine.programs.ahead("some key", begin, engine.schedule([[5]], sampling)._made)
-
-
 def test_compiling_that_fails_in_one_thread_leaves_the_others_to_try(monkeypatch):
     programs, ones = Programs("cpu"), np.ones(3)
     real, failures = programs._compile, iter([True])

@@ -200,7 +200,7 @@ def test_bad_rows_are_reported_and_are_an_error(toy, tmp_path, figures, capsys):
 def test_files_without_a_usable_row(toy, tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=None if content is not None else "no such file"):
+    with pytest.raises(InputError, match=None if content is not None else "file not found"):
         main(["--data", str(tmp_path / name), "--max-bad", "5"])
 
 

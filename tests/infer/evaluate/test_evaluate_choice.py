@@ -183,7 +183,7 @@ def test_files_of_no_layout(tmp_path, content, reason):
 
 
 def test_no_files(tmp_path):
-    for path, reason in ((tmp_path, "no csv"), (tmp_path / "none.csv", "no such file")):
+    for path, reason in ((tmp_path, "no csv"), (tmp_path / "none.csv", "file not found")):
         with pytest.raises(InputError, match=reason):
             main(["--task", "choice", "--data", str(path)])
 

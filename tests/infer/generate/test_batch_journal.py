@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import infer
 from glm2_jax.errors import DeviceError, InputError, UsageError
 from infer.engine.engine import Engine
 from infer.generate import journal as journal_module
@@ -50,7 +49,7 @@ def test_cut_at_any_byte(output):
     whole = written(output)
     ends = [place for place, byte in enumerate(whole) if byte == ord("\n")]
     path = output.with_name("out.jsonl.partial")
-    for length in range(len(whole)):
+    for length in sorted({*range(0, len(whole), 9), *ends, *(end + 1 for end in ends[:-1])}):
         path.write_bytes(whole[:length])
         with Journal(output) as journal:
             journal.begin(RUN)
@@ -68,8 +67,8 @@ LONG = b'{"line": %s, "answer": {}}\n' % (b"9" * 5000)  # a number that Python r
 
 @pytest.mark.parametrize(
     "junk",
-    [b"\0" * 50, b"{}\n", b'{"line": 0, "answer": {}}\n', b"\xff\n", LONG],
-    ids=["zeros", "empty", "line 0", "no UTF-8", "long number"],
+    [b"\0" * 50, b'{"line": 0, "answer": {}}\n', LONG],
+    ids=["zeros", "line 0", "long number"],
 )
 def test_what_follows_a_damaged_line_is_answered_again(output, junk):
     whole = written(output)
@@ -82,24 +81,12 @@ def test_what_follows_a_damaged_line_is_answered_again(output, junk):
     assert path.read_bytes() == b"".join(lines[:2])
 
 
-def test_a_line_that_is_there_twice_counts_once(output):
-    whole = written(output)
-    path = output.with_name("out.jsonl.partial")
-    path.write_bytes(whole + b'{"line": 3, "answer": {"text": "other"}}\n')
-    with Journal(output) as journal:
-        journal.begin(RUN)
-        journal.finish()
-    assert output.read_text(encoding="utf-8").split("\n")[2] == ANSWERS[3]
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"temperature": 0.5}, "temperature was 0.8 and is 0.5"),
         ({"input": "11"}, "the batch file has changed"),
         ({"system": "s" * 99}, 'system was null and is "sss'),
         ({"stop": [], "seed": 1}, r'stop was \["a"\] and is \[\], seed was 0 and is 1'),
-        ({"new": 1}, "new was null and is 1"),
     ],
 )
 def test_another_run_is_refused_in_one_line(output, change, words):
@@ -115,7 +102,7 @@ def test_another_run_is_refused_in_one_line(output, change, words):
 
 
 @pytest.mark.parametrize(
-    "content", [b"my notes", b"{}\n", b'{"journal": "glm2-jax answers", "version": 9, "a": 1}\n']
+    "content", [b"my notes", b'{"journal": "glm2-jax answers", "version": 9, "a": 1}\n']
 )
 def test_a_file_that_is_no_journal_is_left_alone(output, content):
     path = output.with_name("out.jsonl.partial")
@@ -128,20 +115,17 @@ def test_a_file_that_is_no_journal_is_left_alone(output, content):
 
 def test_two_at_once(output):
     with Journal(output) as first:
-        with pytest.raises(InputError, match="another process"):
+        with pytest.raises(InputError, match="Another process"):
             Journal(output)
         first.begin(RUN)
         first.append([(1, ANSWERS[1])])
-        with pytest.raises(InputError, match="another process"):
+        with pytest.raises(InputError, match="Another process"):
             Journal(output, restart=True)
         first.finish()
     assert output.read_text(encoding="utf-8") == ANSWERS[1] + "\n"
-
-
-def test_nothing_is_left_of_a_run_that_was_not_begun(output):
-    with Journal(output):
-        assert os.listdir(output.parent) == ["out.jsonl.partial"]
-    assert os.listdir(output.parent) == []
+    with Journal(output):  # which is not begun
+        assert len(os.listdir(output.parent)) == 2
+    assert os.listdir(output.parent) == ["out.jsonl"]
 
 
 def full_disk(monkeypatch, after: int) -> None:
@@ -160,7 +144,7 @@ def full_disk(monkeypatch, after: int) -> None:
     monkeypatch.setattr(journal_module, "os", fake)
 
 
-@pytest.mark.parametrize("after", [0, 1, 20])
+@pytest.mark.parametrize("after", [0, 20])
 def test_a_full_disk_keeps_what_is_whole(output, monkeypatch, after):
     before = written(output)
     with Journal(output) as journal:
@@ -176,7 +160,7 @@ def test_a_full_disk_keeps_what_is_whole(output, monkeypatch, after):
         assert set(journal.done) == {1, 2, 3}
 
 
-def test_a_full_disk_at_the_end(output, monkeypatch):
+def test_an_end_that_fails_keeps_the_journal(output, monkeypatch):
     before = written(output)
     with Journal(output) as journal:
         journal.begin(RUN)
@@ -184,7 +168,7 @@ def test_a_full_disk_at_the_end(output, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             journal.finish()
     assert os.listdir(output.parent) == ["out.jsonl.partial"]
-    assert journal.path.read_bytes().startswith(before)
+    assert journal.path.read_bytes() == before
 
 
 # The whole way, in this process.
@@ -201,12 +185,12 @@ def command(warm, monkeypatch, tmp_path):
     """Runs the tool on three lines; `asked` has the rows of each call of the engine."""
     asked = []
 
-    def load(path, **kwargs) -> Engine:
+    def load(choice, options, *, folder, **kwargs) -> Engine:
         engine = toy_engine(share=warm)
         checkpoint: SimpleNamespace = engine.checkpoint  # pyright: ignore
         checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
         checkpoint.notes = ()
-        checkpoint.fingerprint = str(path)
+        checkpoint.fingerprint = folder.name
         return engine
 
     complete = Engine.complete
@@ -227,7 +211,7 @@ def command(warm, monkeypatch, tmp_path):
         return main([*basic, *sampling, "--batch-size", "1", *flags])
 
     run.breaks_at, run.asked, run.batch = None, asked, batch  # pyright: ignore
-    monkeypatch.setattr(infer, "load", load, raising=False)
+    monkeypatch.setattr("infer.engine.load.open_choice", load)
     monkeypatch.setattr(Engine, "complete", counted)
     return run
 
@@ -254,46 +238,35 @@ def test_what_was_answered_is_not_asked_again(command, broken, output, capsys):
     assert "continuing: 1 of 3 answered already" in capsys.readouterr().err
 
 
-def test_answers_behind_a_damaged_line_are_told(command, broken, output, capsys):
+def test_answers_after_a_damaged_line_are_computed_again(command, broken, output, capsys):
     path = output.with_name("out.jsonl.partial")
     header, answer = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(header + b"junk\n" + answer)
     capsys.readouterr()
+    command.breaks_at = [0, 1]
+    with pytest.raises(DeviceError):
+        command("--batch-size", "2")  # which may change
     assert command() == 0
     assert command.asked == [[0], [1], [2]] and output.read_bytes() == broken
-    assert "what its last 2 lines held is answered again" in capsys.readouterr().err
-
-
-def test_the_command_that_continues_a_restarted_run(command, broken, output, capsys):
-    command.breaks_at = [1]
-    capsys.readouterr()
-    with pytest.raises(DeviceError):
-        command("--restart")
-    said = "to continue after a stop, run the same command without --restart\n"
-    assert said in capsys.readouterr().err
-
-
-def test_the_size_of_batches_may_change(command, broken, output):
-    assert command("--batch-size", "2") == 0
-    assert command.asked == [[0, 1], [2]]
-    assert output.read_bytes() == broken
+    assert "its last 2 lines are answered again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--seed", "1"], "seed was 0 and is 1"),
-        (["--system", "s"], 'system was null and is "s"'),
         (["--model", "other"], "the model has changed"),
         (["--clean-text", "--truncate-prompt", "30"], "clean_text was false .*, truncate_prompt"),
     ],
 )
-def test_other_flags_are_refused(command, broken, output, flags, words):
+def test_other_flags_are_refused(command, broken, output, capsys, flags, words):
     with pytest.raises(UsageError, match=words):
         command(*flags)
     assert not command.asked and not output.exists()
     assert command(*flags, "--restart") == 0
     assert command.asked == [[0], [1], [2]]
+    again = "to continue after a stop, run the same command without --restart\n"
+    assert again in capsys.readouterr().err
 
 
 def test_another_input_is_refused(command, broken, output):

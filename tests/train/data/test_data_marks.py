@@ -138,7 +138,7 @@ def test_keys_of_entries_without_effect_are_reported(tmp_path):
     _, notes = learned(tmp_path, rows)
     assert notes == [
         "keys that are not used: id in conversations (1 row), "
-        "train of messages that are no answers (1 row)"
+        "train of messages that are not answers (1 row)"
     ]
     with pytest.raises(InputError, match="message 2 has an unknown key: 'mask'"):
         open_rows(tmp_path / "data", [messages_row({"mask": True})])
