@@ -17,10 +17,7 @@ WIDTH = 4096  # hidden size of the models that the default learning rates are me
 def choose(recipe: Recipe, parts: int, hidden_size: int) -> Recipe:
     """Return the recipe with a number in place of each None, and report which were chosen.
 
-    Args:
-        recipe: the settings as they were given.
-        parts: micro-batches in an epoch.
-        hidden_size: of the model.
+    They depend on `parts`, the micro-batches in an epoch, and on the model's hidden size.
     """
     training = recipe.training
     accumulate = training.grad_accum or _micro_batches(parts)

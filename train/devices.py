@@ -36,18 +36,10 @@ class Devices:
         """Return a context in which programs are traced for the mesh, where there is one."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def put(self, tree: Any, places: Any = None) -> Any:
-        """Put arrays that all processes have alike on the devices.
-
-        Args:
-            tree: of arrays.
-            places: a tree of shardings like it, for a mesh; None = complete on every device.
-        """
+    def put(self, tree: Any, places: Any) -> Any:
+        """Put arrays that all processes have alike on the devices; on a mesh at these shardings."""
         if self.mesh is None:
             return jax.device_put(tree, self.first)
-        if places is None:
-            complete = replicated(self.mesh)
-            places = jax.tree.map(lambda x: complete, tree)
         return jax.tree.map(_placed, tree, places)
 
     def key(self, seed: int) -> jax.Array:
@@ -107,8 +99,7 @@ def state_sharding(
 ) -> State:
     """Return the shardings of a state: moments like the arrays they belong to, the rest complete.
 
-    Args:
-        trained: arrays on the mesh, or their shapes with shardings.
+    `trained` are arrays on the mesh, or their shapes with shardings.
     """
     complete = replicated(mesh)
     make = partial(init_state, optimizer, loss_scaling=loss_scaling)

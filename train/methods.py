@@ -73,12 +73,6 @@ class Method(ABC):
 class AdapterMethod(Method):
     """Trains an adapter of a frozen base, which may be quantized.
 
-    Args:
-        folder: the base.
-        recipe: the settings.
-        devices: where to compute.
-        progress: called with the bytes of parameters loaded and to load.
-
     Raises:
         UsageError: flags that contradict the adapter.
         CheckpointError: the base or the first adapter cannot be opened, or they do not fit.

@@ -51,12 +51,7 @@ def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> S
 
     The rate rises from 0 (so the first step of a warm-up changes nothing) to `lr`, then stays there
     ("constant"), or falls to 0 linearly ("linear") or as half a cosine ("cosine").
-
-    Args:
-        name: one of `train.options.SCHEDULES`.
-        lr: the highest rate.
-        steps: of the complete run.
-        warmup: see `warmup_steps`.
+    `warmup` is as in `warmup_steps`.
     """
     rising = warmup_steps(warmup, steps)
     numbers = (lr, rising, max(1, steps - rising))

@@ -65,12 +65,8 @@ class OutputOptions:
 
 
 def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
-    """Add the flags for the optimizer and the device.
-
-    Args:
-        lr: default of `--lr` for a wide model, see `train.defaults`.
-        remat: default of `--grad-checkpoint`.
-    """
+    """Add the flags for the optimizer and the device; `remat` is the default of
+    `--grad-checkpoint`, `lr` that of `--lr` for a wide model."""
     group = parser.add_argument_group("training")
     add = group.add_argument
     add(

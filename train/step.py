@@ -95,16 +95,9 @@ def loss_sum(
         (float32 sum, int32 number of learned tokens).
     """
     x = hidden(
-        config,
-        params,
-        batch.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-        lora=lora,
-        dropout_key=dropout_key,
-        noise=noise,
-        remat=remat,
-    )
+        config, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids,
+        lora=lora, dropout_key=dropout_key, noise=noise, remat=remat,
+    )  # fmt: skip
 
     def losses(x: jax.Array, targets: jax.Array) -> jax.Array:
         logits = logits_of(config, params, x)
@@ -197,7 +190,12 @@ def train_step(
     scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
 
     def loss(weights: Any, rows: Batch, key: jax.Array) -> jax.Array:
-        total = _random_loss(config, base, weights, rows, key, numbers, noise, effective, remat)
+        params, lora = (weights, None) if base is None else (base, weights)
+        if lora is not None and effective is not None:
+            lora = effective(lora)
+        if lora is not None and numbers is not None:
+            lora = numbers.put_into(lora)
+        total = _random_loss(config, params, lora, rows, key, noise, remat)
         return total * (scale / jnp.maximum(learned, 1))
 
     weights = trained if dtype is None else jax.tree.map(lambda x: x.astype(dtype), trained)
@@ -208,33 +206,17 @@ def train_step(
 
 
 def _random_loss(
-    config: GLMConfig,
-    base: Any,
-    weights: Any,
-    rows: Batch,
-    key: jax.Array,
-    numbers: Numbers | None,
-    noise: Any,
-    effective: Callable[[LoRA], LoRA] | None,
+    config: GLMConfig, params: Any, lora: LoRA | None, rows: Batch, key: jax.Array, noise: Any,
     remat: bool,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """Return the summed loss of a micro-batch, with dropout and noise."""
-    params, lora = (weights, None) if base is None else (base, weights)
-    if lora is not None and effective is not None:
-        lora = effective(lora)
-    if lora is not None and numbers is not None:
-        lora = numbers.put_into(lora)
     dropout_key, noise_key = jax.random.split(key)
     rate = max(config.attention_dropout, config.hidden_dropout, lora.dropout if lora else 0)
-    return loss_sum(
-        config,
-        params,
-        lora,
-        rows,
-        dropout_key=dropout_key if rate > 0 else None,
-        noise=None if noise is None else _noise(config, rows, noise, noise_key),
-        remat=remat,
-    )[0]
+    total, _ = loss_sum(
+        config, params, lora, rows, dropout_key=dropout_key if rate > 0 else None,
+        noise=None if noise is None else _noise(config, rows, noise, noise_key), remat=remat,
+    )  # fmt: skip
+    return total
 
 
 def _accumulate(

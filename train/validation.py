@@ -23,14 +23,7 @@ def make_validation(
 ) -> Callable[[Any, Any], dict[str, dict[str, float]]]:
     """Return a function of (params, adapter or None) that computes the losses of some sets.
 
-    Args:
-        config: the architecture.
-        sets: name -> rows.
-        batch_size: rows computed at once.
-        devices: where to compute.
-
-    Returns:
-        Name of a set -> `loss`, nats per learned token, and `perplexity`.
+    It returns for each name of `sets` the `loss`, nats per learned token, and the `perplexity`.
     """
     loss_of, rows = make_eval(config), devices.rows(batch_size)
     batches = {

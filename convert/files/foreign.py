@@ -1,4 +1,4 @@
-"""What other programs leave in folders and files that are given as a model, and what to do then."""
+"""Recognizes what other programs leave in folders and files that are given as a model."""
 
 import fnmatch
 import itertools
@@ -11,17 +11,21 @@ from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
 
 _SHOWN = 6  # names in a message
-_LOOKED_AT = 1000  # entries of a folder
+_LISTED = 1000  # entries of a folder that are looked at
 _HUB_LEVELS = ("", "hub/", "models/", "hub/models/")  # of Hugging Face and of ModelScope
 _HUB_FOLDER = re.compile(r"models--.+--.+")
 
-_RECIPE = "recipe.yml"  # which our trainings write
-GGML = "a GGML or GGUF file, of llama.cpp or chatglm.cpp; it is not read"
+_RECIPE = "recipe.yml"  # which our training runs write
+GGML = "a GGML or GGUF file, of llama.cpp or chatglm.cpp, which is not supported"
 _GGML_MAGIC = (b"GGUF", b"ggml", b"lmgg", b"fmgg", b"tjgg", b"algg")
 USE_TORCH = "Use the safetensors or .bin files that the model was published with."
+ORIGINALS = (
+    "Use the weights that it was quantized from; --quantize int8 or --quantize int4 quantizes them "
+    "here."
+)
 _COMPLETE = "Then put config.json and tokenizer.model of the base model next to what it writes."
 
-# Files by which a folder is known, with those of its subfolders; what it is; what to do.
+# Files by which a folder is recognized, also in its subfolders; what it is; what to do.
 _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
@@ -31,7 +35,7 @@ _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
     (
         (_RECIPE,),
-        "the output folder of a training run that has not ended",
+        "the output folder of a training run that has not finished",
         "Run the same training with --resume auto; at its end this folder holds an adapter "
         "(train.lora: --adapter), or a model in model/ (train.full: --model).",
     ),
@@ -44,7 +48,7 @@ _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("*.distcp", "*/*.distcp"),
         "a distributed checkpoint of PyTorch (FSDP)",
-        "Join it: accelerate merge-weights FOLDER OUT, where FOLDER holds the .distcp files. "
+        "Merge it: accelerate merge-weights FOLDER OUT, where FOLDER holds the .distcp files. "
         + _COMPLETE,
     ),
     (
@@ -54,44 +58,45 @@ _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
     (
         ("_CHECKPOINT_METADATA", "manifest.ocdbt", "*/manifest.ocdbt", "*/_CHECKPOINT_METADATA"),
-        "an Orbax checkpoint, the state of a training",
+        "an Orbax checkpoint, the state of a training run",
         "Give what the training wrote at its end: a model, or an adapter as --adapter.",
     ),
-    (("*.gguf", "*ggml*.bin"), f"a folder with {GGML}", USE_TORCH),
     (
-        ("tf_model.h5", "saved_model.pb", "*.ckpt.index", "flax_model*.msgpack", "*.onnx"),
-        "a model of TensorFlow, Flax or ONNX, which is not read",
+        ("*.gguf", "*ggml*.bin", "tf_model.h5", "*.ckpt.index", "flax_model*.msgpack", "*.onnx"),
+        "a model of llama.cpp (GGUF), TensorFlow, Flax or ONNX, which is not supported",
         USE_TORCH,
     ),
 )
 
 
 def explain_folder(folder: Path) -> CheckpointError | None:
-    """What a folder is that lacks config.json or weights; None where nothing tells it."""
+    """Return what a folder without config.json or weights is; None where nothing shows it."""
     names = _names(folder)
     nested = [f"{sub}/{name}" for sub in names for name in _names(folder / sub)]
     for patterns, kind, fix in _FOLDERS:
         found = _matching([*names, *nested], patterns)
         if found and not (_RECIPE in found and "model/config.json" in nested):
             return CheckpointError(f"{folder} is {kind}.", f"It holds {_listed(found)}.", fix)
-    return (
-        _hub_folder(folder)
-        or _folders_inside(folder)
-        or _other_weights(folder, names)
-        or _tokenizer_alone(folder, names)
-    )
+    snapshot = find_snapshot(folder)
+    if snapshot is not None:
+        return CheckpointError(
+            f"{folder} is the folder of one model in a hub's cache.",
+            "The model is in a snapshot below it.",
+            f"Give {snapshot}.",
+        )
+    return _folders_inside(folder) or _other_weights(folder, names)
 
 
 def _names(folder: Path) -> list[str]:
-    """What a folder holds, of very many entries some; nothing where it is none, or is shut."""
+    """Return what a folder holds; nothing where it is not a folder or cannot be listed."""
     try:
-        return sorted(path.name for path in itertools.islice(folder.iterdir(), _LOOKED_AT))
+        return sorted(path.name for path in itertools.islice(folder.iterdir(), _LISTED))
     except OSError:
         return []
 
 
 def _matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
-    """`*` does not reach beyond a slash."""
+    """Return the names that a pattern matches; `*` does not match a slash."""
     return [
         name
         for name in names
@@ -105,8 +110,9 @@ def _listed(names: list[str]) -> str:
 
 
 def find_snapshot(folder: Path) -> Path | None:
-    """The snapshot that is meant by a model's folder in a hub's cache: that of refs/main, or the
-    only one; None where it is no such folder.
+    """Return the snapshot that a model's folder in a hub's cache stands for.
+
+    It is that of refs/main, or the only one; None where it is not such a folder.
 
     Raises:
         CheckpointError: there is none, or there are several.
@@ -115,18 +121,15 @@ def find_snapshot(folder: Path) -> Path | None:
     if folder.name in ("snapshots", "blobs", "refs") and _HUB_FOLDER.fullmatch(above.name):
         folder = above
     known = _HUB_FOLDER.fullmatch(folder.absolute().name)
-    snapshots = folder / "snapshots"
+    snapshots, main = folder / "snapshots", folder / "refs" / "main"
     marked = folder.is_dir() and (known or snapshots.is_dir())
     if not marked or (folder / "config.json").exists():
         return None
     names = [name for name in _names(snapshots) if (snapshots / name).is_dir()]
-    main = folder / "refs" / "main"
     if main.is_file() and (commit := main.read_text(errors="replace").strip()) in names:
         return snapshots / commit
     if len(names) == 1:
         return snapshots / names[0]
-    if not names and not known:
-        return None
     what = f"{folder} is the folder of one model in a hub's cache"
     if names:
         raise CheckpointError(
@@ -134,37 +137,20 @@ def find_snapshot(folder: Path) -> Path | None:
             f"They are {_listed(names)}; refs/main names none of them.",
             f"Give one of them, for example {snapshots / names[-1]}.",
         )
+    if not known:
+        return None
     name = folder.absolute().name.removeprefix("models--").replace("--", "/", 1)
     raise CheckpointError(
         f"{what}, and holds no snapshot.",
-        "The download was not complete.",
+        "The download was not completed.",
         f"Fetch the model: --model {name} --source hf (or modelscope).",
     )
 
 
-def _hub_folder(folder: Path) -> CheckpointError | None:
-    """A hub's cache, or the folder of one model there."""
-    snapshot = find_snapshot(folder)
-    if snapshot is not None:
-        return CheckpointError(
-            f"{folder} is the folder of one model in a hub's cache.",
-            "The model is in a snapshot below it.",
-            f"Give {snapshot}.",
-        )
-    models = [path.parent for level in _HUB_LEVELS for path in folder.glob(f"{level}*/snapshots")]
-    if models:
-        names = sorted(str(path.relative_to(folder)) for path in models)
-        return CheckpointError(
-            f"{folder} is a hub's cache, not a model.",
-            f"It holds {_listed(names)}.",
-            f"Give one of them, for example {folder / names[0]}.",
-        )
-    return None
-
-
 def _folders_inside(folder: Path) -> CheckpointError | None:
-    """Models, or else adapters, one or two levels further down, or in a cache of ModelScope."""
-    for file, what, fix in (
+    """Return the models, or else adapters, one or two levels below, or in a hub's cache."""
+    caches = [f"{level}*/{kind}/" for level in _HUB_LEVELS for kind in ("*", "snapshots/*")]
+    for name, what, fix in (
         ("config.json", "other models", "Give one of them, for example {}."),
         (
             "adapter_config.json",
@@ -173,73 +159,48 @@ def _folders_inside(folder: Path) -> CheckpointError | None:
             "--init-adapter), for example {}.",
         ),
     ):
-        levels = ("*/", "*/*/", *(f"{level}*/*/" for level in _HUB_LEVELS if level))
-        found = {path.parent for level in levels for path in folder.glob(level + file)}
+        found = {path.parent for level in ("*/", *caches) for path in folder.glob(level + name)}
         if found:
             inside = sorted(str(path.relative_to(folder)) for path in found)
             return CheckpointError(
                 f"{folder} is not a model; it holds {what}.",
-                f"{file} is in {_listed(inside)}.",
+                f"{name} is in {_listed(inside)}.",
                 fix.format(folder / inside[-1]),
             )
     return None
 
 
 def _other_weights(folder: Path, names: list[str]) -> CheckpointError | None:
-    """Weights under names that are not looked for."""
-    if "config.json" not in names:
-        return None
-    found = re.compile(r"(.+)-\d{5}-of-\d{5}\.(safetensors|bin)")
-    shards = [name for name in names if found.fullmatch(name)]
-    if shards:
-        stem, kind = re.sub(found, r"\1", shards[0]), shards[0].rpartition(".")[2]
-        return CheckpointError(
-            f"{folder} holds {len(shards)} shards of weights without their index.",
-            f"{stem}.{kind}.index.json is not there, which lists them.",
-            "Download it from the repository that the shards come from.",
-        )
+    """Return what to do with weights under names that are not looked for."""
     other = _matching(names, ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"))
-    if not other:
+    if "config.json" not in names or not other:
         return None
-    safe = other[0].endswith(".safetensors")
-    wanted = "model.safetensors" if safe else "pytorch_model.bin"
+    stem = "model" if other[0].endswith(".safetensors") else "pytorch_model"
+    suffix = "safetensors" if stem == "model" else "bin"
     return CheckpointError(
         f"{folder} holds no weights under a name that is looked for.",
         f"It holds {_listed(other)}.",
-        f"If {other[0]} holds all of the model's weights"
-        f"{'' if safe else ', and nothing but these'}, rename it to {wanted}.",
-    )
-
-
-def _tokenizer_alone(folder: Path, names: list[str]) -> CheckpointError | None:
-    weights = _matching(names, ("*.safetensors", "*.bin"))
-    if "tokenizer.model" not in names or "config.json" in names or weights:
-        return None
-    return CheckpointError(
-        f"{folder} holds a tokenizer, not a model.",
-        f"It holds {_listed(names)}, but neither config.json nor weights.",
-        "Give the folder of the model, or put its other files next to the tokenizer.",
+        f"If these are shards, download their index, {stem}.{suffix}.index.json; if {other[0]} "
+        f"holds all of the model's weights and nothing else, rename it to {stem}.{suffix}.",
     )
 
 
 def explain_file(path: Path) -> CheckpointError:
-    """What a file is that was given as a model."""
+    """Return what a file is that was given as a model."""
     folder = path.absolute().parent
     start = b""
-    if path.is_file():  # opening a pipe would wait for ever
+    if path.is_file():  # opening a pipe would block forever
         with path.open("rb") as file:
             start = file.read(4)
     if is_ggml(start) or path.suffix == ".gguf":
-        return CheckpointError(
-            f"{path} is {GGML}.",
-            "A model is a folder: config.json, tokenizer.model and weights of PyTorch together.",
-            USE_TORCH,
-        )
+        return CheckpointError(f"{path} is {GGML}.", fix=USE_TORCH)
     if path.name.startswith("adapter_"):
-        fix = f"Give the base as the model (--model), and the folder as --adapter {folder}."
-        return CheckpointError(f"{path} is a file of a LoRA adapter, not a model.", fix=fix)
-    absent = [name for name in ("config.json", "tokenizer.model") if not (folder / name).exists()]
-    put = f"Put {' and '.join(absent)} next to it, and give" if absent else "Give"
+        return CheckpointError(
+            f"{path} is a file of a LoRA adapter, not a model.",
+            fix=f"Give the base as the model (--model), and the folder as --adapter {folder}.",
+        )
+    missing = [name for name in ("config.json", "tokenizer.model") if not (folder / name).exists()]
+    put = f"Put {' and '.join(missing)} next to it, and give" if missing else "Give"
     return CheckpointError(
         f"{path} is a file.",
         "A checkpoint is a folder: configuration, tokenizer and weights together.",
@@ -248,12 +209,12 @@ def explain_file(path: Path) -> CheckpointError:
 
 
 def is_ggml(start: bytes) -> bool:
-    """Whether a file that begins so is one of llama.cpp's or chatglm.cpp's."""
+    """Return whether a file that begins so is one of llama.cpp's or chatglm.cpp's."""
     return start[:4] in _GGML_MAGIC
 
 
 def refuse_quantized(raw: Mapping[str, Any]) -> None:
-    """Refuses a config.json whose weights another library has quantized.
+    """Refuse a config.json whose weights another library has quantized.
 
     Raises:
         CheckpointError: names the method.
@@ -270,9 +231,3 @@ def refuse_quantized(raw: Mapping[str, Any]) -> None:
         "Quantized weights are read in the published int4 and int8 form, and in this project's.",
         f"{ORIGINALS} If the weights are floats all the same, remove the key.",
     )
-
-
-ORIGINALS = (
-    "Use the weights that it was quantized from; --quantize int8 or --quantize int4 quantizes them "
-    "here."
-)

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a folder of our own format says about itself, and the check of its sums."""
+"""Reads `manifest.json`, which describes a folder of our own format, and checks its checksums."""
 
 import dataclasses
 import hashlib
@@ -46,7 +46,7 @@ class Manifest:
         quantization: None, or the name of one of `glm2_jax.schemes.SCHEMES`.
         rope_kind: "linear" or "base".
         template: prompt template.
-        files: name -> size and sum, of every file but the manifest itself.
+        files: name -> size and checksum, of every file but the manifest itself.
     """
 
     source: str
@@ -62,13 +62,13 @@ class Manifest:
         return None if self.quantization is None else SCHEMES[self.quantization]
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         value = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks `manifest.json`.
+    """Read and check `manifest.json`.
 
     Raises:
         CheckpointError: not ours, of a newer version, or damaged.
@@ -104,35 +104,28 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         if raw[key] not in choices:
             known = ", ".join(map(str, choices))
             raise ValueError(f"{key} is {shorten(raw[key])}, not one of {known}")
-    if not isinstance(raw["source"], str):
-        raise ValueError(f"source is {shorten(raw['source'])}, not a text")
-    if not isinstance(raw["files"], dict):
-        raise ValueError("files is not an object")
-    files = {name: _file_entry(name, entry) for name, entry in raw["files"].items()}
-    return Manifest(source=raw["source"], files=files, **{key: raw[key] for key in _CHOICES})
-
-
-def _file_entry(name: str, entry: Any) -> FileEntry:
-    if not is_plain_name(name):
-        raise ValueError(f"the file name {shorten(name)} is a path or no plain name")
-    size, sha256 = entry["size"], entry["sha256"]
-    if type(size) is not int or not isinstance(sha256, str):
-        raise ValueError(f"the size or the sum of {shorten(name)} is none")
-    return FileEntry(size, sha256)
+    source, files = raw["source"], raw["files"]
+    if not isinstance(source, str) or not isinstance(files, dict):
+        raise ValueError("source must be a string, and files an object")
+    for name, entry in files.items():
+        if not is_plain_name(name):
+            raise ValueError(f"{shorten(name)} is not a plain file name")
+        if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
+            raise ValueError(f"the size or the checksum of {shorten(name)} is not one")
+    entries = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in files.items()}
+    return Manifest(source=source, files=entries, **{key: raw[key] for key in _CHOICES})
 
 
 def check_listed(folder: Path, manifest: Manifest, weights: Weights) -> None:
-    """Refuses a folder of our own format that holds weights beyond what its manifest lists.
+    """Refuse a folder of our own format that holds weights beyond what its manifest lists.
 
     Raises:
         CheckpointError: names the files.
     """
-    read = [folder / "config.json", folder / "tokenizer.model", *weights.files]
-    if weights.index is not None:
-        read.append(weights.index)
-    names = [path.name for path in read]
+    read = [folder / "config.json", folder / "tokenizer.model", *weights.files, weights.index]
+    names = [path.name for path in read if path is not None]
     if any(name in WEIGHT_FILES and "safetensors" in name for name in weights.left_out):
-        names += weights.left_out  # another set of the format that is ours
+        names += weights.left_out  # another set of weights in our format
     unlisted = [name for name in names if name not in manifest.files]
     if unlisted:
         raise CheckpointError(
@@ -143,7 +136,7 @@ def check_listed(folder: Path, manifest: Manifest, weights: Weights) -> None:
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
-    """The sum of a file in hex; `progress` gets the number of bytes read since the last call."""
+    """Return the sha256 of a file in hex; `progress` gets the bytes read since the last call."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
@@ -155,7 +148,7 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -
 def verify_checkpoint(
     path: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Manifest:
-    """Compares every file of our own format with the manifest.
+    """Compare every file of our own format with the manifest.
 
     Args:
         path: the folder.
@@ -165,7 +158,7 @@ def verify_checkpoint(
         The manifest.
 
     Raises:
-        CheckpointError: no manifest, or files that are absent or differ; all are named.
+        CheckpointError: there is no manifest, or files are missing or differ; all are named.
     """
     folder = Path(path)
     with reading(folder):
@@ -173,7 +166,7 @@ def verify_checkpoint(
     if not present:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}, so there is nothing to verify it against.",
-            "Only folders written by this project carry one.",
+            "Only folders written by this project have one.",
             "Compare the sha256 of the files with the published ones.",
         )
     manifest = read_manifest(folder)
@@ -197,7 +190,7 @@ def verify_checkpoint(
         except CheckpointError as error:
             problems.append(error.what)
     if problems:
-        raise CheckpointError(f"{folder} is not as it was written.", problems, "Convert it again.")
+        raise CheckpointError(f"{folder} was changed or damaged.", problems, "Convert it again.")
     with reading(folder):
         check_listed(folder, manifest, open_weights(folder))
     return manifest

@@ -2,7 +2,7 @@
 
 The format: 8 bytes of header length, a JSON object name -> {dtype, shape, data_offsets}, then the
 bytes of the tensors without gaps. The safetensors library copies what it reads; a view of the
-mapped file does not, and the checks are the same ones.
+mapped file does not.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.files.tensor import BFLOAT16, StoredTensor, check_shape, regular_file_size
+from convert.files.tensor import BFLOAT16, StoredTensor, bad_file, check_shape, regular_file_size
 from glm2_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -32,7 +32,7 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
-    """Lists the tensors of a `.safetensors` file.
+    """List the tensors of a `.safetensors` file.
 
     Args:
         path: the file.
@@ -41,7 +41,7 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
         name -> tensor, in the order of the header.
 
     Raises:
-        CheckpointError: cut, or a header that does not describe the file exactly.
+        CheckpointError: truncated, or a header that does not describe the file exactly.
     """
     size = regular_file_size(path)
     with path.open("rb") as file:
@@ -53,45 +53,51 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
                 fix="Give it a name that ends in .bin, and name it so in its index if it has one.",
             )
         if len(start) == 8 and header_length > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{path} is not a safetensors file.",
-                f"Its header would have {header_length} bytes; {MAX_HEADER_BYTES} are the limit.",
-            )
+            why = f"Its header would have {header_length} bytes; {MAX_HEADER_BYTES} are the limit."
+            raise bad_file(path, "is not a safetensors file", why)
         if len(start) < 8 or 8 + header_length > size:
-            raise _cut(path, 8 + (header_length if len(start) == 8 else 0), size, "at least ")
-        header = _parse(path, file.read(header_length))
+            least = 8 + header_length * (len(start) == 8)
+            why = f"It should have at least {least} bytes and has {size}."
+            raise bad_file(path, "is truncated", why)
+        data = file.read(header_length)
+    if not data.startswith(b"{"):
+        raise bad_file(path, "has a header that is not a JSON object")
+    header = parse_json(path, data)
     header.pop("__metadata__", None)
-    data_start = 8 + header_length
-    tensors: dict[str, StoredTensor] = {}
-    spans: list[tuple[int, int]] = []
+    data_start, position = 8 + header_length, 0
+    tensors, spans = {}, []
     for name, entry in header.items():
         try:
             dtype, shape, begin, end = _entry(entry)
         except (ValueError, KeyError, TypeError) as error:
-            raise _bad(
-                path, f"the entry of {name[:200]!r} is wrong ({str(error)[:200]})"
-            ) from error
+            what = f"has a wrong entry of the tensor {name[:200]!r}"
+            raise bad_file(path, what, f"{str(error)[:200]}.") from error
         tensors[name] = StoredTensor(path, dtype, shape, data_start + begin)
         spans.append((begin, end))
-    _check_spans(path, spans, data_start, size)
+    for begin, end in sorted(spans):  # no gap, no overlap
+        if begin != position:
+            what = f"has tensors that overlap or leave a gap at byte {position} of the data"
+            raise bad_file(path, what)
+        position = end
+    if data_start + position != size:
+        kind = "is truncated" if data_start + position > size else "does not end with its tensors"
+        raise bad_file(path, kind, f"It should have {data_start + position} bytes and has {size}.")
     return tensors
 
 
-def _parse(path: Path, header: bytes) -> dict[str, Any]:
-    if not header.startswith(b"{"):
-        raise _bad(path, "its header is not a JSON object")
+def parse_json(path: Path, data: bytes) -> Any:
+    """Parse UTF-8 JSON from a file; a duplicate name is an error."""
     try:
-        return json.loads(header.decode("utf-8"), object_pairs_hook=unique_pairs)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _bad(path, f"its header cannot be parsed ({str(error)[:200]})") from error
+        raise bad_file(path, "cannot be parsed", str(error)[:200]) from error
 
 
-def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=...)`: a name that is there twice is an error."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{name[:200]!r} is there twice")
+            raise ValueError(f"{name[:200]!r} appears twice")
         result[name] = value
     return result
 
@@ -112,31 +118,3 @@ def _entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"shape {shape} of {dtype.name} does not fill {end - begin} bytes")
     return dtype, tuple(shape), begin, end
-
-
-def _check_spans(path: Path, spans: list[tuple[int, int]], data_start: int, size: int) -> None:
-    """The tensors must cover the rest of the file exactly: no gap, no overlap."""
-    position = 0
-    for begin, end in sorted(spans):
-        if begin != position:
-            raise _bad(path, f"its tensors overlap or leave a gap at byte {position} of the data")
-        position = end
-    if data_start + position > size:
-        raise _cut(path, data_start + position, size)
-    if data_start + position < size:
-        extra = size - data_start - position
-        raise _bad(path, f"{extra} bytes follow the last tensor")
-
-
-def _bad(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is not a valid safetensors file: {reason}.", fix="Download it again."
-    )
-
-
-def _cut(path: Path, expected: int, size: int, least: str = "") -> CheckpointError:
-    return CheckpointError(
-        f"{path} is cut.",
-        f"It should have {least}{expected} bytes and has {size}.",
-        "Download it again.",
-    )

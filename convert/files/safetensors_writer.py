@@ -1,6 +1,6 @@
 """Writes safetensors files as a stream: the header first, then the tensors chunk by chunk.
 
-The library's own writer wants all tensors of a file in memory at once; here it is one chunk.
+The library's writer needs all tensors of a file in memory at once; here it is one chunk.
 """
 
 import dataclasses
@@ -22,14 +22,7 @@ _HEADER_MULTIPLE = 64  # so that mapped tensors begin at aligned addresses
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor to write.
-
-    Attributes:
-        name: in the file.
-        shape: in the file.
-        dtype: in the file.
-        chunks: gives its elements in order, as arrays of `dtype`.
-    """
+    """A tensor to write; `chunks` yields its elements in order, as arrays of `dtype`."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,20 +35,20 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def byte_chunks(self) -> Iterator[memoryview]:
-        """The bytes of its elements, as they are stored."""
+        """Yield the bytes of its elements, as they are stored."""
         for chunk in self.chunks():
             yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
 
 
 class HashingFile:
-    """A file that knows its size and sum when it is closed."""
+    """A new file that knows its size and checksum."""
 
     def __init__(self, path: Path):
         self.path, self.size, self.digest = path, 0, hashlib.sha256()
         self.file = path.open("xb")
 
     def write(self, data) -> None:
-        """Appends bytes, or anything that can be seen as bytes."""
+        """Append bytes, or a view of bytes."""
         self.file.write(data)
         self.digest.update(data)
         self.size += len(data)
@@ -71,12 +64,12 @@ class HashingFile:
 
     @property
     def entry(self) -> FileEntry:
-        """For the manifest."""
+        """What the manifest says of it."""
         return FileEntry(self.size, self.digest.hexdigest())
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:
-    """Writes a small file and waits until it is on the disk."""
+    """Write a small file and wait until it is on the disk."""
     with HashingFile(path) as file:
         file.write(data)
     return file.entry
@@ -90,7 +83,7 @@ def write_shards(
     *,
     framework: str = "np",
 ) -> dict[str, FileEntry]:
-    """Writes tensors as one file, or as shards with an index.
+    """Write tensors as one file, or as shards with an index.
 
     Args:
         folder: exists.
@@ -100,7 +93,7 @@ def write_shards(
         framework: whose tensors the files say they hold; transformers wants "pt".
 
     Returns:
-        file name -> size and sum.
+        file name -> size and checksum.
     """
     shards = divide(entries, max_shard_size, "model", "safetensors")
     total = sum(entry.nbytes for entry in entries)
@@ -123,7 +116,7 @@ def write_shards(
 def divide(
     entries: Sequence[Entry], max_shard_size: int, stem: str, suffix: str
 ) -> dict[str, list[Entry]]:
-    """Which tensors go into which file: "stem.suffix", or "stem-00001-of-00007.suffix" and so on.
+    """Assign tensors to files: "stem.suffix", or "stem-00001-of-00007.suffix" and so on.
 
     The order is kept; a single tensor above `max_shard_size` bytes gets a shard of its own.
     """
@@ -142,7 +135,7 @@ def divide(
 
 
 def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
-    """The index file of what `divide` gives: which tensor is in which file."""
+    """Return the index file of what `divide` gives: which tensor is in which file."""
     places = {entry.name: name for name, shard in shards.items() for entry in shard}
     total = sum(entry.nbytes for shard in shards.values() for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -152,14 +145,10 @@ def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
 def _header(entries: Sequence[Entry], framework: str) -> bytes:
     table, position = {}, 0
     for entry in entries:
-        end = position + entry.nbytes
-        kind = _NAMES[entry.dtype]
+        offsets = [position, position := position + entry.nbytes]
         table[entry.name] = {
-            "dtype": kind,
-            "shape": list(entry.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
+            "dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets,
+        }  # fmt: skip
     text = json.dumps({"__metadata__": {"format": framework}, **table}).encode()
     text += b" " * (-(len(text) + 8) % _HEADER_MULTIPLE)
     return len(text).to_bytes(8, "little") + text

@@ -1,7 +1,6 @@
-"""The weights of a folder as one dictionary of tensors, whichever files they are spread over."""
+"""Opens the weights of a folder as one dictionary of tensors, however many files hold them."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -9,28 +8,28 @@ from typing import Any
 
 from convert.files.aliases import is_computed, plain_name
 from convert.files.foreign import explain_folder
-from convert.files.safetensors_reader import read_safetensors_file, unique_pairs
-from convert.files.tensor import StoredTensor, is_plain_name, regular_file_size
+from convert.files.safetensors_reader import parse_json, read_safetensors_file
+from convert.files.tensor import StoredTensor, bad_file, is_plain_name, regular_file_size
 from convert.files.torch_zip import read_torch_file
 from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
 
-# Where weights are looked for, in the order of transformers' `from_pretrained`: the first that is
-# there is read, and has to be complete.
+# Where weights are looked for, in the order of transformers' `from_pretrained`: the first that
+# exists is read, and has to be complete.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Files that hold weights, or list them, and those of trainings that only look like it.
+# Files that hold weights, or list them, and files of training runs that only look like it.
 _LOOKS_LIKE_WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)|.*\.index\.json"
 )
 _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|zero_pp_rank).*"
 )
-_NAMED = 3  # files that are left out, by name
+_NAMED = 3  # files in a note
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -49,7 +48,7 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """Of the file that was chosen: the index, or the only file."""
+        """Name of the file that was chosen: the index, or the only file."""
         return (self.index or self.files[0]).name
 
     @property
@@ -68,31 +67,31 @@ class Weights:
 
 
 def choose_weights(names: Collection[str]) -> str | None:
-    """Which of `WEIGHT_FILES` is read, of the files that a folder or a repository has."""
+    """Return which of `WEIGHT_FILES` is read, of the files of a folder or a repository."""
     return next((name for name in WEIGHT_FILES if name in names), None)
 
 
 def open_weights(folder: Path, named: str | None = None) -> Weights:
-    """Lists the tensors of a folder without reading their data.
+    """List the tensors of a folder without reading their data.
 
     Args:
         folder: holds one of `WEIGHT_FILES`. Files may be symbolic links, as in a hub cache.
         named: the file to read instead, which is `transformers_weights` of config.json.
 
     Raises:
-        CheckpointError: no weights, a shard absent, cut, swapped with another or outside the
-            folder, or a name that is there twice.
+        CheckpointError: no weights, a shard that is missing, truncated, swapped with another or
+            outside the folder, or a name that appears twice.
     """
     entries = sorted(folder.iterdir())
     files = [path.name for path in entries if path.is_file()]
-    # A link that leads nowhere is taken where nothing else is: its own message says what happened.
+    # A broken link is taken where nothing else is there: its message says what happened.
     name = named or choose_weights(files) or choose_weights([path.name for path in entries])
     if name is None:
         raise explain_folder(folder) or CheckpointError(
             f"{folder} holds no weights.",
-            f"None of {', '.join(WEIGHT_FILES)} is there; it holds "
+            f"It holds none of {', '.join(WEIGHT_FILES)}, but "
             f"{', '.join(path.name for path in entries[:12])}.",
-            "Download the whole repository, the index file included.",
+            "Download the complete repository, the index file included.",
         )
     first = folder / name
     if first.suffix == ".json":
@@ -100,84 +99,69 @@ def open_weights(folder: Path, named: str | None = None) -> Weights:
     else:
         found = Weights(read_weight_file(first), (first,))
     read = {first.name, *(path.name for path in found.files)}
-    return dataclasses.replace(
-        found, left_out=tuple(name for name in files if name not in read and _is_weights(name))
-    )
-
-
-def _is_weights(name: str) -> bool:
-    found = _LOOKS_LIKE_WEIGHTS.fullmatch(name) is not None
-    return found and _TRAINING_STATE.fullmatch(name) is None
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
+    left_out = [
+        name
+        for name in files
+        if name not in read
+        and _LOOKS_LIKE_WEIGHTS.fullmatch(name)
+        and not _TRAINING_STATE.fullmatch(name)
+    ]
+    return dataclasses.replace(found, left_out=tuple(left_out))
 
 
 def read_weight_file(path: Path) -> dict[str, StoredTensor]:
-    """Lists the tensors of one `.safetensors` or `.bin` file."""
-    reader = read_safetensors_file if path.suffix == ".safetensors" else read_torch_file
-    return reader(path)
+    """List the tensors of one `.safetensors` or `.bin` file."""
+    return (read_safetensors_file if path.suffix == ".safetensors" else read_torch_file)(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; a name that is there twice is an error.
+    """Read a JSON object from a file of bounded size; a duplicate name is an error.
 
     Raises:
-        CheckpointError: absent, too large, not UTF-8, not JSON, not an object.
+        CheckpointError: missing, too large, not UTF-8, not JSON, not an object.
     """
     if regular_file_size(path) > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path} is larger than {MAX_JSON_BYTES} bytes.",
-            "Files of this kind have a few thousand.",
-            "Download it again.",
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        value = json.loads(text, object_pairs_hook=unique_pairs)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be parsed.", str(error)[:200], "Download it again."
-        ) from error
+        what = f"is larger than {MAX_JSON_BYTES} bytes"
+        raise bad_file(path, what, "Files of this kind have a few thousand.")
+    value = parse_json(path, path.read_bytes())
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} is not a JSON object.", f"It holds {shorten(value)}.", "Download it again."
-        )
+        raise bad_file(path, "is not a JSON object", f"It holds {shorten(value)}.")
     return value
 
 
 def _open_index(folder: Path, index: Path, present: Collection[str]) -> Weights:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map.", fix="Download it again.")
+        raise bad_file(index, "has no weight_map")
     for name in set(map(str, weight_map.values())):
         check_file_name(index, name)
     files = {name: folder / name for name in dict.fromkeys(weight_map.values())}
-    absent = [name for name, path in files.items() if not _is_there(path)]
-    if absent:
+    missing = [x for x, path in files.items() if not path.exists() and not path.is_symlink()]
+    if missing:
         other = choose_weights([name for name in present if name != index.name])
         instead = f", or remove {index.name}: {other} is read then" if other else ""
         raise CheckpointError(
-            f"{folder} lacks {len(absent)} of {len(files)} shards: {', '.join(absent[:20])}.",
+            f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:20])}.",
             f"{index.name} lists them.",
             f"Download them into the folder{instead}.",
         )
     shards = {name: read_weight_file(path) for name, path in files.items()}
     _check_places(index, weight_map, shards)
     tensors: dict[str, StoredTensor] = {}
-    for name, shard in shards.items():
-        for tensor_name, tensor in shard.items():
-            if tensor_name in tensors and not is_computed(tensor_name):
+    for shard, found in shards.items():
+        for name in found.keys() & tensors.keys():
+            if not is_computed(name):
                 raise CheckpointError(
-                    f"{tensor_name[:200]!r} is in {tensors[tensor_name].file.name} and in {name}.",
-                    "Every tensor must be there once.",
+                    f"{name[:200]!r} is in {tensors[name].file.name} and in {shard}.",
+                    "Every tensor must appear once.",
+                    "Download the shards again.",
                 )
-            tensors[tensor_name] = tensor
+        tensors |= found
     return Weights(tensors, tuple(files.values()), index)
 
 
 def check_file_name(index: Path, name: str) -> None:
-    """Only plain names of files beside the index: nothing absolute, no separators, no `..`."""
+    """Refuse all but plain names of files next to the index: no path, no `..`."""
     if not is_plain_name(name) or not name.endswith((".safetensors", ".bin")):
         raise CheckpointError(
             f"{index} names the file {name[:200]!r}.",
@@ -189,22 +173,21 @@ def check_file_name(index: Path, name: str) -> None:
 def _check_places(
     index: Path, weight_map: dict[str, str], shards: dict[str, dict[str, StoredTensor]]
 ) -> None:
-    """Every tensor must be in the shard that the index names, unless nothing needs it: it is
-    computed, or there under another name, as where a shared tensor was saved once."""
-    elsewhere = {name: file for file, shard in shards.items() for name in shard}
-    others = {plain_name(name) for name in elsewhere}
+    """Check that every tensor is in the shard that the index names.
+
+    Unless nothing needs it: it is computed, or stored under another name, as a shared tensor is.
+    """
+    places = {name: file for file, shard in shards.items() for name in shard}
+    others = {plain_name(name) for name in places}
     for name, file in weight_map.items():
-        if name in shards[file] or is_computed(name):
+        found = places.get(name)
+        shared = found is None and plain_name(name) in others
+        if name in shards[file] or is_computed(name) or shared:
             continue
-        if name not in elsewhere and plain_name(name) in others:
-            continue
-        found = elsewhere.get(name)
-        if found is None:
-            why = "No shard holds it."
-        else:
-            why = f"It is in {found}; the two shards may have been swapped or renamed."
         raise CheckpointError(
             f"{name[:200]!r} is not in {file}, where {index.name} puts it.",
-            why,
-            "Download the shards again, or give them their own names back.",
+            f"It is in {found}; the two shards may have been swapped or renamed."
+            if found
+            else "No shard holds it.",
+            "Download the shards again, or give them their original names.",
         )

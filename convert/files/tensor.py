@@ -47,8 +47,10 @@ class StoredTensor:
         return self.elements * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file. Pages come in as they are touched and belong to the file,
-        so they do not count as the process's own memory."""
+        """Return a read-only view of the file.
+
+        Pages are read as they are touched; they do not count as the process's own memory.
+        """
         if not self.elements:
             return np.empty(self.shape, self.dtype)
         try:
@@ -57,12 +59,12 @@ class StoredTensor:
             return np.ndarray(self.shape, self.dtype, buffer=mapped, strides=self.strides)
         except (ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(
-                f"{self.file} was cut while it was read.", str(error)[:200], "Try again."
+                f"{self.file} was truncated while it was read.", str(error)[:200], "Try again."
             ) from error
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Refuses what no array can be, also where one axis is 0 and the others are immense.
+    """Refuse what no array can be, also where one axis is 0 and the others are immense.
 
     Raises:
         ValueError: too many dimensions or elements.
@@ -71,44 +73,45 @@ def check_shape(shape: Sequence[int]) -> None:
         raise ValueError(f"a tensor of {len(shape)} dimensions is too large")
 
 
+def bad_file(path: Path, what: str, why: str = "") -> CheckpointError:
+    """Return the error of a file that is damaged, or not what its name says."""
+    return CheckpointError(f"{path} {what}.", why, "Download it again.")
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system refuses inside becomes a `CheckpointError` that names the file."""
+    """Turn what the system refuses inside into a `CheckpointError` that names the file."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
             f"{str(error.filename or path)[:500]} cannot be read.",
             error.strerror or str(error),
-            "Check its name and its rights.",
+            "Check its name and its permissions.",
         ) from error
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name can only mean a file beside the one that lists it: nothing absolute, no
-    separators, no `..`, nothing that the system or a terminal reads otherwise."""
+    """Return whether a name can only mean a file in the same folder, and prints as it is."""
     special = any(character in name for character in "/\\:") or name.startswith(".")
     return bool(name) and name.isprintable() and not special and len(name.encode()) <= 255
 
 
 def regular_file_size(path: Path) -> int:
-    """Size of a file in bytes, symbolic links followed.
+    """Return the size of a file in bytes, symbolic links followed.
 
     Raises:
-        CheckpointError: it is absent, a link to nothing, not a plain file, or a Git LFS pointer
+        CheckpointError: it is missing, a link to nothing, not a plain file, or a Git LFS pointer
             that stands for a file which was never downloaded.
     """
-    if path.is_symlink() and not path.exists():
+    if not path.exists():
+        what = "a symbolic link to a file that does not exist" if path.is_symlink() else "missing"
         raise CheckpointError(
-            f"{path} is a symbolic link to a file that is not there.",
-            "In a hub cache this means that the download is incomplete.",
+            f"{path} is {what}.",
+            "The checkpoint needs it; in a hub's cache, the download is incomplete.",
             "Download the checkpoint again.",
         )
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} is absent.", "The checkpoint needs it.", "Download the checkpoint again."
-        )
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a pipe would block forever
         kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
         raise CheckpointError(
             f"{path} is not a plain file.", f"It is {kind}.", "Put the file itself there."

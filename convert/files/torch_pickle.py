@@ -2,8 +2,8 @@
 
 Python's own unpickler imports and calls whatever the file names. This one knows a dozen names,
 treats each as a word and not as an object to import, and refuses everything else by name. It
-follows the opcodes as `pickletools` documents them; the rebuild arguments are those of
-`torch._utils._rebuild_tensor_v2`.
+follows the opcodes as `pickletools` documents them, and rebuilds tensors as
+`torch._utils._rebuild_tensor_v2` does.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.files.tensor import BFLOAT16, MAX_DIMENSIONS, check_shape
+from convert.files.tensor import BFLOAT16, MAX_DIMENSIONS, bad_file, check_shape
 from glm2_jax.errors import CheckpointError
 
 MAX_OPCODES = 5_000_000
@@ -66,7 +66,7 @@ class TorchTensor:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements lie in row-major order without gaps."""
+        """Whether the elements are in row-major order without gaps."""
         step = 1
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size != 1 and stride != step:
@@ -76,7 +76,7 @@ class TorchTensor:
 
 
 def read_state_dict(data: bytes, path: Path) -> dict[str, TorchTensor]:
-    """Interprets a pickled state dictionary.
+    """Interpret a pickled state dictionary.
 
     Args:
         data: the pickle.
@@ -98,34 +98,27 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, TorchTensor]:
         ) from None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise CheckpointError(
-            f"{path} is damaged: its pickle cannot be followed.", reason, "Download it again."
-        ) from error
+        raise bad_file(path, "is damaged: its pickle cannot be followed", reason) from error
+    save = "Save it again as torch.save(model.state_dict(), FILE) does."
     if not isinstance(result, dict):
         raise CheckpointError(
             f"{path} does not hold a dictionary of tensors.",
             f"It holds a {type(result).__name__}, so that no tensor has a name.",
-            "Save it again as torch.save(model.state_dict(), FILE) does.",
+            save,
         )
+    for name, value in result.items():
+        if isinstance(value, dict) and any(isinstance(x, TorchTensor) for x in value.values()):
+            saved = f"torch.load(FILE, weights_only=True)[{str(name)[:200]!r}]"
+            save = f"Save those alone: torch.save({saved}, 'pytorch_model.bin')."
     for name, value in result.items():
         if not isinstance(name, str) or not isinstance(value, TorchTensor):
             shown = name[:200] if isinstance(name, str) else type(name).__name__
             raise CheckpointError(
                 f"{path}: the entry {shown!r} is not a tensor.",
                 "A file of weights alone is needed; this may be a training checkpoint.",
-                _inner_weights(result),
+                save,
             )
     return result
-
-
-def _inner_weights(found: dict) -> str:
-    """How to save the weights of a training checkpoint alone, if it holds some."""
-    for name, value in found.items():
-        inner = value.values() if isinstance(value, dict) else ()
-        if any(isinstance(tensor, TorchTensor) for tensor in inner):
-            saved = f"torch.load(FILE, weights_only=True)[{str(name)[:200]!r}]"
-            return f"Save those alone: torch.save({saved}, 'pytorch_model.bin')."
-    return "Save it again as torch.save(model.state_dict(), FILE) does."
 
 
 class _Refused(Exception):
@@ -149,19 +142,17 @@ class _Machine:
             if opcode.name == "STOP":
                 return self.pop()
             action = _ACTIONS.get(opcode.name)
-            if (
-                action is None and opcode.name not in _PUSH_ARGUMENT
-            ):  # before anything of its argument is read
+            if action is None:  # before anything of its argument is read
                 raise _Refused(f"uses the opcode {opcode.name}")
             if opcode.name == "GLOBAL":
                 argument = _read_global(file)
             else:
                 argument = opcode.arg.reader(file) if opcode.arg else None
-            if action is None:
-                self.stack.append(argument)
-            else:
-                action(self, argument)
+            action(self, argument)
         raise _Refused(f"has more than {MAX_OPCODES} opcodes")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
     def pop(self) -> Any:
         if self.marks and len(self.stack) <= self.marks[-1]:
@@ -174,9 +165,8 @@ class _Machine:
         del self.stack[start:]
         return values
 
-    def pop_tuple(self, length: int) -> None:
-        values = [self.pop() for _ in range(length)]
-        self.stack.append(tuple(reversed(values)))
+    def pop_many(self, length: int) -> list[Any]:
+        return [self.pop() for _ in range(length)][::-1]
 
     def remember(self, slot: int) -> None:
         self.memo[slot] = self.stack[-1]
@@ -185,7 +175,12 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise _Refused(f"sets items of a {type(target).__name__}")
-        _fill(target, list(zip(items[::2], items[1::2], strict=True)))
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str | int):
+                raise _Refused(f"has a dictionary key of type {type(key).__name__}")
+            if key in target:
+                raise ValueError(f"the name {str(key)[:200]!r} appears twice")
+            target[key] = value
 
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
@@ -196,16 +191,16 @@ class _Machine:
     def push_name(self, name: str) -> None:
         if name not in _ALLOWED:
             raise _Refused(f"asks for {name[:200]}")
-        self.stack.append(Name(name))
+        self.push(Name(name))
 
     def stack_global(self) -> None:
-        name, module = self.pop(), self.pop()
+        module, name = self.pop_many(2)
         if not isinstance(name, str) or not isinstance(module, str):
             raise _Refused("asks for a global whose name is not text")
         self.push_name(f"{module}.{name}")
 
     def build(self) -> None:
-        """`state_dict()` keeps version numbers in an attribute `_metadata`; nothing needs them."""
+        """Drop a state: `state_dict()` keeps version numbers in an attribute `_metadata`."""
         state = self.pop()
         if not isinstance(self.stack[-1], dict) or not isinstance(state, dict):
             raise _Refused("sets the state of something that is not a dictionary")
@@ -217,57 +212,38 @@ class _Machine:
         _, kind, key, _, numel = reference
         if not isinstance(kind, Name) or kind.name not in _STORAGES or not isinstance(key, str):
             raise _Refused("has a storage of an unknown type")
-        self.stack.append(Storage(key, _STORAGES[kind.name], _count(numel)))
+        self.push(Storage(key, _STORAGES[kind.name], _count(numel)))
 
     def reduce(self) -> None:
-        arguments, function = self.pop(), self.pop()
+        function, arguments = self.pop_many(2)
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise _Refused("calls something that is not a name")
-        if function.name == _ORDERED_DICT:
-            self.stack.append(_ordered_dict(arguments))
+        if function.name == _ORDERED_DICT and not arguments:
+            self.push({})
         elif function.name == _REBUILD_TENSOR:
-            self.stack.append(_tensor(arguments))
+            self.push(_tensor(arguments))
         elif function.name == _REBUILD_PARAMETER and isinstance(arguments[0], TorchTensor):
-            self.stack.append(arguments[0])
+            self.push(arguments[0])
         else:
             raise _Refused(f"calls {function.name} in a way that weights never need")
 
 
 def _read_global(file: io.BytesIO) -> str:
-    """ "module.name" of two lines; the reader of `pickletools` takes backslashes for escapes."""
+    """Read "module.name" of two lines; `pickletools` would take backslashes for escapes."""
     module, name = file.readline(), file.readline()
     if not name.endswith(b"\n"):
         raise ValueError("the name of a global has no end")
     return f"{module[:-1].decode()}.{name[:-1].decode()}"
 
 
-def _fill(target: dict, pairs: list[tuple[Any, Any]]) -> None:
-    for key, value in pairs:
-        if not isinstance(key, str | int):
-            raise _Refused(f"has a dictionary key of type {type(key).__name__}")
-        if key in target:
-            raise ValueError(f"the name {str(key)[:200]!r} is there twice")
-        target[key] = value
-
-
-def _ordered_dict(arguments: tuple) -> dict:
-    result: dict = {}
-    if arguments:
-        (pairs,) = arguments
-        if not isinstance(pairs, list) or not all(len(pair) == 2 for pair in pairs):
-            raise _Refused("builds a dictionary from something else than pairs")
-        _fill(result, pairs)
-    return result
-
-
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-        raise ValueError("a count is not a whole number in range")
+        raise ValueError("a count is not an integer in range")
     return value
 
 
 def _tensor(arguments: tuple) -> TorchTensor:
-    """(storage, offset, size, stride, requires_grad, backward_hooks[, metadata])."""
+    """Rebuild (storage, offset, size, stride, requires_grad, backward_hooks[, metadata])."""
     storage, offset, shape, strides = arguments[:4]
     if not isinstance(storage, Storage):
         raise _Refused("rebuilds a tensor from something that is not a storage")
@@ -289,37 +265,34 @@ def _tensor(arguments: tuple) -> TorchTensor:
 
 
 _OPCODES = {info.code.encode("latin-1"): info for info in pickletools.opcodes}
-
-# Opcodes whose argument is the value: text, whole numbers, floats.
-_PUSH_ARGUMENT = {
+# Opcodes whose argument is the value: text, integers, floats.
+_VALUES = (
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2",
     "LONG1", "LONG4", "BINFLOAT",
-}  # fmt: skip
-
+)  # fmt: skip
 _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": lambda machine, _: None,
     "FRAME": lambda machine, _: None,
-    "NONE": lambda machine, _: machine.stack.append(None),
-    "NEWTRUE": lambda machine, _: machine.stack.append(True),
-    "NEWFALSE": lambda machine, _: machine.stack.append(False),
-    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
-    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
-    "EMPTY_TUPLE": lambda machine, _: machine.stack.append(()),
+    **dict.fromkeys(_VALUES, _Machine.push),
+    "NONE": _Machine.push,  # an opcode without an argument: None
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
     "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
-    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.pop_mark())),
-    "TUPLE1": lambda machine, _: machine.pop_tuple(1),
-    "TUPLE2": lambda machine, _: machine.pop_tuple(2),
-    "TUPLE3": lambda machine, _: machine.pop_tuple(3),
-    "SETITEM": lambda machine, _: machine.set_items([machine.pop(), machine.pop()][::-1]),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop_many(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop_many(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop_many(3))),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pop_many(2)),
     "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
-    "APPEND": lambda machine, _: machine.extend([machine.pop()]),
+    "APPEND": lambda machine, _: machine.extend(machine.pop_many(1)),
     "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
-    "BINPUT": lambda machine, slot: machine.remember(slot),
-    "LONG_BINPUT": lambda machine, slot: machine.remember(slot),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.remember),
     "MEMOIZE": lambda machine, _: machine.remember(len(machine.memo)),
-    "BINGET": lambda machine, slot: machine.stack.append(machine.memo[slot]),
-    "LONG_BINGET": lambda machine, slot: machine.stack.append(machine.memo[slot]),
-    "GLOBAL": lambda machine, name: machine.push_name(name),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda machine, x: machine.push(machine.memo[x])),
+    "GLOBAL": _Machine.push_name,
     "STACK_GLOBAL": lambda machine, _: machine.stack_global(),
     "BINPERSID": lambda machine, _: machine.persistent(),
     "BUILD": lambda machine, _: machine.build(),

@@ -2,7 +2,7 @@
 
 A `.bin` file is a zip archive: `<prefix>/data.pkl` describes the tensors, `<prefix>/data/<key>`
 holds their bytes. The archive's names are looked up, never used as paths; members must be stored
-uncompressed, so that nothing can grow and tensors can be memory-mapped where they lie.
+uncompressed, so that nothing can grow and tensors can be memory-mapped where they are.
 """
 
 import struct
@@ -10,22 +10,18 @@ import zipfile
 from pathlib import Path
 
 from convert.files.foreign import GGML, USE_TORCH, is_ggml
-from convert.files.tensor import StoredTensor, regular_file_size
-from convert.files.torch_pickle import Storage, TorchTensor, read_state_dict
+from convert.files.tensor import StoredTensor, bad_file, regular_file_size
+from convert.files.torch_pickle import TorchTensor, read_state_dict
 from glm2_jax.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_MEMBERS = 100_000
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_SAVE_AGAIN = (
-    "Save it again with a recent torch: torch.save(torch.load(FILE, weights_only=True), FILE)."
-)
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """Lists the tensors of a `.bin` file; their bytes stay in the file.
+    """List the tensors of a `.bin` file; their bytes stay in the file.
 
     Args:
         path: a file in the zip format of torch >= 1.6.
@@ -34,27 +30,27 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
         name -> tensor, in the order of the file.
 
     Raises:
-        CheckpointError: not such a file, cut, compressed, inconsistent, or its pickle asks for
-            anything but tensors. The message names the file and the reason.
+        CheckpointError: not such a file, truncated, compressed, inconsistent, or its pickle asks
+            for anything but tensors. The message names the file and the reason.
     """
     size = regular_file_size(path)
     with path.open("rb") as file:
         _check_container(path, file.read(512), size)
         try:
-            with zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
+            with zipfile.ZipFile(file) as zip_file:
+                members = zip_file.infolist()
         except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
-            raise _cut(path, size, str(error)) from error
-        archive_reader = _Archive(path, file, size, members)
-        pickle = archive_reader.read(f"{archive_reader.prefix}/data.pkl", MAX_PICKLE_BYTES)
+            why = f"The directory at the end of the archive cannot be read ({str(error)[:200]})."
+            what = f"is truncated or damaged: it has {size} bytes"
+            raise bad_file(path, what, why) from error
+        archive = _Archive(path, file, size, members)
+        pickle = archive.read(f"{archive.prefix}/data.pkl", MAX_PICKLE_BYTES)
         tensors = read_state_dict(pickle, path)
-        return {name: archive_reader.locate(name, tensor) for name, tensor in tensors.items()}
+        return {name: archive.locate(name, tensor) for name, tensor in tensors.items()}
 
 
 def _check_container(path: Path, start: bytes, size: int) -> None:
-    """Refuses what is not a zip archive, by name where it is something we know."""
-    if size == 0:
-        raise CheckpointError(f"{path} is empty.", fix="Download it again.")
+    """Refuse what is not a zip archive, by name where it is something known."""
     if start.startswith(b"PK\x03\x04"):
         return
     if is_ggml(start):
@@ -62,29 +58,20 @@ def _check_container(path: Path, start: bytes, size: int) -> None:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
         raise CheckpointError(
             f"{path} is a safetensors file.",
-            "A .bin file is one of torch.save.",
+            "A .bin file must be one of torch.save.",
             "Give it a name that ends in .safetensors, and name it so in its index if it has one.",
         )
-    if start.startswith(_LEGACY_MAGIC):
-        kind = "It has the legacy format of torch < 1.6, a chain of pickles, which is not read."
-    elif start[257:262] == b"ustar":
-        kind = "It has the tar format of very old torch versions, which is not read."
-    elif start.startswith(b"\x80"):
-        kind = "It is a bare pickle, which could run code when opened; it is not read."
-    else:
+    if start.startswith(b"\x80") or start[257:262] == b"ustar":
         raise CheckpointError(
-            f"{path} is not a torch file.",
-            f"It begins with {start[:8]!r} instead of a zip header.",
-            "Download it again; a web page saved under that name is a common cause.",
+            f"{path} cannot be read.",
+            "It is a bare pickle or of torch < 1.6, which could run code when opened.",
+            "Save it again with a recent torch: torch.save(torch.load(FILE, weights_only=True), "
+            "FILE).",
         )
-    raise CheckpointError(f"{path} cannot be read.", kind, _SAVE_AGAIN)
-
-
-def _cut(path: Path, size: int, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is cut or damaged: it has {size} bytes.",
-        f"The directory at the end of the archive cannot be read ({reason[:200]}).",
-        "Download it again and compare its size with the published one.",
+    raise CheckpointError(
+        f"{path} is not a torch file.",
+        f"It begins with {start[:8]!r} instead of a zip header." if size else "It is empty.",
+        "Download it again; a web page saved under that name is a common cause.",
     )
 
 
@@ -98,7 +85,7 @@ class _Archive:
         self.members: dict[str, zipfile.ZipInfo] = {}
         for member in members:
             if member.filename in self.members:
-                raise self.error(f"the member {member.filename[:100]!r} is there twice")
+                raise self.error(f"the member {member.filename[:100]!r} appears twice")
             self.members[member.filename] = member
         roots = [name for name in self.members if name.endswith("/data.pkl")]
         if len(roots) != 1 or roots[0].count("/") != 1:
@@ -109,15 +96,13 @@ class _Archive:
             raise self.error("its numbers are not little-endian")
 
     def error(self, reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} is not a valid torch file: {reason}.", fix="Download it again."
-        )
+        return bad_file(self.path, f"is not a valid torch file: {reason}")
 
     def position(self, name: str) -> int:
-        """First byte of a member, after its checks."""
+        """Return the first byte of a member, after its checks."""
         member = self.members.get(name)
         if member is None:
-            raise self.error(f"the member {name[:100]!r} is absent")
+            raise self.error(f"the member {name[:100]!r} is missing")
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise self.error(
                 f"the member {name[:100]!r} is compressed "
@@ -134,38 +119,30 @@ class _Archive:
         *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + member.file_size > self.size:
-            raise CheckpointError(
-                f"{self.path} is cut.",
-                f"{name[:100]} ends at byte {start + member.file_size}; it has {self.size} bytes.",
-                "Download it again.",
-            )
+            end = start + member.file_size
+            why = f"{name[:100]} ends at byte {end}; the file has {self.size} bytes."
+            raise bad_file(self.path, "is truncated", why)
         return start
 
     def read(self, name: str, limit: int) -> bytes:
-        """The bytes of a small member."""
-        start = self.position(name)
-        length = self.members[name].file_size
+        """Return the bytes of a small member."""
+        start, length = self.position(name), self.members[name].file_size
         if length > limit:
             raise self.error(f"{name[:100]!r} has {length} bytes; {limit} are the limit")
         self.file.seek(start)
         return self.file.read(length)
 
     def locate(self, name: str, tensor: TorchTensor) -> StoredTensor:
-        """Where the elements of a tensor lie in the file."""
-        storage: Storage = tensor.storage
-        member = f"{self.prefix}/data/{storage.key}"
-        start = self.position(member)
-        itemsize = storage.dtype.itemsize
-        if self.members[member].file_size != storage.numel * itemsize:
+        """Return where the elements of a tensor are in the file."""
+        dtype, member = tensor.storage.dtype, f"{self.prefix}/data/{tensor.storage.key}"
+        start, expected = self.position(member), tensor.storage.numel * dtype.itemsize
+        if self.members[member].file_size != expected:
             raise self.error(
                 f"the storage of {name[:200]!r} has {self.members[member].file_size} bytes "
-                f"instead of {storage.numel * itemsize}"
+                f"instead of {expected}"
             )
-        strides = tuple(stride * itemsize for stride in tensor.strides)
+        strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
+        offset = start + tensor.offset * dtype.itemsize
         return StoredTensor(
-            self.path,
-            storage.dtype,
-            tensor.shape,
-            start + tensor.offset * itemsize,
-            None if tensor.contiguous else strides,
+            self.path, dtype, tensor.shape, offset, None if tensor.contiguous else strides
         )

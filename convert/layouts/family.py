@@ -1,4 +1,4 @@
-"""Finds the family of a folder's model and its tokenizer, from everything that the folder holds."""
+"""Finds the family of a folder's model and its tokens, from everything that the folder holds."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,21 +8,30 @@ from typing import Any
 from convert.files.manifest import Manifest
 from convert.files.shards import read_json
 from convert.files.tensor import reading, regular_file_size
-from convert.layouts.tokens import TOKENIZER_CONFIG, NamedTokens, read_tokens
+from convert.layouts.tokens import (
+    TOKENIZER_CONFIG,
+    NamedTokens,
+    pieces_named_as_special,
+    read_tokens,
+)
 from glm2_jax.family import (
+    WITH_ROLES,
     Sign,
-    code_signs,
     config_signs,
     decide_family,
-    end_signs,
     named_family,
-    template_signs,
+    prompt_signs,
     token_signs,
     tokenizer_signs,
 )
 from glm2_jax.text.tokenizer import SPECIAL, Tokenizer
 
-_CODE = "tokenization_chatglm.py"
+# Files that show how a prompt is written -> what the message calls that.
+_PROMPT_FILES = {
+    "chat_template.jinja": "the chat template",
+    "chat_template.json": "the chat template",
+    "tokenization_chatglm.py": "the prompt",
+}
 _MAX_TEXT = 2**20
 
 
@@ -32,7 +41,7 @@ class SideFiles:
 
     Attributes:
         path: the folder.
-        raw: its config.json, of the HF-native layout also under the published keys.
+        raw: its config.json; of the HF-native layout also under the published keys.
         tokenizer_config: its tokenizer_config.json, {} without.
         named: the tokens that its files name.
         ends: ids that end an answer -> the file that says so.
@@ -46,7 +55,7 @@ class SideFiles:
 
 
 def read_side_files(folder: Path, raw: Mapping[str, Any], manifest: Manifest | None) -> SideFiles:
-    """Reads them; of our own format only what its manifest lists.
+    """Read the small files of a folder; of our own format only what its manifest lists.
 
     Raises:
         CheckpointError: one of them is damaged.
@@ -57,19 +66,14 @@ def read_side_files(folder: Path, raw: Mapping[str, Any], manifest: Manifest | N
         return read_json(folder / name) if listed and (folder / name).exists() else {}
 
     settings = read(TOKENIZER_CONFIG)
-    if manifest is None:
-        named = read_tokens(settings, folder)
-    else:
-        named = read_tokens(settings)
     ends: dict[int, str] = {}
-    for name, values in (
-        ("config.json", raw),
-        ("generation_config.json", read("generation_config.json")),
-    ):
+    generation = "generation_config.json"
+    for name, values in (("config.json", raw), (generation, read(generation))):
         found = values.get("eos_token_id")
         for number in found if isinstance(found, list) else [found]:
             if type(number) is int and number >= 0:
                 ends.setdefault(number, name)
+    named = read_tokens(settings, folder if manifest is None else None)
     return SideFiles(folder, raw, settings, named, ends)
 
 
@@ -81,7 +85,7 @@ def find_family(
     rope_kind: str | None = None,
     template: str | None = None,
 ) -> tuple[str | None, str | None]:
-    """The family of a folder's model.
+    """Find the family of a folder's model.
 
     Args:
         side: its files.
@@ -112,55 +116,53 @@ def find_family(
 
 
 def _signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
-    """Every sign of a folder, the most telling first."""
+    """Return every sign of a folder, the strongest first."""
     signs = []
     if side.named.where != TOKENIZER_CONFIG:
         signs += token_signs([token.content for token in side.named.tokens], side.named.where)
     signs += tokenizer_signs(side.tokenizer_config)
     signs += token_signs(side.named.without_id, "special_tokens_map.json or added_tokens.json")
     if plain is not None:
-        pieces = [name for name in SPECIAL["chatglm3"] if plain.piece_id(name) is not None]
-        if "[gMASK]" in pieces:
-            signs += token_signs(pieces, "tokenizer.model")
-    for name in ("chat_template.jinja", "chat_template.json", _CODE):
+        signs += token_signs(pieces_named_as_special(plain), "tokenizer.model")
+    for name, what in _PROMPT_FILES.items():
         path = side.path / name
         if path.is_file():
-            find = code_signs if name == _CODE else template_signs
-            signs += find(_text(path), name)
-    signs += _end_signs(side, plain)
-    return signs + config_signs(side.raw)
+            signs += prompt_signs(_start_of(path), f"{what} in {name}")
+    return [*signs, *_end_signs(side, plain), *config_signs(side.raw)]
 
 
-def _text(path: Path) -> str:
+def _start_of(path: Path) -> str:
+    regular_file_size(path)
     with reading(path), path.open("rb") as file:
-        regular_file_size(path)
         return file.read(_MAX_TEXT).decode("utf-8", errors="replace")
 
 
 def _end_signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
+    """Return what the ids that end an answer show: <|user|> and <|observation|> are such ids."""
     order = SPECIAL["chatglm3"]
     ids = {token.content: token.id for token in side.named.tokens}
-    start = None if plain is None else plain.num_pieces
     if "[gMASK]" in ids:
         start = ids["[gMASK]"] - order.index("[gMASK]")
-    roles = []
+    else:
+        start = None if plain is None else plain.num_pieces
+    roles = set()
     for name in ("<|user|>", "<|observation|>"):
-        if name in ids:
-            roles.append(ids[name])
-        elif start is not None:
-            roles.append(start + order.index(name))
+        if name in ids or start is not None:
+            roles.add(ids[name] if name in ids else start + order.index(name))
+    roles -= {token.id for token in side.named.tokens if token.content not in order}
     signs = []
-    taken = {token.id for token in side.named.tokens if token.content not in order}
     for where in dict.fromkeys(side.ends.values()):
-        ends = [i for i, name in side.ends.items() if name == where and i not in taken]
-        signs += end_signs(ends, roles, where)
+        found = sorted(end for end, name in side.ends.items() if name == where and end in roles)
+        if found:
+            text = f"the end ids {', '.join(map(str, found))} in {where}, which are roles"
+            signs.append(Sign(text, WITH_ROLES))
     return signs
 
 
 def _hints(
     side: SideFiles, plain: Tokenizer | None, rope_kind: str | None
 ) -> list[tuple[str, str | None]]:
-    """(what, family) of signs that count only where there are no others."""
+    """Return (what, family) of signs that count only where there are no others."""
     kind = rope_kind or side.raw.get("rope_kind")
     kind = str(kind) if side.raw.get("rope_ratio", 1) != 1 else ""
     path = side.path.absolute()

@@ -1,7 +1,4 @@
-"""The configuration of HF-native folders: `GlmConfig` of transformers, which needs no remote code.
-
-The network is the published one under other names. What differs is said here, in both directions.
-"""
+"""Converts the configuration of HF-native folders, `GlmConfig` of transformers, both ways."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +22,7 @@ _SAME = {
     "rms_norm_eps": "layernorm_epsilon",
 }
 
-# What this implementation computes, and what the class of transformers takes for an absent key.
+# What this implementation computes, and what the class of transformers takes for a missing key.
 _REQUIRED_VALUES: dict[str, tuple[Any, Any]] = {
     "hidden_act": ("silu", "silu"),
     "attention_bias": (True, True),
@@ -35,7 +32,7 @@ _REQUIRED_VALUES: dict[str, tuple[Any, Any]] = {
 
 
 def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict[str, Any]:
-    """The `config.json` of an HF-native folder.
+    """Return the `config.json` of an HF-native folder.
 
     Args:
         config: the architecture.
@@ -48,39 +45,37 @@ def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict
     if config.logn_scaling:
         raise UsageError(
             "A model with logn_scaling cannot be written as --layout glm.",
-            "GlmForCausalLM does not scale its queries, so its answers would be others.",
+            "GlmForCausalLM does not scale its queries, so its answers would differ.",
             "Use --layout chatglm.",
         )
     published = config.to_hf()
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
-    scaling = None
+    theta, scaling = config.rope_base, {}
     if config.rope_kind == "base":
-        rope["rope_theta"] = config.rope_base * config.rope_ratio
+        theta *= config.rope_ratio
     elif config.rope_ratio != 1:
         scaling = {"rope_type": "linear", "factor": config.rope_ratio}
-        rope |= scaling
+    rope = {"rope_theta": theta, "partial_rotary_factor": 0.5}
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["GlmForCausalLM"],
         **{key: published[name] for key, name in _SAME.items()},
         **{key: wanted for key, (wanted, _) in _REQUIRED_VALUES.items() if wanted is not None},
         "attention_dropout": config.attention_dropout,
-        "rope_parameters": {**rope, "partial_rotary_factor": 0.5},
+        "rope_parameters": {"rope_type": "default", **rope, **scaling},
         # The same for readers that are older than rope_parameters.
-        "rope_theta": rope["rope_theta"],
-        "partial_rotary_factor": 0.5,
+        **rope,
         **({"rope_scaling": scaling} if scaling else {}),
         "eos_token_id": _one_or_all(stops),
         "pad_token_id": config.pad_token_id,
         "use_cache": True,
         "torch_dtype": dtype,
-        # For reading it back: the architecture does not tell which prompt the model knows.
+        # For reading it back: the architecture does not show which prompt the model knows.
         "family": config.family,
     }
 
 
 def generation_config(config: GLMConfig, stops: tuple[int, ...]) -> dict[str, Any]:
-    """The `generation_config.json`: how the published chat() draws its tokens."""
+    """Return the `generation_config.json`: how the published chat() samples."""
     return {
         "do_sample": True,
         "temperature": 0.8,
@@ -93,26 +88,29 @@ def generation_config(config: GLMConfig, stops: tuple[int, ...]) -> dict[str, An
 
 
 def is_native(raw: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is one of the HF-native layout."""
+    """Return whether a `config.json` is one of the HF-native layout."""
     return raw.get("model_type") == MODEL_TYPE
 
 
 def published_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """An HF-native `config.json` under the published keys, for `GLMConfig.from_hf`.
+    """Return an HF-native `config.json` under the published keys, for `GLMConfig.from_hf`.
 
     Raises:
-        CheckpointError: a key is absent, or asks for what this implementation does not compute.
+        CheckpointError: a key is missing, or asks for what this implementation does not compute.
     """
-    absent = [key for key in _SAME if raw.get(key) is None]
-    if absent:
+    missing = [key for key in _SAME if raw.get(key) is None]
+    if missing:
         raise CheckpointError(
-            f"config.json of the HF-native layout lacks {', '.join(absent)}.",
-            "Its model_type is 'glm', and without these the sizes of that model are not known.",
+            f"config.json of the HF-native layout lacks {', '.join(missing)}.",
+            "Its model_type is 'glm'; without these keys the sizes of the model are not known.",
             "Save the model once more with save_pretrained, or use its official folder.",
         )
     for key, (wanted, default) in _REQUIRED_VALUES.items():
         if raw.get(key, default) != wanted:
             raise _unsupported(key, raw[key], repr(wanted))
+    ids = {key: raw[key] for key in ("eos_token_id", "pad_token_id") if raw.get(key) is not None}
+    for key, value in ids.items():  # the published files have one id; a list begins with it
+        ids[key] = value[0] if isinstance(value, list) and value else value
     return {
         "model_type": "chatglm",
         **{name: raw[key] for key, name in _SAME.items()},
@@ -120,17 +118,13 @@ def published_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
         "multi_query_attention": True,
         "attention_dropout": raw.get("attention_dropout", 0.0),
         **_published_rope(raw),
-        **{
-            key: _first(raw[key])
-            for key in ("eos_token_id", "pad_token_id")
-            if raw.get(key) is not None
-        },
+        **ids,
         **{key: raw[key] for key in ("family", "_name_or_path") if raw.get(key)},
     }
 
 
 def _published_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_ratio and its meaning; newer files have rope_parameters, older ones the rest."""
+    """Return rope_ratio and its meaning; newer files have rope_parameters, older ones the rest."""
     rope = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
     for key in ("rope_scaling", "rope_parameters"):
         found = raw.get(key) or {}
@@ -151,18 +145,13 @@ def _published_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_or_all(stops: tuple[int, ...]) -> int | list[int]:
-    """Files write a single id without a list."""
+    """Return the ids as files write them: a single one without a list."""
     return list(stops) if stops[1:] else stops[0]
-
-
-def _first(value: Any) -> Any:
-    """The published files have one id; a list begins with it."""
-    return value[0] if isinstance(value, list) and value else value
 
 
 def _unsupported(key: str, value: Any, wanted: str) -> CheckpointError:
     return CheckpointError(
         f"config.json of the HF-native layout: {key} = {shorten(value)} is not supported.",
-        f"It changes the mathematics; only {wanted} is implemented.",
+        f"It changes what the model computes; only {wanted} is implemented.",
         "Use the folder of a ChatGLM2, ChatGLM3 or CodeGeeX2 model.",
     )

@@ -1,10 +1,11 @@
-"""The tokenizer in the files that `transformers.AutoTokenizer` opens without code of the folder.
+"""Writes a tokenizer as the files that `transformers.AutoTokenizer` opens without remote code.
 
 `tokenizer.json` holds the pieces of the SentencePiece model as a byte-pair encoding of the
 `tokenizers` package. SentencePiece joins two neighbors when the joined piece has the best score;
 so every way to cut a piece in two becomes a merge, ranked by that score.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +35,7 @@ _PROBES = (
 
 
 def tokenizer_files(tokenizer: Tokenizer, template: str, *, max_length: int) -> dict[str, bytes]:
-    """The files of a tokenizer: name -> content.
+    """Return the files of a tokenizer: name -> content.
 
     Args:
         tokenizer: ours.
@@ -68,18 +69,18 @@ def tokenizer_files(tokenizer: Tokenizer, template: str, *, max_length: int) -> 
 
 
 def token_names(tokenizer: Tokenizer) -> dict[int, str]:
-    """id -> name of the special and the added tokens, as programs other than ours know them."""
+    """Return id -> name of the special and added tokens, as other programs know them."""
     special = {i: SAFE_NAMES.get(name, name) for name, i in tokenizer.special.items()}
     return special | {token.id: token.content for token in tokenizer.added.values()}
 
 
 def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
-    """The `tokenizers.Tokenizer` with our pieces, special tokens, prefix and decoder."""
+    """Return the `tokenizers.Tokenizer` with our pieces, special tokens, prefix and decoder."""
     try:
         import tokenizers
     except ImportError as error:
         raise UsageError(
-            "The tokenizer files need the package tokenizers.",
+            "The tokenizer files need the package tokenizers, which is not installed.",
             str(error),
             "Install it: pip install 'glm2-jax[export]'.",
         ) from error
@@ -93,8 +94,9 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
     fast.decoder = decoders.Sequence(
         [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    # <s> is not among them: it is never written, and it is HTML that people do write.
-    names = [tokenizer.piece(tokenizer.pad_id), tokenizer.piece(tokenizer.eos_id)]
+    # <s> is not among them: no prompt has it, and people do write that HTML tag.
+    end = tokenizer.piece(tokenizer.eos_id)
+    names = [tokenizer.piece(tokenizer.pad_id), end]
     names += [SAFE_NAMES.get(name, name) for name in tokenizer.special]
     fast.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
@@ -103,20 +105,18 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
         flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
         added = tokenizers.AddedToken(token.content, normalized=False, **flags)
         (fast.add_special_tokens if token.special else fast.add_tokens)([added])
-    begin = [SAFE_NAMES.get(name, name) for name in ("[gMASK]", "sop")]
+    begin = ["[gMASK]", SAFE_NAMES["sop"]]
+    ids = zip((*begin, end), (*tokenizer.prefix_ids, tokenizer.eos_id), strict=True)
     fast.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{' '.join(begin)} $A",
-        pair=f"{' '.join(begin)} $A $B {tokenizer.piece(tokenizer.eos_id)}",
-        special_tokens=[
-            *zip(begin, tokenizer.prefix_ids, strict=True),
-            (tokenizer.piece(tokenizer.eos_id), tokenizer.eos_id),
-        ],
+        pair=f"{' '.join(begin)} $A $B {end}",
+        special_tokens=list(ids),
     )
     return fast
 
 
 def _vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The tokens with their ids, and the merges of pieces, the first one first."""
+    """Return the tokens with their ids, and the merges of pieces, the first one first."""
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     named = token_names(tokenizer)
     ids = {model.id_to_piece(i): i for i in range(model.get_piece_size()) if i not in named}
@@ -135,22 +135,18 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, s
 
 
 def _compare(fast: Any, tokenizer: Tokenizer) -> None:
-    """Refuses a SentencePiece model that does not work as a byte-pair encoding of this kind."""
-    for text in _PROBES:
-        ids = fast.encode(text, add_special_tokens=False).ids
-        if ids != tokenizer.encode(text):
+    """Refuse a SentencePiece model that does not work as a byte-pair encoding of this kind."""
+    encode = functools.partial(fast.encode, add_special_tokens=False)
+    pairs: list[tuple[str, Any, Any]] = [
+        *((repr(text), encode(text).ids, tokenizer.encode(text)) for text in _PROBES),
+        *((x, fast.token_to_id(SAFE_NAMES.get(x, x)), i) for x, i in tokenizer.special.items()),
+    ]
+    for text, found, expected in pairs:
+        if found != expected:
             raise CheckpointError(
                 "The tokenizer cannot be written in the HF-native form.",
-                f"For {text!r} it would give {ids}, not {tokenizer.encode(text)}.",
-                "Is tokenizer.model the published file of the ChatGLM2 family?",
-            )
-    for name, token_id in tokenizer.special.items():
-        found = fast.token_to_id(SAFE_NAMES.get(name, name))
-        if found != token_id:
-            raise CheckpointError(
-                "The tokenizer cannot be written in the HF-native form.",
-                f"The special token {name} would be {found}, not {token_id}.",
-                "Is tokenizer.model the published file of the ChatGLM2 family?",
+                f"For {text} it would give {found}, not {expected}.",
+                "Check that tokenizer.model is the published file of the ChatGLM2 family.",
             )
 
 

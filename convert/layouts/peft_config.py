@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.files.shards import WEIGHT_FILES, read_json
-from convert.layouts.patterns import Pattern, match_names
+from convert.layouts.patterns import match_names
 from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
 from glm2_jax.lora import scale_of
@@ -28,15 +28,8 @@ _HARMLESS = {
     "megatron_core", "merge_weights", "peft_type", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type", "velora_config",
 }  # fmt: skip
-# Other ways to begin change the base, too.
+# Other ways to initialize change the base, too.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-# Kinds without weights that could be added to a base's, and the keys of such kinds of LoRA.
-_NEVER_MERGED = {
-    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING",
-    "PROMPT_TUNING", "P_TUNING", "XLORA",
-}  # fmt: skip
-_ROUTED = ("alora_invocation_tokens", "arrow_config")
-_ALL_LINEAR = "all-linear"
 _ANY_LAYERS = re.compile(r".*?\.[^.]*\.\d+\.")  # where no layers_pattern says what they are called
 
 
@@ -57,7 +50,7 @@ class PeftConfig:
         rslora: whether the scale is alpha / sqrt(rank).
         selection: the keys that say what is adapted, as they were read, without defaults; rank and
             alpha are always there.
-        base: base_model_name_or_path, which nothing vouches for.
+        base: base_model_name_or_path, which may be wrong.
     """
 
     path: Path
@@ -74,72 +67,69 @@ class PeftConfig:
         Args:
             matrices: of all layers, by their full names.
             ends: embedding and head, which "all-linear" leaves out.
-            usual: what target_modules means where it is absent.
+            usual: what a missing target_modules means.
 
         Raises:
             CheckpointError: nothing says what is adapted, or an expression cannot be matched.
         """
-        targets = self.selection.get("target_modules", list(usual))
+        get = self.selection.get
+        targets, excluded = get("target_modules", list(usual)), get("exclude_modules", [])
         if not targets:
             raise _wrong(self.path, "target_modules", None, "It must say what is adapted.")
-        ranks, alphas = (self.selection.get(f"{x}_pattern", {}) for x in ("rank", "alpha"))
-        layers = _as_list(self.selection.get("layers_pattern", []))
-        whole = [x for x in (targets, self.selection.get("exclude_modules")) if isinstance(x, str)]
-        patterns = [
-            *((text, Pattern("fullmatch", text)) for text in whole if not _is_all_linear(text)),
-            *((text, _ending(text)) for text in (*ranks, *alphas)),
-            *((text, _before_layer(text)) for text in layers),
-        ]
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            targets = list(matrices)
+        ranks, alphas = (get(f"{kind}_pattern", {}) for kind in ("rank", "alpha"))
+        layers = _as_list(get("layers_pattern", []))
         names = [*matrices, *ends]
         try:
-            found = match_names(patterns, names)
+            found = match_names(
+                {
+                    **{text: text for text in (targets, excluded) if isinstance(text, str)},
+                    **{_ending(text): text for text in (*ranks, *alphas)},
+                    **{_before_layer(text): text for text in layers},
+                },
+                names,
+            )
         except ValueError as error:
             raise CheckpointError(
                 f"{self.path} cannot be used: {error}.",
                 "Its expressions decide which matrices are adapted, and with which rank and alpha.",
                 "Correct the expression; target_modules may also be a list of names.",
             ) from error
-        if isinstance(targets, str) and _is_all_linear(targets):
-            targets = list(matrices)
-        chosen = [name for name in names if self._adapts(name, targets, found)]
-        rank, alpha = self.selection["r"], self.selection["lora_alpha"]
+
+        def adapted(name: str) -> bool:
+            """PEFT's check_target_module_exists."""
+            if _is_named(name, excluded, found) or not _is_named(name, targets, found):
+                return False
+            wanted = get("layers_to_transform")
+            if wanted is None or isinstance(targets, str) or name in targets:
+                return True
+            inside = [name in found[_before_layer(text)] for text in layers]
+            if not any(inside or [_ANY_LAYERS.match(name)]):
+                return False
+            layer = next(int(part) for part in name.split(".") if part.isdecimal())
+            return layer in _as_list(wanted)
+
+        def first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+            matched = (patterns[text] for text in patterns if name in found[_ending(text)])
+            return next(matched, default)
+
         return {
-            name: Choice(_of_first(ranks, name, found, rank), _of_first(alphas, name, found, alpha))
-            for name in chosen
+            name: Choice(first(ranks, name, get("r")), first(alphas, name, get("lora_alpha")))
+            for name in names
+            if adapted(name)
         }
 
     def scale(self, choice: Choice) -> float:
-        """What B (A x) of a matrix is multiplied with."""
+        """Return what B (A x) of a matrix is multiplied with."""
         return scale_of(choice.alpha, choice.rank, self.rslora)
-
-    def _adapts(
-        self, name: str, targets: str | Sequence[str], found: Mapping[Pattern, set[str]]
-    ) -> bool:
-        """PEFT's check_target_module_exists."""
-        excluded = self.selection.get("exclude_modules", [])
-        if _is_named(name, excluded, found):
-            return False
-        if not _is_named(name, targets, found):
-            return False
-        wanted = self.selection.get("layers_to_transform")
-        if wanted is None or isinstance(targets, str) or name in targets:
-            return True
-        patterns = _as_list(self.selection.get("layers_pattern", []))
-        if not (
-            any(name in found[_before_layer(text)] for text in patterns)
-            if patterns
-            else _ANY_LAYERS.match(name)
-        ):
-            return False
-        layer = next(int(part) for part in name.split(".") if part.isdecimal())
-        return layer in _as_list(wanted)
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """Reads the configuration of an adapter.
+    """Read the configuration of an adapter.
 
     Raises:
-        CheckpointError: absent, not plain LoRA, or values that make no sense.
+        CheckpointError: missing, not plain LoRA, or impossible values.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -148,7 +138,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     _refuse_unsupported(folder, raw)
     dropout = raw.get("lora_dropout") or 0.0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise _wrong(path, "lora_dropout", dropout, "A rate is a number from 0 to 1.")
+        raise _wrong(path, "lora_dropout", dropout, "A rate must be at least 0 and less than 1.")
     given = {key: raw[key] for key in _SELECTION if key in raw and not _is_default(raw[key])}
     selection = {"r": 8, "lora_alpha": 8, **given}
     _check_selection(path, selection)
@@ -162,114 +152,91 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 
 def peft_kind(folder: Path) -> str:
-    """The peft_type of a folder with a configuration; "" where there is none."""
+    """Return the peft_type of a folder with a configuration; "" where there is none."""
     kind = read_json(folder / CONFIG).get("peft_type") if (folder / CONFIG).exists() else None
     return kind if isinstance(kind, str) else ""
 
 
 def _no_adapter(folder: Path) -> CheckpointError:
-    kind = "a model" if (folder / "config.json").exists() else "no adapter"
+    kind = "a model" if (folder / "config.json").exists() else "not an adapter"
     inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    example = f", for example {inside[-1]}" if inside else ""
-    prefix = (
-        " If it is a P-Tuning v2 prefix, infer.generate and infer.chat take it as --prefix."
-        if any((folder / name).exists() for name in WEIGHT_FILES)
-        else ""
-    )
+    fix = "Give the folder that train.lora or the peft library wrote"
+    fix += f", for example {inside[-1]}." if inside else "."
+    if any((folder / name).exists() for name in WEIGHT_FILES):
+        fix += " If it is a P-Tuning v2 prefix, infer.generate and infer.chat take it as --prefix."
     return CheckpointError(
-        f"{folder} is {kind}: it holds no {CONFIG}.",
+        f"{folder} is {kind}: {CONFIG} is missing.",
         "An adapter is a folder with that file and adapter_model.safetensors.",
-        f"Give the folder that train.lora or the peft library wrote{example}.{prefix}",
+        fix,
     )
 
 
 def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
     known = _HARMLESS.union(_SELECTION)
-    found = [f"{key} = {shorten(raw[key])}" for key in raw if key not in known and raw[key]]
-    kind = raw.get("peft_type")
-    if kind != "LORA":
-        found = [f"peft_type = {shorten(kind)}"]
+    bad = [key for key in raw if key not in known and raw[key]]
+    if raw.get("peft_type") != "LORA":
+        bad = ["peft_type"]
     if raw.get("bias") not in (None, "none"):
-        found.append(f"bias = {shorten(raw['bias'])}")
+        bad.append("bias")
     if raw.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
-        found.append(f"init_lora_weights = {shorten(raw['init_lora_weights'])}")
-    if not found:
-        return
-    merged = (
-        "Merge it into its base with the peft library (merge_and_unload), save that with its "
-        "tokenizer and use it as the model, or train a LoRA adapter: python -m train.lora."
-    )
-    if kind in _NEVER_MERGED or any(raw.get(key) for key in _ROUTED):
-        merged = (
-            "It cannot be merged into its base. Train a LoRA adapter on its data "
-            "(python -m train.lora), or answer with the peft library."
+        bad.append("init_lora_weights")
+    if bad:
+        found = ", ".join(f"{key} = {shorten(raw.get(key))}" for key in bad[:10])
+        raise CheckpointError(
+            f"The adapter {folder} needs what is not supported: {found}.",
+            "Plain LoRA without biases is supported; with rsLoRA, rank and alpha patterns.",
+            "Train a LoRA adapter on its data (python -m train.lora); or, where the kind allows "
+            "it, merge it into its base with the peft library (merge_and_unload), save that with "
+            "its tokenizer and use it as the model.",
         )
-    raise CheckpointError(
-        f"The adapter {folder} needs what is not supported: {', '.join(found[:10])}.",
-        "Known is plain LoRA without biases; with rsLoRA, rank and alpha patterns.",
-        merged,
-    )
 
 
 def _check_selection(path: Path, selection: Mapping[str, Any]) -> None:
-    for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = selection.get(name, [])
-        if not all(isinstance(text, str) for text in _as_list(value)):
-            raise _wrong(path, name, value, "It must be names, or a regular expression.")
-    layers = selection.get("layers_to_transform", [])
-    if not all(type(layer) is int for layer in _as_list(layers)):
-        raise _wrong(path, "layers_to_transform", layers, "It must be numbers of layers.")
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+        value, kind = selection.get(name, []), int if name == "layers_to_transform" else str
+        if not all(type(item) is kind for item in _as_list(value)):
+            why = "numbers of layers" if kind is int else "names, or a regular expression"
+            raise _wrong(path, name, value, f"It must be {why}.")
     for key, kind in (("r", "rank"), ("lora_alpha", "alpha")):
         patterns = selection.get(f"{kind}_pattern", {})
         if not isinstance(patterns, dict):
-            why = "It is an object: a matrix's name and its value."
+            why = "It must be an object: a matrix's name and its value."
             raise _wrong(path, f"{kind}_pattern", patterns, why)
         for name, value in ((key, selection[key]), *patterns.items()):
             if kind == "rank" and (type(value) is not int or value < 1):
-                raise _wrong(path, name, value, "A rank is a whole number of 1 or more.")
+                raise _wrong(path, name, value, "A rank must be an integer of at least 1.")
             if type(value) not in (int, float) or not math.isfinite(value):
-                raise _wrong(path, name, value, "alpha is a number.")
+                raise _wrong(path, name, value, "alpha must be a finite number.")
 
 
 def _is_default(value: Any) -> bool:
     return value is None or value is False or value in ([], {}, "")
 
 
-def _is_all_linear(text: str) -> bool:
-    return text.lower() == _ALL_LINEAR
-
-
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _ending(text: str) -> Pattern:
-    """A key of rank_pattern or alpha_pattern: PEFT's get_pattern_key."""
-    return Pattern("match", rf"(.*\.)?({text})$")
+def _ending(text: str) -> str:
+    """Return the expression of a key of rank_pattern or alpha_pattern: PEFT's get_pattern_key."""
+    return rf"(.*\.)?({text})"
 
 
-def _before_layer(text: str) -> Pattern:
-    """An entry of layers_pattern."""
-    return Pattern("match", rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.")
+def _before_layer(text: str) -> str:
+    """Return the expression of an entry of layers_pattern, which matches the start of a name."""
+    return rf"(?:(?:^|.*?\.){text}\.(?P<idx>\d+)\.).*"
 
 
-def _is_named(name: str, wanted: str | Sequence[str], found: Mapping[Pattern, set[str]]) -> bool:
-    """Whether a regular expression matches all of a name, or a list has it or its end."""
+def _is_named(name: str, wanted: str | Sequence[str], found: Mapping[str, set[str]]) -> bool:
+    """Return whether an expression matches all of a name, or a list has the name or its end."""
     if isinstance(wanted, str):
-        return name in found.get(Pattern("fullmatch", wanted), ())
+        return name in found[wanted]
     return name in wanted or any(name.endswith(f".{end}") for end in wanted)
-
-
-def _of_first(
-    patterns: Mapping[str, Any], name: str, found: Mapping[Pattern, set[str]], default: Any
-) -> Any:
-    """The value of the first pattern that matches."""
-    return next((x for text, x in patterns.items() if name in found[_ending(text)]), default)
 
 
 def _wrong(path: Path, name: str, value: Any, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {name} = {shorten(value)} makes no sense.",
+        f"{path}: {name} = {shorten(value)} is not possible.",
         why,
         "Correct it, or copy the adapter again from where it was trained.",
     )

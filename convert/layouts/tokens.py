@@ -1,4 +1,4 @@
-"""The tokens that the small files of a folder name, and the tokenizer that follows from them.
+"""Reads the tokens that the small files of a folder name, and makes its tokenizer of them.
 
 `transformers` writes them into tokenizer_config.json (added_tokens_decoder), older versions into
 added_tokens.json, and for its fast tokenizers into tokenizer.json.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.files.shards import read_json
-from convert.files.tensor import reading
+from convert.files.tensor import bad_file, reading
 from convert.layouts.hf_tokenizer import SAFE_NAMES
 from glm2_jax.config import shorten
 from glm2_jax.errors import CheckpointError
@@ -42,7 +42,7 @@ class NamedTokens:
 
 
 def read_tokens(tokenizer_config: Mapping[str, Any], folder: Path | None = None) -> NamedTokens:
-    """Reads the tokens of a folder; as in `transformers`, added_tokens_decoder goes first.
+    """Read the tokens of a folder; as in `transformers`, added_tokens_decoder goes first.
 
     Args:
         tokenizer_config: its tokenizer_config.json.
@@ -51,21 +51,20 @@ def read_tokens(tokenizer_config: Mapping[str, Any], folder: Path | None = None)
     Raises:
         CheckpointError: a file is damaged, or names a token or an id twice.
     """
+    names = list(_names(tokenizer_config))
     where, found = TOKENIZER_CONFIG, tokenizer_config.get("added_tokens_decoder")
+    added = _read(folder, "added_tokens.json")
     if found:
         if not isinstance(found, Mapping):
             raise _damaged(where, found)
         tokens = [_token(value, number, where) for number, value in found.items()]
-    elif folder is None:
-        tokens = []
-    elif (folder / "added_tokens.json").exists():
+    elif added is not None:
         where = "added_tokens.json"
-        raw = read_json(folder / where)
-        special = set(_names(tokenizer_config))
-        tokens = [_token({"content": x, "special": x in special}, raw[x], where) for x in raw]
+        tokens = [_token({"content": x, "special": x in names}, added[x], where) for x in added]
     else:
         where = "tokenizer.json"
-        tokens = [_token(value, None, where) for value in _fast_tokens(folder / where)]
+        fast = [] if folder is None else _fast_tokens(folder / where)
+        tokens = [_token(value, None, where) for value in fast]
     count = Counter([token.id for token in tokens]) + Counter([token.content for token in tokens])
     value, times = max(count.items(), key=lambda item: item[1], default=("", 0))
     if times > 1:
@@ -74,31 +73,32 @@ def read_tokens(tokenizer_config: Mapping[str, Any], folder: Path | None = None)
             "A token has one id.",
             "Correct it, or download the file again.",
         )
-    names = list(_names(tokenizer_config))
-    if folder is not None and (folder / "special_tokens_map.json").exists():
-        names += _names(read_json(folder / "special_tokens_map.json"))
+    names += _names(_read(folder, "special_tokens_map.json") or {})
     known = {token.content: token.id for token in tokens}
-    if found and folder is not None and (folder / "added_tokens.json").exists():
-        names += _unlisted(read_json(folder / "added_tokens.json"), known)
+    if found and added:  # `transformers` reads the first of the two files alone
+        _refuse_two_ids(added, known)
+        names += added
     without = tuple(name for name in dict.fromkeys(names) if name not in known)
     return NamedTokens(tuple(tokens), without, where if tokens else "")
 
 
-def _unlisted(added: Mapping[str, Any], known: Mapping[str, int]) -> list[str]:
-    """Tokens that added_tokens.json alone names, which `transformers` does not read then."""
+def _read(folder: Path | None, name: str) -> Mapping[str, Any] | None:
+    return None if folder is None or not (folder / name).exists() else read_json(folder / name)
+
+
+def _refuse_two_ids(added: Mapping[str, Any], known: Mapping[str, int]) -> None:
     for name in added.keys() & known.keys():
         if added[name] != known[name]:
             raise CheckpointError(
                 f"The token {shorten(name)} has two ids: {known[name]} in {TOKENIZER_CONFIG}, "
                 f"{shorten(added[name])} in added_tokens.json.",
-                "Which of them the model learned is not known.",
+                "Only one of them can be the id that the model learned.",
                 "Correct one of the two files, or remove added_tokens.json.",
             )
-    return [name for name in added if name not in known]
 
 
 def _names(raw: Mapping[str, Any]) -> Iterable[str]:
-    """The texts of the additional special tokens in a configuration."""
+    """Return the texts of the additional special tokens in a configuration."""
     for key in ("additional_special_tokens", "extra_special_tokens"):
         values = raw.get(key) or []
         for value in values.values() if isinstance(values, Mapping) else values:
@@ -108,20 +108,18 @@ def _names(raw: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _fast_tokens(path: Path) -> list[Any]:
+    """Return the entries of added_tokens in a tokenizer.json, which stand at its start."""
     if not path.exists():
         return []
     with reading(path), path.open("rb") as file:
         text = file.read(_JSON_START).decode("utf-8", errors="replace")
-    key = '"added_tokens":'
-    if key not in text:
+    _, key, rest = text.partition('"added_tokens":')
+    if not key:
         return []
-    rest = text[text.index(key) + len(key) :].lstrip()
     try:
-        found, _ = json.JSONDecoder().raw_decode(rest)
+        found, _ = json.JSONDecoder().raw_decode(rest.lstrip())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be parsed.", str(error)[:200], "Download it again."
-        ) from error
+        raise bad_file(path, "cannot be parsed", str(error)[:200]) from error
     return found if isinstance(found, list) else []
 
 
@@ -146,16 +144,22 @@ def _damaged(where: str, value: Any) -> CheckpointError:
     )
 
 
+def pieces_named_as_special(plain: Tokenizer) -> dict[str, int]:
+    """Return the special tokens that are pieces of the SentencePiece model, with their ids."""
+    found = {name: plain.piece_id(name) for name in SPECIAL["chatglm3"]}
+    ids = {name: i for name, i in found.items() if i is not None}
+    return ids if "[gMASK]" in ids else {}
+
+
 def _special_ids(
     plain: Tokenizer, named: NamedTokens, family: str
 ) -> tuple[dict[str, int], str | None]:
-    """The ids of a family's special tokens: those that the folder names; the others in the
-    published order around these, which follow the pieces where it names none.
+    """Return the ids of a family's special tokens, name -> id, and a line to report, or None.
 
-    Returns:
-        name -> id, and a line to report, or None.
+    They are those that the folder names; the others in the published order around these, which
+    follow the pieces where it names none.
     """
-    ids = _pieces_named_so(plain) | {token.content: token.id for token in named.tokens}
+    ids = pieces_named_as_special(plain) | {token.content: token.id for token in named.tokens}
     order = {name: i for i, name in enumerate(SPECIAL[family])}
     start = ids.get("[gMASK]", plain.num_pieces + order["[gMASK]"]) - order["[gMASK]"]
     if "sop" not in ids and ids.get(SAFE_NAMES["sop"]) == start + order["sop"]:
@@ -175,18 +179,11 @@ def _special_ids(
     missing = ", ".join(name for name in anchors if name not in ids)
     raise CheckpointError(
         f"{named.where} gives the ids of some special tokens of a {family} model.",
-        f"{', '.join(f'{name} is {ids[name]}' for name in given)}, which is no published order, "
+        f"{', '.join(f'{name} is {ids[name]}' for name in given)}, which is not a published order, "
         f"and {missing} is missing.",
         f"Add the missing ids to added_tokens_decoder in {TOKENIZER_CONFIG}, or name another "
         "family with --family.",
     )
-
-
-def _pieces_named_so(plain: Tokenizer) -> dict[str, int]:
-    """Special tokens that are pieces of the SentencePiece model, by their names."""
-    found = {name: plain.piece_id(name) for name in SPECIAL["chatglm3"]}
-    ids = {name: i for name, i in found.items() if i is not None}
-    return ids if "[gMASK]" in ids else {}
 
 
 def fit_tokenizer(
@@ -197,7 +194,7 @@ def fit_tokenizer(
     vocab_size: int,
     ends: Sequence[int] = (),
 ) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a folder.
+    """Give the tokenizer of a folder its special and added tokens.
 
     Args:
         plain: its pieces.
@@ -210,12 +207,12 @@ def fit_tokenizer(
         The tokenizer, and what to report, one line each.
 
     Raises:
-        CheckpointError: an id beyond the vocabulary or that two tokens have, or special tokens of
-            which some have ids in no published order.
+        CheckpointError: an id is beyond the vocabulary or belongs to two tokens, or some special
+            tokens have ids in no published order and others have none.
     """
     special, line = _special_ids(plain, named, family)
     notes = [] if line is None else [line]
-    family_names = {*special, *(SAFE_NAMES[name] for name in special if name in SAFE_NAMES)}
+    family_names = {*special, *(SAFE_NAMES.get(name, name) for name in special)}
     by_id = {number: name for name, number in special.items()}
     added = []
     for token in named.tokens:
@@ -240,17 +237,15 @@ def fit_tokenizer(
             )
     unknown = [name for name in named.without_id if name not in family_names]
     if unknown:
-        names = ", ".join(map(repr, unknown))[:200]
         notes.append(
-            f"tokens to which {TOKENIZER_CONFIG} gives no id are not known here: {names}; in a "
-            "prompt they are ordinary text"
+            f"tokens to which {TOKENIZER_CONFIG} gives no id are not known here: "
+            f"{', '.join(map(repr, unknown))[:200]}; in a prompt they are ordinary text"
         )
     return plain.with_tokens(family, special, added, ends), notes
 
 
 def assumed_places(tokenizer: Tokenizer, named: NamedTokens) -> list[str]:
-    """A line where nothing but the published order gives the special ids, behind pieces that are
-    not the published ones."""
+    """Return a line where only the published order gives the special ids, after other pieces."""
     known = any(token.content in _ANCHORS for token in named.tokens)
     after = tokenizer.special == tokenizer.default_special(tokenizer.family)
     if known or not after or tokenizer.num_pieces == _PUBLISHED_PIECES:
@@ -263,16 +258,16 @@ def assumed_places(tokenizer: Tokenizer, named: NamedTokens) -> list[str]:
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `tokenizer_config.json` that gives a tokenizer its tokens back; empty for one whose
-    special tokens follow the pieces, with no others."""
+    """Return the `tokenizer_config.json` from which a tokenizer gets its tokens back.
+
+    Empty for one whose special tokens follow the pieces, with no others.
+    """
     if not tokenizer.added and tokenizer.special == tokenizer.default_special(tokenizer.family):
         return {}
     special = [AddedToken(name, number, True) for name, number in tokenizer.special.items()]
     tokens = sorted((*special, *tokenizer.added.values()), key=lambda token: token.id)
-    entries = {token.id: dataclasses.asdict(token) | {"normalized": False} for token in tokens}
-    for entry in entries.values():
-        del entry["id"]
+    entries = [dataclasses.asdict(token) | {"normalized": False} for token in tokens]
     return {
         "tokenizer_class": "ChatGLMTokenizer",
-        "added_tokens_decoder": {str(number): entry for number, entry in entries.items()},
+        "added_tokens_decoder": {str(entry.pop("id")): entry for entry in entries},
     }

@@ -1,7 +1,7 @@
-"""Parts of arrays: (first index, the one after the last) along each axis.
+"""Boxes, the parts of arrays: (first index, the one after the last) along each axis.
 
 A mesh cuts every array into equal boxes, of which a process holds some; without a mesh there is one
-box, the whole array. What is read from files and what is written to devices are boxes, too.
+box, the complete array. What is read from files and what is written to devices are boxes, too.
 """
 
 import math
@@ -10,31 +10,31 @@ from collections.abc import Iterator
 Box = tuple[tuple[int, int], ...]
 
 
-def whole(shape: tuple[int, ...]) -> Box:
-    """The box of all elements."""
+def full_box(shape: tuple[int, ...]) -> Box:
+    """Return the box of all elements."""
     return tuple((0, size) for size in shape)
 
 
 def shape_of(box: Box) -> tuple[int, ...]:
-    """The shape of what a box cuts out."""
+    """Return the shape of what a box cuts out."""
     return tuple(stop - start for start, stop in box)
 
 
 def slices(box: Box, origin: Box | None = None) -> tuple[slice, ...]:
-    """The box as an index: of the array, or of what the box `origin` has cut out of it."""
-    starts = [start for start, _ in origin or whole(shape_of(box))]
+    """Return the box as an index into the array, or into what the box `origin` cuts out of it."""
+    starts = [start for start, _ in origin or full_box(shape_of(box))]
     return tuple(slice(b - s, e - s) for (b, e), s in zip(box, starts, strict=True))
 
 
 def overlap(one: Box, other: Box) -> Box | None:
-    """What two boxes have in common; None where that is nothing."""
+    """Return what two boxes have in common; None where that is nothing."""
     pairs = zip(one, other, strict=True)
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in pairs)
     return common if all(start < stop for start, stop in common) else None
 
 
 def pieces(box: Box, limit: int) -> Iterator[Box]:
-    """Cuts a box into smaller ones of at most `limit` elements, in the order of the elements."""
+    """Cut a box into smaller ones of at most `limit` elements, in the order of the elements."""
     size = math.prod(shape_of(box))
     if size <= max(limit, 1):
         yield box

@@ -1,4 +1,10 @@
-"""`load_checkpoint`: a folder becomes parameters on a device, one tensor at a time."""
+"""Loads a folder: it becomes parameters on a device, one tensor at a time.
+
+Peak memory beyond the parameters themselves is a few chunks of a few megabytes; mapped pages of the
+files do not count. With a mesh each process reads only what its devices hold, once; except that
+where weights are quantized while they are loaded, complete rows are read, because a scale is that
+of a complete row or group.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -83,36 +89,25 @@ def load_checkpoint(
     device: Any = None,
     progress: Progress = lambda done, total: None,
 ) -> Checkpoint:
-    """Opens a checkpoint folder: official (`.bin`, safetensors, int4, int8), HF-native or our own.
+    """Open a checkpoint folder: official (`.bin`, safetensors, int4, int8), HF-native or our own.
 
-    Peak memory beyond the parameters themselves is a few chunks of a few megabytes; mapped pages
-    of the files do not count. Every number that is read is checked for NaN and infinity.
-
-    With a mesh each process reads what its own devices hold, once, and nothing of the model is ever
-    whole. Two things make it read more. Where weights are quantized while they are loaded, a scale
-    is that of a whole row or group, so rows are read whole, also those of `o` and `down`, of which
-    a device holds some columns. And files are mapped in pages (4 kB or more): of rows whose pieces
-    are shorter than a page the disk gives everything, though only the pieces are looked at.
+    Every number that is read is checked for NaN and infinity.
 
     Args:
         path: the folder.
         dtype: "auto" or the name of a type, e.g. "bfloat16".
         quantize: "int8" or "int4" to quantize the matrices of the layers while loading; None =
-            as the folder has them; "none" = never, what is stored quantized is unpacked to `dtype`.
+            as the folder has them; "none" = dequantize what is stored quantized.
         quantize_embeddings: quantize embedding and head, too, in the same way.
-        layers: "stacked" for arrays with a leading axis of layers, "list" for a list of layers
-            (see `glm2_jax.unstack_layers`). Only one of them is ever in memory.
-        mesh: a `jax.sharding.Mesh` to spread the parameters over, see
-            `glm2_jax.sharding.params_sharding`; None = one device.
-        rope_kind: "linear" or "base", where the folder does not tell what `rope_ratio` means.
-        template: "chatglm2", "chatglm3" or "raw" instead of the family's own.
-        family: "chatglm2", "chatglm3" or "codegeex2", whatever the folder says.
-        device: a `jax.Device`, the name of a platform, or None for the default device; not beside
-            a mesh.
+        layers: "stacked" for arrays with a leading axis of layers, "list" for a list of layers.
+            Only one of them is ever in memory.
+        mesh: a `jax.sharding.Mesh` to spread the parameters over; None = one device.
+        rope_kind, template, family: what the folder does not say, see `open_folder`.
+        device: a `jax.Device`, the name of a platform, or None for the default; not with a mesh.
         progress: called with the bytes of parameters done and to do in this process.
 
     Raises:
-        UsageError: an argument that makes no sense, or a mesh that does not fit the model.
+        UsageError: an impossible argument, or a mesh that does not fit the model.
         CheckpointError: the folder cannot be opened; the message says which file and why.
         DeviceError: no such device.
     """
@@ -123,34 +118,40 @@ def load_checkpoint(
     elif isinstance(device, str):
         device = find_device(device)
     folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
-    config = folder.config
-    scheme = target_scheme(folder, quantize, quantize_embeddings)
+    config, scheme = folder.config, target_scheme(folder, quantize, quantize_embeddings)
     if mesh is not None:
         check_mesh(config, mesh, scheme)
     target = resolve_dtype(dtype, num_params=config.num_params, device=device)
     where = device if mesh is None else mesh
+    params = load_params(folder, target, scheme, layers == "list", where, progress)
+    return _checkpoint(folder, params, dtype_name(target), scheme, str(path))
+
+
+def _checkpoint(
+    folder: Folder, params: dict[str, Any], dtype: str, scheme: Scheme | None, source: str
+) -> Checkpoint:
     return Checkpoint(
-        config=config,
-        params=load_params(folder, target, scheme, layers == "list", where, progress),
+        config=folder.config,
+        params=params,
         tokenizer=folder.tokenizer,
         template=folder.template,
         fingerprint=fingerprint(folder),
         summary=CheckpointSummary(
             layout=folder.layout,
-            family=config.family,
+            family=folder.config.family,
             stored_dtype=folder.stored_dtype,
-            dtype=dtype_name(target),
+            dtype=dtype,
             quantization=None if scheme is None else scheme.name,
-            num_params=config.num_params,
+            num_params=folder.config.num_params,
             bytes_on_disk=folder.weights.bytes_on_disk,
-            source=str(path),
+            source=source,
         ),
-        notes=(*folder.notes, *_notes(folder, dtype_name(target), scheme)),
+        notes=(*folder.notes, *_notes(folder, dtype, scheme)),
     )
 
 
 def _first_device(mesh: Any, device: Any) -> Any:
-    """A device of the mesh, which stands for all of them."""
+    """Return a device of the mesh, which stands for all of them."""
     if not isinstance(mesh, Mesh) or device is not None:
         raise UsageError(
             f"mesh={mesh!r} and device={device!r} do not say where the parameters go.",

@@ -1,4 +1,4 @@
-"""Where parameters end up: arrays that are filled piece by piece and exist once.
+"""Arrays that are filled piece by piece and exist once.
 
 Measured with jax 0.10.2 and 0.12.0: `jax.device_put` of a 64-byte aligned numpy array is a view
 on the CPU (no copy, no extra memory), so there the array is filled in numpy. On an accelerator
@@ -14,20 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.loading.boxes import Box, overlap, shape_of, slices, whole
+from convert.loading.boxes import Box, full_box, overlap, shape_of, slices
 
 _ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """An array that is to be.
-
-    Attributes:
-        shape: of all of it.
-        dtype: its type.
-        sharding: a `jax.sharding.Sharding`, or None for the default device.
-    """
+    """The shape and dtype of an array, and its sharding, None for the default device."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -41,7 +35,7 @@ class ArraySpec:
 
 
 class Place:
-    """The boxes of an array that lie on this process's devices, each filled once.
+    """The boxes of an array that are on this process's devices, each filled once.
 
     Attributes:
         spec: what the array is.
@@ -57,7 +51,7 @@ class Place:
         self.boxes = tuple(self._parts)
 
     def write(self, box: Box, values: np.ndarray) -> int:
-        """Puts what is needed of `values`, of the shape of `box`, cast; returns its bytes."""
+        """Put what is needed of `values`, of the shape of `box`, cast; return its bytes."""
         written = 0
         for own, part in self._parts.items():
             common = overlap(own, box)
@@ -67,7 +61,7 @@ class Place:
         return written
 
     def finish(self) -> jax.Array:
-        """The filled array."""
+        """Return the filled array."""
         arrays = [array for part in self._parts.values() for array in part.finish()]
         if self.spec.sharding is None:
             return arrays[0]
@@ -77,9 +71,9 @@ class Place:
 
 
 def local_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Box, list[Any]]:
-    """The boxes of an array that this process holds, each with its devices."""
+    """Return the boxes of an array that this process holds, each with its devices."""
     if sharding is None:
-        return {whole(shape): [None]}
+        return {full_box(shape): [None]}
     boxes: dict[Box, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         box = tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
@@ -88,17 +82,21 @@ def local_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Box, list[Any]]:
 
 
 class HostPlace:
-    """A box in host memory, which is that of CPU devices."""
+    """A box in host memory, which is the memory of CPU devices."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: list[Any]):
-        self.array, self.devices = aligned_empty(shape, dtype), devices
+        size = math.prod(shape) * dtype.itemsize
+        raw = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT  # XLA:CPU can use aligned memory as it is
+        self.array = raw[start : start + size].view(dtype).reshape(shape)
+        self.devices = devices
 
     def write(self, index: tuple[slice, ...], values: np.ndarray) -> None:
-        """Puts `values` at `index`, cast."""
+        """Put `values` at `index`, cast."""
         np.copyto(self.array[index], values, casting="unsafe")
 
     def finish(self) -> list[jax.Array]:
-        """The filled box for each of its devices, without a copy."""
+        """Return the filled box for each of its devices, without a copy."""
         return [jax.device_put(self.array, device, may_alias=True) for device in self.devices]
 
 
@@ -110,12 +108,12 @@ class DevicePlace:
         self.array = jnp.zeros(shape, dtype, device=self.first)
 
     def write(self, index: tuple[slice, ...], values: np.ndarray) -> None:
-        """Puts `values` at `index`; the cast happens on the device."""
+        """Put `values` at `index`; the cast happens on the device."""
         piece = jax.device_put(values, self.first)
         self.array = _update(self.array, piece, tuple(cut.start for cut in index))
 
     def finish(self) -> list[jax.Array]:
-        """The filled box for each of its devices."""
+        """Return the filled box for each of its devices."""
         return [self.array, *(jax.device_put(self.array, other) for other in self.others)]
 
 
@@ -129,11 +127,3 @@ def _new_part(
 ) -> HostPlace | DevicePlace:
     platform = jax.default_backend() if devices[0] is None else devices[0].platform
     return (HostPlace if platform == "cpu" else DevicePlace)(shape, dtype, devices)
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized numpy array whose memory XLA:CPU can use as it is."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)

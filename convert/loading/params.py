@@ -1,4 +1,4 @@
-"""The parameters of a folder in their places on devices, in the layout that was asked for."""
+"""Fills the parameters of a folder into arrays on devices, in the layout that was asked for."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,10 +9,11 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from convert.layouts.names import PARTS, Part
-from convert.loading.boxes import Box, shape_of, whole
+from convert.loading.boxes import Box, full_box, shape_of
 from convert.loading.fill import ArraySpec, Place
 from convert.loading.folder import Folder
 from convert.loading.values import Values, cast, row_pieces
+from glm2_jax.config import GLMConfig
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import params_sharding
@@ -28,7 +29,7 @@ def load_params(
     where: Any,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Fills the parameters in the order of the files, so that disks read forwards.
+    """Fill the parameters in the order of the files, so that disks read forwards.
 
     Args:
         folder: where from.
@@ -39,182 +40,123 @@ def load_params(
         progress: called with the bytes done and to do, of this process.
 
     Raises:
-        CheckpointError: NaN or infinity, a scale that is none, a number too large for float16.
+        CheckpointError: NaN or infinity, a bad scale, a number too large for float16.
     """
-    params, done = _Params(folder, dtype, scheme, as_list, where), 0
+    config, done = folder.config, 0
+    sharding_of = _shardings(config, scheme, as_list, where)
+    weights: dict[tuple[Part, int | None], _Weight] = {}
+    for part in PARTS:
+        for layer in range(config.num_layers) if as_list and part.in_layers else (None,):
+            stacked = part.in_layers and not as_list
+            weights[part, layer] = _Weight(
+                part, config, dtype, scheme, sharding_of(part), config.num_layers * stacked
+            )
+    total = sum(weight.nbytes for weight in weights.values())
     for match in folder.matches:
-        for part, start, stop in match.rule.ranges(folder.config):
-            weight = params.open(part, match.layer)
-            values = Values(match, part, start, stop, folder.config, folder.scheme)
-            for written in weight.fill(values):
+        for part, start, stop in match.rule.ranges(config):
+            weight = weights[part, match.layer if as_list else None]
+            values = Values(match, part, start, stop, config, folder.scheme)
+            for written in weight.fill(values, match.layer or 0):
                 done += written
-                progress(done, params.nbytes)
-            params.close(part, match.layer)
-    return params.tree
+                progress(done, total)
+    tree: dict[str, Any] = {"layers": [{} for _ in range(config.num_layers)] if as_list else {}}
+    for part, layer in list(weights):
+        branch: Any = tree["layers"] if part.in_layers else tree
+        branch = branch if layer is None else branch[layer]
+        branch[part.path[-1]] = weights.pop((part, layer)).finish()
+    return tree
 
 
-class _Plain:
-    """A parameter, or the stack of it over all layers, while it is filled.
-
-    Args:
-        spec: the array, with the axis of layers if there is one.
-        stacked: whether there is one.
-        column_axes: how many of its last axes are columns.
-    """
-
-    def __init__(self, spec: ArraySpec, stacked: bool, column_axes: int):
-        self.place, self.stacked, self.layer = Place(spec), stacked, 0
-        boxes = [box[1:] if stacked else box for box in self.place.boxes]
-        rows = len(spec.shape) - stacked - column_axes
-        self.columns_of: dict[Box, list[Box]] = {}  # rows that are needed -> which of their columns
-        for box in boxes:
-            self.columns_of.setdefault(box[:rows], []).append(box[rows:])
-
-    def fill(self, values: Values) -> Iterator[int]:
-        """Reads what is needed for the current layer; gives the bytes filled each time."""
-        dtype = self.place.spec.dtype
-
-        def read(box: Box) -> np.ndarray:
-            chunk = values.floats(box)
-            return cast(chunk, dtype, values.match.name) if dtype == np.float16 else chunk
-
-        yield from self.copy(read)
-
-    def copy(self, read: Callable[[Box], np.ndarray]) -> Iterator[int]:
-        """The same, for numbers that are taken as they are."""
-        for rows, columns in self.columns_of.items():
-            width = sum(math.prod(shape_of(box)) for box in columns)
-            for piece in row_pieces(rows, width):
-                for box in columns:
-                    yield self.write((*piece, *box), read((*piece, *box)))
-
-    def write(self, box: Box, chunk: np.ndarray) -> int:
-        """Puts a box of the current layer; returns the bytes filled."""
-        if not self.stacked:
-            return self.place.write(box, chunk)
-        return self.place.write(((self.layer, self.layer + 1), *box), chunk[None])
-
-    def finish(self) -> jax.Array:
-        return self.place.finish()
-
-
-class _Quantized:
-    """The same for a quantized one: integers and scales."""
-
-    def __init__(self, specs: list[ArraySpec], scheme: Scheme, stacked: bool, column_axes: int):
-        values, scales = specs
-        rows = len(values.shape) - column_axes
-        self.scheme = scheme
-        self.values = _Plain(values, stacked, column_axes)
-        self.scales = _Plain(scales, stacked, len(scales.shape) - rows)
-
-    @property
-    def layer(self) -> int:
-        return self.values.layer
-
-    @layer.setter
-    def layer(self, layer: int) -> None:
-        self.values.layer = self.scales.layer = layer
-
-    def fill(self, values: Values) -> Iterator[int]:
-        """As above. What is quantized here is read in whole rows: those that are needed."""
-        if values.scheme == self.scheme:
-            yield from self.values.copy(values.integers)
-            yield from self.scales.copy(values.scale)
-            return
-        for rows in self.values.columns_of | self.scales.columns_of:
-            for piece in row_pieces(rows, values.columns):
-                written = 0
-                blocks = values.quantized(piece, self.scheme)
-                for place, block in zip((self.values, self.scales), blocks, strict=True):
-                    written += place.write((*piece, *whole(block.shape[len(piece) :])), block)
-                yield written
-
-    def finish(self) -> QTensor:
-        return QTensor(self.values.finish(), self.scales.finish(), self.scheme.bits)
-
-
-class _Params:
-    """The params tree while it is filled; each array is finished as soon as its last layer is in.
-
-    Attributes:
-        tree: what is finished; all of it in the end.
-        nbytes: of what this process fills.
-    """
-
-    def __init__(
-        self, folder: Folder, dtype: np.dtype, scheme: Scheme | None, as_list: bool, where: Any
-    ):
-        self.config, self.dtype, self.scheme = folder.config, dtype, scheme
-        self.as_list, count = as_list, folder.config.num_layers
-        self.sharding = _sharding_of(folder, scheme, as_list, where)
-        self.tree: dict[str, Any] = {"layers": [{} for _ in range(count)] if as_list else {}}
-        self._open: dict[tuple, _Plain | _Quantized] = {}
-        self._missing: dict[tuple, int] = {}
-        self.nbytes = sum(
-            spec.nbytes * (count if as_list and _in_layers(part) else 1)
-            for part in PARTS
-            for spec in self._specs(part)
-        )
-
-    def open(self, part: Part, layer: int | None) -> "_Plain | _Quantized":
-        """Where the next elements of a part go."""
-        key = self._key(part, layer)
-        weight = self._open.get(key)
-        if weight is None:
-            stacked, axes = self._stacked(part), part.column_axes
-            specs = self._specs(part)
-            if self.scheme is not None and part.quantized(self.scheme):
-                weight = _Quantized(specs, self.scheme, stacked, axes)
-            else:
-                weight = _Plain(specs[0], stacked, axes)
-            layers = self.config.num_layers if stacked else 1
-            self._open[key], self._missing[key] = weight, layers
-        weight.layer = 0 if self.as_list else layer or 0
-        return weight
-
-    def close(self, part: Part, layer: int | None) -> None:
-        """One layer of a part is in."""
-        key = self._key(part, layer)
-        self._missing[key] -= 1
-        if self._missing[key]:
-            return
-        branch = self.tree
-        if _in_layers(part):
-            branch = branch["layers"][layer] if self.as_list else branch["layers"]
-        branch[part.path[-1]] = self._open.pop(key).finish()
-
-    def _key(self, part: Part, layer: int | None) -> tuple:
-        return (*part.path, layer) if self.as_list else part.path
-
-    def _stacked(self, part: Part) -> bool:
-        return _in_layers(part) and not self.as_list
-
-    def _specs(self, part: Part) -> list[ArraySpec]:
-        """The array of a part, or the two of a quantized one."""
-        stack = (self.config.num_layers,) if self._stacked(part) else ()
-        shape, sharding = stack + part.shape(self.config), self.sharding(part)
-        if self.scheme is None or not part.quantized(self.scheme):
-            return [ArraySpec(shape, self.dtype, sharding)]
-        shapes = self.scheme.shapes(shape, part.column_axes)
-        dtypes = (np.dtype(np.int8), np.dtype(np.float32))
-        shardings = (sharding, sharding)
-        if isinstance(sharding, QTensor):
-            shardings = (sharding.values, sharding.scale)
-        return [ArraySpec(*spec) for spec in zip(shapes, dtypes, shardings, strict=True)]
-
-
-def _sharding_of(
-    folder: Folder, scheme: Scheme | None, as_list: bool, where: Any
+def _shardings(
+    config: GLMConfig, scheme: Scheme | None, as_list: bool, where: Any
 ) -> Callable[[Part], Any]:
-    """Which sharding, or QTensor of two, the array of a part has; None = the default device's."""
+    """Return a function from a part to its sharding, of a quantized one a QTensor of two."""
     if not isinstance(where, Mesh):
         single = None if where is None else SingleDeviceSharding(where)
         return lambda part: single
-    tree = params_sharding(folder.config, where, scheme=scheme, as_list=as_list)
+    tree = params_sharding(config, where, scheme=scheme, as_list=as_list)
     layer = tree["layers"][0] if as_list else tree["layers"]
-    return lambda part: (layer if _in_layers(part) else tree)[part.path[-1]]
+    return lambda part: (layer if part.in_layers else tree)[part.path[-1]]
 
 
-def _in_layers(part: Part) -> bool:
-    return part.path[0] == "layers"
+class _Weight:
+    """A parameter, or the stack of it over all layers, while it is filled.
+
+    Args:
+        part: the parameter.
+        config: gives the shapes.
+        dtype: its type where it is not quantized.
+        scheme: how what it covers is quantized: a second array holds the scales.
+        sharding: a sharding, a QTensor of two, or None for the default device.
+        layers: length of the leading axis of layers; 0 = there is none.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        config: GLMConfig,
+        dtype: np.dtype,
+        scheme: Scheme | None,
+        sharding: Any,
+        layers: int,
+    ):
+        shape = part.shape(config)
+        self.scheme, self.stacked = scheme if part.quantized(scheme) else None, layers > 0
+        self.row_axes, shape = len(shape) - part.column_axes, (layers,) * (layers > 0) + shape
+        specs = [ArraySpec(shape, dtype, sharding)]
+        if self.scheme is not None:
+            shapes = self.scheme.shapes(shape, part.column_axes)
+            pair = isinstance(sharding, QTensor)
+            shardings = (sharding.values, sharding.scale) if pair else (sharding, sharding)
+            dtypes = (np.dtype(np.int8), np.dtype(np.float32))
+            specs = [ArraySpec(*spec) for spec in zip(shapes, dtypes, shardings, strict=True)]
+        self.nbytes = sum(spec.nbytes for spec in specs)
+        self.places = [Place(spec) for spec in specs]
+
+    def fill(self, values: Values, layer: int) -> Iterator[int]:
+        """Read what is needed for a layer; yields the bytes filled each time."""
+        if self.scheme is None:
+            dtype = self.places[0].spec.dtype
+
+            def read(box: Box) -> np.ndarray:
+                chunk = values.floats(box)
+                return cast(chunk, dtype, values.match.name) if dtype == np.float16 else chunk
+
+            yield from self._copy(self.places[0], layer, read)
+        elif values.scheme == self.scheme:
+            yield from self._copy(self.places[0], layer, values.integers)
+            yield from self._copy(self.places[1], layer, values.scale)
+        else:  # a scale is that of complete rows
+            needed = self._columns_of(self.places[0]) | self._columns_of(self.places[1])
+            for rows in needed:
+                for piece in row_pieces(rows, values.columns):
+                    blocks = values.quantized(piece, self.scheme)
+                    yield sum(
+                        self._write(place, layer, (*piece, *full_box(x.shape[len(piece) :])), x)
+                        for place, x in zip(self.places, blocks, strict=True)
+                    )
+
+    def finish(self) -> jax.Array | QTensor:
+        """Return the filled arrays."""
+        values, *scales = [place.finish() for place in self.places]
+        return values if self.scheme is None else QTensor(values, scales[0], self.scheme.bits)
+
+    def _columns_of(self, place: Place) -> dict[Box, list[Box]]:
+        """Return the rows of one layer that are needed, and which of their columns."""
+        result: dict[Box, list[Box]] = {}
+        for box in place.boxes:
+            box = box[1:] if self.stacked else box
+            result.setdefault(box[: self.row_axes], []).append(box[self.row_axes :])
+        return result
+
+    def _copy(self, place: Place, layer: int, read: Callable[[Box], np.ndarray]) -> Iterator[int]:
+        for rows, columns in self._columns_of(place).items():
+            width = sum(math.prod(shape_of(box)) for box in columns)
+            for piece in row_pieces(rows, width):
+                for box in columns:
+                    yield self._write(place, layer, (*piece, *box), read((*piece, *box)))
+
+    def _write(self, place: Place, layer: int, box: Box, chunk: np.ndarray) -> int:
+        if not self.stacked:
+            return place.write(box, chunk)
+        return place.write(((layer, layer + 1), *box), chunk[None])

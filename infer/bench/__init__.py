@@ -1,1 +1,1 @@
-"""How fast this device computes a model, beside what it could do at most."""
+"""How fast this device computes a model, compared with its measured limits."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.commands import as_typed
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
@@ -68,11 +69,6 @@ def _add_measured(result: Parser) -> None:
     def add_numbers(flag: str, default: str, what: str) -> None:
         add(flag, type=_numbers, default=default, metavar="N,N", help=what)
 
-    add(
-        "--preset", choices=("consumer",), metavar="consumer",
-        help="a 6B model on a consumer card: planned and measured memory and speed; "
-        "measured only on a GPU, or with --device cpu",
-    )  # fmt: skip
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     flags.add_mesh_options(group)
     add_list("--dtypes", DTYPES, f"dtypes to compute in, of {', '.join(DTYPES)}", default="auto")
@@ -133,18 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.use_utf8()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
-    models = {"--model": args.model, "--random": args.random, "--preset": args.preset}
-    named = [flag for flag, value in models.items() if value is not None]
-    if len(named) > 1:
-        raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Leave one out.")
+    if args.model is not None and args.random is not None:
+        raise UsageError("--model and --random exclude each other.", fix="Leave one out.")
     if args.layers and not args.random:
         raise UsageError("--layers needs --random.", "The layers of a checkpoint are fixed.")
-    alone = {"--preset": args.preset, "--peer": args.peer}
-    refused = [flag for flag, value in alone.items() if value is not None]
-    if refused and args.mesh is not None:
+    if args.peer is not None and args.mesh is not None:
         raise UsageError(
-            f"{' and '.join(refused)}: not supported on a mesh.",
-            "They compare what computes on one device.",
+            "--peer: not supported on a mesh.",
+            "The peer computes on one device.",
             "Leave --mesh or --tp out.",
         )
     arguments.choose_platform(args.device)
@@ -153,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from infer.bench import run
 
     choice = from_flags(ModelChoice, args, layers=None, quantize=None)
-    command = f"{PROG} {shlex.join(argv)}".rstrip()
+    command = as_typed(f"{PROG} {shlex.join(argv)}".rstrip())
     return run.run(from_flags(run.Settings, args, choice=choice, command=command))
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,17 @@ from glm2_jax.mesh import mesh_of
 from glm2_jax.runtime.xla import cache_dtype
 from glm2_jax.schemes import COLUMN_AXES
 from infer.bench.peer import Peer, PeerError
-from infer.bench.programs import Compiler, decode, prefill
-from infer.engine.placement import Places
+from infer.bench.programs import Workload, devices_of
 from infer.memory.peak import peak_bytes, reset_peak
 from infer.memory.precision import Precision
-from infer.memory.shares import Sizes, device_params, row_pieces, sizes_of, total_bytes
+from infer.memory.shares import (
+    Sizes,
+    count_devices,
+    device_params,
+    row_pieces,
+    sizes_of,
+    total_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,8 @@ class Result:
     """The measurement of one shape.
 
     Attributes:
-      bytes, flops: the least that a prefill or a step has to do, see `work` and `mesh_work`.
+      bytes, flops: the least that a prefill or a step has to do, see `work`.
       seconds: of a prefill or a step, one for each repetition.
-      planned: bytes that the compiler says the programs need on each device, weights included.
       peak: the most memory used; on a CPU by the process since the measurement began, elsewhere
         since the start, on the device that used most.
       peers: the peer's seconds by mode.
@@ -90,7 +94,6 @@ class Result:
     flops: float = 0.0
     seconds: list[float] = field(default_factory=list)
     compile_s: float = 0.0
-    planned: int | None = None
     peak: int | None = None
     peers: dict[str, list[float]] = field(default_factory=dict)
     problem: str = ""
@@ -114,12 +117,14 @@ class Result:
         return min(self.peers[mode]) / min(self.seconds)
 
 
-def work(config: GLMConfig, params: Any, shape: Shape, platform: str) -> tuple[float, float]:
-    """Return the least that a prefill, or a step on average, has to do on one device.
+def work(
+    config: GLMConfig, precision: Precision, shape: Shape, platform: str, mesh: Sizes | None = None
+) -> tuple[float, float]:
+    """Return the least that a prefill, or a step on average, has to do on all devices together.
 
-    Args:
-      params: arrays, or their shapes and dtypes.
-      platform: of the device.
+    That is what one device does, times their number: arrays that several devices hold count on each
+    of them, and so do rows that fill up a batch. Weights that `fsdp` cuts count in full, as what is
+    gathered is read. Collectives are not counted.
 
     Returns:
       Bytes: every weight once, but of the embedding only the rows of the tokens; keys and values
@@ -127,41 +132,21 @@ def work(config: GLMConfig, params: Any, shape: Shape, platform: str) -> tuple[f
       Operations: two for each number of a matrix and token (the head: for each row), and four for
       each pair of a query and a key, head and dimension.
     """
-    head, embed = params["head"], params["embed"]
-    weights = total_bytes(params) - total_bytes(embed)
+    mesh = mesh or sizes_of({})
+    params = device_params(config, precision, sizes_of({**dict(mesh), "data": 1, "fsdp": 1}))
+    layers, dtype = params["layers"], params["final_norm"].dtype
+    rows = -(-shape.batch // row_pieces(mesh))
+    tokens = rows * max(shape.prompt, 1)
     seen = shape.prompt or shape.context + (shape.steps + 1) / 2  # keys that a row ends up with
     pairs = shape.prompt * (shape.prompt + 1) / 2 if shape.prompt else seen
-    dtype = params["final_norm"].dtype
-    kept = np.dtype(cache_dtype(platform, dtype))
-    matrices = sum(_numbers(params, name) for name in COLUMN_AXES)
-    queries = _numbers(params, "q_bias")  # of a token, in all layers: heads times dimension
-    keys_and_values = _numbers(params, "k_bias") + _numbers(params, "v_bias")
-    moved = weights + shape.tokens * config.hidden_size * dtype.itemsize
-    moved += shape.batch * seen * keys_and_values * kept.itemsize
-    flops = 2 * (matrices * shape.tokens + head.size * shape.batch)
-    return moved, flops + 4 * queries * pairs * shape.batch
-
-
-def _numbers(params: Any, name: str) -> int:
-    """The numbers of a weight, in all layers."""
-    layers = params["layers"]
-    return sum(layer[name].size for layer in (layers if isinstance(layers, list) else [layers]))
-
-
-def mesh_work(
-    config: GLMConfig, precision: Precision, mesh: Sizes, shape: Shape, platform: str
-) -> tuple[float, float]:
-    """Return what all devices of a mesh do together: what one does, times their number.
-
-    So an array that several devices hold counts on each of them: norms, key/value heads beyond what
-    `tensor` cuts, the weights of each part of `data`. Weights that `fsdp` cuts count in full, as
-    what is gathered is read; so do rows that fill up a batch. Collectives are not counted.
-    """
-    whole = sizes_of({**dict(mesh), "data": 1, "fsdp": 1})
-    params = device_params(config, precision, whole)
-    here = replace(shape, batch=-(-shape.batch // row_pieces(mesh)))
-    moved, flops = work(config, params, here, platform)
-    devices = math.prod(size for _, size in mesh)
+    moved = total_bytes(params) - total_bytes(params["embed"])
+    moved += tokens * config.hidden_size * dtype.itemsize
+    # The biases are as long as the queries, keys and values of a token.
+    kept = np.dtype(cache_dtype(platform, dtype)).itemsize
+    moved += rows * seen * (layers["k_bias"].size + layers["v_bias"].size) * kept
+    flops = 2 * sum(layers[name].size for name in COLUMN_AXES) * tokens
+    flops += 2 * params["head"].size * rows + 4 * layers["q_bias"].size * pairs * rows
+    devices = count_devices(mesh)
     return devices * moved, devices * flops
 
 
@@ -181,11 +166,8 @@ def measure_all(
     """
     for shape in shapes:
         devices, mesh = devices_of(params), mesh_of(params)
-        if mesh is None:
-            least = work(config, params, shape, devices[0].platform)
-        else:
-            sizes = sizes_of(mesh.shape)
-            least = mesh_work(config, variant.precision, sizes, shape, devices[0].platform)
+        sizes = None if mesh is None else sizes_of(mesh.shape)
+        least = work(config, variant.precision, shape, devices[0].platform, sizes)
         result = Result(variant, shape, *least)
         reset_peak()
         try:
@@ -202,14 +184,12 @@ def measure_all(
 def _measure(
     config: GLMConfig, params: Any, result: Result, repeats: int, peer: Peer | None
 ) -> None:
-    shape = result.shape
-    programs = Compiler(devices_of(params)[0], Places(mesh_of(params)))
+    shape, work = result.shape, Workload(config, params)
     if shape.prompt:
-        run = prefill(programs, config, params, shape.batch, shape.prompt)
+        run = work.prefill(shape.batch, shape.prompt)
     else:
-        run = decode(programs, config, params, shape.batch, shape.context, shape.steps)
-    result.compile_s, result.planned = programs.seconds, programs.planned
-    run()
+        run = work.decode(shape.batch, shape.context, shape.steps)
+    result.compile_s = work.programs.seconds
     for mode in peer.modes if peer else ():
         assert peer is not None
         try:
@@ -222,8 +202,3 @@ def _measure(
             result.problem = str(error)
     for _ in range(repeats - len(result.seconds)):
         result.seconds.append(run())
-
-
-def devices_of(params: Any) -> list[Any]:
-    """Return the devices that hold parameters."""
-    return sorted(params["final_norm"].devices(), key=lambda device: device.id)

@@ -28,11 +28,15 @@ def parser() -> Parser:
     flags.add_model_options(result)
     options.add_adapter_options(result)
     add = result.add_argument_group("conversation").add_argument
-    help = 'continue a saved conversation, or a history [["question", "answer"], ...]'
-    add("--history", type=path_argument, metavar="F", help=help)
-    help = """system prompt; ChatGLM2 has no place for one: it is put before the first question,
-        with a newline"""
-    add("--system", metavar="TEXT", help=help)
+    add(
+        "--history", type=path_argument, metavar="F",
+        help='continue a saved conversation, or a history [["question", "answer"], ...]',
+    )  # fmt: skip
+    add(
+        "--system", metavar="TEXT",
+        help="system prompt; ChatGLM2 has no place for one: it is put before the first question, "
+        "with a newline",
+    )  # fmt: skip
     options.add_sampling_options(result, loop_stop=LOOP_STOP_DEFAULT)
     performance = options.add_performance_options(result)
     flags.add_mesh_options(performance)

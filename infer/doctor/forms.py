@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from glm2_jax.cli.commands import as_typed
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.runtime.machine import Device, Machine
 from infer.memory.budget import DEFAULT_CONTEXT, GPU_SHARE, SHARE_VARIABLES, Budget
@@ -99,4 +100,4 @@ def command(model: Model, machine: Machine, form: Plan | None) -> str:
         parts += ["--device cpu"] if form.platform == "cpu" and not uses_cpu else []
     elif not machine.jax.works:
         parts.append("--device cpu")
-    return " ".join([*parts, f"--prompt {PROMPT}"])
+    return as_typed(" ".join([*parts, f"--prompt {PROMPT}"]))

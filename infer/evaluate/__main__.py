@@ -32,21 +32,31 @@ def parser() -> Parser:
     flags.add_model_options(result)
     options.add_adapter_options(result)
     add = result.add_argument_group("perplexity").add_argument
-    help = """compare variants of the model, each a quantization (none, int8, int4), a dtype, or
-        both (bfloat16:int8): size, perplexity, distance of the logits from the first variant's;
-        two variants are in memory at once"""
-    add("--compare", type=variants, metavar="A,B", help=help)
-    help = "tokens of a text that are read at once (default: 2048, at most --max-length)"
-    add("--window", type=positive, metavar="N", help=help)
-    help = "tokens between the starts of two windows (default: half of --window)"
-    add("--stride", type=positive, metavar="N", help=help)
+    add(
+        "--compare", type=variants, metavar="A,B",
+        help="compare variants of the model, each a quantization (none, int8, int4), a dtype, or "
+        "both (bfloat16:int8): size, perplexity, distance of the logits from the first variant's; "
+        "two variants are in memory at once",
+    )  # fmt: skip
+    add(
+        "--window", type=positive, metavar="N",
+        help="tokens of a text that are read at once (default: 2048, at most --max-length)",
+    )  # fmt: skip
+    add(
+        "--stride", type=positive, metavar="N",
+        help="tokens between the starts of two windows (default: half of --window)",
+    )  # fmt: skip
     _add_generation(result)
     add = result.add_argument_group("choice").add_argument
-    help = "solved questions before each question, from the folder dev next to the data's folder"
-    add("--shots", type=whole, default=0, metavar="N", help=help)
-    help = """follow the official C-Eval script: the model first answers in words, greedily; then
-        its words are part of the prompt, and the likeliest letter is its answer"""
-    add("--two-pass", action="store_true", help=help)
+    add(
+        "--shots", type=whole, default=0, metavar="N",
+        help="solved questions before each one, from the folder dev next to the data's folder",
+    )  # fmt: skip
+    add(
+        "--two-pass", action="store_true",
+        help="follow the official C-Eval script: the model first answers in words, greedily; then "
+        "its words are part of the prompt, and the likeliest letter is its answer",
+    )  # fmt: skip
     flags.add_mesh_options(options.add_performance_options(result))
     join.add_host_options(result)
     _add_output(result)
@@ -56,30 +66,40 @@ def parser() -> Parser:
 
 def _add_task(result: Parser) -> None:
     add = result.add_argument_group("what is measured").add_argument
-    help = """perplexity = of texts, or of the answers to questions; generation = BLEU, ROUGE and
-        METEOR of generated answers; choice = the likeliest of A, B, C and D"""
-    tasks = ("perplexity", "generation", "choice")
-    add("--task", choices=tasks, default="perplexity", help=help)
-    help = """plain text, or rows as train.lora reads them, also {"text"} alone; in a conversation
-        every answer counts; for choice a csv file of C-Eval, MMLU or CMMLU, a jsonl file of the
-        official C-Eval script, or a folder of them (default: 45 bundled questions that the demo
-        model was not trained on, with answers that it was; none for choice)"""
-    add("--data", type=path_argument, metavar="F", help=help)
-    help = "format of --data, as in train.lora; auto = by the keys of each row"
-    add("--format", choices=("auto", *FORMATS), default="auto", help=help)
-    help = """bad rows that may be left out; each is reported as file:line with the reason, more
-        are an error (exit code 3)"""
-    add("--max-bad", type=whole, default=0, metavar="N", help=help)
+    add(
+        "--task", choices=("perplexity", "generation", "choice"), default="perplexity",
+        help="perplexity = of texts, or of the answers to questions; generation = BLEU, ROUGE and "
+        "METEOR of generated answers; choice = the likeliest of A, B, C and D",
+    )  # fmt: skip
+    add(
+        "--data", type=path_argument, metavar="F",
+        help='plain text, or rows as train.lora reads them, also {"text"} alone; for choice a csv '
+        "file of C-Eval, MMLU or CMMLU, a jsonl file of the official C-Eval script, or a folder of "
+        "them (default: 45 bundled questions that are new to the demo model; none for choice)",
+    )  # fmt: skip
+    add(
+        "--format", choices=("auto", *FORMATS), default="auto",
+        help="format of --data, as in train.lora; auto = by the keys of each row",
+    )  # fmt: skip
+    add(
+        "--max-bad", type=whole, default=0, metavar="N",
+        help="bad rows that may be left out; each is reported as file:line with the reason, more "
+        "are an error (exit code 3)",
+    )  # fmt: skip
     add("--batch-size", type=positive, default=8, metavar="N", help="rows per batch")
 
 
 def _add_generation(result: Parser) -> None:
     add = result.add_argument_group("generation, and the first pass of choice").add_argument
     add("--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer")
-    help = "prompt and answer together, in tokens (default: 8192, at most what the model has)"
-    add("--max-length", type=positive, metavar="N", help=help)
-    help = "0 = greedy; the official script of ADGEN samples with 0.95 and top-p 0.7"
-    add("--temperature", type=float, default=0.0, metavar="X", help=help)
+    add(
+        "--max-length", type=positive, metavar="N",
+        help="prompt and answer together, in tokens (default: 8192, at most what the model has)",
+    )  # fmt: skip
+    add(
+        "--temperature", type=float, default=0.0, metavar="X",
+        help="0 = greedy; the official script of ADGEN samples with 0.95 and top-p 0.7",
+    )  # fmt: skip
     add("--top-p", type=float, default=1.0, metavar="X", help="as in infer.generate")
     add("--seed", type=int, default=0, metavar="N", help="random seed")
 
@@ -87,11 +107,15 @@ def _add_generation(result: Parser) -> None:
 def _add_output(result: Parser) -> None:
     add = result.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print one JSON object instead of a table")
-    help = """JSON lines of the answers, for generation {"prompt", "labels", "predict"}; without
-        --data such a file is read and scored, and no model is needed"""
-    add("--predictions", type=path_argument, metavar="F", help=help)
-    help = "replace an existing --predictions file, also the partial one of an interrupted run"
-    add("--overwrite", action="store_true", help=help)
+    add(
+        "--predictions", type=path_argument, metavar="F",
+        help='JSON lines of the answers, for generation {"prompt", "labels", "predict"}; without '
+        "--data such a file is read and scored, and no model is needed",
+    )  # fmt: skip
+    add(
+        "--overwrite", action="store_true",
+        help="replace an existing --predictions file, also the partial one of an interrupted run",
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm2_jax.cli.messages import human_size
-from glm2_jax.cli.tables import table
+from glm2_jax.cli.tables import columns, fold, table
 from glm2_jax.escape import join_lines, json_line
 
 _COLUMNS = {  # of a comparison: key -> heading
@@ -44,11 +42,10 @@ def show(results: Mapping[str, Any], as_json: bool) -> None:
 
 def _listed(key: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     compared = key == "variants"
-    columns = _COLUMNS if compared else {name: name.replace("_", " ") for name in rows[0]}
-    cells = [[_cell(name, row[name]) for name in columns] for row in rows]
-    lines = table([list(columns.values()), *cells], texts=2 if compared else 1)
-    width = shutil.get_terminal_size().columns
-    return [*lines, "", *textwrap.wrap(COMPARED, width)] if compared else lines
+    heads = _COLUMNS if compared else {name: name.replace("_", " ") for name in rows[0]}
+    cells = [[_cell(name, row[name]) for name in heads] for row in rows]
+    lines = table([list(heads.values()), *cells], texts=2 if compared else 1)
+    return [*lines, "", *fold(COMPARED, columns(80), indent="")] if compared else lines
 
 
 def _cell(key: str, value: Any) -> str:

@@ -33,7 +33,6 @@ PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
 _PUBLISHED_FAMILIES = ("chatglm2", "chatglm3")
 _PUBLISHED_VOCABULARY = 65024
 EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
-_POINTER = b"version https://git-lfs"  # begins a file that stands for one that was not fetched
 
 
 @dataclass(frozen=True)
@@ -167,15 +166,9 @@ def _from_config(name: str, choice: ModelChoice) -> Subject:
 
 def _holds_weights(folder: Path) -> bool:
     """Whether any file has weights, or an index names some; loading reports what is wrong."""
-    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    if not files:
-        return any(folder.glob("*.index.json"))
-    return not all(path.is_file() and _is_pointer(path) for path in files)
-
-
-def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_POINTER)) == _POINTER
+    return any(
+        path.name.endswith((".safetensors", ".bin", ".index.json")) for path in folder.iterdir()
+    )
 
 
 def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int, str]:

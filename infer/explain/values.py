@@ -5,7 +5,7 @@ Axis letters as in `glm2_jax.model`; here T is the prompt and the answer togethe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,83 +61,88 @@ def make_values(
     tokens = [*ids, *answer.output_ids]
     ended = answer.stop_reason is not None  # by an end token, since there are no stop strings
     steps = len(answer.output_ids) + ended
-    walked = _Walked(engine, tokens, len(ids), steps, dict.fromkeys(heads), progress)
+    streams, lengths, attention = _walk(engine, tokens, len(ids), steps, heads, progress)
     name = partial(named, engine.tokenizer)
-    lens = walked.lens(top_k)
-    layers = [
-        Layer(index - 1, stream, attention, mlp, _candidates(name, *likely))
-        for index, ((stream, attention, mlp), likely) in enumerate(
-            zip(walked.lengths, lens, strict=True)
-        )
+    every, *best = _likeliest(engine, streams, top_k)
+    likely = [
+        tuple(Candidate(name(i), p) for p, i in zip(*pair, strict=True))
+        for pair in zip(*(found.tolist() for found in best), strict=True)
     ]
+    chosen = list(answer.output_ids)
+    if ended:  # the engine does not report which id ended the answer: the most probable one did
+        chosen.append(likely[-1][0].token.id)
+    rows = range(len(lengths), len(likely))
     return Values(
         text=prompt_text(engine.tokenizer, ids),
-        tokens=tuple(name(i) for i in ids),
-        layers=tuple(layers),
-        heads=tuple(Head(*at, _rounded(found)) for at, found in walked.heads.items()),
-        steps=tuple(_steps(name, walked, answer.output_ids, top_k)),
+        tokens=tuple(map(name, ids)),
+        layers=tuple(
+            Layer(index - 1, *parts, lens=likely[index]) for index, parts in enumerate(lengths)
+        ),
+        heads=tuple(Head(*at, _rounded(attention[at])) for at in attention),
+        steps=tuple(
+            Step(Candidate(name(i), float(every[row, i])), likely[row])
+            for i, row in zip(chosen, rows, strict=True)
+        ),
         answer=answer.text,
         end="stop" if ended else answer.finish_reason,
         dtype=dtype_name(engine.checkpoint.params["final_norm"].dtype),
     )
 
 
-class _Walked:
-    """A walk through all layers, and what was seen of it.
+def _walk(
+    engine: Engine,
+    tokens: Sequence[int],
+    prompt: int,
+    steps: int,
+    heads: Sequence[tuple[int, int]],
+    progress: Callable[[int], None],
+) -> tuple[jax.Array, list[tuple[Any, ...]], dict[tuple[int, int], np.ndarray]]:
+    """Walk through all layers.
 
-    Attributes:
-        lengths: for the embedding and each layer, those of the stream, of attention's and of the
-            mlp's part, of the prompt's tokens: a list of P each.
-        heads: (layer, head) -> probabilities [P, P].
+    Returns:
+        The stream [1 + L + steps, D]: of the prompt's last token at the embedding and after every
+        layer, then after the last layer of the tokens that the answer's tokens follow. The lengths
+        of the stream, of attention and of the mlp by layer, the embedding first, for the prompt's
+        tokens. {(layer, head): probabilities [P, P]}.
     """
+    config, params = engine.config, engine.checkpoint.params
+    compiled = _jit(engine)
+    found = dict.fromkeys(heads, np.zeros(0))
+    with jax.default_device(engine.device):
+        x, context = compiled(partial(_begin, config))(_ends(params), jnp.asarray([tokens]))
+        layer = compiled(partial(_layer, config))
+        rows, nothing = [x[0, prompt - 1]], [0.0] * prompt
+        lengths: list[tuple[Any, ...]] = [(_rounded(_length(x)[:prompt]), nothing, nothing)]
+        for index in range(config.num_layers):
+            x, parts, probs = layer(_weights(params, index), x, context)
+            rows.append(x[0, prompt - 1])
+            lengths.append(tuple(_rounded(part[:prompt]) for part in parts))
+            for at in found:
+                if at[0] == index:
+                    found[at] = np.asarray(probs[at[1], :prompt, :prompt])
+            progress(index + 1)
+        answering = x[0, prompt - 1 : prompt - 1 + steps]
+        return jnp.concatenate([jnp.stack(rows), answering]), lengths, found
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokens: Sequence[int],
-        prompt: int,
-        steps: int,
-        heads: dict[tuple[int, int], Any],
-        progress: Callable[[int], None],
-    ):
-        config, params = engine.config, engine.checkpoint.params
-        self._jit = partial(jax.jit, compiler_options=compiler_options(engine.device.platform))
-        self._config = config
-        self._ends = {name: params[name] for name in ("embed", "final_norm", "head")}
-        with jax.default_device(engine.device):
-            x, context = self._jit(partial(_begin, config))(self._ends, jnp.asarray([tokens]))
-            layer = self._jit(partial(_layer, config))
-            rows = [x[0, prompt - 1]]
-            nothing = [0.0] * prompt
-            self.lengths = [[_rounded(_length(x)[:prompt]), nothing, nothing]]
-            self.heads = heads
-            for index in range(config.num_layers):
-                x, lengths, probs = layer(_weights(params, index), x, context)
-                rows.append(x[0, prompt - 1])
-                self.lengths.append([_rounded(part[:prompt]) for part in lengths])
-                for at in heads:
-                    if at[0] == index:
-                        heads[at] = np.asarray(probs[at[1], :prompt, :prompt])
-                progress(index + 1)
-            self._rows = jnp.stack(rows)
-            self._answering = x[0, prompt - 1 : prompt - 1 + steps]
 
-    def lens(self, top_k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The most probable tokens after the prompt, at the embedding and every layer."""
-        return list(zip(*self._likeliest(self._rows, top_k)[1:], strict=True))
+def _likeliest(engine: Engine, x: jax.Array, top_k: int) -> tuple[np.ndarray, ...]:
+    """The next token at every row of a stream: all probabilities, the highest, their ids."""
+    config = engine.config
 
-    def answering(self, top_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For every token of the answer, and its end: all probabilities, the highest, their ids."""
-        return self._likeliest(self._answering, top_k)
+    def likeliest(params: Any, x: jax.Array) -> Any:
+        probabilities = jax.nn.softmax(stages.walk_head(config, params, x), axis=-1)
+        return probabilities, *jax.lax.top_k(probabilities, min(top_k, config.vocab_size))
 
-    def _likeliest(self, x: jax.Array, top_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        count = min(top_k, self._config.vocab_size)
+    return jax.device_get(_jit(engine)(likeliest)(_ends(engine.checkpoint.params), x))
 
-        def likeliest(ends: Any, x: jax.Array) -> Any:
-            probabilities = jax.nn.softmax(stages.walk_head(self._config, ends, x), axis=-1)
-            return probabilities, *jax.lax.top_k(probabilities, count)
 
-        return jax.device_get(self._jit(likeliest)(self._ends, x))
+def _jit(engine: Engine) -> Callable[..., Any]:
+    return partial(jax.jit, compiler_options=compiler_options(engine.device.platform))
+
+
+def _ends(params: Any) -> dict[str, Any]:
+    """The parameters outside the layers."""
+    return {name: params[name] for name in ("embed", "final_norm", "head")}
 
 
 def _begin(config: GLMConfig, ends: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
@@ -166,24 +171,6 @@ def _weights(params: Any, layer: int) -> Any:
     layers = params["layers"]
     stacked = not isinstance(layers, list | tuple)
     return jax.tree.map(lambda x: x[layer], layers) if stacked else layers[layer]
-
-
-def _steps(
-    name: Callable[[int], Token], walked: _Walked, output_ids: Sequence[int], top_k: int
-) -> Iterator[Step]:
-    every, probabilities, ids = walked.answering(top_k)
-    for row, (likely, best) in enumerate(zip(probabilities, ids, strict=True)):
-        # The engine does not report which id ended the answer: the most probable one did.
-        chosen = output_ids[row] if row < len(output_ids) else int(best[0])
-        candidate = Candidate(name(chosen), float(every[row, chosen]))
-        yield Step(candidate, _candidates(name, likely, best))
-
-
-def _candidates(
-    name: Callable[[int], Token], probabilities: np.ndarray, ids: np.ndarray
-) -> tuple[Candidate, ...]:
-    pairs = zip(probabilities.tolist(), ids.tolist(), strict=True)
-    return tuple(Candidate(name(i), probability) for probability, i in pairs)
 
 
 def _rounded(x: Any) -> list[Any]:

@@ -35,18 +35,24 @@ def parser() -> Parser:
     performance = options.add_performance_options(result, cards=CARDS)
     flags.add_mesh_options(performance)
     options.add_speculate(performance)
-    help = "lines of a batch file that are answered together"
-    performance.add_argument("--batch-size", type=positive, default=8, metavar="N", help=help)
+    performance.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N",
+        help="lines of a batch file that are answered together",
+    )  # fmt: skip
     join.add_host_options(result)
     _add_output_options(result)
     add = result.add_argument_group("memory plan").add_argument
-    help = """print the memory for weights, context and batch, what fits the device, and an upper
-        bound of the speed (calculated, not measured); no weights are read, nothing is answered.
-        Exit code 5 if nothing fits"""
-    add("--dry-run", action="store_true", help=help)
-    help = """with --dry-run, instead of --model: a published name or a config.json (default:
-        chatglm2-6b)"""
-    add("--config", action=_Once, type=path_argument, metavar="NAME|FILE", help=help)
+    add(
+        "--dry-run", action="store_true",
+        help="print the memory for weights, context and batch, what fits the device, and an upper "
+        "bound of the speed (calculated, not measured); no weights are read, nothing is answered. "
+        "Exit code 5 if nothing fits",
+    )  # fmt: skip
+    add(
+        "--config", action=_Once, type=path_argument, metavar="NAME|FILE",
+        help="with --dry-run, instead of --model: a published name or a config.json (default: "
+        "chatglm2-6b)",
+    )  # fmt: skip
     result.add_common()
     return result
 
@@ -63,37 +69,55 @@ class _Once(argparse.Action):
 def _add_prompt_options(result: argparse.ArgumentParser) -> None:
     group = result.add_argument_group("prompt")
     source = group.add_mutually_exclusive_group()
-    help = "the prompt; - reads it from standard input"
-    source.add_argument("--prompt", "-p", action=_Once, metavar="TEXT", help=help)
-    help = "a UTF-8 file with the prompt"
-    source.add_argument("--prompt-file", action=_Once, type=path_argument, metavar="F", help=help)
-    help = """JSON lines with a prompt each: {"prompt": ...}, optionally with id, history, system;
-        or {"messages": [...]} for ChatGLM3; bad lines are reported, the others are answered"""
-    source.add_argument("--batch-file", action=_Once, type=path_argument, metavar="F", help=help)
+    source.add_argument(
+        "--prompt", "-p", action=_Once, metavar="TEXT",
+        help="the prompt; - reads it from standard input",
+    )  # fmt: skip
+    source.add_argument(
+        "--prompt-file", action=_Once, type=path_argument, metavar="F",
+        help="a UTF-8 file with the prompt",
+    )  # fmt: skip
+    source.add_argument(
+        "--batch-file", action=_Once, type=path_argument, metavar="F",
+        help='JSON lines: {"prompt": ...}, optionally with id, history, system; or {"messages": '
+        "[...]} for ChatGLM3; bad lines are reported, the others are answered",
+    )  # fmt: skip
     add = group.add_argument
-    help = 'JSON file of earlier turns: [["question", "answer"], ...]'
-    add("--history", action=_Once, type=path_argument, metavar="F", help=help)
-    help = """system prompt; ChatGLM2 has no place for one: it is put before the first question,
-        with a newline"""
-    add("--system", action=_Once, metavar="TEXT", help=help)
-    help = "replace ideographic and no-break spaces of the prompt by plain spaces"
-    add("--clean-text", action="store_true", help=help)
-    help = """cut a longer prompt to N tokens: the oldest turns first, then the end of the question;
-        reported on standard error (default: a prompt that is too long is an error)"""
-    add("--truncate-prompt", type=positive, metavar="N", help=help)
+    add(
+        "--history", action=_Once, type=path_argument, metavar="F",
+        help='JSON file of earlier turns: [["question", "answer"], ...]',
+    )  # fmt: skip
+    add(
+        "--system", action=_Once, metavar="TEXT",
+        help="system prompt; ChatGLM2 has no place for one: it is put before the first question, "
+        "with a newline",
+    )  # fmt: skip
+    add(
+        "--clean-text", action="store_true",
+        help="replace ideographic and no-break spaces of the prompt by plain spaces",
+    )  # fmt: skip
+    add(
+        "--truncate-prompt", type=positive, metavar="N",
+        help="cut a longer prompt to N tokens: the oldest turns first, then the end of the "
+        "question; reported on standard error (default: a prompt that is too long is an error)",
+    )  # fmt: skip
 
 
 def _add_output_options(result: argparse.ArgumentParser) -> None:
     add = result.add_argument_group("output").add_argument
-    help = """file for the answers to a batch file; until all are there, they are kept in F.partial,
-        and the same command continues an interrupted run (default: standard output, each answer as
-        soon as those before it are there; an interrupted run is not continued)"""
-    add("--output", "-o", action=_Once, type=path_argument, metavar="F", help=help)
+    add(
+        "--output", "-o", action=_Once, type=path_argument, metavar="F",
+        help="file for the answers to a batch file; until all are there, they are kept in "
+        "F.partial, and the same command continues an interrupted run (default: standard output, "
+        "each answer as soon as those before it are there; an interrupted run is not continued)",
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="replace an existing --output")
     add("--restart", action="store_true", help="discard F.partial instead of continuing it")
     add("--json", action="store_true", help="print a JSON object for each prompt")
-    help = "print the answer while it is generated (default: on a terminal)"
-    add("--stream", action=argparse.BooleanOptionalAction, help=help)
+    add(
+        "--stream", action=argparse.BooleanOptionalAction,
+        help="print the answer while it is generated (default: on a terminal)",
+    )  # fmt: skip
     add("--stats", action="store_true", help="times, speed and memory on standard error")
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from glm2_jax.cli.main import EXIT_INPUT
 from glm2_jax.cli.messages import Progress, note
 from glm2_jax.cli.text_input import STDIN, open_input, read_lines
-from glm2_jax.errors import GLMError, InputError, UsageError, shown
+from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.escape import json_line
 from glm2_jax.processes import join
 from infer.console import print_stats
@@ -116,20 +116,12 @@ class _Batch:
         self, lines: Iterable[tuple[int, bytes | InputError]], history: Turns
     ) -> list[tuple[int, Request]]:
         """Return the good lines, each with its number."""
-        good, seen, repeated = [], {}, []
+        good = []
         for number, request in parse_batch(lines, history, self.settings.system):
             if isinstance(request, InputError):
                 self._report(number, request)
-                continue
-            good.append((number, request.cleaned() if self.settings.clean_text else request))
-            if request.id is not None and seen.setdefault(request.id, number) != number:
-                repeated.append((number, request.id))
-        if repeated:
-            number, name = repeated[0]
-            note(
-                f"warning: {len(repeated)} lines repeat the id of an earlier line; the first is "
-                f"{self.name}:{number} with {shown(name)} of line {seen[name]}"
-            )
+            else:
+                good.append((number, request.cleaned() if self.settings.clean_text else request))
         return good
 
     def to_file(

@@ -1,5 +1,7 @@
-"""`python -m infer.generate --dry-run`: the plans that its flags ask for, and the compiler's word
-on them. No weights are read and no device is started."""
+"""`python -m infer.generate --dry-run`: print memory plans, and what the compiler says of them.
+
+No weights are read and no device is started.
+"""
 
 from __future__ import annotations
 
@@ -38,26 +40,12 @@ CONTEXTS = (2048, 8192, 32768)
 
 
 @dataclass(frozen=True)
-class Unplanned:
-    """Flags that do not change the plan."""
-
-    prompt: str | None
-    prompt_file: str | None
-    batch_file: str | None
-    history: str | None
-    system: str | None
-    adapter: str | None
-    output: str | None
-
-
-@dataclass(frozen=True)
 class Settings:
     """The flags of a dry run."""
 
     choice: ModelChoice
     options: EngineOptions
     sampling: SamplingFlags
-    unplanned: Unplanned
     config: str | None
     batch_size: int
     num_processes: int | None
@@ -67,8 +55,7 @@ class Settings:
 def run(settings: Settings) -> int:
     """Print the plans; returns 5 where nothing fits, else 0."""
     choice, options = settings.choice, settings.options
-    settings.sampling.params()  # what is refused without --dry-run is refused with it
-    _note_unplanned(settings.unplanned)
+    settings.sampling.params()  # refuses the same values as without --dry-run
     name, config, stored = _model(choice, settings.config)
     check_context(options.max_length, config.seq_length)
     mesh = mesh_sizes(choice.mesh)
@@ -77,14 +64,15 @@ def run(settings: Settings) -> int:
         from glm2_jax.sharding import check_mesh
 
         check_mesh(config, dict(mesh), SCHEMES.get(asked or ""))
+    contexts = [options.max_length] if options.max_length else CONTEXTS
+    contexts = sorted({min(context, config.seq_length) for context in contexts})
+    budget = find_budget(choice.device, options.memory_limit)
     sheet = make_sheet(
         name,
         config,
-        share_budget(
-            find_budget(choice.device, options.memory_limit), mesh, settings.num_processes or 1
-        ),
+        share_budget(budget, mesh, settings.num_processes or 1),
         stored=stored,
-        contexts=_contexts(config, options.max_length),
+        contexts=contexts,
         batches=sorted({1, settings.batch_size}),
         dtype=choice.dtype,
         quantize=asked,
@@ -93,8 +81,8 @@ def run(settings: Settings) -> int:
         prefix=prefix_tokens(choice.prefix),
         mesh=mesh,
     )
-    one_device = mesh is None and compiler.knows(choice.device)  # the compiler is asked of one
-    verdicts = _verdicts(sheet, choice, options) if one_device else None
+    compiles = mesh is None and compiler.knows(choice.device)  # only for one device
+    verdicts = _verdicts(sheet, choice, options) if compiles else None
     if settings.json:
         found = None if verdicts is None else [_verdict_json(verdict) for verdict in verdicts]
         print(json_line(as_json(sheet) | {"compiled": found}))
@@ -106,16 +94,8 @@ def run(settings: Settings) -> int:
     return EXIT_DEVICE if sheet.nothing_fits else 0
 
 
-def _note_unplanned(unplanned: Unplanned) -> None:
-    given = [name for name, value in vars(unplanned).items() if value is not None]
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        note(f"--dry-run answers nothing, and the plan is without: {names}")
-
-
 def _verdicts(sheet: Sheet, choice: ModelChoice, options: EngineOptions) -> Iterator[Verdict]:
-    """The compiler's word on every precision, one row, with the context that was asked for; none
-    where it is not installed."""
+    """Yield the compiler's verdict on every precision, one row; none where it is not installed."""
     if not compiler.installed():
         return
     context = min(options.max_length or DEFAULT_CONTEXT, sheet.config.seq_length)
@@ -127,7 +107,7 @@ def _verdicts(sheet: Sheet, choice: ModelChoice, options: EngineOptions) -> Iter
 
 
 def render_verdicts(verdicts: Iterable[Verdict], columns: int) -> Iterator[str]:
-    """The compiler's word for people, each line as soon as it is known."""
+    """Yield the verdicts as lines of text, each as soon as it is known."""
     yield ""
     empty = True
     for verdict in verdicts:
@@ -163,7 +143,7 @@ def _verdict_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _model(choice: ModelChoice, config: str | None) -> tuple[str, GLMConfig, str | None]:
-    """Name, configuration and stored scheme of the model that the flags name."""
+    """Return the name, configuration and stored quantization of the model."""
     if choice.path is not None:
         if config is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
@@ -178,9 +158,3 @@ def _model(choice: ModelChoice, config: str | None) -> tuple[str, GLMConfig, str
     if name in PRESETS:
         return name, PRESETS[name], "int4-row" if name.endswith("-int4") else None
     return name, read_config(Path(name), choice.rope_kind, choice.family), None
-
-
-def _contexts(config: GLMConfig, asked: int | None) -> list[int]:
-    if asked is not None:
-        return [asked]
-    return sorted({min(context, config.seq_length) for context in CONTEXTS})

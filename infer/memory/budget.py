@@ -103,10 +103,8 @@ def _present(device: str) -> Budget:
     if gpus:
         gpu, card = gpus[0], find_card(gpus[0].name)
         memory = min(int(gpu.total * GPU_SHARE), gpu.free) if gpu.total else None
-        found = Budget(gpu.name, "gpu", memory, present=gpu)
-        if card is None:
-            return found
-        return dataclasses.replace(found, bandwidth=card.bandwidth, half=card.half)
+        bandwidth, half = (None, "bfloat16") if card is None else (card.bandwidth, card.half)
+        return Budget(gpu.name, "gpu", memory, bandwidth, half, present=gpu)
     if device == "gpu":
         return Budget("the GPU", "gpu", None)
     if device == "tpu" or (device == "auto" and _jax_may_use("tpu") and count_tpus()):

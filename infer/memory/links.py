@@ -1,14 +1,15 @@
-"""How devices are joined, and how long a sum or a gathered array takes to reach all of them.
+"""How devices are connected, and the least time of a collective over them.
 
-What the makers say of their links, each direction counted alone. No program reaches it: times
-derived from these are bounds.
+The figures are the makers', each direction of a link counted alone. No program reaches them: times
+derived from them are bounds.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from glm2_jax.errors import UsageError
 from infer.memory.cards import CARDS, Card
@@ -16,16 +17,16 @@ from infer.memory.cards import CARDS, Card
 
 @dataclass(frozen=True)
 class Links:
-    """Devices of one kind, and what joins them.
+    """Devices of one kind, and what connects them.
 
     Attributes:
       card: memory and its bandwidth.
-      flops: 16-bit products, dense, operations per second.
-      link: bytes per second that one link carries in one direction.
+      flops: dense 16-bit operations per second.
+      link: bytes per second of one link in one direction.
       ring: links of a device that a ring through its neighbors uses to send.
       both_ways: whether the ring runs in both directions at once, over half of these links each.
-      joined: devices that have such links to each other; the network joins more.
-      network: bytes per second that a device can send to others.
+      joined: devices that have such links to each other; more are connected by the network.
+      network: bytes per second that a device can send over the network.
       start, hop, network_hop: seconds before anything moves, and of each step of a ring, however
         little is sent.
     """
@@ -43,11 +44,11 @@ class Links:
     network_hop: float
 
     def steps(self, devices: int) -> int:
-        """Of a ring, until everything has been everywhere once."""
+        """Return the steps of a ring until every device has everything."""
         return devices // 2 if self.both_ways else devices - 1
 
     def rate(self, devices: int) -> float:
-        """Bytes per second that a device of a ring sends; two neighbors share but one link."""
+        """Return the bytes per second that a device sends in a ring; two devices share one link."""
         return self.link * (min(self.ring, devices - 1) if self.both_ways else self.ring)
 
 
@@ -57,7 +58,7 @@ LINKS: Mapping[str, Links] = {
         # docs.cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 4 ports, 400 GB/s of both directions and
         # all ports (1600 Gbit/s in one), pods of 256 chips, 6.4 Tbit/s of network for a pod.
         # A hop of "around 1us": jax-ml.github.io/scaling-book/sharding. Latencies of the network
-        # between pods are not told, and not counted.
+        # between pods are not published, and not counted.
         Links(
             "v5e", CARDS["v5e-1"], 197e12,
             link=50e9, ring=2, both_ways=True, joined=256, network=6.4e12 / 8 / 256,
@@ -86,10 +87,11 @@ MESHES = rf"(?:(\d{{1,6}})x)?({'|'.join(LINKS)})(?:-(\d{{1,6}}))?"
 
 
 def find_links(name: str, devices: int) -> Links:
-    """What a name like "v5e-8", "8xh200" or "v5p" means.
+    """Return the devices of a name like "v5e-8", "8xh200" or "v5p".
 
     Args:
-      devices: of the mesh; a number in the name has to be this one.
+      name: may contain a number of devices.
+      devices: of the mesh, which must be that number.
 
     Raises:
       UsageError: no such name, or another number.
@@ -112,11 +114,12 @@ def find_links(name: str, devices: int) -> Links:
 
 @dataclass(frozen=True)
 class Talk:
-    """What a device sends to others in a step, and how long that takes at least.
+    """What a device sends to others in a step, and the least time of it.
 
     Attributes:
       calls: collectives.
-      link_bytes: through its links of a ring, all together. network_bytes: through the network.
+      link_bytes: through its links of a ring, all together.
+      network_bytes: through the network.
       seconds: at the makers' rates, steps of the rings included.
     """
 
@@ -126,32 +129,22 @@ class Talk:
     seconds: float = 0
 
     def __add__(self, other: Talk) -> Talk:
-        return Talk(
-            self.calls + other.calls,
-            self.link_bytes + other.link_bytes,
-            self.network_bytes + other.network_bytes,
-            self.seconds + other.seconds,
-        )
+        return Talk(*map(operator.add, astuple(self), astuple(other)))
 
     def __mul__(self, times: int) -> Talk:
-        return Talk(
-            self.calls * times,
-            self.link_bytes * times,
-            self.network_bytes * times,
-            self.seconds * times,
-        )
+        return Talk(*(part * times for part in astuple(self)))
 
 
 def gather(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Talk:
-    """An all-gather along an axis of a mesh; a reduce-scatter takes the same.
+    """Return the cost of an all-gather along an axis of a mesh; a reduce-scatter costs the same.
 
     Of n devices in a ring each sends the n-th part of the array n - 1 times. Where the axis reaches
-    beyond the devices that links join, each of them sends what it has to those beyond first, and
-    then what came from there around its own ring.
+    beyond the devices that are linked, each of them first exchanges its part over the network, and
+    then sends what it received around its ring.
 
     Args:
       sizes: axis -> size, the slowest first: devices next to each other differ in the last axis.
-      size: bytes of what every device has in the end.
+      size: bytes that every device has in the end.
     """
     inside, outside = _reach(links, sizes, axis)
     if inside * outside == 1:
@@ -165,14 +158,14 @@ def gather(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Ta
 
 
 def all_reduce(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Talk:
-    """An all-reduce of `size` bytes: a reduce-scatter and an all-gather, one call."""
+    """Return the cost of an all-reduce of `size` bytes: reduce-scatter and all-gather, one call."""
     half = gather(links, sizes, axis, size)
     seconds = 2 * half.seconds - (links.start if half.calls else 0)
     return Talk(half.calls, 2 * half.link_bytes, 2 * half.network_bytes, seconds)
 
 
 def _reach(links: Links, sizes: Mapping[str, int], axis: str) -> tuple[int, int]:
-    """Of the devices along an axis: (how many links join, how many such groups there are)."""
+    """Return how many devices along an axis are linked, and how many such groups there are."""
     names = list(sizes)
     apart = 1  # places between neighbors along the axis
     for name in names[names.index(axis) + 1 :]:

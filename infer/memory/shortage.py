@@ -24,18 +24,19 @@ from infer.memory.shares import sizes_of
 
 
 def when_answering(
-    config: Any, params: Any, device: Any, *, context: int, batch: int, **options: Any
+    config: Any,
+    params: Any,
+    device: Any,
+    *,
+    context: int,
+    batch: int,
+    chunk: int,
+    columns: int = 1,
 ) -> Shortage:
-    """Return needed, free and what fits, for a call of an engine.
-
-    Args:
-      context: tokens of the longest prompt and answer.
-      batch: prompts that are answered together.
-      options: `chunk` and `columns` of the `Plan`.
-    """
-    options |= {"prefix": prefix_length(params)}
+    """Return needed, free and what fits, for a call of an engine; the sizes are as in `Plan`."""
+    options = {"batch": batch, "chunk": chunk, "columns": columns, "prefix": prefix_length(params)}
     context = min(context, config.seq_length)
-    return _shortage(device, mesh_of(params), config, _precision(params), context, batch, **options)
+    return _shortage(device, mesh_of(params), config, _precision(params), context, None, options)
 
 
 def when_loading(
@@ -64,7 +65,8 @@ def when_loading(
     precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
     stored = None if found.scheme is None else found.scheme.name
     tokens = min(context or DEFAULT_CONTEXT, found.config.seq_length)
-    return _shortage(device, mesh, found.config, precision, tokens, stored=stored, prefix=prefix)
+    options = {"prefix": prefix}
+    return _shortage(device, mesh, found.config, precision, tokens, stored, options)
 
 
 def _shortage(
@@ -73,9 +75,8 @@ def _shortage(
     config: Any,
     precision: Precision,
     context: int,
-    batch: int = 1,
-    stored: str | None = None,
-    **options: int,
+    stored: str | None,
+    options: Mapping[str, Any],
 ) -> Shortage:
     if device.platform == "cpu":
         budget = Budget("this processor", "cpu", find_memory(own=True).usable)
@@ -84,7 +85,7 @@ def _shortage(
         limit = (device.memory_stats() or {}).get("bytes_limit")
         budget = Budget(device.device_kind, device.platform, limit)
     sizes = None if mesh is None else sizes_of(mesh.shape)
-    plan = Plan(config, precision, context, batch, budget.platform, mesh=sizes, **options)
+    plan = Plan(config, precision, context, platform=budget.platform, mesh=sizes, **options)
     return shortage(budget, plan, stored)
 
 

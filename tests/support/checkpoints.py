@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert import save_checkpoint
-from convert.layouts.names import PARTS, PUBLISHED
+from convert.layouts.names import PARTS, PUBLISHED, Rule
 from glm2_jax import Tokenizer
 from glm2_jax.config import GLMConfig
 from tests.support.sp_model import sp_model
@@ -33,6 +33,11 @@ TINY = GLMConfig(
 def names(folder: Path) -> list[str]:
     """What lies in a folder."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Writes other or further keys into a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def tiny_config(**changes: Any) -> GLMConfig:
@@ -72,9 +77,23 @@ def official_tensors(
                 part.path: np.asarray(flat[part.path] if layer is None else flat[part.path][layer])
                 for part in rule.parts
             }
-            tensors[rule.full_name(layer)] = rule.join(config, parts)
+            tensors[rule.full_name(layer)] = join(rule, config, parts)
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     return {name: array.astype(kind) for name, array in tensors.items()}
+
+
+def split(rule: Rule, config: GLMConfig, array: np.ndarray) -> dict[tuple[str, ...], np.ndarray]:
+    """A stored tensor [rows, ...] as our parameters of one layer."""
+    return {
+        part.path: array.reshape(-1)[start:stop].reshape(part.shape(config))
+        for part, start, stop in rule.ranges(config)
+    }
+
+
+def join(rule: Rule, config: GLMConfig, parts: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
+    """Our parameters of one layer as the stored tensor; the inverse of `split`."""
+    flat = [np.asarray(parts[part.path]).reshape(-1) for part in rule.parts]
+    return np.concatenate(flat).reshape(rule.shape(config))
 
 
 def _at(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:

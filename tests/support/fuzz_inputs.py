@@ -53,20 +53,7 @@ def edited_list(draw: st.DrawFn, seeds: Sequence[Sequence[Any]], others: Sequenc
 
 
 _NUMBERS = (0, 1, -1, 7, 2**31, 2**62, 2**63, 10**9, 10**400, -(10**400), 0.5, 1e-310, 1e308)
-_TEXTS = (
-    "",
-    "a",
-    " ",
-    "\0",
-    "\ud800",
-    "..",
-    "/etc/passwd",
-    "你好",
-    "x" * 5000,
-    "1",
-    "NaN",
-    "chatglm3",
-)
+_TEXTS = ("", "a", " ", "\0", "\ud800", "..", "/etc/passwd", "你好", "x" * 5000, "1", "chatglm3")
 _STRANGE = (
     None, True, False, math.nan, math.inf, -math.inf, [], {}, [[]], [{}], [None], {"": None},
     ["a", "b"], [["a", "b"]], [["a"]], {"a": {"a": {}}}, *_NUMBERS, *_TEXTS,

@@ -72,7 +72,7 @@ def survives(target: Target, data: bytes, folder: Path) -> bool:
             target.read(path)
     except GLMError as error:
         assert error.exit_code in (3, 4), f"exit code {error.exit_code}"
-        assert error.what and len(str(error)) < 10_000, "a message that nobody can read"
+        assert error.what and len(str(error)) < 10_000, "a message that is too long to read"
         return False
     return True
 

@@ -17,10 +17,10 @@ from glm2_jax import GLMConfig, cache_sharding, make_mesh, params_sharding, pars
 from glm2_jax.errors import GLMError
 from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
-from infer.bench import measure as bench_run
 from infer.bench import programs, random_params
 from infer.bench import run as suite
 from infer.bench.ceilings import Ceilings
+from infer.engine.programs import Programs
 from infer.engine.steps import State
 
 CONFIG = GLMConfig(1, 104, 32, 64, 8, 2, 8, 256)
@@ -64,23 +64,14 @@ def making() -> dict[str, int]:
     return {"part": memory.output_size_in_bytes, "more": memory.temp_size_in_bytes}
 
 
-class Noting(programs.Compiler):
+class Noting(Programs):
     """Keeps the states that programs take and give."""
 
     states: list[State] = []
 
-    def begin(self, make: Any) -> Any:
-        self.note(made := super().begin(make))
-        return made
-
-    def __call__(self, function: Any, *args: Any, donate: int | None = None) -> Any:
-        program = super().__call__(function, *args, donate=donate)
-
-        def run(*args: Any) -> Any:
-            self.note(result := program(*args))
-            return result
-
-        return run
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        self.note(result := super().call(*args, **kwargs))
+        return result
 
     def note(self, made: Any) -> None:
         for part in made if type(made) is tuple else (made,):
@@ -103,7 +94,7 @@ def main() -> None:
     # Machine code takes longest to make, and is not what is looked at.
     jax.config.update("jax_disable_most_optimizations", True)
     suite.measure_ceilings = lambda device: CEILINGS
-    bench_run.Compiler = Noting
+    programs.Programs = Noting
     programs.PREFILL_CHUNK = 16  # prompts are read in parts
     folder = Path(sys.argv[1])
     for name, config in (("eight", CONFIG), ("two", TWO_HEADS)):

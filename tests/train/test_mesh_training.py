@@ -125,7 +125,7 @@ def test_two_processes_killed_and_gone_on_with(folder):
     with two([*flags, "--resume", "auto"], path / "two") as both:
         out, err = both.communicate(timeout=LIMIT)
     assert (both.returncode, out) == (0, ""), err
-    assert err.count(f"going on after step {taken} of 12") == 1 and err.count("step 12/12") == 1
+    assert err.count(f"resuming after step {taken} of 12") == 1 and err.count("step 12/12") == 1
     assert_same(path / "one", path / "two")
 
     assert lora.main([*flags, "--output", str(path / "alone"), "--resume", "auto"]) == 0

@@ -3,21 +3,17 @@
 import dataclasses
 import json
 import shlex
-import subprocess
-import sys
 
 import jax
-import numpy as np
 import pytest
 
 from glm2_jax import compiler_options, init_lora
 from infer.bench import ceilings
 from infer.bench import peer as bench_peer
 from infer.bench.ceilings import Ceilings
-from tests.support.paths import ROOT
 from tests.support.toy import TOY, toy_params
 from train import bench
-from train.data.batch import Batch
+from train.data.batch import make_batch
 from train.optim import make_optimizer
 from train.step import init_state, train_step
 
@@ -40,18 +36,13 @@ def toy_config(tmp_path_factory) -> str:
 
 
 def test_operations_are_those_of_the_program():
-    """For large matrices; the rest of a program is what fades beside them."""
+    """For large matrices; the rest of a program hardly counts then."""
     wide = dataclasses.replace(
         SMALL, hidden_size=256, ffn_hidden_size=512, head_dim=64, vocab_size=512
     )
     lora = init_lora(wide, jax.random.key(0), rank=1)
-    shape = 1, 2, 16
-    batch = Batch(
-        np.full(shape, 5, np.int32),
-        np.ones(shape, np.int32),
-        np.broadcast_to(np.arange(16, dtype=np.int32), shape),
-        np.ones(shape, bool),
-    )
+    rows = make_batch([[([5] * 16, [True] * 16)]] * 2, 16)
+    batch = jax.tree.map(lambda x: x[None], rows)
     optimizer = make_optimizer(1e-3)
     step = jax.jit(lambda *args: train_step(wide, optimizer, *args, remat=False))
     state = init_state(optimizer, lora)
@@ -73,7 +64,7 @@ def test_random_weights_and_a_quantized_base(capsys, quick, toy_config):
         assert len(result["seconds"]) == 2 and result["tokens"] == 32 and result["problem"] == ""
         assert result["tokens_per_s"] == pytest.approx(32 / min(result["seconds"]))
         assert result["of_matmul"] == pytest.approx(result["flops"] / min(result["seconds"]) / 1e12)
-        assert result["ratio"] is None and result["planned"] > 0
+        assert result["ratio"] is None
     assert found["results"][0]["flops"] == found["results"][1]["flops"]
 
 
@@ -152,15 +143,3 @@ def test_the_examples_are_flags_that_there_are():
     for line in examples:
         program, flags = line.split(bench.PROG)
         assert not program.strip() and bench.parser().parse_args(shlex.split(flags)).random
-
-
-def test_help_does_not_start_jax():
-    code = (
-        "import sys, train.bench as b\n"
-        "try: b.main(['--help'])\n"
-        "except SystemExit: print('jax' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.endswith("False\n") and "--peer" in done.stdout

@@ -39,8 +39,9 @@ def nbytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("platform", "quantization"), [("cpu", None), ("cuda", "int8"), ("cuda", "int4")]
+)
 def test_memory_of_a_step(platform, quantization):
     memory, weights, state, trained = step_memory(platform, quantization)
     assert trained == 1_949_696

@@ -9,7 +9,7 @@ import pytest
 
 from convert import load_checkpoint, open_folder
 from convert.adapters.adapter import load_adapter
-from glm2_jax.sharding import make_mesh
+from glm2_jax import make_mesh, replicated
 from tests.support.checkpoints import save, tiny_config
 from tests.support.training_data import alpaca, learned_of, open_rows
 from train import full, lora, validation
@@ -105,7 +105,8 @@ def test_devices_of_a_mesh_get_rows_they_can_divide(folder):
         assert devices.rows(3) == {0, 1, 2}
         jax.tree.map(np.testing.assert_array_equal, devices.batch(batch), batch)
         assert jax.random.key_data(devices.key(3)).tolist() == [0, 3]
-        placed = devices.put({"a": np.arange(4)})
+        places = None if devices is ONE else {"a": replicated(devices.mesh)}
+        placed = devices.put({"a": np.arange(4)}, places)
         assert placed["a"].sharding.device_set == {jax.devices()[0]}
     assert ONE.shardings(placed) is None
     assert mesh.shardings(placed)[0] == {"a": placed["a"].sharding}

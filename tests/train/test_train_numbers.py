@@ -1,6 +1,5 @@
 """The numbers of a run are arguments of its step: other numbers compile nothing."""
 
-import dataclasses
 import json
 
 import jax
@@ -20,7 +19,7 @@ from tests.train.test_train_step import (
 )
 from train import full, lora
 from train.optim import Numbers, make_optimizer, make_schedule
-from train.step import init_state, loss_sum, make_step
+from train.step import init_state, make_step
 
 BATCH = stacked(batch_of(random_tokens(2, 8)))
 
@@ -84,21 +83,6 @@ def test_arguments_train_as_constants_do(full_method, clip):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
-def dropped_loss(trained):
-    rows = jax.tree.map(lambda x: x[0], BATCH)
-    return float(loss_sum(SMALL, small_params(), trained, rows, dropout_key=KEY)[0])
-
-
-def test_scale_and_dropout_of_an_adapter_are_those_of_its_attributes():
-    trained = adapter(alpha=6.0, dropout=0.3)
-    full_of_them = numbers(trained).put_into(trained)
-    other = dataclasses.replace(full_of_them, scale=adapter(alpha=1.0).scale, dropout=0.9)
-    found = [
-        dropped_loss(x) for x in (trained, full_of_them, other, adapter(alpha=1.0, dropout=0.3))
-    ]
-    assert found[0] == found[1] == found[2] != found[3]
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A folder of compiled programs, in use."""
@@ -117,8 +101,7 @@ def test_a_run_with_other_numbers_finds_its_step_in_the_cache(method, cache, tmp
     for number, flags in enumerate(
         (
             ["--lr", "7e-5", "--steps", "2"],
-            ["--lr", "8e-5", "--steps", "3", "--warmup", "0", "--weight-decay", "0.1"],
-            ["--schedule", "linear", "--clip", "2", "--epochs", "1", "--seed", "3"],
+            "--schedule linear --lr 8e-5 --epochs 1 --warmup 0 --weight-decay 0.1 --clip 2".split(),
         )
     ):
         data = tmp_path / f"{number}.jsonl"
@@ -127,4 +110,4 @@ def test_a_run_with_other_numbers_finds_its_step_in_the_cache(method, cache, tmp
         output = str(tmp_path / f"out-{number}")
         assert method.main(["--data", str(data), "--output", output, *common, *flags]) == 0
         compiled.append(sorted(x.name for x in cache.iterdir() if "train_step" in x.name))
-    assert compiled[0] == compiled[1] == compiled[2] != []
+    assert compiled[0] == compiled[1] != []

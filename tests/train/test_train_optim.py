@@ -1,6 +1,6 @@
 """Schedules as transformers defines them, and AdamW as torch computes it."""
 
-import math
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,46 +11,34 @@ import pytest
 from train.optim import make_optimizer, make_schedule, warmup_steps
 from train.options import SCHEDULES
 
-STEPS, LR = 50, 3e-3
-
-
-def expected(name: str, step: int, warmup: int, steps: int) -> float:
-    """The factor of transformers' get_{cosine,linear,constant}_schedule_with_warmup."""
-    if step < warmup:
-        return step / max(1, warmup)
-    if name == "constant":
-        return 1.0
-    if name == "linear":
-        return max(0.0, (steps - step) / max(1, steps - warmup))
-    progress = (step - warmup) / max(1, steps - warmup)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-@pytest.mark.parametrize("warmup", [0, 1, 7, 50])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules(name, warmup):
-    schedule = make_schedule(name, lr=LR, steps=STEPS, warmup=warmup)
-    found = [float(schedule(step)) for step in range(STEPS + 1)]
-    wanted = [LR * expected(name, step, warmup, STEPS) for step in range(STEPS + 1)]
-    if warmup == STEPS:  # transformers has 0 / 1 = the whole rate, or 0, left for a step too many
-        found, wanted = found[:-1], wanted[:-1]
-    np.testing.assert_allclose(found, wanted, atol=1e-6 * LR)
+LR = 3e-3
 
 
 def test_schedules_are_those_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    for name in SCHEDULES:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    for name, warmup in itertools.product(SCHEDULES, (0, 6, 20)):
         kind = {"constant": "constant_with_warmup"}.get(name, name)
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
         theirs = transformers.get_scheduler(
-            kind, optimizer, num_warmup_steps=6, num_training_steps=20
+            kind, optimizer, num_warmup_steps=warmup, num_training_steps=20
         )
-        ours = make_schedule(name, lr=LR, steps=20, warmup=6)
+        ours = make_schedule(name, lr=LR, steps=20, warmup=warmup)
         for step in range(20):
             assert float(ours(step)) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6 * LR)
             optimizer.step()
             theirs.step()
+
+
+def test_a_schedule_by_hand():
+    for name, factors in (
+        ("constant", (0, 0.5, 1, 1, 1)),
+        ("linear", (0, 0.5, 1, 0.5, 0)),
+        ("cosine", (0, 0.5, 1, 0.5, 0)),
+    ):
+        schedule = make_schedule(name, lr=LR, steps=6, warmup=2)
+        found = [float(schedule(step)) for step in (0, 1, 2, 4, 6)]
+        np.testing.assert_allclose(found, LR * np.array(factors), atol=1e-6 * LR)
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,9 @@ def compiled(topology: str, sizes: dict[str, int], quantize: str | None) -> Any:
         return step.lower(base, lora, state, batch, key, number).compile(compiler_options=READABLE)
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 8}, {"data": 2, "tensor": 4}], ids=str)
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize(
+    ("topology", "sizes"), [("v5e:2x4", {"data": 2, "tensor": 4}), ("v5p:2x2x2", {"tensor": 8})]
+)
 def test_the_step_of_an_adapter_moves_no_weight(topology, sizes):
     program = compiled(topology, sizes, None)
     found = collectives(program.as_text() or "")

@@ -35,10 +35,7 @@ class Batches:
         dataset: the sequences to learn from.
         batch_size: B, rows of a micro-batch.
         accumulate: A, micro-batches per step.
-        pack: put several sequences into a row.
-        shuffle: use a random order, a different one in every epoch; if False, keep the order of
-            the files.
-        seed: random seed of the order.
+        pack, shuffle, seed: see `train.data.plan.make_plan`.
         rows: numbers below B of the rows to fill, the others are left empty; None = all.
     """
 

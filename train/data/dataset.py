@@ -99,14 +99,10 @@ class Dataset:
 
         Args:
             paths: of JSON lines, JSON arrays, or tables.
-            tokenizer, template: of the model.
-            max_length: most tokens of a sequence; a longer one makes its row a bad one.
-            fmt: one of FORMATS, or "auto": for every file, that of its first rows. The format of
-                `mix` is always found this way.
-            train_on_prompt: learn questions as well as answers.
+            tokenizer, template, train_on_prompt: see `Encoder`.
+            max_length, fmt, preferred: see `Reading`; `fmt` is also the default of `preferred`. The
+                format of `mix` is always found from its rows.
             max_bad: how many bad rows may be left out; None = any number, even all.
-            preferred: the format to use, where it is found from the rows and a row has the keys of
-                several; default `fmt`.
             weights: how often an epoch has each row of each file; default once.
             mix: a file of general rows, and their share of an epoch.
             scan: reads a file, see `train.data.scan.scan`.

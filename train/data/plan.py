@@ -40,17 +40,10 @@ def make_plan(
     width: int,
     rows_per_step: int,
 ) -> Plan:
-    """Plan an epoch.
+    """Plan the rows of an epoch, of at most `width` tokens each; `lengths` is int32 [N].
 
-    Args:
-        groups: the sequences of each file and their weights.
-        lengths: int32 [N] of all sequences.
-        epoch, seed: what the random order depends on.
-        shuffle: use a random order; if False, keep that of the files, and fill one row after the
-            other.
-        pack: put several sequences into a row of `width` tokens; if False, one.
-        width: most tokens of a row.
-        rows_per_step: rows of an optimizer step.
+    With `pack` a row holds several sequences. Without `shuffle` the order is that of the files, and
+    one row is filled after the other.
     """
     items = epoch_items(groups, epoch=epoch, seed=seed, shuffle=shuffle)
     if pack:

@@ -228,7 +228,7 @@ def test_unknown_kinds_are_refused_by_name(tmp_path, key, value):
 )
 def test_senseless_values_are_refused_by_name(tmp_path, key, value):
     message = refusal(changed(written(tmp_path), lambda config: config.update({key: value})))
-    assert "makes no sense" in message and "adapter_config.json" in message
+    assert "is not possible" in message and "adapter_config.json" in message
 
 
 def test_a_rank_that_the_tensors_do_not_have(tmp_path):
@@ -264,7 +264,7 @@ def test_what_is_no_adapter(tmp_path, kind):
     expected = {
         "nothing": "is not there",
         "file": "is a file",
-        "empty": "is no adapter",
+        "empty": "is not an adapter",
         "model": "is a model",
         "no weights": "adapter_model.safetensors is absent",
         "not json": "cannot be parsed",

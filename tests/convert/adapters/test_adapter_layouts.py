@@ -398,7 +398,7 @@ def test_bad_places(tmp_path, base, capsys, monkeypatch):
         assert why in capsys.readouterr().err
     assert names(tmp_path / "b") == ["mine"]
     assert run(tmp_path / "b", tmp_path / "c", *flags) == 4
-    assert "is no adapter" in capsys.readouterr().err
+    assert "is not an adapter" in capsys.readouterr().err
     assert run(base, tmp_path / "c", *flags) == 4
     assert "is a model" in capsys.readouterr().err
     assert run(tmp_path / "glm", tmp_path / "c", "--layout", "chatglm") == 2  # no base

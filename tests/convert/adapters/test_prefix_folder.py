@@ -240,5 +240,5 @@ def test_what_is_no_prefix(tmp_path, base):
     both = official_tensors(TINY, random_params(TINY)) | encoder(TINY, 3)
     message = refusal(write_official(tmp_path / "both", tensors=both))
     assert "holds more than a prefix: 18 other tensors" in message and "of their own" in message
-    with pytest.raises(CheckpointError, match="given apart from its base, as --prefix"):
+    with pytest.raises(CheckpointError, match="together with a P-Tuning v2 prefix"):
         load_checkpoint(tmp_path / "both")

@@ -6,20 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import load_checkpoint, save_checkpoint, verify_checkpoint
-from glm2_jax import CheckpointError, Tokenizer, UsageError
-from tests.support.checkpoints import TINY, random_params, tiny_config
-from tests.support.sp_model import sp_model
+from convert import load_checkpoint, verify_checkpoint
+from glm2_jax import CheckpointError, UsageError
+from tests.support.checkpoints import TINY, edit_json, tiny_config
+from tests.support.checkpoints import save as save_own
 
 
-def save(folder, config=TINY, **kwargs):
-    tokenizer = Tokenizer.from_bytes(sp_model(), config.family)
-    save_checkpoint(folder, config, random_params(config), tokenizer, source="a test", **kwargs)
+def save(folder, **kwargs):
+    save_own(folder, **kwargs)
     return folder
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def refusal(folder):
@@ -67,15 +62,12 @@ def test_a_tokenizer_configuration_beside_ours_is_not_read(tmp_path):
     ("changes", "reason"),
     [
         ({"template": "alpaca"}, "template is 'alpaca'"),
-        ({"template": ["raw"]}, "template is ['raw']"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"rope_kind": "yarn"}, "rope_kind is 'yarn'"),
-        ({"format_version": True}, "format_version True"),
         ({"format_version": 10**400}, "format_version 1000"),
-        ({"files": [["a", 1]]}, "files is not an object"),
+        ({"files": [["a", 1]]}, "files an object"),
         ({"files": {"a\0": {"size": 1, "sha256": ""}}}, r"'a\x00'"),
-        ({"files": {"a" * 300: {"size": 1, "sha256": ""}}}, "no plain name"),
-        ({"files": {"a": {"size": 1e400, "sha256": ""}}}, "the size or the sum of 'a'"),
+        ({"files": {"a": {"size": 1e400, "sha256": ""}}}, "the size or the checksum of 'a'"),
         ({"files": {"a": []}}, "damaged"),
     ],
 )
@@ -92,18 +84,14 @@ def test_an_impossible_template_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="'chatglm3' is not possible for a chatglm2 model"):
         load_checkpoint(folder)
     assert load_checkpoint(folder, template="raw").template == "raw"
-    own = load_checkpoint(save(tmp_path / "three", tiny_config(family="chatglm3")))
+    own = load_checkpoint(save(tmp_path / "three", config=tiny_config(family="chatglm3")))
     assert own.template == "chatglm3"
 
 
-@pytest.mark.parametrize("template", ["chatglm3", "alpaca"])
-def test_an_impossible_template_is_never_written(tmp_path, template):
-    with pytest.raises(UsageError, match=f"{template}' is not possible for a chatglm2 model"):
-        save(tmp_path / "own", template=template)
-    assert not (tmp_path / "own").exists()
-
-
-def test_a_tokenizer_larger_than_the_model_is_never_written(tmp_path):
+def test_an_impossible_template_or_tokenizer_is_never_written(tmp_path):
+    for template in ("chatglm3", "alpaca"):
+        with pytest.raises(UsageError, match=f"{template}' is not possible for a chatglm2 model"):
+            save(tmp_path / "own", template=template)
     with pytest.raises(CheckpointError, match="tokenizer does not belong"):
-        save(tmp_path / "own", tiny_config(vocab_size=300))
+        save(tmp_path / "own", config=tiny_config(vocab_size=300))
     assert not (tmp_path / "own").exists()

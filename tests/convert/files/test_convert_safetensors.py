@@ -51,7 +51,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     [
         (b"[]", "not a JSON object"),
         (b"{", "cannot be parsed"),
-        (b'{"a": 1, "a": 2}', "'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "'a' appears twice"),
         (b'{"\xff": 1}', "cannot be parsed"),
         (b'{"a":' + b"[" * 100_000, "cannot be parsed"),
         ({"a": 1}, "not an object"),
@@ -60,12 +60,12 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"a": entry(shape=(-2,))}, "is not a size"),
         ({"a": entry(shape=(2.0,))}, "is not a size"),
         ({"a": entry(offsets=(8, 0))}, "does not fill"),
-        ({"a": entry(offsets=(0, 8, 9))}, "is wrong"),
+        ({"a": entry(offsets=(0, 8, 9))}, "has a wrong entry"),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, "overlap or leave a gap"),
         ({"a": entry(offsets=(4, 12))}, "overlap or leave a gap"),
-        ({"a": entry(shape=(1,), offsets=(0, 4))}, "4 bytes follow"),
-        ({"a": entry(shape=(4,), offsets=(0, 16))}, "is cut"),
-        ({"a": {"dtype": "F32"}}, "is wrong"),
+        ({"a": entry(shape=(1,), offsets=(0, 4))}, "does not end with its tensors"),
+        ({"a": entry(shape=(4,), offsets=(0, 16))}, "is truncated"),
+        ({"a": {"dtype": "F32"}}, "has a wrong entry"),
     ],
 )
 def test_bad_headers(tmp_path, header, reason):
@@ -77,7 +77,7 @@ def test_header_length(tmp_path):
     path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
     assert "limit" in refusal(path)
     path.write_bytes(b"\x05\0")
-    assert "is cut" in refusal(path)
+    assert "is truncated" in refusal(path)
 
 
 def test_cut_at_any_byte(tmp_path):

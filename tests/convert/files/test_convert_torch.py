@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import random
 import tarfile
 import zipfile
 from pathlib import Path
@@ -10,8 +9,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from convert.files import torch_pickle, torch_zip
 from convert.files.tensor import StoredTensor
@@ -75,14 +72,6 @@ def test_reads_what_torch_writes(tmp_path):
         np.testing.assert_array_equal(array, expected.detach().float().numpy(), err_msg=name)
 
 
-def test_torch_reads_what_the_test_writer_writes(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    write_torch_file(tmp_path / "weights.bin", TENSORS)
-    found = torch.load(tmp_path / "weights.bin", weights_only=True)
-    for name, expected in TENSORS.items():
-        np.testing.assert_array_equal(found[name].float().numpy(), expected.astype(np.float32))
-
-
 def test_newer_pickle_protocols_of_torch(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     path = tmp_path / "weights.bin"
@@ -100,19 +89,15 @@ class Runs:
         return self.call
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize(
-    ("function", "argument", "name"),
-    [(os.system, "touch {}", "system"), (eval, "open('{}', 'w')", "eval"), (exec, "1", "exec")],
-)
-def test_a_pickle_that_calls_is_refused_by_name(tmp_path, function, argument, name, protocol):
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_that_calls_is_refused_by_name(tmp_path, protocol):
     mark = tmp_path / "executed"
-    value = {"weight": Runs(function, argument.format(mark))}
-    path = write_pickle(tmp_path / "evil.bin", pickle.dumps(value, protocol=protocol))
-    message = refusal(path)
-    assert not mark.exists()
-    if protocol >= 2:
-        assert name in message and "asks for" in message
+    for function, argument in ((os.system, f"touch {mark}"), (eval, f"open('{mark}', 'w')")):
+        data = pickle.dumps({"weight": Runs(function, argument)}, protocol=protocol)
+        message = refusal(write_pickle(tmp_path / "evil.bin", data))
+        assert not mark.exists()
+        if protocol >= 2:
+            assert function.__name__ in message and "asks for" in message
 
 
 @pytest.mark.parametrize(
@@ -152,9 +137,9 @@ def test_names_are_never_imported(tmp_path, monkeypatch):
         ({"offset": 3}, "reaches beyond"),
         ({"strides": (4, 1)}, "reaches beyond"),
         ({"strides": (0, 0), "shape": (1000, 1000)}, "reaches beyond"),
-        ({"strides": (-1, 1)}, "not a whole number"),
-        ({"shape": (2, -2), "numel": 4}, "not a whole number"),
-        ({"offset": -1}, "not a whole number"),
+        ({"strides": (-1, 1)}, "not an integer"),
+        ({"shape": (2, -2), "numel": 4}, "not an integer"),
+        ({"offset": -1}, "not an integer"),
         ({"strides": (1,)}, "do not fit"),
         ({"shape": (1,) * 9, "strides": (1,) * 9}, "do not fit"),
         ({"shape": (2**40, 2**40)}, "reaches beyond"),
@@ -173,25 +158,22 @@ def test_storages_are_looked_up_not_opened(tmp_path):
     for key in ("../../secret", str(tmp_path / "secret")):
         value = tensor_pickle(key, np.dtype(np.float32), (1,))
         path = write_pickle(tmp_path / "bad.bin", state_dict_pickle({"w": value}))
-        assert "is absent" in refusal(path)
+        assert "is missing" in refusal(path)
 
 
 def test_a_name_twice_is_refused(tmp_path):
     value = tensor_pickle("0", np.dtype(np.float32), (1,))
     data = state_dict_pickle({"w": value}).replace(b"u.", b"X\x01\x00\x00\x00w" + value + b"u.")
     path = write_pickle(tmp_path / "bad.bin", data, _0=b"\0" * 4)
-    assert "'w' is there twice" in refusal(path)
-
-
-def test_a_training_checkpoint_is_refused(tmp_path):
-    data = pickle.dumps({"epoch": 3, "model": {}}, protocol=2)
-    assert "'epoch' is not a tensor" in refusal(write_pickle(tmp_path / "bad.bin", data))
+    assert "'w' appears twice" in refusal(path)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_not_a_dictionary(tmp_path, protocol):
+def test_what_is_not_a_dictionary_of_tensors_is_refused(tmp_path, protocol):
     path = write_pickle(tmp_path / "bad.bin", pickle.dumps([1], protocol=protocol))
     assert "does not hold a dictionary" in refusal(path)
+    data = pickle.dumps({"epoch": 3, "model": {}}, protocol=protocol)
+    assert "'epoch' is not a tensor" in refusal(write_pickle(path, data))
 
 
 def test_zip_bombs_are_refused(tmp_path, monkeypatch):
@@ -212,55 +194,38 @@ def test_endless_pickles_are_refused(tmp_path, monkeypatch):
     assert "more than 1000 opcodes" in refusal(path)
 
 
-def test_members_twice_are_refused(tmp_path):
-    path = tmp_path / "bad.bin"
-    with pytest.warns(UserWarning, match="Duplicate"):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", state_dict_pickle({}))
-            archive.writestr("archive/data.pkl", state_dict_pickle({}))
-    assert "is there twice" in refusal(path)
-
-
-@pytest.mark.parametrize("names", [["a/data.pkl", "b/data.pkl"], ["data.pkl"], ["x/y/data.pkl"]])
-def test_an_archive_without_one_root_is_refused(tmp_path, names):
-    path = tmp_path / "bad.bin"
-    write_members(path, dict.fromkeys(names, state_dict_pickle({})))
-    assert "instead of one" in refusal(path)
-
-
-def test_big_endian_files_are_refused(tmp_path):
-    path = tmp_path / "bad.bin"
-    write_members(path, {"a/data.pkl": state_dict_pickle({}), "a/byteorder": b"big"})
+def test_archives_that_torch_does_not_write_are_refused(tmp_path):
+    path, empty = tmp_path / "bad.bin", state_dict_pickle({})
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", empty)
+        archive.writestr("archive/data.pkl", empty)
+    assert "appears twice" in refusal(path)
+    for names in (["a/data.pkl", "b/data.pkl"], ["data.pkl"], ["x/y/data.pkl"]):
+        write_members(path, dict.fromkeys(names, empty))
+        assert "instead of one" in refusal(path)
+    write_members(path, {"a/data.pkl": empty, "a/byteorder": b"big"})
     assert "little-endian" in refusal(path)
 
 
 def test_other_formats_are_refused_with_what_to_do(tmp_path):
     path = tmp_path / "old.bin"
-    path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\0" * 100)
-    message = refusal(path)
-    assert "legacy" in message and "torch.save" in message
-    path.write_bytes(pickle.dumps({"a": 1}))
-    assert "bare pickle" in refusal(path)
     (tmp_path / "member").write_bytes(b"1")
     with tarfile.open(path, "w") as archive:
         archive.add(tmp_path / "member", "member")
-    assert "tar format" in refusal(path)
+    legacy = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\0" * 100
+    for data in (path.read_bytes(), legacy, pickle.dumps({"a": 1})):
+        path.write_bytes(data)
+        message = refusal(path)
+        assert "bare pickle or of torch < 1.6" in message and "torch.save" in message
     path.write_bytes(b"<!DOCTYPE html><html>")
     assert "is not a torch file" in refusal(path)
     path.write_bytes(b"")
-    assert "is empty" in refusal(path)
+    assert "It is empty" in refusal(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     assert "git lfs pull" in refusal(path)
 
 
-def test_a_legacy_file_of_torch_is_refused(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    path = tmp_path / "old.bin"
-    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    assert "legacy" in refusal(path)
-
-
-def test_cut_at_any_byte(tmp_path):
+def test_truncated_at_any_byte(tmp_path):
     whole = tmp_path / "whole.bin"
     write_torch_file(whole, TENSORS)
     data = whole.read_bytes()
@@ -268,39 +233,6 @@ def test_cut_at_any_byte(tmp_path):
     for size in {*range(0, len(data), 37), *range(len(data) - 60, len(data))}:
         cut.write_bytes(data[:size])
         refusal(cut)
-
-
-def test_damage_never_escapes_as_another_error(tmp_path):
-    whole = tmp_path / "whole.bin"
-    write_torch_file(whole, TENSORS)
-    data, damaged = whole.read_bytes(), tmp_path / "damaged.bin"
-    numbers = random.Random(0)
-    refused = 0
-    for _ in range(400):
-        changed = bytearray(data)
-        for _ in range(numbers.randint(1, 3)):
-            changed[numbers.randrange(len(changed))] = numbers.randrange(256)
-        damaged.write_bytes(changed)
-        try:
-            for tensor in read_torch_file(damaged).values():
-                tensor.read()
-        except CheckpointError:
-            refused += 1
-    assert refused > 100
-
-
-OPCODES = [bytes([code]) for code in b"()]}.0NRQbeaust\x85\x86\x87\x88\x89\x93\x94"]
-PIECES = [b"K\x01", b"h\x00", b"q\x00", b"X\x01\x00\x00\x00a", b"ccollections\nOrderedDict\n"]
-PIECES += [b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nHalfStorage\n"]
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(OPCODES + PIECES), max_size=30))
-def test_any_sequence_of_opcodes_is_read_or_refused(pieces):
-    try:
-        torch_pickle.read_state_dict(b"\x80\x02" + b"".join(pieces) + b".", Path("fuzz"))
-    except CheckpointError:
-        pass
 
 
 def test_reading_maps_the_file(tmp_path):

@@ -1,7 +1,6 @@
 """Folders that cannot be opened, each refused by file and reason."""
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from convert.loading.folder import open_folder
 from glm2_jax import CheckpointError, UsageError
 from tests.support.checkpoints import (
     TINY,
+    edit_json,
     official_tensors,
     random_params,
     save,
@@ -46,14 +46,10 @@ def shard(folder, number, of=2, kind="bin"):
     return folder / f"{stem}-{number:05d}-of-{of:05d}.{kind}"
 
 
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_missing_folder(tmp_path):
     message = three_lines(tmp_path / "some" / "nowhere")
-    assert "nowhere does not exist" in message
-    assert f"The part of its path that exists is {tmp_path}." in message
+    assert "directory not found: " in message
+    assert f"nowhere ({tmp_path} exists)." in message
 
 
 def test_a_file_instead_of_a_folder(tmp_path, monkeypatch):
@@ -64,28 +60,18 @@ def test_a_file_instead_of_a_folder(tmp_path, monkeypatch):
     assert f"for example {folder}." in three_lines("pytorch_model.bin")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
-def test_a_file_is_missing(tmp_path, name):
-    folder = write_official(tmp_path)
-    (folder / name).unlink()
-    assert f"{folder} holds no {name}" in refusal(folder)
-
-
-def test_an_empty_folder(tmp_path):
-    assert "It is empty" in refusal(tmp_path)
-
-
-def test_no_weights(tmp_path):
-    folder = write_official(tmp_path, shards=1)
+def test_files_that_are_missing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "It is empty" in refusal(tmp_path / "empty")
+    for name in ("config.json", "tokenizer.model"):
+        folder = write_official(tmp_path / name)
+        (folder / name).unlink()
+        assert f"{folder} holds no {name}" in refusal(folder)
+    folder = write_official(tmp_path / "ckpt", shards=1)
     (folder / "pytorch_model.bin").rename(folder / "model.ckpt")
     message = refusal(folder)
     assert "holds no weights" in message and "model.ckpt" in message
     assert "rename it to pytorch_model.bin" in message
-
-
-def test_an_adapter(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "is a LoRA adapter" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +79,7 @@ def test_an_adapter(tmp_path):
     [
         ("{", "cannot be parsed"),
         ("[]", "not a JSON object"),
-        ('{"a": 1, "a": 2}', "'a' is there twice"),
+        ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a":' * 50_000, "cannot be parsed"),
         ("\xff", "cannot be parsed"),
     ],
@@ -114,8 +100,6 @@ def test_a_broken_configuration(tmp_path, text, reason):
         ({"rmsnorm": False}, "rmsnorm"),
         ({"quantization_bit": 3}, "quantization_bit = 3"),
         ({"quantization_bit": "4"}, "quantization_bit = '4'"),
-        ({"quantization_bit": 4.0}, "quantization_bit = 4.0"),
-        ({"quantization_bit": False}, "quantization_bit = False"),
         ({"num_layers": 10**9}, "num_layers is 1000000000"),
     ],
 )
@@ -123,58 +107,39 @@ def test_the_configuration_of_another_model(tmp_path, changes, reason):
     assert reason in refusal(write_official(tmp_path, raw=changes))
 
 
-def test_a_broken_tokenizer(tmp_path):
-    folder = write_official(tmp_path, tokenizer=b"nonsense")
-    assert "tokenizer.model" in refusal(folder)
-
-
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
-def test_a_cut_shard(tmp_path, kind):
-    folder = write_official(tmp_path, kind=kind)
-    path = shard(folder, 2, kind=kind)
-    os.truncate(path, path.stat().st_size - 1000)
-    message = refusal(folder)
-    assert str(path) in message and "cut" in message
-
-
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-def test_a_shard_that_is_listed_but_absent(tmp_path, kind):
-    folder = write_official(tmp_path, kind=kind, shards=3)
-    shard(folder, 2, 3, kind).unlink()
-    message = refusal(folder)
-    assert "lacks 1 of 3 shards" in message and shard(folder, 2, 3, kind).name in message
-
-
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-def test_two_shards_swapped(tmp_path, kind):
+def test_shards_that_are_missing_swapped_or_truncated(tmp_path, kind):
     folder = write_official(tmp_path, kind=kind)
     first, second, aside = shard(folder, 1, kind=kind), shard(folder, 2, kind=kind), tmp_path / "x"
     first.rename(aside)
+    message = refusal(folder)
+    assert "lacks 1 of 2 shards" in message and first.name in message
     second.rename(first)
     aside.rename(second)
     message = refusal(folder)
     assert f"is not in {first.name}" in message and f"It is in {second.name}" in message
     assert "swapped" in message
+    os.truncate(second, second.stat().st_size - 1000)
+    message = refusal(folder)
+    assert str(second) in message and "truncated" in message
 
 
-def test_a_shard_twice(tmp_path):
+def test_shards_and_tensors_that_appear_twice(tmp_path):
     folder = write_official(tmp_path)
+    second = shard(folder, 2).read_bytes()
     shutil.copy(shard(folder, 1), shard(folder, 2))
     assert "No shard holds it" in refusal(folder)
-
-
-def test_a_tensor_in_two_shards(tmp_path):
-    folder = write_official(tmp_path)
-    names = json.loads((folder / "pytorch_model.bin.index.json").read_text())
+    shard(folder, 2).write_bytes(second)
+    index = (folder / "pytorch_model.bin.index.json").read_bytes()
     write_weights(folder, TENSORS, shards=1)
     (folder / "pytorch_model.bin").rename(shard(folder, 2))
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(names))
+    (folder / "pytorch_model.bin.index.json").write_bytes(index)
     assert f"is in {shard(folder, 1).name} and in {shard(folder, 2).name}" in refusal(folder)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.bin", "/etc/passwd", "a/b.bin", "..\\x.bin", "C:x.bin", "..", "x.txt", ".x.bin"]
+    ["../outside.bin", "/etc/passwd", "..\\x.bin", "C:x.bin", "..", "x.txt", ".x.bin"]
     + ["a\0.bin", "a\n.bin", "\udc80.bin", "a" * 252 + ".bin", "模" * 84 + ".bin"],
 )
 def test_an_index_that_names_a_file_outside(tmp_path, name):
@@ -186,15 +151,11 @@ def test_an_index_that_names_a_file_outside(tmp_path, name):
     assert "pytorch_model.bin.index.json names the file" in message
 
 
-@pytest.mark.parametrize("weight_map", [None, {}, [], "x"])
-def test_an_index_without_a_map(tmp_path, weight_map):
+def test_an_index_without_a_map_of_names(tmp_path):
     folder = write_official(tmp_path)
-    edit_json(folder / "pytorch_model.bin.index.json", weight_map=weight_map)
-    assert "has no weight_map" in refusal(folder)
-
-
-def test_an_index_whose_files_are_not_names(tmp_path):
-    folder = write_official(tmp_path)
+    for weight_map in (None, {}, [], "x"):
+        edit_json(folder / "pytorch_model.bin.index.json", weight_map=weight_map)
+        assert "has no weight_map" in refusal(folder)
     edit_json(folder / "pytorch_model.bin.index.json", weight_map={"a": 1, "b": ["x"]})
     assert "names the file" in refusal(folder)
 
@@ -208,28 +169,18 @@ def test_links_as_in_a_hub_cache(tmp_path):
     assert load_checkpoint(snapshot).config == TINY
     shard(folder, 2).unlink()
     message = refusal(snapshot)
-    assert "symbolic link to a file that is not there" in message
+    assert "symbolic link to a file that does not exist" in message
 
 
-def test_a_pipe_instead_of_a_file(tmp_path):
-    folder = write_official(tmp_path)
-    shard(folder, 1).unlink()
-    os.mkfifo(shard(folder, 1))
-    assert "is not a plain file.\nIt is a pipe" in three_lines(folder)
-    shard(folder, 1).unlink()
-    shard(folder, 1).mkdir()
-    assert "is not a plain file.\nIt is a folder" in three_lines(folder)
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
-def test_neither_a_pipe_nor_a_device_is_read(tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.model", "pytorch_model-00001-of-00002.bin"]
+)
+def test_pipes_folders_and_devices_are_not_read(tmp_path, name):
     path = write_official(tmp_path) / name
-    path.unlink()
-    os.mkfifo(path)
-    assert name in refusal(tmp_path) and "not a plain file" in refusal(tmp_path)
-    path.unlink()
-    path.symlink_to("/dev/zero")
-    assert name in refusal(tmp_path) and "not a plain file" in refusal(tmp_path)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+        path.unlink()
+        make(path)
+        assert name in three_lines(tmp_path) and "not a plain file" in three_lines(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "pytorch_model.bin"])
@@ -255,11 +206,12 @@ def test_a_folder_whose_name_is_too_long():
 def test_a_file_that_was_cut_while_it_was_read(tmp_path):
     folder = open_folder(write_official(tmp_path, shards=1))
     os.truncate(tmp_path / "pytorch_model.bin", 100)
-    with pytest.raises(CheckpointError, match="pytorch_model.bin was cut"):
+    with pytest.raises(CheckpointError, match="pytorch_model.bin was truncated"):
         folder.matches[-1].tensor.read()
 
 
-def test_a_tokenizer_of_another_model(tmp_path):
+def test_a_tokenizer_that_is_broken_or_of_another_model(tmp_path):
+    assert "tokenizer.model" in refusal(write_official(tmp_path, tokenizer=b"nonsense"))
     write_official(tmp_path, tiny_config(vocab_size=300))
     message = refusal(tmp_path)
     assert "tokenizer does not belong to this model" in message and "the model has 300" in message
@@ -302,8 +254,7 @@ def test_all_problems_at_once(tmp_path):
         f"wrong shape: {EMBEDDING} is (639, 32) instead of (640, 32)",
         "wrong type: transformer.encoder.final_layernorm.weight is int64",
         "unexpected: transformer.something.weight",
-        "P-Tuning prefix",
-        "LoRA adapter",
+        "a PEFT model that was saved without merging its adapter (1 such tensors)",
     ):
         assert line in message
 
@@ -315,11 +266,6 @@ def test_many_problems_are_abbreviated(tmp_path):
     message = refusal(write_official(tmp_path, tensors=TENSORS | extra))
     assert "30 problems" in message and "unexpected: ... and 27 more" in message
     assert len(message.splitlines()) == 6
-
-
-def test_hf_native_names_are_explained(tmp_path):
-    extra = {"model.layers.0.self_attn.q_proj.weight": np.ones(1, np.float16)}
-    assert "HF-native" in refusal(write_official(tmp_path, tensors=TENSORS | extra))
 
 
 def test_our_own_folder_without_its_manifest(tmp_path):

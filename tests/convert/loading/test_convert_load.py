@@ -10,13 +10,13 @@ import pytest
 import glm2_jax
 from convert import load_checkpoint
 from convert.layouts.names import OWN, PARTS, PUBLISHED
-from convert.loading import fill
-from convert.loading.fill import DevicePlace, HostPlace
 from glm2_jax import CheckpointError, DeviceError, UsageError
 from tests.support.checkpoints import (
     TINY,
+    join,
     official_tensors,
     random_params,
+    split,
     tiny_config,
     write_official,
 )
@@ -36,9 +36,10 @@ def assert_equal(params, expected, dtype):
         np.testing.assert_array_equal(np.asarray(found), values.astype(dtype), err_msg=str(path))
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("shards", [1, 2, 5])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "shards", "dtype"),
+    [("bin", 1, "float16"), ("bin", 5, "float32"), ("safetensors", 2, "bfloat16")],
+)
 def test_official_layouts(tmp_path, kind, shards, dtype):
     params = random_params(TINY)
     write_official(tmp_path, params=params, kind=kind, shards=shards, dtype=dtype)
@@ -69,9 +70,8 @@ def test_split_and_join_are_inverse(rules):
     random = np.random.default_rng(0)
     for rule in rules:
         array = random.standard_normal(rule.shape(TINY))
-        parts = rule.split(TINY, array)
-        assert all(part.base is not None for part in parts.values()), "split copies"
-        np.testing.assert_array_equal(rule.join(TINY, parts), array)
+        parts = split(rule, TINY, array)
+        np.testing.assert_array_equal(join(rule, TINY, parts), array)
 
 
 def test_rows_are_split_as_published():
@@ -79,12 +79,12 @@ def test_rows_are_split_as_published():
     weights = (rule for rule in PUBLISHED if len(rule.shape(TINY)) == 2)
     table = {rule.name.split(".")[-2]: rule for rule in weights}
     rows = np.arange(64)[:, None].repeat(32, axis=1)
-    parts = {path[1]: part for path, part in table["query_key_value"].split(TINY, rows).items()}
+    parts = {path[1]: part for path, part in split(table["query_key_value"], TINY, rows).items()}
     assert parts["q"][1, 2, 0] == 10
     assert parts["k"][0, 0, 0] == 32 and parts["k"][1, 7, 0] == 47
     assert parts["v"][0, 0, 0] == 48
     rows = np.arange(96)[:, None].repeat(32, axis=1)
-    gate_up = table["dense_h_to_4h"].split(TINY, rows)["layers", "gate_up"]
+    gate_up = split(table["dense_h_to_4h"], TINY, rows)["layers", "gate_up"]
     assert gate_up[0, 5, 0] == 5 and gate_up[1, 5, 0] == 53
 
 
@@ -121,7 +121,7 @@ def test_reference_state_dict(tmp_path, monkeypatch):
                 for key in part.path:
                     value = value[key]
                 parts[part.path] = np.asarray(value if layer is None else value[layer])
-            joined = rule.join(checkpoint.config, parts)
+            joined = join(rule, checkpoint.config, parts)
             np.testing.assert_array_equal(joined, state[rule.full_name(layer)])
 
 
@@ -142,8 +142,9 @@ def test_float16_overflow_is_found_and_named(tmp_path):
         load_checkpoint(tmp_path, dtype="float16")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bad", "dtype"), [(np.nan, "float16"), (np.inf, "bfloat16"), (-np.inf, "float32")]
+)
 def test_nan_and_infinity_are_found_and_named(tmp_path, bad, dtype):
     tensors = official_tensors(TINY, random_params(TINY), dtype)
     name = "transformer.encoder.layers.1.self_attention.dense.weight"
@@ -176,61 +177,20 @@ def test_template_and_rope_kind(tmp_path):
     assert (checkpoint.config.rope_kind, checkpoint.config.family) == ("linear", "chatglm2")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_arguments_that_are_impossible(tmp_path):
+    write_official(tmp_path)
+    for arguments in (
         {"dtype": "int3"},
         {"quantize": "int3"},
         {"layers": "nested"},
         {"mesh": object()},
         {"rope_kind": "cubic"},
         {"template": "alpaca"},
-    ],
-)
-def test_arguments_that_make_no_sense(tmp_path, arguments):
-    write_official(tmp_path)
-    with pytest.raises(UsageError):
-        load_checkpoint(tmp_path, **arguments)
-
-
-def test_an_unknown_device(tmp_path):
+    ):
+        with pytest.raises(UsageError):
+            load_checkpoint(tmp_path, **arguments)
     with pytest.raises(UsageError, match="unknown device 'abacus'"):
-        load_checkpoint(write_official(tmp_path), device="abacus")
+        load_checkpoint(tmp_path, device="abacus")
     with pytest.raises(DeviceError, match="no device 'tpu'"):
         load_checkpoint(tmp_path, device="tpu")
     assert load_checkpoint(tmp_path, device="cpu").params["embed"].committed
-
-
-def test_progress_ends_at_the_total(tmp_path):
-    seen = []
-    load_checkpoint(
-        write_official(tmp_path), dtype="float32", progress=lambda *call: seen.append(call)
-    )
-    total = TINY.num_params * 4
-    assert seen[-1] == (total, total) and seen == sorted(seen)
-
-
-def test_pieces_on_an_accelerator_arrive_as_on_the_host(tmp_path, monkeypatch):
-    """The path for accelerators, driven on the CPU, with chunks smaller than the tensors."""
-    monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)
-    expected = load_checkpoint(write_official(tmp_path), dtype="bfloat16").params
-    monkeypatch.setattr("convert.loading.fill.HostPlace", DevicePlace)
-    found = load_checkpoint(tmp_path, dtype="bfloat16").params
-    assert_equal(found, jax.tree.map(np.asarray, expected), ml_dtypes.bfloat16)
-
-
-def test_pieces_are_written_in_place():
-    """The compiled update needs no second array: its result is its donated argument."""
-    array = jax.ShapeDtypeStruct((4, 512, 512), np.float32)
-    piece = jax.ShapeDtypeStruct((1, 2, 512), np.float16)
-    memory = fill._update.lower(array, piece, (0, 0, 0)).compile().memory_analysis()
-    assert memory.alias_size_in_bytes == 4 * 512 * 512 * 4
-    assert memory.temp_size_in_bytes < 100_000
-
-
-def test_host_arrays_reach_jax_without_a_copy():
-    stacked = HostPlace((2, 1000), np.dtype(np.float32), [None])
-    stacked.write((slice(0, 1), slice(0, 1000)), np.arange(1000, dtype=np.float16)[None])
-    stacked.write((slice(1, 2), slice(0, 1000)), np.zeros((1, 1000), np.float16))
-    (array,) = stacked.finish()
-    assert array.unsafe_buffer_pointer() == stacked.array.ctypes.data

@@ -83,3 +83,17 @@ def test_a_package_lists_its_tools(monkeypatch, capsys, package):
     with pytest.raises(SystemExit) as ending:
         commands.list_tools(package)
     assert ending.value.code == 2 and "unknown command 'nothing'" in capsys.readouterr().err
+
+
+def test_no_help_waits_for_jax():
+    code = (
+        "import contextlib, importlib, io, sys\nfrom glm2_jax.cli.commands import COMMANDS\n"
+        "for module, _ in COMMANDS.values():\n"
+        "    folder = importlib.util.find_spec(module).submodule_search_locations\n"
+        "    tool = importlib.import_module(module + ('.__main__' if folder else ''))\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        tool.main(['--help'])\n"
+        "    assert not {'jax', 'torch'} & set(sys.modules), module\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from glm2_jax.cli.model_choice import ModelChoice
@@ -15,8 +14,7 @@ from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
 from infer.bench import run as suite
 from infer.bench.ceilings import Ceilings
-from infer.bench.measure import Result, Shape, Variant, mesh_work, work
-from infer.bench.random_params import random_params
+from infer.bench.measure import Result, Shape, Variant, work
 from infer.bench.report import Report, as_json, render
 from infer.bench.subject import Subject, describe_mesh
 from infer.memory.links import LINKS
@@ -52,7 +50,7 @@ def test_bytes_and_operations_are_those_of_the_cost_model(sizes, scheme):
     shapes = {"decode": Shape(3, context=99), "prefill": Shape(3, prompt=100)}
     for name, shape in shapes.items():
         precision, step = Precision("bfloat16", scheme), cost.steps[name]
-        moved, flops = mesh_work(SIX, precision, sizes_of(sizes), shape, "tpu")
+        moved, flops = work(SIX, precision, shape, "tpu", sizes_of(sizes))
         embedded = rows * max(shape.prompt, 1) * SIX.hidden_size * 2
         read = step.memory_s * links.card.bandwidth + embedded
         assert moved == pytest.approx(8 * read, rel=1e-12), name
@@ -61,11 +59,10 @@ def test_bytes_and_operations_are_those_of_the_cost_model(sizes, scheme):
 
 def test_what_is_on_several_devices_counts_on_each():
     config, plain = dataclasses.replace(TOY, vocab_size=96), Precision("float32")
-    params = random_params(config, jnp.float32)
-    one, half = (work(config, params, Shape(rows, context=7), "cpu") for rows in (4, 2))
+    one, half = (work(config, plain, Shape(rows, context=7), "cpu") for rows in (4, 2))
 
     def of(rows: int = 4, **sizes: int) -> tuple[float, float]:
-        return mesh_work(config, plain, sizes_of(sizes), Shape(rows, context=7), "cpu")
+        return work(config, plain, Shape(rows, context=7), "cpu", sizes_of(sizes))
 
     assert of() == one
     assert of(data=2) == of(fsdp=2) == (2 * half[0], 2 * half[1]) == of(rows=3, data=2)
@@ -121,7 +118,6 @@ def test_a_line_says_what_virtual_devices_share():
     ("args", "message"),
     [
         (["--tp", "2", "--peer", "transformers"], "--peer: not supported on a mesh"),
-        (["--tp", "1", "--preset", "consumer", "--peer", "transformers"], "--preset and --peer"),
         (["--coordinator", "host:1"], "--coordinator: not supported by this command"),
         (["--mesh", "data=2,model=4"], "is not valid"),
         (["--tp", "7"], "tensor=7 takes 7 devices"),
@@ -159,7 +155,6 @@ def test_measuring_on_a_mesh(found):
     for result in report["results"]:
         assert result["variant"]["layers"] == "list" and not result["problem"]
         assert result["bytes_per_s"] == result["bytes"] / min(result["seconds"])
-        assert 0 < result["planned"] < 8 * result["variant"]["weights"]
     # Of three rows, though four are computed.
     assert decode["tokens_per_s"] == pytest.approx(3 / min(decode["seconds"]))
     assert "72.4 kB of weights, 21.6 kB on each device" in said

@@ -102,8 +102,6 @@ def test_a_laptop_is_offered_the_demo_model():
     ("free", "flags"),
     [
         (6, "--dtype bfloat16 --quantize int4"),
-        (9, "--dtype bfloat16 --quantize int8"),
-        (15, "--dtype bfloat16"),
         (26, "--dtype bfloat16"),
         (28, "--dtype float32"),
     ],
@@ -113,36 +111,95 @@ def test_memory_decides_the_form_on_a_processor(free, flags):
     assert report.command == f"python -m infer.generate --model FOLDER {flags} --prompt 你好"
 
 
-def test_a_gpu_beside_a_jaxlib_for_the_processor_only():
-    report = check(WORKSTATION)
-    assert 'python -m pip install "glm2-jax[cuda]"' in texts(report, PROBLEM)
-    assert report.problems == 1 and report.exit_code == 0
-    assert "A100" in texts(report) and "problems are fixed" in render(Model(), report, 100)
-    assert report.best is not None and report.best.budget.platform == "cpu"
+def hidden(**variables: str) -> Machine:
+    """A workstation whose GPU should work, with environment variables."""
+    return changed(WORKSTATION, packages=PACKAGES | CUDA12, variables=variables)
 
 
-def test_drivers_and_cuda_versions():
-    old = dataclasses.replace(WORKSTATION.nvidia, driver="470.223.02")
-    report = check(changed(WORKSTATION, nvidia=old, packages=PACKAGES | CUDA12))
-    assert "470.223.02 is too old: CUDA 12 needs 525" in texts(report, PROBLEM)
-    report = check(changed(WORKSTATION, packages=PACKAGES | CUDA13))
-    said = texts(report, PROBLEM)
-    assert "too old for the installed CUDA 13" in said and "uninstall -y jax-cuda13-plugin" in said
-    new = dataclasses.replace(WORKSTATION.nvidia, driver="580.65")
-    report = check(changed(WORKSTATION, nvidia=new, packages=PACKAGES | CUDA13))
-    assert "too old" not in texts(report)
-    stale = PACKAGES | CUDA12 | {"jax-cuda12-plugin": "0.9.0"}
-    report = check(changed(WORKSTATION, packages=stale))
-    assert "pip install jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2" in texts(report)
+def with_driver(version: str, packages: dict[str, str]) -> Machine:
+    nvidia = dataclasses.replace(WORKSTATION.nvidia, driver=version)
+    return changed(WORKSTATION, nvidia=nvidia, packages=PACKAGES | packages)
+
+
+def without_jax(error: str, **changes) -> Machine:
+    broken = JaxProbe(error=error)
+    return changed(LAPTOP, jax=broken, jax_on_cpu=broken, **changes)
+
+
+TPU = changed(LAPTOP, tpus=4)
+LIBTPU = changed(TPU, packages=PACKAGES | {"libtpu": "0.0.52"})
+CONTAINER = changed(WORKSTATION, container=True, nvidia=Nvidia(on_bus=1, driver="550.54.15"))
+
+
+@pytest.mark.parametrize(
+    ("machine", "mark", "words"),
+    [
+        (WORKSTATION, PROBLEM, ['python -m pip install "glm2-jax[cuda]"']),
+        (with_driver("470.223.02", CUDA12), PROBLEM, ["470.223.02 is too old: CUDA 12 needs 525"]),
+        (
+            with_driver("550.54.15", CUDA13),
+            PROBLEM,
+            ["too old for the installed CUDA 13", "uninstall -y jax-cuda13-plugin"],
+        ),
+        (
+            with_driver("550.54.15", CUDA12 | {"jax-cuda12-plugin": "0.9.0"}),
+            PROBLEM,
+            ["pip install jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2"],
+        ),
+        (hidden(JAX_PLATFORMS="cpu"), PROBLEM, ["hides the GPU", "unset JAX_PLATFORMS"]),
+        (hidden(CUDA_VISIBLE_DEVICES=""), PROBLEM, ["hides the GPU", "unset CUDA_VISIBLE"]),
+        (hidden(LD_LIBRARY_PATH="/usr/local/cuda/lib64"), PROBLEM, ["unset LD_LIBRARY_PATH"]),
+        (hidden(), PROBLEM, ["see jax's own message"]),
+        (changed(WORKSTATION, nvidia=Nvidia(on_bus=1)), PROBLEM, ["driver is not loaded"]),
+        (CONTAINER, PROBLEM, ["docker run --gpus all"]),
+        (
+            changed(CONTAINER, memory=Memory(64 * GB, 60 * GB, 4 * GB, 3 * GB)),
+            NOTE,
+            ["limited to 4.0 GB, 3.0 GB of it left"],
+        ),
+        (
+            changed(LAPTOP, cache=Cache("/root/cache", exists=True, writable=False)),
+            PROBLEM,
+            ["not writable", 'export GLM2_JAX_COMPILE_CACHE="$(mktemp -d)"'],
+        ),
+        (changed(LAPTOP, cache=Cache("off")), NOTE, ["not cached"]),
+        (
+            changed(LAPTOP, disks=(Disk("downloads", "~/hub", 5 * GB),)),
+            NOTE,
+            ["a 6B checkpoint has 12.5 GB"],
+        ),
+        (TPU, PROBLEM, ['pip install "glm2-jax[tpu]"']),
+        (LIBTPU, PROBLEM, ["another program uses it"]),
+        (changed(LIBTPU, variables={"JAX_PLATFORMS": "cpu"}), PROBLEM, ["hides the TPU"]),
+    ],
+)
+def test_findings(machine, mark, words):
+    report = check(machine)
+    assert all(text in texts(report, mark) for text in words), texts(report)
+    assert report.exit_code == 0 and bool(report.problems) >= (mark == PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("XLA_FLAGS", "Unknown flag in XLA_FLAGS: --nonsense=1 (at: find devices)"),
+        ("JAX_ENABLE_X64", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+        ("JAX_LOG_LEVEL", 'Invalid value "x" for JAX flag jax_log_level'),
+    ],
+)
+def test_variables_that_jax_cannot_use(name, error):
+    said = texts(check(without_jax(error, variables={name: "x"})), PROBLEM)
+    assert f"unset {name}" in said and "fresh" not in said
 
 
 def test_a_gpu_that_jax_uses():
     report = check(with_gpu())
-    assert report.problems == 0 and report.best is not None
-    assert (
-        report.command == "python -m infer.generate --model FOLDER --dtype bfloat16 --prompt 你好"
-    )
-    assert "jax uses it" in texts(report)
+    assert report.problems == 0 and "jax uses it" in texts(report) and best(report) == "bfloat16"
+    end = "--model FOLDER --dtype bfloat16 --prompt 你好"
+    assert report.command == f"python -m infer.generate {end}"
+    used = changed(LIBTPU, jax=JaxProbe((Device("tpu", "TPU v5 lite", 16 * GB),) * 4))
+    report = check(used)
+    assert report.problems == 0 and best(report) == "bfloat16"
 
 
 def test_a_gpu_counts_with_what_our_commands_take_of_it():
@@ -167,40 +224,8 @@ def test_two_gpus_of_which_the_first_is_taken():
     assert "export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1" in said
 
 
-def test_a_container_with_a_limit():
-    machine = changed(WORKSTATION, container=True, nvidia=Nvidia(on_bus=1, driver="550.54.15"))
-    machine = changed(machine, memory=Memory(64 * GB, 60 * GB, 4 * GB, 3 * GB))
-    report = check(machine)
-    assert "limited to 4.0 GB, 3.0 GB of it left" in texts(report, NOTE)
-    assert "docker run --gpus all" in texts(report, PROBLEM)
-    assert report.best is None and report.exit_code == 0
-
-
-def test_what_hides_a_gpu():
-    for name, value in (("JAX_PLATFORMS", "cpu"), ("CUDA_VISIBLE_DEVICES", "")):
-        machine = changed(WORKSTATION, packages=PACKAGES | CUDA12, variables={name: value})
-        report = check(machine)
-        assert "hides the GPU" in texts(report, PROBLEM) and f"unset {name}" in texts(report)
-    variables = {"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}
-    report = check(changed(WORKSTATION, packages=PACKAGES | CUDA12, variables=variables))
-    assert "unset LD_LIBRARY_PATH" in texts(report, PROBLEM)
-    unloaded = changed(WORKSTATION, nvidia=Nvidia(on_bus=1))
-    assert "driver is not loaded" in texts(check(unloaded), PROBLEM)
-    unexplained = changed(WORKSTATION, packages=PACKAGES | CUDA12)
-    assert "see jax's own message" in texts(check(unexplained), PROBLEM)
-
-
-def test_a_cache_that_cannot_be_written():
-    report = check(changed(LAPTOP, cache=Cache("/root/cache", exists=True, writable=False)))
-    assert "not writable" in texts(report, PROBLEM)
-    assert 'export GLM2_JAX_COMPILE_CACHE="$(mktemp -d)"' in texts(report)
-    assert report.exit_code == 0
-    assert "not cached" in texts(check(changed(LAPTOP, cache=Cache("off"))), NOTE)
-
-
 def test_jax_that_does_not_work():
-    broken = JaxProbe(error="crashed with signal 4 (at: import jax)")
-    report = check(changed(LAPTOP, jax=broken, jax_on_cpu=broken, avx=False))
+    report = check(without_jax("crashed with signal 4 (at: import jax)", avx=False))
     assert report.exit_code == 5 and report.command == "" and report.places == ()
     said = texts(report, PROBLEM)
     assert "signal 4" in said and "python -m venv fresh" in said and "no AVX" in said
@@ -209,7 +234,7 @@ def test_jax_that_does_not_work():
 
 def test_jax_that_works_on_the_processor_only():
     hung = JaxProbe(error="no answer within 180 seconds (at: find devices)", said=("CUDA_ERROR",))
-    machine = changed(WORKSTATION, packages=PACKAGES | CUDA12, jax=hung, jax_on_cpu=CPU)
+    machine = changed(hidden(), jax=hung, jax_on_cpu=CPU)
     report = check(machine)
     assert report.exit_code == 0 and "--device cpu" in report.command
     assert "CUDA_ERROR" in texts(report) and "export JAX_PLATFORMS=cpu" in texts(report)
@@ -217,30 +242,6 @@ def test_jax_that_works_on_the_processor_only():
     assert "unset JAX_PLATFORMS" in texts(report)
     small = changed(machine, memory=Memory(4 * GB, 3 * GB))
     assert check(small).command == "python -m infer.generate --device cpu --prompt 你好"
-
-
-def test_variables_that_jax_cannot_use():
-    for name, error in (
-        ("XLA_FLAGS", "Unknown flag in XLA_FLAGS: --nonsense=1 (at: find devices)"),
-        ("JAX_ENABLE_X64", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
-        ("JAX_LOG_LEVEL", 'Invalid value "x" for JAX flag jax_log_level'),
-    ):
-        broken = JaxProbe(error=error)
-        machine = changed(LAPTOP, jax=broken, jax_on_cpu=broken, variables={name: "x"})
-        said = texts(check(machine), PROBLEM)
-        assert f"unset {name}" in said and "fresh" not in said
-
-
-def test_tpus():
-    machine = changed(LAPTOP, tpus=4)
-    assert 'pip install "glm2-jax[tpu]"' in texts(check(machine), PROBLEM)
-    ready = changed(machine, packages=PACKAGES | {"libtpu": "0.0.52"})
-    assert "another program uses it" in texts(check(ready), PROBLEM)
-    hidden = changed(ready, variables={"JAX_PLATFORMS": "cpu"})
-    assert "hides the TPU" in texts(check(hidden), PROBLEM)
-    used = changed(ready, jax=JaxProbe((Device("tpu", "TPU v5 lite", 16 * GB),) * 4))
-    report = check(used)
-    assert report.problems == 0 and best(report) == "bfloat16"
 
 
 def test_a_model_of_its_own():
@@ -272,8 +273,6 @@ def test_unknown_memory_and_disks():
     report = check(machine)
     assert "free space unknown" in texts(report, NOTE) and report.best is None
     assert "try it" in render(Model(), report, 100)
-    report = check(changed(LAPTOP, disks=(Disk("downloads", "~/hub", 5 * GB),)))
-    assert "a 6B checkpoint has 12.5 GB" in texts(report, NOTE)
 
 
 def run(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -335,26 +334,10 @@ def test_a_file_of_the_users_is_not_taken_for_jax(tmp_path, monkeypatch):
     assert found.works, found.error
 
 
-def test_variables_of_this_machine():
-    for name, value, reported in (
-        ("JAX_PLATFORMS", "rocm", "JAX_PLATFORMS=rocm"),
-        ("XLA_FLAGS", "--nonsense=1", "--nonsense=1"),
-    ):
-        done = run(**{"JAX_PLATFORMS": "cpu", name: value})
-        assert f"do this: unset {name}" in done.stdout and reported in done.stdout, done.stdout
-        assert "AssertionError" not in done.stdout
-
-
-def test_flags():
-    code = (
-        "import sys\nfrom infer.doctor.__main__ import main\n"
-        "try: main(['--help'])\nfinally: print('numpy' in sys.modules, file=sys.stderr)"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0 and "--json" in done.stdout and done.stderr == "False\n"
-    with pytest.raises(CheckpointError):
-        main(["--model", "no/such/folder"])
+def test_a_variable_of_this_machine():
+    done = run(JAX_PLATFORMS="rocm")
+    assert "do this: unset JAX_PLATFORMS" in done.stdout and "JAX_PLATFORMS=rocm" in done.stdout
+    assert "AssertionError" not in done.stdout
 
 
 def test_main_prints_what_was_probed(monkeypatch, capsys):
@@ -365,3 +348,5 @@ def test_main_prints_what_was_probed(monkeypatch, capsys):
     monkeypatch.setattr(probing, "probe", lambda: changed(LAPTOP, jax=JaxProbe(error="no")))
     assert main(["--json"]) == EXIT_DEVICE
     assert json.loads(capsys.readouterr().out)["problems"] == 1
+    with pytest.raises(CheckpointError):
+        main(["--model", "no/such/folder"])

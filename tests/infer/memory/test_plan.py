@@ -219,6 +219,14 @@ def test_prompts_in_smaller_chunks_are_what_fits_nearest():
         settle(Budget("a card", "gpu", room, limited=True), [wanted])
 
 
+def test_a_consumer_card_holds_the_6b_model():
+    """Prompt and answer of 2048 tokens, in GB; what CUDA takes is assumed, and comes on top."""
+    for precision, goal in ((BF16, 13.3), (INT8, 8.0), (INT4, 5.5)):
+        plan = Plan(SIX, precision, 4096, chunk=512)
+        assert plan.total - plan.runtime <= goal * 1e9
+        assert precision is BF16 or plan.total <= goal * 1e9  # these with CUDA, too
+
+
 def test_the_bound_of_the_speed():
     """Weights without the embedding, at 936 GB/s: 78 tokens/s in bfloat16, 150 in int8."""
     for precision, want in ((BF16, 78), (INT8, 150), (INT4, 262)):

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from infer.selftest.checks import Check
 from infer.selftest.report import scrubbed
 from infer.selftest.run import model_name
 from tests.support.checkpoints import TINY, tiny_config, write_official
-from tests.support.paths import ROOT
 from tests.support.shared_data import shared_file
 from tests.support.sp_model import sp_model
 
@@ -191,7 +188,7 @@ def test_damage_in_memory(toy):
     assert found["shapes"].got == "embed (639, 32)"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_looking_for_nan_and_infinity_needs_no_memory(dtype):
     for bad in (np.nan, np.inf, -np.inf):
         for place in ((1, 0, 0), (1, 7, 33), (1, 4, 1)):
@@ -199,8 +196,7 @@ def test_looking_for_nan_and_infinity_needs_no_memory(dtype):
             assert checks._finite_rows(array).tolist() == [True, False, True]
     large = jax.ShapeDtypeStruct((2, 256, 4096), jnp.dtype(dtype))
     memory = checks._finite_rows.lower(large).compile().memory_analysis()
-    assert memory is not None
-    assert memory.temp_size_in_bytes < 10_000 or dtype == "float16"
+    assert memory is not None and memory.temp_size_in_bytes < 10_000
 
 
 def test_a_cache_that_is_wrong(toy, monkeypatch):
@@ -211,10 +207,6 @@ def test_a_cache_that_is_wrong(toy, monkeypatch):
     engine.programs = Programs("cpu")
     monkeypatch.setattr(checks, "_fill", forgets)
     assert checks._cache(engine).status == "FAIL"
-
-
-def test_the_cache_in_half_precision(toy):
-    assert checks._cache(infer.load(toy, dtype="bf16")).status == "pass"
 
 
 def test_out_of_memory_is_reported_with_its_own_exit_code(capsys, toy, monkeypatch):
@@ -255,9 +247,7 @@ def test_which_models_are_known():
     assert known.known_tokens(tiny_config(), Tokenizer.from_bytes(sp_model())) is None
     assert known.claims_6b("THUDM/chatglm3-6b-32k") and not known.claims_6b("me/chatglm2-toy")
     assert not known.claims_6b(None)
-
-
-def test_punctuation_and_width_do_not_matter():
+    # Punctuation and width do not matter.
     published = "你好👋!我是人工智能助手 ChatGLM2-6B,很高兴见到你,欢迎问我任何问题。"
     assert known.same_text(published, known._CHATGLM2_6B.texts[0])
     assert not known.same_text(published.replace("很", "不"), known._CHATGLM2_6B.texts[0])
@@ -274,6 +264,8 @@ def test_json_and_no_private_words(capsys, toy, monkeypatch):
 
 
 def test_paths_are_shortened(tmp_path, monkeypatch):
+    assert model_name("THUDM/chatglm2-6b") == "chatglm2-6b"
+    assert model_name(f"{demo_folder()}/") == "demo"
     folder = tmp_path / "me" / "model"
     folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -285,23 +277,7 @@ def test_paths_are_shortened(tmp_path, monkeypatch):
         assert str(tmp_path) not in note and note.endswith("/b and ~/other, inference"), note
 
 
-def test_a_model_is_named_by_its_last_part():
-    assert model_name("THUDM/chatglm2-6b") == "chatglm2-6b"
-    assert model_name(str(demo_folder())) == model_name(f"{demo_folder()}/") == "demo"
-
-
 def test_a_folder_that_is_not_there(tmp_path, capsys):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="directory not found"):
         main(["--model", str(tmp_path / "none"), "--compile-cache", "off"])
     assert capsys.readouterr().out == ""
-
-
-def test_help_does_not_wait_for_jax():
-    code = (
-        "import sys\nfrom infer.selftest.__main__ import main\n"
-        "try: main(['--help'])\nfinally: print('numpy' in sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 0 and "--model" in done.stdout and done.stderr == "False\n"

@@ -150,8 +150,8 @@ def test_two_processes_save_and_go_on_and_so_does_one_alone(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         told.append(json.loads(done.stdout))
-    data = open_rows(tmp_path / "d.jsonl", rows)
-    batch = Batches(data, batch_size=3, shuffle=False).at(0, 0).batch
+    dataset = open_rows(tmp_path / "d.jsonl", rows)
+    batch = Batches(dataset, batch_size=3, shuffle=False).at(0, 0).batch
     expected = {"sum": int(batch.tokens.sum()), "own": 2, "shape": [1, 4, batch.tokens.shape[-1]]}
     assert told == [{"before": None, **expected}, {"before": 1, **expected}]
     like = {"rows": jnp.zeros((4, 2))}
