@@ -10,7 +10,6 @@ import errno
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -160,9 +159,11 @@ def require_writable(destination: Path) -> None:
         place = _nearest(destination)
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        # The rights alone do not say it: those of /proc allow it.
-        with tempfile.TemporaryDirectory(prefix=_work_folder(destination).name, dir=place):
-            pass
+        # Try it, because the rights alone do not say it: those of /proc allow it.
+        attempt = place / f"{_work_folder(destination).name}-{os.getpid()}"
+        attempt.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # removed by another thread
+            attempt.rmdir()
     except OSError as error:
         raise _cannot_write(destination, error) from error
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -177,10 +178,10 @@ def test_a_place_that_cannot_be_written(tmp_path, path):
 
 
 def test_a_folder_without_the_right_to_write(tmp_path, monkeypatch):
-    def refuse(path, mode=0o777):
+    def refuse(self, mode=0o777, exist_ok=False):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match="Permission denied"):
         check_destination(tmp_path / "deep" / "own", overwrite=False)
 

@@ -292,7 +292,7 @@ def test_killed_between_the_last_two_steps(command, output, monkeypatch):
 
 def test_an_output_of_another_time_is_kept(command, broken, output):
     output.write_text("mine")
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="exists already"):
         command()
     assert output.read_text() == "mine"
     assert command("--overwrite") == 0 and output.read_bytes() == broken
