@@ -51,21 +51,14 @@ _HALF_TOLERANCE = 5e-2
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
-
-    Attributes:
-      status: "pass", "FAIL" or "skipped".
-      expected, got: for people; `expected` is "" where there is nothing to compare with.
-      note: why it failed or was skipped.
-      exit_code: of the command, if the check failed.
-    """
+    """One check."""
 
     name: str
-    status: str
-    expected: str = ""
+    status: str  # "pass", "FAIL" or "skipped"
+    expected: str = ""  # for people; "" where there is nothing to compare with
     got: str = ""
-    note: str = ""
-    exit_code: int = 4
+    note: str = ""  # why it failed or was skipped
+    exit_code: int = 4  # of the command, if the check failed
 
 
 @dataclass(frozen=True)
