@@ -45,14 +45,12 @@ def test_angles_by_hand():
     np.testing.assert_allclose(cos_sin(config, [0, 3, 7]), expected, atol=1e-6)
 
 
-def test_linear_ratio_divides_positions():
+def test_a_ratio_divides_positions_or_multiplies_the_base():
     scaled = dataclasses.replace(CONFIG, rope_ratio=16.0, rope_kind="linear")
     np.testing.assert_array_equal(
         cos_sin(scaled, [0, 16, 32, 16 * 500]), cos_sin(CONFIG, [0, 1, 2, 500])
     )
 
-
-def test_base_ratio_multiplies_the_base():
     scaled = dataclasses.replace(CONFIG, rope_ratio=50.0, rope_kind="base")
     other_base = dataclasses.replace(CONFIG, rope_base=500_000.0)
     np.testing.assert_array_equal(cos_sin(scaled, [5, 31]), cos_sin(other_base, [5, 31]))
