@@ -139,13 +139,8 @@ def check_model(config: GLMConfig) -> None:
     """Refuses what llama.cpp's chatglm does not compute.
 
     Raises:
-        UsageError: scaled queries, or heads that are together wider or narrower than the model.
+        UsageError: heads that are together wider or narrower than the model.
     """
-    if config.logn_scaling:
-        raise UsageError(
-            "A model with logn_scaling cannot be written as GGUF.",
-            "llama.cpp does not scale its queries, so its answers would be others.",
-        )
     width = config.num_heads * config.head_dim
     if width != config.hidden_size:
         raise UsageError(

@@ -321,14 +321,6 @@ def test_bad_input_through_the_command(tmp_path, capsys, monkeypatch):
     assert names(tmp_path) == ["a"]
 
 
-def test_logn_scaling_has_no_hf_native_form(tmp_path):
-    source = open_folder(write_official(tmp_path / "a", tiny_config(logn_scaling=True)))
-    with pytest.raises(UsageError, match="logn_scaling"):
-        export_folder(source, tmp_path / "b", layout="glm")
-    export_folder(source, tmp_path / "b", layout="chatglm")
-    assert open_folder(tmp_path / "b").config.logn_scaling
-
-
 @settings(max_examples=15, derandomize=True, deadline=None)
 @given(
     kv_heads=st.sampled_from([1, 2, 4]),
