@@ -2,8 +2,8 @@
 
     python examples/sharding/compare.py [--json]
 
-Without other devices, or with JAX_PLATFORMS=cpu, it computes on eight virtual ones of the CPU. Their
-times do not predict those of real devices: all eight share the same cores and memory.
+Without other devices, or with JAX_PLATFORMS=cpu, it computes on eight virtual ones of the CPU.
+Their times do not predict those of real devices: all eight share the same cores and memory.
 """
 
 from __future__ import annotations

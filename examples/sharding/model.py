@@ -101,10 +101,10 @@ def main() -> None:
     arrays |= {"cache.k": cache.k, "cache.length": cache.length}
     for name, array in arrays.items():
         part = array.sharding.shard_shape(array.shape)
-        print(f"{name:16} {array.shape!s:18} of it a device has {part!s:18} {array.sharding.spec}")
+        print(f"{name:16} {array.shape!s:18} per device {part!s:18} {array.sharding.spec}")
     print("\nthe head [V, D], and which devices have which rows of it:")
     jax.debug.visualize_array_sharding(placed["head"])
-    print("a step of an answer; what stands in the loop over the layers is listed once:")
+    print("the collectives of a decode step; one inside the loop over the layers is listed once:")
     for kind, size in collectives(program.as_text() or ""):
         print(f"  {kind} of {size:,} bytes")
 

@@ -43,7 +43,7 @@ def test_the_page_has_the_collectives_that_are_compiled():
 def test_the_model_on_four_devices_holds_and_says_what_its_cost_tells():
     text = example("model.py", "--mesh", "data=2,tensor=2")
     assert "the 32 tokens of one device" in text
-    parts = re.findall(r"^(\S+) .* of it a device has \(([\d, ]+)\)", text, re.M)
+    parts = re.findall(r"^(\S+) .* per device \(([\d, ]+)\)", text, re.M)
     sizes = dict.fromkeys(("weights", "cache"), 0)
     for name, shape in parts:
         size = 4
