@@ -68,7 +68,7 @@ def test_blocks_have_the_values_and_gradients_of_the_plain_form(name, monkeypatc
         np.testing.assert_allclose(ours, reference, atol=1e-5, rtol=1e-5)
 
 
-def test_what_nobody_may_look_at_may_hold_anything(monkeypatch):
+def test_unseen_keys_and_values_may_hold_anything(monkeypatch):
     q, k, v, visible = arguments("cache")
     hidden = (visible.key_segments == 0)[:, :, None, None]
     k, v = jnp.where(hidden, jnp.nan, k), jnp.where(hidden, jnp.inf, v)
@@ -80,7 +80,7 @@ def test_what_nobody_may_look_at_may_hold_anything(monkeypatch):
 
 
 def run(config, params, tokens, **kwargs):
-    """`forward`, traced anew: the sizes of blocks are read then."""
+    """Run `forward`, traced again, when it reads the sizes of blocks."""
 
     def fresh(params, tokens, kwargs):
         return forward(config, params, tokens, **kwargs)
@@ -116,12 +116,12 @@ def test_map_blocks_pads_the_last_block(length):
 
 
 def temporaries(slots: int, queries: int = 64) -> int:
-    """Bytes that attention of a chunk of queries needs beside its arguments and result."""
+    """Bytes that attention of a chunk of queries needs besides its arguments and result."""
     q = jax.ShapeDtypeStruct((1, queries, N, H), jnp.float32)
     kv = jax.ShapeDtypeStruct((1, slots, K, H), jnp.float32)
     places, keys = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (queries, slots))
     compiled = jax.jit(attend).lower(q, kv, kv, Visibility(places, places, keys)).compile()
-    values = slots * K * H * 4  # silenced where nobody may look
+    values = slots * K * H * 4  # unseen ones are set to 0
     return compiled.memory_analysis().temp_size_in_bytes - values
 
 

@@ -24,7 +24,7 @@ def test_presets_are_the_published_files(name):
     assert PRESETS[name].num_params == 6_243_584_000
     raw = json.loads(shared_file(f"configs/{name}.json", missing_ok=True) or "null")
     if raw is None:
-        assert name == "chatglm3-6b-32k", "only this one has no published file beside us"
+        assert name == "chatglm3-6b-32k", "only this one has no published file here"
         return
     assert GLMConfig.from_hf(raw) == PRESETS[name]
 

@@ -44,10 +44,10 @@ def test_a_layer_has_two_all_reduces_and_no_weight_moves(
     # Neither a weight is copied nor keys or values, which are halves of the cache.
     assert memory.temp_size_in_bytes < (5 * MB if tokens == 1 else cache / 3)
     print(f"{topology} {sizes} {quantize} {tokens}: {memory.temp_size_in_bytes / MB:.0f} MB more")
-    # What the model of costs says of the same mesh.
+    # The cost model agrees.
     links = LINKS[topology.split(":")[0]]
-    told = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=SLOTS, scheme=quantize)
-    assert memory.argument_size_in_bytes == pytest.approx(told.weights + told.cache, rel=1e-3)
+    cost = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=SLOTS, scheme=quantize)
+    assert memory.argument_size_in_bytes == pytest.approx(cost.weights + cost.cache, rel=1e-3)
     read = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=tokens, scheme=quantize)
     talk = read.steps["decode" if tokens == 1 else "prefill"].talk
     assert sum(one.times for one in found) == talk.calls

@@ -310,7 +310,7 @@ def check_donation(root: Path) -> None:
 
 
 def check_saving(root: Path) -> None:
-    """What lies on a mesh is written as what lies on one device, a tensor at a time."""
+    """Weights on a mesh are written like those on one device, a tensor at a time."""
     sizes = []
     take = own.gathered
 

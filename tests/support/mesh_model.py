@@ -1,4 +1,4 @@
-"""The toy model on meshes of eight devices beside one."""
+"""The toy model on meshes of eight devices, compared with one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from glm2_jax.schemes import SCHEMES
 from tests.support.program_text import collectives, kinds
 from tests.support.toy import quantized, random_tokens, toy_params
 
-# Groups of 32 columns in an ffn of 96: on four devices some lie on two.
+# Groups of 32 columns in an ffn of 96: on four devices some are on two.
 CONFIG = GLMConfig(2, 104, 64, 96, 8, 2, 16, 64)
 ROWS, SLOTS, STEPS = 8, 16, 3
 
@@ -122,7 +122,7 @@ def compare(case: Case) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         state = empty()
         read = np.zeros((ROWS, case.width), np.int32), np.ones(ROWS, np.int32)
-        # Compiled for a cache that lies so: what the program returns has to lie so as well.
+        # Compiled for this sharding of the cache, which its result must have as well.
         program = step.lower(params, *read, state).compile()
         got, got_tokens, state = answer(program, params, state, case.width, case.width)
     found = collectives(program.as_text() or "")

@@ -1,6 +1,6 @@
 """The programs of the real 6B shapes, compiled from abstract values for devices that are not here.
 
-No weights and no device are needed: what the compiler says of memory is read, nothing is run. The
+No weights and no device are needed: only the compiler's figures of memory are read. The
 CPU is always there; an H200 needs JAX's CUDA plugin, a TPU the libtpu package.
 """
 
@@ -132,7 +132,7 @@ def test_memory_of_a_32k_prompt(platform, tokens):
     args = params_of(), int32(1, tokens), row, row, cache
     memory = compiled(platform, partial(steps.read, CONFIG), *args, donate=4).memory_analysis()
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    assert memory.alias_size_in_bytes >= whole - 8  # the lengths come anew
+    assert memory.alias_size_in_bytes >= whole - 8  # the lengths are new
     print(f"{platform}: cache {whole / GB:.2f} GB, {memory.temp_size_in_bytes / MB:.0f} MB more")
     assert whole + memory.temp_size_in_bytes < (0.94 + 2) * GB
 

@@ -1,4 +1,4 @@
-"""What a mesh costs, beside arithmetic by hand and what the plan for one device says."""
+"""The cost of a mesh against arithmetic by hand and the plan for one device."""
 
 import math
 
