@@ -229,7 +229,6 @@ def loss(lora, params, remat=False, dropout_key=None):
 
 in_a_hurry = compiler_options("cpu") | hurry.OPTIONS
 jit_grad = jax.jit(jax.grad(loss), static_argnames="remat", compiler_options=in_a_hurry)
-jit_loss = jax.jit(loss)
 
 
 @pytest.mark.parametrize(
@@ -247,20 +246,6 @@ def test_gradients_of_the_adapter_alone(form, layers):
         np.testing.assert_allclose(one, other, atol=1e-6 if form != "bfloat16" else 1e-3)
         largest = np.abs(np.asarray(one)).max(axis=tuple(range(1, one.ndim)))
         assert largest.min() > 0, "in every layer"
-
-
-def test_gradients_are_the_slopes():
-    lora, params = jax.tree.map(np.asarray, trained()), toy_params(TOY)
-    grads = jax.tree.map(np.asarray, jit_grad(lora, params))
-    way = jax.tree.map(lambda g: g / (np.abs(g).max() + 1e-9), grads)
-
-    def at(step: float) -> float:
-        return float(
-            jit_loss(jax.tree.map(lambda x, d: np.float32(x + step * d), lora, way), params)
-        )
-
-    slope = sum(np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (grads, way)), strict=True))
-    assert (at(5e-4) - at(-5e-4)) / 1e-3 == pytest.approx(float(slope), rel=1e-2)
 
 
 def test_a_new_adapter_learns_b_first():
