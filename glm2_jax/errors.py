@@ -1,4 +1,4 @@
-"""The errors that a user may meet, each with the exit code that the command-line tools give it."""
+"""The expected errors, each with the exit code that the command-line tools return for it."""
 
 import reprlib
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from glm2_jax.escape import escape_controls, join_lines
 class GLMError(Exception):
     """An expected failure in up to three parts: what happened, why, and what to do.
 
-    What a terminal would obey is escaped in all of them, newlines inside a line, too.
+    Control characters and newlines inside a line are escaped in all parts.
 
     Attributes:
         what: one line, what went wrong.
-        why: the reason; may be empty, or have several lines where it was given as several.
+        why: the reason; may be empty, or several lines if it was given as a list.
         fix: one line, what the user can do; may be empty.
-        exit_code: what a command-line tool exits with.
+        exit_code: exit code of a command-line tool.
     """
 
     exit_code = 1
@@ -28,31 +28,31 @@ class GLMError(Exception):
 
 
 class UsageError(GLMError):
-    """A flag or argument that makes no sense."""
+    """A flag or argument is not valid."""
 
     exit_code = 2
 
 
 class InputError(GLMError):
-    """Bad input or data: prompts, files of questions, history."""
+    """Input or data is not valid: prompts, files of questions, history."""
 
     exit_code = 3
 
 
 class CheckpointError(GLMError):
-    """A model folder that cannot be opened, or a model that computes nonsense."""
+    """A model folder cannot be opened, or a model computes nonsense."""
 
     exit_code = 4
 
 
 class DeviceError(GLMError):
-    """Out of memory, or a device that is not there."""
+    """Memory ran out, or a device was not found."""
 
     exit_code = 5
 
 
 def shown(value: Any) -> str:
-    """`repr` for an error message: short, and for whole numbers that Python refuses to write."""
+    """Return a short `repr` for an error message; Python refuses that of very long integers."""
     try:
         text = reprlib.repr(value)
     except ValueError:

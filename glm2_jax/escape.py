@@ -1,11 +1,11 @@
-"""Text from outside on its way to a terminal or a line of JSON."""
+"""Escapes text from outside for a terminal or a line of JSON."""
 
 import json
 import re
 from collections.abc import Iterable
 from typing import Any
 
-# C0, DEL and C1; the other ends of lines; what turns the direction of writing; half characters.
+# C0, DEL and C1; other line separators; changes of the writing direction; lone surrogates.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -13,7 +13,8 @@ def escape_controls(text: str, keep: str = "") -> str:
     """Escape what a terminal would obey or show as another line; letters and emoji stay.
 
     Args:
-      keep: characters that are left as they are, for example newlines.
+        text: any text.
+        keep: characters that are left as they are, for example newlines.
     """
     return _CONTROLS.sub(
         lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
@@ -22,11 +23,11 @@ def escape_controls(text: str, keep: str = "") -> str:
 
 
 def join_lines(lines: Iterable[str]) -> str:
-    """Join the lines of a message or report, so that no value inside a line makes a further one."""
+    """Join the lines of a message or report; a newline inside a line is escaped."""
     return "\n".join(map(escape_controls, lines))
 
 
 def json_line(value: Any, *, allow_nan: bool = True) -> str:
-    """Write a value as one line of JSON in which, too, a terminal finds nothing to obey."""
+    """Return a value as one line of JSON, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=allow_nan)
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

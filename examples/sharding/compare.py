@@ -1,9 +1,9 @@
-"""The same layer through pmap, jit and shard_map, side by side: what each compiles to.
+"""Compares what one layer compiles to with pmap, jit and shard_map.
 
     python examples/sharding/compare.py [--json]
 
-Where there is no other device, or with JAX_PLATFORMS=cpu, it computes on eight virtual ones of the
-CPU. Times on those say nothing of real devices: all eight share the same cores and memory.
+Without other devices, or with JAX_PLATFORMS=cpu, it computes on eight virtual ones of the CPU.
+Their times do not predict those of real devices: all eight share the same cores and memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-if __name__ == "__main__":  # before jax looks for devices; counts where the CPU is what it finds
+if __name__ == "__main__":  # before jax looks for devices; only affects the CPU
     jax.config.update("jax_num_cpu_devices", 8)
 
 import numpy as np
@@ -28,7 +28,7 @@ HEADER = ("way", "mesh", "forward", "gradient", "KB", "ms")
 
 
 def measure(way: Way) -> dict[str, Any]:
-    """One line of the table.
+    """Return one line of the table.
 
     Raises:
         AssertionError: the results are not those of a single device.
@@ -49,7 +49,7 @@ def measure(way: Way) -> dict[str, Any]:
 
 @functools.cache
 def wanted() -> tuple[Any, Any]:
-    """Output and gradients of one device."""
+    """Return output and gradients of one device."""
     weights, x = example()
     return jax.jit(layer)(weights, x), jax.jit(jax.grad(loss))(weights, x)
 
@@ -69,7 +69,7 @@ def counted(found: list[tuple[str, int]]) -> str:
 
 
 def seconds(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Of the fastest of some calls."""
+    """Return the time of the fastest call."""
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     if jax.device_count() < 8:
         have = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        raise SystemExit(f"this takes 8 devices, and there are {have}: try JAX_PLATFORMS=cpu")
+        raise SystemExit(f"this takes 8 devices, found {have}: try JAX_PLATFORMS=cpu")
     rows = [measure(way) for way in ways()]
     if args.json:
         print(json.dumps(rows))

@@ -1,4 +1,4 @@
-"""One layer, and the ways to run it on several devices.
+"""One layer, and three ways to run it on several devices.
 
 The layer is the MLP of a ChatGLM2 block: two matrices, and between them an activation. Axis
 letters: B batch, T tokens, D model, F ffn; C = 2, the gate and what passes through it.
@@ -22,7 +22,7 @@ Weights = dict[str, jax.Array]
 
 
 class Way(NamedTuple):
-    """A way to run the layer: functions of (weights, x), and these, where they have to lie.
+    """A way to run the layer: functions of (weights, x), and these arrays, placed on devices.
 
     Attributes:
         forward: the layer's output.
@@ -38,19 +38,19 @@ class Way(NamedTuple):
 
 
 def layer(weights: Weights, x: jax.Array) -> jax.Array:
-    """What one device would do; says nothing of devices. [B, T, D] -> [B, T, D]."""
+    """Compute [B, T, D] -> [B, T, D] as on one device."""
     both = jnp.einsum("BTD,CFD->BTCF", x, weights["gate_up"])
     hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
     return jnp.einsum("BTF,DF->BTD", hidden, weights["down"])
 
 
 def loss(weights: Weights, x: jax.Array) -> jax.Array:
-    """Something to take a gradient of: a mean over rows, as losses are."""
+    """Compute a mean over rows, as losses are, to take a gradient of."""
     return jnp.mean(layer(weights, x) ** 2)
 
 
 def example() -> tuple[Weights, jax.Array]:
-    """(weights, x), random, on one device."""
+    """Return random (weights, x) on one device."""
     random = np.random.default_rng(0)
 
     def draw(*shape: int) -> jax.Array:
@@ -60,7 +60,7 @@ def example() -> tuple[Weights, jax.Array]:
 
 
 def mesh_of(**sizes: int) -> Mesh:
-    """A mesh over the first devices; Auto: the compiler finds out how results lie."""
+    """Make a mesh of the first devices; Auto: the compiler decides how results are sharded."""
     kinds = (AxisType.Auto,) * len(sizes)
     count = 1
     for size in sizes.values():
@@ -73,10 +73,10 @@ def mesh_of(**sizes: int) -> Mesh:
 
 
 def with_pmap(devices: int) -> Way:
-    """The oldest way. JAX maintains it, and adds nothing to it any more: here to be compared.
+    """Run the layer with pmap, the oldest way, which JAX only maintains.
 
-    The leading axis of every argument counts devices, so we cut the batch by hand; the weights are
-    whole on each device. What has to be summed over devices we say ourselves: `lax.pmean`.
+    The leading axis of every argument counts devices, so we cut the batch by hand; each device has
+    all weights. We write the sums over devices: `lax.pmean`.
     """
     weights, x = example()
     one_each = jax.pmap(layer, "data", in_axes=(None, 0), devices=jax.devices()[:devices])
@@ -93,12 +93,15 @@ def with_pmap(devices: int) -> Way:
 
 
 def with_jit(name: str, mesh: Mesh, places: dict[str, P], rows: P) -> Way:
-    """The way of this project, once known as pjit. We say how arguments lie; the function stays the
-    one of a single device, and the compiler puts in what devices have to tell each other."""
+    """Run the layer with jit, as this project does; once called pjit.
+
+    We say how arguments are sharded; the function stays that of one device, and the compiler
+    inserts the collectives.
+    """
     weights, x = example()
     weights = {n: jax.device_put(weights[n], NamedSharding(mesh, places[n])) for n in weights}
     x = jax.device_put(x, NamedSharding(mesh, rows))
-    # Left alone, the compiler would choose how results lie; we want them as their arguments.
+    # Results are to be sharded like the arguments; by default the compiler chooses.
     out = NamedSharding(mesh, rows)
     like = {n: NamedSharding(mesh, places[n]) for n in weights}
     forward = jax.jit(layer, out_shardings=out)
@@ -112,11 +115,12 @@ def with_jit(name: str, mesh: Mesh, places: dict[str, P], rows: P) -> Way:
 def with_shard_map(
     name: str, mesh: Mesh, places: dict[str, P], rows: P, body: Callable[..., jax.Array]
 ) -> Way:
-    """The way for those who want to write every collective themselves: the function sees the part
-    of one device, and nothing is told to others but by `lax.psum` and its kin.
+    """Run the layer with shard_map, where we write every collective ourselves.
+
+    The function sees the part of one device, and devices only communicate by `lax.psum` and others.
 
     Args:
-        body: of one device's (weights, x): its part of the output.
+        body: computes one device's part of the output from its (weights, x).
     """
     way = with_jit(name, mesh, places, rows)
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(places, rows), out_specs=rows)
@@ -130,12 +134,12 @@ def with_shard_map(
 
 
 def summed(weights: Weights, x: jax.Array) -> jax.Array:
-    """A device with some columns of the ffn has a part of every sum: they are added up."""
+    """Add up the devices' parts of every sum: each has some columns of the ffn."""
     return lax.psum(layer(weights, x), "tensor")
 
 
 def gathered(weights: Weights, x: jax.Array) -> jax.Array:
-    """A device that stores a part of the weights fetches the rest before it computes."""
+    """Gather the weights, of which each device stores a part, before the product."""
     whole = partial(lax.all_gather, axis_name="fsdp", tiled=True)
     gate_up, down = whole(weights["gate_up"], axis=2), whole(weights["down"], axis=0)
     return layer({"gate_up": gate_up, "down": down}, x)
@@ -150,7 +154,7 @@ CROSSED = {"gate_up": P(None, "tensor"), "down": P("tensor")}  # the second cut 
 
 
 def ways() -> Iterator[Way]:
-    """Every way of the comparison."""
+    """Yield every way of the comparison."""
     data, tensor, fsdp = mesh_of(data=8), mesh_of(tensor=8), mesh_of(fsdp=8)
     four, both = mesh_of(data=2, tensor=2), mesh_of(data=2, tensor=4)
     yield with_pmap(8)

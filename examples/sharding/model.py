@@ -1,10 +1,9 @@
-"""The whole model on a mesh: where things lie, what a step of an answer compiles to, and that the
-answer is that of one device.
+"""Runs a small random model on a mesh and compares its answer with that of one device.
 
     python examples/sharding/model.py --mesh data=2,tensor=4 [--layers 2]
 
-A small model with random weights. Where there is no other device, or with JAX_PLATFORMS=cpu, it
-computes on as many virtual ones of the CPU as the mesh takes.
+It prints how arrays are sharded, and the collectives of a decode step. Without other devices, or
+with JAX_PLATFORMS=cpu, it computes on as many virtual ones of the CPU as the mesh takes.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ ROWS, PROMPT, SLOTS, STEPS = 8, 6, 16, 4
 
 
 def config_of(layers: int) -> GLMConfig:
-    """Small, but with heads, ffn and vocabulary that a tensor axis of 8 divides."""
+    """Return a small model whose heads, ffn and vocabulary a tensor axis of 8 divides."""
     return GLMConfig(layers, 256, 64, 96, 8, 2, 16, 64)
 
 
 def random_params(config: GLMConfig) -> Any:
-    """Weights without a meaning, on one device."""
+    """Make random weights on one device."""
     random = np.random.default_rng(0)
 
     def draw(shape: tuple[int, ...]) -> jax.Array:
@@ -49,7 +48,7 @@ def random_params(config: GLMConfig) -> Any:
 
 
 def read(config: GLMConfig, params: Any, tokens: jax.Array, cache: KVCache) -> tuple[Any, Any]:
-    """Reads some tokens of every row: (the most likely next ones [B, 1], the cache)."""
+    """Read some tokens of every row: (the most likely next ones [B, 1], the cache)."""
     last = jnp.full(tokens.shape[0], tokens.shape[1] - 1)
     logits, longer = last_logits(config, params, tokens, last, cache=cache)
     return jnp.argmax(logits, -1)[:, None].astype(jnp.int32), longer
@@ -59,8 +58,10 @@ step = jax.jit(read, static_argnums=0, donate_argnums=3)
 
 
 def answer(config: GLMConfig, params: Any) -> tuple[np.ndarray, tuple[jax.Array, KVCache]]:
-    """Greedy tokens [B, STEPS] behind a prompt, and what the next step would start from. The same
-    lines with a mesh and without one."""
+    """Return greedy tokens [B, STEPS] after a prompt, and the input of the next step.
+
+    The same code runs with a mesh and without one.
+    """
     random = np.random.default_rng(1)
     tokens = jnp.asarray(random.integers(0, config.vocab_size, (ROWS, PROMPT)), jnp.int32)
     cache = KVCache.zeros(config, ROWS, SLOTS, jnp.float32)
@@ -87,7 +88,7 @@ def main() -> None:
     params = random_params(config)
     want, _ = answer(config, params)
 
-    # All that a mesh needs: the parameters in their places, and the mesh set while it computes.
+    # All that a mesh needs: sharded parameters, and the mesh set while computing.
     placed = jax.device_put(params, params_sharding(config, mesh))
     with jax.set_mesh(mesh):
         got, (token, cache) = answer(config, placed)
@@ -100,10 +101,10 @@ def main() -> None:
     arrays |= {"cache.k": cache.k, "cache.length": cache.length}
     for name, array in arrays.items():
         part = array.sharding.shard_shape(array.shape)
-        print(f"{name:16} {array.shape!s:18} of it a device has {part!s:18} {array.sharding.spec}")
+        print(f"{name:16} {array.shape!s:18} per device {part!s:18} {array.sharding.spec}")
     print("\nthe head [V, D], and which devices have which rows of it:")
     jax.debug.visualize_array_sharding(placed["head"])
-    print("a step of an answer; what stands in the loop over the layers is listed once:")
+    print("the collectives of a decode step; one inside the loop over the layers is listed once:")
     for kind, size in collectives(program.as_text() or ""):
         print(f"  {kind} of {size:,} bytes")
 

@@ -2,8 +2,7 @@
 
     python examples/sharding/picture.py docs/sharding.png
 
-Takes matplotlib (the extra `plot`). Nothing is computed: the places are asked of
-`glm2_jax.sharding`, and drawn.
+Needs matplotlib (the extra `plot`). Nothing is computed: it draws what `glm2_jax.sharding` returns.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#a0cbe8", "#ffbe7d", "#8
 
 
 def places(mesh: Any) -> dict[str, Any]:
-    """Name -> sharding."""
+    """Return name -> sharding."""
     config = PRESETS["chatglm2-6b"]
     params, cache = params_sharding(config, mesh), cache_sharding(config, mesh)
     layers = params["layers"]
@@ -51,7 +50,7 @@ def places(mesh: Any) -> dict[str, Any]:
 
 
 def draw(axes: Any, name: str, letters: str, spanned: str, sharding: Any) -> None:
-    """An array as a square, cut into the parts that devices have."""
+    """Draw an array as a square, cut into the parts of the devices."""
     sizes = {**axis_sizes(PRESETS["chatglm2-6b"]), "B": 8, "T": 64, "S": 64}
     shape = tuple(sizes[letter] for letter in letters)
     owners: dict[tuple[float, ...], list[int]] = {}

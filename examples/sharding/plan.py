@@ -1,9 +1,8 @@
-"""Prints the tables of the paper plan in docs/sharding.md: what limits 2, 8, 64 and 512 devices.
+"""Prints the tables of docs/sharding.md: what limits 2, 8, 64 and 512 devices on paper.
 
     python examples/sharding/plan.py
 
-Nothing runs and nothing was measured: it is arithmetic, at the makers' rates, see
-`infer.memory.mesh_cost`.
+Nothing is run or measured: it is arithmetic at the makers' rates, see `infer.memory.mesh_cost`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from infer.memory.mesh_cost import MeshCost, mesh_cost
 CONFIG = PRESETS["chatglm2-6b"]
 LENGTH = 2048
 
-# Devices -> meshes: tensor stays within what links join, and where 4096 tokens still fill it.
+# Devices -> meshes: tensor only spans devices that links join.
 ANSWERING = {2: "tensor=2", 8: "tensor=8", 64: "data=8,tensor=8", 512: "data=64,tensor=8"}
 TRAINING = {2: "fsdp=2", 8: "fsdp=8", 64: "data=8,fsdp=8", 512: "data=64,fsdp=8"}
 ONE_ROW = (1, 2, 4, 8, 16, 32)
@@ -31,7 +30,7 @@ def cost(kind: str, mesh: str, batch: int) -> MeshCost:
 
 
 def one_row() -> Iterator[str]:
-    """A single answer: how far a step gets shorter with more devices."""
+    """Yield the table of one answer: how much shorter a step gets with more devices."""
     yield "| devices | " + " | ".join(f"{kind}: memory, links, tokens/s" for kind in LINKS) + " |"
     yield "|---" * (1 + len(LINKS)) + "|"
     for count in ONE_ROW:
@@ -44,7 +43,7 @@ def one_row() -> Iterator[str]:
 
 
 def steps(name: str, meshes: dict[int, str], rows: int) -> Iterator[str]:
-    """A kind of step on all meshes, with so many rows for each device."""
+    """Yield the table of a kind of step on all meshes, with `rows` rows per device."""
     yield row("device mesh GB memory products links longest tokens/s needed".split())
     yield "|---" * 9 + "|"
     for kind in LINKS:
@@ -79,7 +78,7 @@ def ms(seconds: float) -> str:
 
 
 def tables() -> dict[str, list[str]]:
-    """Heading -> lines."""
+    """Return heading -> lines."""
     return {
         "One answer": list(one_row()),
         "Decode, 8 rows a device": list(steps("decode", ANSWERING, 8)),

@@ -1,4 +1,4 @@
-"""What the text of a compiled program says of talk between devices."""
+"""Finds the collectives in the text of a compiled program."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def collectives(text: str) -> list[tuple[str, int]]:
-    """The collectives of a program: (kind, bytes of its results on one device).
+    """Return the collectives of a program: (kind, bytes of its results on one device).
 
-    One that stands in a loop, as a model's layers do, is counted once.
+    One inside a loop, such as that over the layers, is listed once.
     """
     found = []
     for line in text.splitlines():

@@ -88,7 +88,8 @@ def enable_compile_cache(
 class Lookup(logging.Filter):
     """Reports whether JAX finds a program, which is compiled inside, in its cache.
 
-    Before it compiles, which may take minutes, JAX reports that only in its log.
+    Before it compiles, which may take minutes, JAX reports that only in its log. Threads take
+    turns, because they share the level of that log.
 
     Args:
         missed: called once if the program is not in the cache, as a rule before it is compiled.
@@ -96,6 +97,8 @@ class Lookup(logging.Filter):
     Attributes:
         found: whether it was in the cache.
     """
+
+    _turn = threading.Lock()
 
     def __init__(self, missed: Callable[[], None]):
         super().__init__()
@@ -108,6 +111,7 @@ class Lookup(logging.Filter):
         config: Any = jax.config  # its attributes are made at run time
         if config.jax_compilation_cache_dir is None or not config.jax_enable_compilation_cache:
             self._miss()
+        self._turn.acquire()
         self._thread = threading.get_ident()
         self._shown, self._level = self._log.getEffectiveLevel(), self._log.level
         self._log.addFilter(self)
@@ -117,6 +121,7 @@ class Lookup(logging.Filter):
     def __exit__(self, kind: Any, *exception: Any) -> None:
         self._log.setLevel(self._level)
         self._log.removeFilter(self)
+        self._turn.release()
         if not self.found and kind is None:
             self._miss()
 

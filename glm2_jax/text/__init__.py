@@ -1,1 +1,1 @@
-"""Text to ids and back, and the prompts of each family."""
+"""Encodes text to ids and back, and builds the prompts of each family."""

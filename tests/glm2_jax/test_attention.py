@@ -1,7 +1,5 @@
 """Attention over blocks: the numbers of the plain form, in bounded memory."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +68,7 @@ def test_blocks_have_the_values_and_gradients_of_the_plain_form(name, monkeypatc
         np.testing.assert_allclose(ours, reference, atol=1e-5, rtol=1e-5)
 
 
-def test_what_nobody_may_look_at_may_hold_anything(monkeypatch):
+def test_unseen_keys_and_values_may_hold_anything(monkeypatch):
     q, k, v, visible = arguments("cache")
     hidden = (visible.key_segments == 0)[:, :, None, None]
     k, v = jnp.where(hidden, jnp.nan, k), jnp.where(hidden, jnp.inf, v)
@@ -82,7 +80,7 @@ def test_what_nobody_may_look_at_may_hold_anything(monkeypatch):
 
 
 def run(config, params, tokens, **kwargs):
-    """`forward`, traced anew: the sizes of blocks are read then."""
+    """Run `forward`, traced again, when it reads the sizes of blocks."""
 
     def fresh(params, tokens, kwargs):
         return forward(config, params, tokens, **kwargs)
@@ -91,11 +89,7 @@ def run(config, params, tokens, **kwargs):
 
 
 def test_a_model_in_blocks_gives_the_same_logits(monkeypatch):
-    config, params, tokens = (
-        dataclasses.replace(TOY, logn_scaling=True),
-        toy_params(),
-        random_tokens(B, T),
-    )
+    config, params, tokens = TOY, toy_params(), random_tokens(B, T)
     packed = {"segment_ids": jnp.asarray(PACKED, jnp.int32)}
     zeros = KVCache.zeros(TOY, B, S, jnp.float32)
     _, prefix = run(config, params, random_tokens(B, 3, seed=9), cache=zeros)
@@ -109,26 +103,25 @@ def test_a_model_in_blocks_gives_the_same_logits(monkeypatch):
         assert (ours.argmax(-1) == logits.argmax(-1))[real].all()
 
 
-@pytest.mark.parametrize(("length", "size"), [(1, 4), (4, 4), (5, 4), (8, 4), (9, 4)])
-def test_map_blocks_pads_the_last_block(length, size):
-    x = jnp.arange(2 * length * 3).reshape(2, length, 3)
-    seen = []
+@pytest.mark.parametrize("length", [1, 4, 5, 8, 9])
+def test_map_blocks_pads_the_last_block(length):
+    x, seen = jnp.arange(2 * length * 3).reshape(2, length, 3), []
 
     def double(x, y):
         seen.append(x.shape[1])
         return x + y
 
-    np.testing.assert_array_equal(map_blocks(double, size, x, x), 2 * x)
-    assert max(seen) <= size
+    np.testing.assert_array_equal(map_blocks(double, 4, x, x), 2 * x)
+    assert max(seen) <= 4
 
 
 def temporaries(slots: int, queries: int = 64) -> int:
-    """Bytes that attention of a chunk of queries needs beside its arguments and result."""
+    """Bytes that attention of a chunk of queries needs besides its arguments and result."""
     q = jax.ShapeDtypeStruct((1, queries, N, H), jnp.float32)
     kv = jax.ShapeDtypeStruct((1, slots, K, H), jnp.float32)
     places, keys = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (queries, slots))
     compiled = jax.jit(attend).lower(q, kv, kv, Visibility(places, places, keys)).compile()
-    values = slots * K * H * 4  # silenced where nobody may look
+    values = slots * K * H * 4  # unseen ones are set to 0
     return compiled.memory_analysis().temp_size_in_bytes - values
 
 

@@ -103,8 +103,10 @@ def steps(params, lora: LoRA | None):
     return np.stack([first, second])
 
 
-@pytest.mark.parametrize("layers", ["stacked", "list"])
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("form", "layers"),
+    [("float32", "list"), ("bfloat16", "stacked"), ("int8", "list"), ("int4", "stacked")],
+)
 def test_a_new_adapter_changes_no_bit(form, layers):
     params = layers_as(layers, base_of(form))
     plain = logits(params, None)
@@ -113,7 +115,7 @@ def test_a_new_adapter_changes_no_bit(form, layers):
     assert np.abs(logits(params, trained()) - plain).max() > 0.1, "or the test could not fail"
 
 
-@pytest.mark.parametrize("targets", [*TARGETS, *GROUPS])
+@pytest.mark.parametrize("targets", [*TARGETS, ALL])
 def test_an_adapter_is_its_merged_base(targets):
     lora = trained(targets)
     adapted, expected = logits(toy_params(TOY), lora), logits(merged(toy_params(TOY), lora), None)
@@ -121,31 +123,17 @@ def test_an_adapter_is_its_merged_base(targets):
     assert np.abs(adapted - logits(toy_params(TOY), None)).max() > 0.05
 
 
-@pytest.mark.parametrize("layers", ["stacked", "list"])
-def test_an_adapter_answers_step_by_step(layers):
+def test_an_adapter_answers_step_by_step():
     expected = steps(merged(toy_params(TOY), trained()), None)
-    adapted = steps(layers_as(layers, toy_params(TOY)), trained())
-    np.testing.assert_allclose(adapted, expected, atol=1e-4)
+    for layers in ("stacked", "list"):
+        adapted = steps(layers_as(layers, toy_params(TOY)), trained())
+        np.testing.assert_allclose(adapted, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_a_quantized_base_takes_an_adapter(form):
-    small, large = quantized(toy_params(TOY), SCHEMES[form])
+def test_a_quantized_base_takes_an_adapter():
+    small, large = quantized(toy_params(TOY), SCHEMES["int4"])
     expected = logits(merged(large, trained()), None)
     np.testing.assert_allclose(logits(small, trained()), expected, atol=1e-4)
-
-
-def test_several_adapters_share_one_base():
-    params = toy_params(TOY)
-    before = [np.array(x) for x in jax.tree.leaves(params)]
-    adapters = [None, trained(seed=7), trained(seed=8)]
-    first = [logits(params, lora) for lora in adapters]
-    again = [logits(params, lora) for lora in reversed(adapters)]
-    for one, other in zip(first, reversed(again), strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert min(np.abs(first[i] - first[i - 1]).max() for i in range(3)) > 0.1
-    for one, other in zip(before, jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def products(lora: LoRA | None, cached: bool) -> int:
@@ -155,12 +143,12 @@ def products(lora: LoRA | None, cached: bool) -> int:
     return len(re.findall(r"stablehlo\.dot_general", text.as_text()))
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_the_plain_program_knows_nothing_of_adapters(cached):
+def test_the_plain_program_knows_nothing_of_adapters():
     """q, k, v, scores, sums of values, o, gate and up, down; and the head."""
-    assert products(None, cached) == 9
-    assert products(new_lora("attn"), cached) == 9 + 4
-    assert products(new_lora(ALL), cached) == 9 + 4 + 2 + 2 + 2
+    for cached in (False, True):
+        assert products(None, cached) == 9
+        assert products(new_lora("attn"), cached) == 9 + 4
+        assert products(new_lora(ALL), cached) == 9 + 4 + 2 + 2 + 2
     nothing = LoRA({}, new_lora().scale)
     texts = [
         jit_forward.lower(TOY, toy_params(TOY), random_tokens(2, 6), lora=lora).as_text()
@@ -173,23 +161,15 @@ def test_a_fused_matrix_and_names():
     assert find_targets("attn") == ("query_key_value",)
     assert find_targets(["dense_4h_to_h", "attn", "attn"]) == ("query_key_value", "dense_4h_to_h")
     assert find_targets(" dense , attn+mlp") == find_targets(ALL) == tuple(TARGETS)
-    shapes = jax.tree.map(lambda x: x.shape, new_lora().layers)
     L, D, F, N, K, H, R = 2, 48, 80, 4, 2, 16, 4
-    assert shapes == {
-        "query_key_value": {
-            "a": (L, R, D),
-            "q": (L, N, H, R),
-            "k": (L, K, H, R),
-            "v": (L, K, H, R),
-        },
+    fused = {"a": (L, R, D), "q": (L, N, H, R), "k": (L, K, H, R), "v": (L, K, H, R)}
+    assert jax.tree.map(lambda x: x.shape, new_lora().layers) == {
+        "query_key_value": fused,
         "dense": {"a": (L, R, N, H), "b": (L, D, R)},
         "dense_h_to_4h": {"a": (L, R, D), "b": (L, 2, F, R)},
         "dense_4h_to_h": {"a": (L, R, F), "b": (L, D, R)},
     }
-
-
-def test_the_published_number_of_parameters():
-    config = PRESETS["chatglm2-6b"]
+    config = PRESETS["chatglm2-6b"]  # and the published number of parameters
     lora = jax.eval_shape(lambda: init_lora(config, jax.random.key(0), rank=8, targets="attn"))
     assert lora.num_params == 1_949_696
 
@@ -212,18 +192,18 @@ def test_a_new_adapter_is_drawn_as_peft_draws_it():
     assert np.any(np.asarray(other.layers["query_key_value"]["a"]) != a)
 
 
-@pytest.mark.parametrize("targets", ["q_proj", "attn,output_layer", "", []])
-def test_a_target_that_matches_nothing_lists_what_exists(targets):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"targets": targets} for targets in ("q_proj", "attn,output_layer", "", [])),
+        *({"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}),
+    ],
+)
+def test_what_makes_no_adapter_is_refused(wrong):
     with pytest.raises(UsageError) as error:
-        init_lora(TOY, jax.random.key(0), targets=targets)
-    for name in (*TARGETS, *GROUPS):
-        assert name in str(error.value)
-
-
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": -1}, {"dropout": 1.0}, {"dropout": -0.1}])
-def test_senseless_numbers_are_refused(wrong):
-    with pytest.raises(UsageError):
         init_lora(TOY, jax.random.key(0), **wrong)
+    for name in (*TARGETS, *GROUPS) if "targets" in wrong else wrong:
+        assert name in str(error.value)
 
 
 @pytest.mark.parametrize(("layers", "remat"), [("stacked", False), ("list", True)])
@@ -249,12 +229,11 @@ def loss(lora, params, remat=False, dropout_key=None):
 
 in_a_hurry = compiler_options("cpu") | hurry.OPTIONS
 jit_grad = jax.jit(jax.grad(loss), static_argnames="remat", compiler_options=in_a_hurry)
-jit_loss = jax.jit(loss)
 
 
 @pytest.mark.parametrize(
     ("form", "layers"),
-    [("float32", "list"), ("bfloat16", "stacked"), ("int8", "stacked")],
+    [("bfloat16", "list"), ("int8", "stacked")],
 )
 def test_gradients_of_the_adapter_alone(form, layers):
     params = layers_as(layers, base_of(form))
@@ -267,20 +246,6 @@ def test_gradients_of_the_adapter_alone(form, layers):
         np.testing.assert_allclose(one, other, atol=1e-6 if form != "bfloat16" else 1e-3)
         largest = np.abs(np.asarray(one)).max(axis=tuple(range(1, one.ndim)))
         assert largest.min() > 0, "in every layer"
-
-
-def test_gradients_are_the_slopes():
-    lora, params = jax.tree.map(np.asarray, trained()), toy_params(TOY)
-    grads = jax.tree.map(np.asarray, jit_grad(lora, params))
-    way = jax.tree.map(lambda g: g / (np.abs(g).max() + 1e-9), grads)
-
-    def at(step: float) -> float:
-        return float(
-            jit_loss(jax.tree.map(lambda x, d: np.float32(x + step * d), lora, way), params)
-        )
-
-    slope = sum(np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (grads, way)), strict=True))
-    assert (at(5e-4) - at(-5e-4)) / 1e-3 == pytest.approx(float(slope), rel=1e-2)
 
 
 def test_a_new_adapter_learns_b_first():

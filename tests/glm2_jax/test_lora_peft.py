@@ -36,15 +36,12 @@ def theirs(torch, model):
         return model(torch.tensor(np.asarray(TOKENS), dtype=torch.long)).numpy()
 
 
-def test_the_oracle_is_our_model():
-    torch, _, model = oracle_of(TOY, toy_params(TOY))
-    np.testing.assert_allclose(theirs(torch, model), ours(None), atol=2e-5)
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("targets", GROUPS)
+@pytest.mark.parametrize(
+    ("targets", "rslora"), list(zip(GROUPS, (False, True, False), strict=True))
+)
 def test_peft_loads_ours(tmp_path, targets, rslora):
     torch, peft, model = oracle_of(TOY, toy_params(TOY))
+    np.testing.assert_allclose(theirs(torch, model), ours(None), atol=2e-5)
     lora = trained(targets, rslora=rslora)
     save_adapter(tmp_path, Adapter(lora, rslora=rslora, base="abc", template="chatglm2"))
     wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path)).eval()
@@ -59,7 +56,6 @@ def test_peft_loads_ours(tmp_path, targets, rslora):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"target_modules": ["query_key_value"], "r": 8, "lora_alpha": 32},
         {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]},
         {"target_modules": ["query_key_value"], "use_rslora": True, "r": 3, "lora_alpha": 5},
         {
@@ -70,10 +66,9 @@ def test_peft_loads_ours(tmp_path, targets, rslora):
         },
         {"target_modules": ["query_key_value"], "layers_to_transform": [1]},
     ],
-    ids=["attn", "all", "rslora", "patterns", "one layer"],
+    ids=["all", "rslora", "patterns", "one layer"],
 )
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_we_load_what_peft_saves(tmp_path, settings, form):
+def test_we_load_what_peft_saves(tmp_path, settings):
     torch, peft, model = oracle_of(TOY, toy_params(TOY))
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
@@ -83,30 +78,12 @@ def test_we_load_what_peft_saves(tmp_path, settings, form):
                 weight.normal_(std=0.2)
     expected = theirs(torch, wrapped)
     assert np.abs(expected - ours(None)).max() > 0.02
-    wrapped.save_pretrained(str(tmp_path), safe_serialization=form == "safetensors")
-    if form == "bin":
-        assert [path.name for path in tmp_path.glob("adapter_model.*")] == ["adapter_model.bin"]
-    adapter = load_adapter(tmp_path, TOY)
-    assert adapter.notes and adapter.base is None and adapter.template is None
-    np.testing.assert_allclose(ours(adapter.lora), expected, atol=2e-5)
+    for form in ("safetensors", "bin"):
+        wrapped.save_pretrained(str(tmp_path / form), safe_serialization=form == "safetensors")
+        assert (tmp_path / form / f"adapter_model.{form}").exists()
+        adapter = load_adapter(tmp_path / form, TOY)
+        assert adapter.notes and adapter.base is None and adapter.template is None
+        np.testing.assert_allclose(ours(adapter.lora), expected, atol=2e-5)
     save_adapter(tmp_path / "again", adapter)
     again = load_adapter(tmp_path / "again", TOY)
     np.testing.assert_allclose(ours(again.lora), expected, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["output_layer"]}, "modules_to_save"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
-    ],
-)
-def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, settings, named):
-    torch, peft, model = oracle_of(TOY, toy_params(TOY))
-    config = peft.LoraConfig(target_modules=["query_key_value"], r=4, **settings)
-    peft.get_peft_model(model, config).save_pretrained(str(tmp_path))
-    with pytest.raises(Exception, match=named) as error:
-        load_adapter(tmp_path, TOY)
-    assert "not supported" in str(error.value)

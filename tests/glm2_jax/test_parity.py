@@ -46,6 +46,16 @@ def published_params(config: GLMConfig, weights) -> dict:
     }
 
 
+def greedy(config, params, logits, cache, steps: int) -> np.ndarray:
+    """The next greedy tokens [B, steps] after logits [B, T, V] and their cache."""
+    answers = []
+    for _ in range(steps):
+        token = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32)
+        answers.append(np.asarray(token))
+        logits, cache = jit_forward(config, params, token, cache=cache)
+    return np.concatenate(answers, axis=1)
+
+
 @pytest.fixture(scope="module")
 def published():
     """(config, params, stored arrays) of the tiny model that the published code ran."""
@@ -85,13 +95,9 @@ def test_published_code_keys_values_and_greedy_tokens(published):
         for ours, stored in ((cache.k, arrays["k0"]), (cache.v, arrays["v0"])):
             reference = stored[-length:, row]  # left-padded
             assert np.abs(ours[0, row, :length] - reference).max() <= TOLERANCE
-    answers = []
-    token = jnp.argmax(logits[:, -1], axis=-1)
-    for _ in range(arrays["greedy"].shape[1] - tokens.shape[1]):
-        answers.append(np.asarray(token))
-        logits, cache = jit_forward(config, params, token[:, None].astype(jnp.int32), cache=cache)
-        token = jnp.argmax(logits[:, -1], axis=-1)
-    np.testing.assert_array_equal(np.stack(answers, 1), arrays["greedy"][:, tokens.shape[1] :])
+    expected = arrays["greedy"][:, tokens.shape[1] :]
+    answers = greedy(config, params, logits, cache, expected.shape[1])
+    np.testing.assert_array_equal(answers, expected)
 
 
 SHAPES = {
@@ -175,7 +181,7 @@ def test_glm_for_causal_lm(shape, rope):
     assert np.abs(expected).max() > 0.5, "logits of unit scale, or the bound means nothing"
     assert np.abs(logits - expected).max() <= TOLERANCE
     with torch.no_grad():
-        greedy = reference.generate(
+        answers = reference.generate(
             torch.tensor(np.asarray(tokens[:, :8])),
             attention_mask=torch.ones(2, 8, dtype=torch.long),
             max_new_tokens=12,
@@ -185,10 +191,7 @@ def test_glm_for_causal_lm(shape, rope):
         ).numpy()
     cache = KVCache.zeros(config, 2, 24, jnp.float32)
     logits, cache = jit_forward(config, params, tokens[:, :8], cache=cache)
-    for column in range(8, 20):
-        token = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32)
-        np.testing.assert_array_equal(token[:, 0], greedy[:, column])
-        logits, cache = jit_forward(config, params, token, cache=cache)
+    np.testing.assert_array_equal(greedy(config, params, logits, cache, 12), answers[:, 8:])
 
 
 def test_the_other_meaning_of_the_ratio_is_another_model():

@@ -24,6 +24,8 @@ from tests.support.toy import (
     toy_params,
 )
 
+FORMS = [name for name in SCHEMES if "+" not in name]  # those with embeddings have the same
+
 
 def small_weight(scheme, rows=24, columns=192, seed=0):
     matrix = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
@@ -31,11 +33,16 @@ def small_weight(scheme, rows=24, columns=192, seed=0):
     return matrix, QTensor(jnp.asarray(values), jnp.asarray(scale), SCHEMES[scheme].bits)
 
 
-def test_packing_by_hand():
+def test_packing():
     # 5, 2 -> 0x52; 0, -4 -> 0x0c; -8, -7 -> 0x89
     integers = np.array([[5, 2, 0, -4, -8, -7]], np.int8)
     assert pack_int4(integers).view(np.uint8).tolist() == [[0x52, 0x0C, 0x89]]
-    np.testing.assert_array_equal(unpack_int4(pack_int4(integers)), integers)
+    pairs = np.stack(np.meshgrid(np.arange(-8, 8), np.arange(-8, 8)), -1).astype(np.int8)
+    np.testing.assert_array_equal(unpack_int4(pack_int4(pairs)), pairs)
+    on_device = unpacked(QTensor(jnp.asarray(pack_int4(pairs)), jnp.ones(pairs.shape[:2]), 4))
+    np.testing.assert_array_equal(on_device, pairs)
+    with pytest.raises(CheckpointError, match="3 columns"):
+        pack_int4(np.zeros((2, 3), np.int8))
 
 
 def test_packing_of_the_published_kernel():
@@ -44,18 +51,6 @@ def test_packing_of_the_published_kernel():
     np.testing.assert_array_equal(pack_int4(np.array(case["q"], np.int8)), packed)
     weight = QTensor(jnp.asarray(packed), jnp.asarray(case["scale"], jnp.float32), 4)
     np.testing.assert_allclose(dequantize(weight, 1), case["dequant"], rtol=1e-6)
-
-
-def test_every_pair_of_integers_survives_packing():
-    pairs = np.stack(np.meshgrid(np.arange(-8, 8), np.arange(-8, 8)), -1).astype(np.int8)
-    np.testing.assert_array_equal(unpack_int4(pack_int4(pairs)), pairs)
-    on_device = unpacked(QTensor(jnp.asarray(pack_int4(pairs)), jnp.ones(pairs.shape[:2]), 4))
-    np.testing.assert_array_equal(on_device, pairs)
-
-
-def test_an_odd_width_is_refused():
-    with pytest.raises(CheckpointError, match="3 columns"):
-        pack_int4(np.zeros((2, 3), np.int8))
 
 
 def test_scales_by_hand():
@@ -69,7 +64,7 @@ def test_scales_by_hand():
     assert unpack_int4(values)[0, :4].tolist() == [7, 2, -4, 0]
 
 
-@pytest.mark.parametrize("form", SCHEMES)
+@pytest.mark.parametrize("form", FORMS)
 def test_rounding_error_is_half_a_step_at_most(form):
     matrix, weight = small_weight(form)
     steps = np.repeat(weight.scale, matrix.shape[1] // weight.scale[0].size, -1)
@@ -78,20 +73,20 @@ def test_rounding_error_is_half_a_step_at_most(form):
     assert error.max() > 0
 
 
-@pytest.mark.parametrize("form", SCHEMES)
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("platform", [_on_cpu, _on_gpu, _dot])
-def test_products_are_those_of_the_dequantized_weight(form, rows, platform):
+def test_products_are_those_of_the_dequantized_weight(form, platform):
     _, weight = small_weight(form)
-    x = jax.random.normal(jax.random.key(1), (rows, 192))
-    expected = x @ dequantize(weight, 1).T
-    np.testing.assert_allclose(platform(x, weight), expected, atol=2e-4)
-    half = platform(x.astype(jnp.bfloat16), weight)
-    assert half.dtype == jnp.float32
-    np.testing.assert_allclose(half, expected, atol=0.05 * float(jnp.abs(expected).max()))
+    for rows in (1, 2, 5):
+        x = jax.random.normal(jax.random.key(1), (rows, 192))
+        expected = x @ dequantize(weight, 1).T
+        np.testing.assert_allclose(platform(x, weight), expected, atol=2e-4)
+        half = platform(x.astype(jnp.bfloat16), weight)
+        assert half.dtype == jnp.float32
+        np.testing.assert_allclose(half, expected, atol=0.05 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("kind", ["plain", *SCHEMES])
+@pytest.mark.parametrize("kind", ["plain", *FORMS])
 def test_products_by_chunks_on_a_cpu(kind, monkeypatch):
     monkeypatch.setattr("glm2_jax.linear.CHUNK_ELEMENTS", 500)  # of 4608 integers: 12 chunks
     matrix, weight = small_weight("int8" if kind == "plain" else kind)
@@ -105,24 +100,21 @@ def test_products_by_chunks_on_a_cpu(kind, monkeypatch):
     np.testing.assert_allclose(_on_cpu(jnp.asarray(x), weight), x @ expected.T, atol=0.02)
 
 
-@pytest.mark.parametrize("columns", [128, 192, 640, 1056])
-@pytest.mark.parametrize("form", SCHEMES)
+@pytest.mark.parametrize("columns", [192, 640, 1056])
+@pytest.mark.parametrize("form", FORMS)
 def test_products_of_one_row_by_slices_on_a_cpu(form, columns, monkeypatch):
     """Slices that divide the columns and those that do not, groups of one slice and of several."""
     monkeypatch.setattr("glm2_jax.linear.SLICES", 4)
     _, weight = small_weight(form, columns=columns)
     x = jax.random.normal(jax.random.key(1), (1, columns))
-    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight, 1), np.float64).T
-    product = jax.jit(_on_cpu)
-    np.testing.assert_allclose(product(x, weight), expected, atol=2e-4)
-    rounded = x.astype(jnp.bfloat16)  # exact from here on, too
-    expected = np.asarray(rounded, np.float64) @ np.asarray(dequantize(weight, 1), np.float64).T
-    np.testing.assert_allclose(product(rounded, weight), expected, atol=2e-4)
+    for given in (x, x.astype(jnp.bfloat16)):  # rounded, it is exact from there on, too
+        expected = np.asarray(given, np.float64) @ np.asarray(dequantize(weight, 1), np.float64).T
+        np.testing.assert_allclose(jax.jit(_on_cpu)(given, weight), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("columns", [1024, 3424])
-@pytest.mark.parametrize("form", SCHEMES)
-def test_one_row_on_a_cpu_writes_no_converted_weight(form, columns):
+@pytest.mark.parametrize("form", FORMS)
+def test_one_row_on_a_cpu_writes_no_converted_weight(form):
+    columns = 3424
     shapes = SCHEMES[form].shapes((512, columns), 1)
     types = (jnp.int8, jnp.float32)
     values, scale = (jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, types, strict=True))
@@ -134,7 +126,7 @@ def test_one_row_on_a_cpu_writes_no_converted_weight(form, columns):
     assert compiled.memory_analysis().temp_size_in_bytes < 512 * columns / 4
 
 
-@pytest.mark.parametrize("form", SCHEMES)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_model_has_the_logits_of_the_dequantized_one(form):
     small, large = quantized(toy_params(), SCHEMES[form])
     tokens = random_tokens(2, 9)
@@ -143,7 +135,7 @@ def test_a_quantized_model_has_the_logits_of_the_dequantized_one(form):
     assert not np.allclose(reference, jit_forward(TOY, toy_params(), tokens)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["float", *SCHEMES])
+@pytest.mark.parametrize("form", ["float", *FORMS])
 def test_a_list_of_layers_gives_the_same_logits(form):
     params = toy_params() if form == "float" else quantized(toy_params(), SCHEMES[form])[0]
     tokens = random_tokens(2, 9)
@@ -163,7 +155,7 @@ def test_attention_and_projections_are_told_apart():
     assert einsum("...D,VD->...V", jnp.ones((2, 4)), jnp.ones((6, 4))).shape == (2, 6)
 
 
-@pytest.mark.parametrize("form", SCHEMES)
+@pytest.mark.parametrize("form", FORMS)
 def test_decode_never_holds_a_whole_float_weight(form):
     """Temporaries of a compiled step stay far below the float32 copy of the quantized weights."""
     config = dataclasses.replace(TOY, num_layers=4, hidden_size=512, ffn_hidden_size=2048)

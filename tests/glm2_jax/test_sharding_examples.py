@@ -32,8 +32,8 @@ def test_the_page_has_the_collectives_that_are_compiled():
     columns = ("way", "mesh", "forward", "gradient", "KB")
     header = PAGE.index("| way | mesh |")
     lines = PAGE[header : PAGE.index("\n\n", header)].splitlines()[2:]
-    told = [[cell.strip() for cell in line.split("|")[1:6]] for line in lines]
-    assert told == [[row[column] for column in columns] for row in rows]
+    shown = [[cell.strip() for cell in line.split("|")[1:6]] for line in lines]
+    assert shown == [[row[column] for column in columns] for row in rows]
     same = {(row["mesh"], row["forward"], row["gradient"]) for row in rows}
     # Whoever cuts the same way gets the same program; only fsdp and the crossed cut differ.
     assert len(same) == 7
@@ -43,7 +43,7 @@ def test_the_page_has_the_collectives_that_are_compiled():
 def test_the_model_on_four_devices_holds_and_says_what_its_cost_tells():
     text = example("model.py", "--mesh", "data=2,tensor=2")
     assert "the 32 tokens of one device" in text
-    parts = re.findall(r"^(\S+) .* of it a device has \(([\d, ]+)\)", text, re.M)
+    parts = re.findall(r"^(\S+) .* per device \(([\d, ]+)\)", text, re.M)
     sizes = dict.fromkeys(("weights", "cache"), 0)
     for name, shape in parts:
         size = 4
@@ -60,7 +60,7 @@ def test_the_model_on_four_devices_holds_and_says_what_its_cost_tells():
     found = [(kind, int(size.replace(",", ""))) for kind, size in listed]
     assert [kind for kind, _ in found] == ["all-reduce"] * 3 + ["all-gather"]
     (reduced,), gathered = {size for kind, size in found[:3]}, found[3][1]
-    # Two of them stand in the loop over the layers. Of 2 devices each sends the whole of an
+    # Two of them are in the loop over the layers. Of 2 devices each sends all of an
     # all-reduce, and half of what is gathered.
     talk = cost.steps["decode"].talk
     assert talk.calls == 2 * config.num_layers + 2

@@ -1,35 +1,20 @@
 """The shapes of the 6B model, four layers of them, over eight H200s that are not here, compiled."""
 
 import dataclasses
-import importlib.util
-import os
-
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import pytest
-from jax.experimental import topologies
 
 from glm2_jax import PRESETS, make_mesh
-from tests.support.mesh_shapes import lowered
+from tests.support.mesh_shapes import devices_of, lowered
 from tests.support.program_text import collectives, kinds
-from tests.support.shared_data import shared_path
 
 CONFIG = dataclasses.replace(PRESETS["chatglm2-6b"], num_layers=4)
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no CUDA plugin is installed"
-)
 
 
 @pytest.mark.parametrize(("rows", "quantize"), [(1, None), (8, None), (1, "int8"), (1, "int4")])
 def test_a_step_has_two_all_reduces_a_layer_and_moves_no_weight(rows, quantize):
-    devices = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="h200",
-        topology="1x1x8",
-        target_config=shared_path("h200_target_config.txt").read_text(),
-    ).devices
-    lowering = lowered(CONFIG, make_mesh({"tensor": 8}, devices), quantize, rows, 2048, 1)
+    mesh = make_mesh({"tensor": 8}, devices_of("h200:1x1x8"))
+    lowering = lowered(CONFIG, mesh, quantize, rows, 2048, 1)
     program = lowering.compile(compiler_options={"xla_gpu_autotune_level": 0})
     found = collectives(program.as_text())
     assert kinds(found, True) == {"all-reduce": 2}

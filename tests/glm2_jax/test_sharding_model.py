@@ -11,7 +11,6 @@ def found():
 
 
 def test_meshes_give_the_logits_and_tokens_of_one_device(found):
-    assert found["devices"] == 8
     assert {case["mesh"].count("=") for case in found["cases"]} == {1, 2, 3}
     for case in found["cases"]:
         assert case["scale"] > 0.5, case

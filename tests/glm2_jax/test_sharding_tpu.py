@@ -1,35 +1,16 @@
 """The 6B model over eight chips of a TPU v5e or v5p, compiled for devices that are not here."""
 
-import importlib.util
-import os
-from typing import Any
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
 import pytest
-from jax.experimental import topologies
 
 from glm2_jax import PRESETS, make_mesh
 from infer.memory.links import LINKS
 from infer.memory.mesh_cost import mesh_cost
-from tests.support.mesh_shapes import lowered
+from tests.support.mesh_shapes import devices_of, lowered
 from tests.support.program_text import READABLE, collectives, kinds
 
 CONFIG = PRESETS["chatglm2-6b"]
 GB, MB = 10**9, 10**6
 ROWS, SLOTS, PROMPT = 8, 2048, 256
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
-
-
-def compiled(topology: str, sizes: dict[str, int], quantize: str | None, tokens: int) -> Any:
-    """The program that reads `tokens` tokens of every row."""
-    mesh = make_mesh(sizes, topologies.get_topology_desc(topology, "tpu").devices)
-    program = lowered(CONFIG, mesh, quantize, ROWS, SLOTS, tokens)
-    return program.compile(compiler_options=READABLE)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +28,9 @@ def compiled(topology: str, sizes: dict[str, int], quantize: str | None, tokens:
 def test_a_layer_has_two_all_reduces_and_no_weight_moves(
     topology, sizes, quantize, tokens, weights
 ):
-    program = compiled(topology, sizes, quantize, tokens)
+    mesh = make_mesh(sizes, devices_of(topology))
+    lowering = lowered(CONFIG, mesh, quantize, ROWS, SLOTS, tokens)
+    program = lowering.compile(compiler_options=READABLE)
     found = collectives(program.as_text() or "")
     assert kinds(found, True) == {"all-reduce": 2}
     assert kinds(found, False) == {"all-reduce": 1, "all-gather": 1}  # embedding, logits
@@ -61,10 +44,10 @@ def test_a_layer_has_two_all_reduces_and_no_weight_moves(
     # Neither a weight is copied nor keys or values, which are halves of the cache.
     assert memory.temp_size_in_bytes < (5 * MB if tokens == 1 else cache / 3)
     print(f"{topology} {sizes} {quantize} {tokens}: {memory.temp_size_in_bytes / MB:.0f} MB more")
-    # What the model of costs says of the same mesh.
+    # The cost model agrees.
     links = LINKS[topology.split(":")[0]]
-    told = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=SLOTS, scheme=quantize)
-    assert memory.argument_size_in_bytes == pytest.approx(told.weights + told.cache, rel=1e-3)
+    cost = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=SLOTS, scheme=quantize)
+    assert memory.argument_size_in_bytes == pytest.approx(cost.weights + cost.cache, rel=1e-3)
     read = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=tokens, scheme=quantize)
     talk = read.steps["decode" if tokens == 1 else "prefill"].talk
     assert sum(one.times for one in found) == talk.calls

@@ -1,4 +1,4 @@
-"""Saves a sharded state from two processes, and goes on with it.
+"""Saves a sharded state from two processes, and resumes from it.
 
 Prints what the first process saw as JSON.
 """
@@ -53,8 +53,8 @@ def work(args):
                 rows = checkpoints.restore(before, {"rows": rows})[0]["rows"]
             checkpoints.save((before or 0) + 1, {"rows": rows + 1}, {"step": 1})
     total = int(jax.jit(lambda x: x.sum())(batch.tokens))
-    told = {"before": before, "sum": total, "own": len(own), "shape": batch.tokens.shape}
-    print(json.dumps(told), flush=True)
+    found = {"before": before, "sum": total, "own": len(own), "shape": batch.tokens.shape}
+    print(json.dumps(found), flush=True)
     return 0
 
 

@@ -42,7 +42,7 @@ def command(*args: str) -> Any:
 
 
 def random_weights(scheme: str | None, as_list: bool) -> dict[str, Any]:
-    """Whether random weights on a mesh have the values of one device, and lie as loaded ones."""
+    """Compare random weights on a mesh: values with one device, sharding with loaded ones."""
     mesh = make_mesh(parse_mesh("data=2,fsdp=2,tensor=2"))
     form: dict[str, Any] = {"scheme": SCHEMES.get(scheme or "none"), "as_list": as_list}
     one = random_params.random_params(CONFIG, jnp.float32, **form)
@@ -80,7 +80,7 @@ class Noting(Programs):
 
 
 def states(mesh: str) -> dict[str, Any]:
-    """How the cache of the steps lies, how many rows it has, and whether each step took it over."""
+    """How the cache of the steps is sharded, its rows, and whether each step took it over."""
     want = cache_sharding(CONFIG, make_mesh(parse_mesh(mesh))).k
     caches: list[Any] = [state.cache for state in Noting.states]
     return {

@@ -1,9 +1,17 @@
-"""Programs of real shapes on a mesh of devices that need not be here."""
+"""Programs of real shapes, compiled for devices that need not be here."""
 
+import importlib.util
+import os
 from typing import Any
+
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
 
 from glm2_jax import (
     GLMConfig,
@@ -16,6 +24,21 @@ from glm2_jax import (
 from glm2_jax.schemes import SCHEMES
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
+from tests.support.shared_data import shared_path
+
+
+def devices_of(topology: str) -> Any:
+    """The devices of "v5e:2x4" or "h200:1x1x8"; skips the test without their compiler."""
+    plugin = "jax_cuda13_plugin" if topology.startswith("h200") else "libtpu"
+    if importlib.util.find_spec(plugin) is None:
+        pytest.skip(f"{plugin} is not installed")
+    if plugin == "libtpu":
+        return topologies.get_topology_desc(topology, "tpu").devices
+    text = shared_path("h200_target_config.txt").read_text()
+    name, _, shape = topology.partition(":")
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=name, topology=shape, target_config=text
+    ).devices
 
 
 def lowered(

@@ -1,4 +1,4 @@
-"""Training on meshes of eight devices beside one: run by tests/train/test_mesh_training.py."""
+"""Training on meshes of eight devices, compared with one; for tests/train/test_mesh_training.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.step import make_eval, make_step
 CONFIG = GLMConfig(2, 104, 64, 96, 8, 2, 16, 64)
 A, B, T, STEPS, SAVED = 2, 3, 16, 4, 2  # three rows: no mesh of these divides them
 
-# Name -> the scheme of the base, or "full"; and the meshes beside one device.
+# Name -> the scheme of the base, or "full"; and the meshes to compare with one device.
 CASES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "lora": (None, ("tensor=8", "data=2,tensor=4", "data=8")),
     "int8": ("int8", ("data=2,fsdp=2,tensor=2",)),
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str | None, tuple[str, ...]]] = {
 
 
 def batch(number: int) -> Batch:
-    """What a step learns from: rows of several sequences with padding behind them."""
+    """What a step learns from: rows of several sequences and padding after them."""
     random = np.random.default_rng(number)
     tokens = random.integers(3, CONFIG.vocab_size, (A, B, T)).astype(np.int32)
     segments = np.repeat([[1, 2, 0]], (6, 7, 3), axis=1).astype(np.int32)
@@ -116,7 +116,7 @@ def share(tree: Any) -> float:
 
 
 def look_at(name: str, folder: Path) -> list[dict[str, Any]]:
-    """The case on all its meshes: each begins by itself, and goes on with what another one saved,
+    """The case on all its meshes: each starts by itself, and resumes from what another one saved,
     the first of them with what one device did, and one device with what the last of them did."""
     cases = [(None, Case(name, None)), *((text, Case(name, text)) for text in CASES[name][1])]
     whole: list[list[float]] = []

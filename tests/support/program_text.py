@@ -1,4 +1,4 @@
-"""What the text of a compiled program says of talk between devices."""
+"""Finds the collectives in the text of a compiled program."""
 
 import math
 import re
@@ -98,10 +98,10 @@ def _places(computations: dict[str, list[str]]) -> dict[str, tuple[bool, int]]:
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
     """How often a loop runs that counts from 0 on."""
-    told = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     condition = re.search(r"condition=%?([^\s,]+)", line)
     lines = computations[condition[1]] if condition else []
-    counts = [told[1]] if told else [count[1] for line in lines if (count := _COUNT.search(line))]
+    counts = [known[1]] if known else [count[1] for line in lines if (count := _COUNT.search(line))]
     return int(counts[0]) if len(counts) == 1 else 1
 
 

@@ -81,7 +81,7 @@ REAL_TOKENIZER = ROOT.parent / "shared/data/tokenizer"
 
 
 def real_model() -> Path:
-    """The folder of the published tokenizer beside the checkout; skips the test without it."""
+    """Return the folder of the published tokenizer next to the checkout; skips without it."""
     if not (REAL_TOKENIZER / "tokenizer.model").is_file():
-        pytest.skip("the published tokenizer is not beside the checkout")
+        pytest.skip("the published tokenizer is not next to the checkout")
     return REAL_TOKENIZER

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -168,3 +169,16 @@ def test_a_lookup_leaves_the_log_as_it_was(caplog):
     with Lookup(lambda: missed.append(1)) as lookup:  # no cache
         assert missed == [1]
     assert missed == [1] and not lookup.found
+
+
+def test_lookups_of_several_threads_leave_the_log_as_it_was():
+    log = logging.getLogger("jax._src.compiler")
+    before = log.level
+
+    def look(_):
+        with Lookup(lambda: None):
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(look, range(40)))
+    assert log.level == before and not log.filters

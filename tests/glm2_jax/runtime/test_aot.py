@@ -1,70 +1,43 @@
 """The programs of the real 6B shapes, compiled from abstract values for devices that are not here.
 
-No weights and no device are needed: what the compiler says of memory is read, nothing is run. The
+No weights and no device are needed: only the compiler's figures of memory are read. The
 CPU is always there; an H200 needs JAX's CUDA plugin, a TPU the libtpu package.
 """
 
-import importlib.util
-import os
+import math
 import re
 from functools import partial
 from typing import Any
-
-# Read when the plugins are loaded: no GPU is asked for, no TPU's metadata server searched.
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from glm2_jax import PRESETS, KVCache, compiler_options, init_params, last_logits, linear
+from glm2_jax import PRESETS, KVCache, compiler_options, last_logits, linear
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.runtime.xla import cache_dtype
-from glm2_jax.schemes import COLUMN_AXES, SCHEMES
+from glm2_jax.schemes import SCHEMES
 from infer.engine import steps
-from tests.support.shared_data import shared_path
+from infer.memory.precision import Precision
+from infer.memory.shares import abstract_params
+from tests.support.mesh_shapes import devices_of
 
 CONFIG = PRESETS["chatglm2-6b-32k"]
 MB, GB = 10**6, 10**9
 OPTIONS = {"cpu": compiler_options("cpu"), "cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+TOPOLOGIES = {"cuda": "h200:1x1x1", "tpu": "v5e:1x1"}
 
 
-def device(platform: str) -> Any:
-    """A device to compile for: the CPU, an H200, or one chip of a TPU v5e; skips without."""
-    if platform == "cpu":
-        return jax.devices("cpu")[0]
-    wanted = {"cuda": "jax_cuda13_plugin", "tpu": "libtpu"}[platform]
-    if importlib.util.find_spec(wanted) is None:
-        pytest.skip(f"{wanted} is not installed")
-    if platform == "tpu":
-        return topologies.get_topology_desc("v5e:1x1", "tpu").devices[0]
-    text = shared_path("h200_target_config.txt").read_text()
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", topology="1x1x1", target_config=text
-    ).devices[0]
-
-
-def abstract_params(quantization: str | None) -> Any:
-    params = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0), jnp.bfloat16))
-    layers = dict(params["layers"])
-    for name, axes in COLUMN_AXES.items() if quantization else ():
-        scheme = SCHEMES[quantization or ""]
-        values, scale = scheme.shapes(layers[name].shape, axes)
-        layers[name] = QTensor(
-            jax.ShapeDtypeStruct(values, jnp.int8),  # pyright: ignore[reportArgumentType]
-            jax.ShapeDtypeStruct(scale, jnp.float32),  # pyright: ignore[reportArgumentType]
-            scheme.bits,
-        )
-    return {**params, "layers": layers}
+def params_of(quantization: str | None = None) -> Any:
+    return abstract_params(CONFIG, Precision("bfloat16", quantization))
 
 
 def compiled(platform: str, function, *args: Any, donate: int) -> Any:
-    sharding = SingleDeviceSharding(device(platform))
+    cpu = platform == "cpu"
+    devices = jax.devices("cpu") if cpu else devices_of(TOPOLOGIES[platform])
+    sharding = SingleDeviceSharding(devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     lowered = jax.jit(function, donate_argnums=donate).lower(*args)
     return lowered.compile(compiler_options=OPTIONS[platform])
@@ -95,11 +68,8 @@ def largest_results(text: str) -> list[int]:
         found = re.match(r"\s+(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
         if fused or not found or found[2] in ("parameter", "get-tuple-element", "bitcast"):
             continue
-        size = 1
-        for dimension in found[1].split(","):
-            size *= int(dimension)
         if "dynamic_update_slice" not in line and "dynamic-update-slice" not in line:
-            elements.append(size)
+            elements.append(math.prod(map(int, found[1].split(","))))
     return sorted(elements)
 
 
@@ -111,7 +81,7 @@ def largest_results(text: str) -> list[int]:
     ],
 )
 def test_a_step_copies_and_converts_no_weight(platform, quantization):
-    args = abstract_params(quantization), int32(1, 1), abstract_cache(platform, 2048)
+    args = params_of(quantization), int32(1, 1), abstract_cache(platform, 2048)
     program = compiled(platform, greedy_step, *args, donate=2)
     memory = program.memory_analysis()
     weights = {None: 12.49, "int8": 6.79, "int4": 4.11, "int4-row": 3.95}[quantization]
@@ -127,7 +97,7 @@ def test_a_step_copies_and_converts_no_weight(platform, quantization):
 
 @pytest.mark.parametrize("quantization", ["int4", "int4-row"])
 def test_int4_on_a_tpu_is_never_a_whole_weight_unpacked(quantization):
-    args = abstract_params(quantization), int32(1, 1), abstract_cache("tpu", 2048)
+    args = params_of(quantization), int32(1, 1), abstract_cache("tpu", 2048)
     memory = compiled("tpu", greedy_step, *args, donate=2).memory_analysis()
     print(f"tpu {quantization}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
     gate_up = 2 * 13696 * 4096 * 2
@@ -159,17 +129,17 @@ def test_the_text_of_a_program_shows_copies():
 def test_memory_of_a_32k_prompt(platform, tokens):
     row = int32(1)
     cache = abstract_cache(platform, 32768)
-    args = abstract_params(None), int32(1, tokens), row, row, cache
+    args = params_of(), int32(1, tokens), row, row, cache
     memory = compiled(platform, partial(steps.read, CONFIG), *args, donate=4).memory_analysis()
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    assert memory.alias_size_in_bytes >= whole - 8  # the lengths come anew
+    assert memory.alias_size_in_bytes >= whole - 8  # the lengths are new
     print(f"{platform}: cache {whole / GB:.2f} GB, {memory.temp_size_in_bytes / MB:.0f} MB more")
     assert whole + memory.temp_size_in_bytes < (0.94 + 2) * GB
 
 
 def test_prompts_of_several_rows_copy_no_cache_on_a_tpu():
     cache = abstract_cache("tpu", 2048, rows=8)
-    args = abstract_params(None), int32(8, 256), int32(8), int32(8), cache
+    args = params_of(), int32(8, 256), int32(8), int32(8), cache
     memory = compiled("tpu", partial(steps.read, CONFIG), *args, donate=4).memory_analysis()
     keys = cache.k.size * cache.k.dtype.itemsize
     print(f"tpu: 8 x 256 tokens, {memory.temp_size_in_bytes / MB:.0f} MB of temporaries")
@@ -178,7 +148,7 @@ def test_prompts_of_several_rows_copy_no_cache_on_a_tpu():
 
 
 def test_a_step_in_a_32k_cache_copies_no_more_of_it_than_a_layer():
-    args = abstract_params(None), int32(1, 1), abstract_cache("cuda", 32768)
+    args = params_of(), int32(1, 1), abstract_cache("cuda", 32768)
     memory = compiled("cuda", greedy_step, *args, donate=2).memory_analysis()
     layer = 32768 * 2 * 128 * 2
     assert memory.temp_size_in_bytes < 3 * layer < 0.06 * memory.alias_size_in_bytes

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import jax.numpy as jnp
 import pytest
 
 from glm2_jax import UsageError
@@ -14,16 +13,9 @@ def device(platform, capability=None):
     return SimpleNamespace(platform=platform, compute_capability=capability)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("bf16", jnp.bfloat16), ("half", jnp.float16), ("float32", jnp.float32)],
-)
-def test_names(name, expected):
-    assert resolve_dtype(name, num_params=1) == expected
-    assert dtype_name(expected) == jnp.dtype(expected).name
-
-
-def test_unknown_name():
+def test_names():
+    for name, expected in (("bf16", "bfloat16"), ("half", "float16"), ("float32", "float32")):
+        assert dtype_name(resolve_dtype(name, num_params=1)) == expected
     with pytest.raises(UsageError, match="float64"):
         resolve_dtype("float64", num_params=1)
 
@@ -47,7 +39,5 @@ def test_auto_on_a_cpu_is_float32_where_it_fits(monkeypatch):
     small = resolve_dtype("auto", num_params=5 * 10**9, device=device("cpu"))
     large = resolve_dtype("auto", num_params=6_243_584_000, device=device("cpu"))
     assert (dtype_name(small), dtype_name(large)) == ("float32", "bfloat16")
-
-
-def test_available_memory_is_a_plausible_number():
+    monkeypatch.undo()
     assert 2**28 < dtypes.available_memory() < 2**50

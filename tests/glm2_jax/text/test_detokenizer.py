@@ -49,16 +49,14 @@ IDS = st.lists(st.one_of(ONE, TRICKY_BYTES), max_size=25).map(lambda parts: sum(
 
 
 @pytest.mark.parametrize("tokenizer", [TINY, BARE], ids=["prefix", "bare"])
-@settings(deadline=None, database=None, max_examples=600)
+@settings(deadline=None, database=None, max_examples=400)
 @given(ids=IDS)
 def test_equals_sentencepiece(tokenizer, ids):
     parts, rest = stream(tokenizer, ids)
-    expected = oracle(tokenizer, ids)
-    assert "".join(parts) + rest == expected
-    assert tokenizer.decode(ids) == expected
+    assert "".join(parts) + rest == tokenizer.decode(ids) == oracle(tokenizer, ids)
 
 
-@settings(deadline=None, database=None, max_examples=300)
+@settings(deadline=None, database=None, max_examples=200)
 @given(ids=IDS)
 def test_what_was_emitted_is_never_taken_back(ids):
     detokenizer, said = Detokenizer(TINY), ""
@@ -70,7 +68,7 @@ def test_what_was_emitted_is_never_taken_back(ids):
     assert said + detokenizer.flush() == TINY.decode(ids)
 
 
-@settings(deadline=None, database=None, max_examples=300)
+@settings(deadline=None, database=None, max_examples=200)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12))
 def test_whole_characters_from_bytes(text):
     parts, rest = stream(TINY, byte_ids(text.encode()))
@@ -81,18 +79,13 @@ def test_whole_characters_from_bytes(text):
 def test_published_tokenizer_at_random():
     tokenizer = Tokenizer.from_file(real_model() / "tokenizer.model")
 
-    @settings(deadline=None, database=None, max_examples=200)
+    @settings(deadline=None, database=None, max_examples=50)
     @given(st.lists(st.one_of(st.integers(3, 258), st.integers(-2, 65100)), max_size=20))
     def check(ids):
         parts, rest = stream(tokenizer, ids)
         assert "".join(parts) + rest == tokenizer.decode(ids) == oracle(tokenizer, ids)
 
     check()
-
-
-def test_an_emoji_comes_whole():
-    parts, rest = stream(TINY, byte_ids("👋".encode()))
-    assert parts == ["", "", "", "👋"] and rest == ""
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -107,11 +100,6 @@ def test_a_character_cut_off(cut):
     assert parts[cut] == "\ufffd" * cut and rest == "\ufffd" * cut
 
 
-def test_a_special_id_inside_a_character_breaks_it():
-    data = byte_ids("你".encode())
-    assert TINY.decode([data[0], 2, *data[1:]]) == "\ufffd" * 3
-
-
 def test_only_the_first_space_is_dropped():
     (space,) = BARE.encode(" ")
     assert TINY.decode([space]) == ""
@@ -120,10 +108,3 @@ def test_only_the_first_space_is_dropped():
     assert TINY.decode([*byte_ids(b"\n"), space]) == "\n "
     assert TINY.decode([*byte_ids(b" "), space]) == "  "
     assert BARE.decode([space]) == " "
-
-
-def test_flush_ends_one_character_only():
-    detokenizer = Detokenizer(TINY)
-    assert detokenizer.push(3 + 0xE4) == ""
-    assert detokenizer.flush() == "\ufffd"
-    assert detokenizer.flush() == ""

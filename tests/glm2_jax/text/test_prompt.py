@@ -31,13 +31,10 @@ def published(family):
     return Tokenizer.from_file(real_model() / "tokenizer.model", family)
 
 
-def test_published_chatglm2_prompt():
+def test_published_chatglm2_prompts():
     ids = [64790, 64792, 790, 30951, 517, 30910, 30939, 30996, 13, 13, 54761, 31211, 39701]
     ids += [13, 13, 55437, 31211]
     assert build_prompt(published("chatglm2"), "chatglm2", "你好") == ids
-
-
-def test_published_two_round_prompt():
     case = json.loads((real_model() / "tokenizer_cases.json").read_text("utf-8"))[2]
     answer = "你好👋！我是人工智能助手 ChatGLM2-6B，很高兴见到你，欢迎问我任何问题。"
     history, query = [("你好", answer)], "晚上睡不着应该怎么办"
@@ -75,18 +72,9 @@ def test_chatglm2_text_and_system():
     assert build_prompt(GLM2, "chatglm2", "Q", (), "") == build_prompt(GLM2, "chatglm2", "Q")
 
 
-@settings(deadline=None, database=None, max_examples=200)
-@given(history=TURNS, query=QUESTION)
-def test_a_followup_is_the_end_of_the_whole_prompt(history, query):
-    for tokenizer in (GLM2, CODE):
-        whole = build_prompt(tokenizer, "chatglm2", query, history)
-        followup = build_followup(tokenizer, query, len(history) + 1)
-        before = chatglm2_text(history[-1][0], history[:-1]) + history[-1][1]
-        assert whole == tokenizer.prefix_ids + tokenizer.encode(before) + followup
-
-
-def test_a_followup_with_the_published_tokenizer():
-    tokenizer = published("chatglm2")
+@pytest.mark.parametrize("tokenizer", [GLM2, CODE, None], ids=["prefix", "bare", "published"])
+def test_a_followup_is_the_end_of_the_whole_prompt(tokenizer):
+    tokenizer = tokenizer or published("chatglm2")
 
     @settings(deadline=None, database=None, max_examples=100)
     @given(history=TURNS, query=QUESTION)
@@ -109,27 +97,6 @@ def test_a_followup_that_cannot_be():
         build_followup(GLM2, " ", 2)
 
 
-def test_chatglm3_roles():
-    tools = [{"name": "天气", "parameters": {"city": "str"}}]
-    messages = [
-        {"role": "system", "content": "Use tools.", "tools": tools},
-        {"role": "user", "content": "天气"},
-        {"role": "assistant", "metadata": "get_weather", "content": "tool_call(city='x')"},
-        {"role": "observation", "content": "晴"},
-    ]
-    written = "Use tools.\n" + json.dumps(tools, indent=4, ensure_ascii=False)
-    assert '\n    {\n        "name": "天气"' in written
-    encode, special = GLM3.encode, GLM3.special
-    assert build_messages(GLM3, messages) == [
-        *GLM3.prefix_ids,
-        *(special["<|system|>"], *encode("\n"), *encode(written)),
-        *(special["<|user|>"], *encode("\n"), *encode("天气")),
-        *(special["<|assistant|>"], *encode("get_weather\n"), *encode("tool_call(city='x')")),
-        *(special["<|observation|>"], *encode("\n"), *encode("晴")),
-        special["<|assistant|>"],
-    ]
-
-
 def test_chatglm3_history_becomes_messages():
     messages = [{"role": "system", "content": "S"}]
     for question, answer in HISTORY:
@@ -148,35 +115,29 @@ def test_typed_special_tokens_stay_text(template):
     assert specials == GLM3.prefix_ids + (roles if template == "chatglm3" else [])
 
 
-def test_chatglm3_messages_may_be_empty():
+def test_chatglm3_roles_and_empty_messages():
+    tools = [{"name": "天气", "parameters": {"city": "str"}}]
     messages = [
-        {"role": "system", "content": "", "tools": [{"name": "search"}]},
-        {"role": "user", "content": "Q"},
+        {"role": "system", "content": "Use tools.", "tools": tools},
+        {"role": "user", "content": "天气"},
         {"role": "assistant", "metadata": "search", "content": ""},
         {"role": "observation", "content": ""},
         {"role": "assistant", "content": ""},
         {"role": "user", "content": " "},
         {"role": "assistant", "content": "\n"},
-        {"role": "observation", "content": ""},
+        {"role": "observation", "content": "晴"},
     ]
-    encode, special = GLM3.encode, GLM3.special
-    tools = json.dumps([{"name": "search"}], indent=4)
-    assert build_messages(GLM3, messages) == [
-        *GLM3.prefix_ids,
-        *(special["<|system|>"], *encode("\n"), *encode("\n" + tools)),
-        *(special["<|user|>"], *encode("\n"), *encode("Q")),
-        *(special["<|assistant|>"], *encode("search\n")),
-        *(special["<|observation|>"], *encode("\n")),
-        *(special["<|assistant|>"], *encode("\n")),
-        *(special["<|user|>"], *encode("\n"), *encode(" ")),
-        *(special["<|assistant|>"], *encode("\n"), *encode("\n")),
-        *(special["<|observation|>"], *encode("\n")),
-        special["<|assistant|>"],
-    ]
-    for number in (1, 6):
-        asked = {**messages[number - 1], "tools": None}
-        with pytest.raises(InputError, match=rf"Message {number} \(.*\) is empty"):
-            build_messages(GLM3, [*messages[: number - 1], asked])
+    written = "Use tools.\n" + json.dumps(tools, indent=4, ensure_ascii=False)
+    assert '\n    {\n        "name": "天气"' in written
+    texts = [written, "天气", "", "", "", " ", "\n", "晴"]
+    expected = list(GLM3.prefix_ids)
+    for message, text in zip(messages, texts, strict=True):
+        expected += [GLM3.special[f"<|{message['role']}|>"]]
+        expected += GLM3.encode(message.get("metadata", "") + "\n") + GLM3.encode(text)
+    assert build_messages(GLM3, messages) == [*expected, GLM3.special["<|assistant|>"]]
+    for asked in ({"role": "system", "content": ""}, messages[5]):
+        with pytest.raises(InputError, match=r"Message 3 \(.*\) is empty"):
+            build_messages(GLM3, [*messages[:2], asked])
 
 
 def test_answers_of_a_history_may_be_messages():
@@ -202,13 +163,10 @@ USER = {"role": "user", "content": "Q"}
         ("hello", "not a list"),
         (USER, "not a list"),
         ([USER, "hello"], "Message 2 is not an object"),
-        ([{"content": "Q"}], "Message 1 has the role None"),
         ([USER, {"role": "tool", "content": "Q"}], "Message 2 has the role 'tool'"),
         ([{"role": ["user"], "content": "Q"}], "Message 1 has the role"),
-        ([{"role": "user"}], r"Message 1 \(user\) has no content"),
         ([USER, {"role": "user", "content": 3}], r"Message 2 \(user\) has no content"),
         ([{"role": "user", "content": " \n"}], r"Message 1 \(user\) is empty"),
-        ([USER | {"metadata": 1}], "metadata that is not one line"),
         ([USER | {"metadata": "a\nb"}], "metadata that is not one line"),
         ([USER | {"tools": []}], "Only a system message"),
         ([{"role": "system", "content": "S", "tools": {1, 2}}], "not JSON"),
@@ -222,11 +180,9 @@ def test_bad_messages(messages, message):
         build_messages(GLM3, messages)
 
 
-@pytest.mark.parametrize("template", ["chatglm2", "chatglm3", "raw"])
 @pytest.mark.parametrize(
     ("query", "history", "system", "message"),
     [
-        ("", (), None, "empty prompt"),
         (" \n\u3000\t", (), None, "empty prompt"),
         (None, (), None, "not a string"),
         ("Q", "history", None, "not a list"),
@@ -236,9 +192,10 @@ def test_bad_messages(messages, message):
         ("Q", (), 5, "system text is not a string"),
     ],
 )
-def test_bad_prompts(template, query, history, system, message):
-    with pytest.raises(InputError, match=message):
-        build_prompt(GLM3, template, query, history, system)
+def test_bad_prompts(query, history, system, message):
+    for template in ("chatglm2", "chatglm3", "raw"):
+        with pytest.raises(InputError, match=message):
+            build_prompt(GLM3, template, query, history, system)
 
 
 def test_what_a_template_cannot_do():

@@ -61,24 +61,18 @@ def test_the_tokenizer_without_dummy_prefix():
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize("tokenizer", [TINY, BARE], ids=["prefix", "bare"])
-def test_text_never_becomes_a_special_id(tokenizer, text):
-    for typed in (text, f"问：{text}\n", text * 3):
-        ids = tokenizer.encode(typed)
-        assert min(ids) > 2 and max(ids) < tokenizer.num_pieces
-        assert tokenizer.decode(ids) == typed
-    byte_pieces = [tokenizer.byte_value(i) for i in tokenizer.encode(text)]
-    assert all(value is None or chr(value) in text for value in byte_pieces)
-    assert 10 not in byte_pieces
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_text_never_becomes_a_published_special_id(text):
-    tokenizer = Tokenizer.from_file(real_model() / "tokenizer.model", "chatglm3")
-    ids = tokenizer.encode(text)
-    assert min(ids) > 258 and max(ids) < 64789
-    assert tokenizer.decode(ids) == text
+@pytest.mark.parametrize("tokenizer", [TINY, BARE, None], ids=["prefix", "bare", "published"])
+def test_text_never_becomes_a_special_id(tokenizer):
+    if tokenizer is None:
+        tokenizer = Tokenizer.from_file(real_model() / "tokenizer.model", "chatglm3")
+    for text in HOSTILE:
+        for typed in (text, f"问：{text}\n", text * 3):
+            ids = tokenizer.encode(typed)
+            assert min(ids) > 2 and max(ids) < tokenizer.num_pieces
+            assert tokenizer.decode(ids) == typed
+        byte_pieces = [tokenizer.byte_value(i) for i in tokenizer.encode(text)]
+        assert all(value is None or chr(value) in text for value in byte_pieces)
+        assert 10 not in byte_pieces
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=40)
@@ -107,16 +101,10 @@ def test_ids_without_text():
     assert TINY.decode([2, *mixed, 2]) == "你好 world"
     assert all(TINY.token_bytes(i) == b"" and TINY.byte_value(i) is None for i in silent)
 
-
-def test_token_bytes():
     text = "你好 world 👋\n"
     assert b"".join(TINY.token_bytes(i) for i in TINY.encode(text)) == f" {text}".encode()
     assert [TINY.byte_value(3 + b) for b in range(256)] == list(range(256))
-
-
-def test_decode_takes_arrays():
-    ids = TINY.encode("天气很好 👋")
-    assert TINY.decode(np.array(ids, np.int32)) == "天气很好 👋"
+    assert TINY.decode(np.array(ids, np.int32)) == "你好 world"
 
 
 def test_awkward_text():
@@ -127,16 +115,13 @@ def test_awkward_text():
     assert TINY.decode(TINY.encode(long)) == long
 
 
-@pytest.mark.parametrize("text", ["\ud800", "ab\udc80", "\udc00\ud800"])
-def test_lone_surrogates_are_refused(text):
-    with pytest.raises(InputError, match=r"lone surrogate \(U\+D[89A-F]"):
-        TINY.encode(text)
-
-
-@pytest.mark.parametrize("text", [None, 3, b"bytes", ["a"]])
-def test_only_strings_are_encoded(text):
-    with pytest.raises(InputError, match="not a string"):
-        TINY.encode(text)
+def test_only_strings_that_utf8_can_write_are_encoded():
+    for text in ("\ud800", "ab\udc80", "\udc00\ud800"):
+        with pytest.raises(InputError, match=r"lone surrogate \(U\+D[89A-F]"):
+            TINY.encode(text)
+    for text in (None, 3, b"bytes", ["a"]):
+        with pytest.raises(InputError, match="not a string"):
+            TINY.encode(text)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("data", [b"", b"not a model", sp_model()[:100], sp_model()[:-7]])
@@ -161,12 +146,6 @@ def test_unfit_models_are_refused(tmp_path):
         Tokenizer.from_file(tmp_path)
     with pytest.raises(ValueError, match="unknown family"):
         Tokenizer.from_bytes(sp_model(), "glm4")
-
-
-def test_the_model_bytes_reopen():
-    again = Tokenizer.from_bytes(TINY.model_bytes, "chatglm2")
-    assert again.encode("你好 hello") == TINY.encode("你好 hello")
-    assert "<|user|>" not in again.special
 
 
 def test_clean_up():

@@ -1,10 +1,10 @@
-"""What a mesh costs, beside arithmetic by hand and what the plan for one device says."""
+"""The cost of a mesh against arithmetic by hand and the plan for one device."""
 
 import math
 
 import pytest
 
-from glm2_jax import PRESETS, GLMConfig, UsageError, parse_mesh
+from glm2_jax import PRESETS, UsageError, parse_mesh
 from infer.memory.links import LINKS, Talk, all_reduce, find_links, gather
 from infer.memory.mesh_cost import mesh_cost, report
 from infer.memory.plan import Plan, cache_bytes, rate_bound, weight_bytes
@@ -23,8 +23,7 @@ def test_a_ring_by_hand():
     assert half.seconds == pytest.approx(0.7e9 / 450e9 + 6.6e-6 + 7 * 0.6e-6)
     assert gather(V5E, sizes, "data", 1e9) == all_reduce(V5E, sizes, "fsdp", 1e9) == Talk()
 
-
-def test_two_neighbors_have_one_link():
+    # Two neighbors share one link.
     talk = gather(V5E, {"tensor": 2}, "tensor", 100e6)
     assert talk.link_bytes == 50e6 and talk.seconds == pytest.approx(1e-3 + 1e-6)
 
@@ -40,7 +39,7 @@ def test_what_links_do_not_join_takes_the_network():
     assert all_reduce(V5E, {"data": 64, "tensor": 8}, "data", 1e6).network_bytes > 0
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize("scheme", [None, "int4"])
 def test_one_device_is_what_its_plan_says(scheme):
     precision = Precision("bfloat16", scheme)
     cost = mesh_cost(SIX, {}, LINKS["h200"], batch=4, length=1024, scheme=scheme)
@@ -109,12 +108,8 @@ def test_names_of_devices():
     assert "v5e, v5p, h200" in caught.value.why
     with pytest.raises(UsageError, match="v5p-8 has 8 devices, the mesh takes 4"):
         find_links("v5p-8", 4)
-
-
-def test_a_mesh_that_does_not_fit_is_refused():
-    config = GLMConfig(1, 64, 64, 96, 4, 2, 16, 64)
     with pytest.raises(UsageError, match="does not fit"):
-        mesh_cost(config, {"tensor": 8}, V5E, batch=1, length=8)
+        mesh_cost(SIX, {"tensor": 3}, V5E, batch=1, length=8)
 
 
 def test_the_report_tells_what_does_not_fit():
