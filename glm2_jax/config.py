@@ -25,7 +25,6 @@ _REQUIRED_VALUES: dict[str, tuple[Any, Any]] = {
     "interleaved_qkv": (False, False),
     "rotary_percent": (0.5, 0.5),
     "fp32_residual_connection": (False, False),
-    "logn_scaling": (False, False),  # our own key, of earlier versions
 }
 
 # Our dimensions, with the value that the published class takes if the key is absent.
@@ -72,6 +71,8 @@ class GLMConfig:
         rope_base: the rotary base before `rope_ratio`.
         rope_table_dtype: "float32", or "reference" for the rounding of the published code when it
             runs in half precision.
+        logn_scaling: multiply queries by max(1, log(64 + p + 1) / log(2048)); off, because it is in
+            only one public copy of chatglm3-6b-128k and unverified.
         family: "chatglm2", "chatglm3" or "codegeex2".
         hidden_dropout: dropout after attention and MLP, in training.
         attention_dropout: dropout of attention probabilities, in training.
@@ -92,6 +93,7 @@ class GLMConfig:
     rope_kind: str = "base"
     rope_base: float = 10000.0
     rope_table_dtype: str = "float32"
+    logn_scaling: bool = False
     family: str = "chatglm2"
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -165,7 +167,7 @@ class GLMConfig:
 
         Args:
             raw: the parsed file. Besides the published keys it may hold our own `family`,
-                `rope_kind` and `rope_table_dtype`.
+                `rope_kind`, `rope_table_dtype` and `logn_scaling`.
             tokenizer_config: the parsed `tokenizer_config.json`, which may show the family if the
                 configuration does not.
             rope_kind: overrides the meaning that `rope_ratio` has in the family.
@@ -205,6 +207,7 @@ class GLMConfig:
             **values,
             rope_kind=rope_kind,
             rope_table_dtype=raw.get("rope_table_dtype", "float32"),
+            logn_scaling=_flag(raw, "logn_scaling"),
             family=family,
             eos_token_id=_first_id(raw, "eos_token_id", 2),
             pad_token_id=_first_id(raw, "pad_token_id", 0),
@@ -254,6 +257,13 @@ def _first_id(raw: Mapping[str, Any], key: str, default: int) -> int:
     if isinstance(value, list) and value:
         value = value[0]
     return default if value is None else _integer({key: value}, key)
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise _bad_value(key, value, "true or false")
+    return value
 
 
 def _number(raw: Mapping[str, Any], name: str, default: float) -> float:

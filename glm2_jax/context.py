@@ -24,6 +24,7 @@ class TokenContext:
         visible: which keys each query sees: of the cache, or without one of prefix and tokens.
         slots: int32 [B, T], the cache slot of each token; past the end = not written. None without
             a cache.
+        query_scale: float32 [B, T, 1, 1], or None if queries are not scaled.
         prefix: keys and values that each layer puts before those of the tokens; None with a cache,
             which holds them.
     """
@@ -32,6 +33,7 @@ class TokenContext:
     sin: jax.Array
     visible: Visibility
     slots: jax.Array | None
+    query_scale: jax.Array | None
     prefix: Prefix | None = None
 
 
@@ -75,4 +77,11 @@ def token_context(
         written = (numbers < length[:, None]).astype(jnp.int32)
         visible = Visibility(index, jnp.ones_like(index), written)
     cos, sin = rope_tables(config, default_positions if positions is None else positions, dtype)
-    return TokenContext(cos, sin, visible, slots, prefix), length
+    scale = _logn_scale(index) if config.logn_scaling else None
+    return TokenContext(cos, sin, visible, slots, scale, prefix), length
+
+
+def _logn_scale(index: jax.Array) -> jax.Array:
+    """Return max(1, log(64 + p + 1) / log(2048)) of each query's place p; [B, T, 1, 1]."""
+    scale = jnp.log(index.astype(jnp.float32) + 65.0) / jnp.log(2048.0)
+    return jnp.maximum(scale, 1.0)[:, :, None, None]

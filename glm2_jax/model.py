@@ -110,6 +110,8 @@ class GLMBlock(nn.Module):
         v = project("BTD,KHD->BTKH", x, self.v, self.v_bias, added("v"))
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
+        if context.query_scale is not None:
+            q = (q * context.query_scale).astype(x.dtype)
         if context.slots is not None:
             with jax.named_scope("cache_update"):
                 k_cache = write_layer(k_cache, k, layer, context.slots)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm2_jax.config import GLMConfig, shorten
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, UsageError
 
 MODEL_TYPE = "glm"
 _THETA = 10000.0  # the rotary base of every published model, before rope_ratio
@@ -38,7 +38,16 @@ def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict
         config: the architecture.
         dtype: of the weights.
         stops: the ids that end an answer.
+
+    Raises:
+        UsageError: the model computes what `GlmForCausalLM` does not.
     """
+    if config.logn_scaling:
+        raise UsageError(
+            "A model with logn_scaling cannot be written as --layout glm.",
+            "GlmForCausalLM does not scale its queries, so its answers would be others.",
+            "Use --layout chatglm.",
+        )
     published = config.to_hf()
     theta, scaling = config.rope_base, {}
     if config.rope_kind == "base":

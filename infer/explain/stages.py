@@ -68,7 +68,7 @@ def _attention(weights: Any, x: jax.Array, context: TokenContext, cache: Any, ta
     q = take_one("q", "BTD,NHD->BTNH")
     k = take_one("k", "BTD,KHD->BTKH")
     v = take_one("v", "BTD,KHD->BTKH")
-    q = take("attention.rope_q", _rotate, q, context)
+    q = take("attention.rope_q", _rotate_queries, q, context)
     k = take("attention.rope_k", _rotate, k, context)
     if cache is not None:
         k, v = take("attention.cache", _through_cache, k, v, *cache, context)
@@ -91,6 +91,11 @@ def embed(config: GLMConfig, params: Any, tokens: jax.Array) -> jax.Array:
 
 def _rotate(x: jax.Array, context: TokenContext) -> jax.Array:
     return apply_rope(x, context.cos, context.sin)
+
+
+def _rotate_queries(q: jax.Array, context: TokenContext) -> jax.Array:
+    q = _rotate(q, context)
+    return q if context.query_scale is None else (q * context.query_scale).astype(q.dtype)
 
 
 def _through_cache(

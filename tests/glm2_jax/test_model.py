@@ -214,6 +214,18 @@ def test_dropout_only_with_a_key(params):
     assert np.abs(noisy - reference).max() > 0.01 and np.abs(noisy - drawn[0]).max() > 0.01
 
 
+def test_logn_scaling_by_hand(params):
+    config = dataclasses.replace(TOY, logn_scaling=True)
+    tokens = random_tokens(1, 6)
+    context, _ = token_context(config, tokens, None, None, None, jnp.float32)
+    np.testing.assert_array_equal(context.query_scale, np.ones((1, 6, 1, 1)))
+    assert_same(jit_forward(config, params, tokens)[0], plain(params, tokens))
+    cache = KVCache.zeros(config, 1, 4, jnp.float32).replace(length=jnp.asarray([9934]))
+    context, _ = token_context(config, tokens[:, :1], None, None, cache, jnp.float32)
+    expected = np.log(64 + 9934 + 1) / np.log(2048)
+    np.testing.assert_allclose(context.query_scale[0, 0, 0, 0], expected, rtol=1e-6)
+
+
 def decode_step(config, dtype, batch, size):
     """The compiled program of one decode step over abstract weights."""
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))

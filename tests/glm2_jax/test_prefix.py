@@ -1,5 +1,6 @@
 """P-Tuning v2 prefixes in the model: the published arrays, and a plain NumPy counterpart."""
 
+import dataclasses
 import json
 
 import jax
@@ -79,6 +80,21 @@ def test_quantized_and_listed_layers_in_bfloat16(prefixed):
     reference = numpy_logits(TINY, PARAMS, tokens[0], k, v)
     without = numpy_logits(TINY, PARAMS, tokens[0], k[:, :0], v[:, :0])
     assert np.abs(logits[0] - reference).mean() < np.abs(without - reference).mean() / 5
+
+
+def test_queries_are_scaled_by_their_place_behind_the_prefix(prefixed):
+    """The one architecture that looks at places: with the cache or without, they are the same."""
+    params, _ = prefixed
+    config = dataclasses.replace(TINY, logn_scaling=True)
+    long = {
+        **params,
+        "prefix": jax.tree.map(lambda x: jnp.tile(x, (1, 500, 1, 1)), params["prefix"]),
+    }
+    tokens = random_tokens(1, 3, TINY)
+    plain, _ = jit_forward(config, long, tokens)
+    cache = KVCache.new(config, 1, 3, jnp.float32, long["prefix"])
+    cached, _ = jit_forward(config, long, tokens, cache=cache)
+    assert np.abs(plain - cached).max() <= TOLERANCE
 
 
 @pytest.fixture(scope="module")

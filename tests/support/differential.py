@@ -84,6 +84,7 @@ def random_config(random: np.random.Generator) -> GLMConfig:
         rope_ratio=pick(1.0, 2.5, 16.0, 50.0),
         rope_kind=pick(*ROPE_KINDS),
         rope_table_dtype=pick("float32", "reference"),
+        logn_scaling=pick(False, True),
         family=pick(*FAMILIES),
     )
 
