@@ -1,4 +1,4 @@
-"""`python -m convert.from_pytorch SRC DST`: a folder of PyTorch's becomes our own format."""
+"""`python -m convert.from_pytorch SRC DST`: convert a PyTorch folder to our own format."""
 
 from convert import options
 from glm2_jax.choices import QUANTIZE
@@ -9,7 +9,7 @@ from glm2_jax.cli.parser import Parser, from_flags
 
 
 def build_parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser(
         prog="python -m convert.from_pytorch",
         description=(
@@ -25,69 +25,61 @@ def build_parser() -> Parser:
     options.add_dtype(weights)
     weights.add_argument(
         "--quantize", choices=QUANTIZE,
-        help="write the matrices of the layers as int8 (a scale a row) or int4 (a scale for 128 "
-        "columns); none = unpack what is stored quantized (default: as it is stored)",
+        help="write the matrices of the layers as int8 (a scale per row) or int4 (a scale per 128 "
+        "columns); none = dequantize (default: as stored)",
     )  # fmt: skip
     weights.add_argument(
         "--quantize-embeddings", action="store_true",
-        help="with --quantize int8 or int4: write embedding and head in the same way, too",
+        help="with --quantize int8 or int4: quantize embedding and head, too",
     )  # fmt: skip
-    options.add_shard_size(weights)
-    options.add_model_flags(parser)
-    writing = parser.add_argument_group("writing")
-    options.add_overwrite(writing)
-    writing.add_argument(
-        "--verify", action="store_true", help="read everything again and compare the checksums"
+    options.add_last(parser, overwrite=True).add_argument(
+        "--verify", action="store_true", help="read the new folder and compare its checksums"
     )
-    options.add_dry_run(writing)
-    parser.add_common()
     return parser
 
 
 def main(argv: list[str]) -> None:
-    """Parses and converts."""
+    """Parse the flags and convert."""
     args = build_parser().parse_args(argv)
-    choice = from_flags(ModelChoice, args)
     from convert.files.manifest import verify_checkpoint
-    from convert.loading.folder import open_folder
     from convert.writing.destination import check_destination
-    from convert.writing.own import convert_folder, form_of_conversion, size_of_conversion
+    from convert.writing.own import convert_folder, plan_conversion
     from glm2_jax.schemes import stored_as
 
-    dtype = None if args.dtype == "keep" else args.dtype
-    folder = open_folder(options.find_folder(choice, args.source), **choice.form)
-    size = size_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
-    kind, scheme = form_of_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
-    stored, written = stored_as(folder.float_dtype, folder.scheme), stored_as(kind.name, scheme)
-    options.tell_model(args.source, folder, stored)
+    form = {
+        "dtype": None if args.dtype == "keep" else args.dtype,
+        "quantize": args.quantize,
+        "quantize_embeddings": args.quantize_embeddings,
+    }
+    folder, _ = options.open_source(from_flags(ModelChoice, args), args.source)
+    plan = plan_conversion(folder, **form)
+    stored = stored_as(folder.float_dtype, folder.scheme)
+    written = stored_as(plan.dtype.name, plan.scheme)
+    options.print_model(args.source, folder, stored=stored)
     if args.dry_run:
-        check_destination(args.destination, args.overwrite, source=folder.path, needed=size)
-        note(f"would write {human_size(size)} in {written}")
+        check_destination(args.destination, args.overwrite, source=folder.path, needed=plan.nbytes)
+        note(f"would write {human_size(plan.nbytes)} in {written}")
+        quantization = None if plan.scheme is None else plan.scheme.name
         options.print_plan(
-            args.destination,
-            size,
-            dtype=kind.name,
-            quantization=None if scheme is None else scheme.name,
+            args.destination, plan.nbytes, dtype=plan.dtype.name, quantization=quantization
         )
         return
-    with Progress("converting", size, show=human_size) as progress:
+    with Progress("converting", show=human_size) as bar:
         manifest = convert_folder(
             folder,
             args.destination,
-            dtype=dtype,
-            quantize=args.quantize,
-            quantize_embeddings=args.quantize_embeddings,
+            **form,
             overwrite=args.overwrite,
             max_shard_size=args.max_shard_size,
-            progress=lambda done, _: progress(done),
+            progress=bar.update,
         )
     if written != stored:
         note(f"the weights were stored in {stored}; written as {written}")
     if args.verify:
-        with Progress("verifying", size, show=human_size) as progress:
-            verify_checkpoint(args.destination, lambda done, _: progress(done))
-        note(f"verified: {len(manifest.files)} files have the sums of the manifest")
-    options.tell_written(human_size(size), args.destination, written)
+        with Progress("verifying", show=human_size) as bar:
+            verify_checkpoint(args.destination, bar.update)
+        note(f"verified: the checksums of {len(manifest.files)} files match the manifest")
+    options.print_written(plan.nbytes, args.destination, written)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""`python -m convert.inspect PATH`: what a checkpoint folder is, without reading its weights."""
+"""`python -m convert.inspect PATH`: describe a checkpoint folder without reading its weights."""
 
 from typing import Any
 
+from convert import options
 from convert.hub.find import find_model
-from convert.options import add_model_flags
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.messages import Progress, human_size, note
@@ -13,11 +13,11 @@ from glm2_jax.escape import join_lines, json_line
 
 
 def build_parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser(
         prog="python -m convert.inspect",
         description=(
-            "Says what a checkpoint folder is: family, parameters, types, sizes. The names and "
+            "Describes a checkpoint folder: family, parameters, types, sizes. The names and "
             "shapes of all tensors are checked; their data is not read, except by --verify."
         ),
         example="python -m convert.inspect ./chatglm2-6b",
@@ -30,7 +30,7 @@ def build_parser() -> Parser:
     output.add_argument(
         "--verify", action="store_true", help="compare every file with the manifest's checksums"
     )
-    add_model_flags(parser)
+    options.add_model_flags(parser)
     parser.add_common()
     return parser
 
@@ -42,7 +42,7 @@ def describe(
     template: str | None = None,
     family: str | None = None,
 ) -> dict:
-    """What is known about a folder without its data, ready for JSON."""
+    """Return what is known about a folder without its data, ready for JSON."""
     from convert.loading.folder import fingerprint, open_folder
 
     folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
@@ -82,7 +82,7 @@ def describe(
 
 
 def as_table(found: dict[str, Any]) -> str:
-    """The same for people."""
+    """Return the same as a table for people."""
     from glm2_jax.schemes import SCHEMES, stored_as
 
     scheme = None if found["quantization"] is None else SCHEMES[found["quantization"]]
@@ -113,17 +113,18 @@ def as_table(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Parses and prints."""
+    """Parse the flags and print."""
     args = build_parser().parse_args(argv)
-    path = str(find_model(args.path, source=args.hub_source, revision=args.revision))
-    found = describe(path, **from_flags(ModelChoice, args).form)
+    choice = from_flags(ModelChoice, args)
+    path = str(find_model(args.path, source=choice.source, revision=choice.revision))
+    found = describe(path, **choice.form)
     if args.verify:
         from convert.files.manifest import verify_checkpoint
 
-        with Progress("verifying", found["bytes_on_disk"], show=human_size) as progress:
-            manifest = verify_checkpoint(path, lambda done, _: progress(done))
+        with Progress("verifying", show=human_size) as bar:
+            manifest = verify_checkpoint(path, bar.update)
         found["verified"] = True
-        note(f"verified: {len(manifest.files)} files have the sums of the manifest")
+        note(f"verified: the checksums of {len(manifest.files)} files match the manifest")
     print(json_line(found) if args.json else as_table(found))
 
 

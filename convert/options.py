@@ -1,18 +1,18 @@
-"""Flags that several of the convert tools share, what they stand for, and what is said of both."""
+"""The flags and messages that several of the convert tools share."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.hub.find import find_model
-from glm2_jax.choices import DTYPE_NAMES, ROPE_KINDS, TEMPLATES
+from glm2_jax.choices import DTYPE_NAMES
 from glm2_jax.cli.arguments import path_argument, size_argument
-from glm2_jax.cli.flags import add_family, add_hub_flags
+from glm2_jax.cli.flags import add_form_flags, add_hub_flags
 from glm2_jax.cli.main import print_path
-from glm2_jax.cli.messages import note
+from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser
 from glm2_jax.escape import json_line
 
 if TYPE_CHECKING:
@@ -23,23 +23,24 @@ if TYPE_CHECKING:
 def add_places(
     parser: argparse.ArgumentParser,
     source: str = "the folder to read, or OWNER/NAME",
-    destination: str = "the one to write",
+    destination: str = "the folder to write",
 ) -> None:
-    """SRC and DST, and their help."""
+    """Add SRC and DST."""
     parser.add_argument("source", metavar="SRC", type=path_argument, help=source)
     parser.add_argument("destination", metavar="DST", type=path_argument, help=destination)
 
 
 def add_dtype(group: argparse._ActionsContainer) -> None:
-    """`--dtype` of weights that are stored."""
+    """Add `--dtype`, the type to store, and `--max-shard-size`."""
     group.add_argument(
         "--dtype", choices=("keep", *DTYPE_NAMES), default="keep", metavar="TYPE",
         help="type to store: keep, float32, bfloat16 or float16",
     )  # fmt: skip
+    add_shard_size(group)
 
 
 def add_shard_size(group: argparse._ActionsContainer, default: str = "4GB") -> None:
-    """`--max-shard-size`, in bytes."""
+    """Add `--max-shard-size`, in bytes."""
     group.add_argument(
         "--max-shard-size", type=size_argument, default=default, metavar="SIZE",
         help="largest size of one weight file",
@@ -47,15 +48,15 @@ def add_shard_size(group: argparse._ActionsContainer, default: str = "4GB") -> N
 
 
 def add_force_adapter(group: argparse._ActionsContainer) -> None:
-    """`--force-adapter`."""
+    """Add `--force-adapter`."""
     group.add_argument(
         "--force-adapter", action="store_true",
-        help="take the adapter though it was trained on another base model or prompt template",
+        help="accept an adapter that was trained on another base model or prompt template",
     )  # fmt: skip
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of tools that may merge an adapter; `open_merged` opens it."""
+    """Add the flags of tools that may merge an adapter; `open_source` opens it."""
     group = parser.add_argument_group("adapter")
     group.add_argument(
         "--adapter", type=path_argument, metavar="DIR",
@@ -64,74 +65,63 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add_force_adapter(group)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags for what a folder does not tell about itself."""
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--rope-scaling", choices=ROPE_KINDS,
-        help="meaning of rope_ratio where the folder does not tell it: linear divides positions "
-        "(chatglm2-6b-32k), base multiplies the rotary base (chatglm3-6b-32k, -128k)",
-    )  # fmt: skip
-    model.add_argument(
-        "--template", choices=TEMPLATES, help="prompt template instead of the family's own"
-    )
-    add_family(model)
+def add_model_flags(parser: Parser) -> None:
+    """Add the flags for what a folder may not say about itself, and for hubs."""
+    add_form_flags(parser.add_argument_group("model"))
     add_hub_flags(parser.add_argument_group("hub"))
 
 
-def add_overwrite(group: argparse._ActionsContainer) -> None:
-    """`--overwrite`."""
+def add_last(
+    parser: Parser, checked: str = "the source", *, overwrite: bool = False
+) -> argparse._ArgumentGroup:
+    """Add the flags that come last in every tool that writes, and return the group of writing:
+    the model's, `--dry-run`, which ends with `print_plan`, and `--overwrite` if it is possible."""
+    add_model_flags(parser)
+    group = parser.add_argument_group("writing")
+    if overwrite:
+        group.add_argument(
+            "--overwrite", action="store_true",
+            help="replace DST if it is a folder of this format; the old one is removed last",
+        )  # fmt: skip
     group.add_argument(
-        "--overwrite", action="store_true",
-        help="replace DST if it is a folder of this format; the old one goes at the very end",
-    )  # fmt: skip
-
-
-def add_dry_run(group: argparse._ActionsContainer, checked: str = "the source") -> None:
-    """`--dry-run`, which ends with `print_plan`."""
-    group.add_argument(
-        "--dry-run", action="store_true", help=f"check {checked} and say what would be written"
+        "--dry-run", action="store_true", help=f"check {checked} and print what would be written"
     )
+    parser.add_common()
+    return group
 
 
-def find_folder(choice: ModelChoice, name: str) -> Path:
-    """Return the folder of a model that is named by its path or on a hub, as `find_model`."""
-    return find_model(name, source=choice.source, revision=choice.revision)
-
-
-def open_merged(choice: ModelChoice, base: Path) -> Adapter | None:
-    """Return the adapter that is to be merged into a base; None without `--adapter`."""
+def open_source(choice: ModelChoice, name: str) -> tuple[Folder, Adapter | None]:
+    """Return the folder of a model, named by its path or on a hub, and its adapter, if any."""
     from convert.adapters.attach import open_adapter
+    from convert.loading.folder import open_folder
 
+    path = find_model(name, source=choice.source, revision=choice.revision)
+    folder = open_folder(path, **choice.form)
     if not choice.adapter:
-        return None
-    return open_adapter(choice.adapter, base, force=choice.force_adapter, **choice.form)
+        return folder, None
+    return folder, open_adapter(choice.adapter, path, force=choice.force_adapter, **choice.form)
 
 
-def tell_model(name: str, folder: Folder, stored: str, more: str = "") -> None:
-    """A line of what was opened.
-
-    Args:
-        name: as the user gave it.
-        stored: the form of its weights.
-        more: the end of the line.
-    """
+def print_model(
+    name: str, folder: Folder, adapter: Adapter | None = None, *warnings: str, stored: str = ""
+) -> None:
+    """Print what was opened: a line, and the notes and warnings."""
+    merged = f"; {', '.join(adapter.targets)} adapted" if adapter else ""
     note(
         f"{name}: {folder.layout}, {folder.config.family}, {folder.config.num_params:,} "
-        f"parameters in {stored}{more}"
+        f"parameters in {stored or folder.stored_dtype}{merged}"
     )
-    for line in folder.notes:
+    for line in (*folder.notes, *warnings, *(adapter.notes if adapter else ())):
         note(line)
 
 
-def tell_written(size: str, destination: str, form: str, adapter: Adapter | None = None) -> None:
-    """A line of what was written, and DST on standard output."""
-    merged = f", {', '.join(adapter.targets)} adapted" if adapter else ""
-    note(f"wrote {size} in {form}{merged}")
+def print_written(size: int, destination: str, form: str) -> None:
+    """Print a line about what was written, and DST on standard output."""
+    note(f"wrote {human_size(size)} in {form}")
     print_path(destination)
 
 
 def print_plan(destination: str, size: int, **more: Any) -> None:
-    """What a dry run says on standard output: DST and its bytes."""
+    """Print the result of a dry run on standard output: DST and its bytes."""
     plan = {"destination": destination, "bytes": size, **more, "written": False}
     print(json_line(plan))

@@ -1,12 +1,12 @@
-"""`python -m convert.random DST`: a checkpoint folder of real shapes with random weights.
+"""`python -m convert.random DST`: write a checkpoint folder of real shapes with random weights.
 
-For measuring and trying what needs a model's size and not its knowledge: memory, loading, speed.
-The layout, the names and the order are those of the published folders. The norms are ones, all
-else is normal with the standard deviation 0.02, so that activations stay finite at any depth.
+For measuring what needs a model's size and not its knowledge: memory, loading, speed. The layout,
+the names and the order are those of the published folders. The norms are ones, the rest is normal
+with the standard deviation 0.02, so that activations stay finite at any depth.
 
-Drawing six thousand million numbers would take longer than writing them. So one block of a few
-million is drawn, and each piece of a tensor is a stretch of it from a place of its own: numbers
-repeat, tensors do not. Memory is that block, whatever the size of the folder.
+Drawing six billion numbers would take longer than writing them. So one block of a few million is
+drawn, and the pieces of each tensor are copied from random places in it: numbers repeat, tensors
+do not. Memory is that block, whatever the size of the folder.
 """
 
 import itertools
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn, and taken from them at a time
-# Published beside the parameters; computed anew by whoever loads it.
+# Published with the parameters; every reader computes it instead.
 _INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
-NAME = "random weights"  # `_name_or_path` of the folder: it bears no model's name
+NAME = "random weights"  # `_name_or_path` of the folder, which must not be a model's name
 
 
 def build_parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser(
         prog="python -m convert.random",
         description=(
             "Writes a checkpoint folder in the published layout with random weights of real "
-            "shapes, to measure loading and speed without a download. It says nothing sensible. "
+            "shapes, to measure loading and speed without a download. Its answers make no sense. "
             "The folder appears complete or not at all."
         ),
         example="python -m convert.random ./random-6b --config chatglm2-6b --layers 6 "
@@ -58,11 +58,11 @@ def build_parser() -> Parser:
         help="a published model such as chatglm2-6b or chatglm3-6b, or a config.json",
     )  # fmt: skip
     model.add_argument(
-        "--layers", type=int, metavar="N", help="so many layers instead of the model's own number"
+        "--layers", type=int, metavar="N", help="number of layers (default: that of the model)"
     )
     model.add_argument(
         "--tokenizer", type=path_argument, required=True, metavar="FILE|DIR",
-        help="the tokenizer.model to put into the folder, or a folder that holds one",
+        help="the tokenizer.model to copy into the folder, or a folder that holds one",
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
     weights.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
@@ -75,17 +75,17 @@ def build_parser() -> Parser:
 def official_config(
     name: str, *, layers: int | None = None, dtype: str = "float16", flag: str = "--config"
 ) -> dict:
-    """The `config.json` to write.
+    """Return the config.json to write.
 
     Args:
         name: one of `glm2_jax.PRESETS`, or the path of a config.json.
-        layers: instead of the number there.
-        dtype: of the weights.
-        flag: what an error calls `name`.
+        layers: replaces the number of layers.
+        dtype: the type of the weights.
+        flag: the name of `name` in errors.
 
     Raises:
         UsageError: an unknown name, a quantized model, or a number of layers below 1.
-        CheckpointError: the file is no configuration of this family of models.
+        CheckpointError: the file is not a configuration of this family of models.
     """
     from convert.files.shards import read_json
     from convert.layouts.family import find_family, read_side_files
@@ -109,13 +109,13 @@ def official_config(
         raise UsageError(
             f"{flag} {name} is a quantized model.",
             "Random weights are written as floats.",
-            "Take the model that it was made from, for example chatglm2-6b.",
+            "Use the model that it was made from, for example chatglm2-6b.",
         )
     if layers is not None and layers < 1:
-        raise UsageError(f"--layers {layers} is not possible.", "A model has at least one layer.")
+        raise UsageError(f"--layers must be at least 1, got {layers}.")
     raw |= {"num_layers": layers} if layers else {}
     config = GLMConfig.from_hf(raw, family=family)
-    # Names files of Python code, of which the folder has none.
+    # It names files of Python code, which the folder does not have.
     raw.pop("auto_map", None)
     return raw | config.to_hf() | {"torch_dtype": dtype, "_name_or_path": NAME}
 
@@ -130,7 +130,7 @@ def write_random(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Writes the folder: complete, or not at all.
+    """Write the folder: complete, or not at all.
 
     Args:
         destination: the new folder.
@@ -145,8 +145,8 @@ def write_random(
         The bytes of the weights.
 
     Raises:
-        UsageError: the folder exists, or a negative seed. CheckpointError: the tokenizer does not
-            fit.
+        UsageError: the folder exists, or a negative seed.
+        CheckpointError: the tokenizer does not fit.
         InputError: no space, or the folder cannot be written. Nothing is left behind.
     """
     from convert.files.safetensors_writer import write_file, write_shards
@@ -155,7 +155,7 @@ def write_random(
     from glm2_jax.errors import UsageError
 
     if seed < 0:
-        raise UsageError(f"--seed {seed} is not possible.", "A seed is 0 or more.")
+        raise UsageError(f"--seed must be at least 0, got {seed}.")
     config = GLMConfig.from_hf(raw)
     tokenizer = _fitting_tokenizer(Path(tokenizer_path), config)
     size = config.num_params * (4 if dtype == "float32" else 2)
@@ -170,7 +170,7 @@ def write_random(
 
 
 def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
-    """The tensors of an official folder in their order, with random numbers."""
+    """Return the tensors of an official folder in their order, with random numbers."""
     import numpy as np
 
     from convert.files.safetensors_writer import Entry
@@ -198,7 +198,7 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
 def _stretches(
     source: "np.ndarray", count: int, seed: list[int]
 ) -> "Callable[[], Iterator[np.ndarray]]":
-    """`count` numbers as views of `source`, each from a place that the seed tells."""
+    """Return `count` numbers as views of `source`, from places that the seed decides."""
     import numpy as np
 
     def chunks() -> "Iterator[np.ndarray]":
@@ -220,13 +220,13 @@ def _fitting_tokenizer(path: Path, config: "GLMConfig") -> "Tokenizer":
         raise CheckpointError(
             f"{path} has {tokenizer.size} ids.",
             f"The configuration has room for {config.vocab_size} (padded_vocab_size).",
-            "Take the tokenizer of the same model, or a smaller one.",
+            "Use the tokenizer of the same model, or a smaller one.",
         )
     return tokenizer
 
 
 def main(argv: list[str]) -> None:
-    """Parses and writes."""
+    """Parse the flags and write."""
     args = build_parser().parse_args(argv)
     raw = official_config(args.config, layers=args.layers, dtype=args.dtype)
     with Progress("writing", show=human_size) as bar:

@@ -1,18 +1,19 @@
-"""`python -m convert.to_peft SRC DST --layout glm --base DIR`: an adapter for the other layout."""
+"""`python -m convert.to_peft SRC DST --layout glm --base DIR`: write an adapter for peft."""
 
 import dataclasses
+from pathlib import Path
 
 from convert import options
 from glm2_jax.choices import LAYOUTS
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
 
 def build_parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser(
         prog="python -m convert.to_peft",
         description=(
@@ -27,37 +28,33 @@ def build_parser() -> Parser:
     form = parser.add_argument_group("form")
     form.add_argument(
         "--layout", choices=LAYOUTS, required=True,
-        help="whose matrices are named: glm = q_proj and so on of GlmForCausalLM, as "
+        help="names of the adapted matrices: glm = q_proj and so on of GlmForCausalLM, as "
         "convert.to_pytorch --layout glm writes it; chatglm = query_key_value and so on of the "
         "official repositories",
     )  # fmt: skip
     form.add_argument(
         "--base", type=path_argument, required=True, metavar="DIR",
-        help="the model that it belongs to, in any layout, or OWNER/NAME; DST remembers it",
+        help="the base model, in any layout, or OWNER/NAME; DST records it",
     )  # fmt: skip
     options.add_force_adapter(form)
-    options.add_model_flags(parser)
-    options.add_dry_run(parser.add_argument_group("writing"), "the adapter")
-    parser.add_common()
+    options.add_last(parser, "the adapter")
     return parser
 
 
 def main(argv: list[str]) -> None:
-    """Parses and writes."""
+    """Parse the flags and write."""
     args = build_parser().parse_args(argv)
     choice = from_flags(ModelChoice, args)
-    from pathlib import Path
-
     from convert.adapters.adapter import save_adapter, stored_tensors
     from convert.adapters.attach import open_adapter
-    from convert.loading.folder import fingerprint, open_folder
+    from convert.loading.folder import fingerprint
     from convert.writing.destination import check_destination, new_checkpoint
 
-    base, model = options.find_folder(choice, args.base), choice.form
-    adapter = open_adapter(args.source, base, force=args.force_adapter, **model)
+    folder, _ = options.open_source(choice, args.base)
+    form = {"force": args.force_adapter, **choice.form}
+    adapter = open_adapter(args.source, folder.path, **form)
     if adapter.layout == args.layout:  # nothing is to be divided or joined
-        adapter = open_adapter(args.source, base, force=args.force_adapter, apart=True, **model)
-    folder = open_folder(base, **model)
+        adapter = open_adapter(args.source, folder.path, apart=True, **form)
     adapter = dataclasses.replace(adapter, base=fingerprint(folder))
     tensors, _ = stored_tensors(adapter, args.layout)
     size = sum(array.nbytes for array in tensors.values())
@@ -70,13 +67,13 @@ def main(argv: list[str]) -> None:
         return
     with new_checkpoint(args.destination, needed=size, source=source) as temporary:
         save_adapter(temporary, adapter, layout=args.layout)
-    ranks: dict[str, int] = {}  # the largest of all layers: what has to be set where it is served
+    ranks: dict[str, int] = {}  # the largest of all layers: what has to be set to serve it
     for name, array in tensors.items():
         if ".lora_A." in name:
             module = name.split(".")[-3]
             ranks[module] = max(len(array), ranks.get(module, 0))
-    said = ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())
-    options.tell_written(human_size(size), args.destination, f"layout {args.layout}: {said}")
+    listed = ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())
+    options.print_written(size, args.destination, f"layout {args.layout}: {listed}")
 
 
 if __name__ == "__main__":

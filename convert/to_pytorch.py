@@ -1,21 +1,21 @@
-"""`python -m convert.to_pytorch SRC DST --layout glm`: a folder that PyTorch programs load."""
+"""`python -m convert.to_pytorch SRC DST --layout glm`: write a folder for PyTorch programs."""
 
 from typing import TYPE_CHECKING
 
 from convert import options
 from glm2_jax.choices import LAYOUTS
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
 if TYPE_CHECKING:
     from convert.loading.folder import Folder
-    from glm2_jax.schemes import Scheme
+    from convert.writing.floats import Plan
 
 
 def build_parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser(
         prog="python -m convert.to_pytorch",
         description=(
@@ -31,70 +31,56 @@ def build_parser() -> Parser:
         "--layout", choices=LAYOUTS, required=True,
         help="glm = GlmForCausalLM of transformers, no remote code, with a tokenizer for "
         "AutoTokenizer; chatglm = names and config.json of the official repositories, whose "
-        "Python files have to be put beside them",
+        "Python files must be added",
     )  # fmt: skip
     options.add_dtype(form)
     form.add_argument(
         "--dequantize", action="store_true",
-        help="write floats also where the official packed int4 or int8 could be written",
+        help="write floats even where the official packed int4 or int8 could be written",
     )  # fmt: skip
-    options.add_shard_size(form)
     options.add_adapter_flags(parser)
-    options.add_model_flags(parser)
-    options.add_dry_run(parser.add_argument_group("writing"))
-    parser.add_common()
+    options.add_last(parser)
     return parser
 
 
 def main(argv: list[str]) -> None:
-    """Parses and writes."""
+    """Parse the flags and write."""
     args = build_parser().parse_args(argv)
-    choice = from_flags(ModelChoice, args)
-    from convert.layouts.names import SCALE
-    from convert.loading.folder import open_folder
     from convert.writing.destination import check_destination
-    from convert.writing.own import float_dtype
-    from convert.writing.pytorch import export_entries, export_folder, packed_scheme
+    from convert.writing.pytorch import export_folder, plan_export
     from glm2_jax.schemes import stored_as
 
-    dtype = None if args.dtype == "keep" else args.dtype
-    path = options.find_folder(choice, args.source)
-    folder = open_folder(path, **choice.form)
-    adapter = options.open_merged(choice, path)
-    lora = adapter.lora if adapter else None
-    entries = export_entries(folder, args.layout, dtype, lora, args.dequantize)
-    packed = packed_scheme(folder, args.layout, lora, args.dequantize)
-    size = sum(entry.nbytes for entry in entries)
-    kind = float_dtype(dtype or folder.float_dtype).name
-    options.tell_model(args.source, folder, folder.stored_dtype)
-    warnings = _warnings(folder, args.layout, kind, packed)
-    if any(entry.name.endswith(SCALE) and entry.dtype.name != kind for entry in entries):
-        warnings.append(f"the scales are written in float32: {kind} does not hold them exactly")
-    for line in (*warnings, *(adapter.notes if adapter else ())):
-        note(line)
+    folder, adapter = options.open_source(from_flags(ModelChoice, args), args.source)
+    form = {
+        "layout": args.layout,
+        "dtype": None if args.dtype == "keep" else args.dtype,
+        "lora": adapter.lora if adapter else None,
+        "dequantize": args.dequantize,
+    }
+    plan = plan_export(folder, **form)
+    options.print_model(args.source, folder, adapter, *_warnings(folder, args.layout, plan))
     if args.dry_run:
-        check_destination(args.destination, None, source=folder.path, needed=size)
-        options.print_plan(args.destination, size)
+        check_destination(args.destination, None, source=folder.path, needed=plan.nbytes)
+        options.print_plan(args.destination, plan.nbytes)
         return
-    with Progress("writing", size, show=human_size) as progress:
+    with Progress("writing", show=human_size) as bar:
         export_folder(
             folder,
             args.destination,
-            layout=args.layout,
-            dtype=dtype,
-            lora=lora,
-            dequantize=args.dequantize,
+            **form,
             max_shard_size=args.max_shard_size,
-            progress=lambda done, _: progress(done),
+            progress=bar.update,
         )
-    form = f"{stored_as(kind, packed)}, layout {args.layout}"
-    options.tell_written(human_size(size), args.destination, form, adapter)
+    written = f"{stored_as(plan.dtype.name, plan.scheme)}, layout {args.layout}"
+    options.print_written(plan.nbytes, args.destination, written)
 
 
-def _warnings(folder: "Folder", layout: str, dtype: str, packed: "Scheme | None") -> list[str]:
-    """What the new folder has not kept of the old one, one line each."""
-    lines = []
-    if folder.scheme is not None and packed is None:
+def _warnings(folder: "Folder", layout: str, plan: "Plan") -> list[str]:
+    """Return what the new folder has not kept of the old one, one line each."""
+    from convert.layouts.names import SCALE
+
+    lines, dtype = [], plan.dtype.name
+    if folder.scheme is not None and plan.scheme is None:
         lines.append(
             f"the weights are stored in {folder.scheme.name}; "
             f"they are written dequantized, in {dtype}"
@@ -102,7 +88,9 @@ def _warnings(folder: "Folder", layout: str, dtype: str, packed: "Scheme | None"
     elif folder.float_dtype != dtype:
         lines.append(f"the weights are stored in {folder.float_dtype}; written as {dtype}")
     if layout == "glm" and folder.config.rope_table_dtype != "float32":
-        lines.append("the rotary tables of GlmForCausalLM are float32; those asked for are not")
+        lines.append("the rotary tables of GlmForCausalLM are float32; the requested ones are not")
+    if any(x.name.endswith(SCALE) and x.dtype != plan.dtype for x in plan.entries):
+        lines.append(f"the scales are written in float32: {dtype} does not hold them exactly")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Answers and figures on a terminal."""
+"""Prints answers and statistics on a terminal."""
 
 import sys
 from typing import Any
@@ -16,20 +16,20 @@ _NO_CONTROLS = {
 
 
 def displayed(text: str) -> str:
-    """What standard output is given of an answer: a terminal no characters that control it."""
+    """Return an answer as it is printed: on a terminal without control characters."""
     return text.translate(_NO_CONTROLS) if sys.stdout.isatty() else text
 
 
 def print_json(value: dict[str, Any], file: Any = None) -> None:
-    """Prints one object as one line, at once."""
+    """Print one object as one line, at once."""
     file = file or sys.stdout
     file.write(json_line(value) + "\n")  # in one go: no half lines
     file.flush()
 
 
-def print_stats(stats: Stats) -> None:
-    """Times, speed and memory, one per line; compiling is in none of the other times."""
-    note(f"load         {stats.load_s:8.2f} s")
+def print_stats(load_s: float, stats: Stats) -> None:
+    """Print times, speed and memory, one per line; compile time is in none of the others."""
+    note(f"load         {load_s:8.2f} s")
     note(f"compile      {stats.compile_s:8.2f} s{_programs(stats)}")
     note(f"first token  {stats.first_token_s:8.3f} s")
     note(f"prefill      {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s")
@@ -39,11 +39,11 @@ def print_stats(stats: Stats) -> None:
 
 
 def note_speculation(stats: Stats) -> None:
-    """What came of the drafts, where there were some."""
+    """Print how many draft tokens were accepted, if there were any."""
     if stats.passes:
         accepted, drafted = stats.accepted_tokens, stats.drafted_tokens
         note(
-            f"speculation  {accepted} of {drafted} drafted tokens accepted, "
+            f"speculation  {accepted} of {drafted} draft tokens accepted, "
             f"{stats.decode_tokens / stats.passes:.2f} tokens a pass"
         )
 

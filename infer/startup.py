@@ -99,15 +99,16 @@ def _contents(choice: ModelChoice, options: EngineOptions, folder: str | Path) -
       CheckpointError: the model, adapter or prefix cannot be opened.
     """
     from convert.adapters.attach import open_adapter
-    from convert.adapters.prefix import open_prefix
+    from convert.adapters.prefix import load_prefix
     from convert.loading.folder import fingerprint, open_folder
 
     form = choice.form
+    opened = open_folder(folder, **form)
     found = {"--dtype": choice.dtype, "--max-length": options.max_length}
-    found |= {"checkpoint": fingerprint(open_folder(folder, **form)), "adapter": "", "prefix": ""}
+    found |= {"checkpoint": fingerprint(opened), "adapter": "", "prefix": ""}
     if choice.adapter is not None:
         force = choice.force_adapter
         found["adapter"] = open_adapter(choice.adapter, folder, **form, force=force).digest
     if choice.prefix is not None:
-        found["prefix"] = open_prefix(choice.prefix, folder, **form).digest
+        found["prefix"] = load_prefix(choice.prefix, opened.config).digest
     return found

@@ -14,9 +14,16 @@ from train.recipe import Recipe
 
 
 def make_parser(
-    prog: str, description: str, example: str, *, lr: float, remat: bool, output: str
+    prog: str,
+    description: str,
+    example: str,
+    *,
+    lr: float,
+    remat: bool,
+    output: str,
+    more: Callable[[Parser], None] = lambda parser: None,
 ) -> Parser:
-    """Return a parser with the flags that both commands have; the rest can be added to it."""
+    """Return a parser with the flags that both commands have, and those that `more` adds."""
     result = Parser(prog=prog, description=description, example=example)
     result.add_argument_group("recipe").add_argument(
         "--config", type=path_argument, metavar="FILE.yml",
@@ -25,10 +32,12 @@ def make_parser(
     )  # fmt: skip
     add_model_options(result)
     add_data_options(result)
+    more(result)
     options.add_training_options(result, lr=lr, remat=remat)
     options.add_evaluation_options(result)
     options.add_output_options(result, output)
     join.add_host_options(result)
+    result.add_common()
     return result
 
 

@@ -20,9 +20,7 @@ EXAMPLE = f"{PROG} --data data.jsonl --model SMALL --output trained"
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    result = make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, remat=False, output="trained")
-    result.add_common()
-    return result
+    return make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, remat=False, output="trained")
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:

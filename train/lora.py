@@ -32,21 +32,20 @@ EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    result = make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, remat=True, output="adapter")
-    _add_adapter_options(result)
-    result.add_common()
-    return result
+    return make_parser(
+        PROG, DESCRIPTION, EXAMPLE, lr=LR, remat=True, output="adapter", more=_add_adapter_options
+    )
 
 
 def _add_adapter_options(result: Parser) -> None:
     add = result.add_argument_group("adapter").add_argument
     new = NEW_ADAPTER
-    add("--rank", type=positive, metavar="N", help=f"rank (default: {new['rank']})")
+    add("--rank", type=positive, metavar="N", help=f"rank of the adapter (default: {new['rank']})")
     add(
         "--alpha", type=above_zero, metavar="X",
         help=f"alpha: the adapter is scaled by alpha / rank (default: {new['alpha']})",
     )  # fmt: skip
-    add("--dropout", type=number, default=0.1, metavar="X", help="dropout of its input")
+    add("--dropout", type=number, default=0.1, metavar="X", help="dropout of the adapter's input")
     add(
         "--target", metavar="NAMES",
         help="matrices to adapt, by their published names, separated by commas, or attn "

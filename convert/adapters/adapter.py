@@ -1,7 +1,7 @@
-"""Adapter folders in the form of the PEFT library, read and written.
+"""Reads and writes adapter folders in the form of the PEFT library.
 
-adapter_model.safetensors and adapter_config.json are what PEFT writes and loads; beside them
-glm2_jax_adapter.json tells which base and which prompt template the adapter belongs to.
+PEFT writes and loads adapter_model.safetensors and adapter_config.json; glm2_jax_adapter.json adds
+the base and the prompt template that the adapter belongs to.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ class Adapter:
         lora: its arrays.
         rslora: whether its scale is alpha / sqrt(rank).
         base: fingerprint of the model it was trained on (see
-            `convert.loading.folder.fingerprint`); None = not known, likewise below.
-        template: prompt template it was trained with.
-        extra: whatever else is to be kept, as JSON values.
+            `convert.loading.folder.fingerprint`); None = not known.
+        template: prompt template it was trained with; None = not known.
+        extra: what else is to be kept, as JSON values.
         source: the folder that it came from.
         digest: sha256 of its stored arrays.
-        layout: whose matrices its folder names; see `save_adapter`.
-        shape: what its folder consists of, where `lora` was read apart for training; it is written
-            again as it is, and `lora` is the adapter by `Shape.effective` alone.
+        layout: the names of the matrices in its folder; see `save_adapter`.
+        shape: what its folder consists of, if `lora` was read apart for training; it is written
+            as it was, and only `Shape.effective` turns `lora` into the adapter.
         notes: lines for the user.
     """
 
@@ -67,25 +67,21 @@ class Adapter:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The matrices that it changes."""
+        """The matrices that it adapts."""
         return tuple(target for target in TARGETS if target in self.lora.layers)
 
     def rank(self, target: str) -> int:
         """R of a target."""
         return self.lora.layers[target]["a"].shape[1]
 
-    def alpha(self, target: str) -> float:
-        """The alpha that gives a target its scale."""
-        return _alpha(self.lora.scale[target], self.rank(target), self.rslora)
-
 
 def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | None = None) -> None:
-    """Writes an adapter's files into a folder; each is replaced at once, other files stay.
+    """Write an adapter's files into a folder; each is replaced atomically, other files stay.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         adapter: `source`, `digest` and `notes` are not written.
-        layout: whose matrices are named: "chatglm", the published ones, or "glm", those of
+        layout: the names of the matrices: "chatglm", the published ones, or "glm", those of
             `GlmForCausalLM`; see `split_lora`. None = those of its shape, or the published ones.
 
     Raises:
@@ -111,7 +107,17 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config = _peft_config(adapter, selection)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": None,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "modules_to_save": None,
+            "lora_dropout": adapter.lora.dropout,
+            **selection,
+        }
         _replace(folder, {WEIGHTS: weights, CONFIG: _json(config), EXTRAS: _json(extras)})
         fsync(folder)
     except OSError as error:
@@ -122,28 +128,28 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
 
 
 def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = False) -> Adapter:
-    """Reads an adapter folder, written by `save_adapter` or by PEFT, of either layout.
+    """Read an adapter folder, written by `save_adapter` or by PEFT, of either layout.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors or .bin.
         config: the model that the adapter is for.
-        apart: read it with its shape, for training that goes on with it; see `Adapter`.
+        apart: read it with its shape, to continue its training; see `Adapter`.
 
     Returns:
         The adapter, its arrays float32 in numpy; see `join_tensors`.
 
     Raises:
         UsageError: a URL.
-        CheckpointError: no adapter, a damaged one, an unsupported kind, or tensors that do not fit
-            the model.
+        CheckpointError: not an adapter, a damaged one, an unsupported kind, or tensors that do not
+            fit the model.
     """
     refuse_url(folder)
     folder = Path(folder)
     with reading(folder), _not_downloaded():
         if not folder.is_dir():
             raise CheckpointError(
-                f"The adapter {folder} is {'a file' if folder.exists() else 'not there'}.",
-                "An adapter is a folder: a configuration and weights together.",
+                f"The adapter {folder} is {'a file' if folder.exists() else 'not found'}.",
+                "An adapter is a folder with a configuration and weights.",
                 "Give the folder that holds adapter_config.json.",
             )
         peft = read_peft_config(folder)
@@ -169,7 +175,7 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
 def stored_tensors(
     adapter: Adapter, layout: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors of an adapter's folder by their names in the model, and the keys of its
+    """Return the tensors of an adapter's folder by their names in the model, and the keys of its
     configuration that choose them; `layout` as in `save_adapter`."""
     lora, shape = adapter.lora, adapter.shape
     if shape is not None:
@@ -185,51 +191,36 @@ def stored_tensors(
 def _selection(
     adapter: Adapter, modules: Mapping[Module, Written], layout: Layout
 ) -> dict[str, Any]:
-    """Keys that choose `modules`, with the rank and the alpha of each."""
+    """Return the keys that choose `modules`, with the rank and the alpha of each.
+
+    For PEFT of any version: keys that came later are written only where they are needed.
+    """
     num_layers = len(next(iter(adapter.lora.layers.values()))["a"])
-    targets = []
-    for module, (_, layers) in modules.items():
+    targets, ranks, alphas = [], {}, {}
+    for module, (rank, layers) in modules.items():
         in_all = len(layers) == num_layers
         targets += [module.name] if in_all else [layout.full_name((module, x)) for x in layers]
-    ranks = {module.name: rank for module, (rank, _) in modules.items()}
-    alphas = {
-        module.name: _alpha(adapter.lora.scale[module.target], rank, adapter.rslora)
-        for module, (rank, _) in modules.items()
-    }
+        ranks[module.name] = rank
+        alphas[module.name] = _alpha(adapter.lora.scale[module.target], rank, adapter.rslora)
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     others = {
         "rank_pattern": {name: found for name, found in ranks.items() if found != rank},
         "alpha_pattern": {name: found for name, found in alphas.items() if found != alpha},
         "use_rslora": adapter.rslora,
     }
-    said = {key: value for key, value in others.items() if value}
-    return {"target_modules": targets, "r": rank, "lora_alpha": alpha, **said}
-
-
-def _peft_config(adapter: Adapter, selection: Mapping[str, Any]) -> dict[str, Any]:
-    """For PEFT of any version: keys that came later are there only where they say something."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "lora_dropout": adapter.lora.dropout,
-        **selection,
-    }
+    needed = {key: value for key, value in others.items() if value}
+    return {"target_modules": targets, "r": rank, "lora_alpha": alpha, **needed}
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    """The inverse of `glm2_jax.lora.scale_of`."""
+    """Return the inverse of `glm2_jax.lora.scale_of`."""
     alpha = round(scale * (math.sqrt(rank) if rslora else rank), 9)
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 @contextlib.contextmanager
 def _not_downloaded() -> Iterator[None]:
-    """Readers of checkpoints say that a damaged file is to be downloaded again; adapters differ."""
+    """Replace the advice of the readers of checkpoints to download a damaged file again."""
     try:
         yield
     except CheckpointError as error:
@@ -239,12 +230,12 @@ def _not_downloaded() -> Iterator[None]:
 
 
 def _find_weights(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """The weights that PEFT takes, too; and a line where there are others."""
+    """Return the weights that PEFT takes, too; and a note if there are others."""
     found = [name for name in _FILES if os.path.lexists(folder / name)]
     if not found:
         raise CheckpointError(
-            f"The adapter {folder} has no weights: {WEIGHTS} is absent.",
-            f"{CONFIG} says only what they are for.",
+            f"The adapter {folder} has no weights: {WEIGHTS} is missing.",
+            f"{CONFIG} only describes them.",
             _AGAIN,
         )
     line = f"the adapter is read from {found[0]}; left out: {', '.join(found[1:])}"
@@ -252,9 +243,9 @@ def _find_weights(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _read_extras(folder: Path, digest: str, base: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What the adapter says beside PEFT's files, and what the user should know of that."""
+    """Return what `EXTRAS` says of the adapter, and notes for the user."""
     path = folder / EXTRAS
-    unknown = "which base model and template it belongs to is not known"
+    unknown = "the base model and template it belongs to are not known"
     if not os.path.lexists(path):
         named = f"; its {CONFIG} names the base {shorten(base)}" if base else ""
         return {}, (f"the adapter has no {EXTRAS}: {unknown}{named}",)
@@ -262,43 +253,37 @@ def _read_extras(folder: Path, digest: str, base: Any) -> tuple[dict[str, Any], 
     if extras.get("format") != _FORMAT:
         raise CheckpointError(
             f"{path} has the format {shorten(extras.get('format'))}; this version reads {_FORMAT}.",
-            "A newer version of this project wrote it.",
+            "It was written by a newer version of this project.",
             "Update this project, or remove the file.",
         )
     if extras.get("weights_sha256") != digest:
         raise CheckpointError(
             f"The weights of the adapter {folder} are not those that were written with {EXTRAS}.",
             "They are damaged, or another tool changed them.",
-            f"{_AGAIN} Or remove {EXTRAS}: then it is one of PEFT, whose base is not checked.",
+            f"{_AGAIN} Or remove {EXTRAS}: then the base of the adapter is not checked.",
         )
-    for key in ("base_fingerprint", "template"):
-        if not isinstance(extras.get(key), str | None):
-            raise _damaged(path, key, extras[key], "a text")
-    if not isinstance(extras.get("extra", {}), dict):
-        raise _damaged(path, "extra", extras["extra"], "an object")
+    for key, kind in (("base_fingerprint", str | None), ("template", str | None), ("extra", dict)):
+        if not isinstance(extras.get(key, {} if key == "extra" else None), kind):
+            raise CheckpointError(
+                f"{path}: {key} = {shorten(extras[key])} is damaged.",
+                "It was changed after it had been written.",
+                _AGAIN,
+            )
     return extras, ()
 
 
-def _damaged(path: Path, key: str, value: Any, wanted: str) -> CheckpointError:
-    what = f"{path}: {key} = {shorten(value)} is not {wanted}."
-    return CheckpointError(what, "It was changed after it had been written.", _AGAIN)
-
-
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes all files under other names first, so that each is old or new, never half.
+    """Write all files under temporary names first, so that each is old or new, never half.
 
-    What belongs to the old weights goes before they do: between the two it is one of PEFT.
+    `EXTRAS` is removed before the weights that it belongs to: in between the adapter has none.
     """
-    for name, data in files.items():
-        _new(folder, name).unlink(missing_ok=True)
-        write_file(_new(folder, name), data)
+    new = {name: folder / f".{name}.new" for name in files}
+    for name, path in new.items():
+        path.unlink(missing_ok=True)
+        write_file(path, files[name])
     (folder / EXTRAS).unlink(missing_ok=True)
-    for name in files:
-        _new(folder, name).replace(folder / name)
-
-
-def _new(folder: Path, name: str) -> Path:
-    return folder / f".{name}.new"
+    for name, path in new.items():
+        path.replace(folder / name)
 
 
 def _json(value: Any) -> bytes:

@@ -31,14 +31,14 @@ def open_adapter(
     force: bool = False,
     apart: bool = False,
 ) -> Adapter:
-    """Reads an adapter for a base whose weights need not be loaded yet.
+    """Read an adapter for a base whose weights need not be loaded yet.
 
     Args:
         adapter: its folder.
         base: the model's folder.
         rope_kind, template, family: as in `convert.load_checkpoint`.
-        force: take it even if it was trained on another base, or with another template; that is
-            said in its notes.
+        force: accept it even if it was trained on another base, or with another template; its notes
+            say so.
         apart: as in `load_adapter`.
 
     Raises:
@@ -50,42 +50,42 @@ def open_adapter(
     other = None if family is not None else _other_family(found, folder, rope_kind)
     if other is not None:
         differences.append(
-            (
+            CheckpointError(
                 f"The adapter {found.source} was trained on a {other} model.",
-                f"{folder.path} is opened as {folder.config.family}, whose prompts are others.",
+                f"{folder.path} is opened as {folder.config.family}, whose prompts differ.",
                 f"Use --family {other} (family={other!r}) if that is what it is; else name the "
                 "model that the adapter was trained on. --force-adapter (force_adapter=True) "
-                "takes it nevertheless.",
+                "accepts it as it is.",
             )
         )
     elif found.base not in (None, fingerprint(folder)):
         differences.append(
-            (
+            CheckpointError(
                 f"The adapter {found.source} was trained on another base than {folder.path}.",
                 f"The base it knows has the fingerprint {found.base[:16]}, "
                 f"this one {fingerprint(folder)[:16]}.",
-                "Name the model that it was trained on. Where this one holds the same weights in "
-                "another layout or form, --force-adapter (force_adapter=True) is right.",
+                "Name the model that it was trained on. If this one holds the same weights in "
+                "another layout or form, use --force-adapter (force_adapter=True).",
             )
         )
     if found.template not in (None, folder.template):
         differences.append(
-            (
+            CheckpointError(
                 f"The adapter {found.source} was trained with another prompt template.",
-                f"It knows {found.template!r}; the model is asked in {folder.template!r}.",
+                f"Its template is {found.template!r}; the model's is {folder.template!r}.",
                 f"Use --template {found.template}, or --force-adapter (force_adapter=True).",
             )
         )
     if differences and not force:
-        raise CheckpointError(*differences[0])
-    forced = tuple(f"forced: {what} {why}" for what, why, _ in differences)
+        raise differences[0]
+    forced = tuple(f"forced: {error.what} {error.why}" for error in differences)
     return dataclasses.replace(found, notes=(*found.notes, *forced))
 
 
 def _other_family(found: Adapter, folder: Folder, rope_kind: str | None) -> str | None:
-    """The family that the adapter's base has, where it is another one than the folder is opened
-    as: the same folder as that family has the adapter's fingerprint, or PEFT noted such a name, or
-    the tokenizer that trainers save with an adapter shows it."""
+    """Return the family of the adapter's base if the folder is opened as another one: the folder
+    has the adapter's fingerprint as that family, or PEFT recorded a name of that family, or the
+    tokenizer that trainers save with an adapter shows it."""
     if found.base is None:
         source = Path(found.source)
         named = named_family(read_json(source / CONFIG).get("base_model_name_or_path"))
@@ -105,17 +105,17 @@ def _other_family(found: Adapter, folder: Folder, rope_kind: str | None) -> str 
 
 
 def attach(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The checkpoint with an adapter in its params (see `with_lora`): another model, with a
-    fingerprint of its own. On a mesh it is cut as the weights are that it belongs to."""
+    """Return the checkpoint with an adapter in its params (see `with_lora`): another model, with
+    another fingerprint. On a mesh it is sharded as the weights that it adapts."""
     where = checkpoint.params["final_norm"].sharding
     if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
         where = lora_sharding(adapter.lora, where.mesh)
     both = f"{checkpoint.fingerprint} {adapter.digest}"
     names = ", ".join(f"{x} (rank {adapter.rank(x)})" for x in adapter.targets)
-    said = f"adapter {adapter.source}: {adapter.lora.num_params:,} parameters beside {names}"
+    line = f"adapter {adapter.source}: {adapter.lora.num_params:,} parameters for {names}"
     return dataclasses.replace(
         checkpoint,
         params=with_lora(checkpoint.params, jax.device_put(adapter.lora, where)),
         fingerprint=hashlib.sha256(both.encode()).hexdigest(),
-        notes=(*checkpoint.notes, said, *adapter.notes),
+        notes=(*checkpoint.notes, line, *adapter.notes),
     )

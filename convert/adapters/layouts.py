@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Module(NamedTuple):
-    """A matrix that PEFT adapts: its name in a layer, our target, and whose rows it holds."""
+    """A matrix that PEFT adapts: its name in a layer, our target, and the parts of its rows."""
 
     path: str
     target: str
@@ -19,7 +19,7 @@ class Module(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The last part of its path, which nothing else in a layer has."""
+        """The last part of its path, unique in a layer."""
         return self.path.rpartition(".")[2]
 
 
@@ -28,34 +28,26 @@ Place = tuple[Module, int]  # a matrix and its layer
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The matrices of a model.
+    """The names of the matrices of a model."""
 
-    Attributes:
-        name: of the layout.
-        block: what stands before the number of a layer.
-        modules: the matrices.
-        ends: names of embedding and head.
-        usual: what PEFT adapts where a configuration names nothing.
-    """
-
-    name: str
-    block: str
+    name: str  # of the layout
+    block: str  # the part of a name before the number of the layer
     modules: tuple[Module, ...]
-    ends: tuple[str, ...]
-    usual: tuple[str, ...] = ()
+    ends: tuple[str, ...]  # names of embedding and head
+    usual: tuple[str, ...] = ()  # what PEFT adapts if a configuration names nothing
 
     def full_name(self, place: Place) -> str:
-        """The name of a matrix in the model."""
+        """Return the name of a matrix in the model."""
         module, layer = place
         return f"{self.block}{layer}.{module.path}"
 
     def places(self, num_layers: int) -> dict[str, Place]:
-        """Every matrix of a model by its name."""
+        """Return every matrix of a model by its name."""
         found = ((module, layer) for layer in range(num_layers) for module in self.modules)
         return {self.full_name(place): place for place in found}
 
     def find(self, name: str) -> tuple[Module, int, str] | None:
-        """The matrix, its layer, and "A" or "B", of the name of a stored tensor."""
+        """Return the matrix, the layer, and "A" or "B", of the name of a stored tensor."""
         match = re.fullmatch(
             rf"(?:base_model\.model\.)?{re.escape(self.block)}(0|[1-9]\d{{0,5}})\.([\w.]+)"
             r"\.lora_([AB])(?:\.\w+)?\.weight",
@@ -65,7 +57,7 @@ class Layout:
         return (found, int(match[1]), match[3]) if match and found else None
 
     def inside(self) -> "Layout":
-        """The same matrices as the model within the model names them, which can be adapted, too."""
+        """Return the layout of the model without its head, which can be adapted, too."""
         outer = self.block.partition(".")[0] + "."
         ends = tuple(name.removeprefix(outer) for name in self.ends)
         return dataclasses.replace(self, block=self.block.removeprefix(outer), ends=ends)
@@ -101,7 +93,7 @@ LAYOUTS = {
 
 
 def layout_of(names: Iterable[str]) -> Layout:
-    """The layout that knows most of the names of stored tensors."""
+    """Return the layout that knows most of the names of stored tensors."""
     names = list(names)
     known = [form for x in LAYOUTS.values() for form in (x, x.inside())]
     return max(known, key=lambda layout: sum(map(bool, map(layout.find, names))))

@@ -31,7 +31,7 @@ Gates = dict[str, dict[str, np.ndarray]]  # target -> part -> float32 [L, R]
 
 
 class _Piece(NamedTuple):
-    """What one stored matrix adds to its rows: scale * B (A x)."""
+    """A stored matrix: it adds scale * B (A x) to its rows."""
 
     module: Module
     a: np.ndarray  # [R, columns]
@@ -42,14 +42,14 @@ class _Piece(NamedTuple):
 class _Stack(NamedTuple):
     """The matrices of one target: float32 arrays as in `LoRA.layers`, and as in `Shape`."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Any]
     scale: float
     ranks: dict[Place, slice]
     gates: dict[str, np.ndarray]
 
 
 class Written(NamedTuple):
-    """How a matrix is written: the same in all layers that have an adapter of it."""
+    """How an adapted matrix is written, in all layers that have it."""
 
     rank: int
     layers: tuple[int, ...]
@@ -57,16 +57,16 @@ class Written(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What an adapter folder consists of, where each of its matrices has ranks of its own in the
-    arrays of a `LoRA`, with B as it is stored.
+    """How the matrices of an adapter folder are placed in the arrays of a `LoRA` that was read
+    apart: each has ranks that no other uses, and B is as it is stored.
 
     Attributes:
-        layout: whose matrices they are.
+        layout: names the matrices.
         choices: rank and alpha of each matrix.
         ranks: where each is in the ranks of its target.
-        gates: what B of each part is to be multiplied with in each rank, so that the target's scale
-            is right for it; 0 where a rank belongs to another part, or to none.
-        selection: the keys of the configuration that say all this.
+        gates: factors of B of each part in each rank, so that the target's scale is right for it; 0
+            where a rank belongs to another part, or to none.
+        selection: the keys of the configuration that describe all this.
     """
 
     layout: Layout
@@ -77,11 +77,11 @@ class Shape:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the arrays are the adapter as they are."""
+        """Whether the arrays are the adapter without any factor."""
         return all((gate == 1).all() for parts in self.gates.values() for gate in parts.values())
 
     def num_params(self, lora: LoRA) -> int:
-        """Elements of the stored tensors."""
+        """Return the number of elements of the stored tensors."""
         total = 0
         for (module, _), ranks in self.ranks.items():
             arrays = lora.layers[module.target]
@@ -91,7 +91,7 @@ class Shape:
         return total
 
     def effective(self, lora: LoRA) -> LoRA:
-        """The adapter that the arrays stand for; gradients taken through it are zero wherever the
+        """Return the adapter that the arrays stand for; gradients through it are zero wherever the
         folder holds nothing."""
         layers = {target: dict(arrays) for target, arrays in lora.layers.items()}
         for target, parts in self.gates.items():
@@ -102,7 +102,7 @@ class Shape:
         return dataclasses.replace(lora, layers=layers)
 
     def tensors(self, lora: LoRA) -> dict[str, np.ndarray]:
-        """Names in the model -> float32 A [R, columns] and B [rows, R], as they are stored."""
+        """Return name in the model -> float32 A [R, columns] or B [rows, R], as they are stored."""
         found = {}
         for target, arrays in _on_host(lora).items():
             for place in (place for place in self.ranks if place[0].target == target):
@@ -115,14 +115,14 @@ class Shape:
 
 
 def split_lora(lora: LoRA, layout: Layout) -> tuple[dict[str, np.ndarray], dict[Module, Written]]:
-    """An adapter as the stored tensors of a layout: A is copied, the rows of B are divided.
+    """Return an adapter as the stored tensors of a layout: A is copied, the rows of B are divided.
 
-    Where a target is divided, a matrix gets only those ranks that its own B uses in some layer, and
-    is left out if there are none: so what `join_tensors` joined comes apart as it was. Layers where
+    If a target is divided, a matrix gets only those ranks that its B uses in some layer, and is
+    left out if there are none: so what `join_tensors` joined comes apart as it was. Layers where
     all of a target is zero have no adapter.
 
     Returns:
-        Names in the model -> float32 A [R, columns] and B [rows, R]; and what is written of each
+        Name in the model -> float32 A [R, columns] or B [rows, R]; and what is written of each
         matrix.
     """
     tensors, modules = {}, {}
@@ -143,7 +143,7 @@ def split_lora(lora: LoRA, layout: Layout) -> tuple[dict[str, np.ndarray], dict[
 
 
 def _on_host(lora: LoRA) -> dict[str, dict[str, np.ndarray]]:
-    """float32 arrays of each target, in the order of `TARGETS`."""
+    """Return float32 arrays of each target, in the order of `TARGETS`."""
     return {
         target: {
             part: np.asarray(gathered(x), np.float32) for part, x in lora.layers[target].items()
@@ -159,7 +159,7 @@ def _add_pair(tensors: dict[str, np.ndarray], name: str, a: np.ndarray, b: np.nd
 
 
 def _used_ranks(arrays: Mapping[str, np.ndarray], module: Module) -> np.ndarray:
-    """bool [R]: the ranks to write; all where the target is whole, or new, with B still zero."""
+    """Return bool [R], the ranks to write; all if the target is not divided, or new (B is zero)."""
     used = {part: x.any(tuple(range(x.ndim - 1))) for part, x in arrays.items() if part != "a"}
     if len(module.parts) == len(used) or not any(x.any() for x in used.values()):
         return np.ones(arrays["a"].shape[1], bool)
@@ -174,27 +174,26 @@ def join_tensors(
     *,
     apart: bool = False,
 ) -> tuple[LoRA, Shape]:
-    """The arrays of an adapter, layers stacked, from the stored tensors of either layout.
+    """Return the arrays of an adapter, layers stacked, from the stored tensors of either layout.
 
     Matrices that are one target here share their A if it is the same; otherwise their ranks follow
-    each other, and B is zero where a rank is another's. Where ranks differ among layers the smaller
-    ones are filled with zeros; where scales differ B makes up for it.
+    each other, and B is zero where a rank belongs to another one. Smaller ranks of some layers are
+    filled with zeros; where scales differ B is multiplied with the ratio.
 
     Args:
         path: the file, for messages.
         tensors: what it holds.
         config: the model.
         peft: the adapter's configuration.
-        apart: share no A, and leave B as it is stored: the arrays that training goes on with, of
+        apart: share no A, and leave B as it is stored: the arrays for training to continue, from
             which `Shape.effective` makes the adapter.
 
     Returns:
-        The adapter, its arrays float32 in numpy, and what its folder consists of; that describes
-        the arrays only where they are apart.
+        The adapter, its arrays float32 in numpy; and their `Shape`, valid only if they are apart.
 
     Raises:
-        CheckpointError: NaN or infinity, or all that is missing, unexpected, or of a wrong shape or
-            type.
+        CheckpointError: NaN or infinity, or tensors that are missing, unexpected, or of a wrong
+            shape or type.
     """
     layout = layout_of(tensors)
     places = layout.places(config.num_layers)
@@ -202,11 +201,17 @@ def join_tensors(
     _refuse_ends(path, layout, tensors, chosen)
     choices = {place: chosen[name] for name, place in places.items() if name in chosen}
     pairs = _find_pairs(path, layout, tensors, config, choices)
-    stacks = {}
-    for target in TARGETS:
-        pieces = _read_pieces(layout, target, pairs, choices, peft)
-        if pieces:
-            stacks[target] = _stack(target, pieces, config, apart)
+    pieces: dict[str, dict[int, list[_Piece]]] = {}  # target -> layer -> in the layout's order
+    for (module, layer), choice in choices.items():
+        name = layout.full_name((module, layer))
+        a, b = (_read(pairs[module, layer][x], f"lora_{x} of {name}") for x in "AB")
+        piece = _Piece(module, a, b, peft.scale(choice))
+        pieces.setdefault(module.target, {}).setdefault(layer, []).append(piece)
+    stacks = {
+        target: _stack(target, pieces[target], config, apart)
+        for target in TARGETS
+        if target in pieces
+    }
     lora = LoRA(
         {target: stack.arrays for target, stack in stacks.items()},
         FrozenDict({target: stack.scale for target, stack in stacks.items()}),
@@ -224,9 +229,9 @@ def _find_pairs(
     config: GLMConfig,
     choices: Mapping[Place, Choice],
 ) -> Pairs:
-    """The A and B of every adapted matrix, checked against the model and the configuration."""
+    """Return the A and B of every adapted matrix, checked against model and configuration."""
     pairs: Pairs = {}
-    problems = []
+    problems = [] if tensors else ["no tensors at all"]
     for name, tensor in tensors.items():
         found = layout.find(name)
         if found is None:
@@ -242,100 +247,61 @@ def _find_pairs(
             problems.append(f"twice: {name}")
         else:
             pairs[place][side] = tensor
-            shapes = _shapes(config, module, choices[place].rank)
-            problems.extend(_misfits(name, tensor, shapes[side]))
-    missing = {place: _absent(pairs.get(place, {})) for place in choices}
-    missing = {place: sides for place, sides in missing.items() if sides}
-    if not tensors:
-        problems.append("no tensors at all")
-    if problems or missing:
-        raise _does_not_fit(path, layout, problems, missing, 2 * len(choices))
+            expected = _stored_shape(config, module, choices[place].rank, side)
+            if tensor.shape != expected:
+                problems.append(f"wrong shape: {name} is {tensor.shape} instead of {expected}")
+            if tensor.dtype.name not in FLOATS:
+                problems.append(f"wrong type: {name} is {tensor.dtype.name}, not a float")
+    problems += [
+        f"missing: lora_{side} of {layout.full_name(place)}"
+        for place in choices
+        for side in "AB"
+        if side not in pairs.get(place, {})
+    ]
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise CheckpointError(
+            f"The adapter {path.parent} does not fit the model: {len(problems)} "
+            f"problem{'s' * (len(problems) > 1)}.",
+            "; ".join([*problems[:_SHOWN], *more]),
+            f"Use the model that it was trained on; copy the adapter again, or correct {CONFIG}. "
+            f"What can be adapted: {', '.join(module.name for module in layout.modules)}.",
+        )
     return pairs
-
-
-def _absent(pair: Mapping[str, StoredTensor]) -> str:
-    """Those of A and B that are not there."""
-    return "".join(side for side in "AB" if side not in pair)
-
-
-def _does_not_fit(
-    path: Path, layout: Layout, problems: list[str], missing: Mapping[Place, str], expected: int
-) -> CheckpointError:
-    """What is wrong with the tensors, counted, and the first of it named."""
-    lost = sum(len(sides) for sides in missing.values())
-    layers: dict[tuple[Module, str], list[int]] = {}
-    for (module, layer), sides in missing.items():
-        layers.setdefault((module, sides), []).append(layer)
-    named = list(problems)
-    for (module, sides), found in layers.items():
-        side = f"lora_{sides} of " if sides != "AB" else ""
-        more = f" (and in {len(found) - 1} more layers)" if len(found) > 1 else ""
-        named.append(f"missing: {side}{layout.full_name((module, found[0]))}{more}")
-    what = f"does not fit the model: {len(named)} problem{'s' if len(named) > 1 else ''}."
-    fix = f"Take the model that it was trained on, or correct {CONFIG}. What can be adapted: "
-    fix += f"{', '.join(module.name for module in layout.modules)}."
-    if not problems:
-        what = f"is not complete: {lost} of its {expected} tensors are missing."
-        fix = "Copy it again from where it was trained, and take the model that it was trained on; "
-        fix += f"if there are no more tensors, correct what {CONFIG} adapts."
-    shown = [*named[:_SHOWN], *[f"and {len(named) - _SHOWN} more"] * (len(named) > _SHOWN)]
-    return CheckpointError(f"The adapter {path.parent} {what}", "; ".join(shown), fix)
 
 
 def _refuse_ends(
     path: Path, layout: Layout, tensors: Mapping[str, StoredTensor], chosen: Mapping[str, Choice]
 ) -> None:
-    """Refuses what adapts, or holds anew, the embedding or the head."""
+    """Refuse an adapter of the embedding or the head, or one that holds them."""
     found = [name for name in tensors if _ENDS.intersection(name.split("."))]
     ends = [name for name in layout.ends if name in chosen]
     if found or ends:
-        stored = not (ends or any("lora_" in name for name in found))
         raise CheckpointError(
-            f"The adapter {path.parent} {'holds' if stored else 'adapts'} the embedding or the "
-            "head, which is not supported.",
+            f"The adapter {path.parent} adapts or holds the embedding or the head, which is not "
+            "supported.",
             f"Its {path.name} has {found[0][:200]}." if found else f"{CONFIG} adapts {ends[0]}.",
-            "Train it without, or merge it into its base with the peft library"
-            + ("; save_embedding_layers=False leaves out what is the base's own." * stored or "."),
+            "Train it without (save_embedding_layers=False leaves out what is the base's), or "
+            "merge it into its base with the peft library.",
         )
 
 
-def _shapes(config: GLMConfig, module: Module, rank: int) -> dict[str, tuple[int, int]]:
-    """Of the stored A and B."""
+def _stored_shape(config: GLMConfig, module: Module, rank: int, side: str) -> tuple[int, int]:
+    """Return the shape of the stored A or B."""
     shapes = adapter_shapes(config, module.target, rank)
-    rows = sum(math.prod(shapes[part][:-1]) for part in module.parts)
-    return {"A": (rank, math.prod(shapes["a"][1:])), "B": (rows, rank)}
-
-
-def _misfits(name: str, tensor: StoredTensor, expected: tuple[int, int]) -> list[str]:
-    problems = []
-    if tensor.shape != expected:
-        problems.append(f"wrong shape: {name} is {tensor.shape} instead of {expected}")
-    if tensor.dtype.name not in FLOATS:
-        problems.append(f"wrong type: {name} is {tensor.dtype.name}, not a float")
-    return problems
-
-
-def _read_pieces(
-    layout: Layout,
-    target: str,
-    pairs: Pairs,
-    choices: Mapping[Place, Choice],
-    peft: PeftConfig,
-) -> dict[int, list[_Piece]]:
-    """Layer -> the adapted matrices of a target, in the order of the layout."""
-    pieces: dict[int, list[_Piece]] = {}
-    for place, choice in choices.items():
-        if place[0].target == target:
-            name = layout.full_name(place)
-            a, b = (_read(pairs[place][x], f"lora_{x} of {name}") for x in "AB")
-            pieces.setdefault(place[1], []).append(_Piece(place[0], a, b, peft.scale(choice)))
-    return pieces
+    if side == "A":
+        return rank, math.prod(shapes["a"][1:])
+    return sum(math.prod(shapes[part][:-1]) for part in module.parts), rank
 
 
 def _stack(target: str, pieces: dict[int, list[_Piece]], config: GLMConfig, apart: bool) -> _Stack:
-    """A target's arrays, layers stacked; see `join_tensors`."""
+    """Return a target's arrays, layers stacked; see `join_tensors`."""
     scale = max((x.scale for found in pieces.values() for x in found), key=abs)
-    shared = {layer: not apart and _one_a(found) for layer, found in pieces.items()}
+    # A fused matrix that was divided has the same A in all of its parts.
+    shared = {
+        layer: not apart and all(np.array_equal(x.a, found[0].a) for x in found)
+        for layer, found in pieces.items()
+    }
     rank = max(
         len(found[0].a) if shared[layer] else sum(len(x.a) for x in found)
         for layer, found in pieces.items()
@@ -364,11 +330,6 @@ def _stack(target: str, pieces: dict[int, list[_Piece]], config: GLMConfig, apar
     return _Stack(arrays, scale, places, gates)
 
 
-def _one_a(pieces: list[_Piece]) -> bool:
-    """Whether the matrices of one target have the same A, as a fused one has that came apart."""
-    return all(np.array_equal(piece.a, pieces[0].a) for piece in pieces)
-
-
 def _read(tensor: StoredTensor, name: str) -> np.ndarray:
     array = np.asarray(tensor.read()).astype(np.float32)
     check_finite(name, array)
@@ -376,14 +337,14 @@ def _read(tensor: StoredTensor, name: str) -> np.ndarray:
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-    """Refuses NaN and infinity.
+    """Refuse NaN and infinity.
 
     Raises:
-        CheckpointError: names what holds them.
+        CheckpointError: with the name of the array.
     """
     if not np.isfinite(array).all():
         raise CheckpointError(
             f"{name} holds NaN or infinity.",
             "The training that made it went wrong, or the file is damaged.",
-            "Take an earlier checkpoint of the training.",
+            "Use an earlier checkpoint of the training.",
         )

@@ -1,55 +1,49 @@
-"""Hugging Face through huggingface_hub: its listing, its cache, its transfer."""
+"""Hugging Face through huggingface_hub: its listing, its cache, its download."""
 
 import fcntl
-import io
-import logging
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from huggingface_hub import (
     HfApi,
     constants,
     errors,
+    get_session,
     hf_hub_download,
     hf_hub_url,
     try_to_load_from_cache,
-    utils,
 )
-from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from convert.files.manifest import sha256_of
-from convert.hub.clients import (
-    Count,
-    damaged,
-    explaining,
-    first_line,
-    general_error,
-    is_network_error,
-    no_such_model,
-    refused,
-)
-from glm2_jax.errors import CheckpointError, GLMError, InputError, UsageError
+from convert.hub.clients import Count, calling, damaged, is_network_error, not_found
+from glm2_jax.errors import CheckpointError, GLMError
 
-_TRIES = 3  # in a row without a single new byte; the client itself tries some more
+_TRIES = 3  # in a row without a single new byte
+_NOT_FOUND = (
+    errors.RepositoryNotFoundError,
+    errors.RevisionNotFoundError,
+    errors.HFValidationError,
+)
 
 
 class HuggingFace:
-    """Hugging Face, or a mirror of it that HF_ENDPOINT names."""
+    """A model on Hugging Face, or on a mirror that HF_ENDPOINT names."""
 
-    source, hub = "hf", "Hugging Face"
+    source, hub, variable = "hf", "Hugging Face", "HF_ENDPOINT"
+    login = "run `hf auth login` or set HF_TOKEN"
 
     def __init__(self, name: str, revision: str | None):
         self.name, self.revision, self.commit = name, revision or "main", ""
-        self.cache = Path(constants.HF_HUB_CACHE)
+        self.endpoint, self.cache = constants.ENDPOINT, Path(constants.HF_HUB_CACHE)
         self.offline = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else None
-        self.endpoint = constants.ENDPOINT
         self.sizes: dict[str, int] = {}
-        self.sums: dict[str, str] = {}
+        self.sums: dict[str, str] = {}  # sha256 of the large files
 
     def cached_folder(self) -> Path | None:
         found = None
@@ -58,12 +52,11 @@ class HuggingFace:
         return Path(found).parent if isinstance(found, str) else None
 
     def list_files(self) -> dict[str, int]:
-        with self._quiet():
+        with calling(self):
             info = HfApi().model_info(self.name, revision=self.revision, files_metadata=True)
         self.commit = info.sha or self.revision
         for file in info.siblings or ():
             self.sizes[file.rfilename] = file.size or 0
-            # Large files are kept by their sha256; that is their name in the cache, too.
             if file.lfs is not None and re.fullmatch("[0-9a-f]{64}", file.lfs.sha256):
                 self.sums[file.rfilename] = file.lfs.sha256
         return self.sizes
@@ -71,125 +64,76 @@ class HuggingFace:
     def bytes_here(self, file: str) -> int:
         if self._is_here(file):
             return self.sizes[file]
-        part = self._blob(file)[1] if file in self.sums else None
+        part = self._part(file) if file in self.sums else None
         return min(part.stat().st_size, self.sizes[file]) if part and part.exists() else 0
+
+    def fetch(self, files: Collection[str], count: Count) -> Path:
+        with calling(self):
+            for file in files:
+                if file in self.sums and not self._is_here(file):
+                    self._fetch_large(file, count)
+                # The client finds the large file in its cache and links it.
+                path = Path(hf_hub_download(self.name, file, revision=self.commit))
+            if self.revision != self.commit:  # the client notes the commit of the branch
+                hf_hub_download(self.name, "config.json", revision=self.revision)
+        return path.parent
+
+    def explain(self, error: Exception) -> GLMError | None:
+        if isinstance(error, errors.GatedRepoError):
+            return CheckpointError(
+                f"{self.name} is gated: its owners decide who may download it.",
+                f"{self.endpoint}/{self.name} refused the request.",
+                f"Ask for access there, then {self.login}.",
+            )
+        return not_found(self) if isinstance(error, _NOT_FOUND) else None
 
     def _is_here(self, file: str) -> bool:
         linked = try_to_load_from_cache(self.name, file, revision=self.commit)
-        return isinstance(linked, str) or (file in self.sums and self._blob(file)[0].exists())
+        return isinstance(linked, str) or (file in self.sums and self._blob(file).exists())
 
-    def fetch(self, file: str, count: Count) -> Path:
-        small = file not in self.sums and not self._is_here(file)
-        with self._quiet():
-            if file in self.sums and not self._is_here(file):
-                self._fetch_blob(file, count)
-            # The client finds the large file in its place and links it.
-            path = Path(hf_hub_download(self.name, file, revision=self.commit))
-            if file == "config.json" and self.revision != self.commit:
-                hf_hub_download(self.name, file, revision=self.revision)  # which notes the commit
-        count(self.sizes[file] if small else 0)
-        return path
+    def _blob(self, file: str) -> Path:
+        """Return where the cache keeps a large file: under its sha256, as the client documents."""
+        return self.cache / f"models--{self.name.replace('/', '--')}" / "blobs" / self.sums[file]
 
-    def _blob(self, file: str) -> tuple[Path, Path]:
-        """Where the cache keeps a large file, and a part of it."""
-        folder = self.cache / f"models--{self.name.replace('/', '--')}" / "blobs"
-        return folder / self.sums[file], folder / f"{self.sums[file]}.incomplete"
+    def _part(self, file: str) -> Path:
+        return self._blob(file).with_suffix(".incomplete")
 
-    def _fetch_blob(self, file: str, count: Count) -> None:
-        """Fetches a large file with the client's own transfer, from where an earlier run ended.
+    def _fetch_large(self, file: str, count: Count) -> None:
+        """Download a large file into the client's cache, from where an earlier process stopped.
 
-        `hf_hub_download` does not go on with a file after the process has ended.
+        `hf_hub_download` starts such a file again when the process before was killed.
         """
-        blob, part = self._blob(file)
+        blob, part = self._blob(file), self._part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
-        with _Part(part, count) as target:
-            self._transfer(file, target)
-            if sha256_of(part) != self.sums[file]:
-                target.truncate(0)
-                raise damaged(file, self.hub)
-            part.replace(blob)
+        with part.open("ab") as target:
+            fcntl.flock(target, fcntl.LOCK_EX)  # waits for another process with the same file
+            if not blob.exists():
+                self._transfer(file, target, count)
+                if sha256_of(part) != self.sums[file]:
+                    target.truncate(0)
+                    raise damaged(file, self)
+                part.replace(blob)
+        part.unlink(missing_ok=True)
 
-    def _transfer(self, file: str, target: "_Part") -> None:
-        url, size = hf_hub_url(self.name, file, revision=self.commit), self.sizes[file]
-        tries = 0
-        while (start := target.seek(0, os.SEEK_END)) < size:
+    def _transfer(self, file: str, target: BinaryIO, count: Count) -> None:
+        url, failures = hf_hub_url(self.name, file, revision=self.commit), 0
+        while (start := target.seek(0, os.SEEK_END)) < self.sizes[file]:
+            headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
             try:
-                http_get(
-                    url,
-                    target,  # type: ignore[arg-type]
-                    resume_size=start,
-                    headers=utils.build_hf_headers(),
-                    expected_size=size,
-                )
+                with get_session().stream(
+                    "GET", url, headers=build_hf_headers() | headers
+                ) as response:
+                    hf_raise_for_status(response)
+                    if start and response.status_code != 206:  # the server sends all of it
+                        count(-start)
+                        target.truncate(0)
+                    for chunk in response.iter_raw():
+                        target.write(chunk)
+                        count(len(chunk))
+                if target.tell() == start:
+                    raise OSError("the server sent nothing")
             except Exception as error:
-                tries = 0 if target.tell() > start else tries + 1
-                if tries == _TRIES or not is_network_error(error):
+                failures = 0 if target.tell() > start else failures + 1
+                if failures == _TRIES or not is_network_error(error):
                     raise
                 time.sleep(1)
-        target.truncate(size)
-
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Keeps the client from writing to stderr, and makes its errors ours."""
-        level, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
-        utils.logging.set_verbosity(logging.CRITICAL)
-        if bars:
-            utils.disable_progress_bars()
-        try:
-            with explaining(self._explain):
-                yield
-        finally:
-            utils.logging.set_verbosity(level)
-            if bars:
-                utils.enable_progress_bars()
-
-    def _explain(self, error: Exception) -> GLMError | None:
-        page = f"{self.endpoint}/{self.name}"
-        if isinstance(error, errors.GatedRepoError):
-            return CheckpointError(
-                f"{self.name} is gated: its owners decide who may have it.",
-                f"{page} refused the request.",
-                "Ask for access there, then log in with `hf auth login` or set HF_TOKEN.",
-            )
-        if isinstance(error, errors.RepositoryNotFoundError):
-            return no_such_model(self.name, self.endpoint, "`hf auth login` or HF_TOKEN")
-        if isinstance(error, errors.RevisionNotFoundError):
-            return CheckpointError(
-                f"{self.name} has no revision {self.revision} at {self.endpoint}.",
-                fix="Leave --revision out, or take a branch, tag or commit that is listed there.",
-            )
-        if isinstance(error, errors.HFValidationError):
-            return UsageError(f"{self.name!r} is no name of a model.", first_line(error))
-        if isinstance(error, errors.HfHubHTTPError):
-            return refused(self.endpoint, error.response.status_code)
-        return general_error(error, self.endpoint, self.hub, "HF_ENDPOINT")
-
-
-class _Part(io.FileIO):
-    """A file that is being fetched: appended to, held by one process, its bytes counted."""
-
-    def __init__(self, path: Path, count: Count):
-        super().__init__(path, "a")
-        self.count = count
-        try:
-            fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise InputError(
-                f"Another process is fetching {path}.",
-                fix="Wait until it has ended, then run the same command again.",
-            ) from error
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        written = 0
-        while written < len(view):
-            written += super().write(view[written:])
-        self.count(written)
-        return written
-
-    def truncate(self, size: int | None = None) -> int:
-        before = os.fstat(self.fileno()).st_size
-        after = super().truncate(size)
-        self.count(after - before)  # bytes that have to be fetched again
-        return after

@@ -1,4 +1,4 @@
-"""What a GGUF file of llama.cpp's architecture "chatglm" is made of: metadata, vocabulary, tensors.
+"""Writes a GGUF file of llama.cpp's architecture "chatglm": metadata, vocabulary, tensors.
 
 Read in llama.cpp's `src/models/chatglm.cpp`: query_key_value and dense_h_to_4h stay fused, in the
 published order of rows; the first half of a head is rotated, in neighboring pairs; vectors are
@@ -10,9 +10,9 @@ import dataclasses
 import math
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -22,7 +22,8 @@ from convert.layouts.hf_tokenizer import CHAT_TEMPLATES, PREFIX, token_names
 from convert.layouts.names import INV_FREQ
 from convert.loading.folder import Folder
 from convert.writing.destination import new_model_file
-from convert.writing.pytorch import export_entries
+from convert.writing.floats import Progress
+from convert.writing.pytorch import plan_export
 from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
@@ -39,7 +40,7 @@ _NOTHING = np.float32(1e-30)
 
 
 def require_gguf() -> types.ModuleType:
-    """The package gguf.
+    """Return the package gguf.
 
     Raises:
         UsageError: it is not installed.
@@ -57,17 +58,11 @@ def require_gguf() -> types.ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file.
-
-    Attributes:
-        name: in the file.
-        kind: how it is stored: a `gguf.GGMLQuantizationType`, F32, F16 or Q8_0.
-        source: gives its shape and its elements in float32, whole rows at a time.
-    """
+    """A tensor of the file."""
 
     name: str
-    kind: Any
-    source: Entry
+    kind: Any  # a `gguf.GGMLQuantizationType`: F32, F16 or Q8_0
+    source: Entry  # its shape and its elements in float32, whole rows at a time
 
     @property
     def nbytes(self) -> int:
@@ -76,17 +71,13 @@ class Tensor:
         return math.prod(self.source.shape) // elements * size
 
     def byte_chunks(self) -> Iterator[memoryview]:
-        """The bytes of its elements, in order.
-
-        Raises:
-            CheckpointError: NaN or infinity, or a number that the kind cannot hold.
-        """
+        """Yield the bytes of its elements, in order."""
         for chunk in self.source.chunks():
             stored = np.ascontiguousarray(self._encode(chunk))
             yield stored.reshape(-1).view(np.uint8).data
 
     def _encode(self, values: np.ndarray) -> np.ndarray:
-        """[n] float32, whole rows -> what the file holds of them."""
+        """Return [n] float32, whole rows, as the file holds them."""
         if self.kind.name == "F32":
             return values
         sizes = np.abs(values)
@@ -105,11 +96,12 @@ class Tensor:
 
 
 def gguf_tensors(source: Folder, kind: str, lora: LoRA | None = None) -> list[Tensor]:
-    """The tensors of the file, in the order of the source's files.
+    """Return the tensors of the file, in the order of the source's files.
 
     Args:
-        source: what `open_folder` gives.
-        kind: one of `GGUF_TYPES`, for the matrices. Rows that are no multiple of 32 stay f16.
+        source: an opened folder.
+        kind: one of `glm2_jax.choices.GGUF_TYPES`, for the matrices. Rows that are not a multiple
+            of 32 stay f16.
         lora: an adapter to merge.
 
     Raises:
@@ -118,7 +110,7 @@ def gguf_tensors(source: Folder, kind: str, lora: LoRA | None = None) -> list[Te
     if kind not in GGUF_TYPES:
         raise UsageError(f"unknown type {kind!r}.", f"Known: {', '.join(GGUF_TYPES)}.")
     config = source.config
-    check_model(config)
+    _check_model(config)
     gguf = require_gguf()
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.CHATGLM, config.num_layers)
     kinds = gguf.GGMLQuantizationType
@@ -128,137 +120,102 @@ def gguf_tensors(source: Folder, kind: str, lora: LoRA | None = None) -> list[Te
         stored = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if len(entry.shape) == 1:
             return Tensor(stored, kinds.F32, entry)
-        whole = kind == "q8_0" and entry.shape[-1] % _BLOCK == 0
-        return Tensor(stored, kinds.Q8_0 if whole else kinds.F16, entry)
+        blocks = kind == "q8_0" and entry.shape[-1] % _BLOCK == 0
+        return Tensor(stored, kinds.Q8_0 if blocks else kinds.F16, entry)
 
-    entries = export_entries(source, "chatglm", "float32", lora, dequantize=True)
+    entries = plan_export(source, "chatglm", "float32", lora, dequantize=True).entries
     return [tensor(entry) for entry in entries if entry.name != INV_FREQ]
 
 
-def check_model(config: GLMConfig) -> None:
-    """Refuses what llama.cpp's chatglm does not compute.
-
-    Raises:
-        UsageError: scaled queries, or heads that are together wider or narrower than the model.
-    """
+def _check_model(config: GLMConfig) -> None:
+    """Refuse what llama.cpp's chatglm does not compute."""
     if config.logn_scaling:
         raise UsageError(
             "A model with logn_scaling cannot be written as GGUF.",
-            "llama.cpp does not scale its queries, so its answers would be others.",
+            "llama.cpp does not scale its queries, so its answers would differ.",
         )
     width = config.num_heads * config.head_dim
     if width != config.hidden_size:
         raise UsageError(
             f"A model whose heads are {width} wide together and whose hidden size is "
             f"{config.hidden_size} cannot be written as GGUF.",
-            "llama.cpp takes the two for equal, as they are in every published model.",
+            "llama.cpp expects the two to be equal, as in every published model.",
         )
 
 
-def add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabulary") -> None:
-    """Gives a `gguf.GGUFWriter` everything but the tensors.
-
-    Args:
-        writer: nothing is written yet.
-        source: the model.
-        kind: one of `GGUF_TYPES`.
-        vocabulary: of `gguf_vocabulary`.
-    """
+def _add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabulary") -> None:
+    """Give a `gguf.GGUFWriter` everything but the tensors."""
     gguf = require_gguf()
     config, tokenizer = source.config, source.tokenizer
-    file_types = gguf.LlamaFileType
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(config.family)
-    writer.add_file_type(file_types.MOSTLY_Q8_0 if kind == "q8_0" else file_types.MOSTLY_F16)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.seq_length)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.ffn_hidden_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_dim // 2)
-    _add_rope(writer, config)
-    writer.add_tokenizer_model("llama")  # their name of SentencePiece's byte-pair encoding
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary.texts)
-    writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
-    writer.add_unk_token_id(0)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_pad_token_id(config.pad_token_id)
+    linear = config.rope_kind == "linear"
+    values = {
+        "type": gguf.GGUFType.MODEL,
+        "name": config.family,
+        "file_type": getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}"),
+        "quantization_version": gguf.GGML_QUANT_VERSION,
+        "vocab_size": config.vocab_size,
+        "context_length": config.seq_length,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.ffn_hidden_size,
+        "head_count": config.num_heads,
+        "head_count_kv": config.num_kv_heads,
+        "layer_norm_rms_eps": config.norm_eps,
+        "rope_dimension_count": config.head_dim // 2,
+        "rope_freq_base": config.rope_base * (1 if linear else config.rope_ratio),
+        "tokenizer_model": "llama",  # their name of SentencePiece's byte-pair encoding
+        "tokenizer_pre": "default",
+        "token_list": vocabulary.texts,
+        "token_scores": vocabulary.scores,
+        "token_types": vocabulary.types,
+        "unk_token_id": 0,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        # A prompt begins with two ids, and llama.cpp adds one at most: the text has to hold them.
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_space_prefix": tokenizer.adds_dummy_prefix,
+    }
+    if linear and config.rope_ratio != 1:
+        values["rope_scaling_type"] = gguf.RopeScalingType.LINEAR
+        values["rope_scaling_factor"] = config.rope_ratio
     # <|user|> and <|observation|> of ChatGLM3 end an answer, too; there is one key for each.
-    for add, stop in zip(
-        (writer.add_eot_token_id, writer.add_eom_token_id), stop_ids(tokenizer)[1:], strict=False
-    ):
-        add(stop)
-    # A prompt begins with two ids, and theirs with one at most: so the text has to hold them.
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(tokenizer.adds_dummy_prefix)
+    ends = zip(("eot_token_id", "eom_token_id"), stop_ids(tokenizer)[1:], strict=False)
+    for name, value in (*values.items(), *ends):
+        getattr(writer, f"add_{name}")(value)
     template = CHAT_TEMPLATES.get(source.template)
     if template is not None:
-        writer.add_chat_template(_unrecognized(template))
+        # Some programs recognize templates by a piece of their text and would take this one for
+        # that of GLM-4; with the prefix in two pieces they render it, or say that they cannot.
+        begin, end = PREFIX[: PREFIX.index("<")], PREFIX[PREFIX.index("<") :]
+        writer.add_chat_template(template.replace(PREFIX, f"{begin}' ~ '{end}"))
 
 
-def _add_rope(writer: Any, config: GLMConfig) -> None:
-    base, linear = config.rope_base, config.rope_kind == "linear" and config.rope_ratio != 1
-    writer.add_rope_freq_base(base * (1 if config.rope_kind == "linear" else config.rope_ratio))
-    if linear:
-        writer.add_rope_scaling_type(require_gguf().RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_ratio)
+class Vocabulary(NamedTuple):
+    """What each id stands for, by id."""
 
-
-def _unrecognized(template: str) -> str:
-    """The same template, which programs that know templates by a piece of their text do not take
-    for that of GLM-4: they render it, or say that they cannot."""
-    begin, end = PREFIX[: PREFIX.index("<")], PREFIX[PREFIX.index("<") :]
-    return template.replace(PREFIX, f"{begin}' ~ '{end}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """What each id stands for, by id.
-
-    Attributes:
-        texts: unique.
-        scores: the larger, the sooner two neighbors become this piece.
-        types: numbers of `gguf.TokenType`.
-    """
-
-    texts: Sequence[str]
-    scores: Sequence[float]
-    types: Sequence[int]
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes in the file: lengths and texts, scores, types."""
-        return sum(8 + len(text.encode()) + 4 + 4 for text in self.texts)
+    texts: Sequence[str]  # unique
+    scores: Sequence[float]  # the larger, the sooner two neighbors become this piece
+    types: Sequence[int]  # of `gguf.TokenType`
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """The pieces, the special tokens behind them, and the ids that mean nothing.
-
-    Args:
-        tokenizer: ours.
-        size: rows of the embedding.
+    """Return the pieces, the special tokens after them, and the unused ids up to `size`.
 
     Raises:
-        CheckpointError: two ids have the same text, which llama.cpp does not survive.
+        CheckpointError: two ids have the same text, with which llama.cpp crashes.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     kinds = require_gguf().TokenType
+    tests = {
+        kinds.UNKNOWN: model.is_unknown,
+        kinds.CONTROL: model.is_control,
+        kinds.BYTE: model.is_byte,
+        kinds.UNUSED: model.is_unused,
+    }
 
     def kind(piece: int) -> int:
-        if model.is_unknown(piece):
-            return kinds.UNKNOWN
-        if model.is_control(piece):
-            return kinds.CONTROL
-        if model.is_byte(piece):
-            return kinds.BYTE
-        return kinds.UNUSED if model.is_unused(piece) else kinds.NORMAL
+        return next((kind for kind, test in tests.items() if test(piece)), kinds.NORMAL)
 
     rows = [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(len(model))]
     rows += [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(len(rows), size)]
@@ -277,9 +234,6 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     return Vocabulary(texts, scores, [int(number) for number in types_])
 
 
-Progress = Callable[[int, int], None]
-
-
 def export_gguf(
     source: Folder,
     destination: str | Path,
@@ -288,12 +242,12 @@ def export_gguf(
     lora: LoRA | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Writes an opened folder as one GGUF file, chunk by chunk: complete, or not at all.
+    """Write an opened folder as one GGUF file, chunk by chunk: complete, or not at all.
 
     Quantized matrices are dequantized; an adapter is added in float32 before anything is rounded.
 
     Args:
-        source: what `open_folder` gives.
+        source: an opened folder.
         destination: the new file; it must not exist.
         kind: "f16" or "q8_0", the type of the matrices.
         lora: an adapter to merge.
@@ -310,13 +264,15 @@ def export_gguf(
     vocabulary = gguf_vocabulary(source.tokenizer, source.config.vocab_size)
     gguf = require_gguf()
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.CHATGLM])
-    add_metadata(writer, source, kind, vocabulary)
+    _add_metadata(writer, source, kind, vocabulary)
     for tensor in tensors:
         elements = tensor.source
         writer.add_tensor_info(
             tensor.name, elements.shape, elements.dtype, tensor.nbytes, raw_dtype=tensor.kind
         )
-    needed = vocabulary.nbytes + sum(tensor.nbytes for tensor in tensors)
+    # Of each id the length and the text, the score and the type; and the tensors.
+    needed = sum(8 + len(text.encode()) + 4 + 4 for text in vocabulary.texts)
+    needed += sum(tensor.nbytes for tensor in tensors)
     with new_model_file(destination, needed=needed) as path:
         with contextlib.closing(writer):
             writer.write_header_to_file(path)
@@ -326,7 +282,7 @@ def export_gguf(
 
 
 def _append(path: Path, writer: Any, tensors: Sequence[Tensor], progress: Progress) -> None:
-    """The elements behind the header. The package would want each tensor whole in memory."""
+    """Append the elements to the header. The package itself needs each tensor in memory."""
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     with path.open("ab") as file:
         writer.write_padding(file, file.tell())

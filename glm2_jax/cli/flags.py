@@ -19,18 +19,7 @@ def add_model_options(parser: Parser) -> None:
         "bundled demo model)",
     )
     add_hub_flags(group)
-    group.add_argument(
-        "--rope-scaling",
-        choices=ROPE_KINDS,
-        help="meaning of rope_ratio, where the checkpoint does not say it: linear divides the "
-        "positions (chatglm2-6b-32k), base multiplies the rotary base (chatglm3-6b-32k, -128k)",
-    )
-    group.add_argument(
-        "--template",
-        choices=TEMPLATES,
-        help="prompt template (default: by the checkpoint's family)",
-    )
-    add_family(group)
+    add_form_flags(group)
 
 
 def add_mesh_options(group: argparse._ArgumentGroup) -> None:
@@ -51,6 +40,20 @@ def add_mesh_options(group: argparse._ArgumentGroup) -> None:
 def _tensor_axis(text: str) -> str:
     """An argparse type: the mesh that `--tp` asks for."""
     return f"tensor={positive(text)}"
+
+
+def add_form_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags for what a checkpoint may not say about itself; see `ModelChoice.form`."""
+    group.add_argument(
+        "--rope-scaling", choices=ROPE_KINDS,
+        help="meaning of rope_ratio, where the checkpoint does not say it: linear divides the "
+        "positions (chatglm2-6b-32k), base multiplies the rotary base (chatglm3-6b-32k, -128k)",
+    )  # fmt: skip
+    group.add_argument(
+        "--template", choices=TEMPLATES,
+        help="prompt template (default: by the checkpoint's family)",
+    )  # fmt: skip
+    add_family(group)
 
 
 def add_family(group: argparse._ActionsContainer) -> None:

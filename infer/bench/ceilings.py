@@ -24,19 +24,12 @@ _ROW = 4096  # elements that are summed up to one
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits, of one device or of several together.
+    """Measured limits, of one device or of several together."""
 
-    Attributes:
-      copy: bytes per second, read and written, of changing a large array in place.
-      read: bytes per second of a large array, summed up or multiplied by a vector.
-      matmul: operations per second (two for a product and its sum) by the name of a dtype.
-      devices: by how many the limits of one were multiplied.
-    """
-
-    copy: float
-    read: float
-    matmul: dict[str, float]
-    devices: int = 1
+    copy: float  # bytes per second, read and written, of changing a large array in place
+    read: float  # bytes per second of a large array, summed up or multiplied by a vector
+    matmul: dict[str, float]  # operations per second (two for a product and its sum) by dtype
+    devices: int = 1  # by how many the limits of one were multiplied
 
     @property
     def bandwidth(self) -> float:

@@ -30,18 +30,12 @@ from infer.memory.shares import (
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured.
-
-    Attributes:
-      prompt: tokens of each row that are prefilled; 0 = a decode step is measured.
-      context: tokens of each row that are in the cache before the first step.
-      steps: of one repetition.
-    """
+    """What is measured."""
 
     batch: int
-    prompt: int = 0
-    context: int = 0
-    steps: int = 1
+    prompt: int = 0  # tokens of each row that are prefilled; 0 = a decode step is measured
+    context: int = 0  # tokens of each row in the cache before the first step
+    steps: int = 1  # of one repetition
 
     @property
     def tokens(self) -> int:
@@ -56,18 +50,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model in memory.
-
-    Attributes:
-      quantization: the scheme of the layers' matrices, or "none".
-      layers: "list" or "stacked".
-      weights: bytes of all parameters, once.
-    """
+    """A model in memory."""
 
     dtype: str
-    quantization: str
-    layers: str
-    weights: int = 0
+    quantization: str  # the scheme of the layers' matrices, or "none"
+    layers: str  # "list" or "stacked"
+    weights: int = 0  # bytes of all parameters, once
 
     @property
     def precision(self) -> Precision:
@@ -79,24 +67,19 @@ class Variant:
 class Result:
     """The measurement of one shape.
 
-    Attributes:
-      bytes, flops: the least that a prefill or a step has to do, see `work`.
-      seconds: of a prefill or a step, one for each repetition.
-      peak: the most memory used; on a CPU by the process since the measurement began, elsewhere
-        since the start, on the device that used most.
-      peers: the peer's seconds by mode.
-      problem: why there are no seconds, or none of the peer's; "".
+    `peak` is the most memory used: on a CPU by the process since the measurement began, elsewhere
+    since the start, on the device that used most.
     """
 
     variant: Variant
     shape: Shape
-    bytes: float = 0.0
+    bytes: float = 0.0  # the least that a prefill or a step has to do, see `work`
     flops: float = 0.0
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of one, for each repetition
     compile_s: float = 0.0
     peak: int | None = None
-    peers: dict[str, list[float]] = field(default_factory=dict)
-    problem: str = ""
+    peers: dict[str, list[float]] = field(default_factory=dict)  # the peer's seconds by mode
+    problem: str = ""  # why there are no seconds, or none of the peer's
 
     def per_second(self, amount: float) -> float:
         """Return an amount of one prefill or step per second of the best repetition."""

@@ -25,7 +25,7 @@ from infer.engine.params import SamplingParams
 from infer.engine.parts import ROOM, Part, parts
 from infer.engine.placement import Places
 from infer.engine.programs import Programs
-from infer.engine.sampling import Rows, seed_words
+from infer.engine.sampling import Sampling
 
 Run = Callable[[], float]  # does the work once and returns its seconds
 
@@ -131,12 +131,12 @@ class Workload:
     def _controls(self, batch: int) -> steps.Controls:
         """Greedy, and never at an end."""
         controls = steps.Controls(
-            rows=Rows.full(batch, SamplingParams(temperature=0.0)),
-            seed=seed_words(0),
+            sampling=Sampling.of([SamplingParams(temperature=0.0)] * batch, batch),
+            seed=np.zeros((batch, 2), np.uint32),
             row_ids=np.arange(batch, dtype=np.int32),
             limit=np.full(batch, 2**30, np.int32),
             stop_ids=np.zeros(0, np.int32),
-            want_logprobs=np.array(False),
+            want_logprobs=np.zeros(batch, bool),
         )
         return self.places.put(controls)
 

@@ -33,21 +33,14 @@ MESH_NOTE = (
 
 @dataclass
 class Report:
-    """Everything about a run; results are added while it goes.
+    """Everything about a run; results are added while it goes."""
 
-    Attributes:
-      about: what it was measured on, name -> text, in order.
-      unmeasured: what was asked for and could not be measured, one line each.
-      complete: false as long as something is to come.
-      mesh: axis -> size; None = one device.
-    """
-
-    about: dict[str, str]
+    about: dict[str, str]  # what it was measured on, name -> text, in order
     ceilings: Ceilings | None = None
     results: list[Result] = field(default_factory=list)
-    unmeasured: list[str] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)  # what could not be measured, and why
     complete: bool = False
-    mesh: Mapping[str, int] | None = None
+    mesh: Mapping[str, int] | None = None  # axis -> size; None = one device
 
 
 def what(result: Result) -> str:

@@ -170,11 +170,11 @@ class Chat:
         elif not text:
             note("(the model ended its answer at once)")
         if self.settings.stats:
-            print_stats(self.conversation.engine.stats)
+            print_stats(self.conversation.engine.load_s, self.conversation.stats)
 
     def _print_object(self, completion: Completion) -> None:
         conversation = self.conversation
         question = conversation.unanswered or conversation.turns[-1].question
         value = result(conversation.engine, Request(question), completion)
-        value["usage"]["reused_tokens"] = conversation.engine.stats.reused_tokens
+        value["usage"]["reused_tokens"] = completion.stats.reused_tokens
         print_json(value)

@@ -23,32 +23,21 @@ _UBUNTU = "On Ubuntu (elsewhere: nvidia.com/drivers):"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was looked at."""
 
-    Attributes:
-      mark: "ok", "note" or "problem".
-      fix: the command to type; a problem always has one.
-    """
-
-    mark: str
+    mark: str  # "ok", "note" or "problem"
     text: str
-    fix: str = ""
+    fix: str = ""  # the command to type; a problem always has one
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found.
+    """Everything that was found."""
 
-    Attributes:
-      sections: by their titles.
-      best: the place whose best form is recommended; None where none fits.
-      command: the command to type next; "" where jax does not work at all.
-    """
-
-    sections: Mapping[str, tuple[Finding, ...]]
+    sections: Mapping[str, tuple[Finding, ...]]  # by their titles
     places: tuple[Place, ...]
-    best: Place | None
-    command: str
+    best: Place | None  # the one whose best form is recommended; None where none fits
+    command: str  # to type next; "" where jax does not work at all
 
     @property
     def exit_code(self) -> int:

@@ -18,16 +18,11 @@ PROMPT = "你好"
 
 @dataclass(frozen=True)
 class Model:
-    """The model that is to fit.
-
-    Attributes:
-      folder: as the user named it; None = any 6B checkpoint.
-      scheme: of `glm2_jax.schemes`, where the folder is quantized.
-    """
+    """The model that is to fit."""
 
     config: GLMConfig = PRESETS["chatglm2-6b"]
-    folder: str | None = None
-    scheme: str | None = None
+    folder: str | None = None  # as the user named it; None = any 6B checkpoint
+    scheme: str | None = None  # of `glm2_jax.schemes`, where the folder is quantized
 
     @property
     def name(self) -> str:

@@ -1,20 +1,20 @@
 """One growing answer on the host: ids to text, clean-up, stop strings, and when it ends.
 
-Stop strings are looked for in the text that is shown: after the clean-up, so that neither white
-space that is stripped nor the empty metadata line of a ChatGLM3 answer can end it.
+Stop strings are searched in the text that is shown: after the clean-up, so that neither stripped
+white space nor the empty metadata line of a ChatGLM3 answer can end it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from glm2_jax.errors import UsageError, shown
 from glm2_jax.text.prompt import ROLES, Reply
 from glm2_jax.text.tokenizer import Detokenizer, Tokenizer
 from infer.engine.loops import LoopDetector
 from infer.engine.params import SamplingParams
+from infer.engine.stats import Stats
 
 _DATE_MARK, _DATE = "[[训练时间]]", "2023年"
 
@@ -29,27 +29,21 @@ class TokenLogprob:
 
 
 class Message(NamedTuple):
-    """A message of a ChatGLM3 answer.
+    """A message of a ChatGLM3 answer."""
 
-    Attributes:
-      role: "assistant", or another role that the model wrote.
-      metadata: the name of the tool that it calls, or "".
-      content: what it says.
-    """
-
-    role: str
-    metadata: str
+    role: str  # "assistant", or another role that the model wrote
+    metadata: str  # the name of the tool that it calls, or ""
     content: str
 
     @property
     def text(self) -> str:
-        """The message as an answer shows it that begins with it."""
+        """The message as the text of an answer that begins with it."""
         header = f"<|{self.role}|>{self.metadata}\n" if self.metadata else ""
         return (header + self.content).rstrip() if header else self.content
 
 
 def reply_of(text: str, messages: Sequence[Message]) -> Reply:
-    """An answer as a history takes it: its text, or where that says less, its messages."""
+    """Return an answer as a history takes it: its text, or its messages if they say more."""
     if not messages:
         return text
     if len(messages) == 1 and messages[0][:2] == ("assistant", ""):
@@ -62,17 +56,18 @@ class Completion:
     """A finished answer.
 
     Attributes:
-      prompt_ids: what the model read.
-      output_ids: what it wrote, without the end token. An answer that a stop string ended has
-        all tokens up to the one that showed the string.
-      text: the answer, without the stop string and what follows it. Of a ChatGLM3 answer every
-        message but a plain first one begins with its role token and metadata, on a line of its own.
-      finish_reason: "stop" (end token or stop string), "observation" (the model wants the result
-        of a tool), "length" or "loop" (see `infer.engine.loops`).
-      logprobs: one for each of `output_ids`, where asked for.
-      messages: what a ChatGLM3 answer consists of, as far as `text` goes; () for other templates,
-        and for ids that were continued as they are.
-      stop_reason: the end token or the stop string that ended the answer; else None.
+        prompt_ids: what the model read.
+        output_ids: what it wrote, without the end token. An answer that a stop string ended has
+            all tokens up to the one that completed the string.
+        text: the answer, without the stop string and what follows it. In a ChatGLM3 answer every
+            message but a plain first one begins with a line of its role token and metadata.
+        finish_reason: "stop" (end token or stop string), "observation" (the model wants the result
+            of a tool), "length" or "loop" (see `infer.engine.loops`).
+        logprobs: one for each of `output_ids`, where asked for.
+        messages: what a ChatGLM3 answer consists of, as far as `text` goes; () for other templates,
+            and for ids that were continued as they are.
+        stop_reason: the end token or the stop string that ended the answer; else None.
+        stats: tokens and seconds of the answer. Those of several: `infer.engine.stats.together`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -82,10 +77,11 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     messages: tuple[Message, ...] = ()
     stop_reason: int | str | None = None
+    stats: Stats = field(default_factory=Stats, compare=False, repr=False)
 
     @property
     def reply(self) -> Reply:
-        """The answer as a history takes it: its text, or where that says less, its messages."""
+        """The answer as a history takes it, see `reply_of`."""
         return reply_of(self.text, self.messages)
 
 
@@ -93,11 +89,11 @@ class StopStrings:
     """Passes text on until one of the strings appears, holding back what may become one.
 
     Args:
-      strings: what ends the text.
-      trim: white space before such a string goes with it.
+        strings: what ends the text.
+        trim: drop white space before such a string.
 
     Attributes:
-      string: the one that was found, or None.
+        string: the one that was found, or None.
     """
 
     def __init__(self, strings: Sequence[str], *, trim: bool = False):
@@ -111,7 +107,7 @@ class StopStrings:
         return self.string is not None
 
     def push(self, text: str) -> str:
-        """Takes new text and returns what is certain not to belong to a stop string."""
+        """Take new text and return what is certain not to belong to a stop string."""
         self._held += text
         places = [(self._held.find(string), string) for string in self._strings]
         found = [place for place in places if place[0] >= 0]
@@ -125,20 +121,20 @@ class StopStrings:
         return text
 
     def flush(self) -> str:
-        """What was held back, at the end of the answer."""
+        """Return what was held back, at the end of the answer."""
         text, self._held = self._held, ""
         return text
 
 
 class Cleaner:
-    """`clean_response` for text that comes in pieces: the pieces joined equal its result."""
+    """Does `clean_response` for text that comes in pieces: joined, they equal its result."""
 
     def __init__(self) -> None:
         self._held = ""
         self._started = False
 
     def push(self, text: str) -> str:
-        """Takes new text; returns what is certain to be in the cleaned answer."""
+        """Take new text and return what is certain to be in the cleaned answer."""
         held = (self._held + text).replace(_DATE_MARK, _DATE)
         if not self._started:
             held = held.lstrip()
@@ -150,12 +146,12 @@ class Cleaner:
         return held[:end]
 
     def flush(self) -> str:
-        """What was held back and belongs to the answer."""
+        """Return what was held back and belongs to the answer."""
         return self._held.rstrip()
 
 
 def _overlap(text: str, strings: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins one of `strings` without being all of it."""
+    """Return the length of the longest end of `text` that one of `strings` begins with."""
     longest = max((len(string) - 1 for string in strings), default=0)
     for size in range(min(longest, len(text)), 0, -1):
         tail = text[-size:]
@@ -165,28 +161,24 @@ def _overlap(text: str, strings: Sequence[str]) -> int:
 
 
 class PlainText:
-    """The text of an answer as it is shown, from ids that come one at a time.
-
-    Args:
-      clean: pass it through `clean_response`.
-    """
+    """The text of an answer as it is shown, from ids that come one at a time."""
 
     def __init__(self, tokenizer: Tokenizer, *, clean: bool):
         self._detokenizer = Detokenizer(tokenizer)
         self._cleaner = Cleaner() if clean else None
 
     def push(self, token: int) -> str:
-        """Takes the next id and returns the text that is now certain."""
+        """Take the next id and return the text that is now certain."""
         text = self._detokenizer.push(token)
         return text if self._cleaner is None else self._cleaner.push(text)
 
     def flush(self) -> str:
-        """Ends the answer: returns what was held back."""
+        """End the answer: return what was held back."""
         text = self._detokenizer.flush()
         return text if self._cleaner is None else self._cleaner.push(text) + self._cleaner.flush()
 
     def messages(self, text: str) -> tuple[Message, ...]:
-        """The messages of which `text` shows something; it is a beginning of the text given."""
+        """Return the messages of `text`, the beginning of all text: there are none."""
         return ()
 
 
@@ -200,15 +192,15 @@ class _Begun(NamedTuple):
 
 
 class RoleText:
-    """As `PlainText`, cleaned, for a ChatGLM3 answer, which is one message or several.
+    """The cleaned text of a ChatGLM3 answer, which is one message or several.
 
-    A message begins with a role token and a line of metadata, which the text shows on a line of
-    their own, unless it is the first message and plain. As in the published code, what has only one
+    A message begins with a role token and a line of metadata, which the text shows on a separate
+    line, unless it is the first message and plain. As in the published code, a message of a single
     line has no metadata.
 
     Args:
-      last: the prompt's last id. If it is no role token, the answer goes on in a message whose
-        metadata has been read.
+        last: the prompt's last id. If it is not a role token, the answer continues a message whose
+            metadata has been read.
     """
 
     def __init__(self, tokenizer: Tokenizer, last: int):
@@ -219,7 +211,7 @@ class RoleText:
         self._begin("assistant", "" if last in self._roles else "\n")
 
     def push(self, token: int) -> str:
-        """Takes the next id and returns the text that is now certain."""
+        """Take the next id and return the text that is now certain."""
         if token not in self._roles:
             return self._show(self._detokenizer.push(token))
         text = self.flush()
@@ -227,11 +219,11 @@ class RoleText:
         return text
 
     def flush(self) -> str:
-        """Ends a message: returns what was held back."""
+        """End a message: return what was held back."""
         return self._show(self._detokenizer.flush(), last=True)
 
     def messages(self, text: str) -> tuple[Message, ...]:
-        """The messages of which `text` shows something; it is a beginning of the text given."""
+        """Return the messages of which `text`, the beginning of all text, shows something."""
         ends = [message.header for message in self._begun[1:]] + [len(text)]
         return tuple(
             Message(message.role, message.metadata, text[message.content : end].strip())
@@ -273,16 +265,13 @@ class Answer:
     """Collects the tokens of one row and decides when it ends.
 
     Args:
-      limit: how many tokens there may be.
-      stop_ids: the end tokens.
-      clean: pass the text through `clean_response`.
-      roles: read it as ChatGLM3 messages, each of them cleaned.
+        limit: how many tokens there may be.
+        stop_ids: the end tokens.
+        clean: pass the text through `clean_response`.
+        roles: read it as ChatGLM3 messages, each of them cleaned.
 
     Attributes:
-      finish_reason: None while the answer goes on.
-
-    Raises:
-      UsageError: a stop string can never match.
+        finish_reason: None until the answer has ended.
     """
 
     def __init__(
@@ -296,13 +285,11 @@ class Answer:
         clean: bool,
         roles: bool = False,
     ):
-        if clean:
-            _refuse_replaced(sampling.stop)
         self.prompt_ids = tuple(prompt_ids)
         self.limit = limit
         self.finish_reason: str | None = None
         self._stop_reason: int | str | None = None
-        self._stop_ids = stop_ids
+        self.stop_ids = stop_ids
         self._observation = tokenizer.special.get("<|observation|>")
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
@@ -313,8 +300,8 @@ class Answer:
         self._loop = LoopDetector(sampling.loop_stop)
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> str:
-        """Takes the next token (an end token too) and returns the text that is now certain."""
-        if token in self._stop_ids:
+        """Take the next token (an end token too) and return the text that is now certain."""
+        if token in self.stop_ids:
             self._stop_reason = token
             return self._finish("observation" if token == self._observation else "stop", "")
         self._ids.append(token)
@@ -330,13 +317,8 @@ class Answer:
         self._pieces.append(text)
         return text
 
-    @property
-    def drawn(self) -> int:
-        """Tokens so far, without the end token."""
-        return len(self._ids)
-
-    def completion(self) -> Completion:
-        """The finished answer."""
+    def completion(self, stats: Stats | None = None) -> Completion:
+        """Return the finished answer."""
         assert self.finish_reason is not None
         text = "".join(self._pieces)
         return Completion(
@@ -347,10 +329,11 @@ class Answer:
             None if self._logprobs is None else tuple(self._logprobs),
             self._text.messages(text),
             self._stop_reason,
+            stats or Stats(),
         )
 
     def _finish(self, reason: str, text: str) -> str:
-        """Releases what is held back, which may still complete a stop string."""
+        """Release what is held back, which may still complete a stop string."""
         if not self._stop.found:
             text += self._stop.push(self._text.flush())
         if self._stop.found:
@@ -360,13 +343,3 @@ class Answer:
         self.finish_reason = reason
         self._pieces.append(text)
         return text
-
-
-def _refuse_replaced(strings: Sequence[str]) -> None:
-    for string in strings:
-        if _DATE_MARK in string:
-            raise UsageError(
-                f"the stop string {shown(string)} can never match",
-                f"An answer has {_DATE} in the place of {_DATE_MARK}.",
-                "Leave it out.",
-            )

@@ -1,186 +1,166 @@
-"""What one call of the engine works on: padded prompts, limits, answers, and its statistics."""
+"""One call of the engine: its rows as a batch of arrays, and the iterator over their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import atexit
+import contextlib
+import inspect
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from glm2_jax.errors import CheckpointError, UsageError, shown
 from glm2_jax.runtime.buckets import bucket, padded_batch
-from glm2_jax.text.tokenizer import Tokenizer
-from infer.engine.answer import Answer, Completion, TokenLogprob
-from infer.engine.params import SamplingParams
 from infer.engine.parts import ROOM, parts
-from infer.engine.rows import answer_limit, check_prompts, check_row_ids, listed
-from infer.engine.sampling import Rows, seed_words
-from infer.engine.steps import IDLE, NOT_FINITE, Controls, Output
+from infer.engine.rows import Row, TokenEvent
+from infer.engine.sampling import Sampling, seed_words
+from infer.engine.stats import Stats, together
+from infer.engine.steps import IDLE, Controls, Output
+
+AnyGenerator = TypeVar("AnyGenerator", bound=Generator[Any, None, None])
+_open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
-@dataclass(frozen=True)
-class TokenEvent:
-    """One step of one row.
+def closed_at_exit(generator: AnyGenerator) -> AnyGenerator:
+    """Have a generator closed before Python takes its modules apart, and return it.
 
-    Attributes:
-      row: the prompt's index in the call.
-      token: the new token; None for an end token.
-      text: text that is now certain, perhaps "".
-      finish_reason: None until the row's last event.
-      completion: the whole answer, in the last event.
+    One that was left early, and is still referenced when Python ends, would otherwise be closed
+    when the names that its clean-up uses are gone, and an exception would be printed.
     """
-
-    row: int
-    token: int | None
-    text: str
-    logprob: TokenLogprob | None = None
-    finish_reason: str | None = None
-    completion: Completion | None = None
+    _open.add(generator)
+    return generator
 
 
-class Job:
-    """The prompts of a call, padded to a bucket on both axes, and their answers.
+@atexit.register
+def _close_all() -> None:
+    for generator in list(_open):
+        with contextlib.suppress(ValueError):  # another thread runs it
+            generator.close()
+
+
+class Batch:
+    """Rows that are answered together, as the programs take them: padded to a bucket on both axes.
+
+    Args:
+        chunk: tokens of all rows that are read at once.
+        reused: ids at the beginning of every prompt that are in the cache already.
+        multiple: what B has to be a multiple of.
 
     Attributes:
-      parts: what is to be read, at most `chunk` tokens of all rows at once. Of every prompt the
-        first `reused` ids are left out: the cache has them.
-      batch: B, rows, a multiple of the argument `rows`; those beyond the prompts are empty.
-      cache_size: S, slots to begin with: a bucket that holds the prompts and the beginning of the
-        answers.
-      largest_cache: S that holds the longest answers.
-      placed: `controls` as the programs take them; None before the first one does.
+        rows: one for each prompt.
+        size: B; the rows after the prompts' are empty.
+        chunk, reused: the arguments.
+        parts: what has to be read.
+        cache_size: S at first: a bucket that holds the prompts and the beginning of the answers.
+        largest_cache: S that holds the longest answers.
+        controls: what every step takes.
     """
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        tokenizer: Tokenizer,
+        rows: Sequence[Row],
         *,
-        stop_ids: Sequence[int],
         vocab_size: int,
+        stop_ids: Sequence[int],
         max_length: int,
-        row_ids: Sequence[int] | None,
-        clean: bool,
-        roles: bool = False,
         chunk: int,
         reused: int = 0,
-        rows: int = 1,
+        multiple: int = 1,
     ):
-        if not isinstance(sampling, SamplingParams):
-            raise UsageError(f"sampling must be SamplingParams, not {shown(sampling)}")
-        self.sampling = sampling
-        prompts = [
-            listed(ids, "a prompt must be a list of token ids")
-            for ids in listed(prompts, "prompts must be a list of lists of token ids")
-        ]
-        check_prompts(prompts, vocab_size)
-        ceiling = min(sampling.max_length or max_length, max_length)
-        limits = [answer_limit(len(ids), row, sampling, ceiling) for row, ids in enumerate(prompts)]
-        self.answers = [
-            Answer(
-                tokenizer, ids, sampling, limit=limit, stop_ids=stop_ids, clean=clean, roles=roles
-            )
-            for ids, limit in zip(prompts, limits, strict=True)
-        ]
-        self.batch = batch = padded_batch(len(prompts), rows)
-        self.parts = parts(prompts, reused, batch, min(max(1, chunk // batch), max_length))
-        self._prompts = prompts
-        self._limits = limits
-        self.cache_size = bucket(self._slots(range(len(prompts)), ROOM), max_length)
-        self.largest_cache = bucket(self._slots(range(len(prompts)), max_length), max_length)
-        self.controls = Controls(
-            rows=Rows.full(batch, sampling),
-            seed=seed_words(sampling.seed),
-            row_ids=_padded(check_row_ids(row_ids, len(prompts)), batch),
-            limit=_padded(limits, batch),
-            stop_ids=np.array(stop_ids, np.int32),
-            want_logprobs=np.array(sampling.logprobs is not None),
-        )
-        self.placed: Controls | None = None
+        self.rows, self.chunk, self.reused = rows, chunk, reused
         self._vocab_size = vocab_size
-        self.steps_read = 0
-        self.new_tokens = 0
+        self.size = size = padded_batch(len(rows), multiple)
+        longest = min(max(1, chunk // size), max_length)
+        self.parts = parts([row.ids for row in rows], reused, size, longest)
+        self.cache_size = bucket(self.slots(ROOM), max_length)
+        self.largest_cache = bucket(self.slots(max_length), max_length)
 
-    @property
-    def prompt_tokens(self) -> int:
-        """How many tokens are to be read, of all rows together."""
-        return int(sum(part.lengths.sum() for part in self.parts))
+        def padded(values: Sequence[Any], dtype: Any) -> np.ndarray:
+            array = np.zeros((size, *np.shape(values[0])), dtype)
+            array[: len(rows)] = values
+            return array
+
+        self.controls = Controls(
+            sampling=Sampling.of([row.sampling for row in rows], size),
+            seed=padded([seed_words(row.sampling.seed) for row in rows], np.uint32),
+            row_ids=padded([row.draw for row in rows], np.int32),
+            limit=padded([row.answer.limit for row in rows], np.int32),
+            stop_ids=np.array(stop_ids, np.int32),
+            want_logprobs=padded([row.sampling.logprobs is not None for row in rows], bool),
+        )
 
     @property
     def seen(self) -> np.ndarray:
-        """bool [B, V]: the tokens of each row's whole prompt."""
-        seen = np.zeros((self.batch, self._vocab_size), bool)
-        for row, ids in enumerate(self._prompts):
-            seen[row, ids] = True
+        """bool [B, V]: the tokens of each row's complete prompt."""
+        seen = np.zeros((self.size, self._vocab_size), bool)
+        for row in self.rows:
+            seen[row.index, row.ids] = True
         return seen
 
-    def slots(self, tokens: int) -> int:
-        """The slots that the unfinished rows need until each has drawn `tokens` tokens."""
-        going = [row for row, a in enumerate(self.answers) if a.finish_reason is None]
-        return self._slots(going, tokens)
-
-    def _slots(self, rows: Iterable[int], tokens: int) -> int:
-        ends = (len(self._prompts[row]) + min(tokens, self._limits[row]) for row in rows)
-        return max(ends, default=0)
-
     @property
-    def drawn(self) -> int:
-        """The most tokens that an unfinished row has drawn."""
-        return max((a.drawn for a in self.answers if a.finish_reason is None), default=0)
+    def going(self) -> list[Row]:
+        """The rows that have not ended."""
+        return [row for row in self.rows if not row.ended]
 
     @property
     def keep(self) -> np.ndarray:
-        """bool [B]: rows that the host has not ended."""
-        going = np.zeros(self.batch, bool)
-        going[: len(self.answers)] = [answer.finish_reason is None for answer in self.answers]
-        return going
+        """bool [B]: the rows that have not ended; the device may know of fewer."""
+        keep = np.zeros(self.size, bool)
+        keep[[row.index for row in self.going]] = True
+        return keep
+
+    @property
+    def drawn(self) -> int:
+        """The most tokens that a row has drawn that has not ended."""
+        return max((row.tokens for row in self.going), default=0)
 
     @property
     def steps_wanted(self) -> int:
-        """How many tokens the longest unfinished row may still come to; 0 when all have ended."""
-        return max((a.limit for a in self.answers if a.finish_reason is None), default=0)
+        """The most tokens that a row may still come to; 0 when all have ended."""
+        return max((row.answer.limit for row in self.going), default=0)
 
-    def take(self, output: Output) -> Iterator[TokenEvent]:
-        """Hands one step's output (NumPy arrays) to the answers.
+    def slots(self, tokens: int) -> int:
+        """Return the cache slots that a row needs until all have drawn `tokens` tokens."""
+        return max((row.slots(tokens) for row in self.going), default=0)
+
+    def take(self, output: Output) -> list[TokenEvent]:
+        """Hand the output of one step, NumPy arrays, to the rows.
 
         Raises:
-          CheckpointError: the model produced NaN or Inf.
+            CheckpointError: the model produced NaN or Inf.
         """
-        self.steps_read += 1
-        for row, answer in enumerate(self.answers):
-            token = int(output.tokens[row])
-            if answer.finish_reason is not None or token == IDLE:
-                continue
-            if token == NOT_FINITE:
-                raise CheckpointError(
-                    f"the model produced NaN or Inf at step {answer.drawn + 1}"
-                    f" of the answer to prompt {row + 1}",
-                    "The weights are damaged, or their numbers do not fit the dtype.",
-                    "Check the checkpoint's files, or load it as float32 or bfloat16.",
-                )
-            logprob = self._logprob(output, row)
-            text = answer.push(token, logprob)
-            self.new_tokens += 1
-            done = answer.finish_reason is not None
-            ended = token in self.controls.stop_ids
-            yield TokenEvent(
-                row,
-                None if ended else token,
-                text,
-                None if ended else logprob,
-                answer.finish_reason,
-                answer.completion() if done else None,
-            )
-
-    def _logprob(self, output: Output, row: int) -> TokenLogprob | None:
-        count = self.sampling.logprobs
-        if count is None or output.logprobs is None:
-            return None
-        chosen, top, ids = (np.asarray(part)[row] for part in output.logprobs)
-        pairs = zip(ids[:count].tolist(), top[:count].tolist(), strict=True)
-        return TokenLogprob(int(output.tokens[row]), float(chosen), tuple(pairs))
+        events = []
+        for row in self.going:
+            token = int(output.tokens[row.index])
+            if token != IDLE:
+                logprobs = output.logprobs and [array[row.index] for array in output.logprobs]
+                events.append(row.take(token, logprobs))
+        return events
 
 
-def _padded(values: Sequence[int], batch: int) -> np.ndarray:
-    return np.array([*values, *[0] * (batch - len(values))], np.int32)
+class Call(Iterator[TokenEvent]):
+    """The tokens of a call as they come; it may be left at any time, or closed.
+
+    Attributes:
+        rows: one for each prompt.
+        stats: statistics of the rows together, as far as the call has gone.
+    """
+
+    def __init__(self, events: Generator[TokenEvent, None, None], rows: Sequence[Row]):
+        self._events, self.rows = closed_at_exit(events), rows
+
+    def __next__(self) -> TokenEvent:
+        return next(self._events)
+
+    def close(self) -> None:
+        """End the call; ValueError while another thread is reading from it."""
+        self._events.close()
+
+    @property
+    def closed(self) -> bool:
+        return inspect.getgeneratorstate(self._events) == inspect.GEN_CLOSED
+
+    @property
+    def stats(self) -> Stats:
+        return together(row.stats for row in self.rows)

@@ -1,38 +1,34 @@
-"""Several tokens from one forward pass, without a second model: drafts from the text itself.
+"""Prompt-lookup speculative decoding: draft tokens from the text itself, without a second model.
 
-What an answer says next has often been said before: in a quotation, a list, a program that is
-edited. So each row looks up where its last tokens occurred, and what followed there is the draft of
-what follows now. One forward pass computes the logits after every token of the draft, and at each
-of them a token is drawn as it would be without a draft, with the same random numbers. As long as
-the token drawn is the one that was drafted, the logits of the next place are those that the next
-step would have computed, so its token counts, too; the cache is then cut back to what counts.
-Where no row finds a draft, a plain step is taken.
+The next tokens of an answer have often occurred before: in a quotation, a list, a program that is
+edited. So each row looks up where its last tokens occurred, and drafts what followed there. One
+forward pass computes the logits after every draft token, and at each of them a token is drawn as it
+would be without a draft, with the same random numbers. As long as the drawn token is the draft
+token, the next logits are those that the next step would have computed, so its token counts, too;
+the cache is then cut back to what counts. If no row finds a draft, a plain step is taken.
 
 So the answers are those of plain steps, drawn from the same distribution, whatever the drafts.
-(A draft that is always the same is accepted with the probability that the model gives it, which is
-what speculative sampling asks for.) Only rounding is not the same: products of several tokens may
-add up in another order than those of one, so where two tokens are as good as equally likely, a
-narrow type like bfloat16 may take the other one. B rows, N tokens of a draft, V vocabulary.
+(A fixed draft is accepted with the probability that the model gives it, which is what speculative
+sampling asks for.) Only rounding differs: a product of several tokens may be summed in another
+order than that of one, so if two tokens are almost equally likely, a narrow dtype like bfloat16 may
+take the other one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-import jax
 import numpy as np
 
-from infer.engine.call import Job, TokenEvent
-from infer.engine.stats import Clock
-from infer.engine.steps import IDLE, Output, State
+from infer.engine.rows import TokenEvent
 
-LONGEST_MATCH = 3  # tokens at the end of the text that are looked up, less where they are new
+LONGEST_MATCH = 3  # tokens at the end of the text that are looked up; fewer if they are new
 
 
 class Text:
     """The tokens of a row so far, and where each short sequence of them came last.
 
-    It costs a few entries of a dictionary a token, and a draft a few look-ups, whatever the length.
+    A token costs a few entries of a dictionary, and a draft a few look-ups, whatever the length.
     """
 
     def __init__(self, ids: Iterable[int]):
@@ -42,15 +38,15 @@ class Text:
             self.push(token)
 
     def push(self, token: int) -> None:
-        """Takes the next token."""
+        """Append the next token."""
         place = len(self._ids)
         for size in range(1, min(LONGEST_MATCH, place) + 1):
             self._after[tuple(self._ids[-size:])] = place
         self._ids.append(token)
 
     def draft(self, count: int) -> list[int] | None:
-        """What followed the longest end of the text that was there before; None where none was. A
-        text that ends too soon goes on with the draft's own beginning."""
+        """Return what followed the longest end of the text that had occurred before; None if none
+        had. If too little followed, the draft repeats it."""
         ends = (tuple(self._ids[-size:]) for size in range(LONGEST_MATCH, 0, -1))
         place = next((self._after[end] for end in ends if end in self._after), None)
         if place is None:
@@ -60,23 +56,23 @@ class Text:
 
 
 class Drafts:
-    """The drafts of every row of a call, `count` tokens each."""
+    """Drafts `count` tokens for every row of a call."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], count: int):
         self._texts = [Text(ids) for ids in prompts]
         self._count = count
 
     def push(self, events: Iterable[TokenEvent]) -> None:
-        """Takes the tokens that came."""
+        """Append the tokens of a step."""
         for event in events:
             if event.token is not None:
                 self._texts[event.row].push(event.token)
 
     def next(self, keep: np.ndarray) -> np.ndarray | None:
-        """int32 [B, N], zeros for rows without a draft; None where no row has one.
+        """Return int32 [B, N], zeros for rows without a draft; None if no row has one.
 
         Args:
-          keep: bool [B], the rows that go on.
+            keep: bool [B], the rows that have not ended.
         """
         found = {row: self._texts[row].draft(self._count) for row in np.flatnonzero(keep)}
         found = {row: draft for row, draft in found.items() if draft is not None}
@@ -86,43 +82,3 @@ class Drafts:
         for row, draft in found.items():
             drafts[row] = draft
         return drafts
-
-
-def loop(
-    job: Job,
-    clock: Clock,
-    count: int,
-    state: State,
-    first: Output,
-    step: Callable[[State, np.ndarray | None], tuple[State, Output]],
-) -> Iterator[tuple[State, list[TokenEvent]]]:
-    """Goes on from the first step, yielding each step's events and the newest state.
-
-    A step begins when the tokens of the one before it are known, since they tell the drafts.
-
-    Args:
-      count: N.
-      first: of the step that read the prompts.
-      step: `verify` for a state and drafts, a plain step where there are none; uses the state up.
-    """
-    drafts = Drafts([answer.prompt_ids for answer in job.answers], count)
-    events = list(job.take(jax.device_get(first)))
-    while True:
-        clock.read(job)
-        drafts.push(events)
-        yield state, events
-        if not job.steps_wanted:
-            return
-        keep = job.keep
-        found = drafts.next(keep)
-        state, outputs = step(state, found)
-        outputs = jax.device_get(outputs)
-        events = list(job.take(outputs) if found is None else _taken(job, outputs))
-        clock.verified(int(keep.sum()), 0 if found is None else count, len(events))
-
-
-def _taken(job: Job, outputs: Output) -> Iterator[TokenEvent]:
-    for index, tokens in enumerate(outputs.tokens):
-        if (tokens == IDLE).all():
-            return
-        yield from job.take(jax.tree.map(lambda x, index=index: x[index], outputs))

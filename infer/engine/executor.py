@@ -1,10 +1,11 @@
-"""The device's side of the engine: which program runs for which job, and on what."""
+"""The device's side of the engine: runs programs on the arrays that it is handed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,183 +16,148 @@ from glm2_jax.prefix import prefix_length
 from glm2_jax.runtime.buckets import grown
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
-from infer.engine.call import Job
+from infer.engine.parts import Part
 from infer.engine.placement import Places
-from infer.engine.programs import OnEvent, Programs
-from infer.engine.steps import verify
+from infer.engine.programs import Made, Programs
+
+Stepped = tuple[steps.State, steps.Output]
 
 
 class Executor:
-    """Runs the programs of one model.
+    """Runs the programs of one model; it keeps nothing of a call, so threads may share it.
+
+    Args:
+        programs: compiled programs to share; None = new ones.
+        more: of new `Programs`.
 
     Attributes:
-      config: the architecture.
-      params: the weights; others of the same shapes and types may take their place.
-      device: where they are; on a mesh one of its devices, which stands for all.
-      places: where arrays lie.
-      cache_dtype: type of the keys and values that are kept.
-      programs: the compiled programs.
+        config: the architecture.
+        params: the weights; others of the same shapes and dtypes may replace them.
+        device: where they are; on a mesh one of its devices, which stands for all.
+        places: where arrays are placed.
+        cache_dtype: dtype of the cached keys and values.
+        programs: the compiled programs.
     """
 
-    def __init__(self, config: GLMConfig, params: Any, on_event: OnEvent | None = None):
+    def __init__(
+        self, config: GLMConfig, params: Any, programs: Programs | None = None, **more: Any
+    ):
         self.config, self.params = config, params
         self.places = Places(mesh_of(params))
         devices = jax.tree.leaves(params)[0].sharding.addressable_devices
         self.device = min(devices, key=lambda device: device.id)
         self.cache_dtype = cache_dtype(self.device.platform, params["final_norm"].dtype)
-        self.programs = Programs(self.device.platform, on_event, self.places)
+        self.programs = programs or Programs(self.device.platform, places=self.places, **more)
+        self._call: Callable = self.programs.call
+        self._traces = False
 
-    def compile_ahead(
-        self,
-        job: Job,
-        first: Callable[[], tuple[steps.State, steps.Output]],
-        *,
-        drafted: int,
-        count: int | None = None,
-        kept: int = 0,
-    ) -> None:
-        """Compiles, ahead of all work, the programs that a job begins with.
+    def counting(self, made: Made) -> Executor:
+        """Return an executor of the same model that counts in `made` what it has to compile."""
+        one = copy.copy(self)
+        one._call = partial(self.programs.call, made=made)
+        return one
+
+    def compile_ahead(self, key: Hashable, begin: Callable[[Executor], Any], made: Made) -> None:
+        """Compile the programs that `begin` runs, ahead of all work.
 
         Args:
-          first: reads the prompts and draws the first tokens.
-          drafted: tokens that a step verifies where there are drafts, 0 = never.
-          count: as in `step`.
-          kept: slots of the cache that `first` begins with; 0 = it is a part of the first program.
+            key: names everything that these programs depend on.
+            begin: is handed an executor that runs nothing and returns shapes.
         """
 
-        def begin() -> None:
-            state, _ = first()
-            if job.steps_wanted > 1:
-                self.step(job, state, 1, count)
-                if drafted:
-                    drafts = np.zeros((job.batch, drafted), np.int32)
-                    self.step(job, state, 1, drafts=drafts)
+        def trace(call: Callable) -> None:
+            one = copy.copy(self)
+            one._call, one._traces = call, True
+            begin(one)
 
-        widths = tuple(part.tokens.shape for part in job.parts)
-        key = (widths, kept, job.cache_size, job.largest_cache, job.steps_wanted > 1, count)
-        self.programs.ahead((*key, drafted), begin)
-
-    def prefill(self, job: Job) -> tuple[steps.State, steps.Output]:
-        """Reads the prompts into a new cache and draws the first tokens."""
-        if len(job.parts) > 1:
-            return self.read(job, self.empty_cache(job))
-        (part,) = job.parts
-        return self._call(
-            job,
-            "prefill",
-            (*part.tokens.shape, job.cache_size),
-            partial(steps.prefill, self.config, job.cache_size, dtype=self.cache_dtype),
-            self.params,
-            part.tokens,
-            part.lengths,
-            self._controls(job),
-        )
-
-    def empty_cache(self, job: Job) -> KVCache:
-        """The cache that a job begins with."""
-        return self.new_cache(job.batch, job.cache_size)
+        self.programs.ahead(key, trace, made)
 
     def new_cache(self, batch: int, size: int) -> KVCache:
-        """A cache of `batch` rows with `size` slots for tokens, behind the prefix, if any."""
+        """Return a cache of `batch` rows with `size` slots for tokens, after the prefix, if any."""
         make = partial(KVCache.new, self.config, batch, size, self.cache_dtype)
         prefix = self.params.get("prefix")
-        # In a program, or there would be two of the cache, or a whole one, for a moment.
+        # In a program, or there would be two caches for a moment, or a full one on each device.
         if prefix is not None or self.places.mesh is not None:
-            return self.programs.call("begin", (batch, size), make, prefix)
-        if self.programs.tracing:
+            return self._call("begin", (batch, size), make, prefix)
+        if self._traces:
             return jax.eval_shape(make, None)
         with jax.default_device(self.device):
             return make(None)
 
     def room(self, cache: KVCache) -> int:
-        """Slots of a row for tokens: all but those of the prefix."""
+        """Return the slots of a row for tokens: all but those of the prefix."""
         return cache.size - prefix_length(self.params)
 
-    def read(self, job: Job, cache: KVCache) -> tuple[steps.State, steps.Output]:
-        """Reads the parts of the prompts and draws the first tokens; `cache` is used up."""
-        *full, last = job.parts
-        for part in full:
-            cache = self.programs.call(
-                "read",
-                (*part.tokens.shape, cache.size),
-                partial(steps.read, self.config),
-                self.params,
-                *part,
-                cache,
-                donate=4,
-            )
-        return self._call(
-            job,
-            "extend",
-            (*last.tokens.shape, cache.size),
-            partial(steps.extend, self.config),
-            self.params,
-            *last,
-            job.seen,
-            self._controls(job),
-            cache,
-            donate=6,
-        )
-
     def grow(self, cache: KVCache, needed: int, largest: int) -> KVCache:
-        """The cache, with more slots if it has fewer than `needed` for tokens."""
+        """Return the cache, with more slots if it has fewer than `needed` for tokens."""
         room = self.room(cache)
         if needed <= room:
             return cache
         size = cache.size - room + grown(room, needed, largest)
         key = (cache.length.size, cache.size, size)
-        return self.programs.call("grow", key, partial(steps.grow, size), cache)
+        return self._call("grow", key, partial(steps.grow, size), cache)
 
-    def step(
+    def prefill(self, part: Part, size: int, controls: steps.Controls) -> Stepped:
+        """Read prompts into a new cache of `size` slots and draw the first tokens."""
+        return self._call(
+            "prefill",
+            (*part.tokens.shape, size),
+            partial(steps.prefill, self.config, size, dtype=self.cache_dtype),
+            self.params,
+            part.tokens,
+            part.lengths,
+            controls,
+        )
+
+    def read(self, part: Part, cache: KVCache) -> KVCache:
+        """Read a part of the prompts that is not their last; the cache is used up."""
+        return self._call(
+            "read",
+            (*part.tokens.shape, cache.size),
+            partial(steps.read, self.config),
+            self.params,
+            *part,
+            cache,
+            donate=4,
+        )
+
+    def extend(
+        self, part: Part, seen: np.ndarray, controls: steps.Controls, cache: KVCache
+    ) -> Stepped:
+        """Read the last part of the prompts and draw the first tokens; the cache is used up."""
+        return self._call(
+            "extend",
+            (*part.tokens.shape, cache.size),
+            partial(steps.extend, self.config),
+            self.params,
+            *part,
+            seen,
+            controls,
+            cache,
+            donate=6,
+        )
+
+    def decode(
         self,
-        job: Job,
+        controls: steps.Controls,
+        keep: np.ndarray,
         state: steps.State,
-        drawn: int,
+        *,
         count: int | None = None,
         drafts: np.ndarray | None = None,
-    ) -> tuple[steps.State, steps.Output]:
-        """One step, or `count` of them on the device, in a cache that has room for them.
+    ) -> Stepped:
+        """Take one step, or `count` of them on the device; the state is used up.
 
         Args:
-          state: is used up.
-          drawn: tokens that each row has drawn before.
-          drafts: int32 [B, N], the tokens that may come, which the step then verifies.
+            keep: bool [B]; false releases a row.
+            state: its cache has room for what is drawn.
+            drafts: int32 [B, N], tokens that may come, which the step then verifies.
         """
-        name, width, more = "decode", count or 1, []
-        function = partial(steps.decode, self.config)
+        name, function, more = "decode", partial(steps.decode, self.config), []
         if count is not None:
             name, function = "decode_many", partial(steps.decode_many, self.config, count)
         if drafts is not None:
-            name, function = "verify", partial(verify, self.config)
-            width, more = drafts.shape[1] + 1, [drafts]
-        cache = cast(KVCache, state.cache)
-        cache = self.grow(cache, job.slots(drawn + width), job.largest_cache)
-        return self._call(
-            job,
-            name,
-            (job.batch, cache.size, *(array.shape[1] for array in more)),
-            function,
-            self.params,
-            self._controls(job),
-            job.keep,
-            state._replace(cache=cache),
-            *more,
-            donate=3,
-        )
-
-    def _controls(self, job: Job) -> steps.Controls:
-        """What every step of a job takes, put in its place once."""
-        placed = self.places.put(job.controls) if job.placed is None else job.placed
-        job.placed = placed
-        return placed
-
-    def _call(
-        self, job: Job, *args: Any, donate: int | None = None
-    ) -> tuple[steps.State, steps.Output]:
-        state, output = self.programs.call(*args, donate=donate)
-        if self.programs.tracing:
-            return state, output
-        if job.sampling.logprobs is None:  # then the host copies nothing but the tokens
-            output = output._replace(logprobs=None)
-        jax.tree.map(lambda array: array.copy_to_host_async(), output)
-        return state, output
+            name, function, more = "verify", partial(steps.verify, self.config), [drafts]
+        assert state.cache is not None
+        key = (keep.size, state.cache.size, *(array.shape[1] for array in more))
+        return self._call(name, key, function, self.params, controls, keep, state, *more, donate=3)

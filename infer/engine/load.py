@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from convert import load_checkpoint
+from convert import load_checkpoint, open_folder
 from convert.adapters.attach import attach, open_adapter
-from convert.adapters.prefix import attach_prefix, open_prefix
+from convert.adapters.prefix import attach_prefix, load_prefix
 from convert.hub.find import find_model
 from convert.loading.checkpoint import Checkpoint
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
@@ -146,7 +146,7 @@ def _load(
     """The model with its adapter and prefix, on the devices."""
     force, form = choice.force_adapter, choice.form
     adapter = choice.adapter and open_adapter(choice.adapter, folder, **form, force=force)
-    prefix = choice.prefix and open_prefix(choice.prefix, folder, **form)
+    prefix = choice.prefix and load_prefix(choice.prefix, open_folder(folder, **form).config)
     explain = partial(
         when_loading,
         folder,

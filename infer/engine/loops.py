@@ -1,14 +1,14 @@
-"""Tells when an answer goes round in circles: its end is one block of tokens, over and over.
+"""Detects an answer that repeats one block of tokens over and over.
 
 Ordinary text repeats itself, too: rules of 100 dashes, laughter, closing brackets, matrices of
-zeros, a chorus sung four times. What tells a loop from these is that it does not end, so the rule
-asks for length: the block must come N times, and one shorter than SHORTEST_BLOCK tokens as often as
+zeros, a chorus sung four times. A loop differs from these in that it does not end, so the rule is
+about length: the block must come N times, and one shorter than SHORTEST_BLOCK tokens as often as
 fills N x SHORTEST_BLOCK tokens. With the default, 6, no answer ends before 384 tokens of
 repetition, and one that repeats a paragraph of 200 tokens ends after the sixth.
 
-An answer that is stopped keeps its repetitions, as generated: whoever streams it has seen them, and
-`output_ids` and text belong together. Only exact repetition counts; a list whose numbers go up, or
-a poem whose refrain returns between verses, never fires, however long it is.
+An answer that is stopped keeps its repetitions: whoever streams it has seen them, and `output_ids`
+and text belong together. Only exact repetition counts: neither a list whose numbers increase nor a
+refrain between verses is a loop, however long it is.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ LONGEST_BLOCK = 512  # tokens
 
 
 class LoopDetector:
-    """Tells when the last tokens are one block of up to LONGEST_BLOCK repeated `times` times.
+    """Detects that the last tokens are one block of up to LONGEST_BLOCK repeated `times` times.
 
-    A block shorter than SHORTEST_BLOCK must fill `times` x SHORTEST_BLOCK tokens. Costs a few
-    NumPy operations on LONGEST_BLOCK numbers a token, whatever the length of the answer.
+    It costs a few NumPy operations on LONGEST_BLOCK numbers a token, whatever the answer's length.
 
     Args:
-      times: 0 = never.
+        times: 0 = never.
     """
 
     def __init__(self, times: int):
@@ -39,7 +38,7 @@ class LoopDetector:
         self._needed = times * np.maximum(blocks, SHORTEST_BLOCK) - blocks
 
     def push(self, token: int) -> bool:
-        """Takes the next token; true when the answer has begun to go round in circles."""
+        """Append the next token; return whether the answer repeats itself now."""
         if not self._times:
             return False
         self._runs = np.where(self._earlier == token, self._runs + 1, 0)

@@ -1,4 +1,4 @@
-"""How prompts go into the cache: in parts of bounded size, into as few slots as will do for now."""
+"""Cuts prompts into parts of bounded size, which are read into the cache one after another."""
 
 from __future__ import annotations
 
@@ -13,29 +13,23 @@ ROOM = 256  # slots for the answer that a cache has at first
 
 
 class Part(NamedTuple):
-    """A part of every prompt, padded on the right.
+    """A part of every prompt, padded on the right."""
 
-    Attributes:
-      tokens: int32 [B, T].
-      lengths: int32 [B], how many of them count.
-      kept: int32 [B], tokens before it, which the cache has.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    kept: np.ndarray
+    tokens: np.ndarray  # int32 [B, T]
+    lengths: np.ndarray  # int32 [B], how many of them count
+    kept: np.ndarray  # int32 [B], tokens before them, which are in the cache
 
 
 def parts(prompts: Sequence[Sequence[int]], kept: int, batch: int, longest: int) -> list[Part]:
-    """Cuts prompts into parts that are read one after another.
+    """Cut prompts into parts.
 
     All parts but the last are `longest` wide, the last is a bucket of at most that. Every prompt
-    ends in the last part, where the first token of its answer is drawn; a short one sits out those
-    before.
+    ends in the last part, where the first token of its answer is drawn; a short prompt is empty in
+    those before.
 
     Args:
-      kept: ids at the beginning of every prompt that are in the cache already.
-      batch: B, rows of a part; those beyond the prompts are empty.
+        kept: ids at the beginning of every prompt that are in the cache already.
+        batch: B, rows of a part; those after the prompts are empty.
     """
     rows = [list(ids[kept:]) for ids in prompts]
     most = max(map(len, rows))

@@ -1,7 +1,6 @@
-"""Where the arrays of the engine's programs lie: on one device, or cut over a mesh.
+"""The placement of the arrays of the engine's programs: on one device, or cut over a mesh.
 
-Every program takes its arrays where the one before it left them, so nothing is moved between steps.
-B rows of a batch.
+Every program takes its arrays where the one before left them, so nothing is moved between steps.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from infer.engine.steps import Controls, Output
 
 
 class Places:
-    """Where arrays lie: caches by rows and key/value heads, what the host reads whole on every
-    device, arrays that are on the mesh already where they are, and all others by their rows.
+    """Places arrays on a mesh: caches are cut by rows and key/value heads, outputs are replicated,
+    arrays that are on the mesh already stay where they are, and all others are cut by rows.
 
     Attributes:
-      mesh: None = one device; then everything is as JAX does it by itself.
-      rows: what B has to be a multiple of.
+        mesh: None = one device; then placement is left to JAX.
+        rows: what the rows of a batch have to be a multiple of.
     """
 
     def __init__(self, mesh: Mesh | None = None):
@@ -35,15 +34,15 @@ class Places:
         self.rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def active(self) -> AbstractContextManager[Any]:
-        """In which the model is traced and compiled for the mesh."""
+        """Return the context in which the model is traced and compiled for the mesh."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def trace(self, function: Callable, args: Any, donate: int | None = None) -> Any:
-        """`jax.jit(function).trace(*args)`, with a place for each argument and result.
+        """Do `jax.jit(function).trace(*args)` with a sharding for each argument and result.
 
         Args:
-          args: arrays of any kind, or their shapes.
-          donate: position of the argument whose buffers the result may take over.
+            args: arrays of any kind, or their shapes.
+            donate: position of the argument whose buffers the result may take over.
         """
         donated = () if donate is None else donate
         if self.mesh is None:
@@ -54,19 +53,18 @@ class Places:
             return jax.jit(function, donate_argnums=donated, out_shardings=results).trace(*args)
 
     def put(self, tree: Any) -> Any:
-        """NumPy arrays that several programs take, on the devices once and for all; without a mesh
-        they are left as they are."""
+        """Put NumPy arrays that several programs take on the mesh, if there is one."""
         if self.mesh is None:
             return tree
 
         def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
-            # Each process takes its own part; `jax.device_put` would first compare them all.
+            # Each process takes only its part; `jax.device_put` would first compare all parts.
             return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
         return jax.tree.map(put, tree, self._of(tree))
 
     def _of(self, tree: Any) -> Any:
-        """The same tree, of shardings."""
+        """Return the same tree, of shardings."""
         return jax.tree.map(self._place, tree, is_leaf=_has_places)
 
     def _place(self, x: Any) -> Any:
@@ -78,8 +76,8 @@ class Places:
         if isinstance(x, Output):
             return jax.tree.map(lambda _: whole, x)
         if isinstance(x, Controls):
-            rows = {name: self._of(getattr(x, name)) for name in ("rows", "row_ids", "limit")}
-            return jax.tree.map(lambda _: whole, x)._replace(**rows)
+            rows = jax.tree.map(lambda array: self._cut(array, "B"), x)
+            return rows._replace(stop_ids=whole, want_logprobs=whole)
         if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
             return x.sharding
         return self._cut(x, "B" if np.ndim(x) else "")

@@ -1,4 +1,4 @@
-"""Compiled programs by shape, with the time that compiling took, and errors of the device."""
+"""The cache of compiled programs, by name and shape."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,20 +18,40 @@ from infer.engine.placement import Places
 OnEvent = Callable[[str, str], None]
 At = tuple[str, Hashable]  # name and key of a program
 _JAX_CONFIG: Any = jax.config  # its names are made at run time
+# One program is compiled at a time: the log that `Lookup` reads belongs to the process.
+_COMPILING = threading.RLock()
+
+
+@dataclass
+class Made:
+    """Counts the programs that one call had to wait for.
+
+    Attributes:
+        programs: how many were made.
+        kept: how many of them were found in the persistent compilation cache.
+        seconds: spent making them, or waiting for another thread that made them.
+    """
+
+    programs: int = 0
+    kept: int = 0
+    seconds: float = 0.0
 
 
 class Programs:
-    """Compiles each program once per shape, ahead of its first call; threads may share it.
+    """Compiles each program once per shape, ahead of its first call.
+
+    Programs depend on shapes alone, so engines with models of the same architecture, dtype and
+    devices may share them. Threads may, too: a program that is compiled already runs while another
+    one is being compiled.
 
     Args:
-      platform: what to compile for.
-      on_event: told of each program that is compiled.
-      places: where arrays lie; None = on one device.
+        platform: what to compile for.
+        on_event: is called with "compile" and a line of text for each program that is compiled.
+        places: where arrays are placed; None = on one device.
 
     Attributes:
-      compiled: how many programs there are; constant once everything is warm.
-      cached: how many of them were found in the persistent compilation cache.
-      seconds: spent making them so far.
+        compiled: how many programs there are; constant once everything is warm.
+        seconds: spent making them so far.
     """
 
     def __init__(
@@ -41,11 +62,11 @@ class Programs:
         self._on_event = on_event
         self._programs: dict[At, Any] = {}
         self._shapes: dict[At, Any] = {}  # of what they return
-        self._traced: dict[At, Any] = {}  # what `ahead` has met
-        self._tracer: int | None = None  # the thread that is in it
-        self._lock = threading.RLock()  # held to trace and to compile
         self._begun: set[Hashable] = set()
-        self.cached = 0
+        # All devices of a mesh must get programs with collectives in the same order.
+        self._launching = (
+            contextlib.nullcontext() if self._places.mesh is None else threading.Lock()
+        )
         self.seconds = 0.0
 
     @property
@@ -53,84 +74,92 @@ class Programs:
         return len(self._programs)
 
     def call(
-        self, name: str, key: Hashable, function: Callable, *args: Any, donate: int | None = None
+        self,
+        name: str,
+        key: Hashable,
+        function: Callable,
+        *args: Any,
+        donate: int | None = None,
+        made: Made | None = None,
     ) -> Any:
-        """Calls the program for `(name, key)`, compiling it for these arguments at first.
+        """Calls the program for `(name, key)`, and compiles it for these arguments at first.
 
         Args:
-          key: names everything that the shapes of `args` depend on; (rows, tokens or slots, ...)
-            is shown to the user.
-          donate: position of the argument whose buffers the result may take over.
+            key: names everything that the shapes of `args` depend on; (rows, tokens or slots, ...)
+                is shown to the user.
+            donate: position of the argument whose buffers the result may take over.
+            made: counts the program if it has to be made.
         """
-        if _JAX_CONFIG.jax_disable_jit:  # a wish for plain steps that a debugger can follow
+        if _JAX_CONFIG.jax_disable_jit:  # plain steps that a debugger can follow
             with self._places.active():
                 return function(*jax.tree.map(jax.numpy.asarray, args))
         at = name, key
-        if self.tracing:
-            if at not in self._programs and at not in self._traced:
-                self._traced[at] = self._trace(function, donate, args)
-                self._shapes[at] = self._traced[at].out_info
-            return self._shapes[at]
         if at not in self._programs:
             # What is still running must not be counted as compiling.
             jax.block_until_ready(args)
-            with self._lock:
+            made = made or Made()
+            with self._making(made):
                 if at not in self._programs:
-                    traced = self._trace(function, donate, args)
-                    self._shapes[at] = traced.out_info
-                    self._compile(at, traced)
-        return self._programs[at](*args)
+                    self._compile(at, self._places.trace(function, args, donate), made)
+        with self._launching:
+            return self._programs[at](*args)
 
-    @property
-    def tracing(self) -> bool:
-        """Whether calls of this thread run nothing and give shapes, see `ahead`."""
-        return self._tracer == threading.get_ident()
-
-    def ahead(self, key: Hashable, begin: Callable[[], Any]) -> None:
-        """Compiles what `begin` calls, and counts it while it does; nothing is run.
+    def ahead(self, key: Hashable, begin: Callable[[Callable], Any], made: Made) -> None:
+        """Compiles the programs that `begin` calls, and numbers them while it does; none is run.
 
         Args:
-          key: names everything that this depends on: each is looked at once.
-          begin: calls programs, whose results are shapes alone (`jax.ShapeDtypeStruct`).
+            key: names everything that this depends on: each key is looked at once.
+            begin: is handed a function to use in place of `call`, which returns shapes alone
+                (`jax.ShapeDtypeStruct`).
         """
         if key in self._begun or _JAX_CONFIG.jax_disable_jit:
             return
-        with self._lock:
-            self._traced = wanted = {}
-            self._tracer = threading.get_ident()
-            try:
-                begin()
-            finally:
-                self._tracer, self._traced = None, {}
-            for number, (at, traced) in enumerate(wanted.items(), 1):
-                self._compile(at, traced, f" ({number}/{len(wanted)})")
+        traced: dict[At, Any] = {}
+
+        def call(
+            name: str, key: Hashable, function: Callable, *args: Any, donate: int | None = None
+        ) -> Any:
+            at = name, key
+            if at in self._programs:
+                return self._shapes[at]
+            if at not in traced:
+                traced[at] = self._places.trace(function, args, donate)
+            return traced[at].out_info
+
+        with self._making(made):
+            begin(call)
+            for number, (at, program) in enumerate(traced.items(), 1):
+                self._compile(at, program, made, f" ({number}/{len(traced)})")
             self._begun.add(key)
 
-    def _trace(self, function: Callable, donate: int | None, args: tuple) -> Any:
-        with self._timed():
-            return self._places.trace(function, args, donate)
-
-    def _compile(self, at: At, traced: Any, count: str = "") -> None:
+    def _compile(self, at: At, traced: Any, made: Made, count: str = "") -> None:
         def missed() -> None:
             if self._on_event:
                 self._on_event("compile", f"compiling {_label(*at)}{count}")
 
-        with self._timed(), self._places.active(), Lookup(missed) as lookup:
+        with self._places.active(), Lookup(missed) as lookup:
             program = traced.lower().compile(compiler_options=self._options)
-        self.cached += lookup.found
-        self._programs[at] = program
+        made.programs += 1
+        made.kept += lookup.found
+        self._shapes[at] = traced.out_info
+        self._programs[at] = program  # last: from now on other threads use it
 
     @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - start
+    def _making(self, made: Made) -> Iterator[None]:
+        """Holds the lock of the compiler, and counts the seconds."""
+        called = time.perf_counter()
+        with _COMPILING:
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                end = time.perf_counter()
+                self.seconds += end - start
+                made.seconds += end - called
 
 
 def _label(name: str, key: Hashable) -> str:
-    """What a user is told of a program: "prefill 512", of several rows "prefill 8 x 512"."""
+    """Return what a user reads of a program: "prefill 512", of several rows "prefill 8 x 512"."""
     if not isinstance(key, tuple) or not all(isinstance(size, int) for size in key[:2]):
         return name
     rows, size = key[:2]

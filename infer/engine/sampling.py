@@ -2,11 +2,12 @@
 
 Everything that a user can change (temperature, top-k, top-p, penalty, seed) is an array and not a
 constant of the program, so a change never compiles anything, and the rows of a batch may differ.
-B rows, V vocabulary entries. `SamplingParams`, the user's side, lives in `infer.engine.params`.
+B rows, V vocabulary entries. The user's side is `infer.engine.params.SamplingParams`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ FEW = 128
 _MIN_TEMPERATURE = 1e-6
 
 
-class Rows(NamedTuple):
-    """Sampling numbers of each row of a batch, all [B]."""
+class Sampling(NamedTuple):
+    """Sampling parameters of each row of a batch, all [B]."""
 
     temperature: jax.Array | np.ndarray  # float32; 0 = greedy
     top_k: jax.Array | np.ndarray  # int32; 0 = off
@@ -31,45 +32,48 @@ class Rows(NamedTuple):
     repetition_penalty: jax.Array | np.ndarray  # float32; 1 = off
 
     @classmethod
-    def full(cls, batch: int, params: SamplingParams) -> Rows:
-        """The same `params` for every row, as NumPy arrays (no device work)."""
-        top_k = min(params.top_k, np.iinfo(np.int32).max)
+    def of(cls, params: Sequence[SamplingParams], batch: int) -> Sampling:
+        """Return those of each row as NumPy arrays; rows after the last are greedy."""
+        rows = [*params, *[SamplingParams(temperature=0)] * (batch - len(params))]
+        most = np.iinfo(np.int32).max
         return cls(
-            temperature=np.full(batch, params.temperature, np.float32),
-            top_k=np.full(batch, top_k, np.int32),
-            top_p=np.full(batch, params.top_p, np.float32),
-            repetition_penalty=np.full(batch, params.repetition_penalty, np.float32),
+            temperature=np.array([row.temperature for row in rows], np.float32),
+            top_k=np.array([min(row.top_k, most) for row in rows], np.int32),
+            top_p=np.array([row.top_p for row in rows], np.float32),
+            repetition_penalty=np.array([row.repetition_penalty for row in rows], np.float32),
         )
 
 
 def row_keys(seed: jax.Array, row_ids: jax.Array, step: jax.Array) -> jax.Array:
-    """One random key per row: fold_in(fold_in(key(seed), row), step).
+    """Return one random key per row: fold_in(fold_in(key(seed), row), step).
 
-    The key depends on the row's own number and step only, so a row draws the same tokens alone
+    A key depends on the row's own seed, number and step only, so a row draws the same tokens alone
     and in a batch.
 
     Args:
-      seed: uint32 [2], high and low half of the seed (`seed_words`).
-      row_ids: int32 [B].
-      step: int32 [B] or scalar, how many tokens the answers have so far.
+        seed: uint32 [B, 2], high and low half of the seed (`seed_words`).
+        row_ids: int32 [B].
+        step: int32 [B] or scalar, how many tokens the answers have so far.
     """
-    base = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    step = jnp.broadcast_to(step, row_ids.shape)
-    fold_in = jax.random.fold_in
-    return jax.vmap(lambda row, step: fold_in(fold_in(base, row), step))(row_ids, step)
+
+    def key(seed: jax.Array, row: jax.Array, step: jax.Array) -> jax.Array:
+        base = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.fold_in(jax.random.fold_in(base, row), step)
+
+    return jax.vmap(key)(seed, row_ids, jnp.broadcast_to(step, row_ids.shape))
 
 
 def seed_words(seed: int) -> np.ndarray:
-    """uint32 [2] for `row_keys`; below 2**32 the key equals `jax.random.key(seed)`."""
+    """Return uint32 [2] for `row_keys`; below 2**32 the key equals `jax.random.key(seed)`."""
     return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
-def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray) -> jax.Array:
-    """Repetition penalty: seen tokens' logits, divided if positive, multiplied if negative.
+def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray) -> jax.Array:
+    """Apply the repetition penalty: divide the logits of seen tokens, multiply negative ones.
 
     Args:
-      logits: float32 [B, V]. seen: bool [B, V], true for tokens of the prompt and the answer.
-      penalty: float32 [B].
+        logits: float32 [B, V]. seen: bool [B, V], true for tokens of the prompt and the answer.
+        penalty: float32 [B].
     """
     penalty = penalty[:, None]
     changed = jnp.where(logits < 0, logits * penalty, logits / penalty)
@@ -78,38 +82,38 @@ def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray
 
 
 def ranked(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` largest of each row in rising order, the lower id first among equals.
+    """Return the `count` largest of each row in rising order, the lower id first among equals.
 
     Args:
-      scores: float32 [B, V].
+        scores: float32 [B, V].
 
     Returns:
-      (float32 [B, count], int32 [B, count] ids).
+        (float32 [B, count], int32 [B, count] ids).
     """
     vocab = scores.shape[-1]
     if count == vocab:
         ids = jnp.argsort(scores, axis=-1, stable=True)
         return jnp.take_along_axis(scores, ids, axis=-1), ids.astype(jnp.int32)
     # top_k falls and has the lower id first, so take it of the mirror image, backwards. Without
-    # the barrier XLA:CPU merges it with what follows and then sorts the whole row after all.
+    # the barrier XLA:CPU merges it with what follows and then sorts the complete row after all.
     # One barrier for both would have XLA:CPU abort, where rows are not cut over a mesh.
     largest, mirrored = map(jax.lax.optimization_barrier, jax.lax.top_k(scores[:, ::-1], count))
     return largest[:, ::-1], vocab - 1 - mirrored[:, ::-1].astype(jnp.int32)
 
 
-def filter_ranked(scores: jax.Array, rows: Rows) -> jax.Array:
-    """Temperature, top-k and top-p, in this order; what is dropped becomes -inf.
+def filter_ranked(scores: jax.Array, rows: Sampling) -> jax.Array:
+    """Apply temperature, top-k and top-p, in this order; what is dropped becomes -inf.
 
     The softmax of the result is the distribution of transformers' warpers applied in their order.
     Ties: every token that ties with the k-th stays; among tokens that tie at the edge of top-p,
     those with the lower id are dropped first (as in a stable ascending sort). One always stays.
 
     Args:
-      scores: float32 [B, C], rising: all of the vocabulary, or the largest, if `few_enough`.
-      rows: a temperature of 0 is treated as a tiny one.
+        scores: float32 [B, C], rising: all of the vocabulary, or the largest, if `few_enough`.
+        rows: a temperature of 0 is treated as a tiny one.
 
     Returns:
-      float32 [B, C], shifted so that the last is 0.
+        float32 [B, C], shifted so that the last is 0.
     """
     temperature = jnp.maximum(rows.temperature, _MIN_TEMPERATURE)[:, None]
     scores = (scores - scores[:, -1:]) / temperature
@@ -125,14 +129,11 @@ def filter_ranked(scores: jax.Array, rows: Rows) -> jax.Array:
     return jnp.where(drop, -jnp.inf, scores)
 
 
-def few_enough(scores: jax.Array, rows: Rows) -> jax.Array:
-    """Whether the largest scores hold all that top-k keeps, ties included.
+def few_enough(scores: jax.Array, rows: Sampling) -> jax.Array:
+    """Return whether the largest scores include all that top-k keeps, ties included.
 
     Args:
-      scores: float32 [B, C], the C largest in rising order.
-
-    Returns:
-      bool scalar.
+        scores: float32 [B, C], the C largest in rising order.
     """
     count = scores.shape[-1]
     kth = jnp.take_along_axis(scores, (count - jnp.clip(rows.top_k, 1, count))[:, None], axis=-1)
@@ -140,21 +141,18 @@ def few_enough(scores: jax.Array, rows: Rows) -> jax.Array:
     return jnp.all(inside | (rows.temperature == 0))
 
 
-def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Rows) -> jax.Array:
-    """Draws one token a row: penalty, then temperature, top-k, top-p, then the draw.
+def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Sampling) -> jax.Array:
+    """Draw one token a row, int32 [B]: penalty, then temperature, top-k, top-p, then the draw.
 
-    Rows of temperature 0 take the largest penalised logit (the lowest id among equals). A batch of
-    only such rows skips ranking and random numbers, and one whose top-k is small skips the sort of
-    the whole vocabulary: all in the same program, and with the same result.
+    Rows of temperature 0 take the largest penalized logit (the lowest id among equals). A batch of
+    only such rows skips ranking and random numbers, and one whose top-k is small skips sorting the
+    vocabulary: all in the same program, and with the same result.
 
     Args:
-      logits: float32 [B, V]. keys: random keys [B]. seen: bool [B, V]. rows: each [B].
-
-    Returns:
-      int32 [B].
+        logits: float32 [B, V]. keys: random keys [B]. seen: bool [B, V]. rows: each [B].
     """
     vocab = logits.shape[-1]
-    scores = penalise(logits, seen, rows.repetition_penalty)
+    scores = penalize(logits, seen, rows.repetition_penalty)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
     def draw(candidates: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -177,7 +175,7 @@ def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Rows) -> j
 
 
 class Logprobs(NamedTuple):
-    """Natural logarithms of probabilities under the model's own distribution (see below)."""
+    """Natural logarithms of probabilities under the unfiltered model."""
 
     chosen: jax.Array  # float32 [B]
     top: jax.Array  # float32 [B, MAX_LOGPROBS], falling
@@ -185,11 +183,11 @@ class Logprobs(NamedTuple):
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Logprobs:
-    """Log-softmax of the raw logits: before penalty, temperature, top-k and top-p.
+    """Return log-softmax of the raw logits: before penalty, temperature, top-k and top-p.
 
     Args:
-      logits: float32 [B, V]. tokens: int32 [B], the tokens drawn.
-      wanted: bool scalar; when false zeros come back and nothing is computed.
+        logits: float32 [B, V]. tokens: int32 [B], the tokens drawn.
+        wanted: bool [B]; if no row wants them, zeros come back and nothing is computed.
     """
     batch, vocab = logits.shape
     count = min(MAX_LOGPROBS, vocab)
@@ -205,4 +203,4 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> L
         empty = jnp.zeros((batch, count), jnp.float32)
         return Logprobs(jnp.zeros(batch, jnp.float32), empty, empty.astype(jnp.int32))
 
-    return jax.lax.cond(wanted, compute, nothing)
+    return jax.lax.cond(jnp.any(wanted), compute, nothing)

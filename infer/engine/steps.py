@@ -1,7 +1,7 @@
-"""The programs of the engine: reading prompts, one step, and many steps on the device.
+"""The programs of the engine: prefill, one decode step, and many steps on the device.
 
-Pure functions of arrays. All loops use the one `pick`, so they draw the same tokens.
-B rows, T prompt length, V vocabulary, S cache slots.
+Pure functions of arrays. All of them draw with `pick`, so they draw the same tokens.
+B rows, T prompt length, N draft tokens, V vocabulary, S cache slots.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import jax.numpy as jnp
 
 from glm2_jax import GLMConfig, KVCache, forward, last_logits
 from glm2_jax.mesh import active_mesh
-from infer.engine.sampling import Logprobs, Rows, row_keys, sample, token_logprobs
+from infer.engine.sampling import Logprobs, Sampling, row_keys, sample, token_logprobs
 
 # In place of a token:
-NOT_FINITE = -1  # the row's logits held NaN or Inf
-IDLE = -2  # the row had already ended, or was never there
+NOT_FINITE = -1  # the row's logits had NaN or Inf
+IDLE = -2  # the row had already ended, or is padding
 
 Array = Any  # jax.Array, or numpy.ndarray on its way into a program
 
 
 class Controls(NamedTuple):
-    """What a call asks for; arrays, so that nothing recompiles when they change."""
+    """What the rows ask for; arrays, so that nothing recompiles when they change."""
 
-    rows: Rows
-    seed: Array  # uint32 [2]
+    sampling: Sampling
+    seed: Array  # uint32 [B, 2]
     row_ids: Array  # int32 [B], which random numbers a row draws
     limit: Array  # int32 [B], longest answer of each row
-    stop_ids: Array  # int32 [a few]
-    want_logprobs: Array  # bool scalar
+    stop_ids: Array  # int32 [a few], of all rows
+    want_logprobs: Array  # bool [B]
 
 
 class State(NamedTuple):
-    """What goes from step to step; donated."""
+    """What is passed from step to step; donated."""
 
-    cache: KVCache | None  # there always is one; last_logits also does without
+    cache: KVCache | None  # None only in `verify`, for the columns of a row
     token: jax.Array  # int32 [B], drawn last, not yet in the cache
     seen: jax.Array  # bool [B, V], in the prompt or the answer
     active: jax.Array  # bool [B]
@@ -60,12 +60,12 @@ def prefill(
     *,
     dtype: Any = None,
 ) -> tuple[State, Output]:
-    """Reads the prompts into a new cache (see `KVCache.new`) and draws the first token of each row.
+    """Read the prompts into a new cache and draw the first token of each row.
 
     Args:
-      tokens: int32 [B, T], prompts padded on the right.
-      lengths: int32 [B], their lengths; 0 marks an empty row.
-      dtype: of the cache; None = that of the params.
+        tokens: int32 [B, T], prompts padded on the right.
+        lengths: int32 [B], their lengths; 0 marks an empty row.
+        dtype: of the cache; None = that of the params.
     """
     batch, length = tokens.shape
     real = jnp.arange(length)[None, :] < lengths[:, None]
@@ -83,7 +83,7 @@ def prefill(
 def read(
     config: GLMConfig, params: Any, tokens: Array, lengths: Array, kept: Array, cache: KVCache
 ) -> KVCache | None:
-    """Reads a part of the prompts into the cache; arguments as in `extend`."""
+    """Read a part of the prompts into the cache; arguments as in `extend`."""
     return _read(config, params, tokens, lengths, kept, cache)[1]
 
 
@@ -97,12 +97,12 @@ def extend(
     controls: Controls,
     cache: KVCache,
 ) -> tuple[State, Output]:
-    """Like `prefill`, into a cache of which the first slots are kept.
+    """Read the last part of the prompts into the cache and draw the first token of each row.
 
     Args:
-      tokens, lengths: as in `prefill`, of the part of each prompt that is to be read.
-      kept: int32 [B], tokens of each row that are in the cache; the slots behind are free.
-      seen: bool [B, V], the tokens of the whole prompts.
+        tokens, lengths: as in `prefill`, of the part of each prompt that is to be read.
+        kept: int32 [B], tokens of each row that are in the cache; the slots after them are free.
+        seen: bool [B, V], the tokens of the complete prompts.
     """
     logits, extended = _read(config, params, tokens, lengths, kept, cache)
     none = jnp.zeros_like(lengths)
@@ -110,7 +110,7 @@ def extend(
 
 
 def grow(size: int, cache: KVCache) -> KVCache:
-    """A copy of the cache with more slots, the new ones zero."""
+    """Return a copy of the cache with more slots, the new ones zero."""
     pad = [(0, 0)] * 2 + [(0, size - cache.size)] + [(0, 0)] * 2
     return KVCache(jnp.pad(cache.k, pad), jnp.pad(cache.v, pad), cache.length, cache.prefix)
 
@@ -118,10 +118,10 @@ def grow(size: int, cache: KVCache) -> KVCache:
 def decode(
     config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State
 ) -> tuple[State, Output]:
-    """One step: writes the last token of each row into the cache and draws the next.
+    """Write the last token of each row into the cache and draw the next.
 
     Args:
-      keep: bool [B]; false ends a row, whatever the device thinks of it.
+        keep: bool [B]; false ends a row, even if it is active on the device.
     """
     active = state.active & keep
     logits, cache = last_logits(
@@ -138,10 +138,10 @@ def decode(
 def decode_many(
     config: GLMConfig, count: int, params: Any, controls: Controls, keep: Array, state: State
 ) -> tuple[State, Output]:
-    """Up to `count` steps without the host, fewer when every row has ended.
+    """Take up to `count` steps without the host, fewer when every row has ended.
 
     Returns:
-      The state, and outputs with a leading axis of `count`; steps not taken are IDLE.
+        The state, and outputs with a leading axis of `count`; steps not taken are IDLE.
     """
 
     def step(carry):
@@ -164,7 +164,7 @@ def decode_many(
 def _read(
     config: GLMConfig, params: Any, tokens: Array, lengths: Array, kept: Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache | None]:
-    """Logits of each row's last token, and the cache with all of them."""
+    """Return the logits of each row's last token, and the cache with all tokens."""
     real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
     cut = KVCache(cache.k, cache.v, cache.prefix + kept, cache.prefix)
     last = jnp.maximum(lengths - 1, 0)
@@ -173,20 +173,20 @@ def _read(
 
 
 def _marked(seen: Array, tokens: Array, real: Array) -> jax.Array:
-    """`seen` [B, V] with the tokens [B, T] that are real."""
-    if active_mesh():  # in words that the partitioner follows: each row stays where it lies
+    """Return `seen` [B, V] with the tokens [B, T] that are real."""
+    if active_mesh():  # so that the partitioner leaves each row where it is
         return jax.vmap(lambda row, ids, real: row.at[ids].max(real))(seen, tokens, real)
     return seen.at[jnp.arange(len(tokens))[:, None], tokens].max(real)
 
 
 def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Output]:
-    """Draws a token for every active row and decides on the device which rows go on.
+    """Draw a token for every active row and decide on the device which rows stay active.
 
     Args:
-      logits: float32 [B, V].
+        logits: float32 [B, V].
     """
     keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
-    token = sample(logits, keys, state.seen, controls.rows)
+    token = sample(logits, keys, state.seen, controls.sampling)
     logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
     finite = jnp.isfinite(logits).all(axis=-1)
     output = jnp.where(state.active, jnp.where(finite, token, NOT_FINITE), IDLE)
@@ -201,22 +201,22 @@ def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Ou
 def verify(
     config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State, drafts: Array
 ) -> tuple[State, Output]:
-    """Draws 1 to N + 1 tokens for each row: as many as agree with its draft, and the next.
+    """Draw 1 to N + 1 tokens for each row: as many as agree with its draft, and the next.
 
     Args:
-      keep: bool [B]; false ends a row, whatever the device thinks of it.
-      drafts: int32 [B, N].
+        keep: as in `decode`.
+        drafts: int32 [B, N].
 
     Returns:
-      The state, and an output with a leading axis of N + 1; a row is IDLE after its last token.
+        The state, and an output with a leading axis of N + 1; a row is IDLE after its last token.
     """
     before = cast(KVCache, state.cache)
     active = state.active & keep
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     batch, columns = tokens.shape
     segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
-    # The last draft of an answer may reach beyond the cache: what is written there is dropped, and
-    # what is drawn there is beyond the row's limit.
+    # The last draft of an answer may exceed the cache: what is written there is dropped, and what
+    # is drawn there exceeds the row's limit.
     logits, cache = forward(config, params, tokens, segment_ids=segment_ids, cache=before)
 
     spread = _spread(controls, columns)
@@ -233,7 +233,7 @@ def verify(
 
     last = jnp.maximum(drawn - 1, 0)
     state = jax.tree.map(lambda x: x[jnp.arange(batch), last], picked)
-    # All that counts is in the cache but the token drawn last; the slots behind are free again.
+    # All that counts is in the cache but the token drawn last; the slots after it are free again.
     written = cast(KVCache, cache)
     cache = KVCache(written.k, written.v, before.length + drawn, before.prefix)
     output = output._replace(tokens=jnp.where(reached > 0, output.tokens, IDLE))
@@ -241,17 +241,13 @@ def verify(
 
 
 def _spread(controls: Controls, columns: int) -> Controls:
-    """The controls of each row for each of its columns: [B] becomes [B (N + 1)]."""
-
-    def spread(x: Array) -> jax.Array:
-        return jnp.repeat(jnp.asarray(x), columns)
-
-    rows, row_ids = Rows(*map(spread, controls.rows)), spread(controls.row_ids)
-    return controls._replace(rows=rows, row_ids=row_ids, limit=spread(controls.limit))
+    """Return the controls of each row for each of its columns: [B] becomes [B (N + 1)]."""
+    spread = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), columns, axis=0), controls)
+    return spread._replace(stop_ids=controls.stop_ids)
 
 
 def _columns(state: State, drafts: jax.Array) -> State:
-    """What the state would be at each column, had all drafts before it been drawn: [B (N + 1)]."""
+    """Return the state at each column as if all drafts before it had been drawn: [B (N + 1)]."""
     batch, count = drafts.shape
     columns = count + 1
     seen = jnp.repeat(state.seen, columns, axis=0).reshape(batch, columns, -1)

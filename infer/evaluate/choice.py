@@ -64,13 +64,14 @@ class Asked:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Ask all questions; returns the figures."""
-    if settings.two_pass and settings.shots:
+    shots = settings.shots
+    if settings.two_pass and shots:
         raise UsageError("--two-pass excludes --shots", "The official script has no examples.")
     sampling = dataclasses.replace(sampling_params(settings), temperature=0.0)
     check_output(settings.predictions, settings.data, settings.overwrite)
     bad = BadRows(settings.max_bad)
     exams = _read_exams(settings, bad)
-    examples = [examples_for(exam, bad) if settings.shots else () for exam in exams]
+    examples = [examples_for(exam, bad)[:shots] if shots else () for exam in exams]
     questions = [question for exam in exams for question in exam.questions]
     note_demo_model(settings.choice)
     batch = settings.batch_size
@@ -78,20 +79,13 @@ def run(settings: Settings) -> dict[str, Any]:
     engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
     asker = Asker(engine, bad)
     asked: list[Asked] = []
-    for exam, solved in zip(exams, examples, strict=True):
-        few = None if settings.two_pass else solved[: settings.shots]
-        asked += asker.ask(exam, few)
+    for exam, few in zip(exams, examples, strict=True):
+        asked += asker.ask(exam, None if settings.two_pass else few)
     bad.check(len(asked))
     note(f"the first question: {asked[0].text!r}")
-    result: dict[str, Any] = {"data": settings.data, "passes": 1, "shots": settings.shots}
-    if settings.shots:
-        used = [one.shots for one in asked]
-        result["mean_shots_used"] = fmean(used)
-        if fewer := sum(count < settings.shots for count in used):
-            note(
-                f"{fewer} of {len(asked)} questions have fewer than {settings.shots} examples: "
-                "there are no more, or they would be too long"
-            )
+    result: dict[str, Any] = {"data": settings.data, "passes": 1, "shots": shots}
+    if shots:
+        result["mean_shots_used"] = fmean(one.shots for one in asked)
     if settings.two_pass:
         result["passes"] = 2
         found = answers(engine, [one.ids for one in asked], sampling, batch, clean=False)
@@ -114,13 +108,6 @@ def _read_exams(settings: Settings, bad: BadRows) -> list[Exam]:
         )
     exams = [read_exam(path, bad) for path in files]
     bad.check(sum(len(exam.questions) for exam in exams))
-    complete = [exam.path for exam in exams if exam.layout == "official"]
-    if settings.shots and complete:
-        raise UsageError(
-            "--shots needs csv files",
-            f"The texts of {complete[0]} are complete prompts.",
-            "Leave --shots out.",
-        )
     return exams
 
 
@@ -242,7 +229,7 @@ def figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
     """Return the accuracy of all questions (as the official script), by file and by C-Eval group;
     `chosen` are the letters taken, int [questions]."""
     right: dict[str, list[bool]] = {}
-    groups: dict[str, str | None] = {}  # of each file
+    groups: dict[str, str | None] = {}
     for one, letter in zip(asked, chosen, strict=True):
         name = str(one.exam.path)
         right.setdefault(name, []).append(bool(letter == one.question.answer))
@@ -256,10 +243,9 @@ def figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
         "mean_of_files": fmean(shares.values()),
     }
     if all(groups.values()):
-        parts = {
-            group: [shares[name] for name in groups if groups[name] == group]
-            for group in dict.fromkeys(groups.values())
-        }
+        parts: dict[str | None, list[float]] = {}
+        for name, group in groups.items():
+            parts.setdefault(group, []).append(shares[name])
         result["groups"] = [
             {"group": group, "files": len(part), "accuracy": fmean(part)}
             for group, part in parts.items()

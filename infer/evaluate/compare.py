@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,6 +20,7 @@ from infer.startup import open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
+    from infer.engine.programs import Programs
     from infer.evaluate.run import Settings
 
 
@@ -74,19 +76,22 @@ def compare(
     for variant in compared[1:]:
         note(f"comparing {compared[0].name} with {variant.name}")
         engine, distance = open_variant(settings, variant, first), Distance()
-
-        def add_distance(chunks: Sequence[Chunk], counts: np.ndarray, distance=distance) -> None:
-            one, two = (chunk.logits for chunk in chunks)
-            found = first.programs.call("distances", one.shape, distances, one, two)
-            distance.add(*(gathered(part)[counts] for part in found))
-
-        totals = measure([first, engine], material, settings.batch_size, add_distance)
+        also = partial(_add_distance, distance, first.programs)
+        totals = measure([first, engine], material, settings.batch_size, also)
         if not results:
             unchanged = Distance().figures() | {"top1_agreement": 1.0}
             results.append(_figures(compared[0], first, totals[0]) | unchanged)
         results.append(_figures(variant, engine, totals[1]) | distance.figures())
         del engine  # before the next is loaded
     return results
+
+
+def _add_distance(
+    distance: Distance, programs: Programs, chunks: Sequence[Chunk], counts: np.ndarray
+) -> None:
+    one, two = (chunk.logits for chunk in chunks)
+    found = programs.call("distances", one.shape, distances, one, two)
+    distance.add(*(gathered(part)[counts] for part in found))
 
 
 def open_variant(settings: Settings, variant: Variant, first: Engine | None = None) -> Engine:

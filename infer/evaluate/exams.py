@@ -40,20 +40,12 @@ SUBJECTS = {row["name"]: row for row in map(json.loads, _SUBJECTS.splitlines())}
 
 @dataclass(frozen=True)
 class Style:
-    """How the questions of a layout are asked, in the words of its authors.
+    """How the questions of a layout are asked, in the words of its authors."""
 
-    Attributes:
-        head: before the first question, with a {subject}.
-        question: before each question.
-        ask: after its choices.
-        conclude: after the model's text, to ask for its answer. The Chinese one is the official
-            script's; there is no official English one.
-    """
-
-    head: str
-    question: str
-    ask: str
-    conclude: str = "综上所述，ABCD中正确的选项是："
+    head: str  # before the first question
+    question: str  # before each question
+    ask: str  # after its choices
+    conclude: str = "综上所述，ABCD中正确的选项是："  # after the model's words, in the second pass
 
 
 STYLES = {
@@ -75,33 +67,21 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question with one right answer.
+    """A question with one right answer."""
 
-    Attributes:
-        where: file and line.
-        text: the question; for the official JSON lines the complete prompt.
-        choices: four texts; none where `text` has them.
-        answer: 0 to 3.
-    """
-
-    where: str
-    text: str
-    choices: tuple[str, ...]
-    answer: int
+    where: str  # file and line
+    text: str  # of the official JSON lines the complete prompt
+    choices: tuple[str, ...]  # four; none where `text` has them
+    answer: int  # 0 to 3
 
 
 @dataclass(frozen=True)
 class Exam:
-    """The questions of one file.
-
-    Attributes:
-        subject: from the file's name, e.g. "computer_network".
-        layout: a key of STYLES.
-    """
+    """The questions of one file."""
 
     path: Path
-    subject: str
-    layout: str
+    subject: str  # from the file's name, e.g. "computer_network"
+    layout: str  # a key of STYLES
     questions: tuple[Question, ...]
 
     @property
@@ -168,7 +148,7 @@ def examples_for(exam: Exam, bad: BadRows) -> tuple[Question, ...]:
     """Return the solved questions of a file, from the folder `dev` next to the file's folder."""
     folder, subject = real_path(exam.path).parent.parent / "dev", exam.subject
     for name in (f"{subject}_dev.csv", f"{subject}.csv"):
-        if (folder / name).exists():
+        if exam.layout != "official" and (folder / name).exists():  # those are complete prompts
             return read_exam(folder / name, bad).questions
     raise InputError(
         f"no examples for {exam.path}",

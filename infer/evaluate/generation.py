@@ -126,6 +126,7 @@ def answers(
                 numbers, ids = zip(*group[first : first + batch], strict=True)
                 completions = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
                 done += len(ids)
-                bar.start += engine.stats.compile_s  # not part of the rate
+                compiling = max(one.stats.compile_s for one in completions)
+                bar.start += compiling  # not part of the rate
                 bar(done)
                 yield from zip(numbers, (one.text for one in completions), strict=True)

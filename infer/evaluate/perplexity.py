@@ -133,11 +133,9 @@ def _counted_texts(row: Text | Conversation) -> list[str]:
 def fit_windows(
     window: int | None, stride: int | None, longest: int, prefix: int
 ) -> tuple[int, int]:
-    """Return the text tokens of a window, and the stride.
+    """Return the text tokens of a window, and the stride; None = the default of the flag.
 
     Args:
-        window: tokens of a window; None = 2048, or what the engine has.
-        stride: tokens between the starts of two windows; None = half a window.
         longest: the maximal length of the engine.
         prefix: tokens before the text in each window.
 

@@ -49,17 +49,13 @@ def check_output(predictions: str | None, data: str | None, overwrite: bool) -> 
     target, partial = _places(predictions)
     if data is not None and real_path(data) in (target, partial):
         raise UsageError(f"--predictions and --data are both {data}", fix="Name another file.")
-    if path.exists() and not overwrite:
-        raise UsageError(
-            f"{path} exists already",
-            fix="Name another file, or add --overwrite. Without --data it is read and scored.",
-        )
-    if partial.exists() and partial.stat().st_size and not overwrite:
-        raise UsageError(
-            f"{partial} exists already",
-            "It holds the answers of an interrupted run, which is not continued.",
-            "Move it away, or add --overwrite to replace it.",
-        )
+    for place in (path, partial):
+        if place.exists() and place.stat().st_size and not overwrite:
+            raise UsageError(
+                f"{place} exists already",
+                "It holds the answers of another run, and only --overwrite replaces them.",
+                "Name another file, or add --overwrite. Without --data it is read and scored.",
+            )
 
 
 def _places(predictions: str) -> tuple[Path, Path]:

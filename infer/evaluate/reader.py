@@ -25,26 +25,16 @@ POSITIONS = 512  # 133 MB of logits with a vocabulary of 65,024
 
 
 class Chunk(NamedTuple):
-    """Some columns of all rows.
+    """Some columns of all rows."""
 
-    Attributes:
-        start: the first column.
-        logits: float32 [B, T, V], on the device; undefined after a row's end.
-        real: bool [B, T], whether a position belongs to a row.
-    """
-
-    start: int
-    logits: jax.Array
-    real: np.ndarray
+    start: int  # the first column
+    logits: jax.Array  # float32 [B, T, V], on the device; undefined after a row's end
+    real: np.ndarray  # bool [B, T], whether a position belongs to a row
 
 
 class Reader:
-    """Reads rows with a model; each cache size, a power of two, is one program.
-
-    Args:
-        engine: its model, programs and type of cache are used.
-        batch: rows that are read together.
-        longest: the most tokens of a row.
+    """Reads up to `batch` rows of up to `longest` tokens at once; each cache size, a power of two,
+    is one program.
 
     Attributes:
         batch: B; on a mesh rounded up to a multiple of its data axes, with empty rows at the end.

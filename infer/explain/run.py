@@ -67,24 +67,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is explained.
-
-    Attributes:
-      choice: the model, as it is loaded.
-      stored: the scheme that it is quantized by.
-      tokenizer, template: None where they are not known.
-      weights: whether it has weights.
-      notes: lines for the user.
-    """
+    """The model that is explained."""
 
     name: str
-    choice: ModelChoice
+    choice: ModelChoice  # as it is loaded
     config: GLMConfig
-    stored: str | None
+    stored: str | None  # the scheme that it is quantized by
     tokenizer: Tokenizer | None
     template: str | None
-    weights: bool
-    notes: tuple[str, ...] = ()
+    weights: bool  # whether it has any
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def run(settings: Settings) -> int:

@@ -10,20 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Words:
-    """About one stage.
-
-    Attributes:
-      axes: of its result.
-      reference: axes of the same in the published PyTorch code; letters in brackets are one axis.
-      weights: names in the params that it reads.
-    """
+    """About one stage."""
 
     part: str
     title_en: str
     title_zh: str
-    axes: str
-    reference: str
-    weights: tuple[str, ...] = ()
+    axes: str  # of its result
+    reference: str  # the same in the published PyTorch code; letters in brackets are one axis
+    weights: tuple[str, ...] = ()  # names in the params that it reads
     note_en: str = ""
     note_zh: str = ""
 

@@ -26,7 +26,7 @@ from glm2_jax.escape import json_line
 from glm2_jax.processes import join
 from infer.console import print_stats
 from infer.engine.params import SamplingParams
-from infer.engine.stats import add_stats
+from infer.engine.stats import add_stats, together
 from infer.generate.journal import Journal
 from infer.generate.output import (
     Elsewhere,
@@ -110,6 +110,7 @@ class _Batch:
         self.settings, self.sampling = settings, sampling
         self.name = STDIN if path == "-" else path
         self._answered = self._tokens = self._bad = self._loops = 0
+        self._load_s = 0.0
         self._stats: Stats | None = None
 
     def read(
@@ -187,8 +188,9 @@ class _Batch:
                     self._loops += completion.finish_reason == "loop"
             sink.append(answers)
             self._answered += len(answers)
-            self._stats = add_stats(self._stats, engine.stats)
-            bar.start += engine.stats.compile_s  # not part of the rate
+            stats = together(completion.stats for completion in completions)
+            self._load_s, self._stats = engine.load_s, add_stats(self._stats, stats)
+            bar.start += stats.compile_s  # not part of the rate
             if isinstance(sink, Journal) or not sys.stdout.isatty():  # there the answers show it
                 rate = self._tokens / (time.monotonic() - bar.start)
                 bar(self._answered, f"{rate:.0f} tokens/s")
@@ -198,7 +200,7 @@ class _Batch:
         loops = f", {self._loops} stopped because they repeated themselves" if self._loops else ""
         note(f"{self._answered} answered, {self._bad} bad lines{loops}")
         if self.settings.stats and self._stats is not None:
-            print_stats(self._stats)
+            print_stats(self._load_s, self._stats)
         return EXIT_INPUT if self._bad else 0
 
     def _report(self, number: int, error: GLMError) -> None:

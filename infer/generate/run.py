@@ -121,4 +121,4 @@ def _answer_one(
     if completion.finish_reason == "observation":
         note("the model waits for the result of a tool (<|observation|>)")
     if settings.stats:
-        print_stats(engine.stats)
+        print_stats(engine.load_s, completion.stats)

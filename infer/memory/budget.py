@@ -41,25 +41,15 @@ _LONG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32":
 
 @dataclass(frozen=True)
 class Budget:
-    """Where a model is to compute, and what it may take there.
+    """Where a model is to compute, and what it may take there."""
 
-    Attributes:
-      name: of the device, for people.
-      platform: "cpu", "gpu", "tpu".
-      memory: bytes; None = unknown.
-      bandwidth: of that memory, bytes per second; None = unknown.
-      half: its 16-bit type.
-      present: the GPU of this machine, where there is one.
-      limited: whether the user set the memory.
-    """
-
-    name: str
-    platform: str
-    memory: int | None
-    bandwidth: float | None = None
-    half: str = "bfloat16"
-    present: Gpu | None = None
-    limited: bool = False
+    name: str  # of the device, for people
+    platform: str  # "cpu", "gpu" or "tpu"
+    memory: int | None  # bytes; None = unknown
+    bandwidth: float | None = None  # of that memory, bytes per second; None = unknown
+    half: str = "bfloat16"  # its 16-bit type
+    present: Gpu | None = None  # the GPU of this machine, where there is one
+    limited: bool = False  # whether the user set the memory
 
     def precisions(
         self, stored: str | None, dtype: str, quantize: str | None

@@ -15,25 +15,16 @@ _GIB, _GB, _MIB = 2**30, 10**9, 2**20
 
 @dataclass(frozen=True)
 class Card:
-    """A device as it is sold.
-
-    Attributes:
-      platform: "gpu" or "tpu".
-      memory: bytes.
-      bandwidth: of the memory, bytes per second.
-      kinds: parts of the name that jax or nvidia-smi gives it, in lower case; all must be there.
-      topology: by which libtpu compiles for one such chip without having it.
-      flops: dense operations a second of matrix products, in 16 bits, summed in float32; None = no
-        figure of the maker's is known.
-    """
+    """A device as it is sold; `flops` are dense operations per second of matrix products, in 16
+    bits, summed in float32."""
 
     name: str
-    platform: str
-    memory: int
-    bandwidth: float
-    kinds: tuple[str, ...]
-    topology: str | None = None
-    flops: float | None = None
+    platform: str  # "gpu" or "tpu"
+    memory: int  # bytes
+    bandwidth: float  # of the memory, bytes per second
+    kinds: tuple[str, ...]  # parts of jax's or nvidia-smi's name for it; all must be there
+    topology: str | None = None  # by which libtpu compiles for one such chip without having it
+    flops: float | None = None  # None = no figure of the maker's is known
 
     @property
     def half(self) -> str:

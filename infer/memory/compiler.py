@@ -39,20 +39,13 @@ _INSTALLED = str(Path(__file__).parents[2])  # the folder that holds this packag
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the compiler says of a plan.
-
-    Attributes:
-      step, prompt: peak bytes of a decode step, and of a prefill of one chunk; None where that was
-        not compiled.
-      problem: why not; "" where all was.
-      fits: None where the compiler could not be asked.
-    """
+    """What the compiler says of a plan."""
 
     plan: Plan
-    step: int | None
-    prompt: int | None
-    problem: str
-    fits: bool | None
+    step: int | None  # peak bytes of a decode step; None where it was not compiled
+    prompt: int | None  # the same of a prefill of one chunk
+    problem: str  # why something was not compiled; "" where all was
+    fits: bool | None  # None where the compiler could not be asked
 
 
 def knows(name: str) -> bool:

@@ -17,30 +17,18 @@ from infer.memory.cards import CARDS, Card
 
 @dataclass(frozen=True)
 class Links:
-    """Devices of one kind, and what connects them.
-
-    Attributes:
-      card: memory and its bandwidth.
-      flops: dense 16-bit operations per second.
-      link: bytes per second of one link in one direction.
-      ring: links of a device that a ring through its neighbors uses to send.
-      both_ways: whether the ring runs in both directions at once, over half of these links each.
-      joined: devices that have such links to each other; more are connected by the network.
-      network: bytes per second that a device can send over the network.
-      start, hop, network_hop: seconds before anything moves, and of each step of a ring, however
-        little is sent.
-    """
+    """Devices of one kind, and what connects them."""
 
     name: str
     card: Card
-    flops: float
-    link: float
-    ring: int
-    both_ways: bool
-    joined: int
-    network: float
-    start: float
-    hop: float
+    flops: float  # dense 16-bit operations per second
+    link: float  # bytes per second of one link in one direction
+    ring: int  # links of a device that a ring through its neighbors uses to send
+    both_ways: bool  # whether the ring runs in both directions, over half of these links each
+    joined: int  # devices that have such links to each other; the network connects more
+    network: float  # bytes per second that a device can send over the network
+    start: float  # seconds before anything moves
+    hop: float  # seconds of each step of a ring, however little is sent
     network_hop: float
 
     def steps(self, devices: int) -> int:
@@ -114,19 +102,12 @@ def find_links(name: str, devices: int) -> Links:
 
 @dataclass(frozen=True)
 class Talk:
-    """What a device sends to others in a step, and the least time of it.
+    """What a device sends to others in a step, and the least time of it."""
 
-    Attributes:
-      calls: collectives.
-      link_bytes: through its links of a ring, all together.
-      network_bytes: through the network.
-      seconds: at the makers' rates, steps of the rings included.
-    """
-
-    calls: int = 0
-    link_bytes: float = 0
+    calls: int = 0  # collectives
+    link_bytes: float = 0  # through its links of a ring, all together
     network_bytes: float = 0
-    seconds: float = 0
+    seconds: float = 0  # at the makers' rates, steps of the rings included
 
     def __add__(self, other: Talk) -> Talk:
         return Talk(*map(operator.add, astuple(self), astuple(other)))

@@ -32,27 +32,17 @@ RUNTIME = {"cpu": 400_000_000, "gpu": 600_000_000, "tpu": 100_000_000}
 @dataclass(frozen=True)
 class Plan:
     """What is to be answered with, and the bytes that it takes on the device, or on each one of a
-    mesh.
-
-    Attributes:
-      context: tokens of a prompt and its answer together.
-      batch: prompts that are answered together.
-      platform: "cpu", "gpu" or "tpu".
-      chunk: most tokens of prompts, of all rows together, that are read at once.
-      columns: tokens of each row that a step reads: one, and the draft tokens that it verifies.
-      prefix: slots of each row before all tokens, for a prefix (P-Tuning v2).
-      mesh: the sizes of its axes; None = one device.
-    """
+    mesh."""
 
     config: GLMConfig
     precision: Precision
-    context: int
-    batch: int = 1
-    platform: str = "gpu"
-    chunk: int = PREFILL_CHUNK
-    columns: int = 1
-    prefix: int = 0
-    mesh: Sizes | None = None
+    context: int  # tokens of a prompt and its answer together
+    batch: int = 1  # prompts that are answered together
+    platform: str = "gpu"  # or "cpu", "tpu"
+    chunk: int = PREFILL_CHUNK  # most prompt tokens, of all rows together, per prefill
+    columns: int = 1  # tokens of each row that a step reads: one, and its draft tokens
+    prefix: int = 0  # slots of each row before all tokens, for a prefix (P-Tuning v2)
+    mesh: Sizes | None = None  # None = one device
 
     @property
     def rows(self) -> int:

@@ -9,15 +9,10 @@ _FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are stored and computed with.
+    """How weights are stored and computed with."""
 
-    Attributes:
-      dtype: "float32", "bfloat16" or "float16": of activations, cache, and what is not quantized.
-      quantize: a scheme of `glm2_jax.schemes` for the matrices of the layers, or None.
-    """
-
-    dtype: str
-    quantize: str | None = None
+    dtype: str  # "float32", "bfloat16" or "float16": of all that is not quantized
+    quantize: str | None = None  # a scheme of `glm2_jax.schemes` for the matrices of the layers
 
     @property
     def name(self) -> str:

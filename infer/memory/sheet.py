@@ -21,17 +21,13 @@ _BOUND = "a bound from the memory's bandwidth, not a measurement"
 class Sheet:
     """All plans for one model at one place.
 
-    Attributes:
-      name: of the model.
-      stored: the scheme of a folder that is quantized.
-      mesh: the sizes of its axes; None = one device.
-      longest: (label of the weights, batch) -> the longest context that fits; empty where the
-        place's memory is not known.
+    `longest` is {(label of the weights, batch): the longest context that fits}; empty where the
+    place's memory is not known.
     """
 
-    name: str
+    name: str  # of the model
     config: GLMConfig
-    stored: str | None
+    stored: str | None  # the scheme of a folder that is quantized
     budget: Budget
     plans: tuple[Plan, ...]
     longest: dict[tuple[str, int], int]

@@ -1,4 +1,4 @@
-"""A conversation: its turns, what of them the model reads, and the answers to new questions."""
+"""A conversation: its turns, the prompts that they make, and the answers to new questions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from glm2_jax.errors import CheckpointError, InputError
 from glm2_jax.text.prompt import Reply, build_followup
 from infer.engine.answer import RoleText, reply_of
-from infer.engine.call import TokenEvent
+from infer.engine.call import closed_at_exit
 from infer.engine.engine import Engine
-from infer.engine.left import closed_at_exit
 from infer.engine.params import MAX_SEED, SamplingParams
+from infer.engine.rows import TokenEvent
 from infer.engine.session import Session
 from infer.engine.stats import Stats, add_stats
 from infer.requests.exchange import warn_beyond_aligned
@@ -28,12 +28,12 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-      answer: its text, or the messages of a ChatGLM3 answer that is more than a plain one.
-      ids: all that the model had read and written when the answer was finished, where that says
-        the same as the text; None where the text alone is known.
-      first: index of the oldest turn that the model had read.
-      limit: tokens that its prompt could have, 0 where that is not known: then `first` does not
-        say that the turns before it have no room any more.
+        answer: its text, or the messages of a ChatGLM3 answer that is more than a plain one.
+        ids: all that the model had read and written after the answer, if it says the same as the
+            text; None if only the text is known.
+        first: index of the oldest turn in its prompt.
+        limit: tokens that its prompt could have; 0 = not known, so that turns before `first` may
+            fit again.
     """
 
     question: str
@@ -44,18 +44,19 @@ class Turn:
 
 
 class Conversation:
-    """What has been said, and how to go on. A new question is asked by `reply`.
+    """Questions and answers, oldest first; `reply` asks the next question.
 
-    Random numbers: a turn draws with seed + number of turns before it, so that the same
-    conversation gives the same answers; every retry of a turn draws anew.
+    A turn draws with seed + number of turns before it, so that the same conversation gives the same
+    answers; a retry of a turn draws other random numbers.
 
     Attributes:
-      engine, sampling: what answers, and how.
-      system: instructions, or None.
-      turns: what has been said, oldest first.
-      unanswered: the last question, where nothing came of it.
-      left_out: how many of the oldest turns the last prompt did not have room for.
-      total: statistics of all answers.
+        engine, sampling: what answers, and how.
+        system: instructions, or None.
+        turns: oldest first.
+        unanswered: the last question, if its answer was empty.
+        left_out: how many of the oldest turns the last prompt did not have room for.
+        stats: statistics of the last answer.
+        total: statistics of all answers.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.unanswered: str | None = None
         self.left_out = 0
+        self.stats = Stats()
         self.total: Stats | None = None
         self._session = Session(engine)
         self._say = say
@@ -78,7 +80,7 @@ class Conversation:
 
     @property
     def ids(self) -> tuple[int, ...] | None:
-        """All that a ChatGLM3 model has read and written, if that is known and is all turns."""
+        """All that a ChatGLM3 model has read and written, if it is known and includes all turns."""
         if self.engine.template != "chatglm3" or not self.turns or self.turns[-1].first:
             return None
         return self.turns[-1].ids
@@ -95,7 +97,7 @@ class Conversation:
         return min(self.sampling.max_new_tokens or quarter, quarter)
 
     def used(self) -> int:
-        """Tokens of the conversation so far, as the next prompt would begin."""
+        """Return the tokens of the conversation so far, as the next prompt would begin."""
         if not self.turns:
             return 0
         last = self.turns[-1]
@@ -107,13 +109,13 @@ class Conversation:
         system: str | None,
         ids: Sequence[int] | None = None,
     ) -> None:
-        """Puts another conversation in the place of this one.
+        """Replace this conversation by another one.
 
         Args:
-          ids: all that a ChatGLM3 model had read and written, to go on from if it says the same.
+            ids: all that a ChatGLM3 model had read and written, to continue if it says the same.
 
         Raises:
-          InputError: the model's template cannot say it; then nothing has changed.
+            InputError: the model's template cannot express it; then nothing has changed.
         """
         history = list(history)
         Request("?", tuple(history), system)
@@ -127,32 +129,32 @@ class Conversation:
         self.left_out = self._attempt = 0
 
     def set_system(self, text: str | None) -> None:
-        """Changes the instructions, from the next question on."""
+        """Change the instructions, from the next question on."""
         Request("?", system=text)
         self.engine.build_prompt("?", self.history, text)
         self.system = text
         self.turns = [dataclasses.replace(turn, ids=None, limit=0) for turn in self.turns]
 
     def undo(self) -> Turn | None:
-        """Takes the last turn back; None where there is none."""
+        """Remove and return the last turn; None if there is none."""
         self.unanswered, self._attempt = None, 0
         return self.turns.pop() if self.turns else None
 
     def reply(self, question: str) -> Events:
-        """Answers a question. What has come of the answer when the iterator ends or is closed
+        """Answer a question. What has come of the answer when the iterator ends or is closed
         becomes part of the conversation, unless it is blank.
 
         Raises (on the first step):
-          InputError: no question, or one that is too long; nothing has changed.
+            InputError: no question, or one that is too long; nothing has changed.
         """
         self._attempt = 0
         return closed_at_exit(self._reply(question))
 
     def retry(self) -> Events:
-        """Answers the last question anew; the old answer comes back if nothing comes of it.
+        """Answer the last question again; the old answer stays if the new one is empty.
 
         Raises (on the first step):
-          InputError: there is none.
+            InputError: there is no question.
         """
         return closed_at_exit(self._retry())
 
@@ -189,7 +191,8 @@ class Conversation:
                 yield event
         finally:
             self._session.close()
-            self.total = add_stats(self.total, self.engine.stats)
+            self.stats = events.stats
+            self.total = add_stats(self.total, self.stats)
             self._keep(question, text, ids, tokens)
 
     def _keep(self, question: str, text: str, ids: list[int], tokens: list[int]) -> None:
@@ -200,7 +203,7 @@ class Conversation:
         written = None
         if self.engine.template == "chatglm3":
             reader = RoleText(self.engine.tokenizer, ids[-1])
-            written = "".join([reader.push(token) for token in tokens]) + reader.flush()
+            written = _text_of(reader, tokens)
             reply = reply_of(text, reader.messages(text))
         elif self.engine.template == "chatglm2":
             written = self.engine.tokenizer.decode(tokens)
@@ -212,17 +215,13 @@ class Conversation:
             self.turns[old] = dataclasses.replace(self.turns[old], ids=None)
 
     def _fit(self, question: str) -> tuple[list[int], int]:
-        """The prompt with as few of the oldest turns left out as makes room for an answer.
-
-        Returns:
-          The ids, and the number of turns left out.
-        """
+        """Return the prompt's ids, and how many of the oldest turns are left out for the answer."""
         limit, count = self.ceiling - self.reserve, len(self.turns)
-        # What the last prompt had no room for has none in this one, which is longer.
+        # What did not fit into the last prompt does not fit into this one, which is longer.
         left_out = self.turns[-1].first if count and limit <= self.turns[-1].limit else 0
         ids = self._build(question, left_out)
         if len(ids) > limit and left_out < count:
-            options = range(left_out + 1, count)  # if none fits, the question stands alone
+            options = range(left_out + 1, count)  # if none fits, all turns are left out
             left_out += 1 + bisect_left(
                 options, True, key=lambda n: len(self._build(question, n)) <= limit
             )
@@ -236,11 +235,11 @@ class Conversation:
         return ids, left_out
 
     def _build(self, question: str, left_out: int) -> list[int]:
-        """The ids of a prompt without the oldest turns.
+        """Return the ids of a prompt without the oldest turns.
 
-        A conversation goes on from the ids that the model wrote itself, as in the published command
-        line: split anew, the text of an answer may be other tokens (a ChatGLM2 answer begins with
-        another one), and all of it would have to be read.
+        It continues the ids that the model wrote, as in the published command line: tokenized
+        again, the text of an answer may be other tokens (a ChatGLM2 answer begins with another
+        one), and all of it would have to be read.
         """
         turns = self.turns[left_out:]
         if turns and turns[-1].ids is not None and turns[-1].first == left_out:
@@ -252,23 +251,18 @@ class Conversation:
         return self.engine.build_prompt(question, history, self.system)
 
     def _followup(self, question: str, round_number: int) -> list[int]:
-        """The ids by which a conversation goes on after an answer."""
+        """Return the ids that follow an answer."""
         tokenizer = self.engine.tokenizer
         if self.engine.template == "chatglm3":
             return self.engine.build_prompt(question)[len(tokenizer.prefix_ids) :]
         return build_followup(tokenizer, question, round_number)
 
     def _say_the_same(self, *prompts: Sequence[int]) -> bool:
-        """Whether these are prompts with the same ChatGLM3 messages."""
+        """Return whether these are prompts with the same ChatGLM3 messages."""
         tokenizer = self.engine.tokenizer
         if max(map(max, prompts)) >= tokenizer.size:
             return False
-        readers = [RoleText(tokenizer, ids[0]) for ids in prompts]
-        texts = {
-            "".join([reader.push(token) for token in ids]) + reader.flush()
-            for reader, ids in zip(readers, prompts, strict=True)
-        }
-        return len(texts) == 1
+        return len({_text_of(RoleText(tokenizer, ids[0]), ids) for ids in prompts}) == 1
 
     def _tell(self, ids: list[int], left_out: int) -> None:
         room = self.ceiling - len(ids)
@@ -281,3 +275,7 @@ class Conversation:
         self.left_out = left_out
         if not self._warned:
             self._warned = warn_beyond_aligned(self.engine, len(ids), self.sampling)
+
+
+def _text_of(reader: RoleText, ids: Sequence[int]) -> str:
+    return "".join([reader.push(token) for token in ids]) + reader.flush()

@@ -1,4 +1,4 @@
-"""From a request to ids, and from an answer to JSON."""
+"""From a request to token ids, and from a completion to JSON."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from infer.requests.request import Request
 def encode(
     engine: Engine, request: Request, sampling: SamplingParams, truncate: int | None, where: str
 ) -> list[int]:
-    """The ids that a request is asked with, checked to leave room for an answer.
+    """Return the ids of a request's prompt, which leave room for an answer.
 
     Args:
-      truncate: longest prompt in tokens, where a longer one may be cut; it is said on stderr.
-      where: file and line, for what is said; "" for a single prompt.
+        truncate: cut a longer prompt to this many tokens, and report it on stderr; None = never.
+        where: file and line, for reports; "" for a single prompt.
 
     Raises:
-      InputError: no prompt can be made of it, or it is too long.
+        InputError: the template cannot express the request, or it is too long.
     """
     ids = _cut(engine, request, truncate, where) if truncate else _build(engine, request)
     limit = min(engine.max_length, sampling.max_length or engine.max_length)
@@ -68,7 +68,7 @@ def _cut(engine: Engine, request: Request, limit: int, where: str) -> list[int]:
 
 
 def warn_beyond_aligned(engine: Engine, longest: int, sampling: SamplingParams) -> bool:
-    """Warns if a prompt of `longest` tokens and its answer may pass the aligned length."""
+    """Warn if a prompt of `longest` tokens and its answer may exceed the aligned length."""
     limit = min(engine.max_length, sampling.max_length or engine.max_length)
     end = min(limit, longest + (sampling.max_new_tokens or limit))
     aligned = engine.config.aligned_length
@@ -81,17 +81,18 @@ def warn_beyond_aligned(engine: Engine, longest: int, sampling: SamplingParams) 
 
 
 def result(engine: Engine, request: Request, completion: Completion) -> dict[str, Any]:
-    """The object that `--json` prints for a prompt."""
+    """Return the object that `--json` prints for a prompt."""
     asked = {"prompt": request.prompt}
     if request.messages is not None:
         asked = {"messages": list(request.messages)}
     tokenizer = engine.tokenizer
     special = {token: name for name, token in tokenizer.special.items()}
 
-    def text(token: int) -> str:  # a lone byte has no text, its piece says which one it is
+    def text(token: int) -> str:  # a lone byte has no text, its piece names it
         return tokenizer.token_text(token) or tokenizer.piece(token) or special.get(token, "")
 
     read, written = len(completion.prompt_ids), len(completion.output_ids)
+    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
     answer: dict[str, Any] = {
         **({} if request.id is None else {"id": request.id}),
         **asked,
@@ -99,11 +100,7 @@ def result(engine: Engine, request: Request, completion: Completion) -> dict[str
         "output_ids": list(completion.output_ids),
         "text": completion.text,
         "finish_reason": completion.finish_reason,
-        "usage": {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        },
+        "usage": usage,
     }
     if completion.messages:
         answer["output_messages"] = [message._asdict() for message in completion.messages]
@@ -113,16 +110,12 @@ def result(engine: Engine, request: Request, completion: Completion) -> dict[str
         token = completion.stop_reason
         answer["stop_reason"] = {"id": token, "token": text(token)}
     if completion.logprobs is not None:
+
+        def logprob(token: int, value: float) -> dict[str, Any]:
+            return {"id": token, "token": text(token), "logprob": value}
+
         answer["logprobs"] = [
-            {
-                "id": entry.token,
-                "token": text(entry.token),
-                "logprob": entry.logprob,
-                "top": [
-                    {"id": token, "token": text(token), "logprob": logprob}
-                    for token, logprob in entry.top
-                ],
-            }
+            logprob(entry.token, entry.logprob) | {"top": [logprob(*pair) for pair in entry.top]}
             for entry in completion.logprobs
         ]
     return answer

@@ -1,4 +1,4 @@
-"""What is asked: questions with history and system text, from flags and from batch files.
+"""Requests: questions with history and system text, from flags and from batch files.
 
 A batch file holds one JSON object per line: `prompt`, or ChatGLM3 `messages`; and optionally `id`,
 `history` ([[question, answer], ...]) and `system`.
@@ -26,21 +26,13 @@ _KEYS = ("prompt", "messages", "id", "history", "system")
 
 @dataclass(frozen=True)
 class Request:
-    """One question.
+    """One question."""
 
-    Attributes:
-      prompt: the question; "" where there are messages.
-      history: (question, answer) pairs, oldest first; an answer may be ChatGLM3 messages.
-      system: instructions, or None.
-      messages: ChatGLM3 role messages instead of the three above.
-      id: a name to find the answer by, copied to the output.
-    """
-
-    prompt: str = ""
-    history: Turns = ()
-    system: str | None = None
-    messages: tuple[dict[str, Any], ...] | None = None
-    id: str | int | None = None
+    prompt: str = ""  # "" if there are messages
+    history: Turns = ()  # (question, answer), oldest first; an answer may be ChatGLM3 messages
+    system: str | None = None  # instructions
+    messages: tuple[dict[str, Any], ...] | None = None  # of ChatGLM3, in place of the three above
+    id: str | int | None = None  # copied to the output
 
     def __post_init__(self) -> None:
         texts = (self.prompt, self.system, self.history, self.messages, self.id)
@@ -55,7 +47,7 @@ class Request:
             raise InputError("empty prompt", "there is nothing to answer", "write a question")
 
     def cleaned(self) -> Request:
-        """With plain spaces instead of ideographic and no-break ones, everywhere."""
+        """Return it with plain spaces instead of ideographic and no-break ones, everywhere."""
         return dataclasses.replace(
             self,
             prompt=clean_text(self.prompt),
@@ -75,7 +67,7 @@ def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_history(path: str) -> Turns:
-    """Reads a history file; InputError says what is wrong with it."""
+    """Read a history file; InputError says what is wrong with it."""
     text = read_utf8(path)
     try:
         return parse_history(parse_json(text))
@@ -84,7 +76,7 @@ def read_history(path: str) -> Turns:
 
 
 def parse_history(value: Any) -> Turns:
-    """Checks that a JSON value is a list of [question, answer] pairs; None is an empty one.
+    """Check that a JSON value is a list of [question, answer] pairs; None is an empty one.
 
     An answer is text, or a list of objects: messages, which the prompt builder checks.
     """
@@ -104,14 +96,14 @@ def parse_batch(
     history: Turns = (),
     system: str | None = None,
 ) -> Iterator[tuple[int, Request | InputError]]:
-    """Parses the lines of a batch file.
+    """Parse the lines of a batch file.
 
     Args:
-      lines: as `glm2_jax.cli.text_input.read_lines` gives them.
-      history, system: for lines with a prompt that have none of their own.
+        lines: as `glm2_jax.cli.text_input.read_lines` gives them.
+        history, system: for lines with a prompt but without these keys.
 
     Yields:
-      The line number, and the request or what is wrong with the line.
+        The line number, and the request or what is wrong with the line.
     """
     for number, line in lines:
         try:
@@ -123,7 +115,7 @@ def parse_batch(
 
 
 def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> Request:
-    """Reads one line of a batch file; InputError says what is wrong with it."""
+    """Read one line of a batch file; InputError says what is wrong with it."""
     row = parse_object(line)
     for key in row:
         if key not in _KEYS:
@@ -134,7 +126,15 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise InputError("id is not a string or whole number")
     if messages is not None:
-        return _messages_request(row, bool(history or system))
+        keys = "prompt", "history", "system"
+        if history or system or any(row.get(key) is not None for key in keys):
+            raise InputError(
+                "messages exclude prompt, history and system", "write them as messages, too"
+            )
+        objects = isinstance(messages, list) and all(isinstance(one, dict) for one in messages)
+        if not objects or not messages:
+            raise InputError("messages is not a list of objects with role and content")
+        return Request(messages=tuple(messages), id=name)
     if prompt is None:
         raise InputError("no prompt", "a line needs a prompt or messages")
     if not isinstance(prompt, str):
@@ -149,19 +149,6 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
     )
 
 
-def _messages_request(row: dict[str, Any], has_defaults: bool) -> Request:
-    messages = row["messages"]
-    if has_defaults or any(row.get(key) is not None for key in ("prompt", "history", "system")):
-        raise InputError(
-            "messages exclude prompt, history and system", "write them as messages, too"
-        )
-    if not isinstance(messages, list) or not messages:
-        raise InputError("messages is not a list of objects with role and content")
-    if not all(isinstance(message, dict) for message in messages):
-        raise InputError("messages is not a list of objects with role and content")
-    return Request(messages=tuple(messages), id=row.get("id"))
-
-
 def read_prompt(path: str) -> str:
-    """Reads a question from a file or, for "-", standard input, without the last line's end."""
+    """Read a question from a file or, for "-", standard input, without the last line's end."""
     return read_utf8(path).removesuffix("\n").removesuffix("\r")

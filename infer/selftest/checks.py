@@ -51,21 +51,14 @@ _HALF_TOLERANCE = 5e-2
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
-
-    Attributes:
-      status: "pass", "FAIL" or "skipped".
-      expected, got: for people; `expected` is "" where there is nothing to compare with.
-      note: why it failed or was skipped.
-      exit_code: of the command, if the check failed.
-    """
+    """One check."""
 
     name: str
-    status: str
-    expected: str = ""
+    status: str  # "pass", "FAIL" or "skipped"
+    expected: str = ""  # for people; "" where there is nothing to compare with
     got: str = ""
-    note: str = ""
-    exit_code: int = 4
+    note: str = ""  # why it failed or was skipped
+    exit_code: int = 4  # of the command, if the check failed
 
 
 @dataclass(frozen=True)
@@ -271,23 +264,23 @@ def measure(engine: Engine) -> Figures:
     Raises:
       GLMError: the model computes NaN, or memory runs out.
     """
-    compiled_before, load_s = engine.programs.seconds, engine.stats.load_s
+    compiled_before = engine.programs.seconds
     ids = engine.build_prompt(HELLO)
     length = 128 if engine.device.platform == "cpu" else 512
     length = max(min(length, engine.max_length // 2), 1)
     for _ in range(2):
-        engine.complete([list(islice(cycle(ids), length))], _greedy(1))
-    prefill_tokens, prefill_rate = engine.stats.prefill_tokens, engine.stats.prefill_rate
+        (read,) = engine.complete([list(islice(cycle(ids), length))], _greedy(1))
     engine.complete([ids], _greedy(ANSWER_TOKENS))
     tokens = runs = 0
     seconds, start = 0.0, time.perf_counter()
     while tokens < DECODE_TOKENS and runs < DECODE_RUNS:
-        engine.complete([ids], _greedy(ANSWER_TOKENS))
-        tokens += engine.stats.decode_tokens
-        seconds += engine.stats.decode_s
+        (answer,) = engine.complete([ids], _greedy(ANSWER_TOKENS))
+        tokens += answer.stats.decode_tokens
+        seconds += answer.stats.decode_s
         runs += 1
         if time.perf_counter() - start > DECODE_SECONDS:
             break
     compile_s = engine.programs.seconds - compiled_before
     rate = tokens / seconds if seconds else 0.0
-    return Figures(load_s, compile_s, prefill_tokens, prefill_rate, tokens, rate)
+    stats = read.stats
+    return Figures(engine.load_s, compile_s, stats.prefill_tokens, stats.prefill_rate, tokens, rate)

@@ -26,16 +26,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers greedily to a question in the ChatGLM2 template.
-
-    Attributes:
-      first: id of the first token.
-      texts: the complete answer, in every wording that has been published.
-    """
+    """What a model answers greedily to a question in the ChatGLM2 template."""
 
     question: str
-    first: int
-    texts: tuple[str, ...]
+    first: int  # id of the first token
+    texts: tuple[str, ...]  # the complete answer, in every wording that was published
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ import errno
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections import namedtuple
 
 import pytest
 
 from convert import from_pytorch, inspect, verify_checkpoint
-from glm2_jax import CheckpointError, DeviceError, InputError, UsageError
+from glm2_jax import CheckpointError, DeviceError, GLMError, InputError, UsageError
 from glm2_jax.cli import arguments, messages
 from glm2_jax.cli import main as cli
 from glm2_jax.cli.parser import Parser
@@ -34,14 +32,19 @@ def raising(error):
     return main
 
 
+class XlaRuntimeError(RuntimeError):
+    """As jax names its own."""
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (UsageError("what"), 2),
-        (InputError("what"), 3),
-        (CheckpointError("what"), 4),
-        (DeviceError("what"), 5),
+        (UsageError("what", "why", "fix"), 2),
+        (InputError("what", "why", "fix"), 3),
+        (CheckpointError("what", "why", "fix"), 4),
+        (DeviceError("what", "why", "fix"), 5),
         (MemoryError("what"), 5),
+        (XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 5),
         (OSError(errno.ENOSPC, "what"), 3),
         (FileNotFoundError(errno.ENOENT, "what", "name"), 3),
         (KeyboardInterrupt(), 130),
@@ -51,15 +54,13 @@ def test_expected_errors_have_a_code_and_no_traceback(capsys, error, code):
     assert run(raising(error), "x") == code
     output = capsys.readouterr()
     assert output.out == "" and "Traceback" not in output.err
+    if isinstance(error, GLMError):
+        assert output.err == "error: what\nwhy\nfix\n"
     if code != 130:
         assert "error: " in output.err
         assert run(raising(error), "--debug") == code
         assert "Traceback" in capsys.readouterr().err
-
-
-def test_an_error_has_three_lines(capsys):
-    run(raising(CheckpointError("what", "why", "fix")))
-    assert capsys.readouterr().err == "error: what\nwhy\nfix\n"
+    assert run(lambda argv: None) == 0 and run(lambda argv: 3) == 3
 
 
 def test_an_unexpected_error_shows_where(capsys):
@@ -89,8 +90,6 @@ def test_variables_that_jax_cannot_use(capsys, monkeypatch):
     [
         ("JAX_TRANSFER_GUARD=disallow", "INVALID: Disallowed host-to-device transfer: aval=x"),
         ("JAX_DISABLE_JIT=1", "Disable jit is not supported in the AOT path since"),
-        ("JAX_NO_EXECUTION=1", "execute jit(f), but the no_execution config option is set"),
-        ("JAX_DEFAULT_DEVICE=x", "jax.default_device must be passed either a Device object"),
         ("JAX_DEBUG_NANS=1", "invalid value (nan). Because jax_config.debug_nans.value is set\n2"),
     ],
 )
@@ -100,32 +99,8 @@ def test_variables_that_an_error_names_in_other_words(setting, error, capsys, mo
     monkeypatch.setenv(name, value)
     assert run(raising(RuntimeError(error))) == 5
     first = error.splitlines()[0]
-    told = f"error: jax cannot use {setting}\n{first}\nunset {name}\n"
-    assert capsys.readouterr().err == told
-
-
-def test_transfers_that_are_disallowed():
-    done = shell(f"JAX_TRANSFER_GUARD=disallow {sys.executable} -m infer.generate --prompt hi")
-    *_, what, why, fix = done.stderr.splitlines()
-    assert done.returncode == 5 and "Traceback" not in done.stderr
-    assert what == "error: jax cannot use JAX_TRANSFER_GUARD=disallow"
-    assert "Disallowed host-to-device transfer" in why and fix == "unset JAX_TRANSFER_GUARD"
-
-
-def test_device_memory(capsys):
-    class XlaRuntimeError(RuntimeError):
-        pass
-
-    assert run(raising(XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))) == 5
-    assert run(raising(XlaRuntimeError("INTERNAL: bug"))) == 1
-
-
-def test_results_of_main():
-    assert run(lambda argv: None) == 0
-    assert run(lambda argv: 3) == 3
-    with pytest.raises(SystemExit) as caught:
-        cli.run_main(lambda argv: int(argv[0]), ["4"])
-    assert caught.value.code == 4
+    printed = f"error: jax cannot use {setting}\n{first}\nunset {name}\n"
+    assert capsys.readouterr().err == printed
 
 
 def test_a_reader_that_leaves():
@@ -146,9 +121,6 @@ def test_a_reader_that_leaves():
     process.stderr.close()
 
 
-TOOLS = ("convert.from_pytorch", "convert.inspect", "infer.generate")
-
-
 def shell(command, **kwargs):
     """Runs a line of the shell in which $PY is this Python."""
     environment = os.environ | {"PY": sys.executable, "PYTHONUNBUFFERED": ""}
@@ -157,30 +129,26 @@ def shell(command, **kwargs):
     )
 
 
-@pytest.mark.parametrize("module", TOOLS)
-def test_help_that_cannot_be_written_is_an_error(module):
+def test_help_that_cannot_be_written_is_an_error():
     for target in (">/dev/full", ">&-"):
-        done = shell(f"$PY -m {module} --help {target}")
+        done = shell(f"$PY -m convert.inspect --help {target}")
         assert done.returncode == 3
         assert done.stderr.startswith("error: a standard stream")
         assert "Traceback" not in done.stderr and "ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("target", ["2>/dev/full", "2>&-", "2>&- <&-"])
+@pytest.mark.parametrize("target", ["2>/dev/full", "2>&- <&-"])
 def test_messages_that_cannot_be_written_stop_nothing(tmp_path, target):
     source = write_official(tmp_path / "a")
     done = shell(f"$PY -m convert.from_pytorch '{source}' '{tmp_path}/b' --verify {target}")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/b\n", "")
     verify_checkpoint(tmp_path / "b")
-    for module in TOOLS:
-        assert shell(f"$PY -m {module} --unknown {target}").returncode == 2
-    done = shell(f"$PY -m convert.inspect '{source}/absent' --debug {target}")
-    assert (done.returncode, done.stdout, done.stderr) == (4, "", "")
+    assert shell(f"$PY -m infer.generate --unknown {target}").returncode == 2
 
 
 def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
     source = write_official(tmp_path / "a")
-    for target in (">/dev/full", ">&-", ">&- 2>&-"):
+    for target in (">/dev/full", ">&- 2>&-"):
         done = shell(f"$PY -m convert.inspect '{source}' {target}")
         assert done.returncode == 3 and "Traceback" not in done.stderr
         assert ("error: a standard stream" in done.stderr) == (" 2>" not in target)
@@ -226,21 +194,12 @@ def test_help_shows_defaults_and_an_example(capsys):
     assert "default: False" not in text
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("4GB", 4 * 10**9), ("1GiB", 2**30), ("500 mb", 5 * 10**8), ("12", 12), ("1.5kB", 1500)],
-)
-def test_sizes(text, size):
-    assert arguments.size_argument(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "0", "0.1", "nan", "1e9"])
-def test_bad_sizes(text):
-    with pytest.raises(Exception, match="size"):
-        arguments.size_argument(text)
-
-
-def test_human_sizes():
+def test_sizes():
+    read = [arguments.size_argument(x) for x in ("4GB", "1GiB", "500 mb", "12", "1.5kB")]
+    assert read == [4 * 10**9, 2**30, 5 * 10**8, 12, 1500]
+    for text in ("", "GB", "-1GB", "4XB", "0", "nan", "1e9"):
+        with pytest.raises(Exception, match="size"):
+            arguments.size_argument(text)
     shown = [messages.human_size(size) for size in (12, 1500, 12_487_168_064, 5e12)]
     assert shown == ["12 B", "1.5 kB", "12.5 GB", "5.0 TB"]
 
@@ -262,26 +221,12 @@ def test_progress_in_lines_and_on_a_terminal(monkeypatch):
     assert stream.getvalue().endswith("\r\x1b[Kloading: 50 of 100, 50/s, 1 s left\r\x1b[K")
 
 
-def test_progress_in_a_narrow_terminal(monkeypatch):
-    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((20, 24)))
-    stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: True)
-    monkeypatch.setattr(stream, "fileno", lambda: 2)
-    progress = messages.Progress("加载中", 100, stream=stream)
-    progress.last -= 1
-    progress(50)
-    assert stream.getvalue() == "\r\x1b[K加载中: 50 of 100, "  # 19 columns
-
-
 @pytest.mark.parametrize(
     ("text", "columns", "cut"),
     [
-        ("abc", 3, "abc"),
         ("abcd", 3, "abc"),
-        ("你好吗", 4, "你好"),
         ("你好吗", 5, "你好"),
         ("ｱｲ", 1, "ｱ"),  # half-width
-        ("Ａ", 1, ""),  # full-width
         ("e\u0301e\u0301", 1, "e\u0301"),
         ("", 0, ""),
     ],
@@ -290,42 +235,14 @@ def test_cut_to_width(text, columns, cut):
     assert messages.cut_to_width(text, columns) == cut
 
 
-@pytest.mark.parametrize("module", ["from_pytorch", "inspect"])
-def test_help_is_quick_because_it_imports_nothing_large(module):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['x', '--help']\n"
-        "try:\n"
-        f"    runpy.run_module('convert.{module}', run_name='__main__')\n"
-        "except SystemExit as end:\n"
-        "    assert end.code == 0\n"
-        "assert not {'jax', 'numpy', 'sentencepiece'} & set(sys.modules)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "example:" in result.stdout and "--rope-scaling" in result.stdout
-
-
-def test_a_dry_run_refuses_what_the_conversion_would(tmp_path, monkeypatch, capsys):
-    source = write_official(tmp_path / "a")
-    (tmp_path / "file").write_text("x")
-    assert run(from_pytorch.main, str(source), str(tmp_path / "file/b"), "--dry-run") == 3
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-    assert run(from_pytorch.main, str(source), str(tmp_path / "b"), "--dry-run") == 3
-    assert "5000 are free" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
-
-
 def test_names_that_are_not_utf8(tmp_path):
     source = write_official(tmp_path / os.fsdecode(b"caf\xe9"))
-    for argv in (["inspect", source], ["from_pytorch", source, tmp_path / os.fsdecode(b"\xff")]):
-        for flag in ("--json" if argv[0] == "inspect" else "--dry-run", "--debug"):
-            done = subprocess.run(
-                [sys.executable, "-m", f"convert.{argv[0]}", *argv[1:], flag], capture_output=True
-            )
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.decode()
+    for argv in (["inspect", source, "--json"], ["from_pytorch", source, tmp_path / "b"]):
+        done = subprocess.run(
+            [sys.executable, "-m", f"convert.{argv[0]}", *argv[1:]], capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode()
 
 
 def test_from_pytorch(tmp_path, capsys):
@@ -359,7 +276,6 @@ def test_from_pytorch(tmp_path, capsys):
         (["nowhere", "x"], 4),
         (["x"], 2),
         (["a", "b", "--dtype", "int3"], 2),
-        (["a", "b", "-z"], 2),
         (["", "x"], 2),
         (["a", " "], 2),
     ],
@@ -408,19 +324,14 @@ def test_inspect(tmp_path, capsys):
     assert f"{TINY.num_params:,}" in output.out and str(source) in output.out
     assert run(inspect.main, str(source), "--verify") == 4
     assert "no manifest.json" in capsys.readouterr().err
+    with (target / "model.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x11")
+    assert run(inspect.main, str(target), "--verify") == 4
+    assert "model.safetensors differs" in capsys.readouterr().err
 
 
 def test_inspect_does_not_read_the_weights(tmp_path, monkeypatch):
     write_official(tmp_path)
     monkeypatch.setattr("convert.files.tensor.StoredTensor.read", lambda self: pytest.fail("reads"))
     assert inspect.describe(str(tmp_path))["layers"] == 2
-
-
-def test_inspect_finds_a_damaged_copy(tmp_path, capsys):
-    source, target = write_official(tmp_path / "a"), tmp_path / "b"
-    run(from_pytorch.main, str(source), str(target))
-    with (target / "model.safetensors").open("r+b") as file:
-        file.seek(-5, os.SEEK_END)
-        file.write(b"\x11")
-    assert run(inspect.main, str(target), "--verify") == 4
-    assert "model.safetensors differs" in capsys.readouterr().err

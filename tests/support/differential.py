@@ -140,10 +140,10 @@ def answer(config: GLMConfig, way: Way, prompts: Texts, shared: dict[Any, Any]) 
     )
     rows = list(way.rows) or list(range(len(prompts)))
     asked = [prompts[row] for row in rows]
-    engine = Engine(cast(Any, checkpoint), **way.options)
     # Programs depend on shapes and places alone, but for what is changed in the code.
     key = str(jax.tree.map(lambda x: (x.dtype, x.sharding), way.params)), str(way.changed)
-    engine.programs = engine.executor.programs = shared.setdefault(key, engine.programs)
+    engine = Engine(cast(Any, checkpoint), programs=shared.get(key), **way.options)
+    shared[key] = engine.programs
     with contextlib.ExitStack() as stack:
         for name, value in way.changed.items():
             stack.enter_context(mock.patch(name, value))

@@ -1,13 +1,16 @@
 """A toy engine: random float32 weights and the tiny SentencePiece model of the tests."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
 
 from glm2_jax import GLMConfig, Tokenizer, init_params
+from infer.engine.answer import Completion
 from infer.engine.engine import Engine
 from tests.support.sp_model import sp_model
 
@@ -47,10 +50,9 @@ def toy_engine(
         template=template or family,
         fingerprint="toy",
     )
-    engine = Engine(cast(Any, checkpoint), **kwargs)
-    if share is not None:  # programs depend on shapes alone, the weights are an argument
-        engine.programs = engine.executor.programs = share.programs
-    return engine
+    # Programs depend on shapes alone, the weights are an argument.
+    programs = None if share is None else share.programs
+    return Engine(cast(Any, checkpoint), programs=programs, **kwargs)
 
 
 @functools.cache
@@ -76,3 +78,31 @@ def open_toy(opened: list[tuple[Any, Any]], notes: tuple[str, ...] = ()):
         return engine
 
     return open_choice
+
+
+def streamed(engine: Engine, prompts, sampling, **kwargs: Any) -> list[Completion]:
+    """Return what `run` gives, in the form of `complete`."""
+    events = engine.run(prompts, sampling, **kwargs)
+    done = {event.row: event.completion for event in events if event.completion}
+    return [done[row] for row in range(len(prompts))]
+
+
+def finished(events) -> Completion:
+    """Return the answer at the end of a call of one row."""
+    return next(event.completion for event in events if event.completion)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Give a list of what JAX compiles meanwhile."""
+    found = []
+
+    def count(event: str, seconds: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)

@@ -1,9 +1,8 @@
-"""Fuzzing of everything that reads a file from elsewhere: what is read, and what it is fed.
+"""The readers of files from elsewhere, and what they are fuzzed with.
 
-A target writes its input to a file, under the name that such a file has, and reads it. It may
-succeed or raise one of our errors for bad data; anything else is a defect, and so is taking more
-memory than `CAP` beyond what the process had. `test_fuzz_readers.py` runs every target for a
-moment, `python -m tests.support.fuzz` for as long as one likes.
+A target writes its input to a file and reads it. It may succeed or raise one of our errors for bad
+data; anything else is a defect, and so is taking more memory than `CAP` beyond what the process
+had. `test_fuzz_readers.py` runs every target for a moment, `tests.support.fuzz` for longer.
 """
 
 import contextlib
@@ -44,14 +43,7 @@ CAP = 256 * 2**20
 
 @dataclass(frozen=True)
 class Target:
-    """One reader.
-
-    Attributes:
-        file: the name that the input gets.
-        read: reads it, given its path.
-        inputs: what to feed it.
-        prepare: fills the folder that the file is put into.
-    """
+    """A reader: the name of its input, how it is read, what it is fed, what fills its folder."""
 
     file: str
     read: Callable[[Path], object]

@@ -24,6 +24,7 @@ class HubServer(ThreadingHTTPServer):
         requests: (method, file or other path, first byte asked for) in their order.
         cuts: file -> how often its connection is cut after half of what was asked for.
         reset: whether a cut is a reset, not an end that came too early.
+        nothing: whether nothing of a file is sent before a cut.
         ranges: whether parts of files can be asked for.
         broken: file -> bytes that are served instead, of the same length.
         refusal: (status, X-Error-Code) with which everything is answered, if set.
@@ -42,7 +43,7 @@ class HubServer(ThreadingHTTPServer):
         self.cuts: dict[str, int] = {}
         self.broken: dict[str, bytes] = {}
         self.refusal: tuple[int, str] | None = None
-        self.reset, self.ranges = False, True
+        self.reset, self.ranges, self.nothing = False, True, False
         self.redirect, self.strangers = False, []
         self.hold = threading.Event()
         self.hold.set()
@@ -172,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        half = len(data) // 2
+        half = 0 if self.server.nothing and name in self.server.cuts else len(data) // 2
         self.wfile.write(data[:half])
         self.wfile.flush()
         if self.server.cuts.get(name, 0) > 0:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -190,25 +191,30 @@ def conversation(engine: Engine) -> list[bool]:
         said = list(map(int, cast(Any, last.completion).output_ids))
         right.append([said] == greedy([ids], count))
         ids = [*ids, *said, *range(10, 70)]
-    return [*right, engine.stats.reused_tokens > 0]
+    return [*right, last.completion.stats.reused_tokens > 0]
 
 
 def more_ways(mesh: str) -> dict[str, bool]:
     """What else there is, on a mesh and on one device."""
     plain, long = ENGINES[mesh, None], engine(mesh, more=True, prefill_chunk=256)
-    drafting = engine(mesh, speculate=3)
-    drafting.programs = drafting.executor.programs = plain.programs
+    drafting = engine(mesh, speculate=3, programs=plain.programs)
     logits = [
         gathered(next(Reader(one, 3, 64).read(PROMPTS)).logits) for one in (plain, engine(None))
     ]
     off = [np.abs(logits[0][i, : len(x)] - logits[1][i, : len(x)]).max() for i, x in PROMPT_ROWS]
     want = greedy(PROMPTS, 6)
+    drafted = drafting.complete(PROMPTS, GREEDY)
     looped = [list(map(int, one.output_ids)) for one in plain.complete(PROMPTS, GREEDY)]
+    with ThreadPoolExecutor(4) as pool:
+        ask = partial(answered, prompts=PROMPTS, sampling=GREEDY)
+        threads = list(pool.map(ask, [plain, drafting] * 4))  # drafts: not compiled yet
     return {
         "conversation": all(conversation(plain)),
+        "several threads": all(found == want for found in threads),
         "long prompts, adapter and prefix": answered(long, LONG, GREEDY)
         == greedy(LONG, 6, more=True),
-        "speculation": answered(drafting, PROMPTS, GREEDY) == want and drafting.stats.passes > 0,
+        "speculation": [list(one.output_ids) for one in drafted] == want
+        and drafted[0].stats.passes > 0,
         "logits for evaluation": bool(max(off) < 1e-4),
         "loop on the devices": looped == want,
     }

@@ -52,7 +52,7 @@ def test_meshes_give_the_losses_of_one_device(found):
         assert one["whole"][-1][0] != pytest.approx(one["losses"][0][0], rel=1e-2)
 
 
-def test_what_is_trained_and_its_moments_lie_as_the_weights(found):
+def test_trained_arrays_and_moments_are_sharded_like_the_weights(found):
     for case in (case for cases in found.values() for case in cases):
         assert case["placed"], case
         assert case["adam"] == pytest.approx(case["trained"], rel=1e-2), case
@@ -107,8 +107,8 @@ def children(pid: int) -> list[int]:
     return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_two_processes_killed_and_gone_on_with(folder):
-    """Killed among its steps, and gone on with: by two processes again, and by one."""
+def test_a_killed_run_of_two_processes_resumes(folder):
+    """Killed between two steps, it is resumed by two processes, and by one."""
     path, flags = folder
     with two(flags, path / "two") as both:
         assert both.stderr is not None
@@ -132,7 +132,7 @@ def test_two_processes_killed_and_gone_on_with(folder):
     assert_same(path / "one", path / "alone")
 
 
-def test_what_does_not_fit(folder, tmp_path):
+def test_meshes_that_do_not_fit(folder, tmp_path):
     path, flags = folder
     flags = [*flags, "--output", str(tmp_path / "a")]
     with pytest.raises(UsageError, match="There is 1 device"):

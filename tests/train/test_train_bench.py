@@ -94,7 +94,7 @@ def test_without_peft_one_line_says_so(capsys, quick, monkeypatch, toy_config):
     assert "not measured: --peer peft is skipped: peft not installed" in said and "tok/s" in said
 
 
-def test_out_of_memory_is_said(capsys, quick, monkeypatch, toy_config):
+def test_out_of_memory_is_reported(capsys, quick, monkeypatch, toy_config):
     def step(*args, **kwargs):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
@@ -137,7 +137,7 @@ def test_contradictions(flags, problem):
         bench.main([*flags, "--device", "cpu"])
 
 
-def test_the_examples_are_flags_that_there_are():
+def test_the_examples_parse():
     examples = bench.EXAMPLE.splitlines()
     assert len(examples) == 2
     for line in examples:

@@ -114,7 +114,7 @@ def test_a_log_has_the_first_and_the_last_step(tmp_path, capsys):
     assert capsys.readouterr().err.count("step") == 2 + 3 + 1
 
 
-def test_how_far_losses_fell_is_said():
+def test_the_fall_of_losses_is_reported():
     position = Position()
     for step, loss in ((1, 4.0), (2, math.nan), (3, 1.0)):
         position.note_loss("training", step, loss)
@@ -126,7 +126,7 @@ def test_how_far_losses_fell_is_said():
     ]
 
 
-def test_what_came_of_a_run_is_refused_or_reported(capsys):
+def test_the_outcome_of_a_run_is_refused_or_reported(capsys):
     with pytest.raises(InputError, match="all 2 steps were left out"):
         run._check_outcome(Position(step=2, skipped=2), choosing=False)
     with pytest.raises(InputError, match="no validation loss was finite"):

@@ -40,7 +40,8 @@ def nbytes(tree) -> int:
 
 
 @pytest.mark.parametrize(
-    ("platform", "quantization"), [("cpu", None), ("cuda", "int8"), ("cuda", "int4")]
+    ("platform", "quantization"),
+    [("cpu", None), ("cuda", None), ("cuda", "int8"), ("cuda", "int4")],
 )
 def test_memory_of_a_step(platform, quantization):
     memory, weights, state, trained = step_memory(platform, quantization)

@@ -132,7 +132,7 @@ def test_a_closed_terminal_saves_and_ends_with_143(cache, data, tmp_path):
     assert int(step.name) >= 3 and not (tmp_path / "a" / WEIGHTS).exists()
 
 
-def test_what_changed_is_said_and_nothing_lost(cache, data, tmp_path):
+def test_changed_flags_and_data_are_named_and_nothing_is_lost(cache, data, tmp_path):
     assert train(cache, data, tmp_path / "a") == 0
     with pytest.raises(UsageError, match="holds a training already"):
         train(cache, data, tmp_path / "a")
@@ -163,7 +163,7 @@ def test_what_changed_is_said_and_nothing_lost(cache, data, tmp_path):
         )
 
 
-def test_sets_that_are_looked_at(cache, data, tmp_path, capsys):
+def test_sets_are_evaluated(cache, data, tmp_path, capsys):
     general = write(tmp_path / "general.jsonl", [{"instruction": "你好", "output": "你好！"}])
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("3 号茶叫什么\n", encoding="utf-8")
@@ -177,8 +177,8 @@ def test_sets_that_are_looked_at(cache, data, tmp_path, capsys):
     assert capsys.readouterr().err.count("3 号茶叫什么 -> ") == 3
 
 
-def test_patience_ends_a_run_with_its_best_parameters(cache, data, tmp_path, capsys):
-    """What the model knows already it forgets from the first step on."""
+def test_early_stopping_returns_the_best_parameters(cache, data, tmp_path, capsys):
+    """The model forgets from the first step what it knew."""
     known = write(
         tmp_path / "known.jsonl",
         [{"instruction": "早上好", "output": "早上好！祝你今天一切顺利。"}],

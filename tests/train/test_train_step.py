@@ -25,7 +25,7 @@ from tests.support.toy import (
 )
 from train import step as step_module
 from train.data.batch import Batch
-from train.step import LossScale, init_state, loss_sum, make_eval, make_step, train_step
+from train.step import LossScale, init_state, make_eval, make_step, train_step
 
 SMALL = dataclasses.replace(TOY, num_layers=2)
 KEY = jax.random.key(5)
@@ -366,11 +366,3 @@ def test_a_loss_of_the_adapter_only_needs_no_gradient_of_the_base():
         return step.lower(*args).cost_analysis()["flops"]
 
     assert flops(params, lora) < 0.75 * flops(None, params)
-
-
-def test_one_loss_for_both_forms_of_layers():
-    batch = batch_of(random_tokens(2, 8))
-    loss = jax.jit(loss_sum, static_argnums=0)
-    stacked_layers = loss(SMALL, small_params(), adapter(), batch)
-    as_list = loss(SMALL, unstack_layers(small_params()), adapter(), batch)
-    assert float(as_list[0]) == pytest.approx(float(stacked_layers[0]), rel=1e-6)

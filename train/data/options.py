@@ -64,7 +64,7 @@ def add_data_options(parser: Parser) -> None:
     add("--max-bad", type=whole, default=0, metavar="N", help="leave out up to N bad rows")
     add(
         "--train-on-prompt", action="store_true",
-        help="compute the loss on questions, too, not only on answers and their end",
+        help="compute the loss on questions, too, not only on answers and end tokens",
     )  # fmt: skip
     add(
         "--pack", action="store_true",

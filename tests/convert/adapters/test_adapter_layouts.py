@@ -1,10 +1,7 @@
 """Adapters between the published layout and the HF-native one, without torch."""
 
 import json
-import subprocess
-import sys
 import tempfile
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from convert import open_folder, to_peft
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
 from convert.loading.folder import fingerprint
-from glm2_jax import CheckpointError, UsageError
+from glm2_jax import CheckpointError
 from glm2_jax.cli import main as cli
 from glm2_jax.lora import TARGETS, LoRA
 from tests.convert.writing.test_to_pytorch import random_lora
@@ -161,113 +158,55 @@ def test_adapters_of_q_k_and_v_become_one_of_their_ranks_together(tmp_path, rslo
         a["a"][1][:2], stored[f"{BLOCK}.1.self_attn.q_proj.lora_A.weight"]
     )
     assert not a["q"][..., 2:].any() and not a["k"][..., [0, 1, 3, 4, 5]].any()
-    # alpha / r is kept: what PEFT would compute of the fused one is the same.
+    # alpha / r is kept: PEFT computes the same with the fused one.
     save_adapter(tmp_path / "fused", adapter)
-    again = load_adapter(tmp_path / "fused", TINY)
-    np.testing.assert_allclose(
-        [again.lora.scale[x] for x in TARGETS], [adapter.lora.scale[x] for x in TARGETS], rtol=1e-8
-    )
-    if not rslora:
-        config = json.loads((tmp_path / "fused" / CONFIG).read_text())
-        assert config["r"] == 6 and config["lora_alpha"] / config["r"] == 6 / 1  # that of k
-    save_adapter(tmp_path / "back", again, layout="glm")
-    back = native_deltas(tmp_path / "back")
-    for module, delta in native_deltas(folder).items():
-        if module != "down_proj":  # that of layer 0 has an alpha of its own
-            np.testing.assert_allclose(back[module], delta, rtol=1e-5, atol=1e-6)
-    down = native_deltas(folder)["down_proj"]
-    scale = 1 / 6
-    np.testing.assert_allclose(back["down_proj"][0], scale * down[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(back["down_proj"][1], down[1], rtol=1e-5, atol=1e-6)
-
-
-def test_q_and_v_alone(tmp_path):
-    folder = native_folder(tmp_path / "glm", modules=("q_proj", "v_proj"))
-    adapter = load_adapter(folder, TINY)
-    assert adapter.targets == ("query_key_value",) and adapter.rank("query_key_value") == 4
-    assert not adapter.lora.layers["query_key_value"]["k"].any()
-    assert_same_deltas(adapter.lora, folder)
-    save_adapter(tmp_path / "back", adapter, layout="glm")
-    one, other = load_file(folder / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name])
+    save_adapter(tmp_path / "back", load_adapter(tmp_path / "fused", TINY), layout="glm")
+    expected = native_deltas(folder)
+    expected["down_proj"][0] /= 6  # an alpha of layer 0
+    for module, delta in native_deltas(tmp_path / "back").items():
+        np.testing.assert_allclose(delta, expected[module], rtol=1e-5, atol=1e-6)
 
 
 def test_layers_without_an_adapter(tmp_path):
-    folder = native_folder(tmp_path / "glm", modules=("q_proj", "k_proj"))
-    tensors = load_file(folder / WEIGHTS)
-    kept = {name: x for name, x in tensors.items() if f"{BLOCK}.0." not in name}
-    del kept[f"{BLOCK}.1.self_attn.k_proj.lora_A.weight"]
-    save_file(kept, folder / WEIGHTS)
-    with pytest.raises(CheckpointError) as caught:
-        load_adapter(folder, TINY)
-    assert "missing: model.layers.0.self_attn.q_proj" in str(caught.value)
-    assert "missing: lora_A of model.layers.1.self_attn.k_proj" in str(caught.value)
-    save_file({n: x for n, x in kept.items() if "k_proj" not in n}, folder / WEIGHTS)
+    folder = native_folder(tmp_path / "glm", modules=("q_proj",), only=[1])
+    assert "missing: lora_A of model.layers.0.self_attn.q_proj" in str(
+        pytest.raises(CheckpointError, load_adapter, folder, TINY).value
+    )
     raw = json.loads((folder / CONFIG).read_text()) | {"layers_to_transform": [1]}
     (folder / CONFIG).write_text(json.dumps(raw))
-    with pytest.raises(CheckpointError, match="is not complete: 2 of its 4 tensors are missing"):
-        load_adapter(folder, TINY)
-    (folder / CONFIG).write_text(json.dumps(raw | {"target_modules": ["q_proj"]}))
     lora = load_adapter(folder, TINY).lora
     assert not lora.layers["query_key_value"]["q"][0].any()
     assert lora.layers["query_key_value"]["q"][1].any()
-
-
-@pytest.mark.parametrize(
-    ("raw", "named"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias = 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ],
-)
-def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, raw, named):
-    with pytest.raises(CheckpointError, match="not supported") as caught:
-        load_adapter(native_folder(tmp_path / "glm", **raw), TINY)
-    assert named in str(caught.value)
-
-
-def test_matrices_that_are_not_adapted_are_named(tmp_path):
-    folder = native_folder(tmp_path / "glm", modules=("q_proj",))
     tensors = load_file(folder / WEIGHTS)
+    tensors[f"{BLOCK}.0.self_attn.q_proj.lora_A.weight"] = np.zeros((2, 32), np.float32)
     tensors["base_model.model.extra.lora_A.weight"] = np.zeros((2, 32), np.float32)
-    tensors[f"{BLOCK}.0.self_attn.gate_proj.lora_A.weight"] = np.zeros((2, 32), np.float32)
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(CheckpointError) as caught:
-        load_adapter(folder, TINY)
-    message = str(caught.value)
+    message = str(pytest.raises(CheckpointError, load_adapter, folder, TINY).value)
     assert "2 problems" in message and "unexpected: base_model.model.extra" in message
+    assert f"q_proj.lora_A.weight, {CONFIG} does not adapt it" in message
     assert ", ".join(NATIVE) in message
-    with pytest.raises(CheckpointError, match="24 problems(.|\\n)*; and 21 more\\n") as caught:
-        load_adapter(native_folder(tmp_path / "wide", r=5), TINY)
-    assert str(caught.value).count("\n") == 2 and str(caught.value).count("wrong shape") == 3
 
 
 @pytest.mark.parametrize(
-    ("name", "does"),
+    "name",
     [
-        ("model.embed_tokens.lora_embedding_A", "adapts"),
-        ("lm_head.lora_A.weight", "adapts"),
-        ("lm_head.weight", "holds"),
-        ("transformer.embedding.word_embeddings.lora_embedding_B", "adapts"),
-        ("transformer.output_layer.base_layer.weight", "holds"),
+        "model.embed_tokens.lora_embedding_A",
+        "lm_head.weight",
+        "transformer.output_layer.base_layer.weight",
     ],
 )
-def test_embedding_and_head_are_refused_by_name(tmp_path, name, does):
+def test_embedding_and_head_are_refused_by_name(tmp_path, name):
     folder = native_folder(tmp_path / "glm", modules=("q_proj",))
     tensors = load_file(folder / WEIGHTS)
     tensors[f"base_model.model.{name}"] = np.zeros((2, 32), np.float32)
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(CheckpointError, match=f"{does} the embedding or the head") as caught:
+    with pytest.raises(CheckpointError, match="the embedding or the head") as caught:
         load_adapter(folder, TINY)
     lines = str(caught.value).splitlines()
     assert len(lines) == 3 and name in lines[1] and "merge it into its base" in lines[2]
-    assert ("save_embedding_layers=False" in lines[2]) == (does == "holds")
 
 
-@settings(max_examples=10, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(
     kv_heads=st.sampled_from([1, 2, 4]),
     hidden=st.integers(1, 24),
@@ -296,7 +235,7 @@ def test_any_adapter_of_ours_goes_and_comes_back(
         assert_same_deltas(lora, Path(name) / "glm", config)
 
 
-@settings(max_examples=10, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(
     kv_heads=st.sampled_from([1, 2, 4]),
     hidden=st.integers(1, 24),
@@ -332,20 +271,6 @@ def test_any_adapter_of_theirs_comes_and_goes_back(
         assert_same_deltas(fused.lora, Path(name) / "back", config)
 
 
-# The command.
-
-
-def test_help_needs_no_jax():
-    code = (
-        "import sys; sys.modules['jax'] = None\n"
-        "from convert import to_peft\n"
-        "print(to_peft.build_parser().format_help())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "example:\n  python -m convert.to_peft" in done.stdout and "--base" in done.stdout
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_official(tmp_path_factory.mktemp("base") / "model")
@@ -371,49 +296,3 @@ def test_the_command_goes_both_ways(tmp_path, base, capsys):
     assert (found.base, found.template, found.extra) == (known, "chatglm2", {"a": 1})
     one, other = (load_file(tmp_path / x / WEIGHTS) for x in ("lora", "b"))
     assert all(np.array_equal(one[name], other[name]) for name in one | other)
-
-
-def test_an_adapter_of_another_base(tmp_path, base, capsys):
-    wide = tiny_config(hidden_size=64)
-    native_folder(tmp_path / "wide", wide)
-    save_adapter(tmp_path / "other", Adapter(random_lora(), base="0" * 64))
-    before = names(tmp_path)
-    flags = (tmp_path / "b", "--layout", "chatglm", "--base", base)
-    assert run(tmp_path / "wide", *flags, "--force-adapter") == 4
-    assert "is (2, 64) instead of (2, 32)" in capsys.readouterr().err
-    assert run(tmp_path / "other", *flags) == 4
-    assert "another base" in capsys.readouterr().err and names(tmp_path) == before
-    assert run(tmp_path / "other", *flags, "--force-adapter") == 0
-    assert "forced" in capsys.readouterr().err
-    assert load_adapter(tmp_path / "b", TINY).base == fingerprint(open_folder(base))
-
-
-def test_bad_places(tmp_path, base, capsys, monkeypatch):
-    native_folder(tmp_path / "glm")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/mine").write_text("kept")
-    flags = ("--layout", "chatglm", "--base", base)
-    for place, why in (("b", "exists"), ("glm", "onto itself")):
-        assert run(tmp_path / "glm", tmp_path / place, *flags) == 2
-        assert why in capsys.readouterr().err
-    assert names(tmp_path / "b") == ["mine"]
-    assert run(tmp_path / "b", tmp_path / "c", *flags) == 4
-    assert "is not an adapter" in capsys.readouterr().err
-    assert run(base, tmp_path / "c", *flags) == 4
-    assert "is a model" in capsys.readouterr().err
-    assert run(tmp_path / "glm", tmp_path / "c", "--layout", "chatglm") == 2  # no base
-    usage = namedtuple("usage", "total used free")
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-        assert run(tmp_path / "glm", tmp_path / "c", *flags) == 3
-    assert "not enough space" in capsys.readouterr().err
-
-    def stop(*args):
-        assert len(names(tmp_path)) == 3  # the folder under its temporary name
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("convert.files.safetensors_writer.HashingFile.write", stop)
-    assert run(tmp_path / "glm", tmp_path / "c", *flags) == 130
-    assert names(tmp_path) == ["b", "glm"]
-    with pytest.raises(UsageError, match="unknown layout"):
-        save_adapter(tmp_path / "c", Adapter(random_lora()), layout="gguf")

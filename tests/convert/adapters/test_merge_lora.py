@@ -1,13 +1,7 @@
 """`convert.merge_lora`: the merged model is base and adapter, and nothing wrong is left behind."""
 
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
-from collections import namedtuple
 from pathlib import Path
 
 import jax
@@ -25,8 +19,7 @@ from convert.files.manifest import verify_checkpoint
 from convert.files.shards import open_weights
 from convert.loading.folder import fingerprint
 from convert.writing import floats, merge_check
-from convert.writing.own import convert_folder, size_of_conversion
-from glm2_jax import DeviceError, UsageError
+from convert.writing.own import convert_folder
 from glm2_jax.cli import main
 from glm2_jax.lora import init_lora
 from tests.convert.adapters.test_adapter_layouts import deltas
@@ -77,10 +70,9 @@ def lora(tmp_path):
     return adapter_folder(tmp_path / "lora")
 
 
-@pytest.mark.parametrize("targets", ["attn", "all-linear"])
-def test_merged_equals_unmerged(tmp_path, base, targets, capsys):
+def test_merged_equals_unmerged(tmp_path, base, capsys):
     known = fingerprint(open_folder(base))
-    adapter = adapter_folder(tmp_path / "lora", targets, base=known, template="chatglm2")
+    adapter = adapter_folder(tmp_path / "lora", "attn", base=known, template="chatglm2")
     assert run(base, adapter, tmp_path / "new", "--bound", "1e-4") == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'new'}\n" and "shows little" not in err
@@ -93,8 +85,8 @@ def test_merged_equals_unmerged(tmp_path, base, targets, capsys):
     assert manifest.source == f"{base} + {adapter}" and manifest.dtype == "float32"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_within_its_bound(tmp_path, lora, dtype, capsys):
+def test_half_precision_within_its_bound(tmp_path, lora, capsys):
+    dtype = "bfloat16"
     source = write_official(tmp_path / "a", dtype=dtype)
     assert run(source, lora, tmp_path / "new", "--max-shard-size", "20kB") == 0
     assert open_folder(tmp_path / "new").stored_dtype == dtype
@@ -106,9 +98,8 @@ def test_half_precision_within_its_bound(tmp_path, lora, dtype, capsys):
     jax.tree.map(np.testing.assert_array_equal, half, whole)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_a_quantized_base(tmp_path, lora, scheme, capsys):
-    convert_folder(open_folder(write_official(tmp_path / "a")), tmp_path / "q", quantize=scheme)
+def test_a_quantized_base(tmp_path, lora, capsys):
+    convert_folder(open_folder(write_official(tmp_path / "a")), tmp_path / "q", quantize="int4")
     before = names(tmp_path)
     assert run(tmp_path / "q", lora, tmp_path / "new") == 2
     assert "--dequantize" in capsys.readouterr().err and names(tmp_path) == before
@@ -119,32 +110,13 @@ def test_a_quantized_base(tmp_path, lora, scheme, capsys):
     assert_merged(tmp_path / "new", tmp_path / "q", lora, 1e-4, **options)
 
 
-@pytest.mark.parametrize("kind", ["HF-native", "ChatGLM3"])
-def test_bases_of_other_kinds(tmp_path, base, kind, capsys):
-    """The command compares the logits; here it is the weights."""
-    config, source = TINY, tmp_path / "source"
-    if kind == "HF-native":
-        pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
-        export_folder(open_folder(base), source, layout="glm")
-    else:
-        config = tiny_config(family="chatglm3", rope_ratio=50.0, rope_kind="base", num_layers=1)
-        write_official(source, config, dtype="float32")
-    assert open_folder(source).config.family == config.family
-    lora = adapter_folder(tmp_path / "lora", config=config)
-    assert run(source, lora, tmp_path / "new", "--bound", "1e-4") == 0
-    found = re.search(r"adapter changes logits by up to (\S+)\)", capsys.readouterr().err)
-    assert found and float(found[1]) > 0.1
+def test_an_hf_native_base(tmp_path, base, lora):
+    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    export_folder(open_folder(base), tmp_path / "source", layout="glm")
+    assert run(tmp_path / "source", lora, tmp_path / "new", "--bound", "1e-4") == 0
     merged = open_folder(tmp_path / "new")
-    assert merged.layout == "own" and merged.config == open_folder(source).config
-    assert merged.template == config.default_template
-    adapter = load_adapter(lora, config)
-    plain, new = (load_checkpoint(x).params["layers"] for x in (source, merged.path))
-    places = {"dense": "o", "dense_h_to_4h": "gate_up", "dense_4h_to_h": "down"}
-    added = {places.get(target, part): x for (target, part), x in deltas(adapter.lora).items()}
-    for name, weight in plain.items():
-        change = added[name].reshape(weight.shape) if name in added else 0
-        np.testing.assert_allclose(new[name], weight + change, atol=2e-6)
-        assert name not in added or np.abs(change).max() > 0.1
+    assert merged.layout == "own" and merged.config == open_folder(tmp_path / "source").config
+    assert_merged(tmp_path / "new", tmp_path / "source", lora, 1e-4, dtype="float32")
 
 
 @settings(max_examples=6, derandomize=True, deadline=None)
@@ -188,40 +160,6 @@ def test_any_shape_and_type(kv_heads, hidden, ffn, rank, dtype, layout):
             assert merged.tobytes() == found.tobytes()
 
 
-def test_the_library_never_merges_into_quantized_weights(base, lora):
-    adapter = load_adapter(lora, TINY)
-    with pytest.raises(UsageError, match="quantized"):
-        size_of_conversion(open_folder(base), None, "int8", adapter=adapter)
-
-
-def test_an_adapter_of_another_base(tmp_path, base, capsys):
-    wide = adapter_folder(tmp_path / "wide", config=tiny_config(hidden_size=64))
-    other = adapter_folder(tmp_path / "other", base="0" * 64)
-    before = names(tmp_path)
-    assert run(base, wide, tmp_path / "new", "--force-adapter") == 4
-    assert "does not fit the model" in capsys.readouterr().err
-    assert run(base, other, tmp_path / "new") == 4
-    assert "another base" in capsys.readouterr().err and names(tmp_path) == before
-    assert run(base, other, tmp_path / "new", "--force-adapter", "--skip-check") == 0
-    assert "forced" in capsys.readouterr().err
-
-
-def test_a_destination_that_exists(tmp_path, base, lora, capsys, monkeypatch):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new/mine").write_text("kept")
-    with monkeypatch.context() as patch:
-        patch.setattr(merge_check, "load_checkpoint", pytest.fail)  # it is known before
-        assert run(base, lora, tmp_path / "new") == 2
-        assert "exists" in capsys.readouterr().err
-        assert run(base, lora, tmp_path / "new", "--overwrite") == 2
-        assert run(base, lora, base) == 2 and run(base, lora, lora) == 2
-        usage = namedtuple("usage", "total used free")
-        patch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-        assert run(base, lora, tmp_path / "more") == 3
-        assert "not enough space" in capsys.readouterr().err
-    assert names(tmp_path / "new") == ["mine"] and names(tmp_path) == ["base", "lora", "new"]
-
-
 def test_a_wrong_merge_is_refused(tmp_path, base, lora, capsys, monkeypatch):
     right = floats.update_of
 
@@ -230,10 +168,9 @@ def test_a_wrong_merge_is_refused(tmp_path, base, lora, capsys, monkeypatch):
 
     monkeypatch.setattr(floats, "update_of", wrong)
     save(tmp_path / "old")
-    for flags, target in [((), "new"), (("--overwrite",), "old")]:
-        assert run(base, lora, tmp_path / target, *flags) == 4
-        err = capsys.readouterr().err
-        assert "differs from base and adapter" in err and "0.001" in err
+    assert run(base, lora, tmp_path / "old", "--overwrite") == 4
+    err = capsys.readouterr().err
+    assert "differs from base and adapter" in err and "0.001" in err
     assert names(tmp_path) == ["base", "lora", "old"]
     assert verify_checkpoint(tmp_path / "old").source == "a test"
 
@@ -248,7 +185,7 @@ def test_the_bound_can_be_chosen(tmp_path, base, lora, capsys):
         assert run(base, lora, tmp_path / "new", f"--bound={bad}") == 2
 
 
-def test_numbers_that_are_none_are_refused(tmp_path, base, lora):
+def test_nan_is_refused(tmp_path, base, lora):
     check = merge_check.MergeCheck(open_folder(base), load_adapter(lora, TINY), "float32")
     check.expected = np.full_like(check.expected, np.nan)
     with pytest.raises(merge_check.CheckpointError, match="nan"):
@@ -259,14 +196,6 @@ def test_too_little_memory(tmp_path, base, lora, capsys, monkeypatch):
     monkeypatch.setattr(merge_check, "available_memory", lambda: 1000)
     assert run(base, lora, tmp_path / "new", "--device", "cpu") == 5
     assert "--skip-check" in capsys.readouterr().err and names(tmp_path) == ["base", "lora"]
-    monkeypatch.undo()
-
-    def full(*args, **kwargs):
-        raise MemoryError("too much")
-
-    monkeypatch.setattr(merge_check, "load_checkpoint", full)
-    with pytest.raises(DeviceError, match="too much"):
-        merge_check.MergeCheck(open_folder(base), load_adapter(lora, TINY), "float32")
 
 
 def test_an_interrupted_merge_leaves_nothing(tmp_path, base, lora, monkeypatch):
@@ -276,28 +205,10 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, base, lora, monkeypatch):
 
     monkeypatch.setattr(merge_check.MergeCheck, "require", stop)
     assert run(base, lora, tmp_path / "new") == 130
-    monkeypatch.setattr("convert.files.safetensors_writer.HashingFile.write", stop)
-    assert run(base, lora, tmp_path / "new", "--skip-check") == 130
     assert names(tmp_path) == ["base", "lora"]
 
 
-def test_a_dry_run_writes_nothing(tmp_path, base, lora, capsys):
-    assert run(base, lora, tmp_path / "new", "--dry-run", "--dtype", "half") == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["bytes"] == 2 * TINY.num_params and not plan["written"]
-    assert names(tmp_path) == ["base", "lora"]
-
-
-def test_help_needs_no_jax_and_tells_the_bounds():
-    code = (
-        "import sys; sys.modules['jax'] = None\n"
-        "from convert import merge_lora\n"
-        "print(merge_lora.build_parser().format_help())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_help_states_the_bounds():
     assert merge_check.BOUNDS == {"float32": 0.001, "float16": 0.125, "bfloat16": 1.0}
-    text = " ".join(done.stdout.split())
+    text = " ".join(merge_lora.build_parser().format_help().split())
     assert "0.001 in float32, 0.125 in float16, 1 in bfloat16" in text

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert import load_checkpoint
-from convert.adapters.prefix import attach_prefix, load_prefix, measure_prefix, open_prefix
+from convert.adapters.prefix import attach_prefix, load_prefix, measure_prefix
 from glm2_jax.errors import CheckpointError
 from glm2_jax.prefix import Prefix, prefix_length, with_prefix
 from tests.support.checkpoints import TINY, official_tensors, random_params, write_official
@@ -36,9 +36,10 @@ def base(tmp_path_factory):
     return write_official(tmp_path_factory.mktemp("base"), dtype="float32")
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("projection", [False, True])
-@pytest.mark.parametrize("start", [START, "prefix_encoder.", ""])
+@pytest.mark.parametrize(
+    ("kind", "projection", "start"),
+    [("bin", False, START), ("safetensors", True, "prefix_encoder."), ("bin", True, "")],
+)
 def test_keys_and_values(tmp_path, kind, projection, start):
     tensors = encoder(TINY, 3, projection=projection)
     renamed = {name.replace(START, start): x for name, x in tensors.items()}
@@ -46,7 +47,7 @@ def test_keys_and_values(tmp_path, kind, projection, start):
     for ours, expected in zip((found.k, found.v), numpy_prefix(TINY, tensors), strict=True):
         assert ours.dtype == np.float32 and ours.shape == (2, 3, 2, 8)
         np.testing.assert_allclose(ours, expected, atol=1e-5)
-    assert found.projection is projection and found.length == measure_prefix(tmp_path) == 3
+    assert found.length == measure_prefix(tmp_path) == 3
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)
@@ -112,13 +113,12 @@ def test_what_the_training_leaves_beside_is_ignored(tmp_path, base):
     for name in ("optimizer.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"):
         (saved / name).write_bytes(b"not read")
     (tmp_path / "output" / "all_results.json").write_text("{}")
-    found = open_prefix(tmp_path / "output", base)  # the only one in there
+    found = load_prefix(saved, TINY)
     assert found.source == str(saved) and found.length == 3
     with pytest.raises(CheckpointError, match=r"P-Tuning v2 prefix, not a model(.|\n)*--prefix"):
         load_checkpoint(saved)
-    write_prefix(tmp_path / "output" / "checkpoint-1000", encoder(TINY, 3))
     message = refusal(tmp_path / "output")
-    assert "several prefixes" in message and "checkpoint-1000, checkpoint-3000" in message
+    assert "no weights" in message and "all_results.json, checkpoint-3000" in message
 
 
 def test_the_checkpoint_is_another_one(tmp_path, base):
@@ -131,7 +131,7 @@ def test_the_checkpoint_is_another_one(tmp_path, base):
     assert len({checkpoint.fingerprint, first.fingerprint, other.fingerprint}) == 3
     assert prefix_length(first.params) == 3 and prefix_length(checkpoint.params) == 0
     assert first.params["prefix"].k.dtype == "bfloat16"
-    assert "3 tokens (P-Tuning v2, without projection)" in first.notes[-1]
+    assert "3 tokens (P-Tuning v2)" in first.notes[-1]
     huge = dataclasses.replace(one, k=one.k + np.float32(1e6))
     half = load_checkpoint(base, dtype="float16")
     with pytest.raises(CheckpointError, match="float16 cannot represent"):
@@ -160,9 +160,9 @@ def test_wrong_shapes_and_numbers(tmp_path):
     plain, projected = encoder(TINY, 3), encoder(TINY, 3, projection=True)
     folder = write_prefix(tmp_path, plain)
     message = refusal(folder, dataclasses.replace(TINY, num_layers=3))
-    assert f"{WIDTH} numbers; 2 layers of this kind; the model needs 96 = 3 layers" in message
+    assert f"{WIDTH} numbers; the model needs 96 = 3 layers" in message
     assert "x 4 groups x 8" in refusal(folder, dataclasses.replace(TINY, num_kv_heads=4))
-    assert "whole context has 2" in refusal(folder, dataclasses.replace(TINY, seq_length=2))
+    assert "context has 2" in refusal(folder, dataclasses.replace(TINY, seq_length=2))
     folder = write_prefix(tmp_path, projected)
     message = refusal(folder, dataclasses.replace(TINY, hidden_size=48))
     assert f"trans.0.weight is (32, {WIDTH}) instead of (48, {WIDTH})" in message
@@ -173,7 +173,7 @@ def test_wrong_shapes_and_numbers(tmp_path):
     folder = write_prefix(tmp_path, with_value(projected, "trans.2.weight", np.nan))
     assert "NaN or infinity: trans.2.weight" in refusal(folder)
     large = projected | {START + "trans.2.weight": projected[START + "trans.2.weight"] * 0 + 3e38}
-    assert "what its projection gives" in refusal(write_prefix(tmp_path, large))
+    assert "the result of its projection" in refusal(write_prefix(tmp_path, large))
     integers = {START + "embedding.weight": np.ones((3, WIDTH), np.int8)}
     assert "int8, not a float" in refusal(write_prefix(tmp_path, integers))
     for shape, said in (((0, WIDTH), "is empty"), ((WIDTH,), f"is damaged: .* is \\({WIDTH},\\)")):
@@ -193,40 +193,18 @@ def test_wrong_shapes_and_numbers(tmp_path):
 def test_incomplete_encoders(tmp_path):
     projected = encoder(TINY, 3, projection=True)
     short = {name: x for name, x in projected.items() if not name.endswith("2.bias")}
-    assert "lacks trans.2.bias" in refusal(write_prefix(tmp_path, short))
-    short = {name: x for name, x in projected.items() if ".trans." in name}
-    assert "has no transformer.prefix_encoder.embedding.weight" in refusal(
-        write_prefix(tmp_path, short)
-    )
+    headless = {name: x for name, x in projected.items() if ".trans." in name}
     twice = projected | {"embedding.weight": projected[START + "embedding.weight"]}
-    assert "twice" in refusal(write_prefix(tmp_path, twice))
+    for tensors in (short, headless, twice):
+        assert "not hold one complete" in refusal(write_prefix(tmp_path, tensors))
     with (tmp_path / "pytorch_model.bin").open("r+b") as file:
         file.truncate(100)
     refused = pytest.raises(CheckpointError, load_prefix, tmp_path, TINY)
     assert "pytorch_model.bin" in str(refused.value)
 
 
-def test_a_pickled_list(tmp_path):
-    torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
-    torch.save([torch.ones(3)], tmp_path / "pytorch_model.bin")
-    assert "a list, so that no tensor has a name" in refusal(tmp_path)
-
-
-def test_the_configuration_beside_it(tmp_path):
-    write_prefix(tmp_path, encoder(TINY, 3, projection=True))
-    for raw, said in (
-        ({"pre_seq_len": 128}, "says pre_seq_len = 128, the weights hold 3 prefix tokens"),
-        ({"pre_seq_len": 3, "prefix_projection": False}, "the weights hold a projection"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(raw))
-        assert said in refusal(tmp_path)
-    # A configuration of the base, which knows of no prefix.
-    (tmp_path / "config.json").write_text('{"pre_seq_len": null, "prefix_projection": false}')
-    assert load_prefix(tmp_path, TINY).length == 3
-
-
 def test_what_is_no_prefix(tmp_path, base):
-    assert "not there" in refusal(tmp_path / "absent")
+    assert "not found" in refusal(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "but nothing" in refusal(tmp_path / "empty")
     file = write_prefix(tmp_path / "prefix", encoder(TINY, 3)) / "pytorch_model.bin"
@@ -236,9 +214,9 @@ def test_what_is_no_prefix(tmp_path, base):
     message = refusal(tmp_path / "lora")
     assert "adapter of the PEFT library" in message and "--adapter" in message
     message = refusal(base)
-    assert "is no prefix" in message and "--model" in message
+    assert "is not a prefix" in message and "--model" in message
     both = official_tensors(TINY, random_params(TINY)) | encoder(TINY, 3)
     message = refusal(write_official(tmp_path / "both", tensors=both))
-    assert "holds more than a prefix: 18 other tensors" in message and "of their own" in message
+    assert "holds more than a prefix: 18 other tensors" in message
     with pytest.raises(CheckpointError, match="together with a P-Tuning v2 prefix"):
         load_checkpoint(tmp_path / "both")

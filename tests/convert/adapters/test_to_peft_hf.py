@@ -9,7 +9,6 @@ import pytest
 
 from convert import export_folder, load_checkpoint, open_folder
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from glm2_jax import CheckpointError
 from glm2_jax.lora import init_lora
 from tests.convert.adapters.test_adapter_layouts import deltas, native_deltas, run
 from tests.support.checkpoints import random_params, save, tiny_config
@@ -88,18 +87,14 @@ def trained(model, **settings):
     return wrapped.eval()
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model, rslora):
-    alpha = 8 if rslora else 16  # the same scale, so the same program
-    lora = init_lora(
-        CONFIG, jax.random.key(0), rank=4, alpha=alpha, targets="all-linear", rslora=rslora
-    )
+def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model):
+    lora = init_lora(CONFIG, jax.random.key(0), rank=4, alpha=8, targets="all-linear", rslora=True)
     leaves, tree = jax.tree.flatten(lora)
     random = np.random.default_rng(1)
     lora = jax.tree.unflatten(
         tree, [0.1 * random.standard_normal(x.shape, np.float32) for x in leaves]
     )
-    save_adapter(tmp_path / "lora", Adapter(lora, rslora=rslora))
+    save_adapter(tmp_path / "lora", Adapter(lora, rslora=True))
     command = (tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base)
     assert run(*command) == 0
     wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "glm")).eval()
@@ -117,7 +112,6 @@ def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model, rslora):
     [
         ({"target_modules": NATIVE, "r": 2, "lora_alpha": 6}, 6),
         ({"target_modules": "all-linear", "r": 3, "lora_alpha": 5, "use_rslora": True}, 9),
-        ({"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}, 8),
         (
             {
                 "target_modules": ["q_proj", "k_proj", "down_proj"], "r": 4,
@@ -126,9 +120,8 @@ def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model, rslora):
             },
             5,
         ),
-        ({"target_modules": ["q_proj"], "r": 4, "layers_to_transform": [1]}, 4),
     ],
-    ids=["all", "rslora", "q and v", "patterns", "one layer"],
+    ids=["all", "rslora", "patterns"],
 )  # fmt: skip
 def test_we_take_what_peft_trained_there(tmp_path, base, model, settings, rank):
     wrapped = trained(model, **settings)
@@ -166,18 +159,3 @@ def test_an_adapter_of_theirs_is_merged_into_an_export(tmp_path, base, model):
     export_folder(open_folder(base), tmp_path / "glm", layout="glm", lora=lora)
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "glm", dtype=torch.float32)
     assert np.abs(theirs(found.eval()) - theirs(wrapped)).max() <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ],
-)
-def test_what_is_not_done_is_refused_by_name(tmp_path, model, settings, named):
-    config = peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | settings)
-    peft.get_peft_model(model, config).save_pretrained(str(tmp_path))
-    with pytest.raises(CheckpointError, match=f"not supported: .*{named}"):
-        load_adapter(tmp_path, CONFIG)

@@ -18,19 +18,16 @@ def fails(error, *arguments, **keywords):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["tiny", "a/b/c", "/a/b", "../a", "a/..", "https://a.b/c", "", "a/b\n", "a/" + "b" * 5000],
+    "name", ["tiny", "a/b/c", "../a", "a/..", "https://a.b/c", "", "a/b\n", "a/" + "b" * 5000]
 )
-def test_what_is_no_name(name):
+def test_what_is_not_a_name(name):
     assert "OWNER/NAME" in fails(UsageError, name, source="hf")
 
 
-@pytest.mark.parametrize(
-    "name", ["a/my--model", "a--b/c", "a/v1..2", "a/b.", "a/b.git", "a/" + "b" * 120]
-)
+@pytest.mark.parametrize("name", ["a/my--model", "a/v1..2", "a/b.git", "a/" + "b" * 120])
 def test_a_path_that_no_model_can_have_as_its_name_is_not_found(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert f"There is no folder {name}" in fails(CheckpointError, name)
+    assert f"Folder {name} not found" in fails(CheckpointError, name)
 
 
 def test_paths_stay_paths(tmp_path, monkeypatch):
@@ -46,26 +43,25 @@ def test_the_client_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for package in ("huggingface_hub", "modelscope_hub"):
         monkeypatch.setitem(sys.modules, package, None)
+    for module in ("huggingface", "modelscope"):
+        monkeypatch.delitem(sys.modules, f"convert.hub.{module}", raising=False)
     for source in SOURCES:
         assert "the extra hub, or: pip install" in fails(UsageError, NAME, source=source)
-    assert "no copy" in fails(CheckpointError, NAME)
+    assert "no downloaded model" in fails(CheckpointError, NAME)
 
 
-@pytest.mark.parametrize("package", ["huggingface_hub", "modelscope_hub"])
-@pytest.mark.parametrize("text", ["raise ImportError('broken')", "import no_such_package"])
-def test_the_client_is_damaged(monkeypatch, tmp_path, package, text):
+def test_the_client_is_broken(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / f"{package}.py").write_text(text)
-    monkeypatch.delitem(sys.modules, package, raising=False)
-    source = SOURCES[package == "modelscope_hub"]
-    message = fails(UsageError, NAME, source=source)
-    assert f"{package} cannot be imported" in message and "--force-reinstall" in message
+    (tmp_path / "huggingface_hub.py").write_text("raise ImportError('broken')")
+    for module in ("huggingface_hub", "convert.hub.huggingface"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    message = fails(UsageError, NAME, source="hf")
+    assert "huggingface_hub, which cannot be imported" in message and "broken" in message
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("THUDM/chatglm-6b", "first generation"),
         ("thudm/chatglm-6b-int4", "first generation"),
         ("zai-org/glm-4-9b-chat", "another tokenizer"),
     ],
@@ -76,11 +72,11 @@ def test_names_that_are_known_not_to_work(monkeypatch, name, reason):
         assert reason in fails(CheckpointError, name, source=source)
 
 
-@pytest.mark.parametrize("revision", ["", "../x", "a/../b", "/a", "a b", "a\n", "-x"])
-def test_what_is_no_revision(monkeypatch, revision):
+@pytest.mark.parametrize("revision", ["", "a/../b", "/a", "a b", "-x"])
+def test_what_is_not_a_revision(monkeypatch, revision):
     monkeypatch.setattr("convert.hub.clients.open_clients", None)
     for source in (None, *SOURCES):
-        assert "is no revision" in fails(UsageError, NAME, source=source, revision=revision)
+        assert "is not a revision" in fails(UsageError, NAME, source=source, revision=revision)
 
 
 BASE = ["config.json", "tokenizer.model"]
@@ -111,8 +107,8 @@ def test_which_files_are_needed(names, shards, found):
 @pytest.mark.parametrize(
     ("names", "index", "message"),
     [
-        (["config.json"], {}, "tokenizer.model is not there"),
-        (BASE, {}, "No weights are there"),
+        (["config.json"], {}, "tokenizer.model not found"),
+        (BASE, {}, "No weights found"),
         ([*BASE, BIN], {"weight_map": {"a": "a.bin"}}, "1 of 1 files"),
         ([*BASE, BIN], {"weight_map": []}, "0 of 0 files"),
         # What is fetched is what is read: as in a folder, no other set takes its place.

@@ -3,10 +3,6 @@
 import errno
 import json
 import os
-import shutil
-import subprocess
-import sys
-from collections import namedtuple
 from pathlib import Path
 
 import jax
@@ -30,8 +26,9 @@ def leaves_equal(first, second):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("max_shard_size", [4 * 10**9, 50_000])
+@pytest.mark.parametrize(
+    ("dtype", "max_shard_size"), [("float16", 10**9), ("bfloat16", 50_000), ("float32", 50_000)]
+)
 def test_saved_parameters_come_back(tmp_path, dtype, max_shard_size):
     params = jax.tree.map(lambda array: jnp.asarray(array, DTYPES[dtype]), random_params(TINY))
     manifest = save(tmp_path / "own", params, max_shard_size=max_shard_size, template="raw")
@@ -50,16 +47,9 @@ def test_saved_parameters_come_back(tmp_path, dtype, max_shard_size):
     assert names(tmp_path) == ["own"]
 
 
-def test_saving_in_another_type(tmp_path):
-    params = random_params(TINY)
-    save(tmp_path / "own", params, dtype="bf16")
-    found = load_checkpoint(tmp_path / "own", dtype="bfloat16").params
-    expected = jax.tree.map(lambda array: array.astype(ml_dtypes.bfloat16), params)
-    assert leaves_equal(found, expected)
-
-
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("bin", None), ("bin", "float16"), ("safetensors", "float32")]
+)
 def test_converting_is_loading_and_saving(tmp_path, kind, dtype):
     source = write_official(tmp_path / "official", kind=kind, dtype="bfloat16")
     manifest = convert_folder(open_folder(source), tmp_path / "own", dtype=dtype)
@@ -86,8 +76,7 @@ def test_a_rope_kind_given_by_hand_is_kept(tmp_path):
     assert found.template == "raw"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("error", "overwrite"), [(KeyboardInterrupt, True), (RuntimeError, False)])
 def test_stopped_in_the_middle(tmp_path, error, overwrite):
     if overwrite:
         save(tmp_path / "own")
@@ -119,15 +108,6 @@ def test_stopped_between_the_last_renames(tmp_path, monkeypatch):
     verify_checkpoint(tmp_path / "own")
 
 
-def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-    with pytest.raises(InputError, match="bytes are needed and 5000 are free") as caught:
-        save(tmp_path / "deep" / "own")
-    assert caught.value.exit_code == 3
-    assert names(tmp_path) == []
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch, overwrite):
     if overwrite:
@@ -144,16 +124,6 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch, overwrite):
     with pytest.raises(InputError, match="No space left on device"):
         save(tmp_path / "own", overwrite=overwrite)
     assert names(tmp_path) == (["own"] if overwrite else [])
-
-
-def test_a_disk_that_fills_up_at_the_end(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="No space left on device"):
-        save(tmp_path / "own")
-    assert names(tmp_path) == []
 
 
 def test_everything_is_on_the_disk_before_the_name_appears(tmp_path, monkeypatch):
@@ -219,27 +189,15 @@ def test_verify_names_the_file(tmp_path, name):
         verify_checkpoint(tmp_path / "own")
 
 
-def test_the_fingerprint_follows_the_manifest(tmp_path):
-    save(tmp_path / "a")
-    save(tmp_path / "b")
-    other = random_params(TINY)
-    other["embed"][300, 7] += 1
-    save(tmp_path / "c", other)
-    prints = [load_checkpoint(tmp_path / name).fingerprint for name in "abc"]
-    assert prints[0] == prints[1] != prints[2]
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"format": "other"}, "not a manifest of this project"),
         ({"format_version": 2}, "another version"),
-        ({"quantization": "int3"}, "is damaged"),
         ({"quantization": "int4"}, "missing: layers.0.q_scale"),
         ({"quantisation": "int4"}, "missing: layers.0.q_scale"),  # the key of folders before 0.2
         ({"files": None}, "is damaged"),
         ({"files": {"../x": {"size": 1, "sha256": ""}}}, "not a plain file name"),
-        ({"source": 3}, "is damaged"),
     ],
 )
 def test_bad_manifests(tmp_path, changes, reason):
@@ -251,11 +209,3 @@ def test_bad_manifests(tmp_path, changes, reason):
     if "missing" not in reason:  # the files themselves are as they were written
         with pytest.raises(CheckpointError, match=reason):
             verify_checkpoint(tmp_path / "own")
-
-
-def test_torch_is_never_imported():
-    code = (
-        "import sys, convert, convert.writing.own, convert.loading.checkpoint, convert.inspect\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

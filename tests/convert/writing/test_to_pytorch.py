@@ -2,11 +2,7 @@
 
 import importlib.util
 import json
-import shutil
-import subprocess
-import sys
 import tempfile
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +22,11 @@ from convert.layouts.names import GLM, INV_FREQ, PARTS, PUBLISHED, Match
 from convert.loading.folder import Folder
 from convert.writing import pytorch
 from convert.writing.own import convert_folder
-from glm2_jax import PRESETS, CheckpointError, InputError, UsageError
+from glm2_jax import PRESETS, CheckpointError, UsageError
 from glm2_jax.cli import main
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
 from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
 from tests.support.shared_data import shared_path
-
-SHAPES = {
-    "one group, odd ffn": {"num_kv_heads": 1, "ffn_hidden_size": 51},
-    "two groups": {"hidden_size": 40},
-    "as many groups as heads": {"num_kv_heads": 4, "ffn_hidden_size": 33},
-}
 
 
 def tensors(folder):
@@ -71,33 +61,6 @@ def test_a_table_covers_every_parameter_once(rules):
     for rule in rules:
         elements = sum(np.prod(part.shape(TINY)) for part in rule.parts)
         assert np.prod(rule.shape(TINY)) == elements
-
-
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_official_to_ours_to_official(tmp_path, changes, dtype, kind):
-    source = write_official(tmp_path / "a", tiny_config(**changes), dtype=dtype, kind=kind)
-    convert_folder(open_folder(source), tmp_path / "own")
-    export_folder(open_folder(tmp_path / "own"), tmp_path / "b", layout="chatglm")
-    before, after = tensors(source), tensors(tmp_path / "b")
-    assert list(after) == list(before) or set(after) == set(before)
-    for name in before.keys() - {INV_FREQ}:  # that of the source is made up
-        assert after[name][0] == before[name][0]
-        assert after[name][1].tobytes() == before[name][1].tobytes(), name
-    assert open_folder(tmp_path / "b").config == open_folder(source).config
-
-
-def test_the_way_over_the_hf_native_layout_is_exact_too(tmp_path):
-    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
-    source = write_official(tmp_path / "a", dtype="bfloat16")
-    export_folder(open_folder(source), tmp_path / "glm", layout="glm", max_shard_size=20_000)
-    assert open_folder(tmp_path / "glm").layout == "HF-native glm"
-    export_folder(open_folder(tmp_path / "glm"), tmp_path / "b", layout="chatglm")
-    before, after = tensors(source), tensors(tmp_path / "b")
-    assert before.keys() == after.keys()
-    for name in before.keys() - {INV_FREQ}:
-        assert after[name][1].tobytes() == before[name][1].tobytes(), name
 
 
 def test_shards_and_index(tmp_path):
@@ -140,10 +103,10 @@ def test_the_6b_model_has_the_published_size():
     source = Folder.__new__(Folder)
     for name, value in {"config": config, "matches": matches, "scheme": None}.items():
         object.__setattr__(source, name, value)
-    official = pytorch.export_entries(source, "chatglm")
+    official = pytorch.plan_export(source, "chatglm").entries
     assert len(official) == 200
     assert sum(entry.nbytes for entry in official) == 12_487_168_064  # of the published index
-    native = pytorch.export_entries(source, "glm")
+    native = pytorch.plan_export(source, "glm").entries
     assert sum(entry.nbytes for entry in native) == 2 * config.num_params
     shapes = {entry.name: entry.shape for entry in native}
     assert shapes["model.layers.27.self_attn.q_proj.weight"] == (4096, 4096)
@@ -186,9 +149,9 @@ def test_an_adapter_is_added_in_float32(tmp_path, base):
 def test_only_chunks_are_in_memory(tmp_path, monkeypatch):
     save(tmp_path / "own")
     source, lora = open_folder(tmp_path / "own"), random_lora()
-    whole = [list(e.chunks()) for e in pytorch.export_entries(source, "chatglm", lora=lora)]
+    whole = [list(e.chunks()) for e in pytorch.plan_export(source, "chatglm", lora=lora).entries]
     monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)
-    cut = [list(e.chunks()) for e in pytorch.export_entries(source, "chatglm", lora=lora)]
+    cut = [list(e.chunks()) for e in pytorch.plan_export(source, "chatglm", lora=lora).entries]
     assert max(chunk.size for chunks in cut for chunk in chunks) <= 100
     for one, other in zip(whole, cut, strict=True):
         np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), atol=1e-6)
@@ -231,77 +194,11 @@ def test_what_the_new_folder_does_not_keep_is_said(tmp_path, capsys):
     assert "rotary tables" not in err and "written as" not in err
 
 
-def test_a_dry_run_writes_nothing(tmp_path, capsys):
-    source = write_official(tmp_path / "a")
-    assert run(source, tmp_path / "b", "--layout", "chatglm", "--dry-run") == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert not plan["written"] and names(tmp_path) == ["a"]
-    assert plan["bytes"] == sum(x.nbytes for _, x in tensors(source).values())
-
-
-def test_a_destination_that_exists(tmp_path, capsys):
-    source = write_official(tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/mine").write_text("kept")
-    assert run(source, tmp_path / "b", "--layout", "chatglm") == 2
-    assert "exists" in capsys.readouterr().err and names(tmp_path / "b") == ["mine"]
-    assert run(source, source, "--layout", "chatglm") == 2
-
-
-def test_what_is_no_model(tmp_path, capsys):
-    save_adapter(tmp_path / "lora", Adapter(random_lora()))
-    assert run(tmp_path / "lora", tmp_path / "b", "--layout", "chatglm") == 4
-    assert "LoRA adapter" in capsys.readouterr().err
-    assert run(tmp_path / "lora", tmp_path / "b") == 2  # no layout
-    with pytest.raises(UsageError, match="unknown layout"):
-        export_folder(open_folder(write_official(tmp_path / "a")), "x", layout="gguf")
-
-
-def test_an_adapter_of_another_base(tmp_path, capsys):
-    source = write_official(tmp_path / "a")
-    save_adapter(tmp_path / "wide", Adapter(random_lora(tiny_config(hidden_size=64))))
-    assert run(source, tmp_path / "b", "--layout", "chatglm", "--adapter", tmp_path / "wide") == 4
-    assert "does not fit the model" in capsys.readouterr().err
-    save_adapter(tmp_path / "other", Adapter(random_lora(), base="0" * 64))
-    command = (source, tmp_path / "b", "--layout", "chatglm", "--adapter", tmp_path / "other")
-    assert run(*command) == 4 and names(tmp_path) == ["a", "other", "wide"]
-    assert "another base" in capsys.readouterr().err
-    assert run(*command, "--force-adapter") == 0
-    assert "forced" in capsys.readouterr().err
-
-
-def test_no_room_on_the_disk(tmp_path, monkeypatch):
-    source = open_folder(write_official(tmp_path / "a"))
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-    monkeypatch.setattr(pytorch, "write_shards", pytest.fail)  # it is known before
-    with pytest.raises(InputError, match="not enough space"):
-        export_folder(source, tmp_path / "b", layout="chatglm")
-    assert names(tmp_path) == ["a"]
-
-
-def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
-    source = open_folder(write_official(tmp_path / "a"))
-
-    def stop(done, total):
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_folder(source, tmp_path / "b", layout="chatglm", progress=stop)
-    assert names(tmp_path) == ["a"]
-
-
-def test_bad_input_through_the_command(tmp_path, capsys, monkeypatch):
+def test_bad_input_through_the_command(tmp_path, capsys):
     source = write_official(tmp_path / "a")
     command = (source, tmp_path / "b", "--layout", "chatglm")
-    assert run(*command, "--layout", "gguf") == 2 and run(tmp_path / "none", *command[1:]) == 4
+    assert run(*command[:2]) == 2 and run(*command, "--layout", "gguf") == 2
     capsys.readouterr()
-    usage = namedtuple("usage", "total used free")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-        assert run(*command) == 3 and run(*command, "--dry-run") == 3
-    assert "not enough space" in capsys.readouterr().err
     raw = json.loads((source / "config.json").read_text())
     native = native_config(open_folder(source).config, "float16", (2,))
     (source / "config.json").write_text(json.dumps(native))
@@ -311,13 +208,8 @@ def test_bad_input_through_the_command(tmp_path, capsys, monkeypatch):
     assert run(*command) == 4
     assert "'llama'" in capsys.readouterr().err
     (source / "config.json").write_text(json.dumps(raw))
-
-    def stop(*args):
-        assert len(names(tmp_path)) == 2  # the folder under its temporary name
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("convert.files.safetensors_writer.HashingFile.write", stop)
-    assert run(*command) == 130
+    with pytest.raises(UsageError, match="unknown layout"):
+        export_folder(open_folder(source), "x", layout="gguf")
     assert names(tmp_path) == ["a"]
 
 
@@ -329,7 +221,7 @@ def test_logn_scaling_has_no_hf_native_form(tmp_path):
     assert open_folder(tmp_path / "b").config.logn_scaling
 
 
-@settings(max_examples=15, derandomize=True, deadline=None)
+@settings(max_examples=12, derandomize=True, deadline=None)
 @given(
     kv_heads=st.sampled_from([1, 2, 4]),
     head_dim=st.sampled_from([4, 8, 12]),
@@ -359,16 +251,3 @@ def test_any_shape_goes_round_unchanged(kv_heads, head_dim, hidden, ffn, layers,
         for tensor in before.keys() - {INV_FREQ}:
             assert after[tensor][0] == before[tensor][0]
             assert after[tensor][1].tobytes() == before[tensor][1].tobytes(), tensor
-
-
-def test_help_and_import_need_no_torch():
-    code = (
-        "import sys, convert.writing.pytorch, convert.to_pytorch\n"
-        "assert not {'torch', 'transformers', 'tokenizers'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    code = (
-        "import sys\nfrom convert.to_pytorch import build_parser\nbuild_parser().format_help()\n"
-        "assert 'jax' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

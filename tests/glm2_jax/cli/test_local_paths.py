@@ -70,7 +70,7 @@ def test_what_a_path_may_be():
         with pytest.raises(CheckpointError):
             random.official_config(path)
     for name in (f"{'n' * 97}/x", "a--b/x", "a/x--y", "a/x.git", "a/x."):  # of no hub
-        with pytest.raises(CheckpointError, match="There is no folder"):
+        with pytest.raises(CheckpointError, match="not found, and no downloaded"):
             find_model(name)
 
 

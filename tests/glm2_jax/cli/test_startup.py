@@ -16,7 +16,7 @@ from glm2_jax.errors import DeviceError
 from glm2_jax.runtime.compile_cache import Lookup
 from infer.console import print_stats
 from infer.engine.params import SamplingParams
-from infer.engine.programs import Programs
+from infer.engine.programs import Made, Programs
 from infer.engine.session import Session
 from tests.support.engine_toy import toy_engine
 from tests.support.paths import ROOT
@@ -77,38 +77,37 @@ def engine_that_tells(told, **kwargs):
 def test_what_a_call_begins_with_is_compiled_first_and_counted(told, monkeypatch):
     engine = engine_that_tells(told, prefill_chunk=64)
     ran = []
-    call = engine.programs.call
+    run = engine.programs.call
 
     def watched(name, *args, **kwargs):
-        if not engine.programs.tracing:
-            ran.append((name, len(told)))
-        return call(name, *args, **kwargs)
+        ran.append((name, len(told)))
+        return run(name, *args, **kwargs)
 
     monkeypatch.setattr(engine.programs, "call", watched)
-    list(engine.run([[5] * 140], GREEDY))  # two parts of 64, and the rest
+    call = engine.run([[5] * 140], GREEDY)  # two parts of 64, and the rest
+    list(call)
     assert told == [
         "compiling read 64 (1/3)", "compiling extend 64 (2/3)", "compiling decode 256 (3/3)",
     ]  # fmt: skip
     assert [name for name, _ in ran][:4] == ["read", "read", "extend", "decode"]
     assert all(count == 3 for _, count in ran)  # nothing ran before all was there
-    assert (engine.stats.programs, engine.stats.programs_kept) == (3, 0)
+    assert (call.stats.programs, call.stats.programs_kept) == (3, 0)
 
     engine.complete([[5] * 20] * 2, GREEDY)
     assert told[3:] == ["compiling prefill 2 x 32 (1/2)", "compiling decode_many 2 x 64 (2/2)"]
-    list(engine.run([[6] * 139], GREEDY))
-    assert len(told) == 5 and engine.stats.programs == 0
+    *_, last = engine.run([[6] * 139], GREEDY)
+    assert len(told) == 5 and last.completion.stats.programs == 0
 
 
 def test_an_answer_of_one_token_needs_no_program_for_steps(told, capsys):
     engine = engine_that_tells(told)
     list(engine.run([[5]], SamplingParams(temperature=0, max_new_tokens=1)))
     assert told == ["compiling prefill 64 (1/1)"]
-    list(engine.run([[5]], GREEDY))
-    assert told[1:] == ["compiling decode 64 (1/1)"]
     for programs in (" s, 1 program\n", "0.00 s\n"):
-        print_stats(engine.stats)
+        *_, last = engine.run([[5]], GREEDY)
+        print_stats(engine.load_s, last.completion.stats)
         assert programs in capsys.readouterr().err
-        list(engine.run([[5]], GREEDY))
+    assert told[1:] == ["compiling decode 64 (1/1)"]
 
 
 def test_a_session_counts_what_a_reply_begins_with(told, monkeypatch):
@@ -135,7 +134,7 @@ def test_compiling_that_fails_can_be_tried_again(told, monkeypatch):
     monkeypatch.setattr(Programs, "_compile", failing)
     with pytest.raises(DeviceError, match="out of device memory"):
         list(engine.run([[5]], GREEDY))
-    assert told == ["compiling prefill 64 (1/2)"] and not engine.programs.tracing
+    assert told == ["compiling prefill 64 (1/2)"]
     list(engine.run([[5]], GREEDY))
     assert told[1:] == ["compiling decode 64 (1/1)"]
 
@@ -146,15 +145,15 @@ def test_a_thread_that_compiles_leaves_the_calls_of_others_alone():
     def double(x):
         return x * 2
 
-    def begin():
-        assert programs.call("double", 3, double, ones).shape == (3,) and programs.tracing
+    def begin(call):
+        assert isinstance(call("double", 3, double, ones), jax.ShapeDtypeStruct)
         with ThreadPoolExecutor(1) as pool:
             doubled = pool.submit(programs.call, "double", 3, double, ones).result()
         assert doubled.tolist() == [2, 2, 2]
 
     programs.call("double", 3, double, ones)
-    programs.ahead("begin", begin)
-    assert programs.compiled == 1 and not programs.tracing
+    programs.ahead("begin", begin, Made())
+    assert programs.compiled == 1
 
 
 def test_a_lookup_leaves_the_log_as_it_was(caplog):

@@ -11,7 +11,7 @@ from infer.chat.__main__ import main, parser
 from infer.chat.input import Entry, read_entry
 from infer.engine import load
 from infer.engine.answer import Completion
-from infer.engine.call import TokenEvent
+from infer.engine.rows import TokenEvent
 from infer.requests.conversation import Conversation
 from tests.support.engine_toy import open_toy
 

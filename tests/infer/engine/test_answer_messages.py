@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import infer
 from glm2_jax import Tokenizer
-from glm2_jax.errors import UsageError
 from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_messages, build_prompt, reply_messages, stop_ids
 from infer.chat import commands
 from infer.chat.__main__ import main as chat_main
 from infer.engine.answer import Answer, Message
-from infer.engine.call import Job
+from infer.engine.call import Batch
 from infer.engine.params import SamplingParams
 from infer.evaluate import generation
 from infer.evaluate.__main__ import main as evaluate_main
@@ -65,7 +63,6 @@ def read(ids, *, last=ASSISTANT, limit=99, tokenizer=GLM3, clean=True, **samplin
         ([*HEADER, *GLM3.encode(" 你好。 \n")], "你好。", [PLAIN]),
         (GLM3.encode("你好。"), "你好。", [PLAIN]),  # one line: it has no metadata
         ([], "", [Message("assistant", "", "")]),
-        (HEADER, "", [Message("assistant", "", "")]),
         (GLM3.encode(" search \n(x)"), "<|assistant|>search\n(x)", [CALL]),
         (
             [*HEADER, *GLM3.encode("search\n(x)")],
@@ -79,11 +76,6 @@ def read(ids, *, last=ASSISTANT, limit=99, tokenizer=GLM3, clean=True, **samplin
             [PLAIN._replace(content=""), CALL, PLAIN],
         ),
         (
-            [*HEADER, *GLM3.encode("你好。"), ASSISTANT],
-            "你好。\n<|assistant|>",
-            [PLAIN, PLAIN._replace(content="")],
-        ),
-        (
             [*HEADER, *GLM3.encode("你好。"), SYSTEM, *HEADER, *GLM3.encode("Paris")],
             "你好。\n<|system|>\nParis",
             [PLAIN, Message("system", "", "Paris")],
@@ -95,21 +87,17 @@ def read(ids, *, last=ASSISTANT, limit=99, tokenizer=GLM3, clean=True, **samplin
         ),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize(
-    ("end", "reason"), [(2, "stop"), (USER, "stop"), (OBSERVATION, "observation"), (None, "length")]
-)
-def test_an_answer_is_a_list_of_messages(ids, text, messages, end, reason):
-    if end is None and not ids:
-        return
-    pieces, completion = read([*ids, end], limit=99 if end else len(ids))
-    assert "".join(pieces) == completion.text == text
-    assert list(completion.messages) == messages
-    assert (completion.finish_reason, completion.stop_reason) == (reason, end)
-    assert list(completion.output_ids) == ids
-    reply = [message._asdict() for message in messages]
-    assert completion.reply == (
-        text if [*map(tuple, messages)] == [("assistant", "", text)] else reply
-    )
+def test_an_answer_is_a_list_of_messages(ids, text, messages):
+    plain = messages == [Message("assistant", "", text)]
+    ends = {2: "stop", USER: "stop", OBSERVATION: "observation"} | ({None: "length"} if ids else {})
+    for end, reason in ends.items():
+        pieces, completion = read([*ids, end], limit=99 if end else len(ids))
+        assert "".join(pieces) == completion.text == text
+        assert list(completion.messages) == messages
+        assert (completion.finish_reason, completion.stop_reason) == (reason, end)
+        assert list(completion.output_ids) == ids
+        reply = text if plain else [message._asdict() for message in messages]
+        assert completion.reply == reply
 
 
 def test_a_continued_message_has_no_metadata_line():
@@ -148,7 +136,7 @@ def answers(draw):
 def test_stop_strings_see_the_text_that_is_shown(ids, stop, glm3):
     tokenizer = GLM3 if glm3 else GLM2
     whole = read([*ids, 2], tokenizer=tokenizer)[1]
-    if not stop or MARK in stop:
+    if not stop:
         return
     pieces, completion = read([*ids, 2], tokenizer=tokenizer, stop=stop)
     at = whole.text.find(stop)
@@ -170,12 +158,7 @@ def test_neither_the_stripped_line_nor_hidden_text_ends_an_answer():
     assert read([*TWO, USER], stop="<|assistant|>")[1].messages == (PLAIN,)
 
 
-def test_a_stop_string_that_can_never_match_is_refused():
-    with pytest.raises(UsageError, match="can never match\nAn answer has 2023年 in the place"):
-        read([2], stop=("x", "在[[训练时间]]"))
-    read([2], stop="[[训练时间]]", clean=False)
-    with pytest.raises(UsageError, match="can never match\nIt has half of a character"):
-        SamplingParams(stop=("\udcff",))
+def test_a_stop_string_is_looked_for_in_the_cleaned_text():
     assert read([*HEADER, *GLM3.encode("[[训练时间]]"), 2], stop="3年")[1].text == "202"
 
 
@@ -206,14 +189,14 @@ def engine():
 @pytest.fixture
 def scripted(monkeypatch):
     """Has every answer consist of these ids, whatever the model draws."""
-    take, script = Job.take, []
+    take, script = Batch.take, []
 
     def scripted_take(self, output):
-        drawn = [answer.drawn for answer in self.answers]
+        drawn = [row.tokens for row in self.rows]
         tokens = [script[min(count, len(script) - 1)] for count in drawn]
         return take(self, output._replace(tokens=np.array(tokens)))
 
-    monkeypatch.setattr(Job, "take", scripted_take)
+    monkeypatch.setattr(Batch, "take", scripted_take)
 
     def set_script(ids):
         script[:] = ids
@@ -233,7 +216,7 @@ def odd(ids):
     return [*ids[: -len(GLM3.encode("(x)"))], *GLM3.encode("(x)")[1:]]
 
 
-@pytest.mark.parametrize("ids", [[], HEADER, [*HEADER, 30], GLM3.encode("👋")[:-1], TWO])
+@pytest.mark.parametrize("ids", [[], [*HEADER, 30], GLM3.encode("👋")[:-1], TWO])
 def test_a_history_that_chat_returned_is_accepted(engine, scripted, ids):
     scripted([*ids, OBSERVATION])
     response, history = engine.chat("Q1")
@@ -273,7 +256,7 @@ def test_a_conversation_goes_on_from_the_ids_that_were_written(engine, scripted,
     )
 
 
-@pytest.mark.parametrize("steps", range(1, len(TWO)))
+@pytest.mark.parametrize("steps", [1, 4, len(TWO) - 4, len(TWO) - 1])
 def test_an_answer_that_is_left_early_keeps_its_messages(engine, scripted, steps):
     scripted([*TWO, OBSERVATION])
     conversation = Conversation(engine, SamplingParams(temperature=0))
@@ -307,7 +290,7 @@ def test_a_stop_string_is_not_in_the_next_prompt(engine, scripted):
 @pytest.fixture
 def command(engine, scripted, monkeypatch, capsys):
     """Runs a command with the engine; gives the lines of its output, and what is on stderr."""
-    monkeypatch.setattr(infer, "load", lambda *args, **kwargs: engine)
+    monkeypatch.setattr("infer.engine.load.open_choice", lambda *args, **kwargs: engine)
     scripted([*TWO, OBSERVATION])
 
     def run(main, *flags, stdin=""):

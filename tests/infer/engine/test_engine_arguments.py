@@ -31,20 +31,21 @@ def test_prompts_may_be_any_kind_of_list(engine):
     assert engine.generate(questions, **SHORT) == engine.generate(["hi"], **SHORT)
 
 
-@pytest.mark.parametrize("prompts", ["hi", b"hi", None, 5, [5, 6], [None], [b"hi"], [{"a": 1}]])
-def test_what_is_no_list_of_prompts(engine, prompts):
-    for call in (engine.generate, engine.stream):
+def test_what_is_not_a_list_of_prompts(engine):
+    for prompts in ("hi", b"hi", None, 5, [5, 6], ["hi", [5]], [b"hi"], [{"a": 1}]):
         with pytest.raises(UsageError, match="must be a"):
-            call(prompts, **SHORT)
-    for call in (engine.run, engine.complete):
+            engine.generate(prompts, **SHORT)
         with pytest.raises(UsageError, match="must be a list of"):
-            call(prompts, SamplingParams())
+            engine.run(prompts, SamplingParams())
 
 
-@pytest.mark.parametrize("token", [5.0, True, None, "5", [5], -1, 10**30])
-def test_what_is_no_token_id(engine, token):
-    with pytest.raises(InputError, match="prompt 1 has the token id"):
-        engine.generate([[5, token]])
+def test_what_is_not_a_token_id(engine):
+    for token in (5.0, True, None, "5", [5], -1, 640, 10**30):
+        with pytest.raises(InputError, match="prompt 1 has the token id"):
+            engine.generate([[5, token]])
+    for prompts in ([], [[]], [[5], []]):
+        with pytest.raises(InputError, match="no prompts|is empty"):
+            engine.generate(prompts)
 
 
 def test_no_history_may_be_none(engine):
@@ -54,12 +55,12 @@ def test_no_history_may_be_none(engine):
 
 
 def test_other_arguments(engine):
-    for sampling in ({}, None):
-        with pytest.raises(UsageError, match="must be SamplingParams"):
-            engine.run([[5]], sampling)
-    for rows in ([-1], [2**31], ["a"], [0, 1]):
+    for rows in ([-1], ["a"]):
         with pytest.raises(UsageError, match="row_ids"):
             engine.run([[5]], SamplingParams(), row_ids=rows)
+    for bad in (0, 1.5, True, "8"):
+        with pytest.raises(UsageError, match="prefill_chunk must be a whole number, 1 or more"):
+            toy_engine(prefill_chunk=bad)
     for bad in ({"preset": ["api"]}, {"num_beams": np.array([1, 1])}):
         with pytest.raises(UsageError, match=next(iter(bad))):
             engine.generate(["hi"], **bad)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from glm2_jax import KVCache, compiler_options, init_params
-from glm2_jax.errors import UsageError
 from glm2_jax.model import unstack_layers
-from glm2_jax.runtime import buckets as reading
+from glm2_jax.runtime import buckets
 from glm2_jax.runtime.buckets import bucket, grown
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import call as job
@@ -20,7 +19,7 @@ from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.parts import parts
 from infer.engine.session import Session
-from tests.support.engine_toy import TOY, toy_engine, warm_engine
+from tests.support.engine_toy import TOY, compilations, streamed, toy_engine, warm_engine
 
 LONG = [list(range(10, 160)), [9, 8], list(range(200, 264)), [7] * 66]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=5)
@@ -57,15 +56,13 @@ def test_rows_beyond_the_prompts_are_empty():
     assert part.tokens.shape == (4, 64) and part.lengths.tolist() == [2, 1, 1, 0]
 
 
-@pytest.mark.parametrize("chunk", [96, 3])
-def test_reading_in_parts_changes_no_answer(engine, chunk):
+def test_reading_in_parts_changes_no_answer(engine):
     whole = engine.complete(LONG, GREEDY)
-    in_parts = toy_engine(share=engine, prefill_chunk=chunk)
+    in_parts = toy_engine(share=engine, prefill_chunk=96)
     assert in_parts.complete(LONG, GREEDY) == whole
-    events = in_parts.run(LONG, GREEDY)
-    done = {event.row: event.completion for event in events if event.completion}
-    assert [done[row] for row in range(4)] == whole
-    assert in_parts.stats.prefill_tokens == sum(map(len, LONG))
+    answers = streamed(in_parts, LONG, GREEDY)
+    assert answers == whole
+    assert [answer.stats.prefill_tokens for answer in answers] == list(map(len, LONG))
 
 
 def test_all_full_parts_are_one_program():
@@ -85,36 +82,23 @@ def test_a_session_reads_in_parts(engine):
         (want,) = engine.complete([ids], GREEDY)
         events = list(in_parts.run(ids, GREEDY))
         assert events[-1].completion == want
-    assert in_parts.engine.stats.reused_tokens == 100
+    assert want.stats.reused_tokens == 0 and events[-1].completion.stats.reused_tokens == 100
 
 
 def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monkeypatch):
     sampling = SamplingParams(temperature=0.9, top_p=1.0, max_new_tokens=34, seed=5)
     prompts = [[5, 6, 7], [300, 4, 300, 4, 21, 9, 9]]
     whole = engine.complete(prompts, sampling)
-    monkeypatch.setattr(reading, "SMALLEST_BUCKET", 16)  # the cache begins with 16 slots, ...
+    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 16)  # the cache begins with 16 slots, ...
     monkeypatch.setattr(job, "ROOM", 4)  # ... of which 4 at least are for the answers
     small = toy_engine()
 
-    def streamed():
-        done = {e.row: e.completion for e in small.run(prompts, sampling) if e.completion}
-        return [done[row] for row in range(2)]
-
-    assert streamed() == small.complete(prompts, sampling) == whole
+    assert streamed(small, prompts, sampling) == small.complete(prompts, sampling) == whole
     keys = sorted((name, key[-1]) for name, key in small.programs._programs)
     steps_of = [("decode", 16), ("decode", 64), ("decode_many", 64)]
     assert keys == [*steps_of, ("grow", 64), ("prefill", 16)]
-    counted = []
-
-    def count(event, seconds, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            counted.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        assert streamed() == small.complete(prompts, sampling) == whole
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
+    with compilations() as counted:
+        assert streamed(small, prompts, sampling) == small.complete(prompts, sampling) == whole
     assert small.programs.compiled == len(keys) and not counted
 
 
@@ -132,8 +116,8 @@ def test_a_short_answer_does_not_get_a_long_cache(engine, monkeypatch):
     monkeypatch.setattr(job, "ROOM", 60)
     for limit, sizes in ((20, (64, 64)), (100, (64, 128)), (None, (64, 256))):
         sampling = SamplingParams(temperature=0, max_new_tokens=limit)
-        call = engine._job([[5, 6, 7]], sampling, None, False)
-        assert (call.cache_size, call.largest_cache) == sizes
+        batch = engine.schedule([[5, 6, 7]], sampling).batch
+        assert (batch.cache_size, batch.largest_cache) == sizes
 
 
 @pytest.mark.parametrize("layers", ["stacked", "list"])
@@ -156,9 +140,3 @@ def test_half_precision_on_a_cpu_copies_no_cache(layers):
     keys = cache.k.size * cache.k.dtype.itemsize
     assert memory.alias_size_in_bytes >= 2 * keys
     assert memory.temp_size_in_bytes < 3 * keys / config.num_layers  # of a layer, both
-
-
-@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "8"])
-def test_prefill_chunk_is_a_whole_number(bad):
-    with pytest.raises(UsageError, match="prefill_chunk must be a whole number, 1 or more"):
-        toy_engine(prefill_chunk=bad)

@@ -57,8 +57,8 @@ def test_a_step_of_the_engine_moves_neither_weights_nor_cache(found):
         assert case["largest"] <= case["rows"] * 104, case  # logits; a layer's cache has more
 
 
-def test_conversations_parts_adapters_prefixes_drafts_and_loops(found):
-    assert len(found["ways"]) == 5
+def test_conversations_threads_parts_adapters_prefixes_drafts_and_loops(found):
+    assert len(found["ways"]) == 6
     for name, same in found["ways"].items():
         assert same, name
 

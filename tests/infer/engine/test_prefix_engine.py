@@ -70,8 +70,8 @@ def test_every_loop_answers_as_a_plain_counterpart(engine):
     assert [answer.output_ids for answer in answers] == [greedy(p, 12) for p in PROMPTS]
     assert greedy(PROMPTS[0], 12, 0) != greedy(PROMPTS[0], 12), "the prefix changes the answer"
     drafting = toy_engine(engine.checkpoint.params, share=engine, speculate=3)
-    assert streamed(drafting, PROMPTS) == answers
-    assert drafting.stats.drafted_tokens > 0
+    drafted = streamed(drafting, PROMPTS)
+    assert drafted == answers and any(one.stats.drafted_tokens for one in drafted)
     # In parts: 4 rows of 4 tokens, the long prompt in five of them.
     parts = toy_engine(engine.checkpoint.params, share=engine, prefill_chunk=16)
     assert streamed(parts, PROMPTS) == answers
@@ -83,7 +83,7 @@ def test_a_session_keeps_the_prefix(engine, monkeypatch):
 
     def ask(ids, read):
         answer = finished(session.run(ids, SamplingParams(temperature=0, max_new_tokens=5)))
-        assert engine.stats.prefill_tokens == read
+        assert answer.stats.prefill_tokens == read
         sizes.append(session._cache.size)
         assert answer.output_ids == greedy(ids, 5)
         return answer
@@ -186,7 +186,7 @@ def test_the_tools_take_it(folders, capsys, tmp_path):
 
     assert main(["--dry-run", *flags[:4], "--json", *given]) == 0
     assert {plan["prefix"] for plan in json.loads(capsys.readouterr().out)["plans"]} == {P}
-    with pytest.raises(CheckpointError, match="is no prefix"):
+    with pytest.raises(CheckpointError, match="is not a prefix"):
         main([*flags, *asked, "--prefix", str(folder / "base")])
     for tool in (chat, evaluate):
         assert tool.parser().parse_args(given).prefix == str(folder / "prefix")

@@ -16,9 +16,17 @@ from glm2_jax.errors import CheckpointError, DeviceError, InputError, UsageError
 from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_followup
 from infer.engine.params import SamplingParams
+from infer.engine.scheduler import Scheduler
 from infer.engine.session import Session
 from tests.support import hurry
-from tests.support.engine_toy import TOY, toy_engine, toy_params, warm_engine
+from tests.support.engine_toy import (
+    TOY,
+    compilations,
+    finished,
+    toy_engine,
+    toy_params,
+    warm_engine,
+)
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 PROMPT = list(range(10, 40))
@@ -29,14 +37,10 @@ def engine():
     return toy_engine(share=warm_engine())
 
 
-def finished(events):
-    return next(event.completion for event in events if event.completion)
-
-
 def ask(session, ids, sampling=GREEDY, **kwargs):
     """The completion, checked against the engine's, and how many tokens were read for it."""
     completion = finished(session.run(ids, sampling, **kwargs))
-    stats = session.engine.stats
+    stats = completion.stats
     assert stats.prefill_tokens + stats.reused_tokens == len(ids)
     offset = {"row_ids": [kwargs.pop("draw")]} if "draw" in kwargs else {}
     assert finished(session.engine.run([ids], sampling, **offset, **kwargs)) == completion
@@ -101,19 +105,9 @@ def test_the_cache_grows_and_nothing_recompiles_once_warm():
     assert sizes == [64, 64, 128, 128, 128]
     assert engine.programs.compiled == 5  # extend and decode twice, grow
     conversation()  # in the large cache from the start
-    warm = engine.programs.compiled
-    counted = []
-
-    def count(event, seconds, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            counted.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
+    with compilations() as counted:
         assert conversation() == ([128] * 5, cold)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
-    assert engine.programs.compiled == warm == 5 and not counted
+    assert engine.programs.compiled == 5 and not counted
 
 
 def test_up_to_the_last_slot(engine):
@@ -133,24 +127,16 @@ def test_up_to_the_last_slot(engine):
     ask(session, [5] * 20)  # refused prompts leave no trace
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_an_answer_may_be_left_early(engine, steps):
-    session = Session(engine)
-    whole, _ = ask(session, PROMPT)
-    events = session.run(PROMPT, GREEDY)
-    tokens = [next(events).token for _ in range(steps)]
-    events.close()
-    assert tokens == list(whole.output_ids[:steps])
-    _, read = ask(session, [*PROMPT, *tokens, 7, 8])
-    assert read == (2 if steps == 0 else 1 + 2)  # unstarted, the first answer is still there
-
-
-def test_a_new_call_closes_the_one_before(engine):
-    session = Session(engine)
-    old = session.run(PROMPT, GREEDY)
-    next(old)
-    ask(session, PROMPT)
-    assert list(old) == []
+def test_an_answer_may_be_left_early(engine):
+    for steps in (0, 1, 5):
+        session = Session(engine)
+        whole, _ = ask(session, PROMPT)
+        events = session.run(PROMPT, GREEDY)
+        tokens = [next(events).token for _ in range(steps)]
+        # The next call closes it. Not started, the first answer is still in the cache.
+        _, read = ask(session, [*PROMPT, *tokens, 7, 8])
+        assert tokens == list(whole.output_ids[:steps]) and list(events) == []
+        assert read == (2 if steps == 0 else 1 + 2)
 
 
 def in_a_thread(function, *args):
@@ -175,7 +161,7 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
         return iter(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_loop", lambda *args: reading())
+        patch.setattr(Scheduler, "steps", lambda *args: reading())
         slow = session.run(PROMPT, GREEDY)
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(list, slow)  # its generator is executing
@@ -197,13 +183,13 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
 
 LEFT = """
 import threading
-from glm2_jax.runtime import buckets as reading
-from infer.requests.conversation import Conversation
-from infer.engine.left import closed_at_exit
+from glm2_jax.runtime import buckets
+from infer.engine.call import closed_at_exit
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
+from infer.requests.conversation import Conversation
 from tests.support.engine_toy import toy_engine
-reading.SMALLEST_BUCKET = 256  # one shape, so few programs
+buckets.SMALLEST_BUCKET = 256  # one shape, so few programs
 engine, greedy = toy_engine(), SamplingParams(temperature=0)
 left = [
     engine.run([[5, 6]], greedy),
@@ -273,6 +259,9 @@ def test_after_an_error_everything_is_read_again(engine, monkeypatch):
     assert session.ids == []
     _, read = ask(session, PROMPT)
     assert read == 30
+    cache = 2 * TOY.num_layers * 64 * TOY.num_kv_heads * TOY.head_dim * 4
+    memory = engine.programs._programs["extend", (1, 64, 64)].memory_analysis()
+    assert memory.alias_size_in_bytes >= cache  # donated
 
 
 def test_nan_in_a_later_turn(engine):
@@ -284,15 +273,6 @@ def test_nan_in_a_later_turn(engine):
     with pytest.raises(CheckpointError, match="NaN or Inf"):
         list(session.run([*PROMPT, 77, 78], GREEDY))
     ask(session, PROMPT)
-
-
-def test_the_cache_is_donated(engine):
-    session = Session(engine)
-    ask(session, PROMPT)
-    ask(session, PROMPT)
-    cache = 2 * TOY.num_layers * 64 * TOY.num_kv_heads * TOY.head_dim * 4
-    memory = engine.programs._programs["extend", (1, 64, 64)].memory_analysis()
-    assert memory.alias_size_in_bytes >= cache
 
 
 def test_a_conversation_with_the_demo_model(monkeypatch):

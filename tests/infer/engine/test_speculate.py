@@ -11,14 +11,21 @@ from glm2_jax import Tokenizer, forward
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.limits import DRAFT
 from infer import console
-from infer.chat.__main__ import main as chat_main
 from infer.engine import call as job
 from infer.engine.drafts import Drafts, Text
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
 from infer.engine.stats import add_stats
 from infer.generate.__main__ import main as generate_main
-from tests.support.engine_toy import TOY, toy_engine, toy_params
+from tests.support.engine_toy import (
+    TOY,
+    compilations,
+    finished,
+    streamed,
+    toy_engine,
+    toy_params,
+    warm_engine,
+)
 
 N = 4
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
@@ -28,7 +35,7 @@ PROMPTS = [[5, 6, 7], [9], list(range(10, 70)), COPY]
 
 @pytest.fixture(scope="module")
 def plain():
-    return toy_engine(parrot())
+    return toy_engine(parrot(), share=warm_engine())
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +51,6 @@ def parrot():
     head = embed[ids // 8 * 8 + (ids - 1) % 8] / 3
     head[Tokenizer.eos_id] = 0
     return {**params, "embed": jax.numpy.asarray(embed), "head": jax.numpy.asarray(head)}
-
-
-def streamed(engine, prompts, sampling, **kwargs):
-    """What `run` gives, in the form of `complete`."""
-    events = engine.run(prompts, sampling, **kwargs)
-    done = {event.row: event.completion for event in events if event.completion}
-    return [done[row] for row in range(len(prompts))]
-
-
-def finished(events):
-    return next(event.completion for event in events if event.completion)
 
 
 def test_a_draft_is_what_followed_the_longest_match():
@@ -92,19 +88,16 @@ SETTINGS = [
     {"temperature": 0, "repetition_penalty": 1.3},
     {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
     {"temperature": 0.3, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.05},
-    {"temperature": 0.7, "top_k": 0, "top_p": 0.5},
 ]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("seed", [0, 1, 2**40])
-def test_the_same_tokens_as_without(plain, engine, setting, seed):
-    sampling = SamplingParams(max_new_tokens=40, seed=seed, **setting)
-    expected = plain.complete(PROMPTS, sampling)
-    assert engine.complete(PROMPTS, sampling) == expected
-    assert streamed(engine, PROMPTS, sampling) == expected
-    for row in (0, 3):
-        assert engine.complete([PROMPTS[row]], sampling, row_ids=[row]) == [expected[row]]
+def test_the_same_tokens_as_without(plain, engine):
+    for seed, setting in enumerate([*SETTINGS, *SETTINGS]):
+        sampling = SamplingParams(max_new_tokens=40, seed=seed, **setting)
+        expected = plain.complete(PROMPTS, sampling)
+        assert engine.complete(PROMPTS, sampling) == expected
+        assert streamed(engine, PROMPTS, sampling) == expected
+        assert engine.complete([COPY], sampling, row_ids=[3]) == [expected[3]]
 
 
 def test_many_random_prompts(plain, engine):
@@ -114,32 +107,25 @@ def test_many_random_prompts(plain, engine):
         words = rng.integers(3, 640, 4).tolist()
         prompts = [rng.choice(words, rng.integers(1, 60)).tolist() for _ in range(4)]
         sampling = SamplingParams(temperature=0.5 * (seed % 3), max_new_tokens=40, seed=seed)
-        assert engine.complete(prompts, sampling) == plain.complete(prompts, sampling)
-        accepted += engine.stats.accepted_tokens
+        answers = engine.complete(prompts, sampling)
+        assert answers == plain.complete(prompts, sampling)
+        accepted += sum(answer.stats.accepted_tokens for answer in answers)
     assert accepted > 50
 
 
-def test_fewer_passes_and_what_is_counted(plain, engine):
-    (completion,) = engine.complete([COPY], GREEDY)
-    stats = engine.stats
-    assert stats.decode_tokens == len(completion.output_ids) - 1 == 39
-    assert stats.passes < 30
-    assert 0 < stats.drafted_tokens < N * stats.passes  # some passes had nothing to verify
-    assert stats.accepted_tokens == stats.decode_tokens - stats.passes
-    plain.complete([COPY], GREEDY)
-    assert plain.stats.passes == plain.stats.drafted_tokens == plain.stats.accepted_tokens == 0
-
-
-def test_one_pass_a_step(engine, monkeypatch):
-    engine.complete([COPY], GREEDY)
+def test_fewer_passes_and_what_is_counted(engine, monkeypatch):
     names, call = [], engine.programs.call
     monkeypatch.setattr(
         engine.programs, "call", lambda *a, **k: (names.append(a[0]), call(*a, **k))[1]
     )
-    engine.complete([COPY], GREEDY)
+    (completion,) = engine.complete([COPY], GREEDY)
+    stats = completion.stats
+    assert stats.decode_tokens == len(completion.output_ids) - 1 == 39
+    assert stats.passes < 30
+    assert 0 < stats.drafted_tokens < N * stats.passes  # some passes had nothing to verify
+    assert stats.accepted_tokens == stats.decode_tokens - stats.passes
     assert names[0] == "prefill" and set(names[1:]) == {"verify", "decode"}
-    assert len(names) == 1 + engine.stats.passes
-    assert names.count("verify") * N == engine.stats.drafted_tokens
+    assert len(names) == 1 + stats.passes and names.count("verify") * N == stats.drafted_tokens
 
 
 def test_log_probabilities(plain, engine):
@@ -156,8 +142,7 @@ def test_log_probabilities(plain, engine):
 
 def test_an_end_token_among_accepted_ones(plain, engine):
     ids = plain.complete([COPY], GREEDY)[0].output_ids
-    seen_before = 0
-    for place in range(12, 22):
+    for place in (12, 15, 18):
         ending, speculating = (
             toy_engine(parrot(), share=plain),
             toy_engine(parrot(), share=plain, speculate=N),
@@ -166,15 +151,14 @@ def test_an_end_token_among_accepted_ones(plain, engine):
         expected = ending.complete(PROMPTS, GREEDY)
         assert speculating.complete(PROMPTS, GREEDY) == expected
         assert streamed(speculating, PROMPTS, GREEDY) == expected
-        seen_before += expected[3].finish_reason == "stop"
-    assert seen_before == 10
+        assert expected[3].finish_reason == "stop"
     events = list(speculating.run([COPY], GREEDY))
     assert events[-1].token is None and events[-1].finish_reason == "stop"
 
 
 def test_a_stop_string_among_accepted_ones(plain, engine):
     text = plain.complete([COPY], GREEDY)[0].text
-    for start in range(2, 12):
+    for start in (2, 5, 8):
         sampling = dataclasses.replace(GREEDY, stop=(text[start : start + 3],))
         expected = plain.complete(PROMPTS, sampling)
         assert engine.complete(PROMPTS, sampling) == expected
@@ -185,22 +169,23 @@ def test_a_loop_and_a_cache_that_grows(plain, engine, monkeypatch):
     monkeypatch.setattr(job, "ROOM", 8)
     sampling = SamplingParams(temperature=0, loop_stop=2)
     expected = plain.complete([COPY], sampling)
-    assert engine.complete([COPY], sampling) == expected
+    answers = engine.complete([COPY], sampling)
+    assert answers == expected
     assert expected[0].finish_reason == "loop" and len(expected[0].output_ids) > 128
     assert ("grow", (1, 64, 256)) in engine.programs._programs
-    assert engine.stats.passes < 100  # of 207 tokens
+    assert answers[0].stats.passes < 100  # of 207 tokens
 
 
-@pytest.mark.parametrize("length", [20, 58, 59, 60, 61, 62, 63])
-def test_up_to_the_last_slot(plain, engine, length):
-    """Drafts that reach beyond the cache, whose slots are as many as the model's longest text."""
+def test_up_to_the_last_slot(plain, engine):
+    """Drafts that exceed the cache, which has as many slots as the longest text."""
     short, speculating = (
         toy_engine(parrot(), share=plain, max_length=64, speculate=n) for n in (0, N)
     )
-    ids, sampling = (COPY * 5)[:length], SamplingParams(temperature=0)
-    expected = short.complete([ids], sampling)
-    assert speculating.complete([ids], sampling) == expected
-    assert len(expected[0].output_ids) == 64 - length
+    for length in (20, 58, 60, 62, 63):
+        ids, sampling = (COPY * 5)[:length], SamplingParams(temperature=0)
+        expected = short.complete([ids], sampling)
+        assert speculating.complete([ids], sampling) == expected
+        assert len(expected[0].output_ids) == 64 - length
 
 
 def test_every_row_has_its_own_limit(plain, engine):
@@ -209,8 +194,9 @@ def test_every_row_has_its_own_limit(plain, engine):
     assert engine.complete(PROMPTS, sampling) == expected
     assert [len(c.output_ids) for c in expected] == [67, 69, 10, 56]
     one = SamplingParams(temperature=0, max_new_tokens=1)
-    assert engine.complete(PROMPTS, one) == plain.complete(PROMPTS, one)
-    assert engine.stats.passes == 0
+    answers = engine.complete(PROMPTS, one)
+    assert answers == plain.complete(PROMPTS, one)
+    assert answers[0].stats.passes == 0
 
 
 def test_nan_is_told_at_its_step(plain, engine):
@@ -252,7 +238,7 @@ def test_drawn_as_the_model_says(engine):
         ids = range(start, start + batch)
         for completion in engine.complete([prompt] * batch, sampling, row_ids=ids):
             counts[completion.output_ids] += 1
-        accepted += engine.stats.accepted_tokens
+            accepted += completion.stats.accepted_tokens
     assert 0.1 < accepted / rows < 0.9  # of the one draft that counts: both ways are taken often
 
     assert rows * exact.min() > 5
@@ -267,16 +253,11 @@ def test_drawn_as_the_model_says(engine):
     assert chi_square(colder) > 54.1  # the test sees a small error
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 9])
-def test_an_answer_may_be_left_early(plain, engine, steps):
+def test_an_answer_that_is_left_or_interrupted_leaves_the_engine_usable(plain, engine, monkeypatch):
     events = engine.run(PROMPTS, GREEDY)
-    for _ in range(steps):
+    for _ in range(9):
         next(events)
     events.close()
-    assert streamed(engine, PROMPTS, GREEDY) == plain.complete(PROMPTS, GREEDY)
-
-
-def test_an_interrupt_leaves_the_engine_usable(plain, engine, monkeypatch):
     call, count = engine.programs.call, itertools.count(1)
 
     def interrupted(*args, **kwargs):
@@ -291,7 +272,7 @@ def test_an_interrupt_leaves_the_engine_usable(plain, engine, monkeypatch):
     assert streamed(engine, PROMPTS, GREEDY) == plain.complete(PROMPTS, GREEDY)
 
 
-@pytest.mark.parametrize("left_at", [None, 1, 4, 9])
+@pytest.mark.parametrize("left_at", [None, 4])
 def test_a_session_goes_on_after_rewinding(plain, engine, left_at):
     """Every turn against one that reads all of its prompt anew, without drafts."""
     session, ids, read = Session(engine), COPY, []
@@ -302,7 +283,7 @@ def test_a_session_goes_on_after_rewinding(plain, engine, left_at):
         tokens = [event.token for event in itertools.islice(events, left_at)]
         events.close()
         assert tokens == list(expected.output_ids[:left_at])
-        read.append(engine.stats.prefill_tokens)
+        read.append(events.stats.prefill_tokens)
         ids = [*ids, *tokens, 100 + turn]
     # Of an answer only the last token is not in the cache, if it is the last that was computed.
     assert read[0] == len(COPY) and all(new in (1, 2) for new in read[1:])
@@ -318,68 +299,43 @@ def test_a_session_after_a_stop_string_and_an_edit(plain, engine):
         assert finished(session.run(ids, GREEDY)) == finished(plain.run([ids], GREEDY))
 
 
-def test_chatglm3():
-    plain = toy_engine(parrot(), family="chatglm3")
-    engine = toy_engine(parrot(), family="chatglm3", share=plain, speculate=N)
-    user = engine.tokenizer.special["<|user|>"]
-    for ids in (COPY, [*COPY, user, 7, 300]):  # the draft holds an end token
-        for sampling in (GREEDY, dataclasses.replace(GREEDY, temperature=1.0)):
-            assert engine.complete([ids], sampling) == plain.complete([ids], sampling)
-
-
-def test_nothing_recompiles_once_warm(plain):
-    engine, counted = toy_engine(parrot(), speculate=N), []
-
-    def count(event, duration_secs, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            counted.append(event)
-
+def test_nothing_recompiles_once_warm():
+    engine = toy_engine(parrot(), speculate=N)
     engine.complete([COPY], SamplingParams(max_new_tokens=20))
     assert engine.programs.compiled == 3  # prefill, verify, decode
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        for sampling in (
-            GREEDY,
-            SamplingParams(repetition_penalty=1.3, logprobs=5),
-            SamplingParams(seed=9),
-        ):
+    others = GREEDY, SamplingParams(repetition_penalty=1.3, logprobs=5), SamplingParams(seed=9)
+    with compilations() as counted:
+        for sampling in others:
             for ids, limit in (([8], 20), (COPY[:5], 3)):
                 limited = dataclasses.replace(sampling, max_new_tokens=limit)
                 engine.complete([ids], limited)
                 list(engine.run([ids], limited))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
     assert engine.programs.compiled == 3 and not counted
     cache = 2 * TOY.num_layers * 64 * TOY.num_kv_heads * TOY.head_dim * 4
     memory = engine.programs._programs["verify", (1, 64, N)].memory_analysis()
     assert memory.alias_size_in_bytes >= cache
 
 
-@pytest.mark.parametrize("bad", [-1, DRAFT + 1, 1.5, True, "4", 10**30])
-def test_bad_numbers_of_the_engine(bad):
-    with pytest.raises(UsageError, match=f"speculate must be a whole number, 0 to {DRAFT}"):
-        toy_engine(speculate=bad)
-
-
-@pytest.mark.parametrize("bad", ["-1", str(DRAFT + 1), "1.5", "x", "", "9" * 5000])
-@pytest.mark.parametrize("main", [generate_main, chat_main])
-def test_bad_flags(capsys, main, bad):
-    with pytest.raises(SystemExit) as caught:
-        main([f"--speculate={bad}"])
-    assert caught.value.code == 2
-    assert "--speculate" in capsys.readouterr().err
+def test_bad_numbers(capsys):
+    for bad in (-1, DRAFT + 1, 1.5, True, "4", 10**30):
+        with pytest.raises(UsageError, match=f"speculate must be a whole number, 0 to {DRAFT}"):
+            toy_engine(speculate=bad)
+    for bad in ("-1", str(DRAFT + 1), "x", "9" * 5000):
+        with pytest.raises(SystemExit) as caught:
+            generate_main([f"--speculate={bad}"])
+        assert caught.value.code == 2 and "--speculate" in capsys.readouterr().err
 
 
 def test_what_stats_say(capsys, engine):
-    engine.complete([COPY], GREEDY)
-    stats = engine.stats
-    console.print_stats(stats)
+    (completion,) = engine.complete([COPY], GREEDY)
+    stats = completion.stats
+    console.print_stats(1.0, stats)
     told = capsys.readouterr().err
-    tokens = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"
+    tokens = f"{stats.accepted_tokens} of {stats.drafted_tokens} draft tokens accepted"
     assert tokens in told and f"{39 / stats.passes:.2f} tokens a pass" in told
     total = add_stats(stats, stats)
     assert total.passes == 2 * stats.passes
-    console.print_stats(dataclasses.replace(stats, passes=0))
+    console.print_stats(1.0, dataclasses.replace(stats, passes=0))
     assert "speculation" not in capsys.readouterr().err
 
 
@@ -390,5 +346,5 @@ def test_the_flag_reaches_the_engine(capsys):
         assert generate_main([*flags, "--stats", "--speculate", draft]) == 0
         out, err = capsys.readouterr()
         answers.append(out)
-        assert ("drafted tokens accepted" in err) == (draft == "3")
+        assert ("draft tokens accepted" in err) == (draft == "3")
     assert answers[0] == answers[1]

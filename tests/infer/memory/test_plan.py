@@ -14,7 +14,7 @@ from glm2_jax.errors import DeviceError
 from glm2_jax.runtime.xla import cache_dtype
 from glm2_jax.schemes import SCHEMES
 from infer.engine import steps
-from infer.engine.sampling import Rows
+from infer.engine.sampling import Sampling
 from infer.engine.steps import verify
 from infer.memory.budget import Budget, settle
 from infer.memory.cards import CARDS, find_card
@@ -68,9 +68,9 @@ def memory_of(
         return array(dtype, rows)
 
     int32, float32 = jnp.int32, jnp.float32
-    numbers = Rows(row(float32), row(int32), row(float32), row(float32))
+    numbers = Sampling(row(float32), row(int32), row(float32), row(float32))
     controls = steps.Controls(
-        numbers, array(jnp.uint32, 2), row(int32), row(int32), array(int32, 3), array(bool)
+        numbers, array(jnp.uint32, rows, 2), row(int32), row(int32), array(int32, 3), row(bool)
     )
     dtype = cache_dtype(platform, jnp.dtype(precision.dtype))
     params = abstract_params(config, precision, stacked=platform != "cpu")

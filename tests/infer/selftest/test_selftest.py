@@ -18,6 +18,7 @@ import infer
 from convert.random import official_config, write_random
 from glm2_jax import CheckpointError, DeviceError, Tokenizer
 from infer.engine import load
+from infer.engine.engine import Engine
 from infer.engine.load import demo_folder
 from infer.engine.programs import Programs
 from infer.selftest import checks, known
@@ -37,16 +38,14 @@ PROGRAMS: dict[Hashable, Any] = {}
 @pytest.fixture(autouse=True)
 def share_programs(monkeypatch):
     """Models of one configuration share what was compiled: it depends on shapes alone."""
-    real = load.open_choice
 
-    def open_choice(choice, options, **kwargs):
-        engine = real(choice, options, **kwargs)
-        key = (engine.config, engine.checkpoint.summary.dtype, choice.layers)
-        engine.programs = PROGRAMS.setdefault(key, engine.programs)
-        engine.executor.programs = engine.programs
+    def make(checkpoint, **kwargs):
+        key = (checkpoint.config, checkpoint.summary.dtype, type(checkpoint.params["layers"]))
+        engine = Engine(checkpoint, programs=PROGRAMS.get(key), **kwargs)
+        PROGRAMS[key] = engine.programs
         return engine
 
-    monkeypatch.setattr(load, "open_choice", open_choice)
+    monkeypatch.setattr(load, "Engine", make)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +203,7 @@ def test_a_cache_that_is_wrong(toy, monkeypatch):
         return checks.KVCache.zeros(config, 1, size, "float32")
 
     engine = infer.load(toy)
-    engine.programs = Programs("cpu")
+    engine.executor.programs = Programs("cpu")
     monkeypatch.setattr(checks, "_fill", forgets)
     assert checks._cache(engine).status == "FAIL"
 

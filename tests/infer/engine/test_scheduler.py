@@ -1,0 +1,176 @@
+"""The schedule of a call, with a stand-in for the device that writes down what it is asked for."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from infer.engine.params import SamplingParams
+from infer.engine.scheduler import STEPS_PER_DISPATCH, Scheduler
+from infer.engine.steps import IDLE, Output, State
+from tests.infer.engine.test_rows import batch_of
+
+DRAFT = 2
+
+
+class Device:
+    """Answers row r with r * 100, r * 100 + 1, ...; its cache is the number of its slots."""
+
+    config = params = device = None  # only asked for when memory runs out
+
+    def __init__(self):
+        self.log = []
+        self.places = SimpleNamespace(put=lambda controls: controls)
+        self.drawn = 0
+
+    def counting(self, made):
+        self.made = made
+        return self
+
+    def compile_ahead(self, key, begin, made):
+        self.log.append("compile")
+        made.seconds, made.programs = 1000.0, 2  # in none of the other times
+
+    def room(self, cache):
+        return cache.size
+
+    def new_cache(self, batch, size):
+        self.log.append(("new", batch, size))
+        return SimpleNamespace(size=size)
+
+    def grow(self, cache, needed, largest):
+        assert needed <= largest
+        if needed > cache.size:
+            self.log.append(("grow", needed))
+            cache = SimpleNamespace(size=largest)
+        return cache
+
+    def prefill(self, part, size, controls):
+        self.log.append(("prefill", *part.tokens.shape))
+        return self.step(SimpleNamespace(size=size), part.lengths > 0)
+
+    def read(self, part, cache):
+        self.log.append(("read", *part.tokens.shape))
+        return cache
+
+    def extend(self, part, seen, controls, cache):
+        self.log.append(("extend", *part.tokens.shape))
+        return self.step(cache, part.lengths > 0)
+
+    def decode(self, controls, keep, state, *, count=None, drafts=None):
+        if drafts is not None:
+            self.log.append(("verify", drafts.tolist()))
+            columns = [self.step(state.cache, keep)[1] for _ in range(DRAFT)]  # one is accepted
+            tokens = np.stack([*(each.tokens for each in columns), np.full(len(keep), IDLE)])
+            return state, Output(tokens, None)
+        self.log.append(("decode", keep.tolist(), count))
+        if count is None:
+            return self.step(state.cache, keep)
+        columns = [self.step(state.cache, keep)[1] for _ in range(count)]
+        return state, Output(np.stack([each.tokens for each in columns]), None)
+
+    def step(self, cache, keep):
+        tokens = np.where(keep, np.arange(len(keep)) * 100 + self.drawn, IDLE)
+        self.drawn += 1
+        return State(cache, *(None,) * 4), Output(tokens, None)
+
+
+def scheduler(prompts, sampling, *, chunk=512, reused=0, **kwargs):
+    return Scheduler(Device(), batch_of(prompts, sampling, chunk=chunk, reused=reused), **kwargs)
+
+
+def limited(*limits):
+    return [SamplingParams(max_new_tokens=limit) for limit in limits]
+
+
+def run(one):
+    """The events of a scheduler and what its device was asked for."""
+    events = list(one.events())
+    return events, one._executor.log
+
+
+def test_each_row_gets_its_tokens_and_leaves_when_it_has_enough():
+    one = scheduler([[5, 6], [7]], limited(2, 4))
+    events, log = run(one)
+    assert [(event.row, event.token) for event in events] == [
+        (0, 0), (1, 100), (0, 1), (1, 101), (1, 102), (1, 103),
+    ]  # fmt: skip
+    assert log == [
+        "compile", ("prefill", 2, 64),
+        ("decode", [True, True], None), ("decode", [True, True], None),
+        ("decode", [False, True], None),
+    ]  # fmt: skip
+    assert [row.completion().output_ids for row in one.batch.rows] == [
+        (0, 1), (100, 101, 102, 103),
+    ]  # fmt: skip
+
+
+def test_a_step_is_dispatched_before_the_one_before_is_read():
+    one = scheduler([[5]], limited(3))
+    events = one.events()
+    next(events)
+    assert one._executor.drawn == 2
+    assert [event.token for event in events] == [1, 2] and one._executor.drawn == 3
+
+
+def test_the_loop_on_the_device_gives_the_same_answers():
+    answers = scheduler([[5, 6], [7]], limited(2, 40)).complete()
+    one = scheduler([[5, 6], [7]], limited(2, 40))
+    run(one)
+    assert answers == [row.completion() for row in one.batch.rows]
+    one = scheduler([[5, 6], [7]], limited(2, 40))
+    one.complete()
+    assert one._executor.log[2:] == [
+        ("decode", [True, True], STEPS_PER_DISPATCH), ("decode", [False, True], STEPS_PER_DISPATCH),
+    ]  # fmt: skip
+
+
+def test_long_prompts_are_read_in_parts_into_a_cache_that_grows(monkeypatch):
+    monkeypatch.setattr("infer.engine.call.ROOM", 4)
+    _, log = run(scheduler([list(range(3, 63))], limited(30), chunk=32))
+    assert log[1:4] == [("new", 1, 64), ("read", 1, 32), ("extend", 1, 32)]
+    assert [entry for entry in log if entry[0] == "grow"] == [("grow", 65)]
+
+
+def test_a_session_reads_what_is_new_into_its_cache():
+    one = scheduler([[5, 6, 7]], limited(2), reused=2, separate_cache=True)
+    cache = SimpleNamespace(size=128)
+    one.compile(cache)
+    for state, _ in one.steps(cache):
+        assert state.cache is cache
+    assert one._executor.log[:2] == ["compile", ("extend", 1, 64)]
+    stats = one.batch.rows[0].stats
+    assert (stats.prefill_tokens, stats.reused_tokens) == (1, 2)
+    first = scheduler([[5]], limited(2), separate_cache=True)  # nothing is kept yet
+    assert run(first)[1][1:3] == [("new", 1, 64), ("extend", 1, 64)]
+
+
+def test_statistics_belong_to_the_row_and_leave_out_compiling():
+    one = scheduler([[5, 6], [7]], limited(2, 4))
+    run(one)
+    short, long = (row.stats for row in one.batch.rows)
+    assert (short.prefill_tokens, short.decode_tokens) == (2, 1)
+    assert (long.prefill_tokens, long.decode_tokens) == (1, 3)
+    assert long.compile_s == 1000 and long.programs == 2
+    assert 0 < short.decode_s < long.decode_s < 60 and abs(long.first_token_s + 1000) < 60
+
+
+def test_drafts_are_verified_where_there_are_any():
+    one = scheduler([[9, 0, 1, 2], [7]], limited(6, 3), draft=DRAFT)
+    events, log = run(one)
+    assert [e.token for e in events if e.row == 0] == list(range(6))
+    # 0 was followed by 1, 2 in the first prompt; the other row has nothing to draft from.
+    assert log[2] == ("verify", [[1, 2], [0, 0]])
+    stats = one.batch.rows[0].stats
+    assert stats.passes > 0 and stats.accepted_tokens == stats.decode_tokens - stats.passes
+    assert stats.drafted_tokens == DRAFT * sum(entry[0] == "verify" for entry in log)
+
+
+@pytest.mark.parametrize("left_after", [0, 1, 3])
+def test_a_call_that_is_left_stops_dispatching(left_after):
+    one = scheduler([[5]], limited(30))
+    events = one.events()
+    for _ in range(left_after):
+        next(events)
+    events.close()
+    assert one._executor.drawn <= left_after + 1
