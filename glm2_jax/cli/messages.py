@@ -94,8 +94,10 @@ def only_errors(name: str) -> None:
 
 def note(text: str) -> None:
     """Print a line for the user that is not part of the answer: on stderr, escaped."""
+    global _shown_on
     if _speaker is None:
         clear = _CLEAR if _shown_on is sys.stderr else ""
+        _shown_on = None
         _print(f"{clear}{escape_controls(text)}\n")
 
 

@@ -1,5 +1,6 @@
 """What comes from outside does nothing to a terminal: names, values, errors, reports."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -54,12 +55,22 @@ def test_an_error_has_the_lines_that_it_was_given():
     assert InputError(error.what, error.why.splitlines(), error.fix).args == error.args
 
 
-def test_notes_and_progress(capsys):
+def test_notes_and_progress(capsys, monkeypatch):
     messages.note(f"read {EVIL}")
     with messages.Progress(EVIL, 1, interval=0) as bar:
         bar(1, EVIL)
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"read {ESCAPED}" and second.count(ESCAPED) == 2
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with messages.Progress("加载中") as bar:
+        bar.last -= 1
+        bar.update(1, 2)
+        messages.note("a note")  # not on the line of the progress
+        messages.note("another")
+    shown, *notes = terminal.getvalue().split("\r\x1b[K")[1:]
+    assert shown.startswith("加载中: 1 of 2, ") and notes == ["a note\nanother\n", ""]
 
 
 @pytest.mark.parametrize(
