@@ -28,9 +28,8 @@ def oracle_of(config: GLMConfig, params: Any) -> tuple[Any, Any, Any]:
     return torch, peft, model.eval()
 
 
-def _build(torch: Any, c: GLMConfig) -> Any:
-    from transformers import PretrainedConfig
-
+def _layers(torch: Any, c: GLMConfig) -> tuple[Any, Any]:
+    """The classes of a norm and of a layer."""
     nn, functional = torch.nn, torch.nn.functional
     D, F, H, N, K = c.hidden_size, c.ffn_hidden_size, c.head_dim, c.num_heads, c.num_kv_heads
 
@@ -87,6 +86,15 @@ def _build(torch: Any, c: GLMConfig) -> Any:
         def forward(self, x):
             x = x + self.self_attention(self.input_layernorm(x))
             return x + self.mlp(self.post_attention_layernorm(x))
+
+    return Norm, Block
+
+
+def _build(torch: Any, c: GLMConfig) -> Any:
+    from transformers import PretrainedConfig
+
+    nn, D = torch.nn, c.hidden_size
+    Norm, Block = _layers(torch, c)
 
     class Oracle(nn.Module):
         def __init__(self):
