@@ -17,6 +17,7 @@ from glm2_jax import (
     GLMConfig,
     KVCache,
     cache_sharding,
+    compiler_options,
     last_logits,
     params_sharding,
     rows_sharding,
@@ -25,6 +26,15 @@ from glm2_jax.schemes import SCHEMES
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
 from tests.support.shared_data import shared_path
+
+OPTIONS = {"cpu": compiler_options("cpu"), "cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+
+
+def device(platform: str) -> Any:
+    """A device to compile for: the CPU, an H200, or one chip of a TPU v5e; skips without."""
+    if platform == "cpu":
+        return jax.devices("cpu")[0]
+    return devices_of({"cuda": "h200:1x1x1", "tpu": "v5e:1x1"}[platform])[0]
 
 
 def devices_of(topology: str) -> Any:

@@ -15,19 +15,17 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from glm2_jax import PRESETS, KVCache, compiler_options, last_logits, linear
+from glm2_jax import PRESETS, KVCache, last_logits, linear
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.runtime.xla import cache_dtype
 from glm2_jax.schemes import SCHEMES
 from infer.engine import steps
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
-from tests.support.mesh_shapes import devices_of
+from tests.support.mesh_shapes import OPTIONS, device
 
 CONFIG = PRESETS["chatglm2-6b-32k"]
 MB, GB = 10**6, 10**9
-OPTIONS = {"cpu": compiler_options("cpu"), "cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
-TOPOLOGIES = {"cuda": "h200:1x1x1", "tpu": "v5e:1x1"}
 
 
 def params_of(quantization: str | None = None) -> Any:
@@ -35,9 +33,7 @@ def params_of(quantization: str | None = None) -> Any:
 
 
 def compiled(platform: str, function, *args: Any, donate: int) -> Any:
-    cpu = platform == "cpu"
-    devices = jax.devices("cpu") if cpu else devices_of(TOPOLOGIES[platform])
-    sharding = SingleDeviceSharding(devices[0])
+    sharding = SingleDeviceSharding(device(platform))
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     lowered = jax.jit(function, donate_argnums=donate).lower(*args)
     return lowered.compile(compiler_options=OPTIONS[platform])
