@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from glm2_jax import (
     GLMConfig,
@@ -35,6 +36,18 @@ def device(platform: str) -> Any:
     if platform == "cpu":
         return jax.devices("cpu")[0]
     return devices_of({"cuda": "h200:1x1x1", "tpu": "v5e:1x1"}[platform])[0]
+
+
+def compiled(platform: str, function, *args: Any, donate: int) -> Any:
+    """The program of a function for a device of a platform."""
+    sharding = SingleDeviceSharding(device(platform))
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+    return lowered.compile(compiler_options=OPTIONS[platform])
+
+
+def int32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def devices_of(topology: str) -> Any:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
 from glm2_jax import PRESETS, KVCache, last_logits, linear
 from glm2_jax.quant import QTensor, dequantize, quantize
@@ -22,7 +21,7 @@ from glm2_jax.schemes import SCHEMES
 from infer.engine import steps
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
-from tests.support.mesh_shapes import OPTIONS, device
+from tests.support.mesh_shapes import compiled, int32
 
 CONFIG = PRESETS["chatglm2-6b-32k"]
 MB, GB = 10**6, 10**9
@@ -32,20 +31,9 @@ def params_of(quantization: str | None = None) -> Any:
     return abstract_params(CONFIG, Precision("bfloat16", quantization))
 
 
-def compiled(platform: str, function, *args: Any, donate: int) -> Any:
-    sharding = SingleDeviceSharding(device(platform))
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    lowered = jax.jit(function, donate_argnums=donate).lower(*args)
-    return lowered.compile(compiler_options=OPTIONS[platform])
-
-
 def abstract_cache(platform: str, slots: int, rows: int = 1) -> Any:
     dtype = cache_dtype(platform, jnp.bfloat16)
     return jax.eval_shape(lambda: KVCache.zeros(CONFIG, rows, slots, dtype))
-
-
-def int32(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def greedy_step(params, token, cache):
