@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from glm2_jax import (
     GLMConfig,
     KVCache,
     cache_sharding,
+    compiler_options,
     last_logits,
     params_sharding,
     rows_sharding,
@@ -25,6 +27,27 @@ from glm2_jax.schemes import SCHEMES
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
 from tests.support.shared_data import shared_path
+
+OPTIONS = {"cpu": compiler_options("cpu"), "cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+
+
+def device(platform: str) -> Any:
+    """A device to compile for: the CPU, an H200, or one chip of a TPU v5e; skips without."""
+    if platform == "cpu":
+        return jax.devices("cpu")[0]
+    return devices_of({"cuda": "h200:1x1x1", "tpu": "v5e:1x1"}[platform])[0]
+
+
+def compiled(platform: str, function, *args: Any, donate: int) -> Any:
+    """The program of a function for a device of a platform."""
+    sharding = SingleDeviceSharding(device(platform))
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+    return lowered.compile(compiler_options=OPTIONS[platform])
+
+
+def int32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def devices_of(topology: str) -> Any:

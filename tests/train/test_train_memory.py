@@ -10,18 +10,21 @@ import jax.numpy as jnp
 import pytest
 
 from glm2_jax import PRESETS, init_lora
-from tests.glm2_jax.runtime.test_aot import GB, abstract_params, compiled, int32
+from infer.memory.precision import Precision
+from infer.memory.shares import abstract_params
+from tests.support.mesh_shapes import compiled, int32
 from train.data.batch import Batch
 from train.optim import make_optimizer, make_schedule
 from train.step import init_state, train_step
 
 CONFIG = PRESETS["chatglm2-6b"]
+GB = 10**9
 
 
 def step_memory(platform: str, quantization: str | None, accumulate: int = 1):
     """What the compiler says of a step, and the bytes of the base and of what is trained."""
     optimizer = make_optimizer(make_schedule("cosine", lr=5e-5, steps=100, warmup=0.03))
-    base = abstract_params(quantization)
+    base = abstract_params(CONFIG, Precision("bfloat16", quantization))
     key = jax.eval_shape(lambda: jax.random.key(0))
     lora = jax.eval_shape(lambda key: init_lora(CONFIG, key, rank=8, dropout=0.1), key)
     state = jax.eval_shape(partial(init_state, optimizer), lora)

@@ -13,43 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
-from glm2_jax import PRESETS, KVCache, compiler_options, last_logits, linear
+from glm2_jax import PRESETS, KVCache, last_logits, linear
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.runtime.xla import cache_dtype
 from glm2_jax.schemes import SCHEMES
 from infer.engine import steps
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
-from tests.support.mesh_shapes import devices_of
+from tests.support.mesh_shapes import compiled, int32
 
 CONFIG = PRESETS["chatglm2-6b-32k"]
 MB, GB = 10**6, 10**9
-OPTIONS = {"cpu": compiler_options("cpu"), "cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
-TOPOLOGIES = {"cuda": "h200:1x1x1", "tpu": "v5e:1x1"}
 
 
 def params_of(quantization: str | None = None) -> Any:
     return abstract_params(CONFIG, Precision("bfloat16", quantization))
 
 
-def compiled(platform: str, function, *args: Any, donate: int) -> Any:
-    cpu = platform == "cpu"
-    devices = jax.devices("cpu") if cpu else devices_of(TOPOLOGIES[platform])
-    sharding = SingleDeviceSharding(devices[0])
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    lowered = jax.jit(function, donate_argnums=donate).lower(*args)
-    return lowered.compile(compiler_options=OPTIONS[platform])
-
-
 def abstract_cache(platform: str, slots: int, rows: int = 1) -> Any:
     dtype = cache_dtype(platform, jnp.bfloat16)
     return jax.eval_shape(lambda: KVCache.zeros(CONFIG, rows, slots, dtype))
-
-
-def int32(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def greedy_step(params, token, cache):

@@ -23,7 +23,7 @@ from infer.memory.plan import Plan, cache_bytes, largest_context, nearest, rate_
 from infer.memory.precision import Precision, flags, precisions
 from infer.memory.shares import abstract_params
 from infer.memory.temporaries import Program, cache_number
-from tests.glm2_jax.runtime.test_aot import OPTIONS, device
+from tests.support.mesh_shapes import OPTIONS, device
 
 SIX = PRESETS["chatglm2-6b"]
 MEDIUM = dataclasses.replace(
