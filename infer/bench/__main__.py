@@ -69,6 +69,11 @@ def _add_measured(result: Parser) -> None:
     def add_numbers(flag: str, default: str, what: str) -> None:
         add(flag, type=_numbers, default=default, metavar="N,N", help=what)
 
+    add(
+        "--preset", choices=("consumer",), metavar="consumer",
+        help="a 6B model on a consumer card: planned and measured memory and speed; "
+        "measured only on a GPU, or with --device cpu",
+    )  # fmt: skip
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     flags.add_mesh_options(group)
     add_list("--dtypes", DTYPES, f"dtypes to compute in, of {', '.join(DTYPES)}", default="auto")
@@ -129,14 +134,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.use_utf8()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
-    if args.model is not None and args.random is not None:
-        raise UsageError("--model and --random exclude each other.", fix="Leave one out.")
+    models = {"--model": args.model, "--random": args.random, "--preset": args.preset}
+    named = [flag for flag, value in models.items() if value is not None]
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Leave one out.")
     if args.layers and not args.random:
         raise UsageError("--layers needs --random.", "The layers of a checkpoint are fixed.")
-    if args.peer is not None and args.mesh is not None:
+    alone = {"--preset": args.preset, "--peer": args.peer}
+    refused = [flag for flag, value in alone.items() if value is not None]
+    if refused and args.mesh is not None:
         raise UsageError(
-            "--peer: not supported on a mesh.",
-            "The peer computes on one device.",
+            f"{' and '.join(refused)}: not supported on a mesh.",
+            "They compare what computes on one device.",
             "Leave --mesh or --tp out.",
         )
     arguments.choose_platform(args.device)

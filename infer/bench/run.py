@@ -22,7 +22,7 @@ from glm2_jax.cli.tables import columns
 from glm2_jax.errors import UsageError
 from glm2_jax.escape import json_line
 from glm2_jax.runtime.devices import faster_layers, find_device, find_mesh
-from infer.bench import plot
+from infer.bench import consumer, plot
 from infer.bench.ceilings import Ceilings, measure_ceilings
 from infer.bench.measure import Result, Shape, Variant, measure_all
 from infer.bench.peer import Peer, PeerError, missing
@@ -40,6 +40,7 @@ class Settings:
     choice: ModelChoice
     random: str | None
     layers: int | None
+    preset: str | None
     dtypes: tuple[str, ...]
     quantize: tuple[str, ...] | None
     layout: tuple[str, ...] | None
@@ -62,9 +63,18 @@ def run(settings: Settings) -> int:
     """
     if settings.plot:
         _check_plot(settings.plot)
+    if settings.preset:
+        settings = consumer.apply(settings)
     choice = settings.choice
     mesh = find_mesh(choice.mesh, choice.device)
     device = find_device(choice.device) if mesh is None else mesh.devices.flat[0]
+    measuring = not settings.preset or consumer.wanted(choice.device, device.platform)
+    if settings.plot and not measuring:
+        raise UsageError(
+            "--plot: nothing will be measured, so there is nothing to draw.",
+            consumer.UNMEASURED,
+            "Leave --plot out, or add --device cpu.",
+        )
     subject = Subject(choice, device, mesh, random=settings.random, layers=settings.layers)
     subject.check_forms(settings.quantize or (None,))
     about = subject.about(settings.command, f"{settings.repeat}, of {settings.steps} steps")
@@ -75,11 +85,15 @@ def run(settings: Settings) -> int:
         """Print it once, when everything is measured or a signal ends the process."""
         if not printed.acquire(blocking=False):
             return
-        text = json_line(as_json(report)) if settings.json else render(report, columns())
-        print(text, flush=True)
+        parts = (render, consumer.render) if settings.preset else (render,)
+        text = "\n\n".join(part(report, columns()) for part in parts)
+        print(json_line(as_json(report)) if settings.json else text, flush=True)
 
     with interrupt.always(print_report):
-        _measure(settings, subject, report)
+        if measuring:
+            _measure(settings, subject, report)
+        else:
+            report.unmeasured.append(consumer.UNMEASURED)
         report.complete = True
     if settings.plot:
         plot.draw(report, settings.plot)
