@@ -151,7 +151,9 @@ class _Checked:
     """
 
     def __init__(self, cache: Any, warn: Callable[[str], None]):
-        self._folder, self._cache, self._warn = Path(cache._path), cache, warn
+        self._cache, self._warn = cache, warn
+        self._path = cache._path  # JAX reads this name when it resets its cache
+        self._folder = Path(self._path)
 
     def get(self, key: str) -> bytes | None:
         """Return the program, or None if it has to be compiled."""
