@@ -168,7 +168,8 @@ def add_output_options(parser: Parser, default: str) -> None:
     add("--log-jsonl", **_FILE, help="write the log as JSON lines (default: OUTPUT/log.jsonl)")
     add(
         "--plot", type=path_argument, metavar="FILE.png",
-        help="draw the loss curve (extra plot; also .svg, .pdf)",
+        help="draw the loss curve, with --check-data the lengths of the rows (extra plot; also "
+        ".svg, .pdf)",
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
     dataset = open_dataset(recipe.data, folder)
     if path is None and (line := unknown_characters(dataset)) is not None:
         note(line)
-    if (code := print_checks(recipe.data, dataset)) is not None:
+    if (code := print_checks(recipe.data, dataset, recipe.output.plot)) is not None:
         return code
     mesh = find_mesh(recipe.choice.mesh, recipe.choice.device)
     first = find_device(recipe.choice.device) if mesh is None else mesh.local_devices[0]

@@ -41,7 +41,7 @@ ELSEWHERE = {
     " --output adapter --mesh data=2": ("tests", '"infer.launch"'),
     "python -m infer.generate --model THUDM/chatglm2-6b --source hf --prompt 你好": (
         "tests",  # against a server of our own
-        "test_the_engine_takes_names",
+        "test_commands_and_the_engine_take_names",
     ),
     "python -m pytest": (".ci/run", "python -m pytest"),
     "bash .ci/run": (".ci/run", "set -euo pipefail"),

@@ -122,3 +122,17 @@ def print_sample(dataset: Dataset, count: int) -> str:
             piece = names.get(token) or tokenizer.piece(token)
             lines.append(f"{'*' if mark else ' '} {token:6} {piece}")
     return join_lines(lines)
+
+
+def draw(lengths: np.ndarray, max_length: int, path: str) -> None:
+    """Draw the histogram of the lengths (extra `plot`) as .png, .svg or .pdf."""
+    from matplotlib.figure import Figure
+
+    edges, counts = histogram(lengths)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", edgecolor="white")
+    title = f"{counted(len(lengths), 'sequence')}, at most {max_length} tokens allowed"
+    axes.set(xlabel="tokens", ylabel="sequences", title=title)
+    axes.grid(True, axis="y", alpha=0.3)
+    figure.savefig(path, dpi=150)

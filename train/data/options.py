@@ -143,13 +143,18 @@ def open_dataset(options: DataOptions, folder: Folder, other: str | None = None)
         )
 
 
-def print_checks(options: DataOptions, dataset: Dataset) -> int | None:
+def print_checks(options: DataOptions, dataset: Dataset, plot: str | None = None) -> int | None:
     """Print on standard output what `--check-data` and `--print-sample` ask for.
+
+    Args:
+        options: the flags.
+        dataset: the rows.
+        plot: picture of the lengths to draw with `--check-data`.
 
     Returns:
         The exit code of a run that ends with `--check-data`; None without that flag.
     """
-    from train.data.check import check, print_sample
+    from train.data.check import check, draw, print_sample
 
     if options.print_sample is not None:
         print(print_sample(dataset, options.print_sample))
@@ -158,6 +163,8 @@ def print_checks(options: DataOptions, dataset: Dataset) -> int | None:
     with Progress("comparing rows") as bar:
         report = check(dataset, bar.update)
     print(report.text())
+    if plot is not None and len(dataset):
+        draw(dataset.lengths, dataset.max_length, plot)
     return report.exit_code
 
 

@@ -243,3 +243,14 @@ def test_flags_need_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("\nnone\n") and "--rank" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")]
+)
+def test_the_picture_of_the_lengths(tmp_path, kind, start):
+    pytest.importorskip("matplotlib")
+    path, picture = write_rows(tmp_path / "data", [row("Q"), row("Q" * 50)]), tmp_path / f"a{kind}"
+    argv = "--data", path, "--check-data"
+    assert print_checks(data_flags(*argv), opened(*argv), str(picture)) == 0
+    assert picture.read_bytes().startswith(start)
