@@ -67,13 +67,13 @@ def load(
         prefill_chunk: prompt tokens of all rows together per prefill; None = 2048.
         speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
         device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
-        adapter: folder of a LoRA adapter, from train.lora or PEFT.
-        force_adapter: accept an adapter that was trained on another base or template.
+        adapter, force_adapter: folder of a LoRA adapter, from train.lora or PEFT; and whether to
+            accept one that was trained on another base or template.
         prefix: folder of a P-Tuning v2 prefix, from the official training.
-        source, revision: the hub of "owner/name" ("hf", "modelscope") and the revision there;
-            without a source the network is never used.
-        on_event: called with a kind ("compile") and a line of text, for progress.
-        progress: called with the bytes of parameters loaded and to load.
+        source, revision: the hub of "owner/name" ("hf", "modelscope"; None = no network) and the
+            revision there.
+        on_event, progress: called with a kind ("compile") and a line of text; and with the bytes
+            of parameters loaded and to load.
 
     Raises:
         UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
@@ -86,14 +86,9 @@ def load(
         adapter=None if adapter is None else os.fspath(adapter), force_adapter=force_adapter,
         prefix=None if prefix is None else os.fspath(prefix),
     )  # fmt: skip
-    return open_choice(
-        choice,
-        EngineOptions(max_length, prefill_chunk, speculate),
-        mesh=mesh,
-        device=device,
-        on_event=on_event,
-        progress=progress,
-    )
+    options = EngineOptions(max_length, prefill_chunk, speculate)
+    where: dict[str, Any] = {"mesh": mesh, "device": device}
+    return open_choice(choice, options, **where, on_event=on_event, progress=progress)
 
 
 def open_choice(

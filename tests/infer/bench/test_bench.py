@@ -19,8 +19,8 @@ from glm2_jax.cli import arguments
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
-from infer.bench import consumer, plot, programs
 from infer.bench import peer as bench_peer
+from infer.bench import plot, programs
 from infer.bench import run as suite
 from infer.bench.ceilings import Ceilings, measure_ceilings
 from infer.bench.measure import Result, Shape, Variant, measure_all, work
@@ -312,22 +312,6 @@ def test_what_was_stopped_says_so():
     nothing = Report({"device": "x"})
     assert "not measured: the rest" in render(nothing, 80)
     assert as_json(nothing)["ceilings"] is None
-
-
-def test_the_consumer_preset(capsys, nothing_measured):
-    assert bench.main(["--preset", "consumer"]) == 0
-    text = capsys.readouterr().out
-    assert text.count("planned, RTX 3090 24 GB: ") == text.count("measured: nothing") == 3
-    assert "not measured: no accelerator here" in text
-    assert " ".join(text.split()).count(f"--prefill-chunk {consumer.CHUNK} --max-length 4096") == 3
-    with pytest.raises(UsageError, match="nothing to draw"):
-        bench.main(["--preset", "consumer", "--plot", "roofline.png"])
-
-
-def test_the_consumer_preset_with_figures():
-    text = consumer.render(hand_made(), 100)
-    assert "measured, some device: 6.0 MB, 5 tok/s" in text and text.count("nothing") == 2
-    assert consumer.wanted("cpu", "cpu") and consumer.wanted("auto", "gpu")
 
 
 def test_a_picture_needs_matplotlib(monkeypatch):

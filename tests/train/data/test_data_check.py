@@ -250,7 +250,8 @@ def test_flags_need_no_jax():
 )
 def test_the_picture_of_the_lengths(tmp_path, kind, start):
     pytest.importorskip("matplotlib")
-    path, picture = write_rows(tmp_path / "data", [row("Q"), row("Q" * 50)]), tmp_path / f"a{kind}"
-    argv = "--data", path, "--check-data"
+    picture = tmp_path / f"lengths{kind}"
+    path = write_rows(tmp_path / "data", [alpaca("Q"), alpaca("Q" * 50)])
+    argv = "--data", str(path), "--check-data"
     assert print_checks(data_flags(*argv), opened(*argv), str(picture)) == 0
     assert picture.read_bytes().startswith(start)
