@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from glm2_jax.errors import UsageError
 from glm2_jax.text.prompt import ROLES, Reply
 from glm2_jax.text.tokenizer import Detokenizer, Tokenizer
 from infer.engine.loops import LoopDetector
@@ -272,6 +273,9 @@ class Answer:
 
     Attributes:
         finish_reason: None until the answer has ended.
+
+    Raises:
+        UsageError: a stop string can never match.
     """
 
     def __init__(
@@ -285,6 +289,12 @@ class Answer:
         clean: bool,
         roles: bool = False,
     ):
+        if clean and any(_DATE_MARK in text for text in sampling.stop):
+            raise UsageError(
+                f"a stop string with {_DATE_MARK} can never match",
+                f"An answer has {_DATE} instead of {_DATE_MARK}.",
+                "Leave it out.",
+            )
         self.prompt_ids = tuple(prompt_ids)
         self.limit = limit
         self.finish_reason: str | None = None

@@ -74,6 +74,12 @@ class SamplingParams:
         stop = tuple(stop) if isinstance(stop, Iterable) else (None,)
         if not all(isinstance(text, str) and text for text in stop):
             raise UsageError(f"stop must be non-empty strings, not {shown(self.stop)}")
+        for text in map(str, stop):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UsageError(
+                    f"the stop string {shown(text)} can never match",
+                    "It has half of a character (a lone surrogate), which no answer has.",
+                )
         object.__setattr__(self, "stop", stop)
 
     def _check(self, name: str, check: Callable[..., Any], *bounds: float) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm2_jax import Tokenizer
+from glm2_jax.errors import UsageError
 from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_messages, build_prompt, reply_messages, stop_ids
 from infer.chat import commands
@@ -136,7 +137,7 @@ def answers(draw):
 def test_stop_strings_see_the_text_that_is_shown(ids, stop, glm3):
     tokenizer = GLM3 if glm3 else GLM2
     whole = read([*ids, 2], tokenizer=tokenizer)[1]
-    if not stop:
+    if not stop or MARK in stop:  # such a stop string is refused
         return
     pieces, completion = read([*ids, 2], tokenizer=tokenizer, stop=stop)
     at = whole.text.find(stop)
@@ -160,6 +161,14 @@ def test_neither_the_stripped_line_nor_hidden_text_ends_an_answer():
 
 def test_a_stop_string_is_looked_for_in_the_cleaned_text():
     assert read([*HEADER, *GLM3.encode("[[训练时间]]"), 2], stop="3年")[1].text == "202"
+
+
+def test_a_stop_string_that_can_never_match_is_refused():
+    with pytest.raises(UsageError, match="can never match\nAn answer has 2023年 instead"):
+        read([2], stop=("x", "在[[训练时间]]"))
+    read([2], stop="[[训练时间]]", clean=False)
+    with pytest.raises(UsageError, match="can never match\nIt has half of a character"):
+        SamplingParams(stop=("\udcff",))
 
 
 def test_what_was_written_is_what_the_next_round_reads():
