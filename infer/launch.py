@@ -21,7 +21,7 @@ from glm2_jax.processes.supervise import Worker, pass_signals_on, peers_lost
 PROG = "python -m infer.launch"
 DESCRIPTION = """Starts a command as several processes of one run on this machine: to try out a run
 of several hosts, or to have one process per device. If one ends with an error, the
-others are ended.
+others are terminated.
 
 For several hosts, start the command on each of them with --coordinator, --num-processes and
 --process-id instead; under Slurm or Kubernetes and on TPU VMs with --coordinator auto."""
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupt.tell(code)
         return code
     which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause)}"
-    note(f"{which}; the others are ended")
+    note(f"{which}; the others are terminated")
     if code <= 0:
         note("start again: a batch with --output and training with --resume auto resume")
     _end([worker for worker in workers if not worker.wait(0)])

@@ -18,9 +18,9 @@ from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 
 PROG = "python -m infer.bench"
-DESCRIPTION = """Measures prefill and decode speed by dtype and quantization, in per cent of the
-measured memory bandwidth and matrix products. Ctrl-C ends it and shows what was measured so far.
-Exit codes: 0 fine, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130
+DESCRIPTION = """Measures prefill and decode speed by dtype and quantization, as percentages of
+the measured memory bandwidth and matrix product rate. Ctrl-C stops and shows what was measured so
+far. Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130
 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --random chatglm2-6b --quantize none,int8,int4 --batches 1,64
   {PROG} --model chatglm2-6b --dtypes float32,bfloat16 --peer transformers
@@ -90,8 +90,8 @@ def _add_measured(result: Parser) -> None:
     add("--repeat", type=arguments.positive, default=5, metavar="N", help="repetitions")
     add(
         "--peer", choices=("transformers",), metavar="transformers",
-        help="measure the same shapes with transformers' GlmForCausalLM in turns, with random "
-        "weights: eager, and on a GPU also compiled with a static cache (never tried on one); "
+        help="alternate with transformers' GlmForCausalLM in the same shapes, with random "
+        "weights: eager, and on a GPU also compiled with a static cache (not tested on a GPU); "
         "needs torch and a checkout",
     )  # fmt: skip
 

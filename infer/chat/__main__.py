@@ -34,7 +34,7 @@ def parser() -> Parser:
     )  # fmt: skip
     add(
         "--system", metavar="TEXT",
-        help="system prompt; ChatGLM2 has no place for one: it is put before the first question, "
+        help="system prompt; ChatGLM2 has no system role: it is put before the first question, "
         "with a newline",
     )  # fmt: skip
     options.add_sampling_options(result, loop_stop=LOOP_STOP_DEFAULT)

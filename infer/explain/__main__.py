@@ -20,11 +20,11 @@ from infer.memory.links import LINKS, MESHES
 
 PROG = "python -m infer.explain"
 DESCRIPTION = """Shows every stage of the model with its shape, parameters, operations and bytes,
-and the least time that devices could take (from the makers' figures, not measured). With weights
+and the minimum time on chosen devices (from the makers' figures, not measured). With weights
 also the prompt as it is built, attention, the most probable next tokens after each layer, and the
 answer token by token.
 
-Standard output has the explanation, everything else goes to standard error. Exit codes: 0 fine, 2
+Standard output has the explanation, everything else goes to standard error. Exit codes: 0 success, 2
 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 143
 terminated."""
 EXAMPLE = f"""{PROG}
@@ -44,7 +44,7 @@ def parser() -> Parser:
     devices = result.add_argument_group("devices")
     devices.add_argument(
         "--device", dest="cards", nargs="+", type=_card, metavar="NAME",
-        help=f"devices whose least time is shown, any of {', '.join(CARDS)} (v5e is v5e-1); this "
+        help=f"devices to show the minimum time for, any of {', '.join(CARDS)} (v5e is v5e-1); this "
         f"machine need not have them "
         f"(default: {', '.join(DEVICES)}; with --mesh: {', '.join(LINKS)})",
     )  # fmt: skip
@@ -60,7 +60,7 @@ def parser() -> Parser:
         help="also write a page that a browser shows without a network; overwrites the file",
     )  # fmt: skip
     group.add_argument(
-        "--width", type=_number(30, 2**31), metavar="N", help="columns (default: the terminal's)"
+        "--width", type=_number(30, 2**31), metavar="N", help="width of the output (default: the terminal's)"
     )
     result.add_common()
     return result
@@ -92,7 +92,7 @@ def _add_values(result: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--heads", type=_heads, metavar="LAYER:HEAD,...",
-        help="whose attention is shown, counted from 0 (default: two heads of three layers)",
+        help="heads whose attention is shown, counted from 0 (default: two heads of three layers)",
     )  # fmt: skip
     group.add_argument(
         "--max-new-tokens", "--max-tokens", type=positive, metavar="N",

@@ -116,7 +116,7 @@ def test_a_killed_run_of_two_processes_resumes(folder):
         os.kill(children(both.pid)[1], signal.SIGKILL)
         _, err = both.communicate(timeout=LIMIT)
     assert both.returncode == 5 and "Traceback" not in err
-    assert "process 1 of 2 was terminated by SIGKILL; the others are ended" in err
+    assert "process 1 of 2 was terminated by SIGKILL; the others are terminated" in err
     assert not (path / "two" / WEIGHTS).exists()
     taken = max(int(x.name) for x in (path / "two" / "state").iterdir() if x.name.isdecimal())
     assert 2 <= taken < 12
