@@ -55,7 +55,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
+    """Runs the command; returns its exit code, raises GLMError for what the user can fix."""
     use_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)

@@ -90,7 +90,11 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     add("--temperature", "--temp", **number, help="sampling temperature, 0 = greedy (default: 0.8)")
     add("--top-k", **integer, help="sample from the N most likely tokens, 0 = all (default: 50)")
     add("--top-p", **number, help="nucleus sampling: cumulative probability (default: 0.8)")
-    add("--repetition-penalty", **number, help="above 1 makes repetition less likely (default: 1.0 = off)")
+    add(
+        "--repetition-penalty",
+        **number,
+        help="above 1 makes repetition less likely (default: 1.0 = off)",
+    )
     add(
         "--max-new-tokens", "--max-tokens", **integer,
         help="longest answer in tokens (default: up to --max-length)",

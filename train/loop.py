@@ -195,7 +195,7 @@ class Loop:
             also = f", as in the {self._bad} steps before" if self._bad else ""
             raise InputError(
                 what + also,
-                "The step was not taken; the last checkpoint is from before it.",
-                "Check these rows, lower --lr, or leave such steps out: --nan-policy skip.",
+                "The step was not applied; the last checkpoint is from before it.",
+                "Check these rows, lower --lr, or skip such steps: --nan-policy skip.",
             )
-        note(f"{what}; left out")
+        note(f"{what}; skipped")

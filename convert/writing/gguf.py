@@ -86,7 +86,9 @@ class Tensor:
                 f"{self.source.name} holds {sizes.max():g}, which {self.kind.name} of GGUF cannot "
                 "represent.",
                 "It would become infinite.",
-                "" if self.source.shape[-1] % _BLOCK else "Use --type q8_0, which reaches further.",
+                ""
+                if self.source.shape[-1] % _BLOCK
+                else "Use --type q8_0, which has a larger range.",
             )
         if self.kind.name == "Q8_0":
             kept = np.where(sizes < _NOTHING, np.float32(0), values)
@@ -229,7 +231,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         raise CheckpointError(
             "The tokenizer cannot be written as GGUF.",
             f"Two of its ids have the text {twice!r}.",
-            "Is tokenizer.model the published file of the ChatGLM2 family?",
+            "Check that tokenizer.model is the published file of the ChatGLM2 family.",
         )
     return Vocabulary(texts, scores, [int(number) for number in types_])
 

@@ -82,10 +82,12 @@ def check_plot(path: str) -> None:
         importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise UsageError(
-            "--plot needs matplotlib, which cannot be imported.", str(error), f"Do: {INSTALL}"
+            "--plot needs matplotlib, which cannot be imported.",
+            str(error),
+            f"Install it: {INSTALL}",
         ) from error
     if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot {path}: not the name of a picture.", "Known: .png, .svg, .pdf.")
+        raise UsageError(f"--plot must end in .png, .svg or .pdf, got {path}.")
 
 
 def number(text: str) -> float:

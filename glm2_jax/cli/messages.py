@@ -108,7 +108,7 @@ def complain(*lines: str) -> None:
 
 
 def _print(text: str, stream: TextIO | None = None) -> None:
-    """Print at once; work continues where nobody reads it."""
+    """Print at once; work continues if the reader is gone."""
     with contextlib.suppress(OSError):
         print(text, end="", file=stream or sys.stderr, flush=True)
 

@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(EXIT_USAGE)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Unlike that of the base class, tells when it cannot write (`--help > /dev/full`)."""
+        """Unlike the base class, report a failed write (`--help > /dev/full`)."""
         (file or sys.stdout).write(message)
 
     def _suggestion(self, arguments: str) -> str:

@@ -198,15 +198,15 @@ def _compare(facts: Mapping[str, Any]) -> None:
     differs = (sums != sums[:1]).any(axis=-1)
     if not differs.any():
         return
-    told = []
+    differing = []
     for name, others in zip(names, differs.T, strict=True):
         if others.any():
             numbers = [str(number) for number in np.flatnonzero(others)]
-            told.append(f"{name} (process{'es' * (len(numbers) > 1)} {', '.join(numbers)})")
+            differing.append(f"{name} (process{'es' * (len(numbers) > 1)} {', '.join(numbers)})")
     jax.distributed.shutdown()  # all are here, so that none counts another as lost
-    of_flags = all(text.startswith(("--", "command", "kinds")) for text in told)
+    of_flags = all(text.startswith(("--", "command", "kinds")) for text in differing)
     raise (UsageError if of_flags else InputError)(
-        f"the processes differ from process 0 in {', '.join(told)}",
+        f"the processes differ from process 0 in {', '.join(differing)}",
         "All processes of a run must compute the same.",
         "Start all of them with the same flags, files and version.",
     )
@@ -237,7 +237,7 @@ def _check(hosts: Hosts) -> bool:
         return True
     if absent:
         raise UsageError(
-            f"one of several processes also needs {' and '.join(absent)}",
+            f"a run of several processes also needs {' and '.join(absent)}",
             fix="Give --coordinator HOST:PORT, --num-processes N and --process-id I, "
             f"or --coordinator {AUTO} alone.",
         )

@@ -221,7 +221,7 @@ def lost(which: str, why: str) -> DeviceError:
     return DeviceError(
         f"process {which} of this run was lost" if which else "a process of this run was lost",
         why,
-        "Read its output, then start all again. Training resumes with --resume auto.",
+        "Read its output, then start all processes again. Training resumes with --resume auto.",
     )
 
 

@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if refused and args.mesh is not None:
         raise UsageError(
             f"{' and '.join(refused)}: not supported on a mesh.",
-            "They compare what computes on one device.",
+            "They measure one device.",
             "Leave --mesh or --tp out.",
         )
     arguments.choose_platform(args.device)

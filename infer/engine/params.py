@@ -68,7 +68,7 @@ class SamplingParams:
         if self.loop_stop == 1:
             raise UsageError(
                 "loop_stop must be 0 (off) or at least 2, not 1",
-                "Every text repeats its own end once.",
+                "With 1, every answer would be stopped.",
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop = tuple(stop) if isinstance(stop, Iterable) else (None,)
@@ -97,7 +97,7 @@ class SamplingParams:
         beams, do_sample = kwargs.pop("num_beams", 1), kwargs.pop("do_sample", True)
         if not _is(numbers.Integral, beams) or beams != 1:
             raise UsageError(
-                f"num_beams={beams!r}: beam search is not implemented",
+                f"num_beams={beams!r}: beam search is not supported",
                 fix="Leave num_beams out; temperature=0 gives the greedy answer.",
             )
         if not isinstance(do_sample, bool):

@@ -134,7 +134,7 @@ def make_rows(
         )
     draws = range(count) if row_ids is None else row_ids
     if len(draws) != count:
-        raise UsageError(f"there are {len(draws)} row_ids for {count} prompts")
+        raise UsageError(f"expected {count} row_ids, one for each prompt, got {len(draws)}")
     rows = []
     for index, (ids, one, draw) in enumerate(zip(prompts, params, draws, strict=True)):
         limit = _answer_limit(len(ids), index, one, min(one.max_length or max_length, max_length))

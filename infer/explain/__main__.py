@@ -60,7 +60,10 @@ def parser() -> Parser:
         help="also write a page that a browser shows without a network; overwrites the file",
     )  # fmt: skip
     group.add_argument(
-        "--width", type=_number(30, 2**31), metavar="N", help="width of the output (default: the terminal's)"
+        "--width",
+        type=_number(30, 2**31),
+        metavar="N",
+        help="width of the output (default: the terminal's)",
     )
     result.add_common()
     return result

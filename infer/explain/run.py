@@ -113,7 +113,9 @@ def run(settings: Settings) -> int:
 def check_page(path: Path) -> None:
     """Raise InputError for a page that cannot be written; before anything is computed."""
     if str(path) == "-":
-        raise InputError("A page is written to a file.", fix="Name one, for example --html x.html.")
+        raise InputError(
+            "--html needs the name of a file, got -.", fix="Name one, for example --html x.html."
+        )
     if path.is_dir():
         raise InputError(f"{path} is a folder.", fix="Name a file in it: --html FILE.")
     if not real_path(path).parent.is_dir():
@@ -223,7 +225,7 @@ def _wants_values(settings: Settings, subject: Subject, ids: list[int] | None) -
     given = settings.given("top_k", "heads", "max_new_tokens")
     if only_shapes and given:
         raise UsageError(
-            f"{given}: without effect",
+            f"{given}: no effect",
             "With --config or --length only shapes and costs are explained.",
             "Leave it out, or use --model and --prompt.",
         )

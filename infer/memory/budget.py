@@ -103,7 +103,7 @@ def _present(device: str) -> Budget:
 
 
 def _jax_may_use(platform: str) -> bool:
-    """Whether jax has a package for a platform and is not told to leave it alone."""
+    """Whether jax has a package for a platform that the environment does not disable."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     if asked and not any(word in asked for word in (platform, "gpu" if platform == "cuda" else "")):
         return False

@@ -94,7 +94,7 @@ def find_links(name: str, devices: int) -> Links:
     count = match[1] or match[3]
     if count is not None and int(count) != devices:
         raise UsageError(
-            f"{name} has {int(count)} devices, the mesh takes {devices}.",
+            f"{name} has {int(count)} devices, but the mesh needs {devices}.",
             fix=f"Use {match[2]}-{devices}, or a mesh that multiplies to {int(count)}.",
         )
     return LINKS[match[2]]

@@ -137,7 +137,7 @@ def test_meshes_that_do_not_fit(folder, tmp_path):
     flags = [*flags, "--output", str(tmp_path / "a")]
     with pytest.raises(UsageError, match="There is 1 device"):
         lora.main([*flags, "--mesh", "data=2,tensor=4"])
-    with pytest.raises(UsageError, match="tensor=3 takes 3 devices"):
+    with pytest.raises(UsageError, match="tensor=3 needs 3 devices"):
         lora.main([*flags, "--tp", "3"])
     with pytest.raises(SystemExit):
         lora.main([*flags, "--tp", "3", "--mesh", "data=1"])

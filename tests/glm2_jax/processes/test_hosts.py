@@ -129,7 +129,7 @@ def test_a_process_that_stops_to_answer_ends_the_other_one():
     assert ends(first) == (5, "[2, 8]\n", [
         "error: process 1 of this run was lost",
         "It stopped responding.",
-        "Read its output, then start all again. Training resumes with --resume auto.",
+        "Read its output, then start all processes again. Training resumes with --resume auto.",
     ])  # fmt: skip
     os.kill(int(watched), signal.SIGKILL)
     code, _, err = ends(second)

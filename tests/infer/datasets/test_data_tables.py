@@ -63,8 +63,8 @@ def test_bad_rows_of_a_table(tmp_path):
     assert dataset.bad == [
         (f"{path}:3", f"4 cells, but the header has 3{WHY}"),
         (f"{path}:4", f"2 cells, but the header has 3{WHY}"),
-        (f"{path}:6", "train of the row is 'no way': answers are learned or not, write 1 or 0, "
-                      "true or false"),
+        (f"{path}:6", "train of the row is 'no way': write 1 or true to learn the answer, "
+                      "0 or false to leave it out"),
         (f"{path}:8", "output is empty"),
     ]  # fmt: skip
     assert len(dataset) == 1 and dataset.marked == 1

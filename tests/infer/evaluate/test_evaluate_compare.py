@@ -27,9 +27,9 @@ SCORING = "--task generation --predictions x"
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--window 1", "--window 1 is not possible"),
-        ("--window 1024 --max-length 512", "not possible"),
-        ("--window 8 --stride 9", "--stride 9 is not possible"),
+        ("--window 1", "--window must be from"),
+        ("--window 1024 --max-length 512", "must be from"),
+        ("--window 8 --stride 9", "--stride must be below"),
         ("--shots 2", "--shots needs --task choice"),
         ("--two-pass", "--two-pass needs --task choice"),
         ("--overwrite", "--overwrite needs --predictions"),

@@ -206,7 +206,7 @@ def test_messages_and_cleaned_text():
         (b'{"prompt": "q", "messages": [{}]}', "messages exclude"),
         (b'{"prompt": "q", "sytem": "s"}', "sytem(.|\n)*did you mean system"),
         (b'{"prompt": "q", "max": 3}', "max(.|\n)*there are prompt, messages"),
-        (b'{"prompt": "q", "prompt": "r"}', "key 'prompt' is there twice"),
+        (b'{"prompt": "q", "prompt": "r"}', "key 'prompt' appears twice"),
         (b'{"messages": ["q"]}', "messages is not a list"),
         ('{"prompt": "你好"}'.encode("gbk"), "GB18030"),
         (b"[" * 100_000, "nested too deeply"),

@@ -30,9 +30,9 @@ DEEP = '{"instruction":' * 200 + "1" + "}" * 200
 BAD_ROWS = [
     ("{", "not JSON: Expecting property name"),
     ("3", "not a JSON object"),
-    (DEEP, "not JSON that can be read: it is nested too deeply"),
+    (DEEP, "cannot read this JSON: it is nested too deeply"),
     ('{"instruction": 1%s}' % ("0" * 5000), "not JSON"),
-    ('{"instruction": "Q", "output": "A", "output": "B"}', "the key 'output' is there twice"),
+    ('{"instruction": "Q", "output": "A", "output": "B"}', "the key 'output' appears twice"),
     ("{}", "no known format, its keys are none"),
     ({"question": "Q", "answer": "A"}, "no known format, its keys are 'question', 'answer': there"),
     (
@@ -55,21 +55,21 @@ BAD_ROWS = [
     (sharegpt(("gpt", "A")), "the conversation does not begin with a question"),
     (sharegpt(("human", "Q"), (["gpt"], "A")), "message 2 is from ['gpt']"),
     (sharegpt(("human", "Q"), ("gpt", 1)), "message 2 has no text in its value"),
-    (sharegpt(("human", "Q"), ("human", "Q"), ("gpt", "A")), "message 2 is of the role user"),
+    (sharegpt(("human", "Q"), ("human", "Q"), ("gpt", "A")), "message 2 has the role user"),
     (
         sharegpt(("system", "S"), ("system", "S"), ("human", "Q"), ("gpt", "A")),
         "message 2 (system) is not the first",
     ),
     (
         sharegpt(("human", "Q"), ("observation", "O"), ("gpt", "A")),
-        "message 2 is of the role observation",
+        "message 2 has the role observation",
     ),
     (role_messages(("user", "Q"), ("tool", "A")), "message 2 has the role 'tool'"),
     (role_messages(("user", "Q"), ("assistant", None)), "message 2 (assistant) has no text"),
     ({"prompt": None, "response": "A"}, "prompt is empty"),
     (
         {"messages": [{"role": "user", "content": "Q", "weight": -1}]},
-        "weight of message 1 is -1: answers are learned or not",
+        "weight of message 1 is -1: write 1 or true",
     ),
     ({"messages": [{"role": "user", "text": "Q"}]}, "message 1 has an unknown key: 'text'"),
     (alpaca("tokenizer " * 600), "too long: "),
