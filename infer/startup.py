@@ -47,10 +47,10 @@ def open_engine(
     """Load a model and report on stderr how it computes.
 
     Args:
-      choice, options: the flags.
-      rows: prompts that are answered together.
-      contents: what several processes must agree on, besides flags and model, see
-        `glm2_jax.processes.join.compare`.
+        choice, options: the flags.
+        rows: prompts that are answered together.
+        contents: what several processes must agree on, besides flags and model, see
+            `glm2_jax.processes.join.compare`.
     """
     from glm2_jax.processes import join
     from glm2_jax.runtime.compile_cache import enable_compile_cache
@@ -96,7 +96,7 @@ def _contents(choice: ModelChoice, options: EngineOptions, folder: str | Path) -
     """What all processes of a run must have opened alike.
 
     Raises:
-      CheckpointError: the model, adapter or prefix cannot be opened.
+        CheckpointError: the model, adapter or prefix cannot be opened.
     """
     from convert.adapters.attach import open_adapter
     from convert.adapters.prefix import load_prefix

@@ -53,8 +53,8 @@ def open_adapter(
             CheckpointError(
                 f"The adapter {found.source} was trained on a {other} model.",
                 f"{folder.path} is opened as {folder.config.family}, whose prompts differ.",
-                f"Use --family {other} (family={other!r}) if the model is a {other} model; otherwise "
-                "give the model that the adapter was trained on. --force-adapter "
+                f"Use --family {other} (family={other!r}) if the model is a {other} model; "
+                "otherwise give the model that the adapter was trained on. --force-adapter "
                 "(force_adapter=True) skips this check.",
             )
         )

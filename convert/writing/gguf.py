@@ -86,9 +86,7 @@ class Tensor:
                 f"{self.source.name} holds {sizes.max():g}, which {self.kind.name} of GGUF cannot "
                 "represent.",
                 "It would become infinite.",
-                ""
-                if self.source.shape[-1] % _BLOCK
-                else "Use --type q8_0, which has a larger range.",
+                "" if self.source.shape[-1] % _BLOCK else "Use --type q8_0: its range is larger.",
             )
         if self.kind.name == "Q8_0":
             kept = np.where(sizes < _NOTHING, np.float32(0), values)

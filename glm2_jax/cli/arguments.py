@@ -75,8 +75,8 @@ def check_plot(path: str) -> None:
     """Before anything is measured: whether a picture can be drawn, of this kind.
 
     Raises:
-      UsageError: matplotlib is not installed or cannot be imported, or `path` ends in nothing
-        that is a picture.
+        UsageError: matplotlib is not installed or cannot be imported, or `path` ends in nothing
+            that is a picture.
     """
     try:
         importlib.import_module("matplotlib.figure")

@@ -39,9 +39,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser for which `--max_length` is `--max-length`, with one-line errors.
 
     Args:
-      prog: the command as the user types it, e.g. "python -m infer.generate".
-      description: what it does, in a sentence or two.
-      example: one or more command lines, shown at the end of `--help`.
+        prog: the command as the user types it, e.g. "python -m infer.generate".
+        description: what it does, in a sentence or two.
+        example: one or more command lines, shown at the end of `--help`.
     """
 
     def __init__(self, *, prog: str, description: str = "", example: str = "", **kwargs: Any):

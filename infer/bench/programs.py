@@ -34,8 +34,8 @@ class Workload:
     """What is timed of one model.
 
     Attributes:
-      device: of the params; on a mesh one of its devices, which stands for all.
-      programs: compiles, and counts the seconds of it.
+        device: of the params; on a mesh one of its devices, which stands for all.
+        programs: compiles, and counts the seconds of it.
     """
 
     def __init__(self, config: GLMConfig, params: Any):

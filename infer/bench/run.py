@@ -59,7 +59,7 @@ def run(settings: Settings) -> int:
     """Measure what the flags name and print it; returns the exit code.
 
     Raises:
-      GLMError: the model, the device or a file is not what it should be.
+        GLMError: the model, the device or a file is not what it should be.
     """
     if settings.plot:
         _check_plot(settings.plot)

@@ -104,10 +104,10 @@ def open_choice(
     """Open the checkpoint that a `ModelChoice` names, as `load` does.
 
     Args:
-      choice: its `mesh` and `device` are not read: the next two arguments stand for them.
-      options: `memory_limit` and `compile_cache` are not read.
-      folder: the model's folder, where it is found already.
-      mesh, device, on_event, progress: as in `load`.
+        choice: its `mesh` and `device` are not read: the next two arguments stand for them.
+        options: `memory_limit` and `compile_cache` are not read.
+        folder: the model's folder, where it is found already.
+        mesh, device, on_event, progress: as in `load`.
     """
     if mesh is None:
         chosen = find_device(device)

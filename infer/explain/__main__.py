@@ -24,8 +24,8 @@ and the minimum time on chosen devices (from the makers' figures, not measured).
 also the prompt as it is built, attention, the most probable next tokens after each layer, and the
 answer token by token.
 
-Standard output has the explanation, everything else goes to standard error. Exit codes: 0 success, 2
-usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 143
+Standard output has the explanation, everything else goes to standard error. Exit codes: 0 success,
+2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 143
 terminated."""
 EXAMPLE = f"""{PROG}
   {PROG} --config chatglm2-6b --batch 16 --length 128 --device a100 h200
@@ -44,8 +44,8 @@ def parser() -> Parser:
     devices = result.add_argument_group("devices")
     devices.add_argument(
         "--device", dest="cards", nargs="+", type=_card, metavar="NAME",
-        help=f"devices to show the minimum time for, any of {', '.join(CARDS)} (v5e is v5e-1); this "
-        f"machine need not have them "
+        help=f"devices to show the minimum time for, any of {', '.join(CARDS)} (v5e is v5e-1); "
+        f"this machine need not have them "
         f"(default: {', '.join(DEVICES)}; with --mesh: {', '.join(LINKS)})",
     )  # fmt: skip
     devices.add_argument(

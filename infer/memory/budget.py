@@ -57,8 +57,8 @@ class Budget:
         """Return what the flags mean here, the first being preferred.
 
         Args:
-          stored: the scheme of a folder that is quantized.
-          dtype, quantize: the flags.
+            stored: the scheme of a folder that is quantized.
+            dtype, quantize: the flags.
         """
         scheme = stored if quantize is None else None if quantize == "none" else quantize
         if dtype != "auto":
@@ -76,8 +76,8 @@ def find_budget(device: str, limit: int | None = None) -> Budget:
     """Return the budget of a device that is here, or of one that is only named.
 
     Args:
-      device: "auto", "cpu", "gpu", "tpu", or one of `infer.memory.cards.CARDS`.
-      limit: bytes that the user allows.
+        device: "auto", "cpu", "gpu", "tpu", or one of `infer.memory.cards.CARDS`.
+        limit: bytes that the user allows.
     """
     if device in CARDS:
         card = CARDS[device]
@@ -139,16 +139,16 @@ def prepare(
     Sets the share of a GPU's memory in the environment.
 
     Args:
-      choice, options: the flags.
-      folder: the checkpoint.
-      rows: prompts that are answered together.
-      processes: of the run, over which a mesh is spread.
+        choice, options: the flags.
+        folder: the checkpoint.
+        rows: prompts that are answered together.
+        processes: of the run, over which a mesh is spread.
 
     Returns:
-      The flags as they fit: perhaps a narrower dtype and a shorter context.
+        The flags as they fit: perhaps a narrower dtype and a shorter context.
 
     Raises:
-      UsageError: a context that the model does not have. DeviceError: it cannot fit.
+        UsageError: a context that the model does not have. DeviceError: it cannot fit.
     """
     from convert.loading.folder import open_folder
 
@@ -190,7 +190,7 @@ def mesh_sizes(mesh: str | None) -> Sizes | None:
     """Return the sizes of the value of `--mesh`; None = one device.
 
     Raises:
-      UsageError: it is not a mesh.
+        UsageError: it is not a mesh.
     """
     if mesh is None:
         return None
@@ -218,7 +218,7 @@ def prefix_tokens(folder: str | None) -> int:
     """Return the tokens of a prefix; 0 for None.
 
     Raises:
-      CheckpointError: the folder does not hold a prefix.
+        CheckpointError: the folder does not hold a prefix.
     """
     if folder is None:
         return 0
@@ -236,13 +236,13 @@ def settle(
     """Return the plan to compute with: the first of the wishes that fits.
 
     Args:
-      wishes: plans that differ in their precision, the first being preferred.
-      stored: the scheme of a folder that is quantized.
-      tell: the context may be made shorter where only that does not fit, and this gets a line on
-        it; None = the user asked for just this context.
+        wishes: plans that differ in their precision, the first being preferred.
+        stored: the scheme of a folder that is quantized.
+        tell: the context may be made shorter where only that does not fit, and this gets a line on
+            it; None = the user asked for just this context.
 
     Raises:
-      DeviceError: it does not fit; with the numbers and what does.
+        DeviceError: it does not fit; with the numbers and what does.
     """
     memory = budget.memory
     if memory is None:
@@ -316,7 +316,7 @@ def set_gpu_share(
     """Have jax take what the plan needs of a GPU, and not three quarters of it; before jax starts.
 
     Returns:
-      The share, or None where nothing was set: no GPU, or the user has set something.
+        The share, or None where nothing was set: no GPU, or the user has set something.
     """
     gpu = budget.present
     if gpu is None or not gpu.total or any(name in environment for name in SHARE_VARIABLES):

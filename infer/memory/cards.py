@@ -69,7 +69,7 @@ def find_card(kind: str) -> Card | None:
     """Return the card that jax or nvidia-smi calls `kind`, by the most specific name; None = none.
 
     Args:
-      kind: for example "NVIDIA GeForce RTX 3090", "TPU v5 lite".
+        kind: for example "NVIDIA GeForce RTX 3090", "TPU v5 lite".
     """
     words = kind.lower().replace("-", " ").split()
     text = f" {' '.join(words)} "

@@ -62,8 +62,8 @@ def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
     """Compile a decode step and a prefill of one chunk for a card, and read what they need.
 
     Args:
-      name: of a card that the compiler `knows`.
-      memory: bytes that may be taken; None = what the compiler thinks.
+        name: of a card that the compiler `knows`.
+        memory: bytes that may be taken; None = what the compiler thinks.
     """
     card = CARDS[name]
     request = {

@@ -78,11 +78,11 @@ def find_links(name: str, devices: int) -> Links:
     """Return the devices of a name like "v5e-8", "8xh200" or "v5p".
 
     Args:
-      name: may contain a number of devices.
-      devices: of the mesh, which must be that number.
+        name: may contain a number of devices.
+        devices: of the mesh, which must be that number.
 
     Raises:
-      UsageError: no such name, or another number.
+        UsageError: no such name, or another number.
     """
     match = re.fullmatch(MESHES, name)
     if match is None:
@@ -124,8 +124,8 @@ def gather(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Ta
     then sends what it received around its ring.
 
     Args:
-      sizes: axis -> size, the slowest first: devices next to each other differ in the last axis.
-      size: bytes that every device has in the end.
+        sizes: axis -> size, the slowest first: devices next to each other differ in the last axis.
+        size: bytes that every device has in the end.
     """
     inside, outside = _reach(links, sizes, axis)
     if inside * outside == 1:

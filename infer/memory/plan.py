@@ -168,7 +168,7 @@ def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Pla
     where nothing fits.
 
     Args:
-      choices: precisions to choose from, the widest first.
+        choices: precisions to choose from, the widest first.
     """
 
     def longest(**changes: Any) -> Plan:

@@ -71,7 +71,7 @@ def cache_share(config: GLMConfig, size: int, slots: int, rows: int, mesh: Sizes
     """Return the bytes of keys and values on each device, `size` bytes a number.
 
     Args:
-      slots, rows: of the complete cache.
+        slots, rows: of the complete cache.
     """
     from glm2_jax.sharding import cache_sharding
 

@@ -69,8 +69,8 @@ def make_sheet(
     """Make plans for every precision that the flags leave open.
 
     Args:
-      dtype, quantize: as the flags of the same names.
-      options: of every `Plan`: chunk, columns, prefix, mesh.
+        dtype, quantize: as the flags of the same names.
+        options: of every `Plan`: chunk, columns, prefix, mesh.
     """
     chosen = budget.precisions(stored, dtype, quantize)
     if dtype == "auto" and quantize is None:

@@ -54,7 +54,7 @@ def when_loading(
     """Return the same for loading a folder; None where not even its files can be looked at.
 
     Args:
-      form: the options of `open_folder`.
+        form: the options of `open_folder`.
     """
     try:
         found = open_folder(folder, **form)

@@ -35,10 +35,10 @@ def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int
     A program on the way there has a smaller cache, and so may need more of its own.
 
     Args:
-      plan: what is asked for.
-      config: the part of the model that a device computes.
-      rows: the rows of the device.
-      chunk: most tokens that the device reads at once.
+        plan: what is asked for.
+        config: the part of the model that a device computes.
+        rows: the rows of the device.
+        chunk: most tokens that the device reads at once.
     """
     slots, platform = plan.context, plan.platform
     slot = rows * _slot(config, cache_number(plan.precision, platform)) * config.num_layers

@@ -97,7 +97,7 @@ def run_checks(engine: Engine, *, name: object = None) -> Iterator[Check]:
     """Run all checks of a loaded model, one after the other.
 
     Args:
-      name: what the folder calls itself, `_name_or_path` of its config.json.
+        name: what the folder calls itself, `_name_or_path` of its config.json.
     """
     yield from guarded("parameters", lambda: [_parameters(engine, claims_6b(name))])
     yield from guarded("shapes", lambda: [_shapes(engine)])
@@ -262,7 +262,7 @@ def measure(engine: Engine) -> Figures:
     """Measure prefill and decode speed, each after a run that compiles and warms up.
 
     Raises:
-      GLMError: the model computes NaN, or memory runs out.
+        GLMError: the model computes NaN, or memory runs out.
     """
     compiled_before = engine.programs.seconds
     ids = engine.build_prompt(HELLO)

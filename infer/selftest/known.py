@@ -134,7 +134,7 @@ def known_answers(config: GLMConfig, tokenizer: Tokenizer, stored: str) -> tuple
     """Return what the model should answer; () where that is not known.
 
     Args:
-      stored: dtype in the checkpoint; the answers of the int4 checkpoint are not known.
+        stored: dtype in the checkpoint; the answers of the int4 checkpoint are not known.
     """
     if is_demo(config, tokenizer):
         return _DEMO
