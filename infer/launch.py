@@ -33,7 +33,7 @@ _NO_ERROR = (0, EXIT_INTERRUPTED, EXIT_TERMINATED)
 
 
 def parser() -> Parser:
-    """The flags of the command."""
+    """Return the parser of the flags."""
     result = Parser(
         prog=PROG,
         description=DESCRIPTION,
@@ -55,7 +55,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, raises GLMError for what the user can fix."""
+    """Run the command; return its exit code, or raise GLMError for what the user can fix."""
     use_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)

@@ -93,7 +93,7 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     add(
         "--repetition-penalty",
         **number,
-        help="above 1 makes repetition less likely (default: 1.0 = off)",
+        help="above 1 reduces repetition (default: 1.0 = off)",
     )
     add(
         "--max-new-tokens", "--max-tokens", **integer,
@@ -181,7 +181,7 @@ def add_speculate(group: argparse._ArgumentGroup) -> None:
 
 
 def draft_tokens(text: str) -> int:
-    """An argparse type: the draft tokens of a step."""
+    """Parse the number of draft tokens of a step, for argparse."""
     number = int(text) if text.isdecimal() and len(text) < 10 else -1
     if not 0 <= number <= DRAFT:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 0 to {DRAFT}")

@@ -93,7 +93,7 @@ def _spread(engine: Engine) -> str:
 
 
 def _contents(choice: ModelChoice, options: EngineOptions, folder: str | Path) -> dict[str, Any]:
-    """What all processes of a run must have opened alike.
+    """Return what all processes of a run must have opened alike.
 
     Raises:
         CheckpointError: the model, adapter or prefix cannot be opened.

@@ -76,7 +76,7 @@ class TorchTensor:
 
 
 def read_state_dict(data: bytes, path: Path) -> dict[str, TorchTensor]:
-    """Interpret a pickled state dictionary.
+    """Return the tensors of a pickled state dictionary.
 
     Args:
         data: the pickle.

@@ -263,7 +263,7 @@ def _architecture(
 
 
 def _named_weights(folder: Path, raw: dict[str, Any]) -> str | None:
-    """The file of weights that config.json names, as transformers writes and reads it."""
+    """Return the file of weights that config.json names, as transformers writes and reads it."""
     name = raw.get("transformers_weights")
     plain = isinstance(name, str) and is_plain_name(name)
     if name is None or (plain and name.endswith((".safetensors", ".safetensors.index.json"))):

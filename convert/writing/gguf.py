@@ -192,7 +192,7 @@ def _add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabular
 
 
 class Vocabulary(NamedTuple):
-    """What each id stands for, by id."""
+    """Return the text of each id, by id."""
 
     texts: Sequence[str]  # unique
     scores: Sequence[float]  # the larger, the sooner two neighbors become this piece

@@ -13,14 +13,14 @@ INSTALL = "pip install 'glm2-jax[plot]'"
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number, 1 or more."""
+    """Parse a whole number of 1 or more, for argparse."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return min(int(text), 2**31 - 1)  # more than there is of anything, and still easy to count
 
 
 def memory_size(text: str) -> int:
-    """An argparse type: gigabytes, or a size with its unit; returns bytes."""
+    """Parse gigabytes, or a size with its unit, for argparse; return bytes."""
     try:
         number = float(text)
     except ValueError:
@@ -34,7 +34,7 @@ def memory_size(text: str) -> int:
 
 
 def use_utf8() -> None:
-    """Standard output and error are UTF-8 whatever the locale says (LANG=C, old Windows)."""
+    """Make standard output and error UTF-8, whatever the locale says (LANG=C, old Windows)."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -51,8 +51,7 @@ def choose_platform(device: str) -> None:
 
 
 def path_argument(text: str) -> str:
-    """An argparse type for paths: an empty one, as an unset shell variable gives it, is refused,
-    and so is a URL, with the lines of `glm2_jax.cli.files`."""
+    """Parse a path for argparse; refuse an empty one (an unset shell variable) and a URL."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     refuse_url(text)
@@ -60,7 +59,7 @@ def path_argument(text: str) -> str:
 
 
 def size_argument(text: str) -> int:
-    """An argparse type for sizes: "4GB", "500 MB", "1GiB", "123456". Returns bytes, at least 1."""
+    """Parse a size such as "4GB", "500 MB", "1GiB" or "123456"; return bytes, at least 1."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 4GB or 500MB")
@@ -72,11 +71,11 @@ def size_argument(text: str) -> int:
 
 
 def check_plot(path: str) -> None:
-    """Before anything is measured: whether a picture can be drawn, of this kind.
+    """Check, before anything is measured, that a picture of this kind can be drawn.
 
     Raises:
-        UsageError: matplotlib is not installed or cannot be imported, or `path` ends in nothing
-            that is a picture.
+        UsageError: matplotlib is not installed or cannot be imported, or `path` does not
+            end in .png, .svg or .pdf.
     """
     try:
         importlib.import_module("matplotlib.figure")
@@ -91,7 +90,7 @@ def check_plot(path: str) -> None:
 
 
 def number(text: str) -> float:
-    """An argparse type: a finite number of 0 or more."""
+    """Parse a finite number of 0 or more, for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -102,7 +101,7 @@ def number(text: str) -> float:
 
 
 def above_zero(text: str) -> float:
-    """An argparse type: a finite number above 0."""
+    """Parse a finite number above 0, for argparse."""
     value = number(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
@@ -110,7 +109,7 @@ def above_zero(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    """An argparse type: a whole number of 0 or more."""
+    """Parse a whole number of 0 or more, for argparse."""
     if not text.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)

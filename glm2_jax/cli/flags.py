@@ -38,7 +38,7 @@ def add_mesh_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _tensor_axis(text: str) -> str:
-    """An argparse type: the mesh that `--tp` asks for."""
+    """Parse the mesh that `--tp` asks for, for argparse."""
     return f"tensor={positive(text)}"
 
 

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_common(self) -> None:
-        """Adds the flags that every command has: `--debug` and `--version`."""
+        """Add the flags that every command has: `--debug` and `--version`."""
         group = self.add_argument_group("general")
         group.add_argument("--debug", action="store_true", help="show the traceback of an error")
         group.add_argument("--version", action="version", version=version())
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(_hyphenate(args), namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line of what and one of what to do, and exits with 2."""
+        """Print one line of what and one of what to do, and exit with 2."""
         unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
         if unknown:
             message = f"unknown argument {unknown[1]}{self._suggestion(unknown[1])}"

@@ -187,7 +187,7 @@ def compare(contents: Mapping[str, Any] | None = None) -> None:
 
 
 def _compare(facts: Mapping[str, Any]) -> None:
-    """Facts of the same names in all processes."""
+    """Compare facts of the same names in all processes."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -218,7 +218,7 @@ def _digest(value: Any) -> bytes:
 
 
 def _check(hosts: Hosts) -> bool:
-    """Whether there are several processes. Raises UsageError for flags that do not fit."""
+    """Return whether there are several processes; UsageError for flags that do not fit."""
     given = {
         "--coordinator": hosts.coordinator,
         "--num-processes": hosts.num_processes,
@@ -334,14 +334,14 @@ def _is_lost_connection(error: BaseException | None) -> bool:
 
 
 def _count(text: str) -> int:
-    """An argparse type: a whole number of 0 or more."""
+    """Parse a whole number of 0 or more, for argparse."""
     if not (text.isascii() and text.isdecimal() and len(text) < 7):
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 0 or more")
     return int(text)
 
 
 def _seconds(text: str) -> int:
-    """An argparse type: whole seconds, 1 or more."""
+    """Parse whole seconds, 1 or more, for argparse."""
     if (number := _count(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1 second")
     return number

@@ -170,7 +170,7 @@ def supervise(hosts: Hosts) -> int:
 
 
 def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
-    """Forward signals that end a tool to the workers; returns the list of those that came."""
+    """Forward signals that end a tool to the workers; return the list of those that came."""
     came: list[int] = []
 
     def pass_on(signum: int, frame: object) -> None:

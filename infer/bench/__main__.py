@@ -28,7 +28,7 @@ EXAMPLE = f"""{PROG} --random chatglm2-6b --quantize none,int8,int4 --batches 1,
 
 
 def parser() -> Parser:
-    """The flags of the command."""
+    """Return the parser of the flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     flags.add_model_options(result)
     add_random_options(result)
@@ -121,7 +121,7 @@ def one_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """An argparse type: whole numbers of 1 or more with commas between them, or "none"."""
+    """Parse whole numbers of 1 or more, separated by commas, or "none", for argparse."""
     if text.strip() == "none":
         return ()
     return tuple(sorted({arguments.positive(part) for part in text.split(",")}))

@@ -15,7 +15,7 @@ can be computed here, 2 usage, 4 the --model folder cannot be opened, 5 jax does
 
 
 def parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=f"{PROG} --model chatglm2-6b")
     group = result.add_argument_group("model")
     group.add_argument(

@@ -145,7 +145,7 @@ def _nvidia(machine: Machine, used: bool) -> Iterator[Finding]:
 
 
 def _why_unused(machine: Machine) -> Finding:
-    """The first reason, in the order in which they have to be fixed."""
+    """Return the first reason, in the order in which they have to be fixed."""
     nvidia, cuda, set_to = machine.nvidia, _cuda(machine), machine.variables.get
     major = next(iter(_numbers(nvidia.driver)), None)
     unseen = not nvidia.nodes and not nvidia.gpus
@@ -202,7 +202,7 @@ def _why_unused(machine: Machine) -> Finding:
 
 
 def _crowded(machine: Machine) -> Iterator[Finding]:
-    """Memory of GPUs that other programs use."""
+    """Return memory of GPUs that other programs use."""
     gpus = machine.nvidia.gpus
     for index, gpu in enumerate(gpus):
         if gpu.total - gpu.free > 1e9:
@@ -234,7 +234,7 @@ def _tpu(machine: Machine, used: bool) -> Iterator[Finding]:
 
 
 def _cuda(machine: Machine) -> set[str]:
-    """The CUDA versions whose packages are installed: "12", "13"."""
+    """Return the CUDA versions whose packages are installed: "12", "13"."""
     return {version for version in OLDEST_DRIVER if f"jax-cuda{version}-plugin" in machine.packages}
 
 

@@ -26,7 +26,7 @@ from infer.memory.shortage import when_loading
 
 
 def demo_folder() -> Path:
-    """The bundled demo model, in the project's own format."""
+    """Return the folder of the bundled demo model, in the project's own format."""
     return Path(__file__).parents[1] / "demo"
 
 
@@ -138,7 +138,7 @@ def _load(
     max_length: int | None,
     progress: Callable[[int, int], None],
 ) -> Checkpoint:
-    """The model with its adapter and prefix, on the devices."""
+    """Return the model with its adapter and prefix, on the devices."""
     force, form = choice.force_adapter, choice.form
     adapter = choice.adapter and open_adapter(choice.adapter, folder, **form, force=force)
     prefix = choice.prefix and load_prefix(choice.prefix, open_folder(folder, **form).config)

@@ -134,7 +134,7 @@ def _number(name: str, value: Any, least: float, most: float = _LARGEST) -> floa
 
 
 def _is(kind: type, value: Any) -> bool:
-    """Whether `value` is such a number, Python's or NumPy's; True and False are not."""
+    """Return whether `value` is such a number, Python's or NumPy's; True and False are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -232,6 +232,6 @@ def _add(
 
 
 def token_nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """-log softmax(logits)[token]: float32 [B, T, V], int32 [B, T] -> float32 [B, T]."""
+    """Return -log softmax(logits)[token]: float32 [B, T, V], int32 [B, T] -> float32 [B, T]."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

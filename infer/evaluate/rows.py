@@ -140,7 +140,7 @@ def _copy(source: BinaryIO, name: str, file: BinaryIO) -> BinaryIO:
 
 
 def _has_rows(path: str, file: BinaryIO) -> bool:
-    """Whether a file has rows, by its name or its first bytes, and is not plain text."""
+    """Return whether a file has rows, by its name or its first bytes, and is not plain text."""
     name = path.lower().removesuffix(".gz")
     if name.endswith((".jsonl", ".json", ".parquet", *DELIMITERS)):
         return True

@@ -34,7 +34,7 @@ EXAMPLE = f"""{PROG}
 
 
 def parser() -> Parser:
-    """The flags of the command."""
+    """Return the parser of the flags."""
     # --device here replaces the one that says where answers are computed.
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE, conflict_handler="resolve")
     flags.add_model_options(result)
@@ -63,7 +63,7 @@ def parser() -> Parser:
         "--width",
         type=_number(30, 2**31),
         metavar="N",
-        help="width of the output (default: the terminal's)",
+        help="width of the output in columns (default: the terminal's)",
     )
     result.add_common()
     return result
@@ -104,7 +104,7 @@ def _add_values(result: Parser) -> None:
 
 
 def _card(text: str) -> str:
-    """An argparse type: a device, or several that links join; "v5e" for one chip of them, too."""
+    """Parse a device, or several joined by links ("v5e" is one chip), for argparse."""
     name = text.lower()
     if name in CARDS or f"{name}-1" in CARDS or re.fullmatch(MESHES, name):
         return name
@@ -116,7 +116,7 @@ def _card(text: str) -> str:
 
 
 def _heads(text: str) -> tuple[tuple[int, int], ...]:
-    """An argparse type: "0:0,27:31"."""
+    """Parse heads such as "0:0,27:31", for argparse."""
     if not re.fullmatch(r"\d{1,6}:\d{1,6}(,\d{1,6}:\d{1,6})*", text, re.ASCII):
         raise argparse.ArgumentTypeError(
             f"{text[:40]!r} is not a list of heads; write LAYER:HEAD, for example 0:0,27:31"

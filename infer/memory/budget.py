@@ -68,7 +68,7 @@ class Budget:
         return (Precision(self.half, scheme),)
 
     def fits(self, plan: Plan) -> bool | None:
-        """Whether a plan fits; None where the memory is unknown."""
+        """Return whether a plan fits; None where the memory is unknown."""
         return None if self.memory is None else plan.total <= self.memory
 
 
@@ -103,7 +103,7 @@ def _present(device: str) -> Budget:
 
 
 def _jax_may_use(platform: str) -> bool:
-    """Whether jax has a package for a platform that the environment does not disable."""
+    """Return whether jax has a package for a platform that the environment does not disable."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     if asked and not any(word in asked for word in (platform, "gpu" if platform == "cuda" else "")):
         return False
@@ -205,8 +205,7 @@ def share_budget(budget: Budget, mesh: Sizes | None, processes: int) -> Budget:
 
 
 def shared(budget: Budget, devices: int) -> Budget:
-    """What each of so many devices of this host may take: where a processor plays them, they share
-    its memory."""
+    """Return the budget of each of `devices` devices of this host; CPU devices share its memory."""
     if budget.platform != "cpu" or budget.memory is None:
         return budget
     runtime = RUNTIME["cpu"]  # once for all of them

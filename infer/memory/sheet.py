@@ -120,7 +120,7 @@ def render(sheet: Sheet, columns: int) -> Iterator[str]:
 
 
 def _table(sheet: Sheet, columns: int) -> Iterator[str]:
-    """The plans in a table, or where that is too wide, a smaller one for each precision."""
+    """Return the plans in a table, or where that is too wide, a smaller one for each precision."""
     head = ("context", "batch", "weights", "cache", "temporary", "total", "fits", "tok/s <=")
     rows = {plan: _cells(sheet, plan) for plan in sheet.plans}
     named = [(sheet.labels[plan.precision], *cells) for plan, cells in rows.items()]

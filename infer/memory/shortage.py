@@ -90,7 +90,7 @@ def _shortage(
 
 
 def _precision(params: Any) -> Precision:
-    """How an engine's weights are stored."""
+    """Return how an engine's weights are stored."""
     layers = params["layers"]
     weight = (layers[0] if isinstance(layers, list | tuple) else layers)["q"]
     dtype = dtype_name(params["final_norm"].dtype)

@@ -99,7 +99,7 @@ class Program:
         return copies * scores * _FLOAT32 + layer + self._hidden
 
     def _mlp(self) -> int:
-        """What is alive between the two products; on a GPU with a copy of the weight."""
+        """Return what is alive between the two products; on a GPU with a copy of the weight."""
         D, F = self.config.hidden_size, self.config.ffn_hidden_size
         scheme, tokens = self.precision.scheme, self.rows * self.width
         at_once = min(tokens, max(1, MLP_ELEMENTS // (2 * F)))
@@ -139,5 +139,5 @@ class Program:
 
 
 def _slot(config: GLMConfig, number: int) -> int:
-    """Keys and values of one token in one layer, `number` bytes each."""
+    """Return keys and values of one token in one layer, `number` bytes each."""
     return 2 * config.num_kv_heads * config.head_dim * number

@@ -13,7 +13,7 @@ Exit codes: 0 all passed, 2 usage, 4 a check failed, 5 out of memory or device."
 
 
 def parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=f"{PROG} --model chatglm2-6b")
     flags.add_model_options(result)
     options.add_performance_options(result)

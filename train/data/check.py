@@ -44,7 +44,7 @@ class Report:
         if self.growing:
             lines.append(
                 f"dialogues that continue in another row: {counted(len(self.growing), 'row')}; "
-                "every row learns all answers in it, so their answers are learned again and again: keep "
+                "every row learns all answers in it, so they are learned again and again: keep "
                 "only the last row of each dialogue"
             )
             lines += [f"{where} continues in {later}" for where, later in self.growing[:_LISTED]]

@@ -109,7 +109,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _errors(self, done: str) -> Iterator[None]:
-        """Orbax and TensorStore raise several kinds for a full disk or a folder without rights."""
+        """Turn what Orbax and TensorStore raise into our errors: a full disk, missing permissions."""
         try:
             with using(self.folder):
                 yield

@@ -34,7 +34,7 @@ BAD_ROWS = [
     ('{"instruction": 1%s}' % ("0" * 5000), "not JSON"),
     ('{"instruction": "Q", "output": "A", "output": "B"}', "the key 'output' appears twice"),
     ("{}", "no known format, its keys are none"),
-    ({"question": "Q", "answer": "A"}, "no known format, its keys are 'question', 'answer': there"),
+    ({"question": "Q", "answer": "A"}, "no known format, its keys are 'question', 'answer': known"),
     (
         alpaca() | role_messages(("user", "Q"), ("assistant", "A")),
         "it has the keys of alpaca and messages",
