@@ -1,4 +1,4 @@
-"""From the flags of the answering tools to an engine: which model, on what, and what is said of it.
+"""Opens an engine from the flags of the tools that answer, and reports which model on what.
 
 Everything of the project but `glm2_jax.cli.main` is imported inside the functions: tools import
 this module before their flags are parsed, and `--help` must not wait for jax.

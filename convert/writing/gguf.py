@@ -35,7 +35,7 @@ from glm2_jax.text.tokenizer import Tokenizer
 _BLOCK = 32
 # Up to half a step of float16 above 65504 is rounded down to it; a scale is a 127th.
 _TOO_LARGE = {"F16": 65520.0, "Q8_0": 127 * 65520.0}
-# A block of such numbers has the scale 0 in any case; without them no reciprocal overflows.
+# A block of smaller numbers has the scale 0 anyway; without them no reciprocal overflows.
 _NOTHING = np.float32(1e-30)
 
 

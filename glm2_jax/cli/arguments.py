@@ -16,7 +16,7 @@ def positive(text: str) -> int:
     """Parse a whole number of 1 or more, for argparse."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return min(int(text), 2**31 - 1)  # more than there is of anything, and still easy to count
+    return min(int(text), 2**31 - 1)  # larger than any real value, and still easy to print
 
 
 def memory_size(text: str) -> int:

@@ -159,7 +159,7 @@ def require_writable(destination: Path) -> None:
         place = _nearest(destination)
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        # Try it, because the rights alone do not say it: those of /proc allow it.
+        # Try it, because permissions alone do not decide: those of /proc allow it.
         attempt = place / f"{_work_folder(destination).name}-{os.getpid()}"
         attempt.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # removed by another thread

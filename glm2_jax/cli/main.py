@@ -85,7 +85,7 @@ def _guarded(main: Callable[[list[str]], int | None], args: list[str]) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has left (`| head`)
+    except BrokenPipeError:  # the reader of our output is gone (`| head`)
         return EXIT_BROKEN_PIPE
     except Exception as error:
         return report(error, debug="--debug" in args)

@@ -101,7 +101,7 @@ class Worker:
 
     def is_stopped(self) -> bool:
         """Return whether it is stopped, by SIGSTOP for example."""
-        # macOS has no waitid before Python 3.13.
+        # macOS lacks waitid before Python 3.13.
         with contextlib.suppress(ChildProcessError, AttributeError):
             states = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self._process.pid, states) is not None

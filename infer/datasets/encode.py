@@ -99,7 +99,7 @@ class Encoder:
             return len(self.tokenizer.prefix_ids)
         if not self._is_learned(messages[-1]) or not turn:
             return prompt
-        # The rounds before hold something that must not be learned; what may be learned of them is
+        # Earlier rounds hold text that must not be learned; the parts that may be learned are
         # in their own sequences.
         return prompt - len(build_followup(self.tokenizer, query, turn + 1))
 

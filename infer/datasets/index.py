@@ -95,7 +95,7 @@ class DataFile:
         self._fd = _unpacked(fd, self.name)
         opened = contextlib.ExitStack()
         opened.callback(os.close, self._fd)
-        self.close = weakref.finalize(self, opened.close)  # no row can be read after it
+        self.close = weakref.finalize(self, opened.close)  # no row can be read after this error
         self.size = os.fstat(self._fd).st_size
         sample = os.pread(self._fd, _PIECE, 0)
         self._start = len(_BOM) if sample.startswith(_BOM) else 0

@@ -1,4 +1,4 @@
-"""Which form of a model fits into a machine's memory, and the command that answers with it."""
+"""The dtype and quantization that fit into a machine's memory, and the command to run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may ask of the sampler: `SamplingParams` and its presets. Nothing here needs JAX."""
+"""The sampling parameters, `SamplingParams`, and their presets. Nothing here needs JAX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glm2_jax.errors import UsageError, shown
 
 MAX_LOGPROBS = 20  # the compiled step always has room for this many alternatives
 MAX_SEED = 2**63 - 1
-_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the range of float32
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the largest float32
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Multiple choice: the likeliest of the letters A to D after a question.
+"""Multiple choice: the most likely of the letters A to D after a question.
 
 One pass reads the question and compares the letters. Two passes follow the official C-Eval script
 of ChatGLM2: the model first answers in words, greedily; then question, words and a sentence that

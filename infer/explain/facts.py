@@ -47,7 +47,7 @@ class Pass:
     name: str  # "prefill", or "decode" (one step after it)
     tokens: int  # T, of each row that are computed
     keys: int  # S, that they attend to
-    stages: tuple[Stage, ...]  # in order; those of a layer are there once
+    stages: tuple[Stage, ...]  # in order; a layer's stages appear once
     params: int
     flops: int
     bytes: int
@@ -59,7 +59,7 @@ class Cache:
     """The bytes of keys and values."""
 
     per_token: int  # in all layers
-    with_full_heads: int  # the same, if every query head had its own key/value head
+    with_full_heads: int  # the same with one key/value head per query head
     now: int  # of all rows, after the prompt
     at_most: int  # of all rows, at the longest context
 

@@ -70,12 +70,12 @@ class Subject:
     """The model that is explained."""
 
     name: str
-    choice: ModelChoice  # as it is loaded
+    choice: ModelChoice  # dtype in which it is loaded
     config: GLMConfig
-    stored: str | None  # the scheme that it is quantized by
+    stored: str | None  # the quantization scheme
     tokenizer: Tokenizer | None
     template: str | None
-    weights: bool  # whether it has any
+    weights: bool  # whether the folder has weights
     notes: tuple[str, ...] = ()  # for the user
 
 

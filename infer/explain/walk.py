@@ -45,7 +45,7 @@ def make_walk(
         precision: what bytes are counted in.
         length: ids of each prompt. length_from, prompt, model: as in `Walk`.
         batch: prompts together.
-        cards: devices whose least time is wanted.
+        cards: devices whose minimum time is computed.
     """
     shapes = param_shapes(config)
     prefill = _pass("prefill", config, shapes, precision, batch, length, length)

@@ -26,16 +26,16 @@ from infer.memory.plan import RUNTIME, Plan, nearest
 from infer.memory.precision import Precision, flags, precisions
 from infer.memory.shares import Sizes, count_devices, sizes_of
 
-DEFAULT_CONTEXT = 8192  # of --max-length
-# Of a GPU's memory: the rest is the driver's, and what a desktop shows.
+DEFAULT_CONTEXT = 8192  # the default of --max-length
+# Share of a GPU's memory; the driver and the desktop use the rest.
 GPU_SHARE = 0.95
-SHARE_VARIABLES = (  # by which a user decides what jax takes of a GPU's memory
+SHARE_VARIABLES = (  # the user's limits of jax's share of a GPU's memory
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_ALLOCATOR",
     "XLA_CLIENT_MEM_FRACTION",
 )
-SPARE = 1.1  # of a plan, for what a pool cannot use between its pieces
+SPARE = 1.1  # factor on a plan, for fragmentation of the pool
 _LONG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
 
@@ -43,10 +43,10 @@ _LONG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32":
 class Budget:
     """Where a model is to compute, and what it may take there."""
 
-    name: str  # of the device, for people
+    name: str  # the device's name, for people
     platform: str  # "cpu", "gpu" or "tpu"
     memory: int | None  # bytes; None = unknown
-    bandwidth: float | None = None  # of that memory, bytes per second; None = unknown
+    bandwidth: float | None = None  # memory bandwidth in bytes per second; None = unknown
     half: str = "bfloat16"  # its 16-bit type
     present: Gpu | None = None  # the GPU of this machine, where there is one
     limited: bool = False  # whether the user set the memory
@@ -302,7 +302,7 @@ def _change(other: Plan, plan: Plan, stored: str | None) -> str:
 
 def shortage(budget: Budget, plan: Plan, stored: str | None = None) -> tuple[str, str]:
     """Return what to say when memory ran out in spite of the plan: (needed and free, what fits)."""
-    # It did not fit, whatever the plan says: what is advised is smaller in any case.
+    # It did not fit, whatever the plan says: suggest something smaller in any case.
     memory = plan.total - 1 if budget.memory is None else min(budget.memory, plan.total - 1)
     free = "not known" if budget.memory is None else human_size(budget.memory)
     near = nearest(plan, memory, precisions(budget.half, stored))

@@ -1,4 +1,4 @@
-"""How devices are connected, and the least time of a collective over them.
+"""How devices are connected, and the minimum time of a collective over them.
 
 The figures are the makers', each direction of a link counted alone. No program reaches them: times
 derived from them are bounds.
@@ -27,8 +27,8 @@ class Links:
     both_ways: bool  # whether the ring runs in both directions, over half of these links each
     joined: int  # devices that have such links to each other; the network connects more
     network: float  # bytes per second that a device can send over the network
-    start: float  # seconds before anything moves
-    hop: float  # seconds of each step of a ring, however little is sent
+    start: float  # latency in seconds before the first byte moves
+    hop: float  # seconds of each step of a ring, for any size
     network_hop: float
 
     def steps(self, devices: int) -> int:
@@ -70,7 +70,7 @@ LINKS: Mapping[str, Links] = {
     )
 }  # fmt: skip
 
-# One of them, or so many: "v5e-8", "8xh200".
+# One device, or several: "v5e-8", "8xh200".
 MESHES = rf"(?:(\d{{1,6}})x)?({'|'.join(LINKS)})(?:-(\d{{1,6}}))?"
 
 

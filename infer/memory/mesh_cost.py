@@ -81,7 +81,7 @@ class Step:
             (self.memory_s, self.memory_fixed_s),
             (self.talk.seconds, self.links_fixed_s),
         ):
-            spare = self.products_s - (total - fixed)  # what a larger batch gains
+            spare = self.products_s - (total - fixed)  # the gain of a larger batch
             if spare <= 0:
                 return None
             needed = max(needed, fixed / spare * self.tokens)
@@ -247,7 +247,7 @@ def _step(
         operations / links.flops,
         fixed + growing(tokens),
         moved[0] / links.card.bandwidth,
-        fixed.seconds + growing(0).seconds,  # the hops of rings that carry nothing
+        fixed.seconds + growing(0).seconds,  # the hops of rings, for an empty message
     )
 
 

@@ -16,7 +16,7 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
 from infer.memory.precision import Precision
 
-Sizes = tuple[tuple[str, int], ...]  # of the mesh: (axis, size), which can be hashed
+Sizes = tuple[tuple[str, int], ...]  # (axis, size) of the mesh, hashable
 
 
 def sizes_of(mesh: Mapping[str, int]) -> Sizes:

@@ -25,7 +25,7 @@ class Sheet:
     place's memory is not known.
     """
 
-    name: str  # of the model
+    name: str  # name of the model
     config: GLMConfig
     stored: str | None  # the scheme of a folder that is quantized
     budget: Budget

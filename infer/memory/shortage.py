@@ -1,4 +1,4 @@
-"""What to say when memory ran out: needed, free, and the nearest that fits."""
+"""The message when memory runs out: needed, free, and the nearest plan that fits."""
 
 from __future__ import annotations
 

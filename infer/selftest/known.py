@@ -1,4 +1,4 @@
-"""What is known of the published checkpoints and of the bundled demo model.
+"""The known values of the published checkpoints and of the bundled demo model.
 
 Only what was observed is here; for every other checkpoint the answers are "not known".
 """

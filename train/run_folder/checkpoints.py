@@ -1,4 +1,4 @@
-"""Checkpoints of a training, saved by Orbax: complete or not there at all."""
+"""Checkpoints of a training, saved by Orbax: complete or absent."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _errors(self, done: str) -> Iterator[None]:
-        """Turn what Orbax and TensorStore raise into our errors: a full disk, missing permissions."""
+        """Turn errors of Orbax and TensorStore into ours: a full disk, missing permissions."""
         try:
             with using(self.folder):
                 yield
