@@ -106,7 +106,7 @@ def parser() -> Parser:
     add(
         "--peer", choices=("peft",), metavar="peft",
         help="alternate with the same steps in peft and transformers' GlmForCausalLM, with random "
-        "weights; needs torch and a checkout",
+        "weights; needs torch and a source checkout",
     )  # fmt: skip
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of text")

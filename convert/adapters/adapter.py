@@ -123,7 +123,7 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
     except OSError as error:
         raise InputError(
             f"The adapter cannot be written to {folder}: {error.strerror or error}.",
-            fix="Free some space, or check the path and its rights.",
+            fix="Free some space, or check the path and its permissions.",
         ) from error
 
 

@@ -198,7 +198,7 @@ def _naming_other_set(weights: Weights) -> Iterator[None]:
         if other is None:
             raise
         why = [*error.why.splitlines(), *weights.notes]
-        fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is read then."
+        fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is then read."
         raise CheckpointError(error.what, why, fix) from error
 
 

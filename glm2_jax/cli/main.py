@@ -117,7 +117,7 @@ def report(error: Exception, *, debug: bool = False) -> int:
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free some space or write elsewhere" if full else "check the path and its rights"
+        fix = "free some space or write elsewhere" if full else "check the path and its permissions"
         reason = error.strerror or str(error)
         complain(f"error: {name} cannot be read or written", reason, fix)
         return EXIT_INPUT

@@ -92,7 +92,7 @@ def _add_measured(result: Parser) -> None:
         "--peer", choices=("transformers",), metavar="transformers",
         help="alternate with transformers' GlmForCausalLM in the same shapes, with random "
         "weights: eager, and on a GPU also compiled with a static cache (not tested on a GPU); "
-        "needs torch and a checkout",
+        "needs torch and a source checkout",
     )  # fmt: skip
 
 

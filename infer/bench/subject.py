@@ -116,7 +116,7 @@ def describe_mesh(mesh: Mesh, platform: str) -> str:
     devices = "1 device" if mesh.size == 1 else f"{mesh.size} devices"
     if platform == "cpu" and mesh.size > 1:
         devices = (
-            f"{mesh.size} virtual devices of one processor, which share its memory and its cores: "
+            f"{mesh.size} virtual devices of one CPU, which share its memory and cores: "
             "its measured limits are not multiplied"
         )
     return f"{mesh_text(mesh.shape)}, {devices}"

@@ -343,7 +343,7 @@ class _Elements:
                 raise self._broken(why, self.at)
         self._advance(self.at + 1)
         if self._next_char():
-            raise self._broken("something follows the end of the array", self.at)
+            raise self._broken("extra text after the end of the array", self.at)
 
     def _next_char(self) -> str:
         """Advance to the next character that is not blank; "" at the end of the file."""

@@ -66,7 +66,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time a device could take, from the makers' figures, not measured.
+    """The minimum time a device could take, from the makers' figures, not measured.
 
     The prefill computes the logits of one position of each row, as answering does, and no masked
     scores. Where flops is None, the times are those of the bytes alone and the limits "unknown".

@@ -11,7 +11,7 @@ from glm2_jax.escape import escape_controls
 from infer.explain.facts import Bound, Candidate, Head, Pass, Step, Token, Values, Walk
 
 BOUND = (
-    "The least time for these operations and bytes by the makers' figures, which no program "
+    "The minimum time for these operations and bytes by the makers' figures, which no program "
     "reaches; nothing here was measured. The head computes one position of each prompt, and masked "
     "scores are left out. Arrays that are passed between stages, and starting programs, are not "
     "counted."
@@ -24,8 +24,8 @@ COUNTED = (
     "layers."
 )
 LENGTHS = (
-    "Lengths are of the last token: of the output of the layer, and of what attention and mlp "
-    "added. Next: what final norm and head make of it there; after the last layer this is the "
+    "Lengths are norms of the last token: of the layer's output, and of what attention and mlp "
+    "added. Next: the result of final norm and head there; after the last layer this is the "
     "model's own answer."
 )
 ROW = (
@@ -204,7 +204,7 @@ def _answer(values: Values, columns: int) -> list[str]:
 
     most = len(values.steps[0].alternatives) if values.steps else 1
     lines = _widest(lambda count: table(rows(count), texts=1 + count), most, columns)
-    ends = {"stop": "ended by its end token", "length": "ended by the longest length"}
+    ends = {"stop": "ended by its end token", "length": "ended by the length limit"}
     return [*lines, ends.get(values.end, values.end)]
 
 

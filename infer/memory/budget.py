@@ -261,7 +261,7 @@ def settle(
     why, fix = "--memory-limit allows", advice(near, plan, stored)
     if not budget.limited:
         why = f"Free on {budget.name}:"
-        fix += " (--memory-limit 999GB tries it anyway.)"
+        fix += " (To try anyway: --memory-limit 999GB.)"
     raise DeviceError(f"not enough memory: {needs(plan)}", f"{why} {human_size(memory)}.", fix)
 
 
@@ -284,7 +284,7 @@ def needs(plan: Plan) -> str:
 def advice(near: Sequence[Plan], plan: Plan, stored: str | None) -> str:
     """Return what fits instead, as flags."""
     if not near:
-        return "No form of this model fits; a larger device is needed."
+        return "This model does not fit in any precision; a larger device is needed."
     return f"What fits: {'; or '.join(_change(other, plan, stored) for other in near)}."
 
 

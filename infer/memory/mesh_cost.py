@@ -75,7 +75,7 @@ class Step:
 
     @property
     def tokens_needed(self) -> int | None:
-        """Tokens per step from which products take longest; None if memory or links grow faster."""
+        """Tokens per step from which it is compute-bound; None if memory or links grow faster."""
         needed = 0.0
         for total, fixed in (
             (self.memory_s, self.memory_fixed_s),
@@ -281,9 +281,9 @@ def report(cost: MeshCost) -> list[str]:
             f"{step.tokens / step.overlapped_s:,.0f} tokens/s",
             f"    {talk.calls} collectives; a device sends {sent} through {links.ring} links "
             f"({per_link} each) and {human_size(round(talk.network_bytes))} through the network",
-            "    no batch makes products take longest"
+            "    not compute-bound at any batch size"
             if needed is None
-            else f"    products take longest from {needed:,} tokens per step",
+            else f"    compute-bound from {needed:,} tokens per step",
         ]
     return lines
 

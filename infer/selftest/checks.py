@@ -250,7 +250,7 @@ def _answer(engine: Engine, known: Answer) -> list[Check]:
     first = completion.output_ids[0] if completion.output_ids else None
     right = any(same_text(completion.text, text) for text in known.texts)
     text = completion.text if right else f"{completion.text[:80]!r}"
-    note = "" if right else "other weights, or damaged, or fine-tuned"
+    note = "" if right else "different, damaged or fine-tuned weights"
     expected, got = (f"{token} for {known.question}" for token in (known.first, first))
     return [
         compare("first token", expected, got),

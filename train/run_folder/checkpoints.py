@@ -117,7 +117,7 @@ class Checkpoints:
             raise InputError(
                 f"the checkpoints in {self.folder} cannot be {done}",
                 _reason(error),
-                f"Free some space, or check the rights; then --resume auto {self._next_run()}.",
+                f"Free some space or check permissions; then --resume auto {self._next_run()}.",
             ) from error
 
 

@@ -77,7 +77,7 @@ WHY = ": a text with the separator or a line break must be in quotes"
     ("data", "message"),
     [
         (b"", "has no rows\nit is empty"),
-        (b"instruction,output\n", "has no rows\nonly its header is there"),
+        (b"instruction,output\n", "has no rows\nit has only a header"),
         (b"a,b,a\n1,2,3\n", "has the column 'a' twice"),
         ("instruction,output\n今天天气很好,今天\n".encode("gb18030"), ":2: not UTF-8\n.*GB18030"),
         ("instruction,output\nQ,A\n".encode("utf-16"), "is not UTF-8 text\nit looks like UTF-16"),

@@ -43,7 +43,7 @@ SCORING = "--task generation --predictions x"
         (f"{SCORING} --seed 2 --dtype float16", "--seed, --dtype: no effect"),
         ("--compare none,int8 --quantize int4", "--quantize int4 has no effect"),
         ("--compare float32,bfloat16:int8 --dtype float16", "--dtype float16 has no effect"),
-        ("--compare none,int8 --window 1", "not possible"),
+        ("--compare none,int8 --window 1", "must be from"),
     ],
 )
 def test_flags_without_sense_are_refused_before_weights_are_loaded(monkeypatch, flags, words):
