@@ -19,8 +19,10 @@ from glm2_jax.processes import join
 
 PROG = "python -m infer.bench"
 DESCRIPTION = """Measures prefill and decode speed by dtype and quantization, as percentages of
-the measured memory bandwidth and matrix product rate. Ctrl-C stops and shows what was measured so
-far. Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device,
+the measured memory bandwidth and matrix product rate. Ctrl-C stops and shows what was measured
+so far.
+
+Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device,
 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --random chatglm2-6b --quantize none,int8,int4 --batches 1,64
   {PROG} --model chatglm2-6b --dtypes float32,bfloat16 --peer transformers

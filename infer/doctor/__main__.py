@@ -9,9 +9,11 @@ from glm2_jax.cli.flags import add_family
 from glm2_jax.cli.parser import Parser, from_flags
 
 PROG = "python -m infer.doctor"
-DESCRIPTION = """Checks this machine: reports problems, the dtype and quantization of a model that
-fits, and the command to run it. Nothing is changed or downloaded. Exit codes: 0 something
-can be computed here, 2 usage, 4 the --model folder cannot be opened, 5 jax does not work."""
+DESCRIPTION = """Checks this machine: reports problems, the dtype and quantization of a model
+that fits, and the command to run it. Nothing is changed or downloaded.
+
+Exit codes: 0 something can be computed here, 2 usage, 4 the --model folder cannot be opened, 5
+jax does not work."""
 
 
 def parser() -> Parser:

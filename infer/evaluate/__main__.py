@@ -16,10 +16,12 @@ from infer.datasets import FORMATS
 from infer.evaluate.variants import variants
 
 PROG = "python -m infer.evaluate"
-DESCRIPTION = """Measures perplexity, the similarity of generated answers to reference answers, or
-the accuracy on multiple-choice questions. Results go to standard output, everything else to
-standard error. Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out
-of memory or device, 130 interrupted, 143 terminated."""
+DESCRIPTION = """Measures perplexity, the similarity of generated answers to reference answers,
+or the accuracy on multiple-choice questions. Results go to standard output, everything else to
+standard error.
+
+Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out of memory or
+device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --compare none,int8,int4
   {PROG} --task generation --data dev.jsonl --predictions answers.jsonl
   {PROG} --task choice --model chatglm2-6b --data ceval/val --two-pass"""

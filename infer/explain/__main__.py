@@ -21,12 +21,13 @@ from infer.memory.links import LINKS, MESHES
 PROG = "python -m infer.explain"
 DESCRIPTION = """Shows every stage of the model with its shape, parameters, operations and bytes,
 and the minimum time on chosen devices (from the makers' figures, not measured). With weights
-also the prompt as it is built, attention, the most probable next tokens after each layer, and the
-answer token by token.
+also the prompt as it is built, attention, the most probable next tokens after each layer, and
+the answer token by token.
 
-Standard output has the explanation, everything else goes to standard error. Exit codes: 0 success,
-2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 143
-terminated."""
+Standard output has the explanation, everything else goes to standard error.
+
+Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device,
+130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG}
   {PROG} --config chatglm2-6b --batch 16 --length 128 --device a100 h200
   {PROG} --config chatglm2-6b --mesh tensor=8 --device v5e-8 --length 2048

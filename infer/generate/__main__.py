@@ -17,9 +17,10 @@ PROG = "python -m infer.generate"
 DESCRIPTION = """Answers a prompt with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
 
 The answer goes to standard output, everything else to standard error. Without a prompt, standard
-input is read if it is not a terminal. Exit codes: 0 success, 1 unexpected, 2 usage, 3 bad input or
-data, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed, 143
-terminated."""
+input is read if it is not a terminal.
+
+Exit codes: 0 success, 1 unexpected, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out
+of memory or device, 130 interrupted, 141 output closed, 143 terminated."""
 EXAMPLE = f"""{PROG} --prompt 你好 --greedy
   {PROG} --model chatglm2-6b --batch-file in.jsonl --output out.jsonl
   {PROG} --dry-run --config chatglm2-6b --device 3090"""

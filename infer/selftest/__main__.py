@@ -7,8 +7,9 @@ from glm2_jax.cli.parser import Parser, from_flags
 from infer import options
 
 PROG = "python -m infer.selftest"
-DESCRIPTION = """Checks a checkpoint (or the bundled demo model): checksums, shapes, finite values,
-prompt ids, the greedy answers of published models, and speed.
+DESCRIPTION = """Checks a checkpoint (or the bundled demo model): checksums, shapes, finite
+values, prompt ids, the greedy answers of published models, and speed.
+
 Exit codes: 0 all passed, 2 usage, 4 a check failed, 5 out of memory or device."""
 
 

@@ -93,7 +93,7 @@ def test_the_published_names_and_rows(tmp_path):
     config = json.loads((tmp_path / FILES[0]).read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 8 and config["bias"] == "none"
     assert config["target_modules"] == list(TARGETS)
-    assert config["base_model_name_or_path"] is None, "a path on one machine helps nobody"
+    assert config["base_model_name_or_path"] is None, "a path on one machine is of no use elsewhere"
 
 
 def test_rslora_and_scales_of_their_own(tmp_path):
