@@ -184,5 +184,7 @@ def draft_tokens(text: str) -> int:
     """Parse the number of draft tokens of a step, for argparse."""
     number = int(text) if text.isdecimal() and len(text) < 10 else -1
     if not 0 <= number <= DRAFT:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 0 to {DRAFT}")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to {DRAFT}, got {text[:20]!r}"
+        )
     return number

@@ -15,7 +15,7 @@ INSTALL = "pip install 'glm2-jax[plot]'"
 def positive(text: str) -> int:
     """Parse a whole number of 1 or more, for argparse."""
     if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return min(int(text), 2**31 - 1)  # larger than any real value, and still easy to print
 
 
@@ -96,7 +96,7 @@ def number(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value
 
 
@@ -104,12 +104,12 @@ def above_zero(text: str) -> float:
     """Parse a finite number above 0, for argparse."""
     value = number(text)
     if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
     return value
 
 
 def whole(text: str) -> int:
     """Parse a whole number of 0 or more, for argparse."""
     if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)

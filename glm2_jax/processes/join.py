@@ -336,7 +336,9 @@ def _is_lost_connection(error: BaseException | None) -> bool:
 def _count(text: str) -> int:
     """Parse a whole number of 0 or more, for argparse."""
     if not (text.isascii() and text.isdecimal() and len(text) < 7):
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 0, got {text[:20]!r}"
+        )
     return int(text)
 
 

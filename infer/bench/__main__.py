@@ -116,7 +116,7 @@ def one_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
         for name in found:
             if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
+                raise argparse.ArgumentTypeError(f"expected {', '.join(choices)}, got {name!r}")
         return found
 
     return names

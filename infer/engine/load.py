@@ -176,5 +176,5 @@ def _load(
 
 def _folder(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise UsageError(f"the path of a checkpoint must be text or a Path, not {path!r}")
+        raise UsageError(f"the path of a checkpoint must be text or a Path, got {path!r}")
     return Path(path)

@@ -194,5 +194,5 @@ def share_argument(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, got {text!r}")
     return value
