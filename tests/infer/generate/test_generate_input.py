@@ -205,7 +205,7 @@ def test_messages_and_cleaned_text():
         (b'{"prompt": "\\ud83d"}', "half of a character"),
         (b'{"prompt": "q", "messages": [{}]}', "messages exclude"),
         (b'{"prompt": "q", "sytem": "s"}', "sytem(.|\n)*did you mean system"),
-        (b'{"prompt": "q", "max": 3}', "max(.|\n)*there are prompt, messages"),
+        (b'{"prompt": "q", "max": 3}', "max(.|\n)*known: prompt, messages"),
         (b'{"prompt": "q", "prompt": "r"}', "key 'prompt' appears twice"),
         (b'{"messages": ["q"]}', "messages is not a list"),
         ('{"prompt": "你好"}'.encode("gbk"), "GB18030"),
