@@ -61,7 +61,7 @@ def build_parser() -> Parser:
 def _bound(text: str) -> float:
     bound = float(text)
     if not 0 <= bound < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return bound
 
 

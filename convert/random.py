@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from glm2_jax.text.tokenizer import Tokenizer
 
 _DEVIATION = 0.02
-_BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn, and taken from them at a time
+_BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn once, and taken from them at a time
 # Published with the parameters; every reader computes it instead.
 _INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
 NAME = "random weights"  # `_name_or_path` of the folder, which must not be a model's name
@@ -115,7 +115,7 @@ def official_config(
         raise UsageError(f"--layers must be at least 1, got {layers}.")
     raw |= {"num_layers": layers} if layers else {}
     config = GLMConfig.from_hf(raw, family=family)
-    # It names files of Python code, which the folder does not have.
+    # It refers to Python files, which the folder does not have.
     raw.pop("auto_map", None)
     return raw | config.to_hf() | {"torch_dtype": dtype, "_name_or_path": NAME}
 

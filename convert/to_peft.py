@@ -17,7 +17,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m convert.to_peft",
         description=(
-            "Writes a LoRA adapter, of this project or of the peft library, for peft and the model "
+            "Converts a LoRA adapter of this project or of the peft library for peft and a model "
             "of either layout. Reading needs no such step: every command takes both layouts as "
             "--adapter."
         ),

@@ -54,7 +54,7 @@ def decide_family(signs: Sequence[Sign], source: str = "The checkpoint") -> str 
         named = sorted(set().union(*(sign.families for sign in signs)))
         said = [f"{sign.text}: {' or '.join(sorted(sign.families))}" for sign in signs]
         raise CheckpointError(
-            f"{source} carries contradicting signs of its model family.",
+            f"{source} matches more than one model family.",
             "; ".join(dict.fromkeys(said)) + ".",
             f"Choose with {' or '.join(f'--family {name}' for name in named)}.",
         )

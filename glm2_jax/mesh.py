@@ -179,7 +179,7 @@ def _wrong_count(sizes: Mapping[str, int], devices: int) -> UsageError:
         fix += f" One CPU counts as {wanted} devices with {flag}."
     there = "There is 1 device" if devices == 1 else f"There are {devices} devices"
     return UsageError(
-        f"The mesh {mesh_text(sizes)} takes {wanted} devices.",
-        f"{there}, and a mesh takes all of them.",
+        f"The mesh {mesh_text(sizes)} needs {wanted} devices.",
+        f"{there}, and a mesh uses all of them.",
         fix,
     )

@@ -88,7 +88,7 @@ def asked_scheme(
         extra = " and --quantize-embeddings" if quantize and embeddings else "-embeddings"
         raise UsageError(
             f"{model} is quantized already ({stored}).",
-            "Quantizing it again would only make it worse.",
+            "Quantizing it again would only lose precision.",
             f"Omit --quantize{extra if embeddings else ''}, or start from the original weights.",
         )
     if embeddings and quantize in (None, "none"):

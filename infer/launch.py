@@ -21,7 +21,7 @@ from glm2_jax.processes.supervise import Worker, pass_signals_on, peers_lost
 PROG = "python -m infer.launch"
 DESCRIPTION = """Starts a command as several processes of one run on this machine: to try out a run
 of several hosts, or to have one process per device. If one ends with an error, the
-others are ended.
+others are terminated.
 
 For several hosts, start the command on each of them with --coordinator, --num-processes and
 --process-id instead; under Slurm or Kubernetes and on TPU VMs with --coordinator auto."""
@@ -33,7 +33,7 @@ _NO_ERROR = (0, EXIT_INTERRUPTED, EXIT_TERMINATED)
 
 
 def parser() -> Parser:
-    """The flags of the command."""
+    """Return the parser of the flags."""
     result = Parser(
         prog=PROG,
         description=DESCRIPTION,
@@ -55,7 +55,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, raises GLMError for what the user can mend."""
+    """Run the command; return its exit code, or raise GLMError for what the user can fix."""
     use_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupt.tell(code)
         return code
     which = f"process {workers.index(cause)} of {len(workers)} {_ending(cause)}"
-    note(f"{which}; the others are ended")
+    note(f"{which}; the others are terminated")
     if code <= 0:
         note("start again: a batch with --output and training with --resume auto resume")
     _end([worker for worker in workers if not worker.wait(0)])

@@ -83,14 +83,18 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     integer: dict[str, Any] = {"type": int, "metavar": "N"}
     add(
         "--preset", choices=tuple(PRESETS), default="official",
-        help="values of the flags below: official = the reference's chat(), "
+        help="defaults of the flags below: official = the reference's chat(), "
         "api = the reference's HTTP server (temperature 0.95, top-p 0.7, max-length 2048)",
     )  # fmt: skip
     add("--greedy", action="store_true", help="most likely token at each step (= --temperature 0)")
-    add("--temperature", "--temp", **number, help="0 = greedy (default: 0.8)")
+    add("--temperature", "--temp", **number, help="sampling temperature, 0 = greedy (default: 0.8)")
     add("--top-k", **integer, help="sample from the N most likely tokens, 0 = all (default: 50)")
     add("--top-p", **number, help="nucleus sampling: cumulative probability (default: 0.8)")
-    add("--repetition-penalty", **number, help="above 1 avoids repetition (default: 1.0 = off)")
+    add(
+        "--repetition-penalty",
+        **number,
+        help="above 1 reduces repetition (default: 1.0 = off)",
+    )
     add(
         "--max-new-tokens", "--max-tokens", **integer,
         help="longest answer in tokens (default: up to --max-length)",
@@ -107,7 +111,7 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     add("--logprobs", **integer, help="with --json: log-probabilities and N alternatives")
     add(
         "--loop-stop", **integer, default=loop_stop,
-        help="end an answer whose end repeats N times and over 64 x N tokens, 0 = never",
+        help="stop an answer that ends in N repetitions over more than 64 x N tokens, 0 = never",
     )  # fmt: skip
     add("--num-beams", **integer, help="beam search is not supported: only 1 is accepted")
 
@@ -125,7 +129,7 @@ def add_performance_options(
     add(
         "--dtype", choices=DTYPES, default="auto", metavar="TYPE",
         help="dtype of activations and unquantized weights, one of %(choices)s; auto = bfloat16 on "
-        "TPUs and GPUs that have it, float16 on older GPUs, float32 on a CPU where it fits",
+        "TPUs and GPUs that support it, float16 on older GPUs, float32 on a CPU where it fits",
     )  # fmt: skip
     add(
         "--quantize", choices=QUANTIZE,
@@ -172,13 +176,15 @@ def add_speculate(group: argparse._ArgumentGroup) -> None:
         help=f"prompt-lookup speculative decoding: draft N tokens per step, up to {DRAFT} (0 = "
         "off). Faster where answers repeat the prompt or themselves (quotations, edits, code), "
         "often slower elsewhere and with many rows. The answers stay the same in float32; in "
-        "narrower dtypes ties may be decided otherwise. Measured on a CPU only",
+        "narrower dtypes ties may be decided differently. Measured on a CPU only",
     )  # fmt: skip
 
 
 def draft_tokens(text: str) -> int:
-    """An argparse type: the draft tokens of a step."""
+    """Parse the number of draft tokens of a step, for argparse."""
     number = int(text) if text.isdecimal() and len(text) < 10 else -1
     if not 0 <= number <= DRAFT:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 0 to {DRAFT}")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to {DRAFT}, got {text[:20]!r}"
+        )
     return number

@@ -1,4 +1,4 @@
-"""From the flags of the answering tools to an engine: which model, on what, and what is said of it.
+"""Opens an engine from the flags of the tools that answer, and reports which model on what.
 
 Everything of the project but `glm2_jax.cli.main` is imported inside the functions: tools import
 this module before their flags are parsed, and `--help` must not wait for jax.
@@ -47,10 +47,10 @@ def open_engine(
     """Load a model and report on stderr how it computes.
 
     Args:
-      choice, options: the flags.
-      rows: prompts that are answered together.
-      contents: what several processes must agree on, besides flags and model, see
-        `glm2_jax.processes.join.compare`.
+        choice, options: the flags.
+        rows: prompts that are answered together.
+        contents: what several processes must agree on, besides flags and model, see
+            `glm2_jax.processes.join.compare`.
     """
     from glm2_jax.processes import join
     from glm2_jax.runtime.compile_cache import enable_compile_cache
@@ -93,10 +93,10 @@ def _spread(engine: Engine) -> str:
 
 
 def _contents(choice: ModelChoice, options: EngineOptions, folder: str | Path) -> dict[str, Any]:
-    """What all processes of a run must have opened alike.
+    """Return what all processes of a run must have opened alike.
 
     Raises:
-      CheckpointError: the model, adapter or prefix cannot be opened.
+        CheckpointError: the model, adapter or prefix cannot be opened.
     """
     from convert.adapters.attach import open_adapter
     from convert.adapters.prefix import load_prefix

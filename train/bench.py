@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from infer.bench.subject import Subject
 
 PROG = "python -m train.bench"
-DESCRIPTION = """Measure optimizer steps of a LoRA adapter: tokens per second, and the share of the
-measured matrix product rate.
+DESCRIPTION = """Measures optimizer steps of a LoRA adapter: tokens per second, and the share of
+the measured matrix product rate.
 
 Operations per token: 4 for each element of a matrix (2 forward, 2 for the gradient of the
-activations; the frozen base needs no gradient of its own), 6 for each parameter of the adapter,
-and 12 for each pair of query and key, head and dimension. Recomputation by --grad-checkpoint is
-not counted.
+activations; the frozen base needs no weight gradient), 6 for each parameter of the adapter, and
+12 for each pair of query and key, head and dimension. Recomputation by --grad-checkpoint is not
+counted.
 
-Exit codes: 0 ok, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130
-interrupted, 143 terminated."""
+Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device,
+130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --random chatglm2-6b --dtypes bfloat16 --quantize none,int4
   {PROG} --random config.json --batch-size 4 --length 128 --no-grad-checkpoint --peer peft"""
 
@@ -105,8 +105,8 @@ def parser() -> Parser:
     add("--repeat", **count, default=5, help="repetitions")
     add(
         "--peer", choices=("peft",), metavar="peft",
-        help="take the same steps with peft and transformers' GlmForCausalLM in turns, with random "
-        "weights; needs torch and a checkout",
+        help="alternate with the same steps in peft and transformers' GlmForCausalLM, with random "
+        "weights; needs torch and a source checkout",
     )  # fmt: skip
     group = result.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object instead of text")

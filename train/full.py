@@ -10,11 +10,13 @@ from train.recipe import Recipe
 
 LR = 1e-5
 PROG = "python -m train.full"
-DESCRIPTION = """Fine-tune all parameters of a model, in float32 with AdamW.
+DESCRIPTION = """Fine-tunes all parameters of a model, in float32 with AdamW.
 
-This takes 16 bytes per parameter and the activations: it is for small models; use train.lora for a
-6B model. --output/model is the new model; the checkpoints for --resume auto are stored next to it.
-Exit codes as those of train.lora."""
+This takes 16 bytes per parameter and the activations: it is for small models; use train.lora for
+a 6B model. --output/model is the new model; the checkpoints for --resume auto are stored next to
+it.
+
+Exit codes are those of train.lora."""
 EXAMPLE = f"{PROG} --data data.jsonl --model SMALL --output trained"
 
 

@@ -31,7 +31,7 @@ class Position:
     best: float | None = None  # lowest finite loss of an evaluation, None before the first
     best_step: int = 0  # steps taken then
     waited: int = 0  # evaluations since
-    skipped: int = 0  # steps that changed nothing
+    skipped: int = 0  # steps that were skipped
     # name of a set, or "training" -> first and last [step, loss], None for a loss that is not
     # finite
     losses: dict[str, list[list[Any]]] = field(default_factory=dict)
@@ -77,12 +77,12 @@ class Loop:
     evaluate: Callable[[Any], dict[str, dict[str, float]]] | None
     # number of updates so far -> learning rate of the next, for the log
     rate: Callable[[int], float]
-    device: Any  # whose memory is logged
+    device: Any  # the device whose memory is logged
     batches: Batches  # the data
     total: int  # steps to take
     save_every: int  # steps between checkpoints
-    log: Log  # of every step and evaluation
-    checkpoints: Checkpoints  # of the state
+    log: Log  # the log of every step and evaluation
+    checkpoints: Checkpoints  # checkpoints of the state
     stopping: Stopping  # asked after every step, by all processes
     eval_every: int | None = None  # steps between evaluations; None = only at the end
     # evaluations without a lower loss after which the run ends; None = it does not
@@ -195,7 +195,7 @@ class Loop:
             also = f", as in the {self._bad} steps before" if self._bad else ""
             raise InputError(
                 what + also,
-                "The step was not taken; the last checkpoint is from before it.",
-                "Check these rows, lower --lr, or leave such steps out: --nan-policy skip.",
+                "The step was not applied; the last checkpoint is from before it.",
+                "Check these rows, lower --lr, or skip such steps: --nan-policy skip.",
             )
-        note(f"{what}; left out")
+        note(f"{what}; skipped")

@@ -19,12 +19,14 @@ from train.recipe import AdapterOptions, Recipe
 NEW_ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
 LR = 5e-5
 PROG = "python -m train.lora"
-DESCRIPTION = """Fine-tune a LoRA adapter.
+DESCRIPTION = """Fine-tunes a LoRA adapter.
 
 At the end --output holds an adapter in the format of PEFT, for --adapter of infer.generate,
-infer.chat and infer.evaluate, and the checkpoints for --resume auto, which continues a stopped run
-with bit-identical results. Exit codes: 0 ok, 2 usage, 3 bad data or non-finite loss, 4 model or
-checkpoint, 5 out of memory or device, 130 interrupted, 143 terminated (both after saving)."""
+infer.chat and infer.evaluate, and the checkpoints for --resume auto, which continues a stopped
+run with bit-identical results.
+
+Exit codes: 0 success, 2 usage, 3 bad data or non-finite loss, 4 model or checkpoint, 5 out of
+memory or device, 130 interrupted, 143 terminated (both after saving)."""
 EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
   {PROG} --data data.jsonl --model chatglm2-6b --output adapter --resume auto
   {PROG} --data data.jsonl --check-data"""

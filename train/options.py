@@ -95,7 +95,7 @@ def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
     add("--weight-decay", **_NUMBER, default=0.0, help="weight decay of AdamW")
     add(
         "--neftune", **_NUMBER, default=0.0,
-        help="NEFTune: noise on the embeddings, of this strength (alpha); 0 = off",
+        help="NEFTune noise on the embeddings, with this alpha; 0 = off",
     )  # fmt: skip
     add("--seed", type=whole, default=0, metavar="N", help="random seed")
     add(
@@ -116,7 +116,7 @@ def add_training_options(parser: Parser, *, lr: float, remat: bool) -> None:
     add_mesh_options(group)
     group.add_argument(
         "--compile-cache", type=path_argument, metavar="DIR|off",
-        help="folder of compiled programs (default: in the user's cache folder)",
+        help="folder of compiled programs (default: the user's cache folder)",
     )  # fmt: skip
 
 

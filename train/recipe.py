@@ -27,7 +27,7 @@ from train.options import EvaluationOptions, OutputOptions, TrainingOptions
 _LONGEST = 100_000  # characters; PyYAML takes seconds for that many
 _NOT_SETTINGS = (
     "config", "help", "version", "debug",
-    # Of a process, not of what it computes.
+    # Flags of a process, not of its result.
     "coordinator", "num_processes", "process_id", "join_timeout", "heartbeat_timeout",
 )  # fmt: skip
 # Flags that do not change the trained parameters. Data and models count by their contents.

@@ -335,7 +335,7 @@ def _describe(method: Method, batches: Batches, total: int) -> None:
 
 def _report(position: Position, total: int, *, choosing: bool) -> None:
     if position.skipped:
-        note(f"{position.skipped} of {position.step} steps changed nothing")
+        note(f"{position.skipped} of {position.step} steps were skipped")
     if position.step < total:
         note(f"ended after step {position.step} of {total}: the validation loss stopped improving")
     if choosing:
@@ -348,7 +348,7 @@ def _check_outcome(position: Position, *, choosing: bool) -> None:
     """Refuse a run that changed nothing, and one that has no best evaluation to choose."""
     if position.skipped == position.step:
         raise InputError(
-            f"all {position.step} steps were left out, so nothing was learned",
+            f"all {position.step} steps were skipped, so nothing was learned",
             "Their losses or gradients were NaN or infinite.",
             "Lower --lr, or check the rows; use another --output.",
         )

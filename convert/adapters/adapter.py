@@ -123,7 +123,7 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
     except OSError as error:
         raise InputError(
             f"The adapter cannot be written to {folder}: {error.strerror or error}.",
-            fix="Free some space, or check the path and its rights.",
+            fix="Free some space, or check the path and its permissions.",
         ) from error
 
 
@@ -258,15 +258,15 @@ def _read_extras(folder: Path, digest: str, base: Any) -> tuple[dict[str, Any], 
         )
     if extras.get("weights_sha256") != digest:
         raise CheckpointError(
-            f"The weights of the adapter {folder} are not those that were written with {EXTRAS}.",
-            "They are damaged, or another tool changed them.",
-            f"{_AGAIN} Or remove {EXTRAS}: then the base of the adapter is not checked.",
+            f"The weights of the adapter {folder} do not match the checksum in {EXTRAS}.",
+            "They were damaged, or changed by another tool.",
+            f"{_AGAIN} Or remove {EXTRAS}: then the base model is not checked.",
         )
     for key, kind in (("base_fingerprint", str | None), ("template", str | None), ("extra", dict)):
         if not isinstance(extras.get(key, {} if key == "extra" else None), kind):
             raise CheckpointError(
                 f"{path}: {key} = {shorten(extras[key])} is damaged.",
-                "It was changed after it had been written.",
+                "The file was changed after it was written.",
                 _AGAIN,
             )
     return extras, ()

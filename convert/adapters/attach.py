@@ -53,19 +53,19 @@ def open_adapter(
             CheckpointError(
                 f"The adapter {found.source} was trained on a {other} model.",
                 f"{folder.path} is opened as {folder.config.family}, whose prompts differ.",
-                f"Use --family {other} (family={other!r}) if that is what it is; else name the "
-                "model that the adapter was trained on. --force-adapter (force_adapter=True) "
-                "accepts it as it is.",
+                f"Use --family {other} (family={other!r}) if the model is a {other} model; "
+                "otherwise give the model that the adapter was trained on. --force-adapter "
+                "(force_adapter=True) skips this check.",
             )
         )
     elif found.base not in (None, fingerprint(folder)):
         differences.append(
             CheckpointError(
-                f"The adapter {found.source} was trained on another base than {folder.path}.",
-                f"The base it knows has the fingerprint {found.base[:16]}, "
-                f"this one {fingerprint(folder)[:16]}.",
-                "Name the model that it was trained on. If this one holds the same weights in "
-                "another layout or form, use --force-adapter (force_adapter=True).",
+                f"The adapter {found.source} was trained on another base model than {folder.path}.",
+                f"Its base model has the fingerprint {found.base[:16]}, "
+                f"this model {fingerprint(folder)[:16]}.",
+                "Give the model that it was trained on. If this model has the same weights in "
+                "another layout or dtype, use --force-adapter (force_adapter=True).",
             )
         )
     if found.template not in (None, folder.template):

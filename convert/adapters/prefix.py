@@ -167,14 +167,14 @@ def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
         raise CheckpointError(
             f"{path} holds more than a prefix: {len(others)} other tensors ({listed}).",
             "They would be ignored: the model's weights are those of --model.",
-            f"Save the tensors {_ENCODER}* into another folder and name that; if the others are a "
-            "model, save them, too, into one for --model.",
+            f"Save the tensors {_ENCODER}* into another folder and give it as --prefix; if the "
+            "other tensors are a model, save them into a folder for --model.",
         )
     if others:
         raise CheckpointError(
             f"{path} is not a prefix: it holds {listed}.",
             f"A P-Tuning v2 prefix has {_ENCODER}{_EMBEDDING}.",
-            "Give a model as --model, and as --prefix what the training with pre_seq_len saved.",
+            "Give a model as --model; --prefix takes what a training with pre_seq_len saved.",
         )
     wanted = known if any(name in found for name in _PROJECTION) else known[:1]
     if len(tensors) != len(wanted) or found.keys() != set(wanted):
@@ -249,7 +249,7 @@ def _encode(path: Path, tensors: Tensors) -> np.ndarray:
         if not np.isfinite(array).all():
             raise CheckpointError(
                 f"The prefix {path} holds NaN or infinity: {name}.",
-                "The training that made it went wrong, or the file is damaged.",
+                "The training diverged, or the file is damaged.",
                 _EARLIER,
             )
     largest = float(np.abs(x).max())

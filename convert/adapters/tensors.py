@@ -281,8 +281,8 @@ def _refuse_ends(
             f"The adapter {path.parent} adapts or holds the embedding or the head, which is not "
             "supported.",
             f"Its {path.name} has {found[0][:200]}." if found else f"{CONFIG} adapts {ends[0]}.",
-            "Train it without (save_embedding_layers=False leaves out what is the base's), or "
-            "merge it into its base with the peft library.",
+            "Train it without them (save_embedding_layers=False leaves them out), or merge it into "
+            "its base with the peft library.",
         )
 
 
@@ -345,6 +345,6 @@ def check_finite(name: str, array: np.ndarray) -> None:
     if not np.isfinite(array).all():
         raise CheckpointError(
             f"{name} holds NaN or infinity.",
-            "The training that made it went wrong, or the file is damaged.",
+            "The training diverged, or the file is damaged.",
             "Use an earlier checkpoint of the training.",
         )

@@ -65,8 +65,8 @@ def resolve_aliases(
             raise CheckpointError(
                 f"{first[:200]} and {name[:200]} are two names of one tensor, and their values "
                 "differ.",
-                f"They are {' and '.join(forms)}; only one of them can be the model's.",
-                f"Save the weights again with one of them, the trained one, as {target}.",
+                f"They are {' and '.join(forms)}; only one of them can be right.",
+                f"Save the weights again with only the trained one, named {target}.",
             )
         if first == name or name == target:
             result[target] = tensor

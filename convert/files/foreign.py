@@ -23,7 +23,7 @@ ORIGINALS = (
     "Use the weights that it was quantized from; --quantize int8 or --quantize int4 quantizes them "
     "here."
 )
-_COMPLETE = "Then put config.json and tokenizer.model of the base model next to what it writes."
+_COMPLETE = "Then put config.json and tokenizer.model of the base model next to its output."
 
 # Files by which a folder is recognized, also in its subfolders; what it is; what to do.
 _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -59,7 +59,7 @@ _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("_CHECKPOINT_METADATA", "manifest.ocdbt", "*/manifest.ocdbt", "*/_CHECKPOINT_METADATA"),
         "an Orbax checkpoint, the state of a training run",
-        "Give what the training wrote at its end: a model, or an adapter as --adapter.",
+        "Give the final result of the training: a model, or an adapter as --adapter.",
     ),
     (
         ("*.gguf", "*ggml*.bin", "tf_model.h5", "*.ckpt.index", "flax_model*.msgpack", "*.onnx"),
@@ -178,7 +178,7 @@ def _other_weights(folder: Path, names: list[str]) -> CheckpointError | None:
     stem = "model" if other[0].endswith(".safetensors") else "pytorch_model"
     suffix = "safetensors" if stem == "model" else "bin"
     return CheckpointError(
-        f"{folder} holds no weights under a name that is looked for.",
+        f"{folder} holds no weights under a known file name.",
         f"It holds {_listed(other)}.",
         f"If these are shards, download their index, {stem}.{suffix}.index.json; if {other[0]} "
         f"holds all of the model's weights and nothing else, rename it to {stem}.{suffix}.",
@@ -229,5 +229,5 @@ def refuse_quantized(raw: Mapping[str, Any]) -> None:
     raise CheckpointError(
         f"config.json: quantization_config: {name[:100]} is not supported.",
         "Quantized weights are read in the published int4 and int8 form, and in this project's.",
-        f"{ORIGINALS} If the weights are floats all the same, remove the key.",
+        f"{ORIGINALS} If the weights are floats nevertheless, remove the key.",
     )

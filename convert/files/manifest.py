@@ -111,7 +111,7 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         if not is_plain_name(name):
             raise ValueError(f"{shorten(name)} is not a plain file name")
         if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
-            raise ValueError(f"the size or the checksum of {shorten(name)} is not one")
+            raise ValueError(f"the size or the checksum of {shorten(name)} is not valid")
     entries = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in files.items()}
     return Manifest(source=source, files=entries, **{key: raw[key] for key in _CHOICES})
 

@@ -139,7 +139,7 @@ def _open_index(folder: Path, index: Path, present: Collection[str]) -> Weights:
     missing = [x for x, path in files.items() if not path.exists() and not path.is_symlink()]
     if missing:
         other = choose_weights([name for name in present if name != index.name])
-        instead = f", or remove {index.name}: {other} is read then" if other else ""
+        instead = f", or remove {index.name}: {other} is then read" if other else ""
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:20])}.",
             f"{index.name} lists them.",

@@ -76,7 +76,7 @@ class TorchTensor:
 
 
 def read_state_dict(data: bytes, path: Path) -> dict[str, TorchTensor]:
-    """Interpret a pickled state dictionary.
+    """Return the tensors of a pickled state dictionary.
 
     Args:
         data: the pickle.
@@ -138,7 +138,7 @@ class _Machine:
         for _ in range(MAX_OPCODES):
             opcode = _OPCODES.get(file.read(1))
             if opcode is None:
-                raise ValueError("the pickle has no end, or something unknown in it")
+                raise ValueError("the pickle is truncated, or has an unknown instruction")
             if opcode.name == "STOP":
                 return self.pop()
             action = _ACTIONS.get(opcode.name)

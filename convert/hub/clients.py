@@ -122,7 +122,7 @@ def general_error(error: Exception, client: Client) -> GLMError | None:
         )
     if isinstance(error, ValueError | TypeError | KeyError):  # a web page instead of JSON
         return CheckpointError(
-            f"{client.endpoint} does not answer as {client.hub} does.",
+            f"{client.endpoint} did not answer as {client.hub} does.",
             why,
             f"Check {client.variable}, and whether a proxy or a login page is in between.",
         )

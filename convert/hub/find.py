@@ -76,8 +76,8 @@ def find_model(
         raise UsageError(f"Unknown source {source!r}.", f"Known: {', '.join(SOURCES)}.")
     if not is_name:
         raise UsageError(
-            f"{name!r} is not a name of a model on a hub.",
-            "Such a name is OWNER/NAME, for example THUDM/chatglm2-6b.",
+            f"{name!r} is not the name of a model on a hub.",
+            "Expected OWNER/NAME, for example THUDM/chatglm2-6b.",
             "Leave --source out to open a folder.",
         )
     owner, _, model = name.lower().partition("/")

@@ -1,1 +1,1 @@
-"""What other projects call things: names of tensors, configurations, tokenizers."""
+"""The names and formats of other projects: tensors, configurations, tokenizers."""

@@ -111,7 +111,7 @@ def find_family(
     for text, found in _hints(side, plain, rope_kind):
         if found is not None:
             other = "chatglm2" if found == "chatglm3" else "chatglm3"
-            return found, f"the family is {found}, by {text} alone (else: --family {other})"
+            return found, f"the family is {found}, by {text} alone (otherwise: --family {other})"
     return None, None
 
 

@@ -45,7 +45,7 @@ def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict
     if config.logn_scaling:
         raise UsageError(
             "A model with logn_scaling cannot be written as --layout glm.",
-            "GlmForCausalLM does not scale its queries, so its answers would be others.",
+            "GlmForCausalLM does not scale its queries, so its answers would differ.",
             "Use --layout chatglm.",
         )
     published = config.to_hf()

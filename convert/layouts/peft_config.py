@@ -183,7 +183,7 @@ def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
     if bad:
         found = ", ".join(f"{key} = {shorten(raw.get(key))}" for key in bad[:10])
         raise CheckpointError(
-            f"The adapter {folder} needs what is not supported: {found}.",
+            f"The adapter {folder} has settings that are not supported: {found}.",
             "Plain LoRA without biases is supported; with rsLoRA, rank and alpha patterns.",
             "Train a LoRA adapter on its data (python -m train.lora); or, where the kind allows "
             "it, merge it into its base with the peft library (merge_and_unload), save that with "
@@ -236,7 +236,7 @@ def _is_named(name: str, wanted: str | Sequence[str], found: Mapping[str, set[st
 
 def _wrong(path: Path, name: str, value: Any, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {name} = {shorten(value)} is not possible.",
+        f"{path}: {name} = {shorten(value)} is not valid.",
         why,
         "Correct it, or copy the adapter again from where it was trained.",
     )

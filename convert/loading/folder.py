@@ -198,7 +198,7 @@ def _naming_other_set(weights: Weights) -> Iterator[None]:
         if other is None:
             raise
         why = [*error.why.splitlines(), *weights.notes]
-        fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is read then."
+        fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is then read."
         raise CheckpointError(error.what, why, fix) from error
 
 
@@ -263,13 +263,13 @@ def _architecture(
 
 
 def _named_weights(folder: Path, raw: dict[str, Any]) -> str | None:
-    """The file of weights that config.json names, as transformers writes and reads it."""
+    """Return the file of weights that config.json names, as transformers writes and reads it."""
     name = raw.get("transformers_weights")
     plain = isinstance(name, str) and is_plain_name(name)
     if name is None or (plain and name.endswith((".safetensors", ".safetensors.index.json"))):
         return name
     raise CheckpointError(
-        f"{folder / 'config.json'}: transformers_weights = {shorten(name)} is not possible.",
+        f"{folder / 'config.json'}: transformers_weights = {shorten(name)} is not valid.",
         "It must be the name of a .safetensors file, or of its index, in the same folder.",
         "Correct it, or remove it.",
     )
@@ -314,7 +314,7 @@ def check_template(config: GLMConfig, template: str, *, asked: bool) -> None:
     if template not in TEMPLATES or (template == "chatglm3" and config.family != "chatglm3"):
         error = UsageError if asked else CheckpointError
         raise error(
-            f"The template {template!r} is not possible for a {config.family} model.",
+            f"The template {template!r} is not supported for a {config.family} model.",
             "ChatGLM3 prompts need a tokenizer with role ids.",
             f"Use the template {config.default_template}; if it is a ChatGLM3 model, add "
             "--family chatglm3.",
@@ -377,7 +377,7 @@ def read_config(path: Path, rope_kind: str | None, family: str | None = None) ->
             return GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family)
     near = difflib.get_close_matches(str(path), PRESETS, n=1)
     raise CheckpointError(
-        f"no configuration {path}" + (f" (did you mean {near[0]}?)" if near else "."),
+        f"configuration not found: {path}" + (f" (did you mean {near[0]}?)" if near else "."),
         "It is neither the name of a published model nor an existing file.",
         f"Name a config.json, or one of {', '.join(PRESETS)}.",
     )

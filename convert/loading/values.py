@@ -138,7 +138,7 @@ class Values:
         bad = scales[~(np.isfinite(scales) & (scales >= 0))]
         if len(bad):
             raise CheckpointError(
-                f"{self.match.name}_scale holds {bad[0]}, and {len(bad)} such numbers near it.",
+                f"{self.match.name}_scale holds {bad[0]} ({len(bad)} bad values in this block).",
                 "A scale must be finite and not negative.",
                 _DOWNLOAD_AGAIN,
             )

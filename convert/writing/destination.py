@@ -80,7 +80,7 @@ def check_model_file(destination: str | Path, *, needed: int = 0) -> None:
     if slash or os.path.isdir(destination):
         raise UsageError(
             f"{destination} {'is the name of' if slash else 'is'} a folder.",
-            "What is written is one file.",
+            "The output is a single file.",
             f"Name the file, for example {Path(destination) / 'model.gguf'}.",
         )
     check_destination(destination, None, needed=needed)
@@ -94,7 +94,7 @@ def _check_replaceable(
     if present.is_dir() and present.samefile("."):
         raise UsageError(
             f"{folder} is the current folder.",
-            "A new folder takes its place, so you would stay in one that was removed.",
+            "The command replaces the folder, so you would stay in a removed one.",
             "Run the command somewhere else.",
         )
     if source is not None and present.is_dir():
@@ -136,7 +136,7 @@ def _check_outside(folder: Path, source: Path) -> None:
         raise UsageError(
             "The folder cannot be converted onto itself.",
             "It is read until the new folder is complete.",
-            "Name another one.",
+            "Choose another name.",
         )
     for path in (source, *source.iterdir()):
         real = real_path(path)

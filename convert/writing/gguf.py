@@ -35,7 +35,7 @@ from glm2_jax.text.tokenizer import Tokenizer
 _BLOCK = 32
 # Up to half a step of float16 above 65504 is rounded down to it; a scale is a 127th.
 _TOO_LARGE = {"F16": 65520.0, "Q8_0": 127 * 65520.0}
-# A block of such numbers has the scale 0 in any case; without them no reciprocal overflows.
+# A block of smaller numbers has the scale 0 anyway; without them no reciprocal overflows.
 _NOTHING = np.float32(1e-30)
 
 
@@ -86,7 +86,7 @@ class Tensor:
                 f"{self.source.name} holds {sizes.max():g}, which {self.kind.name} of GGUF cannot "
                 "represent.",
                 "It would become infinite.",
-                "" if self.source.shape[-1] % _BLOCK else "Use --type q8_0, which reaches further.",
+                "" if self.source.shape[-1] % _BLOCK else "Use --type q8_0: its range is larger.",
             )
         if self.kind.name == "Q8_0":
             kept = np.where(sizes < _NOTHING, np.float32(0), values)
@@ -192,7 +192,7 @@ def _add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabular
 
 
 class Vocabulary(NamedTuple):
-    """What each id stands for, by id."""
+    """Return the text of each id, by id."""
 
     texts: Sequence[str]  # unique
     scores: Sequence[float]  # the larger, the sooner two neighbors become this piece
@@ -229,7 +229,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         raise CheckpointError(
             "The tokenizer cannot be written as GGUF.",
             f"Two of its ids have the text {twice!r}.",
-            "Is tokenizer.model the published file of the ChatGLM2 family?",
+            "Check that tokenizer.model is the published file of the ChatGLM2 family.",
         )
     return Vocabulary(texts, scores, [int(number) for number in types_])
 

@@ -214,7 +214,7 @@ def _array_entries(
     stacked = params["layers"]
     if not isinstance(stacked, Mapping) or any(isinstance(w, QTensor) for w in stacked.values()):
         raise UsageError(
-            "Quantized parameters and lists of layers are not written.",
+            "Quantized parameters and lists of layers cannot be written.",
             "The folder holds stacked parameters; `convert_folder` quantizes while it writes.",
             'Load the model with quantize="none" and layers="stacked".',
         )

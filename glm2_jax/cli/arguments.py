@@ -13,14 +13,14 @@ INSTALL = "pip install 'glm2-jax[plot]'"
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number, 1 or more."""
+    """Parse a whole number of 1 or more, for argparse."""
     if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return min(int(text), 2**31 - 1)  # more than there is of anything, and still easy to count
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return min(int(text), 2**31 - 1)  # larger than any real value, and still easy to print
 
 
 def memory_size(text: str) -> int:
-    """An argparse type: gigabytes, or a size with its unit; returns bytes."""
+    """Parse gigabytes, or a size with its unit, for argparse; return bytes."""
     try:
         number = float(text)
     except ValueError:
@@ -34,7 +34,7 @@ def memory_size(text: str) -> int:
 
 
 def use_utf8() -> None:
-    """Standard output and error are UTF-8 whatever the locale says (LANG=C, old Windows)."""
+    """Make standard output and error UTF-8, whatever the locale says (LANG=C, old Windows)."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -51,8 +51,7 @@ def choose_platform(device: str) -> None:
 
 
 def path_argument(text: str) -> str:
-    """An argparse type for paths: an empty one, as an unset shell variable gives it, is refused,
-    and so is a URL, with the lines of `glm2_jax.cli.files`."""
+    """Parse a path for argparse; refuse an empty one (an unset shell variable) and a URL."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     refuse_url(text)
@@ -60,7 +59,7 @@ def path_argument(text: str) -> str:
 
 
 def size_argument(text: str) -> int:
-    """An argparse type for sizes: "4GB", "500 MB", "1GiB", "123456". Returns bytes, at least 1."""
+    """Parse a size such as "4GB", "500 MB", "1GiB" or "123456"; return bytes, at least 1."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 4GB or 500MB")
@@ -72,43 +71,45 @@ def size_argument(text: str) -> int:
 
 
 def check_plot(path: str) -> None:
-    """Before anything is measured: whether a picture can be drawn, of this kind.
+    """Check, before anything is measured, that a picture of this kind can be drawn.
 
     Raises:
-      UsageError: matplotlib is not installed or cannot be imported, or `path` ends in nothing
-        that is a picture.
+        UsageError: matplotlib is not installed or cannot be imported, or `path` does not
+            end in .png, .svg or .pdf.
     """
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise UsageError(
-            "--plot needs matplotlib, which cannot be imported.", str(error), f"Do: {INSTALL}"
+            "--plot needs matplotlib, which cannot be imported.",
+            str(error),
+            f"Install it: {INSTALL}",
         ) from error
     if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot {path}: not the name of a picture.", "Known: .png, .svg, .pdf.")
+        raise UsageError(f"--plot must end in .png, .svg or .pdf, got {path}.")
 
 
 def number(text: str) -> float:
-    """An argparse type: a finite number of 0 or more."""
+    """Parse a finite number of 0 or more, for argparse."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value
 
 
 def above_zero(text: str) -> float:
-    """An argparse type: a finite number above 0."""
+    """Parse a finite number above 0, for argparse."""
     value = number(text)
     if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
     return value
 
 
 def whole(text: str) -> int:
-    """An argparse type: a whole number of 0 or more."""
+    """Parse a whole number of 0 or more, for argparse."""
     if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)

@@ -15,8 +15,8 @@ COMMANDS = {
     "evaluate": ("infer.evaluate", "perplexity, generated answers, multiple choice"),
     "explain": ("infer.explain", "every stage of the model with shapes, operations and bytes"),
     "bench": ("infer.bench", "measure prefill and decode speed"),
-    "doctor": ("infer.doctor", "check this machine and recommend a form of the model"),
-    "selftest": ("infer.selftest", "check a model against what is known of the published ones"),
+    "doctor": ("infer.doctor", "check this machine and recommend a dtype and quantization"),
+    "selftest": ("infer.selftest", "check a model against the published checksums and answers"),
     "launch": ("infer.launch", "start one run of several processes"),
     "lora": ("train.lora", "fine-tune a LoRA adapter"),
     "full": ("train.full", "fine-tune all parameters"),
@@ -41,7 +41,7 @@ _started_as_glm2 = False
 
 
 def as_typed(text: str) -> str:
-    """`text` with our commands as the user typed them: "python -m infer.chat" or "glm2 chat"."""
+    """Return `text` with our commands as the user typed them: "python -m ..." or "glm2 ..."."""
     if not _started_as_glm2:
         return text
     names = {module: name for name, (module, _) in COMMANDS.items()}
@@ -53,7 +53,7 @@ def as_typed(text: str) -> str:
 
 
 def main() -> None:
-    """The console script `glm2`: runs the module of a command as `python -m` would."""
+    """Run the console script `glm2`: the module of a command, as `python -m` would."""
     global _started_as_glm2
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def list_tools(package: str) -> None:
-    """`python -m infer`: prints the commands of a package."""
+    """Print the commands of a package, for `python -m infer`."""
     tools = [module for module, _ in COMMANDS.values() if module.startswith(f"{package}.")]
     if len(sys.argv) > 1 and sys.argv[1] not in ("--help", "-h"):
         short = [module.partition(".")[2] for module in tools]
@@ -80,7 +80,7 @@ def list_tools(package: str) -> None:
 
 
 def _lines(prefix: str, package: str) -> str:
-    """One line a command; of one package as `python -m` takes them."""
+    """Return one line a command; of one package as `python -m` takes them."""
     shown = {
         f"python -m {module}" if package else prefix + name: what
         for name, (module, what) in COMMANDS.items()

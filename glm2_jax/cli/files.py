@@ -145,7 +145,7 @@ def writer_lock(path: Path, output: Path) -> contextlib.AbstractContextManager:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        note(f"warning: the file system of {path.parent} has no locks; start no second run there")
+        note(f"warning: the file system of {path.parent} has no locks; run one at a time")
         return contextlib.nullcontext()
 
 
@@ -159,7 +159,7 @@ def require_writable(destination: Path) -> None:
         place = _nearest(destination)
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        # Try it, because the rights alone do not say it: those of /proc allow it.
+        # Try it, because permissions alone do not decide: those of /proc allow it.
         attempt = place / f"{_work_folder(destination).name}-{os.getpid()}"
         attempt.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # removed by another thread
@@ -205,7 +205,9 @@ def _cannot_write(destination: Path, error: OSError) -> InputError:
     return InputError(
         f"{destination} cannot be written: {error.strerror or error}.",
         "Nothing was left behind.",
-        "Free some space or write to another disk." if full else "Check the path and its rights.",
+        "Free some space or write to another disk."
+        if full
+        else "Check the path and its permissions.",
     )
 
 
@@ -238,7 +240,7 @@ def real_path(path: str | os.PathLike) -> Path:
     if os.path.islink(real):  # not `real.is_symlink`, which raises where a name is too long
         raise InputError(
             f"{os.fspath(path)} cannot be opened.",
-            "It is a symbolic link that leads back to itself.",
+            "It is a symbolic link that points to itself.",
             "Remove the link, or choose another name.",
         )
     return real

@@ -38,7 +38,7 @@ def add_mesh_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _tensor_axis(text: str) -> str:
-    """An argparse type: the mesh that `--tp` asks for."""
+    """Parse the mesh that `--tp` asks for, for argparse."""
     return f"tensor={positive(text)}"
 
 
@@ -46,7 +46,7 @@ def add_form_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags for what a checkpoint may not say about itself; see `ModelChoice.form`."""
     group.add_argument(
         "--rope-scaling", choices=ROPE_KINDS,
-        help="meaning of rope_ratio, where the checkpoint does not say it: linear divides the "
+        help="meaning of rope_ratio, if the checkpoint does not say: linear divides the "
         "positions (chatglm2-6b-32k), base multiplies the rotary base (chatglm3-6b-32k, -128k)",
     )  # fmt: skip
     group.add_argument(
@@ -60,7 +60,7 @@ def add_family(group: argparse._ActionsContainer) -> None:
     """Add `--family`."""
     group.add_argument(
         "--family", choices=FAMILIES, metavar="NAME",
-        help=f"model family: {', '.join(FAMILIES)} (default: recognized by the folder's "
+        help=f"model family: {', '.join(FAMILIES)} (default: recognized from the folder's "
         "configuration, special tokens, chat template and names)",
     )  # fmt: skip
 

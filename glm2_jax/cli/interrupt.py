@@ -61,7 +61,7 @@ def always(action: Callable[[], object]) -> Iterator[None]:
 
 
 def end_on_signals() -> None:
-    """From now on let SIGINT end the process with 130, SIGTERM and SIGHUP with 143."""
+    """Let SIGINT end the process with 130, SIGTERM and SIGHUP with 143."""
     for signum in ending_signals():
         signal.signal(signum, _handle)
     reading, writing = os.pipe()
@@ -96,7 +96,7 @@ def _watch(reading: int) -> None:
 
 
 def leave_the_word() -> None:
-    """From now on let a signal end this process silently: its parent reports it."""
+    """Let a signal end this process silently from now on: its parent reports it."""
     global _silent
     _silent = True
 

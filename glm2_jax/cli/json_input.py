@@ -20,7 +20,7 @@ def parse_json(text: str) -> Any:
         _check_depth(value)
         return value
     except RecursionError:
-        raise InputError("not JSON that can be read", "it is nested too deeply") from None
+        raise InputError("cannot read this JSON", "it is nested too deeply") from None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if "\n" in text.strip() else ""
         raise InputError("not JSON", f"{error.msg}: {line}column {error.colno}") from None
@@ -63,6 +63,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = {}
     for key, value in pairs:
         if key in result:
-            raise InputError(f"the key {shown(key)} is there twice")
+            raise InputError(f"the key {shown(key)} appears twice")
         result[key] = value
     return result

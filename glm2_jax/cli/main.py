@@ -1,6 +1,6 @@
 """How every command runs: errors become lines and exit codes.
 
-Answers go to stdout, everything else to stderr. Exit codes: 0 ok, 1 unexpected, 2 usage, 3 bad
+Answers go to stdout, everything else to stderr. Exit codes: 0 success, 1 unexpected, 2 usage, 3 bad
 input or data, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed,
 143 terminated. How signals end a command is in `glm2_jax.cli.interrupt`.
 """
@@ -85,7 +85,7 @@ def _guarded(main: Callable[[list[str]], int | None], args: list[str]) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has left (`| head`)
+    except BrokenPipeError:  # the reader of our output is gone (`| head`)
         return EXIT_BROKEN_PIPE
     except Exception as error:
         return report(error, debug="--debug" in args)
@@ -117,7 +117,7 @@ def report(error: Exception, *, debug: bool = False) -> int:
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free some space or write elsewhere" if full else "check the path and its rights"
+        fix = "free some space or write elsewhere" if full else "check the path and its permissions"
         reason = error.strerror or str(error)
         complain(f"error: {name} cannot be read or written", reason, fix)
         return EXIT_INPUT

@@ -87,7 +87,7 @@ class Progress:
 
 
 def only_errors(name: str) -> None:
-    """From now on print only errors, each line after `name`: another process prints the rest."""
+    """Print only errors from now on, each line after `name`: another process prints the rest."""
     global _speaker
     _speaker = name
 
@@ -108,13 +108,13 @@ def complain(*lines: str) -> None:
 
 
 def _print(text: str, stream: TextIO | None = None) -> None:
-    """Print at once; work continues where nobody reads it."""
+    """Print at once; work continues if the reader is gone."""
     with contextlib.suppress(OSError):
         print(text, end="", file=stream or sys.stderr, flush=True)
 
 
 def human_size(size: float) -> str:
-    """12487168064 -> "12.5 GB"."""
+    """Return bytes for people: 12487168064 -> "12.5 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

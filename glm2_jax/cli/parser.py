@@ -39,9 +39,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser for which `--max_length` is `--max-length`, with one-line errors.
 
     Args:
-      prog: the command as the user types it, e.g. "python -m infer.generate".
-      description: what it does, in a sentence or two.
-      example: one or more command lines, shown at the end of `--help`.
+        prog: the command as the user types it, e.g. "python -m infer.generate".
+        description: what it does, in a sentence or two.
+        example: one or more command lines, shown at the end of `--help`.
     """
 
     def __init__(self, *, prog: str, description: str = "", example: str = "", **kwargs: Any):
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_common(self) -> None:
-        """Adds the flags that every command has: `--debug` and `--version`."""
+        """Add the flags that every command has: `--debug` and `--version`."""
         group = self.add_argument_group("general")
         group.add_argument("--debug", action="store_true", help="show the traceback of an error")
         group.add_argument("--version", action="version", version=version())
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(_hyphenate(args), namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line of what and one of what to do, and exits with 2."""
+        """Print one line of what and one of what to do, and exit with 2."""
         unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
         if unknown:
             message = f"unknown argument {unknown[1]}{self._suggestion(unknown[1])}"
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(EXIT_USAGE)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Unlike that of the base class, tells when it cannot write (`--help > /dev/full`)."""
+        """Unlike the base class, report a failed write (`--help > /dev/full`)."""
         (file or sys.stdout).write(message)
 
     def _suggestion(self, arguments: str) -> str:

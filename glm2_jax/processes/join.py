@@ -187,7 +187,7 @@ def compare(contents: Mapping[str, Any] | None = None) -> None:
 
 
 def _compare(facts: Mapping[str, Any]) -> None:
-    """Facts of the same names in all processes."""
+    """Compare facts of the same names in all processes."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -198,15 +198,15 @@ def _compare(facts: Mapping[str, Any]) -> None:
     differs = (sums != sums[:1]).any(axis=-1)
     if not differs.any():
         return
-    told = []
+    differing = []
     for name, others in zip(names, differs.T, strict=True):
         if others.any():
             numbers = [str(number) for number in np.flatnonzero(others)]
-            told.append(f"{name} (process{'es' * (len(numbers) > 1)} {', '.join(numbers)})")
+            differing.append(f"{name} (process{'es' * (len(numbers) > 1)} {', '.join(numbers)})")
     jax.distributed.shutdown()  # all are here, so that none counts another as lost
-    of_flags = all(text.startswith(("--", "command", "kinds")) for text in told)
+    of_flags = all(text.startswith(("--", "command", "kinds")) for text in differing)
     raise (UsageError if of_flags else InputError)(
-        f"the processes differ from process 0 in {', '.join(told)}",
+        f"the processes differ from process 0 in {', '.join(differing)}",
         "All processes of a run must compute the same.",
         "Start all of them with the same flags, files and version.",
     )
@@ -218,7 +218,7 @@ def _digest(value: Any) -> bytes:
 
 
 def _check(hosts: Hosts) -> bool:
-    """Whether there are several processes. Raises UsageError for flags that do not fit."""
+    """Return whether there are several processes; UsageError for flags that do not fit."""
     given = {
         "--coordinator": hosts.coordinator,
         "--num-processes": hosts.num_processes,
@@ -237,7 +237,7 @@ def _check(hosts: Hosts) -> bool:
         return True
     if absent:
         raise UsageError(
-            f"one of several processes also needs {' and '.join(absent)}",
+            f"a run of several processes also needs {' and '.join(absent)}",
             fix="Give --coordinator HOST:PORT, --num-processes N and --process-id I, "
             f"or --coordinator {AUTO} alone.",
         )
@@ -334,14 +334,16 @@ def _is_lost_connection(error: BaseException | None) -> bool:
 
 
 def _count(text: str) -> int:
-    """An argparse type: a whole number of 0 or more."""
+    """Parse a whole number of 0 or more, for argparse."""
     if not (text.isascii() and text.isdecimal() and len(text) < 7):
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 0, got {text[:20]!r}"
+        )
     return int(text)
 
 
 def _seconds(text: str) -> int:
-    """An argparse type: whole seconds, 1 or more."""
+    """Parse whole seconds, 1 or more, for argparse."""
     if (number := _count(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1 second")
     return number

@@ -101,7 +101,7 @@ class Worker:
 
     def is_stopped(self) -> bool:
         """Return whether it is stopped, by SIGSTOP for example."""
-        # macOS has no waitid before Python 3.13.
+        # macOS lacks waitid before Python 3.13.
         with contextlib.suppress(ChildProcessError, AttributeError):
             states = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self._process.pid, states) is not None
@@ -170,7 +170,7 @@ def supervise(hosts: Hosts) -> int:
 
 
 def pass_signals_on(workers: Sequence[Worker]) -> list[int]:
-    """Forward signals that end a tool to the workers; returns the list of those that came."""
+    """Forward signals that end a tool to the workers; return the list of those that came."""
     came: list[int] = []
 
     def pass_on(signum: int, frame: object) -> None:
@@ -221,7 +221,7 @@ def lost(which: str, why: str) -> DeviceError:
     return DeviceError(
         f"process {which} of this run was lost" if which else "a process of this run was lost",
         why,
-        "Read its output, then start all again. Training resumes with --resume auto.",
+        "Read its output, then start all processes again. Training resumes with --resume auto.",
     )
 
 

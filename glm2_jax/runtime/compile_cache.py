@@ -163,7 +163,7 @@ class _Checked:
             data = self._cache.get(key) if plain else b""
             if data is None or data[:_SUM] == _sum(key, data[_SUM:]):
                 return None if data is None else data[_SUM:]
-            raise ValueError("damaged, exchanged, or of an earlier version")
+            raise ValueError("damaged, replaced, or of an earlier version")
         return None
 
     def put(self, key: str, value: bytes) -> None:

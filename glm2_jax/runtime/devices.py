@@ -34,7 +34,7 @@ def find_mesh(mesh: str | None, device: str = "auto") -> Mesh | None:
         return None
     raise UsageError(
         "several processes need --mesh or --tp",
-        "It says how their devices share the work.",
+        "The mesh says how their devices share the work.",
         f"Use for example --mesh data={jax.device_count()}.",
     )
 
@@ -91,7 +91,7 @@ def as_mesh(mesh: Any, device: Any = None) -> Mesh:
         return mesh
     if isinstance(device, jax.Device):
         raise UsageError(
-            f"device={device!r} is one device, and a mesh takes all of a kind",
+            f"device={device!r} is one device, and a mesh uses all devices of a kind",
             fix="Name the kind, or omit device.",
         )
     if isinstance(mesh, Mapping):

@@ -92,7 +92,7 @@ def _memory_groups(root: Path) -> list[Path]:
             base = root / "sys/fs/cgroup/memory"
         else:
             continue
-        inside = Path(path.lstrip("/"))  # in a container often a path that only the host knows
+        inside = Path(path.lstrip("/"))  # in a container often a path that exists only on the host
         folders += [base / part for part in (inside, *inside.parents)]
     return list(dict.fromkeys(folders))
 

@@ -184,7 +184,7 @@ def truncate_prompt(
     if turns or not too_long(0, length):
         return build(turns, length), len(history) - turns, 0
 
-    shortest = length - len(query.lstrip()) + 1  # a blank question is refused
+    shortest = length - len(query.lstrip()) + 1  # a blank question is not allowed
     if too_long(0, shortest):
         raise InputError(
             f"The prompt does not fit into {limit} tokens.",

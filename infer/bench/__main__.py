@@ -18,17 +18,19 @@ from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 
 PROG = "python -m infer.bench"
-DESCRIPTION = """Measures prefill and decode speed by dtype and quantization, in per cent of the
-measured memory bandwidth and matrix products. Ctrl-C ends it and shows what was measured so far.
-Exit codes: 0 fine, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130
-interrupted, 143 terminated."""
+DESCRIPTION = """Measures prefill and decode speed by dtype and quantization, as percentages of
+the measured memory bandwidth and matrix product rate. Ctrl-C stops and shows what was measured
+so far.
+
+Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device,
+130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --random chatglm2-6b --quantize none,int8,int4 --batches 1,64
   {PROG} --model chatglm2-6b --dtypes float32,bfloat16 --peer transformers
   {PROG} --random chatglm2-6b --mesh data=2,tensor=4"""
 
 
 def parser() -> Parser:
-    """The flags of the command."""
+    """Return the parser of the flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     flags.add_model_options(result)
     add_random_options(result)
@@ -90,9 +92,9 @@ def _add_measured(result: Parser) -> None:
     add("--repeat", type=arguments.positive, default=5, metavar="N", help="repetitions")
     add(
         "--peer", choices=("transformers",), metavar="transformers",
-        help="measure the same shapes with transformers' GlmForCausalLM in turns, with random "
-        "weights: eager, and on a GPU also compiled with a static cache (never tried on one); "
-        "needs torch and a checkout",
+        help="alternate with transformers' GlmForCausalLM in the same shapes, with random "
+        "weights: eager, and on a GPU also compiled with a static cache (not tested on a GPU); "
+        "needs torch and a source checkout",
     )  # fmt: skip
 
 
@@ -114,14 +116,14 @@ def one_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
         for name in found:
             if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
+                raise argparse.ArgumentTypeError(f"expected {', '.join(choices)}, got {name!r}")
         return found
 
     return names
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """An argparse type: whole numbers of 1 or more with commas between them, or "none"."""
+    """Parse whole numbers of 1 or more, separated by commas, or "none", for argparse."""
     if text.strip() == "none":
         return ()
     return tuple(sorted({arguments.positive(part) for part in text.split(",")}))
@@ -145,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if refused and args.mesh is not None:
         raise UsageError(
             f"{' and '.join(refused)}: not supported on a mesh.",
-            "They compare what computes on one device.",
+            "They measure one device.",
             "Leave --mesh or --tp out.",
         )
     arguments.choose_platform(args.device)

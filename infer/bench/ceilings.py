@@ -60,11 +60,11 @@ def measure_ceilings(
     """Measure a device.
 
     Args:
-      dtypes: of the matrix products; the sums are in float32, and float32 is not rounded to TF32,
-        as in the model.
-      array_bytes: size of the large array; None = by the kind of device.
-      matrix: rows and columns of the products; None = by the kind of device.
-      repeats: repetitions of each measurement.
+        dtypes: of the matrix products; the sums are in float32, and float32 is not rounded to TF32,
+            as in the model.
+        array_bytes: size of the large array; None = by the kind of device.
+        matrix: rows and columns of the products; None = by the kind of device.
+        repeats: repetitions of each measurement.
     """
     array_bytes = array_bytes or ARRAY_BYTES.get(device.platform, 2**30)
     matrix = matrix or MATRIX.get(device.platform, 8192)

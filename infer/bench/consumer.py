@@ -22,7 +22,7 @@ MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
 PROMPT = ANSWER = 2048  # tokens
 QUANTIZATIONS = ("none", "int8", "int4")
-UNMEASURED = "no accelerator here; --device cpu measures the processor"
+UNMEASURED = "no accelerator found; --device cpu measures the CPU"
 CHUNK = 512  # of --prefill-chunk: a full card has no room for more at once
 ABOUT = (
     f"planned is the peak of weights, cache and temporaries for a prompt of {PROMPT} tokens and an "

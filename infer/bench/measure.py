@@ -110,10 +110,10 @@ def work(
     gathered is read. Collectives are not counted.
 
     Returns:
-      Bytes: every weight once, but of the embedding only the rows of the tokens; keys and values
-      of the tokens that are attended to, once a row. Not what a larger cache may make it read.
-      Operations: two for each number of a matrix and token (the head: for each row), and four for
-      each pair of a query and a key, head and dimension.
+        Bytes: every weight once, but of the embedding only the rows of the tokens; keys and values
+        of the tokens that are attended to, once a row. Not what a larger cache may make it read.
+        Operations: two for each number of a matrix and token (the head: for each row), and four for
+        each pair of a query and a key, head and dimension.
     """
     mesh = mesh or sizes_of({})
     params = device_params(config, precision, sizes_of({**dict(mesh), "data": 1, "fsdp": 1}))
@@ -145,7 +145,7 @@ def measure_all(
     """Measure one model; our repetitions and the peer's take turns, so that noise affects both.
 
     Args:
-      peer: with a model of the same dtype open.
+        peer: with a model of the same dtype open.
     """
     for shape in shapes:
         devices, mesh = devices_of(params), mesh_of(params)

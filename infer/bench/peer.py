@@ -36,9 +36,9 @@ class Peer:
     """A peer's process; end it with `close`.
 
     Attributes:
-      name: of the library.
-      modes: how it is measured: "eager", and on a GPU also "compiled".
-      versions: of its packages, and its threads, for people; "" until a model is open.
+        name: of the library.
+        modes: how it is measured: "eager", and on a GPU also "compiled".
+        versions: of its packages, and its threads, for people; "" until a model is open.
     """
 
     def __init__(self, name: str, platform: str):
@@ -59,7 +59,7 @@ class Peer:
         """Make random weights of these shapes, in place of the ones before.
 
         Raises:
-          PeerError: it cannot (out of memory, an unknown dtype).
+            PeerError: it cannot (out of memory, an unknown dtype).
         """
         values = dataclasses.asdict(config)
         about = self.ask(do="open", config=values, dtype=dtype, device=self._device)
@@ -70,7 +70,7 @@ class Peer:
         """Return the seconds of what was prepared: of a prefill, or of a step.
 
         Raises:
-          PeerError: it failed.
+            PeerError: it failed.
         """
         return self.ask(do="measure")["seconds"]
 
@@ -87,7 +87,7 @@ class Peer:
         """Return the answer to a request; the peer's script lists the requests.
 
         Raises:
-          PeerError: it failed, or its process ended.
+            PeerError: it failed, or its process ended.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None

@@ -13,7 +13,7 @@ def draw(report: Report, path: str) -> None:
     """Write the picture; both axes are logarithmic.
 
     Raises:
-      InputError: there is nothing to draw, or the file cannot be written.
+        InputError: there is nothing to draw, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 

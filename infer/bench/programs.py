@@ -34,8 +34,8 @@ class Workload:
     """What is timed of one model.
 
     Attributes:
-      device: of the params; on a mesh one of its devices, which stands for all.
-      programs: compiles, and counts the seconds of it.
+        device: of the params; on a mesh one of its devices, which stands for all.
+        programs: compiles, and counts the seconds of it.
     """
 
     def __init__(self, config: GLMConfig, params: Any):
@@ -125,11 +125,11 @@ class Workload:
             return make()
 
     def _filled(self, batch: int) -> int:
-        """B for so many rows: as many on every device that shares them."""
+        """Return B for so many rows: as many on every device that shares them."""
         return -(-batch // self.places.rows) * self.places.rows
 
     def _controls(self, batch: int) -> steps.Controls:
-        """Greedy, and never at an end."""
+        """Return controls for greedy decoding that never ends."""
         controls = steps.Controls(
             sampling=Sampling.of([SamplingParams(temperature=0.0)] * batch, batch),
             seed=np.zeros((batch, 2), np.uint32),
@@ -153,7 +153,7 @@ def _warm(run: Run) -> Run:
 
 
 def _start(config: GLMConfig, batch: int, size: int, dtype: Any) -> steps.State:
-    """The state before the first step, its cache of `size` slots in `dtype`."""
+    """Return the state before the first step, its cache of `size` slots in `dtype`."""
     return steps.State(
         cache=KVCache.zeros(config, batch, size, dtype),
         token=jnp.zeros(batch, jnp.int32),
@@ -164,7 +164,7 @@ def _start(config: GLMConfig, batch: int, size: int, dtype: Any) -> steps.State:
 
 
 def _rewound(state: steps.State, context: int) -> steps.State:
-    """The state before the first step; the cache stays where it is."""
+    """Return the state before the first step; the cache stays where it is."""
     cache = state.cache
     assert cache is not None
     return state._replace(

@@ -151,7 +151,7 @@ def _cells(result: Result, ceilings: Ceilings | None) -> tuple[str, ...]:
 
 
 def _record(result: Result, cells: tuple[str, ...]) -> list[str]:
-    """A row of the table as two lines, for a terminal that is too narrow for it."""
+    """Return a row of the table as two lines, for a terminal that is too narrow for it."""
     rate, median, ms, moved, of_bandwidth, flops, of_products, peak, compiling = cells[4:]
     return [
         f"{what(result)}, {variant_name(result.variant)}:",
@@ -177,7 +177,7 @@ def _result_json(result: Result, ceilings: Ceilings | None) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
-    """Three figures, and all before the point."""
+    """Return a number with three figures, and all before the decimal point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

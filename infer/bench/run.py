@@ -59,7 +59,7 @@ def run(settings: Settings) -> int:
     """Measure what the flags name and print it; returns the exit code.
 
     Raises:
-      GLMError: the model, the device or a file is not what it should be.
+        GLMError: the model, the device or a file is not what it should be.
     """
     if settings.plot:
         _check_plot(settings.plot)
@@ -171,7 +171,7 @@ def _bits(dtype: str, quantize: str | None) -> int:
 
 
 def _shapes(settings: Settings, config: GLMConfig, report: Report) -> list[Shape]:
-    """What the flags ask for, as far as the model goes."""
+    """Return what the flags ask for, as far as the model goes."""
     wanted = [Shape(batch=1, prompt=length) for length in settings.prompts]
     wanted += [
         Shape(batch=batch, context=context, steps=settings.steps)
@@ -187,7 +187,7 @@ def _shapes(settings: Settings, config: GLMConfig, report: Report) -> list[Shape
 def _open_in_peer(
     peer: Peer | None, config: GLMConfig, variant: Variant, report: Report
 ) -> Peer | None:
-    """The peer with the same shapes and dtype, or None where it cannot; it quantizes nothing."""
+    """Return the peer with the same shapes and dtype, None if it cannot; it does not quantize."""
     if peer is None or variant.quantization != "none":
         return None
     try:

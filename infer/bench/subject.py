@@ -31,10 +31,10 @@ class Subject:
     """The model that is measured, in any form.
 
     Attributes:
-      device: where it is; on a mesh one of its devices, which stands for all.
-      mesh: over which it is spread; None = one device.
-      config: None until a folder has been opened.
-      name: for people.
+        device: where it is; on a mesh one of its devices, which stands for all.
+        mesh: over which it is spread; None = one device.
+        config: None until a folder has been opened.
+        name: for people.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Subject:
         """Check, before anything is measured, that the model can be had in these forms.
 
         Raises:
-          UsageError: it is quantized already, or the mesh does not fit it. CheckpointError: it
-            cannot be opened.
+            UsageError: it is quantized already, or the mesh does not fit it. CheckpointError: it
+                cannot be opened.
         """
         if self.config is not None:
             config = self.config
@@ -116,7 +116,7 @@ def describe_mesh(mesh: Mesh, platform: str) -> str:
     devices = "1 device" if mesh.size == 1 else f"{mesh.size} devices"
     if platform == "cpu" and mesh.size > 1:
         devices = (
-            f"{mesh.size} virtual devices of one processor, which share its memory and its cores: "
+            f"{mesh.size} virtual devices of one CPU, which share its memory and cores: "
             "its measured limits are not multiplied"
         )
     return f"{mesh_text(mesh.shape)}, {devices}"

@@ -16,8 +16,10 @@ PROG = "python -m infer.chat"
 DESCRIPTION = """Holds a conversation with a ChatGLM2 or ChatGLM3 checkpoint. Input comes from a
 terminal, or one question a line from a pipe; then standard output holds only the answers, one a
 line, and an empty line after an answer of several lines (--json is exact). /help lists the
-commands. Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out of
-memory or device, 130 interrupted, 143 terminated."""
+commands.
+
+Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out of memory or
+device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --model chatglm2-6b --system 请用英文回答
   printf '你好\\n早上好\\n' | {PROG} --greedy"""
 
@@ -34,7 +36,7 @@ def parser() -> Parser:
     )  # fmt: skip
     add(
         "--system", metavar="TEXT",
-        help="system prompt; ChatGLM2 has no place for one: it is put before the first question, "
+        help="system prompt; ChatGLM2 has no system role: it is put before the first question, "
         "with a newline",
     )  # fmt: skip
     options.add_sampling_options(result, loop_stop=LOOP_STOP_DEFAULT)

@@ -36,7 +36,7 @@ _WORDS = {"none": None, "null": None, "on": True, "yes": True, "off": False, "no
 
 
 def run(conversation: Conversation, line: str) -> None:
-    """Carry out a command line other than the ones that ask, clear or leave.
+    """Run a command line other than the ones that ask, clear or leave.
 
     Raises:
         GLMError: it is not possible; nothing has changed.

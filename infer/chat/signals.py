@@ -46,7 +46,7 @@ class ChatSignals:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, the user is asked for a line: SIGINT raises KeyboardInterrupt."""
+        """Enter the state of asking for a line, in which SIGINT raises KeyboardInterrupt."""
         self._waiting, self.stop = True, False
         try:
             yield
@@ -55,7 +55,7 @@ class ChatSignals:
 
     @contextlib.contextmanager
     def replying(self) -> Iterator[None]:
-        """Inside, SIGINT sets `stop`, or ends the process if `stop` is set already."""
+        """Enter the state of a reply, in which SIGINT sets `stop`; a second ends the process."""
         self.stop = self._waiting = False
         self._handled = 0
         yield

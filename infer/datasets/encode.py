@@ -99,7 +99,7 @@ class Encoder:
             return len(self.tokenizer.prefix_ids)
         if not self._is_learned(messages[-1]) or not turn:
             return prompt
-        # The rounds before hold something that must not be learned; what may be learned of them is
+        # Earlier rounds hold text that must not be learned; the parts that may be learned are
         # in their own sequences.
         return prompt - len(build_followup(self.tokenizer, query, turn + 1))
 
@@ -117,8 +117,8 @@ def _turns(messages: Sequence[Message], template: str) -> tuple[str | None, list
             raise InputError(f"{where} has metadata or tools", f"{template} cannot write them")
         due = "assistant" if (number - first) % 2 == 0 else "user"
         if role != due and not (first and number == 1):
-            why = f"{template} only knows questions and answers in turn"
-            raise InputError(f"{where} is of the role {role}, not {due}", why)
+            why = f"{template} needs questions and answers to alternate"
+            raise InputError(f"{where} has the role {role}, expected {due}", why)
     texts = [message["content"] for message in messages[first:]]
     return (
         messages[0]["content"] if first else None,

@@ -74,7 +74,7 @@ def detect(row: Mapping[str, Any], preferred: str | None = None) -> str | None:
         # As the published fine-tuning of ChatGLM3 writes them.
         found = list(dict.fromkeys("messages" if name == "sharegpt" else name for name in found))
     if len(found) > 1 and preferred not in found:
-        fix = "name the one: --format"
+        fix = "choose one: --format"
         if preferred is not None:
             fix = f"--format {preferred} is none of them: leave out the columns of the others"
         raise InputError(f"it has the keys of {' and '.join(found)}", fix)
@@ -89,7 +89,7 @@ def _has_role_messages(conversations: Any) -> bool:
 def unknown_format(row: Mapping[str, Any]) -> InputError:
     """Return the error for a row that has the keys of no format."""
     forms = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in _NEEDED.items())
-    return InputError(f"no known format, its keys are {_key_list(row)}", f"there are {forms}")
+    return InputError(f"no known format, its keys are {_key_list(row)}", f"known: {forms}")
 
 
 def unused_keys(row: Mapping[str, Any], fmt: str) -> Iterator[str]:
@@ -195,7 +195,7 @@ def _sharegpt(entry: Mapping[str, Any], where: str) -> Message:
     role, content = entry.get("from"), entry.get("value")
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         known = ", ".join(_SHAREGPT_ROLES)
-        raise InputError(f"{where} is from {shown(role)}", f"there are {known}")
+        raise InputError(f"{where} is from {shown(role)}", f"known: {known}")
     role = _SHAREGPT_ROLES[role]
     return {"role": role, "content": _content(content, role, f"{where} has no text in its value")}
 
@@ -207,7 +207,7 @@ def _role_message(entry: Mapping[str, Any], where: str) -> Message:
         raise InputError(f"{where} has an unknown key", shown(unknown[0]))
     role, content = entry.get("role"), entry.get("content")
     if role not in ROLES:
-        raise InputError(f"{where} has the role {shown(role)}", f"there are {', '.join(ROLES)}")
+        raise InputError(f"{where} has the role {shown(role)}", f"known: {', '.join(ROLES)}")
     content = _content(content, role, f"{where} ({role}) has no text in its content")
     extra = {key: given[key] for key in ("metadata", "tools") if not absent(_value(given, key))}
     return {"role": role, "content": content, **extra}
@@ -236,7 +236,7 @@ def _is_learned(entry: Mapping[str, Any], where: str) -> bool:
         if flag is None:
             raise InputError(
                 f"{key} of {where} is {shown(value)}",
-                "answers are learned or not, write 1 or 0, true or false",
+                "write 1 or true to learn the answer, 0 or false to leave it out",
             )
         learned &= flag
     return learned

@@ -95,7 +95,7 @@ class DataFile:
         self._fd = _unpacked(fd, self.name)
         opened = contextlib.ExitStack()
         opened.callback(os.close, self._fd)
-        self.close = weakref.finalize(self, opened.close)  # no row can be read after it
+        self.close = weakref.finalize(self, opened.close)  # no row can be read after this error
         self.size = os.fstat(self._fd).st_size
         sample = os.pread(self._fd, _PIECE, 0)
         self._start = len(_BOM) if sample.startswith(_BOM) else 0
@@ -343,7 +343,7 @@ class _Elements:
                 raise self._broken(why, self.at)
         self._advance(self.at + 1)
         if self._next_char():
-            raise self._broken("something follows the end of the array", self.at)
+            raise self._broken("extra text after the end of the array", self.at)
 
     def _next_char(self) -> str:
         """Advance to the next character that is not blank; "" at the end of the file."""

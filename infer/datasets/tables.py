@@ -58,7 +58,7 @@ def parquet_records(file: BinaryIO, name: str) -> Iterator[Record]:
     except ImportError:
         raise InputError(
             f"{name} is a Parquet file, and pyarrow is not installed",
-            fix='pip install pyarrow, or write it as JSON lines where pandas is: python -c "import '
+            fix='pip install pyarrow, or write it as JSON lines with pandas: python -c "import '
             "pandas; pandas.read_parquet('data.parquet').to_json('data.jsonl', orient='records', "
             'lines=True, force_ascii=False)"',
         ) from None

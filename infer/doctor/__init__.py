@@ -1,1 +1,1 @@
-"""`python -m infer.doctor`: what this machine has and is fit for."""
+"""`python -m infer.doctor`: checks this machine and recommends a command."""

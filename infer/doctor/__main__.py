@@ -1,4 +1,4 @@
-"""`python -m infer.doctor`: what this machine has, what is wrong with it, and what to type next."""
+"""`python -m infer.doctor`: checks this machine and recommends the next command."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,15 @@ from glm2_jax.cli.flags import add_family
 from glm2_jax.cli.parser import Parser, from_flags
 
 PROG = "python -m infer.doctor"
-DESCRIPTION = """Looks at this machine and says what is wrong, which form of a model fits, and the
-command that answers with it. Nothing is changed and nothing downloaded. Exit codes: 0 something
-can be computed here, 2 usage, 4 the --model folder cannot be opened, 5 jax does not work."""
+DESCRIPTION = """Checks this machine: reports problems, the dtype and quantization of a model
+that fits, and the command to run it. Nothing is changed or downloaded.
+
+Exit codes: 0 something can be computed here, 2 usage, 4 the --model folder cannot be opened, 5
+jax does not work."""
 
 
 def parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=f"{PROG} --model chatglm2-6b")
     group = result.add_argument_group("model")
     group.add_argument(
@@ -29,7 +31,7 @@ def parser() -> Parser:
     group.add_argument(
         "--rope-scaling",
         choices=ROPE_KINDS,
-        help="what the checkpoint's rope_ratio means, if the checkpoint does not say",
+        help="meaning of rope_ratio, if the checkpoint does not say",
     )
     add_family(group)
     output = result.add_argument_group("output")

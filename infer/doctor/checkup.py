@@ -70,7 +70,7 @@ def _software(machine: Machine) -> Iterator[Finding]:
     if machine.avx is False and machine.arch.lower() in ("x86_64", "amd64"):
         yield Finding(
             PROBLEM,
-            "This processor has no AVX, which jax needs; in a virtual machine it may be hidden.",
+            "This CPU has no AVX, which jax needs; in a virtual machine it may be hidden.",
             "grep -c avx /proc/cpuinfo  # 0: use another machine, or give the VM the host's CPU",
         )
     yield from _jax(machine)
@@ -90,7 +90,7 @@ def _jax(machine: Machine) -> Iterator[Finding]:
     named = named_variable(text, machine.variables)
     alone = machine.jax_on_cpu is not None and machine.jax_on_cpu.works
     if alone:
-        text += " It works on the processor alone."
+        text += " It works on the CPU only."
         if "JAX_PLATFORMS" in machine.variables:
             named = named or "JAX_PLATFORMS"
     if named is not None:
@@ -119,7 +119,7 @@ def _devices(machine: Machine) -> Iterator[Finding]:
     yield from _nvidia(machine, "gpu" in found)
     yield from _tpu(machine, "tpu" in found)
     if not (accelerated or machine.nvidia.present or machine.tpus):
-        yield Finding(OK, "No GPU or TPU was found; the processor computes.")
+        yield Finding(OK, "No GPU or TPU was found; computing on the CPU.")
     if len([p for p in found if p != "cpu"]) > 1:
         yield Finding(NOTE, f"{len(found)} devices; this program uses the first.")
     for name, value in sorted(machine.variables.items()):
@@ -145,7 +145,7 @@ def _nvidia(machine: Machine, used: bool) -> Iterator[Finding]:
 
 
 def _why_unused(machine: Machine) -> Finding:
-    """The first reason, in the order in which they have to be fixed."""
+    """Return the first reason, in the order in which they have to be fixed."""
     nvidia, cuda, set_to = machine.nvidia, _cuda(machine), machine.variables.get
     major = next(iter(_numbers(nvidia.driver)), None)
     unseen = not nvidia.nodes and not nvidia.gpus
@@ -165,7 +165,7 @@ def _why_unused(machine: Machine) -> Finding:
         ),
         (
             not cuda,
-            "The installed jaxlib computes on the processor only: the CUDA packages are missing.",
+            "The installed jaxlib supports only the CPU: the CUDA packages are missing.",
             _INSTALL.format(extra="cuda"),
         ),
         (
@@ -202,7 +202,7 @@ def _why_unused(machine: Machine) -> Finding:
 
 
 def _crowded(machine: Machine) -> Iterator[Finding]:
-    """Memory of GPUs that other programs use."""
+    """Return memory of GPUs that other programs use."""
     gpus = machine.nvidia.gpus
     for index, gpu in enumerate(gpus):
         if gpu.total - gpu.free > 1e9:
@@ -234,7 +234,7 @@ def _tpu(machine: Machine, used: bool) -> Iterator[Finding]:
 
 
 def _cuda(machine: Machine) -> set[str]:
-    """The CUDA versions whose packages are installed: "12", "13"."""
+    """Return the CUDA versions whose packages are installed: "12", "13"."""
     return {version for version in OLDEST_DRIVER if f"jax-cuda{version}-plugin" in machine.packages}
 
 

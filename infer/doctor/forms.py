@@ -1,4 +1,4 @@
-"""Which form of a model fits into a machine's memory, and the command that answers with it."""
+"""The dtype and quantization that fit into a machine's memory, and the command to run them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Model:
 
     @property
     def context(self) -> int:
-        """Tokens that there is to be room for."""
+        """Tokens that must fit."""
         return min(DEFAULT_CONTEXT, self.config.seq_length)
 
 
@@ -58,7 +58,7 @@ def places(model: Model, machine: Machine) -> tuple[Place, ...]:
 
 
 def _accelerator(machine: Machine, device: Device) -> Budget:
-    """The device with what our commands have jax take of its memory."""
+    """Return the device with what our commands have jax take of its memory."""
     memory, gpus = device.memory, machine.nvidia.gpus
     if device.platform == "gpu" and len(gpus) == 1 and gpus[0].total:
         chosen = any(name in machine.variables for name in SHARE_VARIABLES)
@@ -70,7 +70,7 @@ def _accelerator(machine: Machine, device: Device) -> Budget:
 
 
 def _forms(model: Model, budget: Budget) -> tuple[Plan, ...]:
-    """Every form of a model at a place.
+    """Return every form of a model at a place.
 
     Wider weights are preferred, since they are the model as it was trained; but float32 comes last
     on a device with fast 16-bit numbers. A quantized folder is best left as it is.

@@ -54,7 +54,7 @@ def _conclusion(model: Model, report: Report, columns: int) -> list[str]:
         text = "Nothing can be computed until jax works: fix the problem above first."
         return fold(text, columns, "")
     if report.best is None:
-        text = f"No form of {model.name} fits here. The bundled demo model does:"
+        text = f"No dtype or quantization of {model.name} fits here. The bundled demo model does:"
     else:
         form = report.best.best
         assert form is not None

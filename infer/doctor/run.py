@@ -43,7 +43,7 @@ def open_model(choice: ModelChoice) -> Model:
     """Return the model of the flags; its weights are not read.
 
     Raises:
-      CheckpointError: the folder cannot be opened.
+        CheckpointError: the folder cannot be opened.
     """
     if choice.path is None:
         return Model()

@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What the engine answers with; another one of the same shapes may take its place."""
+        """The model that the engine answers with; can be replaced by one of the same shapes."""
         return self._checkpoint
 
     @checkpoint.setter

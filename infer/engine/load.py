@@ -26,7 +26,7 @@ from infer.memory.shortage import when_loading
 
 
 def demo_folder() -> Path:
-    """The bundled demo model, in the project's own format."""
+    """Return the folder of the bundled demo model, in the project's own format."""
     return Path(__file__).parents[1] / "demo"
 
 
@@ -104,10 +104,10 @@ def open_choice(
     """Open the checkpoint that a `ModelChoice` names, as `load` does.
 
     Args:
-      choice: its `mesh` and `device` are not read: the next two arguments stand for them.
-      options: `memory_limit` and `compile_cache` are not read.
-      folder: the model's folder, where it is found already.
-      mesh, device, on_event, progress: as in `load`.
+        choice: its `mesh` and `device` are not read: the next two arguments stand for them.
+        options: `memory_limit` and `compile_cache` are not read.
+        folder: the model's folder, where it is found already.
+        mesh, device, on_event, progress: as in `load`.
     """
     if mesh is None:
         chosen = find_device(device)
@@ -138,7 +138,7 @@ def _load(
     max_length: int | None,
     progress: Callable[[int, int], None],
 ) -> Checkpoint:
-    """The model with its adapter and prefix, on the devices."""
+    """Return the model with its adapter and prefix, on the devices."""
     force, form = choice.force_adapter, choice.form
     adapter = choice.adapter and open_adapter(choice.adapter, folder, **form, force=force)
     prefix = choice.prefix and load_prefix(choice.prefix, open_folder(folder, **form).config)
@@ -176,5 +176,5 @@ def _load(
 
 def _folder(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise UsageError(f"the path of a checkpoint must be text or a Path, not {path!r}")
+        raise UsageError(f"the path of a checkpoint must be text or a Path, got {path!r}")
     return Path(path)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-LOOP_STOP_DEFAULT = 6  # of the tools for conversations; elsewhere it is off
+LOOP_STOP_DEFAULT = 6  # the default for conversations; elsewhere it is off
 SHORTEST_BLOCK = 64  # tokens; a shorter block counts as one of this length
 LONGEST_BLOCK = 512  # tokens
 
@@ -33,7 +33,7 @@ class LoopDetector:
         self._times = times
         # Entry p - 1 of each is about blocks of p tokens.
         self._earlier = np.full(LONGEST_BLOCK, -1)  # the token p places before the next; -1 = none
-        self._runs = np.zeros(LONGEST_BLOCK, int)  # how many in a row equalled the one p before
+        self._runs = np.zeros(LONGEST_BLOCK, int)  # how many in a row equal the one p before
         blocks = np.arange(1, LONGEST_BLOCK + 1)
         self._needed = times * np.maximum(blocks, SHORTEST_BLOCK) - blocks
 

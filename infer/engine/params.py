@@ -1,4 +1,4 @@
-"""What a user may ask of the sampler: `SamplingParams` and its presets. Nothing here needs JAX."""
+"""The sampling parameters, `SamplingParams`, and their presets. Nothing here needs JAX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glm2_jax.errors import UsageError, shown
 
 MAX_LOGPROBS = 20  # the compiled step always has room for this many alternatives
 MAX_SEED = 2**63 - 1
-_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the range of float32
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the largest float32
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class SamplingParams:
                 self._check(name, whole, *bounds)
         if self.loop_stop == 1:
             raise UsageError(
-                "loop_stop must be 0 (off) or at least 2, not 1",
-                "Every text repeats its own end once.",
+                "loop_stop must be 0 (off) or at least 2, got 1",
+                "With 1, every answer would be stopped.",
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop = tuple(stop) if isinstance(stop, Iterable) else (None,)
         if not all(isinstance(text, str) and text for text in stop):
-            raise UsageError(f"stop must be non-empty strings, not {shown(self.stop)}")
+            raise UsageError(f"stop must be non-empty strings, got {shown(self.stop)}")
         for text in map(str, stop):
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UsageError(
@@ -97,11 +97,11 @@ class SamplingParams:
         beams, do_sample = kwargs.pop("num_beams", 1), kwargs.pop("do_sample", True)
         if not _is(numbers.Integral, beams) or beams != 1:
             raise UsageError(
-                f"num_beams={beams!r}: beam search is not implemented",
+                f"num_beams={beams!r}: beam search is not supported",
                 fix="Leave num_beams out; temperature=0 gives the greedy answer.",
             )
         if not isinstance(do_sample, bool):
-            raise UsageError(f"do_sample must be True or False, not {do_sample!r}")
+            raise UsageError(f"do_sample must be True or False, got {do_sample!r}")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise UsageError(f"unknown preset {preset!r}", fix=f"Known: {', '.join(PRESETS)}.")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -121,7 +121,7 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
     """Return the value of an option as an int; UsageError if it is not one in this range."""
     if not _is(numbers.Integral, value) or not least <= value <= most:
         bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
-        raise UsageError(f"{name} must be a whole number, {bounds}, not {shown(value)}")
+        raise UsageError(f"{name} must be a whole number, {bounds}, got {shown(value)}")
     return int(value)
 
 
@@ -129,12 +129,12 @@ def _number(name: str, value: Any, least: float, most: float = _LARGEST) -> floa
     """Return the value of an option as a float that float32 can hold."""
     if not _is(numbers.Real, value) or not least <= value <= most:  # NaN is in no range
         bounds = f"{'above 0' if least == _SMALLEST else f'{least:g} or more'} and at most {most:g}"
-        raise UsageError(f"{name} must be a finite number, {bounds}, not {shown(value)}")
+        raise UsageError(f"{name} must be a finite number, {bounds}, got {shown(value)}")
     return float(value)
 
 
 def _is(kind: type, value: Any) -> bool:
-    """Whether `value` is such a number, Python's or NumPy's; True and False are not."""
+    """Return whether `value` is such a number, Python's or NumPy's; True and False are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -130,11 +130,11 @@ def make_rows(
     params: list[Any] = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * count
     if len(params) != count or not all(isinstance(one, SamplingParams) for one in params):
         raise UsageError(
-            f"sampling must be SamplingParams, or one for each prompt, not {shown(sampling)}"
+            f"sampling must be SamplingParams, or one for each prompt, got {shown(sampling)}"
         )
     draws = range(count) if row_ids is None else row_ids
     if len(draws) != count:
-        raise UsageError(f"there are {len(draws)} row_ids for {count} prompts")
+        raise UsageError(f"expected {count} row_ids, one for each prompt, got {len(draws)}")
     rows = []
     for index, (ids, one, draw) in enumerate(zip(prompts, params, draws, strict=True)):
         limit = _answer_limit(len(ids), index, one, min(one.max_length or max_length, max_length))
@@ -153,7 +153,7 @@ def listed(value: Any, rule: str) -> list[Any]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
-        raise UsageError(f"{rule}, not {shown(value)}")
+        raise UsageError(f"{rule}, got {shown(value)}")
     return list(value)
 
 

@@ -233,5 +233,5 @@ class Scheduler:
         )
 
     def _seconds(self) -> float:
-        """Seconds since the call began, without those of compiling."""
+        """Return seconds since the call began, without those of compiling."""
         return time.perf_counter() - self._called - self._made.seconds

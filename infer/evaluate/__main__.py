@@ -16,10 +16,12 @@ from infer.datasets import FORMATS
 from infer.evaluate.variants import variants
 
 PROG = "python -m infer.evaluate"
-DESCRIPTION = """Measures perplexity, the similarity of generated answers to reference answers, or
-the accuracy on multiple-choice questions. Figures go to standard output, all else to standard
-error. Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out of memory
-or device, 130 interrupted, 143 terminated."""
+DESCRIPTION = """Measures perplexity, the similarity of generated answers to reference answers,
+or the accuracy on multiple-choice questions. Results go to standard output, everything else to
+standard error.
+
+Exit codes: 0 success, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out of memory or
+device, 130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG} --compare none,int8,int4
   {PROG} --task generation --data dev.jsonl --predictions answers.jsonl
   {PROG} --task choice --model chatglm2-6b --data ceval/val --two-pass"""
@@ -40,7 +42,7 @@ def parser() -> Parser:
     )  # fmt: skip
     add(
         "--window", type=positive, metavar="N",
-        help="tokens of a text that are read at once (default: 2048, at most --max-length)",
+        help="tokens per window of a text (default: 2048, at most --max-length)",
     )  # fmt: skip
     add(
         "--stride", type=positive, metavar="N",
@@ -50,12 +52,12 @@ def parser() -> Parser:
     add = result.add_argument_group("choice").add_argument
     add(
         "--shots", type=whole, default=0, metavar="N",
-        help="solved questions before each one, from the folder dev next to the data's folder",
+        help="solved examples before each question, from the folder dev next to the data's folder",
     )  # fmt: skip
     add(
         "--two-pass", action="store_true",
         help="follow the official C-Eval script: the model first answers in words, greedily; then "
-        "its words are part of the prompt, and the likeliest letter is its answer",
+        "its words are part of the prompt, and the most likely letter is its answer",
     )  # fmt: skip
     flags.add_mesh_options(options.add_performance_options(result))
     join.add_host_options(result)
@@ -69,7 +71,7 @@ def _add_task(result: Parser) -> None:
     add(
         "--task", choices=("perplexity", "generation", "choice"), default="perplexity",
         help="perplexity = of texts, or of the answers to questions; generation = BLEU, ROUGE and "
-        "METEOR of generated answers; choice = the likeliest of A, B, C and D",
+        "METEOR of generated answers; choice = the most likely of A, B, C and D",
     )  # fmt: skip
     add(
         "--data", type=path_argument, metavar="F",
@@ -98,7 +100,7 @@ def _add_generation(result: Parser) -> None:
     )  # fmt: skip
     add(
         "--temperature", type=float, default=0.0, metavar="X",
-        help="0 = greedy; the official script of ADGEN samples with 0.95 and top-p 0.7",
+        help="sampling temperature, 0 = greedy; the official ADGEN script uses 0.95, top-p 0.7",
     )  # fmt: skip
     add("--top-p", type=float, default=1.0, metavar="X", help="as in infer.generate")
     add("--seed", type=int, default=0, metavar="N", help="random seed")

@@ -1,4 +1,4 @@
-"""Multiple choice: the likeliest of the letters A to D after a question.
+"""Multiple choice: the most likely of the letters A to D after a question.
 
 One pass reads the question and compares the letters. Two passes follow the official C-Eval script
 of ChatGLM2: the model first answers in words, greedily; then question, words and a sentence that
@@ -103,7 +103,7 @@ def _read_exams(settings: Settings, bad: BadRows) -> list[Exam]:
     if settings.shots and any(real_path(file).parent.name == "dev" for file in files):
         raise UsageError(
             f"--shots takes its examples from the folder dev, and {settings.data} is in it",
-            "Each question would be one of its own examples, with the answer.",
+            "Each question would appear among its examples, with the answer.",
             "Name the folder val or test next to it, or leave --shots out.",
         )
     exams = [read_exam(path, bad) for path in files]
@@ -177,7 +177,7 @@ def letter_ids(engine: Engine) -> tuple[list[int], list[int]]:
         at += 1
     different = [one[at] for one in ids]
     if len(set(different)) < len(LETTERS):
-        raise CheckpointError("the tokenizer has no ids of their own for A, B, C and D")
+        raise CheckpointError("the tokenizer has no separate ids for A, B, C and D")
     return ids[0][:at], different
 
 

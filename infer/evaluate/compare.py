@@ -53,7 +53,7 @@ def distances(
     first: jax.Array, other: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Compare float32 [B, T, V] logits: mean and largest |difference|, KL(first || other) in nats,
-    and whether the likeliest token is the same; each [B, T]."""
+    and whether the most likely token is the same; each [B, T]."""
     difference = jnp.abs(first - other)
     p, q = jax.nn.log_softmax(first), jax.nn.log_softmax(other)
     divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)

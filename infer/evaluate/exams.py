@@ -179,7 +179,7 @@ def _csv(path: Path) -> tuple[list[str], str, Iterator[tuple[str, Any]]]:
         return names, ("C-Eval" if "id" in names else "CMMLU"), records
     if len(header) != len(_COLUMNS):
         raise InputError(
-            f"{path} is in no known layout",
+            f"{path} has an unknown layout",
             f"It begins with {len(header)} columns, without a header that names a question.",
             "Known: C-Eval (id,question,A,B,C,D,answer), CMMLU (,Question,A,B,C,D,Answer), "
             "MMLU (six columns, no header).",
@@ -214,13 +214,15 @@ def _question(where: str, row: Sequence[str], header: Sequence[str]) -> Question
         cells.setdefault(name, cell.strip())
     if more := [name.upper() for name in cells if _MORE_CHOICES.fullmatch(name) and cells[name]]:
         raise InputError(
-            f"it has the choices {', '.join((*LETTERS, *more))}", "only A, B, C and D can be asked"
+            f"it has the choices {', '.join((*LETTERS, *more))}", "only A, B, C and D are supported"
         )
     if empty := [name for name in _COLUMNS[:5] if not cells[name]]:
         raise InputError(f"{', '.join(empty)} is empty")
     letter = cells["answer"].upper()
     if letter not in LETTERS:
-        raise InputError(f"the answer is {cells['answer']!r}", f"one of {', '.join(LETTERS)}")
+        raise InputError(
+            f"the answer is {cells['answer']!r}", f"expected one of {', '.join(LETTERS)}"
+        )
     choices = tuple(cells[name] for name in _COLUMNS[1:5])
     return Question(where, cells["question"], choices, LETTERS.index(letter))
 
@@ -231,7 +233,7 @@ def _official(where: str, row: Any) -> Question:
         raise InputError("no inputs_pretokenized", 'write {"inputs_pretokenized", "label"}')
     choices, label = row.get("choices_pretokenized"), row.get("label")
     if isinstance(choices, list) and len(choices) > len(LETTERS):
-        raise InputError(f"it has {len(choices)} choices", "only A, B, C and D can be asked")
+        raise InputError(f"it has {len(choices)} choices", "only A, B, C and D are supported")
     if type(label) is not int or label not in range(len(LETTERS)):
-        raise InputError(f"the label is {label!r}", "0, 1, 2 or 3")
+        raise InputError(f"the label is {label!r}", "expected 0, 1, 2 or 3")
     return Question(where, text, (), label)

@@ -81,7 +81,7 @@ def _rouge_words(rouge: Any, text: str) -> list[str]:
 
 
 def _rouge_l(prediction: Sequence[str], label: Sequence[str]) -> float:
-    """ROUGE-L (F) of rouge-chinese, whose own function keeps a table of all pairs of words."""
+    """Return ROUGE-L (F) as rouge-chinese does, which keeps a table of all pairs of words."""
     common = common_length(prediction, label)
     precision, recall = common / len(prediction), common / len(label)
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))

@@ -145,16 +145,15 @@ def fit_windows(
     window = min(WINDOW, longest) if window is None else window
     if not prefix + 2 <= window <= longest:
         raise UsageError(
-            f"--window {window} is not possible",
-            f"A window has {prefix + 2} to {longest} tokens here (--max-length).",
+            f"--window must be from {prefix + 2} to {longest}, got {window}",
+            "The upper limit is --max-length.",
         )
     room = window + 1 - prefix  # the last token of a text is only predicted, not read
     stride = max(window // 2, 1) if stride is None else stride
     if stride >= room:
         raise UsageError(
-            f"--stride {stride} is not possible",
-            f"Windows of {window} tokens would have no context.",
-            f"Use {room - 1} or less.",
+            f"--stride must be below {room}, got {stride}",
+            f"Otherwise windows of {window} tokens do not overlap and have no context.",
         )
     return room, stride
 
@@ -233,6 +232,6 @@ def _add(
 
 
 def token_nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """-log softmax(logits)[token]: float32 [B, T, V], int32 [B, T] -> float32 [B, T]."""
+    """Return -log softmax(logits)[token]: float32 [B, T, V], int32 [B, T] -> float32 [B, T]."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

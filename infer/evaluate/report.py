@@ -22,7 +22,7 @@ _COLUMNS = {  # of a comparison: key -> heading
 _SHARES = {"top1_agreement", "accuracy", "mean_of_files"}
 COMPARED = (
     "compared with the first line, over the positions that count: |d| of all logits; KL(first || "
-    "this) in nats; how often the likeliest token is the same"
+    "this) in nats; how often the most likely token agrees"
 )
 
 

@@ -31,7 +31,7 @@ BUNDLED = "bundled sample"
 CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
 _SAMPLE = Path(__file__).parent / "sample.jsonl"
 _BOM = b"\xef\xbb\xbf"
-_START = 1 << 12  # bytes that decide whether a file is plain text
+_START = 1 << 12  # bytes that are read to decide whether a file is plain text
 _PIECE = 1 << 20
 
 
@@ -140,7 +140,7 @@ def _copy(source: BinaryIO, name: str, file: BinaryIO) -> BinaryIO:
 
 
 def _has_rows(path: str, file: BinaryIO) -> bool:
-    """Whether a file has rows, by its name or its first bytes, and is not plain text."""
+    """Return whether a file has rows, by its name or its first bytes, and is not plain text."""
     name = path.lower().removesuffix(".gz")
     if name.endswith((".jsonl", ".json", ".parquet", *DELIMITERS)):
         return True

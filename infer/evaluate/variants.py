@@ -34,7 +34,7 @@ class Variant:
 
 
 def variants(text: str) -> tuple[Variant, ...]:
-    """An argparse type: "none,int8,float32:int4", at least two variants."""
+    """Parse variants such as "none,int8,float32:int4", at least two, for argparse."""
     found = []
     for name in dict.fromkeys(part.strip() for part in text.split(",")):
         dtype, colon, quantize = name.partition(":")

@@ -20,13 +20,14 @@ from infer.memory.links import LINKS, MESHES
 
 PROG = "python -m infer.explain"
 DESCRIPTION = """Shows every stage of the model with its shape, parameters, operations and bytes,
-and the least time that devices could take (from the makers' figures, not measured). With weights
-also the prompt as it is built, attention, the most probable next tokens after each layer, and the
-answer token by token.
+and the minimum time on chosen devices (from the makers' figures, not measured). With weights
+also the prompt as it is built, attention, the most probable next tokens after each layer, and
+the answer token by token.
 
-Standard output has the explanation, everything else goes to standard error. Exit codes: 0 fine, 2
-usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 143
-terminated."""
+Standard output has the explanation, everything else goes to standard error.
+
+Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of memory or device,
+130 interrupted, 143 terminated."""
 EXAMPLE = f"""{PROG}
   {PROG} --config chatglm2-6b --batch 16 --length 128 --device a100 h200
   {PROG} --config chatglm2-6b --mesh tensor=8 --device v5e-8 --length 2048
@@ -34,7 +35,7 @@ EXAMPLE = f"""{PROG}
 
 
 def parser() -> Parser:
-    """The flags of the command."""
+    """Return the parser of the flags."""
     # --device here replaces the one that says where answers are computed.
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE, conflict_handler="resolve")
     flags.add_model_options(result)
@@ -44,8 +45,8 @@ def parser() -> Parser:
     devices = result.add_argument_group("devices")
     devices.add_argument(
         "--device", dest="cards", nargs="+", type=_card, metavar="NAME",
-        help=f"devices whose least time is shown, any of {', '.join(CARDS)} (v5e is v5e-1); this "
-        f"machine need not have them "
+        help=f"devices to show the minimum time for, any of {', '.join(CARDS)} (v5e is v5e-1); "
+        f"this machine need not have them "
         f"(default: {', '.join(DEVICES)}; with --mesh: {', '.join(LINKS)})",
     )  # fmt: skip
     devices.add_argument(
@@ -60,7 +61,10 @@ def parser() -> Parser:
         help="also write a page that a browser shows without a network; overwrites the file",
     )  # fmt: skip
     group.add_argument(
-        "--width", type=_number(30, 2**31), metavar="N", help="columns (default: the terminal's)"
+        "--width",
+        type=_number(30, 2**31),
+        metavar="N",
+        help="width of the output in columns (default: the terminal's)",
     )
     result.add_common()
     return result
@@ -92,7 +96,7 @@ def _add_values(result: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--heads", type=_heads, metavar="LAYER:HEAD,...",
-        help="whose attention is shown, counted from 0 (default: two heads of three layers)",
+        help="heads whose attention is shown, counted from 0 (default: two heads of three layers)",
     )  # fmt: skip
     group.add_argument(
         "--max-new-tokens", "--max-tokens", type=positive, metavar="N",
@@ -101,7 +105,7 @@ def _add_values(result: Parser) -> None:
 
 
 def _card(text: str) -> str:
-    """An argparse type: a device, or several that links join; "v5e" for one chip of them, too."""
+    """Parse a device, or several joined by links ("v5e" is one chip), for argparse."""
     name = text.lower()
     if name in CARDS or f"{name}-1" in CARDS or re.fullmatch(MESHES, name):
         return name
@@ -113,7 +117,7 @@ def _card(text: str) -> str:
 
 
 def _heads(text: str) -> tuple[tuple[int, int], ...]:
-    """An argparse type: "0:0,27:31"."""
+    """Parse heads such as "0:0,27:31", for argparse."""
     if not re.fullmatch(r"\d{1,6}:\d{1,6}(,\d{1,6}:\d{1,6})*", text, re.ASCII):
         raise argparse.ArgumentTypeError(
             f"{text[:40]!r} is not a list of heads; write LAYER:HEAD, for example 0:0,27:31"

@@ -47,7 +47,7 @@ class Pass:
     name: str  # "prefill", or "decode" (one step after it)
     tokens: int  # T, of each row that are computed
     keys: int  # S, that they attend to
-    stages: tuple[Stage, ...]  # in order; those of a layer are there once
+    stages: tuple[Stage, ...]  # in order; a layer's stages appear once
     params: int
     flops: int
     bytes: int
@@ -59,14 +59,14 @@ class Cache:
     """The bytes of keys and values."""
 
     per_token: int  # in all layers
-    with_full_heads: int  # the same, if every query head had its own key/value head
+    with_full_heads: int  # the same with one key/value head per query head
     now: int  # of all rows, after the prompt
     at_most: int  # of all rows, at the longest context
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time a device could take, from the makers' figures, not measured.
+    """The minimum time a device could take, from the makers' figures, not measured.
 
     The prefill computes the logits of one position of each row, as answering does, and no masked
     scores. Where flops is None, the times are those of the bytes alone and the limits "unknown".

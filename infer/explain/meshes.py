@@ -20,7 +20,7 @@ def run(settings: Settings) -> int:
     """Print the costs that the flags ask for; returns the exit code."""
     if given := settings.given("prompt", "html", "top_k", "heads", "max_new_tokens"):
         raise UsageError(
-            f"{given}: without effect",
+            f"{given}: no effect",
             "With --mesh only the costs of devices are shown.",
             "Leave it out.",
         )

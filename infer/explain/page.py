@@ -86,7 +86,7 @@ def _hash(text: str) -> str:
 
 
 def _values(values: Values) -> dict[str, Any]:
-    """The values, of attention without what is masked: row t has t + 1 numbers."""
+    """Return the values, of attention without what is masked: row t has t + 1 numbers."""
     heads = [
         {
             "layer": head.layer,
@@ -102,6 +102,6 @@ def _values(values: Values) -> dict[str, Any]:
 
 
 def _json(data: Any) -> str:
-    """JSON that does not end its script: in strings, what HTML could read is written as \\u."""
+    """Return JSON that does not end its script: in strings, HTML is written as \\u."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(str.maketrans(_IN_SCRIPT))

@@ -11,7 +11,7 @@ from glm2_jax.escape import escape_controls
 from infer.explain.facts import Bound, Candidate, Head, Pass, Step, Token, Values, Walk
 
 BOUND = (
-    "The least time for these operations and bytes by the makers' figures, which no program "
+    "The minimum time for these operations and bytes by the makers' figures, which no program "
     "reaches; nothing here was measured. The head computes one position of each prompt, and masked "
     "scores are left out. Arrays that are passed between stages, and starting programs, are not "
     "counted."
@@ -24,8 +24,8 @@ COUNTED = (
     "layers."
 )
 LENGTHS = (
-    "Lengths are of the last token: of the output of the layer, and of what attention and mlp "
-    "added. Next: what final norm and head make of it there; after the last layer this is the "
+    "Lengths are norms of the last token: of the layer's output, and of what attention and mlp "
+    "added. Next: the result of final norm and head there; after the last layer this is the "
     "model's own answer."
 )
 ROW = (
@@ -72,7 +72,7 @@ def _head(walk: Walk) -> Iterator[str]:
 
 
 def _stages(walk: Walk, columns: int) -> list[str]:
-    """The stages in a table, or where that is too wide, in a few lines each."""
+    """Return the stages in a table, or where that is too wide, in a few lines each."""
     rows: list[tuple[str, ...]] = [STAGES]
     records, inside = [], False
     for read, step in zip(walk.prefill.stages, walk.decode.stages, strict=True):
@@ -204,7 +204,7 @@ def _answer(values: Values, columns: int) -> list[str]:
 
     most = len(values.steps[0].alternatives) if values.steps else 1
     lines = _widest(lambda count: table(rows(count), texts=1 + count), most, columns)
-    ends = {"stop": "ended by its end token", "length": "ended by the longest length"}
+    ends = {"stop": "ended by its end token", "length": "ended by the length limit"}
     return [*lines, ends.get(values.end, values.end)]
 
 
@@ -213,7 +213,7 @@ def _likely(candidate: Candidate) -> str:
 
 
 def _per_cent(part: float) -> str:
-    """Neither certainty nor impossibility is claimed where there is none."""
+    """Return a share in per cent that is 0 or 100 only if it is exactly that."""
     if 0.9995 < part < 1:
         return ">99.9%"
     return "<0.1%" if 0 < part < 0.0005 else f"{100 * part:.1f}%"
@@ -236,7 +236,7 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
 
 
 def _widest(build: Callable[[int], list[str]], most: int, columns: int) -> list[str]:
-    """The table with as many candidates as the columns hold, one at least; says if not all."""
+    """Return the table with as many candidates as fit the columns, at least one; note the rest."""
     counts = range(most, 1, -1)
     count = next((count for count in counts if _fits(build(count), columns)), 1)
     left_out = f"({count} of {most} candidates fit here; --width N gives more columns)"
@@ -256,12 +256,12 @@ def _piece(token: Token) -> str:
 
 
 def _digits(number: float) -> str:
-    """2048.3 -> "2,050"."""
+    """Return a rounded number: 2048.3 -> "2,050"."""
     return f"{float(f'{number:.3g}'):,g}"
 
 
 def _count(number: float) -> str:
-    """203346608128 -> "203 G"."""
+    """Return a short count: 203346608128 -> "203 G"."""
     units = ["", "k", "M", "G", "T", "P"]
     while number >= 999.5 and len(units) > 1:
         number, units = number / 1000, units[1:]
@@ -269,7 +269,7 @@ def _count(number: float) -> str:
 
 
 def _binary(size: float) -> str:
-    """28672 -> "28 KiB"."""
+    """Return bytes in binary units: 28672 -> "28 KiB"."""
     units = ["B", "KiB", "MiB", "GiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
@@ -277,7 +277,7 @@ def _binary(size: float) -> str:
 
 
 def _broken(text: str, columns: int) -> Iterator[str]:
-    """Lines of a text of any language, at most so many columns wide."""
+    """Return lines of a text of any language, at most so many columns wide."""
     for line in text.split("\n"):
         while (part := cut_to_width(line, columns)) != line:
             at = part.rfind(" ") + 1

@@ -70,12 +70,12 @@ class Subject:
     """The model that is explained."""
 
     name: str
-    choice: ModelChoice  # as it is loaded
+    choice: ModelChoice  # dtype in which it is loaded
     config: GLMConfig
-    stored: str | None  # the scheme that it is quantized by
+    stored: str | None  # the quantization scheme
     tokenizer: Tokenizer | None
     template: str | None
-    weights: bool  # whether it has any
+    weights: bool  # whether the folder has weights
     notes: tuple[str, ...] = ()  # for the user
 
 
@@ -113,7 +113,9 @@ def run(settings: Settings) -> int:
 def check_page(path: Path) -> None:
     """Raise InputError for a page that cannot be written; before anything is computed."""
     if str(path) == "-":
-        raise InputError("A page is written to a file.", fix="Name one, for example --html x.html.")
+        raise InputError(
+            "--html needs the name of a file, got -.", fix="Name one, for example --html x.html."
+        )
     if path.is_dir():
         raise InputError(f"{path} is a folder.", fix="Name a file in it: --html FILE.")
     if not real_path(path).parent.is_dir():
@@ -157,14 +159,14 @@ def _from_config(name: str, choice: ModelChoice) -> Subject:
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Whether any file has weights, or an index names some; loading reports what is wrong."""
+    """Return whether a file has weights, or an index names some; loading reports faults."""
     return any(
         path.name.endswith((".safetensors", ".bin", ".index.json")) for path in folder.iterdir()
     )
 
 
 def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int, str]:
-    """The prompt's ids, None where they are not known; their number; and who counted them."""
+    """Return the prompt's ids (None: not known), their number, and who counted them."""
     if settings.length is not None:
         return None, settings.length, "asked"
     prompt = PROMPT if settings.prompt is None else settings.prompt
@@ -189,7 +191,7 @@ def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int
 
 
 def _cards(names: Sequence[str]) -> list[Card]:
-    """The devices with these names, each once."""
+    """Return the devices with these names, each once."""
     found = {name: CARDS.get(name) or CARDS.get(f"{name}-1") for name in names}
     for name, card in found.items():
         if card is None:
@@ -202,7 +204,7 @@ def _cards(names: Sequence[str]) -> list[Card]:
 
 
 def _heads(asked: Sequence[tuple[int, int]] | None, config: GLMConfig) -> Sequence[tuple[int, int]]:
-    """Those that were asked for; else the first of two groups in the first, middle, last layer."""
+    """Return the heads asked for, or the first of two groups in the first, middle, last layer."""
     L, N = config.num_layers, config.num_heads
     if asked is None:
         layers = dict.fromkeys((0, L // 2, L - 1))
@@ -218,12 +220,12 @@ def _heads(asked: Sequence[tuple[int, int]] | None, config: GLMConfig) -> Sequen
 
 
 def _wants_values(settings: Settings, subject: Subject, ids: list[int] | None) -> bool:
-    """Whether values are shown, too; UsageError for flags without effect."""
+    """Return whether values are shown, too; UsageError for flags without effect."""
     only_shapes = settings.config is not None or settings.length is not None
     given = settings.given("top_k", "heads", "max_new_tokens")
     if only_shapes and given:
         raise UsageError(
-            f"{given}: without effect",
+            f"{given}: no effect",
             "With --config or --length only shapes and costs are explained.",
             "Leave it out, or use --model and --prompt.",
         )

@@ -109,7 +109,7 @@ def _through_cache(
 
 
 def _all_scores(q: jax.Array, k: jax.Array, context: TokenContext) -> jax.Array:
-    """[B, N, T, S]; masked ones are the lowest number."""
+    """Return the scores [B, N, T, S]; masked ones are the lowest number."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     scores = scaled_scores(q.reshape(B, T, K, N // K, H), k, context.visible.mask(0, S))
@@ -117,7 +117,7 @@ def _all_scores(q: jax.Array, k: jax.Array, context: TokenContext) -> jax.Array:
 
 
 def _weighted(probs: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
-    """[B, N, T, S] and [B, S, K, H] -> [B, T, N, H]."""
+    """Weight the values: [B, N, T, S] and [B, S, K, H] -> [B, T, N, H]."""
     B, N, T, S = probs.shape
     K, H = v.shape[2:]
     grouped = probs.reshape(B, K, N // K, T, S).astype(v.dtype)

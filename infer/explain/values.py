@@ -126,7 +126,7 @@ def _walk(
 
 
 def _likeliest(engine: Engine, x: jax.Array, top_k: int) -> tuple[np.ndarray, ...]:
-    """The next token at every row of a stream: all probabilities, the highest, their ids."""
+    """Return the next token at every row of a stream: all probabilities, the highest, their ids."""
     config = engine.config
 
     def likeliest(params: Any, x: jax.Array) -> Any:
@@ -141,7 +141,7 @@ def _jit(engine: Engine) -> Callable[..., Any]:
 
 
 def _ends(params: Any) -> dict[str, Any]:
-    """The parameters outside the layers."""
+    """Return the parameters outside the layers."""
     return {name: params[name] for name in ("embed", "final_norm", "head")}
 
 
@@ -151,7 +151,7 @@ def _begin(config: GLMConfig, ends: Any, tokens: jax.Array) -> tuple[jax.Array, 
 
 
 def _layer(config: GLMConfig, weights: Any, x: jax.Array, context: TokenContext) -> Any:
-    """One layer: its output, the lengths of that and of both parts [T], attention [N, T, T]."""
+    """Run one layer: its output, the lengths of that and of both parts [T], attention [N, T, T]."""
     seen: dict[str, jax.Array] = {}
 
     def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:

@@ -45,7 +45,7 @@ def make_walk(
         precision: what bytes are counted in.
         length: ids of each prompt. length_from, prompt, model: as in `Walk`.
         batch: prompts together.
-        cards: devices whose least time is wanted.
+        cards: devices whose minimum time is computed.
     """
     shapes = param_shapes(config)
     prefill = _pass("prefill", config, shapes, precision, batch, length, length)
@@ -77,7 +77,7 @@ def make_walk(
 def _bound(
     card: Card, config: GLMConfig, precision: Precision, batch: int, prefill: Pass, decode: Pass
 ) -> Bound:
-    """The least time of both passes on a device: the longer of moving bytes and of arithmetic."""
+    """Return the minimum time of both passes: the longer of moving bytes and of arithmetic."""
     head = prefill.stages[-1].flops  # of which answering computes one position of each row
     left_out = head - head // prefill.tokens + config.num_layers * _masked(prefill)
     read, read_limit = _least(card, prefill, left_out)
@@ -199,14 +199,14 @@ def _trace(
 
 
 def _shape_of(shapes: Params, key: str) -> tuple[int, ...]:
-    """The shape of one layer's weight, or of one outside the layers."""
+    """Return the shape of one layer's weight, or of one outside the layers."""
     return shapes[key] if key in shapes else shapes["layers"][key][1:]
 
 
 def _bytes(
     name: str, weights: dict[str, tuple[int, ...]], precision: Precision, sizes: dict[str, int]
 ) -> int:
-    """Weights that are read, and keys and values that are written or read."""
+    """Return weights that are read, and keys and values that are written or read."""
     if name == "embed":  # a row for each token
         return sizes["B"] * sizes["T"] * array_bytes(precision, name, (1, sizes["D"]))
     if name == "attention.cache":  # the new ones are written, those before them are read
@@ -235,7 +235,7 @@ def _operations(equation: Any) -> int:
 
 
 def _inside(value: Any) -> list[Jaxpr]:
-    """The functions among an equation's parameters."""
+    """Return the functions among an equation's parameters."""
     if isinstance(value, list | tuple):
         return [part for each in value for part in _inside(each)]
     if isinstance(value, ClosedJaxpr):

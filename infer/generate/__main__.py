@@ -16,10 +16,11 @@ from infer.memory.cards import CARDS
 PROG = "python -m infer.generate"
 DESCRIPTION = """Answers a prompt with a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.
 
-The answer goes to standard output, all else to standard error. Without a prompt, standard input
-is read if it is not a terminal. Exit codes: 0 success, 1 unexpected, 2 usage, 3 bad input or data,
-4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed, 143
-terminated."""
+The answer goes to standard output, everything else to standard error. Without a prompt, standard
+input is read if it is not a terminal.
+
+Exit codes: 0 success, 1 unexpected, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out
+of memory or device, 130 interrupted, 141 output closed, 143 terminated."""
 EXAMPLE = f"""{PROG} --prompt 你好 --greedy
   {PROG} --model chatglm2-6b --batch-file in.jsonl --output out.jsonl
   {PROG} --dry-run --config chatglm2-6b --device 3090"""
@@ -89,7 +90,7 @@ def _add_prompt_options(result: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--system", action=_Once, metavar="TEXT",
-        help="system prompt; ChatGLM2 has no place for one: it is put before the first question, "
+        help="system prompt; ChatGLM2 has no system role: it is put before the first question, "
         "with a newline",
     )  # fmt: skip
     add(

@@ -76,7 +76,7 @@ def open_stream(path: Path | None) -> Iterator[TextIO]:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether this is a pipe or a device, which can have no journal."""
+    """Return whether this is a pipe or a device, which can have no journal."""
     return path.exists() and not path.is_file()
 
 

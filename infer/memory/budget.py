@@ -26,16 +26,16 @@ from infer.memory.plan import RUNTIME, Plan, nearest
 from infer.memory.precision import Precision, flags, precisions
 from infer.memory.shares import Sizes, count_devices, sizes_of
 
-DEFAULT_CONTEXT = 8192  # of --max-length
-# Of a GPU's memory: the rest is the driver's, and what a desktop shows.
+DEFAULT_CONTEXT = 8192  # the default of --max-length
+# Share of a GPU's memory; the driver and the desktop use the rest.
 GPU_SHARE = 0.95
-SHARE_VARIABLES = (  # by which a user decides what jax takes of a GPU's memory
+SHARE_VARIABLES = (  # the user's limits of jax's share of a GPU's memory
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_ALLOCATOR",
     "XLA_CLIENT_MEM_FRACTION",
 )
-SPARE = 1.1  # of a plan, for what a pool cannot use between its pieces
+SPARE = 1.1  # factor on a plan, for fragmentation of the pool
 _LONG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
 
@@ -43,10 +43,10 @@ _LONG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32":
 class Budget:
     """Where a model is to compute, and what it may take there."""
 
-    name: str  # of the device, for people
+    name: str  # the device's name, for people
     platform: str  # "cpu", "gpu" or "tpu"
     memory: int | None  # bytes; None = unknown
-    bandwidth: float | None = None  # of that memory, bytes per second; None = unknown
+    bandwidth: float | None = None  # memory bandwidth in bytes per second; None = unknown
     half: str = "bfloat16"  # its 16-bit type
     present: Gpu | None = None  # the GPU of this machine, where there is one
     limited: bool = False  # whether the user set the memory
@@ -57,8 +57,8 @@ class Budget:
         """Return what the flags mean here, the first being preferred.
 
         Args:
-          stored: the scheme of a folder that is quantized.
-          dtype, quantize: the flags.
+            stored: the scheme of a folder that is quantized.
+            dtype, quantize: the flags.
         """
         scheme = stored if quantize is None else None if quantize == "none" else quantize
         if dtype != "auto":
@@ -68,7 +68,7 @@ class Budget:
         return (Precision(self.half, scheme),)
 
     def fits(self, plan: Plan) -> bool | None:
-        """Whether a plan fits; None where the memory is unknown."""
+        """Return whether a plan fits; None where the memory is unknown."""
         return None if self.memory is None else plan.total <= self.memory
 
 
@@ -76,8 +76,8 @@ def find_budget(device: str, limit: int | None = None) -> Budget:
     """Return the budget of a device that is here, or of one that is only named.
 
     Args:
-      device: "auto", "cpu", "gpu", "tpu", or one of `infer.memory.cards.CARDS`.
-      limit: bytes that the user allows.
+        device: "auto", "cpu", "gpu", "tpu", or one of `infer.memory.cards.CARDS`.
+        limit: bytes that the user allows.
     """
     if device in CARDS:
         card = CARDS[device]
@@ -103,7 +103,7 @@ def _present(device: str) -> Budget:
 
 
 def _jax_may_use(platform: str) -> bool:
-    """Whether jax has a package for a platform and is not told to leave it alone."""
+    """Return whether jax has a package for a platform that the environment does not disable."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     if asked and not any(word in asked for word in (platform, "gpu" if platform == "cuda" else "")):
         return False
@@ -139,16 +139,16 @@ def prepare(
     Sets the share of a GPU's memory in the environment.
 
     Args:
-      choice, options: the flags.
-      folder: the checkpoint.
-      rows: prompts that are answered together.
-      processes: of the run, over which a mesh is spread.
+        choice, options: the flags.
+        folder: the checkpoint.
+        rows: prompts that are answered together.
+        processes: of the run, over which a mesh is spread.
 
     Returns:
-      The flags as they fit: perhaps a narrower dtype and a shorter context.
+        The flags as they fit: perhaps a narrower dtype and a shorter context.
 
     Raises:
-      UsageError: a context that the model does not have. DeviceError: it cannot fit.
+        UsageError: a context that the model does not have. DeviceError: it cannot fit.
     """
     from convert.loading.folder import open_folder
 
@@ -190,7 +190,7 @@ def mesh_sizes(mesh: str | None) -> Sizes | None:
     """Return the sizes of the value of `--mesh`; None = one device.
 
     Raises:
-      UsageError: it is not a mesh.
+        UsageError: it is not a mesh.
     """
     if mesh is None:
         return None
@@ -205,8 +205,7 @@ def share_budget(budget: Budget, mesh: Sizes | None, processes: int) -> Budget:
 
 
 def shared(budget: Budget, devices: int) -> Budget:
-    """What each of so many devices of this host may take: where a processor plays them, they share
-    its memory."""
+    """Return the budget of each of `devices` devices of this host; CPU devices share its memory."""
     if budget.platform != "cpu" or budget.memory is None:
         return budget
     runtime = RUNTIME["cpu"]  # once for all of them
@@ -218,7 +217,7 @@ def prefix_tokens(folder: str | None) -> int:
     """Return the tokens of a prefix; 0 for None.
 
     Raises:
-      CheckpointError: the folder does not hold a prefix.
+        CheckpointError: the folder does not hold a prefix.
     """
     if folder is None:
         return 0
@@ -236,13 +235,13 @@ def settle(
     """Return the plan to compute with: the first of the wishes that fits.
 
     Args:
-      wishes: plans that differ in their precision, the first being preferred.
-      stored: the scheme of a folder that is quantized.
-      tell: the context may be made shorter where only that does not fit, and this gets a line on
-        it; None = the user asked for just this context.
+        wishes: plans that differ in their precision, the first being preferred.
+        stored: the scheme of a folder that is quantized.
+        tell: the context may be made shorter where only that does not fit, and this gets a line on
+            it; None = the user asked for just this context.
 
     Raises:
-      DeviceError: it does not fit; with the numbers and what does.
+        DeviceError: it does not fit; with the numbers and what does.
     """
     memory = budget.memory
     if memory is None:
@@ -262,7 +261,7 @@ def settle(
     why, fix = "--memory-limit allows", advice(near, plan, stored)
     if not budget.limited:
         why = f"Free on {budget.name}:"
-        fix += " (--memory-limit 999GB tries it anyway.)"
+        fix += " (To try anyway: --memory-limit 999GB.)"
     raise DeviceError(f"not enough memory: {needs(plan)}", f"{why} {human_size(memory)}.", fix)
 
 
@@ -285,7 +284,7 @@ def needs(plan: Plan) -> str:
 def advice(near: Sequence[Plan], plan: Plan, stored: str | None) -> str:
     """Return what fits instead, as flags."""
     if not near:
-        return "No form of this model fits; a larger device is needed."
+        return "This model does not fit in any precision; a larger device is needed."
     return f"What fits: {'; or '.join(_change(other, plan, stored) for other in near)}."
 
 
@@ -303,7 +302,7 @@ def _change(other: Plan, plan: Plan, stored: str | None) -> str:
 
 def shortage(budget: Budget, plan: Plan, stored: str | None = None) -> tuple[str, str]:
     """Return what to say when memory ran out in spite of the plan: (needed and free, what fits)."""
-    # It did not fit, whatever the plan says: what is advised is smaller in any case.
+    # It did not fit, whatever the plan says: suggest something smaller in any case.
     memory = plan.total - 1 if budget.memory is None else min(budget.memory, plan.total - 1)
     free = "not known" if budget.memory is None else human_size(budget.memory)
     near = nearest(plan, memory, precisions(budget.half, stored))
@@ -316,7 +315,7 @@ def set_gpu_share(
     """Have jax take what the plan needs of a GPU, and not three quarters of it; before jax starts.
 
     Returns:
-      The share, or None where nothing was set: no GPU, or the user has set something.
+        The share, or None where nothing was set: no GPU, or the user has set something.
     """
     gpu = budget.present
     if gpu is None or not gpu.total or any(name in environment for name in SHARE_VARIABLES):

@@ -21,10 +21,10 @@ class Card:
     name: str
     platform: str  # "gpu" or "tpu"
     memory: int  # bytes
-    bandwidth: float  # of the memory, bytes per second
+    bandwidth: float  # memory bandwidth, bytes per second
     kinds: tuple[str, ...]  # parts of jax's or nvidia-smi's name for it; all must be there
-    topology: str | None = None  # by which libtpu compiles for one such chip without having it
-    flops: float | None = None  # None = no figure of the maker's is known
+    topology: str | None = None  # libtpu's name for compiling without the chip
+    flops: float | None = None  # None = the maker published no figure
 
     @property
     def half(self) -> str:
@@ -69,7 +69,7 @@ def find_card(kind: str) -> Card | None:
     """Return the card that jax or nvidia-smi calls `kind`, by the most specific name; None = none.
 
     Args:
-      kind: for example "NVIDIA GeForce RTX 3090", "TPU v5 lite".
+        kind: for example "NVIDIA GeForce RTX 3090", "TPU v5 lite".
     """
     words = kind.lower().replace("-", " ").split()
     text = f" {' '.join(words)} "

@@ -33,7 +33,7 @@ def peak_bytes(
     it needs a few megabytes.
 
     Raises:
-      jax.errors.JaxRuntimeError: it does not fit.
+        jax.errors.JaxRuntimeError: it does not fit.
     """
     kind = cache_dtype(device.platform, jnp.dtype(precision.dtype))
     cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, kind))

@@ -27,7 +27,7 @@ ABOUT = (
     "step and prompt are XLA's peak, weights and cache included, drawing a token left out; "
     "the G of its messages is 1024^3 bytes"
 )
-# jax looks for no accelerator and libtpu asks no metadata server which one this machine has.
+# jax does not look for an accelerator; libtpu does not ask a metadata server which one it is.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -45,7 +45,7 @@ class Verdict:
     step: int | None  # peak bytes of a decode step; None where it was not compiled
     prompt: int | None  # the same of a prefill of one chunk
     problem: str  # why something was not compiled; "" where all was
-    fits: bool | None  # None where the compiler could not be asked
+    fits: bool | None  # None if the compiler was not available
 
 
 def knows(name: str) -> bool:
@@ -62,8 +62,8 @@ def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
     """Compile a decode step and a prefill of one chunk for a card, and read what they need.
 
     Args:
-      name: of a card that the compiler `knows`.
-      memory: bytes that may be taken; None = what the compiler thinks.
+        name: of a card that the compiler `knows`.
+        memory: bytes that may be taken; None = what the compiler thinks.
     """
     card = CARDS[name]
     request = {

@@ -1,4 +1,4 @@
-"""How devices are connected, and the least time of a collective over them.
+"""How devices are connected, and the minimum time of a collective over them.
 
 The figures are the makers', each direction of a link counted alone. No program reaches them: times
 derived from them are bounds.
@@ -27,8 +27,8 @@ class Links:
     both_ways: bool  # whether the ring runs in both directions, over half of these links each
     joined: int  # devices that have such links to each other; the network connects more
     network: float  # bytes per second that a device can send over the network
-    start: float  # seconds before anything moves
-    hop: float  # seconds of each step of a ring, however little is sent
+    start: float  # latency in seconds before the first byte moves
+    hop: float  # seconds of each step of a ring, for any size
     network_hop: float
 
     def steps(self, devices: int) -> int:
@@ -70,7 +70,7 @@ LINKS: Mapping[str, Links] = {
     )
 }  # fmt: skip
 
-# One of them, or so many: "v5e-8", "8xh200".
+# One device, or several: "v5e-8", "8xh200".
 MESHES = rf"(?:(\d{{1,6}})x)?({'|'.join(LINKS)})(?:-(\d{{1,6}}))?"
 
 
@@ -78,11 +78,11 @@ def find_links(name: str, devices: int) -> Links:
     """Return the devices of a name like "v5e-8", "8xh200" or "v5p".
 
     Args:
-      name: may contain a number of devices.
-      devices: of the mesh, which must be that number.
+        name: may contain a number of devices.
+        devices: of the mesh, which must be that number.
 
     Raises:
-      UsageError: no such name, or another number.
+        UsageError: no such name, or another number.
     """
     match = re.fullmatch(MESHES, name)
     if match is None:
@@ -94,7 +94,7 @@ def find_links(name: str, devices: int) -> Links:
     count = match[1] or match[3]
     if count is not None and int(count) != devices:
         raise UsageError(
-            f"{name} has {int(count)} devices, the mesh takes {devices}.",
+            f"{name} has {int(count)} devices, but the mesh needs {devices}.",
             fix=f"Use {match[2]}-{devices}, or a mesh that multiplies to {int(count)}.",
         )
     return LINKS[match[2]]
@@ -124,8 +124,8 @@ def gather(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Ta
     then sends what it received around its ring.
 
     Args:
-      sizes: axis -> size, the slowest first: devices next to each other differ in the last axis.
-      size: bytes that every device has in the end.
+        sizes: axis -> size, the slowest first: devices next to each other differ in the last axis.
+        size: bytes that every device has in the end.
     """
     inside, outside = _reach(links, sizes, axis)
     if inside * outside == 1:

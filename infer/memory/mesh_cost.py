@@ -75,13 +75,13 @@ class Step:
 
     @property
     def tokens_needed(self) -> int | None:
-        """Tokens per step from which products take longest; None if memory or links grow faster."""
+        """Tokens per step from which it is compute-bound; None if memory or links grow faster."""
         needed = 0.0
         for total, fixed in (
             (self.memory_s, self.memory_fixed_s),
             (self.talk.seconds, self.links_fixed_s),
         ):
-            spare = self.products_s - (total - fixed)  # what a larger batch gains
+            spare = self.products_s - (total - fixed)  # the gain of a larger batch
             if spare <= 0:
                 return None
             needed = max(needed, fixed / spare * self.tokens)
@@ -247,7 +247,7 @@ def _step(
         operations / links.flops,
         fixed + growing(tokens),
         moved[0] / links.card.bandwidth,
-        fixed.seconds + growing(0).seconds,  # the hops of rings that carry nothing
+        fixed.seconds + growing(0).seconds,  # the hops of rings, for an empty message
     )
 
 
@@ -281,9 +281,9 @@ def report(cost: MeshCost) -> list[str]:
             f"{step.tokens / step.overlapped_s:,.0f} tokens/s",
             f"    {talk.calls} collectives; a device sends {sent} through {links.ring} links "
             f"({per_link} each) and {human_size(round(talk.network_bytes))} through the network",
-            "    no batch makes products take longest"
+            "    not compute-bound at any batch size"
             if needed is None
-            else f"    products take longest from {needed:,} tokens per step",
+            else f"    compute-bound from {needed:,} tokens per step",
         ]
     return lines
 

@@ -1,4 +1,4 @@
-"""The most memory that was used."""
+"""The peak memory use."""
 
 from __future__ import annotations
 

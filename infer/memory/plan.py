@@ -23,8 +23,8 @@ from infer.memory.shares import Sizes
 from infer.memory.temporaries import cache_number, temporary_bytes
 
 SHORTEST = 64  # slots of the smallest cache
-CHUNKS = (1024, 512, 256)  # of prompts, that are advised where there is no room for more at once
-DRAFTS = (16, 8, 4, 2, 0)  # that are advised where there is no room to verify more at once
+CHUNKS = (1024, 512, 256)  # prefill chunks that are suggested if a larger one does not fit
+DRAFTS = (16, 8, 4, 2, 0)  # draft tokens that are suggested if more do not fit
 # What jax and its libraries take before any of our arrays is there.
 RUNTIME = {"cpu": 400_000_000, "gpu": 600_000_000, "tpu": 100_000_000}
 
@@ -168,7 +168,7 @@ def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Pla
     where nothing fits.
 
     Args:
-      choices: precisions to choose from, the widest first.
+        choices: precisions to choose from, the widest first.
     """
 
     def longest(**changes: Any) -> Plan:

@@ -33,8 +33,8 @@ def precisions(half: str = "bfloat16", stored: str | None = None) -> tuple[Preci
     """Return those that a user can ask for, the widest first.
 
     Args:
-      half: the device's 16-bit type.
-      stored: the scheme of a folder that is quantized: it can be kept, or dequantized.
+        half: the device's 16-bit type.
+        stored: the scheme of a folder that is quantized: it can be kept, or dequantized.
     """
     schemes = ("int8", "int4") if stored is None else (stored,)
     quantized = (Precision(half, scheme) for scheme in schemes)

@@ -16,7 +16,7 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
 from infer.memory.precision import Precision
 
-Sizes = tuple[tuple[str, int], ...]  # of the mesh: (axis, size), which can be hashed
+Sizes = tuple[tuple[str, int], ...]  # (axis, size) of the mesh, hashable
 
 
 def sizes_of(mesh: Mapping[str, int]) -> Sizes:
@@ -71,7 +71,7 @@ def cache_share(config: GLMConfig, size: int, slots: int, rows: int, mesh: Sizes
     """Return the bytes of keys and values on each device, `size` bytes a number.
 
     Args:
-      slots, rows: of the complete cache.
+        slots, rows: of the complete cache.
     """
     from glm2_jax.sharding import cache_sharding
 

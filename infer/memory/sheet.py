@@ -25,7 +25,7 @@ class Sheet:
     place's memory is not known.
     """
 
-    name: str  # of the model
+    name: str  # name of the model
     config: GLMConfig
     stored: str | None  # the scheme of a folder that is quantized
     budget: Budget
@@ -69,8 +69,8 @@ def make_sheet(
     """Make plans for every precision that the flags leave open.
 
     Args:
-      dtype, quantize: as the flags of the same names.
-      options: of every `Plan`: chunk, columns, prefix, mesh.
+        dtype, quantize: as the flags of the same names.
+        options: of every `Plan`: chunk, columns, prefix, mesh.
     """
     chosen = budget.precisions(stored, dtype, quantize)
     if dtype == "auto" and quantize is None:
@@ -120,7 +120,7 @@ def render(sheet: Sheet, columns: int) -> Iterator[str]:
 
 
 def _table(sheet: Sheet, columns: int) -> Iterator[str]:
-    """The plans in a table, or where that is too wide, a smaller one for each precision."""
+    """Return the plans in a table, or where that is too wide, a smaller one for each precision."""
     head = ("context", "batch", "weights", "cache", "temporary", "total", "fits", "tok/s <=")
     rows = {plan: _cells(sheet, plan) for plan in sheet.plans}
     named = [(sheet.labels[plan.precision], *cells) for plan, cells in rows.items()]

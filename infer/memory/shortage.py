@@ -1,4 +1,4 @@
-"""What to say when memory ran out: needed, free, and the nearest that fits."""
+"""The message when memory runs out: needed, free, and the nearest plan that fits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def when_loading(
     """Return the same for loading a folder; None where not even its files can be looked at.
 
     Args:
-      form: the options of `open_folder`.
+        form: the options of `open_folder`.
     """
     try:
         found = open_folder(folder, **form)
@@ -90,7 +90,7 @@ def _shortage(
 
 
 def _precision(params: Any) -> Precision:
-    """How an engine's weights are stored."""
+    """Return how an engine's weights are stored."""
     layers = params["layers"]
     weight = (layers[0] if isinstance(layers, list | tuple) else layers)["q"]
     dtype = dtype_name(params["final_norm"].dtype)

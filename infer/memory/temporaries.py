@@ -35,10 +35,10 @@ def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int
     A program on the way there has a smaller cache, and so may need more of its own.
 
     Args:
-      plan: what is asked for.
-      config: the part of the model that a device computes.
-      rows: the rows of the device.
-      chunk: most tokens that the device reads at once.
+        plan: what is asked for.
+        config: the part of the model that a device computes.
+        rows: the rows of the device.
+        chunk: most tokens that the device reads at once.
     """
     slots, platform = plan.context, plan.platform
     slot = rows * _slot(config, cache_number(plan.precision, platform)) * config.num_layers
@@ -99,7 +99,7 @@ class Program:
         return copies * scores * _FLOAT32 + layer + self._hidden
 
     def _mlp(self) -> int:
-        """What is alive between the two products; on a GPU with a copy of the weight."""
+        """Return what is alive between the two products; on a GPU with a copy of the weight."""
         D, F = self.config.hidden_size, self.config.ffn_hidden_size
         scheme, tokens = self.precision.scheme, self.rows * self.width
         at_once = min(tokens, max(1, MLP_ELEMENTS // (2 * F)))
@@ -139,5 +139,5 @@ class Program:
 
 
 def _slot(config: GLMConfig, number: int) -> int:
-    """Keys and values of one token in one layer, `number` bytes each."""
+    """Return keys and values of one token in one layer, `number` bytes each."""
     return 2 * config.num_kv_heads * config.head_dim * number

@@ -120,7 +120,7 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
     for key in row:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KEYS)}"
             raise InputError(f"unknown key {shown(key)}", hint)
     prompt, messages, name = row.get("prompt"), row.get("messages"), row.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int | None):

@@ -1,4 +1,4 @@
-"""`python -m infer.selftest`: does this model compute what is known of it, and how fast?"""
+"""`python -m infer.selftest`: checks that a model computes what it should, and how fast."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,14 @@ from glm2_jax.cli.parser import Parser, from_flags
 from infer import options
 
 PROG = "python -m infer.selftest"
-DESCRIPTION = """Checks a checkpoint (or the bundled demo model) against what is known of it:
-checksums, shapes, finite values, prompt ids, the greedy answers of published models, speed.
+DESCRIPTION = """Checks a checkpoint (or the bundled demo model): checksums, shapes, finite
+values, prompt ids, the greedy answers of published models, and speed.
+
 Exit codes: 0 all passed, 2 usage, 4 a check failed, 5 out of memory or device."""
 
 
 def parser() -> Parser:
-    """The flags."""
+    """Return the parser of the flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=f"{PROG} --model chatglm2-6b")
     flags.add_model_options(result)
     options.add_performance_options(result)

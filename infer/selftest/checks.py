@@ -97,7 +97,7 @@ def run_checks(engine: Engine, *, name: object = None) -> Iterator[Check]:
     """Run all checks of a loaded model, one after the other.
 
     Args:
-      name: what the folder calls itself, `_name_or_path` of its config.json.
+        name: what the folder calls itself, `_name_or_path` of its config.json.
     """
     yield from guarded("parameters", lambda: [_parameters(engine, claims_6b(name))])
     yield from guarded("shapes", lambda: [_shapes(engine)])
@@ -250,7 +250,7 @@ def _answer(engine: Engine, known: Answer) -> list[Check]:
     first = completion.output_ids[0] if completion.output_ids else None
     right = any(same_text(completion.text, text) for text in known.texts)
     text = completion.text if right else f"{completion.text[:80]!r}"
-    note = "" if right else "other weights, or damaged, or fine-tuned"
+    note = "" if right else "different, damaged or fine-tuned weights"
     expected, got = (f"{token} for {known.question}" for token in (known.first, first))
     return [
         compare("first token", expected, got),
@@ -262,7 +262,7 @@ def measure(engine: Engine) -> Figures:
     """Measure prefill and decode speed, each after a run that compiles and warms up.
 
     Raises:
-      GLMError: the model computes NaN, or memory runs out.
+        GLMError: the model computes NaN, or memory runs out.
     """
     compiled_before = engine.programs.seconds
     ids = engine.build_prompt(HELLO)

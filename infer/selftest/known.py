@@ -1,4 +1,4 @@
-"""What is known of the published checkpoints and of the bundled demo model.
+"""The known values of the published checkpoints and of the bundled demo model.
 
 Only what was observed is here; for every other checkpoint the answers are "not known".
 """
@@ -134,7 +134,7 @@ def known_answers(config: GLMConfig, tokenizer: Tokenizer, stored: str) -> tuple
     """Return what the model should answer; () where that is not known.
 
     Args:
-      stored: dtype in the checkpoint; the answers of the int4 checkpoint are not known.
+        stored: dtype in the checkpoint; the answers of the int4 checkpoint are not known.
     """
     if is_demo(config, tokenizer):
         return _DEMO

@@ -48,7 +48,7 @@ def test_a_mesh_that_makes_no_sense_is_refused(text, why):
 
 def test_a_mesh_takes_all_devices():
     assert make_mesh({"tensor": 1}, jax.devices()[:1]).axis_names == ("tensor", "data", "fsdp")
-    with pytest.raises(UsageError, match="takes 16 devices") as caught:
+    with pytest.raises(UsageError, match="needs 16 devices") as caught:
         make_mesh(parse_mesh("data=2,tensor=8"), [None] * 8)
     assert "There are 8 devices" in caught.value.why
     assert "tensor=8 or data=2,tensor=4" in caught.value.fix

@@ -31,7 +31,7 @@ TINY = GLMConfig(
 
 
 def names(folder: Path) -> list[str]:
-    """What lies in a folder."""
+    """The contents of a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 

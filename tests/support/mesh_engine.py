@@ -1,4 +1,4 @@
-"""The engine on meshes of eight devices beside one."""
+"""The engine on meshes of eight devices, compared with one."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def likeliest(params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def greedy(prompts: Any, count: int, scheme: str | None = None, *, more: bool = False) -> list[Any]:
-    """The greedy answers of one device, read anew for every token."""
+    """The greedy answers of one device, read again for every token."""
     params = weights(scheme)[1]
     params = with_extras(params, *extras()) if more else params
     texts = [list(ids) for ids in prompts]

@@ -1,4 +1,4 @@
-"""Reference data that may lie beside the checkout; what needs it skips where it does not."""
+"""Reference data that may be next to the checkout; tests that need it skip if it is not."""
 
 from pathlib import Path
 

@@ -116,7 +116,7 @@ def test_a_killed_run_of_two_processes_resumes(folder):
         os.kill(children(both.pid)[1], signal.SIGKILL)
         _, err = both.communicate(timeout=LIMIT)
     assert both.returncode == 5 and "Traceback" not in err
-    assert "process 1 of 2 was terminated by SIGKILL; the others are ended" in err
+    assert "process 1 of 2 was terminated by SIGKILL; the others are terminated" in err
     assert not (path / "two" / WEIGHTS).exists()
     taken = max(int(x.name) for x in (path / "two" / "state").iterdir() if x.name.isdecimal())
     assert 2 <= taken < 12
@@ -137,7 +137,7 @@ def test_meshes_that_do_not_fit(folder, tmp_path):
     flags = [*flags, "--output", str(tmp_path / "a")]
     with pytest.raises(UsageError, match="There is 1 device"):
         lora.main([*flags, "--mesh", "data=2,tensor=4"])
-    with pytest.raises(UsageError, match="tensor=3 takes 3 devices"):
+    with pytest.raises(UsageError, match="tensor=3 needs 3 devices"):
         lora.main([*flags, "--tp", "3"])
     with pytest.raises(SystemExit):
         lora.main([*flags, "--tp", "3", "--mesh", "data=1"])

@@ -127,7 +127,7 @@ def test_the_fall_of_losses_is_reported():
 
 
 def test_the_outcome_of_a_run_is_refused_or_reported(capsys):
-    with pytest.raises(InputError, match="all 2 steps were left out"):
+    with pytest.raises(InputError, match="all 2 steps were skipped"):
         run._check_outcome(Position(step=2, skipped=2), choosing=False)
     with pytest.raises(InputError, match="no validation loss was finite"):
         run._check_outcome(Position(step=2), choosing=True)
@@ -136,7 +136,7 @@ def test_the_outcome_of_a_run_is_refused_or_reported(capsys):
     run._report(position, 6, choosing=True)
     shown = capsys.readouterr().err
     assert "the best evaluation was after step 3, loss 1\n" in shown
-    assert "1 of 5 steps changed nothing" in shown and "ended after step 5 of 6" in shown
+    assert "1 of 5 steps were skipped" in shown and "ended after step 5 of 6" in shown
 
 
 def test_rows_without_a_learned_token_are_refused(data, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Ten steps beside the real PEFT library: same base, same new adapter, same rows, AdamW."""
+"""Ten steps compared with the real PEFT library: same base, same new adapter, same rows, AdamW."""
 
 import dataclasses
 

@@ -204,7 +204,7 @@ def test_a_step_that_is_not_finite_changes_nothing(cache, data, tmp_path, capsys
     assert [path.name for path in (tmp_path / "a" / "state").iterdir()] == ["1"]
     more += ["--nan-policy", "skip", "--steps", "4"]
     assert train(cache, data, tmp_path / "b", *more) == 0
-    assert "3 of 4 steps changed nothing" in capsys.readouterr().err
+    assert "3 of 4 steps were skipped" in capsys.readouterr().err
     assert np.isfinite(load_file(tmp_path / "b" / WEIGHTS).popitem()[1]).all()
 
 
@@ -222,7 +222,7 @@ def test_check_data_reads_everything_and_stops(data, tmp_path, capsys):
         (["--target", "q_proj"], UsageError, "matches nothing"),
         (["--dropout", "1"], UsageError, "dropout"),
         (["--model", "/nowhere"], CheckpointError, "nowhere"),
-        (["--plot", "loss.txt"], UsageError, "not the name of a picture"),
+        (["--plot", "loss.txt"], UsageError, "must end in .png"),
         (["--plot", "/nowhere/loss.png"], InputError, "cannot be written"),
         (["--log-jsonl", "-"], InputError, "cannot be written"),
         (["--max-length", "5000"], UsageError, "more than the"),

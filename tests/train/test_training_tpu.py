@@ -102,7 +102,7 @@ def test_the_step_of_an_adapter_moves_no_weight(topology, sizes):
     )
     assert memory.temp_size_in_bytes / GB < 1.5
     adapter = 3 * 4 * lora_elements(chips(topology, sizes))  # with Adam's moments
-    assert memory.alias_size_in_bytes == pytest.approx(adapter, rel=1e-3)  # updated where it lies
+    assert memory.alias_size_in_bytes == pytest.approx(adapter, rel=1e-3)  # updated in place
     # What the model of costs says of the same mesh; it leaves out the adapter and its gradients,
     # and those of keys and values.
     links = LINKS[topology.split(":")[0]]

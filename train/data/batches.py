@@ -51,7 +51,7 @@ class Batches:
         rows: Container[int] | None = None,
     ):
         if not len(dataset):
-            raise InputError("there is nothing to learn from", "No row of the data can be used.")
+            raise InputError("the data have no row that can be learned from")
         self.dataset = dataset
         self.shape = (accumulate, batch_size)
         self.pack, self._shuffle, self._seed = pack, shuffle, seed

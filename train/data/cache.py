@@ -60,7 +60,7 @@ def cached_scan(
         try:
             place = user_cache("data", VARIABLE, folder)
         except (OSError, RuntimeError) as error:  # no home folder
-            warn(f"warning: no cache of data ({error})")
+            warn(f"warning: no data cache ({error})")
     if place is None:
         return scan(file, reading, progress)
     digest = file.digest()

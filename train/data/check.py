@@ -43,11 +43,11 @@ class Report:
         lines += data.notes()
         if self.growing:
             lines.append(
-                f"dialogues that go on in another row: {counted(len(self.growing), 'row')}; every "
-                "row learns all answers in it, so their answers are learned again and again: keep "
+                f"dialogues that continue in another row: {counted(len(self.growing), 'row')}; "
+                "every row learns all answers in it, so they are learned again and again: keep "
                 "only the last row of each dialogue"
             )
-            lines += [f"{where} goes on in {later}" for where, later in self.growing[:_LISTED]]
+            lines += [f"{where} continues in {later}" for where, later in self.growing[:_LISTED]]
         lines.append(
             f"near-duplicates (by MinHash, {ALIKE:.0%} of their {PIECE}-character pieces in "
             f"common): {counted(len(self.repeats), 'row')}"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 PIECE = 5  # characters
-ALIKE = 0.8  # of the pieces in common
+ALIKE = 0.8  # share of the pieces in common
 _HASHES, _BAND = 64, 4
 _bits = np.random.Philox(np.random.SeedSequence(5)).random_raw(2 * _HASHES)
 _FACTORS, _TERMS = _bits[:_HASHES] | np.uint64(1), _bits[_HASHES:]

@@ -45,7 +45,7 @@ def add_data_options(parser: Parser) -> None:
     add(
         "--data", type=data_argument, action="append", required=True, metavar="FILE[=WEIGHT]",
         help="training rows: JSON lines, a JSON array, .csv, .tsv or Parquet (with pyarrow), in "
-        "UTF-8, also as .gz; may be repeated; WEIGHT is how often an epoch has each row of the "
+        "UTF-8, also as .gz; may be repeated; WEIGHT is how often an epoch repeats each row of the "
         "file, 0.5 = every other row",
     )  # fmt: skip
     add(
@@ -58,7 +58,7 @@ def add_data_options(parser: Parser) -> None:
     )  # fmt: skip
     add(
         "--max-length", type=positive, metavar="N",
-        help="most tokens of a sequence; longer ones are bad rows, nothing is truncated (default: "
+        help="longest sequence in tokens; longer ones are bad rows, nothing is truncated (default: "
         f"{MAX_LENGTH}, or the limit of the model)",
     )  # fmt: skip
     add("--max-bad", type=whole, default=0, metavar="N", help="leave out up to N bad rows")
@@ -194,5 +194,5 @@ def share_argument(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, got {text!r}")
     return value

@@ -78,7 +78,7 @@ def scan(file: DataFile, reading: Reading, progress: Callable[[int], None]) -> S
                 found.bad.append((row.line, row.number, reason))
         progress(min(row.offset + row.size, file.size))
     if not found.rows:  # an array without elements, a table without rows
-        raise no_rows(file.name, *["only its header is there"] * (file.kind == "csv"))
+        raise no_rows(file.name, *["it has only a header"] * (file.kind == "csv"))
     found.format, found.by_line = format_of.name or "unknown", file.by_line
     found.columns = {name: np.array(values) for name, values in columns.items()}
     return found

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from train.demo.data import Pair
 
 PROG = "python -m train.demo"
-DESCRIPTION = """Train the small bilingual demo model on the questions in train/demo, and report how
-many it answers correctly. The same machine and versions give the same weights."""
+DESCRIPTION = """Trains the small bilingual demo model on the questions in train/demo, and reports
+how many it answers correctly. The same machine and versions give the same weights."""
 PIECES = 2043  # 2048 with the five special ids
 ROWS, WIDTH = 8, 256  # a batch: 2048 tokens
 WARMUP_STEPS = 100

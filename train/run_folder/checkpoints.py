@@ -1,4 +1,4 @@
-"""Checkpoints of a training, saved by Orbax: complete or not there at all."""
+"""Checkpoints of a training, saved by Orbax: complete or absent."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _errors(self, done: str) -> Iterator[None]:
-        """Orbax and TensorStore raise several kinds for a full disk or a folder without rights."""
+        """Turn errors of Orbax and TensorStore into ours: a full disk, missing permissions."""
         try:
             with using(self.folder):
                 yield
@@ -117,7 +117,7 @@ class Checkpoints:
             raise InputError(
                 f"the checkpoints in {self.folder} cannot be {done}",
                 _reason(error),
-                f"Free some space, or check the rights; then --resume auto {self._next_run()}.",
+                f"Free some space or check permissions; then --resume auto {self._next_run()}.",
             ) from error
 
 

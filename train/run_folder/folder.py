@@ -105,7 +105,7 @@ class RunFolder:
             if others:
                 raise UsageError(
                     f"{self.path} holds {', '.join(others[:5])}, but no run of this command",
-                    "A training does not write among other files.",
+                    "Training does not write into a folder with other files.",
                     "Name a new folder: --output.",
                 )
         if self._elsewhere and _holds_steps(absolute(self.path) / _STATE):
@@ -133,7 +133,7 @@ class RunFolder:
         if changed:
             raise UsageError(
                 f"{self.checkpoints} holds another training: {'; '.join(changed)}",
-                "Resuming it would give neither result, and nothing is overwritten.",
+                "Resuming it with other settings would mix both, and nothing is overwritten.",
                 f"Give the earlier flags and files, or name another --output{self._start(known)}.",
             )
         if resume == "none":

@@ -93,7 +93,7 @@ def test_the_published_names_and_rows(tmp_path):
     config = json.loads((tmp_path / FILES[0]).read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 8 and config["bias"] == "none"
     assert config["target_modules"] == list(TARGETS)
-    assert config["base_model_name_or_path"] is None, "a path on one machine helps nobody"
+    assert config["base_model_name_or_path"] is None, "a path on one machine is of no use elsewhere"
 
 
 def test_rslora_and_scales_of_their_own(tmp_path):
@@ -209,7 +209,7 @@ def test_unknown_kinds_are_refused_by_name(tmp_path, key, value):
 )
 def test_senseless_values_are_refused_by_name(tmp_path, key, value):
     message = refusal(changed(written(tmp_path), lambda config: config.update({key: value})))
-    assert "is not possible" in message and "adapter_config.json" in message
+    assert "is not valid" in message and "adapter_config.json" in message
 
 
 @pytest.mark.parametrize("kind", ["nothing", "file", "empty", "model", "no weights", "not json"])
@@ -241,7 +241,7 @@ def test_damaged_weights_are_refused_in_words_for_an_adapter(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
     message = refusal(tmp_path)
-    assert f"are not those that were written with {FILES[2]}.\nThey are damaged" in message
+    assert f"do not match the checksum in {FILES[2]}.\nThey were damaged" in message
     assert f"train it again. Or remove {FILES[2]}" in message
     for size in (len(data) - 1, 5):
         path.write_bytes(data[:size])

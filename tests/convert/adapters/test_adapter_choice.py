@@ -167,7 +167,7 @@ def test_what_is_not_named_is_what_peft_adapts_by_default(tmp_path):
     found = load_adapter(changed(tmp_path, lambda raw: raw.pop("target_modules")), TINY)
     assert found.targets == ("query_key_value",)
     native = native_folder(tmp_path / "glm", target_modules=None)
-    assert "target_modules = None is not possible" in refusal(native)
+    assert "target_modules = None is not valid" in refusal(native)
 
 
 def test_the_head_in_the_configuration_alone(tmp_path):

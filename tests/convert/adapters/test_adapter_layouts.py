@@ -136,7 +136,7 @@ def test_a_fused_adapter_comes_apart(tmp_path):
 
 
 def test_a_new_adapter_keeps_its_places(tmp_path):
-    """With B still zero nothing tells which ranks are used."""
+    """With B still zero nothing shows which ranks are used."""
     lora = random_lora(targets=("query_key_value",))
     for part in "qkv":
         lora.layers["query_key_value"][part][:] = 0

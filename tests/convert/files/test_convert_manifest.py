@@ -81,7 +81,7 @@ def test_values_that_no_version_writes(tmp_path, changes, reason):
 def test_an_impossible_template_is_refused(tmp_path):
     folder = save(tmp_path / "own")
     edit_json(folder / "manifest.json", template="chatglm3")
-    with pytest.raises(CheckpointError, match="'chatglm3' is not possible for a chatglm2 model"):
+    with pytest.raises(CheckpointError, match="'chatglm3' is not supported for a chatglm2 model"):
         load_checkpoint(folder)
     assert load_checkpoint(folder, template="raw").template == "raw"
     own = load_checkpoint(save(tmp_path / "three", config=tiny_config(family="chatglm3")))
@@ -90,7 +90,7 @@ def test_an_impossible_template_is_refused(tmp_path):
 
 def test_an_impossible_template_or_tokenizer_is_never_written(tmp_path):
     for template in ("chatglm3", "alpaca"):
-        with pytest.raises(UsageError, match=f"{template}' is not possible for a chatglm2 model"):
+        with pytest.raises(UsageError, match=f"{template}' is not supported for a chatglm2 model"):
             save(tmp_path / "own", template=template)
     with pytest.raises(CheckpointError, match="tokenizer does not belong"):
         save(tmp_path / "own", config=tiny_config(vocab_size=300))

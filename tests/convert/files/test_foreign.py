@@ -86,7 +86,7 @@ def test_weights_under_other_names(tmp_path):
     folder = write_official(tmp_path / "a", kind="safetensors")
     (folder / "model.safetensors.index.json").unlink()
     error = refusal(folder)
-    assert "no weights under a name that is looked for" in error.what
+    assert "no weights under a known file name" in error.what
     assert "download their index, model.safetensors.index.json" in error.fix
     folder = write_official(tmp_path / "b", kind="safetensors", shards=1)
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")

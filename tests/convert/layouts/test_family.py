@@ -147,7 +147,7 @@ def test_a_tokenizer_without_dummy_prefix_is_that_of_codegeex2(tmp_path):
 )
 def test_contradicting_signs_are_refused_and_the_flag_settles_them(tmp_path, signs):
     path = folder(tmp_path / "m", **signs)
-    with pytest.raises(CheckpointError, match="contradicting signs") as caught:
+    with pytest.raises(CheckpointError, match="matches more than one model family") as caught:
         open_folder(path)
     assert "--family chatglm3" in str(caught.value)
     assert prompt(open_folder(path, family="chatglm3")) == PROMPT3

@@ -227,7 +227,7 @@ def test_int4_rows_of_an_odd_length(tmp_path):
 
 def test_a_template_that_the_family_has_not(tmp_path):
     write_official(tmp_path)
-    with pytest.raises(UsageError, match="'chatglm3' is not possible for a chatglm2 model"):
+    with pytest.raises(UsageError, match="'chatglm3' is not supported for a chatglm2 model"):
         load_checkpoint(tmp_path, template="chatglm3")
 
 

@@ -104,7 +104,7 @@ def test_table_names_are_the_published_ones():
 def test_reference_state_dict(tmp_path, monkeypatch):
     """Names and shapes of the reference's own state dictionary, as it was really saved."""
     if not (REFERENCE / "hf_tiny_chatglm2.npz").exists():
-        pytest.skip("the reference arrays are not beside the checkout")
+        pytest.skip("the reference arrays are not next to the checkout")
     with np.load(REFERENCE / "hf_tiny_chatglm2.npz") as arrays:
         state = {k[3:]: arrays[k] for k in arrays.files if k.startswith("sd/")}
     raw = json.loads((REFERENCE / "hf_tiny_chatglm2_config.json").read_text())

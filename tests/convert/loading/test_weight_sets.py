@@ -99,7 +99,7 @@ def test_a_set_that_is_not_complete_is_refused_and_the_other_named(tmp_path):
     (folder / "model-00002-of-00002.safetensors").unlink()
     message = refusal(folder)
     assert "lacks 1 of 2 shards" in message
-    assert "or remove model.safetensors.index.json: pytorch_model.bin is read then" in message
+    assert "or remove model.safetensors.index.json: pytorch_model.bin is then read" in message
 
 
 def test_a_set_that_is_no_model_is_refused_and_the_other_named(tmp_path):
@@ -112,7 +112,7 @@ def test_a_set_that_is_no_model_is_refused_and_the_other_named(tmp_path):
         write(folder, {name: np.ones((2, 2), np.float16)}, **FORMS["pytorch_model.bin"])
         message = refusal(folder)
         assert what in message and "Or move pytorch_model.bin elsewhere" in message
-        assert "pytorch_model.bin.index.json is read then" in message
+        assert "pytorch_model.bin.index.json is then read" in message
 
 
 def test_a_broken_link_is_left_out(tmp_path):

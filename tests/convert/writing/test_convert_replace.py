@@ -33,7 +33,7 @@ def test_only_our_own_folders_are_replaced(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("important")
     (tmp_path / "loop").symlink_to("loop")
     source = open_folder(write_official(tmp_path / "official"))
-    with pytest.raises(InputError, match="link that leads back to itself"):
+    with pytest.raises(InputError, match="link that points to itself"):
         save(tmp_path / "loop", overwrite=True)
     for target in ("home", "file"):
         with pytest.raises(UsageError, match="not a folder of this project"):

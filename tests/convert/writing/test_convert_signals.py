@@ -39,7 +39,7 @@ interrupt.run(importlib.import_module(f"convert.{sys.argv.pop(1)}").main)
 
 
 def start(tmp_path, *flags, tool="from_pytorch", also=()):
-    """A conversion that has begun to write the weights; `also` is read beside the folder."""
+    """A conversion that has begun to write the weights; `also` is read next to the folder."""
     source = write_official(tmp_path / "official")
     places = [str(path) for path in (source, *also, tmp_path / "own")]
     process = subprocess.Popen(

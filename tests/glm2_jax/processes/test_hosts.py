@@ -129,7 +129,7 @@ def test_a_process_that_stops_to_answer_ends_the_other_one():
     assert ends(first) == (5, "[2, 8]\n", [
         "error: process 1 of this run was lost",
         "It stopped responding.",
-        "Read its output, then start all again. Training resumes with --resume auto.",
+        "Read its output, then start all processes again. Training resumes with --resume auto.",
     ])  # fmt: skip
     os.kill(int(watched), signal.SIGKILL)
     code, _, err = ends(second)
@@ -149,7 +149,7 @@ def test_a_coordinator_that_is_not_there():
 def test_the_launcher_ends_all_where_one_ends():
     code, out, err = ends(start_launcher("--do", "1:kill,loop"))
     assert (code, out) == (5, "[2, 8]\n")
-    assert "process 1 of 2 was terminated by SIGKILL; the others are ended" in err
+    assert "process 1 of 2 was terminated by SIGKILL; the others are terminated" in err
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -164,7 +164,7 @@ def test_the_launcher_names_the_process_that_stopped(stopped):
             os.kill(int(pid), signal.SIGSTOP)
     code, _, err = ends(launcher)
     assert code == 5 and err[-1].startswith("start again")
-    assert err[-2] == f"process {stopped} of 2 stopped responding; the others are ended"
+    assert err[-2] == f"process {stopped} of 2 stopped responding; the others are terminated"
 
 
 class Ended:

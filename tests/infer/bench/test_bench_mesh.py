@@ -120,7 +120,7 @@ def test_a_line_says_what_virtual_devices_share():
         (["--tp", "2", "--peer", "transformers"], "--peer: not supported on a mesh"),
         (["--coordinator", "host:1"], "--coordinator: not supported by this command"),
         (["--mesh", "data=2,model=4"], "is not valid"),
-        (["--tp", "7"], "tensor=7 takes 7 devices"),
+        (["--tp", "7"], "tensor=7 needs 7 devices"),
     ],
 )
 def test_what_is_refused(args, message, monkeypatch):
@@ -181,6 +181,6 @@ def test_random_weights_are_made_in_their_parts(found):
 def test_bad_meshes_are_told_as_elsewhere(found):
     bad = found["bad"]
     assert {kind for kind, *_ in bad.values()} == {"UsageError"}
-    assert bad["--tp 4"][2] == "There are 8 devices, and a mesh takes all of them."
+    assert bad["--tp 4"][2] == "There are 8 devices, and a mesh uses all of them."
     assert bad["two heads"][1] == "The mesh tensor=8 does not fit the model."
     assert bad["two heads"][3] == "Use tensor=1, 2."

@@ -18,7 +18,7 @@ def test_the_consumer_preset(capsys, nothing_measured):
     assert bench.main(["--preset", "consumer"]) == 0
     text = capsys.readouterr().out
     assert text.count("planned, RTX 3090 24 GB: ") == text.count("measured: nothing") == 3
-    assert "not measured: no accelerator here" in text
+    assert "not measured: no accelerator found" in text
     assert " ".join(text.split()).count(f"--prefill-chunk {consumer.CHUNK} --max-length 4096") == 3
     with pytest.raises(UsageError, match="nothing to draw"):
         bench.main(["--preset", "consumer", "--plot", "roofline.png"])

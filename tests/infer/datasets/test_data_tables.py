@@ -63,8 +63,8 @@ def test_bad_rows_of_a_table(tmp_path):
     assert dataset.bad == [
         (f"{path}:3", f"4 cells, but the header has 3{WHY}"),
         (f"{path}:4", f"2 cells, but the header has 3{WHY}"),
-        (f"{path}:6", "train of the row is 'no way': answers are learned or not, write 1 or 0, "
-                      "true or false"),
+        (f"{path}:6", "train of the row is 'no way': write 1 or true to learn the answer, "
+                      "0 or false to leave it out"),
         (f"{path}:8", "output is empty"),
     ]  # fmt: skip
     assert len(dataset) == 1 and dataset.marked == 1
@@ -77,7 +77,7 @@ WHY = ": a text with the separator or a line break must be in quotes"
     ("data", "message"),
     [
         (b"", "has no rows\nit is empty"),
-        (b"instruction,output\n", "has no rows\nonly its header is there"),
+        (b"instruction,output\n", "has no rows\nit has only a header"),
         (b"a,b,a\n1,2,3\n", "has the column 'a' twice"),
         ("instruction,output\n今天天气很好,今天\n".encode("gb18030"), ":2: not UTF-8\n.*GB18030"),
         ("instruction,output\nQ,A\n".encode("utf-16"), "is not UTF-8 text\nit looks like UTF-16"),

@@ -95,7 +95,7 @@ def test_a_laptop_is_offered_the_demo_model():
     for form in report.places[0].forms:
         size = human_size(form.total)
         assert f"{form.precision.name:<9} {size:>8}  too large" in shown
-    assert "No form of a 6B model fits here" in shown
+    assert "No dtype or quantization of a 6B model fits here" in shown
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_main_prints_what_was_probed(monkeypatch, capsys):
     small = changed(LAPTOP, memory=Memory(8 * GB, 4 * GB))
     monkeypatch.setattr(probing, "probe", lambda: small)
     assert main([]) == 0
-    assert "No form of a 6B model fits here" in capsys.readouterr().out
+    assert "No dtype or quantization of a 6B model fits here" in capsys.readouterr().out
     monkeypatch.setattr(probing, "probe", lambda: changed(LAPTOP, jax=JaxProbe(error="no")))
     assert main(["--json"]) == EXIT_DEVICE
     assert json.loads(capsys.readouterr().out)["problems"] == 1

@@ -73,7 +73,7 @@ def test_meshes_that_make_no_sense_are_told_by_the_command(found):
     bad = found["bad"]
     assert {kind for kind, *_ in bad.values()} == {"UsageError"}
     assert bad["--tp 4"][1:3] == [
-        "The mesh tensor=4 takes 4 devices.", "There are 8 devices, and a mesh takes all of them.",
+        "The mesh tensor=4 needs 4 devices.", "There are 8 devices, and a mesh uses all of them.",
     ]  # fmt: skip
     assert (
         "size of tensor must be a whole number of at least 1, got 'x'"
@@ -91,11 +91,11 @@ def test_a_mesh_in_python():
     for bad, kind, words in (
         ({"model": 1}, None, "is not valid"),
         ({"data": 0}, None, "is not valid"),
-        ({"data": 3}, None, "takes 3 devices"),
+        ({"data": 3}, None, "needs 3 devices"),
         (7, None, "is not a mesh"),
         (other, None, "with the axes x"),
         (mesh, "cpu", "contradicts"),
-        ("data=1", device, "takes all of a kind"),
+        ("data=1", device, "uses all devices of a kind"),
     ):
         with pytest.raises(UsageError, match=words):
             as_mesh(bad, kind)

@@ -47,7 +47,7 @@ def engine():
 
 
 def greedy(prompt, count, length=P, params=None):
-    """What a plain counterpart answers, reading everything anew for every token."""
+    """What a plain counterpart answers, reading everything again for every token."""
     ids, params = list(prompt), PARAMS if params is None else params
     for _ in range(count):
         logits = numpy_logits(TINY, params, ids, K[:, :length], V[:, :length])

@@ -93,7 +93,7 @@ def test_what_a_session_has_is_not_read_again():
         (None, None, "SamplingParams"),
         ([SamplingParams()], None, "one for each prompt"),
         ([SamplingParams(), {}], None, "one for each prompt"),
-        (SamplingParams(), [1], "there are 1 row_ids for 2"),
+        (SamplingParams(), [1], "expected 2 row_ids, one for each prompt, got 1"),
         (SamplingParams(), [0, 2**31], "row_ids must be a whole number, 0 to"),
     ],
 )

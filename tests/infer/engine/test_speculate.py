@@ -274,7 +274,7 @@ def test_an_answer_that_is_left_or_interrupted_leaves_the_engine_usable(plain, e
 
 @pytest.mark.parametrize("left_at", [None, 4])
 def test_a_session_goes_on_after_rewinding(plain, engine, left_at):
-    """Every turn against one that reads all of its prompt anew, without drafts."""
+    """Every turn against one that reads all of its prompt again, without drafts."""
     session, ids, read = Session(engine), COPY, []
     for turn in range(4):
         sampling = dataclasses.replace(GREEDY, temperature=0.7 * (turn % 2), max_new_tokens=14)

@@ -168,7 +168,7 @@ def test_bad_rows(tmp_path, capsys, name, good, bad):
     ("content", "reason"),
     [
         (b"id,question,A,B,C,D\n0,q,1,2,3,4\n", "no column answer"),
-        (b"a,b\n1,2\n", "no known layout"),
+        (b"a,b\n1,2\n", "unknown layout"),
         (b"", "empty"),
         ("id,question,A,B,C,D,answer\n0,问题,1,2,3,4,A\n".encode("gb18030"), "not UTF-8"),
         (b'"' + b"x" * 20_000_000 + b'",1,2,3,4,A\n', "field larger"),

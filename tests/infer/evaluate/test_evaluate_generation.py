@@ -244,7 +244,7 @@ def test_bad_rows(toy, tmp_path, capsys):
     with pytest.raises(InputError, match="2 of 3 rows"):
         generate("--data", path, "--max-bad", "1")
     err = capsys.readouterr().err
-    assert f"{path}:1: no known format, its keys are 'text': there are alpaca: instruction" in err
+    assert f"{path}:1: no known format, its keys are 'text': known: alpaca: instruction" in err
     assert f"{path}:2: the prompt is too long: " in err
     assert generate("--data", path, "--max-bad", "2", "--max-new-tokens", "2") == 0
     assert "bad rows              2\nrows                  1\n" in capsys.readouterr().out

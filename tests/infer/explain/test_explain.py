@@ -255,8 +255,8 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     for flags, what in (
         (["--config", "chatglm2-6b", "--model", "x"], "each name a model"),
         (["--config", "chatglm2-6b", "--prompt", "hello"], "length of this prompt is not known"),
-        (["--config", "chatglm2-6b", "--template", "chatglm3"], "'chatglm3' is not possible"),
-        (["--config", "chatglm2-6b", "--heads", "0:0"], "--heads: without effect"),
+        (["--config", "chatglm2-6b", "--template", "chatglm3"], "'chatglm3' is not supported"),
+        (["--config", "chatglm2-6b", "--heads", "0:0"], "--heads: no effect"),
         (["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max-new-tokens"),
         (["--heads", "0:0,4:0"], "--heads 4:0 does not exist"),
     ):
@@ -271,7 +271,7 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
         assert isinstance(error, InputError) and what in error.what
     monkeypatch.setattr(explain_run, "find_subject", lambda settings: 1 / 0)
     (tmp_path / "file").write_text("x")
-    assert "written to a file" in bad("--html", "-").what
+    assert "needs the name of a file" in bad("--html", "-").what
     for page in ("", "none/page.html", "file/page.html"):
         assert isinstance(bad("--html", str(tmp_path / page)), InputError)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # trying leaves nothing behind

@@ -46,9 +46,9 @@ def test_narrow_terminals(capsys):
     [
         (["--mesh", "tensor=3"], "Use tensor=1, 2, 4, 8, 16, 32."),
         (["--mesh", "fox=2"], "'fox' is not an axis"),
-        (["--mesh", "tensor=8", "--device", "v5e-4"], "v5e-4 has 4 devices, the mesh takes 8"),
+        (["--mesh", "tensor=8", "--device", "v5e-4"], "v5e-4 has 4 devices, but the mesh needs 8"),
         (["--mesh", "tensor=8", "--device", "3090"], "links of this device are not known"),
-        (["--mesh", "tensor=8", "--html", "page.html"], "--html: without effect"),
+        (["--mesh", "tensor=8", "--html", "page.html"], "--html: no effect"),
         (
             ["--mesh", "tensor=8", "--length", "40000"],
             "--length must be at most 32,768, got",

@@ -1,4 +1,4 @@
-"""The page: one harmless file, drawn right by a real browser, which asks nobody for anything."""
+"""The page: one harmless file, drawn right by a real browser, which makes no requests."""
 
 import json
 import re

@@ -106,7 +106,7 @@ def test_names_of_devices():
     with pytest.raises(UsageError, match="not known") as caught:
         find_links("3090", 2)
     assert "v5e, v5p, h200" in caught.value.why
-    with pytest.raises(UsageError, match="v5p-8 has 8 devices, the mesh takes 4"):
+    with pytest.raises(UsageError, match="v5p-8 has 8 devices, but the mesh needs 4"):
         find_links("v5p-8", 4)
     with pytest.raises(UsageError, match="does not fit"):
         mesh_cost(SIX, {"tensor": 3}, V5E, batch=1, length=8)

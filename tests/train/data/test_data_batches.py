@@ -262,5 +262,5 @@ def test_general_rows_are_their_share_of_an_epoch(tmp_path, shuffle, ratio, gene
 
 def test_data_without_a_good_row_cannot_be_batched(tmp_path):
     nothing = open_rows(tmp_path / "data", ["x"], max_bad=None)
-    with pytest.raises(InputError, match="nothing to learn from"):
+    with pytest.raises(InputError, match="no row that can be learned from"):
         Batches(nothing, batch_size=1)

@@ -123,7 +123,7 @@ def test_rows_that_repeat_the_dialogue_so_far_are_reported(tmp_path, options):
     report = check(open_rows(path, [*growing, other], **options))
     assert [pair[0] for pair in report.growing] == [f"{path}:{n}" for n in (1, 2, 3)]
     assert report.growing[2] == (f"{path}:3", f"{path}:4")
-    assert "dialogues that go on in another row: 3 rows" in report.text()
+    assert "dialogues that continue in another row: 3 rows" in report.text()
     assert "keep only the last row of each dialogue" in report.text()
     for rows in (growing[3:], [growing[3], growing[3]], [other, growing[2]]):
         assert "go on" not in check(open_rows(path, rows, **options)).text()
@@ -177,7 +177,7 @@ def test_each_file_has_its_format(tmp_path):
     for mixed, fmt in ((one, "alpaca"), (other, "sharegpt")):
         dataset = opened("--data", both, "--format", "alpaca", "--mix-data", mixed)
         assert dataset.files[1][2] == fmt
-    with pytest.raises(InputError, match="it has the keys of alpaca and sharegpt: name the one"):
+    with pytest.raises(InputError, match="it has the keys of alpaca and sharegpt: choose one"):
         opened("--data", both)
     with pytest.raises(InputError, match="--format adgen is none of them: leave out"):
         opened("--data", both, "--format", "adgen", other=both)

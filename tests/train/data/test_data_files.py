@@ -68,7 +68,7 @@ def test_elements_of_an_array(tmp_path_factory, piece, ascii_only, values, bom):
         ('[{"a": 1}\n {"b": 2}]', ":2: a comma is missing after a row"),
         ('[{"a": 1},\n]', ":2: not JSON: Expecting value"),
         ('[{"a": 1},\n {"b": 2}\n', ":3: the end of the array is missing"),
-        ('[{"a": 1}]\n\n{"b": 2}', ":3: something follows the end of the array"),
+        ('[{"a": 1}]\n\n{"b": 2}', ":3: extra text after the end of the array"),
         ('[{"a": "\n"}]', ":1: not JSON: Invalid control character"),
         ("[" * 200_000, ":1: a row is nested too deeply"),
     ],

@@ -121,9 +121,7 @@ def test_nothing_that_is_marked_is_learned_with_its_prompt(template, of):
 @pytest.mark.parametrize(("key", "value"), [("loss", 0.5), ("weight", -1), ("train", {"a": 1})])
 def test_a_mark_between_yes_and_no_is_refused(tmp_path, key, value):
     for make in ROWS:
-        with pytest.raises(
-            InputError, match=f"{key} of message 2 is .*: answers are learned or not"
-        ):
+        with pytest.raises(InputError, match=f"{key} of message 2 is .*: write 1 or true"):
             open_rows(tmp_path / "data", [make({key: value})])
     with pytest.raises(InputError, match=f"{key} of the row is "):
         open_rows(tmp_path / "data", [alpaca(**{key: value})])
