@@ -20,8 +20,8 @@ from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, Rule, 
 from convert.layouts.tokens import assumed_places, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS, TEMPLATES
 from glm2_jax.cli.files import refuse_url
-from glm2_jax.config import PRESETS, GLMConfig, shorten
-from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.errors import CheckpointError, UsageError, shorten
 from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
 from glm2_jax.text.tokenizer import Tokenizer
 
