@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
-from glm2_jax.cli.files import real_path, require_writable
+from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import Progress, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.tables import columns
-from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.config import GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import join_lines, json_line
 from glm2_jax.schemes import asked_scheme
@@ -114,11 +114,7 @@ def check_page(path: Path) -> None:
     """Raise InputError for a page that cannot be written; before anything is computed."""
     if str(path) == "-":
         raise InputError("A page is written to a file.", fix="Name one, for example --html x.html.")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder.", fix="Name a file in it: --html FILE.")
-    if not real_path(path).parent.is_dir():
-        raise InputError(f"{path} cannot be written.", "Its folder does not exist.")
-    require_writable(path)
+    require_file_place(path)
 
 
 def find_subject(settings: Settings) -> Subject:
@@ -146,11 +142,7 @@ def find_subject(settings: Settings) -> Subject:
 
 
 def _from_config(name: str, choice: ModelChoice) -> Subject:
-    stored = None
-    if name in PRESETS:
-        config, stored = PRESETS[name], "int4-row" if name.endswith("-int4") else None
-    else:
-        config = read_config(Path(name), choice.rope_kind, choice.family)
+    config, stored = read_config(name, choice.rope_kind, choice.family)
     if choice.template is not None:
         check_template(config, choice.template, asked=True)
     return Subject(name, choice, config, stored, None, choice.template, weights=False)
