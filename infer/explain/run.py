@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
@@ -26,7 +26,7 @@ from infer.explain.walk import make_walk
 from infer.memory.budget import find_budget
 from infer.memory.cards import CARDS, Card
 from infer.memory.precision import Precision
-from infer.startup import model_folder, note_demo_model, open_engine
+from infer.startup import find_choice, note_demo_model, open_engine
 
 # Ids of PROMPT in a template, by the tokenizers that these families were published with.
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
@@ -125,10 +125,9 @@ def find_subject(settings: Settings) -> Subject:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
         return _from_config(settings.config, choice)
     note_demo_model(choice)
-    folder = Path(model_folder(choice) or demo_folder())
     name = "the bundled demo model" if choice.path is None else choice.path
-    if choice.path is not None:  # it is searched once
-        choice = replace(choice, path=str(folder), source=None, revision=None)
+    choice = find_choice(choice)
+    folder = Path(choice.path or demo_folder())
     needs_text = settings.length is None and settings.mesh is None
     without = not needs_text and not (folder / "tokenizer.model").exists()
     if not without and folder.is_dir() and not _holds_weights(folder):

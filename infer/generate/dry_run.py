@@ -147,9 +147,9 @@ def _model(choice: ModelChoice, config: str | None) -> tuple[str, GLMConfig, str
         if config is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
         from convert.loading.folder import open_folder
-        from infer.startup import model_folder
+        from infer.startup import find_choice
 
-        found = open_folder(str(model_folder(choice)), **choice.form)
+        found = open_folder(str(find_choice(choice).path), **choice.form)
         return choice.path, found.config, None if found.scheme is None else found.scheme.name
     if config is None:
         note(f"no --model and no --config given: planning for {DEFAULT_CONFIG}")
