@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm2_jax.choices import FAMILIES, ROPE_KINDS
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.family import config_signs, decide_family, named_family, tokenizer_signs
 
 MAX_SIZE = 2**31 - 1  # positions and ids are int32
@@ -223,12 +223,6 @@ class GLMConfig:
             **{_KEYS.get(name, name): value for name, value in fields.items()},
             **{key: wanted for key, (wanted, _) in _REQUIRED_VALUES.items()},
         }
-
-
-def shorten(value: Any) -> str:
-    """Return a value of a file for a message, at most a line of it."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def _bad_value(key: str, value: Any, wanted: str) -> CheckpointError:

@@ -6,6 +6,9 @@ from typing import Any
 
 from glm2_jax.escape import escape_controls, join_lines
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100  # characters
+
 
 class GLMError(Exception):
     """An expected failure in up to three parts: what happened, why, and what to do.
@@ -51,10 +54,10 @@ class DeviceError(GLMError):
     exit_code = 5
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Return a short `repr` for an error message; Python refuses that of very long integers."""
     try:
-        text = reprlib.repr(value)
+        text = _SHORT.repr(value)
     except ValueError:
         return "a number of thousands of digits"
-    return text if len(text) <= 200 else text[:199] + "…"  # lists in lists in lists
+    return text if len(text) <= 120 else text[:119] + "…"  # lists in lists in lists

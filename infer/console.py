@@ -20,11 +20,10 @@ def displayed(text: str) -> str:
     return text.translate(_NO_CONTROLS) if sys.stdout.isatty() else text
 
 
-def print_json(value: dict[str, Any], file: Any = None) -> None:
+def print_json(value: dict[str, Any]) -> None:
     """Print one object as one line, at once."""
-    file = file or sys.stdout
-    file.write(json_line(value) + "\n")  # in one go: no half lines
-    file.flush()
+    sys.stdout.write(json_line(value) + "\n")  # in one go: no half lines
+    sys.stdout.flush()
 
 
 def print_stats(load_s: float, stats: Stats) -> None:

@@ -6,6 +6,7 @@ this module before their flags are parsed, and `--help` must not wait for jax.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +25,21 @@ def note_demo_model(choice: ModelChoice) -> None:
         note("no --model given: using the bundled demo model, a few million parameters")
 
 
-def model_folder(choice: ModelChoice) -> str | None:
-    """Return the folder of the model, downloaded if the flags say so; None = the demo."""
+def find_choice(choice: ModelChoice) -> ModelChoice:
+    """Return the choice with the model's folder as its path, downloaded if the flags say so.
+
+    Without a path, which means the demo model, it stays as it is.
+    """
     from glm2_jax.errors import UsageError
 
     if choice.path is not None:
-        return str(find_model(choice.path, source=choice.source, revision=choice.revision))
+        path = str(find_model(choice.path, source=choice.source, revision=choice.revision))
+        return dataclasses.replace(choice, path=path, source=None, revision=None)
     if choice.source is not None or choice.revision is not None:
         raise UsageError(
             "--source and --revision need --model.", fix="Name the model: --model OWNER/NAME."
         )
-    return None
+    return choice
 
 
 def open_engine(
@@ -59,7 +64,8 @@ def open_engine(
     from infer.memory.budget import prepare
 
     enable_compile_cache(options.compile_cache, warn=note)
-    folder = model_folder(choice) or demo_folder()
+    choice = find_choice(choice)
+    folder = choice.path or demo_folder()
     processes = join.number_of_processes()
     choice, options = prepare(choice, options, folder, rows=rows, processes=processes)
     mesh = find_mesh(choice.mesh, choice.device)

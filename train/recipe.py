@@ -20,7 +20,7 @@ from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser
 from glm2_jax.cli.text_input import read_utf8
-from glm2_jax.errors import InputError, UsageError, shown
+from glm2_jax.errors import InputError, UsageError, shorten
 from train.data.options import DataOptions
 from train.options import EvaluationOptions, OutputOptions, TrainingOptions
 
@@ -176,12 +176,12 @@ def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[st
     flag = f"--{_name(action)}"
     if action.nargs == 0:
         if value not in ("true", "false"):
-            raise UsageError(f"{path}: {name} must be true or false, got {shown(value)}.")
+            raise UsageError(f"{path}: {name} must be true or false, got {shorten(value)}.")
         opposite = f"--no-{_name(action)}"
         no = [opposite] if opposite in action.option_strings else []
         return [flag] if value == "true" else no
     several = isinstance(action, argparse._AppendAction)
     values = value if several and isinstance(value, list) else [value]
     if not all(isinstance(value, str) and value for value in values):
-        raise UsageError(f"{path}: {name} cannot be {shown(value)}.")
+        raise UsageError(f"{path}: {name} cannot be {shorten(value)}.")
     return [f"{flag}={value}" for value in values]

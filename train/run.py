@@ -22,7 +22,7 @@ from glm2_jax.processes import join
 from glm2_jax.runtime.compile_cache import enable_compile_cache
 from glm2_jax.runtime.devices import device_errors, find_device, find_mesh
 from infer.engine.load import demo_folder
-from infer.startup import model_folder, note_demo_model
+from infer.startup import find_choice, note_demo_model
 from train.data.batch import Batch
 from train.data.batches import Batches
 from train.data.dataset import Dataset
@@ -57,7 +57,7 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
     _check(recipe)
     enable_compile_cache(recipe.compile_cache, warn=note)
     note_demo_model(recipe.choice)
-    path = model_folder(recipe.choice)
+    path = find_choice(recipe.choice).path
     folder = open_folder(path or demo_folder(), **recipe.choice.form)
     for line in folder.notes if recipe.data.check_data else ():  # a run notes them when it loads
         note(line)

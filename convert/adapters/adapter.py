@@ -24,8 +24,8 @@ from convert.files.shards import read_json, read_weight_file
 from convert.files.tensor import reading
 from convert.layouts.peft_config import CONFIG, read_peft_config
 from glm2_jax.cli.files import fsync, refuse_url
-from glm2_jax.config import GLMConfig, shorten
-from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.config import GLMConfig
+from glm2_jax.errors import CheckpointError, InputError, UsageError, shorten
 from glm2_jax.lora import TARGETS, LoRA
 
 WEIGHTS = "adapter_model.safetensors"

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm2_jax.config import shorten
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, shorten
 
 _SHOWN = 6  # names in a message
 _LISTED = 1000  # entries of a folder that are looked at

@@ -10,8 +10,7 @@ from typing import Any
 from convert.files.shards import WEIGHT_FILES, Weights, open_weights, read_json
 from convert.files.tensor import is_plain_name, reading, regular_file_size
 from glm2_jax.choices import ROPE_KINDS, STORED_DTYPES, TEMPLATES
-from glm2_jax.config import shorten
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.schemes import SCHEMES, Scheme
 
 MANIFEST = "manifest.json"

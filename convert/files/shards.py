@@ -11,8 +11,7 @@ from convert.files.foreign import explain_folder
 from convert.files.safetensors_reader import parse_json, read_safetensors_file
 from convert.files.tensor import StoredTensor, bad_file, is_plain_name, regular_file_size
 from convert.files.torch_zip import read_torch_file
-from glm2_jax.config import shorten
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, shorten
 
 # Where weights are looked for, in the order of transformers' `from_pretrained`: the first that
 # exists is read, and has to be complete.

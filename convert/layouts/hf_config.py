@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from glm2_jax.config import GLMConfig, shorten
-from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.config import GLMConfig
+from glm2_jax.errors import CheckpointError, UsageError, shorten
 
 MODEL_TYPE = "glm"
 _THETA = 10000.0  # the rotary base of every published model, before rope_ratio

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from convert.files.shards import WEIGHT_FILES, read_json
 from convert.layouts.patterns import match_names
-from glm2_jax.config import shorten
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.lora import scale_of
 
 CONFIG = "adapter_config.json"

@@ -14,8 +14,7 @@ from typing import Any
 from convert.files.shards import read_json
 from convert.files.tensor import bad_file, reading
 from convert.layouts.hf_tokenizer import SAFE_NAMES
-from glm2_jax.config import shorten
-from glm2_jax.errors import CheckpointError
+from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.family import ROLE_TOKENS
 from glm2_jax.text.prompt import stop_ids
 from glm2_jax.text.tokenizer import SPECIAL, AddedToken, Tokenizer

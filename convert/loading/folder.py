@@ -20,8 +20,8 @@ from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, Rule, 
 from convert.layouts.tokens import assumed_places, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS, TEMPLATES
 from glm2_jax.cli.files import refuse_url
-from glm2_jax.config import PRESETS, GLMConfig, shorten
-from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.errors import CheckpointError, UsageError, shorten
 from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
 from glm2_jax.text.tokenizer import Tokenizer
 
@@ -368,16 +368,29 @@ def fingerprint(folder: Folder) -> str:
     return digest.hexdigest()
 
 
-def read_config(path: Path, rope_kind: str | None, family: str | None = None) -> GLMConfig:
-    """Read the configuration in a file that was named in place of a published model."""
+def read_config(
+    name: str, rope_kind: str | None = None, family: str | None = None
+) -> tuple[GLMConfig, str | None]:
+    """Return the configuration of a published model or of a config.json, and how it is quantized.
+
+    Args:
+        name: one of `PRESETS`, or the path of a config.json.
+        rope_kind, family: for a file, as in `load_checkpoint`.
+
+    Raises:
+        CheckpointError: it is neither, or the file cannot be read.
+    """
+    if name in PRESETS:
+        return PRESETS[name], "int4-row" if name.endswith("-int4") else None
+    path = Path(name)
     with reading(path):
         if path.exists():
             raw = read_json(path)
             raw = published_keys(raw) if is_native(raw) else raw
-            return GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family)
-    near = difflib.get_close_matches(str(path), PRESETS, n=1)
+            return GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family), None
+    near = difflib.get_close_matches(name, PRESETS, n=1)
     raise CheckpointError(
-        f"configuration not found: {path}" + (f" (did you mean {near[0]}?)" if near else "."),
+        f"configuration not found: {name}" + (f" (did you mean {near[0]}?)" if near else "."),
         "It is neither the name of a published model nor an existing file.",
         f"Name a config.json, or one of {', '.join(PRESETS)}.",
     )

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -246,18 +247,53 @@ def real_path(path: str | os.PathLike) -> Path:
     return real
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file under a temporary name and rename it to `path`.
+def require_file_place(path: str | os.PathLike) -> Path:
+    """Return the path, links followed; refuse one at which no regular file can be written.
 
     Raises:
-        OSError: it cannot be written; `path` stays as it was.
+        InputError: with the reason.
+    """
+    real = real_path(path)
+    if real.is_dir():
+        raise InputError(f"cannot write {path}", "It is a folder.", "Name a file in it.")
+    if real.exists() and not real.is_file():  # a rename would take the place of a device
+        raise InputError(f"cannot write {path}", "It is not a regular file.", "Name another file.")
+    if not real.parent.is_dir():
+        raise InputError(f"cannot write {path}", f"folder not found: {real.parent}", "Create it.")
+    for place in (real, real.parent):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise InputError(f"cannot write {path}", f"permission denied: {place}")
+    require_writable(real)
+    return real
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file under a temporary name and rename it to `path`, whose mode it keeps.
+
+    Raises:
+        InputError: it cannot be written; `path` stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+        # Never open to more than in the end.
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600
+        )
+        with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if mode is not None:
+            temporary.chmod(mode)
         temporary.replace(path)
+    except OSError as error:
+        raise cannot_write_file(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write_file(path: Path, error: OSError) -> InputError:
+    """Return the error of a file that could not be written."""
+    reason = error.strerror or str(error)
+    return InputError(f"cannot write {path}", reason, "Free some space, or name another file.")

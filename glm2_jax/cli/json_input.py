@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from glm2_jax.cli.text_input import bad_byte
-from glm2_jax.errors import InputError, shown
+from glm2_jax.errors import InputError, shorten
 
 _MAX_DEPTH = 100
 
@@ -63,6 +63,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = {}
     for key, value in pairs:
         if key in result:
-            raise InputError(f"the key {shown(key)} appears twice")
+            raise InputError(f"the key {shorten(key)} appears twice")
         result[key] = value
     return result

@@ -182,11 +182,11 @@ def probe_jax(
     return JaxProbe(error=error + (f" (at: {stages[-1]})" if stages else ""), said=said)
 
 
-def important_lines(text: str, count: int = 4, width: int = 300) -> tuple[str, ...]:
+def important_lines(text: str) -> tuple[str, ...]:
     """Return the last few important lines of a log, without time stamps, each once."""
     lines = [line for line in text.splitlines() if not _UNIMPORTANT.match(line)]
-    clean = [_MARKUP.sub("", line).strip()[:width] for line in lines]
-    return tuple(dict.fromkeys(line for line in clean if line))[-count:]
+    clean = [_MARKUP.sub("", line).strip()[:300] for line in lines]
+    return tuple(dict.fromkeys(line for line in clean if line))[-4:]
 
 
 def find_nvidia(root: Path = Path("/")) -> Nvidia:

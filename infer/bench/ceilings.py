@@ -6,7 +6,7 @@ Everything is timed as the best of several repetitions: a limit is what is possi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,17 +51,14 @@ class Ceilings:
 
 def measure_ceilings(
     device: Any,
-    dtypes: Sequence[Any] = (jnp.bfloat16, jnp.float32),
     *,
     array_bytes: int | None = None,
     matrix: int | None = None,
     repeats: int = REPEATS,
 ) -> Ceilings:
-    """Measure a device.
+    """Measure a device; float32 is not rounded to TF32, as in the model.
 
     Args:
-        dtypes: of the matrix products; the sums are in float32, and float32 is not rounded to TF32,
-            as in the model.
         array_bytes: size of the large array; None = by the kind of device.
         matrix: rows and columns of the products; None = by the kind of device.
         repeats: repetitions of each measurement.
@@ -75,7 +72,7 @@ def measure_ceilings(
         read = size / min(_best(one, large, repeats) for one in reads)
         copy = 2 * size / _best_in_place(large, repeats)
         matmul = {}
-        for dtype in dtypes:
+        for dtype in (jnp.bfloat16, jnp.float32):
             square = jnp.ones((matrix, matrix), dtype)
             seconds = _best(lambda x: _product(x, x), square, repeats)
             matmul[dtype_name(dtype)] = 2 * matrix**3 / seconds

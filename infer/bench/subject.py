@@ -54,7 +54,7 @@ class Subject:
             self.name = f"{Path(random).name}, random weights"
         else:
             startup.note_demo_model(choice)
-            self._folder = startup.model_folder(choice)
+            self._folder = startup.find_choice(choice).path
             self.name = "demo (bundled)" if self._folder is None else Path(self._folder).name
 
     def check_forms(self, forms: Sequence[str | None]) -> None:

@@ -60,12 +60,7 @@ def save(name: str, conversation: Conversation) -> Path:
         "ids": conversation.ids,
     }
     text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    try:
-        replace_file(path, text.encode("utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}", error.strerror or str(error), "name another file"
-        ) from error
+    replace_file(path, text.encode("utf-8"))
     return path
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from glm2_jax.cli.json_input import parse_json
-from glm2_jax.errors import InputError, shown
+from glm2_jax.errors import InputError, shorten
 from glm2_jax.text.prompt import ROLES, reply_messages
 from infer.requests.request import parse_history
 
@@ -195,7 +195,7 @@ def _sharegpt(entry: Mapping[str, Any], where: str) -> Message:
     role, content = entry.get("from"), entry.get("value")
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         known = ", ".join(_SHAREGPT_ROLES)
-        raise InputError(f"{where} is from {shown(role)}", f"known: {known}")
+        raise InputError(f"{where} is from {shorten(role)}", f"known: {known}")
     role = _SHAREGPT_ROLES[role]
     return {"role": role, "content": _content(content, role, f"{where} has no text in its value")}
 
@@ -204,10 +204,10 @@ def _role_message(entry: Mapping[str, Any], where: str) -> Message:
     given = {key: value for key, value in entry.items() if not absent(value)}
     unknown = [key for key in given if key not in _ENTRY_KEYS["messages"]]
     if unknown:
-        raise InputError(f"{where} has an unknown key", shown(unknown[0]))
+        raise InputError(f"{where} has an unknown key", shorten(unknown[0]))
     role, content = entry.get("role"), entry.get("content")
     if role not in ROLES:
-        raise InputError(f"{where} has the role {shown(role)}", f"known: {', '.join(ROLES)}")
+        raise InputError(f"{where} has the role {shorten(role)}", f"known: {', '.join(ROLES)}")
     content = _content(content, role, f"{where} ({role}) has no text in its content")
     extra = {key: given[key] for key in ("metadata", "tools") if not absent(_value(given, key))}
     return {"role": role, "content": content, **extra}
@@ -235,7 +235,7 @@ def _is_learned(entry: Mapping[str, Any], where: str) -> bool:
         flag = _flag(value)
         if flag is None:
             raise InputError(
-                f"{key} of {where} is {shown(value)}",
+                f"{key} of {where} is {shorten(value)}",
                 "write 1 or true to learn the answer, 0 or false to leave it out",
             )
         learned &= flag
@@ -298,5 +298,5 @@ def _objects(row: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _key_list(row: Mapping[str, Any]) -> str:
-    keys = [shown(key) for key in row]
+    keys = [shorten(key) for key in row]
     return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") if keys else "none"

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from glm2_jax.cli.text_input import refuse_wide
-from glm2_jax.errors import InputError, shown
+from glm2_jax.errors import InputError, shorten
 from infer.datasets.tables import PARQUET, csv_records, delimiter_of, parquet_records
 
 MAX_ROW = 16 * 2**20  # bytes; no model could learn from a longer row
@@ -260,7 +260,7 @@ def _refuse_spread(sample: bytes, name: str, *, cut: bool) -> None:
     if "\n" not in text[:end]:
         return
     key = next((key for key, inner in value.items() if isinstance(inner, list)), None)
-    inside = "" if key is None else f"; are the rows the list under {shown(key)}?"
+    inside = "" if key is None else f"; are the rows the list under {shorten(key)}?"
     raise InputError(
         f"{name} begins with a JSON object over several lines, not with a row",
         f"of JSON lines each line is a row{inside}",

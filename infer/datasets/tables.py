@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from glm2_jax.cli.text_input import CONVERT, bad_byte
-from glm2_jax.errors import InputError, shown
+from glm2_jax.errors import InputError, shorten
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = b"PAR1"  # the first and last bytes of such a file
@@ -88,7 +88,7 @@ def _header(cells: Sequence[str], name: str) -> list[str]:
     names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, 1)]
     twice = next((one for one in names if names.count(one) > 1), None)
     if twice is not None:
-        raise InputError(f"{name} has the column {shown(twice)} twice")
+        raise InputError(f"{name} has the column {shorten(twice)} twice")
     return names
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glm2_jax.errors import UsageError, shown
+from glm2_jax.errors import UsageError, shorten
 
 MAX_LOGPROBS = 20  # the compiled step always has room for this many alternatives
 MAX_SEED = 2**63 - 1
@@ -29,7 +29,7 @@ class SamplingParams:
             already in the prompt or the answer; 1 = off.
         max_new_tokens: longest answer in tokens; None = as far as `max_length` goes.
         max_length: prompt and answer together; None = the engine's limit, which also caps it.
-        stop: strings that end the answer where its text, as it is shown, has them; they are not
+        stop: strings that end the answer where its text, as it is shorten, has them; they are not
             part of it. One string or a sequence.
         seed: random seed; the same seed gives the same answer.
         logprobs: report log-probabilities of the token drawn and of this many alternatives.
@@ -73,11 +73,11 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop = tuple(stop) if isinstance(stop, Iterable) else (None,)
         if not all(isinstance(text, str) and text for text in stop):
-            raise UsageError(f"stop must be non-empty strings, got {shown(self.stop)}")
+            raise UsageError(f"stop must be non-empty strings, got {shorten(self.stop)}")
         for text in map(str, stop):
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UsageError(
-                    f"the stop string {shown(text)} can never match",
+                    f"the stop string {shorten(text)} can never match",
                     "It has half of a character (a lone surrogate), which no answer has.",
                 )
         object.__setattr__(self, "stop", stop)
@@ -121,7 +121,7 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
     """Return the value of an option as an int; UsageError if it is not one in this range."""
     if not _is(numbers.Integral, value) or not least <= value <= most:
         bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
-        raise UsageError(f"{name} must be a whole number, {bounds}, got {shown(value)}")
+        raise UsageError(f"{name} must be a whole number, {bounds}, got {shorten(value)}")
     return int(value)
 
 
@@ -129,7 +129,7 @@ def _number(name: str, value: Any, least: float, most: float = _LARGEST) -> floa
     """Return the value of an option as a float that float32 can hold."""
     if not _is(numbers.Real, value) or not least <= value <= most:  # NaN is in no range
         bounds = f"{'above 0' if least == _SMALLEST else f'{least:g} or more'} and at most {most:g}"
-        raise UsageError(f"{name} must be a finite number, {bounds}, got {shown(value)}")
+        raise UsageError(f"{name} must be a finite number, {bounds}, got {shorten(value)}")
     return float(value)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from glm2_jax.errors import CheckpointError, InputError, UsageError, shown
+from glm2_jax.errors import CheckpointError, InputError, UsageError, shorten
 from infer.engine.answer import Answer, Completion, TokenLogprob
 from infer.engine.params import SamplingParams, whole
 from infer.engine.stats import Stats
@@ -130,7 +130,7 @@ def make_rows(
     params: list[Any] = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * count
     if len(params) != count or not all(isinstance(one, SamplingParams) for one in params):
         raise UsageError(
-            f"sampling must be SamplingParams, or one for each prompt, got {shown(sampling)}"
+            f"sampling must be SamplingParams, or one for each prompt, got {shorten(sampling)}"
         )
     draws = range(count) if row_ids is None else row_ids
     if len(draws) != count:
@@ -153,7 +153,7 @@ def listed(value: Any, rule: str) -> list[Any]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
-        raise UsageError(f"{rule}, got {shown(value)}")
+        raise UsageError(f"{rule}, got {shorten(value)}")
     return list(value)
 
 
@@ -168,7 +168,7 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         bad = bad or [i for i in ids if not 0 <= i < vocab_size]
         if bad:
             raise InputError(
-                f"prompt {row + 1} has the token id {shown(bad[0])}",
+                f"prompt {row + 1} has the token id {shorten(bad[0])}",
                 f"The model's ids are whole numbers from 0 to {vocab_size - 1}.",
             )
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glm2_jax.cli.files import real_path, replace_file
+from glm2_jax.cli.files import cannot_write_file, real_path, replace_file, require_file_place
 from glm2_jax.cli.interrupt import always
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import InputError, UsageError
@@ -43,11 +43,9 @@ def check_output(predictions: str | None, data: str | None, overwrite: bool) -> 
     """Raise before any work if `--predictions` cannot be written."""
     if predictions is None or not join.is_first():
         return
-    path = Path(predictions)
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
-        raise InputError(f"cannot write {path}", "it is not a file, or its folder does not exist")
-    target, partial = _places(predictions)
-    if data is not None and real_path(data) in (target, partial):
+    require_file_place(predictions)
+    path, partial = _places(predictions)
+    if data is not None and real_path(data) in (path, partial):
         raise UsageError(f"--predictions and --data are both {data}", fix="Name another file.")
     for place in (path, partial):
         if place.exists() and place.stat().st_size and not overwrite:
@@ -95,18 +93,10 @@ def predictions_file(named: str | None) -> Iterator[Callable[[int, dict[str, Any
                         left = left[file.write(left) :]
                 except OSError as error:
                     file.truncate(complete)
-                    raise _cannot_write(partial, error) from error
+                    raise cannot_write_file(partial, error) from error
                 lines[number] = line
 
             yield write
-        try:
-            replace_file(path, b"".join(lines[number] for number in sorted(lines)))
-        except OSError as error:
-            raise _cannot_write(path, error) from error
+        replace_file(path, b"".join(lines[number] for number in sorted(lines)))
         partial.unlink()
     note(f"predictions are in {named}")
-
-
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    reason = error.strerror or str(error)
-    return InputError(f"cannot write {path}", reason, "Free some space, or name another file.")

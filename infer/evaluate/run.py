@@ -12,7 +12,7 @@ from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import GLMError, UsageError
 from infer.evaluate import report, variants
 from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_rows, unplaced
-from infer.startup import model_folder, note_demo_model, open_engine
+from infer.startup import find_choice, note_demo_model, open_engine
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,15 @@ def _check_folder(settings: Settings) -> Settings:
     from infer.evaluate import perplexity
     from infer.memory.budget import DEFAULT_CONTEXT
 
-    path = model_folder(settings.choice)
-    if path is not None:
-        choice = dataclasses.replace(settings.choice, path=path, source=None, revision=None)
-        settings = dataclasses.replace(settings, choice=choice)
+    choice = find_choice(settings.choice)
+    settings = dataclasses.replace(settings, choice=choice)
     try:
-        folder = open_folder(path or demo_folder(), **settings.choice.form)
+        folder = open_folder(choice.path or demo_folder(), **choice.form)
     except GLMError:  # loading reports it in its own words
         return settings
     longest = min(settings.options.max_length or DEFAULT_CONTEXT, folder.config.seq_length)
     prefix = len(folder.tokenizer.prefix_ids)
     perplexity.fit_windows(settings.window, settings.stride, longest, prefix)
     if settings.compare:
-        variants.check_folder(settings.compare, settings.choice, folder)
+        variants.check_folder(settings.compare, choice, folder)
     return settings

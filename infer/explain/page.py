@@ -9,15 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import secrets
-import stat
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from glm2_jax.cli.files import real_path
-from glm2_jax.errors import InputError
+from glm2_jax.cli.files import replace_file, require_file_place
 from infer.explain.facts import Values, Walk
 
 _DIGITS = 4  # of a probability in an attention map: more than a color can show
@@ -39,24 +36,7 @@ def write_page(path: Path, walk: Walk, values: Values | None) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    page = make_page(walk, values).encode("utf-8")
-    if path.exists() and not path.is_file():  # a rename would take the place of a device
-        raise InputError(f"{path} is not a regular file.", fix="Name another file.")
-    path = real_path(path)  # what a link leads to is replaced, not the link
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-        temporary.touch(0o666 if mode is None else 0o600)  # never open to more than in the end
-        temporary.write_bytes(page)
-        if mode is not None:
-            temporary.chmod(mode)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written.", error.strerror or str(error), "Name another file."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(require_file_place(path), make_page(walk, values).encode("utf-8"))
 
 
 def make_page(walk: Walk, values: Values | None) -> str:

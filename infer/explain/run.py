@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
-from glm2_jax.cli.files import real_path, require_writable
+from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import Progress, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.tables import columns
-from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.config import GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import join_lines, json_line
 from glm2_jax.schemes import asked_scheme
@@ -26,7 +26,7 @@ from infer.explain.walk import make_walk
 from infer.memory.budget import find_budget
 from infer.memory.cards import CARDS, Card
 from infer.memory.precision import Precision
-from infer.startup import model_folder, note_demo_model, open_engine
+from infer.startup import find_choice, note_demo_model, open_engine
 
 # Ids of PROMPT in a template, by the tokenizers that these families were published with.
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
@@ -116,11 +116,7 @@ def check_page(path: Path) -> None:
         raise InputError(
             "--html needs the name of a file, got -.", fix="Name one, for example --html x.html."
         )
-    if path.is_dir():
-        raise InputError(f"{path} is a folder.", fix="Name a file in it: --html FILE.")
-    if not real_path(path).parent.is_dir():
-        raise InputError(f"{path} cannot be written.", "Its folder does not exist.")
-    require_writable(path)
+    require_file_place(path)
 
 
 def find_subject(settings: Settings) -> Subject:
@@ -131,10 +127,9 @@ def find_subject(settings: Settings) -> Subject:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
         return _from_config(settings.config, choice)
     note_demo_model(choice)
-    folder = Path(model_folder(choice) or demo_folder())
     name = "the bundled demo model" if choice.path is None else choice.path
-    if choice.path is not None:  # it is searched once
-        choice = replace(choice, path=str(folder), source=None, revision=None)
+    choice = find_choice(choice)
+    folder = Path(choice.path or demo_folder())
     needs_text = settings.length is None and settings.mesh is None
     without = not needs_text and not (folder / "tokenizer.model").exists()
     if not without and folder.is_dir() and not _holds_weights(folder):
@@ -148,11 +143,7 @@ def find_subject(settings: Settings) -> Subject:
 
 
 def _from_config(name: str, choice: ModelChoice) -> Subject:
-    stored = None
-    if name in PRESETS:
-        config, stored = PRESETS[name], "int4-row" if name.endswith("-int4") else None
-    else:
-        config = read_config(Path(name), choice.rope_kind, choice.family)
+    config, stored = read_config(name, choice.rope_kind, choice.family)
     if choice.template is not None:
         check_template(config, choice.template, asked=True)
     return Subject(name, choice, config, stored, None, choice.template, weights=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from convert.loading.folder import read_config
@@ -16,7 +15,7 @@ from glm2_jax.cli.main import EXIT_DEVICE
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.tables import fold
-from glm2_jax.config import PRESETS, GLMConfig
+from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.escape import escape_controls, join_lines, json_line
 from glm2_jax.limits import PREFILL_CHUNK
@@ -148,13 +147,11 @@ def _model(choice: ModelChoice, config: str | None) -> tuple[str, GLMConfig, str
         if config is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
         from convert.loading.folder import open_folder
-        from infer.startup import model_folder
+        from infer.startup import find_choice
 
-        found = open_folder(str(model_folder(choice)), **choice.form)
+        found = open_folder(str(find_choice(choice).path), **choice.form)
         return choice.path, found.config, None if found.scheme is None else found.scheme.name
     if config is None:
         note(f"no --model and no --config given: planning for {DEFAULT_CONFIG}")
     name = config or DEFAULT_CONFIG
-    if name in PRESETS:
-        return name, PRESETS[name], "int4-row" if name.endswith("-int4") else None
-    return name, read_config(Path(name), choice.rope_kind, choice.family), None
+    return name, *read_config(name, choice.rope_kind, choice.family)

@@ -9,8 +9,8 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from glm2_jax.cli.files import real_path
-from glm2_jax.errors import InputError, UsageError
+from glm2_jax.cli.files import require_file_place
+from glm2_jax.errors import UsageError
 from infer.generate.journal import SUFFIX, Journal
 
 if TYPE_CHECKING:
@@ -89,13 +89,10 @@ def check_output(settings: Settings) -> Path | None:
     """
     if settings.output in (None, "-"):
         return None
-    named, path = Path(settings.output), real_path(settings.output)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}", "it is a folder", "name a file")
-    if is_stream(named):
+    named = Path(settings.output)
+    if is_stream(named) and not named.is_dir():
         return named
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}", f"folder not found: {path.parent}", "create it")
+    path = require_file_place(named)
     inputs = {"--batch-file": settings.batch_file, "--history": settings.history}
     for written in (path, path.with_name(path.name + SUFFIX)):
         for name, place in {**inputs, "standard input": 0}.items():
@@ -107,9 +104,6 @@ def check_output(settings: Settings) -> Path | None:
         raise UsageError(
             f"--output is inside the model's folder {model}", fix="name another folder"
         )
-    for place in (path, path.parent):
-        if place.exists() and not os.access(place, os.W_OK):
-            raise InputError(f"cannot write {path}", f"permission denied: {place}")
     return path
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from glm2_jax.cli.json_input import parse_json, parse_object
 from glm2_jax.cli.text_input import read_utf8
-from glm2_jax.errors import InputError, shown
+from glm2_jax.errors import InputError, shorten
 from glm2_jax.text.cleanup import clean_text
 from glm2_jax.text.prompt import Reply, is_reply
 
@@ -121,7 +121,7 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KEYS)}"
-            raise InputError(f"unknown key {shown(key)}", hint)
+            raise InputError(f"unknown key {shorten(key)}", hint)
     prompt, messages, name = row.get("prompt"), row.get("messages"), row.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise InputError("id is not a string or whole number")

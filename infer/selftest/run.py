@@ -49,12 +49,10 @@ def examine(choice: ModelChoice, options: EngineOptions) -> dict[str, Any]:
     """
     startup.note_demo_model(choice)
     report: dict[str, Any] = {"model": model_name(choice.path), "versions": describe_software()}
-    folder = demo_folder()
-    if (fetched := startup.model_folder(choice)) is not None:
-        folder = Path(fetched)
-        choice = dataclasses.replace(choice, path=fetched, source=None, revision=None)
-        if not folder.is_dir():
-            open_folder(folder)  # raises; there is nothing to report on
+    choice = startup.find_choice(choice)
+    folder = Path(choice.path or demo_folder())
+    if not folder.is_dir():
+        open_folder(folder)  # raises; there is nothing to report on
     found = [checks.check_files(folder)]
     try:
         engine = startup.open_engine(choice, options)

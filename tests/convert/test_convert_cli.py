@@ -16,13 +16,7 @@ from glm2_jax.cli import arguments, messages
 from glm2_jax.cli import main as cli
 from glm2_jax.cli.parser import Parser
 from tests.support.checkpoints import TINY, write_official
-
-
-def run(main, *argv):
-    """The exit code that a command ends with."""
-    with pytest.raises(SystemExit) as caught:
-        cli.run_main(main, list(argv))
-    return caught.value.code
+from tests.support.commands import exit_code
 
 
 def raising(error):
@@ -51,23 +45,23 @@ class XlaRuntimeError(RuntimeError):
     ],
 )
 def test_expected_errors_have_a_code_and_no_traceback(capsys, error, code):
-    assert run(raising(error), "x") == code
+    assert exit_code(raising(error), "x") == code
     output = capsys.readouterr()
     assert output.out == "" and "Traceback" not in output.err
     if isinstance(error, GLMError):
         assert output.err == "error: what\nwhy\nfix\n"
     if code != 130:
         assert "error: " in output.err
-        assert run(raising(error), "--debug") == code
+        assert exit_code(raising(error), "--debug") == code
         assert "Traceback" in capsys.readouterr().err
-    assert run(lambda argv: None) == 0 and run(lambda argv: 3) == 3
+    assert exit_code(lambda argv: None) == 0 and exit_code(lambda argv: 3) == 3
 
 
 def test_an_unexpected_error_shows_where(capsys):
-    assert run(raising(ZeroDivisionError("boom"))) == 1
+    assert exit_code(raising(ZeroDivisionError("boom"))) == 1
     output = capsys.readouterr().err
     assert output.count("Traceback") == 1 and "please report it" in output
-    run(raising(ZeroDivisionError("boom")), "--debug")
+    exit_code(raising(ZeroDivisionError("boom")), "--debug")
     assert capsys.readouterr().err.count("Traceback") == 1
 
 
@@ -75,11 +69,11 @@ def test_variables_that_jax_cannot_use(capsys, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_X64", "maybe")
     monkeypatch.setenv("XLA_FLAGS", "--nonsense=1")
     for words in ("environment 'JAX_ENABLE_X64'", "JAX flag jax_enable_x64"):
-        assert run(raising(ValueError(words))) == 5
+        assert exit_code(raising(ValueError(words))) == 5
         told = f"error: jax cannot use JAX_ENABLE_X64=maybe\n{words}\nunset JAX_ENABLE_X64\n"
         assert capsys.readouterr().err == told
     assert cli.named_variable("flag in XLA_FLAGS: --nonsense=1", os.environ) == "XLA_FLAGS"
-    assert run(raising(ValueError("HOME of platforms"))) == 1
+    assert exit_code(raising(ValueError("HOME of platforms"))) == 1
     monkeypatch.delenv("XLA_FLAGS")
     done = shell(f"{sys.executable} -m infer.generate --prompt hi")
     assert done.returncode == 5 and "Traceback" not in done.stderr
@@ -97,7 +91,7 @@ def test_variables_that_an_error_names_in_other_words(setting, error, capsys, mo
     name, value = setting.split("=")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv(name, value)
-    assert run(raising(RuntimeError(error))) == 5
+    assert exit_code(raising(RuntimeError(error))) == 5
     first = error.splitlines()[0]
     printed = f"error: jax cannot use {setting}\n{first}\nunset {name}\n"
     assert capsys.readouterr().err == printed
@@ -188,7 +182,7 @@ def test_usage_errors(capsys, argv, message):
 
 
 def test_help_shows_defaults_and_an_example(capsys):
-    assert run(lambda argv: parser().parse_args(argv) and None, "--help") == 0
+    assert exit_code(lambda argv: parser().parse_args(argv) and None, "--help") == 0
     text = capsys.readouterr().out
     assert "(default: 7)" in text and "example:\n  tool --max-length 5" in text
     assert "default: False" not in text
@@ -248,7 +242,7 @@ def test_names_that_are_not_utf8(tmp_path):
 def test_from_pytorch(tmp_path, capsys):
     source, target = write_official(tmp_path / "a", dtype="bfloat16"), tmp_path / "b"
     argv = [str(source), str(target), "--verify", "--max_shard_size", "50kB", "--dtype", "fp32"]
-    assert run(from_pytorch.main, *argv, "--dry-run") == 0
+    assert exit_code(from_pytorch.main, *argv, "--dry-run") == 0
     assert not target.exists()
     plan = json.loads(capsys.readouterr().out)
     assert plan == {
@@ -258,16 +252,16 @@ def test_from_pytorch(tmp_path, capsys):
         "quantization": None,
         "written": False,
     }
-    assert run(from_pytorch.main, *argv) == 0
+    assert exit_code(from_pytorch.main, *argv) == 0
     output = capsys.readouterr()
     assert output.out == f"{target}\n"
     assert "were stored in bfloat16; written as float32" in output.err
     assert "verified: " in output.err
     assert verify_checkpoint(target).source == str(source)
     for extra in ([], ["--dry-run"]):
-        assert run(from_pytorch.main, *argv, *extra) == 2
+        assert exit_code(from_pytorch.main, *argv, *extra) == 2
         assert "--overwrite" in capsys.readouterr().err
-    assert run(from_pytorch.main, *argv, "--overwrite") == 0
+    assert exit_code(from_pytorch.main, *argv, "--overwrite") == 0
 
 
 @pytest.mark.parametrize(
@@ -282,7 +276,7 @@ def test_from_pytorch(tmp_path, capsys):
 )
 def test_from_pytorch_errors(tmp_path, monkeypatch, argv, code):
     monkeypatch.chdir(tmp_path)
-    assert run(from_pytorch.main, *argv) == code
+    assert exit_code(from_pytorch.main, *argv) == code
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,44 +284,44 @@ def test_what_is_quantized_is_called_so(tmp_path, capsys):
     source, own, again = write_official(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
     argv = [str(source), str(own), "--quantize", "int8", "--quantize-embeddings"]
     form = "int8+embeddings, the rest float16"
-    assert run(from_pytorch.main, *argv, "--dry-run") == 0
+    assert exit_code(from_pytorch.main, *argv, "--dry-run") == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["quantization"] == "int8+embeddings"
     assert f"B in {form}\n" in output.err
-    assert run(from_pytorch.main, *argv) == 0
+    assert exit_code(from_pytorch.main, *argv) == 0
     said = capsys.readouterr().err
     assert f"stored in float16; written as {form}\n" in said and f"B in {form}\n" in said
-    assert run(from_pytorch.main, str(own), str(again), "--dtype", "float32") == 0
+    assert exit_code(from_pytorch.main, str(own), str(again), "--dtype", "float32") == 0
     said = capsys.readouterr().err
     assert f"parameters in {form}\n" in said
     assert f"stored in {form}; written as int8+embeddings, the rest float32\n" in said
-    assert run(inspect.main, str(own)) == 0
+    assert exit_code(inspect.main, str(own)) == 0
     assert f"stored dtype  {form}\n" in capsys.readouterr().out
-    assert run(inspect.main, str(own), "--json") == 0
+    assert exit_code(inspect.main, str(own), "--json") == 0
     assert json.loads(capsys.readouterr().out)["quantization"] == "int8+embeddings"
 
 
 def test_inspect(tmp_path, capsys):
     source, target = write_official(tmp_path / "a"), tmp_path / "b"
-    run(from_pytorch.main, str(source), str(target))
+    exit_code(from_pytorch.main, str(source), str(target))
     capsys.readouterr()
-    assert run(inspect.main, str(source), "--json") == 0
+    assert exit_code(inspect.main, str(source), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["layout"] == "official" and found["family"] == "chatglm2"
     assert found["parameters"] == TINY.num_params and found["layers"] == 2
     assert found["stored_dtype"] == "float16" and found["template"] == "chatglm2"
     sizes = [file.stat().st_size for file in source.glob("*.bin")]
     assert (found["bytes_on_disk"], found["weight_files"]) == (sum(sizes), 2)
-    assert run(inspect.main, str(target), "--verify") == 0
+    assert exit_code(inspect.main, str(target), "--verify") == 0
     output = capsys.readouterr()
     assert "layout        own" in output.out and "verified" in output.err
     assert f"{TINY.num_params:,}" in output.out and str(source) in output.out
-    assert run(inspect.main, str(source), "--verify") == 4
+    assert exit_code(inspect.main, str(source), "--verify") == 4
     assert "no manifest.json" in capsys.readouterr().err
     with (target / "model.safetensors").open("r+b") as file:
         file.seek(-5, os.SEEK_END)
         file.write(b"\x11")
-    assert run(inspect.main, str(target), "--verify") == 4
+    assert exit_code(inspect.main, str(target), "--verify") == 4
     assert "model.safetensors differs" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from convert.files.safetensors_writer import divide
 from convert.random import official_config, random_entries, write_random
 from glm2_jax import PRESETS, CheckpointError, GLMConfig, InputError, UsageError, forward
 from glm2_jax.choices import STORED_DTYPES
-from glm2_jax.cli import main
 from tests.support.checkpoints import TINY, tiny_config
+from tests.support.commands import exit_code
 from tests.support.sp_model import sp_model
+
+run = partial(exit_code, convert_random.main)
 
 
 @pytest.fixture
@@ -30,12 +33,6 @@ def config_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(TINY.to_hf()))
     return path
-
-
-def run(*argv):
-    with pytest.raises(SystemExit) as caught:
-        main.run_main(convert_random.main, list(map(str, argv)))
-    return caught.value.code
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES)

@@ -10,9 +10,9 @@ from collections import namedtuple
 import pytest
 
 from convert.adapters.adapter import Adapter, save_adapter
-from glm2_jax.cli import main
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import names, tiny_config, write_official
+from tests.support.commands import exit_code
 
 COMMANDS = {
     "from_pytorch": ["a", "new"],
@@ -37,10 +37,7 @@ def command(request, tmp_path, monkeypatch):
 def run(command, *flags, to="new"):
     """The exit code of the command."""
     argv = [to if x == "new" else x for x in COMMANDS[command]]
-    with pytest.raises(SystemExit) as caught:
-        module = importlib.import_module(f"convert.{command}")
-        main.run_main(module.main, [*argv, *flags])
-    return caught.value.code
+    return exit_code(importlib.import_module(f"convert.{command}").main, *argv, *flags)
 
 
 def test_a_dry_run_writes_nothing(command, tmp_path, capsys):

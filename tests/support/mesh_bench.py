@@ -20,6 +20,7 @@ from infer.bench import __main__ as bench
 from infer.bench import programs, random_params
 from infer.bench import run as suite
 from infer.bench.ceilings import Ceilings
+from infer.engine import executor
 from infer.engine.programs import Programs
 from infer.engine.steps import State
 
@@ -94,7 +95,7 @@ def main() -> None:
     # Machine code takes longest to make, and is not what is looked at.
     jax.config.update("jax_disable_most_optimizations", True)
     suite.measure_ceilings = lambda device: CEILINGS
-    programs.Programs = Noting
+    executor.Programs = Noting
     programs.PREFILL_CHUNK = 16  # prompts are read in parts
     folder = Path(sys.argv[1])
     for name, config in (("eight", CONFIG), ("two", TWO_HEADS)):

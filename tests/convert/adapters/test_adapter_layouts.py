@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from convert import open_folder, to_peft
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
 from convert.loading.folder import fingerprint
 from glm2_jax import CheckpointError
-from glm2_jax.cli import main as cli
 from glm2_jax.lora import TARGETS, LoRA
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, names, tiny_config, write_official
+from tests.support.commands import exit_code
 
+run = partial(exit_code, to_peft.main)
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 NATIVE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -108,13 +110,6 @@ def assert_same_lora(one: LoRA, other: LoRA):
     for target in one.layers:
         for part, array in one.layers[target].items():
             np.testing.assert_array_equal(array, other.layers[target][part])
-
-
-def run(*argv, main=to_peft.main):
-    """The exit code of the command."""
-    with pytest.raises(SystemExit) as caught:
-        cli.run_main(main, [str(x) for x in argv])
-    return caught.value.code
 
 
 def test_a_fused_adapter_comes_apart(tmp_path):

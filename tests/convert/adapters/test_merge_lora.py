@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,13 +21,14 @@ from convert.files.shards import open_weights
 from convert.loading.folder import fingerprint
 from convert.writing import floats, merge_check
 from convert.writing.own import convert_folder
-from glm2_jax.cli import main
 from glm2_jax.lora import init_lora
 from tests.convert.adapters.test_adapter_layouts import deltas
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
+from tests.support.commands import exit_code
 from tests.support.toy import jit_forward, random_tokens
 
+run = partial(exit_code, merge_lora.main)
 TOKENS = random_tokens(2, 20, TINY, seed=4)  # other texts than those of the command's own check
 
 
@@ -38,13 +40,6 @@ def adapter_folder(folder, targets="all-linear", config=TINY, size=0.2, **known)
     drawn = [size * random.standard_normal(x.shape, np.float32) for x in leaves]
     save_adapter(folder, Adapter(jax.tree.unflatten(tree, drawn), **known))
     return folder
-
-
-def run(*argv):
-    """The exit code of the command."""
-    with pytest.raises(SystemExit) as caught:
-        main.run_main(merge_lora.main, [str(x) for x in argv])
-    return caught.value.code
 
 
 def logits(checkpoint):

@@ -61,6 +61,10 @@ def test_a_tokenizer_configuration_beside_ours_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"format": "other"}, "not a manifest of this project"),
+        ({"format_version": 2}, "another version"),
+        ({"files": None}, "damaged"),
+        ({"files": {"../x": {"size": 1, "sha256": ""}}}, "not a plain file name"),
         ({"template": "alpaca"}, "template is 'alpaca'"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"rope_kind": "yarn"}, "rope_kind is 'yarn'"),
@@ -76,6 +80,14 @@ def test_values_that_no_version_writes(tmp_path, changes, reason):
     edit_json(folder / "manifest.json", **changes)
     for message in refusal(folder):
         assert reason in message and "manifest.json" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantisation"])  # the second: before 0.2
+def test_a_quantization_that_the_weights_do_not_have(tmp_path, key):
+    folder = save(tmp_path / "own")
+    edit_json(folder / "manifest.json", **{key: "int4"})
+    with pytest.raises(CheckpointError, match="missing: layers.0.q_scale"):
+        load_checkpoint(folder)
 
 
 def test_an_impossible_template_is_refused(tmp_path):

@@ -6,6 +6,7 @@ That llama.cpp runs such files is checked by `python -m tests.support.gguf_check
 import builtins
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -20,7 +21,6 @@ from convert.writing import gguf as gguf_layout
 from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, Tokenizer, UsageError
 from glm2_jax.choices import GGUF_TYPES
-from glm2_jax.cli import main
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import (
     names,
@@ -29,10 +29,12 @@ from tests.support.checkpoints import (
     tiny_config,
     write_official,
 )
+from tests.support.commands import exit_code
 from tests.support.sp_model import sp_model, without_dummy_prefix
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
+run = partial(exit_code, to_gguf.main)
 BLOCK = "transformer.encoder.layers.0."
 # llama.cpp's names, as src/llama-arch.cpp has them.
 NAMES = {
@@ -98,13 +100,6 @@ def write(folder, kind="f16", changes=None, **options):
     source = open_folder(write_official(folder / "a", config, **options))
     export_gguf(source, folder / "b.gguf", kind=kind)
     return folder / "b.gguf", source
-
-
-def run(*argv):
-    """The exit code of the command."""
-    with pytest.raises(SystemExit) as caught:
-        main.run_main(to_gguf.main, [str(x) for x in argv])
-    return caught.value.code
 
 
 @settings(max_examples=12, derandomize=True, deadline=None)

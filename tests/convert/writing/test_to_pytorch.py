@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from convert.loading.folder import Folder
 from convert.writing import pytorch
 from convert.writing.own import convert_folder
 from glm2_jax import PRESETS, CheckpointError, UsageError
-from glm2_jax.cli import main
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
 from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
+from tests.support.commands import exit_code
 from tests.support.shared_data import shared_path
+
+run = partial(exit_code, to_pytorch.main)
 
 
 def tensors(folder):
@@ -45,13 +48,6 @@ def random_lora(config=TINY, rank=3, size=0.2, *, targets=tuple(TARGETS), seed=1
         for target in targets
     }
     return LoRA(layers, FrozenDict(dict.fromkeys(targets, 2.0) | scale))
-
-
-def run(*argv):
-    """The exit code of the command."""
-    with pytest.raises(SystemExit) as caught:
-        main.run_main(to_pytorch.main, [str(x) for x in argv])
-    return caught.value.code
 
 
 @pytest.mark.parametrize("rules", [PUBLISHED, GLM], ids=["official", "glm"])

@@ -21,6 +21,7 @@ from infer.engine.load import demo_folder
 from infer.evaluate import __main__ as evaluate
 from infer.explain import __main__ as explain
 from infer.generate import __main__ as generate
+from tests.support.commands import exit_code
 from tests.support.paths import ROOT
 from train import lora
 
@@ -30,12 +31,6 @@ ESCAPED = r"名\x1b]0;title\x07\x9b2J\x85\u202e\u2028\r\nerror: fake"
 
 def harmless(text):
     return escape_controls(text, keep="\n") == text and "\nerror: fake" not in text
-
-
-def run(main, *argv):
-    with pytest.raises(SystemExit) as ending:
-        cli.run_main(main, [*map(str, argv)])
-    return ending.value.code
 
 
 def test_letters_and_emoji_stay_and_all_else_is_escaped():
@@ -102,7 +97,7 @@ def test_an_error_with_its_traceback(error, capsys):
 )
 def test_a_name_that_is_refused(main, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(main, *argv) in (2, 3, 4)
+    assert exit_code(main, *argv) in (2, 3, 4)
     out, err = capsys.readouterr()
     assert out == "" and ESCAPED in err and harmless(err), err
 
@@ -115,9 +110,9 @@ def test_names_in_reports(tmp_path, monkeypatch, capsys):
     row = {"instruction": "hello", "output": "hi", EVIL: 1}
     data.write_text("".join(f"{json.dumps(line)}\n" for line in (row, row, [], {"output": 1})))
     check = ["--model", model, "--data", data, "--output", "o", "--max-length", 64, "--check-data"]
-    assert run(inspect.main, model) == 0
-    assert run(explain.main, "--model", model, "--length", 3) == 0
-    assert run(lora.main, *check, "--print-sample", 1) == 3
+    assert exit_code(inspect.main, model) == 0
+    assert exit_code(explain.main, "--model", model, "--length", 3) == 0
+    assert exit_code(lora.main, *check, "--print-sample", 1) == 3
     out, err = capsys.readouterr()
     assert harmless(out) and harmless(err)
     assert out.count(ESCAPED) > 6
@@ -126,7 +121,7 @@ def test_names_in_reports(tmp_path, monkeypatch, capsys):
 def test_bad_lines_of_a_batch(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path(EVIL).write_text(json.dumps({"prompt": "x", EVIL: 1}) + "\n[]\n", encoding="utf-8")
-    assert run(generate.main, "--batch-file", EVIL) == 3
+    assert exit_code(generate.main, "--batch-file", EVIL) == 3
     err = capsys.readouterr().err
     assert err.count(f"{ESCAPED}:") == 2 and harmless(err)
 

@@ -236,7 +236,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(walk, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write"):
         write_page(file, walk, made_values())
     assert file.read_text("utf-8") == make_page(walk, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link.html", "page.html"]

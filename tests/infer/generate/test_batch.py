@@ -131,12 +131,12 @@ def test_outputs_that_are_refused(batch, loaded, tmp_path, monkeypatch):
     assert "inside the model's folder" in failure(UsageError, *flags, str(model / "out"))
     assert "is a folder" in failure(InputError, *flags, str(tmp_path))
     assert "folder not found" in failure(InputError, *flags, str(tmp_path / "a" / "b"))
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    assert "permission denied" in failure(InputError, *flags, str(tmp_path / "x"))
     os.rename(flags[1], tmp_path / "x.partial")
     flags[1] = str(tmp_path / "x.partial")
     message = failure(UsageError, *flags, str(tmp_path / "x"))
     assert "x.partial, which --output needs, is the same file as --batch-file" in message
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert "permission denied" in failure(InputError, *flags, str(tmp_path / "x"))
     assert not loaded and os.listdir(model) == []
 
 

@@ -1,8 +1,6 @@
-"""Text from outside: encodings and their guesses, history files, lines of batch files."""
+"""Text from outside: encodings and their guesses, the largest texts and lines."""
 
 import contextlib
-import io
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +12,7 @@ from glm2_jax.cli import text_input
 from glm2_jax.cli.messages import human_size
 from glm2_jax.cli.text_input import EndlessLine, guess_encoding, open_input, read_lines, read_utf8
 from glm2_jax.errors import InputError
-from infer.requests.request import Request, parse_batch, parse_line, read_history, read_prompt
+from infer.requests.request import read_prompt
 from tests.support.paths import ROOT
 
 CHINESE = "今天天气怎么样？请写一首关于春天的诗。"
@@ -152,77 +150,3 @@ def test_memory_for_a_line_that_is_too_long(tmp_path):
     ):
         assert message in done.stderr
     assert int(done.stdout) < 100 * 10**6
-
-
-def test_prompts_lose_the_end_of_their_last_line_alone(tmp_path, monkeypatch):
-    stdin = SimpleNamespace(buffer=io.BytesIO(f"{CHINESE}\r\n".encode()))
-    monkeypatch.setattr("sys.stdin", stdin)
-    assert read_prompt("-") == CHINESE
-    (tmp_path / "a").write_text("def f():\n\n")
-    assert read_prompt(str(tmp_path / "a")) == "def f():\n"
-
-
-def test_history_files(tmp_path):
-    path = tmp_path / "history.json"
-    path.write_text(json.dumps([["你好", "你好！"]]), encoding="utf-8")
-    assert read_history(str(path)) == (("你好", "你好！"),)
-    for bad in ("{}", '["ab"]', '[["a"]]', '[["a", "b", "c"]]', '[["a", 1]]', "[[", "[" * 9**5):
-        path.write_text(bad)
-        with pytest.raises(InputError, match=r'(?s)history\.json.*\[\["question", "answer"\]'):
-            read_history(str(path))
-
-
-def test_lines_with_and_without_values_for_the_flags():
-    line = '{"prompt": "q", "id": 7, "history": [["a", "b"]], "system": "s"}'
-    assert parse_line(line.encode()) == Request("q", (("a", "b"),), "s", id=7)
-    history = (("a", "b"),)
-    assert parse_line(b'{"prompt": "q"}', history, "s") == Request("q", history, "s")
-    own = b'{"prompt": "q", "history": [], "system": null}'
-    assert parse_line(own, history, "s") == Request("q")
-
-
-def test_messages_and_cleaned_text():
-    messages = [{"role": "user", "content": "q\u3000r"}]
-    request = parse_line(json.dumps({"messages": messages, "id": "x"}).encode())
-    assert request.messages == tuple(messages) and request.id == "x"
-    assert request.cleaned().messages == ({"role": "user", "content": "q r"},)
-    request = Request("a\u3000b", (("c\u00a0d", "e\u3000f"),), "g\u3000h").cleaned()
-    assert request == Request("a b", (("c d", "e f"),), "g h")
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b"nope", "not JSON"),
-        (b"[1]", "not a JSON object"),
-        (b"{}", "no prompt"),
-        (b'{"prompt": 3}', "prompt is not a string"),
-        (b'{"prompt": " \\n"}', "empty prompt"),
-        (b'{"prompt": "q", "id": true}', "id is not"),
-        (b'{"prompt": "q", "system": 1}', "system is not a string"),
-        (b'{"prompt": "q", "history": "a"}', "history is not a list"),
-        (b'{"prompt": "q", "history": [["a"]]}', "turn 1 of the history"),
-        (b'{"prompt": "\\ud83d"}', "half of a character"),
-        (b'{"prompt": "q", "messages": [{}]}', "messages exclude"),
-        (b'{"prompt": "q", "sytem": "s"}', "sytem(.|\n)*did you mean system"),
-        (b'{"prompt": "q", "max": 3}', "max(.|\n)*known: prompt, messages"),
-        (b'{"prompt": "q", "prompt": "r"}', "key 'prompt' appears twice"),
-        (b'{"messages": ["q"]}', "messages is not a list"),
-        ('{"prompt": "你好"}'.encode("gbk"), "GB18030"),
-        (b"[" * 100_000, "nested too deeply"),
-    ],
-)
-def test_bad_lines(line, reason):
-    with pytest.raises(InputError, match=f"(?s){reason}"):
-        parse_line(line)
-
-
-def test_a_batch_file_continues_after_a_bad_line():
-    def parsed(data):
-        return list(parse_batch(read_lines(io.BufferedReader(io.BytesIO(data)), "in.jsonl")))
-
-    rows = parsed(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n \nnope\n{"prompt": "b"}')
-    assert [number for number, _ in rows] == [1, 4, 5]
-    assert [type(row) for _, row in rows] == [Request, InputError, Request]
-    with pytest.raises(InputError, match="in.jsonl(.|\n)*UTF-16"):
-        parsed('{"prompt": "a"}'.encode("utf-16"))
