@@ -167,7 +167,9 @@ class Journal:
             lines = iter(lambda: file.readline(LARGEST), b"")
             header = next(lines, b"")
             if header.startswith(_START) and header.endswith(b"}\n") and _is_json(header):
-                self._run = json.loads(header)
+                self._run = run = json.loads(header)
+                if "quantisation" in run:  # the key of runs begun before 0.2
+                    run["quantization"] = run.pop("quantisation")
             elif not header.endswith(b"\n") and header[: len(_START)] == _START[: len(header)]:
                 return  # it was cut, or is empty
             else:

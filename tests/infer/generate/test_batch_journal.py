@@ -45,6 +45,17 @@ def test_answers_come_in_the_order_of_the_lines(output):
     assert os.listdir(output.parent) == ["out.jsonl"]
 
 
+def test_a_run_begun_with_the_old_spelling_continues(output):
+    with Journal(output) as journal:
+        journal.begin(RUN | {"quantisation": "int8"})
+        journal.append(ANSWERS.items())
+    with Journal(output) as journal:
+        with pytest.raises(UsageError, match='quantization was "int8" and is null'):
+            journal.check(RUN | {"quantization": None})
+        journal.begin(RUN | {"quantization": "int8"})
+        assert set(journal.done) == set(ANSWERS)
+
+
 def test_cut_at_any_byte(output):
     whole = written(output)
     ends = [place for place, byte in enumerate(whole) if byte == ord("\n")]
