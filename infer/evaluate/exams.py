@@ -16,7 +16,6 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -190,7 +189,7 @@ def _csv(path: Path) -> tuple[list[str], str, Iterator[tuple[str, Any]]]:
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield "file:line" and the cells of each row; the line is the one it begins on."""
-    csv.field_size_limit(sys.maxsize)  # of the process; the text has a limit of its own
+    csv.field_size_limit(2**17)  # of the whole process, where a data set may have set another
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
     where = f"{path}:1"
     try:

@@ -111,7 +111,7 @@ def test_the_report_names_mesh_and_devices():
 def test_a_line_says_what_virtual_devices_share():
     mesh: Any = SimpleNamespace(size=8, shape={"data": 2, "tensor": 4})
     assert describe_mesh(mesh, "gpu") == "data=2,tensor=4, 8 devices"
-    assert "one processor" in describe_mesh(mesh, "cpu")
+    assert "one CPU" in describe_mesh(mesh, "cpu")
 
 
 @pytest.mark.parametrize(
