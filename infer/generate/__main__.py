@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument, positive
+from glm2_jax.cli.messages import note
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 from infer import options
@@ -24,6 +25,9 @@ of memory or device, 130 interrupted, 141 output closed, 143 terminated."""
 EXAMPLE = f"""{PROG} --prompt 你好 --greedy
   {PROG} --model chatglm2-6b --batch-file in.jsonl --output out.jsonl
   {PROG} --dry-run --config chatglm2-6b --device 3090"""
+_UNPLANNED = (
+    "prompt", "prompt_file", "batch_file", "history", "system", "adapter", "output"
+)  # fmt: skip
 
 
 def parser() -> Parser:
@@ -140,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         from infer.generate import dry_run
 
+        if unused := [name for name in _UNPLANNED if getattr(args, name) is not None]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            note(f"--dry-run answers nothing, and the plan is without {flags}")
         return dry_run.run(from_flags(dry_run.Settings, args))
     _refuse_dry_run_flags(args.config, args.device)
     with join.start(from_flags(join.Hosts, args), vars(args)):

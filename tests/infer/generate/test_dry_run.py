@@ -133,3 +133,8 @@ def test_sizes_of_memory():
     for bad in ("", "x", "-1", "0", "nan", "inf", "1e99"):
         with pytest.raises(argparse.ArgumentTypeError, match=repr(bad)):
             arguments.memory_size(bad)
+
+
+def test_flags_that_the_plan_leaves_out_are_named(capsys):
+    assert main(["--dry-run", "--device", "3090", "--prompt", "x", "--adapter", "a"]) == 0
+    assert "the plan is without --prompt, --adapter" in capsys.readouterr().err
