@@ -339,7 +339,7 @@ def test_the_picture(tmp_path):
     arguments.check_plot(str(path))
     plot.draw(hand_made(), str(path))
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-    with pytest.raises(UsageError, match="picture"):
+    with pytest.raises(UsageError, match="must end in .png"):
         arguments.check_plot("roofline.txt")
 
 

@@ -213,7 +213,7 @@ def test_values_that_make_no_sense(loaded, flags, words):
         (["--device", "npu"], "tpu"),
         (["--preset", "mine"], "official"),
         (["--seed", "x"], "--seed"),
-        (["--truncate-prompt", "0"], "1 or more"),
+        (["--truncate-prompt", "0"], "at least 1"),
         (["--temprature", "1"], "did you mean --temperature?"),
         (["--prompt-file", "x"], "not allowed with"),
         (["-p", "b"], "given twice"),
