@@ -68,13 +68,21 @@ MODULES = sorted(
 )
 
 
-def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A cache folder, so that the commands share what they compile."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def shell(command: str, folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
     """Runs a command with this interpreter as `python`, away from the checkout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    environment |= {"XDG_CACHE_HOME": str(cache), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         cwd=folder,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        env=os.environ | environment,
         input="你好\n",  # for the commands that ask for it
         capture_output=True,
         text=True,
@@ -86,16 +94,18 @@ def test_both_languages_show_the_same():
     assert commands("README.md") == commands("README_zh.md")
     for language in ("console", "json"):
         assert blocks("README.md", language) == blocks("README_zh.md", language)
+    examples = [re.sub(r"  #.*", "", blocks(name, "python")[0]) for name in READMES]
+    assert examples[0] == examples[1]  # but for the comments
 
 
 @pytest.mark.parametrize("command", HERE)
-def test_command(command, tmp_path):
+def test_command(command, tmp_path, cache):
     questions = blocks("README.md", "json")[0]
     (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
     write_official(tmp_path / "FOLDER")
     if "inspect CONVERTED" in command:
         save(tmp_path / "CONVERTED")
-    done = shell(command, tmp_path)
+    done = shell(command, tmp_path, cache)
     assert done.returncode == 0, done.stderr
     answers = tmp_path / "answers.jsonl"
     shown = answers.read_text(encoding="utf-8") if answers.exists() else done.stdout
@@ -113,22 +123,21 @@ def test_the_others_are_run_elsewhere(command):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_help(module, tmp_path):
-    done = shell(f"python -m {module} --help", tmp_path)
+def test_help(module, tmp_path, cache):
+    done = shell(f"python -m {module} --help", tmp_path, cache)
     assert done.returncode == 0, done.stderr
     assert f"python -m {module}" in done.stdout
 
 
 def test_transcript(tmp_path):
     prompt, _, shown = blocks("README.md", "console")[0].partition("\n")
-    done = shell(prompt.removeprefix("$ "), tmp_path)
+    done = shell(prompt.removeprefix("$ "), tmp_path, tmp_path / "cache")
     assert done.stdout.strip() and done.stdout.strip() in shown
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_python_example(name, capsys):
-    (example,) = blocks(name, "python")
-    exec(compile(example, name, "exec"), {})
+def test_python_example(capsys):
+    (example,) = blocks("README.md", "python")
+    exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "glm2-jax" in printed and "stop" in printed
 
