@@ -20,7 +20,7 @@ def build_parser() -> Parser:
         description=(
             "Merges a LoRA adapter into its base, in float32, and writes a folder of this "
             "project's format. The logits of fixed prompts are compared with those of base and "
-            "adapter; if they differ by more than a bound, nothing is left behind."
+            "adapter; if they differ by more than a bound, no output remains."
         ),
         example="python -m convert.merge_lora ./chatglm2-6b ./my-adapter ./chatglm2-6b-mine",
     )

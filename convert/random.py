@@ -147,7 +147,7 @@ def write_random(
     Raises:
         UsageError: the folder exists, or a negative seed.
         CheckpointError: the tokenizer does not fit.
-        InputError: no space, or the folder cannot be written. Nothing is left behind.
+        InputError: no space, or the folder cannot be written. No output remains.
     """
     from convert.files.safetensors_writer import write_file, write_shards
     from convert.writing.destination import check_destination, new_checkpoint

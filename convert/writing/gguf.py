@@ -258,7 +258,7 @@ def export_gguf(
             compute, or the package gguf is not installed.
         CheckpointError: NaN or infinity, a number too large for the kind, or a vocabulary that
             cannot be written.
-        InputError: no space, or the file cannot be written. Nothing is left behind.
+        InputError: no space, or the file cannot be written. No output remains.
     """
     tensors = gguf_tensors(source, kind, lora)
     vocabulary = gguf_vocabulary(source.tokenizer, source.config.vocab_size)

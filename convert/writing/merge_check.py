@@ -87,7 +87,7 @@ class MergeCheck:
             raise CheckpointError(
                 f"The merged model differs from base and adapter by {found:.3g} in a logit.",
                 f"The bound for {self.dtype} is {bound:.3g}; the adapter itself changes logits by "
-                f"up to {self.effect:.3g}. Nothing was left behind.",
+                f"up to {self.effect:.3g}. No output was written.",
                 "Use --dtype float32, or --bound if such a difference is acceptable.",
             )
         return found

@@ -69,7 +69,7 @@ def save_checkpoint(
     Raises:
         UsageError: the folder exists, an unknown dtype, quantized parameters or a list of layers.
         CheckpointError: parameters of a wrong shape, or NaN or infinity among them.
-        InputError: no space, or the folder cannot be written. Nothing is left behind.
+        InputError: no space, or the folder cannot be written. No output remains.
     """
     used = template or config.default_template
     check_fit(config, tokenizer, used, asked=template is not None)

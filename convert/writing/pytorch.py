@@ -63,7 +63,7 @@ def export_folder(
             cannot describe.
         CheckpointError: NaN or infinity, a number too large for float16, or a tokenizer that the
             layout cannot describe.
-        InputError: no space, or the folder cannot be written. Nothing is left behind.
+        InputError: no space, or the folder cannot be written. No output remains.
     """
     plan = plan_export(source, layout, dtype, lora, dequantize)
     files = _small_files(source, layout, plan)

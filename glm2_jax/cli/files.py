@@ -205,7 +205,7 @@ def _cannot_write(destination: Path, error: OSError) -> InputError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return InputError(
         f"{destination} cannot be written: {error.strerror or error}.",
-        "Nothing was left behind.",
+        "No output remains.",
         "Free some space or write to another disk."
         if full
         else "Check the path and its permissions.",

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {  # flags that differ from their defaults
         action.dest: action.option_strings[0]
         for action in made._actions
-        if getattr(args, action.dest, action.default) != action.default
+        if vars(args).get(action.dest, action.default) != action.default
     }
     with join.start(from_flags(join.Hosts, args), vars(args)):
         arguments.choose_platform(args.device)

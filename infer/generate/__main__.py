@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         from infer.generate import dry_run
 
-        if unused := [name for name in _UNPLANNED if getattr(args, name) is not None]:
+        if unused := [name for name in _UNPLANNED if vars(args)[name] is not None]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             note(f"--dry-run answers nothing, and the plan is without {flags}")
         return dry_run.run(from_flags(dry_run.Settings, args))

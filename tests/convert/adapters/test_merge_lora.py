@@ -1,4 +1,4 @@
-"""`convert.merge_lora`: the merged model is base and adapter, and nothing wrong is left behind."""
+"""`convert.merge_lora`: the merged model is base and adapter, and a wrong one leaves no output."""
 
 import re
 import tempfile
