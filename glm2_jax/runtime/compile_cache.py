@@ -10,14 +10,13 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 VARIABLE = "GLM2_JAX_COMPILE_CACHE"
 OFF = "off"
 MAX_BYTES = 2 * 1024**3
-_SUM = 32  # bytes of a SHA-256
 _FOLDER = "programs"  # not "xla", where earlier versions kept programs without checksums
 
 
@@ -29,15 +28,9 @@ def default_folder() -> Path:
 def user_cache(
     name: str, variable: str, chosen: str | os.PathLike[str] | None = None
 ) -> Path | None:
-    """Return a folder in the user's cache folder, or the one that was chosen; None if it is "off".
+    """Return the chosen folder, or that of the environment variable, or `name` in the user's cache.
 
-    Args:
-        name: of the folder.
-        variable: environment variable that may choose another one.
-        chosen: the choice; comes before the variable.
-
-    Raises:
-        RuntimeError: there is no home folder.
+    None if it is "off"; raises RuntimeError if there is no home folder.
     """
     chosen = chosen or os.environ.get(variable)
     if chosen:
@@ -51,7 +44,7 @@ def user_cache(
 
 def enable_compile_cache(
     folder: str | os.PathLike | None = None, *, warn: Callable[[str], None] = lambda line: None
-) -> Path | None:
+) -> None:
     """Keep compiled programs in `folder`; call it before anything is compiled.
 
     The folder must belong to the user: programs in it are loaded and run as they are.
@@ -59,43 +52,41 @@ def enable_compile_cache(
     Args:
         folder: None = `default_folder()`; "off" (here or in the variable) = no cache.
         warn: called with one line if there is no cache, or if something in it is wrong.
-
-    Returns:
-        The folder, or None if there is no cache.
     """
     try:
         path = user_cache(_FOLDER, VARIABLE, folder)
         if path is None:
-            return None
+            return
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         trim(path, MAX_BYTES)  # JAX's own limit takes a lock that fails on some network disks
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(f"{path} is not writable")
     except (OSError, RuntimeError, ValueError) as error:  # no home folder; a NUL in the name
         warn(f"warning: no compilation cache, every start compiles again ({error})")
-        return None
+        return
 
     import jax  # late, so that flags can be checked without it
+    from jax._src import compilation_cache as jax_cache  # there is no public place for it
 
     jax.config.update("jax_compilation_cache_dir", str(path))
     # Small programs count too: the bundled model consists of nothing else.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    _check_programs(warn)
-    return path
+    make = getattr(jax_cache.get_file_cache, "unchecked", jax_cache.get_file_cache)
+
+    def get_file_cache(path: str) -> tuple[Any, str] | None:
+        made = make(path)
+        return None if made is None else (_Checked(made[0], warn), made[1])
+
+    get_file_cache.unchecked = make  # type: ignore[attr-defined]
+    jax_cache.get_file_cache = get_file_cache
 
 
 class Lookup(logging.Filter):
-    """Reports whether JAX finds a program, which is compiled inside, in its cache.
+    """A context in which one program is compiled; `found` says whether it was in JAX's cache.
 
-    Before it compiles, which may take minutes, JAX reports that only in its log. Threads take
-    turns, because they share the level of that log.
-
-    Args:
-        missed: called once if the program is not in the cache, as a rule before it is compiled.
-
-    Attributes:
-        found: whether it was in the cache.
+    `missed` is called once if it is not, as a rule before it is compiled. That may take minutes,
+    and before it JAX reports a miss only in its log, whose level threads share: they take turns.
     """
 
     _turn = threading.Lock()
@@ -140,67 +131,49 @@ class Lookup(logging.Filter):
 
 
 class _Checked:
-    """A cache of JAX in which each program follows a checksum of its key and its bytes.
+    """A cache of JAX in which each program follows a SHA-256 of its key and its bytes.
 
     JAX runs whatever has a program's name, and another program of the same shapes would compute
-    wrong numbers without an error. An entry with a wrong checksum is deleted and compiled again.
-
-    Args:
-        cache: as JAX makes it: `get` and `put` by key.
-        warn: called once with one line if an entry is wrong or cannot be read or written.
+    wrong numbers without an error. An entry with a wrong checksum is deleted and compiled again;
+    `warn` is called once with one line.
     """
 
     def __init__(self, cache: Any, warn: Callable[[str], None]):
         self._cache, self._warn = cache, warn
         self._path = cache._path  # JAX reads this name when it resets its cache
-        self._folder = Path(self._path)
 
     def get(self, key: str) -> bytes | None:
         """Return the program, or None if it has to be compiled."""
-        path = self._folder / f"{key}-cache"
-        with self._deleted_if_unusable(path):
+        path = Path(self._path) / f"{key}-cache"
+        try:
             plain = path.is_file() or not path.exists()  # a pipe or device may have no end
             data = self._cache.get(key) if plain else b""
-            if data is None or data[:_SUM] == _sum(key, data[_SUM:]):
-                return None if data is None else data[_SUM:]
-            raise ValueError("damaged, replaced, or of an earlier version")
+            if data is None or data[:32] == _sum(key, data[32:]):
+                return None if data is None else data[32:]
+            self._discard(path, "damaged, replaced, or of an earlier version")
+        except (OSError, ValueError) as error:
+            self._discard(path, error)
         return None
 
     def put(self, key: str, value: bytes) -> None:
         """Keep a program."""
-        with self._deleted_if_unusable(self._folder / f"{key}-cache"):
-            self._cache.put(key, _sum(key, value) + value)
-
-    @contextlib.contextmanager
-    def _deleted_if_unusable(self, path: Path) -> Iterator[None]:
         try:
-            yield
+            self._cache.put(key, _sum(key, value) + value)
         except (OSError, ValueError) as error:
-            warn, self._warn = self._warn, lambda line: None
-            warn(
-                f"warning: a program of the compilation cache is unusable: {error}; it is "
-                f"compiled again ({path.parent})"
-            )
-            with contextlib.suppress(OSError):
-                path.unlink()
+            self._discard(Path(self._path) / f"{key}-cache", error)
+
+    def _discard(self, path: Path, why: object) -> None:
+        warn, self._warn = self._warn, lambda line: None
+        warn(
+            f"warning: a program of the compilation cache is unusable: {why}; it is "
+            f"compiled again ({path.parent})"
+        )
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _sum(key: str, value: bytes) -> bytes:
     return hashlib.sha256(key.encode() + value).digest()
-
-
-def _check_programs(warn: Callable[[str], None]) -> None:
-    """Have JAX make its cache a checked one; a cache that exists already stays as it is."""
-    from jax._src import compilation_cache as jax_cache  # there is no public place for it
-
-    make = getattr(jax_cache.get_file_cache, "unchecked", jax_cache.get_file_cache)
-
-    def get_file_cache(path: str) -> tuple[Any, str] | None:
-        made = make(path)
-        return None if made is None else (_Checked(made[0], warn), made[1])
-
-    get_file_cache.unchecked = make  # type: ignore[attr-defined]
-    jax_cache.get_file_cache = get_file_cache
 
 
 def trim(folder: Path, max_bytes: int) -> None:

@@ -17,16 +17,7 @@ Shortage = tuple[str, str]  # needed and free; what fits instead
 
 
 def find_mesh(mesh: str | None, device: str = "auto") -> Mesh | None:
-    """Return the mesh of a command's flags; None = one device.
-
-    Args:
-        mesh: the value of `--mesh`.
-        device: the kind of its devices, as `find_device` takes it.
-
-    Raises:
-        UsageError: as of `as_mesh`, or there are several processes and no mesh.
-        DeviceError: there is no such device.
-    """
+    """Return the mesh of the flags --mesh and --device; None = one device of this one process."""
     if mesh is not None:
         return as_mesh(mesh, device)
     # In this order, since the second starts jax's devices.
@@ -40,14 +31,10 @@ def find_mesh(mesh: str | None, device: str = "auto") -> Mesh | None:
 
 
 def find_device(name: Any) -> Any:
-    """Return the first device of a kind; a `jax.Device` is returned as it is.
+    """Return the first device of a kind, one of `choices.DEVICES`; None = "auto".
 
-    Args:
-        name: one of `choices.DEVICES`; None = "auto".
-
-    Raises:
-        UsageError: an unknown name.
-        DeviceError: this machine, or this JAX, has no such device.
+    A `jax.Device` is returned as it is. Raises UsageError for another name, and DeviceError if this
+    machine, or this JAX, has no such device.
     """
     if isinstance(name, jax.Device):
         return name
@@ -66,16 +53,10 @@ def find_device(name: Any) -> Any:
 
 
 def as_mesh(mesh: Any, device: Any = None) -> Mesh:
-    """Return a mesh of all devices of a kind.
+    """Return a mesh of all devices of a kind, which `find_device` takes.
 
-    Args:
-        mesh: a text such as "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`, which is
-            checked.
-        device: the kind, as `find_device` takes it.
-
-    Raises:
-        UsageError: the mesh is not valid, or takes more or fewer devices than there are.
-        DeviceError: there is no such device.
+    The mesh is a text such as "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`, which is
+    checked. Raises UsageError if it is not valid or takes more or fewer devices than there are.
     """
     if isinstance(mesh, Mesh):
         if device not in (None, "auto"):
@@ -98,8 +79,7 @@ def as_mesh(mesh: Any, device: Any = None) -> Mesh:
         mesh = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     if not isinstance(mesh, str):
         raise UsageError(f"mesh={mesh!r} is not a mesh", fix="Write it like data=2,tensor=4.")
-    sizes = parse_mesh(mesh)
-    return make_mesh(sizes, jax.devices(find_device(device).platform))
+    return make_mesh(parse_mesh(mesh), jax.devices(find_device(device).platform))
 
 
 def faster_layers(platform: str, *, on_mesh: bool = False) -> str:
@@ -119,27 +99,20 @@ def device_errors(
 ) -> Iterator[None]:
     """Turn running out of device or host memory into a DeviceError that says what would fit.
 
-    Args:
-        doing: what is computed, with its sizes.
-        explain: called for the other parts of the message when it happens.
+    `doing` is what is computed, with its sizes; `explain` is called for the rest of the message.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError, CheckpointError) as error:
-        if not _exhausted(error):
+        text, cause = str(error), error.__cause__
+        if isinstance(error, CheckpointError):  # a file could not be mapped
+            full = isinstance(cause, OSError) and cause.errno == errno.ENOMEM
+        else:
+            full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+        if not full and not isinstance(error, MemoryError):
             raise
-        first = (str(error).splitlines() or ["an allocation failed"])[0]
+        first = (text.splitlines() or ["an allocation failed"])[0]
         numbers, fix = explain() or ("", "Load a narrower dtype, or --quantize int8 or int4.")
         raise DeviceError(
             f"out of device memory: {doing}", f"{numbers} ({first})".strip(), fix
         ) from error
-
-
-def _exhausted(error: Exception) -> bool:
-    """Return whether memory ran out: of the device, of Python, or for a mapped file."""
-    if isinstance(error, CheckpointError):
-        cause = error.__cause__
-        return isinstance(cause, OSError) and cause.errno == errno.ENOMEM
-    text = str(error)
-    full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-    return full or isinstance(error, MemoryError)

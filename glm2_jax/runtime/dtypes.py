@@ -17,16 +17,10 @@ def dtype_name(dtype: Any) -> str:
 
 
 def resolve_dtype(name: str, *, num_params: int, device: Any = None) -> np.dtype:
-    """Return the dtype that a name means on a device.
+    """Return the dtype that a name of `choices.DTYPES` means for `num_params` on a `jax.Device`.
 
-    Args:
-        name: one of `choices.DTYPES`. "auto" is bfloat16 on TPUs and on GPUs that have it, float16
-            on older GPUs, and on a CPU float32 if it fits the free memory, else bfloat16.
-        num_params: number of parameters, to see what fits.
-        device: a `jax.Device`; default: the first one.
-
-    Raises:
-        UsageError: an unknown name.
+    "auto" is bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, and on a CPU float32
+    if it fits the free memory, else bfloat16. An unknown name is a UsageError.
     """
     if not isinstance(name, str) or name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}", fix=f"Known: {', '.join(DTYPES)}.")
@@ -36,19 +30,13 @@ def resolve_dtype(name: str, *, num_params: int, device: Any = None) -> np.dtype
     if device.platform == "cpu":
         fits = num_params * 4 * 1.1 < available_memory()
         return np.dtype("float32" if fits else "bfloat16")
-    if device.platform == "gpu" and _compute_capability(device) < 8.0:
-        return np.dtype("float16")
-    return np.dtype("bfloat16")
+    try:
+        older = device.platform == "gpu" and float(device.compute_capability) < 8.0
+    except (AttributeError, ValueError):  # AMD's is not a number
+        older = False
+    return np.dtype("float16" if older else "bfloat16")
 
 
 def available_memory() -> int:
     """Return the bytes of host memory that a new program can use, within container limits."""
     return find_memory().usable or sys.maxsize
-
-
-def _compute_capability(device: Any) -> float:
-    """Return NVIDIA's compute capability; infinity for devices that name something else (AMD)."""
-    try:
-        return float(device.compute_capability)
-    except (AttributeError, ValueError):
-        return float("inf")

@@ -12,10 +12,6 @@ def gathered(array: Any, layer: int | None = None) -> np.ndarray:
 
     If shards of it are on devices of other processes, all processes must call this for the same
     arrays in the same order; each gets the complete array.
-
-    Args:
-        array: a `jax.Array` on any devices, or a numpy array.
-        layer: index on its first axis; None = all of it.
     """
     if isinstance(array, jax.Array) and array.is_fully_replicated:
         array = array.addressable_data(0)

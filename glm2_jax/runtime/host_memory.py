@@ -18,10 +18,8 @@ _MAPPED = 1_500_000_000
 class Memory:
     """Host memory in bytes; None = unknown.
 
-    Attributes:
-        total, available: of the machine.
-        limit, limit_left: of the control groups (a container, a batch system).
-        process_limit: what the limits of the process (`ulimit -v`, `ulimit -d`) leave to arrays.
+    `total` and `available` are of the machine, `limit` and `limit_left` of the control groups (a
+    container, a batch system), `process_limit` is what `ulimit -v` and `ulimit -d` leave to arrays.
     """
 
     total: int | None = None
@@ -38,12 +36,7 @@ class Memory:
 
 
 def find_memory(root: Path = Path("/"), *, own: bool = False) -> Memory:
-    """Return the host memory and what limits it.
-
-    Args:
-        root: of the file system; another one in tests.
-        own: count memory that this process already has as free.
-    """
+    """Return the host memory and its limits; with `own`, what this process has counts as free."""
     text = read_text(root / "proc/meminfo")
     total, available = (_kilobytes(name, text) for name in ("MemTotal", "MemAvailable"))
     if total is None:
@@ -51,8 +44,7 @@ def find_memory(root: Path = Path("/"), *, own: bool = False) -> Memory:
             total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [pair for folder in _memory_groups(root) if (pair := _group_limit(folder))]
     below = [pair for pair in limits if total is None or pair[0] < total]
-    status = read_text(root / "proc/self/status") if own else ""
-    taken = _kilobytes("RssAnon", status) or 0
+    taken = _kilobytes("RssAnon", read_text(root / "proc/self/status")) or 0 if own else 0
     return Memory(
         total,
         None if available is None else available + taken,
@@ -86,14 +78,10 @@ def _memory_groups(root: Path) -> list[Path]:
     folders = []
     for line in read_text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        if number == "0":
-            base = root / "sys/fs/cgroup"
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-        else:
-            continue
-        inside = Path(path.lstrip("/"))  # in a container often a path that exists only on the host
-        folders += [base / part for part in (inside, *inside.parents)]
+        if number == "0" or "memory" in controllers.split(","):
+            base = root / ("sys/fs/cgroup" if number == "0" else "sys/fs/cgroup/memory")
+            inside = Path(path.lstrip("/"))  # in a container often one that only the host has
+            folders += [base / part for part in (inside, *inside.parents)]
     return list(dict.fromkeys(folders))
 
 
@@ -104,12 +92,11 @@ def _group_limit(folder: Path) -> tuple[int, int] | None:
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         text = read_text(folder / limit_file).strip()
-        if not text.isdecimal() or int(text) >= _NO_LIMIT:
-            continue
-        used = read_text(folder / used_file).strip()
-        match = re.search(rf"^{droppable} (\d+)$", read_text(folder / "memory.stat"), re.M)
-        dropped = int(match[1]) if match else 0
-        return int(text), max(int(used) - dropped, 0) if used.isdecimal() else 0
+        if text.isdecimal() and int(text) < _NO_LIMIT:
+            used = read_text(folder / used_file).strip()
+            match = re.search(rf"^{droppable} (\d+)$", read_text(folder / "memory.stat"), re.M)
+            dropped = int(match[1]) if match else 0
+            return int(text), max(int(used) - dropped, 0) if used.isdecimal() else 0
     return None
 
 

@@ -18,7 +18,7 @@ from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.mesh import mesh_text
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from glm2_jax.runtime.host_memory import find_memory
-from glm2_jax.runtime.probing import describe_device, describe_software, processor
+from glm2_jax.runtime.machine import describe_device, describe_software, processor
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.sharding import check_mesh
 from infer import startup

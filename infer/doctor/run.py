@@ -11,7 +11,7 @@ from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.tables import columns
 from glm2_jax.escape import json_line
-from glm2_jax.runtime import probing
+from glm2_jax.runtime.machine import probe
 from infer.doctor.checkup import examine
 from infer.doctor.forms import Model
 from infer.doctor.report import WIDEST, as_json, render
@@ -30,7 +30,7 @@ def run(settings: Settings) -> int:
     model = open_model(settings.choice)
     if sys.stderr.isatty():
         note("looking at this machine; starting jax can take a minute ...")
-    machine = probing.probe()
+    machine = probe()
     report = examine(machine, model)
     if settings.json:
         print(json_line(as_json(machine, model, report)))

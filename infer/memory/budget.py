@@ -18,8 +18,7 @@ from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import DeviceError, GLMError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.host_memory import find_memory
-from glm2_jax.runtime.machine import Gpu
-from glm2_jax.runtime.probing import count_tpus, find_nvidia
+from glm2_jax.runtime.machine import Gpu, count_tpus, find_nvidia
 from glm2_jax.schemes import asked_scheme
 from infer.memory.cards import CARDS, find_card
 from infer.memory.plan import RUNTIME, Plan, nearest

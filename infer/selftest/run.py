@@ -15,7 +15,7 @@ from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import CheckpointError, DeviceError, GLMError
 from glm2_jax.escape import json_line
-from glm2_jax.runtime.probing import describe_device, describe_software
+from glm2_jax.runtime.machine import describe_device, describe_software
 from infer import startup
 from infer.console import peak_memory
 from infer.engine.engine import Engine

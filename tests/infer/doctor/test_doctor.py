@@ -12,9 +12,17 @@ import pytest
 from glm2_jax.cli.messages import human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import CheckpointError
-from glm2_jax.runtime import probing
 from glm2_jax.runtime.host_memory import Memory
-from glm2_jax.runtime.machine import Cache, Device, Disk, Gpu, JaxProbe, Machine, Nvidia
+from glm2_jax.runtime.machine import (
+    Cache,
+    Device,
+    Disk,
+    Gpu,
+    JaxProbe,
+    Machine,
+    Nvidia,
+    probe_jax,
+)
 from infer.doctor.__main__ import main
 from infer.doctor.checkup import EXIT_DEVICE, NOTE, PROBLEM, Report, examine
 from infer.doctor.forms import Model, command
@@ -330,7 +338,7 @@ def test_a_jax_that_cannot_be_imported(tmp_path):
 def test_a_file_of_the_users_is_not_taken_for_jax(tmp_path, monkeypatch):
     damaged_jax(tmp_path)
     monkeypatch.chdir(tmp_path)
-    found = probing.probe_jax(code="import jax; print('[]')")
+    found = probe_jax(code="import jax; print('[]')")
     assert found.works, found.error
 
 
@@ -342,10 +350,10 @@ def test_a_variable_of_this_machine():
 
 def test_main_prints_what_was_probed(monkeypatch, capsys):
     small = changed(LAPTOP, memory=Memory(8 * GB, 4 * GB))
-    monkeypatch.setattr(probing, "probe", lambda: small)
+    monkeypatch.setattr("infer.doctor.run.probe", lambda: small)
     assert main([]) == 0
     assert "No dtype or quantization of a 6B model fits here" in capsys.readouterr().out
-    monkeypatch.setattr(probing, "probe", lambda: changed(LAPTOP, jax=JaxProbe(error="no")))
+    monkeypatch.setattr("infer.doctor.run.probe", lambda: changed(LAPTOP, jax=JaxProbe(error="no")))
     assert main(["--json"]) == EXIT_DEVICE
     assert json.loads(capsys.readouterr().out)["problems"] == 1
     with pytest.raises(CheckpointError):

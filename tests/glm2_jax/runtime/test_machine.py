@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from glm2_jax.runtime import probing
+from glm2_jax.runtime import machine
 from glm2_jax.runtime.host_memory import Memory, find_memory
 from glm2_jax.runtime.machine import Cache, Gpu, Nvidia
 
@@ -13,10 +13,10 @@ GB = 10**9
 
 def test_the_answer_of_nvidia_smi():
     text = "550.54.15, 40960, 40000, NVIDIA A100\n550.54.15, [N/A], [N/A], NVIDIA GH200, 480GB\n"
-    gpus, error, driver = probing.parse_nvidia_smi(text)
+    gpus, error, driver = machine.parse_nvidia_smi(text)
     assert gpus[0] == Gpu("NVIDIA A100", 40960 * 2**20, 40000 * 2**20)
     assert gpus[1] == Gpu("NVIDIA GH200, 480GB", 0, 0) and (error, driver) == ("", "550.54.15")
-    assert probing.parse_nvidia_smi("No devices were found\n")[0] == ()
+    assert machine.parse_nvidia_smi("No devices were found\n")[0] == ()
 
 
 DRIVERS = {
@@ -27,7 +27,7 @@ DRIVERS = {
 
 @pytest.mark.parametrize(("line", "version"), DRIVERS.items())
 def test_hardware_without_tools(tmp_path, monkeypatch, line, version):
-    monkeypatch.setattr(probing.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda tool: None)
     files = {
         "proc/driver/nvidia/version": line,
         "proc/cpuinfo": "processor: 0\nflags\t\t: fpu avx avx2\n",
@@ -42,9 +42,9 @@ def test_hardware_without_tools(tmp_path, monkeypatch, line, version):
         "sys/bus/pci/devices/0000:02:00.0/device": "0x0063\n",
     }
     write(tmp_path, files)
-    assert probing.find_nvidia(tmp_path) == Nvidia(on_bus=1, nodes=1, driver=version)
-    assert probing.count_tpus(tmp_path) == 1 and probing.has_avx(tmp_path) is True
-    assert probing.has_avx(tmp_path / "nothing") is None
+    assert machine.find_nvidia(tmp_path) == Nvidia(on_bus=1, nodes=1, driver=version)
+    assert machine.count_tpus(tmp_path) == 1 and machine.has_avx(tmp_path) is True
+    assert machine.has_avx(tmp_path / "nothing") is None
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -91,7 +91,7 @@ def test_control_groups_limit_memory(tmp_path):
     ],
 )
 def test_jax_may_crash_or_hang(code, error):
-    found = probing.probe_jax(code=code, seconds=3 if "sleep" in code else 120)
+    found = machine.probe_jax(code=code, seconds=3 if "sleep" in code else 120)
     assert error in found.error and not found.works
     if "abort" in code:
         assert "(at: find devices)" in found.error
@@ -104,16 +104,16 @@ def test_what_jax_says_is_shortened():
         "E0101 10:00:00.1 12 cuda_executor.cc:1] no driver\n" * 2 + "-" * 20 + "\n"
         "For simplicity, JAX has removed its internal frames from the traceback of the following\n"
     )
-    assert probing.important_lines(log) == ("An NVIDIA GPU may be present", "no driver")
+    assert machine.important_lines(log) == ("An NVIDIA GPU may be present", "no driver")
 
 
 def test_free_space_and_cache(tmp_path, monkeypatch):
-    assert probing.free_space(str(tmp_path / "not" / "there")) == probing.free_space(str(tmp_path))
+    assert machine.free_space(str(tmp_path / "not" / "there")) == machine.free_space(str(tmp_path))
     monkeypatch.setenv("GLM2_JAX_COMPILE_CACHE", str(tmp_path / "xla"))
-    assert probing.find_cache() == Cache(str(tmp_path / "xla"))
+    assert machine.find_cache() == Cache(str(tmp_path / "xla"))
     write(tmp_path, {"xla/program-cache": "12345", "xla/other": "1"})
-    assert probing.find_cache() == Cache(str(tmp_path / "xla"), True, True, 1, 5)
-    monkeypatch.setattr(probing.os, "access", lambda path, mode: False)
-    assert not probing.find_cache().writable
+    assert machine.find_cache() == Cache(str(tmp_path / "xla"), True, True, 1, 5)
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
+    assert not machine.find_cache().writable
     monkeypatch.setenv("GLM2_JAX_COMPILE_CACHE", "off")
-    assert probing.find_cache() == Cache("off")
+    assert machine.find_cache() == Cache("off")
