@@ -25,15 +25,11 @@ def build_prompt(
     history: Turns = (),
     system: str | None = None,
 ) -> list[int]:
-    """Build the ids of a prompt.
+    """Build the ids of a prompt by one of `choices.TEMPLATES`.
 
-    Args:
-        tokenizer: the tokenizer; "chatglm3" needs one with role ids.
-        template: one of `choices.TEMPLATES`.
-        query: the question, not blank.
-        history: (question, answer) pairs, oldest first. An answer is text; with "chatglm3" it may
-            be a list of messages, as `build_messages` takes them.
-        system: instructions. ChatGLM2 has no place for them: they precede the first question.
+    `query` is the question, `history` are (question, answer) pairs, oldest first. An answer is
+    text; with "chatglm3" it may be a list of messages, as `build_messages` takes them. ChatGLM2 has
+    no place for `system` instructions: they precede the first question.
 
     Raises:
         InputError: blank question, malformed history, or history/system with "raw".
@@ -43,9 +39,12 @@ def build_prompt(
     if template == "chatglm2":
         return tokenizer.prefix_ids + tokenizer.encode(chatglm2_text(query, history, system))
     if template == "chatglm3":
-        return build_messages(tokenizer, _turns_to_messages(query, history, system))
+        messages: list[Any] = [{"role": "system", "content": system}] if system else []
+        for question, answer in history:
+            messages += [{"role": "user", "content": question}, *reply_messages(answer)]
+        return build_messages(tokenizer, [*messages, {"role": "user", "content": query}])
     if template == "raw":
-        if len(history) or system:
+        if history or system:
             raise InputError(
                 "The raw template takes neither history nor a system text.",
                 "It passes the text to the model as it is.",
@@ -56,11 +55,7 @@ def build_prompt(
 
 
 def chatglm2_text(query: str, history: Turns = (), system: str | None = None) -> str:
-    """Return the text of a ChatGLM2 prompt; the arguments are those of `build_prompt`.
-
-    Raises:
-        InputError: an answer is a list of messages.
-    """
+    """Return the text of a ChatGLM2 prompt; InputError if an answer is a list of messages."""
     questions = [question for question, _ in history] + [query]
     if system:
         questions[0] = f"{system}\n{questions[0]}"
@@ -82,16 +77,8 @@ def build_followup(tokenizer: Tokenizer, query: str, round_number: int) -> list[
     """Build the ids that continue a ChatGLM2 conversation whose last answer is in the cache.
 
     They are exactly the end of the full prompt's ids: a newline is a byte piece, which never
-    merges, so only the dummy prefix has to go.
-
-    Args:
-        tokenizer: the tokenizer.
-        query: the next question, not blank.
-        round_number: its number, 2 or more.
-
-    Raises:
-        InputError: blank question.
-        CheckpointError: the tokenizer merges newlines, so no such suffix exists.
+    merges, so only the dummy prefix has to go. If a tokenizer merges newlines, so that no such
+    suffix exists, it raises CheckpointError. `round_number` is 2 or more.
     """
     if round_number < 2:
         raise ValueError(f"round {round_number} has no follow-up, build the complete prompt")
@@ -111,11 +98,9 @@ def build_followup(tokenizer: Tokenizer, query: str, round_number: int) -> list[
 def build_messages(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[int]:
     """Build the ids of a ChatGLM3 prompt, which the model answers as the assistant.
 
-    Args:
-        tokenizer: a tokenizer with role ids.
-        messages: mappings with "role" (one of ROLES), "content", and optionally "metadata" (one
-            line: the tool that an assistant message calls) and, for system, "tools" (JSON). Only a
-            final question must not be empty, as in the published code.
+    A message has a "role" (one of ROLES), "content", and optionally "metadata" (one line: the tool
+    that an assistant message calls) and, for system, "tools" (JSON). Only a final question must not
+    be empty, as in the published code.
 
     Raises:
         InputError: names the first malformed message.
@@ -157,16 +142,10 @@ def truncate_prompt(
     system: str | None,
     limit: int,
 ) -> tuple[list[int], int, int]:
-    """Build a prompt of at most `limit` ids, omitting as little as possible.
+    """Build a prompt of at most `limit` ids: (ids, number of omitted turns, of question tokens).
 
     The oldest turns go first, then the end of the question, in whole characters. The frame around
-    the question and the system text are never cut. The other arguments are those of `build_prompt`.
-
-    Returns:
-        The ids, the number of omitted turns, and the number of omitted question tokens.
-
-    Raises:
-        InputError: not even the first character of the question fits; else as build_prompt.
+    the question and the system text are never cut. InputError if not even one character fits.
     """
 
     def build(turns: int, characters: int) -> list[int]:
@@ -176,14 +155,13 @@ def truncate_prompt(
     def too_long(turns: int, characters: int) -> bool:
         return len(build(turns, characters)) > limit
 
-    length = len(query)
-    ids = build(len(history), length)
+    turns, length = len(history), len(query)
+    ids = build(turns, length)
     if len(ids) <= limit:
         return ids, 0, 0
-    turns = bisect_left(range(1, len(history) + 1), True, key=lambda n: too_long(n, length))
-    if turns or not too_long(0, length):
-        return build(turns, length), len(history) - turns, 0
-
+    kept = bisect_left(range(turns), True, key=lambda n: too_long(n, length)) - 1
+    if kept >= 0:
+        return build(kept, length), turns - kept, 0
     shortest = length - len(query.lstrip()) + 1  # a blank question is not allowed
     if too_long(0, shortest):
         raise InputError(
@@ -193,16 +171,8 @@ def truncate_prompt(
             + (", or shorten the system text, which is never cut." if system else "."),
         )
     longer = range(shortest + 1, length + 1)
-    characters = shortest + bisect_left(longer, True, key=lambda n: too_long(0, n))
-    ids = build(0, characters)
-    return ids, len(history), len(build(0, length)) - len(ids)
-
-
-def _turns_to_messages(query: str, history: Turns, system: str | None) -> list[Mapping[str, Any]]:
-    messages: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system else []
-    for question, answer in history:
-        messages += [{"role": "user", "content": question}, *reply_messages(answer)]
-    return [*messages, {"role": "user", "content": query}]
+    ids = build(0, shortest + bisect_left(longer, True, key=lambda n: too_long(0, n)))
+    return ids, turns, len(build(0, length)) - len(ids)
 
 
 def is_reply(value: object) -> bool:

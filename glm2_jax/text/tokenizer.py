@@ -26,7 +26,6 @@ SPECIAL = {
     "chatglm3": _COMMON_SPECIAL + ROLE_TOKENS,
 }
 """The special tokens of each family, in the order of their ids."""
-
 # An error handler: SentencePiece replaces each byte, Python's "replace" only each run of them.
 _EACH_BYTE = "glm2_jax.each_byte"
 codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", cast(Any, error).start + 1))
@@ -34,22 +33,14 @@ codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", cast(Any, error).star
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token that the family does not have; the fields are those of `transformers`.
-
-    Attributes:
-        content: its text.
-        id: its id.
-        special: whether the folder calls it special; encoding and decoding do not depend on it.
-        lstrip, rstrip: whether blanks before and after it belong to it.
-        single_word: whether it is only recognized between spaces.
-    """
+    """A token that the family does not have; the fields are those of `transformers`."""
 
     content: str
     id: int
-    special: bool = False
-    lstrip: bool = False
+    special: bool = False  # for the folder; encoding and decoding do not depend on it
+    lstrip: bool = False  # whether blanks before it belong to it
     rstrip: bool = False
-    single_word: bool = False
+    single_word: bool = False  # whether it is only recognized between spaces
 
 
 class Tokenizer:
@@ -75,6 +66,8 @@ class Tokenizer:
         self.model_bytes = model_bytes
         self._pieces = _load_model(model_bytes, source)
         self.num_pieces = self._pieces.get_piece_size()
+        self._byte_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._byte_values = {token_id: byte for byte, token_id in enumerate(self._byte_ids)}
         self._set_tokens(family, None, (), ())
         # The flag is in the model's protobuf; its effect on a letter shows it without a parser.
         self.adds_dummy_prefix = self.piece(self.encode("A")[0]).startswith(SPACE_MARK)
@@ -88,12 +81,9 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Return a tokenizer of the same pieces with other tokens.
 
-        Args:
-            family: "chatglm2", "chatglm3" or "codegeex2".
-            special: name -> id of its special tokens, at least "[gMASK]" and "sop"; None = they
-                follow the pieces, as published. Such an id may replace a piece.
-            added: additional tokens; ids and texts are unique and differ from `special`.
-            end_ids: additional ids that end an answer.
+        `special` is name -> id of the family's special tokens, at least "[gMASK]" and "sop"; None =
+        they follow the pieces, as published. Such an id may replace a piece. The ids and texts of
+        `added` are unique and differ from `special`.
         """
         other = copy.copy(self)
         other._set_tokens(family, special, added, end_ids)
@@ -133,9 +123,10 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            if path.exists() and not path.is_file():  # reading a pipe could wait forever
+            size = path.stat().st_size
+            if not path.is_file():  # reading a pipe could wait forever
                 raise OSError("it is not a plain file")
-            if path.stat().st_size > MAX_MODEL_BYTES:
+            if size > MAX_MODEL_BYTES:
                 raise OSError(f"it is larger than {MAX_MODEL_BYTES} bytes")
             data = path.read_bytes()
         except OSError as error:
@@ -172,17 +163,7 @@ class Tokenizer:
             ) from error
         if self._split is None:
             return self._encode_pieces(text)
-        ids: list[int] = []
-        for number, part in enumerate(self._split_added(text)):
-            if number % 2 and part:
-                ids.append(self.added[part].id)
-            elif part:
-                ids += self._encode_pieces(part)
-        return ids
-
-    def _split_added(self, text: str) -> list[str]:
-        """Return text and added tokens in turn; "" in place of a token that is part of a word."""
-        parts = self._split.split(text) if self._split is not None else [text]
+        parts = self._split.split(text)  # text and added tokens in turn
         for i in range(1, len(parts), 2):
             token, left, right = self.added[parts[i]], parts[i - 1], parts[i + 1]
             if token.rstrip:
@@ -193,23 +174,27 @@ class Tokenizer:
                 parts[i - 1], parts[i] = left + token.content, ""
             elif token.single_word and right and right[0] != " ":
                 parts[i + 1], parts[i] = token.content + right, ""
-        return parts
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if part:
+                ids += [self.added[part].id] if i % 2 else self._encode_pieces(part)
+        return ids
 
     def _encode_pieces(self, text: str) -> list[int]:
         ids = self._pieces.encode(text)
         if self._replaced.isdisjoint(ids):
             return ids
-        # A piece whose id means another token is encoded in single characters.
-        parts = ([i] if i not in self._replaced else self._encode_characters(i) for i in ids)
-        return [i for part in parts for i in part]
-
-    def _encode_characters(self, token_id: int) -> Iterable[int]:
-        for character in self._pieces.id_to_piece(token_id):
-            found = self._pieces.piece_to_id(character)
-            if found in self._replaced or not self._is_ordinary(found):
-                yield from (self._pieces.piece_to_id(f"<0x{b:02X}>") for b in character.encode())
-            else:
-                yield found
+        result: list[int] = []
+        for token_id in ids:
+            if token_id not in self._replaced:
+                result.append(token_id)
+                continue
+            # A piece whose id means another token is encoded in single characters, or in bytes.
+            for character in self._pieces.id_to_piece(token_id):
+                found = self._pieces.piece_to_id(character)
+                ordinary = self._is_ordinary(found)
+                result += [found] if ordinary else [self._byte_ids[b] for b in character.encode()]
+        return result
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids; special, control, unknown, negative and out-of-range ids have no text.
@@ -234,7 +219,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's UTF-8 bytes with its leading space; b"" if it has no text."""
         byte = self.byte_value(token_id)
-        return self.token_text(token_id).encode("utf-8") if byte is None else bytes([byte])
+        return self.token_text(token_id).encode() if byte is None else bytes([byte])
 
     def token_text(self, token_id: int) -> str:
         """Return the text of an ordinary piece, with plain spaces, or an added token, else ""."""
@@ -250,9 +235,8 @@ class Tokenizer:
 
     def byte_value(self, token_id: int) -> int | None:
         """Return the byte, 0 to 255, of a byte piece such as <0x0A>; None for other ids."""
-        if not self._is_ordinary(token_id) or not self._pieces.is_byte(int(token_id)):
-            return None
-        return int(self.piece(token_id)[3:5], 16)
+        byte = self._byte_values.get(token_id)
+        return None if token_id in self._replaced else byte
 
     def _is_ordinary(self, token_id: int) -> bool:
         if not 0 <= token_id < self.num_pieces or token_id in self._replaced:
@@ -263,7 +247,7 @@ class Tokenizer:
 
 def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
     """Parse the model and check what the rest of the project relies on."""
-    name = f"The tokenizer {source}" if source else "The tokenizer"
+    name = f"The tokenizer {source}".rstrip()
     if data.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{name} is a Git LFS pointer, not the file itself.",
@@ -286,7 +270,7 @@ def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcesso
             f"{name} does not belong to the ChatGLM family.",
             f"Its ids of <unk>, <s> and </s> are {ids}, not (0, 1, 2).",
         )
-    num_bytes = sum(pieces.is_byte(i) for i in range(pieces.get_piece_size()))
+    num_bytes = sum(pieces.is_byte(pieces.piece_to_id(f"<0x{i:02X}>")) for i in range(256))
     if num_bytes != 256:
         raise CheckpointError(
             f"{name} does not belong to the ChatGLM family.",
@@ -310,9 +294,15 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Take the next id and return the text that is now certain, perhaps ""."""
         byte = self._tokenizer.byte_value(token_id)
-        if byte is None:
-            return self.flush() + self._piece_text(token_id)
-        return self._started(self._bytes.decode(bytes([byte])))
+        if byte is not None:
+            return self._started(self._bytes.decode(bytes([byte])))
+        held, text = self.flush(), self._tokenizer.token_text(token_id)
+        if self._tokenizer.is_added(token_id):  # the text after it was encoded separately
+            self._at_start = self._tokenizer.adds_dummy_prefix
+            return held + text
+        first = self._at_start and text.startswith(" ")
+        self._started(text)
+        return held + text[first:]
 
     def flush(self) -> str:
         """End the stream, or a run of bytes, and return what was held back."""
@@ -321,12 +311,3 @@ class Detokenizer:
     def _started(self, text: str) -> str:
         self._at_start = self._at_start and not text
         return text
-
-    def _piece_text(self, token_id: int) -> str:
-        text = self._tokenizer.token_text(token_id)
-        if self._tokenizer.is_added(token_id):  # the text after it was encoded separately
-            self._at_start = self._tokenizer.adds_dummy_prefix
-            return text
-        dropped = text[1:] if self._at_start and text.startswith(" ") else text
-        self._started(text)
-        return dropped
