@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from glm2_jax.choices import FAMILIES, ROPE_KINDS
@@ -39,7 +39,11 @@ _DIMENSIONS = {
     "seq_length": 2048,
 }
 
-_NUMBERS = ("norm_eps", "rope_ratio", "hidden_dropout", "attention_dropout")
+# Our other fields that a file sets.
+_READ = (
+    *("norm_eps", "rope_ratio", "hidden_dropout", "attention_dropout"),
+    *("logn_scaling", "eos_token_id", "pad_token_id"),
+)
 
 # Our field -> the published key, where it has another name.
 _KEYS = {
@@ -53,79 +57,56 @@ _KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class GLMConfig:
-    """The sizes and options of one model; hashable, to be a static argument of `jax.jit`.
+    """The sizes and options of one model; hashable, to be a static argument of `jax.jit`."""
 
-    Attributes:
-        num_layers: L, transformer blocks.
-        vocab_size: V, rows of the embedding and of the head, padding rows included.
-        hidden_size: D.
-        ffn_hidden_size: F.
-        num_heads: N, query heads.
-        num_kv_heads: K, key/value heads; query head n reads key/value head n // (N / K).
-        head_dim: H; the first H / 2 dimensions of a head are rotated.
-        seq_length: longest context, prompt and answer together.
-        norm_eps: epsilon inside the reciprocal square root of RMSNorm.
-        rope_ratio: the published `rope_ratio`; its meaning is `rope_kind`.
-        rope_kind: "linear": positions are divided by `rope_ratio` (chatglm2-6b-32k);
-            "base": the rotary base is multiplied by it (chatglm3-6b-32k and -128k).
-        rope_base: the rotary base before `rope_ratio`.
-        rope_table_dtype: "float32", or "reference" for the rounding of the published code when it
-            runs in half precision.
-        logn_scaling: multiply queries by max(1, log(64 + p + 1) / log(2048)); off, because it is in
-            only one public copy of chatglm3-6b-128k and unverified.
-        family: "chatglm2", "chatglm3" or "codegeex2".
-        hidden_dropout: dropout after attention and MLP, in training.
-        attention_dropout: dropout of attention probabilities, in training.
-        eos_token_id: the id that ends an answer.
-        pad_token_id: the id that fills rows.
-    """
-
-    num_layers: int
-    vocab_size: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    seq_length: int
-    norm_eps: float = 1e-5
-    rope_ratio: float = 1.0
+    num_layers: int  # L, transformer blocks
+    vocab_size: int  # V, rows of the embedding and of the head, padding rows included
+    hidden_size: int  # D
+    ffn_hidden_size: int  # F
+    num_heads: int  # N, query heads
+    num_kv_heads: int  # K, key/value heads; query head n reads key/value head n // (N / K)
+    head_dim: int  # H; the first H / 2 dimensions of a head are rotated
+    seq_length: int  # longest context, prompt and answer together
+    norm_eps: float = 1e-5  # inside the reciprocal square root of RMSNorm
+    rope_ratio: float = 1.0  # the published one; its meaning is `rope_kind`:
+    # "linear" divides positions by it (chatglm2-6b-32k), "base" multiplies the rotary base by it
+    # (chatglm3-6b-32k and -128k).
     rope_kind: str = "base"
-    rope_base: float = 10000.0
+    rope_base: float = 10000.0  # before `rope_ratio`
+    # "reference" is the rounding of the published code when it runs in half precision.
     rope_table_dtype: str = "float32"
+    # Multiply queries by max(1, log(64 + p + 1) / log(2048)); off, because it is in only one public
+    # copy of chatglm3-6b-128k and unverified.
     logn_scaling: bool = False
-    family: str = "chatglm2"
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    eos_token_id: int = 2
-    pad_token_id: int = 0
+    family: str = "chatglm2"  # or "chatglm3" or "codegeex2"
+    hidden_dropout: float = 0.0  # after attention and MLP, in training
+    attention_dropout: float = 0.0  # of attention probabilities, in training
+    eos_token_id: int = 2  # ends an answer
+    pad_token_id: int = 0  # fills rows
 
     def __post_init__(self) -> None:
+        heads, V, tables = self.num_heads, self.vocab_size, ("float32", "reference")
         integer = f"a whole number from 1 to {MAX_SIZE}"
-        for name in _DIMENSIONS:
-            value = getattr(self, name)
-            self._check(name, _is_integer(value) and 0 < value <= MAX_SIZE, integer)
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        self._check("num_kv_heads", heads % kv_heads == 0, f"a divisor of {heads} heads")
-        self._check("head_dim", self.head_dim % 4 == 0, "a multiple of 4 (half is rotated)")
-        for name, choices in {
-            "family": FAMILIES,
-            "rope_kind": ROPE_KINDS,
-            "rope_table_dtype": ("float32", "reference"),
-        }.items():
-            self._check(name, getattr(self, name) in choices, " or ".join(choices))
-        for name in ("norm_eps", "rope_ratio", "rope_base"):  # in float32 neither 0 nor infinity
-            inside = 1e-30 < getattr(self, name) < 1e30
-            self._check(name, inside, "a number above 0 that float32 can hold")
-        for name in ("hidden_dropout", "attention_dropout"):
-            self._check(name, 0.0 <= getattr(self, name) < 1.0, "at least 0 and below 1")
-        for name in ("eos_token_id", "pad_token_id"):
-            inside = 0 <= getattr(self, name) < self.vocab_size
-            self._check(name, inside, f"an id below {self.vocab_size}")
-
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise _bad_value(_KEYS.get(name, name), getattr(self, name), wanted)
+        rules: tuple[tuple[Iterable[str], Callable[[Any], bool], str], ...] = (
+            (_DIMENSIONS, lambda x: _is_integer(x) and 0 < x <= MAX_SIZE, integer),
+            (["num_kv_heads"], lambda x: heads % x == 0, f"a divisor of {heads} heads"),
+            (["head_dim"], lambda x: x % 4 == 0, "a multiple of 4 (half is rotated)"),
+            (["family"], lambda x: x in FAMILIES, " or ".join(FAMILIES)),
+            (["rope_kind"], lambda x: x in ROPE_KINDS, " or ".join(ROPE_KINDS)),
+            (["rope_table_dtype"], lambda x: x in tables, " or ".join(tables)),
+            # In float32 neither 0 nor infinity.
+            (
+                ["norm_eps", "rope_ratio", "rope_base"],
+                lambda x: 1e-30 < x < 1e30,
+                "a number above 0 that float32 can hold",
+            ),
+            (["hidden_dropout", "attention_dropout"], lambda x: 0 <= x < 1, "at least 0, below 1"),
+            (["eos_token_id", "pad_token_id"], lambda x: 0 <= x < V, f"an id below {V}"),
+        )
+        for names, is_valid, wanted in rules:
+            for name in names:
+                if not is_valid(value := getattr(self, name)):
+                    raise _bad_value(name, value, wanted)
 
     @property
     def num_params(self) -> int:
@@ -182,6 +163,7 @@ class GLMConfig:
                 whose meaning is unknown.
         """
         _refuse_other_models(raw)
+        raw = dict(raw)
         for key, (wanted, default) in _REQUIRED_VALUES.items():
             if raw.get(key, default) != wanted:
                 absent = "" if key in raw else " (the key is absent, which means that)"
@@ -195,10 +177,12 @@ class GLMConfig:
         if family is None:
             signs = [*config_signs(raw), *tokenizer_signs(tokenizer_config or {})]
             family = decide_family(signs, "config.json")
-        values: dict[str, Any] = {
-            **{name: _integer(raw, name, default) for name, default in _DIMENSIONS.items()},
-            **{name: _number(raw, name, getattr(cls, name)) for name in _NUMBERS},
-        }
+        for name in ("eos_token_id", "pad_token_id"):  # of a list the first; null = the default
+            value = raw.get(name)
+            value = value[0] if isinstance(value, list) and value else value
+            raw[name] = getattr(cls, name) if value is None else value
+        defaults = {name: getattr(cls, name) for name in _READ} | _DIMENSIONS
+        values: dict[str, Any] = {name: _read(raw, name, defaults[name]) for name in defaults}
         ratio = values["rope_ratio"]
         rope_kind = str(rope_kind or raw.get("rope_kind") or _rope_kind(family, ratio))
         if family is None:
@@ -207,10 +191,7 @@ class GLMConfig:
             **values,
             rope_kind=rope_kind,
             rope_table_dtype=raw.get("rope_table_dtype", "float32"),
-            logn_scaling=_flag(raw, "logn_scaling"),
             family=family,
-            eos_token_id=_first_id(raw, "eos_token_id", 2),
-            pad_token_id=_first_id(raw, "pad_token_id", 0),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -225,9 +206,9 @@ class GLMConfig:
         }
 
 
-def _bad_value(key: str, value: Any, wanted: str) -> CheckpointError:
+def _bad_value(name: str, value: Any, wanted: str) -> CheckpointError:
     return CheckpointError(
-        f"config: {key} = {shorten(value)} is not valid.",
+        f"config: {_KEYS.get(name, name)} = {shorten(value)} is not valid.",
         f"It must be {wanted}.",
         "Correct it, or download config.json again.",
     )
@@ -237,35 +218,20 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _integer(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    key = _KEYS.get(name, name)
-    value = raw.get(key, default)
-    if not _is_integer(value):
-        raise _bad_value(key, value, "a whole number")
+def _read(raw: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Return the value of one of our fields, which must have the type of its default."""
+    value = raw.get(_KEYS.get(name, name), default)
+    if isinstance(default, bool):
+        ok, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        ok, wanted = _is_integer(value), "a whole number"
+    else:
+        ok, wanted = _is_integer(value) or isinstance(value, float), "a number"
+        if ok:
+            value = float(min(max(value, -1e300), 1e300))  # far beyond what any key may hold
+    if not ok:
+        raise _bad_value(name, value, wanted)
     return value
-
-
-def _first_id(raw: Mapping[str, Any], key: str, default: int) -> int:
-    """Return an id, the first one of a list; null means the default."""
-    value = raw.get(key)
-    if isinstance(value, list) and value:
-        value = value[0]
-    return default if value is None else _integer({key: value}, key)
-
-
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key, False)
-    if not isinstance(value, bool):
-        raise _bad_value(key, value, "true or false")
-    return value
-
-
-def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
-    key = _KEYS.get(name, name)
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _bad_value(key, value, "a number")
-    return float(min(max(value, -1e300), 1e300))  # far beyond what any key may hold
 
 
 def _refuse_other_models(raw: Mapping[str, Any]) -> None:
@@ -302,23 +268,19 @@ def _rope_kind(family: str | None, ratio: float) -> str:
     )
 
 
-def _preset(family: str, seq_length: int, rope_ratio: float = 1.0) -> GLMConfig:
+def _preset(family: str, seq_length: int, ratio: float = 1.0) -> GLMConfig:
     sizes: dict[str, Any] = {**_DIMENSIONS, "num_kv_heads": 2, "seq_length": seq_length}
-    return GLMConfig(
-        **sizes,
-        rope_ratio=rope_ratio,
-        rope_kind=_rope_kind(family, rope_ratio),
-        family=family,
-    )
+    kind = _rope_kind(family, ratio)
+    return GLMConfig(**sizes, rope_ratio=ratio, rope_kind=kind, family=family)
 
 
 PRESETS: Mapping[str, GLMConfig] = {
     "chatglm2-6b": _preset("chatglm2", 32768),
-    "chatglm2-6b-32k": _preset("chatglm2", 32768, rope_ratio=16.0),
+    "chatglm2-6b-32k": _preset("chatglm2", 32768, 16.0),
     "chatglm2-6b-int4": _preset("chatglm2", 32768),
     "chatglm3-6b": _preset("chatglm3", 8192),
-    "chatglm3-6b-32k": _preset("chatglm3", 32768, rope_ratio=50.0),
-    "chatglm3-6b-128k": _preset("chatglm3", 131072, rope_ratio=500.0),
+    "chatglm3-6b-32k": _preset("chatglm3", 32768, 50.0),
+    "chatglm3-6b-128k": _preset("chatglm3", 131072, 500.0),
     "codegeex2-6b": _preset("codegeex2", 8192),
 }
 """The published 6B checkpoints by name. Source: each repository's config.json."""
