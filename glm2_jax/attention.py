@@ -22,18 +22,12 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing
 
 @flax.struct.dataclass
 class Visibility:
-    """Says which keys a query sees: those of its segment up to its own place, and the prefix.
+    """Says which keys a query sees: those of its segment up to its own place, and the prefix."""
 
-    Attributes:
-        places: int32 [B, T], index of each query's own key.
-        segments: int32 [B, T], segment of each query.
-        key_segments: int32 [B, S], segment of each key; 0 = no query sees it.
-        prefix: number of leading keys that the queries of all segments see.
-    """
-
-    places: jax.Array
-    segments: jax.Array
-    key_segments: jax.Array
+    places: jax.Array  # int32 [B, T], index of each query's own key
+    segments: jax.Array  # int32 [B, T], segment of each query
+    key_segments: jax.Array  # int32 [B, S], segment of each key; 0 = no query sees it
+    # Number of leading keys that the queries of all segments see.
     prefix: int = flax.struct.field(pytree_node=False, default=0)
 
     def mask(self, start: jax.Array | int, size: int) -> jax.Array:
@@ -54,17 +48,12 @@ def attend(
     visible: Visibility,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Compute softmax(q k^T / sqrt(H)) v over the keys that each query sees.
+    """Compute softmax(q k^T / sqrt(H)) v over the keys that each query sees: [B, T, N, H].
 
-    Args:
-        q: [B, T, N, H].
-        k: [B, S, K, H], in the dtype of `q` or a wider one.
-        v: [B, S, K, H], likewise. Unseen slots may hold anything, NaN included.
-        visible: which keys are seen. The result of a query that sees none is finite and arbitrary.
-        dropout: applied to the probabilities, which are then computed without blocks.
-
-    Returns:
-        [B, T, N, H] in q's dtype.
+    q is [B, T, N, H]; k and v are [B, S, K, H] in its dtype or a wider one, and may hold anything,
+    NaN included, in unseen slots. The result has q's dtype; that of a query that sees nothing is
+    finite and arbitrary. With `dropout`, which is applied to them, all probabilities are computed
+    at once.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -91,9 +80,9 @@ def attend(
 
 
 def scaled_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return q k^T / sqrt(H), float32 [B, K, G, T, S], with the lowest float32 where masked.
+    """Return q k^T / sqrt(H), the lowest float32 where the mask [B, T, S] is False.
 
-    The queries are [B, T, K, G, H], the keys [B, S, K, H], and the mask is [B, T, S].
+    The queries are [B, T, K, G, H], the keys [B, S, K, H], the scores float32 [B, K, G, T, S].
     """
     scores = einsum("BTKGH,BSKH->BKGTS", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
     return jnp.where(mask[:, None, None], scores, _LOWEST)

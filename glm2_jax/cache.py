@@ -24,17 +24,12 @@ class KVCache:
     Slots 0 .. length - 1 of a row are written; later slots are never read. Setting the `length`
     of a row to its `prefix` frees the row for another sequence.
 
-    Attributes:
-        k: [L, B, S, K, H] keys, already rotated.
-        v: [L, B, S, K, H] values.
-        length: int32 [B], written slots of each row.
-        prefix: int32 [B], leading slots of each row that have no position (prefix tuning).
     """
 
-    k: jax.Array
-    v: jax.Array
-    length: jax.Array
-    prefix: jax.Array
+    k: jax.Array  # [L, B, S, K, H], already rotated
+    v: jax.Array  # [L, B, S, K, H]
+    length: jax.Array  # int32 [B], written slots
+    prefix: jax.Array  # int32 [B], leading slots that have no position (prefix tuning)
 
     @classmethod
     def zeros(cls, config: GLMConfig, batch: int, size: int, dtype) -> KVCache:
@@ -61,14 +56,9 @@ class KVCache:
 
     @classmethod
     def new(cls, config: GLMConfig, batch: int, size: int, dtype, prefix: Prefix | None) -> KVCache:
-        """Make a cache for params with that prefix (`params.get("prefix")`), already written.
+        """Make a cache whose rows begin with a prefix, that of the params or None.
 
-        Args:
-            config: the architecture.
-            batch: number of rows.
-            size: slots of a row for tokens; those of the prefix come on top.
-            dtype: of keys and values.
-            prefix: what every row begins with; None = nothing.
+        The slots of the prefix come on top of the `size` for tokens.
         """
         if prefix is None:
             return cls.zeros(config, batch, size, dtype)

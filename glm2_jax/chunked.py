@@ -8,19 +8,13 @@ import jax
 import jax.numpy as jnp
 
 
-def map_blocks(
-    function: Callable[..., jax.Array], size: int, *arrays: jax.Array, axis: int = 1
-) -> jax.Array:
-    """Call a function with blocks of arrays, one after another, and concatenate its results.
+def map_blocks(function: Callable[..., jax.Array], size: int, *arrays: jax.Array) -> jax.Array:
+    """Call a function with blocks of [B, T, ...] arrays along T, and concatenate its results.
 
-    Args:
-        function: takes a block of every array, returns an array with the same axis.
-        size: longest block; arrays no longer than that are passed as they are.
-        *arrays: equally long along `axis`. The last block is padded with zeros, whose results are
-            dropped.
-        axis: the axis that is cut.
+    Blocks are at most `size` long and computed one after another. The last one is padded with
+    zeros, whose results are dropped.
     """
-    length = arrays[0].shape[axis]
+    length = arrays[0].shape[1]
     if length <= size:
         return function(*arrays)
     count = -(-length // size)
@@ -28,11 +22,11 @@ def map_blocks(
 
     def split(x: jax.Array) -> jax.Array:
         pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, count * size - length)
+        pad[1] = (0, count * size - length)
         x = jnp.pad(x, pad)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
     out = jax.lax.map(lambda blocks: function(*blocks), tuple(split(x) for x in arrays))
-    out = jnp.moveaxis(out, 0, axis)
-    out = out.reshape(*out.shape[:axis], count * size, *out.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(out, 0, length, axis=axis)
+    out = jnp.moveaxis(out, 0, 1)
+    out = out.reshape(out.shape[0], count * size, *out.shape[3:])
+    return jax.lax.slice_in_dim(out, 0, length, axis=1)

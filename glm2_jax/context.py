@@ -17,24 +17,14 @@ from glm2_jax.rope import rope_tables
 
 @flax.struct.dataclass
 class TokenContext:
-    """What every layer needs to know of the tokens besides their activations.
+    """What every layer needs to know of the tokens besides their activations."""
 
-    Attributes:
-        cos, sin: float32 [B, T, H / 4], of the rotary angles.
-        visible: which keys each query sees: of the cache, or without one of prefix and tokens.
-        slots: int32 [B, T], the cache slot of each token; past the end = not written. None without
-            a cache.
-        query_scale: float32 [B, T, 1, 1], or None if queries are not scaled.
-        prefix: keys and values that each layer puts before those of the tokens; None with a cache,
-            which holds them.
-    """
-
-    cos: jax.Array
+    cos: jax.Array  # float32 [B, T, H / 4], of the rotary angles
     sin: jax.Array
-    visible: Visibility
-    slots: jax.Array | None
-    query_scale: jax.Array | None
-    prefix: Prefix | None = None
+    visible: Visibility  # the keys that each query sees: of the cache, else of prefix and tokens
+    slots: jax.Array | None  # int32 [B, T], each token's cache slot; past the end = not written
+    query_scale: jax.Array | None  # float32 [B, T, 1, 1]
+    prefix: Prefix | None = None  # to be put before the tokens' keys; a cache holds it already
 
 
 def token_context(
@@ -48,10 +38,7 @@ def token_context(
 ) -> tuple[TokenContext, jax.Array | None]:
     """Return the context of the tokens, and the new lengths of the cache (None without a cache).
 
-    Args:
-        config, tokens, positions, segment_ids, cache: as in `glm2_jax.forward`.
-        dtype: of the activations.
-        prefix: of the params; ignored with a cache.
+    The arguments are those of `glm2_jax.forward`, the activations' dtype and the params' prefix.
     """
     B, T = tokens.shape
     if segment_ids is None:
@@ -77,11 +64,8 @@ def token_context(
         written = (numbers < length[:, None]).astype(jnp.int32)
         visible = Visibility(index, jnp.ones_like(index), written)
     cos, sin = rope_tables(config, default_positions if positions is None else positions, dtype)
-    scale = _logn_scale(index) if config.logn_scaling else None
+    scale = None
+    if config.logn_scaling:
+        logs = jnp.log(index.astype(jnp.float32) + 65.0) / jnp.log(2048.0)
+        scale = jnp.maximum(logs, 1.0)[:, :, None, None]
     return TokenContext(cos, sin, visible, slots, scale, prefix), length
-
-
-def _logn_scale(index: jax.Array) -> jax.Array:
-    """Return max(1, log(64 + p + 1) / log(2048)) of each query's place p; [B, T, 1, 1]."""
-    scale = jnp.log(index.astype(jnp.float32) + 65.0) / jnp.log(2048.0)
-    return jnp.maximum(scale, 1.0)[:, :, None, None]

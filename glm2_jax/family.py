@@ -1,8 +1,7 @@
 """Finds the family of a model by the signs in its files.
 
 The families share one architecture and differ in how a prompt is written and in the ids that end an
-answer, so a wrong guess shows only in bad answers. A new family is a name here, and a member of one
-of the two kinds of prompt.
+answer, so a wrong guess shows only in bad answers.
 """
 
 import re
@@ -30,25 +29,15 @@ _ROLES = re.compile(
 
 
 class Sign(NamedTuple):
-    """Something in a checkpoint that shows its family.
+    """Something in a checkpoint that shows its family."""
 
-    Attributes:
-        text: what and where, for people.
-        families: those that it allows.
-        clear: whether a reader of config.json sees it at once, so that it need not be reported.
-    """
-
-    text: str
-    families: frozenset[str]
-    clear: bool = False
+    text: str  # what and where, for people
+    families: frozenset[str]  # those that it allows
+    clear: bool = False  # a reader of config.json sees it at once: it need not be reported
 
 
 def decide_family(signs: Sequence[Sign], source: str = "The checkpoint") -> str | None:
-    """Return the first family that all signs allow; None without signs.
-
-    Raises:
-        CheckpointError: the signs contradict each other.
-    """
+    """Return the first family that all signs allow (none: CheckpointError); None without signs."""
     allowed = frozenset(FAMILIES).intersection(*(sign.families for sign in signs))
     if not allowed:
         named = sorted(set().union(*(sign.families for sign in signs)))
@@ -109,10 +98,7 @@ def token_signs(tokens: Iterable[str], where: str) -> list[Sign]:
 
 
 def prompt_signs(text: str, what: str) -> list[Sign]:
-    """Return what the text that writes a prompt shows: a chat template, or code, which is not run.
-
-    Nothing where it is of neither kind, or of both.
-    """
+    """Return what a chat template or code (which is not run) shows; nothing if of both kinds."""
     roles, rounds = _ROLES.search(text) is not None, "[Round " in text
     if roles == rounds:
         return []

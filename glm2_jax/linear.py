@@ -23,20 +23,11 @@ _LEADING = "abcdef"  # in place of "...", over which a gradient cannot sum
 
 
 def einsum(spec: str, x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
-    """Compute `jnp.einsum` of two arrays, accumulated and returned in float32.
+    """Compute `jnp.einsum` of activations and weights (or keys or values) in float32.
 
     Float32 operands are multiplied as float32 on every platform: GPUs would otherwise round them
-    to TF32 and TPUs to bfloat16. The scales of quantized weights are applied in float32.
-
-    Args:
-        spec: einsum over the axis letters of `glm2_jax.model`.
-        x: activations.
-        w: weights or keys/values in the dtype of `x`, or quantized weights.
-        added: float32 of the result's shape, added to the product. Adding zeros changes no bit of
-            the result, whatever the compiler fuses.
-
-    Returns:
-        float32 array.
+    to TF32 and TPUs to bfloat16. The scales of quantized weights are applied in float32. Adding
+    zeros as `added`, float32 of the result's shape, changes no bit, whatever the compiler fuses.
     """
     columns = _summed_columns(spec)
     if not columns:
@@ -56,8 +47,9 @@ def _product(spec: str, x: jax.Array, w: Weight, added: jax.Array | None) -> jax
     """Compute the product, in the platform's form if it is activations times a weight."""
     if spec != _MATRICES:
         return _add(_plain(spec, x, _as_array(spec, w, x.dtype)), added)
-    forms = {"cpu": _on_cpu, "cuda": _on_gpu, "tpu": _on_tpu, "default": _default}
-    return jax.lax.platform_dependent(x, w, added, **forms)
+    # Each computes [M, C] times a weight [R, C]: float32 [M, R].
+    forms = {"cpu": _on_cpu, "cuda": _on_gpu, "tpu": _on_tpu}
+    return jax.lax.platform_dependent(x, w, added, **forms, default=_by_dot)
 
 
 def _forward(spec: str, x: jax.Array, w: Weight, added: jax.Array | None):
@@ -121,9 +113,10 @@ def _plain(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _dot(x: jax.Array, w: Weight) -> jax.Array:
+def _by_dot(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """Multiply [M, C] by [R, C], dequantized first: float32 [M, R]."""
-    return _plain(_MATRICES, x, dequantize(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w)
+    w = dequantize(w, 1).astype(x.dtype) if isinstance(w, QTensor) else w
+    return _add(_plain(_MATRICES, x, w), added)
 
 
 def _add(product: jax.Array, added: jax.Array | None, scale: Any = 1) -> jax.Array:
@@ -135,18 +128,13 @@ def _add(product: jax.Array, added: jax.Array | None, scale: Any = 1) -> jax.Arr
     return product if added is None else product + added / scale
 
 
-def _default(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
-    """Compute [M, C] times a weight [R, C]: float32 [M, R]."""
-    return _add(_dot(x, w), added)
-
-
 def _on_gpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Array:
     """Do the same for XLA:GPU, which writes a copy of a layer's weight for a dot.
 
     Into a reduction it fuses slicing the weight out of stacked ones, unpacking and converting.
     """
     if x.shape[0] > FEW_ROWS:
-        return _add(_dot(x, w), added)
+        return _by_dot(x, w, added)
     parts = _parts(x.astype(jnp.float32), w)
     first, *others = (half[:, None] * part.astype(jnp.float32) for half, part in parts)
     products = sum(others, first)
@@ -165,15 +153,8 @@ def _on_tpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Arra
     It writes unpacked 4-bit weights to memory first, so they are unpacked in chunks.
     """
     if not isinstance(w, QTensor) or w.bits == 8:
-        return _add(_dot(x, w), added)
-
-    def product(values: jax.Array, scale: jax.Array) -> jax.Array:
-        total = jnp.float32(0)
-        for half, part in _parts(x, QTensor(values, scale, w.bits)):
-            total += _dot(half, _scale_groups(part, scale).astype(x.dtype))
-        return total
-
-    return _add(_by_chunks(product, x, w.size, w.values, w.scale), added)
+        return _by_dot(x, w, added)
+    return _add(_unpacked_by_chunks(x, w, scaled=True), added)
 
 
 def _parts(x: jax.Array, w: Weight) -> list[tuple[jax.Array, jax.Array]]:
@@ -200,18 +181,11 @@ def _on_cpu(x: jax.Array, w: Weight, added: jax.Array | None = None) -> jax.Arra
         return _on_cpu(jnp.concatenate([x, jnp.zeros_like(x)]), w, added)[:1]
     if not isinstance(w, QTensor):
         if w.dtype == dtype:
-            return _add(_dot(x, w), added)
-        total = _by_chunks(lambda chunk: _dot(x, chunk.astype(dtype)), x, w.size, w)
+            return _by_dot(x, w, added)
+        total = _by_chunks(lambda chunk: _by_dot(x, chunk.astype(dtype)), x, w.size, w)
         return _add(total, added)
 
-    def product(values: jax.Array, scale: jax.Array) -> jax.Array:
-        total = jnp.float32(0)
-        for half, part in _parts(x, QTensor(values, scale, w.bits)):
-            part = _scale_groups(part, scale) if grouped else part
-            total += _dot(half, part.astype(dtype))
-        return total
-
-    total = _by_chunks(product, x, w.values.size * 8 // w.bits, w.values, w.scale)
+    total = _unpacked_by_chunks(x, w, scaled=grouped)
     if grouped:
         return _add(total, added)
     scale = w.scale.astype(jnp.float32)
@@ -266,6 +240,19 @@ def _group_bytes(w: QTensor) -> int:
 def _scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:
     grouped = integers.astype(jnp.float32).reshape(*scale.shape, -1)
     return (grouped * scale.astype(jnp.float32)[..., None]).reshape(integers.shape)
+
+
+def _unpacked_by_chunks(x: jax.Array, w: QTensor, *, scaled: bool) -> jax.Array:
+    """Multiply [M, C] by the integers of [R, C], `scaled` first or not at all: float32 [M, R]."""
+
+    def product(values: jax.Array, scale: jax.Array) -> jax.Array:
+        total = jnp.float32(0)
+        for half, part in _parts(x, QTensor(values, scale, w.bits)):
+            part = _scale_groups(part, scale) if scaled else part
+            total += _by_dot(half, part.astype(x.dtype))
+        return total
+
+    return _by_chunks(product, x, w.size, w.values, w.scale)
 
 
 def _by_chunks(

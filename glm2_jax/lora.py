@@ -1,8 +1,4 @@
-"""Low-rank adapters (LoRA), in a tree separate from the base model.
-
-An adapted product is W x + scale * B (A x). A and B are float32 with a leading axis of layers; the
-base never changes, so one base can have several adapters, and gradients can be taken of an adapter
-alone. Axis letters as in `glm2_jax.model`.
+"""Low-rank adapters (LoRA): W x + scale * B (A x), in a tree separate from the base model.
 
 The targets have the published names of the matrices. A fused matrix has one A, and a B for each
 part that the model keeps separate.
@@ -24,9 +20,6 @@ from glm2_jax.errors import UsageError
 from glm2_jax.linear import einsum
 from glm2_jax.mesh import axis_sizes
 
-Weights = dict[str, jax.Array]
-Shapes = dict[str, tuple[int, ...]]
-
 
 class Target(NamedTuple):
     """A published matrix: the einsum of the product with A, and those with the B of every part."""
@@ -44,7 +37,7 @@ TARGETS: dict[str, Target] = {
     "dense_4h_to_h": Target("BTF,RF->BTR", {"b": "BTR,DR->BTD"}),
 }
 
-GROUPS: dict[str, tuple[str, ...]] = {
+GROUPS = {
     "attn": ("query_key_value",),
     "attn+mlp": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
     "all-linear": tuple(TARGETS),
@@ -53,18 +46,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @flax.struct.dataclass
 class LoRA:
-    """An adapter.
+    """An adapter."""
 
-    Attributes:
-        layers: target -> {"a": A, and one B for each part}, see `adapter_shapes`; float32, with a
-            leading axis of layers. It may also hold the float32 scalars "scale" and "kept", which
-            replace `scale` and 1 - `dropout` so that one program serves all values.
-        scale: target -> the factor of B (A x); a `FrozenDict`, as it is static under jit.
-        dropout: rate at which elements of x are dropped before A, if a dropout key is given.
-    """
-
-    layers: dict[str, Weights]
+    # Target -> {"a": A, and one B for each part}, see `adapter_shapes`; float32, with a leading
+    # axis of layers. It may also hold the float32 scalars "scale" and "kept", which replace `scale`
+    # and 1 - `dropout` so that one program serves all values.
+    layers: dict[str, dict[str, jax.Array]]
+    # Target -> the factor of B (A x); a `FrozenDict`, as it is static under jit.
     scale: Mapping[str, float] = flax.struct.field(pytree_node=False)
+    # Rate at which elements of x are dropped before A, if a dropout key is given.
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
     @property
@@ -76,11 +66,7 @@ class LoRA:
 def find_targets(wanted: str | Sequence[str]) -> tuple[str, ...]:
     """Return the targets that names stand for, each once, in the order of `TARGETS`.
 
-    Args:
-        wanted: names of targets and groups; a string may hold several, separated by commas.
-
-    Raises:
-        UsageError: no names, or a name that is neither a target nor a group.
+    A name is that of a target or a group (else UsageError); a string may hold several, with commas.
     """
     names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
     found = {target for name in names for target in GROUPS.get(name.strip(), (name.strip(),))}
@@ -100,7 +86,7 @@ def weight_axes(target: Target) -> dict[str, str]:
     return {name: spec.split("->")[0].split(",")[1] for name, spec in specs.items()}
 
 
-def adapter_shapes(config: GLMConfig, target: str, rank: int) -> Shapes:
+def adapter_shapes(config: GLMConfig, target: str, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a target's A and B in one layer."""
     sizes = {**axis_sizes(config), "R": rank}
     weights = weight_axes(TARGETS[target])
@@ -149,9 +135,8 @@ def init_lora(
         stacked = {part: (config.num_layers, *shape) for part, shape in shapes.items()}
         layers[name] = {part: jnp.zeros(shape, jnp.float32) for part, shape in stacked.items()}
         bound = 1 / math.sqrt(math.prod(shapes["a"][1:]))
-        layers[name]["a"] = jax.random.uniform(
-            target_key, stacked["a"], jnp.float32, minval=-bound, maxval=bound
-        )
+        a = jax.random.uniform(target_key, stacked["a"], jnp.float32, -bound, bound)
+        layers[name]["a"] = a
     scale = scale_of(alpha, rank, rslora)
     return LoRA(layers, FrozenDict(dict.fromkeys(names, scale)), dropout)
 
@@ -163,19 +148,12 @@ def adapt(
     dropout_key: jax.Array | None = None,
     columns: jax.Array | None = None,
 ) -> Callable[[str], jax.Array | None]:
-    """Compute what one layer of an adapter adds to a target's products with x.
+    """Compute what one layer of an adapter, or None, adds to a target's products with x.
 
-    Args:
-        lora: the adapter, its arrays without the axis of layers; None adds nothing.
-        target: one of `TARGETS`.
-        x: the activations that the target is multiplied with.
-        dropout_key: drops elements of x, in training; targets may share it.
-        columns: int32 [T], the columns' numbers in the text if x is a part of it: what is dropped
-            of a column then does not depend on the others.
-
-    Returns:
-        A function from a part to the float32 array to add to its product, or None. A and B are
-        rounded to the dtype of x, their products are float32.
+    The result is a function from a part to the float32 array to add to its product, or None. A and
+    B are rounded to the dtype of x, their products are float32. A `dropout_key`, which targets may
+    share, drops elements of x. If x is a part of the text, int32 [T] `columns` are its columns'
+    numbers there: what is dropped of a column then does not depend on the others.
     """
     if lora is None or target not in lora.layers:
         return lambda part: None
@@ -184,24 +162,19 @@ def adapt(
     if dropout_key is not None and lora.dropout > 0:
         target_key = jax.random.fold_in(dropout_key, list(TARGETS).index(target))
         share = jnp.asarray(weights.get("kept", 1 - lora.dropout))
-        kept = _kept(target_key, share, x.shape, columns)
+
+        B, _, *rest = x.shape
+
+        def draw(column: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(target_key, column), share, (B, *rest))
+
+        if columns is None:
+            kept = jax.random.bernoulli(target_key, share, x.shape)
+        else:
+            kept = jax.vmap(draw, out_axes=1)(columns)
         x = jnp.where(kept, x / share.astype(x.dtype), 0)
     low = einsum(specs.down, x, weights["a"].astype(x.dtype)).astype(x.dtype)
     return lambda part: scale * einsum(specs.up[part], low, weights[part].astype(x.dtype))
-
-
-def _kept(
-    key: jax.Array, share: jax.Array, shape: tuple[int, ...], columns: jax.Array | None
-) -> jax.Array:
-    """Draw which elements are not dropped: bool [B, T, ...]."""
-    if columns is None:
-        return jax.random.bernoulli(key, share, shape)
-
-    def draw(column: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(key, column)
-        return jax.random.bernoulli(own, share, (shape[0], *shape[2:]))
-
-    return jax.vmap(draw, out_axes=1)(columns)
 
 
 def with_lora(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:

@@ -45,20 +45,19 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
         UsageError: an unknown axis, an axis given twice, or a size that is not an integer >= 1.
     """
-
-    def refuse(why: str) -> UsageError:
-        return UsageError(f"The mesh {text!r} is not valid.", why, "Write it like data=2,tensor=4.")
-
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
         if name not in AXES:
-            raise refuse(f"{name!r} is not an axis: the axes are {', '.join(AXES)}.")
-        if name in sizes:
-            raise refuse(f"The axis {name} is given twice.")
-        if not (size.isascii() and size.isdigit() and int(size) >= 1):
-            raise refuse(f"The size of {name} must be a whole number of at least 1, got {size!r}.")
-        sizes[name] = int(size)
+            why = f"{name!r} is not an axis: the axes are {', '.join(AXES)}."
+        elif name in sizes:
+            why = f"The axis {name} is given twice."
+        elif not (size.isascii() and size.isdigit() and int(size) >= 1):
+            why = f"The size of {name} must be a whole number of at least 1, got {size!r}."
+        else:
+            sizes[name] = int(size)
+            continue
+        raise UsageError(f"The mesh {text!r} is not valid.", why, "Write it like data=2,tensor=4.")
     return all_axes(sizes)
 
 
@@ -74,8 +73,24 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     devices = jax.devices() if devices is None else devices
     sizes = all_axes(sizes)
-    if math.prod(sizes.values()) != len(devices):
-        raise _wrong_count(sizes, len(devices))
+    wanted, count = math.prod(sizes.values()), len(devices)
+    if wanted != count:
+        fitting = [
+            mesh_text({**sizes, axis: count * size // wanted})
+            for axis, size in sizes.items()
+            if count * size % wanted == 0
+        ]
+        choices = " or ".join(dict.fromkeys(fitting)) or f"tensor={count}"
+        fix = f"Use a mesh that multiplies to {count}, such as {choices}."
+        if count == 1:  # to try a mesh on any machine
+            flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
+            fix += f" One CPU counts as {wanted} devices with {flag}."
+        there = "There is 1 device" if count == 1 else f"There are {count} devices"
+        raise UsageError(
+            f"The mesh {mesh_text(sizes)} needs {wanted} devices.",
+            f"{there}, and a mesh uses all of them.",
+            fix,
+        )
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
 
@@ -92,14 +107,8 @@ def active_mesh() -> Mapping[str, int]:
 
 
 def constrain(x: jax.Array, *letters: str | None) -> jax.Array:
-    """Constrain an activation to the active mesh; without a mesh return `x`.
-
-    Args:
-        x: activations.
-        *letters: the axis letter of each axis; None = replicated.
-    """
-    mesh = active_mesh()
-    if not mesh:
+    """Cut an activation over the active mesh by its axis letters (None = replicated), if any."""
+    if not (mesh := active_mesh()):
         return x
     return jax.lax.with_sharding_constraint(x, partition(letters, x.shape, mesh, RULES))
 
@@ -115,13 +124,9 @@ def partition(
     mesh: Mapping[str, int],
     rules: Mapping[str, tuple[str, ...]] = WEIGHT_RULES,
 ) -> PartitionSpec:
-    """Return how an array is cut. Mesh axes of size 1 are left out: equal cuts are equal specs.
+    """Return how an array is cut by its axis letters (None = never) over a mesh (axis -> size).
 
-    Args:
-        letters: the axis letter of each axis; None = never cut.
-        shape: of the array.
-        mesh: axis -> size.
-        rules: which mesh axes cut which letter.
+    Mesh axes of size 1 are left out: equal cuts are equal specs.
     """
     names = []
     for letter, size in zip(letters, shape, strict=True):
@@ -163,23 +168,3 @@ def _count(axes: Sequence[str], size: int, mesh: Mapping[str, int]) -> int:
     """Return the pieces that mesh axes cut an axis of `size` into: 1 if they do not divide it."""
     count = math.prod(mesh.get(axis, 1) for axis in axes)
     return count if size % count == 0 else 1
-
-
-def _wrong_count(sizes: Mapping[str, int], devices: int) -> UsageError:
-    wanted = math.prod(sizes.values())
-    fitting = [
-        mesh_text({**sizes, axis: devices * size // wanted})
-        for axis, size in sizes.items()
-        if devices * size % wanted == 0
-    ]
-    choices = " or ".join(dict.fromkeys(fitting)) or f"tensor={devices}"
-    fix = f"Use a mesh that multiplies to {devices}, such as {choices}."
-    if devices == 1:  # to try a mesh on any machine
-        flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
-        fix += f" One CPU counts as {wanted} devices with {flag}."
-    there = "There is 1 device" if devices == 1 else f"There are {devices} devices"
-    return UsageError(
-        f"The mesh {mesh_text(sizes)} needs {wanted} devices.",
-        f"{there}, and a mesh uses all of them.",
-        fix,
-    )

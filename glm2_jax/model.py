@@ -75,16 +75,10 @@ class GLMBlock(nn.Module):
         self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
     def __call__(self, carry, layer: jax.Array, context: TokenContext, lora: LoRA | None = None):
-        """Compute one layer.
+        """Compute one layer: (the new carry, None), as a scan expects it.
 
-        Args:
-            carry: (x [B, T, D], cached keys and values [L, B, S, K, H] or None).
-            layer: index of this layer, an int32 scalar or an int.
-            context: the tokens' `TokenContext`.
-            lora: this layer's part of an adapter.
-
-        Returns:
-            (the new carry, None), as a scan expects it.
+        The carry is (x [B, T, D], cached keys and values [L, B, S, K, H] or None), `layer` the
+        index of this layer, and `lora` this layer's part of an adapter.
         """
         x, k_cache, v_cache = carry
         eps = self.config.norm_eps
@@ -148,11 +142,7 @@ class GLMBlock(nn.Module):
 def run_layer(
     block: GLMBlock, carry: Any, layer: Any, context: TokenContext, lora: LoRA | None
 ) -> tuple[Any, None]:
-    """Run one layer: the body of the scan over stacked layers and of the loop over a list.
-
-    An edit here affects both forms. The index of the layer is traced in the scan. Arguments and
-    result as in `GLMBlock.__call__`.
-    """
+    """Run one layer: the body of the scan over stacked layers and of the loop over a list."""
     return block(carry, layer, context, lora)
 
 
@@ -178,11 +168,7 @@ class GLM(nn.Module):
         lora: LoRA | None = None,
         noise: jax.Array | None = None,
     ):
-        """Run the stacked layers on tokens [B, T].
-
-        Returns:
-            (hidden states [B, T, D] before the final norm, keys and values of the cache or None).
-        """
+        """Run the stacked layers on [B, T]: ([B, T, D] before the final norm, keys, values)."""
         scanned = nn.scan(
             nn.remat(run_layer, prevent_cse=False) if self.remat else run_layer,
             variable_axes={"params": 0},
@@ -265,13 +251,10 @@ def last_logits(
     cache: KVCache | None = None,
     lora: LoRA | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Return the logits of one position of each row; only that one goes through the head.
+    """Return (float32 [B, V], the new cache or None): the logits of one position of each row.
 
-    Args:
-        index: int32 [B], the column of each row. The others: as in `forward`.
-
-    Returns:
-        (logits float32 [B, V], the new cache or None).
+    Only that one, at the columns `index` int32 [B], goes through the head. The other arguments are
+    those of `forward`.
     """
     x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora)
     x = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
@@ -290,16 +273,13 @@ def hidden(
     noise: jax.Array | None = None,
     remat: bool = False,
 ) -> jax.Array:
-    """Return the hidden states, whose `logits_of` are those of `forward`.
+    """Return the hidden states [B, T, D], whose `logits_of` are those of `forward`.
 
     For a loss that computes its logits a few positions at a time.
 
     Args:
         noise: [B, T, D], added to the embeddings. The others: as in `forward`.
         remat: whether the backward pass recomputes each block instead of keeping its activations.
-
-    Returns:
-        [B, T, D] in the dtype of the params.
     """
     where = positions, segment_ids
     return _hidden(config, params, tokens, *where, None, lora, dropout_key, noise, remat)[0]
@@ -329,8 +309,8 @@ def init_params(config: GLMConfig, key: jax.Array, dtype: Any = jnp.float32) -> 
 def unstack_layers(params: Params) -> Params:
     """Return the params with a list of layers in place of stacked ones.
 
-    Every function of this module takes both forms. The list is faster if slicing a layer out of a
-    stacked array copies it; the stacked form compiles faster.
+    Every function here takes both forms. The list is faster if slicing a layer out of a stacked
+    array copies it; the stacked form compiles faster.
     """
     leading = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(leading)]
@@ -367,14 +347,8 @@ def _hidden(
     return x, None if cache is None else cache.replace(k=k, v=v, length=length).pinned()
 
 
-def project(
-    spec: str,
-    x: jax.Array,
-    weight: jax.Array | QTensor,
-    bias: jax.Array,
-    added: jax.Array | None,
-) -> jax.Array:
-    """Compute product plus bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
+def project(spec: str, x: jax.Array, weight: Any, bias: jax.Array, added: Any) -> jax.Array:
+    """Compute product, `added` and bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
     projected = einsum(spec, x, weight, added) + bias.astype(jnp.float32)
     return constrain(projected.astype(x.dtype), *spec.split("->")[1])
 

@@ -1,10 +1,8 @@
 """P-Tuning v2 prefixes: trained keys and values of every layer that each sequence begins with.
 
 They have no position and are not rotated; the positions of real tokens begin at 0 after them, and
-every token sees all of them. Axis letters as in `glm2_jax.model`, and P for the prefix.
-
-Without a cache the layers put the prefix before the keys of each row, and every segment of a packed
-row sees it. With a cache it is in the first slots of each row, see `KVCache.new`.
+every token sees all of them. Without a cache the layers put the prefix before the keys of each row,
+and every segment of a packed row sees it. With a cache it is in the first slots of each row.
 """
 
 from __future__ import annotations
@@ -18,15 +16,10 @@ import jax
 
 @flax.struct.dataclass
 class Prefix:
-    """The output of a prefix encoder.
+    """The output of a prefix encoder, for P prefix tokens."""
 
-    Attributes:
-        k: [L, P, K, H] keys.
-        v: [L, P, K, H] values.
-    """
-
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array  # [L, P, K, H]
+    v: jax.Array  # [L, P, K, H]
 
     @property
     def length(self) -> int:
@@ -41,5 +34,4 @@ def with_prefix(params: Mapping[str, Any], prefix: Prefix) -> dict[str, Any]:
 
 def prefix_length(params: Mapping[str, Any]) -> int:
     """Return the length of the params' prefix, 0 if they have none."""
-    prefix = params.get("prefix")
-    return 0 if prefix is None else prefix.length
+    return params["prefix"].length if "prefix" in params else 0

@@ -28,17 +28,13 @@ NO_SCALE = np.float32(1e-30)
 class QTensor:
     """A quantized weight in the params tree, with layers stacked as for any parameter.
 
-    Attributes:
-        values: int8 [*rows, *columns]. With 4 bits the last axis is half as long: a byte holds two
-            columns, the even one in the high half, the odd one in the low half, both in two's
-            complement (the packing of THUDM/chatglm2-6b-int4).
-        scale: float [*rows], or [*rows, groups] for groups of consecutive columns.
-        bits: 8 or 4.
+    With 4 bits a byte holds two columns, the even one in the high half, the odd one in the low
+    half, both in two's complement (the packing of THUDM/chatglm2-6b-int4).
     """
 
-    values: jax.Array
-    scale: jax.Array
-    bits: int = flax.struct.field(pytree_node=False)
+    values: jax.Array  # int8 [*rows, *columns]; with 4 bits the last axis is half as long
+    scale: jax.Array  # float [*rows], or [*rows, groups] for groups of consecutive columns
+    bits: int = flax.struct.field(pytree_node=False)  # 8 or 4
 
     @property
     def size(self) -> int:
@@ -52,20 +48,10 @@ class QTensor:
 
 
 def quantize(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize with symmetric rounding to nearest (even): scale = max|W| / 127, or / 7 for 4 bits.
+    """Quantize float [rows, columns] to int8, 4 bits packed, and float32 scales, as in a QTensor.
 
-    Source: quantization.py of THUDM/chatglm2-6b, but a row of zeros has the scale 1.
-
-    Args:
-        matrix: float [rows, columns].
-        scheme: the scheme.
-
-    Returns:
-        (int8 [rows, columns], or [rows, columns / 2] packed; float32 scales [rows] or
-        [rows, groups]).
-
-    Raises:
-        CheckpointError: an odd number of columns for 4 bits.
+    Symmetric rounding to nearest (even): scale = max|W| / 127, or / 7 for 4 bits. Source:
+    quantization.py of THUDM/chatglm2-6b, but a row of zeros has the scale 1.
     """
     rows, columns = matrix.shape
     grouped = matrix.astype(np.float32).reshape(rows, -1, scheme.group(columns) or columns)
@@ -80,24 +66,15 @@ def quantize(matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
 
 
 def dequantize(weight: QTensor, rows: int) -> jax.Array:
-    """Return the float32 weight [*rows, columns], its columns as one axis.
-
-    Args:
-        weight: the weight.
-        rows: number of its row axes, stacked layers included.
-    """
+    """Return the float32 weight [*rows, columns], its columns as one axis after `rows` axes."""
     return dequantize_whole(weight, rows, 1).reshape(*weight.scale.shape[:rows], -1)
 
 
 def dequantize_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
-    """Return the float32 weight [*rows, *columns]; on a mesh nothing moves between devices.
+    """Return the float32 weight [*rows, *columns], whose last axis is `cut` over so many devices.
 
-    A group of columns may be on two devices: then its scale is repeated for smaller groups.
-
-    Args:
-        weight: the weight.
-        rows: number of its row axes.
-        cut: number of devices that the last axis is cut over.
+    Nothing moves between devices: where a group of columns is on two of them, its scale is repeated
+    for smaller groups.
     """
     integers = unpacked(weight)
     scale = weight.scale.astype(jnp.float32)
@@ -132,11 +109,7 @@ def int4_halves(packed: Array) -> tuple[Array, Array]:
 
 
 def pack_int4(integers: np.ndarray) -> np.ndarray:
-    """Pack int8 [..., columns] in -8..7 into int8 [..., columns / 2].
-
-    Raises:
-        CheckpointError: an odd number of columns.
-    """
+    """Pack int8 [..., columns] in -8..7 into int8 [..., columns / 2]; an odd number is an error."""
     if integers.shape[-1] % 2:
         raise CheckpointError(
             f"A weight of {integers.shape[-1]} columns cannot be stored in int4.",
@@ -148,6 +121,4 @@ def pack_int4(integers: np.ndarray) -> np.ndarray:
 
 def unpack_int4(packed: np.ndarray) -> np.ndarray:
     """Unpack int8 [..., columns / 2] into int8 [..., columns], the inverse of `pack_int4`."""
-    result = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.int8)
-    result[..., 0::2], result[..., 1::2] = int4_halves(packed)
-    return result
+    return np.stack(int4_halves(packed), axis=-1).reshape(*packed.shape[:-1], -1)

@@ -11,19 +11,12 @@ _FLOAT_BITS = {"float16": (5, 10), "bfloat16": (8, 7)}
 
 
 def rope_tables(config: GLMConfig, positions: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Return cosine and sine of every position's angles.
+    """Return cosine and sine of the angles of positions [B, T], float32 [B, T, H / 4] each.
 
-    theta_i = base^(-2i / R) with R = H / 2 rotated dimensions, angle = position * theta_i.
-
-    Args:
-        config: gives base, ratio, its meaning, and `rope_table_dtype`.
-        positions: int32 [B, T].
-        dtype: the model's dtype; matters only with `rope_table_dtype="reference"`.
-
-    Returns:
-        (cos, sin), float32 [B, T, H / 4]. With "reference" they are rounded as in the published
-        code: ChatGLM2 computes theta, positions and their product in the model's dtype, ChatGLM3
-        rounds only the finished cosine and sine. (Source: modeling_chatglm.py of both.)
+    theta_i = base^(-2i / R) with R = H / 2 rotated dimensions, angle = position * theta_i. With
+    `rope_table_dtype="reference"` they are rounded as in the published code: ChatGLM2 computes
+    theta, positions and their product in the model's `dtype`, ChatGLM3 rounds only the finished
+    cosine and sine. (Source: modeling_chatglm.py of both.)
     """
     name = jnp.dtype(dtype).name
     rounded = config.rope_table_dtype == "reference" and name in _FLOAT_BITS

@@ -20,38 +20,23 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to quantize.
+    """A way to quantize."""
 
-    Attributes:
-        name: one of `SCHEMES`.
-        bits: 8 or 4.
-        grouped: whether a row has a scale for every group of columns, not one for the row.
-        embeddings: whether embedding and head are quantized, too.
-    """
-
-    name: str
-    bits: int
-    grouped: bool
-    embeddings: bool = False
+    name: str  # one of `SCHEMES`
+    bits: int  # 8 or 4
+    grouped: bool  # whether a row has a scale for every group of columns, not one for the row
+    embeddings: bool = False  # whether embedding and head are quantized, too
 
     def covers(self, name: str) -> bool:
         """Return whether a parameter of that name is quantized."""
         return name in COLUMN_AXES or (self.embeddings and name in EMBEDDINGS)
 
     def group(self, columns: int) -> int | None:
-        """Return how many of a weight's columns share a scale; None = all of a row.
-
-        It is less than `GROUP` if that does not divide the columns.
-        """
+        """Return how many columns share a scale, at most `GROUP`; None = all of a row."""
         return math.gcd(columns, GROUP) if self.grouped else None
 
     def shapes(self, shape: Shape, column_axes: int) -> tuple[Shape, Shape]:
-        """Return the shapes of the values and of the scales of a weight.
-
-        Args:
-            shape: of the weight.
-            column_axes: how many of its last axes are columns.
-        """
+        """Return the shapes of values and scales of a weight whose last axes are columns."""
         rows, columns = shape[:-column_axes], math.prod(shape[-column_axes:])
         group = self.group(columns)
         groups = () if group is None else (columns // group,)
@@ -75,14 +60,8 @@ def asked_scheme(
 ) -> str | None:
     """Return the scheme's name that --quantize and --quantize-embeddings stand for.
 
-    Args:
-        quantize: one of `choices.QUANTIZE`, or None.
-        embeddings: whether to quantize embedding and head, too.
-        stored: the scheme of a folder that is quantized.
-        model: how messages name the folder.
-
-    Raises:
-        UsageError: the folder is quantized already, or embeddings without layers.
+    UsageError if the folder, which messages call `model`, is `stored` quantized already, or if
+    embeddings are to be quantized without layers.
     """
     if stored is not None and (embeddings or quantize not in (None, "none")):
         extra = " and --quantize-embeddings" if quantize and embeddings else "-embeddings"

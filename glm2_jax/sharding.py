@@ -42,12 +42,7 @@ LAYER_AXES = {
 def check_mesh(
     config: GLMConfig, mesh: Mesh | Mapping[str, int], scheme: Scheme | None = None
 ) -> None:
-    """Refuse a mesh whose axes do not divide the weights of a model.
-
-    Args:
-        config: the model.
-        mesh: the mesh, or axis -> size.
-        scheme: how the weights are quantized.
+    """Refuse a mesh whose axes do not divide the weights of a model, quantized by `scheme`.
 
     Raises:
         UsageError: an axis does not divide all that it cuts; the message lists sizes that do.
@@ -61,9 +56,18 @@ def check_mesh(
     if K > 1:
         what += f", and be a multiple or a divisor of the {K} key/value heads"
     # Every device has queries of one key/value head, or of several complete ones.
-    divisors = _divisors(math.gcd(N, F // packed, V))
-    _check_axis("tensor", sizes, what, [n for n in divisors if n % K == 0 or K % n == 0])
-    _check_axis("fsdp", sizes, f"the hidden size of {D}{pairs}", _divisors(D // packed))
+    tensor = [n for n in _divisors(math.gcd(N, F // packed, V)) if n % K == 0 or K % n == 0]
+    fsdp = _divisors(D // packed)
+    for axis, cut, fits in (
+        ("tensor", what, tensor),
+        ("fsdp", f"the hidden size of {D}{pairs}", fsdp),
+    ):
+        if sizes.get(axis, 1) not in fits:
+            raise UsageError(
+                f"The mesh {mesh_text(sizes)} does not fit the model.",
+                f"{axis} must divide {cut}.",
+                f"Use {axis}={', '.join(map(str, fits[:12]))}{' ...' if len(fits) > 12 else ''}.",
+            )
 
 
 def params_sharding(
@@ -71,11 +75,8 @@ def params_sharding(
 ) -> dict[str, Any]:
     """Return how the params are sharded: the same tree, of `NamedSharding`.
 
-    Args:
-        config: the model.
-        mesh: the devices.
-        scheme: how the weights are quantized; such leaves are `QTensor`s of shardings.
-        as_list: for a list of layers instead of stacked ones.
+    With a quantization `scheme`, such leaves are `QTensor`s of shardings; `as_list` is for a list
+    of layers instead of stacked ones.
     """
     leading = "" if as_list else "L"
     layer = {
@@ -88,21 +89,15 @@ def params_sharding(
 
 
 def lora_sharding(lora: LoRA, mesh: Mesh) -> LoRA:
-    """Return how an adapter is sharded: the same tree, of `NamedSharding`.
-
-    Args:
-        lora: an adapter with stacked arrays, or their shapes.
-        mesh: the devices.
-    """
-
-    def place(target: str) -> dict[str, Any]:
+    """Return how an adapter (arrays or shapes) is sharded: the same tree, of `NamedSharding`."""
+    places: dict[str, Any] = {}
+    for target, weights in lora.layers.items():
         axes = weight_axes(TARGETS[target])
-        return {
+        places[target] = {
             part: NamedSharding(mesh, partition("L" + axes[part], array.shape, mesh.shape))
-            for part, array in lora.layers[target].items()
+            for part, array in weights.items()
         }
-
-    return dataclasses.replace(lora, layers={target: place(target) for target in lora.layers})
+    return dataclasses.replace(lora, layers=places)
 
 
 def cache_sharding(config: GLMConfig, mesh: Mesh) -> KVCache:
@@ -146,12 +141,3 @@ def _weight(config: GLMConfig, mesh: Mesh, name: str, letters: str, scheme: Sche
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _check_axis(axis: str, mesh: Mapping[str, int], what: str, fits: list[int]) -> None:
-    if mesh.get(axis, 1) not in fits:
-        raise UsageError(
-            f"The mesh {mesh_text(mesh)} does not fit the model.",
-            f"{axis} must divide {what}.",
-            f"Use {axis}={', '.join(map(str, fits[:12]))}{' ...' if len(fits) > 12 else ''}.",
-        )

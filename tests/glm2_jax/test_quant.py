@@ -10,7 +10,7 @@ import pytest
 
 from glm2_jax import KVCache, compiler_options, last_logits
 from glm2_jax.errors import CheckpointError
-from glm2_jax.linear import _dot, _on_cpu, _on_gpu, einsum
+from glm2_jax.linear import _by_dot, _on_cpu, _on_gpu, einsum
 from glm2_jax.model import unstack_layers
 from glm2_jax.quant import QTensor, dequantize, pack_int4, quantize, unpack_int4, unpacked
 from glm2_jax.schemes import SCHEMES
@@ -74,7 +74,7 @@ def test_rounding_error_is_half_a_step_at_most(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("platform", [_on_cpu, _on_gpu, _dot])
+@pytest.mark.parametrize("platform", [_on_cpu, _on_gpu, _by_dot])
 def test_products_are_those_of_the_dequantized_weight(form, platform):
     _, weight = small_weight(form)
     for rows in (1, 2, 5):
