@@ -122,13 +122,9 @@ class GLMConfig:
 
     @property
     def aligned_length(self) -> int:
-        """The longest context that the chat model was aligned on.
-
-        ChatGLM2 without `rope_ratio` was trained on 32K, but aligned on 8K.
-        """
-        if self.family == "chatglm2" and self.rope_ratio == 1.0:
-            return min(8192, self.seq_length)
-        return self.seq_length
+        """The longest context of the chat model: ChatGLM2, trained on 32K, was aligned on 8K."""
+        short = self.family == "chatglm2" and self.rope_ratio == 1.0
+        return min(8192, self.seq_length) if short else self.seq_length
 
     @property
     def default_template(self) -> str:
@@ -144,18 +140,11 @@ class GLMConfig:
         rope_kind: str | None = None,
         family: str | None = None,
     ) -> "GLMConfig":
-        """Read a published `config.json`.
+        """Read a parsed `config.json`, with the published keys and our own.
 
-        Args:
-            raw: the parsed file. Besides the published keys it may hold our own `family`,
-                `rope_kind`, `rope_table_dtype` and `logn_scaling`.
-            tokenizer_config: the parsed `tokenizer_config.json`, which may show the family if the
-                configuration does not.
-            rope_kind: overrides the meaning that `rope_ratio` has in the family.
-            family: overrides the family that the files show.
-
-        Returns:
-            The configuration. Unknown keys that do not change the mathematics are ignored.
+        Unknown keys that do not change the mathematics are ignored. A parsed
+        `tokenizer_config.json` may show the family if the configuration does not. `rope_kind` and
+        `family` override what the files say.
 
         Raises:
             CheckpointError: another model, a key whose value this implementation does not

@@ -11,15 +11,10 @@ _SHORT.maxstring = _SHORT.maxother = 100  # characters
 
 
 class GLMError(Exception):
-    """An expected failure in up to three parts: what happened, why, and what to do.
+    """An expected failure: what happened, why ("", or several lines from a list), what to do.
 
-    Control characters and newlines inside a line are escaped in all parts.
-
-    Attributes:
-        what: one line, what went wrong.
-        why: the reason; may be empty, or several lines if it was given as a list.
-        fix: one line, what the user can do; may be empty.
-        exit_code: exit code of a command-line tool.
+    Control characters and newlines inside a line are escaped in all parts. The command-line tools
+    exit with `exit_code`.
     """
 
     exit_code = 1

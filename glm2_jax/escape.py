@@ -10,12 +10,7 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """Escape what a terminal would obey or show as another line; letters and emoji stay.
-
-    Args:
-        text: any text.
-        keep: characters that are left as they are, for example newlines.
-    """
+    """Escape what a terminal would obey or show as another line, but not the characters `keep`."""
     return _CONTROLS.sub(
         lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
         text,

@@ -38,12 +38,9 @@ def all_axes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parse a mesh such as "data=2,tensor=4": axis -> size, in the order given.
+    """Parse a mesh such as "data=2,tensor=4", or raise UsageError: axis -> size, in this order.
 
     Axes that are not named have size 1 and come last.
-
-    Raises:
-        UsageError: an unknown axis, an axis given twice, or a size that is not an integer >= 1.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -62,14 +59,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Make a mesh of devices.
+    """Make a mesh of devices, by default all that JAX sees, including those of other processes.
 
-    Args:
-        sizes: axis -> size, the slowest axis first; absent axes have size 1.
-        devices: default: all that JAX sees, including those of other processes.
-
-    Raises:
-        UsageError: the sizes do not multiply to the number of devices.
+    The slowest axis of `sizes` is first, absent axes have size 1. UsageError if they do not
+    multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = all_axes(sizes)

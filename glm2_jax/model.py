@@ -26,7 +26,7 @@ from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
 from glm2_jax.lora import LoRA, adapt, layer_of
 from glm2_jax.mesh import active_mesh, constrain, pieces
-from glm2_jax.quant import QTensor, take_rows
+from glm2_jax.quant import QTensor, dequantize
 from glm2_jax.rope import apply_rope
 
 Params = Mapping[str, Any]
@@ -41,10 +41,7 @@ def _weight(module: nn.Module, name: str, *shape: int) -> jax.Array | QTensor:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once.
-
-    Source: RMSNorm of the published modeling_chatglm.py.
-    """
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
@@ -193,7 +190,8 @@ class GLM(nn.Module):
             # XLA:GPU turns one token's row into a slice, and for that gathers the complete matrix.
             return self._embedded(jnp.pad(tokens, ((0, 0), (0, 1))))[:, :1]
         if isinstance(self.embed, QTensor):
-            return take_rows(self.embed, tokens).astype(self.final_norm.dtype)
+            rows = jax.tree.map(lambda array: array[tokens], self.embed)
+            return dequantize(rows, tokens.ndim).astype(self.final_norm.dtype)
         # Not cut along D: parts of rows would have to be exchanged for parts of the batch.
         return jnp.take(constrain(self.embed, "V", None), tokens, axis=0)
 

@@ -89,12 +89,6 @@ def dequantize_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
     return (grouped * scale[..., None]).reshape(shape)
 
 
-def take_rows(weight: QTensor, index: jax.Array) -> jax.Array:
-    """Dequantize some rows of a matrix [rows, columns]: float32 [*index, columns]."""
-    taken = QTensor(weight.values[index], weight.scale[index], weight.bits)
-    return dequantize(taken, index.ndim)
-
-
 def unpacked(weight: QTensor) -> jax.Array:
     """Return the integers, int8 [*rows, *columns]."""
     if weight.bits == 8:

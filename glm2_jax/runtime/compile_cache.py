@@ -47,11 +47,8 @@ def enable_compile_cache(
 ) -> None:
     """Keep compiled programs in `folder`; call it before anything is compiled.
 
-    The folder must belong to the user: programs in it are loaded and run as they are.
-
-    Args:
-        folder: None = `default_folder()`; "off" (here or in the variable) = no cache.
-        warn: called with one line if there is no cache, or if something in it is wrong.
+    None is `default_folder()`, "off" no cache. The folder must belong to the user: programs in it
+    are loaded and run as they are. `warn` gets one line if it, or something in it, is unusable.
     """
     try:
         path = user_cache(_FOLDER, VARIABLE, folder)

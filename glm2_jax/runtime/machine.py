@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,44 +268,43 @@ def important_lines(text: str) -> tuple[str, ...]:
 
 def find_nvidia(root: Path = Path("/")) -> Nvidia:
     """Look for NVIDIA GPUs: on the bus, in /dev, in the driver, and with nvidia-smi."""
-    gpus, smi_error, smi_driver = _ask_nvidia_smi()
+    found = _ask_nvidia_smi()
     text = read_text(root / "proc/driver/nvidia/version")
     match = re.search(r"Kernel Module.*?\s(\d+\.\d+(\.\d+)?)\s", text)
-    return Nvidia(
+    return replace(
+        found,
         on_bus=len(_pci(root, "0x10de", "0x03")),
         nodes=len([*root.glob("dev/nvidia[0-9]*"), *root.glob("dev/dxg")]),
-        driver=match[1] if match else smi_driver,
-        gpus=gpus,
-        smi_error=smi_error,
+        driver=match[1] if match else found.driver,
     )
 
 
-def _ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str, str]:
-    """Return (GPUs, why there are none, driver version)."""
+def _ask_nvidia_smi() -> Nvidia:
     if not (tool := shutil.which("nvidia-smi")):
-        return (), "", ""
+        return Nvidia()
     query = "--query-gpu=driver_version,memory.total,memory.free,name"
     try:
         status, out, err = _run([tool, query, "--format=csv,noheader,nounits"], _TOOL_SECONDS, {})
     except OSError as error:
-        return (), str(error.strerror), ""
+        return Nvidia(smi_error=str(error.strerror))
     if status != 0:
-        said = important_lines(err + "\n" + out)
-        return (), said[0] if said else "no answer" if status is None else f"status {status}", ""
+        said = [*important_lines(f"{err}\n{out}"), f"status {status}"]
+        return Nvidia(smi_error="no answer" if status is None else said[0])
     return parse_nvidia_smi(out)
 
 
-def parse_nvidia_smi(text: str) -> tuple[tuple[Gpu, ...], str, str]:
-    """Read lines of "driver, MiB in all, MiB free, name" as `_ask_nvidia_smi` returns them."""
-    rows = [[cell.strip() for cell in line.split(",", 3)] for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == 4]
-    if not rows:
-        return (), "nvidia-smi lists no GPU", ""
+def parse_nvidia_smi(text: str) -> Nvidia:
+    """Read lines of "driver, MiB in all, MiB free, name"."""
 
     def size(cell: str) -> int:  # "[N/A]" on GPUs that share the host's memory
         return int(cell) * 2**20 if cell.isdecimal() else 0
 
-    return tuple(Gpu(row[3], size(row[1]), size(row[2])) for row in rows), "", rows[0][0]
+    rows = [[cell.strip() for cell in line.split(",", 3)] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == 4]
+    if not rows:
+        return Nvidia(smi_error="nvidia-smi lists no GPU")
+    gpus = tuple(Gpu(name, size(total), size(free)) for _, total, free, name in rows)
+    return Nvidia(driver=rows[0][0], gpus=gpus)
 
 
 def count_tpus(root: Path = Path("/")) -> int:

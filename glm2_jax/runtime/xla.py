@@ -11,9 +11,6 @@ def compiler_options(platform: str) -> dict[str, str]:
     XLA:CPU of jax 0.10 hoists a float32 copy of all stacked half-precision weights out of the scan:
     23 to 25 GB for a 6B model in bfloat16. Without the two hoisting passes it converts one layer
     at a time. It vectorizes loops for 256 bits even if there are registers of 512.
-
-    Args:
-        platform: "cpu", "gpu" or "tpu", as `jax.Device.platform` names it.
     """
     if platform != "cpu":
         return {}

@@ -44,23 +44,19 @@ class AddedToken:
 
 
 class Tokenizer:
-    """Encodes text to ids and back, exactly as the published tokenizers do.
-
-    Attributes:
-        family: "chatglm2", "chatglm3" or "codegeex2".
-        model_bytes: the SentencePiece model as it was read.
-        num_pieces: number of pieces in that model; special ids follow them.
-        special: name -> id of every special token of the family.
-        added: additional tokens by their text.
-        end_ids: additional ids that end an answer.
-        size: the largest id in use, plus 1.
-        prefix_ids: [gMASK] and sop, which begin every sequence.
-        eos_id, pad_id: 2 and 0 (the unknown piece is also the padding).
-        adds_dummy_prefix: whether the model puts a space before every text.
-    """
+    """Encodes text to ids and back, exactly as the published tokenizers do."""
 
     eos_id = 2
-    pad_id = 0
+    pad_id = 0  # the unknown piece
+    family: str  # "chatglm2", "chatglm3" or "codegeex2"
+    model_bytes: bytes  # the SentencePiece model as it was read
+    num_pieces: int  # in that model; special ids follow them
+    special: dict[str, int]  # name -> id of every special token of the family
+    added: dict[str, AddedToken]  # additional tokens by their text
+    end_ids: tuple[int, ...]  # additional ids that end an answer
+    size: int  # the largest id in use, plus 1
+    prefix_ids: list[int]  # [gMASK] and sop, which begin every sequence
+    adds_dummy_prefix: bool  # whether the model puts a space before every text
 
     def __init__(self, model_bytes: bytes, family: str = "chatglm2", *, source: str = ""):
         self.model_bytes = model_bytes
@@ -116,11 +112,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, family: str = "chatglm2") -> "Tokenizer":
-        """Read a `tokenizer.model` file.
-
-        Raises:
-            CheckpointError: the file is missing, unreadable or not a suitable SentencePiece model.
-        """
+        """Read a `tokenizer.model` file; CheckpointError if it is not a suitable one."""
         path = Path(path)
         try:
             size = path.stat().st_size
@@ -143,11 +135,7 @@ class Tokenizer:
         return cls(data, family)
 
     def encode(self, text: str) -> list[int]:
-        """Encode text without the prefix ids; never returns a special id.
-
-        Raises:
-            InputError: `text` is not a string, or holds a lone surrogate, which has no UTF-8 form.
-        """
+        """Encode text without the prefix ids, never to a special id; InputError if it cannot be."""
         if not isinstance(text, str):
             raise InputError(
                 "The text to encode is not a string.", f"It is of type {type(text).__name__}."
@@ -248,6 +236,7 @@ class Tokenizer:
 def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
     """Parse the model and check what the rest of the project relies on."""
     name = f"The tokenizer {source}".rstrip()
+    foreign = f"{name} does not belong to the ChatGLM family."
     if data.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{name} is a Git LFS pointer, not the file itself.",
@@ -266,16 +255,11 @@ def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcesso
         ) from error
     ids = (pieces.unk_id(), pieces.bos_id(), pieces.eos_id())
     if ids != (0, 1, 2):
-        raise CheckpointError(
-            f"{name} does not belong to the ChatGLM family.",
-            f"Its ids of <unk>, <s> and </s> are {ids}, not (0, 1, 2).",
-        )
+        raise CheckpointError(foreign, f"Its ids of <unk>, <s> and </s> are {ids}, not (0, 1, 2).")
     num_bytes = sum(pieces.is_byte(pieces.piece_to_id(f"<0x{i:02X}>")) for i in range(256))
     if num_bytes != 256:
-        raise CheckpointError(
-            f"{name} does not belong to the ChatGLM family.",
-            f"It has {num_bytes} byte pieces, not 256, so some text could not be written.",
-        )
+        why = f"It has {num_bytes} byte pieces, not 256, so some text could not be written."
+        raise CheckpointError(foreign, why)
     return pieces
 
 

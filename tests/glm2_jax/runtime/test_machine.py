@@ -13,10 +13,10 @@ GB = 10**9
 
 def test_the_answer_of_nvidia_smi():
     text = "550.54.15, 40960, 40000, NVIDIA A100\n550.54.15, [N/A], [N/A], NVIDIA GH200, 480GB\n"
-    gpus, error, driver = machine.parse_nvidia_smi(text)
-    assert gpus[0] == Gpu("NVIDIA A100", 40960 * 2**20, 40000 * 2**20)
-    assert gpus[1] == Gpu("NVIDIA GH200, 480GB", 0, 0) and (error, driver) == ("", "550.54.15")
-    assert machine.parse_nvidia_smi("No devices were found\n")[0] == ()
+    gpus = (Gpu("NVIDIA A100", 40960 * 2**20, 40000 * 2**20), Gpu("NVIDIA GH200, 480GB", 0, 0))
+    assert machine.parse_nvidia_smi(text) == Nvidia(driver="550.54.15", gpus=gpus)
+    found = machine.parse_nvidia_smi("No devices were found\n")
+    assert found == Nvidia(smi_error="nvidia-smi lists no GPU")
 
 
 DRIVERS = {
