@@ -1,51 +1,196 @@
-"""The model on meshes of eight virtual devices: the same answers, and no needless talk."""
+"""The toy model on meshes of eight virtual devices: the same answers, and no needless talk.
 
+This file is also the script that `run` starts: one process makes all the checks.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from glm2_jax import (
+    GLMConfig,
+    KVCache,
+    cache_sharding,
+    forward,
+    init_lora,
+    last_logits,
+    lora_sharding,
+    make_mesh,
+    params_sharding,
+    parse_mesh,
+)
+from glm2_jax.lora import with_lora
+from glm2_jax.model import unstack_layers
+from glm2_jax.schemes import SCHEMES
 from tests.support.mesh_process import run
+from tests.support.program_text import collectives, kinds
+from tests.support.toy import quantized, random_tokens, toy_params
+
+# Groups of 32 columns in an ffn of 96: on four devices some are on two.
+CONFIG = GLMConfig(2, 104, 64, 96, 8, 2, 16, 64)
+ROWS, SLOTS, STEPS, WIDEST = 8, 16, 3, 3
+
+
+class Case(NamedTuple):
+    """A mesh, and what runs on it."""
+
+    mesh: str
+    scheme: str | None
+    as_list: bool  # of layers
+    adapted: bool
+    width: int  # tokens of a prompt, and of a row of the program
+    cache_part: list[int]  # on one device
+
+
+CASES = [
+    Case("tensor=8", None, False, False, 1, [2, 8, 16, 2, 16]),  # two heads are on all of eight
+    Case("data=2,tensor=4", "int4", False, True, 3, [2, 4, 16, 2, 16]),
+    Case("data=2,tensor=4", None, True, False, 1, [2, 4, 16, 2, 16]),
+    Case("tensor=2,data=2,fsdp=2", "int8", False, False, 3, [2, 2, 16, 1, 16]),
+    Case("data=8", "int8", False, True, 1, [2, 1, 16, 2, 16]),
+]
+
+
+@partial(jax.jit, donate_argnames="cache")
+def step(params: Any, tokens: jax.Array, lengths: jax.Array, cache: KVCache):
+    """Read some tokens of every row: (logits, the most likely tokens, the cache)."""
+    real = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
+    logits, new = last_logits(CONFIG, params, tokens, lengths - 1, segment_ids=real, cache=cache)
+    return logits, jnp.argmax(logits, -1).astype(jnp.int32), new
+
+
+@cache
+def weights(scheme: str | None) -> tuple[Any, Any]:
+    """The params, and what they stand for in float32: one program answers for all schemes."""
+    params = toy_params(CONFIG)
+    pair = (params, params) if scheme is None else quantized(params, SCHEMES[scheme])
+    return jax.tree.map(np.asarray, pair)
+
+
+@cache
+def adapter() -> Any:
+    shapes = jax.eval_shape(
+        lambda: init_lora(CONFIG, jax.random.key(3), rank=4, targets="all-linear")
+    )
+    random = np.random.default_rng(4)
+    return jax.tree.map(lambda x: random.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
+
+
+def answer(program: Any, params: Any, state: KVCache, prompt: int, width: int) -> Any:
+    """Prompts of 1 .. `prompt` tokens and a few greedy steps, by a program for `width` tokens of
+    every row: (logits, tokens, the cache)."""
+    read = np.zeros((ROWS, width), np.int32)
+    read[:, :prompt] = random_tokens(ROWS, prompt, CONFIG)
+    lengths, seen = np.arange(ROWS, dtype=np.int32) % prompt + 1, []
+    for _ in range(STEPS + 1):
+        logits, tokens, state = program(params, read, lengths, state)
+        seen.append((np.asarray(logits), np.asarray(tokens)))
+        read[:, 0], lengths = seen[-1][1], np.ones_like(lengths)
+    return np.stack([x for x, _ in seen]), np.stack([x for _, x in seen]), state
+
+
+def placed(mesh: Any, scheme: str | None, as_list: bool = False, adapted: bool = False) -> Any:
+    params = weights(scheme)[0]
+    params = unstack_layers(params) if as_list else params
+    found = SCHEMES[scheme] if scheme else None
+    places = params_sharding(CONFIG, mesh, scheme=found, as_list=as_list)
+    params = jax.device_put(params, places)
+    if not adapted:
+        return params
+    return with_lora(params, jax.device_put(adapter(), lora_sharding(adapter(), mesh)))
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """One case: how far from one device, and the collectives of its program."""
+
+    def empty() -> KVCache:
+        return KVCache.zeros(CONFIG, ROWS, SLOTS, jnp.float32)
+
+    plain = weights(case.scheme)[1]
+    plain = with_lora(plain, adapter()) if case.adapted else plain
+    want, want_tokens, _ = answer(step, plain, empty(), case.width, WIDEST)
+    mesh = make_mesh(parse_mesh(case.mesh))
+    params = placed(mesh, case.scheme, case.as_list, case.adapted)
+    with jax.set_mesh(mesh):
+        read = np.zeros((ROWS, case.width), np.int32), np.ones(ROWS, np.int32)
+        # Compiled for this sharding of the cache, which its result must have as well.
+        program = step.lower(params, *read, empty()).compile()
+        got, got_tokens, state = answer(program, params, empty(), case.width, case.width)
+    found = collectives(program.as_text() or "")
+    return {
+        "logits": float(np.abs(got - want).max()),
+        "scale": float(np.abs(want).max()),
+        "same_tokens": bool((got_tokens == want_tokens).all()),
+        "tokens": len(set(want_tokens.flat)),
+        "layers": kinds(found, True),
+        "outside": kinds(found, False),
+        "largest": max(one.elements for one in found) if found else 0,
+        "cache_part": state.k.addressable_shards[0].data.shape,
+        "cache_stays": state.k.sharding.is_equivalent_to(cache_sharding(CONFIG, mesh).k, 5),
+    }
+
+
+def gradients(params: Any, lora: Any) -> list[Any]:
+    """Those of a loss by all params and by an adapter."""
+
+    def loss(params: Any, lora: Any) -> jax.Array:
+        tokens = random_tokens(ROWS, 6, CONFIG)
+        logits, _ = forward(CONFIG, params, tokens, lora=lora)
+        scores = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(scores, tokens[:, 1:, None], -1).mean()
+
+    return jax.device_get(jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(params, lora)))
+
+
+def compare_gradients() -> dict[str, Any]:
+    want = gradients(weights(None)[0], adapter())
+    mesh = make_mesh(parse_mesh("data=2,fsdp=2,tensor=2"))
+    lora = jax.device_put(adapter(), lora_sharding(adapter(), mesh))
+    with jax.set_mesh(mesh):
+        got = gradients(placed(mesh, None), lora)
+    off = [float(np.abs(a - b).max()) for a, b in zip(want, got, strict=True)]
+    scale = max(float(np.abs(a).max()) for a in want)
+    return {"arrays": len(off), "off": max(off), "scale": scale}
 
 
 @pytest.fixture(scope="module")
 def found():
-    return run("tests.support.mesh_model")
+    return run("tests.glm2_jax.test_sharding_model")
 
 
 def test_meshes_give_the_logits_and_tokens_of_one_device(found):
-    assert {case["mesh"].count("=") for case in found["cases"]} == {1, 2, 3}
-    for case in found["cases"]:
-        assert case["scale"] > 0.5, case
-        assert case["logits"] <= 1e-4, case
-        assert case["same_tokens"] and case["tokens"] > 5, case
-
-
-def test_rows_and_key_heads_of_the_cache_are_cut_and_stay(found):
-    parts = {case["mesh"]: case["cache_part"] for case in found["cases"]}
-    assert parts["tensor=8"] == [2, 8, 16, 2, 16]  # two heads are on all of eight
-    assert parts["data=2,tensor=4"] == [2, 4, 16, 2, 16]
-    assert parts["tensor=2,data=2,fsdp=2"] == [2, 2, 16, 1, 16]
-    assert parts["data=8"] == [2, 1, 16, 2, 16]
-    assert all(case["cache_stays"] for case in found["cases"])
+    for case, one in zip(CASES, found["cases"], strict=True):
+        assert one["scale"] > 0.5 and one["logits"] <= 1e-4, case
+        assert one["same_tokens"] and one["tokens"] > 5, case
+        # Rows and key heads of the cache are cut, and stay.
+        assert one["cache_part"] == case.cache_part and one["cache_stays"], case
 
 
 def test_a_layer_has_two_all_reduces_and_nothing_else(found):
-    for case in found["cases"]:
-        if "tensor" not in case["mesh"] or "fsdp" in case["mesh"]:
-            continue
-        # Outside the loop: rows of the embedding, logits; and the layers where they are a list.
-        layers = 2 * 2 if case["as_list"] else 0
-        assert case["layers"] == ({} if case["as_list"] else {"all-reduce": 2}), case
-        assert case["outside"] == {"all-reduce": 1 + layers, "all-gather": 1}, case
-        rows = 8 if case["mesh"] == "tensor=8" else 4
-        # Logits, or hidden states: no weight, no cache.
-        assert case["largest"] == rows * max(104, 64 * case["width"]), case
-
-
-def test_data_alone_needs_no_collective_in_a_step(found):
-    (case,) = (case for case in found["cases"] if case["mesh"] == "data=8")
-    assert case["layers"] == {} and case["outside"] == {}, case
+    for case, one in zip(CASES, found["cases"], strict=True):
+        if case.mesh == "data=8":
+            assert one["layers"] == one["outside"] == {}, case
+        elif "fsdp" not in case.mesh:
+            # Outside the loop: rows of the embedding, logits; and the layers where they are a list.
+            layers = 2 * 2 if case.as_list else 0
+            assert one["layers"] == ({} if case.as_list else {"all-reduce": 2}), case
+            assert one["outside"] == {"all-reduce": 1 + layers, "all-gather": 1}, case
+            # Logits, or hidden states: no weight, no cache.
+            assert one["largest"] == case.cache_part[1] * max(104, 64 * case.width), case
 
 
 def test_gradients_of_all_params_and_of_an_adapter_are_those_of_one_device(found):
-    for case in found["gradients"]:
-        assert case["arrays"] == 14 + 10, case
-        assert case["scale"] > 1e-3 and case["off"] < 1e-5, case
+    one = found["gradients"]
+    assert one["arrays"] == 14 + 10 and one["scale"] > 1e-3 and one["off"] < 1e-5
+
+
+if __name__ == "__main__":
+    cases = [compare(case) for case in CASES]
+    print(json.dumps({"gradients": compare_gradients(), "cases": cases}))

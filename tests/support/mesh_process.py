@@ -1,7 +1,6 @@
-"""A script of checks that runs on eight virtual CPU devices, in a process of its own.
+"""Runs a script of checks on eight virtual CPU devices, in a process of its own.
 
-JAX takes the number of its devices once, so a test process that has one device keeps one. Compiling
-is what costs: one process makes many checks, and prints what it found as one JSON object.
+JAX takes the number of its devices once, so a test process that has one device keeps one.
 """
 
 import json
@@ -25,9 +24,8 @@ def run(module: str, *args: str, timeout: int = 600) -> Any:
     threads = {"NPROC": str(4 * DEVICES)}
     env = {**os.environ, **threads, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     command = [sys.executable, "-W", "error", "-m", module, *args]
-    root = ROOT
     done = subprocess.run(
-        command, capture_output=True, text=True, env=env, cwd=root, timeout=timeout
+        command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=timeout
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
