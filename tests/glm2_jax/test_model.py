@@ -1,6 +1,7 @@
 """The model against itself: every way to run it gives the same logits."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,20 @@ from glm2_jax import (
     KVCache,
     compiler_options,
     forward,
+    hidden,
+    init_lora,
     init_params,
     last_logits,
+    model,
     param_shapes,
 )
 from glm2_jax.context import token_context
 from glm2_jax.linear import einsum
-from glm2_jax.model import GLM, rms_norm
+from glm2_jax.model import GLM, rms_norm, unstack_layers
+from tests.support import hurry
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
+OPTIONS = compiler_options("cpu") | hurry.OPTIONS
 CLOSE = 1e-4  # what the forms of one computation may differ by, on logits of unit scale
 
 
@@ -59,9 +65,10 @@ def test_layout():
     layers = {"attn_norm": (L, D), "mlp_norm": (L, D), **queries, **keys, **mlp}
     outside = {"embed": (V, D), "final_norm": (D,), "head": (V, D)}
     assert param_shapes(PRESETS["chatglm2-6b"]) == {"layers": layers, **outside}
+    assert jax.tree.map(lambda x: x.shape, toy_params()) == param_shapes(TOY)
 
 
-def test_rms_norm_by_hand_and_rounds_once():
+def test_norms_and_products_round_once():
     x, weight = jnp.asarray([[3.0, 4.0]]), jnp.asarray([1.0, 10.0])
     expected = np.array([[3.0, 40.0]]) / np.sqrt(12.5 + 1e-5)
     np.testing.assert_allclose(rms_norm(x, weight, 1e-5), expected, rtol=1e-6)
@@ -69,21 +76,19 @@ def test_rms_norm_by_hand_and_rounds_once():
     scale = jnp.linspace(0.5, 2, 64).astype(jnp.bfloat16)
     exact = rms_norm(half.astype(jnp.float32), scale.astype(jnp.float32), 1e-5)
     np.testing.assert_array_equal(rms_norm(half, scale, 1e-5), exact.astype(jnp.bfloat16))
+    ones = jnp.ones((1, 1, 4096), jnp.bfloat16)
+    out = einsum("BTD,FD->BTF", ones, ones[0])
+    assert out.dtype == jnp.float32 and float(out[0, 0, 0]) == 4096.0
 
 
-def test_causal(params):
+def test_padding_and_later_tokens_change_nothing(params):
     tokens = random_tokens(2, LENGTH)
-    changed = tokens.at[0, 8].set((tokens[0, 8] + 1) % TOY.vocab_size)
-    before, after = plain(params, tokens)[:1], plain(params, changed)[:1]
-    np.testing.assert_array_equal(before[:, :8], after[:, :8])
-    assert np.abs(before[:, 8:] - after[:, 8:]).min(axis=(0, 2)).max() > 0
-
-
-def test_left_and_right_padding_change_nothing(params):
-    tokens = random_tokens(1, 9)
     reference = plain(params, tokens)
+    changed = plain(params, tokens.at[0, 9].set((tokens[0, 9] + 1) % TOY.vocab_size))
+    np.testing.assert_array_equal(reference[0, :9], changed[0, :9])
+    assert np.abs(reference[0, 9:] - changed[0, 9:]).min() > 0
     for left in (0, 2, 5):
-        assert_same(padded(params, tokens, left), reference)
+        assert_same(padded(params, tokens[:1, :9], left), reference[:1, :9])
 
 
 def test_packed_segments_are_separate_sequences(params):
@@ -146,18 +151,6 @@ def test_a_row_is_freed_by_its_length_and_a_full_one_drops_what_does_not_fit(par
     assert_same(logits, padded(params, new))
 
 
-def test_prefix_slots_have_no_position(params):
-    tokens = random_tokens(1, 4)
-    cache = KVCache.zeros(TOY, 1, 12, jnp.float32)
-    _, cache = jit_forward(TOY, params, random_tokens(1, 4, seed=9), cache=cache)
-    prefixed = cache.replace(prefix=cache.length)
-    given = jnp.arange(4, dtype=jnp.int32)[None]
-    ours, _ = jit_forward(TOY, params, tokens, cache=prefixed)
-    explicit, _ = jit_forward(TOY, params, tokens, positions=given, cache=cache)
-    np.testing.assert_array_equal(ours, explicit)
-    assert np.abs(ours - padded(params, tokens)).max() > 1e-3, "the prefix is attended to"
-
-
 def test_last_logits_are_one_column_of_forward(params):
     tokens, index = random_tokens(2, LENGTH), jnp.asarray([0, 6], jnp.int32)
     picked, _ = jax.jit(last_logits, static_argnums=0)(TOY, params, tokens, index)
@@ -166,52 +159,41 @@ def test_last_logits_are_one_column_of_forward(params):
 
 def test_scanned_equals_unrolled(params):
     tokens = random_tokens(2, LENGTH)
-    context, _ = token_context(TOY, tokens, None, None, None, jnp.float32)
-    x = jnp.take(params["embed"], tokens, axis=0)
-    for layer in range(TOY.num_layers):
-        weights = jax.tree.map(lambda w, layer=layer: w[layer], params["layers"])
-        carry = (x, None, None)
-        (x, _, _), _ = GLMBlock(TOY).apply({"params": weights}, carry, layer, context)
-    unrolled = GLM(TOY).apply({"params": params}, x, method=GLM.logits)
-    assert_same(unrolled, plain(params, tokens))
+
+    @partial(jax.jit, compiler_options=OPTIONS)
+    def unrolled(params):
+        context, _ = token_context(TOY, tokens, None, None, None, jnp.float32)
+        x = jnp.take(params["embed"], tokens, axis=0)
+        for layer, weights in enumerate(unstack_layers(params)["layers"]):
+            carry = (x, None, None)
+            (x, _, _), _ = GLMBlock(TOY).apply({"params": weights}, carry, layer, context)
+        return GLM(TOY).apply({"params": params}, x, method=GLM.logits)
+
+    assert_same(unrolled(params), plain(params, tokens))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_near_and_logits_stay_float32(params, dtype):
     tokens = random_tokens(2, LENGTH)
-    half = jax.tree.map(lambda x: x.astype(dtype), params)
     reference = plain(params, tokens)
-    logits = plain(half, tokens)
-    assert logits.dtype == jnp.float32
-    assert jnp.linalg.norm(logits - reference) < 0.05 * jnp.linalg.norm(reference)
+    half = jax.tree.map(lambda x: x.astype(dtype), params)
     cache = KVCache.zeros(TOY, 2, SLOTS, dtype)
-    cached, cache = jit_forward(TOY, half, tokens, cache=cache)
-    assert cache.k.dtype == dtype
-    np.testing.assert_allclose(cached, logits, atol=0.05)
-
-
-def test_einsum_accumulates_in_float32():
-    ones = jnp.ones((1, 1, 4096), jnp.bfloat16)
-    weights = jnp.ones((1, 4096), jnp.bfloat16)
-    out = einsum("BTD,FD->BTF", ones, weights)
-    assert out.dtype == jnp.float32 and float(out[0, 0, 0]) == 4096.0
+    logits, cache = jit_forward(TOY, half, tokens, cache=cache)
+    assert logits.dtype == jnp.float32 and cache.k.dtype == dtype
+    assert jnp.linalg.norm(logits - reference) < 0.05 * jnp.linalg.norm(reference)
 
 
 def test_dropout_only_with_a_key(params):
-    config = dataclasses.replace(TOY, hidden_dropout=0.5, attention_dropout=0.5)
-    tokens = random_tokens(2, LENGTH)
+    tokens, keys = random_tokens(2, LENGTH), [jax.random.key(seed) for seed in (0, 0, 1)]
     reference = plain(params, tokens)
-    assert_same(jit_forward(config, params, tokens)[0], reference)
-    drawn = [
-        jit_forward(config, params, tokens, dropout_key=jax.random.key(seed))[0]
-        for seed in (0, 0, 1)
-    ]
-    np.testing.assert_array_equal(drawn[0], drawn[1])
-    assert np.abs(drawn[0] - drawn[2]).max() > 0.01
-    assert np.abs(drawn[0] - reference).max() > 0.01
-    one = dataclasses.replace(TOY, attention_dropout=0.5)
-    noisy = jit_forward(one, params, tokens, dropout_key=jax.random.key(0))[0]
-    assert np.abs(noisy - reference).max() > 0.01 and np.abs(noisy - drawn[0]).max() > 0.01
+    texts = set()
+    for rates in ({"hidden_dropout": 0.5}, {"attention_dropout": 0.5}):
+        config = dataclasses.replace(TOY, **rates)
+        drawn = [jit_forward(config, params, tokens, dropout_key=key)[0] for key in keys]
+        np.testing.assert_array_equal(drawn[0], drawn[1])
+        assert min(np.abs(drawn[0] - other).max() for other in (drawn[2], reference)) > 0.01
+        texts.add(jit_forward.lower(config, params, tokens).as_text())
+    assert texts == {jit_forward.lower(TOY, params, tokens).as_text()}
 
 
 def test_logn_scaling_by_hand(params):
@@ -219,7 +201,6 @@ def test_logn_scaling_by_hand(params):
     tokens = random_tokens(1, 6)
     context, _ = token_context(config, tokens, None, None, None, jnp.float32)
     np.testing.assert_array_equal(context.query_scale, np.ones((1, 6, 1, 1)))
-    assert_same(jit_forward(config, params, tokens)[0], plain(params, tokens))
     cache = KVCache.zeros(config, 1, 4, jnp.float32).replace(length=jnp.asarray([9934]))
     context, _ = token_context(config, tokens[:, :1], None, None, cache, jnp.float32)
     expected = np.log(64 + 9934 + 1) / np.log(2048)
@@ -241,6 +222,45 @@ def decode_step(config, dtype, batch, size):
 
 def nbytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def cached(params):
+    """The first tokens are read into a cache, and one more in a step of its own."""
+    tokens, zero = random_tokens(2, 8), jnp.zeros(2, jnp.int32)
+    _, cache = forward(TOY, params, tokens[:, :7], cache=KVCache.zeros(TOY, 2, 8, jnp.float32))
+    return last_logits(TOY, params, tokens[:, 7:], zero, cache=cache)[0]
+
+
+def trained(params):
+    """The gradient of an adapter and of the embedding."""
+    lora = init_lora(TOY, jax.random.key(1), rank=2, targets="all-linear")
+
+    def loss(lora, embed):
+        x = hidden(TOY, {**params, "embed": embed}, random_tokens(2, 8), lora=lora, remat=True)
+        return jnp.mean(jnp.square(x))
+
+    return jax.grad(loss, (0, 1))(jax.tree.map(lambda x: x + 0.1, lora), params["embed"])
+
+
+@pytest.mark.parametrize("way", [cached, trained])
+def test_an_edit_of_run_layer_counts_in_both_forms_alike(way, params, monkeypatch):
+    """As users edit a model: something is done between two layers."""
+
+    def edited(block, carry, layer, context, lora, original=model.run_layer):
+        (x, k, v), out = original(block, carry, layer, context, lora)
+        return (jnp.where(layer == 1, 2 * x, x), k, v), out
+
+    def computed(params):  # a new function each time: programs made before the edit do not serve
+        program = jax.jit(lambda params: way(params), compiler_options=OPTIONS)
+        return jax.device_get(jax.tree.leaves(program(params)))
+
+    before = computed(params)
+    monkeypatch.setattr(model, "run_layer", edited)
+    stacked, listed = computed(params), computed(unstack_layers(params))
+    for old, one, other in zip(before, stacked, listed, strict=True):
+        scale = np.abs(one).max()
+        assert np.abs(one - old).max() >= 0.01 * scale
+        np.testing.assert_allclose(other, one, atol=1e-4 * max(scale, 1), rtol=0)
 
 
 def test_the_cache_is_updated_in_place():

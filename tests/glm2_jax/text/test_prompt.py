@@ -31,7 +31,7 @@ def published(family):
     return Tokenizer.from_file(real_model() / "tokenizer.model", family)
 
 
-def test_published_chatglm2_prompts():
+def test_published_prompts():
     ids = [64790, 64792, 790, 30951, 517, 30910, 30939, 30996, 13, 13, 54761, 31211, 39701]
     ids += [13, 13, 55437, 31211]
     assert build_prompt(published("chatglm2"), "chatglm2", "你好") == ids
@@ -40,6 +40,7 @@ def test_published_chatglm2_prompts():
     history, query = [("你好", answer)], "晚上睡不着应该怎么办"
     assert chatglm2_text(query, history) == case["text"]
     tokenizer = published("chatglm2")
+    assert stop_ids(tokenizer) == (2,)
     assert build_prompt(tokenizer, "chatglm2", query, history) == [64790, 64792, *case["hf_ids"]]
     followup = build_followup(tokenizer, query, 2)
     assert followup[:4] == [13, 13, 30995, 30951] and case["hf_ids"][-len(followup) :] == followup
@@ -47,16 +48,12 @@ def test_published_chatglm2_prompts():
     between = case["hf_ids"][len(first) : -len(followup)]
     assert case["hf_ids"] == first + between + followup and tokenizer.decode(between) == answer
 
-
-def test_published_chatglm3_prompt():
     ids = [64790, 64792, 64795, 30910, 13, 36474, 54591, 64796]
     tokenizer = published("chatglm3")
     assert build_prompt(tokenizer, "chatglm3", "你好") == ids
     assert build_messages(tokenizer, [{"role": "user", "content": "你好"}]) == ids
     assert stop_ids(tokenizer) == (2, 64795, 64797)
 
-
-def test_published_raw_prompt():
     text = "def main():\n    print('hello world')\t# greeting"
     ids = [64790, 64792, 884, 1301, 9427, 13, 296, 4466, 2029, 15616, 30914, 993, 3387, 12]
     assert build_prompt(published("chatglm2"), "raw", text) == [*ids, 31010, 30174]
@@ -85,25 +82,6 @@ def test_a_followup_is_the_end_of_the_whole_prompt(tokenizer):
         assert whole == tokenizer.prefix_ids + tokenizer.encode(before) + followup
 
     check()
-
-
-def test_a_followup_that_cannot_be():
-    merging = Tokenizer.from_bytes(sp_model(newlines=True))
-    with pytest.raises(CheckpointError, match="piecewise"):
-        build_followup(merging, "Q", 2)
-    with pytest.raises(ValueError, match="round 1"):
-        build_followup(GLM2, "Q", 1)
-    with pytest.raises(InputError, match="empty prompt"):
-        build_followup(GLM2, " ", 2)
-
-
-def test_chatglm3_history_becomes_messages():
-    messages = [{"role": "system", "content": "S"}]
-    for question, answer in HISTORY:
-        messages += [{"role": "user", "content": question}]
-        messages += [{"role": "assistant", "content": answer}]
-    messages += [{"role": "user", "content": "Q"}]
-    assert build_prompt(GLM3, "chatglm3", "Q", HISTORY, "S") == build_messages(GLM3, messages)
 
 
 @pytest.mark.parametrize("template", ["chatglm2", "chatglm3", "raw"])
@@ -143,14 +121,16 @@ def test_chatglm3_roles_and_empty_messages():
 def test_answers_of_a_history_may_be_messages():
     call = {"role": "assistant", "metadata": "search", "content": "(x)"}
     reply = [{"role": "assistant", "metadata": "", "content": "A"}, call]
-    asked, last = {"role": "user", "content": "Q1"}, {"role": "user", "content": "Q2"}
-    whole = build_messages(GLM3, [asked, *reply, last])
-    assert build_prompt(GLM3, "chatglm3", "Q2", [("Q1", reply)]) == whole
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q1"}, *reply,
+        {"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"},
+        {"role": "user", "content": "Q3"},
+    ]  # fmt: skip
+    built = build_prompt(GLM3, "chatglm3", "Q3", [("Q1", reply), ("Q2", "A2")], "S")
+    assert built == build_messages(GLM3, messages)
     with pytest.raises(InputError, match="turn 2 of the history is a list of messages"):
         build_prompt(GLM2, "chatglm2", "Q", [("Q", "A"), ("Q", reply)])
-    for bad in ([], ["A"], [1], {"role": "assistant"}, None):
-        with pytest.raises(InputError, match="Turn 1 of the history is not"):
-            build_prompt(GLM3, "chatglm3", "Q", [("Q", bad)])
 
 
 USER = {"role": "user", "content": "Q"}
@@ -160,17 +140,14 @@ USER = {"role": "user", "content": "Q"}
     ("messages", "message"),
     [
         ([], "no messages"),
-        ("hello", "not a list"),
         (USER, "not a list"),
         ([USER, "hello"], "Message 2 is not an object"),
         ([USER, {"role": "tool", "content": "Q"}], "Message 2 has the role 'tool'"),
-        ([{"role": ["user"], "content": "Q"}], "Message 1 has the role"),
         ([USER, {"role": "user", "content": 3}], r"Message 2 \(user\) has no content"),
         ([{"role": "user", "content": " \n"}], r"Message 1 \(user\) is empty"),
         ([USER | {"metadata": "a\nb"}], "metadata that is not one line"),
         ([USER | {"tools": []}], "Only a system message"),
         ([{"role": "system", "content": "S", "tools": {1, 2}}], "not JSON"),
-        ([{"role": "system", "content": "S", "tools": [float("nan")]}], "not JSON"),
         ([USER | {"name": "x", 1: 2}], "unknown key: 1, name"),
         ([USER | {"content": "\ud800"}], "lone surrogate"),
     ],
@@ -187,8 +164,7 @@ def test_bad_messages(messages, message):
         (None, (), None, "not a string"),
         ("Q", "history", None, "not a list"),
         ("Q", [("Q", "A"), ("Q",)], None, "Turn 2"),
-        ("Q", ["QA"], None, "Turn 1"),
-        ("Q", [("Q", None)], None, "Turn 1"),
+        *(("Q", [turn], None, "Turn 1") for turn in ("QA", ("Q", None), ("Q", []), ("Q", ["A"]))),
         ("Q", (), 5, "system text is not a string"),
     ],
 )
@@ -199,6 +175,10 @@ def test_bad_prompts(query, history, system, message):
 
 
 def test_what_a_template_cannot_do():
+    with pytest.raises(CheckpointError, match="piecewise"):
+        build_followup(Tokenizer.from_bytes(sp_model(newlines=True)), "Q", 2)
+    with pytest.raises(InputError, match="empty prompt"):
+        build_followup(GLM2, " ", 2)
     for history, system in ((HISTORY, None), ((), "S")):
         with pytest.raises(InputError, match="neither history nor a system"):
             build_prompt(GLM2, "raw", "Q", history, system)
@@ -208,13 +188,8 @@ def test_what_a_template_cannot_do():
         build_prompt(GLM2, "chatglm", "Q")
 
 
-def test_stop_ids():
-    assert stop_ids(GLM2) == stop_ids(CODE) == (2,)
-    assert stop_ids(GLM3) == (2, GLM3.special["<|user|>"], GLM3.special["<|observation|>"])
-
-
 @pytest.mark.parametrize("template", ["chatglm2", "chatglm3"])
-def test_truncation_drops_the_oldest_turns_first(template):
+def test_truncation_drops_old_turns_and_then_the_end_of_the_question(template):
     whole = build_prompt(GLM3, template, "Q", HISTORY, "S")
     assert truncate_prompt(GLM3, template, "Q", HISTORY, "S", len(whole)) == (whole, 0, 0)
     for kept in (1, 0):
@@ -224,9 +199,6 @@ def test_truncation_drops_the_oldest_turns_first(template):
             assert result == (shorter, 2 - kept, 0)
         whole = shorter
 
-
-@pytest.mark.parametrize("template", ["chatglm2", "chatglm3"])
-def test_truncation_cuts_the_end_of_the_question(template):
     query = "今天天气很好👋 hello world 👋👋 and the capital"
     whole = len(build_prompt(GLM3, template, query, (), "S"))
     least = len(build_prompt(GLM3, template, query[0], (), "S"))
@@ -246,12 +218,6 @@ def test_truncation_has_an_end():
     assert len(ids) == least and turns == 2
     with pytest.raises(InputError, match=f"fit into {least - 1} tokens.*\n.* takes {least}"):
         truncate_prompt(GLM2, "chatglm2", query, HISTORY, "S", least - 1)
-    with pytest.raises(InputError, match="empty prompt"):
-        truncate_prompt(GLM2, "chatglm2", " ", (), None, 100)
-
-
-def test_truncation_of_raw_text():
-    assert truncate_prompt(GLM2, "raw", "tokenizer" * 50, (), None, 10)[0][:2] == GLM2.prefix_ids
     long = "The capital of France. " * 30_000
     ids, _, dropped = truncate_prompt(GLM2, "raw", long, (), None, 1000)
     whole = build_prompt(GLM2, "raw", long)
