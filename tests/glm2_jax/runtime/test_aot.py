@@ -11,13 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from glm2_jax import PRESETS, KVCache, last_logits, linear
-from glm2_jax.quant import QTensor, dequantize, quantize
+from glm2_jax import PRESETS, KVCache, last_logits
 from glm2_jax.runtime.xla import cache_dtype
-from glm2_jax.schemes import SCHEMES
 from infer.engine import steps
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
@@ -86,18 +83,6 @@ def test_int4_on_a_tpu_is_never_a_whole_weight_unpacked(quantization):
     print(f"tpu {quantization}: {memory.temp_size_in_bytes / MB:.1f} MB of temporaries")
     gate_up = 2 * 13696 * 4096 * 2
     assert memory.temp_size_in_bytes < gate_up / 5
-
-
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-row"])
-def test_the_form_for_a_tpu_gives_the_product(name, monkeypatch):
-    monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 256 * 5)  # several chunks, of 4 rows
-    random = np.random.default_rng(0)
-    matrix = random.normal(size=(12, 256)).astype(np.float32)
-    values, scale = (jnp.asarray(array) for array in quantize(matrix, SCHEMES[name]))
-    weight = QTensor(values, scale, SCHEMES[name].bits)
-    x = jnp.asarray(random.normal(size=(3, 256)).astype(np.float32))
-    want = np.asarray(x, np.float64) @ np.asarray(dequantize(weight, 1), np.float64).T
-    np.testing.assert_allclose(np.asarray(linear._on_tpu(x, weight)), want, atol=1e-4)
 
 
 def test_the_text_of_a_program_shows_copies():

@@ -1,10 +1,13 @@
-"""How the facts about a machine are gathered: what the system says, and what jax does."""
+"""The facts about a machine: what the system says, what jax does, and the dtype that suits it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from glm2_jax.runtime import machine
+from glm2_jax import UsageError
+from glm2_jax.runtime import dtypes, machine
+from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.runtime.host_memory import Memory, find_memory
 from glm2_jax.runtime.machine import Cache, Gpu, Nvidia
 
@@ -19,17 +22,11 @@ def test_the_answer_of_nvidia_smi():
     assert found == Nvidia(smi_error="nvidia-smi lists no GPU")
 
 
-DRIVERS = {
-    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19": "535.129.03",
-    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86  Release": "570.86",
-}
-
-
-@pytest.mark.parametrize(("line", "version"), DRIVERS.items())
-def test_hardware_without_tools(tmp_path, monkeypatch, line, version):
+def test_hardware_without_tools(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda tool: None)
+    version = "proc/driver/nvidia/version"
     files = {
-        "proc/driver/nvidia/version": line,
+        version: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19",
         "proc/cpuinfo": "processor: 0\nflags\t\t: fpu avx avx2\n",
         "dev/nvidia0": "",
         "dev/nvidiactl": "",
@@ -42,7 +39,10 @@ def test_hardware_without_tools(tmp_path, monkeypatch, line, version):
         "sys/bus/pci/devices/0000:02:00.0/device": "0x0063\n",
     }
     write(tmp_path, files)
-    assert machine.find_nvidia(tmp_path) == Nvidia(on_bus=1, nodes=1, driver=version)
+    assert machine.find_nvidia(tmp_path) == Nvidia(on_bus=1, nodes=1, driver="535.129.03")
+    line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86  Release"
+    write(tmp_path, {version: line})
+    assert machine.find_nvidia(tmp_path).driver == "570.86"
     assert machine.count_tpus(tmp_path) == 1 and machine.has_avx(tmp_path) is True
     assert machine.has_avx(tmp_path / "nothing") is None
 
@@ -87,7 +87,6 @@ def test_control_groups_limit_memory(tmp_path):
         ("print('stage find devices', flush=True); import os; os.abort()", "crashed with signal 6"),
         ("import time; time.sleep(600)", "no answer within"),
         ("raise RuntimeError('Unable to initialize backend')", "Unable to initialize backend"),
-        ("import sys; sys.exit(3)", "exit status 3"),
     ],
 )
 def test_jax_may_crash_or_hang(code, error):
@@ -117,3 +116,28 @@ def test_free_space_and_cache(tmp_path, monkeypatch):
     assert not machine.find_cache().writable
     monkeypatch.setenv("GLM2_JAX_COMPILE_CACHE", "off")
     assert machine.find_cache() == Cache("off")
+
+
+def test_names_of_dtypes():
+    for name, expected in (("bf16", "bfloat16"), ("half", "float16"), ("float32", "float32")):
+        assert resolve_dtype(name, num_params=1).name == expected
+    with pytest.raises(UsageError, match="float64"):
+        resolve_dtype("float64", num_params=1)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "free", "expected"),
+    [
+        ("tpu", None, 0, "bfloat16"),
+        ("gpu", "8.0", 0, "bfloat16"),
+        ("gpu", "7.5", 0, "float16"),
+        ("gpu", "gfx90a", 0, "bfloat16"),
+        ("cpu", None, 24 * GB, "bfloat16"),
+        ("cpu", None, 28 * GB, "float32"),
+    ],
+)
+def test_the_dtype_that_suits_a_device(platform, capability, free, expected, monkeypatch):
+    assert 2**28 < dtypes.available_memory() < 2**50
+    monkeypatch.setattr(dtypes, "available_memory", lambda: free)
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert resolve_dtype("auto", num_params=6_243_584_000, device=device).name == expected
