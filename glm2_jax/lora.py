@@ -108,18 +108,9 @@ def init_lora(
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> LoRA:
-    """Make a new adapter, which changes nothing yet.
+    """Make a new adapter, which changes nothing yet; see `scale_of` and `find_targets`.
 
     As in the peft library, A is uniform in +-1 / sqrt(columns) (Kaiming with a = sqrt(5)), B zero.
-
-    Args:
-        config: the architecture of the base.
-        key: a random key.
-        rank: R, at least 1.
-        alpha: numerator of the scale, see `scale_of`.
-        targets: see `find_targets`.
-        dropout: see `LoRA`.
-        rslora: rank-stabilized scale.
 
     Raises:
         UsageError: a rank below 1, a dropout rate outside [0, 1), an unknown target.
@@ -129,14 +120,13 @@ def init_lora(
     if not 0 <= dropout < 1:
         raise UsageError(f"The dropout rate must be at least 0 and below 1, got {dropout:g}.")
     names = find_targets(targets)
-    layers = {}
+    layers, L = {}, config.num_layers
     for name, target_key in zip(names, jax.random.split(key, len(names)), strict=True):
         shapes = adapter_shapes(config, name, rank)
-        stacked = {part: (config.num_layers, *shape) for part, shape in shapes.items()}
-        layers[name] = {part: jnp.zeros(shape, jnp.float32) for part, shape in stacked.items()}
+        weights = {part: jnp.zeros((L, *shape), jnp.float32) for part, shape in shapes.items()}
         bound = 1 / math.sqrt(math.prod(shapes["a"][1:]))
-        a = jax.random.uniform(target_key, stacked["a"], jnp.float32, -bound, bound)
-        layers[name]["a"] = a
+        a = jax.random.uniform(target_key, (L, *shapes["a"]), jnp.float32, -bound, bound)
+        layers[name] = weights | {"a": a}
     scale = scale_of(alpha, rank, rslora)
     return LoRA(layers, FrozenDict(dict.fromkeys(names, scale)), dropout)
 

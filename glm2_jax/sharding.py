@@ -73,10 +73,9 @@ def check_mesh(
 def params_sharding(
     config: GLMConfig, mesh: Mesh, *, scheme: Scheme | None = None, as_list: bool = False
 ) -> dict[str, Any]:
-    """Return how the params are sharded: the same tree, of `NamedSharding`.
+    """Return the params' tree of `NamedSharding`, for stacked layers or a list of them.
 
-    With a quantization `scheme`, such leaves are `QTensor`s of shardings; `as_list` is for a list
-    of layers instead of stacked ones.
+    With a quantization `scheme`, such leaves are `QTensor`s of shardings.
     """
     leading = "" if as_list else "L"
     layer = {

@@ -30,10 +30,6 @@ def build_prompt(
     `query` is the question, `history` are (question, answer) pairs, oldest first. An answer is
     text; with "chatglm3" it may be a list of messages, as `build_messages` takes them. ChatGLM2 has
     no place for `system` instructions: they precede the first question.
-
-    Raises:
-        InputError: blank question, malformed history, or history/system with "raw".
-        UsageError: unknown template, or one that needs another tokenizer.
     """
     _check_turns(query, history, system)
     if template == "chatglm2":
@@ -101,10 +97,6 @@ def build_messages(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[in
     A message has a "role" (one of ROLES), "content", and optionally "metadata" (one line: the tool
     that an assistant message calls) and, for system, "tools" (JSON). Only a final question must not
     be empty, as in the published code.
-
-    Raises:
-        InputError: names the first malformed message.
-        UsageError: the tokenizer has no role ids.
     """
     if "<|user|>" not in tokenizer.special:
         raise UsageError(

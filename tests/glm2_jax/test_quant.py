@@ -14,12 +14,13 @@ from glm2_jax.linear import _by_dot, _on_cpu, _on_gpu, _on_tpu, einsum
 from glm2_jax.model import unstack_layers
 from glm2_jax.quant import QTensor, dequantize, pack_int4, quantize, unpack_int4, unpacked
 from glm2_jax.schemes import SCHEMES
+from infer.memory.precision import Precision
+from infer.memory.shares import abstract_params
 from tests.support.shared_data import shared_path
 from tests.support.toy import (
     TOY,
     jit_forward,
     quantized,
-    quantized_shapes,
     random_tokens,
     toy_params,
 )
@@ -141,7 +142,7 @@ def test_attention_and_projections_are_told_apart():
 def test_decode_never_holds_a_whole_float_weight(form):
     """Temporaries of a compiled step stay far below the float32 copy of the quantized weights."""
     config = dataclasses.replace(TOY, num_layers=4, hidden_size=512, ffn_hidden_size=2048)
-    params = quantized_shapes(config, SCHEMES[form])
+    params = abstract_params(config, Precision("float32", form), stacked=False)
     abstract = jax.eval_shape(lambda: KVCache.zeros(config, 1, 16, jnp.float32))
 
     def step(params, tokens, cache):

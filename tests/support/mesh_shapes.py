@@ -14,40 +14,14 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from glm2_jax import (
-    GLMConfig,
-    KVCache,
-    cache_sharding,
-    compiler_options,
-    last_logits,
-    params_sharding,
-    rows_sharding,
-)
+import glm2_jax
+from glm2_jax import GLMConfig, KVCache, compiler_options, last_logits
 from glm2_jax.schemes import SCHEMES
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
 from tests.support.shared_data import shared_path
 
 OPTIONS = {"cpu": compiler_options("cpu"), "cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
-
-
-def device(platform: str) -> Any:
-    """A device to compile for: the CPU, an H200, or one chip of a TPU v5e; skips without."""
-    if platform == "cpu":
-        return jax.devices("cpu")[0]
-    return devices_of({"cuda": "h200:1x1x1", "tpu": "v5e:1x1"}[platform])[0]
-
-
-def compiled(platform: str, function, *args: Any, donate: int) -> Any:
-    """The program of a function for a device of a platform."""
-    sharding = SingleDeviceSharding(device(platform))
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    lowered = jax.jit(function, donate_argnums=donate).lower(*args)
-    return lowered.compile(compiler_options=OPTIONS[platform])
-
-
-def int32(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def devices_of(topology: str) -> Any:
@@ -64,25 +38,46 @@ def devices_of(topology: str) -> Any:
     ).devices
 
 
+def device(platform: str) -> Any:
+    """A device to compile for: the CPU, an H200, or one chip of a TPU v5e; skips without."""
+    if platform == "cpu":
+        return jax.devices("cpu")[0]
+    return devices_of({"cuda": "h200:1x1x1", "tpu": "v5e:1x1"}[platform])[0]
+
+
+def int32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays at their places; a single place is that of all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda x: shardings, tree)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
+    )
+
+
+def compiled(platform: str, function, *args: Any, donate: int) -> Any:
+    """The program of a function for a device of a platform."""
+    args = put(args, SingleDeviceSharding(device(platform)))
+    lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+    return lowered.compile(compiler_options=OPTIONS[platform])
+
+
 def lowered(
     config: GLMConfig, mesh: Any, quantize: str | None, rows: int, slots: int, tokens: int
 ) -> Any:
     """The program that reads `tokens` tokens of every row, to be compiled."""
     scheme = SCHEMES[quantize] if quantize else None
     params = abstract_params(config, Precision("bfloat16", quantize), stacked=True)
+    params = put(params, glm2_jax.params_sharding(config, mesh, scheme=scheme))
     cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, jnp.bfloat16))
+    cache = put(cache, glm2_jax.cache_sharding(config, mesh))
+    text, row = put((int32(rows, tokens), int32(rows)), glm2_jax.rows_sharding(mesh))
 
-    def put(x: Any, sharding: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    params = jax.tree.map(put, params, params_sharding(config, mesh, scheme=scheme))
-    cache = jax.tree.map(put, cache, cache_sharding(config, mesh))
-    cut = rows_sharding(mesh)
-    text = jax.ShapeDtypeStruct((rows, tokens), jnp.int32, sharding=cut)
-    row = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut)
-
-    def forward(params: Any, tokens: Any, last: Any, cache: KVCache) -> Any:
+    def read(params: Any, tokens: Any, last: Any, cache: KVCache) -> Any:
         return last_logits(config, params, tokens, last, cache=cache)
 
     with jax.set_mesh(mesh):
-        return jax.jit(forward, donate_argnums=3).lower(params, text, row, cache)
+        return jax.jit(read, donate_argnums=3).lower(params, text, row, cache)

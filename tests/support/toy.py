@@ -2,14 +2,12 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import GLMConfig, compiler_options, forward, init_params
-from glm2_jax.model import unstack_layers
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.schemes import COLUMN_AXES, Scheme
 from tests.support import hurry
@@ -39,12 +37,8 @@ def toy_params(config: GLMConfig = TOY, seed: int = 0):
     def draw(path, x):
         return jnp.asarray(random.normal("norm" in path[-1].key, 0.1, x.shape), x.dtype)
 
-    return jax.tree.map_with_path(draw, abstract_params(config))
-
-
-def abstract_params(config: GLMConfig):
-    """Shapes and types of the params, for programs that are compiled and not run."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def random_tokens(rows: int, length: int, config: GLMConfig = TOY, seed: int = 0) -> jax.Array:
@@ -65,21 +59,3 @@ def quantized(params, scheme: Scheme):
         plain = jit_dequantize(small[name], weight.ndim - axes)
         large[name] = jnp.asarray(np.asarray(plain).reshape(weight.shape))
     return {**params, "layers": small}, {**params, "layers": large}
-
-
-def quantized_shapes(config: GLMConfig, scheme: Scheme):
-    """Abstract float32 params with a list of quantized layers, for compiling."""
-    params = jax.eval_shape(unstack_layers, abstract_params(config))
-
-    def weight(array, axes: int) -> QTensor:
-        values, scale = scheme.shapes(array.shape, axes)
-        return QTensor(_abstract(values, jnp.int8), _abstract(scale, jnp.float32), scheme.bits)
-
-    def layer(plain):
-        return plain | {name: weight(plain[name], axes) for name, axes in COLUMN_AXES.items()}
-
-    return {**params, "layers": [layer(plain) for plain in params["layers"]]}
-
-
-def _abstract(shape, dtype) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype)
