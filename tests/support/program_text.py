@@ -17,6 +17,7 @@ _COUNT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 READABLE: dict[str, str | bool] = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}  # bytes; of all others 4
+Computations = dict[str, list[str]]  # name -> instructions; "" is the program's own
 
 
 class Collective(NamedTuple):
@@ -27,7 +28,7 @@ class Collective(NamedTuple):
     size: int  # bytes of all its results, on one device
     group: int  # devices that talk to each other
     looped: bool  # whether it is inside a loop
-    times: int  # that it runs; a loop whose count the text does not tell counts once
+    times: int  # that it runs; a loop whose count the text does not give counts once
 
     @property
     def sent(self) -> float:
@@ -43,14 +44,21 @@ class Collective(NamedTuple):
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of a program."""
-    computations, found = _computations(text), {}
-    places = _places(computations)
+    computations: Computations = {"": []}
+    where = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            where = "" if header[1] else header[2]
+        computations.setdefault(where, []).append(line)
+    places, found = _places(computations), {}
     for name, lines in computations.items():
         for number, line in enumerate(lines):
             match = _RESULTS.search(line)
             if match is None:
                 continue
-            arrays = [(kind, _elements(shape)) for kind, shape in _ARRAY.findall(match[1])]
+            arrays = [
+                (kind, _product(shape.split(","))) for kind, shape in _ARRAY.findall(match[1])
+            ]
             sizes = [_SIZES.get(kind, 4) * elements for kind, elements in arrays]
             size = max(sizes) if match[3] else sum(sizes)  # what starts lists its operands, too
             elements = max(elements for _, elements in arrays)
@@ -67,19 +75,7 @@ def kinds(found: list[Collective], looped: bool) -> dict[str, int]:
     return {kind: chosen.count(kind) for kind in sorted(set(chosen))}
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """Name -> instructions; "" is the program's own computation."""
-    found: dict[str, list[str]] = {"": []}
-    where = ""
-    for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
-            where = "" if header[1] else header[2]
-        found.setdefault(where, []).append(line)
-    return found
-
-
-def _places(computations: dict[str, list[str]]) -> dict[str, tuple[bool, int]]:
+def _places(computations: Computations) -> dict[str, tuple[bool, int]]:
     """Name -> whether it is inside a loop, and how often it runs."""
     found = {name: (False, 0) for name in computations}
 
@@ -96,28 +92,28 @@ def _places(computations: dict[str, list[str]]) -> dict[str, tuple[bool, int]]:
     return found
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
+def _trips(line: str, computations: Computations) -> int:
     """How often a loop runs that counts from 0 on."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
     condition = re.search(r"condition=%?([^\s,]+)", line)
     lines = computations[condition[1]] if condition else []
-    counts = [known[1]] if known else [count[1] for line in lines if (count := _COUNT.search(line))]
+    counts = [count[1] for line in lines if (count := _COUNT.search(line))]
     return int(counts[0]) if len(counts) == 1 else 1
 
 
 def _group(line: str) -> int:
     """Devices of each group, as one of three ways of writing them says; 1 where none does."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    if listed:
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(listed[1].split(","))
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    if counted:
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(counted[1])
     named = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", line)
-    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1])) if named else {}
-    axes = re.findall(r"'\w+'", named[2]) if named else []
-    return math.prod(int(sizes[axis]) for axis in axes)
+    if named is None:
+        return 1
+    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+    return _product(sizes[axis] for axis in re.findall(r"'\w+'", named[2]))
 
 
-def _elements(shape: str) -> int:
-    return math.prod(int(size) for size in shape.split(",") if size)
+def _product(sizes) -> int:
+    return math.prod(int(size) for size in sizes if size)

@@ -37,8 +37,12 @@ def toy_params(config: GLMConfig = TOY, seed: int = 0):
     def draw(path, x):
         return jnp.asarray(random.normal("norm" in path[-1].key, 0.1, x.shape), x.dtype)
 
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map_with_path(draw, shapes)
+    return jax.tree.map_with_path(draw, abstract_params(config))
+
+
+def abstract_params(config: GLMConfig):
+    """Shapes and types of the params, for programs that are compiled and not run."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def random_tokens(rows: int, length: int, config: GLMConfig = TOY, seed: int = 0) -> jax.Array:
