@@ -1,7 +1,6 @@
 """The model against itself: every way to run it gives the same logits."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import pytest
 
 from glm2_jax import (
     PRESETS,
-    GLMBlock,
     KVCache,
     compiler_options,
     forward,
@@ -23,7 +21,7 @@ from glm2_jax import (
 )
 from glm2_jax.context import token_context
 from glm2_jax.linear import einsum
-from glm2_jax.model import GLM, rms_norm, unstack_layers
+from glm2_jax.model import rms_norm, unstack_layers
 from tests.support import hurry
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
@@ -155,21 +153,6 @@ def test_last_logits_are_one_column_of_forward(params):
     tokens, index = random_tokens(2, LENGTH), jnp.asarray([0, 6], jnp.int32)
     picked, _ = jax.jit(last_logits, static_argnums=0)(TOY, params, tokens, index)
     assert_same(picked, plain(params, tokens)[jnp.arange(2), index])
-
-
-def test_scanned_equals_unrolled(params):
-    tokens = random_tokens(2, LENGTH)
-
-    @partial(jax.jit, compiler_options=OPTIONS)
-    def unrolled(params):
-        context, _ = token_context(TOY, tokens, None, None, None, jnp.float32)
-        x = jnp.take(params["embed"], tokens, axis=0)
-        for layer, weights in enumerate(unstack_layers(params)["layers"]):
-            carry = (x, None, None)
-            (x, _, _), _ = GLMBlock(TOY).apply({"params": weights}, carry, layer, context)
-        return GLM(TOY).apply({"params": params}, x, method=GLM.logits)
-
-    assert_same(unrolled(params), plain(params, tokens))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

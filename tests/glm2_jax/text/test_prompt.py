@@ -40,7 +40,6 @@ def test_published_prompts():
     history, query = [("你好", answer)], "晚上睡不着应该怎么办"
     assert chatglm2_text(query, history) == case["text"]
     tokenizer = published("chatglm2")
-    assert stop_ids(tokenizer) == (2,)
     assert build_prompt(tokenizer, "chatglm2", query, history) == [64790, 64792, *case["hf_ids"]]
     followup = build_followup(tokenizer, query, 2)
     assert followup[:4] == [13, 13, 30995, 30951] and case["hf_ids"][-len(followup) :] == followup
@@ -91,6 +90,8 @@ def test_typed_special_tokens_stay_text(template):
     specials = [i for i in ids if i <= 2 or i >= GLM3.num_pieces]
     roles = [GLM3.special["<|user|>"], GLM3.special["<|assistant|>"]]
     assert specials == GLM3.prefix_ids + (roles if template == "chatglm3" else [])
+    assert stop_ids(GLM2) == stop_ids(CODE) == (2,)
+    assert stop_ids(GLM3) == (2, roles[0], GLM3.special["<|observation|>"])
 
 
 def test_chatglm3_roles_and_empty_messages():

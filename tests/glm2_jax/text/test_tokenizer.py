@@ -45,6 +45,9 @@ def test_the_published_special_ids():
 
 
 def test_the_tokenizer_without_dummy_prefix():
+    assert TINY.adds_dummy_prefix and not BARE.adds_dummy_prefix
+    assert TINY.decode(BARE.encode(" a")) == "a" and BARE.decode(BARE.encode(" a")) == " a"
+    assert BARE.encode("你好") == TINY.encode("你好")[1:]
     data = without_dummy_prefix((real_model() / "tokenizer.model").read_bytes())
     # The published codegeex2 file, byte for byte.
     assert hashlib.sha256(data).hexdigest().startswith("57d9fdbd")
@@ -52,9 +55,6 @@ def test_the_tokenizer_without_dummy_prefix():
     text = "# language: Python\n# write a bubble sort function\n"
     ids = [31010, 3239, 30954, 16719, 13, 31010, 3072, 260, 17338, 3482, 1674, 13]
     assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
-    assert TINY.adds_dummy_prefix and not BARE.adds_dummy_prefix
-    assert TINY.decode(BARE.encode(" a")) == "a" and BARE.decode(BARE.encode(" a")) == " a"
-    assert BARE.encode("你好") == TINY.encode("你好")[1:]
 
 
 HOSTILE = [
