@@ -8,11 +8,8 @@ from glm2_jax.escape import json_line
 from infer.engine.stats import Stats
 
 # All of C0, DEL and C1 but tabs and line ends; a terminal would obey them.
-_NO_CONTROLS = {
-    code: "\N{REPLACEMENT CHARACTER}"
-    for code in (*range(0x20), *range(0x7F, 0xA0))
-    if chr(code) not in "\t\n"
-}
+_CONTROLS = (*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0))
+_NO_CONTROLS = dict.fromkeys(_CONTROLS, "\N{REPLACEMENT CHARACTER}")
 
 
 def displayed(text: str) -> str:
@@ -28,8 +25,10 @@ def print_json(value: dict[str, Any]) -> None:
 
 def print_stats(load_s: float, stats: Stats) -> None:
     """Print times, speed and memory, one per line; compile time is in none of the others."""
+    made = f", {stats.programs} program{'s' * (stats.programs > 1)}" if stats.programs else ""
+    kept = f", {stats.programs_kept} of them kept from before" if stats.programs_kept else ""
     note(f"load         {load_s:8.2f} s")
-    note(f"compile      {stats.compile_s:8.2f} s{_programs(stats)}")
+    note(f"compile      {stats.compile_s:8.2f} s{made}{kept}")
     note(f"first token  {stats.first_token_s:8.3f} s")
     note(f"prefill      {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s")
     note(f"decode       {stats.decode_tokens} tokens, {stats.decode_rate:.1f} tokens/s")
@@ -45,13 +44,6 @@ def note_speculation(stats: Stats) -> None:
             f"speculation  {accepted} of {drafted} draft tokens accepted, "
             f"{stats.decode_tokens / stats.passes:.2f} tokens a pass"
         )
-
-
-def _programs(stats: Stats) -> str:
-    if not stats.programs:
-        return ""
-    kept = f", {stats.programs_kept} of them kept from before" if stats.programs_kept else ""
-    return f", {stats.programs} program{'s' if stats.programs > 1 else ''}{kept}"
 
 
 def peak_memory() -> str:

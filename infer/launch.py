@@ -40,16 +40,12 @@ def parser() -> Parser:
         example=EXAMPLE,
         usage=f"{PROG} --num-processes N [flags] -- COMMAND ...",
     )
-    group = result.add_argument_group("processes")
-    group.add_argument(
-        "--num-processes", type=positive, required=True, metavar="N", help="processes to start"
-    )
-    group.add_argument(
-        "--devices-per-process",
-        type=positive,
-        metavar="M",
+    add = result.add_argument_group("processes").add_argument
+    add("--num-processes", type=positive, required=True, metavar="N", help="processes to start")
+    add(
+        "--devices-per-process", type=positive, metavar="M",
         help="virtual CPU devices in each process (default: the devices that each of them finds)",
-    )
+    )  # fmt: skip
     result.add_common()
     return result
 
@@ -80,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start(
     command: list[str], processes: int, devices: int | None, over: queue.SimpleQueue[Worker]
 ) -> list[Worker]:
-    """Start the processes; each is put into the queue when it has ended."""
     environment = {}
     if devices is not None:
         environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -89,10 +84,10 @@ def _start(
         return [
             Worker(
                 [*command, *flags.split(), "--process-id", str(number)],
+                over,
                 prefix=f"process {number}: " if number else "",
                 environment=environment,
                 stdin=subprocess.DEVNULL,  # or they would compete for it
-                ended=over.put,
             )
             for number in range(processes)
         ]
@@ -113,9 +108,8 @@ def _wait(
 ) -> tuple[int, Worker | None]:
     """Wait until all have ended, or one has with an error.
 
-    Returns:
-        (exit code, None) where all ended alike or well: the first code that was not 0;
-        (exit code, worker) for the worker that caused an error; code 0 if it still runs.
+    Returns (exit code, None) where all ended alike or well: the first code that was not 0; or
+    (exit code, worker) for the worker that caused an error; code 0 if it still runs.
     """
     code = 0
     for left in reversed(range(len(workers))):
@@ -162,12 +156,9 @@ def _cause(
 def _ending(worker: Worker) -> str:
     if not worker.wait(0):
         return "stopped responding"
-    code = worker.exit_code
-    return (
-        f"ended with exit code {code}"
-        if code > 0
-        else f"was terminated by {signal.Signals(-code).name}"
-    )
+    if worker.exit_code > 0:
+        return f"ended with exit code {worker.exit_code}"
+    return f"was terminated by {signal.Signals(-worker.exit_code).name}"
 
 
 def _end(workers: Sequence[Worker]) -> None:

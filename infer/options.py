@@ -1,59 +1,35 @@
-"""Flags that the tools of inference share.
-
-What may import jax is imported inside the functions that need it after parsing: `--help` must not
-wait for that.
-"""
+"""Flags that the tools of inference share. Nothing here imports jax: `--help` must not wait."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli.arguments import memory_size, path_argument, positive
 from glm2_jax.cli.parser import Parser
+from glm2_jax.errors import UsageError
 from glm2_jax.limits import DRAFT
-from infer.engine.params import PRESETS
+from infer.engine.params import PRESETS, SamplingParams
 
-if TYPE_CHECKING:
-    from infer.engine.params import SamplingParams
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "max_length", "stop",
+    "seed", "logprobs", "loop_stop", "num_beams",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class SamplingFlags:
-    """The flags of `add_sampling_options`; None = the value of the preset."""
-
-    preset: str = "official"
-    greedy: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    stop: list[str] | None = None
-    seed: int | None = None
-    logprobs: int | None = None
-    loop_stop: int | None = None
-    num_beams: int | None = None
-
-    def params(self) -> SamplingParams:
-        """Return the sampling parameters; UsageError for a bad value."""
-        from glm2_jax.errors import UsageError
-        from infer.engine.params import SamplingParams
-
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        preset, greedy = given.pop("preset"), given.pop("greedy")
-        if greedy:
-            if given.get("temperature"):
-                raise UsageError(
-                    f"--greedy contradicts --temperature {self.temperature:g}",
-                    fix="leave one of them out",
-                )
-            given["do_sample"] = False
-        return SamplingParams.from_kwargs(preset, **given)
+def sampling_params(flags: Mapping[str, Any]) -> SamplingParams:
+    """Return what the flags of `add_sampling_options` say; UsageError for a bad value."""
+    given = {name: flags[name] for name in _SAMPLING if flags[name] is not None}
+    if flags["greedy"]:
+        if given.get("temperature"):
+            raise UsageError(
+                f"--greedy contradicts --temperature {given['temperature']:g}",
+                fix="leave one of them out",
+            )
+        given["do_sample"] = False
+    return SamplingParams.from_kwargs(flags["preset"], **given)
 
 
 def add_adapter_options(parser: Parser) -> None:
@@ -77,8 +53,7 @@ def add_adapter_options(parser: Parser) -> None:
 def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     """Add the flags of sampling; one that is not given has the preset's value, but `--loop-stop`
     has the given default."""
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
+    add = parser.add_argument_group("sampling").add_argument
     number: dict[str, Any] = {"type": float, "metavar": "X"}
     integer: dict[str, Any] = {"type": int, "metavar": "N"}
     add(
@@ -90,11 +65,7 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
     add("--temperature", "--temp", **number, help="sampling temperature, 0 = greedy (default: 0.8)")
     add("--top-k", **integer, help="sample from the N most likely tokens, 0 = all (default: 50)")
     add("--top-p", **number, help="nucleus sampling: cumulative probability (default: 0.8)")
-    add(
-        "--repetition-penalty",
-        **number,
-        help="above 1 reduces repetition (default: 1.0 = off)",
-    )
+    add("--repetition-penalty", **number, help="above 1 reduces repetition (default: 1.0 = off)")
     add(
         "--max-new-tokens", "--max-tokens", **integer,
         help="longest answer in tokens (default: up to --max-length)",
@@ -119,11 +90,8 @@ def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
 def add_performance_options(
     parser: Parser, *, cards: Iterable[str] = ()
 ) -> argparse._ArgumentGroup:
-    """Add the flags of where and how to compute; returns their group.
-
-    Args:
-        cards: names of further devices, which can only be planned for.
-    """
+    """Add the flags of where and how to compute, with `cards` that can only be planned for; return
+    their group."""
     group = parser.add_argument_group("performance")
     add = group.add_argument
     add(
@@ -172,7 +140,7 @@ def add_performance_options(
 def add_speculate(group: argparse._ArgumentGroup) -> None:
     """Add the flag of speculative decoding, for the tools that answer."""
     group.add_argument(
-        "--speculate", type=draft_tokens, default=0, metavar="N",
+        "--speculate", type=_draft_tokens, default=0, metavar="N",
         help=f"prompt-lookup speculative decoding: draft N tokens per step, up to {DRAFT} (0 = "
         "off). Faster where answers repeat the prompt or themselves (quotations, edits, code), "
         "often slower elsewhere and with many rows. The answers stay the same in float32; in "
@@ -180,8 +148,7 @@ def add_speculate(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def draft_tokens(text: str) -> int:
-    """Parse the number of draft tokens of a step, for argparse."""
+def _draft_tokens(text: str) -> int:
     number = int(text) if text.isdecimal() and len(text) < 10 else -1
     if not 0 <= number <= DRAFT:
         raise argparse.ArgumentTypeError(

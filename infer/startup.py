@@ -1,7 +1,6 @@
 """Opens an engine from the flags of the tools that answer, and reports which model on what.
 
-Everything of the project but `glm2_jax.cli.main` is imported inside the functions: tools import
-this module before their flags are parsed, and `--help` must not wait for jax.
+What imports jax is imported inside the functions: tools import this module for other things, too.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convert.hub.find import find_model
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
@@ -30,8 +30,6 @@ def find_choice(choice: ModelChoice) -> ModelChoice:
 
     Without a path, which means the demo model, it stays as it is.
     """
-    from glm2_jax.errors import UsageError
-
     if choice.path is not None:
         path = str(find_model(choice.path, source=choice.source, revision=choice.revision))
         return dataclasses.replace(choice, path=path, source=None, revision=None)
@@ -49,14 +47,12 @@ def open_engine(
     rows: int = 1,
     contents: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Load a model and report on stderr how it computes.
+    """Load a model for `rows` prompts at once, and report on stderr how it computes.
 
-    Args:
-        choice, options: the flags.
-        rows: prompts that are answered together.
-        contents: what several processes must agree on, besides flags and model, see
-            `glm2_jax.processes.join.compare`.
+    `contents` is what several processes must agree on, besides flags and model, as
+    `glm2_jax.processes.join.compare` takes it.
     """
+    from glm2_jax.mesh import mesh_text
     from glm2_jax.processes import join
     from glm2_jax.runtime.compile_cache import enable_compile_cache
     from glm2_jax.runtime.devices import find_mesh
@@ -83,27 +79,15 @@ def open_engine(
         )
     summary = engine.checkpoint.summary
     weights = f", weights in {summary.quantization}" if summary.quantization else ""
-    note(f"computing in {summary.dtype}{weights}{_spread(engine)}")
+    spread = f", on {mesh.size} devices ({mesh_text(dict(mesh.shape))})" if mesh is not None else ""
+    note(f"computing in {summary.dtype}{weights}{spread}")
     for line in engine.checkpoint.notes:
         note(line)
     return engine
 
 
-def _spread(engine: Engine) -> str:
-    if engine.mesh is None:
-        return ""
-    from glm2_jax.mesh import mesh_text
-
-    sizes = dict(engine.mesh.shape)
-    return f", on {engine.mesh.size} devices ({mesh_text(sizes)})"
-
-
 def _contents(choice: ModelChoice, options: EngineOptions, folder: str | Path) -> dict[str, Any]:
-    """Return what all processes of a run must have opened alike.
-
-    Raises:
-        CheckpointError: the model, adapter or prefix cannot be opened.
-    """
+    """Return what all processes of a run must have opened alike."""
     from convert.adapters.attach import open_adapter
     from convert.adapters.prefix import load_prefix
     from convert.loading.folder import fingerprint, open_folder

@@ -30,12 +30,6 @@ COMMANDS = {
     "merge-lora": ("convert.merge_lora", "merge an adapter into a checkpoint"),
     "random": ("convert.random", "write a checkpoint of random weights"),
 }
-_HELP = """usage: glm2 COMMAND [flags]
-
-{commands}
-
-glm2 COMMAND --help lists the flags of a command.
-"""
 
 _started_as_glm2 = False
 
@@ -44,50 +38,45 @@ def as_typed(text: str) -> str:
     """Return `text` with our commands as the user typed them: "python -m ..." or "glm2 ..."."""
     if not _started_as_glm2:
         return text
-    names = {module: name for name, (module, _) in COMMANDS.items()}
-    return re.sub(
-        r"python -m (\w+\.\w+)",
-        lambda found: f"glm2 {names[found[1]]}" if found[1] in names else found[0],
-        text,
-    )
+    names = {module: f"glm2 {name}" for name, (module, _) in COMMANDS.items()}
+    return re.sub(r"python -m (\w+\.\w+)", lambda found: names.get(found[1], found[0]), text)
 
 
 def main() -> None:
     """Run the console script `glm2`: the module of a command, as `python -m` would."""
     global _started_as_glm2
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("--help", "-h", "help"):
-        sys.exit(_print(_HELP.format(commands=_lines("glm2 ", ""))))
-    if name == "--version":
+    command = name.replace("_", "-")
+    if command in COMMANDS:
+        _started_as_glm2 = True
+        del sys.argv[1]
+        runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+    elif name in ("--help", "-h", "help"):
+        lines = _lines({f"glm2 {known}": what for known, (_, what) in COMMANDS.items()})
+        sys.stdout.write(
+            f"usage: glm2 COMMAND [flags]\n\n{lines}\n"
+            "glm2 COMMAND --help lists the flags of a command.\n"
+        )
+    elif name == "--version":
         from glm2_jax.cli.main import version
 
-        sys.exit(_print(f"{version()}\n"))
-    command = name.replace("_", "-")
-    if command not in COMMANDS:
+        sys.stdout.write(f"{version()}\n")
+    else:
         _unknown("glm2", name, list(COMMANDS))
-    _started_as_glm2 = True
-    del sys.argv[1]
-    runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
 
 
 def list_tools(package: str) -> None:
     """Print the commands of a package, for `python -m infer`."""
-    tools = [module for module, _ in COMMANDS.values() if module.startswith(f"{package}.")]
+    tools = {module: what for module, what in COMMANDS.values() if module.startswith(f"{package}.")}
     if len(sys.argv) > 1 and sys.argv[1] not in ("--help", "-h"):
-        short = [module.partition(".")[2] for module in tools]
-        _unknown(f"python -m {package}", sys.argv[1], short)
-    sys.exit(_print(_lines("", package) + "\n"))
+        known = [module.partition(".")[2] for module in tools]
+        _unknown(f"python -m {package}", sys.argv[1], known)
+    sys.stdout.write(_lines({f"python -m {module}": what for module, what in tools.items()}))
 
 
-def _lines(prefix: str, package: str) -> str:
-    """Return one line a command; of one package as `python -m` takes them."""
-    shown = {
-        f"python -m {module}" if package else prefix + name: what
-        for name, (module, what) in COMMANDS.items()
-        if module.startswith(package)
-    }
-    width = max(map(len, shown))
-    return "\n".join(f"  {command:{width}}  {what}" for command, what in shown.items())
+def _lines(commands: dict[str, str]) -> str:
+    width = max(map(len, commands))
+    return "".join(f"  {command:{width}}  {what}\n" for command, what in commands.items())
 
 
 def _unknown(prog: str, name: str, known: list[str]) -> NoReturn:
@@ -97,8 +86,3 @@ def _unknown(prog: str, name: str, known: list[str]) -> NoReturn:
     hint = f" (did you mean {near[0]}?)" if near else ""
     print(f"{prog}: unknown command {name!r}{hint}\n{prog} --help lists them", file=sys.stderr)
     sys.exit(2)
-
-
-def _print(text: str) -> int:
-    sys.stdout.write(text)
-    return 0

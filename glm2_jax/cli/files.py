@@ -20,15 +20,7 @@ from glm2_jax.errors import InputError, UsageError
 
 BUCKET = "gs://"  # of Google Cloud Storage
 # Also matches the one slash that `Path` leaves of two. A single letter is a drive of Windows.
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-_DOWNLOAD = "Download it first; a model on a hub is OWNER/NAME with --source hf or modelscope."
-_FIXES = {
-    "gs": "Copy it first (gcloud storage cp -r), or mount the bucket (gcsfuse).",
-    "s3": "Copy it first (aws s3 cp --recursive), or mount the bucket (mount-s3).",
-    "file": "Leave file:// out.",
-    "http": _DOWNLOAD,
-    "https": _DOWNLOAD,
-}
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -36,18 +28,11 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def new_output(
     destination: Path, check: Callable[[], None], *, needed: int, folder: bool = True
 ) -> Iterator[Path]:
-    """Give a temporary path whose content becomes `destination`, complete or not at all.
+    """Give a temporary folder (or the name of a file) that becomes `destination`, or nothing does.
 
-    On any failure (Ctrl-C, SIGTERM and SIGHUP included) `destination` stays as it was.
-
-    Args:
-        destination: the final path.
-        check: called if `destination` exists, before and after the writing; raises if it must stay.
-        needed: bytes to write.
-        folder: make a folder at the temporary path; else the caller makes a file.
-
-    Raises:
-        InputError: not enough space, not writable, or another process is writing it.
+    On any failure (Ctrl-C, SIGTERM and SIGHUP included) `destination` stays as it was. `check` is
+    called if it exists, before and after the writing, and raises if it must stay. InputError: no
+    space for `needed` bytes, not writable, or another process is writing it.
     """
     work = _work_folder(destination)
     new = work / "new"
@@ -78,7 +63,7 @@ def new_output(
                 new.rename(destination)
                 fsync(destination.parent)
     except OSError as error:
-        raise _cannot_write(destination, error) from error
+        raise cannot_write_file(destination, error) from error
 
 
 def current(destination: Path) -> Path:
@@ -124,14 +109,10 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def writer_lock(path: Path, output: Path) -> contextlib.AbstractContextManager:
-    """Lock a file until the returned context, or the process, ends; it gives None without locks.
+    """Lock a file, made if missing, until the returned context or the process ends.
 
-    Args:
-        path: the file; made if missing.
-        output: what the holder of the lock writes.
-
-    Raises:
-        InputError: another process holds the lock.
+    The context gives None where the file system has no locks. InputError: another process, which
+    writes `output`, holds the lock.
     """
     from filelock import FileLock, Timeout  # takes longer to import than all of this module
 
@@ -151,11 +132,7 @@ def writer_lock(path: Path, output: Path) -> contextlib.AbstractContextManager:
 
 
 def require_writable(destination: Path) -> None:
-    """Refuse a place in which no folder can be made.
-
-    Raises:
-        InputError: with the reason.
-    """
+    """Raise InputError for a place in which no folder can be made."""
     try:
         place = _nearest(destination)
         if not place.is_dir():
@@ -166,15 +143,11 @@ def require_writable(destination: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # removed by another thread
             attempt.rmdir()
     except OSError as error:
-        raise _cannot_write(destination, error) from error
+        raise cannot_write_file(destination, error) from error
 
 
 def require_space(destination: Path, needed: int) -> None:
-    """Refuse to begin what cannot be finished.
-
-    Raises:
-        InputError: the disk has less than `needed` bytes free.
-    """
+    """Raise InputError if the disk has less than `needed` bytes free."""
     free = shutil.disk_usage(_nearest(destination)).free
     if free < needed:
         raise InputError(
@@ -201,40 +174,24 @@ def _nearest(destination: Path) -> Path:
     return place
 
 
-def _cannot_write(destination: Path, error: OSError) -> InputError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return InputError(
-        f"{destination} cannot be written: {error.strerror or error}.",
-        "No output remains.",
-        "Free some space or write to another disk."
-        if full
-        else "Check the path and its permissions.",
-    )
-
-
 def refuse_url(path: str | os.PathLike) -> None:
-    """Refuse gs://, s3://, https:// and the like, and names that no file system allows.
-
-    Raises:
-        UsageError: such a path, with what to do instead.
-    """
+    """Raise UsageError for gs://, https:// and the like, and names that no file system allows."""
     text = os.fspath(path)
     if "\0" in text:
         raise UsageError(f"{text[:500]} is not a path.", "It holds a NUL character.", "Remove it.")
-    found = _URL.match(text)
-    if found is not None:
+    if _URL.match(text):
         raise UsageError(
             f"{text[:500]} is not a path of the file system.",
             "Other storage and the network cannot be read or written directly.",
-            _FIXES.get(found[1].lower(), "Copy it first."),
+            "Copy it first, or mount the bucket (gcsfuse, mount-s3); a model on a hub is "
+            "OWNER/NAME with --source hf or modelscope.",
         )
 
 
 def real_path(path: str | os.PathLike) -> Path:
     """Return the path without links in it; what is missing at its end stays as it is.
 
-    Raises:
-        UsageError: no path, as in `refuse_url`. InputError: links that lead back to themselves.
+    UsageError: no path, as in `refuse_url`. InputError: links that lead back to themselves.
     """
     refuse_url(path)
     real = Path(os.path.realpath(path))
@@ -248,11 +205,7 @@ def real_path(path: str | os.PathLike) -> Path:
 
 
 def require_file_place(path: str | os.PathLike) -> Path:
-    """Return the path, links followed; refuse one at which no regular file can be written.
-
-    Raises:
-        InputError: with the reason.
-    """
+    """Return the path, links followed; InputError if no regular file can be written there."""
     real = real_path(path)
     if real.is_dir():
         raise InputError(f"cannot write {path}", "It is a folder.", "Name a file in it.")
@@ -260,9 +213,6 @@ def require_file_place(path: str | os.PathLike) -> Path:
         raise InputError(f"cannot write {path}", "It is not a regular file.", "Name another file.")
     if not real.parent.is_dir():
         raise InputError(f"cannot write {path}", f"folder not found: {real.parent}", "Create it.")
-    for place in (real, real.parent):
-        if place.exists() and not os.access(place, os.W_OK):
-            raise InputError(f"cannot write {path}", f"permission denied: {place}")
     require_writable(real)
     return real
 
@@ -270,8 +220,7 @@ def require_file_place(path: str | os.PathLike) -> Path:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a small file under a temporary name and rename it to `path`, whose mode it keeps.
 
-    Raises:
-        InputError: it cannot be written; `path` stays as it was.
+    InputError: it cannot be written; `path` stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -294,6 +243,12 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def cannot_write_file(path: Path, error: OSError) -> InputError:
-    """Return the error of a file that could not be written."""
-    reason = error.strerror or str(error)
-    return InputError(f"cannot write {path}", reason, "Free some space, or name another file.")
+    """Return the error of a file or folder that could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return InputError(
+        f"cannot write {path}",
+        error.strerror or str(error),
+        "Free some space, or write to another disk."
+        if full
+        else "Check the path and its permissions.",
+    )

@@ -11,13 +11,10 @@ def add_model_options(parser: Parser) -> None:
     """Add the flags that name a model and say how its checkpoint is read."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model",
-        "-m",
-        type=path_argument,
-        metavar="DIR|NAME",
+        "--model", "-m", type=path_argument, metavar="DIR|NAME",
         help="checkpoint folder, published or converted, or OWNER/NAME on a hub (default: the "
         "bundled demo model)",
-    )
+    )  # fmt: skip
     add_hub_flags(group)
     add_form_flags(group)
 
@@ -26,20 +23,15 @@ def add_mesh_options(group: argparse._ArgumentGroup) -> None:
     """Add the flags of a mesh; `glm2_jax.runtime.devices.find_mesh` reads their value."""
     mesh = group.add_mutually_exclusive_group()
     mesh.add_argument(
-        "--mesh",
-        metavar="AXES",
+        "--mesh", metavar="AXES",
         help="mesh axes over all devices, for example data=2,tensor=4: data shards the rows, fsdp "
         "the rows and the weights, tensor the heads, ffn and vocabulary; the product of the sizes "
         "is the number of devices (default: one device)",
-    )
+    )  # fmt: skip
     mesh.add_argument(
-        "--tp", type=_tensor_axis, dest="mesh", metavar="N", help="short for --mesh tensor=N"
-    )
-
-
-def _tensor_axis(text: str) -> str:
-    """Parse the mesh that `--tp` asks for, for argparse."""
-    return f"tensor={positive(text)}"
+        "--tp", type=lambda text: f"tensor={positive(text)}", dest="mesh", metavar="N",
+        help="short for --mesh tensor=N",
+    )  # fmt: skip
 
 
 def add_form_flags(group: argparse._ActionsContainer) -> None:

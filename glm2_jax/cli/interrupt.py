@@ -33,7 +33,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a command as `run_main` does; a signal ends the process."""
 
     def guarded(args: list[str]) -> int | None:
-        end_on_signals()
+        for signum in ending_signals():
+            signal.signal(signum, _handle)
+        watch_signals(_watch)
         return main(args)
 
     try:
@@ -60,20 +62,18 @@ def always(action: Callable[[], object]) -> Iterator[None]:
         _actions.remove(action)
 
 
-def end_on_signals() -> None:
-    """Let SIGINT end the process with 130, SIGTERM and SIGHUP with 143."""
-    for signum in ending_signals():
-        signal.signal(signum, _handle)
+def watch_signals(watch: Callable[[int], object]) -> None:
+    """Run `watch` in another thread, with a pipe from which it reads the numbers of signals."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+    threading.Thread(target=watch, args=(reading,), daemon=True).start()
 
 
 def ending_signals() -> list[signal.Signals]:
     """Return the signals that end a command: without SIGHUP where nohup ignores it."""
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    return [signum for signum in _ENDINGS if signum not in ignored]
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signum for signum in _ENDINGS if not (nohup and signum == signal.SIGHUP)]
 
 
 def exit_code(signum: int) -> int:
@@ -117,7 +117,6 @@ def end(signum: int) -> NoReturn:
     for action in reversed(_actions):
         with contextlib.suppress(Exception):
             action()
-    code = exit_code(signum)
     if not _silent:
-        tell(code)
-    os._exit(code)
+        tell(exit_code(signum))
+    os._exit(exit_code(signum))

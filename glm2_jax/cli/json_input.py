@@ -10,11 +10,7 @@ _MAX_DEPTH = 100
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        InputError: it is not JSON, has a key twice, or is nested too deeply.
-    """
+    """Return the value of a JSON text; InputError also for a key twice and for deep nesting."""
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
         _check_depth(value)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from glm2_jax.cli.messages import complain, note
+from glm2_jax.errors import GLMError
 from glm2_jax.escape import escape_controls
 
 EXIT_USAGE, EXIT_INPUT, EXIT_DEVICE = 2, 3, 5
@@ -22,12 +23,11 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
 
 def version() -> str:
     """Return the installed version, as `--version` prints it."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
+    from importlib import metadata
 
     try:
-        return f"glm2-jax {installed('glm2-jax')}"
-    except PackageNotFoundError:
+        return f"glm2-jax {metadata.version('glm2-jax')}"
+    except metadata.PackageNotFoundError:
         return "glm2-jax (not installed)"
 
 
@@ -39,11 +39,9 @@ def print_path(path: str) -> None:
 def run_main(
     main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Run a command and exit with its code; expected errors become lines, not tracebacks.
+    """Run a command, with `sys.argv[1:]` by default, and exit with its code (None = 0).
 
-    Args:
-        main: takes the arguments without the program's name; returns an exit code or None for 0.
-        argv: the arguments; default `sys.argv[1:]`.
+    Expected errors become lines, not tracebacks.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     _open_streams()
@@ -96,30 +94,26 @@ def report(error: Exception, *, debug: bool = False) -> int:
 
     An unexpected error is a bug and keeps its traceback.
     """
-    from glm2_jax.errors import GLMError
-
     trace = "".join(traceback.format_exception(error)).splitlines()
     if debug:
         complain(*trace)
     if isinstance(error, GLMError):
         complain(*f"error: {error}".splitlines())
         return error.exit_code
+    reason = (str(error).splitlines() or ["the allocation failed"])[0]
     if is_out_of_memory(error):
-        first_line = (str(error).splitlines() or ["the allocation failed"])[0]
-        complain("error: out of memory", first_line, "try a smaller --dtype, batch or length")
+        complain("error: out of memory", reason, "try a smaller --dtype, batch or length")
         return EXIT_DEVICE
     variable = named_variable(str(error), os.environ)
     if isinstance(error, (ValueError, RuntimeError, FloatingPointError)) and variable:
         value = os.environ[variable][:500]
-        reason = str(error).splitlines()[0]
         complain(f"error: jax cannot use {variable}={value}", reason, f"unset {variable}")
         return EXIT_DEVICE
     if isinstance(error, OSError):
         name = str(error.filename or "a standard stream or open file")[:500]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free some space or write elsewhere" if full else "check the path and its permissions"
-        reason = error.strerror or str(error)
-        complain(f"error: {name} cannot be read or written", reason, fix)
+        complain(f"error: {name} cannot be read or written", error.strerror or str(error), fix)
         return EXIT_INPUT
     if not debug:
         complain(*trace)

@@ -20,8 +20,7 @@ class Progress:
     """Progress with rate and ETA: one line that is rewritten on a terminal, plain lines elsewhere.
 
     Args:
-        label: what is being done, e.g. "loading".
-        total: how much there is to do; may also come with `update`.
+        label, total: what is being done ("loading"), and how much; may also come with `update`.
         show: turns an amount into text, e.g. `human_size`.
         stream: where to write; default stderr.
         interval: seconds between two plain lines (a terminal is refreshed ten times a second).
@@ -46,12 +45,8 @@ class Progress:
         self.start = self.last = time.monotonic()
 
     def __call__(self, done: float, more: str = "") -> None:
-        """Record that `done` of `total` is finished; print it when the interval has passed.
-
-        Args:
-            done: the amount.
-            more: a figure to show after the rate.
-        """
+        """Record that `done` of `total` is finished; print it, and a figure after the rate, when
+        the interval has passed."""
         global _shown_on
         now = time.monotonic()
         if now - self.last < self.interval:
@@ -123,10 +118,8 @@ def human_size(size: float) -> str:
 
 
 def text_width(text: str) -> int:
-    """Return how many columns of a terminal a text takes.
-
-    East Asian wide characters take two, combining marks and invisible characters none.
-    """
+    """Return how many columns of a terminal a text takes: East Asian wide characters take two,
+    combining marks and invisible characters none."""
     hidden = sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
     return len(text) - hidden + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 

@@ -38,10 +38,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 class Parser(argparse.ArgumentParser):
     """An argument parser for which `--max_length` is `--max-length`, with one-line errors.
 
-    Args:
-        prog: the command as the user types it, e.g. "python -m infer.generate".
-        description: what it does, in a sentence or two.
-        example: one or more command lines, shown at the end of `--help`.
+    `prog` and `example` are command lines as the user types them; `--help` ends with the example.
     """
 
     def __init__(self, *, prog: str, description: str = "", example: str = "", **kwargs: Any):
@@ -85,17 +82,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def from_flags(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
-    """Return a dataclass that is filled from the flags of the same names.
+    """Return a dataclass that is filled from `more` and the flags of the same names, or of
+    `metadata={"flag": name}`.
 
     A field whose type is a dataclass is filled likewise; a field without a flag takes its default.
-
-    Args:
-        cls: the dataclass; `metadata={"flag": name}` of a field names another flag.
-        args: the parsed flags.
-        **more: values of fields that are no flags.
     """
-    flags, kinds = vars(args), get_type_hints(cls)
-    values = dict(more)
+    flags, kinds, values = vars(args), get_type_hints(cls), {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind, name = kinds[field.name], field.metadata.get("flag", field.name)
         if field.name in more:
@@ -104,7 +96,7 @@ def from_flags(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
             values[field.name] = from_flags(kind, args)  # type: ignore[arg-type]
         elif name in flags:
             values[field.name] = flags[name]
-    return cls(**values)
+    return cls(**values, **more)
 
 
 def _hyphenate(args: Sequence[str]) -> list[str]:

@@ -13,21 +13,13 @@ def columns(most: int = 160) -> int:
 
 
 def fold(line: str, columns: int, indent: str = "  ") -> list[str]:
-    """Break a line into lines of at most `columns` where words allow it; an empty one stays.
-
-    Long words (commands, paths) are kept as they are, so that they can be copied.
-
-    Args:
-        indent: of every further line, in addition to the spaces that the line begins with.
-    """
-    before = " " * (len(line) - len(line.lstrip()))
-    return textwrap.wrap(
-        line,
-        columns,
-        subsequent_indent=before + indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ) or [""]
+    """Break a line into lines of at most `columns`, the further ones indented more; an empty one
+    stays. Long words (commands, paths) are kept as they are, so that they can be copied."""
+    indent = " " * (len(line) - len(line.lstrip())) + indent
+    wrap = textwrap.TextWrapper(
+        columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return wrap.wrap(line) or [""]
 
 
 def table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:

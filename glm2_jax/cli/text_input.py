@@ -33,11 +33,7 @@ _MARKS = {
 }
 _ENCODINGS = {"gb18030": "GB18030 (GBK)", "big5": "Big5", "shift_jis": "Shift-JIS"}
 CONVERT = "save it as UTF-8, or convert it: iconv -f ENCODING -t UTF-8"
-_REASONS = {
-    errno.ENOENT: ("file not found", ""),
-    errno.EISDIR: ("it is a folder, not a file", ""),
-    errno.EACCES: ("permission denied", "make the file readable, e.g. chmod u+r"),
-}
+_REASONS = {errno.ENOENT: "file not found", errno.EISDIR: "it is a folder, not a file"}
 
 
 class EndlessLine(InputError):
@@ -45,18 +41,14 @@ class EndlessLine(InputError):
 
 
 def read_utf8(path: str | os.PathLike[str]) -> str:
-    """Read a text file, or standard input if the path is "-".
-
-    Raises:
-        InputError: the file is missing, a folder, unreadable, larger than LARGEST, or not UTF-8.
-    """
+    """Read a text file, or standard input if the path is "-"; InputError as `read_text`."""
     with open_input(path) as file:
         return read_text(file, STDIN if os.fspath(path) == "-" else os.fspath(path))
 
 
 def read_text(file: BinaryIO, name: str) -> str:
     """Read the rest of an open file; InputError if it is larger than LARGEST, or not UTF-8."""
-    size = os.fstat(file.fileno()).st_size if _is_kind(file, stat.S_ISREG) else 0
+    size = _size(file) or 0
     # For a file of known size `read(LARGEST + 1)` would reserve that much memory.
     data = b"" if size > LARGEST else file.read() if size else file.read(LARGEST + 1)
     if max(size, len(data)) > LARGEST:
@@ -69,20 +61,11 @@ def read_text(file: BinaryIO, name: str) -> str:
 def read_lines(
     file: BinaryIO, name: str, seen: Callable[[bytes], object] = lambda data: None
 ) -> Iterator[tuple[int, bytes | InputError]]:
-    """Read the lines of an open file, one at a time; a byte order mark at its start is dropped.
+    """Yield the lines that are not blank: the number, from 1, and the line without its end, or the
+    error of one that is longer than MAX_LINE.
 
-    Args:
-        file: as `open_input` gives it.
-        name: where it comes from, for the errors.
-        seen: called with all that is read, piece by piece.
-
-    Yields:
-        The number of each line that is not blank, from 1, and the line without its end, or an error
-        if it is longer than MAX_LINE.
-
-    Raises:
-        InputError: the bytes are UTF-16 or UTF-32.
-        EndlessLine: a line of a pipe or device does not end.
+    A byte order mark at the start is dropped; `seen` gets all that is read, piece by piece.
+    InputError: the bytes are UTF-16 or UTF-32, or as EndlessLine, a line does not end.
     """
     refuse_wide(file.peek() if isinstance(file, io.BufferedReader) else b"", name)
     for number in count(1):
@@ -104,69 +87,57 @@ def read_lines(
 def read_line(
     file: BinaryIO, name: str, seen: Callable[[bytes], object] = lambda data: None
 ) -> bytes:
-    """Read a line with its end; b"" after the last one.
-
-    Raises:
-        InputError: it is longer than MAX_LINE; the next one can be read. EndlessLine: it cannot.
-    """
+    """Return a line with its end, b"" after the last one; InputError if it is longer than MAX_LINE
+    (then the next one can be read), EndlessLine if it has no end."""
     line = file.readline(MAX_LINE + 1)
     seen(line)
     size = len(line)
     if size <= MAX_LINE:
         return line
-    endless = _is_kind(file, stat.S_ISFIFO, stat.S_ISSOCK, stat.S_ISCHR)
+    what, limit = f"cannot read {name}", f"a line may have {human_size(MAX_LINE)}, this has"
     while not line.endswith(b"\n") and (line := file.readline(_PIECE)):
         seen(line)
         size += len(line)
-        if endless and size > LARGEST:
-            why = f"a line may have {human_size(MAX_LINE)}, this has {human_size(size)} so far"
-            raise EndlessLine(f"cannot read {name}", why, "end each line with a newline")
-    why = f"a line may have {human_size(MAX_LINE)}, this has {human_size(size)}"
-    raise InputError(f"cannot read {name}", why)
+        if size > LARGEST and _size(file) is None:
+            why = f"{limit} {human_size(size)} so far"
+            raise EndlessLine(what, why, "end each line with a newline")
+    raise InputError(what, f"{limit} {human_size(size)}")
 
 
 @contextlib.contextmanager
 def open_input(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file to read, or standard input if the path is "-", which stays open.
 
-    Raises:
-        InputError: it cannot be opened, or reading fails inside the block.
+    InputError: it cannot be opened, or reading fails inside the block.
     """
     name = os.fspath(path)
     if "\0" in name:
         raise InputError(f"cannot read {name}", "its name holds a NUL character")
+    if name == "-" and sys.stdin is None:
+        raise InputError("cannot read standard input", "it is closed")
     try:
         if name == "-":
-            if sys.stdin is None:
-                raise InputError("cannot read standard input", "it is closed")
             yield sys.stdin.buffer
-            return
-        with open(name, "rb", buffering=_SAMPLE) as file:
-            yield file
+        else:
+            with open(name, "rb", buffering=_SAMPLE) as file:
+                yield file
     except OSError as error:
-        why, fix = _REASONS.get(error.errno or 0, (error.strerror or str(error), ""))
-        raise InputError(f"cannot read {name}", why, fix) from None
+        why = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise InputError(f"cannot read {name}", why) from None
 
 
-def _is_kind(file: BinaryIO, *kinds: Callable[[int], bool]) -> bool:
-    """Return whether an open file is of one of the kinds, each a test of `stat`."""
+def _size(file: BinaryIO) -> int | None:
+    """Return the bytes of a regular file; None for a pipe, a device, or no file of the system."""
     try:
-        mode = os.fstat(file.fileno()).st_mode
-    except (OSError, ValueError):  # not a file of the system
-        return False
-    return any(kind(mode) for kind in kinds)
+        status = os.fstat(file.fileno())
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def decode_utf8(data: bytes, name: str) -> str:
-    """Decode UTF-8; a byte order mark at the start is dropped.
-
-    Args:
-        data: the bytes.
-        name: where they come from, for the error.
-
-    Raises:
-        InputError: the bytes are not UTF-8, with the place and a guess at the encoding.
-    """
+    """Decode UTF-8 without its byte order mark; InputError with the place and a guess at what else
+    the bytes are."""
     refuse_wide(data, name)
     try:
         return data.decode("utf-8-sig")

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from glm2_jax.cli.arguments import positive, whole
 from glm2_jax.cli.main import version
 from glm2_jax.cli.messages import note, only_errors
 from glm2_jax.cli.parser import Parser
@@ -39,6 +40,7 @@ _LOST = re.compile(
     r"Gloo [\w-]+ failed|remote process exited|coordination service|unhealthy|heartbeat"
 )
 _UNLIMITED = 7 * 24 * 3600  # seconds that a finished process waits for others that still write
+_GIVE = "Give --coordinator HOST:PORT, --num-processes N and --process-id I"
 
 _started = False
 _hosts = Hosts()
@@ -47,23 +49,22 @@ _flags: Mapping[str, Any] = {}
 
 def add_host_options(parser: Parser) -> None:
     """Add the flags that make a process one of several."""
-    group = parser.add_argument_group(
+    add = parser.add_argument_group(
         "several processes", "The same command on each host; only --process-id differs."
-    )
-    add = group.add_argument
+    ).add_argument
     add(
         "--coordinator", metavar="HOST:PORT",
         help=f"host of process 0 and a free port there; {AUTO} = Kubernetes, Slurm or TPU VMs "
         "provide this and the next two",
     )  # fmt: skip
-    add("--num-processes", type=_count, metavar="N", help="number of processes")
-    add("--process-id", type=_count, metavar="I", help="index of this process, from 0")
+    add("--num-processes", type=positive, metavar="N", help="number of processes")
+    add("--process-id", type=whole, metavar="I", help="index of this process, from 0")
     add(
-        "--join-timeout", type=_seconds, default=Hosts.join_timeout, metavar="S",
+        "--join-timeout", type=positive, default=Hosts.join_timeout, metavar="S",
         help="seconds to wait for the other processes to start",
     )  # fmt: skip
     add(
-        "--heartbeat-timeout", type=_seconds, default=Hosts.heartbeat_timeout, metavar="S",
+        "--heartbeat-timeout", type=positive, default=Hosts.heartbeat_timeout, metavar="S",
         help="seconds without a heartbeat after which a process counts as lost, which ends the "
         "others",
     )  # fmt: skip
@@ -87,17 +88,14 @@ def start(hosts: Hosts, flags: Mapping[str, Any]) -> Iterator[None]:
     """Make this process one of the run that the flags name; around all that a command does.
 
     Without such flags nothing is done. Otherwise the command continues in a child process, and
-    this one watches it and exits with its code; in the child the body is run.
-
-    Args:
-        hosts: the flags of `add_host_options`.
-        flags: all flags of the command, which `compare` compares.
+    this one watches it and exits with its code; in the child the body is run. `flags` are all flags
+    of the command, for `compare`.
 
     Raises:
         UsageError: flags that make no sense together. DeviceError: the processes did not find each
             other, or one of them was lost.
     """
-    global _hosts, _flags
+    global _started, _hosts, _flags
     if not _check(hosts):
         yield
         return
@@ -113,7 +111,10 @@ def start(hosts: Hosts, flags: Mapping[str, Any]) -> Iterator[None]:
         if _is_lost_connection(error):
             raise supervise.lost("", "The connection to it broke (--debug says how).") from error
         raise
-    _leave()
+    import jax
+
+    jax.distributed.shutdown()  # waits for the others: none of them counts this process as lost
+    _started = False
 
 
 def are_several() -> bool:
@@ -136,9 +137,9 @@ def is_first() -> bool:
 
 
 def highest(number: int) -> int:
-    """Return the highest of the numbers that all processes call this with.
+    """Return the highest of the numbers that all processes call this with, at the same point.
 
-    A collective: all processes must call it at the same point, for example to agree to end.
+    A collective, for example to agree to end.
     """
     if not _started:
         return number
@@ -149,10 +150,7 @@ def highest(number: int) -> int:
 
 
 def of_first(value: Any) -> Any:
-    """Return the value that the first process calls this with; it must be JSON.
-
-    A collective: all processes must call it at the same point.
-    """
+    """Return the JSON value that the first process calls this with. A collective."""
     if not _started:
         return value
     import numpy as np
@@ -167,11 +165,8 @@ def of_first(value: Any) -> Any:
 def compare(contents: Mapping[str, Any] | None = None) -> None:
     """Refuse a run whose processes were started differently; every one of them raises the same.
 
-    Flags that say where something is stored may differ.
-
-    Args:
-        contents: what the processes work with, as values or sums: name -> anything of JSON; a name
-            with "--" replaces a flag.
+    Flags that say where something is stored may differ. `contents` are JSON values or checksums of
+    what the processes work with; a name with "--" replaces a flag.
 
     Raises:
         UsageError: flags or commands differ. InputError: versions or contents do.
@@ -219,31 +214,17 @@ def _digest(value: Any) -> bytes:
 
 def _check(hosts: Hosts) -> bool:
     """Return whether there are several processes; UsageError for flags that do not fit."""
-    given = {
-        "--coordinator": hosts.coordinator,
-        "--num-processes": hosts.num_processes,
-        "--process-id": hosts.process_id,
-    }
-    absent = [flag for flag, value in given.items() if value is None]
-    if len(absent) == len(given):
-        return False
-    if hosts.coordinator == AUTO:
-        if len(absent) < 2:
-            raise UsageError(
-                f"--coordinator {AUTO} contradicts --num-processes and --process-id",
-                "The cluster provides these numbers.",
-                "Leave them out, or name the coordinator: --coordinator HOST:PORT.",
-            )
-        return True
-    if absent:
+    given = hosts.coordinator, hosts.num_processes, hosts.process_id
+    if given in ((None, None, None), (AUTO, None, None)):
+        return hosts.coordinator is not None
+    if hosts.coordinator in (None, AUTO) or hosts.num_processes is None or hosts.process_id is None:
         raise UsageError(
-            f"a run of several processes also needs {' and '.join(absent)}",
-            fix="Give --coordinator HOST:PORT, --num-processes N and --process-id I, "
-            f"or --coordinator {AUTO} alone.",
+            "a run of several processes needs a coordinator, a number of processes and an index",
+            f"With --coordinator {AUTO} the cluster provides them.",
+            f"{_GIVE}, or --coordinator {AUTO} alone.",
         )
-    assert hosts.coordinator and hosts.num_processes is not None and hosts.process_id is not None
-    host, _, port = hosts.coordinator.rpartition(":")
-    if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+    found = re.fullmatch(r".+:([0-9]{1,5})", hosts.coordinator)
+    if not found or not 0 < int(found[1]) < 65536:
         raise UsageError(
             f"--coordinator must be HOST:PORT, got {hosts.coordinator}",
             fix="For example 10.0.0.1:1234.",
@@ -283,9 +264,7 @@ def _join(hosts: Hosts) -> None:
         raise DeviceError(
             "no cluster was found" if auto else "the processes of this run could not connect",
             f"JAX says: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
-            "Give --coordinator HOST:PORT, --num-processes N and --process-id I."
-            if auto
-            else "Check that all processes run, with the same --coordinator.",
+            f"{_GIVE}." if auto else "Check that all processes run, with the same --coordinator.",
         ) from error
     _started = True
     if jax.process_index() != 0:
@@ -309,20 +288,6 @@ def _check_port(coordinator: str) -> None:
         ) from error
 
 
-def _leave() -> None:
-    """Wait for the others, so that none of them counts this process as lost."""
-    global _started
-    import jax
-
-    if _started:
-        jax.distributed.shutdown()
-    _started = False
-
-
-_hosts = Hosts()
-_flags: Mapping[str, Any] = {}
-
-
 def _is_lost_connection(error: BaseException | None) -> bool:
     """Return whether an error, or one of its causes, is a broken connection."""
     while error is not None:
@@ -331,19 +296,3 @@ def _is_lost_connection(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _count(text: str) -> int:
-    """Parse a whole number of 0 or more, for argparse."""
-    if not (text.isascii() and text.isdecimal() and len(text) < 7):
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number of at least 0, got {text[:20]!r}"
-        )
-    return int(text)
-
-
-def _seconds(text: str) -> int:
-    """Parse whole seconds, 1 or more, for argparse."""
-    if (number := _count(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1 second")
-    return number

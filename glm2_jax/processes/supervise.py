@@ -40,27 +40,21 @@ _LEADER = re.compile(rb"the leader task was preempted|Failed to send RPC to coor
 
 
 class Worker:
-    """A command that runs in a child process.
+    """A command that runs in a child process; it is put into the queue `over` when it has ended.
 
-    Args:
-        command: program and arguments.
-        prefix: put before the lines that C++ writes in it.
-        environment: added to that of this process.
-        stdin: as in `subprocess.Popen`.
-        ended: called with this worker, in another thread, when it has ended.
-
-    Attributes:
-        joined: whether it is connected to the other processes of its run.
+    `prefix` is put before the lines that C++ writes in it, `environment` is added to that of this
+    process, `stdin` is as in `subprocess.Popen`. `joined` says whether the command is connected to
+    the other processes of its run.
     """
 
     def __init__(
         self,
         command: Sequence[str],
+        over: queue.SimpleQueue[Worker],
         *,
         prefix: str = "",
         environment: Mapping[str, str] | None = None,
         stdin: int | None = None,
-        ended: Callable[[Worker], object] = lambda worker: None,
     ):
         self.joined = False
         self._prefix, self._held = prefix.encode(), []
@@ -80,7 +74,7 @@ class Worker:
             raise
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._waiter = threading.Thread(target=self._wait, args=(ended,), daemon=True)
+        self._waiter = threading.Thread(target=self._wait, args=(over,), daemon=True)
         self._waiter.start()
 
     @property
@@ -112,10 +106,10 @@ class Worker:
         self._waiter.join(seconds)
         return not self._waiter.is_alive()
 
-    def _wait(self, ended: Callable[[Worker], object]) -> None:
+    def _wait(self, over: queue.SimpleQueue[Worker]) -> None:
         self._process.wait()
         self._reader.join(timeout=1)  # longer only where a grandchild holds the other end
-        ended(self)
+        over.put(self)
 
     def _read(self) -> None:
         with self._ours, self._ours.makefile("rb") as lines:
@@ -153,7 +147,7 @@ def supervise(hosts: Hosts) -> int:
     name = "" if hosts.process_id is None else f"process {hosts.process_id}"
     prefix = f"{name}: " if hosts.process_id else ""
     over: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-    worker = Worker([sys.executable, *sys.orig_argv[1:]], prefix=prefix, ended=over.put)
+    worker = Worker([sys.executable, *sys.orig_argv[1:]], over, prefix=prefix)
     came = pass_signals_on([worker])
     over.get()
     code, error = worker.exit_code, why_ended(worker, hosts)
@@ -190,7 +184,18 @@ def why_ended(worker: Worker, hosts: Hosts) -> GLMError | None:
     if code >= 0:
         return None
     if not worker.joined and code in (-signal.SIGABRT, -signal.SIGSEGV):
-        return _not_found(hosts)
+        where, limit = hosts.coordinator, f"within {hosts.join_timeout} s (--join-timeout)"
+        if hosts.process_id == 0:
+            return DeviceError(
+                f"not all {hosts.num_processes} processes have connected",
+                f"Process 0 waited for them at {where} {limit}.",
+                "Start the others, and check that they can reach that address.",
+            )
+        return DeviceError(
+            f"no coordinator at {where}",
+            f"Process 0 of the run did not answer there {limit}.",
+            "Start process 0 on that host, or name its address: --coordinator HOST:PORT.",
+        )
     peers = peers_lost(worker)
     if peers is not None:
         which = ", ".join(map(str, peers))
@@ -212,31 +217,11 @@ def peers_lost(worker: Worker) -> list[int] | None:
 
 
 def lost(which: str, why: str) -> DeviceError:
-    """Return the error of a run that lost a process.
-
-    Args:
-        which: its number, or several; "" = unknown.
-        why: how it was noticed.
-    """
+    """Return the error of a run that lost a process: its number, or several, or "" if unknown."""
     return DeviceError(
         f"process {which} of this run was lost" if which else "a process of this run was lost",
         why,
         "Read its output, then start all processes again. Training resumes with --resume auto.",
-    )
-
-
-def _not_found(hosts: Hosts) -> DeviceError:
-    where, limit = hosts.coordinator, f"within {hosts.join_timeout} s (--join-timeout)"
-    if hosts.process_id == 0:
-        return DeviceError(
-            f"not all {hosts.num_processes} processes have connected",
-            f"Process 0 waited for them at {where} {limit}.",
-            "Start the others, and check that they can reach that address.",
-        )
-    return DeviceError(
-        f"no coordinator at {where}",
-        f"Process 0 of the run did not answer there {limit}.",
-        "Start process 0 on that host, or name its address: --coordinator HOST:PORT.",
     )
 
 

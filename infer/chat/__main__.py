@@ -1,7 +1,4 @@
-"""`python -m infer.chat`: a conversation, on a terminal or through a pipe.
-
-Only the flags are here; `infer.chat.run` does the work and is imported after parsing.
-"""
+"""`python -m infer.chat`: the flags of a conversation, on a terminal or through a pipe."""
 
 from collections.abc import Sequence
 
@@ -58,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.choose_platform(args.device)
     from infer.chat import run
 
-    return run.run(from_flags(run.Settings, args))
+    sampling = options.sampling_params(vars(args))
+    return run.run(from_flags(run.Settings, args, sampling=sampling))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from glm2_jax.cli.messages import note
-from glm2_jax.errors import InputError
+from glm2_jax.errors import InputError, shorten
 from infer.chat import files
 from infer.console import note_speculation, peak_memory
 from infer.engine.params import SamplingParams
@@ -38,28 +38,25 @@ _WORDS = {"none": None, "null": None, "on": True, "yes": True, "off": False, "no
 def run(conversation: Conversation, line: str) -> None:
     """Run a command line other than the ones that ask, clear or leave.
 
-    Raises:
-        GLMError: it is not possible; nothing has changed.
+    GLMError: it is not possible; nothing has changed.
     """
-    name, *rest = line.split(maxsplit=1)
-    argument = "".join(rest).strip()
-    if argument and name in ("/undo", "/stats", "/help", "/retry", "/clear", "/stop"):
-        raise InputError(f"{name} takes no argument, got {_short(argument)}")
-    command = COMMANDS.get(name)
-    if command is None:
+    name, argument = [*line.split(maxsplit=1), ""][:2]
+    if name in ("/load", "/save") and not argument:
+        raise InputError(f"{name} needs the name of a file")
+    if argument and name in NAMES and name not in ("/load", "/save", "/system", "/set"):
+        raise InputError(f"{name} takes no argument, got {shorten(argument)}")
+    if name not in COMMANDS:
         hint = _nearest(name, NAMES, "/help lists the commands", cutoff=0.5)
-        raise InputError(f"unknown command {_short(name)}: {hint} (//... asks it as a question)")
-    command(conversation, argument)
+        raise InputError(f"unknown command {shorten(name)}: {hint} (//... asks it as a question)")
+    COMMANDS[name](conversation, argument)
 
 
-def _nearest(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+def _nearest(name: str, known: Sequence[str], otherwise: str, cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"did you mean {near[0]}?" if near else otherwise
 
 
 def _load(conversation: Conversation, name: str) -> None:
-    if not name:
-        raise InputError("/load needs the name of a file")
     saved = files.load(name)
     # A plain history has no system prompt: the present one stays.
     system = conversation.system if saved.sampling is None else saved.system
@@ -79,8 +76,6 @@ def warn_of_another_model(conversation: Conversation, saved: files.Saved) -> Non
 
 
 def _save(conversation: Conversation, name: str) -> None:
-    if not name:
-        raise InputError("/save needs the name of a file")
     path = files.save(name, conversation)
     note(f"saved {_count(len(conversation.turns))} to {path}")
 
@@ -114,27 +109,21 @@ def _changed(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
     known = [*_SETTABLE, "greedy"]
     if name not in known:
         hint = _nearest(name, known, "/set alone lists the names")
-        raise InputError(f"unknown setting {_short(name)}: {hint}")
+        raise InputError(f"unknown setting {shorten(name)}: {hint}")
     if not text:
         raise InputError(f"/set {name} needs a value")
-    value = _value(text)
+    try:
+        value = _WORDS[text.lower()] if text.lower() in _WORDS else json.loads(text)
+    except ValueError:
+        value = text
     if name == "greedy":
         if not isinstance(value, bool):
             raise InputError("greedy is on or off")
-        temperature = sampling.temperature or SamplingParams.temperature
-        return dataclasses.replace(sampling, temperature=0.0 if value else temperature)
-    if name == "stop":
+        warm = sampling.temperature or SamplingParams.temperature
+        name, value = "temperature", 0.0 if value else warm
+    elif name == "stop":
         value = () if value is None else (text,)
     return dataclasses.replace(sampling, **{name: value})
-
-
-def _value(text: str) -> Any:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _show(value: Any) -> str:
@@ -163,10 +152,6 @@ def _help(conversation: Conversation, argument: str) -> None:
 
 def _count(turns: int) -> str:
     return "1 turn" if turns == 1 else f"{turns} turns"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 30 else text[:30] + "...")
 
 
 COMMANDS: dict[str, Callable[[Conversation, str], None]] = {

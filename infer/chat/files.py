@@ -15,31 +15,27 @@ from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import GLMError, InputError
 from infer.engine.params import SamplingParams
 from infer.requests.conversation import Conversation
-from infer.requests.request import Turns, parse_history
+from infer.requests.request import Request, Turns, parse_history
 
 FORMAT, VERSION = "glm2-jax chat", 1
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds; in a plain history file only the turns, oldest first.
-
-    `ids` is what the model had read and written.
-    """
+    """What a file holds; in a plain history file only the turns, oldest first."""
 
     history: Turns
     system: str | None = None
     sampling: SamplingParams | None = None
     fingerprint: str | None = None
     template: str | None = None
-    ids: tuple[int, ...] | None = None
+    ids: tuple[int, ...] | None = None  # what the model had read and written
 
 
 def save(name: str, conversation: Conversation) -> Path:
     """Write the conversation; returns the path, links followed.
 
-    Raises:
-        InputError: it cannot be written, or the file exists and is not a saved conversation.
+    InputError: it cannot be written, or the file exists and is not a saved conversation.
     """
     path = real_path(os.path.expanduser(name))
     if path.exists() and not _is_saved(path):
@@ -48,11 +44,10 @@ def save(name: str, conversation: Conversation) -> Path:
             "only a saved conversation is replaced",
             "name another file",
         )
-    checkpoint = conversation.engine.checkpoint
     value = {
         "format": FORMAT,
         "version": VERSION,
-        "model": checkpoint.fingerprint,
+        "model": conversation.engine.checkpoint.fingerprint,
         "template": conversation.engine.template,
         "system": conversation.system,
         "sampling": dataclasses.asdict(conversation.sampling),
@@ -66,7 +61,7 @@ def save(name: str, conversation: Conversation) -> Path:
 
 def _is_saved(path: Path) -> bool:
     try:
-        return path.is_file() and _has_format(parse_json(read_utf8(path)))
+        return _has_format(parse_json(read_utf8(path)))
     except InputError:
         return False
 
@@ -78,25 +73,19 @@ def _has_format(value: Any) -> bool:
 def load(name: str) -> Saved:
     """Read a saved conversation, or a plain history: [["question", "answer"], ...].
 
-    Raises:
-        InputError: the file cannot be read, or is neither.
+    InputError: the file cannot be read, or is neither.
     """
     path = os.path.expanduser(name)
     text = read_utf8(path)
     try:
-        value = parse_json(text)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return _parse(value)
-    except UnicodeEncodeError:
-        why = "it has half of a character (a lone surrogate)"
-        raise InputError(f"{path} is not valid text", why) from None
+        return _parse(parse_json(text))
     except GLMError as error:
         raise InputError(f"{path}: {error.what}", error.why, error.fix) from None
 
 
 def _parse(value: Any) -> Saved:
     if isinstance(value, list):
-        return Saved(parse_history(value))
+        return Saved(_history(value, None))
     if not _has_format(value):
         raise InputError(
             "neither a saved conversation nor a history",
@@ -107,18 +96,19 @@ def _parse(value: Any) -> Saved:
     for key in ("system", "model", "template"):
         if not isinstance(value.get(key), str | None):
             raise InputError(f"{key} is not a string")
-    sampling, ids = value.get("sampling"), value.get("ids")
+    sampling, system, ids = (value.get(key) for key in ("sampling", "system", "ids"))
     if not isinstance(sampling, dict):
         raise InputError("sampling is not an object")
     if ids is not None:
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
             raise InputError("ids is not a list of token ids")
         ids = tuple(ids)
-    return Saved(
-        parse_history(value.get("history")),
-        value.get("system"),
-        SamplingParams.from_kwargs(**sampling),
-        value.get("model"),
-        value.get("template"),
-        ids,
-    )
+    history = _history(value.get("history"), system)
+    drawn = SamplingParams.from_kwargs(**sampling)
+    return Saved(history, system, drawn, value.get("model"), value.get("template"), ids)
+
+
+def _history(value: Any, system: str | None) -> Turns:
+    history = parse_history(value)
+    Request("?", history, system)  # refuses half of a character
+    return history

@@ -35,46 +35,33 @@ def read_entry(read: ReadLine) -> Entry | None:
     r"""Read a command or a question of one or several lines; None at the end of input.
 
     A line that ends with one backslash continues in the next one; a question that begins with three
-    quotation marks continues to the next three.
-
-    Raises:
-        InputError: the input ends inside quotation marks.
+    quotation marks continues to the next three. InputError: the input ends before those.
     """
     line = read(PROMPT)
-    if line is None:
-        return None
-    if line.startswith("/") and not line.startswith("//"):
-        return Entry(line)
+    if line is None or (line.startswith("/") and not line.startswith("//")):
+        return None if line is None else Entry(line)
     if line.lstrip().startswith(_QUOTES):
-        return Entry(_quoted(line.lstrip().removeprefix(_QUOTES), read), quoted=True)
+        lines = [line.lstrip().removeprefix(_QUOTES)]
+        while not lines[-1].rstrip().endswith(_QUOTES):
+            if (following := read(MORE)) is None:
+                what = f"the input ended inside {_QUOTES}: nothing was asked"
+                raise InputError(what, fix=f"end it with {_QUOTES}")
+            lines.append(following)
+        lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
+        return Entry("\n".join(lines).strip("\n"), quoted=True)
     lines = [line]
     while lines[-1].endswith("\\") and not lines[-1].endswith("\\\\"):
         lines[-1] = lines[-1][:-1]
-        following = read(MORE)
-        if following is None:
+        if (following := read(MORE)) is None:
             break
         lines.append(following)
     return Entry("\n".join(lines))
 
 
-def _quoted(line: str, read: ReadLine) -> str:
-    lines = [line]
-    while not lines[-1].rstrip().endswith(_QUOTES):
-        following = read(MORE)
-        if following is None:
-            raise InputError(
-                f"the input ended inside {_QUOTES}: nothing was asked", fix=f"end it with {_QUOTES}"
-            )
-        lines.append(following)
-    lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
-    return "\n".join(lines).strip("\n")
-
-
 def read_pipe(prompt: str) -> str | None:
     """Read a line of standard input where that is not a terminal; shows nothing.
 
-    Raises:
-        InputError: the line is not UTF-8, or too long. EndlessLine: it has no end.
+    InputError: the line is not UTF-8, or too long. EndlessLine: it has no end.
     """
     if sys.stdin is None:
         return None
@@ -87,10 +74,8 @@ def read_pipe(prompt: str) -> str | None:
 def read_terminal(prompt: str) -> str | None:
     """Ask for a line on the terminal, with editing and history where Python has readline.
 
-    Raises:
-        GivenUp: Ctrl-C in a line that has text or continues another.
-        KeyboardInterrupt: Ctrl-C in an empty line.
-        InputError: the line is not UTF-8.
+    Ctrl-C is KeyboardInterrupt in an empty line, and GivenUp in one that has text or continues
+    another. InputError: the line is not UTF-8.
     """
     try:
         if sys.stdout.isatty():

@@ -16,7 +16,7 @@ from infer.chat.input import Entry, GivenUp, enable_editing, read_entry, read_pi
 from infer.chat.signals import ChatSignals
 from infer.console import displayed, print_json, print_stats
 from infer.engine.answer import Completion
-from infer.options import SamplingFlags
+from infer.engine.params import SamplingParams
 from infer.requests.conversation import Conversation, Events
 from infer.requests.exchange import result
 from infer.requests.request import Request
@@ -37,7 +37,7 @@ class Settings:
 
     choice: ModelChoice
     options: EngineOptions
-    sampling: SamplingFlags
+    sampling: SamplingParams
     history: str | None
     system: str | None
     json: bool
@@ -46,8 +46,7 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Hold a conversation until the input ends; returns the exit code."""
-    sampling = settings.sampling.params()
-    if sampling.logprobs is not None and not settings.json:
+    if settings.sampling.logprobs is not None and not settings.json:
         raise UsageError("--logprobs needs --json")
     note_demo_model(settings.choice)
     saved = None if settings.history is None else files.load(settings.history)
@@ -57,7 +56,7 @@ def run(settings: Settings) -> int:
             "the template raw has no turns, so a conversation is not possible",
             fix="choose --template chatglm2, or ask a single question: python -m infer.generate",
         )
-    conversation = Conversation(engine, sampling, say=note)
+    conversation = Conversation(engine, settings.sampling, say=note)
     if saved is not None:
         conversation.replace(saved.history, saved.system, saved.ids)
         commands.warn_of_another_model(conversation, saved)
@@ -75,13 +74,13 @@ class Chat:
 
     def __init__(self, settings: Settings, conversation: Conversation):
         self.settings, self.conversation = settings, conversation
-        self.terminal = sys.stdin is not None and sys.stdin.isatty()
-        self.signals = ChatSignals() if self.terminal else None
+        terminal = sys.stdin is not None and sys.stdin.isatty()
+        self.signals = ChatSignals() if terminal else None
         self._stream = sys.stdout.isatty() and not settings.json
 
     def run(self) -> int:
         """Return the exit code."""
-        if self.terminal:
+        if self.signals:
             enable_editing()
             note("/help lists the commands; stop or Ctrl-D leaves")
         failed = False
@@ -101,7 +100,7 @@ class Chat:
                 for line in f"error: {error}".splitlines():
                     note(line)
                 failed = True
-        return EXIT_INPUT if failed and not self.terminal else 0
+        return EXIT_INPUT if failed and not self.signals else 0
 
     def _read(self) -> Entry | None:
         """Return the next entry; Ctrl-C drops what was typed, or leaves where it is the second."""
@@ -124,26 +123,25 @@ class Chat:
 
     def _obey(self, entry: Entry) -> None:
         command, conversation = entry.text.strip(), self.conversation
-        if entry.quoted:
-            self._answer(conversation.reply(entry.text))
-        elif entry.is_command("clear"):
+        if entry.is_command("clear"):
             conversation.replace((), conversation.system)
             if sys.stdout.isatty():
                 print(_CLEAR_SCREEN, end="", flush=True)
-        elif command == "/retry":
-            self._answer(conversation.retry())
+        elif entry.quoted or (command and not command.startswith("/")):
+            self._answer(conversation.reply(entry.text))
         elif command.startswith("//"):
             self._answer(conversation.reply(command[1:]))
-        elif command.startswith("/"):
-            commands.run(conversation, command)
+        elif command == "/retry":
+            self._answer(conversation.retry())
         elif command:
-            self._answer(conversation.reply(entry.text))
+            commands.run(conversation, command)
 
     def _answer(self, events: Events) -> None:
         """Print an answer: piece by piece on a terminal, else when it is finished."""
         last, text = None, ""
-        guard = self.signals.replying() if self.signals else contextlib.nullcontext()
-        with guard, contextlib.closing(events):
+        if self.signals:
+            self.signals.begin_reply()
+        with contextlib.closing(events):
             try:
                 for event in events:
                     last, text = event, text + event.text
@@ -157,10 +155,13 @@ class Chat:
         self._finish(text, None if last is None else last.completion)
 
     def _finish(self, text: str, completion: Completion | None) -> None:
-        if self.settings.json:
-            if completion is not None:
-                self._print_object(completion)
-        elif not self._stream:
+        conversation = self.conversation
+        if self.settings.json and completion is not None:
+            question = conversation.unanswered or conversation.turns[-1].question
+            value = result(conversation.engine, Request(question), completion)
+            value["usage"]["reused_tokens"] = completion.stats.reused_tokens
+            print_json(value)
+        elif not self.settings.json and not self._stream:
             # One answer is one line; an answer of several lines is followed by an empty one.
             print(text + "\n" if "\n" in text else text, flush=True)
         if completion is None:
@@ -170,11 +171,4 @@ class Chat:
         elif not text:
             note("(the model ended its answer at once)")
         if self.settings.stats:
-            print_stats(self.conversation.engine.load_s, self.conversation.stats)
-
-    def _print_object(self, completion: Completion) -> None:
-        conversation = self.conversation
-        question = conversation.unanswered or conversation.turns[-1].question
-        value = result(conversation.engine, Request(question), completion)
-        value["usage"]["reused_tokens"] = completion.stats.reused_tokens
-        print_json(value)
+            print_stats(conversation.engine.load_s, conversation.stats)

@@ -23,8 +23,7 @@ _WAKE = (0.05, 0.2, 1.0)  # seconds between a Ctrl-C and the attempts to have it
 class ChatSignals:
     """Handles the signals that end a command; made in the main thread, for a chat on a terminal.
 
-    Attributes:
-        stop: Ctrl-C was pressed since the last reply began; reset when a line is asked for.
+    `stop` says that Ctrl-C was pressed since the last reply began, until a line is asked for.
     """
 
     def __init__(self) -> None:
@@ -39,10 +38,7 @@ class ChatSignals:
         signal.signal(signal.SIGINT, self._interrupted)
         for ending in self._endings:
             signal.signal(ending, lambda signum, frame: self._end(signum))
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+        interrupt.watch_signals(self._watch)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -53,12 +49,10 @@ class ChatSignals:
         finally:
             self._waiting = False
 
-    @contextlib.contextmanager
-    def replying(self) -> Iterator[None]:
+    def begin_reply(self) -> None:
         """Enter the state of a reply, in which SIGINT sets `stop`; a second ends the process."""
         self.stop = self._waiting = False
         self._handled = 0
-        yield
 
     def _interrupted(self, signum: int, frame: object) -> None:
         if self._waiting:
@@ -69,18 +63,16 @@ class ChatSignals:
         while signum := os.read(reading, 1)[0]:
             if signum in self._endings:
                 self._end(signum)
-            if signum == signal.SIGINT:
-                self._read_interrupt()
-
-    def _read_interrupt(self) -> None:
-        if self._waiting:
-            _wake(threading.main_thread())
-        if self._waiting or self._handled > 0:
-            self._handled -= 1
-        elif self.stop:
-            self._end(signal.SIGINT)
-        else:
-            self.stop = True
+            if signum != signal.SIGINT:
+                continue
+            if self._waiting:
+                threading.Thread(target=_wake_main, daemon=True).start()
+            if self._waiting or self._handled > 0:
+                self._handled -= 1
+            elif self.stop:
+                self._end(signal.SIGINT)
+            else:
+                self.stop = True
 
     def _end(self, signum: int) -> NoReturn:
         if self._terminal is not None:  # line editing may have switched its echo off
@@ -89,17 +81,12 @@ class ChatSignals:
         interrupt.end(signum)
 
 
-def _wake(thread: threading.Thread) -> None:
-    """Interrupt what a thread waits for, so that it handles a pending signal.
+def _wake_main() -> None:
+    """Interrupt what the main thread waits for, so that it handles a pending signal.
 
     A signal that comes while readline handles a key would otherwise wait for the next key. SIGWINCH
     (the window was resized) is harmless.
     """
-
-    def wake() -> None:
-        for seconds in _WAKE:
-            time.sleep(seconds)
-            if thread.ident is not None:
-                signal.pthread_kill(thread.ident, signal.SIGWINCH)
-
-    threading.Thread(target=wake, daemon=True).start()
+    for seconds in _WAKE:
+        time.sleep(seconds)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGWINCH)

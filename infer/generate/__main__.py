@@ -1,7 +1,4 @@
-"""`python -m infer.generate`: answer one prompt, or a file of prompts.
-
-Only the flags are here; `infer.generate.run` does the work and is imported after parsing.
-"""
+"""`python -m infer.generate`: the flags of answering one prompt, or a file of prompts."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,6 +7,7 @@ from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument, positive
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.parser import Parser, from_flags
+from glm2_jax.errors import UsageError
 from glm2_jax.processes import join
 from infer import options
 from infer.memory.cards import CARDS
@@ -126,17 +124,6 @@ def _add_output_options(result: argparse.ArgumentParser) -> None:
     add("--stats", action="store_true", help="times, speed and memory on standard error")
 
 
-def _refuse_dry_run_flags(config: str | None, device: str) -> None:
-    from glm2_jax.errors import UsageError
-
-    if config is not None:
-        raise UsageError("--config needs --dry-run", fix="To answer, name a model: --model DIR.")
-    if device in CARDS:
-        raise UsageError(
-            f"--device {device} needs --dry-run", fix="To compute, use auto, cpu, gpu or tpu."
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
     arguments.use_utf8()
@@ -147,13 +134,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unused := [name for name in _UNPLANNED if vars(args)[name] is not None]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             note(f"--dry-run answers nothing, and the plan is without {flags}")
+        options.sampling_params(vars(args))  # refuses the same values as without --dry-run
         return dry_run.run(from_flags(dry_run.Settings, args))
-    _refuse_dry_run_flags(args.config, args.device)
+    if args.config is not None:
+        raise UsageError("--config needs --dry-run", fix="To answer, name a model: --model DIR.")
+    if args.device in CARDS:
+        raise UsageError(
+            f"--device {args.device} needs --dry-run", fix="To compute, use auto, cpu, gpu or tpu."
+        )
     with join.start(from_flags(join.Hosts, args), vars(args)):
         arguments.choose_platform(args.device)
         from infer.generate import run
 
-        return run.run(from_flags(run.Settings, args))
+        sampling = options.sampling_params(vars(args))
+        return run.run(from_flags(run.Settings, args, sampling=sampling))
 
 
 if __name__ == "__main__":

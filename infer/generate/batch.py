@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,16 +26,14 @@ from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.escape import json_line
 from glm2_jax.processes import join
 from infer.console import print_stats
-from infer.engine.params import SamplingParams
 from infer.engine.stats import add_stats, together
-from infer.generate.journal import Journal
 from infer.generate.output import (
     Elsewhere,
     InOrder,
+    Journal,
     Sink,
     check_output,
     is_stream,
-    open_stream,
     refuse_existing,
 )
 from infer.requests.exchange import encode, result, warn_beyond_aligned
@@ -57,7 +56,7 @@ class Row(NamedTuple):
     ids: list[int]
 
 
-def run_batch(settings: Settings, sampling: SamplingParams, history: Turns) -> int:
+def run_batch(settings: Settings, history: Turns) -> int:
     """Answer the lines of `--batch-file`; returns the exit code.
 
     A bad line is reported as file:line: reason and left out, which makes the exit code 3.
@@ -65,16 +64,16 @@ def run_batch(settings: Settings, sampling: SamplingParams, history: Turns) -> i
     assert settings.batch_file is not None
     join.compare()
     output = check_output(settings) if join.is_first() else None
-    batch = _Batch(settings, sampling, settings.batch_file)
+    batch = _Batch(settings, STDIN if settings.batch_file == "-" else settings.batch_file)
     sha256 = hashlib.sha256()
     with open_input(settings.batch_file) as file:  # before the model is loaded: errors come at once
         requests = batch.read(read_lines(file, batch.name, sha256.update), history)
     if not requests:
         raise InputError(f"{batch.name} has no prompt that can be answered")
-    agreed = {"lines of the batch file": _digest(requests)} if join.are_several() else {}
-    load = partial(
-        open_engine, settings.choice, settings.options, rows=settings.batch_size, contents=agreed
-    )
+    run = _run_facts(settings, history, sha256.hexdigest())
+    contents = {"batch file": run["input"], "history": run["history"]}
+    rows = settings.batch_size
+    load = partial(open_engine, settings.choice, settings.options, rows=rows, contents=contents)
     if not join.of_first(output is not None and not is_stream(output)):
         batch.to_stream(load(), requests, output)
     elif output is None:
@@ -82,7 +81,6 @@ def run_batch(settings: Settings, sampling: SamplingParams, history: Turns) -> i
         batch.to_file(engine, requests, Elsewhere(join.of_first(None)))
     else:
         with Journal(output, restart=settings.restart) as journal:
-            run = _run_facts(settings, sampling, history, sha256.hexdigest())
             journal.check(run)
             refuse_existing(output, journal, settings.overwrite)
             engine = load()
@@ -106,9 +104,8 @@ def batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
 class _Batch:
     """The lines of a batch file on their way to the engine, and what became of them."""
 
-    def __init__(self, settings: Settings, sampling: SamplingParams, path: str):
-        self.settings, self.sampling = settings, sampling
-        self.name = STDIN if path == "-" else path
+    def __init__(self, settings: Settings, name: str):
+        self.settings, self.name = settings, name
         self._answered = self._tokens = self._bad = self._loops = 0
         self._load_s = 0.0
         self._stats: Stats | None = None
@@ -129,11 +126,7 @@ class _Batch:
         self, engine: Engine, requests: Sequence[tuple[int, Request]], sink: Journal | Elsewhere
     ) -> None:
         """Answer what the sink does not have yet."""
-        rows = []
-        with Progress("prompts read", len(requests), show=_count) as bar:
-            for row in self._encoded(engine, requests):
-                rows.append(row)
-                bar(len(rows))
+        rows = list(self._encoded(engine, requests))
         if isinstance(sink, Journal):
             sink.tell(len(rows))
         self._answered = len(sink.done)
@@ -145,24 +138,22 @@ class _Batch:
     ) -> None:
         """Answer everything, a few batches at a time."""
         encoded = self._encoded(engine, requests)
-        with (
-            open_stream(output) as file,
-            Progress("rows answered", len(requests), show=_count) as bar,
-        ):
+        stream = nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8")
+        with stream as file, Progress("rows answered", len(requests), show=_count) as bar:
             while rows := list(islice(encoded, _BATCHES_AHEAD * self.settings.batch_size)):
                 self._answer(engine, rows, InOrder([row.number for row in rows], file), bar)
 
     def _encoded(self, engine: Engine, requests: Sequence[tuple[int, Request]]) -> Iterator[Row]:
         """Yield the requests that fit."""
-        warned = False
+        warned, sampling = False, self.settings.sampling
         for number, request in requests:
             where = f"{self.name}:{number}"
             try:
-                ids = encode(engine, request, self.sampling, self.settings.truncate_prompt, where)
+                ids = encode(engine, request, sampling, self.settings.truncate_prompt, where)
             except (InputError, UsageError) as error:
                 self._report(number, error)
                 continue
-            warned = warned or warn_beyond_aligned(engine, len(ids), self.sampling)
+            warned = warned or warn_beyond_aligned(engine, len(ids), sampling)
             yield Row(number, request, ids)
 
     def _answer(self, engine: Engine, rows: Sequence[Row], sink: Sink, bar: Progress) -> None:
@@ -176,7 +167,7 @@ class _Batch:
                 continue
             completions = engine.complete(
                 [row.ids for row in batch],
-                self.sampling,
+                self.settings.sampling,
                 row_ids=[row.number - 1 for row in batch],
                 clean=engine.template != "raw",
             )
@@ -205,21 +196,10 @@ class _Batch:
 
     def _report(self, number: int, error: GLMError) -> None:
         self._bad += 1
-        reason = ": ".join(part for part in (error.what, error.why) if part)
-        note(f"{self.name}:{number}: {reason}")
+        note(f"{self.name}:{number}: {': '.join(filter(None, (error.what, error.why)))}")
 
 
-def _digest(requests: Sequence[tuple[int, Request]]) -> str:
-    """Return a checksum of the requests; one at a time, since all may be large."""
-    sha256 = hashlib.sha256()
-    for number, request in requests:
-        sha256.update(json.dumps([number, dataclasses.asdict(request)]).encode())
-    return sha256.hexdigest()
-
-
-def _run_facts(
-    settings: Settings, sampling: SamplingParams, history: Turns, batch_sha256: str
-) -> dict[str, Any]:
+def _run_facts(settings: Settings, history: Turns, batch_sha256: str) -> dict[str, Any]:
     """Return what the answers depend on, as far as it is known without the model."""
     turns = json.dumps(history).encode()
     return {
@@ -228,7 +208,7 @@ def _run_facts(
         "system": settings.system,
         "clean_text": settings.clean_text,
         "truncate_prompt": settings.truncate_prompt,
-        **dataclasses.asdict(sampling),
+        **dataclasses.asdict(settings.sampling),
     }
 
 

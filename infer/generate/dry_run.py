@@ -6,11 +6,11 @@ No weights are read and no device is started.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from convert.loading.folder import read_config
+from convert.loading.folder import open_folder, read_config
 from glm2_jax.cli.main import EXIT_DEVICE
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
@@ -32,7 +32,7 @@ from infer.memory.budget import (
 from infer.memory.compiler import Verdict
 from infer.memory.plan import Plan
 from infer.memory.sheet import Sheet, as_json, make_sheet, render
-from infer.options import SamplingFlags
+from infer.startup import find_choice
 
 DEFAULT_CONFIG = "chatglm2-6b"
 CONTEXTS = (2048, 8192, 32768)
@@ -44,7 +44,6 @@ class Settings:
 
     choice: ModelChoice
     options: EngineOptions
-    sampling: SamplingFlags
     config: str | None
     batch_size: int
     num_processes: int | None
@@ -54,7 +53,6 @@ class Settings:
 def run(settings: Settings) -> int:
     """Print the plans; returns 5 where nothing fits, else 0."""
     choice, options = settings.choice, settings.options
-    settings.sampling.params()  # refuses the same values as without --dry-run
     name, config, stored = _model(choice, settings.config)
     check_context(options.max_length, config.seq_length)
     mesh = mesh_sizes(choice.mesh)
@@ -64,14 +62,13 @@ def run(settings: Settings) -> int:
 
         check_mesh(config, dict(mesh), SCHEMES.get(asked or ""))
     contexts = [options.max_length] if options.max_length else CONTEXTS
-    contexts = sorted({min(context, config.seq_length) for context in contexts})
     budget = find_budget(choice.device, options.memory_limit)
     sheet = make_sheet(
         name,
         config,
         share_budget(budget, mesh, settings.num_processes or 1),
         stored=stored,
-        contexts=contexts,
+        contexts=sorted({min(context, config.seq_length) for context in contexts}),
         batches=sorted({1, settings.batch_size}),
         dtype=choice.dtype,
         quantize=asked,
@@ -81,15 +78,19 @@ def run(settings: Settings) -> int:
         mesh=mesh,
     )
     compiles = mesh is None and compiler.knows(choice.device)  # only for one device
-    verdicts = _verdicts(sheet, choice, options) if compiles else None
+    verdicts = _verdicts(sheet, choice, options)
     if settings.json:
-        found = None if verdicts is None else [_verdict_json(verdict) for verdict in verdicts]
-        print(json_line(as_json(sheet) | {"compiled": found}))
-    else:
-        columns = shutil.get_terminal_size((100, 24)).columns
-        print(join_lines(render(sheet, columns)), flush=True)
-        for line in () if verdicts is None else render_verdicts(verdicts, columns):
-            print(escape_controls(line), flush=True)  # each as soon as it is known
+        compiled = [_as_json(verdict) for verdict in verdicts] if compiles else None
+        print(json_line(as_json(sheet) | {"compiled": compiled}))
+        return EXIT_DEVICE if sheet.nothing_fits else 0
+    columns = shutil.get_terminal_size((100, 24)).columns
+    print(join_lines(render(sheet, columns)), flush=True)
+    if compiles:
+        about = f"the compiler's own figures: {compiler.ABOUT}"
+        print("", *fold(about if compiler.installed() else compiler.EXTRA, columns), sep="\n")
+        for verdict in verdicts:  # each as soon as it is known
+            for line in fold(_line(verdict), columns):
+                print(escape_controls(line), flush=True)
     return EXIT_DEVICE if sheet.nothing_fits else 0
 
 
@@ -105,28 +106,16 @@ def _verdicts(sheet: Sheet, choice: ModelChoice, options: EngineOptions) -> Iter
         yield compiler.ask(plan, choice.device, sheet.budget.memory)
 
 
-def render_verdicts(verdicts: Iterable[Verdict], columns: int) -> Iterator[str]:
-    """Yield the verdicts as lines of text, each as soon as it is known."""
-    yield ""
-    empty = True
-    for verdict in verdicts:
-        if empty:
-            yield from fold(f"the compiler's own figures: {compiler.ABOUT}", columns)
-        empty = False
-        plan = verdict.plan
-        peaks = ("step", verdict.step), ("prompt", verdict.prompt)
-        said = [f"{name} {human_size(size)}" for name, size in peaks if size is not None]
-        if verdict.fits is False:
-            said.append("does not fit")
-        if verdict.problem:
-            said.append(verdict.problem)
-        text = f"{plan.precision.name}, {plan.context:,} tokens: {', '.join(said)}"
-        yield from fold(f"{text}; planned {human_size(plan.total)}", columns)
-    if empty:
-        yield from fold(compiler.EXTRA, columns)
+def _line(verdict: Verdict) -> str:
+    plan = verdict.plan
+    peaks = ("step", verdict.step), ("prompt", verdict.prompt)
+    said = [f"{name} {human_size(size)}" for name, size in peaks if size is not None]
+    said += ["does not fit"] * (verdict.fits is False) + [verdict.problem] * bool(verdict.problem)
+    text = f"{plan.precision.name}, {plan.context:,} tokens: {', '.join(said)}"
+    return f"{text}; planned {human_size(plan.total)}"
 
 
-def _verdict_json(verdict: Verdict) -> dict[str, Any]:
+def _as_json(verdict: Verdict) -> dict[str, Any]:
     plan = verdict.plan
     return {
         "dtype": plan.precision.dtype,
@@ -146,9 +135,6 @@ def _model(choice: ModelChoice, config: str | None) -> tuple[str, GLMConfig, str
     if choice.path is not None:
         if config is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
-        from convert.loading.folder import open_folder
-        from infer.startup import find_choice
-
         found = open_folder(str(find_choice(choice).path), **choice.form)
         return choice.path, found.config, None if found.scheme is None else found.scheme.name
     if config is None:

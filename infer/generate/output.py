@@ -1,53 +1,229 @@
-"""Where the answers to a batch file go: a file with a journal, or a stream."""
+"""Where the answers to a batch file go: a file with a journal, or a stream.
+
+`OUTPUT.partial`, the journal, is kept next to OUTPUT while a batch runs. Its first line says which
+run it belongs to; each other line is an answer, in the order in which they were finished, on the
+disk before the next ones are begun. A killed process leaves complete lines and perhaps the
+beginning of one, which the next run of the same command cuts off. In the end the answers are
+written in the order of the input under another name, renamed to OUTPUT, and the journal is removed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import sys
-from collections.abc import Container, Iterable, Iterator, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from glm2_jax.cli.files import require_file_place
-from glm2_jax.errors import UsageError
-from infer.generate.journal import SUFFIX, Journal
+from glm2_jax.cli.files import cannot_write_file, fsync, require_file_place, writer_lock
+from glm2_jax.cli.messages import note
+from glm2_jax.cli.text_input import LARGEST
+from glm2_jax.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from infer.generate.run import Settings
 
+SUFFIX = ".partial"
+_START = b'{"journal": "glm2-jax answers", "version": 1, '
+_ROW = re.compile(rb'\{"line": ([1-9][0-9]{0,17}), "answer": (\{.*\})\}\n')
+# Values of a run that are checksums: they mean nothing to a reader.
+_SUMS = {"input": "the batch file", "history": "the history", "model": "the model"}
+
+
+class Journal:
+    """The journal of one output file, locked while it is open. A context manager.
+
+    `done` maps each answered line of the input to the offset and length of its answer here; `lost`
+    counts the lines from the first damaged one on, which do not count. With `restart`, what an
+    earlier run left is discarded. InputError: another process has it open, or a file of that name
+    is not a journal.
+    """
+
+    def __init__(self, output: Path, *, restart: bool = False):
+        self.output, self.path = output, output.with_name(output.name + SUFFIX)
+        self._restart = restart
+        self._clear()
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(writer_lock(self.path, output))
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            opened.callback(os.close, self._file)
+            self._read()
+            if restart:
+                self._clear()
+            self._close = opened.pop_all().close
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._end == 0:  # nothing was begun
+            self.path.unlink(missing_ok=True)
+        self._close()
+
+    def check(self, run: Mapping[str, Any]) -> None:
+        """Raise UsageError if the journal belongs to a run in which one of these was different."""
+        if self._run is None:
+            return
+        new, known = json.loads(json.dumps(run)), self._run
+        changed = [name for name in new if name not in known or known[name] != new[name]]
+        if changed:
+            raise UsageError(
+                f"{self.path} belongs to another run: "
+                + ", ".join(_difference(name, known.get(name), new[name]) for name in changed),
+                "Its answers would not be those of this command.",
+                "Give the earlier flags to continue that run, or --restart to discard it.",
+            )
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Continue the run that the journal belongs to, or begin a new one: `run` is all that the
+        answers depend on, as JSON values."""
+        self.check(run)
+        os.ftruncate(self._file, self._end)
+        if self._run is None:
+            values = json.dumps(run, ensure_ascii=False)
+            self._write(_START + values[1:].encode() + b"\n")
+            fsync(self.path.parent)
+        self._run = dict(run)
+
+    def append(self, rows: Iterable[tuple[int, str]]) -> None:
+        """Add answers, each a line number and a JSON object; they are on the disk on return.
+
+        InputError: the disk is full; the journal is unchanged.
+        """
+        data, places = b"", {}
+        for number, answer in rows:
+            encoded = answer.encode()
+            data += b'{"line": %d, "answer": ' % number
+            places[number] = (self._end + len(data), len(encoded))
+            data += encoded + b"}\n"
+        self._write(data)
+        self.done |= places
+
+    def tell(self, rows: int) -> None:
+        """Print how many of the rows are answered already, and how to continue after a stop."""
+        if self.done:
+            note(f"continuing: {len(self.done)} of {rows} answered already")
+        if self.lost:
+            note(f"warning: {self.path} is damaged; its last {self.lost} lines are answered again")
+        again = "run the same command" + " without --restart" * self._restart
+        note(f"answers are kept in {self.path}; to continue after a stop, {again}")
+
+    def is_output(self, path: Path) -> bool:
+        """Return whether a file has these answers: a run was killed before it ended."""
+        if not self.done or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            same = all(file.read(len(answer)) == answer for answer in self._ordered())
+            return same and not file.read(1)
+
+    def finish(self) -> None:
+        """Write the output in the order of the lines and remove the journal.
+
+        InputError: the disk is full; the journal stays.
+        """
+        ordered = self.path.with_name(self.path.name + ".ordered")
+        try:
+            with ordered.open("wb") as file:
+                file.writelines(self._ordered())
+            fsync(ordered)
+            ordered.replace(self.output)
+        except OSError as error:
+            raise cannot_write_file(ordered, error) from error
+        finally:
+            ordered.unlink(missing_ok=True)
+        fsync(self.output.parent)
+        self.path.unlink()
+
+    def _ordered(self) -> Iterator[bytes]:
+        with self.path.open("rb") as journal:
+            for _, (offset, length) in sorted(self.done.items()):
+                journal.seek(offset)
+                yield journal.read(length) + b"\n"
+
+    def _clear(self) -> None:
+        self.done: dict[int, tuple[int, int]] = {}
+        self.lost = 0
+        self._run: dict[str, Any] | None = None
+        self._end = 0  # of the complete lines
+
+    def _read(self) -> None:
+        with self.path.open("rb") as file:
+            lines = iter(lambda: file.readline(LARGEST), b"")
+            header = next(lines, b"")
+            if header.startswith(_START) and header.endswith(b"}\n") and _is_json(header):
+                self._run = run = json.loads(header)
+                if "quantisation" in run:  # the key of runs begun before 0.2
+                    run["quantization"] = run.pop("quantisation")
+            elif not header.endswith(b"\n") and header[: len(_START)] == _START[: len(header)]:
+                return  # it was cut, or is empty
+            else:
+                raise InputError(
+                    f"{self.path} is not a journal of this version",
+                    f"A file of that name keeps the answers until {self.output.name} is complete.",
+                    "Move it away, or give another --output.",
+                )
+            self._end = len(header)
+            for line in lines:
+                row = _ROW.fullmatch(line)
+                if not row or not _is_json(row[2]):
+                    break  # cut by a kill or a power failure; what follows it counts as lost
+                self.done.setdefault(int(row[1]), (self._end + row.start(2), len(row[2])))
+                self._end += len(line)
+            file.seek(self._end)
+            self.lost = sum(line.endswith(b"\n") for line in lines)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            os.lseek(self._file, self._end, os.SEEK_SET)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._file, left) :]
+            os.fsync(self._file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise cannot_write_file(self.path, error) from error
+        self._end += len(data)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if name in _SUMS and old and new:
+        return f"{_SUMS[name]} has changed"
+    texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    old, new = (text if len(text) <= 40 else text[:39] + "…" for text in texts)
+    return f"{_SUMS.get(name, name)} was {old} and is {new}"
+
 
 class InOrder:
-    """Writes answers to a stream as soon as all before them are written.
-
-    Args:
-        numbers: the lines that will be answered, ascending.
-        file: the stream.
-    """
+    """Writes answers to a stream as soon as all before them, in `numbers`, are written."""
 
     done: Container[int] = ()
 
     def __init__(self, numbers: Sequence[int], file: TextIO):
-        self._numbers = iter(numbers)
-        self._next = next(self._numbers, None)
+        self._left, self._file = list(numbers[::-1]), file
         self._waiting: dict[int, str] = {}
-        self._file = file
 
     def append(self, rows: Iterable[tuple[int, str]]) -> None:
         """Add answers: line number and JSON object."""
         self._waiting.update(rows)
-        while self._next in self._waiting:
-            self._file.write(self._waiting.pop(self._next) + "\n")  # at once: no half lines
-            self._next = next(self._numbers, None)
+        while self._left and self._left[-1] in self._waiting:
+            self._file.write(self._waiting.pop(self._left.pop()) + "\n")  # at once: no half lines
         self._file.flush()
 
 
 class Elsewhere:
-    """Replaces the journal in all but the first of several processes, which answer the same lines.
-
-    Args:
-        done: the lines that the first process has answered already.
-    """
+    """Replaces the journal in all but the first of several processes, which answer the same lines:
+    all but those that are `done` already."""
 
     def __init__(self, done: Iterable[int]):
         self.done = set(done)
@@ -61,31 +237,16 @@ Sink = Journal | InOrder | Elsewhere
 """Takes answers; `done` are the numbers of the lines that it has already."""
 
 
-@contextlib.contextmanager
-def open_stream(path: Path | None) -> Iterator[TextIO]:
-    """Open a pipe or device, or give standard output, which stays open."""
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:  # a failed write does not name the file
-        error.filename = error.filename or str(path)
-        raise
-
-
 def is_stream(path: Path) -> bool:
     """Return whether this is a pipe or a device, which can have no journal."""
     return path.exists() and not path.is_file()
 
 
 def check_output(settings: Settings) -> Path | None:
-    """Raise before any work if the answers could not be written, or would replace an input.
+    """Return the output file, links followed; None for standard output.
 
-    Returns:
-        The output file, links followed; a pipe or device as it was named, since what /dev/stdout
-        leads to need not exist; None for standard output.
+    A pipe or device stays as it was named, since what /dev/stdout leads to need not exist.
+    UsageError, InputError: the answers could not be written, or would replace an input.
     """
     if settings.output in (None, "-"):
         return None
@@ -99,11 +260,6 @@ def check_output(settings: Settings) -> Path | None:
             if place not in (None, "-") and _same_file(written, place):
                 what = "--output" if written == path else f"{written.name}, which --output needs,"
                 raise UsageError(f"{what} is the same file as {name}", fix="name another file")
-    model = settings.choice.path
-    if model is not None and path.is_relative_to(os.path.realpath(model)):
-        raise UsageError(
-            f"--output is inside the model's folder {model}", fix="name another folder"
-        )
     return path
 
 

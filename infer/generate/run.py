@@ -12,7 +12,6 @@ from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from infer.console import displayed, print_json, print_stats
 from infer.engine.params import SamplingParams
-from infer.options import SamplingFlags
 from infer.requests.exchange import encode, result, warn_beyond_aligned
 from infer.requests.request import Request, read_history, read_prompt
 from infer.startup import note_demo_model, open_engine
@@ -27,7 +26,7 @@ class Settings:
 
     choice: ModelChoice
     options: EngineOptions
-    sampling: SamplingFlags
+    sampling: SamplingParams
     prompt: str | None
     prompt_file: str | None
     batch_file: str | None
@@ -46,20 +45,19 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Answer the prompts that the flags name; returns the exit code."""
-    sampling = settings.sampling.params()
     check_flags(settings)
     note_demo_model(settings.choice)
     history = () if settings.history is None else read_history(settings.history)
     if settings.batch_file is not None:
         from infer.generate.batch import run_batch
 
-        return run_batch(settings, sampling, history)
+        return run_batch(settings, history)
     request = Request(_prompt_text(settings), history, settings.system)
     if settings.clean_text:
         request = request.cleaned()
     contents = {"prompt and history": dataclasses.asdict(request)}
     engine = open_engine(settings.choice, settings.options, contents=contents)
-    _answer_one(settings, engine, request, sampling)
+    _answer_one(settings, engine, request)
     return 0
 
 
@@ -93,18 +91,16 @@ def _prompt_text(settings: Settings) -> str:
     return read_prompt("-")
 
 
-def _answer_one(
-    settings: Settings, engine: Engine, request: Request, sampling: SamplingParams
-) -> None:
-    ids = encode(engine, request, sampling, settings.truncate_prompt, "")
-    warn_beyond_aligned(engine, len(ids), sampling)
+def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:
+    ids = encode(engine, request, settings.sampling, settings.truncate_prompt, "")
+    warn_beyond_aligned(engine, len(ids), settings.sampling)
     stream = settings.stream
     if stream is None:
         stream = sys.stdout.isatty() and not settings.json
     # Also without streaming: Ctrl-C then ends the loop after the running step.
     completion = None
     try:
-        for event in engine.run([ids], sampling, clean=engine.template != "raw"):
+        for event in engine.run([ids], settings.sampling, clean=engine.template != "raw"):
             completion = event.completion
             if stream and event.text:
                 print(displayed(event.text), end="", flush=True)

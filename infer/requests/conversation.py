@@ -25,22 +25,14 @@ _WITH_IDS = 8  # newest turns that keep their ids, for `undo`: a turn has those 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer.
-
-    Attributes:
-        answer: its text, or the messages of a ChatGLM3 answer that is more than a plain one.
-        ids: all that the model had read and written after the answer, if it says the same as the
-            text; None if only the text is known.
-        first: index of the oldest turn in its prompt.
-        limit: tokens that its prompt could have; 0 = not known, so that turns before `first` may
-            fit again.
-    """
+    """A question and its answer."""
 
     question: str
-    answer: Reply
+    answer: Reply  # text, or the messages of a ChatGLM3 answer that is more than a plain one
+    # All that the model had read and written after the answer, if it says the same as the text.
     ids: tuple[int, ...] | None = None
-    first: int = 0
-    limit: int = 0
+    first: int = 0  # index of the oldest turn in its prompt
+    limit: int = 0  # tokens that its prompt could have; 0 = unknown: turns before `first` may fit
 
 
 class Conversation:
@@ -50,13 +42,11 @@ class Conversation:
     answers; a retry of a turn draws other random numbers.
 
     Attributes:
-        engine, sampling: what answers, and how.
-        system: instructions, or None.
+        engine, sampling, system: what answers, how, and by which instructions.
         turns: oldest first.
         unanswered: the last question, if its answer was empty.
         left_out: how many of the oldest turns the last prompt did not have room for.
-        stats: statistics of the last answer.
-        total: statistics of all answers.
+        stats, total: statistics of the last answer, and of all.
     """
 
     def __init__(
@@ -91,10 +81,10 @@ class Conversation:
         return min(self.sampling.max_length or self.engine.max_length, self.engine.max_length)
 
     @property
-    def reserve(self) -> int:
-        """Tokens that are kept free for an answer."""
+    def limit(self) -> int:
+        """Tokens that a prompt may have, so that some are free for the answer."""
         quarter = max(self.ceiling // 4, 1)
-        return min(self.sampling.max_new_tokens or quarter, quarter)
+        return self.ceiling - min(self.sampling.max_new_tokens or quarter, quarter)
 
     def used(self) -> int:
         """Return the tokens of the conversation so far, as the next prompt would begin."""
@@ -111,11 +101,8 @@ class Conversation:
     ) -> None:
         """Replace this conversation by another one.
 
-        Args:
-            ids: all that a ChatGLM3 model had read and written, to continue if it says the same.
-
-        Raises:
-            InputError: the model's template cannot express it; then nothing has changed.
+        `ids` is all that a ChatGLM3 model had read and written, to continue if it says the same.
+        InputError: the model's template cannot express it; then nothing has changed.
         """
         history = list(history)
         Request("?", tuple(history), system)
@@ -144,8 +131,7 @@ class Conversation:
         """Answer a question. What has come of the answer when the iterator ends or is closed
         becomes part of the conversation, unless it is blank.
 
-        Raises (on the first step):
-            InputError: no question, or one that is too long; nothing has changed.
+        InputError, on the first step: no question, or one that is too long; nothing has changed.
         """
         self._attempt = 0
         return closed_at_exit(self._reply(question))
@@ -153,8 +139,7 @@ class Conversation:
     def retry(self) -> Events:
         """Answer the last question again; the old answer stays if the new one is empty.
 
-        Raises (on the first step):
-            InputError: there is no question.
+        InputError, on the first step: there is no question.
         """
         return closed_at_exit(self._retry())
 
@@ -208,15 +193,14 @@ class Conversation:
         elif self.engine.template == "chatglm2":
             written = self.engine.tokenizer.decode(tokens)
         exact = (*ids, *tokens) if written == text else None
-        limit = self.ceiling - self.reserve
-        self.turns.append(Turn(question, reply, exact, self.left_out, limit))
+        self.turns.append(Turn(question, reply, exact, self.left_out, self.limit))
         if len(self.turns) > _WITH_IDS:
             old = -1 - _WITH_IDS
             self.turns[old] = dataclasses.replace(self.turns[old], ids=None)
 
     def _fit(self, question: str) -> tuple[list[int], int]:
         """Return the prompt's ids, and how many of the oldest turns are left out for the answer."""
-        limit, count = self.ceiling - self.reserve, len(self.turns)
+        limit, count = self.limit, len(self.turns)
         # What did not fit into the last prompt does not fit into this one, which is longer.
         left_out = self.turns[-1].first if count and limit <= self.turns[-1].limit else 0
         ids = self._build(question, left_out)
@@ -265,12 +249,11 @@ class Conversation:
         return len({_text_of(RoleText(tokenizer, ids[0]), ids) for ids in prompts}) == 1
 
     def _tell(self, ids: list[int], left_out: int) -> None:
-        room = self.ceiling - len(ids)
         if left_out > self.left_out:
             turns = "turn is" if left_out == 1 else f"{left_out} turns are"
             self._say(
                 f"the oldest {turns} left out to make room, of {len(self.turns)}: "
-                f"{room} tokens are left for the answer"
+                f"{self.ceiling - len(ids)} tokens are left for the answer"
             )
         self.left_out = left_out
         if not self._warned:

@@ -16,14 +16,11 @@ def encode(
 ) -> list[int]:
     """Return the ids of a request's prompt, which leave room for an answer.
 
-    Args:
-        truncate: cut a longer prompt to this many tokens, and report it on stderr; None = never.
-        where: file and line, for reports; "" for a single prompt.
-
-    Raises:
-        InputError: the template cannot express the request, or it is too long.
+    Where `truncate` is given, a longer prompt is cut to so many tokens, and that is reported with
+    `where`, its file and line. InputError: the template cannot express the request, or it is too
+    long.
     """
-    ids = _cut(engine, request, truncate, where) if truncate else _build(engine, request)
+    ids = _build(engine, request, truncate, where)
     limit = min(engine.max_length, sampling.max_length or engine.max_length)
     if len(ids) >= limit:
         raise InputError(
@@ -35,30 +32,24 @@ def encode(
     return ids
 
 
-def _build(engine: Engine, request: Request) -> list[int]:
-    if request.messages is None:
-        return build_prompt(
-            engine.tokenizer, engine.template, request.prompt, request.history, request.system
-        )
-    if engine.template != "chatglm3":
-        raise InputError(
-            "messages need the template chatglm3", f"the template here is {engine.template}"
-        )
-    return build_messages(engine.tokenizer, request.messages)
-
-
-def _cut(engine: Engine, request: Request, limit: int, where: str) -> list[int]:
+def _build(engine: Engine, request: Request, truncate: int | None, where: str) -> list[int]:
+    tokenizer, template = engine.tokenizer, engine.template
     if request.messages is not None:
-        ids = _build(engine, request)
-        if len(ids) > limit:
+        if template != "chatglm3":
             raise InputError(
-                f"the messages are too long: {len(ids)} tokens, --truncate-prompt {limit}",
+                "messages need the template chatglm3", f"the template here is {template}"
+            )
+        ids = build_messages(tokenizer, request.messages)
+        if truncate and len(ids) > truncate:
+            raise InputError(
+                f"the messages are too long: {len(ids)} tokens, --truncate-prompt {truncate}",
                 "messages are never cut",
             )
         return ids
-    ids, turns, tokens = truncate_prompt(
-        engine.tokenizer, engine.template, request.prompt, request.history, request.system, limit
-    )
+    asked = request.prompt, request.history, request.system
+    if not truncate:
+        return build_prompt(tokenizer, template, *asked)
+    ids, turns, tokens = truncate_prompt(tokenizer, template, *asked, truncate)
     if turns or tokens:
         what = [f"the oldest {turns} of {len(request.history)} turns"] if turns else []
         what += [f"the last {tokens} tokens of the question"] if tokens else []
@@ -82,17 +73,17 @@ def warn_beyond_aligned(engine: Engine, longest: int, sampling: SamplingParams) 
 
 def result(engine: Engine, request: Request, completion: Completion) -> dict[str, Any]:
     """Return the object that `--json` prints for a prompt."""
-    asked = {"prompt": request.prompt}
-    if request.messages is not None:
-        asked = {"messages": list(request.messages)}
     tokenizer = engine.tokenizer
     special = {token: name for name, token in tokenizer.special.items()}
 
-    def text(token: int) -> str:  # a lone byte has no text, its piece names it
-        return tokenizer.token_text(token) or tokenizer.piece(token) or special.get(token, "")
+    def named(token: int) -> dict[str, Any]:  # a lone byte has no text, its piece names it
+        text = tokenizer.token_text(token) or tokenizer.piece(token) or special.get(token, "")
+        return {"id": token, "token": text}
 
+    asked = {"prompt": request.prompt}
+    if request.messages is not None:
+        asked = {"messages": list(request.messages)}
     read, written = len(completion.prompt_ids), len(completion.output_ids)
-    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
     answer: dict[str, Any] = {
         **({} if request.id is None else {"id": request.id}),
         **asked,
@@ -100,22 +91,21 @@ def result(engine: Engine, request: Request, completion: Completion) -> dict[str
         "output_ids": list(completion.output_ids),
         "text": completion.text,
         "finish_reason": completion.finish_reason,
-        "usage": usage,
+        "usage": {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        },
     }
     if completion.messages:
         answer["output_messages"] = [message._asdict() for message in completion.messages]
-    if isinstance(completion.stop_reason, str):
-        answer["stop_reason"] = {"string": completion.stop_reason}
-    elif completion.stop_reason is not None:
-        token = completion.stop_reason
-        answer["stop_reason"] = {"id": token, "token": text(token)}
+    if (reason := completion.stop_reason) is not None:
+        answer["stop_reason"] = {"string": reason} if isinstance(reason, str) else named(reason)
     if completion.logprobs is not None:
-
-        def logprob(token: int, value: float) -> dict[str, Any]:
-            return {"id": token, "token": text(token), "logprob": value}
-
         answer["logprobs"] = [
-            logprob(entry.token, entry.logprob) | {"top": [logprob(*pair) for pair in entry.top]}
+            named(entry.token)
+            | {"logprob": entry.logprob}
+            | {"top": [named(token) | {"logprob": value} for token, value in entry.top]}
             for entry in completion.logprobs
         ]
     return answer

@@ -66,6 +66,11 @@ def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": clean_text(content) if isinstance(content, str) else content}
 
 
+def read_prompt(path: str) -> str:
+    """Read a question from a file or, for "-", standard input, without the last line's end."""
+    return read_utf8(path).removesuffix("\n").removesuffix("\r")
+
+
 def read_history(path: str) -> Turns:
     """Read a history file; InputError says what is wrong with it."""
     text = read_utf8(path)
@@ -96,14 +101,10 @@ def parse_batch(
     history: Turns = (),
     system: str | None = None,
 ) -> Iterator[tuple[int, Request | InputError]]:
-    """Parse the lines of a batch file.
+    """Parse the lines of a batch file, as `glm2_jax.cli.text_input.read_lines` gives them.
 
-    Args:
-        lines: as `glm2_jax.cli.text_input.read_lines` gives them.
-        history, system: for lines with a prompt but without these keys.
-
-    Yields:
-        The line number, and the request or what is wrong with the line.
+    Yields the line number, and the request or what is wrong with the line. `history` and `system`
+    are for lines with a prompt but without these keys.
     """
     for number, line in lines:
         try:
@@ -141,14 +142,5 @@ def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> R
         raise InputError("prompt is not a string")
     if not isinstance(row.get("system"), str | None):
         raise InputError("system is not a string")
-    return Request(
-        prompt,
-        parse_history(row["history"]) if "history" in row else history,
-        row["system"] if "system" in row else system,
-        id=name,
-    )
-
-
-def read_prompt(path: str) -> str:
-    """Read a question from a file or, for "-", standard input, without the last line's end."""
-    return read_utf8(path).removesuffix("\n").removesuffix("\r")
+    own = parse_history(row["history"]) if "history" in row else history
+    return Request(prompt, own, row.get("system", system), id=name)

@@ -32,8 +32,7 @@ def main(argv):
         with Progress("working", 1, interval=0) as bar:
             bar(1)
         index = jax.process_index()
-        highest = join.highest(index * 7)
-        note(f"a note, highest {highest}, first {join.is_first()}")
+        note(f"a note, highest {join.highest(index * 7)}, first {join.is_first()}")
         print(json.dumps([jax.process_count(), jax.device_count()]), flush=True)
         for part in args.do.split(","):
             who, _, what = part.rpartition(":")
@@ -47,14 +46,12 @@ def do(what):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "bad":
         raise InputError("a bad row", "why", "fix")
-    if what == "loop":
+    if what in ("loop", "sleep"):
         print("begun", file=sys.stderr, flush=True)
         while True:
-            join.highest(1)
             time.sleep(0.02)
-    if what == "sleep":
-        print("begun", file=sys.stderr, flush=True)
-        time.sleep(200)
+            if what == "loop":
+                join.highest(1)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_the_folder_of_another_user_is_not_written_into(tmp_path):
 def test_a_place_that_cannot_be_written(tmp_path, path):
     (tmp_path / "file").write_text("x")
     for action in (save, lambda folder: check_destination(folder, overwrite=False)):
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="cannot write"):
             action(tmp_path / path)
     assert names(tmp_path) == ["file"]
 

@@ -14,7 +14,6 @@ from glm2_jax.cli import main as cli
 from glm2_jax.cli import messages
 from glm2_jax.errors import CheckpointError, InputError
 from glm2_jax.escape import escape_controls, join_lines, json_line
-from infer import console
 from infer.chat import __main__ as chat
 from infer.doctor import __main__ as doctor
 from infer.engine.load import demo_folder
@@ -42,12 +41,8 @@ def test_letters_and_emoji_stay_and_all_else_is_escaped():
     line = json_line({"text": EVIL, "half": "\udcff"})
     assert harmless(line) and "名" in line and "\n" not in line
     assert json.loads(line) == {"text": EVIL, "half": "\udcff"}
-
-
-def test_an_error_has_the_lines_that_it_was_given():
     error = CheckpointError(f"what {EVIL}", ["one", f"two {EVIL}"], f"fix {EVIL}")
     assert str(error).split("\n") == [f"what {ESCAPED}", "one", f"two {ESCAPED}", f"fix {ESCAPED}"]
-    assert InputError(error.what, error.why.splitlines(), error.fix).args == error.args
 
 
 def test_notes_and_progress(capsys, monkeypatch):
@@ -68,22 +63,18 @@ def test_notes_and_progress(capsys, monkeypatch):
     assert shown.startswith("加载中: 1 of 2, ") and notes == ["a note\nanother\n", ""]
 
 
-@pytest.mark.parametrize(
-    "error", [InputError(EVIL), OSError(5, EVIL, EVIL), MemoryError(EVIL), RuntimeError(EVIL)]
-)
-def test_an_error_with_its_traceback(error, capsys):
-    cli.report(error, debug=True)
-    said = capsys.readouterr().err
-    assert escape_controls(said, keep="\n") == said and "title" in said
+def test_an_error_with_its_traceback(capsys):
+    for error in (InputError(EVIL), OSError(5, EVIL, EVIL), MemoryError(EVIL), RuntimeError(EVIL)):
+        cli.report(error, debug=True)
+        said = capsys.readouterr().err
+        assert escape_controls(said, keep="\n") == said and "title" in said
 
 
 @pytest.mark.parametrize(
     ("main", "argv"),
     [
         (generate.main, ["--model", EVIL, "--prompt", "x"]),
-        (generate.main, ["--batch-file", EVIL]),
         (generate.main, ["--batch-file", EVIL, "--output", f"{EVIL}/{EVIL}"]),
-        (generate.main, ["--adapter", EVIL, "--prompt", "x"]),
         (generate.main, ["--template", EVIL]),
         (generate.main, [f"--{EVIL}"]),
         (generate.main, ["--mesh", EVIL, "--prompt", "x"]),
@@ -114,16 +105,12 @@ def test_names_in_reports(tmp_path, monkeypatch, capsys):
     assert exit_code(explain.main, "--model", model, "--length", 3) == 0
     assert exit_code(lora.main, *check, "--print-sample", 1) == 3
     out, err = capsys.readouterr()
-    assert harmless(out) and harmless(err)
-    assert out.count(ESCAPED) > 6
-
-
-def test_bad_lines_of_a_batch(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path(EVIL).write_text(json.dumps({"prompt": "x", EVIL: 1}) + "\n[]\n", encoding="utf-8")
-    assert exit_code(generate.main, "--batch-file", EVIL) == 3
+    assert harmless(out) and harmless(err) and out.count(ESCAPED) > 6
+    batch = f"{EVIL}.batch"
+    Path(batch).write_text(json.dumps({"prompt": "x", EVIL: 1}) + "\n[]\n", encoding="utf-8")
+    assert exit_code(generate.main, "--batch-file", batch) == 3
     err = capsys.readouterr().err
-    assert err.count(f"{ESCAPED}:") == 2 and harmless(err)
+    assert err.count(f"{ESCAPED}.batch:") == 2 and harmless(err)
 
 
 def test_a_path_on_standard_output_is_escaped_for_a_terminal_alone(monkeypatch, capsys):
@@ -131,7 +118,6 @@ def test_a_path_on_standard_output_is_escaped_for_a_terminal_alone(monkeypatch, 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     cli.print_path(EVIL)
     assert capsys.readouterr().out == f"{EVIL}\n{ESCAPED}\n"
-    assert console.displayed("a\x1b[2J\u202e\n") == "a\ufffd[2J\u202e\n"
 
 
 def test_lines_of_native_code_in_a_process_of_several(tmp_path):

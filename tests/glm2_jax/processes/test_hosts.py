@@ -53,11 +53,13 @@ def ends(process):
     return process.returncode, out, err.splitlines()
 
 
-def wait_for(process, text):
-    for line in process.stderr:
-        if text in line:
-            return
-    raise AssertionError(f"it never said {text}")
+def wait_for_begun(*processes):
+    for process in processes:
+        assert any("begun" in line for line in process.stderr)
+
+
+def children(process):
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
 def parsed(*argv):
@@ -84,12 +86,10 @@ def test_a_cluster_that_jax_detects():
     job |= {"SLURM_JOB_ID": "7", "JAX_COORDINATOR_PORT": f"{launch._free_port()}"}
     command = [*COMMAND, "--coordinator", "auto"]
     both = [popen(command, **job, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
-    first, second = (ends(process) for process in both)
+    both.append(popen(command))
+    first, second, alone = (ends(process) for process in both)
     assert first[:2] == (0, "[2, 8]\n") and second == (0, "", [])
-
-
-def test_no_cluster():
-    assert ends(popen([*COMMAND, "--coordinator", "auto"])) == (5, "", [
+    assert alone == (5, "", [
         "error: no cluster was found",
         "JAX says: coordinator_address should be defined.",
         "Give --coordinator HOST:PORT, --num-processes N and --process-id I.",
@@ -104,15 +104,14 @@ def test_processes_with_other_flags_and_another_checkpoint_are_refused():
         "All processes of a run must compute the same.",
         "Start all of them with the same flags, files and version.",
     ]
-    assert first[:2] == second[:2] == (3, "")
-    assert first[2][1:] == lines
+    assert first[:2] == second[:2] == (3, "") and first[2][1:] == lines
     assert second[2] == [f"process 1: {line}" for line in lines]
 
 
 def test_a_process_that_is_killed_ends_the_other_one():
     """Killed is the process that watches: what it watches ends with it."""
     first, second = start_two("--do", "loop")
-    wait_for(first, "begun")
+    wait_for_begun(first)
     second.kill()
     code, _, err = ends(first)
     second.communicate()
@@ -123,8 +122,8 @@ def test_a_process_that_is_killed_ends_the_other_one():
 def test_a_process_that_stops_to_answer_ends_the_other_one():
     """Without a collective, where only JAX's heartbeats tell, and it ends the process in C++."""
     first, second = start_two("--do", "sleep", "--heartbeat-timeout", "3")
-    wait_for(first, "begun"), wait_for(second, "begun")
-    (watched,) = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    wait_for_begun(first, second)
+    (watched,) = children(second)
     os.kill(int(watched), signal.SIGSTOP)
     assert ends(first) == (5, "[2, 8]\n", [
         "error: process 1 of this run was lost",
@@ -146,25 +145,38 @@ def test_a_coordinator_that_is_not_there():
     ]
 
 
-def test_the_launcher_ends_all_where_one_ends():
+def test_the_launcher_ends_all_where_one_ends_and_blames_nobody_where_all_fail_alike():
     code, out, err = ends(start_launcher("--do", "1:kill,loop"))
     assert (code, out) == (5, "[2, 8]\n")
     assert "process 1 of 2 was terminated by SIGKILL; the others are terminated" in err
+    code, _, err = ends(start_launcher("--do", "bad"))
+    errors = [line for line in err if "error" in line]
+    assert code == 3 and sorted(errors) == ["error: a bad row", "process 1: error: a bad row"]
+    assert not any("process 1 of 2" in line or "terminated" in line for line in err)
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_the_launcher_names_the_process_that_stopped(stopped):
     """The other one is healthy, though it is the one that JAX ends."""
     launcher = start_launcher("--do", "sleep", "--heartbeat-timeout", "3")
-    wait_for(launcher, "begun"), wait_for(launcher, "begun")
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    for pid in children:
+    wait_for_begun(launcher, launcher)
+    for pid in children(launcher):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         if words[words.index(b"--process-id") + 1] == b"%d" % stopped:
             os.kill(int(pid), signal.SIGSTOP)
     code, _, err = ends(launcher)
     assert code == 5 and err[-1].startswith("start again")
     assert err[-2] == f"process {stopped} of 2 stopped responding; the others are terminated"
+
+
+def test_the_launcher_passes_signals_on():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    launcher = start_launcher("--do", "sleep")
+    signal.signal(signal.SIGHUP, before)
+    wait_for_begun(launcher, launcher)
+    launcher.send_signal(signal.SIGHUP)
+    code, _, err = ends(launcher)
+    assert (code, err) == (143, ["terminated"])
 
 
 class Ended:
@@ -175,6 +187,14 @@ class Ended:
 
     def wait(self, seconds):
         return self.exit_code is not None
+
+
+def waited(workers, came=(), order=1):
+    over = queue.SimpleQueue()
+    for worker in workers[::order]:
+        if worker.wait(0):
+            over.put(worker)
+    return launch._wait(workers, over, came)
 
 
 LOST_1 = b"tasks are unhealthy (stopped sending heartbeats): 1 \n"
@@ -197,54 +217,24 @@ LOST_0 = b"F1121 10:00:00.1 7 client.h:80] Most likely the leader task was preem
 )
 def test_whose_end_is_that_of_the_others(workers, cause, told, monkeypatch):
     monkeypatch.setattr(launch, "_ECHO", 0)
-    for order in (workers, workers[::-1]):
-        over = queue.SimpleQueue()
-        for worker in order:
-            if worker.wait(0):
-                over.put(worker)
-        code, found = launch._wait(workers, over, [])
-        assert found is not None and workers.index(found) == cause
+    for order in (1, -1):
+        code, found = waited(workers, order=order)
+        assert found is workers[cause]
         assert launch._ending(found) == told and code == (found.exit_code or 0)
-
-
-def test_the_launcher_blames_nobody_where_all_fail_alike():
-    code, out, err = ends(start_launcher("--do", "bad"))
-    errors = [line for line in err if "error" in line]
-    assert code == 3 and sorted(errors) == ["error: a bad row", "process 1: error: a bad row"]
-    assert not any("process 1 of 2" in line or "terminated" in line for line in err)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_the_launcher_passes_signals_on(signum):
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    launcher = start_launcher("--do", "sleep")
-    signal.signal(signal.SIGHUP, before)
-    wait_for(launcher, "begun"), wait_for(launcher, "begun")
-    launcher.send_signal(signum)
-    code, _, err = ends(launcher)
-    assert (code, err) == (143, ["terminated"])
 
 
 def test_nobody_is_blamed_for_losing_one_that_obeyed_a_signal(monkeypatch):
     monkeypatch.setattr(launch, "_ECHO", 0)
-
-    def waited(*codes, came=(signal.SIGTERM,)):
-        workers, over = [Ended(code) for code in codes], queue.SimpleQueue()
-        for worker in workers:
-            over.put(worker)
-        return launch._wait(workers, over, came)
-
     for codes in ((143, -signal.SIGABRT), (-signal.SIGABRT, 143), (5, 143), (-6, 5)):
-        assert waited(*codes) == (143, None), codes
-    assert waited(143, 3)[0] == 3  # an error of its own, such as a full disk
-    assert waited(-signal.SIGABRT, 0, came=())[0] == -signal.SIGABRT
+        assert waited([*map(Ended, codes)], [signal.SIGTERM]) == (143, None), codes
+    assert waited([Ended(143), Ended(3)], [signal.SIGTERM])[0] == 3  # such as a full disk
+    assert waited([Ended(-signal.SIGABRT), Ended(0)])[0] == -signal.SIGABRT
 
 
 def test_the_launcher_needs_a_command(capsys):
-    with pytest.raises(UsageError, match="no command"):
-        launch.main(["--num-processes", "2"])
-    with pytest.raises(UsageError, match="no-such-command cannot be started"):
-        launch.main(["--num-processes", "2", "--", "no-such-command"])
+    for more, message in (([], "no command"), (["--", "no-such"], "no-such cannot be started")):
+        with pytest.raises(UsageError, match=message):
+            launch.main(["--num-processes", "2", *more])
 
 
 def started(*argv):
@@ -255,9 +245,9 @@ def started(*argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--process-id", "0"], "also needs --coordinator and --num-processes"),
-        (["--coordinator", "h:1", "--num-processes", "2"], "also needs --process-id"),
-        (["--coordinator", "auto", "--process-id", "0"], "auto contradicts"),
+        (["--process-id", "0"], "needs a coordinator, a number of processes and an index"),
+        (["--coordinator", "h:1", "--num-processes", "2"], "needs a coordinator"),
+        (["--coordinator", "auto", "--process-id", "0"], "or --coordinator auto alone"),
         (flags(2), "--process-id must be below --num-processes 2, got 2"),
         (flags(0, port="x"), "must be HOST:PORT, got 127.0.0.1:x"),
         (flags(0, port=65536), "must be HOST:PORT"),
@@ -270,14 +260,11 @@ def test_flags_that_make_no_sense_together(argv, message):
             raise AssertionError("not to be entered")
 
 
-@pytest.mark.parametrize("argv", [["--process-id", "-1"], ["--join-timeout", "0"]])
-def test_numbers_that_are_none(argv, capsys):
-    with pytest.raises(SystemExit):
-        parsed(*argv)
-    assert argv[0] in capsys.readouterr().err
-
-
-def test_without_the_flags_nothing_is_done():
+def test_numbers_that_are_none_and_no_flags(capsys):
+    for argv in (["--process-id", "-1"], ["--join-timeout", "0"]):
+        with pytest.raises(SystemExit):
+            parsed(*argv)
+        assert argv[0] in capsys.readouterr().err
     with started():
         assert join.is_first() and join.highest(3) == 3
         join.compare({"anything": object()})
@@ -291,34 +278,24 @@ def test_a_port_that_is_taken():
             join._check_port(f"127.0.0.1:{taken.getsockname()[1]}")
 
 
-@pytest.fixture
-def compared(monkeypatch):
-    """Compares the facts of three processes, as the first of them."""
-
+def test_what_differs_is_named_with_its_processes(monkeypatch):
     def compare(*facts):
+        """Compares the facts of three processes, as the first of them."""
         sums = [[join._digest(told[name]) for name in sorted(told)] for told in facts]
         table = np.array([[np.frombuffer(one, np.uint8) for one in row] for row in sums])
-
-        def gather(mine):
-            assert (mine == table[0]).all()
-            return table
-
-        monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+        monkeypatch.setattr(
+            "jax.experimental.multihost_utils.process_allgather",
+            lambda mine: table if (mine == table[0]).all() else None,
+        )
         join._compare(facts[0])
 
     monkeypatch.setattr("jax.distributed.shutdown", lambda: None)
-    return compare
-
-
-def test_what_differs_is_named_with_its_processes(compared):
     same, other_rate = {"--lr": 1, "data": 2}, {"--lr": 3, "data": 2}
-    compared(same, same, same)
+    compare(same, same, same)
     with pytest.raises(UsageError, match=r"in --lr \(processes 1, 2\)\n"):
-        compared(same, other_rate, other_rate)
-    with pytest.raises(UsageError, match=r"in --lr \(process 2\)\n"):
-        compared(same, same, other_rate)
+        compare(same, other_rate, other_rate)
     with pytest.raises(InputError, match=r"in --lr \(process 1\), data \(process 2\)\n"):
-        compared(same, other_rate, {"--lr": 1, "data": "2"})
+        compare(same, other_rate, {"--lr": 1, "data": "2"})
 
 
 def test_where_things_are_may_differ(monkeypatch):
@@ -339,17 +316,15 @@ def test_where_things_are_may_differ(monkeypatch):
     ("code", "joined", "told", "message"),
     [
         (-6, False, b"", "not all 2 processes have connected"),
-        (-6, True, b"F1121 10:00:00.1 7 client.h:80] The leader task was preempted/died\n", None),
+        (-6, True, LOST_0, "process 0 of this run was lost"),
+        (-6, True, b"F1121 10:00:00.1 7 client.h:80] What?\n", "a process of this run was lost"),
         (-9, True, b"", "was terminated by SIGKILL"),
-        (3, True, b"E1121 ...", None),
+        (3, True, b"E1121 ...", "None"),
     ],
 )
 def test_why_a_process_ended(code, joined, told, message):
     worker = argparse.Namespace(exit_code=code, joined=joined, output=told)
-    found = supervise.why_ended(worker, parsed(*flags(0)))
-    if message is None and code < 0:
-        message = "a process of this run was lost"
-    assert (found is None) == (message is None) and (not message or message in str(found))
+    assert message in str(supervise.why_ended(worker, parsed(*flags(0))))
 
 
 @pytest.mark.parametrize("operation", ["AllReduce", "all-reduce"])  # both are seen
@@ -360,13 +335,9 @@ def test_a_lost_connection_is_found_among_the_causes(operation):
     broken = JaxRuntimeError(f"UNKNOWN: Gloo {operation} failed: Connection closed by peer\nmore")
     assert not join._is_lost_connection(ValueError("Gloo AllReduce failed"))
     assert not join._is_lost_connection(JaxRuntimeError("RESOURCE_EXHAUSTED"))
-    try:
-        try:
-            raise broken
-        except RuntimeError as error:
-            raise InputError("the checkpoints cannot be written") from error
-    except InputError as error:
-        assert join._is_lost_connection(error)
+    error = InputError("the checkpoints cannot be written")
+    error.__cause__ = broken
+    assert join._is_lost_connection(error)
 
 
 def test_errors_alone_are_told_with_a_name(monkeypatch, capsys):

@@ -23,12 +23,10 @@ def chat(monkeypatch, capsys):
     """Runs a chat on these lines; gives the exit code, and the lines on stdout and stderr."""
     monkeypatch.setattr(load, "open_choice", open_toy([]))
 
-    def run(
-        text: str | bytes, *flags: str, greedy: bool = True
-    ) -> tuple[int, list[str], list[str]]:
+    def run(text: str | bytes, *flags: str) -> tuple[int, list[str], list[str]]:
         data = text if isinstance(text, bytes) else text.encode()
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-        code = main([*QUICK, *(["--greedy"] if greedy else []), *flags])
+        code = main([*QUICK, *(() if "--temperature" in flags else ["--greedy"]), *flags])
         out, err = capsys.readouterr()
         return code, out.splitlines(), err.splitlines()[2:]  # the demo model, the dtype
 
@@ -58,17 +56,6 @@ def test_only_the_answers_are_on_standard_output(chat, warm, monkeypatch):
     assert chat("a\nb\n")[1] == ["one", "two", "", "one", "two", ""]
 
 
-def test_a_line_that_is_too_long_or_has_no_end(chat, monkeypatch):
-    monkeypatch.setattr("glm2_jax.cli.text_input.MAX_LINE", 20)
-    code, out, err = chat("你好\n" + "x" * 21 + "\n再见\n")
-    assert code == 3 and len(out) == 2
-    assert "a line may have 20 B, this has 22 B" in err
-    monkeypatch.setattr("glm2_jax.cli.text_input.LARGEST", 1 << 20)
-    with open("/dev/zero") as zeros, pytest.raises(EndlessLine, match="MB so far"):
-        monkeypatch.setattr("sys.stdin", zeros)
-        main(QUICK)
-
-
 def test_only_the_new_part_is_read(chat, warm):
     lines = "第一个问题\n第二个问题\n/undo\n第二个问题\n/retry\nclear\n又一个\n"
     code, out, _ = chat(lines, "--json")
@@ -92,24 +79,29 @@ def test_only_the_new_part_is_read(chat, warm):
 
 def test_the_same_conversation_draws_the_same_answers_and_a_retry_others(chat):
     flags = ["--temperature", "2", "--top-p", "1", "--top-k", "0", "--json"]
-    lines = "hi\nhi\n/retry\n/retry\n"
-    runs = [objects(chat(lines, *flags, greedy=False)[1]) for _ in range(2)]
+    runs = [objects(chat("hi\nhi\n/retry\n/retry\n", *flags)[1]) for _ in range(2)]
     assert runs[0] == runs[1]
     assert len({tuple(answer["output_ids"]) for answer in runs[0]}) == 4
     assert runs[0][1]["prompt_ids"] == runs[0][2]["prompt_ids"]
 
 
-def test_errors_in_a_pipe_are_reported_and_make_the_exit_code_3(chat):
+def test_errors_in_a_pipe_are_reported_and_make_the_exit_code_3(chat, monkeypatch):
+    monkeypatch.setattr("glm2_jax.cli.text_input.MAX_LINE", 2000)
     lines = f"/undoo\n{'问' * 400}\n/set top_p 7\n/undo\n/load none.json\n/\n".encode()
-    lines += "hi\n你好\n".encode("gb18030") + b'"""one\n'
+    lines += b"x" * 2001 + b"\nhi\n" + "你好\n".encode("gb18030") + b'"""one\n'
     code, out, err = chat(lines)
     assert code == 3 and len(out) == 1
     unknown = "error: unknown command '/undoo': did you mean /undo? (//... asks it as a question)"
     assert err[0] == unknown
     assert "error: the question is too long: alone it takes" in err[1]
     said = "\n".join(err)
-    for reason in ("top_p must be", "file not found", "not UTF-8", "the input ended inside"):
+    for reason in ("top_p must be", "file not found", "a line may have 2.0 kB", "not UTF-8"):
         assert reason in said
+    assert "the input ended inside" in said
+    monkeypatch.setattr("glm2_jax.cli.text_input.LARGEST", 1 << 20)
+    with open("/dev/zero") as zeros, pytest.raises(EndlessLine, match="MB so far"):
+        monkeypatch.setattr("sys.stdin", zeros)
+        main(QUICK)
 
 
 def test_lines_that_begin_with_slashes_and_that_continue(chat):
@@ -121,15 +113,15 @@ def test_lines_that_begin_with_slashes_and_that_continue(chat):
     assert read_entry(lambda prompt: next(lines)) == Entry("one")
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_is_shown_no_control_characters(chat, monkeypatch, capsys, terminal):
+def test_a_terminal_is_shown_no_control_characters(chat, monkeypatch, capsys):
     text = "a\x07\x1b[2J\r\x7f\x9b你\tb\nc"
     monkeypatch.setattr(Conversation, "reply", reply_with(text))
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
-    main([*QUICK, "--greedy"])
-    shown = "a\ufffd\ufffd[2J\ufffd\ufffd\ufffd你\tb\nc\n" if terminal else text + "\n\n"
-    assert capsys.readouterr().out == shown
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stdout.isatty", lambda shown=terminal: shown)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
+        main([*QUICK, "--greedy"])
+        shown = "a\ufffd\ufffd[2J\ufffd\ufffd\ufffd你\tb\nc\n" if terminal else text + "\n\n"
+        assert capsys.readouterr().out == shown
 
 
 def test_the_oldest_turns_are_left_out_with_a_note(chat):
@@ -155,7 +147,7 @@ def test_a_long_question_that_just_fits_stands_alone(chat, warm):
     assert "the oldest turn is left out to make room, of 1: 2 tokens" in err[1]
 
 
-def test_history_system_and_stats_from_flags(chat, tmp_path, warm):
+def test_flags(chat, tmp_path, warm):
     (tmp_path / "h.json").write_text('[["a", "b"]]')
     flags = ("--history", str(tmp_path / "h.json"))
     _, out, err = chat("c\n", *flags, "--system", "s", "--json", "--stats")
@@ -165,15 +157,11 @@ def test_history_system_and_stats_from_flags(chat, tmp_path, warm):
     (tmp_path / "h.json").write_text("{}")
     with pytest.raises(InputError, match="neither a saved conversation nor a history"):
         chat("c\n", *flags)
-
-
-def test_usage(chat, capsys):
     with pytest.raises(UsageError, match="raw has no turns"):
         chat("", "--template", "raw")
     with pytest.raises(UsageError, match="--logprobs needs --json"):
         chat("", "--logprobs", "2")
-    assert parser().parse_args([]).loop_stop == 6
-    assert "(default: 6)" in parser().format_help()
+    assert parser().parse_args([]).loop_stop == 6 and "(default: 6)" in parser().format_help()
 
 
 def test_an_error_of_the_model_ends_it(chat, monkeypatch):

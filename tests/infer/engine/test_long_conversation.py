@@ -27,7 +27,7 @@ def ask(conversation: Conversation, question: str) -> None:
 
 def fewest_left_out(conversation: Conversation, question: str) -> int:
     """How many of the oldest turns have to be left out, by trying every number."""
-    limit, count = conversation.ceiling - conversation.reserve, len(conversation.turns)
+    limit, count = conversation.limit, len(conversation.turns)
     tries = (n for n in range(count) if len(conversation._build(question, n)) <= limit)
     return next(tries, count)
 

@@ -1,15 +1,16 @@
-"""Batch files inside this process, with a toy engine: order, bad lines, places to write to."""
+"""Batch files inside this process, with a toy engine: order, bad lines, outputs, interruptions."""
 
 import io
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from glm2_jax.cli.messages import Progress
-from glm2_jax.errors import GLMError, InputError, UsageError
+from glm2_jax.errors import DeviceError, GLMError, InputError, UsageError
 from glm2_jax.runtime.buckets import bucket
 from infer.engine.engine import Engine
 from infer.engine.loops import LoopDetector
@@ -45,22 +46,20 @@ def batch(loaded, tmp_path):
 
 
 @pytest.fixture
-def answers(tmp_path):
-    """Where the answers to a batch go, and how to read them."""
-    path = tmp_path / "out.jsonl"
-
-    def read():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-    return SimpleNamespace(path=str(path), read=read)
+def output(tmp_path) -> Path:
+    return tmp_path / "out.jsonl"
 
 
-def test_a_batch_file_in_order(batch, warm, answers, capsys):
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_batch_file_in_order(batch, warm, output, capsys):
     rows = [{"prompt": word, "id": n} for n, word in enumerate(["hi", "hello", "你好"])]
     rows[1] |= {"history": [["a", "b"]], "system": "s"}
-    assert run(*batch(*rows), "--output", answers.path, "--batch-size", "2") == 0
+    assert run(*batch(*rows), "--output", str(output), "--batch-size", "2") == 0
     out, err = capsys.readouterr()
-    got = answers.read()
+    got = read(output)
     assert out == "" and "3 answered, 0 bad lines" in err
     assert [answer["id"] for answer in got] == [0, 1, 2]
     prompts = [
@@ -86,21 +85,27 @@ def test_sampled_rows_depend_neither_on_the_batch_nor_on_its_size(batch, capsys)
     assert json.loads(first)["output_ids"] != json.loads(second)["output_ids"]
 
 
-def test_bad_lines_are_reported_and_the_others_answered(loaded, tmp_path, answers, capsys):
-    path = tmp_path / "in.jsonl"
+def test_bad_lines_are_reported_and_the_others_answered(loaded, output, monkeypatch, capsys):
     good, long = json.dumps({"prompt": "hi"}), json.dumps({"prompt": "hello " * 99})
     lines = [good, "nope", '{"prompt": ""}', long, '{"messages": [{}]}', good]
-    path.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xc4\xe3\xba\xc3"}\n')
-    assert run("--batch-file", str(path), "--output", answers.path, "--batch-size", "2") == 3
+    data = "\n".join(lines).encode() + b'\n{"prompt": "\xc4\xe3\xba\xc3"}\n'
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    monkeypatch.setattr(LoopDetector, "push", lambda self, token: True)
+    flags = ["--output", str(output), "--batch-size", "2", "--loop-stop", "6"]
+    assert run("--batch-file", "-", *flags) == 3
     err = capsys.readouterr().err
     assert err.startswith("no --model given: using the bundled demo model")
-    assert f"{path}:2: not JSON: " in err
-    assert f"{path}:3: empty prompt: " in err
-    assert f"{path}:4: the prompt is too long: " in err
-    assert f"{path}:5: messages need the template chatglm3: " in err
-    assert f"{path}:7: not UTF-8: byte 13" in err
-    assert "2 answered, 5 bad lines" in err
-    assert [answer["prompt"] for answer in answers.read()] == ["hi", "hi"]
+    for line in (
+        "2: not JSON: ",
+        "3: empty prompt: ",
+        "4: the prompt is too long: ",
+        "5: messages need the template chatglm3: ",
+        "7: not UTF-8: byte 13",
+    ):
+        assert f"standard input:{line}" in err
+    assert "2 answered, 5 bad lines, 2 stopped because they repeated themselves" in err
+    assert [answer["prompt"] for answer in read(output)] == ["hi", "hi"]
+    assert [answer["finish_reason"] for answer in read(output)] == ["loop"] * 2
 
 
 def test_messages_of_chatglm3(batch, capsys):
@@ -118,45 +123,33 @@ def test_messages_of_chatglm3(batch, capsys):
     assert f"{file[1]}:1: the messages are too long: {len(want)} tokens" in capsys.readouterr().err
 
 
-def test_outputs_that_are_refused(batch, loaded, tmp_path, monkeypatch):
+def test_outputs_that_are_refused(batch, loaded, tmp_path):
     flags = batch({"prompt": "hi"})
-    history, model = tmp_path / "history.json", tmp_path / "model"
+    history = tmp_path / "history.json"
     history.write_text("[]")
-    model.mkdir()
     (tmp_path / "link").symlink_to(flags[1])
-    flags += ["--history", str(history), "--model", str(model), "--output"]
+    named = [*flags, "--history", str(history), "--output"]
     for output in (flags[1], str(tmp_path / "link")):
-        assert "same file as --batch-file" in failure(UsageError, *flags, output)
-    assert "same file as --history" in failure(UsageError, *flags, str(history))
-    assert "inside the model's folder" in failure(UsageError, *flags, str(model / "out"))
-    assert "is a folder" in failure(InputError, *flags, str(tmp_path))
-    assert "folder not found" in failure(InputError, *flags, str(tmp_path / "a" / "b"))
-    os.rename(flags[1], tmp_path / "x.partial")
-    flags[1] = str(tmp_path / "x.partial")
-    message = failure(UsageError, *flags, str(tmp_path / "x"))
-    assert "x.partial, which --output needs, is the same file as --batch-file" in message
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    assert "permission denied" in failure(InputError, *flags, str(tmp_path / "x"))
-    assert not loaded and os.listdir(model) == []
-
-
-def test_standard_input_is_never_overwritten(batch):
-    path = batch({"prompt": "hi"})[1]
+        assert "same file as --batch-file" in failure(UsageError, *named, output)
+    assert "same file as --history" in failure(UsageError, *named, str(history))
+    assert "is a folder" in failure(InputError, *named, str(tmp_path))
+    assert "folder not found" in failure(InputError, *named, str(tmp_path / "a" / "b"))
     saved = os.dup(0)
     try:
-        with open(path) as file:
+        with open(flags[1]) as file:
             os.dup2(file.fileno(), 0)
-        message = failure(UsageError, "--batch-file", "-", "--output", path)
+        message = failure(UsageError, "--batch-file", "-", "--output", flags[1])
     finally:
         os.dup2(saved, 0)
         os.close(saved)
     assert "same file as standard input" in message
-
-
-def test_a_batch_file_without_a_good_line(batch, loaded, answers):
-    message = failure(InputError, *batch({"promt": "hi"}), "--output", answers.path)
-    assert "no prompt that can be answered" in message
-    assert not loaded and not os.path.exists(answers.path)
+    os.rename(flags[1], tmp_path / "x.partial")
+    flags[1] = str(tmp_path / "x.partial")
+    message = failure(UsageError, *flags, "--output", str(tmp_path / "x"))
+    assert "x.partial, which --output needs, is the same file as --batch-file" in message
+    flags = [*batch({"promt": "hi"}), "--output", str(tmp_path / "new")]
+    assert "no prompt that can be answered" in failure(InputError, *flags)
+    assert not loaded and not (tmp_path / "new").exists()
 
 
 def rows_of(*lengths):
@@ -213,37 +206,24 @@ def test_an_output_that_is_a_stream_has_no_journal(batch, tmp_path, capsys):
     os.close(writing)
     with open(reading) as pipe:
         assert len(pipe.readlines()) == 1
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match="No space left"):
         run(*flags, "--output", "/dev/full")
-    assert caught.value.filename == "/dev/full"
     assert not os.path.exists("/dev/null.partial") and os.listdir(tmp_path) == ["in.jsonl"]
 
 
-def test_standard_input_is_read(loaded, answers, monkeypatch, capsys):
-    lines = b'{"prompt": "hi"}\nnope\n'
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines)))
-    assert run("--batch-file", "-", "--output", answers.path) == 3
-    assert "standard input:2: not JSON" in capsys.readouterr().err
-    assert len(answers.read()) == 1
-
-
-def test_an_existing_output_is_not_replaced_unasked(batch, loaded, tmp_path, answers):
-    flags = [*batch({"prompt": "hi"}), "--output", answers.path]
-    (tmp_path / "out.jsonl").write_text("")  # as mktemp leaves it
+def test_an_existing_output_is_not_replaced_unasked(batch, loaded, tmp_path, output):
+    flags = [*batch({"prompt": "hi"}), "--output", str(output)]
+    output.write_text("")  # as mktemp leaves it
     assert run(*flags) == 0
-    before = answers.read()
+    before = read(output)
     assert "exists already" in failure(UsageError, *flags, "--seed", "1")
-    assert answers.read() == before and len(loaded) == 1
+    assert read(output) == before and len(loaded) == 1
     assert run(*flags, "--system", "s", "--overwrite") == 0
-    assert answers.read() != before
+    assert read(output) != before
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
-
-
-def test_a_link_stays_a_link(batch, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "out")
-    assert run(*batch({"prompt": "hi"}), "--output", str(tmp_path / "link")) == 0
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "out").stat().st_size
+    (tmp_path / "link").symlink_to(tmp_path / "new")  # stays a link
+    assert run(*flags[:2], "--output", str(tmp_path / "link")) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "new").stat().st_size
 
 
 def test_progress_leaves_out_what_was_there_before():
@@ -254,9 +234,83 @@ def test_progress_leaves_out_what_was_there_before():
     assert stream.getvalue() == "rows: 95 of 100, 0/s, 7 tokens/s, 10 s left\n"
 
 
-def test_loops_are_counted(batch, monkeypatch, capsys):
-    monkeypatch.setattr(LoopDetector, "push", lambda self, token: True)
-    assert run(*batch({"prompt": "hi"}, {"prompt": "you"})) == 0
-    out, err = capsys.readouterr()
-    assert [json.loads(line)["finish_reason"] for line in out.splitlines()] == ["loop"] * 2
-    assert "2 answered, 0 bad lines, 2 stopped because they repeated themselves" in err
+@pytest.fixture
+def command(batch, output, monkeypatch):
+    """Runs the tool on three lines; `asked` has the rows of each call of the engine."""
+    complete = Engine.complete
+    flags = [*batch(*({"prompt": word * 2} for word in "abc")), "--output", str(output), *SAMPLED]
+
+    def counted(self, prompts, sampling, *, row_ids, **kwargs):
+        run.asked.append(list(row_ids))
+        if list(row_ids) == run.breaks_at:
+            raise DeviceError("out of device memory")
+        return complete(self, prompts, sampling, row_ids=row_ids, **kwargs)
+
+    def run(*more: str) -> int:
+        run.asked = []  # pyright: ignore
+        return main([*flags, "--batch-size", "1", *more])
+
+    run.breaks_at = None  # pyright: ignore
+    monkeypatch.setattr(Engine, "complete", counted)
+    return run
+
+
+@pytest.fixture
+def broken(command, output, capsys):
+    """The bytes of an uninterrupted run, and a journal that has the first line's answer."""
+    assert command() == 0
+    expected = output.read_bytes()
+    output.unlink()
+    command.breaks_at = [1]
+    with pytest.raises(DeviceError):
+        command()
+    command.breaks_at = None
+    assert command.asked == [[0], [1]]
+    capsys.readouterr()
+    return expected
+
+
+def test_what_was_answered_is_not_asked_again(command, broken, output, capsys):
+    assert command() == 0
+    assert command.asked == [[1], [2]] and output.read_bytes() == broken
+    assert "continuing: 1 of 3 answered already" in capsys.readouterr().err
+
+
+def test_answers_after_a_damaged_line_are_computed_again(command, broken, output, capsys):
+    path = output.with_name("out.jsonl.partial")
+    header, answer = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header + b"junk\n" + answer)
+    command.breaks_at = [0, 1]
+    with pytest.raises(DeviceError):
+        command("--batch-size", "2")  # which may change
+    assert command() == 0
+    assert command.asked == [[0], [1], [2]] and output.read_bytes() == broken
+    assert "its last 2 lines are answered again" in capsys.readouterr().err
+
+
+def test_other_flags_or_lines_are_refused(command, broken, output, tmp_path, capsys):
+    flags = ["--clean-text", "--truncate-prompt", "30", "--seed", "1"]
+    with pytest.raises(UsageError, match="clean_text was false .*, truncate_prompt .*, seed was 0"):
+        command(*flags)
+    (tmp_path / "in.jsonl").write_text((tmp_path / "in.jsonl").read_text() + "\n")
+    with pytest.raises(UsageError, match="the batch file has changed"):
+        command()
+    assert not command.asked and not output.exists()
+    assert command(*flags, "--restart") == 0
+    assert command.asked == [[0], [1], [2]]
+    again = "to continue after a stop, run the same command without --restart\n"
+    assert again in capsys.readouterr().err
+
+
+def test_killed_between_the_last_two_steps(command, output, monkeypatch):
+    unlink = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **kw: None if path.suffix == ".partial" else unlink(path, **kw)
+    )
+    assert command() == 0
+    monkeypatch.setattr(Path, "unlink", unlink)
+    expected = output.read_bytes()
+    output.with_name("out.jsonl.partial.ordered").write_bytes(b"torn")
+    assert command() == 0  # output and journal are there, and belong together
+    assert not command.asked and output.read_bytes() == expected
+    assert sorted(os.listdir(output.parent)) == ["in.jsonl", "out.jsonl"]

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import GLMError, InputError, UsageError
 from infer import options
 from infer.engine.answer import Completion
@@ -43,16 +42,18 @@ def answer(loaded, capsys):
 
 
 def test_the_answer_alone_is_on_standard_output(loaded, warm, capsys):
-    assert run("--prompt", "你好") == 0
+    assert run("--prompt", "你好", "--stats") == 0
     out, err = capsys.readouterr()
     (answer,) = warm.generate(["你好"], temperature=0, max_new_tokens=6)
     assert out == answer.text + "\n"
     lines = err.splitlines()
     assert "bundled demo" in lines[0]
-    assert lines[1:] == [
+    assert lines[1:3] == [
         "computing in float32",
         "the weights are stored in float16; converted to float32",
     ]
+    for name in ("load ", "compile ", "first token ", "prefill ", "decode ", "peak memory "):
+        assert sum(line.startswith(name) for line in lines) == 1, name
     assert run("--prompt", "你好", "--stream") == 0
     assert capsys.readouterr().out == out
 
@@ -61,50 +62,37 @@ def test_what_the_flags_say_of_the_model(loaded, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "infer.memory.budget.prepare", lambda choice, options, *_, **__: (choice, options)
     )
-    flags = [
-        "--model",
-        str(tmp_path),
-        "--dtype",
-        "bf16",
-        "--device",
-        "cpu",
-        "--rope_scaling",
-        "base",
-    ]
-    assert run("--prompt", "hi", *flags) == 0
+    flags = ["--dtype", "bf16", "--device", "cpu", "--rope_scaling", "base"]
+    assert run("--prompt", "hi", "--model", str(tmp_path), *flags) == 0
     assert "demo" not in capsys.readouterr().err
     choice, _ = loaded[0]
     assert (choice.path, choice.dtype, choice.device) == (str(tmp_path), "bf16", "cpu")
     assert choice.rope_kind == "base"
 
 
-@pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
-def test_a_terminal_is_shown_no_control_characters(loaded, monkeypatch, capsys, flag):
-    done = Completion((1,), (2,), "a\x07\x1b[2J\x9b\n", "stop")
-    event = TokenEvent(0, None, done.text, None, "stop", done)
-    monkeypatch.setattr(Engine, "run", lambda *args, **kwargs: iter([event]))
-    run("--prompt", "hi", flag)
-    assert capsys.readouterr().out == done.text + "\n"
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    run("--prompt", "hi", flag)
-    assert capsys.readouterr().out == "a\ufffd\ufffd[2J\ufffd\n\n"
+class Terminal(io.StringIO):
+    flushes = 0
+
+    def isatty(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        self.flushes += 1
 
 
-def test_streaming_writes_pieces(loaded, monkeypatch):
-    class Terminal(io.StringIO):
-        flushes = 0
-
-        def isatty(self) -> bool:
-            return True
-
-        def flush(self) -> None:
-            self.flushes += 1
-
-    for flags, few in (((), False), (("--no-stream",), True)):
-        terminal = Terminal()
-        monkeypatch.setattr("sys.stdout", terminal)
-        run("--prompt", "你好", *flags)
-        assert (terminal.flushes == 1) == few
+@pytest.mark.parametrize(("flags", "flushes"), [((), 3), (("--no-stream",), 1)])
+def test_a_terminal_gets_pieces_and_no_control_characters(loaded, monkeypatch, flags, flushes):
+    texts = ["a\x07\x1b[2J", "\x9b\n"]
+    done = Completion((1,), (2,), "".join(texts), "stop")
+    events = [TokenEvent(0, None, texts[0], None, None, None)]
+    events += [TokenEvent(0, None, texts[1], None, "stop", done)]
+    monkeypatch.setattr(Engine, "run", lambda *args, **kwargs: iter(events))
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        monkeypatch.setattr("sys.stdout", stream)
+        run("--prompt", "hi", *flags)
+    assert terminal.getvalue() == "a\ufffd\ufffd[2J\ufffd\n\n" and terminal.flushes == flushes
+    assert file.getvalue() == done.text + "\n"
 
 
 def test_json(answer, warm):
@@ -113,20 +101,22 @@ def test_json(answer, warm):
     logprobs, usage = got.pop("logprobs"), got.pop("usage")
     assert got == {
         "prompt": "hi",
-        "prompt_ids": list(want.prompt_ids),
+        "prompt_ids": warm.build_prompt("hi"),
         "output_ids": list(want.output_ids),
         "text": want.text,
         "finish_reason": "length",
     }
-    assert got["prompt_ids"] == warm.build_prompt("hi")
     read = len(want.prompt_ids)
     assert usage == {"prompt_tokens": read, "completion_tokens": 6, "total_tokens": read + 6}
     assert [entry["id"] for entry in logprobs] == list(want.output_ids)
     assert [len(entry["top"]) for entry in logprobs] == [2] * 6
     assert all(entry["logprob"] == entry["top"][0]["logprob"] for entry in logprobs)
+    stopped = answer("--prompt", "hi", "--stop", want.text[2:4])
+    assert (stopped["finish_reason"], stopped["text"]) == ("stop", want.text[:2])
+    assert stopped["stop_reason"] == {"string": want.text[2:4]}
 
 
-def test_the_prompt_may_come_from_a_file_or_standard_input(answer, tmp_path, monkeypatch):
+def test_where_the_prompt_comes_from(answer, warm, tmp_path, monkeypatch):
     (tmp_path / "q.txt").write_text("\ufeff你好\n", encoding="utf-8")
     for source in (["--prompt-file", str(tmp_path / "q.txt")], ["--prompt", "-"], []):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode())))
@@ -134,15 +124,11 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(answer, tmp_path, mon
     for closed in (SimpleNamespace(isatty=lambda: True), None):
         monkeypatch.setattr("sys.stdin", closed)
         assert "add --prompt TEXT" in failure(UsageError)
-
-
-def test_history_system_and_clean_text_reach_the_prompt(answer, warm, tmp_path):
     (tmp_path / "h.json").write_text('[["a", "b"]]')
     flags = ["--history", str(tmp_path / "h.json"), "--system", "s"]
     ids = answer("--prompt", "c", *flags)["prompt_ids"]
     assert ids == warm.build_prompt("c", history=[("a", "b")], system="s")
     assert answer("--prompt", "a\u3000b", "--clean-text")["prompt"] == "a b"
-    assert answer("--prompt", "a\u3000b")["prompt"] == "a\u3000b"
 
 
 def test_cutting_is_reported_with_counts(loaded, warm, tmp_path, capsys):
@@ -155,20 +141,16 @@ def test_cutting_is_reported_with_counts(loaded, warm, tmp_path, capsys):
     assert f"prompt cut to {len(ids)} tokens: left out the oldest 2 of 2 turns\n" in err
     run("--prompt", "hello hello hello", *flags)
     out, err = capsys.readouterr()
-    assert len(json.loads(out)["prompt_ids"]) <= len(ids)
-    assert "tokens of the question" in err
+    assert len(json.loads(out)["prompt_ids"]) <= len(ids) and "tokens of the question" in err
 
 
-def test_prompts_that_are_refused(loaded, warm):
+def test_prompts_that_are_refused_and_one_that_is_warned_of(loaded, warm, monkeypatch, capsys):
     ids = len(warm.build_prompt("hello " * 99))
     message = failure(InputError, "--prompt", "hello " * 99)
     assert f"{ids} tokens" in message and "256" in message and "--truncate-prompt" in message
     assert "may have 8" in failure(InputError, "--prompt", "hello", "--max-length", "8")
     assert "empty prompt" in failure(InputError, "--prompt", " \n\u3000")
     assert "half of a character" in failure(InputError, "--prompt", "a\udce4")
-
-
-def test_beyond_the_aligned_length_there_is_a_warning(loaded, monkeypatch, capsys):
     run("--prompt", "hi")
     assert "warning" not in capsys.readouterr().err
     monkeypatch.setattr("glm2_jax.config.GLMConfig.aligned_length", property(lambda self: 20))
@@ -181,8 +163,6 @@ def test_beyond_the_aligned_length_there_is_a_warning(loaded, monkeypatch, capsy
     [
         ("--temperature -0.1", "temperature"),
         ("--temp nan", "temperature"),
-        ("--temp 1e39", "temperature"),
-        ("--top-p 0", "top_p"),
         ("--top_p 1.1", "top_p"),
         ("--top-k -1", "top_k"),
         ("--repetition-penalty 0", "repetition_penalty"),
@@ -197,7 +177,6 @@ def test_beyond_the_aligned_length_there_is_a_warning(loaded, monkeypatch, capsy
         ("--stream --json", "--stream excludes --json"),
         ("--output x", "--output needs --batch-file"),
         ("--restart", "--restart needs --output"),
-        ("--overwrite", "--overwrite needs --output"),
     ],
 )
 def test_values_that_make_no_sense(loaded, flags, words):
@@ -211,12 +190,10 @@ def test_values_that_make_no_sense(loaded, flags, words):
         (["--template", "chatglm9"], "chatglm3"),
         (["--dtype", "int3"], "bfloat16"),
         (["--device", "npu"], "tpu"),
-        (["--preset", "mine"], "official"),
         (["--seed", "x"], "--seed"),
         (["--truncate-prompt", "0"], "at least 1"),
         (["--temprature", "1"], "did you mean --temperature?"),
         (["--prompt-file", "x"], "not allowed with"),
-        (["-p", "b"], "given twice"),
         (["--system", "a", "--system", "a"], "given twice"),
         *((["--" + flag, ""], "path is empty") for flag in PATHS),
     ],
@@ -228,7 +205,7 @@ def test_unknown_flags_and_values(capsys, flags, words):
 
 
 def sampling(*flags: str):
-    return from_flags(options.SamplingFlags, parser().parse_args(list(flags))).params()
+    return options.sampling_params(vars(parser().parse_args(list(flags))))
 
 
 def test_sampling_flags():
@@ -245,23 +222,9 @@ def test_sampling_flags():
 def test_the_defaults_in_help_are_true():
     text = " ".join(parser().format_help().split())
     official, api = PRESETS["official"], PRESETS["api"]
-    assert f"(default: {official.temperature})" in text
-    assert f"(default: {official.top_k})" in text
-    assert f"(default: {official.top_p})" in text
+    for value in (official.temperature, official.top_k, official.top_p):
+        assert f"(default: {value})" in text
     assert f"(default: {official.max_length}" in text
     assert f"temperature {api.temperature}" in text and f"top-p {api.top_p}" in text
     for group in ("model:", "prompt:", "sampling:", "performance:", "output:", "example:"):
         assert group in text
-
-
-def test_stats(loaded, capsys):
-    run("--prompt", "hi", "--stats")
-    lines = capsys.readouterr().err.splitlines()
-    for name in ("load ", "compile ", "first token ", "prefill ", "decode ", "peak memory "):
-        assert sum(line.startswith(name) for line in lines) == 1, name
-
-
-def test_a_stop_string_ends_an_answer(answer, warm):
-    (want,) = warm.generate(["hi"], temperature=0, max_new_tokens=6)
-    stopped = answer("--prompt", "hi", "--stop", want.text[2:4])
-    assert (stopped["finish_reason"], stopped["text"]) == ("stop", want.text[:2])

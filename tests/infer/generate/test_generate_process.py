@@ -1,5 +1,6 @@
-"""`python -m infer.generate` as a process: imports, locales, signals, pipes."""
+"""`python -m infer.generate` as a process: kills, signals, pipes, locales, two at once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,11 +12,14 @@ import pytest
 
 from convert import save_checkpoint
 from glm2_jax import Tokenizer
+from infer.engine.engine import Engine
+from infer.generate import __main__ as generate
 from tests.support.engine_toy import TOY, toy_params
 from tests.support.paths import ROOT
 from tests.support.sp_model import sp_model
 
 COMMAND = [sys.executable, "-m", "infer.generate"]
+ROWS = 120
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +42,82 @@ def start(*args: str, **kwargs) -> subprocess.Popen[str]:
     return subprocess.Popen([*COMMAND, *args], cwd=ROOT, text=True, **(pipes | kwargs))
 
 
-def wait_for_handlers(process: subprocess.Popen[str]) -> None:
-    """Waits until the process has its signal handlers; before that it is Python that starts."""
-    status = Path(f"/proc/{process.pid}/status")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        caught = next(line for line in status.read_text().splitlines() if "SigCgt" in line)
-        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
-            return
-        time.sleep(0.01)
+def whole_lines(path: Path) -> list[bytes]:
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith(b"\n")]
 
 
-def test_help_and_usage_errors_do_not_wait_for_jax():
-    code = (
-        "import sys\n"
-        "from infer.generate.__main__ import main\n"
-        "try: main(sys.argv[1:])\n"
-        "finally: print('jax' in sys.modules, 'numpy' in sys.modules, file=sys.stderr)"
+def test_a_batch_that_is_killed_again_and_again(tmp_path):
+    questions, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [json.dumps({"id": n, "prompt": "你好，" * (1 + n * 7 % 9)}) for n in range(ROWS)]
+    lines[3], lines[9] = "not JSON", ""
+    questions.write_text("\n".join(lines), encoding="utf-8")
+    flags = "--batch-size 4 --temperature 1 --max-new-tokens 12 --logprobs 1 --seed 5"
+    command = ["--batch-file", str(questions), *flags.split()]
+    command += ["--compile-cache", str(tmp_path / "cache"), "--output"]
+    cached = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"}
+    uninterrupted = start(*command, str(tmp_path / "all"), env=cached)
+    uninterrupted.communicate()
+    assert uninterrupted.returncode == 3
+    expected = (tmp_path / "all").read_bytes()
+
+    journal = tmp_path / "out.jsonl.partial"
+    for signum, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        before = whole_lines(journal)
+        process = start(*command, str(output), env=cached)
+        deadline = time.monotonic() + 240
+        while len(whole_lines(journal)) < len(before) + 8:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signum)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code
+        after = whole_lines(journal)
+        assert after[: len(before)] == before and len(set(after)) == len(after)  # nothing lost
+        numbers = [json.loads(line)["line"] for line in after[1:]]
+        assert len(set(numbers)) == len(numbers) < ROWS - 2
+        found = f"continuing: {len(before) - 1} of {ROWS - 2} answered already"
+        assert (found in said) == bool(before) and "Traceback" not in said
+        assert "run the same command" in said and not output.exists()
+
+    done = start(*command, str(output), env=cached)
+    _, said = done.communicate()
+    assert done.returncode == 3 and f"{ROWS - 2} answered, 1 bad lines" in said
+    assert f"{questions}:4: not JSON" in said and output.read_bytes() == expected
+    ids = [json.loads(line)["id"] for line in expected.splitlines()]
+    assert ids == [n for n in range(ROWS) if n not in (3, 9)]
+    names = [*("all", "cache", "in.jsonl", "out.jsonl")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_two_processes_go_on_with_what_one_left(tmp_path, monkeypatch):
+    questions, ours, theirs = (str(tmp_path / name) for name in ("in", "ours", "theirs"))
+    prompts = ["你好", "你是谁？", "Who are you?", "1+1=?", "再见"]
+    Path(questions).write_text("".join(f"{json.dumps({'prompt': text})}\n" for text in prompts))
+    flags = "--dtype float32 --layers list --batch-size 2 --max-new-tokens 8"
+    command = ["--batch-file", questions, *flags.split()]
+    assert generate.main([*command, "--output", ours]) == 0
+    complete, calls = Engine.complete, []
+
+    def killed(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return complete(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "complete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main([*command, "--output", theirs])
+    launch = ["-m", "infer.launch", "--num-processes", "2", "--devices-per-process", "1", "--"]
+    again = [*launch, *COMMAND, *command, "--mesh", "data=2", "--output", theirs]
+    done = subprocess.run(
+        [sys.executable, *again], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    for flag, status in (("--help", 0), ("--nonsense", 2)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == status
-        assert done.stderr.splitlines()[-1] == "False False"
+    assert done.returncode == 0, done.stderr
+    assert "continuing: 2 of 5 answered already" in done.stderr
+    assert "5 answered, 0 bad lines" in done.stderr and done.stdout == ""
+    assert Path(theirs).read_bytes() == Path(ours).read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["in", "ours", "theirs"]
 
 
 def test_output_is_utf8_whatever_the_locale_says(model):
@@ -77,35 +133,22 @@ def test_output_is_utf8_whatever_the_locale_says(model):
     assert '"prompt": "你好"' in done.stdout.decode("utf-8")
 
 
-def test_a_signal_ends_it_at_once(model, endless, tmp_path):
-    output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    process = start(*model, *endless, "--max-new-tokens", "2", "--output", str(output))
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and b'"answer"' in journal.read_bytes()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and out == ""
-    assert err.splitlines()[-1] == "terminated" and "Traceback" not in err
-    assert "to continue after a stop, run the same command" in err and not output.exists()
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
-def test_ctrl_c_while_importing_loading_compiling_and_reading(model, endless):
-    for delay in (0.05, 0.7, 1.5):
-        process = start(*model, *endless)
-        wait_for_handlers(process)
+def test_ctrl_c_while_loading_compiling_and_reading_a_prompt(model, endless):
+    for delay, flags in ((0.3, endless), (1.5, endless), (1, ["--prompt", "-"])):
+        process = start(*model, *flags, stdin=subprocess.PIPE)
+        status = Path(f"/proc/{process.pid}/status")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:  # before it has its handlers, it is Python that starts
+            caught = next(line for line in status.read_text().splitlines() if "SigCgt" in line)
+            if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
+                break
+            time.sleep(0.01)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in err, (delay, err)
-    process = start(*model, "--prompt", "-", stdin=subprocess.PIPE)
-    wait_for_handlers(process)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert process.communicate()[1] == "interrupted\n"
+    assert err == "interrupted\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error_message(model, endless):
@@ -119,11 +162,3 @@ def test_a_reader_that_leaves_early_is_no_error_message(model, endless):
     assert told[0] == "computing in float32"
     assert all(line.startswith("compiling ") for line in told[1:])
     process.stderr.close()
-
-
-def test_expected_errors_have_no_traceback_unless_asked(tmp_path):
-    for flags in ([], ["--debug"]):
-        process = start("--model", str(tmp_path / "none"), "--prompt", "hi", *flags)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 4 and out == ""
-        assert ("Traceback" in err) == bool(flags) and "directory not found" in err
