@@ -18,9 +18,9 @@ from glm2_jax import GLMConfig, KVCache
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.buckets import bucket
 from infer.engine import steps
+from infer.engine.call import ROOM, parts
 from infer.engine.executor import Executor
 from infer.engine.params import SamplingParams
-from infer.engine.parts import ROOM, parts
 from infer.engine.sampling import Sampling
 
 Run = Callable[[], float]  # does the work once and returns its seconds

@@ -89,12 +89,7 @@ class Completion:
 class StopStrings:
     """Passes text on until one of the strings appears, holding back what may become one.
 
-    Args:
-        strings: what ends the text.
-        trim: drop white space before such a string.
-
-    Attributes:
-        string: the one that was found, or None.
+    `string` is the one that was found, or None; with `trim`, white space before it is dropped.
     """
 
     def __init__(self, strings: Sequence[str], *, trim: bool = False):
@@ -102,10 +97,6 @@ class StopStrings:
         self._trim = trim
         self._held = ""
         self.string: str | None = None
-
-    @property
-    def found(self) -> bool:
-        return self.string is not None
 
     def push(self, text: str) -> str:
         """Take new text and return what is certain not to belong to a stop string."""
@@ -162,57 +153,45 @@ def _overlap(text: str, strings: Sequence[str]) -> int:
 
 
 class PlainText:
-    """The text of an answer as it is shown, from ids that come one at a time."""
+    """The text of an answer as it is shown, from ids that come one at a time.
+
+    `push` takes the next id and returns the text that is now certain, `flush` what was held back.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, clean: bool):
         self._detokenizer = Detokenizer(tokenizer)
         self._cleaner = Cleaner() if clean else None
 
     def push(self, token: int) -> str:
-        """Take the next id and return the text that is now certain."""
         text = self._detokenizer.push(token)
         return text if self._cleaner is None else self._cleaner.push(text)
 
     def flush(self) -> str:
-        """End the answer: return what was held back."""
         text = self._detokenizer.flush()
         return text if self._cleaner is None else self._cleaner.push(text) + self._cleaner.flush()
 
     def messages(self, text: str) -> tuple[Message, ...]:
-        """Return the messages of `text`, the beginning of all text: there are none."""
         return ()
 
 
-class _Begun(NamedTuple):
-    """A message, and where its header and its content begin in the text that is shown."""
-
-    role: str
-    metadata: str
-    header: int
-    content: int
-
-
 class RoleText:
-    """The cleaned text of a ChatGLM3 answer, which is one message or several.
+    """The cleaned text of a ChatGLM3 answer, which is one message or several; as `PlainText`.
 
     A message begins with a role token and a line of metadata, which the text shows on a separate
     line, unless it is the first message and plain. As in the published code, a message of a single
-    line has no metadata.
-
-    Args:
-        last: the prompt's last id. If it is not a role token, the answer continues a message whose
-            metadata has been read.
+    line has no metadata. If the prompt's `last` id is not a role token, the answer continues a
+    message whose metadata has been read.
     """
 
     def __init__(self, tokenizer: Tokenizer, last: int):
         self._tokenizer = tokenizer
         self._roles = {tokenizer.special[f"<|{role}|>"]: role for role in ROLES}
-        self._begun: list[_Begun] = []
+        # Messages without their content, and where header and content begin in the text.
+        self._begun: list[tuple[Message, int, int]] = []
         self._shown = 0
         self._begin("assistant", "" if last in self._roles else "\n")
 
     def push(self, token: int) -> str:
-        """Take the next id and return the text that is now certain."""
         if token not in self._roles:
             return self._show(self._detokenizer.push(token))
         text = self.flush()
@@ -220,16 +199,15 @@ class RoleText:
         return text
 
     def flush(self) -> str:
-        """End a message: return what was held back."""
         return self._show(self._detokenizer.flush(), last=True)
 
     def messages(self, text: str) -> tuple[Message, ...]:
         """Return the messages of which `text`, the beginning of all text, shows something."""
-        ends = [message.header for message in self._begun[1:]] + [len(text)]
+        ends = [header for _, header, _ in self._begun[1:]] + [len(text)]
         return tuple(
-            Message(message.role, message.metadata, text[message.content : end].strip())
-            for message, end in zip(self._begun, ends, strict=False)
-            if message.content <= len(text)
+            message._replace(content=text[start:end].strip())
+            for (message, _, start), end in zip(self._begun, ends, strict=False)
+            if start <= len(text)
         )
 
     def _begin(self, role: str, line: str = "") -> None:
@@ -257,25 +235,17 @@ class RoleText:
         header = "" if plain else f"<|{self._role}|>{metadata}"
         self._gap = "\n" if header else ""
         header = "\n" + header if header and self._shown else header
-        end = self._shown + len(header)
-        self._begun.append(_Begun(self._role, metadata, self._shown, end))
+        message = Message(self._role, metadata, "")
+        self._begun.append((message, self._shown, self._shown + len(header)))
         return header
 
 
 class Answer:
     """Collects the tokens of one row and decides when it ends.
 
-    Args:
-        limit: how many tokens there may be.
-        stop_ids: the end tokens.
-        clean: pass the text through `clean_response`.
-        roles: read it as ChatGLM3 messages, each of them cleaned.
-
-    Attributes:
-        finish_reason: None until the answer has ended.
-
-    Raises:
-        UsageError: a stop string can never match.
+    It may have `limit` tokens and ends at one of `stop_ids`; its text passes through
+    `clean_response` (`clean`), or is read as ChatGLM3 messages, each of them cleaned (`roles`).
+    `finish_reason` is None until it has ended. UsageError: a stop string can never match.
     """
 
     def __init__(
@@ -295,11 +265,9 @@ class Answer:
                 f"An answer has {_DATE} instead of {_DATE_MARK}.",
                 "Leave it out.",
             )
-        self.prompt_ids = tuple(prompt_ids)
-        self.limit = limit
+        self.prompt_ids, self.limit, self.stop_ids = tuple(prompt_ids), limit, stop_ids
         self.finish_reason: str | None = None
         self._stop_reason: int | str | None = None
-        self.stop_ids = stop_ids
         self._observation = tokenizer.special.get("<|observation|>")
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
@@ -318,7 +286,7 @@ class Answer:
         if self._logprobs is not None and logprob is not None:
             self._logprobs.append(logprob)
         text = self._stop.push(self._text.push(token))
-        if self._stop.found:
+        if self._stop.string:
             return self._finish("stop", text)
         if self._loop.push(token):
             return self._finish("loop", text)
@@ -344,9 +312,9 @@ class Answer:
 
     def _finish(self, reason: str, text: str) -> str:
         """Release what is held back, which may still complete a stop string."""
-        if not self._stop.found:
+        if not self._stop.string:
             text += self._stop.push(self._text.flush())
-        if self._stop.found:
+        if self._stop.string:
             reason, self._stop_reason = "stop", self._stop.string
         else:
             text += self._stop.flush()

@@ -12,49 +12,20 @@ from typing import Any, TypeVar
 import numpy as np
 
 from glm2_jax.runtime.buckets import bucket, padded_batch
-from infer.engine.parts import ROOM, parts
 from infer.engine.rows import Row, TokenEvent
 from infer.engine.sampling import Sampling, seed_words
 from infer.engine.stats import Stats, together
-from infer.engine.steps import IDLE, Controls, Output
+from infer.engine.steps import IDLE, Controls, Output, Part
 
-AnyGenerator = TypeVar("AnyGenerator", bound=Generator[Any, None, None])
-_open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
-
-
-def closed_at_exit(generator: AnyGenerator) -> AnyGenerator:
-    """Have a generator closed before Python takes its modules apart, and return it.
-
-    One that was left early, and is still referenced when Python ends, would otherwise be closed
-    when the names that its clean-up uses are gone, and an exception would be printed.
-    """
-    _open.add(generator)
-    return generator
-
-
-@atexit.register
-def _close_all() -> None:
-    for generator in list(_open):
-        with contextlib.suppress(ValueError):  # another thread runs it
-            generator.close()
+ROOM = 256  # slots for the answer that a cache has at first
 
 
 class Batch:
     """Rows that are answered together, as the programs take them: padded to a bucket on both axes.
 
-    Args:
-        chunk: tokens of all rows that are read at once.
-        reused: ids at the beginning of every prompt that are in the cache already.
-        multiple: what B has to be a multiple of.
-
-    Attributes:
-        rows: one for each prompt.
-        size: B; the rows after the prompts' are empty.
-        chunk, reused: the arguments.
-        parts: what has to be read.
-        cache_size: S at first: a bucket that holds the prompts and the beginning of the answers.
-        largest_cache: S that holds the longest answers.
-        controls: what every step takes.
+    `chunk` tokens of all rows are read at once. A session's cache has the first `reused` ids of
+    every prompt already; None = no session. B, `size`, is a multiple of `multiple`; the rows after
+    the prompts' are empty.
     """
 
     def __init__(
@@ -65,14 +36,15 @@ class Batch:
         stop_ids: Sequence[int],
         max_length: int,
         chunk: int,
-        reused: int = 0,
+        reused: int | None = None,
         multiple: int = 1,
     ):
         self.rows, self.chunk, self.reused = rows, chunk, reused
         self._vocab_size = vocab_size
         self.size = size = padded_batch(len(rows), multiple)
         longest = min(max(1, chunk // size), max_length)
-        self.parts = parts([row.ids for row in rows], reused, size, longest)
+        self.parts = parts([row.ids for row in rows], reused or 0, size, longest)
+        # S at first, for the prompts and the beginning of the answers, and for the longest answers.
         self.cache_size = bucket(self.slots(ROOM), max_length)
         self.largest_cache = bucket(self.slots(max_length), max_length)
 
@@ -125,11 +97,7 @@ class Batch:
         return max((row.slots(tokens) for row in self.going), default=0)
 
     def take(self, output: Output) -> list[TokenEvent]:
-        """Hand the output of one step, NumPy arrays, to the rows.
-
-        Raises:
-            CheckpointError: the model produced NaN or Inf.
-        """
+        """Hand the output of one step, NumPy arrays, to the rows."""
         events = []
         for row in self.going:
             token = int(output.tokens[row.index])
@@ -139,13 +107,35 @@ class Batch:
         return events
 
 
-class Call(Iterator[TokenEvent]):
-    """The tokens of a call as they come; it may be left at any time, or closed.
+def parts(prompts: Sequence[Sequence[int]], kept: int, batch: int, longest: int) -> list[Part]:
+    """Cut prompts into parts of bounded size, which are read into the cache one after another.
 
-    Attributes:
-        rows: one for each prompt.
-        stats: statistics of the rows together, as far as the call has gone.
+    All parts but the last are `longest` wide, the last is a bucket of at most that. Every prompt
+    ends in the last part, where the first token of its answer is drawn; a short prompt is empty in
+    those before. The cache has the first `kept` ids of every prompt already.
     """
+    rows = [list(ids[kept:]) for ids in prompts]
+    most = max(map(len, rows))
+    count = (most - 1) // longest
+    last = bucket(most - count * longest, longest)
+    starts = np.zeros(batch, np.int32)
+    starts[: len(rows)] = kept
+    result = []
+    for index in range(count + 1):
+        width = longest if index < count else last
+        tokens, lengths = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
+        for row, ids in enumerate(rows):
+            until = len(ids) if index == count else max(len(ids) - last, 0)
+            ids = ids[starts[row] - kept : until][:width]
+            tokens[row, : len(ids)] = ids
+            lengths[row] = len(ids)
+        result.append(Part(tokens, lengths, starts.copy()))
+        starts += lengths
+    return result
+
+
+class Call(Iterator[TokenEvent]):
+    """The tokens of a call as they come; it may be left at any time, or closed."""
 
     def __init__(self, events: Generator[TokenEvent, None, None], rows: Sequence[Row]):
         self._events, self.rows = closed_at_exit(events), rows
@@ -163,4 +153,26 @@ class Call(Iterator[TokenEvent]):
 
     @property
     def stats(self) -> Stats:
+        """Statistics of the rows together, as far as the call has gone."""
         return together(row.stats for row in self.rows)
+
+
+AnyGenerator = TypeVar("AnyGenerator", bound=Generator[Any, None, None])
+_open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+def closed_at_exit(generator: AnyGenerator) -> AnyGenerator:
+    """Have a generator closed before Python takes its modules apart, and return it.
+
+    One that was left early, and is still referenced when Python ends, would otherwise be closed
+    when the names that its clean-up uses are gone, and an exception would be printed.
+    """
+    _open.add(generator)
+    return generator
+
+
+@atexit.register
+def _close_all() -> None:
+    for generator in list(_open):
+        with contextlib.suppress(ValueError):  # another thread runs it
+            generator.close()

@@ -2,16 +2,12 @@
 
 The next tokens of an answer have often occurred before: in a quotation, a list, a program that is
 edited. So each row looks up where its last tokens occurred, and drafts what followed there. One
-forward pass computes the logits after every draft token, and at each of them a token is drawn as it
-would be without a draft, with the same random numbers. As long as the drawn token is the draft
-token, the next logits are those that the next step would have computed, so its token counts, too;
-the cache is then cut back to what counts. If no row finds a draft, a plain step is taken.
+forward pass (`steps.verify`) draws a token after every draft token, as it would be drawn without a
+draft, with the same random numbers; as long as it is the draft token, the next one counts, too.
 
-So the answers are those of plain steps, drawn from the same distribution, whatever the drafts.
-(A fixed draft is accepted with the probability that the model gives it, which is what speculative
-sampling asks for.) Only rounding differs: a product of several tokens may be summed in another
-order than that of one, so if two tokens are almost equally likely, a narrow dtype like bfloat16 may
-take the other one.
+So the answers are those of plain steps, whatever the drafts. Only rounding differs: a product of
+several tokens may be summed in another order than that of one, so if two tokens are almost equally
+likely, a narrow dtype like bfloat16 may take the other one.
 """
 
 from __future__ import annotations
@@ -38,7 +34,6 @@ class Text:
             self.push(token)
 
     def push(self, token: int) -> None:
-        """Append the next token."""
         place = len(self._ids)
         for size in range(1, min(LONGEST_MATCH, place) + 1):
             self._after[tuple(self._ids[-size:])] = place
@@ -71,14 +66,11 @@ class Drafts:
     def next(self, keep: np.ndarray) -> np.ndarray | None:
         """Return int32 [B, N], zeros for rows without a draft; None if no row has one.
 
-        Args:
-            keep: bool [B], the rows that have not ended.
+        `keep`, bool [B], are the rows that have not ended.
         """
-        found = {row: self._texts[row].draft(self._count) for row in np.flatnonzero(keep)}
-        found = {row: draft for row, draft in found.items() if draft is not None}
-        if not found:
-            return None
-        drafts = np.zeros((keep.size, self._count), np.int32)
-        for row, draft in found.items():
-            drafts[row] = draft
-        return drafts
+        drafts, found = np.zeros((keep.size, self._count), np.int32), False
+        for row in np.flatnonzero(keep):
+            draft = self._texts[row].draft(self._count)
+            if draft is not None:
+                drafts[row], found = draft, True
+        return drafts if found else None

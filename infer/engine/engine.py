@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from infer.engine.call import Batch, Call
 from infer.engine.executor import Executor
 from infer.engine.params import SamplingParams, whole
 from infer.engine.programs import OnEvent, Programs
-from infer.engine.rows import TokenEvent, listed, make_rows
+from infer.engine.rows import listed, make_rows
 from infer.engine.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Engine:
         speculate: tokens that each step drafts and verifies, see `infer.engine.drafts`; 0 = off.
         load_s: seconds of opening the checkpoint.
         executor: runs the programs on the device.
+        device: where the parameters are; on a mesh one of its devices, which stands for all.
+        mesh: the devices that the parameters are spread over; None = one.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Engine:
         self.speculate = whole("speculate", speculate, 0, DRAFT)
         self.load_s = load_s
         self.executor = Executor(self.config, checkpoint.params, programs, on_event=on_event)
+        self.device: Any = self.executor.device
+        self.mesh: Mesh | None = self.executor.places.mesh
         self._stop_ids = prompt.stop_ids(self.tokenizer)
 
     @property
@@ -86,16 +91,6 @@ class Engine:
     def programs(self) -> Programs:
         """The compiled programs."""
         return self.executor.programs
-
-    @property
-    def device(self) -> Any:
-        """Where the parameters are; on a mesh one of its devices, which stands for all."""
-        return self.executor.device
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """The devices that the parameters are spread over; None = one."""
-        return self.executor.places.mesh
 
     def build_prompt(
         self, query: str, history: Turns | None = None, system: str | None = None
@@ -197,7 +192,8 @@ class Engine:
         """Do the same as `chat`, yielding the answer in pieces (`cumulative`: all of it so far)."""
         ids = self.build_prompt(query, history, system)
         events = self.run([ids], SamplingParams.from_kwargs(**sampling), clean=True)
-        return _texts(events, cumulative)
+        pieces = (event.text for event in events if event.text)
+        return itertools.accumulate(pieces) if cumulative else pieces
 
     def schedule(
         self,
@@ -206,15 +202,9 @@ class Engine:
         *,
         row_ids: Sequence[int] | None = None,
         clean: bool = False,
-        reused: int = 0,
-        separate_cache: bool = False,
+        reused: int | None = None,
     ) -> Scheduler:
-        """Return what answers prompts; arguments and errors are those of `run`.
-
-        Args:
-            reused: ids at the beginning of every prompt that are in the cache it is given.
-            separate_cache: as in `Scheduler`.
-        """
+        """Return what answers prompts; arguments and errors are those of `run`, and `Batch`'s."""
         roles = clean and self.template == "chatglm3"
         answer = partial(Answer, self.tokenizer, stop_ids=self._stop_ids, clean=clean, roles=roles)
         sizes = {"vocab_size": self.config.vocab_size, "max_length": self.max_length}
@@ -226,12 +216,7 @@ class Engine:
             reused=reused,
             multiple=self.executor.places.rows,
         )
-        return Scheduler(
-            self.executor,
-            batch,
-            draft=self.speculate,
-            separate_cache=separate_cache,
-        )
+        return Scheduler(self.executor, batch, draft=self.speculate)
 
     def _prompt_ids(self, prompts: Iterable[str | Sequence[int]]) -> tuple[list[list[int]], bool]:
         """Return the ids of prompts of one kind, and whether their answers are cleaned."""
@@ -241,11 +226,3 @@ class Engine:
             raise UsageError("prompts must be all strings or all lists of token ids")
         clean = bool(questions) and self.template != "raw"
         return [self.build_prompt(p) for p in questions] or prompts, clean
-
-
-def _texts(events: Iterator[TokenEvent], cumulative: bool) -> Iterator[str]:
-    text = ""
-    for event in events:
-        if event.text:
-            text += event.text
-            yield text if cumulative else event.text

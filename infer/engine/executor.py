@@ -16,53 +16,47 @@ from glm2_jax.prefix import prefix_length
 from glm2_jax.runtime.buckets import grown
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
-from infer.engine.parts import Part
 from infer.engine.placement import Places
 from infer.engine.programs import Made, Programs
-
-Stepped = tuple[steps.State, steps.Output]
+from infer.engine.steps import Controls, Part, State, Stepped
 
 
 class Executor:
     """Runs the programs of one model; it keeps nothing of a call, so threads may share it.
 
-    Args:
-        programs: compiled programs to share; None = new ones.
-        more: of new `Programs`.
-
     Attributes:
-        config: the architecture.
         params: the weights; others of the same shapes and dtypes may replace them.
         device: where they are; on a mesh one of its devices, which stands for all.
         places: where arrays are placed.
-        cache_dtype: dtype of the cached keys and values.
-        programs: the compiled programs.
+        programs: the compiled programs, which several executors may share.
+        made: what this executor had to compile, see `counting`.
     """
 
     def __init__(
-        self, config: GLMConfig, params: Any, programs: Programs | None = None, **more: Any
+        self, config: GLMConfig, params: Any, programs: Programs | None = None, **new: Any
     ):
         self.config, self.params = config, params
         self.places = Places(mesh_of(params))
         devices = jax.tree.leaves(params)[0].sharding.addressable_devices
         self.device = min(devices, key=lambda device: device.id)
         self.cache_dtype = cache_dtype(self.device.platform, params["final_norm"].dtype)
-        self.programs = programs or Programs(self.device.platform, places=self.places, **more)
+        self.programs = programs or Programs(self.device.platform, places=self.places, **new)
+        self.made = Made()
         self._call: Callable = self.programs.call
         self._traces = False
 
-    def counting(self, made: Made) -> Executor:
-        """Return an executor of the same model that counts in `made` what it has to compile."""
+    def counting(self) -> Executor:
+        """Return an executor of the same model for one call, which counts what it compiles."""
         one = copy.copy(self)
-        one._call = partial(self.programs.call, made=made)
+        one.made = Made()
+        one._call = partial(self.programs.call, made=one.made)
         return one
 
-    def compile_ahead(self, key: Hashable, begin: Callable[[Executor], Any], made: Made) -> None:
+    def compile_ahead(self, key: Hashable, begin: Callable[[Executor], Any]) -> None:
         """Compile the programs that `begin` runs, ahead of all work.
 
-        Args:
-            key: names everything that these programs depend on.
-            begin: is handed an executor that runs nothing and returns shapes.
+        It is handed an executor that runs nothing and returns shapes; `key` names everything that
+        the programs depend on.
         """
 
         def trace(call: Callable) -> None:
@@ -70,7 +64,7 @@ class Executor:
             one._call, one._traces = call, True
             begin(one)
 
-        self.programs.ahead(key, trace, made)
+        self.programs.ahead(key, trace, self.made)
 
     def new_cache(self, batch: int, size: int) -> KVCache:
         """Return a cache of `batch` rows with `size` slots for tokens, after the prefix, if any."""
@@ -97,61 +91,36 @@ class Executor:
         key = (cache.length.size, cache.size, size)
         return self._call("grow", key, partial(steps.grow, size), cache)
 
-    def prefill(self, part: Part, size: int, controls: steps.Controls) -> Stepped:
+    def prefill(self, part: Part, size: int, controls: Controls) -> Stepped:
         """Read prompts into a new cache of `size` slots and draw the first tokens."""
-        return self._call(
-            "prefill",
-            (*part.tokens.shape, size),
-            partial(steps.prefill, self.config, size, dtype=self.cache_dtype),
-            self.params,
-            part.tokens,
-            part.lengths,
-            controls,
-        )
+        function = partial(steps.prefill, self.config, size, dtype=self.cache_dtype)
+        key = (*part.tokens.shape, size)
+        return self._call("prefill", key, function, self.params, part, controls)
 
     def read(self, part: Part, cache: KVCache) -> KVCache:
         """Read a part of the prompts that is not their last; the cache is used up."""
-        return self._call(
-            "read",
-            (*part.tokens.shape, cache.size),
-            partial(steps.read, self.config),
-            self.params,
-            *part,
-            cache,
-            donate=4,
-        )
+        function, key = partial(steps.read, self.config), (*part.tokens.shape, cache.size)
+        return self._call("read", key, function, self.params, part, cache, donate=2)
 
-    def extend(
-        self, part: Part, seen: np.ndarray, controls: steps.Controls, cache: KVCache
-    ) -> Stepped:
+    def extend(self, part: Part, seen: np.ndarray, controls: Controls, cache: KVCache) -> Stepped:
         """Read the last part of the prompts and draw the first tokens; the cache is used up."""
-        return self._call(
-            "extend",
-            (*part.tokens.shape, cache.size),
-            partial(steps.extend, self.config),
-            self.params,
-            *part,
-            seen,
-            controls,
-            cache,
-            donate=6,
-        )
+        function, key = partial(steps.extend, self.config), (*part.tokens.shape, cache.size)
+        args = self.params, part, seen, controls, cache
+        return self._call("extend", key, function, *args, donate=4)
 
     def decode(
         self,
-        controls: steps.Controls,
+        controls: Controls,
         keep: np.ndarray,
-        state: steps.State,
+        state: State,
         *,
         count: int | None = None,
         drafts: np.ndarray | None = None,
     ) -> Stepped:
-        """Take one step, or `count` of them on the device; the state is used up.
+        """Take one step, or `count` of them on the device, or verify `drafts`, int32 [B, N].
 
-        Args:
-            keep: bool [B]; false releases a row.
-            state: its cache has room for what is drawn.
-            drafts: int32 [B, N], tokens that may come, which the step then verifies.
+        The state is used up; its cache has room for what is drawn. `keep` is bool [B]; false
+        releases a row.
         """
         name, function, more = "decode", partial(steps.decode, self.config), []
         if count is not None:

@@ -56,8 +56,8 @@ def load(
     """Open a checkpoint and return an engine that answers with it.
 
     Args:
-        path: any folder that `convert.load_checkpoint` knows, or "owner/name" of a model on a hub;
-            None = the bundled demo model.
+        path: any folder that `convert.load_checkpoint` knows, or a hub's "owner/name"; None = the
+            bundled demo model.
         dtype, quantize, quantize_embeddings, rope_kind, template, family: as in
             `convert.load_checkpoint`.
         layers: "stacked" or "list", as there; None = what is faster on the device.
@@ -67,59 +67,45 @@ def load(
         prefill_chunk: prompt tokens of all rows together per prefill; None = 2048.
         speculate: draft tokens per step, see `infer.engine.drafts`; 0 = off.
         device: "auto" (or None: the best there is), "cpu", "gpu", "tpu", or a `jax.Device`.
-        adapter, force_adapter: folder of a LoRA adapter, from train.lora or PEFT; and whether to
-            accept one that was trained on another base or template.
+        adapter, force_adapter: folder of a LoRA adapter (train.lora or PEFT); accept one that was
+            trained on another base or template.
         prefix: folder of a P-Tuning v2 prefix, from the official training.
-        source, revision: the hub of "owner/name" ("hf", "modelscope"; None = no network) and the
-            revision there.
-        on_event, progress: called with a kind ("compile") and a line of text; and with the bytes
-            of parameters loaded and to load.
+        source, revision: hub of "owner/name" ("hf", "modelscope"; None = no network), and revision.
+        on_event: called with a kind ("compile") and a line of text.
+        progress: called with the bytes of parameters loaded and to load.
 
     Raises:
         UsageError: an argument makes no sense. CheckpointError: the folder cannot be opened.
         DeviceError: the device is not there, or its memory is too small.
     """
     choice = ModelChoice(
-        None if path is None else str(_folder(path)),
-        source, revision, dtype, quantize, quantize_embeddings, layers,
+        dtype=dtype, quantize=quantize, quantize_embeddings=quantize_embeddings, layers=layers,
         rope_kind=rope_kind, template=template, family=family,
         adapter=None if adapter is None else os.fspath(adapter), force_adapter=force_adapter,
         prefix=None if prefix is None else os.fspath(prefix),
     )  # fmt: skip
+    if mesh is not None:
+        mesh, device = as_mesh(mesh, device), None
+    folder = _find(path, source, revision)
     options = EngineOptions(max_length, prefill_chunk, speculate)
     where: dict[str, Any] = {"mesh": mesh, "device": device}
-    return open_choice(choice, options, **where, on_event=on_event, progress=progress)
+    return open_choice(choice, options, folder, **where, on_event=on_event, progress=progress)
 
 
 def open_choice(
     choice: ModelChoice,
     options: EngineOptions,
+    folder: Path,
     *,
-    folder: Path | None = None,
-    mesh: str | Mapping[str, int] | Mesh | None = None,
-    device: Any = None,
-    on_event: OnEvent | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    mesh: Mesh | None,
+    device: Any,
+    on_event: OnEvent | None,
+    progress: Callable[[int, int], None],
 ) -> Engine:
-    """Open the checkpoint that a `ModelChoice` names, as `load` does.
-
-    Args:
-        choice: its `mesh` and `device` are not read: the next two arguments stand for them.
-        options: `memory_limit` and `compile_cache` are not read.
-        folder: the model's folder, where it is found already.
-        mesh, device, on_event, progress: as in `load`.
-    """
-    if mesh is None:
-        chosen = find_device(device)
-    else:
-        mesh = as_mesh(mesh, device)
-        chosen = mesh.local_devices[0]
+    """Open the checkpoint in `folder` as a `ModelChoice` says, but for its mesh and device."""
     start = time.perf_counter()
-    if folder is None:
-        folder = demo_folder()
-        if choice.path is not None:
-            folder = find_model(choice.path, source=choice.source, revision=choice.revision)
-    checkpoint = _load(choice, folder, chosen, mesh, options.max_length, progress)
+    device = find_device(device) if mesh is None else mesh.local_devices[0]
+    checkpoint = _load(choice, folder, device, mesh, options.max_length, progress)
     return Engine(
         checkpoint,
         max_length=options.max_length,
@@ -174,7 +160,9 @@ def _load(
     return checkpoint
 
 
-def _folder(path: Any) -> Path:
+def _find(path: Any, source: str | None, revision: str | None) -> Path:
+    if path is None:
+        return demo_folder()
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise UsageError(f"the path of a checkpoint must be text or a Path, got {path!r}")
-    return Path(path)
+    return find_model(path, source=source, revision=revision)

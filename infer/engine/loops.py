@@ -1,14 +1,10 @@
 """Detects an answer that repeats one block of tokens over and over.
 
 Ordinary text repeats itself, too: rules of 100 dashes, laughter, closing brackets, matrices of
-zeros, a chorus sung four times. A loop differs from these in that it does not end, so the rule is
-about length: the block must come N times, and one shorter than SHORTEST_BLOCK tokens as often as
-fills N x SHORTEST_BLOCK tokens. With the default, 6, no answer ends before 384 tokens of
-repetition, and one that repeats a paragraph of 200 tokens ends after the sixth.
-
-An answer that is stopped keeps its repetitions: whoever streams it has seen them, and `output_ids`
-and text belong together. Only exact repetition counts: neither a list whose numbers increase nor a
-refrain between verses is a loop, however long it is.
+zeros, a chorus sung four times. A loop differs in that it does not end, so the rule is about
+length: the block must come N times, and one shorter than SHORTEST_BLOCK tokens as often as fills
+N x SHORTEST_BLOCK tokens. Only exact repetition counts. An answer that is stopped keeps its
+repetitions: whoever streams it has seen them.
 """
 
 from __future__ import annotations
@@ -23,10 +19,8 @@ LONGEST_BLOCK = 512  # tokens
 class LoopDetector:
     """Detects that the last tokens are one block of up to LONGEST_BLOCK repeated `times` times.
 
-    It costs a few NumPy operations on LONGEST_BLOCK numbers a token, whatever the answer's length.
-
-    Args:
-        times: 0 = never.
+    It costs a few NumPy operations on LONGEST_BLOCK numbers a token; none with 0 `times`, which is
+    never.
     """
 
     def __init__(self, times: int):

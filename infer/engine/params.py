@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class SamplingParams:
             already in the prompt or the answer; 1 = off.
         max_new_tokens: longest answer in tokens; None = as far as `max_length` goes.
         max_length: prompt and answer together; None = the engine's limit, which also caps it.
-        stop: strings that end the answer where its text, as it is shorten, has them; they are not
+        stop: strings that end the answer where its text, as it is shown, has them; they are not
             part of it. One string or a sequence.
         seed: random seed; the same seed gives the same answer.
         logprobs: report log-probabilities of the token drawn and of this many alternatives.
@@ -52,19 +52,21 @@ class SamplingParams:
     loop_stop: int = 0
 
     def __post_init__(self) -> None:
-        self._check("temperature", _number, 0.0)
-        self._check("top_p", _number, _SMALLEST, 1.0)
-        self._check("repetition_penalty", _number, _SMALLEST)
-        self._check("top_k", whole, 0)
-        self._check("seed", whole, 0, MAX_SEED)
-        self._check("loop_stop", whole, 0)
-        for name, *bounds in (
-            ("max_new_tokens", 1),
-            ("max_length", 1),
-            ("logprobs", 0, MAX_LOGPROBS),
-        ):
-            if getattr(self, name) is not None:
-                self._check(name, whole, *bounds)
+        rules: dict[str, tuple[Any, ...]] = {
+            "temperature": (_number, 0.0),
+            "top_k": (whole, 0),
+            "top_p": (_number, _SMALLEST, 1.0),
+            "repetition_penalty": (_number, _SMALLEST),
+            "max_new_tokens": (whole, 1),
+            "max_length": (whole, 1),
+            "seed": (whole, 0, MAX_SEED),
+            "logprobs": (whole, 0, MAX_LOGPROBS),
+            "loop_stop": (whole, 0),
+        }
+        for name, (check, *bounds) in rules.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("max_new_tokens", "max_length", "logprobs"):
+                object.__setattr__(self, name, check(name, value, *bounds))
         if self.loop_stop == 1:
             raise UsageError(
                 "loop_stop must be 0 (off) or at least 2, got 1",
@@ -81,9 +83,6 @@ class SamplingParams:
                     "It has half of a character (a lone surrogate), which no answer has.",
                 )
         object.__setattr__(self, "stop", stop)
-
-    def _check(self, name: str, check: Callable[..., Any], *bounds: float) -> None:
-        object.__setattr__(self, name, check(name, getattr(self, name), *bounds))
 
     @classmethod
     def from_kwargs(cls, preset: str = "official", **kwargs: Any) -> SamplingParams:

@@ -40,9 +40,7 @@ class Places:
     def trace(self, function: Callable, args: Any, donate: int | None = None) -> Any:
         """Do `jax.jit(function).trace(*args)` with a sharding for each argument and result.
 
-        Args:
-            args: arrays of any kind, or their shapes.
-            donate: position of the argument whose buffers the result may take over.
+        The result may take over the buffers of the argument at position `donate`.
         """
         donated = () if donate is None else donate
         if self.mesh is None:
@@ -65,7 +63,11 @@ class Places:
 
     def _of(self, tree: Any) -> Any:
         """Return the same tree, of shardings."""
-        return jax.tree.map(self._place, tree, is_leaf=_has_places)
+
+        def has_places(x: Any) -> bool:
+            return isinstance(x, KVCache | Output | Controls)
+
+        return jax.tree.map(self._place, tree, is_leaf=has_places)
 
     def _place(self, x: Any) -> Any:
         assert self.mesh is not None
@@ -86,10 +88,6 @@ class Places:
         assert self.mesh is not None
         letters = letters.ljust(np.ndim(x), ".")
         return NamedSharding(self.mesh, partition(letters, np.shape(x), self.mesh.shape))
-
-
-def _has_places(x: Any) -> bool:
-    return isinstance(x, KVCache | Output | Controls)
 
 
 def _shape(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -24,17 +24,11 @@ _COMPILING = threading.RLock()
 
 @dataclass
 class Made:
-    """Counts the programs that one call had to wait for.
-
-    Attributes:
-        programs: how many were made.
-        kept: how many of them were found in the persistent compilation cache.
-        seconds: spent making them, or waiting for another thread that made them.
-    """
+    """Counts the programs that one call had to wait for."""
 
     programs: int = 0
-    kept: int = 0
-    seconds: float = 0.0
+    kept: int = 0  # of them, found in the persistent compilation cache
+    seconds: float = 0.0  # making them, or waiting for another thread that made them
 
 
 class Programs:
@@ -44,14 +38,8 @@ class Programs:
     devices may share them. Threads may, too: a program that is compiled already runs while another
     one is being compiled.
 
-    Args:
-        platform: what to compile for.
-        on_event: is called with "compile" and a line of text for each program that is compiled.
-        places: where arrays are placed; None = on one device.
-
-    Attributes:
-        compiled: how many programs there are; constant once everything is warm.
-        seconds: spent making them so far.
+    `on_event` is called with "compile" and a line of text for each program that is compiled;
+    without `places` all arrays are on one device.
     """
 
     def __init__(
@@ -64,13 +52,13 @@ class Programs:
         self._shapes: dict[At, Any] = {}  # of what they return
         self._begun: set[Hashable] = set()
         # All devices of a mesh must get programs with collectives in the same order.
-        self._launching = (
-            contextlib.nullcontext() if self._places.mesh is None else threading.Lock()
-        )
-        self.seconds = 0.0
+        on_mesh = self._places.mesh is not None
+        self._launching = threading.Lock() if on_mesh else contextlib.nullcontext()
+        self.seconds = 0.0  # spent making them
 
     @property
     def compiled(self) -> int:
+        """How many programs there are; constant once everything is warm."""
         return len(self._programs)
 
     def call(
@@ -82,7 +70,7 @@ class Programs:
         donate: int | None = None,
         made: Made | None = None,
     ) -> Any:
-        """Calls the program for `(name, key)`, and compiles it for these arguments at first.
+        """Call the program for `(name, key)`, and compile it for these arguments at first.
 
         Args:
             key: names everything that the shapes of `args` depend on; (rows, tokens or slots, ...)
@@ -105,12 +93,10 @@ class Programs:
             return self._programs[at](*args)
 
     def ahead(self, key: Hashable, begin: Callable[[Callable], Any], made: Made) -> None:
-        """Compiles the programs that `begin` calls, and numbers them while it does; none is run.
+        """Compile the programs that `begin` calls, and number them while it does; none is run.
 
-        Args:
-            key: names everything that this depends on: each key is looked at once.
-            begin: is handed a function to use in place of `call`, which returns shapes alone
-                (`jax.ShapeDtypeStruct`).
+        `begin` is handed a function to use in place of `call`, which returns shapes alone
+        (`jax.ShapeDtypeStruct`). Each key, which names all that this depends on, is looked at once.
         """
         if key in self._begun or _JAX_CONFIG.jax_disable_jit:
             return
@@ -146,7 +132,7 @@ class Programs:
 
     @contextlib.contextmanager
     def _making(self, made: Made) -> Iterator[None]:
-        """Holds the lock of the compiler, and counts the seconds."""
+        """Hold the lock of the compiler, and count the seconds."""
         called = time.perf_counter()
         with _COMPILING:
             start = time.perf_counter()

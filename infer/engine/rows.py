@@ -37,25 +37,15 @@ class TokenEvent:
 
 @dataclass
 class Row:
-    """One sequence: a prompt, how it is answered, and the answer so far.
+    """One sequence: a prompt, how it is answered, and the answer so far."""
 
-    Attributes:
-        index: of its prompt in the call.
-        ids: the prompt.
-        sampling: its parameters, with the seed and the stop strings.
-        draw: which of the answers that the seed stands for.
-        answer: what has come of it, and how long it may be.
-        stats: its tokens and seconds.
-        tokens: how many it was given, the end token included.
-    """
-
-    index: int
-    ids: Sequence[int]
+    index: int  # of its prompt in the call
+    ids: Sequence[int]  # the prompt
     sampling: SamplingParams
-    draw: int
+    draw: int  # which of the answers that the seed stands for
     answer: Answer
     stats: Stats = field(default_factory=Stats)
-    tokens: int = 0
+    tokens: int = 0  # how many it was given, the end token included
 
     @property
     def ended(self) -> bool:
@@ -72,11 +62,8 @@ class Row:
     def take(self, token: int, logprobs: Sequence[Any] | None) -> TokenEvent:
         """Append the next token.
 
-        Args:
-            logprobs: float32 scalar of the token; float32 and int32 [a few] of the likeliest.
-
-        Raises:
-            CheckpointError: the model produced NaN or Inf.
+        `logprobs` are those of the token, float32 scalar, and of the likeliest, float32 and int32
+        [a few]. CheckpointError: the model produced NaN or Inf.
         """
         if token == NOT_FINITE:
             raise CheckpointError(
@@ -112,20 +99,16 @@ def make_rows(
     vocab_size: int,
     max_length: int,
 ) -> list[Row]:
-    """Return a row for each prompt.
+    """Return a row for each prompt; arguments and errors are those of `Engine.run`.
 
-    Args:
-        sampling: of all prompts, or of each.
-        make_answer: `Answer` but for the prompt, its parameters and its limit.
-
-    Raises:
-        UsageError, InputError: as `Engine.run`.
+    `make_answer` is `Answer` but for the prompt, its parameters and its limit.
     """
     prompts = [
         listed(ids, "a prompt must be a list of token ids")
         for ids in listed(prompts, "prompts must be a list of lists of token ids")
     ]
-    _check_prompts(prompts, vocab_size)
+    if not prompts:
+        raise InputError("no prompts were given")
     count = len(prompts)
     params: list[Any] = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * count
     if len(params) != count or not all(isinstance(one, SamplingParams) for one in params):
@@ -137,18 +120,19 @@ def make_rows(
         raise UsageError(f"expected {count} row_ids, one for each prompt, got {len(draws)}")
     rows = []
     for index, (ids, one, draw) in enumerate(zip(prompts, params, draws, strict=True)):
-        limit = _answer_limit(len(ids), index, one, min(one.max_length or max_length, max_length))
+        name = f"prompt {index + 1}"
+        _check_ids(name, ids, vocab_size)
+        limit = _answer_limit(name, len(ids), one, max_length)
         answer = make_answer(ids, one, limit=limit)
         rows.append(Row(index, ids, one, whole("row_ids", draw, 0, 2**31 - 1), answer))
     return rows
 
 
 def listed(value: Any, rule: str) -> list[Any]:
-    """Return the items of a list, a generator, or an array; of an array as plain numbers.
+    """Return the items of a list, a generator, or an array (as plain numbers).
 
-    Raises:
-        UsageError: it is something else, against the `rule`. (Text and bytes are refused, since
-            their items are not what was meant.)
+    Anything else is a UsageError, against the `rule`; so are text and bytes, whose items are not
+    what was meant.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -157,33 +141,26 @@ def listed(value: Any, rule: str) -> list[Any]:
     return list(value)
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raise InputError for no prompts, an empty one, or ids that are not in the vocabulary."""
-    if not prompts:
-        raise InputError("no prompts were given")
-    for row, ids in enumerate(prompts):
-        if not len(ids):
-            raise InputError(f"prompt {row + 1} is empty")
-        bad = [i for i in ids if not isinstance(i, int | np.integer) or isinstance(i, bool)]
-        bad = bad or [i for i in ids if not 0 <= i < vocab_size]
-        if bad:
+def _check_ids(name: str, ids: Sequence[Any], vocab_size: int) -> None:
+    """Raise InputError for an empty prompt, or ids that are not in the vocabulary."""
+    if not ids:
+        raise InputError(f"{name} is empty")
+    for token in ids:
+        number = isinstance(token, int | np.integer) and not isinstance(token, bool)
+        if not number or not 0 <= token < vocab_size:
             raise InputError(
-                f"prompt {row + 1} has the token id {shorten(bad[0])}",
+                f"{name} has the token id {shorten(token)}",
                 f"The model's ids are whole numbers from 0 to {vocab_size - 1}.",
             )
 
 
-def _answer_limit(length: int, row: int, sampling: SamplingParams, ceiling: int) -> int:
-    """Return how many tokens the answer to a prompt of `length` may have.
-
-    Raises:
-        InputError: there is no room for a single one.
-    """
+def _answer_limit(name: str, length: int, sampling: SamplingParams, max_length: int) -> int:
+    """Return how many tokens the answer to a prompt of `length` may have; InputError for none."""
+    ceiling = min(sampling.max_length or max_length, max_length)
     room = ceiling - length
     if room < 1:
         raise InputError(
-            f"prompt {row + 1} has {length} tokens, but prompt and answer together may have"
-            f" {ceiling}",
+            f"{name} has {length} tokens, but prompt and answer together may have {ceiling}",
             "The answer needs room for at least one token; nothing is cut off silently.",
             "Shorten the prompt, or raise max_length as far as the model goes.",
         )

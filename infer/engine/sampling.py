@@ -47,13 +47,8 @@ class Sampling(NamedTuple):
 def row_keys(seed: jax.Array, row_ids: jax.Array, step: jax.Array) -> jax.Array:
     """Return one random key per row: fold_in(fold_in(key(seed), row), step).
 
-    A key depends on the row's own seed, number and step only, so a row draws the same tokens alone
-    and in a batch.
-
-    Args:
-        seed: uint32 [B, 2], high and low half of the seed (`seed_words`).
-        row_ids: int32 [B].
-        step: int32 [B] or scalar, how many tokens the answers have so far.
+    So a row draws the same tokens alone and in a batch. `seed` is uint32 [B, 2] (`seed_words`),
+    `row_ids` int32 [B], `step` int32 [B] or a scalar, how many tokens the answers have so far.
     """
 
     def key(seed: jax.Array, row: jax.Array, step: jax.Array) -> jax.Array:
@@ -69,12 +64,8 @@ def seed_words(seed: int) -> np.ndarray:
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray) -> jax.Array:
-    """Apply the repetition penalty: divide the logits of seen tokens, multiply negative ones.
-
-    Args:
-        logits: float32 [B, V]. seen: bool [B, V], true for tokens of the prompt and the answer.
-        penalty: float32 [B].
-    """
+    """Apply the repetition penalty, float32 [B], to logits [B, V]: divide those of tokens `seen` in
+    the prompt or the answer, bool [B, V], and multiply negative ones."""
     penalty = penalty[:, None]
     changed = jnp.where(logits < 0, logits * penalty, logits / penalty)
     largest = jnp.finfo(jnp.float32).max  # an infinite score would turn into NaN later on
@@ -82,14 +73,8 @@ def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray
 
 
 def ranked(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Return the `count` largest of each row in rising order, the lower id first among equals.
-
-    Args:
-        scores: float32 [B, V].
-
-    Returns:
-        (float32 [B, count], int32 [B, count] ids).
-    """
+    """Return the `count` largest of each row of scores [B, V] in rising order, and their ids, both
+    [B, count]; the lower id comes first among equals."""
     vocab = scores.shape[-1]
     if count == vocab:
         ids = jnp.argsort(scores, axis=-1, stable=True)
@@ -108,12 +93,8 @@ def filter_ranked(scores: jax.Array, rows: Sampling) -> jax.Array:
     Ties: every token that ties with the k-th stays; among tokens that tie at the edge of top-p,
     those with the lower id are dropped first (as in a stable ascending sort). One always stays.
 
-    Args:
-        scores: float32 [B, C], rising: all of the vocabulary, or the largest, if `few_enough`.
-        rows: a temperature of 0 is treated as a tiny one.
-
-    Returns:
-        float32 [B, C], shifted so that the last is 0.
+    `scores`, float32 [B, C], rise: all of the vocabulary, or the largest, if `few_enough`. A
+    temperature of 0 counts as a tiny one. The result is shifted so that the last is 0.
     """
     temperature = jnp.maximum(rows.temperature, _MIN_TEMPERATURE)[:, None]
     scores = (scores - scores[:, -1:]) / temperature
@@ -130,11 +111,7 @@ def filter_ranked(scores: jax.Array, rows: Sampling) -> jax.Array:
 
 
 def few_enough(scores: jax.Array, rows: Sampling) -> jax.Array:
-    """Return whether the largest scores include all that top-k keeps, ties included.
-
-    Args:
-        scores: float32 [B, C], the C largest in rising order.
-    """
+    """Return whether the C largest scores, rising [B, C], have all that top-k keeps, and ties."""
     count = scores.shape[-1]
     kth = jnp.take_along_axis(scores, (count - jnp.clip(rows.top_k, 1, count))[:, None], axis=-1)
     inside = (rows.top_k > 0) & (kth[:, 0] > scores[:, 0])
@@ -146,10 +123,8 @@ def sample(logits: jax.Array, keys: jax.Array, seen: jax.Array, rows: Sampling) 
 
     Rows of temperature 0 take the largest penalized logit (the lowest id among equals). A batch of
     only such rows skips ranking and random numbers, and one whose top-k is small skips sorting the
-    vocabulary: all in the same program, and with the same result.
-
-    Args:
-        logits: float32 [B, V]. keys: random keys [B]. seen: bool [B, V]. rows: each [B].
+    vocabulary: all in the same program, and with the same result. `logits` are float32 [B, V],
+    `seen` is bool [B, V].
     """
     vocab = logits.shape[-1]
     scores = penalize(logits, seen, rows.repetition_penalty)
@@ -183,11 +158,10 @@ class Logprobs(NamedTuple):
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Logprobs:
-    """Return log-softmax of the raw logits: before penalty, temperature, top-k and top-p.
+    """Return log-softmax of the raw logits [B, V], before penalty, temperature, top-k and top-p.
 
-    Args:
-        logits: float32 [B, V]. tokens: int32 [B], the tokens drawn.
-        wanted: bool [B]; if no row wants them, zeros come back and nothing is computed.
+    `tokens`, int32 [B], are those drawn. If no row has `wanted` any, bool [B], zeros come back and
+    nothing is computed.
     """
     batch, vocab = logits.shape
     count = min(MAX_LOGPROBS, vocab)

@@ -19,126 +19,71 @@ from glm2_jax.runtime.devices import device_errors
 from infer.engine.answer import Completion
 from infer.engine.call import Batch
 from infer.engine.drafts import Drafts
-from infer.engine.executor import Executor, Stepped
-from infer.engine.programs import Made
+from infer.engine.executor import Executor
 from infer.engine.rows import Row, TokenEvent
-from infer.engine.steps import Controls, Output, State
+from infer.engine.steps import Controls, Output, State, Stepped
 from infer.memory.shortage import when_answering
 
 STEPS_PER_DISPATCH = 32  # of the device loop; the host looks for stop strings in between
+Stage = tuple[State, list[TokenEvent]]
 
 
 class Scheduler:
-    """Answers the rows of one batch.
+    """Answers the rows of one batch; each step drafts and verifies `draft` tokens, 0 = off."""
 
-    Args:
-        draft: tokens that each step drafts and verifies, see `infer.engine.drafts`; 0 = off.
-        separate_cache: read the prompts into a cache that was made before, as a session does,
-            whose later prompts then need no other programs than the first.
-    """
-
-    def __init__(
-        self, executor: Executor, batch: Batch, *, draft: int = 0, separate_cache: bool = False
-    ):
-        self.batch, self._draft, self._separate_cache = batch, draft, separate_cache
-        self._made = Made()
-        self._executor = executor.counting(self._made)
+    def __init__(self, executor: Executor, batch: Batch, *, draft: int = 0):
+        self.batch, self._draft = batch, draft
+        # A session reads all prompts into a cache that was made before: those after the first then
+        # need no other programs.
+        self._separate_cache = batch.reused is not None
+        self._executor = executor.counting()
         self._called = self._prefill_called = 0.0
 
     def events(self) -> Generator[TokenEvent, None, None]:
         """Answer step by step."""
-        with self.device_errors():
-            self.compile()
-            for _, events in self.steps():
-                yield from events
+        for _, events in self.steps():
+            yield from events
 
     def complete(self) -> list[Completion]:
         """Answer in a loop on the device; where tokens are drafted, step by step."""
         if self._draft:
-            for _ in self.events():
+            for _ in self.steps():
                 pass
         else:
-            with self.device_errors():
-                self.compile(count=STEPS_PER_DISPATCH)
+            count = STEPS_PER_DISPATCH
+            with self._device_errors():
+                self._compile(count=count)
                 state, output = self._prefill(self._executor)
                 self._take(output)
                 while self.batch.going:
-                    state, output = self._step(
-                        self._executor, state, self.batch.drawn, count=STEPS_PER_DISPATCH
-                    )
+                    state, output = self._step(self._executor, state, self.batch.drawn, count=count)
                     self._take(output)
         return [row.completion() for row in self.batch.rows]
 
-    def compile(self, cache: KVCache | None = None, *, count: int | None = None) -> None:
-        """Compile, ahead of all work, the programs that the rows begin with.
-
-        Args:
-            cache: as in `steps`, but it is not used up.
-            count: steps that are dispatched together; None = one.
-        """
-        batch, executor = self.batch, self._executor
-        decodes = batch.steps_wanted > 1
-        self._called = time.perf_counter()
-
-        def begin(executor: Executor) -> None:
-            state, _ = self._prefill(executor, cache)
-            if decodes:
-                self._step(executor, state, 1, count=count)
-            if decodes and self._draft:
-                drafts = np.zeros((batch.size, self._draft), np.int32)
-                self._step(executor, state, 1, drafts=drafts)
-
-        widths = tuple(part.tokens.shape for part in batch.parts)
-        room = batch.cache_size if cache is None else executor.room(cache)
-        sizes = (room if self._separate_cache else 0, batch.cache_size, batch.largest_cache)
-        executor.compile_ahead((widths, sizes, decodes, count, self._draft), begin, self._made)
-        self._prefill_called = self._seconds()
-
-    def steps(self, cache: KVCache | None = None) -> Iterator[tuple[State, list[TokenEvent]]]:
+    def steps(self, cache: KVCache | None = None) -> Iterator[Stage]:
         """Answer step by step, yielding each step's events and the newest state.
 
         Each step is dispatched before the one before it is read, so that the device does not wait
         for the host. So the state may be a step ahead of the events; the next step uses it up.
-
-        Args:
-            cache: has the ids that the batch reuses; it is used up. None = a new one.
+        The `cache`, which is used up, has the ids that the batch reuses; None = a new one.
         """
-        state, output = self._prefill(self._executor, cache)
-        if self._draft:
-            yield from self._drafted_steps(state, output)
-            return
-        dispatched, pending = 1, output
-        while pending is not None:
-            following = None
-            if dispatched < self.batch.steps_wanted:
-                state, following = self._step(self._executor, state, dispatched)
-                dispatched += 1
-            events = self._take(pending)
-            yield state, events
-            pending = following if self.batch.going else None
+        with self._device_errors():
+            self._compile(cache)
+            state, output = self._prefill(self._executor, cache)
+            if self._draft:
+                yield from self._drafted_steps(state, output)
+                return
+            dispatched, pending = 1, output
+            while pending is not None:
+                following = None
+                if dispatched < self.batch.steps_wanted:
+                    state, following = self._step(self._executor, state, dispatched)
+                    dispatched += 1
+                events = self._take(pending)
+                yield state, events
+                pending = following if self.batch.going else None
 
-    def device_errors(self) -> AbstractContextManager[None]:
-        """Return the context in which an out-of-memory error reports what the batch needs."""
-        batch, executor = self.batch, self._executor
-        longest = max(len(row.ids) for row in batch.rows)
-        prompts = f"a prompt of {longest} tokens"
-        if batch.size > 1:
-            prompts = f"{batch.size} rows, prompts of up to {longest} tokens"
-        explain = partial(
-            when_answering,
-            executor.config,
-            executor.params,
-            executor.device,
-            context=batch.largest_cache,
-            batch=batch.size,
-            chunk=batch.chunk,
-            columns=1 + self._draft,
-        )
-        return device_errors(f"{prompts}, a cache of {batch.largest_cache} slots", explain)
-
-    def _drafted_steps(
-        self, state: State, output: Output
-    ) -> Iterator[tuple[State, list[TokenEvent]]]:
+    def _drafted_steps(self, state: State, output: Output) -> Iterator[Stage]:
         """As `steps`, but each step waits for the tokens of the one before: they make the draft."""
         batch = self.batch
         drafts = Drafts([row.ids for row in batch.rows], self._draft)
@@ -156,6 +101,26 @@ class Scheduler:
                 row.stats.passes += 1
                 row.stats.drafted_tokens += 0 if found is None else self._draft
                 row.stats.accepted_tokens = row.stats.decode_tokens - row.stats.passes
+
+    def _compile(self, cache: KVCache | None = None, *, count: int | None = None) -> None:
+        """Compile, ahead of all work, the programs that the rows begin with."""
+        batch = self.batch
+        decodes = batch.steps_wanted > 1
+        self._called = time.perf_counter()
+
+        def begin(executor: Executor) -> None:
+            state, _ = self._prefill(executor, cache)
+            if decodes:
+                self._step(executor, state, 1, count=count)
+            if decodes and self._draft:
+                drafts = np.zeros((batch.size, self._draft), np.int32)
+                self._step(executor, state, 1, drafts=drafts)
+
+        widths = tuple(part.tokens.shape for part in batch.parts)
+        room = batch.cache_size if cache is None else self._executor.room(cache)
+        sizes = (room if self._separate_cache else 0, batch.cache_size, batch.largest_cache)
+        self._executor.compile_ahead((widths, sizes, decodes, count, self._draft), begin)
+        self._prefill_called = self._seconds()
 
     @cached_property
     def _controls(self) -> Controls:
@@ -184,11 +149,7 @@ class Scheduler:
         count: int | None = None,
         drafts: np.ndarray | None = None,
     ) -> Stepped:
-        """Take one step, or `count`, in a cache that has room for them; the state is used up.
-
-        Args:
-            drawn: tokens that each row has drawn before.
-        """
+        """Take one step, or `count`, after `drawn` tokens of each row; the state is used up."""
         batch, width = self.batch, (count or 1) if drafts is None else drafts.shape[1] + 1
         cache = cast(KVCache, state.cache)
         cache = executor.grow(cache, batch.slots(drawn + width), batch.largest_cache)
@@ -220,18 +181,34 @@ class Scheduler:
 
     def _count(self, row: Row) -> None:
         """Bring the statistics of a row up to date."""
-        now, stats, made = self._seconds(), row.stats, self._made
+        now, stats, made = self._seconds(), row.stats, self._executor.made
         if not stats.prefill_tokens:
-            stats.reused_tokens = self.batch.reused
-            stats.prefill_tokens = len(row.ids) - self.batch.reused
+            stats.reused_tokens = self.batch.reused or 0
+            stats.prefill_tokens = len(row.ids) - stats.reused_tokens
             stats.first_token_s, stats.prefill_s = now, now - self._prefill_called
         stats.decode_tokens, stats.decode_s = row.tokens - 1, now - stats.first_token_s
-        stats.compile_s, stats.programs, stats.programs_kept = (
-            made.seconds,
-            made.programs,
-            made.kept,
-        )
+        stats.compile_s = made.seconds
+        stats.programs, stats.programs_kept = made.programs, made.kept
 
     def _seconds(self) -> float:
         """Return seconds since the call began, without those of compiling."""
-        return time.perf_counter() - self._called - self._made.seconds
+        return time.perf_counter() - self._called - self._executor.made.seconds
+
+    def _device_errors(self) -> AbstractContextManager[None]:
+        """Return the context in which an out-of-memory error reports what the batch needs."""
+        batch, executor = self.batch, self._executor
+        longest = max(len(row.ids) for row in batch.rows)
+        prompts = f"a prompt of {longest} tokens"
+        if batch.size > 1:
+            prompts = f"{batch.size} rows, prompts of up to {longest} tokens"
+        explain = partial(
+            when_answering,
+            executor.config,
+            executor.params,
+            executor.device,
+            context=batch.largest_cache,
+            batch=batch.size,
+            chunk=batch.chunk,
+            columns=1 + self._draft,
+        )
+        return device_errors(f"{prompts}, a cache of {batch.largest_cache} slots", explain)

@@ -36,12 +36,7 @@ class Session:
         self._lock = threading.Lock()
 
     def run(
-        self,
-        ids: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        draw: int = 0,
-        clean: bool = False,
+        self, ids: Sequence[int], sampling: SamplingParams, *, draw: int = 0, clean: bool = False
     ) -> Call:
         """Answer a prompt, yielding every token as it comes.
 
@@ -60,12 +55,7 @@ class Session:
             self._check_thread()
             self.close()
             scheduler = self.engine.schedule(
-                [ids],
-                sampling,
-                row_ids=[draw],
-                clean=clean,
-                reused=self._reusable(ids),
-                separate_cache=True,
+                [ids], sampling, row_ids=[draw], clean=clean, reused=self._reusable(ids)
             )
             self._call = Call(self._run(scheduler), scheduler.batch.rows)
             self._thread = threading.current_thread()
@@ -81,10 +71,10 @@ class Session:
 
     def _check_thread(self) -> None:
         """Raise UsageError rather than end an answer that another thread is reading."""
-        asked, current = self._thread, threading.current_thread()
-        if self._call is None or asked is None or asked is current or not asked.is_alive():
+        asked = self._thread
+        if self._call is None or asked is None or self._call.closed:
             return
-        if not self._call.closed:
+        if asked is not threading.current_thread() and asked.is_alive():
             raise _in_use(f"another thread, {asked.name}")
 
     def _reusable(self, ids: Sequence[int]) -> int:
@@ -98,18 +88,15 @@ class Session:
 
     def _run(self, scheduler: Scheduler) -> Generator[TokenEvent, None, None]:
         (row,) = scheduler.batch.rows
-        tokens = []
-        with scheduler.device_errors():
-            scheduler.compile(self._cache)
-            cache = self._cache
-            self._forget()  # the cache is used up from here on
-            for state, events in scheduler.steps(cache):
-                tokens += [event.token for event in events if event.token is not None]
-                # The last token read may not be in the cache yet, those before it are.
-                self._cache, self.ids = state.cache, [*row.ids, *tokens[: row.tokens - 1]]
-                yield from events
-                if not row.ended:  # the next step uses the cache up; it may fail
-                    self._forget()
+        tokens, cache = [], self._cache
+        self._forget()  # the cache is used up from here on
+        for state, events in scheduler.steps(cache):
+            tokens += [event.token for event in events if event.token is not None]
+            # The last token read may not be in the cache yet, those before it are.
+            self._cache, self.ids = state.cache, [*row.ids, *tokens[: row.tokens - 1]]
+            yield from events
+            if not row.ended:  # the next step uses the cache up; it may fail
+                self._forget()
 
     def _forget(self) -> None:
         self._cache, self.ids = None, []

@@ -1,4 +1,4 @@
-"""The programs of the engine: prefill, one decode step, and many steps on the device.
+"""The engine's programs: prefill, one decode step, many steps on the device, and verified drafts.
 
 Pure functions of arrays. All of them draw with `pick`, so they draw the same tokens.
 B rows, T prompt length, N draft tokens, V vocabulary, S cache slots.
@@ -20,6 +20,14 @@ NOT_FINITE = -1  # the row's logits had NaN or Inf
 IDLE = -2  # the row had already ended, or is padding
 
 Array = Any  # jax.Array, or numpy.ndarray on its way into a program
+
+
+class Part(NamedTuple):
+    """A part of every prompt, padded on the right."""
+
+    tokens: Array  # int32 [B, T]
+    lengths: Array  # int32 [B], how many of them count; 0 = an empty row
+    kept: Array  # int32 [B], tokens before them, which are in the cache
 
 
 class Controls(NamedTuple):
@@ -50,63 +58,38 @@ class Output(NamedTuple):
     logprobs: Logprobs | None
 
 
+Stepped = tuple[State, Output]
+
+
 def prefill(
-    config: GLMConfig,
-    size: int,
-    params: Any,
-    tokens: Array,
-    lengths: Array,
-    controls: Controls,
-    *,
-    dtype: Any = None,
-) -> tuple[State, Output]:
+    config: GLMConfig, size: int, params: Any, part: Part, controls: Controls, *, dtype: Any = None
+) -> Stepped:
     """Read the prompts into a new cache and draw the first token of each row.
 
-    Args:
-        tokens: int32 [B, T], prompts padded on the right.
-        lengths: int32 [B], their lengths; 0 marks an empty row.
-        dtype: of the cache; None = that of the params.
+    The cache has `size` slots, and the dtype of the params where none is given.
     """
-    batch, length = tokens.shape
-    real = jnp.arange(length)[None, :] < lengths[:, None]
+    batch = len(part.lengths)
     dtype = params["final_norm"].dtype if dtype is None else dtype
     cache = KVCache.new(config, batch, size, dtype, params.get("prefix"))
-    last = jnp.maximum(lengths - 1, 0)
-    logits, cache = last_logits(
-        config, params, tokens, last, segment_ids=real.astype(jnp.int32), cache=cache
-    )
-    seen = _marked(jnp.zeros((batch, config.vocab_size), bool), tokens, real)
-    none = jnp.zeros(batch, jnp.int32)
-    return pick(logits, controls, State(cache, none, seen, lengths > 0, none))
+    logits, filled = _read(config, params, part, cache)
+    seen = _marked(jnp.zeros((batch, config.vocab_size), bool), part.tokens, _real(part))
+    return _first(logits, filled, seen, part, controls)
 
 
-def read(
-    config: GLMConfig, params: Any, tokens: Array, lengths: Array, kept: Array, cache: KVCache
-) -> KVCache | None:
-    """Read a part of the prompts into the cache; arguments as in `extend`."""
-    return _read(config, params, tokens, lengths, kept, cache)[1]
+def read(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> KVCache | None:
+    """Read a part of the prompts that is not their last into the cache."""
+    return _read(config, params, part, _cut(cache, part))[1]
 
 
 def extend(
-    config: GLMConfig,
-    params: Any,
-    tokens: Array,
-    lengths: Array,
-    kept: Array,
-    seen: Array,
-    controls: Controls,
-    cache: KVCache,
-) -> tuple[State, Output]:
+    config: GLMConfig, params: Any, part: Part, seen: Array, controls: Controls, cache: KVCache
+) -> Stepped:
     """Read the last part of the prompts into the cache and draw the first token of each row.
 
-    Args:
-        tokens, lengths: as in `prefill`, of the part of each prompt that is to be read.
-        kept: int32 [B], tokens of each row that are in the cache; the slots after them are free.
-        seen: bool [B, V], the tokens of the complete prompts.
+    `seen` is bool [B, V], the tokens of the complete prompts.
     """
-    logits, extended = _read(config, params, tokens, lengths, kept, cache)
-    none = jnp.zeros_like(lengths)
-    return pick(logits, controls, State(extended, none, jnp.asarray(seen), lengths > 0, none))
+    logits, filled = _read(config, params, part, _cut(cache, part))
+    return _first(logits, filled, jnp.asarray(seen), part, controls)
 
 
 def grow(size: int, cache: KVCache) -> KVCache:
@@ -117,11 +100,10 @@ def grow(size: int, cache: KVCache) -> KVCache:
 
 def decode(
     config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State
-) -> tuple[State, Output]:
+) -> Stepped:
     """Write the last token of each row into the cache and draw the next.
 
-    Args:
-        keep: bool [B]; false ends a row, even if it is active on the device.
+    `keep` is bool [B]; false ends a row, even if it is active on the device.
     """
     active = state.active & keep
     logits, cache = last_logits(
@@ -137,11 +119,10 @@ def decode(
 
 def decode_many(
     config: GLMConfig, count: int, params: Any, controls: Controls, keep: Array, state: State
-) -> tuple[State, Output]:
+) -> Stepped:
     """Take up to `count` steps without the host, fewer when every row has ended.
 
-    Returns:
-        The state, and outputs with a leading axis of `count`; steps not taken are IDLE.
+    The outputs have a leading axis of `count`; steps not taken are IDLE.
     """
 
     def step(carry):
@@ -161,30 +142,9 @@ def decode_many(
     return state, outputs
 
 
-def _read(
-    config: GLMConfig, params: Any, tokens: Array, lengths: Array, kept: Array, cache: KVCache
-) -> tuple[jax.Array, KVCache | None]:
-    """Return the logits of each row's last token, and the cache with all tokens."""
-    real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    cut = KVCache(cache.k, cache.v, cache.prefix + kept, cache.prefix)
-    last = jnp.maximum(lengths - 1, 0)
-    segment_ids = real.astype(jnp.int32)
-    return last_logits(config, params, tokens, last, segment_ids=segment_ids, cache=cut)
-
-
-def _marked(seen: Array, tokens: Array, real: Array) -> jax.Array:
-    """Return `seen` [B, V] with the tokens [B, T] that are real."""
-    if active_mesh():  # so that the partitioner leaves each row where it is
-        return jax.vmap(lambda row, ids, real: row.at[ids].max(real))(seen, tokens, real)
-    return seen.at[jnp.arange(len(tokens))[:, None], tokens].max(real)
-
-
-def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Output]:
-    """Draw a token for every active row and decide on the device which rows stay active.
-
-    Args:
-        logits: float32 [B, V].
-    """
+def pick(logits: jax.Array, controls: Controls, state: State) -> Stepped:
+    """Draw a token for every active row from logits, float32 [B, V], and decide on the device which
+    rows stay active."""
     keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
     token = sample(logits, keys, state.seen, controls.sampling)
     logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
@@ -200,34 +160,30 @@ def pick(logits: jax.Array, controls: Controls, state: State) -> tuple[State, Ou
 
 def verify(
     config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State, drafts: Array
-) -> tuple[State, Output]:
+) -> Stepped:
     """Draw 1 to N + 1 tokens for each row: as many as agree with its draft, and the next.
 
-    Args:
-        keep: as in `decode`.
-        drafts: int32 [B, N].
-
-    Returns:
-        The state, and an output with a leading axis of N + 1; a row is IDLE after its last token.
+    `keep` is as in `decode`, `drafts` int32 [B, N]. The output has a leading axis of N + 1; a row
+    is IDLE after its last token.
     """
     before = cast(KVCache, state.cache)
-    active = state.active & keep
+    state = state._replace(active=state.active & keep)
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     batch, columns = tokens.shape
-    segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
+    segment_ids = jnp.broadcast_to(state.active[:, None], tokens.shape).astype(jnp.int32)
     # The last draft of an answer may exceed the cache: what is written there is dropped, and what
     # is drawn there exceeds the row's limit.
     logits, cache = forward(config, params, tokens, segment_ids=segment_ids, cache=before)
 
-    spread = _spread(controls, columns)
-    picked, output = pick(
-        logits.reshape(batch * columns, -1), spread, _columns(state._replace(active=active), drafts)
-    )
+    # Every column draws as a row, [B (N + 1)], as if all drafts before it had been drawn.
+    spread = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), columns, axis=0), controls)
+    spread = spread._replace(stop_ids=controls.stop_ids)
+    picked, output = pick(logits.reshape(batch * columns, -1), spread, _columns(state, drafts))
     picked, output = jax.tree.map(
         lambda x: x.reshape(batch, columns, *x.shape[1:]), (picked, output)
     )
     agrees = picked.active[:, :-1] & (output.tokens[:, :-1] == drafts)
-    reached = jnp.concatenate([active[:, None], agrees], axis=1)
+    reached = jnp.concatenate([state.active[:, None], agrees], axis=1)
     reached = jnp.cumprod(reached.astype(jnp.int32), axis=1)
     drawn = jnp.sum(reached, axis=1, dtype=jnp.int32)
 
@@ -240,12 +196,6 @@ def verify(
     return state._replace(cache=cache), jax.tree.map(lambda x: x.swapaxes(0, 1), output)
 
 
-def _spread(controls: Controls, columns: int) -> Controls:
-    """Return the controls of each row for each of its columns: [B] becomes [B (N + 1)]."""
-    spread = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), columns, axis=0), controls)
-    return spread._replace(stop_ids=controls.stop_ids)
-
-
 def _columns(state: State, drafts: jax.Array) -> State:
     """Return the state at each column as if all drafts before it had been drawn: [B (N + 1)]."""
     batch, count = drafts.shape
@@ -254,10 +204,39 @@ def _columns(state: State, drafts: jax.Array) -> State:
     row, column = jnp.arange(batch)[:, None, None], jnp.arange(columns)[:, None]
     seen = seen.at[row, column, drafts[:, None]].max(jnp.arange(count) < column)
     step = state.step[:, None] + jnp.arange(columns, dtype=jnp.int32)
-    return State(
-        None,
-        jnp.repeat(state.token, columns),
-        seen.reshape(batch * columns, -1),
-        jnp.repeat(state.active, columns),
-        step.reshape(-1),
-    )
+    token, active = (jnp.repeat(x, columns) for x in (state.token, state.active))
+    return State(None, token, seen.reshape(batch * columns, -1), active, step.reshape(-1))
+
+
+def _read(
+    config: GLMConfig, params: Any, part: Part, cache: KVCache
+) -> tuple[jax.Array, KVCache | None]:
+    """Return the logits of each row's last token, and the cache with all tokens."""
+    last = jnp.maximum(part.lengths - 1, 0)
+    segment_ids = _real(part).astype(jnp.int32)
+    return last_logits(config, params, part.tokens, last, segment_ids=segment_ids, cache=cache)
+
+
+def _first(
+    logits: jax.Array, cache: KVCache | None, seen: jax.Array, part: Part, controls: Controls
+) -> Stepped:
+    """Draw the first token of each row that is not empty."""
+    none = jnp.zeros_like(part.lengths)
+    return pick(logits, controls, State(cache, none, seen, part.lengths > 0, none))
+
+
+def _cut(cache: KVCache, part: Part) -> KVCache:
+    """Return the cache with the tokens before the part alone; the slots after them are free."""
+    return KVCache(cache.k, cache.v, cache.prefix + part.kept, cache.prefix)
+
+
+def _real(part: Part) -> jax.Array:
+    """Return which tokens are not padding, bool [B, T]."""
+    return jnp.arange(part.tokens.shape[1])[None, :] < part.lengths[:, None]
+
+
+def _marked(seen: Array, tokens: Array, real: Array) -> jax.Array:
+    """Return `seen` [B, V] with the tokens [B, T] that are real."""
+    if active_mesh():  # so that the partitioner leaves each row where it is
+        return jax.vmap(lambda row, ids, real: row.at[ids].max(real))(seen, tokens, real)
+    return seen.at[jnp.arange(len(tokens))[:, None], tokens].max(real)

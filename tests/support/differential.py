@@ -12,33 +12,22 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm2_jax import (
-    GLMConfig,
-    Tokenizer,
-    UsageError,
-    check_mesh,
-    forward,
-    init_params,
-    make_mesh,
-    params_sharding,
-)
+from glm2_jax import GLMConfig, UsageError, check_mesh, forward, make_mesh, params_sharding
 from glm2_jax.choices import FAMILIES, ROPE_KINDS
 from glm2_jax.mesh import mesh_text
 from glm2_jax.model import unstack_layers
 from glm2_jax.schemes import SCHEMES
-from glm2_jax.text.prompt import stop_ids
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
-from tests.support.sp_model import sp_model
-from tests.support.toy import quantized
+from tests.support.engine_toy import streamed, toy_engine
+from tests.support.toy import abstract_params, quantized
 
 NEW_TOKENS, LONGEST = 16, 48  # of an answer; of a text
 END = -1
@@ -92,13 +81,12 @@ def random_config(random: np.random.Generator) -> GLMConfig:
 def random_params(config: GLMConfig, seed: int) -> Any:
     """Float32 weights, norms and biases included, whose greedy answers vary."""
     random = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
     def draw(path: Any, x: Any) -> jax.Array:
         center, scale = ("norm" in path[-1].key, 0.1) if x.ndim < 3 else (0, 0.3)
         return jnp.asarray(random.normal(center, scale, x.shape), jnp.float32)
 
-    return jax.tree.map_with_path(draw, shapes)
+    return jax.tree.map_with_path(draw, abstract_params(config))
 
 
 def random_prompts(config: GLMConfig, random: np.random.Generator) -> Texts:
@@ -107,9 +95,8 @@ def random_prompts(config: GLMConfig, random: np.random.Generator) -> Texts:
     return [[*drawn[0].tolist()[:8] * 3], *(ids.tolist() for ids in drawn[1:])]
 
 
-def reference(config: GLMConfig, program: Any, params: Any, prompts: Texts) -> list[Answer]:
+def reference(program: Any, params: Any, prompts: Texts, ends: Sequence[int]) -> list[Answer]:
     """The greedy answers, read again for every token."""
-    ends = set(stop_ids(_tokenizer(config)))
     texts, going = [list(ids) for ids in prompts], set(range(len(prompts)))
     answers = [Answer([], []) for _ in prompts]
     for _ in range(NEW_TOKENS):
@@ -129,30 +116,23 @@ def reference(config: GLMConfig, program: Any, params: Any, prompts: Texts) -> l
     return answers
 
 
-def answer(config: GLMConfig, way: Way, prompts: Texts, shared: dict[Any, Any]) -> dict[int, Any]:
-    """row -> the tokens that an engine answers, as in `Answer`."""
-    checkpoint = SimpleNamespace(
-        config=config,
-        params=way.params,
-        tokenizer=_tokenizer(config),
-        template="raw",
-        fingerprint="toy",
-    )
+def answer(
+    config: GLMConfig, way: Way, prompts: Texts, shared: dict[Any, Engine]
+) -> Iterator[tuple[int, list[int]]]:
+    """Each row and the tokens that an engine answers, as in `Answer`."""
     rows = list(way.rows) or list(range(len(prompts)))
-    asked = [prompts[row] for row in rows]
     # Programs depend on shapes and places alone, but for what is changed in the code.
     key = str(jax.tree.map(lambda x: (x.dtype, x.sharding), way.params)), str(way.changed)
-    engine = Engine(cast(Any, checkpoint), programs=shared.get(key), **way.options)
-    shared[key] = engine.programs
+    form = {"config": config, "family": config.family, "template": "raw"}
+    engine = toy_engine(way.params, **form, share=shared.get(key), **way.options)
+    shared[key] = engine
     with contextlib.ExitStack() as stack:
         for name, value in way.changed.items():
             stack.enter_context(mock.patch(name, value))
-        if way.loop:
-            done = dict(enumerate(engine.complete(asked, GREEDY)))
-        else:
-            events = engine.run(asked, GREEDY)
-            done = {e.row: e.completion for e in events if e.completion is not None}
-    return {rows[row]: _drawn(one) for row, one in done.items()}
+        run = Engine.complete if way.loop else streamed
+        completions = run(engine, [prompts[row] for row in rows], GREEDY)
+    for row, one in zip(rows, completions, strict=True):
+        yield row, [*map(int, one.output_ids), *[END] * (one.finish_reason == "stop")]
 
 
 def ways(
@@ -210,17 +190,13 @@ def spread(
 ) -> tuple[Any, str]:
     """The params on a mesh of all devices that they fit, and the mesh's name."""
     count, how = len(jax.devices()), None if scheme is None else SCHEMES[scheme]
-    sizes = [2**power for power in range(count.bit_length()) if count % 2**power == 0]
+    sizes = [2**power for power in range(count.bit_length())]
     fitting = []
-    for tensor in sizes:
-        for fsdp in sizes:
-            mesh = {"data": count // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
-            try:
-                if tensor * fsdp <= count:
-                    check_mesh(config, mesh, how)
-                    fitting.append(mesh)
-            except UsageError:
-                pass
+    for tensor, fsdp in ((a, b) for a in sizes for b in sizes if a * b <= count):
+        mesh = {"data": count // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+        with contextlib.suppress(UsageError):
+            check_mesh(config, mesh, how)
+            fitting.append(mesh)
     # A tensor axis where one fits: it is the one that cuts sums.
     fitting = [mesh for mesh in fitting if mesh["tensor"] > 1] or fitting
     mesh = fitting[int(random.integers(len(fitting)))]
@@ -235,16 +211,18 @@ def check(architecture: int, models: int) -> Iterator[tuple[str, str, str]]:
     answer."""
     config = random_config(np.random.default_rng(architecture))
     program = jax.jit(lambda params, tokens: forward(config, params, tokens)[0])
-    shared: dict[Any, Any] = {}
+    schemes = "int8", ("int4", "int4-row")[architecture % 2]
+    shared: dict[Any, Engine] = {}
     for model in range(models):
         params = random_params(config, model)
         prompts = random_prompts(config, np.random.default_rng(model))
-        small = {scheme: quantized(params, SCHEMES[scheme]) for scheme in _schemes(architecture)}
-        plain = {None: params, **{scheme: large for scheme, (_, large) in small.items()}}
-        right = {name: reference(config, program, each, prompts) for name, each in plain.items()}
-        weights = {None: params, **{scheme: each for scheme, (each, _) in small.items()}}
+        ends = toy_engine(params, config=config, family=config.family)._stop_ids
+        weights, right = {None: params}, {None: reference(program, params, prompts, ends)}
+        for scheme in schemes:
+            weights[scheme], plain = quantized(params, SCHEMES[scheme])
+            right[scheme] = reference(program, plain, prompts, ends)
         for way in ways(config, weights, np.random.default_rng(architecture)):
-            for row, tokens in answer(config, way, prompts, shared).items():
+            for row, tokens in answer(config, way, prompts, shared):
                 outcome, detail = _compared(tokens, right[way.scheme][row])
                 where = f"architecture {architecture}, model {model}, {way.form}, row {row}"
                 yield way.name, outcome, f"{where}: {detail}; {config}"
@@ -264,10 +242,6 @@ def main(architectures: int = 40, models: int = 5, first: int = 0) -> dict[str, 
         jax.clear_caches()
         print(f"{number + 1 - first}/{architectures}", file=sys.stderr, flush=True)
     return {"models": architectures * models, "ways": counts, "differing": differing}
-
-
-def _schemes(architecture: int) -> tuple[str, str]:
-    return "int8", ("int4", "int4-row")[architecture % 2]
 
 
 @contextlib.contextmanager
@@ -291,16 +265,6 @@ def _compared(tokens: list[int], right: Answer) -> tuple[str, str]:
         return "differs", f"{len(tokens)} tokens, not {len(right.tokens)}"
     margin = right.margins[at]
     return "tie" if margin <= TIE else "differs", f"token {at}, margin {margin:.2g}"
-
-
-def _drawn(completion: Any) -> list[int]:
-    """The tokens of an answer, and END if a token ended it."""
-    tokens = list(map(int, completion.output_ids))
-    return [*tokens, *[END] * (completion.finish_reason == "stop")]
-
-
-def _tokenizer(config: GLMConfig) -> Tokenizer:
-    return Tokenizer.from_bytes(sp_model(), config.family)
 
 
 if __name__ == "__main__":

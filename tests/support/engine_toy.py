@@ -27,9 +27,9 @@ TOY = GLMConfig(
 
 
 @functools.cache
-def toy_params(seed: int = 0):
+def toy_params(config: GLMConfig = TOY):
     """Random weights, large enough that greedy answers vary and never meet the end token."""
-    params = init_params(TOY, jax.random.key(seed))
+    params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
     return {**params, "head": params["head"].at[Tokenizer.eos_id].set(0)}
 
@@ -37,6 +37,7 @@ def toy_params(seed: int = 0):
 def toy_engine(
     params=None,
     *,
+    config: GLMConfig = TOY,
     family: str = "chatglm2",
     template: str | None = None,
     share: Engine | None = None,
@@ -44,7 +45,7 @@ def toy_engine(
 ) -> Engine:
     """A new engine; nothing is compiled yet, but for what it may `share` with another."""
     checkpoint = SimpleNamespace(
-        config=dataclasses.replace(TOY, family=family),
+        config=dataclasses.replace(config, family=family),
         params=toy_params() if params is None else params,
         tokenizer=Tokenizer.from_bytes(sp_model(), family),
         template=template or family,
@@ -61,6 +62,14 @@ def warm_engine() -> Engine:
     return toy_engine()
 
 
+def for_commands(engine: Engine, notes: tuple[str, ...] = ()) -> Engine:
+    """Give its checkpoint what the commands print about it, and return the engine."""
+    checkpoint = cast(Any, engine.checkpoint)
+    checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
+    checkpoint.notes, checkpoint.fingerprint = notes, "a" * 64
+    return engine
+
+
 def open_toy(opened: list[tuple[Any, Any]], notes: tuple[str, ...] = ()):
     """Return what replaces `infer.engine.load.open_choice`: it opens toy engines that share their
     programs, and appends (choice, options) to `opened`."""
@@ -72,10 +81,7 @@ def open_toy(opened: list[tuple[Any, Any]], notes: tuple[str, ...] = ()):
         engine = toy_engine(
             share=share, family=family, template=choice.template, max_length=options.max_length
         )
-        checkpoint = cast(Any, engine.checkpoint)
-        checkpoint.summary = SimpleNamespace(dtype="float32", quantization=None)
-        checkpoint.notes = notes
-        return engine
+        return for_commands(engine, notes)
 
     return open_choice
 
@@ -92,12 +98,17 @@ def finished(events) -> Completion:
     return next(event.completion for event in events if event.completion)
 
 
+def cache_bytes(slots: int) -> int:
+    """Return the size of a float32 cache of one row."""
+    return 2 * TOY.num_layers * slots * TOY.num_kv_heads * TOY.head_dim * 4
+
+
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
     """Give a list of what JAX compiles meanwhile."""
     found = []
 
-    def count(event: str, seconds: float, **kwargs: Any) -> None:
+    def count(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             found.append(event)
 

@@ -7,7 +7,6 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -15,11 +14,9 @@ import numpy as np
 
 from glm2_jax import (
     GLMConfig,
-    Tokenizer,
     cache_sharding,
     forward,
     init_lora,
-    init_params,
     lora_sharding,
     make_mesh,
     params_sharding,
@@ -37,8 +34,8 @@ from infer.engine.params import SamplingParams
 from infer.engine.session import Session
 from infer.evaluate.reader import Reader
 from infer.generate import __main__ as generate
+from tests.support.engine_toy import compilations, finished, streamed, toy_engine, toy_params
 from tests.support.program_text import collectives, kinds
-from tests.support.sp_model import sp_model
 from tests.support.toy import quantized
 
 CONFIG = GLMConfig(2, 104, 32, 64, 8, 2, 8, 256)
@@ -46,7 +43,6 @@ PROMPTS = [[5, 6, 7], [40, 12], [9, 8, 30, 77, 5]]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
 SAMPLED = SamplingParams(seed=3, max_new_tokens=6, logprobs=2)
 LONG = [[5 + i % 90 for i in range(100)], [7, 8, 9]]
-PROMPT_ROWS = list(enumerate(PROMPTS))
 ENGINES: dict[tuple[str, str | None], Engine] = {}
 
 # Mesh, scheme of the weights: what is answered in each is that of one device.
@@ -61,11 +57,8 @@ CASES = [
 
 @cache
 def weights(scheme: str | None = None) -> tuple[Any, Any]:
-    """Random weights, large enough that greedy answers vary and never meet the end token; and what
-    they stand for in float32."""
-    params = init_params(CONFIG, jax.random.key(0))
-    params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
-    params = {**params, "head": params["head"].at[Tokenizer.eos_id].set(0)}
+    """Random weights, and what they stand for in float32."""
+    params = toy_params(CONFIG)
     return (params, params) if scheme is None else quantized(params, SCHEMES[scheme])
 
 
@@ -88,28 +81,18 @@ def engine(mesh: str | None, scheme: str | None = None, *, more: bool = False, *
     params, (lora, prefix) = weights(scheme)[0], extras()
     if mesh is not None:
         over = make_mesh(parse_mesh(mesh))
-        params = jax.device_put(
-            params, params_sharding(CONFIG, over, scheme=SCHEMES[scheme] if scheme else None)
-        )
+        places = params_sharding(CONFIG, over, scheme=SCHEMES[scheme] if scheme else None)
+        params = jax.device_put(params, places)
         lora = jax.device_put(lora, lora_sharding(lora, over))
         prefix = jax.device_put(prefix, replicated(over))
     if more:
         params = with_extras(params, lora, prefix)
-    checkpoint = SimpleNamespace(
-        config=CONFIG,
-        params=params,
-        tokenizer=Tokenizer.from_bytes(sp_model(), "chatglm2"),
-        template="chatglm2",
-        fingerprint="toy",
-    )
-    return Engine(cast(Any, checkpoint), **kwargs)
+    return toy_engine(params, config=CONFIG, **kwargs)
 
 
 def answered(engine: Engine, prompts: Any, sampling: SamplingParams) -> list[list[int]]:
     """Tokens of all answers, step by step."""
-    events = engine.run(prompts, sampling)
-    done = {e.row: e.completion.output_ids for e in events if e.completion is not None}
-    return [list(map(int, done[row])) for row in range(len(prompts))]
+    return [list(map(int, one.output_ids)) for one in streamed(engine, prompts, sampling)]
 
 
 @jax.jit
@@ -139,26 +122,11 @@ def sampled() -> list[Any]:
     return answered(engine(None), PROMPTS, SAMPLED)
 
 
-class Compilations(list):
-    """What is compiled while it is entered."""
-
-    def __enter__(self):
-        jax.monitoring.register_event_duration_secs_listener(self._count)
-        return self
-
-    def _count(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.append(event)
-
-    def __exit__(self, *error: Any) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._count)
-
-
 def compare(mesh: str, scheme: str | None) -> dict[str, Any]:
     """One case: whether the answers are those of one device, and the engine's decode program."""
     one = ENGINES[mesh, scheme] = engine(mesh, scheme)
     first = answered(one, PROMPTS, GREEDY)
-    with Compilations() as compiled:
+    with compilations() as compiled:
         drawn, again = answered(one, PROMPTS, SAMPLED), answered(one, PROMPTS, GREEDY)
     ((at, program),) = ((k, p) for k, p in one.programs._programs.items() if k[0] == "decode")
     memory, found = program.memory_analysis(), collectives(program.as_text())
@@ -186,22 +154,24 @@ def conversation(engine: Engine) -> list[bool]:
     """Two turns that keep their cache, which grows on the way: whether each is right."""
     session, ids, right = Session(engine), [5, 6, 7], []
     for count in (4, 6):
-        sampling = SamplingParams(temperature=0, max_new_tokens=count)
-        *_, last = session.run(ids, sampling)
-        said = list(map(int, cast(Any, last.completion).output_ids))
+        answer = finished(session.run(ids, SamplingParams(temperature=0, max_new_tokens=count)))
+        said = list(map(int, answer.output_ids))
         right.append([said] == greedy([ids], count))
         ids = [*ids, *said, *range(10, 70)]
-    return [*right, last.completion.stats.reused_tokens > 0]
+    return [*right, answer.stats.reused_tokens > 0]
 
 
 def more_ways(mesh: str) -> dict[str, bool]:
     """What else there is, on a mesh and on one device."""
     plain, long = ENGINES[mesh, None], engine(mesh, more=True, prefill_chunk=256)
-    drafting = engine(mesh, speculate=3, programs=plain.programs)
+    drafting = engine(mesh, speculate=3, share=plain)
     logits = [
         gathered(next(Reader(one, 3, 64).read(PROMPTS)).logits) for one in (plain, engine(None))
     ]
-    off = [np.abs(logits[0][i, : len(x)] - logits[1][i, : len(x)]).max() for i, x in PROMPT_ROWS]
+    off = [
+        np.abs(logits[0][i, : len(ids)] - logits[1][i, : len(ids)]).max()
+        for i, ids in enumerate(PROMPTS)
+    ]
     want = greedy(PROMPTS, 6)
     drafted = drafting.complete(PROMPTS, GREEDY)
     looped = [list(map(int, one.output_ids)) for one in plain.complete(PROMPTS, GREEDY)]
@@ -241,11 +211,7 @@ def main() -> None:
         "command": [command(*ask, "--tp", "8"), command(*ask)],
         "bad": {
             flags: command("--prompt", "x", *flags.split())
-            for flags in (
-                "--tp 4",
-                "--mesh data=2,tensor=x",
-                "--mesh data=2,model=4",
-            )
+            for flags in ("--tp 4", "--mesh data=2,tensor=x", "--mesh data=2,model=4")
         },
     }
     print(json.dumps(found))

@@ -98,8 +98,8 @@ def test_the_text_of_a_program_shows_copies():
 def test_memory_of_a_32k_prompt(platform, tokens):
     row = int32(1)
     cache = abstract_cache(platform, 32768)
-    args = params_of(), int32(1, tokens), row, row, cache
-    memory = compiled(platform, partial(steps.read, CONFIG), *args, donate=4).memory_analysis()
+    args = params_of(), steps.Part(int32(1, tokens), row, row), cache
+    memory = compiled(platform, partial(steps.read, CONFIG), *args, donate=2).memory_analysis()
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= whole - 8  # the lengths are new
     print(f"{platform}: cache {whole / GB:.2f} GB, {memory.temp_size_in_bytes / MB:.0f} MB more")
@@ -108,8 +108,8 @@ def test_memory_of_a_32k_prompt(platform, tokens):
 
 def test_prompts_of_several_rows_copy_no_cache_on_a_tpu():
     cache = abstract_cache("tpu", 2048, rows=8)
-    args = params_of(), int32(8, 256), int32(8), int32(8), cache
-    memory = compiled("tpu", partial(steps.read, CONFIG), *args, donate=4).memory_analysis()
+    args = params_of(), steps.Part(int32(8, 256), int32(8), int32(8)), cache
+    memory = compiled("tpu", partial(steps.read, CONFIG), *args, donate=2).memory_analysis()
     keys = cache.k.size * cache.k.dtype.itemsize
     print(f"tpu: 8 x 256 tokens, {memory.temp_size_in_bytes / MB:.0f} MB of temporaries")
     # Keys and values by head first, to which the compiler likes to transpose them, are 470 MB.

@@ -14,7 +14,6 @@ from glm2_jax.errors import CheckpointError
 from glm2_jax.lora import init_lora
 from glm2_jax.prefix import Prefix, with_prefix
 from infer.chat import __main__ as chat
-from infer.engine import call
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
 from infer.evaluate import __main__ as evaluate
@@ -24,7 +23,7 @@ from infer.memory.plan import Plan, largest_context
 from infer.memory.precision import Precision
 from infer.memory.shortage import when_answering
 from tests.support.checkpoints import TINY, random_params, write_official
-from tests.support.engine_toy import toy_engine
+from tests.support.engine_toy import finished, streamed, toy_engine
 from tests.support.prefixes import encoder, numpy_logits, numpy_prefix, write_prefix
 from tests.support.toy import jit_forward
 
@@ -46,39 +45,36 @@ def engine():
     return toy_engine(prefixed(PARAMS))
 
 
-def greedy(prompt, count, length=P, params=None):
+def greedy(prompt, count, length=P):
     """What a plain counterpart answers, reading everything again for every token."""
-    ids, params = list(prompt), PARAMS if params is None else params
+    ids = list(prompt)
     for _ in range(count):
-        logits = numpy_logits(TINY, params, ids, K[:, :length], V[:, :length])
+        logits = numpy_logits(TINY, PARAMS, ids, K[:, :length], V[:, :length])
         ids.append(int(logits[-1].argmax()))
     return tuple(ids[len(prompt) :])
 
 
-def streamed(engine, prompts, sampling=GREEDY):
-    events = engine.run(prompts, sampling)
-    done = {event.row: event.completion for event in events if event.completion}
-    return [done[row] for row in range(len(prompts))]
-
-
-def finished(events):
-    return next(event.completion for event in events if event.completion)
-
-
 def test_every_loop_answers_as_a_plain_counterpart(engine):
-    answers = streamed(engine, PROMPTS)
+    answers = streamed(engine, PROMPTS, GREEDY)
     assert [answer.output_ids for answer in answers] == [greedy(p, 12) for p in PROMPTS]
     assert greedy(PROMPTS[0], 12, 0) != greedy(PROMPTS[0], 12), "the prefix changes the answer"
     drafting = toy_engine(engine.checkpoint.params, share=engine, speculate=3)
-    drafted = streamed(drafting, PROMPTS)
+    drafted = streamed(drafting, PROMPTS, GREEDY)
     assert drafted == answers and any(one.stats.drafted_tokens for one in drafted)
     # In parts: 4 rows of 4 tokens, the long prompt in five of them.
     parts = toy_engine(engine.checkpoint.params, share=engine, prefill_chunk=16)
-    assert streamed(parts, PROMPTS) == answers
+    assert streamed(parts, PROMPTS, GREEDY) == answers
+    # The longest answer counts real tokens alone; 64 slots after the prefix are enough.
+    full = toy_engine(engine.checkpoint.params, share=engine, max_length=64)
+    programs = engine.programs.compiled
+    answers = streamed(full, [[5] * 56, [6] * 50, [7]], SamplingParams(temperature=0))
+    assert [len(answer.output_ids) for answer in answers] == [8, 14, 63]
+    assert answers[0].finish_reason == "length" and answers[0].output_ids == greedy([5] * 56, 8)
+    assert engine.programs.compiled == programs
 
 
 def test_a_session_keeps_the_prefix(engine, monkeypatch):
-    monkeypatch.setattr(call, "ROOM", 8)  # so that the cache grows
+    monkeypatch.setattr("infer.engine.call.ROOM", 8)  # so that the cache grows
     session, ids, sizes = Session(engine), list(range(10, 50)), []
 
     def ask(ids, read):
@@ -100,15 +96,6 @@ def test_a_session_keeps_the_prefix(engine, monkeypatch):
     np.testing.assert_array_equal(cache.k[:, 0, :P], K)
 
 
-def test_the_longest_answer_counts_real_tokens_alone(engine):
-    full = toy_engine(engine.checkpoint.params, share=engine, max_length=64)
-    programs = engine.programs.compiled
-    answers = streamed(full, [[5] * 56, [6] * 50, [7]], SamplingParams(temperature=0))
-    assert [len(answer.output_ids) for answer in answers] == [8, 14, 63]
-    assert answers[0].finish_reason == "length" and answers[0].output_ids == greedy([5] * 56, 8)
-    assert engine.programs.compiled == programs, "64 slots behind the prefix were enough"
-
-
 def test_the_reader_of_evaluations(engine):
     rows = [list(range(3, 23)), [40, 41]]
     logits = [[], []]
@@ -124,69 +111,60 @@ def test_the_memory_plan_counts_it():
     precision = Precision("float32")
     plain, more = (Plan(TINY, precision, 128, 4, platform="cpu", prefix=count) for count in (0, P))
     slot = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
-    assert more.cache - plain.cache == 4 * P * slot
-    assert more.weights - plain.weights == P * slot
-    assert largest_context(plain, plain.total) >= 128
-    assert largest_context(more, plain.total) < 128
-    device = toy_engine(PARAMS).device
+    assert more.cache - plain.cache == 4 * P * slot and more.weights - plain.weights == P * slot
+    assert largest_context(more, plain.total) < 128 <= largest_context(plain, plain.total)
     sizes = {"context": 128, "batch": 4, "chunk": 64}
-    said = [
-        when_answering(TINY, params, device, **sizes)[0] for params in (PARAMS, prefixed(PARAMS))
-    ]
-    assert said[0] != said[1]
+    device = jax.devices()[0]
+    one, other = (when_answering(TINY, p, device, **sizes)[0] for p in (PARAMS, prefixed(PARAMS)))
+    assert one != other
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A base, a prefix and an adapter, and the parameters of all."""
+    """A base, a prefix and an adapter."""
     folder = tmp_path_factory.mktemp("prefixed")
-    params = random_params(TINY)
-    params["head"][2] = 0  # no end token
+    params = jax.tree.map(np.asarray, PARAMS)
     write_official(folder / "base", params=params, dtype="float32")
     write_prefix(folder / "prefix", encoder(TINY, P, seed=3))
-    lora = init_lora(TINY, jax.random.key(1), rank=2)
-    layers = lora.layers["query_key_value"]
-    layers = {name: x if name == "a" else x + 0.1 for name, x in layers.items()}
-    lora = dataclasses.replace(lora, layers={"query_key_value": layers})
-    save_adapter(folder / "adapter", Adapter(lora))
-    return folder, params, lora
+    return folder
 
 
 def test_load_with_an_adapter_too(folders):
     """The adapter changes keys and values of tokens, those of the prefix stay."""
-    folder, params, lora = folders
-    both = infer.load(folder / "base", prefix=folder / "prefix", adapter=folder / "adapter")
+    lora = init_lora(TINY, jax.random.key(1), rank=2)
+    layers = lora.layers["query_key_value"]
+    layers = {name: x if name == "a" else x + 0.1 for name, x in layers.items()}
+    lora = dataclasses.replace(lora, layers={"query_key_value": layers})
+    save_adapter(folders / "adapter", Adapter(lora))
+    both = infer.load(folders / "base", prefix=folders / "prefix", adapter=folders / "adapter")
     assert any("7 tokens (P-Tuning v2" in note for note in both.checkpoint.notes)
-    merged, scale = dict(params["layers"]), lora.scale["query_key_value"]
-    weights = {name: np.asarray(x) for name, x in lora.layers["query_key_value"].items()}
+    merged, scale = dict(PARAMS["layers"]), lora.scale["query_key_value"]
     for part in "qkv":
-        merged[part] = merged[part] + scale * np.einsum(
-            "lnhr,lrd->lnhd", weights[part], weights["a"]
-        )
+        change = np.einsum("lnhr,lrd->lnhd", np.asarray(layers[part]), np.asarray(layers["a"]))
+        merged[part] = merged[part] + scale * change
     ids = [5, 6, 7, 8]
-    expected = numpy_logits(TINY, {**params, "layers": merged}, ids, K, V)
+    expected = numpy_logits(TINY, {**PARAMS, "layers": merged}, ids, K, V)
     logits, _ = jit_forward(TINY, both.checkpoint.params, jnp.asarray([ids]))
     assert np.abs(logits[0] - expected).max() <= 2e-4
-    assert np.abs(expected - numpy_logits(TINY, params, ids, K, V)).max() > 0.01
+    assert np.abs(expected - numpy_logits(TINY, PARAMS, ids, K, V)).max() > 0.01
 
 
 def test_the_tools_take_it(folders, capsys, tmp_path):
-    folder, params, _ = folders
     batch = tmp_path / "in.jsonl"
     batch.write_text('{"prompt": "ab"}\n')
-    flags = ["--model", str(folder / "base"), "--device", "cpu", "--compile-cache", "off"]
+    flags = ["--model", str(folders / "base"), "--device", "cpu", "--compile-cache", "off"]
     asked = ["--batch-file", str(batch), "--batch-size", "1", "--greedy", "--max-new-tokens", "4"]
-    given = ["--prefix", str(folder / "prefix")]
+    given = ["--prefix", str(folders / "prefix")]
     assert main([*flags, *asked, *given]) == 0
     said = capsys.readouterr()
     answer = json.loads(said.out)
-    plain, tuned = (list(greedy(answer["prompt_ids"], 4, n, params)) for n in (0, P))
+    plain, tuned = (list(greedy(answer["prompt_ids"], 4, n)) for n in (0, P))
     assert answer["output_ids"] == tuned != plain
-    assert f"prefix {folder / 'prefix'}: 7 tokens (P-Tuning v2" in said.err
+    assert f"prefix {folders / 'prefix'}: 7 tokens (P-Tuning v2" in said.err
 
     assert main(["--dry-run", *flags[:4], "--json", *given]) == 0
     assert {plan["prefix"] for plan in json.loads(capsys.readouterr().out)["plans"]} == {P}
     with pytest.raises(CheckpointError, match="is not a prefix"):
-        main([*flags, *asked, "--prefix", str(folder / "base")])
+        main([*flags, *asked, "--prefix", str(folders / "base")])
     for tool in (chat, evaluate):
-        assert tool.parser().parse_args(given).prefix == str(folder / "prefix")
+        assert tool.parser().parse_args(given).prefix == str(folders / "prefix")

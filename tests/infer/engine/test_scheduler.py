@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from infer.engine.params import SamplingParams
+from infer.engine.programs import Made
 from infer.engine.scheduler import STEPS_PER_DISPATCH, Scheduler
 from infer.engine.steps import IDLE, Output, State
 from tests.infer.engine.test_rows import batch_of
@@ -23,13 +24,13 @@ class Device:
         self.places = SimpleNamespace(put=lambda controls: controls)
         self.drawn = 0
 
-    def counting(self, made):
-        self.made = made
+    def counting(self):
+        self.made = Made()
         return self
 
-    def compile_ahead(self, key, begin, made):
+    def compile_ahead(self, key, begin):
         self.log.append("compile")
-        made.seconds, made.programs = 1000.0, 2  # in none of the other times
+        self.made.seconds, self.made.programs = 1000.0, 2  # in none of the other times
 
     def room(self, cache):
         return cache.size
@@ -75,7 +76,7 @@ class Device:
         return State(cache, *(None,) * 4), Output(tokens, None)
 
 
-def scheduler(prompts, sampling, *, chunk=512, reused=0, **kwargs):
+def scheduler(prompts, sampling, *, chunk=512, reused=None, **kwargs):
     return Scheduler(Device(), batch_of(prompts, sampling, chunk=chunk, reused=reused), **kwargs)
 
 
@@ -100,26 +101,29 @@ def test_each_row_gets_its_tokens_and_leaves_when_it_has_enough():
         ("decode", [True, True], None), ("decode", [True, True], None),
         ("decode", [False, True], None),
     ]  # fmt: skip
-    assert [row.completion().output_ids for row in one.batch.rows] == [
-        (0, 1), (100, 101, 102, 103),
-    ]  # fmt: skip
+    short, long = (row.stats for row in one.batch.rows)  # which leave out compiling
+    assert (short.prefill_tokens, short.decode_tokens) == (2, 1)
+    assert (long.prefill_tokens, long.decode_tokens) == (1, 3)
+    assert long.compile_s == 1000 and long.programs == 2
+    assert 0 < short.decode_s < long.decode_s < 60 and abs(long.first_token_s + 1000) < 60
 
 
-def test_a_step_is_dispatched_before_the_one_before_is_read():
-    one = scheduler([[5]], limited(3))
+@pytest.mark.parametrize("read", [0, 1, 3])
+def test_a_step_is_dispatched_before_the_one_before_is_read_and_none_after_leaving(read):
+    one = scheduler([[5]], limited(30))
     events = one.events()
-    next(events)
-    assert one._executor.drawn == 2
-    assert [event.token for event in events] == [1, 2] and one._executor.drawn == 3
+    assert [next(events).token for _ in range(read)] == list(range(read))
+    assert one._executor.drawn == (read and read + 1)
+    events.close()
+    assert one._executor.drawn == (read and read + 1)
 
 
 def test_the_loop_on_the_device_gives_the_same_answers():
-    answers = scheduler([[5, 6], [7]], limited(2, 40)).complete()
-    one = scheduler([[5, 6], [7]], limited(2, 40))
-    run(one)
-    assert answers == [row.completion() for row in one.batch.rows]
-    one = scheduler([[5, 6], [7]], limited(2, 40))
-    one.complete()
+    one, other = (scheduler([[5, 6], [7]], limited(2, 40)) for _ in range(2))
+    answers = one.complete()
+    assert [answer.output_ids[:2] for answer in answers] == [(0, 1), (100, 101)]
+    run(other)
+    assert answers == [row.completion() for row in other.batch.rows]
     assert one._executor.log[2:] == [
         ("decode", [True, True], STEPS_PER_DISPATCH), ("decode", [False, True], STEPS_PER_DISPATCH),
     ]  # fmt: skip
@@ -133,26 +137,15 @@ def test_long_prompts_are_read_in_parts_into_a_cache_that_grows(monkeypatch):
 
 
 def test_a_session_reads_what_is_new_into_its_cache():
-    one = scheduler([[5, 6, 7]], limited(2), reused=2, separate_cache=True)
+    one = scheduler([[5, 6, 7]], limited(2), reused=2)
     cache = SimpleNamespace(size=128)
-    one.compile(cache)
     for state, _ in one.steps(cache):
         assert state.cache is cache
     assert one._executor.log[:2] == ["compile", ("extend", 1, 64)]
     stats = one.batch.rows[0].stats
     assert (stats.prefill_tokens, stats.reused_tokens) == (1, 2)
-    first = scheduler([[5]], limited(2), separate_cache=True)  # nothing is kept yet
+    first = scheduler([[5]], limited(2), reused=0)  # nothing is kept yet
     assert run(first)[1][1:3] == [("new", 1, 64), ("extend", 1, 64)]
-
-
-def test_statistics_belong_to_the_row_and_leave_out_compiling():
-    one = scheduler([[5, 6], [7]], limited(2, 4))
-    run(one)
-    short, long = (row.stats for row in one.batch.rows)
-    assert (short.prefill_tokens, short.decode_tokens) == (2, 1)
-    assert (long.prefill_tokens, long.decode_tokens) == (1, 3)
-    assert long.compile_s == 1000 and long.programs == 2
-    assert 0 < short.decode_s < long.decode_s < 60 and abs(long.first_token_s + 1000) < 60
 
 
 def test_drafts_are_verified_where_there_are_any():
@@ -164,13 +157,3 @@ def test_drafts_are_verified_where_there_are_any():
     stats = one.batch.rows[0].stats
     assert stats.passes > 0 and stats.accepted_tokens == stats.decode_tokens - stats.passes
     assert stats.drafted_tokens == DRAFT * sum(entry[0] == "verify" for entry in log)
-
-
-@pytest.mark.parametrize("left_after", [0, 1, 3])
-def test_a_call_that_is_left_stops_dispatching(left_after):
-    one = scheduler([[5]], limited(30))
-    events = one.events()
-    for _ in range(left_after):
-        next(events)
-    events.close()
-    assert one._executor.drawn <= left_after + 1

@@ -1,4 +1,4 @@
-"""A session: the engine's tokens, with only the new part of a prompt read."""
+"""A session: the engine's tokens, with only the new part of a prompt read; and its threads."""
 
 import dataclasses
 import os
@@ -11,16 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-import infer
 from glm2_jax.errors import CheckpointError, DeviceError, InputError, UsageError
-from glm2_jax.runtime import buckets
-from glm2_jax.text.prompt import build_followup
 from infer.engine.params import SamplingParams
-from infer.engine.scheduler import Scheduler
 from infer.engine.session import Session
 from tests.support import hurry
 from tests.support.engine_toy import (
-    TOY,
+    cache_bytes,
     compilations,
     finished,
     toy_engine,
@@ -77,16 +73,20 @@ def test_the_same_random_answers_as_the_engine(engine):
     again, read = ask(session, PROMPT, sampling)
     other, _ = ask(session, PROMPT, sampling, draw=1)
     assert again == first and read == 1 and other.output_ids != first.output_ids
-
-
-def test_the_repetition_penalty_counts_the_whole_conversation(engine):
+    # The repetition penalty counts the complete conversation, not what is read of it.
     heavy = SamplingParams(temperature=0, max_new_tokens=10, repetition_penalty=1e6)
-    session = Session(engine)
     first, _ = ask(session, [5, 6, 7], heavy)
     grown = [5, 6, 7, *first.output_ids, 300]
     second, read = ask(session, grown, heavy)
-    assert read == 2
-    assert len({*grown, *second.output_ids}) == 3 + 10 + 1 + 10
+    assert read == 2 and len({*grown, *second.output_ids}) == 3 + 10 + 1 + 10
+
+
+def test_a_session_reads_in_parts(engine):
+    session = Session(toy_engine(share=engine, prefill_chunk=16))
+    _, read = ask(session, [*PROMPT, *PROMPT])
+    assert read == 60
+    _, read = ask(session, [*PROMPT, *range(200, 220)])
+    assert read == 20
 
 
 def test_the_cache_grows_and_nothing_recompiles_once_warm():
@@ -145,6 +145,13 @@ def in_a_thread(function, *args):
         return pool.submit(function, *args).result()
 
 
+def held(events, reading, go_on):
+    """The events, after another thread has seen that they are being read."""
+    reading.set()
+    go_on.wait(60)
+    yield from events
+
+
 def test_an_answer_that_another_thread_reads_is_not_ended(engine):
     session = Session(engine)
     whole, _ = ask(session, PROMPT)
@@ -153,26 +160,21 @@ def test_an_answer_that_another_thread_reads_is_not_ended(engine):
         with pytest.raises(UsageError, match="answering in another thread, MainThread"):
             in_a_thread(session.run, PROMPT, GREEDY)
         next(events)
-    running, go_on = threading.Event(), threading.Event()
-
-    def reading():
-        running.set()
-        go_on.wait(60)
-        return iter(())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scheduler, "steps", lambda *args: reading())
-        slow = session.run(PROMPT, GREEDY)
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(list, slow)  # its generator is executing
-            running.wait(60)
-            with pytest.raises(UsageError, match="Read that answer to its end"):
-                in_a_thread(session.run, PROMPT, GREEDY)
-            for call in (lambda: session.run(PROMPT, GREEDY), session.close):
-                with pytest.raises(UsageError, match="answering in another thread"):
-                    call()  # in the thread that asked, and handed the iterator on
-            go_on.set()
-            assert answer.result() == []
+    reading, go_on = threading.Event(), threading.Event()
+    slow = session.run(PROMPT, GREEDY)
+    slow._events = held(slow._events, reading, go_on)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(list, slow)  # its generator is executing
+        reading.wait(60)
+        with pytest.raises(UsageError, match="Read that answer to its end"):
+            in_a_thread(session.run, PROMPT, GREEDY)
+        for call in (lambda: session.run(PROMPT, GREEDY), session.close):
+            with pytest.raises(UsageError, match="answering in another thread"):
+                call()  # in the thread that asked, and handed the iterator on
+        with pytest.raises(ValueError, match="already executing"):
+            next(slow)
+        go_on.set()
+        assert answer.result()[-1].completion == whole
     assert in_a_thread(ask, session, PROMPT)[0] == whole  # one after the other
     in_a_thread(next, session.run(PROMPT, GREEDY))
     session.close()
@@ -259,12 +261,8 @@ def test_after_an_error_everything_is_read_again(engine, monkeypatch):
     assert session.ids == []
     _, read = ask(session, PROMPT)
     assert read == 30
-    cache = 2 * TOY.num_layers * 64 * TOY.num_kv_heads * TOY.head_dim * 4
     memory = engine.programs._programs["extend", (1, 64, 64)].memory_analysis()
-    assert memory.alias_size_in_bytes >= cache  # donated
-
-
-def test_nan_in_a_later_turn(engine):
+    assert memory.alias_size_in_bytes >= cache_bytes(64)  # donated
     embed = np.array(toy_params()["embed"])
     embed[77] = np.nan
     damaged = toy_engine({**toy_params(), "embed": jax.numpy.asarray(embed)}, share=engine)
@@ -273,21 +271,3 @@ def test_nan_in_a_later_turn(engine):
     with pytest.raises(CheckpointError, match="NaN or Inf"):
         list(session.run([*PROMPT, 77, 78], GREEDY))
     ask(session, PROMPT)
-
-
-def test_a_conversation_with_the_demo_model(monkeypatch):
-    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 128)  # one shape, so three programs
-    engine = infer.load(None, dtype="float32", device="cpu", max_length=128)
-    session, sampling = Session(engine), SamplingParams(temperature=0, max_new_tokens=40)
-    ids, new_ids, read = engine.build_prompt("你好"), [16], []
-    for question in ("你是谁？", "早上好", None):
-        completion, new = ask(session, ids, sampling, clean=True)
-        assert completion.finish_reason == "stop" and len(completion.text) > 5
-        read.append(new)
-        if question:
-            follow_up = build_followup(engine.tokenizer, question, len(read) + 1)
-            ids = [*ids, *completion.output_ids, *follow_up]
-            new_ids.append(len(follow_up))
-    # An answer that the end token ended is in the cache as a whole: the questions are all that
-    # has to be read.
-    assert read == new_ids and len(ids) > 1.4 * sum(read)

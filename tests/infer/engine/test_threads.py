@@ -6,7 +6,6 @@ from functools import partial
 
 import jax
 import numpy as np
-import pytest
 
 from infer.engine.params import SamplingParams
 from infer.engine.programs import Programs
@@ -49,19 +48,6 @@ def test_a_fresh_engine_called_by_many_threads_answers_as_alone():
     assert len(compiled) == len(set(compiled)) == engine.programs.compiled  # each one once
 
 
-def test_statistics_of_a_call_are_its_own():
-    engine = toy_engine(share=warm_engine())
-    sampling = SamplingParams(temperature=0, max_new_tokens=30)
-    streamed(engine, PROMPTS[:1], sampling)
-    call = engine.run(PROMPTS[:1], sampling)
-    next(call)
-    with ThreadPoolExecutor(1) as pool:
-        (other,) = pool.submit(engine.complete, [[5] * 20], sampling).result()
-    list(call)
-    assert (call.stats.prefill_tokens, call.stats.decode_tokens) == (3, 29)
-    assert (other.stats.prefill_tokens, other.stats.decode_tokens) == (20, 29)
-
-
 def test_compiling_that_fails_in_one_thread_leaves_the_others_to_try(monkeypatch):
     programs, ones = Programs("cpu"), np.ones(3)
     real, failures = programs._compile, iter([True])
@@ -79,23 +65,3 @@ def test_compiling_that_fails_in_one_thread_leaves_the_others_to_try(monkeypatch
     assert sum(map(bool, errors)) == programs.compiled == 1
     good = [call.result() for call, error in zip(calls, errors, strict=True) if error is None]
     assert all(result.tolist() == [2, 2, 2] for result in good)
-
-
-def test_a_call_belongs_to_one_thread_at_a_time():
-    call = toy_engine(share=warm_engine()).run(PROMPTS[:1], SamplingParams(max_new_tokens=3))
-    reading, go_on = threading.Event(), threading.Event()
-
-    def hold(events):
-        reading.set()
-        go_on.wait(60)
-        yield from events
-
-    call._events = hold(call._events)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(next, call)
-        reading.wait(60)
-        with pytest.raises(ValueError, match="already executing"):
-            next(call)
-        go_on.set()
-        assert first.result().row == 0
-    call.close()

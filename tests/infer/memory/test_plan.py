@@ -76,7 +76,7 @@ def memory_of(
     params = abstract_params(config, precision, stacked=platform != "cpu")
     if width:
         function, donate = partial(steps.prefill, config, slots, dtype=dtype), ()
-        args = (params, array(int32, rows, width), row(int32), controls)
+        args = (params, steps.Part(array(int32, rows, width), row(int32), row(int32)), controls)
     else:
         cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, dtype))
         seen = array(bool, rows, config.vocab_size)
