@@ -3,7 +3,7 @@
 from convert import options
 from glm2_jax.choices import QUANTIZE
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -41,8 +41,6 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parse the flags and convert."""
     args = build_parser().parse_args(argv)
-    from convert.files.manifest import verify_checkpoint
-    from convert.writing.destination import check_destination
     from convert.writing.own import convert_folder, plan_conversion
     from glm2_jax.schemes import stored_as
 
@@ -53,33 +51,21 @@ def main(argv: list[str]) -> None:
     }
     folder, _ = options.open_source(from_flags(ModelChoice, args), args.source)
     plan = plan_conversion(folder, **form)
-    stored = stored_as(folder.float_dtype, folder.scheme)
     written = stored_as(plan.dtype.name, plan.scheme)
-    options.print_model(args.source, folder, stored=stored)
-    if args.dry_run:
-        check_destination(args.destination, args.overwrite, source=folder.path, needed=plan.nbytes)
-        note(f"would write {human_size(plan.nbytes)} in {written}")
-        quantization = None if plan.scheme is None else plan.scheme.name
-        options.print_plan(
-            args.destination, plan.nbytes, dtype=plan.dtype.name, quantization=quantization
-        )
+    options.print_model(args.source, folder, None, written, packed=plan.scheme is not None)
+    if not options.ready(
+        args.destination, plan.nbytes, written, dry_run=args.dry_run, overwrite=args.overwrite,
+        source=folder.path, dtype=plan.dtype.name, quantization=plan.scheme and plan.scheme.name,
+    ):  # fmt: skip
         return
     with Progress("converting", show=human_size) as bar:
-        manifest = convert_folder(
-            folder,
-            args.destination,
-            **form,
-            overwrite=args.overwrite,
-            max_shard_size=args.max_shard_size,
-            progress=bar.update,
-        )
-    if written != stored:
-        note(f"the weights were stored in {stored}; written as {written}")
+        convert_folder(
+            folder, args.destination, **form, overwrite=args.overwrite,
+            max_shard_size=args.max_shard_size, progress=bar.update,
+        )  # fmt: skip
     if args.verify:
-        with Progress("verifying", show=human_size) as bar:
-            verify_checkpoint(args.destination, bar.update)
-        note(f"verified: the checksums of {len(manifest.files)} files match the manifest")
-    options.print_written(plan.nbytes, args.destination, written)
+        options.verify(args.destination)
+    options.print_written(args.destination, plan.nbytes, written)
 
 
 if __name__ == "__main__":

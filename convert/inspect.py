@@ -6,7 +6,7 @@ from convert import options
 from convert.hub.find import find_model
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.escape import join_lines, json_line
@@ -30,22 +30,16 @@ def build_parser() -> Parser:
     output.add_argument(
         "--verify", action="store_true", help="compare every file with the manifest's checksums"
     )
-    options.add_model_flags(parser)
-    parser.add_common()
+    options.add_last(parser, None)
     return parser
 
 
-def describe(
-    path: str,
-    *,
-    rope_kind: str | None = None,
-    template: str | None = None,
-    family: str | None = None,
-) -> dict:
-    """Return what is known about a folder without its data, ready for JSON."""
+def describe(path: str, **form: str | None) -> dict[str, Any]:
+    """Return what is known about a folder without its data, ready for JSON; `form` as in
+    `open_folder`."""
     from convert.loading.folder import fingerprint, open_folder
 
-    folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
+    folder = open_folder(path, **form)
     for line in folder.notes:
         note(line)
     config = folder.config
@@ -119,12 +113,8 @@ def main(argv: list[str]) -> None:
     path = str(find_model(args.path, source=choice.source, revision=choice.revision))
     found = describe(path, **choice.form)
     if args.verify:
-        from convert.files.manifest import verify_checkpoint
-
-        with Progress("verifying", show=human_size) as bar:
-            manifest = verify_checkpoint(path, bar.update)
+        options.verify(path)
         found["verified"] = True
-        note(f"verified: the checksums of {len(manifest.files)} files match the manifest")
     print(json_line(found) if args.json else as_table(found))
 
 

@@ -68,12 +68,10 @@ def _bound(text: str) -> float:
 def main(argv: list[str]) -> None:
     """Parse the flags and merge."""
     args = build_parser().parse_args(argv)
-    choice = from_flags(ModelChoice, args)
-    from convert.writing.destination import check_destination
     from convert.writing.merge_check import BOUNDS, MergeCheck
     from convert.writing.own import convert_folder, plan_conversion
 
-    folder, adapter = options.open_source(choice, args.base)
+    folder, adapter = options.open_source(from_flags(ModelChoice, args), args.base)
     assert adapter is not None
     form = {
         "dtype": None if args.dtype == "keep" else args.dtype,
@@ -82,10 +80,9 @@ def main(argv: list[str]) -> None:
     }
     plan = plan_conversion(folder, **form)
     dtype = plan.dtype.name
-    check_destination(args.destination, args.overwrite, source=folder.path, needed=plan.nbytes)
-    options.print_model(args.base, folder, adapter)
-    if args.dry_run:
-        options.print_plan(args.destination, plan.nbytes)
+    options.print_model(args.base, folder, adapter, dtype)
+    where = {"overwrite": args.overwrite, "source": folder.path}
+    if not options.ready(args.destination, plan.nbytes, dtype, dry_run=args.dry_run, **where):
         return
     check = None
     if not args.skip_check:  # first of all: too little memory is known before anything is written
@@ -108,15 +105,10 @@ def main(argv: list[str]) -> None:
 
     with Progress("merging", show=human_size) as bar:
         convert_folder(
-            folder,
-            args.destination,
-            **form,
-            check=compare,
-            overwrite=args.overwrite,
-            max_shard_size=args.max_shard_size,
-            progress=bar.update,
-        )
-    options.print_written(plan.nbytes, args.destination, dtype)
+            folder, args.destination, **form, check=compare, overwrite=args.overwrite,
+            max_shard_size=args.max_shard_size, progress=bar.update,
+        )  # fmt: skip
+    options.print_written(args.destination, plan.nbytes, dtype)
 
 
 if __name__ == "__main__":

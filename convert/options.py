@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.hub.find import find_model
@@ -10,7 +11,7 @@ from glm2_jax.choices import DTYPE_NAMES
 from glm2_jax.cli.arguments import path_argument, size_argument
 from glm2_jax.cli.flags import add_form_flags, add_hub_flags
 from glm2_jax.cli.main import print_path
-from glm2_jax.cli.messages import human_size, note
+from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser
 from glm2_jax.escape import json_line
@@ -65,27 +66,24 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add_force_adapter(group)
 
 
-def add_model_flags(parser: Parser) -> None:
-    """Add the flags for what a folder may not say about itself, and for hubs."""
+def add_last(
+    parser: Parser, checked: str | None = "the source", *, overwrite: bool = False
+) -> argparse._ArgumentGroup:
+    """Add the flags that come last, for what a folder may not say about itself, for hubs and, if
+    something is `checked` before it is written, of writing; return that group."""
     add_form_flags(parser.add_argument_group("model"))
     add_hub_flags(parser.add_argument_group("hub"))
-
-
-def add_last(
-    parser: Parser, checked: str = "the source", *, overwrite: bool = False
-) -> argparse._ArgumentGroup:
-    """Add the flags that come last in every tool that writes, and return the group of writing:
-    the model's, `--dry-run`, which ends with `print_plan`, and `--overwrite` if it is possible."""
-    add_model_flags(parser)
     group = parser.add_argument_group("writing")
     if overwrite:
         group.add_argument(
             "--overwrite", action="store_true",
             help="replace DST if it is a folder of this format; the old one is removed last",
         )  # fmt: skip
-    group.add_argument(
-        "--dry-run", action="store_true", help=f"check {checked} and print what would be written"
-    )
+    if checked:
+        group.add_argument(
+            "--dry-run", action="store_true",
+            help=f"check {checked} and print what would be written",
+        )  # fmt: skip
     parser.add_common()
     return group
 
@@ -103,25 +101,71 @@ def open_source(choice: ModelChoice, name: str) -> tuple[Folder, Adapter | None]
 
 
 def print_model(
-    name: str, folder: Folder, adapter: Adapter | None = None, *warnings: str, stored: str = ""
+    name: str,
+    folder: Folder,
+    adapter: Adapter | None,
+    written: str,
+    *warnings: str,
+    packed: bool = False,
 ) -> None:
-    """Print what was opened: a line, and the notes and warnings."""
+    """Print what was opened and what changes: lines on stderr.
+
+    Args:
+        name: the folder as the user gave it.
+        folder: the model.
+        adapter: what is merged into it.
+        written: how its weights are written, as `glm2_jax.schemes.stored_as` says it.
+        *warnings: what else the output does not keep.
+        packed: whether quantized weights stay quantized.
+    """
+    from glm2_jax.schemes import stored_as
+
+    stored = stored_as(folder.float_dtype, folder.scheme)
     merged = f"; {', '.join(adapter.targets)} adapted" if adapter else ""
     note(
         f"{name}: {folder.layout}, {folder.config.family}, {folder.config.num_params:,} "
-        f"parameters in {stored or folder.stored_dtype}{merged}"
+        f"parameters in {stored}{merged}"
     )
-    for line in (*folder.notes, *warnings, *(adapter.notes if adapter else ())):
+    how = "written as" if packed or folder.scheme is None else "dequantized and written as"
+    changed = [] if written == stored else [f"the weights are stored in {stored}; {how} {written}"]
+    for line in (*folder.notes, *changed, *warnings, *(adapter.notes if adapter else ())):
         note(line)
 
 
-def print_written(size: int, destination: str, form: str) -> None:
+def ready(
+    destination: str,
+    size: int,
+    form: str,
+    *,
+    dry_run: bool,
+    overwrite: bool | None = None,
+    source: Path | None = None,
+    file: bool = False,
+    **more: Any,
+) -> bool:
+    """Check DST (see `check_destination`) and return whether to write it.
+
+    A dry run ends here: DST and its bytes are printed on standard output, with `more`.
+    """
+    from convert.writing.destination import check_destination
+
+    check_destination(destination, overwrite, source=source, needed=size, file=file)
+    if dry_run:
+        note(f"would write {human_size(size)} in {form}")
+        print(json_line({"destination": destination, "bytes": size, **more, "written": False}))
+    return not dry_run
+
+
+def print_written(destination: str, size: int, form: str) -> None:
     """Print a line about what was written, and DST on standard output."""
     note(f"wrote {human_size(size)} in {form}")
     print_path(destination)
 
 
-def print_plan(destination: str, size: int, **more: Any) -> None:
-    """Print the result of a dry run on standard output: DST and its bytes."""
-    plan = {"destination": destination, "bytes": size, **more, "written": False}
-    print(json_line(plan))
+def verify(folder: str) -> None:
+    """Compare a folder with its manifest's checksums, and print a line."""
+    from convert.files.manifest import verify_checkpoint
+
+    with Progress("verifying", show=human_size) as bar:
+        manifest = verify_checkpoint(folder, bar.update)
+    note(f"verified: the checksums of {len(manifest.files)} files match the manifest")

@@ -11,16 +11,17 @@ do not. Memory is that block, whatever the size of the folder.
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.options import add_shard_size
+from convert import options
 from glm2_jax.choices import STORED_DTYPES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.main import print_path
-from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.parser import Parser
 
 if TYPE_CHECKING:
@@ -28,12 +29,9 @@ if TYPE_CHECKING:
 
     from convert.files.safetensors_writer import Entry
     from glm2_jax.config import GLMConfig
-    from glm2_jax.text.tokenizer import Tokenizer
 
 _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn once, and taken from them at a time
-# Published with the parameters; every reader computes it instead.
-_INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
 NAME = "random weights"  # `_name_or_path` of the folder, which must not be a model's name
 
 
@@ -67,25 +65,21 @@ def build_parser() -> Parser:
     weights = parser.add_argument_group("weights")
     weights.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
     weights.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="type to store")
-    add_shard_size(weights, default="2GB")
+    options.add_shard_size(weights, default="2GB")
     parser.add_common()
     return parser
 
 
 def official_config(
     name: str, *, layers: int | None = None, dtype: str = "float16", flag: str = "--config"
-) -> dict:
-    """Return the config.json to write.
+) -> dict[str, Any]:
+    """Return the config.json to write; a UsageError names an unknown or a quantized model.
 
     Args:
         name: one of `glm2_jax.PRESETS`, or the path of a config.json.
         layers: replaces the number of layers.
         dtype: the type of the weights.
         flag: the name of `name` in errors.
-
-    Raises:
-        UsageError: an unknown name, a quantized model, or a number of layers below 1.
-        CheckpointError: the file is not a configuration of this family of models.
     """
     from convert.files.shards import read_json
     from convert.layouts.family import find_family, read_side_files
@@ -130,7 +124,7 @@ def write_random(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write the folder: complete, or not at all.
+    """Write the folder, complete or not at all, and return the bytes of the weights.
 
     Args:
         destination: the new folder.
@@ -140,29 +134,25 @@ def write_random(
         max_shard_size: bytes of one weight file.
         seed: the same seed gives the same bytes.
         progress: called with the bytes written and to write.
-
-    Returns:
-        The bytes of the weights.
-
-    Raises:
-        UsageError: the folder exists, or a negative seed.
-        CheckpointError: the tokenizer does not fit.
-        InputError: no space, or the folder cannot be written. No output remains.
     """
     from convert.files.safetensors_writer import write_file, write_shards
-    from convert.writing.destination import check_destination, new_checkpoint
+    from convert.loading.folder import check_fit
+    from convert.writing.destination import check_destination, new_destination
     from glm2_jax.config import GLMConfig
     from glm2_jax.errors import UsageError
+    from glm2_jax.text.tokenizer import Tokenizer
 
     if seed < 0:
         raise UsageError(f"--seed must be at least 0, got {seed}.")
-    config = GLMConfig.from_hf(raw)
-    tokenizer = _fitting_tokenizer(Path(tokenizer_path), config)
+    config, path = GLMConfig.from_hf(raw), Path(tokenizer_path)
+    path = path / "tokenizer.model" if path.is_dir() else path
+    tokenizer = Tokenizer.from_file(path, family=config.family)
+    check_fit(config, tokenizer, config.default_template, asked=False)
     size = config.num_params * (4 if dtype == "float32" else 2)
-    check_destination(destination, None, needed=size)  # any number of layers may be asked for
+    check_destination(destination, needed=size)  # any number of layers may be asked for
     entries = random_entries(config, dtype, seed)
     size = sum(entry.nbytes for entry in entries)
-    with new_checkpoint(destination, needed=size) as temporary:
+    with new_destination(destination, needed=size) as temporary:
         write_file(temporary / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
         write_file(temporary / "tokenizer.model", tokenizer.model_bytes)
         write_shards(temporary, entries, max_shard_size, progress)
@@ -175,13 +165,19 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
 
     from convert.files.safetensors_writer import Entry
     from convert.files.tensor import BFLOAT16
-    from convert.layouts.names import PUBLISHED
+    from convert.layouts.names import INV_FREQ, PUBLISHED
 
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     normal = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32) * _DEVIATION
     block, ones = normal.astype(kind), np.ones(_STRETCH, kind)
-    exponents = np.arange(config.head_dim // 4, dtype=np.float32) * (4 / config.head_dim)
-    frequencies = (config.rope_base**-exponents).astype(kind)
+
+    def stretches(source: "np.ndarray", count: int, place: int) -> "Iterator[np.ndarray]":
+        """Yield `count` numbers as views of `source`, from places that the seed decides."""
+        random = np.random.default_rng([seed, place])
+        for begin in range(0, count, _STRETCH):
+            start = int(random.integers(len(source) - _STRETCH + 1))
+            yield source[start : start + min(_STRETCH, count - begin)]
+
     entries = []
     for _, group in itertools.groupby(PUBLISHED, key=lambda rule: "{layer}" in rule.name):
         rules = list(group)
@@ -189,40 +185,13 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
             for rule in rules:
                 name, shape = rule.full_name(layer), rule.shape(config)
                 source = ones if "norm" in name else block
-                chunks = _stretches(source, int(np.prod(shape)), [seed, len(entries)])
+                chunks = partial(stretches, source, math.prod(shape), len(entries))
                 entries.append(Entry(name, shape, kind, chunks))
-    entries.insert(1, Entry(_INV_FREQ, frequencies.shape, kind, lambda: iter([frequencies])))
+    # Published with the parameters; every reader computes it instead.
+    exponents = np.arange(config.head_dim // 4, dtype=np.float32) * (4 / config.head_dim)
+    frequencies = (config.rope_base**-exponents).astype(kind)
+    entries.insert(1, Entry(INV_FREQ, frequencies.shape, kind, lambda: iter([frequencies])))
     return entries
-
-
-def _stretches(
-    source: "np.ndarray", count: int, seed: list[int]
-) -> "Callable[[], Iterator[np.ndarray]]":
-    """Return `count` numbers as views of `source`, from places that the seed decides."""
-    import numpy as np
-
-    def chunks() -> "Iterator[np.ndarray]":
-        random = np.random.default_rng(seed)
-        for begin in range(0, count, _STRETCH):
-            start = int(random.integers(len(source) - _STRETCH + 1))
-            yield source[start : start + min(_STRETCH, count - begin)]
-
-    return chunks
-
-
-def _fitting_tokenizer(path: Path, config: "GLMConfig") -> "Tokenizer":
-    from glm2_jax.errors import CheckpointError
-    from glm2_jax.text.tokenizer import Tokenizer
-
-    path = path / "tokenizer.model" if path.is_dir() else path
-    tokenizer = Tokenizer.from_file(path, family=config.family)
-    if tokenizer.size > config.vocab_size:
-        raise CheckpointError(
-            f"{path} has {tokenizer.size} ids.",
-            f"The configuration has room for {config.vocab_size} (padded_vocab_size).",
-            "Use the tokenizer of the same model, or a smaller one.",
-        )
-    return tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -231,16 +200,11 @@ def main(argv: list[str]) -> None:
     raw = official_config(args.config, layers=args.layers, dtype=args.dtype)
     with Progress("writing", show=human_size) as bar:
         size = write_random(
-            args.destination,
-            raw,
-            args.tokenizer,
-            dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            seed=args.seed,
-            progress=bar.update,
-        )
-    note(f"wrote {human_size(size)} of random weights in {args.dtype}, {raw['num_layers']} layers")
-    print_path(args.destination)
+            args.destination, raw, args.tokenizer, dtype=args.dtype, seed=args.seed,
+            max_shard_size=args.max_shard_size, progress=bar.update,
+        )  # fmt: skip
+    layers = f"{raw['num_layers']} layers"
+    options.print_written(args.destination, size, f"{args.dtype}, random weights, {layers}")
 
 
 if __name__ == "__main__":

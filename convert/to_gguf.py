@@ -1,19 +1,11 @@
 """`python -m convert.to_gguf SRC DST --type f16|q8_0`: write one file for llama.cpp."""
 
-from typing import TYPE_CHECKING
-
 from convert import options
 from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from convert.loading.folder import Folder
-    from convert.writing.gguf import Tensor
 
 
 def build_parser() -> Parser:
@@ -42,7 +34,6 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parse the flags and write."""
     args = build_parser().parse_args(argv)
-    from convert.writing.destination import check_model_file
     from convert.writing.gguf import export_gguf, gguf_tensors, require_gguf
 
     require_gguf()  # before a model is downloaded
@@ -50,37 +41,23 @@ def main(argv: list[str]) -> None:
     lora = adapter.lora if adapter else None
     tensors = gguf_tensors(folder, args.type, lora)
     size = sum(tensor.nbytes for tensor in tensors)
-    options.print_model(args.source, folder, adapter, *_warnings(folder, args.type, tensors))
-    if args.dry_run:
-        check_model_file(args.destination, needed=size)
-        options.print_plan(args.destination, size)
-        return
-    with Progress("writing", show=human_size) as bar:
-        export_gguf(folder, args.destination, kind=args.type, lora=lora, progress=bar.update)
-    options.print_written(size, args.destination, args.type)
-
-
-def _warnings(folder: "Folder", kind: str, tensors: "Sequence[Tensor]") -> list[str]:
-    """Return what the file has not kept of the folder, one line each."""
-    lines = []
-    if folder.scheme is not None:
-        lines.append(
-            f"the weights are stored in {folder.scheme.name}; they are dequantized and written "
-            f"as {kind}"
-        )
-    elif kind == "f16" and folder.stored_dtype != "float16":
-        lines.append(f"the weights are stored in {folder.stored_dtype}; written as f16")
-    left = [tensor for tensor in tensors if kind == "q8_0" and tensor.kind.name == "F16"]
+    warnings = []
+    left = [tensor for tensor in tensors if args.type == "q8_0" and tensor.kind.name == "F16"]
     if left:
         columns = sorted({tensor.source.shape[-1] for tensor in left})
         kinds = sorted({tensor.name.split(".")[-2] for tensor in left})
-        lines.append(
+        warnings.append(
             f"{len(left)} tensors stay f16: q8_0 needs rows that are a multiple of 32, theirs "
             f"have {', '.join(map(str, columns))} ({', '.join(kinds)})"
         )
     if folder.config.rope_table_dtype != "float32":
-        lines.append("the rotary angles of llama.cpp are float32; the requested ones are not")
-    return lines
+        warnings.append("the rotary angles of llama.cpp are float32; the requested ones are not")
+    written = "float16" if args.type == "f16" else args.type
+    options.print_model(args.source, folder, adapter, written, *warnings)
+    if options.ready(args.destination, size, args.type, dry_run=args.dry_run, file=True):
+        with Progress("writing", show=human_size) as bar:
+            export_gguf(folder, args.destination, kind=args.type, lora=lora, progress=bar.update)
+        options.print_written(args.destination, size, args.type)
 
 
 if __name__ == "__main__":

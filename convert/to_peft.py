@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     from convert.adapters.adapter import save_adapter, stored_tensors
     from convert.adapters.attach import open_adapter
     from convert.loading.folder import fingerprint
-    from convert.writing.destination import check_destination, new_checkpoint
+    from convert.writing.destination import new_destination
 
     folder, _ = options.open_source(choice, args.base)
     form = {"force": args.force_adapter, **choice.form}
@@ -58,22 +58,19 @@ def main(argv: list[str]) -> None:
     adapter = dataclasses.replace(adapter, base=fingerprint(folder))
     tensors, _ = stored_tensors(adapter, args.layout)
     size = sum(array.nbytes for array in tensors.values())
-    source = Path(args.source)
     for line in (*folder.notes, *adapter.notes):
         note(line)
-    if args.dry_run:
-        check_destination(args.destination, None, source=source, needed=size)
-        options.print_plan(args.destination, size)
-        return
-    with new_checkpoint(args.destination, needed=size, source=source) as temporary:
-        save_adapter(temporary, adapter, layout=args.layout)
     ranks: dict[str, int] = {}  # the largest of all layers: what has to be set to serve it
     for name, array in tensors.items():
         if ".lora_A." in name:
             module = name.split(".")[-3]
             ranks[module] = max(len(array), ranks.get(module, 0))
     listed = ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())
-    options.print_written(size, args.destination, f"layout {args.layout}: {listed}")
+    form, source = f"layout {args.layout}: {listed}", Path(args.source)
+    if options.ready(args.destination, size, form, dry_run=args.dry_run, source=source):
+        with new_destination(args.destination, needed=size, source=source) as temporary:
+            save_adapter(temporary, adapter, layout=args.layout)
+        options.print_written(args.destination, size, form)
 
 
 if __name__ == "__main__":

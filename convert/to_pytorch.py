@@ -1,17 +1,11 @@
 """`python -m convert.to_pytorch SRC DST --layout glm`: write a folder for PyTorch programs."""
 
-from typing import TYPE_CHECKING
-
 from convert import options
 from glm2_jax.choices import LAYOUTS
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
-
-if TYPE_CHECKING:
-    from convert.loading.folder import Folder
-    from convert.writing.floats import Plan
 
 
 def build_parser() -> Parser:
@@ -46,7 +40,7 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parse the flags and write."""
     args = build_parser().parse_args(argv)
-    from convert.writing.destination import check_destination
+    from convert.layouts.names import SCALE
     from convert.writing.pytorch import export_folder, plan_export
     from glm2_jax.schemes import stored_as
 
@@ -58,40 +52,21 @@ def main(argv: list[str]) -> None:
         "dequantize": args.dequantize,
     }
     plan = plan_export(folder, **form)
-    options.print_model(args.source, folder, adapter, *_warnings(folder, args.layout, plan))
-    if args.dry_run:
-        check_destination(args.destination, None, source=folder.path, needed=plan.nbytes)
-        options.print_plan(args.destination, plan.nbytes)
-        return
-    with Progress("writing", show=human_size) as bar:
-        export_folder(
-            folder,
-            args.destination,
-            **form,
-            max_shard_size=args.max_shard_size,
-            progress=bar.update,
-        )
-    written = f"{stored_as(plan.dtype.name, plan.scheme)}, layout {args.layout}"
-    options.print_written(plan.nbytes, args.destination, written)
-
-
-def _warnings(folder: "Folder", layout: str, plan: "Plan") -> list[str]:
-    """Return what the new folder has not kept of the old one, one line each."""
-    from convert.layouts.names import SCALE
-
-    lines, dtype = [], plan.dtype.name
-    if folder.scheme is not None and plan.scheme is None:
-        lines.append(
-            f"the weights are stored in {folder.scheme.name}; "
-            f"they are written dequantized, in {dtype}"
-        )
-    elif folder.float_dtype != dtype:
-        lines.append(f"the weights are stored in {folder.float_dtype}; written as {dtype}")
-    if layout == "glm" and folder.config.rope_table_dtype != "float32":
-        lines.append("the rotary tables of GlmForCausalLM are float32; the requested ones are not")
+    dtype, written = plan.dtype.name, stored_as(plan.dtype.name, plan.scheme)
+    warnings = []
+    if args.layout == "glm" and folder.config.rope_table_dtype != "float32":
+        warnings += ["the rotary tables of GlmForCausalLM are float32; the requested ones are not"]
     if any(x.name.endswith(SCALE) and x.dtype != plan.dtype for x in plan.entries):
-        lines.append(f"the scales are written in float32: {dtype} does not hold them exactly")
-    return lines
+        warnings += [f"the scales are written in float32: {dtype} does not hold them exactly"]
+    packed = plan.scheme is not None
+    options.print_model(args.source, folder, adapter, written, *warnings, packed=packed)
+    written += f", layout {args.layout}"
+    where = {"dry_run": args.dry_run, "source": folder.path}
+    if options.ready(args.destination, plan.nbytes, written, **where):
+        with Progress("writing", show=human_size) as bar:
+            shards = {"max_shard_size": args.max_shard_size, "progress": bar.update}
+            export_folder(folder, args.destination, **form, **shards)
+        options.print_written(args.destination, plan.nbytes, written)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Where a checkpoint folder or file may be written, and what it may replace."""
 
-import functools
 import os
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from convert.files.manifest import MANIFEST, read_manifest
@@ -14,25 +14,13 @@ from glm2_jax.errors import CheckpointError, UsageError
 _SPARE_BYTES = 2**20
 
 
-def new_checkpoint(
-    destination: str | Path,
-    *,
-    needed: int,
-    overwrite: bool | None = None,
-    source: Path | None = None,
-) -> AbstractContextManager[Path]:
-    """Give a temporary folder that becomes `destination`, complete or not at all.
-
-    The arguments and errors are those of `check_destination`; another process that writes the same
-    folder, and an error of the system while the folder is filled, are an InputError, too.
-    """
-    folder = real_path(destination)
-    check = functools.partial(_check_replaceable, folder, folder, overwrite, source)
-    return new_output(folder, check, needed=needed + _SPARE_BYTES)
-
-
 def check_destination(
-    destination: str | Path, overwrite: bool | None, *, source: Path | None = None, needed: int = 0
+    destination: str | Path,
+    overwrite: bool | None = None,
+    *,
+    source: Path | None = None,
+    needed: int = 0,
+    file: bool = False,
 ) -> None:
     """Refuse to begin what cannot be finished, and to replace what must not be replaced.
 
@@ -42,48 +30,44 @@ def check_destination(
             no flag for it.
         source: the folder that is converted.
         needed: bytes to write.
+        file: it is not a folder but a single file.
 
     Raises:
         UsageError: a URL; or the folder exists and `overwrite` is not True, or it is not of this
             project's format, or it holds the source or files that were not written by it.
         InputError: no space, or the folder cannot be written.
     """
-    folder = real_path(destination)
-    require_writable(folder)
-    _check_replaceable(folder, current(folder), overwrite, source)
-    require_space(folder, needed + _SPARE_BYTES)
-
-
-def new_model_file(destination: str | Path, *, needed: int) -> AbstractContextManager[Path]:
-    """Give the path of a file that becomes `destination`, complete or not at all.
-
-    The arguments and errors are those of `check_model_file`; see `new_checkpoint` for more.
-    """
-    check_model_file(destination, needed=needed)
-    file = real_path(destination)
-    check = functools.partial(_check_replaceable, file, file, None, None)
-    return new_output(file, check, needed=needed + _SPARE_BYTES, folder=False)
-
-
-def check_model_file(destination: str | Path, *, needed: int = 0) -> None:
-    """Refuse to begin what cannot be finished.
-
-    Args:
-        destination: the file to write.
-        needed: bytes to write.
-
-    Raises:
-        UsageError: the path exists, or names a folder.
-        InputError: no space, or the file cannot be written.
-    """
-    slash = os.fspath(destination).endswith(os.sep)
-    if slash or os.path.isdir(destination):
+    if file and (os.fspath(destination).endswith(os.sep) or os.path.isdir(destination)):
         raise UsageError(
-            f"{destination} {'is the name of' if slash else 'is'} a folder.",
+            f"{destination} is a folder.",
             "The output is a single file.",
             f"Name the file, for example {Path(destination) / 'model.gguf'}.",
         )
-    check_destination(destination, None, needed=needed)
+    path = real_path(destination)
+    require_writable(path)
+    _check_replaceable(path, current(path), overwrite, source)
+    require_space(path, needed + _SPARE_BYTES)
+
+
+def new_destination(
+    destination: str | Path,
+    *,
+    needed: int,
+    overwrite: bool | None = None,
+    source: Path | None = None,
+    file: bool = False,
+) -> AbstractContextManager[Path]:
+    """Give a temporary folder, or the path of a file, that becomes `destination`, complete or not
+    at all.
+
+    The arguments and errors are those of `check_destination`; another process that writes the same
+    folder, and an error of the system while the folder is filled, are an InputError, too.
+    """
+    if file:
+        check_destination(destination, overwrite, needed=needed, file=True)
+    path = real_path(destination)
+    check = partial(_check_replaceable, path, path, overwrite, source)
+    return new_output(path, check, needed=needed + _SPARE_BYTES, folder=not file)
 
 
 def _check_replaceable(
@@ -106,9 +90,7 @@ def _check_replaceable(
         if not overwrite:
             asking = "" if overwrite is None else ", or use --overwrite (overwrite=True)"
             raise UsageError(
-                f"{folder} exists.",
-                "Nothing is overwritten" + (" unless you ask for it." if asking else "."),
-                f"Choose another name{asking}.",
+                f"{folder} exists.", "Nothing is overwritten.", f"Choose another name{asking}."
             )
         known = {MANIFEST, *read_manifest(present).files}
         foreign = [
@@ -131,18 +113,12 @@ def _check_replaceable(
 
 
 def _check_outside(folder: Path, source: Path) -> None:
-    """Refuse to replace a folder that holds the source, or a file that it links to."""
-    if folder.samefile(source):
-        raise UsageError(
-            "The folder cannot be converted onto itself.",
-            "It is read until the new folder is complete.",
-            "Choose another name.",
-        )
+    """Refuse to replace a folder that is or holds the source, or a file that it links to."""
     for path in (source, *source.iterdir()):
         real = real_path(path)
-        if any(parent.exists() and parent.samefile(folder) for parent in real.parents):
+        if any(place.exists() and place.samefile(folder) for place in (real, *real.parents)):
             raise UsageError(
-                f"The source {path} is inside {folder}.",
-                "Replacing that folder would lose it.",
+                f"{folder} holds the source {path}.",
+                "It is read until the new folder is complete, and replacing it would lose it.",
                 "Choose another name.",
             )

@@ -5,8 +5,8 @@ are passed on as they are stored, or quantized on the way.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -30,22 +30,15 @@ _ADAPTED = {
     "down": ("dense_4h_to_h", "b"),
 }
 
-Update = Callable[[int, np.ndarray], np.ndarray]
 Progress = Callable[[int, int], None]  # called with the bytes written and to write
-# The parameters whose rows a new tensor consists of: each with the stored tensor that holds it, and
-# its first element there and the one after its last.
-Places = Sequence[tuple[Part, tuple[Match, int, int]]]
+# One of our parameters in one layer: the stored tensor that holds it, and its first element there
+# and the one after its last.
+Place = tuple[Match, Part, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be written of a folder.
-
-    Attributes:
-        dtype: the type of what is not quantized.
-        scheme: how the matrices are quantized; None where they are floats.
-        entries: the tensors, in the order of the source's files, so that disks read forwards.
-    """
+    """What is to be written: the type of the floats, how matrices are quantized, the tensors."""
 
     dtype: np.dtype
     scheme: Scheme | None
@@ -62,78 +55,91 @@ def float_dtype(name: str) -> np.dtype:
     return resolve_dtype("float32" if name == "float64" else name, num_params=0)
 
 
-def float_entry(
+def plan_tensors(
     source: Folder,
-    name: str,
-    matrix: Part | Rule,
-    places: Places,
+    rules: Sequence[Rule],
     dtype: np.dtype,
-    lora: LoRA | None,
-) -> Entry:
-    """Return a tensor of floats; its chunks raise CheckpointError for NaN, infinity, or a number
-    too large for float16, also in the sum with the adapter."""
-
-    def chunks() -> Iterator[np.ndarray]:
-        for part, (match, start, stop) in places:
-            update = update_of(lora, part.path, match.layer)
-            with reading(match.tensor.file):  # or an error would be taken for one of the writing
-                values = Values(match, part, start, stop, source.config, source.scheme)
-                begin = 0
-                for chunk in values.chunks():
-                    if update is None:
-                        yield cast(chunk, dtype, match.name)
-                        continue
-                    merged = cast(update(begin, chunk), dtype, match.name)
-                    begin += chunk.size
-                    if not all_finite(merged):
-                        raise CheckpointError(
-                            f"{match.name} and the adapter together give NaN or infinity.",
-                            f"The sum for {part.path[-1]} is larger than {dtype.name} can hold.",
-                            "Check the adapter's lora_alpha, or use one that was trained on this "
-                            "model.",
-                        )
-                    yield merged
-
-    return Entry(name, matrix.shape(source.config), dtype, chunks)
-
-
-def quantized_entries(
-    source: Folder,
-    name: str,
-    matrix: Part | Rule,
-    places: Places,
-    scheme: Scheme,
+    scheme: Scheme | None,
     scale_dtype: np.dtype,
-) -> Iterator[Entry]:
-    """Yield the integers and the scales of a matrix; each is computed twice rather than held."""
+    lora: LoRA | None,
+) -> Plan:
+    """Return the tensors of a folder under other rules, in the order of the source's files, so that
+    disks read forwards.
 
-    def chunks(which: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-        for part, (match, start, stop) in places:
-            with reading(match.tensor.file):
-                values = Values(match, part, start, stop, source.config, source.scheme)
-                for rows in values.row_pieces():
-                    yield values.quantized(rows, scheme)[which].astype(dtype, copy=False)
+    Their chunks raise CheckpointError for NaN, infinity, or a number too large for float16, also in
+    the sum with the adapter.
+    """
+    config = source.config
+    rule_of = {part.path: rule for rule in rules for part in rule.parts}
+    stored: dict[tuple[tuple[str, ...], int | None], Place] = {
+        (part.path, match.layer): (match, part, start, stop)
+        for match in source.matches
+        for part, start, stop in match.rule.ranges(config)
+    }
+    entries = []
+    for rule, layer in dict.fromkeys((rule_of[path], layer) for path, layer in stored):
+        name, shape = rule.full_name(layer), rule.shape(config)
+        places = [stored[part.path, layer] for part in rule.parts]
+        if scheme is None or not rule.quantized(scheme):
+            entries.append(Entry(name, shape, dtype, partial(_floats, source, places, dtype, lora)))
+            continue
+        shapes = scheme.shapes(shape, rule.column_axes)
+        for which, kind in enumerate((np.dtype(np.int8), scale_dtype)):
+            chunks = partial(_quantized, source, places, scheme, which, kind)
+            entries.append(Entry(name + SCALE * which, shapes[which], kind, chunks))
+    return Plan(dtype, scheme, entries)
 
-    shapes = scheme.shapes(matrix.shape(source.config), matrix.column_axes)
-    for which, (suffix, dtype) in enumerate([("", np.dtype(np.int8)), (SCALE, scale_dtype)]):
-        yield Entry(name + suffix, shapes[which], dtype, functools.partial(chunks, which, dtype))
+
+def _floats(
+    source: Folder, places: Sequence[Place], dtype: np.dtype, lora: LoRA | None
+) -> Iterator[np.ndarray]:
+    for match, part, start, stop in places:
+        update = update_of(lora, part.path, match.layer)
+        with reading(match.tensor.file):  # or an error would be taken for one of the writing
+            values = Values(match, part, start, stop, source.config, source.scheme)
+            begin = 0
+            for chunk in values.chunks():
+                if update is None:
+                    yield cast(chunk, dtype, match.name)
+                    continue
+                merged = cast(update(begin, chunk), dtype, match.name)
+                begin += chunk.size
+                if not all_finite(merged):
+                    raise CheckpointError(
+                        f"{match.name} and the adapter together give NaN or infinity.",
+                        f"The sum for {part.path[-1]} is larger than {dtype.name} can hold.",
+                        "Check the adapter's lora_alpha, or use one trained on this model.",
+                    )
+                yield merged
 
 
-def update_of(lora: LoRA | None, path: tuple[str, ...], layer: int | None) -> Update | None:
+def _quantized(
+    source: Folder, places: Sequence[Place], scheme: Scheme, which: int, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Yield the integers or the scales; each is computed twice rather than held."""
+    for match, part, start, stop in places:
+        with reading(match.tensor.file):
+            values = Values(match, part, start, stop, source.config, source.scheme)
+            for rows in values.row_pieces():
+                yield values.quantized(rows, scheme)[which].astype(dtype, copy=False)
+
+
+def update_of(
+    lora: LoRA | None, path: tuple[str, ...], layer: int | None
+) -> Callable[[int, np.ndarray], np.ndarray] | None:
     """Return how an adapter changes one of our parameters in one layer; None if it does not.
 
-    The function takes a first element and values [n], whole rows of the flattened parameter, and
+    The function takes a first element and values [n], complete rows of the flattened parameter, and
     returns W + scale * B A there in float32.
     """
     target, name = _ADAPTED.get(path[-1], ("", ""))
     if lora is None or layer is None or target not in lora.layers:
         return None
     weights, scale = lora.layers[target], np.float32(lora.scale[target])
-    a = np.asarray(weights["a"][layer], np.float32)
     b = np.asarray(weights[name][layer], np.float32)
     rank = b.shape[-1]
-    a, b = a.reshape(rank, -1), b.reshape(-1, rank)
-    columns = a.shape[1]
+    a = np.asarray(weights["a"][layer], np.float32).reshape(rank, -1)
+    b, columns = b.reshape(-1, rank), a.shape[1]
 
     def update(start: int, values: np.ndarray) -> np.ndarray:
         rows = slice(start // columns, (start + values.size) // columns)

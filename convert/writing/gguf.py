@@ -21,11 +21,10 @@ from convert.files.safetensors_writer import Entry
 from convert.layouts.hf_tokenizer import CHAT_TEMPLATES, PREFIX, token_names
 from convert.layouts.names import INV_FREQ
 from convert.loading.folder import Folder
-from convert.writing.destination import new_model_file
+from convert.writing.destination import new_destination
 from convert.writing.floats import Progress
 from convert.writing.pytorch import plan_export
 from glm2_jax.choices import GGUF_TYPES
-from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.lora import LoRA
 from glm2_jax.text.prompt import stop_ids
@@ -40,11 +39,7 @@ _NOTHING = np.float32(1e-30)
 
 
 def require_gguf() -> types.ModuleType:
-    """Return the package gguf.
-
-    Raises:
-        UsageError: it is not installed.
-    """
+    """Return the package gguf, or raise a UsageError that says how to install it."""
     try:
         import gguf
     except ImportError as error:
@@ -62,7 +57,7 @@ class Tensor:
 
     name: str
     kind: Any  # a `gguf.GGMLQuantizationType`: F32, F16 or Q8_0
-    source: Entry  # its shape and its elements in float32, whole rows at a time
+    source: Entry  # its shape and its elements in float32, complete rows at a time
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +72,7 @@ class Tensor:
             yield stored.reshape(-1).view(np.uint8).data
 
     def _encode(self, values: np.ndarray) -> np.ndarray:
-        """Return [n] float32, whole rows, as the file holds them."""
+        """Return [n] float32, complete rows, as the file holds them."""
         if self.kind.name == "F32":
             return values
         sizes = np.abs(values)
@@ -88,47 +83,21 @@ class Tensor:
                 "It would become infinite.",
                 "" if self.source.shape[-1] % _BLOCK else "Use --type q8_0: its range is larger.",
             )
-        if self.kind.name == "Q8_0":
-            kept = np.where(sizes < _NOTHING, np.float32(0), values)
-            rows = kept.reshape(-1, self.source.shape[-1])  # it takes 16 at a time: not too short
-            return require_gguf().quants.quantize(rows, self.kind)
-        return values.astype(np.float16)
+        if self.kind.name == "F16":
+            return values.astype(np.float16)
+        rows = np.where(sizes < _NOTHING, np.float32(0), values)
+        rows = rows.reshape(-1, self.source.shape[-1])  # it takes 16 at a time: not too short
+        return require_gguf().quants.quantize(rows, self.kind)
 
 
 def gguf_tensors(source: Folder, kind: str, lora: LoRA | None = None) -> list[Tensor]:
-    """Return the tensors of the file, in the order of the source's files.
+    """Return the tensors of the file, in the order of the source's files; see `export_gguf`.
 
-    Args:
-        source: an opened folder.
-        kind: one of `glm2_jax.choices.GGUF_TYPES`, for the matrices. Rows that are not a multiple
-            of 32 stay f16.
-        lora: an adapter to merge.
-
-    Raises:
-        UsageError: an unknown kind, or a model that llama.cpp does not compute.
+    Rows that are not a multiple of 32 stay f16.
     """
     if kind not in GGUF_TYPES:
         raise UsageError(f"unknown type {kind!r}.", f"Known: {', '.join(GGUF_TYPES)}.")
     config = source.config
-    _check_model(config)
-    gguf = require_gguf()
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.CHATGLM, config.num_layers)
-    kinds = gguf.GGMLQuantizationType
-
-    def tensor(entry: Entry) -> Tensor:
-        name = entry.name.removeprefix("transformer.")
-        stored = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        if len(entry.shape) == 1:
-            return Tensor(stored, kinds.F32, entry)
-        blocks = kind == "q8_0" and entry.shape[-1] % _BLOCK == 0
-        return Tensor(stored, kinds.Q8_0 if blocks else kinds.F16, entry)
-
-    entries = plan_export(source, "chatglm", "float32", lora, dequantize=True).entries
-    return [tensor(entry) for entry in entries if entry.name != INV_FREQ]
-
-
-def _check_model(config: GLMConfig) -> None:
-    """Refuse what llama.cpp's chatglm does not compute."""
     if config.logn_scaling:
         raise UsageError(
             "A model with logn_scaling cannot be written as GGUF.",
@@ -141,6 +110,18 @@ def _check_model(config: GLMConfig) -> None:
             f"{config.hidden_size} cannot be written as GGUF.",
             "llama.cpp expects the two to be equal, as in every published model.",
         )
+    gguf = require_gguf()
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.CHATGLM, config.num_layers)
+    kinds, tensors = gguf.GGMLQuantizationType, []
+    for entry in plan_export(source, "chatglm", "float32", lora, dequantize=True).entries:
+        if entry.name == INV_FREQ:
+            continue
+        name = entry.name.removeprefix("transformer.")
+        blocks = kind == "q8_0" and entry.shape[-1] % _BLOCK == 0
+        matrix = kinds.Q8_0 if blocks else kinds.F16
+        stored = kinds.F32 if len(entry.shape) == 1 else matrix
+        tensors.append(Tensor(known.get_name(name, (".weight", ".bias")), stored, entry))
+    return tensors
 
 
 def _add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabulary") -> None:
@@ -192,7 +173,7 @@ def _add_metadata(writer: Any, source: Folder, kind: str, vocabulary: "Vocabular
 
 
 class Vocabulary(NamedTuple):
-    """Return the text of each id, by id."""
+    """What the file says of each id, by id."""
 
     texts: Sequence[str]  # unique
     scores: Sequence[float]  # the larger, the sooner two neighbors become this piece
@@ -265,32 +246,24 @@ def export_gguf(
     gguf = require_gguf()
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.CHATGLM])
     _add_metadata(writer, source, kind, vocabulary)
-    for tensor in tensors:
-        elements = tensor.source
-        writer.add_tensor_info(
-            tensor.name, elements.shape, elements.dtype, tensor.nbytes, raw_dtype=tensor.kind
-        )
-    # Of each id the length and the text, the score and the type; and the tensors.
-    needed = sum(8 + len(text.encode()) + 4 + 4 for text in vocabulary.texts)
-    needed += sum(tensor.nbytes for tensor in tensors)
-    with new_model_file(destination, needed=needed) as path:
+    for x in tensors:
+        shape, dtype = x.source.shape, x.source.dtype
+        writer.add_tensor_info(x.name, shape, dtype, x.nbytes, raw_dtype=x.kind)
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    # Of each id the length and the text, the score and the type.
+    words = sum(8 + len(text.encode()) + 4 + 4 for text in vocabulary.texts)
+    with new_destination(destination, needed=total + words, file=True) as path:
         with contextlib.closing(writer):
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-        _append(path, writer, tensors, progress)
-
-
-def _append(path: Path, writer: Any, tensors: Sequence[Tensor], progress: Progress) -> None:
-    """Append the elements to the header. The package itself needs each tensor in memory."""
-    total, done = sum(tensor.nbytes for tensor in tensors), 0
-    with path.open("ab") as file:
-        writer.write_padding(file, file.tell())
-        for tensor in tensors:
-            for data in tensor.byte_chunks():
-                file.write(data)
-                done += len(data)
-                progress(done, total)
-            writer.write_padding(file, tensor.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+        with path.open("ab") as file:  # the package itself would need each tensor in memory
+            writer.write_padding(file, file.tell())
+            for tensor in tensors:
+                for data in tensor.byte_chunks():
+                    file.write(data)
+                    done += len(data)
+                    progress(done, total)
+                writer.write_padding(file, tensor.nbytes)
+            file.flush()
+            os.fsync(file.fileno())

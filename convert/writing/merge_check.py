@@ -23,6 +23,7 @@ from convert.adapters.adapter import Adapter
 from convert.adapters.attach import attach
 from convert.loading.checkpoint import Checkpoint, Progress, load_checkpoint
 from convert.loading.folder import Folder
+from convert.writing.floats import float_dtype
 from glm2_jax import compiler_options, forward
 from glm2_jax.errors import CheckpointError, DeviceError
 from glm2_jax.runtime.devices import find_device
@@ -64,12 +65,18 @@ class MergeCheck:
         progress: Progress = lambda done, total: None,
     ):
         self.base, self.dtype, self.device = base, dtype, device
+        needed, available = base.config.num_params * float_dtype(dtype).itemsize, available_memory()
+        if find_device(device).platform == "cpu" and needed > available:
+            raise DeviceError(
+                "There is not enough memory to compute logits with this model.",
+                f"{needed} bytes are needed and {available} are available.",
+                "Use a smaller --dtype, or --skip-check to merge without comparing.",
+            )
         prompts = [build_prompt(base.tokenizer, base.template, text) for text in PROMPTS]
         length = max(map(len, prompts))
         self.tokens = np.array([ids + [0] * (length - len(ids)) for ids in prompts], np.int32)
         self.segments = (np.arange(length) < [[len(ids)] for ids in prompts]).astype(np.int32)
-        self._require_memory()
-        plain = self._load(base.path, progress, rope_kind=base.config.rope_kind)
+        plain = self._load(base.path, progress, base.config.rope_kind)
         self.expected = self._logits(attach(plain, adapter))
         self.effect = float(np.abs(self.expected - self._logits(plain)).max())
 
@@ -92,19 +99,10 @@ class MergeCheck:
             )
         return found
 
-    def _load(
-        self, folder: Path, progress: Progress, *, rope_kind: str | None = None
-    ) -> Checkpoint:
-        return load_checkpoint(
-            folder,
-            dtype=self.dtype,
-            quantize="none",
-            rope_kind=rope_kind,
-            template=self.base.template,
-            family=self.base.config.family,
-            device=self.device,
-            progress=progress,
-        )
+    def _load(self, folder: Path, progress: Progress, rope_kind: str | None = None) -> Checkpoint:
+        form = {"template": self.base.template, "family": self.base.config.family}
+        where = {"dtype": self.dtype, "device": self.device, "progress": progress}
+        return load_checkpoint(folder, quantize="none", rope_kind=rope_kind, **form, **where)
 
     def _logits(self, checkpoint: Checkpoint) -> np.ndarray:
         """Return float32 [tokens of all prompts, V]."""
@@ -116,16 +114,6 @@ class MergeCheck:
             segment_ids=jnp.asarray(self.segments),
         )
         return np.asarray(logits)[self.segments == 1]
-
-    def _require_memory(self) -> None:
-        needed = self.base.config.num_params * (4 if self.dtype == "float32" else 2)
-        available = available_memory()
-        if find_device(self.device).platform == "cpu" and needed > available:
-            raise DeviceError(
-                "There is not enough memory to compute logits with this model.",
-                f"{needed} bytes are needed and {available} are available.",
-                "Use a smaller --dtype, or --skip-check to merge without comparing.",
-            )
 
 
 @functools.cache

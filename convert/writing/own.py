@@ -5,9 +5,9 @@ that a folder of any size is written and read in chunks.
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from jax.experimental import multihost_utils
 from convert.adapters.adapter import Adapter
 from convert.files.manifest import MANIFEST, Manifest
 from convert.files.safetensors_writer import Entry, write_file, write_shards
-from convert.layouts.names import PARTS, Part, own_name
+from convert.layouts.names import OWN, PARTS, own_name
 from convert.layouts.tokens import TOKENIZER_CONFIG, tokenizer_config
 from convert.loading.folder import Folder, check_fit, target_scheme
 from convert.loading.values import CHUNK_ELEMENTS, all_finite, cast
-from convert.writing.destination import new_checkpoint
-from convert.writing.floats import Plan, Progress, float_dtype, float_entry, quantized_entries
+from convert.writing.destination import new_destination
+from convert.writing.floats import Plan, Progress, float_dtype, plan_tensors
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.quant import QTensor
@@ -74,19 +74,15 @@ def save_checkpoint(
     used = template or config.default_template
     check_fit(config, tokenizer, used, asked=template is not None)
     kind = float_dtype(dtype or np.dtype(params["final_norm"].dtype).name)
-    entries = list(_array_entries(config, params, kind))
-    manifest = Manifest(
-        source=source, dtype=kind.name, rope_kind=config.rope_kind, template=used, files={}
-    )
+    plan = Plan(kind, None, list(_array_entries(config, params, kind)))
+    manifest = Manifest(source, kind.name, config.rope_kind, used, {})
     if jax.process_index() > 0:
-        for entry in entries:
+        for entry in plan.entries:
             for _ in entry.chunks():  # gives the first process what it needs
                 pass
     else:
-        _write(
-            folder, config, tokenizer, Plan(kind, None, entries), manifest,
-            overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
-        )  # fmt: skip
+        write = partial(_write, max_shard_size=max_shard_size, progress=progress)
+        write(folder, config, tokenizer, plan, manifest, overwrite=overwrite)
     multihost_utils.sync_global_devices(f"saved {folder}")
     return manifest
 
@@ -104,19 +100,14 @@ def convert_folder(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress = lambda done, total: None,
 ) -> Manifest:
-    """Write an opened folder in our own format, chunk by chunk.
+    """Write an opened folder in our own format, chunk by chunk; errors as of `save_checkpoint`.
 
     Args:
-        source: an opened folder.
-        destination: the new folder.
+        source, destination, overwrite, max_shard_size, progress: as in `save_checkpoint`.
         dtype: the type of what is not quantized; None keeps the stored type.
-        quantize: as in `convert.load_checkpoint`.
-        quantize_embeddings: as in `convert.load_checkpoint`.
+        quantize, quantize_embeddings: as in `convert.load_checkpoint`.
         adapter: merged in float32, before the cast; not into weights that are written quantized.
         check: called with the complete folder before it gets its name; raises to refuse it.
-        overwrite: as in `save_checkpoint`, and so are the rest and the errors.
-        max_shard_size: bytes of one weight file.
-        progress: called with the bytes written and to write.
     """
     plan = plan_conversion(source, dtype, quantize, quantize_embeddings, adapter)
     origin = str(source.path) if adapter is None else f"{source.path} + {adapter.source}"
@@ -142,7 +133,6 @@ def plan_conversion(
     adapter: Adapter | None = None,
 ) -> Plan:
     """Return what `convert_folder` writes; it has the same arguments and errors."""
-    kind = float_dtype(dtype or source.float_dtype)
     scheme = target_scheme(source, quantize, quantize_embeddings)
     if adapter is not None and scheme is not None:
         raise UsageError(
@@ -150,18 +140,8 @@ def plan_conversion(
             "They would be rounded once more, which can lose what the adapter adds.",
             'Use --dequantize (quantize="none"), or merge into the original weights.',
         )
-    lora = None if adapter is None else adapter.lora
-    entries: list[Entry] = []
-    for match in source.matches:
-        for part, start, stop in match.rule.ranges(source.config):
-            name, places = own_name(part.path, match.layer), [(part, (match, start, stop))]
-            if scheme is not None and part.quantized(scheme):
-                entries += quantized_entries(
-                    source, name, part, places, scheme, np.dtype(np.float32)
-                )
-            else:
-                entries.append(float_entry(source, name, part, places, kind, lora))
-    return Plan(kind, scheme, entries)
+    kind, lora = float_dtype(dtype or source.float_dtype), adapter and adapter.lora
+    return plan_tensors(source, OWN, kind, scheme, np.dtype(np.float32), lora)
 
 
 def _write(
@@ -177,9 +157,8 @@ def _write(
     max_shard_size: int,
     progress: Progress,
 ) -> Manifest:
-    with new_checkpoint(
-        destination, overwrite=overwrite, source=source, needed=plan.nbytes
-    ) as temporary:
+    new = new_destination(destination, needed=plan.nbytes, overwrite=overwrite, source=source)
+    with new as temporary:
         for name, data in small_files(config.to_hf(), tokenizer).items():
             manifest.files[name] = write_file(temporary / name, data)
         manifest.files.update(write_shards(temporary, plan.entries, max_shard_size, progress))
@@ -191,9 +170,7 @@ def _write(
 def small_files(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
     """Return name -> content of all files but the weights, of our own and of official folders.
 
-    Args:
-        config: the keys of config.json.
-        tokenizer: a tokenizer_config.json is written only where its tokens are not as published.
+    A tokenizer_config.json is written only where the tokens are not as published.
     """
     ends = list(dict.fromkeys((config["eos_token_id"], *tokenizer.end_ids)))
     config = {**config, "eos_token_id": ends if ends[1:] else ends[0]}
@@ -219,33 +196,26 @@ def _array_entries(
             'Load the model with quantize="none" and layers="stacked".',
         )
     for part in PARTS:
-        array: Any = params
-        for key in part.path:
-            array = array[key]
-        layers = range(config.num_layers) if part.path[0] == "layers" else (None,)
+        array: Any = (stacked if part.in_layers else params)[part.path[-1]]
         shape = part.shape(config)
-        expected = shape if layers[0] is None else (config.num_layers, *shape)
+        expected = (config.num_layers, *shape) if part.in_layers else shape
         if tuple(array.shape) != expected:
             raise CheckpointError(
                 f"The parameter {'.'.join(part.path)} has the shape {tuple(array.shape)}.",
                 f"The configuration says {expected}.",
             )
-        for layer in layers:
-            yield _array_entry(array, part, layer, shape, dtype)
+        for layer in range(config.num_layers) if part.in_layers else (None,):
+            name = own_name(part.path, layer)
+            yield Entry(name, shape, dtype, partial(_array_chunks, array, layer, dtype, name))
 
 
-def _array_entry(
-    array: Any, part: Part, layer: int | None, shape: tuple[int, ...], dtype: np.dtype
-) -> Entry:
-    """Return one layer of an array; it comes to the host only when it is its turn."""
-    name = own_name(part.path, layer)
-
-    def chunks() -> Iterator[np.ndarray]:
-        flat = gathered(array, layer).reshape(-1)
-        for begin in range(0, math.prod(shape), CHUNK_ELEMENTS):
-            result = cast(flat[begin : begin + CHUNK_ELEMENTS], dtype, name)
-            if not all_finite(result):
-                raise CheckpointError(f"{name} holds NaN or infinity.")
-            yield result
-
-    return Entry(name, shape, dtype, chunks)
+def _array_chunks(
+    array: Any, layer: int | None, dtype: np.dtype, name: str
+) -> Iterator[np.ndarray]:
+    """Yield one layer of an array; it comes to the host only when it is its turn."""
+    flat = gathered(array, layer).reshape(-1)
+    for begin in range(0, flat.size, CHUNK_ELEMENTS):
+        result = cast(flat[begin : begin + CHUNK_ELEMENTS], dtype, name)
+        if not all_finite(result):
+            raise CheckpointError(f"{name} holds NaN or infinity.")
+        yield result

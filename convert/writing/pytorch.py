@@ -14,8 +14,8 @@ from convert.layouts.hf_config import generation_config, native_config
 from convert.layouts.hf_tokenizer import tokenizer_files
 from convert.layouts.names import GLM, INV_FREQ, PUBLISHED
 from convert.loading.folder import OFFICIAL_SCHEMES, Folder
-from convert.writing.destination import new_checkpoint
-from convert.writing.floats import Plan, Progress, float_dtype, float_entry, quantized_entries
+from convert.writing.destination import new_destination
+from convert.writing.floats import Plan, Progress, float_dtype, plan_tensors
 from convert.writing.own import DEFAULT_SHARD_SIZE, json_file, small_files
 from glm2_jax.choices import LAYOUTS
 from glm2_jax.config import GLMConfig
@@ -68,7 +68,7 @@ def export_folder(
     plan = plan_export(source, layout, dtype, lora, dequantize)
     files = _small_files(source, layout, plan)
     needed = plan.nbytes + sum(map(len, files.values()))
-    with new_checkpoint(destination, needed=needed, source=source.path) as temporary:
+    with new_destination(destination, needed=needed, source=source.path) as temporary:
         for name, data in files.items():
             write_file(temporary / name, data)
         write_shards(temporary, plan.entries, max_shard_size, progress, framework="pt")
@@ -89,23 +89,10 @@ def plan_export(
     scheme = source.scheme if same_form and lora is None and not dequantize else None
     scale_dtype = kind if scheme is None else _scale_dtype(source, kind)
     rules = {"glm": GLM, "chatglm": PUBLISHED}[layout]
-    rule_of = {part.path: rule for rule in rules for part in rule.parts}
-    stored = {
-        (part.path, match.layer): (match, start, stop)
-        for match in source.matches
-        for part, start, stop in match.rule.ranges(source.config)
-    }
-    entries: list[Entry] = []
-    for rule, layer in dict.fromkeys((rule_of[path], layer) for path, layer in stored):
-        name = rule.full_name(layer)
-        places = [(part, stored[part.path, layer]) for part in rule.parts]
-        if scheme is not None and rule.quantized(scheme):
-            entries += quantized_entries(source, name, rule, places, scheme, scale_dtype)
-        else:
-            entries.append(float_entry(source, name, rule, places, kind, lora))
+    plan = plan_tensors(source, rules, kind, scheme, scale_dtype, lora)
     if layout == "chatglm":
-        entries.insert(1, frequencies(source.config, kind))
-    return Plan(kind, scheme, entries)
+        plan.entries.insert(1, _frequencies(source.config, kind))
+    return plan
 
 
 def _scale_dtype(source: Folder, dtype: np.dtype) -> np.dtype:
@@ -121,7 +108,7 @@ def _scale_dtype(source: Folder, dtype: np.dtype) -> np.dtype:
     return dtype
 
 
-def frequencies(config: GLMConfig, dtype: np.dtype) -> Entry:
+def _frequencies(config: GLMConfig, dtype: np.dtype) -> Entry:
     """Return the buffer of the official files that no code reads, computed step by step in the
     type of the weights, as the published class does."""
     rotated = config.head_dim // 2

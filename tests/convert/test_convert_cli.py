@@ -255,7 +255,7 @@ def test_from_pytorch(tmp_path, capsys):
     assert exit_code(from_pytorch.main, *argv) == 0
     output = capsys.readouterr()
     assert output.out == f"{target}\n"
-    assert "were stored in bfloat16; written as float32" in output.err
+    assert "are stored in bfloat16; written as float32" in output.err
     assert "verified: " in output.err
     assert verify_checkpoint(target).source == str(source)
     for extra in ([], ["--dry-run"]):

@@ -109,7 +109,7 @@ def test_shards_are_those_of_the_published_folder():
         (["--config", "{config}", "--seed", "-1"], 2, "got -1"),
         (["--config", "{config}", "--tokenizer", "{config}"], 4, "SentencePiece"),
         (["--config", "{config}", "--tokenizer", "nowhere"], 4, "nowhere"),
-        (["--config", "{small}"], 4, "has room for 500"),
+        (["--config", "{small}"], 4, "the model has 500"),
     ],
 )
 def test_errors(tmp_path, capsys, config_file, tokenizer, argv, code, message):

@@ -84,8 +84,7 @@ def test_an_interruption_leaves_nothing(command, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("convert.files.safetensors_writer.HashingFile.write", stop)
-    if command == "to_gguf":
-        monkeypatch.setattr("convert.writing.gguf._append", stop)
+    monkeypatch.setattr("convert.writing.gguf.Tensor.byte_chunks", stop)
     assert run(command) == 130
     assert names(tmp_path) == READ
 

@@ -294,7 +294,7 @@ def test_the_command(tmp_path, capsys):
     assert "query_key_value, dense" in err
     assert "2 tensors stay f16" in err and "have 51 (ffn_down)" in err
     assert run(source, tmp_path / "c.gguf", "--type", "f16") == 0
-    assert "stored in bfloat16; written as f16" in capsys.readouterr().err
+    assert "stored in bfloat16; written as float16" in capsys.readouterr().err
     assert run(source, tmp_path / "d.gguf") == 2  # no type
     with pytest.raises(UsageError, match="unknown type"):
         export_gguf(open_folder(source), tmp_path / "d.gguf", kind="q4_0")
@@ -308,7 +308,7 @@ def test_a_destination_that_is_taken(tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
     assert (tmp_path / "b.gguf").read_text() == "kept"
     assert run(source, f"{tmp_path}/new/", "--type", "f16") == 2
-    assert "is the name of a folder" in capsys.readouterr().err
+    assert "new/ is a folder" in capsys.readouterr().err
     assert run(source, tmp_path / "b.gguf" / "c", "--type", "f16") == 3
     assert names(tmp_path) == ["a", "b.gguf"]
 

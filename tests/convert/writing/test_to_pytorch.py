@@ -175,7 +175,7 @@ def test_the_command(tmp_path, capsys):
     convert_folder(open_folder(source), tmp_path / "own", quantize="int8")
     assert run(tmp_path / "own", tmp_path / "c", "--layout", "chatglm", "--dequantize") == 0
     out, err = capsys.readouterr()
-    assert "stored in int8; they are written dequantized, in float16" in err
+    assert "stored in int8, the rest float16; dequantized and written as float16" in err
     assert open_folder(tmp_path / "c").stored_dtype == "float16"
 
 

@@ -116,7 +116,7 @@ def test_what_has_no_such_form_is_dequantized(tmp_path, capsys, scheme, wide, fl
     assert run(tmp_path / "own", tmp_path / "b", "--layout", "chatglm", *flags) == 0
     err = capsys.readouterr().err
     stored = f"{scheme}+embeddings" if wide else scheme
-    assert f"stored in {stored}; they are written dequantized, in float32" in err
+    assert f"stored in {stored}, the rest float32; dequantized and written as float32" in err
     new = open_folder(tmp_path / "b")
     assert new.scheme is None and new.stored_dtype == "float32"
     raw = json.loads((tmp_path / "b/config.json").read_text())
