@@ -17,8 +17,17 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from convert.adapters.layouts import LAYOUTS, Layout, Module
-from convert.adapters.tensors import Shape, Written, check_finite, join_tensors, split_lora
+from convert.adapters.tensors import (
+    LAYOUTS,
+    Layout,
+    Place,
+    Shape,
+    check_finite,
+    join_tensors,
+    on_host,
+    split_arrays,
+    used_ranks,
+)
 from convert.files.safetensors_writer import write_file
 from convert.files.shards import read_json, read_weight_file
 from convert.files.tensor import reading
@@ -37,33 +46,20 @@ _AGAIN = "Copy the adapter again from where it was trained, or train it again."
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter and what it belongs to.
-
-    Attributes:
-        lora: its arrays.
-        rslora: whether its scale is alpha / sqrt(rank).
-        base: fingerprint of the model it was trained on (see
-            `convert.loading.folder.fingerprint`); None = not known.
-        template: prompt template it was trained with; None = not known.
-        extra: what else is to be kept, as JSON values.
-        source: the folder that it came from.
-        digest: sha256 of its stored arrays.
-        layout: the names of the matrices in its folder; see `save_adapter`.
-        shape: what its folder consists of, if `lora` was read apart for training; it is written
-            as it was, and only `Shape.effective` turns `lora` into the adapter.
-        notes: lines for the user.
-    """
+    """An adapter and what it belongs to."""
 
     lora: LoRA
-    rslora: bool = False
-    base: str | None = None
-    template: str | None = None
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    source: str = ""
-    digest: str = ""
-    layout: str = "chatglm"
+    rslora: bool = False  # whether its scale is alpha / sqrt(rank)
+    base: str | None = None  # fingerprint of the model it was trained on; None = not known
+    template: str | None = None  # prompt template it was trained with; None = not known
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what else to keep: JSON
+    source: str = ""  # the folder that it came from
+    digest: str = ""  # sha256 of its stored arrays
+    layout: str = "chatglm"  # the names of the matrices in its folder; see `save_adapter`
+    # What its folder consists of, if `lora` was read apart for training: it is written as it was,
+    # and only `Shape.effective` turns `lora` into the adapter.
     shape: Shape | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # lines for the user
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -81,8 +77,8 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
     Args:
         folder: created if it does not exist.
         adapter: `source`, `digest` and `notes` are not written.
-        layout: the names of the matrices: "chatglm", the published ones, or "glm", those of
-            `GlmForCausalLM`; see `split_lora`. None = those of its shape, or the published ones.
+        layout: the names of the matrices, one of `LAYOUTS`; None = those of its shape, or the
+            published ones.
 
     Raises:
         UsageError: a URL, an unknown layout.
@@ -105,19 +101,19 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "extra": dict(adapter.extra),
     }
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "lora_dropout": adapter.lora.dropout,
+        **selection,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": None,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "modules_to_save": None,
-            "lora_dropout": adapter.lora.dropout,
-            **selection,
-        }
         _replace(folder, {WEIGHTS: weights, CONFIG: _json(config), EXTRAS: _json(extras)})
         fsync(folder)
     except OSError as error:
@@ -152,12 +148,26 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
                 "An adapter is a folder with a configuration and weights.",
                 "Give the folder that holds adapter_config.json.",
             )
-        peft = read_peft_config(folder)
-        path, left_out = _find_weights(folder)
+        peft, notes = read_peft_config(folder), []
+        found = [name for name in _FILES if os.path.lexists(folder / name)]
+        if not found:
+            raise CheckpointError(
+                f"The adapter {folder} has no weights: {WEIGHTS} is missing.",
+                f"{CONFIG} only describes them.",
+                _AGAIN,
+            )
+        if found[1:]:
+            notes.append(f"the adapter is read from {found[0]}; left out: {', '.join(found[1:])}")
+        path = folder / found[0]
         tensors = read_weight_file(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        extras, notes = _read_extras(folder, digest, peft.base)
+        extras = _read_extras(folder, digest)
+        if extras is None:
+            named = f"; its {CONFIG} names the base {shorten(peft.base)}" if peft.base else ""
+            what = "the base model and template it belongs to are not known"
+            notes.append(f"the adapter has no {EXTRAS}: {what}{named}")
         lora, shape = join_tensors(path, tensors, config, peft, apart=apart)
+    extras = extras or {}
     return Adapter(
         lora=lora,
         rslora=peft.rslora,
@@ -168,7 +178,7 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
         digest=digest,
         layout=shape.layout.name,
         shape=shape if apart else None,
-        notes=(*left_out, *notes),
+        notes=tuple(notes),
     )
 
 
@@ -177,45 +187,42 @@ def stored_tensors(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors of an adapter's folder by their names in the model, and the keys of its
     configuration that choose them; `layout` as in `save_adapter`."""
-    lora, shape = adapter.lora, adapter.shape
-    if shape is not None:
-        if layout in (None, shape.layout.name):
-            targets = {"target_modules": list(shape.layout.usual)}
-            return shape.tensors(lora), targets | dict(shape.selection)
-        lora = shape.effective(lora)
+    shape, lora = adapter.shape, adapter.lora
+    if shape is not None and layout in (None, shape.layout.name):
+        targets = {"target_modules": list(shape.layout.usual)} | dict(shape.selection)
+        return split_arrays(on_host(lora), shape.layout, shape.ranks), targets
     known = LAYOUTS[layout or "chatglm"]
-    tensors, modules = split_lora(lora, known)
-    return tensors, _selection(adapter, modules, known)
+    arrays = on_host(lora if shape is None else shape.effective(lora))
+    ranks = used_ranks(arrays, known)
+    return split_arrays(arrays, known, ranks), _selection(adapter, known, ranks)
 
 
 def _selection(
-    adapter: Adapter, modules: Mapping[Module, Written], layout: Layout
+    adapter: Adapter, layout: Layout, ranks: Mapping[Place, np.ndarray]
 ) -> dict[str, Any]:
-    """Return the keys that choose `modules`, with the rank and the alpha of each.
+    """Return the keys that choose the matrices, with the rank and the alpha of each.
 
     For PEFT of any version: keys that came later are written only where they are needed.
     """
     num_layers = len(next(iter(adapter.lora.layers.values()))["a"])
-    targets, ranks, alphas = [], {}, {}
-    for module, (rank, layers) in modules.items():
-        in_all = len(layers) == num_layers
-        targets += [module.name] if in_all else [layout.full_name((module, x)) for x in layers]
-        ranks[module.name] = rank
-        alphas[module.name] = _alpha(adapter.lora.scale[module.target], rank, adapter.rslora)
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    targets, sizes, alphas = [], {}, {}
+    for module in dict.fromkeys(module for module, _ in ranks):
+        places = [place for place in ranks if place[0] == module]
+        in_all = len(places) == num_layers
+        targets += [module.name] if in_all else map(layout.full_name, places)
+        size = sizes[module.name] = int(ranks[places[0]].sum())
+        # The inverse of `glm2_jax.lora.scale_of`.
+        scale = adapter.lora.scale[module.target]
+        alpha = round(scale * (math.sqrt(size) if adapter.rslora else size), 9)
+        alphas[module.name] = int(alpha) if alpha == int(alpha) else alpha
+    rank, alpha = next(iter(sizes.values())), next(iter(alphas.values()))
     others = {
-        "rank_pattern": {name: found for name, found in ranks.items() if found != rank},
+        "rank_pattern": {name: found for name, found in sizes.items() if found != rank},
         "alpha_pattern": {name: found for name, found in alphas.items() if found != alpha},
         "use_rslora": adapter.rslora,
     }
     needed = {key: value for key, value in others.items() if value}
     return {"target_modules": targets, "r": rank, "lora_alpha": alpha, **needed}
-
-
-def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    """Return the inverse of `glm2_jax.lora.scale_of`."""
-    alpha = round(scale * (math.sqrt(rank) if rslora else rank), 9)
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 @contextlib.contextmanager
@@ -229,26 +236,11 @@ def _not_downloaded() -> Iterator[None]:
         raise CheckpointError(error.what, error.why.splitlines(), _AGAIN) from error
 
 
-def _find_weights(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return the weights that PEFT takes, too; and a note if there are others."""
-    found = [name for name in _FILES if os.path.lexists(folder / name)]
-    if not found:
-        raise CheckpointError(
-            f"The adapter {folder} has no weights: {WEIGHTS} is missing.",
-            f"{CONFIG} only describes them.",
-            _AGAIN,
-        )
-    line = f"the adapter is read from {found[0]}; left out: {', '.join(found[1:])}"
-    return folder / found[0], (line,) if found[1:] else ()
-
-
-def _read_extras(folder: Path, digest: str, base: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return what `EXTRAS` says of the adapter, and notes for the user."""
+def _read_extras(folder: Path, digest: str) -> dict[str, Any] | None:
+    """Return what `EXTRAS` says of the adapter whose weights have that sha256; None without it."""
     path = folder / EXTRAS
-    unknown = "the base model and template it belongs to are not known"
     if not os.path.lexists(path):
-        named = f"; its {CONFIG} names the base {shorten(base)}" if base else ""
-        return {}, (f"the adapter has no {EXTRAS}: {unknown}{named}",)
+        return None
     extras = read_json(path)
     if extras.get("format") != _FORMAT:
         raise CheckpointError(
@@ -262,14 +254,15 @@ def _read_extras(folder: Path, digest: str, base: Any) -> tuple[dict[str, Any], 
             "They were damaged, or changed by another tool.",
             f"{_AGAIN} Or remove {EXTRAS}: then the base model is not checked.",
         )
-    for key, kind in (("base_fingerprint", str | None), ("template", str | None), ("extra", dict)):
-        if not isinstance(extras.get(key, {} if key == "extra" else None), kind):
+    kinds = {"base_fingerprint": str | None, "template": str | None, "extra": dict}
+    for key in kinds.keys() & extras.keys():
+        if not isinstance(extras[key], kinds[key]):
             raise CheckpointError(
                 f"{path}: {key} = {shorten(extras[key])} is damaged.",
                 "The file was changed after it was written.",
                 _AGAIN,
             )
-    return extras, ()
+    return extras
 
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -46,39 +46,28 @@ def open_adapter(
     """
     folder = open_folder(base, rope_kind=rope_kind, template=template, family=family)
     found = load_adapter(adapter, folder.config, apart=apart)
-    differences = []
     other = None if family is not None else _other_family(found, folder, rope_kind)
+    differences = []
     if other is not None:
-        differences.append(
-            CheckpointError(
-                f"The adapter {found.source} was trained on a {other} model.",
-                f"{folder.path} is opened as {folder.config.family}, whose prompts differ.",
-                f"Use --family {other} (family={other!r}) if the model is a {other} model; "
-                "otherwise give the model that the adapter was trained on. --force-adapter "
-                "(force_adapter=True) skips this check.",
-            )
-        )
+        what = f"The adapter {found.source} was trained on a {other} model."
+        why = f"{folder.path} is opened as {folder.config.family}, whose prompts differ."
+        fix = f"Use --family {other} (family={other!r}) if the model is a {other} model; otherwise "
+        fix += "give the model that the adapter was trained on, or use"
+        differences.append((what, why, fix))
     elif found.base not in (None, fingerprint(folder)):
-        differences.append(
-            CheckpointError(
-                f"The adapter {found.source} was trained on another base model than {folder.path}.",
-                f"Its base model has the fingerprint {found.base[:16]}, "
-                f"this model {fingerprint(folder)[:16]}.",
-                "Give the model that it was trained on. If this model has the same weights in "
-                "another layout or dtype, use --force-adapter (force_adapter=True).",
-            )
-        )
+        what = f"The adapter {found.source} was trained on another base model than {folder.path}."
+        why = f"Its base model has the fingerprint {found.base[:16]}, this model "
+        fix = "Give the model that it was trained on. If this model has the same weights in "
+        fix += "another layout or dtype, use"
+        differences.append((what, f"{why}{fingerprint(folder)[:16]}.", fix))
     if found.template not in (None, folder.template):
-        differences.append(
-            CheckpointError(
-                f"The adapter {found.source} was trained with another prompt template.",
-                f"Its template is {found.template!r}; the model's is {folder.template!r}.",
-                f"Use --template {found.template}, or --force-adapter (force_adapter=True).",
-            )
-        )
+        what = f"The adapter {found.source} was trained with another prompt template."
+        why = f"Its template is {found.template!r}; the model's is {folder.template!r}."
+        differences.append((what, why, f"Use --template {found.template}, or"))
     if differences and not force:
-        raise differences[0]
-    forced = tuple(f"forced: {error.what} {error.why}" for error in differences)
+        what, why, fix = differences[0]
+        raise CheckpointError(what, why, f"{fix} --force-adapter (force_adapter=True).")
+    forced = tuple(f"forced: {what} {why}" for what, why, _ in differences)
     return dataclasses.replace(found, notes=(*found.notes, *forced))
 
 

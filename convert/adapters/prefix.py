@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -27,8 +27,8 @@ from glm2_jax.prefix import Prefix, with_prefix
 
 _ENCODER = "transformer.prefix_encoder."
 _START = re.compile(r"(?:transformer\.)?(?:prefix_encoder\.)?")
-_EMBEDDING = "embedding.weight"
-_PROJECTION = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
+_EMBEDDING: str = "embedding.weight"
+_PROJECTION: Sequence[str] = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 # The norms square what attention makes of a value and sum over its width, in float32. Where that
 # overflows they give 0, so that every logit is 0: finite, and meaningless. Far above any trained
 # number (float16 ends at 65504), far below the root of float32's largest.
@@ -43,21 +43,13 @@ Tensors = Mapping[str, StoredTensor]  # by their names within the encoder
 
 @dataclasses.dataclass(frozen=True)
 class FoundPrefix:
-    """A prefix and where it came from.
+    """A prefix and where it came from."""
 
-    Attributes:
-        k: float32 [L, P, K, H] keys.
-        v: float32 [L, P, K, H] values.
-        source: the folder.
-        digest: sha256 of the encoder's tensors.
-        notes: lines for the user.
-    """
-
-    k: np.ndarray
-    v: np.ndarray
-    source: str
-    digest: str
-    notes: tuple[str, ...] = ()
+    k: np.ndarray  # float32 [L, P, K, H] keys
+    v: np.ndarray  # float32 [L, P, K, H] values
+    source: str  # the folder
+    digest: str  # sha256 of the encoder's tensors
+    notes: tuple[str, ...] = ()  # lines for the user
 
     @property
     def length(self) -> int:
@@ -66,46 +58,27 @@ class FoundPrefix:
 
 
 def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
-    """Read a prefix for a model whose weights need not be loaded yet.
-
-    Args:
-        folder: holds `pytorch_model.bin` or safetensors of the prefix encoder.
-        config: the model.
-
-    Raises:
-        CheckpointError: it is not a prefix, damaged, or trained for another model.
-    """
+    """Read a prefix for a model whose weights need not be loaded yet; a CheckpointError says why it
+    is not a prefix, damaged, or of another model."""
     path, tensors, notes = _open(folder)
     _check_shapes(path, tensors, config)
     # [P, 2 L K H] -> [L, P, K, H], the keys of a layer before its values.
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
     encoded = _encode(path, tensors).reshape(-1, L, 2, K, H).swapaxes(0, 1)
-    return FoundPrefix(
-        k=np.ascontiguousarray(encoded[:, :, 0]),
-        v=np.ascontiguousarray(encoded[:, :, 1]),
-        source=str(path),
-        digest=_digest(tensors),
-        notes=tuple(f"prefix {path}: {note}" for note in notes),
-    )
+    k, v = (np.ascontiguousarray(encoded[:, :, which]) for which in (0, 1))
+    notes = tuple(f"prefix {path}: {note}" for note in notes)
+    return FoundPrefix(k, v, str(path), _digest(tensors), notes)
 
 
 def measure_prefix(folder: str | os.PathLike) -> int:
-    """Return P, the number of tokens, without reading the numbers.
-
-    Raises:
-        CheckpointError: it is not a prefix.
-    """
+    """Return P, the number of tokens, without reading the numbers."""
     path, tensors, _ = _open(folder)
     return _length(path, tensors)
 
 
 def attach_prefix(checkpoint: Checkpoint, found: FoundPrefix) -> Checkpoint:
     """Return the checkpoint with a prefix in its params (see `with_prefix`), in their type: another
-    model, with another fingerprint.
-
-    Raises:
-        CheckpointError: a number is too large for float16.
-    """
+    model, with another fingerprint. A CheckpointError names a number too large for float16."""
     dtype = checkpoint.params["final_norm"].dtype
     # As in the reference, which rounds what the encoder gives to the model's type.
     rounded = [cast(x, dtype, f"{found.source}: the prefix") for x in (found.k, found.v)]
@@ -124,35 +97,32 @@ def _open(folder: str | os.PathLike) -> tuple[Path, Tensors, tuple[str, ...]]:
     """Return the folder, the encoder's tensors, still unread, and notes."""
     path = Path(folder)
     with reading(path):
-        _check_folder(path)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"The prefix {path} is {'a file' if path.exists() else 'not found'}.",
+                "A prefix is a folder, such as the training's checkpoint-3000.",
+                "Give the folder that holds its pytorch_model.bin.",
+            )
+        names = sorted(entry.name for entry in path.iterdir())
+        if any(name.startswith("adapter_") for name in names):
+            kind = peft_kind(path)
+            raise CheckpointError(
+                f"{path} is an adapter of the PEFT library, not a P-Tuning v2 prefix.",
+                "It has adapter_config.json or adapter_model; a prefix has pytorch_model.bin.",
+                "Give it as --adapter (adapter=...)."
+                if kind in ("", "LORA")
+                else f"{kind} is not supported: train a LoRA adapter on its data "
+                "(python -m train.lora).",
+            )
+        if not any(name in WEIGHT_FILES for name in names):
+            found = ", ".join(names[:12]) or "nothing"
+            raise CheckpointError(
+                f"{path} holds no prefix: it has no weights.",
+                f"It has none of {', '.join(WEIGHT_FILES)}, but {found}.",
+                "Give the folder that the training saved, such as checkpoint-3000.",
+            )
         weights = open_weights(path)
     return path, _encoder_tensors(path, weights.tensors), weights.notes
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"The prefix {folder} is {'a file' if folder.exists() else 'not found'}.",
-            "A prefix is a folder, such as the training's checkpoint-3000.",
-            "Give the folder that holds its pytorch_model.bin.",
-        )
-    names = sorted(path.name for path in folder.iterdir())
-    if any(name.startswith("adapter_") for name in names):
-        kind = peft_kind(folder)
-        raise CheckpointError(
-            f"{folder} is an adapter of the PEFT library, not a P-Tuning v2 prefix.",
-            "It has adapter_config.json or adapter_model; a prefix has pytorch_model.bin.",
-            "Give it as --adapter (adapter=...)."
-            if kind in ("", "LORA")
-            else f"{kind} is not supported: train a LoRA adapter on its data "
-            "(python -m train.lora).",
-        )
-    if not any(name in WEIGHT_FILES for name in names):
-        raise CheckpointError(
-            f"{folder} holds no prefix: it has no weights.",
-            f"It has none of {', '.join(WEIGHT_FILES)}, but {', '.join(names[:12]) or 'nothing'}.",
-            "Give the folder that the training saved, such as checkpoint-3000.",
-        )
 
 
 def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
@@ -161,8 +131,7 @@ def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
     short = {name: _START.sub("", name, count=1) for name in tensors}
     found = {short[name]: tensor for name, tensor in tensors.items() if short[name] in known}
     others = [name[:200] for name in tensors if short[name] not in known]
-    more = f" and {len(others) - 2} more" if len(others) > 2 else ""
-    listed = ", ".join(others[:2]) + more
+    listed = ", ".join(others[:2]) + (f" and {len(others) - 2} more" if others[2:] else "")
     if others and found:
         raise CheckpointError(
             f"{path} holds more than a prefix: {len(others)} other tensors ({listed}).",
@@ -190,9 +159,8 @@ def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
 def _length(path: Path, tensors: Tensors) -> int:
     shape = tensors[_EMBEDDING].shape
     if len(shape) != 2 or not all(shape):
-        fault = "is empty" if len(shape) == 2 else "is damaged"
         raise CheckpointError(
-            f"The prefix {path} {fault}: {_ENCODER}{_EMBEDDING} is {shape}.",
+            f"The prefix {path} is damaged: {_ENCODER}{_EMBEDDING} is {shape}.",
             "It needs two dimensions, and a row for each prefix token.",
             _COPY_AGAIN,
         )
@@ -201,16 +169,7 @@ def _length(path: Path, tensors: Tensors) -> int:
 
 def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
     length, D = _length(path, tensors), config.hidden_size
-    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    width = 2 * L * K * H
-    stored = tensors[_EMBEDDING].shape[1]
-    if stored != width:
-        raise CheckpointError(
-            f"The prefix {path} was trained for another model.",
-            f"Its tokens have {stored} numbers; the model needs {width} = {L} layers x 2 "
-            f"(key, value) x {K} groups x {H}.",
-            _OTHER_MODEL,
-        )
+    width = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     if length > config.seq_length:
         raise CheckpointError(
             f"The prefix {path} has {length} tokens.",
@@ -218,15 +177,17 @@ def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
             _OTHER_MODEL,
         )
     shapes = ((length, width), (D, width), (D,), (width, D), (width,))
-    for name, shape in zip((_EMBEDDING, *_PROJECTION), shapes, strict=True):
-        tensor = tensors.get(name)
-        if tensor is not None and tensor.shape != shape:
+    expected = dict(zip((_EMBEDDING, *_PROJECTION), shapes, strict=True))
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
             raise CheckpointError(
                 f"The prefix {path} was trained for another model.",
-                f"Its {name} is {tensor.shape} instead of {shape}.",
+                f"Its {name} is {tensor.shape} instead of {expected[name]}; {width} = "
+                f"{config.num_layers} layers x 2 (key, value) x {config.num_kv_heads} groups x "
+                f"{config.head_dim}.",
                 _OTHER_MODEL,
             )
-        if tensor is not None and tensor.dtype.name not in FLOATS:
+        if tensor.dtype.name not in FLOATS:
             raise CheckpointError(
                 f"The prefix {path} is damaged: {name} is {tensor.dtype.name}, not a float.",
                 "A prefix encoder is not quantized, even if its model is.",
@@ -237,10 +198,7 @@ def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
 def _encode(path: Path, tensors: Tensors) -> np.ndarray:
     """Return the keys and values, float32 [P, 2 L K H], checked."""
     with np.errstate(over="ignore", invalid="ignore"):  # found below
-        arrays = {
-            name: np.asarray(tensor.read()).astype(np.float32, copy=False)
-            for name, tensor in tensors.items()
-        }
+        arrays = {name: np.asarray(x.read()).astype(np.float32) for name, x in tensors.items()}
         x = arrays[_EMBEDDING]
         if len(arrays) > 1:
             x = np.tanh(x @ arrays["trans.0.weight"].T + arrays["trans.0.bias"])

@@ -1,19 +1,20 @@
 """The tensors of adapter folders, and the arrays of this project that they stand for.
 
-PEFT names a tensor after the matrix that it adapts (see `convert.adapters.layouts`). Every matrix
-there has an A and a B; here a fused matrix has one A, and a B for each of its parts.
+PEFT names a tensor after the matrix that it adapts. Every matrix there has an A and a B; here a
+fused matrix has one A, and a B for each of its parts. Models name their matrices in two ways:
+"chatglm" are the published names, "glm" those of `GlmForCausalLM`, where q, k and v are apart.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.core import FrozenDict
 
-from convert.adapters.layouts import Layout, Module, Place, layout_of
 from convert.files.tensor import StoredTensor
 from convert.layouts.names import FLOATS
 from convert.layouts.peft_config import CONFIG, Choice, PeftConfig
@@ -26,54 +27,109 @@ from glm2_jax.runtime.gather import gathered
 _ENDS = {"embed_tokens", "lm_head", "embedding", "word_embeddings", "output_layer"}
 _SHOWN = 3  # problems named in one line
 
-Pairs = dict[Place, dict[str, StoredTensor]]  # -> {"A": .., "B": ..}
-Gates = dict[str, dict[str, np.ndarray]]  # target -> part -> float32 [L, R]
+Arrays = Mapping[str, Mapping[str, np.ndarray]]  # target -> part -> with a leading axis of layers
 
 
-class _Piece(NamedTuple):
-    """A stored matrix: it adds scale * B (A x) to its rows."""
+class Module(NamedTuple):
+    """A matrix that PEFT adapts: its name in a layer, our target, and the parts of its rows."""
 
-    module: Module
-    a: np.ndarray  # [R, columns]
-    b: np.ndarray  # [rows, R]
-    scale: float
+    path: str
+    target: str
+    parts: tuple[str, ...]
 
-
-class _Stack(NamedTuple):
-    """The matrices of one target: float32 arrays as in `LoRA.layers`, and as in `Shape`."""
-
-    arrays: dict[str, Any]
-    scale: float
-    ranks: dict[Place, slice]
-    gates: dict[str, np.ndarray]
+    @property
+    def name(self) -> str:
+        """The last part of its path, unique in a layer."""
+        return self.path.rpartition(".")[2]
 
 
-class Written(NamedTuple):
-    """How an adapted matrix is written, in all layers that have it."""
+Place = tuple[Module, int]  # a matrix and its layer
 
-    rank: int
-    layers: tuple[int, ...]
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The names of the matrices of a model."""
+
+    name: str  # of the layout
+    block: str  # the part of a name before the number of the layer
+    modules: tuple[Module, ...]  # in the order of `TARGETS`
+    ends: tuple[str, ...]  # names of embedding and head
+    usual: tuple[str, ...] = ()  # what PEFT adapts if a configuration names nothing
+
+    def full_name(self, place: Place) -> str:
+        """Return the name of a matrix in the model."""
+        return f"{self.block}{place[1]}.{place[0].path}"
+
+    def places(self, num_layers: int) -> dict[str, Place]:
+        """Return every matrix of a model by its name."""
+        found = ((module, layer) for layer in range(num_layers) for module in self.modules)
+        return {self.full_name(place): place for place in found}
+
+    def find(self, name: str) -> tuple[Place, str] | None:
+        """Return the matrix, and "A" or "B", of the name of a stored tensor."""
+        match = re.fullmatch(
+            rf"(?:base_model\.model\.)?{re.escape(self.block)}(0|[1-9]\d{{0,5}})\.([\w.]+)"
+            r"\.lora_([AB])(?:\.\w+)?\.weight",
+            name,
+        )
+        found = [x for x in self.modules if match and x.path == match[2]]
+        return ((found[0], int(match[1])), match[3]) if match and found else None
+
+    def inside(self) -> "Layout":
+        """Return the layout of the model without its head, which can be adapted, too."""
+        outer = self.block.partition(".")[0] + "."
+        ends = tuple(name.removeprefix(outer) for name in self.ends)
+        return dataclasses.replace(self, block=self.block.removeprefix(outer), ends=ends)
+
+
+LAYOUTS = {
+    "chatglm": Layout(
+        "chatglm",
+        "transformer.encoder.layers.",
+        (
+            Module("self_attention.query_key_value", "query_key_value", ("q", "k", "v")),
+            Module("self_attention.dense", "dense", ("b",)),
+            Module("mlp.dense_h_to_4h", "dense_h_to_4h", ("b",)),
+            Module("mlp.dense_4h_to_h", "dense_4h_to_h", ("b",)),
+        ),
+        ("transformer.embedding.word_embeddings", "transformer.output_layer"),
+        ("query_key_value",),
+    ),
+    "glm": Layout(
+        "glm",
+        "model.layers.",
+        (
+            Module("self_attn.q_proj", "query_key_value", ("q",)),
+            Module("self_attn.k_proj", "query_key_value", ("k",)),
+            Module("self_attn.v_proj", "query_key_value", ("v",)),
+            Module("self_attn.o_proj", "dense", ("b",)),
+            Module("mlp.gate_up_proj", "dense_h_to_4h", ("b",)),
+            Module("mlp.down_proj", "dense_4h_to_h", ("b",)),
+        ),
+        ("model.embed_tokens", "lm_head"),
+    ),
+}
+
+
+def layout_of(names: Iterable[str]) -> Layout:
+    """Return the layout that knows most of the names of stored tensors."""
+    names = list(names)
+    known = [form for x in LAYOUTS.values() for form in (x, x.inside())]
+    return max(known, key=lambda layout: sum(map(bool, map(layout.find, names))))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """How the matrices of an adapter folder are placed in the arrays of a `LoRA` that was read
-    apart: each has ranks that no other uses, and B is as it is stored.
-
-    Attributes:
-        layout: names the matrices.
-        choices: rank and alpha of each matrix.
-        ranks: where each is in the ranks of its target.
-        gates: factors of B of each part in each rank, so that the target's scale is right for it; 0
-            where a rank belongs to another part, or to none.
-        selection: the keys of the configuration that describe all this.
-    """
+    apart: each has ranks that no other uses, and B is as it is stored."""
 
     layout: Layout
-    choices: Mapping[Place, Choice]
-    ranks: Mapping[Place, slice]
-    gates: Gates
-    selection: Mapping[str, Any]
+    choices: Mapping[Place, Choice]  # rank and alpha of each matrix
+    ranks: Mapping[Place, slice]  # where each is in the ranks of its target
+    # Factors of B, so that the target's scale is right for it: float32 [L, R], 0 where a rank
+    # belongs to another part, or to none.
+    gates: Arrays
+    selection: Mapping[str, Any]  # the keys of the configuration that describe all this
 
     @property
     def is_plain(self) -> bool:
@@ -101,69 +157,64 @@ class Shape:
                 layers[target][part] = b * gate.reshape(shape)
         return dataclasses.replace(lora, layers=layers)
 
-    def tensors(self, lora: LoRA) -> dict[str, np.ndarray]:
-        """Return name in the model -> float32 A [R, columns] or B [rows, R], as they are stored."""
-        found = {}
-        for target, arrays in _on_host(lora).items():
-            for place in (place for place in self.ranks if place[0].target == target):
-                (module, layer), ranks = place, self.ranks[place]
-                a = arrays["a"][layer, ranks]
-                rows = [arrays[part][layer, ..., ranks] for part in module.parts]
-                b = np.concatenate([x.reshape(-1, len(a)) for x in rows])
-                _add_pair(found, self.layout.full_name(place), a.reshape(len(a), -1), b)
-        return found
+
+def on_host(lora: LoRA) -> Arrays:
+    """Return the arrays of an adapter in float32 numpy."""
+    return {
+        target: {part: np.asarray(gathered(x), np.float32) for part, x in arrays.items()}
+        for target, arrays in lora.layers.items()
+    }
 
 
-def split_lora(lora: LoRA, layout: Layout) -> tuple[dict[str, np.ndarray], dict[Module, Written]]:
-    """Return an adapter as the stored tensors of a layout: A is copied, the rows of B are divided.
+def used_ranks(arrays: Arrays, layout: Layout) -> dict[Place, np.ndarray]:
+    """Return the ranks that each matrix of a layout needs, bool [R].
 
     If a target is divided, a matrix gets only those ranks that its B uses in some layer, and is
     left out if there are none: so what `join_tensors` joined comes apart as it was. Layers where
     all of a target is zero have no adapter.
-
-    Returns:
-        Name in the model -> float32 A [R, columns] or B [rows, R]; and what is written of each
-        matrix.
     """
-    tensors, modules = {}, {}
-    for target, arrays in _on_host(lora).items():
-        L, R = arrays["a"].shape[:2]
-        a = arrays["a"].reshape(L, R, -1)
-        layers = [x for x in range(L) if any(array[x].any() for array in arrays.values())]
-        for module in (x for x in layout.modules if x.target == target):
-            b = np.concatenate([arrays[x].reshape(L, -1, R) for x in module.parts], axis=1)
-            used = _used_ranks(arrays, module)
-            if not used.any():
-                continue
-            modules[module] = Written(int(used.sum()), tuple(layers or range(L)))
-            for layer in modules[module].layers:
-                name = layout.full_name((module, layer))
-                _add_pair(tensors, name, a[layer, used], b[layer][:, used])
-    return tensors, modules
+    found = {}
+    for module in (x for x in layout.modules if x.target in arrays):
+        parts = {name: x for name, x in arrays[module.target].items() if name != "a"}
+        L, R = arrays[module.target]["a"].shape[:2]
+        used = {name: x.any(tuple(range(x.ndim - 1))) for name, x in parts.items()}
+        own = np.any([used[name] for name in module.parts], axis=0)
+        if len(module.parts) == len(parts) or not any(x.any() for x in used.values()):
+            own = np.ones(R, bool)  # the target is not divided, or it is new: B is zero
+        layers = [
+            x for x in range(L) if any(array[x].any() for array in arrays[module.target].values())
+        ]
+        if own.any():
+            found |= {(module, layer): own for layer in layers or range(L)}
+    return found
 
 
-def _on_host(lora: LoRA) -> dict[str, dict[str, np.ndarray]]:
-    """Return float32 arrays of each target, in the order of `TARGETS`."""
-    return {
-        target: {
-            part: np.asarray(gathered(x), np.float32) for part, x in lora.layers[target].items()
-        }
-        for target in TARGETS
-        if target in lora.layers
-    }
+def split_arrays(
+    arrays: Arrays, layout: Layout, ranks: Mapping[Place, Any]
+) -> dict[str, np.ndarray]:
+    """Return name in the model -> float32 A [R, columns] or B [rows, R], as they are stored.
+
+    Args:
+        arrays: of `on_host`; A is copied, the rows of B are divided.
+        layout: names the matrices.
+        ranks: which ranks of its target each has: an index of an axis.
+    """
+    tensors = {}
+    for (module, layer), own in ranks.items():
+        a, *rows = (arrays[module.target][part][layer] for part in ("a", *module.parts))
+        a, name = a[own], f"{layout.full_name((module, layer))}.lora_"
+        tensors[f"{name}A.weight"] = np.ascontiguousarray(a.reshape(len(a), -1))
+        b = [np.ascontiguousarray(x[..., own]).reshape(-1, len(a)) for x in rows]
+        tensors[f"{name}B.weight"] = np.concatenate(b)
+    return tensors
 
 
-def _add_pair(tensors: dict[str, np.ndarray], name: str, a: np.ndarray, b: np.ndarray) -> None:
-    tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a)
-    tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b)
+class _Piece(NamedTuple):
+    """A stored matrix: it adds scale * B (A x) to its rows."""
 
-
-def _used_ranks(arrays: Mapping[str, np.ndarray], module: Module) -> np.ndarray:
-    """Return bool [R], the ranks to write; all if the target is not divided, or new (B is zero)."""
-    used = {part: x.any(tuple(range(x.ndim - 1))) for part, x in arrays.items() if part != "a"}
-    if len(module.parts) == len(used) or not any(x.any() for x in used.values()):
-        return np.ones(arrays["a"].shape[1], bool)
-    return np.any([used[part] for part in module.parts], axis=0)
+    a: np.ndarray  # [R, columns]
+    b: np.ndarray  # [rows, R]
+    scale: float
 
 
 def join_tensors(
@@ -176,7 +227,7 @@ def join_tensors(
 ) -> tuple[LoRA, Shape]:
     """Return the arrays of an adapter, layers stacked, from the stored tensors of either layout.
 
-    Matrices that are one target here share their A if it is the same; otherwise their ranks follow
+    Matrices that are one target here share the ranks of an equal A; otherwise their ranks follow
     each other, and B is zero where a rank belongs to another one. Smaller ranks of some layers are
     filled with zeros; where scales differ B is multiplied with the ratio.
 
@@ -200,26 +251,62 @@ def join_tensors(
     chosen = peft.choose(list(places), ends=layout.ends, usual=layout.usual)
     _refuse_ends(path, layout, tensors, chosen)
     choices = {place: chosen[name] for name, place in places.items() if name in chosen}
-    pairs = _find_pairs(path, layout, tensors, config, choices)
-    pieces: dict[str, dict[int, list[_Piece]]] = {}  # target -> layer -> in the layout's order
-    for (module, layer), choice in choices.items():
-        name = layout.full_name((module, layer))
-        a, b = (_read(pairs[module, layer][x], f"lora_{x} of {name}") for x in "AB")
-        piece = _Piece(module, a, b, peft.scale(choice))
-        pieces.setdefault(module.target, {}).setdefault(layer, []).append(piece)
-    stacks = {
-        target: _stack(target, pieces[target], config, apart)
-        for target in TARGETS
-        if target in pieces
-    }
-    lora = LoRA(
-        {target: stack.arrays for target, stack in stacks.items()},
-        FrozenDict({target: stack.scale for target, stack in stacks.items()}),
-        peft.dropout,
-    )
-    ranks = {place: ranks for stack in stacks.values() for place, ranks in stack.ranks.items()}
-    gates = {target: stack.gates for target, stack in stacks.items()}
+    stored = _find_pairs(path, layout, tensors, config, choices)
+    layers, scales, gates, ranks = {}, {}, {}, {}
+    for target in TARGETS:
+        pieces = {}
+        for place, choice in choices.items():
+            if place[0].target == target:
+                name, scale = layout.full_name(place), peft.scale(choice)
+                a, b = (_read(stored[place, x], f"lora_{x} of {name}") for x in "AB")
+                pieces[place] = _Piece(a, b, scale)
+        if pieces:
+            scales[target] = max((piece.scale for piece in pieces.values()), key=abs)
+            own = _place_ranks(pieces, apart)
+            stack = _stack(target, pieces, own, scales[target], config, apart)
+            layers[target], gates[target] = stack
+            ranks |= own
+    lora = LoRA(layers, FrozenDict(scales), peft.dropout)
     return lora, Shape(layout, choices, ranks, gates, peft.selection)
+
+
+def _place_ranks(pieces: Mapping[Place, _Piece], apart: bool) -> dict[Place, slice]:
+    """Return where each matrix goes in the ranks of its target and layer."""
+    ranks: dict[Place, slice] = {}
+    for (module, layer), piece in pieces.items():
+        others = {x: found for x, found in ranks.items() if x[1] == layer}
+        # A fused matrix that was divided has the same A in all of its parts.
+        same = [r for x, r in others.items() if not apart and np.array_equal(pieces[x].a, piece.a)]
+        first = max((found.stop for found in others.values()), default=0)
+        ranks[module, layer] = same[0] if same else slice(first, first + len(piece.a))
+    return ranks
+
+
+def _stack(
+    target: str,
+    pieces: Mapping[Place, _Piece],
+    ranks: Mapping[Place, slice],
+    scale: float,
+    config: GLMConfig,
+    apart: bool,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return a target's arrays and gates, layers stacked; see `join_tensors`."""
+    L, rank = config.num_layers, max(found.stop for found in ranks.values())
+    shapes = adapter_shapes(config, target, rank)
+    arrays = {x: np.zeros((L, *size), np.float32) for x, size in shapes.items()}
+    gates = {x: np.zeros((L, rank), np.float32) for x in shapes if x != "a"}
+    for (module, layer), piece in pieces.items():
+        own = ranks[module, layer]
+        arrays["a"][layer, own] = piece.a.reshape(-1, *shapes["a"][1:])
+        ratio = np.float32(piece.scale / scale) if scale else np.float32(1)
+        b, start = piece.b if apart or ratio == 1 else piece.b * ratio, 0
+        for part in module.parts:
+            shape = shapes[part][:-1]
+            stop = start + math.prod(shape)
+            arrays[part][layer, ..., own] = b[start:stop].reshape(*shape, -1)
+            gates[part][layer, own] = ratio
+            start = stop
+    return arrays, gates
 
 
 def _find_pairs(
@@ -228,26 +315,28 @@ def _find_pairs(
     tensors: Mapping[str, StoredTensor],
     config: GLMConfig,
     choices: Mapping[Place, Choice],
-) -> Pairs:
-    """Return the A and B of every adapted matrix, checked against model and configuration."""
-    pairs: Pairs = {}
+) -> dict[tuple[Place, str], StoredTensor]:
+    """Return "A" and "B" of every adapted matrix, checked against model and configuration."""
+    pairs: dict[tuple[Place, str], StoredTensor] = {}
     problems = [] if tensors else ["no tensors at all"]
     for name, tensor in tensors.items():
         found = layout.find(name)
         if found is None:
             problems.append(f"unexpected: {name[:200]}")
-            continue
-        module, layer, side = found
-        place = module, layer
-        if layer >= config.num_layers:
+        elif found[0][1] >= config.num_layers:
             problems.append(f"unexpected: {name}, the model has {config.num_layers} layers")
-        elif place not in choices:
+        elif found[0] not in choices:
             problems.append(f"unexpected: {name}, {CONFIG} does not adapt it")
-        elif side in pairs.setdefault(place, {}):
+        elif found in pairs:
             problems.append(f"twice: {name}")
         else:
-            pairs[place][side] = tensor
-            expected = _stored_shape(config, module, choices[place].rank, side)
+            pairs[found] = tensor
+            (module, _), side = found
+            shapes = adapter_shapes(config, module.target, choices[found[0]].rank)
+            expected = shapes["a"][0], math.prod(shapes["a"][1:])
+            if side == "B":
+                rows = sum(math.prod(shapes[part][:-1]) for part in module.parts)
+                expected = rows, shapes["a"][0]
             if tensor.shape != expected:
                 problems.append(f"wrong shape: {name} is {tensor.shape} instead of {expected}")
             if tensor.dtype.name not in FLOATS:
@@ -256,7 +345,7 @@ def _find_pairs(
         f"missing: lora_{side} of {layout.full_name(place)}"
         for place in choices
         for side in "AB"
-        if side not in pairs.get(place, {})
+        if (place, side) not in pairs
     ]
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
@@ -286,50 +375,6 @@ def _refuse_ends(
         )
 
 
-def _stored_shape(config: GLMConfig, module: Module, rank: int, side: str) -> tuple[int, int]:
-    """Return the shape of the stored A or B."""
-    shapes = adapter_shapes(config, module.target, rank)
-    if side == "A":
-        return rank, math.prod(shapes["a"][1:])
-    return sum(math.prod(shapes[part][:-1]) for part in module.parts), rank
-
-
-def _stack(target: str, pieces: dict[int, list[_Piece]], config: GLMConfig, apart: bool) -> _Stack:
-    """Return a target's arrays, layers stacked; see `join_tensors`."""
-    scale = max((x.scale for found in pieces.values() for x in found), key=abs)
-    # A fused matrix that was divided has the same A in all of its parts.
-    shared = {
-        layer: not apart and all(np.array_equal(x.a, found[0].a) for x in found)
-        for layer, found in pieces.items()
-    }
-    rank = max(
-        len(found[0].a) if shared[layer] else sum(len(x.a) for x in found)
-        for layer, found in pieces.items()
-    )
-    shapes = adapter_shapes(config, target, rank)
-    L = config.num_layers
-    arrays = {x: np.zeros((L, *size), np.float32) for x, size in shapes.items()}
-    gates = {x: np.zeros((L, rank), np.float32) for x in shapes if x != "a"}
-    places = {}
-    for layer, found in pieces.items():
-        first = 0
-        for piece in found:
-            ranks = slice(first, first + len(piece.a))
-            arrays["a"][layer, ranks] = piece.a.reshape(len(piece.a), *shapes["a"][1:])
-            ratio = np.float32(piece.scale / scale) if scale else np.float32(1)
-            b = piece.b if apart or ratio == 1 else piece.b * ratio
-            start = 0
-            for part in piece.module.parts:
-                stop = start + math.prod(shapes[part][:-1])
-                rows = b[start:stop].reshape(*shapes[part][:-1], len(piece.a))
-                arrays[part][layer, ..., ranks] = rows
-                gates[part][layer, ranks] = ratio
-                start = stop
-            places[piece.module, layer] = ranks
-            first = first if shared[layer] else ranks.stop
-    return _Stack(arrays, scale, places, gates)
-
-
 def _read(tensor: StoredTensor, name: str) -> np.ndarray:
     array = np.asarray(tensor.read()).astype(np.float32)
     check_finite(name, array)
@@ -337,11 +382,7 @@ def _read(tensor: StoredTensor, name: str) -> np.ndarray:
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        CheckpointError: with the name of the array.
-    """
+    """Refuse NaN and infinity in the array of that name."""
     if not np.isfinite(array).all():
         raise CheckpointError(
             f"{name} holds NaN or infinity.",

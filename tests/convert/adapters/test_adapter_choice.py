@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert import open_folder
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from convert.adapters.layouts import LAYOUTS
 from convert.adapters.prefix import load_prefix
+from convert.adapters.tensors import LAYOUTS
 from convert.layouts import patterns
 from convert.layouts.peft_config import CONFIG, read_peft_config
 from convert.loading.folder import fingerprint
