@@ -9,10 +9,9 @@ import importlib
 import io
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from glm2_jax.errors import CheckpointError, GLMError, InputError, UsageError
 
@@ -28,7 +27,7 @@ _NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "mode
 _KEPT = "Run the same command again: it continues with what has been downloaded."
 
 
-class Client(Protocol):
+class Client(ABC):
     """One model on one hub."""
 
     name: str  # "owner/name"
@@ -40,22 +39,87 @@ class Client(Protocol):
     revision: str  # the branch, tag or commit that was asked for
     commit: str  # the revision that is used, known after `list_files`
     cache: Path  # folder of the hub's cache
-    offline: str | None  # the environment variable that forbids the network, if it is set
+    offline: str | None = None  # the environment variable that forbids the network, if it is set
 
-    # Return the folder of an earlier download, without using the network.
-    def cached_folder(self) -> Path | None: ...
+    @abstractmethod
+    def cached_folder(self) -> Path | None:
+        """Return the folder of an earlier download, without using the network."""
 
-    # Return file name -> bytes, and set `commit`.
-    def list_files(self) -> dict[str, int]: ...
+    @abstractmethod
+    def list_files(self) -> dict[str, int]:
+        """Return file name -> bytes, and set `commit`."""
 
-    # Return how many bytes of a listed file need not be downloaded.
-    def bytes_here(self, file: str) -> int: ...
+    @abstractmethod
+    def bytes_here(self, file: str) -> int:
+        """Return how many bytes of a listed file need not be downloaded."""
 
-    # Download the listed files that are not in the cache, and return their folder.
-    def fetch(self, files: Collection[str], count: Count) -> Path: ...
+    @abstractmethod
+    def fetch(self, files: Collection[str], count: Count) -> Path:
+        """Download the listed files that are not in the cache, and return their folder."""
 
-    # Return our error for one that only this client raises.
-    def explain(self, error: Exception) -> GLMError | None: ...
+    def explain(self, error: Exception) -> GLMError | None:
+        """Return our error for one of the client; None for a bug."""
+        cause = error.__cause__ or error
+        why = f"{type(cause).__name__}: {_first_line(cause)}"
+        if _status(error) is not None:
+            return CheckpointError(f"{self.endpoint} refused the request.", why, _KEPT)
+        if is_network_error(error):
+            return CheckpointError(
+                f"{self.hub} cannot be reached at {self.endpoint}, or the connection broke.",
+                why,
+                f"Check the network, or name a mirror in {self.variable}. {_KEPT}",
+            )
+        if isinstance(error, OSError):
+            where = f": {error.filename}" if error.filename else ""
+            return InputError(
+                f"The download cannot be written: {error.strerror}{where}.",
+                fix=f"Free some space, or move the hub's cache. {_KEPT}",
+            )
+        if isinstance(error, ValueError | TypeError | KeyError):  # a web page instead of JSON
+            return CheckpointError(
+                f"{self.endpoint} did not answer as {self.hub} does.",
+                why,
+                f"Check {self.variable}, and whether a proxy or a login page is in between.",
+            )
+        return None
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Keep the client from writing to stderr, and turn its errors into ours.
+
+        Its progress bars, log and warnings are silenced: the caller shows progress, and what they
+        warn of (little disk space, a deprecated variable) is checked here or not the user's doing.
+        """
+        log = logging.getLogger(_PACKAGES[self.source][0])
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except Exception as error:
+            explained = None if isinstance(error, GLMError) else self.explain(error)
+            if explained is None:
+                raise
+            raise explained from error
+        finally:
+            log.setLevel(level)
+
+    def not_found(self) -> CheckpointError:
+        """Return the error for a model that the hub does not have, or does not show."""
+        return CheckpointError(
+            f"{self.name}, revision {self.revision}, was not found at {self.endpoint}.",
+            "The model does not exist, or it is private and you are not logged in.",
+            f"Check the name and --revision; for a private model, {self.login}.",
+        )
+
+    def damaged(self, file: str) -> CheckpointError:
+        """Return the error for a file that is not the listed one."""
+        return CheckpointError(
+            f"{file} arrived damaged from {self.hub}.",
+            "Its sha256 or size differs from the repository's listing.",
+            "Run the same command again.",
+        )
 
 
 def open_clients(name: str, revision: str | None, source: str | None) -> list[Client]:
@@ -77,58 +141,6 @@ def open_clients(name: str, revision: str | None, source: str | None) -> list[Cl
     return clients
 
 
-@contextmanager
-def calling(client: Client) -> Iterator[None]:
-    """Keep a client from writing to stderr, and turn its errors into ours.
-
-    Its progress bars, log and warnings are silenced: the caller shows progress, and what they warn
-    of (little disk space, a deprecated variable) is checked here or not the user's doing.
-    """
-    log = logging.getLogger(_PACKAGES[client.source][0])
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except GLMError:
-        raise
-    except Exception as error:
-        explained = client.explain(error) or general_error(error, client)
-        if explained is None:
-            raise
-        raise explained from error
-    finally:
-        log.setLevel(level)
-
-
-def general_error(error: Exception, client: Client) -> GLMError | None:
-    """Return our error for one that either client may raise; None for a bug."""
-    cause = error.__cause__ or error
-    why = f"{type(cause).__name__}: {_first_line(cause)}"
-    if _status(error) is not None:
-        return CheckpointError(f"{client.endpoint} refused the request.", why, _KEPT)
-    if is_network_error(error):
-        return CheckpointError(
-            f"{client.hub} cannot be reached at {client.endpoint}, or the connection broke.",
-            why,
-            f"Check the network, or name a mirror in {client.variable}. {_KEPT}",
-        )
-    if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
-        return InputError(
-            f"The download cannot be written: {error.strerror}{where}.",
-            fix=f"Free some space, or move the hub's cache. {_KEPT}",
-        )
-    if isinstance(error, ValueError | TypeError | KeyError):  # a web page instead of JSON
-        return CheckpointError(
-            f"{client.endpoint} did not answer as {client.hub} does.",
-            why,
-            f"Check {client.variable}, and whether a proxy or a login page is in between.",
-        )
-    return None
-
-
 def is_network_error(error: Exception) -> bool:
     """Return whether trying again may help."""
     status = _status(error)
@@ -146,21 +158,3 @@ def _status(error: Exception) -> int | None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def not_found(client: Client) -> CheckpointError:
-    """Return the error for a model that the hub does not have, or does not show."""
-    return CheckpointError(
-        f"{client.name}, revision {client.revision}, was not found at {client.endpoint}.",
-        "The model does not exist, or it is private and you are not logged in.",
-        f"Check the name and --revision; for a private model, {client.login}.",
-    )
-
-
-def damaged(file: str, client: Client) -> CheckpointError:
-    """Return the error for a file that is not the listed one."""
-    return CheckpointError(
-        f"{file} arrived damaged from {client.hub}.",
-        "Its sha256 or size differs from the repository's listing.",
-        "Run the same command again.",
-    )

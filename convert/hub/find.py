@@ -9,15 +9,13 @@ import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from convert.hub.clients import Client, open_clients
 from glm2_jax.choices import SOURCES
 from glm2_jax.cli.files import refuse_url, require_space
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.errors import CheckpointError, UsageError
-
-if TYPE_CHECKING:
-    from convert.hub.clients import Client
 
 _NEEDED = ("config.json", "tokenizer.model")
 # The model's family and the ids of its tokens are read from these.
@@ -68,8 +66,14 @@ def find_model(
     name = os.fspath(path)
     is_name = _NAME.fullmatch(name) is not None
     is_path = source is None and (os.path.exists(name) or not is_name)
-    if revision is not None:
-        _check_revision(revision, name if is_path else None)
+    if revision is not None and (is_path or not _REVISION.fullmatch(revision)):
+        raise UsageError(
+            f"--revision {revision!r} is not a revision of a model on a hub.",
+            f"{name} is a path; its files are read as they are."
+            if is_path
+            else "Expected the name of a branch or tag, or a commit.",
+            "Leave it out to take what is there, or the newest.",
+        )
     if is_path:
         return _snapshot_or_folder(Path(name), say)
     if source is not None and source not in SOURCES:
@@ -84,8 +88,6 @@ def find_model(
     for beginning, reason in _REFUSED.items():
         if owner in _OWNERS and model.startswith(beginning):
             raise CheckpointError(f"{name} is not supported.", reason, "Use chatglm3-6b.")
-    from convert.hub.clients import open_clients
-
     clients = open_clients(name, revision, source)
     if source is not None and clients[0].offline is None:
         return _fetch(clients[0], say)
@@ -103,21 +105,6 @@ def find_model(
     )
 
 
-def _check_revision(revision: str, path: str | None) -> None:
-    if not _REVISION.fullmatch(revision):
-        raise UsageError(
-            f"--revision {revision!r} is not a revision.",
-            "Expected the name of a branch or tag, or a commit.",
-            "Leave it out to take the newest.",
-        )
-    if path is not None:
-        raise UsageError(
-            f"--revision {revision} needs a model on a hub.",
-            f"{path} is a path; its files are read as they are.",
-            "Leave --revision out.",
-        )
-
-
 def _snapshot_or_folder(folder: Path, say: Callable[[str], None]) -> Path:
     from convert.files.foreign import find_snapshot
     from convert.files.tensor import reading
@@ -130,7 +117,7 @@ def _snapshot_or_folder(folder: Path, say: Callable[[str], None]) -> Path:
     return snapshot
 
 
-def _complete(folder: Path, client: "Client") -> Path:
+def _complete(folder: Path, client: Client) -> Path:
     """Return the folder, unless a needed file is missing."""
     from convert.files.shards import read_json
 
@@ -146,7 +133,7 @@ def _complete(folder: Path, client: "Client") -> Path:
     return folder
 
 
-def _fetch(client: "Client", say: Callable[[str], None]) -> Path:
+def _fetch(client: Client, say: Callable[[str], None]) -> Path:
     from convert.files.shards import choose_weights, read_json
 
     sizes = client.list_files()
@@ -179,18 +166,11 @@ def _fetch(client: "Client", say: Callable[[str], None]) -> Path:
 
 
 def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, Any]]) -> list[str]:
-    """Return the files of a repository that are needed to open it.
+    """Return which of a repository's files are needed to open it: configuration, tokenizer, and the
+    set of weights that `convert.files.shards.open_weights` reads.
 
-    Args:
-        names: the files of the repository.
-        read_index: reads one of them, an index of weights, as JSON.
-
-    Returns:
-        Configuration, tokenizer, and the set of weights that
-        `convert.files.shards.open_weights` reads.
-
-    Raises:
-        CheckpointError: a needed file is missing, or an index names files that are not weights.
+    `read_index` reads one of them, an index of weights, as JSON. A CheckpointError says that a
+    needed file is missing, or that an index names files that are not weights.
     """
     from convert.files.shards import WEIGHT_FILES, check_file_name, choose_weights
 

@@ -21,7 +21,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from convert.files.manifest import sha256_of
-from convert.hub.clients import Count, calling, damaged, is_network_error, not_found
+from convert.hub.clients import Client, Count, is_network_error
 from glm2_jax.errors import CheckpointError, GLMError
 
 _TRIES = 3  # in a row without a single new byte
@@ -32,7 +32,7 @@ _NOT_FOUND = (
 )
 
 
-class HuggingFace:
+class HuggingFace(Client):
     """A model on Hugging Face, or on a mirror that HF_ENDPOINT names."""
 
     source, hub, variable = "hf", "Hugging Face", "HF_ENDPOINT"
@@ -52,7 +52,7 @@ class HuggingFace:
         return Path(found).parent if isinstance(found, str) else None
 
     def list_files(self) -> dict[str, int]:
-        with calling(self):
+        with self.calling():
             info = HfApi().model_info(self.name, revision=self.revision, files_metadata=True)
         self.commit = info.sha or self.revision
         for file in info.siblings or ():
@@ -68,7 +68,7 @@ class HuggingFace:
         return min(part.stat().st_size, self.sizes[file]) if part and part.exists() else 0
 
     def fetch(self, files: Collection[str], count: Count) -> Path:
-        with calling(self):
+        with self.calling():
             for file in files:
                 if file in self.sums and not self._is_here(file):
                     self._fetch_large(file, count)
@@ -85,7 +85,7 @@ class HuggingFace:
                 f"{self.endpoint}/{self.name} refused the request.",
                 f"Ask for access there, then {self.login}.",
             )
-        return not_found(self) if isinstance(error, _NOT_FOUND) else None
+        return self.not_found() if isinstance(error, _NOT_FOUND) else super().explain(error)
 
     def _is_here(self, file: str) -> bool:
         linked = try_to_load_from_cache(self.name, file, revision=self.commit)
@@ -111,7 +111,7 @@ class HuggingFace:
                 self._transfer(file, target, count)
                 if sha256_of(part) != self.sums[file]:
                     target.truncate(0)
-                    raise damaged(file, self)
+                    raise self.damaged(file)
                 part.replace(blob)
         part.unlink(missing_ok=True)
 

@@ -7,16 +7,15 @@ from pathlib import Path
 
 from modelscope_hub import FileInfo, HubApi, HubConfig, ProgressCallback, errors
 
-from convert.hub.clients import Count, calling, damaged, general_error, not_found
+from convert.hub.clients import Client, Count
 from glm2_jax.errors import GLMError
 
 
-class ModelScope:
+class ModelScope(Client):
     """A model on ModelScope, or on the server that MODELSCOPE_ENDPOINT names."""
 
     source, hub, variable = "modelscope", "ModelScope", "MODELSCOPE_ENDPOINT"
     login = "set MODELSCOPE_API_TOKEN"
-    offline: str | None = None
 
     def __init__(self, name: str, revision: str | None):
         self.name, self.revision = name, revision or "master"
@@ -38,7 +37,7 @@ class ModelScope:
         return None
 
     def list_files(self) -> dict[str, int]:
-        with calling(self):
+        with self.calling():
             self.endpoint = self.api.resolve_endpoint_for_read(self.name)
             self.api = HubApi(HubConfig(endpoint=self.endpoint))
             found = self.api.list_repo_files(self.name, "model", revision=self.revision)
@@ -61,7 +60,7 @@ class ModelScope:
             {"Path": name, "Size": self.files[name].size, "Sha256": self.files[name].sha256}
             for name in files
         ]
-        with calling(self):
+        with self.calling():
             return self.api.download_repo(
                 self.name,
                 "model",
@@ -74,7 +73,9 @@ class ModelScope:
         if isinstance(error, errors.FileDownloadError):
             file, cause = next(iter(error.failed_files.items()))
             if isinstance(cause, errors.FileIntegrityError):
-                return damaged(file, self)
+                return self.damaged(file)
             if isinstance(cause, Exception):
-                return self.explain(cause) or general_error(cause, self)
-        return not_found(self) if isinstance(error, errors.NotExistError) else None
+                return self.explain(cause)
+        if isinstance(error, errors.NotExistError):
+            return self.not_found()
+        return super().explain(error)

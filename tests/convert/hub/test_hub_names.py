@@ -67,14 +67,14 @@ def test_the_client_is_broken(monkeypatch, tmp_path):
     ],
 )
 def test_names_that_are_known_not_to_work(monkeypatch, name, reason):
-    monkeypatch.setattr("convert.hub.clients.open_clients", None)
+    monkeypatch.setattr("convert.hub.find.open_clients", None)
     for source in (None, *SOURCES):
         assert reason in fails(CheckpointError, name, source=source)
 
 
 @pytest.mark.parametrize("revision", ["", "a/../b", "/a", "a b", "-x"])
 def test_what_is_not_a_revision(monkeypatch, revision):
-    monkeypatch.setattr("convert.hub.clients.open_clients", None)
+    monkeypatch.setattr("convert.hub.find.open_clients", None)
     for source in (None, *SOURCES):
         assert "is not a revision" in fails(UsageError, NAME, source=source, revision=revision)
 
