@@ -108,16 +108,8 @@ def print_model(
     *warnings: str,
     packed: bool = False,
 ) -> None:
-    """Print what was opened and what changes: lines on stderr.
-
-    Args:
-        name: the folder as the user gave it.
-        folder: the model.
-        adapter: what is merged into it.
-        written: how its weights are written, as `glm2_jax.schemes.stored_as` says it.
-        *warnings: what else the output does not keep.
-        packed: whether quantized weights stay quantized.
-    """
+    """Print what was opened, and what the output does not keep of it: `warnings`, and how its
+    weights are `written`, as `stored_as` says it; `packed`: they stay quantized."""
     from glm2_jax.schemes import stored_as
 
     stored = stored_as(folder.float_dtype, folder.scheme)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -27,8 +27,9 @@ from glm2_jax.prefix import Prefix, with_prefix
 
 _ENCODER = "transformer.prefix_encoder."
 _START = re.compile(r"(?:transformer\.)?(?:prefix_encoder\.)?")
-_EMBEDDING: str = "embedding.weight"
-_PROJECTION: Sequence[str] = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
+_EMBEDDING = "embedding.weight"
+# The embedding, and the projection.
+_NAMES = (_EMBEDDING, "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 # The norms square what attention makes of a value and sum over its width, in float32. Where that
 # overflows they give 0, so that every logit is 0: finite, and meaningless. Far above any trained
 # number (float16 ends at 65504), far below the root of float32's largest.
@@ -72,8 +73,7 @@ def load_prefix(folder: str | os.PathLike, config: GLMConfig) -> FoundPrefix:
 
 def measure_prefix(folder: str | os.PathLike) -> int:
     """Return P, the number of tokens, without reading the numbers."""
-    path, tensors, _ = _open(folder)
-    return _length(path, tensors)
+    return _open(folder)[1][_EMBEDDING].shape[0]
 
 
 def attach_prefix(checkpoint: Checkpoint, found: FoundPrefix) -> Checkpoint:
@@ -97,13 +97,7 @@ def _open(folder: str | os.PathLike) -> tuple[Path, Tensors, tuple[str, ...]]:
     """Return the folder, the encoder's tensors, still unread, and notes."""
     path = Path(folder)
     with reading(path):
-        if not path.is_dir():
-            raise CheckpointError(
-                f"The prefix {path} is {'a file' if path.exists() else 'not found'}.",
-                "A prefix is a folder, such as the training's checkpoint-3000.",
-                "Give the folder that holds its pytorch_model.bin.",
-            )
-        names = sorted(entry.name for entry in path.iterdir())
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
         if any(name.startswith("adapter_") for name in names):
             kind = peft_kind(path)
             raise CheckpointError(
@@ -115,10 +109,12 @@ def _open(folder: str | os.PathLike) -> tuple[Path, Tensors, tuple[str, ...]]:
                 "(python -m train.lora).",
             )
         if not any(name in WEIGHT_FILES for name in names):
-            found = ", ".join(names[:12]) or "nothing"
+            missing = "is a file" if path.exists() else "is not found"
+            missing = "has no weights" if path.is_dir() else missing
             raise CheckpointError(
-                f"{path} holds no prefix: it has no weights.",
-                f"It has none of {', '.join(WEIGHT_FILES)}, but {found}.",
+                f"The prefix {path} {missing}.",
+                f"A prefix is a folder with one of {', '.join(WEIGHT_FILES)}"
+                + (f", not {', '.join(names[:12])}." if names else "."),
                 "Give the folder that the training saved, such as checkpoint-3000.",
             )
         weights = open_weights(path)
@@ -127,25 +123,20 @@ def _open(folder: str | os.PathLike) -> tuple[Path, Tensors, tuple[str, ...]]:
 
 def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
     """Return the encoder's tensors by their names within it; refuse any others."""
-    known = (_EMBEDDING, *_PROJECTION)
     short = {name: _START.sub("", name, count=1) for name in tensors}
-    found = {short[name]: tensor for name, tensor in tensors.items() if short[name] in known}
-    others = [name[:200] for name in tensors if short[name] not in known]
-    listed = ", ".join(others[:2]) + (f" and {len(others) - 2} more" if others[2:] else "")
-    if others and found:
-        raise CheckpointError(
-            f"{path} holds more than a prefix: {len(others)} other tensors ({listed}).",
-            "They would be ignored: the model's weights are those of --model.",
-            f"Save the tensors {_ENCODER}* into another folder and give it as --prefix; if the "
-            "other tensors are a model, save them into a folder for --model.",
-        )
+    found = {short[name]: tensors[name] for name in tensors if short[name] in _NAMES}
+    others = [name[:200] for name in tensors if short[name] not in _NAMES]
     if others:
+        more = f" and {len(others) - 2} more" if others[2:] else ""
+        listed = f"{', '.join(others[:2])}{more}"
         raise CheckpointError(
-            f"{path} is not a prefix: it holds {listed}.",
-            f"A P-Tuning v2 prefix has {_ENCODER}{_EMBEDDING}.",
-            "Give a model as --model; --prefix takes what a training with pre_seq_len saved.",
+            f"{path} holds {'more than a prefix' if found else 'no prefix'}: {listed}.",
+            f"A P-Tuning v2 prefix has {_ENCODER}{_EMBEDDING}; other tensors would be ignored, as "
+            "the model's weights are those of --model.",
+            f"Give a folder with the tensors {_ENCODER}* alone as --prefix; if the others are a "
+            "model, give one with them as --model.",
         )
-    wanted = known if any(name in found for name in _PROJECTION) else known[:1]
+    wanted = _NAMES if len(found) > 1 else _NAMES[:1]
     if len(tensors) != len(wanted) or found.keys() != set(wanted):
         raise CheckpointError(
             f"{path} does not hold one complete prefix encoder.",
@@ -153,22 +144,18 @@ def _encoder_tensors(path: Path, tensors: Tensors) -> Tensors:
             "and all of the projection or none of it.",
             _COPY_AGAIN,
         )
-    return found
-
-
-def _length(path: Path, tensors: Tensors) -> int:
-    shape = tensors[_EMBEDDING].shape
+    shape = found[_EMBEDDING].shape
     if len(shape) != 2 or not all(shape):
         raise CheckpointError(
             f"The prefix {path} is damaged: {_ENCODER}{_EMBEDDING} is {shape}.",
             "It needs two dimensions, and a row for each prefix token.",
             _COPY_AGAIN,
         )
-    return shape[0]
+    return found
 
 
 def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
-    length, D = _length(path, tensors), config.hidden_size
+    length, D = tensors[_EMBEDDING].shape[0], config.hidden_size
     width = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     if length > config.seq_length:
         raise CheckpointError(
@@ -177,19 +164,20 @@ def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
             _OTHER_MODEL,
         )
     shapes = ((length, width), (D, width), (D,), (width, D), (width,))
-    expected = dict(zip((_EMBEDDING, *_PROJECTION), shapes, strict=True))
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name]:
+    for name, shape in zip(_NAMES, shapes, strict=True):
+        if name not in tensors:
+            continue
+        found, dtype = tensors[name].shape, tensors[name].dtype.name
+        if found != shape:
             raise CheckpointError(
                 f"The prefix {path} was trained for another model.",
-                f"Its {name} is {tensor.shape} instead of {expected[name]}; {width} = "
-                f"{config.num_layers} layers x 2 (key, value) x {config.num_kv_heads} groups x "
-                f"{config.head_dim}.",
+                f"Its {name} is {found} instead of {shape}; {width} = {config.num_layers} layers x "
+                f"2 (key, value) x {config.num_kv_heads} groups x {config.head_dim}.",
                 _OTHER_MODEL,
             )
-        if tensor.dtype.name not in FLOATS:
+        if dtype not in FLOATS:
             raise CheckpointError(
-                f"The prefix {path} is damaged: {name} is {tensor.dtype.name}, not a float.",
+                f"The prefix {path} is damaged: {name} is {dtype}, not a float.",
                 "A prefix encoder is not quantized, even if its model is.",
                 _COPY_AGAIN,
             )

@@ -138,13 +138,13 @@ class Shape:
 
     def num_params(self, lora: LoRA) -> int:
         """Return the number of elements of the stored tensors."""
-        total = 0
-        for (module, _), ranks in self.ranks.items():
+
+        def per_rank(module: Module) -> int:
             arrays = lora.layers[module.target]
             L, R = arrays["a"].shape[:2]
-            elements = sum(arrays[part].size for part in ("a", *module.parts))
-            total += (ranks.stop - ranks.start) * elements // (L * R)
-        return total
+            return sum(arrays[part].size for part in ("a", *module.parts)) // (L * R)
+
+        return sum(choice.rank * per_rank(place[0]) for place, choice in self.choices.items())
 
     def effective(self, lora: LoRA) -> LoRA:
         """Return the adapter that the arrays stand for; gradients through it are zero wherever the
@@ -257,21 +257,22 @@ def join_tensors(
         pieces = {}
         for place, choice in choices.items():
             if place[0].target == target:
-                name, scale = layout.full_name(place), peft.scale(choice)
+                name = layout.full_name(place)
                 a, b = (_read(stored[place, x], f"lora_{x} of {name}") for x in "AB")
-                pieces[place] = _Piece(a, b, scale)
+                pieces[place] = _Piece(a, b, peft.scale(choice))
         if pieces:
             scales[target] = max((piece.scale for piece in pieces.values()), key=abs)
-            own = _place_ranks(pieces, apart)
-            stack = _stack(target, pieces, own, scales[target], config, apart)
-            layers[target], gates[target] = stack
+            stack = _stack(target, pieces, scales[target], config, apart)
+            layers[target], gates[target], own = stack
             ranks |= own
     lora = LoRA(layers, FrozenDict(scales), peft.dropout)
     return lora, Shape(layout, choices, ranks, gates, peft.selection)
 
 
-def _place_ranks(pieces: Mapping[Place, _Piece], apart: bool) -> dict[Place, slice]:
-    """Return where each matrix goes in the ranks of its target and layer."""
+def _stack(
+    target: str, pieces: Mapping[Place, _Piece], scale: float, config: GLMConfig, apart: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[Place, slice]]:
+    """Return a target's arrays, layers stacked, their gates, and the ranks of each matrix."""
     ranks: dict[Place, slice] = {}
     for (module, layer), piece in pieces.items():
         others = {x: found for x, found in ranks.items() if x[1] == layer}
@@ -279,22 +280,10 @@ def _place_ranks(pieces: Mapping[Place, _Piece], apart: bool) -> dict[Place, sli
         same = [r for x, r in others.items() if not apart and np.array_equal(pieces[x].a, piece.a)]
         first = max((found.stop for found in others.values()), default=0)
         ranks[module, layer] = same[0] if same else slice(first, first + len(piece.a))
-    return ranks
-
-
-def _stack(
-    target: str,
-    pieces: Mapping[Place, _Piece],
-    ranks: Mapping[Place, slice],
-    scale: float,
-    config: GLMConfig,
-    apart: bool,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return a target's arrays and gates, layers stacked; see `join_tensors`."""
-    L, rank = config.num_layers, max(found.stop for found in ranks.values())
-    shapes = adapter_shapes(config, target, rank)
+    L, R = config.num_layers, max(found.stop for found in ranks.values())
+    shapes = adapter_shapes(config, target, R)
     arrays = {x: np.zeros((L, *size), np.float32) for x, size in shapes.items()}
-    gates = {x: np.zeros((L, rank), np.float32) for x in shapes if x != "a"}
+    gates = {x: np.zeros((L, R), np.float32) for x in shapes if x != "a"}
     for (module, layer), piece in pieces.items():
         own = ranks[module, layer]
         arrays["a"][layer, own] = piece.a.reshape(-1, *shapes["a"][1:])
@@ -306,7 +295,7 @@ def _stack(
             arrays[part][layer, ..., own] = b[start:stop].reshape(*shape, -1)
             gates[part][layer, own] = ratio
             start = stop
-    return arrays, gates
+    return arrays, gates, ranks
 
 
 def _find_pairs(

@@ -181,11 +181,8 @@ class Vocabulary(NamedTuple):
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """Return the pieces, the special tokens after them, and the unused ids up to `size`.
-
-    Raises:
-        CheckpointError: two ids have the same text, with which llama.cpp crashes.
-    """
+    """Return the pieces, the special tokens after them, and the unused ids up to `size`; llama.cpp
+    crashes if two ids have the same text, which is a CheckpointError."""
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     kinds = require_gguf().TokenType
     tests = {
@@ -195,10 +192,10 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         kinds.UNUSED: model.is_unused,
     }
 
-    def kind(piece: int) -> int:
-        return next((kind for kind, test in tests.items() if test(piece)), kinds.NORMAL)
-
-    rows = [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(len(model))]
+    rows = []
+    for i in range(len(model)):
+        kind = next((kind for kind, test in tests.items() if test(i)), kinds.NORMAL)
+        rows.append((model.id_to_piece(i), model.get_score(i), kind))
     rows += [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(len(rows), size)]
     # Bare `sop` and `eop` would be found inside words: the parts of a word are joined to the text
     # of any entry.

@@ -81,8 +81,9 @@ def save_checkpoint(
             for _ in entry.chunks():  # gives the first process what it needs
                 pass
     else:
-        write = partial(_write, max_shard_size=max_shard_size, progress=progress)
-        write(folder, config, tokenizer, plan, manifest, overwrite=overwrite)
+        files = small_files(config.to_hf(), tokenizer)
+        shards = {"max_shard_size": max_shard_size, "progress": progress}
+        write_folder(folder, files, plan, manifest, overwrite=overwrite, **shards)
     multihost_utils.sync_global_devices(f"saved {folder}")
     return manifest
 
@@ -95,19 +96,14 @@ def convert_folder(
     quantize: str | None = None,
     quantize_embeddings: bool = False,
     adapter: Adapter | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
-    progress: Progress = lambda done, total: None,
+    **options: Any,
 ) -> Manifest:
     """Write an opened folder in our own format, chunk by chunk; errors as of `save_checkpoint`.
 
-    Args:
-        source, destination, overwrite, max_shard_size, progress: as in `save_checkpoint`.
-        dtype: the type of what is not quantized; None keeps the stored type.
-        quantize, quantize_embeddings: as in `convert.load_checkpoint`.
-        adapter: merged in float32, before the cast; not into weights that are written quantized.
-        check: called with the complete folder before it gets its name; raises to refuse it.
+    `dtype` is the type of what is not quantized, None the stored one; `quantize` and
+    `quantize_embeddings` are as in `convert.load_checkpoint`. An adapter is merged in float32,
+    before the cast; not into weights that are written quantized. `options` are of `write_folder`.
     """
     plan = plan_conversion(source, dtype, quantize, quantize_embeddings, adapter)
     origin = str(source.path) if adapter is None else f"{source.path} + {adapter.source}"
@@ -117,12 +113,12 @@ def convert_folder(
         rope_kind=source.config.rope_kind,
         template=source.template,
         files={},
-        quantization=None if plan.scheme is None else plan.scheme.name,
+        quantization=plan.scheme and plan.scheme.name,
     )
-    return _write(
-        destination, source.config, source.tokenizer, plan, manifest, source=source.path,
-        check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress,
-    )  # fmt: skip
+    files = small_files(source.config.to_hf(), source.tokenizer)
+    place = {"overwrite": overwrite, "source": source.path}
+    write_folder(destination, files, plan, manifest, **place, **options)
+    return manifest
 
 
 def plan_conversion(
@@ -144,27 +140,31 @@ def plan_conversion(
     return plan_tensors(source, OWN, kind, scheme, np.dtype(np.float32), lora)
 
 
-def _write(
+def write_folder(
     destination: str | Path,
-    config: GLMConfig,
-    tokenizer: Tokenizer,
+    files: Mapping[str, bytes],
     plan: Plan,
-    manifest: Manifest,
+    manifest: Manifest | None,
     *,
-    source: Path | None = None,
     check: Callable[[Path], None] = lambda folder: None,
-    overwrite: bool,
-    max_shard_size: int,
-    progress: Progress,
-) -> Manifest:
-    new = new_destination(destination, needed=plan.nbytes, overwrite=overwrite, source=source)
-    with new as temporary:
-        for name, data in small_files(config.to_hf(), tokenizer).items():
-            manifest.files[name] = write_file(temporary / name, data)
-        manifest.files.update(write_shards(temporary, plan.entries, max_shard_size, progress))
-        write_file(temporary / MANIFEST, manifest.to_json().encode())
-        check(temporary)
-    return manifest
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    progress: Progress = lambda done, total: None,
+    **place: Any,
+) -> None:
+    """Write small files, the weights and a manifest of checksums: complete, or not at all.
+
+    Without a manifest the folder is for PyTorch programs. `check` is called with the complete
+    folder before it gets its name; it raises to refuse it. `place` is as in `new_destination`.
+    """
+    needed = plan.nbytes + sum(map(len, files.values()))
+    framework = "pt" if manifest is None else "np"  # transformers refuses others than its own
+    with new_destination(destination, needed=needed, **place) as folder:
+        sums = {name: write_file(folder / name, data) for name, data in files.items()}
+        sums |= write_shards(folder, plan.entries, max_shard_size, progress, framework=framework)
+        if manifest is not None:
+            manifest.files.update(sums)
+            write_file(folder / MANIFEST, manifest.to_json().encode())
+        check(folder)
 
 
 def small_files(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:

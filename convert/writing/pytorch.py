@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.files.safetensors_writer import Entry, write_file, write_shards
+from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
 from convert.layouts.hf_config import generation_config, native_config
 from convert.layouts.hf_tokenizer import tokenizer_files
 from convert.layouts.names import GLM, INV_FREQ, PUBLISHED
 from convert.loading.folder import OFFICIAL_SCHEMES, Folder
-from convert.writing.destination import new_destination
 from convert.writing.floats import Plan, Progress, float_dtype, plan_tensors
-from convert.writing.own import DEFAULT_SHARD_SIZE, json_file, small_files
+from convert.writing.own import DEFAULT_SHARD_SIZE, json_file, small_files, write_folder
 from glm2_jax.choices import LAYOUTS
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
@@ -67,11 +66,8 @@ def export_folder(
     """
     plan = plan_export(source, layout, dtype, lora, dequantize)
     files = _small_files(source, layout, plan)
-    needed = plan.nbytes + sum(map(len, files.values()))
-    with new_destination(destination, needed=needed, source=source.path) as temporary:
-        for name, data in files.items():
-            write_file(temporary / name, data)
-        write_shards(temporary, plan.entries, max_shard_size, progress, framework="pt")
+    shards = {"max_shard_size": max_shard_size, "progress": progress}
+    write_folder(destination, files, plan, None, source=source.path, **shards)
 
 
 def plan_export(

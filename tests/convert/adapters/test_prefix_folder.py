@@ -118,7 +118,7 @@ def test_what_the_training_leaves_beside_is_ignored(tmp_path, base):
     with pytest.raises(CheckpointError, match=r"P-Tuning v2 prefix, not a model(.|\n)*--prefix"):
         load_checkpoint(saved)
     message = refusal(tmp_path / "output")
-    assert "no weights" in message and "all_results.json, checkpoint-3000" in message
+    assert "no weights" in message and "not all_results.json, checkpoint-3000" in message
 
 
 def test_the_checkpoint_is_another_one(tmp_path, base):
@@ -206,7 +206,7 @@ def test_incomplete_encoders(tmp_path):
 def test_what_is_no_prefix(tmp_path, base):
     assert "not found" in refusal(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    assert "but nothing" in refusal(tmp_path / "empty")
+    assert "has no weights" in refusal(tmp_path / "empty")
     file = write_prefix(tmp_path / "prefix", encoder(TINY, 3)) / "pytorch_model.bin"
     assert "is a file" in refusal(file)
     (tmp_path / "lora").mkdir()
@@ -214,9 +214,9 @@ def test_what_is_no_prefix(tmp_path, base):
     message = refusal(tmp_path / "lora")
     assert "adapter of the PEFT library" in message and "--adapter" in message
     message = refusal(base)
-    assert "is not a prefix" in message and "--model" in message
+    assert "holds no prefix" in message and "--model" in message
     both = official_tensors(TINY, random_params(TINY)) | encoder(TINY, 3)
     message = refusal(write_official(tmp_path / "both", tensors=both))
-    assert "holds more than a prefix: 18 other tensors" in message
+    assert "holds more than a prefix: " in message
     with pytest.raises(CheckpointError, match="together with a P-Tuning v2 prefix"):
         load_checkpoint(tmp_path / "both")

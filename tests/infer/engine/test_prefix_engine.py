@@ -164,7 +164,7 @@ def test_the_tools_take_it(folders, capsys, tmp_path):
 
     assert main(["--dry-run", *flags[:4], "--json", *given]) == 0
     assert {plan["prefix"] for plan in json.loads(capsys.readouterr().out)["plans"]} == {P}
-    with pytest.raises(CheckpointError, match="is not a prefix"):
+    with pytest.raises(CheckpointError, match="holds no prefix"):
         main([*flags, *asked, "--prefix", str(folders / "base")])
     for tool in (chat, evaluate):
         assert tool.parser().parse_args(given).prefix == str(folders / "prefix")
