@@ -124,6 +124,8 @@ class Client(ABC):
 
 def open_clients(name: str, revision: str | None, source: str | None) -> list[Client]:
     """Return the client of a source; without a source, every client that can be imported."""
+    if source is not None and source not in _PACKAGES:
+        raise UsageError(f"Unknown source {source!r}.", f"Known: {', '.join(_PACKAGES)}.")
     clients = []
     for key in _PACKAGES if source is None else [source]:
         package, module, kind = _PACKAGES[key]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from convert.hub.clients import Client, open_clients
-from glm2_jax.choices import SOURCES
 from glm2_jax.cli.files import refuse_url, require_space
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.errors import CheckpointError, UsageError
@@ -51,7 +50,7 @@ def find_model(
     Args:
         path: a folder, which may be that of a model in a hub's cache (its snapshot is taken); or
             "owner/name", if no such folder exists or a source is given.
-        source: one of `SOURCES` to download from; None only looks and never uses the network.
+        source: one of `glm2_jax.choices.SOURCES` to download from; None only looks and never uses the network.
         revision: branch, tag or commit on the hub; None = the newest.
         say: called with a line of text about what is done.
 
@@ -67,17 +66,14 @@ def find_model(
     is_name = _NAME.fullmatch(name) is not None
     is_path = source is None and (os.path.exists(name) or not is_name)
     if revision is not None and (is_path or not _REVISION.fullmatch(revision)):
+        path = f"{name} is a path; its files are read as they are."
         raise UsageError(
             f"--revision {revision!r} is not a revision of a model on a hub.",
-            f"{name} is a path; its files are read as they are."
-            if is_path
-            else "Expected the name of a branch or tag, or a commit.",
+            path if is_path else "Expected the name of a branch or tag, or a commit.",
             "Leave it out to take what is there, or the newest.",
         )
     if is_path:
         return _snapshot_or_folder(Path(name), say)
-    if source is not None and source not in SOURCES:
-        raise UsageError(f"Unknown source {source!r}.", f"Known: {', '.join(SOURCES)}.")
     if not is_name:
         raise UsageError(
             f"{name!r} is not the name of a model on a hub.",
@@ -100,9 +96,8 @@ def find_model(
     if source is not None:
         why = f"{clients[0].offline} is set, so {clients[0].hub} is not asked."
         fix = "Unset it to download the model, or give a folder."
-    raise CheckpointError(
-        f"Folder {name} not found, and no downloaded model has that name.", why, fix
-    )
+    what = f"Folder {name} not found, and no downloaded model has that name."
+    raise CheckpointError(what, why, fix)
 
 
 def _snapshot_or_folder(folder: Path, say: Callable[[str], None]) -> Path:
