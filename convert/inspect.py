@@ -79,7 +79,7 @@ def as_table(found: dict[str, Any]) -> str:
     """Return the same as a table for people."""
     from glm2_jax.schemes import SCHEMES, stored_as
 
-    scheme = None if found["quantization"] is None else SCHEMES[found["quantization"]]
+    scheme = SCHEMES.get(found["quantization"])
     rope = f"{found['rope_kind']}, ratio {found['rope_ratio']:g}"
     lines = {
         "folder": found["path"],
@@ -88,8 +88,8 @@ def as_table(found: dict[str, Any]) -> str:
         "parameters": f"{found['parameters']:,}",
         "stored dtype": stored_as(found["float_dtype"], scheme),
         "rope": rope if found["rope_ratio"] != 1 else "plain",
-        "vocabulary": f"{found['vocabulary']} ids, {found['tokenizer_pieces']} pieces"
-        + (f", {len(found['added_tokens'])} added tokens" if found["added_tokens"] else ""),
+        "vocabulary": f"{found['vocabulary']} ids, {found['tokenizer_pieces']} pieces",
+        "added tokens": len(found["added_tokens"]),
         "layers": found["layers"],
         "heads": f"{found['heads']} query, {found['kv_heads']} key/value, of {found['head_dim']}",
         "sizes": f"hidden {found['hidden_size']}, feed-forward {found['ffn_hidden_size']}",
@@ -98,12 +98,10 @@ def as_table(found: dict[str, Any]) -> str:
         "on disk": f"{human_size(found['bytes_on_disk'])} in {found['weight_files']} file(s)",
         "weights": found["weights"],
         "fingerprint": found["fingerprint"],
+        "left out": ", ".join(found["weights_left_out"]),
+        "made from": found["source"],
     }
-    if found["weights_left_out"]:
-        lines["left out"] = ", ".join(found["weights_left_out"])
-    if found["source"]:
-        lines["made from"] = found["source"]
-    return join_lines(f"{name:<14}{value}" for name, value in lines.items())
+    return join_lines(f"{name:<14}{value}" for name, value in lines.items() if value)
 
 
 def main(argv: list[str]) -> None:

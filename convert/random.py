@@ -73,14 +73,8 @@ def build_parser() -> Parser:
 def official_config(
     name: str, *, layers: int | None = None, dtype: str = "float16", flag: str = "--config"
 ) -> dict[str, Any]:
-    """Return the config.json to write; a UsageError names an unknown or a quantized model.
-
-    Args:
-        name: one of `glm2_jax.PRESETS`, or the path of a config.json.
-        layers: replaces the number of layers.
-        dtype: the type of the weights.
-        flag: the name of `name` in errors.
-    """
+    """Return the config.json to write: that of one of `glm2_jax.PRESETS`, or of a file of that
+    name, with weights of `dtype`. Errors call the name by its `flag`."""
     from convert.files.shards import read_json
     from convert.layouts.family import find_family, read_side_files
     from glm2_jax.config import PRESETS, GLMConfig
@@ -126,14 +120,8 @@ def write_random(
 ) -> int:
     """Write the folder, complete or not at all, and return the bytes of the weights.
 
-    Args:
-        destination: the new folder.
-        raw: its config.json, as `official_config` gives it.
-        tokenizer_path: a tokenizer.model, or a folder that holds one.
-        dtype: one of `STORED_DTYPES`.
-        max_shard_size: bytes of one weight file.
-        seed: the same seed gives the same bytes.
-        progress: called with the bytes written and to write.
+    `raw` is its config.json, as `official_config` gives it; `tokenizer_path` a tokenizer.model, or
+    a folder that holds one. The same seed gives the same bytes.
     """
     from convert.files.safetensors_writer import write_file, write_shards
     from convert.loading.folder import check_fit

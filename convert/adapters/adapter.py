@@ -74,11 +74,7 @@ class Adapter:
 def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | None = None) -> None:
     """Write an adapter's files into a folder; each is replaced atomically, other files stay.
 
-    Args:
-        folder: created if it does not exist.
-        adapter: `source`, `digest` and `notes` are not written.
-        layout: the names of the matrices, one of `LAYOUTS`; None = those of its shape, or the
-            published ones.
+    `layout` names the matrices, one of `LAYOUTS`; None = as its shape does, or as published.
 
     Raises:
         UsageError: a URL, an unknown layout.
@@ -126,18 +122,9 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
 def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = False) -> Adapter:
     """Read an adapter folder, written by `save_adapter` or by PEFT, of either layout.
 
-    Args:
-        folder: holds adapter_config.json and adapter_model.safetensors or .bin.
-        config: the model that the adapter is for.
-        apart: read it with its shape, to continue its training; see `Adapter`.
-
-    Returns:
-        The adapter, its arrays float32 in numpy; see `join_tensors`.
-
-    Raises:
-        UsageError: a URL.
-        CheckpointError: not an adapter, a damaged one, an unsupported kind, or tensors that do not
-            fit the model.
+    Its arrays are float32 in numpy, see `join_tensors`; `apart` reads it with its shape, to
+    continue its training, see `Adapter`. A CheckpointError names what is no adapter, damaged, not
+    supported, or does not fit the model.
     """
     refuse_url(folder)
     folder = Path(folder)

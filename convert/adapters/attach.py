@@ -31,18 +31,11 @@ def open_adapter(
     force: bool = False,
     apart: bool = False,
 ) -> Adapter:
-    """Read an adapter for a base whose weights need not be loaded yet.
+    """Read an adapter for a base, the model's folder, whose weights need not be loaded yet.
 
-    Args:
-        adapter: its folder.
-        base: the model's folder.
-        rope_kind, template, family: as in `convert.load_checkpoint`.
-        force: accept it even if it was trained on another base, or with another template; its notes
-            say so.
-        apart: as in `load_adapter`.
-
-    Raises:
-        CheckpointError: either cannot be opened, or they do not belong together.
+    `rope_kind`, `template` and `family` are as in `convert.load_checkpoint`, `apart` as in
+    `load_adapter`. With `force` it is accepted even if it was trained on another base, or with
+    another template; its notes say so. Otherwise that is a CheckpointError.
     """
     folder = open_folder(base, rope_kind=rope_kind, template=template, family=family)
     found = load_adapter(adapter, folder.config, apart=apart)

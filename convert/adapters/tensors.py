@@ -192,13 +192,8 @@ def used_ranks(arrays: Arrays, layout: Layout) -> dict[Place, np.ndarray]:
 def split_arrays(
     arrays: Arrays, layout: Layout, ranks: Mapping[Place, Any]
 ) -> dict[str, np.ndarray]:
-    """Return name in the model -> float32 A [R, columns] or B [rows, R], as they are stored.
-
-    Args:
-        arrays: of `on_host`; A is copied, the rows of B are divided.
-        layout: names the matrices.
-        ranks: which ranks of its target each has: an index of an axis.
-    """
+    """Return name in the model -> float32 A [R, columns] or B [rows, R], as they are stored: A is
+    copied, the rows of B are divided. `ranks` says which ranks of its target a matrix has."""
     tensors = {}
     for (module, layer), own in ranks.items():
         a, *rows = (arrays[module.target][part][layer] for part in ("a", *module.parts))
@@ -231,13 +226,8 @@ def join_tensors(
     each other, and B is zero where a rank belongs to another one. Smaller ranks of some layers are
     filled with zeros; where scales differ B is multiplied with the ratio.
 
-    Args:
-        path: the file, for messages.
-        tensors: what it holds.
-        config: the model.
-        peft: the adapter's configuration.
-        apart: share no A, and leave B as it is stored: the arrays for training to continue, from
-            which `Shape.effective` makes the adapter.
+    `path` is the file, for messages. With `apart` no A is shared, and B is left as it is stored:
+    the arrays for training to continue, from which `Shape.effective` makes the adapter.
 
     Returns:
         The adapter, its arrays float32 in numpy; and their `Shape`, valid only if they are apart.

@@ -39,20 +39,13 @@ _SPARE_BYTES = 2**20  # for the blocks of the small files
 
 
 def find_model(
-    path: str | os.PathLike,
-    *,
-    source: str | None = None,
-    revision: str | None = None,
-    say: Callable[[str], None] = note,
+    path: str | os.PathLike, *, source: str | None = None, revision: str | None = None
 ) -> Path:
     """Return the folder that a user means: a path, or a model on a hub.
 
-    Args:
-        path: a folder, which may be that of a model in a hub's cache (its snapshot is taken); or
-            "owner/name", if no such folder exists or a source is given.
-        source: one of `glm2_jax.choices.SOURCES` to download from; None only looks and never uses the network.
-        revision: branch, tag or commit on the hub; None = the newest.
-        say: called with a line of text about what is done.
+    A path may be that of a model in a hub's cache: its snapshot is taken. "owner/name" is looked
+    for in the caches if no such folder exists, and downloaded if a source, "hf" or "modelscope", is
+    given; only then the network is used. `revision` is a branch, tag or commit; None = the newest.
 
     Raises:
         UsageError: not a name of a model or a revision, a URL, or the hub's client is not
@@ -73,7 +66,7 @@ def find_model(
             "Leave it out to take what is there, or the newest.",
         )
     if is_path:
-        return _snapshot_or_folder(Path(name), say)
+        return _snapshot_or_folder(Path(name))
     if not is_name:
         raise UsageError(
             f"{name!r} is not the name of a model on a hub.",
@@ -86,7 +79,7 @@ def find_model(
             raise CheckpointError(f"{name} is not supported.", reason, "Use chatglm3-6b.")
     clients = open_clients(name, revision, source)
     if source is not None and clients[0].offline is None:
-        return _fetch(clients[0], say)
+        return _fetch(clients[0])
     for client in clients:
         folder = client.cached_folder()
         if folder is not None:
@@ -100,7 +93,7 @@ def find_model(
     raise CheckpointError(what, why, fix)
 
 
-def _snapshot_or_folder(folder: Path, say: Callable[[str], None]) -> Path:
+def _snapshot_or_folder(folder: Path) -> Path:
     from convert.files.foreign import find_snapshot
     from convert.files.tensor import reading
 
@@ -108,7 +101,7 @@ def _snapshot_or_folder(folder: Path, say: Callable[[str], None]) -> Path:
         snapshot = find_snapshot(folder)
     if snapshot is None:
         return folder
-    say(f"{folder} is a hub's cache: reading {snapshot}")
+    note(f"{folder} is a hub's cache: reading {snapshot}")
     return snapshot
 
 
@@ -128,7 +121,7 @@ def _complete(folder: Path, client: Client) -> Path:
     return folder
 
 
-def _fetch(client: Client, say: Callable[[str], None]) -> Path:
+def _fetch(client: Client) -> Path:
     from convert.files.shards import choose_weights, read_json
 
     sizes = client.list_files()
@@ -137,9 +130,9 @@ def _fetch(client: Client, say: Callable[[str], None]) -> Path:
     )
     size = sum(sizes[name] for name in names)
     missing = size - sum(client.bytes_here(name) for name in names)
-    say(f"{client.name} from {client.hub}, revision {client.commit}")
+    note(f"{client.name} from {client.hub}, revision {client.commit}")
     if missing:
-        say(f"downloading {human_size(missing)} of {human_size(size)} into {client.cache}")
+        note(f"downloading {human_size(missing)} of {human_size(size)} into {client.cache}")
     require_space(client.cache / client.name, missing + _SPARE_BYTES)
     done = 0
     with Progress("downloading", missing, show=human_size) as bar:

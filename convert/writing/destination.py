@@ -25,12 +25,11 @@ def check_destination(
     """Refuse to begin what cannot be finished, and to replace what must not be replaced.
 
     Args:
-        destination: the folder to write.
+        destination: the folder to write; with `file`, a single file.
         overwrite: whether a folder of this project's format may be replaced; None = the command has
             no flag for it.
         source: the folder that is converted.
         needed: bytes to write.
-        file: it is not a folder but a single file.
 
     Raises:
         UsageError: a URL; or the folder exists and `overwrite` is not True, or it is not of this
@@ -57,11 +56,10 @@ def new_destination(
     source: Path | None = None,
     file: bool = False,
 ) -> AbstractContextManager[Path]:
-    """Give a temporary folder, or the path of a file, that becomes `destination`, complete or not
-    at all.
+    """Give a temporary path that becomes `destination`, complete or not at all.
 
-    The arguments and errors are those of `check_destination`; another process that writes the same
-    folder, and an error of the system while the folder is filled, are an InputError, too.
+    Arguments and errors are those of `check_destination`; another process that writes the same
+    folder, and an error of the system while it is filled, are an InputError, too.
     """
     if file:
         check_destination(destination, overwrite, needed=needed, file=True)

@@ -41,18 +41,8 @@ PROMPTS = (
 class MergeCheck:
     """The logits of base and adapter, with which a merged folder is compared.
 
-    Args:
-        base: the folder that is merged into.
-        adapter: the adapter.
-        dtype: name of the type of the merged weights.
-        device: as `glm2_jax.runtime.devices.find_device` takes it.
-        progress: called with the bytes loaded and to load.
-
-    Attributes:
-        effect: the largest change of a logit by the adapter.
-
-    Raises:
-        DeviceError: the model does not fit the memory.
+    They are computed in `dtype`, that of the merged weights. `effect` is the largest change of a
+    logit by the adapter. A DeviceError says that the model does not fit the memory.
     """
 
     def __init__(
@@ -83,11 +73,8 @@ class MergeCheck:
     def require(
         self, merged: Path, bound: float, progress: Progress = lambda done, total: None
     ) -> float:
-        """Return the largest difference of a logit between a merged folder and base and adapter.
-
-        Raises:
-            CheckpointError: it is above `bound`, or not a number.
-        """
+        """Return the largest difference of a logit between a merged folder and base and adapter; a
+        CheckpointError says that it is above `bound`, or not a number."""
         logits = self._logits(self._load(merged, progress))
         found = float(np.abs(logits - self.expected).max())
         if not found <= bound:
