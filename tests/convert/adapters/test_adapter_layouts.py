@@ -5,6 +5,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,15 +15,21 @@ from safetensors.numpy import load_file, save_file
 from convert import open_folder, to_peft
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
 from convert.loading.folder import fingerprint
-from glm2_jax import CheckpointError
 from glm2_jax.lora import TARGETS, LoRA
+from tests.convert.adapters.test_adapter import (
+    CONFIG,
+    WEIGHTS,
+    changed,
+    refusal,
+    replaced,
+    trained,
+)
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, names, tiny_config, write_official
 from tests.support.commands import exit_code
 
 run = partial(exit_code, to_peft.main)
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+same_lora = partial(jax.tree.map, np.testing.assert_array_equal)
 NATIVE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCK = "base_model.model.model.layers"
 
@@ -58,7 +65,7 @@ def native_folder(
     return folder
 
 
-def deltas(lora: LoRA, config=TINY):
+def deltas(lora: LoRA):
     """What an adapter adds to each of our matrices: part -> [L, rows, columns], in float64."""
     found = {}
     for target, weights in lora.layers.items():
@@ -105,13 +112,6 @@ def assert_same_deltas(lora, folder, config=TINY):
         np.testing.assert_allclose(delta, expected, rtol=1e-6, atol=1e-6)
 
 
-def assert_same_lora(one: LoRA, other: LoRA):
-    assert one.layers.keys() == other.layers.keys() and one.scale == other.scale
-    for target in one.layers:
-        for part, array in one.layers[target].items():
-            np.testing.assert_array_equal(array, other.layers[target][part])
-
-
 def test_a_fused_adapter_comes_apart(tmp_path):
     lora = random_lora()
     save_adapter(tmp_path, Adapter(lora), layout="glm")
@@ -127,16 +127,13 @@ def test_a_fused_adapter_comes_apart(tmp_path):
     assert config["target_modules"] == list(NATIVE)
     assert (config["r"], config["lora_alpha"]) == (3, 6) and "rank_pattern" not in config
     assert_same_deltas(lora, tmp_path)
-    assert_same_lora(load_adapter(tmp_path, TINY).lora, lora)  # one A again, of the small rank
-
-
-def test_a_new_adapter_keeps_its_places(tmp_path):
-    """With B still zero nothing shows which ranks are used."""
-    lora = random_lora(targets=("query_key_value",))
+    same_lora(load_adapter(tmp_path, TINY).lora, lora)  # one A again, of the small rank
+    # With B still zero nothing shows which ranks are used: a new adapter keeps its places.
+    new = random_lora(targets=("query_key_value",))
     for part in "qkv":
-        lora.layers["query_key_value"][part][:] = 0
-    save_adapter(tmp_path, Adapter(lora), layout="glm")
-    assert_same_lora(load_adapter(tmp_path, TINY).lora, lora)
+        new.layers["query_key_value"][part][:] = 0
+    save_adapter(tmp_path, Adapter(new), layout="glm")
+    same_lora(load_adapter(tmp_path, TINY).lora, new)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -164,51 +161,36 @@ def test_adapters_of_q_k_and_v_become_one_of_their_ranks_together(tmp_path, rslo
 
 def test_layers_without_an_adapter(tmp_path):
     folder = native_folder(tmp_path / "glm", modules=("q_proj",), only=[1])
-    assert "missing: lora_A of model.layers.0.self_attn.q_proj" in str(
-        pytest.raises(CheckpointError, load_adapter, folder, TINY).value
-    )
-    raw = json.loads((folder / CONFIG).read_text()) | {"layers_to_transform": [1]}
-    (folder / CONFIG).write_text(json.dumps(raw))
+    assert "missing: lora_A of model.layers.0.self_attn.q_proj" in refusal(folder)
+    changed(folder, lambda raw: raw.update(layers_to_transform=[1]))
     lora = load_adapter(folder, TINY).lora
     assert not lora.layers["query_key_value"]["q"][0].any()
     assert lora.layers["query_key_value"]["q"][1].any()
     tensors = load_file(folder / WEIGHTS)
-    tensors[f"{BLOCK}.0.self_attn.q_proj.lora_A.weight"] = np.zeros((2, 32), np.float32)
-    tensors["base_model.model.extra.lora_A.weight"] = np.zeros((2, 32), np.float32)
-    save_file(tensors, folder / WEIGHTS)
-    message = str(pytest.raises(CheckpointError, load_adapter, folder, TINY).value)
-    assert "2 problems" in message and "unexpected: base_model.model.extra" in message
+    extra = {f"{BLOCK}.0.self_attn.q_proj.lora_A.weight": np.zeros((2, 32), np.float32)}
+    message = refusal(replaced(folder, tensors | extra))
     assert f"q_proj.lora_A.weight, {CONFIG} does not adapt it" in message
     assert ", ".join(NATIVE) in message
+    for name in ("model.embed_tokens.lora_embedding_A", "lm_head.weight"):
+        extra = {f"base_model.model.{name}": np.zeros((2, 32), np.float32)}
+        lines = refusal(replaced(folder, tensors | extra)).splitlines()
+        assert "the embedding or the head" in lines[0] and name in lines[1]
+        assert "merge it into its base" in lines[2]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.embed_tokens.lora_embedding_A",
-        "lm_head.weight",
-        "transformer.output_layer.base_layer.weight",
-    ],
-)
-def test_embedding_and_head_are_refused_by_name(tmp_path, name):
-    folder = native_folder(tmp_path / "glm", modules=("q_proj",))
-    tensors = load_file(folder / WEIGHTS)
-    tensors[f"base_model.model.{name}"] = np.zeros((2, 32), np.float32)
-    save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(CheckpointError, match="the embedding or the head") as caught:
-        load_adapter(folder, TINY)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 3 and name in lines[1] and "merge it into its base" in lines[2]
+SHAPES = {
+    "kv_heads": st.sampled_from([1, 2, 4]),
+    "hidden": st.integers(1, 24),
+    "ffn": st.integers(0, 20).map(lambda half: 2 * half + 1),
+    "rslora": st.booleans(),
+}
 
 
 @settings(max_examples=8, derandomize=True, deadline=None)
 @given(
-    kv_heads=st.sampled_from([1, 2, 4]),
-    hidden=st.integers(1, 24),
-    ffn=st.integers(0, 20).map(lambda half: 2 * half + 1),
+    **SHAPES,
     rank=st.integers(1, 4),
     targets=st.sets(st.sampled_from(list(TARGETS)), min_size=1),
-    rslora=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_any_adapter_of_ours_goes_and_comes_back(
@@ -222,23 +204,17 @@ def test_any_adapter_of_ours_goes_and_comes_back(
             save_adapter(folder, Adapter(lora, rslora=rslora), layout=layout)
             found = load_adapter(folder, config)
             assert found.rslora == rslora
-            for target in lora.layers:
-                assert found.rank(target) == rank
-                np.testing.assert_allclose(found.lora.scale[target], 2, rtol=1e-8)
-                for part, array in lora.layers[target].items():
-                    np.testing.assert_array_equal(found.lora.layers[target][part], array)
+            np.testing.assert_allclose(list(found.lora.scale.values()), 2, rtol=1e-8)
+            jax.tree.map(np.testing.assert_array_equal, found.lora.layers, lora.layers)
         assert_same_deltas(lora, Path(name) / "glm", config)
 
 
 @settings(max_examples=8, derandomize=True, deadline=None)
 @given(
-    kv_heads=st.sampled_from([1, 2, 4]),
-    hidden=st.integers(1, 24),
-    ffn=st.integers(0, 20).map(lambda half: 2 * half + 1),
+    **SHAPES,
     rank=st.integers(1, 3),
     ranks=st.dictionaries(st.sampled_from(NATIVE), st.integers(1, 4)),
     modules=st.sets(st.sampled_from(NATIVE), min_size=1),
-    rslora=st.booleans(),
     dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
 )
 def test_any_adapter_of_theirs_comes_and_goes_back(
@@ -291,3 +267,24 @@ def test_the_command_goes_both_ways(tmp_path, base, capsys):
     assert (found.base, found.template, found.extra) == (known, "chatglm2", {"a": 1})
     one, other = (load_file(tmp_path / x / WEIGHTS) for x in ("lora", "b"))
     assert all(np.array_equal(one[name], other[name]) for name in one | other)
+
+
+def test_to_peft_keeps_layers_and_new_adapters(tmp_path, base):
+    save_adapter(tmp_path / "lora", Adapter(trained(targets="attn")))
+    tensors = load_file(tmp_path / "lora" / WEIGHTS)
+    replaced(tmp_path / "lora", {name: x for name, x in tensors.items() if ".layers.1." in name})
+    changed(tmp_path / "lora", lambda raw: raw.update(layers_to_transform=1))
+    assert run(tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base) == 0
+    raw = json.loads((tmp_path / "glm" / CONFIG).read_text())
+    assert raw["target_modules"] == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
+    assert len(load_file(tmp_path / "glm" / WEIGHTS)) == 6
+    same_lora(*(load_adapter(tmp_path / x, TINY).lora for x in ("lora", "glm")))
+    # A new one of q and v, B still zero, keeps to q and v.
+    tensors = load_file(native_folder(tmp_path / "new", modules=("q_proj", "v_proj")) / WEIGHTS)
+    tensors = {name: x * 0 if "lora_B" in name else x for name, x in tensors.items()}
+    replaced(tmp_path / "new", tensors)
+    assert run(tmp_path / "new", tmp_path / "same", "--layout", "glm", "--base", base) == 0
+    again = load_file(tmp_path / "same" / WEIGHTS)
+    assert again.keys() == tensors.keys()
+    assert all(np.array_equal(again[name], x) for name, x in tensors.items())
+    assert load_adapter(tmp_path / "same", TINY).base == fingerprint(open_folder(base))

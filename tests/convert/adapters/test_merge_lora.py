@@ -21,7 +21,6 @@ from convert.files.shards import open_weights
 from convert.loading.folder import fingerprint
 from convert.writing import floats, merge_check
 from convert.writing.own import convert_folder
-from glm2_jax.lora import init_lora
 from tests.convert.adapters.test_adapter_layouts import deltas
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
@@ -30,16 +29,6 @@ from tests.support.toy import jit_forward, random_tokens
 
 run = partial(exit_code, merge_lora.main)
 TOKENS = random_tokens(2, 20, TINY, seed=4)  # other texts than those of the command's own check
-
-
-def adapter_folder(folder, targets="all-linear", config=TINY, size=0.2, **known):
-    """An adapter that changes every matrix it names."""
-    lora = init_lora(config, jax.random.key(0), targets=targets, rank=4, alpha=8)
-    leaves, tree = jax.tree.flatten(lora)
-    random = np.random.default_rng(2)
-    drawn = [size * random.standard_normal(x.shape, np.float32) for x in leaves]
-    save_adapter(folder, Adapter(jax.tree.unflatten(tree, drawn), **known))
-    return folder
 
 
 def logits(checkpoint):
@@ -62,12 +51,19 @@ def base(tmp_path):
 
 @pytest.fixture
 def lora(tmp_path):
-    return adapter_folder(tmp_path / "lora")
+    save_adapter(tmp_path / "lora", Adapter(random_lora(rank=4)))
+    return tmp_path / "lora"
 
 
-def test_merged_equals_unmerged(tmp_path, base, capsys):
-    known = fingerprint(open_folder(base))
-    adapter = adapter_folder(tmp_path / "lora", "attn", base=known, template="chatglm2")
+@pytest.mark.parametrize("layout", ["own", "glm"])
+def test_merged_equals_unmerged(tmp_path, base, layout, capsys):
+    if layout == "glm":
+        pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+        export_folder(open_folder(base), tmp_path / "source", layout="glm")
+        base = tmp_path / "source"
+    known, adapter = fingerprint(open_folder(base)), tmp_path / "lora"
+    attention = random_lora(rank=4, targets=("query_key_value",))
+    save_adapter(adapter, Adapter(attention, base=known, template="chatglm2"))
     assert run(base, adapter, tmp_path / "new", "--bound", "1e-4") == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'new'}\n" and "shows little" not in err
@@ -78,18 +74,17 @@ def test_merged_equals_unmerged(tmp_path, base, capsys):
     assert_merged(tmp_path / "new", base, adapter, 1e-4, dtype="float32")
     manifest = verify_checkpoint(tmp_path / "new")
     assert manifest.source == f"{base} + {adapter}" and manifest.dtype == "float32"
+    assert open_folder(tmp_path / "new").config == open_folder(base).config
 
 
-def test_half_precision_within_its_bound(tmp_path, lora, capsys):
-    dtype = "bfloat16"
-    source = write_official(tmp_path / "a", dtype=dtype)
+def test_half_precision_is_cast_once_after_the_sum(tmp_path, lora, capsys):
+    source = write_official(tmp_path / "a", dtype="bfloat16")
     assert run(source, lora, tmp_path / "new", "--max-shard-size", "20kB") == 0
-    assert open_folder(tmp_path / "new").stored_dtype == dtype
+    assert open_folder(tmp_path / "new").stored_dtype == "bfloat16"
     assert "model.safetensors.index.json" in names(tmp_path / "new")
-    # Cast once, after the sum: the same as the float32 folder cast.
     assert run(source, lora, tmp_path / "whole", "--dtype", "float32", "--skip-check") == 0
     assert "not compared" in capsys.readouterr().err
-    half, whole = (load_checkpoint(tmp_path / x, dtype=dtype).params for x in ("new", "whole"))
+    half, whole = (load_checkpoint(tmp_path / x, dtype="bfloat16").params for x in ("new", "whole"))
     jax.tree.map(np.testing.assert_array_equal, half, whole)
 
 
@@ -103,15 +98,6 @@ def test_a_quantized_base(tmp_path, lora, capsys):
     assert open_folder(tmp_path / "new").stored_dtype == "float32"
     options = {"dtype": "float32", "quantize": "none"}
     assert_merged(tmp_path / "new", tmp_path / "q", lora, 1e-4, **options)
-
-
-def test_an_hf_native_base(tmp_path, base, lora):
-    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
-    export_folder(open_folder(base), tmp_path / "source", layout="glm")
-    assert run(tmp_path / "source", lora, tmp_path / "new", "--bound", "1e-4") == 0
-    merged = open_folder(tmp_path / "new")
-    assert merged.layout == "own" and merged.config == open_folder(tmp_path / "source").config
-    assert_merged(tmp_path / "new", tmp_path / "source", lora, 1e-4, dtype="float32")
 
 
 @settings(max_examples=6, derandomize=True, deadline=None)
@@ -168,6 +154,10 @@ def test_a_wrong_merge_is_refused(tmp_path, base, lora, capsys, monkeypatch):
     assert "differs from base and adapter" in err and "0.001" in err
     assert names(tmp_path) == ["base", "lora", "old"]
     assert verify_checkpoint(tmp_path / "old").source == "a test"
+    check = merge_check.MergeCheck(open_folder(base), load_adapter(lora, TINY), "float32")
+    check.expected = np.full_like(check.expected, np.nan)
+    with pytest.raises(merge_check.CheckpointError, match="nan"):
+        check.require(base, 1e9)
 
 
 def test_the_bound_can_be_chosen(tmp_path, base, lora, capsys):
@@ -178,32 +168,12 @@ def test_the_bound_can_be_chosen(tmp_path, base, lora, capsys):
     assert "this shows little" in capsys.readouterr().err
     for bad in ("-1", "nan", "inf", "much"):
         assert run(base, lora, tmp_path / "new", f"--bound={bad}") == 2
-
-
-def test_nan_is_refused(tmp_path, base, lora):
-    check = merge_check.MergeCheck(open_folder(base), load_adapter(lora, TINY), "float32")
-    check.expected = np.full_like(check.expected, np.nan)
-    with pytest.raises(merge_check.CheckpointError, match="nan"):
-        check.require(base, 1e9)
+    assert merge_check.BOUNDS == {"float32": 0.001, "float16": 0.125, "bfloat16": 1.0}
+    text = " ".join(merge_lora.build_parser().format_help().split())
+    assert "0.001 in float32, 0.125 in float16, 1 in bfloat16" in text
 
 
 def test_too_little_memory(tmp_path, base, lora, capsys, monkeypatch):
     monkeypatch.setattr(merge_check, "available_memory", lambda: 1000)
     assert run(base, lora, tmp_path / "new", "--device", "cpu") == 5
     assert "--skip-check" in capsys.readouterr().err and names(tmp_path) == ["base", "lora"]
-
-
-def test_an_interrupted_merge_leaves_nothing(tmp_path, base, lora, monkeypatch):
-    def stop(self, *args):
-        assert len(names(tmp_path)) == 3  # the folder under its temporary name
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(merge_check.MergeCheck, "require", stop)
-    assert run(base, lora, tmp_path / "new") == 130
-    assert names(tmp_path) == ["base", "lora"]
-
-
-def test_the_help_states_the_bounds():
-    assert merge_check.BOUNDS == {"float32": 0.001, "float16": 0.125, "bfloat16": 1.0}
-    text = " ".join(merge_lora.build_parser().format_help().split())
-    assert "0.001 in float32, 0.125 in float16, 1 in bfloat16" in text

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import jax.numpy as jnp
@@ -79,30 +78,6 @@ def test_random_shapes(tmp_path_factory, layers, groups, ffn, length, projection
     assert np.abs(logits[0] - expected).max() <= 2e-4
 
 
-@pytest.mark.parametrize("projection", [False, True])
-def test_a_file_of_pytorch(tmp_path, projection):
-    torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
-    P, D, nn = 3, TINY.hidden_size, torch.nn
-
-    class Encoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(P, WIDTH)
-            if projection:
-                self.trans = nn.Sequential(nn.Linear(WIDTH, D), nn.Tanh(), nn.Linear(D, WIDTH))
-
-    model = Encoder()
-    with torch.no_grad():
-        x = model.embedding(torch.arange(P))
-        x = model.trans(x) if projection else x
-    x = x.view(P, TINY.num_layers * 2, TINY.num_kv_heads, TINY.head_dim).permute(1, 0, 2, 3)
-    state = {START + name: tensor for name, tensor in model.state_dict().items()}
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    found = load_prefix(tmp_path, TINY)
-    np.testing.assert_allclose(found.k, x[0::2].numpy(), atol=1e-6)
-    np.testing.assert_allclose(found.v, x[1::2].numpy(), atol=1e-6)
-
-
 def test_what_the_training_leaves_beside_is_ignored(tmp_path, base):
     saved = tmp_path / "output" / "checkpoint-3000"
     write_prefix(saved, encoder(TINY, 3))
@@ -131,22 +106,15 @@ def test_the_checkpoint_is_another_one(tmp_path, base):
     assert len({checkpoint.fingerprint, first.fingerprint, other.fingerprint}) == 3
     assert prefix_length(first.params) == 3 and prefix_length(checkpoint.params) == 0
     assert first.params["prefix"].k.dtype == "bfloat16"
-    assert "3 tokens (P-Tuning v2)" in first.notes[-1]
+    assert "3 tokens (P-Tuning v2)" in first.notes[-1] and one.notes == ()
+    write_prefix(tmp_path / "a", encoder(TINY, 5), kind="safetensors")  # a second set of weights
+    found = load_prefix(tmp_path / "a", TINY)
+    assert found.length == 5 and found.notes[0] in attach_prefix(checkpoint, found).notes
+    assert found.notes[0].endswith("read from model.safetensors; left out: pytorch_model.bin")
     huge = dataclasses.replace(one, k=one.k + np.float32(1e6))
     half = load_checkpoint(base, dtype="float16")
     with pytest.raises(CheckpointError, match="float16 cannot represent"):
         attach_prefix(half, huge)
-
-
-def test_which_of_two_sets_of_weights_is_read_is_said(tmp_path, base):
-    folder = write_prefix(tmp_path, encoder(TINY, 3))
-    assert load_prefix(folder, TINY).notes == ()
-    write_prefix(folder, encoder(TINY, 5), kind="safetensors")
-    found = load_prefix(folder, TINY)
-    assert found.length == 5
-    (note,) = found.notes
-    assert note.endswith("read from model.safetensors; left out: pytorch_model.bin")
-    assert note in attach_prefix(load_checkpoint(base), found).notes
 
 
 def with_value(tensors, name, value):
@@ -161,46 +129,24 @@ def test_wrong_shapes_and_numbers(tmp_path):
     folder = write_prefix(tmp_path, plain)
     message = refusal(folder, dataclasses.replace(TINY, num_layers=3))
     assert f"(3, {WIDTH}) instead of (3, 96); 96 = 3 layers" in message
-    assert "x 4 groups x 8" in refusal(folder, dataclasses.replace(TINY, num_kv_heads=4))
     assert "context has 2" in refusal(folder, dataclasses.replace(TINY, seq_length=2))
     folder = write_prefix(tmp_path, projected)
     message = refusal(folder, dataclasses.replace(TINY, hidden_size=48))
     assert f"trans.0.weight is (32, {WIDTH}) instead of (48, {WIDTH})" in message
-
-    for value in (np.nan, np.inf):
-        folder = write_prefix(tmp_path, with_value(plain, "embedding.weight", value))
-        assert "NaN or infinity: embedding.weight" in refusal(folder)
-    folder = write_prefix(tmp_path, with_value(projected, "trans.2.weight", np.nan))
-    assert "NaN or infinity: trans.2.weight" in refusal(folder)
-    large = projected | {START + "trans.2.weight": projected[START + "trans.2.weight"] * 0 + 3e38}
-    assert "the result of its projection" in refusal(write_prefix(tmp_path, large))
-    integers = {START + "embedding.weight": np.ones((3, WIDTH), np.int8)}
-    assert "int8, not a float" in refusal(write_prefix(tmp_path, integers))
-    for shape, said in (((0, WIDTH), "damaged"), ((WIDTH,), f"is damaged: .* is \\({WIDTH},\\)")):
-        empty = {START + "embedding.weight": np.ones(shape, np.float32)}
-        message = refusal(write_prefix(tmp_path, empty))
-        assert re.search(said, message) and "two dimensions" in message
-    # Finite, but its squares are not: norms would make every logit 0.
-    for kind, tensors, factor in (("plain", plain, 1e30), ("projected", projected, 1e20)):
-        last = tuple(name for name in tensors if kind == "plain" or ".trans.2." in name)
-        changed = {n: x * np.float32(factor if n in last else 1) for n, x in tensors.items()}
-        message = refusal(write_prefix(tmp_path / kind, changed))
-        assert "keys or values of up to" in message and "float32 overflows" in message
+    embedding, last = START + "embedding.weight", START + "trans.2.weight"
+    for tensors, said in (
+        (with_value(plain, "embedding.weight", np.inf), "NaN or infinity: embedding.weight"),
+        (with_value(projected, "trans.2.weight", np.nan), "NaN or infinity: trans.2.weight"),
+        (projected | {last: projected[last] * 0 + 3e38}, "the result of its projection"),
+        ({embedding: np.ones((3, WIDTH), np.int8)}, "int8, not a float"),
+        ({embedding: np.ones((0, WIDTH), np.float32)}, f"embedding.weight is (0, {WIDTH})"),
+        ({embedding: np.ones((WIDTH,), np.float32)}, "It needs two dimensions"),
+        # Finite, but its squares are not: norms would make every logit 0.
+        ({embedding: plain[embedding] * np.float32(1e30)}, "float32 overflows"),
+    ):
+        assert said in refusal(write_prefix(tmp_path, tensors))
     large = {name: x * np.float32(1e5) for name, x in plain.items()}
     assert load_prefix(write_prefix(tmp_path / "large", large), TINY).length == 3
-
-
-def test_incomplete_encoders(tmp_path):
-    projected = encoder(TINY, 3, projection=True)
-    short = {name: x for name, x in projected.items() if not name.endswith("2.bias")}
-    headless = {name: x for name, x in projected.items() if ".trans." in name}
-    twice = projected | {"embedding.weight": projected[START + "embedding.weight"]}
-    for tensors in (short, headless, twice):
-        assert "not hold one complete" in refusal(write_prefix(tmp_path, tensors))
-    with (tmp_path / "pytorch_model.bin").open("r+b") as file:
-        file.truncate(100)
-    refused = pytest.raises(CheckpointError, load_prefix, tmp_path, TINY)
-    assert "pytorch_model.bin" in str(refused.value)
 
 
 def test_what_is_no_prefix(tmp_path, base):
@@ -209,14 +155,22 @@ def test_what_is_no_prefix(tmp_path, base):
     assert "has no weights" in refusal(tmp_path / "empty")
     file = write_prefix(tmp_path / "prefix", encoder(TINY, 3)) / "pytorch_model.bin"
     assert "is a file" in refusal(file)
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    message = refusal(tmp_path / "lora")
-    assert "adapter of the PEFT library" in message and "--adapter" in message
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "Give it as --adapter" in refusal(adapter)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    message = refusal(adapter)  # --adapter refuses it, too
+    assert "PREFIX_TUNING" in message and "--adapter" not in message and "train.lora" in message
     message = refusal(base)
     assert "holds no prefix" in message and "--model" in message
     both = official_tensors(TINY, random_params(TINY)) | encoder(TINY, 3)
-    message = refusal(write_official(tmp_path / "both", tensors=both))
-    assert "holds more than a prefix: " in message
+    assert "holds more than a prefix" in refusal(write_official(tmp_path / "both", tensors=both))
     with pytest.raises(CheckpointError, match="together with a P-Tuning v2 prefix"):
         load_checkpoint(tmp_path / "both")
+    projected = encoder(TINY, 3, projection=True)
+    short = {name: x for name, x in projected.items() if not name.endswith("2.bias")}
+    headless = {name: x for name, x in projected.items() if ".trans." in name}
+    twice = projected | {"embedding.weight": projected[START + "embedding.weight"]}
+    for tensors in (short, headless, twice):
+        assert "not hold one complete" in refusal(write_prefix(tmp_path / "new", tensors))
