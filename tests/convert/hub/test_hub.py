@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -19,10 +20,10 @@ from convert import from_pytorch, load_checkpoint
 from convert.hub.find import find_model
 from glm2_jax import CheckpointError, InputError, UsageError
 from glm2_jax.choices import SOURCES
-from glm2_jax.cli import main as cli
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from infer import startup
 from tests.support.checkpoints import TINY, write_official
+from tests.support.commands import exit_code
 from tests.support.hub_server import COMMIT, serving
 
 NAME = "someone/tiny"
@@ -53,7 +54,8 @@ def hub(server, tmp_path, monkeypatch):
 
 
 def use(url, cache, monkeypatch):
-    environment = settings(url, cache)
+    environment, sleep = settings(url, cache), time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with contextlib.suppress(ModuleNotFoundError):
@@ -101,13 +103,9 @@ def fails(error, *arguments, **keywords):
     return str(caught.value)
 
 
-def part_of(tmp_path, server, name):
-    """Where a part of a large file waits for the next process."""
-    blobs = tmp_path / "cache" / "hf" / "hub" / "models--someone--tiny" / "blobs"
-    return blobs / f"{hashlib.sha256(server.files()[name]).hexdigest()}.incomplete"
-
-
-def test_only_what_is_needed_is_fetched(hub, source, capfd):
+def test_only_what_is_needed_is_fetched(hub, source, capfd, monkeypatch):
+    seen = []
+    monkeypatch.setattr("convert.hub.find.Progress.__call__", lambda bar, done: seen.append(done))
     message = fails(CheckpointError, NAME)
     assert "no downloaded model" in message and "--source hf" in message and hub.requests == []
     folder = find_model(NAME, source=source)
@@ -120,7 +118,9 @@ def test_only_what_is_needed_is_fetched(hub, source, capfd):
     revision = COMMIT if source == "hf" else "master"
     assert first.startswith(NAME) and first.endswith(revision)
     assert second.startswith("downloading 1") and "kB into" in second
-    assert load_checkpoint(folder).config == TINY
+    sizes = {name: len(data) for name, data in hub.files().items()}
+    assert sum(sizes[name] for name in SHARDS) <= seen[-1] <= sum(sizes[x] for x in NEEDED)
+    assert seen == sorted(seen) and load_checkpoint(folder).config == TINY
     # Found by its name, without the network; again with a source, only the listing is asked for.
     hub.requests.clear()
     assert find_model(NAME) == folder
@@ -129,15 +129,6 @@ def test_only_what_is_needed_is_fetched(hub, source, capfd):
     assert hub.requests == []
     assert find_model(NAME, source=source) == folder
     assert hub.asked("GET") == []
-
-
-def test_progress_is_shown(hub, source, monkeypatch):
-    seen = []
-    monkeypatch.setattr("convert.hub.find.Progress.__call__", lambda bar, done: seen.append(done))
-    find_model(NAME, source=source)
-    sizes = {name: len(data) for name, data in hub.files().items()}
-    assert sum(sizes[name] for name in SHARDS) <= seen[-1] <= sum(sizes[x] for x in NEEDED)
-    assert seen == sorted(seen)
 
 
 def test_the_token_stays_at_home(hub, hf, monkeypatch):
@@ -174,9 +165,8 @@ def test_a_cut_connection_goes_on(hub, source, capfd, reset, ranges):
     assert len(capfd.readouterr().err.splitlines()) == 2
 
 
-def test_a_connection_that_never_lasts(hub, hf, monkeypatch):
+def test_a_connection_that_never_lasts(hub, hf):
     hub.cuts, hub.nothing = dict.fromkeys(SHARDS, 10**6), True
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert "the connection broke" in fails(CheckpointError, NAME, source="hf")
     hub.cuts, hub.broken = {}, dict.fromkeys(SHARDS, b"")
     assert "the server sent nothing" in fails(CheckpointError, NAME, source="hf")
@@ -189,7 +179,11 @@ interrupt.run(inspect.main)
 """
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("source", "ending"),
+    [("hf", signal.SIGTERM), ("hf", signal.SIGKILL), ("modelscope", signal.SIGKILL)],
+    indirect=["source"],
+)
 def test_an_interrupted_download_continues_in_the_next_process(server, source, tmp_path, ending):
     """Through HF_ENDPOINT or MODELSCOPE_ENDPOINT, as a user names a mirror."""
     command = [sys.executable, "-c", _INSPECT, NAME, "--source", source, "--json"]
@@ -199,7 +193,10 @@ def test_an_interrupted_download_continues_in_the_next_process(server, source, t
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        wait_for(lambda: any(x.stat().st_size > 10_000 for x in tmp_path.rglob("*.incomplete")))
+        for _ in range(6000):
+            if any(x.stat().st_size > 10_000 for x in tmp_path.rglob("*.incomplete")):
+                break
+            time.sleep(0.01)
         process.send_signal(ending)
         out, err = process.communicate(timeout=60)
     finally:
@@ -216,14 +213,6 @@ def test_an_interrupted_download_continues_in_the_next_process(server, source, t
     assert not list(tmp_path.rglob("*.incomplete"))
 
 
-def wait_for(condition):
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    pytest.fail("nothing happened")
-
-
 def test_a_damaged_file_is_not_kept(hub, source, monkeypatch):
     if source == "modelscope":  # tries again by itself
         monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_INTEGRITY_RETRY_BACKOFF", 0)
@@ -236,34 +225,27 @@ def test_a_damaged_file_is_not_kept(hub, source, monkeypatch):
     assert (folder / name).read_bytes() == hub.files()[name]
 
 
-def test_space_is_looked_for_first(hub, source, monkeypatch):
+def test_a_full_disk(hub, source, tmp_path, monkeypatch):
     nearly_full = types.SimpleNamespace(free=1000)
-    monkeypatch.setattr("glm2_jax.cli.files.shutil.disk_usage", lambda path: nearly_full)
-    assert "1000 are free" in fails(InputError, NAME, source=source)
+    with monkeypatch.context() as patch:
+        patch.setattr("glm2_jax.cli.files.shutil.disk_usage", lambda path: nearly_full)
+        assert "1000 are free" in fails(InputError, NAME, source=source)
     assert not set(SHARDS) & {name for name, _ in hub.asked()}
-
-
-def test_a_disk_that_fills_up(hub, hf, tmp_path):
-    part = part_of(tmp_path, hub, SHARDS[0])
-    part.parent.mkdir(parents=True)
-    part.symlink_to("/dev/full")
-    message = fails(InputError, NAME, source="hf")
-    assert "No space left" in message and "continues" in message
+    if source == "hf":  # where a part of a large file waits for the next process
+        blobs = tmp_path / "cache" / "hf" / "hub" / "models--someone--tiny" / "blobs"
+        blobs.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(hub.files()[SHARDS[0]]).hexdigest()
+        (blobs / f"{digest}.incomplete").symlink_to("/dev/full")
+        message = fails(InputError, NAME, source="hf")
+        assert "No space left" in message and "continues" in message
 
 
 def test_two_processes_do_not_write_the_same_file(hub, hf):
     hub.hold.clear()
     threading.Timer(1, hub.hold.set).start()
-    found = []
-    workers = [
-        threading.Thread(target=lambda: found.append(find_model(NAME, source="hf")))
-        for _ in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert len(found) == 2 and load_checkpoint(found[0]).config == TINY
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda name: find_model(name, source="hf"), [NAME] * 2))
+    assert load_checkpoint(found[0]).config == TINY and found[0] == found[1]
     assert sorted(name for name, _ in hub.asked() if name in SHARDS) == SHARDS
 
 
@@ -277,35 +259,18 @@ def test_an_index_that_names_code_is_refused(hub, source, name):
     assert {what for what, _ in hub.asked()} <= {"pytorch_model.bin.index.json", "config.json"}
 
 
-def test_what_the_hub_does_not_have(hub, source):
-    if source == "hf":
-        assert find_model(NAME, source=source, revision=COMMIT).name == COMMIT
+def test_what_the_hub_does_not_have_or_refuses(hub, source, capfd):
     message = fails(CheckpointError, NAME, source=source, revision="v9")
     assert f"{NAME}, revision v9, was not found at" in message
     assert "not found" in fails(CheckpointError, "someone/other", source=source)
-
-
-@pytest.mark.parametrize(
-    ("refusal", "message"),
-    [
-        ((401, "RepoNotFound"), "not found"),
-        ((403, "GatedRepo"), "is gated"),
-        ((403, "Other"), "refused"),
-        ((500, "Oops"), "500"),
-    ],
-)
-def test_refusals_of_hugging_face(hub, hf, capfd, refusal, message):
-    hub.refusal = refusal
-    assert message in fails(CheckpointError, NAME, source="hf")
-    assert capfd.readouterr().err == ""
-
-
-def test_a_server_that_is_no_hub(hub, source, capfd):
-    hub.refusal = (403, "no")
-    message = fails(CheckpointError, NAME, source=source)
-    assert "refused" in message and hub.url in message
-    hub.refusal = (200, "Welcome")  # a login page
-    assert hub.url in fails(CheckpointError, NAME, source=source)
+    refusals = [((403, "Other"), "refused"), ((200, "Welcome"), hub.url)]  # a login page
+    if source == "hf":
+        refusals += [((401, "RepoNotFound"), "not found"), ((403, "GatedRepo"), "is gated")]
+        refusals += [((500, "Oops"), "500")]
+    for refusal, expected in refusals:
+        hub.refusal = refusal
+        message = fails(CheckpointError, NAME, source=source)
+        assert expected in message and hub.url in message
     assert capfd.readouterr().err == ""
 
 
@@ -313,33 +278,25 @@ def test_no_network(source, tmp_path, monkeypatch, capfd):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     use(url, tmp_path / "cache", monkeypatch)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     message = fails(CheckpointError, NAME, source=source)
     assert "cannot be reached" in message and url in message and "_ENDPOINT" in message
     assert capfd.readouterr().err == ""
 
 
-def test_offline_mode_is_honored(hub, hf, monkeypatch):
-    folder = find_model(NAME, source="hf")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    hub.requests.clear()
-    assert find_model(NAME, source="hf") == folder
-    message = fails(CheckpointError, "someone/other", source="hf")
-    assert "HF_HUB_OFFLINE is set" in message and "Unset it" in message
-    assert hub.requests == []
-
-
-def test_commands_and_the_engine_take_names(hub, hf, tmp_path, capfd):
-    with pytest.raises(SystemExit) as caught:
-        cli.run_main(from_pytorch.main, [NAME, str(tmp_path / "own"), "--source", "hf"])
-    assert caught.value.code == 0 and load_checkpoint(tmp_path / "own").config == TINY
+def test_commands_and_the_engine_take_names(hub, hf, tmp_path, capfd, monkeypatch):
+    assert exit_code(from_pytorch.main, NAME, tmp_path / "own", "--source", "hf") == 0
+    assert load_checkpoint(tmp_path / "own").config == TINY
     off = EngineOptions(compile_cache="off")
     engine = startup.open_engine(ModelChoice(path=NAME, source="hf"), off)
     assert COMMIT in capfd.readouterr().err
     hub.requests.clear()
     again = infer.load(NAME)
     assert again.checkpoint.fingerprint == engine.checkpoint.fingerprint
-    assert hub.requests == []
     for choice in (ModelChoice(source="hf"), ModelChoice(revision="main")):
         with pytest.raises(UsageError, match="need --model"):
             startup.open_engine(choice, off)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert str(find_model(NAME, source="hf")) == again.checkpoint.summary.source
+    message = fails(CheckpointError, "someone/other", source="hf")
+    assert "HF_HUB_OFFLINE is set" in message and "Unset it" in message
+    assert hub.requests == []
