@@ -7,7 +7,7 @@ from convert import export_folder, open_folder
 from convert.files.shards import open_weights
 from convert.layouts.names import SCALE
 from glm2_jax import CheckpointError
-from tests.convert.writing.test_to_pytorch_quantized import write_packed
+from tests.convert.writing.test_to_pytorch import write_packed
 from tests.support.checkpoints import (
     TINY,
     official_tensors,

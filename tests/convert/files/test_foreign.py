@@ -6,7 +6,7 @@ import pytest
 from convert import export_folder, load_checkpoint, open_folder
 from convert.hub.find import find_model
 from glm2_jax import CheckpointError
-from tests.convert.writing.test_to_pytorch_quantized import write_packed
+from tests.convert.writing.test_to_pytorch import write_packed
 from tests.support.checkpoints import (
     TINY,
     edit_json,

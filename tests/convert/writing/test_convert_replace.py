@@ -2,12 +2,12 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from convert import load_checkpoint, verify_checkpoint
-from convert.files.safetensors_writer import HashingFile
 from convert.loading.folder import open_folder
 from convert.writing.destination import check_destination
 from convert.writing.own import convert_folder
@@ -51,17 +51,18 @@ def test_only_our_own_folders_are_replaced(tmp_path, monkeypatch):
     assert names(tmp_path) == ["empty", "file", "home", "loop", "official"]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "logs/today.txt", "config.json/x"])
-def test_files_that_the_manifest_does_not_list_are_kept(tmp_path, name):
-    save(tmp_path / "own")
-    path = tmp_path / "own" / name
-    if path.parent.is_file():
-        path.parent.unlink()
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("important")
-    with pytest.raises(UsageError, match=f"holds {name.split('/')[0]}"):
-        save(tmp_path / "own", overwrite=True)
-    assert path.read_text() == "important" and names(tmp_path) == ["own"]
+def test_files_that_the_manifest_does_not_list_are_kept(tmp_path):
+    for name in ("notes.txt", "logs/today.txt", "config.json/x"):
+        save(tmp_path / "own")
+        path = tmp_path / "own" / name
+        if path.parent.is_file():
+            path.parent.unlink()
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("important")
+        with pytest.raises(UsageError, match=f"holds {name.split('/')[0]}"):
+            save(tmp_path / "own", overwrite=True)
+        assert path.read_text() == "important" and names(tmp_path) == ["own"]
+        shutil.rmtree(tmp_path / "own")
 
 
 def test_the_source_is_not_replaced(tmp_path):
@@ -168,32 +169,20 @@ def test_the_folder_of_another_user_is_not_written_into(tmp_path):
     assert names(tmp_path / "theirs") == []
 
 
-@pytest.mark.parametrize("path", ["file/own", "n" * 300, "n" * 300 + "/own"])
-def test_a_place_that_cannot_be_written(tmp_path, path):
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    for action in (save, lambda folder: check_destination(folder, overwrite=False)):
-        with pytest.raises(InputError, match="cannot write"):
-            action(tmp_path / path)
+    for path in ("file/own", "n" * 300, "n" * 300 + "/own"):
+        for action in (save, check_destination):
+            with pytest.raises(InputError, match="cannot write"):
+                action(tmp_path / path)
     assert names(tmp_path) == ["file"]
 
-
-def test_a_folder_without_the_right_to_write(tmp_path, monkeypatch):
     def refuse(self, mode=0o777, exist_ok=False):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match="Permission denied"):
-        check_destination(tmp_path / "deep" / "own", overwrite=False)
-
-
-def test_new_parents_go_with_what_failed(tmp_path, monkeypatch):
-    def full(self, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(HashingFile, "write", full)
-    with pytest.raises(InputError, match="No space left"):
-        save(tmp_path / "deep" / "deeper" / "own")
-    assert names(tmp_path) == []
+        check_destination(tmp_path / "deep" / "own")
 
 
 def test_an_error_of_reading_is_not_one_of_writing(tmp_path, monkeypatch):
@@ -205,10 +194,3 @@ def test_an_error_of_reading_is_not_one_of_writing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"\.bin cannot be read"):
         convert_folder(source, tmp_path / "own")
     assert names(tmp_path) == ["official"]
-
-
-def test_a_source_whose_name_is_not_utf8(tmp_path):
-    source = write_official(tmp_path / os.fsdecode(b"caf\xe9"))
-    manifest = convert_folder(open_folder(source), tmp_path / "own")
-    assert manifest.source.endswith("/caf\N{REPLACEMENT CHARACTER}")
-    verify_checkpoint(tmp_path / "own")

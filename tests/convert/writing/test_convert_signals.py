@@ -16,7 +16,7 @@ from tests.support.checkpoints import names, save, write_official
 # Writing is slow, and takes every exception for something that it can ignore.
 _SLOW = """
 import contextlib, importlib, signal, sys, time
-import convert.writing.own, convert.writing.pytorch
+import convert.writing.own
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 from convert.files import safetensors_writer as writer
 from glm2_jax.cli import interrupt
@@ -59,7 +59,6 @@ def start(tmp_path, *flags, tool="from_pytorch", also=()):
     [
         (signal.SIGINT, 130, "interrupted", "from_pytorch", []),
         (signal.SIGHUP, 143, "terminated", "from_pytorch", ["--overwrite"]),
-        (signal.SIGTERM, 143, "terminated", "to_pytorch", ["--layout", "chatglm"]),
         (signal.SIGTERM, 143, "terminated", "merge_lora", ["--skip-check"]),
     ],
 )

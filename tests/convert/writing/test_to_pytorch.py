@@ -1,4 +1,7 @@
-"""`convert.to_pytorch` without PyTorch: the official layout, the command, and what is refused."""
+"""`convert.to_pytorch` without PyTorch: the official layout, the command, and what is refused.
+
+Quantized folders stay packed where the official form is the same.
+"""
 
 import importlib.util
 import json
@@ -18,14 +21,24 @@ from convert import export_folder, load_checkpoint, open_folder, to_pytorch
 from convert.adapters.adapter import Adapter, save_adapter
 from convert.files.shards import open_weights
 from convert.files.tensor import StoredTensor
-from convert.layouts.hf_config import native_config
-from convert.layouts.names import GLM, INV_FREQ, PARTS, PUBLISHED, Match
+from convert.layouts.names import INV_FREQ, PUBLISHED, SCALE, Match
 from convert.loading.folder import Folder
 from convert.writing import pytorch
 from convert.writing.own import convert_folder
 from glm2_jax import PRESETS, CheckpointError, UsageError
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
-from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
+from glm2_jax.quant import pack_int4
+from glm2_jax.schemes import SCHEMES
+from tests.support.checkpoints import (
+    TINY,
+    edit_json,
+    names,
+    official_tensors,
+    random_params,
+    save,
+    tiny_config,
+    write_official,
+)
 from tests.support.commands import exit_code
 from tests.support.shared_data import shared_path
 
@@ -35,6 +48,31 @@ run = partial(exit_code, to_pytorch.main)
 def tensors(folder):
     """Everything that a folder stores, by name; bit patterns, so that types count, too."""
     return {name: (t.dtype, t.read()) for name, t in open_weights(folder).tensors.items()}
+
+
+def write_packed(folder, bits, config=TINY, dtype="float16", **kwargs):
+    """An official int4 or int8 folder of random integers, its scales in the type of the rest."""
+    random = np.random.default_rng(bits)
+    stored = official_tensors(config, random_params(config), dtype)
+    for rule in PUBLISHED:
+        for layer in rule.layers(config) if rule.quantized(SCHEMES["int8"]) else ():
+            name, shape = rule.full_name(layer), rule.shape(config)
+            limit = 2 ** (bits - 1)
+            integers = random.integers(-limit, limit, shape, dtype=np.int8)
+            scales = random.uniform(0.001, 0.02, shape[0]).astype(stored[name].dtype)
+            stored[name] = pack_int4(integers) if bits == 4 else integers
+            stored[name + SCALE] = scales
+    return write_official(folder, config, tensors=stored, raw={"quantization_bit": bits}, **kwargs)
+
+
+def assert_same_tensors(one, other):
+    """Bit by bit, types included; the unused frequencies of a source may be made up."""
+    before, after = tensors(one), tensors(other)
+    assert before.keys() == after.keys()
+    for name in before.keys() - {INV_FREQ}:
+        assert after[name][0] == before[name][0], name
+        assert after[name][1].shape == before[name][1].shape, name
+        assert after[name][1].tobytes() == before[name][1].tobytes(), name
 
 
 def random_lora(config=TINY, rank=3, size=0.2, *, targets=tuple(TARGETS), seed=1, **scale):
@@ -50,19 +88,17 @@ def random_lora(config=TINY, rank=3, size=0.2, *, targets=tuple(TARGETS), seed=1
     return LoRA(layers, FrozenDict(dict.fromkeys(targets, 2.0) | scale))
 
 
-@pytest.mark.parametrize("rules", [PUBLISHED, GLM], ids=["official", "glm"])
-def test_a_table_covers_every_parameter_once(rules):
-    parts = [part.path for rule in rules for part in rule.parts]
-    assert sorted(parts) == sorted(part.path for part in PARTS)
-    for rule in rules:
-        elements = sum(np.prod(part.shape(TINY)) for part in rule.parts)
-        assert np.prod(rule.shape(TINY)) == elements
-
-
-def test_shards_and_index(tmp_path):
-    save(tmp_path / "own")
-    source = open_folder(tmp_path / "own")
-    export_folder(source, tmp_path / "b", layout="chatglm", max_shard_size=20_000)
+def test_the_official_form(tmp_path):
+    source = write_official(tmp_path / "a", raw={"_name_or_path": "THUDM/chatglm2-6b"})
+    shards = {"dtype": "bfloat16", "max_shard_size": 20_000}
+    export_folder(open_folder(source), tmp_path / "b", layout="chatglm", **shards)
+    raw = json.loads((tmp_path / "b/config.json").read_text())
+    published = {"model_type": "chatglm", "add_qkv_bias": True, "multi_query_group_num": 2,
+                 "torch_dtype": "bfloat16", "padded_vocab_size": 640, "kv_channels": 8,
+                 "apply_query_key_layer_scaling": True}  # fmt: skip
+    assert raw.items() >= published.items()
+    one, other = ((x / "tokenizer.model").read_bytes() for x in (source, tmp_path / "b"))
+    assert one == other
     index = json.loads((tmp_path / "b/model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 3 and files < set(names(tmp_path / "b"))
@@ -72,27 +108,10 @@ def test_shards_and_index(tmp_path):
     assert b'"format": "pt"' in header  # transformers refuses others
 
 
-def test_the_official_configuration(tmp_path):
-    source = write_official(tmp_path / "a", raw={"_name_or_path": "THUDM/chatglm2-6b"})
-    export_folder(open_folder(source), tmp_path / "b", layout="chatglm", dtype="bfloat16")
-    raw = json.loads((tmp_path / "b/config.json").read_text())
-    published = {"model_type": "chatglm", "add_qkv_bias": True, "multi_query_group_num": 2,
-                 "torch_dtype": "bfloat16", "padded_vocab_size": 640, "kv_channels": 8,
-                 "apply_query_key_layer_scaling": True}  # fmt: skip
-    assert raw.items() >= published.items()
-    assert (tmp_path / "b/tokenizer.model").read_bytes() == (
-        source / "tokenizer.model"
-    ).read_bytes()
-
-
 def test_the_6b_model_has_the_published_size():
     config = PRESETS["chatglm2-6b"]
     matches = tuple(
-        Match(
-            rule,
-            layer,
-            StoredTensor(Path("x"), np.dtype(np.float16), rule.shape(config), 0),
-        )
+        Match(rule, layer, StoredTensor(Path("x"), np.dtype("f2"), rule.shape(config), 0))
         for rule in PUBLISHED
         for layer in rule.layers(config)
     )
@@ -118,7 +137,7 @@ def test_the_frequencies_are_those_of_the_published_code(tmp_path):
     np.testing.assert_allclose(tensors(tmp_path / "b")[INV_FREQ][1], stored, rtol=1e-6)
 
 
-@pytest.mark.parametrize("base", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("base", ["float32", "int4"])
 def test_an_adapter_is_added_in_float32(tmp_path, base):
     convert_folder(
         open_folder(write_official(tmp_path / "a", dtype="float32")),
@@ -165,56 +184,34 @@ def test_a_merged_weight_that_is_too_large(tmp_path):
     assert names(tmp_path) == ["own"]
 
 
-def test_the_command(tmp_path, capsys):
-    source = write_official(tmp_path / "a")
+def test_the_command_says_what_it_does_not_keep(tmp_path, capsys):
+    source = write_official(tmp_path / "a", tiny_config(rope_table_dtype="reference"))
     save_adapter(tmp_path / "lora", Adapter(random_lora()))
     assert run(source, tmp_path / "b", "--layout", "chatglm", "--adapter", tmp_path / "lora") == 0
     out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'b'}\n"
-    assert "query_key_value, dense" in err
-    convert_folder(open_folder(source), tmp_path / "own", quantize="int8")
-    assert run(tmp_path / "own", tmp_path / "c", "--layout", "chatglm", "--dequantize") == 0
-    out, err = capsys.readouterr()
-    assert "stored in int8, the rest float16; dequantized and written as float16" in err
-    assert open_folder(tmp_path / "c").stored_dtype == "float16"
-
-
-def test_what_the_new_folder_does_not_keep_is_said(tmp_path, capsys):
+    assert out == f"{tmp_path / 'b'}\n" and "query_key_value, dense" in err
+    assert "rotary tables" not in err and "written as" not in err
     pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
-    source = write_official(tmp_path / "a", tiny_config(rope_table_dtype="reference"))
-    assert run(source, tmp_path / "b", "--layout", "glm", "--dtype", "bfloat16") == 0
+    assert run(source, tmp_path / "c", "--layout", "glm", "--dtype", "bfloat16") == 0
     err = capsys.readouterr().err
     assert "rotary tables" in err and "stored in float16; written as bfloat16" in err
-    assert run(source, tmp_path / "c", "--layout", "chatglm") == 0
-    err = capsys.readouterr().err
-    assert "rotary tables" not in err and "written as" not in err
 
 
-def test_bad_input_through_the_command(tmp_path, capsys):
-    source = write_official(tmp_path / "a")
-    command = (source, tmp_path / "b", "--layout", "chatglm")
-    assert run(*command[:2]) == 2 and run(*command, "--layout", "gguf") == 2
-    capsys.readouterr()
-    raw = json.loads((source / "config.json").read_text())
-    native = native_config(open_folder(source).config, "float16", (2,))
-    (source / "config.json").write_text(json.dumps(native))
-    assert run(*command) == 4
-    assert "official names, but config.json has the model_type 'glm'" in capsys.readouterr().err
-    (source / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
-    assert run(*command) == 4
-    assert "'llama'" in capsys.readouterr().err
-    (source / "config.json").write_text(json.dumps(raw))
+def test_what_cannot_be_written(tmp_path, capsys):
+    source = write_official(tmp_path / "a", tiny_config(logn_scaling=True))
+    with pytest.raises(UsageError, match="logn_scaling"):
+        export_folder(open_folder(source), tmp_path / "b", layout="glm")
+    export_folder(open_folder(source), tmp_path / "b", layout="chatglm")
+    assert open_folder(tmp_path / "b").config.logn_scaling
     with pytest.raises(UsageError, match="unknown layout"):
         export_folder(open_folder(source), "x", layout="gguf")
-    assert names(tmp_path) == ["a"]
-
-
-def test_logn_scaling_has_no_hf_native_form(tmp_path):
-    source = open_folder(write_official(tmp_path / "a", tiny_config(logn_scaling=True)))
-    with pytest.raises(UsageError, match="logn_scaling"):
-        export_folder(source, tmp_path / "b", layout="glm")
-    export_folder(source, tmp_path / "b", layout="chatglm")
-    assert open_folder(tmp_path / "b").config.logn_scaling
+    assert run(source, tmp_path / "c") == 2 and run(source, tmp_path / "c", "--layout", "gguf") == 2
+    capsys.readouterr()
+    for model_type, said in (("glm", "HF-native layout lacks"), ("llama", "'llama'")):
+        edit_json(source / "config.json", model_type=model_type)
+        assert run(source, tmp_path / "c", "--layout", "chatglm") == 4
+        assert said in capsys.readouterr().err
+    assert names(tmp_path) == ["a", "b"]
 
 
 @settings(max_examples=12, derandomize=True, deadline=None)
@@ -242,8 +239,71 @@ def test_any_shape_goes_round_unchanged(kv_heads, head_dim, hidden, ffn, layers,
             last = folder / "glm"
             export_folder(open_folder(folder / "own"), last, layout="glm", max_shard_size=shard)
         export_folder(open_folder(last), folder / "b", layout="chatglm", max_shard_size=shard)
-        before, after = tensors(source), tensors(folder / "b")
-        assert before.keys() == after.keys()
-        for tensor in before.keys() - {INV_FREQ}:
-            assert after[tensor][0] == before[tensor][0]
-            assert after[tensor][1].tobytes() == before[tensor][1].tobytes(), tensor
+        assert_same_tensors(source, folder / "b")
+
+
+@settings(max_examples=8, derandomize=True, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8]),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    hidden=st.integers(1, 20).map(lambda half: 2 * half),
+    ffn=st.integers(1, 40),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    kind=st.sampled_from(["bin", "safetensors"]),
+    shard=st.integers(1, 100_000),
+)
+def test_official_to_ours_to_official_stays_packed(bits, kv_heads, hidden, ffn, dtype, kind, shard):
+    config = tiny_config(
+        num_kv_heads=kv_heads, hidden_size=hidden, ffn_hidden_size=ffn + (bits == 4) * (ffn % 2)
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_packed(folder / "a", bits, config, dtype, kind=kind)
+        convert_folder(open_folder(source), folder / "own", max_shard_size=shard)
+        export_folder(
+            open_folder(folder / "own"), folder / "b", layout="chatglm", max_shard_size=shard
+        )
+        assert_same_tensors(source, folder / "b")
+        raw = json.loads((folder / "b/config.json").read_text())
+        assert raw["quantization_bit"] == bits and raw["torch_dtype"] == dtype
+        again = open_folder(folder / "b")
+        assert again.layout == f"official int{bits}" and again.config == config
+        assert run(source, folder / "c", "--layout", "chatglm", "--max-shard-size", "20kB") == 0
+        assert_same_tensors(source, folder / "c")
+
+
+def test_our_own_int8_is_the_official_one_with_exact_scales(tmp_path, capsys):
+    source = write_official(tmp_path / "a")
+    convert_folder(open_folder(source), tmp_path / "own", quantize="int8")
+    assert run(tmp_path / "own", tmp_path / "b", "--layout", "chatglm") == 0
+    assert "the scales are written in float32: float16 does not hold" in capsys.readouterr().err
+    convert_folder(open_folder(tmp_path / "b"), tmp_path / "again")
+    assert_same_tensors(tmp_path / "own", tmp_path / "again")
+    name = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
+    found, own = tensors(tmp_path / "b"), tensors(tmp_path / "own")
+    joined = np.concatenate([own[f"layers.1.{x}"][1].reshape(-1, 32) for x in "qkv"])
+    np.testing.assert_array_equal(found[name][1], joined)
+    assert found[name + SCALE][0] == np.float32 and found[name][0] == np.int8
+
+
+def test_what_has_no_official_form_is_dequantized(tmp_path, capsys):
+    source = open_folder(write_official(tmp_path / "a", dtype="float32"))
+    save_adapter(tmp_path / "lora", Adapter(random_lora()))
+    for scheme, wide, flags in (
+        ("int4", False, ()),
+        ("int8", True, ()),
+        ("int8", False, ("--dequantize",)),
+        ("int8", False, ("--adapter", tmp_path / "lora")),
+    ):
+        own, new = (tmp_path / f"{x}-{scheme}-{wide}-{len(flags)}" for x in ("own", "new"))
+        convert_folder(source, own, quantize=scheme, quantize_embeddings=wide)
+        assert run(own, new, "--layout", "chatglm", *flags) == 0
+        stored = f"{scheme}+embeddings" if wide else scheme
+        said = f"in {stored}, the rest float32; dequantized and written as float32"
+        assert said in capsys.readouterr().err
+        assert open_folder(new).scheme is None and open_folder(new).stored_dtype == "float32"
+        assert not json.loads((new / "config.json").read_text()).get("quantization_bit")
+        if len(flags) < 2:
+            found = load_checkpoint(new, dtype="float32").params["layers"]["o"]
+            expected = load_checkpoint(own, dtype="float32", quantize="none").params["layers"]["o"]
+            np.testing.assert_array_equal(found, expected)

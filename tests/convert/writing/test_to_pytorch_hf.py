@@ -16,7 +16,6 @@ from convert import load_checkpoint
 from convert.loading.folder import open_folder
 from convert.writing.pytorch import export_folder
 from glm2_jax import Tokenizer
-from glm2_jax.lora import init_lora, with_lora
 from tests.support.checkpoints import TINY, random_params, save, tiny_config, write_official
 from tests.support.paths import ROOT
 from tests.support.sp_model import sp_model
@@ -116,25 +115,6 @@ def test_greedy_tokens(tmp_path):
     # Causal: the likeliest tokens after theirs are ours, as long as all before were equal.
     logits = our_logits(TINY, params, theirs[:, :-1])
     np.testing.assert_array_equal(logits[:, prompt.shape[1] - 1 :].argmax(-1), new)
-
-
-def test_an_adapter_is_merged_in_float32(tmp_path):
-    config = TINY
-    save(tmp_path / "own")
-    params = random_params(config)
-    random = np.random.default_rng(1)
-    shapes = jax.eval_shape(
-        lambda key: init_lora(config, key, rank=3, alpha=6, targets="all-linear"),
-        jax.random.key(0),
-    )
-    lora = jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
-    merged = export(tmp_path / "own", tmp_path / "glm", lora=lora)
-    adapted = our_logits(config, with_lora(params, lora))
-    assert np.abs(reference_logits(merged) - adapted).max() <= TOLERANCE
-    assert np.abs(adapted - our_logits(config, params)).max() > 10 * TOLERANCE
-    half = export(tmp_path / "own", tmp_path / "half", lora=lora, dtype="bfloat16")
-    expected = load_checkpoint(merged, dtype="bfloat16").params
-    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(half).params, expected)
 
 
 def test_what_transformers_saves_is_read(tmp_path):
