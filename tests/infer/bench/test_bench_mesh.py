@@ -17,7 +17,7 @@ from infer.bench.ceilings import Ceilings
 from infer.bench.measure import Result, Shape, Variant, work
 from infer.bench.report import Report, as_json, render
 from infer.bench.subject import Subject, describe_mesh
-from infer.memory.links import LINKS
+from infer.memory.cards import LINKS
 from infer.memory.mesh_cost import mesh_cost
 from infer.memory.precision import Precision
 from infer.memory.shares import sizes_of

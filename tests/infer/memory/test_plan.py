@@ -22,7 +22,7 @@ from infer.memory.compile_for import peak_bytes
 from infer.memory.plan import Plan, cache_bytes, largest_context, nearest, rate_bound, weight_bytes
 from infer.memory.precision import Precision, flags, precisions
 from infer.memory.shares import abstract_params
-from infer.memory.temporaries import Program, cache_number
+from infer.memory.temporaries import Program
 from tests.support.mesh_shapes import OPTIONS, device
 
 SIX = PRESETS["chatglm2-6b"]
@@ -110,7 +110,7 @@ def check_program(
     print(f"{found / 1e6:.1f} MB of temporaries, planned {planned / 1e6:.1f}")
     assert planned == pytest.approx(found, rel=0.1, abs=2e6)
     fixed = weight_bytes(config, precision)
-    fixed += cache_bytes(config, cache_number(precision, plan_platform), slots, rows)
+    fixed += cache_bytes(config, precision.cache_size(plan_platform), slots, rows)
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + found
     assert planned + fixed == pytest.approx(total - memory.alias_size_in_bytes, rel=0.1)
 
@@ -172,7 +172,7 @@ def test_weights_and_cache_are_counted_exactly(precision):
     for platform in ("cpu", "gpu"):
         dtype = cache_dtype(platform, jnp.dtype(precision.dtype))
         cache = jax.eval_shape(lambda dtype=dtype: KVCache.zeros(SIX, 2, 512, dtype))
-        number = cache_number(precision, platform)
+        number = precision.cache_size(platform)
         assert cache_bytes(SIX, number, 512, 2) == tree_bytes((cache.k, cache.v))
 
 
