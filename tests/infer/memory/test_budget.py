@@ -75,16 +75,19 @@ def test_the_share_of_a_gpu_comes_from_the_plan():
     gpu = Gpu("NVIDIA GeForce RTX 3090", 24 * 2**30, 23 * 2**30)
     here = Budget("a card", "gpu", 22 * 2**30, present=gpu)
     plan = Plan(SIX, Precision("bfloat16", "int4"), 8192)
-    environment: dict[str, str] = {}
-    share = set_gpu_share(here, plan, environment)
-    assert share is not None and environment == {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
-    assert (plan.total - plan.runtime) / gpu.total < share < 0.3
+
+    def share(plan: Plan, budget: Budget = here, **environment: str) -> dict[str, str]:
+        set_gpu_share(budget, plan, environment)
+        return environment
+
+    ((name, text),) = share(plan).items()
+    assert name == "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    assert (plan.total - plan.runtime) / gpu.total < float(text) < 0.3
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
-        environment = {name: "x"}  # the user's own
-        assert set_gpu_share(here, plan, environment) is None and environment == {name: "x"}
-    large = Plan(SIX, BF16, 32768, 64)
-    assert set_gpu_share(here, large, {}) == pytest.approx(0.95, abs=0.002)
-    assert set_gpu_share(Budget("this processor", "cpu", GB), plan, {}) is None
+        assert share(plan, **{name: "x"}) == {name: "x"}  # the user's own
+    (text,) = share(Plan(SIX, BF16, 32768, 64)).values()
+    assert float(text) == pytest.approx(0.95, abs=0.002)
+    assert share(plan, Budget("this processor", "cpu", GB)) == {}
 
 
 def test_the_device_that_is_here(monkeypatch):
