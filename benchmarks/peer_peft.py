@@ -1,16 +1,14 @@
 """peft around transformers' `GlmForCausalLM` with random weights, trained for `train.bench`.
 
-A process of its own, with the requests of `peer_transformers`, but in place of "prepare":
+A process of its own, with the requests of `peer_transformers`, but "prepare" takes
 
-  {"do": "train", "batch": 4, "length": 512, "rank": 8, "checkpointing": false, "steps": 1}
-                                                                 -> {"prepared_s": seconds}
+  {"mode": "eager", "batch": 4, "length": 512, "rank": 8, "checkpointing": false, "steps": 1}
 
 after which "measure" answers with the seconds of a step: forward, backward, clipping, AdamW. That
 model has no fused matrix for queries, keys and values; the three have adapters of their own.
 """
 
 import contextlib
-import time
 
 import peft
 import torch
@@ -25,7 +23,7 @@ class Trainer(Peer):
         answer["versions"]["peft"] = peft.__version__
         return answer
 
-    def train(self, batch, length, rank, checkpointing, steps):
+    def prepare(self, mode, batch, length, rank, checkpointing, steps):
         """Sets up steps and takes them once."""
         self.steps = steps
         self.model.config.use_cache = False
@@ -40,10 +38,9 @@ class Trainer(Peer):
         self.optimizer = torch.optim.AdamW(self.weights, lr=5e-5, weight_decay=0.0)
         vocabulary = self.model.config.vocab_size
         self.tokens = torch.randint(3, vocabulary, (batch, length), device=self.device)
-        start = time.perf_counter()
         self.run = self.take
         self.run()
-        return {"prepared_s": time.perf_counter() - start}
+        return {}
 
     def take(self):
         """Seconds of a step, on average."""

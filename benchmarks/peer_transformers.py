@@ -5,7 +5,7 @@ from standard input and answers each with one on standard output:
 
   {"do": "open", "config": {...}, "dtype": "float32", "device": "cpu"}   -> {"versions": {...}}
   {"do": "prepare", "mode": "eager", "batch": 1, "prompt": 0, "context": 128, "steps": 16}
-                                                                 -> {"prepared_s": seconds}
+                                                                 -> {}
   {"do": "measure"}                                  -> {"seconds": of a prompt, or of a step}
 
 `prompt` above 0 asks for the reading of a prompt, else a step at `context` is measured. "eager"
@@ -67,14 +67,13 @@ class Peer:
             forward, cache = self.model.forward, None
         tokens = torch.randint(3, self.model.config.vocab_size, (batch, max(prompt, 1)))
         tokens = tokens.to(self.device)
-        start = time.perf_counter()
         if prompt:
             self.run = lambda: self.read(forward, cache, tokens)
         else:
             self.run = lambda: self.decode(forward, cache, tokens, context, steps)
         for _ in range(3 if mode == "compiled" else 1):  # graphs are recorded by the second run
             self.run()
-        return {"prepared_s": time.perf_counter() - start}
+        return {}
 
     def measure(self):
         return {"seconds": self.run()}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from glm2_jax import PRESETS, parse_mesh
-from infer.memory.links import LINKS, find_links
+from infer.memory.cards import LINKS, find_links
 from infer.memory.mesh_cost import MeshCost, mesh_cost
 
 CONFIG = PRESETS["chatglm2-6b"]

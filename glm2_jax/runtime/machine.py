@@ -26,7 +26,7 @@ from glm2_jax.runtime.host_memory import Memory, find_memory, read_text
 
 _CUDA = [f"jax-cuda{version}-{part}" for version in (12, 13) for part in ("plugin", "pjrt")]
 _PACKAGES = ("glm2-jax", "jax", "jaxlib", "flax", *_CUDA, "libtpu")
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "LD_LIBRARY_PATH")
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
 _JAX_SECONDS = 180.0  # an accelerator that starts cold on a slow disk takes most of a minute
 _TOOL_SECONDS = 20.0
 # Ids of TPUs on the PCI bus, as jax knows them.
@@ -139,7 +139,6 @@ class Machine:
     container: bool = False
     packages: Mapping[str, str] = field(default_factory=dict)  # installed ones: name -> version
     variables: Mapping[str, str] = field(default_factory=dict)  # that change what jax does
-    avx: bool | None = None  # whether the processor has it; None = unknown
     jax: JaxProbe = JaxProbe()
     jax_on_cpu: JaxProbe | None = None  # tried without accelerators if jax failed with them
     nvidia: Nvidia = Nvidia()
@@ -170,7 +169,6 @@ def probe() -> Machine:
             for name, value in sorted(os.environ.items())
             if name in _VARIABLES or name.startswith(("XLA_PYTHON_CLIENT_", "JAX_"))
         },
-        avx=has_avx(),
         jax=jax,
         jax_on_cpu=None if jax.works else probe_jax({"JAX_PLATFORMS": "cpu"}),
         nvidia=nvidia,
@@ -321,12 +319,6 @@ def _pci(root: Path, vendor: str, kind: str = "") -> list[Path]:
         if read_text(device / "vendor").strip() == vendor
         and read_text(device / "class").startswith(kind)
     ]
-
-
-def has_avx(root: Path = Path("/")) -> bool | None:
-    """Return whether an x86 processor has AVX, without which jaxlib crashes."""
-    flags = re.search(r"^flags\s*:(.*)$", read_text(root / "proc/cpuinfo"), flags=re.MULTILINE)
-    return "avx" in flags[1].split() if flags else None
 
 
 def free_space(folder: str) -> int | None:

@@ -15,10 +15,8 @@ import jax.numpy as jnp
 
 from glm2_jax.runtime.dtypes import dtype_name
 
-REPEATS = 20
-# Far beyond every cache, and small compared with a model.
-ARRAY_BYTES = {"cpu": 2**29, "gpu": 2**30, "tpu": 2**30}
-MATRIX = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+# Repetitions, after one that does not count; on a slow machine fewer, but at least three.
+REPEATS, SECONDS = 20, 1.0
 _ROW = 4096  # elements that are summed up to one
 
 
@@ -39,9 +37,8 @@ class Ceilings:
     def better(self, other: Ceilings) -> Ceilings:
         """Return the higher of each: other work of the machine can only make a limit too low."""
         matmul = {name: max(ops, other.matmul[name]) for name, ops in self.matmul.items()}
-        return replace(
-            self, copy=max(self.copy, other.copy), read=max(self.read, other.read), matmul=matmul
-        )
+        copy, read = max(self.copy, other.copy), max(self.read, other.read)
+        return replace(self, copy=copy, read=read, matmul=matmul)
 
     def times(self, devices: int) -> Ceilings:
         """Return the limits of so many devices, each with its own memory, from those of one."""
@@ -50,32 +47,25 @@ class Ceilings:
 
 
 def measure_ceilings(
-    device: Any,
-    *,
-    array_bytes: int | None = None,
-    matrix: int | None = None,
-    repeats: int = REPEATS,
+    device: Any, *, array_bytes: int | None = None, matrix: int | None = None
 ) -> Ceilings:
-    """Measure a device; float32 is not rounded to TF32, as in the model.
-
-    Args:
-        array_bytes: size of the large array; None = by the kind of device.
-        matrix: rows and columns of the products; None = by the kind of device.
-        repeats: repetitions of each measurement.
-    """
-    array_bytes = array_bytes or ARRAY_BYTES.get(device.platform, 2**30)
-    matrix = matrix or MATRIX.get(device.platform, 8192)
+    """Measure a device with an array and square matrices of these sizes, by default by its kind;
+    float32 is not rounded to TF32, as in the model."""
+    # By default far beyond every cache, and small compared with a model.
+    cpu = device.platform == "cpu"
+    array_bytes = array_bytes or (2**29 if cpu else 2**30)
+    matrix = matrix or (2048 if cpu else 8192)
     with jax.default_device(device):
         large = jnp.ones((max(array_bytes // 4 // _ROW, 1), _ROW), jnp.float32)
         size = large.nbytes
         reads = (lambda x: x.sum(), lambda x: x.sum(axis=1), lambda x: _product(x[:1], x))
-        read = size / min(_best(one, large, repeats) for one in reads)
-        copy = 2 * size / _best_in_place(large, repeats)
+        read = size / min(_best(one, large) for one in reads)
+        # In place, or a CPU would spend its time on allocating pages for the result.
+        copy = 2 * size / _best(jnp.negative, large, in_place=True)
         matmul = {}
         for dtype in (jnp.bfloat16, jnp.float32):
             square = jnp.ones((matrix, matrix), dtype)
-            seconds = _best(lambda x: _product(x, x), square, repeats)
-            matmul[dtype_name(dtype)] = 2 * matrix**3 / seconds
+            matmul[dtype_name(dtype)] = 2 * matrix**3 / _best(lambda x: _product(x, x), square)
     return Ceilings(copy, read, matmul)
 
 
@@ -85,25 +75,15 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum("MC,RC->MR", x, w, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _best(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int) -> float:
-    program = jax.jit(function).lower(x).compile()
-    jax.block_until_ready(program(x))
-    return min(timed(lambda: program(x)) for _ in range(repeats))
-
-
-def _best_in_place(x: jax.Array, repeats: int) -> float:
-    """In place, or a CPU would spend its time on allocating pages for the result."""
-    program = jax.jit(jnp.negative, donate_argnums=0).lower(x).compile()
-    seconds = []
-    for _ in range(repeats + 1):
+def _best(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, *, in_place: bool = False
+) -> float:
+    """Return the seconds of the fastest repetition."""
+    program = jax.jit(function, donate_argnums=0 if in_place else ()).lower(x).compile()
+    seconds: list[float] = []
+    while len(seconds) <= 3 or (len(seconds) <= REPEATS and sum(seconds) < SECONDS):
         start = time.perf_counter()
-        x = jax.block_until_ready(program(x))
+        result = jax.block_until_ready(program(x))
         seconds.append(time.perf_counter() - start)
+        x = result if in_place else x
     return min(seconds[1:])
-
-
-def timed(run: Callable[[], Any]) -> float:
-    """Return the seconds until the result of `run` is ready."""
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start

@@ -10,7 +10,9 @@ from glm2_jax.cli.tables import fold
 from glm2_jax.config import PRESETS
 from glm2_jax.escape import join_lines
 from glm2_jax.limits import PREFILL_CHUNK
+from glm2_jax.runtime.devices import find_device
 from infer.bench.report import Report
+from infer.bench.report import render as render_figures
 from infer.memory.cards import CARDS
 from infer.memory.plan import Plan, rate_bound
 from infer.memory.precision import Precision, flags
@@ -22,7 +24,6 @@ MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
 PROMPT = ANSWER = 2048  # tokens
 QUANTIZATIONS = ("none", "int8", "int4")
-UNMEASURED = "no accelerator found; --device cpu measures the CPU"
 CHUNK = 512  # of --prefill-chunk: a full card has no room for more at once
 ABOUT = (
     f"planned is the peak of weights, cache and temporaries for a prompt of {PROMPT} tokens and an "
@@ -40,44 +41,41 @@ def apply(settings: Settings) -> Settings:
     )
 
 
-def wanted(device: str, platform: str) -> bool:
-    """Return whether to measure: on a CPU, which is no such card, only if `--device` asks for
-    it."""
-    return platform != "cpu" or device == "cpu"
+def unmeasured(device: str) -> str:
+    """Return why nothing is to be measured: a CPU, which is no such card, unless `--device` asks
+    for it."""
+    if device == "cpu" or find_device(device).platform != "cpu":
+        return ""
+    return "no accelerator found; --device cpu measures the CPU"
 
 
 def render(report: Report, columns: int) -> str:
-    """Write a paragraph for each quantization.
+    """Write the report, and a paragraph for each quantization.
 
-    The plan is of `PROMPT` and `ANSWER` tokens, prefilled in chunks of `CHUNK`; its speed is what
-    the card's memory bandwidth allows at most, as nothing was measured there.
+    The speed of the plan is what the card's memory bandwidth allows at most, as nothing was
+    measured there.
     """
-    lines = fold(ABOUT, columns)
+    lines = ["", ABOUT]
     for quantization in QUANTIZATIONS:
         precision = Precision("bfloat16", None if quantization == "none" else quantization)
-        plan = plan_for(precision)
+        plan = Plan(PRESETS[MODEL], precision, PROMPT + ANSWER, chunk=CHUNK)
         needed = plan.total - plan.runtime
-        lines.append(f"{MODEL}, {precision.name}:")
-        lines += fold(
+        lines += [
+            f"{MODEL}, {precision.name}:",
             f"  planned, {CARD}: {human_size(needed)} ({needed / 2**30:.1f} GiB), and "
             f"{human_size(plan.runtime)} of CUDA; at most {rate_bound(plan, BANDWIDTH):.0f} tok/s "
             f"({BANDWIDTH / 1e9:g} GB/s); with {flags(precision)} --prefill-chunk {CHUNK} "
             f"--max-length {PROMPT + ANSWER}",
-            columns,
-        )
-        lines += fold(f"  {_measured(report, quantization)}", columns)
-    return join_lines(lines)
-
-
-def plan_for(precision: Precision) -> Plan:
-    """Return the plan of a prompt and an answer of the preset, with the flags that it names."""
-    return Plan(PRESETS[MODEL], precision, PROMPT + ANSWER, chunk=CHUNK)
+            f"  {_measured(report, quantization)}",
+        ]
+    folded = (part for line in lines for part in fold(line, columns))
+    return "\n".join((render_figures(report, columns), join_lines(folded)))
 
 
 def _measured(report: Report, quantization: str) -> str:
     of_form = (r for r in report.results if r.variant.quantization == quantization)
     results = [result for result in of_form if result.seconds]
-    rates = [result.rate for result in results if not result.shape.prompt]
+    rates = [result.rate for result in results if not result.shape["prompt"]]
     if not rates:
         return "measured: nothing, on no device"
     peaks = [result.peak for result in results if result.peak is not None]

@@ -33,19 +33,14 @@ def missing(name: str) -> str:
 
 
 class Peer:
-    """A peer's process; end it with `close`.
-
-    Attributes:
-        name: of the library.
-        modes: how it is measured: "eager", and on a GPU also "compiled".
-        versions: of its packages, and its threads, for people; "" until a model is open.
-    """
+    """A peer's process; end it with `close`. Every other method raises PeerError if it fails."""
 
     def __init__(self, name: str, platform: str):
         self.name = name
-        self.modes = ("eager", "compiled") if platform == "gpu" else ("eager",)
-        self.versions = ""
-        self._device = "cuda" if platform == "gpu" else "cpu"
+        gpu = platform == "gpu"
+        self.modes = ("eager", "compiled") if gpu and name == "transformers" else ("eager",)
+        self.versions = ""  # of its packages, and its threads, for people
+        self._device = "cuda" if gpu else "cpu"
         self._process = subprocess.Popen(
             [sys.executable, str(_SCRIPTS / f"peer_{name}.py")],
             stdin=subprocess.PIPE,
@@ -56,22 +51,14 @@ class Peer:
         )
 
     def open(self, config: GLMConfig, dtype: str) -> None:
-        """Make random weights of these shapes, in place of the ones before.
-
-        Raises:
-            PeerError: it cannot (out of memory, an unknown dtype).
-        """
+        """Make random weights of these shapes, in place of the ones before."""
         values = dataclasses.asdict(config)
         about = self.ask(do="open", config=values, dtype=dtype, device=self._device)
         versions = (f"{name} {number}" for name, number in about["versions"].items())
         self.versions = f"{', '.join(versions)}, {about['threads']} threads"
 
     def measure(self) -> float:
-        """Return the seconds of what was prepared: of a prefill, or of a step.
-
-        Raises:
-            PeerError: it failed.
-        """
+        """Return the seconds of what was prepared: of a prefill, or of a step."""
         return self.ask(do="measure")["seconds"]
 
     def close(self) -> None:
@@ -84,11 +71,7 @@ class Peer:
                 pipe.close()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Return the answer to a request; the peer's script lists the requests.
-
-        Raises:
-            PeerError: it failed, or its process ended.
-        """
+        """Return the answer to a request; the peer's script lists the requests."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:

@@ -1,13 +1,14 @@
-"""The engine's programs, compiled and ready to be timed: prefill, and decode steps after it.
+"""What is timed: the engine's prefill, and its decode steps, and the least that they have to do.
 
-B rows, T prompt length. On a mesh all arrays are placed as the engine places them; rows that fill
-up a batch are computed like others.
+On a mesh all arrays are placed as the engine places them; rows that fill up a batch are computed
+like others.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,34 +18,101 @@ import numpy as np
 from glm2_jax import GLMConfig, KVCache
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.buckets import bucket
+from glm2_jax.runtime.xla import cache_dtype
+from glm2_jax.schemes import COLUMN_AXES
 from infer.engine import steps
 from infer.engine.call import ROOM, parts
 from infer.engine.executor import Executor
 from infer.engine.params import SamplingParams
 from infer.engine.sampling import Sampling
+from infer.memory.precision import Precision
+from infer.memory.shares import (
+    Sizes,
+    computed_params,
+    count_devices,
+    row_pieces,
+    sizes_of,
+    total_bytes,
+)
 
 Run = Callable[[], float]  # does the work once and returns its seconds
 
 
-class Workload:
-    """What is timed of one model.
+@dataclass(frozen=True)
+class Shape:
+    """What is measured."""
 
-    Attributes:
-        programs: compiles, and counts the seconds of it.
+    batch: int
+    prompt: int = 0  # tokens of each row that are prefilled; 0 = a decode step is measured
+    context: int = 0  # tokens of each row in the cache before the first step
+    steps: int = 1  # of one repetition
+
+    @property
+    def name(self) -> str:
+        """ "prefill 1 x 512", "decode 8 at 2048": rows, and tokens read or in the cache."""
+        if self.prompt:
+            return f"prefill {self.batch} x {self.prompt}"
+        return f"decode {self.batch} at {self.context}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a prefill or of one step, all rows together."""
+        return self.batch * max(self.prompt, 1)
+
+    @property
+    def length(self) -> int:
+        """The longest a row becomes."""
+        return self.prompt or self.context + self.steps
+
+
+def work(
+    config: GLMConfig, precision: Precision, shape: Shape, platform: str, mesh: Sizes | None = None
+) -> tuple[float, float]:
+    """Return the least that a prefill, or a step on average, has to do on all devices together.
+
+    That is what one device does, times their number: arrays that several devices hold count on each
+    of them, and so do rows that fill up a batch. Weights that `fsdp` cuts count in full, as what is
+    gathered is read. Collectives are not counted.
+
+    Returns:
+        Bytes: every weight once, but of the embedding only the rows of the tokens; keys and values
+        of the tokens that are attended to, once a row. Not what a larger cache may make it read.
+        Operations: two for each number of a matrix and token (the head: for each row), and four for
+        each pair of a query and a key, head and dimension.
     """
+    mesh = mesh or sizes_of({})
+    params = computed_params(config, precision, mesh)
+    layers, dtype = params["layers"], params["final_norm"].dtype
+    rows = -(-shape.batch // row_pieces(mesh))
+    tokens = rows * max(shape.prompt, 1)
+    seen = shape.prompt or shape.context + (shape.steps + 1) / 2  # keys that a row ends up with
+    pairs = shape.prompt * (shape.prompt + 1) / 2 if shape.prompt else seen
+    moved = total_bytes(params) - total_bytes(params["embed"])
+    moved += tokens * config.hidden_size * dtype.itemsize
+    # The biases are as long as the queries, keys and values of a token.
+    kept = np.dtype(cache_dtype(platform, dtype)).itemsize
+    moved += rows * seen * (layers["k_bias"].size + layers["v_bias"].size) * kept
+    flops = 2 * sum(layers[name].size for name in COLUMN_AXES) * tokens
+    flops += 2 * params["head"].size * rows + 4 * layers["q_bias"].size * pairs * rows
+    devices = count_devices(mesh)
+    return devices * moved, devices * flops
+
+
+class Workload:
+    """What is timed of one model; `programs` compiles, and counts the seconds of it."""
 
     def __init__(self, config: GLMConfig, params: Any):
         self.config, self._executor = config, Executor(config, params)
         self.programs = self._executor.programs
 
-    def prefill(self, batch: int, length: int) -> Run:
-        """Prefill `batch` prompts of `length` tokens, and draw the first token of each answer."""
-        batch, executor = self._filled(batch), self._executor
+    def prefill(self, shape: Shape) -> Run:
+        """Prefill prompts, and draw the first token of each answer."""
+        batch, executor = self._filled(shape.batch), self._executor
         random = np.random.default_rng(0)
-        prompts = random.integers(3, self.config.vocab_size, (batch, length)).tolist()
+        prompts = random.integers(3, self.config.vocab_size, (batch, shape.prompt)).tolist()
         longest = min(max(1, PREFILL_CHUNK // batch), self.config.seq_length)
         *full, last = parts(prompts, 0, batch, longest)
-        size = bucket(length + ROOM, self.config.seq_length)
+        size = bucket(shape.prompt + ROOM, self.config.seq_length)
         controls = self._controls(batch)
         cache = executor.new_cache(batch, size) if full else None
         seen = np.zeros((batch, self.config.vocab_size), bool)
@@ -64,46 +132,45 @@ class Workload:
             cache = state.cache  # the parts say which slots count, so it needs no clearing
             return seconds
 
-        return _warm(run)
+        run()  # compiles
+        return run
 
-    def decode(self, batch: int, context: int, count: int) -> Run:
-        """Take `count` steps after `context` tokens, each started before the one before it is read.
+    def decode(self, shape: Shape) -> Run:
+        """Take steps after a context, each started before the one before it is read.
 
         The seconds are those of one step. Keys and values of the context are zeros.
         """
-        batch = self._filled(batch)
-        size = bucket(context + max(count, ROOM), self.config.seq_length)
+        batch = self._filled(shape.batch)
+        size = bucket(shape.context + max(shape.steps, ROOM), self.config.seq_length)
         controls, keep = self._controls(batch), np.ones(batch, bool)
-        state = steps.State(
-            self._executor.new_cache(batch, size),
-            *self._executor.places.put(
-                (
-                    np.zeros(batch, np.int32),
-                    np.zeros((batch, self.config.vocab_size), bool),
-                    np.ones(batch, bool),
-                    np.zeros(batch, np.int32),
-                )
-            ),
+        rest = (
+            np.zeros(batch, np.int32),
+            np.zeros((batch, self.config.vocab_size), bool),
+            np.ones(batch, bool),
+            np.zeros(batch, np.int32),
         )
+        cache = self._executor.new_cache(batch, size)
+        state = steps.State(cache, *self._executor.places.put(rest))
 
         def run() -> float:
             nonlocal state
-            state = jax.block_until_ready(_rewound(state, context))
+            state = jax.block_until_ready(_rewound(state, shape.context))
             pending = None
             start = time.perf_counter()
-            for _ in range(count):
+            for _ in range(shape.steps):
                 state, output = self._executor.decode(controls, keep, state)
                 output.tokens.copy_to_host_async()
                 if pending is not None:
                     np.asarray(pending)
                 pending = output.tokens
             np.asarray(pending)
-            return (time.perf_counter() - start) / count
+            return (time.perf_counter() - start) / shape.steps
 
-        return _warm(run)
+        run()  # compiles
+        return run
 
     def _filled(self, batch: int) -> int:
-        """Return B for so many rows: as many on every device that shares them."""
+        """Return the rows that are computed: as many on every device that shares them."""
         rows = self._executor.places.rows
         return -(-batch // rows) * rows
 
@@ -118,17 +185,6 @@ class Workload:
             want_logprobs=np.zeros(batch, bool),
         )
         return self._executor.places.put(controls)
-
-
-def devices_of(params: Any) -> list[Any]:
-    """Return the devices that hold parameters."""
-    return sorted(params["final_norm"].devices(), key=lambda device: device.id)
-
-
-def _warm(run: Run) -> Run:
-    """Return it after it ran once, which compiles."""
-    run()
-    return run
 
 
 def _rewound(state: steps.State, context: int) -> steps.State:

@@ -34,16 +34,8 @@ def random_params(
     device: Any = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Return parameters as `convert.load_checkpoint` would; on a mesh with the same values.
-
-    Args:
-        config: the architecture.
-        dtype: of everything that is not quantized.
-        scheme: of the layers' matrices, made as integers and scales; None = they have `dtype`.
-        as_list: whether the layers are a list, and not stacked.
-        device: a `jax.Device`; None = the default one.
-        mesh: instead of `device`: every device makes its part and no more.
-    """
+    """Return parameters as `convert.load_checkpoint` would; on a mesh with the same values, of
+    which every device makes its part and no more. `dtype` is that of all that is not quantized."""
     shapes, seeds = param_shapes(config), iter(range(1, 2**31))
     places: Any = {}
     if mesh is not None:
@@ -89,9 +81,8 @@ def _floats(seed: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Arr
 
 
 def _noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """int8, evenly distributed: the highest byte of a hash ("lowbias32") of each place.
-
-    Both values are, where a byte holds two of four bits."""
+    """int8, evenly distributed, as are both values where a byte holds two of four bits: the highest
+    byte of a hash ("lowbias32") of each place."""
     place, stride = jnp.broadcast_to(seed * jnp.uint32(0x9E3779B9), shape), 1
     for axis in reversed(range(len(shape))):
         index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from glm2_jax.cli.messages import human_size
 from glm2_jax.cli.tables import fold, table
 from glm2_jax.escape import join_lines
 from infer.bench.ceilings import Ceilings
-from infer.bench.measure import Result, Variant
+from infer.bench.subject import Variant
 
 HEADER = (
     "dtype", "weights", "layers", "what", "tok/s", "median", "ms", "GB/s", "of max", "TFLOP/s",
@@ -32,6 +32,56 @@ MESH_NOTE = (
 
 
 @dataclass
+class Result:
+    """The measurement of one thing: a prefill, or a step.
+
+    `peak` is the most memory used: on a CPU by the process since the measurement began, elsewhere
+    since the start, on the device that used most.
+    """
+
+    variant: Variant
+    what: str  # "prefill 1 x 512", "decode 8 at 2048": rows, and tokens read or in the cache
+    shape: dict[str, int]
+    tokens: int  # all rows together
+    bytes: float | None  # the least that has to be read; None = not counted
+    flops: float  # the least that has to be computed
+    seconds: list[float] = field(default_factory=list)  # of one, for each repetition
+    compile_s: float = 0.0
+    peak: int | None = None
+    peers: dict[str, list[float]] = field(default_factory=dict)  # the peer's seconds by mode
+    problem: str = ""  # why there are no seconds, or none of the peer's
+
+    def per_second(self, amount: float) -> float:
+        """Return an amount of one prefill or step per second of the best repetition."""
+        return amount / min(self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of the best repetition."""
+        return self.per_second(self.tokens)
+
+    def ratio(self, mode: str) -> float:
+        """Return how many times as fast as the peer: the best compared with the best."""
+        return min(self.peers[mode]) / min(self.seconds)
+
+    def figures(self, ceilings: Ceilings | None) -> dict[str, Any]:
+        """Return the rates, and the shares of the measured limits that they reach."""
+        moved = None if self.bytes is None else self.per_second(self.bytes)
+        flops = self.per_second(self.flops)
+        bandwidth = None if ceilings is None else ceilings.bandwidth
+        top = None if ceilings is None else ceilings.matmul.get(self.variant.dtype)
+        return {
+            "tokens_per_s": self.rate,
+            "tokens_per_s_median": self.tokens / statistics.median(self.seconds),
+            "bytes_per_s": moved,
+            "flops_per_s": flops,
+            "of_bandwidth": None if moved is None or bandwidth is None else moved / bandwidth,
+            "of_matmul": None if top is None else flops / top,
+            "ratios": {mode: self.ratio(mode) for mode in self.peers},
+        }
+
+
+@dataclass
 class Report:
     """Everything about a run; results are added while it goes."""
 
@@ -41,38 +91,37 @@ class Report:
     unmeasured: list[str] = field(default_factory=list)  # what could not be measured, and why
     complete: bool = False
     mesh: Mapping[str, int] | None = None  # axis -> size; None = one device
-
-
-def what(result: Result) -> str:
-    """Return "prefill 1 x 512", "decode 8 at 2048": rows, and tokens read or in the cache."""
-    shape = result.shape
-    if shape.prompt:
-        return f"prefill {shape.batch} x {shape.prompt}"
-    return f"decode {shape.batch} at {shape.context}"
-
-
-def shares(result: Result, ceilings: Ceilings | None) -> tuple[float | None, float | None]:
-    """Return the parts of the measured bandwidth, and of the dtype's matrix products, reached."""
-    if ceilings is None:
-        return None, None
-    top = ceilings.matmul.get(result.variant.dtype)
-    bandwidth = result.per_second(result.bytes) / ceilings.bandwidth
-    return bandwidth, None if top is None else result.per_second(result.flops) / top
+    peer: str = ""  # what took turns with us
 
 
 def render(report: Report, columns: int) -> str:
     """Write the report for people, at most so many columns wide where no single word is wider."""
     lines = [f"{name}: {text}" for name, text in report.about.items()]
-    lines += [] if report.ceilings is None else ceiling_lines(report.ceilings)
+    if (found := report.ceilings) is not None:
+        several = "" if found.devices == 1 else f" (on one device, times {found.devices})"
+        products = ", ".join(f"{name} {ops / 1e12:.3g}" for name, ops in found.matmul.items())
+        lines += [
+            f"measured bandwidth{several}: copy {found.copy / 1e9:.4g} GB/s, "
+            f"read {found.read / 1e9:.4g} GB/s",
+            f"measured matrix products{several}, TFLOP/s: {products}",
+        ]
     measured = [result for result in report.results if result.seconds]
     if measured:
         rows = [_cells(result, report.ceilings) for result in measured]
-        figures = table([HEADER, *rows], texts=4)
+        counted = [at for at in range(len(HEADER)) if any(row[at] != "?" for row in rows)]
+        figures = table([[row[at] for at in counted] for row in (HEADER, *rows)], texts=4)
         if max(map(len, figures)) > columns:
-            named = zip(measured, rows, strict=True)
-            figures = [line for result, cells in named for line in _record(result, cells)]
+            figures = [line for cells in rows for line in _record(*cells)]
         lines += ["", *figures]
-    lines += [*peer_lines(report.results), *unmeasured_lines(report)]
+    for result in measured:
+        for mode, seconds in result.peers.items():
+            median = result.tokens / statistics.median(seconds)
+            lines.append(
+                f"{result.variant.name}, {result.what}: {result.ratio(mode):.2f} x as fast as "
+                f"{report.peer} {mode}, "
+                f"{result.tokens / min(seconds):.4g} tok/s (median {median:.4g})"
+            )
+    lines += _unmeasured(report)
     if measured:
         lines += ["", NOTE if report.mesh is None else f"{NOTE} {MESH_NOTE}"]
     return join_lines(part for line in lines for part in fold(line, columns))
@@ -85,38 +134,19 @@ def as_json(report: Report) -> dict[str, Any]:
         "mesh": None if report.mesh is None else dict(report.mesh),
         "devices": math.prod((report.mesh or {}).values()),
         "ceilings": None if report.ceilings is None else asdict(report.ceilings),
-        "results": [_result_json(result, report.ceilings) for result in report.results],
-        "not_measured": unmeasured_lines(report),
+        "results": [
+            asdict(result) | (result.figures(report.ceilings) if result.seconds else {})
+            for result in report.results
+        ],
+        "not_measured": _unmeasured(report),
         "complete": report.complete,
     }
 
 
-def ceiling_lines(ceilings: Ceilings) -> list[str]:
-    """Return the measured limits of the device, or of all devices, for people."""
-    several = "" if ceilings.devices == 1 else f" (on one device, times {ceilings.devices})"
-    products = ", ".join(f"{name} {ops / 1e12:.3g}" for name, ops in ceilings.matmul.items())
-    return [
-        f"measured bandwidth{several}: copy {ceilings.copy / 1e9:.4g} GB/s, "
-        f"read {ceilings.read / 1e9:.4g} GB/s",
-        f"measured matrix products{several}, TFLOP/s: {products}",
-    ]
-
-
-def peer_lines(results: Sequence[Result]) -> list[str]:
-    """Return the peer's figures compared with ours, a line for each shape and mode."""
-    return [
-        f"{variant_name(result.variant)}, {what(result)}: {result.ratio(mode):.2f} x as fast as "
-        f"transformers {mode}, {result.shape.tokens / min(seconds):.4g} tok/s "
-        f"(median {result.shape.tokens / statistics.median(seconds):.4g})"
-        for result in results
-        for mode, seconds in result.peers.items()
-    ]
-
-
-def unmeasured_lines(report: Report) -> list[str]:
+def _unmeasured(report: Report) -> list[str]:
     """Return what is missing, and why."""
     lines = [
-        f"{variant_name(result.variant)}, {what(result)}: {result.problem}"
+        f"{result.variant.name}, {result.what}: {result.problem}"
         for result in report.results
         if result.problem
     ]
@@ -125,60 +155,41 @@ def unmeasured_lines(report: Report) -> list[str]:
     return [f"not measured: {line}" for line in [*report.unmeasured, *lines]]
 
 
-def variant_name(variant: Variant) -> str:
-    """Return "bfloat16, int4 weights, layers list"."""
-    weights = "" if variant.quantization == "none" else f", {variant.quantization} weights"
-    return f"{variant.dtype}{weights}, layers {variant.layers}"
-
-
 def _cells(result: Result, ceilings: Ceilings | None) -> tuple[str, ...]:
-    variant, (bandwidth, products) = result.variant, shares(result, ceilings)
+    variant, found = result.variant, result.figures(ceilings)
     return (
         variant.dtype,
         "as dtype" if variant.quantization == "none" else variant.quantization,
         variant.layers,
-        what(result),
-        _number(result.rate),
-        _number(result.median_rate),
+        result.what,
+        _number(found["tokens_per_s"]),
+        _number(found["tokens_per_s_median"]),
         _number(min(result.seconds) * 1e3),
-        _number(result.per_second(result.bytes) / 1e9),
-        _per_cent(bandwidth),
-        _number(result.per_second(result.flops) / 1e12),
-        _per_cent(products),
+        _number(found["bytes_per_s"], 1e9),
+        _per_cent(found["of_bandwidth"]),
+        _number(found["flops_per_s"], 1e12),
+        _per_cent(found["of_matmul"]),
         "?" if result.peak is None else human_size(result.peak),
         f"{result.compile_s:.1f} s",
     )
 
 
-def _record(result: Result, cells: tuple[str, ...]) -> list[str]:
+def _record(dtype: str, weights: str, layers: str, what: str, *figures: str) -> list[str]:
     """Return a row of the table as two lines, for a terminal that is too narrow for it."""
-    rate, median, ms, moved, of_bandwidth, flops, of_products, peak, compiling = cells[4:]
+    rate, median, ms, moved, of_bandwidth, flops, of_products, peak, compiling = figures
+    read = "" if moved == "?" else f"{moved} GB/s = {of_bandwidth}, "
     return [
-        f"{what(result)}, {variant_name(result.variant)}:",
-        f"  {rate} tok/s (median {median}), {ms} ms; {moved} GB/s = {of_bandwidth}, "
+        f"{what}, {dtype}, weights {weights}, layers {layers}:",
+        f"  {rate} tok/s (median {median}), {ms} ms; {read}"
         f"{flops} TFLOP/s = {of_products}; peak {peak}, compiled in {compiling}",
     ]
 
 
-def _result_json(result: Result, ceilings: Ceilings | None) -> dict[str, Any]:
-    values = asdict(result)
-    if result.seconds:
-        bandwidth, products = shares(result, ceilings)
-        values |= {
-            "tokens_per_s": result.rate,
-            "tokens_per_s_median": result.median_rate,
-            "bytes_per_s": result.per_second(result.bytes),
-            "flops_per_s": result.per_second(result.flops),
-            "of_bandwidth": bandwidth,
-            "of_matmul": products,
-            "ratios": {mode: result.ratio(mode) for mode in result.peers},
-        }
-    return values
-
-
-def _number(value: float) -> str:
+def _number(value: float | None, unit: float = 1) -> str:
     """Return a number with three figures, and all before the decimal point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    if value is None:
+        return "?"
+    return f"{value / unit:.0f}" if value >= 100 * unit else f"{value / unit:.3g}"
 
 
 def _per_cent(part: float | None) -> str:

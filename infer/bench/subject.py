@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from convert.loading.folder import open_folder, target_scheme
 from convert.random import official_config
 from glm2_jax import GLMConfig
 from glm2_jax.cli.messages import human_size
-from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.mesh import mesh_text
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from glm2_jax.runtime.host_memory import find_memory
@@ -22,79 +21,76 @@ from glm2_jax.runtime.machine import describe_device, describe_software, process
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.sharding import check_mesh
 from infer import startup
-from infer.bench.measure import Variant
+from infer.bench.options import Settings
 from infer.bench.random_params import random_params
 from infer.engine.load import demo_folder, load
+from infer.memory.precision import Precision
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model in memory."""
+
+    dtype: str
+    quantization: str  # the scheme of the layers' matrices, or "none"
+    layers: str  # "list" or "stacked"
+    weights: int = 0  # bytes of all parameters, once
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.dtype, None if self.quantization == "none" else self.quantization)
+
+    @property
+    def name(self) -> str:
+        """ "bfloat16, int4 weights, layers list"."""
+        weights = "" if self.quantization == "none" else f", {self.quantization} weights"
+        return f"{self.dtype}{weights}, layers {self.layers}"
 
 
 class Subject:
-    """The model that is measured, in any form.
+    """The model of the flags, on one device or a mesh, of which `device` is one.
 
-    Attributes:
-        device: where it is; on a mesh one of its devices, which stands for all.
-        mesh: over which it is spread; None = one device.
-        config: None until a folder has been opened.
-        name: for people.
+    Raises:
+        UsageError: it is quantized already, or the mesh does not fit it. CheckpointError: it
+            cannot be opened.
     """
 
-    def __init__(
-        self,
-        choice: ModelChoice,
-        device: Any,
-        mesh: Mesh | None = None,
-        *,
-        random: str | None = None,
-        layers: int | None = None,
-    ):
-        self.device, self.mesh = device, mesh
-        self.config: GLMConfig | None = None
-        self._form, self._random, self._folder = choice.form, random is not None, None
+    def __init__(self, settings: Settings, device: Any, mesh: Mesh | None = None):
+        self.settings, self.device, self.mesh = settings, device, mesh
+        choice, random = settings.choice, settings.random
+        forms = settings.quantize or (None,)
+        self._folder = None
         if random is not None:
-            self.config = GLMConfig.from_hf(official_config(random, layers=layers, flag="--random"))
-            self.name = f"{Path(random).name}, random weights"
+            hf = official_config(random, layers=settings.layers, flag="--random")
+            self.config, self.name = GLMConfig.from_hf(hf), f"{Path(random).name}, random weights"
+            schemes = [SCHEMES.get(quantize or "none") for quantize in forms]
         else:
             startup.note_demo_model(choice)
             self._folder = startup.find_choice(choice).path
             self.name = "demo (bundled)" if self._folder is None else Path(self._folder).name
-
-    def check_forms(self, forms: Sequence[str | None]) -> None:
-        """Check, before anything is measured, that the model can be had in these forms.
-
-        Raises:
-            UsageError: it is quantized already, or the mesh does not fit it. CheckpointError: it
-                cannot be opened.
-        """
-        if self.config is not None:
-            config = self.config
-            schemes = [SCHEMES.get(quantize or "none") for quantize in forms]
-        else:
-            found = open_folder(self._folder or demo_folder(), **self._form)
-            config = found.config
-            schemes = [target_scheme(found, quantize) for quantize in forms]
-        if self.mesh is not None:
+            found = open_folder(self._folder or demo_folder(), **choice.form)
+            self.config, schemes = found.config, [target_scheme(found, form) for form in forms]
+        if mesh is not None:
             for scheme in schemes:
-                check_mesh(config, self.mesh, scheme)
+                check_mesh(self.config, mesh, scheme)
 
     def open(self, dtype: str, quantize: str | None, layers: str) -> tuple[Variant, Any]:
         """Return the parameters in a form, and what that form is called."""
-        place: dict[str, Any] = {"device": self.device} if self.mesh is None else {}
-        place["mesh"] = self.mesh
-        if self._random:
-            assert self.config is not None
+        place = {"device": self.device if self.mesh is None else None, "mesh": self.mesh}
+        if self.settings.random is not None:
             quantization = quantize or "none"
             target = resolve_dtype(dtype, num_params=self.config.num_params, device=self.device)
             scheme, as_list = SCHEMES.get(quantization), layers == "list"
             params = random_params(self.config, target, scheme=scheme, as_list=as_list, **place)
         else:
-            form = {"dtype": dtype, "quantize": quantize, "layers": layers, **self._form}
-            checkpoint = load(self._folder, **form, **place).checkpoint
-            self.config, params = checkpoint.config, checkpoint.params
-            quantization = checkpoint.summary.quantization or "none"
+            form = {"dtype": dtype, "quantize": quantize, "layers": layers}
+            checkpoint = load(self._folder, **form, **self.settings.choice.form, **place).checkpoint
+            params, quantization = checkpoint.params, checkpoint.summary.quantization or "none"
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         name = dtype_name(params["final_norm"].dtype)
         return Variant(name, quantization, layers, weights), params
 
-    def about(self, command: str, repetitions: str) -> dict[str, str]:
+    def about(self) -> dict[str, str]:
         """Return what everything is measured on, name -> text."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         memory = find_memory().total
@@ -105,9 +101,9 @@ class Subject:
             **mesh,
             "host": f"{processor()}, {cores} cores" + (f", {human_size(memory)}" if memory else ""),
             "versions": describe_software(),
-            "repetitions": repetitions,
+            "repetitions": f"{self.settings.repeat}, of {self.settings.steps} steps",
             "load average": f"{load_average()} at the start",
-            "command": command,
+            "command": self.settings.command,
         }
 
 

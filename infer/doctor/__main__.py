@@ -21,18 +21,14 @@ def parser() -> Parser:
     result = Parser(prog=PROG, description=DESCRIPTION, example=f"{PROG} --model chatglm2-6b")
     group = result.add_argument_group("model")
     group.add_argument(
-        "--model",
-        "-m",
-        type=path_argument,
-        metavar="DIR",
+        "--model", "-m", type=path_argument, metavar="DIR",
         help="a checkpoint folder, to plan with its sizes; its weights are not read "
         "(default: the sizes of a 6B model)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--rope-scaling",
-        choices=ROPE_KINDS,
+        "--rope-scaling", choices=ROPE_KINDS,
         help="meaning of rope_ratio, if the checkpoint does not say",
-    )
+    )  # fmt: skip
     add_family(group)
     output = result.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object with the same facts")

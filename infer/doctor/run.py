@@ -1,7 +1,5 @@
 """What `python -m infer.doctor` does once its flags are parsed."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 
@@ -12,9 +10,8 @@ from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.tables import columns
 from glm2_jax.escape import json_line
 from glm2_jax.runtime.machine import probe
-from infer.doctor.checkup import examine
 from infer.doctor.forms import Model
-from infer.doctor.report import WIDEST, as_json, render
+from infer.doctor.report import Report, as_json, render
 
 
 @dataclass(frozen=True)
@@ -30,21 +27,16 @@ def run(settings: Settings) -> int:
     model = open_model(settings.choice)
     if sys.stderr.isatty():
         note("looking at this machine; starting jax can take a minute ...")
-    machine = probe()
-    report = examine(machine, model)
-    if settings.json:
-        print(json_line(as_json(machine, model, report)))
-    else:
-        print(render(model, report, min(columns(WIDEST), WIDEST)))
+    report = Report(probe(), model)
+    widest = 100
+    text = render(report, min(columns(widest), widest))
+    print(json_line(as_json(report)) if settings.json else text)
     return report.exit_code
 
 
 def open_model(choice: ModelChoice) -> Model:
-    """Return the model of the flags; its weights are not read.
-
-    Raises:
-        CheckpointError: the folder cannot be opened.
-    """
+    """Return the model of the flags; its weights are not read. Raises CheckpointError where the
+    folder cannot be opened."""
     if choice.path is None:
         return Model()
     found = open_folder(find_model(choice.path), **choice.form)

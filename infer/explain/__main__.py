@@ -15,8 +15,7 @@ from glm2_jax.cli.parser import Parser, from_flags
 from infer import options
 from infer.engine.params import MAX_LOGPROBS
 from infer.explain.facts import DEVICES, PROMPT
-from infer.memory.cards import CARDS
-from infer.memory.links import LINKS, MESHES
+from infer.memory.cards import CARDS, LINKS, MESHES
 
 PROG = "python -m infer.explain"
 DESCRIPTION = """Shows every stage of the model with its shape, parameters, operations and bytes,

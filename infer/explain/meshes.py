@@ -10,7 +10,7 @@ from glm2_jax.errors import UsageError
 from glm2_jax.escape import join_lines, json_line
 from glm2_jax.mesh import parse_mesh
 from infer.explain.run import Settings, find_precision, find_subject
-from infer.memory.links import LINKS, find_links
+from infer.memory.cards import LINKS, find_links
 from infer.memory.mesh_cost import mesh_cost, report
 
 LENGTH = 2048  # tokens of a row by default, where the context has room

@@ -21,14 +21,7 @@ from glm2_jax.escape import escape_controls, join_lines, json_line
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.schemes import SCHEMES, asked_scheme
 from infer.memory import compiler
-from infer.memory.budget import (
-    DEFAULT_CONTEXT,
-    check_context,
-    find_budget,
-    mesh_sizes,
-    prefix_tokens,
-    share_budget,
-)
+from infer.memory.budget import DEFAULT_CONTEXT, check_context, from_choice
 from infer.memory.compiler import Verdict
 from infer.memory.plan import Plan
 from infer.memory.sheet import Sheet, as_json, make_sheet, render
@@ -55,27 +48,24 @@ def run(settings: Settings) -> int:
     choice, options = settings.choice, settings.options
     name, config, stored = _model(choice, settings.config)
     check_context(options.max_length, config.seq_length)
-    mesh = mesh_sizes(choice.mesh)
+    budget, more = from_choice(choice, options, settings.num_processes or 1)
+    mesh = more["mesh"]
     asked = asked_scheme(choice.quantize, choice.quantize_embeddings, stored=stored, model=name)
     if mesh is not None:
         from glm2_jax.sharding import check_mesh
 
         check_mesh(config, dict(mesh), SCHEMES.get(asked or ""))
     contexts = [options.max_length] if options.max_length else CONTEXTS
-    budget = find_budget(choice.device, options.memory_limit)
     sheet = make_sheet(
         name,
         config,
-        share_budget(budget, mesh, settings.num_processes or 1),
+        budget,
         stored=stored,
         contexts=sorted({min(context, config.seq_length) for context in contexts}),
         batches=sorted({1, settings.batch_size}),
         dtype=choice.dtype,
         quantize=asked,
-        chunk=options.prefill_chunk or PREFILL_CHUNK,
-        columns=1 + options.speculate,
-        prefix=prefix_tokens(choice.prefix),
-        mesh=mesh,
+        **more,
     )
     compiles = mesh is None and compiler.knows(choice.device)  # only for one device
     verdicts = _verdicts(sheet, choice, options)

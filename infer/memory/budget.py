@@ -6,12 +6,12 @@ counts when it starts.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
@@ -23,7 +23,7 @@ from glm2_jax.schemes import asked_scheme
 from infer.memory.cards import CARDS, find_card
 from infer.memory.plan import RUNTIME, Plan, nearest
 from infer.memory.precision import Precision, flags, precisions
-from infer.memory.shares import Sizes, count_devices, sizes_of
+from infer.memory.shares import count_devices, sizes_of
 
 DEFAULT_CONTEXT = 8192  # the default of --max-length
 # Share of a GPU's memory; the driver and the desktop use the rest.
@@ -53,12 +53,8 @@ class Budget:
     def precisions(
         self, stored: str | None, dtype: str, quantize: str | None
     ) -> tuple[Precision, ...]:
-        """Return what the flags mean here, the first being preferred.
-
-        Args:
-            stored: the scheme of a folder that is quantized.
-            dtype, quantize: the flags.
-        """
+        """Return what the flags mean here, the first being preferred; `stored` is the scheme of a
+        folder that is quantized."""
         scheme = stored if quantize is None else None if quantize == "none" else quantize
         if dtype != "auto":
             return (Precision(_LONG_NAMES.get(dtype, dtype), scheme),)
@@ -72,19 +68,15 @@ class Budget:
 
 
 def find_budget(device: str, limit: int | None = None) -> Budget:
-    """Return the budget of a device that is here, or of one that is only named.
-
-    Args:
-        device: "auto", "cpu", "gpu", "tpu", or one of `infer.memory.cards.CARDS`.
-        limit: bytes that the user allows.
-    """
+    """Return the budget of a device that is here ("auto", "cpu", "gpu", "tpu"), or of a card that
+    is only named; `limit` is what the user allows, in bytes."""
     if device in CARDS:
         card = CARDS[device]
         memory = int(card.memory * GPU_SHARE) if card.platform == "gpu" else card.memory
         found = Budget(device, card.platform, memory, card.bandwidth, card.half)
     else:
         found = _present(device)
-    return found if limit is None else dataclasses.replace(found, memory=limit, limited=True)
+    return found if limit is None else replace(found, memory=limit, limited=True)
 
 
 def _present(device: str) -> Budget:
@@ -110,6 +102,42 @@ def _jax_may_use(platform: str) -> bool:
     return any(importlib.util.find_spec(module) is not None for module in modules)
 
 
+def shared(budget: Budget, devices: int) -> Budget:
+    """Return the budget of each of `devices` devices of this host; CPU devices share its memory."""
+    if budget.platform != "cpu" or budget.memory is None:
+        return budget
+    runtime = RUNTIME["cpu"]  # once for all of them
+    memory = max(budget.memory - runtime, 0) // max(devices, 1) + runtime
+    return replace(budget, memory=memory)
+
+
+def from_choice(
+    choice: ModelChoice, options: EngineOptions, processes: int = 1
+) -> tuple[Budget, dict[str, Any]]:
+    """Return the budget of each device that the flags name, and what they say of every `Plan`.
+
+    Raises:
+        UsageError: --mesh is not a mesh. CheckpointError: --prefix does not hold a prefix.
+    """
+    more: dict[str, Any] = {
+        "chunk": options.prefill_chunk or PREFILL_CHUNK,
+        "columns": 1 + options.speculate,
+        "prefix": 0,
+        "mesh": None,
+    }
+    budget = find_budget(choice.device, options.memory_limit)
+    if choice.mesh is not None:
+        from glm2_jax.mesh import parse_mesh
+
+        more["mesh"] = sizes_of(parse_mesh(choice.mesh))
+        budget = shared(budget, count_devices(more["mesh"]) // processes)
+    if choice.prefix is not None:
+        from convert.adapters.prefix import measure_prefix
+
+        more["prefix"] = measure_prefix(choice.prefix)
+    return budget, more
+
+
 def check_context(asked: int | None, seq_length: int) -> None:
     """Raise UsageError for a context that is longer than the model's table of positions, or has no
     room for a prompt and an answer."""
@@ -133,13 +161,10 @@ def prepare(
     rows: int = 1,
     processes: int = 1,
 ) -> tuple[ModelChoice, EngineOptions]:
-    """Plan the memory of a model that is about to be loaded, before jax starts.
-
-    Sets the share of a GPU's memory in the environment.
+    """Plan the memory of the model in `folder` before it is loaded and before jax starts, and set
+    the share of a GPU's memory in the environment.
 
     Args:
-        choice, options: the flags.
-        folder: the checkpoint.
         rows: prompts that are answered together.
         processes: of the run, over which a mesh is spread.
 
@@ -156,73 +181,24 @@ def prepare(
     except GLMError:  # loading reports it
         return choice, options
     config, stored = found.config, None if found.scheme is None else found.scheme.name
-    mesh, asked = mesh_sizes(choice.mesh), options.max_length
+    asked = options.max_length
     check_context(asked, config.seq_length)
-    budget = share_budget(find_budget(choice.device, options.memory_limit), mesh, processes)
+    budget, more = from_choice(choice, options, processes)
     scheme = asked_scheme(
         choice.quantize, choice.quantize_embeddings, stored=stored, model=str(folder)
     )
+    context = min(asked or DEFAULT_CONTEXT, config.seq_length)
     wishes = [
-        Plan(
-            config,
-            precision,
-            min(asked or DEFAULT_CONTEXT, config.seq_length),
-            rows,
-            budget.platform,
-            chunk=options.prefill_chunk or PREFILL_CHUNK,
-            columns=1 + options.speculate,
-            prefix=prefix_tokens(choice.prefix),
-            mesh=mesh,
-        )
+        Plan(config, precision, context, rows, budget.platform, **more)
         for precision in budget.precisions(stored, choice.dtype, scheme)
     ]
     plan = settle(budget, wishes, stored, None if asked is not None else note)
     if plan.precision != wishes[0].precision:
-        choice = dataclasses.replace(choice, dtype=plan.precision.dtype)
-    if plan.context < wishes[0].context:
-        options = dataclasses.replace(options, max_length=plan.context)
+        choice = replace(choice, dtype=plan.precision.dtype)
+    if plan.context < context:
+        options = replace(options, max_length=plan.context)
     set_gpu_share(budget, plan)
     return choice, options
-
-
-def mesh_sizes(mesh: str | None) -> Sizes | None:
-    """Return the sizes of the value of `--mesh`; None = one device.
-
-    Raises:
-        UsageError: it is not a mesh.
-    """
-    if mesh is None:
-        return None
-    from glm2_jax.mesh import parse_mesh
-
-    return sizes_of(parse_mesh(mesh))
-
-
-def share_budget(budget: Budget, mesh: Sizes | None, processes: int) -> Budget:
-    """Return what each device of a mesh may take."""
-    return budget if mesh is None else shared(budget, count_devices(mesh) // processes)
-
-
-def shared(budget: Budget, devices: int) -> Budget:
-    """Return the budget of each of `devices` devices of this host; CPU devices share its memory."""
-    if budget.platform != "cpu" or budget.memory is None:
-        return budget
-    runtime = RUNTIME["cpu"]  # once for all of them
-    memory = max(budget.memory - runtime, 0) // max(devices, 1) + runtime
-    return dataclasses.replace(budget, memory=memory)
-
-
-def prefix_tokens(folder: str | None) -> int:
-    """Return the tokens of a prefix; 0 for None.
-
-    Raises:
-        CheckpointError: the folder does not hold a prefix.
-    """
-    if folder is None:
-        return 0
-    from convert.adapters.prefix import measure_prefix
-
-    return measure_prefix(folder)
 
 
 def settle(
@@ -231,32 +207,26 @@ def settle(
     stored: str | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Return the plan to compute with: the first of the wishes that fits.
-
-    Args:
-        wishes: plans that differ in their precision, the first being preferred.
-        stored: the scheme of a folder that is quantized.
-        tell: the context may be made shorter where only that does not fit, and this gets a line on
-            it; None = the user asked for just this context.
+    """Return the plan to compute with: the first of the wishes that fits; they differ in their
+    precision. Where only the context does not fit it is made shorter, and `tell` gets a line on it;
+    None = the user asked for just this context.
 
     Raises:
         DeviceError: it does not fit; with the numbers and what does.
     """
     memory = budget.memory
-    if memory is None:
-        return wishes[0]
-    fitting = next((plan for plan in wishes if plan.total <= memory), None)
-    if fitting is not None:
-        return fitting
+    fitting = [plan for plan in wishes if memory is None or plan.total <= memory]
+    if memory is None or fitting:
+        return fitting[0]
     plan = wishes[-1]
     near = nearest(plan, memory, precisions(budget.half, stored))
-    shorter = (p for p in near if dataclasses.replace(p, context=plan.context) == plan)
-    if tell is not None and (found := next(shorter, None)):
+    shorter = [p for p in near if replace(p, context=plan.context) == plan]
+    if tell is not None and shorter:
         tell(
-            f"context reduced to {found.context:,} tokens: {plan.context:,} need "
+            f"context reduced to {shorter[0].context:,} tokens: {plan.context:,} need "
             f"{human_size(plan.total)}, and {human_size(memory)} is available"
         )
-        return found
+        return shorter[0]
     why, fix = "--memory-limit allows", advice(near, plan, stored)
     if not budget.limited:
         why = f"Free on {budget.name}:"
@@ -266,63 +236,44 @@ def settle(
 
 def needs(plan: Plan) -> str:
     """Return the numbers of a plan in a line."""
-    parts = (
-        ("weights", plan.weights),
-        ("cache", plan.cache),
-        ("temporary", plan.temporary),
-        ("jax itself", plan.runtime),
-    )
-    sizes = ", ".join(f"{name} {human_size(size)}" for name, size in parts)
     rows = "" if plan.batch == 1 else f" x {plan.batch}"
     drafts = "" if plan.columns == 1 else f", --speculate {plan.columns - 1}"
     devices = "" if plan.mesh is None else f" on each of {count_devices(plan.mesh)} devices"
-    what = f"{plan.precision.name}, {plan.context:,} tokens{rows}{drafts}{devices}"
-    return f"{human_size(plan.total)} for {what} ({sizes})"
+    return (
+        f"{human_size(plan.total)} for {plan.precision.name}, {plan.context:,} tokens{rows}{drafts}"
+        f"{devices} (weights {human_size(plan.weights)}, cache {human_size(plan.cache)}, "
+        f"temporary {human_size(plan.temporary)}, jax itself {human_size(plan.runtime)})"
+    )
 
 
 def advice(near: Sequence[Plan], plan: Plan, stored: str | None) -> str:
     """Return what fits instead, as flags."""
-    if not near:
+    changes = []
+    for other in near:
+        now = [flags(other.precision, stored)] if other.precision != plan.precision else []
+        for flag, value, wanted in (
+            ("--max-length", other.context, plan.context),
+            ("--batch-size", other.batch, plan.batch),
+            ("--prefill-chunk", other.chunk, plan.chunk),
+            ("--speculate", other.columns - 1, plan.columns - 1),
+        ):
+            now += [f"{flag} {value}"] if value != wanted else []
+        changes.append(f"{' '.join(now)} ({human_size(other.total)})")
+    if not changes:
         return "This model does not fit in any precision; a larger device is needed."
-    return f"What fits: {'; or '.join(_change(other, plan, stored) for other in near)}."
-
-
-def _change(other: Plan, plan: Plan, stored: str | None) -> str:
-    changes = [flags(other.precision, stored)] if other.precision != plan.precision else []
-    for flag, now, then in (
-        ("--max-length", other.context, plan.context),
-        ("--batch-size", other.batch, plan.batch),
-        ("--prefill-chunk", other.chunk, plan.chunk),
-        ("--speculate", other.columns - 1, plan.columns - 1),
-    ):
-        changes += [f"{flag} {now}"] if now != then else []
-    return f"{' '.join(changes)} ({human_size(other.total)})"
-
-
-def shortage(budget: Budget, plan: Plan, stored: str | None = None) -> tuple[str, str]:
-    """Return what to say when memory ran out in spite of the plan: (needed and free, what fits)."""
-    # It did not fit, whatever the plan says: suggest something smaller in any case.
-    memory = plan.total - 1 if budget.memory is None else min(budget.memory, plan.total - 1)
-    free = "not known" if budget.memory is None else human_size(budget.memory)
-    near = nearest(plan, memory, precisions(budget.half, stored))
-    return f"Needed: {needs(plan)}; free: {free}.", advice(near, plan, stored)
+    return f"What fits: {'; or '.join(changes)}."
 
 
 def set_gpu_share(
     budget: Budget, plan: Plan, environment: MutableMapping[str, str] = os.environ
-) -> float | None:
-    """Have jax take what the plan needs of a GPU, and not three quarters of it; before jax starts.
-
-    Returns:
-        The share, or None where nothing was set: no GPU, or the user has set something.
-    """
+) -> None:
+    """Have jax take what the plan needs of a GPU, and not three quarters of it, unless the user has
+    set something; before jax starts."""
     gpu = budget.present
     if gpu is None or not gpu.total or any(name in environment for name in SHARE_VARIABLES):
-        return None
+        return
     most = min(gpu.total * GPU_SHARE, gpu.free)
     if budget.limited and budget.memory is not None:
         most = min(most, budget.memory)
     share = min(max((plan.total - plan.runtime) * SPARE, 1e9), most) / gpu.total
-    share = int(share * 1000) / 1000
-    environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.3f}"
-    return share
+    environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{int(share * 1000) / 1000:.3f}"

@@ -6,8 +6,6 @@ jax starts, keeps others of its kind out, and may end the process. It reads a re
 input and prints the answer, both JSON. No weights and no device: programs are compiled from shapes.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import partial
@@ -27,13 +25,11 @@ from infer.memory.shares import abstract_params
 def peak_bytes(
     config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, device: Any
 ) -> int:
-    """Return the peak bytes of reading `width` tokens of every row, weights and cache included.
+    """Return the peak bytes of reading `width` tokens of every row, weights and cache included;
+    raises JaxRuntimeError where it does not fit.
 
     Drawing a token from the logits is left out: compiling it takes longer than all the rest, and
     it needs a few megabytes.
-
-    Raises:
-        jax.errors.JaxRuntimeError: it does not fit.
     """
     kind = cache_dtype(device.platform, jnp.dtype(precision.dtype))
     cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, kind))

@@ -54,17 +54,12 @@ def knows(name: str) -> bool:
 
 
 def installed() -> bool:
-    """Return whether the compiler is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
-    """Compile a decode step and a prefill of one chunk for a card, and read what they need.
-
-    Args:
-        name: of a card that the compiler `knows`.
-        memory: bytes that may be taken; None = what the compiler thinks.
-    """
+    """Compile a decode step and a prefill of one chunk for a card that the compiler `knows`, and
+    read what they need; `memory` bytes may be taken, None = what the compiler thinks."""
     card = CARDS[name]
     request = {
         "config": dataclasses.asdict(plan.config),
@@ -83,7 +78,12 @@ def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
         fits = memory is None or max(peak.values()) <= memory
     elif "RESOURCE_EXHAUSTED" in problem:
         fits = False
-    return Verdict(plan, peak.get("step"), peak.get("prompt"), _sentence(problem), fits)
+    # The first sentence without the codes ("RESOURCE_EXHAUSTED: E1000: Oom: ").
+    words = (problem.splitlines() or [""])[0].split(": ")
+    while len(words) > 1 and " " not in words[0]:
+        words.pop(0)
+    said = ": ".join(words).split(". ")[0].removesuffix(".")
+    return Verdict(plan, peak.get("step"), peak.get("prompt"), said, fits)
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
@@ -103,11 +103,3 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     except (IndexError, ValueError):
         said = done.stderr.strip().splitlines()
         return {"error": said[-1] if said else f"the compiler exited with code {done.returncode}"}
-
-
-def _sentence(problem: str) -> str:
-    """Return the first sentence without the codes ("RESOURCE_EXHAUSTED: E1000: Oom: ")."""
-    words = (problem.splitlines() or [""])[0].split(": ")
-    while len(words) > 1 and " " not in words[0]:
-        words.pop(0)
-    return ": ".join(words).split(". ")[0].removesuffix(".")

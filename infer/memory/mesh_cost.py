@@ -1,7 +1,7 @@
 """What a mesh costs: bytes on a device and through its links, and lower bounds of step times.
 
 All is arithmetic over the shapes that `glm2_jax.sharding` gives a device, at the makers' rates of
-`infer.memory.links`. Axis letters as in `glm2_jax.model`; here b are the rows of one device.
+`infer.memory.cards`. Axis letters as in `glm2_jax.model`; here b are the rows of one device.
 
 Collectives of a step, as compiled programs have them (docs/sharding.md):
   tensor: an all-reduce of [b, T, D] after attention and MLP of each layer and after the embedding,
@@ -15,17 +15,18 @@ Collectives of a step, as compiled programs have them (docs/sharding.md):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 
 from glm2_jax.cli.messages import human_size
 from glm2_jax.config import GLMConfig
 from glm2_jax.mesh import all_axes, mesh_text
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS
 from glm2_jax.sharding import check_mesh
-from infer.memory.links import Links, Talk, all_reduce, gather
+from infer.memory.cards import Links
 from infer.memory.precision import Precision
-from infer.memory.shares import Sizes, cache_share, device_params, sizes_of, total_bytes
+from infer.memory.shares import cache_share, computed_params, device_params, sizes_of, total_bytes
 
 _FLOAT32 = 4
 _ADAM = 4 * _FLOAT32  # per trained parameter: itself, its gradient, two moments
@@ -33,34 +34,71 @@ _ADAM_MOVED = 7 * _FLOAT32  # in an update: these are read, all but the gradient
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step on one device, and lower bounds of its times.
+class Talk:
+    """What a device sends to others in a step, and the least time of it."""
 
-    Attributes:
-        name: "decode", "prefill", "lora" or "full".
-        tokens: of all devices together.
-        memory_s: moving weights, cache and optimizer state through memory once; no activations.
-        products_s: operations of matrix products and attention.
-        talk: with other devices.
-        memory_fixed_s, links_fixed_s: the parts of these times that do not grow with the batch.
+    calls: int = 0  # collectives
+    link_bytes: float = 0  # through its links of a ring, all together
+    network_bytes: float = 0
+    seconds: float = 0  # at the makers' rates, steps of the rings included
+
+    def __add__(self, other: Talk) -> Talk:
+        return Talk(*map(operator.add, astuple(self), astuple(other)))
+
+    def __mul__(self, times: int) -> Talk:
+        return Talk(*(part * times for part in astuple(self)))
+
+
+def gather(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Talk:
+    """Return the cost of an all-gather along an axis of a mesh; a reduce-scatter costs the same.
+
+    Of n devices in a ring each sends the n-th part of the array n - 1 times. Where the axis reaches
+    beyond the devices that are linked, each of them first exchanges its part over the network, and
+    then sends what it received around its ring.
+
+    Args:
+        sizes: axis -> size, the slowest first: devices next to each other differ in the last axis.
+        size: bytes that every device has in the end.
     """
+    names = list(sizes)
+    apart = math.prod(sizes[name] for name in names[names.index(axis) + 1 :])
+    inside = max(1, min(sizes[axis], links.joined // apart))  # devices along it that are linked
+    while sizes[axis] % inside:
+        inside -= 1
+    outside = sizes[axis] // inside
+    if sizes[axis] == 1:
+        return Talk()
+    link_bytes = (inside - 1) / inside * size
+    network_bytes = (outside - 1) / outside * size / inside
+    seconds = links.start + network_bytes / links.network + (outside - 1) * links.network_hop
+    if inside > 1:
+        seconds += link_bytes / links.rate(inside) + links.steps(inside) * links.hop
+    return Talk(1, link_bytes, network_bytes, seconds)
 
-    name: str
-    tokens: int
-    memory_s: float
-    products_s: float
-    talk: Talk
-    memory_fixed_s: float
-    links_fixed_s: float
+
+def all_reduce(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Talk:
+    """Return the cost of an all-reduce of `size` bytes: reduce-scatter and all-gather, one call."""
+    half = gather(links, sizes, axis, size)
+    seconds = 2 * half.seconds - (links.start if half.calls else 0)
+    return Talk(half.calls, 2 * half.link_bytes, 2 * half.network_bytes, seconds)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step on one device, and lower bounds of its times."""
+
+    name: str  # "decode", "prefill", "lora" or "full"
+    tokens: int  # of all devices together
+    memory_s: float  # moving weights, cache and optimizer state through memory; no activations
+    products_s: float  # operations of matrix products and attention
+    talk: Talk  # with other devices
+    memory_fixed_s: float  # what does not grow with the batch, of the memory's time
+    links_fixed_s: float  # and of the links'
 
     @property
     def limit(self) -> str:
         """What takes longest."""
-        times = {
-            "memory": self.memory_s,
-            "products": self.products_s,
-            "links": self.talk.seconds,
-        }
+        times = {"memory": self.memory_s, "products": self.products_s, "links": self.talk.seconds}
         return max(times, key=lambda name: times[name])
 
     @property
@@ -90,27 +128,18 @@ class Step:
 
 @dataclass(frozen=True)
 class MeshCost:
-    """What a model on a mesh costs each device.
-
-    Attributes:
-        sizes: axis -> size. batch: rows of all devices, of `length` tokens each.
-        weights, cache: bytes.
-        adapted, trained: bytes in LoRA (only the base: adapters are small) and in full training
-            with Adam (float32 parameters, gradients and moments, and the copy that is computed
-            with), without activations.
-        steps: by name.
-    """
+    """What a model on a mesh costs each device; sizes in bytes, in training without activations."""
 
     links: Links
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int]  # axis -> size
     precision: Precision
-    batch: int
-    length: int
+    batch: int  # rows of all devices
+    length: int  # tokens of each
     weights: int
     cache: int
-    adapted: int
-    trained: int
-    steps: Mapping[str, Step]
+    adapted: int  # in LoRA: only the base, adapters are small
+    trained: int  # with Adam: float32 parameters, gradients, moments, and the copy that computes
+    steps: Mapping[str, Step]  # by name
 
     @property
     def devices(self) -> int:
@@ -127,19 +156,14 @@ def mesh_cost(
     dtype: str = "bfloat16",
     scheme: str | None = None,
 ) -> MeshCost:
-    """Return what a model on a mesh costs.
+    """Return what a model on a mesh costs; raises UsageError for a mesh that does not fit it.
 
     Args:
-        config: the model.
         sizes: axis -> size, as `glm2_jax.parse_mesh` returns it.
-        card: one of `infer.memory.links.LINKS`.
         batch: rows of all devices together; filled up to what `data` and `fsdp` divide.
         length: tokens in the cache of each row, of a prompt, and of a row in training.
         dtype: of activations and cache, and of weights that are not quantized.
         scheme: of `glm2_jax.schemes`, for the matrices in inference and LoRA.
-
-    Raises:
-        UsageError: a mesh that does not fit the model.
     """
     sizes = all_axes(sizes)
     precision, mesh = Precision(dtype, scheme), sizes_of(sizes)
@@ -164,63 +188,63 @@ def _steps(
     cache: int,
 ) -> dict[str, Step]:
     """Return the steps of a device with `here` rows of `length` tokens, by name."""
-    L, plain, computed = config.num_layers, Precision(precision.dtype), _gathered(sizes)
-    shapes = device_params(config, plain, computed)
+    L, plain, mesh = config.num_layers, Precision(precision.dtype), sizes_of(sizes)
+    shapes, params = (computed_params(config, form, mesh) for form in (plain, precision))
     matrices = sum(math.prod(shapes["layers"][name].shape) for name in COLUMN_AXES)
     head, heads = math.prod(shapes["head"].shape), config.num_heads // sizes["tensor"]
-    params = device_params(config, precision, computed)
     read = total_bytes(params) - total_bytes(params["embed"])  # of which a step needs a few rows
-    stored = total_bytes(device_params(config, plain, sizes_of(sizes)))
+    stored = total_bytes(device_params(config, plain, mesh))
     tokens, triangle = here * length, here * length * (length + 1) / 2
+    bandwidth = links.card.bandwidth
 
     def operations(tokens: int, drawn: int, pairs: float) -> float:
         attention = 4 * L * heads * config.head_dim * pairs
         return 2 * matrices * tokens + 2 * head * drawn + attention
 
-    def reduced(tokens: int) -> Talk:
-        return all_reduce(links, sizes, "tensor", tokens * config.hidden_size * precision.size)
+    def step(
+        name: str, tokens: int, moved: float, work: float, fixed: Talk, reductions: int
+    ) -> Step:
+        """A step with so many all-reduces of its activations, that moves weights or state."""
+        infers = name in ("decode", "prefill")
 
-    def infer(name: str, tokens: int, pairs: float) -> Step:
-        def growing(tokens: int) -> Talk:
+        def talk(tokens: int) -> Talk:
+            size = tokens * config.hidden_size * precision.size
+            found = fixed + all_reduce(links, sizes, "tensor", size) * reductions
             logits = min(here, tokens) * config.vocab_size * _FLOAT32
-            return reduced(tokens) * (2 * L + 1) + gather(links, sizes, "tensor", logits)
+            return found + gather(links, sizes, "tensor", logits) if infers else found
 
-        work, fixed = operations(tokens, here, pairs), _weights(config, precision, sizes, links)
-        return _step(links, sizes, name, tokens, (read, cache), work, fixed, growing)
+        return Step(
+            name,
+            tokens * sizes["data"] * sizes["fsdp"],
+            (moved + (cache if infers else 0)) / bandwidth,
+            work / links.flops,
+            talk(tokens),
+            moved / bandwidth,
+            talk(0).seconds,  # the hops of rings, for an empty message
+        )
 
-    def train(name: str, moved: float, reductions: int, fixed: Talk) -> Step:
-        def growing(tokens: int) -> Talk:
-            return reduced(tokens) * reductions
-
-        work = 3 * operations(tokens, tokens, triangle)
-        return _step(links, sizes, name, tokens, (moved, 0), work, fixed, growing)
-
-    lora = _weights(config, precision, sizes, links) * 2
-    full = _weights(config, plain, sizes, links) * 2
-    full += _weights(config, Precision("float32"), sizes, links)
+    gathered = _gathered_weights(config, precision, sizes, links)
+    full = _gathered_weights(config, plain, sizes, links) * 2
+    full += _gathered_weights(config, Precision("float32"), sizes, links)
     full += all_reduce(links, sizes, "data", stored)
     updated = stored // plain.size * (_ADAM_MOVED + 3 * plain.size)
+    training = 3 * operations(tokens, tokens, triangle)
     steps = (
-        infer("decode", here, tokens),
-        infer("prefill", tokens, triangle),
+        step("decode", here, read, operations(here, here, tokens), gathered, 2 * L + 1),
+        step("prefill", tokens, read, operations(tokens, here, triangle), gathered, 2 * L + 1),
         # Forward, again inside each block, and backward through the activations.
-        train("lora", 3 * read, 5 * L + 2, lora),
+        step("lora", tokens, 3 * read, training, gathered * 2, 5 * L + 2),
         # Forward, and backward through activations and weights.
-        train("full", updated, 4 * L + 2, full),
+        step("full", tokens, updated, training, full, 4 * L + 2),
     )
     return {step.name: step for step in steps}
 
 
-def _gathered(sizes: Mapping[str, int]) -> Sizes:
-    """Return the mesh that computes: what `data` and `fsdp` cut is gathered before a product."""
-    return sizes_of({**sizes, "data": 1, "fsdp": 1})
-
-
-def _weights(
+def _gathered_weights(
     config: GLMConfig, precision: Precision, sizes: Mapping[str, int], links: Links
 ) -> Talk:
     """Return what gathering every matrix once over fsdp takes."""
-    params, total = device_params(config, precision, _gathered(sizes)), Talk()
+    params, total = computed_params(config, precision, sizes_of(sizes)), Talk()
     layers = params["layers"], COLUMN_AXES, config.num_layers
     for tree, names, times in (layers, (params, EMBEDDINGS, 1)):
         for name in names:
@@ -229,46 +253,23 @@ def _weights(
     return total
 
 
-def _step(
-    links: Links,
-    sizes: Mapping[str, int],
-    name: str,
-    tokens: int,
-    moved: tuple[float, int],
-    operations: float,
-    fixed: Talk,
-    growing: Callable[[int], Talk],
-) -> Step:
-    """Return a step of `tokens` on this device that moves weights or state, and a cache."""
-    return Step(
-        name,
-        tokens * sizes["data"] * sizes["fsdp"],
-        sum(moved) / links.card.bandwidth,
-        operations / links.flops,
-        fixed + growing(tokens),
-        moved[0] / links.card.bandwidth,
-        fixed.seconds + growing(0).seconds,  # the hops of rings, for an empty message
-    )
-
-
 def report(cost: MeshCost) -> list[str]:
     """Return the costs in lines, for people."""
     links, card = cost.links, cost.links.card
 
-    def shown(size: int) -> str:
-        return human_size(size) + ("" if size < card.memory else " (too much)")
+    def much(size: int) -> str:
+        return "" if size < card.memory else " (too much)"
 
-    held = cost.weights + cost.cache
+    weights, cache = human_size(cost.weights), human_size(cost.cache)
     lines = [
         f"mesh {mesh_text(cost.sizes)} of {cost.devices} x {links.name}: {cost.precision.name}, "
         f"{cost.batch:,} x {cost.length:,} tokens",
         f"each device ({human_size(card.memory)}, {card.bandwidth / 1e9:,.0f} GB/s, "
         f"{links.flops / 1e12:,.0f} TFLOP/s, {links.link * links.ring / 1e9:,.0f} GB/s around a "
         f"ring, {links.network / 1e9:,.1f} GB/s of network):",
-        f"  weights {human_size(cost.weights)}, cache {human_size(cost.cache)}, without activations"
-        + ("" if held < card.memory else " (too much)"),
-        f"  in training without activations: LoRA {shown(cost.adapted)}, all parameters "
-        f"{shown(cost.trained)}",
+        f"  weights {weights}, cache {cache}, without activations{much(cost.weights + cost.cache)}",
+        f"  in training without activations: LoRA {human_size(cost.adapted)}{much(cost.adapted)}, "
+        f"all parameters {human_size(cost.trained)}{much(cost.trained)}",
         "lower bounds of step times, at the makers' rates:",
     ]
     for step in cost.steps.values():

@@ -1,7 +1,5 @@
 """The peak memory use."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

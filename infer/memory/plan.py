@@ -16,11 +16,11 @@ from typing import Any
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.buckets import padded_batch
-from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS
+from glm2_jax.schemes import COLUMN_AXES
 from infer.memory import shares
 from infer.memory.precision import Precision
 from infer.memory.shares import Sizes
-from infer.memory.temporaries import cache_number, temporary_bytes
+from infer.memory.temporaries import temporary_bytes
 
 SHORTEST = 64  # slots of the smallest cache
 CHUNKS = (1024, 512, 256)  # prefill chunks that are suggested if a larger one does not fit
@@ -55,14 +55,15 @@ class Plan:
         copy = cache_bytes(self.config, self.precision.size, self.prefix, 1)
         if self.mesh is None:
             return weight_bytes(self.config, self.precision) + copy
-        return shares.weight_share(self.config, self.precision, self.mesh) + copy
+        params = shares.device_params(self.config, self.precision, self.mesh)
+        return shares.total_bytes(params) + copy
 
     @cached_property
     def cache(self) -> int:
-        number, slots = cache_number(self.precision, self.platform), self.prefix + self.context
+        size, slots = self.precision.cache_size(self.platform), self.prefix + self.context
         if self.mesh is None:
-            return cache_bytes(self.config, number, slots, self.rows)
-        return shares.cache_share(self.config, number, slots, self.rows, self.mesh)
+            return cache_bytes(self.config, size, slots, self.rows)
+        return shares.cache_share(self.config, size, slots, self.rows, self.mesh)
 
     @cached_property
     def temporary(self) -> int:
@@ -84,20 +85,6 @@ class Plan:
         return 1 if self.mesh is None else shares.row_pieces(self.mesh)
 
 
-def matrix_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of one layer's matrices, those that can be quantized."""
-    D, F, H = config.hidden_size, config.ffn_hidden_size, config.head_dim
-    N, K = config.num_heads, config.num_kv_heads
-    return {
-        "q": (N, H, D),
-        "k": (K, H, D),
-        "v": (K, H, D),
-        "o": (D, N, H),
-        "gate_up": (2, F, D),
-        "down": (D, F),
-    }
-
-
 def array_bytes(precision: Precision, name: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a weight, or of a part of it with this shape."""
     if precision.scheme is None or not precision.scheme.covers(name):
@@ -108,18 +95,21 @@ def array_bytes(precision: Precision, name: str, shape: tuple[int, ...]) -> int:
 
 def weight_bytes(config: GLMConfig, precision: Precision) -> int:
     """Return the bytes of all weights, as they are on the device."""
-    shapes = matrix_shapes(config)
-    matrices = config.num_layers * sum(map(math.prod, shapes.values()))
-    tables = len(EMBEDDINGS) * config.vocab_size * config.hidden_size
-    plain = (config.num_params - matrices - tables) * precision.size
-    plain += len(EMBEDDINGS) * table_bytes(config, precision)
-    layer = sum(array_bytes(precision, name, shape) for name, shape in shapes.items())
-    return plain + config.num_layers * layer
-
-
-def table_bytes(config: GLMConfig, precision: Precision) -> int:
-    """Return the bytes of the embedding, or of the head."""
-    return array_bytes(precision, "embed", (config.vocab_size, config.hidden_size))
+    D, F, H = config.hidden_size, config.ffn_hidden_size, config.head_dim
+    N, K, L, V = config.num_heads, config.num_kv_heads, config.num_layers, config.vocab_size
+    arrays = (  # all that can be quantized, and how often it is there
+        ("q", (N, H, D), L),
+        ("k", (K, H, D), L),
+        ("v", (K, H, D), L),
+        ("o", (D, N, H), L),
+        ("gate_up", (2, F, D), L),
+        ("down", (D, F), L),
+        ("embed", (V, D), 1),
+        ("head", (V, D), 1),
+    )
+    rest = config.num_params - sum(math.prod(shape) * times for _, shape, times in arrays)
+    quantizable = sum(times * array_bytes(precision, name, shape) for name, shape, times in arrays)
+    return rest * precision.size + quantizable
 
 
 def cache_bytes(config: GLMConfig, size: int, slots: int, rows: int) -> int:
@@ -152,52 +142,47 @@ def rate_bound(plan: Plan, bandwidth: float) -> float:
     the devices of a mesh read their parts at the same time, and what they send each other is left
     out.
     """
-    embedding = table_bytes(plan.config, plan.precision)
-    if plan.mesh is not None:
-        embedding = shares.embedding_share(plan.config, plan.precision, plan.mesh)
+    config, precision = plan.config, plan.precision
+    if plan.mesh is None:
+        shape = config.vocab_size, config.hidden_size
+        embedding = array_bytes(precision, "embed", shape)
+    else:
+        params = shares.device_params(config, precision, plan.mesh)
+        embedding = shares.total_bytes(params["embed"])
     return plan.batch * bandwidth / (plan.weights - embedding + plan.cache)
 
 
 def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Plan]:
     """Return plans that fit into `memory` bytes where `wanted` does not, each as near to it as can
-    be.
+    be; empty where nothing fits.
 
     Those that change one thing come first: fewer draft tokens, smaller prefill chunks, narrower
-    weights, a shorter context, fewer prompts at once. Where no one change is enough, there is one
-    plan that changes all: the widest weights that fit at all, with their longest context. Empty
-    where nothing fits.
-
-    Args:
-        choices: precisions to choose from, the widest first.
+    weights (of `choices`, the widest first), a shorter context, fewer prompts at once. Where no one
+    change is enough, there is one plan that changes all: the widest weights that fit at all, with
+    their longest context.
     """
 
     def longest(**changes: Any) -> Plan:
         plan = replace(wanted, **changes)
         return replace(plan, context=min(largest_context(plan, memory), wanted.context))
 
+    def fitting(plans: Iterable[Plan]) -> list[Plan]:
+        """Return the first plan that fits, if any."""
+        return [plan for plan in plans if plan.context and plan.total <= memory][:1]
+
     size = weight_bytes(wanted.config, wanted.precision)
     narrower = [choice for choice in choices if weight_bytes(wanted.config, choice) < size]
     powers = reversed(range((wanted.batch - 1).bit_length()))
     chunks = [n for n in CHUNKS if n < min(wanted.chunk, wanted.rows * wanted.context)]
-    one_change = (
-        [replace(wanted, columns=1 + n) for n in DRAFTS if 1 + n < wanted.columns],
-        [replace(wanted, chunk=n) for n in chunks],
-        [replace(wanted, precision=choice) for choice in narrower],
-        [longest()],
-        [replace(wanted, batch=1 << power) for power in powers],
-    )
-    found = [plan for plans in one_change if (plan := _first(plans, memory))]
-    if found:
-        return found
-    every_change = (
+    one_change = [
+        *fitting(replace(wanted, columns=1 + n) for n in DRAFTS if 1 + n < wanted.columns),
+        *fitting(replace(wanted, chunk=n) for n in chunks),
+        *fitting(replace(wanted, precision=choice) for choice in narrower),
+        *fitting([longest()]),
+        *fitting(replace(wanted, batch=1 << power) for power in powers),
+    ]
+    return one_change or fitting(
         longest(precision=choice, batch=1, chunk=n, columns=1)
         for choice in (wanted.precision, *narrower)
         for n in (wanted.chunk, *chunks[-1:])
     )
-    found = _first(every_change, memory)
-    return [found] if found else []
-
-
-def _first(plans: Iterable[Plan], memory: int) -> Plan | None:
-    """Return the first plan that fits."""
-    return next((plan for plan in plans if plan.context and plan.total <= memory), None)

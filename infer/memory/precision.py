@@ -28,14 +28,14 @@ class Precision:
     def scheme(self) -> Scheme | None:
         return None if self.quantize is None else SCHEMES[self.quantize]
 
+    def cache_size(self, platform: str) -> int:
+        """Return the bytes of a number in the cache, which is float32 on a CPU."""
+        return 4 if platform == "cpu" else self.size
+
 
 def precisions(half: str = "bfloat16", stored: str | None = None) -> tuple[Precision, ...]:
-    """Return those that a user can ask for, the widest first.
-
-    Args:
-        half: the device's 16-bit type.
-        stored: the scheme of a folder that is quantized: it can be kept, or dequantized.
-    """
+    """Return those that a user can ask for, the widest first; `half` is the device's 16-bit type,
+    `stored` the scheme of a folder that is quantized, which can be kept or dequantized."""
     schemes = ("int8", "int4") if stored is None else (stored,)
     quantized = (Precision(half, scheme) for scheme in schemes)
     return (Precision("float32"), Precision(half), *quantized)

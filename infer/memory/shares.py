@@ -27,7 +27,6 @@ def sizes_of(mesh: Mapping[str, int]) -> Sizes:
 
 
 def count_devices(mesh: Sizes) -> int:
-    """Return the number of devices of a mesh."""
     return math.prod(size for _, size in mesh)
 
 
@@ -50,6 +49,11 @@ def device_params(config: GLMConfig, precision: Precision, mesh: Sizes) -> Any:
     return jax.tree.map(share, abstract_params(config, precision), places)
 
 
+def computed_params(config: GLMConfig, precision: Precision, mesh: Sizes) -> Any:
+    """Return the params that one device computes with: what `fsdp` cuts is gathered before."""
+    return device_params(config, precision, sizes_of({"tensor": dict(mesh)["tensor"]}))
+
+
 def total_bytes(tree: Any) -> int:
     """Return the bytes of arrays, or of what their shapes and dtypes stand for."""
     import jax
@@ -57,22 +61,9 @@ def total_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def weight_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
-    """Return the bytes of the weights on each device."""
-    return total_bytes(device_params(config, precision, mesh))
-
-
-def embedding_share(config: GLMConfig, precision: Precision, mesh: Sizes) -> int:
-    """Return the bytes of the embedding on each device."""
-    return total_bytes(device_params(config, precision, mesh)["embed"])
-
-
 def cache_share(config: GLMConfig, size: int, slots: int, rows: int, mesh: Sizes) -> int:
-    """Return the bytes of keys and values on each device, `size` bytes a number.
-
-    Args:
-        slots, rows: of the complete cache.
-    """
+    """Return the bytes of keys and values on each device, `size` bytes a number, of a cache with
+    `slots` for each of `rows` on all devices together."""
     from glm2_jax.sharding import cache_sharding
 
     where: Any = cache_sharding(config, _without_devices(mesh)).k
@@ -108,12 +99,11 @@ def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = 
 
     init = partial(init_params, config, jax.random.key(0), jnp.dtype(precision.dtype))
     params = jax.eval_shape(init)
-    layers = dict(params["layers"])
-    scheme = precision.scheme
+    layers, scheme = dict(params["layers"]), precision.scheme
     if scheme is not None:
         layers |= {n: _quantized(layers[n].shape, axes, scheme) for n, axes in COLUMN_AXES.items()}
-    if scheme is not None and scheme.embeddings:
-        params = {**params, **{n: _quantized(params[n].shape, 1, scheme) for n in EMBEDDINGS}}
+        if scheme.embeddings:
+            params = {**params, **{n: _quantized(params[n].shape, 1, scheme) for n in EMBEDDINGS}}
     if stacked:
         return {**params, "layers": layers}
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)

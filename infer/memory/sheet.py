@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +19,17 @@ _BOUND = "a bound from the memory's bandwidth, not a measurement"
 
 @dataclass(frozen=True)
 class Sheet:
-    """All plans for one model at one place.
-
-    `longest` is {(label of the weights, batch): the longest context that fits}; empty where the
-    place's memory is not known.
-    """
+    """All plans for one model at one place."""
 
     name: str  # name of the model
     config: GLMConfig
     stored: str | None  # the scheme of a folder that is quantized
     budget: Budget
     plans: tuple[Plan, ...]
+    labels: dict[Precision, str]  # what the table calls them
+    # (label, batch) -> the longest context that fits; empty where the place's memory is not known.
     longest: dict[tuple[str, int], int]
     mesh: Sizes | None = None
-
-    @property
-    def labels(self) -> dict[Precision, str]:
-        """What the table calls them: with the dtype where the integers alone are ambiguous."""
-        return _labels(plan.precision for plan in self.plans)
 
     def rate(self, plan: Plan) -> float | None:
         """Return the tokens per second that the bandwidth allows, where it is known."""
@@ -46,12 +39,6 @@ class Sheet:
     @property
     def nothing_fits(self) -> bool:
         return bool(self.longest) and not any(self.longest.values())
-
-
-def _labels(found: Iterable[Precision]) -> dict[Precision, str]:
-    found = dict.fromkeys(found)
-    names = [precision.name for precision in found]
-    return {p: p.name if names.count(p.name) == 1 else f"{p.dtype}:{p.name}" for p in found}
 
 
 def make_sheet(
@@ -66,44 +53,40 @@ def make_sheet(
     quantize: str | None = None,
     **options: Any,
 ) -> Sheet:
-    """Make plans for every precision that the flags leave open.
-
-    Args:
-        dtype, quantize: as the flags of the same names.
-        options: of every `Plan`: chunk, columns, prefix, mesh.
-    """
+    """Make plans for every precision that the flags `dtype` and `quantize` leave open; `options`
+    are those of every `Plan`: chunk, columns, prefix, mesh."""
     chosen = budget.precisions(stored, dtype, quantize)
     if dtype == "auto" and quantize is None:
         chosen = precisions(budget.half, stored)
-    plans = tuple(
-        Plan(config, precision, context, batch, budget.platform, **options)
-        for precision in chosen
-        for context in contexts
-        for batch in batches
-    )
-    labels, longest = _labels(chosen), {}
-    for plan in plans if budget.memory is not None else ():
-        key = labels[plan.precision], plan.batch
-        if key not in longest:
-            longest[key] = largest_context(plan, budget.memory or 0)
-    return Sheet(name, config, stored, budget, plans, longest, options.get("mesh"))
+    names = [precision.name for precision in chosen]  # with the dtype where they are ambiguous
+    labels = {p: p.name if names.count(p.name) == 1 else f"{p.dtype}:{p.name}" for p in chosen}
+    plans, longest = [], {}
+    for precision in chosen:
+        for context in contexts:
+            for batch in batches:
+                plans.append(Plan(config, precision, context, batch, budget.platform, **options))
+                key = labels[precision], batch
+                if budget.memory is not None and key not in longest:
+                    longest[key] = largest_context(plans[-1], budget.memory)
+    mesh = options.get("mesh")
+    return Sheet(name, config, stored, budget, tuple(plans), labels, longest, mesh)
 
 
 def render(sheet: Sheet, columns: int) -> Iterator[str]:
     """Write the sheet for people, in lines of at most `columns` where words allow it."""
     budget, count = sheet.budget, sheet.config.num_params
     memory = "memory unknown" if budget.memory is None else f"{human_size(budget.memory)} to use"
-    speed = "" if budget.bandwidth is None else f", {budget.bandwidth / 1e9:,.0f} GB/s"
+    memory += "" if budget.bandwidth is None else f", {budget.bandwidth / 1e9:,.0f} GB/s"
     size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
     head = f"{sheet.name}, {size} parameters, on"
     if sheet.mesh is None:
-        yield from fold(f"{head} {budget.name}: {memory}{speed}", columns)
+        yield from fold(f"{head} {budget.name}: {memory}", columns)
     else:
         from glm2_jax.mesh import mesh_text
 
         shape = mesh_text(dict(sheet.mesh))
         where = f"{count_devices(sheet.mesh)} devices ({budget.name}, {shape})"
-        yield from fold(f"{head} {where}: {memory}{speed} each", columns)
+        yield from fold(f"{head} {where}: {memory} each", columns)
         yield from fold("All sizes are those of each device.", columns)
     yield ""
     yield from _table(sheet, columns)
@@ -129,9 +112,9 @@ def _table(sheet: Sheet, columns: int) -> Iterator[str]:
         yield from lines
         return
     for precision, label in sheet.labels.items():
-        same = {plan: cells for plan, cells in rows.items() if plan.precision == precision}
-        yield f"{label}, weights {human_size(next(iter(same)).weights)}"
-        yield from table([(*row[:2], *row[5:]) for row in (head, *same.values())], texts=0)
+        same = [cells for plan, cells in rows.items() if plan.precision == precision]
+        yield f"{label}, weights {same[0][2]}"
+        yield from table([(*row[:2], *row[5:]) for row in (head, *same)], texts=0)
 
 
 def _cells(sheet: Sheet, plan: Plan) -> tuple[str, ...]:
@@ -147,6 +130,7 @@ def _cells(sheet: Sheet, plan: Plan) -> tuple[str, ...]:
 
 def as_json(sheet: Sheet) -> dict[str, Any]:
     """Return the same facts for programs; sizes in bytes."""
+    sizes = ("weights", "cache", "temporary", "runtime", "total")
     return {
         "model": sheet.name,
         "parameters": sheet.config.num_params,
@@ -164,11 +148,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
                 "batch": plan.batch,
                 "speculate": plan.columns - 1,
                 "prefix": plan.prefix,
-                "weights": plan.weights,
-                "cache": plan.cache,
-                "temporary": plan.temporary,
-                "runtime": plan.runtime,
-                "total": plan.total,
+                **{name: getattr(plan, name) for name in sizes},
                 "fits": sheet.budget.fits(plan),
                 "tokens_per_second_bound": sheet.rate(plan),
             }

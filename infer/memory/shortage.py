@@ -1,4 +1,4 @@
-"""The message when memory runs out: needed, free, and the nearest plan that fits."""
+"""The message when memory ran out in spite of the plan: needed, free, and what fits instead."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from convert.loading.folder import open_folder, target_scheme
+from glm2_jax.cli.messages import human_size
 from glm2_jax.errors import GLMError
 from glm2_jax.mesh import mesh_of
 from glm2_jax.prefix import prefix_length
@@ -17,9 +18,9 @@ from glm2_jax.runtime.devices import Shortage
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from glm2_jax.runtime.host_memory import find_memory
 from glm2_jax.schemes import COLUMN_AXES, SCHEMES
-from infer.memory.budget import DEFAULT_CONTEXT, Budget, shared, shortage
-from infer.memory.plan import Plan
-from infer.memory.precision import Precision
+from infer.memory.budget import DEFAULT_CONTEXT, Budget, advice, needs, shared
+from infer.memory.plan import Plan, nearest
+from infer.memory.precision import Precision, precisions
 from infer.memory.shares import sizes_of
 
 
@@ -34,9 +35,9 @@ def when_answering(
     columns: int = 1,
 ) -> Shortage:
     """Return needed, free and what fits, for a call of an engine; the sizes are as in `Plan`."""
-    options = {"batch": batch, "chunk": chunk, "columns": columns, "prefix": prefix_length(params)}
-    context = min(context, config.seq_length)
-    return _shortage(device, mesh_of(params), config, _precision(params), context, None, options)
+    context, prefix = min(context, config.seq_length), prefix_length(params)
+    options = {"batch": batch, "chunk": chunk, "columns": columns, "prefix": prefix}
+    return _shortage(device, mesh_of(params), None, config, _precision(params), context, **options)
 
 
 def when_loading(
@@ -51,11 +52,8 @@ def when_loading(
     prefix: int = 0,
     mesh: Mesh | None = None,
 ) -> Shortage | None:
-    """Return the same for loading a folder; None where not even its files can be looked at.
-
-    Args:
-        form: the options of `open_folder`.
-    """
+    """Return the same for loading a folder, opened with the options `form`; None where not even its
+    files can be looked at."""
     try:
         found = open_folder(folder, **form)
         scheme = target_scheme(found, quantize, embeddings)
@@ -65,18 +63,11 @@ def when_loading(
     precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
     stored = None if found.scheme is None else found.scheme.name
     tokens = min(context or DEFAULT_CONTEXT, found.config.seq_length)
-    options = {"prefix": prefix}
-    return _shortage(device, mesh, found.config, precision, tokens, stored, options)
+    return _shortage(device, mesh, stored, found.config, precision, tokens, prefix=prefix)
 
 
 def _shortage(
-    device: Any,
-    mesh: Mesh | None,
-    config: Any,
-    precision: Precision,
-    context: int,
-    stored: str | None,
-    options: Mapping[str, Any],
+    device: Any, mesh: Mesh | None, stored: str | None, *plan_of: Any, **options: Any
 ) -> Shortage:
     if device.platform == "cpu":
         budget = Budget("this processor", "cpu", find_memory(own=True).usable)
@@ -85,8 +76,12 @@ def _shortage(
         limit = (device.memory_stats() or {}).get("bytes_limit")
         budget = Budget(device.device_kind, device.platform, limit)
     sizes = None if mesh is None else sizes_of(mesh.shape)
-    plan = Plan(config, precision, context, platform=budget.platform, mesh=sizes, **options)
-    return shortage(budget, plan, stored)
+    plan = Plan(*plan_of, platform=budget.platform, mesh=sizes, **options)
+    # It did not fit, whatever the plan says: suggest something smaller in any case.
+    memory = min(plan.total if budget.memory is None else budget.memory, plan.total - 1)
+    free = "not known" if budget.memory is None else human_size(budget.memory)
+    near = nearest(plan, memory, precisions(budget.half, stored))
+    return f"Needed: {needs(plan)}; free: {free}.", advice(near, plan, stored)
 
 
 def _precision(params: Any) -> Precision:

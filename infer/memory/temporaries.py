@@ -24,33 +24,19 @@ _FLOAT32 = 4
 _DRAWING = 10
 
 
-def cache_number(precision: Precision, platform: str) -> int:
-    """Return the bytes of a number in the cache."""
-    return _FLOAT32 if platform == "cpu" else precision.size
-
-
 def temporary_bytes(plan: Plan, config: GLMConfig, rows: int, chunk: int) -> int:
     """Return the most that any program needs besides the weights and the cache of a plan.
 
-    A program on the way there has a smaller cache, and so may need more of its own.
-
-    Args:
-        plan: what is asked for.
-        config: the part of the model that a device computes.
-        rows: the rows of the device.
-        chunk: most tokens that the device reads at once.
+    A program on the way there has a smaller cache, and so may need more of its own. `config`,
+    `rows` and `chunk` (tokens of a prefill) are the part of one device.
     """
-    slots, platform = plan.context, plan.platform
-    slot = rows * _slot(config, cache_number(plan.precision, platform)) * config.num_layers
+    slots, form = plan.context, (config, plan.precision, plan.platform)
+    slot = rows * Program(*form, 1, 1, 1).slot * config.num_layers
     most = 0
     for size in (*(1 << power for power in range(6, (slots - 1).bit_length())), slots):
-        for width, drawn in (
-            (plan.columns, plan.columns),
-            (min(max(1, chunk // rows), size), 1),
-        ):
-            program = Program(
-                config, plan.precision, platform, plan.prefix + size, rows, width, drawn
-            )
+        prompt = min(max(1, chunk // rows), size)
+        for width, drawn in ((plan.columns, plan.columns), (prompt, 1)):
+            program = Program(*form, plan.prefix + size, rows, width, drawn)
             most = max(most, program.bytes - (slots - size) * slot)
     # The cache grows by copying a smaller one: at most the bucket before it, where the model's
     # context ends the growth early.
@@ -77,8 +63,29 @@ class Program:
         return max(self._attention(), self._mlp(), drawing) + self._early()
 
     @property
+    def slot(self) -> int:
+        """Keys and values of one token in one layer."""
+        number = self.precision.cache_size(self.platform)
+        return 2 * self.config.num_kv_heads * self.config.head_dim * number
+
+    @property
     def _scores(self) -> int:
         return self.rows * self.config.num_heads * self.width * self.slots
+
+    @property
+    def _queries(self) -> int:
+        """Queries of a block of attention."""
+        return min(self.width, max(1, SCORES // (self.rows * self.config.num_heads * KEYS)))
+
+    @property
+    def _added(self) -> int:
+        """What attention over blocks of keys adds up for a query."""
+        return self.config.num_heads * (self.config.head_dim + 2) * _FLOAT32
+
+    @property
+    def _hidden(self) -> int:
+        """The hidden states, and the same normalized."""
+        return 2 * self.rows * self.width * self.config.hidden_size * self.precision.size
 
     def _attention(self) -> int:
         """Scores, a layer's keys and values, and the hidden states with them."""
@@ -86,8 +93,7 @@ class Program:
         if blocks := scores > SCORES:
             scores = self.rows * self.config.num_heads * self._queries * min(KEYS, self.slots)
             sums = self.rows * self._queries * self._added
-        number = cache_number(self.precision, self.platform)
-        layer = self.rows * self.slots * _slot(self.config, number)
+        layer = self.rows * self.slots * self.slot
         if self.platform == "gpu":
             if self.rows == self.width == 1:  # both keys and values are copied out of the cache
                 return scores * _FLOAT32 + layer + self._hidden
@@ -121,23 +127,3 @@ class Program:
         if self._queries < self.width:
             result = self.config.num_heads * self.config.head_dim * self.precision.size
         return self.config.num_layers * self.rows * self.width * result
-
-    @property
-    def _queries(self) -> int:
-        """Queries of a block of attention."""
-        return min(self.width, max(1, SCORES // (self.rows * self.config.num_heads * KEYS)))
-
-    @property
-    def _added(self) -> int:
-        """What attention over blocks of keys adds up for a query."""
-        return self.config.num_heads * (self.config.head_dim + 2) * _FLOAT32
-
-    @property
-    def _hidden(self) -> int:
-        """The hidden states, and the same normalized."""
-        return 2 * self.rows * self.width * self.config.hidden_size * self.precision.size
-
-
-def _slot(config: GLMConfig, number: int) -> int:
-    """Return keys and values of one token in one layer, `number` bytes each."""
-    return 2 * config.num_kv_heads * config.head_dim * number

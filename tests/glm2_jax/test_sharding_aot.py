@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from glm2_jax import PRESETS, make_mesh
-from infer.memory.links import LINKS
+from infer.memory.cards import LINKS
 from infer.memory.mesh_cost import mesh_cost
 from tests.support.mesh_shapes import devices_of, lowered
 from tests.support.program_text import READABLE, collectives, kinds

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from glm2_jax import parse_mesh
-from infer.memory.links import LINKS
+from infer.memory.cards import LINKS
 from infer.memory.mesh_cost import mesh_cost
 from tests.support.paths import ROOT
 

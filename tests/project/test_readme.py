@@ -1,14 +1,21 @@
 """What the two READMEs show is what happens: every command in them is run, here or where named."""
 
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import save, write_official
+from tests.support.checkpoints import write_official
 from tests.support.paths import ROOT
 
 READMES = ("README.md", "README_zh.md")
@@ -63,22 +70,17 @@ def commands(name: str) -> list[str]:
 
 
 HERE = [command for command in commands("README.md") if command not in ELSEWHERE]
-MODULES = sorted(
-    set(re.findall(r"python -m ((?:infer|convert|train)\.\w+)", str(commands("README.md"))))
-)
+ALONE = [
+    command for command in HERE if not command.startswith("python -m") or "infer.chat" in command
+]
+TOGETHER = [command for command in HERE if command not in ALONE]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """A cache folder, so that the commands share what they compile."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def shell(command: str, folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command with this interpreter as `python`, away from the checkout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    environment |= {"XDG_CACHE_HOME": str(cache), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    environment |= {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    environment |= {"XDG_CACHE_HOME": str(folder), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         cwd=folder,
@@ -90,6 +92,45 @@ def shell(command: str, folder: Path, cache: Path) -> subprocess.CompletedProces
     )
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where all commands run: they share what they compile, and find what those before wrote."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "questions.jsonl").write_text(blocks("README.md", "json")[0], encoding="utf-8")
+    write_official(folder / "FOLDER")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(folder) -> dict[str, tuple[int, str, str]]:
+    """What the commands of one process returned and printed, by command."""
+    process = shell(f"python -m {__name__}", folder)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def main() -> None:
+    """Run the commands and the example as `python -m` would, in one process: jax starts once."""
+    found, (example,) = {}, blocks("README.md", "python")
+    for command in (*TOGETHER, example):
+        out, err, code = io.StringIO(), io.StringIO(), 1
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = run(command) if command in TOGETHER else exec(example, {})
+            except Exception:
+                traceback.print_exc()
+        found[command] = code or 0, out.getvalue(), err.getvalue()
+    print(json.dumps(found))
+
+
+def run(command: str) -> int | None:
+    module, *argv = shlex.split(command)[2:]
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    main = f"{module}.__main__" if spec.submodule_search_locations else module
+    return importlib.import_module(main).main(argv)
+
+
 def test_both_languages_show_the_same():
     assert commands("README.md") == commands("README_zh.md")
     for language in ("console", "json"):
@@ -98,48 +139,38 @@ def test_both_languages_show_the_same():
     assert examples[0] == examples[1]  # but for the comments
 
 
-@pytest.mark.parametrize("command", HERE)
-def test_command(command, tmp_path, cache):
-    questions = blocks("README.md", "json")[0]
-    (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
-    write_official(tmp_path / "FOLDER")
-    if "inspect CONVERTED" in command:
-        save(tmp_path / "CONVERTED")
-    done = shell(command, tmp_path, cache)
-    assert done.returncode == 0, done.stderr
-    answers = tmp_path / "answers.jsonl"
-    shown = answers.read_text(encoding="utf-8") if answers.exists() else done.stdout
-    written = [tmp_path / "CONVERTED" / "manifest.json", tmp_path / "NATIVE" / "config.json"]
-    assert shown.strip() or any(path.exists() for path in written), done.stderr
+@pytest.mark.parametrize("command", TOGETHER)
+def test_command(command, done, folder):
+    code, out, err = done[command]
+    assert code == 0, err
+    written = re.search(r"(?:CONVERTED|NATIVE|RANDOM|model\.gguf|answers\.jsonl)(?= |$)", command)
+    assert (folder / written[0]).exists() if written else out.strip(), err
 
 
-@pytest.mark.parametrize("command", ELSEWHERE)
-def test_the_others_are_run_elsewhere(command):
-    assert command in commands("README.md")
-    name, words = ELSEWHERE[command]
-    place = ROOT / name
-    files = [place] if place.is_file() else [p for p in place.rglob("*.py") if p != Path(__file__)]
-    assert any(words in file.read_text(encoding="utf-8") for file in files)
+@pytest.mark.parametrize("command", ALONE)
+def test_command_with_a_pipe_or_a_setting(command, folder):
+    process = shell(command, folder)
+    assert process.returncode == 0 and process.stdout.strip(), process.stderr
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_help(module, tmp_path, cache):
-    done = shell(f"python -m {module} --help", tmp_path, cache)
-    assert done.returncode == 0, done.stderr
-    assert f"python -m {module}" in done.stdout
+def test_the_others_are_run_elsewhere():
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    for command, (name, words) in ELSEWHERE.items():
+        assert command in commands("README.md")
+        files = tests if name == "tests" else [ROOT / name]
+        assert any(words in file.read_text(encoding="utf-8") for file in files), command
 
 
 def test_transcript(tmp_path):
     prompt, _, shown = blocks("README.md", "console")[0].partition("\n")
-    done = shell(prompt.removeprefix("$ "), tmp_path, tmp_path / "cache")
-    assert done.stdout.strip() and done.stdout.strip() in shown
+    process = shell(prompt.removeprefix("$ "), tmp_path)
+    assert process.stdout.strip() and process.stdout.strip() in shown
 
 
-def test_python_example(capsys):
+def test_python_example(done):
     (example,) = blocks("README.md", "python")
-    exec(compile(example, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert "glm2-jax" in printed and "stop" in printed
+    code, out, err = done[example]
+    assert code == 0 and "glm2-jax" in out and "stop" in out, err
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -148,3 +179,7 @@ def test_links_lead_somewhere(name):
     headings = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert target[1:] in headings if target.startswith("#") else (ROOT / target).exists()
+
+
+if __name__ == "__main__":
+    main()

@@ -58,7 +58,7 @@ def put(tree: Any, shardings: Any) -> Any:
     )
 
 
-def compiled(platform: str, function, *args: Any, donate: int) -> Any:
+def compiled(platform: str, function, *args: Any, donate: int | tuple[int, ...]) -> Any:
     """The program of a function for a device of a platform."""
     args = put(args, SingleDeviceSharding(device(platform)))
     lowered = jax.jit(function, donate_argnums=donate).lower(*args)

@@ -24,7 +24,7 @@ from glm2_jax import (
     replicated,
 )
 from glm2_jax.schemes import SCHEMES
-from infer.memory.links import LINKS
+from infer.memory.cards import LINKS
 from infer.memory.mesh_cost import mesh_cost
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params

@@ -19,13 +19,14 @@ from glm2_jax.cli import arguments
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
+from infer.bench import consumer, harness, plot, programs
 from infer.bench import peer as bench_peer
-from infer.bench import plot, programs
-from infer.bench import run as suite
 from infer.bench.ceilings import Ceilings, measure_ceilings
-from infer.bench.measure import Result, Shape, Variant, measure_all, work
+from infer.bench.harness import Task, take_turns
+from infer.bench.programs import Shape, work
 from infer.bench.random_params import random_params
-from infer.bench.report import Report, as_json, render
+from infer.bench.report import Report, Result, as_json, render
+from infer.bench.subject import Variant
 from infer.engine.load import demo_folder
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
@@ -35,17 +36,18 @@ from tests.support.toy import TOY, jit_forward, random_tokens
 CEILINGS = Ceilings(copy=10e9, read=20e9, matmul={"bfloat16": 2e12, "float32": 1e12})
 CPU = jax.devices("cpu")[0]
 FLOAT32 = Precision("float32")
+DECODE = ("--prompts", "none", "--contexts", "4")
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Ceilings that were not measured: their own test measures them."""
-    monkeypatch.setattr(suite, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: CEILINGS)
 
 
 @pytest.fixture
 def nothing_measured(monkeypatch):
-    monkeypatch.setattr(suite, "measure_ceilings", lambda device: pytest.fail("measures"))
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: pytest.fail("measures"))
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +65,22 @@ def measured(capsys, *args: str, code: int = 0) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def shapes_of(found: dict) -> list[tuple]:
-    shapes = [(r["variant"], r["shape"]) for r in found["results"]]
-    return [(v["quantization"], v["layers"], s["batch"], s["prompt"], s["context"])
-            for v, s in shapes]  # fmt: skip
+def result_of(variant: Variant, shape: Shape, *rest) -> Result:
+    return Result(variant, shape.name, dataclasses.asdict(shape), shape.tokens, *rest)
 
 
 def hand_made(**kwargs) -> Report:
     """A report of two results, the second with a peer."""
-    variant = Variant("float32", "none", "list", 4_000_000)
-    shape = Shape(batch=2, context=100, steps=4)
-    first = Result(Variant("float32", "int8", "list"), Shape(1, prompt=128), 1e6, 4e9, [0.5, 0.25])
-    second = Result(
-        variant, shape, 4e9, 8e9, [0.5, 0.4, 0.9], 2.5, 6_000_000, {"eager": [0.8, 1.0]}
+    first = result_of(
+        Variant("float32", "int8", "list"), Shape(1, prompt=128), 1e6, 4e9, [0.5, 0.25]
     )
+    second = result_of(
+        Variant("float32", "none", "list", 4_000_000), Shape(2, context=100, steps=4),
+        4e9, 8e9, [0.5, 0.4, 0.9], 2.5, 6_000_000, {"eager": [0.8, 1.0]},
+    )  # fmt: skip
     about = {"device": "some device", "command": "python -m infer.bench --json"}
-    return Report(about, CEILINGS, [first, second], complete=True, **kwargs)
+    kwargs = {"complete": True, "peer": "transformers"} | kwargs
+    return Report(about, CEILINGS, [first, second], **kwargs)
 
 
 # What is counted
@@ -106,9 +108,6 @@ def test_operations_of_a_prompt():
     assert two == 2 * (one - head - pair) + head + 3 * pair  # a head for the last, three pairs
 
 
-# Random parameters
-
-
 @pytest.mark.parametrize(("name", "as_list"), [(None, False), ("int8", True), ("int4", False)])
 def test_random_params_are_laid_out_as_loaded_ones(name, as_list):
     scheme = None if name is None else SCHEMES[name]
@@ -132,11 +131,8 @@ def test_random_numbers_are_small_and_all_different():
     assert params["embed"].dtype == jnp.bfloat16
 
 
-# Ceilings
-
-
 def test_ceilings_are_of_this_device():
-    found = measure_ceilings(CPU, array_bytes=2**22, matrix=64, repeats=2)
+    found = measure_ceilings(CPU, array_bytes=2**22, matrix=64)
     assert 1e6 < found.copy < 1e14 and 1e6 < found.read < 1e14
     assert set(found.matmul) == {"bfloat16", "float32"} and min(found.matmul.values()) > 1e3
     assert found.bandwidth == max(found.copy, found.read)
@@ -152,12 +148,13 @@ def test_the_demo(capsys, quick):
     found = measured(
         capsys, "--prompts", "8,2000", "--batches", "2", "--contexts", "8", "--layout", "list",
     )  # fmt: skip
-    assert shapes_of(found) == [("none", "list", 1, 8, 0), ("none", "list", 2, 0, 8)]
+    assert [result["what"] for result in found["results"]] == ["prefill 1 x 8", "decode 2 at 8"]
     assert found["not_measured"] == ["not measured: 2000 tokens, the model's context is 1024"]
     assert found["complete"] and "infer.bench --prompts 8,2000" in found["about"]["command"]
     for name in ("device", "host", "versions", "load average", "model"):
         assert found["about"][name]
     for result in found["results"]:
+        assert result["variant"]["layers"] == "list" and result["tokens"] in (8, 2)
         assert len(result["seconds"]) == 2 and min(result["seconds"]) > 0
         assert result["compile_s"] > 0 and result["peak"] > 0
         assert result["bytes_per_s"] == result["bytes"] / min(result["seconds"])
@@ -166,121 +163,88 @@ def test_the_demo(capsys, quick):
         assert result["tokens_per_s"] >= result["tokens_per_s_median"] > 0
 
 
-def test_random_weights(capsys, quick, toy_config):
-    found = measured(
-        capsys, "--random", toy_config, "--layers", "1", "--dtypes", "float32,bfloat16",
-        "--quantize", "none,int8", "--layout", "stacked", "--prompts", "none", "--contexts", "8",
-        "--batches", "1",
-    )  # fmt: skip
-    dtypes = [result["variant"]["dtype"] for result in found["results"]]
-    assert dtypes == ["float32", "bfloat16", "bfloat16", "float32"]  # the smaller ones first
-    expected = [(weights, "stacked", 1, 0, 8) for weights in ("int8", "none")]
-    assert shapes_of(found) == [expected[0]] * 2 + [expected[1]] * 2
-    assert found["about"]["model"] == "config.json, random weights"
-
-
 def test_long_prompts_are_read_in_parts(monkeypatch):
     monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)
     work = programs.Workload(TOY, random_params(TOY, jnp.float32))
-    run = work.prefill(1, 50)
+    run = work.prefill(Shape(1, prompt=50))
     assert work.programs.compiled == 2 and work.programs.seconds > 0  # read and extend
     assert run() > 0 and run() > 0 and work.programs.compiled == 2
 
 
-class FakePeer:
+def test_forms_and_batches_of_which_one_does_not_fit(capsys, quick, monkeypatch, toy_config):
+    def decode(work, shape):
+        if shape.batch == 2:
+            raise MemoryError
+        return lambda: 1.0
+
+    monkeypatch.setattr(programs.Workload, "decode", decode)
+    found = measured(
+        capsys, "--random", toy_config, "--layers", "1", *DECODE, "--batches", "1,2,4",
+        "--dtypes", "float32,bfloat16", "--quantize", "none,int8", "--layout", "stacked", code=5,
+    )  # fmt: skip
+    assert found["about"]["model"] == "config.json, random weights"
+    variants = [result["variant"] for result in found["results"][::3]]
+    forms = [(variant["dtype"], variant["quantization"]) for variant in variants]
+    assert set(forms[:2]) == {("float32", "int8"), ("bfloat16", "int8")}  # the smaller ones first
+    assert forms[2:] == [("bfloat16", "none"), ("float32", "none")]
+    assert [bool(result["seconds"]) for result in found["results"][:3]] == [True, False, True]
+    problem = "not measured: float32, layers stacked, decode 2 at 4: out of memory"
+    assert found["not_measured"][-1] == problem and len(found["not_measured"]) == 4
+
+
+class FakePeer(bench_peer.Peer):
     """Answers at once, and writes down when it was asked."""
 
-    modes = ("eager", "compiled")
+    def __init__(self, calls: list, fail: str):
+        self.calls, self.fail, self.modes = calls, fail, ("eager", "compiled")
 
-    def __init__(self, calls: list, fail: str = ""):
-        self.calls, self.fail = calls, fail
-
-    def ask(self, do, mode, batch, prompt, context, steps):
-        if mode == self.fail:
+    def ask(self, **request):
+        if request["mode"] == self.fail:
             raise bench_peer.PeerError("transformers: too much")
-        self.calls.append(mode)
+        self.calls.append(request["mode"])
+        return {}
 
     def measure(self):
         self.calls.append("theirs")
         return 2.0
 
 
-@pytest.fixture
-def ours(monkeypatch):
-    """Our side, which takes a second whatever it does."""
-    calls = []
-
-    def decode(*args):
-        return lambda: calls.append("ours") or 1.0
-
-    monkeypatch.setattr(programs.Workload, "decode", decode)
-    return calls
-
-
-def run_toy(peer=None, repeats=2) -> Result:
-    variant = Variant("float32", "none", "stacked")
-    shapes = [Shape(1, context=4)]
-    (result,) = measure_all(
-        TOY, random_params(TOY, jnp.float32), variant, shapes, repeats=repeats, peer=peer
-    )
-    return result
+@pytest.mark.parametrize("fail", ["", "eager", "compiled"])
+def test_the_peer_takes_turns_and_may_fail(fail):
+    calls: list[str] = []
+    shape = Shape(1, context=4)
+    result = result_of(Variant("float32", "none", "stacked"), shape, 1.0, 1.0)
+    task = Task(result, lambda: (lambda: calls.append("ours") or 1.0, 0.5), {"steps": 1})
+    take_turns(task, 3, FakePeer(calls, fail))
+    modes = [mode for mode in ("eager", "compiled") if mode != fail]
+    assert calls == [call for mode in modes for call in (mode, *["ours", "theirs"] * 3)]
+    assert list(result.peers) == modes and {result.ratio(mode) for mode in modes} == {2.0}
+    assert len(result.seconds) == 3 * len(modes) and ("too much" in result.problem) == bool(fail)
 
 
-def test_the_peer_takes_turns_and_may_fail(ours):
-    result = run_toy(FakePeer(ours))
-    turns = ["ours", "theirs"] * 2
-    assert ours == ["eager", *turns, "compiled", *turns]
-    assert result.ratio("eager") == result.ratio("compiled") == 2.0 and not result.problem
-    result = run_toy(FakePeer(ours, fail="eager"))
-    assert list(result.peers) == ["compiled"] and "too much" in result.problem
-    assert result.seconds == [1.0, 1.0]
-    result = run_toy(FakePeer(ours, fail="compiled"), repeats=3)
-    assert list(result.peers) == ["eager"] and len(result.seconds) == 3
-
-
-def test_out_of_memory_leaves_the_rest(capsys, quick, monkeypatch, toy_config):
-    real = programs.Workload.decode
-
-    def decode(work, batch, context, count):
-        if batch == 2:
-            raise MemoryError
-        return real(work, batch, context, count)
-
-    monkeypatch.setattr(programs.Workload, "decode", decode)
-    found = measured(
-        capsys, "--random", toy_config, "--prompts", "none", "--contexts", "4", "--batches",
-        "1,2,4", code=5,
-    )  # fmt: skip
-    assert [bool(result["seconds"]) for result in found["results"]] == [True, False, True]
-    assert found["not_measured"] == [
-        "not measured: float32, layers list, decode 2 at 4: out of memory"
-    ]
-
-
-def test_without_the_peer_one_line_says_so(capsys, quick, monkeypatch, toy_config):
+@pytest.mark.parametrize("peer", bench_peer.PEERS)
+def test_without_a_peer_one_line_says_so(capsys, quick, monkeypatch, toy_config, peer):
     real = bench_peer.importlib.util.find_spec
-    specs = dict.fromkeys(bench_peer.PEERS["transformers"], "")
-    specs["torch"] = None  # and the others are there
+    specs = dict.fromkeys(bench_peer.PEERS[peer], "") | {"torch": None}
     monkeypatch.setattr(
         bench_peer.importlib.util,
         "find_spec",
         lambda name: specs[name] if name in specs else real(name),
     )
-    found = measured(
-        capsys, "--random", toy_config, "--prompts", "none", "--batches", "none", "--peer",
-        "transformers",
-    )  # fmt: skip
-    assert found["not_measured"] == [
-        "not measured: --peer transformers is skipped: torch not installed"
-    ]
+    problem = f"--peer {peer} is skipped: torch not installed"
+    assert bench_peer.missing(peer) == problem
+    if peer == "transformers":
+        flags = ("--prompts", "none", "--batches", "none", "--peer", peer)
+        found = measured(capsys, "--random", toy_config, *flags)
+        assert found["not_measured"] == [f"not measured: {problem}"]
 
 
 def test_transformers(capsys, quick, toy_config):
     pytest.importorskip("torch", reason="the peer is not installed")
     pytest.importorskip("transformers", reason="the peer is not installed")
     found = measured(
-        capsys, "--random", toy_config, "--prompts", "8", "--contexts", "8", "--batches", "2",
-        "--quantize", "none,int8", "--peer", "transformers",
+        capsys, "--random", toy_config, "--layers", "1", "--prompts", "8", "--contexts", "8",
+        "--batches", "2", "--quantize", "none,int8", "--peer", "transformers",
     )  # fmt: skip
     assert found["not_measured"] == [] and "transformers 5" in found["about"]["peer"]
     for result in found["results"]:
@@ -306,34 +270,27 @@ def test_table_and_paragraphs():
 
 
 def test_what_was_stopped_says_so():
-    report = hand_made()
-    report.complete = False
+    report = hand_made(complete=False)
     assert "not measured: the rest" in render(report, 100) and not as_json(report)["complete"]
     nothing = Report({"device": "x"})
     assert "not measured: the rest" in render(nothing, 80)
     assert as_json(nothing)["ceilings"] is None
 
 
-def test_a_picture_needs_matplotlib(monkeypatch):
-    def damaged(name):
-        raise ImportError(f"{name}: numpy.core.multiarray failed to import")
-
-    monkeypatch.setattr(arguments.importlib, "import_module", damaged)
-    with pytest.raises(UsageError, match=r"pip install 'glm2-jax\[plot\]'") as error:
-        bench.main(["--plot", "roofline.png"])
-    assert "multiarray failed" in error.value.why
-
-
-def test_forms_are_checked_before_anything_is_measured(tmp_path, nothing_measured):
-    convert_folder(open_folder(demo_folder()), tmp_path / "q8", quantize="int8")
-    argv = ["--model", str(tmp_path / "q8"), "--quantize", "none,int8", "--device", "cpu"]
-    with pytest.raises(UsageError, match="quantized already"):
-        bench.main(argv)
-    with pytest.raises(CheckpointError):
-        bench.main(["--model", str(tmp_path), "--device", "cpu"])
+def test_the_consumer_preset(capsys, nothing_measured):
+    assert bench.main(["--preset", "consumer"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("planned, RTX 3090 24 GB: ") == text.count("measured: nothing") == 3
+    assert "not measured: no accelerator found" in text
+    assert " ".join(text.split()).count(f"--prefill-chunk {consumer.CHUNK} --max-length 4096") == 3
+    with pytest.raises(UsageError, match="nothing to draw"):
+        bench.main(["--preset", "consumer", "--plot", "roofline.png"])
+    text = consumer.render(hand_made(), 100)
+    assert "measured, some device: 6.0 MB, 5 tok/s" in text and text.count("nothing") == 2
+    assert consumer.unmeasured("cpu") == ""
 
 
-def test_the_picture(tmp_path):
+def test_the_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     path = tmp_path / "roofline.png"
     arguments.check_plot(str(path))
@@ -341,6 +298,14 @@ def test_the_picture(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     with pytest.raises(UsageError, match="must end in .png"):
         arguments.check_plot("roofline.txt")
+
+    def damaged(name):
+        raise ImportError(f"{name}: numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr(arguments.importlib, "import_module", damaged)
+    with pytest.raises(UsageError, match=r"pip install 'glm2-jax\[plot\]'") as error:
+        bench.main(["--plot", "roofline.png"])
+    assert "multiarray failed" in error.value.why
 
 
 # Usage, and the end
@@ -362,18 +327,27 @@ def test_contradictions(args, message, monkeypatch):
         bench.main(args)
 
 
-@pytest.mark.parametrize("args", [["--dtypes", "float31"], ["--prompts", "0"], ["--batches", ""]])
+@pytest.mark.parametrize("args", [["--dtypes", "float31"], ["--prompts", "0"]])
 def test_bad_values(args, capsys):
     with pytest.raises(SystemExit) as ending:
         bench.main(args)
     assert ending.value.code == 2 and args[0] in capsys.readouterr().err
 
 
+def test_forms_are_checked_before_anything_is_measured(tmp_path, nothing_measured):
+    convert_folder(open_folder(demo_folder()), tmp_path / "q8", quantize="int8")
+    argv = ["--model", str(tmp_path / "q8"), "--quantize", "none,int8", "--device", "cpu"]
+    with pytest.raises(UsageError, match="quantized already"):
+        bench.main(argv)
+    with pytest.raises(CheckpointError):
+        bench.main(["--model", str(tmp_path), "--device", "cpu"])
+
+
 def test_ctrl_c_shows_what_there_is(toy_config):
     code = (
-        "from glm2_jax.cli import interrupt\nfrom infer.bench import run\n"
+        "from glm2_jax.cli import interrupt\nfrom infer.bench import harness\n"
         "from infer.bench.__main__ import main\nfrom infer.bench.ceilings import Ceilings\n"
-        "run.measure_ceilings = lambda device: Ceilings(1e9, 1e9, {})\ninterrupt.run(main)"
+        "harness.measure_ceilings = lambda device: Ceilings(1e9, 1e9, {})\ninterrupt.run(main)"
     )
     command = [
         sys.executable, "-c", code, "--random", toy_config, "--prompts", "none",

@@ -1,23 +1,33 @@
 """`python -m infer.bench` on meshes: what is counted and said, and that nothing is ever whole."""
 
+import contextlib
 import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax import GLMConfig, cache_sharding, make_mesh, params_sharding, parse_mesh
 from glm2_jax.config import PRESETS
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import GLMError, UsageError
 from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
-from infer.bench import run as suite
+from infer.bench import harness, programs, random_params
 from infer.bench.ceilings import Ceilings
-from infer.bench.measure import Result, Shape, Variant, work
-from infer.bench.report import Report, as_json, render
-from infer.bench.subject import Subject, describe_mesh
-from infer.memory.links import LINKS
+from infer.bench.programs import Shape, work
+from infer.bench.report import Report, Result, as_json, render
+from infer.bench.subject import Variant, describe_mesh
+from infer.engine import executor
+from infer.engine.programs import Programs
+from infer.engine.steps import State
+from infer.memory.cards import LINKS
 from infer.memory.mesh_cost import mesh_cost
 from infer.memory.precision import Precision
 from infer.memory.shares import sizes_of
@@ -26,23 +36,15 @@ from tests.support.toy import TOY
 
 SIX = PRESETS["chatglm2-6b"]
 ONE = Ceilings(copy=10e9, read=20e9, matmul={"bfloat16": 2e12, "float32": 1e12})
-MESHES = [
-    ({"tensor": 8}, None),
-    ({"data": 2, "tensor": 4}, "int8"),
-    ({"data": 8}, "int4"),
-    ({"data": 2, "fsdp": 2, "tensor": 2}, None),
-]
+CONFIG = GLMConfig(1, 104, 32, 64, 8, 2, 8, 256)
+TWO_HEADS = GLMConfig(1, 104, 32, 64, 2, 2, 8, 256)
+MESH = "data=2,tensor=4"
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run("tests.support.mesh_bench", str(tmp_path_factory.mktemp("bench")))
-
-
-# What is counted
-
-
-@pytest.mark.parametrize(("sizes", "scheme"), MESHES)
+@pytest.mark.parametrize(
+    ("sizes", "scheme"),
+    [({"data": 2, "tensor": 4}, "int8"), ({"data": 2, "fsdp": 2, "tensor": 2}, None)],
+)
 def test_bytes_and_operations_are_those_of_the_cost_model(sizes, scheme):
     """Which counts no rows of the embedding, and one device."""
     links, rows = LINKS["v5e"], -(-3 // (sizes.get("data", 1) * sizes.get("fsdp", 1)))
@@ -78,25 +80,20 @@ def test_what_is_on_several_devices_counts_on_each():
     assert of(tensor=4)[1] == one[1] + 3 * 2 * 4 * matrices
 
 
-# What is possible at most
-
-
 def test_ceilings_are_those_of_all_devices_where_these_are_real(monkeypatch):
-    mesh: Any = SimpleNamespace(size=8)
-    monkeypatch.setattr(suite, "measure_ceilings", lambda device: ONE)
-    for platform in ("gpu", "tpu"):
-        found = suite.ceilings_of(SimpleNamespace(platform=platform), mesh)
-        assert found == Ceilings(80e9, 160e9, {"bfloat16": 16e12, "float32": 8e12}, 8)
-    assert found.better(ONE.times(8)) == found
-    assert suite.ceilings_of(SimpleNamespace(platform="cpu"), mesh) == ONE
-    assert suite.ceilings_of(SimpleNamespace(platform="gpu"), None) == ONE
-
-
-# What is said
+    mesh: Any = SimpleNamespace(size=8, shape={"data": 2, "tensor": 4})
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: ONE)
+    found = harness.ceilings_of(SimpleNamespace(platform="tpu"), mesh)
+    assert found == Ceilings(80e9, 160e9, {"bfloat16": 16e12, "float32": 8e12}, 8)
+    assert harness.ceilings_of(SimpleNamespace(platform="cpu"), mesh) == ONE
+    assert harness.ceilings_of(SimpleNamespace(platform="gpu"), None) == ONE
+    assert describe_mesh(mesh, "gpu") == "data=2,tensor=4, 8 devices"
+    assert "one CPU" in describe_mesh(mesh, "cpu")
 
 
 def test_the_report_names_mesh_and_devices():
-    result = Result(Variant("float32", "none", "list"), Shape(2, context=9), 8e9, 8e9, [0.5, 0.25])
+    variant, shape = Variant("float32", "none", "list"), Shape(2, context=9)
+    result = Result(variant, shape.name, {}, 2, 8e9, 8e9, [0.5, 0.25])
     report = Report({"device": "x"}, ONE.times(8), [result], complete=True, mesh={"tensor": 8})
     found, text = as_json(report), " ".join(render(report, 300).split())
     assert found["mesh"] == {"tensor": 8} and found["devices"] == 8
@@ -108,43 +105,31 @@ def test_the_report_names_mesh_and_devices():
     assert "together" not in render(alone, 300) and "times" not in str(alone)
 
 
-def test_a_line_says_what_virtual_devices_share():
-    mesh: Any = SimpleNamespace(size=8, shape={"data": 2, "tensor": 4})
-    assert describe_mesh(mesh, "gpu") == "data=2,tensor=4, 8 devices"
-    assert "one CPU" in describe_mesh(mesh, "cpu")
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--tp", "2", "--peer", "transformers"], "--peer: not supported on a mesh"),
         (["--coordinator", "host:1"], "--coordinator: not supported by this command"),
-        (["--mesh", "data=2,model=4"], "is not valid"),
         (["--tp", "7"], "tensor=7 needs 7 devices"),
     ],
 )
 def test_what_is_refused(args, message, monkeypatch):
-    monkeypatch.setattr(suite, "measure_ceilings", lambda device: pytest.fail("measures"))
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: pytest.fail("measures"))
     with pytest.raises(UsageError, match=message):
         bench.main([*args, "--device", "cpu"])
-
-
-def test_a_mesh_has_to_fit_every_form():
-    mesh = cast(Any, {"fsdp": 4096})
-    subject = Subject(ModelChoice(), jax.devices()[0], mesh, random="chatglm2-6b", layers=1)
-    subject.check_forms((None, "int8"))
-    with pytest.raises(UsageError, match="two columns share a byte") as error:
-        subject.check_forms(("int8", "int4"))
-    assert error.value.what == "The mesh fsdp=4096 does not fit the model."
-    assert SCHEMES["int4"].bits == 4
 
 
 # On eight devices
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run(__name__, str(tmp_path_factory.mktemp("bench")))
+
+
 def test_measuring_on_a_mesh(found):
     report, said = found["random"]
-    assert found["devices"] == report["devices"] == 8 and report["complete"]
+    assert report["devices"] == 8 and report["complete"]
     assert report["mesh"] == {"data": 2, "tensor": 4, "fsdp": 1}
     assert report["about"]["mesh"].startswith("data=2,tensor=4, 8 virtual devices")
     assert report["ceilings"] == {"copy": 10e9, "read": 20e9, "devices": 1} | {
@@ -167,13 +152,10 @@ def test_arrays_lie_where_the_engine_has_them(found):
     assert states["taken over"].count(False) == 2  # the last ones
 
 
-def test_a_checkpoint_is_loaded_in_its_parts(found):
+def test_weights_are_loaded_and_made_in_their_parts(found):
     report, said = found["loaded"]
     assert report["about"]["model"] == "demo (bundled)" and "4.7 MB on each device" in said
     assert report["mesh"] == {"data": 4, "tensor": 2, "fsdp": 1} and report["results"] == []
-
-
-def test_random_weights_are_made_in_their_parts(found):
     assert all(one == {"same": True, "cut": True} for one in found["weights"])
     assert found["making"]["part"] == 104 * 32 * 4 // 8 and found["making"]["more"] < 64
 
@@ -184,3 +166,97 @@ def test_bad_meshes_are_told_as_elsewhere(found):
     assert bad["--tp 4"][2] == "There are 8 devices, and a mesh uses all of them."
     assert bad["two heads"][1] == "The mesh tensor=8 does not fit the model."
     assert bad["two heads"][3] == "Use tensor=1, 2."
+    assert "two columns share a byte" in bad["second form"][2]
+
+
+# The script that runs there
+
+
+def command(*args: str) -> Any:
+    """What `python -m infer.bench` prints as JSON, and writes on standard error; or its error."""
+    out, err = io.StringIO(), io.StringIO()
+    small = ("--steps", "2", "--repeat", "2", "--json", "--device", "cpu")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            bench.main([*args, *small])
+        except GLMError as error:
+            return [type(error).__name__, error.what, error.why, error.fix]
+    return [json.loads(out.getvalue()), err.getvalue()]
+
+
+def random_weights(scheme: str | None, as_list: bool) -> dict[str, Any]:
+    """Compare random weights on a mesh: values with one device, sharding with loaded ones."""
+    mesh = make_mesh(parse_mesh("data=2,fsdp=2,tensor=2"))
+    form: dict[str, Any] = {"scheme": SCHEMES.get(scheme or "none"), "as_list": as_list}
+    one = random_params.random_params(CONFIG, jnp.float32, **form)
+    cut = random_params.random_params(CONFIG, jnp.float32, **form, mesh=mesh)
+    places = params_sharding(CONFIG, mesh, **form)
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(cut), strict=True)
+    return {
+        "same": all(np.array_equal(x, y) for x, y in pairs),
+        "cut": all(jax.tree.leaves(jax.tree.map(lambda x, at: x.sharding == at, cut, places))),
+    }
+
+
+def making() -> dict[str, int]:
+    """Bytes of the program that makes a weight in its parts: of a part, and what it takes more."""
+    place = params_sharding(CONFIG, make_mesh(parse_mesh("tensor=8")))["head"]
+    shape = CONFIG.vocab_size, CONFIG.hidden_size
+    made = random_params._program(random_params._floats, place, shape, np.dtype("float32"))
+    memory: Any = made.lower(np.uint32(1)).compile().memory_analysis()
+    return {"part": memory.output_size_in_bytes, "more": memory.temp_size_in_bytes}
+
+
+class Noting(Programs):
+    """Keeps the states that programs take and give."""
+
+    states: list[State] = []
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().call(*args, **kwargs)
+        parts = result if type(result) is tuple else (result,)
+        self.states.extend(part for part in parts if isinstance(part, State))
+        return result
+
+
+def states(mesh: str) -> dict[str, Any]:
+    """How the cache of the steps is sharded, its rows, and whether each step took it over."""
+    want = cache_sharding(CONFIG, make_mesh(parse_mesh(mesh))).k
+    caches: list[Any] = [state.cache for state in Noting.states]
+    return {
+        "places": [cache.k.sharding == want for cache in caches],
+        "rows": [cache.length.size for cache in caches],
+        "taken over": [cache.k.is_deleted() for cache in caches],
+    }
+
+
+def main() -> None:
+    # Machine code takes longest to make, and is not what is looked at.
+    jax.config.update("jax_disable_most_optimizations", True)
+    harness.measure_ceilings = lambda device: ONE
+    executor.Programs = Noting
+    programs.PREFILL_CHUNK = 16  # prompts are read in parts
+    folder, none = Path(sys.argv[1]), ("--prompts", "none", "--batches", "none")
+    for name, config in (("eight", CONFIG), ("two", TWO_HEADS)):
+        (folder / name).write_text(json.dumps(config.to_hf()), encoding="utf-8")
+    eight, two = str(folder / "eight"), str(folder / "two")
+    shapes = ("--prompts", "20", "--batches", "3", "--contexts", "8")
+    odd = folder / "odd"  # its ffn is cut into 8, but not where two columns share a byte
+    odd.write_text(json.dumps(GLMConfig(1, 104, 32, 8, 8, 8, 8, 256).to_hf()), encoding="utf-8")
+    found = {
+        "random": command("--random", eight, "--mesh", MESH, *shapes),
+        "loaded": command("--mesh", "data=4,tensor=2", *none),
+        "weights": [random_weights("int8", True), random_weights("int4", False)],
+        "making": making(),
+        "states": states(MESH),
+        "bad": {
+            "--tp 4": command("--random", eight, "--tp", "4"),
+            "two heads": command("--random", two, "--tp", "8"),
+            "second form": command("--random", str(odd), "--tp", "8", "--quantize", "int8,int4"),
+        },
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

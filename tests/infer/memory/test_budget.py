@@ -1,4 +1,6 @@
-"""What fits into memory: the check at the start, and errors of too little memory."""
+"""What fits into memory: the check at the start, advice, the sheet of a dry run, and errors."""
+
+import dataclasses
 
 import jax
 import pytest
@@ -13,39 +15,50 @@ from infer.engine import load
 from infer.engine.load import demo_folder
 from infer.generate.__main__ import main, parser
 from infer.memory import budget
-from infer.memory.budget import Budget, set_gpu_share, settle
-from infer.memory.plan import Plan
-from infer.memory.precision import Precision
+from infer.memory.budget import Budget, find_budget, set_gpu_share, settle
+from infer.memory.cards import CARDS, find_card
+from infer.memory.plan import Plan, largest_context, nearest, rate_bound
+from infer.memory.precision import Precision, flags, precisions
+from infer.memory.shares import sizes_of
+from infer.memory.sheet import as_json, make_sheet, render
 
-GB = 10**9
+GB, GIB = 10**9, 2**30
 SIX = PRESETS["chatglm2-6b"]
-BF16 = Precision("bfloat16")
-
-
-def test_drafts_are_in_the_check_of_the_start(monkeypatch):
-    wishes: list[Plan] = []
-    monkeypatch.setattr(budget, "settle", lambda _, plans, *__: wishes.extend(plans) or 1 / 0)
-    for flags, columns in (((), 1), (("--speculate", "7"), 8)):
-        args = parser().parse_args(["--prompt", "x", "--device", "cpu", *flags])
-        with pytest.raises(ZeroDivisionError):
-            choice, options = from_flags(ModelChoice, args), from_flags(EngineOptions, args)
-            budget.prepare(choice, options, demo_folder())
-        assert wishes.pop().columns == columns
-
-
-def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch):
-    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: pytest.fail("loaded"))
-    common = "--prompt", "x", "--compile-cache", "off", "--device", "cpu"
-    with pytest.raises(DeviceError, match="--memory-limit allows 1.0 MB") as error:
-        main([*common, "--memory-limit", "1MB"])
-    assert error.value.exit_code == 5 and "weights 4.7 MB" in error.value.what
-    assert "jax itself 400.0 MB" in error.value.what
-    with pytest.raises(UsageError, match="--max-length must be at most 1024, got 99999"):
-        main([*common, "--max-length", "99999"])
+BF16, INT8, INT4 = (Precision("bfloat16", name) for name in (None, "int8", "int4"))
 
 
 def limited(memory: int) -> Budget:
     return Budget("a card", "gpu", memory, limited=True)
+
+
+# What fits, and what else does
+
+
+def test_what_fits_instead():
+    wanted = Plan(SIX, BF16, 32768, 8)
+    found = nearest(wanted, 20 * GIB, precisions())
+    assert all(plan.total <= 20 * GIB for plan in found)
+    changes = [(p.precision.name, p.context, p.batch) for p in found]
+    assert changes[0] == ("int8", 32768, 8) and changes[2] == ("bfloat16", 32768, 4)
+    assert changes[1][0] == "bfloat16" and 0 < changes[1][1] < 32768 and changes[1][2] == 8
+    (only,) = nearest(wanted, 6 * GIB, precisions())  # one change is not enough
+    assert (only.precision, only.batch) == (INT4, 1) and 0 < only.context <= 32768
+    assert nearest(wanted, 2 * GIB, precisions()) == []
+
+
+def test_fewer_draft_tokens_and_smaller_chunks_fit_nearest():
+    plain, drafting = (Plan(SIX, BF16, 1024, 8, "cpu", 64, n) for n in (1, 33))
+    assert drafting.temporary == 10 * 8 * 33 * SIX.vocab_size * 4 > 2 * plain.temporary
+    with pytest.raises(
+        DeviceError, match=r"x 8, --speculate 32 .*\n.*\nWhat fits: --speculate 16 "
+    ):
+        settle(Budget("here", "cpu", drafting.total - 1), [drafting])
+    assert largest_context(plain, plain.total) >= 1024 > largest_context(drafting, plain.total)
+    wanted = Plan(SIX, BF16, 8192)
+    room = dataclasses.replace(wanted, chunk=512).total
+    assert room < dataclasses.replace(wanted, chunk=1024).total < wanted.total
+    with pytest.raises(DeviceError, match=r"What fits: --prefill-chunk 512 \("):
+        settle(limited(room), [wanted])
 
 
 def test_a_default_context_is_made_shorter_but_not_one_that_was_asked_for():
@@ -71,48 +84,161 @@ def test_float32_gives_way_where_it_does_not_fit():
     assert settle(Budget("cpu", "cpu", 16 * GB), wishes).precision == BF16
 
 
-def test_the_share_of_a_gpu_comes_from_the_plan():
-    gpu = Gpu("NVIDIA GeForce RTX 3090", 24 * 2**30, 23 * 2**30)
-    here = Budget("a card", "gpu", 22 * 2**30, present=gpu)
-    plan = Plan(SIX, Precision("bfloat16", "int4"), 8192)
-    environment: dict[str, str] = {}
-    share = set_gpu_share(here, plan, environment)
-    assert share is not None and environment == {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
-    assert (plan.total - plan.runtime) / gpu.total < share < 0.3
-    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
-        environment = {name: "x"}  # the user's own
-        assert set_gpu_share(here, plan, environment) is None and environment == {name: "x"}
-    large = Plan(SIX, BF16, 32768, 64)
-    assert set_gpu_share(here, large, {}) == pytest.approx(0.95, abs=0.002)
-    assert set_gpu_share(Budget("this processor", "cpu", GB), plan, {}) is None
+def test_flags_ask_for_a_precision():
+    assert flags(BF16) == "--dtype bfloat16" and flags(INT8) == "--dtype bfloat16 --quantize int8"
+    stored = Precision("float16", "int4-row")
+    assert flags(stored, "int4-row") == "--dtype float16" and stored.name == "int4"
+    assert flags(BF16, "int4-row") == "--dtype bfloat16 --quantize none"
+
+
+# Where
 
 
 def test_the_device_that_is_here(monkeypatch):
-    gpu = Gpu("NVIDIA GeForce RTX 4090", 24 * 2**30, 20 * 2**30)
+    gpu = Gpu("NVIDIA GeForce RTX 4090", 24 * GIB, 20 * GIB)
     monkeypatch.setattr(budget, "find_nvidia", lambda: Nvidia(gpus=(gpu,)))
     monkeypatch.setattr(budget, "_jax_may_use", lambda platform: True)
-    found = budget.find_budget("auto")
-    assert (found.platform, found.memory, found.bandwidth) == ("gpu", 20 * 2**30, 1.008e12)
-    assert budget.find_budget("cpu").platform == "cpu"
-    assert budget.find_budget("auto", 5 * GB).memory == 5 * GB
+    found = find_budget("auto")
+    assert (found.platform, found.memory, found.bandwidth) == ("gpu", 20 * GIB, 1.008e12)
+    assert find_budget("cpu").platform == "cpu"
+    assert find_budget("auto", 5 * GB).memory == 5 * GB
     monkeypatch.setattr(budget, "find_nvidia", Nvidia)
     monkeypatch.setattr(budget, "count_tpus", lambda: 4)
-    assert budget.find_budget("auto").platform == "tpu"
+    assert find_budget("auto").platform == "tpu"
 
 
-def test_out_of_memory_while_loading_says_what_fits(monkeypatch):
-    for error in (
+def test_cards_are_known_by_their_names():
+    names = {
+        "NVIDIA GeForce RTX 3090": "3090",
+        "NVIDIA A100-SXM4-40GB": "a100",
+        "NVIDIA A100 80GB PCIe": "a100-80",
+        "NVIDIA L4": "l4",
+        "TPU v5 lite": "v5e-1",
+        "TPU v5": "v5p",
+    }
+    for kind, name in names.items():
+        assert find_card(kind) is CARDS[name]
+    for kind in ("NVIDIA GeForce RTX 3060 Ti", "NVIDIA L40", "cpu", ""):
+        assert find_card(kind) is None
+
+
+def test_the_share_of_a_gpu_comes_from_the_plan():
+    gpu = Gpu("NVIDIA GeForce RTX 3090", 24 * GIB, 23 * GIB)
+    here = Budget("a card", "gpu", 22 * GIB, present=gpu)
+    plan = Plan(SIX, INT4, 8192)
+
+    def share(plan: Plan, budget: Budget = here, **environment: str) -> dict[str, str]:
+        set_gpu_share(budget, plan, environment)
+        return environment
+
+    ((name, text),) = share(plan).items()
+    assert name == "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    assert (plan.total - plan.runtime) / gpu.total < float(text) < 0.3
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        assert share(plan, **{name: "x"}) == {name: "x"}  # the user's own
+    (text,) = share(Plan(SIX, BF16, 32768, 64)).values()
+    assert float(text) == pytest.approx(0.95, abs=0.002)
+    assert share(plan, Budget("this processor", "cpu", GB)) == {}
+
+
+# The sheet of a dry run
+
+
+def sheet(budget=None, **options):
+    budget = budget or find_budget("3090")
+    return make_sheet("six", SIX, budget, contexts=(2048, 8192), batches=(1, 8), **options)
+
+
+def test_a_plan_for_every_precision_context_and_batch():
+    found = sheet()
+    assert list(found.labels.values()) == ["float32", "bfloat16", "int8", "int4"]
+    shapes = [(plan.context, plan.batch) for plan in found.plans]
+    assert shapes == [(2048, 1), (2048, 8), (8192, 1), (8192, 8)] * 4
+    plan = next(p for p in found.plans if p == Plan(SIX, INT8, 8192, 8))
+    assert found.budget.fits(plan) and not found.budget.fits(found.plans[0])
+    assert found.rate(plan) == rate_bound(plan, 936e9)
+    assert found.longest["int8", 8] == largest_context(plan, found.budget.memory or 0)
+    assert found.longest["float32", 1] == 0 and not found.nothing_fits
+    assert sheet(find_budget("3090", 2 * GB)).nothing_fits
+
+
+def test_flags_leave_fewer_precisions_open():
+    assert set(sheet(dtype="float16").labels.values()) == {"float16"}
+    assert set(sheet(quantize="int8").labels.values()) == {"int8"}
+    processor = Budget("this processor", "cpu", 20 * GB)
+    labels = sheet(processor, quantize="int4+embeddings").labels.values()
+    assert set(labels) == {"float32:int4+embeddings", "bfloat16:int4+embeddings"}
+    stored = sheet(stored="int4-row").labels
+    assert Precision("bfloat16", "int4-row") in stored and INT8 not in stored
+    assert {plan.chunk for plan in sheet(chunk=512, columns=3).plans} == {512}
+
+
+@pytest.mark.parametrize("columns", [44, 100])
+def test_table(columns):
+    lines = list(render(sheet(), columns))
+    text = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= columns
+    assert "six, 6.24 billion parameters, on 3090: 24.5 GB to use, 936 GB/s" in text
+    assert ("weights in" in text) == (columns == 100)  # else a table for each precision
+    assert ("int8, weights 6.8 GB" in text) == (columns == 44)
+    plan = Plan(SIX, INT8, 8192)
+    row = f"8,192 1 {'' if columns == 44 else '6.8 GB 234.9 MB '}"
+    assert row in text and f"{plan.total / 1e9:.1f} GB yes {rate_bound(plan, 936e9):.0f}" in text
+    assert "longest context that fits, batch 8: float32 none, bfloat16" in text
+
+
+def test_an_unknown_memory_and_a_mesh():
+    unknown = sheet(Budget("the TPU", "tpu", None))
+    text = " ".join(" ".join(render(unknown, 100)).split())
+    assert "memory unknown" in text and "bandwidth is not known here" in text and " ? ?" in text
+    assert as_json(unknown)["fits"] is None and as_json(unknown)["longest_context"] == []
+    spread = sheet(quantize="none", mesh=sizes_of({"tensor": 8}))
+    text = " ".join(" ".join(render(spread, 100)).split())
+    assert "on 8 devices (3090, tensor=8)" in text and "All sizes are those of each device" in text
+    assert as_json(spread)["mesh"] == {"data": 1, "fsdp": 1, "tensor": 8}
+    assert spread.plans[0].weights < Plan(SIX, BF16, 2048).weights / 7
+
+
+# Before loading, and when it went wrong all the same
+
+
+def test_drafts_are_in_the_check_of_the_start(monkeypatch):
+    wishes: list[Plan] = []
+    monkeypatch.setattr(budget, "settle", lambda _, plans, *__: wishes.extend(plans) or 1 / 0)
+    for given, columns in (((), 1), (("--speculate", "7"), 8)):
+        args = parser().parse_args(["--prompt", "x", "--device", "cpu", *given])
+        with pytest.raises(ZeroDivisionError):
+            choice, options = from_flags(ModelChoice, args), from_flags(EngineOptions, args)
+            budget.prepare(choice, options, demo_folder())
+        assert wishes.pop().columns == columns
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(load, "open_choice", lambda *args, **kwargs: pytest.fail("loaded"))
+    common = "--prompt", "x", "--compile-cache", "off", "--device", "cpu"
+    with pytest.raises(DeviceError, match="--memory-limit allows 1.0 MB") as error:
+        main([*common, "--memory-limit", "1MB"])
+    assert error.value.exit_code == 5 and "weights 4.7 MB" in error.value.what
+    assert "jax itself 400.0 MB" in error.value.what
+    with pytest.raises(UsageError, match="--max-length must be at most 1024, got 99999"):
+        main([*common, "--max-length", "99999"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
         MemoryError("Unable to allocate 9 GiB"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
-    ):
+    ],
+)
+def test_out_of_memory_while_loading_says_what_fits(monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
 
-        def full(*args, error=error, **kwargs):
-            raise error
-
-        monkeypatch.setattr(load, "load_checkpoint", full)
-        with pytest.raises(DeviceError) as caught:
-            infer.load(device="cpu")
-        what, why, fix = str(caught.value).splitlines()
-        assert what.startswith("out of device memory: loading") and caught.value.exit_code == 5
-        assert "Needed: " in why and "free: " in why and str(error) in why
-        assert fix.startswith("What fits: ") and "--dtype bfloat16" in fix
+    monkeypatch.setattr(load, "load_checkpoint", full)
+    with pytest.raises(DeviceError) as caught:
+        infer.load(device="cpu")
+    what, why, fix = str(caught.value).splitlines()
+    assert what.startswith("out of device memory: loading") and caught.value.exit_code == 5
+    assert "Needed: " in why and "free: " in why and str(error) in why
+    assert fix.startswith("What fits: ") and "--dtype bfloat16" in fix

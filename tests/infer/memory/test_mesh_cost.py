@@ -5,8 +5,8 @@ import math
 import pytest
 
 from glm2_jax import PRESETS, UsageError, parse_mesh
-from infer.memory.links import LINKS, Talk, all_reduce, find_links, gather
-from infer.memory.mesh_cost import mesh_cost, report
+from infer.memory.cards import LINKS, find_links
+from infer.memory.mesh_cost import Talk, all_reduce, gather, mesh_cost, report
 from infer.memory.plan import Plan, cache_bytes, rate_bound, weight_bytes
 from infer.memory.precision import Precision
 
