@@ -6,11 +6,17 @@ from collections.abc import Callable, Sequence
 
 from glm2_jax.cli.arguments import choose_platform, path_argument, use_utf8
 from glm2_jax.cli.flags import add_model_options
-from glm2_jax.cli.parser import Parser, from_flags
+from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.processes import join
-from train import options, recipe
-from train.data.options import add_data_options
-from train.recipe import Recipe
+from train.data.options import DataOptions
+from train.options import (
+    RATE,
+    EvaluationOptions,
+    OutputOptions,
+    TrainingOptions,
+    add_performance_options,
+)
+from train.recipe import Recipe, parse
 
 
 def make_parser(
@@ -31,11 +37,13 @@ def make_parser(
         "override it",
     )  # fmt: skip
     add_model_options(result)
-    add_data_options(result)
+    add_flags(result, "data", DataOptions)
     more(result)
-    options.add_training_options(result, lr=lr, remat=remat)
-    options.add_evaluation_options(result)
-    options.add_output_options(result, output)
+    lr_help, default = {"help": RATE.format(lr)}, {"default": remat}
+    add_flags(result, "training", TrainingOptions, lr=lr_help, grad_checkpoint=default)
+    add_performance_options(result)
+    add_flags(result, "evaluation", EvaluationOptions)
+    add_flags(result, "output", OutputOptions, output={"default": output})
     join.add_host_options(result)
     result.add_common()
     return result
@@ -47,13 +55,10 @@ def start(
     make_recipe: Callable[[argparse.Namespace], Recipe],
     method: str,
 ) -> int:
-    """Parse the flags, train by a class of `train.methods`, and return the exit code.
-
-    Raises:
-        GLMError: anything that the user can fix.
-    """
+    """Parse the flags, train by a class of `train.methods`, and return the exit code; raises
+    GLMError for what the user can fix."""
     use_utf8()
-    args = recipe.parse(parser, sys.argv[1:] if argv is None else argv)
+    args = parse(parser, sys.argv[1:] if argv is None else argv)
     choose_platform(args.device)
     with join.start(from_flags(join.Hosts, args), vars(args)):
         from train import methods

@@ -22,12 +22,8 @@ from train.step import State, init_state
 
 
 class Devices:
-    """The devices of a run.
-
-    Args:
-        first: one of this process, which stands for all of them, as they are of one kind.
-        mesh: all of them; None = `first` alone.
-    """
+    """The devices of a run: a mesh, or without one `first` alone; `first` is of this process and
+    stands for all of them, as they are of one kind."""
 
     def __init__(self, first: Any, mesh: Mesh | None = None):
         self.first, self.mesh = first, mesh
@@ -68,7 +64,7 @@ class Devices:
         """Return which of the `count` rows of a batch the devices of this process compute."""
         if self.mesh is None:
             return frozenset(range(count))
-        shape = (self._padded(count),)
+        shape = (count + self._missing(count),)
         found = _rows_sharding(self.mesh, 0).addressable_devices_indices_map(shape)
         each = (range(shape[0])[index[0]] for index in found.values() if index)
         return frozenset(row for rows in each for row in rows if row < count)
@@ -79,19 +75,14 @@ class Devices:
         if self.mesh is None:
             return batch
         axis = batch.tokens.ndim - 2
-        more = self._padded(batch.tokens.shape[axis]) - batch.tokens.shape[axis]
+        pad = [(0, 0)] * axis + [(0, self._missing(batch.tokens.shape[axis])), (0, 0)]
         place = _rows_sharding(self.mesh, axis)
+        return jax.tree.map(lambda x: _placed(np.pad(x, pad), place), batch)
 
-        def put(x: np.ndarray) -> jax.Array:
-            pad = [(0, more if number == axis else 0) for number in range(x.ndim)]
-            return _placed(np.pad(x, pad), place)
-
-        return jax.tree.map(put, batch)
-
-    def _padded(self, rows: int) -> int:
+    def _missing(self, rows: int) -> int:
+        """Return how many rows more the mesh divides."""
         assert self.mesh is not None
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-rows // parts) * parts
+        return -rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
 
 
 def state_sharding(

@@ -14,6 +14,7 @@ from glm2_jax.cli.messages import note
 from glm2_jax.errors import CheckpointError, InputError
 from infer.memory.peak import peak_bytes
 from train.data.batches import Batches
+from train.recipe import Recipe
 from train.run_folder.checkpoints import Checkpoints
 from train.run_folder.log import Log
 from train.step import Metrics
@@ -42,11 +43,7 @@ class Position:
 
     @classmethod
     def restored(cls, saved: Any, step: int) -> Position:
-        """Return the position that was saved after `step` steps.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
+        """Return the position saved after `step` steps; CheckpointError if it is damaged."""
         try:
             position = cls(**saved)
             counts = position.best_step, position.waited, position.skipped
@@ -70,6 +67,8 @@ class Position:
 class Loop:
     """Takes the steps of a run."""
 
+    recipe: Recipe
+    total: int  # steps to take
     # (state, batch, number of the step from 0) -> (state, metrics); the state is used up
     step: Callable[[Any, Any, int], tuple[Any, Metrics]]
     # state -> name of a set -> its figures, `loss` among them; None = nothing to evaluate. The
@@ -78,18 +77,11 @@ class Loop:
     # number of updates so far -> learning rate of the next, for the log
     rate: Callable[[int], float]
     device: Any  # the device whose memory is logged
-    batches: Batches  # the data
-    total: int  # steps to take
-    save_every: int  # steps between checkpoints
-    log: Log  # the log of every step and evaluation
-    checkpoints: Checkpoints  # checkpoints of the state
+    batches: Batches
+    log: Log
     stopping: Stopping  # asked after every step, by all processes
-    eval_every: int | None = None  # steps between evaluations; None = only at the end
-    # evaluations without a lower loss after which the run ends; None = it does not
-    early_stop: int | None = None
-    best: Checkpoints | None = None  # checkpoints of the best evaluation; None = do not keep it
-    # leave a step out where its loss or gradient is not finite, instead of ending
-    skip_bad: bool = False
+    checkpoints: Checkpoints
+    best: Checkpoints | None = None  # of the best evaluation; None = do not keep it
 
     def __post_init__(self) -> None:
         self._unread: tuple[int, Metrics, list[str], int] | None = None
@@ -108,21 +100,27 @@ class Loop:
             InputError: loss or gradient is not finite, with the step and its rows; or the disk is
                 full. The last checkpoint stays.
         """
+        every, save_every = self.recipe.evaluation.eval_every, self.recipe.output.save_every
+        patience = self.recipe.evaluation.early_stop or math.inf
         if position.step == 0 and self.evaluate is not None:
             self._evaluate(state, position)
-        while position.step < self.total and not self._patience_lost(position):
-            batch, rows, tokens = self.batches.at(*self.batches.place(position.step))
+        places = self.batches.places(position.step)
+        while position.step < self.total and position.waited < patience:
+            batch, rows, tokens = self.batches.at(*next(places))
             state, metrics = self.step(state, batch, position.step)
-            position.step += 1
+            step = position.step = position.step + 1
             self._read(position)
-            self._unread = position.step, metrics, rows, tokens
+            self._unread = step, metrics, rows, tokens
             if not self._ahead:
                 self._read(position)
             asked_to_stop = self.stopping.agree()
-            if asked_to_stop or self._due(position.step):
+            due = step == self.total or (every is not None and step % every == 0)
+            # Saved after an evaluation, too, to keep its outcome.
+            if asked_to_stop or due or step % save_every == 0:
                 self._read(position)
-                self._look(state, position)
-                self.checkpoints.save(position.step, state, dataclasses.asdict(position))
+                if due and self.evaluate is not None:
+                    self._choose(state, position)
+                self.checkpoints.save(step, state, dataclasses.asdict(position))
             if asked_to_stop:
                 break
         self._read(position)
@@ -131,20 +129,12 @@ class Loop:
         self.checkpoints.finish()
         return state
 
-    def _due(self, step: int) -> bool:
-        """Return whether to save: also after an evaluation, to keep its outcome."""
-        evaluated = self.eval_every is not None and step % self.eval_every == 0
-        return evaluated or step % self.save_every == 0 or step == self.total
-
-    def _look(self, state: Any, position: Position) -> None:
-        """Evaluate, where that is due, and keep the best."""
-        step = position.step
-        if self.evaluate is None or (step % (self.eval_every or self.total) and step != self.total):
-            return
+    def _choose(self, state: Any, position: Position) -> None:
+        """Evaluate, and keep the best."""
         losses = self._evaluate(state, position)
         if not losses:
             return
-        loss = losses[0]
+        loss, step = losses[0], position.step
         if not (math.isfinite(loss) and (position.best is None or loss < position.best)):
             position.waited += 1
             return
@@ -163,9 +153,6 @@ class Loop:
             if not math.isfinite(figures["loss"]):
                 note(f"warning: the {split} loss after step {position.step} is not finite")
         return [figures["loss"] for figures in found.values()]
-
-    def _patience_lost(self, position: Position) -> bool:
-        return self.early_stop is not None and position.waited >= self.early_stop
 
     def _read(self, position: Position) -> None:
         """Wait for the figures of the step that was dispatched last, and log them."""
@@ -191,7 +178,7 @@ class Loop:
     def _not_finite(self, step: int, rows: list[str]) -> None:
         shown = "; ".join(rows[:_ROWS_SHOWN]) + ("; ..." if len(rows) > _ROWS_SHOWN else "")
         what = f"loss or gradient of step {step} is NaN or infinite; its rows: {shown}"
-        if not self.skip_bad or self._bad + 1 == _BAD_IN_A_ROW:
+        if self.recipe.training.nan_policy == "abort" or self._bad + 1 == _BAD_IN_A_ROW:
             also = f", as in the {self._bad} steps before" if self._bad else ""
             raise InputError(
                 what + also,

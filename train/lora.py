@@ -1,22 +1,17 @@
-"""`python -m train.lora`: fine-tunes a LoRA adapter of a model whose parameters stay frozen.
-
-Only the flags are here; the work is in `train.run`, which is imported after parsing.
-"""
+"""`python -m train.lora`: fine-tunes a LoRA adapter of a model whose parameters stay frozen."""
 
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from glm2_jax.choices import QUANTIZE
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import above_zero, number, path_argument, positive
 from glm2_jax.cli.model_choice import ModelChoice
-from glm2_jax.cli.parser import Parser, from_flags
+from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from train.command import make_parser, start
-from train.recipe import AdapterOptions, Recipe
+from train.options import NEW_ADAPTER, AdapterOptions
+from train.recipe import Recipe
 
-NEW_ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 32, "target": "attn", "rslora": False}
 LR = 5e-5
 PROG = "python -m train.lora"
 DESCRIPTION = """Fine-tunes a LoRA adapter.
@@ -40,30 +35,7 @@ def parser() -> Parser:
 
 
 def _add_adapter_options(result: Parser) -> None:
-    add = result.add_argument_group("adapter").add_argument
-    new = NEW_ADAPTER
-    add("--rank", type=positive, metavar="N", help=f"rank of the adapter (default: {new['rank']})")
-    add(
-        "--alpha", type=above_zero, metavar="X",
-        help=f"alpha: the adapter is scaled by alpha / rank (default: {new['alpha']})",
-    )  # fmt: skip
-    add("--dropout", type=number, default=0.1, metavar="X", help="dropout of the adapter's input")
-    add(
-        "--target", metavar="NAMES",
-        help="matrices to adapt, by their published names, separated by commas, or attn "
-        f"(query_key_value), attn+mlp, all-linear (default: {new['target']})",
-    )  # fmt: skip
-    add("--rslora", action="store_const", const=True, help="rsLoRA: scale by alpha / sqrt(rank)")
-    add(
-        "--init-adapter", type=path_argument, metavar="DIR",
-        help="continue from this adapter, with its rank, alpha, matrices and rsLoRA; other values "
-        "of these flags are refused",
-    )  # fmt: skip
-    add(
-        "--force-adapter", action="store_true",
-        help="accept an --init-adapter that was trained on another base model or template",
-    )  # fmt: skip
-    add(
+    add_flags(result, "adapter", AdapterOptions).add_argument(
         "--quantize-base", choices=QUANTIZE,
         help="quantize the frozen base to int8 or int4 (QLoRA); none = dequantize a quantized "
         "checkpoint (default: as stored)",

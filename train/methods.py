@@ -73,9 +73,8 @@ class Method(ABC):
 class AdapterMethod(Method):
     """Trains an adapter of a frozen base, which may be quantized.
 
-    Raises:
-        UsageError: flags that contradict the adapter.
-        CheckpointError: the base or the first adapter cannot be opened, or they do not fit.
+    Raises UsageError for flags that contradict the adapter, CheckpointError where the base or the
+    first adapter cannot be opened, or they do not fit.
     """
 
     def __init__(self, folder: Folder, recipe: Recipe, devices: Devices, progress: Progress):
@@ -117,25 +116,20 @@ class FullMethod(Method):
         choice = dataclasses.replace(recipe.choice, dtype="float32", quantize="none")
         self.checkpoint = _load(folder, choice, devices, progress)
         self.base, self.trained = None, self.checkpoint.params
-        self.computed = resolve_dtype(
+        self.dtype = self.computed = resolve_dtype(
             recipe.choice.dtype, num_params=folder.config.num_params, device=devices.first
         )
-        self.dtype = self.computed
 
     def model(self, trained: Any) -> tuple[Any, LoRA | None]:
         return jax.tree.map(lambda x: x.astype(self.computed), trained), None
 
     def write(self, folder: Path, trained: Any) -> Path:
-        result = folder / MODEL
+        checkpoint, result = self.checkpoint, folder / MODEL
+        source = f"trained from {checkpoint.summary.source}"
         save_checkpoint(
-            result,
-            self.checkpoint.config,
-            trained,
-            self.checkpoint.tokenizer,
-            source=f"trained from {self.checkpoint.summary.source}",
-            template=self.checkpoint.template,
-            overwrite=True,
-        )
+            result, checkpoint.config, trained, checkpoint.tokenizer, source=source,
+            template=checkpoint.template, overwrite=True,
+        )  # fmt: skip
         return result
 
 
@@ -170,11 +164,7 @@ def _first_adapter(folder: Folder, recipe: Recipe) -> Adapter:
 
 
 def _refuse_contradictions(found: Adapter, options: AdapterOptions, num_layers: int) -> None:
-    """Refuse flags for a new adapter that contradict the one to start from.
-
-    Raises:
-        UsageError: lists all of them.
-    """
+    """Raise UsageError with all flags for a new adapter that contradict the one to start from."""
     shape = found.shape
     assert shape is not None
     ranks, alphas = (sorted(set(values)) for values in zip(*shape.choices.values(), strict=True))

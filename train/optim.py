@@ -51,7 +51,6 @@ def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> S
 
     The rate rises from 0 (so the first step of a warm-up changes nothing) to `lr`, then stays there
     ("constant"), or falls to 0 linearly ("linear") or as half a cosine ("cosine").
-    `warmup` is as in `warmup_steps`.
     """
     rising = warmup_steps(warmup, steps)
     numbers = (lr, rising, max(1, steps - rising))
@@ -61,24 +60,26 @@ def make_schedule(name: str, *, lr: float, steps: int, warmup: float = 0.0) -> S
 def make_optimizer(
     schedule: optax.ScalarOrSchedule, *, clip: Any = 1.0, weight_decay: Any = 0.0
 ) -> optax.GradientTransformation:
-    """Make AdamW with decoupled weight decay; betas 0.9 and 0.999, epsilon 1e-8.
-
-    Args:
-        schedule: the learning rate by the number of updates so far.
-        clip: the largest global norm of the gradient; 0 or None = no clipping.
-        weight_decay: of matrices; norms and biases have none.
-    """
+    """Make AdamW with decoupled weight decay of matrices (norms and biases have none), betas 0.9
+    and 0.999, epsilon 1e-8; `clip` is the largest global norm of the gradient, 0 or None = off."""
     adamw = optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=_decays)
     if clip is None or (isinstance(clip, int | float) and clip == 0):  # a tracer cannot be compared
         return adamw
     return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
+def _decays(params: Any) -> Any:
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        return not jax.tree_util.keystr(path[-1:]).strip("[]'.").endswith(("norm", "bias"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
 @flax.struct.dataclass
 class Numbers:
     """What a run may choose without compiling its step again: a pytree of scalars."""
 
-    schedule: Schedule  # see `Schedule`
+    schedule: Schedule
     weight_decay: Any  # see `make_optimizer`
     clip: Any  # see `make_optimizer`; None (no scalar: another program) = no clipping
     noise: Any  # strength of noise on the embeddings (NEFTune, arXiv 2310.05914); None = no noise
@@ -120,10 +121,3 @@ class Numbers:
                 key: jnp.broadcast_to(x, shape) for key, x in numbers.items() if x is not None
             }
         return dataclasses.replace(lora, layers=layers)
-
-
-def _decays(params: Any) -> Any:
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        return not jax.tree_util.keystr(path[-1:]).strip("[]'.").endswith(("norm", "bias"))
-
-    return jax.tree_util.tree_map_with_path(decays, params)

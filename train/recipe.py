@@ -7,7 +7,6 @@ both go through the same parser. Imports no jax.
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from glm2_jax.cli.parser import Parser
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError, UsageError, shorten
 from train.data.options import DataOptions
-from train.options import EvaluationOptions, OutputOptions, TrainingOptions
+from train.options import AdapterOptions, EvaluationOptions, OutputOptions, TrainingOptions
 
 _LONGEST = 100_000  # characters; PyYAML takes seconds for that many
 _NOT_SETTINGS = (
@@ -40,20 +39,6 @@ _NO_EFFECT = {
 
 
 @dataclass(frozen=True)
-class AdapterOptions:
-    """The flags of the adapter, by their names; None = 8, 32, "attn" and False for a new adapter,
-    or those of `init_adapter`."""
-
-    rank: int | None
-    alpha: float | None
-    dropout: float
-    target: str | None
-    rslora: bool | None
-    init_adapter: str | None
-    force_adapter: bool
-
-
-@dataclass(frozen=True)
 class Recipe:
     """All settings of a training run."""
 
@@ -62,11 +47,10 @@ class Recipe:
     choice: ModelChoice  # the base model, its dtype, and the devices
     data: DataOptions  # the rows to learn from
     adapter: AdapterOptions | None  # None = train all parameters
-    # optimizer and batches; numbers that depend on data and model may be None, see
-    # `train.defaults.choose`
+    # Numbers of it that depend on data and model may be None, see `train.defaults.choose`.
     training: TrainingOptions
-    evaluation: EvaluationOptions  # during training
-    output: OutputOptions  # result, checkpoints and log
+    evaluation: EvaluationOptions
+    output: OutputOptions
     # folder of compiled programs, or "off"; None = in the user's cache folder
     compile_cache: str | None
 
@@ -101,24 +85,18 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     config = finder.parse_known_args(argv)[0].config
     if config is None:
         return parser.parse_args(argv)
-    given = _given(parser, argv)
-    words: dict[str, list[str]] = {}
-    for name, value in read_recipe(Path(config)).items():
-        action = _action(parser, name, config)
-        if action.dest in words:
-            raise UsageError(f"{config}: {name} is given twice.")
-        words[action.dest] = [] if action.dest in given else _words(action, name, value, config)
-    return parser.parse_args([*itertools.chain(*words.values()), *argv])
-
-
-def _given(parser: Parser, argv: Sequence[str]) -> set[str]:
-    """Return the settings of the command line, and those that they exclude."""
     flags = {arg.partition("=")[0].replace("_", "-") for arg in argv if arg.startswith("-")}
     given = {action.dest for action in parser._actions if flags & set(action.option_strings)}
     for group in parser._mutually_exclusive_groups:
         members = {action.dest for action in group._group_actions}
         given |= members if members & given else set()
-    return given
+    words: dict[str, list[str]] = {}
+    for name, value in _read(Path(config)).items():
+        action = _action(parser, name, config)
+        if action.dest in words:
+            raise UsageError(f"{config}: {name} is given twice.")
+        words[action.dest] = [] if action.dest in given else _words(action, name, value, config)
+    return parser.parse_args([*sum(words.values(), []), *argv])
 
 
 class _Texts(yaml.BaseLoader):
@@ -126,19 +104,14 @@ class _Texts(yaml.BaseLoader):
     is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = Counter(str(name.value) for name, _ in node.value)
-        for name, count in names.items():
+        for name, count in Counter(str(name.value) for name, _ in node.value).items():
             if count > 1:
                 raise yaml.YAMLError(f"{name} is given twice")
         return super().construct_mapping(node, deep)
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the names and values of a recipe file.
-
-    Raises:
-        InputError: the file cannot be read, is not UTF-8, too long, or not a YAML mapping.
-    """
+def _read(path: Path) -> dict[str, Any]:
+    """Return the names and values of a recipe file."""
     text = read_utf8(path)
     if len(text) > _LONGEST:
         raise InputError(
@@ -163,11 +136,12 @@ def _name(action: argparse.Action) -> str:
 
 
 def _action(parser: Parser, name: str, path: str) -> argparse.Action:
-    flag = "--" + str(name).replace("_", "-")
-    action = parser._option_string_actions.get(flag)
-    if action is None or action.dest in _NOT_SETTINGS or flag[2:] != _name(action):
-        known = ", ".join(sorted(_name(a) for a in parser._actions if a.dest not in _NOT_SETTINGS))
-        raise UsageError(f"{path}: {name} is not a setting of this command.", f"Known: {known}.")
+    """Return the flag of a setting."""
+    known = {_name(x): x for x in parser._actions if x.dest not in _NOT_SETTINGS}
+    action = known.get(str(name).replace("_", "-"))
+    if action is None:
+        names = ", ".join(sorted(known))
+        raise UsageError(f"{path}: {name} is not a setting of this command.", f"Known: {names}.")
     return action
 
 

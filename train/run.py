@@ -25,10 +25,9 @@ from infer.engine.load import demo_folder
 from infer.startup import find_choice, note_demo_model
 from train.data.batch import Batch
 from train.data.batches import Batches
-from train.data.dataset import Dataset
-from train.data.options import open_dataset, print_checks
-from train.data.split import Subset, split
-from train.data.vocabulary import unknown_characters
+from train.data.check import print_checks, unknown_characters
+from train.data.dataset import Dataset, open_dataset
+from train.data.plan import split
 from train.defaults import choose, warn_of_few_steps
 from train.devices import Devices
 from train.loop import Loop, Position
@@ -36,25 +35,22 @@ from train.methods import Method
 from train.optim import Numbers, make_schedule
 from train.options import TrainingOptions
 from train.recipe import Recipe
-from train.run_folder import curve
 from train.run_folder.checkpoints import Checkpoints
 from train.run_folder.folder import RunFolder
-from train.run_folder.log import Log, cut_log, losses, read_log
+from train.run_folder.log import Log, cut_log, draw, losses, read_log
 from train.step import make_step
 from train.stopping import Stopping
-from train.validation import GUARD, VALIDATION, make_validation, print_answers
+from train.validation import GUARD, VALIDATION, make_evaluation
 
 MakeMethod = Callable[[Folder, Recipe, Devices, Any], Method]
-Sets = dict[str, Dataset | Subset]
+Sets = dict[str, Dataset]
 
 
 def run(recipe: Recipe, make_method: MakeMethod) -> int:
-    """Train as the recipe says, and return the exit code.
-
-    Raises:
-        GLMError: anything that the user can fix.
-    """
+    """Train as the recipe says, and return the exit code; raises GLMError for what the user can
+    fix."""
     _check(recipe)
+    output = recipe.output
     enable_compile_cache(recipe.compile_cache, warn=note)
     note_demo_model(recipe.choice)
     path = find_choice(recipe.choice).path
@@ -64,13 +60,13 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
     dataset = open_dataset(recipe.data, folder)
     if path is None and (line := unknown_characters(dataset)) is not None:
         note(line)
-    if (code := print_checks(recipe.data, dataset, recipe.output.plot)) is not None:
+    if (code := print_checks(recipe.data, dataset, output.plot)) is not None:
         return code
     mesh = find_mesh(recipe.choice.mesh, recipe.choice.device)
     first = find_device(recipe.choice.device) if mesh is None else mesh.local_devices[0]
     devices = Devices(first, mesh)
     learned, sets = _split(recipe, folder, dataset)
-    recipe, batches = _plan(recipe, learned, devices, folder.config.hidden_size)
+    recipe, batches, total = _plan(recipe, learned, devices, folder.config.hidden_size)
     identity = _identity(recipe, folder, dataset, sets)
     join.compare(
         {
@@ -79,14 +75,13 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
             "first adapter": identity.get("--init-adapter"),
         }
     )
-    output = recipe.output
     with RunFolder(
         output.output, resume=output.resume, identity=identity, checkpoints=output.checkpoints
     ) as out:
         with Progress("loading", show=human_size) as bar:
             method = make_method(folder, recipe, devices, bar.update)
         with jax.default_device(devices.first):
-            return _train(recipe, out, method, batches, sets, devices)
+            return _train(recipe, out, method, batches, total, sets, devices)
 
 
 def _check(recipe: Recipe) -> None:
@@ -106,25 +101,22 @@ def _check(recipe: Recipe) -> None:
             raise UsageError("--early-stop needs --val-data or --val-split.")
 
 
-def _split(recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Dataset | Subset, Sets]:
+def _split(recipe: Recipe, folder: Folder, dataset: Dataset) -> tuple[Dataset, Sets]:
     """Return the rows to learn from, and the sets to evaluate by name."""
-    evaluation, sets = recipe.evaluation, Sets()
-    learned: Dataset | Subset = dataset
+    evaluation, learned, sets = recipe.evaluation, dataset, Sets()
     if evaluation.val_split:
         learned, sets[VALIDATION] = split(dataset, evaluation.val_split, recipe.training.seed)
     for name, path in ((VALIDATION, evaluation.val_data), (GUARD, evaluation.guard_data)):
         if path is not None:
             sets[name] = open_dataset(recipe.data, folder, path)
-    for name, rows in {"training": learned, **sets}.items():
-        if not rows.learned.any():
-            raise InputError(f"the {name} rows have no token that counts in the loss")
     return learned, sets
 
 
 def _plan(
-    recipe: Recipe, learned: Dataset | Subset, devices: Devices, hidden_size: int
-) -> tuple[Recipe, Batches]:
-    """Return the recipe with the numbers that depend on data and model, and the batches."""
+    recipe: Recipe, learned: Dataset, devices: Devices, hidden_size: int
+) -> tuple[Recipe, Batches, int]:
+    """Return the recipe with the numbers that depend on data and model, the batches, and the number
+    of steps."""
     rows = min(recipe.training.batch_size, len(learned))  # more would be empty, but computed
     make = partial(
         Batches,
@@ -139,8 +131,9 @@ def _plan(
     recipe = choose(recipe, parts, hidden_size)
     assert recipe.training.grad_accum is not None
     batches = make(accumulate=min(recipe.training.grad_accum, -(-len(learned) // rows)))
-    warn_of_few_steps(recipe, parts, count_steps(recipe.training, batches))
-    return recipe, batches
+    total = count_steps(recipe.training, batches)
+    warn_of_few_steps(recipe, parts, total)
+    return recipe, batches, total
 
 
 def count_steps(training: TrainingOptions, batches: Batches) -> int:
@@ -152,9 +145,7 @@ def count_steps(training: TrainingOptions, batches: Batches) -> int:
         return max(1, round(training.epochs * batches.steps_per_epoch(0)))
     epochs, part = divmod(training.epochs, 1)
     steps = sum(batches.steps_per_epoch(epoch) for epoch in range(int(epochs)))
-    if part:
-        steps += round(part * batches.steps_per_epoch(int(epochs)))
-    return max(steps, 1)
+    return max(1, steps + (round(part * batches.steps_per_epoch(int(epochs))) if part else 0))
 
 
 def _identity(recipe: Recipe, folder: Folder, dataset: Dataset, sets: Sets) -> dict[str, Any]:
@@ -166,88 +157,73 @@ def _identity(recipe: Recipe, folder: Folder, dataset: Dataset, sets: Sets) -> d
             if path.is_file():
                 digest.update(path.read_bytes())
         found["--init-adapter"] = digest.hexdigest()[:16]
-    evaluated = {VALIDATION: sets[VALIDATION]} if VALIDATION in sets else {}  # may end the run
+    evaluated = {VALIDATION: sets[VALIDATION]} if recipe.evaluation.val_data else {}  # may end it
     return found | _contents({"data": dataset, **evaluated})
 
 
 def _contents(sets: Sets) -> dict[str, Any]:
-    """Return hashes and weights of the files of each set; a split has no files of its own."""
+    """Return hashes and weights of the files of each set."""
     return {
         name: [
             (sha256[:16], (group.weight, group.general))
             for (_, sha256, _), group in zip(rows.files, rows.groups, strict=True)
         ]
         for name, rows in sets.items()
-        if isinstance(rows, Dataset)
     }
 
 
 def _train(
-    recipe: Recipe, out: RunFolder, method: Method, batches: Batches, sets: Sets, devices: Devices
-) -> int:
+    recipe: Recipe, out: RunFolder, method: Method, batches: Batches, total: int, sets: Sets,
+    devices: Devices,
+) -> int:  # fmt: skip
     """Take the steps and write the result; return the exit code."""
-    total = count_steps(recipe.training, batches)
-    early_stop = recipe.evaluation.early_stop is not None
+    output, training = recipe.output, recipe.training
     prompts = _read_prompts(recipe.evaluation.sample_prompts)
-    numbers = _numbers(recipe.training, method, total)
+    numbers = _numbers(training, method, total)
     scaled = str(method.computed) == "float16"
-    state = (
-        method.trained,
-        devices.state(numbers.optimizer(), method.trained, loss_scaling=scaled),
+    state = devices.state(numbers.optimizer(), method.trained, loss_scaling=scaled)
+    state = method.trained, state
+    evaluate = make_evaluation(method, sets, prompts, training.batch_size, devices)
+    note(
+        f"{len(batches.dataset)} sequences, {total} steps; training {method.num_trained:,} of "
+        f"{method.checkpoint.summary.num_params:,} parameters, computing in {method.computed}"
     )
-    evaluate = _evaluation(recipe, method, sets, prompts, devices)
-    _describe(method, batches, total)
+    for line in method.checkpoint.notes:
+        note(line)
     out.begin(recipe.settings())
-    log_path = (recipe.output.log_jsonl or out.log) if join.is_first() else os.devnull
+    log_path = (output.log_jsonl or out.log) if join.is_first() else os.devnull
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(Stopping())
-        checkpoints = stack.enter_context(Checkpoints(out.state, keep=recipe.output.keep))
-        best = stack.enter_context(Checkpoints(out.best, keep=1)) if early_stop else None
-        state, position = _resume(checkpoints, state, total)
-        if position.step > 0 or recipe.output.log_jsonl is None:
+        checkpoints = stack.enter_context(Checkpoints(out.state, keep=output.keep))
+        best, position = None, Position()
+        if recipe.evaluation.early_stop is not None:
+            best = stack.enter_context(Checkpoints(out.best, keep=1))
+        if checkpoints.newest is not None:
+            state, saved = checkpoints.restore(checkpoints.newest, state)
+            position = Position.restored(saved, checkpoints.newest)
+            note(f"resuming after step {position.step} of {total}")
+        if position.step > 0 or output.log_jsonl is None:
             cut_log(log_path, position.step)
-        every = recipe.output.log_every
-        log = stack.enter_context(Log(total, every=every, path=log_path, taken=position.step))
+        log = Log(total, every=output.log_every, path=log_path, taken=position.step)
+        log = stack.enter_context(log)
+        step = _compiling_step(recipe, method, devices, numbers, log, state)
         loop = Loop(
-            step=_compiling_step(recipe, method, devices, numbers, log, state),
-            evaluate=evaluate,
-            rate=lambda updates: float(numbers.schedule(updates)),
-            device=devices.first,
-            batches=batches,
-            total=total,
-            save_every=recipe.output.save_every,
-            log=log,
-            checkpoints=checkpoints,
-            stopping=stopping,
-            eval_every=recipe.evaluation.eval_every,
-            early_stop=recipe.evaluation.early_stop,
-            best=best,
-            skip_bad=recipe.training.nan_policy == "skip",
-        )
-        with device_errors(f"training, {recipe.training.batch_size} rows at once", _smaller):
+            recipe, total, step, evaluate, lambda updates: float(numbers.schedule(updates)),
+            devices.first, batches, log, stopping, checkpoints, best,
+        )  # fmt: skip
+        with device_errors(f"training, {training.batch_size} rows at once", _smaller):
             state = loop.run(state, position)
         if stopping.agree():
             note(f"saved after step {position.step}; resume with --resume auto")
             return stopping.exit_code
-        _check_outcome(position, choosing=early_stop)
+        report(position, total, choosing=best is not None)
         if best is not None and best.newest is not None:
             best.finish()
             state, _ = best.restore(best.newest, state)
-    _report(position, total, choosing=early_stop)
     note(f"the result is in {method.write(out.path, state[0])}")
-    if recipe.output.plot is not None and join.is_first():
-        curve.draw(read_log(log_path), recipe.output.plot)
+    if output.plot is not None and join.is_first():
+        draw(read_log(log_path), output.plot)
     return 0
-
-
-def _read_prompts(path: str | None) -> list[str]:
-    """Return the prompts of `--sample-prompts`."""
-    if path is None:
-        return []
-    lines = [line for line in read_utf8(path).splitlines() if line.strip()]
-    if not lines:
-        raise InputError(f"{path} has no prompts", fix="Write one per line.")
-    return lines
 
 
 def _numbers(training: TrainingOptions, method: Method, total: int) -> Numbers:
@@ -261,32 +237,14 @@ def _numbers(training: TrainingOptions, method: Method, total: int) -> Numbers:
     )
 
 
-def _evaluation(
-    recipe: Recipe, method: Method, sets: Sets, prompts: list[str], devices: Devices
-) -> Callable[[Any], dict[str, dict[str, float]]] | None:
-    """Return the evaluation of a state: sample answers and losses; None if there is nothing."""
-    if not sets and not prompts:
-        return None
-    config, rows = method.checkpoint.config, recipe.training.batch_size
-    validation = make_validation(config, sets, rows, devices)
-    answering = method.answering() if prompts else None
-
-    def evaluate(state: tuple[Any, Any]) -> dict[str, dict[str, float]]:
-        if answering is not None:
-            print_answers(answering(state[0]), prompts, note)
-        return validation(*method.model(state[0]))
-
-    return evaluate
-
-
-def _resume(checkpoints: Checkpoints, state: Any, total: int) -> tuple[Any, Position]:
-    """Return the state and position of the newest checkpoint, or those of the first step."""
-    if checkpoints.newest is None:
-        return state, Position()
-    state, saved = checkpoints.restore(checkpoints.newest, state)
-    position = Position.restored(saved, checkpoints.newest)
-    note(f"resuming after step {position.step} of {total}")
-    return state, position
+def _read_prompts(path: str | None) -> list[str]:
+    """Return the prompts of `--sample-prompts`."""
+    if path is None:
+        return []
+    lines = [line for line in read_utf8(path).splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{path} has no prompts", fix="Write one per line.")
+    return lines
 
 
 def _compiling_step(
@@ -324,28 +282,12 @@ def _smaller() -> tuple[str, str]:
     return "", "Try a smaller --batch-size with more --grad-accum, or a smaller --max-length."
 
 
-def _describe(method: Method, batches: Batches, total: int) -> None:
-    note(
-        f"{len(batches.dataset)} sequences, {total} steps; training {method.num_trained:,} of "
-        f"{method.checkpoint.summary.num_params:,} parameters, computing in {method.computed}"
-    )
-    for line in method.checkpoint.notes:
-        note(line)
+def report(position: Position, total: int, *, choosing: bool) -> None:
+    """Report the outcome of a run.
 
-
-def _report(position: Position, total: int, *, choosing: bool) -> None:
-    if position.skipped:
-        note(f"{position.skipped} of {position.step} steps were skipped")
-    if position.step < total:
-        note(f"ended after step {position.step} of {total}: the validation loss stopped improving")
-    if choosing:
-        note(f"the best evaluation was after step {position.best_step}, loss {position.best:.4g}")
-    for line in losses(position.losses):
-        note(line)
-
-
-def _check_outcome(position: Position, *, choosing: bool) -> None:
-    """Refuse a run that changed nothing, and one that has no best evaluation to choose."""
+    Raises:
+        InputError: nothing was learned, or there is no best evaluation to choose.
+    """
     if position.skipped == position.step:
         raise InputError(
             f"all {position.step} steps were skipped, so nothing was learned",
@@ -359,3 +301,11 @@ def _check_outcome(position: Position, *, choosing: bool) -> None:
             "and its last checkpoint stays.",
             "Check the validation rows, or leave --early-stop out; use another --output.",
         )
+    if position.skipped:
+        note(f"{position.skipped} of {position.step} steps were skipped")
+    if position.step < total:
+        note(f"ended after step {position.step} of {total}: the validation loss stopped improving")
+    if choosing:
+        note(f"the best evaluation was after step {position.best_step}, loss {position.best:.4g}")
+    for line in losses(position.losses):
+        note(line)

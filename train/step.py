@@ -22,7 +22,7 @@ from train.optim import Numbers
 
 LOGITS = 2**25  # that the loss holds in memory at a time
 
-_FIRST_SCALE, _LARGEST_SCALE = 2.0**15, 2.0**24
+_LARGEST_SCALE = 2.0**24
 _STEPS_TO_DOUBLE = 2000
 
 
@@ -32,11 +32,6 @@ class LossScale:
 
     scale: jax.Array  # float32, a power of two
     good_steps: jax.Array  # int32, steps without an overflow since it changed
-
-    @classmethod
-    def first(cls) -> LossScale:
-        """Return the scale of the first step."""
-        return cls(jnp.float32(_FIRST_SCALE), jnp.int32(0))
 
     def after(self, good: jax.Array) -> LossScale:
         """Return the next scale: half after an overflow, double after enough steps without."""
@@ -79,20 +74,13 @@ def loss_sum(
     noise: jax.Array | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the cross entropy, summed over the learned tokens of a micro-batch.
+    """Return the cross entropy of a micro-batch [B, T], summed over its learned tokens, and their
+    number (float32, int32).
 
     Token t is predicted from position t - 1 of its own sequence; the first token of a sequence has
     no position before it and must not be learned. Logits exist for a few positions at a time, also
-    in the backward pass.
-
-    Args:
-        batch: arrays [B, T].
-        dropout_key: turns dropout on.
-        noise: [B, T, D], added to the embeddings.
-        remat: see `glm2_jax.model.hidden`.
-
-    Returns:
-        (float32 sum, int32 number of learned tokens).
+    in the backward pass. `dropout_key` turns dropout on, `noise` [B, T, D] is added to the
+    embeddings, `remat` is that of `glm2_jax.model.hidden`.
     """
     x = hidden(
         config, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids,
@@ -122,7 +110,7 @@ def init_state(
     optimizer: optax.GradientTransformation, trained: Any, *, loss_scaling: bool = False
 ) -> State:
     """Return the state before the first step; `loss_scaling` is for float16."""
-    scale = LossScale.first() if loss_scaling else None
+    scale = LossScale(jnp.float32(2**15), jnp.int32(0)) if loss_scaling else None
     return State(optimizer.init(trained), jnp.int32(0), scale)
 
 
@@ -162,26 +150,19 @@ def train_step(
     noise: float | None = None,
     effective: Callable[[LoRA], LoRA] | None = None,
 ) -> tuple[Any, State, Metrics]:
-    """Take one optimizer step.
-
+    """Take one optimizer step; return the new `trained`, the next state, and figures for the log.
     Where loss or gradient is not finite, only the loss scale and the count of such steps change.
 
     Args:
-        config: the architecture with its dropout rates.
         optimizer: None = the one of `numbers`.
         base: frozen parameters, quantized or not; None = all parameters are trained.
         trained: an adapter for `base`, or all parameters; float32.
         batch: arrays [A, B, T].
-        key: of the run; randomness depends on it and on `number` alone.
-        number: of the step, from 0.
+        key, number: of the run, and of the step from 0; randomness depends on them alone.
         numbers: optimizer, noise and scale of the adapter as arrays.
         dtype: that all parameters are computed in; None = their own.
-        remat: see `glm2_jax.model.hidden`.
         noise: see `Numbers`, which takes precedence.
         effective: makes the adapter from `trained`; None = it is the adapter.
-
-    Returns:
-        (the new `trained`, the next state, figures for the log).
     """
     if numbers is not None:
         optimizer, noise = numbers.optimizer(), numbers.noise
@@ -191,46 +172,28 @@ def train_step(
 
     def loss(weights: Any, rows: Batch, key: jax.Array) -> jax.Array:
         params, lora = (weights, None) if base is None else (base, weights)
-        if lora is not None and effective is not None:
-            lora = effective(lora)
-        if lora is not None and numbers is not None:
-            lora = numbers.put_into(lora)
-        total = _random_loss(config, params, lora, rows, key, noise, remat)
+        if lora is not None:
+            lora = effective(lora) if effective is not None else lora
+            lora = numbers.put_into(lora) if numbers is not None else lora
+        dropout_key, noise_key = jax.random.split(key)
+        rate = max(config.attention_dropout, config.hidden_dropout, lora.dropout if lora else 0)
+        total, _ = loss_sum(
+            config, params, lora, rows, dropout_key=dropout_key if rate > 0 else None,
+            noise=None if noise is None else _noise(config, rows, noise, noise_key), remat=remat,
+        )  # fmt: skip
         return total * (scale / jnp.maximum(learned, 1))
 
+    def add(total: Any, rows_and_index: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        rows, index = rows_and_index
+        found = jax.value_and_grad(loss)(weights, rows, jax.random.fold_in(step_key, index))
+        return jax.tree.map(lambda x, new: x + new.astype(jnp.float32), total, found), None
+
+    step_key = jax.random.fold_in(key, number)
     weights = trained if dtype is None else jax.tree.map(lambda x: x.astype(dtype), trained)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (scale, trained))
-    total = _accumulate(loss, weights, batch, jax.random.fold_in(key, number), zeros)
+    total, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))
     mean, gradients = jax.tree.map(lambda x: x / scale, total)
     return _apply(optimizer, trained, state, mean, gradients, learned)
-
-
-def _random_loss(
-    config: GLMConfig, params: Any, lora: LoRA | None, rows: Batch, key: jax.Array, noise: Any,
-    remat: bool,
-) -> jax.Array:  # fmt: skip
-    """Return the summed loss of a micro-batch, with dropout and noise."""
-    dropout_key, noise_key = jax.random.split(key)
-    rate = max(config.attention_dropout, config.hidden_dropout, lora.dropout if lora else 0)
-    total, _ = loss_sum(
-        config, params, lora, rows, dropout_key=dropout_key if rate > 0 else None,
-        noise=None if noise is None else _noise(config, rows, noise, noise_key), remat=remat,
-    )  # fmt: skip
-    return total
-
-
-def _accumulate(
-    loss: Callable[..., jax.Array], weights: Any, batch: Batch, key: jax.Array, zeros: Any
-) -> Any:
-    """Sum loss and gradient, which `zeros` looks like, over the micro-batches."""
-
-    def add(carry, rows_and_index):
-        rows, index = rows_and_index
-        found = jax.value_and_grad(loss)(weights, rows, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), carry, found), None
-
-    indices = jnp.arange(batch.tokens.shape[0])
-    return jax.lax.scan(add, zeros, (batch, indices))[0]
 
 
 def _apply(

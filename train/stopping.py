@@ -14,11 +14,9 @@ from glm2_jax.processes import join
 class Stopping:
     """Handles the signals that end a command as long as it is open. A context manager.
 
-    The second signal ends the process at once: what was saved before is complete.
-
-    Attributes:
-        signal: the signal that asked to stop, or None. All processes of a run have the one that
-            any of them received, once they have agreed.
+    The second signal ends the process at once: what was saved before is complete. `signal` is the
+    one that asked to stop, or None; all processes of a run have the one that any of them received,
+    once they have agreed.
     """
 
     def __init__(self) -> None:

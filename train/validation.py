@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from glm2_jax import GLMConfig
+from glm2_jax.cli.messages import note
 from train.data.batches import Batches
 from train.data.dataset import Dataset
-from train.data.split import Subset
 from train.devices import Devices
+from train.methods import Method
 from train.step import make_eval
 
 VALIDATION, GUARD = "validation", "guard"
+Figures = dict[str, dict[str, float]]
 
 
-def make_validation(
-    config: GLMConfig, sets: Mapping[str, Dataset | Subset], batch_size: int, devices: Devices
-) -> Callable[[Any, Any], dict[str, dict[str, float]]]:
-    """Return a function of (params, adapter or None) that computes the losses of some sets.
+def make_evaluation(
+    method: Method,
+    sets: Mapping[str, Dataset],
+    prompts: Sequence[str],
+    batch_size: int,
+    devices: Devices,
+) -> Callable[[tuple[Any, Any]], Figures] | None:
+    """Return a function of (what is trained, its `State`), or None if there is nothing to evaluate.
 
-    It returns for each name of `sets` the `loss`, nats per learned token, and the `perplexity`.
+    It prints greedy answers to the prompts, and returns for each name of `sets` the `loss`, nats
+    per learned token, and the `perplexity`.
     """
-    loss_of, rows = make_eval(config), devices.rows(batch_size)
+    if not sets and not prompts:
+        return None
+    loss_of, rows = make_eval(method.checkpoint.config), devices.rows(batch_size)
     batches = {
         name: Batches(dataset, batch_size=batch_size, shuffle=False, rows=rows)
         for name, dataset in sets.items()
     }
+    answering = method.answering() if prompts else None
 
     def figures(params: Any, lora: Any, of_set: Batches) -> dict[str, float]:
         sums = []
@@ -41,11 +50,13 @@ def make_validation(
         loss = math.fsum(float(s) for s, _ in totals) / sum(int(n) for _, n in totals)
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else loss * math.inf}
 
-    return lambda params, lora: {name: figures(params, lora, x) for name, x in batches.items()}
+    def evaluate(state: tuple[Any, Any]) -> Figures:
+        if answering is not None:
+            engine = answering(state[0])
+            found = engine.generate(prompts, do_sample=False, max_new_tokens=64)
+            for prompt, completion in zip(prompts, found, strict=True):
+                note(f"  {prompt} -> {' '.join(completion.text.split())}")
+        params, lora = method.model(state[0])
+        return {name: figures(params, lora, of_set) for name, of_set in batches.items()}
 
-
-def print_answers(engine: Any, prompts: list[str], show: Callable[[str], None]) -> None:
-    """Answer prompts greedily and show them with their answers."""
-    found = engine.generate(prompts, do_sample=False, max_new_tokens=64)
-    for prompt, completion in zip(prompts, found, strict=True):
-        show(f"  {prompt} -> {' '.join(completion.text.split())}")
+    return evaluate

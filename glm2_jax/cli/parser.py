@@ -99,6 +99,28 @@ def from_flags(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
     return cls(**values, **more)
 
 
+def flag(help: str, **options: Any) -> Any:
+    """Return a field of a dataclass that is a flag, with the arguments of `add_argument`; of the
+    fields with `exclusive=True` a command line may have one."""
+    return dataclasses.field(metadata={"help": help, **options})
+
+
+def add_flags(
+    parser: Parser, title: str, cls: type, **changes: dict[str, Any]
+) -> argparse._ArgumentGroup:
+    """Add and return a group with the flags of a dataclass, whose fields `flag` made.
+
+    `changes` are other arguments of `add_argument`, by the names of the fields.
+    """
+    group = parser.add_argument_group(title)
+    exclusive = group.add_mutually_exclusive_group()
+    for field in dataclasses.fields(cls):
+        options = {**field.metadata, **changes.get(field.name, {})}
+        names = (f"--{field.name.replace('_', '-')}", *options.pop("short", ()))
+        (exclusive if options.pop("exclusive", False) else group).add_argument(*names, **options)
+    return group
+
+
 def _hyphenate(args: Sequence[str]) -> list[str]:
     """Underscores to hyphens in flag names, up to `--`; values are left alone."""
     result = list(args)

@@ -40,11 +40,8 @@ class Encoder:
         return len(self._learned_turns(messages))
 
     def encode(self, messages: Sequence[Message], number: int) -> tuple[list[int], list[bool]]:
-        """Return the ids of one of its sequences, and which of them are learned.
-
-        Raises:
-            InputError: the template cannot express the conversation.
-        """
+        """Return the ids of one of its sequences, and which of them are learned; InputError if the
+        template cannot express the conversation."""
         if self.template == "chatglm3":
             return self._roles(messages)
         return self._round(messages, self._learned_turns(messages)[number])
@@ -84,24 +81,17 @@ class Encoder:
         system, turns = _turns(messages, self.template)
         query, answer = turns[turn]
         ids = build_prompt(self.tokenizer, self.template, query, turns[:turn], system)
-        prompt = len(ids)
+        prompt = start = len(ids)  # everything from `start` on is learned
         ids += [*self.tokenizer.encode(answer), self.tokenizer.eos_id]
         at = (messages[0]["role"] == "system") + 2 * turn  # of the question
-        start = self._first_learned(messages[: at + 1], turn, query, prompt)
+        if all(map(self._is_learned, messages[: at + 1])):
+            start = len(self.tokenizer.prefix_ids)
+        elif self._is_learned(messages[at]) and turn:
+            # Earlier rounds hold text that must not be learned; the parts that may be learned are
+            # in their own sequences.
+            start = prompt - len(build_followup(self.tokenizer, query, turn + 1))
         learned = [False] * start + [True] * (prompt - start)
         return ids, learned + [self._is_learned(messages[at + 1])] * (len(ids) - prompt)
-
-    def _first_learned(
-        self, messages: Sequence[Message], turn: int, query: str, prompt: int
-    ) -> int:
-        """Return the index of a prompt's first token from which all are learned."""
-        if all(map(self._is_learned, messages)):
-            return len(self.tokenizer.prefix_ids)
-        if not self._is_learned(messages[-1]) or not turn:
-            return prompt
-        # Earlier rounds hold text that must not be learned; the parts that may be learned are
-        # in their own sequences.
-        return prompt - len(build_followup(self.tokenizer, query, turn + 1))
 
 
 def _unmarked(messages: Sequence[Message]) -> list[Message]:
@@ -120,7 +110,5 @@ def _turns(messages: Sequence[Message], template: str) -> tuple[str | None, list
             why = f"{template} needs questions and answers to alternate"
             raise InputError(f"{where} has the role {role}, expected {due}", why)
     texts = [message["content"] for message in messages[first:]]
-    return (
-        messages[0]["content"] if first else None,
-        list(zip(texts[::2], texts[1::2], strict=True)),
-    )
+    system = messages[0]["content"] if first else None
+    return system, list(zip(texts[::2], texts[1::2], strict=True))

@@ -8,7 +8,7 @@ must not be learned has `"loss": False`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from glm2_jax.cli.json_input import parse_json
@@ -17,6 +17,7 @@ from glm2_jax.text.prompt import ROLES, reply_messages
 from infer.requests.request import parse_history
 
 Message = dict[str, Any]
+Fields = Mapping[str, Any]  # of a row, or of an entry of its conversation
 
 _NEEDED = {
     "alpaca": ("instruction", "output"),
@@ -47,30 +48,21 @@ _FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false
 def absent(value: Any) -> bool:
     """Return whether the value of an optional field counts as missing: null, blank, empty or NaN
     (tables fill gaps with it)."""
-    return (
-        value is None
-        or value != value
-        or value == []
-        or value == {}
-        or (isinstance(value, str) and not value.strip())
-    )
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value or value == [] or value == {}
 
 
-def detect(row: Mapping[str, Any], preferred: str | None = None) -> str | None:
-    """Return the format whose keys a row has, if any; of several the one with values in them.
-
-    Args:
-        row: the row.
-        preferred: the format to choose of several.
-
-    Raises:
-        InputError: it has the keys of several, none of them preferred.
-    """
+def detect(row: Fields, preferred: str | None = None) -> str | None:
+    """Return the format whose keys a row has, if any; of several the one with values in them, or
+    `preferred`. Raises InputError if it has the keys of several, none of them preferred."""
     there = [name for name, keys in _NEEDED.items() if all(key in row for key in keys)]
     # Tables that became JSON fill every column. The first key of a pair may be blank (with input).
     filled = [name for name in there if not absent(row[_NEEDED[name][-1]])]
     found = filled or [name for name in there if row[_NEEDED[name][-1]] is not None] or there
-    if "sharegpt" in found and _has_role_messages(_value(row, "conversations")):
+    entries = _value(row, "conversations")
+    first = entries[0] if isinstance(entries, list) and entries else None
+    if isinstance(first, dict) and "role" in first:
         # As the published fine-tuning of ChatGLM3 writes them.
         found = list(dict.fromkeys("messages" if name == "sharegpt" else name for name in found))
     if len(found) > 1 and preferred not in found:
@@ -81,35 +73,31 @@ def detect(row: Mapping[str, Any], preferred: str | None = None) -> str | None:
     return preferred if len(found) > 1 else next(iter(found), None)
 
 
-def _has_role_messages(conversations: Any) -> bool:
-    first = conversations[0] if isinstance(conversations, list) and conversations else None
-    return isinstance(first, dict) and "role" in first
-
-
-def unknown_format(row: Mapping[str, Any]) -> InputError:
+def unknown_format(row: Fields) -> InputError:
     """Return the error for a row that has the keys of no format."""
     forms = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in _NEEDED.items())
     return InputError(f"no known format, its keys are {_key_list(row)}", f"known: {forms}")
 
 
-def unused_keys(row: Mapping[str, Any], fmt: str) -> Iterator[str]:
-    """Yield the keys of a row, and of its entries, that have a value but no effect, once each."""
+def unused_keys(row: Fields, fmt: str) -> Iterator[str]:
+    """Yield the keys of a row that `read_messages` accepts, and of its entries, that have a value
+    but no effect, once each."""
     yield from (key for key in row if key not in _KNOWN[fmt] and not absent(row[key]))
     if fmt in _PAIRS:
         return
-    key = _list_key(row, fmt)
+    key, role = _list_key(row, fmt), "from" if fmt == "sharegpt" else "role"
     found: dict[str, None] = {}
     for entry in _objects(row, key):
         for name in entry:
             if name not in _ENTRY_KEYS[fmt] and not absent(entry[name]):
                 found[f"{name} in {key}"] = None
-        if not _is_answer(entry):
+        if _SHAREGPT_ROLES[entry[role]] != "assistant":
             asked = [name for name in MARKS if _flag(entry.get(name)) is True]
             found |= dict.fromkeys(f"{name} of messages that are not answers" for name in asked)
     yield from found
 
 
-def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
+def read_messages(row: Fields, fmt: str) -> list[Message]:
     """Return the conversation of a row. Optional fields that are null or blank are ignored.
 
     Raises:
@@ -122,12 +110,15 @@ def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
         )
     kept = []
     for number, message in enumerate(messages, 1):
-        system = message["role"] == "system"
-        if not _says_something(message):
-            if system:
+        role = message["role"]
+        # These need no text: tools, a call of one and its result, an answer that is not learned.
+        says = message["content"].strip() or message.get("tools") or message.get("metadata")
+        unlearned = role == "assistant" and not message.get("loss", True)
+        if not (says or unlearned or role == "observation"):
+            if role == "system":
                 continue
-            raise InputError(f"message {number} ({message['role']}) is empty")
-        if system and number > 1:
+            raise InputError(f"message {number} ({role}) is empty")
+        if role == "system" and number > 1:
             raise InputError(f"message {number} (system) is not the first")
         kept.append(message)
     roles = [message["role"] for message in kept if message["role"] != "system"]
@@ -135,21 +126,10 @@ def read_messages(row: Mapping[str, Any], fmt: str) -> list[Message]:
         raise InputError("the conversation does not begin with a question")
     if roles[-1] != "assistant":
         raise InputError("the conversation does not end with an answer")
-    if not _is_learned(row, "the row"):
-        kept = [message | {"loss": False} for message in kept]
-    return kept
+    return kept if _is_learned(row, "the row") else [message | {"loss": False} for message in kept]
 
 
-def _says_something(message: Message) -> bool:
-    """Return whether a message has text or needs none: it has tools, calls one, is the result of
-    one, or is an answer that is not learned."""
-    if message["content"].strip() or message.get("tools") or message.get("metadata"):
-        return True
-    unlearned = message["role"] == "assistant" and not message.get("loss", True)
-    return unlearned or message["role"] == "observation"
-
-
-def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:
+def _pair(row: Fields, fmt: str) -> list[Message]:
     """Return the messages of a question and its answer, with the rounds before."""
     asked, answered = _NEEDED[fmt]
     if asked not in row:
@@ -165,68 +145,46 @@ def _pair(row: Mapping[str, Any], fmt: str) -> list[Message]:
     for question, reply in (*rounds, (query, answer)):
         messages.append({"role": "user", "content": question})
         for entry in reply_messages(reply):
-            messages.append(_marked(_role_message, entry, len(messages) + 1))
+            messages.append(_message(entry, "messages", len(messages) + 1))
     return messages
 
 
-def _conversation(row: Mapping[str, Any], fmt: str) -> list[Message]:
+def _conversation(row: Fields, fmt: str) -> list[Message]:
     """Return the messages of a list, after the system text of the row."""
-    read = _role_message if fmt == "messages" else _sharegpt
     messages = []
     if fmt == "sharegpt" and (system := _optional(row, "system")).strip():
         messages.append({"role": "system", "content": system})
-    for number, entry in enumerate(_objects(row, _list_key(row, fmt)), 1):
-        messages.append(_marked(read, entry, number))
-    return messages
+    entries = enumerate(_objects(row, _list_key(row, fmt)), 1)
+    return messages + [_message(entry, fmt, number) for number, entry in entries]
 
 
-def _marked(
-    read: Callable[[Mapping[str, Any], str], Message], entry: Mapping[str, Any], number: int
-) -> Message:
+def _message(entry: Fields, fmt: str, number: int) -> Message:
     """Return the message of an entry, marked if it must not be learned."""
-    where = f"message {number}"
-    message = read(entry, where)
-    if not _is_learned(entry, where):
-        message["loss"] = False
-    return message
+    where, extra = f"message {number}", {}
+    if fmt == "sharegpt":
+        role, content, key = entry.get("from"), entry.get("value"), "value"
+        if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
+            known = ", ".join(_SHAREGPT_ROLES)
+            raise InputError(f"{where} is from {shorten(role)}", f"known: {known}")
+        role = _SHAREGPT_ROLES[role]
+    else:
+        given = {name: value for name, value in entry.items() if not absent(value)}
+        unknown = [name for name in given if name not in _ENTRY_KEYS["messages"]]
+        if unknown:
+            raise InputError(f"{where} has an unknown key", shorten(unknown[0]))
+        role, content, key = entry.get("role"), entry.get("content"), "content"
+        if role not in ROLES:
+            raise InputError(f"{where} has the role {shorten(role)}", f"known: {', '.join(ROLES)}")
+        extra = {x: given[x] for x in ("metadata", "tools") if not absent(_value(given, x))}
+    if content is None and role == "system":
+        content = ""
+    if not isinstance(content, str):
+        raise InputError(f"{where} ({role}) has no text in its {key}")
+    unlearned = {} if _is_learned(entry, where) else {"loss": False}
+    return {"role": role, "content": content, **extra, **unlearned}
 
 
-def _sharegpt(entry: Mapping[str, Any], where: str) -> Message:
-    role, content = entry.get("from"), entry.get("value")
-    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-        known = ", ".join(_SHAREGPT_ROLES)
-        raise InputError(f"{where} is from {shorten(role)}", f"known: {known}")
-    role = _SHAREGPT_ROLES[role]
-    return {"role": role, "content": _content(content, role, f"{where} has no text in its value")}
-
-
-def _role_message(entry: Mapping[str, Any], where: str) -> Message:
-    given = {key: value for key, value in entry.items() if not absent(value)}
-    unknown = [key for key in given if key not in _ENTRY_KEYS["messages"]]
-    if unknown:
-        raise InputError(f"{where} has an unknown key", shorten(unknown[0]))
-    role, content = entry.get("role"), entry.get("content")
-    if role not in ROLES:
-        raise InputError(f"{where} has the role {shorten(role)}", f"known: {', '.join(ROLES)}")
-    content = _content(content, role, f"{where} ({role}) has no text in its content")
-    extra = {key: given[key] for key in ("metadata", "tools") if not absent(_value(given, key))}
-    return {"role": role, "content": content, **extra}
-
-
-def _content(value: Any, role: str, error: str) -> str:
-    if value is None and role == "system":
-        return ""
-    if not isinstance(value, str):
-        raise InputError(error)
-    return value
-
-
-def _is_answer(entry: Mapping[str, Any]) -> bool:
-    role = entry.get("role", entry.get("from"))
-    return isinstance(role, str) and _SHAREGPT_ROLES.get(role) == "assistant"
-
-
-def _is_learned(entry: Mapping[str, Any], where: str) -> bool:
+def _is_learned(entry: Fields, where: str) -> bool:
     """Return what the marks of an entry or row say; InputError for one that is not yes or no."""
     learned = True
     for key in MARKS:
@@ -249,13 +207,13 @@ def _flag(value: Any) -> bool | None:
     return _FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-def _missing(row: Mapping[str, Any], key: str) -> InputError:
+def _missing(row: Fields, key: str) -> InputError:
     near = difflib.get_close_matches(key, row, n=1)
     hint = f"is {near[0]} meant?" if near else f"its keys are {_key_list(row)}"
     return InputError(f"no {key}", hint)
 
 
-def _text(row: Mapping[str, Any], key: str) -> str:
+def _text(row: Fields, key: str) -> str:
     if key not in row:
         raise _missing(row, key)
     value = row[key]
@@ -266,12 +224,12 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _optional(row: Mapping[str, Any], key: str) -> str:
+def _optional(row: Fields, key: str) -> str:
     """Return the text of a key that may be missing, null or empty: "" for all of them."""
     return "" if absent(row.get(key)) else _text(row, key)
 
 
-def _value(row: Mapping[str, Any], key: str) -> Any:
+def _value(row: Fields, key: str) -> Any:
     """Return a list or object, which tables hold as JSON text; other text stays text."""
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
@@ -282,21 +240,19 @@ def _value(row: Mapping[str, Any], key: str) -> Any:
         return value
 
 
-def _list_key(row: Mapping[str, Any], fmt: str) -> str:
+def _list_key(row: Fields, fmt: str) -> str:
     """Return the key that holds the entries of a conversation."""
-    use_messages = fmt == "messages" and not (
-        absent(row.get("messages")) and "conversations" in row
-    )
-    return "messages" if use_messages else "conversations"
+    other = fmt == "sharegpt" or (absent(row.get("messages")) and "conversations" in row)
+    return "conversations" if other else "messages"
 
 
-def _objects(row: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+def _objects(row: Fields, key: str) -> list[dict[str, Any]]:
     value = _value(row, key)
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise InputError(f"{key} is not a list of objects")
     return value
 
 
-def _key_list(row: Mapping[str, Any]) -> str:
+def _key_list(row: Fields) -> str:
     keys = [shorten(key) for key in row]
     return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") if keys else "none"

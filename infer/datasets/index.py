@@ -1,9 +1,7 @@
 """Reads rows of data files by offset: only the offsets stay in memory.
 
-A file is JSON lines, one JSON array, or a table (CSV, TSV, Parquet), plain or compressed by gzip.
-It is read once from start to end, a few rows at a time; a row that is needed later is read again
-from its offset. What gzip unpacks, and the rows of a table as JSON, are kept in an unnamed
-temporary file.
+A file is read once from start to end, a few rows at a time; a row that is needed later is read
+again from its offset.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from typing import BinaryIO, NamedTuple
 
 from glm2_jax.cli.text_input import refuse_wide
@@ -44,25 +43,19 @@ _TAIL = 16  # characters at the end of the window whose meaning may change with 
 
 
 class Row(NamedTuple):
-    """A row of a file.
+    """A row of a file."""
 
-    Attributes:
-        line: the line that it begins in, from 1.
-        number: of the row, from 1.
-        offset: of its first byte in the file.
-        size: in bytes.
-        data: its bytes, or an error where it cannot be read.
-    """
-
-    line: int
-    number: int
-    offset: int
-    size: int
-    data: bytes | InputError
+    line: int  # that it begins in, from 1
+    number: int  # of the row, from 1
+    offset: int  # of its first byte in the file
+    size: int  # in bytes
+    data: bytes | InputError  # an error where it cannot be read
 
 
 class DataFile:
-    """A file of rows.
+    """A file of rows: JSON lines, one JSON array, or a table, plain or compressed by gzip.
+
+    What gzip unpacks, and the rows of a table as JSON, are kept in unnamed temporary files.
 
     Args:
         path: of a plain file.
@@ -82,31 +75,25 @@ class DataFile:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        max_row: int = MAX_ROW,
-        *,
-        file: BinaryIO | None = None,
+        self, path: str | os.PathLike[str], max_row: int = MAX_ROW, *, file: BinaryIO | None = None
     ):
-        self.name = os.fspath(path)
-        self.max_row = max_row
-        self.sha256, self.by_line = "", True
-        fd = _open(self.name) if file is None else os.dup(file.fileno())
-        self._fd = _unpacked(fd, self.name)
+        self.name, self.max_row = os.fspath(path), max_row
         opened = contextlib.ExitStack()
-        opened.callback(os.close, self._fd)
-        self.close = weakref.finalize(self, opened.close)  # no row can be read after this error
-        self.size = os.fstat(self._fd).st_size
-        sample = os.pread(self._fd, _PIECE, 0)
+        self.close = weakref.finalize(self, opened.close)
+        plain = _open(self.name) if file is None else open(os.dup(file.fileno()), "rb")
+        self._file = _unpacked(plain, self.name)
+        opened.enter_context(self._file)
+        self.size = os.fstat(self._file.fileno()).st_size
+        sample = os.pread(self._file.fileno(), _PIECE, 0)
         self._start = len(_BOM) if sample.startswith(_BOM) else 0
         self.kind = self._kind(sample)
+        self.sha256, self.by_line = "", self.kind != "parquet"
         self._table: BinaryIO | None = None  # its rows as JSON, where they are read again
         if self.kind in ("csv", "parquet"):
             self._table = opened.enter_context(tempfile.TemporaryFile())
 
     def _kind(self, sample: bytes) -> str:
         if sample.startswith(PARQUET):
-            self.by_line = False
             return "parquet"
         if self.size <= len(sample) and not sample[self._start :].strip():
             raise no_rows(self.name)
@@ -128,45 +115,55 @@ class DataFile:
             InputError: a broken JSON array, whose next row cannot be found; or a table that cannot
                 be read.
         """
-        sha256 = self.digest() if self._table is not None else ""
-        with open(self._fd, "rb", closefd=False) as file:
-            file.seek(0)
-            if self._table is not None:
-                yield from self._records(file)
-                self.sha256 = sha256
-                return
-            source = _Hashed(file)
-            source.read(self._start)
-            if self.kind == "array":
-                line = 0
-                for row in _Elements(source, self.name, self._start, self.max_row):
-                    self.by_line &= row.line != line
-                    line = row.line
-                    yield row
-            else:
-                yield from _lines(source, self._start, self.max_row)
-            self.sha256 = source.sha256.hexdigest()
+        self._file.seek(self._start)
+        if self._table is not None:
+            yield from self._records(self._table)
+        elif self.kind == "array":
+            line = 0
+            for row in _Elements(self._file, self.name, self._start, self.max_row):
+                self.by_line &= row.line != line
+                line = row.line
+                yield row
+        else:
+            yield from self._lines()
+        self.sha256 = self.digest()
 
-    def _records(self, file: BinaryIO) -> Iterator[Row]:
-        assert self._table is not None
-        self._table.seek(0)
-        self._table.truncate()
-        delimiter = delimiter_of(self.name) or ","
-        records = (
-            parquet_records(file, self.name)
-            if self.kind == "parquet"
-            else csv_records(file, self.name, delimiter, self.max_row)
-        )
+    def _lines(self) -> Iterator[Row]:
+        line = number = 0
+        offset = self._start
+        while data := self._file.readline(self.max_row + 1):
+            line += 1
+            size = len(data)
+            found: bytes | InputError = data
+            if size > self.max_row:
+                while not data.endswith(b"\n") and (data := self._file.readline(_PIECE)):
+                    size += len(data)
+                found = _too_long(size)
+            if isinstance(found, InputError) or found.strip():
+                number += 1
+                yield Row(line, number, offset, size, found)
+            offset += size
+
+    def _records(self, table: BinaryIO) -> Iterator[Row]:
+        table.seek(0)
+        table.truncate()
+        self._file.seek(0)
+        if self.kind == "parquet":
+            records = parquet_records(self._file, self.name)
+        else:
+            records = csv_records(self._file, self.name, self.max_row)
         offset = 0
         for number, (line, data) in enumerate(records, 1):
+            if isinstance(data, bytes) and len(data) > self.max_row:
+                data = _too_long(len(data))
             size = 0 if isinstance(data, InputError) else len(data)
-            if size > self.max_row:
-                data = _too_long(size)
-            elif not isinstance(data, InputError):
+            if isinstance(data, bytes):
                 with _writing(self.name):
-                    self._table.write(data)
+                    table.write(data)
             yield Row(line, number, offset, size, data)
-            offset += size if isinstance(data, bytes) else 0
+            offset += size
+        with _writing(self.name):
+            table.flush()
 
     def place(self, line: int, number: int) -> str:
         """Return where a row is, for people; call it after `rows`."""
@@ -174,9 +171,8 @@ class DataFile:
 
     def digest(self) -> str:
         """Return the sha256 of the contents, read again."""
-        with open(self._fd, "rb", closefd=False) as file:
-            file.seek(0)
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256").hexdigest()
 
     def restore(self, sha256: str, by_line: bool) -> None:
         """Set the state after `rows`, where the rows are known already."""
@@ -187,10 +183,7 @@ class DataFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Return the bytes of a row; fewer than `size` where the file was cut since."""
-        if self._table is None:
-            return os.pread(self._fd, size, offset)
-        self._table.flush()
-        return os.pread(self._table.fileno(), size, offset)
+        return os.pread((self._table or self._file).fileno(), size, offset)
 
 
 def no_rows(name: str, why: str = "it is empty") -> InputError:
@@ -198,33 +191,31 @@ def no_rows(name: str, why: str = "it is empty") -> InputError:
     return InputError(f"{name} has no rows", why)
 
 
-def _open(name: str) -> int:
+def _open(name: str) -> BufferedReader:
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
+        mode = os.stat(name).st_mode
+        if stat.S_ISREG(mode):
+            return open(name, "rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read {name}", reason) from None
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return fd
-    os.close(fd)
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device, and rows are read repeatedly"
     raise InputError(f"cannot read {name}", f"it is {kind}", "name a plain file")
 
 
-def _unpacked(fd: int, name: str) -> int:
-    """Return the descriptor, or for a gzip file that of its unpacked contents."""
-    if os.pread(fd, 2, 0) != b"\x1f\x8b":
-        return fd
-    with open(fd, "rb") as packed, tempfile.TemporaryFile() as contents, _writing(name):
-        packed.seek(0)
+def _unpacked(file: BufferedReader, name: str) -> BufferedReader:
+    """Return the file, or for a gzip file, which is closed, its unpacked contents."""
+    if os.pread(file.fileno(), 2, 0) != b"\x1f\x8b":
+        return file
+    with file, tempfile.TemporaryFile() as contents, _writing(name):
+        file.seek(0)
         try:
-            with gzip.open(packed) as source:
+            with gzip.open(file) as source:
                 shutil.copyfileobj(source, contents, _PIECE)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"cannot read {name}", f"its gzip data are damaged: {error}") from None
         contents.flush()
-        return os.dup(contents.fileno())
+        return open(os.dup(contents.fileno()), "rb")
 
 
 @contextlib.contextmanager
@@ -268,39 +259,6 @@ def _refuse_spread(sample: bytes, name: str, *, cut: bool) -> None:
     )
 
 
-class _Hashed:
-    """A file, and the checksum of what was read of it."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.sha256 = file, hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self.sha256.update(data)
-        return data
-
-    def readline(self, size: int) -> bytes:
-        data = self._file.readline(size)
-        self.sha256.update(data)
-        return data
-
-
-def _lines(source: _Hashed, offset: int, max_row: int) -> Iterator[Row]:
-    number = rows = 0
-    while line := source.readline(max_row + 1):
-        number += 1
-        size = len(line)
-        data: bytes | InputError = line
-        if size > max_row:
-            while not line.endswith(b"\n") and (line := source.readline(_PIECE)):
-                size += len(line)
-            data = _too_long(size)
-        if isinstance(data, InputError) or data.strip():
-            rows += 1
-            yield Row(number, rows, offset, size, data)
-        offset += size
-
-
 class _Elements:
     """The elements of a JSON array, with a window of the file in memory.
 
@@ -314,8 +272,8 @@ class _Elements:
         object_pairs_hook=len, parse_int=len, parse_float=len, parse_constant=len
     )
 
-    def __init__(self, source: _Hashed, name: str, offset: int, max_row: int):
-        self.source, self.name, self.max_row = source, name, max_row
+    def __init__(self, file: BinaryIO, name: str, offset: int, max_row: int):
+        self.file, self.name, self.max_row = file, name, max_row
         self.text, self.at = "", 0
         self.offset = offset  # of the window in the file
         self.line = 1  # that `at` is in
@@ -337,9 +295,8 @@ class _Elements:
                 self._advance(self.at + 1)
                 self._next_char()
             elif char != "]":
-                why = (
-                    "a comma is missing after a row" if char else "the end of the array is missing"
-                )
+                missing = "a comma is missing after a row"
+                why = missing if char else "the end of the array is missing"
                 raise self._broken(why, self.at)
         self._advance(self.at + 1)
         if self._next_char():
@@ -352,10 +309,8 @@ class _Elements:
             while end < len(self.text) and self.text[end] in _BLANKS:
                 end += 1
             self._advance(end)
-            if end < len(self.text):
-                return self.text[end]
-            if self.ended:
-                return ""
+            if end < len(self.text) or self.ended:
+                return self.text[end : end + 1]
             self._read_more()
 
     def _end_of_value(self) -> int:
@@ -372,16 +327,15 @@ class _Elements:
                 if self.ended or not cut:
                     raise self._broken(f"not JSON: {error.msg}", error.pos) from None
                 if len(self.text) - self.at > self.max_row:
-                    raise self._broken(
-                        f"a row is longer than {self.max_row} bytes, or its end is missing", self.at
-                    ) from None
+                    why = f"a row is longer than {self.max_row} bytes, or its end is missing"
+                    raise self._broken(why, self.at) from None
             self._read_more()
 
     def _read_more(self) -> None:
         """Drop what was used and read at least as much as is left: then few retries are needed."""
         left = self.text[self.at :]
         self.offset += self.at
-        data = self.source.read(max(_PIECE, len(left)))
+        data = self.file.read(max(_PIECE, len(left)))
         self.text, self.at = left + data.decode("latin-1"), 0
         self.ended = not data
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,33 +25,39 @@ def delimiter_of(name: str) -> str | None:
     return DELIMITERS.get(Path(name.lower().removesuffix(".gz")).suffix)
 
 
-def csv_records(file: BinaryIO, name: str, delimiter: str, max_row: int) -> Iterator[Record]:
+def csv_records(file: BinaryIO, name: str, max_row: int) -> Iterator[Record]:
     """Yield the rows of a table in text, whose first line names its columns.
 
-    Raises:
-        InputError: it is not UTF-8 or not CSV, or a line is longer than `max_row` bytes.
+    Raises InputError if it is not UTF-8 or not CSV, or a line is longer than `max_row` bytes.
     """
     csv.field_size_limit(max_row)
-    reader = csv.reader(_text_lines(file, name, max_row), delimiter=delimiter)
-    header: list[str] | None = None
+    reader = csv.reader(_text_lines(file, name, max_row), delimiter=delimiter_of(name) or ",")
+    header: list[str] = []
     line = 1
     try:
         for cells in reader:
-            if cells and header is None:
-                header = _header(cells, name)
+            if cells and not header:
+                header = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
+                twice = next((one for one in header if header.count(one) > 1), None)
+                if twice is not None:
+                    raise InputError(f"{name} has the column {shorten(twice)} twice")
+            elif cells and len(cells) != len(header):
+                yield (
+                    line,
+                    InputError(
+                        f"{len(cells)} cells, but the header has {len(header)}",
+                        "a text with the separator or a line break must be in quotes",
+                    ),
+                )
             elif cells:
-                yield line, _object(header or [], cells)
+                yield line, _json(dict(zip(header, cells, strict=True)))
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{name}:{line}: not CSV", str(error)) from None
 
 
 def parquet_records(file: BinaryIO, name: str) -> Iterator[Record]:
-    """Yield the rows of a Parquet file.
-
-    Raises:
-        InputError: it is damaged, or pyarrow is not installed.
-    """
+    """Yield the rows of a Parquet file; InputError if it is damaged, or pyarrow not installed."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -84,33 +90,14 @@ def _text_lines(file: BinaryIO, name: str, max_row: int) -> Iterator[str]:
             raise InputError(f"{name}:{number}: not UTF-8", bad_byte(error), CONVERT) from None
 
 
-def _header(cells: Sequence[str], name: str) -> list[str]:
-    names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, 1)]
-    twice = next((one for one in names if names.count(one) > 1), None)
-    if twice is not None:
-        raise InputError(f"{name} has the column {shorten(twice)} twice")
-    return names
-
-
-def _object(header: Sequence[str], cells: Sequence[str]) -> bytes | InputError:
-    if len(cells) != len(header):
-        return InputError(
-            f"{len(cells)} cells, but the header has {len(header)}",
-            "a text with the separator or a line break must be in quotes",
-        )
-    return _json(dict(zip(header, cells, strict=True)))
-
-
 def _json(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass")
 
 
 def _plain(value: Any) -> Any:
-    """Return a JSON value for another one: text for bytes that are UTF-8, dates and decimals; other
-    bytes become an object, which is not accepted as text."""
-    if not isinstance(value, bytes):
-        return str(value)
+    """Return text for bytes that are UTF-8, dates and decimals; other bytes become an object, which
+    is not accepted as text."""
     try:
-        return value.decode("utf-8")
+        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError:
         return {"bytes": len(value)}

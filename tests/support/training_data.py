@@ -4,11 +4,10 @@ import json
 from itertools import chain
 from pathlib import Path
 
-from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.text.tokenizer import Tokenizer
+from infer.datasets.encode import Encoder
 from tests.support.sp_model import sp_model
-from train.data.dataset import Dataset
-from train.data.options import DataOptions, add_data_options
+from train.data.dataset import Dataset, Source
 
 GLM2 = Tokenizer.from_bytes(sp_model(), "chatglm2")
 GLM3 = Tokenizer.from_bytes(sp_model(), "chatglm3")
@@ -70,14 +69,13 @@ def open_rows(path: Path, rows, *, array: bool = False, **options) -> Dataset:
     return open_files([write_rows(path, rows, array=array)], **options)
 
 
-def open_files(paths, **options) -> Dataset:
-    """Return a dataset of files, for ChatGLM2 unless the options name another model."""
-    options = {"tokenizer": GLM2, "template": "chatglm2", "max_length": 512} | options
-    return Dataset.open(paths, **options)
-
-
-def data_flags(*argv: str) -> DataOptions:
-    """Return the data flags of a command line."""
-    parser = Parser(prog="x")
-    add_data_options(parser)
-    return from_flags(DataOptions, parser.parse_args(argv))
+def open_files(
+    paths, *, tokenizer=GLM2, template="chatglm2", train_on_prompt=False, max_length=512,
+    fmt="auto", mix=None, **options,
+) -> Dataset:  # fmt: skip
+    """Return a dataset of files, and of general rows: `mix` is a file and its share."""
+    sources = [Source(path, fmt) for path in paths]
+    if mix is not None:
+        sources.append(Source(mix[0], share=mix[1]))
+    encoder = Encoder(tokenizer, template, train_on_prompt)
+    return Dataset(sources, encoder, max_length, **options)

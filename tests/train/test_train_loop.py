@@ -11,8 +11,10 @@ import pytest
 
 from glm2_jax.errors import CheckpointError, InputError
 from train import loop as loop_module
+from train import lora
 from train.data.batches import Step
 from train.loop import Loop, Position
+from train.run import report
 from train.step import Metrics
 
 NAN, INF = math.nan, math.inf
@@ -48,19 +50,18 @@ class Saved(dict):
 
 
 class Stopping:
-    def __init__(self, after: int | None = None):
+    def __init__(self, after: float = INF):
         self.signal, self._left = None, after
 
     def agree(self) -> bool:
-        if self._left is not None:
-            self._left -= 1
-            self.signal = 15 if self._left <= 0 else None
+        self._left -= 1
+        self.signal = 15 if self._left <= 0 else None
         return self.signal is not None
 
 
 class Data:
-    def place(self, step):
-        return 0, step
+    def places(self, step):
+        return ((0, number) for number in range(step, 100))
 
     def at(self, epoch, step):
         return Step(step, [f"data:{step + 1}"], 5)  # type: ignore[arg-type]
@@ -79,15 +80,16 @@ def no_memory(monkeypatch):
     monkeypatch.setattr(loop_module, "peak_bytes", lambda device: None)
 
 
-def make(total=6, platform="cpu", **more: Any) -> Any:
+def make(*flags: str, total=6, platform="cpu", **more: Any) -> Any:
     """A loop whose state counts the steps."""
+    args = lora.parser().parse_args(["--data", "d", "--save-every", "4", *flags])
     found = {
         "step": lambda state, batch, number: (state + 1, metrics(10.0 - number)),
         "evaluate": None, "rate": lambda updates: updates / 10, "batches": Data(),
-        "device": SimpleNamespace(platform=platform), "total": total, "save_every": 4,
-        "log": Log(), "checkpoints": Saved(), "stopping": Stopping(),
+        "device": SimpleNamespace(platform=platform), "log": Log(), "checkpoints": Saved(),
+        "stopping": Stopping(),
     }  # fmt: skip
-    return Loop(**found | more)  # type: ignore[arg-type]
+    return Loop(lora.make_recipe(args), total, **found | more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -106,14 +108,14 @@ def test_steps_are_logged_and_saved_where_it_is_due(platform):
 
 
 def test_a_device_computes_a_step_while_the_one_before_is_read():
-    order = []
+    order: list[str] = []
     for platform, wanted in (("cpu", "srsr"), ("gpu", "ssrr")):
-        loop = make(total=2, platform=platform, save_every=9)
+        order.clear()
+        loop = make("--save-every", "9", total=2, platform=platform)
         loop.step = lambda state, batch, number: (order.append("s"), (state, metrics()))[1]
         loop.log.step = lambda *args, **figures: order.append("r")
         loop.run(0, Position())
         assert "".join(order) == wanted
-        order.clear()
 
 
 def test_a_signal_ends_the_run_after_saving():
@@ -134,7 +136,7 @@ def test_a_signal_ends_the_run_after_saving():
 )
 def test_early_stopping_keeps_the_best_and_never_what_is_not_finite(losses, steps, best, capsys):
     script, best_states, position = iter(losses), Saved(), Position()
-    loop = make(eval_every=1, early_stop=2, best=best_states)
+    loop = make("--eval-every", "1", "--early-stop", "2", best=best_states)
     loop.evaluate = lambda state: {"validation": {"loss": next(script)}, "guard": {"loss": 9.0}}
     assert loop.run(0, position) == steps
     assert (position.best_step or None, best_states.newest) == (best, best)
@@ -148,11 +150,11 @@ def test_early_stopping_keeps_the_best_and_never_what_is_not_finite(losses, step
 
 
 def test_a_killed_run_evaluates_again_without_saving_the_best_twice():
-    best_states = Saved({4: "of the killed run"})
-    loop = make(eval_every=4, best=best_states, evaluate=lambda state: {"v": {"loss": 1.0}})
+    best = Saved({4: "of the killed run"})
+    loop = make("--eval-every", "4", best=best, evaluate=lambda state: {"v": {"loss": 1.0}})
     position = Position(step=3)
     loop.run(3, position)
-    assert best_states[4] == "of the killed run" and position.best_step == 4
+    assert best[4] == "of the killed run" and position.best_step == 4
 
 
 def test_a_step_that_is_not_finite_ends_the_run_or_is_left_out(capsys):
@@ -160,11 +162,11 @@ def test_a_step_that_is_not_finite_ends_the_run_or_is_left_out(capsys):
     with pytest.raises(InputError, match="step 1 is NaN or infinite; its rows: data:1\n") as error:
         loop.run(0, Position())
     assert "--nan-policy skip" in error.value.fix and not loop.checkpoints
-    position = Position()
-    make(total=4, step=bad, skip_bad=True).run(0, position)
+    position, skip = Position(), ("--nan-policy", "skip")
+    make(*skip, total=4, step=bad).run(0, position)
     assert position.skipped == 4 and capsys.readouterr().err.count("skipped") == 4
     with pytest.raises(InputError, match=", as in the 4 steps before"):
-        make(step=bad, skip_bad=True).run(0, Position())
+        make(*skip, step=bad).run(0, Position())
 
 
 def test_an_overflow_of_float16_is_skipped_and_the_rate_counts_updates(capsys):
@@ -183,3 +185,23 @@ def test_a_position_is_restored_as_it_was_saved_or_refused():
     for damaged in (saved | {"step": 2}, saved | {"waited": "x"}, saved | {"more": 1}, None):
         with pytest.raises(CheckpointError, match="after step 3 is damaged"):
             Position.restored(damaged, 3)
+
+
+def test_the_outcome_of_a_run_is_refused_or_reported(capsys):
+    with pytest.raises(InputError, match="all 2 steps were skipped"):
+        report(Position(step=2, skipped=2), 2, choosing=False)
+    with pytest.raises(InputError, match="no validation loss was finite"):
+        report(Position(step=2), 2, choosing=True)
+    position = Position(step=5, best=1.0, best_step=3, skipped=1)
+    for step, loss in ((1, 4.0), (2, NAN), (3, 1.0)):
+        position.note_loss("training", step, loss)
+    position.losses = {"validation": [[0, None], [3, None]], **position.losses}
+    assert json.loads(json.dumps(vars(position), allow_nan=False)) == vars(position)
+    report(position, 6, choosing=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 5 steps were skipped",
+        "ended after step 5 of 6: the validation loss stopped improving",
+        "the best evaluation was after step 3, loss 1",
+        "training loss 4 -> 1 (step 1 -> 3), 75 % lower",
+        "validation loss not finite -> not finite (step 0 -> 3)",
+    ]

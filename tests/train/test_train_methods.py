@@ -17,7 +17,6 @@ from train.data.batch import make_batch
 from train.devices import Devices
 from train.methods import AdapterMethod, FullMethod
 from train.recipe import Recipe, parse
-from train.validation import print_answers
 
 ONE = Devices(jax.devices()[0])
 
@@ -60,25 +59,28 @@ def test_all_parameters_are_trained_in_float32(folder, tmp_path):
     result = method.write(tmp_path, method.trained)
     again = load_checkpoint(result, dtype="float32").params
     jax.tree.map(np.testing.assert_array_equal, again, method.trained)
-
-
-def test_the_engine_answers_with_what_is_trained(folder):
-    method = FullMethod(folder, recipe(full), ONE, quiet)
-    engine_of = method.answering()
+    engine_of = method.answering()  # it answers with what is trained
     engine = engine_of(method.trained)
     assert engine_of(jax.tree.map(np.zeros_like, method.trained)) is engine
     assert not any(x.any() for x in jax.tree.leaves(engine.checkpoint.params))
 
-    class Echo:
-        def generate(self, prompts, **options):
+
+class Echo:
+    """A method that answers with the question, and whose parameters are what is trained."""
+
+    checkpoint = SimpleNamespace(config=None)
+
+    def model(self, trained):
+        return trained, None
+
+    def answering(self):
+        def generate(prompts, **options):
             return [SimpleNamespace(text=f"{prompt}\n!") for prompt in prompts]
 
-    lines: list[str] = []
-    print_answers(Echo(), ["a", "b"], lines.append)
-    assert lines == ["  a -> a !", "  b -> b !"]
+        return lambda trained: SimpleNamespace(generate=generate)
 
 
-def test_validation_is_the_mean_over_learned_tokens(folder, tmp_path, monkeypatch):
+def test_an_evaluation_is_the_mean_over_learned_tokens_and_answers(tmp_path, monkeypatch, capsys):
     def loss_of(params, lora, batch):
         return (batch.tokens * batch.learned).sum() * params, batch.learned.sum()
 
@@ -88,17 +90,20 @@ def test_validation_is_the_mean_over_learned_tokens(folder, tmp_path, monkeypatc
         "validation": open_rows(tmp_path / "a", rows),
         "guard": open_rows(tmp_path / "b", rows[:2]),
     }
-    found = validation.make_validation(folder.config, sets, 2, ONE)
+    echo: object = Echo()
+    evaluate = validation.make_evaluation(echo, sets, ["a", "b"], 2, ONE)  # type: ignore[arg-type]
+    assert evaluate is not None
+    found = evaluate((1e-3, None))
+    assert capsys.readouterr().err == "  a -> a !\n  b -> b !\n"
     for name, dataset in sets.items():
         learned = [i for n in range(len(dataset)) for i in learned_of(dataset.sample(n))]
-        figures = found(1e-3, None)[name]
-        assert figures["loss"] == pytest.approx(1e-3 * np.mean(learned))
-        assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
-    assert math.isnan(found(math.nan, None)["guard"]["loss"])
-    assert found(1e9, None)["guard"]["perplexity"] == math.inf
+        assert found[name]["loss"] == pytest.approx(1e-3 * np.mean(learned))
+        assert found[name]["perplexity"] == pytest.approx(math.exp(found[name]["loss"]))
+    assert math.isnan(evaluate((math.nan, None))["guard"]["loss"])
+    assert evaluate((1e9, None))["guard"]["perplexity"] == math.inf
 
 
-def test_devices_of_a_mesh_get_rows_they_can_divide(folder):
+def test_devices_of_a_mesh_get_rows_they_can_divide():
     mesh = Devices(jax.devices()[0], make_mesh({"data": 1}))
     batch = make_batch([[([5, 6], [False, True])]] * 3, 4)
     for devices in (ONE, mesh):

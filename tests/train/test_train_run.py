@@ -1,7 +1,8 @@
-"""`python -m train.lora` and `train.full` from their flags to their result, on the demo model."""
+"""`python -m train.lora` and `train.full` from their flags to their result, on a tiny model."""
 
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,19 +12,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from convert import open_folder
 from glm2_jax.errors import CheckpointError, InputError, UsageError
+from tests.support.checkpoints import save, tiny_config
 from tests.support.paths import ROOT
-from train import full, lora
+from tests.support.training_data import alpaca, write_rows
+from train import defaults, full, lora
 from train.run_folder.log import read_log
 
 WEIGHTS = "adapter_model.safetensors"
-SMALL = [
-    "--batch-size", "2", "--grad-accum", "2", "--lr", "1e-3", "--rank", "2", "--log-every", "1",
-]  # fmt: skip
+CONFIG = tiny_config(num_layers=1)
+SHAPE = ["--batch-size", "2", "--grad-accum", "2", "--rank", "2"]  # one program for most tests
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -31,219 +35,219 @@ def cache(tmp_path_factory):
     """A folder of compiled programs that this process shares with those it starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        switch_cache(True)
-        yield str(tmp_path_factory.mktemp("compiled"))
-        switch_cache(False)
+        for on in (True, False):
+            jax.config.update("jax_enable_compilation_cache", on)
+            compilation_cache.reset_cache()
+            if on:
+                yield tmp_path_factory.mktemp("compiled")
 
 
-def switch_cache(on: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", on)
-    compilation_cache.reset_cache()
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    rows = [alpaca(f"{i} 号茶叫什么", f"它叫青山{i}号。") for i in range(9)]
+    return str(write_rows(tmp_path_factory.mktemp("data") / "data.jsonl", rows))
+
+
+@pytest.fixture(scope="module")
+def flags(cache, data, tmp_path_factory) -> list[str]:
+    """The flags of every run."""
+    model = tmp_path_factory.mktemp("model")
+    save(model, config=CONFIG)
+    more = ["--model", str(model), "--data", data, "--max-length", "64", "--log-every", "1"]
+    return [*more, *SHAPE, "--compile-cache", str(cache)]
 
 
 @pytest.fixture
-def data(tmp_path) -> str:
-    rows = [
-        {"instruction": f"{i} 号茶叫什么", "input": "", "output": f"它叫青山{i}号。"}
-        for i in range(9)
-    ]
-    return write(tmp_path / "data.jsonl", rows)
+def train(flags, tmp_path):
+    def run(output: str, *more: str, method=lora) -> int:
+        return method.main([*flags, "--lr", "1e-3", "--output", str(tmp_path / output), *more])
+
+    return run
 
 
-def write(path: Path, rows: list) -> str:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-    return str(path)
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory) -> Path:
+    """A run that nothing stopped."""
+    path = tmp_path_factory.mktemp("whole") / "a"
+    more = ["--lr", "1e-3", "--steps", str(STEPS), "--save-every", "1", "--dropout", "0.2"]
+    assert lora.main([*flags, *more, "--output", str(path)]) == 0
+    return path
 
 
-def train(cache, data, output, *more: str) -> int:
-    flags = ["--data", data, "--output", str(output), "--compile-cache", cache]
-    return lora.main([*flags, *SMALL, "--steps", "6", *more])
-
-
-def test_a_run_leaves_adapter_log_recipe_and_checkpoints(cache, data, tmp_path, capsys):
-    assert train(cache, data, tmp_path / "a", "--save-every", "2") == 0
-    found = load_file(tmp_path / "a" / WEIGHTS)
-    assert any("query_key_value.lora_A.weight" in name for name in found)
-    lines = read_log(tmp_path / "a" / "log.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+def test_a_run_leaves_adapter_log_recipe_and_checkpoints(whole):
+    assert any("query_key_value.lora_A.weight" in name for name in load_file(whole / WEIGHTS))
+    config = json.loads((whole / "adapter_config.json").read_text())
+    assert (config["r"], config["target_modules"]) == (2, ["query_key_value"])
+    lines = read_log(whole / "log.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"lr", "grad_norm", "tokens_per_second", "memory_bytes"} <= set(lines[0])
-    assert sorted(path.name for path in (tmp_path / "a" / "state").iterdir()) == ["4", "6"]
-    shown = capsys.readouterr()
-    assert "step 6/6" in shown.err and shown.out == ""
-
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (config["r"], config["target_modules"]) == (2, ["query_key_value"])
-    recipe = str(tmp_path / "a" / "recipe.yml")
-    assert lora.main(["--config", recipe, "--output", str(tmp_path / "b")]) == 0
-    again = load_file(tmp_path / "b" / WEIGHTS)
-    assert {name: x.tobytes() for name, x in again.items()} == {
-        name: x.tobytes() for name, x in found.items()
-    }
+    kept = {path.name for path in (whole / "state").iterdir()}
+    assert kept == {str(STEPS - 1), str(STEPS)}
 
 
-def command(cache, data, output, *more: str) -> list[str]:
-    flags = ["--data", data, "--output", str(output), "--compile-cache", cache, *SMALL, *more]
-    return [sys.executable, "-m", "train.lora", *flags]
-
-
-def test_killed_anywhere_it_ends_as_if_never_stopped(cache, data, tmp_path):
-    often = ["--steps", "6", "--save-every", "1", "--dropout", "0.2"]
-    assert train(cache, data, tmp_path / "whole", *often) == 0
-    resumed = command(cache, data, tmp_path / "killed", *often, "--resume", "auto")
-    rng = random.Random(7)
-    kills = 0
-    for _ in range(3):
-        process = subprocess.Popen(resumed, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        for line in process.stderr:  # from the first step on, at any moment
-            if line.startswith("step"):
-                break
-        time.sleep(rng.random() * 0.2)
-        process.kill()
-        kills += process.wait() == -signal.SIGKILL
-        process.stderr.close()
-    assert kills > 0
-    done = subprocess.run(resumed, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    whole, killed = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("whole", "killed"))
-    assert whole == killed
-    lines = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
-    assert [[x["step"] for x in log] for log in lines] == [[1, 2, 3, 4, 5, 6]] * 2
-    assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
-
-
-def test_a_closed_terminal_saves_and_ends_with_143(cache, data, tmp_path):
-    endless = command(cache, data, tmp_path / "a", "--steps", "4000", "--save-every", "4000")
+def started(command: list[str]) -> subprocess.Popen:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    process = subprocess.Popen(endless, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGHUP, before)
-    with process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("step 3/"):
-                process.send_signal(signal.SIGHUP)
-                break
-        rest = process.stderr.read()
+    assert process.stderr is not None
+    assert any(line.startswith("step") for line in process.stderr)
+    return process
+
+
+def test_stopped_anywhere_it_ends_as_if_never_stopped(whole, tmp_path):
+    """By a closed terminal, and killed at any moment from the first step on."""
+    again = ["--config", str(whole / "recipe.yml"), "--output", str(tmp_path / "a"),
+             "--resume", "auto"]  # fmt: skip
+    command = [sys.executable, "-m", "train.lora", *again]
+    with started(command) as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr is not None and "resume with --resume auto" in process.stderr.read()
     assert process.returncode == 143
-    assert "resume with --resume auto" in rest
-    (step,) = (tmp_path / "a" / "state").iterdir()
-    assert int(step.name) >= 3 and not (tmp_path / "a" / WEIGHTS).exists()
+    assert (tmp_path / "a" / "state").exists() and not (tmp_path / "a" / WEIGHTS).exists()
+    rng, kills = random.Random(7), 0
+    for _ in range(2):
+        with started(command) as process:
+            time.sleep(rng.random() * 0.2)
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+    assert kills > 0
+    assert lora.main(again) == 0
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    lines = [read_log(path / "log.jsonl") for path in (whole, tmp_path / "a")]
+    one, other = ([(x["step"], x["loss"]) for x in log] for log in lines)
+    assert one == other
 
 
-def test_changed_flags_and_data_are_named_and_nothing_is_lost(cache, data, tmp_path):
-    assert train(cache, data, tmp_path / "a") == 0
+def test_the_remedy_for_few_steps_works_as_it_is_typed(
+    flags, cache, data, whole, tmp_path, capsys, monkeypatch
+):
+    """Also every evaluation, with numbers that need no other program."""
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    monkeypatch.setattr(defaults, "WANTED_STEPS", 7)
+    monkeypatch.setattr(defaults, "FEW_STEPS", 7)
+    short = [*flags, "--output", str(tmp_path / "a"), "--grad-accum", "4", "--epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("train.run._train", lambda *args: 0)
+        assert lora.main(short) == 0
+    shown = capsys.readouterr().err
+    assert "warning: only 2 optimizer steps" in shown
+    (tmp_path / "a-2").mkdir()
+    remedy = shlex.split(shown.partition("Try ")[2].splitlines()[0])
+    assert remedy == ["--grad-accum", "2", "--epochs", "3", "--output", str(tmp_path / "a-2")]
+
+    (tmp_path / "prompts").write_text("3 号茶叫什么\n", encoding="utf-8")
+    general = write_rows(tmp_path / "general.jsonl", [alpaca("你好", "你好！")])
+    plan = ["--eval-every", "5", "--val-data", data, "--guard-data", str(general),
+            "--plot", str(tmp_path / "loss.png"), "--sample-prompts", str(tmp_path / "prompts"),
+            "--schedule", "linear", "--warmup", "0", "--weight-decay", "0.1",
+            "--clip", "2"]  # fmt: skip
+    steps = {path for path in cache.iterdir() if "train_step" in path.name}
+    assert lora.main([*short, *remedy, *plan]) == 0
+    assert steps and steps == {path for path in cache.iterdir() if "train_step" in path.name}
+    shown = capsys.readouterr()
+    assert shown.out == "" and "warning" not in shown.err and "step 9/9, loss" in shown.err
+    rate = float(f"{5e-5 * 4096 / CONFIG.hidden_size:.2g}")
+    assert f"chosen for this data and model: --lr {rate:g}\n" in shown.err
+    recipe = yaml.safe_load((tmp_path / "a-2" / "recipe.yml").read_text())
+    identity = json.loads((tmp_path / "a-2" / "run.json").read_text())
+    assert recipe["lr"] == identity["--lr"] == rate and recipe["epochs"] == 3.0
+    lines = read_log(tmp_path / "a-2" / "log.jsonl")
+    trained = {x["step"]: x["loss"] for x in lines if x["split"] == "train"}
+    seen = {x["step"]: x["loss"] for x in lines if x["split"] == "validation"}
+    assert list(trained) == list(range(1, 10)) and list(seen) == [0, 5, 9] and seen[9] < seen[0]
+    assert [x["step"] for x in lines if x["split"] == "guard"] == [0, 5, 9]
+    evaluated = [x for x in lines if x["split"] != "train"]
+    assert all(x["perplexity"] == pytest.approx(np.exp(x["loss"])) for x in evaluated)
+    assert shown.err.count("3 号茶叫什么 -> ") == 3
+    assert f"training loss {trained[1]:.4g} -> {trained[9]:.4g} (step 1 -> 9)" in shown.err
+    assert f"validation loss {seen[0]:.4g} -> {seen[9]:.4g} (step 0 -> 9)" in shown.err
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_changed_flags_and_data_are_named_and_nothing_is_lost(train, data, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", Path(data).read_text("utf-8").splitlines())
+    given = ["a", "--steps", "2", "--data", f"{rows}=2"]
+    assert train(*given) == 0
     with pytest.raises(UsageError, match="holds a training already"):
-        train(cache, data, tmp_path / "a")
+        train(*given)
     with pytest.raises(UsageError, match="--rank was 2 and is 4") as refusal:
-        train(cache, data, tmp_path / "a", "--resume", "auto", "--rank", "4")
+        train(*given, "--resume", "auto", "--rank", "4")
     assert "--init-adapter" not in refusal.value.fix  # it would be refused
-    (tmp_path / "a" / "adapter_config.json").rename(tmp_path / "config.json")
-    with pytest.raises(UsageError, match="--steps was 6 and is 9") as refusal:
-        train(cache, data, tmp_path / "a", "--resume", "auto", "--steps", "9")
-    start = f"--init-adapter {tmp_path / 'a'}"
-    place = f"--output {tmp_path / 'a-2'}"
-    assert refusal.value.fix.endswith(
-        f", or once it has ended, start from its result: {start} {place}."
-    )
-    (tmp_path / "config.json").rename(tmp_path / "a" / "adapter_config.json")
-    with pytest.raises(UsageError, match="--steps was 6 and is 9") as refusal:
-        train(cache, data, tmp_path / "a", "--steps", "9")
-    assert refusal.value.fix.endswith(f"--output, or start from its result: {start} {place}.")
-    more = ["--steps", "9", *start.split(), *place.split(), "--resume", "auto"]
-    assert train(cache, data, tmp_path / "a", *more) == 0
-    assert (tmp_path / "a-2" / WEIGHTS).exists()
-    Path(data).write_text(json.dumps({"instruction": "a", "output": "b"}))
-    with pytest.raises(UsageError, match="data was"):
-        train(cache, data, tmp_path / "a", "--resume", "auto")
+    start, place = f"--init-adapter {tmp_path / 'a'}", f"--output {tmp_path / 'a-2'}"
+    config = tmp_path / "a" / "adapter_config.json"
+    for ended in (False, True):
+        config.rename(tmp_path / "config.json") if not ended else None
+        with pytest.raises(UsageError, match="--steps was 2 and is 3") as refusal:
+            train(*given, "--resume", "auto", "--steps", "3")
+        when = "" if ended else "once it has ended, "
+        assert refusal.value.fix.endswith(f", or {when}start from its result: {start} {place}.")
+        (tmp_path / "config.json").rename(config) if not ended else None
     with pytest.raises(UsageError, match="--init-adapter was null"):
-        train(
-            cache, data, tmp_path / "a", "--resume", "auto", "--init-adapter", str(tmp_path / "a")
-        )
+        train(*given, "--resume", "auto", *start.split())
+    assert train(*given, "--steps", "3", *start.split(), *place.split(), "--resume", "auto") == 0
+    assert (tmp_path / "a-2" / WEIGHTS).exists()
+    write_rows(rows, [alpaca()])
+    with pytest.raises(UsageError, match="data was"):
+        train(*given, "--resume", "auto")
 
 
-def test_sets_are_evaluated(cache, data, tmp_path, capsys):
-    general = write(tmp_path / "general.jsonl", [{"instruction": "你好", "output": "你好！"}])
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("3 号茶叫什么\n", encoding="utf-8")
-    more = ["--val-split", "0.25", "--guard-data", general, "--eval-every", "3"]
-    assert train(cache, data, tmp_path / "a", *more, "--sample-prompts", str(prompts)) == 0
-    lines = [x for x in read_log(tmp_path / "a" / "log.jsonl") if x["split"] != "train"]
-    assert [(x["step"], x["split"]) for x in lines] == [
-        (step, split) for step in (0, 3, 6) for split in ("validation", "guard")
-    ]
-    assert all(x["perplexity"] == pytest.approx(np.exp(x["loss"])) for x in lines)
-    assert capsys.readouterr().err.count("3 号茶叫什么 -> ") == 3
-
-
-def test_early_stopping_returns_the_best_parameters(cache, data, tmp_path, capsys):
-    """The model forgets from the first step what it knew."""
-    known = write(
-        tmp_path / "known.jsonl",
-        [{"instruction": "早上好", "output": "早上好！祝你今天一切顺利。"}],
-    )
-    rate = ["--lr", "1e-2", "--schedule", "constant", "--warmup", "0", "--dropout", "0"]
-    looking = ["--val-data", known, "--eval-every", "1", "--early-stop", "2"]
-    assert train(cache, data, tmp_path / "a", *rate, *looking) == 0
+def test_early_stopping_returns_the_best_parameters(train, tmp_path, capsys):
+    """The other answers become less likely from the first steps on."""
+    others = write_rows(tmp_path / "others", [alpaca(f"{i} 号茶叫什么", "xyz") for i in range(9)])
+    rate = ["--lr", "0.1", "--schedule", "constant", "--warmup", "0"]
+    looking = ["--val-data", str(others), "--eval-every", "1", "--early-stop", "2"]
+    assert train("a", *rate, "--steps", "6", *looking) == 0
     lines = read_log(tmp_path / "a" / "log.jsonl")
     found = {x["step"]: x["loss"] for x in lines if x["split"] == "validation" and x["step"]}
     best = min(found, key=lambda step: found[step])
     assert max(found) == best + 2 < 6
     assert f"the best evaluation was after step {best}" in capsys.readouterr().err
-    assert train(cache, data, tmp_path / "b", *rate, "--steps", str(best)) == 0
+    assert train("b", *rate, "--steps", str(best)) == 0
     results = [load_file(tmp_path / name / WEIGHTS) for name in "ab"]
     for name, array in results[0].items():
         np.testing.assert_array_equal(array, results[1][name])
 
 
-def test_a_step_that_is_not_finite_changes_nothing(cache, data, tmp_path, capsys):
-    more = ["--lr", "1e30", "--warmup", "0", "--clip", "0", "--save-every", "1"]
+def test_a_step_that_is_not_finite_changes_nothing(train, tmp_path, capsys):
+    more = ["--lr", "1e30", "--warmup", "0", "--save-every", "1"]
     with pytest.raises(InputError, match=r"step 2 is NaN or infinite; its rows: .*:\d"):
-        train(cache, data, tmp_path / "a", *more)
+        train("a", *more, "--steps", "6")
     assert [path.name for path in (tmp_path / "a" / "state").iterdir()] == ["1"]
-    more += ["--nan-policy", "skip", "--steps", "4"]
-    assert train(cache, data, tmp_path / "b", *more) == 0
+    assert train("b", *more, "--nan-policy", "skip", "--steps", "4") == 0
     assert "3 of 4 steps were skipped" in capsys.readouterr().err
     assert np.isfinite(load_file(tmp_path / "b" / WEIGHTS).popitem()[1]).all()
 
 
-def test_check_data_reads_everything_and_stops(data, tmp_path, capsys):
-    with open(data, "a", encoding="utf-8") as file:
-        file.write('{"instruction": "a"\n')
-    code = lora.main(["--data", data, "--check-data", "--output", str(tmp_path / "a")])
-    assert code == 3 and f"{data}:10" in capsys.readouterr().out
-    assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "error", "words"),
-    [
-        (["--target", "q_proj"], UsageError, "matches nothing"),
-        (["--dropout", "1"], UsageError, "dropout"),
-        (["--model", "/nowhere"], CheckpointError, "nowhere"),
-        (["--plot", "loss.txt"], UsageError, "must end in .png"),
-        (["--plot", "/nowhere/loss.png"], InputError, "cannot be written"),
-        (["--log-jsonl", "-"], InputError, "cannot be written"),
-        (["--max-length", "5000"], UsageError, "more than the"),
-        (["--val-split", "0.99"], UsageError, "leaves none for training"),
-        (["--early-stop", "2"], UsageError, "--early-stop needs --eval-every"),
-        (["--early-stop", "2", "--eval-every", "1"], UsageError, "--early-stop needs --val"),
-    ],
-)
-def test_bad_flags(cache, data, tmp_path, flags, error, words):
-    if "--plot" in flags:
-        pytest.importorskip("matplotlib", reason="the extra plot is not installed")
-    with pytest.raises(error, match=words):
-        train(cache, data, tmp_path / "a", *flags)
-    assert not (tmp_path / "a" / "state").exists()
-
-
-def test_all_parameters(cache, data, tmp_path):
-    flags = ["--data", data, "--output", str(tmp_path / "a"), "--compile-cache", cache]
-    assert full.main([*flags, "--steps", "3", "--batch-size", "2", "--lr", "1e-3"]) == 0
+def test_all_parameters(flags, tmp_path):
+    more = ["--output", str(tmp_path / "a"), "--steps", "3", "--lr", "1e-3"]
+    rank = flags.index("--rank")
+    more += flags[:rank] + flags[rank + 2 :]
+    assert full.main(more) == 0
     with pytest.raises(UsageError, match="--batch-size was 2 and is 4") as refusal:
-        full.main([*flags, "--steps", "3", "--lr", "1e-3", "--resume", "auto"])
+        full.main([*more, "--batch-size", "4", "--resume", "auto"])
     result = f"--model {tmp_path / 'a' / 'model'} --output {tmp_path / 'a-2'}"
     assert refusal.value.fix.endswith(f"start from its result: {result}.")
     assert open_folder(tmp_path / "a" / "model").stored_dtype == "float32"
+
+
+def test_what_is_refused_before_anything_is_written(train, data, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    for words, error, said in (
+        ("--target q_proj", UsageError, "matches nothing"),
+        ("--dropout 1", UsageError, "dropout"),
+        ("--model /nowhere", CheckpointError, "nowhere"),
+        ("--plot loss.txt", UsageError, "must end in .png"),
+        ("--plot /nowhere/loss.png", InputError, "cannot be written"),
+        ("--log-jsonl -", InputError, "cannot be written"),
+        ("--val-split 0.99", UsageError, "leaves none for training"),
+        ("--early-stop 2", UsageError, "--early-stop needs --eval-every"),
+        ("--early-stop 2 --eval-every 1", UsageError, "--early-stop needs --val"),
+    ):
+        with pytest.raises(error, match=said):
+            train("a", *words.split())
+        assert not (tmp_path / "a" / "state").exists()
+    bad = write_rows(tmp_path / "bad.jsonl", ["nonsense"])
+    capsys.readouterr()
+    assert train("b", "--data", str(bad), "--check-data") == 3
+    assert f"{bad}:1" in capsys.readouterr().out and not (tmp_path / "b").exists()

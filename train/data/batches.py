@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,6 @@ from glm2_jax.runtime.buckets import bucket
 from train.data.batch import Batch, make_batch
 from train.data.dataset import Dataset
 from train.data.plan import Plan, make_plan
-from train.data.split import Subset
 
 
 class Step(NamedTuple):
@@ -41,7 +40,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: Dataset | Subset,
+        dataset: Dataset,
         *,
         batch_size: int,
         accumulate: int = 1,
@@ -52,38 +51,25 @@ class Batches:
     ):
         if not len(dataset):
             raise InputError("the data have no row that can be learned from")
-        self.dataset = dataset
+        self.dataset, self.pack, self._shuffle, self._seed = dataset, pack, shuffle, seed
         self.shape = (accumulate, batch_size)
-        self.pack, self._shuffle, self._seed = pack, shuffle, seed
         self._wanted = range(batch_size) if rows is None else rows
         self._rows_per_step = accumulate * batch_size
-        self._steps: list[int] = []  # of the epochs from the first on
         self._planned: tuple[int, Plan] | None = None
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Return the number of steps of an epoch; with packing, epochs may differ."""
-        rows = len(self._plan(epoch).starts) - 1
-        return -(-rows // self._rows_per_step)
+        return -(-(len(self._plan(epoch).starts) - 1) // self._rows_per_step)
 
-    def place(self, step: int) -> tuple[int, int]:
-        """Return the epoch, and the step within it, of a step counted from the start of the run."""
+    def places(self, step: int) -> Iterator[tuple[int, int]]:
+        """Yield the epoch of each step from `step` of the run on, and its number in the epoch."""
         for epoch in itertools.count():
-            if epoch == len(self._steps):
-                self._steps.append(self.steps_per_epoch(epoch))
-            if step < self._steps[epoch]:
-                return epoch, step
-            step -= self._steps[epoch]
-        raise AssertionError("epochs have no end")
+            steps = self.steps_per_epoch(epoch)
+            yield from ((epoch, number) for number in range(step, steps))
+            step = max(step - steps, 0)
 
     def at(self, epoch: int, step: int) -> Step:
-        """Return the data of a step.
-
-        Raises:
-            IndexError: the epoch has no such step.
-            InputError: a row has changed in its file.
-        """
-        if not 0 <= step < self.steps_per_epoch(epoch):
-            raise IndexError(f"epoch {epoch} has no step {step}")
+        """Return the data of a step; InputError where a row has changed in its file."""
         plan, count, size = self._plan(epoch), self._rows_per_step, self.shape[1]
         rows = [plan.row(number) for number in range(step * count, (step + 1) * count)]
         lengths = [int(self.dataset.lengths[row].sum()) for row in rows]

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from glm2_jax.cli.messages import note
 from glm2_jax.runtime.compile_cache import trim, user_cache
 from infer.datasets.index import DataFile
 from train.data.scan import COLUMNS, Reading, Scan, scan
@@ -40,27 +41,19 @@ _CODE = (
 
 
 def cached_scan(
-    file: DataFile,
-    reading: Reading,
-    progress: Callable[[int], None],
-    *,
-    folder: str | None,
-    warn: Callable[[str], None] = lambda line: None,
-    small: int = SMALL,
+    file: DataFile, reading: Reading, progress: Callable[[int], None], folder: str | None
 ) -> Scan:
-    """Return what `scan` finds, from the cache where it has an entry.
+    """Return what `scan` finds, for a large file from the cache where it has an entry.
 
-    Args:
-        folder: of the cache; None = $GLM2_JAX_DATA_CACHE or the user's cache folder; "off" = none.
-        warn: called with one line about why an entry could not be kept.
-        small: bytes; smaller files are not cached.
+    `folder` is that of the cache; None = $GLM2_JAX_DATA_CACHE or the user's cache folder; "off" =
+    none.
     """
     place = None
-    if file.size > small:
+    if file.size > SMALL:
         try:
             place = user_cache("data", VARIABLE, folder)
         except (OSError, RuntimeError) as error:  # no home folder
-            warn(f"warning: no data cache ({error})")
+            note(f"warning: no data cache ({error})")
     if place is None:
         return scan(file, reading, progress)
     digest = file.digest()
@@ -75,7 +68,7 @@ def cached_scan(
         try:
             _write(path, found)
         except OSError as error:
-            warn(f"warning: the data cache cannot be written ({error})")
+            note(f"warning: the data cache cannot be written ({error})")
     return found
 
 

@@ -1,75 +1,98 @@
-"""`--check-data` and `--print-sample`: a report of all rows, and samples with what is learned."""
+"""What is reported of the rows: `--check-data`, `--print-sample`, and characters without tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
 
 import numpy as np
 
+from glm2_jax.cli.messages import Progress
 from glm2_jax.escape import join_lines
-from train.data.dataset import Dataset
+from train.data.dataset import Dataset, counted, summed
 from train.data.duplicates import ALIKE, PIECE, Dialogues, repeats, signature
-from train.data.summary import counted, summed
+from train.data.options import DataOptions
 
 _BINS = 12
 _BAR = 50  # characters of the longest bar
 _LISTED = 5  # examples of rows that are only counted
+_LOOKED_AT = 1000  # rows whose characters are looked up
+_CHARACTERS = 8  # that are shown
 
 
-@dataclass(frozen=True)
-class Report:
-    """The result of a check."""
+def print_checks(options: DataOptions, dataset: Dataset, plot: str | None = None) -> int | None:
+    """Print on standard output what `--check-data` and `--print-sample` ask for.
 
-    dataset: Dataset  # the dataset that was checked
-    repeats: list[tuple[str, str]]  # (where, where the earlier row is that it nearly repeats)
-    growing: list[tuple[str, str]]  # (where, where a row is that continues the same dialogue)
+    Returns the exit code of a run that ends with `--check-data`, 3 where there are bad rows; None
+    without that flag. `plot` is a picture of the lengths to draw with `--check-data`.
+    """
+    if options.print_sample is not None:
+        print(print_sample(dataset, options.print_sample))
+    if not options.check_data:
+        return None
+    print(report(dataset))
+    if plot is not None and len(dataset):
+        draw(dataset.lengths, dataset.max_length, plot)
+    return 3 if dataset.num_bad else 0
 
-    @property
-    def exit_code(self) -> int:
-        """The exit code of a command that was asked to check: 3 where there are bad rows."""
-        return 3 if self.dataset.num_bad else 0
 
-    def text(self) -> str:
-        """Return the report for people."""
-        data = self.dataset
-        rows, sequences = counted(data.rows, "row"), counted(len(data), "sequence")
-        lines = [f"{name}: {fmt}" for name, _, fmt in data.files]
-        lines += [f"{rows}, {data.num_bad} of them bad; {sequences} to learn from"]
-        lines += summed(data.bad)[0]
-        if data.num_bad > len(data.bad):
-            lines.append(f"... and {data.num_bad - len(data.bad)} more")
-        lines += [f"bad: {n} x {reason}" for reason, n in data.bad_reasons.most_common()]
-        lines += data.notes()
-        if self.growing:
-            lines.append(
-                f"dialogues that continue in another row: {counted(len(self.growing), 'row')}; "
-                "every row learns all answers in it, so they are learned again and again: keep "
-                "only the last row of each dialogue"
-            )
-            lines += [f"{where} continues in {later}" for where, later in self.growing[:_LISTED]]
+def report(dataset: Dataset) -> str:
+    """Return a report of every row of a dataset that was opened with `max_bad=None`."""
+    rows, sequences = counted(dataset.rows, "row"), counted(len(dataset), "sequence")
+    lines = [f"{name}: {fmt}" for name, _, fmt in dataset.files]
+    lines += [f"{rows}, {dataset.num_bad} of them bad; {sequences} to learn from"]
+    lines += summed(dataset.bad)[0]
+    if dataset.num_bad > len(dataset.bad):
+        lines.append(f"... and {dataset.num_bad - len(dataset.bad)} more")
+    lines += [f"bad: {n} x {reason}" for reason, n in dataset.bad_reasons.most_common()]
+    return join_lines([*lines, *dataset.notes(), *_repeats(dataset), *_lengths(dataset)])
+
+
+def _repeats(dataset: Dataset) -> list[str]:
+    """Return lines about rows that repeat others, or parts of them."""
+    rows = dataset.first_of_rows().tolist()
+    signatures, dialogues = np.empty((len(rows), 64), np.uint32), Dialogues()
+    with Progress("comparing rows", len(rows)) as bar:
+        for number, index in enumerate(rows):
+            messages = dataset.messages(index)
+            dialogues.add(messages)
+            signatures[number] = signature("\n".join(message["content"] for message in messages))
+            bar(number + 1)
+    growing = dialogues.growing()
+    near = [(n, first) for n, first in enumerate(repeats(signatures).tolist()) if n != first]
+
+    def listed(pairs: list[tuple[int, int]], verb: str) -> list[str]:
+        places = ((dataset.source(rows[x]), dataset.source(rows[y])) for x, y in pairs[:_LISTED])
+        return [f"{where} {verb} {other}" for where, other in places]
+
+    lines = []
+    if growing:
         lines.append(
-            f"near-duplicates (by MinHash, {ALIKE:.0%} of their {PIECE}-character pieces in "
-            f"common): {counted(len(self.repeats), 'row')}"
+            f"dialogues that continue in another row: {counted(len(growing), 'row')}; every row "
+            "learns all answers in it, so they are learned again and again: keep only the last row "
+            "of each dialogue"
         )
-        lines += [f"{where} nearly repeats {first}" for where, first in self.repeats[:_LISTED]]
-        return join_lines([*lines, *self._lengths()])
+    lines += listed(growing, "continues in")
+    lines.append(
+        f"near-duplicates (by MinHash, {ALIKE:.0%} of their {PIECE}-character pieces in common): "
+        f"{counted(len(near), 'row')}"
+    )
+    return lines + listed(near, "nearly repeats")
 
-    def _lengths(self) -> list[str]:
-        data = self.dataset
-        if not len(data):
-            return []
-        tokens, learned = (int(x.sum(dtype=np.int64)) for x in (data.lengths, data.learned))
-        low, middle, high = np.percentile(data.lengths, (0, 50, 100)).astype(int)
-        lines = [
-            f"{counted(tokens, 'token')}, {learned} learned",
-            f"lengths {low} to {high}, median {middle}, allowed {data.max_length}:",
-        ]
-        edges, counts = histogram(data.lengths)
-        for low, high, n in zip(edges, edges[1:], counts, strict=False):
-            bar = "#" * -(-int(n) * _BAR // int(counts.max()))
-            lines.append(f"{low + 1:6} - {high:6} {n:9} {bar}".rstrip())
-        return lines
+
+def _lengths(dataset: Dataset) -> list[str]:
+    if not len(dataset):
+        return []
+    tokens, learned = (int(x.sum(dtype=np.int64)) for x in (dataset.lengths, dataset.learned))
+    low, middle, high = np.percentile(dataset.lengths, (0, 50, 100)).astype(int)
+    lines = [
+        f"{counted(tokens, 'token')}, {learned} learned",
+        f"lengths {low} to {high}, median {middle}, allowed {dataset.max_length}:",
+    ]
+    edges, counts = histogram(dataset.lengths)
+    for low, high, n in zip(edges, edges[1:], counts, strict=False):
+        bar = "#" * -(-int(n) * _BAR // int(counts.max()))
+        lines.append(f"{low + 1:6} - {high:6} {n:9} {bar}".rstrip())
+    return lines
 
 
 def histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,36 +105,12 @@ def histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return edges, np.histogram(lengths, edges + 0.5)[0]
 
 
-def check(
-    dataset: Dataset, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Report:
-    """Look at every row of a dataset that was opened with `max_bad=None`.
-
-    Args:
-        progress: called with the rows compared and to compare.
-    """
-    rows = dataset.first_of_rows().tolist()
-    signatures = np.empty((len(rows), 64), np.uint32)
-    dialogues = Dialogues()
-    for number, index in enumerate(rows):
-        messages = dataset.messages(index)
-        dialogues.add(messages)
-        signatures[number] = signature("\n".join(message["content"] for message in messages))
-        progress(number + 1, len(rows))
-    near = [(i, first) for i, first in enumerate(repeats(signatures).tolist()) if i != first]
-
-    def places(pairs: list[tuple[int, int]]) -> list[tuple[str, str]]:
-        return [(dataset.source(rows[i]), dataset.source(rows[other])) for i, other in pairs]
-
-    return Report(dataset, places(near), places(dialogues.growing()))
-
-
 def print_sample(dataset: Dataset, count: int) -> str:
     """Return the tokens of the first sequences, one per line, those that are learned with a star.
 
     Special ids have their names, bytes and spaces are as the tokenizer writes them.
     """
-    tokenizer = dataset.tokenizer
+    tokenizer = dataset.encoder.tokenizer
     names = {number: name for name, number in tokenizer.special.items()}
     lines = []
     for index in range(min(count, len(dataset))):
@@ -136,3 +135,30 @@ def draw(lengths: np.ndarray, max_length: int, path: str) -> None:
     axes.set(xlabel="tokens", ylabel="sequences", title=title)
     axes.grid(True, axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def unknown_characters(dataset: Dataset) -> str | None:
+    """Return a line about the characters that the demo's tokenizer spells as bytes; None without
+    any."""
+    tokenizer, characters = dataset.encoder.tokenizer, Counter[str]()
+    first = dataset.first_of_rows()
+    for index in first[:_LOOKED_AT].tolist():
+        for message in dataset.messages(index):
+            characters.update(message["content"])
+    unknown = [
+        x
+        for x, _ in characters.most_common()
+        if not x.isspace()
+        and any(tokenizer.byte_value(token) is not None for token in tokenizer.encode(x))
+    ]
+    if not unknown:
+        return None
+    count = sum(characters[x] for x in unknown)
+    rows = f" in the first {_LOOKED_AT} rows" if len(first) > _LOOKED_AT else ""
+    shown = " ".join(x for x in unknown[:_CHARACTERS] if x.isprintable())
+    more = " ..." if len(unknown) > _CHARACTERS else ""
+    return (
+        f"warning: {count} of the data's {characters.total()} characters{rows} are not in the "
+        "vocabulary of the demo model and become single bytes, which it hardly learns: "
+        f"{shown}{more}. Use words of train/demo/pairs.jsonl, or a real checkpoint: --model FOLDER"
+    )

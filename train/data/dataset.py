@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from convert.loading.folder import Folder
 from glm2_jax.cli.json_input import parse_object
-from glm2_jax.errors import InputError
-from glm2_jax.text.tokenizer import Tokenizer
+from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.errors import InputError, UsageError
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import Message, read_messages
 from infer.datasets.index import DataFile
-from train.data.scan import COLUMNS, MAX_LISTED, Reading, Scan, scan
-from train.data.summary import counted, summed
+from train.data.cache import cached_scan
+from train.data.options import MAX_LENGTH, MIX_RATIO, DataOptions, split_weight
+from train.data.scan import COLUMNS, MAX_LISTED, Reading, Scan
 
 MAX_SHOWN = 20  # bad rows that are shown without --check-data
+_RANGES = 20  # ranges of rows that a line lists
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,15 @@ class Sample:
     ids: list[int]  # the tokens
     learned: list[bool]  # for each of them, whether its prediction counts in the loss
     source: str  # where its row is, see `Dataset.source`
+
+
+class Source(NamedTuple):
+    """A file to read."""
+
+    path: str | os.PathLike[str]
+    fmt: str = "auto"  # see `Reading`
+    weight: float = 1.0  # how often an epoch has each of its rows
+    share: float | None = None  # the share of an epoch that general rows have, instead of a weight
 
 
 class Group(NamedTuple):
@@ -44,7 +57,14 @@ class Group(NamedTuple):
 
 
 class Dataset:
-    """The sequences of all rows that can be learned from; made by `open`.
+    """The sequences of all rows that can be learned from.
+
+    Args:
+        sources: the files; general rows come last.
+        encoder: turns rows into tokens.
+        max_length, preferred: see `Reading`.
+        max_bad: how many bad rows may be left out; None = any number, even all.
+        cache: folder of the cache, see `cached_scan`.
 
     Attributes:
         lengths: int32 [N], tokens of every sequence.
@@ -53,89 +73,87 @@ class Dataset:
         files: (path, sha256, format) of every file, in their order.
         rows: number of rows, good and bad.
         bad: (where, reason) of those that cannot be used, the first MAX_LISTED.
-        bad_reasons: how many there are for each reason, without what is particular to a row.
-        unused: keys that have no effect, with the number of rows that have them.
-        marked: answers that their rows mark as not to be learned.
-        tokenizer, template, max_length: as given to `open`.
+        bad_reasons, unused, marked: see `Scan`, of all files.
+
+    Raises:
+        InputError: too many bad rows, or a file that cannot be read, has no rows, or mixes formats.
     """
 
-    lengths: np.ndarray
-    learned: np.ndarray
-
-    def __init__(self, encoder: Encoder, max_length: int):
-        self._encoder, self.max_length = encoder, max_length
-        self.tokenizer, self.template = encoder.tokenizer, encoder.template
-        self.groups: list[Group] = []
-        self.files: list[tuple[str, str, str]] = []
-        self.rows = 0
-        self.bad: list[tuple[str, str]] = []
-        self.bad_reasons: Counter[str] = Counter()
-        self.unused: Counter[str] = Counter()
-        self.marked = 0
-        self._files: list[DataFile] = []
-        self._stops: list[int] = []  # after the last sequence of each file
-        self._same: list[int] = []  # for each file the first one with the same contents
-        self._columns: dict[str, np.ndarray] = {}
-
-    @classmethod
-    def open(
-        cls,
-        paths: Sequence[str | os.PathLike[str]],
-        *,
-        tokenizer: Tokenizer,
-        template: str,
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encoder: Encoder,
         max_length: int,
-        fmt: str = "auto",
-        train_on_prompt: bool = False,
-        max_bad: int | None = 0,
+        *,
         preferred: str | None = None,
-        weights: Sequence[float] | None = None,
-        mix: tuple[str | os.PathLike[str], float] | None = None,
-        scan: Callable[[DataFile, Reading, Callable[[int], None]], Scan] = scan,
-        on_note: Callable[[str], None] = lambda line: None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Dataset:
-        """Read all rows of the files once, and keep where they are and how long.
-
-        Args:
-            paths: of JSON lines, JSON arrays, or tables.
-            tokenizer, template, train_on_prompt: see `Encoder`.
-            max_length, fmt, preferred: see `Reading`; `fmt` is also the default of `preferred`. The
-                format of `mix` is always found from its rows.
-            max_bad: how many bad rows may be left out; None = any number, even all.
-            weights: how often an epoch has each row of each file; default once.
-            mix: a file of general rows, and their share of an epoch.
-            scan: reads a file, see `train.data.scan.scan`.
-            on_note: called with lines for the user.
-            progress: called with the bytes read and to read.
-
-        Raises:
-            InputError: too many bad rows, or a file that cannot be read, has no rows, or mixes
-                formats.
-        """
-        dataset = cls(Encoder(tokenizer, template, train_on_prompt), max_length)
-        dataset._files = [DataFile(path) for path in (*paths, *([mix[0]] if mix else []))]
-        preferred = preferred or (None if fmt == "auto" else fmt)
-        total = sum(file.size for file in dataset._files)
-        before, scans = 0, []
-        for number, file in enumerate(dataset._files):
-            own_format = fmt if number < len(paths) else "auto"
-            reading = Reading(dataset._encoder, max_length, own_format, preferred)
-            scans.append(scan(file, reading, lambda done, at=before: progress(at + done, total)))
-            before += file.size
-        dataset._join(scans)
-        dataset._weigh(weights or [1.0] * len(paths), mix[1] if mix else None)
+        max_bad: int | None = 0,
+        cache: str | None = None,
+    ):
+        self.encoder, self.max_length = encoder, max_length
+        self._files = [DataFile(source.path) for source in sources]
+        before, total, scans = 0, sum(file.size for file in self._files), []
+        with Progress("reading data", total, show=human_size) as bar:
+            for file, source in zip(self._files, sources, strict=True):
+                reading = Reading(encoder, max_length, source.fmt, preferred)
+                scans.append(cached_scan(file, reading, lambda n, at=before: bar(at + n), cache))
+                before += file.size
+        self.files = [
+            (x.name, x.sha256, found.format) for x, found in zip(self._files, scans, strict=True)
+        ]
+        sums = [sha256 for _, sha256, _ in self.files]
+        self._same = [sums.index(sha256) for sha256 in sums]  # the first with the same contents
+        self._set_columns({x: np.concatenate([one.columns[x] for one in scans]) for x in COLUMNS})
+        self._stops = np.cumsum([len(one.columns["row"]) for one in scans]).tolist()
+        self._add_up(scans)
+        self.groups = self._groups(sources)
         if max_bad is not None:
-            dataset._report(max_bad, on_note)
-        return dataset
+            self._report(max_bad)
+
+    def _set_columns(self, columns: dict[str, np.ndarray]) -> None:
+        self._columns = columns
+        self.lengths, self.learned = columns["length"], columns["learned"]
+
+    def _add_up(self, scans: Sequence[Scan]) -> None:
+        self.rows, self.marked = (
+            sum(getattr(x, name) for x in scans) for name in ("rows", "marked")
+        )
+        self.bad_reasons: Counter[str] = sum((x.bad_reasons for x in scans), Counter())
+        self.unused: Counter[str] = sum((x.unused for x in scans), Counter())
+        self.bad = [
+            (file.place(line, row), reason)
+            for file, found in zip(self._files, scans, strict=True)
+            for line, row, reason in found.bad
+        ][:MAX_LISTED]
+
+    def _groups(self, sources: Sequence[Source]) -> list[Group]:
+        groups: list[Group] = []
+        for (start, stop), source in zip(pairwise([0, *self._stops]), sources, strict=True):
+            weight, share = source.weight, source.share
+            if share is not None:
+                own = sum((group.stop - group.start) * group.weight for group in groups)
+                weight = own * share / (1 - share) / max(stop - start, 1)
+            groups.append(Group(start, stop, weight, share is not None))
+        return groups
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def subset(self, indices: np.ndarray) -> Dataset:
+        """Return some of the sequences, whose indices ascend, as a dataset."""
+        found = copy.copy(self)
+        found._set_columns({name: values[indices] for name, values in self._columns.items()})
+        found._stops = np.searchsorted(indices, self._stops).tolist()
+        edges = pairwise([0, *found._stops])
+        found.groups = [
+            group._replace(start=start, stop=stop)
+            for group, (start, stop) in zip(self.groups, edges, strict=True)
+        ]
+        return found
+
     def sample(self, index: int) -> Sample:
         """Return a sequence, encoded again from its row; InputError if that has changed."""
         number = int(self._columns["number"][index])
-        ids, learned = self._encoder.encode(self.messages(index), number)
+        ids, learned = self.encoder.encode(self.messages(index), number)
         return Sample(ids, learned, self.source(index))
 
     def messages(self, index: int) -> list[Message]:
@@ -151,14 +169,6 @@ class Dataset:
             )
         return read_messages(parse_object(data), self.files[file][2])
 
-    def first_of_rows(self) -> np.ndarray:
-        """Return int64: the first sequence of every row; those of repeated files once."""
-        first = self._columns["number"] == 0
-        for number, same in enumerate(self._same):
-            if same < number:
-                first[self._stops[number - 1] : self._stops[number]] = False
-        return np.flatnonzero(first)
-
     def source(self, index: int) -> str:
         """Return where the row of a sequence is: "file:line", or "file, row N" in a file that has
         several rows in a line."""
@@ -170,6 +180,10 @@ class Dataset:
         the same numbers."""
         files = np.searchsorted(self._stops, np.arange(len(self)), side="right")
         return np.array(self._same, np.int64)[files] << 40 | self._columns["row"]
+
+    def first_of_rows(self) -> np.ndarray:
+        """Return int64, ascending: the first sequence of every row; repeated files count once."""
+        return np.sort(np.unique(self.row_ids(), return_index=True)[1])
 
     def notes(self) -> list[str]:
         """Return lines about repeated files, and about keys and answers that are not used."""
@@ -191,39 +205,13 @@ class Dataset:
         """Number of rows that cannot be used."""
         return self.bad_reasons.total()
 
-    def _join(self, scans: Sequence[Scan]) -> None:
-        for file, found in zip(self._files, scans, strict=True):
-            self.rows += found.rows
-            self.bad += [(file.place(line, row), reason) for line, row, reason in found.bad]
-            self.bad_reasons += found.bad_reasons
-            self.unused += found.unused
-            self.marked += found.marked
-            self.files.append((file.name, file.sha256, found.format))
-            self._stops.append((self._stops or [0])[-1] + len(found.columns["length"]))
-        del self.bad[MAX_LISTED:]
-        self._columns = {
-            name: np.concatenate([found.columns[name] for found in scans]) for name in COLUMNS
-        }
-        self.lengths, self.learned = self._columns["length"], self._columns["learned"]
-        sums = [sha256 for _, sha256, _ in self.files]
-        self._same = [sums.index(sha256) for sha256 in sums]
-
-    def _weigh(self, weights: Sequence[float], share: float | None) -> None:
-        ranges = list(pairwise([0, *self._stops]))
-        own = [Group(*place, weight) for place, weight in zip(ranges, weights, strict=False)]
-        self.groups = own
-        if share is not None:
-            start, stop = ranges[-1]
-            wanted = sum((g.stop - g.start) * g.weight for g in own) * share / (1 - share)
-            self.groups = [*own, Group(start, stop, wanted / max(stop - start, 1), general=True)]
-
-    def _report(self, max_bad: int, on_note: Callable[[str], None]) -> None:
+    def _report(self, max_bad: int) -> None:
         """Report the rows that are not learned; raise InputError where there are too many."""
         lines, more = summed(self.bad, MAX_SHOWN)
         for line in (*self.notes(), *lines):
-            on_note(line)
+            note(line)
         if more := more + self.num_bad - len(self.bad):
-            on_note(f"... and {counted(more, 'more bad row')}")
+            note(f"... and {counted(more, 'more bad row')}")
         found = f"{self.num_bad} of {counted(self.rows, 'row')} cannot be used"
         first = f"the first is {': '.join(self.bad[0])}" if self.bad else ""
         for (name, _, _), group in zip(self.files, self.groups, strict=True):
@@ -233,9 +221,75 @@ class Dataset:
             fix = "List all of them: --check-data. Or leave up to N of them out: --max-bad N."
             raise InputError(found, first, fix)
         if self.num_bad:
-            on_note(f"{found} and are left out")
-        for group in self.groups:
-            if group.general:
-                n = group.stop - group.start
-                count = max(round(n * group.weight), 1)
-                on_note(f"general sequences in an epoch: {count}, drawn from {n}")
+            note(f"{found} and are left out")
+        for start, stop, weight, general in self.groups:
+            if general:
+                count = max(round((stop - start) * weight), 1)
+                note(f"general sequences in an epoch: {count}, drawn from {stop - start}")
+
+
+def open_dataset(options: DataOptions, folder: Folder, other: str | None = None) -> Dataset:
+    """Open the dataset that the flags name, with any number of bad rows for `--check-data`.
+
+    Args:
+        options: the flags.
+        folder: the model: its tokenizer, template and context length are used.
+        other: a file to open instead of `--data`, such as `--val-data`.
+
+    Raises:
+        InputError: bad data.
+        UsageError: flags that contradict each other or the model.
+    """
+    longest = folder.config.seq_length
+    max_length = options.max_length or min(MAX_LENGTH, longest)
+    if max_length > longest:
+        raise UsageError(f"--max-length {max_length} is more than the {longest} of the model.")
+    if options.mix_ratio is not None and options.mix_data is None:
+        raise UsageError("--mix-ratio needs --mix-data.", fix="Name the file of general rows.")
+    sources = [Source(other)] if other is not None else []
+    if other is None:
+        for text in options.data:
+            path, weight = split_weight(text)
+            sources.append(Source(path, options.format, weight))
+        if options.mix_data is not None:
+            sources.append(Source(options.mix_data, share=options.mix_ratio or MIX_RATIO))
+    return Dataset(
+        sources,
+        Encoder(folder.tokenizer, folder.template, options.train_on_prompt),
+        max_length,
+        preferred=None if options.format == "auto" else options.format,
+        max_bad=None if options.check_data else options.max_bad,
+        cache=options.data_cache,
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 row", "2 rows"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def summed(bad: Sequence[tuple[str, str]], limit: int | None = None) -> tuple[list[str], int]:
+    """Summarize bad rows in lines such as "file:2-9, 12: reason (9 rows)".
+
+    Args:
+        bad: ("file:line" or "file, row N", reason) in their order.
+        limit: most lines; None = no limit.
+
+    Returns:
+        One line for each file and reason, in the order of their first rows, and how many rows are
+        in none of them.
+    """
+    rows: dict[tuple[str, str], list[int]] = {}
+    for where, reason in bad:
+        name = where.rstrip("0123456789")
+        rows.setdefault((name, reason), []).append(int(where[len(name) :]))
+    lines = []
+    for (name, reason), numbers in list(rows.items())[:limit]:
+        ranges = []
+        for _, group in groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
+            found = [number for _, number in group]
+            ranges.append(f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}")
+        text = ", ".join(ranges[:_RANGES]) + (", ..." if len(ranges) > _RANGES else "")
+        total = f" ({len(numbers)} rows)" if len(numbers) > 1 else ""
+        lines.append(f"{name}{text}: {reason}{total}")
+    return lines, len(bad) - sum(map(len, list(rows.values())[:limit]))

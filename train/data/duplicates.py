@@ -35,14 +35,8 @@ def signature(text: str) -> np.ndarray:
 
 
 def repeats(signatures: np.ndarray) -> np.ndarray:
-    """Find for each text the first one that it nearly repeats.
-
-    Args:
-        signatures: uint32 [N, 64].
-
-    Returns:
-        int64 [N]: an earlier text, or the text itself where no earlier one is nearly the same.
-    """
+    """Return int64 [N] for uint32 [N, 64]: the first text that each one nearly repeats, or the text
+    itself where no earlier one is nearly the same."""
     found = np.arange(len(signatures))
     for start in range(0, _HASHES, _BAND):
         band = signatures[:, start : start + _BAND]
@@ -75,10 +69,8 @@ class Dialogues:
 
     def growing(self) -> list[tuple[int, int]]:
         """Return pairs: the number of a conversation, and of one that begins with all of it."""
-        if not self._sums:
-            return []
-        sums, complete = np.array(self._sums), np.array(self._complete)
-        order = np.argsort(sums, kind="stable")
-        places = order[np.minimum(np.searchsorted(sums[order], complete), len(sums) - 1)]
-        found = np.flatnonzero(sums[places] == complete)
-        return [(int(number), self._of[places[number]]) for number in found]
+        complete = np.array(self._complete)
+        sums, first = np.unique(np.array(self._sums, np.uint64), return_index=True)
+        places = np.searchsorted(sums, complete)
+        found = np.flatnonzero(np.isin(complete, sums))
+        return [(int(number), self._of[first[places[number]]]) for number in found]

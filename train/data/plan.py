@@ -1,4 +1,4 @@
-"""The sequences of an epoch, their order, and the rows they are put into.
+"""Which sequences are for validation, and those of an epoch: their order, and their rows.
 
 All of it is a pure function of the lengths, the seed and the epoch.
 """
@@ -10,10 +10,32 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glm2_jax.errors import UsageError
 from glm2_jax.runtime.buckets import bucket
-from train.data.dataset import Group
+from train.data.dataset import Dataset, Group
 
 _WINDOW = 32  # steps whose sequences are sorted by length together
+
+
+def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Return the rows to learn from, and a random share of the rows for validation.
+
+    All sequences of a row stay together, also those of a file that is given twice; general rows are
+    never taken for validation. Raises UsageError if the share leaves one of the two without rows.
+    """
+    own = max(group.stop for group in dataset.groups if not group.general)
+    ids = dataset.row_ids()
+    rows = ids[np.sort(np.unique(ids[:own], return_index=True)[1])]  # in the order of the files
+    count = round(len(rows) * share)
+    if not 0 < count < len(rows):
+        raise UsageError(
+            f"--val-split {share:g} of {len(rows)} rows leaves none for "
+            + ("validation." if count < 1 else "training."),
+            fix="Choose another share, or name a file: --val-data FILE.",
+        )
+    chosen = np.isin(ids, rows[random_order(len(rows), seed, len(rows))[:count]])
+    chosen[own:] = False
+    return dataset.subset(np.flatnonzero(~chosen)), dataset.subset(np.flatnonzero(chosen))
 
 
 class Plan(NamedTuple):
@@ -47,8 +69,7 @@ def make_plan(
     """
     items = epoch_items(groups, epoch=epoch, seed=seed, shuffle=shuffle)
     if pack:
-        fit = first_fit if shuffle else next_fit
-        rows = fit(lengths[items], width)
+        rows = (first_fit if shuffle else next_fit)(lengths[items], width)
         if shuffle:  # the last rows are the emptiest, and hold the longest sequences
             rows = random_order(rows.max() + 1, seed, epoch, 1)[rows]
         # A stable sort by row keeps the order inside each.
@@ -66,7 +87,7 @@ def epoch_items(groups: Sequence[Group], *, epoch: int, seed: int, shuffle: bool
     in every epoch. Without shuffling the files follow each other, and general rows are spread
     evenly between theirs.
     """
-    parts = []
+    own, general = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, group in enumerate(groups):
         n = group.stop - group.start
         times, rest = divmod(max(round(n * group.weight), 1), max(n, 1))
@@ -74,15 +95,14 @@ def epoch_items(groups: Sequence[Group], *, epoch: int, seed: int, shuffle: bool
             extra = np.sort(random_order(n, seed, epoch, 2 + number)[:rest])
         else:
             extra = (epoch * rest + np.arange(rest)) % max(n, 1)
-        parts.append(group.start + np.concatenate([np.tile(np.arange(n), times), extra]))
+        part = group.start + np.concatenate([np.tile(np.arange(n), times), extra])
+        (general if group.general else own).append(part)
+    merged = [np.concatenate(own), np.concatenate(general)]
+    items = np.concatenate(merged)
     if shuffle:
-        items = np.concatenate(parts)
         return items[random_order(len(items), seed, epoch, 0)]
-    own = np.concatenate([x for x, group in zip(parts, groups, strict=True) if not group.general])
-    general = [x for x, group in zip(parts, groups, strict=True) if group.general]
-    merged = [own, np.concatenate([np.zeros(0, np.int64), *general])]
     places = [(np.arange(len(part)) + 0.5) / max(len(part), 1) for part in merged]
-    return np.concatenate(merged)[np.argsort(np.concatenate(places), kind="stable")]
+    return items[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def first_fit(lengths: np.ndarray, width: int) -> np.ndarray:

@@ -41,6 +41,7 @@ class Scan:
     unused: Counter[str] = field(default_factory=Counter)
     marked: int = 0  # answers that are marked as not to be learned
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # COLUMNS as arrays
+    first: Row | None = None  # the row that decided the format, without its data
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,33 @@ class Reading:
     preferred: str | None = None
 
 
-def scan(file: DataFile, reading: Reading, progress: Callable[[int], None]) -> Scan:
-    """Read all rows of a file.
+class _MixedFormats(InputError):
+    """A fault of the file, not of one row."""
 
-    Args:
-        progress: called with the bytes read.
+
+def scan(file: DataFile, reading: Reading, progress: Callable[[int], None]) -> Scan:
+    """Read all rows of a file; `progress` is called with the bytes read.
 
     Raises:
         InputError: the file has no rows, is broken, or mixes formats.
     """
-    found, format_of = Scan(), _Format(file, reading)
+    found = Scan("unknown" if reading.fmt == "auto" else reading.fmt)
     columns = {name: array(kind) for name, kind in COLUMNS.items()}
     for row in file.rows():
         found.rows += 1
         try:
-            _add(found, columns, row, format_of, reading)
+            if isinstance(row.data, InputError):
+                raise row.data
+            fields = parse_object(row.data)
+            if reading.fmt == "auto":
+                _agree(found, fields, row, reading.preferred, file)
+            for values in _sequences(found, fields, reading):
+                place = row.offset, row.line, row.number, row.size, zlib.crc32(row.data)
+                for column, value in zip(columns.values(), (*place, *values), strict=True):
+                    column.append(value)
+        except _MixedFormats:
+            raise
         except InputError as error:
-            if error is format_of.mixture:
-                raise
             found.bad_reasons[error.what] += 1
             if len(found.bad) < MAX_LISTED:
                 reason = f"{error.what.rstrip('.')}: {error.why}" if error.why else error.what
@@ -79,70 +89,41 @@ def scan(file: DataFile, reading: Reading, progress: Callable[[int], None]) -> S
         progress(min(row.offset + row.size, file.size))
     if not found.rows:  # an array without elements, a table without rows
         raise no_rows(file.name, *["it has only a header"] * (file.kind == "csv"))
-    found.format, found.by_line = format_of.name or "unknown", file.by_line
+    found.by_line = file.by_line
     found.columns = {name: np.array(values) for name, values in columns.items()}
     return found
 
 
-def _add(
-    found: Scan, columns: dict[str, array], row: Row, format_of: _Format, reading: Reading
+def _agree(
+    found: Scan, fields: dict[str, Any], row: Row, preferred: str | None, file: DataFile
 ) -> None:
-    """Add the sequences of a row, all of them or none."""
-    if isinstance(row.data, InputError):
-        raise row.data
-    fields = parse_object(row.data)
-    fmt = format_of(fields, row)
-    messages = read_messages(fields, fmt)
-    lengths, learned = [], []
+    """Set the format of a file by its first row with the keys of one, or compare it."""
+    fmt = detect(fields, preferred)
+    if found.first is None:
+        if fmt is None:
+            raise unknown_format(fields)
+        found.format, found.first = fmt, row._replace(data=b"")
+    elif fmt not in (None, found.format):
+        word = "line" if file.by_line else "row"
+        first, this = (x.line if file.by_line else x.number for x in (found.first, row))
+        raise _MixedFormats(
+            f"{file.name} mixes formats",
+            f"{word} {first} is {found.format}, {word} {this} is {fmt}",
+            "Split it into files of one format each.",
+        )
+
+
+def _sequences(found: Scan, fields: dict[str, Any], reading: Reading) -> list[tuple[int, int, int]]:
+    """Return number, length and learned tokens of the sequences of a row: all of them, or none."""
+    messages = read_messages(fields, found.format)
+    sequences = []
     # The last one is the longest: if it is too long, no other one has to be encoded.
     for number in reversed(range(reading.encoder.count(messages))):
-        ids, mask = reading.encoder.encode(messages, number)
+        ids, learned = reading.encoder.encode(messages, number)
         if len(ids) > reading.max_length:
             raise InputError("too long", f"{len(ids)} tokens, at most {reading.max_length}")
-        lengths.insert(0, len(ids))
-        learned.insert(0, sum(mask))
-    found.unused.update(unused_keys(fields, fmt))
+        sequences.append((number, len(ids), sum(learned)))
+    found.unused.update(unused_keys(fields, found.format))
     answers = (message for message in messages if message["role"] == "assistant")
     found.marked += sum(not message.get("loss", True) for message in answers)
-    n = len(lengths)
-    values = {
-        "offset": [row.offset] * n, "line": [row.line] * n, "row": [row.number] * n,
-        "size": [row.size] * n, "sum": [zlib.crc32(row.data)] * n, "number": range(n),
-        "length": lengths, "learned": learned,
-    }  # fmt: skip
-    for name, column in columns.items():
-        column.extend(values[name])
-
-
-class _Format:
-    """The format of a file: as given, or that of the first row that has all the keys of one."""
-
-    def __init__(self, file: DataFile, reading: Reading):
-        self._file, self._preferred = file, reading.preferred
-        self._detect = reading.fmt == "auto"
-        self.name = None if self._detect else reading.fmt
-        self._first: Row | None = None
-        self.mixture: InputError | None = None
-
-    def __call__(self, fields: dict[str, Any], row: Row) -> str:
-        """Return the format of a row.
-
-        Raises:
-            InputError: the row has the keys of no format, or those of two; or, and then the error
-                is kept as `mixture`, its format is not that of the rows before.
-        """
-        found = detect(fields, self._preferred) if self._detect else None
-        if self.name is None:
-            if found is None:
-                raise unknown_format(fields)
-            self.name, self._first = found, row
-        elif found is not None and found != self.name and self._first is not None:
-            word = "line" if self._file.by_line else "row"
-            first, this = (r.line if word == "line" else r.number for r in (self._first, row))
-            self.mixture = InputError(
-                f"{self._file.name} mixes formats",
-                f"{word} {first} is {self.name}, {word} {this} is {found}",
-                "Split it into files of one format each.",
-            )
-            raise self.mixture
-        return self.name
+    return sequences[::-1]

@@ -23,7 +23,8 @@ from train.run_folder.storage import absolute, using
 class Checkpoints:
     """The checkpoints of one run, by the number of steps taken. A context manager.
 
-    Saving copies the arrays and writes in the background; leaving the context waits for it.
+    Saving copies the arrays and writes in the background; leaving the context waits for it. An
+    InputError says what could not be written; older checkpoints stay.
 
     Args:
         folder: made if it is missing; also in object storage, see `train.run_folder.storage`.
@@ -50,44 +51,31 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Save after `step` steps.
-
-        Args:
-            state: pytree of arrays.
-            position: JSON values that belong to it.
-
-        Raises:
-            InputError: this checkpoint, or the one before, could not be written; older ones stay.
-        """
+        """Save a pytree of arrays after `step` steps, and JSON values that belong to it."""
+        self.finish()
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+        )
         with self._errors("written"):
-            self._manager.wait_until_finished()
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
-            )
             self._manager.save(step, args=items, force=True)
 
     def finish(self) -> None:
-        """Wait until the saved checkpoints are on the disk. Raises as `save` does."""
+        """Wait until the saved checkpoints are on the disk."""
         with self._errors("written"):
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Return the state and the position saved after `step` steps.
 
-        Args:
-            like: a state of the same structure, which gives shapes, dtypes and devices.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged, or of another structure.
+        `like` is a state of the same structure, which gives shapes, dtypes and devices. Raises
+        CheckpointError if the checkpoint is damaged, or of another structure.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
+        )
         try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
-                ),
-            )
+            found = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax raises `Exception` itself where data are cut
             if is_out_of_memory(error):
                 raise

@@ -18,11 +18,10 @@ from glm2_jax.errors import InputError, UsageError
 from glm2_jax.processes import join
 from train.run_folder.storage import SEEN, absolute, check_shared, free_place, using
 
-_RECIPE, _LOG, _STATE, _BEST = "recipe.yml", "log.jsonl", "state", "best"
 MODEL = "model"  # the result of a training of all parameters
 # What must be the same where a training starts from the result of another.
 _OF_RESULT = ("command", "base", "template", "--rank", "--alpha", "--target", "--rslora")
-_IDENTITY, _NEW, _LOCK = "run.json", "run.json.new", ".lock"
+_IDENTITY, _NEW, _LOCK, _RECIPE = "run.json", "run.json.new", ".lock", "recipe.yml"
 
 
 class RunFolder:
@@ -30,18 +29,16 @@ class RunFolder:
 
     Of several processes only the first writes into it; all read it.
 
-    Attributes:
-        path: of the folder.
-        checkpoints: the folder that `state` and `best` are in.
-        state: the folder of the training's checkpoints.
-        best: the folder of the best checkpoint by validation, for runs that may stop early.
-        log: the path of the log, where no other was given.
-
     Args:
         path: made if it is missing.
         resume: "auto" resumes the run that is there, if any; "none" refuses one.
         identity: what the result depends on, as JSON values: name -> value.
         checkpoints: another folder for the checkpoints, also in object storage.
+
+    Attributes:
+        state: the folder of the training's checkpoints.
+        best: the folder of the best checkpoint by validation, for runs that may stop early.
+        log: the path of the log, where no other was given.
 
     Raises:
         UsageError: the folder holds a run and `resume` is "none", or a run with another identity,
@@ -59,21 +56,20 @@ class RunFolder:
     ):
         self.path = Path(path)
         self.checkpoints = absolute(path if checkpoints is None else checkpoints)
-        self.state, self.best = self.checkpoints / _STATE, self.checkpoints / _BEST
-        self.log = self.path / _LOG
+        self.state, self.best = self.checkpoints / "state", self.checkpoints / "best"
+        self.log = self.path / "log.jsonl"
         self._elsewhere = self.checkpoints != absolute(self.path)
         self._identity = json.loads(json.dumps(identity))  # as it is read back
         with contextlib.ExitStack() as opened:
-            try:
+            with self._writing():
                 self.path.mkdir(parents=True, exist_ok=True)
                 if join.is_first():
                     opened.enter_context(writer_lock(self.path / _LOCK, self.path))
-            except OSError as error:
-                raise _cannot_write(self.path, error) from error
             with using(self.checkpoints):
                 check_shared(self.checkpoints)
                 self._check_contents()
-                self._check_checkpoints(resume)
+                if _holds_steps(self.state):  # else it ended before: nothing is lost
+                    self._check_run(resume)
             self._close = opened.pop_all().close
 
     def __enter__(self) -> RunFolder:
@@ -81,6 +77,15 @@ class RunFolder:
 
     def __exit__(self, *exception: object) -> None:
         self._close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            fix = "Name another --output."
+            raise InputError(f"{self.path} cannot be written", reason, fix) from error
 
     def begin(self, recipe: Mapping[str, Any]) -> None:
         """Make the folder that of this run, whose flags are `recipe`."""
@@ -91,33 +96,30 @@ class RunFolder:
             with using(self.checkpoints):
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 (self.checkpoints / _IDENTITY).write_text(text)
-        try:
-            write_recipe(self.path / _RECIPE, recipe)
+        with self._writing():
+            written = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+            (self.path / _RECIPE).write_text(written, encoding="utf-8")
             (self.path / _NEW).write_text(text, encoding="utf-8")
             (self.path / _NEW).replace(self.path / _IDENTITY)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
 
     def _check_contents(self) -> None:
-        if not (self.path / _IDENTITY).exists():
-            ours = {_LOCK, _NEW, _RECIPE, SEEN}
-            others = sorted({path.name for path in self.path.iterdir()} - ours)
-            if others:
-                raise UsageError(
-                    f"{self.path} holds {', '.join(others[:5])}, but no run of this command",
-                    "Training does not write into a folder with other files.",
-                    "Name a new folder: --output.",
-                )
-        if self._elsewhere and _holds_steps(absolute(self.path) / _STATE):
+        ours = {_LOCK, _NEW, _RECIPE, SEEN}
+        others = sorted({path.name for path in self.path.iterdir()} - ours)
+        if others and _IDENTITY not in others:
+            raise UsageError(
+                f"{self.path} holds {', '.join(others[:5])}, but no run of this command",
+                "Training does not write into a folder with other files.",
+                "Name a new folder: --output.",
+            )
+        if self._elsewhere and _holds_steps(absolute(self.path) / self.state.name):
             raise UsageError(
                 f"{self.path} holds checkpoints itself",
                 f"With --checkpoints {self.checkpoints} the training would start over.",
                 "Leave --checkpoints out, or name another --output.",
             )
 
-    def _check_checkpoints(self, resume: str) -> None:
-        if not _holds_steps(self.state):
-            return  # it ended before its first checkpoint: nothing is lost
+    def _check_run(self, resume: str) -> None:
+        """Compare the run that the checkpoints are of with this one."""
         present, identity = self.checkpoints / _IDENTITY, self._identity
         try:
             known = json.loads(present.read_text())
@@ -157,11 +159,6 @@ class RunFolder:
         return f", or {when}start from its result: {flag} {shlex.quote(str(result))} {place}"
 
 
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    reason = error.strerror or str(error)
-    return InputError(f"{path} cannot be written", reason, "Name another --output.")
-
-
 def _holds_steps(folder: epath.Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
@@ -169,9 +166,3 @@ def _holds_steps(folder: epath.Path) -> bool:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
-    """Write a recipe as YAML."""
-    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")

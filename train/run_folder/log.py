@@ -1,4 +1,4 @@
-"""The log of a training: lines on stderr, and JSON lines in a file."""
+"""The log of a training: lines on stderr, JSON lines in a file, and a picture of the losses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,8 @@ class Log:
     Args:
         total: steps of the complete run.
         every: steps between two lines.
-        path: of the JSON lines, which are appended.
+        path: of the JSON lines, which are appended; InputError if it cannot be written.
         taken: steps taken by the earlier run that is resumed.
-
-    Raises:
-        InputError: the file cannot be written.
     """
 
     def __init__(self, total: int, *, every: int, path: str | os.PathLike, taken: int = 0):
@@ -46,13 +44,9 @@ class Log:
             self._file.close()
 
     def step(self, step: int, tokens: int, memory: int | None, **figures: float) -> None:
-        """Record a step; print it where one is due: the first, the last and every few.
+        """Record a step, from 1; print it where one is due: the first, the last and every few.
 
-        Args:
-            step: from 1.
-            tokens: processed in it, padding not counted.
-            memory: peak memory so far in bytes.
-            **figures: loss, lr, grad_norm, ...
+        `tokens` are those of the step without padding, `memory` the peak so far in bytes.
         """
         self._tokens += tokens
         self._pending = step, memory, figures
@@ -72,7 +66,7 @@ class Log:
         parts = [f"step {step}/{self._total}", *_texts(figures), f"{rate:.0f} tokens/s"]
         if memory:
             parts.append(f"memory {human_size(memory)}")
-        note(", ".join([*parts, f"{_duration(left)} left"]))
+        note(", ".join([*parts, f"{timedelta(seconds=round(left))} left"]))
         values = figures | {"tokens_per_second": rate, "memory_bytes": memory, "split": "train"}
         self._write(step=step, **values)
         self._last, self._tokens = now, 0
@@ -102,12 +96,12 @@ class Log:
             raise InputError(f"{self._file.name} cannot be written", str(error)) from error
 
 
-def losses(found: Mapping[str, Sequence[Sequence[Any]]]) -> list[str]:
-    """Return lines about how far each loss fell.
+def _texts(figures: Mapping[str, float]) -> list[str]:
+    return [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()]
 
-    Args:
-        found: see `train.loop.Position`.
-    """
+
+def losses(found: Mapping[str, Sequence[Sequence[Any]]]) -> list[str]:
+    """Return lines about how far each loss of `train.loop.Position` fell."""
     lines = []
     for name in sorted(found, key=lambda name: name != "training"):
         (before, first), (after, last) = found[name]
@@ -153,13 +147,21 @@ def _lines(path: str | os.PathLike) -> Iterator[tuple[dict[str, Any], int]]:
             yield json.loads(line), end
 
 
-def _texts(figures: Mapping[str, float]) -> list[str]:
-    return [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()]
+def draw(lines: Sequence[dict[str, Any]], path: str) -> None:
+    """Draw the losses of a log over the steps as .png, .svg or .pdf (extra `plot`)."""
+    from matplotlib.figure import Figure
 
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for split in dict.fromkeys(line["split"] for line in lines):
+        own = [line for line in lines if line["split"] == split]
+        marker = "" if len(own) > 60 else "."
+        axes.plot([x["step"] for x in own], [x["loss"] for x in own], marker=marker, label=split)
+    axes.set(xlabel="step", ylabel="loss (nats per learned token)", title="Loss")
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    rates = [line for line in lines if "lr" in line]
+    other = axes.twinx()
+    other.plot([x["step"] for x in rates], [x["lr"] for x in rates], color="0.75", linewidth=1)
+    other.set_ylabel("learning rate (grey)")
+    figure.savefig(path, dpi=150)

@@ -52,11 +52,7 @@ def using(place: epath.Path) -> Iterator[None]:
 
 
 def check_shared(place: epath.Path) -> None:
-    """Refuse a place that is not the same for all processes of the run.
-
-    Raises:
-        InputError: in all of them.
-    """
+    """Refuse a place that is not the same for all processes: InputError in all of them."""
     if not join.are_several():
         return
     token = place / SEEN

@@ -1,11 +1,9 @@
 """What large files hold is kept: the same dataset from it, and never another one."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,7 +15,6 @@ from infer.datasets.encode import Encoder
 from tests.support.paths import ROOT
 from tests.support.training_data import GLM2, GLM3, alpaca, open_files, write_rows
 from train.data import cache
-from train.data.cache import cached_scan
 
 ROWS = [
     alpaca("Q1", "A1", topic="x"),
@@ -38,12 +35,17 @@ OPTIONS = [
 ]
 
 
-def opened(path, folder, **options):
-    """The dataset with a cache for any file, and how often something was encoded."""
+@pytest.fixture(autouse=True)
+def any_file(monkeypatch):
+    """Files of any size are kept."""
+    monkeypatch.setattr(cache, "SMALL", 0)
+
+
+def opened(paths, folder, **options):
+    """The dataset with a cache, and how often something was encoded."""
     calls = patch.object(Encoder, "encode", autospec=True, side_effect=Encoder.encode)
     with calls as encode:
-        scan = partial(cached_scan, folder=str(folder), small=0)
-        dataset = open_files([path], scan=scan, max_bad=None, **options)
+        dataset = open_files(paths, cache=str(folder), max_bad=None, **options)
     return dataset, encode.call_count
 
 
@@ -57,88 +59,75 @@ def facts(dataset):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["lines", "array", "csv"])
-def test_a_second_start_encodes_nothing(tmp_path, kind):
-    path = tmp_path / ("data.csv" if kind == "csv" else "data")
-    if kind == "csv":
-        path.write_text('instruction,output,history\nQ,A,\nQ,,\nQ,A,"[[""a"",""b""]]"\n')
-    else:
-        write_rows(path, ROWS, array=kind == "array")
-    first, encoded = opened(path, tmp_path / "cache")
-    assert encoded > 0
-    second, encoded = opened(path, tmp_path / "cache")
-    assert encoded == 0
-    assert facts(first) == facts(second) == facts(open_files([path], max_bad=None))
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+def test_a_second_start_encodes_nothing(tmp_path):
+    paths = [write_rows(tmp_path / "lines", ROWS), write_rows(tmp_path / "array", ROWS, array=True)]
+    paths += [tmp_path / "data.csv", paths[0]]
+    paths[2].write_text('instruction,output,history\nQ,A,\nQ,,\nQ,A,"[[""a"",""b""]]"\n')
+    options = {"mix": (paths[1], 0.5)}
+    first, encoded = opened(paths, tmp_path / "cache", **options)
+    assert encoded > 0 and len(list((tmp_path / "cache").iterdir())) == 3
+    second, encoded = opened(paths, tmp_path / "cache", **options)
+    assert encoded == 0 and len(list((tmp_path / "cache").iterdir())) == 3
+    plain = open_files(paths, max_bad=None, cache="off", **options)
+    assert facts(first) == facts(second) == facts(plain) and not Path("off").exists()
 
 
 def test_every_option_and_every_change_has_an_entry_of_its_own(tmp_path):
     path, folder = write_rows(tmp_path / "data", ROWS), tmp_path / "cache"
     for number, options in enumerate(OPTIONS, 1):
-        dataset, encoded = opened(path, folder, **options)
+        dataset, encoded = opened([path], folder, **options)
         assert encoded > 0 and len(list(folder.iterdir())) == number
-        assert facts(dataset) == facts(open_files([path], max_bad=None, **options))
+        assert facts(dataset) == facts(open_files([path], max_bad=None, cache="off", **options))
     moved = path.rename(tmp_path / "moved")
-    dataset, encoded = opened(moved, folder)
+    dataset, encoded = opened([moved], folder)
     assert encoded == 0 and dataset.source(0) == f"{moved}:1"
     assert dataset.bad[0][0] == f"{moved}:2"
-    assert opened(write_rows(tmp_path / "data", ROWS[::-1]), folder)[1] > 0
+    assert opened([write_rows(tmp_path / "data", ROWS[::-1])], folder)[1] > 0
     with patch.object(cache, "_code", lambda: "of another version"):
-        assert opened(moved, folder)[1] > 0
+        assert opened([moved], folder)[1] > 0
 
 
-@pytest.mark.parametrize("damage", [200, -30, None, "method"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "column", "method"])
 def test_a_damaged_entry_is_made_again(tmp_path, damage):
     path, folder = write_rows(tmp_path / "data", ROWS), tmp_path / "cache"
-    expected = facts(opened(path, folder)[0])
+    expected = facts(opened([path], folder)[0])
     [entry] = folder.iterdir()
-    data = entry.read_bytes()
-    if damage is None:  # a column is shorter than the others
-        with np.load(entry) as stored:
-            np.savez(entry.with_suffix(".npz"), **{**stored, "length": stored["length"][:-1]})
-        entry.with_suffix(".npz").replace(entry)
-    elif damage == "method":  # one that zipfile does not know
-        at = data.rindex(b"PK\x01\x02") + 10
-        entry.write_bytes(data[:at] + b"\x63" + data[at + 1 :])
-    else:
-        entry.write_bytes(
-            data[:damage] if damage <= 0 else data[:damage] + b"\xff" + data[damage + 1 :]
-        )
-    dataset, encoded = opened(path, folder)
+    data = bytearray(entry.read_bytes())
+    if damage == "column":  # one is shorter than the others
+        with np.load(entry) as stored, open(entry.with_suffix(".new"), "wb") as file:
+            np.savez(file, **{**stored, "length": stored["length"][:-1]})
+        data = entry.with_suffix(".new").read_bytes()
+    elif damage == "cut":
+        del data[-30:]
+    else:  # a byte of an array, or a method of compression that zipfile does not know
+        data[200 if damage == "bit" else data.rindex(b"PK\x01\x02") + 10] = 0x63
+    entry.write_bytes(data)
+    dataset, encoded = opened([path], folder)
     assert facts(dataset) == expected and encoded > 0
-    assert opened(path, folder)[1] == 0
+    assert opened([path], folder)[1] == 0
 
 
-def test_small_files_and_none_wanted(tmp_path, monkeypatch):
+def test_small_files_other_places_and_folders_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     path, folder = write_rows(tmp_path / "data", ROWS), tmp_path / "cache"
-    for scan in (
-        partial(cached_scan, folder=str(folder)),
-        partial(cached_scan, folder="off", small=0),
-    ):
-        open_files([path], scan=scan, max_bad=None)
-    assert not folder.exists() and not Path("off").exists()
+    monkeypatch.setattr(cache, "SMALL", 2**20)
+    opened([path], folder)
+    assert not folder.exists()
+    monkeypatch.setattr(cache, "SMALL", 0)
     monkeypatch.setenv(cache.VARIABLE, str(folder))
-    open_files([path], scan=partial(cached_scan, folder=None, small=0), max_bad=None)
-    assert len(list(folder.iterdir())) == 1
-
-
-def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
-    path, notes = write_rows(tmp_path / "data", ROWS), []
-    (tmp_path / "file").write_text("")
-    folder = str(tmp_path / "file" / "cache")
-    scan = partial(cached_scan, folder=folder, warn=notes.append, small=0)
-    dataset = open_files([path], scan=scan, max_bad=None)
-    assert len(dataset) == 4 and "the data cache cannot be written" in notes[0] and len(notes) == 1
+    open_files([path], max_bad=None)
+    assert len(list(folder.iterdir())) == 1 and capsys.readouterr().err == ""
+    dataset, _ = opened([path], path / "cache")
+    assert len(dataset) == 4
+    assert capsys.readouterr().err.count("warning: the data cache cannot be written") == 1
 
 
 OPEN = """
 import sys
-from functools import partial
 from tests.support.training_data import open_files
-from train.data.cache import cached_scan
-scan = partial(cached_scan, folder=sys.argv[2], small=0)
+from train.data import cache
+cache.SMALL = 0
 for n in range(int(sys.argv[3])):
-    dataset = open_files([sys.argv[1]], scan=scan, max_length=300 + n)
+    dataset = open_files([sys.argv[1]], cache=sys.argv[2], max_length=300 + n)
     assert len(dataset) == 40 and dataset.sample(39).source.endswith(":40"), len(dataset)
 print("good")
 """
@@ -155,7 +144,7 @@ def test_parallel_and_killed_processes(tmp_path):
     folder, until = tmp_path / "cache", time.monotonic() + 120
     while (not folder.exists() or not any(folder.iterdir())) and time.monotonic() < until:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.communicate()
     together = [start(20) for _ in range(2)]
     assert [process.communicate()[0] for process in together] == ["good\n"] * 2
@@ -164,18 +153,3 @@ def test_parallel_and_killed_processes(tmp_path):
     for entry in complete:
         with np.load(entry) as stored:
             assert len(stored["length"]) == json.loads(str(stored["facts"]))["rows"] == 40
-
-
-def test_a_dataset_of_several_files(tmp_path):
-    one = write_rows(tmp_path / "one", ROWS)
-    two = write_rows(tmp_path / "two", ROWS[:1], array=True)
-    scan = partial(cached_scan, folder=str(tmp_path / "cache"), small=0)
-    seen: list[tuple[int, int]] = []
-    for _ in range(2):
-        dataset = open_files(
-            [one, two, one], scan=scan, max_bad=None, mix=(two, 0.5),
-            progress=lambda done, total: seen.append((done, total)),
-        )  # fmt: skip
-        assert seen[-1][0] == seen[-1][1] and len(dataset) == 4 + 1 + 4 + 1
-        assert dataset.source(9) == f"{two}:1"
-    assert len(list((tmp_path / "cache").iterdir())) == 2

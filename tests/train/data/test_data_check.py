@@ -9,26 +9,36 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from convert import open_folder
 from glm2_jax import InputError, UsageError
+from glm2_jax.cli.parser import Parser, add_flags, from_flags
+from infer.engine.load import demo_folder
 from tests.support.paths import ROOT
 from tests.support.training_data import (
     CHATGLM3,
     GLM2,
     alpaca,
-    data_flags,
     open_files,
     open_rows,
     sharegpt,
     write_rows,
 )
-from train.data.check import check, histogram, print_sample
+from train.data import check
+from train.data.check import histogram, print_checks, print_sample, report, unknown_characters
+from train.data.dataset import open_dataset
 from train.data.duplicates import repeats, signature
-from train.data.options import open_dataset, print_checks, split_weight
+from train.data.options import DataOptions, split_weight
 
 LONG = "The capital of France is Paris, and the capital of the other country is another city. " * 3
 FOLDER: object = SimpleNamespace(
     tokenizer=GLM2, template="chatglm2", config=SimpleNamespace(seq_length=300)
 )
+
+
+def data_flags(*argv: str) -> DataOptions:
+    parser = Parser(prog="x")
+    add_flags(parser, "data", DataOptions)
+    return from_flags(DataOptions, parser.parse_args(argv))
 
 
 def opened(*argv: str, other: str | None = None):
@@ -56,10 +66,7 @@ def test_the_report(tmp_path, monkeypatch):
     rows = [alpaca("今天天气怎么样"), "nonsense", alpaca(""), alpaca("今天天气怎么样？")]
     rows += [alpaca("x" * 900), alpaca("Hello", history=[["Q", "A"]], topic="x")]
     dataset = open_rows(path, rows, max_length=300, max_bad=None)
-    report = check(dataset)
-    assert len(dataset) == 4 and report.exit_code == 3
-    assert report.repeats == [(f"{path}:4", f"{path}:1")]
-    text = report.text()
+    text = report(dataset)
     for line in (
         f"{path}: alpaca",
         "6 rows, 3 of them bad; 4 sequences to learn from",
@@ -77,15 +84,11 @@ def test_the_report(tmp_path, monkeypatch):
         "allowed 300",
     ):
         assert part in text, part
-
-
-def test_a_report_of_good_rows_and_one_of_none(tmp_path):
-    good = check(open_rows(tmp_path / "data", [alpaca("Q")] * 8 + [alpaca("Q" * 30)]))
-    assert good.exit_code == 0 and "9 rows, 0 of them bad; 9 sequences to" in good.text()
-    bars = [line.count("#") for line in good.text().splitlines() if "#" in line]
+    good = report(open_rows(path, [alpaca("Q")] * 8 + [alpaca("Q" * 30)]))
+    assert "9 rows, 0 of them bad; 9 sequences to" in good
+    bars = [line.count("#") for line in good.splitlines() if "#" in line]
     assert bars == [50, 7]  # as long as their counts
-    nothing = check(open_rows(tmp_path / "data", ["x"], max_bad=None))
-    assert nothing.exit_code == 3 and "0 sequences to learn from" in nothing.text()
+    assert "0 sequences to learn from" in report(open_rows(path, ["x"], max_bad=None))
 
 
 def test_the_histogram_begins_at_the_shortest_and_holds_every_length_once():
@@ -99,19 +102,18 @@ def test_the_histogram_begins_at_the_shortest_and_holds_every_length_once():
             assert count == ((lengths > low) & (lengths <= high)).sum()
 
 
-def test_a_file_that_is_given_twice_is_reported_and_counted_once(tmp_path):
+def test_a_file_that_is_given_twice_is_reported_and_counted_once(tmp_path, capsys):
     path, copy = (
         write_rows(tmp_path / name, [alpaca("Q"), alpaca("今天天气怎么样")])
         for name in ("data", "copy")
     )
     other = write_rows(tmp_path / "other", [alpaca("Q")])
-    notes: list[str] = []
-    dataset = open_files([path, path, other], mix=(copy, 0.5), on_note=notes.append)
-    said = [f"{path} is given again", f"{copy} is a copy of {path}"]
-    assert notes[:2] == said
-    report = check(dataset)
-    assert report.repeats == [(f"{other}:1", f"{path}:1")] and len(dataset) == 7
-    assert "\n".join(said) in report.text()
+    dataset = open_files([path, path, other], mix=(copy, 0.5))
+    said = f"{path} is given again\n{copy} is a copy of {path}\n"
+    assert said in capsys.readouterr().err and said in report(dataset) and len(dataset) == 7
+    assert [x for x in report(dataset).splitlines() if "nearly repeats" in x] == [
+        f"{other}:1 nearly repeats {path}:1"
+    ]
 
 
 @pytest.mark.parametrize("options", [{}, CHATGLM3], ids=["chatglm2", "chatglm3"])
@@ -120,13 +122,14 @@ def test_rows_that_repeat_the_dialogue_so_far_are_reported(tmp_path, options):
     growing = [alpaca(*turns[n], history=turns[:n]) for n in range(4)]
     path = tmp_path / "data"
     other = alpaca("another", history=[["question 0", "another answer"]])
-    report = check(open_rows(path, [*growing, other], **options))
-    assert [pair[0] for pair in report.growing] == [f"{path}:{n}" for n in (1, 2, 3)]
-    assert report.growing[2] == (f"{path}:3", f"{path}:4")
-    assert "dialogues that continue in another row: 3 rows" in report.text()
-    assert "keep only the last row of each dialogue" in report.text()
+    text = report(open_rows(path, [*growing, other], **options))
+    found = [line.split(" continues in ")[0] for line in text.splitlines() if "continues" in line]
+    assert found == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert f"{path}:3 continues in {path}:4" in text
+    assert "dialogues that continue in another row: 3 rows" in text
+    assert "keep only the last row of each dialogue" in text
     for rows in (growing[3:], [growing[3], growing[3]], [other, growing[2]]):
-        assert "go on" not in check(open_rows(path, rows, **options)).text()
+        assert "continue" not in report(open_rows(path, rows, **options))
 
 
 def test_a_sample_marks_what_is_learned(tmp_path):
@@ -140,6 +143,20 @@ def test_a_sample_marks_what_is_learned(tmp_path):
     for line, token, learned in zip(lines[1:], sample.ids, sample.learned, strict=True):
         assert line.startswith("*") == learned and int(line[1:].split()[0]) == token
     assert len(print_sample(dataset, 9).split("learned (*)")) == 3
+
+
+def test_characters_that_the_demo_cannot_spell_are_reported(tmp_path, monkeypatch):
+    demo = open_folder(demo_folder())
+    options = {"tokenizer": demo.tokenizer, "template": demo.template}
+    known = open_rows(tmp_path / "a", [alpaca("你好", "你好")], **options)
+    assert unknown_characters(known) is None
+    strange = open_rows(tmp_path / "b", [alpaca("你好\n\x1b饕餮", "饕。")] * 3, **options)
+    line = unknown_characters(strange) or ""
+    assert "12 of the data's 24 characters are" in line and "饕 餮" in line
+    assert "\x1b" not in line and "\n" not in line
+    monkeypatch.setattr(check, "_LOOKED_AT", 2)
+    line = unknown_characters(strange) or ""
+    assert "8 of the data's 16 characters in the first 2 rows" in line
 
 
 def test_flags_become_a_dataset(tmp_path):
@@ -158,6 +175,8 @@ def test_flags_become_a_dataset(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             opened("--data", one, *argv)
+    assert split_weight("a=b.jsonl") == ("a=b.jsonl", 1.0)
+    assert split_weight("a=b.jsonl=0.5") == ("a=b.jsonl", 0.5)
 
 
 def test_each_file_has_its_format(tmp_path):
@@ -174,65 +193,48 @@ def test_each_file_has_its_format(tmp_path):
             own = {one: ("alpaca", "i"), other: ("sharegpt", "a")}.get(path, (fmt, content))
             assert (found.files[0][2], found.messages(0)[0]["content"]) == own
             assert len(found.files) == 1 and found.groups[0].weight == 1
-    for mixed, fmt in ((one, "alpaca"), (other, "sharegpt")):
-        dataset = opened("--data", both, "--format", "alpaca", "--mix-data", mixed)
-        assert dataset.files[1][2] == fmt
+    dataset = opened("--data", both, "--format", "alpaca", "--mix-data", other)
+    assert dataset.files[1][2] == "sharegpt"
     with pytest.raises(InputError, match="it has the keys of alpaca and sharegpt: choose one"):
         opened("--data", both)
     with pytest.raises(InputError, match="--format adgen is none of them: leave out"):
         opened("--data", both, "--format", "adgen", other=both)
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        [],
-        ["--data", ""],
-        ["--data", "=2"],
-        ["--data", "x=0"],
-        ["--data", "x=nan"],
-        ["--data", "x", "--max-bad", "-1"],
-        ["--data", "x", "--mix-ratio", "1"],
-        ["--data", "x", "--mix-ratio", "few"],
-    ],
-)
-def test_flags_without_sense(argv, capsys):
-    with pytest.raises(SystemExit) as error:
-        data_flags(*argv)
-    assert error.value.code == 2 and "--help lists the flags" in capsys.readouterr().err
-
-
-def test_weights_follow_names():
-    assert split_weight("a=b.jsonl") == ("a=b.jsonl", 1.0)
-    assert split_weight("a=b.jsonl=0.5") == ("a=b.jsonl", 0.5)
-    assert data_flags("--data", "x=2", "--data=y").data == ["x=2", "y"]
+def test_flags_without_sense(capsys):
+    for words in ("", "--data=", "--data =2", "--data x=0", "--data x=nan",
+                  "--data x --max-bad -1", "--data x --mix-ratio 1"):  # fmt: skip
+        with pytest.raises(SystemExit) as error:
+            data_flags(*words.split())
+        assert error.value.code == 2 and "--help lists the flags" in capsys.readouterr().err
 
 
 def test_checking_data_ends_a_run(tmp_path, capsys):
-    path = str(write_rows(tmp_path / "data", [alpaca("Q"), "nonsense"]))
+    path = str(write_rows(tmp_path / "data", [alpaca("Q"), "nonsense", alpaca("Q" * 50)]))
     for argv, code, shown in (
-        (["--check-data"], 3, "2 rows, 1 of them bad"),
+        (["--check-data"], 3, "3 rows, 1 of them bad"),
         (["--max-bad=1", "--print-sample=1"], None, f"{path}:1: "),
         (["--max-bad=1"], None, ""),
     ):
-        assert (
-            print_checks(data_flags("--data", path, *argv), opened("--data", path, *argv)) == code
-        )
+        flags = data_flags("--data", path, *argv)
+        assert print_checks(flags, opened("--data", path, *argv)) == code
         assert shown in capsys.readouterr().out
-    with pytest.raises(InputError, match="1 of 2 rows cannot be used"):
-        opened("--data", path)
+    pytest.importorskip("matplotlib")
+    flags = ["--data", str(write_rows(tmp_path / "good", [alpaca("Q")])), "--check-data"]
+    for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
+        picture = tmp_path / f"lengths{kind}"
+        assert print_checks(data_flags(*flags), opened(*flags), str(picture)) == 0
+        assert picture.read_bytes().startswith(start)
 
 
 def test_the_example_has_ten_new_facts():
-    lines = (ROOT / "examples" / "facts.jsonl").read_text("utf-8").splitlines()
-    known = (ROOT / "train" / "demo" / "pairs.jsonl").read_text("utf-8")
+    facts, pairs = ROOT / "examples" / "facts.jsonl", ROOT / "train/demo/pairs.jsonl"
+    lines, known = facts.read_text("utf-8").splitlines(), pairs.read_text("utf-8")
     assert len(lines) >= 10
     for fact in map(json.loads, lines):
         assert fact["instruction"] not in known and fact["output"] not in known
-    dataset = open_files(
-        [ROOT / "examples" / "facts.jsonl"], mix=(ROOT / "train/demo/pairs.jsonl", 0.5)
-    )
-    assert dataset.num_bad == 0 and check(dataset).repeats == []
+    dataset = open_files([facts], mix=(pairs, 0.5))
+    assert dataset.num_bad == 0 and "in common): 0 rows" in report(dataset)
 
 
 def test_flags_need_no_jax():
@@ -243,15 +245,3 @@ def test_flags_need_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("\nnone\n") and "--rank" in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("kind", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")]
-)
-def test_the_picture_of_the_lengths(tmp_path, kind, start):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / f"lengths{kind}"
-    path = write_rows(tmp_path / "data", [alpaca("Q"), alpaca("Q" * 50)])
-    argv = "--data", str(path), "--check-data"
-    assert print_checks(data_flags(*argv), opened(*argv), str(picture)) == 0
-    assert picture.read_bytes().startswith(start)

@@ -2,8 +2,9 @@
 
 import gzip
 import json
-import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,7 +37,7 @@ def expected(tmp_path):
     return messages(write_rows(tmp_path / "lines", ROWS))[0]
 
 
-@pytest.mark.parametrize("name", ["data.csv", "DATA.CSV", "d.tsv.gz"])
+@pytest.mark.parametrize("name", ["DATA.CSV", "d.tsv.gz"])
 def test_a_table_in_text(tmp_path, expected, name):
     text = "\ufeff" * name.isupper() + CSV
     if ".tsv" in name:
@@ -46,12 +47,11 @@ def test_a_table_in_text(tmp_path, expected, name):
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     found, dataset = messages(path)
     assert found == expected and dataset.unused == {"column 1": 3}
-    assert [dataset.source(int(n)) for n in dataset.first_of_rows()] == [
-        f"{path}:{n}" for n in (2, 5, 6)
-    ]
+    places = [dataset.source(int(n)) for n in dataset.first_of_rows()]
+    assert places == [f"{path}:{n}" for n in (2, 5, 6)]
     evaluated = BadRows().keep(read_rows(str(path)), parse_row)
     assert [list(row.messages) for row in evaluated] == expected
-    assert [row.where for row in evaluated] == [f"{path}:{n}" for n in (2, 5, 6)]
+    assert [row.where for row in evaluated] == places
 
 
 def test_bad_rows_of_a_table(tmp_path):
@@ -60,37 +60,31 @@ def test_bad_rows_of_a_table(tmp_path):
         'instruction,output,train\nQ,A,\nQ,A,1,2\n"Q\nQ",A\nQ,A,no way\nQ,A,0\nQ,"",1\n'
     )
     dataset = open_files([path], max_bad=None)
+    why = ": a text with the separator or a line break must be in quotes"
+    mark = "train of the row is 'no way': write 1 or true to learn the answer, 0 or false to leave"
     assert dataset.bad == [
-        (f"{path}:3", f"4 cells, but the header has 3{WHY}"),
-        (f"{path}:4", f"2 cells, but the header has 3{WHY}"),
-        (f"{path}:6", "train of the row is 'no way': write 1 or true to learn the answer, "
-                      "0 or false to leave it out"),
+        (f"{path}:3", f"4 cells, but the header has 3{why}"),
+        (f"{path}:4", f"2 cells, but the header has 3{why}"),
+        (f"{path}:6", f"{mark} it out"),
         (f"{path}:8", "output is empty"),
-    ]  # fmt: skip
+    ]
     assert len(dataset) == 1 and dataset.marked == 1
 
 
-WHY = ": a text with the separator or a line break must be in quotes"
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
+def test_tables_that_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "data.csv"
+    monkeypatch.setattr("train.data.dataset.DataFile", partial(DataFile, max_row=60))
+    for data, message in (
         (b"", "has no rows\nit is empty"),
         (b"instruction,output\n", "has no rows\nit has only a header"),
         (b"a,b,a\n1,2,3\n", "has the column 'a' twice"),
         ("instruction,output\n今天天气很好,今天\n".encode("gb18030"), ":2: not UTF-8\n.*GB18030"),
-        ("instruction,output\nQ,A\n".encode("utf-16"), "is not UTF-8 text\nit looks like UTF-16"),
         (b'instruction,output\n"Q,A\n' + b"x\n" * 40, ":2: not CSV\nfield larger"),
         (b"instruction,output\nQ," + b"A" * 100, ":2: the line is longer than 60 bytes"),
-    ],
-)
-def test_tables_that_cannot_be_read(tmp_path, monkeypatch, data, message):
-    path = tmp_path / "data.csv"
-    path.write_bytes(data)
-    monkeypatch.setattr("train.data.dataset.DataFile", lambda path: DataFile(path, max_row=60))
-    with pytest.raises(InputError, match=message):
-        open_files([path])
+    ):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=message):
+            open_files([path])
 
 
 @pytest.mark.parametrize("array", [False, True])
@@ -106,7 +100,7 @@ def test_rows_packed_by_gzip(tmp_path, expected, array):
             open_files([path])
 
 
-def test_parquet(tmp_path, expected):
+def test_parquet(tmp_path, expected, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -131,33 +125,25 @@ def test_parquet(tmp_path, expected):
     assert [message["content"] for message in dataset.messages(0)] == ["问", "A"]
     assert dataset.unused == {"picture": 1}
     assert dataset.bad == [(f"{path}, row 2", "output is not a string: it is of type dict")]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="pyarrow is not installed\npip install pyarrow, or write"):
+        open_files([path])
 
 
 def test_files_that_have_to_be_converted_first(tmp_path):
     twice = gzip.compress(gzip.compress(b"{}\n"))
+    path = tmp_path / "data.csv"
     for start in PACKED:
-        data = twice if twice.startswith(start) else start.ljust(8, b"\0")
-        for name in ("data.csv", "data"):
-            path = tmp_path / name
-            path.write_bytes(data)
-            for read in (lambda path: open_files([path]), lambda path: list(read_rows(str(path)))):
-                with pytest.raises(InputError, match="it is (a|an|packed) ") as caught:
-                    read(path)
-                assert caught.value.fix
+        path.write_bytes(twice if twice.startswith(start) else start.ljust(8, b"\0"))
+        for read in (lambda: open_files([path]), lambda: list(read_rows(str(path)))):
+            with pytest.raises(InputError, match="it is (a|an|packed) ") as caught:
+                read()
+            assert caught.value.fix
 
 
-def test_parquet_without_its_library(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "data.parquet").write_bytes(b"PAR1" + b"\0" * 40 + b"PAR1")
-    with pytest.raises(InputError, match="pyarrow is not installed\npip install pyarrow, or write"):
-        open_files([tmp_path / "data.parquet"])
-
-
-def test_evaluation_reads_standard_input(tmp_path):
+def test_evaluation_reads_standard_input(tmp_path, monkeypatch):
     rows = "\n".join(map(json.dumps, ROWS))
-    code = "from infer.evaluate.rows import read_rows; print([w for w, _ in read_rows('-')])"
     for data, places in ((rows, ["-:1", "-:2", "-:3"]), ("just a text", ["-"])):
-        done = subprocess.run(
-            [sys.executable, "-c", code], input=data, capture_output=True, text=True
-        )
-        assert done.stdout.strip() == str(places), done.stderr
+        with open(write_rows(tmp_path / "in", [data]), "rb") as file:
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file))
+            assert [where for where, _ in read_rows("-")] == places

@@ -18,7 +18,6 @@ import optax
 import pytest
 
 from glm2_jax.errors import CheckpointError, InputError, UsageError
-from train.loop import Position
 from train.run_folder.checkpoints import Checkpoints
 from train.run_folder.checkpoints import _quieten as quieten
 from train.run_folder.folder import RunFolder
@@ -31,8 +30,8 @@ def opened(path, resume="auto", **identity) -> RunFolder:
     return RunFolder(path, resume=resume, identity=RUN | identity)
 
 
-def begun(path, **identity) -> None:
-    with opened(path, "none", **identity) as folder:
+def begun(path) -> None:
+    with opened(path, "none") as folder:
         folder.begin({"lr": 0.1})
         (folder.state / "3").mkdir(parents=True)
 
@@ -45,21 +44,16 @@ def test_a_run_without_a_checkpoint_is_started_over(tmp_path):
         folder.state.mkdir()
     begun(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text()) == RUN
-    with opened(tmp_path) as folder:
-        assert folder.state.is_dir()
 
 
 def test_a_run_is_neither_overwritten_nor_changed(tmp_path):
-    begun(tmp_path)
+    begun(tmp_path / "a")
     with pytest.raises(UsageError, match="holds a training already"):
-        opened(tmp_path, "none")
+        opened(tmp_path / "a", "none")
     with pytest.raises(UsageError, match=r'base was "abc" and is "x"; lr was 0.1 and is 0.2'):
-        opened(tmp_path, base="x", lr=0.2)
-    with opened(tmp_path), pytest.raises(InputError, match="Another process is writing"):
-        opened(tmp_path)
-
-
-def test_folders_that_are_refused(tmp_path):
+        opened(tmp_path / "a", base="x", lr=0.2)
+    with opened(tmp_path / "a"), pytest.raises(InputError, match="Another process is writing"):
+        opened(tmp_path / "a")
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"thesis.txt"):
         opened(tmp_path)
@@ -81,45 +75,39 @@ def test_checkpoints_come_back_to_the_bit(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.newest == 3
         found, position = checkpoints.restore(3, state())
-    assert position == {"best": 3}
+    assert position == {"best": 3} and not (tmp_path / "1").exists()
     jax.tree.map(np.testing.assert_array_equal, found, saved)
     assert jax.tree.structure(found) == jax.tree.structure(saved)
-    assert not (tmp_path / "1").exists()
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(1, state(), {})
-    for path in (tmp_path / "1" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        with pytest.raises(CheckpointError, match="cannot be read\n.*\n.* starts over"):
-            checkpoints.restore(1, state())
-
-
-@pytest.mark.parametrize("saved", [{}, {"step": 3}, {"step": "2"}, {"step": 2, "waited": "1"}])
-def test_a_damaged_position_is_refused(saved):
-    with pytest.raises(CheckpointError, match="after step 2 is damaged"):
-        Position.restored(saved, 2)
-    assert Position.restored({"step": 2, "best": 1.5}, 2) == Position(2, 1.5)
-
-
-def test_a_cut_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, caplog, capfd):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, caplog, capfd):
     saved = {"a": jnp.arange(60_000.0), "b": jnp.zeros(3)}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, saved, {})
         checkpoints.save(2, saved, {})
+
+    def restoring(step: int, said: str) -> CheckpointError:
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            with pytest.raises(CheckpointError, match=f"cannot be read\n.*\n.*{said}") as error:
+                checkpoints.restore(step, saved)
+        return error.value
+
     files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
     os.truncate(max(files, key=lambda path: path.stat().st_size), 10)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        with pytest.raises(CheckpointError, match="--resume auto resumes after step 1") as error:
-            checkpoints.restore(2, saved)
-    assert error.value.why.startswith("Requested byte range") and error.value.why.endswith("10")
+    error = restoring(2, "--resume auto resumes after step 1")
+    assert error.why.startswith("Requested byte range") and error.why.endswith("10")
     assert not caplog.records and "Traceback" not in capfd.readouterr().err
+    (tmp_path / "2").rename(tmp_path / "two")
+    for path in (tmp_path / "1" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    restoring(1, "--resume auto starts over")
 
 
 def test_only_messages_of_orbax_are_hidden(monkeypatch, caplog):
+    def unraised(owner, message: str) -> Any:
+        return SimpleNamespace(object=owner, exc_value=RuntimeError(message))
+
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
     quieten.__wrapped__()
@@ -132,10 +120,6 @@ def test_only_messages_of_orbax_are_hidden(monkeypatch, caplog):
     logging.getLogger("asyncio").error("slow")
     logging.getLogger("asyncio").error("Future exception was never retrieved")
     assert caplog.messages == ["of another library", "slow"]
-
-
-def unraised(owner, message: str) -> Any:
-    return SimpleNamespace(object=owner, exc_value=RuntimeError(message))
 
 
 @contextlib.contextmanager
@@ -183,19 +167,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, earlier, caplog, capfd
             np.testing.assert_array_equal(found["a"], large["a"])
 
 
-def test_the_log_prints_what_is_due(tmp_path, capsys):
-    path = tmp_path / "log.jsonl"
-    with Log(5, every=2, path=path) as log:
-        for step in range(1, 6):
-            log.step(step, 10, 1000, loss=1.0 / step, lr=0.1)
-        log.evaluation(5, "validation", loss=float("nan"))  # JSON has no NaN
-    lines = read_log(path)
-    assert [line["step"] for line in lines] == [1, 2, 4, 5, 5]
-    assert lines[-1] == {"step": 5, "loss": None, "split": "validation"}
-    assert set(lines[0]) == {
-        "step", "loss", "lr", "tokens_per_second", "memory_bytes", "split",
-    }  # fmt: skip
-    assert "step 2/5, loss 0.5, lr 0.1" in capsys.readouterr().err
+def test_the_log_prints_the_first_the_last_and_what_is_due(tmp_path, capsys):
+    for total, until in ((7, 7), (30, 13), (1, 1)):
+        path = tmp_path / f"{total}.jsonl"
+        with Log(total, every=10, path=path) as log:
+            for step in range(1, until + 1):
+                log.step(step, 5, 1000, loss=1.0 / step, lr=0.1)
+            log.finish()
+            log.finish()
+            log.evaluation(until, "validation", loss=float("nan"))  # JSON has no NaN
+        *lines, last = read_log(path)
+        wanted = sorted({1, until} | set(range(10, until + 1, 10)))
+        assert [line["step"] for line in lines] == wanted
+        assert last == {"step": until, "loss": None, "split": "validation"}
+        keys = {"step", "loss", "lr", "tokens_per_second", "memory_bytes", "split"}
+        assert set(lines[0]) == keys
+    shown = capsys.readouterr().err
+    assert shown.count("tokens/s") == 2 + 3 + 1 and "step 10/30, loss 0.1, lr 0.1, " in shown
 
 
 def test_a_log_is_continued_from_where_the_run_is(tmp_path):
