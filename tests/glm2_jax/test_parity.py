@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.layouts.names import GLM, PUBLISHED
 from glm2_jax import GLMConfig, KVCache
+from tests.support.checkpoints import split
 from tests.support.shared_data import shared_path
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
@@ -16,34 +18,16 @@ TOLERANCE = 2e-4
 
 
 def published_params(config: GLMConfig, weights) -> dict:
-    """Our layout from the published names, written out by hand, apart from the converter."""
-    D, H, N, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
-    L = config.num_layers
-
-    def layers(name):
-        return np.stack([weights[f"transformer.encoder.layers.{i}.{name}"] for i in range(L)])
-
-    rows = [N * H, N * H + K * H]
-    q, k, v = np.split(layers("self_attention.query_key_value.weight"), rows, axis=1)
-    q_bias, k_bias, v_bias = np.split(layers("self_attention.query_key_value.bias"), rows, axis=1)
-    return {
-        "embed": weights["transformer.embedding.word_embeddings.weight"],
-        "layers": {
-            "attn_norm": layers("input_layernorm.weight"),
-            "q": q.reshape(L, N, H, D),
-            "k": k.reshape(L, K, H, D),
-            "v": v.reshape(L, K, H, D),
-            "q_bias": q_bias.reshape(L, N, H),
-            "k_bias": k_bias.reshape(L, K, H),
-            "v_bias": v_bias.reshape(L, K, H),
-            "o": layers("self_attention.dense.weight").reshape(L, D, N, H),
-            "mlp_norm": layers("post_attention_layernorm.weight"),
-            "gate_up": layers("mlp.dense_h_to_4h.weight").reshape(L, 2, -1, D),
-            "down": layers("mlp.dense_4h_to_h.weight"),
-        },
-        "final_norm": weights["transformer.encoder.final_layernorm.weight"],
-        "head": weights["transformer.output_layer.weight"],
-    }
+    """Our layout from the published names."""
+    params: dict = {"layers": {}}
+    for rule in PUBLISHED:
+        found = [split(rule, config, weights[rule.full_name(i)]) for i in rule.layers(config)]
+        for path, array in found[0].items():
+            if path[0] == "layers":
+                params["layers"][path[-1]] = np.stack([parts[path] for parts in found])
+            else:
+                params[path[-1]] = array
+    return params
 
 
 def greedy(config, params, logits, cache, steps: int) -> np.ndarray:
@@ -134,23 +118,13 @@ def torch_model(config: GLMConfig, params, rope: dict):
             tie_word_embeddings=False,
         )
     ).eval()
-    D, layers = config.hidden_size, params["layers"]
-    state = {
-        "model.embed_tokens.weight": params["embed"],
-        "model.norm.weight": params["final_norm"],
-        "lm_head.weight": params["head"],
-    }
-    for i in range(config.num_layers):
-        at = f"model.layers.{i}."
-        state[at + "input_layernorm.weight"] = layers["attn_norm"][i]
-        state[at + "post_attention_layernorm.weight"] = layers["mlp_norm"][i]
-        for name in "qkv":
-            state[at + f"self_attn.{name}_proj.weight"] = layers[name][i].reshape(-1, D)
-            state[at + f"self_attn.{name}_proj.bias"] = layers[f"{name}_bias"][i].reshape(-1)
-        state[at + "self_attn.o_proj.weight"] = layers["o"][i].reshape(D, -1)
-        state[at + "mlp.gate_up_proj.weight"] = layers["gate_up"][i].reshape(-1, D)
-        state[at + "mlp.down_proj.weight"] = layers["down"][i]
-    tensors = {name: torch.tensor(np.asarray(value)) for name, value in state.items()}
+    tensors = {}
+    for rule in GLM:
+        name = rule.parts[0].path[-1]
+        for layer in rule.layers(config):
+            array = params[name] if layer is None else params["layers"][name][layer]
+            array = np.asarray(array).reshape(rule.shape(config))
+            tensors[rule.full_name(layer)] = torch.tensor(array)
     reference.load_state_dict(tensors, strict=True)
     return torch, reference
 

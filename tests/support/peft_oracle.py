@@ -28,6 +28,17 @@ def oracle_of(config: GLMConfig, params: Any) -> tuple[Any, Any, Any]:
     return torch, peft, model.eval()
 
 
+def _rotate(torch: Any, c: GLMConfig, x: Any) -> Any:
+    """Rotate pairs (2i, 2i + 1) of the first half of each head; x [B, heads, T, H]."""
+    rotated = c.head_dim // 2
+    theta = c.rope_base ** (-torch.arange(0, rotated, 2).float() / rotated)
+    angle = torch.arange(x.shape[2]).float()[:, None] * theta
+    even, odd = x[..., 0:rotated:2], x[..., 1:rotated:2]
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    return torch.cat([turned.flatten(-2), x[..., rotated:]], -1)
+
+
 def _build(torch: Any, c: GLMConfig) -> Any:
     from transformers import PretrainedConfig
 
@@ -54,21 +65,12 @@ def _build(torch: Any, c: GLMConfig) -> Any:
         norms = {"input_layernorm": norm(), "post_attention_layernorm": norm()}
         return tree(self_attention=attention, mlp=mlp, **norms)
 
-    def rotate(x: Any) -> Any:
-        """Pairs (2i, 2i + 1) of the first half of each head; x [B, heads, T, H]."""
-        rotated = H // 2
-        theta = c.rope_base ** (-torch.arange(0, rotated, 2).float() / rotated)
-        angle = torch.arange(x.shape[2]).float()[:, None] * theta
-        even, odd = x[..., 0:rotated:2], x[..., 1:rotated:2]
-        cos, sin = angle.cos(), angle.sin()
-        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-        return torch.cat([turned.flatten(-2), x[..., rotated:]], -1)
-
     def attend(attention: Any, x: Any) -> Any:
         parts = attention.query_key_value(x).split([N * H, K * H, K * H], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, H)).transpose(1, 2) for part in parts)
-        k, v = (y.repeat_interleave(N // K, dim=1) for y in (rotate(k), v))
-        out = functional.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
+        k, v = (y.repeat_interleave(N // K, dim=1) for y in (_rotate(torch, c, k), v))
+        q = _rotate(torch, c, q)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return attention.dense(out.transpose(1, 2).flatten(-2))
 
     class Oracle(nn.Module):
