@@ -47,12 +47,7 @@ def resolve_aliases(
 ) -> dict[str, StoredTensor]:
     """Give tensors that are stored under other names those of `names`; unknown ones keep theirs.
 
-    Args:
-        tensors: what a folder holds.
-        names: of the layout.
-
-    Raises:
-        CheckpointError: two names of one tensor whose values differ.
+    Two names of one tensor whose values differ are a `CheckpointError`.
     """
     known = {plain_name(name): name for name in names}
     stored_as: dict[str, str] = {}
@@ -81,8 +76,10 @@ def _same(one: StoredTensor, other: StoredTensor) -> bool:
         return False
     arrays = [np.atleast_1d(tensor.read()) for tensor in (one, other)]
     step = max(_COMPARED_ELEMENTS * len(arrays[0]) // max(one.elements, 1), 1)
-    for at in range(0, len(arrays[0]), step):
-        blocks = (array[at : at + step].astype(np.float64) for array in arrays)  # exact
-        if not np.array_equal(*blocks, equal_nan=True):
-            return False
-    return True
+    return all(
+        np.array_equal(
+            *(array[at : at + step].astype(np.float64) for array in arrays),  # exact
+            equal_nan=True,
+        )
+        for at in range(0, len(arrays[0]), step)
+    )

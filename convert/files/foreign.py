@@ -1,16 +1,13 @@
 """Recognizes what other programs leave in folders and files that are given as a model."""
 
-import fnmatch
-import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from glm2_jax.errors import CheckpointError, shorten
 
 _SHOWN = 6  # names in a message
-_LISTED = 1000  # entries of a folder that are looked at
 _HUB_LEVELS = ("", "hub/", "models/", "hub/models/")  # of Hugging Face and of ModelScope
 _HUB_FOLDER = re.compile(r"models--.+--.+")
 
@@ -70,11 +67,9 @@ _FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 def explain_folder(folder: Path) -> CheckpointError | None:
     """Return what a folder without config.json or weights is; None where nothing shows it."""
-    names = _names(folder)
-    nested = [f"{sub}/{name}" for sub in names for name in _names(folder / sub)]
     for patterns, kind, fix in _FOLDERS:
-        found = _matching([*names, *nested], patterns)
-        if found and not (_RECIPE in found and "model/config.json" in nested):
+        found = _found(folder, patterns)
+        if found and not (_RECIPE in found and (folder / "model" / "config.json").exists()):
             return CheckpointError(f"{folder} is {kind}.", f"It holds {_listed(found)}.", fix)
     snapshot = find_snapshot(folder)
     if snapshot is not None:
@@ -83,24 +78,40 @@ def explain_folder(folder: Path) -> CheckpointError | None:
             "The model is in a snapshot below it.",
             f"Give {snapshot}.",
         )
-    return _folders_inside(folder) or _other_weights(folder, names)
+    levels = ["*/", *(f"{hub}*/{kind}/" for hub in _HUB_LEVELS for kind in ("*", "snapshots/*"))]
+    for name, what, fix in (
+        ("config.json", "other models", "Give one of them"),
+        (
+            "adapter_config.json",
+            "LoRA adapters",
+            "Give their base as the model (--model), and one of them as --adapter (train.lora: "
+            "--init-adapter)",
+        ),
+    ):
+        if inside := _found(folder, [level + name for level in levels]):
+            inside = [path.removesuffix(f"/{name}") for path in inside]
+            return CheckpointError(
+                f"{folder} is not a model; it holds {what}.",
+                f"{name} is in {_listed(inside)}.",
+                f"{fix}, for example {folder / inside[-1]}.",
+            )
+    other = _found(folder, ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"))
+    if not other or not (folder / "config.json").exists():
+        return None
+    known = "model" if other[0].endswith(".safetensors") else "pytorch_model"
+    known += ".safetensors" if known == "model" else ".bin"
+    return CheckpointError(
+        f"{folder} holds no weights under a known file name.",
+        f"It holds {_listed(other)}.",
+        f"If these are shards, download their index, {known}.index.json; if {other[0]} holds all "
+        f"of the model's weights and nothing else, rename it to {known}.",
+    )
 
 
-def _names(folder: Path) -> list[str]:
-    """Return what a folder holds; nothing where it is not a folder or cannot be listed."""
-    try:
-        return sorted(path.name for path in itertools.islice(folder.iterdir(), _LISTED))
-    except OSError:
-        return []
-
-
-def _matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
-    """Return the names that a pattern matches; `*` does not match a slash."""
-    return [
-        name
-        for name in names
-        if any(p.count("/") == name.count("/") and fnmatch.fnmatchcase(name, p) for p in patterns)
-    ]
+def _found(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Return the paths below a folder that one of the patterns matches."""
+    paths = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _listed(names: list[str]) -> str:
@@ -109,78 +120,37 @@ def _listed(names: list[str]) -> str:
 
 
 def find_snapshot(folder: Path) -> Path | None:
-    """Return the snapshot that a model's folder in a hub's cache stands for.
+    """Return the snapshot of a model's folder in a hub's cache: that of refs/main, or the only one.
 
-    It is that of refs/main, or the only one; None where it is not such a folder.
-
-    Raises:
-        CheckpointError: there is none, or there are several.
+    None where it is not such a folder; a `CheckpointError` for no snapshot, or several.
     """
     above = folder.absolute().parent
     if folder.name in ("snapshots", "blobs", "refs") and _HUB_FOLDER.fullmatch(above.name):
         folder = above
-    known = _HUB_FOLDER.fullmatch(folder.absolute().name)
+    name = folder.absolute().name
+    known = _HUB_FOLDER.fullmatch(name)
     snapshots, main = folder / "snapshots", folder / "refs" / "main"
-    marked = folder.is_dir() and (known or snapshots.is_dir())
-    if not marked or (folder / "config.json").exists():
+    if (folder / "config.json").exists() or not folder.is_dir():
         return None
-    names = [name for name in _names(snapshots) if (snapshots / name).is_dir()]
-    if main.is_file() and (commit := main.read_text(errors="replace").strip()) in names:
+    found = sorted(path.name for path in snapshots.glob("*") if path.is_dir())
+    if main.is_file() and (commit := main.read_text(errors="replace").strip()) in found:
         return snapshots / commit
-    if len(names) == 1:
-        return snapshots / names[0]
+    if len(found) == 1:
+        return snapshots / found[0]
     what = f"{folder} is the folder of one model in a hub's cache"
-    if names:
+    if found:
         raise CheckpointError(
-            f"{what}, and holds {len(names)} snapshots.",
-            f"They are {_listed(names)}; refs/main names none of them.",
-            f"Give one of them, for example {snapshots / names[-1]}.",
+            f"{what}, and holds {len(found)} snapshots.",
+            f"They are {_listed(found)}; refs/main names none of them.",
+            f"Give one of them, for example {snapshots / found[-1]}.",
         )
     if not known:
         return None
-    name = folder.absolute().name.removeprefix("models--").replace("--", "/", 1)
+    model = name.removeprefix("models--").replace("--", "/", 1)
     raise CheckpointError(
         f"{what}, and holds no snapshot.",
         "The download was not completed.",
-        f"Fetch the model: --model {name} --source hf (or modelscope).",
-    )
-
-
-def _folders_inside(folder: Path) -> CheckpointError | None:
-    """Return the models, or else adapters, one or two levels below, or in a hub's cache."""
-    caches = [f"{level}*/{kind}/" for level in _HUB_LEVELS for kind in ("*", "snapshots/*")]
-    for name, what, fix in (
-        ("config.json", "other models", "Give one of them, for example {}."),
-        (
-            "adapter_config.json",
-            "LoRA adapters",
-            "Give their base as the model (--model), and one of them as --adapter (train.lora: "
-            "--init-adapter), for example {}.",
-        ),
-    ):
-        found = {path.parent for level in ("*/", *caches) for path in folder.glob(level + name)}
-        if found:
-            inside = sorted(str(path.relative_to(folder)) for path in found)
-            return CheckpointError(
-                f"{folder} is not a model; it holds {what}.",
-                f"{name} is in {_listed(inside)}.",
-                fix.format(folder / inside[-1]),
-            )
-    return None
-
-
-def _other_weights(folder: Path, names: list[str]) -> CheckpointError | None:
-    """Return what to do with weights under names that are not looked for."""
-    other = _matching(names, ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"))
-    if "config.json" not in names or not other:
-        return None
-    stem = "model" if other[0].endswith(".safetensors") else "pytorch_model"
-    suffix = "safetensors" if stem == "model" else "bin"
-    return CheckpointError(
-        f"{folder} holds no weights under a known file name.",
-        f"It holds {_listed(other)}.",
-        f"If these are shards, download their index, {stem}.{suffix}.index.json; if {other[0]} "
-        f"holds all of the model's weights and nothing else, rename it to {stem}.{suffix}.",
+        f"Fetch the model: --model {model} --source hf (or modelscope).",
     )
 
 
@@ -213,11 +183,7 @@ def is_ggml(start: bytes) -> bool:
 
 
 def refuse_quantized(raw: Mapping[str, Any]) -> None:
-    """Refuse a config.json whose weights another library has quantized.
-
-    Raises:
-        CheckpointError: names the method.
-    """
+    """Refuse a config.json whose weights another library has quantized, by the method's name."""
     found = raw.get("quantization_config")
     if not found:
         return

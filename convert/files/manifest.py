@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from convert.files.shards import WEIGHT_FILES, Weights, open_weights, read_json
 from convert.files.tensor import is_plain_name, reading, regular_file_size
@@ -37,23 +36,14 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder holds and where it came from.
-
-    Attributes:
-        source: the folder or the training run that it was made from.
-        dtype: type of the weights, e.g. "bfloat16".
-        quantization: None, or the name of one of `glm2_jax.schemes.SCHEMES`.
-        rope_kind: "linear" or "base".
-        template: prompt template.
-        files: name -> size and checksum, of every file but the manifest itself.
-    """
+    """What a folder holds, and its `source`: the folder or the training run it was made from."""
 
     source: str
     dtype: str
     rope_kind: str
     template: str
-    files: dict[str, FileEntry]
-    quantization: str | None = None
+    files: dict[str, FileEntry]  # of every file but the manifest itself
+    quantization: str | None = None  # the name of a scheme
 
     @property
     def scheme(self) -> Scheme | None:
@@ -67,11 +57,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json`.
-
-    Raises:
-        CheckpointError: not ours, of a newer version, or damaged.
-    """
+    """Read `manifest.json`; one that is not ours, newer or damaged is a `CheckpointError`."""
     path = folder / MANIFEST
     with reading(path):
         raw = read_json(path)
@@ -88,39 +74,31 @@ def read_manifest(folder: Path) -> Manifest:
             f"format_version {shorten(version)}; known: {FORMAT_VERSION}.",
             "Update glm2-jax.",
         )
+    if "quantisation" in raw:  # the key of folders written before 0.2
+        raw["quantization"] = raw.pop("quantisation")
     try:
-        return _parse(raw)
+        for key, choices in _CHOICES.items():
+            if raw[key] not in choices:
+                known = ", ".join(map(str, choices))
+                raise ValueError(f"{key} is {shorten(raw[key])}, not one of {known}")
+        source, files = raw["source"], raw["files"]
+        if not isinstance(source, str) or not isinstance(files, dict):
+            raise ValueError("source must be a string, and files an object")
+        for name, entry in files.items():
+            if not is_plain_name(name):
+                raise ValueError(f"{shorten(name)} is not a plain file name")
+            if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
+                raise ValueError(f"the size or the checksum of {shorten(name)} is not valid")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged.", f"{type(error).__name__}: {error}", "Convert the source again."
         ) from error
-
-
-def _parse(raw: dict[str, Any]) -> Manifest:
-    if "quantisation" in raw:  # the key of folders written before 0.2
-        raw["quantization"] = raw.pop("quantisation")
-    for key, choices in _CHOICES.items():
-        if raw[key] not in choices:
-            known = ", ".join(map(str, choices))
-            raise ValueError(f"{key} is {shorten(raw[key])}, not one of {known}")
-    source, files = raw["source"], raw["files"]
-    if not isinstance(source, str) or not isinstance(files, dict):
-        raise ValueError("source must be a string, and files an object")
-    for name, entry in files.items():
-        if not is_plain_name(name):
-            raise ValueError(f"{shorten(name)} is not a plain file name")
-        if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
-            raise ValueError(f"the size or the checksum of {shorten(name)} is not valid")
     entries = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in files.items()}
     return Manifest(source=source, files=entries, **{key: raw[key] for key in _CHOICES})
 
 
 def check_listed(folder: Path, manifest: Manifest, weights: Weights) -> None:
-    """Refuse a folder of our own format that holds weights beyond what its manifest lists.
-
-    Raises:
-        CheckpointError: names the files.
-    """
+    """Refuse a folder of our own format that holds weights beyond what its manifest lists."""
     read = [folder / "config.json", folder / "tokenizer.model", *weights.files, weights.index]
     names = [path.name for path in read if path is not None]
     if any(name in WEIGHT_FILES and "safetensors" in name for name in weights.left_out):

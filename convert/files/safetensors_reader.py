@@ -6,7 +6,6 @@ mapped file does not.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -32,56 +31,46 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a `.safetensors` file.
+    """List the tensors of a `.safetensors` file, in the order of its header.
 
-    Args:
-        path: the file.
-
-    Returns:
-        name -> tensor, in the order of the header.
-
-    Raises:
-        CheckpointError: truncated, or a header that does not describe the file exactly.
+    A `CheckpointError` where it is truncated, or its header does not describe it exactly.
     """
     size = regular_file_size(path)
     with path.open("rb") as file:
         start = file.read(8)
-        header_length = int.from_bytes(start, "little")
+        data_start = 8 + int.from_bytes(start, "little")
         if start.startswith(b"PK\x03\x04"):
             raise CheckpointError(
                 f"{path} is a file of torch.save, not a safetensors file.",
                 fix="Give it a name that ends in .bin, and name it so in its index if it has one.",
             )
-        if len(start) == 8 and header_length > MAX_HEADER_BYTES:
-            why = f"Its header would have {header_length} bytes; {MAX_HEADER_BYTES} are the limit."
+        if data_start > MAX_HEADER_BYTES and len(start) == 8:
+            why = f"Its header would have {data_start - 8} bytes; {MAX_HEADER_BYTES} is the limit."
             raise bad_file(path, "is not a safetensors file", why)
-        if len(start) < 8 or 8 + header_length > size:
-            least = 8 + header_length * (len(start) == 8)
-            why = f"It should have at least {least} bytes and has {size}."
-            raise bad_file(path, "is truncated", why)
-        data = file.read(header_length)
-    if not data.startswith(b"{"):
+        if len(start) < 8 or data_start > size:
+            raise bad_file(path, "is truncated", f"It has {size} bytes, its header not included.")
+        header = parse_json(path, file.read(data_start - 8))
+    if not isinstance(header, dict):
         raise bad_file(path, "has a header that is not a JSON object")
-    header = parse_json(path, data)
     header.pop("__metadata__", None)
-    data_start, position = 8 + header_length, 0
-    tensors, spans = {}, []
+    tensors = {}
     for name, entry in header.items():
         try:
-            dtype, shape, begin, end = _entry(entry)
+            tensors[name] = _stored(path, entry, data_start)
         except (ValueError, KeyError, TypeError) as error:
             what = f"has a wrong entry of the tensor {name[:200]!r}"
             raise bad_file(path, what, f"{str(error)[:200]}.") from error
-        tensors[name] = StoredTensor(path, dtype, shape, data_start + begin)
-        spans.append((begin, end))
-    for begin, end in sorted(spans):  # no gap, no overlap
-        if begin != position:
-            what = f"has tensors that overlap or leave a gap at byte {position} of the data"
-            raise bad_file(path, what)
-        position = end
-    if data_start + position != size:
-        kind = "is truncated" if data_start + position > size else "does not end with its tensors"
-        raise bad_file(path, kind, f"It should have {data_start + position} bytes and has {size}.")
+    position = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != position:
+            at = position - data_start
+            raise bad_file(
+                path, f"has tensors that overlap or leave a gap at byte {at} of the data"
+            )
+        position += tensor.nbytes
+    if position != size:
+        kind = "is truncated" if position > size else "does not end with its tensors"
+        raise bad_file(path, kind, f"It should have {position} bytes and has {size}.")
     return tensors
 
 
@@ -102,19 +91,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    if not isinstance(entry, dict):
-        raise ValueError("not an object")
+def _stored(path: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    """Return the tensor that an entry of the header describes; ValueError and others if none."""
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {str(entry['dtype'])[:20]} is not supported")
-    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-    begin, end = entry["data_offsets"]
-    if not isinstance(shape, list):
-        raise ValueError("its shape is not a list")
     for number in (*shape, begin, end):
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**62:
+        if type(number) is not int or not 0 <= number < 2**62:
             raise ValueError(f"{str(number)[:40]} is not a size")
     check_shape(shape)
-    if math.prod(shape) * dtype.itemsize != end - begin:
-        raise ValueError(f"shape {shape} of {dtype.name} does not fill {end - begin} bytes")
-    return dtype, tuple(shape), begin, end
+    tensor = StoredTensor(path, DTYPES[entry["dtype"]], tuple(shape), data_start + begin)
+    if tensor.nbytes != end - begin:
+        kind = f"shape {shape} of {tensor.dtype.name}"
+        raise ValueError(f"{kind} does not fill {end - begin} bytes")
+    return tensor

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +34,12 @@ class Entry:
         """Size of its elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def byte_chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes of its elements, as they are stored."""
-        for chunk in self.chunks():
-            yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
-
 
 class HashingFile:
     """A new file that knows its size and checksum."""
 
     def __init__(self, path: Path):
-        self.path, self.size, self.digest = path, 0, hashlib.sha256()
+        self.size, self.digest = 0, hashlib.sha256()
         self.file = path.open("xb")
 
     def write(self, data) -> None:
@@ -83,7 +78,7 @@ def write_shards(
     *,
     framework: str = "np",
 ) -> dict[str, FileEntry]:
-    """Write tensors as one file, or as shards with an index.
+    """Write tensors as one file, or as shards with an index; return name -> size and checksum.
 
     Args:
         folder: exists.
@@ -91,35 +86,30 @@ def write_shards(
         max_shard_size: bytes; a single larger tensor gets a shard of its own.
         progress: called with the bytes written and to write.
         framework: whose tensors the files say they hold; transformers wants "pt".
-
-    Returns:
-        file name -> size and checksum.
     """
-    shards = divide(entries, max_shard_size, "model", "safetensors")
-    total = sum(entry.nbytes for entry in entries)
-    done, files = 0, {}
-    for name, shard in shards.items():
+    shards = divide(entries, max_shard_size)
+    count, total = len(shards), sum(entry.nbytes for entry in entries)
+    done, files, places = 0, {}, {}
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
         with HashingFile(folder / name) as file:
             file.write(_header(shard, framework))
             for entry in shard:
-                for data in entry.byte_chunks():
-                    file.write(data)
-                    done += len(data)
+                places[entry.name] = name
+                for chunk in entry.chunks():
+                    file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+                    done += chunk.nbytes
                     progress(done, total)
         files[name] = file.entry
-    if len(shards) > 1:
-        name = "model.safetensors.index.json"
-        files[name] = write_file(folder / name, index_of(shards))
+    if count > 1:
+        name, index = "model.safetensors.index.json", {"metadata": {"total_size": total}}
+        data = json.dumps(index | {"weight_map": places}, indent=2).encode()
+        files[name] = write_file(folder / name, data)
     return files
 
 
-def divide(
-    entries: Sequence[Entry], max_shard_size: int, stem: str, suffix: str
-) -> dict[str, list[Entry]]:
-    """Assign tensors to files: "stem.suffix", or "stem-00001-of-00007.suffix" and so on.
-
-    The order is kept; a single tensor above `max_shard_size` bytes gets a shard of its own.
-    """
+def divide(entries: Sequence[Entry], max_shard_size: int) -> list[list[Entry]]:
+    """Assign tensors in order to shards; one above `max_shard_size` bytes gets its own."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -128,27 +118,17 @@ def divide(
             size = 0
         shards[-1].append(entry)
         size += entry.nbytes
-    if len(shards) == 1:
-        return {f"{stem}.{suffix}": shards[0]}
-    count = len(shards)
-    return {f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}": shards[i] for i in range(count)}
-
-
-def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
-    """Return the index file of what `divide` gives: which tensor is in which file."""
-    places = {entry.name: name for name, shard in shards.items() for entry in shard}
-    total = sum(entry.nbytes for shard in shards.values() for entry in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    return json.dumps(index, indent=2).encode()
+    return shards
 
 
 def _header(entries: Sequence[Entry], framework: str) -> bytes:
-    table, position = {}, 0
+    table: dict[str, object] = {"__metadata__": {"format": framework}}
+    position = 0
     for entry in entries:
         offsets = [position, position := position + entry.nbytes]
         table[entry.name] = {
             "dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets,
         }  # fmt: skip
-    text = json.dumps({"__metadata__": {"format": framework}, **table}).encode()
+    text = json.dumps(table).encode()
     text += b" " * (-(len(text) + 8) % _HEADER_MULTIPLE)
     return len(text).to_bytes(8, "little") + text

@@ -10,7 +10,7 @@ from convert.files.aliases import is_computed, plain_name
 from convert.files.foreign import explain_folder
 from convert.files.safetensors_reader import parse_json, read_safetensors_file
 from convert.files.tensor import StoredTensor, bad_file, is_plain_name, regular_file_size
-from convert.files.torch_zip import read_torch_file
+from convert.files.torch_reader import read_torch_file
 from glm2_jax.errors import CheckpointError, shorten
 
 # Where weights are looked for, in the order of transformers' `from_pretrained`: the first that
@@ -36,8 +36,7 @@ MAX_JSON_BYTES = 64 * 2**20
 class Weights:
     """The tensors of a folder, the files they are in, and the index that lists those.
 
-    Attributes:
-        left_out: names of other files of the folder that hold weights, or list them.
+    `left_out`: names of other files of the folder that hold weights, or list them.
     """
 
     tensors: dict[str, StoredTensor]
@@ -73,13 +72,9 @@ def choose_weights(names: Collection[str]) -> str | None:
 def open_weights(folder: Path, named: str | None = None) -> Weights:
     """List the tensors of a folder without reading their data.
 
-    Args:
-        folder: holds one of `WEIGHT_FILES`. Files may be symbolic links, as in a hub cache.
-        named: the file to read instead, which is `transformers_weights` of config.json.
-
-    Raises:
-        CheckpointError: no weights, a shard that is missing, truncated, swapped with another or
-            outside the folder, or a name that appears twice.
+    It holds one of `WEIGHT_FILES`, or the file `named`, which is `transformers_weights` of
+    config.json; files may be symbolic links, as in a hub cache. A `CheckpointError` for no weights,
+    a shard that is missing, truncated, swapped or outside the folder, or a name that appears twice.
     """
     entries = sorted(folder.iterdir())
     files = [path.name for path in entries if path.is_file()]
@@ -97,13 +92,13 @@ def open_weights(folder: Path, named: str | None = None) -> Weights:
         found = _open_index(folder, first, files)
     else:
         found = Weights(read_weight_file(first), (first,))
-    read = {first.name, *(path.name for path in found.files)}
+    read = {name, *(path.name for path in found.files)}
     left_out = [
-        name
-        for name in files
-        if name not in read
-        and _LOOKS_LIKE_WEIGHTS.fullmatch(name)
-        and not _TRAINING_STATE.fullmatch(name)
+        file
+        for file in files
+        if file not in read
+        and _LOOKS_LIKE_WEIGHTS.fullmatch(file)
+        and not _TRAINING_STATE.fullmatch(file)
     ]
     return dataclasses.replace(found, left_out=tuple(left_out))
 
@@ -114,11 +109,7 @@ def read_weight_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of bounded size; a duplicate name is an error.
-
-    Raises:
-        CheckpointError: missing, too large, not UTF-8, not JSON, not an object.
-    """
+    """Read a JSON object from a file of bounded size; what is none is a `CheckpointError`."""
     if regular_file_size(path) > MAX_JSON_BYTES:
         what = f"is larger than {MAX_JSON_BYTES} bytes"
         raise bad_file(path, what, "Files of this kind have a few thousand.")
@@ -144,18 +135,29 @@ def _open_index(folder: Path, index: Path, present: Collection[str]) -> Weights:
             f"{index.name} lists them.",
             f"Download them into the folder{instead}.",
         )
-    shards = {name: read_weight_file(path) for name, path in files.items()}
-    _check_places(index, weight_map, shards)
     tensors: dict[str, StoredTensor] = {}
-    for shard, found in shards.items():
-        for name in found.keys() & tensors.keys():
-            if not is_computed(name):
+    for shard, path in files.items():
+        for name, tensor in read_weight_file(path).items():
+            if name in tensors and not is_computed(name):
                 raise CheckpointError(
                     f"{name[:200]!r} is in {tensors[name].file.name} and in {shard}.",
                     "Every tensor must appear once.",
                     "Download the shards again.",
                 )
-        tensors |= found
+            tensors[name] = tensor
+    plain = {plain_name(name) for name in tensors}
+    for name, file in weight_map.items():
+        found = tensors.get(name)
+        if found is None and (is_computed(name) or plain_name(name) in plain):
+            continue  # no file needs it: it is computed, or stored under another name
+        if found is None or (found.file != files[file] and not is_computed(name)):
+            raise CheckpointError(
+                f"{name[:200]!r} is not in {file}, where {index.name} puts it.",
+                f"It is in {found.file.name}; the two shards may have been swapped or renamed."
+                if found
+                else "No shard holds it.",
+                "Download the shards again, or give them their original names.",
+            )
     return Weights(tensors, tuple(files.values()), index)
 
 
@@ -166,27 +168,4 @@ def check_file_name(index: Path, name: str) -> None:
             f"{index} names the file {name[:200]!r}.",
             "Shards must be .safetensors or .bin files in the same folder, without a path.",
             "Do not use this folder unless you know why its index points elsewhere.",
-        )
-
-
-def _check_places(
-    index: Path, weight_map: dict[str, str], shards: dict[str, dict[str, StoredTensor]]
-) -> None:
-    """Check that every tensor is in the shard that the index names.
-
-    Unless nothing needs it: it is computed, or stored under another name, as a shared tensor is.
-    """
-    places = {name: file for file, shard in shards.items() for name in shard}
-    others = {plain_name(name) for name in places}
-    for name, file in weight_map.items():
-        found = places.get(name)
-        shared = found is None and plain_name(name) in others
-        if name in shards[file] or is_computed(name) or shared:
-            continue
-        raise CheckpointError(
-            f"{name[:200]!r} is not in {file}, where {index.name} puts it.",
-            f"It is in {found}; the two shards may have been swapped or renamed."
-            if found
-            else "No shard holds it.",
-            "Download the shards again, or give them their original names.",
         )

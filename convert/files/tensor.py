@@ -12,23 +12,16 @@ import numpy as np
 from glm2_jax.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-MAX_DIMENSIONS = 8
-MAX_ELEMENTS = 2**48
 
+_MAX_DIMENSIONS = 8
+_MAX_ELEMENTS = 2**48
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of one file.
-
-    Attributes:
-        file: the file that holds it.
-        dtype: as stored.
-        shape: as stored.
-        offset: byte in the file where its first element begins.
-        strides: bytes between neighbors per axis; None = row-major without gaps.
-    """
+    """One tensor of one file: `offset` is the byte where its first element begins, `strides` the
+    bytes between neighbors per axis; None = row-major without gaps."""
 
     file: Path
     dtype: np.dtype
@@ -47,10 +40,7 @@ class StoredTensor:
         return self.elements * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """Return a read-only view of the file.
-
-        Pages are read as they are touched; they do not count as the process's own memory.
-        """
+        """Return a read-only view of the file, whose pages are read as they are touched."""
         if not self.elements:
             return np.empty(self.shape, self.dtype)
         try:
@@ -64,12 +54,8 @@ class StoredTensor:
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Refuse what no array can be, also where one axis is 0 and the others are immense.
-
-    Raises:
-        ValueError: too many dimensions or elements.
-    """
-    if len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+    """Raise ValueError for what no array can be, also where one axis is 0 and others immense."""
+    if len(shape) > _MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > _MAX_ELEMENTS:
         raise ValueError(f"a tensor of {len(shape)} dimensions is too large")
 
 
@@ -100,9 +86,8 @@ def is_plain_name(name: str) -> bool:
 def regular_file_size(path: Path) -> int:
     """Return the size of a file in bytes, symbolic links followed.
 
-    Raises:
-        CheckpointError: it is missing, a link to nothing, not a plain file, or a Git LFS pointer
-            that stands for a file which was never downloaded.
+    A `CheckpointError` where it is missing, a link to nothing, not a plain file, or a Git LFS
+    pointer, which stands for a file that was never downloaded.
     """
     if not path.exists():
         what = "a symbolic link to a file that does not exist" if path.is_symlink() else "missing"
@@ -116,14 +101,11 @@ def regular_file_size(path: Path) -> int:
         raise CheckpointError(
             f"{path} is not a plain file.", f"It is {kind}.", "Put the file itself there."
         )
-    size = path.stat().st_size
-    if size < 1024:
-        with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise CheckpointError(
                 f"{path} is a Git LFS pointer, not the weights.",
                 "The repository was cloned without Git LFS.",
                 "Run `git lfs pull` in that folder, or download the file itself.",
             )
-    return size
+    return path.stat().st_size

@@ -37,29 +37,17 @@ _MAX_TEXT = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class SideFiles:
-    """What the small files of a folder hold.
-
-    Attributes:
-        path: the folder.
-        raw: its config.json; of the HF-native layout also under the published keys.
-        tokenizer_config: its tokenizer_config.json, {} without.
-        named: the tokens that its files name.
-        ends: ids that end an answer -> the file that says so.
-    """
+    """What the small files of a folder hold."""
 
     path: Path
-    raw: Mapping[str, Any]
-    tokenizer_config: Mapping[str, Any]
+    raw: Mapping[str, Any]  # config.json; of the HF-native layout also under the published keys
+    tokenizer_config: Mapping[str, Any]  # {} without
     named: NamedTokens
-    ends: Mapping[int, str]
+    ends: Mapping[int, str]  # ids that end an answer -> the file that says so
 
 
 def read_side_files(folder: Path, raw: Mapping[str, Any], manifest: Manifest | None) -> SideFiles:
-    """Read the small files of a folder; of our own format only what its manifest lists.
-
-    Raises:
-        CheckpointError: one of them is damaged.
-    """
+    """Read the small files of a folder; of our own format only what its manifest lists."""
 
     def read(name: str) -> Mapping[str, Any]:
         listed = manifest is None or name in manifest.files
@@ -85,19 +73,11 @@ def find_family(
     rope_kind: str | None = None,
     template: str | None = None,
 ) -> tuple[str | None, str | None]:
-    """Find the family of a folder's model.
+    """Return the family of a folder's model, and a line that says what decided.
 
-    Args:
-        side: its files.
-        plain: its pieces; None where it has no tokenizer.model.
-        family, rope_kind, template: what the user said.
-
-    Returns:
-        The family, None where nothing shows it; and a line that says what decided, None where
-        config.json or the user says it.
-
-    Raises:
-        CheckpointError: the signs contradict each other.
+    The family is None where nothing shows it, the line None where config.json or the user does, who
+    said `family`, `rope_kind`, `template`. Signs that contradict each other are a CheckpointError.
+    `plain` is None where the folder has no tokenizer.model.
     """
     if family is not None or side.raw.get("family") is not None:
         return family or side.raw["family"], None
@@ -108,7 +88,17 @@ def find_family(
         return found, None if clear else f"the family is {found}, by {signs[0].text}"
     if template == "chatglm3":
         return template, None
-    for text, found in _hints(side, plain, rope_kind):
+    kind = rope_kind or side.raw.get("rope_kind")
+    scaled = str(kind) if side.raw.get("rope_ratio", 1) != 1 else ""
+    path = side.path.absolute()
+    if path.parent.name == "snapshots":  # of a hub's cache, where a folder is named by a commit
+        path = path.parent.parent
+    dummy = plain is None or plain.adds_dummy_prefix
+    for text, found in (  # what counts only where there is no sign
+        (f"the rope scaling ({scaled})", {"linear": "chatglm2", "base": "chatglm3"}.get(scaled)),
+        ("the tokenizer, which puts no space before a text,", None if dummy else "codegeex2"),
+        (f"the folder's name {path.name!r}", named_family(path.name)),
+    ):
         if found is not None:
             other = "chatglm2" if found == "chatglm3" else "chatglm3"
             return found, f"the family is {found}, by {text} alone (otherwise: --family {other})"
@@ -127,14 +117,11 @@ def _signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
     for name, what in _PROMPT_FILES.items():
         path = side.path / name
         if path.is_file():
-            signs += prompt_signs(_start_of(path), f"{what} in {name}")
+            regular_file_size(path)
+            with reading(path), path.open("rb") as file:
+                text = file.read(_MAX_TEXT).decode("utf-8", errors="replace")
+            signs += prompt_signs(text, f"{what} in {name}")
     return [*signs, *_end_signs(side, plain), *config_signs(side.raw)]
-
-
-def _start_of(path: Path) -> str:
-    regular_file_size(path)
-    with reading(path), path.open("rb") as file:
-        return file.read(_MAX_TEXT).decode("utf-8", errors="replace")
 
 
 def _end_signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
@@ -157,22 +144,3 @@ def _end_signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
             text = f"the end ids {', '.join(map(str, found))} in {where}, which are roles"
             signs.append(Sign(text, WITH_ROLES))
     return signs
-
-
-def _hints(
-    side: SideFiles, plain: Tokenizer | None, rope_kind: str | None
-) -> list[tuple[str, str | None]]:
-    """Return (what, family) of signs that count only where there are no others."""
-    kind = rope_kind or side.raw.get("rope_kind")
-    kind = str(kind) if side.raw.get("rope_ratio", 1) != 1 else ""
-    path = side.path.absolute()
-    if path.parent.name == "snapshots":  # of a hub's cache, where a folder is named by a commit
-        path = path.parent.parent
-    return [
-        (f"the rope scaling ({kind})", {"linear": "chatglm2", "base": "chatglm3"}.get(kind)),
-        (
-            "the tokenizer, which puts no space before a text,",
-            "codegeex2" if plain is not None and not plain.adds_dummy_prefix else None,
-        ),
-        (f"the folder's name {path.name!r}", named_family(path.name)),
-    ]

@@ -32,16 +32,7 @@ _REQUIRED_VALUES: dict[str, tuple[Any, Any]] = {
 
 
 def native_config(config: GLMConfig, dtype: str, stops: tuple[int, ...]) -> dict[str, Any]:
-    """Return the `config.json` of an HF-native folder.
-
-    Args:
-        config: the architecture.
-        dtype: of the weights.
-        stops: the ids that end an answer.
-
-    Raises:
-        UsageError: the model computes what `GlmForCausalLM` does not.
-    """
+    """Return the `config.json` of an HF-native folder; `stops` are the ids that end an answer."""
     if config.logn_scaling:
         raise UsageError(
             "A model with logn_scaling cannot be written as --layout glm.",
@@ -95,8 +86,7 @@ def is_native(raw: Mapping[str, Any]) -> bool:
 def published_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return an HF-native `config.json` under the published keys, for `GLMConfig.from_hf`.
 
-    Raises:
-        CheckpointError: a key is missing, or asks for what this implementation does not compute.
+    A missing key, or one that asks for what is not computed here, is a `CheckpointError`.
     """
     missing = [key for key in _SAME if raw.get(key) is None]
     if missing:

@@ -37,14 +37,8 @@ _PROBES = (
 def tokenizer_files(tokenizer: Tokenizer, template: str, *, max_length: int) -> dict[str, bytes]:
     """Return the files of a tokenizer: name -> content.
 
-    Args:
-        tokenizer: ours.
-        template: prompt template that the chat template is to render; "raw" has none.
-        max_length: positions that the model knows.
-
-    Raises:
-        UsageError: the package `tokenizers` is not installed.
-        CheckpointError: the files would give other ids than ours.
+    The chat template renders the prompt `template`, "raw" has none. CheckpointError where the files
+    would give other ids than ours, UsageError without the package `tokenizers`.
     """
     fast = _byte_pair_encoding(tokenizer)
     _compare(fast, tokenizer)

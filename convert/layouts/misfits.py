@@ -1,6 +1,5 @@
 """Explains why the tensors of a folder do not fit its configuration: the cause, then examples."""
 
-import dataclasses
 import re
 from collections.abc import Collection
 
@@ -51,53 +50,42 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-@dataclasses.dataclass
-class Misfits:
-    """What does not fit, by kind: names, and sentences on what is wrong."""
-
-    missing: list[str] = dataclasses.field(default_factory=list)
-    wrong: list[str] = dataclasses.field(default_factory=list)
-    unexpected: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self.missing) + len(self.wrong) + len(self.unexpected)
-
-
-def explain_misfits(misfits: Misfits, tensors: Collection[str], native: bool) -> CheckpointError:
+def explain_misfits(
+    missing: list[str],
+    wrong: list[str],
+    unexpected: list[str],
+    tensors: Collection[str],
+    native: bool,
+) -> CheckpointError:
     """Return the error that says why tensors do not fit, as far as their names show it.
 
-    Args:
-        misfits: at least one.
-        tensors: names of all that the folder holds, as they are stored.
-        native: whether the configuration is one of the HF-native layout.
+    `missing` and `unexpected` are names, `wrong` sentences; `tensors` all names that the folder
+    holds, as they are stored; `native` whether the configuration is of the HF-native layout.
     """
-    generic = f"The tensors do not fit the configuration: {misfits.count} problems."
-    cause = _cause(misfits, tensors, native)
+    count = len(missing) + len(wrong) + len(unexpected)
+    generic = f"The tensors do not fit the configuration: {count} problems."
+    if not tensors:
+        cause = "The weight files hold no tensors.", "Download them again."
+    elif all(".lora_" in name for name in tensors):
+        cause = (
+            "These weights are a LoRA adapter, not a model.",
+            "Give its base as --model, and the adapter's folder as --adapter.",
+        )
+    else:
+        cause = _cause(missing, unexpected, native, count)
     what, fix = cause or (generic, "Check that config.json belongs to these weights.")
     lines = [] if cause is None else [generic]
-    for kind, problems in (
-        ("missing: ", misfits.missing),
-        ("", misfits.wrong),
-        ("unexpected: ", misfits.unexpected),
-    ):
+    for kind, problems in (("missing: ", missing), ("", wrong), ("unexpected: ", unexpected)):
         lines += [f"{kind}{problem[:300]}" for problem in problems[:_SHOWN]]
         if len(problems) > _SHOWN:
             lines.append(f"{kind}... and {len(problems) - _SHOWN} more")
     return CheckpointError(what, lines, fix)
 
 
-def _cause(misfits: Misfits, tensors: Collection[str], native: bool) -> tuple[str, str] | None:
+def _cause(
+    missing: list[str], unexpected: list[str], native: bool, count: int
+) -> tuple[str, str] | None:
     """Return what the weights are and what to do; None where the names do not show it."""
-    missing, unexpected = misfits.missing, misfits.unexpected
-    if not tensors:
-        return "The weight files hold no tensors.", "Download them again."
-    if all(".lora_" in name for name in tensors):
-        return (
-            "These weights are a LoRA adapter, not a model.",
-            "Give its base as --model, and the adapter's folder as --adapter.",
-        )
     for sign, meaning, fix in _SIGNS:
         if found := [name for name in unexpected if re.search(sign, name)]:
             return f"These weights are {meaning} ({len(found)} such tensors).", fix
@@ -113,8 +101,7 @@ def _cause(misfits: Misfits, tensors: Collection[str], native: bool) -> tuple[st
             "config.json and the weights do not agree on quantization (quantization_bit).",
             "Use the config.json of the same repository.",
         )
-    heads = ("output_layer.weight", "lm_head.weight")
-    if misfits.count == 1 and missing and missing[0].endswith(heads):
+    if count == 1 and missing and missing[0].endswith(("output_layer.weight", "lm_head.weight")):
         return (
             "These weights have no output layer.",
             f"Save {missing[0]} with them: it is not the embedding, though some programs tie or "

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from convert.files.aliases import is_computed, resolve_aliases
 from convert.files.tensor import StoredTensor
-from convert.layouts.misfits import Misfits, explain_misfits
+from convert.layouts.misfits import explain_misfits
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
@@ -63,11 +63,8 @@ class Part:
 class Rule:
     """A stored tensor, and our parameters whose rows it consists of.
 
-    Attributes:
-        name: `{layer}` stands for the number of the layer.
-        parts: in the order of their rows.
-        fused: whether all rows are one axis and all columns another, as the published files have
-            them; our own files keep the axes of the part.
+    `{layer}` in the name stands for the number of the layer. `fused`: all rows are one axis and all
+    columns another, as in the published files; our own files keep the axes of the part.
     """
 
     name: str
@@ -124,40 +121,47 @@ ATTN_OUT = _layer_part("o", "DNH")
 GATE_UP, DOWN = _layer_part("gate_up", "2FD"), _layer_part("down", "DF")
 
 
-_BLOCK = "transformer.encoder.layers.{layer}."
-_PUBLISHED = {
-    "transformer.embedding.word_embeddings.weight": (EMBED,),
-    _BLOCK + "input_layernorm.weight": (ATTN_NORM,),
-    _BLOCK + "self_attention.query_key_value.weight": (Q, K, V),
-    _BLOCK + "self_attention.query_key_value.bias": (Q_BIAS, K_BIAS, V_BIAS),
-    _BLOCK + "self_attention.dense.weight": (ATTN_OUT,),
-    _BLOCK + "post_attention_layernorm.weight": (MLP_NORM,),
-    _BLOCK + "mlp.dense_h_to_4h.weight": (GATE_UP,),
-    _BLOCK + "mlp.dense_4h_to_h.weight": (DOWN,),
-    "transformer.encoder.final_layernorm.weight": (FINAL_NORM,),
-    "transformer.output_layer.weight": (HEAD,),
-}
-PUBLISHED: tuple[Rule, ...] = tuple(Rule(name, parts) for name, parts in _PUBLISHED.items())
+def _rules(block: str, names: Mapping[str, tuple[Part, ...]]) -> tuple[Rule, ...]:
+    """Return the rules of a layout; "*" in a name stands for `block`."""
+    return tuple(Rule(name.replace("*", block), parts) for name, parts in names.items())
+
+
+PUBLISHED = _rules(
+    "transformer.encoder.layers.{layer}",
+    {
+        "transformer.embedding.word_embeddings.weight": (EMBED,),
+        "*.input_layernorm.weight": (ATTN_NORM,),
+        "*.self_attention.query_key_value.weight": (Q, K, V),
+        "*.self_attention.query_key_value.bias": (Q_BIAS, K_BIAS, V_BIAS),
+        "*.self_attention.dense.weight": (ATTN_OUT,),
+        "*.post_attention_layernorm.weight": (MLP_NORM,),
+        "*.mlp.dense_h_to_4h.weight": (GATE_UP,),
+        "*.mlp.dense_4h_to_h.weight": (DOWN,),
+        "transformer.encoder.final_layernorm.weight": (FINAL_NORM,),
+        "transformer.output_layer.weight": (HEAD,),
+    },
+)
 """The tensors of the official folders."""
 
-_GLM_BLOCK = "model.layers.{layer}."
-_GLM = {
-    "model.embed_tokens.weight": EMBED,
-    _GLM_BLOCK + "input_layernorm.weight": ATTN_NORM,
-    _GLM_BLOCK + "self_attn.q_proj.weight": Q,
-    _GLM_BLOCK + "self_attn.q_proj.bias": Q_BIAS,
-    _GLM_BLOCK + "self_attn.k_proj.weight": K,
-    _GLM_BLOCK + "self_attn.k_proj.bias": K_BIAS,
-    _GLM_BLOCK + "self_attn.v_proj.weight": V,
-    _GLM_BLOCK + "self_attn.v_proj.bias": V_BIAS,
-    _GLM_BLOCK + "self_attn.o_proj.weight": ATTN_OUT,
-    _GLM_BLOCK + "post_attention_layernorm.weight": MLP_NORM,
-    _GLM_BLOCK + "mlp.gate_up_proj.weight": GATE_UP,
-    _GLM_BLOCK + "mlp.down_proj.weight": DOWN,
-    "model.norm.weight": FINAL_NORM,
-    "lm_head.weight": HEAD,
-}
-GLM: tuple[Rule, ...] = tuple(Rule(name, (part,)) for name, part in _GLM.items())
+GLM = _rules(
+    "model.layers.{layer}",
+    {
+        "model.embed_tokens.weight": (EMBED,),
+        "*.input_layernorm.weight": (ATTN_NORM,),
+        "*.self_attn.q_proj.weight": (Q,),
+        "*.self_attn.q_proj.bias": (Q_BIAS,),
+        "*.self_attn.k_proj.weight": (K,),
+        "*.self_attn.k_proj.bias": (K_BIAS,),
+        "*.self_attn.v_proj.weight": (V,),
+        "*.self_attn.v_proj.bias": (V_BIAS,),
+        "*.self_attn.o_proj.weight": (ATTN_OUT,),
+        "*.post_attention_layernorm.weight": (MLP_NORM,),
+        "*.mlp.gate_up_proj.weight": (GATE_UP,),
+        "*.mlp.down_proj.weight": (DOWN,),
+        "model.norm.weight": (FINAL_NORM,),
+        "lm_head.weight": (HEAD,),
+    },
+)
 """The tensors of HF-native folders: `GlmForCausalLM` of transformers. Its rotary pairs are
 interleaved as the published ones are, so that no row changes its place."""
 
@@ -197,21 +201,11 @@ def match_tensors(
     rules: tuple[Rule, ...],
     scheme: Scheme | None = None,
 ) -> list[Match]:
-    """Match every stored tensor with its rule, exactly once.
+    """Match every stored tensor with its rule, exactly once, in the order of `tensors`.
 
-    Args:
-        config: gives the shapes and the number of layers.
-        tensors: what the folder holds, also under other names (see `convert.files.aliases`).
-        rules: `PUBLISHED`, `GLM` or `OWN`.
-        scheme: how the folder's matrices are quantized.
-
-    Returns:
-        The matches, in the order of `tensors`.
-
-    Raises:
-        CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype, in one
-            message that begins with the cause where it is known; or two names of one tensor have
-            different values.
+    `tensors` may have other names (see `convert.files.aliases`); `scheme` is how the folder's
+    matrices are quantized. Tensors that are missing, unexpected, or of a wrong shape or dtype are
+    one `CheckpointError` that begins with the cause where it is known.
     """
     left = {name: tensor for name, tensor in tensors.items() if not is_computed(name)}
     if left and all("prefix_encoder." in name for name in left):
@@ -230,21 +224,21 @@ def match_tensors(
     if rules is not OWN:  # the manifest's checksums cover the names of our own format
         names = [rule.full_name(layer) for rule, layer in wanted]
         left = resolve_aliases(left, [name + end for name in names for end in ("", SCALE)])
-    stored, matches, misfits = list(left), dict[str, Match](), Misfits()
+    order = {name: i for i, name in enumerate(left)}
+    matches, missing, wrong = [], [], []
     for rule, layer in wanted:
-        name, scale, quantized = rule.full_name(layer), None, rule.quantized(scheme)
-        tensor = left.pop(name, None)
+        name, scale = rule.full_name(layer), None
+        tensor, quantized = left.pop(name, None), rule.quantized(scheme)
         if tensor is not None and quantized:
             scale = left.pop(name + SCALE, None)
         if tensor is None or (quantized and scale is None):
-            misfits.missing.append(name if tensor is None else name + SCALE)
+            missing.append(name if tensor is None else name + SCALE)
             continue
-        matches[name] = Match(rule, layer, tensor, scale)
-        misfits.wrong += _wrong(config, matches[name], scheme)
-    misfits.unexpected += left
-    if misfits.count:
-        raise explain_misfits(misfits, tensors, rules is GLM)
-    return [matches[name] for name in stored if name in matches]
+        matches.append(Match(rule, layer, tensor, scale))
+        wrong += _wrong(config, matches[-1], scheme)
+    if missing or wrong or left:
+        raise explain_misfits(missing, wrong, list(left), tensors, rules is GLM)
+    return sorted(matches, key=lambda match: order[match.name])
 
 
 def _wrong(config: GLMConfig, match: Match, scheme: Scheme | None) -> list[str]:

@@ -1,14 +1,16 @@
 """Reads an adapter_config.json of the PEFT library: what it means here, and what is refused."""
 
 import dataclasses
+import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.files.shards import WEIGHT_FILES, read_json
-from convert.layouts.patterns import match_names
 from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.lora import scale_of
 
@@ -31,6 +33,14 @@ _HARMLESS = {
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _ANY_LAYERS = re.compile(r".*?\.[^.]*\.\d+\.")  # where no layers_pattern says what they are called
 
+_SECONDS = 10.0
+_MATCHER = """
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+compiled = [re.compile(text) for text in expressions]
+json.dump([[name for name in names if each.fullmatch(name)] for each in compiled], sys.stdout)
+"""
+
 
 class Choice(NamedTuple):
     """What a configuration says of a matrix that it adapts."""
@@ -43,33 +53,23 @@ class Choice(NamedTuple):
 class PeftConfig:
     """The keys that count.
 
-    Attributes:
-        path: of the file, for messages.
-        dropout: rate in training.
-        rslora: whether the scale is alpha / sqrt(rank).
-        selection: the keys that say what is adapted, as they were read, without defaults; rank and
-            alpha are always there.
-        base: base_model_name_or_path, which may be wrong.
+    `selection` has the keys that say what is adapted, as they were read, without defaults; rank and
+    alpha are always there.
     """
 
     path: Path
     dropout: float
-    rslora: bool
+    rslora: bool  # whether the scale is alpha / sqrt(rank)
     selection: Mapping[str, Any]
-    base: Any
+    base: Any  # base_model_name_or_path, which may be wrong
 
     def choose(
         self, matrices: Sequence[str], *, ends: Sequence[str] = (), usual: Sequence[str] = ()
     ) -> dict[str, Choice]:
         """Return the matrices that are adapted, chosen as PEFT chooses them.
 
-        Args:
-            matrices: of all layers, by their full names.
-            ends: embedding and head, which "all-linear" leaves out.
-            usual: what a missing target_modules means.
-
-        Raises:
-            CheckpointError: nothing says what is adapted, or an expression cannot be matched.
+        `matrices` are those of all layers, by their full names; `ends` embedding and head, which
+        "all-linear" leaves out; `usual` is what a missing target_modules means.
         """
         get = self.selection.get
         targets, excluded = get("target_modules", list(usual)), get("exclude_modules", [])
@@ -80,25 +80,24 @@ class PeftConfig:
         ranks, alphas = (get(f"{kind}_pattern", {}) for kind in ("rank", "alpha"))
         layers = _as_list(get("layers_pattern", []))
         names = [*matrices, *ends]
-        try:
-            found = match_names(
-                {
-                    **{text: text for text in (targets, excluded) if isinstance(text, str)},
-                    **{_ending(text): text for text in (*ranks, *alphas)},
-                    **{_before_layer(text): text for text in layers},
-                },
-                names,
-            )
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be used: {error}.",
-                "Its expressions decide which matrices are adapted, and with which rank and alpha.",
-                "Correct the expression; target_modules may also be a list of names.",
-            ) from error
+        found = self._match(
+            {
+                **{text: text for text in (targets, excluded) if isinstance(text, str)},
+                **{_ending(text): text for text in (*ranks, *alphas)},
+                **{_before_layer(text): text for text in layers},
+            },
+            names,
+        )
+
+        def is_named(name: str, wanted: str | Sequence[str]) -> bool:
+            """An expression matches all of a name; a list has the name or its end."""
+            if isinstance(wanted, str):
+                return name in found[wanted]
+            return name in wanted or any(name.endswith(f".{end}") for end in wanted)
 
         def adapted(name: str) -> bool:
             """PEFT's check_target_module_exists."""
-            if _is_named(name, excluded, found) or not _is_named(name, targets, found):
+            if is_named(name, excluded) or not is_named(name, targets):
                 return False
             wanted = get("layers_to_transform")
             if wanted is None or isinstance(targets, str) or name in targets:
@@ -123,16 +122,52 @@ class PeftConfig:
         """Return what B (A x) of a matrix is multiplied with."""
         return scale_of(choice.alpha, choice.rank, self.rslora)
 
+    def _match(self, expressions: Mapping[str, str], names: list[str]) -> dict[str, set[str]]:
+        """Return the names that each expression matches; its value is the text in the file.
+
+        They are not trusted, and `re` cannot be interrupted: a separate process can be stopped.
+        """
+        if not expressions:
+            return {}
+        some = ", ".join(repr(text[:100]) for text in list(expressions.values())[:3])
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _MATCHER],
+                input=json.dumps([list(expressions), names]).encode(),
+                capture_output=True,
+                timeout=_SECONDS,
+            )
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            failure = (lines or [f"exit code {done.returncode}"])[-1] if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            failure = f"matching {len(names)} names takes more than {_SECONDS:g} s"
+        except OSError as error:
+            failure = f"no process can be started: {error}"
+        if failure:
+            raise CheckpointError(
+                f"{self.path} cannot be used: {some} cannot be matched: {failure[:200]}.",
+                "Its expressions decide which matrices are adapted, and with which rank and alpha.",
+                "Correct the expression; target_modules may also be a list of names.",
+            )
+        return dict(zip(expressions, map(set, json.loads(done.stdout)), strict=True))
+
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """Read the configuration of an adapter.
-
-    Raises:
-        CheckpointError: missing, not plain LoRA, or impossible values.
-    """
+    """Read the configuration of an adapter; what is not plain LoRA is a `CheckpointError`."""
     path = folder / CONFIG
     if not path.exists():
-        raise _no_adapter(folder)
+        kind = "a model" if (folder / "config.json").exists() else "not an adapter"
+        inside = sorted(found.parent for found in folder.glob(f"*/{CONFIG}"))
+        fix = "Give the folder that train.lora or the peft library wrote"
+        fix += f", for example {inside[-1]}." if inside else "."
+        if any((folder / name).exists() for name in WEIGHT_FILES):
+            fix += " If it is a P-Tuning v2 prefix, infer.generate and infer.chat take it as "
+            fix += "--prefix."
+        raise CheckpointError(
+            f"{folder} is {kind}: {CONFIG} is missing.",
+            "An adapter is a folder with that file and adapter_model.safetensors.",
+            fix,
+        )
     raw = read_json(path)
     _refuse_unsupported(folder, raw)
     dropout = raw.get("lora_dropout") or 0.0
@@ -141,33 +176,14 @@ def read_peft_config(folder: Path) -> PeftConfig:
     given = {key: raw[key] for key in _SELECTION if key in raw and not _is_default(raw[key])}
     selection = {"r": 8, "lora_alpha": 8, **given}
     _check_selection(path, selection)
-    return PeftConfig(
-        path=path,
-        dropout=float(dropout),
-        rslora=bool(selection.get("use_rslora")),
-        selection=selection,
-        base=raw.get("base_model_name_or_path"),
-    )
+    rslora = bool(selection.get("use_rslora"))
+    return PeftConfig(path, float(dropout), rslora, selection, raw.get("base_model_name_or_path"))
 
 
 def peft_kind(folder: Path) -> str:
     """Return the peft_type of a folder with a configuration; "" where there is none."""
     kind = read_json(folder / CONFIG).get("peft_type") if (folder / CONFIG).exists() else None
     return kind if isinstance(kind, str) else ""
-
-
-def _no_adapter(folder: Path) -> CheckpointError:
-    kind = "a model" if (folder / "config.json").exists() else "not an adapter"
-    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    fix = "Give the folder that train.lora or the peft library wrote"
-    fix += f", for example {inside[-1]}." if inside else "."
-    if any((folder / name).exists() for name in WEIGHT_FILES):
-        fix += " If it is a P-Tuning v2 prefix, infer.generate and infer.chat take it as --prefix."
-    return CheckpointError(
-        f"{folder} is {kind}: {CONFIG} is missing.",
-        "An adapter is a folder with that file and adapter_model.safetensors.",
-        fix,
-    )
 
 
 def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
@@ -224,13 +240,6 @@ def _ending(text: str) -> str:
 def _before_layer(text: str) -> str:
     """Return the expression of an entry of layers_pattern, which matches the start of a name."""
     return rf"(?:(?:^|.*?\.){text}\.(?P<idx>\d+)\.).*"
-
-
-def _is_named(name: str, wanted: str | Sequence[str], found: Mapping[str, set[str]]) -> bool:
-    """Return whether an expression matches all of a name, or a list has the name or its end."""
-    if isinstance(wanted, str):
-        return name in found[wanted]
-    return name in wanted or any(name.endswith(f".{end}") for end in wanted)
 
 
 def _wrong(path: Path, name: str, value: Any, why: str) -> CheckpointError:

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from convert.files.shards import read_json
 from convert.files.tensor import bad_file, reading
@@ -25,75 +25,60 @@ _PUBLISHED_PIECES = 64789
 _JSON_START = 2**22  # tokenizer.json has megabytes of pieces after its tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class NamedTokens:
-    """The tokens that a folder names.
+class NamedTokens(NamedTuple):
+    """The tokens that the file `where` names, "" for none, and those of others without an id."""
 
-    Attributes:
-        tokens: those with an id.
-        without_id: tokens that other files name, without one or with one that is not read.
-        where: the file that names them; "" where none does.
-    """
-
-    tokens: tuple[AddedToken, ...] = ()
-    without_id: tuple[str, ...] = ()
-    where: str = ""
+    tokens: tuple[AddedToken, ...]
+    without_id: tuple[str, ...]
+    where: str
 
 
 def read_tokens(tokenizer_config: Mapping[str, Any], folder: Path | None = None) -> NamedTokens:
     """Read the tokens of a folder; as in `transformers`, added_tokens_decoder goes first.
 
-    Args:
-        tokenizer_config: its tokenizer_config.json.
-        folder: where the other files are; None where only that one counts.
-
-    Raises:
-        CheckpointError: a file is damaged, or names a token or an id twice.
+    Without a folder only tokenizer_config.json counts. A file that is damaged, or names a token or
+    an id twice, is a `CheckpointError`.
     """
+
+    def read(name: str) -> Mapping[str, Any]:
+        return {} if folder is None or not (folder / name).exists() else read_json(folder / name)
+
     names = list(_names(tokenizer_config))
     where, found = TOKENIZER_CONFIG, tokenizer_config.get("added_tokens_decoder")
-    added = _read(folder, "added_tokens.json")
+    added = read("added_tokens.json")
     if found:
         if not isinstance(found, Mapping):
             raise _damaged(where, found)
         tokens = [_token(value, number, where) for number, value in found.items()]
-    elif added is not None:
+    elif added:
         where = "added_tokens.json"
         tokens = [_token({"content": x, "special": x in names}, added[x], where) for x in added]
     else:
         where = "tokenizer.json"
         fast = [] if folder is None else _fast_tokens(folder / where)
         tokens = [_token(value, None, where) for value in fast]
-    count = Counter([token.id for token in tokens]) + Counter([token.content for token in tokens])
-    value, times = max(count.items(), key=lambda item: item[1], default=("", 0))
-    if times > 1:
-        raise CheckpointError(
-            f"{where} names {shorten(value)} {times} times among its tokens.",
-            "A token has one id.",
-            "Correct it, or download the file again.",
-        )
-    names += _names(_read(folder, "special_tokens_map.json") or {})
+    count = Counter(value for token in tokens for value in (token.id, token.content))
+    for value, times in count.most_common(1):
+        if times > 1:
+            raise CheckpointError(
+                f"{where} names {shorten(value)} {times} times among its tokens.",
+                "A token has one id.",
+                "Correct it, or download the file again.",
+            )
     known = {token.content: token.id for token in tokens}
-    if found and added:  # `transformers` reads the first of the two files alone
-        _refuse_two_ids(added, known)
+    names += _names(read("special_tokens_map.json"))
+    if found:  # `transformers` reads the first of the two files alone
+        for name in added.keys() & known.keys():
+            if added[name] != known[name]:
+                raise CheckpointError(
+                    f"The token {shorten(name)} has two ids: {known[name]} in {TOKENIZER_CONFIG}, "
+                    f"{shorten(added[name])} in added_tokens.json.",
+                    "Only one of them can be the id that the model learned.",
+                    "Correct one of the two files, or remove added_tokens.json.",
+                )
         names += added
     without = tuple(name for name in dict.fromkeys(names) if name not in known)
     return NamedTokens(tuple(tokens), without, where if tokens else "")
-
-
-def _read(folder: Path | None, name: str) -> Mapping[str, Any] | None:
-    return None if folder is None or not (folder / name).exists() else read_json(folder / name)
-
-
-def _refuse_two_ids(added: Mapping[str, Any], known: Mapping[str, int]) -> None:
-    for name in added.keys() & known.keys():
-        if added[name] != known[name]:
-            raise CheckpointError(
-                f"The token {shorten(name)} has two ids: {known[name]} in {TOKENIZER_CONFIG}, "
-                f"{shorten(added[name])} in added_tokens.json.",
-                "Only one of them can be the id that the model learned.",
-                "Correct one of the two files, or remove added_tokens.json.",
-            )
 
 
 def _names(raw: Mapping[str, Any]) -> Iterable[str]:
@@ -193,21 +178,11 @@ def fit_tokenizer(
     vocab_size: int,
     ends: Sequence[int] = (),
 ) -> tuple[Tokenizer, list[str]]:
-    """Give the tokenizer of a folder its special and added tokens.
+    """Return a folder's tokenizer with its special and added tokens, and lines to report.
 
-    Args:
-        plain: its pieces.
-        named: its tokens.
-        family: its family.
-        vocab_size: rows of the embedding.
-        ends: ids that end an answer, of its configuration.
-
-    Returns:
-        The tokenizer, and what to report, one line each.
-
-    Raises:
-        CheckpointError: an id is beyond the vocabulary or belongs to two tokens, or some special
-            tokens have ids in no published order and others have none.
+    `vocab_size` are the rows of the embedding, `ends` the ids that end an answer. A CheckpointError
+    where an id is beyond the vocabulary or belongs to two tokens, or some special tokens have ids
+    in no published order and others have none.
     """
     special, line = _special_ids(plain, named, family)
     notes = [] if line is None else [line]

@@ -124,29 +124,24 @@ def load_checkpoint(
     target = resolve_dtype(dtype, num_params=config.num_params, device=device)
     where = device if mesh is None else mesh
     params = load_params(folder, target, scheme, layers == "list", where, progress)
-    return _checkpoint(folder, params, dtype_name(target), scheme, str(path))
-
-
-def _checkpoint(
-    folder: Folder, params: dict[str, Any], dtype: str, scheme: Scheme | None, source: str
-) -> Checkpoint:
+    name = dtype_name(target)
     return Checkpoint(
-        config=folder.config,
+        config=config,
         params=params,
         tokenizer=folder.tokenizer,
         template=folder.template,
         fingerprint=fingerprint(folder),
         summary=CheckpointSummary(
             layout=folder.layout,
-            family=folder.config.family,
+            family=config.family,
             stored_dtype=folder.stored_dtype,
-            dtype=dtype,
+            dtype=name,
             quantization=None if scheme is None else scheme.name,
-            num_params=folder.config.num_params,
+            num_params=config.num_params,
             bytes_on_disk=folder.weights.bytes_on_disk,
-            source=source,
+            source=str(path),
         ),
-        notes=(*folder.notes, *_notes(folder, dtype, scheme)),
+        notes=(*folder.notes, *_notes(folder, name, scheme)),
     )
 
 

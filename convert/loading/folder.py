@@ -1,12 +1,10 @@
 """Opens a checkpoint folder: what it is, what it holds, whether that fits; no weights are read."""
 
 import collections
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from convert.files.shards import Weights, choose_weights, open_weights, read_jso
 from convert.files.tensor import is_plain_name, reading
 from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native, published_keys
-from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, Rule, match_tensors
+from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
 from convert.layouts.tokens import assumed_places, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS, TEMPLATES
 from glm2_jax.cli.files import refuse_url
@@ -32,47 +30,25 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a folder says of its model, apart from the weights.
-
-    Attributes:
-        config: the architecture.
-        scheme: how its matrices are quantized; None where they are not.
-        tokenizer: its tokenizer; None where the folder has no tokenizer.model.
-        template: prompt template.
-        notes: lines for the user.
-    """
+    """What a folder says of its model, apart from the weights."""
 
     config: GLMConfig
-    scheme: Scheme | None
-    tokenizer: Tokenizer | None
+    scheme: Scheme | None  # how its matrices are quantized
+    tokenizer: Tokenizer | None  # None where the folder has no tokenizer.model
     template: str
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # lines for the user
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
-    """A checkpoint folder whose tensors fit its configuration.
+class Folder(Architecture):
+    """A checkpoint folder whose tensors fit its configuration."""
 
-    Attributes:
-        path: the folder.
-        layout: "own", "official", "HF-native glm", "official int4", ...
-        config, scheme, tokenizer, template: as of `Architecture`; the tokenizer is there.
-        matches: every tensor with its rule.
-        weights: the tensors and files.
-        manifest: of our own layout.
-        notes: lines for the user.
-    """
-
-    path: Path
-    layout: str
-    config: GLMConfig
     tokenizer: Tokenizer
-    template: str
-    matches: tuple[Match, ...]
+    path: Path
+    layout: str  # "own", "official", "HF-native glm", "official int4", ...
+    matches: tuple[Match, ...]  # every tensor with its rule
     weights: Weights
-    scheme: Scheme | None
-    manifest: Manifest | None
-    notes: tuple[str, ...] = ()
+    manifest: Manifest | None  # of our own layout
 
     @property
     def stored_dtype(self) -> str:
@@ -90,24 +66,6 @@ class Folder:
         if self.scheme is None:
             return self.stored_dtype
         return next(m.tensor.dtype.name for m in self.matches if m.rule.parts == (FINAL_NORM,))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """What the user says of a folder in place of the folder."""
-
-    rope_kind: str | None
-    template: str | None
-    family: str | None
-
-    def __post_init__(self) -> None:
-        for what, value, known in (
-            ("rope kind", self.rope_kind, ROPE_KINDS),
-            ("template", self.template, TEMPLATES),
-            ("family", self.family, FAMILIES),
-        ):
-            if value is not None and value not in known:
-                raise UsageError(f"unknown {what} {value!r}.", f"Known: {', '.join(known)}.")
 
 
 def open_folder(
@@ -130,9 +88,9 @@ def open_folder(
         CheckpointError: anything about the folder; the message names the file and the reason.
     """
     refuse_url(path)
-    asked, folder = _Asked(rope_kind, template, family), Path(path)
+    folder = Path(path)
     with reading(folder):
-        raw, manifest, found = _architecture(folder, asked)
+        raw, manifest, found = _architecture(folder, rope_kind, template, family)
         weights = open_weights(folder, _named_weights(folder, raw))
         if found.tokenizer is None:
             raise CheckpointError(
@@ -140,7 +98,9 @@ def open_folder(
                 "Without the SentencePiece model, text cannot be turned into tokens.",
                 "Download the file from the repository that the weights come from.",
             )
+        layout, rules = ("HF-native glm", GLM) if is_native(raw) else ("official", PUBLISHED)
         if manifest is not None:
+            layout, rules = "own", OWN
             check_listed(folder, manifest, weights)
         elif {rule.full_name(0) for rule in OWN} <= weights.tensors.keys():
             raise CheckpointError(
@@ -148,20 +108,26 @@ def open_folder(
                 "Its tensors have the names of this project's own format, which needs that file.",
                 "Copy the file, too, or convert the source again.",
             )
-        layout, rules = _layout(raw, manifest)
-        with _naming_other_set(weights):
+        try:
             matches = match_tensors(found.config, weights.tensors, rules, found.scheme)
+        except CheckpointError as error:
+            other = choose_weights(weights.left_out)
+            if other is None:
+                raise
+            why = [*error.why.splitlines(), *weights.notes]
+            fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is then read."
+            raise CheckpointError(error.what, why, fix) from error
     return Folder(
-        path=folder,
-        layout=layout + (f" int{found.scheme.bits}" if found.scheme else ""),
         config=found.config,
+        scheme=found.scheme,
         tokenizer=found.tokenizer,
         template=found.template,
+        notes=(*found.notes, *weights.notes),
+        path=folder,
+        layout=layout + (f" int{found.scheme.bits}" if found.scheme else ""),
         matches=tuple(matches),
         weights=weights,
-        scheme=found.scheme,
         manifest=manifest,
-        notes=(*found.notes, *weights.notes),
     )
 
 
@@ -176,30 +142,8 @@ def read_architecture(
 
     Args and errors are those of `open_folder`.
     """
-    asked = _Asked(rope_kind, template, family)
     with reading(Path(path)):
-        return _architecture(Path(path), asked)[2]
-
-
-def _layout(raw: dict[str, Any], manifest: Manifest | None) -> tuple[str, tuple[Rule, ...]]:
-    """Return the name and the rules of the layout that config.json and manifest show."""
-    if manifest is not None:
-        return "own", OWN
-    return ("HF-native glm", GLM) if is_native(raw) else ("official", PUBLISHED)
-
-
-@contextlib.contextmanager
-def _naming_other_set(weights: Weights) -> Iterator[None]:
-    """Add to what is wrong with one set of weights that the folder has others."""
-    try:
-        yield
-    except CheckpointError as error:
-        other = choose_weights(weights.left_out)
-        if other is None:
-            raise
-        why = [*error.why.splitlines(), *weights.notes]
-        fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is then read."
-        raise CheckpointError(error.what, why, fix) from error
+        return _architecture(Path(path), rope_kind, template, family)[2]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -226,9 +170,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _architecture(
-    folder: Path, asked: _Asked
+    folder: Path, rope_kind: str | None, template: str | None, family: str | None
 ) -> tuple[dict[str, Any], Manifest | None, Architecture]:
     """Return config.json, the manifest, and what they and the tokenizer's files say."""
+    for what, value, choices in (
+        ("rope kind", rope_kind, ROPE_KINDS),
+        ("template", template, TEMPLATES),
+        ("family", family, FAMILIES),
+    ):
+        if value is not None and value not in choices:
+            raise UsageError(f"unknown {what} {value!r}.", f"Known: {', '.join(choices)}.")
     raw = _read_config(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     published = published_keys(raw) if is_native(raw) else raw
@@ -236,25 +187,26 @@ def _architecture(
     plain = None
     if (folder / "tokenizer.model").exists():
         plain = Tokenizer.from_file(folder / "tokenizer.model")
-    family, note = find_family(side, plain, **dataclasses.asdict(asked))
-    config = GLMConfig.from_hf(published, rope_kind=asked.rope_kind, family=family)
+    family, note = find_family(side, plain, family=family, rope_kind=rope_kind, template=template)
+    config = GLMConfig.from_hf(published, rope_kind=rope_kind, family=family)
     notes = [] if note is None else [note]
     if family is None:
         notes.append(
             f"nothing in {folder} names the family of its model: {config.family} is assumed, with "
             "its prompt and its end ids; if it is another one: --family chatglm3 or codegeex2"
         )
-    template = asked.template or config.default_template
-    if asked.template is None and manifest is not None and config.family == raw.get("family"):
+    asked = template is not None
+    if template is None and manifest is not None and config.family == raw.get("family"):
         template = manifest.template
-    tokenizer, was_asked = None, asked.template is not None
+    template = template or config.default_template
+    tokenizer = None
     if plain is None:
-        check_template(config, template, asked=was_asked)
+        check_template(config, template, asked=asked)
     else:
         tokenizer, more = fit_tokenizer(
             plain, side.named, config.family, vocab_size=config.vocab_size, ends=tuple(side.ends)
         )
-        check_fit(config, tokenizer, template, asked=was_asked)
+        check_fit(config, tokenizer, template, asked=asked)
         notes += more
         if raw.get("family") is None:  # which this project writes, and the published files lack
             notes += assumed_places(tokenizer, side.named)
@@ -288,18 +240,7 @@ def _published_scheme(raw: dict[str, Any]) -> Scheme | None:
 
 
 def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: bool) -> None:
-    """Refuse a tokenizer or a template that the model cannot have.
-
-    Args:
-        config: the model.
-        tokenizer: its tokenizer.
-        template: its prompt template.
-        asked: whether the user chose the template, and not the folder.
-
-    Raises:
-        CheckpointError: ids beyond the vocabulary, or an impossible template.
-        UsageError: an impossible template that was asked for.
-    """
+    """Refuse ids beyond the vocabulary, and what `check_template` refuses."""
     if tokenizer.size > config.vocab_size:
         raise CheckpointError(
             "The tokenizer does not belong to this model.",
@@ -310,7 +251,7 @@ def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: 
 
 
 def check_template(config: GLMConfig, template: str, *, asked: bool) -> None:
-    """Refuse a template that the model cannot have; arguments and errors as of `check_fit`."""
+    """Refuse a template that the model cannot have, which the user `asked` for, or its folder."""
     if template not in TEMPLATES or (template == "chatglm3" and config.family != "chatglm3"):
         error = UsageError if asked else CheckpointError
         raise error(
@@ -322,16 +263,10 @@ def check_template(config: GLMConfig, template: str, *, asked: bool) -> None:
 
 
 def target_scheme(folder: Folder, quantize: str | None, embeddings: bool = False) -> Scheme | None:
-    """Return how the matrices are to be quantized.
+    """Return how the matrices, and with `embeddings` these too, are to be quantized.
 
-    Args:
-        folder: what is opened.
-        quantize: None = as stored; or one of `QUANTIZE`, "none" = not at all.
-        embeddings: whether embedding and head are to be quantized like the layers.
-
-    Raises:
-        UsageError: an unknown name, a folder that is quantized already, or embeddings without a
-            way to quantize them.
+    `quantize` is None (as stored) or one of `QUANTIZE`; UsageError where the folder is quantized
+    already, or embeddings are asked for alone.
     """
     if quantize not in (*QUANTIZE, None):
         raise UsageError(
@@ -344,12 +279,10 @@ def target_scheme(folder: Folder, quantize: str | None, embeddings: bool = False
 
 
 def fingerprint(folder: Folder) -> str:
-    """Identify the base that adapters and caches belong to.
+    """Identify the base that adapters and caches belong to, by a sha256 in hex.
 
-    Returns:
-        The sha256, in hex, over the configuration, the names and shapes of the tensors, and the
-        manifest's checksums; without a manifest, over the sizes and the first and last MiB of the
-        weight files.
+    It is over the configuration, the names and shapes of the tensors, and the manifest's
+    checksums; without a manifest, over the sizes and the first and last MiB of the weight files.
     """
     digest = hashlib.sha256()
     shapes = sorted((m.name, m.tensor.dtype.name, m.tensor.shape) for m in folder.matches)
@@ -373,12 +306,7 @@ def read_config(
 ) -> tuple[GLMConfig, str | None]:
     """Return the configuration of a published model or of a config.json, and how it is quantized.
 
-    Args:
-        name: one of `PRESETS`, or the path of a config.json.
-        rope_kind, family: for a file, as in `load_checkpoint`.
-
-    Raises:
-        CheckpointError: it is neither, or the file cannot be read.
+    `name` is one of `PRESETS`, or a path; the others are for a file, as in `load_checkpoint`.
     """
     if name in PRESETS:
         return PRESETS[name], "int4-row" if name.endswith("-int4") else None

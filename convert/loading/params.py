@@ -1,24 +1,31 @@
-"""Fills the parameters of a folder into arrays on devices, in the layout that was asked for."""
+"""Fills the parameters of a folder into arrays that exist once, piece by piece.
 
+Measured with jax 0.10.2 and 0.12.0: `jax.device_put` of a 64-byte aligned numpy array is a view
+on the CPU (no copy, no extra memory), so there the array is filled in numpy. On an accelerator
+pieces are written into the array on the device, whose buffer is donated each time.
+"""
+
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from convert.layouts.names import PARTS, Part
-from convert.loading.boxes import Box, full_box, shape_of
-from convert.loading.fill import ArraySpec, Place
+from convert.loading.boxes import Box, full_box, overlap, shape_of, slices
 from convert.loading.folder import Folder
 from convert.loading.values import Values, cast, row_pieces
-from glm2_jax.config import GLMConfig
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import params_sharding
 
 Progress = Callable[[int, int], None]
+
+_ALIGNMENT = 64
 
 
 def load_params(
@@ -31,92 +38,72 @@ def load_params(
 ) -> dict[str, Any]:
     """Fill the parameters in the order of the files, so that disks read forwards.
 
-    Args:
-        folder: where from.
-        dtype: of everything that is not quantized.
-        scheme: of the matrices that it covers; None = they have `dtype`, too.
-        as_list: whether the layers are a list, and not stacked.
-        where: a `jax.sharding.Mesh`, a `jax.Device`, or None for the default device.
-        progress: called with the bytes done and to do, of this process.
-
-    Raises:
-        CheckpointError: NaN or infinity, a bad scale, a number too large for float16.
+    `scheme` quantizes what it covers, the rest has `dtype`; `where` is a `jax.sharding.Mesh`, a
+    `jax.Device`, or None for the default device; `progress` is called with the bytes done and to
+    do, of this process. NaN or infinity, a bad scale, or a number too large for float16 is a
+    `CheckpointError`.
     """
     config, done = folder.config, 0
-    sharding_of = _shardings(config, scheme, as_list, where)
-    weights: dict[tuple[Part, int | None], _Weight] = {}
+    layers: Any = [{} for _ in range(config.num_layers)] if as_list else {}
+    shardings = None
+    if isinstance(where, Mesh):
+        shardings = params_sharding(config, where, scheme=scheme, as_list=as_list)
+    single = None if where is None or shardings else SingleDeviceSharding(where)
+    tree: dict[str, Any] = {"layers": layers}
+
+    def branch(tree: Any, part: Part, layer: int | None) -> dict[str, Any]:
+        """Return the dictionary of the tree that holds a parameter."""
+        tree = tree["layers"] if part.in_layers else tree
+        return tree[layer] if part.in_layers and as_list else tree
+
     for part in PARTS:
-        for layer in range(config.num_layers) if as_list and part.in_layers else (None,):
-            stacked = part.in_layers and not as_list
-            weights[part, layer] = _Weight(
-                part, config, dtype, scheme, sharding_of(part), config.num_layers * stacked
-            )
-    total = sum(weight.nbytes for weight in weights.values())
+        stack = (config.num_layers,) if part.in_layers and not as_list else ()
+        for layer in range(config.num_layers) if part.in_layers and as_list else (0,):
+            sharding = branch(shardings, part, layer)[part.path[-1]] if shardings else single
+            filled = _Weight(part, part.shape(config), stack, dtype, scheme, sharding)
+            branch(tree, part, layer)[part.path[-1]] = filled
+    total = sum(weight.nbytes for weight in jax.tree.leaves(tree))
     for match in folder.matches:
         for part, start, stop in match.rule.ranges(config):
-            weight = weights[part, match.layer if as_list else None]
             values = Values(match, part, start, stop, config, folder.scheme)
+            weight = branch(tree, part, match.layer)[part.path[-1]]
             for written in weight.fill(values, match.layer or 0):
                 done += written
                 progress(done, total)
-    tree: dict[str, Any] = {"layers": [{} for _ in range(config.num_layers)] if as_list else {}}
-    for part, layer in list(weights):
-        branch: Any = tree["layers"] if part.in_layers else tree
-        branch = branch if layer is None else branch[layer]
-        branch[part.path[-1]] = weights.pop((part, layer)).finish()
-    return tree
-
-
-def _shardings(
-    config: GLMConfig, scheme: Scheme | None, as_list: bool, where: Any
-) -> Callable[[Part], Any]:
-    """Return a function from a part to its sharding, of a quantized one a QTensor of two."""
-    if not isinstance(where, Mesh):
-        single = None if where is None else SingleDeviceSharding(where)
-        return lambda part: single
-    tree = params_sharding(config, where, scheme=scheme, as_list=as_list)
-    layer = tree["layers"][0] if as_list else tree["layers"]
-    return lambda part: (layer if part.in_layers else tree)[part.path[-1]]
+    return jax.tree.map(lambda weight: weight.finish(), tree)
 
 
 class _Weight:
-    """A parameter, or the stack of it over all layers, while it is filled.
+    """A parameter of the shape (*stack, *shape) while it is filled.
 
-    Args:
-        part: the parameter.
-        config: gives the shapes.
-        dtype: its type where it is not quantized.
-        scheme: how what it covers is quantized: a second array holds the scales.
-        sharding: a sharding, a QTensor of two, or None for the default device.
-        layers: length of the leading axis of layers; 0 = there is none.
+    Where `scheme` covers it, a second array holds its scales, and `sharding` is a QTensor of two.
     """
 
     def __init__(
         self,
         part: Part,
-        config: GLMConfig,
+        shape: tuple[int, ...],
+        stack: tuple[int, ...],
         dtype: np.dtype,
         scheme: Scheme | None,
         sharding: Any,
-        layers: int,
     ):
-        shape = part.shape(config)
-        self.scheme, self.stacked = scheme if part.quantized(scheme) else None, layers > 0
-        self.row_axes, shape = len(shape) - part.column_axes, (layers,) * (layers > 0) + shape
-        specs = [ArraySpec(shape, dtype, sharding)]
-        if self.scheme is not None:
-            shapes = self.scheme.shapes(shape, part.column_axes)
+        self.scheme, self.stacked = scheme if part.quantized(scheme) else None, bool(stack)
+        self.row_axes = len(shape) - part.column_axes
+        if self.scheme is None:
+            self.places = [Place((*stack, *shape), dtype, sharding)]
+        else:
+            shapes = self.scheme.shapes((*stack, *shape), part.column_axes)
             pair = isinstance(sharding, QTensor)
             shardings = (sharding.values, sharding.scale) if pair else (sharding, sharding)
             dtypes = (np.dtype(np.int8), np.dtype(np.float32))
-            specs = [ArraySpec(*spec) for spec in zip(shapes, dtypes, shardings, strict=True)]
-        self.nbytes = sum(spec.nbytes for spec in specs)
-        self.places = [Place(spec) for spec in specs]
+            self.places = list(map(Place, shapes, dtypes, shardings))
+        self.nbytes = sum(place.nbytes for place in self.places)
 
     def fill(self, values: Values, layer: int) -> Iterator[int]:
         """Read what is needed for a layer; yields the bytes filled each time."""
         if self.scheme is None:
-            dtype = self.places[0].spec.dtype
+            dtype = self.places[0].dtype
 
             def read(box: Box) -> np.ndarray:
                 chunk = values.floats(box)
@@ -127,36 +114,120 @@ class _Weight:
             yield from self._copy(self.places[0], layer, values.integers)
             yield from self._copy(self.places[1], layer, values.scale)
         else:  # a scale is that of complete rows
-            needed = self._columns_of(self.places[0]) | self._columns_of(self.places[1])
-            for rows in needed:
-                for piece in row_pieces(rows, values.columns):
-                    blocks = values.quantized(piece, self.scheme)
-                    yield sum(
-                        self._write(place, layer, (*piece, *full_box(x.shape[len(piece) :])), x)
-                        for place, x in zip(self.places, blocks, strict=True)
-                    )
+            boxes = [self._in_layer(box) for place in self.places for box in place.boxes]
+            for needed in dict.fromkeys(box[: self.row_axes] for box in boxes):
+                for rows in row_pieces(needed, values.columns):
+                    for place, block in zip(
+                        self.places, values.quantized(rows, self.scheme), strict=True
+                    ):
+                        box = (*rows, *full_box(block.shape[self.row_axes :]))
+                        yield self._write(place, layer, box, block)
 
     def finish(self) -> jax.Array | QTensor:
         """Return the filled arrays."""
-        values, *scales = [place.finish() for place in self.places]
-        return values if self.scheme is None else QTensor(values, scales[0], self.scheme.bits)
+        arrays = [place.finish() for place in self.places]
+        return arrays[0] if self.scheme is None else QTensor(*arrays, bits=self.scheme.bits)
 
-    def _columns_of(self, place: Place) -> dict[Box, list[Box]]:
-        """Return the rows of one layer that are needed, and which of their columns."""
-        result: dict[Box, list[Box]] = {}
-        for box in place.boxes:
-            box = box[1:] if self.stacked else box
-            result.setdefault(box[: self.row_axes], []).append(box[self.row_axes :])
-        return result
+    def _in_layer(self, box: Box) -> Box:
+        return box[1:] if self.stacked else box
 
-    def _copy(self, place: Place, layer: int, read: Callable[[Box], np.ndarray]) -> Iterator[int]:
-        for rows, columns in self._columns_of(place).items():
-            width = sum(math.prod(shape_of(box)) for box in columns)
-            for piece in row_pieces(rows, width):
-                for box in columns:
-                    yield self._write(place, layer, (*piece, *box), read((*piece, *box)))
+    def _copy(self, place: "Place", layer: int, read: Callable[[Box], np.ndarray]) -> Iterator[int]:
+        for box in map(self._in_layer, place.boxes):
+            columns = box[self.row_axes :]
+            for rows in row_pieces(box[: self.row_axes], math.prod(shape_of(columns))):
+                yield self._write(place, layer, (*rows, *columns), read((*rows, *columns)))
 
-    def _write(self, place: Place, layer: int, box: Box, chunk: np.ndarray) -> int:
+    def _write(self, place: "Place", layer: int, box: Box, chunk: np.ndarray) -> int:
         if not self.stacked:
             return place.write(box, chunk)
         return place.write(((layer, layer + 1), *box), chunk[None])
+
+
+class Place:
+    """The boxes of an array that are on this process's devices, each filled once."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Any):
+        self.shape, self.dtype, self.sharding = shape, dtype, sharding
+        self._parts = {
+            box: (HostPlace if _platform(devices[0]) == "cpu" else DevicePlace)(
+                shape_of(box), dtype, devices
+            )
+            for box, devices in local_boxes(shape, sharding).items()
+        }
+        self.boxes = tuple(self._parts)
+        self.nbytes = sum(math.prod(shape_of(box)) for box in self.boxes) * dtype.itemsize
+
+    def write(self, box: Box, values: np.ndarray) -> int:
+        """Put what is needed of `values`, of the shape of `box`, cast; return its bytes."""
+        written = 0
+        for own, part in self._parts.items():
+            common = overlap(own, box)
+            if common is not None:
+                part.write(slices(common, own), values[slices(common, box)])
+                written += math.prod(shape_of(common)) * self.dtype.itemsize
+        return written
+
+    def finish(self) -> jax.Array:
+        """Return the filled array."""
+        arrays = [array for part in self._parts.values() for array in part.finish()]
+        if self.sharding is None:
+            return arrays[0]
+        return jax.make_array_from_single_device_arrays(
+            self.shape, self.sharding, arrays, dtype=self.dtype
+        )
+
+
+def local_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Box, list[Any]]:
+    """Return the boxes of an array that this process holds, each with its devices."""
+    if sharding is None:
+        return {full_box(shape): [None]}
+    boxes: dict[Box, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        box = tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
+        boxes.setdefault(box, []).append(device)
+    return boxes
+
+
+def _platform(device: Any) -> str:
+    return jax.default_backend() if device is None else device.platform
+
+
+class HostPlace:
+    """A box in host memory, which is the memory of CPU devices."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: list[Any]):
+        size = math.prod(shape) * dtype.itemsize
+        raw = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT  # XLA:CPU can use aligned memory as it is
+        self.array = raw[start : start + size].view(dtype).reshape(shape)
+        self.devices = devices
+
+    def write(self, index: tuple[slice, ...], values: np.ndarray) -> None:
+        """Put `values` at `index`, cast."""
+        np.copyto(self.array[index], values, casting="unsafe")
+
+    def finish(self) -> list[jax.Array]:
+        """Return the filled box for each of its devices, without a copy."""
+        return [jax.device_put(self.array, device, may_alias=True) for device in self.devices]
+
+
+class DevicePlace:
+    """A box on an accelerator, filled the same way; a copy for the others that hold the same."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: list[Any]):
+        self.first, *self.others = devices
+        self.array = jnp.zeros(shape, dtype, device=self.first)
+
+    def write(self, index: tuple[slice, ...], values: np.ndarray) -> None:
+        """Put `values` at `index`; the cast happens on the device."""
+        piece = jax.device_put(values, self.first)
+        self.array = _update(self.array, piece, tuple(cut.start for cut in index))
+
+    def finish(self) -> list[jax.Array]:
+        """Return the filled box for each of its devices."""
+        return [self.array, *(jax.device_put(self.array, other) for other in self.others)]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(array: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, piece.astype(array.dtype), start)

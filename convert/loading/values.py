@@ -30,17 +30,8 @@ class Values:
 
     Boxes that cannot be read, NaN, infinity and bad scales are a `CheckpointError`.
 
-    Args:
-        match: the tensor that it is, or is a part of.
-        part: the parameter.
-        start: its first element in the flat tensor.
-        stop: the one after its last.
-        config: gives the shapes.
-        scheme: how the folder's matrices are quantized.
-
-    Attributes:
-        columns: elements of a row.
-        scheme: how it is quantized; None where it is not.
+    It is the elements `start` to `stop` of the tensor of `match`, flattened. `scheme` is how the
+    folder's matrices are quantized, as an attribute None where this one is not.
     """
 
     def __init__(
@@ -55,7 +46,7 @@ class Values:
         self.match, self.scheme = match, None if match.scale is None else scheme
         self.start, self.shape = start, part.shape(config)
         self._row_axes = len(self.shape) - part.column_axes
-        self.columns = math.prod(self.shape[self._row_axes :])
+        self.columns = math.prod(self.shape[self._row_axes :])  # elements of a row
         elements = math.prod(match.rule.shape(config))
 
         def stored(tensor: StoredTensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -63,10 +54,10 @@ class Values:
             first, last = (count * len(array) // elements for count in (start, stop))
             return array[first:last].reshape(shape)
 
-        if match.scale is None or scheme is None:
+        if match.scale is None or self.scheme is None:
             self._stored = stored(match.tensor, self.shape)
         else:
-            shapes = scheme.shapes(self.shape, part.column_axes)
+            shapes = self.scheme.shapes(self.shape, part.column_axes)
             self._stored = stored(match.tensor, shapes[0])
             self._scales = stored(match.scale, shapes[1])
 
@@ -104,25 +95,11 @@ class Values:
 
     def integers(self, box: Box) -> np.ndarray:
         """Return a box of the stored integers; zeros where the scale is zero."""
-        assert self.scheme is not None
-        stored, rows, columns = (
-            block(self._stored, box),
-            box[: self._row_axes],
-            box[self._row_axes :],
-        )
-        group = self.scheme.group(self.columns)
-        if group is None:
-            none = block(self._scales, rows) < NO_SCALE
-            none = none.reshape(*none.shape, *(1 for _ in columns))
-        else:
-            width = group * self.scheme.bits // 8  # of a group in the file
-            begin, end = _flat(columns, self._stored.shape[self._row_axes :])
-            first, last = begin // width, -(-end // width)
-            none = block(self._scales, (*rows, (first, last))) < NO_SCALE
-            if none.any():
-                none = np.repeat(none, width, -1)[..., begin - first * width : end - first * width]
-                none = none.reshape(stored.shape)
-        return np.where(none, np.int8(0), stored) if none.any() else stored
+        columns = _flat(box[self._row_axes :], self._stored.shape[self._row_axes :])
+        packed, scales = self._packed(box[: self._row_axes], *columns)
+        none = scales < NO_SCALE
+        packed = np.where(none, np.int8(0), packed) if none.any() else packed
+        return packed.reshape(shape_of(box))
 
     def scale(self, box: Box) -> np.ndarray:
         """Return a box of the stored scales, float32; 1 where all that it scales is zero.
@@ -144,20 +121,28 @@ class Values:
             )
         return scales
 
+    def _packed(self, rows: Box, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return bytes of rows, [*rows, bytes], and the scale of each, [*rows, bytes or 1]."""
+        assert self.scheme is not None
+        matrix = self._stored.reshape(*self._stored.shape[: self._row_axes], -1)
+        packed, group = block(matrix, (*rows, (begin, end))), self.scheme.group(self.columns)
+        if group is None:
+            return packed, self._checked_scales(rows)[..., None]
+        width = group * self.scheme.bits // 8  # bytes of a group
+        first = begin // width
+        scales = np.repeat(self._checked_scales((*rows, (first, -(-end // width)))), width, -1)
+        return packed, scales[..., begin - first * width : end - first * width]
+
     def _dequantized(self, box: Box) -> np.ndarray:
         assert self.scheme is not None
-        bits, group, rows = self.scheme.bits, self.scheme.group(self.columns), box[: self._row_axes]
         begin, end = _flat(box[self._row_axes :], self.shape[self._row_axes :])
-        unit = group or 8 // bits  # columns that are unpacked together
-        first, last = begin // unit, -(-end // unit)
-        matrix = self._stored.reshape(*self.shape[: self._row_axes], -1)
-        packed = block(matrix, (*rows, (first * unit * bits // 8, last * unit * bits // 8)))
-        scales = self._checked_scales((*rows, (first, last)) if group else rows)
-        integers = unpack_int4(packed) if bits == 4 else packed
-        scales = scales if group else scales[..., None]
-        floats = integers.astype(np.float32).reshape(*scales.shape, -1) * scales[..., None]
-        floats = floats.reshape(integers.shape)[..., begin - first * unit : end - first * unit]
-        return floats.reshape(shape_of(box))
+        each = 8 // self.scheme.bits  # columns of a byte
+        packed, scales = self._packed(box[: self._row_axes], begin // each, -(-end // each))
+        if each == 2:
+            packed = unpack_int4(packed)
+            scales = scales if scales.shape[-1] == 1 else np.repeat(scales, 2, -1)
+        floats, skipped = packed * scales, begin % each
+        return floats[..., skipped : skipped + end - begin].reshape(shape_of(box))
 
     def _not_finite(self, block: np.ndarray, box: Box) -> CheckpointError:
         values, match = block.astype(np.float32), self.match
@@ -198,11 +183,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def cast(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Return a chunk of the tensor `name` in another type.
-
-    Raises:
-        CheckpointError: a number is too large for float16.
-    """
+    """Return a chunk of the tensor `name` in another type; too large for it is an error."""
     if chunk.dtype == dtype:
         return chunk
     with np.errstate(over="ignore"):

@@ -22,8 +22,7 @@ from safetensors.numpy import save
 from convert.files.manifest import verify_checkpoint
 from convert.files.safetensors_reader import read_safetensors_file
 from convert.files.shards import open_weights
-from convert.files.torch_pickle import read_state_dict
-from convert.files.torch_zip import read_torch_file
+from convert.files.torch_reader import read_state_dict, read_torch_file
 from convert.loading.folder import fingerprint, open_folder
 from glm2_jax.cli.text_input import open_input, read_lines
 from glm2_jax.errors import GLMError, InputError

@@ -20,7 +20,7 @@ from convert import export_folder, load_checkpoint, open_folder, save_checkpoint
 from convert.adapters.adapter import Adapter, save_adapter
 from convert.adapters.attach import attach
 from convert.layouts.names import PARTS, PUBLISHED
-from convert.loading import fill, values
+from convert.loading import params as fill, values
 from convert.loading.boxes import Box
 from convert.writing import own
 from glm2_jax import init_lora, lora_sharding, make_mesh, params_sharding, parse_mesh

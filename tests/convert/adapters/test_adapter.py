@@ -16,7 +16,7 @@ from convert.adapters.adapter import _AGAIN as AGAIN
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
 from convert.adapters.attach import attach, open_adapter
 from convert.adapters.tensors import LAYOUTS
-from convert.layouts import patterns
+from convert.layouts import peft_config
 from glm2_jax import CheckpointError, GLMError, InputError, init_lora
 from glm2_jax.lora import TARGETS, LoRA
 from infer.generate import __main__ as generate
@@ -203,7 +203,7 @@ SLOW = r"(\w+[._]?)+(\w+[._]?)+(\w+[._]?)+!"
     }.items(),
 )  # fmt: skip
 def test_configurations_that_are_refused_by_name(tmp_path, monkeypatch, said, changes):
-    monkeypatch.setattr(patterns, "_SECONDS", 0.5)
+    monkeypatch.setattr(peft_config, "_SECONDS", 0.5)
     for change in changes:
         message = refusal(changed(written(tmp_path), lambda raw, new=change: raw.update(new)))
         key = "adapter_config.json" if said != "not supported" else next(iter(change))

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from convert.layouts.names import PARTS
-from convert.loading import fill, values
+from convert.loading import params as fill
+from convert.loading import values
 from convert.loading.boxes import full_box, pieces
-from convert.loading.fill import ArraySpec, DevicePlace, HostPlace, Place
 from convert.loading.folder import open_folder
-from convert.loading.params import load_params
+from convert.loading.params import DevicePlace, HostPlace, Place, load_params
 from glm2_jax import make_mesh, parse_mesh
 from glm2_jax.errors import CheckpointError
 from glm2_jax.schemes import SCHEMES
@@ -74,7 +74,7 @@ def test_a_cast_to_float16_never_overflows_unseen(tmp_path):
 
 
 def test_a_place_takes_what_is_its_own():
-    place = Place(ArraySpec((4, 6), FLOAT32, None))
+    place = Place((4, 6), FLOAT32, None)
     array = np.arange(24, dtype=np.float16).reshape(4, 6)
     for box in pieces(full_box((4, 6)), 5):
         assert place.write(box, array[tuple(slice(*side) for side in box)]) <= 5 * 4
