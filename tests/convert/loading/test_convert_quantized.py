@@ -11,7 +11,6 @@ from safetensors.numpy import load_file, save_file
 
 from convert import (
     export_folder,
-    from_pytorch,
     load_checkpoint,
     save_checkpoint,
     verify_checkpoint,
@@ -87,23 +86,18 @@ def assert_params(params, exact, atol=0.0):
                 np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, "bin"), (8, "safetensors")])
-def test_quantized_folders_are_dequantized_on_request(tmp_path, bits, kind):
+@pytest.mark.parametrize(
+    ("bits", "kind", "name"), [(4, "bin", "int4-row"), (8, "safetensors", "int8")]
+)
+def test_quantized_folders_stay_as_they_are_or_are_dequantized(tmp_path, bits, kind, name):
     tensors, exact = quantized_tensors(bits)
-    write_quantized(tmp_path, bits, tensors, kind=kind, shards=1)
-    checkpoint = load(tmp_path, quantize="none")
-    assert checkpoint.summary.layout == f"official int{bits}"
-    assert checkpoint.summary.stored_dtype == f"int{bits}"
-    assert "dequantized to float32" in checkpoint.notes[0]
-    assert_params(checkpoint.params, exact)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_folders_stay_as_they_are(tmp_path, bits):
-    tensors, _ = quantized_tensors(bits)
-    write_quantized(tmp_path / "source", bits, tensors, shards=1)
+    write_quantized(tmp_path / "source", bits, tensors, kind=kind, shards=1)
+    floats = load(tmp_path / "source", quantize="none")
+    assert floats.summary.layout == f"official int{bits}"
+    assert floats.summary.stored_dtype == f"int{bits}"
+    assert "dequantized to float32" in floats.notes[0]
+    assert_params(floats.params, exact)
     checkpoint = load(tmp_path / "source", layers="list")
-    name = {4: "int4-row", 8: "int8"}[bits]
     assert checkpoint.summary.quantization == name
     for rule in PUBLISHED:
         for layer in rule.layers(TINY) if rule.quantized(SCHEMES["int8"]) else ():
@@ -190,30 +184,22 @@ def test_our_own_format_keeps_what_is_quantized(tmp_path, name, embeddings):
             load(tmp_path / "own", **asked)
 
 
-@pytest.mark.parametrize("quantize", [None, "none"])
-def test_embedding_and_head_are_not_quantized_alone(tmp_path, quantize):
-    source = write_official(tmp_path / "source")
-    with pytest.raises(UsageError, match="cannot be quantized alone"):
-        load_checkpoint(source, quantize=quantize, quantize_embeddings=True)
-    arguments = [str(source), str(tmp_path / "own"), "--quantize-embeddings"]
-    with pytest.raises(UsageError, match="cannot be quantized alone"):
-        from_pytorch.main([*arguments, *(["--quantize", quantize] if quantize else [])])
-    assert not (tmp_path / "own").exists()
-
-
-def test_what_is_quantized_is_not_quantized_again(tmp_path):
-    write_quantized(tmp_path / "source", 8)
-    with pytest.raises(UsageError, match="quantized already"):
-        load_checkpoint(tmp_path / "source", quantize="int4")
-    with pytest.raises(UsageError, match="quantized already"):
-        convert_folder(open_folder(tmp_path / "source"), tmp_path / "own", quantize="int8")
-    for asked, fix in (
-        (None, "Omit --quantize-embeddings,"),
-        ("none", "Omit --quantize and --quantize-embeddings,"),
+def test_what_cannot_be_quantized(tmp_path):
+    """Embedding and head alone, and what is quantized already."""
+    plain = write_official(tmp_path / "plain")
+    packed = write_quantized(tmp_path / "packed", 8)
+    for folder, asked, embeddings, says in (
+        (plain, None, True, "cannot be quantized alone"),
+        (plain, "none", True, "cannot be quantized alone"),
+        (packed, "int4", False, "quantized already"),
+        (packed, None, True, "Omit --quantize-embeddings,"),
+        (packed, "none", True, "Omit --quantize and --quantize-embeddings,"),
     ):
-        with pytest.raises(UsageError, match="quantized already") as error:
-            load_checkpoint(tmp_path / "source", quantize=asked, quantize_embeddings=True)
-        assert fix in error.value.fix
+        with pytest.raises(UsageError, match=says):
+            load_checkpoint(folder, quantize=asked, quantize_embeddings=embeddings)
+        with pytest.raises(UsageError, match=says):
+            convert_folder(open_folder(folder), tmp_path / "own", quantize=asked,
+                           quantize_embeddings=embeddings)  # fmt: skip
     assert not (tmp_path / "own").exists()
 
 
@@ -296,29 +282,25 @@ def test_rows_of_tiny_numbers_are_quantized_as_zeros(scheme):
     np.testing.assert_allclose(np.asarray(dequantize(weight, 1)), matrix, rtol=0.15, atol=2e-30)
 
 
-@pytest.mark.parametrize("bad", [-0.01, np.nan, -np.inf])
-def test_bad_scales_are_refused(tmp_path, bad):
-    tensors, _ = quantized_tensors(4)
-    tensors[SCALE_NAME][3] = bad
-    write_quantized(tmp_path, 4, tensors)
-    for asked in (None, "none"):
-        with pytest.raises(CheckpointError, match=r"1\.mlp\.dense_4h_to_h\.weight_scale holds"):
-            load_checkpoint(tmp_path, quantize=asked)
-
-
 def test_quantized_tensors_that_do_not_fit_are_refused(tmp_path):
     tensors, _ = quantized_tensors(4)
-    write_official(tmp_path / "no key", tensors=tensors)
-    with pytest.raises(CheckpointError, match="wrong shape.*instead of"):
-        load_checkpoint(tmp_path / "no key")
     name = SCALE_NAME.removesuffix("_scale")
-    write_quantized(tmp_path / "width", 4, tensors | {name: tensors[name][:, :-1]})
-    with pytest.raises(CheckpointError, match="wrong shape: .*dense_4h_to_h"):
-        load_checkpoint(tmp_path / "width")
-    del tensors[SCALE_NAME]
-    write_quantized(tmp_path / "no scale", 4, tensors)
-    with pytest.raises(CheckpointError, match="missing: .*layers.1.*weight_scale"):
-        load_checkpoint(tmp_path / "no scale")
+    changes = [
+        (f"{SCALE_NAME} holds {bad}", {SCALE_NAME: np.full_like(tensors[SCALE_NAME], bad)})
+        for bad in (-1, np.nan, -np.inf)
+    ]
+    changes += [
+        ("wrong shape: .*dense_4h_to_h", {name: tensors[name][:, :-1]}),
+        ("missing: .*layers.1.*weight_scale", {SCALE_NAME: None}),
+    ]
+    for number, (says, change) in enumerate(changes):
+        changed = {key: x for key, x in (tensors | change).items() if x is not None}
+        folder = write_quantized(tmp_path / str(number), 4, changed)
+        for asked in (None, "none"):
+            with pytest.raises(CheckpointError, match=says):
+                load_checkpoint(folder, quantize=asked)
+    with pytest.raises(CheckpointError, match="wrong shape.*instead of"):
+        load_checkpoint(write_official(tmp_path / "no key", tensors=tensors))
 
 
 def test_quantized_parameters_are_not_saved_as_floats(tmp_path):

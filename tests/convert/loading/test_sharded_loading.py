@@ -1,19 +1,381 @@
 """Checkpoints are loaded straight into the shards of a mesh, and written from there.
 
-The checks run in one process of eight virtual devices, see tests/support/mesh_loading.py.
+The checks run in one process of eight virtual devices, which runs this module.
 """
 
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from convert import export_folder, load_checkpoint, open_folder, save_checkpoint
+from convert.adapters.adapter import Adapter, save_adapter
+from convert.adapters.attach import attach
+from convert.layouts.names import PARTS, PUBLISHED
+from convert.loading import params, values
+from convert.loading.boxes import Box, slices
+from convert.writing import own
+from glm2_jax import init_lora, lora_sharding, make_mesh, params_sharding, parse_mesh
+from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.schemes import SCHEMES
 from tests.support import mesh_process
-from tests.support.mesh_loading import CHECKS
+from tests.support.checkpoints import (
+    official_tensors,
+    random_params,
+    save,
+    tiny_config,
+    write_official,
+)
+from tests.support.peak_memory import anonymous
+
+# 3 groups of 32 columns in an ffn of 96, which no mesh cuts evenly; 2 of 128 in o.
+CONFIG = tiny_config(
+    hidden_size=64, ffn_hidden_size=96, num_heads=8, num_kv_heads=2, head_dim=32, vocab_size=640
+)
+MESHES = ("tensor=8", "data=2,tensor=4", "data=2,fsdp=2,tensor=2", "data=8", "fsdp=8")
+
+
+def mesh_of(text: str, devices: Any = None) -> jax.sharding.Mesh:
+    return make_mesh(parse_mesh(text), devices)
+
+
+@contextlib.contextmanager
+def process_of(devices: Collection[int]) -> Iterator[None]:
+    """As if only these of the mesh's devices were this process's; arrays are lists of shards."""
+    found = params.local_boxes
+
+    def some(shape: tuple[int, ...], sharding: Any) -> dict[Box, list[Any]]:
+        boxes = found(shape, sharding).items()
+        ours = {box: [d for d in there if d.id in devices] for box, there in boxes}
+        return {box: there for box, there in ours.items() if there}
+
+    with (
+        patch.object(params, "local_boxes", some),
+        patch.object(
+            jax, "make_array_from_single_device_arrays", lambda x, y, arrays, dtype: arrays
+        ),
+    ):
+        yield
+
+
+def bytes_read(folder: Path, devices: Collection[int] | None = None, **options: Any) -> int:
+    """The bytes of mapped files that loading takes, in a process of these devices."""
+    sizes: list[int] = []
+
+    def counted(array: np.ndarray, box: Box) -> np.ndarray:
+        sizes.append(array[slices(box)].nbytes)
+        return array[slices(box)]
+
+    process = contextlib.nullcontext() if devices is None else process_of(devices)
+    with process, patch.object(values, "block", counted):
+        load_checkpoint(folder, **options)
+    return sum(sizes)
+
+
+def quantized_folder(folder: Path, bits: int) -> Path:
+    tensors = official_tensors(CONFIG, random_params(CONFIG))
+    rng = np.random.default_rng(1)
+    for rule in PUBLISHED:
+        for name in map(rule.full_name, rule.layers(CONFIG)):
+            if rule.quantized(SCHEMES["int8"]):
+                rows, columns = rule.shape(CONFIG)
+                size = (rows, columns * bits // 8)
+                tensors[name] = rng.integers(-128, 128, size, dtype=np.int8)
+                tensors[f"{name}_scale"] = rng.uniform(0.001, 0.02, rows).astype(np.float16)
+    raw = {"quantization_bit": bits}
+    return write_official(folder, CONFIG, tensors=tensors, raw=raw, kind="bin")
+
+
+def folders(root: Path) -> None:
+    """One folder of each layout; all but the quantized ones hold the same numbers."""
+    params = random_params(CONFIG)
+    write_official(root / "bin", CONFIG, params)
+    write_official(root / "safetensors", CONFIG, params, kind="safetensors")
+    quantized_folder(root / "int8", 8)
+    quantized_folder(root / "int4", 4)
+    save(root / "own", params, CONFIG)
+    export_folder(open_folder(root / "own"), root / "glm", layout="glm")
+
+
+def check_equal(found: Any, expected: Any, shardings: Any) -> None:
+    """Bit for bit what `jax.device_put` makes of the single-device params, on every device."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    triples = zip(*map(jax.tree.leaves, (found, expected, shardings)), strict=True)
+    for one, other, sharding in triples:
+        other = jax.device_put(np.asarray(other), sharding)  # cut on the host: nothing compiles
+        assert one.sharding == sharding and one.dtype == other.dtype and one.committed
+        pairs = zip(one.addressable_shards, other.addressable_shards, strict=True)
+        for mine, right in pairs:
+            assert mine.device == right.device and mine.index == right.index
+            assert np.asarray(mine.data).tobytes() == np.asarray(right.data).tobytes()
+
+
+FORMS = {
+    "official, cast": ("bin", {"dtype": "bfloat16"}),
+    "own": ("own", {"dtype": "float32", "layers": "list"}),
+    "HF-native": ("glm", {"dtype": "float32"}),
+    "int8": ("int8", {"dtype": "float16"}),
+    "int4": ("int4", {"dtype": "float16", "layers": "list"}),
+    "int4, unpacked": ("int4", {"dtype": "float32", "quantize": "none"}),
+    "to int4 with embeddings": (
+        "safetensors",
+        {"dtype": "float16", "quantize": "int4", "quantize_embeddings": True},
+    ),
+}
+
+
+def loads(form: str) -> Callable[[Path], None]:
+    """A folder on every mesh; chunks are smaller than tensors."""
+
+    def check(root: Path) -> None:
+        name, options = FORMS[form]
+        plain = load_checkpoint(root / name, **options)
+        kind = plain.summary.quantization
+        as_list = options.get("layers") == "list"
+        with patch.object(values, "CHUNK_ELEMENTS", 1000):
+            for text in MESHES:
+                mesh = mesh_of(text)
+                done = []
+                found = load_checkpoint(
+                    root / name, mesh=mesh, progress=lambda *x, d=done: d.append(x), **options
+                )
+                scheme = None if kind is None else SCHEMES[kind]
+                shardings = params_sharding(CONFIG, mesh, scheme=scheme, as_list=as_list)
+                check_equal(found.params, plain.params, shardings)
+                assert done[-1][0] == done[-1][1] and done == sorted(done)
+                assert found.summary == plain.summary
+
+    return check
+
+
+def local_bytes(
+    mesh: jax.sharding.Mesh, devices: Collection[int], itemsize: int, whole: Collection[str] = ()
+) -> int:
+    """Bytes of what the devices hold, each box once; of the weights named in `whole` all rows."""
+    tree, total = params_sharding(CONFIG, mesh), 0
+    for part in PARTS:
+        stacked = part.path[0] == "layers"
+        shape = ((CONFIG.num_layers,) if stacked else ()) + part.shape(CONFIG)
+        sharding = (tree["layers"] if stacked else tree)[part.path[-1]]
+        if part.path[-1] in whole:
+            total += int(np.prod(shape)) * itemsize
+            continue
+        places = sharding.devices_indices_map(shape).items()
+        boxes = {str(index): index for device, index in places if device.id in devices}
+        total += sum(np.empty(shape, np.int8)[index].size for index in boxes.values()) * itemsize
+    return total
+
+
+def check_bytes(root: Path) -> None:
+    """A process reads what its devices hold: an n-th, and what every device has."""
+    replicated = sum(
+        int(np.prod(part.shape(CONFIG))) * 2 * CONFIG.num_layers ** (part.path[0] == "layers")
+        for part in PARTS
+        if part.path[-1] in ("k", "v", "k_bias", "v_bias") or part.path[-1].endswith("norm")
+    )
+    model = CONFIG.num_params * 2
+    for name, n in (("bin", 4), ("safetensors", 8)):
+        mesh = mesh_of(f"tensor={n}", jax.devices()[:n])
+        for device in range(n):
+            read = bytes_read(root / name, {device}, dtype="bfloat16", mesh=mesh)
+            assert read == local_bytes(mesh, {device}, 2)
+            # The two key/value heads are on every device.
+            assert model / n <= read <= (model - replicated) / n + replicated
+    for text, devices in (("tensor=8", {0, 1, 2, 3}), ("fsdp=4,tensor=2", {2, 3}), ("data=8", {5})):
+        mesh = mesh_of(text)
+        read = bytes_read(root / "bin", devices, dtype="float32", mesh=mesh)
+        assert read == local_bytes(mesh, devices, 2)
+
+
+def check_bytes_of_quantized(root: Path) -> None:
+    """What is stored quantized is read like the rest; quantizing reads rows whole, once."""
+    mesh = mesh_of("tensor=8")
+    model = bytes_read(root / "int8", dtype="float16")
+    assert model / 8 < bytes_read(root / "int8", {7}, dtype="float16", mesh=mesh) < model / 4
+    for scheme in ("int8", "int4"):
+        for devices in ({3}, set(range(8))):
+            read = bytes_read(root / "bin", devices, dtype="float16", mesh=mesh, quantize=scheme)
+            assert read == local_bytes(mesh, devices, 2, whole=("o", "down"))
+
+
+def check_others_are_not_looked_at(root: Path) -> None:
+    """NaN in everything that a process does not need stays unseen there, and only there."""
+    mesh, tree = mesh_of("fsdp=2,tensor=4"), random_params(CONFIG)
+    shardings = params_sharding(CONFIG, mesh)
+
+    def poisoned(array: np.ndarray, sharding: Any) -> np.ndarray:
+        result = np.full_like(array, np.nan)
+        index = sharding.devices_indices_map(array.shape)[jax.devices()[5]]
+        result[index] = array[index]
+        return result
+
+    folder = write_official(root / "nan", CONFIG, jax.tree.map(poisoned, tree, shardings))
+    with process_of({5}):
+        load_checkpoint(folder, dtype="bfloat16", mesh=mesh)
+    for devices in ({4}, {6}):
+        with process_of(devices), pytest.raises(CheckpointError, match="holds nan at element"):
+            load_checkpoint(folder, dtype="bfloat16", mesh=mesh)
+
+
+def watch(samples: list[int], done: threading.Event) -> None:
+    while not done.is_set():
+        samples.append(anonymous(os.getpid()))
+        time.sleep(0.0005)
+
+
+def check_memory(root: Path) -> None:
+    """27 million parameters in float16: one process of eight holds its eighth and a few chunks."""
+    config = tiny_config(
+        num_layers=6, vocab_size=4096, hidden_size=512, ffn_hidden_size=2048, num_heads=8,
+        head_dim=64,
+    )  # fmt: skip
+    folder, mesh = write_official(root / "large", config), mesh_of("tensor=8")
+    forms: list[dict[str, Any]] = [{"dtype": "bfloat16"}, {"dtype": "float16", "quantize": "int8"}]
+    for options in forms:
+        with process_of({2}), patch.object(values, "CHUNK_ELEMENTS", 2**18):
+            before, done, samples = anonymous(os.getpid()), threading.Event(), []
+            thread = threading.Thread(target=watch, args=(samples, done))
+            thread.start()
+            params = load_checkpoint(folder, mesh=mesh, **options).params
+            done.set()
+            thread.join()
+        stays = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        model = config.num_params * (1 if "quantize" in options else 2)
+        assert model / 8 < stays < model / 4, (model, stays)
+        assert len(samples) > 5
+        assert max(samples) - before < stays + 10 * 2**20, (max(samples) - before, stays, model)
+    for file in folder.iterdir():  # pytest keeps temporary folders
+        file.unlink()
+
+
+def check_copies(root: Path) -> None:
+    """A box is filled once, and is on every device that has it; also as on accelerators."""
+    filled = []
+
+    class Counted(params.DevicePlace):
+        def __init__(self, shape: Any, dtype: Any, devices: Any):
+            filled.append(len(devices))
+            super().__init__(shape, dtype, devices)
+
+    mesh = mesh_of("data=4,tensor=2")
+    plain = load_checkpoint(root / "own", dtype="bfloat16").params
+    with patch.object(params, "HostPlace", Counted):
+        found = load_checkpoint(root / "own", dtype="bfloat16", mesh=mesh).params
+    check_equal(found, plain, params_sharding(CONFIG, mesh))
+    assert sorted(filled) == [4] * 22 + [8] * 3  # the norms are whole everywhere
+
+
+def check_donation(root: Path) -> None:
+    """Devices that hold the same memory on a CPU do not see what is written for another."""
+    mesh = mesh_of("data=8")
+    params = load_checkpoint(root / "own", dtype="float32", mesh=mesh).params
+    expected = np.asarray(load_checkpoint(root / "own", dtype="float32").params["embed"]) + 1
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    found = add(params["embed"])
+    for shard in found.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), expected)
+
+
+def check_saving(root: Path) -> None:
+    """Weights on a mesh are written like those on one device, a tensor at a time."""
+    sizes = []
+    take = own.gathered
+
+    def counted(*args: Any) -> np.ndarray:
+        result = take(*args)
+        sizes.append(result.size)
+        return result
+
+    written = []
+    for name, mesh in (("cut", mesh_of("data=2,fsdp=2,tensor=2")), ("plain", None)):
+        found = load_checkpoint(root / "own", dtype="bfloat16", mesh=mesh)
+        given = root / name, CONFIG, found.params, found.tokenizer
+        with patch.object(own, "gathered", counted):
+            written.append(save_checkpoint(*given, source="x").files)
+    assert written[0] == written[1]
+    assert max(sizes) == max(int(np.prod(part.shape(CONFIG))) for part in PARTS)
+
+
+def check_adapter(root: Path) -> None:
+    """An adapter is cut like the weights, and saved as if it were not."""
+    lora = init_lora(CONFIG, jax.random.key(0), rank=4, targets="all-linear")
+    lora = jax.tree.map(lambda x: x + 0.5, lora)
+    mesh = mesh_of("fsdp=2,tensor=4")
+    adapter = Adapter(jax.device_get(lora), digest="d", source="somewhere")
+    forms: list[dict[str, Any]] = [{}, {"quantize": "int8", "quantize_embeddings": True}]
+    for options in forms:
+        base = load_checkpoint(root / "own", dtype="float32", mesh=mesh, **options)
+        found = attach(base, adapter).params["lora"]
+        check_equal(found, lora, lora_sharding(lora, mesh))
+        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(found))
+    save_adapter(root / "a", dataclasses.replace(adapter, lora=found))
+    save_adapter(root / "b", adapter)
+    for file in (root / "a").iterdir():
+        assert file.read_bytes() == (root / "b" / file.name).read_bytes()
+
+
+def check_refusals(root: Path) -> None:
+    """Meshes that do not fit the model, or that are none."""
+    refused: list[tuple[Any, dict[str, Any], str]] = [
+        (mesh_of("tensor=3", jax.devices()[:3]), {}, "Use tensor=1, 2, 4, 8."),
+        (mesh_of("tensor=8"), {"device": "cpu"}, "leave device out"),
+        ("tensor=8", {}, "Use glm2_jax.make_mesh"),
+    ]
+    for mesh, options, says in refused:
+        with pytest.raises(UsageError, match=says):
+            load_checkpoint(root / "own", mesh=mesh, **options)
+
+
+# Memory comes first: nothing else has used any then.
+CHECKS: dict[str, Callable[[Path], None]] = {
+    "memory": check_memory,
+    **{form: loads(form) for form in FORMS},
+    "bytes": check_bytes,
+    "bytes of quantized": check_bytes_of_quantized,
+    "others": check_others_are_not_looked_at,
+    "copies": check_copies,
+    "donation": check_donation,
+    "saving": check_saving,
+    "adapter": check_adapter,
+    "refusals": check_refusals,
+}
+
+
+def main() -> None:
+    root, result = Path(sys.argv[1]), {}
+    jnp.zeros(8).block_until_ready()  # the runtime's own memory is not the loader's
+    folders(root)
+    for name, check in CHECKS.items():
+        try:
+            check(root)
+            result[name] = "ok"
+        except Exception:
+            result[name] = traceback.format_exc()
+    print(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return mesh_process.run("tests.support.mesh_loading", str(tmp_path_factory.mktemp("loading")))
+    return mesh_process.run(__name__, str(tmp_path_factory.mktemp("loading")))
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_loading_onto_a_mesh(results, name):
     assert results[name] == "ok", results[name]
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import export_folder, inspect, load_checkpoint, open_folder
-from convert.files.shards import open_weights
 from convert.layouts.names import INV_FREQ
 from convert.loading.folder import fingerprint
 from glm2_jax import CheckpointError
@@ -29,6 +28,7 @@ FORMS = {  # in the order of transformers
     "pytorch_model.bin": {"kind": "bin", "shards": 1},
     "pytorch_model.bin.index.json": {"kind": "bin", "shards": 2},
 }
+PAIRS = list(itertools.pairwise(FORMS))
 MODELS = [official_tensors(TINY, random_params(TINY, seed)) for seed in range(2)]
 HEAD = "transformer.output_layer.weight"
 
@@ -39,7 +39,7 @@ def refusal(folder):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.pairwise(FORMS)))
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_the_first_of_two_sets_is_read_and_the_other_is_named(tmp_path, first, second):
     alone = write_official(tmp_path / "alone", tensors=MODELS[0], **FORMS[first])
     both = write_official(tmp_path / "both", tensors=MODELS[0], **FORMS[first])
@@ -51,11 +51,9 @@ def test_the_first_of_two_sets_is_read_and_the_other_is_named(tmp_path, first, s
     assert second in others and set(folder.weights.left_out) == others
     (note,) = folder.notes
     assert note == checkpoint.notes[0] and note.startswith(f"weights are read from {first}; left")
-    assert others <= set(note.replace(";", ",").replace(": ", ", ").split(", "))
+    assert all(name in note for name in others)
     found = inspect.describe(str(both))
     assert found["weights"] == first and set(found["weights_left_out"]) == others
-    assert second in inspect.as_table(found)
-    assert "left out" not in inspect.as_table(inspect.describe(str(alone)))
 
 
 def test_transformers_takes_the_same_set(tmp_path):
@@ -66,10 +64,11 @@ def test_transformers_takes_the_same_set(tmp_path):
         source = open_folder(write_official(tmp_path / f"source{seed}", seed=seed))
         export_folder(source, tmp_path / f"glm{seed}", layout="glm")
         sources.append(load_file(tmp_path / f"glm{seed}" / "model.safetensors"))
-    for first, second in itertools.pairwise(FORMS):
-        folder = tmp_path / f"{first}-{second}"
-        export_folder(open_folder(tmp_path / "source0"), folder, layout="glm")
-        (folder / "model.safetensors").unlink()
+    folder = tmp_path / "glm0"
+    for first, second in PAIRS:
+        for path in folder.glob("*model*"):
+            if path.suffix != ".model" and not path.name.startswith("tokenizer"):
+                path.unlink()
         write(folder, sources[0], **FORMS[first])
         write(folder, sources[1], **FORMS[second])
         theirs = transformers.GlmForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -81,29 +80,25 @@ def test_only_other_weights_are_named(tmp_path):
     folder = write_official(tmp_path, shards=1)
     for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
         (folder / name).write_bytes(b"x")
+    (folder / "model.safetensors").symlink_to(tmp_path / "removed")
     assert open_folder(folder).notes == ()
-    left_out = "weights are read from pytorch_model.bin; left out: "
-    for number, name in enumerate(
-        ("adapter_model.bin", "consolidated.00.pth", "model-00001-of-00007.safetensors")
-        + ("model-q8_0.gguf", "pytorch_model.pt")
-    ):
+    for name in ("adapter_model.bin", "consolidated.00.pth", "model-00001-of-00007.safetensors",
+                 "model-q8_0.gguf", "pytorch_model.pt"):  # fmt: skip
         (folder / name).write_bytes(b"not read")
-        (note,) = open_folder(folder).notes
-        assert note.startswith(left_out) and (name in note or number > 2)
-    assert note.endswith("and 2 more")
+    assert open_folder(folder).notes == (
+        "weights are read from pytorch_model.bin; left out: adapter_model.bin, "
+        "consolidated.00.pth, model-00001-of-00007.safetensors and 2 more",
+    )
 
 
-def test_a_set_that_is_not_complete_is_refused_and_the_other_named(tmp_path):
+def test_a_set_that_is_damaged_or_no_model_is_refused_and_the_other_named(tmp_path):
+    """As where a training of a prefix or an adapter saved into the folder of its base."""
     folder = write_official(tmp_path, kind="safetensors")
     write(folder, MODELS[1], **FORMS["pytorch_model.bin"])
     (folder / "model-00002-of-00002.safetensors").unlink()
     message = refusal(folder)
     assert "lacks 1 of 2 shards" in message
     assert "or remove model.safetensors.index.json: pytorch_model.bin is then read" in message
-
-
-def test_a_set_that_is_no_model_is_refused_and_the_other_named(tmp_path):
-    """As where a training of a prefix or an adapter saved into the folder of its base."""
     for name, what in (
         ("transformer.prefix_encoder.embedding.weight", "a P-Tuning v2 prefix, not a model"),
         ("base_model.model.transformer.a.lora_A.weight", "a LoRA adapter, not a model"),
@@ -115,21 +110,14 @@ def test_a_set_that_is_no_model_is_refused_and_the_other_named(tmp_path):
         assert "pytorch_model.bin.index.json is then read" in message
 
 
-def test_a_broken_link_is_left_out(tmp_path):
-    folder = write_official(tmp_path, shards=1)
-    (folder / "model.safetensors").symlink_to(tmp_path / "removed")
-    assert [path.name for path in open_weights(folder).files] == ["pytorch_model.bin"]
-
-
 def test_the_file_that_the_configuration_names(tmp_path):
     folder = write_official(tmp_path, shards=1, raw={"transformers_weights": "best.safetensors"})
     assert "best.safetensors is missing" in refusal(folder)
     write(folder, MODELS[1], **FORMS["model.safetensors"])
     (folder / "model.safetensors").rename(folder / "best.safetensors")
-    found = open_folder(folder)
-    assert found.weights.name == "best.safetensors"
-    assert found.weights.left_out == ("pytorch_model.bin",)
-    for name in ("../best.safetensors", "/etc/x.safetensors", "pytorch_model.bin", 3):
+    found = open_folder(folder).weights
+    assert (found.name, found.left_out) == ("best.safetensors", ("pytorch_model.bin",))
+    for name in ("../best.safetensors", "pytorch_model.bin", 3):
         write_official(tmp_path, raw={"transformers_weights": name})
         assert "transformers_weights" in refusal(folder)
 
