@@ -65,26 +65,19 @@ def stored(folder):
     return {name: tensor.read() for name, tensor in open_weights(folder).tensors.items()}
 
 
-@pytest.mark.parametrize("wrapper", WRAPPED)
-def test_wrapped_official_names(tmp_path, wrapper):
+def test_wrapped_names(tmp_path):
+    """Of the official, the quantized and the HF-native layout."""
     source = write_official(tmp_path / "source", tensors=TENSORS)
-    tensors = renamed(TENSORS, wrapper)
-    assert tensors.keys() != TENSORS.keys()
-    assert_same_model(source, write(tmp_path / "wrapped", tensors, source))
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_wrapped_quantized_names(tmp_path, bits):
-    source = write_packed(tmp_path / "source", bits)
-    for number, wrapper in enumerate(("PEFT without its adapter", "the inner model")):
-        tensors = renamed(stored(source), wrapper)
+    packed = write_packed(tmp_path / "packed", 4)
+    export_folder(open_folder(source), tmp_path / "glm", layout="glm")
+    for number, wrapper in enumerate(WRAPPED):
+        tensors = renamed(TENSORS, wrapper)
+        assert tensors.keys() != TENSORS.keys()
+        assert_same_model(source, write(tmp_path / f"{number}", tensors, source))
+    for wrapper in ("PEFT without its adapter", "the inner model"):
+        tensors = renamed(stored(packed), wrapper)
         assert any(name.endswith(SCALE) for name in tensors)
-        assert_same_model(source, write(tmp_path / str(number), tensors, source))
-
-
-def test_hf_native_names(tmp_path):
-    official = write_official(tmp_path / "source", tensors=TENSORS)
-    export_folder(open_folder(official), tmp_path / "glm", layout="glm")
+        assert_same_model(packed, write(tmp_path / wrapper, tensors, packed))
     tensors = renamed(stored(tmp_path / "glm"), "FSDP")
     tensors["transformer.output_layer.weight"] = tensors.pop("lm_head.weight")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
