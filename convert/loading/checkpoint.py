@@ -131,17 +131,21 @@ def load_checkpoint(
         tokenizer=folder.tokenizer,
         template=folder.template,
         fingerprint=fingerprint(folder),
-        summary=CheckpointSummary(
-            layout=folder.layout,
-            family=config.family,
-            stored_dtype=folder.stored_dtype,
-            dtype=name,
-            quantization=None if scheme is None else scheme.name,
-            num_params=config.num_params,
-            bytes_on_disk=folder.weights.bytes_on_disk,
-            source=str(path),
-        ),
+        summary=_summary(folder, name, scheme, str(path)),
         notes=(*folder.notes, *_notes(folder, name, scheme)),
+    )
+
+
+def _summary(folder: Folder, dtype: str, scheme: Scheme | None, source: str) -> CheckpointSummary:
+    return CheckpointSummary(
+        layout=folder.layout,
+        family=folder.config.family,
+        stored_dtype=folder.stored_dtype,
+        dtype=dtype,
+        quantization=None if scheme is None else scheme.name,
+        num_params=folder.config.num_params,
+        bytes_on_disk=folder.weights.bytes_on_disk,
+        source=source,
     )
 
 

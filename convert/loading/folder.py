@@ -117,14 +117,12 @@ def open_folder(
             why = [*error.why.splitlines(), *weights.notes]
             fix = f"{error.fix} Or move {weights.name} elsewhere: {other} is then read."
             raise CheckpointError(error.what, why, fix) from error
+    small: dict[str, Any] = vars(found) | {"notes": (*found.notes, *weights.notes)}
+    layout += f" int{found.scheme.bits}" if found.scheme else ""
     return Folder(
-        config=found.config,
-        scheme=found.scheme,
-        tokenizer=found.tokenizer,
-        template=found.template,
-        notes=(*found.notes, *weights.notes),
+        **small,
         path=folder,
-        layout=layout + (f" int{found.scheme.bits}" if found.scheme else ""),
+        layout=layout,
         matches=tuple(matches),
         weights=weights,
         manifest=manifest,

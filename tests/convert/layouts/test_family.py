@@ -107,7 +107,8 @@ def test_what_the_configuration_says_is_not_reported(tmp_path):
         assert not any("family" in line for line in found.notes)
 
 
-def test_without_any_sign_the_assumption_is_reported_and_flags_settle_it(tmp_path):
+def test_what_counts_where_there_is_no_sign(tmp_path):
+    """The folder's name, the dummy prefix, the flags; or an assumption, which is reported."""
     path = folder(tmp_path / "m")
     found = open_folder(path)
     assert found.config.family == "chatglm2"
@@ -118,20 +119,12 @@ def test_without_any_sign_the_assumption_is_reported_and_flags_settle_it(tmp_pat
         assert not any("family" in line for line in found.notes)
     with pytest.raises(UsageError, match="chatglm4"):
         open_folder(path, family="chatglm4")
-
-
-@pytest.mark.parametrize(
-    ("name", "family"), [("chatglm3-6b", "chatglm3"), ("my-codegeex2", "codegeex2")]
-)
-def test_the_name_of_the_folder_counts_last(tmp_path, name, family):
-    found = open_folder(folder(tmp_path / name))
-    assert found.config.family == family and "folder's name" in found.notes[0]
-    found = open_folder(folder(tmp_path / name, raw={"_name_or_path": "x/chatglm2-6b"}))
-    assert found.config.family == "chatglm2"
-
-
-def test_a_tokenizer_without_dummy_prefix_is_that_of_codegeex2(tmp_path):
-    found = open_folder(folder(tmp_path / "m", pieces=without_dummy_prefix(sp_model())))
+    for name, family in (("chatglm3-6b", "chatglm3"), ("my-codegeex2", "codegeex2")):
+        found = open_folder(folder(tmp_path / name))
+        assert found.config.family == family and "folder's name" in found.notes[0]
+        found = open_folder(folder(tmp_path / name, raw={"_name_or_path": "x/chatglm2-6b"}))
+        assert found.config.family == "chatglm2"
+    found = open_folder(folder(tmp_path / "n", pieces=without_dummy_prefix(sp_model())))
     assert (found.config.family, found.template) == ("codegeex2", "raw")
 
 
@@ -154,13 +147,6 @@ def test_contradicting_signs_are_refused_and_the_flag_settles_them(tmp_path, sig
     assert prompt(open_folder(path, family="chatglm2")) == PROMPT2
 
 
-def test_the_tokenizer_of_chatglm2_does_not_contradict_codegeex2():
-    raw = {"rotary_percent": 0.5, "interleaved_qkv": False}
-    signs = tokenizer_signs({"name_or_path": "THUDM/chatglm2-6b"})
-    assert decide_family(signs) == "chatglm2"
-    assert decide_family([*signs, *config_signs(raw)]) == "codegeex2"
-
-
 def test_names_and_templates():
     for name, family in (
         ("THUDM/chatglm2-6b-32k", "chatglm2"),
@@ -176,6 +162,9 @@ def test_names_and_templates():
         assert named_family(name) == family
     for neither in ("<|im_start|>{{ message['role'] }}<|im_end|>", ROLE_TEMPLATE + ROUND_TEMPLATE):
         assert prompt_signs(neither, "x") == []
+    signs = tokenizer_signs({"name_or_path": "THUDM/chatglm2-6b"})  # that of CodeGeeX2, too
+    assert decide_family(signs) == "chatglm2"
+    assert decide_family([*signs, *config_signs({"rotary_percent": 0.5})]) == "codegeex2"
 
 
 # Nine pieces in the places of the special ids, and two more, as public fine-tunes are made.
@@ -242,35 +231,33 @@ def test_impossible_tokens_are_refused(tmp_path, tokens, message):
 ADDED = {"<sql>": PIECES + 5, "</sql>": PIECES + 6}
 
 
-@pytest.mark.parametrize("case", ["assumed", "extended", "added"])
 @pytest.mark.parametrize("layout", ["own", "chatglm", "glm"])
-def test_every_layout_keeps_family_and_tokens(tmp_path, case, layout):
-    path, family = tmp_path / "m", None
-    if case == "assumed":
-        folder(path)
-        family = "chatglm3"
-    elif case == "extended":
-        folder(path, pieces=EXTENDED, tokenizer_config=decoder(special_table(PIECES)))
-    else:
-        end = {"<end>": PIECES + 9}
-        folder(
-            path,
-            raw={"_name_or_path": "chatglm2", "eos_token_id": [2, PIECES + 9]},
-            tokenizer_config=decoder(ADDED | end),
-        )
-    source, new = open_folder(path, family=family), tmp_path / "new"
-    if layout == "own":
-        convert_folder(source, new)
-    else:
+def test_every_layout_keeps_family_and_tokens(tmp_path, layout):
+    if layout != "own":
         pytest.importorskip("tokenizers")
-        export_folder(source, new, layout=layout)
-    found = open_folder(new)
-    assert found.notes == () and prompt(found) == prompt(source)
-    assert found.template == source.template and found.config.family == source.config.family
-    assert stop_ids(found.tokenizer) == stop_ids(source.tokenizer)
-    assert found.tokenizer.special == source.tokenizer.special
-    for text in ("<sql>a</sql><end>", "zq1v です sop <sop>"):
-        assert found.tokenizer.encode(text) == source.tokenizer.encode(text)
+    assumed, extended, added = (tmp_path / name for name in ("assumed", "extended", "added"))
+    folder(assumed)
+    folder(extended, pieces=EXTENDED, tokenizer_config=decoder(special_table(PIECES)))
+    folder(
+        added,
+        raw={"_name_or_path": "chatglm2", "eos_token_id": [2, PIECES + 9]},
+        tokenizer_config=decoder(ADDED | {"<end>": PIECES + 9}),
+    )
+    for path, family in ((assumed, "chatglm3"), (extended, None), (added, None)):
+        source, new = open_folder(path, family=family), path / "new"
+        if layout == "own":
+            convert_folder(source, new)
+        else:
+            export_folder(source, new, layout=layout)
+        found = open_folder(new)
+        assert found.notes == () and prompt(found) == prompt(source)
+        assert found.template == source.template and found.config.family == source.config.family
+        assert stop_ids(found.tokenizer) == stop_ids(source.tokenizer)
+        assert found.tokenizer.special == source.tokenizer.special
+        for text in ("<sql>a</sql><end>", "zq1v です sop <sop>"):
+            assert found.tokenizer.encode(text) == source.tokenizer.encode(text)
+        if layout == "own" and path == assumed:  # another family comes with its template
+            assert prompt(open_folder(new, family="chatglm2")) == PROMPT2
 
 
 def test_tokens_at_their_ids_in_gguf_files_and_in_training(tmp_path):
@@ -290,12 +277,6 @@ def test_tokens_at_their_ids_in_gguf_files_and_in_training(tmp_path):
     start = ids.index(PIECES + 7) + 1
     assert learned == [False] * start + [True] * (len(ids) - start)
     assert PIECES + 15 in ids[start:] and PIECES + 6 not in ids[start:]
-
-
-def test_an_own_folder_takes_another_family_with_its_template(tmp_path):
-    convert_folder(open_folder(folder(tmp_path / "m")), tmp_path / "own")
-    assert prompt(open_folder(tmp_path / "own")) == PROMPT2
-    assert prompt(open_folder(tmp_path / "own", family="chatglm3")) == PROMPT3
 
 
 def test_an_adapter_of_the_other_family_names_the_flag(tmp_path):

@@ -52,31 +52,23 @@ def test_the_longest_added_token_counts_and_its_flags_do(tmp_path):
     assert tokenizer.encode("yesterday") == encode("yesterday")
 
 
-def test_a_special_token_without_an_id_is_reported(tmp_path):
-    settings = {"additional_special_tokens": ["<tool>"], "name_or_path": "chatglm2"}
-    found = open_folder(folder(tmp_path / "m", tokenizer_config=settings))
-    assert any("<tool>" in line and "not known" in line for line in found.notes)
-
-
-def test_an_added_token_that_ends_answers_is_a_stop_id(tmp_path):
-    end = PIECES + 5
+@pytest.mark.parametrize(
+    ("name", "end", "files"),
+    [
+        ("chatglm2", PIECES + 4, {}),  # eop, which is a special token
+        ("chatglm3", PIECES + 4, {}),
+        ("chatglm2", PIECES + 5, {"tokenizer_config": decoder({"<end>": PIECES + 5})}),
+    ],
+)
+def test_every_token_that_ends_answers_is_a_stop_id(tmp_path, name, end, files):
+    generation = {"eos_token_id": [2, end]}
     path = folder(
-        tmp_path / "m",
-        raw={"_name_or_path": "chatglm2"},
-        tokenizer_config=decoder({"<end>": end}),
-        generation_config={"eos_token_id": [2, end]},
+        tmp_path / "m", raw={"_name_or_path": name}, generation_config=generation, **files
     )
-    assert stop_ids(open_folder(path).tokenizer) == (2, end)
-
-
-@pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
-def test_a_special_token_that_ends_answers_is_a_stop_id(tmp_path, name):
-    eop = PIECES + 4
-    path = folder(tmp_path / "m", raw={"_name_or_path": name, "eos_token_id": [2, eop]})
     found = open_folder(path)
-    assert eop in stop_ids(found.tokenizer)
+    assert end in stop_ids(found.tokenizer)
     convert_folder(found, tmp_path / "own")
-    assert eop in stop_ids(open_folder(tmp_path / "own").tokenizer)
+    assert end in stop_ids(open_folder(tmp_path / "own").tokenizer)
 
 
 def test_two_files_that_name_tokens_have_to_agree(tmp_path):
@@ -95,6 +87,9 @@ def test_two_files_that_name_tokens_have_to_agree(tmp_path):
     empty = {"added_tokens_decoder": {}, "name_or_path": "chatglm2"}
     found = open_folder(folder(tmp_path / "d", tokenizer_config=empty, added_tokens=ADDED))
     assert found.tokenizer.added.keys() == ADDED.keys()
+    settings = {"additional_special_tokens": ["<tool>"], "name_or_path": "chatglm2"}
+    found = open_folder(folder(tmp_path / "e", tokenizer_config=settings))
+    assert any("'<tool>'" in line and "not known" in line for line in found.notes)
 
 
 def test_the_tokenizer_next_to_an_adapter_shows_its_family(tmp_path):

@@ -61,7 +61,7 @@ def test_random_text_gives_our_ids_and_comes_back(tmp_path):
     random = np.random.default_rng(0)
     ours = toy()
     theirs = opened(tmp_path, ours)
-    parts = (
+    parts = [
         "你好",
         "。",
         " ",
@@ -76,7 +76,7 @@ def test_random_text_gives_our_ids_and_comes_back(tmp_path):
         "▁",
         "👋",
         "e\u0301",
-    )
+    ]
     for _ in range(300):
         text = "".join(random.choice(parts, random.integers(30)))
         ids = ours.encode(text)
