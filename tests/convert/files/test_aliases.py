@@ -114,8 +114,8 @@ def test_a_second_name(tmp_path, name, alias):
         assert name in str(caught.value) and alias in str(caught.value)
 
 
-def test_a_second_name_of_a_wrong_number_is_found_late(tmp_path, monkeypatch):
-    """Compared piece by piece, to the last one; NaN is the same as NaN."""
+def test_values_are_compared_to_the_last_piece(tmp_path, monkeypatch):
+    """NaN is the same as NaN."""
     monkeypatch.setattr("convert.files.aliases._COMPARED_ELEMENTS", 100)
     source = write_official(tmp_path / "source", tensors=TENSORS)
     head = TENSORS[HEAD].copy()

@@ -9,11 +9,10 @@ import pytest
 
 import glm2_jax
 from convert import load_checkpoint
-from convert.layouts.names import OWN, PARTS, PUBLISHED
+from convert.layouts.names import INV_FREQ, PARTS, PUBLISHED
 from glm2_jax import CheckpointError, DeviceError, UsageError
 from tests.support.checkpoints import (
     TINY,
-    join,
     official_tensors,
     random_params,
     split,
@@ -56,25 +55,6 @@ def test_official_layouts(tmp_path, kind, shards, dtype):
         assert other.notes == (says,)
 
 
-def test_the_table_agrees_with_the_model():
-    shapes = glm2_jax.param_shapes(TINY)
-    stacked = {part.path: part.shape(TINY) for part in PARTS}
-    for path, shape in jax.tree.leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple)):
-        keys = tuple(key.key for key in path)
-        layers = (TINY.num_layers,) if keys[0] == "layers" else ()
-        assert shape == layers + stacked.pop(keys)
-    assert not stacked
-
-
-@pytest.mark.parametrize("rules", [PUBLISHED, OWN])
-def test_split_and_join_are_inverse(rules):
-    random = np.random.default_rng(0)
-    for rule in rules:
-        array = random.standard_normal(rule.shape(TINY))
-        parts = split(rule, TINY, array)
-        np.testing.assert_array_equal(join(rule, TINY, parts), array)
-
-
 def test_rows_are_split_as_published():
     """q, k, v follow each other in query_key_value; gate comes before up."""
     weights = (rule for rule in PUBLISHED if len(rule.shape(TINY)) == 2)
@@ -89,13 +69,17 @@ def test_rows_are_split_as_published():
     assert gate_up[0, 5, 0] == 5 and gate_up[1, 5, 0] == 53
 
 
-def test_table_names_are_the_published_ones():
+def test_the_table_agrees_with_the_model_and_the_published_index():
+    shapes = glm2_jax.param_shapes(TINY)
+    stacked = {part.path: part.shape(TINY) for part in PARTS}
+    for path, shape in jax.tree.leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple)):
+        keys = tuple(key.key for key in path)
+        layers = (TINY.num_layers,) if keys[0] == "layers" else ()
+        assert shape == layers + stacked.pop(keys)
+    assert not stacked
     config = glm2_jax.PRESETS["chatglm2-6b"]
-    sizes = {
-        rule.full_name(layer): rule.shape(config)
-        for rule in PUBLISHED
-        for layer in rule.layers(config)
-    }
+    rules = [(rule, layer) for rule in PUBLISHED for layer in rule.layers(config)]
+    sizes = {rule.full_name(layer): rule.shape(config) for rule, layer in rules}
     assert len(sizes) == 199  # 200 with inv_freq
     assert sum(int(np.prod(shape)) for shape in sizes.values()) == 6_243_584_000
     name = "transformer.encoder.layers.27.self_attention.query_key_value.weight"
@@ -114,16 +98,10 @@ def test_reference_state_dict(tmp_path, monkeypatch):
     # Its vocabulary is smaller than that of any tokenizer.
     monkeypatch.setattr("convert.loading.folder.check_fit", lambda *args, **kwargs: None)
     checkpoint = load_checkpoint(tmp_path, dtype="float32")
-    for rule in PUBLISHED:
-        for layer in rule.layers(checkpoint.config):
-            parts = {}
-            for part in rule.parts:
-                value = checkpoint.params
-                for key in part.path:
-                    value = value[key]
-                parts[part.path] = np.asarray(value if layer is None else value[layer])
-            joined = join(rule, checkpoint.config, parts)
-            np.testing.assert_array_equal(joined, state[rule.full_name(layer)])
+    found = official_tensors(checkpoint.config, checkpoint.params, "float32")
+    assert found.keys() - {INV_FREQ} == state.keys() - {INV_FREQ}
+    for name in found.keys() - {INV_FREQ}:
+        np.testing.assert_array_equal(found[name], state[name])
 
 
 @pytest.mark.parametrize(

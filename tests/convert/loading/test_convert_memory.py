@@ -9,42 +9,34 @@ import pytest
 from convert.loading.folder import open_folder
 from convert.writing.own import plan_conversion
 from tests.support.checkpoints import tiny_config, write_official
+from tests.support.paths import ROOT
 
 # 112 million parameters, 224 MB in float16; its largest tensors are 41 MB (embedding and head).
 CONFIG = tiny_config(
-    num_layers=6,
-    vocab_size=20000,
-    hidden_size=1024,
-    ffn_hidden_size=3072,
-    num_heads=16,
-    num_kv_heads=2,
+    num_layers=6, vocab_size=20000, hidden_size=1024, ffn_hidden_size=3072, num_heads=16,
     head_dim=64,
-)
+)  # fmt: skip
 LARGEST = CONFIG.vocab_size * CONFIG.hidden_size * 2
 
-# The peak is sampled by a thread of the measured process: RssAnon leaves out the mapped pages of
-# files, which the system takes back whenever it needs them, and no high-water mark exists for it.
+# RssAnon leaves out the mapped pages of files, which the system takes back whenever it needs them.
 _MEASURE = """
-import json, sys, threading, time
+import json, os, sys, threading, time
 import jax, jax.numpy as jnp
 from convert.loading.folder import open_folder
 from convert.loading.checkpoint import load_checkpoint
 from convert.writing.own import convert_folder
 from glm2_jax import Tokenizer
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+from tests.support.peak_memory import anonymous
 
 def watch():
     while running:
-        samples.append(anonymous())
+        samples.append(anonymous(os.getpid()))
         time.sleep(0.0005)
 
 folder, what, target = sys.argv[1:]
 jnp.zeros(8).block_until_ready()  # the runtime's own memory is not the loader's
 Tokenizer.from_file(folder + "/tokenizer.model")
-before, samples, running = anonymous(), [], True
+before, samples, running = anonymous(os.getpid()), [], True
 thread = threading.Thread(target=watch)
 thread.start()
 stays = 0
@@ -68,14 +60,11 @@ def folder(tmp_path_factory):
         file.unlink()
 
 
-def measure(*arguments):
-    command = [sys.executable, "-c", _MEASURE, *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-
-
 @pytest.mark.parametrize("what", ["float32", "bfloat16 int4", "convert"])
 def test_peak_memory(folder, tmp_path, what):
-    result = measure(folder, what, tmp_path / "own")
+    command = [sys.executable, "-c", _MEASURE, str(folder), what, str(tmp_path / "own")]
+    done = subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    result = json.loads(done.stdout)
     for file in (tmp_path / "own").glob("*"):
         file.unlink()
     stays = 0
