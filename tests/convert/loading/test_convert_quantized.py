@@ -1,6 +1,5 @@
 """Quantized weights on disk and while loading: as stored, or made on the way."""
 
-import json
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from convert.loading.folder import open_folder
 from convert.writing.own import convert_folder, plan_conversion
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.quant import QTensor, dequantize, quantize
-from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, SCHEMES
+from glm2_jax.schemes import SCHEMES
 from infer.memory.plan import weight_bytes
 from infer.memory.precision import Precision, flags
 from tests.convert.writing.test_to_pytorch import random_lora
@@ -117,71 +116,49 @@ def test_quantized_folders_stay_as_they_are_or_are_dequantized(tmp_path, bits, k
     assert as_lists(load(tmp_path / "own").params) == as_lists(stacked)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_plain_folders_are_quantized_while_loading(tmp_path, scheme, monkeypatch):
-    monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)  # smaller than a tensor
-    write_official(tmp_path, dtype="float32")
-    plain = load(tmp_path, layers="list").params
-    done = []
-    checkpoint = load(
-        tmp_path, quantize=scheme, layers="list",
-        progress=lambda part, total: done.append((part, total)),
-    )  # fmt: skip
-    assert done[-1][0] == done[-1][1] == sum(x.nbytes for x in jax.tree.leaves(checkpoint.params))
-    assert checkpoint.notes == (f"the matrices of the layers were quantized to {scheme}",)
-    for part in PARTS:
-        if part.path[0] != "layers" or not part.quantized(SCHEMES[scheme]):
-            assert not isinstance(checkpoint.params.get(part.path[0]), QTensor)
-            continue
-        for layer in range(TINY.num_layers):
-            weight = np.asarray(leaf(plain, part, layer))
-            matrix = weight.reshape(-1, np.prod(weight.shape[-COLUMN_AXES[part.path[1]] :]))
-            values, scale = quantize(matrix, SCHEMES[scheme])
-            found = leaf(checkpoint.params, part, layer)
-            np.testing.assert_array_equal(np.asarray(found.values).reshape(values.shape), values)
-            np.testing.assert_array_equal(np.asarray(found.scale).reshape(scale.shape), scale)
-
-
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_our_own_format_keeps_what_is_quantized(tmp_path, name, embeddings):
+def test_quantized_while_loading_and_converting(tmp_path, name, embeddings, monkeypatch):
     """With or without embedding and head; the plan counts the bytes that are loaded."""
+    monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)  # smaller than a tensor
     source = write_official(tmp_path / "source", dtype="float32")
-    scheme = name + "+embeddings" * embeddings
+    scheme, done = SCHEMES[name + "+embeddings" * embeddings], []
     asked: dict[str, Any] = {"quantize": name, "quantize_embeddings": embeddings}
-    loaded, plain = load(source, **asked), load(source).params
-    assert loaded.summary.quantization == scheme
-    assert ("the embedding and the head were" in loaded.notes[0]) == embeddings
+    plain = load(source, layers="list").params
+    loaded = load(source, layers="list", **asked, progress=lambda *call: done.append(call))
+    size = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
+    assert done[-1] == (size, size)
+    assert loaded.summary.quantization == scheme.name
+    also = ", the embedding and the head" * embeddings
+    assert loaded.notes == (f"the matrices of the layers{also} were quantized to {name}",)
+    for part in PARTS:
+        for layer in range(TINY.num_layers) if part.in_layers else (None,):
+            found, weight = (leaf(x, part, layer) for x in (loaded.params, plain))
+            assert isinstance(found, QTensor) == part.quantized(scheme)
+            if part.quantized(scheme):
+                rows = np.asarray(weight).reshape(-1, np.prod(weight.shape[-part.column_axes :]))
+                values, scale = quantize(rows, scheme)
+                np.testing.assert_array_equal(found.values.reshape(values.shape), values)
+                np.testing.assert_array_equal(found.scale.reshape(scale.shape), scale)
     wider = load_checkpoint(source, dtype="bfloat16", **asked)
     assert wider.notes[1] == "the other weights are stored in float32; converted to bfloat16"
-    for key in EMBEDDINGS:
-        assert isinstance(loaded.params[key], QTensor) == embeddings
-        if embeddings:
-            values, scale = quantize(np.asarray(plain[key]), SCHEMES[name])
-            np.testing.assert_array_equal(np.asarray(loaded.params[key].values), values)
-            np.testing.assert_array_equal(np.asarray(loaded.params[key].scale), scale)
-    precision = Precision("float32", scheme)
-    assert weight_bytes(TINY, precision) == sum(x.nbytes for x in jax.tree.leaves(loaded.params))
+    precision = Precision("float32", scheme.name)
+    assert weight_bytes(TINY, precision) == size
     wanted = " --quantize-embeddings" * embeddings
     assert flags(precision) == f"--dtype float32 --quantize {name}{wanted}"
 
     folder = open_folder(source)
     manifest = convert_folder(folder, tmp_path / "own", max_shard_size=20_000, **asked)
-    assert manifest.quantization == scheme
-    assert json.loads((tmp_path / "own/manifest.json").read_text())["quantization"] == scheme
+    assert manifest.quantization == scheme.name
     verify_checkpoint(tmp_path / "own")
-    stored = load(tmp_path / "own")
+    stored = load(tmp_path / "own", layers="list")
     assert stored.summary.layout == f"own {name}"
     assert as_lists(stored.params) == as_lists(loaded.params)
     size = plan_conversion(folder, None, name, embeddings).nbytes
     assert size < stored.summary.bytes_on_disk and size < plan_conversion(folder).nbytes
-    unpacked = load(tmp_path / "own", quantize="none").params
-    assert not any(isinstance(weight, QTensor) for weight in unpacked["layers"].values())
-    if embeddings:
-        exact = dequantize(stored.params["embed"], 1)
-        np.testing.assert_array_equal(np.asarray(unpacked["embed"]), np.asarray(exact))
-        with pytest.raises(UsageError, match="quantized already"):
-            load(tmp_path / "own", **asked)
+    unpacked = load(tmp_path / "own", layers="list", quantize="none").params
+    down = dequantize(stored.params["layers"][1]["down"], 1)
+    np.testing.assert_array_equal(unpacked["layers"][1]["down"], down)
 
 
 def test_what_cannot_be_quantized(tmp_path):
@@ -242,12 +219,10 @@ def test_rows_of_the_scale_zero_are_rows_of_zeros(tmp_path, bits):
             np.testing.assert_allclose(found, expected, atol=1e-4 if lora else 1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4+embeddings"])
-def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, scheme, monkeypatch):
+def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, monkeypatch):
     monkeypatch.setattr("convert.loading.values.CHUNK_ELEMENTS", 100)  # smaller than a tensor
-    name = scheme.removesuffix("+embeddings")
     source = open_folder(write_official(tmp_path / "source"))
-    convert_folder(source, tmp_path / "own", quantize=name, quantize_embeddings=name != scheme)
+    convert_folder(source, tmp_path / "own", quantize="int4", quantize_embeddings=True)
     path = tmp_path / "own" / "model.safetensors"
     tensors = load_file(path)
     scales = [key for key in tensors if key.endswith("_scale")]
@@ -259,11 +234,10 @@ def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, scheme, monkeypatc
     floats = load(tmp_path / "own", layers="list", quantize="none").params
     count = 0
     for part in PARTS:
-        for layer in range(TINY.num_layers) if part.path[0] == "layers" else (None,):
-            if part.quantized(SCHEMES[scheme]):
+        for layer in range(TINY.num_layers) if part.in_layers else (None,):
+            if part.quantized(SCHEMES["int4+embeddings"]):
                 weight, plain = leaf(small, part, layer), leaf(floats, part, layer)
-                column_axes = len(weight.scale.shape) - (name == "int4")
-                unpacked = np.asarray(dequantize(weight, column_axes))
+                unpacked = np.asarray(dequantize(weight, len(weight.scale.shape) - 1))
                 np.testing.assert_array_equal(unpacked.reshape(plain.shape), plain)
                 assert float(weight.scale.min()) > 0
                 groups = np.asarray(weight.values).reshape(weight.scale.size, -1)
