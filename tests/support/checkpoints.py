@@ -12,9 +12,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert import save_checkpoint
-from convert.layouts.names import PARTS, PUBLISHED, Rule
+from convert.layouts.names import PARTS, PUBLISHED, SCALE, Rule
 from glm2_jax import Tokenizer
 from glm2_jax.config import GLMConfig
+from glm2_jax.quant import pack_int4
+from glm2_jax.schemes import SCHEMES
 from tests.support.sp_model import sp_model
 from tests.support.torch_zip import write_torch_file
 
@@ -115,22 +117,11 @@ def write_official(
     tensors: Mapping[str, np.ndarray] | None = None,
     tokenizer: bytes | None = None,
 ) -> Path:
-    """Writes an official folder.
+    """Writes an official folder of `params`, by default `random_params(config, seed)`.
 
-    Args:
-        folder: made if absent.
-        config: the architecture.
-        params: our parameters; default `random_params(config, seed)`.
-        kind: "bin" or "safetensors".
-        shards: 1 writes a single file without an index.
-        seed: of the random parameters.
-        dtype: of the stored tensors.
-        raw: other or further keys of config.json; None as a value removes a key.
-        tensors: what to store instead of the parameters, under published names.
-        tokenizer: a SentencePiece model; default the tiny one.
-
-    Returns:
-        The folder.
+    With `shards=1` it is a single file without an index. `raw` are other or further keys of
+    config.json, None removes one; `tensors` what to store instead, under published names;
+    `tokenizer` a SentencePiece model, by default the tiny one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     official = config.to_hf() | {"torch_dtype": dtype} | dict(raw or {})
@@ -142,6 +133,30 @@ def write_official(
         tensors = official_tensors(config, params, dtype)
     write_weights(folder, tensors, kind=kind, shards=shards)
     return folder
+
+
+def quantized_tensors(
+    bits: int, config: GLMConfig = TINY
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Official names with random int4 or int8 matrices, and the float32 numbers they stand for."""
+    tensors, exact = official_tensors(config, random_params(config)), {}
+    random = np.random.default_rng(1)
+    for rule in PUBLISHED:
+        for name in map(rule.full_name, rule.layers(config)):
+            exact[name] = tensors[name].astype(np.float32)
+            if rule.quantized(SCHEMES["int8"]):
+                limit, shape = 2 ** (bits - 1), rule.shape(config)
+                q = random.integers(-limit, limit, shape, dtype=np.int8)
+                scale = random.uniform(0.001, 0.02, shape[0]).astype(np.float16)
+                exact[name] = q.astype(np.float32) * scale.astype(np.float32)[:, None]
+                tensors[name], tensors[name + SCALE] = pack_int4(q) if bits == 4 else q, scale
+    return tensors, exact
+
+
+def write_quantized(folder: Path, bits: int, config: GLMConfig = TINY, **kwargs: Any) -> Path:
+    """Writes an official int4 or int8 folder of `quantized_tensors`, or of other `tensors`."""
+    kwargs.setdefault("tensors", quantized_tensors(bits, config)[0])
+    return write_official(folder, config, raw={"quantization_bit": bits}, **kwargs)
 
 
 def write_weights(

@@ -7,12 +7,12 @@ from convert import export_folder, open_folder
 from convert.files.shards import open_weights
 from convert.layouts.names import SCALE
 from glm2_jax import CheckpointError
-from tests.convert.writing.test_to_pytorch import write_packed
 from tests.support.checkpoints import (
     TINY,
     official_tensors,
     random_params,
     write_official,
+    write_quantized,
     write_weights,
 )
 
@@ -68,7 +68,7 @@ def stored(folder):
 def test_wrapped_names(tmp_path):
     """Of the official, the quantized and the HF-native layout."""
     source = write_official(tmp_path / "source", tensors=TENSORS)
-    packed = write_packed(tmp_path / "packed", 4)
+    packed = write_quantized(tmp_path / "packed", 4)
     export_folder(open_folder(source), tmp_path / "glm", layout="glm")
     for number, wrapper in enumerate(WRAPPED):
         tensors = renamed(TENSORS, wrapper)

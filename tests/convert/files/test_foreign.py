@@ -6,13 +6,13 @@ import pytest
 from convert import export_folder, open_folder
 from convert.hub.find import find_model
 from glm2_jax import CheckpointError
-from tests.convert.writing.test_to_pytorch_quantized import write_packed
 from tests.support.checkpoints import (
     TINY,
     edit_json,
     official_tensors,
     random_params,
     write_official,
+    write_quantized,
 )
 from tests.support.torch_zip import write_torch_file
 
@@ -247,7 +247,7 @@ def test_configurations_of_other_weights(tmp_path):
     assert "official names, but config.json has the" in refusal(tmp_path / "glm").what
     floats = write_official(tmp_path / "d", raw={"quantization_bit": 4})
     assert "do not agree on quantization" in refusal(floats).what
-    packed = write_packed(tmp_path / "e", 4)
+    packed = write_quantized(tmp_path / "e", 4)
     write_official(tmp_path / "f", shards=1)
     (tmp_path / "f" / "config.json").rename(packed / "config.json")
     assert "do not agree on quantization" in refusal(packed).what

@@ -25,40 +25,14 @@ from infer.memory.precision import Precision, flags
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import (
     TINY,
-    official_tensors,
-    random_params,
+    quantized_tensors,
     split,
     write_official,
+    write_quantized,
 )
 from tests.support.toy import jit_forward
 
 SCALE_NAME = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale"
-
-
-def quantized_tensors(bits):
-    """Official names with int4 or int8 matrices, and the params that they stand for."""
-    tensors = official_tensors(TINY, random_params(TINY), "float16")
-    exact = {}
-    random = np.random.default_rng(1)
-    for rule in PUBLISHED:
-        for layer in rule.layers(TINY):
-            name, shape = rule.full_name(layer), rule.shape(TINY)
-            if not rule.quantized(SCHEMES["int8"]):
-                exact[name] = tensors[name].astype(np.float32)
-                continue
-            limit = 2 ** (bits - 1)
-            q = random.integers(-limit, limit, shape, dtype=np.int8)
-            scale = random.uniform(0.001, 0.02, shape[0]).astype(np.float16)
-            exact[name] = q.astype(np.float32) * scale.astype(np.float32)[:, None]
-            if bits == 4:
-                q = (q[:, 0::2] << 4) | (q[:, 1::2] & 15)
-            tensors[name], tensors[name + "_scale"] = q, scale
-    return tensors, exact
-
-
-def write_quantized(folder, bits, tensors=None, **kwargs):
-    tensors = quantized_tensors(bits)[0] if tensors is None else tensors
-    return write_official(folder, tensors=tensors, raw={"quantization_bit": bits}, **kwargs)
 
 
 def load(folder, **kwargs):
@@ -90,7 +64,7 @@ def assert_params(params, exact, atol=0.0):
 )
 def test_quantized_folders_stay_as_they_are_or_are_dequantized(tmp_path, bits, kind, name):
     tensors, exact = quantized_tensors(bits)
-    write_quantized(tmp_path / "source", bits, tensors, kind=kind, shards=1)
+    write_quantized(tmp_path / "source", bits, tensors=tensors, kind=kind, shards=1)
     floats = load(tmp_path / "source", quantize="none")
     assert floats.summary.layout == f"official int{bits}"
     assert floats.summary.stored_dtype == f"int{bits}"
@@ -197,7 +171,7 @@ def test_rows_of_the_scale_zero_are_rows_of_zeros(tmp_path, bits):
     """As the published code computes them, also with an adapter, which divides by the scale."""
     tensors, exact = quantized_tensors(bits)
     zero_rows(tensors, exact)
-    write_quantized(tmp_path / "a", bits, tensors)
+    write_quantized(tmp_path / "a", bits, tensors=tensors)
     floats, small = load(tmp_path / "a", quantize="none").params, load(tmp_path / "a").params
     assert_params(floats, exact, atol=1e-35)
     assert all(float(w.scale.min()) > 1e-30 for w in small["layers"].values()
@@ -269,7 +243,7 @@ def test_quantized_tensors_that_do_not_fit_are_refused(tmp_path):
     ]
     for number, (says, change) in enumerate(changes):
         changed = {key: x for key, x in (tensors | change).items() if x is not None}
-        folder = write_quantized(tmp_path / str(number), 4, changed)
+        folder = write_quantized(tmp_path / str(number), 4, tensors=changed)
         for asked in (None, "none"):
             with pytest.raises(CheckpointError, match=says):
                 load_checkpoint(folder, quantize=asked)

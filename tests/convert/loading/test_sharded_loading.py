@@ -20,7 +20,7 @@ import pytest
 from convert import export_folder, load_checkpoint, open_folder, save_checkpoint
 from convert.adapters.adapter import Adapter, save_adapter
 from convert.adapters.attach import attach
-from convert.layouts.names import PARTS, PUBLISHED
+from convert.layouts.names import PARTS
 from convert.loading import params, values
 from convert.loading.boxes import Box, slices
 from convert.writing import own
@@ -29,11 +29,11 @@ from glm2_jax.errors import UsageError
 from glm2_jax.schemes import SCHEMES
 from tests.support import mesh_process
 from tests.support.checkpoints import (
-    official_tensors,
     random_params,
     save,
     tiny_config,
     write_official,
+    write_quantized,
 )
 
 # 3 groups of 32 columns in an ffn of 96, which no mesh cuts evenly; 2 of 128 in o.
@@ -80,27 +80,13 @@ def bytes_read(folder: Path, devices: Collection[int] | None = None, **options: 
     return sum(sizes)
 
 
-def quantized_folder(folder: Path, bits: int) -> Path:
-    tensors = official_tensors(CONFIG, random_params(CONFIG))
-    rng = np.random.default_rng(1)
-    for rule in PUBLISHED:
-        for name in map(rule.full_name, rule.layers(CONFIG)):
-            if rule.quantized(SCHEMES["int8"]):
-                rows, columns = rule.shape(CONFIG)
-                size = (rows, columns * bits // 8)
-                tensors[name] = rng.integers(-128, 128, size, dtype=np.int8)
-                tensors[f"{name}_scale"] = rng.uniform(0.001, 0.02, rows).astype(np.float16)
-    raw = {"quantization_bit": bits}
-    return write_official(folder, CONFIG, tensors=tensors, raw=raw, kind="bin")
-
-
 def folders(root: Path) -> None:
     """One folder of each layout; all but the quantized ones hold the same numbers."""
     params = random_params(CONFIG)
     write_official(root / "bin", CONFIG, params)
     write_official(root / "safetensors", CONFIG, params, kind="safetensors")
-    quantized_folder(root / "int8", 8)
-    quantized_folder(root / "int4", 4)
+    write_quantized(root / "int8", 8, CONFIG)
+    write_quantized(root / "int4", 4, CONFIG)
     save(root / "own", params, CONFIG)
     export_folder(open_folder(root / "own"), root / "glm", layout="glm")
 
