@@ -136,14 +136,11 @@ def _open_index(folder: Path, index: Path, present: Collection[str]) -> Weights:
             f"Download them into the folder{instead}.",
         )
     tensors: dict[str, StoredTensor] = {}
-    for shard, path in files.items():
+    for path in files.values():
         for name, tensor in read_weight_file(path).items():
             if name in tensors and not is_computed(name):
-                raise CheckpointError(
-                    f"{name[:200]!r} is in {tensors[name].file.name} and in {shard}.",
-                    "Every tensor must appear once.",
-                    "Download the shards again.",
-                )
+                what = f"holds {name[:200]!r}, which is in {tensors[name].file.name}, too"
+                raise bad_file(path, what, "Every tensor must appear once.")
             tensors[name] = tensor
     plain = {plain_name(name) for name in tensors}
     for name, file in weight_map.items():

@@ -91,11 +91,8 @@ def regular_file_size(path: Path) -> int:
     """
     if not path.exists():
         what = "a symbolic link to a file that does not exist" if path.is_symlink() else "missing"
-        raise CheckpointError(
-            f"{path} is {what}.",
-            "The checkpoint needs it; in a hub's cache, the download is incomplete.",
-            "Download the checkpoint again.",
-        )
+        why = "The checkpoint needs it; in a hub's cache, the download is incomplete."
+        raise bad_file(path, f"is {what}", why)
     if not path.is_file():  # opening a pipe would block forever
         kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
         raise CheckpointError(

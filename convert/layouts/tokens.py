@@ -171,12 +171,7 @@ def _special_ids(
 
 
 def fit_tokenizer(
-    plain: Tokenizer,
-    named: NamedTokens,
-    family: str,
-    *,
-    vocab_size: int,
-    ends: Sequence[int] = (),
+    plain: Tokenizer, named: NamedTokens, family: str, *, vocab_size: int, ends: Sequence[int] = ()
 ) -> tuple[Tokenizer, list[str]]:
     """Return a folder's tokenizer with its special and added tokens, and lines to report.
 

@@ -41,7 +41,7 @@ class Values:
         start: int,
         stop: int,
         config: GLMConfig,
-        scheme: Scheme | None = None,
+        scheme: Scheme | None,
     ):
         self.match, self.scheme = match, None if match.scale is None else scheme
         self.start, self.shape = start, part.shape(config)

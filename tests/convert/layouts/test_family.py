@@ -11,13 +11,7 @@ from convert.loading.folder import fingerprint
 from convert.writing.gguf import gguf_vocabulary
 from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, Tokenizer, UsageError
-from glm2_jax.family import (
-    config_signs,
-    decide_family,
-    named_family,
-    prompt_signs,
-    tokenizer_signs,
-)
+from glm2_jax.family import config_signs, decide_family, named_family, prompt_signs, tokenizer_signs
 from glm2_jax.text.prompt import build_prompt, stop_ids
 from infer.datasets.encode import Encoder
 from tests.convert.writing.test_to_pytorch import random_lora
@@ -180,9 +174,7 @@ def special_table(start, names=(*NAMES, *ROLES)):
 )
 def test_special_ids_come_from_the_folder(tmp_path, names):
     path = folder(
-        tmp_path / "m",
-        pieces=EXTENDED,
-        tokenizer_config=decoder(special_table(PIECES, names)),
+        tmp_path / "m", pieces=EXTENDED, tokenizer_config=decoder(special_table(PIECES, names))
     )
     found = open_folder(path)
     assert prompt(found) == PROMPT3 and found.tokenizer.special == special_table(PIECES)
@@ -269,10 +261,7 @@ def test_tokens_at_their_ids_in_gguf_files_and_in_training(tmp_path):
     assert found.texts[PIECES + 6] == "<|user|>" and found.texts[PIECES + 10] == "です"
     assert found.types[PIECES + 6] == kinds.CONTROL
     assert (found.texts[PIECES + 15], found.types[PIECES + 15]) == ("<sql>", kinds.USER_DEFINED)
-    messages = [
-        {"role": "user", "content": "です"},
-        {"role": "assistant", "content": "<sql>好"},
-    ]
+    messages = [{"role": "user", "content": "です"}, {"role": "assistant", "content": "<sql>好"}]
     ids, learned = Encoder(tokenizer, "chatglm3").encode(messages, 0)
     start = ids.index(PIECES + 7) + 1
     assert learned == [False] * start + [True] * (len(ids) - start)

@@ -112,7 +112,7 @@ def test_shards_that_are_missing_swapped_or_truncated(tmp_path, kind):
     message = refusal(folder)
     assert str(second) in message and "truncated" in message
     shutil.copy(first, second)
-    assert f"is in {first.name} and in {second.name}" in refusal(folder)
+    assert f"which is in {first.name}, too" in refusal(folder)
     second.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     assert "git lfs pull" in refusal(folder)
 

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import (
-    export_folder,
-    load_checkpoint,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from convert import export_folder, load_checkpoint, save_checkpoint, verify_checkpoint
 from convert.layouts.names import PARTS, PUBLISHED
 from convert.loading.folder import open_folder
 from convert.writing.own import convert_folder, plan_conversion
