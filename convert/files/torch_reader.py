@@ -161,7 +161,7 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, _Tensor]:
     ) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise bad_file(path, "is damaged: its pickle cannot be followed", reason) from error
-    entries = result.items() if isinstance(result, dict) else [("", result)]
+    entries = result.items() if isinstance(result, dict) else [(None, result)]
     bad = [x for x, value in entries if not (isinstance(x, str) and isinstance(value, _Tensor))]
     if not bad:
         return result
@@ -170,8 +170,9 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, _Tensor]:
         if isinstance(value, dict) and any(isinstance(x, _Tensor) for x in value.values()):
             saved = f"torch.load(FILE, weights_only=True)[{shorten(name)}]"
             fix = f"Save those alone: torch.save({saved}, 'pytorch_model.bin')."
+    which = f": {shorten(bad[0])} is not a tensor" if isinstance(result, dict) else ""
     raise CheckpointError(
-        f"{path} does not hold a dictionary of tensors: {shorten(bad[0])} is not a tensor.",
+        f"{path} does not hold a dictionary of tensors{which}.",
         "A file of weights alone is needed; this may be a training checkpoint.",
         fix,
     )

@@ -170,6 +170,7 @@ def test_what_is_not_a_dictionary_of_tensors_is_refused(tmp_path):
     twice = state_dict_pickle({"w": value}).replace(b"u.", b"X\x01\x00\x00\x00w" + value + b"u.")
     for data, reason in (
         (pickle.dumps([1], protocol=2), "does not hold a dictionary"),
+        (b"\x80\x02" + value + b".", "does not hold a dictionary"),
         (pickle.dumps({"epoch": 3, "model": {}}, protocol=4), "'epoch' is not a tensor"),
         (twice, "'w' appears twice"),
     ):
