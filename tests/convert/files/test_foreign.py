@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from convert import export_folder, open_folder
 from convert.hub.find import find_model
@@ -14,7 +15,6 @@ from tests.support.checkpoints import (
     write_official,
     write_quantized,
 )
-from tests.support.torch_zip import write_torch_file
 
 TENSORS = official_tensors(TINY, random_params(TINY))
 LAYER = "transformer.encoder.layers.0.self_attention.query_key_value"
@@ -84,11 +84,10 @@ def test_weights_under_other_names(tmp_path):
     error = refusal(folder)
     assert "no weights under a known file name" in error.what
     assert "download their index, model.safetensors.index.json" in error.fix
-    folder = write_official(tmp_path / "b", kind="safetensors", shards=1)
-    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
-    assert "rename it to model.safetensors" in refusal(folder).fix
-    (folder / "model.fp16.safetensors").rename(folder / "model.safetensors")
-    assert open_folder(folder).config == TINY
+    for kind, name in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+        folder = write_official(tmp_path / kind, kind=kind, shards=1)
+        (folder / name).rename(folder / f"best.{kind}")
+        assert f"rename it to {name}" in refusal(folder).fix
 
 
 def test_files_that_are_given_as_a_model(tmp_path):
@@ -108,31 +107,21 @@ def test_files_that_are_given_as_a_model(tmp_path):
 
 
 def test_weights_of_another_format_under_a_known_name(tmp_path):
-    folder = write_official(tmp_path, shards=1)
-    (folder / "pytorch_model.bin").write_bytes(b"GGUF" + bytes(600))
-    assert "is a GGML or GGUF file" in refusal(folder).what
-    write_official(tmp_path / "safe", kind="safetensors", shards=1)
-    (tmp_path / "safe" / "model.safetensors").rename(folder / "pytorch_model.bin")
-    error = refusal(folder)
-    assert "is a safetensors file" in error.what and ".safetensors" in error.fix
-    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
-    assert open_folder(folder).config == TINY
-    write_torch_file(folder / "model.safetensors", TENSORS)
-    assert "a file of torch.save, not a safetensors file" in refusal(folder).what
-
-
-def test_a_training_checkpoint_of_torch(tmp_path):
     torch = pytest.importorskip("torch")
     folder = without_weights(tmp_path)
-    state = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
-    torch.save({"epoch": 3, "state_dict": state}, folder / "pytorch_model.bin")
+    path, other = folder / "pytorch_model.bin", folder / "model.safetensors"
+    path.write_bytes(b"GGUF" + bytes(600))
+    assert "is a GGML or GGUF file" in refusal(folder).what
+    save_file(TENSORS, path)
     error = refusal(folder)
-    assert "weights_only=True)['state_dict'], 'pytorch_model.bin')" in error.fix
-    torch.save(
-        torch.load(folder / "pytorch_model.bin", weights_only=True)["state_dict"],
-        folder / "pytorch_model.bin",
-    )
+    assert "is a safetensors file" in error.what and ".safetensors" in error.fix
+    state = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
+    torch.save({"epoch": 3, "state_dict": state}, path)
+    assert "weights_only=True)['state_dict'], 'pytorch_model.bin')" in refusal(folder).fix
+    torch.save(torch.load(path, weights_only=True)["state_dict"], path)
     assert open_folder(folder).config == TINY
+    path.rename(other)
+    assert "a file of torch.save, not a safetensors file" in refusal(folder).what
 
 
 def cache(folder, *snapshots, main=None):
@@ -145,12 +134,12 @@ def cache(folder, *snapshots, main=None):
 
 
 @pytest.mark.parametrize("name", ["models--THUDM--chatglm2-6b", "anything"])
-def test_a_model_in_a_hub_cache(tmp_path, name):
-    said = []
+def test_a_model_in_a_hub_cache(tmp_path, name, capsys):
     one = cache(tmp_path / "one" / name, "0123")
     exact = one / "snapshots" / "0123"
-    assert find_model(one, say=said.append) == exact == find_model(exact, say=said.append)
-    assert said == [f"{one} is a hub's cache: reading {exact}"]
+    assert find_model(one) == exact
+    assert capsys.readouterr().err == f"{one} is a hub's cache: reading {exact}\n"
+    assert find_model(exact) == exact and capsys.readouterr().err == ""
     assert str(exact) in refusal(one).fix  # for the library
     assert open_folder(exact).config == TINY
     two = cache(tmp_path / "two" / name, "0123", "4567", main="0123\n")
@@ -207,10 +196,10 @@ def test_other_quantization_configs(tmp_path, value, name):
         ([f"{LAYER}.lora_A.default.weight", f"{LAYER}.lora_B.default.weight"], "PEFT model"),
         ([f"{LAYER}.weight.absmax", f"{LAYER}.weight.quant_map"], "quantized by bitsandbytes"),
         ([f"{LAYER}.qweight", f"{LAYER}.g_idx"], "quantized by bitsandbytes, GPTQ"),
-        ([f"{LAYER}.qweight", f"{LAYER}.qzeros"], "quantized by bitsandbytes, GPTQ"),
         (["model.layers.0.self_attn.q_proj.weight"], "HF-native names"),
         (["transformer.layers.0.attention.dense.weight"], "first-generation ChatGLM-6B"),
         (["transformer.prefix_encoder.embedding.weight"], "together with a P-Tuning v2 prefix"),
+        (["language_model.encoder.x"], "named as Megatron names them"),
         (["v_head.summary.weight"], "value or classification head"),
         ([f"{LAYER}.weight_scale"], "do not agree on quantization"),
     ],
