@@ -65,8 +65,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     for number in (offset, *shape, *strides):
         if type(number) is not int or not 0 <= number < 2**62:
             raise ValueError("a count is not an integer in range")
-    count = math.prod(shape)
     check_shape(shape)
+    count = math.prod(shape)
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     # The second test refuses views that repeat elements (stride 0): a small file could otherwise
     # claim any amount of memory.
@@ -96,8 +96,6 @@ _OPCODES = frozenset(
     "EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split()
 )
-
-
 _NAMES = {ord(info.code): info.name for info in pickletools.opcodes}
 
 
@@ -109,7 +107,7 @@ class _Actions(dict):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler with a dozen names and 37 opcodes left: nothing is imported.
+    """Python's unpickler with the names and opcodes left that weights need: nothing is imported.
 
     It is the one written in Python: its actions can be taken away, and its memo is a dictionary,
     where the one in C allocates whatever a memo index asks for.
