@@ -39,7 +39,7 @@ def build_parser() -> Parser:
         "--dequantize", action="store_true",
         help="allow a quantized base; its weights are written as floats",
     )  # fmt: skip
-    options.add_force_adapter(weights)
+    options.add_adapter_flags(parser, named=True)
     checking = parser.add_argument_group("check")
     checking.add_argument(
         "--bound", type=_bound, metavar="X",

@@ -48,22 +48,18 @@ def add_shard_size(group: argparse._ActionsContainer, default: str = "4GB") -> N
     )  # fmt: skip
 
 
-def add_force_adapter(group: argparse._ActionsContainer) -> None:
-    """Add `--force-adapter`."""
+def add_adapter_flags(parser: argparse.ArgumentParser, *, named: bool = False) -> None:
+    """Add `--force-adapter` and, unless an argument names the adapter, `--adapter`."""
+    group = parser.add_argument_group("adapter")
+    if not named:
+        group.add_argument(
+            "--adapter", type=path_argument, metavar="DIR",
+            help="merge a LoRA adapter into the weights, in float32",
+        )  # fmt: skip
     group.add_argument(
         "--force-adapter", action="store_true",
         help="accept an adapter that was trained on another base model or prompt template",
     )  # fmt: skip
-
-
-def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of tools that may merge an adapter; `open_source` opens it."""
-    group = parser.add_argument_group("adapter")
-    group.add_argument(
-        "--adapter", type=path_argument, metavar="DIR",
-        help="merge a LoRA adapter into the weights, in float32",
-    )  # fmt: skip
-    add_force_adapter(group)
 
 
 def add_last(

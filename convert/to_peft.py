@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         "--base", type=path_argument, required=True, metavar="DIR",
         help="the base model, in any layout, or OWNER/NAME; DST records it",
     )  # fmt: skip
-    options.add_force_adapter(form)
+    options.add_adapter_flags(parser, named=True)
     options.add_last(parser, "the adapter")
     return parser
 

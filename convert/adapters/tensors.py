@@ -8,7 +8,7 @@ fused matrix has one A, and a B for each of its parts. Models name their matrice
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from flax.core import FrozenDict
 
 from convert.files.tensor import StoredTensor
-from convert.layouts.names import FLOATS
+from convert.layouts.names import EMBED, FLOATS, GLM, HEAD, PUBLISHED, Rule
 from convert.layouts.peft_config import CONFIG, Choice, PeftConfig
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
@@ -28,6 +28,17 @@ _ENDS = {"embed_tokens", "lm_head", "embedding", "word_embeddings", "output_laye
 _SHOWN = 3  # problems named in one line
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # target -> part -> with a leading axis of layers
+
+
+# Our parameter -> the target whose adapter changes it, and the name of its B.
+ADAPTED = {
+    "q": ("query_key_value", "q"),
+    "k": ("query_key_value", "k"),
+    "v": ("query_key_value", "v"),
+    "o": ("dense", "b"),
+    "gate_up": ("dense_h_to_4h", "b"),
+    "down": ("dense_4h_to_h", "b"),
+}
 
 
 class Module(NamedTuple):
@@ -82,32 +93,23 @@ class Layout:
         return dataclasses.replace(self, block=self.block.removeprefix(outer), ends=ends)
 
 
+def _layout(name: str, rules: Sequence[Rule], usual: tuple[str, ...] = ()) -> Layout:
+    """Return the names of the matrices, in layers and at both ends, that rules give them."""
+    names = {rule.name.removesuffix(".weight"): rule.parts for rule in rules}
+    block = next(name.partition("{layer}")[0] for name in names if "{layer}" in name)
+    modules = []
+    for full, parts in names.items():
+        adapted = [ADAPTED[part.path[-1]] for part in parts if part.path[-1] in ADAPTED]
+        if adapted:
+            path = full.removeprefix(f"{block}{{layer}}.")
+            modules.append(Module(path, adapted[0][0], tuple(part for _, part in adapted)))
+    ends = tuple(full for full, parts in names.items() if parts[0] in (EMBED, HEAD))
+    return Layout(name, block, tuple(modules), ends, usual)
+
+
 LAYOUTS = {
-    "chatglm": Layout(
-        "chatglm",
-        "transformer.encoder.layers.",
-        (
-            Module("self_attention.query_key_value", "query_key_value", ("q", "k", "v")),
-            Module("self_attention.dense", "dense", ("b",)),
-            Module("mlp.dense_h_to_4h", "dense_h_to_4h", ("b",)),
-            Module("mlp.dense_4h_to_h", "dense_4h_to_h", ("b",)),
-        ),
-        ("transformer.embedding.word_embeddings", "transformer.output_layer"),
-        ("query_key_value",),
-    ),
-    "glm": Layout(
-        "glm",
-        "model.layers.",
-        (
-            Module("self_attn.q_proj", "query_key_value", ("q",)),
-            Module("self_attn.k_proj", "query_key_value", ("k",)),
-            Module("self_attn.v_proj", "query_key_value", ("v",)),
-            Module("self_attn.o_proj", "dense", ("b",)),
-            Module("mlp.gate_up_proj", "dense_h_to_4h", ("b",)),
-            Module("mlp.down_proj", "dense_4h_to_h", ("b",)),
-        ),
-        ("model.embed_tokens", "lm_head"),
-    ),
+    "chatglm": _layout("chatglm", PUBLISHED, ("query_key_value",)),
+    "glm": _layout("glm", GLM),
 }
 
 

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from convert.adapters.tensors import ADAPTED
 from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
 from convert.layouts.names import SCALE, Match, Part, Rule
@@ -19,16 +20,6 @@ from glm2_jax.errors import CheckpointError
 from glm2_jax.lora import LoRA
 from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.schemes import Scheme
-
-# Our parameter -> the published matrix that is adapted, and the name of its B.
-_ADAPTED = {
-    "q": ("query_key_value", "q"),
-    "k": ("query_key_value", "k"),
-    "v": ("query_key_value", "v"),
-    "o": ("dense", "b"),
-    "gate_up": ("dense_h_to_4h", "b"),
-    "down": ("dense_4h_to_h", "b"),
-}
 
 Progress = Callable[[int, int], None]  # called with the bytes written and to write
 # One of our parameters in one layer: the stored tensor that holds it, and its first element there
@@ -132,7 +123,7 @@ def update_of(
     The function takes a first element and values [n], complete rows of the flattened parameter, and
     returns W + scale * B A there in float32.
     """
-    target, name = _ADAPTED.get(path[-1], ("", ""))
+    target, name = ADAPTED.get(path[-1], ("", ""))
     if lora is None or layer is None or target not in lora.layers:
         return None
     weights, scale = lora.layers[target], np.float32(lora.scale[target])

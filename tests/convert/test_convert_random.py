@@ -12,13 +12,15 @@ from convert import load_checkpoint
 from convert import random as convert_random
 from convert.files.safetensors_writer import divide
 from convert.random import official_config, random_entries, write_random
-from glm2_jax import PRESETS, CheckpointError, GLMConfig, InputError, UsageError, forward
+from glm2_jax import PRESETS, CheckpointError, GLMConfig, UsageError
 from glm2_jax.choices import STORED_DTYPES
-from tests.support.checkpoints import TINY, tiny_config
+from tests.support.checkpoints import TINY, names, tiny_config
 from tests.support.commands import exit_code
 from tests.support.sp_model import sp_model
+from tests.support.toy import jit_forward
 
 run = partial(exit_code, convert_random.main)
+RAW = TINY.to_hf() | {"torch_dtype": "float16"}
 
 
 @pytest.fixture
@@ -48,33 +50,27 @@ def test_a_random_folder_answers(tmp_path, config_file, tokenizer, dtype):
     assert (np.asarray(params["layers"]["attn_norm"]) == 1).all()
     assert abs(float(np.std(params["embed"])) - 0.02) < 0.001
     assert not np.array_equal(params["embed"], params["head"])
-    logits, _ = forward(checkpoint.config, params, np.arange(8)[None])
-    assert np.isfinite(logits).all()
+    if dtype == "float32":
+        logits, _ = jit_forward(checkpoint.config, params, np.arange(8)[None])
+        assert np.isfinite(logits).all()
 
 
 def test_the_seed_decides(tmp_path, tokenizer):
-    raw = official_config_of_tiny()
     for folder, seed in {"a": 1, "b": 1, "c": 2}.items():
-        write_random(tmp_path / folder, raw, tokenizer, seed=seed)
+        write_random(tmp_path / folder, RAW, tokenizer, seed=seed)
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b and a != c and len(a) == len(c)
 
 
-def official_config_of_tiny():
-    return TINY.to_hf() | {"torch_dtype": "float16"}
-
-
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("int4")])
-def test_configurations_of_the_published_models(name):
-    raw = official_config(name, layers=6, dtype="bfloat16")
-    assert raw["architectures"] == ["ChatGLMModel"] and raw["torch_dtype"] == "bfloat16"
-    config = GLMConfig.from_hf(raw)
-    assert config.num_layers == 6
-    assert raw["_name_or_path"] == convert_random.NAME  # and no model's
-    assert config == GLMConfig.from_hf(PRESETS[name].to_hf() | {"num_layers": 6})
-
-
-def test_a_config_file_keeps_its_other_keys(tmp_path):
+def test_the_configuration_that_is_written(tmp_path):
+    for name in (name for name in PRESETS if not name.endswith("int4")):
+        raw = official_config(name, layers=6, dtype="bfloat16")
+        assert raw["architectures"] == ["ChatGLMModel"] and raw["torch_dtype"] == "bfloat16"
+        config = GLMConfig.from_hf(raw)
+        assert config.num_layers == 6
+        assert raw["_name_or_path"] == convert_random.NAME  # and no model's
+        assert config == GLMConfig.from_hf(PRESETS[name].to_hf() | {"num_layers": 6})
+    # A file keeps its other keys, and the files next to it say the family.
     raw = TINY.to_hf() | {"use_cache": True, "auto_map": {"AutoModel": "modeling_chatglm.X"}}
     for key in ("family", "rope_kind", "interleaved_qkv", "rotary_percent"):
         del raw[key]
@@ -124,43 +120,25 @@ def test_errors(tmp_path, capsys, config_file, tokenizer, argv, code, message):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_nothing_is_overwritten_and_nothing_begun_without_space(tmp_path, monkeypatch, tokenizer):
-    raw = official_config_of_tiny()
+def test_what_cannot_be_written_leaves_nothing(tmp_path, tokenizer):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
     with pytest.raises(UsageError, match=r"exists(.|\n)*Choose another name\.$"):
-        write_random(tmp_path / "full", raw, tokenizer)
-    with pytest.raises(InputError, match="cannot write(.|\n)*No such file"):
-        write_random("/proc/glm2-jax-test", raw, tokenizer)
-    monkeypatch.setattr("glm2_jax.cli.files.shutil.disk_usage", lambda path: _Free(1000))
-    with pytest.raises(InputError, match="not enough space"):
-        write_random(tmp_path / "new", raw, tokenizer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "tokenizer.model"]
+        write_random(tmp_path / "full", RAW, tokenizer)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        write_random(tmp_path / "new", RAW, tmp_path / "full")
 
-
-class _Free:
-    def __init__(self, free):
-        self.free = free
-
-
-def test_an_interrupted_writing_leaves_nothing(tmp_path, tokenizer):
     def interrupt(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_random(tmp_path / "new", official_config_of_tiny(), tokenizer, progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
-
-
-def test_a_bad_tokenizer_is_found_first(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        write_random(tmp_path / "new", official_config_of_tiny(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        write_random(tmp_path / "new", RAW, tokenizer, progress=interrupt)
+    assert names(tmp_path) == ["full", "tokenizer.model"]
 
 
 def test_memory_is_that_of_a_block(tmp_path, tokenizer):
     """180 MB of weights, of which the largest tensor has 67 MB, in a process without jax."""
-    raw = official_config_of_tiny() | {
+    raw = RAW | {
         "padded_vocab_size": 32768, "hidden_size": 1024, "ffn_hidden_size": 2048,
         "num_attention_heads": 8, "kv_channels": 128,
     }  # fmt: skip

@@ -16,36 +16,34 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = 10_000  # bytes from which on a file counts as large, as with Git LFS
 
 
-class HubServer(ThreadingHTTPServer):
-    """Serves one folder as the repository `name`.
+def sha256(data: bytes) -> str:
+    """In hex."""
+    return hashlib.sha256(data).hexdigest()
 
-    Attributes:
-        url: what HF_ENDPOINT or MODELSCOPE_ENDPOINT is set to.
-        requests: (method, file or other path, first byte asked for) in their order.
-        cuts: file -> how often its connection is cut after half of what was asked for.
-        reset: whether a cut is a reset, not an end that came too early.
-        nothing: whether nothing of a file is sent before a cut.
-        ranges: whether parts of files can be asked for.
-        broken: file -> bytes that are served instead, of the same length.
-        refusal: (status, X-Error-Code) with which everything is answered, if set.
-        redirect: whether large files are sent by another host, as from a CDN.
-        strangers: Authorization headers that the other host got.
-        hold: while not set, a large file stops after its first half.
-    """
+
+class HubServer(ThreadingHTTPServer):
+    """Serves one folder as the repository `name`."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path, name: str = "someone/tiny"):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.name = folder, name
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.url = (
+            f"http://127.0.0.1:{self.server_address[1]}"  # of HF_ENDPOINT or MODELSCOPE_ENDPOINT
+        )
+        # (method, file or other path, first byte asked for) in their order.
         self.requests: list[tuple[str, str, int]] = []
+        # file -> how often its connection is cut after half of what was asked for
         self.cuts: dict[str, int] = {}
-        self.broken: dict[str, bytes] = {}
-        self.refusal: tuple[int, str] | None = None
-        self.reset, self.ranges, self.nothing = False, True, False
-        self.redirect, self.strangers = False, []
-        self.hold = threading.Event()
+        self.reset = False  # whether a cut is a reset, not an end that came too early
+        self.nothing = False  # whether nothing of a file is sent before a cut
+        self.ranges = True  # whether parts of files can be asked for
+        self.broken: dict[str, bytes] = {}  # file -> bytes that are served instead, as many
+        self.refusal: tuple[int, str] | None = None  # status and X-Error-Code of every answer
+        self.redirect = False  # whether large files are sent by another host, as from a CDN
+        self.strangers: list[str | None] = []  # Authorization headers that the other host got
+        self.hold = threading.Event()  # while not set, a large file stops after its first half
         self.hold.set()
 
     def files(self) -> dict[str, bytes]:
@@ -121,20 +119,13 @@ class _Handler(BaseHTTPRequestHandler):
         for name, data in self.server.files().items():
             entry: dict = {"rfilename": name, "size": len(data), "blobId": "0" * 40}
             if len(data) >= LARGE:
-                sha256 = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
+                entry["lfs"] = {"sha256": sha256(data), "size": len(data), "pointerSize": 134}
             siblings.append(entry)
         return {"id": self.server.name, "sha": COMMIT, "private": False, "siblings": siblings}
 
     def _modelscope_listing(self) -> dict:
         files = [
-            {
-                "Path": name,
-                "Name": name,
-                "Type": "blob",
-                "Size": len(data),
-                "Sha256": hashlib.sha256(data).hexdigest(),
-            }
+            {"Path": name, "Name": name, "Type": "blob", "Size": len(data), "Sha256": sha256(data)}
             for name, data in self.server.files().items()
         ]
         return {"Code": 200, "Success": True, "Data": {"Files": files}}
@@ -145,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         if whole is None:
             self._answer(404, b"no", {"X-Error-Code": "EntryNotFound"})
             return
-        etag = hashlib.sha256(whole).hexdigest()
+        etag = sha256(whole)
         data = hub.broken.get(name, whole)[first:]
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if len(whole) >= LARGE:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from flax.core import FrozenDict
@@ -135,30 +134,6 @@ def test_the_frequencies_are_those_of_the_published_code(tmp_path):
     save(tmp_path / "own", random_params(config), config)
     export_folder(open_folder(tmp_path / "own"), tmp_path / "b", layout="chatglm")
     np.testing.assert_allclose(tensors(tmp_path / "b")[INV_FREQ][1], stored, rtol=1e-6)
-
-
-@pytest.mark.parametrize("base", ["float32", "int4"])
-def test_an_adapter_is_added_in_float32(tmp_path, base):
-    convert_folder(
-        open_folder(write_official(tmp_path / "a", dtype="float32")),
-        tmp_path / "own",
-        quantize=None if base == "float32" else base,
-    )
-    lora, source = random_lora(dense=0.5), open_folder(tmp_path / "own")
-    export_folder(source, tmp_path / "b", layout="chatglm", lora=lora)
-    found = load_checkpoint(tmp_path / "b", dtype="float32").params["layers"]
-    plain = load_checkpoint(tmp_path / "own", dtype="float32", quantize="none").params["layers"]
-    weights = lora.layers["query_key_value"]
-    delta = 2.0 * np.einsum("lkhr,lrd->lkhd", weights["v"], weights["a"])
-    np.testing.assert_allclose(found["v"], plain["v"] + delta, atol=2e-6)
-    weights = lora.layers["dense"]
-    delta = 0.5 * np.einsum("ldr,lrnh->ldnh", weights["b"], weights["a"])
-    np.testing.assert_allclose(found["o"], plain["o"] + delta, atol=2e-6)
-    np.testing.assert_array_equal(found["q_bias"], plain["q_bias"])
-    # Cast at the end, and not before the sum.
-    export_folder(source, tmp_path / "half", layout="chatglm", lora=lora, dtype="float16")
-    half = load_checkpoint(tmp_path / "half").params["layers"]
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype("float16"), y), found, half)
 
 
 def test_only_chunks_are_in_memory(tmp_path, monkeypatch):
