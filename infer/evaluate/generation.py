@@ -1,18 +1,16 @@
-"""Generate answers to questions and score them against the labels."""
+"""`--task generation`: answers to questions, scored against the labels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from glm2_jax.cli.messages import Progress, note
-from glm2_jax.errors import InputError
+from glm2_jax.errors import InputError, UsageError
 from infer.datasets.encode import Encoder
 from infer.engine.answer import Message
 from infer.engine.params import SamplingParams
-from infer.evaluate import metrics
 from infer.evaluate.predictions import check_output, predictions_file, read_predictions
 from infer.evaluate.rows import (
     BUNDLED,
@@ -29,12 +27,17 @@ if TYPE_CHECKING:
     from infer.engine.engine import Engine
     from infer.evaluate.run import Settings
 
-_AHEAD = 16  # batches of rows that are sorted together
-
 
 def run(settings: Settings) -> dict[str, Any]:
     """Answer and score, or score an existing file; returns the figures."""
-    metrics.check_packages()
+    try:
+        from infer.evaluate import metrics
+    except ImportError as error:
+        raise UsageError(
+            f"{error.name} is not installed, and --task generation needs it",
+            str(error),
+            "pip install 'glm2-jax[evaluate]'",
+        ) from None
     bad = BadRows(settings.max_bad)
     source = {"predictions": settings.predictions}
     if settings.predictions and not settings.data:
@@ -45,19 +48,11 @@ def run(settings: Settings) -> dict[str, Any]:
     return {**source, "bad_rows": bad.count, **metrics.score(predictions, labels)}
 
 
-def sampling_params(settings: Settings) -> SamplingParams:
-    """Return how answers are drawn; UsageError for a bad value."""
-    return SamplingParams(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=0,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-    )
-
-
 def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
-    sampling = sampling_params(settings)
+    sampling = SamplingParams(
+        temperature=settings.temperature, top_p=settings.top_p, top_k=0, seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+    )  # fmt: skip
     check_output(settings.predictions, settings.data, settings.overwrite)
     parse = partial(parse_conversation, fmt=settings.format)
     found = bad.keep(read_rows(data_file(settings.data)), parse)
@@ -66,12 +61,8 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
         note(f"rows left out, because their answers are marked as not to be learned: {marked}")
     bad.check(len(rows))
     note_demo_model(settings.choice)
-    engine = open_engine(
-        settings.choice,
-        settings.options,
-        rows=settings.batch_size,
-        contents={"questions and answers": unplaced(rows)},
-    )
+    batch, contents = settings.batch_size, {"questions and answers": unplaced(rows)}
+    engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
     encoder = Encoder(engine.tokenizer, engine.template)
 
     def prompt(where: str, row: Conversation) -> tuple[Conversation, list[int]]:
@@ -82,7 +73,7 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
     labels, texts = [_label(row) for row, _ in asked], [""] * len(asked)
     prompts, clean = [ids for _, ids in asked], engine.template != "raw"
     with predictions_file(settings.predictions) as write:
-        for at, text in answers(engine, prompts, sampling, settings.batch_size, clean=clean):
+        for at, text in answers(engine, prompts, sampling, batch, clean=clean):
             texts[at], question = text, asked[at][0].messages[-2]
             write(at, {"prompt": question["content"], "labels": labels[at], "predict": text})
     return labels, texts
@@ -105,28 +96,16 @@ def checked(engine: Engine, ids: list[int]) -> list[int]:
 
 
 def answers(
-    engine: Engine,
-    prompts: Sequence[list[int]],
-    sampling: SamplingParams,
-    batch: int,
-    *,
-    clean: bool,
+    engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, batch: int, clean: bool
 ) -> Iterator[tuple[int, str]]:
-    """Yield the index and the answer of each prompt; `batch` prompts of similar length at a time.
-
-    Args:
-        clean: apply `clean_response`.
-    """
-    left = iter(enumerate(prompts))
-    done = 0
+    """Yield the index and the answer of each prompt, `batch` of them at a time and the longest
+    first; `clean` applies `clean_response`."""
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with Progress("answers", len(prompts)) as bar:
-        while group := list(islice(left, _AHEAD * batch)):
-            group.sort(key=lambda row: -len(row[1]))
-            for first in range(0, len(group), batch):
-                numbers, ids = zip(*group[first : first + batch], strict=True)
-                completions = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
-                done += len(ids)
-                compiling = max(one.stats.compile_s for one in completions)
-                bar.start += compiling  # not part of the rate
-                bar(done)
-                yield from zip(numbers, (one.text for one in completions), strict=True)
+        for first in range(0, len(order), batch):
+            numbers = order[first : first + batch]
+            ids = [prompts[number] for number in numbers]
+            completions = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
+            bar.start += max(one.stats.compile_s for one in completions)  # not part of the rate
+            bar(first + len(numbers))
+            yield from zip(numbers, (one.text for one in completions), strict=True)

@@ -24,30 +24,28 @@ def read_predictions(path: str, bad: BadRows) -> tuple[list[str], list[str]]:
             "Without --data, --predictions is a file of answers that is read.",
             "To write it, name the questions: --data F.",
         )
-    found = bad.keep(read_rows(path), _prediction)
+
+    def parse(where: str, row: Any) -> tuple[str, str]:
+        row = row if isinstance(row, dict) else {}
+        label, text = row.get("labels"), row.get("predict")
+        if not isinstance(label, str) or not isinstance(text, str) or not label.strip():
+            raise InputError("no prediction", 'write {"labels": "...", "predict": "..."}')
+        return label, text
+
+    found = bad.keep(read_rows(path), parse)
     bad.check(len(found))
-    labels, predictions = zip(*found, strict=True)
-    return list(labels), list(predictions)
-
-
-def _prediction(where: str, row: Any) -> tuple[str, str]:
-    label, text = (row.get("labels"), row.get("predict")) if isinstance(row, dict) else (None, None)
-    if not isinstance(label, str) or not isinstance(text, str):
-        raise InputError("no prediction", 'write {"labels": "...", "predict": "..."}')
-    if not label.strip():
-        raise InputError("labels is empty")
-    return label, text
+    return [label for label, _ in found], [text for _, text in found]
 
 
 def check_output(predictions: str | None, data: str | None, overwrite: bool) -> None:
     """Raise before any work if `--predictions` cannot be written."""
     if predictions is None or not join.is_first():
         return
-    require_file_place(predictions)
-    path, partial = _places(predictions)
-    if data is not None and real_path(data) in (path, partial):
+    path = require_file_place(predictions)
+    places = path, _partial(path)
+    if data is not None and real_path(data) in places:
         raise UsageError(f"--predictions and --data are both {data}", fix="Name another file.")
-    for place in (path, partial):
+    for place in places:
         if place.exists() and place.stat().st_size and not overwrite:
             raise UsageError(
                 f"{place} exists already",
@@ -56,10 +54,9 @@ def check_output(predictions: str | None, data: str | None, overwrite: bool) -> 
             )
 
 
-def _places(predictions: str) -> tuple[Path, Path]:
-    """Return the final path, links followed, and that of the file until it is complete."""
-    path = real_path(predictions)
-    return path, path.with_name(path.name + ".partial")
+def _partial(path: Path) -> Path:
+    """Return the place of a file until it is complete."""
+    return path.with_name(path.name + ".partial")
 
 
 @contextmanager
@@ -73,8 +70,8 @@ def predictions_file(named: str | None) -> Iterator[Callable[[int, dict[str, Any
     if named is None or not join.is_first():
         yield lambda number, row: None
         return
-    path, partial = _places(named)
-    lines: dict[int, bytes] = {}
+    path = real_path(named)
+    partial, lines = _partial(path), dict[int, bytes]()
 
     def keep_partial() -> None:
         if lines and partial.exists():
