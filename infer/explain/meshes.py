@@ -18,34 +18,26 @@ LENGTH = 2048  # tokens of a row by default, where the context has room
 
 def run(settings: Settings) -> int:
     """Print the costs that the flags ask for; returns the exit code."""
-    if given := settings.given("prompt", "html", "top_k", "heads", "max_new_tokens"):
-        raise UsageError(
-            f"{given}: no effect",
-            "With --mesh only the costs of devices are shown.",
-            "Leave it out.",
-        )
+    settings.refuse(
+        "prompt", "html", "top_k", "heads", "max_new_tokens",
+        why="With --mesh only the costs of devices are shown.",
+    )  # fmt: skip
     sizes = parse_mesh(settings.mesh or "")
     subject = find_subject(settings)
     config, precision = subject.config, find_precision(subject)
-    length = settings.length or min(LENGTH, config.seq_length)
+    length, devices = settings.length or min(LENGTH, config.seq_length), math.prod(sizes.values())
     if length > config.seq_length:
         raise UsageError(
             f"--length must be at most {config.seq_length:,}, got {length:,}",
             "It is longer than the model's context (seq_length).",
         )
-    devices = math.prod(sizes.values())
     costs = [
         mesh_cost(
-            config,
-            sizes,
-            links,
-            batch=settings.batch,
-            length=length,
-            dtype=precision.dtype,
-            scheme=precision.quantize,
+            config, sizes, links, batch=settings.batch, length=length,
+            dtype=precision.dtype, scheme=precision.quantize,
         )
         for links in dict.fromkeys(find_links(name, devices) for name in settings.cards or LINKS)
-    ]
+    ]  # fmt: skip
     if settings.json:
         found = {"model": subject.name, "meshes": [asdict(cost) for cost in costs]}
         print(json_line(found, allow_nan=False), flush=True)
