@@ -25,17 +25,8 @@ from glm2_jax.cli.messages import note
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.engine.params import SamplingParams
-from infer.evaluate.exams import (
-    LETTERS,
-    SUBJECTS,
-    Exam,
-    Question,
-    examples_for,
-    find_files,
-    read_exam,
-)
-from infer.evaluate.generation import answers, checked
-from infer.evaluate.predictions import check_output, predictions_file
+from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
+from infer.evaluate.generation import answers, check_output, checked, predictions_file
 from infer.evaluate.reader import read_all
 from infer.evaluate.rows import BadRows, unplaced
 from infer.startup import note_demo_model, open_engine
@@ -77,11 +68,11 @@ def run(settings: Settings) -> dict[str, Any]:
     note_demo_model(settings.choice)
     contents = {"questions": unplaced(each for exam in exams for each in exam.questions)}
     engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
-    asker = Asker(engine, bad)
+    common, letters = letter_ids(engine)
     asked = [
         one
         for exam, few in zip(exams, examples, strict=True)
-        for one in asker.ask(exam, None if two_pass else few)
+        for one in ask(engine, exam, None if two_pass else few, bad)
     ]
     bad.check(len(asked))
     note(f"the first question: {asked[0].text!r}")
@@ -90,10 +81,10 @@ def run(settings: Settings) -> dict[str, Any]:
         result["mean_shots_used"] = fmean(one.shots for one in asked)
     if two_pass:
         found = answers(engine, [one.ids for one in asked], sampling, batch, clean=False)
-        asked = asker.conclude(asked, [text for _, text in sorted(found)])
+        asked = conclude(engine, asked, [text for _, text in sorted(found)], bad)
         bad.check(len(asked))
         note(f"the first question, second pass: {asked[0].text!r}")
-    logits = letter_logits(engine, [one.ids for one in asked], asker.letters, batch)
+    logits = letter_logits(engine, [[*one.ids, *common] for one in asked], letters, batch)
     chosen = logits.argmax(axis=1)
     with predictions_file(settings.predictions) as write:
         for at, one in enumerate(asked):
@@ -118,63 +109,51 @@ def _read_exams(settings: Settings, bad: BadRows) -> list[Exam]:
     return exams
 
 
-class Asker:
-    """Makes prompts of questions.
+def ask(
+    engine: Engine, exam: Exam, examples: Sequence[Question] | None, bad: BadRows
+) -> list[Asked]:
+    """Return the questions of an exam that fit, each after as many examples as fit: earlier rounds,
+    or with the template raw earlier text. With None, an answer in words is asked for."""
 
-    Attributes:
-        before: ids at the end of every prompt, with which all letters begin.
-        letters: the ids that tell the letters apart.
-    """
+    def put(where: str, question: Question) -> Asked:
+        if examples is None:
+            text = exam.head + exam.put(question, ask=False)
+            return Asked(exam, question, text, checked(engine, engine.build_prompt(text)))
+        for count in range(len(examples), 0, -1):
+            try:
+                return after(question, examples[:count])
+            except InputError:  # too long
+                continue
+        return after(question, ())
 
-    def __init__(self, engine: Engine, bad: BadRows):
-        self.engine, self.bad = engine, bad
-        self.before, self.letters = letter_ids(engine)
-
-    def ask(self, exam: Exam, examples: Sequence[Question] | None) -> list[Asked]:
-        """Return the questions of an exam that fit, each after as many examples as fit; with
-        None, an answer in words is asked for."""
-
-        def put(where: str, question: Question) -> Asked:
-            if examples is None:
-                text = exam.head + exam.put(question, ask=False)
-                ids = checked(self.engine, self.engine.build_prompt(text))
-                return Asked(exam, question, text, ids)
-            for count in range(len(examples), 0, -1):
-                try:
-                    return self._after(exam, question, examples[:count])
-                except InputError:  # too long
-                    continue
-            return self._after(exam, question, ())
-
-        return self.bad.keep(((question.where, question) for question in exam.questions), put)
-
-    def _after(self, exam: Exam, question: Question, examples: Sequence[Question]) -> Asked:
-        """Examples are earlier rounds, or with the template raw earlier text."""
-        texts = [exam.put(one) for one in (*examples, question)]
+    def after(question: Question, few: Sequence[Question]) -> Asked:
+        texts = [exam.put(one) for one in (*few, question)]
         texts[0] = exam.head + texts[0]
-        solved = [LETTERS[one.answer] for one in examples]
-        if self.engine.template == "raw":
+        solved = [LETTERS[one.answer] for one in few]
+        if engine.template == "raw":
             rounds = [f"{text}{x}" for text, x in zip_longest(texts, solved, fillvalue="")]
             texts, solved = ["\n\n".join(rounds)], []
         *before, text = texts
-        ids = self.engine.build_prompt(text, list(zip(before, solved, strict=True)))
-        return Asked(exam, question, text, self._ended(ids), len(examples))
+        ids = engine.build_prompt(text, list(zip(before, solved, strict=True)))
+        return Asked(exam, question, text, checked(engine, ids), len(few))
 
-    def conclude(self, asked: Sequence[Asked], words: Sequence[str]) -> list[Asked]:
-        """Return the questions of the second pass that fit, given the words of the first."""
+    return bad.keep(((question.where, question) for question in exam.questions), put)
 
-        def put(where: str, row: tuple[Asked, str]) -> Asked:
-            one, said = row
-            end = "\n" if one.question.choices else ""  # the official texts end with one
-            text = f"{one.text}{end}{said}\n{one.exam.style.conclude}"
-            ids = self._ended(self.engine.build_prompt(text))
-            return dataclasses.replace(one, text=text, ids=ids, words=said)
 
-        rows = zip(asked, words, strict=True)
-        return self.bad.keep(((row[0].question.where, row) for row in rows), put)
+def conclude(
+    engine: Engine, asked: Sequence[Asked], words: Sequence[str], bad: BadRows
+) -> list[Asked]:
+    """Return the questions of the second pass that fit, given the words of the first."""
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        return [*checked(self.engine, ids), *self.before]
+    def put(where: str, row: tuple[Asked, str]) -> Asked:
+        one, said = row
+        end = "\n" if one.question.choices else ""  # the official texts end with one
+        text = f"{one.text}{end}{said}\n{one.exam.style.conclude}"
+        ids = checked(engine, engine.build_prompt(text))
+        return dataclasses.replace(one, text=text, ids=ids, words=said)
+
+    rows = zip(asked, words, strict=True)
+    return bad.keep(((row[0].question.where, row) for row in rows), put)
 
 
 def letter_ids(engine: Engine) -> tuple[list[int], list[int]]:
@@ -216,30 +195,21 @@ def pick(logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
-    """Return the accuracy of all questions (as the official script), by file and by C-Eval group;
-    `chosen` are the letters taken, int [questions]."""
+    """Return the accuracy of all questions (as the official script), and by file; `chosen` are the
+    letters taken, int [questions]."""
     pairs = zip(asked, chosen.tolist(), strict=True)
     files = [
-        (exam, [letter == one.question.answer for one, letter in rows])
+        (str(exam.path), [letter == one.question.answer for one, letter in rows])
         for exam, rows in groupby(pairs, key=lambda pair: pair[0].exam)
     ]
-    groups: dict[str | None, list[float]] = {}
-    for exam, right in files:
-        groups.setdefault(SUBJECTS.get(exam.subject, {}).get("group"), []).append(fmean(right))
     everything = [each for _, right in files for each in right]
-    result: dict[str, Any] = {
+    return {
         "questions": len(everything),
         "right": sum(everything),
         "accuracy": fmean(everything),
         "mean_of_files": fmean(fmean(right) for _, right in files),
+        "files": [
+            {"file": path, "questions": len(right), "accuracy": fmean(right)}
+            for path, right in files
+        ],
     }
-    if None not in groups:
-        result["groups"] = [
-            {"group": group, "files": len(shares), "accuracy": fmean(shares)}
-            for group, shares in groups.items()
-        ]
-    result["files"] = [
-        {"file": str(exam.path), "questions": len(right), "accuracy": fmean(right)}
-        for exam, right in files
-    ]
-    return result

@@ -34,8 +34,8 @@ _CHINESE_HEADER = {"题目": "question", "问题": "question", "答案": "answer
 _FOUR = "only A, B, C and D are supported"
 
 _SUBJECTS = (Path(__file__).parent / "subjects.jsonl").read_text(encoding="utf-8")
-SUBJECTS = {row["name"]: row for row in map(json.loads, _SUBJECTS.splitlines())}
-"""The 52 subjects of C-Eval: their Chinese names in its prompts, and their groups in its tables."""
+SUBJECTS = {row["name"]: row["chinese"] for row in map(json.loads, _SUBJECTS.splitlines())}
+"""The 52 subjects of C-Eval, with their names in its prompts."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class Exam:
     @property
     def head(self) -> str:
         """What comes before the first question."""
-        known = SUBJECTS.get(self.subject)
-        name = known["chinese"] if known else self.subject.replace("_", " ")
+        name = SUBJECTS.get(self.subject, self.subject.replace("_", " "))
         return self.style.head.format(subject=name)
 
     def put(self, question: Question, *, ask: bool = True) -> str:

@@ -1,20 +1,42 @@
-"""`--task perplexity`: of one model, or of the variants of one that `--compare` names."""
+"""`--task perplexity`: how likely texts, and answers to questions, are to a model, or to each
+variant that `--compare` names.
+
+A text follows the template's prefix ids. One that is longer than the window is read in overlapping
+windows: each token counts once, in the first window that has it, and except in the first window at
+least `window - stride` tokens come before it. In a conversation every answer and its end count, as
+in training.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from convert.loading.folder import open_folder, target_scheme
 from glm2_jax.cli.messages import human_size, note
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.runtime.gather import gathered
+from infer.datasets.encode import Encoder
 from infer.engine.load import demo_folder
-from infer.evaluate.likelihood import Material, Total, fit_windows, measure, prepare
-from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_rows, unplaced
+from infer.evaluate.reader import Chunk, read_all
+from infer.evaluate.rows import (
+    BUNDLED,
+    BadRows,
+    Conversation,
+    Text,
+    data_file,
+    parse_row,
+    read_rows,
+    unplaced,
+)
 from infer.evaluate.variants import Variant
 from infer.memory.budget import DEFAULT_CONTEXT
 from infer.startup import find_choice, note_demo_model, open_engine
@@ -22,6 +44,61 @@ from infer.startup import find_choice, note_demo_model, open_engine
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
     from infer.evaluate.run import Settings
+
+WINDOW = 2048  # tokens of a window by default
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sequence of token ids, and which of them count; the first one never does."""
+
+    ids: tuple[int, ...]
+    counted: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is read, and the size of what counts in it: rows, characters, bytes of UTF-8."""
+
+    items: tuple[Item, ...]
+    rows: int
+    characters: int
+    bytes: int
+
+
+@dataclass
+class Total:
+    """Sums over the tokens that count: negative log-likelihood in nats, and distances of the logits
+    from those of the first engine, as `distances` returns them (0 for the first one itself)."""
+
+    tokens: int = 0
+    nats: float = 0.0
+    largest: float = 0.0  # the largest difference
+    distances: np.ndarray = field(default_factory=lambda: np.zeros(3))
+
+    def likelihood(self, material: Material) -> dict[str, Any]:
+        """Return the averages of the likelihood."""
+        per_token = self.nats / self.tokens
+        return {
+            "rows": material.rows,
+            "tokens": self.tokens,
+            "characters": material.characters,
+            "bytes": material.bytes,
+            "nats_per_token": per_token,
+            "perplexity": math.exp(min(per_token, 700.0)),  # a larger one has no float
+            "nats_per_character": self.nats / material.characters,
+            "bits_per_byte": self.nats / material.bytes / math.log(2),
+        }
+
+    def distance(self) -> dict[str, float]:
+        """Return the distances from the first engine; KL(first || this) in nats."""
+        mean, divergence, different = (self.distances / self.tokens).tolist()
+        return {
+            "mean_abs_delta_logit": mean,
+            "max_abs_delta_logit": self.largest,
+            "kl_divergence": divergence,
+            "top1_agreement": 1 - different,
+        }
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -31,18 +108,15 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = bad.keep(read_rows(data_file(settings.data)), parse)
     bad.check(len(rows))
     note_demo_model(settings.choice)
-    settings = dataclasses.replace(settings, choice=find_choice(settings.choice))
+    choice, batch = find_choice(settings.choice), settings.batch_size
+    settings = dataclasses.replace(settings, choice=choice)
     _check_folder(settings)
-    material_of = partial(
-        prepare, rows=rows, bad=bad, window=settings.window, stride=settings.stride
-    )
+    choice = settings.compare[0].of(choice) if settings.compare else choice
+    engine = open_engine(choice, settings.options, rows=batch, contents={"rows": unplaced(rows)})
+    material = prepare(engine, rows, bad, settings.window, settings.stride)
     if settings.compare:
-        figures = {"variants": _compare(settings, settings.compare, material_of)}
+        figures = {"variants": _compare(settings, settings.compare, engine, material)}
     else:
-        batch = settings.batch_size
-        contents = {"rows": unplaced(rows)}
-        engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
-        material = material_of(engine)
         [total] = measure([engine], material, batch)
         figures = total.likelihood(material)
     return {"data": settings.data or BUNDLED, "bad_rows": bad.count, **figures}
@@ -67,34 +141,26 @@ def _check_folder(settings: Settings) -> None:
 
 
 def _compare(
-    settings: Settings, compared: tuple[Variant, ...], material_of: Callable[[Engine], Material]
+    settings: Settings, compared: Sequence[Variant], first: Engine, material: Material
 ) -> list[dict[str, Any]]:
-    """Return the figures of all variants; the first stays in memory, the others take turns."""
-    first = _open_variant(settings, compared[0])
-    material = material_of(first)
+    """Return the figures of all variants; the first stays in memory, the others take turns with its
+    maximal length, in the memory that it leaves."""
+    options, batch = settings.options, settings.batch_size
+    options = dataclasses.replace(options, max_length=first.max_length)
+    if options.memory_limit is not None:
+        taken = weight_bytes(first)
+        note(f"the first variant takes {human_size(taken)} of --memory-limit")
+        options = dataclasses.replace(options, memory_limit=max(options.memory_limit - taken, 0))
     results = []
     for variant in compared[1:]:
         note(f"comparing {compared[0].name} with {variant.name}")
-        engine = _open_variant(settings, variant, first)
-        total, other = measure([first, engine], material, settings.batch_size)
+        engine = open_engine(variant.of(settings.choice), options, rows=batch)
+        total, other = measure([first, engine], material, batch)
         if not results:
             results.append(_figures(compared[0], first, material, total))
         results.append(_figures(variant, engine, material, other))
         del engine  # before the next is loaded
     return results
-
-
-def _open_variant(settings: Settings, variant: Variant, first: Engine | None = None) -> Engine:
-    """Open a variant; after the `first` with its maximal length, in the memory that it leaves."""
-    options = settings.options
-    if first is not None:
-        options = dataclasses.replace(options, max_length=first.max_length)
-        if options.memory_limit is not None:
-            taken = weight_bytes(first)
-            note(f"the first variant takes {human_size(taken)} of --memory-limit")
-            left = max(options.memory_limit - taken, 0)
-            options = dataclasses.replace(options, memory_limit=left)
-    return open_engine(variant.of(settings.choice), options, rows=settings.batch_size)
 
 
 def _figures(variant: Variant, engine: Engine, material: Material, total: Total) -> dict[str, Any]:
@@ -112,3 +178,130 @@ def _figures(variant: Variant, engine: Engine, material: Material, total: Total)
 def weight_bytes(engine: Engine) -> int:
     """Return the bytes of all parameters in memory."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.checkpoint.params))
+
+
+def fit_windows(
+    window: int | None, stride: int | None, longest: int, prefix: int
+) -> tuple[int, int]:
+    """Return the text tokens of a window, and the stride; None = the default of the flag.
+
+    `longest` is the maximal length of the engine, `prefix` the tokens before the text in each
+    window. UsageError: the window does not fit, or the stride is not smaller than it.
+    """
+    window = min(WINDOW, longest) if window is None else window
+    if not prefix + 2 <= window <= longest:
+        raise UsageError(
+            f"--window must be from {prefix + 2} to {longest}, got {window}",
+            "The upper limit is --max-length.",
+        )
+    room = window + 1 - prefix  # the last token of a text is only predicted, not read
+    stride = max(window // 2, 1) if stride is None else stride
+    if stride >= room:
+        raise UsageError(
+            f"--stride must be below {room}, got {stride}",
+            f"Otherwise windows of {window} tokens do not overlap and have no context.",
+        )
+    return room, stride
+
+
+def prepare(
+    engine: Engine,
+    rows: Sequence[Text | Conversation],
+    bad: BadRows,
+    window: int | None,
+    stride: int | None,
+) -> Material:
+    """Tokenize the rows for an engine; `window` and `stride` as in `fit_windows`.
+
+    InputError: no row is left, or too many are bad, such as conversations that are too long.
+    """
+    longest = engine.max_length
+    prefix = tuple(engine.tokenizer.prefix_ids)
+    room, stride = fit_windows(window, stride, longest, len(prefix))
+    encoder = Encoder(engine.tokenizer, engine.template)
+
+    def items(where: str, row: Text | Conversation) -> tuple[str, list[Item]]:
+        if isinstance(row, Text):
+            return row.text, list(windows(prefix, engine.tokenizer.encode(row.text), room, stride))
+        found = [encoder.encode(row.messages, n) for n in range(encoder.count(row.messages))]
+        if (most := max((len(ids) for ids, _ in found), default=0)) - 1 > longest:
+            raise InputError("too long", f"{most} tokens, at most {longest} are possible")
+        answers = (m for m in row.messages if m["role"] == "assistant" and m.get("loss", True))
+        text = "".join(answer["content"] or answer.get("metadata", "") for answer in answers)
+        return text, [Item(tuple(ids), tuple(learned)) for ids, learned in found]
+
+    good = bad.keep(((row.where, row) for row in rows), items)
+    counted = [(text, found) for text, found in good if found]
+    if marked := len(good) - len(counted):
+        note(f"rows left out, because nothing in them is to be learned: {marked}")
+    bad.check(len(counted))
+    return Material(
+        tuple(item for _, found in counted for item in found),
+        rows=len(counted),
+        characters=sum(len(text) for text, _ in counted),
+        bytes=sum(len(text.encode()) for text, _ in counted),
+    )
+
+
+def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int) -> Iterator[Item]:
+    """Cut a text into items of at most `room` of its ids, in which every id counts once."""
+    done = 0
+    while done < len(ids):
+        end = min(done + (stride if done else room), len(ids))
+        start = max(end - room, 0)
+        before = len(prefix) + done - start
+        yield Item((*prefix, *ids[start:end]), (False,) * before + (True,) * (end - done))
+        done = end
+
+
+def measure(engines: Sequence[Engine], material: Material, batch: int) -> list[Total]:
+    """Read everything with each engine, `batch` rows at a time; returns one total per engine.
+    CheckpointError: NaN or Inf in the logits."""
+    totals = [Total() for _ in engines]
+    rows = [item.ids[:-1] for item in material.items]
+    for numbers, chunks in read_all(engines, rows, batch):
+        tokens, counts = _targets([material.items[number] for number in numbers], chunks[0])
+        first = chunks[0].logits
+        for engine, total, (_, logits, _) in zip(engines, totals, chunks, strict=True):
+            call, shape = engine.programs.call, logits.shape
+            nats = gathered(call("nats", shape, token_nats, logits, tokens))[counts]
+            if not np.isfinite(nats).all():
+                raise CheckpointError(
+                    "the model produced NaN or Inf",
+                    "The weights are damaged, or their values do not fit the dtype.",
+                    "Check the checkpoint's files, or use --dtype float32 or bfloat16.",
+                )
+            total.tokens += nats.size
+            total.nats += float(nats.sum(dtype=np.float64))
+            if logits is not first:
+                parts = call("distances", shape, distances, first, logits)
+                largest, *others = (gathered(part)[counts] for part in parts)
+                total.largest = max(total.largest, float(largest.max(initial=0.0)))
+                total.distances += [part.sum(dtype=np.float64) for part in others]
+    return totals
+
+
+def _targets(items: Sequence[Item], chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    """Return the next tokens of a chunk's columns, int32 [B, T], and whether they count, bool."""
+    tokens, counts = np.zeros(chunk.real.shape, np.int32), np.zeros(chunk.real.shape, bool)
+    columns = slice(chunk.start + 1, chunk.start + 1 + chunk.real.shape[1])
+    for row, item in enumerate(items):
+        ids = item.ids[columns]
+        tokens[row, : len(ids)], counts[row, : len(ids)] = ids, item.counted[columns]
+    return tokens, counts
+
+
+def token_nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return -log softmax(logits)[token]: float32 [B, T, V], int32 [B, T] -> float32 [B, T]."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def distances(first: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
+    """Compare float32 [B, T, V] logits: largest and mean |difference|, KL(first || other) in nats,
+    and whether the most likely token is another; each [B, T]."""
+    difference = jnp.abs(first - other)
+    p, q = jax.nn.log_softmax(first), jax.nn.log_softmax(other)
+    divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    another = first.argmax(axis=-1) != other.argmax(axis=-1)
+    return difference.max(axis=-1), difference.mean(axis=-1), divergence, another

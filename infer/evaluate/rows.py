@@ -115,7 +115,13 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
         opened.callback(data.close)
         # A list: only after all of them it is known how their places are named.
         for row in list(data.rows()):
-            yield data.place(row.line, row.number), _value(row.data)
+            value: Any = row.data
+            if isinstance(value, bytes):
+                try:
+                    value = parse_line(value)
+                except InputError as error:
+                    value = error
+            yield data.place(row.line, row.number), value
 
 
 def _copy(source: BinaryIO, name: str, file: BinaryIO) -> BinaryIO:
@@ -131,20 +137,10 @@ def _copy(source: BinaryIO, name: str, file: BinaryIO) -> BinaryIO:
 
 def _has_rows(path: str, file: BinaryIO) -> bool:
     """Return whether a file has rows, by its name or its first bytes, and is not plain text."""
-    name = path.lower().removesuffix(".gz")
-    if name.endswith((".jsonl", ".json", ".parquet", *DELIMITERS)):
+    if path.lower().removesuffix(".gz").endswith((".jsonl", ".json", ".parquet", *DELIMITERS)):
         return True
     start = os.pread(file.fileno(), _START, 0)
     return start.removeprefix(_BOM).lstrip().startswith((b"{", b"[", PARQUET, *PACKED))
-
-
-def _value(data: bytes | InputError) -> Any:
-    if isinstance(data, InputError):
-        return data
-    try:
-        return parse_line(data)
-    except InputError as error:
-        return error
 
 
 def parse_row(where: str, row: Any, fmt: str = "auto") -> Text | Conversation:
@@ -153,15 +149,12 @@ def parse_row(where: str, row: Any, fmt: str = "auto") -> Text | Conversation:
     `fmt` is one of `infer.datasets.FORMATS`, or "auto": by the keys of the row.
     """
     if isinstance(row, dict) and fmt == "auto" and "text" in row and detect(row) is None:
-        row = row["text"]
-        if not isinstance(row, str):
-            raise InputError("text is not a string")
+        row = row["text"] if isinstance(row["text"], str) else ""
     if not isinstance(row, str):
         return parse_conversation(where, row, fmt)
     if not row.strip():
-        raise InputError("text is empty")
-    _check_unicode(row)
-    return Text(where, row)
+        raise InputError("text is empty, or not a string")
+    return Text(where, _checked(row))
 
 
 def parse_conversation(where: str, row: Any, fmt: str = "auto") -> Conversation:
@@ -172,12 +165,13 @@ def parse_conversation(where: str, row: Any, fmt: str = "auto") -> Conversation:
     if found is None:
         raise unknown_format(row)
     messages = read_messages(row, found)
-    _check_unicode(json.dumps(messages, ensure_ascii=False))
+    _checked(json.dumps(messages, ensure_ascii=False))
     return Conversation(where, tuple(messages))
 
 
-def _check_unicode(text: str) -> None:
+def _checked(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise InputError("it has half of a character (a lone surrogate)") from None
+    return text

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument, positive
@@ -56,8 +56,8 @@ def parser() -> Parser:
         help="also write a page that a browser shows without a network; overwrites the file",
     )  # fmt: skip
     add(
-        "--width", type=_number(30, 2**31), metavar="N",
-        help="width of the output in columns (default: the terminal's)",
+        "--width", type=positive, metavar="N",
+        help="width of the output in columns, at least 30 (default: the terminal's)",
     )  # fmt: skip
     result.add_common()
     return result
@@ -73,7 +73,7 @@ def _add_explained(result: Parser) -> None:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--prompt", "-p", metavar="TEXT", help=f"the question (default: {PROMPT})")
     source.add_argument(
-        "--length", type=_number(1, 10**9), metavar="N",
+        "--length", type=positive, metavar="N",
         help="instead of a prompt: its number of ids; only shapes and costs",
     )  # fmt: skip
     group.add_argument(
@@ -81,7 +81,7 @@ def _add_explained(result: Parser) -> None:
     )
     add = result.add_argument_group("with weights").add_argument
     add(
-        "--top-k", type=_number(1, MAX_LOGPROBS), metavar="N",
+        "--top-k", type=int, choices=range(1, MAX_LOGPROBS + 1), metavar="N",
         help=f"most probable tokens to list, up to {MAX_LOGPROBS} (default: 5)",
     )  # fmt: skip
     add(
@@ -116,26 +116,14 @@ def _heads(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys((int(layer), int(head)) for layer, head in pairs))
 
 
-def _number(least: int, most: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number from `least` to `most`."""
-
-    def number(text: str) -> int:
-        if not least <= positive(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, got {text[:40]}")
-        return int(text)
-
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for what the user can fix."""
     arguments.use_utf8()
     args = parser().parse_args(argv)
-    from infer.explain import meshes, run
+    from infer.explain import run
 
     choice = from_flags(ModelChoice, args, mesh=None)  # the one of --mesh is only planned for
-    settings = from_flags(run.Settings, args, choice=choice)
-    return run.run(settings) if settings.mesh is None else meshes.run(settings)
+    return run.run(from_flags(run.Settings, args, choice=choice))
 
 
 if __name__ == "__main__":

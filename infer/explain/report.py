@@ -42,12 +42,7 @@ ROW = (
     "the probability in tenths: a blank, then "
 )
 SHADES = " .:-=+*#%@"  # of a probability's square root, in tenths
-LENGTH_FROM = {
-    "tokenizer": "",
-    "published": ", counted with the published tokenizer",
-    "asked": ", as given",
-    "example": ", an example",
-}
+LENGTH_FROM = {"published": ", counted with the published tokenizer", "asked": ", as given"}
 _PROMPT = 20  # columns of a prompt in a line, at most
 _PIECE = 12  # columns of a piece, at most
 _LABEL = 13  # columns before a row of a map
@@ -55,7 +50,7 @@ _LABEL = 13  # columns before a row of a map
 
 def render(walk: Walk, values: Values | None, columns: int) -> list[str]:
     """Return the lines, at most so many columns wide where no single word is wider."""
-    prompt = escape_controls(walk.prompt or "", "\n")
+    prompt = escape_controls(" ".join((walk.prompt or "").split()))
     walk = replace(walk, model=escape_controls(walk.model), prompt=prompt)
     lines = [*_head(walk), "", *_stages(walk, columns), ""]
     lines += [f"{s.title_en}: {s.note_en}" for s in walk.prefill.stages if s.note_en]
@@ -73,10 +68,9 @@ def _head(walk: Walk) -> Iterator[str]:
         f"{s['N']} query heads on {s['K']} key/value heads of {s['H']}, "
         f"feed-forward {s['F']}, vocabulary {s['V']}"
     )
-    shown = cut_to_width(" ".join((walk.prompt or "").split()), _PROMPT)
-    what = f"prompt {shown}" if shown else "a prompt"
+    what = f"prompt {cut_to_width(walk.prompt, _PROMPT)}" if walk.prompt else "a prompt"
     rows = "" if s["B"] == 1 else f", {s['B']} rows"
-    yield f"{what}: {walk.length} ids{LENGTH_FROM[walk.length_from]}{rows}"
+    yield f"{what}: {walk.length} ids{LENGTH_FROM.get(walk.length_from, '')}{rows}"
 
 
 def _stages(walk: Walk, columns: int) -> Iterator[str]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
 from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.cli.tables import columns
+from glm2_jax.cli.tables import columns, fold
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import join_lines, json_line
+from glm2_jax.mesh import parse_mesh
 from glm2_jax.schemes import asked_scheme
 from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
@@ -23,7 +25,8 @@ from infer.explain.report import render
 from infer.explain.values import longest, make_values
 from infer.explain.walk import make_walk
 from infer.memory.budget import find_budget
-from infer.memory.cards import CARDS, Card
+from infer.memory.cards import CARDS, LINKS, Card, find_links
+from infer.memory.mesh_cost import mesh_cost, report
 from infer.memory.precision import Precision
 from infer.startup import find_choice, note_demo_model, open_engine
 
@@ -31,7 +34,7 @@ from infer.startup import find_choice, note_demo_model, open_engine
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
 _PUBLISHED_FAMILIES = ("chatglm2", "chatglm3")
 _PUBLISHED_VOCABULARY = 65024
-EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
+MESH_LENGTH = 2048  # tokens of a row with --mesh by default, where the context has room
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Settings:
     @property
     def columns(self) -> int:
         """Columns to write in."""
-        return self.width or max(columns(100), 30)
+        return max(self.width or columns(100), 30)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Subject:
 
 def run(settings: Settings) -> int:
     """Explain what the flags ask for; returns the exit code."""
+    if settings.mesh is not None:
+        return _show_mesh(settings, settings.mesh)
     if settings.html is not None:
         if settings.html == "-":
             raise InputError("--html needs the name of a file, got -.", fix="Name one.")
@@ -115,7 +120,7 @@ def run(settings: Settings) -> int:
         length,
         model=subject.name,
         batch=settings.batch,
-        prompt=None if source in ("asked", "example") else settings.prompt or PROMPT,
+        prompt=None if source == "asked" else settings.prompt or PROMPT,
         length_from=source,
         cards=_cards(settings.cards or DEVICES),
     )
@@ -179,16 +184,12 @@ def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int
     if published and prompt == PROMPT:
         known = PUBLISHED_LENGTHS[subject.template or config.default_template]
         return None, known, "published"
-    if settings.prompt is not None:
-        raise UsageError(
-            "The length of this prompt is not known.",
-            f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is "
-            f"known, for published {' and '.join(_PUBLISHED_FAMILIES)} models.",
-            "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
-        )
-    length = min(EXAMPLE_LENGTH, config.seq_length - 1)
-    note(f"this model has no tokenizer: the example is a prompt of {length} ids (--length N)")
-    return None, length, "example"
+    raise UsageError(
+        "The length of this prompt is not known.",
+        f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is known, "
+        f"for published {' and '.join(_PUBLISHED_FAMILIES)} models.",
+        "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
+    )
 
 
 def _cards(names: Sequence[str]) -> list[Card]:
@@ -229,3 +230,36 @@ def find_precision(subject: Subject) -> Precision:
         choice.quantize, choice.quantize_embeddings, stored=stored, model=subject.name
     )
     return find_budget("h200").precisions(stored, choice.dtype, scheme)[0]
+
+
+def _show_mesh(settings: Settings, mesh: str) -> int:
+    """Print what the model costs each of several devices; returns the exit code."""
+    settings.refuse(
+        "prompt", "html", "top_k", "heads", "max_new_tokens",
+        why="With --mesh only the costs of devices are shown.",
+    )  # fmt: skip
+    sizes = parse_mesh(mesh)
+    subject = find_subject(settings)
+    config, precision = subject.config, find_precision(subject)
+    length, devices = settings.length or min(MESH_LENGTH, config.seq_length), prod(sizes.values())
+    if length > config.seq_length:
+        raise UsageError(
+            f"--length must be at most {config.seq_length:,}, got {length:,}",
+            "It is longer than the model's context (seq_length).",
+        )
+    costs = [
+        mesh_cost(
+            config, sizes, links, batch=settings.batch, length=length,
+            dtype=precision.dtype, scheme=precision.quantize,
+        )
+        for links in dict.fromkeys(find_links(name, devices) for name in settings.cards or LINKS)
+    ]  # fmt: skip
+    if settings.json:
+        found = {"model": subject.name, "meshes": [asdict(cost) for cost in costs]}
+        print(json_line(found, allow_nan=False), flush=True)
+        return 0
+    lines = [f"{subject.name}: {config.num_params:,} parameters"]
+    for cost in costs:
+        lines += ["", *report(cost)]
+    print(join_lines(part for line in lines for part in fold(line, settings.columns)), flush=True)
+    return 0

@@ -42,14 +42,8 @@ def make_values(
 ) -> Values:
     """Answer a prompt, always with the most probable token, and walk through prompt and answer.
 
-    Args:
-        ids: of the prompt, fewer than `longest`.
-        heads: (layer, head) whose attention is wanted.
-        top_k: candidates that are listed, at most `infer.engine.params.MAX_LOGPROBS`.
-        max_new_tokens: longest answer.
-
-    Raises:
-        CheckpointError: NaN or Inf in the logits. DeviceError: out of memory.
+    `ids` are fewer than `longest`; `heads` are (layer, head) whose attention is wanted; of each
+    token `top_k` candidates are listed. CheckpointError: NaN or Inf in the logits.
     """
     config, tokenizer, params = engine.config, engine.tokenizer, engine.checkpoint.params
     room = min(max_new_tokens, longest(config) - len(ids))
@@ -103,14 +97,30 @@ def _walk(
         [P, P]}.
     """
     config, params = engine.config, engine.checkpoint.params
+
+    def begin(ends: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
+        context, _ = token_context(config, tokens, None, None, None, ends["final_norm"].dtype)
+        return stages.embed(config, ends, tokens), context
+
+    def layer(weights: Any, x: jax.Array, context: TokenContext) -> Any:
+        """Return the output, the norms of that and of both parts [T], and attention [N, T, T]."""
+        seen: dict[str, jax.Array] = {}
+
+        def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
+            seen[name] = function(*arrays)
+            return seen[name]
+
+        x = stages.walk_layer(config, weights, x, context, None, take)
+        norms = tuple(map(_norm, (x, seen["attention.o"], seen["mlp.down"])))
+        return x, norms, seen["attention.softmax"][0]
+
     attention = {}
     with jax.default_device(engine.device), Progress("layers", config.num_layers) as bar:
-        x, context = _jit(engine)(partial(_begin, config))(_ends(params), jnp.asarray([tokens]))
-        layer, nothing = _jit(engine)(partial(_layer, config)), [0.0] * prompt
-        rows = [x[0, prompt - 1]]
+        x, context = _jit(engine)(begin)(_ends(params), jnp.asarray([tokens]))
+        run, nothing, rows = _jit(engine)(layer), [0.0] * prompt, [x[0, prompt - 1]]
         norms: list[tuple[Any, ...]] = [(_rounded(_norm(x)[:prompt]), nothing, nothing)]
         for index in range(config.num_layers):
-            x, parts, probs = layer(_weights(params, index), x, context)
+            x, parts, probs = run(_weights(params, index), x, context)
             rows.append(x[0, prompt - 1])
             norms.append(tuple(_rounded(part[:prompt]) for part in parts))
             attention |= {
@@ -127,24 +137,6 @@ def _jit(engine: Engine) -> Callable[..., Any]:
 def _ends(params: Any) -> dict[str, Any]:
     """Return the parameters outside the layers."""
     return {name: params[name] for name in ("embed", "final_norm", "head")}
-
-
-def _begin(config: GLMConfig, ends: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
-    context, _ = token_context(config, tokens, None, None, None, ends["final_norm"].dtype)
-    return stages.embed(config, ends, tokens), context
-
-
-def _layer(config: GLMConfig, weights: Any, x: jax.Array, context: TokenContext) -> Any:
-    """Run one layer: its output, the norms of that and of both parts [T], attention [N, T, T]."""
-    seen: dict[str, jax.Array] = {}
-
-    def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
-        seen[name] = function(*arrays)
-        return seen[name]
-
-    x = stages.walk_layer(config, weights, x, context, None, take)
-    norms = tuple(map(_norm, (x, seen["attention.o"], seen["mlp.down"])))
-    return x, norms, seen["attention.softmax"][0]
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -17,9 +17,9 @@ from glm2_jax import forward
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.schemes import SCHEMES
-from infer.evaluate import likelihood, perplexity, reader, report
+from infer.evaluate import perplexity, reader, report
 from infer.evaluate.__main__ import main, parser
-from infer.evaluate.likelihood import Total, measure, prepare, windows
+from infer.evaluate.perplexity import Total, measure, prepare, windows
 from infer.evaluate.rows import BadRows, Conversation, Text, data_file
 from infer.evaluate.variants import variants
 from tests.support.engine_toy import TOY, toy_engine, toy_params, warm_engine
@@ -50,8 +50,8 @@ def nats_of(engine, ids, first: int) -> float:
     return float(nats[first - 1 :].sum())
 
 
-def measured(engine, *rows, batch: int = 4, **kwargs):
-    material = prepare(engine, rows, BadRows(), **kwargs)
+def measured(engine, *rows, batch: int = 4, window=None, stride=None):
+    material = prepare(engine, rows, BadRows(), window, stride)
     [total] = measure([engine], material, batch)
     return total, material
 
@@ -85,7 +85,7 @@ def test_every_answer_counts_as_training_learns_it(engine, tmp_path, family):
         tmp_path / "data", [row], tokenizer=engine.tokenizer, template=engine.template
     )
     every, marked = (
-        prepare(engine, [pair("谢谢", "不客气。", history, **marks)], BadRows())
+        prepare(engine, [pair("谢谢", "不客气。", history, **marks)], BadRows(), None, None)
         for marks in ({}, {"loss": False})
     )
     counted, less = (sum(sum(item.counted) for item in one.items) for one in (every, marked))
@@ -161,8 +161,8 @@ def test_files_of_every_form(toy, tmp_path, figures, capsys):
 BAD = [
     (b"{", "not JSON"),
     (b"[1]", "not a JSON object"),
-    (b'{"text": " "}', "text is empty"),
-    (b'{"text": 5}', "text is not a string"),
+    (b'{"text": " "}', "text is empty, or not a string"),
+    (b'{"text": 5}', "text is empty, or not a string"),
     (b'{"prompt": "a"}', "no known format, its keys are 'prompt'"),
     (rb'{"text": "\ud800"}', "half of a character"),
     (json.dumps({"instruction": "a", "output": "世" * 400}).encode(), "too long: "),
@@ -263,7 +263,7 @@ def test_variants_are_read(monkeypatch):
 def test_distances_by_hand():
     first = np.log(np.array([[[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]], np.float32))
     other = np.log(np.array([[[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]], np.float32))
-    largest, mean, divergence, another = map(np.asarray, likelihood.distances(first, other))
+    largest, mean, divergence, another = map(np.asarray, perplexity.distances(first, other))
     two = math.log(2)
     np.testing.assert_allclose(mean, [[2 * two / 3, 0]], atol=1e-6)
     np.testing.assert_allclose(largest, [[two, 0]], atol=1e-6)
@@ -321,7 +321,7 @@ def test_how_the_variants_are_opened(monkeypatch, engine, figures):
     """All with the maximal length of the first, in the memory that it leaves."""
     opened = []
 
-    def open_engine(choice, options, *, rows):
+    def open_engine(choice, options, *, rows, contents=None):
         opened.append((dataclasses.replace(choice, path=None), options, rows))
         return engine
 

@@ -13,7 +13,7 @@ import infer.evaluate
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.processes import join
 from infer.evaluate.__main__ import main
-from infer.evaluate.predictions import check_output, predictions_file
+from infer.evaluate.generation import check_output, predictions_file
 from tests.support.training_data import write_rows
 
 metrics = pytest.importorskip("infer.evaluate.metrics")  # needs the extra `evaluate`

@@ -193,8 +193,8 @@ def test_the_command_from_a_name(explained):
     assert found["prefill"]["stages"][0]["shape"] == [16, 128, 4096]
     out, _ = explained("--config", "chatglm3-6b", "--template", "chatglm2", "--json")
     assert json.loads(out)["walk"]["length"] == 17
-    out, err = explained("--config", "codegeex2-6b")
-    assert "the example is a prompt of 128 ids" in err and "a prompt: 128 ids, an example" in out
+    out, _ = explained("--config", "codegeex2-6b", "--length", "9")
+    assert "a prompt: 9 ids, as given" in out
 
 
 def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained):
@@ -226,6 +226,7 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained
         (CheckpointError, ["--config", "chatglm2-6B"], "did you mean chatglm2-6b?"),
         (UsageError, [*NAMED, "--model", "x"], "each name a model"),
         (UsageError, [*NAMED, "--prompt", "hello"], "length of this prompt is not known"),
+        (UsageError, ["--config", "codegeex2-6b"], "length of this prompt is not known"),
         (UsageError, [*NAMED, "--template", "chatglm3"], "'chatglm3' is not supported"),
         (UsageError, [*NAMED, "--heads", "0:0"], "--heads: no effect"),
         (UsageError, ["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max"),
@@ -263,7 +264,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_computed(
     [
         (["--device", "h20"], "did you mean h200?"),
         (["--heads", "0-0"], "write LAYER:HEAD"),
-        (["--top-k", "21"], "from 1 to 20, got 21"),
+        (["--top-k", "21"], "invalid choice: 21"),
         (["--prompt", "x", "--length", "3"], "not allowed with"),
     ],
 )
