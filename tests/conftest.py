@@ -36,7 +36,7 @@ SLOW = {
     "infer/engine/test_out_of_memory", "infer/engine/test_prefix_engine",
     "infer/engine/test_sampling", "infer/engine/test_session", "infer/engine/test_speculate",
     "infer/engine/test_threads", "infer/evaluate/test_evaluate",
-    "infer/evaluate/test_evaluate_choice", "infer/evaluate/test_evaluate_compare",
+    "infer/evaluate/test_evaluate_choice",
     "infer/explain/test_explain", "infer/explain/test_explain_values",
     "infer/generate/test_batch", "infer/generate/test_generate_cli",
     "infer/generate/test_generate_process", "infer/memory/test_plan",

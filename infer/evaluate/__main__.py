@@ -1,7 +1,4 @@
-"""`python -m infer.evaluate`: measure how good a model is.
-
-Only the flags are here; `infer.evaluate.run` does the work and is imported after parsing.
-"""
+"""`python -m infer.evaluate`: measure how good a model is. Only the flags are here."""
 
 import os
 import sys
@@ -30,43 +27,28 @@ EXAMPLE = f"""{PROG} --compare none,int8,int4
 def parser() -> Parser:
     """Return the parser of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    _add_task(result)
+    _add_input(result)
     flags.add_model_options(result)
     options.add_adapter_options(result)
-    add = result.add_argument_group("perplexity").add_argument
-    add(
-        "--compare", type=variants, metavar="A,B",
-        help="compare variants of the model, each a quantization (none, int8, int4), a dtype, or "
-        "both (bfloat16:int8): size, perplexity, distance of the logits from the first variant's; "
-        "two variants are in memory at once",
-    )  # fmt: skip
-    add(
-        "--window", type=positive, metavar="N",
-        help="tokens per window of a text (default: 2048, at most --max-length)",
-    )  # fmt: skip
-    add(
-        "--stride", type=positive, metavar="N",
-        help="tokens between the starts of two windows (default: half of --window)",
-    )  # fmt: skip
-    _add_generation(result)
-    add = result.add_argument_group("choice").add_argument
-    add(
-        "--shots", type=whole, default=0, metavar="N",
-        help="solved examples before each question, from the folder dev next to the data's folder",
-    )  # fmt: skip
-    add(
-        "--two-pass", action="store_true",
-        help="follow the official C-Eval script: the model first answers in words, greedily; then "
-        "its words are part of the prompt, and the most likely letter is its answer",
-    )  # fmt: skip
+    _add_tasks(result)
     flags.add_mesh_options(options.add_performance_options(result))
     join.add_host_options(result)
-    _add_output(result)
+    add = result.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add(
+        "--predictions", type=path_argument, metavar="F",
+        help='JSON lines of the answers, for generation {"prompt", "labels", "predict"}; without '
+        "--data such a file is read and scored, and no model is needed",
+    )  # fmt: skip
+    add(
+        "--overwrite", action="store_true",
+        help="replace an existing --predictions file, also the partial one of an interrupted run",
+    )  # fmt: skip
     result.add_common()
     return result
 
 
-def _add_task(result: Parser) -> None:
+def _add_input(result: Parser) -> None:
     add = result.add_argument_group("what is measured").add_argument
     add(
         "--task", choices=("perplexity", "generation", "choice"), default="perplexity",
@@ -91,7 +73,22 @@ def _add_task(result: Parser) -> None:
     add("--batch-size", type=positive, default=8, metavar="N", help="rows per batch")
 
 
-def _add_generation(result: Parser) -> None:
+def _add_tasks(result: Parser) -> None:
+    add = result.add_argument_group("perplexity").add_argument
+    add(
+        "--compare", type=variants, metavar="A,B",
+        help="compare variants of the model, each a quantization (none, int8, int4), a dtype, or "
+        "both (bfloat16:int8): size, perplexity, distance of the logits from the first variant's; "
+        "two variants are in memory at once",
+    )  # fmt: skip
+    add(
+        "--window", type=positive, metavar="N",
+        help="tokens per window of a text (default: 2048, at most --max-length)",
+    )  # fmt: skip
+    add(
+        "--stride", type=positive, metavar="N",
+        help="tokens between the starts of two windows (default: half of --window)",
+    )  # fmt: skip
     add = result.add_argument_group("generation, and the first pass of choice").add_argument
     add("--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer")
     add(
@@ -104,19 +101,15 @@ def _add_generation(result: Parser) -> None:
     )  # fmt: skip
     add("--top-p", type=float, default=1.0, metavar="X", help="as in infer.generate")
     add("--seed", type=int, default=0, metavar="N", help="random seed")
-
-
-def _add_output(result: Parser) -> None:
-    add = result.add_argument_group("output").add_argument
-    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add = result.add_argument_group("choice").add_argument
     add(
-        "--predictions", type=path_argument, metavar="F",
-        help='JSON lines of the answers, for generation {"prompt", "labels", "predict"}; without '
-        "--data such a file is read and scored, and no model is needed",
+        "--shots", type=whole, default=0, metavar="N",
+        help="solved examples before each question, from the folder dev next to the data's folder",
     )  # fmt: skip
     add(
-        "--overwrite", action="store_true",
-        help="replace an existing --predictions file, also the partial one of an interrupted run",
+        "--two-pass", action="store_true",
+        help="follow the official C-Eval script: the model first answers in words, greedily; then "
+        "its words are part of the prompt, and the most likely letter is its answer",
     )  # fmt: skip
 
 

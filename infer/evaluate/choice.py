@@ -1,4 +1,4 @@
-"""Multiple choice: the most likely of the letters A to D after a question.
+"""`--task choice`: the most likely of the letters A to D after a question.
 
 One pass reads the question and compares the letters. Two passes follow the official C-Eval script
 of ChatGLM2: the model first answers in words, greedily; then question, words and a sentence that
@@ -9,9 +9,10 @@ prompt to 2048 tokens; here one that is too long is a bad row.)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os.path
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax.cli.files import real_path
-from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.messages import note
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.runtime.gather import gathered
-from infer.evaluate.exams import (
-    LETTERS,
-    SUBJECTS,
-    Exam,
-    Question,
-    examples_for,
-    find_files,
-    read_exam,
-)
-from infer.evaluate.generation import answers, checked, sampling_params
-from infer.evaluate.predictions import check_output, predictions_file
-from infer.evaluate.reader import Reader
+from infer.engine.params import SamplingParams
+from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
+from infer.evaluate.generation import answers, check_output, checked, predictions_file
+from infer.evaluate.reader import read_all
 from infer.evaluate.rows import BadRows, unplaced
 from infer.startup import note_demo_model, open_engine
 
@@ -64,37 +57,42 @@ class Asked:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Ask all questions; returns the figures."""
-    shots = settings.shots
-    if settings.two_pass and shots:
+    shots, two_pass, batch = settings.shots, settings.two_pass, settings.batch_size
+    if two_pass and shots:
         raise UsageError("--two-pass excludes --shots", "The official script has no examples.")
-    sampling = dataclasses.replace(sampling_params(settings), temperature=0.0)
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=settings.max_new_tokens)
     check_output(settings.predictions, settings.data, settings.overwrite)
     bad = BadRows(settings.max_bad)
     exams = _read_exams(settings, bad)
     examples = [examples_for(exam, bad)[:shots] if shots else () for exam in exams]
-    questions = [question for exam in exams for question in exam.questions]
     note_demo_model(settings.choice)
-    batch = settings.batch_size
-    contents = {"questions": unplaced(questions)}
+    contents = {"questions": unplaced(each for exam in exams for each in exam.questions)}
     engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
-    asker = Asker(engine, bad)
-    asked: list[Asked] = []
-    for exam, few in zip(exams, examples, strict=True):
-        asked += asker.ask(exam, None if settings.two_pass else few)
+    common, letters = letter_ids(engine)
+    asked = [
+        one
+        for exam, few in zip(exams, examples, strict=True)
+        for one in ask(engine, exam, None if two_pass else few, bad)
+    ]
     bad.check(len(asked))
     note(f"the first question: {asked[0].text!r}")
-    result: dict[str, Any] = {"data": settings.data, "passes": 1, "shots": shots}
+    result: dict[str, Any] = {"data": settings.data, "passes": 1 + two_pass, "shots": shots}
     if shots:
         result["mean_shots_used"] = fmean(one.shots for one in asked)
-    if settings.two_pass:
-        result["passes"] = 2
+    if two_pass:
         found = answers(engine, [one.ids for one in asked], sampling, batch, clean=False)
-        asked = asker.conclude(asked, [text for _, text in sorted(found)])
+        asked = conclude(engine, asked, [text for _, text in sorted(found)], bad)
         bad.check(len(asked))
         note(f"the first question, second pass: {asked[0].text!r}")
-    logits = letter_logits(engine, [one.ids for one in asked], asker.letters, batch)
-    _write(settings, asked, logits)
-    return result | {"bad_rows": bad.count} | figures(asked, logits.argmax(axis=1))
+    logits = letter_logits(engine, [[*one.ids, *common] for one in asked], letters, batch)
+    chosen = logits.argmax(axis=1)
+    with predictions_file(settings.predictions) as write:
+        for at, one in enumerate(asked):
+            row: dict[str, Any] = {"where": one.question.where, "prompt": one.text}
+            row |= {"words": one.words} if two_pass else {}
+            row |= {"labels": LETTERS[one.question.answer], "predict": LETTERS[chosen[at]]}
+            write(at, row | {"logits": [round(float(value), 4) for value in logits[at]]})
+    return result | {"bad_rows": bad.count} | figures(asked, chosen)
 
 
 def _read_exams(settings: Settings, bad: BadRows) -> list[Exam]:
@@ -111,74 +109,62 @@ def _read_exams(settings: Settings, bad: BadRows) -> list[Exam]:
     return exams
 
 
-class Asker:
-    """Makes prompts of questions.
+def ask(
+    engine: Engine, exam: Exam, examples: Sequence[Question] | None, bad: BadRows
+) -> list[Asked]:
+    """Return the questions of an exam that fit, each after as many examples as fit: earlier rounds,
+    or with the template raw earlier text. With None, an answer in words is asked for."""
 
-    Attributes:
-        before: ids at the end of every prompt, with which all letters begin.
-        letters: the ids that tell the letters apart.
-    """
+    def put(where: str, question: Question) -> Asked:
+        if examples is None:
+            text = exam.head + exam.put(question, ask=False)
+            return Asked(exam, question, text, checked(engine, engine.build_prompt(text)))
+        for count in range(len(examples), 0, -1):
+            try:
+                return after(question, examples[:count])
+            except InputError:  # too long
+                continue
+        return after(question, ())
 
-    def __init__(self, engine: Engine, bad: BadRows):
-        self.engine, self.bad = engine, bad
-        self.before, self.letters = letter_ids(engine)
-
-    def ask(self, exam: Exam, examples: Sequence[Question] | None) -> list[Asked]:
-        """Return the questions of an exam that fit, each after as many examples as fit; with
-        None, an answer in words is asked for."""
-
-        def put(where: str, question: Question) -> Asked:
-            if examples is None:
-                text = exam.head + exam.put(question, ask=False)
-                ids = checked(self.engine, self.engine.build_prompt(text))
-                return Asked(exam, question, text, ids)
-            for count in range(len(examples), 0, -1):
-                try:
-                    return self._shown(exam, question, examples[:count])
-                except InputError:  # too long
-                    continue
-            return self._shown(exam, question, ())
-
-        return self.bad.keep(((question.where, question) for question in exam.questions), put)
-
-    def _shown(self, exam: Exam, question: Question, examples: Sequence[Question]) -> Asked:
-        """Examples are earlier rounds, or with the template raw earlier text."""
-        texts = [exam.put(one) for one in (*examples, question)]
-        solved = [LETTERS[one.answer] for one in examples]
-        if self.engine.template == "raw":
+    def after(question: Question, few: Sequence[Question]) -> Asked:
+        texts = [exam.put(one) for one in (*few, question)]
+        texts[0] = exam.head + texts[0]
+        solved = [LETTERS[one.answer] for one in few]
+        if engine.template == "raw":
             rounds = [f"{text}{x}" for text, x in zip_longest(texts, solved, fillvalue="")]
             texts, solved = ["\n\n".join(rounds)], []
-        texts[0] = exam.head + texts[0]
         *before, text = texts
-        ids = self.engine.build_prompt(text, list(zip(before, solved, strict=True)))
-        ids = [*checked(self.engine, ids), *self.before]
-        return Asked(exam, question, text, ids, len(examples))
+        ids = engine.build_prompt(text, list(zip(before, solved, strict=True)))
+        return Asked(exam, question, text, checked(engine, ids), len(few))
 
-    def conclude(self, asked: Sequence[Asked], words: Sequence[str]) -> list[Asked]:
-        """Return the questions of the second pass that fit, given the words of the first."""
+    return bad.keep(((question.where, question) for question in exam.questions), put)
 
-        def put(where: str, row: tuple[Asked, str]) -> Asked:
-            one, said = row
-            end = "\n" if one.question.choices else ""  # the official texts end with one
-            text = f"{one.text}{end}{said}\n{one.exam.style.conclude}"
-            ids = checked(self.engine, self.engine.build_prompt(text))
-            return dataclasses.replace(one, text=text, ids=[*ids, *self.before], words=said)
 
-        rows = zip(asked, words, strict=True)
-        return self.bad.keep(((row[0].question.where, row) for row in rows), put)
+def conclude(
+    engine: Engine, asked: Sequence[Asked], words: Sequence[str], bad: BadRows
+) -> list[Asked]:
+    """Return the questions of the second pass that fit, given the words of the first."""
+
+    def put(where: str, row: tuple[Asked, str]) -> Asked:
+        one, said = row
+        end = "\n" if one.question.choices else ""  # the official texts end with one
+        text = f"{one.text}{end}{said}\n{one.exam.style.conclude}"
+        ids = checked(engine, engine.build_prompt(text))
+        return dataclasses.replace(one, text=text, ids=ids, words=said)
+
+    rows = zip(asked, words, strict=True)
+    return bad.keep(((row[0].question.where, row) for row in rows), put)
 
 
 def letter_ids(engine: Engine) -> tuple[list[int], list[int]]:
     """Return the ids that all answers "A" to "D" begin with (none in the published tokenizers), and
-    the ids that follow, one per letter; CheckpointError where the letters differ in more."""
+    the ids that follow, one per letter; CheckpointError where they are not different."""
     ids = [engine.tokenizer.encode(letter) for letter in LETTERS]
-    at = 0
-    while len({tuple(one[: at + 1]) for one in ids}) == 1 and all(len(one) > at + 1 for one in ids):
-        at += 1
-    different = [one[at] for one in ids]
+    common = os.path.commonprefix(ids)  # of any sequences
+    different = [one[len(common)] for one in ids if len(one) > len(common)]
     if len(set(different)) < len(LETTERS):
         raise CheckpointError("the tokenizer has no separate ids for A, B, C and D")
-    return ids[0][:at], different
+    return list(common), different
 
 
 def letter_logits(
@@ -186,38 +172,21 @@ def letter_logits(
 ) -> np.ndarray:
     """Return float32 [prompts, 4]: the logits of the letters after each prompt."""
     result = np.zeros((len(prompts), len(letters)), np.float32)
-    reader = Reader(engine, batch, engine.max_length)
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    with Progress("questions", len(prompts)) as bar:
-        for first in range(0, len(order), batch):
-            rows = order[first : first + batch]
-            compiled = engine.programs.seconds
-            for part, values in _at_ends(reader, [prompts[row] for row in rows], letters):
-                result[np.take(rows, part)] = values
-            bar.start += engine.programs.seconds - compiled  # not part of the rate
-            bar(first + len(rows))
+    ids = np.array(letters, np.int32)
+    for numbers, (chunk,) in read_all([engine], prompts, batch):
+        rows, width = chunk.real.shape
+        at = np.array([len(prompts[number]) - 1 for number in numbers]) - chunk.start
+        ending = np.flatnonzero((at >= 0) & (at < width))
+        if ending.size:
+            columns = np.zeros(rows, np.int32)
+            columns[ending] = at[ending]
+            values = engine.programs.call(
+                "letters", chunk.logits.shape, pick, chunk.logits, columns, ids
+            )
+            result[np.take(numbers, ending)] = gathered(values)[ending]
     if not np.isfinite(result).all():
         raise CheckpointError("the model produced NaN or Inf", fix="Use another --dtype.")
     return result
-
-
-def _at_ends(
-    reader: Reader, prompts: Sequence[Sequence[int]], letters: Sequence[int]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield indices of prompts, and the letters' logits [indices, 4], as their ends are read."""
-    last = np.array([len(ids) - 1 for ids in prompts])
-    for chunk in reader.read(prompts):
-        end = chunk.start + chunk.real.shape[1]
-        ending = np.flatnonzero((chunk.start <= last) & (last < end))
-        if not ending.size:
-            continue
-        columns = np.zeros(reader.batch, np.int32)
-        columns[ending] = last[ending] - chunk.start
-        ids = np.array(letters, np.int32)
-        values = reader.engine.programs.call(
-            "letters", chunk.logits.shape, pick, chunk.logits, columns, ids
-        )
-        yield ending, gathered(values)[ending]
 
 
 def pick(logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:
@@ -226,46 +195,21 @@ def pick(logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def figures(asked: Sequence[Asked], chosen: np.ndarray) -> dict[str, Any]:
-    """Return the accuracy of all questions (as the official script), by file and by C-Eval group;
-    `chosen` are the letters taken, int [questions]."""
-    right: dict[str, list[bool]] = {}
-    groups: dict[str, str | None] = {}
-    for one, letter in zip(asked, chosen, strict=True):
-        name = str(one.exam.path)
-        right.setdefault(name, []).append(bool(letter == one.question.answer))
-        groups[name] = SUBJECTS.get(one.exam.subject, {}).get("group")
-    shares = {name: fmean(each) for name, each in right.items()}
-    everything = [each for part in right.values() for each in part]
-    result: dict[str, Any] = {
+    """Return the accuracy of all questions (as the official script), and by file; `chosen` are the
+    letters taken, int [questions]."""
+    pairs = zip(asked, chosen.tolist(), strict=True)
+    files = [
+        (str(exam.path), [letter == one.question.answer for one, letter in rows])
+        for exam, rows in groupby(pairs, key=lambda pair: pair[0].exam)
+    ]
+    everything = [each for _, right in files for each in right]
+    return {
         "questions": len(everything),
         "right": sum(everything),
         "accuracy": fmean(everything),
-        "mean_of_files": fmean(shares.values()),
+        "mean_of_files": fmean(fmean(right) for _, right in files),
+        "files": [
+            {"file": path, "questions": len(right), "accuracy": fmean(right)}
+            for path, right in files
+        ],
     }
-    if all(groups.values()):
-        parts: dict[str | None, list[float]] = {}
-        for name, group in groups.items():
-            parts.setdefault(group, []).append(shares[name])
-        result["groups"] = [
-            {"group": group, "files": len(part), "accuracy": fmean(part)}
-            for group, part in parts.items()
-        ]
-    result["files"] = [
-        {"file": name, "questions": len(right[name]), "accuracy": share}
-        for name, share in shares.items()
-    ]
-    return result
-
-
-def _write(settings: Settings, asked: Sequence[Asked], logits: np.ndarray) -> None:
-    with predictions_file(settings.predictions) as write:
-        for at, (one, values) in enumerate(zip(asked, logits, strict=True)):
-            row = {
-                "where": one.question.where,
-                "prompt": one.text,
-                **({"words": one.words} if settings.two_pass else {}),
-                "labels": LETTERS[one.question.answer],
-                "predict": LETTERS[int(values.argmax())],
-                "logits": [round(float(value), 4) for value in values],
-            }
-            write(at, row)

@@ -31,38 +31,33 @@ from infer.evaluate.rows import CHINESE, BadRows, read_rows
 LETTERS = ("A", "B", "C", "D")
 _COLUMNS = ("question", "a", "b", "c", "d", "answer")
 _CHINESE_HEADER = {"题目": "question", "问题": "question", "答案": "answer"}
-_MORE_CHOICES = re.compile(r"[e-z]")  # columns of choices after D
+_FOUR = "only A, B, C and D are supported"
 
 _SUBJECTS = (Path(__file__).parent / "subjects.jsonl").read_text(encoding="utf-8")
-SUBJECTS = {row["name"]: row for row in map(json.loads, _SUBJECTS.splitlines())}
-"""The 52 subjects of C-Eval: their Chinese names in its prompts, and their groups in its tables."""
+SUBJECTS = {row["name"]: row["chinese"] for row in map(json.loads, _SUBJECTS.splitlines())}
+"""The 52 subjects of C-Eval, with their names in its prompts."""
 
 
 @dataclass(frozen=True)
 class Style:
     """How the questions of a layout are asked, in the words of its authors."""
 
-    head: str  # before the first question
-    question: str  # before each question
-    ask: str  # after its choices
+    head: str = ""  # before the first question
+    question: str = ""  # before each question
+    ask: str = ""  # after its choices
     conclude: str = "综上所述，ABCD中正确的选项是："  # after the model's words, in the second pass
 
 
-STYLES = {
-    "C-Eval": Style(
-        "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n", "", "答案："
-    ),
-    "CMMLU": Style(
-        "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", "题目：", "答案是："
-    ),
-    "MMLU": Style(
-        "The following are multiple choice questions (with answers) about {subject}.\n\n",
-        "",
-        "Answer:",
-        "In conclusion, the correct option among A, B, C and D is:",
-    ),
-    "official": Style("", "", ""),
-}
+OFFICIAL = Style()
+C_EVAL = Style("以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n", ask="答案：")
+CMMLU = Style(
+    "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", "题目：", "答案是："
+)
+MMLU = Style(
+    "The following are multiple choice questions (with answers) about {subject}.\n\n",
+    ask="Answer:",
+    conclude="In conclusion, the correct option among A, B, C and D is:",
+)
 
 
 @dataclass(frozen=True)
@@ -81,26 +76,20 @@ class Exam:
 
     path: Path
     subject: str  # from the file's name, e.g. "computer_network"
-    layout: str  # a key of STYLES
+    style: Style
     questions: tuple[Question, ...]
-
-    @property
-    def style(self) -> Style:
-        return STYLES[self.layout]
 
     @property
     def head(self) -> str:
         """What comes before the first question."""
-        known = SUBJECTS.get(self.subject)
-        name = known["chinese"] if known else self.subject.replace("_", " ")
+        name = SUBJECTS.get(self.subject, self.subject.replace("_", " "))
         return self.style.head.format(subject=name)
 
     def put(self, question: Question, *, ask: bool = True) -> str:
         """Return a question with its choices; `ask` for the answer at the end."""
-        style = self.style
-        lines = [style.question + question.text]
+        lines = [self.style.question + question.text]
         lines += [f"{x}. {text}" for x, text in zip(LETTERS, question.choices, strict=False)]
-        return "\n".join([*lines, style.ask] if ask and style.ask else lines)
+        return "\n".join([*lines, self.style.ask] if ask and self.style.ask else lines)
 
 
 def find_files(named: str) -> list[Path]:
@@ -117,7 +106,8 @@ def find_files(named: str) -> list[Path]:
         raise InputError(f"{named} has no csv and no jsonl files")
     examples = {
         folder
-        for folder in chain.from_iterable(file.parents for file in found)
+        for file in found
+        for folder in file.parents
         if folder.name == "dev"
         and path in folder.parents
         and any((folder.parent / name).is_dir() for name in ("val", "test"))
@@ -135,20 +125,19 @@ def read_exam(path: Path, bad: BadRows) -> Exam:
     """
     subject = re.sub(r"_(val|dev|test)$", "", path.stem)
     if path.suffix == ".jsonl":
-        questions = bad.keep(read_rows(str(path)), _official)
-        return Exam(path, subject, "official", tuple(questions))
-    header, layout, rows = _csv(path)
+        return Exam(path, subject, OFFICIAL, tuple(bad.keep(read_rows(str(path)), _official)))
+    header, style, rows = _csv(path)
     questions = bad.keep(rows, lambda where, row: _question(where, row, header))
     chinese = sum(bool(CHINESE.search(question.text)) for question in questions)
-    layout = layout if 2 * chinese > len(questions) else "MMLU"
-    return Exam(path, subject, layout, tuple(questions))
+    style = style if 2 * chinese > len(questions) else MMLU
+    return Exam(path, subject, style, tuple(questions))
 
 
 def examples_for(exam: Exam, bad: BadRows) -> tuple[Question, ...]:
     """Return the solved questions of a file, from the folder `dev` next to the file's folder."""
     folder, subject = real_path(exam.path).parent.parent / "dev", exam.subject
     for name in (f"{subject}_dev.csv", f"{subject}.csv"):
-        if exam.layout != "official" and (folder / name).exists():  # those are complete prompts
+        if exam.style is not OFFICIAL and (folder / name).exists():  # those are complete prompts
             return read_exam(folder / name, bad).questions
     raise InputError(
         f"no examples for {exam.path}",
@@ -157,37 +146,31 @@ def examples_for(exam: Exam, bad: BadRows) -> tuple[Question, ...]:
     )
 
 
-def _csv(path: Path) -> tuple[list[str], str, Iterator[tuple[str, Any]]]:
-    """Return the column names of a csv file, the layout of its Chinese questions, and its rows."""
-    records = _records(path)
-    first = next(records, None)
-    if first is None:
-        raise InputError(f"{path} is empty")
-    where, header = first
-    if isinstance(header, InputError):
-        raise InputError(f"{where}: {header.what}", header.why)
+def _csv(path: Path) -> tuple[list[str], Style, Iterator[tuple[str, list[str]]]]:
+    """Return the column names of a csv file, how its Chinese questions are asked, and its rows."""
+    rows = _csv_rows(path)
+    where, header = next(rows, ("", []))
     names = [name.strip().lower() for name in header]
-    names = [_CHINESE_HEADER.get(name) or name for name in names]
+    names = [_CHINESE_HEADER.get(name, name) for name in names]
     if "question" in names:
-        missing = [name for name in _COLUMNS if name not in names]
-        if missing:
+        if missing := [name for name in _COLUMNS if name not in names]:
             raise InputError(
                 f"{path} has no column {', '.join(missing)}",
                 f"Its columns are {', '.join(header)}. (C-Eval's test files have no answers.)",
                 "Use the files of val.",
             )
-        return names, ("C-Eval" if "id" in names else "CMMLU"), records
+        return names, C_EVAL if "id" in names else CMMLU, rows
     if len(header) != len(_COLUMNS):
         raise InputError(
-            f"{path} has an unknown layout",
+            f"{path} is empty, or has an unknown layout",
             f"It begins with {len(header)} columns, without a header that names a question.",
             "Known: C-Eval (id,question,A,B,C,D,answer), CMMLU (,Question,A,B,C,D,Answer), "
             "MMLU (six columns, no header).",
         )
-    return list(_COLUMNS), "CMMLU", chain([first], records)
+    return list(_COLUMNS), CMMLU, chain([(where, header)], rows)
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield "file:line" and the cells of each row; the line is the one it begins on."""
     csv.field_size_limit(2**17)  # of the whole process, where a data set may have set another
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
@@ -198,26 +181,21 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, row
             where = f"{path}:{reader.line_num + 1}"
     except csv.Error as error:
-        yield where, InputError("not csv", str(error))
+        raise InputError(f"{where}: not csv", str(error)) from None
 
 
 def _question(where: str, row: Sequence[str], header: Sequence[str]) -> Question:
-    needed = max(header.index(name) for name in _COLUMNS) + 1
-    if len(row) < needed:
-        raise InputError(f"{len(row)} columns", f"{needed} are needed")
     if any(cell.strip() for cell in row[len(header) :]):
         raise InputError(
             f"{len(row)} columns, but the header has {len(header)}",
             "a text with a comma must be in quotes",
         )
-    cells: dict[str, str] = {}
+    cells: dict[str, str] = dict.fromkeys(_COLUMNS, "")
     for name, cell in zip(header, row, strict=False):
-        cells.setdefault(name, cell.strip())
-    if more := [name.upper() for name in cells if _MORE_CHOICES.fullmatch(name) and cells[name]]:
-        raise InputError(
-            f"it has the choices {', '.join((*LETTERS, *more))}", "only A, B, C and D are supported"
-        )
-    if empty := [name for name in _COLUMNS[:5] if not cells[name]]:
+        cells[name] = cells.get(name) or cell.strip()
+    if more := [name.upper() for name in cells if re.fullmatch("[e-z]", name) and cells[name]]:
+        raise InputError(f"it has the choices {', '.join((*LETTERS, *more))}", _FOUR)
+    if empty := [name for name in _COLUMNS if not cells[name]]:
         raise InputError(f"{', '.join(empty)} is empty")
     letter = cells["answer"].upper()
     if letter not in LETTERS:
@@ -234,7 +212,7 @@ def _official(where: str, row: Any) -> Question:
         raise InputError("no inputs_pretokenized", 'write {"inputs_pretokenized", "label"}')
     choices, label = row.get("choices_pretokenized"), row.get("label")
     if isinstance(choices, list) and len(choices) > len(LETTERS):
-        raise InputError(f"it has {len(choices)} choices", "only A, B, C and D are supported")
+        raise InputError(f"it has {len(choices)} choices", _FOUR)
     if type(label) is not int or label not in range(len(LETTERS)):
         raise InputError(f"the label is {label!r}", "expected 0, 1, 2 or 3")
     return Question(where, text, (), label)

@@ -1,19 +1,23 @@
-"""Generate answers to questions and score them against the labels."""
+"""`--task generation`: answers to questions, scored against the labels, and files of answers
+(`--predictions`): JSON lines, as the official script writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm2_jax.cli.files import cannot_write_file, real_path, replace_file, require_file_place
+from glm2_jax.cli.interrupt import always
 from glm2_jax.cli.messages import Progress, note
-from glm2_jax.errors import InputError
+from glm2_jax.errors import InputError, UsageError
+from glm2_jax.processes import join
 from infer.datasets.encode import Encoder
 from infer.engine.answer import Message
 from infer.engine.params import SamplingParams
-from infer.evaluate import metrics
-from infer.evaluate.predictions import check_output, predictions_file, read_predictions
 from infer.evaluate.rows import (
     BUNDLED,
     BadRows,
@@ -29,12 +33,17 @@ if TYPE_CHECKING:
     from infer.engine.engine import Engine
     from infer.evaluate.run import Settings
 
-_AHEAD = 16  # batches of rows that are sorted together
-
 
 def run(settings: Settings) -> dict[str, Any]:
     """Answer and score, or score an existing file; returns the figures."""
-    metrics.check_packages()
+    try:
+        from infer.evaluate import metrics
+    except ImportError as error:
+        raise UsageError(
+            f"{error.name} is not installed, and --task generation needs it",
+            str(error),
+            "pip install 'glm2-jax[evaluate]'",
+        ) from None
     bad = BadRows(settings.max_bad)
     source = {"predictions": settings.predictions}
     if settings.predictions and not settings.data:
@@ -45,19 +54,11 @@ def run(settings: Settings) -> dict[str, Any]:
     return {**source, "bad_rows": bad.count, **metrics.score(predictions, labels)}
 
 
-def sampling_params(settings: Settings) -> SamplingParams:
-    """Return how answers are drawn; UsageError for a bad value."""
-    return SamplingParams(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=0,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-    )
-
-
 def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
-    sampling = sampling_params(settings)
+    sampling = SamplingParams(
+        temperature=settings.temperature, top_p=settings.top_p, top_k=0, seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+    )  # fmt: skip
     check_output(settings.predictions, settings.data, settings.overwrite)
     parse = partial(parse_conversation, fmt=settings.format)
     found = bad.keep(read_rows(data_file(settings.data)), parse)
@@ -66,12 +67,8 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
         note(f"rows left out, because their answers are marked as not to be learned: {marked}")
     bad.check(len(rows))
     note_demo_model(settings.choice)
-    engine = open_engine(
-        settings.choice,
-        settings.options,
-        rows=settings.batch_size,
-        contents={"questions and answers": unplaced(rows)},
-    )
+    batch, contents = settings.batch_size, {"questions and answers": unplaced(rows)}
+    engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
     encoder = Encoder(engine.tokenizer, engine.template)
 
     def prompt(where: str, row: Conversation) -> tuple[Conversation, list[int]]:
@@ -82,7 +79,7 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
     labels, texts = [_label(row) for row, _ in asked], [""] * len(asked)
     prompts, clean = [ids for _, ids in asked], engine.template != "raw"
     with predictions_file(settings.predictions) as write:
-        for at, text in answers(engine, prompts, sampling, settings.batch_size, clean=clean):
+        for at, text in answers(engine, prompts, sampling, batch, clean=clean):
             texts[at], question = text, asked[at][0].messages[-2]
             write(at, {"prompt": question["content"], "labels": labels[at], "predict": text})
     return labels, texts
@@ -105,28 +102,99 @@ def checked(engine: Engine, ids: list[int]) -> list[int]:
 
 
 def answers(
-    engine: Engine,
-    prompts: Sequence[list[int]],
-    sampling: SamplingParams,
-    batch: int,
-    *,
-    clean: bool,
+    engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, batch: int, clean: bool
 ) -> Iterator[tuple[int, str]]:
-    """Yield the index and the answer of each prompt; `batch` prompts of similar length at a time.
-
-    Args:
-        clean: apply `clean_response`.
-    """
-    left = iter(enumerate(prompts))
-    done = 0
+    """Yield the index and the answer of each prompt, `batch` of them at a time and the longest
+    first; `clean` applies `clean_response`."""
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with Progress("answers", len(prompts)) as bar:
-        while group := list(islice(left, _AHEAD * batch)):
-            group.sort(key=lambda row: -len(row[1]))
-            for first in range(0, len(group), batch):
-                numbers, ids = zip(*group[first : first + batch], strict=True)
-                completions = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
-                done += len(ids)
-                compiling = max(one.stats.compile_s for one in completions)
-                bar.start += compiling  # not part of the rate
-                bar(done)
-                yield from zip(numbers, (one.text for one in completions), strict=True)
+        for first in range(0, len(order), batch):
+            numbers = order[first : first + batch]
+            ids = [prompts[number] for number in numbers]
+            completions = engine.complete(ids, sampling, row_ids=numbers, clean=clean)
+            bar.start += max(one.stats.compile_s for one in completions)  # not part of the rate
+            bar(first + len(numbers))
+            yield from zip(numbers, (one.text for one in completions), strict=True)
+
+
+def read_predictions(path: str, bad: BadRows) -> tuple[list[str], list[str]]:
+    """Return the labels and the predictions of a file."""
+    if not Path(path).exists():
+        raise InputError(
+            f"{path} not found, there is nothing to score",
+            "Without --data, --predictions is a file of answers that is read.",
+            "To write it, name the questions: --data F.",
+        )
+
+    def parse(where: str, row: Any) -> tuple[str, str]:
+        row = row if isinstance(row, dict) else {}
+        label, text = row.get("labels"), row.get("predict")
+        if not isinstance(label, str) or not isinstance(text, str) or not label.strip():
+            raise InputError("no prediction", 'write {"labels": "...", "predict": "..."}')
+        return label, text
+
+    found = bad.keep(read_rows(path), parse)
+    bad.check(len(found))
+    return [label for label, _ in found], [text for _, text in found]
+
+
+def check_output(predictions: str | None, data: str | None, overwrite: bool) -> None:
+    """Raise before any work if `--predictions` cannot be written."""
+    if predictions is None or not join.is_first():
+        return
+    path = require_file_place(predictions)
+    places = path, _partial(path)
+    if data is not None and real_path(data) in places:
+        raise UsageError(f"--predictions and --data are both {data}", fix="Name another file.")
+    for place in places:
+        if place.exists() and place.stat().st_size and not overwrite:
+            raise UsageError(
+                f"{place} exists already",
+                "It holds the answers of another run, and only --overwrite replaces them.",
+                "Name another file, or add --overwrite. Without --data it is read and scored.",
+            )
+
+
+def _partial(path: Path) -> Path:
+    """Return the place of a file until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def predictions_file(named: str | None) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """Give a function that writes a row: its number and an object.
+
+    Each row is written to F.partial at once; when all are there, F gets them in the order of their
+    numbers. After an interruption F.partial stays. Without a name, and in all but the first of
+    several processes, nothing is written.
+    """
+    if named is None or not join.is_first():
+        yield lambda number, row: None
+        return
+    path = real_path(named)
+    partial, lines = _partial(path), dict[int, bytes]()
+
+    def keep_partial() -> None:
+        if lines and partial.exists():
+            note(f"incomplete: {len(lines)} answers are in {partial}, which can be scored")
+        else:
+            partial.unlink(missing_ok=True)
+
+    with always(keep_partial):
+        with partial.open("wb", buffering=0) as file:
+
+            def write(number: int, row: dict[str, Any]) -> None:
+                line = left = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                complete = file.tell()
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError as error:
+                    file.truncate(complete)
+                    raise cannot_write_file(partial, error) from error
+                lines[number] = line
+
+            yield write
+        replace_file(path, b"".join(lines[number] for number in sorted(lines)))
+        partial.unlink()
+    note(f"predictions are in {named}")

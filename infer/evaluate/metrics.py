@@ -1,4 +1,4 @@
-"""Score texts against references: BLEU, ROUGE, METEOR, chrF.
+"""Score texts against references: BLEU, ROUGE, METEOR, chrF. Needs the `evaluate` extra.
 
 Per pair, then averaged, as the official script of ChatGLM2 (ptuning/main.py) does: ROUGE-1, -2 and
 -L (F) of rouge-chinese over jieba's words; BLEU-4 of nltk over characters, smoothing method 3; each
@@ -10,51 +10,41 @@ installed; they are never downloaded), BLEU and chrF of sacrebleu.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from glm2_jax.errors import UsageError
 from infer.evaluate.rows import CHINESE
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import jieba
+    import sacrebleu
+    from nltk.corpus import wordnet
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    from nltk.translate.meteor_score import single_meteor_score
+    from rouge_chinese import Rouge
+
+jieba.setLogLevel(60)  # nothing on stderr
+
 PER_PAIR = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
-_PACKAGES = ("jieba", "rouge_chinese", "nltk", "sacrebleu")
-
-
-def check_packages() -> None:
-    """Raise UsageError if the packages of the `evaluate` extra are not installed."""
-    for name in _PACKAGES:
-        try:
-            _import(name)
-        except ImportError as error:
-            raise UsageError(
-                f"{name} is not installed, and --task generation needs it",
-                str(error),
-                "pip install 'glm2-jax[evaluate]'",
-            ) from None
-
-
-def _import(name: str) -> Any:
-    """Import a package without the warnings and log lines that it prints."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = importlib.import_module(name)
-    if name == "jieba":
-        module.setLogLevel(60)
-    return module
 
 
 def score(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     """Return all scores of predictions against labels, none of which is blank."""
     pairs = [pair_scores(p, label) for p, label in zip(predictions, labels, strict=True)]
+    chinese = any(map(CHINESE.search, labels))
+    bleu, chrf = sacrebleu.BLEU(tokenize="zh" if chinese else "13a"), sacrebleu.CHRF()
+    texts, references = list(predictions), [list(labels)]
     return {
         "rows": len(pairs),
         "empty_predictions": sum(not text.strip() for text in predictions),
         **{name: fmean(pair[name] for pair in pairs) for name in PER_PAIR},
         **_meteor(predictions, labels),
-        **_corpus(predictions, labels),
+        "sacrebleu": bleu.corpus_score(texts, references).score,
+        "sacrebleu_signature": str(bleu.get_signature()),
+        "chrf": chrf.corpus_score(texts, references).score,
     }
 
 
@@ -62,15 +52,14 @@ def pair_scores(prediction: str, label: str) -> dict[str, float]:
     """Return the official script's four scores of one pair, each 0 to 100."""
     if not prediction.strip():
         return dict.fromkeys(PER_PAIR, 0.0)
-    bleu_score = _import("nltk.translate.bleu_score")
-    rouge = _import("rouge_chinese").Rouge(metrics=list(PER_PAIR[:2]))
-    texts = [" ".join(_import("jieba").cut(text)) for text in (prediction, label)]
+    rouge: Any = Rouge(metrics=list(PER_PAIR[:2]))
+    texts = [" ".join(jieba.cut(text)) for text in (prediction, label)]
     found = {name: score["f"] for name, score in rouge.get_scores(*texts)[0].items()}
     found["rouge-l"] = _rouge_l(*(_rouge_words(rouge, text) for text in texts))
-    smooth = bleu_score.SmoothingFunction().method3
+    smooth = SmoothingFunction().method3
     with warnings.catch_warnings():  # nltk warns where a text shares no 4-gram
         warnings.simplefilter("ignore")
-        bleu = bleu_score.sentence_bleu([list(label)], list(prediction), smoothing_function=smooth)
+        bleu: Any = sentence_bleu([list(label)], list(prediction), smoothing_function=smooth)
     return {name: round(100 * value, 4) for name, value in (found | {"bleu-4": bleu}).items()}
 
 
@@ -112,31 +101,19 @@ class _NoSynonyms:
 
 def _meteor(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     """Return the mean METEOR, 0 to 100, and its stages: they depend on what is installed."""
-    meteor = _import("nltk.translate.meteor_score").single_meteor_score
-    wordnet, stages = _import("nltk.corpus").wordnet, "same words, stems, synonyms"
+    synonyms: Any = wordnet
+    stages = "same words, stems, synonyms"
     try:
         wordnet.ensure_loaded()
     except LookupError:
-        wordnet, stages = _NoSynonyms(), "same words, stems (no WordNet data)"
+        synonyms = _NoSynonyms()
+        stages = "same words, stems (no WordNet data)"
     scores = [
-        meteor(_words(label), _words(prediction), wordnet=wordnet)
+        single_meteor_score(_words(label), _words(prediction), wordnet=synonyms)
         for prediction, label in zip(predictions, labels, strict=True)
     ]
     return {"meteor": 100 * fmean(scores), "meteor_stages": stages}
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in _import("jieba").cut(text) if word.strip()]
-
-
-def _corpus(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-    """Return BLEU and chrF of sacrebleu over all pairs."""
-    sacrebleu = _import("sacrebleu")
-    chinese = any(map(CHINESE.search, labels))
-    bleu, chrf = sacrebleu.BLEU(tokenize="zh" if chinese else "13a"), sacrebleu.CHRF()
-    references = [list(labels)]
-    return {
-        "sacrebleu": bleu.corpus_score(list(predictions), references).score,
-        "sacrebleu_signature": str(bleu.get_signature()),
-        "chrf": chrf.corpus_score(list(predictions), references).score,
-    }
+    return [word for word in jieba.cut(text) if word.strip()]

@@ -1,4 +1,5 @@
-"""Perplexity: the likelihood of texts, and of answers to questions, token by token.
+"""`--task perplexity`: how likely texts, and answers to questions, are to a model, or to each
+variant that `--compare` names.
 
 A text follows the template's prefix ids. One that is longer than the window is read in overlapping
 windows: each token counts once, in the first window that has it, and except in the first window at
@@ -8,24 +9,41 @@ in training.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm2_jax.cli.messages import Progress, note
+from convert.loading.folder import open_folder, target_scheme
+from glm2_jax.cli.messages import human_size, note
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.datasets.encode import Encoder
-from infer.evaluate.reader import Chunk, Reader
-from infer.evaluate.rows import BadRows, Conversation, Text
+from infer.engine.load import demo_folder
+from infer.evaluate.reader import Chunk, read_all
+from infer.evaluate.rows import (
+    BUNDLED,
+    BadRows,
+    Conversation,
+    Text,
+    data_file,
+    parse_row,
+    read_rows,
+    unplaced,
+)
+from infer.evaluate.variants import Variant
+from infer.memory.budget import DEFAULT_CONTEXT
+from infer.startup import find_choice, note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
+    from infer.evaluate.run import Settings
 
 WINDOW = 2048  # tokens of a window by default
 
@@ -47,87 +65,119 @@ class Material:
     characters: int
     bytes: int
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that are read, counted or not."""
-        return sum(len(item.ids) - 1 for item in self.items)
-
 
 @dataclass
 class Total:
-    """What was measured so far: counted tokens, and their negative log-likelihood in nats."""
+    """Sums over the tokens that count: negative log-likelihood in nats, and distances of the logits
+    from those of the first engine, as `distances` returns them (0 for the first one itself)."""
 
-    material: Material
     tokens: int = 0
     nats: float = 0.0
+    largest: float = 0.0  # the largest difference
+    distances: np.ndarray = field(default_factory=lambda: np.zeros(3))
 
-    def figures(self) -> dict[str, Any]:
-        """Return the averages."""
+    def likelihood(self, material: Material) -> dict[str, Any]:
+        """Return the averages of the likelihood."""
         per_token = self.nats / self.tokens
         return {
-            "rows": self.material.rows,
+            "rows": material.rows,
             "tokens": self.tokens,
-            "characters": self.material.characters,
-            "bytes": self.material.bytes,
+            "characters": material.characters,
+            "bytes": material.bytes,
             "nats_per_token": per_token,
             "perplexity": math.exp(min(per_token, 700.0)),  # a larger one has no float
-            "nats_per_character": self.nats / self.material.characters,
-            "bits_per_byte": self.nats / self.material.bytes / math.log(2),
+            "nats_per_character": self.nats / material.characters,
+            "bits_per_byte": self.nats / material.bytes / math.log(2),
+        }
+
+    def distance(self) -> dict[str, float]:
+        """Return the distances from the first engine; KL(first || this) in nats."""
+        mean, divergence, different = (self.distances / self.tokens).tolist()
+        return {
+            "mean_abs_delta_logit": mean,
+            "max_abs_delta_logit": self.largest,
+            "kl_divergence": divergence,
+            "top1_agreement": 1 - different,
         }
 
 
-def prepare(
-    engine: Engine,
-    rows: Sequence[Text | Conversation],
-    bad: BadRows,
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-) -> Material:
-    """Tokenize the rows for an engine; `window` and `stride` as in `fit_windows`.
-
-    Raises:
-        UsageError: as `fit_windows`.
-        InputError: no row is left, or too many are bad, such as conversations that are too long.
-    """
-    longest = engine.max_length
-    prefix = tuple(engine.tokenizer.prefix_ids)
-    room, stride = fit_windows(window, stride, longest, len(prefix))
-    encoder = Encoder(engine.tokenizer, engine.template)
-
-    def items(where: str, row: Text | Conversation) -> tuple[Text | Conversation, list[Item]]:
-        if isinstance(row, Text):
-            return row, list(windows(prefix, engine.tokenizer.encode(row.text), room, stride))
-        found = []
-        for number in reversed(range(encoder.count(row.messages))):  # the longest one first
-            ids, learned = encoder.encode(row.messages, number)
-            if len(ids) - 1 > longest:
-                raise InputError("too long", f"{len(ids)} tokens, at most {longest} are possible")
-            found.insert(0, Item(tuple(ids), tuple(learned)))
-        return row, found
-
-    good = bad.keep(((row.where, row) for row in rows), items)
-    counted = [(row, found) for row, found in good if found]
-    if marked := len(good) - len(counted):
-        note(f"rows left out, because nothing in them is to be learned: {marked}")
-    bad.check(len(counted))
-    texts = [text for row, _ in counted for text in _counted_texts(row)]
-    return Material(
-        tuple(item for _, found in counted for item in found),
-        rows=len(counted),
-        characters=sum(map(len, texts)),
-        bytes=sum(len(text.encode()) for text in texts),
-    )
+def run(settings: Settings) -> dict[str, Any]:
+    """Read all rows; returns the figures."""
+    bad = BadRows(settings.max_bad)
+    parse = partial(parse_row, fmt=settings.format)
+    rows = bad.keep(read_rows(data_file(settings.data)), parse)
+    bad.check(len(rows))
+    note_demo_model(settings.choice)
+    choice, batch = find_choice(settings.choice), settings.batch_size
+    settings = dataclasses.replace(settings, choice=choice)
+    _check_folder(settings)
+    choice = settings.compare[0].of(choice) if settings.compare else choice
+    engine = open_engine(choice, settings.options, rows=batch, contents={"rows": unplaced(rows)})
+    material = prepare(engine, rows, bad, settings.window, settings.stride)
+    if settings.compare:
+        figures = {"variants": _compare(settings, settings.compare, engine, material)}
+    else:
+        [total] = measure([engine], material, batch)
+        figures = total.likelihood(material)
+    return {"data": settings.data or BUNDLED, "bad_rows": bad.count, **figures}
 
 
-def _counted_texts(row: Text | Conversation) -> list[str]:
-    if isinstance(row, Text):
-        return [row.text]
-    return [
-        message["content"] or message.get("metadata", "")
-        for message in row.messages
-        if message["role"] == "assistant" and message.get("loss", True)
-    ]
+def _check_folder(settings: Settings) -> None:
+    """Raise UsageError for what the model cannot do, before its weights are loaded."""
+    choice = settings.choice
+    folder = open_folder(choice.path or demo_folder(), **choice.form)
+    longest = min(settings.options.max_length or DEFAULT_CONTEXT, folder.config.seq_length)
+    fit_windows(settings.window, settings.stride, longest, len(folder.tokenizer.prefix_ids))
+    for variant in settings.compare or ():
+        one = variant.of(choice)
+        try:
+            target_scheme(folder, one.quantize, one.quantize_embeddings)
+        except UsageError as error:
+            raise UsageError(
+                f"--compare {variant.name}: {error.what}",
+                error.why,
+                f"Leave {variant.name} out, or start from the original weights.",
+            ) from None
+
+
+def _compare(
+    settings: Settings, compared: Sequence[Variant], first: Engine, material: Material
+) -> list[dict[str, Any]]:
+    """Return the figures of all variants; the first stays in memory, the others take turns with its
+    maximal length, in the memory that it leaves."""
+    options, batch = settings.options, settings.batch_size
+    options = dataclasses.replace(options, max_length=first.max_length)
+    if options.memory_limit is not None:
+        taken = weight_bytes(first)
+        note(f"the first variant takes {human_size(taken)} of --memory-limit")
+        options = dataclasses.replace(options, memory_limit=max(options.memory_limit - taken, 0))
+    results = []
+    for variant in compared[1:]:
+        note(f"comparing {compared[0].name} with {variant.name}")
+        engine = open_engine(variant.of(settings.choice), options, rows=batch)
+        total, other = measure([first, engine], material, batch)
+        if not results:
+            results.append(_figures(compared[0], first, material, total))
+        results.append(_figures(variant, engine, material, other))
+        del engine  # before the next is loaded
+    return results
+
+
+def _figures(variant: Variant, engine: Engine, material: Material, total: Total) -> dict[str, Any]:
+    summary = engine.checkpoint.summary
+    return {
+        "variant": variant.name,
+        "dtype": summary.dtype,
+        "quantization": summary.quantization or "none",
+        "weight_bytes": weight_bytes(engine),
+        **total.likelihood(material),
+        **total.distance(),
+    }
+
+
+def weight_bytes(engine: Engine) -> int:
+    """Return the bytes of all parameters in memory."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.checkpoint.params))
 
 
 def fit_windows(
@@ -135,12 +185,8 @@ def fit_windows(
 ) -> tuple[int, int]:
     """Return the text tokens of a window, and the stride; None = the default of the flag.
 
-    Args:
-        longest: the maximal length of the engine.
-        prefix: tokens before the text in each window.
-
-    Raises:
-        UsageError: the window does not fit, or the stride is not smaller than it.
+    `longest` is the maximal length of the engine, `prefix` the tokens before the text in each
+    window. UsageError: the window does not fit, or the stride is not smaller than it.
     """
     window = min(WINDOW, longest) if window is None else window
     if not prefix + 2 <= window <= longest:
@@ -158,6 +204,45 @@ def fit_windows(
     return room, stride
 
 
+def prepare(
+    engine: Engine,
+    rows: Sequence[Text | Conversation],
+    bad: BadRows,
+    window: int | None,
+    stride: int | None,
+) -> Material:
+    """Tokenize the rows for an engine; `window` and `stride` as in `fit_windows`.
+
+    InputError: no row is left, or too many are bad, such as conversations that are too long.
+    """
+    longest = engine.max_length
+    prefix = tuple(engine.tokenizer.prefix_ids)
+    room, stride = fit_windows(window, stride, longest, len(prefix))
+    encoder = Encoder(engine.tokenizer, engine.template)
+
+    def items(where: str, row: Text | Conversation) -> tuple[str, list[Item]]:
+        if isinstance(row, Text):
+            return row.text, list(windows(prefix, engine.tokenizer.encode(row.text), room, stride))
+        found = [encoder.encode(row.messages, n) for n in range(encoder.count(row.messages))]
+        if (most := max((len(ids) for ids, _ in found), default=0)) - 1 > longest:
+            raise InputError("too long", f"{most} tokens, at most {longest} are possible")
+        answers = (m for m in row.messages if m["role"] == "assistant" and m.get("loss", True))
+        text = "".join(answer["content"] or answer.get("metadata", "") for answer in answers)
+        return text, [Item(tuple(ids), tuple(learned)) for ids, learned in found]
+
+    good = bad.keep(((row.where, row) for row in rows), items)
+    counted = [(text, found) for text, found in good if found]
+    if marked := len(good) - len(counted):
+        note(f"rows left out, because nothing in them is to be learned: {marked}")
+    bad.check(len(counted))
+    return Material(
+        tuple(item for _, found in counted for item in found),
+        rows=len(counted),
+        characters=sum(len(text) for text, _ in counted),
+        bytes=sum(len(text.encode()) for text, _ in counted),
+    )
+
+
 def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int) -> Iterator[Item]:
     """Cut a text into items of at most `room` of its ids, in which every id counts once."""
     done = 0
@@ -167,6 +252,33 @@ def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int)
         before = len(prefix) + done - start
         yield Item((*prefix, *ids[start:end]), (False,) * before + (True,) * (end - done))
         done = end
+
+
+def measure(engines: Sequence[Engine], material: Material, batch: int) -> list[Total]:
+    """Read everything with each engine, `batch` rows at a time; returns one total per engine.
+    CheckpointError: NaN or Inf in the logits."""
+    totals = [Total() for _ in engines]
+    rows = [item.ids[:-1] for item in material.items]
+    for numbers, chunks in read_all(engines, rows, batch):
+        tokens, counts = _targets([material.items[number] for number in numbers], chunks[0])
+        first = chunks[0].logits
+        for engine, total, (_, logits, _) in zip(engines, totals, chunks, strict=True):
+            call, shape = engine.programs.call, logits.shape
+            nats = gathered(call("nats", shape, token_nats, logits, tokens))[counts]
+            if not np.isfinite(nats).all():
+                raise CheckpointError(
+                    "the model produced NaN or Inf",
+                    "The weights are damaged, or their values do not fit the dtype.",
+                    "Check the checkpoint's files, or use --dtype float32 or bfloat16.",
+                )
+            total.tokens += nats.size
+            total.nats += float(nats.sum(dtype=np.float64))
+            if logits is not first:
+                parts = call("distances", shape, distances, first, logits)
+                largest, *others = (gathered(part)[counts] for part in parts)
+                total.largest = max(total.largest, float(largest.max(initial=0.0)))
+                total.distances += [part.sum(dtype=np.float64) for part in others]
+    return totals
 
 
 def _targets(items: Sequence[Item], chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
@@ -179,59 +291,17 @@ def _targets(items: Sequence[Item], chunk: Chunk) -> tuple[np.ndarray, np.ndarra
     return tokens, counts
 
 
-def measure(
-    engines: Sequence[Engine],
-    material: Material,
-    batch: int,
-    also: Callable[[Sequence[Chunk], np.ndarray], None] = lambda chunks, counts: None,
-) -> list[Total]:
-    """Read everything with each engine, `batch` rows at a time; returns one total per engine.
-
-    `also` is called with the chunks of all engines for the same columns, and bool [B, T], which
-    positions count. The maximal length of the first engine holds for all.
-    """
-    totals = [Total(material) for _ in engines]
-    readers = [Reader(engine, batch, engines[0].max_length) for engine in engines]
-    # The longest first: what does not fit into memory fails early.
-    ordered = sorted(material.items, key=lambda item: -len(item.ids))
-    compiled = _compile_seconds(engines)
-    with Progress("tokens read", material.tokens) as bar:
-        done = 0
-        for first in range(0, len(ordered), batch):
-            items = ordered[first : first + batch]
-            ids = [item.ids[:-1] for item in items]
-            for chunks in zip(*(reader.read(ids) for reader in readers), strict=True):
-                tokens, counts = _targets(items, chunks[0])
-                for engine, total, chunk in zip(engines, totals, chunks, strict=True):
-                    _add(engine, total, chunk.logits, tokens, counts)
-                also(chunks, counts)
-                done += int(chunks[0].real.sum())
-                now = _compile_seconds(engines)
-                bar.start, compiled = bar.start + now - compiled, now  # not part of the rate
-                bar(done)
-    return totals
-
-
-def _compile_seconds(engines: Sequence[Engine]) -> float:
-    return sum(engine.programs.seconds for engine in engines)
-
-
-def _add(
-    engine: Engine, total: Total, logits: jax.Array, tokens: np.ndarray, counts: np.ndarray
-) -> None:
-    """Add a chunk to a total; CheckpointError for NaN or Inf in the logits."""
-    nats = gathered(engine.programs.call("nats", logits.shape, token_nats, logits, tokens))[counts]
-    if not np.isfinite(nats).all():
-        raise CheckpointError(
-            "the model produced NaN or Inf",
-            "The weights are damaged, or their values do not fit the dtype.",
-            "Check the checkpoint's files, or use --dtype float32 or bfloat16.",
-        )
-    total.tokens += nats.size
-    total.nats += float(nats.astype(np.float64).sum())
-
-
 def token_nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Return -log softmax(logits)[token]: float32 [B, T, V], int32 [B, T] -> float32 [B, T]."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def distances(first: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
+    """Compare float32 [B, T, V] logits: largest and mean |difference|, KL(first || other) in nats,
+    and whether the most likely token is another; each [B, T]."""
+    difference = jnp.abs(first - other)
+    p, q = jax.nn.log_softmax(first), jax.nn.log_softmax(other)
+    divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    another = first.argmax(axis=-1) != other.argmax(axis=-1)
+    return difference.max(axis=-1), difference.mean(axis=-1), divergence, another

@@ -1,7 +1,7 @@
-"""Compute the logits of every position of many rows, a few columns at a time.
+"""Compute the logits of every position of many rows, some columns at a time.
 
-B rows, T columns of a chunk, V vocabulary. However long the rows are, only the logits of B x T
-positions are in memory, at most `POSITIONS` (with more rows than that, T is 1).
+B rows, T columns, V vocabulary. However long the rows are, only the logits of B x T positions are
+in memory, at most `POSITIONS` (with more rows than that, T is 1).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, forward
+from glm2_jax.cli.messages import Progress
 from glm2_jax.runtime.buckets import SMALLEST_BUCKET, bucket
 from glm2_jax.runtime.devices import device_errors
 from infer.memory.shortage import when_answering
@@ -32,56 +33,64 @@ class Chunk(NamedTuple):
     real: np.ndarray  # bool [B, T], whether a position belongs to a row
 
 
-class Reader:
-    """Reads up to `batch` rows of up to `longest` tokens at once; each cache size, a power of two,
-    is one program.
+def read_all(
+    engines: Sequence[Engine], rows: Sequence[Sequence[int]], batch: int
+) -> Iterator[tuple[list[int], tuple[Chunk, ...]]]:
+    """Read rows of token ids with each engine, the longest first: too little memory fails early.
 
-    Attributes:
-        batch: B; on a mesh rounded up to a multiple of its data axes, with empty rows at the end.
+    Yields:
+        The numbers of at most `batch` rows, and for the same columns a chunk of each engine.
     """
+    longest = engines[0].max_length
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
 
-    def __init__(self, engine: Engine, batch: int, longest: int):
-        rows = engine.executor.places.rows
-        self.engine, self.batch, self.longest = engine, -(-batch // rows) * rows, longest
-        most = max(POSITIONS // self.batch, 1)
-        self.columns = min(1 << (most.bit_length() - 1), SMALLEST_BUCKET * 4)
+    def compiling() -> float:
+        return sum(engine.programs.seconds for engine in engines)
 
-    def read(self, rows: Sequence[Sequence[int]]) -> Iterator[Chunk]:
-        """Yield the logits of at most `batch` rows.
+    with Progress("tokens", sum(map(len, rows))) as bar:
+        done, start = 0, bar.start - compiling()
+        for first in range(0, len(order), batch):
+            numbers = order[first : first + batch]
+            ids = [rows[number] for number in numbers]
+            reads = (read(engine, ids, batch, longest) for engine in engines)
+            for chunks in zip(*reads, strict=True):
+                yield numbers, chunks
+                done += int(chunks[0].real.sum())
+                bar.start = start + compiling()  # not part of the rate
+                bar(done)
 
-        Raises (while iterating):
-            DeviceError: out of memory.
-        """
-        engine, size = self.engine, bucket(max(map(len, rows)), self.longest)
-        width = min(self.columns, size)
-        explain = partial(
-            when_answering,
-            engine.config,
-            engine.checkpoint.params,
-            engine.device,
-            context=size,
-            batch=self.batch,
-            chunk=width * self.batch,
-        )
-        with device_errors(f"{self.batch} rows of up to {size} tokens", explain):
-            cache = engine.executor.new_cache(self.batch, size)
-            for start in range(0, max(map(len, rows)), width):
-                tokens = np.zeros((self.batch, width), np.int32)
-                real = np.zeros((self.batch, width), bool)
-                for row, ids in enumerate(rows):
-                    part = ids[start : start + width]
-                    tokens[row, : len(part)], real[row, : len(part)] = part, True
-                logits, cache = engine.programs.call(
-                    "logits",
-                    (self.batch, width, size),
-                    partial(_logits, engine.config),
-                    engine.checkpoint.params,
-                    tokens,
-                    real,
-                    cache,
-                    donate=3,
-                )
-                yield Chunk(start, logits, real)
+
+def read(
+    engine: Engine, rows: Sequence[Sequence[int]], batch: int, longest: int
+) -> Iterator[Chunk]:
+    """Yield the logits of at most `batch` rows of at most `longest` ids; each cache size, a power
+    of two, is one program. B is `batch`, on a mesh rounded up to a multiple of its data axes.
+
+    Raises (while iterating):
+        DeviceError: out of memory.
+    """
+    split = engine.executor.places.rows
+    batch = -(-batch // split) * split
+    size = bucket(max(map(len, rows)), longest)
+    most = max(POSITIONS // batch, 1)
+    width = min(1 << (most.bit_length() - 1), SMALLEST_BUCKET * 4, size)
+    config, params = engine.config, engine.checkpoint.params
+    explain = partial(
+        when_answering, config, params, engine.device,
+        context=size, batch=batch, chunk=width * batch,
+    )  # fmt: skip
+    with device_errors(f"{batch} rows of up to {size} tokens", explain):
+        cache = engine.executor.new_cache(batch, size)
+        for start in range(0, max(map(len, rows)), width):
+            tokens, real = np.zeros((batch, width), np.int32), np.zeros((batch, width), bool)
+            for row, ids in enumerate(rows):
+                part = ids[start : start + width]
+                tokens[row, : len(part)], real[row, : len(part)] = part, True
+            key, compute = (batch, width, size), partial(_logits, config)
+            logits, cache = engine.programs.call(
+                "logits", key, compute, params, tokens, real, cache, donate=3
+            )
+            yield Chunk(start, logits, real)
 
 
 def _logits(

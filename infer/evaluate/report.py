@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from glm2_jax.cli.messages import human_size
@@ -19,8 +19,7 @@ _COLUMNS = {  # of a comparison: key -> heading
     "kl_divergence": "KL",
     "top1_agreement": "same top",
 }
-_SHARES = {"top1_agreement", "accuracy", "mean_of_files"}
-COMPARED = (
+_COMPARED = (
     "compared with the first line, over the positions that count: |d| of all logits; KL(first || "
     "this) in nats; how often the most likely token agrees"
 )
@@ -34,24 +33,20 @@ def show(results: Mapping[str, Any], as_json: bool) -> None:
     lines = []
     for key, value in results.items():
         if isinstance(value, list):
-            lines += ["", *_listed(key, value)]
+            compared = key == "variants"
+            heads = _COLUMNS if compared else {name: name.replace("_", " ") for name in value[0]}
+            cells = [[_cell(name, row[name]) for name in heads] for row in value]
+            lines += ["", *table([list(heads.values()), *cells], texts=2 if compared else 1)]
+            lines += ["", *fold(_COMPARED, columns(80), indent="")] if compared else []
         elif value is not None:
             lines.append(f"{key.replace('_', ' '):20}  {_cell(key, value)}")
     print(join_lines(lines).strip("\n"), flush=True)
 
 
-def _listed(key: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    compared = key == "variants"
-    heads = _COLUMNS if compared else {name: name.replace("_", " ") for name in rows[0]}
-    cells = [[_cell(name, row[name]) for name in heads] for row in rows]
-    lines = table([list(heads.values()), *cells], texts=2 if compared else 1)
-    return [*lines, "", *fold(COMPARED, columns(80), indent="")] if compared else lines
-
-
 def _cell(key: str, value: Any) -> str:
     if key == "weight_bytes":
         return human_size(value)
-    if key in _SHARES:
+    if key in ("top1_agreement", "accuracy", "mean_of_files"):
         return f"{100 * value:.2f} %"
     digits = 6 if key == "perplexity" else 4
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

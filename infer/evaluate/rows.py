@@ -1,7 +1,6 @@
 """Rows to evaluate on: texts and conversations. Bad rows are reported, not hidden.
 
-A file is plain text (one text), or rows in any format that training reads (`infer.datasets`); a row
-may also be {"text"} alone. Conversations are checked as training checks them.
+A file is plain text, or rows in any format that training reads; a row may also be {"text"} alone.
 """
 
 from __future__ import annotations
@@ -75,12 +74,11 @@ class BadRows:
 
     def check(self, good: int) -> None:
         """Raise InputError if no row is left, or more rows are bad than allowed."""
-        are = "is" if self.count == 1 else "are"
         if not good:
-            raise InputError("no row can be used", f"{self.count} {are} bad" if self.count else "")
+            raise InputError("no row can be used", f"bad rows: {self.count}")
         if self.count > self.limit:
             raise InputError(
-                f"{self.count} of {self.count + good} rows {are} bad",
+                f"bad rows: {self.count} of {self.count + good}",
                 f"--max-bad allows {self.limit}.",
                 "Correct them, or raise --max-bad to leave them out.",
             )
@@ -100,11 +98,8 @@ def unplaced(rows: Iterable[Any]) -> list[Any]:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Read the rows of a file: JSON values, or one string for plain text.
-
-    Yields:
-        "file:line", or "file, row N" where a line holds several rows; and the JSON value, or an
-        InputError for a row that cannot be read.
+    """Yield the rows of a file, "-" is standard input: "file:line" (or "file, row N" where a line
+    holds several), and a JSON value, an InputError for a bad row, or the string of a plain text.
 
     Raises:
         InputError: the file cannot be read.
@@ -118,56 +113,48 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
             return
         data = DataFile(path, file=file)
         opened.callback(data.close)
-        rows = [(row.line, row.number, _value(row.data)) for row in data.rows()]
-        for line, number, value in rows:
-            yield data.place(line, number), value
+        # A list: only after all of them it is known how their places are named.
+        for row in list(data.rows()):
+            value: Any = row.data
+            if isinstance(value, bytes):
+                try:
+                    value = parse_line(value)
+                except InputError as error:
+                    value = error
+            yield data.place(row.line, row.number), value
 
 
 def _copy(source: BinaryIO, name: str, file: BinaryIO) -> BinaryIO:
     """Copy a pipe or device to a file and rewind it; InputError beyond LARGEST bytes."""
-    left = LARGEST
-    while piece := source.read(min(left + 1, _PIECE)):
-        left -= len(piece)
-        if left < 0:
-            raise InputError(
-                f"cannot read {name}",
-                f"it has more than {human_size(LARGEST)} and is not a regular file",
-                "save it to a file first",
-            )
+    while piece := source.read(_PIECE):
         file.write(piece)
+        if file.tell() > LARGEST:
+            why = f"it has more than {human_size(LARGEST)} and is not a regular file"
+            raise InputError(f"cannot read {name}", why, "save it to a file first")
     file.seek(0)
     return file
 
 
 def _has_rows(path: str, file: BinaryIO) -> bool:
     """Return whether a file has rows, by its name or its first bytes, and is not plain text."""
-    name = path.lower().removesuffix(".gz")
-    if name.endswith((".jsonl", ".json", ".parquet", *DELIMITERS)):
+    if path.lower().removesuffix(".gz").endswith((".jsonl", ".json", ".parquet", *DELIMITERS)):
         return True
     start = os.pread(file.fileno(), _START, 0)
     return start.removeprefix(_BOM).lstrip().startswith((b"{", b"[", PARQUET, *PACKED))
 
 
-def _value(data: bytes | InputError) -> Any:
-    if isinstance(data, InputError):
-        return data
-    try:
-        return parse_line(data)
-    except InputError as error:
-        return error
-
-
 def parse_row(where: str, row: Any, fmt: str = "auto") -> Text | Conversation:
     """Return a row, or plain text, as a text or a conversation; InputError for a bad one.
 
-    Args:
-        fmt: one of `infer.datasets.FORMATS`, or "auto": by the keys of the row.
+    `fmt` is one of `infer.datasets.FORMATS`, or "auto": by the keys of the row.
     """
-    if isinstance(row, str):
-        return Text(where, _text(row))
-    if fmt == "auto" and isinstance(row, dict) and "text" in row and detect(row) is None:
-        return Text(where, _text(row["text"]))
-    return parse_conversation(where, row, fmt)
+    if isinstance(row, dict) and fmt == "auto" and "text" in row and detect(row) is None:
+        row = row["text"] if isinstance(row["text"], str) else ""
+    if not isinstance(row, str):
+        return parse_conversation(where, row, fmt)
+    if not row.strip():
+        raise InputError("text is empty, or not a string")
+    return Text(where, _checked(row))
 
 
 def parse_conversation(where: str, row: Any, fmt: str = "auto") -> Conversation:
@@ -178,19 +165,11 @@ def parse_conversation(where: str, row: Any, fmt: str = "auto") -> Conversation:
     if found is None:
         raise unknown_format(row)
     messages = read_messages(row, found)
-    _check_unicode(json.dumps(messages, ensure_ascii=False))
+    _checked(json.dumps(messages, ensure_ascii=False))
     return Conversation(where, tuple(messages))
 
 
-def _text(text: Any) -> str:
-    if not isinstance(text, str):
-        raise InputError("no text" if text is None else "text is not a string")
-    if not text.strip():
-        raise InputError("text is empty")
-    return _check_unicode(text)
-
-
-def _check_unicode(text: str) -> str:
+def _checked(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

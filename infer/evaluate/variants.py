@@ -4,14 +4,10 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from glm2_jax.choices import DTYPES, QUANTIZE
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import UsageError
-
-if TYPE_CHECKING:
-    from convert.loading.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,7 @@ def variants(text: str) -> tuple[Variant, ...]:
     """Parse variants such as "none,int8,float32:int4", at least two, for argparse."""
     found = []
     for name in dict.fromkeys(part.strip() for part in text.split(",")):
-        dtype, colon, quantize = name.partition(":")
-        if not colon and dtype in QUANTIZE:
-            dtype, quantize = "", dtype
+        dtype, _, quantize = name.rpartition(":") if name not in DTYPES else (name, "", "")
         if not name.strip(":") or dtype not in (*DTYPES, "") or quantize not in (*QUANTIZE, ""):
             raise argparse.ArgumentTypeError(
                 f"{name!r} must be one of {', '.join((*QUANTIZE, *DTYPES))}, or DTYPE:QUANTIZATION "
@@ -51,7 +45,7 @@ def variants(text: str) -> tuple[Variant, ...]:
     return tuple(found)
 
 
-def check(compared: Sequence[Variant], choice: ModelChoice) -> None:
+def check_flags(compared: Sequence[Variant], choice: ModelChoice) -> None:
     """Raise UsageError for a flag that every variant overrides."""
     for flag, value in {"quantize": choice.quantize, "dtype": choice.dtype}.items():
         if value not in (None, "auto") and all(getattr(one, flag) for one in compared):
@@ -60,19 +54,3 @@ def check(compared: Sequence[Variant], choice: ModelChoice) -> None:
                 f"--compare names the {flag} of every variant.",
                 "Leave it out.",
             )
-
-
-def check_folder(compared: Sequence[Variant], choice: ModelChoice, folder: "Folder") -> None:
-    """Raise UsageError for a variant that the folder cannot have."""
-    from convert.loading.folder import target_scheme
-
-    for variant in compared:
-        one = variant.of(choice)
-        try:
-            target_scheme(folder, one.quantize, one.quantize_embeddings)
-        except UsageError as error:
-            raise UsageError(
-                f"--compare {variant.name}: {error.what}",
-                error.why,
-                f"Leave {variant.name} out, or start from the original weights.",
-            ) from None

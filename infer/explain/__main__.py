@@ -1,12 +1,9 @@
-"""`python -m infer.explain`: how the model turns a prompt into an answer.
-
-Only the flags are here; what they start is in `infer.explain.run`, which is imported after parsing.
-"""
+"""`python -m infer.explain`: how the model turns a prompt into an answer. Only flags are here."""
 
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument, positive
@@ -39,32 +36,29 @@ def parser() -> Parser:
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE, conflict_handler="resolve")
     flags.add_model_options(result)
     _add_explained(result)
-    _add_values(result)
     options.add_performance_options(result)
-    devices = result.add_argument_group("devices")
-    devices.add_argument(
+    add = result.add_argument_group("devices").add_argument
+    add(
         "--device", dest="cards", nargs="+", type=_card, metavar="NAME",
         help=f"devices to show the minimum time for, any of {', '.join(CARDS)} (v5e is v5e-1); "
         f"this machine need not have them "
         f"(default: {', '.join(DEVICES)}; with --mesh: {', '.join(LINKS)})",
     )  # fmt: skip
-    devices.add_argument(
+    add(
         "--mesh", metavar="AXIS=N,...",
         help="instead of the stages: what each of several devices holds, moves and sends, such as "
         "--mesh data=2,tensor=4 --device v5e-8 v5p-8 8xh200; --length is that of the rows",
     )  # fmt: skip
-    group = result.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    group.add_argument(
+    add = result.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="one JSON object instead of tables")
+    add(
         "--html", type=path_argument, metavar="FILE",
         help="also write a page that a browser shows without a network; overwrites the file",
     )  # fmt: skip
-    group.add_argument(
-        "--width",
-        type=_number(30, 2**31),
-        metavar="N",
-        help="width of the output in columns (default: the terminal's)",
-    )
+    add(
+        "--width", type=positive, metavar="N",
+        help="width of the output in columns, at least 30 (default: the terminal's)",
+    )  # fmt: skip
     result.add_common()
     return result
 
@@ -79,25 +73,22 @@ def _add_explained(result: Parser) -> None:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--prompt", "-p", metavar="TEXT", help=f"the question (default: {PROMPT})")
     source.add_argument(
-        "--length", type=_number(1, 10**9), metavar="N",
+        "--length", type=positive, metavar="N",
         help="instead of a prompt: its number of ids; only shapes and costs",
     )  # fmt: skip
     group.add_argument(
         "--batch", type=positive, default=1, metavar="N", help="batch size, in shapes and costs"
     )
-
-
-def _add_values(result: Parser) -> None:
-    group = result.add_argument_group("with weights")
-    group.add_argument(
-        "--top-k", type=_number(1, MAX_LOGPROBS), metavar="N",
+    add = result.add_argument_group("with weights").add_argument
+    add(
+        "--top-k", type=int, choices=range(1, MAX_LOGPROBS + 1), metavar="N",
         help=f"most probable tokens to list, up to {MAX_LOGPROBS} (default: 5)",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--heads", type=_heads, metavar="LAYER:HEAD,...",
         help="heads whose attention is shown, counted from 0 (default: two heads of three layers)",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--max-new-tokens", "--max-tokens", type=positive, metavar="N",
         help="longest answer (default: 64)",
     )  # fmt: skip
@@ -125,26 +116,14 @@ def _heads(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys((int(layer), int(head)) for layer, head in pairs))
 
 
-def _number(least: int, most: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number from `least` to `most`."""
-
-    def number(text: str) -> int:
-        if not least <= positive(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, got {text[:40]}")
-        return int(text)
-
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for what the user can fix."""
     arguments.use_utf8()
     args = parser().parse_args(argv)
-    from infer.explain import meshes, run
+    from infer.explain import run
 
     choice = from_flags(ModelChoice, args, mesh=None)  # the one of --mesh is only planned for
-    settings = from_flags(run.Settings, args, choice=choice)
-    return run.run(settings) if settings.mesh is None else meshes.run(settings)
+    return run.run(from_flags(run.Settings, args, choice=choice))
 
 
 if __name__ == "__main__":

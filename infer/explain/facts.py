@@ -1,4 +1,4 @@
-"""What is explained, as data, which the terminal, `--json` and the page show. Needs no jax.
+"""What is explained, as data that the terminal, `--json` and the page show. Needs no jax.
 
 Axis letters are those of `glm2_jax.model`; bytes, seconds and operations are not rounded.
 `dataclasses.asdict` of them is plain JSON.
@@ -15,10 +15,10 @@ DEVICES = ("3090", "a100", "h200", "v5e-1")
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the computation, and what comes out of it.
+    """One step of the computation, and its result.
 
-    Parameters, operations and bytes are those of one layer. Arrays that are passed from stage to
-    stage are left out of the bytes, as they may stay on the chip.
+    Parameters, operations and bytes are those of one layer. Activations that pass from stage to
+    stage are not in the bytes, as they may stay on the chip.
     """
 
     name: str  # unique in a pass, for example "embed", "attention.q", "mlp.down", "head"
@@ -31,7 +31,7 @@ class Stage:
     shape: tuple[int, ...]  # of the result
     reference: tuple[int, ...]  # the same in the published PyTorch code, sequence first
     params: int
-    flops: int  # 2 for a product and sum of a matrix product
+    flops: int  # 2 for each multiply-add of a matrix product
     bytes: int  # weights read, keys and values written and read
 
     @property
@@ -94,9 +94,9 @@ class Walk:
     sizes: dict[str, int]  # axis letter -> size: B, L, D, N, K, G, H, F, V
     prompt: str | None  # the question; None where only a length was given
     length: int  # T, ids of the prompt
-    length_from: str  # "tokenizer", "published" (its tokenizer's count), "asked" or "example"
+    length_from: str  # "tokenizer", "published" (its tokenizer's count) or "asked"
     context: int  # the longest sequence
-    weights_in: str  # "bfloat16", "int4", ...: what bytes are counted in
+    weights_in: str  # "bfloat16", "int4", ...: the precision that bytes are counted in
     params: int
     weight_bytes: int
     prefill: Pass
@@ -133,11 +133,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer did. Lengths are Euclidean, one for each token of the prompt."""
+    """What a layer did. Norms are Euclidean, one for each token of the prompt."""
 
     layer: int  # -1 = the embedding, before any layer
-    stream: Sequence[float]  # length of the output of the layer
-    attention: Sequence[float]  # length of what attention added, 0 for the embedding
+    stream: Sequence[float]  # norm of the layer's output
+    attention: Sequence[float]  # norm of what attention added, 0 for the embedding
     mlp: Sequence[float]
     lens: tuple[Candidate, ...]  # most probable next tokens, if final norm and head come here
 

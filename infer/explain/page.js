@@ -1,5 +1,5 @@
 "use strict";
-// The page around the data: what is there with a configuration alone. All text is set as text.
+// The page around the data: what needs only a configuration. All text is set as text.
 
 const { walk, values } = JSON.parse(document.getElementById("data").textContent);
 const state = {
@@ -52,8 +52,8 @@ function el(tag, attributes, ...children) {
 }
 
 const shape = (numbers) => `[${numbers.join(", ")}]`;
-/** What --model left out is called in the page's language. */
-const modelName = () => (walk.model === "the bundled demo model" ? T("the bundled demo model", "自带的演示模型") : walk.model);
+/** The demo model is named in the page's language. */
+const modelName = () => (walk.model === "the bundled demo model" ? T("the bundled demo model", "内置演示模型") : walk.model);
 
 /** A stage's shape; gate and up also side by side. */
 function shapes(stage) {
@@ -97,8 +97,8 @@ function topBar() {
         click: () => { state[name] = value; render(); },
       }, text)));
   const passes = [
-    ["prefill", T(`prompt: ${whole(walk.prefill.tokens)} ids`, `读提示：${whole(walk.prefill.tokens)} 个 id`)],
-    ["decode", T("one step: 1 id", "一步：1 个 id")],
+    ["prefill", T(`prefill: ${whole(walk.prefill.tokens)} ids`, `预填充：${whole(walk.prefill.tokens)} 个 id`)],
+    ["decode", T("decode step: 1 id", "解码步：1 个 id")],
   ];
   return el("div", { class: "bar" }, el("div", {},
     el("b", {}, modelName()),
@@ -108,29 +108,29 @@ function topBar() {
 
 function intro() {
   const counted = {
-    published: T(", counted with the published tokenizer", "（按公开的分词器）"), asked: T(", as asked for", "（按要求）"), example: T(", an example", "（示例）"), tokenizer: "",
+    published: T(", counted with the published tokenizer", "（按官方分词器计）"), asked: T(", as given", "（由参数指定）"), tokenizer: "",
   }[walk.length_from];
   const pass = passOf(state.pass);
   const s = walk.sizes;
   const card = (label, number, more) => el("div", { class: "card" },
     el("span", { class: "muted" }, label), el("strong", {}, number), el("span", { class: "muted" }, more));
-  const perPass = state.pass === "prefill" ? T("reading the prompt", "读提示") : T("one step", "一步");
+  const perPass = state.pass === "prefill" ? T("prefill", "预填充") : T("one decode step", "一个解码步");
   return el("section", {},
-    el("h1", {}, T("How the prompt becomes an answer", "提示怎样变成回答")),
+    el("h1", {}, T("From prompt to answer", "模型剖析：从提示词到回答")),
     el("p", { class: "muted" }, T(
-      `${modelName()}: ${s.L} layers of ${s.D}, ${s.N} query heads on ${s.K} key/value heads of ${s.H}, feed-forward ${s.F}, vocabulary ${whole(s.V)}. Everything here comes from the program that answers.`,
-      `${modelName()}：${s.L} 层，宽 ${s.D}；${s.N} 个查询头，${s.K} 个键值头，每头 ${s.H} 维；前馈 ${s.F}；词表 ${whole(s.V)}。这里的一切都来自真正用来回答的程序。`)),
+      `${modelName()}: ${s.L} layers of ${s.D}, ${s.N} query heads on ${s.K} key/value heads of ${s.H}, feed-forward ${s.F}, vocabulary ${whole(s.V)}. All figures come from the code that generates answers.`,
+      `${modelName()}：${s.L} 层，隐藏维度 ${s.D}；${s.N} 个查询头，${s.K} 个键值头，每头 ${s.H} 维；前馈维度 ${s.F}；词表 ${whole(s.V)}。所有数字都来自实际生成回答的代码。`)),
     values && el("div", { class: "talk" },
       el("div", { class: "question" }, walk.prompt), el("div", { class: "answer", id: "answer-text" }, values.answer)),
     el("div", { class: "cards" },
       card(T("parameters", "参数"), short(walk.params, ""), whole(walk.params)),
       card(T("weights", "权重"), short(walk.weight_bytes, "B"),
-        walk.weights_in + (values && values.dtype !== walk.weights_in ? T(`; values below: ${values.dtype}`, `；下方数值用 ${values.dtype}`) : "")),
-      card(T("prompt", "提示"), `${whole(walk.length)} id${walk.length === 1 || state.lang === "zh" ? "" : "s"}`,
-        (s.B > 1 ? T(`${s.B} rows of them`, `共 ${s.B} 行`) : T("one row", "一行")) + counted),
-      card(T("operations", "运算"), short(pass.flops, "FLOP"), perPass),
-      card(T("bytes moved", "读写的字节"), short(pass.bytes, "B"), perPass),
-      card(T("intensity", "运算强度"), rounded(pass.intensity), T("FLOP a byte", "FLOP / 字节"))));
+        walk.weights_in + (values && values.dtype !== walk.weights_in ? T(`; values below: ${values.dtype}`, `；下方数值按 ${values.dtype} 计算`) : "")),
+      card(T("prompt", "提示词"), `${whole(walk.length)} id${walk.length === 1 || state.lang === "zh" ? "" : "s"}`,
+        (s.B > 1 ? T(`${s.B} rows`, `共 ${s.B} 行`) : T("one row", "一行")) + counted),
+      card(T("operations", "计算量"), short(pass.flops, "FLOP"), perPass),
+      card(T("memory traffic", "访存量"), short(pass.bytes, "B"), perPass),
+      card(T("arithmetic intensity", "计算强度"), rounded(pass.intensity), T("FLOP per byte", "FLOP / 字节"))));
 }
 
 function pipeline() {
@@ -152,36 +152,36 @@ function pipeline() {
       click: () => { location.hash = state.layer === layer ? "pipeline" : `layer-${layer}`; },
     }, String(layer))));
   const first = state.pass === "prefill";
-  const given = walk.prompt === null ? "" : T("the frame and special ids included", "含固定格式和特殊 id");
+  const given = walk.prompt === null ? "" : T("template and special ids included", "含模板和特殊 id");
   return el("section", { id: "pipeline" },
-    el("h2", {}, T("The pipeline", "流程")),
+    el("h2", {}, T("Pipeline", "计算流程")),
     el("p", { class: "muted" }, T(
-      "Shapes are those of the switch above: the whole prompt at once, or one id of the answer. Open a block to look inside.",
-      "形状随上方的开关而变：一次读完整个提示，或回答中的一个 id。点开一个块可看内部。")),
+      "The switch at the top selects the shapes: the complete prompt at once, or one id of the answer. Click a layer to open it.",
+      "顶部的开关切换形状：一次处理完整的提示词，或只处理回答中的一个 id。点击任意一层可展开内部结构。")),
     letters(pass),
     el("div", { class: "pipeline" },
-      node("io", "prompt", el("h3", {}, T("prompt", "提示")),
-        el("span", { class: "said" }, walk.prompt === null ? T("(only its length was given)", "（只给了长度）") : walk.prompt)),
-      node("io", "ids", el("h3", {}, T("ids", "id")), el("span", { class: "shape" }, shape([B, pass.tokens])),
-        el("span", { class: "cost" }, first ? given : T("the one drawn last", "刚抽出的那一个"))),
+      node("io", "prompt", el("h3", {}, T("prompt", "提示词")),
+        el("span", { class: "said" }, walk.prompt === null ? T("(only its length is given)", "（只指定了长度）") : walk.prompt)),
+      node("io", "ids", el("h3", {}, T("ids", "token id")), el("span", { class: "shape" }, shape([B, pass.tokens])),
+        el("span", { class: "cost" }, first ? given : T("the last one sampled", "上一步采样得到的 id"))),
       stageNode("io", "embed"),
-      node("blocks", "blocks", el("h3", {}, T(`${L} blocks`, `${L} 个块`)), strip,
+      node("blocks", "blocks", el("h3", {}, T(`${L} layers`, `${L} 个相同的层`)), strip,
         el("span", { class: "shape" }, shape(find("mlp.add").shape)), el("span", { class: "cost" }, cost(all))),
       stageNode("io", "norm"),
       stageNode("head", "head"),
-      node("io", "sampling", el("h3", {}, T("one id is drawn", "抽出一个 id")), el("span", { class: "shape" }, shape([B])),
-        el("span", { class: "cost" }, values ? T("here: the likeliest", "此处取最可能的") : T("from the last position's logits", "按最后一个位置的 logits"))),
-      el("div", { class: "loop" }, T("the id goes back in, alone; keys and values stay in the cache; until the end id", "这个词元单独再送入；键和值留在缓存里；直到结束符"))));
+      node("io", "sampling", el("h3", {}, T("sample one id", "采样得到下一个 id")), el("span", { class: "shape" }, shape([B])),
+        el("span", { class: "cost" }, values ? T("here: the most probable", "此处取概率最高的") : T("from the last position's logits", "根据最后一个位置的 logits"))),
+      el("div", { class: "loop" }, T("the new id is the next input; keys and values stay in the cache; repeat until the end id", "新的 id 作为下一步的输入，之前的键和值保留在缓存中；如此重复，直到结束符"))));
 }
 
 /** What the letters of shapes stand for. */
 function letters(pass) {
   const s = walk.sizes;
   const meanings = [
-    ["B", s.B, T("prompts together", "同时处理的提示数")], ["T", pass.tokens, T("ids of each", "每个提示的 id 数")],
-    ["S", pass.keys, T("keys that are there", "已有的键数")], ["D", s.D, T("width of the stream", "残差流宽度")],
-    ["N", s.N, T("query heads", "查询头数")], ["K", s.K, T("key/value heads", "键值头数")], ["H", s.H, T("width of a head", "每头宽度")],
-    ["F", s.F, T("feed-forward width", "前馈宽度")], ["V", s.V, T("vocabulary", "词表大小")],
+    ["B", s.B, T("rows (batch size)", "批大小")], ["T", pass.tokens, T("input tokens per row", "每行输入的 token 数")],
+    ["S", pass.keys, T("tokens in the cache", "缓存中的 token 数")], ["D", s.D, T("hidden size", "隐藏维度")],
+    ["N", s.N, T("query heads", "查询头数")], ["K", s.K, T("key/value heads", "键值头数")], ["H", s.H, T("head size", "每头维度")],
+    ["F", s.F, T("feed-forward size", "前馈维度")], ["V", s.V, T("vocabulary size", "词表大小")],
   ];
   return el("p", { class: "letters muted" }, meanings.map(([letter, size, meaning]) =>
     el("span", {}, el("b", { class: "mono" }, letter), ` = ${whole(size)} ${meaning}`)));
@@ -197,11 +197,11 @@ const ROWS = {
 };
 /** What goes into a stage that does not read the one above it alone. */
 const inputs = (name) => ({
-  "attention.k": T("from: RMSNorm", "来自：RMSNorm"), "attention.v": T("from: RMSNorm", "来自：RMSNorm"),
-  "attention.rope_q": T("from: queries", "来自：查询 Q"), "attention.rope_k": T("from: keys", "来自：键 K"),
-  "attention.cache": T("from: rotated keys, values", "来自：旋转后的 K、值 V"),
-  "attention.scores": T("from: rotated queries, cached keys", "来自：旋转后的 Q、缓存的 K"),
-  "attention.values": T("from: softmax, cached values", "来自：softmax、缓存的 V"),
+  "attention.k": T("input: RMSNorm", "输入：RMSNorm"), "attention.v": T("input: RMSNorm", "输入：RMSNorm"),
+  "attention.rope_q": T("input: queries", "输入：查询 Q"), "attention.rope_k": T("input: keys", "输入：键 K"),
+  "attention.cache": T("input: rotated keys, values", "输入：旋转后的 K、值 V"),
+  "attention.scores": T("input: rotated queries, cached keys", "输入：旋转后的 Q、缓存中的 K"),
+  "attention.values": T("input: softmax, cached values", "输入：softmax、缓存中的 V"),
 })[name];
 
 function part(name, heading) {
@@ -215,8 +215,8 @@ function part(name, heading) {
     el("div", { class: "cost" }, cost(stage)),
     note(stage) ? el("p", { class: "note" }, note(stage)) : null);
   return el("div", { class: `part ${name}` },
-    el("h3", {}, heading), el("div", { class: "total" }, T("all of it: ", "合计：") + cost(total)),
-    el("div", { class: "skip", title: T("the stream passes by", "残差流从旁边经过") }),
+    el("h3", {}, heading), el("div", { class: "total" }, T("total: ", "合计：") + cost(total)),
+    el("div", { class: "skip", title: T("residual stream", "残差流") }),
     el("div", { class: "lanes" }, ROWS[name].map(([stage, lanes, arrows]) =>
       el("div", { class: `lane${lanes}${stage === "|" ? " pass" : ""}` }, stage === "|" ? null : box(find(`${name}.${stage}`)),
         stage === "add" ? null : el("div", { class: "arrows", "aria-hidden": "true" }, Array.from({ length: arrows || 1 }, () => el("span", {}, "↓")))))));
@@ -233,17 +233,17 @@ function block() {
       el("button", { type: "button", disabled: open === L - 1 ? "" : null, click: go(open + 1) }, T("next →", "下一层 →")),
       el("button", { type: "button", "data-close": "", click: go(null) }, T("close", "关闭"))),
     el("p", { class: "muted" }, T(
-      "All layers have these shapes; only their weights differ. The line at the left is the stream, to which each half adds.",
-      "每一层的形状都相同，只有权重不同。左边的线是残差流，每一半都把结果加上去。")),
+      "All layers have these shapes; only their weights differ. The line on the left is the residual stream, to which each half adds its output.",
+      "所有层的形状都相同，只有权重不同。左侧的线是残差流，上下两部分的输出都加到它上面。")),
     el("div", { class: "block" },
       part("attention", T("Attention", "注意力")),
-      el("div", {}, part("mlp", T("Feed-forward (mlp)", "前馈（mlp）")), values ? layerValues(open) : null)));
+      el("div", {}, part("mlp", T("Feed-forward (MLP)", "前馈（MLP）")), values ? layerValues(open) : null)));
 }
 
 const GROUPS = [
   ["--io", "embedding", "词嵌入", (name) => name === "embed"],
   ["--attention", "attention: q, k, v, output", "注意力：q、k、v、输出投影", (name) => /^attention\.([qkvo]|norm)$/.test(name)],
-  ["--scores", "attention: scores, values, cache", "注意力：分数、加权、缓存", (name) => /^attention\.(scores|values|cache)$/.test(name)],
+  ["--scores", "attention: scores, values, cache", "注意力：分数、加权和、缓存", (name) => /^attention\.(scores|values|cache)$/.test(name)],
   ["--mlp", "feed-forward", "前馈", (name) => name.startsWith("mlp.")],
   ["--head", "norm and head", "归一化与输出层", (name) => name === "head" || name === "norm"],
 ];
@@ -273,10 +273,10 @@ function costs() {
     return barLine(label, stack, short(total, unit));
   };
   return el("section", { id: "costs" },
-    el("h2", {}, T("Where it goes", "花在哪里")),
+    el("h2", {}, T("Parameters, compute and memory traffic", "参数、计算量与访存分布")),
     el("p", { class: "muted" }, T(
-      "FLOP: 2 for each product and sum of a matrix product, also of scores of tokens that may not be seen. Bytes: weights read, keys and values written and read. When the prompt is read, the head is counted for every position; to answer, the last one is enough.",
-      "FLOP：矩阵乘法中每次乘加算 2，看不到的词元的分数（被遮蔽）也计入。字节：读的权重、读写的键和值。读提示时输出层按全部位置计算；回答只需最后一个位置。")),
+      "FLOP: 2 for each multiply-add of a matrix product, masked scores included. Bytes: weights read, keys and values written and read. In prefill the head is counted for every position; generation needs only the last one.",
+      "FLOP：矩阵乘法中每次乘加计 2，被掩码屏蔽的分数也计入。字节：读取的权重，以及读写的键和值。预填充时输出层按全部位置计；生成回答只需要最后一个位置。")),
     el("div", { class: "panel" }, el("div", { class: "bars" },
       line(T("parameters", "参数"), "params", ""), line("FLOP", "flops", "FLOP"), line(T("bytes", "字节"), "bytes", "B")),
     el("div", { class: "legend" }, GROUPS.map(([color, en, zh]) => el("span", {}, painted(color), T(en, zh))))));
@@ -286,28 +286,28 @@ function cache() {
   const { cache } = walk;
   const bar = (bytes, color) => el("div", { class: "stack" }, painted(color, bytes / cache.with_full_heads));
   return el("section", { id: "cache" },
-    el("h2", {}, T("What the cache takes", "缓存占多少")),
+    el("h2", {}, T("KV cache size", "KV 缓存大小")),
     el("div", { class: "panel" },
       el("div", { class: "bars" },
-        barLine(T(`a token, ${walk.sizes.K} key/value heads`, `每词元，${walk.sizes.K} 个键值头`), bar(cache.per_token, "--attention"), binary(cache.per_token)),
-        barLine(T(`the same with ${walk.sizes.N}`, `若有 ${walk.sizes.N} 个`), bar(cache.with_full_heads, "--scores"), binary(cache.with_full_heads))),
+        barLine(T(`per token, ${walk.sizes.K} key/value heads`, `每个 token，${walk.sizes.K} 个键值头`), bar(cache.per_token, "--attention"), binary(cache.per_token)),
+        barLine(T(`with ${walk.sizes.N} instead`, `若为 ${walk.sizes.N} 个键值头`), bar(cache.with_full_heads, "--scores"), binary(cache.with_full_heads))),
       el("p", { class: "muted" }, T(
-        `After this prompt ${binary(cache.now)}, at ${whole(walk.context)} tokens ${binary(cache.at_most)}: 1/${cache.with_full_heads / cache.per_token} of what full heads would take.`,
-        `读完这个提示 ${binary(cache.now)}；${whole(walk.context)} 个词元时 ${binary(cache.at_most)}：是完整键值头的 1/${cache.with_full_heads / cache.per_token}。`))));
+        `${binary(cache.now)} after this prompt, ${binary(cache.at_most)} at ${whole(walk.context)} tokens: 1/${cache.with_full_heads / cache.per_token} of what one key/value head per query head would take.`,
+        `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}：是每个查询头各有键值头时的 1/${cache.with_full_heads / cache.per_token}。`))));
 }
 
 function devices() {
   if (!walk.bounds.length) return null;
-  const limit = (name) => ({ bandwidth: T("bandwidth", "带宽"), arithmetic: T("arithmetic", "算力"), unknown: "?" })[name];
+  const limit = (name) => ({ bandwidth: T("bandwidth", "带宽"), arithmetic: T("compute", "算力"), unknown: "?" })[name];
   const unknown = walk.bounds.some((bound) => bound.flops === null);
   return el("section", { id: "devices" },
-    el("h2", {}, T("The least time on a device", "各设备至少要多久")),
+    el("h2", {}, T("Theoretical bounds by device", "各设备的理论瓶颈")),
     el("p", { class: "muted" }, T(
-      "Bounds from the makers' figures, which no program reaches. Nothing here was measured. The head reads one position of each prompt, and scores of tokens that may not be seen are left out.",
-      "由厂商标称值算出的下限，任何程序都达不到。没有实测。输出层只算每个提示的一个位置，看不到的词元的分数不计。"),
-    unknown ? T(" ?: no figure for arithmetic is known; the times are those of the bytes alone.", " ?：算力数据未知，时间只按字节计。") : null),
+      "Minimum times from the makers' figures, which no program reaches; nothing here was measured. The head is computed at one position of each prompt, and masked scores are left out.",
+      "由厂商标称值算出的时间下限，任何程序都达不到，并非实测。输出层只按每个提示词的一个位置计，被掩码屏蔽的分数不计。"),
+    unknown ? T(" ?: no compute figure is published; the times are those of the bytes alone.", " ?：厂商未公布算力，时间只按访存量计。") : null),
     el("div", { class: "panel" }, el("table", {},
-      el("tr", {}, [T("device", "设备"), T("memory", "内存"), T("bandwidth", "带宽"), T("fits", "放得下"), T("prompt", "读提示"), T("a step", "一步"), T("limit (prompt / step)", "受限于（读提示 / 一步）"), "tokens/s"]
+      el("tr", {}, [T("device", "设备"), T("memory", "显存"), T("bandwidth", "带宽"), T("fits", "能否放下"), T("prefill", "预填充"), T("decode step", "解码步"), T("bound by (prefill / step)", "瓶颈（预填充 / 解码步）"), "tokens/s"]
         .map((text, index) => el("th", { class: [1, 2, 4, 5, 7].includes(index) ? "num" : null }, text))),
       walk.bounds.map((bound) => el("tr", {},
         el("td", {}, bound.device), el("td", { class: "num" }, short(bound.memory, "B")), el("td", { class: "num" }, `${short(bound.bandwidth, "B")}/s`),
@@ -317,7 +317,7 @@ function devices() {
 
 function everything() {
   const pass = passOf(state.pass);
-  return el("details", { id: "stages" }, el("summary", {}, T(`All ${pass.stages.length} stages in numbers`, `全部 ${pass.stages.length} 个阶段的数字`)),
+  return el("details", { id: "stages" }, el("summary", {}, T(`All ${pass.stages.length} stages in figures`, `全部 ${pass.stages.length} 个阶段的数据`)),
     el("div", { class: "panel" }, el("table", {},
       el("tr", {}, [T("stage", "阶段"), "", T("shape", "形状"), T("published code", "官方代码"), T("parameters", "参数"), "FLOP", T("bytes", "字节")]
         .map((text, index) => el("th", { class: index > 3 ? "num" : null }, text))),

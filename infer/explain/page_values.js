@@ -1,4 +1,4 @@
-// What is there with weights: tokens, attention, the lens, the answer.
+// What needs weights: tokens, attention, the logit lens, the answer.
 
 const labelOf = (token) => (token.piece === "<0x0A>" ? "⏎" : token.piece.replaceAll("▁", "␣"));
 const quoted = (token) => T(`“${labelOf(token)}”`, `「${labelOf(token)}」`);
@@ -6,27 +6,27 @@ const quoted = (token) => T(`“${labelOf(token)}”`, `「${labelOf(token)}」`
 /** Sections after the shapes; without weights, how to get them. */
 function realValues() {
   if (values === null) {
-    return [el("section", { id: "values" }, el("h2", {}, T("Real values", "真实的数值")),
+    return [el("section", { id: "values" }, el("h2", {}, T("Real values", "实际数值")),
       el("p", { class: "muted" }, T(
-        "This page was made from the configuration alone. With a checkpoint (--model DIR) it also shows attention, the next tokens after each layer, and the answer token by token.",
-        "本页只由配置生成。有检查点时（--model DIR）还会显示注意力、每一层之后的下一个词元，以及逐个词元的回答。")))];
+        "This page was made from the configuration alone. With a checkpoint (--model DIR) it also shows attention, the predicted next tokens after each layer, and the answer token by token.",
+        "本页仅由配置生成。提供检查点（--model DIR）后，还会显示注意力、每一层之后预测的下一个 token，以及回答的逐 token 生成过程。")))];
   }
   return [promptTokens(), attention(), lens(), lengths(), answer()];
 }
 
 function promptTokens() {
   return el("section", { id: "tokens" },
-    el("h2", {}, T("The prompt as it is built", "实际送入的提示")),
+    el("h2", {}, T("The prompt as it is built", "实际输入模型的提示词")),
     el("p", { class: "muted" }, T(
-      `The question in its frame, and the ${whole(values.tokens.length)} ids made of it. ⏎ is a newline, ␣ a space, <0xF0> one byte of a character that has no piece of its own; dashed ids are special: no text becomes one.`,
-      `放进固定格式的问题，以及由它得到的 ${whole(values.tokens.length)} 个 id。⏎ 是换行，␣ 是空格，<0xF0> 这样的是没有独立词元的字符的一个字节；虚线框是特殊 id，任何文本都不会变成它。`)),
+      `The question in its template, and its ${whole(values.tokens.length)} ids. ⏎ is a newline, ␣ a space, <0xF0> one byte of a character that has no piece; ids with a dashed border are special: no text is encoded as one.`,
+      `套用模板后的问题，以及编码得到的 ${whole(values.tokens.length)} 个 id。⏎ 表示换行，␣ 表示空格，<0xF0> 表示词表中没有的字符的一个字节；虚线框是特殊 id，普通文本不会编码成它。`)),
     el("div", { class: "panel" }, el("pre", {}, values.text),
       el("div", { class: "chips" }, values.tokens.map((token) => el("span", { class: token.text ? "chip" : "chip special", title: token.piece }, labelOf(token), el("small", {}, String(token.id)))))));
 }
 
 function map(head) {
   const from = (t, s) => head.weights[t][s];
-  const readout = el("div", { class: "readout", "aria-live": "polite" }, T("point at a cell", "把指针移到格子上"));
+  const readout = el("div", { class: "readout", "aria-live": "polite" }, T("point at a cell", "将指针移到格子上查看"));
   const canvas = el("canvas", { class: "map", tabindex: "0", role: "img", "aria-label": T(`attention of layer ${head.layer}, head ${head.head}`, `第 ${head.layer} 层第 ${head.head} 头的注意力`) });
   const group = Math.floor(head.head / (walk.sizes.N / walk.sizes.K));
   canvas.head = head;
@@ -34,7 +34,7 @@ function map(head) {
   const show = (t, s) => {
     if (t < 0 || s < 0 || t >= head.weights.length || s > t) return;
     canvas.at = [t, s];
-    readout.textContent = T(`${percent(from(t, s))} of the attention of ${quoted(values.tokens[t])} goes to ${quoted(values.tokens[s])}`, `${quoted(values.tokens[t])} 的注意力有 ${percent(from(t, s))} 落在 ${quoted(values.tokens[s])} 上`);
+    readout.textContent = T(`${percent(from(t, s))} of the attention of ${quoted(values.tokens[t])} goes to ${quoted(values.tokens[s])}`, `${quoted(values.tokens[t])} 对 ${quoted(values.tokens[s])} 的注意力为 ${percent(from(t, s))}`);
     drawMap(canvas);
   };
   const point = (event) => {
@@ -120,10 +120,10 @@ function drawMaps() {
 function attention() {
   if (!values.heads.length) return null;
   return el("section", { id: "attention" },
-    el("h2", {}, T("Where tokens look", "词元在看哪里")),
+    el("h2", {}, T("Attention maps", "注意力热图")),
     el("p", { class: "muted" }, T(
-      "A row is a token that looks, a column one that is looked at; a row sums to 100 %, and nothing after a token is seen. The stronger, the more (by the square root). Other heads: --heads LAYER:HEAD.",
-      "一行是在看的词元，一列是被看的词元；每行之和为 100 %，后面的词元看不到。颜色越深越多（按平方根）。看别的头：--heads 层:头。")),
+      "Each row is a token, each column a token it attends to; a row sums to 100 %, and later tokens are masked. Darker is more (by the square root). Other heads: --heads LAYER:HEAD.",
+      "每行是一个 token，每列是它关注的 token；每行之和为 100 %，之后的 token 被掩码屏蔽。颜色越深，权重越大（按平方根）。查看其他头：--heads 层:头。")),
     el("div", { class: "panel" }, maps(values.heads)));
 }
 
@@ -133,9 +133,9 @@ function layerValues(index) {
   const heads = values.heads.filter((head) => head.layer === index);
   const last = layer.stream.length - 1;
   return el("div", { "data-values": index },
-    el("p", {}, T("At the last token the stream leaves with length ", "在最后一个词元处，离开本层的残差流长度为 "), el("b", {}, layer.stream[last].toPrecision(4)),
-      T("; attention added ", "；注意力加了 "), el("b", {}, layer.attention[last].toPrecision(4)), T(", the feed-forward ", "，前馈加了 "), el("b", {}, layer.mlp[last].toPrecision(4)),
-      T(". Read by norm and head here, the next token would be ", "。若在此处接上归一化和输出层，下一个词元是 "), guess(layer.lens[0], true), T(".", "。")),
+    el("p", {}, T("At the last token, the norm of this layer's output is ", "在最后一个 token 处，本层输出的范数为 "), el("b", {}, layer.stream[last].toPrecision(4)),
+      T("; attention added ", "；其中注意力贡献 "), el("b", {}, layer.attention[last].toPrecision(4)), T(", the feed-forward part ", "，前馈贡献 "), el("b", {}, layer.mlp[last].toPrecision(4)),
+      T(". With norm and head applied here, the next token would be ", "。若在此处直接接归一化和输出层，预测的下一个 token 是 "), guess(layer.lens[0], true), T(".", "。")),
     heads.length ? maps(heads) : null);
 }
 
@@ -150,10 +150,10 @@ function lens() {
   const final = values.layers[values.layers.length - 1].lens[0].token.id;
   const name = (layer) => (layer.layer < 0 ? T("embedding", "词嵌入") : T(`layer ${layer.layer}`, `第 ${layer.layer} 层`));
   return el("section", { id: "lens" },
-    el("h2", {}, T("The next token, layer by layer", "逐层看下一个词元")),
+    el("h2", {}, T("Logit lens: the next token, layer by layer", "Logit lens：逐层预测的下一个 token")),
     el("p", { class: "muted" }, T(
-      "What norm and head would say after each layer (the “logit lens”), at the end of the prompt. The last row is the model's own; what it says first is framed wherever it shows up.",
-      "在提示末尾，若每一层之后就接上归一化和输出层，会得到什么（“logit lens”）。最后一行是模型自己的结果；它的首选在各层出现时加框。")),
+      "What norm and head would predict after each layer, at the end of the prompt. The last row is the model's own prediction; its first choice is framed wherever it appears.",
+      "在提示词末尾，若每一层之后直接接归一化和输出层，会得到怎样的预测。最后一行是模型的实际预测；它的首选在各层出现时加框标出。")),
     el("div", { class: "panel" }, el("table", { class: "lens" }, values.layers.map((layer) =>
       el("tr", { "data-lens": layer.layer }, el("td", { class: "muted" }, name(layer)), layer.lens.map((one) => el("td", {}, guess(one, one.token.id === final))))))));
 }
@@ -162,7 +162,7 @@ function lengths() {
   const chosen = state.token ?? values.tokens.length - 1;
   const [W, H, left, bottom] = [Math.max(300, Math.min(innerWidth, 1240) - 90), 220, 48, 26];
   const count = values.layers.length;
-  const series = [["--io", T("stream", "残差流"), "stream"], ["--attention", T("added by attention", "注意力加的"), "attention"], ["--mlp", T("added by the feed-forward", "前馈加的"), "mlp"]];
+  const series = [["--io", T("residual stream", "残差流"), "stream"], ["--attention", T("added by attention", "注意力的贡献"), "attention"], ["--mlp", T("added by feed-forward", "前馈的贡献"), "mlp"]];
   const most = Math.max(...series.flatMap(([, , key]) => values.layers.map((layer) => layer[key][chosen])), 1e-9);
   const x = (index) => left + ((W - left - 12) * index) / Math.max(count - 1, 1);
   const y = (value) => H - bottom - ((H - bottom - 14) * value) / most;
@@ -186,25 +186,25 @@ function lengths() {
     return el("g", {}, rule, el("text", { x: left - 6, y: y(most * share) + 4, "text-anchor": "end" }, (most * share).toPrecision(3)));
   });
   return el("section", { id: "lengths" },
-    el("h2", {}, T("How long the stream grows", "残差流变得多长")),
-    el("p", { class: "muted" }, T("Euclidean lengths after each layer, of the token chosen below.", "每一层之后的欧几里得长度；在下面选择词元。")),
+    el("h2", {}, T("Norm of the residual stream", "残差流的范数")),
+    el("p", { class: "muted" }, T("Euclidean norms after each layer, for the token selected below.", "每一层之后的欧几里得范数；在下方选择 token。")),
     el("div", { class: "panel" },
       el("div", { class: "chips" }, values.tokens.map((token, index) => el("button", {
         type: "button", class: "chip", "aria-pressed": String(index === chosen), click: () => { state.token = index; document.getElementById("lengths").replaceWith(lengths()); },
       }, labelOf(token)))),
-      el("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": T("lengths by layer", "逐层的长度") }, grid, marks, lines),
+      el("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": T("norms by layer", "逐层的范数") }, grid, marks, lines),
       el("div", { class: "legend" }, series.map(([color, name]) => el("span", {}, painted(color), name)))));
 }
 
 function answer() {
-  const ends = { stop: T("The last one is the end.", "最后一个是结束。"), length: T("It was cut at the longest answer that was asked for.", "到要求的最大长度为止。") }[values.end] || values.end;
+  const ends = { stop: T("The last one is the end token.", "最后一个是结束符。"), length: T("It ends at the length limit.", "回答在长度上限处截断。") }[values.end] || values.end;
   return el("section", { id: "answer" },
-    el("h2", {}, T("The answer, token by token", "逐个词元的回答")),
+    el("h2", {}, T("The answer, token by token", "回答的逐 token 生成过程")),
     el("p", { class: "muted" }, T(
-      `Always the likeliest one is taken here; a chat draws. Probabilities are before temperature, top-k and top-p. ${ends}`,
-      `这里总取最可能的一个；对话时是抽样。概率是 temperature、top-k、top-p 之前的。${ends}`)),
+      `The most probable token is always taken here; chat samples. Probabilities are before temperature, top-k and top-p. ${ends}`,
+      `此处始终取概率最高的 token；实际对话时按概率采样。概率未经 temperature、top-k、top-p 调整。${ends}`)),
     el("div", { class: "panel" }, el("table", { class: "lens" },
-      el("tr", {}, ["", T("token", "词元"), T("probability", "概率"), T("instead", "其他可能")].map((text) => el("th", {}, text))),
+      el("tr", {}, ["", "token", T("probability", "概率"), T("alternatives", "其他候选")].map((text) => el("th", {}, text))),
       values.steps.map((step, index) => {
         const { token, probability } = step.chosen;
         return el("tr", { "data-step": index }, el("td", { class: "muted num" }, String(index + 1)),

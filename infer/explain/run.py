@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
 from glm2_jax.cli.files import require_file_place
-from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.cli.tables import columns
+from glm2_jax.cli.tables import columns, fold
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import join_lines, json_line
+from glm2_jax.mesh import parse_mesh
 from glm2_jax.schemes import asked_scheme
 from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.engine.load import demo_folder
-from infer.explain.facts import DEVICES, PROMPT, Values, Walk
+from infer.explain.facts import DEVICES, PROMPT
 from infer.explain.report import render
 from infer.explain.values import longest, make_values
 from infer.explain.walk import make_walk
 from infer.memory.budget import find_budget
-from infer.memory.cards import CARDS, Card
+from infer.memory.cards import CARDS, LINKS, Card, find_links
+from infer.memory.mesh_cost import mesh_cost, report
 from infer.memory.precision import Precision
 from infer.startup import find_choice, note_demo_model, open_engine
 
@@ -32,7 +34,7 @@ from infer.startup import find_choice, note_demo_model, open_engine
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
 _PUBLISHED_FAMILIES = ("chatglm2", "chatglm3")
 _PUBLISHED_VOCABULARY = 65024
-EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
+MESH_LENGTH = 2048  # tokens of a row with --mesh by default, where the context has room
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,16 @@ class Settings:
     html: str | None
     width: int | None
 
-    def given(self, *names: str) -> str:
-        """Return those of these flags that were given, as they are typed."""
-        found = [name for name in names if getattr(self, name) is not None]
-        return ", ".join(f"--{name.replace('_', '-')}" for name in found)
+    def refuse(self, *names: str, why: str) -> None:
+        """Raise UsageError if one of these flags was given."""
+        found = [name.replace("_", "-") for name in names if getattr(self, name) is not None]
+        if found:
+            raise UsageError(f"--{', --'.join(found)}: no effect", why, "Leave it out.")
 
     @property
     def columns(self) -> int:
         """Columns to write in."""
-        return self.width or max(columns(100), 30)
+        return max(self.width or columns(100), 30)
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,17 @@ class Subject:
 
 def run(settings: Settings) -> int:
     """Explain what the flags ask for; returns the exit code."""
+    if settings.mesh is not None:
+        return _show_mesh(settings, settings.mesh)
     if settings.html is not None:
-        check_page(Path(settings.html))
+        if settings.html == "-":
+            raise InputError("--html needs the name of a file, got -.", fix="Name one.")
+        require_file_place(settings.html)
+    if settings.config is not None or settings.length is not None:
+        settings.refuse(
+            "top_k", "heads", "max_new_tokens",
+            why="With --config or --length only shapes and costs are explained.",
+        )  # fmt: skip
     subject = find_subject(settings)
     ids, length, source = _prompt(settings, subject)
     if length >= subject.config.seq_length:
@@ -92,8 +104,15 @@ def run(settings: Settings) -> int:
             "Shorten the prompt.",
         )
     heads = _heads(settings.heads, subject.config)
-    with_values = _wants_values(settings, subject, ids)
-    for line in () if with_values else subject.notes:  # loading the weights prints them, too
+    if not subject.weights:
+        ids = None
+    elif ids is not None and len(ids) >= (most := longest(subject.config)):
+        note(
+            f"only shapes and costs: values are shown for up to {most:,} ids, the prompt has "
+            f"{length:,}"
+        )
+        ids = None
+    for line in subject.notes if ids is None else ():  # loading the weights prints them, too
         note(line)
     walk = make_walk(
         subject.config,
@@ -101,22 +120,26 @@ def run(settings: Settings) -> int:
         length,
         model=subject.name,
         batch=settings.batch,
-        prompt=None if source in ("asked", "example") else settings.prompt or PROMPT,
+        prompt=None if source == "asked" else settings.prompt or PROMPT,
         length_from=source,
         cards=_cards(settings.cards or DEVICES),
     )
-    values = _values(settings, subject.choice, ids, heads) if with_values and ids else None
-    _show(settings, walk, values)
+    values = None
+    if ids is not None:
+        engine = open_engine(subject.choice, settings.options)
+        top_k, most = settings.top_k or 5, settings.max_new_tokens or 64
+        values = make_values(engine, ids, heads=heads, top_k=top_k, max_new_tokens=most)
+    if settings.html is not None:
+        from infer.explain.page import write_page
+
+        write_page(Path(settings.html), walk, values)
+        note(f"page: {settings.html}")
+    if settings.json:
+        found = {"walk": asdict(walk), "values": None if values is None else asdict(values)}
+        print(json_line(found, allow_nan=False), flush=True)
+    else:
+        print(join_lines(render(walk, values, settings.columns)), flush=True)
     return 0
-
-
-def check_page(path: Path) -> None:
-    """Raise InputError for a page that cannot be written; before anything is computed."""
-    if str(path) == "-":
-        raise InputError(
-            "--html needs the name of a file, got -.", fix="Name one, for example --html x.html."
-        )
-    require_file_place(path)
 
 
 def find_subject(settings: Settings) -> Subject:
@@ -125,34 +148,26 @@ def find_subject(settings: Settings) -> Subject:
     if settings.config is not None:
         if choice.path is not None:
             raise UsageError("--config and --model each name a model", fix="Leave one of them out.")
-        return _from_config(settings.config, choice)
+        config, stored = read_config(settings.config, choice.rope_kind, choice.family)
+        if choice.template is not None:
+            check_template(config, choice.template, asked=True)
+        return Subject(settings.config, choice, config, stored, None, choice.template, False)
     note_demo_model(choice)
     name = "the bundled demo model" if choice.path is None else choice.path
     choice = find_choice(choice)
     folder = Path(choice.path or demo_folder())
     needs_text = settings.length is None and settings.mesh is None
-    without = not needs_text and not (folder / "tokenizer.model").exists()
-    if not without and folder.is_dir() and not _holds_weights(folder):
+    weights = needs_text or (folder / "tokenizer.model").exists()
+    # An index may name shards that are missing; loading reports it.
+    ends = (".safetensors", ".bin", ".index.json")
+    if weights and folder.is_dir() and not any(p.name.endswith(ends) for p in folder.iterdir()):
         note(f"{folder} holds no weights: only shapes and costs are shown")
-        without = True
-    found = (read_architecture if without else open_folder)(folder, **choice.form)
+        weights = False
+    found = (open_folder if weights else read_architecture)(folder, **choice.form)
     stored = None if found.scheme is None else found.scheme.name
     template = choice.template if found.tokenizer is None else found.template
-    tokenizer, weights = found.tokenizer, not without
-    return Subject(name, choice, found.config, stored, tokenizer, template, weights, found.notes)
-
-
-def _from_config(name: str, choice: ModelChoice) -> Subject:
-    config, stored = read_config(name, choice.rope_kind, choice.family)
-    if choice.template is not None:
-        check_template(config, choice.template, asked=True)
-    return Subject(name, choice, config, stored, None, choice.template, weights=False)
-
-
-def _holds_weights(folder: Path) -> bool:
-    """Return whether a file has weights, or an index names some; loading reports faults."""
-    return any(
-        path.name.endswith((".safetensors", ".bin", ".index.json")) for path in folder.iterdir()
+    return Subject(
+        name, choice, found.config, stored, found.tokenizer, template, weights, found.notes
     )
 
 
@@ -169,29 +184,27 @@ def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int
     if published and prompt == PROMPT:
         known = PUBLISHED_LENGTHS[subject.template or config.default_template]
         return None, known, "published"
-    if settings.prompt is not None:
-        raise UsageError(
-            "The length of this prompt is not known.",
-            f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is "
-            f"known, for published {' and '.join(_PUBLISHED_FAMILIES)} models.",
-            "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
-        )
-    length = min(EXAMPLE_LENGTH, config.seq_length - 1)
-    note(f"this model has no tokenizer: the example is a prompt of {length} ids (--length N)")
-    return None, length, "example"
+    raise UsageError(
+        "The length of this prompt is not known.",
+        f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is known, "
+        f"for published {' and '.join(_PUBLISHED_FAMILIES)} models.",
+        "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
+    )
 
 
 def _cards(names: Sequence[str]) -> list[Card]:
     """Return the devices with these names, each once."""
-    found = {name: CARDS.get(name) or CARDS.get(f"{name}-1") for name in names}
-    for name, card in found.items():
+    found = {}
+    for name in names:
+        card = CARDS.get(name) or CARDS.get(f"{name}-1")
         if card is None:
             raise UsageError(
                 f"--device {name} names several devices.",
                 "A mesh says how they share the work.",
                 "Add a mesh of as many, for example --mesh tensor=8.",
             )
-    return list(dict.fromkeys(card for card in found.values() if card is not None))
+        found[card] = None
+    return list(found)
 
 
 def _heads(asked: Sequence[tuple[int, int]] | None, config: GLMConfig) -> Sequence[tuple[int, int]]:
@@ -210,27 +223,6 @@ def _heads(asked: Sequence[tuple[int, int]] | None, config: GLMConfig) -> Sequen
     return asked
 
 
-def _wants_values(settings: Settings, subject: Subject, ids: list[int] | None) -> bool:
-    """Return whether values are shown, too; UsageError for flags without effect."""
-    only_shapes = settings.config is not None or settings.length is not None
-    given = settings.given("top_k", "heads", "max_new_tokens")
-    if only_shapes and given:
-        raise UsageError(
-            f"{given}: no effect",
-            "With --config or --length only shapes and costs are explained.",
-            "Leave it out, or use --model and --prompt.",
-        )
-    if only_shapes or not subject.weights or ids is None:
-        return False
-    if len(ids) < longest(subject.config):
-        return True
-    note(
-        f"only shapes and costs: values are shown for up to {longest(subject.config):,} ids, "
-        f"the prompt has {len(ids):,}"
-    )
-    return False
-
-
 def find_precision(subject: Subject) -> Precision:
     """Return what bytes are counted in: bfloat16 where no flag says otherwise."""
     choice, stored = subject.choice, subject.stored
@@ -240,38 +232,34 @@ def find_precision(subject: Subject) -> Precision:
     return find_budget("h200").precisions(stored, choice.dtype, scheme)[0]
 
 
-def _values(
-    settings: Settings, choice: ModelChoice, ids: Sequence[int], heads: Sequence[tuple[int, int]]
-) -> Values:
-    engine = open_engine(choice, settings.options)
-    with ExitStack() as opened:
-        bars: list[Progress] = []
-
-        def progress(layers: int) -> None:
-            if bars:
-                bars[0](layers)
-            else:  # the time of the first layer includes its compilation
-                bar = Progress("layers", engine.config.num_layers, done=layers)
-                bars.append(opened.enter_context(bar))
-
-        return make_values(
-            engine,
-            ids,
-            heads=heads,
-            top_k=settings.top_k or 5,
-            max_new_tokens=settings.max_new_tokens or 64,
-            progress=progress,
+def _show_mesh(settings: Settings, mesh: str) -> int:
+    """Print what the model costs each of several devices; returns the exit code."""
+    settings.refuse(
+        "prompt", "html", "top_k", "heads", "max_new_tokens",
+        why="With --mesh only the costs of devices are shown.",
+    )  # fmt: skip
+    sizes = parse_mesh(mesh)
+    subject = find_subject(settings)
+    config, precision = subject.config, find_precision(subject)
+    length, devices = settings.length or min(MESH_LENGTH, config.seq_length), prod(sizes.values())
+    if length > config.seq_length:
+        raise UsageError(
+            f"--length must be at most {config.seq_length:,}, got {length:,}",
+            "It is longer than the model's context (seq_length).",
         )
-
-
-def _show(settings: Settings, walk: Walk, values: Values | None) -> None:
-    if settings.html is not None:
-        from infer.explain.page import write_page
-
-        write_page(Path(settings.html), walk, values)
-        note(f"page: {settings.html}")
+    costs = [
+        mesh_cost(
+            config, sizes, links, batch=settings.batch, length=length,
+            dtype=precision.dtype, scheme=precision.quantize,
+        )
+        for links in dict.fromkeys(find_links(name, devices) for name in settings.cards or LINKS)
+    ]  # fmt: skip
     if settings.json:
-        found = {"walk": asdict(walk), "values": None if values is None else asdict(values)}
+        found = {"model": subject.name, "meshes": [asdict(cost) for cost in costs]}
         print(json_line(found, allow_nan=False), flush=True)
-    else:
-        print(join_lines(render(walk, values, settings.columns)), flush=True)
+        return 0
+    lines = [f"{subject.name}: {config.num_params:,} parameters"]
+    for cost in costs:
+        lines += ["", *report(cost)]
+    print(join_lines(part for line in lines for part in fold(line, settings.columns)), flush=True)
+    return 0

@@ -38,24 +38,20 @@ def walk_layer(
     cache: tuple[jax.Array, jax.Array] | None,
     take: Take = call,
 ) -> jax.Array:
-    """Walk through one layer.
+    """Walk through one layer: [B, T, D] -> [B, T, D].
 
-    Args:
-        weights: of this layer.
-        x: [B, T, D], the input of the layer.
-        context: of the tokens.
-        cache: keys and values of the tokens before, [1, B, S, K, H] each; None = there are none.
-
-    Returns:
-        [B, T, D], the output of the layer.
+    `cache` has keys and values of the tokens before, [1, B, S, K, H] each; None = there are none.
     """
     norm = partial(rms_norm, eps=config.norm_eps)
     a = take("attention.norm", norm, x, weights["attn_norm"])
-    out = _attention(weights, a, context, cache, take)
-    x = take("attention.add", jnp.add, x, out)
+    x = take("attention.add", jnp.add, x, _attention(weights, a, context, cache, take))
     u = take("mlp.norm", norm, x, weights["mlp_norm"])
     both = take("mlp.gate_up", partial(einsum, "BTD,CFD->BTCF"), u, weights["gate_up"])
-    hidden = take("mlp.act", lambda both: _swiglu(both).astype(x.dtype), both)
+
+    def swiglu(both: jax.Array) -> jax.Array:
+        return (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
+
+    hidden = take("mlp.act", swiglu, both)
     out = take("mlp.down", partial(_out, "BTF,DF->BTD"), hidden, weights["down"])
     return take("mlp.add", jnp.add, x, out)
 
@@ -126,7 +122,3 @@ def _weighted(probs: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
 
 def _out(spec: str, x: jax.Array, weight: Any) -> jax.Array:
     return einsum(spec, x, weight).astype(x.dtype)
-
-
-def _swiglu(both: jax.Array) -> jax.Array:
-    return jax.nn.silu(both[:, :, 0]) * both[:, :, 1]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import GLMConfig, Tokenizer, compiler_options
+from glm2_jax.cli.messages import Progress
 from glm2_jax.context import TokenContext, token_context
 from glm2_jax.limits import SCORES
 from glm2_jax.runtime.dtypes import dtype_name
@@ -22,7 +23,7 @@ from infer.engine.params import SamplingParams
 from infer.explain import stages
 from infer.explain.facts import Candidate, Head, Layer, Step, Token, Values
 
-DIGITS = 6  # after the point, of lengths and of attention probabilities
+DIGITS = 6  # after the point, of norms and of attention probabilities
 NO_PIECE = "<no piece>"  # of ids that fill up the vocabulary
 
 
@@ -36,104 +37,97 @@ def make_values(
     ids: Sequence[int],
     *,
     heads: Sequence[tuple[int, int]],
-    top_k: int = 5,
-    max_new_tokens: int = 64,
-    progress: Callable[[int], None] = lambda layers: None,
+    top_k: int,
+    max_new_tokens: int,
 ) -> Values:
     """Answer a prompt, always with the most probable token, and walk through prompt and answer.
 
-    Args:
-        ids: of the prompt, fewer than `longest`.
-        heads: (layer, head) whose attention is wanted.
-        top_k: candidates that are listed, at most `infer.engine.params.MAX_LOGPROBS`.
-        max_new_tokens: longest answer.
-        progress: called with the layers that are done.
-
-    Raises:
-        CheckpointError: NaN or Inf in the logits. DeviceError: out of memory.
+    `ids` are fewer than `longest`; `heads` are (layer, head) whose attention is wanted; of each
+    token `top_k` candidates are listed. CheckpointError: NaN or Inf in the logits.
     """
-    room = min(max_new_tokens, longest(engine.config) - len(ids))
+    config, tokenizer, params = engine.config, engine.tokenizer, engine.checkpoint.params
+    room = min(max_new_tokens, longest(config) - len(ids))
     sampling = SamplingParams(temperature=0.0, max_new_tokens=room)
-    clean = engine.template != "raw"
-    *_, last = engine.run([list(ids)], sampling, clean=clean)
-    answer = last.completion
+    *_, event = engine.run([list(ids)], sampling, clean=engine.template != "raw")
+    answer = event.completion
     assert answer is not None
-    tokens = [*ids, *answer.output_ids]
     ended = answer.stop_reason is not None  # by an end token, since there are no stop strings
     steps = len(answer.output_ids) + ended
-    streams, lengths, attention = _walk(engine, tokens, len(ids), steps, heads, progress)
-    name = partial(named, engine.tokenizer)
-    every, *best = _likeliest(engine, streams, top_k)
-    likely = [
-        tuple(Candidate(name(i), p) for p, i in zip(*pair, strict=True))
-        for pair in zip(*(found.tolist() for found in best), strict=True)
-    ]
-    chosen = list(answer.output_ids)
-    if ended:  # the engine does not report which id ended the answer: the most probable one did
-        chosen.append(likely[-1][0].token.id)
-    rows = range(len(lengths), len(likely))
-    return Values(
-        text=prompt_text(engine.tokenizer, ids),
-        tokens=tuple(map(name, ids)),
-        layers=tuple(
-            Layer(index - 1, *parts, lens=likely[index]) for index, parts in enumerate(lengths)
-        ),
-        heads=tuple(Head(*at, _rounded(attention[at])) for at in attention),
-        steps=tuple(
-            Step(Candidate(name(i), float(every[row, i])), likely[row])
-            for i, row in zip(chosen, rows, strict=True)
-        ),
-        answer=answer.text,
-        end="stop" if ended else answer.finish_reason,
-        dtype=dtype_name(engine.checkpoint.params["final_norm"].dtype),
-    )
-
-
-def _walk(
-    engine: Engine,
-    tokens: Sequence[int],
-    prompt: int,
-    steps: int,
-    heads: Sequence[tuple[int, int]],
-    progress: Callable[[int], None],
-) -> tuple[jax.Array, list[tuple[Any, ...]], dict[tuple[int, int], np.ndarray]]:
-    """Walk through all layers.
-
-    Returns:
-        The stream [1 + L + steps, D]: of the prompt's last token at the embedding and after every
-        layer, then after the last layer of the tokens that the answer's tokens follow. The lengths
-        of the stream, of attention and of the mlp by layer, the embedding first, for the prompt's
-        tokens. {(layer, head): probabilities [P, P]}.
-    """
-    config, params = engine.config, engine.checkpoint.params
-    compiled = _jit(engine)
-    found = dict.fromkeys(heads, np.zeros(0))
-    with jax.default_device(engine.device):
-        x, context = compiled(partial(_begin, config))(_ends(params), jnp.asarray([tokens]))
-        layer = compiled(partial(_layer, config))
-        rows, nothing = [x[0, prompt - 1]], [0.0] * prompt
-        lengths: list[tuple[Any, ...]] = [(_rounded(_length(x)[:prompt]), nothing, nothing)]
-        for index in range(config.num_layers):
-            x, parts, probs = layer(_weights(params, index), x, context)
-            rows.append(x[0, prompt - 1])
-            lengths.append(tuple(_rounded(part[:prompt]) for part in parts))
-            for at in found:
-                if at[0] == index:
-                    found[at] = np.asarray(probs[at[1], :prompt, :prompt])
-            progress(index + 1)
-        answering = x[0, prompt - 1 : prompt - 1 + steps]
-        return jnp.concatenate([jnp.stack(rows), answering]), lengths, found
-
-
-def _likeliest(engine: Engine, x: jax.Array, top_k: int) -> tuple[np.ndarray, ...]:
-    """Return the next token at every row of a stream: all probabilities, the highest, their ids."""
-    config = engine.config
+    last, x, norms, attention = _walk(engine, [*ids, *answer.output_ids], len(ids), heads)
+    # The prompt's end in all layers; then the tokens that the answer's tokens follow.
+    x = jnp.concatenate([last, x[len(ids) - 1 :][:steps]])
 
     def likeliest(params: Any, x: jax.Array) -> Any:
         probabilities = jax.nn.softmax(stages.walk_head(config, params, x), axis=-1)
         return probabilities, *jax.lax.top_k(probabilities, min(top_k, config.vocab_size))
 
-    return jax.device_get(_jit(engine)(likeliest)(_ends(engine.checkpoint.params), x))
+    every, *best = jax.device_get(_jit(engine)(likeliest)(_ends(params), x))
+    likely = [
+        tuple(Candidate(named(tokenizer, i), p) for p, i in zip(*pair, strict=True))
+        for pair in zip(*(found.tolist() for found in best), strict=True)
+    ]
+    chosen = list(answer.output_ids)
+    if ended:  # the engine does not report which id ended the answer: the most probable one did
+        chosen.append(likely[-1][0].token.id)
+    rows = range(len(norms), len(likely))
+    return Values(
+        text=prompt_text(tokenizer, ids),
+        tokens=tuple(named(tokenizer, i) for i in ids),
+        layers=tuple(Layer(n - 1, *parts, lens=likely[n]) for n, parts in enumerate(norms)),
+        heads=tuple(Head(*at, _rounded(attention[at])) for at in heads),
+        steps=tuple(
+            Step(Candidate(named(tokenizer, i), float(every[row, i])), likely[row])
+            for i, row in zip(chosen, rows, strict=True)
+        ),
+        answer=answer.text,
+        end="stop" if ended else answer.finish_reason,
+        dtype=dtype_name(params["final_norm"].dtype),
+    )
+
+
+def _walk(
+    engine: Engine, tokens: Sequence[int], prompt: int, heads: Sequence[tuple[int, int]]
+) -> tuple[jax.Array, jax.Array, list[tuple[Any, ...]], dict[tuple[int, int], np.ndarray]]:
+    """Walk through all layers.
+
+    Returns:
+        The stream of the prompt's last token at the embedding and after every layer, [1 + L, D].
+        The stream after the last layer, [T, D]. The norms of the stream, of attention and of the
+        mlp by layer, the embedding first, for the prompt's tokens. {(layer, head): probabilities
+        [P, P]}.
+    """
+    config, params = engine.config, engine.checkpoint.params
+
+    def begin(ends: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
+        context, _ = token_context(config, tokens, None, None, None, ends["final_norm"].dtype)
+        return stages.embed(config, ends, tokens), context
+
+    def layer(weights: Any, x: jax.Array, context: TokenContext) -> Any:
+        """Return the output, the norms of that and of both parts [T], and attention [N, T, T]."""
+        seen: dict[str, jax.Array] = {}
+
+        def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
+            seen[name] = function(*arrays)
+            return seen[name]
+
+        x = stages.walk_layer(config, weights, x, context, None, take)
+        norms = tuple(map(_norm, (x, seen["attention.o"], seen["mlp.down"])))
+        return x, norms, seen["attention.softmax"][0]
+
+    attention = {}
+    with jax.default_device(engine.device), Progress("layers", config.num_layers) as bar:
+        x, context = _jit(engine)(begin)(_ends(params), jnp.asarray([tokens]))
+        run, nothing, rows = _jit(engine)(layer), [0.0] * prompt, [x[0, prompt - 1]]
+        norms: list[tuple[Any, ...]] = [(_rounded(_norm(x)[:prompt]), nothing, nothing)]
+        for index in range(config.num_layers):
+            x, parts, probs = run(_weights(params, index), x, context)
+            rows.append(x[0, prompt - 1])
+            norms.append(tuple(_rounded(part[:prompt]) for part in parts))
+            attention |= {
+                at: np.asarray(probs[at[1], :prompt, :prompt]) for at in heads if at[0] == index
+            }
+            bar(index + 1)
+        return jnp.stack(rows), x[0], norms, attention
 
 
 def _jit(engine: Engine) -> Callable[..., Any]:
@@ -145,25 +139,7 @@ def _ends(params: Any) -> dict[str, Any]:
     return {name: params[name] for name in ("embed", "final_norm", "head")}
 
 
-def _begin(config: GLMConfig, ends: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
-    context, _ = token_context(config, tokens, None, None, None, ends["final_norm"].dtype)
-    return stages.embed(config, ends, tokens), context
-
-
-def _layer(config: GLMConfig, weights: Any, x: jax.Array, context: TokenContext) -> Any:
-    """Run one layer: its output, the lengths of that and of both parts [T], attention [N, T, T]."""
-    seen: dict[str, jax.Array] = {}
-
-    def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
-        seen[name] = function(*arrays)
-        return seen[name]
-
-    x = stages.walk_layer(config, weights, x, context, None, take)
-    lengths = tuple(_length(part) for part in (x, seen["attention.o"], seen["mlp.down"]))
-    return x, lengths, seen["attention.softmax"][0]
-
-
-def _length(x: jax.Array) -> jax.Array:
+def _norm(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x[0].astype(jnp.float32), axis=-1)
 
 

@@ -19,13 +19,13 @@ from glm2_jax.context import token_context
 from glm2_jax.model import Params
 from infer.explain import stages
 from infer.explain.facts import Bound, Cache, Pass, Stage, Walk
-from infer.explain.words import WORDS, reference_shape
+from infer.explain.words import WORDS
 from infer.memory.budget import find_budget
 from infer.memory.cards import Card
 from infer.memory.plan import Plan, array_bytes, cache_bytes, weight_bytes
 from infer.memory.precision import Precision
 
-SCORED = ("attention.scores", "attention.values")  # stages that work on pairs of tokens
+PAIRS = ("attention.scores", "attention.values")  # stages that work on pairs of tokens
 
 
 def make_walk(
@@ -47,14 +47,19 @@ def make_walk(
         batch: prompts together.
         cards: devices whose minimum time is computed.
     """
-    shapes = param_shapes(config)
-    prefill = _pass("prefill", config, shapes, precision, batch, length, length)
-    decode = _pass("decode", config, shapes, precision, batch, 1, length + 1)
+    c = config
+    sizes = {
+        "B": batch, "L": c.num_layers, "D": c.hidden_size, "N": c.num_heads, "K": c.num_kv_heads,
+        "G": c.num_heads // c.num_kv_heads, "H": c.head_dim, "F": c.ffn_hidden_size,
+        "V": c.vocab_size,
+    }  # fmt: skip
+    prefill = _pass("prefill", config, sizes, precision, length, length)
+    decode = _pass("decode", config, sizes, precision, 1, length + 1)
     token = cache_bytes(config, precision.size, 1, 1)
     return Walk(
         model=model,
         family=config.family,
-        sizes=_sizes(config, batch),
+        sizes=sizes,
         prompt=prompt,
         length=length,
         length_from=length_from,
@@ -66,7 +71,7 @@ def make_walk(
         decode=decode,
         cache=Cache(
             per_token=token,
-            with_full_heads=token * config.num_heads // config.num_kv_heads,
+            with_full_heads=token * sizes["G"],
             now=token * length * batch,
             at_most=token * config.seq_length * batch,
         ),
@@ -78,10 +83,20 @@ def _bound(
     card: Card, config: GLMConfig, precision: Precision, batch: int, prefill: Pass, decode: Pass
 ) -> Bound:
     """Return the minimum time of both passes: the longer of moving bytes and of arithmetic."""
-    head = prefill.stages[-1].flops  # of which answering computes one position of each row
-    left_out = head - head // prefill.tokens + config.num_layers * _masked(prefill)
-    read, read_limit = _least(card, prefill, left_out)
-    step, step_limit = _least(card, decode)
+    # Of T tokens on S keys, T (T - 1) / 2 of the T S pairs are masked; a program may skip them.
+    # Answering computes the head at one position of each row.
+    T, S = prefill.tokens, prefill.keys
+    pairs = sum(stage.flops for stage in prefill.stages if stage.name in PAIRS)
+    head = prefill.stages[-1].flops
+    skipped = config.num_layers * (pairs * (T - 1) // (2 * S)) + head - head // T
+
+    def least(work: Pass, skipped: int = 0) -> tuple[float, str]:
+        moving = work.bytes / card.bandwidth
+        if card.flops is None:
+            return moving, "unknown"
+        return max((moving, "bandwidth"), ((work.flops - skipped) / card.flops, "arithmetic"))
+
+    (read, read_limit), (step, step_limit) = least(prefill, skipped), least(decode)
     plan = Plan(config, precision, decode.keys, batch, card.platform)
     return Bound(
         device=card.name,
@@ -98,46 +113,16 @@ def _bound(
     )
 
 
-def _masked(work: Pass) -> int:
-    """A layer's operations for keys after the query's token, which a program may leave out.
-
-    Of T tokens on S keys, T (T - 1) / 2 of the T S pairs are such.
-    """
-    flops = sum(stage.flops for stage in work.stages if stage.name in SCORED)
-    return flops * (work.tokens - 1) // (2 * work.keys)
-
-
-def _least(card: Card, work: Pass, left_out: int = 0) -> tuple[float, str]:
-    moving = work.bytes / card.bandwidth
-    if card.flops is None:
-        return moving, "unknown"
-    return max((moving, "bandwidth"), ((work.flops - left_out) / card.flops, "arithmetic"))
-
-
-def _sizes(config: GLMConfig, batch: int) -> dict[str, int]:
-    return {
-        "B": batch,
-        "L": config.num_layers,
-        "D": config.hidden_size,
-        "N": config.num_heads,
-        "K": config.num_kv_heads,
-        "G": config.num_heads // config.num_kv_heads,
-        "H": config.head_dim,
-        "F": config.ffn_hidden_size,
-        "V": config.vocab_size,
-    }
-
-
 def _pass(
     name: str,
     config: GLMConfig,
-    shapes: Params,
+    sizes: dict[str, int],
     precision: Precision,
-    batch: int,
     tokens: int,
     keys: int,
 ) -> Pass:
-    sizes = _sizes(config, batch) | {"T": tokens, "S": keys, "C": 2}
+    shapes = param_shapes(config)
+    sizes = sizes | {"T": tokens, "S": keys, "C": 2}
     merged = {
         "F2": 2 * sizes["F"],
         "P": sizes["H"] // 2,
@@ -148,7 +133,10 @@ def _pass(
     def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
         traced, result = jax.make_jaxpr(function, return_shape=True)(*arrays)
         words = WORDS[name]
-        weights = {key: _shape_of(shapes, key) for key in words.weights}
+        weights = {
+            key: shapes[key] if key in shapes else shapes["layers"][key][1:]
+            for key in words.weights
+        }
         stage = Stage(
             name=name,
             part=words.part,
@@ -158,7 +146,9 @@ def _pass(
             note_zh=words.note_zh.format_map(sizes | merged),
             axes=words.axes,
             shape=jax.tree.leaves(result)[0].shape,
-            reference=reference_shape(words.reference, sizes),
+            reference=tuple(
+                math.prod(sizes[axis] for axis in axes) for axes in words.reference.split()
+            ),
             params=sum(map(math.prod, weights.values())),
             flops=products(traced.jaxpr),
             bytes=_bytes(name, weights, precision, sizes),
@@ -166,18 +156,15 @@ def _pass(
         found.append(stage)
         return result
 
-    _trace(config, shapes, batch, tokens, keys, take)
-    times = [config.num_layers if stage.in_layer else 1 for stage in found]
+    _trace(config, shapes, sizes, take)
     params, flops, moved = (
-        sum(n * getattr(stage, of) for n, stage in zip(times, found, strict=True))
+        sum((config.num_layers if stage.in_layer else 1) * getattr(stage, of) for stage in found)
         for of in ("params", "flops", "bytes")
     )
     return Pass(name, tokens, keys, tuple(found), params, flops, moved, flops / moved)
 
 
-def _trace(
-    config: GLMConfig, shapes: Params, batch: int, tokens: int, keys: int, take: stages.Take
-) -> None:
+def _trace(config: GLMConfig, shapes: Params, sizes: dict[str, int], take: stages.Take) -> None:
     """Walk through the model with abstract float32 arrays, through one layer for all."""
 
     def array(shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
@@ -185,10 +172,10 @@ def _trace(
 
     params = {name: array(shapes[name]) for name in ("embed", "final_norm", "head")}
     weights = {name: array(shape[1:]) for name, shape in shapes["layers"].items()}
-    ids = array((batch, tokens), jnp.int32)
+    ids = array((sizes["B"], sizes["T"]), jnp.int32)
 
     def context(ids: Any) -> tuple[Any, Any]:
-        cache = KVCache.zeros(config, batch, keys, jnp.float32)
+        cache = KVCache.zeros(config, sizes["B"], sizes["S"], jnp.float32)
         found, _ = token_context(config, ids, None, None, cache, jnp.float32)
         return found, (cache.k[:1], cache.v[:1])
 
@@ -198,15 +185,10 @@ def _trace(
     stages.walk_head(config, params, x, take)
 
 
-def _shape_of(shapes: Params, key: str) -> tuple[int, ...]:
-    """Return the shape of one layer's weight, or of one outside the layers."""
-    return shapes[key] if key in shapes else shapes["layers"][key][1:]
-
-
 def _bytes(
     name: str, weights: dict[str, tuple[int, ...]], precision: Precision, sizes: dict[str, int]
 ) -> int:
-    """Return weights that are read, and keys and values that are written or read."""
+    """Return the bytes of weights that are read, and of keys and values written or read."""
     if name == "embed":  # a row for each token
         return sizes["B"] * sizes["T"] * array_bytes(precision, name, (1, sizes["D"]))
     if name == "attention.cache":  # the new ones are written, those before them are read
@@ -215,29 +197,29 @@ def _bytes(
 
 
 def products(jaxpr: Jaxpr) -> int:
-    """Return the operations of the matrix products in a traced function, 2 for a product and sum.
+    """Return the operations of the matrix products in a traced function, 2 per multiply-add.
 
     Of the forms that a product has for different platforms, the one that is a dot counts.
     """
-    return sum(_operations(equation) for equation in jaxpr.eqns)
-
-
-def _operations(equation: Any) -> int:
-    name, parameters = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (columns, _), _ = parameters["dimension_numbers"]
-        summed = math.prod(equation.invars[0].aval.shape[axis] for axis in columns)
-        return 2 * summed * math.prod(equation.outvars[0].aval.shape)
-    inner = [products(part) for value in parameters.values() for part in _inside(value)]
-    if name == "cond":
-        return max(inner)
-    return sum(inner) * (parameters["length"] if name == "scan" else 1)
-
-
-def _inside(value: Any) -> list[Jaxpr]:
-    """Return the functions among an equation's parameters."""
-    if isinstance(value, list | tuple):
-        return [part for each in value for part in _inside(each)]
-    if isinstance(value, ClosedJaxpr):
-        return [value.jaxpr]
-    return [value] if isinstance(value, Jaxpr) else []
+    total = 0
+    equation: Any  # whose types jax does not say
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (columns, _), _ = parameters["dimension_numbers"]
+            left, out = (x[0].aval.shape for x in (equation.invars, equation.outvars))
+            total += 2 * math.prod(left[axis] for axis in columns) * math.prod(out)
+            continue
+        parts = jax.tree.leaves(
+            list(parameters.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
+        )
+        inner = [
+            products(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
+            for part in parts
+            if isinstance(part, ClosedJaxpr | Jaxpr)
+        ]
+        if name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner) * (parameters["length"] if name == "scan" else 1)
+    return total

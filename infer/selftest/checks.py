@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.files.manifest import MANIFEST, verify_checkpoint
 from convert.random import NAME as RANDOM
-from glm2_jax import KVCache, last_logits
+from glm2_jax import GLMConfig, KVCache, last_logits
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.errors import GLMError
 from glm2_jax.quant import QTensor
@@ -30,9 +30,7 @@ from infer.selftest.known import (
     HELLO,
     PARAMETERS_6B,
     Answer,
-    Prompt,
     claims_6b,
-    is_6b,
     known_answers,
     known_tokens,
     same_text,
@@ -40,13 +38,12 @@ from infer.selftest.known import (
 
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 ANSWER_TOKENS = 64
-DECODE_TOKENS, DECODE_SECONDS, DECODE_RUNS = 128, 5.0, 10  # measure until one of them is reached
+DECODE_TOKENS, DECODE_SECONDS = 128, 5.0  # measure until one of them is reached
 STEPS = 2  # decode steps that are compared with one prefill
 
 # Largest difference of two logits as a share of the largest logit. An accelerator multiplies
 # float32 in narrower types by default.
-_TOLERANCES = {"float32": 1e-4, "float32 accelerated": 2e-2}
-_HALF_TOLERANCE = 5e-2
+_CPU_TOLERANCE, _ACCELERATED_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2, 5e-2
 
 
 @dataclass(frozen=True)
@@ -61,22 +58,10 @@ class Check:
     exit_code: int = 4  # of the command, if the check failed
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Speed at batch 1 once everything is compiled; seconds, tokens per second."""
-
-    load_s: float
-    compile_s: float
-    prefill_tokens: int
-    prefill_rate: float
-    decode_tokens: int
-    decode_rate: float
-
-
-def compare(name: str, expected: Any, got: Any, note: str = "") -> Check:
-    """Return the check that two values are equal."""
-    same = expected == got
-    return Check(name, PASS if same else FAIL, str(expected), str(got), "" if same else note)
+def failure(name: str, error: GLMError) -> Check:
+    """Return the check that an error ended."""
+    note = " ".join(f"{error.why} {error.fix}".split())
+    return Check(name, FAIL, got=error.what, note=note, exit_code=error.exit_code)
 
 
 def check_files(folder: Path) -> Check:
@@ -85,47 +70,33 @@ def check_files(folder: Path) -> Check:
         return Check("files", SKIPPED, note=f"{MANIFEST} not found, which holds their checksums")
     try:
         with Progress("checking the files", show=human_size) as bar:
-            manifest = verify_checkpoint(folder, bar.update)
+            files = len(verify_checkpoint(folder, bar.update).files)
     except GLMError as error:
         return failure("files", error)
-    return Check(
-        "files", PASS, got=f"{len(manifest.files)} files have the checksums of the manifest"
-    )
+    return Check("files", PASS, got=f"{files} files have the checksums of the manifest")
 
 
 def run_checks(engine: Engine, *, name: object = None) -> Iterator[Check]:
-    """Run all checks of a loaded model, one after the other.
-
-    Args:
-        name: what the folder calls itself, `_name_or_path` of its config.json.
-    """
-    yield from guarded("parameters", lambda: [_parameters(engine, claims_6b(name))])
-    yield from guarded("shapes", lambda: [_shapes(engine)])
-    yield from guarded("finite", lambda: [_finite(engine)])
-    yield from guarded("prompt ids", lambda: _prompt_ids(engine))
-    yield from guarded("cache", lambda: [_cache(engine)])
-    stored = engine.checkpoint.summary.stored_dtype
-    answers = known_answers(engine.config, engine.tokenizer, stored)
+    """Run all checks of a loaded model, one after the other; `name` is what the folder calls
+    itself, `_name_or_path` of its config.json."""
+    answers = known_answers(engine.config, engine.tokenizer, engine.checkpoint.summary.stored_dtype)
     if engine.template != "chatglm2" or name == RANDOM:
         answers = ()
-    for answer in answers:
-        yield from guarded("first token", partial(_answer, engine, answer))
+    checks: list[tuple[str, Callable[[Engine], Iterator[Check]]]] = [
+        ("parameters", partial(_parameters, named_6b=claims_6b(name))),
+        ("shapes", _shapes),
+        ("finite", _finite),
+        ("prompt ids", _prompt_ids),
+        ("cache", _cache),
+        *(("first token", partial(_answer, known=answer)) for answer in answers),
+    ]
+    for title, check in checks:
+        try:
+            yield from check(engine)
+        except GLMError as error:
+            yield failure(title, error)
     for skipped in ("first token", "answer") if not answers else ():
         yield Check(skipped, SKIPPED, note="not known for this checkpoint")
-
-
-def guarded(name: str, checks: Callable[[], list[Check]]) -> list[Check]:
-    """Return the checks, or their failure."""
-    try:
-        return checks()
-    except GLMError as error:
-        return [failure(name, error)]
-
-
-def failure(name: str, error: GLMError) -> Check:
-    """Return the check that an error ended."""
-    note = " ".join(f"{error.why} {error.fix}".split())
-    return Check(name, FAIL, got=error.what, note=note, exit_code=error.exit_code)
 
 
 def _leaves(params: Any) -> dict[str, Any]:
@@ -134,17 +105,19 @@ def _leaves(params: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
 
-def _parameters(engine: Engine, named_6b: bool) -> Check:
-    expected = engine.config.num_params
-    if named_6b or is_6b(engine.config):
-        expected = PARAMETERS_6B
+def _parameters(engine: Engine, named_6b: bool) -> Iterator[Check]:
+    expected = PARAMETERS_6B if named_6b else engine.config.num_params
     params = engine.checkpoint.params
     leaves = jax.tree.leaves(params, is_leaf=lambda value: isinstance(value, QTensor))
-    note = "the folder's name is that of a 6B checkpoint" if named_6b else ""
-    return compare("parameters", f"{expected:,}", f"{sum(leaf.size for leaf in leaves):,}", note)
+    count = sum(leaf.size for leaf in leaves)
+    if count == expected:
+        yield Check("parameters", PASS, got=f"{count:,}")
+    else:
+        note = "the folder's name is that of a 6B checkpoint" if named_6b else ""
+        yield Check("parameters", FAIL, f"{expected:,}", f"{count:,}", note)
 
 
-def _shapes(engine: Engine) -> Check:
+def _shapes(engine: Engine) -> Iterator[Check]:
     params, summary = engine.checkpoint.params, engine.checkpoint.summary
     precision = Precision(summary.dtype, summary.quantization)
     stacked = not isinstance(params["layers"], list)
@@ -152,9 +125,10 @@ def _shapes(engine: Engine) -> Check:
     expected, found = ({name: x.shape for name, x in _leaves(tree).items()} for tree in trees)
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if not wrong:
-        return Check("shapes", PASS, got=f"{len(found)} tensors match the configuration")
+        yield Check("shapes", PASS, got=f"{len(found)} tensors match the configuration")
+        return
     texts = (f"{wrong[0]} {shapes.get(wrong[0], 'absent')}" for shapes in (expected, found))
-    return Check("shapes", FAIL, *texts, note=f"{len(wrong)} tensors differ")
+    yield Check("shapes", FAIL, *texts, note=f"{len(wrong)} tensors differ")
 
 
 @jax.jit
@@ -167,7 +141,7 @@ def _finite_rows(array: jax.Array) -> jax.Array:
     return jnp.isfinite(jnp.abs(array).max(axis=tuple(range(1, array.ndim))))
 
 
-def _finite(engine: Engine) -> Check:
+def _finite(engine: Engine) -> Iterator[Check]:
     wrong, leaves = [], _leaves(engine.checkpoint.params)
     for name, leaf in leaves.items():
         if leaf.dtype == np.int8:
@@ -177,89 +151,78 @@ def _finite(engine: Engine) -> Check:
         unit = "layer" if stacked else "row"
         wrong += [f"{name} {unit} {row}" for row in rows[:3]]
     if wrong:
-        return Check("finite", FAIL, "no NaN or infinity", f"in {', '.join(wrong[:5])}")
-    return Check("finite", PASS, got=f"no NaN or infinity in {len(leaves)} tensors")
+        yield Check("finite", FAIL, "no NaN or infinity", f"in {', '.join(wrong[:5])}")
+    else:
+        yield Check("finite", PASS, got=f"no NaN or infinity in {len(leaves)} tensors")
 
 
-def _prompt_ids(engine: Engine) -> list[Check]:
-    known = known_tokens(engine.config, engine.tokenizer)
+def _prompt_ids(engine: Engine) -> Iterator[Check]:
+    tokenizer = engine.tokenizer
+    known = known_tokens(engine.config, tokenizer)
     if known is None:
-        note = f"not known for this tokenizer of {engine.tokenizer.num_pieces:,} pieces"
-        return [Check("prompt ids", SKIPPED, note=note)]
-    roles = "<|user|>" in engine.tokenizer.special
-    able = [prompt for prompt in known.prompts if roles or prompt.template != "chatglm3"]
-    return [_one_prompt(engine, known.name, prompt) for prompt in able]
+        note = f"not known for this tokenizer of {tokenizer.num_pieces:,} pieces"
+        yield Check("prompt ids", SKIPPED, note=note)
+        return
+    for (template, question), ids in known.prompts.items():
+        if template == "chatglm3" and "<|user|>" not in tokenizer.special:
+            continue
+        got = build_prompt(tokenizer, template, question)
+        if got != ids:
+            note = f"tokenizer.model is not the {known.name} one, or it is damaged"
+            yield Check("prompt ids", FAIL, str(ids), str(got), note)
+        else:
+            short = question.split("\n")[0]
+            text = f"{len(ids)} ids for {short} ({template}), as the {known.name} tokenizer gives"
+            yield Check("prompt ids", PASS, got=text)
 
 
-def _one_prompt(engine: Engine, name: str, prompt: Prompt) -> Check:
-    got = build_prompt(engine.tokenizer, prompt.template, prompt.question)
-    if tuple(got) != prompt.ids:
-        note = f"tokenizer.model is not the {name} one, or it is damaged"
-        return Check("prompt ids", FAIL, str(list(prompt.ids)), str(got), note)
-    short = prompt.question.split("\n")[0]
-    text = f"{len(got)} ids for {short} ({prompt.template}), as the {name} tokenizer gives"
-    return Check("prompt ids", PASS, got=text)
-
-
-def _cache(engine: Engine) -> Check:
+def _cache(engine: Engine) -> Iterator[Check]:
     """Compare the logits of one prefill with those of decode steps on a cache."""
-    ids = engine.build_prompt(HELLO)
-    tokens = np.array([ids], np.int32)
-    size = bucket(len(ids), max(engine.max_length, len(ids)))
-    config, params, call = engine.config, engine.checkpoint.params, engine.programs.call
-    last = np.array([len(ids) - 1], np.int32)
-    want, _ = call("check", tokens.shape, partial(last_logits, config), params, tokens, last)
-    head = tokens[:, :-STEPS]
-    cache = call("check fill", (head.shape, size), partial(_fill, config, size), params, head)
-    got = want
-    for token in tokens[0, -STEPS:]:
-        step = partial(_step, config)
-        got, cache = call("check step", size, step, params, token.reshape(1, 1), cache)
-    want, got = np.asarray(want), np.asarray(got)
+    tokens = np.array([engine.build_prompt(HELLO)], np.int32)
+    size = bucket(tokens.size, max(engine.max_length, tokens.size))
+    compute = partial(_both_ways, engine.config, size)
+    params = engine.checkpoint.params
+    found = engine.programs.call("check", (tokens.shape, size), compute, params, tokens)
+    want, got = map(np.asarray, found)
     difference = float(np.abs(want - got).max() / max(np.abs(want).max(), 1e-30))
-    tolerance = _tolerance(engine)
+    tolerance = _HALF_TOLERANCE
+    if engine.checkpoint.summary.dtype == "float32":
+        cpu = engine.device.platform == "cpu"
+        tolerance = _CPU_TOLERANCE if cpu else _ACCELERATED_TOLERANCE
     status = PASS if difference <= tolerance else FAIL  # NaN fails, too
-    return Check("cache", status, f"at most {tolerance:g}", f"cached - uncached {difference:.1e}")
+    yield Check("cache", status, f"at most {tolerance:g}", f"cached - uncached {difference:.1e}")
 
 
-def _fill(config, size: int, params, tokens) -> KVCache:
+def _both_ways(config: GLMConfig, size: int, params: Any, tokens: jax.Array) -> Any:
+    """Return the last logits of one prefill, and of decode steps after a shorter one."""
+    first = jnp.zeros(1, jnp.int32)
+    want, _ = last_logits(config, params, tokens, first + tokens.shape[1] - 1)
     cache = KVCache.zeros(config, 1, size, params["final_norm"].dtype)
-    _, cache = last_logits(config, params, tokens, jnp.zeros(1, jnp.int32), cache=cache)
-    assert cache is not None
-    return cache
-
-
-def _step(config, params, token, cache):
-    return last_logits(config, params, token, jnp.zeros(1, jnp.int32), cache=cache)
-
-
-def _tolerance(engine: Engine) -> float:
-    name = engine.checkpoint.summary.dtype
-    if name == "float32" and engine.device.platform != "cpu":
-        name = "float32 accelerated"
-    return _TOLERANCES.get(name, _HALF_TOLERANCE)
+    got, cache = last_logits(config, params, tokens[:, :-STEPS], first, cache=cache)
+    for at in range(-STEPS, 0):
+        got, cache = last_logits(config, params, tokens[:, at, None], first, cache=cache)
+    return want, got
 
 
 def _greedy(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_new_tokens=tokens)
 
 
-def _answer(engine: Engine, known: Answer) -> list[Check]:
+def _answer(engine: Engine, known: Answer) -> Iterator[Check]:
     ids = engine.build_prompt(known.question)
     (completion,) = engine.complete([ids], _greedy(ANSWER_TOKENS), clean=True)
     first = completion.output_ids[0] if completion.output_ids else None
-    right = any(same_text(completion.text, text) for text in known.texts)
-    text = completion.text if right else f"{completion.text[:80]!r}"
-    note = "" if right else "different, damaged or fine-tuned weights"
     expected, got = (f"{token} for {known.question}" for token in (known.first, first))
-    return [
-        compare("first token", expected, got),
-        Check("answer", PASS if right else FAIL, known.texts[0], text, note),
-    ]
+    yield Check("first token", PASS if first == known.first else FAIL, expected, got)
+    if any(same_text(completion.text, text) for text in known.texts):
+        yield Check("answer", PASS, got=completion.text)
+    else:
+        note = "different, damaged or fine-tuned weights"
+        yield Check("answer", FAIL, known.texts[0], f"{completion.text[:80]!r}", note)
 
 
-def measure(engine: Engine) -> Figures:
-    """Measure prefill and decode speed, each after a run that compiles and warms up.
+def measure(engine: Engine) -> dict[str, float]:
+    """Measure speed at batch 1 in tokens per second, each after a run that compiles and warms up.
 
     Raises:
         GLMError: the model computes NaN, or memory runs out.
@@ -271,16 +234,18 @@ def measure(engine: Engine) -> Figures:
     for _ in range(2):
         (read,) = engine.complete([list(islice(cycle(ids), length))], _greedy(1))
     engine.complete([ids], _greedy(ANSWER_TOKENS))
-    tokens = runs = 0
-    seconds, start = 0.0, time.perf_counter()
-    while tokens < DECODE_TOKENS and runs < DECODE_RUNS:
+    tokens, seconds, end = 0, 0.0, time.perf_counter() + DECODE_SECONDS
+    while tokens < DECODE_TOKENS:
         (answer,) = engine.complete([ids], _greedy(ANSWER_TOKENS))
         tokens += answer.stats.decode_tokens
         seconds += answer.stats.decode_s
-        runs += 1
-        if time.perf_counter() - start > DECODE_SECONDS:
+        if time.perf_counter() > end:
             break
-    compile_s = engine.programs.seconds - compiled_before
-    rate = tokens / seconds if seconds else 0.0
-    stats = read.stats
-    return Figures(engine.load_s, compile_s, stats.prefill_tokens, stats.prefill_rate, tokens, rate)
+    return {
+        "load_s": engine.load_s,
+        "compile_s": engine.programs.seconds - compiled_before,
+        "prefill_tokens": read.stats.prefill_tokens,
+        "prefill_rate": read.stats.prefill_rate,
+        "decode_tokens": tokens,
+        "decode_rate": tokens / seconds if seconds else 0.0,
+    }

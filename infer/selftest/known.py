@@ -6,7 +6,7 @@ Only what was observed is here; for every other checkpoint the answers are "not 
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.text.tokenizer import Tokenizer
@@ -15,17 +15,7 @@ HELLO = "你好"
 PARAMETERS_6B = 6_243_584_000  # of every published 6B checkpoint
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Ids that a tokenizer must give for a question in a template."""
-
-    template: str
-    question: str
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a model answers greedily to a question in the ChatGLM2 template."""
 
     question: str
@@ -33,55 +23,46 @@ class Answer:
     texts: tuple[str, ...]  # the complete answer, in every wording that was published
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A known tokenizer: its name, and the ids that it gives."""
+class Tokens(NamedTuple):
+    """A known tokenizer: its name, and (template, question) -> the ids that it gives."""
 
     name: str
-    prompts: tuple[Prompt, ...]
+    prompts: dict[tuple[str, str], list[int]]
 
 
 # Sources: the tokenizer files of THUDM/chatglm2-6b (one file in all ChatGLM2 and ChatGLM3
 # repositories) and THUDM/codegeex2-6b, run by the published code.
 PUBLISHED = Tokens(
     "published ChatGLM2 / ChatGLM3",
-    (
-        Prompt(
-            "chatglm2",
-            HELLO,
-            (64790, 64792, 790, 30951, 517, 30910, 30939, 30996, 13, 13)
-            + (54761, 31211, 39701, 13, 13, 55437, 31211),
-        ),
-        Prompt("chatglm3", HELLO, (64790, 64792, 64795, 30910, 13, 36474, 54591, 64796)),
-    ),
-)
+    {
+        ("chatglm2", HELLO): [
+            64790, 64792, 790, 30951, 517, 30910, 30939, 30996, 13, 13, 54761, 31211, 39701, 13, 13,
+            55437, 31211,
+        ],
+        ("chatglm3", HELLO): [64790, 64792, 64795, 30910, 13, 36474, 54591, 64796],
+    },
+)  # fmt: skip
 CODEGEEX2 = Tokens(
     "published CodeGeeX2",
-    (
-        Prompt(
-            "raw",
-            "# language: Python\n# write a bubble sort function\n",
-            (64790, 64792, 31010, 3239, 30954, 16719, 13)
-            + (31010, 3072, 260, 17338, 3482, 1674, 13),
-        ),
-    ),
-)
+    {
+        ("raw", "# language: Python\n# write a bubble sort function\n"): [
+            64790, 64792, 31010, 3239, 30954, 16719, 13, 31010, 3072, 260, 17338, 3482, 1674, 13,
+        ]
+    },
+)  # fmt: skip
 DEMO = Tokens(
     "demo",
-    (
-        Prompt(
-            "chatglm2",
-            HELLO,
-            (2044, 2046, 262, 263, 1214, 1225, 1231, 13, 13, 1227, 1217, 518, 13, 13, 1229, 1217),
-        ),
-    ),
-)
-_PUBLISHED_PIECES = 64789
-_DEMO_PIECES = 2043
-_DEMO_SIZES = (4, 2048, 192, 512, 8, 2, 24)
+    {
+        ("chatglm2", HELLO): [
+            2044, 2046, 262, 263, 1214, 1225, 1231, 13, 13, 1227, 1217, 518, 13, 13, 1229, 1217,
+        ]
+    },
+)  # fmt: skip
+PUBLISHED_PIECES = 64789
+_DEMO_PIECES, _DEMO_PARAMETERS = 2043, 2_337_600
 
 # The greeting as the two model cards print it. The first token is the piece "▁你".
-_CHATGLM2_6B = Answer(
+CHATGLM2_6B = Answer(
     HELLO,
     36474,
     (
@@ -89,7 +70,7 @@ _CHATGLM2_6B = Answer(
         "你好👋！我是人工智能助手 ChatGLM-6B，很高兴见到你，欢迎问我任何问题。",
     ),
 )
-_DEMO = (
+_DEMO_ANSWERS = (
     Answer(HELLO, 652, ("你好👋！我是 glm2-jax 的演示小模型，很高兴见到你，欢迎问我问题。",)),
     Answer(
         "What are you?",
@@ -100,54 +81,40 @@ _DEMO = (
 )
 
 
-def sizes(config: GLMConfig) -> tuple[int, ...]:
-    """Return what decides the shapes of all weights."""
-    c = config
-    widths = c.vocab_size, c.hidden_size, c.ffn_hidden_size
-    return (c.num_layers, *widths, c.num_heads, c.num_kv_heads, c.head_dim)
-
-
-def is_6b(config: GLMConfig) -> bool:
-    """Return whether the weights have the shapes of the published 6B checkpoints."""
-    return sizes(config) == sizes(PRESETS["chatglm2-6b"])
-
-
 def claims_6b(name: object) -> bool:
     """Return whether the `_name_or_path` of a config.json is that of a published 6B checkpoint."""
     return isinstance(name, str) and any(preset in name.lower() for preset in PRESETS)
 
 
-def is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
-    """Return whether this is the bundled demo model, or has the same shapes."""
-    return sizes(config) == _DEMO_SIZES and tokenizer.num_pieces == _DEMO_PIECES
+def _is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
+    """Return whether this is the bundled demo model, or as large."""
+    return (config.num_params, tokenizer.num_pieces) == (_DEMO_PARAMETERS, _DEMO_PIECES)
 
 
 def known_tokens(config: GLMConfig, tokenizer: Tokenizer) -> Tokens | None:
     """Return what the tokenizer should give: by its size, not its checksum, as a damaged file must
     fail."""
-    if tokenizer.num_pieces == _PUBLISHED_PIECES:
+    if tokenizer.num_pieces == PUBLISHED_PIECES:
         return CODEGEEX2 if config.family == "codegeex2" else PUBLISHED
-    return DEMO if is_demo(config, tokenizer) else None
+    return DEMO if _is_demo(config, tokenizer) else None
 
 
 def known_answers(config: GLMConfig, tokenizer: Tokenizer, stored: str) -> tuple[Answer, ...]:
-    """Return what the model should answer; () where that is not known.
-
-    Args:
-        stored: dtype in the checkpoint; the answers of the int4 checkpoint are not known.
-    """
-    if is_demo(config, tokenizer):
-        return _DEMO
+    """Return what the model should answer; () where that is not known, as for the int4 checkpoint
+    (`stored` is the dtype in the checkpoint)."""
+    if _is_demo(config, tokenizer):
+        return _DEMO_ANSWERS
     plain = config.family == "chatglm2" and config.rope_ratio == 1.0
-    published = is_6b(config) and tokenizer.num_pieces == _PUBLISHED_PIECES
-    return (_CHATGLM2_6B,) if plain and published and not stored.startswith("int") else ()
+    sizes = config.num_params, tokenizer.num_pieces
+    published = sizes == (PARAMETERS_6B, PUBLISHED_PIECES)
+    return (CHATGLM2_6B,) if plain and published and not stored.startswith("int") else ()
 
 
 def same_text(got: str, expected: str) -> bool:
     """Return whether two answers are the same, except for punctuation, width and white space."""
-    return _letters(got) == _letters(expected)
 
+    def letters(text: str) -> str:
+        text = unicodedata.normalize("NFKC", text)
+        return "".join(c for c in text if unicodedata.category(c)[0] in "LN")
 
-def _letters(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text)
-    return "".join(c for c in text if unicodedata.category(c)[0] in "LN")
+    return letters(got) == letters(expected)

@@ -11,6 +11,20 @@ from typing import Any
 from glm2_jax.escape import join_lines
 from infer.selftest.checks import PASS, SKIPPED, Check
 
+_MODEL = {
+    "architecture": "{family}, {parameters:,} parameters, {layers} layers, vocabulary "
+    "{vocabulary:,}",
+    "rope": "{rope}; template {template}",
+    "layout": "{layout}, stored in {stored_dtype}, computed in {dtype}",
+    "device": "{device}",
+    "fingerprint": "{fingerprint:.16}",
+}
+_FIGURES = {
+    "load": "{load_s:.1f} s, compile {compile_s:.1f} s",
+    "prefill": "{prefill_rate:.1f} tokens/s ({prefill_tokens} tokens)",
+    "decode": "{decode_rate:.1f} tokens/s ({decode_tokens} tokens)",
+}
+
 
 def scrubbed(check: Check, folder: str | None) -> dict[str, Any]:
     """Return a check without the paths that errors name: of the folder only its last part stays."""
@@ -28,26 +42,20 @@ def scrubbed(check: Check, folder: str | None) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """Write the report for people."""
-    rows = {"model": "{model}"}
-    if "layout" in report:
-        rows |= {
-            "architecture": "{family}, {parameters:,} parameters, {layers} layers, "
-            "vocabulary {vocabulary:,}",
-            "rope": "{rope}; template {template}",
-            "layout": "{layout}, stored in {stored_dtype}, computed in {dtype}",
-            "device": "{device}",
-            "fingerprint": "{fingerprint:.16}",
-        }
-    lines = ["glm2-jax selftest", *_rows(rows | {"versions": "{versions}"}, report), ""]
+    about = {"model": "{model}", **(_MODEL if "layout" in report else {}), "versions": "{versions}"}
+    lines = ["glm2-jax selftest", *_rows(about, report), ""]
     for check in report["checks"]:
-        lines += _check_lines(check)
+        head = f"{check['status']:<8} {check['name']:<12} "
+        if check["status"] == SKIPPED:
+            lines.append(head + check["note"])
+        elif check["status"] == PASS:
+            lines.append(head + (check["got"] or check["expected"]))
+        else:
+            expected = f", expected {check['expected']}" if check["expected"] else ""
+            lines.append(f"{head}got {check['got']}{expected}")
+            lines += [f"{'':<21} {check['note']}"] if check["note"] else []
     if "figures" in report:
-        rows = {
-            "load": "{load_s:.1f} s, compile {compile_s:.1f} s",
-            "prefill": "{prefill_rate:.1f} tokens/s ({prefill_tokens} tokens)",
-            "decode": "{decode_rate:.1f} tokens/s ({decode_tokens} tokens)",
-        }
-        lines += ["", *_rows(rows, report["figures"])]
+        lines += ["", *_rows(_FIGURES, report["figures"])]
     if "peak_memory" in report:
         lines += _rows({"peak memory": "{peak_memory}"}, report)
     counts = {"result": "{pass} passed, {fail} failed, {skipped} skipped"}
@@ -56,14 +64,3 @@ def render(report: dict[str, Any]) -> str:
 
 def _rows(rows: dict[str, str], values: dict[str, Any]) -> list[str]:
     return [f"{label:<13}{text.format_map(values)}" for label, text in rows.items()]
-
-
-def _check_lines(check: dict[str, Any]) -> list[str]:
-    head = f"{check['status']:<8} {check['name']:<12} "
-    if check["status"] == SKIPPED:
-        return [head + check["note"]]
-    if check["status"] == PASS:
-        return [head + (check["got"] or check["expected"])]
-    expected = f", expected {check['expected']}" if check["expected"] else ""
-    lines = [f"{head}got {check['got']}{expected}"]
-    return [*lines, f"{'':<21} {check['note']}"] if check["note"] else lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def examine(choice: ModelChoice, options: EngineOptions) -> dict[str, Any]:
                 note(f"{check.status} {check.name}")
             found.append(check)
         try:
-            report["figures"] = dataclasses.asdict(checks.measure(engine))
+            report["figures"] = checks.measure(engine)
         except GLMError as error:
             found.append(checks.failure("speed", error))
         report["peak_memory"] = peak_memory()

@@ -32,7 +32,7 @@ from glm2_jax.sharding import replicated
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
-from infer.evaluate.reader import Reader
+from infer.evaluate.reader import read
 from infer.generate import __main__ as generate
 from tests.support.engine_toy import compilations, finished, streamed, toy_engine, toy_params
 from tests.support.program_text import collectives, kinds
@@ -165,9 +165,7 @@ def more_ways(mesh: str) -> dict[str, bool]:
     """What else there is, on a mesh and on one device."""
     plain, long = ENGINES[mesh, None], engine(mesh, more=True, prefill_chunk=256)
     drafting = engine(mesh, speculate=3, share=plain)
-    logits = [
-        gathered(next(Reader(one, 3, 64).read(PROMPTS)).logits) for one in (plain, engine(None))
-    ]
+    logits = [gathered(next(read(one, PROMPTS, 3, 64)).logits) for one in (plain, engine(None))]
     off = [
         np.abs(logits[0][i, : len(ids)] - logits[1][i, : len(ids)]).max()
         for i, ids in enumerate(PROMPTS)

@@ -17,7 +17,7 @@ from infer.chat import __main__ as chat
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
 from infer.evaluate import __main__ as evaluate
-from infer.evaluate.reader import Reader
+from infer.evaluate.reader import read
 from infer.generate.__main__ import main
 from infer.memory.plan import Plan, largest_context
 from infer.memory.precision import Precision
@@ -99,7 +99,7 @@ def test_a_session_keeps_the_prefix(engine, monkeypatch):
 def test_the_reader_of_evaluations(engine):
     rows = [list(range(3, 23)), [40, 41]]
     logits = [[], []]
-    for chunk in Reader(engine, 2, 64).read(rows):
+    for chunk in read(engine, rows, 2, 64):
         for row in range(2):
             logits[row].append(np.asarray(chunk.logits)[row][chunk.real[row]])
     for row, ids in enumerate(rows):

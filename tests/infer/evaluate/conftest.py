@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from infer.evaluate import choice, generation
-from infer.evaluate import run as evaluation
+from infer.evaluate import choice, generation, perplexity
 from infer.evaluate.__main__ import main
 from tests.support.engine_toy import toy_engine, warm_engine
 
@@ -17,7 +16,7 @@ def engine():
 
 @pytest.fixture
 def toy(engine, monkeypatch):
-    for module in (evaluation, generation, choice):
+    for module in (perplexity, generation, choice):
         monkeypatch.setattr(module, "open_engine", lambda *args, **kwargs: engine)
     return engine
 

@@ -1,23 +1,29 @@
-"""`python -m infer.evaluate --task perplexity`: which tokens count, and how likely they are."""
+"""`python -m infer.evaluate --task perplexity`: which tokens count, how likely they are, how far
+the variants of a model are from each other; and the flags of all tasks."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from glm2_jax import forward
-from glm2_jax.errors import CheckpointError, InputError
-from infer.evaluate import perplexity, reader
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.schemes import SCHEMES
+from infer.evaluate import perplexity, reader, report
 from infer.evaluate.__main__ import main, parser
-from infer.evaluate.reader import Reader
+from infer.evaluate.perplexity import Total, measure, prepare, windows
 from infer.evaluate.rows import BadRows, Conversation, Text, data_file
-from tests.support.engine_toy import toy_engine, toy_params, warm_engine
-from tests.support.training_data import open_rows
+from infer.evaluate.variants import variants
+from tests.support.engine_toy import TOY, toy_engine, toy_params, warm_engine
+from tests.support.training_data import open_rows, write_rows
 from train.demo import data as demo_data
 
 LONG = "你好，世界。今天天气很好，我们去公园散步吧。The model answers questions. " * 6
@@ -44,35 +50,28 @@ def nats_of(engine, ids, first: int) -> float:
     return float(nats[first - 1 :].sum())
 
 
-def measured(engine, *rows, batch: int = 4, **kwargs):
-    made = perplexity.prepare(engine, rows, BadRows(), **kwargs)
-    [total] = perplexity.measure([engine], made, batch)
-    return total
+def measured(engine, *rows, batch: int = 4, window=None, stride=None):
+    material = prepare(engine, rows, BadRows(), window, stride)
+    [total] = measure([engine], material, batch)
+    return total, material
 
 
-def write_rows(path, *rows):
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
-def test_a_text_is_as_likely_as_each_of_its_tokens(engine):
-    text = "今天天气很好，我们去公园散步吧。"
-    ids, prefix = engine.tokenizer.encode(text), engine.tokenizer.prefix_ids
-    total = measured(engine, Text("here", text))
+def test_tokens_of_texts_and_answers_are_as_likely_as_the_model_says(engine):
+    text, prefix = "今天天气很好，我们去公园散步吧。", engine.tokenizer.prefix_ids
+    ids = engine.tokenizer.encode(text)
+    total, material = measured(engine, Text("here", text))
     assert total.tokens == len(ids)
     assert total.nats == pytest.approx(nats_of(engine, [*prefix, *ids], len(prefix)), rel=1e-5)
-    found = total.figures()
+    found = total.likelihood(material)
     assert found["perplexity"] == pytest.approx(math.exp(total.nats / len(ids)))
     assert found["nats_per_character"] == pytest.approx(total.nats / len(text))
     assert found["bits_per_byte"] == pytest.approx(total.nats / len(text.encode()) / math.log(2))
 
-
-def test_of_an_answer_only_it_and_its_end_count(engine):
-    question, answer = "你是谁？", "我是一个模型。"
-    total = measured(engine, pair(question, answer))
+    question, answer = "你是谁？", "我是一个模型。"  # only the answer counts, and its end
     prompt = engine.build_prompt(question)
     learned = [*engine.tokenizer.encode(answer), engine.tokenizer.eos_id]
-    assert total.tokens == len(learned) and total.material.characters == len(answer)
+    total, material = measured(engine, pair(question, answer))
+    assert total.tokens == len(learned) and material.characters == len(answer)
     assert total.nats == pytest.approx(nats_of(engine, prompt + learned, len(prompt)), rel=1e-5)
 
 
@@ -85,48 +84,42 @@ def test_every_answer_counts_as_training_learns_it(engine, tmp_path, family):
     dataset = open_rows(
         tmp_path / "data", [row], tokenizer=engine.tokenizer, template=engine.template
     )
-    total = measured(engine, pair("谢谢", "不客气。", history))
-    assert total.material.rows == 1 and total.tokens == dataset.learned.sum()
-    assert total.material.characters == len("你好！是的。不客气。")
-    marked = measured(engine, pair("谢谢", "不客气。", history, loss=False))
-    assert marked.material.characters == len("不客气。") and 0 < marked.tokens < total.tokens
+    every, marked = (
+        prepare(engine, [pair("谢谢", "不客气。", history, **marks)], BadRows(), None, None)
+        for marks in ({}, {"loss": False})
+    )
+    counted, less = (sum(sum(item.counted) for item in one.items) for one in (every, marked))
+    assert every.rows == 1 and counted == dataset.learned.sum()
+    assert every.characters == len("你好！是的。不客气。")
+    assert marked.characters == len("不客气。") and 0 < less < counted
 
 
-def test_windows_count_every_token_once():
-    items = list(perplexity.windows((90, 91), range(10), room=6, stride=2))
+def test_a_long_text_is_read_in_windows_in_which_every_token_counts_once(engine):
+    items = list(windows((90, 91), range(10), room=6, stride=2))
     assert [item.ids for item in items] == [
         (90, 91, 0, 1, 2, 3, 4, 5),
         (90, 91, 2, 3, 4, 5, 6, 7),
         (90, 91, 4, 5, 6, 7, 8, 9),
     ]
     assert [item.counted.index(True) for item in items] == [2, 6, 6]
-    odd = list(perplexity.windows((90,), range(7), room=4, stride=2))
-    counted = [item.ids[item.counted.index(True) :] for item in odd]
-    assert counted == [(0, 1, 2, 3), (4, 5), (6,)]
+    odd = list(windows((90,), range(7), room=4, stride=2))
+    assert [item.ids[item.counted.index(True) :] for item in odd] == [(0, 1, 2, 3), (4, 5), (6,)]
 
-
-def test_a_long_text_is_read_in_windows(engine):
     ids, prefix = engine.tokenizer.encode(LONG), tuple(engine.tokenizer.prefix_ids)
-    total = measured(engine, Text("here", LONG), window=64, stride=16)
-    items = list(perplexity.windows(prefix, ids, 65 - len(prefix), 16))
+    total, _ = measured(engine, Text("here", LONG), window=64, stride=16)
+    items = list(windows(prefix, ids, 65 - len(prefix), 16))
     assert len(items) > 5 and total.tokens == len(ids)
     expected = sum(nats_of(engine, item.ids, item.counted.index(True)) for item in items)
     assert total.nats == pytest.approx(expected, rel=1e-5)
 
 
-def test_neither_the_batch_nor_the_chunks_matter(engine):
+def test_neither_the_batch_nor_the_chunks_matter_and_more_data_compiles_nothing():
+    engine = toy_engine(max_length=256)
     rows = [Text("a", LONG[:40]), pair("你好", "今天天气很好"), Text("c", LONG[:90])]
-    one, four = measured(engine, *rows, batch=1), measured(engine, *rows, batch=4)
+    (one, _), (four, _) = measured(engine, *rows, batch=1), measured(engine, *rows, batch=4)
     assert one.tokens == four.tokens
     assert one.nats == pytest.approx(four.nats, rel=1e-6)
-    for batch in (1, 3, 8, 600):
-        columns = Reader(engine, batch, 256).columns
-        assert columns >= 1 and (columns == 1 or batch * columns <= reader.POSITIONS)
-
-
-def test_more_data_compiles_nothing_and_logits_stay_small():
-    engine = toy_engine(max_length=256)
-    measured(engine, Text("here", LONG), Text("here", "你好"), batch=4)
+    measured(engine, Text("here", LONG), batch=4)
     before = engine.programs.compiled
     measured(engine, *[Text("here", LONG * 2)] * 3, Text("here", "世界"), batch=4)
     assert engine.programs.compiled == before
@@ -141,40 +134,36 @@ def test_nan_is_an_error(engine):
         measured(toy_engine(params, share=engine, max_length=256), Text("here", "你好"))
 
 
-def test_a_text_file_by_the_command(toy, tmp_path, figures, capsys):
+def test_files_of_every_form(toy, tmp_path, figures, capsys):
     path = tmp_path / "text.txt"
     path.write_text(LONG, encoding="utf-8")
     found = figures("--data", path, "--window", "64")
-    total = measured(toy, Text("", LONG), window=64)
-    assert found["tokens"] == total.tokens and found["rows"] == 1
-    assert found["perplexity"] == pytest.approx(total.figures()["perplexity"])
-    assert main(["--data", str(path)]) == 0
-    assert "perplexity" in capsys.readouterr().out
-
-
-def test_rows_of_every_form(toy, tmp_path, figures):
+    total, material = measured(toy, Text("", LONG), window=64)
+    assert found["rows"] == 1 and found["tokens"] == total.tokens
+    assert found["perplexity"] == pytest.approx(total.likelihood(material)["perplexity"])
     rows = [
         {"text": "你好"},
         {"instruction": "你好", "input": "世界", "output": "今天"},
         {"content": "类型#裤", "summary": "好看的裤子", "more": 1},
     ]
-    lines, array = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "rows.json"
+    lines, array = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "rows.json"
     array.write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
     found = [figures("--data", path) for path in (lines, array)]
-    assert found[0]["rows"] == 3 and found[0]["tokens"] == found[1]["tokens"]
-    first, second = pair("你好\n世界", "今天"), pair("类型#裤", "好看的裤子")
-    total = measured(toy, Text("", "你好"), first, second)
+    total, _ = measured(
+        toy, Text("", "你好"), pair("你好\n世界", "今天"), pair("类型#裤", "好看的裤子")
+    )
+    assert found[0]["rows"] == 3 and found[0]["tokens"] == found[1]["tokens"] == total.tokens
     assert found[0]["nats_per_token"] == pytest.approx(total.nats / total.tokens)
+    assert main(["--data", str(lines)]) == 0
+    assert "perplexity  " in capsys.readouterr().out
 
 
 BAD = [
-    (b"\xc4\xe3\xba\xc3", "not UTF-8"),
     (b"{", "not JSON"),
     (b"[1]", "not a JSON object"),
-    (b'{"text": " "}', "text is empty"),
-    (b'{"text": 5}', "text is not a string"),
+    (b'{"text": " "}', "text is empty, or not a string"),
+    (b'{"text": 5}', "text is empty, or not a string"),
     (b'{"prompt": "a"}', "no known format, its keys are 'prompt'"),
-    (b'{"instruction": "a", "output": "b", "history": [1]}', "history"),
     (rb'{"text": "\ud800"}', "half of a character"),
     (json.dumps({"instruction": "a", "output": "世" * 400}).encode(), "too long: "),
 ]
@@ -183,24 +172,32 @@ BAD = [
 def test_bad_rows_are_reported_and_are_an_error(toy, tmp_path, figures, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n\n".join([b'{"text": "hello"}', *(line for line, _ in BAD)]))
-    with pytest.raises(InputError, match="8 of 10 rows are bad") as error:
+    with pytest.raises(InputError, match="bad rows: 6 of 8") as error:
         main(["--data", str(path)])  # before the length of the last one is known
     assert error.value.exit_code == 3
-    with pytest.raises(InputError, match="9 of 10 rows are bad"):
-        main(["--data", str(path), "--max-bad", "8"])
+    with pytest.raises(InputError, match="bad rows: 7 of 8"):
+        main(["--data", str(path), "--max-bad", "6"])
     reported = capsys.readouterr().err.splitlines()
     for number, (_, reason) in enumerate(BAD, 1):
         assert any(f"{path}:{1 + 2 * number}: " in line and reason in line for line in reported)
-    found = figures("--data", path, "--max-bad", "9")
-    assert found["bad_rows"] == 9 and found["rows"] == 1
+    found = figures("--data", path, "--max-bad", "7")
+    assert found["bad_rows"] == 7 and found["rows"] == 1
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "text.txt"])
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"[]", b"{}\n", "你好".encode("gb18030"), None])
-def test_files_without_a_usable_row(toy, tmp_path, name, content):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b"\n\n"),
+        ("rows.jsonl", b"{}\n"),
+        ("text.txt", b"\n\n"),
+        ("text.txt", "你好".encode("gb18030")),
+        ("text.txt", None),
+    ],
+)
+def test_files_without_a_usable_row(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=None if content is not None else "file not found"):
+    with pytest.raises(InputError):
         main(["--data", str(tmp_path / name), "--max-bad", "5"])
 
 
@@ -215,8 +212,132 @@ def test_the_bundled_sample_is_new_questions_with_learned_answers(capsys):
     assert f"{len(rows)} bundled questions" in capsys.readouterr().err
 
 
-def test_help_needs_no_jax():
-    code = "import sys; from infer.evaluate.__main__ import parser; parser().format_help()"
-    code += "; print({'jax', 'jieba', 'nltk', 'sacrebleu'} & set(sys.modules))"
+SCORING = "--task generation --predictions x"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--window 1024 --max-length 512", "--window must be from"),
+        ("--window 8 --stride 9", "--stride must be below"),
+        ("--shots 2", "--shots needs --task choice"),
+        ("--overwrite", "--overwrite needs --predictions"),
+        ("--predictions f", "--predictions needs --task generation or choice"),
+        ("--task choice", "--task choice needs --data"),
+        ("--task generation --window 8", "--window needs --task perplexity"),
+        ("--max-new-tokens 4", "--max-new-tokens needs --task generation or --two-pass"),
+        ("--task choice --data x --two-pass --temperature 1", "--temperature needs"),
+        (f"{SCORING} --seed 2 --dtype float16", "--seed, --dtype: no effect"),
+        ("--compare none,int8 --quantize int4", "--quantize int4 has no effect"),
+        ("--compare float32,bfloat16:int8 --dtype float16", "--dtype float16 has no effect"),
+        ("--compare none,int8 --window 1", "must be from"),
+    ],
+)
+def test_flags_without_sense_are_refused_before_weights_are_loaded(monkeypatch, flags, words):
+    monkeypatch.setattr(perplexity, "open_engine", lambda *args, **kwargs: pytest.fail("loading"))
+    with pytest.raises(UsageError, match=words):
+        main(flags.split())
+
+
+def test_variants_are_read(monkeypatch):
+    found = variants("none,float32:int8, bf16,none")
+    assert [(v.name, v.dtype, v.quantize) for v in found] == [
+        ("none", None, "none"),
+        ("float32:int8", "float32", "int8"),
+        ("bf16", "bf16", None),
+    ]
+    for text in ("int8", "none,int2", "none,,int8", ":", "int8,a:b", "int8,int8"):
+        with pytest.raises(SystemExit) as ending:
+            parser().parse_args(["--compare", text])
+        assert ending.value.code == 2
+    tokenizer = SimpleNamespace(prefix_ids=[1, 2])
+    stored = SimpleNamespace(path="here", scheme=SCHEMES["int8"], config=TOY, tokenizer=tokenizer)
+    monkeypatch.setattr(perplexity, "open_folder", lambda *args, **kwargs: stored)
+    monkeypatch.setattr(perplexity, "open_engine", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(UsageError, match="--compare int4: here is quantized already"):
+        main(["--compare", "none,int4"])
+    with pytest.raises(ZeroDivisionError):  # as stored, or dequantized
+        main(["--compare", "bfloat16,bfloat16:none"])
+
+
+def test_distances_by_hand():
+    first = np.log(np.array([[[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]], np.float32))
+    other = np.log(np.array([[[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]], np.float32))
+    largest, mean, divergence, another = map(np.asarray, perplexity.distances(first, other))
+    two = math.log(2)
+    np.testing.assert_allclose(mean, [[2 * two / 3, 0]], atol=1e-6)
+    np.testing.assert_allclose(largest, [[two, 0]], atol=1e-6)
+    np.testing.assert_allclose(divergence, [[0.25 * two, 0]], atol=1e-6)
+    assert another.tolist() == [[True, False]]
+    sums = [part.sum() for part in (mean, divergence, another)]
+    assert Total(2, 1.0, two, np.array(sums)).distance() == pytest.approx(
+        {
+            "mean_abs_delta_logit": two / 3,
+            "max_abs_delta_logit": two,
+            "kl_divergence": two / 8,
+            "top1_agreement": 0.5,
+        }
+    )
+
+
+def test_the_demo_in_three_variants(tmp_path, figures, capsys, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    lines = Path(data_file(None)).read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:6]), encoding="utf-8")
+    flags = ("--compare", "none,int8,int4", "--dtype", "bfloat16", "--layers", "stacked")
+    found = figures("--data", path, *flags)
+    first, int8, int4 = found["variants"]
+    assert [v["quantization"] for v in found["variants"]] == ["none", "int8", "int4"]
+    assert {v["dtype"] for v in found["variants"]} == {"bfloat16"}
+    assert first["weight_bytes"] > int8["weight_bytes"] > int4["weight_bytes"]
+    assert first["max_abs_delta_logit"] == first["kl_divergence"] == 0
+    assert first["top1_agreement"] == 1
+    assert 0 < int8["mean_abs_delta_logit"] < int4["mean_abs_delta_logit"]
+    assert 0 < int8["kl_divergence"] < int4["kl_divergence"] < 0.1
+    assert int8["top1_agreement"] > 0.95 and int4["top1_agreement"] > 0.8
+    assert all(1 < v["perplexity"] < 1.5 for v in found["variants"])
+    monkeypatch.setenv("COLUMNS", "80")
+    report.show({"variants": found["variants"]}, False)
+    text = capsys.readouterr().out
+    assert "4.7 MB" in text and "100.00 %" in text and "KL" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_comparison_leaves_room_on_a_gpu_for_the_second_variant():
+    code = """
+import os
+from glm2_jax.errors import InputError
+from infer.evaluate.__main__ import main
+try:
+    main(["--data", "/nowhere", "--compare", "none,int8"])
+except InputError:
+    print(os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
+    assert done.stdout.strip() == "false", done.stderr
+
+
+def test_how_the_variants_are_opened(monkeypatch, engine, figures):
+    """All with the maximal length of the first, in the memory that it leaves."""
+    opened = []
+
+    def open_engine(choice, options, *, rows, contents=None):
+        opened.append((dataclasses.replace(choice, path=None), options, rows))
+        return engine
+
+    monkeypatch.setattr(perplexity, "open_engine", open_engine)
+    monkeypatch.setattr(perplexity, "_figures", lambda variant, *rest: {"variant": variant.name})
+    flags = ("--compare", "none,bfloat16,float32:int4", "--quantize", "int8")
+    found = figures(*flags, "--quantize-embeddings", "--memory-limit", "2")
+    assert [one for one, _, _ in opened] == [
+        ModelChoice(quantize="none"),
+        ModelChoice(dtype="bfloat16", quantize="int8", quantize_embeddings=True),
+        ModelChoice(dtype="float32", quantize="int4", quantize_embeddings=True),
+    ]
+    left = 2_000_000_000 - perplexity.weight_bytes(engine)
+    assert [(options.max_length, options.memory_limit, rows) for _, options, rows in opened] == [
+        (None, 2_000_000_000, 8),
+        (engine.max_length, left, 8),
+        (engine.max_length, left, 8),
+    ]
+    assert [row["variant"] for row in found["variants"]] == ["none", "bfloat16", "float32:int4"]

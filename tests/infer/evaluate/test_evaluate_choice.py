@@ -1,6 +1,5 @@
 """`python -m infer.evaluate --task choice`: layouts, prompts, and which letter is taken."""
 
-import dataclasses
 import json
 
 import jax
@@ -16,7 +15,6 @@ from tests.support.engine_toy import toy_engine, toy_params
 
 CEVAL_HEAD = "id,question,A,B,C,D,answer,explanation\n"
 CEVAL_ROWS = '0,一加一等于几,1,2,3,4,B,\n1,"两行的\n问题",甲,乙,丙,丁,d,因为\n'
-ENGLISH = "The following are multiple choice questions (with answers) about anatomy.\n\n"
 
 
 def write(folder, name: str, text: str):
@@ -60,89 +58,64 @@ def always(letter: str, engine):
     return toy_engine({**params, "layers": layers, "head": head}, share=engine, max_length=256)
 
 
-def test_c_eval(tmp_path):
+def test_c_eval_and_the_official_jsonl(tmp_path):
     exam = read(write(tmp_path, "val/computer_network_val.csv", "\ufeff" + CEVAL_HEAD + CEVAL_ROWS))
-    assert (exam.layout, exam.subject) == ("C-Eval", "computer_network")
+    assert (exam.style, exam.subject) == (exams.C_EVAL, "computer_network")
     assert exam.head == "以下是中国关于计算机网络考试的单项选择题，请选出其中的正确答案。\n\n"
     first, second = exam.questions
     assert exam.put(first) == "一加一等于几\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
     assert exam.put(first, ask=False).endswith("\nD. 4")
     assert (first.answer, second.answer) == (1, 3)
     assert [q.where.rpartition(":")[2] for q in exam.questions] == ["2", "3"]
+    assert len(set(exams.SUBJECTS.values())) == 52
 
-
-@pytest.mark.parametrize(
-    ("header", "row"),
-    [
-        ("Question,a,b,c,d,Answer", "{}"),
-        (",Question,A,B,C,D,Answer", "0,{}"),
-        ("id,question,A,B,C,D,answer,explanation", "0,{},because"),
-        ("question,A,B,C,D,E,answer,E", '"1, 2?",1,2,3,4,,B,'),  # a fifth that is empty
-        ("题目,A,B,C,D,答案", "{}"),
-        (None, "{}"),
-    ],
-)
-def test_an_english_file_is_asked_in_english_with_any_header(tmp_path, header, row):
-    text = row.format('"1, 2?",1,2,3,4,B') + "\n"
-    exam = read(write(tmp_path, "test/anatomy_test.csv", f"{header}\n{text}" if header else text))
-    assert (exam.layout, exam.subject, exam.head) == ("MMLU", "anatomy", ENGLISH)
-    assert exam.put(exam.questions[0]) == "1, 2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
-    assert exam.questions[0].answer == 1
-
-
-@pytest.mark.parametrize(
-    ("header", "layout"),
-    [
-        ("id,question,A,B,C,D,answer", "C-Eval"),
-        ("题目,A,B,C,D,答案", "CMMLU"),
-        ("question,A,B,C,D,answer", "CMMLU"),
-        (None, "CMMLU"),
-    ],
-)
-def test_a_chinese_file_is_asked_in_chinese(tmp_path, header, layout):
-    start = "0," if layout == "C-Eval" else ""
-    text = f"{start}一加一等于几,1,2,3,4,B\n{start}IPv4 是什么,a,b,c,d,A\n"
-    exam = read(write(tmp_path, "x_test.csv", f"{header}\n{text}" if header else text))
-    assert exam.layout == layout and len(exam.questions) == 2
-    if layout == "CMMLU":
-        asks = "题目：一加一等于几\nA. 1\nB. 2\nC. 3\nD. 4\n答案是："
-        assert exam.put(exam.questions[0]) == asks
-
-
-def test_the_official_jsonl_is_asked_as_it_is(tmp_path):
     row = {"inputs_pretokenized": "问题\nA. 1\n", "label": 2, "choices_pretokenized": []}
     exam = read(write(tmp_path, "val/x.jsonl", json.dumps(row)))
     assert exam.head + exam.put(exam.questions[0]) == "问题\nA. 1\n"
     assert exam.questions[0].answer == 2
 
 
-def test_the_subjects_of_c_eval():
-    groups = [row["group"] for row in exams.SUBJECTS.values()]
-    counts = {group: groups.count(group) for group in groups}
-    assert counts == {"STEM": 20, "Social": 10, "Humanities": 11, "Others": 11}
-    assert len({row["chinese"] for row in exams.SUBJECTS.values()}) == 52
+@pytest.mark.parametrize(
+    ("header", "row", "style"),
+    [
+        (",Question,A,B,C,D,Answer", '0,"1, 2?",1,2,3,4,B', exams.MMLU),
+        ("id,question,A,B,C,D,answer,explanation", '0,"1, 2?",1,2,3,4,B,why', exams.MMLU),
+        ("question,A,B,C,D,E,answer", '"1, 2?",1,2,3,4,,B', exams.MMLU),  # a fifth that is empty
+        (None, '"1, 2?",1,2,3,4,B', exams.MMLU),
+        ("id,question,A,B,C,D,answer", "0,一加一等于几,1,2,3,4,B", exams.C_EVAL),
+        ("题目,A,B,C,D,答案", "一加一等于几,1,2,3,4,B", exams.CMMLU),
+        (None, "一加一等于几,1,2,3,4,B", exams.CMMLU),
+    ],
+)
+def test_a_csv_file_is_asked_in_its_language_with_any_header(tmp_path, header, row, style):
+    text = f"{header}\n{row}\n" if header else f"{row}\n"
+    exam = read(write(tmp_path, "test/anatomy_test.csv", text))
+    assert (exam.style, exam.subject) == (style, "anatomy")
+    [question] = exam.questions
+    assert question.answer == 1
+    if style == exams.MMLU:
+        assert exam.head == (
+            "The following are multiple choice questions (with answers) about anatomy.\n\n"
+        )
+        assert exam.put(question) == "1, 2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    if style == exams.CMMLU:
+        assert exam.put(question) == "题目：一加一等于几\nA. 1\nB. 2\nC. 3\nD. 4\n答案是："
 
 
 BAD_CSV = [
     ("0,问题,1,2,3,4,,E", "the answer is 'E'"),
-    ("0,问题,1,2,3,4,,", "the answer is ''"),
     ("0,问题,1,,3,4,,A", "b is empty"),
-    ("0, ,1,2,3,4,,A", "question is empty"),
-    ("0,问题,1,2", "4 columns"),
+    ("0,问题,1,2", "c, d, answer is empty"),
     ("0,Which is a bone?,Liver,Heart,Skin,Lung,Femur,A", "it has the choices A, B, C, D, E"),
     ("0,Which, say, is a bone?,Liver,Heart,Skin,Lung,,A", "10 columns, but the header has 8"),
 ]
+FIVE = '{"inputs_pretokenized": "a", "label": 1, "choices_pretokenized": [1, 2, 3, 4, 5]}'
 BAD_JSONL = [
     ('{"label": 1}', "no inputs_pretokenized"),
-    ('{"inputs_pretokenized": "a"}', "the label is None"),
     ('{"inputs_pretokenized": "a", "label": true}', "the label is True"),
     ('{"inputs_pretokenized": "a", "label": 4}', "the label is 4"),
+    (FIVE, "it has 5 choices"),
     ("[]", "no inputs_pretokenized"),
-    (
-        '{"inputs_pretokenized": "a", "label": 1, "choices_pretokenized": [1, 2, 3, 4, 5]}',
-        "it has 5 choices",
-    ),
-    ("{", "not JSON"),
 ]
 
 
@@ -155,7 +128,7 @@ BAD_JSONL = [
 )
 def test_bad_rows(tmp_path, capsys, name, good, bad):
     path = write(tmp_path, name, good + "\n".join(row for row, _ in bad) + "\n")
-    with pytest.raises(InputError, match=f"{len(bad)} of {len(bad) + 1} rows") as error:
+    with pytest.raises(InputError, match=f"bad rows: {len(bad)} of {len(bad) + 1}") as error:
         main(["--task", "choice", "--data", str(path)])
     assert error.value.exit_code == 3
     err = capsys.readouterr().err
@@ -171,21 +144,17 @@ def test_bad_rows(tmp_path, capsys, name, good, bad):
         (b"a,b\n1,2\n", "unknown layout"),
         (b"", "empty"),
         ("id,question,A,B,C,D,answer\n0,问题,1,2,3,4,A\n".encode("gb18030"), "not UTF-8"),
-        (b'"' + b"x" * 20_000_000 + b'",1,2,3,4,A\n', "field larger"),
+        (b'"' + b"x" * 200_000 + b'",1,2,3,4,A\n', "field larger"),
+        (None, "no csv"),
     ],
 )
 def test_files_of_no_layout(tmp_path, content, reason):
     path = tmp_path / "law_val.csv"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(InputError) as error:
-        read(path)
-    assert reason in str(error.value) and "law_val.csv" in str(error.value)
-
-
-def test_no_files(tmp_path):
-    for path, reason in ((tmp_path, "no csv"), (tmp_path / "none.csv", "file not found")):
-        with pytest.raises(InputError, match=reason):
-            main(["--task", "choice", "--data", str(path)])
+        main(["--task", "choice", "--data", str(tmp_path if content is None else path)])
+    assert reason in str(error.value) and str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize(("letter", "right"), [("A", 0), ("D", 1)])
@@ -205,9 +174,8 @@ def test_the_likeliest_letter_is_taken(toy, tmp_path, asked):
     full = jax.jit(forward, static_argnums=0)
     for row, question in zip(rows, exam.questions, strict=True):
         assert row["prompt"] == exam.head + exam.put(question)
-        tokens = [*toy.build_prompt(row["prompt"]), *common]
-        array = np.array([tokens], np.int32)
-        logits = np.asarray(full(toy.config, toy.checkpoint.params, array)[0])[0, -1, ids]
+        tokens = np.array([[*toy.build_prompt(row["prompt"]), *common]], np.int32)
+        logits = np.asarray(full(toy.config, toy.checkpoint.params, tokens)[0])[0, -1, ids]
         np.testing.assert_allclose(row["logits"], logits, atol=2e-3)
         assert row["predict"] == "ABCD"[int(logits.argmax())]
         assert row["labels"] == "ABCD"[question.answer]
@@ -218,41 +186,34 @@ def test_examples_are_rounds_before_the_question(toy, tmp_path, figures):
     write(tmp_path, "dev/law_dev.csv", CEVAL_HEAD + "0,几,1,2,3,4,C,\n1,何,5,6,7,8,A,\n")
     exam = read(path)
     few = exams.examples_for(exam, BadRows())
-    asker = choice.Asker(toy, BadRows())
-    [one] = asker.ask(exam, few)
+    [one] = choice.ask(toy, exam, few, BadRows())
     head, question = exam.head + exam.put(few[0]), exam.put(exam.questions[0])
     history = [(head, "C"), (exam.put(few[1]), "A")]
-    assert one.ids == [*toy.build_prompt(question, history), *asker.before]
+    assert one.ids == toy.build_prompt(question, history)
     assert one.shots == 2
-    [raw] = choice.Asker(toy_engine(template="raw", max_length=256), BadRows()).ask(exam, few)
+    [raw] = choice.ask(toy_engine(template="raw", max_length=256), exam, few, BadRows())
     assert raw.text == f"{head}C\n\n{exam.put(few[1])}A\n\n{question}"
     long = exams.Question("here", "几" * 150, ("1", "2", "3", "4"), 0)
-    [one] = asker.ask(exam, [long, long])  # examples that do not fit are left out
+    [one] = choice.ask(toy, exam, [long, long], BadRows())  # examples that do not fit are left out
     assert one.text == exam.head + question and one.shots == 0
     found = figures("--task", "choice", "--data", path, "--shots", "5")
     assert (found["shots"], found["mean_shots_used"]) == (5, 2)
 
 
-def test_solved_examples_are_no_questions(toy, tmp_path, figures, capsys):
+def test_solved_examples_are_no_questions(tmp_path, capsys):
     for name in ("val/law_val.csv", "dev/law_dev.csv"):
         write(tmp_path, name, CEVAL_HEAD + CEVAL_ROWS)
     assert exams.find_files(str(tmp_path)) == [tmp_path / "val/law_val.csv"]
     assert f"{tmp_path / 'dev'} is left out" in capsys.readouterr().err
     assert exams.find_files(str(tmp_path / "dev")) == [tmp_path / "dev/law_dev.csv"]
-    for data in ("dev", "dev/law_dev.csv"):
-        with pytest.raises(UsageError, match="takes its examples"):
-            main(["--task", "choice", "--data", str(tmp_path / data), "--shots", "1"])
-    (tmp_path / "val/law_val.csv").unlink()
-    (tmp_path / "val").rmdir()  # a folder dev alone is read
-    assert exams.find_files(str(tmp_path)) == [tmp_path / "dev/law_dev.csv"]
-
-
-def test_there_are_no_examples(toy, tmp_path):
-    path = write(tmp_path, "val/law_val.csv", CEVAL_HEAD + CEVAL_ROWS)
-    with pytest.raises(InputError, match="no examples"):
-        main(["--task", "choice", "--data", str(path), "--shots", "1"])
+    flags = ["--task", "choice", "--shots", "1", "--data"]
+    with pytest.raises(UsageError, match="takes its examples"):
+        main([*flags, str(tmp_path / "dev")])
     with pytest.raises(UsageError, match="excludes"):
-        main(["--task", "choice", "--data", str(path), "--shots", "1", "--two-pass"])
+        main([*flags, str(tmp_path / "val"), "--two-pass"])
+    (tmp_path / "dev/law_dev.csv").unlink()
+    with pytest.raises(InputError, match="no examples"):
+        main([*flags, str(tmp_path / "val")])
 
 
 def test_two_passes(toy, tmp_path, asked):
@@ -278,27 +239,28 @@ def test_a_question_that_is_too_long_is_a_bad_row(toy, tmp_path, figures, capsys
     assert figures("--task", "choice", "--data", path, "--max-bad", "1")["questions"] == 1
 
 
-def test_accuracy_of_all_of_files_and_of_groups(tmp_path):
-    def one(subject: str, answer: int) -> choice.Asked:
-        question = exams.Question("here", "q", ("1", "2", "3", "4"), answer)
-        path = tmp_path / f"{subject}_val.csv"
-        return choice.Asked(exams.Exam(path, subject, "C-Eval", (question,)), question, "q", [1])
+def test_accuracy_of_all_and_of_files(tmp_path):
+    def ask(subject: str, *answers: int) -> list[choice.Asked]:
+        choices = ("1", "2", "3", "4")
+        questions = tuple(exams.Question("here", "q", choices, answer) for answer in answers)
+        exam = exams.Exam(tmp_path / f"{subject}_val.csv", subject, exams.C_EVAL, questions)
+        return [choice.Asked(exam, question, "q", [1]) for question in questions]
 
-    rows = [one("law", 0), one("law", 1), one("law", 2), one("logic", 3), one("physician", 1)]
+    rows = [*ask("law", 0, 1, 2), *ask("logic", 3), *ask("physician", 1)]
     found = choice.figures(rows, np.array([0, 1, 3, 3, 0]))
     assert (found["questions"], found["right"], found["accuracy"]) == (5, 3, 0.6)
     assert found["mean_of_files"] == pytest.approx((2 / 3 + 1 + 0) / 3)
-    groups = {row["group"]: row["accuracy"] for row in found["groups"]}
-    assert groups == pytest.approx({"Humanities": (2 / 3 + 1) / 2, "Others": 0})
-    unknown = dataclasses.replace(rows[0].exam, subject="a", path=tmp_path / "a")
-    other = dataclasses.replace(rows[0], exam=unknown)
-    assert "groups" not in choice.figures([*rows, other], np.zeros(6))
+    assert [row["questions"] for row in found["files"]] == [3, 1, 1]
 
 
-def test_letters_that_cannot_be_told_apart(engine, monkeypatch):
-    monkeypatch.setattr(type(engine.tokenizer), "encode", lambda self, text: [5, 6])
-    with pytest.raises(CheckpointError, match="A, B, C and D"):
-        choice.letter_ids(engine)
+def test_the_ids_of_the_letters(engine, monkeypatch):
+    for ids in (["AB", "A", "AC", "AD"], ["AB", "AC", "AD", "AB"], ["A", "A", "A", "A"]):
+        table = dict(zip("ABCD", ids, strict=True))
+        monkeypatch.setattr(
+            type(engine.tokenizer), "encode", lambda self, text, t=table: list(map(ord, t[text]))
+        )
+        with pytest.raises(CheckpointError, match="A, B, C and D"):
+            choice.letter_ids(engine)
     ids = {"A": [5, 7], "B": [5, 8], "C": [5, 9], "D": [5, 10]}
     monkeypatch.setattr(type(engine.tokenizer), "encode", lambda self, text: ids[text])
     assert choice.letter_ids(engine) == ([5], [7, 8, 9, 10])

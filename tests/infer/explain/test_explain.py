@@ -1,17 +1,17 @@
-"""`python -m infer.explain` from a configuration: shapes, parameters, operations, bytes, bounds."""
+"""`python -m infer.explain` from a configuration: shapes, parameters, operations, bytes, bounds;
+and with `--mesh`, what a model costs each of several devices."""
 
 import json
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from glm2_jax import PRESETS, GLMConfig, KVCache, Tokenizer, forward, init_params
-from glm2_jax.cli.messages import cut_to_width
+from glm2_jax.cli.messages import text_width
 from glm2_jax.errors import CheckpointError, GLMError, InputError, UsageError
 from glm2_jax.model import unstack_layers
 from glm2_jax.text.prompt import build_prompt
@@ -27,6 +27,7 @@ from infer.memory.plan import Plan, rate_bound, weight_bytes
 from infer.memory.precision import Precision
 from tests.support.shared_data import shared_path
 
+NAMED = ["--config", "chatglm2-6b"]
 SIX = PRESETS["chatglm2-6b"]
 BF16 = Precision("bfloat16")
 # As wide as it takes for products to outweigh all else, of which XLA counts a part.
@@ -41,26 +42,13 @@ WIDE = GLMConfig(
     seq_length=64,
 )
 SHAPES = {
-    "embed": (1, 17, 4096),
-    "attention.norm": (1, 17, 4096),
-    "attention.q": (1, 17, 32, 128),
-    "attention.k": (1, 17, 2, 128),
-    "attention.v": (1, 17, 2, 128),
-    "attention.rope_q": (1, 17, 32, 128),
-    "attention.rope_k": (1, 17, 2, 128),
-    "attention.cache": (1, 17, 2, 128),
-    "attention.scores": (1, 32, 17, 17),
-    "attention.softmax": (1, 32, 17, 17),
-    "attention.values": (1, 17, 32, 128),
-    "attention.o": (1, 17, 4096),
-    "attention.add": (1, 17, 4096),
-    "mlp.norm": (1, 17, 4096),
-    "mlp.gate_up": (1, 17, 2, 13696),
-    "mlp.act": (1, 17, 13696),
-    "mlp.down": (1, 17, 4096),
-    "mlp.add": (1, 17, 4096),
-    "norm": (1, 17, 4096),
-    "head": (1, 17, 65024),
+    (1, 17, 4096): "embed attention.norm attention.o attention.add mlp.norm mlp.down mlp.add norm",
+    (1, 17, 32, 128): "attention.q attention.rope_q attention.values",
+    (1, 17, 2, 128): "attention.k attention.v attention.rope_k attention.cache",
+    (1, 32, 17, 17): "attention.scores attention.softmax",
+    (1, 17, 2, 13696): "mlp.gate_up",
+    (1, 17, 13696): "mlp.act",
+    (1, 17, 65024): "head",
 }
 
 
@@ -78,12 +66,18 @@ def stage(walk: Walk, name: str, decode: bool = False):
 
 
 def test_every_stage_of_the_6b_model_in_order(walk):
-    assert {stage.name: stage.shape for stage in walk.prefill.stages} == SHAPES
-    assert [stage.name for stage in walk.prefill.stages] == list(SHAPES) == list(WORDS)
-    assert [stage.name for stage in walk.decode.stages] == list(SHAPES)
-    for name in ("embed", "attention.o", "mlp.down"):
-        assert stage(walk, name).reference == (17, 1, 4096)
-    assert stage(walk, "mlp.gate_up").reference == (17, 1, 27392)
+    for work in (walk.prefill, walk.decode):
+        assert [stage.name for stage in work.stages] == list(WORDS)
+    assert {stage.name: stage.shape for stage in walk.prefill.stages} == {
+        name: shape for shape, names in SHAPES.items() for name in names.split()
+    }
+    for name, shape in (
+        ("embed", (17, 1, 4096)),
+        ("attention.q", (17, 1, 32, 128)),
+        ("attention.values", (17, 1, 4096)),
+        ("mlp.gate_up", (17, 1, 27392)),
+    ):
+        assert stage(walk, name).reference == shape
     assert stage(walk, "attention.scores", decode=True).shape == (1, 32, 1, 18)
     assert stage(walk, "attention.cache", decode=True).shape == (1, 18, 2, 128)
     for found in walk.prefill.stages:
@@ -91,20 +85,14 @@ def test_every_stage_of_the_6b_model_in_order(walk):
         assert bool(found.note_en) == bool(found.note_zh) and "{" not in found.note_en
 
 
-def test_parameters_and_the_cache_are_exact(walk):
+def test_parameters_bytes_and_the_cache_are_exact(walk):
     assert walk.prefill.params == walk.decode.params == walk.params == 6_243_584_000
-    layer = sum(stage.params for stage in walk.prefill.stages if stage.in_layer)
-    assert layer == 203_960_832
+    assert sum(stage.params for stage in walk.prefill.stages if stage.in_layer) == 203_960_832
     assert walk.cache.per_token == 28 * 1024 and walk.cache.with_full_heads == 448 * 1024
     assert walk.cache.at_most == 896 * 2**20 and walk.cache.now == 17 * 28 * 1024
-
-
-def test_bytes_are_those_that_the_memory_plan_counts(walk):
-    table = SIX.vocab_size * SIX.hidden_size * 2
-    weights = weight_bytes(SIX, BF16) - table + 17 * 4096 * 2
-    assert walk.prefill.bytes == weights + walk.cache.now
-    plan = Plan(SIX, BF16, 18)
-    rate = rate_bound(plan, CARDS["h200"].bandwidth)
+    table = SIX.vocab_size * SIX.hidden_size * 2  # as the memory plan counts, less unused rows
+    assert walk.prefill.bytes == weight_bytes(SIX, BF16) - table + 17 * 4096 * 2 + walk.cache.now
+    rate = rate_bound(Plan(SIX, BF16, 18), CARDS["h200"].bandwidth)
     bound = next(bound for bound in walk.bounds if bound.device == "h200")
     assert bound.tokens_per_s == pytest.approx(rate, rel=1e-5)
     quantized = make_walk(SIX, Precision("bfloat16", "int4-row"), 17, model="x")
@@ -156,32 +144,24 @@ def test_the_length_of_the_prompt_is_the_published_tokenizers(family):
         assert len(ids) == explain_run.PUBLISHED_LENGTHS[template]
 
 
-@pytest.mark.parametrize("columns", [40, 100])
-def test_the_report_fits_the_terminal(walk, columns):
-    lines = list(report.render(walk, None, columns))
-    assert all(cut_to_width(line, columns) == line for line in lines)
+@pytest.mark.parametrize(("columns", "tables"), [(40, 5), (100, 1)])
+def test_the_report_fits_the_terminal(walk, columns, tables):
+    lines = report.render(walk, None, columns)
+    assert max(map(text_width, lines)) <= columns
+    assert sum(line.startswith("  residual add") for line in lines) == 2 * tables
+    names = [name for line in lines if line.startswith("device ") for name in line.split()[1:]]
+    assert names == [bound.device for bound in walk.bounds]
     text = " ".join(" ".join(lines).split())
     for words in (
         "6,243,584,000 parameters",
         "[1, 32, 17, 17]",
-        "[1, 17, 2, 13696]",
         "= [1, 17, 27392]",
-        "28 KiB",
-        "448 KiB",
         "[17, 1, 4096]",
+        "28 KiB a token; 448 KiB if all 32 heads",
         "27392 = 2 x 13696",
         "nothing here was measured",
     ):
         assert words in text  # fmt: skip
-    assert ("  queries" in lines[8]) == (columns >= 100)  # a table where there is room
-
-
-def test_devices_stand_side_by_side_as_far_as_there_is_room(walk):
-    many = replace(walk, bounds=walk.bounds * 4)
-    lines = list(report.render(many, None, 72))
-    names = [line.split()[1:] for line in lines if line.startswith("device ")]
-    assert sum(names, []) == [bound.device for bound in many.bounds]
-    assert len(names[0]) > 2 and not [line for line in lines if cut_to_width(line, 72) != line]
 
 
 def test_nothing_of_a_prompt_reaches_the_terminal_as_control(walk):
@@ -190,90 +170,92 @@ def test_nothing_of_a_prompt_reaches_the_terminal_as_control(walk):
     assert not set(text) & set("\x1b\a\x9b\u202e") and "a\\x1b[31mRED" in text
 
 
-def explained(capsys, *flags: str) -> tuple[str, str]:
-    assert main([*flags, "--compile-cache", "off"]) == 0
-    return capsys.readouterr()
+@pytest.fixture
+def explained(capsys):
+    """Runs the command; returns what it prints."""
+
+    def run(*flags: str) -> tuple[str, str]:
+        assert main([*flags, "--compile-cache", "off"]) == 0
+        return capsys.readouterr()
+
+    return run
 
 
-def test_the_command_from_a_name(capsys):
-    out, err = explained(capsys, "--config", "chatglm2-6b", "--json", "--device", "v5e", "H200")
+def test_the_command_from_a_name(explained):
+    out, err = explained(*NAMED, "--json", "--device", "v5e", "H200")
     found = json.loads(out)
     assert err == "" and found["values"] is None
     assert [bound["device"] for bound in found["walk"]["bounds"]] == ["v5e-1", "h200"]
     assert found["walk"]["length"] == 17 and found["walk"]["length_from"] == "published"
-    assert found["walk"]["prefill"]["stages"][-1]["shape"] == [1, 17, 65024]
-    out, _ = explained(
-        capsys, "--config", "chatglm2-6b-int4", "--batch", "16", "--length", "128", "--json"
-    )
-    found = json.loads(out)["walk"]
+    flags = ("--batch", "16", "--length", "128", "--json")
+    found = json.loads(explained("--config", "chatglm2-6b-int4", *flags)[0])["walk"]
     assert found["weights_in"] == "int4" and found["prompt"] is None
     assert found["prefill"]["stages"][0]["shape"] == [16, 128, 4096]
-    out, _ = explained(capsys, "--config", "chatglm3-6b", "--template", "chatglm2", "--json")
+    out, _ = explained("--config", "chatglm3-6b", "--template", "chatglm2", "--json")
     assert json.loads(out)["walk"]["length"] == 17
-    out, err = explained(capsys, "--config", "codegeex2-6b")
-    assert "the example is a prompt of 128 ids" in err and "a prompt: 128 ids, an example" in out
+    out, _ = explained("--config", "codegeex2-6b", "--length", "9")
+    assert "a prompt: 9 ids, as given" in out
 
 
-def without_weights(folder: Path) -> Path:
+def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained):
     for name in ("config.json", "tokenizer.model"):
-        (folder / name).write_bytes((demo_folder() / name).read_bytes())
-    return folder
-
-
-def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, capsys):
-    folder = without_weights(tmp_path)
-    out, err = explained(capsys, "--model", str(folder), "--json")
+        (tmp_path / name).write_bytes((demo_folder() / name).read_bytes())
+    model = ("--model", str(tmp_path))
+    out, err = explained(*model, "--json")
     found = json.loads(out)
     assert "holds no weights: only shapes and costs" in err and found["values"] is None
     assert (found["walk"]["length"], found["walk"]["length_from"]) == (16, "tokenizer")
-    (folder / "model.safetensors").write_bytes(bytes(2000))  # damaged is not the same as absent
+    (tmp_path / "model.safetensors").write_bytes(bytes(2000))  # damaged is not the same as absent
     with pytest.raises(CheckpointError, match="model.safetensors"):
-        main(["--model", str(folder)])
-    (folder / "model.safetensors").unlink()
-    index = folder / "model.safetensors.index.json"
+        main([*model])
+    (tmp_path / "model.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"metadata": {}, "weight_map": {"x": "model-1.safetensors"}}')
     with pytest.raises(CheckpointError, match="lacks 1 of 1 shards"):
-        main(["--model", str(folder)])
-    (folder / "tokenizer.model").unlink()  # it is not needed to explain a length
-    assert json.loads(explained(capsys, "--model", str(folder), "--length", "9", "--json")[0])
+        main([*model])
+    (tmp_path / "tokenizer.model").unlink()  # it is not needed to explain a length
+    assert json.loads(explained(*model, "--length", "9", "--json")[0])
     index.unlink()
     with pytest.raises(UsageError, match="length of this prompt is not known"):
-        main(["--model", str(folder), "--prompt", "hello"])
-    assert json.loads(explained(capsys, "--model", str(folder), "--length", "9", "--json")[0])
+        main([*model, "--prompt", "hello"])
 
 
-def bad(*flags: str) -> GLMError:
-    with pytest.raises(GLMError) as found:
-        main([*flags])
-    return found.value
+@pytest.mark.parametrize(
+    ("kind", "flags", "what"),
+    [
+        (CheckpointError, ["--config", "chatglm2-6B"], "did you mean chatglm2-6b?"),
+        (UsageError, [*NAMED, "--model", "x"], "each name a model"),
+        (UsageError, [*NAMED, "--prompt", "hello"], "length of this prompt is not known"),
+        (UsageError, ["--config", "codegeex2-6b"], "length of this prompt is not known"),
+        (UsageError, [*NAMED, "--template", "chatglm3"], "'chatglm3' is not supported"),
+        (UsageError, [*NAMED, "--heads", "0:0"], "--heads: no effect"),
+        (UsageError, ["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max"),
+        (UsageError, ["--heads", "0:0,4:0"], "--heads 4:0 does not exist"),
+        (InputError, [*NAMED, "--length", "32768"], "32,768 ids, which leaves no room"),
+        (InputError, ["--prompt", " "], "empty prompt"),
+        (UsageError, [*NAMED, "--mesh", "tensor=3"], "Use tensor=1, 2, 4, 8, 16, 32."),
+        (UsageError, [*NAMED, "--mesh", "tensor=8", "--device", "v5e-4"], "the mesh needs 8"),
+        (UsageError, [*NAMED, "--mesh", "tensor=8", "--device", "3090"], "are not known"),
+        (UsageError, [*NAMED, "--mesh", "tensor=8", "--html", "page.html"], "--html: no effect"),
+        (UsageError, [*NAMED, "--mesh", "tensor=8", "--length", "40000"], "must be at most 32,768"),
+        (UsageError, [*NAMED, "--device", "v5e-8"], "Add a mesh of as many"),
+    ],
+)
+def test_bad_input(kind, flags, what):
+    with pytest.raises(kind) as found:
+        main(flags)
+    assert what in str(found.value)
 
 
-def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
-    error = bad("--config", "chatglm2-6B")
-    assert isinstance(error, CheckpointError) and "did you mean chatglm2-6b?" in error.what
-    assert "codegeex2-6b" in error.fix
-    for flags, what in (
-        (["--config", "chatglm2-6b", "--model", "x"], "each name a model"),
-        (["--config", "chatglm2-6b", "--prompt", "hello"], "length of this prompt is not known"),
-        (["--config", "chatglm2-6b", "--template", "chatglm3"], "'chatglm3' is not supported"),
-        (["--config", "chatglm2-6b", "--heads", "0:0"], "--heads: no effect"),
-        (["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max-new-tokens"),
-        (["--heads", "0:0,4:0"], "--heads 4:0 does not exist"),
-    ):
-        error = bad(*flags)
-        assert isinstance(error, UsageError) and what in error.what
-    for flags, what in (
-        (["--prompt", "好" * 2000], "leaves no room for an answer"),
-        (["--config", "chatglm2-6b", "--length", "32768"], "32,768 ids"),
-        (["--prompt", " "], "empty prompt"),
-    ):
-        error = bad(*flags)
-        assert isinstance(error, InputError) and what in error.what
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_computed(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(explain_run, "find_subject", lambda settings: 1 / 0)
     (tmp_path / "file").write_text("x")
-    assert "needs the name of a file" in bad("--html", "-").what
-    for page in ("", "none/page.html", "file/page.html"):
-        assert isinstance(bad("--html", str(tmp_path / page)), InputError)
+    for page in ("-", *(str(tmp_path / name) for name in ("", "none/page.html", "file/page.html"))):
+        with pytest.raises(GLMError) as found:
+            main(["--html", page])
+        assert found.value.exit_code == 3
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # trying leaves nothing behind
 
 
@@ -282,9 +264,7 @@ def test_bad_input_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     [
         (["--device", "h20"], "did you mean h200?"),
         (["--heads", "0-0"], "write LAYER:HEAD"),
-        (["--top-k", "21"], "from 1 to 20, got 21"),
-        (["--length", "9" * 20], "must be from 1 to 1000000000, got 99999999999999999999"),
-        (["--width", "3"], "must be from 30"),
+        (["--top-k", "21"], "invalid choice: 21"),
         (["--prompt", "x", "--length", "3"], "not allowed with"),
     ],
 )
@@ -292,3 +272,22 @@ def test_flags_that_make_no_sense(flags, words, capsys):
     with pytest.raises(SystemExit) as ending:
         main(flags)
     assert ending.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_mesh(explained):
+    def costs(*flags: str) -> list[dict]:
+        return json.loads(explained(*NAMED, "--json", "--mesh", *flags)[0])["meshes"]
+
+    whole, cut = (costs(mesh, "--device", "v5e")[0] for mesh in ("tensor=1", "tensor=8"))
+    assert whole["weights"] == 2 * 6_243_584_000
+    assert whole["weights"] / 8 < cut["weights"] < whole["weights"] / 7  # keys, values: not cut
+    assert [x["steps"]["decode"]["talk"]["calls"] for x in (whole, cut)] == [0, 2 * 28 + 1 + 1]
+    # The ring sends 2 (n - 1) / n of every sum: 57 of a row in bfloat16; the logits once.
+    sums, logits = 57 * 4096 * 2 * 2 * 7 / 8, 65024 * 4 * 7 / 8
+    assert cut["steps"]["decode"]["talk"]["link_bytes"] == pytest.approx(sums + logits)
+    every = costs("data=2,tensor=4", "--quantize", "int8", "--batch", "4")
+    assert [cost["links"]["name"] for cost in every] == ["v5e", "v5p", "h200"]
+    assert all(cost["precision"]["quantize"] == "int8" for cost in every)
+    assert len(costs("tensor=4,data=2", "--device", "v5p-8", "v5p")) == 1
+    out, _ = explained(*NAMED, "--mesh", "tensor=2", "--device", "2xh200", "--width", "40")
+    assert max(map(len, out.splitlines())) <= 40 and "weights 6.2 GB" in out

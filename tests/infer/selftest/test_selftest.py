@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Hashable
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import infer
 from convert.random import official_config, write_random
-from glm2_jax import CheckpointError, DeviceError, Tokenizer
+from glm2_jax import PRESETS, CheckpointError, DeviceError, Tokenizer, last_logits
 from infer.engine import load
 from infer.engine.engine import Engine
 from infer.engine.load import demo_folder
@@ -89,61 +88,74 @@ def test_the_demo_passes(capsys):
     assert "2,337,600" in text and "jax " in text and "decode " in text and "peak memory" in text
 
 
-def test_nan_in_a_file(capsys, demo_copy):
+def nan(folder: Path) -> None:
     def change(array):
         array[3, 5] = np.nan
         return array
 
-    damage(demo_copy, "layers.1.down", change)
+    damage(folder, "layers.1.down", change)
+
+
+def swapped_rows(folder: Path) -> None:
+    damage(folder, "embed", lambda array: array[::-1].copy())
+
+
+def another_tokenizer(folder: Path) -> None:
+    model = bytearray((folder / "tokenizer.model").read_bytes())
+    at = model.index("你好".encode())  # the piece for it becomes another
+    model[at : at + 6] = "我好".encode()
+    (folder / "tokenizer.model").write_bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fails", "passes", "says"),
+    [
+        (nan, {"files", "opens"}, set(), "layers.1.down"),
+        (
+            swapped_rows,
+            {"files", "first token", "answer"},
+            {"parameters", "shapes", "finite", "prompt ids", "cache"},
+            "expected 652 for 你好",
+        ),
+        (
+            another_tokenizer,
+            {"files", "prompt ids", "first token", "answer"},
+            {"parameters", "shapes", "finite", "cache"},
+            "tokenizer.model is not the demo one, or it is damaged",
+        ),
+    ],
+)
+def test_a_damaged_file(capsys, demo_copy, spoil, fails, passes, says):
+    spoil(demo_copy)
     text = report(capsys, "--model", str(demo_copy), code=4)
-    assert lines(text, "FAIL") == ["files", "opens"] and lines(text, "pass") == []
-    assert "layers.1.down" in text and "copy/model.safetensors is damaged" in text
-    assert str(demo_copy.parent) not in text
+    assert set(lines(text, "FAIL")) == fails and passes <= set(lines(text, "pass"))
+    assert says in text and str(demo_copy.parent) not in text
 
 
 def test_a_single_byte(demo_copy):
     assert checks.check_files(demo_copy).status == "pass"
-    with (demo_copy / "model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
+    data = bytearray((demo_copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (demo_copy / "model.safetensors").write_bytes(data)
     found = checks.check_files(demo_copy)
     assert found.status == "FAIL" and "model.safetensors differs: its sha256" in found.note
 
 
-def test_swapped_rows(capsys, demo_copy):
-    damage(demo_copy, "embed", lambda array: array[::-1].copy())
-    text = report(capsys, "--model", str(demo_copy), code=4)
-    assert lines(text, "pass")[:5] == ["parameters", "shapes", "finite", "prompt ids", "cache"]
-    assert set(lines(text, "FAIL")) == {"files", "first token", "answer"}
-    assert "expected 652 for 你好" in text and "or fine-tuned" in text
-
-
-def test_another_tokenizer(capsys, demo_copy):
-    model = bytearray((demo_copy / "tokenizer.model").read_bytes())
-    at = model.index("你好".encode())  # the piece for it becomes another
-    model[at : at + 6] = "我好".encode()
-    (demo_copy / "tokenizer.model").write_bytes(model)
-    text = report(capsys, "--model", str(demo_copy), code=4)
-    assert "prompt ids" in lines(text, "FAIL")
-    assert "tokenizer.model is not the demo one, or it is damaged" in text
-
-
-def test_of_a_random_model_nothing_is_known(capsys, toy):
+def test_of_a_random_model_nothing_is_known(capsys, toy, tmp_path, monkeypatch):
     text = report(capsys, "--model", str(toy))
     assert lines(text, "pass") == ["parameters", "shapes", "finite", "cache"]
     assert lines(text, "skipped") == ["files", "prompt ids", "first token", "answer"]
     assert text.count("not known") == 3 and "model        toy\n" in text
     assert str(toy.parent) not in text
-
-
-def test_random_weights_are_not_asked_for_known_answers(capsys, tmp_path):
     raw = official_config(str(demo_folder() / "config.json"))
-    write_random(tmp_path / "random", raw, demo_folder())
+    write_random(tmp_path / "random", raw, demo_folder())  # as large as a known one
     text = report(capsys, "--model", str(tmp_path / "random"))
     assert lines(text, "skipped") == ["files", "first token", "answer"]
     assert "prompt ids" in lines(text, "pass")
+    monkeypatch.setattr(checks, "known_answers", lambda *args: (known.CHATGLM2_6B,))
+    text = report(capsys, "--model", str(toy), code=4)
+    assert lines(text, "FAIL") == ["first token", "answer"]
+    assert "expected 36474 for 你好" in text and "ChatGLM2-6B" in text
 
 
 def test_toys_that_pose_as_a_published_checkpoint(capsys, tmp_path):
@@ -158,33 +170,32 @@ def test_toys_that_pose_as_a_published_checkpoint(capsys, tmp_path):
     assert lines(text, "FAIL") == ["opens"] and "do not fit the configuration" in text
 
 
-def test_a_wrong_greeting(capsys, toy, monkeypatch):
-    monkeypatch.setattr(checks, "known_answers", lambda *args: (known._CHATGLM2_6B,))
-    text = report(capsys, "--model", str(toy), code=4)
-    assert lines(text, "FAIL") == ["first token", "answer"]
-    assert "expected 36474 for 你好" in text and "ChatGLM2-6B" in text
-
-
-def test_damage_in_memory(toy):
+def test_damage_in_memory(toy, monkeypatch):
     engine = infer.load(toy, layers="stacked")
     params = engine.checkpoint.params
     layers = params["layers"] | {"q": params["layers"]["q"].at[1, 0, 0, 0].set(np.inf)}
     checkpoint = dataclasses.replace(engine.checkpoint, params=params | {"layers": layers})
     engine.checkpoint = checkpoint
+    monkeypatch.setattr(checks, "known_answers", lambda *args: (known.Answer("hi", 3, ("x",)),))
     found = {check.name: check for check in checks.run_checks(engine)}
     assert found["finite"].status == "FAIL" and found["finite"].got == "in layers.q layer 1"
     assert found["cache"].status == "FAIL" and found["parameters"].status == "pass"
-    answer = known.Answer("hi", 3, ("x",))
-    (check,) = checks.guarded("first token", lambda: checks._answer(engine, answer))
-    assert check.status == "FAIL" and "NaN or Inf" in check.got
+    assert found["first token"].status == "FAIL" and "NaN or Inf" in found["first token"].got
 
     embed = params["embed"][:-1]
     engine.checkpoint = dataclasses.replace(checkpoint, params=params | {"embed": embed})
-    found = {
-        check.name: check for check in (checks._shapes(engine), checks._parameters(engine, False))
-    }
-    assert found["shapes"].status == found["parameters"].status == "FAIL"
-    assert found["shapes"].got == "embed (639, 32)"
+    (shapes,), (count,) = checks._shapes(engine), checks._parameters(engine, False)
+    assert shapes.status == count.status == "FAIL" and shapes.got == "embed (639, 32)"
+
+
+def test_a_cache_that_is_wrong(toy, monkeypatch):
+    def forgets(config, params, tokens, last, cache=None):
+        return last_logits(config, params, tokens, last)[0], None
+
+    engine = infer.load(toy)
+    engine.executor.programs = Programs("cpu")
+    monkeypatch.setattr(checks, "last_logits", forgets)
+    assert [check.status for check in checks._cache(engine)] == ["FAIL"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -196,16 +207,6 @@ def test_looking_for_nan_and_infinity_needs_no_memory(dtype):
     large = jax.ShapeDtypeStruct((2, 256, 4096), jnp.dtype(dtype))
     memory = checks._finite_rows.lower(large).compile().memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < 10_000
-
-
-def test_a_cache_that_is_wrong(toy, monkeypatch):
-    def forgets(config, size, params, tokens):
-        return checks.KVCache.zeros(config, 1, size, "float32")
-
-    engine = infer.load(toy)
-    engine.executor.programs = Programs("cpu")
-    monkeypatch.setattr(checks, "_fill", forgets)
-    assert checks._cache(engine).status == "FAIL"
 
 
 def test_out_of_memory_is_reported_with_its_own_exit_code(capsys, toy, monkeypatch):
@@ -220,36 +221,33 @@ def test_out_of_memory_is_reported_with_its_own_exit_code(capsys, toy, monkeypat
 def test_known_prompts_against_the_published_tokenizer():
     data = shared_file("tokenizer/tokenizer.model")
     assert data is not None
-    for family, tokens in (("chatglm2", known.PUBLISHED), ("chatglm3", known.PUBLISHED)):
+    for family, templates in (("chatglm2", ["chatglm2"]), ("chatglm3", ["chatglm2", "chatglm3"])):
         tokenizer = Tokenizer.from_bytes(data, family)
-        config = dataclasses.replace(known.PRESETS[f"{family}-6b"])
-        assert known.known_tokens(config, tokenizer) is tokens
-        for prompt in tokens.prompts:
-            if family == "chatglm2" and prompt.template == "chatglm3":
-                continue
-            ids = checks.build_prompt(tokenizer, prompt.template, prompt.question)
-            assert tuple(ids) == prompt.ids
-    assert len(known.PUBLISHED.prompts[0].ids) == 17
+        assert known.known_tokens(PRESETS[f"{family}-6b"], tokenizer) is known.PUBLISHED
+        for template in templates:
+            ids = known.PUBLISHED.prompts[template, known.HELLO]
+            assert checks.build_prompt(tokenizer, template, known.HELLO) == ids
+    assert len(known.PUBLISHED.prompts["chatglm2", known.HELLO]) == 17
 
 
 def test_which_models_are_known():
     tokenizer = Tokenizer.from_bytes(sp_model())
-    published = known.PRESETS["chatglm2-6b"]
-    assert known.is_6b(published) and published.num_params == known.PARAMETERS_6B
+    published = PRESETS["chatglm2-6b"]
+    assert published.num_params == known.PARAMETERS_6B
     assert known.known_answers(published, tokenizer, "float16") == ()  # another tokenizer
-    tokenizer.num_pieces = known._PUBLISHED_PIECES
+    assert known.known_tokens(tiny_config(), tokenizer) is None
+    tokenizer.num_pieces = known.PUBLISHED_PIECES
     assert [a.first for a in known.known_answers(published, tokenizer, "float16")] == [36474]
     assert known.known_answers(published, tokenizer, "int4") == ()
     for name in ("chatglm2-6b-32k", "chatglm3-6b", "codegeex2-6b"):
-        assert known.known_answers(known.PRESETS[name], tokenizer, "float16") == ()
-    assert known.known_tokens(known.PRESETS["codegeex2-6b"], tokenizer) is known.CODEGEEX2
-    assert known.known_tokens(tiny_config(), Tokenizer.from_bytes(sp_model())) is None
+        assert known.known_answers(PRESETS[name], tokenizer, "float16") == ()
+    assert known.known_tokens(PRESETS["codegeex2-6b"], tokenizer) is known.CODEGEEX2
     assert known.claims_6b("THUDM/chatglm3-6b-32k") and not known.claims_6b("me/chatglm2-toy")
     assert not known.claims_6b(None)
     # Punctuation and width do not matter.
-    published = "你好👋!我是人工智能助手 ChatGLM2-6B,很高兴见到你,欢迎问我任何问题。"
-    assert known.same_text(published, known._CHATGLM2_6B.texts[0])
-    assert not known.same_text(published.replace("很", "不"), known._CHATGLM2_6B.texts[0])
+    text = "你好👋!我是人工智能助手 ChatGLM2-6B,很高兴见到你,欢迎问我任何问题。"
+    assert known.same_text(text, known.CHATGLM2_6B.texts[0])
+    assert not known.same_text(text.replace("很", "不"), known.CHATGLM2_6B.texts[0])
 
 
 def test_json_and_no_private_words(capsys, toy, monkeypatch):
