@@ -202,7 +202,7 @@ def making() -> dict[str, int]:
     """Bytes of the program that makes a weight in its parts: of a part, and what it takes more."""
     place = params_sharding(CONFIG, make_mesh(parse_mesh("tensor=8")))["head"]
     shape = CONFIG.vocab_size, CONFIG.hidden_size
-    made = random_params._program(random_params._floats, place, shape, np.dtype("float32"))
+    made = random_params._program(shape, np.dtype("float32"), place)
     memory: Any = made.lower(np.uint32(1)).compile().memory_analysis()
     return {"part": memory.output_size_in_bytes, "more": memory.temp_size_in_bytes}
 
