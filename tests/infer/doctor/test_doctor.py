@@ -212,17 +212,10 @@ def test_findings(machine, mark, words):
     assert report.exit_code == 0 and bool(report.problems) >= (mark == "problem")
 
 
-@pytest.mark.parametrize(
-    ("name", "error"),
-    [
-        ("XLA_FLAGS", "Unknown flag in XLA_FLAGS: --nonsense=1 (at: find devices)"),
-        ("JAX_ENABLE_X64", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
-        ("JAX_LOG_LEVEL", 'Invalid value "x" for JAX flag jax_log_level'),
-    ],
-)
-def test_variables_that_jax_cannot_use(name, error):
-    said = texts(check(without_jax(error, variables={name: "x"})), "problem")
-    assert f"unset {name}" in said and "fresh" not in said
+def test_a_variable_that_jax_cannot_use():
+    error = "Unknown flag in XLA_FLAGS: --nonsense=1 (at: find devices)"
+    said = texts(check(without_jax(error, variables={"XLA_FLAGS": "x"})), "problem")
+    assert "unset XLA_FLAGS" in said and "fresh" not in said
 
 
 def test_jax_that_does_not_work():
