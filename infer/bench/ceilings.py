@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from glm2_jax.runtime.dtypes import dtype_name
 
 # Repetitions, after one that does not count; on a slow machine fewer, but at least three.
-REPEATS, SECONDS = 20, 1.0
+REPEATS, SECONDS = 20, 0.5
 _ROW = 4096  # elements that are summed up to one
 
 

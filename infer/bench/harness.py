@@ -29,8 +29,6 @@ from infer.bench.subject import Subject, Variant, load_average
 from infer.memory.peak import peak_bytes, reset_peak
 from infer.memory.shares import device_params, sizes_of, total_bytes
 
-_BITS = {"float32": 32, "none": 16, "int8": 8, "int4": 4}
-
 
 class Task(NamedTuple):
     """One thing to measure of a model in memory."""
@@ -114,9 +112,8 @@ def ceilings_of(device: Any, mesh: Mesh | None) -> Ceilings:
 
 
 def _bits(dtype: str, quantize: str | None) -> int:
-    if quantize in ("int8", "int4"):
-        return _BITS[quantize]
-    return _BITS["float32" if dtype in ("float32", "fp32") else "none"]
+    bits = 32 if dtype in ("float32", "fp32") else 16
+    return {"int8": 8, "int4": 4}.get(quantize or "", bits)
 
 
 def _measure_form(

@@ -23,7 +23,6 @@ class Settings:
 
     choice: ModelChoice
     random: str | None
-    layers: int | None
     dtypes: tuple[str, ...]
     quantize: tuple[str, ...] | None
     layout: tuple[str, ...] | None
@@ -42,10 +41,6 @@ def add_model(result: Parser) -> None:
         "--random", type=arguments.path_argument, metavar="NAME|FILE",
         help="instead of --model: random weights, made on the device, in the shapes of a published "
         "model such as chatglm2-6b or of a config.json",
-    )  # fmt: skip
-    group.add_argument(
-        "--layers", type=arguments.positive, metavar="N",
-        help="number of layers (default: the model's)",
     )  # fmt: skip
 
 
@@ -108,10 +103,8 @@ def parse(
     named = [f"--{name}" for name in models if vars(args)[name] is not None]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Leave one out.")
-    if args.layers and not args.random:
-        raise UsageError("--layers needs --random.", "The layers of a checkpoint are fixed.")
     arguments.choose_platform(args.device)
     if args.peer and "jax" not in sys.modules:  # or jax would leave the peer no GPU memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    choice = from_flags(ModelChoice, args, layers=None, quantize=None)
+    choice = from_flags(ModelChoice, args, quantize=None)
     return args, {"choice": choice, "command": f"{result.prog} {shlex.join(argv)}".rstrip()}

@@ -8,18 +8,21 @@ which costs a few integer operations and no memory beyond the result.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from glm2_jax import GLMConfig, param_shapes
+from glm2_jax import GLMConfig
 from glm2_jax.quant import QTensor
-from glm2_jax.schemes import COLUMN_AXES, Scheme
+from glm2_jax.runtime.dtypes import dtype_name
+from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import params_sharding
+from infer.memory.precision import Precision
+from infer.memory.shares import abstract_params
 
 _DEVIATION = 0.02  # of every matrix
 _NOISE_DEVIATION = {8: 73.9, 4: 4.61}  # of evenly distributed integers of so many bits
@@ -36,48 +39,41 @@ def random_params(
 ) -> dict[str, Any]:
     """Return parameters as `convert.load_checkpoint` would; on a mesh with the same values, of
     which every device makes its part and no more. `dtype` is that of all that is not quantized."""
-    shapes, seeds = param_shapes(config), iter(range(1, 2**31))
-    places: Any = {}
-    if mesh is not None:
+    precision = Precision(dtype_name(dtype), None if scheme is None else scheme.name)
+    shapes, seeds = abstract_params(config, precision, stacked=not as_list), count(1)
+    if mesh is None:
+        place = SingleDeviceSharding(device or jax.devices()[0])
+        places = jax.tree.map(lambda x: place, shapes)
+    else:
         places = params_sharding(config, mesh, scheme=scheme, as_list=as_list)
 
-    def array(name: str, shape: tuple[int, ...], where: Any) -> Any:
-        seed, place = np.uint32(next(seeds)), where.get(name)
-        if name.endswith("norm"):
-            return jnp.ones(shape, dtype, device=place)
-        if scheme is None or name not in COLUMN_AXES:
-            return _program(_floats, place, shape, np.dtype(dtype))(seed)
-        value_place, scale_place = (None, None) if place is None else (place.values, place.scale)
-        values, scales = scheme.shapes(shape, COLUMN_AXES[name])
-        step = _DEVIATION / _NOISE_DEVIATION[scheme.bits]
-        scale = jnp.full(scales, step, jnp.float32, device=scale_place)
-        return QTensor(_program(_noise, value_place, values)(seed), scale, scheme.bits)
+    def make(path: Any, x: Any, place: Any) -> Any:
+        seed = np.uint32(next(seeds))
+        if isinstance(x, QTensor):
+            step = _DEVIATION / _NOISE_DEVIATION[x.bits]
+            scale = jnp.full(x.scale.shape, step, x.scale.dtype, device=place.scale)
+            return QTensor(_program(x.values.shape, None, place.values)(seed), scale, x.bits)
+        if path[-1].key.endswith("norm"):
+            return jnp.ones(x.shape, x.dtype, device=place)
+        return _program(x.shape, x.dtype, place)(seed)
 
-    with jax.default_device(device):
-        names = ("embed", "final_norm", "head")
-        params = {name: array(name, shapes[name], places) for name in names}
-        if as_list:
-            one = {name: shape[1:] for name, shape in shapes["layers"].items()}
-            layers = [
-                {name: array(name, shape, where) for name, shape in one.items()}
-                for where in places.get("layers", [{}] * config.num_layers)
-            ]
-        else:
-            where = places.get("layers", {})
-            layers = {name: array(name, shape, where) for name, shape in shapes["layers"].items()}
-        return jax.block_until_ready(params | {"layers": layers})
+    made = jax.tree_util.tree_map_with_path(
+        make, shapes, places, is_leaf=lambda x: isinstance(x, QTensor)
+    )
+    return jax.block_until_ready(made)
 
 
 @functools.lru_cache
-def _program(function: Callable, place: Any, *sizes: Any) -> Callable[..., jax.Array]:
-    """Compile `function(seed, *sizes)`; each device makes its part of the result."""
-    options = {} if place is None else {"out_shardings": place}
-    return jax.jit(lambda seed: function(seed, *sizes), **options)
+def _program(shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
+    """Return the program that makes a matrix from a seed, each device its part: integers, or of a
+    dtype."""
 
+    def floats(seed: jax.Array) -> jax.Array:
+        values = _noise(seed, shape).astype(jnp.float32) * (_DEVIATION / _NOISE_DEVIATION[8])
+        return values.astype(dtype)
 
-def _floats(seed: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    values = _noise(seed, shape).astype(jnp.float32) * (_DEVIATION / _NOISE_DEVIATION[8])
-    return values.astype(dtype)
+    integers = functools.partial(_noise, shape=shape)
+    return jax.jit(integers if dtype is None else floats, out_shardings=place)
 
 
 def _noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -39,7 +39,11 @@ def run(settings: Settings) -> int:
         GLMError: the model, the device or a file is not what it should be.
     """
     if settings.plot:
-        _check_plot(settings.plot)
+        arguments.check_plot(settings.plot)
+        place = real_path(settings.plot)
+        if place.is_dir() or not place.parent.is_dir():
+            why = "It is a folder." if place.is_dir() else "Its folder does not exist."
+            raise UsageError(f"--plot {settings.plot} cannot be written.", why)
     unmeasured, show = "", render
     if settings.preset:
         settings, show = consumer.apply(settings), consumer.render
@@ -55,15 +59,6 @@ def run(settings: Settings) -> int:
     if settings.plot:
         plot.draw(report, settings.plot)
     return code
-
-
-def _check_plot(path: str) -> None:
-    arguments.check_plot(path)
-    place = real_path(path)
-    if not place.parent.is_dir():
-        raise UsageError(f"--plot {path} cannot be written.", "Its folder does not exist.")
-    if place.is_dir():
-        raise UsageError(f"--plot {path} is a folder.", fix="Name a file in it.")
 
 
 def _tasks(

@@ -61,8 +61,8 @@ class Subject:
         forms = settings.quantize or (None,)
         self._folder = None
         if random is not None:
-            hf = official_config(random, layers=settings.layers, flag="--random")
-            self.config, self.name = GLMConfig.from_hf(hf), f"{Path(random).name}, random weights"
+            self.config = GLMConfig.from_hf(official_config(random, flag="--random"))
+            self.name = f"{Path(random).name}, random weights"
             schemes = [SCHEMES.get(quantize or "none") for quantize in forms]
         else:
             startup.note_demo_model(choice)

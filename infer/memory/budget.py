@@ -141,15 +141,11 @@ def from_choice(
 def check_context(asked: int | None, seq_length: int) -> None:
     """Raise UsageError for a context that is longer than the model's table of positions, or has no
     room for a prompt and an answer."""
-    if asked is not None and asked < 2:
+    if asked is not None and not 2 <= asked <= seq_length:
         raise UsageError(
-            f"--max-length must be at least 2, got {asked}",
-            "A prompt and its answer have at least one token each.",
-        )
-    if asked is not None and asked > seq_length:
-        raise UsageError(
-            f"--max-length must be at most {seq_length}, got {asked}",
-            f"The model's configuration has {seq_length} positions (seq_length).",
+            f"--max-length must be from 2 to {seq_length}, got {asked}",
+            f"The model's configuration has {seq_length} positions (seq_length); a prompt and its "
+            "answer have at least one token each.",
         )
 
 

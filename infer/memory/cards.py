@@ -95,14 +95,6 @@ class Links:
     hop: float  # seconds of each step of a ring, for any size
     network_hop: float
 
-    def steps(self, devices: int) -> int:
-        """Return the steps of a ring until every device has everything."""
-        return devices // 2 if self.both_ways else devices - 1
-
-    def rate(self, devices: int) -> float:
-        """Return the bytes per second that a device sends in a ring; two devices share one link."""
-        return self.link * (min(self.ring, devices - 1) if self.both_ways else self.ring)
-
 
 LINKS: Mapping[str, Links] = {
     links.name: links

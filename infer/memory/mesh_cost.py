@@ -71,8 +71,10 @@ def gather(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Ta
     link_bytes = (inside - 1) / inside * size
     network_bytes = (outside - 1) / outside * size / inside
     seconds = links.start + network_bytes / links.network + (outside - 1) * links.network_hop
-    if inside > 1:
-        seconds += link_bytes / links.rate(inside) + links.steps(inside) * links.hop
+    if inside > 1:  # two devices share one link, and a ring in both directions has half the steps
+        used = min(links.ring, inside - 1) if links.both_ways else links.ring
+        steps = inside // 2 if links.both_ways else inside - 1
+        seconds += link_bytes / (links.link * used) + steps * links.hop
     return Talk(1, link_bytes, network_bytes, seconds)
 
 

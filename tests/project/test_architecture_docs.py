@@ -18,10 +18,11 @@ from infer.memory.precision import Precision
 from tests.support.paths import ROOT
 from tests.support.shared_data import shared_path
 
-PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in (
-    "architecture.md", "architecture.zh.md",
-)}  # fmt: skip
-ENGLISH, CHINESE = PAGES.values()
+PAGES = [
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("architecture.md", "architecture.zh.md")
+]
+ENGLISH, CHINESE = PAGES
 CONFIG = PRESETS["chatglm2-6b"]
 BLOCK = re.compile(r"^```(?:python|bash)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPETS = [block for block in BLOCK.findall(ENGLISH) if block.startswith("import")]
@@ -42,15 +43,6 @@ def quoted(text: str) -> Counter[str]:
     return Counter(re.findall(r"`([^`\n]+)`", text))
 
 
-def tensors(layer_too: bool = True) -> dict[str, int]:
-    """Elements of every published tensor; those of a layer once, or as often as they are there."""
-    return {
-        rule.full_name(layer): math.prod(rule.shape(CONFIG))
-        for rule in PUBLISHED
-        for layer in (rule.layers(CONFIG) if layer_too else [next(iter(rule.layers(CONFIG)))])
-    }
-
-
 def test_both_languages_say_the_same():
     assert BLOCK.findall(ENGLISH) == BLOCK.findall(CHINESE)
     english, chinese = entries(ENGLISH), entries(CHINESE)
@@ -58,7 +50,7 @@ def test_both_languages_say_the_same():
     for one, other in zip(english, chinese, strict=True):
         assert numbers(one) == numbers(other), one
         assert quoted(one) == quoted(other), one
-    plain = [BLOCK.sub("", page).splitlines() for page in PAGES.values()]
+    plain = [BLOCK.sub("", page).splitlines() for page in PAGES]
     for start in ("#", "|", "* ", "1. "):
         lines = [[line for line in page if line.startswith(start)] for page in plain]
         assert [numbers(line) for line in lines[0]] == [numbers(line) for line in lines[1]]
@@ -68,13 +60,9 @@ def test_both_languages_say_the_same():
 @pytest.mark.parametrize(
     ("page", "kinds"), [(ENGLISH, "Config|Code|Measured"), (CHINESE, "配置|代码|实测")]
 )
-def test_every_point_has_its_evidence(page, kinds):
+def test_every_point_has_its_evidence_and_places_exist(page, kinds):
     for entry in entries(page):
         assert re.search(rf"\*(?:{kinds})(?:[.;:。；：] ?)?\*", entry), entry
-
-
-@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
-def test_links_and_places_exist(page):
     page = BLOCK.sub("", page)
     anchors = {re.sub(r"\W", "-", h.lower()) for h in re.findall(r"^#+ (.+)$", page, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]+)\)", page):
@@ -91,31 +79,24 @@ def test_links_and_places_exist(page):
             assert re.search(defined, code, re.MULTILINE), f"{name} in {place}"
 
 
-def test_the_shapes_are_those_of_the_tool():
+@pytest.mark.parametrize("page", PAGES, ids=("english", "chinese"))
+def test_shapes_and_counts_of_parameters(page):
     walk = make_walk(CONFIG, Precision("bfloat16"), 17, model="chatglm2-6b")
-    sizes = walk.sizes
     for stage in walk.prefill.stages:
-        shape = [1, 17, 2 * sizes["F"]] if stage.name == "mlp.gate_up" else list(stage.shape)
-        for page in PAGES.values():
-            assert f"{shape}" in page, stage.name
-
-
-def test_the_counts_of_parameters():
-    every, once = tensors(), tensors(layer_too=False)
-    layer = sum(count for name, count in once.items() if ".layers." in name)
-    wanted = {*once.values(), layer, 28 * layer, CONFIG.num_params, 2 * CONFIG.num_params}
-    assert CONFIG.num_params == sum(every.values()) == 6_243_584_000
-    for page in PAGES.values():
-        assert {f"{count:,}" for count in wanted} <= set(numbers(page))
-        shapes = {tuple(map(int, s.split(", "))) for s in re.findall(r"\| \[([\d, ]+)\]", page)}
-        assert {rule.shape(CONFIG) for rule in PUBLISHED} <= shapes
-
-
-def test_the_first_generation_has_the_parameters_that_are_told():
-    """Biases everywhere, LayerNorm with a bias, GELU, head and embedding one matrix."""
+        shape = [1, 17, 2 * walk.sizes["F"]] if stage.name == "mlp.gate_up" else list(stage.shape)
+        assert f"{shape}" in page, stage.name
+    sizes = {rule: math.prod(rule.shape(CONFIG)) for rule in PUBLISHED}
+    layer = sum(size for rule, size in sizes.items() if len(list(rule.layers(CONFIG))) == 28)
+    every = sum(size * len(list(rule.layers(CONFIG))) for rule, size in sizes.items())
+    assert CONFIG.num_params == every == 6_243_584_000
+    wanted = {*sizes.values(), layer, 28 * layer, every, 2 * every}
+    # The first generation: biases everywhere, LayerNorm, GELU, head and embedding one matrix.
     D, F = 4096, 16384
-    layer = 3 * D * (D + 1) + D * (D + 1) + F * (D + 1) + D * (F + 1) + 4 * D
-    assert f"{28 * layer + 130528 * D + 2 * D:,}" in ENGLISH
+    first = 3 * D * (D + 1) + D * (D + 1) + F * (D + 1) + D * (F + 1) + 4 * D
+    wanted.add(28 * first + 130528 * D + 2 * D)
+    assert {f"{count:,}" for count in wanted} <= set(numbers(page))
+    shapes = {tuple(map(int, s.split(", "))) for s in re.findall(r"\| \[([\d, ]+)\]", page)}
+    assert {rule.shape(CONFIG) for rule in PUBLISHED} <= shapes
 
 
 def test_the_figures_of_cache_and_speed():
@@ -125,43 +106,35 @@ def test_the_figures_of_cache_and_speed():
         cache = cache_bytes(config, 2, 1, tokens)
         return 2 * config.num_params + cache, 2 * (config.num_params - 65024 * 4096) + cache
 
-    assert cache_bytes(CONFIG, 2, 1, 1) == 28_672 == 28 * 1024
-    assert cache_bytes(CONFIG, 2, 1, 1) * 16 == 458_752 == 448 * 1024
+    assert cache_bytes(CONFIG, 2, 1, 1) == 28_672 and "28,672" in ENGLISH
     entry = entries(ENGLISH)[22]
     for tokens in (2048, 8192, 32768):
         (few, read), (full, read_full) = with_heads(2, tokens), with_heads(32, tokens)
         told = {f"{few / 1e9:.1f}", f"{full / 1e9:.1f}", f"{read_full / read:.2f}", f"{tokens:,}"}
         assert told <= set(numbers(entry))
-    assert f"{with_heads(2, 0)[1] / 1e9:.2f} GB" in ENGLISH and "28,672" in ENGLISH
+    assert f"{with_heads(2, 0)[1] / 1e9:.2f} GB" in ENGLISH
 
 
 def test_the_int4_file():
-    scheme, total = SCHEMES["int4-row"], 0
+    scheme, total = SCHEMES["int4-row"], 2 * 32  # inv_freq, which is stored and not used
     for rule in PUBLISHED:
-        for _ in rule.layers(CONFIG):
-            shape = rule.shape(CONFIG)
-            if rule.quantized(scheme):
-                values, scales = scheme.shapes(shape, rule.column_axes)
-                total += math.prod(values) + 2 * math.prod(scales)
-            else:
-                total += 2 * math.prod(shape)
-    total += 2 * 32  # inv_freq, which is stored and not used
+        shape, times = rule.shape(CONFIG), len(list(rule.layers(CONFIG)))
+        if rule.quantized(scheme):
+            values, scales = scheme.shapes(shape, rule.column_axes)
+            total += times * (math.prod(values) + 2 * math.prod(scales))
+        else:
+            total += times * 2 * math.prod(shape)
     assert f"{total:,}" == "3,923,601,472" and f"{total:,}" in entries(ENGLISH)[21]
 
 
 def test_values_of_the_configuration():
-    assert CONFIG.ffn_hidden_size * 2 == 27392 and CONFIG.head_dim == 128
-    assert (CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.hidden_size) == (32, 2, 4096)
-    assert -(-64794 // 256) * 256 == CONFIG.vocab_size == 64794 + 230
+    assert CONFIG.ffn_hidden_size * 2 == 27392 and CONFIG.vocab_size == 64794 + 230
     chat = SamplingParams()
     assert (chat.temperature, chat.top_k, chat.top_p) == (0.8, 50, 0.8)
     ratios = {name: PRESETS[name].rope_ratio for name in PRESETS}
     assert ratios["chatglm2-6b-32k"] == 16 and PRESETS["chatglm2-6b-32k"].rope_kind == "linear"
     assert (ratios["chatglm3-6b-32k"], ratios["chatglm3-6b-128k"]) == (50, 500)
-
-
-def test_a_switch_for_flash_attention_does_nothing():
-    raw = CONFIG.to_hf()
+    raw = CONFIG.to_hf()  # a switch for flash attention does nothing
     assert GLMConfig.from_hf(raw | {"use_flash_attention": True}) == GLMConfig.from_hf(raw)
 
 
@@ -180,16 +153,12 @@ def test_the_ids_that_are_shown():
     assert (tokenizer.num_pieces, tokenizer.size) == (64789, 64794)
 
 
-def test_temperature_as_measured(capsys):
-    (snippet,) = (code for code in SNIPPETS if "temperature" in code)
-    exec(compile(snippet, "docs/architecture.md", "exec"), {})
+def test_snippets_run(capsys):
+    assert len(SNIPPETS) == 3
+    for snippet in SNIPPETS:
+        code = compile(snippet, "docs/architecture.md", "exec")
+        if "temperature" in snippet:  # the others need a model of real size
+            exec(code, {})
     shares = capsys.readouterr().out.split()
     assert len(shares) == 4
     assert {share.removesuffix("%") for share in shares} <= set(numbers(entries(ENGLISH)[18]))
-
-
-def test_the_slow_snippets_are_python():
-    slow = [code for code in SNIPPETS if "temperature" not in code]
-    assert len(slow) == 2
-    for snippet in slow:
-        compile(snippet, "docs/architecture.md", "exec")

@@ -24,36 +24,30 @@ READMES = ("README.md", "README_zh.md")
 ELSEWHERE = {
     "pip install -e .": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
     "pip install -e '.[test]'": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
-    "pip install -e '.[cuda]'": ("pyproject.toml", "cuda = "),  # needs the hardware
-    "pip install -e '.[tpu]'": ("pyproject.toml", "tpu = "),
-    "pip install -e '.[hub]'": ("pyproject.toml", "hub = "),
-    "pip install -e '.[plot]'": ("pyproject.toml", "plot = "),
-    "pip install -e '.[export,gguf]'": ("pyproject.toml", "gguf = "),
+    **{
+        f"pip install -e '.[{extra}]'": ("pyproject.toml", f"{extra.split(',')[-1]} = ")
+        for extra in ("cuda", "tpu", "hub", "plot", "export,gguf", "evaluate", "tpu-compile")
+    },
     "python -m convert.merge_lora BASE ADAPTER MERGED": ("tests", "merge_lora"),
     "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
-    "pip install -e '.[evaluate]'": ("pyproject.toml", "evaluate = "),
-    "pip install -e '.[tpu-compile]'": ("pyproject.toml", "tpu-compile = "),
     "python -m train.lora --data examples/facts.jsonl --config examples/recipes/demo.yml"
     " --output adapter": (".ci/run", "python -m train.lora --data examples/facts.jsonl"),
     "python -m train.lora --data data.jsonl --check-data": ("tests", '"--check-data"'),
     "python -m train.lora --data data.jsonl --model FOLDER --output adapter --resume auto": (
-        "tests",
-        '"-m", "train.lora"',
+        "tests", '"-m", "train.lora"',
     ),
     "python -m train.full --data data.jsonl --model FOLDER --output trained": (
-        "tests",
-        "full.main(",
+        "tests", "full.main(",
     ),
     "python -m infer.launch --num-processes 2 -- python -m train.lora --data data.jsonl"
     " --output adapter --mesh data=2": ("tests", '"infer.launch"'),
     "python -m infer.generate --model THUDM/chatglm2-6b --source hf --prompt 你好": (
-        "tests",  # against a server of our own
-        "test_commands_and_the_engine_take_names",
+        "tests", "test_commands_and_the_engine_take_names",  # against a server of our own
     ),
     "python -m pytest": (".ci/run", "python -m pytest"),
     "bash .ci/run": (".ci/run", "set -euo pipefail"),
     "python -m train.demo": ("tests", "train.demo"),
-}
+}  # fmt: skip
 
 
 def blocks(name: str, language: str) -> list[str]:

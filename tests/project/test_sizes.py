@@ -1,9 +1,10 @@
-"""Files and functions stay small enough to read."""
+"""Files and functions stay small enough to read; the list of slow test files names files."""
 
 import ast
 
 import pytest
 
+from tests.conftest import SLOW
 from tests.support.paths import ROOT
 
 FILE, FUNCTION = 400, 60  # lines
@@ -38,3 +39,7 @@ def test_files_and_functions_are_short():
 def test_the_check_counts(more, found):
     assert too_long("def f():\n" + '    """Docs."""\n' * (more + 2)) == found
     assert too_long("x = 1\n" * (more + 343)) == ([] if not found else ["401 lines"])
+
+
+def test_the_slow_files_exist():
+    assert [name for name in SLOW if not (ROOT / "tests" / f"{name}.py").exists()] == []

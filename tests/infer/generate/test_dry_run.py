@@ -94,9 +94,9 @@ def test_flags_that_do_not_go_together():
         (["--config", "chatglm2-6b", "--prompt", "x"], "--config needs --dry-run"),
         (["--device", "3090", "--prompt", "x"], "--device 3090 needs --dry-run"),
         (["--dry-run", "--config", "chatglm2-6b", "--model", "x"], "each name a model"),
-        (["--dry-run", "--max-length", "40000"], "must be at most 32768"),
+        (["--dry-run", "--max-length", "40000"], "must be from 2 to 32768, got 40000"),
         (["--dry-run", "--max-length", "0"], "max_length"),
-        (["--dry-run", "--max-length", "1"], "--max-length must be at least 2"),
+        (["--dry-run", "--max-length", "1"], "must be from 2 to 32768, got 1"),
         (["--dry-run", "--config", "chatglm2-6b-int4", "--quantize", "int8"], "quantized already"),
     ):
         with pytest.raises(UsageError, match=what):

@@ -220,7 +220,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch):
         main([*common, "--memory-limit", "1MB"])
     assert error.value.exit_code == 5 and "weights 4.7 MB" in error.value.what
     assert "jax itself 400.0 MB" in error.value.what
-    with pytest.raises(UsageError, match="--max-length must be at most 1024, got 99999"):
+    with pytest.raises(UsageError, match="--max-length must be from 2 to 1024, got 99999"):
         main([*common, "--max-length", "99999"])
 
 

@@ -14,7 +14,11 @@ SIX = PRESETS["chatglm2-6b"]
 V5E, H200 = LINKS["v5e"], LINKS["h200"]
 
 
-def test_a_ring_by_hand():
+def cost(mesh: str, rows: int = 8, length: int = 64):
+    return mesh_cost(SIX, parse_mesh(mesh), V5E, batch=rows, length=length)
+
+
+def test_collectives_by_hand():
     sizes = {"data": 1, "fsdp": 1, "tensor": 8}
     talk = all_reduce(V5E, sizes, "tensor", 800e6)
     assert talk.link_bytes == 2 * 7 / 8 * 800e6 and talk.network_bytes == 0 and talk.calls == 1
@@ -22,13 +26,8 @@ def test_a_ring_by_hand():
     half = gather(H200, sizes, "tensor", 800e6)
     assert half.seconds == pytest.approx(0.7e9 / 450e9 + 6.6e-6 + 7 * 0.6e-6)
     assert gather(V5E, sizes, "data", 1e9) == all_reduce(V5E, sizes, "fsdp", 1e9) == Talk()
-
-    # Two neighbors share one link.
-    talk = gather(V5E, {"tensor": 2}, "tensor", 100e6)
+    talk = gather(V5E, {"tensor": 2}, "tensor", 100e6)  # two neighbors share one link
     assert talk.link_bytes == 50e6 and talk.seconds == pytest.approx(1e-3 + 1e-6)
-
-
-def test_what_links_do_not_join_takes_the_network():
     # 64 rows of 8 neighbors in servers of 8: the axis of 64 goes from server to server.
     talk = all_reduce(H200, {"data": 64, "tensor": 8}, "data", 64e6)
     assert talk.link_bytes == 0 and talk.network_bytes == 2 * 63e6
@@ -42,38 +41,35 @@ def test_what_links_do_not_join_takes_the_network():
 @pytest.mark.parametrize("scheme", [None, "int4"])
 def test_one_device_is_what_its_plan_says(scheme):
     precision = Precision("bfloat16", scheme)
-    cost = mesh_cost(SIX, {}, LINKS["h200"], batch=4, length=1024, scheme=scheme)
-    assert cost.weights == weight_bytes(SIX, precision)
-    assert cost.cache == cache_bytes(SIX, 2, 1024, 4)
-    plan = Plan(SIX, precision, 1024, 4)
-    step = cost.steps["decode"]
-    assert 4 / step.memory_s == pytest.approx(rate_bound(plan, H200.card.bandwidth))
+    found = mesh_cost(SIX, {}, H200, batch=4, length=1024, scheme=scheme)
+    assert found.weights == weight_bytes(SIX, precision)
+    assert found.cache == cache_bytes(SIX, 2, 1024, 4)
+    step = found.steps["decode"]
+    bound = rate_bound(Plan(SIX, precision, 1024, 4), H200.card.bandwidth)
+    assert 4 / step.memory_s == pytest.approx(bound)
     assert step.talk == Talk() and step.limit == "memory" and step.serial_s == step.overlapped_s
-    assert cost.trained == 18 * SIX.num_params
+    assert found.trained == 18 * SIX.num_params
 
 
 def test_operations_are_those_of_the_matrices_and_of_attention():
-    cost = mesh_cost(SIX, {}, V5E, batch=2, length=100)
+    steps = cost("data=1", 2, 100).steps
     D, F, H, N, K, V = 4096, 13696, 128, 32, 2, 65024
     layers = 28 * (D * H * (N + 2 * K) + N * H * D + 3 * D * F)
     pairs = 2 * 100 * 101 / 2
     prefill = 2 * 200 * layers + 2 * 2 * V * D + 28 * 4 * N * H * pairs
-    assert cost.steps["prefill"].products_s * V5E.flops == pytest.approx(prefill)
+    assert steps["prefill"].products_s * V5E.flops == pytest.approx(prefill)
     full = 3 * (2 * 200 * (layers + V * D) + 28 * 4 * N * H * pairs)
-    assert cost.steps["full"].products_s * V5E.flops == pytest.approx(full)
+    assert steps["full"].products_s * V5E.flops == pytest.approx(full)
 
 
 def test_axes_cut_what_the_rules_say():
-    def cost(text, batch=8):
-        return mesh_cost(SIX, parse_mesh(text), V5E, batch=batch, length=64)
-
     one, eight = cost("data=1"), cost("tensor=8")
     keys = 28 * 2 * (2 * 128) * (4096 + 1) * 2  # with biases: on every device
     norms = (28 * 2 + 1) * 4096 * 2
     assert eight.weights == (one.weights - keys - norms) // 8 + keys + norms
     assert eight.cache == one.cache and cost("tensor=2").cache == one.cache // 2
     assert cost("data=8").cache == one.cache // 8 and cost("data=8").weights == one.weights
-    assert cost("data=8", batch=3).cache == one.cache // 8  # empty rows fill it up
+    assert cost("data=8", 3).cache == one.cache // 8  # empty rows fill it up
     assert cost("fsdp=8").trained < one.trained / 7.9
     # 2 all-reduces a layer and the embedding's, and the gathered logits; see the compiled programs.
     assert eight.steps["decode"].talk.calls == 2 * 28 + 2
@@ -82,22 +78,16 @@ def test_axes_cut_what_the_rules_say():
     assert cost("data=8").steps["full"].talk.calls == 1
 
 
-def test_enough_tokens_are_told():
-    def full(text, rows):
-        return mesh_cost(SIX, parse_mesh(text), V5E, batch=rows, length=64).steps["full"]
-
+def test_how_many_tokens_are_enough():
     for text in ("fsdp=8", "data=2,tensor=4", "data=8"):
-        few = full(text, 8)
+        few = cost(text).steps["full"]
         assert few.limit != "products" and few.tokens_needed is not None
         rows = 8 * math.ceil(few.tokens_needed / 64 / 8)
-        assert full(text, rows).limit == "products" and full(text, rows - 8).limit != "products"
-
-
-def test_no_batch_is_enough_where_the_rest_grows_with_it():
-    steps = mesh_cost(SIX, parse_mesh("tensor=8"), V5E, batch=8, length=2048).steps
+        limits = [cost(text, n).steps["full"].limit for n in (rows, rows - 8)]
+        assert limits[0] == "products" != limits[1]
+    steps = cost("tensor=8", 8, 2048).steps
     assert steps["decode"].tokens_needed is None  # each device reads the whole cache of a row
     assert steps["prefill"].tokens_needed is None  # an all-reduce takes longer than its products
-    assert steps["full"].tokens_needed is not None
 
 
 def test_names_of_devices():
@@ -109,16 +99,14 @@ def test_names_of_devices():
     with pytest.raises(UsageError, match="v5p-8 has 8 devices, but the mesh needs 4"):
         find_links("v5p-8", 4)
     with pytest.raises(UsageError, match="does not fit"):
-        mesh_cost(SIX, {"tensor": 3}, V5E, batch=1, length=8)
+        cost("tensor=3")
 
 
 def test_the_report_tells_what_does_not_fit():
-    lines = report(mesh_cost(SIX, parse_mesh("fsdp=2"), V5E, batch=2, length=2048))
+    lines = report(cost("fsdp=2", 2, 2048))
     text = "\n".join(lines)
     assert lines[0] == "mesh fsdp=2 of 2 x v5e: bfloat16, 2 x 2,048 tokens"
     assert "weights 6.2 GB, cache 58.7 MB, without activations\n" in text
     assert "all parameters 56.2 GB (too much)" in text
-    assert [line.split(":")[0].strip() for line in lines if ": memory " in line] == [
-        "decode", "prefill", "lora", "full",
-    ]  # fmt: skip
-    assert max(map(len, lines)) <= 140
+    names = [line.split(":")[0].strip() for line in lines if ": memory " in line]
+    assert names == ["decode", "prefill", "lora", "full"]
