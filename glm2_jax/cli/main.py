@@ -47,8 +47,8 @@ def run_main(
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:  # a terminal that cannot show a character must not end the run
-            reconfigure(errors="replace")
+        if reconfigure is not None:  # whatever the locale says (LANG=C, old Windows)
+            reconfigure(encoding="utf-8", errors="replace")
     code = _guarded(main, args)
     for stream in (sys.stdout, sys.stderr):
         try:

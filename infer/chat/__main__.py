@@ -50,7 +50,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
-    arguments.use_utf8()
     args = parser().parse_args(argv)
     arguments.choose_platform(args.device)
     from infer.chat import run

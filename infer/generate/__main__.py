@@ -52,7 +52,7 @@ def parser() -> Parser:
         "Exit code 5 if nothing fits",
     )  # fmt: skip
     add(
-        "--config", action=_Once, type=path_argument, metavar="NAME|FILE",
+        "--config", type=path_argument, metavar="NAME|FILE",
         help="with --dry-run, instead of --model: a published name or a config.json (default: "
         "chatglm2-6b)",
     )  # fmt: skip
@@ -60,38 +60,29 @@ def parser() -> Parser:
     return result
 
 
-class _Once(argparse.Action):
-    """Stores a value; a second one is an error, so that none is lost silently."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        if getattr(namespace, self.dest) is not None:
-            raise argparse.ArgumentError(self, "given twice")
-        setattr(namespace, self.dest, values)
-
-
 def _add_prompt_options(result: argparse.ArgumentParser) -> None:
     group = result.add_argument_group("prompt")
     source = group.add_mutually_exclusive_group()
     source.add_argument(
-        "--prompt", "-p", action=_Once, metavar="TEXT",
+        "--prompt", "-p", metavar="TEXT",
         help="the prompt; - reads it from standard input",
     )  # fmt: skip
     source.add_argument(
-        "--prompt-file", action=_Once, type=path_argument, metavar="F",
+        "--prompt-file", type=path_argument, metavar="F",
         help="a UTF-8 file with the prompt",
     )  # fmt: skip
     source.add_argument(
-        "--batch-file", action=_Once, type=path_argument, metavar="F",
+        "--batch-file", type=path_argument, metavar="F",
         help='JSON lines: {"prompt": ...}, optionally with id, history, system; or {"messages": '
         "[...]} for ChatGLM3; bad lines are reported, the others are answered",
     )  # fmt: skip
     add = group.add_argument
     add(
-        "--history", action=_Once, type=path_argument, metavar="F",
+        "--history", type=path_argument, metavar="F",
         help='JSON file of earlier turns: [["question", "answer"], ...]',
     )  # fmt: skip
     add(
-        "--system", action=_Once, metavar="TEXT",
+        "--system", metavar="TEXT",
         help="system prompt; ChatGLM2 has no system role: it is put before the first question, "
         "with a newline",
     )  # fmt: skip
@@ -109,7 +100,7 @@ def _add_prompt_options(result: argparse.ArgumentParser) -> None:
 def _add_output_options(result: argparse.ArgumentParser) -> None:
     add = result.add_argument_group("output").add_argument
     add(
-        "--output", "-o", action=_Once, type=path_argument, metavar="F",
+        "--output", "-o", type=path_argument, metavar="F",
         help="file for the answers to a batch file; until all are there, they are kept in "
         "F.partial, and the same command continues an interrupted run (default: standard output, "
         "each answer as soon as those before it are there; an interrupted run is not continued)",
@@ -126,7 +117,6 @@ def _add_output_options(result: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
-    arguments.use_utf8()
     args = parser().parse_args(argv)
     if args.dry_run:
         from infer.generate import dry_run

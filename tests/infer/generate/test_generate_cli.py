@@ -194,7 +194,6 @@ def test_values_that_make_no_sense(loaded, flags, words):
         (["--truncate-prompt", "0"], "at least 1"),
         (["--temprature", "1"], "did you mean --temperature?"),
         (["--prompt-file", "x"], "not allowed with"),
-        (["--system", "a", "--system", "a"], "given twice"),
         *((["--" + flag, ""], "path is empty") for flag in PATHS),
     ],
 )
