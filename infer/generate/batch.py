@@ -1,8 +1,7 @@
 """Answer a batch file: lines of similar length together, the answers in the order of the lines.
 
-With an output file the answers are kept in a journal until all are there, so that an interrupted
-run can be continued. Every line has its own random seed, and every run answers the same lines
-together, so the result does not depend on interruptions.
+Every line has its own random seed, and every run answers the same lines together, so the result
+does not depend on interruptions.
 """
 
 from __future__ import annotations

@@ -165,11 +165,11 @@ def test_a_closed_terminal_ends_it_and_is_given_back(model, start):
 def test_a_second_ctrl_c_ends_a_reply_that_does_not_stop():
     code = (
         "import time\n"
-        "from infer.chat.signals import ChatSignals\n"
-        "signals = ChatSignals()\n"
-        "signals.begin_reply()\n"
+        "from infer.chat.input import Terminal\n"
+        "terminal = Terminal()\n"
+        "terminal.begin_reply()\n"
         "print('ready', flush=True)\n"
-        "while not signals.stop: time.sleep(0.01)\n"
+        "while not terminal.stop: time.sleep(0.01)\n"
         "print('seen', flush=True)\n"
         "while True: time.sleep(1)\n"
     )
