@@ -1,7 +1,5 @@
 """Flags that the tools of inference share. Nothing here imports jax: `--help` must not wait."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 `jax.distributed` connects them and detects clusters. Enter `start` before anything of jax is used.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

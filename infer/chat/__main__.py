@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
     args = parser().parse_args(argv)
     arguments.choose_platform(args.device)
+    sampling = options.sampling_params(vars(args))
     from infer.chat import run
 
-    sampling = options.sampling_params(vars(args))
     return run.run(from_flags(run.Settings, args, sampling=sampling))
 
 

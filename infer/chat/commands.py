@@ -1,7 +1,5 @@
 """The commands of a chat that change or show the conversation: lines that begin with a slash."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

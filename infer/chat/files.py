@@ -1,7 +1,5 @@
 """Conversations in files, written atomically and read with care."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

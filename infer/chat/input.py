@@ -5,8 +5,6 @@ compiled or runs. So a second thread reads the signals of a reply from a pipe, s
 checked between two tokens, and ends the process if another signal comes first.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """What `python -m infer.chat` does once its flags are parsed: read a line, answer it, repeat."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from dataclasses import dataclass

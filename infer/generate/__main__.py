@@ -118,13 +118,13 @@ def _add_output_options(result: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
     args = parser().parse_args(argv)
+    sampling = options.sampling_params(vars(args))
     if args.dry_run:
         from infer.generate import dry_run
 
         if unused := [name for name in _UNPLANNED if vars(args)[name] is not None]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             note(f"--dry-run answers nothing, and the plan is without {flags}")
-        options.sampling_params(vars(args))  # refuses the same values as without --dry-run
         return dry_run.run(from_flags(dry_run.Settings, args))
     if args.config is not None:
         raise UsageError("--config needs --dry-run", fix="To answer, name a model: --model DIR.")
@@ -136,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.choose_platform(args.device)
         from infer.generate import run
 
-        sampling = options.sampling_params(vars(args))
         return run.run(from_flags(run.Settings, args, sampling=sampling))
 
 

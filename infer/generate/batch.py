@@ -4,8 +4,6 @@ Every line has its own random seed, and every run answers the same lines togethe
 does not depend on interruptions.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -16,7 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from glm2_jax.cli.main import EXIT_INPUT
 from glm2_jax.cli.messages import Progress, note
@@ -25,7 +23,8 @@ from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.escape import json_line
 from glm2_jax.processes import join
 from infer.console import print_stats
-from infer.engine.stats import add_stats, together
+from infer.engine.engine import Engine
+from infer.engine.stats import Stats, add_stats, together
 from infer.generate.output import (
     Elsewhere,
     InOrder,
@@ -35,14 +34,10 @@ from infer.generate.output import (
     is_stream,
     refuse_existing,
 )
+from infer.generate.run import Settings
 from infer.requests.exchange import encode, result, warn_beyond_aligned
 from infer.requests.request import Request, Turns, parse_batch
 from infer.startup import open_engine
-
-if TYPE_CHECKING:
-    from infer.engine.engine import Engine
-    from infer.engine.stats import Stats
-    from infer.generate.run import Settings
 
 _BATCHES_AHEAD = 16  # sorted together for a stream, where an answer waits for those before it
 
@@ -62,7 +57,8 @@ def run_batch(settings: Settings, history: Turns) -> int:
     """
     assert settings.batch_file is not None
     join.compare()
-    output = check_output(settings) if join.is_first() else None
+    inputs = {"--batch-file": settings.batch_file, "--history": settings.history}
+    output = check_output(settings.output, inputs) if join.is_first() else None
     batch = _Batch(settings, STDIN if settings.batch_file == "-" else settings.batch_file)
     sha256 = hashlib.sha256()
     with open_input(settings.batch_file) as file:  # before the model is loaded: errors come at once

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from glm2_jax.cli.files import (
     cannot_write_file,
@@ -26,9 +26,6 @@ from glm2_jax.cli.files import (
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import LARGEST
 from glm2_jax.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from infer.generate.run import Settings
 
 SUFFIX = ".partial"
 _START = b'{"journal": "glm2-jax answers", "version": 1, '
@@ -240,19 +237,18 @@ def is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def check_output(settings: Settings) -> Path | None:
+def check_output(output: str | None, inputs: Mapping[str, str | None]) -> Path | None:
     """Return the output file, links followed; None for standard output.
 
     A pipe or device stays as it was named, since what /dev/stdout leads to need not exist.
     UsageError, InputError: the answers could not be written, or would replace an input.
     """
-    if settings.output in (None, "-"):
+    if output in (None, "-"):
         return None
-    named = Path(settings.output)
+    named = Path(output)
     if is_stream(named) and not named.is_dir():
         return named
     path = require_file_place(named)
-    inputs = {"--batch-file": settings.batch_file, "--history": settings.history}
     for written in (path, path.with_name(path.name + SUFFIX)):
         for name, place in {**inputs, "standard input": 0}.items():
             if place not in (None, "-") and _same_file(written, place):

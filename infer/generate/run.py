@@ -1,23 +1,18 @@
 """What `python -m infer.generate` does once its flags are parsed."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from infer.console import displayed, print_json, print_stats
+from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.requests.exchange import encode, result, warn_beyond_aligned
 from infer.requests.request import Request, read_history, read_prompt
 from infer.startup import note_demo_model, open_engine
-
-if TYPE_CHECKING:
-    from infer.engine.engine import Engine
 
 
 @dataclass(frozen=True)
