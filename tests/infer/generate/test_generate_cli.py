@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from glm2_jax.cli.parser import from_flags
 from glm2_jax.errors import GLMError, InputError, UsageError
 from infer import options
 from infer.engine.answer import Completion
@@ -194,7 +195,7 @@ def test_unknown_flags_and_values(capsys, flags, words):
 
 
 def sampling(*flags: str):
-    return options.sampling_params(vars(parser().parse_args(list(flags))))
+    return from_flags(options.SamplingFlags, parser().parse_args(list(flags))).params()
 
 
 def test_sampling_flags():
