@@ -30,20 +30,16 @@ def print_stats(load_s: float, stats: Stats) -> None:
     note(f"load         {load_s:8.2f} s")
     note(f"compile      {stats.compile_s:8.2f} s{made}{kept}")
     note(f"first token  {stats.first_token_s:8.3f} s")
-    note(f"prefill      {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s")
+    reused = f", {stats.reused_tokens} more were kept from before" if stats.reused_tokens else ""
+    note(f"prefill      {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s{reused}")
     note(f"decode       {stats.decode_tokens} tokens, {stats.decode_rate:.1f} tokens/s")
-    note_speculation(stats)
-    note(f"peak memory  {peak_memory()}")
-
-
-def note_speculation(stats: Stats) -> None:
-    """Print how many draft tokens were accepted, if there were any."""
     if stats.passes:
         accepted, drafted = stats.accepted_tokens, stats.drafted_tokens
         note(
             f"speculation  {accepted} of {drafted} draft tokens accepted, "
             f"{stats.decode_tokens / stats.passes:.2f} tokens a pass"
         )
+    note(f"peak memory  {peak_memory()}")
 
 
 def peak_memory() -> str:

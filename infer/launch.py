@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import positive, use_utf8
+from glm2_jax.cli.arguments import positive
 from glm2_jax.cli.main import EXIT_DEVICE, EXIT_INTERRUPTED, EXIT_TERMINATED
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.parser import Parser
@@ -52,7 +52,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, or raise GLMError for what the user can fix."""
-    use_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)
     args, command = parser().parse_args(words[:at]), words[at + 1 :]

@@ -1,35 +1,66 @@
 """Flags that the tools of inference share. Nothing here imports jax: `--help` must not wait."""
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 
 from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli.arguments import memory_size, path_argument, positive
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.parser import Parser, flag
 from glm2_jax.errors import UsageError
 from glm2_jax.limits import DRAFT
 from infer.engine.params import PRESETS, SamplingParams
 
-_SAMPLING = (
-    "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "max_length", "stop",
-    "seed", "logprobs", "loop_stop", "num_beams",
-)  # fmt: skip
+_number = partial(flag, type=float, metavar="X")
+_integer = partial(flag, type=int, metavar="N")
 
 
-def sampling_params(flags: Mapping[str, Any]) -> SamplingParams:
-    """Return what the flags of `add_sampling_options` say; UsageError for a bad value."""
-    given = {name: flags[name] for name in _SAMPLING if flags[name] is not None}
-    if flags["greedy"]:
-        if given.get("temperature"):
-            raise UsageError(
-                f"--greedy contradicts --temperature {given['temperature']:g}",
-                fix="leave one of them out",
-            )
-        given["do_sample"] = False
-    return SamplingParams.from_kwargs(flags["preset"], **given)
+@dataclass(frozen=True)
+class SamplingFlags:
+    """The flags of sampling; None = the value of the preset."""
+
+    preset: str = flag(
+        "defaults of the flags below: official = the reference's chat(), "
+        "api = the reference's HTTP server (temperature 0.95, top-p 0.7, max-length 2048)",
+        choices=tuple(PRESETS), default="official",
+    )  # fmt: skip
+    greedy: bool = flag("most likely token at each step (= --temperature 0)", action="store_true")
+    temperature: float | None = _number(
+        "sampling temperature, 0 = greedy (default: 0.8)", short=("--temp",)
+    )
+    top_k: int | None = _integer("sample from the N most likely tokens, 0 = all (default: 50)")
+    top_p: float | None = _number("nucleus sampling: cumulative probability (default: 0.8)")
+    repetition_penalty: float | None = _number("above 1 reduces repetition (default: 1.0 = off)")
+    max_new_tokens: int | None = _integer(
+        "longest answer in tokens (default: up to --max-length)", short=("--max-tokens",)
+    )
+    max_length: int | None = _integer(
+        "context: prompt and answer, in tokens (default: 8192, or what the model has)"
+    )
+    stop: list[str] | None = flag(
+        "stop string: the answer ends before it; may be repeated", action="append", metavar="S"
+    )
+    seed: int | None = _integer("random seed; the same seed gives the same answer (default: 0)")
+    logprobs: int | None = _integer("with --json: log-probabilities and N alternatives")
+    loop_stop: int = _integer(
+        "stop an answer that ends in N repetitions over more than 64 x N tokens, 0 = never",
+        default=0,
+    )
+    num_beams: int | None = _integer("beam search is not supported: only 1 is accepted")
+
+    def params(self) -> SamplingParams:
+        """Return the sampling parameters; UsageError for a bad value."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        preset, greedy = given.pop("preset"), given.pop("greedy")
+        if greedy:
+            if given.get("temperature"):
+                raise UsageError(
+                    f"--greedy contradicts --temperature {self.temperature:g}",
+                    fix="leave one of them out",
+                )
+            given["do_sample"] = False
+        return SamplingParams.from_kwargs(preset, **given)
 
 
 def add_adapter_options(parser: Parser) -> None:
@@ -48,43 +79,6 @@ def add_adapter_options(parser: Parser) -> None:
         help="P-Tuning v2 prefix, as the official repository's training saves it "
         "(checkpoint-3000 with pytorch_model.bin)",
     )  # fmt: skip
-
-
-def add_sampling_options(parser: Parser, *, loop_stop: int = 0) -> None:
-    """Add the flags of sampling; one that is not given has the preset's value, but `--loop-stop`
-    has the given default."""
-    add = parser.add_argument_group("sampling").add_argument
-    number: dict[str, Any] = {"type": float, "metavar": "X"}
-    integer: dict[str, Any] = {"type": int, "metavar": "N"}
-    add(
-        "--preset", choices=tuple(PRESETS), default="official",
-        help="defaults of the flags below: official = the reference's chat(), "
-        "api = the reference's HTTP server (temperature 0.95, top-p 0.7, max-length 2048)",
-    )  # fmt: skip
-    add("--greedy", action="store_true", help="most likely token at each step (= --temperature 0)")
-    add("--temperature", "--temp", **number, help="sampling temperature, 0 = greedy (default: 0.8)")
-    add("--top-k", **integer, help="sample from the N most likely tokens, 0 = all (default: 50)")
-    add("--top-p", **number, help="nucleus sampling: cumulative probability (default: 0.8)")
-    add("--repetition-penalty", **number, help="above 1 reduces repetition (default: 1.0 = off)")
-    add(
-        "--max-new-tokens", "--max-tokens", **integer,
-        help="longest answer in tokens (default: up to --max-length)",
-    )  # fmt: skip
-    add(
-        "--max-length", **integer,
-        help="context: prompt and answer, in tokens (default: 8192, or what the model has)",
-    )  # fmt: skip
-    add(
-        "--stop", action="append", metavar="S",
-        help="stop string: the answer ends before it; may be repeated",
-    )  # fmt: skip
-    add("--seed", **integer, help="random seed; the same seed gives the same answer (default: 0)")
-    add("--logprobs", **integer, help="with --json: log-probabilities and N alternatives")
-    add(
-        "--loop-stop", **integer, default=loop_stop,
-        help="stop an answer that ends in N repetitions over more than 64 x N tokens, 0 = never",
-    )  # fmt: skip
-    add("--num-beams", **integer, help="beam search is not supported: only 1 is accepted")
 
 
 def add_performance_options(

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from glm2_jax.cli.arguments import choose_platform, path_argument, use_utf8
+from glm2_jax.cli.arguments import choose_platform, path_argument
 from glm2_jax.cli.flags import add_model_options
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.processes import join
@@ -57,7 +57,6 @@ def start(
 ) -> int:
     """Parse the flags, train by a class of `train.methods`, and return the exit code; raises
     GLMError for what the user can fix."""
-    use_utf8()
     args = parse(parser, sys.argv[1:] if argv is None else argv)
     choose_platform(args.device)
     with join.start(from_flags(join.Hosts, args), vars(args)):

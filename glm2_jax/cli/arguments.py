@@ -68,14 +68,6 @@ def path_argument(text: str) -> str:
     return text
 
 
-def use_utf8() -> None:
-    """Make standard output and error UTF-8, whatever the locale says (LANG=C, old Windows)."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(encoding="utf-8", errors="replace")
-
-
 def choose_platform(device: str) -> None:
     """Keep jax from initializing an accelerator that is not wanted; call it before jax is there."""
     if device == "cpu" and "jax" not in sys.modules:

@@ -1,7 +1,6 @@
 """The commands of the project by name: `glm2 chat` runs `python -m infer.chat`.
 
-Unlike `python -m`, `glm2` never imports from the working folder, so that a `train.py` or `convert/`
-of the user's does not stand in for ours.
+Unlike `python -m`, it never imports from the working folder, where the user may have a `train.py`.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Paths of the file system, and outputs that appear complete or not at all.
 
-An output is written inside `.NAME.unfinished`, next to its final place, and renamed at the end; a
-folder that it replaces is kept there between two renames. The process that writes holds a lock.
-What a killed process left is restored or removed by the next one that writes NAME.
+An output is written inside `.NAME.unfinished`, next to its final place, under a lock, and renamed;
+a folder that it replaces is kept there meanwhile. The next process that writes NAME restores or
+removes what a killed one left.
 """
 
 import contextlib
@@ -59,7 +59,8 @@ def new_output(
                 fsync(new)
                 if os.path.lexists(destination):
                     check()
-                    destination.rename(work / "old")
+                    if folder:
+                        destination.rename(work / "old")
                 new.rename(destination)
                 fsync(destination.parent)
     except OSError as error:
@@ -218,28 +219,11 @@ def require_file_place(path: str | os.PathLike) -> Path:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file under a temporary name and rename it to `path`, whose mode it keeps.
-
-    InputError: it cannot be written; `path` stays as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-        # Never open to more than in the end.
-        descriptor = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600
-        )
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if mode is not None:
-            temporary.chmod(mode)
-        temporary.replace(path)
-    except OSError as error:
-        raise cannot_write_file(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file, complete or not at all; one that it replaces keeps its mode."""
+    with new_output(path, lambda: None, needed=len(data), folder=False) as new:
+        new.write_bytes(data)
+        if path.exists():
+            new.chmod(stat.S_IMODE(path.stat().st_mode))
 
 
 def cannot_write_file(path: Path, error: OSError) -> InputError:

@@ -1,10 +1,8 @@
 """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end a command at once, whatever it is doing.
 
-Python raises the exception of a signal only between two bytecodes of the main thread: not while a
-program is compiled or runs. Inside a callback of jax, or while an extension module is loaded, the
-exception is lost or becomes another one. Unwinding past a running computation can also crash the
-interpreter. So the process just exits: each answer is written as soon as it is complete, and
-`always` names what must be cleaned up.
+Python raises the exception of a signal only between two bytecodes of the main thread, jax's
+callbacks lose it, and unwinding past a running computation can crash. So the process just exits:
+each answer is written as soon as it is complete, and `always` names what must be cleaned up.
 """
 
 import contextlib

@@ -1,8 +1,6 @@
-"""How every command runs: errors become lines and exit codes.
-
-Answers go to stdout, everything else to stderr. Exit codes: 0 success, 1 unexpected, 2 usage, 3 bad
-input or data, 4 model or checkpoint, 5 out of memory or device, 130 interrupted, 141 output closed,
-143 terminated. How signals end a command is in `glm2_jax.cli.interrupt`.
+"""How every command runs: answers go to stdout, all else to stderr, and errors become lines and
+exit codes: 0 success, 1 unexpected, 2 usage, 3 bad input or data, 4 model or checkpoint, 5 out of
+memory or device, 130 interrupted, 141 output closed, 143 terminated.
 """
 
 import errno
@@ -47,8 +45,8 @@ def run_main(
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:  # a terminal that cannot show a character must not end the run
-            reconfigure(errors="replace")
+        if reconfigure is not None:  # whatever the locale says (LANG=C, old Windows)
+            reconfigure(encoding="utf-8", errors="replace")
     code = _guarded(main, args)
     for stream in (sys.stdout, sys.stderr):
         try:

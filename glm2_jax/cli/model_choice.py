@@ -1,7 +1,5 @@
 """What the flags of a command say about its model and its engine, as values that travel further."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

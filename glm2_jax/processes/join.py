@@ -1,10 +1,7 @@
 """One run of several processes, on several hosts: started together, compared, and ended together.
 
-`jax.distributed` connects the processes and detects clusters (Kubernetes, Slurm, TPU VMs). Nothing
-here imports jax before it must; enter `start` before anything else of jax is used.
+`jax.distributed` connects them and detects clusters. Enter `start` before anything of jax is used.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib

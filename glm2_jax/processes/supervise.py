@@ -1,9 +1,8 @@
 """Supervised commands: an end in C++ is reported in a line.
 
-When another process of its run is lost, or none is found, JAX aborts a process in C++, with a stack
-trace and past every handler of Python. So a command that is one of several runs as a child of a
-supervisor. A socket connects the two: what C++ writes in the child goes into it (Python keeps the
-real stdout and stderr), and when one of the two ends, the other one sees the socket close.
+JAX aborts a process that lost another one in C++, past every handler of Python. So a command that
+is one of several runs as a child of a supervisor. What C++ writes in the child goes into a socket
+between them (Python keeps the real streams), and when one of the two ends, the other sees it close.
 """
 
 from __future__ import annotations

@@ -96,7 +96,6 @@ def parse(
     Raises:
         UsageError: flags contradict each other.
     """
-    arguments.use_utf8()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = result.parse_args(argv)
     models = ("model", "random", *more_models)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from glm2_jax.cli import arguments, flags, interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.parser import Parser, from_flags
+from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.processes import join
 from infer import options
 from infer.engine.loops import LOOP_STOP_DEFAULT
@@ -36,7 +36,8 @@ def parser() -> Parser:
         help="system prompt; ChatGLM2 has no system role: it is put before the first question, "
         "with a newline",
     )  # fmt: skip
-    options.add_sampling_options(result, loop_stop=LOOP_STOP_DEFAULT)
+    default = {"default": LOOP_STOP_DEFAULT}
+    add_flags(result, "sampling", options.SamplingFlags, loop_stop=default)
     performance = options.add_performance_options(result)
     flags.add_mesh_options(performance)
     options.add_speculate(performance)
@@ -50,12 +51,11 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
-    arguments.use_utf8()
     args = parser().parse_args(argv)
     arguments.choose_platform(args.device)
+    sampling = from_flags(options.SamplingFlags, args).params()
     from infer.chat import run
 
-    sampling = options.sampling_params(vars(args))
     return run.run(from_flags(run.Settings, args, sampling=sampling))
 
 

@@ -1,7 +1,5 @@
 """The commands of a chat that change or show the conversation: lines that begin with a slash."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
@@ -11,7 +9,7 @@ from typing import Any
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import InputError, shorten
 from infer.chat import files
-from infer.console import note_speculation, peak_memory
+from infer.console import print_stats
 from infer.engine.params import SamplingParams
 from infer.requests.conversation import Conversation
 
@@ -133,16 +131,11 @@ def _show(value: Any) -> str:
 
 
 def _stats(conversation: Conversation, argument: str) -> None:
-    stats, used = conversation.total, conversation.used()
+    used = conversation.used()
     note(f"turns        {len(conversation.turns)}, {conversation.left_out} left out")
     note(f"tokens       {used} of {conversation.ceiling}, room left {conversation.ceiling - used}")
-    if stats is not None:
-        read, reused = stats.prefill_tokens, stats.reused_tokens
-        note(f"prompts      {read} tokens read, {reused} reused, {stats.prefill_rate:.1f} tokens/s")
-        note(f"answers      {stats.decode_rate:.1f} tokens/s")
-        note_speculation(stats)
-        note(f"compile      {stats.compile_s:.2f} s")
-    note(f"peak memory  {peak_memory()}")
+    if conversation.total is not None:
+        print_stats(conversation.engine.load_s, conversation.total)
 
 
 def _help(conversation: Conversation, argument: str) -> None:

@@ -1,7 +1,5 @@
 """Conversations in files, written atomically and read with care."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -9,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm2_jax.cli.files import real_path, replace_file
+from glm2_jax.cli.files import replace_file, require_file_place
 from glm2_jax.cli.json_input import parse_json
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import GLMError, InputError
@@ -37,7 +35,7 @@ def save(name: str, conversation: Conversation) -> Path:
 
     InputError: it cannot be written, or the file exists and is not a saved conversation.
     """
-    path = real_path(os.path.expanduser(name))
+    path = require_file_place(os.path.expanduser(name))
     if path.exists() and not _is_saved(path):
         raise InputError(
             f"{path} exists and is not a saved conversation",

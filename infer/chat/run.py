@@ -1,7 +1,5 @@
 """What `python -m infer.chat` does once its flags are parsed: read a line, answer it, repeat."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from dataclasses import dataclass
@@ -12,8 +10,7 @@ from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.cli.text_input import EndlessLine
 from glm2_jax.errors import InputError, UsageError
 from infer.chat import commands, files
-from infer.chat.input import Entry, GivenUp, enable_editing, read_entry, read_pipe, read_terminal
-from infer.chat.signals import ChatSignals
+from infer.chat.input import AGAIN, Entry, Terminal, read_entry, read_pipe
 from infer.console import displayed, print_json, print_stats
 from infer.engine.answer import Completion
 from infer.engine.params import SamplingParams
@@ -22,7 +19,6 @@ from infer.requests.exchange import result
 from infer.requests.request import Request
 from infer.startup import note_demo_model, open_engine
 
-_AGAIN = "Ctrl-C again leaves"
 _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
 _ENDINGS = {  # why an answer ended, where that is worth a note
     "loop": "(stopped: the answer repeated itself; /set loop_stop 0 allows it)",
@@ -74,23 +70,21 @@ class Chat:
 
     def __init__(self, settings: Settings, conversation: Conversation):
         self.settings, self.conversation = settings, conversation
-        terminal = sys.stdin is not None and sys.stdin.isatty()
-        self.signals = ChatSignals() if terminal else None
+        self.terminal = Terminal() if sys.stdin is not None and sys.stdin.isatty() else None
         self._stream = sys.stdout.isatty() and not settings.json
 
     def run(self) -> int:
         """Return the exit code."""
-        if self.signals:
-            enable_editing()
+        if self.terminal:
             note("/help lists the commands; stop or Ctrl-D leaves")
         failed = False
         while True:
             try:
-                entry = self._read()
+                entry = self.terminal.read() if self.terminal else read_entry(read_pipe)
                 if entry is None or entry.is_command("stop"):
                     break
                 self._obey(entry)
-            except KeyboardInterrupt:  # the second one with nothing in between
+            except KeyboardInterrupt:
                 note("")
                 note("interrupted")
                 return EXIT_INTERRUPTED
@@ -100,26 +94,7 @@ class Chat:
                 for line in f"error: {error}".splitlines():
                     note(line)
                 failed = True
-        return EXIT_INPUT if failed and not self.signals else 0
-
-    def _read(self) -> Entry | None:
-        """Return the next entry; Ctrl-C drops what was typed, or leaves where it is the second."""
-        if self.signals is None:
-            return read_entry(read_pipe)
-        pressed = self.signals.stop  # the one that ended a reply is the first
-        while True:
-            try:
-                with self.signals.waiting():
-                    return read_entry(read_terminal)
-            except GivenUp:
-                pressed = False
-                note("")
-            except KeyboardInterrupt:
-                if pressed:
-                    raise
-                pressed = True
-                note("")
-                note(f"({_AGAIN})")
+        return EXIT_INPUT if failed and not self.terminal else 0
 
     def _obey(self, entry: Entry) -> None:
         command, conversation = entry.text.strip(), self.conversation
@@ -139,15 +114,15 @@ class Chat:
     def _answer(self, events: Events) -> None:
         """Print an answer: piece by piece on a terminal, else when it is finished."""
         last, text = None, ""
-        if self.signals:
-            self.signals.begin_reply()
+        if self.terminal:
+            self.terminal.begin_reply()
         with contextlib.closing(events):
             try:
                 for event in events:
                     last, text = event, text + event.text
                     if self._stream:
                         print(displayed(event.text), end="", flush=True)
-                    if self.signals and self.signals.stop:
+                    if self.terminal and self.terminal.stop:
                         break
             finally:
                 if self._stream and last is not None:
@@ -165,7 +140,7 @@ class Chat:
             # One answer is one line; an answer of several lines is followed by an empty one.
             print(text + "\n" if "\n" in text else text, flush=True)
         if completion is None:
-            note(f"(stopped{'' if text else ' before the first word'}; {_AGAIN})")
+            note(f"(stopped{'' if text else ' before the first word'}; {AGAIN})")
         elif completion.finish_reason in _ENDINGS:
             note(_ENDINGS[completion.finish_reason])
         elif not text:

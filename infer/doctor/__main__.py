@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from glm2_jax.choices import ROPE_KINDS
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import path_argument, use_utf8
+from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.flags import add_family
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -38,7 +38,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    use_utf8()
     args = parser().parse_args(argv)
     from infer.doctor import run
 

@@ -115,7 +115,6 @@ def _add_tasks(result: Parser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for an expected error."""
-    arguments.use_utf8()
     made = parser()
     args = made.parse_args(argv)
     given = {  # flags that differ from their defaults

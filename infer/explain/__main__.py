@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli import flags, interrupt
 from glm2_jax.cli.arguments import path_argument, positive
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
@@ -118,7 +118,6 @@ def _heads(text: str) -> tuple[tuple[int, int], ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, raises GLMError for what the user can fix."""
-    arguments.use_utf8()
     args = parser().parse_args(argv)
     from infer.explain import run
 

@@ -1,11 +1,8 @@
 """Answer a batch file: lines of similar length together, the answers in the order of the lines.
 
-With an output file the answers are kept in a journal until all are there, so that an interrupted
-run can be continued. Every line has its own random seed, and every run answers the same lines
-together, so the result does not depend on interruptions.
+Every line has its own random seed, and every run answers the same lines together, so the result
+does not depend on interruptions.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -17,7 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from glm2_jax.cli.main import EXIT_INPUT
 from glm2_jax.cli.messages import Progress, note
@@ -26,7 +23,9 @@ from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.escape import json_line
 from glm2_jax.processes import join
 from infer.console import print_stats
-from infer.engine.stats import add_stats, together
+from infer.engine.engine import Engine
+from infer.engine.stats import Stats, add_stats, together
+from infer.generate.options import Settings
 from infer.generate.output import (
     Elsewhere,
     InOrder,
@@ -39,11 +38,6 @@ from infer.generate.output import (
 from infer.requests.exchange import encode, result, warn_beyond_aligned
 from infer.requests.request import Request, Turns, parse_batch
 from infer.startup import open_engine
-
-if TYPE_CHECKING:
-    from infer.engine.engine import Engine
-    from infer.engine.stats import Stats
-    from infer.generate.run import Settings
 
 _BATCHES_AHEAD = 16  # sorted together for a stream, where an answer waits for those before it
 
@@ -61,12 +55,14 @@ def run_batch(settings: Settings, history: Turns) -> int:
 
     A bad line is reported as file:line: reason and left out, which makes the exit code 3.
     """
-    assert settings.batch_file is not None
+    asked = settings.asked
+    assert asked.batch_file is not None
     join.compare()
-    output = check_output(settings) if join.is_first() else None
-    batch = _Batch(settings, STDIN if settings.batch_file == "-" else settings.batch_file)
+    inputs = {"--batch-file": asked.batch_file, "--history": asked.history}
+    output = check_output(settings.out.output, inputs) if join.is_first() else None
+    batch = _Batch(settings, STDIN if asked.batch_file == "-" else asked.batch_file)
     sha256 = hashlib.sha256()
-    with open_input(settings.batch_file) as file:  # before the model is loaded: errors come at once
+    with open_input(asked.batch_file) as file:  # before the model is loaded: errors come at once
         requests = batch.read(read_lines(file, batch.name, sha256.update), history)
     if not requests:
         raise InputError(f"{batch.name} has no prompt that can be answered")
@@ -80,9 +76,9 @@ def run_batch(settings: Settings, history: Turns) -> int:
         engine = load()
         batch.to_file(engine, requests, Elsewhere(join.of_first(None)))
     else:
-        with Journal(output, restart=settings.restart) as journal:
+        with Journal(output, restart=settings.out.restart) as journal:
             journal.check(run)
-            refuse_existing(output, journal, settings.overwrite)
+            refuse_existing(output, journal, settings.out.overwrite)
             engine = load()
             journal.begin(run | _model_facts(engine))
             join.of_first(list(journal.done))
@@ -114,12 +110,12 @@ class _Batch:
         self, lines: Iterable[tuple[int, bytes | InputError]], history: Turns
     ) -> list[tuple[int, Request]]:
         """Return the good lines, each with its number."""
-        good = []
-        for number, request in parse_batch(lines, history, self.settings.system):
+        good, asked = [], self.settings.asked
+        for number, request in parse_batch(lines, history, asked.system):
             if isinstance(request, InputError):
                 self._report(number, request)
             else:
-                good.append((number, request.cleaned() if self.settings.clean_text else request))
+                good.append((number, request.cleaned() if asked.clean_text else request))
         return good
 
     def to_file(
@@ -149,7 +145,7 @@ class _Batch:
         for number, request in requests:
             where = f"{self.name}:{number}"
             try:
-                ids = encode(engine, request, sampling, self.settings.truncate_prompt, where)
+                ids = encode(engine, request, sampling, self.settings.asked.truncate_prompt, where)
             except (InputError, UsageError) as error:
                 self._report(number, error)
                 continue
@@ -190,7 +186,7 @@ class _Batch:
         """Report what became of the lines; returns the exit code."""
         loops = f", {self._loops} stopped because they repeated themselves" if self._loops else ""
         note(f"{self._answered} answered, {self._bad} bad lines{loops}")
-        if self.settings.stats and self._stats is not None:
+        if self.settings.out.stats and self._stats is not None:
             print_stats(self._load_s, self._stats)
         return EXIT_INPUT if self._bad else 0
 
@@ -205,9 +201,9 @@ def _run_facts(settings: Settings, history: Turns, batch_sha256: str) -> dict[st
     return {
         "input": batch_sha256,
         "history": hashlib.sha256(turns).hexdigest() if history else None,
-        "system": settings.system,
-        "clean_text": settings.clean_text,
-        "truncate_prompt": settings.truncate_prompt,
+        "system": settings.asked.system,
+        "clean_text": settings.asked.clean_text,
+        "truncate_prompt": settings.asked.truncate_prompt,
         **dataclasses.asdict(settings.sampling),
     }
 

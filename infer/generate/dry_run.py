@@ -3,8 +3,6 @@
 No weights are read and no device is started.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,10 +1,9 @@
 """Where the answers to a batch file go: a file with a journal, or a stream.
 
-`OUTPUT.partial`, the journal, is kept next to OUTPUT while a batch runs. Its first line says which
-run it belongs to; each other line is an answer, in the order in which they were finished, on the
-disk before the next ones are begun. A killed process leaves complete lines and perhaps the
-beginning of one, which the next run of the same command cuts off. In the end the answers are
-written in the order of the input under another name, renamed to OUTPUT, and the journal is removed.
+The journal, `OUTPUT.partial`, has a line that says which run it belongs to, and a line for each
+answer, on the disk before the next ones are begun. A killed process leaves complete lines and
+perhaps the beginning of one, which the next run cuts off. In the end the answers are written in the
+order of the input, complete or not at all, and the journal is removed.
 """
 
 from __future__ import annotations
@@ -15,15 +14,18 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from glm2_jax.cli.files import cannot_write_file, fsync, require_file_place, writer_lock
+from glm2_jax.cli.files import (
+    cannot_write_file,
+    fsync,
+    new_output,
+    require_file_place,
+    writer_lock,
+)
 from glm2_jax.cli.messages import note
 from glm2_jax.cli.text_input import LARGEST
 from glm2_jax.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from infer.generate.run import Settings
 
 SUFFIX = ".partial"
 _START = b'{"journal": "glm2-jax answers", "version": 1, '
@@ -123,17 +125,10 @@ class Journal:
 
         InputError: the disk is full; the journal stays.
         """
-        ordered = self.path.with_name(self.path.name + ".ordered")
-        try:
-            with ordered.open("wb") as file:
+        size = sum(length + 1 for _, length in self.done.values())
+        with new_output(self.output, lambda: None, needed=size, folder=False) as new:
+            with new.open("wb") as file:
                 file.writelines(self._ordered())
-            fsync(ordered)
-            ordered.replace(self.output)
-        except OSError as error:
-            raise cannot_write_file(ordered, error) from error
-        finally:
-            ordered.unlink(missing_ok=True)
-        fsync(self.output.parent)
         self.path.unlink()
 
     def _ordered(self) -> Iterator[bytes]:
@@ -242,19 +237,18 @@ def is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def check_output(settings: Settings) -> Path | None:
+def check_output(output: str | None, inputs: Mapping[str, str | None]) -> Path | None:
     """Return the output file, links followed; None for standard output.
 
     A pipe or device stays as it was named, since what /dev/stdout leads to need not exist.
     UsageError, InputError: the answers could not be written, or would replace an input.
     """
-    if settings.output in (None, "-"):
+    if output in (None, "-"):
         return None
-    named = Path(settings.output)
+    named = Path(output)
     if is_stream(named) and not named.is_dir():
         return named
     path = require_file_place(named)
-    inputs = {"--batch-file": settings.batch_file, "--history": settings.history}
     for written in (path, path.with_name(path.name + SUFFIX)):
         for name, place in {**inputs, "standard input": 0}.items():
             if place not in (None, "-") and _same_file(written, place):

@@ -1,59 +1,29 @@
 """What `python -m infer.generate` does once its flags are parsed."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from glm2_jax.cli.messages import note
-from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from infer.console import displayed, print_json, print_stats
-from infer.engine.params import SamplingParams
+from infer.engine.engine import Engine
+from infer.generate.options import PromptOptions, Settings
 from infer.requests.exchange import encode, result, warn_beyond_aligned
 from infer.requests.request import Request, read_history, read_prompt
 from infer.startup import note_demo_model, open_engine
 
-if TYPE_CHECKING:
-    from infer.engine.engine import Engine
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The flags of the command, but those of a dry run and of several processes."""
-
-    choice: ModelChoice
-    options: EngineOptions
-    sampling: SamplingParams
-    prompt: str | None
-    prompt_file: str | None
-    batch_file: str | None
-    history: str | None
-    system: str | None
-    clean_text: bool
-    truncate_prompt: int | None
-    batch_size: int
-    output: str | None
-    overwrite: bool
-    restart: bool
-    json: bool
-    stream: bool | None
-    stats: bool
-
 
 def run(settings: Settings) -> int:
     """Answer the prompts that the flags name; returns the exit code."""
-    check_flags(settings)
+    _check_flags(settings)
     note_demo_model(settings.choice)
-    history = () if settings.history is None else read_history(settings.history)
-    if settings.batch_file is not None:
+    history = () if settings.asked.history is None else read_history(settings.asked.history)
+    if settings.asked.batch_file is not None:
         from infer.generate.batch import run_batch
 
         return run_batch(settings, history)
-    request = Request(_prompt_text(settings), history, settings.system)
-    if settings.clean_text:
+    request = Request(_prompt_text(settings.asked), history, settings.asked.system)
+    if settings.asked.clean_text:
         request = request.cleaned()
     contents = {"prompt and history": dataclasses.asdict(request)}
     engine = open_engine(settings.choice, settings.options, contents=contents)
@@ -61,27 +31,27 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def check_flags(settings: Settings) -> None:
+def _check_flags(settings: Settings) -> None:
     """Raise UsageError for flags that have no effect together."""
-    batch = settings.batch_file is not None
-    as_json = settings.json or batch
-    if settings.output is not None and not batch:
+    out, batch = settings.out, settings.asked.batch_file is not None
+    as_json = out.json or batch
+    if out.output is not None and not batch:
         raise UsageError("--output needs --batch-file", fix="use > FILE for a single answer")
-    for flag, given in {"overwrite": settings.overwrite, "restart": settings.restart}.items():
-        if given and settings.output is None:
+    for flag, given in {"overwrite": out.overwrite, "restart": out.restart}.items():
+        if given and out.output is None:
             raise UsageError(f"--{flag} needs --output")
-    if settings.stream and as_json:
+    if out.stream and as_json:
         raise UsageError(f"--stream excludes {'--batch-file' if batch else '--json'}")
     if settings.sampling.logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json")
 
 
-def _prompt_text(settings: Settings) -> str:
-    if settings.prompt_file is not None:
-        return read_prompt(settings.prompt_file)
-    if settings.prompt not in (None, "-"):
-        return settings.prompt
-    if settings.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+def _prompt_text(asked: PromptOptions) -> str:
+    if asked.prompt_file is not None:
+        return read_prompt(asked.prompt_file)
+    if asked.prompt not in (None, "-"):
+        return asked.prompt
+    if asked.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(
             "no prompt",
             "--prompt, --prompt-file and --batch-file are missing, and standard input is a "
@@ -92,11 +62,11 @@ def _prompt_text(settings: Settings) -> str:
 
 
 def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:
-    ids = encode(engine, request, settings.sampling, settings.truncate_prompt, "")
+    ids = encode(engine, request, settings.sampling, settings.asked.truncate_prompt, "")
     warn_beyond_aligned(engine, len(ids), settings.sampling)
-    stream = settings.stream
+    stream = settings.out.stream
     if stream is None:
-        stream = sys.stdout.isatty() and not settings.json
+        stream = sys.stdout.isatty() and not settings.out.json
     # Also without streaming: Ctrl-C then ends the loop after the running step.
     completion = None
     try:
@@ -108,7 +78,7 @@ def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:
         if stream:
             print(flush=True)
     assert completion is not None
-    if settings.json:
+    if settings.out.json:
         print_json(result(engine, request, completion))
     elif not stream:
         print(displayed(completion.text), flush=True)
@@ -116,5 +86,5 @@ def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:
         note("the answer was stopped because it repeated itself (--loop-stop)")
     if completion.finish_reason == "observation":
         note("the model waits for the result of a tool (<|observation|>)")
-    if settings.stats:
+    if settings.out.stats:
         print_stats(engine.load_s, completion.stats)

@@ -1,7 +1,5 @@
 """A conversation: its turns, the prompts that they make, and the answers to new questions."""
 
-from __future__ import annotations
-
 import dataclasses
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Sequence

@@ -26,7 +26,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    arguments.use_utf8()
     args = parser().parse_args(argv)
     arguments.choose_platform(args.device)
     from infer.selftest import run

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -30,36 +29,33 @@ import collections, importlib, json, sys
 import jax
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.split("/")[-1]]))
-status = importlib.import_module(sys.argv[1] + ".__main__").main(sys.argv[2:])
+status = importlib.import_module("infer.generate.__main__").main(sys.argv[1:])
 names = "compile_requests_use_cache", "cache_hits", "cache_misses"
 print(json.dumps([status, *(counts[name] for name in names)]), file=sys.stderr)
 """
 
 
-def start(module: str, cache: Path) -> tuple[list[int], list[str], str]:
-    """One start of a tool with the demo model: (exit code and counts, other lines, answer)."""
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTING, module, "--greedy", "--max-new-tokens", "3", "--stats",
-         "--device", "cpu", "--compile-cache", str(cache)],
-        cwd=ROOT, input="你好\n", capture_output=True, text=True, timeout=300,
-        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"},
-    )  # fmt: skip
-    *lines, counts = done.stderr.splitlines()
-    return json.loads(counts), lines, done.stdout
-
-
 def test_a_second_start_of_the_demo_compiles_nothing(tmp_path):
-    (status, wanted, found, compiled), lines, answer = start("infer.generate", tmp_path)
+    def start():
+        """Give the exit code and counts, other lines, and the answer."""
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTING, "--greedy", "--max-new-tokens", "3", "--stats",
+             "--device", "cpu", "--compile-cache", str(tmp_path)],
+            cwd=ROOT, input="你好\n", capture_output=True, text=True, timeout=300,
+            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"},
+        )  # fmt: skip
+        *lines, counts = done.stderr.splitlines()
+        return json.loads(counts), lines, done.stdout
+
+    (status, wanted, found, compiled), lines, answer = start()
     assert status == found == 0 and wanted == compiled >= 2
     told = [line for line in lines if line.startswith("compiling")]
     assert told == ["compiling prefill 64 (1/2)", "compiling decode 64 (2/2)"]
     assert any(line.startswith("compile ") and line.endswith("2 programs") for line in lines)
-
-    (status, again, found, compiled), lines, same = start("infer.generate", tmp_path)
-    assert (status, again, found, compiled) == (0, wanted, wanted, 0)
+    counts, lines, same = start()
+    assert counts == [0, wanted, wanted, 0] and same == answer
     assert not any(line.startswith("compiling") for line in lines)
     assert any(line.endswith("2 programs, 2 of them kept from before") for line in lines)
-    assert same == answer
 
 
 @pytest.fixture
@@ -68,11 +64,13 @@ def told():
 
 
 def engine_that_tells(told, **kwargs):
-    def tell(kind, text):
-        assert kind == "compile"
-        told.append(text)
+    return toy_engine(on_event=lambda kind, text: told.append(f"{kind}: {text}"), **kwargs)
 
-    return toy_engine(on_event=tell, **kwargs)
+
+def lines(*programs):
+    """The lines about programs that are compiled before a call."""
+    count = len(programs)
+    return [f"compile: compiling {name} ({n}/{count})" for n, name in enumerate(programs, 1)]
 
 
 def test_what_a_call_begins_with_is_compiled_first_and_counted(told, monkeypatch):
@@ -87,15 +85,13 @@ def test_what_a_call_begins_with_is_compiled_first_and_counted(told, monkeypatch
     monkeypatch.setattr(engine.programs, "call", watched)
     call = engine.run([[5] * 140], GREEDY)  # two parts of 64, and the rest
     list(call)
-    assert told == [
-        "compiling read 64 (1/3)", "compiling extend 64 (2/3)", "compiling decode 256 (3/3)",
-    ]  # fmt: skip
+    assert told == lines("read 64", "extend 64", "decode 256")
     assert [name for name, _ in ran][:4] == ["read", "read", "extend", "decode"]
     assert all(count == 3 for _, count in ran)  # nothing ran before all was there
     assert (call.stats.programs, call.stats.programs_kept) == (3, 0)
 
     engine.complete([[5] * 20] * 2, GREEDY)
-    assert told[3:] == ["compiling prefill 2 x 32 (1/2)", "compiling decode_many 2 x 64 (2/2)"]
+    assert told[3:] == lines("prefill 2 x 32", "decode_many 2 x 64")
     *_, last = engine.run([[6] * 139], GREEDY)
     assert len(told) == 5 and last.completion.stats.programs == 0
 
@@ -103,23 +99,21 @@ def test_what_a_call_begins_with_is_compiled_first_and_counted(told, monkeypatch
 def test_an_answer_of_one_token_needs_no_program_for_steps(told, capsys):
     engine = engine_that_tells(told)
     list(engine.run([[5]], SamplingParams(temperature=0, max_new_tokens=1)))
-    assert told == ["compiling prefill 64 (1/1)"]
+    assert told == lines("prefill 64")
     for programs in (" s, 1 program\n", "0.00 s\n"):
         *_, last = engine.run([[5]], GREEDY)
         print_stats(engine.load_s, last.completion.stats)
         assert programs in capsys.readouterr().err
-    assert told[1:] == ["compiling decode 64 (1/1)"]
+    assert told[1:] == lines("decode 64")
 
 
 def test_a_session_counts_what_a_reply_begins_with(told, monkeypatch):
     monkeypatch.setattr("infer.engine.call.ROOM", 8)
     session = Session(engine_that_tells(told))
     list(session.run([5] * 20, GREEDY))
-    assert told == ["compiling extend 64 (1/2)", "compiling decode 64 (2/2)"]
+    assert told == lines("extend 64", "decode 64")
     list(session.run([*session.ids, *[7] * 40], GREEDY))
-    assert told[2:] == [
-        "compiling grow 64 (1/3)", "compiling extend 64 (2/3)", "compiling decode 128 (3/3)",
-    ]  # fmt: skip
+    assert told[2:] == lines("grow 64", "extend 64", "decode 128")
 
 
 def test_compiling_that_fails_can_be_tried_again(told, monkeypatch):
@@ -135,9 +129,8 @@ def test_compiling_that_fails_can_be_tried_again(told, monkeypatch):
     monkeypatch.setattr(Programs, "_compile", failing)
     with pytest.raises(DeviceError, match="out of device memory"):
         list(engine.run([[5]], GREEDY))
-    assert told == ["compiling prefill 64 (1/2)"]
     list(engine.run([[5]], GREEDY))
-    assert told[1:] == ["compiling decode 64 (1/1)"]
+    assert told == [lines("prefill 64", "decode 64")[0], *lines("decode 64")]
 
 
 def test_a_thread_that_compiles_leaves_the_calls_of_others_alone():
@@ -157,23 +150,17 @@ def test_a_thread_that_compiles_leaves_the_calls_of_others_alone():
     assert programs.compiled == 1
 
 
-def test_a_lookup_leaves_the_log_as_it_was(caplog):
+def test_lookups_leave_the_log_as_it_was(caplog):
     log = logging.getLogger("jax._src.compiler")
     before, missed = (log.level, list(log.filters)), []
     with Lookup(lambda: missed.append(1)) as lookup:
         log.debug("Persistent compilation cache hit for 'f' with key 'k'")
         log.error("something else")
-    assert lookup.found and (log.level, list(log.filters)) == before
-    assert [record.message for record in caplog.records] == ["something else"]
+    assert lookup.found and [record.message for record in caplog.records] == ["something else"]
     missed.clear()
     with Lookup(lambda: missed.append(1)) as lookup:  # no cache
         assert missed == [1]
     assert missed == [1] and not lookup.found
-
-
-def test_lookups_of_several_threads_leave_the_log_as_it_was():
-    log = logging.getLogger("jax._src.compiler")
-    before = log.level
 
     def look(_):
         with Lookup(lambda: None):
@@ -181,4 +168,4 @@ def test_lookups_of_several_threads_leave_the_log_as_it_was():
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(look, range(40)))
-    assert log.level == before and not log.filters
+    assert (log.level, list(log.filters)) == before

@@ -113,17 +113,6 @@ def test_lines_that_begin_with_slashes_and_that_continue(chat):
     assert read_entry(lambda prompt: next(lines)) == Entry("one")
 
 
-def test_a_terminal_is_shown_no_control_characters(chat, monkeypatch, capsys):
-    text = "a\x07\x1b[2J\r\x7f\x9b你\tb\nc"
-    monkeypatch.setattr(Conversation, "reply", reply_with(text))
-    for terminal in (True, False):
-        monkeypatch.setattr("sys.stdout.isatty", lambda shown=terminal: shown)
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
-        main([*QUICK, "--greedy"])
-        shown = "a\ufffd\ufffd[2J\ufffd\ufffd\ufffd你\tb\nc\n" if terminal else text + "\n\n"
-        assert capsys.readouterr().out == shown
-
-
 def test_the_oldest_turns_are_left_out_with_a_note(chat):
     lines = "".join(f"问题问题问题问题问题{n}\n" for n in range(12))
     code, out, err = chat(lines + "/stats\n", "--json")

@@ -150,7 +150,7 @@ def test_stats(conversation, command):
     said(conversation.reply("one"))
     used = len(conversation.turns[0].ids)
     shown = command(conversation, "/stats")
-    assert f"{used} of 256, room left {256 - used}" in shown and "reused" in shown
+    assert f"{used} of 256, room left {256 - used}" in shown and "prefill" in shown
     assert "speculation" not in shown
     conversation.total.passes, conversation.total.drafted_tokens = 2, 8
     assert "speculation  0 of 8 draft tokens accepted" in command(conversation, "/stats")

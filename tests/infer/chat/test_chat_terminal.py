@@ -56,34 +56,38 @@ class Terminal:
             **({"stdin": self.slave, "stdout": self.slave, "stderr": self.slave} | streams),
         )
 
-    def type(self, text: str) -> None:
+    def type(self, text: str, *shown: str) -> str:
+        """Presses keys and waits until each of these has been shown; returns what came before the
+        last one."""
         time.sleep(0.2)  # a user is no faster
         os.write(self.master, text.encode())
+        return self.wait_for(*shown)
 
-    def wait_for(self, text: str) -> str:
-        """Reads until this has been shown; returns everything up to it."""
-        deadline = time.monotonic() + PATIENCE
-        while text.encode() not in self._bytes:
-            assert time.monotonic() < deadline, f"{text!r} is not in {self._bytes!r}"
-            if select.select([self.master], [], [], 1)[0]:
-                self._bytes += os.read(self.master, 65536)
-        shown, _, self._bytes = self._bytes.partition(text.encode())
-        return shown.decode(errors="replace")
+    def wait_for(self, *texts: str) -> str:
+        before, deadline = b"", time.monotonic() + PATIENCE
+        for text in map(str.encode, texts):
+            while text not in self._bytes:
+                assert time.monotonic() < deadline, f"{text!r} is not in {self._bytes!r}"
+                if select.select([self.master], [], [], 1)[0]:
+                    self._bytes += os.read(self.master, 65536)
+            before, _, self._bytes = self._bytes.partition(text)
+        return before.decode(errors="replace")
 
     def wait_for_the_answer(self) -> None:
         """Waits for the first bytes of an answer."""
-        self.wait_for("compiling decode")
         self.wait_for("\r\n")
         while not self._bytes:
             self._bytes = os.read(self.master, 65536)
 
     def wait(self) -> int:
-        """The exit code; what is shown meanwhile is read."""
+        """The exit code; what is shown meanwhile is read. The terminal echoes again."""
         deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < deadline:
             if select.select([self.master], [], [], 0.1)[0]:
                 self._bytes += os.read(self.master, 65536)
-        return self.process.wait(timeout=1)
+        code = self.process.wait(timeout=1)
+        assert termios.tcgetattr(self.slave)[3] & termios.ECHO
+        return code
 
     def close(self) -> None:
         self.process.kill()
@@ -98,6 +102,7 @@ def start():
 
     def start(*flags: str, **streams) -> Terminal:
         terminals.append(Terminal(*flags, **streams))
+        terminals[-1].wait_for("> ")
         return terminals[-1]
 
     yield start
@@ -105,74 +110,46 @@ def start():
         terminal.close()
 
 
-def echoes(terminal: Terminal) -> bool:
-    return bool(termios.tcgetattr(terminal.slave)[3] & termios.ECHO)
-
-
 def test_a_conversation_with_wide_characters_and_ctrl_c(model, start, tmp_path):
     terminal = start(*model)
-    terminal.wait_for("/help lists the commands")
-    terminal.wait_for("> ")
-    terminal.type("我很喜欢吃中国的菜，你喜欢吗，谢谢\x7f\x7f\n")
+    terminal.type("我很喜欢吃中国的菜，你喜欢吗，谢谢\x7f\x7f\n", "compiling decode")
     terminal.wait_for_the_answer()
-    terminal.type("\x03")
-    shown = terminal.wait_for("(stopped; Ctrl-C again leaves)")
+    shown = terminal.type("\x03", "(stopped; Ctrl-C again leaves)")
     assert "\x1b" not in shown  # the answer is left to the terminal as it is
     terminal.wait_for("> ")
-    terminal.type("unfinished")
-    terminal.wait_for("unfinished")  # or the terminal would drop it before it is read
-    terminal.type("\x03")  # gives the line up, and is no first one
-    terminal.wait_for("> ")
-    terminal.type("first\\\n")
-    terminal.wait_for(". ")
-    terminal.type("\x03")  # gives up all lines of the question
-    terminal.wait_for("> ")
+    terminal.type("unfinished", "unfinished")  # or the terminal would drop it before it is read
+    terminal.type("\x03", "> ")  # gives the line up, and is no first one
+    terminal.type("first\\\n", ". ")
+    terminal.type("\x03", "> ")  # gives up all lines of the question
     for submitted in ("", "/undoo"):
-        terminal.type("\x03")
-        terminal.wait_for("(Ctrl-C again leaves)")
-        terminal.wait_for("> ")
-        terminal.type(f"{submitted}\n")  # then the next Ctrl-C is a first one again
-        terminal.wait_for("> ")
+        terminal.type("\x03", "(Ctrl-C again leaves)", "> ")
+        terminal.type(f"{submitted}\n", "> ")  # then the next Ctrl-C is a first one again
     saved = tmp_path / "s.json"
-    terminal.type(f"/save {saved}\n")
-    terminal.wait_for("saved 1 turn")
-    terminal.wait_for("> ")
+    terminal.type(f"/save {saved}\n", "saved 1 turn", "> ")
     ((question, answer),) = json.loads(saved.read_text())["history"]
     assert question == "我很喜欢吃中国的菜，你喜欢吗，"
     assert answer and len(answer) < LONG
-    terminal.type("\x03")
-    terminal.wait_for("(Ctrl-C again leaves)")
-    terminal.wait_for("> ")
-    terminal.type("\x03")
-    terminal.wait_for("interrupted")
-    assert terminal.wait() == 130 and echoes(terminal)
-
-
-def test_a_line_that_is_not_utf8_and_ctrl_c_in_a_reply_and_once_more(model, start):
-    terminal = start(*model)
-    terminal.wait_for("> ")
-    os.write(terminal.master, b"\xc4\xe3\n")
-    terminal.wait_for("this line is not UTF-8 text")
-    terminal.wait_for("> ")
     terminal.type("hi\n")
     terminal.wait_for_the_answer()
-    terminal.type("\x03")
-    terminal.wait_for("(stopped; Ctrl-C again leaves)")
-    terminal.wait_for("> ")
-    terminal.type("\x03")
-    terminal.wait_for("interrupted")
-    assert terminal.wait() == 130 and echoes(terminal)
+    terminal.type("\x03", "(stopped; Ctrl-C again leaves)", "> ")
+    terminal.type("\x03", "interrupted")
+    assert terminal.wait() == 130
+
+
+def test_a_line_that_is_not_utf8_and_ctrl_c_twice(model, start):
+    terminal = start(*model)
+    os.write(terminal.master, b"\xc4\xe3\n")
+    terminal.wait_for("this line is not UTF-8 text", "> ")
+    terminal.type("\x03", "(Ctrl-C again leaves)", "> ")
+    terminal.type("\x03", "interrupted")
+    assert terminal.wait() == 130
 
 
 def test_only_answers_where_standard_output_is_no_terminal(model, start, tmp_path):
     with open(tmp_path / "out", "w") as out:
         terminal = start(*model, "--max-new-tokens", "3", stdout=out)
-        terminal.wait_for("> ")
-        terminal.type("hi\n")
-        terminal.wait_for("cut off")
-        terminal.wait_for("> ")
-        terminal.type("clear\n")
-        terminal.wait_for("> ")
+        terminal.type("hi\n", "cut off", "> ")
+        terminal.type("clear\n", "> ")
         terminal.type("\x04")
         assert terminal.wait() == 0
     written = (tmp_path / "out").read_text()
@@ -181,21 +158,20 @@ def test_only_answers_where_standard_output_is_no_terminal(model, start, tmp_pat
 
 def test_a_closed_terminal_ends_it_and_is_given_back(model, start):
     terminal = start(*model)
-    terminal.wait_for("> ")
     terminal.process.send_signal(signal.SIGHUP)
-    assert terminal.wait() == 143 and echoes(terminal)
+    assert terminal.wait() == 143
 
 
 def test_a_second_ctrl_c_ends_a_reply_that_does_not_stop():
     code = (
         "import time\n"
-        "from infer.chat.signals import ChatSignals\n"
-        "signals = ChatSignals()\n"
-        "with signals.replying():\n"
-        "    print('ready', flush=True)\n"
-        "    while not signals.stop: time.sleep(0.01)\n"
-        "    print('seen', flush=True)\n"
-        "    while True: time.sleep(1)\n"
+        "from infer.chat.input import Terminal\n"
+        "terminal = Terminal()\n"
+        "terminal.begin_reply()\n"
+        "print('ready', flush=True)\n"
+        "while not terminal.stop: time.sleep(0.01)\n"
+        "print('seen', flush=True)\n"
+        "while True: time.sleep(1)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -206,25 +182,8 @@ def test_a_second_ctrl_c_ends_a_reply_that_does_not_stop():
         text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "seen\n"
-    process.send_signal(signal.SIGINT)
+    for line in ("ready\n", "seen\n"):
+        assert process.stdout.readline() == line
+        process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=PATIENCE) == ("", "interrupted\n")
     assert process.returncode == 130
-
-
-def test_in_a_pipe_a_signal_ends_it(model):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "infer.chat", *model],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("computing in")
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert (out, process.returncode) == ("", 130)

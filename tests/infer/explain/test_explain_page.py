@@ -223,7 +223,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(walk, tmp_path, monkeypatch):
     def full(self, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(InputError, match="cannot write"):
         write_page(file, walk, made_values())
     assert file.read_text("utf-8") == make_page(walk, None)

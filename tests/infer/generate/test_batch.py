@@ -310,7 +310,8 @@ def test_killed_between_the_last_two_steps(command, output, monkeypatch):
     assert command() == 0
     monkeypatch.setattr(Path, "unlink", unlink)
     expected = output.read_bytes()
-    output.with_name("out.jsonl.partial.ordered").write_bytes(b"torn")
+    output.with_name(".out.jsonl.unfinished").mkdir()
+    output.with_name(".out.jsonl.unfinished").joinpath("new").write_bytes(b"torn")
     assert command() == 0  # output and journal are there, and belong together
     assert not command.asked and output.read_bytes() == expected
     assert sorted(os.listdir(output.parent)) == ["in.jsonl", "out.jsonl"]

@@ -144,7 +144,7 @@ def test_a_full_disk_keeps_what_is_whole(output, path, written, monkeypatch, aft
 def test_an_end_that_fails_keeps_the_journal(output, path, written, monkeypatch):
     with Journal(output) as journal:
         journal.begin(RUN)
-        monkeypatch.setattr(Path, "replace", lambda *args: 1 / 0)
+        monkeypatch.setattr(Path, "rename", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             journal.finish()
     assert os.listdir(output.parent) == ["out.jsonl.partial"] and path.read_bytes() == written

@@ -2,7 +2,6 @@
 
 import io
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,25 +9,18 @@ from glm2_jax.cli.text_input import read_lines
 from glm2_jax.errors import InputError
 from infer.requests.request import Request, parse_batch, parse_line, read_history, read_prompt
 
-CHINESE = "今天天气怎么样？请写一首关于春天的诗。"
 
-
-def test_prompts_lose_the_end_of_their_last_line_alone(tmp_path, monkeypatch):
-    stdin = SimpleNamespace(buffer=io.BytesIO(f"{CHINESE}\r\n".encode()))
-    monkeypatch.setattr("sys.stdin", stdin)
-    assert read_prompt("-") == CHINESE
-    (tmp_path / "a").write_text("def f():\n\n")
-    assert read_prompt(str(tmp_path / "a")) == "def f():\n"
-
-
-def test_history_files(tmp_path):
-    path = tmp_path / "history.json"
-    path.write_text(json.dumps([["你好", "你好！"]]), encoding="utf-8")
-    assert read_history(str(path)) == (("你好", "你好！"),)
+def test_prompts_and_history_files(tmp_path):
+    path = str(tmp_path / "a")
+    for text, prompt in (("天气\r\n", "天气"), ("def f():\n\n", "def f():\n")):
+        (tmp_path / "a").write_bytes(text.encode())
+        assert read_prompt(path) == prompt
+    (tmp_path / "a").write_text(json.dumps([["你好", "你好！"]]), encoding="utf-8")
+    assert read_history(path) == (("你好", "你好！"),)
     for bad in ("{}", '["ab"]', '[["a"]]', '[["a", "b", "c"]]', '[["a", 1]]', "[[", "[" * 9**5):
-        path.write_text(bad)
-        with pytest.raises(InputError, match=r'(?s)history\.json.*\[\["question", "answer"\]'):
-            read_history(str(path))
+        (tmp_path / "a").write_text(bad)
+        with pytest.raises(InputError, match=r'(?s)/a: .*\[\["question", "answer"\]'):
+            read_history(path)
 
 
 def test_lines_with_and_without_values_for_the_flags():
