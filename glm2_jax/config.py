@@ -7,7 +7,7 @@ from typing import Any
 
 from glm2_jax.choices import FAMILIES, ROPE_KINDS
 from glm2_jax.errors import CheckpointError, shorten
-from glm2_jax.family import config_signs, decide_family, named_family, tokenizer_signs
+from glm2_jax.family import config_signs, decide_family, named_family
 
 MAX_SIZE = 2**31 - 1  # positions and ids are int32
 
@@ -136,15 +136,13 @@ class GLMConfig:
         cls,
         raw: Mapping[str, Any],
         *,
-        tokenizer_config: Mapping[str, Any] | None = None,
         rope_kind: str | None = None,
         family: str | None = None,
     ) -> "GLMConfig":
         """Read a parsed `config.json`, with the published keys and our own.
 
-        Unknown keys that do not change the mathematics are ignored. A parsed
-        `tokenizer_config.json` may show the family if the configuration does not. `rope_kind` and
-        `family` override what the files say.
+        Unknown keys that do not change the mathematics are ignored. `rope_kind` and `family`
+        override what the file says.
 
         Raises:
             CheckpointError: another model, a key whose value this implementation does not
@@ -164,8 +162,7 @@ class GLMConfig:
                 )
         family = family or raw.get("family")
         if family is None:
-            signs = [*config_signs(raw), *tokenizer_signs(tokenizer_config or {})]
-            family = decide_family(signs, "config.json")
+            family = decide_family(config_signs(raw), "config.json")
         for name in ("eos_token_id", "pad_token_id"):  # of a list the first; null = the default
             value = raw.get(name)
             value = value[0] if isinstance(value, list) and value else value

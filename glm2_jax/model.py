@@ -41,7 +41,10 @@ def _weight(module: nn.Module, name: str, *shape: int) -> jax.Array | QTensor:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once.
+
+    Source: RMSNorm of the published modeling_chatglm.py.
+    """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * weight.astype(jnp.float32)).astype(x.dtype)

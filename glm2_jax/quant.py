@@ -71,7 +71,7 @@ def dequantize(weight: QTensor, rows: int) -> jax.Array:
 
 
 def dequantize_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
-    """Return the float32 weight [*rows, *columns], whose last axis is `cut` over so many devices.
+    """Return the float32 weight [*rows, *columns]; its last axis is cut into `cut` pieces.
 
     Nothing moves between devices: where a group of columns is on two of them, its scale is repeated
     for smaller groups.

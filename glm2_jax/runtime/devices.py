@@ -16,20 +16,6 @@ from glm2_jax.mesh import AXES, make_mesh, parse_mesh
 Shortage = tuple[str, str]  # needed and free; what fits instead
 
 
-def find_mesh(mesh: str | None, device: str = "auto") -> Mesh | None:
-    """Return the mesh of the flags --mesh and --device; None = one device of this one process."""
-    if mesh is not None:
-        return as_mesh(mesh, device)
-    # In this order, since the second starts jax's devices.
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return None
-    raise UsageError(
-        "several processes need --mesh or --tp",
-        "The mesh says how their devices share the work.",
-        f"Use for example --mesh data={jax.device_count()}.",
-    )
-
-
 def find_device(name: Any) -> Any:
     """Return the first device of a kind, one of `choices.DEVICES`; None = "auto".
 
@@ -52,12 +38,22 @@ def find_device(name: Any) -> Any:
         raise DeviceError(f"no device {name!r} was found", reason, fix) from error
 
 
-def as_mesh(mesh: Any, device: Any = None) -> Mesh:
-    """Return a mesh of all devices of a kind, which `find_device` takes.
+def find_mesh(mesh: Any, device: Any = None) -> Mesh | None:
+    """Return a mesh of all devices of a kind, as `find_device` takes it; None = one device.
 
     The mesh is a text such as "data=2,tensor=4", axis -> size, or a `jax.sharding.Mesh`, which is
-    checked. Raises UsageError if it is not valid or takes more or fewer devices than there are.
+    checked. Raises UsageError if it is not valid or takes more or fewer devices than there are, or
+    if there are several processes and no mesh.
     """
+    if mesh is None:
+        # In this order, since the second starts jax's devices.
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
+            return None
+        raise UsageError(
+            "several processes need --mesh or --tp",
+            "The mesh says how their devices share the work.",
+            f"Use for example --mesh data={jax.device_count()}.",
+        )
     if isinstance(mesh, Mesh):
         if device not in (None, "auto"):
             raise UsageError(

@@ -76,8 +76,6 @@ def build_followup(tokenizer: Tokenizer, query: str, round_number: int) -> list[
     merges, so only the dummy prefix has to go. If a tokenizer merges newlines, so that no such
     suffix exists, it raises CheckpointError. `round_number` is 2 or more.
     """
-    if round_number < 2:
-        raise ValueError(f"round {round_number} has no follow-up, build the complete prompt")
     _check_turns(query, (), None)
     ids = tokenizer.encode(f"\n\n[Round {round_number}]\n\n问：{query}\n\n答：")
     if tokenizer.adds_dummy_prefix and tokenizer.piece(ids[0]) == SPACE_MARK:

@@ -19,7 +19,7 @@ from convert.hub.find import find_model
 from convert.loading.checkpoint import Checkpoint
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
-from glm2_jax.runtime.devices import as_mesh, device_errors, faster_layers, find_device
+from glm2_jax.runtime.devices import device_errors, faster_layers, find_device, find_mesh
 from infer.engine.engine import Engine
 from infer.engine.programs import OnEvent
 from infer.memory.shortage import when_loading
@@ -85,7 +85,7 @@ def load(
         prefix=None if prefix is None else os.fspath(prefix),
     )  # fmt: skip
     if mesh is not None:
-        mesh, device = as_mesh(mesh, device), None
+        mesh, device = find_mesh(mesh, device), None
     folder = _find(path, source, revision)
     options = EngineOptions(max_length, prefill_chunk, speculate)
     where: dict[str, Any] = {"mesh": mesh, "device": device}

@@ -97,23 +97,14 @@ def test_impossible_values_are_refused_by_name(key, values):
         assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize(
-    ("own_name", "tokenizer_name", "family", "kind"),
-    [
-        ("THUDM/chatglm2-6b-32k", None, "chatglm2", "linear"),
-        ("/data/models/ChatGLM3-6B-32K", None, "chatglm3", "base"),
-        (None, "THUDM/chatglm3-6b-128k", "chatglm3", "base"),
-        # The int4 folder's tokenizer_config names the first generation: config.json decides.
-        ("THUDM/chatglm2-6b", "THUDM/chatglm-6b", "chatglm2", "linear"),
-    ],
-)
-def test_family_and_meaning_of_the_ratio(own_name, tokenizer_name, family, kind):
-    raw = {**CHATGLM2, "_name_or_path": own_name, "rope_ratio": 16}
-    config = GLMConfig.from_hf(raw, tokenizer_config={"name_or_path": tokenizer_name})
-    assert (config.family, config.rope_kind, config.rope_ratio) == (family, kind, 16.0)
-
-
-def test_without_a_name_the_keys_or_the_flags_decide():
+def test_family_and_meaning_of_the_ratio():
+    """By the name; without one, the keys or the flags decide."""
+    for name, family, kind in (
+        ("THUDM/chatglm2-6b-32k", "chatglm2", "linear"),
+        ("/data/models/ChatGLM3-6B-32K", "chatglm3", "base"),
+    ):
+        config = GLMConfig.from_hf({**CHATGLM2, "_name_or_path": name, "rope_ratio": 16})
+        assert (config.family, config.rope_kind, config.rope_ratio) == (family, kind, 16.0)
     raw = {**CHATGLM2, "_name_or_path": "my-model", "rope_ratio": 16}
     with pytest.raises(CheckpointError, match="--rope-scaling"):
         GLMConfig.from_hf(raw)

