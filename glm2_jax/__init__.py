@@ -49,6 +49,8 @@ _MODULES = {
     "text.tokenizer": "Tokenizer",
 }
 
+__all__ = [name for names in _MODULES.values() for name in names.split()]  # pyright: ignore[reportUnsupportedDunderAll]
+
 
 def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
