@@ -20,8 +20,8 @@ from infer.memory.precision import Precision, flags
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import (
     TINY,
+    official_tensors,
     quantized_tensors,
-    split,
     write_official,
     write_quantized,
 )
@@ -47,12 +47,9 @@ def leaf(params, part, layer):
 
 def assert_params(params, exact, atol=0.0):
     """The params are those of official tensors, name -> float32."""
-    for rule in PUBLISHED:
-        for layer in rule.layers(TINY):
-            for path, expected in split(rule, TINY, exact[rule.full_name(layer)]).items():
-                found = params[path[0]]
-                found = found if layer is None else found[path[1]][layer]
-                np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol)
+    found = official_tensors(TINY, params, "float32")
+    for name, expected in exact.items():
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
