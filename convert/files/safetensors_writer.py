@@ -78,14 +78,10 @@ def write_shards(
     *,
     framework: str = "np",
 ) -> dict[str, FileEntry]:
-    """Write tensors as one file, or as shards with an index; return name -> size and checksum.
+    """Write tensors in order as one file, or as shards with an index: name -> size and checksum.
 
-    Args:
-        folder: exists.
-        entries: the tensors, in the order they are written.
-        max_shard_size: bytes; a single larger tensor gets a shard of its own.
-        progress: called with the bytes written and to write.
-        framework: whose tensors the files say they hold; transformers wants "pt".
+    `progress` is called with the bytes written and to write; `framework` is whose tensors the files
+    say they hold: transformers wants "pt".
     """
     shards = divide(entries, max_shard_size)
     count, total = len(shards), sum(entry.nbytes for entry in entries)

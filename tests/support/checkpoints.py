@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert import save_checkpoint
-from convert.layouts.names import PARTS, PUBLISHED, SCALE, Rule
+from convert.layouts.names import PARTS, PUBLISHED, SCALE
 from glm2_jax import Tokenizer
 from glm2_jax.config import GLMConfig
 from glm2_jax.quant import pack_int4
@@ -67,47 +67,25 @@ def random_params(config: GLMConfig, seed: int = 0) -> dict[str, Any]:
 
 
 def official_tensors(
-    config: GLMConfig, params: Mapping[str, Any], dtype: str = "float16"
+    config: GLMConfig, params: dict[str, Any], dtype: str = "float16"
 ) -> dict[str, np.ndarray]:
     """Our parameters under the published names, fused as published, with the unused inv_freq."""
-    flat = {part.path: _at(params, part.path) for part in PARTS}
     frequencies = np.arange(config.head_dim // 4, dtype=np.float32)
     tensors = {"transformer.rotary_pos_emb.inv_freq": frequencies}
     for rule in PUBLISHED:
         for layer in rule.layers(config):
-            parts = {
-                part.path: np.asarray(flat[part.path] if layer is None else flat[part.path][layer])
-                for part in rule.parts
-            }
-            tensors[rule.full_name(layer)] = join(rule, config, parts)
+            leaves = [(params | params["layers"])[part.path[-1]] for part in rule.parts]
+            parts = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
+            flat = np.concatenate([part.reshape(-1) for part in parts])
+            tensors[rule.full_name(layer)] = flat.reshape(rule.shape(config))
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     return {name: array.astype(kind) for name, array in tensors.items()}
-
-
-def split(rule: Rule, config: GLMConfig, array: np.ndarray) -> dict[tuple[str, ...], np.ndarray]:
-    """A stored tensor [rows, ...] as our parameters of one layer."""
-    return {
-        part.path: array.reshape(-1)[start:stop].reshape(part.shape(config))
-        for part, start, stop in rule.ranges(config)
-    }
-
-
-def join(rule: Rule, config: GLMConfig, parts: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
-    """Our parameters of one layer as the stored tensor; the inverse of `split`."""
-    flat = [np.asarray(parts[part.path]).reshape(-1) for part in rule.parts]
-    return np.concatenate(flat).reshape(rule.shape(config))
-
-
-def _at(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    for key in path:
-        params = params[key]
-    return params
 
 
 def write_official(
     folder: Path,
     config: GLMConfig = TINY,
-    params: Mapping[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
     *,
     kind: str = "bin",
     shards: int = 2,

@@ -172,22 +172,18 @@ def test_parts_of_a_hub_cache(tmp_path):
         assert find_model(root / path.partition("/snapshots")[0]) == root / path
 
 
-@pytest.mark.parametrize(
-    ("value", "name"),
-    [
+def test_other_quantization_configs(tmp_path):
+    export_folder(open_folder(write_official(tmp_path / "a")), tmp_path / "glm", layout="glm")
+    for value, name in (
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"load_in_4bit": True}, "bitsandbytes"),
         ("fp8", "fp8"),
-    ],
-)
-def test_other_quantization_configs(tmp_path, value, name):
-    write_official(tmp_path / "a", raw={"quantization_config": value})
-    export_folder(open_folder(write_official(tmp_path / "b")), tmp_path / "glm", layout="glm")
-    edit_json(tmp_path / "glm" / "config.json", quantization_config=value)
-    for folder in (tmp_path / "a", tmp_path / "glm"):
-        assert f"quantization_config: {name} is not supported" in refusal(folder).what
-    write_official(tmp_path / "c", raw={"quantization_config": {}})
-    assert open_folder(tmp_path / "c").config == TINY
+    ):
+        for folder in (tmp_path / "a", tmp_path / "glm"):
+            edit_json(folder / "config.json", quantization_config=value)
+            assert f"quantization_config: {name} is not supported" in refusal(folder).what
+    edit_json(tmp_path / "a" / "config.json", quantization_config={})
+    assert open_folder(tmp_path / "a").config == TINY
 
 
 @pytest.mark.parametrize(
@@ -214,14 +210,11 @@ def test_names_tell_the_cause(tmp_path, names, what):
         assert len(str(error).splitlines()) <= 12
 
 
-def test_shapes_and_a_missing_head(tmp_path):
-    head, rows = "transformer.output_layer.weight", TINY.vocab_size + 64
+def test_a_missing_head(tmp_path):
+    head = "transformer.output_layer.weight"
     tensors = {name: array for name, array in TENSORS.items() if name != head}
     error = refusal(write_official(tmp_path / "head", tensors=tensors))
     assert error.what == "These weights have no output layer." and head in error.fix
-    error = refusal(write_official(tmp_path / "rows", raw={"padded_vocab_size": rows}))
-    assert error.what.startswith("The tensors do not fit")
-    assert f"{head} is ({TINY.vocab_size}, 32) instead of ({rows}, 32)" in error.why
 
 
 def test_configurations_of_other_weights(tmp_path):

@@ -15,7 +15,6 @@ from tests.support.checkpoints import (
     TINY,
     official_tensors,
     random_params,
-    split,
     tiny_config,
     write_official,
 )
@@ -57,16 +56,12 @@ def test_official_layouts(tmp_path, kind, shards, dtype):
 
 def test_rows_are_split_as_published():
     """q, k, v follow each other in query_key_value; gate comes before up."""
-    weights = (rule for rule in PUBLISHED if len(rule.shape(TINY)) == 2)
-    table = {rule.name.split(".")[-2]: rule for rule in weights}
-    rows = np.arange(64)[:, None].repeat(32, axis=1)
-    parts = {path[1]: part for path, part in split(table["query_key_value"], TINY, rows).items()}
-    assert parts["q"][1, 2, 0] == 10
-    assert parts["k"][0, 0, 0] == 32 and parts["k"][1, 7, 0] == 47
-    assert parts["v"][0, 0, 0] == 48
-    rows = np.arange(96)[:, None].repeat(32, axis=1)
-    gate_up = split(table["dense_h_to_4h"], TINY, rows)["layers", "gate_up"]
-    assert gate_up[0, 5, 0] == 5 and gate_up[1, 5, 0] == 53
+    rules = {rule.name.split("layers.{layer}.")[-1]: rule for rule in PUBLISHED}
+    ranges = rules["self_attention.query_key_value.weight"].ranges(TINY)
+    rows = [(part.path[1], start // 32, stop // 32) for part, start, stop in ranges]
+    assert rows == [("q", 0, 32), ("k", 32, 48), ("v", 48, 64)]
+    (gate_up,) = rules["mlp.dense_h_to_4h.weight"].parts
+    assert gate_up.shape(TINY) == (2, 48, 32)
 
 
 def test_the_table_agrees_with_the_model_and_the_published_index():

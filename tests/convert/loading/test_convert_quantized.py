@@ -20,8 +20,8 @@ from infer.memory.precision import Precision, flags
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import (
     TINY,
+    official_tensors,
     quantized_tensors,
-    split,
     write_official,
     write_quantized,
 )
@@ -34,9 +34,10 @@ def load(folder, **kwargs):
     return load_checkpoint(folder, dtype="float32", **kwargs)
 
 
-def as_lists(tree):
-    """Nested dictionaries and lists of what is in the arrays, to compare trees."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def leaf(params, part, layer):
@@ -46,12 +47,9 @@ def leaf(params, part, layer):
 
 def assert_params(params, exact, atol=0.0):
     """The params are those of official tensors, name -> float32."""
-    for rule in PUBLISHED:
-        for layer in rule.layers(TINY):
-            for path, expected in split(rule, TINY, exact[rule.full_name(layer)]).items():
-                found = params[path[0]]
-                found = found if layer is None else found[path[1]][layer]
-                np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol)
+    found = official_tensors(TINY, params, "float32")
+    for name, expected in exact.items():
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +75,9 @@ def test_quantized_folders_stay_as_they_are_or_are_dequantized(tmp_path, bits, k
             scales = np.concatenate([np.asarray(weight.scale).reshape(-1) for weight in found])
             np.testing.assert_array_equal(scales, tensors[full + "_scale"].astype(np.float32))
     stacked = load(tmp_path / "source").params
-    for index, weights in enumerate(checkpoint.params["layers"]):
-        one = jax.tree.map(lambda x, i=index: x[i], stacked["layers"])
-        assert as_lists(weights) == as_lists(one)
     manifest = convert_folder(open_folder(tmp_path / "source"), tmp_path / "own")
     assert manifest.quantization == name
-    assert as_lists(load(tmp_path / "own").params) == as_lists(stacked)
+    assert_same(load(tmp_path / "own").params, stacked)
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
@@ -122,7 +117,7 @@ def test_quantized_while_loading_and_converting(tmp_path, name, embeddings, monk
     verify_checkpoint(tmp_path / "own")
     stored = load(tmp_path / "own", layers="list")
     assert stored.summary.layout == f"own {name}"
-    assert as_lists(stored.params) == as_lists(loaded.params)
+    assert_same(stored.params, loaded.params)
     size = plan_conversion(folder, None, name, embeddings).nbytes
     assert size < stored.summary.bytes_on_disk and size < plan_conversion(folder).nbytes
     unpacked = load(tmp_path / "own", layers="list", quantize="none").params
@@ -175,7 +170,7 @@ def test_rows_of_the_scale_zero_are_rows_of_zeros(tmp_path, bits):
     export_folder(open_folder(tmp_path / "a"), tmp_path / "b", layout="chatglm")
     export_folder(open_folder(tmp_path / "own"), tmp_path / "glm", layout="glm", dtype="float32")
     for name in ("own", "b"):
-        assert as_lists(load(tmp_path / name).params) == as_lists(small)
+        assert_same(load(tmp_path / name).params, small)
     plain = load(tmp_path / "glm", rope_kind="linear").params
     for tokens, lora in (([[5, 60, 3, 7]], None), ([[5, 60, 3, 7]], random_lora(TINY)),
                          ([[5]], random_lora(TINY))):  # fmt: skip
