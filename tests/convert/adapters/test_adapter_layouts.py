@@ -158,6 +158,19 @@ def test_adapters_of_q_k_and_v_become_one_of_their_ranks_together(tmp_path):
         np.testing.assert_allclose(delta, expected[module], rtol=1e-5, atol=1e-6)
 
 
+def test_equal_a_matrices_share_their_ranks(tmp_path):
+    folder = native_folder(tmp_path / "glm", modules=("q_proj", "k_proj", "v_proj"))
+    tensors = load_file(folder / WEIGHTS)
+    for layer in range(TINY.num_layers):
+        q, v = (f"{BLOCK}.{layer}.self_attn.{x}_proj.lora_A.weight" for x in "qv")
+        tensors[v] = tensors[q]
+    adapter = load_adapter(replaced(folder, tensors), TINY)
+    assert adapter.rank("query_key_value") == 4  # of q and v together, and of k
+    assert_same_deltas(adapter.lora, folder)
+    save_adapter(tmp_path / "back", adapter, layout="glm")
+    assert_same_deltas(adapter.lora, tmp_path / "back")
+
+
 def test_layers_without_an_adapter(tmp_path):
     folder = native_folder(tmp_path / "glm", modules=("q_proj",), only=[1])
     assert "missing: lora_A of model.layers.0.self_attn.q_proj" in refusal(folder)
