@@ -30,34 +30,37 @@ from tests.support.commands import exit_code
 
 run = partial(exit_code, to_peft.main)
 same_lora = partial(jax.tree.map, np.testing.assert_array_equal)
-NATIVE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+# The matrices of GlmForCausalLM: their block, and our target and part.
+NATIVE = {
+    "q_proj": ("self_attn", ("query_key_value", "q")),
+    "k_proj": ("self_attn", ("query_key_value", "k")),
+    "v_proj": ("self_attn", ("query_key_value", "v")),
+    "o_proj": ("self_attn", ("dense", "b")),
+    "gate_up_proj": ("mlp", ("dense_h_to_4h", "b")),
+    "down_proj": ("mlp", ("dense_4h_to_h", "b")),
+}
 BLOCK = "base_model.model.model.layers"
 
 
-def native_shapes(config, module, rank):
-    """The shapes of A and B of a matrix of GlmForCausalLM, from its configuration alone."""
-    D, F = config.hidden_size, config.ffn_hidden_size
-    heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    rows, columns = {
-        "q_proj": (heads, D), "k_proj": (groups, D), "v_proj": (groups, D),
-        "o_proj": (D, heads), "gate_up_proj": (2 * F, D), "down_proj": (D, F),
-    }[module]  # fmt: skip
-    return {"A": (rank, columns), "B": (rows, rank)}
+def stored_name(layer, module, side):
+    return f"{BLOCK}.{layer}.{NATIVE[module][0]}.{module}.lora_{side}.weight"
 
 
 def native_folder(
-    folder, config=TINY, modules=NATIVE, rank=2, ranks=None, *, dtype="float32", only=None, **raw
+    folder, c=TINY, modules=(*NATIVE,), rank=2, ranks=None, *, dtype="float32", only=None, **raw
 ):
     """An adapter as PEFT writes it for GlmForCausalLM, random numbers; `only`: in these layers."""
-    random = np.random.default_rng(5)
-    ranks = ranks or {}
-    tensors = {
-        f"{BLOCK}.{layer}.{'self_attn' if module[0] in 'qkvo' else 'mlp'}.{module}"
-        f".lora_{side}.weight": random.standard_normal(shape, np.float32).astype(np.dtype(dtype))
-        for layer in only or range(config.num_layers)
-        for module in modules
-        for side, shape in native_shapes(config, module, ranks.get(module, rank)).items()
-    }
+    random, ranks, tensors = np.random.default_rng(5), ranks or {}, {}
+    D, F = c.hidden_size, c.ffn_hidden_size
+    heads, groups = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    sizes = [(heads, D), (groups, D), (groups, D), (D, heads), (2 * F, D), (D, F)]
+    sizes = dict(zip(NATIVE, sizes, strict=True))
+    for layer in only or range(c.num_layers):
+        for module in modules:
+            (rows, columns), R = sizes[module], ranks.get(module, rank)
+            for side, shape in (("A", (R, columns)), ("B", (rows, R))):
+                array = random.standard_normal(shape, np.float32).astype(np.dtype(dtype))
+                tensors[stored_name(layer, module, side)] = array
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS)
     known = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "rank_pattern": ranks}
@@ -82,34 +85,24 @@ def native_deltas(folder, config=TINY):
     raw, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     found = {}
     for module in raw["target_modules"]:
-        block = "self_attn" if module[0] in "qkvo" else "mlp"
         rank = raw.get("rank_pattern", {}).get(module, raw["r"])
         alpha = raw.get("alpha_pattern", {}).get(module, raw["lora_alpha"])
         scale = alpha / (rank**0.5 if raw.get("use_rslora") else rank)
         a, b = (
-            np.stack([
-                np.float64(tensors[f"{BLOCK}.{layer}.{block}.{module}.lora_{side}.weight"])
-                for layer in range(config.num_layers)
-            ])
+            np.stack([tensors[stored_name(x, module, side)] for x in range(config.num_layers)])
             for side in "AB"
-        )  # fmt: skip
+        )
         assert a.shape[1] == b.shape[2] == rank
-        found[module] = scale * b @ a
+        found[module] = scale * b.astype(np.float64) @ a.astype(np.float64)
     return found
 
 
 def assert_same_deltas(lora, folder, config=TINY):
     """An adapter of ours and a folder of PEFT add the same; what is absent there is zero here."""
-    ours, theirs = deltas(lora), native_deltas(folder, config)
-    places = {
-        ("query_key_value", "q"): "q_proj", ("query_key_value", "k"): "k_proj",
-        ("query_key_value", "v"): "v_proj", ("dense", "b"): "o_proj",
-        ("dense_h_to_4h", "b"): "gate_up_proj", ("dense_4h_to_h", "b"): "down_proj",
-    }  # fmt: skip
-    assert theirs.keys() <= {places[place] for place in ours}
-    for place, delta in ours.items():
-        expected = theirs.get(places[place], np.zeros_like(delta))
-        np.testing.assert_allclose(delta, expected, rtol=1e-6, atol=1e-6)
+    ours = deltas(lora)
+    for module, delta in native_deltas(folder, config).items():
+        np.testing.assert_allclose(ours.pop(NATIVE[module][1]), delta, rtol=1e-6, atol=1e-6)
+    assert not any(delta.any() for delta in ours.values())
 
 
 def test_a_fused_adapter_comes_apart(tmp_path):
@@ -225,8 +218,8 @@ def test_any_adapter_of_ours_goes_and_comes_back(
 @given(
     **SHAPES,
     rank=st.integers(1, 3),
-    ranks=st.dictionaries(st.sampled_from(NATIVE), st.integers(1, 4)),
-    modules=st.sets(st.sampled_from(NATIVE), min_size=1),
+    ranks=st.dictionaries(st.sampled_from(list(NATIVE)), st.integers(1, 4)),
+    modules=st.sets(st.sampled_from(list(NATIVE)), min_size=1),
     dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
 )
 def test_any_adapter_of_theirs_comes_and_goes_back(
