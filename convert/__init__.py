@@ -6,38 +6,29 @@ Names are imported when they are first used, so that `--help` does not wait for 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from convert.files.manifest import verify_checkpoint
-    from convert.loading.checkpoint import Checkpoint, CheckpointSummary, load_checkpoint
-    from convert.loading.folder import open_folder
-    from convert.writing.gguf import export_gguf
-    from convert.writing.own import save_checkpoint
-    from convert.writing.pytorch import export_folder
+if TYPE_CHECKING:  # "as": a public name of this package
+    from convert.files.manifest import verify_checkpoint as verify_checkpoint
+    from convert.loading.checkpoint import Checkpoint as Checkpoint
+    from convert.loading.checkpoint import CheckpointSummary as CheckpointSummary
+    from convert.loading.checkpoint import load_checkpoint as load_checkpoint
+    from convert.loading.folder import open_folder as open_folder
+    from convert.writing.gguf import export_gguf as export_gguf
+    from convert.writing.own import save_checkpoint as save_checkpoint
+    from convert.writing.pytorch import export_folder as export_folder
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointSummary",
-    "export_folder",
-    "export_gguf",
-    "load_checkpoint",
-    "open_folder",
-    "save_checkpoint",
-    "verify_checkpoint",
-]
-
+# Module -> the public names that it defines.
 _MODULES = {
-    "Checkpoint": "loading.checkpoint",
-    "CheckpointSummary": "loading.checkpoint",
-    "export_folder": "writing.pytorch",
-    "export_gguf": "writing.gguf",
-    "load_checkpoint": "loading.checkpoint",
-    "open_folder": "loading.folder",
-    "save_checkpoint": "writing.own",
-    "verify_checkpoint": "files.manifest",
+    "files.manifest": "verify_checkpoint",
+    "loading.checkpoint": "Checkpoint CheckpointSummary load_checkpoint",
+    "loading.folder": "open_folder",
+    "writing.gguf": "export_gguf",
+    "writing.own": "save_checkpoint",
+    "writing.pytorch": "export_folder",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"convert.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"convert.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,9 @@
 """`python -m convert.random DST`: write a checkpoint folder of real shapes with random weights.
 
-For measuring what needs a model's size and not its knowledge: memory, loading, speed. The layout,
-the names and the order are those of the published folders. The norms are ones, the rest is normal
-with the standard deviation 0.02, so that activations stay finite at any depth.
-
-Drawing six billion numbers would take longer than writing them. So one block of a few million is
-drawn, and the pieces of each tensor are copied from random places in it: numbers repeat, tensors
-do not. Memory is that block, whatever the size of the folder.
+The layout, the names and the order are those of the published folders. The norms are ones, the rest
+is normal with the standard deviation 0.02, so that activations stay finite at any depth. Drawing
+six billion numbers would take longer than writing them: one block of a few million is drawn, and
+the pieces of each tensor are copied from random places in it. Memory is that block.
 """
 
 import itertools

@@ -8,7 +8,7 @@ fused matrix has one A, and a B for each of its parts. Models name their matrice
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,12 +86,6 @@ class Layout:
         found = [x for x in self.modules if match and x.path == match[2]]
         return ((found[0], int(match[1])), match[3]) if match and found else None
 
-    def inside(self) -> "Layout":
-        """Return the layout of the model without its head, which can be adapted, too."""
-        outer = self.block.partition(".")[0] + "."
-        ends = tuple(name.removeprefix(outer) for name in self.ends)
-        return dataclasses.replace(self, block=self.block.removeprefix(outer), ends=ends)
-
 
 def _layout(name: str, rules: Sequence[Rule], usual: tuple[str, ...] = ()) -> Layout:
     """Return the names of the matrices, in layers and at both ends, that rules give them."""
@@ -111,13 +105,6 @@ LAYOUTS = {
     "chatglm": _layout("chatglm", PUBLISHED, ("query_key_value",)),
     "glm": _layout("glm", GLM),
 }
-
-
-def layout_of(names: Iterable[str]) -> Layout:
-    """Return the layout that knows most of the names of stored tensors."""
-    names = list(names)
-    known = [form for x in LAYOUTS.values() for form in (x, x.inside())]
-    return max(known, key=lambda layout: sum(map(bool, map(layout.find, names))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +225,8 @@ def join_tensors(
         CheckpointError: NaN or infinity, or tensors that are missing, unexpected, or of a wrong
             shape or type.
     """
-    layout = layout_of(tensors)
+    # The layout that knows most of the names.
+    layout = max(LAYOUTS.values(), key=lambda x: sum(map(bool, map(x.find, tensors))))
     places = layout.places(config.num_layers)
     chosen = peft.choose(list(places), ends=layout.ends, usual=layout.usual)
     _refuse_ends(path, layout, tensors, chosen)

@@ -37,13 +37,13 @@ class Client(ABC):
     variable: str  # the environment variable that sets the endpoint
     login: str  # what to do to log in
     revision: str  # the branch, tag or commit that was asked for
-    commit: str  # the revision that is used, known after `list_files`
+    commit: str  # the revision that is used, better known after `list_files`
     cache: Path  # folder of the hub's cache
     offline: str | None = None  # the environment variable that forbids the network, if it is set
 
     @abstractmethod
-    def cached_folder(self) -> Path | None:
-        """Return the folder of an earlier download, without using the network."""
+    def cached(self, file: str) -> Path | None:
+        """Return where a file of an earlier download is, without using the network."""
 
     @abstractmethod
     def list_files(self) -> dict[str, int]:

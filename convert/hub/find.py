@@ -81,9 +81,9 @@ def find_model(
     if source is not None and clients[0].offline is None:
         return _fetch(clients[0])
     for client in clients:
-        folder = client.cached_folder()
-        if folder is not None:
-            return _complete(folder, client)
+        found = client.cached("config.json")
+        if found is not None:
+            return _complete(found.parent, client)
     why = "The network is used only if a source is named."
     fix = "Check the path; or use --source hf or --source modelscope (source=...) to download it."
     if source is not None:

@@ -39,17 +39,18 @@ class HuggingFace(Client):
     login = "run `hf auth login` or set HF_TOKEN"
 
     def __init__(self, name: str, revision: str | None):
-        self.name, self.revision, self.commit = name, revision or "main", ""
+        self.name, self.revision = name, revision or "main"
+        self.commit = self.revision
         self.endpoint, self.cache = constants.ENDPOINT, Path(constants.HF_HUB_CACHE)
         self.offline = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else None
         self.sizes: dict[str, int] = {}
         self.sums: dict[str, str] = {}  # sha256 of the large files
 
-    def cached_folder(self) -> Path | None:
-        found = None
+    def cached(self, file: str) -> Path | None:
         with suppress(errors.HFValidationError):  # a name that the hub gives to no model
-            found = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
-        return Path(found).parent if isinstance(found, str) else None
+            found = try_to_load_from_cache(self.name, file, revision=self.commit)
+            return Path(found) if isinstance(found, str) else None
+        return None
 
     def list_files(self) -> dict[str, int]:
         with self.calling():
@@ -88,8 +89,7 @@ class HuggingFace(Client):
         return self.not_found() if isinstance(error, _NOT_FOUND) else super().explain(error)
 
     def _is_here(self, file: str) -> bool:
-        linked = try_to_load_from_cache(self.name, file, revision=self.commit)
-        return isinstance(linked, str) or (file in self.sums and self._blob(file).exists())
+        return bool(self.cached(file)) or (file in self.sums and self._blob(file).exists())
 
     def _blob(self, file: str) -> Path:
         """Return where the cache keeps a large file: under its sha256, as the client documents."""

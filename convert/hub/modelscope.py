@@ -25,11 +25,7 @@ class ModelScope(Client):
         self.endpoint = self.api.legacy.endpoint
         self.files: dict[str, FileInfo] = {}
 
-    def cached_folder(self) -> Path | None:
-        path = self._cached("config.json")
-        return path.parent if path is not None else None
-
-    def _cached(self, file: str) -> Path | None:
+    def cached(self, file: str) -> Path | None:
         with suppress(errors.HubError, ValueError):
             return self.api.download_file(
                 self.name, "model", file, revision=self.revision, local_files_only=True
@@ -45,7 +41,7 @@ class ModelScope(Client):
         return {path: file.size for path, file in self.files.items()}
 
     def bytes_here(self, file: str) -> int:
-        path = self._cached(file)
+        path = self.cached(file)
         return min(path.stat().st_size, self.files[file].size) if path is not None else 0
 
     def fetch(self, files: Collection[str], count: Count) -> Path:

@@ -29,9 +29,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, name: str = "someone/tiny"):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.name = folder, name
-        self.url = (
-            f"http://127.0.0.1:{self.server_address[1]}"  # of HF_ENDPOINT or MODELSCOPE_ENDPOINT
-        )
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
         # (method, file or other path, first byte asked for) in their order.
         self.requests: list[tuple[str, str, int]] = []
         # file -> how often its connection is cut after half of what was asked for

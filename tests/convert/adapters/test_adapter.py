@@ -306,7 +306,7 @@ def test_an_adapted_checkpoint_is_another_model(tmp_path, base):
 
 def test_the_command_line(tmp_path, base, capsys):
     flags = ["--model", str(base), "--adapter", str(tmp_path), "--prompt", "hi", "--greedy"]
-    flags += ["--max-new-tokens", "2", "--compile-cache", "off", "--dtype", "fp32"]
+    flags += ["--max-new-tokens", "1", "--compile-cache", "off", "--dtype", "fp32"]
     save_adapter(tmp_path, Adapter(trained(), base="another"))
     with pytest.raises(GLMError) as error:
         generate.main(flags)

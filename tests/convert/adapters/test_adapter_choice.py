@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
 from convert.adapters.tensors import LAYOUTS
 from convert.layouts.peft_config import CONFIG, read_peft_config
-from tests.convert.adapters.test_adapter import WEIGHTS, changed, refusal, replaced, trained
+from tests.convert.adapters.test_adapter import WEIGHTS, changed, refusal, trained
 from tests.convert.adapters.test_adapter_layouts import deltas, native_folder
 from tests.support.checkpoints import TINY
 from tests.support.peft_oracle import oracle_of
@@ -135,17 +135,3 @@ def test_all_linear_is_all_but_the_head_and_nothing_is_the_default(tmp_path):
     assert found.targets == ("query_key_value",)
     native = native_folder(tmp_path / "glm", target_modules=None)
     assert "target_modules = None is not valid" in refusal(native)
-
-
-def test_an_adapter_of_the_model_inside(tmp_path):
-    """Trained on ChatGLMModel: names, and so expressions, begin one part later."""
-    save_adapter(tmp_path, Adapter(trained(targets="attn")))
-    expected = load_adapter(tmp_path, TINY).lora
-    tensors = load_file(tmp_path / WEIGHTS)
-    inner = {name.replace("transformer.", ""): x for name, x in tensors.items()}
-    pattern = r"encoder\.layers\.\d+\..*query_key_value"
-    changed(replaced(tmp_path, inner), lambda raw: raw.update(target_modules=pattern))
-    found = load_adapter(tmp_path, TINY, apart=True)
-    jax.tree.map(np.testing.assert_array_equal, found.lora, expected)
-    save_adapter(tmp_path / "again", found)
-    assert load_file(tmp_path / "again" / WEIGHTS).keys() == inner.keys()

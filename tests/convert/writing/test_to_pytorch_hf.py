@@ -28,8 +28,7 @@ TOLERANCE = 2e-4
 TOKENS = np.random.default_rng(3).integers(3, 400, (2, 12))
 
 SHAPES = {
-    "one group, odd ffn": {"num_kv_heads": 1, "ffn_hidden_size": 51},
-    "positions divided": {"rope_ratio": 16.0, "rope_kind": "linear"},
+    "positions divided": {"rope_ratio": 16.0, "rope_kind": "linear", "num_kv_heads": 1},
     "base multiplied": {"rope_ratio": 50.0, "rope_kind": "base", "family": "chatglm3"},
 }
 
