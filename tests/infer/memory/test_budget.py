@@ -1,6 +1,7 @@
 """What fits into memory: the check at the start, advice, the sheet of a dry run, and errors."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import pytest
@@ -127,7 +128,8 @@ def test_the_share_of_a_gpu_comes_from_the_plan():
     here = Budget("a card", "gpu", 22 * GIB, present=gpu)
     plan = Plan(SIX, INT4, 8192)
 
-    def share(plan: Plan, budget: Budget = here, **environment: str) -> dict[str, str]:
+    def share(plan: Plan, budget: Budget = here, **mine: Any) -> dict[str, str]:
+        environment = dict(mine)
         set_gpu_share(budget, plan, environment)
         return environment
 
