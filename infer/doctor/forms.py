@@ -34,27 +34,28 @@ class Model:
         return min(DEFAULT_CONTEXT, self.config.seq_length)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a model could compute, and its forms there, the preferred first."""
+def forms(model: Model, machine: Machine) -> tuple[tuple[Budget, Plan], ...]:
+    """Return every form of a model where this machine can compute, the preferred first: none, if
+    jax does not work.
 
-    budget: Budget
-    forms: tuple[Plan, ...]
-
-    @property
-    def best(self) -> Plan | None:
-        """The first form that fits."""
-        return next((form for form in self.forms if self.budget.fits(form)), None)
-
-
-def places(model: Model, machine: Machine) -> tuple[Place, ...]:
-    """Return where this machine can compute, the fastest first: nowhere, if jax does not work."""
-    budgets = []
+    The fastest device comes first. Wider weights are preferred, since they are the model as it was
+    trained; but float32 comes last on a device with fast 16-bit numbers. A quantized folder is best
+    left as it is.
+    """
+    found = []
     if machine.jax.devices and machine.jax.devices[0].platform != "cpu":
-        budgets.append(_accelerator(machine, machine.jax.devices[0]))
+        budget = _accelerator(machine, machine.jax.devices[0])
+        widest, *narrower = precisions(budget.half, model.scheme)
+        found += [(budget, precision) for precision in (*narrower, widest)]
     if machine.jax.works or (machine.jax_on_cpu is not None and machine.jax_on_cpu.works):
-        budgets.append(Budget("processor", "cpu", machine.memory.usable))
-    return tuple(Place(budget, _forms(model, budget)) for budget in budgets)
+        budget = Budget("processor", "cpu", machine.memory.usable)
+        found += [(budget, precision) for precision in precisions(budget.half, model.scheme)]
+    if model.scheme is not None:
+        found.sort(key=lambda form: (form[0].platform == "cpu", form[1].quantize is None))
+    return tuple(
+        (budget, Plan(model.config, precision, model.context, platform=budget.platform))
+        for budget, precision in found
+    )
 
 
 def _accelerator(machine: Machine, device: Device) -> Budget:
@@ -67,22 +68,6 @@ def _accelerator(machine: Machine, device: Device) -> Budget:
     older = device.platform == "gpu" and re.match(r"[0-7]\.", device.capability)
     half = "float16" if older else "bfloat16"
     return Budget(device.kind, device.platform, memory, half=half)
-
-
-def _forms(model: Model, budget: Budget) -> tuple[Plan, ...]:
-    """Return every form of a model at a place.
-
-    Wider weights are preferred, since they are the model as it was trained; but float32 comes last
-    on a device with fast 16-bit numbers. A quantized folder is best left as it is.
-    """
-    choices = list(precisions(budget.half, model.scheme))
-    if budget.platform != "cpu":
-        choices.append(choices.pop(0))  # float32
-    if model.scheme is not None:
-        choices.sort(key=lambda choice: choice.quantize is None)
-    return tuple(
-        Plan(model.config, choice, model.context, platform=budget.platform) for choice in choices
-    )
 
 
 def command(model: Model, machine: Machine, form: Plan | None) -> str:

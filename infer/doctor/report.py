@@ -15,7 +15,9 @@ from glm2_jax.cli.tables import fold
 from glm2_jax.escape import join_lines
 from glm2_jax.runtime.machine import Machine
 from infer.doctor.checkup import Finding, examine
-from infer.doctor.forms import Model, Place, command, places
+from infer.doctor.forms import Model, command, forms
+from infer.memory.budget import Budget
+from infer.memory.plan import Plan
 from infer.memory.precision import flags
 
 _MARK = 9  # columns of the mark, so that texts are aligned
@@ -33,23 +35,22 @@ class Report:
         return examine(self.machine)
 
     @cached_property
-    def places(self) -> tuple[Place, ...]:
-        return places(self.model, self.machine)
+    def forms(self) -> tuple[tuple[Budget, Plan], ...]:
+        return forms(self.model, self.machine)
 
     @cached_property
-    def best(self) -> Place | None:
-        """The place whose best form is recommended; None where none fits."""
-        return next((place for place in self.places if place.best), None)
+    def best(self) -> Plan | None:
+        """The form that is recommended; None where none fits."""
+        return next((form for budget, form in self.forms if budget.fits(form)), None)
 
     @property
     def command(self) -> str:
         """What to type next; "" where jax does not work at all."""
-        form = self.best and self.best.best
-        return command(self.model, self.machine, form) if self.places else ""
+        return command(self.model, self.machine, self.best) if self.forms else ""
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.places else EXIT_DEVICE
+        return 0 if self.forms else EXIT_DEVICE
 
     @property
     def problems(self) -> int:
@@ -78,25 +79,23 @@ def _paragraphs(report: Report) -> Iterator[tuple[str, str | None]]:
         yield "", None
     model = report.model
     yield f"What fits: {model.name}, with room for {model.context:,} tokens", ""
-    for place in report.places:
-        memory = place.budget.memory
+    for budget in dict.fromkeys(budget for budget, _ in report.forms):
+        memory = budget.memory
         usable = "memory unknown" if memory is None else f"{human_size(memory)} to use"
-        yield f"  {place.budget.name}, {usable}:", "  "
-        for form in place.forms:
-            fits = {True: "fits", False: "too large", None: "try it"}[place.budget.fits(form)]
+        yield f"  {budget.name}, {usable}:", "  "
+        for form in (form for place, form in report.forms if place == budget):
+            fits = {True: "fits", False: "too large", None: "try it"}[budget.fits(form)]
             yield f"    {form.precision.name:<9} {human_size(form.total):>8}  {fits}", None
     yield "", None
-    if not report.places:
+    if not report.forms:
         yield "Nothing can be computed until jax works: fix the problem above first.", ""
         return
-    if report.best is None or report.best.best is None:
-        yield (
-            f"No dtype or quantization of {model.name} fits here. The bundled demo model does:",
-            "",
-        )
+    if report.best is None:
+        text = f"No dtype or quantization of {model.name} fits here. The bundled demo model does:"
+        yield text, ""
     else:
-        name = report.best.best.precision.name
-        yield f"Best here: {name} on {report.best.budget.name}. Type:", ""
+        name = next(budget.name for budget, form in report.forms if form is report.best)
+        yield f"Best here: {report.best.precision.name} on {name}. Type:", ""
     yield f"  {report.command}", None
     if report.problems:
         yield "Run the doctor again when the problems are fixed.", ""
@@ -104,8 +103,7 @@ def _paragraphs(report: Report) -> Iterator[tuple[str, str | None]]:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return the same facts for programs."""
-    model, best = report.model, report.best and report.best.best
-    budget = ("platform", "memory", "name")
+    model, place = report.model, ("platform", "memory", "name")
     return {
         "machine": dataclasses.asdict(report.machine),
         "findings": {
@@ -121,17 +119,16 @@ def as_json(report: Report) -> dict[str, Any]:
         "forms": [
             {
                 "precision": dataclasses.asdict(form.precision),
-                "place": {name: getattr(place.budget, name) for name in budget},
+                "place": {name: getattr(budget, name) for name in place},
                 "flags": flags(form.precision, model.scheme),
                 "weights": form.weights,
                 "cache": form.cache,
                 "needs": form.total,
-                "fits": place.budget.fits(form),
+                "fits": budget.fits(form),
             }
-            for place in report.places
-            for form in place.forms
+            for budget, form in report.forms
         ],
-        "best": best and best.precision.name,
+        "best": report.best and report.best.precision.name,
         "command": report.command,
         "exit_code": report.exit_code,
     }

@@ -143,10 +143,6 @@ class MeshCost:
     trained: int  # with Adam: float32 parameters, gradients, moments, and the copy that computes
     steps: Mapping[str, Step]  # by name
 
-    @property
-    def devices(self) -> int:
-        return math.prod(self.sizes.values())
-
 
 def mesh_cost(
     config: GLMConfig,
@@ -263,8 +259,9 @@ def report(cost: MeshCost) -> list[str]:
         return "" if size < card.memory else " (too much)"
 
     weights, cache = human_size(cost.weights), human_size(cost.cache)
+    devices = math.prod(cost.sizes.values())
     lines = [
-        f"mesh {mesh_text(cost.sizes)} of {cost.devices} x {links.name}: {cost.precision.name}, "
+        f"mesh {mesh_text(cost.sizes)} of {devices} x {links.name}: {cost.precision.name}, "
         f"{cost.batch:,} x {cost.length:,} tokens",
         f"each device ({human_size(card.memory)}, {card.bandwidth / 1e9:,.0f} GB/s, "
         f"{links.flops / 1e12:,.0f} TFLOP/s, {links.link * links.ring / 1e9:,.0f} GB/s around a "

@@ -128,12 +128,8 @@ def test_the_int4_file():
 
 
 def test_values_of_the_configuration():
-    assert CONFIG.ffn_hidden_size * 2 == 27392 and CONFIG.vocab_size == 64794 + 230
     chat = SamplingParams()
     assert (chat.temperature, chat.top_k, chat.top_p) == (0.8, 50, 0.8)
-    ratios = {name: PRESETS[name].rope_ratio for name in PRESETS}
-    assert ratios["chatglm2-6b-32k"] == 16 and PRESETS["chatglm2-6b-32k"].rope_kind == "linear"
-    assert (ratios["chatglm3-6b-32k"], ratios["chatglm3-6b-128k"]) == (50, 500)
     raw = CONFIG.to_hf()  # a switch for flash attention does nothing
     assert GLMConfig.from_hf(raw | {"use_flash_attention": True}) == GLMConfig.from_hf(raw)
 

@@ -93,8 +93,8 @@ def texts(report: Report, *marks: str) -> str:
 
 def best(report: Report) -> str:
     """The form that is recommended."""
-    assert report.best is not None and report.best.best is not None
-    return report.best.best.precision.name
+    assert report.best is not None
+    return report.best.precision.name
 
 
 def check(machine: Machine, model: Model | None = None) -> Report:
@@ -120,7 +120,7 @@ def test_a_laptop_is_offered_the_demo_model():
     assert report.problems == 0 and report.exit_code == 0 and report.best is None
     assert report.command == "python -m infer.generate --prompt 你好"
     shown = render(report, 100)
-    for form in report.places[0].forms:
+    for _, form in report.forms:
         size = human_size(form.total)
         assert f"{form.precision.name:<9} {size:>8}  too large" in shown
     assert "No dtype or quantization of a 6B model fits here" in shown
@@ -152,7 +152,7 @@ def test_memory_decides_the_form(machine, flags):
 def test_a_model_of_its_own():
     model = open_model(ModelChoice(str(demo_folder())))
     report = check(with_memory(2), model)
-    form = report.best and report.best.best
+    form = report.best
     assert form is not None and form.precision.name == "float32"
     assert form.weights == 4 * model.config.num_params
     assert "--model 'my model' " in command(changed(model, folder="my model"), LAPTOP, form)
@@ -220,7 +220,7 @@ def test_a_variable_that_jax_cannot_use():
 
 def test_jax_that_does_not_work():
     report = check(without_jax("crashed with signal 4 (at: import jax)"))
-    assert report.exit_code == 5 and report.command == "" and report.places == ()
+    assert report.exit_code == 5 and report.command == "" and report.forms == ()
     said = texts(report, "problem")
     assert "signal 4" in said and "python -m venv fresh" in said
     assert "Nothing can be computed" in render(report, 100)

@@ -127,7 +127,8 @@ def test_the_share_of_a_gpu_comes_from_the_plan():
     here = Budget("a card", "gpu", 22 * GIB, present=gpu)
     plan = Plan(SIX, INT4, 8192)
 
-    def share(plan: Plan, budget: Budget = here, **environment: str) -> dict[str, str]:
+    def share(plan: Plan, budget: Budget = here, name: str | None = None) -> dict[str, str]:
+        environment = {} if name is None else {name: "x"}
         set_gpu_share(budget, plan, environment)
         return environment
 
@@ -135,7 +136,7 @@ def test_the_share_of_a_gpu_comes_from_the_plan():
     assert name == "XLA_PYTHON_CLIENT_MEM_FRACTION"
     assert (plan.total - plan.runtime) / gpu.total < float(text) < 0.3
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
-        assert share(plan, **{name: "x"}) == {name: "x"}  # the user's own
+        assert share(plan, name=name) == {name: "x"}  # the user's own
     (text,) = share(Plan(SIX, BF16, 32768, 64)).values()
     assert float(text) == pytest.approx(0.95, abs=0.002)
     assert share(plan, Budget("this processor", "cpu", GB)) == {}

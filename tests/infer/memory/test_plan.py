@@ -14,10 +14,16 @@ from infer.engine import steps
 from infer.engine.sampling import Sampling
 from infer.engine.steps import verify
 from infer.memory.compile_for import peak_bytes
-from infer.memory.plan import Plan, cache_bytes, largest_context, rate_bound, weight_bytes
+from infer.memory.plan import (
+    Plan,
+    cache_bytes,
+    largest_context,
+    program_bytes,
+    rate_bound,
+    weight_bytes,
+)
 from infer.memory.precision import Precision, precisions
 from infer.memory.shares import abstract_params, total_bytes
-from infer.memory.temporaries import program_bytes
 from tests.support.mesh_shapes import compiled, device
 
 SIX = PRESETS["chatglm2-6b"]
