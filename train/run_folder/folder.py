@@ -27,23 +27,14 @@ _IDENTITY, _NEW, _LOCK, _RECIPE = "run.json", "run.json.new", ".lock", "recipe.y
 class RunFolder:
     """The output folder of one run, locked while it is open. A context manager.
 
-    Of several processes only the first writes into it; all read it.
+    Of several processes only the first writes into it; all read it. UsageError where it holds other
+    files, a run of another identity, or any run with `resume="none"`.
 
     Args:
         path: made if it is missing.
         resume: "auto" resumes the run that is there, if any; "none" refuses one.
         identity: what the result depends on, as JSON values: name -> value.
         checkpoints: another folder for the checkpoints, also in object storage.
-
-    Attributes:
-        state: the folder of the training's checkpoints.
-        best: the folder of the best checkpoint by validation, for runs that may stop early.
-        log: the path of the log, where no other was given.
-
-    Raises:
-        UsageError: the folder holds a run and `resume` is "none", or a run with another identity,
-            or other files.
-        InputError: another process has it open, or it cannot be written.
     """
 
     def __init__(
@@ -57,7 +48,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = absolute(path if checkpoints is None else checkpoints)
         self.state, self.best = self.checkpoints / "state", self.checkpoints / "best"
-        self.log = self.path / "log.jsonl"
+        self.log = self.path / "log.jsonl"  # where no other was given
         self._elsewhere = self.checkpoints != absolute(self.path)
         self._identity = json.loads(json.dumps(identity))  # as it is read back
         with contextlib.ExitStack() as opened:
