@@ -18,10 +18,11 @@ _WINDOW = 32  # steps whose sequences are sorted by length together
 
 
 def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Return the rows to learn from, and a random share of the rows for validation.
+    """Return the rows to learn from, and a random share of the rows for validation; UsageError if
+    one of the two has none.
 
     All sequences of a row stay together, also those of a file that is given twice; general rows are
-    never taken for validation. Raises UsageError if the share leaves one of the two without rows.
+    never taken for validation.
     """
     own = max(group.stop for group in dataset.groups if not group.general)
     ids = dataset.row_ids()

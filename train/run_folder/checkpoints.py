@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from glm2_jax.cli.main import is_out_of_memory
 from glm2_jax.errors import CheckpointError, InputError
-from train.run_folder.storage import absolute, using
+from train.run_folder.folder import absolute, using
 
 
 class Checkpoints:
@@ -27,7 +27,7 @@ class Checkpoints:
     InputError says what could not be written; older checkpoints stay.
 
     Args:
-        folder: made if it is missing; also in object storage, see `train.run_folder.storage`.
+        folder: made if it is missing; also in object storage.
         keep: how many of the newest are kept.
     """
 

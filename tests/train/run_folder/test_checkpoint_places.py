@@ -13,8 +13,7 @@ from glm2_jax.processes import join
 from train import lora
 from train.options import checkpoint_place
 from train.run_folder.checkpoints import Checkpoints
-from train.run_folder.folder import RunFolder
-from train.run_folder.storage import check_shared
+from train.run_folder.folder import RunFolder, check_shared
 
 RUN = {"command": "train.lora", "lr": 0.1}
 
