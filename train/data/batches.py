@@ -71,7 +71,7 @@ class Batches:
         width = limit if self.pack else bucket(max(lengths), limit)
         filled = [row if n % size in self._wanted else row[:0] for n, row in enumerate(rows)]
         samples = [[self.dataset.sample(index) for index in row.tolist()] for row in filled]
-        flat = make_batch([[(x.ids, x.learned) for x in row] for row in samples], width)
+        flat = make_batch(samples, width)
         batch = jax.tree.map(lambda x: x.reshape(*self.shape, width), flat)
         sources = [self.dataset.source(index) for row in rows for index in row.tolist()]
         return Step(batch, sources, sum(lengths))

@@ -8,7 +8,6 @@ import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from typing import NamedTuple
 
@@ -29,13 +28,11 @@ MAX_SHOWN = 20  # bad rows that are shown without --check-data
 _RANGES = 20  # ranges of rows that a line lists
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A token sequence to learn from."""
 
     ids: list[int]  # the tokens
     learned: list[bool]  # for each of them, whether its prediction counts in the loss
-    source: str  # where its row is, see `Dataset.source`
 
 
 class Source(NamedTuple):
@@ -135,8 +132,7 @@ class Dataset:
     def sample(self, index: int) -> Sample:
         """Return a sequence, encoded again from its row; InputError if that has changed."""
         number = int(self._columns["number"][index])
-        ids, learned = self.encoder.encode(self.messages(index), number)
-        return Sample(ids, learned, self.source(index))
+        return Sample(*self.encoder.encode(self.messages(index), number))
 
     def messages(self, index: int) -> list[Message]:
         """Return the complete conversation of a sequence; InputError if its row has changed."""

@@ -21,14 +21,10 @@ from train.run_folder.folder import absolute, using
 
 
 class Checkpoints:
-    """The checkpoints of one run, by the number of steps taken. A context manager.
+    """The newest `keep` checkpoints of a run, by the number of steps taken. A context manager.
 
     Saving copies the arrays and writes in the background; leaving the context waits for it. An
     InputError says what could not be written; older checkpoints stay.
-
-    Args:
-        folder: made if it is missing; also in object storage.
-        keep: how many of the newest are kept.
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int):

@@ -60,7 +60,7 @@ def test_every_answer_follows_the_prompt_that_inference_gives_it(tmp_path, row, 
         for number, (question, answer) in enumerate(pairs):
             prompt = build_prompt(GLM2, "chatglm2", question, pairs[:number], system)
             sample, ids = dataset.sample(number), answer_ids(GLM2, answer)
-            assert sample.ids == prompt + ids and sample.source == f"{tmp_path / 'data'}:1"
+            assert sample.ids == prompt + ids and dataset.source(number) == f"{tmp_path / 'data'}:1"
             assert sample.learned == [False] * len(prompt) + [True] * len(ids)
             assert dataset.lengths[number] == len(sample.ids)
             assert dataset.learned[number] == len(ids)
