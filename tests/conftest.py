@@ -41,9 +41,9 @@ SLOW = {
     "infer/generate/test_batch", "infer/generate/test_generate_cli",
     "infer/generate/test_generate_process", "infer/memory/test_plan",
     "infer/selftest/test_selftest", "project/test_demo", "project/test_readme",
-    "train/run_folder/test_checkpoint_places", "train/test_mesh_training",
+    "train/test_mesh_training",
     "train/test_train_bench", "train/test_train_memory",
-    "train/test_train_numbers", "train/test_train_peft", "train/test_train_run",
+    "train/test_train_peft", "train/test_train_run",
     "train/test_train_step", "train/test_training_tpu",
 }  # fmt: skip
 

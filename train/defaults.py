@@ -7,7 +7,7 @@ import math
 
 from glm2_jax.cli.messages import note
 from train.recipe import Recipe
-from train.run_folder.storage import free_place
+from train.run_folder.folder import free_place
 
 MICRO_BATCHES, EPOCHS = 8, 3  # per step, and per run, where there are rows enough
 WANTED_STEPS, FEW_STEPS = 200, 50

@@ -88,10 +88,8 @@ class Devices:
 def state_sharding(
     optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh, *, loss_scaling: bool = False
 ) -> State:
-    """Return the shardings of a state: moments like the arrays they belong to, the rest complete.
-
-    `trained` are arrays on the mesh, or their shapes with shardings.
-    """
+    """Return the shardings of a state: moments like the arrays they belong to (or their shapes with
+    shardings), the rest complete."""
     complete = replicated(mesh)
     make = partial(init_state, optimizer, loss_scaling=loss_scaling)
     places = jax.tree.map(lambda x: complete, jax.eval_shape(make, trained))

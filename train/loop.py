@@ -92,13 +92,9 @@ class Loop:
     def run(self, state: Any, position: Position) -> Any:
         """Take the steps that are left, or those until a signal; return the state.
 
-        Args:
-            state: pytree of arrays after `position.step` steps; is used up.
-            position: is moved forward.
-
-        Raises:
-            InputError: loss or gradient is not finite, with the step and its rows; or the disk is
-                full. The last checkpoint stays.
+        The given state, after `position.step` steps, is used up; the position is moved forward.
+        InputError where loss or gradient is not finite, or the disk is full; the last checkpoint
+        stays.
         """
         every, save_every = self.recipe.evaluation.eval_every, self.recipe.output.save_every
         patience = self.recipe.evaluation.early_stop or math.inf

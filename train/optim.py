@@ -20,10 +20,8 @@ from train.options import SCHEDULES
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Return the number of warm-up steps: `warmup` itself, or below 1 this share of all steps.
-
-    A share is rounded up, but never includes the last step: a run of one step would learn nothing.
-    """
+    """Return the number of warm-up steps: `warmup` itself, or below 1 this share of all steps."""
+    # Rounded up, but never with the last step: a run of one step would learn nothing.
     return min(math.ceil(warmup * steps), steps - 1) if warmup < 1 else int(warmup)
 
 

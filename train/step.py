@@ -75,12 +75,11 @@ def loss_sum(
     remat: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cross entropy of a micro-batch [B, T], summed over its learned tokens, and their
-    number (float32, int32).
+    number (float32, int32); `noise` [B, T, D] is added to the embeddings.
 
     Token t is predicted from position t - 1 of its own sequence; the first token of a sequence has
     no position before it and must not be learned. Logits exist for a few positions at a time, also
-    in the backward pass. `dropout_key` turns dropout on, `noise` [B, T, D] is added to the
-    embeddings, `remat` is that of `glm2_jax.model.hidden`.
+    in the backward pass.
     """
     x = hidden(
         config, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids,

@@ -21,12 +21,9 @@ from infer.datasets.formats import Message
 
 
 class Encoder:
-    """Encodes conversations as sequences.
+    """Encodes conversations for a template: "chatglm2", "chatglm3" or "raw".
 
-    Args:
-        tokenizer: of the model.
-        template: "chatglm2", "chatglm3" or "raw".
-        train_on_prompt: learn everything except the ids that every sequence begins with.
+    With `train_on_prompt` everything is learned except the ids that every sequence begins with.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, train_on_prompt: bool = False):

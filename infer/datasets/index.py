@@ -21,7 +21,7 @@ from io import BufferedReader
 from typing import BinaryIO, NamedTuple
 
 from glm2_jax.cli.text_input import refuse_wide
-from glm2_jax.errors import InputError, shorten
+from glm2_jax.errors import InputError
 from infer.datasets.tables import PARQUET, csv_records, delimiter_of, parquet_records
 
 MAX_ROW = 16 * 2**20  # bytes; no model could learn from a longer row
@@ -55,23 +55,9 @@ class Row(NamedTuple):
 class DataFile:
     """A file of rows: JSON lines, one JSON array, or a table, plain or compressed by gzip.
 
-    What gzip unpacks, and the rows of a table as JSON, are kept in unnamed temporary files.
-
-    Args:
-        path: of a plain file.
-        max_row: bytes; a longer row is an error.
-        file: an open file to read instead; `path` is only its name.
-
-    Attributes:
-        name: the path as text.
-        size: in bytes, unpacked.
-        kind: "lines", "array", "csv" or "parquet".
-        by_line: whether all rows read so far begin in different lines.
-        sha256: of the contents, after all of `rows`.
-
-    Raises:
-        InputError: it cannot be read, is empty, is UTF-16 or UTF-32, or begins with an object over
-            several lines.
+    What gzip unpacks, and the rows of a table as JSON, are kept in unnamed temporary files. A row
+    of more than `max_row` bytes is an error. `file` is an open file to read in place of the path.
+    Raises InputError for a file that cannot be read, is empty, or is UTF-16 or UTF-32.
     """
 
     def __init__(
@@ -83,11 +69,12 @@ class DataFile:
         plain = _open(self.name) if file is None else open(os.dup(file.fileno()), "rb")
         self._file = _unpacked(plain, self.name)
         opened.enter_context(self._file)
-        self.size = os.fstat(self._file.fileno()).st_size
+        self.size = os.fstat(self._file.fileno()).st_size  # in bytes, unpacked
         sample = os.pread(self._file.fileno(), _PIECE, 0)
         self._start = len(_BOM) if sample.startswith(_BOM) else 0
-        self.kind = self._kind(sample)
-        self.sha256, self.by_line = "", self.kind != "parquet"
+        self.kind = self._kind(sample)  # "lines", "array", "csv" or "parquet"
+        self.by_line = self.kind != "parquet"  # whether all rows so far begin in different lines
+        self.sha256 = ""  # of the contents, after all of `rows`
         self._table: BinaryIO | None = None  # its rows as JSON, where they are read again
         if self.kind in ("csv", "parquet"):
             self._table = opened.enter_context(tempfile.TemporaryFile())
@@ -103,18 +90,10 @@ class DataFile:
                 raise InputError(f"cannot read {self.name}", f"it is {what}", fix)
         if delimiter_of(self.name):
             return "csv"
-        if sample[self._start :].lstrip().startswith(b"["):
-            return "array"
-        _refuse_spread(sample[self._start :], self.name, cut=self.size > len(sample))
-        return "lines"
+        return "array" if sample[self._start :].lstrip().startswith(b"[") else "lines"
 
     def rows(self) -> Iterator[Row]:
-        """Yield all rows in order; blank lines are skipped.
-
-        Raises:
-            InputError: a broken JSON array, whose next row cannot be found; or a table that cannot
-                be read.
-        """
+        """Yield all rows in order, without blank lines; InputError for a broken array or table."""
         self._file.seek(self._start)
         if self._table is not None:
             yield from self._records(self._table)
@@ -133,8 +112,7 @@ class DataFile:
         offset = self._start
         while data := self._file.readline(self.max_row + 1):
             line += 1
-            size = len(data)
-            found: bytes | InputError = data
+            size, found = len(data), data
             if size > self.max_row:
                 while not data.endswith(b"\n") and (data := self._file.readline(_PIECE)):
                     size += len(data)
@@ -233,30 +211,6 @@ def _writing(name: str) -> Iterator[None]:
 
 def _too_long(size: int) -> InputError:
     return InputError("the row is too long to be read", f"{size} bytes")
-
-
-def _refuse_spread(sample: bytes, name: str, *, cut: bool) -> None:
-    """Raise InputError for a file whose first JSON object spans several lines."""
-    text = sample.decode("latin-1").strip(_BLANKS)  # see `_Elements`
-    if not text.startswith("{"):
-        return
-    try:
-        value, end = json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError as error:
-        if not cut or error.pos < len(text) - _TAIL:  # a bad row; the others may be good
-            return
-        value, end = {}, len(text)
-    except (RecursionError, ValueError):
-        return
-    if "\n" not in text[:end]:
-        return
-    key = next((key for key, inner in value.items() if isinstance(inner, list)), None)
-    inside = "" if key is None else f"; are the rows the list under {shorten(key)}?"
-    raise InputError(
-        f"{name} begins with a JSON object over several lines, not with a row",
-        f"of JSON lines each line is a row{inside}",
-        "write each row on one line, or all of them as one array: [...]",
-    )
 
 
 class _Elements:

@@ -10,7 +10,7 @@ from glm2_jax import Tokenizer, UsageError
 from infer import load
 from infer.engine.load import demo_folder
 from train.demo import __main__ as demo
-from train.demo import data, score
+from train.demo import data
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def test_enough_pairs_and_none_contradicts_another():
 
 def test_trained_questions_and_unseen_wordings_are_answered(engine):
     pairs, unseen = data.load_pairs(), data.load_heldout()
-    wrong = score.wrong_answers(engine, pairs)
+    wrong = data.wrong_answers(engine, pairs)
     assert len(wrong) <= 0.05 * len(pairs), wrong
-    missed = score.missed_wordings(engine, unseen)
+    missed = data.missed_wordings(engine, unseen)
     assert len(missed) <= 0.25 * len(unseen), missed
 
 
@@ -78,7 +78,7 @@ def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
     """`python -m train.demo` on the first few questions, to the folder that then answers."""
     some = data.load_pairs()[:40]
     monkeypatch.setattr(data, "load_pairs", lambda: some)
-    monkeypatch.setattr(data, "load_heldout", lambda: data._read_lines("heldout.jsonl")[:2])
+    monkeypatch.setattr(data, "load_heldout", lambda: data.read_lines("heldout.jsonl")[:2])
     monkeypatch.setattr(demo, "PIECES", 700)
     monkeypatch.setattr(demo, "ROWS", 2)
     output = tmp_path / "model"

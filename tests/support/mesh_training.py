@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,41 +41,38 @@ def batch(number: int) -> Batch:
     return Batch(tokens, segments, positions, (positions > 0) & (segments > 0))
 
 
+def adapter() -> Any:
+    lora = init_lora(CONFIG, jax.random.key(3), rank=4, targets="attn+mlp", dropout=0.2)
+    random = np.random.default_rng(4)
+    return jax.tree.map(lambda x: np.asarray(random.normal(0, 0.1, x.shape), x.dtype), lora)
+
+
 class Case:
     """One form of training on one device, or on a mesh."""
 
     def __init__(self, name: str, text: str | None):
         mesh = None if text is None else make_mesh(parse_mesh(text))
         self.devices = Devices(jax.devices()[0], mesh)
-        scheme, _ = CASES[name]
-        self.full = scheme == "full"
-        params, lora = weights(None if self.full else scheme), adapter()
-        places = lora_places = None
-        if mesh is not None:
-            quantize = SCHEMES[scheme] if scheme in SCHEMES else None
-            places = params_sharding(CONFIG, mesh, scheme=quantize)
-            lora_places = lora_sharding(lora, mesh)
-        params = self.devices.put(params, places)
+        self.full, scheme = name == "full", SCHEMES.get(CASES[name][0] or "")
+        params, lora = toy_params(CONFIG), None if self.full else adapter()
+        params = params if scheme is None else quantized(params, scheme)[0]
+        places = None if mesh is None else params_sharding(CONFIG, mesh, scheme=scheme)
+        params = trained = self.devices.put(params, places)
+        if lora is not None:
+            trained = self.devices.put(lora, None if mesh is None else lora_sharding(lora, mesh))
         self.base = None if self.full else params
         # A copy, because steps use it up, and on a CPU it may be the host's own memory.
-        trained = params if self.full else self.devices.put(lora, lora_places)
-        self.trained = jax.tree.map(jnp.copy, trained)
+        trained = jax.tree.map(jnp.copy, trained)
         schedule = make_schedule("constant", lr=1e-2, steps=1)
-        self.numbers = Numbers.of(
-            schedule, None if self.full else lora, weight_decay=0.1, clip=1.0, noise=5.0
-        )
-        self.optimizer = self.numbers.optimizer()
-        self.state = self.devices.state(self.optimizer, self.trained, loss_scaling=False)
-        shardings = self.devices.shardings(self.trained, self.state)
-        step = make_step(CONFIG, remat=False, out_shardings=shardings)
+        self.numbers = Numbers.of(schedule, lora, weight_decay=0.1, clip=1.0, noise=5.0)
+        state = self.devices.state(self.numbers.optimizer(), trained, loss_scaling=False)
+        self.start = trained, state
+        self.key = self.devices.key(7)
+        step = make_step(CONFIG, remat=False, out_shardings=self.devices.shardings(*self.start))
         rows = self.devices.batch(batch(0))
-        arguments = (self.base, self.trained, self.state, rows, self.key, 0, self.numbers)
         with self.devices.active():
-            self.program = step.lower(*arguments).compile()
-
-    @property
-    def key(self) -> Any:
-        return self.devices.key(7)
+            lowered = step.lower(self.base, *self.start, rows, self.key, 0, self.numbers)
+            self.program = lowered.compile()
 
     def go(self, state: Any, steps: range) -> tuple[Any, list[list[float]]]:
         """(what is trained and the optimizer's state, loss and norm of the steps)."""
@@ -96,19 +91,6 @@ class Case:
         return float(total) / int(count)
 
 
-@cache
-def weights(scheme: str | None) -> Any:
-    params = toy_params(CONFIG)
-    return params if scheme is None else quantized(params, SCHEMES[scheme])[0]
-
-
-@cache
-def adapter() -> Any:
-    lora = init_lora(CONFIG, jax.random.key(3), rank=4, targets="attn+mlp", dropout=0.2)
-    random = np.random.default_rng(4)
-    return jax.tree.map(lambda x: np.asarray(random.normal(0, 0.1, x.shape), x.dtype), lora)
-
-
 def share(tree: Any) -> float:
     """Of all bytes of a tree, those that one device holds."""
     whole = sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -118,35 +100,32 @@ def share(tree: Any) -> float:
 def look_at(name: str, folder: Path) -> list[dict[str, Any]]:
     """The case on all its meshes: each starts by itself, and resumes from what another one saved,
     the first of them with what one device did, and one device with what the last of them did."""
-    cases = [(None, Case(name, None)), *((text, Case(name, text)) for text in CASES[name][1])]
-    whole: list[list[float]] = []
+    meshes = (None, *CASES[name][1])
+    cases = [Case(name, text) for text in meshes]
     found, saved = [], []
-    for number, (text, case) in enumerate(cases):
-        state, losses = case.go((case.trained, case.state), range(SAVED))
+    for number, case in enumerate(cases):
+        state, losses = case.go(case.start, range(SAVED))
         with Checkpoints(folder / f"{name}{number}", keep=1) as checkpoints:
             checkpoints.save(SAVED, state, {"step": SAVED})
-        parts = {"trained": share(state[0]), "adam": share(state[1].optimizer)}
         last = number in (0, len(cases) - 1)  # one program more for each
-        validation = case.validation(state[0]) if last else None
-        found.append({"mesh": text, "name": name, "losses": losses, "validation": validation})
-        found[-1] |= parts
-        saved.append(jax.tree.map(lambda x: x, state))
-    for number, (text, case) in enumerate(cases):
-        with Checkpoints(folder / f"{name}{number - 1 if number else len(cases) - 1}", keep=1) as c:
-            state, _ = c.restore(SAVED, saved[number])
+        found.append({
+            "mesh": meshes[number], "name": name, "losses": losses, "trained": share(state[0]),
+            "adam": share(state[1].optimizer),
+            "validation": case.validation(state[0]) if last else None,
+        })  # fmt: skip
+        saved.append(state)
+    whole: list[list[float]] = []
+    for number, case in enumerate(cases):
+        with Checkpoints(folder / f"{name}{(number or len(cases)) - 1}", keep=1) as checkpoints:
+            state, _ = checkpoints.restore(SAVED, saved[number])
         same = jax.tree.map(lambda x, y: x.sharding == y.sharding, state, saved[number])
         _, losses = case.go(state, range(SAVED, STEPS))
         found[number] |= {"resumed": losses, "placed": all(jax.tree.leaves(same))}
-        if text is None:
-            _, whole = case.go(saved[number], range(SAVED, STEPS))
+        if number == 0:
+            _, whole = case.go(saved[0], range(SAVED, STEPS))
     return [one | {"whole": whole} for one in found]
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        found = {name: look_at(name, Path(folder)) for name in sys.argv[1:] or CASES}
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as temporary:
+        print(json.dumps({name: look_at(name, Path(temporary)) for name in CASES}))

@@ -2,7 +2,6 @@
 saved where."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from tests.support import hurry
 from tests.support.checkpoints import save, tiny_config
 from tests.support.mesh_process import run
 from tests.support.paths import ROOT
+from tests.support.training_data import alpaca, write_rows
 from train import lora
 from train.run_folder.log import read_log
 
@@ -67,9 +67,8 @@ def folder(tmp_path_factory):
     """A model, rows to learn, and the outcome of one device: (folder, flags of all runs)."""
     path = tmp_path_factory.mktemp("training")
     save(path / "model", config=tiny_config(num_layers=1))
-    rows = [{"instruction": f"{i} 号茶叫什么", "output": f"它叫青山{i}号。"} for i in range(7)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (path / "data.jsonl").write_text(text, encoding="utf-8")
+    rows = [alpaca(f"{i} 号茶叫什么", f"它叫青山{i}号。") for i in range(7)]
+    write_rows(path / "data.jsonl", rows)
     flags = ["--model", str(path / "model"), "--data", str(path / "data.jsonl"), *FLAGS]
     assert lora.main([*flags, "--output", str(path / "one")]) == 0
     return path, flags
@@ -77,10 +76,11 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def two(flags, output):
-    """The command in two processes of four devices."""
+    """The command in two processes of four devices, with its checkpoints elsewhere."""
     command = [sys.executable, "-m", "infer.launch", "--num-processes", "2",
                "--devices-per-process", "4", "--", sys.executable, "-m", "train.lora",
-               "--mesh", "data=4,tensor=2", *flags, "--output", str(output)]  # fmt: skip
+               "--mesh", "data=4,tensor=2", *flags, "--output", str(output),
+               "--checkpoints", f"{output}-kept"]  # fmt: skip
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"XLA_FLAGS": hurry.FLAGS},
@@ -117,10 +117,12 @@ def test_a_killed_run_of_two_processes_resumes(folder):
         _, err = both.communicate(timeout=LIMIT)
     assert both.returncode == 5 and "Traceback" not in err
     assert "process 1 of 2 was terminated by SIGKILL; the others are terminated" in err
-    assert not (path / "two" / WEIGHTS).exists()
-    taken = max(int(x.name) for x in (path / "two" / "state").iterdir() if x.name.isdecimal())
+    assert not (path / "two" / WEIGHTS).exists() and not (path / "two" / "state").exists()
+    kept = path / "two-kept"
+    taken = max(int(x.name) for x in (kept / "state").iterdir() if x.name.isdecimal())
     assert 2 <= taken < 12
     shutil.copytree(path / "two", path / "alone")
+    shutil.copytree(kept, path / "alone", dirs_exist_ok=True)
 
     with two([*flags, "--resume", "auto"], path / "two") as both:
         out, err = both.communicate(timeout=LIMIT)

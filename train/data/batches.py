@@ -24,18 +24,12 @@ class Step(NamedTuple):
 
 
 class Batches:
-    """The batches of a dataset.
+    """The batches of a dataset: A = `accumulate` micro-batches of B = `batch_size` rows per step.
 
     Every sequence of an epoch is in exactly one row. Packed rows are as wide as the dataset's
     `max_length`; others as the smallest power of two from 64 that holds the longest row of the
-    step. The last step of an epoch may have empty rows.
-
-    Args:
-        dataset: the sequences to learn from.
-        batch_size: B, rows of a micro-batch.
-        accumulate: A, micro-batches per step.
-        pack, shuffle, seed: see `train.data.plan.make_plan`.
-        rows: numbers below B of the rows to fill, the others are left empty; None = all.
+    step. The last step of an epoch may have empty rows. `rows` are the numbers below B of the rows
+    to fill, the others are left empty; None = all.
     """
 
     def __init__(
@@ -77,7 +71,7 @@ class Batches:
         width = limit if self.pack else bucket(max(lengths), limit)
         filled = [row if n % size in self._wanted else row[:0] for n, row in enumerate(rows)]
         samples = [[self.dataset.sample(index) for index in row.tolist()] for row in filled]
-        flat = make_batch([[(x.ids, x.learned) for x in row] for row in samples], width)
+        flat = make_batch(samples, width)
         batch = jax.tree.map(lambda x: x.reshape(*self.shape, width), flat)
         sources = [self.dataset.source(index) for row in rows for index in row.tolist()]
         return Step(batch, sources, sum(lengths))

@@ -45,8 +45,7 @@ def cached_scan(
 ) -> Scan:
     """Return what `scan` finds, for a large file from the cache where it has an entry.
 
-    `folder` is that of the cache; None = $GLM2_JAX_DATA_CACHE or the user's cache folder; "off" =
-    none.
+    `folder`: None = $GLM2_JAX_DATA_CACHE or the user's cache folder; "off" = no cache.
     """
     place = None
     if file.size > SMALL:

@@ -116,7 +116,8 @@ def print_sample(dataset: Dataset, count: int) -> str:
     for index in range(min(count, len(dataset))):
         sample = dataset.sample(index)
         learned = sum(sample.learned)
-        lines.append(f"{sample.source}: {len(sample.ids)} tokens, {learned} learned (*)")
+        where = dataset.source(index)
+        lines.append(f"{where}: {len(sample.ids)} tokens, {learned} learned (*)")
         for token, mark in zip(sample.ids, sample.learned, strict=True):
             piece = names.get(token) or tokenizer.piece(token)
             lines.append(f"{'*' if mark else ' '} {token:6} {piece}")

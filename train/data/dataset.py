@@ -8,8 +8,7 @@ import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -23,19 +22,17 @@ from infer.datasets.formats import Message, read_messages
 from infer.datasets.index import DataFile
 from train.data.cache import cached_scan
 from train.data.options import MAX_LENGTH, MIX_RATIO, DataOptions, split_weight
-from train.data.scan import COLUMNS, MAX_LISTED, Reading, Scan
+from train.data.scan import COLUMNS, MAX_LISTED, Reading
 
 MAX_SHOWN = 20  # bad rows that are shown without --check-data
 _RANGES = 20  # ranges of rows that a line lists
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A token sequence to learn from."""
 
     ids: list[int]  # the tokens
     learned: list[bool]  # for each of them, whether its prediction counts in the loss
-    source: str  # where its row is, see `Dataset.source`
 
 
 class Source(NamedTuple):
@@ -66,15 +63,6 @@ class Dataset:
         max_bad: how many bad rows may be left out; None = any number, even all.
         cache: folder of the cache, see `cached_scan`.
 
-    Attributes:
-        lengths: int32 [N], tokens of every sequence.
-        learned: int32 [N], how many of them are learned.
-        groups: the sequences of each file, in the order of the files.
-        files: (path, sha256, format) of every file, in their order.
-        rows: number of rows, good and bad.
-        bad: (where, reason) of those that cannot be used, the first MAX_LISTED.
-        bad_reasons, unused, marked: see `Scan`, of all files.
-
     Raises:
         InputError: too many bad rows, or a file that cannot be read, has no rows, or mixes formats.
     """
@@ -90,71 +78,61 @@ class Dataset:
         cache: str | None = None,
     ):
         self.encoder, self.max_length = encoder, max_length
-        self._files = [DataFile(source.path) for source in sources]
-        before, total, scans = 0, sum(file.size for file in self._files), []
-        with Progress("reading data", total, show=human_size) as bar:
-            for file, source in zip(self._files, sources, strict=True):
+        self._files = files = [DataFile(source.path) for source in sources]
+        before, scans = 0, []
+        with Progress("reading data", sum(file.size for file in files), show=human_size) as bar:
+            for file, source in zip(files, sources, strict=True):
                 reading = Reading(encoder, max_length, source.fmt, preferred)
                 scans.append(cached_scan(file, reading, lambda n, at=before: bar(at + n), cache))
                 before += file.size
-        self.files = [
-            (x.name, x.sha256, found.format) for x, found in zip(self._files, scans, strict=True)
-        ]
-        sums = [sha256 for _, sha256, _ in self.files]
+        both = list(zip(files, scans, strict=True))
+        self.files = [(file.name, file.sha256, one.format) for file, one in both]
+        sums = [file.sha256 for file in files]
         self._same = [sums.index(sha256) for sha256 in sums]  # the first with the same contents
-        self._set_columns({x: np.concatenate([one.columns[x] for one in scans]) for x in COLUMNS})
+        self._columns = {x: np.concatenate([one.columns[x] for one in scans]) for x in COLUMNS}
         self._stops = np.cumsum([len(one.columns["row"]) for one in scans]).tolist()
-        self._add_up(scans)
-        self.groups = self._groups(sources)
-        if max_bad is not None:
-            self._report(max_bad)
-
-    def _set_columns(self, columns: dict[str, np.ndarray]) -> None:
-        self._columns = columns
-        self.lengths, self.learned = columns["length"], columns["learned"]
-
-    def _add_up(self, scans: Sequence[Scan]) -> None:
-        self.rows, self.marked = (
-            sum(getattr(x, name) for x in scans) for name in ("rows", "marked")
-        )
-        self.bad_reasons: Counter[str] = sum((x.bad_reasons for x in scans), Counter())
-        self.unused: Counter[str] = sum((x.unused for x in scans), Counter())
-        self.bad = [
-            (file.place(line, row), reason)
-            for file, found in zip(self._files, scans, strict=True)
-            for line, row, reason in found.bad
-        ][:MAX_LISTED]
-
-    def _groups(self, sources: Sequence[Source]) -> list[Group]:
-        groups: list[Group] = []
+        self.groups: list[Group] = []  # the sequences of each file
         for (start, stop), source in zip(pairwise([0, *self._stops]), sources, strict=True):
             weight, share = source.weight, source.share
             if share is not None:
-                own = sum((group.stop - group.start) * group.weight for group in groups)
+                own = sum((group.stop - group.start) * group.weight for group in self.groups)
                 weight = own * share / (1 - share) / max(stop - start, 1)
-            groups.append(Group(start, stop, weight, share is not None))
-        return groups
+            self.groups.append(Group(start, stop, weight, share is not None))
+        # Of all files, see `Scan`; `bad` is (where, reason) of the first MAX_LISTED.
+        self.rows, self.marked = sum(x.rows for x in scans), sum(x.marked for x in scans)
+        self.bad_reasons: Counter[str] = sum((x.bad_reasons for x in scans), Counter())
+        self.unused: Counter[str] = sum((x.unused for x in scans), Counter())
+        bad = ((file.place(line, row), why) for file, one in both for line, row, why in one.bad)
+        self.bad = list(islice(bad, MAX_LISTED))
+        if max_bad is not None:
+            self._report(max_bad)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 [N], tokens of every sequence."""
+        return self._columns["length"]
+
+    @property
+    def learned(self) -> np.ndarray:
+        """int32 [N], how many of them are learned."""
+        return self._columns["learned"]
+
     def subset(self, indices: np.ndarray) -> Dataset:
         """Return some of the sequences, whose indices ascend, as a dataset."""
         found = copy.copy(self)
-        found._set_columns({name: values[indices] for name, values in self._columns.items()})
+        found._columns = {name: values[indices] for name, values in self._columns.items()}
         found._stops = np.searchsorted(indices, self._stops).tolist()
-        edges = pairwise([0, *found._stops])
-        found.groups = [
-            group._replace(start=start, stop=stop)
-            for group, (start, stop) in zip(self.groups, edges, strict=True)
-        ]
+        edges = zip(self.groups, pairwise([0, *found._stops]), strict=True)
+        found.groups = [group._replace(start=at[0], stop=at[1]) for group, at in edges]
         return found
 
     def sample(self, index: int) -> Sample:
         """Return a sequence, encoded again from its row; InputError if that has changed."""
         number = int(self._columns["number"][index])
-        ids, learned = self.encoder.encode(self.messages(index), number)
-        return Sample(ids, learned, self.source(index))
+        return Sample(*self.encoder.encode(self.messages(index), number))
 
     def messages(self, index: int) -> list[Message]:
         """Return the complete conversation of a sequence; InputError if its row has changed."""
@@ -229,16 +207,9 @@ class Dataset:
 
 
 def open_dataset(options: DataOptions, folder: Folder, other: str | None = None) -> Dataset:
-    """Open the dataset that the flags name, with any number of bad rows for `--check-data`.
+    """Open the dataset that the flags name, or `other`, such as `--val-data`, for a model.
 
-    Args:
-        options: the flags.
-        folder: the model: its tokenizer, template and context length are used.
-        other: a file to open instead of `--data`, such as `--val-data`.
-
-    Raises:
-        InputError: bad data.
-        UsageError: flags that contradict each other or the model.
+    Raises UsageError where flags contradict each other or the model, else as `Dataset`.
     """
     longest = folder.config.seq_length
     max_length = options.max_length or min(MAX_LENGTH, longest)
@@ -269,16 +240,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def summed(bad: Sequence[tuple[str, str]], limit: int | None = None) -> tuple[list[str], int]:
-    """Summarize bad rows in lines such as "file:2-9, 12: reason (9 rows)".
-
-    Args:
-        bad: ("file:line" or "file, row N", reason) in their order.
-        limit: most lines; None = no limit.
-
-    Returns:
-        One line for each file and reason, in the order of their first rows, and how many rows are
-        in none of them.
-    """
+    """Return lines such as "file:2-9, 12: reason (9 rows)" for bad rows ("file:line" or "file, row
+    N", reason), at most `limit` of them, and how many rows are in none of them."""
     rows: dict[tuple[str, str], list[int]] = {}
     for where, reason in bad:
         name = where.rstrip("0123456789")

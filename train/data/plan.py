@@ -18,10 +18,11 @@ _WINDOW = 32  # steps whose sequences are sorted by length together
 
 
 def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Return the rows to learn from, and a random share of the rows for validation.
+    """Return the rows to learn from, and a random share of the rows for validation; UsageError if
+    one of the two has none.
 
     All sequences of a row stay together, also those of a file that is given twice; general rows are
-    never taken for validation. Raises UsageError if the share leaves one of the two without rows.
+    never taken for validation.
     """
     own = max(group.stop for group in dataset.groups if not group.general)
     ids = dataset.row_ids()
@@ -84,8 +85,7 @@ def epoch_items(groups: Sequence[Group], *, epoch: int, seed: int, shuffle: bool
     """Return int64: the sequences of an epoch in their order.
 
     A weight of 2.5 takes every sequence of a file twice, and half of them once more, different ones
-    in every epoch. Without shuffling the files follow each other, and general rows are spread
-    evenly between theirs.
+    in every epoch. Without shuffling, general rows are spread evenly between those of the files.
     """
     own, general = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, group in enumerate(groups):
@@ -106,11 +106,8 @@ def epoch_items(groups: Sequence[Group], *, epoch: int, seed: int, shuffle: bool
 
 
 def first_fit(lengths: np.ndarray, width: int) -> np.ndarray:
-    """Return int64 [N]: for each sequence in turn the first row that has room for it.
-
-    A tree over the free room of the rows, whose nodes hold the most of any row below, finds it in
-    logarithmic time.
-    """
+    """Return int64 [N]: for each sequence in turn the first row that has room for it, found in a
+    tree over the free room of the rows, whose nodes hold the most of any row below."""
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
     room = [width] * (2 * leaves)
     rows = np.empty(len(lengths), np.int64)
@@ -154,10 +151,7 @@ def _group_by_length(items, lengths, size: int, width: int, seeds: tuple[int, ..
 
 
 def random_order(count: int, *seeds: int) -> np.ndarray:
-    """Return int64: 0 to count - 1 in a random order that depends on the seeds (0 or more).
-
-    It is made from raw Philox bits, which are the same in every version of NumPy, unlike what
-    `np.random.Generator` makes of them.
-    """
+    """Return int64: 0 to count - 1 in a random order that depends on the seeds (0 or more)."""
+    # Raw bits are the same in every version of NumPy, unlike what `np.random.Generator` makes.
     bits = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
     return np.argsort(bits, kind="stable")

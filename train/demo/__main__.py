@@ -77,10 +77,7 @@ def demo_config(tokenizer: Tokenizer) -> GLMConfig:
 def train(
     config: GLMConfig, tokenizer: Tokenizer, pairs: list[Pair], *, epochs: int, lr: float, seed: int
 ) -> Any:
-    """Train all parameters in float32 and return them.
-
-    AdamW with warm-up, cosine decay and clipping; dropout while training only.
-    """
+    """Return all parameters, trained in float32: AdamW with warm-up, cosine decay and clipping."""
     import jax
     import numpy as np
     import optax
@@ -95,9 +92,8 @@ def train(
     steps = epochs * steps_per_epoch  # an estimate: packing differs a little between epochs
     warmup = min(WARMUP_STEPS, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr * 0.02)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1)
-    )
+    adamw = optax.adamw(schedule, b2=0.98, weight_decay=0.1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     params = init_params(config, key)
     state = init_state(optimizer, params)
     dropping = dataclasses.replace(config, hidden_dropout=DROPOUT)
@@ -120,12 +116,10 @@ def train(
 def _report(folder: str, pairs: list[Pair]) -> None:
     """Open the saved model and report how well it answers."""
     from infer import load
-    from train.demo.data import load_heldout
-    from train.demo.score import missed_wordings, wrong_answers
+    from train.demo import data
 
-    engine, heldout = load(folder), load_heldout()
-    wrong = wrong_answers(engine, pairs)
-    missed = missed_wordings(engine, heldout)
+    engine, heldout = load(folder), data.load_heldout()
+    wrong, missed = data.wrong_answers(engine, pairs), data.missed_wordings(engine, heldout)
     for question, expected, got in wrong:
         note(f"  wrong: {question} -> {got} (expected: {expected})")
     for question, got in missed:

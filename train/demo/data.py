@@ -1,4 +1,5 @@
-"""The demo's questions and answers, and how they become packed training rows."""
+"""The demo's questions and answers, how they become packed training rows, and how many of them a
+model answers correctly."""
 
 import dataclasses
 import io
@@ -11,10 +12,10 @@ import sentencepiece
 
 from glm2_jax import Tokenizer
 from glm2_jax.text.prompt import build_prompt, chatglm2_text
+from infer import Engine
 from train.data.batch import Batch, make_batch
 
 FOLDER = Path(__file__).parent
-
 HISTORY_SHARE = 0.25  # of the examples, so that the model also answers later rounds
 MAX_HISTORY = 2
 
@@ -29,16 +30,17 @@ class Pair:
 
 def load_pairs() -> list[Pair]:
     """Return the pairs of `pairs.jsonl`."""
-    rows = _read_lines("pairs.jsonl")
+    rows = read_lines("pairs.jsonl")
     return [Pair((row["instruction"], *row.get("paraphrases", ())), row["output"]) for row in rows]
 
 
 def load_heldout() -> list[dict]:
     """Return wordings the model never sees: {"instruction", "expected_any": substrings}."""
-    return _read_lines("heldout.jsonl")
+    return read_lines("heldout.jsonl")
 
 
-def _read_lines(name: str) -> list[dict]:
+def read_lines(name: str) -> list[dict]:
+    """Return the rows of a file of this folder."""
     with open(FOLDER / name, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -87,8 +89,7 @@ def _example(pairs, index, tokenizer, rng) -> tuple[list[int], list[bool]]:
     if rng.random() < HISTORY_SHARE:
         for other in rng.integers(len(pairs), size=rng.integers(1, MAX_HISTORY + 1)):
             history.append((_wording(pairs[other], rng), pairs[other].answer))
-    query = _wording(pairs[index], rng)
-    prompt = build_prompt(tokenizer, "chatglm2", query, history)
+    prompt = build_prompt(tokenizer, "chatglm2", _wording(pairs[index], rng), history)
     answer = [*tokenizer.encode(pairs[index].answer), tokenizer.eos_id]
     return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
@@ -99,6 +100,31 @@ def _wording(pair: Pair, rng: np.random.Generator) -> str:
     text = pair.questions[0 if plain else rng.integers(len(pair.questions))]
     if rng.random() < 0.15:
         text = text.rstrip("？?。.！!") or text
-    if rng.random() < 0.1:
-        text = text.lower()
-    return text
+    return text.lower() if rng.random() < 0.1 else text
+
+
+def wrong_answers(engine: Engine, pairs: list[Pair]) -> list[tuple[str, str, str]]:
+    """Return (question, expected, got) of every plain question with another answer than learned."""
+    tokenizer, questions = engine.tokenizer, [pair.questions[0] for pair in pairs]
+    return [
+        (question, pair.answer, text)
+        for question, pair, text in zip(questions, pairs, _answers(engine, questions), strict=True)
+        if text != tokenizer.decode(tokenizer.encode(pair.answer))
+    ]
+
+
+def missed_wordings(engine: Engine, heldout: list[dict]) -> list[tuple[str, str]]:
+    """Return (question, got) of unseen wordings whose answer has none of the expected texts."""
+    questions = [row["instruction"] for row in heldout]
+    return [
+        (question, text)
+        for question, row, text in zip(questions, heldout, _answers(engine, questions), strict=True)
+        if not any(expected in text for expected in row["expected_any"])
+    ]
+
+
+def _answers(engine: Engine, questions: list[str], at_once: int = 64) -> list[str]:
+    """Return the greedy answer to every question."""
+    parts = [questions[at : at + at_once] for at in range(0, len(questions), at_once)]
+    found = [engine.generate(part, temperature=0, max_new_tokens=96) for part in parts]
+    return [completion.text for part in found for completion in part]

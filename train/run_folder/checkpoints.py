@@ -17,18 +17,14 @@ import orbax.checkpoint as ocp
 
 from glm2_jax.cli.main import is_out_of_memory
 from glm2_jax.errors import CheckpointError, InputError
-from train.run_folder.storage import absolute, using
+from train.run_folder.folder import absolute, using
 
 
 class Checkpoints:
-    """The checkpoints of one run, by the number of steps taken. A context manager.
+    """The newest `keep` checkpoints of a run, by the number of steps taken. A context manager.
 
     Saving copies the arrays and writes in the background; leaving the context waits for it. An
     InputError says what could not be written; older checkpoints stay.
-
-    Args:
-        folder: made if it is missing; also in object storage, see `train.run_folder.storage`.
-        keep: how many of the newest are kept.
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int):

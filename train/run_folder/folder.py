@@ -1,11 +1,13 @@
-"""The folder of a run: its lock, what the run was started from, and the paths in it."""
+"""The folder of a run: its lock, what it was started from, and where its checkpoints are stored, in
+the file system or in a bucket of Google Cloud Storage."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +15,28 @@ import yaml
 from etils import epath
 
 from convert.layouts.peft_config import CONFIG
-from glm2_jax.cli.files import writer_lock
-from glm2_jax.errors import InputError, UsageError
+from glm2_jax.cli.files import BUCKET, writer_lock
+from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.processes import join
-from train.run_folder.storage import SEEN, absolute, check_shared, free_place, using
 
 MODEL = "model"  # the result of a training of all parameters
 # What must be the same where a training starts from the result of another.
 _OF_RESULT = ("command", "base", "template", "--rank", "--alpha", "--target", "--rslora")
+SEEN = ".seen"  # the first process makes it in a folder for a moment
 _IDENTITY, _NEW, _LOCK, _RECIPE = "run.json", "run.json.new", ".lock", "recipe.yml"
 
 
 class RunFolder:
     """The output folder of one run, locked while it is open. A context manager.
 
-    Of several processes only the first writes into it; all read it.
+    Of several processes only the first writes into it; all read it. UsageError where it holds other
+    files, a run of another identity, or any run with `resume="none"`.
 
     Args:
         path: made if it is missing.
         resume: "auto" resumes the run that is there, if any; "none" refuses one.
         identity: what the result depends on, as JSON values: name -> value.
         checkpoints: another folder for the checkpoints, also in object storage.
-
-    Attributes:
-        state: the folder of the training's checkpoints.
-        best: the folder of the best checkpoint by validation, for runs that may stop early.
-        log: the path of the log, where no other was given.
-
-    Raises:
-        UsageError: the folder holds a run and `resume` is "none", or a run with another identity,
-            or other files.
-        InputError: another process has it open, or it cannot be written.
     """
 
     def __init__(
@@ -57,7 +50,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = absolute(path if checkpoints is None else checkpoints)
         self.state, self.best = self.checkpoints / "state", self.checkpoints / "best"
-        self.log = self.path / "log.jsonl"
+        self.log = self.path / "log.jsonl"  # where no other was given
         self._elsewhere = self.checkpoints != absolute(self.path)
         self._identity = json.loads(json.dumps(identity))  # as it is read back
         with contextlib.ExitStack() as opened:
@@ -79,7 +72,7 @@ class RunFolder:
         self._close()
 
     @contextlib.contextmanager
-    def _writing(self):
+    def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -166,3 +159,57 @@ def _holds_steps(folder: epath.Path) -> bool:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:39] + "…"
+
+
+def absolute(place: str | os.PathLike) -> epath.Path:
+    """Return the absolute path of a place; a bucket is left as it is."""
+    text = os.fspath(place)
+    return epath.Path(text if text.startswith(BUCKET) else Path(text).absolute())
+
+
+def free_place(output: str | os.PathLike, checkpoints: str | os.PathLike | None) -> str:
+    """Return flags that name another `--output`, and other `--checkpoints` if they are given:
+    the same names with the first number that is free."""
+    number = 2
+    while Path(f"{os.fspath(output)}-{number}").exists():
+        number += 1
+    places = {"output": output} | ({} if checkpoints is None else {"checkpoints": checkpoints})
+    return " ".join(
+        f"--{flag} {shlex.quote(f'{os.fspath(place)}-{number}')}" for flag, place in places.items()
+    )
+
+
+@contextlib.contextmanager
+def using(place: epath.Path) -> Iterator[None]:
+    """Turn the many errors of a bucket into InputError; those of files are left alone."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, GLMError) or not os.fspath(place).startswith(BUCKET):
+            raise
+        raise InputError(
+            f"{place} cannot be used",
+            (str(error).splitlines() or [type(error).__name__])[0][:300],
+            "Install the extra gcs, log in (gcloud auth application-default login), or check the "
+            "permissions and the name of the bucket.",
+        ) from error
+
+
+def check_shared(place: epath.Path) -> None:
+    """Refuse a place that is not the same for all processes: InputError in all of them."""
+    if not join.are_several():
+        return
+    token = place / SEEN
+    if join.is_first():
+        place.mkdir(parents=True, exist_ok=True)
+        token.write_text("")
+    join.highest(0)  # a barrier: now the file exists
+    blind = join.highest(int(not token.exists()))
+    if join.is_first():
+        token.unlink()
+    if blind:
+        raise InputError(
+            f"{place} is not the same folder for all processes",
+            "Each process saves its part of a checkpoint there.",
+            "Name a folder that the hosts share, or a bucket: --checkpoints gs://BUCKET/PATH.",
+        )

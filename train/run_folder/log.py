@@ -17,14 +17,8 @@ from glm2_jax.errors import InputError
 
 
 class Log:
-    """Lines for people, and JSON lines for programs. A context manager.
-
-    Args:
-        total: steps of the complete run.
-        every: steps between two lines.
-        path: of the JSON lines, which are appended; InputError if it cannot be written.
-        taken: steps taken by the earlier run that is resumed.
-    """
+    """Lines for people every few of `total` steps, and JSON lines, which are appended to a file. A
+    context manager; `taken` are the steps of the earlier run that is resumed."""
 
     def __init__(self, total: int, *, every: int, path: str | os.PathLike, taken: int = 0):
         self._total, self._every, self._first = total, every, taken
@@ -120,11 +114,8 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def cut_log(path: str | os.PathLike, taken: int) -> None:
-    """Remove the steps beyond the first `taken` from a log: they are taken again.
-
-    Raises:
-        InputError: the file holds something else.
-    """
+    """Remove the steps beyond the first `taken` from a log: they are taken again. InputError where
+    the file holds something else."""
     if not Path(path).is_file():
         return
     try:

@@ -143,20 +143,6 @@ def test_places_in_what_is_not_json_or_not_utf8(tmp_path):
         open_files([path])
 
 
-@pytest.mark.parametrize("size", [2, 40_000])
-def test_an_object_over_many_lines_is_one_mistake(tmp_path, size):
-    path = tmp_path / "data"
-    path.write_text(json.dumps({"v": 1, "data": [alpaca()] * size}, indent=2))
-    with pytest.raises(InputError) as error:
-        open_files([path], max_bad=None)
-    what, why, fix = str(error.value).splitlines()
-    assert what == f"{path} begins with a JSON object over several lines, not with a row"
-    assert ("the list under 'data'?" in why) == (size == 2)  # the other's end was not read
-    assert "one array" in fix
-    path.write_text(json.dumps(alpaca())[:-1] + "\n" + json.dumps(alpaca()))
-    assert open_files([path], max_bad=1).bad[0][0] == f"{path}:1"
-
-
 def test_what_is_too_long(tmp_path, monkeypatch):
     path = tmp_path / "data"
     length = int(open_rows(path, [alpaca()]).lengths[0])

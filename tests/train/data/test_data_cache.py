@@ -128,7 +128,7 @@ from train.data import cache
 cache.SMALL = 0
 for n in range(int(sys.argv[3])):
     dataset = open_files([sys.argv[1]], cache=sys.argv[2], max_length=300 + n)
-    assert len(dataset) == 40 and dataset.sample(39).source.endswith(":40"), len(dataset)
+    assert len(dataset) == 40 and dataset.source(39).endswith(":40"), len(dataset)
 print("good")
 """
 

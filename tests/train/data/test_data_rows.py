@@ -47,29 +47,25 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("fmt", ONE)
-def test_formats_of_one_question(tmp_path, fmt):
-    prompt = build_prompt(GLM2, "chatglm2", "问：1+1\n等于几？", (), "Be brief.")
-    for options in ({}, {"array": True, "fmt": fmt}):
-        dataset = open_rows(tmp_path / "data", [ONE[fmt]], **options)
-        sample = dataset.sample(0)
-        assert sample.ids == prompt + answer_ids(GLM2, "2")
-        assert learned_of(sample) == answer_ids(GLM2, "2")
-        assert not any(sample.learned[: len(prompt)])
-        assert sample.source == f"{tmp_path / 'data'}:1" and dataset.files[0][2] == fmt
-        assert dataset.lengths.tolist() == [len(sample.ids)] and len(dataset) == 1
-        assert dataset.learned.tolist() == [sum(sample.learned)]
+QUESTION = (("问：1+1\n等于几？", "2"),)
+CASES = [(row, QUESTION, "Be brief.") for row in ONE.values()]
+CASES += [(row, TURNS, "S") for row in CONVERSATIONS]
 
 
-@pytest.mark.parametrize("row", CONVERSATIONS)
-def test_every_answer_follows_the_prompt_that_inference_gives_it(tmp_path, row):
-    dataset = open_rows(tmp_path / "data", [row])
-    assert len(dataset) == len(TURNS)
-    for number, (question, answer) in enumerate(TURNS):
-        prompt = build_prompt(GLM2, "chatglm2", question, TURNS[:number], "S")
-        sample = dataset.sample(number)
-        assert sample.ids == prompt + answer_ids(GLM2, answer)
-        assert sample.learned == [False] * len(prompt) + [True] * len(answer_ids(GLM2, answer))
+@pytest.mark.parametrize(("row", "pairs", "system"), CASES)
+def test_every_answer_follows_the_prompt_that_inference_gives_it(tmp_path, row, pairs, system):
+    for array in (False, True):
+        dataset = open_rows(tmp_path / "data", [row], array=array)
+        assert len(dataset) == len(pairs)
+        for number, (question, answer) in enumerate(pairs):
+            prompt = build_prompt(GLM2, "chatglm2", question, pairs[:number], system)
+            sample, ids = dataset.sample(number), answer_ids(GLM2, answer)
+            assert sample.ids == prompt + ids and dataset.source(number) == f"{tmp_path / 'data'}:1"
+            assert sample.learned == [False] * len(prompt) + [True] * len(ids)
+            assert dataset.lengths[number] == len(sample.ids)
+            assert dataset.learned[number] == len(ids)
+    named = open_rows(tmp_path / "named", [row], fmt=dataset.files[0][2])
+    assert named.sample(0).ids == dataset.sample(0).ids
 
 
 @pytest.mark.parametrize("row", CONVERSATIONS[1:3])

@@ -2,27 +2,18 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import fsspec
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.processes import join
-from tests.support import host_checkpoint
-from tests.support.paths import ROOT
-from tests.support.training_data import alpaca, open_rows, write_rows
 from train import lora
-from train.data.batches import Batches
 from train.options import checkpoint_place
 from train.run_folder.checkpoints import Checkpoints
-from train.run_folder.folder import RunFolder
-from train.run_folder.storage import check_shared
+from train.run_folder.folder import RunFolder, check_shared
 
 RUN = {"command": "train.lora", "lr": 0.1}
 
@@ -124,27 +115,3 @@ def test_a_folder_that_not_all_see(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="is not the same folder for all processes"):
             check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_two_processes_save_and_go_on_and_so_does_one_alone(tmp_path):
-    rows = [alpaca(f"Q{i}", "A" * (i + 1)) for i in range(3)]
-    write_rows(tmp_path / "d.jsonl", rows)
-    command = [sys.executable, "-m", "infer.launch", "--num-processes", "2",
-               "--devices-per-process", "4", "--",
-               sys.executable, "-m", "tests.support.host_checkpoint",
-               "--output", f"{tmp_path}/out", "--checkpoints", f"{tmp_path}/kept",
-               "--data", f"{tmp_path}/d.jsonl"]  # fmt: skip
-    told = []
-    for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        told.append(json.loads(done.stdout))
-    dataset = open_rows(tmp_path / "d.jsonl", rows)
-    batch = Batches(dataset, batch_size=3, shuffle=False).at(0, 0).batch
-    expected = {"sum": int(batch.tokens.sum()), "own": 2, "shape": [1, 4, batch.tokens.shape[-1]]}
-    assert told == [{"before": None, **expected}, {"before": 1, **expected}]
-    like = {"rows": jnp.zeros((4, 2))}
-    with Checkpoints(tmp_path / "kept/state", keep=2) as checkpoints:
-        (state, position) = checkpoints.restore(2, like)
-    np.testing.assert_array_equal(state["rows"], host_checkpoint.whole() + 2)
-    assert position == {"step": 1}
