@@ -15,15 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm2_jax.cli.arguments import positive, whole
 from glm2_jax.cli.main import version
 from glm2_jax.cli.messages import note, only_errors
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.parser import Parser, add_flags
 from glm2_jax.errors import DeviceError, InputError, UsageError
 from glm2_jax.processes import supervise
-from glm2_jax.processes.supervise import Hosts
+from glm2_jax.processes.supervise import AUTO, Hosts
 
-AUTO = "auto"
 # Paths may differ between hosts; the contents are compared instead.
 _PLACES = {
     "coordinator", "process_id", "model", "hub_source", "revision", "adapter", "prefix",
@@ -40,31 +38,14 @@ _UNLIMITED = 7 * 24 * 3600  # seconds that a finished process waits for others t
 _GIVE = "Give --coordinator HOST:PORT, --num-processes N and --process-id I"
 
 _started = False
-_hosts = Hosts()
+_processes = 1
 _flags: Mapping[str, Any] = {}
 
 
 def add_host_options(parser: Parser) -> None:
     """Add the flags that make a process one of several."""
-    add = parser.add_argument_group(
-        "several processes", "The same command on each host; only --process-id differs."
-    ).add_argument
-    add(
-        "--coordinator", metavar="HOST:PORT",
-        help=f"host of process 0 and a free port there; {AUTO} = Kubernetes, Slurm or TPU VMs "
-        "provide this and the next two",
-    )  # fmt: skip
-    add("--num-processes", type=positive, metavar="N", help="number of processes")
-    add("--process-id", type=whole, metavar="I", help="index of this process, from 0")
-    add(
-        "--join-timeout", type=positive, default=Hosts.join_timeout, metavar="S",
-        help="seconds to wait for the other processes to start",
-    )  # fmt: skip
-    add(
-        "--heartbeat-timeout", type=positive, default=Hosts.heartbeat_timeout, metavar="S",
-        help="seconds without a heartbeat after which a process counts as lost, which ends the "
-        "others",
-    )  # fmt: skip
+    group = add_flags(parser, "several processes", Hosts)
+    group.description = "The same command on each host; only --process-id differs."
 
 
 def refuse_host_options(parser: Parser, why: str) -> None:
@@ -92,14 +73,14 @@ def start(hosts: Hosts, flags: Mapping[str, Any]) -> Iterator[None]:
         UsageError: flags that make no sense together. DeviceError: the processes did not find each
             other, or one of them was lost.
     """
-    global _started, _hosts, _flags
+    global _started, _processes, _flags
     if not _check(hosts):
         yield
         return
     if not supervise.is_supervised():
-        sys.exit(supervise.supervise(hosts))
+        sys.exit(supervise.supervise(hosts, debug=flags["debug"]))
     tell = supervise.connect()
-    _hosts, _flags = hosts, flags
+    _processes, _flags = hosts.num_processes or 1, flags
     _join(hosts)
     tell(supervise.JOINED)
     try:
@@ -121,7 +102,7 @@ def are_several() -> bool:
 
 def number_of_processes() -> int:
     """Return how many processes the flags name; 1 where a cluster says it. Does not start jax."""
-    return _hosts.num_processes or 1
+    return _processes
 
 
 def is_first() -> bool:

@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.cli import interrupt
+from glm2_jax.cli.arguments import positive, whole
 from glm2_jax.cli.main import EXIT_DEVICE, report
 from glm2_jax.cli.messages import only_errors
+from glm2_jax.cli.parser import flag
 from glm2_jax.errors import DeviceError, GLMError
 from glm2_jax.escape import escape_controls
 
+AUTO = "auto"  # the coordinator of a cluster that JAX detects
 JOINED = b"\0joined\n"  # the child sends it once it is connected to the others
 _VARIABLE = "GLM2_SUPERVISED_FD"
 _KEPT = 64  # lines of C++ that are kept for --debug
@@ -133,15 +136,23 @@ def _escaped(lines: bytes) -> bytes:
 class Hosts:
     """The flags that make a process one of several, see `glm2_jax.processes.join`."""
 
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    join_timeout: int = 120  # seconds
-    heartbeat_timeout: int = 100  # seconds, the default of JAX
-    debug: bool = False
+    coordinator: str | None = flag(
+        f"host of process 0 and a free port there; {AUTO} = Kubernetes, Slurm or TPU VMs provide "
+        "this and the next two",
+        metavar="HOST:PORT",
+    )
+    num_processes: int | None = flag("number of processes", type=positive, metavar="N")
+    process_id: int | None = flag("index of this process, from 0", type=whole, metavar="I")
+    join_timeout: int = flag(
+        "seconds to wait for the other processes to start", type=positive, default=120, metavar="S"
+    )
+    heartbeat_timeout: int = flag(  # the default of JAX
+        "seconds without a heartbeat after which a process counts as lost, which ends the others",
+        type=positive, default=100, metavar="S",
+    )  # fmt: skip
 
 
-def supervise(hosts: Hosts) -> int:
+def supervise(hosts: Hosts, *, debug: bool) -> int:
     """Run this command again in a child process and watch it; returns its exit code."""
     name = "" if hosts.process_id is None else f"process {hosts.process_id}"
     prefix = f"{name}: " if hosts.process_id else ""
@@ -157,7 +168,7 @@ def supervise(hosts: Hosts) -> int:
         return code
     if prefix:
         only_errors(name)
-    if hosts.debug:
+    if debug:
         os.write(2, _escaped(worker.output))
     return report(error)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm2_jax.cli import main, messages
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.errors import DeviceError, InputError, UsageError
 from glm2_jax.processes import join, supervise
@@ -338,13 +337,3 @@ def test_a_lost_connection_is_found_among_the_causes(operation):
     error = InputError("the checkpoints cannot be written")
     error.__cause__ = broken
     assert join._is_lost_connection(error)
-
-
-def test_errors_alone_are_told_with_a_name(monkeypatch, capsys):
-    monkeypatch.setattr(messages, "_speaker", None)
-    messages.only_errors("process 3")
-    messages.note("not told")
-    with messages.Progress("nor this", 1, interval=0) as bar:
-        bar(1)
-    main.report(InputError("what", "why", "fix"))
-    assert capsys.readouterr().err == ("process 3: error: what\nprocess 3: why\nprocess 3: fix\n")
