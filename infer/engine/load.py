@@ -84,11 +84,10 @@ def load(
         adapter=None if adapter is None else os.fspath(adapter), force_adapter=force_adapter,
         prefix=None if prefix is None else os.fspath(prefix),
     )  # fmt: skip
-    if mesh is not None:
-        mesh, device = find_mesh(mesh, device), None
-    folder = _find(path, source, revision)
+    over = None if mesh is None else find_mesh(mesh, device)
+    where = {"mesh": over, "device": find_device(device) if mesh is None else None}
+    folder = _find(path, source, revision)  # last: it may have to be downloaded
     options = EngineOptions(max_length, prefill_chunk, speculate)
-    where: dict[str, Any] = {"mesh": mesh, "device": device}
     return open_choice(choice, options, folder, **where, on_event=on_event, progress=progress)
 
 

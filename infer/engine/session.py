@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Generator, Sequence
 
@@ -79,12 +80,8 @@ class Session:
 
     def _reusable(self, ids: Sequence[int]) -> int:
         """Count the ids at the beginning that are in the cache; the last one has to be read."""
-        count = 0
-        for cached, wanted in zip(self.ids, ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            count += 1
-        return count
+        pairs = zip(self.ids, ids[:-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _run(self, scheduler: Scheduler) -> Generator[TokenEvent, None, None]:
         (row,) = scheduler.batch.rows

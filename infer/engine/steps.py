@@ -62,14 +62,10 @@ Stepped = tuple[State, Output]
 
 
 def prefill(
-    config: GLMConfig, size: int, params: Any, part: Part, controls: Controls, *, dtype: Any = None
+    config: GLMConfig, size: int, params: Any, part: Part, controls: Controls, *, dtype: Any
 ) -> Stepped:
-    """Read the prompts into a new cache and draw the first token of each row.
-
-    The cache has `size` slots, and the dtype of the params where none is given.
-    """
+    """Read the prompts into a new cache of `size` slots and draw the first token of each row."""
     batch = len(part.lengths)
-    dtype = params["final_norm"].dtype if dtype is None else dtype
     cache = KVCache.new(config, batch, size, dtype, params.get("prefix"))
     logits, filled = _read(config, params, part, cache)
     seen = _marked(jnp.zeros((batch, config.vocab_size), bool), part.tokens, _real(part))

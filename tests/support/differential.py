@@ -95,24 +95,29 @@ def random_prompts(config: GLMConfig, random: np.random.Generator) -> Texts:
     return [[*drawn[0].tolist()[:8] * 3], *(ids.tolist() for ids in drawn[1:])]
 
 
-def reference(program: Any, params: Any, prompts: Texts, ends: Sequence[int]) -> list[Answer]:
-    """The greedy answers, read again for every token."""
-    texts, going = [list(ids) for ids in prompts], set(range(len(prompts)))
-    answers = [Answer([], []) for _ in prompts]
-    for _ in range(NEW_TOKENS):
-        tokens = np.zeros((len(texts), LONGEST), np.int32)
+def reference(
+    program: Any,
+    params: Any,
+    prompts: Texts,
+    ends: Sequence[int] = (),
+    count: int = NEW_TOKENS,
+    width: int = LONGEST,
+) -> list[Answer]:
+    """The greedy answers, read again for every token; `program` gives logits [4, width, V]."""
+    texts, answers = [list(ids) for ids in prompts], [Answer([], []) for _ in prompts]
+    for _ in range(count):
+        tokens = np.zeros((4, width), np.int32)
         for row, ids in enumerate(texts):
             tokens[row, : len(ids)] = ids
         logits = np.asarray(program(params, tokens))
-        for row in sorted(going):
-            last = logits[row, len(texts[row]) - 1]
-            second, first = np.sort(last)[-2:]
-            token = int(last.argmax())
-            answers[row].margins.append(float(first - second))
-            answers[row].tokens.append(END if token in ends else token)
-            texts[row].append(token)
-            if token in ends:
-                going.discard(row)
+        for ids, found, row in zip(texts, answers, logits, strict=False):
+            if END in found.tokens:
+                continue
+            second, first = np.sort(row[len(ids) - 1])[-2:]
+            token = int(row[len(ids) - 1].argmax())
+            found.margins.append(float(first - second))
+            found.tokens.append(END if token in ends else token)
+            ids.append(token)
     return answers
 
 
@@ -138,12 +143,8 @@ def answer(
 def ways(
     config: GLMConfig, weights: dict[str | None, Any], random: np.random.Generator
 ) -> Iterator[Way]:
-    """Ways to answer: all, and in both forms of the layers what needs no programs more.
-
-    Args:
-        weights: scheme, or None for float32 -> params.
-        random: what it draws decides which programs there are.
-    """
+    """Ways to answer with the weights of each scheme, None = float32; `random` decides which
+    programs there are."""
     params, listed = weights[None], unstack_layers(weights[None])
 
     def either() -> tuple[str, Any]:
@@ -217,7 +218,8 @@ def check(architecture: int, models: int) -> Iterator[tuple[str, str, str]]:
         params = random_params(config, model)
         prompts = random_prompts(config, np.random.default_rng(model))
         ends = toy_engine(params, config=config, family=config.family)._stop_ids
-        weights, right = {None: params}, {None: reference(program, params, prompts, ends)}
+        weights: dict[str | None, Any] = {None: params}
+        right: dict[str | None, Any] = {None: reference(program, params, prompts, ends)}
         for scheme in schemes:
             weights[scheme], plain = quantized(params, SCHEMES[scheme])
             right[scheme] = reference(program, plain, prompts, ends)
@@ -233,7 +235,10 @@ def main(architectures: int = 40, models: int = 5, first: int = 0) -> dict[str, 
     counts: dict[str, Counter[str]] = {}
     differing = []
     for number in range(first, first + architectures):
-        with _likeliest_alone(number % 8 != 0):
+        # In place of the sampler, which takes half the time to compile, what it does when greedy.
+        instead = {"sample": _likeliest, "token_logprobs": lambda *_: None}
+        alone = mock.patch.multiple("infer.engine.steps", **instead)
+        with alone if number % 8 else contextlib.nullcontext():
             for way, outcome, detail in check(number, models):
                 counts.setdefault(way, Counter())[outcome] += 1
                 if outcome != "same":
@@ -244,15 +249,8 @@ def main(architectures: int = 40, models: int = 5, first: int = 0) -> dict[str, 
     return {"models": architectures * models, "ways": counts, "differing": differing}
 
 
-@contextlib.contextmanager
-def _likeliest_alone(wanted: bool) -> Iterator[None]:
-    """In place of the sampler, which takes half the time to compile, what it does when greedy."""
-    with contextlib.ExitStack() as stack:
-        if wanted:
-            likeliest = lambda logits, *_: jnp.argmax(logits, -1).astype(jnp.int32)  # noqa: E731
-            stack.enter_context(mock.patch("infer.engine.steps.sample", likeliest))
-            stack.enter_context(mock.patch("infer.engine.steps.token_logprobs", lambda *_: None))
-        yield
+def _likeliest(logits: jax.Array, *_: Any) -> jax.Array:
+    return jnp.argmax(logits, -1).astype(jnp.int32)
 
 
 def _compared(tokens: list[int], right: Answer) -> tuple[str, str]:

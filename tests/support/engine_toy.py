@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import jax
 
@@ -96,6 +98,20 @@ def streamed(engine: Engine, prompts, sampling, **kwargs: Any) -> list[Completio
 def finished(events) -> Completion:
     """Return the answer at the end of a call of one row."""
     return next(event.completion for event in events if event.completion)
+
+
+@contextlib.contextmanager
+def failing(engine: Engine, number: int, error: BaseException) -> Iterator[None]:
+    """Have the program that is run as the `number`th raise an error."""
+    call, count = engine.programs.call, itertools.count(1)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if next(count) == number:
+            raise error
+        return call(*args, **kwargs)
+
+    with mock.patch.object(engine.programs, "call", fails):
+        yield
 
 
 def cache_bytes(slots: int) -> int:

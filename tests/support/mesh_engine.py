@@ -34,6 +34,7 @@ from infer.engine.params import SamplingParams
 from infer.engine.session import Session
 from infer.evaluate.reader import read
 from infer.generate import __main__ as generate
+from tests.support.differential import reference
 from tests.support.engine_toy import compilations, finished, streamed, toy_engine, toy_params
 from tests.support.program_text import collectives, kinds
 from tests.support.toy import quantized
@@ -95,25 +96,14 @@ def answered(engine: Engine, prompts: Any, sampling: SamplingParams) -> list[lis
     return [list(map(int, one.output_ids)) for one in streamed(engine, prompts, sampling)]
 
 
-@jax.jit
-def likeliest(params: Any, tokens: jax.Array) -> jax.Array:
-    """The likeliest next token of every position, on one device and without a cache."""
-    return forward(CONFIG, params, tokens)[0].argmax(-1)
+plain = jax.jit(lambda params, tokens: forward(CONFIG, params, tokens)[0])
 
 
 def greedy(prompts: Any, count: int, scheme: str | None = None, *, more: bool = False) -> list[Any]:
     """The greedy answers of one device, read again for every token."""
     params = weights(scheme)[1]
     params = with_extras(params, *extras()) if more else params
-    texts = [list(ids) for ids in prompts]
-    for _ in range(count):
-        tokens = np.zeros((4, 128), np.int32)
-        for row, ids in enumerate(texts):
-            tokens[row, : len(ids)] = ids
-        found = np.asarray(likeliest(params, tokens))
-        for row, ids in enumerate(texts):
-            ids.append(int(found[row, len(ids) - 1]))
-    return [ids[len(prompt) :] for ids, prompt in zip(texts, prompts, strict=True)]
+    return [one.tokens for one in reference(plain, params, prompts, count=count, width=128)]
 
 
 @cache
@@ -163,25 +153,25 @@ def conversation(engine: Engine) -> list[bool]:
 
 def more_ways(mesh: str) -> dict[str, bool]:
     """What else there is, on a mesh and on one device."""
-    plain, long = ENGINES[mesh, None], engine(mesh, more=True, prefill_chunk=256)
-    drafting = engine(mesh, speculate=3, share=plain)
-    logits = [gathered(next(read(one, PROMPTS, 3, 64)).logits) for one in (plain, engine(None))]
+    one, long = ENGINES[mesh, None], engine(mesh, more=True, prefill_chunk=256)
+    drafting = engine(mesh, speculate=3, share=one)
+    logits = [gathered(next(read(each, PROMPTS, 3, 64)).logits) for each in (one, engine(None))]
     off = [
         np.abs(logits[0][i, : len(ids)] - logits[1][i, : len(ids)]).max()
         for i, ids in enumerate(PROMPTS)
     ]
     want = greedy(PROMPTS, 6)
     drafted = drafting.complete(PROMPTS, GREEDY)
-    looped = [list(map(int, one.output_ids)) for one in plain.complete(PROMPTS, GREEDY)]
+    looped = [list(map(int, each.output_ids)) for each in one.complete(PROMPTS, GREEDY)]
     with ThreadPoolExecutor(4) as pool:
         ask = partial(answered, prompts=PROMPTS, sampling=GREEDY)
-        threads = list(pool.map(ask, [plain, drafting] * 4))  # drafts: not compiled yet
+        threads = list(pool.map(ask, [one, drafting] * 4))  # drafts: not compiled yet
     return {
-        "conversation": all(conversation(plain)),
+        "conversation": all(conversation(one)),
         "several threads": all(found == want for found in threads),
         "long prompts, adapter and prefix": answered(long, LONG, GREEDY)
         == greedy(LONG, 6, more=True),
-        "speculation": [list(one.output_ids) for one in drafted] == want
+        "speculation": [list(each.output_ids) for each in drafted] == want
         and drafted[0].stats.passes > 0,
         "logits for evaluation": bool(max(off) < 1e-4),
         "loop on the devices": looped == want,

@@ -15,6 +15,7 @@ from tests.support.engine_toy import (
     TOY,
     cache_bytes,
     compilations,
+    failing,
     streamed,
     toy_engine,
     toy_params,
@@ -41,28 +42,25 @@ def test_greedy_equals_the_plain_forward(engine):
         assert tuple(drawn) == completion.output_ids
 
 
-def test_both_loops_single_and_batch_give_the_same_greedy_answers(engine):
-    batch = engine.complete(PROMPTS, GREEDY)
-    assert streamed(engine, PROMPTS, GREEDY) == batch
-    for row in (0, 1, 3):  # row 2 is in the next bucket: its programs would be three more
-        assert engine.complete([PROMPTS[row]], GREEDY) == [batch[row]]
-        assert streamed(engine, [PROMPTS[row]], GREEDY) == [batch[row]]
-    assert engine.complete(PROMPTS[:3], GREEDY) == batch[:3]  # an empty fourth row
-    assert len({completion.output_ids for completion in batch}) == 4
-
-
-def test_the_same_seed_draws_the_same_tokens_everywhere(engine):
-    sampling = SamplingParams(**HOT, seed=3)
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(**HOT, seed=3)])
+def test_both_loops_single_and_batch_give_the_same_answers(engine, sampling):
     batch = engine.complete(PROMPTS, sampling)
     assert streamed(engine, PROMPTS, sampling) == batch
-    for row in (0, 1, 3):
+    for row in (0, 1, 3):  # row 2 is in the next bucket: its programs would be three more
         assert engine.complete([PROMPTS[row]], sampling, row_ids=[row]) == [batch[row]]
+        assert streamed(engine, [PROMPTS[row]], sampling, row_ids=[row]) == [batch[row]]
+    assert engine.complete(PROMPTS[:3], sampling) == batch[:3]  # an empty fourth row
+    assert len({completion.output_ids for completion in batch}) == 4
     order = [3, 1, 0]
     mixed = engine.complete([PROMPTS[row] for row in order], sampling, row_ids=order)
     assert mixed == [batch[row] for row in order]
-    assert engine.complete(PROMPTS, SamplingParams(**HOT, seed=4)) != batch
-    twins = engine.complete([PROMPTS[2]] * 4, sampling)
-    assert len({twin.output_ids for twin in twins}) == 4  # rows have their own random numbers
+
+
+def test_seeds_and_rows_have_their_own_random_numbers(engine):
+    one, other = (SamplingParams(**HOT, seed=seed) for seed in (3, 4))
+    assert engine.complete(PROMPTS, one) != engine.complete(PROMPTS, other)
+    twins = engine.complete([PROMPTS[2]] * 4, one)
+    assert len({twin.output_ids for twin in twins}) == 4
 
 
 def test_logprobs_are_the_same_in_both_loops(engine):
@@ -143,22 +141,19 @@ def test_nan_names_its_step(engine):
         assert error.value.exit_code == 4
 
 
-def test_out_of_memory_is_a_device_error(engine, monkeypatch):
-    def full(*args, **kwargs):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-
-    monkeypatch.setattr(engine.programs, "call", full)
-    with pytest.raises(DeviceError, match=r"out of device memory(.|\n)*9 bytes") as error:
-        engine.complete([[5]], GREEDY)
-    assert error.value.exit_code == 5
-    with pytest.raises(DeviceError, match="cache of 64 slots"):
-        list(engine.run([[5]], GREEDY))
+def test_out_of_memory_is_a_device_error(engine):
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    message = r"out of device memory(.|\n)*cache of 64 slots(.|\n)*9 bytes"
+    for call in (engine.complete, lambda *args: list(engine.run(*args))):
+        with failing(engine, 2, full), pytest.raises(DeviceError, match=message) as error:
+            call([[5]], GREEDY)
+        assert error.value.exit_code == 5
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), device_errors(""):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 @pytest.mark.parametrize("speculate", [0, 4])
-def test_a_call_may_be_left_or_interrupted(engine, monkeypatch, speculate):
+def test_a_call_may_be_left_or_interrupted(engine, speculate):
     expected = engine.complete(PROMPTS, GREEDY)
     one = toy_engine(share=engine, speculate=speculate)
     for steps in range(3):
@@ -168,18 +163,8 @@ def test_a_call_may_be_left_or_interrupted(engine, monkeypatch, speculate):
         events.close()
     abandoned = one.run(PROMPTS, GREEDY)
     next(abandoned)
-    call, count = one.programs.call, []
-
-    def interrupted(*args, **kwargs):
-        count.append(1)
-        if len(count) == 3:
-            raise KeyboardInterrupt
-        return call(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(one.programs, "call", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            list(one.run(PROMPTS, GREEDY))
+    with failing(one, 3, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        list(one.run(PROMPTS, GREEDY))
     assert streamed(one, PROMPTS, GREEDY) == expected
     # One that was set aside continues where it was.
     done = [event.completion for event in abandoned if event.completion]
@@ -236,14 +221,6 @@ def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monk
     assert small.programs.compiled == len(keys) and not counted
 
 
-def test_a_short_answer_does_not_get_a_long_cache(engine, monkeypatch):
-    monkeypatch.setattr("infer.engine.call.ROOM", 60)
-    for limit, sizes in ((20, (64, 64)), (100, (64, 128)), (None, (64, 256))):
-        sampling = SamplingParams(temperature=0, max_new_tokens=limit)
-        batch = engine.schedule([[5, 6, 7]], sampling).batch
-        assert (batch.cache_size, batch.largest_cache) == sizes
-
-
 def test_answers_do_not_depend_on_the_switches_of_jax():
     sampling = SamplingParams(
         temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.2, logprobs=2, max_new_tokens=2
@@ -252,7 +229,7 @@ def test_answers_do_not_depend_on_the_switches_of_jax():
     found = []
     for switch in (contextlib.nullcontext(), jax.enable_x64(True), jax.disable_jit(True)):
         with switch:
-            found += toy_engine(max_length=64).complete([[5, 6, 7]], sampling)
+            found += streamed(toy_engine(max_length=64), [[5, 6, 7]], sampling)
     usual, *others = found
     for other in others:
         assert (other.output_ids, other.text) == (usual.output_ids, usual.text)

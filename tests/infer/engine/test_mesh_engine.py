@@ -108,13 +108,3 @@ def test_memory_of_each_device():
     # Devices that a processor plays share its memory.
     assert shared(Budget("x", "cpu", 8_400_000_000), 8).memory == 1_400_000_000
     assert shared(Budget("x", "gpu", 8), 8).memory == 8
-
-
-def test_the_dry_run_tells_of_each_device(capsys):
-    flags = ["--dry-run", "--config", "chatglm2-6b", "--device", "v5e-1", "--quantize", "int8"]
-    assert generate.main([*flags, "--mesh", "data=2,tensor=4", "--max-length", "2048"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "on 8 devices (v5e-1, data=2,tensor=4)" in text and "sizes are those of each" in text
-    with pytest.raises(UsageError, match="tensor=3") as error:
-        generate.main([*flags, "--tp", "3"])
-    assert "tensor=1, 2, 4, 8, 16, 32" in error.value.fix

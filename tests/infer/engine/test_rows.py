@@ -91,6 +91,13 @@ def test_what_a_session_has_is_not_read_again():
     assert batch_of([[5] * 100] * 2, SamplingParams(), chunk=64).parts[0].tokens.shape == (2, 32)
 
 
+def test_a_short_answer_does_not_get_a_long_cache(monkeypatch):
+    monkeypatch.setattr("infer.engine.call.ROOM", 60)
+    for limit, sizes in ((20, (64, 64)), (100, (64, 128)), (None, (64, 256))):
+        batch = batch_of([[5, 6, 7]], SamplingParams(max_new_tokens=limit))
+        assert (batch.cache_size, batch.largest_cache) == sizes
+
+
 def test_statistics_of_rows_and_of_calls():
     rows = [
         Stats(2.0, 0.5, 10, 0.4, 0, 3, 1.0, passes=2, drafted_tokens=4, programs=3),
