@@ -79,7 +79,7 @@ def test_quantized_folders(answer, run, tmp_path, bits, change, flags, code, wor
 def test_a_context_beyond_the_table(run, never_loaded, more):
     flags = ("--max-length", "1025", *more)
     code, text = run(generate.main, "--prompt", "x", "--model", demo_folder(), *flags)
-    assert code == 2 and "at most 1024, got 1025" in text and "seq_length" in text
+    assert code == 2 and "from 2 to 1024, got 1025" in text and "seq_length" in text
 
 
 def test_a_plan_that_cannot_fit(answer, never_loaded):
