@@ -1,13 +1,11 @@
 """`python -m convert.merge_lora BASE ADAPTER DST`: merge a LoRA adapter into its base."""
 
-import argparse
-import math
 from pathlib import Path
 
 from convert import options
 from glm2_jax.choices import DEVICES
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.arguments import number, path_argument
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
@@ -42,7 +40,7 @@ def build_parser() -> Parser:
     options.add_adapter_flags(parser, named=True)
     checking = parser.add_argument_group("check")
     checking.add_argument(
-        "--bound", type=_bound, metavar="X",
+        "--bound", type=number, metavar="X",
         help="largest accepted difference of a logit (default: 0.001 in float32, 0.125 in "
         "float16, 1 in bfloat16)",
     )  # fmt: skip
@@ -56,13 +54,6 @@ def build_parser() -> Parser:
     )  # fmt: skip
     options.add_last(parser, "base and adapter", overwrite=True)
     return parser
-
-
-def _bound(text: str) -> float:
-    bound = float(text)
-    if not 0 <= bound < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return bound
 
 
 def main(argv: list[str]) -> None:

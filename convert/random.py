@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from convert import options
 from glm2_jax.choices import STORED_DTYPES
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.arguments import path_argument, positive, whole
 from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.parser import Parser
 
@@ -53,14 +53,14 @@ def build_parser() -> Parser:
         help="a published model such as chatglm2-6b or chatglm3-6b, or a config.json",
     )  # fmt: skip
     model.add_argument(
-        "--layers", type=int, metavar="N", help="number of layers (default: that of the model)"
+        "--layers", type=positive, metavar="N", help="number of layers (default: that of the model)"
     )
     model.add_argument(
         "--tokenizer", type=path_argument, required=True, metavar="FILE|DIR",
         help="the tokenizer.model to copy into the folder, or a folder that holds one",
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
-    weights.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
+    weights.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed")
     weights.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="type to store")
     options.add_shard_size(weights, default="2GB")
     parser.add_common()
@@ -96,8 +96,6 @@ def official_config(
             "Random weights are written as floats.",
             "Use the model that it was made from, for example chatglm2-6b.",
         )
-    if layers is not None and layers < 1:
-        raise UsageError(f"--layers must be at least 1, got {layers}.")
     raw |= {"num_layers": layers} if layers else {}
     config = GLMConfig.from_hf(raw, family=family)
     # It refers to Python files, which the folder does not have.
@@ -124,11 +122,8 @@ def write_random(
     from convert.loading.folder import check_fit
     from convert.writing.destination import check_destination, new_destination
     from glm2_jax.config import GLMConfig
-    from glm2_jax.errors import UsageError
     from glm2_jax.text.tokenizer import Tokenizer
 
-    if seed < 0:
-        raise UsageError(f"--seed must be at least 0, got {seed}.")
     config, path = GLMConfig.from_hf(raw), Path(tokenizer_path)
     path = path / "tokenizer.model" if path.is_dir() else path
     tokenizer = Tokenizer.from_file(path, family=config.family)

@@ -34,7 +34,7 @@ from convert.files.tensor import reading
 from convert.layouts.peft_config import CONFIG, read_peft_config
 from glm2_jax.cli.files import fsync, refuse_url
 from glm2_jax.config import GLMConfig
-from glm2_jax.errors import CheckpointError, InputError, UsageError, shorten
+from glm2_jax.errors import CheckpointError, InputError, shorten
 from glm2_jax.lora import TARGETS, LoRA
 
 WEIGHTS = "adapter_model.safetensors"
@@ -77,13 +77,11 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, layout: str | N
     `layout` names the matrices, one of `LAYOUTS`; None = as its shape does, or as published.
 
     Raises:
-        UsageError: a URL, an unknown layout.
+        UsageError: a URL.
         CheckpointError: NaN or infinity among its numbers.
         InputError: the folder cannot be written.
     """
     refuse_url(folder)
-    if layout not in (None, *LAYOUTS):
-        raise UsageError(f"unknown layout {layout!r}.", f"Known: {', '.join(LAYOUTS)}.")
     folder = Path(folder)
     tensors, selection = stored_tensors(adapter, layout)
     tensors = {f"base_model.model.{name}": array for name, array in tensors.items()}
