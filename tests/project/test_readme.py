@@ -155,9 +155,9 @@ def test_the_others_are_run_elsewhere():
         assert any(words in file.read_text(encoding="utf-8") for file in files), command
 
 
-def test_transcript(tmp_path):
+def test_transcript(folder):
     prompt, _, shown = blocks("README.md", "console")[0].partition("\n")
-    process = shell(prompt.removeprefix("$ "), tmp_path)
+    process = shell(prompt.removeprefix("$ "), folder)
     assert process.stdout.strip() and process.stdout.strip() in shown
 
 
