@@ -28,7 +28,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def new_output(
     destination: Path, check: Callable[[], None], *, needed: int, folder: bool = True
 ) -> Iterator[Path]:
-    """Give a temporary folder (or the name of a file) that becomes `destination`, or nothing does.
+    """Give a temporary path that becomes `destination`, complete or not at all: a folder, or the
+    name of a file that the caller makes.
 
     On any failure (Ctrl-C, SIGTERM and SIGHUP included) `destination` stays as it was. `check` is
     called if it exists, before and after the writing, and raises if it must stay. InputError: no

@@ -205,14 +205,11 @@ GOOD = {
     "history": [["a", "b"]],
 }
 CHANGES = [
-    {"format": "x"},
     {"version": 2},
     {"history": [["a"]]},
     {"history": [["\ud800", "b"]]},
     {"system": "\ud800"},
     {"sampling": {"top_p": 5}},
-    {"sampling": {"unknown": 5}},
-    {"sampling": {"stop": ["\ud800"]}},
     {"sampling": None},
     {"model": 5},
     {"ids": [-1]},
