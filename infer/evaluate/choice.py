@@ -38,21 +38,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question that fits.
-
-    Attributes:
-        text: the question as asked, without earlier rounds with examples.
-        ids: the complete prompt.
-        shots: examples before it.
-        words: what the model wrote in the first of two passes.
-    """
+    """A question that fits."""
 
     exam: Exam
     question: Question
-    text: str
-    ids: list[int]
-    shots: int = 0
-    words: str = ""
+    text: str  # the question as asked, without earlier rounds with examples
+    ids: list[int]  # the complete prompt
+    shots: int = 0  # examples before it
+    words: str = ""  # what the model wrote in the first of two passes
 
 
 def run(settings: Settings) -> dict[str, Any]:

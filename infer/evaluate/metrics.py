@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 from infer.evaluate.rows import CHINESE
@@ -55,7 +56,11 @@ def pair_scores(prediction: str, label: str) -> dict[str, float]:
     rouge: Any = Rouge(metrics=list(PER_PAIR[:2]))
     texts = [" ".join(jieba.cut(text)) for text in (prediction, label)]
     found = {name: score["f"] for name, score in rouge.get_scores(*texts)[0].items()}
-    found["rouge-l"] = _rouge_l(*(_rouge_words(rouge, text) for text in texts))
+    # ROUGE-L as rouge-chinese computes it, which keeps a table of all pairs of words.
+    words, wanted = (_rouge_words(rouge, text) for text in texts)
+    common = common_length(words, wanted)
+    precision, recall = common / len(words), common / len(wanted)
+    found["rouge-l"] = 2.0 * ((precision * recall) / (precision + recall + 1e-8))
     smooth = SmoothingFunction().method3
     with warnings.catch_warnings():  # nltk warns where a text shares no 4-gram
         warnings.simplefilter("ignore")
@@ -67,13 +72,6 @@ def _rouge_words(rouge: Any, text: str) -> list[str]:
     """Return the words that rouge-chinese compares, of all its sentences."""
     sentences = (" ".join(part.split()) for part in rouge.cut_sent(text) if part)
     return [word for sentence in sentences for word in sentence.split(" ")]
-
-
-def _rouge_l(prediction: Sequence[str], label: Sequence[str]) -> float:
-    """Return ROUGE-L (F) as rouge-chinese does, which keeps a table of all pairs of words."""
-    common = common_length(prediction, label)
-    precision, recall = common / len(prediction), common / len(label)
-    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
 
 
 def common_length(first: Sequence[str], second: Sequence[str]) -> int:
@@ -92,13 +90,6 @@ def common_length(first: Sequence[str], second: Sequence[str]) -> int:
     return len(first) - rows.bit_count()
 
 
-class _NoSynonyms:
-    """Stands in for WordNet: no word has a synonym."""
-
-    def synsets(self, word: str) -> list[Any]:
-        return []
-
-
 def _meteor(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     """Return the mean METEOR, 0 to 100, and its stages: they depend on what is installed."""
     synonyms: Any = wordnet
@@ -106,14 +97,10 @@ def _meteor(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, Any]
     try:
         wordnet.ensure_loaded()
     except LookupError:
-        synonyms = _NoSynonyms()
+        synonyms = SimpleNamespace(synsets=lambda word: [])  # no word has any
         stages = "same words, stems (no WordNet data)"
-    scores = [
-        single_meteor_score(_words(label), _words(prediction), wordnet=synonyms)
-        for prediction, label in zip(predictions, labels, strict=True)
-    ]
+    scores = []
+    for pair in zip(labels, predictions, strict=True):
+        wanted, words = ([word for word in jieba.cut(text) if word.strip()] for text in pair)
+        scores.append(single_meteor_score(wanted, words, wordnet=synonyms))
     return {"meteor": 100 * fmean(scores), "meteor_stages": stages}
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in jieba.cut(text) if word.strip()]

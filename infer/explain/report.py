@@ -14,7 +14,6 @@ from infer.explain.facts import (
     Head,
     Pass,
     Stage,
-    Step,
     Token,
     Values,
     Walk,
@@ -150,16 +149,13 @@ def _values(values: Values, columns: int) -> Iterator[str]:
         yield ROW + SHADES.strip()
     yield from ("", "the answer, always the most probable token:")
     answer = [["", "token", *["or"] * (count - 1)]]
-    answer += [_step(number, step, count) for number, step in enumerate(values.steps, 1)]
+    for number, step in enumerate(values.steps, 1):
+        others = [c for c in step.alternatives if c.token != step.chosen.token]
+        answer.append([str(number), *map(_likely, (step.chosen, *others[: count - 1]))])
     yield from _fitted(answer, 1 + count, columns)
     ends = {"stop": "ended by its end token", "length": "ended by the length limit"}
     yield ends.get(values.end, values.end)
     yield from f"answer: {escape_controls(values.answer, chr(10))}".split("\n")
-
-
-def _step(number: int, step: Step, count: int) -> list[str]:
-    others = [c for c in step.alternatives if c.token != step.chosen.token][: count - 1]
-    return [str(number), *map(_likely, (step.chosen, *others)), *[""] * (count - 1 - len(others))]
 
 
 def _likely(candidate: Candidate) -> str:

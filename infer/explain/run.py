@@ -21,6 +21,7 @@ from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.engine.load import demo_folder
 from infer.explain.facts import DEVICES, PROMPT
+from infer.explain.page import write_page
 from infer.explain.report import render
 from infer.explain.values import longest, make_values
 from infer.explain.walk import make_walk
@@ -130,8 +131,6 @@ def run(settings: Settings) -> int:
         top_k, most = settings.top_k or 5, settings.max_new_tokens or 64
         values = make_values(engine, ids, heads=heads, top_k=top_k, max_new_tokens=most)
     if settings.html is not None:
-        from infer.explain.page import write_page
-
         write_page(Path(settings.html), walk, values)
         note(f"page: {settings.html}")
     if settings.json:

@@ -57,13 +57,13 @@ def walk_layer(
 
 
 def _attention(weights: Any, x: jax.Array, context: TokenContext, cache: Any, take: Take):
-    def take_one(name: str, spec: str) -> jax.Array:
-        function = partial(project, spec, added=None)
-        return take(f"attention.{name}", function, x, weights[name], weights[f"{name}_bias"])
-
-    q = take_one("q", "BTD,NHD->BTNH")
-    k = take_one("k", "BTD,KHD->BTKH")
-    v = take_one("v", "BTD,KHD->BTKH")
+    q, k, v = (
+        take(
+            f"attention.{name}", partial(project, spec, added=None),
+            x, weights[name], weights[f"{name}_bias"],
+        )
+        for name, spec in (("q", "BTD,NHD->BTNH"), ("k", "BTD,KHD->BTKH"), ("v", "BTD,KHD->BTKH"))
+    )  # fmt: skip
     q = take("attention.rope_q", _rotate_queries, q, context)
     k = take("attention.rope_k", _rotate, k, context)
     if cache is not None:

@@ -39,14 +39,8 @@ def make_walk(
     length_from: str = "asked",
     cards: Sequence[Card] = (),
 ) -> Walk:
-    """Return the walk for prompts of one length.
-
-    Args:
-        precision: what bytes are counted in.
-        length: ids of each prompt. length_from, prompt, model: as in `Walk`.
-        batch: prompts together.
-        cards: devices whose minimum time is computed.
-    """
+    """Return the walk for `batch` prompts of `length` ids, with bytes counted in a precision, and
+    the minimum time on each of the cards; `model`, `prompt` and `length_from` as in `Walk`."""
     c = config
     sizes = {
         "B": batch, "L": c.num_layers, "D": c.hidden_size, "N": c.num_heads, "K": c.num_kv_heads,
