@@ -42,8 +42,7 @@ def apply(settings: Settings) -> Settings:
 
 
 def unmeasured(device: str) -> str:
-    """Return why nothing is to be measured: a CPU, which is no such card, unless `--device` asks
-    for it."""
+    """Return why nothing is measured: a CPU is not such a card, unless `--device` asks for it."""
     if device == "cpu" or find_device(device).platform != "cpu":
         return ""
     return "no accelerator found; --device cpu measures the CPU"

@@ -88,7 +88,7 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 def parse(
     result: Parser, argv: Sequence[str] | None, *more_models: str
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parse the flags before jax starts; returns them, and the fields of `Settings` that are none.
+    """Parse the flags before jax starts; returns them, and the `Settings` that are no flags.
 
     Args:
         more_models: flags that name a model, besides --model and --random.
