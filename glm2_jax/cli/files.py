@@ -215,6 +215,8 @@ def require_file_place(path: str | os.PathLike) -> Path:
         raise InputError(f"cannot write {path}", "It is not a regular file.", "Name another file.")
     if not real.parent.is_dir():
         raise InputError(f"cannot write {path}", f"folder not found: {real.parent}", "Create it.")
+    if real.exists() and not os.access(real, os.W_OK):
+        raise InputError(f"cannot write {path}", "The file is read-only.", "Name another file.")
     require_writable(real)
     return real
 

@@ -59,7 +59,8 @@ def run_batch(settings: Settings, history: Turns) -> int:
     assert asked.batch_file is not None
     join.compare()
     inputs = {"--batch-file": asked.batch_file, "--history": asked.history}
-    output = check_output(settings.out.output, inputs) if join.is_first() else None
+    place = settings.out.output if join.is_first() else None
+    output = check_output(place, inputs, settings.choice.path)
     batch = _Batch(settings, STDIN if asked.batch_file == "-" else asked.batch_file)
     sha256 = hashlib.sha256()
     with open_input(asked.batch_file) as file:  # before the model is loaded: errors come at once

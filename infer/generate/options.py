@@ -25,13 +25,23 @@ EXAMPLE = f"""{PROG} --prompt 你好 --greedy
   {PROG} --dry-run --config chatglm2-6b --device 3090"""
 
 
+class _Once(argparse.Action):
+    """Stores a value; a second one is an error, so that no prompt is lost silently."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice")
+        setattr(namespace, self.dest, values)
+
+
 @dataclass(frozen=True)
 class PromptOptions:
     """What is answered."""
 
     prompt: str | None = flag(
-        "the prompt; - reads it from standard input", short=("-p",), metavar="TEXT", exclusive=True
-    )
+        "the prompt; - reads it from standard input",
+        short=("-p",), action=_Once, metavar="TEXT", exclusive=True,
+    )  # fmt: skip
     prompt_file: str | None = flag(
         "a UTF-8 file with the prompt", type=path_argument, metavar="F", exclusive=True
     )
@@ -47,6 +57,7 @@ class PromptOptions:
     system: str | None = flag(
         "system prompt; ChatGLM2 has no system role: it is put before the first question, with a "
         "newline",
+        action=_Once,
         metavar="TEXT",
     )
     clean_text: bool = flag(

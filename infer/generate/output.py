@@ -237,11 +237,14 @@ def is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def check_output(output: str | None, inputs: Mapping[str, str | None]) -> Path | None:
+def check_output(
+    output: str | None, inputs: Mapping[str, str | None], model: str | None
+) -> Path | None:
     """Return the output file, links followed; None for standard output.
 
     A pipe or device stays as it was named, since what /dev/stdout leads to need not exist.
-    UsageError, InputError: the answers could not be written, or would replace an input.
+    UsageError, InputError: the answers could not be written, or would replace an input or be
+    put into the model's folder.
     """
     if output in (None, "-"):
         return None
@@ -254,6 +257,8 @@ def check_output(output: str | None, inputs: Mapping[str, str | None]) -> Path |
             if place not in (None, "-") and _same_file(written, place):
                 what = "--output" if written == path else f"{written.name}, which --output needs,"
                 raise UsageError(f"{what} is the same file as {name}", fix="name another file")
+    if model is not None and path.is_relative_to(os.path.realpath(model)):
+        raise UsageError(f"--output is inside the model's folder {model}", fix="name another one")
     return path
 
 

@@ -133,6 +133,9 @@ def test_outputs_that_are_refused(batch, loaded, tmp_path):
         assert "same file as --batch-file" in failure(UsageError, *named, output)
     assert "same file as --history" in failure(UsageError, *named, str(history))
     assert "is a folder" in failure(InputError, *named, str(tmp_path))
+    inside = [*named, str(tmp_path / "model" / "out"), "--model", str(tmp_path / "model")]
+    (tmp_path / "model").mkdir()
+    assert "inside the model's folder" in failure(UsageError, *inside)
     assert "folder not found" in failure(InputError, *named, str(tmp_path / "a" / "b"))
     saved = os.dup(0)
     try:

@@ -185,6 +185,7 @@ def test_values_that_make_no_sense(loaded, flags, words):
         (["--seed", "x"], "--seed"),
         (["--truncate-prompt", "0"], "at least 1"),
         (["--prompt-file", "x"], "not allowed with"),
+        (["-p", "b"], "given twice"),
         *((["--" + flag, ""], "path is empty") for flag in PATHS),
     ],
 )
