@@ -23,7 +23,6 @@ class KVCache:
 
     Slots 0 .. length - 1 of a row are written; later slots are never read. Setting the `length`
     of a row to its `prefix` frees the row for another sequence.
-
     """
 
     k: jax.Array  # [L, B, S, K, H], already rotated

@@ -64,11 +64,10 @@ def asked_scheme(
     embeddings are to be quantized without layers.
     """
     if stored is not None and (embeddings or quantize not in (None, "none")):
-        extra = " and --quantize-embeddings" if quantize and embeddings else "-embeddings"
         raise UsageError(
             f"{model} is quantized already ({stored}).",
             "Quantizing it again would only lose precision.",
-            f"Omit --quantize{extra if embeddings else ''}, or start from the original weights.",
+            "Omit --quantize and --quantize-embeddings, or start from the original weights.",
         )
     if embeddings and quantize in (None, "none"):
         raise UsageError(

@@ -20,13 +20,8 @@ MAX_BYTES = 2 * 1024**3
 _FOLDER = "programs"  # not "xla", where earlier versions kept programs without checksums
 
 
-def default_folder() -> Path:
-    """Return the folder of $GLM2_JAX_COMPILE_CACHE, or the one in the user's cache folder."""
-    return user_cache(_FOLDER, VARIABLE) or Path(OFF)
-
-
 def user_cache(
-    name: str, variable: str, chosen: str | os.PathLike[str] | None = None
+    name: str = _FOLDER, variable: str = VARIABLE, chosen: str | os.PathLike[str] | None = None
 ) -> Path | None:
     """Return the chosen folder, or that of the environment variable, or `name` in the user's cache.
 
@@ -47,11 +42,12 @@ def enable_compile_cache(
 ) -> None:
     """Keep compiled programs in `folder`; call it before anything is compiled.
 
-    None is `default_folder()`, "off" no cache. The folder must belong to the user: programs in it
-    are loaded and run as they are. `warn` gets one line if it, or something in it, is unusable.
+    None is the default of `user_cache`, "off" no cache. The folder must belong to the user:
+    programs in it are loaded and run as they are. `warn` gets one line if it, or something in it,
+    is unusable.
     """
     try:
-        path = user_cache(_FOLDER, VARIABLE, folder)
+        path = user_cache(chosen=folder)
         if path is None:
             return
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -83,10 +79,8 @@ class Lookup(logging.Filter):
     """A context in which one program is compiled; `found` says whether it was in JAX's cache.
 
     `missed` is called once if it is not, as a rule before it is compiled. That may take minutes,
-    and before it JAX reports a miss only in its log, whose level threads share: they take turns.
+    and before it JAX reports a miss only in its log. One thread at a time may use this.
     """
-
-    _turn = threading.Lock()
 
     def __init__(self, missed: Callable[[], None]):
         super().__init__()
@@ -99,7 +93,6 @@ class Lookup(logging.Filter):
         config: Any = jax.config  # its attributes are made at run time
         if config.jax_compilation_cache_dir is None or not config.jax_enable_compilation_cache:
             self._miss()
-        self._turn.acquire()
         self._thread = threading.get_ident()
         self._shown, self._level = self._log.getEffectiveLevel(), self._log.level
         self._log.addFilter(self)
@@ -109,7 +102,6 @@ class Lookup(logging.Filter):
     def __exit__(self, kind: Any, *exception: Any) -> None:
         self._log.setLevel(self._level)
         self._log.removeFilter(self)
-        self._turn.release()
         if not self.found and kind is None:
             self._miss()
 

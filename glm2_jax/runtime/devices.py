@@ -54,11 +54,14 @@ def find_mesh(mesh: Any, device: Any = None) -> Mesh | None:
             "The mesh says how their devices share the work.",
             f"Use for example --mesh data={jax.device_count()}.",
         )
+    named = device not in (None, "auto")
+    if isinstance(device, jax.Device) or (isinstance(mesh, Mesh) and named):
+        raise UsageError(
+            f"device={device!r} contradicts mesh={mesh!r}",
+            "A mesh uses all devices of a kind, and a `jax.sharding.Mesh` names its own.",
+            "Name a kind for the text of a mesh, or omit device.",
+        )
     if isinstance(mesh, Mesh):
-        if device not in (None, "auto"):
-            raise UsageError(
-                f"device={device!r} contradicts mesh={mesh!r}", "A mesh names its devices."
-            )
         if set(mesh.axis_names) != set(AXES):
             raise UsageError(
                 f"a mesh with the axes {', '.join(map(str, mesh.axis_names))} is not supported",
@@ -66,11 +69,6 @@ def find_mesh(mesh: Any, device: Any = None) -> Mesh | None:
                 "Make it with glm2_jax.make_mesh.",
             )
         return mesh
-    if isinstance(device, jax.Device):
-        raise UsageError(
-            f"device={device!r} is one device, and a mesh uses all devices of a kind",
-            fix="Name the kind, or omit device.",
-        )
     if isinstance(mesh, Mapping):
         mesh = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     if not isinstance(mesh, str):

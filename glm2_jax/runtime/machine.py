@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from glm2_jax.cli.main import version
-from glm2_jax.runtime.compile_cache import OFF, default_folder
+from glm2_jax.runtime.compile_cache import OFF, user_cache
 from glm2_jax.runtime.host_memory import Memory, find_memory, read_text
 
 _CUDA = [f"jax-cuda{version}-{part}" for version in (12, 13) for part in ("plugin", "pjrt")]
@@ -332,10 +332,10 @@ def free_space(folder: str) -> int | None:
 def find_cache() -> Cache:
     """Return the state of the folder of compiled programs; nothing is created or written."""
     try:
-        folder = default_folder()
+        folder = user_cache()
     except RuntimeError:  # no home folder
         return Cache("~/.cache", writable=False)
-    if str(folder) == OFF:
+    if folder is None:
         return Cache(OFF)
     try:
         sizes = [path.stat().st_size for path in folder.glob("*-cache")]

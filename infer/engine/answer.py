@@ -119,7 +119,10 @@ class StopStrings:
 
 
 class Cleaner:
-    """Does `clean_response` for text that comes in pieces: joined, they equal its result."""
+    """Cleans text that comes in pieces as the published chat code cleans a complete answer.
+
+    It strips it and fills in the training date.
+    """
 
     def __init__(self) -> None:
         self._held = ""
@@ -243,8 +246,8 @@ class RoleText:
 class Answer:
     """Collects the tokens of one row and decides when it ends.
 
-    It may have `limit` tokens and ends at one of `stop_ids`; its text passes through
-    `clean_response` (`clean`), or is read as ChatGLM3 messages, each of them cleaned (`roles`).
+    It may have `limit` tokens and ends at one of `stop_ids`; its text passes through a
+    `Cleaner` (`clean`), or is read as ChatGLM3 messages, each of them cleaned (`roles`).
     `finish_reason` is None until it has ended. UsageError: a stop string can never match.
     """
 

@@ -117,8 +117,8 @@ class Engine:
             sampling: how all rows are answered, or each.
             row_ids: a number of 0 or more for each prompt, default its index: which random numbers
                 it draws. A prompt gets the same tokens under the same number in any call.
-            clean: pass the texts through `clean_response`; with the template chatglm3, read them as
-                messages.
+            clean: strip the texts and fill in the training date, as the published code does; with
+                the template chatglm3, read them as messages.
 
         Raises (on the call):
             InputError: an empty prompt, bad ids, or no room for an answer.

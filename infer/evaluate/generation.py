@@ -105,7 +105,7 @@ def answers(
     engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, batch: int, clean: bool
 ) -> Iterator[tuple[int, str]]:
     """Yield the index and the answer of each prompt, `batch` of them at a time and the longest
-    first; `clean` applies `clean_response`."""
+    first; `clean`: as in `Engine.stream`."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with Progress("answers", len(prompts)) as bar:
         for first in range(0, len(order), batch):

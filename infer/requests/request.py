@@ -16,12 +16,12 @@ from typing import Any
 from glm2_jax.cli.json_input import parse_json, parse_object
 from glm2_jax.cli.text_input import read_utf8
 from glm2_jax.errors import InputError, shorten
-from glm2_jax.text.cleanup import clean_text
 from glm2_jax.text.prompt import Reply, is_reply
 
 Turns = tuple[tuple[str, Reply], ...]
 _HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
 _KEYS = ("prompt", "messages", "id", "history", "system")
+_PLAIN_SPACES = str.maketrans({"\u3000": " ", "\u00a0": " "})
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,24 @@ class Request:
         """Return it with plain spaces instead of ideographic and no-break ones, everywhere."""
         return dataclasses.replace(
             self,
-            prompt=clean_text(self.prompt),
-            history=tuple((clean_text(q), _clean_reply(a)) for q, a in self.history),
-            system=None if self.system is None else clean_text(self.system),
+            prompt=_clean(self.prompt),
+            history=tuple((_clean(q), _clean_reply(a)) for q, a in self.history),
+            system=None if self.system is None else _clean(self.system),
             messages=None if self.messages is None else tuple(map(_clean_message, self.messages)),
         )
 
 
+def _clean(text: str) -> str:
+    return text.translate(_PLAIN_SPACES)
+
+
 def _clean_reply(reply: Reply) -> Reply:
-    return clean_text(reply) if isinstance(reply, str) else [_clean_message(m) for m in reply]
+    return _clean(reply) if isinstance(reply, str) else [_clean_message(m) for m in reply]
 
 
 def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     content = message.get("content")
-    return {**message, "content": clean_text(content) if isinstance(content, str) else content}
+    return {**message, "content": _clean(content) if isinstance(content, str) else content}
 
 
 def read_prompt(path: str) -> str:

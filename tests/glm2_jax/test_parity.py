@@ -10,7 +10,6 @@ import pytest
 
 from convert.layouts.names import GLM, PUBLISHED
 from glm2_jax import GLMConfig, KVCache
-from tests.support.checkpoints import split
 from tests.support.shared_data import shared_path
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
@@ -21,12 +20,13 @@ def published_params(config: GLMConfig, weights) -> dict:
     """Our layout from the published names."""
     params: dict = {"layers": {}}
     for rule in PUBLISHED:
-        found = [split(rule, config, weights[rule.full_name(i)]) for i in rule.layers(config)]
-        for path, array in found[0].items():
-            if path[0] == "layers":
-                params["layers"][path[-1]] = np.stack([parts[path] for parts in found])
+        rows = np.stack([weights[rule.full_name(i)].reshape(-1) for i in rule.layers(config)])
+        for part, start, stop in rule.ranges(config):
+            array = rows[:, start:stop].reshape(-1, *part.shape(config))
+            if part.in_layers:
+                params["layers"][part.path[-1]] = array
             else:
-                params[path[-1]] = array
+                params[part.path[-1]] = array[0]
     return params
 
 

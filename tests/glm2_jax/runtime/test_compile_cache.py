@@ -3,28 +3,28 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from jax._src.lru_cache import LRUCache
 
 from glm2_jax.runtime import compile_cache
-from glm2_jax.runtime.compile_cache import default_folder, enable_compile_cache
+from glm2_jax.runtime.compile_cache import enable_compile_cache, user_cache
 
 
 def test_default_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "glm2-jax" / "programs"
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "programs"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder() == tmp_path / ".cache" / "glm2-jax" / "programs"
-    monkeypatch.setenv(compile_cache.VARIABLE, "~/mine")
-    assert default_folder() == tmp_path / "mine"
-    monkeypatch.setenv(compile_cache.VARIABLE, "off")
-    assert default_folder() == Path("off")
+    for value, cache, expected in (
+        (None, str(tmp_path / "xdg"), "xdg/glm2-jax/programs"),
+        (None, "relative", ".cache/glm2-jax/programs"),
+        (None, None, ".cache/glm2-jax/programs"),
+        ("~/mine", None, "mine"),
+        ("off", None, None),
+    ):
+        for name, setting in ((compile_cache.VARIABLE, value), ("XDG_CACHE_HOME", cache)):
+            monkeypatch.delenv(name, raising=False)
+            if setting is not None:
+                monkeypatch.setenv(name, setting)
+        assert user_cache() == (expected and tmp_path / expected)
 
 
 def test_an_unusable_folder_is_only_a_warning(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm2_jax.errors import CheckpointError, InputError
-from glm2_jax.text.cleanup import clean_response, clean_text
 from glm2_jax.text.tokenizer import Detokenizer, Tokenizer
 from tests.support.sp_model import real_model, sp_model, without_dummy_prefix
 
@@ -133,11 +132,6 @@ def test_unfit_models_are_refused(tmp_path):
             Tokenizer.from_file(place)
     with pytest.raises(ValueError, match="unknown family"):
         Tokenizer.from_bytes(sp_model(), "glm4")
-
-
-def test_clean_up():
-    assert clean_text("a\u3000b\u00a0c d\n") == "a b c d\n"
-    assert clean_response("\n 截至[[训练时间]]。 \n") == "截至2023年。"
 
 
 def stream(tokenizer, ids):

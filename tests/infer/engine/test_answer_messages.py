@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from glm2_jax.runtime import buckets
-from glm2_jax.text.cleanup import clean_response
 from glm2_jax.text.prompt import build_prompt, reply_messages
 from infer.chat import commands
 from infer.chat.__main__ import main as chat_main
@@ -25,6 +24,7 @@ from tests.infer.engine.test_answer import (
     PLAIN,
     TWO,
     TWO_TEXT,
+    clean_response,
     read,
 )
 from tests.support.engine_toy import for_commands, toy_engine, toy_params, warm_engine
