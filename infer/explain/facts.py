@@ -94,7 +94,7 @@ class Walk:
     sizes: dict[str, int]  # axis letter -> size: B, L, D, N, K, G, H, F, V
     prompt: str | None  # the question; None where only a length was given
     length: int  # T, ids of the prompt
-    length_from: str  # "tokenizer", "published" (its tokenizer's count) or "asked"
+    length_from: str  # "tokenizer", "published" (its tokenizer's count), "asked" or "example"
     context: int  # the longest sequence
     weights_in: str  # "bfloat16", "int4", ...: the precision that bytes are counted in
     params: int

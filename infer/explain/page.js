@@ -108,7 +108,7 @@ function topBar() {
 
 function intro() {
   const counted = {
-    published: T(", counted with the published tokenizer", "（按官方分词器计）"), asked: T(", as given", "（由参数指定）"), tokenizer: "",
+    published: T(", counted with the published tokenizer", "（按官方分词器计）"), asked: T(", as given", "（由参数指定）"), example: T(", an example", "（示例）"), tokenizer: "",
   }[walk.length_from];
   const pass = passOf(state.pass);
   const s = walk.sizes;

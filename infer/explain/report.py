@@ -41,7 +41,10 @@ ROW = (
     "the probability in tenths: a blank, then "
 )
 SHADES = " .:-=+*#%@"  # of a probability's square root, in tenths
-LENGTH_FROM = {"published": ", counted with the published tokenizer", "asked": ", as given"}
+LENGTH_FROM = {
+    "published": ", counted with the published tokenizer", "asked": ", as given",
+    "example": ", an example",
+}  # fmt: skip
 _PROMPT = 20  # columns of a prompt in a line, at most
 _PIECE = 12  # columns of a piece, at most
 _LABEL = 13  # columns before a row of a map

@@ -35,6 +35,7 @@ from infer.startup import find_choice, note_demo_model, open_engine
 PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
 _PUBLISHED_FAMILIES = ("chatglm2", "chatglm3")
 _PUBLISHED_VOCABULARY = 65024
+EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
 MESH_LENGTH = 2048  # tokens of a row with --mesh by default, where the context has room
 
 
@@ -121,7 +122,7 @@ def run(settings: Settings) -> int:
         length,
         model=subject.name,
         batch=settings.batch,
-        prompt=None if source == "asked" else settings.prompt or PROMPT,
+        prompt=None if source in ("asked", "example") else settings.prompt or PROMPT,
         length_from=source,
         cards=_cards(settings.cards or DEVICES),
     )
@@ -183,12 +184,16 @@ def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int
     if published and prompt == PROMPT:
         known = PUBLISHED_LENGTHS[subject.template or config.default_template]
         return None, known, "published"
-    raise UsageError(
-        "The length of this prompt is not known.",
-        f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is known, "
-        f"for published {' and '.join(_PUBLISHED_FAMILIES)} models.",
-        "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
-    )
+    if settings.prompt is not None:
+        raise UsageError(
+            "The length of this prompt is not known.",
+            f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is "
+            f"known, for published {' and '.join(_PUBLISHED_FAMILIES)} models.",
+            "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
+        )
+    length = min(EXAMPLE_LENGTH, config.seq_length - 1)
+    note(f"this model has no tokenizer: the example is a prompt of {length} ids (--length N)")
+    return None, length, "example"
 
 
 def _cards(names: Sequence[str]) -> list[Card]:

@@ -218,6 +218,8 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained
     index.unlink()
     with pytest.raises(UsageError, match="length of this prompt is not known"):
         main([*model, "--prompt", "hello"])
+    out, err = explained("--config", "codegeex2-6b")
+    assert "the example is a prompt of 128 ids" in err and "128 ids, an example" in out
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,6 @@ def test_a_folder_without_weights_is_explained_by_its_shapes(tmp_path, explained
         (CheckpointError, ["--config", "chatglm2-6B"], "did you mean chatglm2-6b?"),
         (UsageError, [*NAMED, "--model", "x"], "each name a model"),
         (UsageError, [*NAMED, "--prompt", "hello"], "length of this prompt is not known"),
-        (UsageError, ["--config", "codegeex2-6b"], "length of this prompt is not known"),
         (UsageError, [*NAMED, "--template", "chatglm3"], "'chatglm3' is not supported"),
         (UsageError, [*NAMED, "--heads", "0:0"], "--heads: no effect"),
         (UsageError, ["--length", "5", "--top-k", "3", "--max-new-tokens", "2"], "--top-k, --max"),
