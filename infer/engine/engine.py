@@ -193,7 +193,7 @@ class Engine:
         ids = self.build_prompt(query, history, system)
         events = self.run([ids], SamplingParams.from_kwargs(**sampling), clean=True)
         pieces = (event.text for event in events if event.text)
-        return itertools.accumulate(pieces) if cumulative else pieces
+        return (text for text in itertools.accumulate(pieces)) if cumulative else pieces
 
     def schedule(
         self,
