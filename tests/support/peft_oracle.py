@@ -1,4 +1,4 @@
-"""ChatGLM2 in a few lines of torch, its modules named as published: what the real peft wraps.
+"""ChatGLM2 in a few lines of torch, its modules named as published, for the real peft to wrap.
 
 Float32 and causal; written from the description of the published modeling_chatglm.py, apart from
 the model under test.
@@ -17,15 +17,29 @@ from tests.support.checkpoints import official_tensors
 
 def oracle_of(config: GLMConfig, params: Any) -> tuple[Any, Any, Any]:
     """(torch, peft, the torch module with our float32 params); skips without these packages."""
-    torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
     peft = pytest.importorskip("peft", reason="the PEFT library is not installed")
+    torch, model = _oracle(config, params)
+    return torch, peft, model
+
+
+def torch_logits(config: GLMConfig, params: Any, tokens: Any, k: Any = None, v: Any = None) -> Any:
+    """[T, V] of one row of ids, with the keys and values [L, P, K, H] of a prefix before it."""
+    torch, model = _oracle(config, params)
+    if k is not None:
+        model.prefix = torch.tensor(np.stack([k, v])).movedim(3, 2)
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens))[None])[0].numpy()
+
+
+def _oracle(config: GLMConfig, params: Any) -> tuple[Any, Any]:
+    torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
     model = _build(torch, config)
     tensors = official_tensors(config, params, "float32")
     state = {
         name: torch.tensor(np.asarray(x)) for name, x in tensors.items() if "inv_freq" not in name
     }
     model.load_state_dict(state, strict=True)
-    return torch, peft, model.eval()
+    return torch, model.eval()
 
 
 def _rotate(torch: Any, c: GLMConfig, x: Any) -> Any:
@@ -65,18 +79,24 @@ def _build(torch: Any, c: GLMConfig) -> Any:
         norms = {"input_layernorm": norm(), "post_attention_layernorm": norm()}
         return tree(self_attention=attention, mlp=mlp, **norms)
 
-    def attend(attention: Any, x: Any) -> Any:
+    def attend(attention: Any, x: Any, prefix: Any) -> Any:
         parts = attention.query_key_value(x).split([N * H, K * H, K * H], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, H)).transpose(1, 2) for part in parts)
-        k, v = (y.repeat_interleave(N // K, dim=1) for y in (_rotate(torch, c, k), v))
-        q = _rotate(torch, c, q)
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k = _rotate(torch, c, q), _rotate(torch, c, k)
+        before = (part.expand(len(x), -1, -1, -1) for part in prefix)
+        k, v = (
+            torch.cat(parts, 2).repeat_interleave(N // K, 1)
+            for parts in zip(before, (k, v), strict=True)
+        )
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return attention.dense(out.transpose(1, 2).flatten(-2))
 
     class Oracle(nn.Module):
         def __init__(self):
             super().__init__()
             self.config = PretrainedConfig()  # peft asks a causal model for one
+            self.prefix = torch.zeros(2, c.num_layers, K, 0, H)  # keys and values
             layers = nn.ModuleList(block() for _ in range(c.num_layers))
             self.transformer = tree(
                 embedding=tree(word_embeddings=nn.Embedding(c.vocab_size, D)),
@@ -87,8 +107,8 @@ def _build(torch: Any, c: GLMConfig) -> Any:
         def forward(self, input_ids: Any, **ignored: Any) -> Any:
             """Logits [B, T, V] of ids [B, T]."""
             x = self.transformer.embedding.word_embeddings(input_ids)
-            for layer in self.transformer.encoder.layers:
-                x = x + attend(layer.self_attention, layer.input_layernorm(x))
+            for i, layer in enumerate(self.transformer.encoder.layers):
+                x = x + attend(layer.self_attention, layer.input_layernorm(x), self.prefix[:, i])
                 u = layer.post_attention_layernorm(x)
                 gate, up = layer.mlp.dense_h_to_4h(u).chunk(2, dim=-1)
                 x = x + layer.mlp.dense_4h_to_h(functional.silu(gate) * up)

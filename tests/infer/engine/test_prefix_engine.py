@@ -24,7 +24,8 @@ from infer.memory.precision import Precision
 from infer.memory.shortage import when_answering
 from tests.support.checkpoints import TINY, random_params, write_official
 from tests.support.engine_toy import finished, streamed, toy_engine
-from tests.support.prefixes import encoder, numpy_logits, numpy_prefix, write_prefix
+from tests.support.peft_oracle import torch_logits
+from tests.support.prefixes import encoder, numpy_prefix, write_prefix
 from tests.support.toy import jit_forward
 
 P = 7
@@ -49,7 +50,7 @@ def greedy(prompt, count, length=P):
     """What a plain counterpart answers, reading everything again for every token."""
     ids = list(prompt)
     for _ in range(count):
-        logits = numpy_logits(TINY, PARAMS, ids, K[:, :length], V[:, :length])
+        logits = torch_logits(TINY, PARAMS, ids, K[:, :length], V[:, :length])
         ids.append(int(logits[-1].argmax()))
     return tuple(ids[len(prompt) :])
 
@@ -103,7 +104,7 @@ def test_the_reader_of_evaluations(engine):
         for row in range(2):
             logits[row].append(np.asarray(chunk.logits)[row][chunk.real[row]])
     for row, ids in enumerate(rows):
-        expected = numpy_logits(TINY, PARAMS, ids, K, V)
+        expected = torch_logits(TINY, PARAMS, ids, K, V)
         assert np.abs(np.concatenate(logits[row]) - expected).max() <= 2e-3 * expected.std()
 
 
@@ -143,10 +144,10 @@ def test_load_with_an_adapter_too(folders):
         change = np.einsum("lnhr,lrd->lnhd", np.asarray(layers[part]), np.asarray(layers["a"]))
         merged[part] = merged[part] + scale * change
     ids = [5, 6, 7, 8]
-    expected = numpy_logits(TINY, {**PARAMS, "layers": merged}, ids, K, V)
+    expected = torch_logits(TINY, {**PARAMS, "layers": merged}, ids, K, V)
     logits, _ = jit_forward(TINY, both.checkpoint.params, jnp.asarray([ids]))
     assert np.abs(logits[0] - expected).max() <= 2e-4
-    assert np.abs(expected - numpy_logits(TINY, PARAMS, ids, K, V)).max() > 0.01
+    assert np.abs(expected - torch_logits(TINY, PARAMS, ids, K, V)).max() > 0.01
 
 
 def test_the_tools_take_it(folders, capsys, tmp_path):
