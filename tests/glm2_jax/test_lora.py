@@ -128,14 +128,18 @@ def test_an_adapter_is_its_merged_base():
 
 
 def test_the_plain_program_knows_nothing_of_adapters():
-    def program(lora: LoRA | None, **kwargs) -> str:
-        return jit_forward.lower(TOY, toy_params(TOY), TOKENS, lora=lora, **kwargs).as_text()
+    def program(lora: LoRA | None, params=None, **kwargs) -> str:
+        params = params or toy_params(TOY)
+        return jit_forward.lower(TOY, params, TOKENS, lora=lora, **kwargs).as_text()
 
+    inside = with_lora(toy_params(TOY), new_lora(ALL))
     for cache in (None, KVCache.zeros(TOY, 2, 9, jnp.float32)):
         # q, k, v, scores, sums of values, o, gate and up, down; and the head.
         for lora, more in ((None, 0), (new_lora("attn"), 4), (new_lora(ALL), 4 + 2 + 2 + 2)):
             text = program(lora, cache=cache)
             assert len(re.findall(r"stablehlo\.dot_general", text)) == 9 + more
+    # An adapter that is given replaces one that the params bring along.
+    assert len(re.findall("dot_general", program(new_lora("attn"), inside))) == 9 + 4
     assert program(None) == program(LoRA({}, new_lora().scale))
     dropping = new_lora(ALL, dropout=0.5)
     assert program(new_lora()) == program(dropping) != program(dropping, dropout_key=KEY)
