@@ -6,6 +6,7 @@ the model under test.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,16 +66,11 @@ def _build(torch: Any, c: GLMConfig) -> Any:
             setattr(parent, name, module)
         return parent
 
-    def linear(columns: int, rows: int, bias: bool = False) -> Any:
-        return nn.Linear(columns, rows, bias=bias)
-
-    def norm() -> Any:
-        return nn.RMSNorm(D, eps=c.norm_eps)
+    linear, norm = partial(nn.Linear, bias=False), partial(nn.RMSNorm, D, eps=c.norm_eps)
 
     def block() -> Any:
-        attention = tree(
-            query_key_value=linear(D, (N + 2 * K) * H, bias=True), dense=linear(N * H, D)
-        )
+        qkv = nn.Linear(D, (N + 2 * K) * H)
+        attention = tree(query_key_value=qkv, dense=linear(N * H, D))
         mlp = tree(dense_h_to_4h=linear(D, 2 * F), dense_4h_to_h=linear(F, D))
         norms = {"input_layernorm": norm(), "post_attention_layernorm": norm()}
         return tree(self_attention=attention, mlp=mlp, **norms)
