@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from convert.hub.find import find_model
 from glm2_jax.choices import DTYPE_NAMES
 from glm2_jax.cli.arguments import path_argument, size_argument
-from glm2_jax.cli.flags import add_form_flags, add_hub_flags
 from glm2_jax.cli.main import print_path
 from glm2_jax.cli.messages import Progress, human_size, note
-from glm2_jax.cli.model_choice import ModelChoice
-from glm2_jax.cli.parser import Parser
+from glm2_jax.cli.model_choice import FORM, HUB, ModelChoice
+from glm2_jax.cli.parser import Parser, add_flags
 from glm2_jax.escape import json_line
 
 if TYPE_CHECKING:
@@ -50,16 +49,9 @@ def add_shard_size(group: argparse._ActionsContainer, default: str = "4GB") -> N
 
 def add_adapter_flags(parser: argparse.ArgumentParser, *, named: bool = False) -> None:
     """Add `--force-adapter` and, unless an argument names the adapter, `--adapter`."""
-    group = parser.add_argument_group("adapter")
-    if not named:
-        group.add_argument(
-            "--adapter", type=path_argument, metavar="DIR",
-            help="merge a LoRA adapter into the weights, in float32",
-        )  # fmt: skip
-    group.add_argument(
-        "--force-adapter", action="store_true",
-        help="accept an adapter that was trained on another base model or prompt template",
-    )  # fmt: skip
+    fields = ("force_adapter",) if named else ("adapter", "force_adapter")
+    merged = {"help": "merge a LoRA adapter into the weights, in float32", "short": ()}
+    add_flags(parser, "adapter", ModelChoice, fields, adapter=merged)
 
 
 def add_last(
@@ -67,8 +59,8 @@ def add_last(
 ) -> argparse._ArgumentGroup:
     """Add the flags that come last, for what a folder may not say about itself, for hubs and, if
     something is `checked` before it is written, of writing; return that group."""
-    add_form_flags(parser.add_argument_group("model"))
-    add_hub_flags(parser.add_argument_group("hub"))
+    add_flags(parser, "model", ModelChoice, FORM)
+    add_flags(parser, "hub", ModelChoice, HUB)
     group = parser.add_argument_group("writing")
     if overwrite:
         group.add_argument(

@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
-from glm2_jax.cli.arguments import memory_size, path_argument, positive
-from glm2_jax.cli.parser import Parser, flag
+from glm2_jax.choices import DEVICES
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_mesh_options
+from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.errors import UsageError
-from glm2_jax.limits import DRAFT
 from infer.engine.params import PRESETS, SamplingParams
 
 _number = partial(flag, type=float, metavar="X")
@@ -65,87 +64,23 @@ class SamplingFlags:
 
 def add_adapter_options(parser: Parser) -> None:
     """Add the flags of an adapter or prefix."""
-    group = parser.add_argument_group("adapter")
-    group.add_argument(
-        "--adapter", "--adapter-path", type=path_argument, metavar="DIR",
-        help="LoRA adapter, as train.lora and the PEFT library write it",
-    )  # fmt: skip
-    group.add_argument(
-        "--force-adapter", action="store_true",
-        help="accept an adapter that was trained on another base model or prompt template",
-    )  # fmt: skip
-    group.add_argument(
-        "--prefix", type=path_argument, metavar="DIR",
-        help="P-Tuning v2 prefix, as the official repository's training saves it "
-        "(checkpoint-3000 with pytorch_model.bin)",
-    )  # fmt: skip
+    add_flags(parser, "adapter", ModelChoice, ("adapter", "force_adapter", "prefix"))
 
 
 def add_performance_options(
-    parser: Parser, *, cards: Iterable[str] = ()
+    parser: Parser, *, cards: Iterable[str] = (), mesh: bool = False, speculate: bool = False
 ) -> argparse._ArgumentGroup:
     """Add the flags of where and how to compute, with `cards` that can only be planned for; return
     their group."""
     group = parser.add_argument_group("performance")
-    add = group.add_argument
-    add(
-        "--dtype", choices=DTYPES, default="auto", metavar="TYPE",
-        help="dtype of activations and unquantized weights, one of %(choices)s; auto = bfloat16 on "
-        "TPUs and GPUs that support it, float16 on older GPUs, float32 on a CPU where it fits",
-    )  # fmt: skip
-    add(
-        "--quantize", choices=QUANTIZE,
-        help="quantize the matrices of the layers while loading; none = dequantize (default: as "
-        "stored). Less memory; on a CPU, one row is faster in int8 than in bfloat16, and int4 is "
-        "no faster than int8; not measured on other devices",
-    )  # fmt: skip
-    add(
-        "--quantize-embeddings", action="store_true",
-        help="with --quantize int8 or int4: also the embedding and the head; infer.evaluate "
-        "measures the cost in quality",
-    )  # fmt: skip
-    add(
-        "--layers", choices=LAYER_LAYOUTS,
-        help="layout of the layers in memory: list is faster on a CPU, stacked compiles faster "
-        "(default: by device)",
-    )  # fmt: skip
-    add(
-        "--prefill-chunk", type=positive, metavar="N",
-        help="prefill N tokens of all rows at once: a smaller N needs less memory and more time "
-        "(default: 2048)",
-    )  # fmt: skip
     more = f"; with --dry-run also one of {', '.join(cards)}" if cards else ""
-    add(
-        "--device", choices=(*DEVICES, *cards), default="auto", metavar="DEVICE",
-        help=f"device: {', '.join(DEVICES)}{more}",
-    )  # fmt: skip
-    add(
-        "--memory-limit", type=memory_size, metavar="GB",
-        help="refuse a model that needs more memory, before it is loaded (default: what the device "
-        "has free)",
-    )  # fmt: skip
-    add(
-        "--compile-cache", type=path_argument, metavar="DIR|off",
-        help="folder of compiled programs (default: the user's cache folder)",
-    )  # fmt: skip
+    device = {"choices": (*DEVICES, *cards), "help": f"device: {', '.join(DEVICES)}{more}"}
+    where = "dtype", "quantize", "quantize_embeddings", "layers", "device"
+    add_flags(group, None, ModelChoice, where, device=device)
+    limits = "prefill_chunk", "memory_limit", "compile_cache"
+    add_flags(group, None, EngineOptions, limits)
+    if mesh:
+        add_mesh_options(group)
+    if speculate:
+        add_flags(group, None, EngineOptions, ("speculate",))
     return group
-
-
-def add_speculate(group: argparse._ArgumentGroup) -> None:
-    """Add the flag of speculative decoding, for the tools that answer."""
-    group.add_argument(
-        "--speculate", type=_draft_tokens, default=0, metavar="N",
-        help=f"prompt-lookup speculative decoding: draft N tokens per step, up to {DRAFT} (0 = "
-        "off). Faster where answers repeat the prompt or themselves (quotations, edits, code), "
-        "often slower elsewhere and with many rows. The answers stay the same in float32; in "
-        "narrower dtypes ties may be decided differently. Measured on a CPU only",
-    )  # fmt: skip
-
-
-def _draft_tokens(text: str) -> int:
-    number = int(text) if text.isdecimal() and len(text) < 10 else -1
-    if not 0 <= number <= DRAFT:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number from 0 to {DRAFT}, got {text[:20]!r}"
-        )
-    return number

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from glm2_jax.cli.arguments import choose_platform, path_argument
-from glm2_jax.cli.flags import add_model_options
+from glm2_jax.cli.model_choice import add_model_options
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.processes import join
 from train.data.options import DataOptions

@@ -6,11 +6,10 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 
-from glm2_jax.choices import DEVICES, DTYPES
 from glm2_jax.cli.arguments import above_zero, number, path_argument, positive, whole
 from glm2_jax.cli.files import BUCKET, refuse_url
-from glm2_jax.cli.flags import add_mesh_options
-from glm2_jax.cli.parser import Parser, flag
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_mesh_options
+from glm2_jax.cli.parser import Parser, add_flags, flag
 
 SCHEDULES = ("cosine", "linear", "constant")
 NAN_POLICIES = ("abort", "skip")
@@ -150,14 +149,10 @@ class OutputOptions:
 def add_performance_options(parser: Parser) -> None:
     """Add the flags for how and where to compute."""
     group = parser.add_argument_group("performance")
-    group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", metavar="TYPE",
-        help="compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
-        "support it, float16 with loss scaling on older GPUs, float32 on CPU where it fits",
-    )  # fmt: skip
-    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    dtype = {
+        "help": "compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
+        "support it, float16 with loss scaling on older GPUs, float32 on CPU where it fits"
+    }
+    add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype)
     add_mesh_options(group)
-    group.add_argument(
-        "--compile-cache", type=path_argument, metavar="DIR|off",
-        help="folder of compiled programs (default: the user's cache folder)",
-    )  # fmt: skip
+    add_flags(group, None, EngineOptions, ("compile_cache",))

@@ -82,14 +82,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def from_flags(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
-    """Return a dataclass that is filled from `more` and the flags of the same names, or of
-    `metadata={"flag": name}`.
+    """Return a dataclass that is filled from `more` and the flags of the same names, or of those
+    that `flag` was given.
 
     A field whose type is a dataclass is filled likewise; a field without a flag takes its default.
     """
     flags, kinds, values = vars(args), get_type_hints(cls), {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        kind, name = kinds[field.name], field.metadata.get("flag", field.name)
+        kind, known = kinds[field.name], field.metadata
+        name = known.get("dest") or known.get("name") or field.name
         if field.name in more:
             continue
         if dataclasses.is_dataclass(kind):
@@ -100,23 +101,33 @@ def from_flags(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
 
 
 def flag(help: str, **options: Any) -> Any:
-    """Return a field of a dataclass that is a flag, with the arguments of `add_argument`; of the
-    fields with `exclusive=True` a command line may have one."""
-    return dataclasses.field(metadata={"help": help, **options})
+    """Return a field of a dataclass that is a flag, with the arguments of `add_argument`, with a
+    `name` where the flag has another one, and other spellings in `short`; of the fields with
+    `exclusive=True` a command line may have one."""
+    default = options.get("default", False if options.get("action") == "store_true" else None)
+    return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
 def add_flags(
-    parser: Parser, title: str, cls: type, **changes: dict[str, Any]
-) -> argparse._ArgumentGroup:
-    """Add and return a group with the flags of a dataclass, whose fields `flag` made.
+    parser: argparse._ActionsContainer,
+    title: str | None,
+    cls: type,
+    only: Sequence[str] = (),
+    **changes: dict[str, Any],
+) -> argparse._ActionsContainer:
+    """Add and return a group with the flags of a dataclass, whose fields `flag` made; without a
+    title, they are added to `parser`, a group.
 
-    `changes` are other arguments of `add_argument`, by the names of the fields.
+    `only` names fields where not all are added; `changes` are other arguments of `add_argument`, by
+    the names of the fields.
     """
-    group = parser.add_argument_group(title)
-    exclusive = group.add_mutually_exclusive_group()
-    for field in dataclasses.fields(cls):
-        options = {**field.metadata, **changes.get(field.name, {})}
-        names = (f"--{field.name.replace('_', '-')}", *options.pop("short", ()))
+    group = parser if title is None else parser.add_argument_group(title)
+    exclusive = group if title is None else group.add_mutually_exclusive_group()
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in only or fields:
+        options = {**fields[name].metadata, **changes.get(name, {})}
+        flag_name = options.pop("name", name).replace("_", "-")
+        names = (f"--{flag_name}", *options.pop("short", ()))
         (exclusive if options.pop("exclusive", False) else group).add_argument(*names, **options)
     return group
 

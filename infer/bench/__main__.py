@@ -5,8 +5,9 @@ Only the flags are here; what they start is in `infer.bench.run`, which is impor
 
 from collections.abc import Sequence
 
-from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.model_choice import add_mesh_options
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.errors import UsageError
 from glm2_jax.processes import join
@@ -37,7 +38,7 @@ def parser() -> Parser:
         help="a 6B model on a consumer card: planned and measured memory and speed; "
         "measured only on a GPU, or with --device cpu",
     )  # fmt: skip
-    flags.add_mesh_options(group)
+    add_mesh_options(group)
     for flag, default, what in (
         ("--prompts", "128,512", "lengths of prompts to prefill, one row each; or none"),
         ("--batches", "1,8", "batch sizes of decode steps; or none"),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
-from glm2_jax.cli import arguments, flags
-from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli import arguments
+from glm2_jax.cli.model_choice import ModelChoice, add_model_options
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.errors import UsageError
 
@@ -35,7 +35,7 @@ class Settings:
 
 def add_model(result: Parser) -> None:
     """Add the flags of the model: a checkpoint, or random weights."""
-    flags.add_model_options(result)
+    add_model_options(result)
     group = result.add_argument_group("random weights")
     group.add_argument(
         "--random", type=arguments.path_argument, metavar="NAME|FILE",

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli.model_choice import add_model_options
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.processes import join
 from infer import options
@@ -24,7 +25,7 @@ EXAMPLE = f"""{PROG} --model chatglm2-6b --system 请用英文回答
 def parser() -> Parser:
     """Return the parser of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    flags.add_model_options(result)
+    add_model_options(result)
     options.add_adapter_options(result)
     add = result.add_argument_group("conversation").add_argument
     add(
@@ -38,9 +39,7 @@ def parser() -> Parser:
     )  # fmt: skip
     default = {"default": LOOP_STOP_DEFAULT}
     add_flags(result, "sampling", options.SamplingFlags, loop_stop=default)
-    performance = options.add_performance_options(result)
-    flags.add_mesh_options(performance)
-    options.add_speculate(performance)
+    options.add_performance_options(result, mesh=True, speculate=True)
     join.refuse_host_options(result, "A conversation is held in one process.")
     add = result.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print a JSON object for each answer")

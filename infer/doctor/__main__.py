@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from glm2_jax.choices import ROPE_KINDS
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument
-from glm2_jax.cli.flags import add_family
-from glm2_jax.cli.parser import Parser, from_flags
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.parser import Parser, add_flags, from_flags
 
 PROG = "python -m infer.doctor"
 DESCRIPTION = """Checks this machine: reports problems, the dtype and quantization of a model
@@ -25,11 +24,7 @@ def parser() -> Parser:
         help="a checkpoint folder, to plan with its sizes; its weights are not read "
         "(default: the sizes of a 6B model)",
     )  # fmt: skip
-    group.add_argument(
-        "--rope-scaling", choices=ROPE_KINDS,
-        help="meaning of rope_ratio, if the checkpoint does not say",
-    )  # fmt: skip
-    add_family(group)
+    add_flags(group, None, ModelChoice, ("rope_kind", "family"))
     output = result.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object with the same facts")
     result.add_common()

@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.arguments import path_argument, positive, whole
+from glm2_jax.cli.model_choice import add_model_options
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.processes import join
 from infer import options
@@ -28,10 +29,10 @@ def parser() -> Parser:
     """Return the parser of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
     _add_input(result)
-    flags.add_model_options(result)
+    add_model_options(result)
     options.add_adapter_options(result)
     _add_tasks(result)
-    flags.add_mesh_options(options.add_performance_options(result))
+    options.add_performance_options(result, mesh=True)
     join.add_host_options(result)
     add = result.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print one JSON object instead of a table")

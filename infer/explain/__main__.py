@@ -5,9 +5,9 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from glm2_jax.cli import flags, interrupt
+from glm2_jax.cli import interrupt
 from glm2_jax.cli.arguments import path_argument, positive
-from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.model_choice import ModelChoice, add_model_options
 from glm2_jax.cli.parser import Parser, from_flags
 from infer import options
 from infer.engine.params import MAX_LOGPROBS
@@ -34,7 +34,7 @@ def parser() -> Parser:
     """Return the parser of the flags."""
     # --device here replaces the one that says where answers are computed.
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE, conflict_handler="resolve")
-    flags.add_model_options(result)
+    add_model_options(result)
     _add_explained(result)
     options.add_performance_options(result)
     add = result.add_argument_group("devices").add_argument

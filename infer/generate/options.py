@@ -3,9 +3,8 @@
 import argparse
 from dataclasses import dataclass
 
-from glm2_jax.cli import flags
 from glm2_jax.cli.arguments import path_argument, positive
-from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_model_options
 from glm2_jax.cli.parser import Parser, add_flags, flag
 from glm2_jax.processes import join
 from infer import options
@@ -106,13 +105,11 @@ class Settings:
 def parser() -> Parser:
     """Return the parser of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    flags.add_model_options(result)
+    add_model_options(result)
     options.add_adapter_options(result)
     add_flags(result, "prompt", PromptOptions)
     add_flags(result, "sampling", options.SamplingFlags)
-    performance = options.add_performance_options(result, cards=CARDS)
-    flags.add_mesh_options(performance)
-    options.add_speculate(performance)
+    performance = options.add_performance_options(result, cards=CARDS, mesh=True, speculate=True)
     performance.add_argument(
         "--batch-size", type=positive, default=8, metavar="N",
         help="lines of a batch file that are answered together",

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from glm2_jax.cli import arguments, flags, interrupt
+from glm2_jax.cli import arguments, interrupt
+from glm2_jax.cli.model_choice import add_model_options
 from glm2_jax.cli.parser import Parser, from_flags
 from infer import options
 
@@ -16,7 +17,7 @@ Exit codes: 0 all passed, 2 usage, 4 a check failed, 5 out of memory or device."
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=f"{PROG} --model chatglm2-6b")
-    flags.add_model_options(result)
+    add_model_options(result)
     options.add_performance_options(result)
     output = result.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of a report")
