@@ -105,6 +105,7 @@ def test_a_pickle_that_calls_is_refused_by_name(tmp_path, protocol):
             assert function.__name__ in message and "asks for" in message
 
 
+REBUILD = pickle_global("torch._utils", "_rebuild_tensor_v2")
 PAIR = b"q\x00h\x00\x86"  # what is on the stack twice, as a tuple: a hundred of them hash forever
 
 
@@ -119,6 +120,8 @@ PAIR = b"q\x00h\x00\x86"  # what is on the stack twice, as a tuple: a hundred of
         (b"\x82\x01", "is refused.*opcode EXT1"),
         (b"(X\x07\x00\x00\x00storageX\x01\x00\x00\x00aX\x01\x00\x00\x000K\x01K\x01tQ", "storage"),
         (b"}}K\x01s", "is refused.*dictionary key"),
+        (b"}\x8b\x01\x00\x00\x00\x11Ns", "is refused.*opcode LONG4"),
+        (REBUILD + b"(NNNNNNNNtR", "is refused.*more than 7 arguments"),
         (b"}(K\x00" + PAIR * 100 + b"K\x01u", "is refused.*key of type tuple"),
         (pickle_global("torch", "FloatStorage") + b")R", "is damaged.*not callable"),
         (pickle_global("torch._utils", "_rebuild_parameter") + b"(K\x01tR", "is damaged"),
