@@ -26,7 +26,7 @@ from convert.loading.values import (
     row_pieces,
     shape_of,
     slices,
-)  # fmt: skip
+)
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import params_sharding
