@@ -5,14 +5,15 @@ bytes of the tensors without gaps. The safetensors library copies what it reads;
 mapped file does not.
 """
 
-import json
+import codecs
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.files.tensor import BFLOAT16, StoredTensor, bad_file, check_shape, regular_file_size
-from glm2_jax.errors import CheckpointError
+from glm2_jax.cli.json_input import parse_line
+from glm2_jax.errors import CheckpointError, InputError
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -77,18 +78,9 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
 def parse_json(path: Path, data: bytes) -> Any:
     """Parse UTF-8 JSON from a file; a duplicate name is an error."""
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise bad_file(path, "cannot be parsed", str(error)[:200]) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"{name[:200]!r} appears twice")
-        result[name] = value
-    return result
+        return parse_line(data.removeprefix(codecs.BOM_UTF8))
+    except InputError as error:
+        raise bad_file(path, "cannot be parsed", error.why or error.what) from error
 
 
 def _stored(path: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:

@@ -20,6 +20,7 @@ from convert.files.tensor import BFLOAT16, StoredTensor, bad_file, check_shape, 
 from glm2_jax.errors import CheckpointError, shorten
 
 MAX_PICKLE_BYTES = 4 * 2**20  # those of real files have some 50 KB
+_MAX_ARGUMENTS = 7  # of _rebuild_tensor_v2
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
@@ -46,7 +47,10 @@ class _Refused(Exception):
 
 
 class _Dictionary(dict):
-    """A dictionary without repeated keys; hashing nested tuples could take forever."""
+    """A dictionary without repeated keys; hashing nested tuples could take forever.
+
+    So could huge integers, again and again: `_OPCODES` has none beyond 255 bytes.
+    """
 
     __slots__ = ()
 
@@ -92,7 +96,7 @@ _GLOBALS: dict[str, Any] = {
 }
 _OPCODES = frozenset(
     "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID NONE NEWTRUE NEWFALSE "
-    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "
+    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BININT BININT1 BININT2 LONG1 BINFLOAT "
     "EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split()
 )
@@ -132,6 +136,13 @@ class _Unpickler(pickle._Unpickler):
     def _new_dictionary(self: Any) -> None:
         self.append(_Dictionary())
 
+    def _call(self: Any) -> None:
+        arguments = self.stack.pop()
+        # A longer tuple, unpacked for each of many calls, would take hours.
+        if not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
+            raise _Refused(f"calls something with more than {_MAX_ARGUMENTS} arguments")
+        self.stack[-1] = self.stack[-1](*arguments)
+
     def _drop_state(self: Any) -> None:
         """Ignore a state: `state_dict()` keeps version numbers in an attribute `_metadata`."""
         self.stack.pop()
@@ -140,6 +151,7 @@ class _Unpickler(pickle._Unpickler):
         {code: pickle._Unpickler.dispatch[code] for code, x in _NAMES.items() if x in _OPCODES}
     )
     dispatch[pickle.EMPTY_DICT[0]] = _new_dictionary
+    dispatch[pickle.REDUCE[0]] = _call
     dispatch[pickle.BUILD[0]] = _drop_state
 
 
@@ -164,8 +176,10 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, _Tensor]:
     if not bad:
         return result
     fix = "Save it again as torch.save(model.state_dict(), FILE) does."
-    for name, value in entries:
-        if isinstance(value, dict) and any(isinstance(x, _Tensor) for x in value.values()):
+    # Each dictionary once, however many names it has.
+    inner = {id(value): (name, value) for name, value in entries if isinstance(value, dict)}
+    for name, value in inner.values():
+        if any(isinstance(x, _Tensor) for x in value.values()):
             saved = f"torch.load(FILE, weights_only=True)[{shorten(name)}]"
             fix = f"Save those alone: torch.save({saved}, 'pytorch_model.bin')."
     which = f": {shorten(bad[0])} is not a tensor" if isinstance(result, dict) else ""

@@ -16,9 +16,17 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from convert.layouts.names import PARTS, Part
-from convert.loading.boxes import Box, full_box, overlap, shape_of, slices
 from convert.loading.folder import Folder
-from convert.loading.values import Values, cast, row_pieces
+from convert.loading.values import (
+    Box,
+    Values,
+    cast,
+    full_box,
+    overlap,
+    row_pieces,
+    shape_of,
+    slices,
+)
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import params_sharding

@@ -11,11 +11,14 @@ import numpy as np
 
 from convert.files.tensor import StoredTensor
 from convert.layouts.names import Match, Part
-from convert.loading.boxes import Box, full_box, pieces, shape_of, slices
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
 from glm2_jax.quant import NO_SCALE, quantize, unpack_int4
 from glm2_jax.schemes import Scheme
+
+# A part of an array: (first index, the one after the last) along each axis. A mesh cuts every array
+# into equal boxes, of which a process holds some; what is read and written are boxes, too.
+Box = tuple[tuple[int, int], ...]
 
 CHUNK_ELEMENTS = 4 * 2**20
 _DOWNLOAD_AGAIN = "Download the file again and compare its sha256 with the published one."
@@ -196,3 +199,40 @@ def cast(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
             "Use --dtype bfloat16 or --dtype float32.",
         )
     return result
+
+
+def full_box(shape: tuple[int, ...]) -> Box:
+    """Return the box of all elements."""
+    return tuple((0, size) for size in shape)
+
+
+def shape_of(box: Box) -> tuple[int, ...]:
+    """Return the shape of what a box cuts out."""
+    return tuple(stop - start for start, stop in box)
+
+
+def slices(box: Box, origin: Box | None = None) -> tuple[slice, ...]:
+    """Return the box as an index into the array, or into what the box `origin` cuts out of it."""
+    starts = [start for start, _ in origin or full_box(shape_of(box))]
+    return tuple(slice(b - s, e - s) for (b, e), s in zip(box, starts, strict=True))
+
+
+def overlap(one: Box, other: Box) -> Box | None:
+    """Return what two boxes have in common; None where that is nothing."""
+    pairs = zip(one, other, strict=True)
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in pairs)
+    return common if all(start < stop for start, stop in common) else None
+
+
+def pieces(box: Box, limit: int) -> Iterator[Box]:
+    """Cut a box into smaller ones of at most `limit` elements, in the order of the elements."""
+    size = math.prod(shape_of(box))
+    if size <= max(limit, 1):
+        yield box
+        return
+    axis = next(axis for axis, (start, stop) in enumerate(box) if stop - start > 1)
+    start, stop = box[axis]
+    step = max(limit * (stop - start) // size, 1)
+    for begin in range(start, stop, step):
+        cut = (begin, min(begin + step, stop))
+        yield from pieces((*box[:axis], cut, *box[axis + 1 :]), limit)

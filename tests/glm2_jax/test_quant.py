@@ -62,6 +62,12 @@ def test_scales_by_hand():
     np.testing.assert_allclose(scale, [[2, 0.1]])
     # 3 / 2 and 1 / 2 and -7 / 2 round to even
     assert unpack_int4(values)[0, :4].tolist() == [7, 2, -4, 0]
+    tiny = np.array([[1e-45, 1.4e-44], [1e-40, -2e-40], [1e-30, -1e-32], [1e-20, 0]], np.float32)
+    for scheme in ("int8", "int4"):  # rows of tiny numbers are zeros
+        values, scale = quantize(tiny, SCHEMES[scheme])
+        assert np.isfinite(scale).all() and (scale > 1e-30).all()
+        weight = QTensor(jnp.asarray(values), jnp.asarray(scale), SCHEMES[scheme].bits)
+        np.testing.assert_allclose(dequantize(weight, 1), tiny, rtol=0.15, atol=2e-30)
 
 
 @pytest.mark.parametrize("form", FORMS)

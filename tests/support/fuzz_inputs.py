@@ -11,45 +11,27 @@ from hypothesis import strategies as st
 Bytes = st.SearchStrategy[bytes]
 
 
+def _spliced(draw: st.DrawFn, items: Any, others: st.SearchStrategy[Any], most: int) -> Any:
+    """Bytes or a list with up to four slices removed, replaced, or moved; or the end cut off."""
+    places = st.integers(0, len(items))
+    for _ in range(draw(st.integers(0, 4))):
+        at, source, length = draw(places), draw(places), draw(st.integers(0, most))
+        new = draw(others | st.sampled_from((items[:0], items[source : source + length])))
+        end = draw(st.sampled_from((at, at + length, at + length, len(items))))
+        items = items[:at] + new + items[end:]
+    return items
+
+
 @st.composite
 def damaged(draw: st.DrawFn, whole: Bytes) -> bytes:
-    """Bytes of another strategy with up to four places changed, or the end cut off."""
-    data = bytearray(draw(whole))
-    for _ in range(draw(st.integers(0, 4))):
-        at = draw(st.integers(0, len(data)))
-        length = draw(st.integers(0, 8))
-        change = draw(st.sampled_from(("set", "insert", "remove", "repeat", "cut")))
-        if change == "set":
-            data[at : at + length] = draw(st.binary(min_size=length, max_size=length))
-        elif change == "insert":
-            data[at:at] = draw(st.binary(max_size=8))
-        elif change == "remove":
-            del data[at : at + length]
-        elif change == "repeat":
-            data[at:at] = data[at : at + length * 8]
-        else:
-            del data[at:]
-    return bytes(data)
+    """Bytes of another strategy, changed in a few places."""
+    return _spliced(draw, draw(whole), st.binary(max_size=8), 8)
 
 
 @st.composite
-def edited_list(draw: st.DrawFn, seeds: Sequence[Sequence[Any]], others: Sequence[Any]) -> list:
-    """A list with elements removed, repeated, exchanged, or others put between."""
-    items = list(draw(st.sampled_from(seeds)))
-    for _ in range(draw(st.integers(0, 4))):
-        at, to = draw(st.integers(0, len(items))), draw(st.integers(0, len(items)))
-        change = draw(st.sampled_from(("insert", "replace", "remove", "repeat", "exchange")))
-        if change == "insert":
-            items.insert(at, draw(st.sampled_from(others)))
-        elif change == "replace":
-            items[at : at + 1] = [draw(st.sampled_from(others))]
-        elif change == "remove":
-            del items[at : at + 1]
-        elif change == "repeat":
-            items[to:to] = items[at : at + 1]
-        elif max(at, to) < len(items):
-            items[at], items[to] = items[to], items[at]
-    return items
+def edited_list(draw: st.DrawFn, seed: Sequence[Any], others: Sequence[Any]) -> list:
+    """A list with elements removed, repeated, moved, or others put between."""
+    return _spliced(draw, list(seed), st.sampled_from(others).map(lambda other: [other]), 2)
 
 
 _NUMBERS = (0, 1, -1, 7, 2**31, 2**62, 2**63, 10**9, 10**400, -(10**400), 0.5, 1e-310, 1e308)
@@ -71,17 +53,16 @@ def edited_json(draw: st.DrawFn, seeds: Sequence[Any]) -> Any:
             return strange
         parent, key = draw(st.sampled_from(places))
         change = draw(st.sampled_from(("replace", "replace", "remove", "add", "move")))
-        if change == "replace":
-            parent[key] = strange
-        elif change == "remove":
+        if change == "remove":
             del parent[key]
-        elif change == "add" and isinstance(parent, list):
-            parent.append(strange)
         elif change == "add":
-            parent[draw(st.sampled_from(_TEXTS))] = strange
+            if isinstance(parent, dict):
+                parent[draw(st.sampled_from(_TEXTS))] = strange
+            else:
+                parent.append(strange)
         else:
             other, other_key = draw(st.sampled_from(places))
-            parent[key] = copy.deepcopy(other[other_key])
+            parent[key] = strange if change == "replace" else copy.deepcopy(other[other_key])
     return value
 
 

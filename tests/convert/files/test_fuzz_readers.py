@@ -31,7 +31,7 @@ from glm2_jax.errors import GLMError, InputError
 from glm2_jax.text.prompt import build_messages, build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.chat import files as chat_files
-from infer.requests.request import Request, parse_batch, parse_line, read_history
+from infer.requests.request import Request, parse_batch, read_history
 from tests.support.checkpoints import TINY, write_official
 from tests.support.checkpoints import save as save_own
 from tests.support.fuzz_inputs import Bytes, damaged, edited_list, json_bytes
@@ -108,7 +108,7 @@ _OPCODES += [
     *(tensor_pickle("0", np.dtype(np.float16), shape, numel=6, strides=(1,) * len(shape))
       for shape in ((0, 2**61), (2**40, 2**40), (1,) * 8, (2**61, 0, 2**61))),
 ]  # fmt: skip
-_pickles = edited_list([_pickle_pieces(_PICKLE)], _OPCODES).map(b"".join)
+_pickles = edited_list(_pickle_pieces(_PICKLE), _OPCODES).map(b"".join)
 
 
 def _archive(members: Sequence[tuple[str, bytes]]) -> bytes:
@@ -130,7 +130,7 @@ _OTHER_MEMBERS = [
 ]  # fmt: skip
 _archives = st.one_of(
     damaged(st.just(_archive(_MEMBERS))),
-    edited_list([_MEMBERS], _OTHER_MEMBERS).map(_archive),
+    edited_list(_MEMBERS, _OTHER_MEMBERS).map(_archive),
     _pickles.map(lambda data: _archive([("archive/data.pkl", data), *_MEMBERS[1:]])),
 )
 
@@ -272,7 +272,7 @@ TARGETS = {
         "tokenizer.model",
         _use_tokenizer,
         # Fields of a protocol buffer that come later add to those before.
-        damaged(edited_list([[sp_model()]], _FIELDS).map(b"".join)),
+        damaged(edited_list([sp_model()], _FIELDS).map(b"".join)),
     ),
     "batch": Target(
         "batch.jsonl",
@@ -310,16 +310,6 @@ def test_cases_that_were_found_are_refused(path, tmp_path):
     target = TARGETS[path.parent.name]
     target.prepare(tmp_path)
     assert not survives(target, path.read_bytes(), tmp_path)
-
-
-def test_messages_may_nest_only_so_deep():
-    def line(depth):
-        return b'{"messages": [{"tools": %s%s}]}' % (b"[" * depth, b"]" * depth)
-
-    assert parse_line(line(90)).messages
-    for depth in (100, 990, 30_000):
-        with pytest.raises(InputError, match="too deeply"):
-            parse_line(line(depth))
 
 
 def test_the_memory_of_a_reader_is_capped(tmp_path):

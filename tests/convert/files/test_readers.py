@@ -105,6 +105,7 @@ def test_a_pickle_that_calls_is_refused_by_name(tmp_path, protocol):
             assert function.__name__ in message and "asks for" in message
 
 
+REBUILD = pickle_global("torch._utils", "_rebuild_tensor_v2")
 PAIR = b"q\x00h\x00\x86"  # what is on the stack twice, as a tuple: a hundred of them hash forever
 
 
@@ -119,6 +120,8 @@ PAIR = b"q\x00h\x00\x86"  # what is on the stack twice, as a tuple: a hundred of
         (b"\x82\x01", "is refused.*opcode EXT1"),
         (b"(X\x07\x00\x00\x00storageX\x01\x00\x00\x00aX\x01\x00\x00\x000K\x01K\x01tQ", "storage"),
         (b"}}K\x01s", "is refused.*dictionary key"),
+        (b"}\x8b\x01\x00\x00\x00\x11Ns", "is refused.*opcode LONG4"),
+        (REBUILD + b"(NNNNNNNNtR", "is refused.*more than 7 arguments"),
         (b"}(K\x00" + PAIR * 100 + b"K\x01u", "is refused.*key of type tuple"),
         (pickle_global("torch", "FloatStorage") + b")R", "is damaged.*not callable"),
         (pickle_global("torch._utils", "_rebuild_parameter") + b"(K\x01tR", "is damaged"),
@@ -140,7 +143,6 @@ def test_a_pickle_with_anything_but_tensors_is_refused(tmp_path, monkeypatch, va
         ({"offset": 3}, "reaches beyond"),
         ({"strides": (4, 1)}, "reaches beyond"),
         ({"strides": (0, 0), "shape": (1000, 1000)}, "reaches beyond"),
-        ({"strides": (-1, 1)}, "not an integer"),
         ({"shape": (2, -2), "numel": 4}, "not an integer"),
         ({"offset": -1}, "not an integer"),
         ({"strides": (1,)}, "damaged"),
@@ -156,25 +158,23 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path, changes, reason):
     assert reason in refusal(path)
 
 
-def test_storages_are_looked_up_not_opened(tmp_path):
-    (tmp_path / "secret").write_bytes(b"\0" * 4)
-    for key in ("../../secret", str(tmp_path / "secret")):
-        value = tensor_pickle(key, np.dtype(np.float32), (1,))
-        path = write_pickle(tmp_path / "bad.bin", state_dict_pickle({"w": value}))
-        assert "is missing" in refusal(path)
-
-
 def test_what_is_not_a_dictionary_of_tensors_is_refused(tmp_path):
-    path = tmp_path / "bad.bin"
-    value = tensor_pickle("0", np.dtype(np.float32), (1,))
+    """Nor one whose tensors are elsewhere: storages are looked up, not opened."""
+    (tmp_path / "secret").write_bytes(b"\0" * 4)
+    value, outside, absolute = (
+        tensor_pickle(key, np.dtype(np.float32), (1,))
+        for key in ("0", "../../secret", str(tmp_path / "secret"))
+    )
     twice = state_dict_pickle({"w": value}).replace(b"u.", b"X\x01\x00\x00\x00w" + value + b"u.")
     for data, reason in (
         (pickle.dumps([1], protocol=2), "does not hold a dictionary"),
         (b"\x80\x02" + value + b".", "does not hold a dictionary"),
         (pickle.dumps({"epoch": 3, "model": {}}, protocol=4), "'epoch' is not a tensor"),
         (twice, "'w' appears twice"),
+        (state_dict_pickle({"w": outside}), "is missing"),
+        (state_dict_pickle({"w": absolute}), "is missing"),
     ):
-        assert reason in refusal(write_pickle(path, data, _0=b"\0" * 4))
+        assert reason in refusal(write_pickle(tmp_path / "bad.bin", data, _0=b"\0" * 4))
 
 
 def test_archives_that_torch_does_not_write_are_refused(tmp_path, monkeypatch):
@@ -195,23 +195,17 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path, monkeypatch):
     assert "100 are the limit" in refusal(path)
 
 
-LEGACY = "bare pickle or of torch < 1.6"
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"member" + bytes(251) + b"ustar\x0000" + bytes(300), LEGACY),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(100), LEGACY),
+def test_other_formats_are_refused_with_what_to_do(tmp_path):
+    path, legacy = tmp_path / "old.bin", "bare pickle or of torch < 1.6"
+    for data, reason in (
+        (b"member" + bytes(251) + b"ustar\x0000" + bytes(300), legacy),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(100), legacy),
         (b"<!DOCTYPE html><html>", "is not a torch file"),
         (b"", "It is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "git lfs pull"),
-    ],
-)
-def test_other_formats_are_refused_with_what_to_do(tmp_path, data, reason):
-    path = tmp_path / "old.bin"
-    path.write_bytes(data)
-    assert reason in refusal(path)
+    ):
+        path.write_bytes(data)
+        assert reason in refusal(path)
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -227,12 +221,9 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (b'{"\xff": 1}', "cannot be parsed"),
         (b'{"a":' + b"[" * 100_000, "cannot be parsed"),
         ({"a": 1}, "has a wrong entry"),
-        ({"a": {"dtype": "F32"}}, "has a wrong entry"),
         ({"a": entry("F8_E4M3")}, "F8_E4M3 is not supported"),
         ({"a": entry(shape=(3,))}, "does not fill 8 bytes"),
-        ({"a": entry(shape=(-2,))}, "is not a size"),
         ({"a": entry(shape=(2.0,))}, "is not a size"),
-        ({"a": entry(offsets=(8, 0))}, "does not fill"),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, "overlap or leave a gap"),
         ({"a": entry(offsets=(4, 12))}, "overlap or leave a gap"),
         ({"a": entry(shape=(1,), offsets=(0, 4))}, "does not end with its tensors"),
@@ -245,9 +236,5 @@ def test_safetensors_headers_that_do_not_describe_the_file(tmp_path, header, rea
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(CheckpointError, match=reason):
         read_weight_file(path)
-
-
-def test_the_length_of_a_safetensors_header(tmp_path):
-    path = tmp_path / "bad.safetensors"
     path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
     assert "limit" in refusal(path)

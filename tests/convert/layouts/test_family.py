@@ -1,4 +1,4 @@
-"""The family of a folder's model and its tokens: every sign, and what contradicts."""
+"""The family of a folder's model, its special and added tokens, and what contradicts."""
 
 import json
 
@@ -15,7 +15,7 @@ from glm2_jax.family import config_signs, decide_family, named_family, prompt_si
 from glm2_jax.text.prompt import build_prompt, stop_ids
 from infer.datasets.encode import Encoder
 from tests.convert.writing.test_to_pytorch import random_lora
-from tests.support.checkpoints import tiny_config, write_official
+from tests.support.checkpoints import edit_json, tiny_config, write_official
 from tests.support.sp_model import sp_model, with_pieces, without_dummy_prefix
 
 PIECES = Tokenizer.from_bytes(sp_model()).num_pieces
@@ -28,7 +28,6 @@ ROLE_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>\n {{ m['content'] }}
 ROUND_TEMPLATE = (
     "{% for m in messages %}[Round {{ loop.index }}]\n\n问：{{ m.content }}{% endfor %}"
 )
-CODE = f"role_special_tokens = {list(ROLES)}"
 
 
 def decoder(tokens, **flags):
@@ -58,32 +57,25 @@ def prompt(found):
 
 
 ROLE_IDS = {"<|user|>": USER, "<|observation|>": OBSERVATION}
-CHATGLM3 = {
-    "role tokens": {"tokenizer_config": decoder(ROLE_IDS)},
-    "role tokens without ids": {
-        "tokenizer_config": {"additional_special_tokens": ["<|user|>", "<|observation|>"]}
-    },
-    "added_tokens.json": {"added_tokens": ROLE_IDS},
-    "special_tokens_map.json": {
-        "special_tokens_map": {"additional_special_tokens": [{"content": "<|user|>"}]}
-    },
-    "tokenizer.json": {
-        "tokenizer": {"added_tokens": [{"id": USER, "content": "<|user|>", "special": True}]}
-    },
-    "templates": {
-        "tokenizer_config": {"chat_template": [{"name": "default", "template": ROLE_TEMPLATE}]}
-    },
-    "template in its own file": {"jinja": "<|user|>\n {{ messages[0].content }}"},
-    "end ids": {"raw": {"eos_token_id": [2, USER, OBSERVATION]}},
-    "end ids of generation": {"generation_config": {"eos_token_id": [2, USER, OBSERVATION]}},
-    "code": {"code": CODE},
-    "name of the tokenizer": {"tokenizer_config": {"name_or_path": "THUDM/chatglm3-6b"}},
-}
+END_IDS = {"eos_token_id": [2, *ROLE_IDS.values()]}
+CHATGLM3 = (
+    {"tokenizer_config": decoder(ROLE_IDS)},
+    {"tokenizer_config": {"additional_special_tokens": list(ROLE_IDS)}},
+    {"added_tokens": ROLE_IDS},
+    {"special_tokens_map": {"additional_special_tokens": [{"content": "<|user|>"}]}},
+    {"tokenizer": {"added_tokens": [{"id": USER, "content": "<|user|>", "special": True}]}},
+    {"tokenizer_config": {"chat_template": [{"name": "default", "template": ROLE_TEMPLATE}]}},
+    {"jinja": "<|user|>\n {{ messages[0].content }}"},
+    {"raw": END_IDS},
+    {"generation_config": END_IDS},
+    {"code": f"role_special_tokens = {list(ROLES)}"},
+    {"tokenizer_config": {"name_or_path": "THUDM/chatglm3-6b"}},
+)
 
 
 @pytest.mark.parametrize("sign", CHATGLM3)
 def test_one_sign_of_chatglm3_is_enough_and_is_reported(tmp_path, sign):
-    found = open_folder(folder(tmp_path / "m", **CHATGLM3[sign]))
+    found = open_folder(folder(tmp_path / "m", **sign))
     assert (found.config.family, found.template) == ("chatglm3", "chatglm3")
     assert prompt(found) == PROMPT3
     assert stop_ids(found.tokenizer) == (2, USER, OBSERVATION)
@@ -127,7 +119,7 @@ def test_what_counts_where_there_is_no_sign(tmp_path):
     [
         {"raw": {"_name_or_path": "x/chatglm2-6b"}, "tokenizer_config": decoder(ROLE_IDS)},
         {"raw": {"_name_or_path": "x/chatglm3-6b"}, "jinja": ROUND_TEMPLATE},
-        {"raw": {"_name_or_path": "x/chatglm2", "eos_token_id": [2, USER, OBSERVATION]}},
+        {"raw": {"_name_or_path": "x/chatglm2", **END_IDS}},
         {"raw": {"rotary_percent": 0.5}, "tokenizer_config": {"name_or_path": "chatglm3"}},
         {"jinja": ROUND_TEMPLATE, "added_tokens": ROLE_IDS},
     ],
@@ -268,16 +260,95 @@ def test_tokens_at_their_ids_in_gguf_files_and_in_training(tmp_path):
 
 
 def test_an_adapter_of_the_other_family_names_the_flag(tmp_path):
-    base, config = folder(tmp_path / "m"), tiny_config(num_layers=1)
+    """By its template, the name of its base, and the tokenizer next to it."""
+    base, lora = folder(tmp_path / "m"), random_lora(tiny_config(num_layers=1))
     known = fingerprint(open_folder(base, family="chatglm3"))
-    save_adapter(tmp_path / "a", Adapter(random_lora(config), base=known, template="chatglm3"))
-    with pytest.raises(CheckpointError, match="--family chatglm3"):
-        open_adapter(tmp_path / "a", base)
+    save_adapter(tmp_path / "a", Adapter(lora, base=known, template="chatglm3"))
+    for name in "bcd":
+        save_adapter(tmp_path / name, Adapter(lora))
+    edit_json(tmp_path / "b" / "adapter_config.json", base_model_name_or_path="THUDM/chatglm3-6b")
+    settings = json.dumps({"additional_special_tokens": list(ROLE_IDS)})
+    (tmp_path / "c" / "tokenizer_config.json").write_text(settings)
+    (tmp_path / "d" / "tokenizer_config.json").write_text('{"name_or_path": "chatglm2-6b"}')
+    for name in "abc":
+        with pytest.raises(CheckpointError, match="--family chatglm3"):
+            open_adapter(tmp_path / name, base)
     assert open_adapter(tmp_path / "a", base, family="chatglm3").notes == ()
+    assert open_adapter(tmp_path / "c", base, family="chatglm3").base is None
+    assert open_adapter(tmp_path / "d", base).base is None
 
-    save_adapter(tmp_path / "b", Adapter(random_lora(config)))
-    path = tmp_path / "b" / "adapter_config.json"
-    raw = json.loads(path.read_text())
-    path.write_text(json.dumps(raw | {"base_model_name_or_path": "THUDM/chatglm3-6b"}))
-    with pytest.raises(CheckpointError, match="--family chatglm3"):
-        open_adapter(tmp_path / "b", base)
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": decoder(ADDED)},
+        {"tokenizer_config": decoder(ADDED, special=False)},
+        {"added_tokens": ADDED},
+        {"tokenizer": {"added_tokens": [{"id": i, "content": x} for x, i in ADDED.items()]}},
+    ],
+)
+def test_added_tokens_are_encoded_to_their_ids(tmp_path, files):
+    found = open_folder(folder(tmp_path / "m", raw={"_name_or_path": "x/chatglm2"}, **files))
+    tokenizer, plain = found.tokenizer, Tokenizer.from_bytes(sp_model())
+    text = "<sql>run</sql> [gMASK]<|user|></s>"
+    ids = tokenizer.encode(text)
+    assert ids == [
+        ADDED["<sql>"], *plain.encode("run"), ADDED["</sql>"],
+        *plain.encode(" [gMASK]<|user|></s>"),
+    ]  # fmt: skip
+    assert tokenizer.decode(ids) == text and tokenizer.size == PIECES + 7
+    assert stop_ids(tokenizer) == (2,)
+
+
+def test_the_longest_added_token_counts_and_its_flags_do(tmp_path):
+    tokens = {"<a>": PIECES + 5, "<a><b>": PIECES + 6, "yes": PIECES + 7}
+    table = decoder(tokens)
+    table["added_tokens_decoder"][str(PIECES + 5)] |= {"lstrip": True, "rstrip": True}
+    table["added_tokens_decoder"][str(PIECES + 7)] |= {"single_word": True}
+    path = folder(tmp_path / "m", raw={"_name_or_path": "chatglm2"}, tokenizer_config=table)
+    tokenizer = open_folder(path).tokenizer
+    encode = Tokenizer.from_bytes(sp_model()).encode
+    assert tokenizer.encode("<a><b>x") == [PIECES + 6, *encode("x")]
+    assert tokenizer.encode("x <a> y") == [*encode("x"), PIECES + 5, *encode("y")]
+    assert tokenizer.encode("yes yes") == [PIECES + 7, *encode(" "), PIECES + 7]
+    assert tokenizer.encode("yesterday") == encode("yesterday")
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "files"),
+    [
+        ("chatglm2", PIECES + 4, {}),  # eop, which is a special token
+        ("chatglm3", PIECES + 4, {}),
+        ("chatglm2", PIECES + 5, {"tokenizer_config": decoder({"<end>": PIECES + 5})}),
+    ],
+)
+def test_every_token_that_ends_answers_is_a_stop_id(tmp_path, name, end, files):
+    generation = {"eos_token_id": [2, end]}
+    path = folder(
+        tmp_path / "m", raw={"_name_or_path": name}, generation_config=generation, **files
+    )
+    found = open_folder(path)
+    assert end in stop_ids(found.tokenizer)
+    convert_folder(found, tmp_path / "own")
+    assert end in stop_ids(open_folder(tmp_path / "own").tokenizer)
+
+
+def test_two_files_that_name_tokens_have_to_agree(tmp_path):
+    """`transformers` reads the other one only where the first is absent."""
+    settings = decoder(ADDED) | {"name_or_path": "chatglm2"}
+    other = ADDED | {"<x>": PIECES + 9}
+    found = open_folder(folder(tmp_path / "a", tokenizer_config=settings, added_tokens=other))
+    assert found.tokenizer.added.keys() == ADDED.keys()
+    assert any("'<x>'" in line and "not known" in line for line in found.notes)
+    same = open_folder(folder(tmp_path / "b", tokenizer_config=settings, added_tokens=ADDED))
+    assert same.notes and not any("not known" in line for line in same.notes)
+    other = ADDED | {"<sql>": PIECES + 9}
+    path = folder(tmp_path / "c", tokenizer_config=settings, added_tokens=other)
+    with pytest.raises(CheckpointError, match=f"two ids: {PIECES + 5} in .*, {PIECES + 9} in"):
+        open_folder(path)
+    empty = {"added_tokens_decoder": {}, "name_or_path": "chatglm2"}
+    found = open_folder(folder(tmp_path / "d", tokenizer_config=empty, added_tokens=ADDED))
+    assert found.tokenizer.added.keys() == ADDED.keys()
+    settings = {"additional_special_tokens": ["<tool>"], "name_or_path": "chatglm2"}
+    found = open_folder(folder(tmp_path / "e", tokenizer_config=settings))
+    assert any("'<tool>'" in line and "not known" in line for line in found.notes)

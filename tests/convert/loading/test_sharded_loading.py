@@ -22,7 +22,7 @@ from convert.adapters.adapter import Adapter, save_adapter
 from convert.adapters.attach import attach
 from convert.layouts.names import PARTS
 from convert.loading import params, values
-from convert.loading.boxes import Box, slices
+from convert.loading.values import Box, slices
 from convert.writing import own
 from glm2_jax import init_lora, lora_sharding, make_mesh, params_sharding, parse_mesh
 from glm2_jax.errors import UsageError
