@@ -9,7 +9,6 @@ import pytest
 
 from glm2_jax import KVCache, attention, forward, model
 from glm2_jax.attention import Visibility, attend
-from glm2_jax.chunked import map_blocks
 from tests.support import hurry
 from tests.support.toy import TOY, random_tokens, toy_params
 
@@ -100,18 +99,6 @@ def test_a_model_in_blocks_gives_the_same_logits(monkeypatch):
         ours = run(cache)
         np.testing.assert_allclose(ours, logits, atol=1e-4, rtol=0)
         assert (ours.argmax(-1) == logits.argmax(-1)).all()
-
-
-def test_map_blocks_pads_the_last_block():
-    for length in (4, 5, 9):
-        x, seen = jnp.arange(2 * length * 3).reshape(2, length, 3), []
-
-        def double(x, y, seen=seen):
-            seen.append(x.shape[1])
-            return x + y
-
-        np.testing.assert_array_equal(map_blocks(double, 4, x, x), 2 * x)
-        assert max(seen) <= 4
 
 
 def temporaries(slots: int, queries: int = 64) -> int:

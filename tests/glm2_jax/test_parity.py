@@ -40,18 +40,12 @@ def greedy(config, params, logits, cache, steps: int) -> np.ndarray:
     return np.concatenate(answers, axis=1)
 
 
-@pytest.fixture(scope="module")
-def published():
-    """(config, params, stored arrays) of the tiny model that the published code ran."""
+def test_published_code():
     raw = json.loads(shared_path("reference/hf_tiny_chatglm2_config.json").read_bytes())
     arrays = dict(np.load(shared_path("reference/hf_tiny_chatglm2.npz")))
     config = GLMConfig.from_hf(raw)
     weights = {name[3:]: value for name, value in arrays.items() if name.startswith("sd/")}
-    return config, jax.tree.map(jnp.asarray, published_params(config, weights)), arrays
-
-
-def test_published_code(published):
-    config, params, arrays = published
+    params = jax.tree.map(jnp.asarray, published_params(config, weights))
     tokens, mask, positions = (
         jnp.asarray(arrays[name], jnp.int32)
         for name in ("input_ids", "attention_mask", "position_ids")

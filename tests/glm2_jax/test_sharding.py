@@ -30,26 +30,19 @@ def test_a_mesh_keeps_its_order_and_absent_axes_come_last():
     assert make_mesh({"tensor": 1}, jax.devices()[:1]).axis_names == ("tensor", "data", "fsdp")
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("model=2", "'model' is not an axis: the axes are data, fsdp, tensor"),
-        ("", "'' is not an axis"),
-        ("data=2,data=4", "data is given twice"),
-        ("data", "size of data must be a whole number of at least 1, got ''"),
-        ("tensor=-1", "got '-1'"),
-    ],
-)
-def test_a_mesh_that_makes_no_sense_is_refused(text, why):
-    with pytest.raises(UsageError, match="is not valid") as caught:
-        parse_mesh(text)
-    assert why in caught.value.why and "data=2,tensor=4" in caught.value.fix
-
-
-def test_a_mesh_takes_all_devices():
-    with pytest.raises(UsageError, match="needs 16 devices") as caught:
+def test_a_mesh_that_makes_no_sense_is_refused():
+    for text, why in {
+        "model=2": "'model' is not an axis: the axes are data, fsdp, tensor",
+        "": "'' is not an axis",
+        "data=2,data=4": "data is given twice",
+        "data": "size of data must be a whole number of at least 1, got ''",
+        "tensor=-1": "got '-1'",
+    }.items():
+        with pytest.raises(UsageError, match="is not valid") as caught:
+            parse_mesh(text)
+        assert why in caught.value.why and "data=2,tensor=4" in caught.value.fix
+    with pytest.raises(UsageError, match="needs 16 devices(.|\n)*There are 8 devices") as caught:
         make_mesh(parse_mesh("data=2,tensor=8"), [None] * 8)
-    assert "There are 8 devices" in caught.value.why
     assert "tensor=8 or data=2,tensor=4" in caught.value.fix
 
 

@@ -182,17 +182,6 @@ def test_a_stream_equals_sentencepiece_and_takes_nothing_back(ids):
         assert set(held) <= {"\ufffd"} and len(held) <= 3  # only the start of a character waits
 
 
-def test_published_tokenizer_at_random():
-    tokenizer = published()
-
-    @settings(deadline=None, database=None, max_examples=50)
-    @given(st.lists(st.one_of(st.integers(3, 258), st.integers(-2, 65100)), max_size=20))
-    def check(ids):
-        check_stream(tokenizer, ids)
-
-    check()
-
-
 def test_characters_come_complete_and_the_first_space_is_dropped():
     text = "é你👋\0\ufffd"
     parts, rest = stream(TINY, byte_ids(text.encode()))
