@@ -237,18 +237,13 @@ def _group_bytes(w: QTensor) -> int:
     return w.values.shape[1] // (w.scale.shape[1] if w.scale.ndim == 2 else 1)
 
 
-def _scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:
-    grouped = integers.astype(jnp.float32).reshape(*scale.shape, -1)
-    return (grouped * scale.astype(jnp.float32)[..., None]).reshape(integers.shape)
-
-
 def _unpacked_by_chunks(x: jax.Array, w: QTensor, *, scaled: bool) -> jax.Array:
     """Multiply [M, C] by the integers of [R, C], `scaled` first or not at all: float32 [M, R]."""
 
     def product(values: jax.Array, scale: jax.Array) -> jax.Array:
         total = jnp.float32(0)
         for half, part in _parts(x, QTensor(values, scale, w.bits)):
-            part = _scale_groups(part, scale) if scaled else part
+            part = dequantize(QTensor(part, scale, bits=8), 1) if scaled else part
             total += _by_dot(half, part.astype(x.dtype))
         return total
 

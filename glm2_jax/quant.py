@@ -76,7 +76,10 @@ def dequantize_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
     Nothing moves between devices: where a group of columns is on two of them, its scale is repeated
     for smaller groups.
     """
-    integers = unpacked(weight)
+    integers = weight.values
+    if weight.bits == 4:
+        pairs = jnp.stack(int4_halves(integers), axis=-1)
+        integers = pairs.reshape(*integers.shape[:-1], -1)
     scale = weight.scale.astype(jnp.float32)
     shape, columns = integers.shape, integers.shape[rows:]
     if scale.ndim == rows:
@@ -87,14 +90,6 @@ def dequantize_whole(weight: QTensor, rows: int, cut: int) -> jax.Array:
     scale = scale.reshape(*shape[:-1], columns[-1] // small)
     grouped = integers.astype(jnp.float32).reshape(*scale.shape, small)
     return (grouped * scale[..., None]).reshape(shape)
-
-
-def unpacked(weight: QTensor) -> jax.Array:
-    """Return the integers, int8 [*rows, *columns]."""
-    if weight.bits == 8:
-        return weight.values
-    pairs = jnp.stack(int4_halves(weight.values), axis=-1)
-    return pairs.reshape(*weight.values.shape[:-1], -1)
 
 
 def int4_halves(packed: Array) -> tuple[Array, Array]:

@@ -28,7 +28,7 @@ SLOW = {
     "glm2_jax/test_model", "glm2_jax/test_parity",
     "glm2_jax/test_prefix", "glm2_jax/test_quant",
     "glm2_jax/test_sharding_aot", "glm2_jax/test_sharding_examples",
-    "glm2_jax/test_sharding_model", "infer/bench/test_bench",
+    "infer/bench/test_bench",
     "infer/bench/test_bench_mesh", "infer/chat/test_chat_terminal", "infer/doctor/test_doctor",
     "infer/engine/test_answer_messages", "infer/engine/test_differential",
     "infer/engine/test_engine", "infer/engine/test_engine_load", "infer/engine/test_executor",

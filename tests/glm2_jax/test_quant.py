@@ -12,7 +12,7 @@ from glm2_jax import KVCache, compiler_options, last_logits
 from glm2_jax.errors import CheckpointError
 from glm2_jax.linear import _by_dot, _on_cpu, _on_gpu, _on_tpu
 from glm2_jax.model import unstack_layers
-from glm2_jax.quant import QTensor, dequantize, pack_int4, quantize, unpack_int4, unpacked
+from glm2_jax.quant import QTensor, dequantize, pack_int4, quantize, unpack_int4
 from glm2_jax.schemes import SCHEMES
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
@@ -40,8 +40,8 @@ def test_packing():
     assert pack_int4(integers).view(np.uint8).tolist() == [[0x52, 0x0C, 0x89]]
     pairs = np.stack(np.meshgrid(np.arange(-8, 8), np.arange(-8, 8)), -1).astype(np.int8)
     np.testing.assert_array_equal(unpack_int4(pack_int4(pairs)), pairs)
-    on_device = unpacked(QTensor(jnp.asarray(pack_int4(pairs)), jnp.ones(pairs.shape[:2]), 4))
-    np.testing.assert_array_equal(on_device, pairs)
+    weight = QTensor(jnp.asarray(pack_int4(pairs)), jnp.ones(pairs.shape[:2]), 4)
+    np.testing.assert_array_equal(dequantize(weight, 2), pairs)
     with pytest.raises(CheckpointError, match="3 columns"):
         pack_int4(np.zeros((2, 3), np.int8))
 

@@ -25,6 +25,7 @@ from glm2_jax import (
 from glm2_jax.errors import GLMError
 from glm2_jax.lora import with_lora
 from glm2_jax.mesh import mesh_text
+from glm2_jax.model import unstack_layers
 from glm2_jax.prefix import Prefix, with_prefix
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.schemes import SCHEMES
@@ -46,13 +47,13 @@ SAMPLED = SamplingParams(seed=3, max_new_tokens=6, logprobs=2)
 LONG = [[5 + i % 90 for i in range(100)], [7, 8, 9]]
 ENGINES: dict[tuple[str, str | None], Engine] = {}
 
-# Mesh, scheme of the weights: what is answered in each is that of one device.
+# Mesh, scheme of the weights, whether layers are a list: each answers as one device does.
 CASES = [
-    ("tensor=8", None),
-    ("tensor=4,data=2", None),
-    ("data=2,fsdp=2,tensor=2", None),
-    ("data=8", None),
-    ("data=2,tensor=4", "int8"),
+    ("tensor=8", None, True),
+    ("tensor=4,data=2", None, False),
+    ("data=2,fsdp=2,tensor=2", None, False),
+    ("data=8", "int8", False),
+    ("data=2,tensor=4", "int4", False),  # a group of columns is on all four devices
 ]
 
 
@@ -77,12 +78,20 @@ def with_extras(params: Any, lora: Any, prefix: Prefix) -> Any:
     return with_prefix(with_lora(params, lora), prefix)
 
 
-def engine(mesh: str | None, scheme: str | None = None, *, more: bool = False, **kwargs: Any):
+def engine(
+    mesh: str | None,
+    scheme: str | None = None,
+    as_list: bool = False,
+    *,
+    more: bool = False,
+    **kwargs: Any,
+):
     """An engine on a mesh; `more` = with an adapter and a prefix."""
     params, (lora, prefix) = weights(scheme)[0], extras()
+    params = unstack_layers(params) if as_list else params
     if mesh is not None:
-        over = make_mesh(parse_mesh(mesh))
-        places = params_sharding(CONFIG, over, scheme=SCHEMES[scheme] if scheme else None)
+        over, form = make_mesh(parse_mesh(mesh)), SCHEMES[scheme] if scheme else None
+        places = params_sharding(CONFIG, over, scheme=form, as_list=as_list)
         params = jax.device_put(params, places)
         lora = jax.device_put(lora, lora_sharding(lora, over))
         prefix = jax.device_put(prefix, replicated(over))
@@ -112,9 +121,9 @@ def sampled() -> list[Any]:
     return answered(engine(None), PROMPTS, SAMPLED)
 
 
-def compare(mesh: str, scheme: str | None) -> dict[str, Any]:
+def compare(mesh: str, scheme: str | None, as_list: bool) -> dict[str, Any]:
     """One case: whether the answers are those of one device, and the engine's decode program."""
-    one = ENGINES[mesh, scheme] = engine(mesh, scheme)
+    one = ENGINES[mesh, scheme] = engine(mesh, scheme, as_list)
     first = answered(one, PROMPTS, GREEDY)
     with compilations() as compiled:
         drawn, again = answered(one, PROMPTS, SAMPLED), answered(one, PROMPTS, GREEDY)
@@ -135,8 +144,8 @@ def compare(mesh: str, scheme: str | None) -> dict[str, Any]:
         "cache": 2 * int(np.prod(part)) * 4,
         "alias": memory.alias_size_in_bytes,
         "layers": kinds(found, True),
+        "outside": kinds(found, False),
         "largest": max((one.elements for one in found), default=0),
-        "kinds": sorted({one.kind for one in found}),
     }
 
 
