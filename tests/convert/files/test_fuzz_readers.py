@@ -216,10 +216,8 @@ _deep_messages = st.integers(1, 30_000).map(
 )
 
 
-def _ask(request: Request | InputError) -> None:
+def _ask(request: Request) -> None:
     """Builds the ids of a question, as the tools do."""
-    if isinstance(request, InputError):
-        return
     request = request.cleaned()
     tokenizer = Tokenizer.from_bytes(sp_model(), "chatglm3")
     with contextlib.suppress(InputError):
@@ -233,7 +231,8 @@ def _read_batch(path: Path) -> None:
     with open_input(path) as file:
         for _, line in read_lines(file, path.name):
             with contextlib.suppress(InputError):
-                _ask(line if isinstance(line, InputError) else parse_line(line))
+                if isinstance(line, bytes):
+                    _ask(parse_line(line))
 
 
 _CHAT = {
