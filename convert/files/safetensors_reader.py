@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert.files.tensor import BFLOAT16, StoredTensor, bad_file, check_shape, regular_file_size
-from glm2_jax.cli.json_input import parse_line
+from glm2_jax.cli.text_input import parse_line
 from glm2_jax.errors import CheckpointError, InputError
 
 MAX_HEADER_BYTES = 100_000_000

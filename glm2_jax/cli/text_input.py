@@ -1,38 +1,33 @@
-"""Reads text from outside: UTF-8, with or without a byte order mark.
+"""Reads text and JSON from outside, with limits: UTF-8, with or without a byte order mark.
 
-Another encoding would silently become nonsense, so it is refused with a guess at what it is.
+Another encoding would silently become nonsense, so it is refused.
 """
 
 import codecs
 import contextlib
 import errno
 import io
+import json
 import os
-import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from glm2_jax.cli.messages import human_size
-from glm2_jax.errors import InputError
+from glm2_jax.errors import InputError, shorten
 
 STDIN = "standard input"
 LARGEST = 256_000_000  # bytes of what should be one text
 MAX_LINE = 16 * 2**20  # bytes of a line that is one row; no model could read more of them
-_SAMPLE = 1 << 16  # bytes that are looked at to guess an encoding
+_SAMPLE = 1 << 16  # bytes that are looked at to recognize UTF-16 and UTF-32
 _PIECE = 1 << 20
+_MAX_DEPTH = 100  # of JSON
 
-# UTF-32 first: its little-endian mark begins with that of UTF-16.
-_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-_ENCODINGS = {"gb18030": "GB18030 (GBK)", "big5": "Big5", "shift_jis": "Shift-JIS"}
-CONVERT = "save it as UTF-8, or convert it: iconv -f ENCODING -t UTF-8"
+# The mark of little-endian UTF-32 begins with that of UTF-16.
+_WIDE_MARKS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE
+CONVERT = "save it as UTF-8, or convert it, from GBK for example: iconv -f GB18030 -t UTF-8"
 _REASONS = {errno.ENOENT: "file not found", errno.EISDIR: "it is a folder, not a file"}
 
 
@@ -136,8 +131,7 @@ def _size(file: BinaryIO) -> int | None:
 
 
 def decode_utf8(data: bytes, name: str) -> str:
-    """Decode UTF-8 without its byte order mark; InputError with the place and a guess at what else
-    the bytes are."""
+    """Decode UTF-8 without its byte order mark; InputError with the place of what is not UTF-8."""
     refuse_wide(data, name)
     try:
         return data.decode("utf-8-sig")
@@ -148,42 +142,70 @@ def decode_utf8(data: bytes, name: str) -> str:
 
 
 def bad_byte(error: UnicodeDecodeError) -> str:
-    """Return which byte of the text is not UTF-8, with a guess at its encoding."""
-    return f"byte {error.start + 1} cannot be read; it may be {guess_encoding(error.object)}"
+    """Return which byte of the text is not UTF-8."""
+    return f"byte {error.start + 1} cannot be read"
 
 
 def refuse_wide(data: bytes, name: str) -> None:
     """Raise InputError for UTF-16 and UTF-32, which cannot be split into lines as bytes."""
-    kind = _wide_kind(data)
-    if kind is not None:
-        raise InputError(f"{name} is not UTF-8 text", f"it looks like {kind}", CONVERT)
-
-
-def guess_encoding(data: bytes) -> str:
-    """Name what bytes that are not UTF-8 may be, e.g. "GB18030 (GBK) or Big5"."""
-    sample = data[:_SAMPLE]
-    if wide := _wide_kind(sample):
-        return wide
-    if not re.search(rb"[\x80-\xff]{3}", sample):  # letters with accents rarely follow each other
-        return "Windows-1252 (Latin-1)"
-    possible = [name for codec, name in _ENCODINGS.items() if _fits(sample, codec)]
-    return " or ".join(possible) or "in no text encoding"
-
-
-def _fits(sample: bytes, codec: str) -> bool:
-    try:  # incremental, because the sample may end inside a character
-        codecs.getincrementaldecoder(codec)().decode(sample)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _wide_kind(data: bytes) -> str | None:
-    for mark, name in _MARKS.items():
-        if data.startswith(mark):
-            return name
     # Without a mark: the ASCII part of UTF-16 has a NUL in each pair, always on the same side.
     sample = data[:_SAMPLE]
     even, odd = sample[0::2].count(0), sample[1::2].count(0)
-    dense = even + odd > max(len(sample) // 4, 1)
-    return "UTF-16" if dense and max(even, odd) > 0.9 * (even + odd) else None
+    dense = even + odd > max(len(sample) // 4, 1) and max(even, odd) > 0.9 * (even + odd)
+    if dense or data.startswith(_WIDE_MARKS):
+        raise InputError(f"{name} is not UTF-8 text", "it looks like UTF-16 or UTF-32", CONVERT)
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; InputError also for a key twice and for deep nesting."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        _check_depth(value)
+        return value
+    except RecursionError:
+        raise InputError("cannot read this JSON", "it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text.strip() else ""
+        raise InputError("not JSON", f"{error.msg}: {line}column {error.colno}") from None
+    except ValueError as error:  # an immense number
+        raise InputError("not JSON", str(error)) from None
+
+
+def parse_line(line: bytes) -> Any:
+    """Return the value of a line of JSON; InputError as `parse_json`, or if it is not UTF-8."""
+    try:
+        return parse_json(line.decode("utf-8").rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        raise InputError("not UTF-8", bad_byte(error), CONVERT) from None
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line; InputError as `parse_line`, or if it is not an object."""
+    row = parse_line(line)
+    if not isinstance(row, dict):
+        raise InputError("not a JSON object", "write {...} with a value for each key")
+    return row
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError for a value so deep that writing it again could fail."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise InputError(f"the key {shorten(key)} appears twice")
+        result[key] = value
+    return result

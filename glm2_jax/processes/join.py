@@ -3,7 +3,6 @@
 `jax.distributed` connects them and detects clusters. Enter `start` before anything of jax is used.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -46,19 +45,6 @@ def add_host_options(parser: Parser) -> None:
     """Add the flags that make a process one of several."""
     group = add_flags(parser, "several processes", Hosts)
     group.description = "The same command on each host; only --process-id differs."
-
-
-def refuse_host_options(parser: Parser, why: str) -> None:
-    """Add the same flags to a command that does not support several processes: each is an error."""
-
-    class Refuse(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None) -> None:
-            raise UsageError(
-                f"{option_string}: not supported by this command", why, "Leave it out."
-            )
-
-    for flag in ("--coordinator", "--num-processes", "--process-id"):
-        parser.add_argument(flag, action=Refuse, help=argparse.SUPPRESS)
 
 
 @contextlib.contextmanager

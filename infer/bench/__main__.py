@@ -10,7 +10,6 @@ from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import add_mesh_options
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.errors import UsageError
-from glm2_jax.processes import join
 from infer.bench import options
 
 PROG = "python -m infer.bench"
@@ -51,7 +50,6 @@ def parser() -> Parser:
         "--plot", type=path_argument, metavar="F",
         help="draw a roofline picture, .png, .svg or .pdf; needs pip install 'glm2-jax[plot]'",
     )  # fmt: skip
-    join.refuse_host_options(result, "Speed is measured in one process, on the devices it has.")
     result.add_common()
     return result
 

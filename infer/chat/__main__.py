@@ -6,7 +6,6 @@ from glm2_jax.cli import arguments, interrupt
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import add_model_options
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
-from glm2_jax.processes import join
 from infer import options
 from infer.engine.loops import LOOP_STOP_DEFAULT
 
@@ -40,7 +39,6 @@ def parser() -> Parser:
     default = {"default": LOOP_STOP_DEFAULT}
     add_flags(result, "sampling", options.SamplingFlags, loop_stop=default)
     options.add_performance_options(result, mesh=True, speculate=True)
-    join.refuse_host_options(result, "A conversation is held in one process.")
     add = result.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print a JSON object for each answer")
     add("--stats", action="store_true", help="times, speed and memory of each answer")

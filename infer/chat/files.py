@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glm2_jax.cli.files import replace_file, require_file_place
-from glm2_jax.cli.json_input import parse_json
-from glm2_jax.cli.text_input import read_utf8
+from glm2_jax.cli.text_input import parse_json, read_utf8
 from glm2_jax.errors import GLMError, InputError
 from infer.engine.params import SamplingParams
 from infer.requests.conversation import Conversation

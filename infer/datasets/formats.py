@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from glm2_jax.cli.json_input import parse_json
+from glm2_jax.cli.text_input import parse_json
 from glm2_jax.errors import InputError, shorten
 from glm2_jax.text.prompt import ROLES, reply_messages
 from infer.requests.request import parse_history

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from glm2_jax.cli.json_input import parse_line
 from glm2_jax.cli.messages import human_size, note
-from glm2_jax.cli.text_input import LARGEST, open_input, read_text
+from glm2_jax.cli.text_input import LARGEST, open_input, parse_line, read_text
 from glm2_jax.errors import InputError
 from infer.datasets.formats import Message, detect, read_messages, unknown_format
 from infer.datasets.index import PACKED, DataFile

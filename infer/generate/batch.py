@@ -36,7 +36,7 @@ from infer.generate.output import (
     refuse_existing,
 )
 from infer.requests.exchange import encode, result, warn_beyond_aligned
-from infer.requests.request import Request, Turns, parse_batch
+from infer.requests.request import Request, Turns, parse_line
 from infer.startup import open_engine
 
 _BATCHES_AHEAD = 16  # sorted together for a stream, where an answer waits for those before it
@@ -112,11 +112,14 @@ class _Batch:
     ) -> list[tuple[int, Request]]:
         """Return the good lines, each with its number."""
         good, asked = [], self.settings.asked
-        for number, request in parse_batch(lines, history, asked.system):
-            if isinstance(request, InputError):
-                self._report(number, request)
-            else:
+        for number, line in lines:
+            try:
+                if isinstance(line, InputError):
+                    raise line
+                request = parse_line(line, history, asked.system)
                 good.append((number, request.cleaned() if asked.clean_text else request))
+            except InputError as error:
+                self._report(number, error)
         return good
 
     def to_file(
@@ -136,9 +139,13 @@ class _Batch:
         """Answer everything, a few batches at a time."""
         encoded = self._encoded(engine, requests)
         stream = nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8")
-        with stream as file, Progress("rows answered", len(requests), show=_count) as bar:
-            while rows := list(islice(encoded, _BATCHES_AHEAD * self.settings.batch_size)):
-                self._answer(engine, rows, InOrder([row.number for row in rows], file), bar)
+        try:
+            with stream as file, Progress("rows answered", len(requests), show=_count) as bar:
+                while rows := list(islice(encoded, _BATCHES_AHEAD * self.settings.batch_size)):
+                    self._answer(engine, rows, InOrder([row.number for row in rows], file), bar)
+        except OSError as error:  # a failed write does not name the file
+            error.filename = error.filename or (output and str(output))
+            raise
 
     def _encoded(self, engine: Engine, requests: Sequence[tuple[int, Request]]) -> Iterator[Row]:
         """Yield the requests that fit."""

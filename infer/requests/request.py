@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glm2_jax.cli.json_input import parse_json, parse_object
-from glm2_jax.cli.text_input import read_utf8
+from glm2_jax.cli.text_input import parse_json, parse_object, read_utf8
 from glm2_jax.errors import InputError, shorten
 from glm2_jax.text.prompt import Reply, is_reply
 
@@ -98,25 +97,6 @@ def parse_history(value: Any) -> Turns:
         if not pair or not isinstance(turn[0], str) or not is_reply(turn[1]):
             raise InputError(f"turn {number} of the history is not a [question, answer] pair")
     return tuple((question, answer) for question, answer in value)
-
-
-def parse_batch(
-    lines: Iterable[tuple[int, bytes | InputError]],
-    history: Turns = (),
-    system: str | None = None,
-) -> Iterator[tuple[int, Request | InputError]]:
-    """Parse the lines of a batch file, as `glm2_jax.cli.text_input.read_lines` gives them.
-
-    Yields the line number, and the request or what is wrong with the line. `history` and `system`
-    are for lines with a prompt but without these keys.
-    """
-    for number, line in lines:
-        try:
-            if isinstance(line, InputError):
-                raise line
-            yield number, parse_line(line, history, system)
-        except InputError as error:
-            yield number, error
 
 
 def parse_line(line: bytes, history: Turns = (), system: str | None = None) -> Request:

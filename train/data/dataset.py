@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.loading.folder import Folder
-from glm2_jax.cli.json_input import parse_object
 from glm2_jax.cli.messages import Progress, human_size, note
+from glm2_jax.cli.text_input import parse_object
 from glm2_jax.errors import InputError, UsageError
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import Message, read_messages

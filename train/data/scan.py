@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from glm2_jax.cli.json_input import parse_object
+from glm2_jax.cli.text_input import parse_object
 from glm2_jax.errors import InputError
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import detect, read_messages, unknown_format, unused_keys

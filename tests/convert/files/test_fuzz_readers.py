@@ -31,7 +31,7 @@ from glm2_jax.errors import GLMError, InputError
 from glm2_jax.text.prompt import build_messages, build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.chat import files as chat_files
-from infer.requests.request import Request, parse_batch, read_history
+from infer.requests.request import Request, parse_line, read_history
 from tests.support.checkpoints import TINY, write_official
 from tests.support.checkpoints import save as save_own
 from tests.support.fuzz_inputs import Bytes, damaged, edited_list, json_bytes
@@ -216,10 +216,8 @@ _deep_messages = st.integers(1, 30_000).map(
 )
 
 
-def _ask(request: Request | InputError) -> None:
+def _ask(request: Request) -> None:
     """Builds the ids of a question, as the tools do."""
-    if isinstance(request, InputError):
-        return
     request = request.cleaned()
     tokenizer = Tokenizer.from_bytes(sp_model(), "chatglm3")
     with contextlib.suppress(InputError):
@@ -231,8 +229,10 @@ def _ask(request: Request | InputError) -> None:
 
 def _read_batch(path: Path) -> None:
     with open_input(path) as file:
-        for _, request in parse_batch(read_lines(file, path.name)):
-            _ask(request)
+        for _, line in read_lines(file, path.name):
+            with contextlib.suppress(InputError):
+                if isinstance(line, bytes):
+                    _ask(parse_line(line))
 
 
 _CHAT = {

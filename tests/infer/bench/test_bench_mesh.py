@@ -104,7 +104,6 @@ def test_the_report_names_mesh_and_devices():
     ("args", "message"),
     [
         (["--tp", "2", "--peer", "transformers"], "--peer: not supported on a mesh"),
-        (["--coordinator", "host:1"], "--coordinator: not supported by this command"),
         (["--tp", "7"], "tensor=7 needs 7 devices"),
     ],
 )

@@ -10,7 +10,6 @@ from glm2_jax.config import PRESETS
 from glm2_jax.errors import UsageError
 from glm2_jax.runtime.buckets import padded_batch
 from glm2_jax.runtime.devices import faster_layers, find_mesh
-from infer.chat.__main__ import main as chat_main
 from infer.engine.placement import Places
 from infer.generate import __main__ as generate
 from infer.memory.budget import Budget, shared
@@ -89,8 +88,6 @@ def test_flags_of_a_mesh():
     assert find_mesh(flags([]).mesh) is None and flags(["--tp", "2"]).mesh == "tensor=2"
     with pytest.raises(SystemExit):
         flags(["--tp", "2", "--mesh", "data=2"])
-    with pytest.raises(UsageError, match="not supported by this command"):
-        chat_main(["--coordinator", "host:1"])
     assert [faster_layers(name, on_mesh=True) for name in ("cpu", "tpu")] == ["list", "stacked"]
     places, array = Places(), np.zeros(2)  # without a mesh nothing is placed
     assert places.rows == 1 and places.put(array) is array

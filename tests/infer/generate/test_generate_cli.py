@@ -17,7 +17,6 @@ from infer.engine.rows import TokenEvent
 from infer.generate.__main__ import main, parser
 
 HUGE = str(10**30)
-PATHS = ("model", "output", "history", "compile-cache", "batch-file")
 
 
 def run(*args: str) -> int:
@@ -159,9 +158,8 @@ def test_prompts_that_are_refused_and_one_that_is_warned_of(loaded, warm, monkey
     assert "warning: prompt and answer may reach 24 tokens; beyond 20" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
+def test_values_that_make_no_sense_and_unknown_flags(loaded, capsys):
+    for flags, words in (
         ("--temp nan", "temperature"),
         ("--stop=", "stop"),
         (f"--seed {HUGE}", "seed"),
@@ -171,28 +169,21 @@ def test_prompts_that_are_refused_and_one_that_is_warned_of(loaded, warm, monkey
         ("--stream --json", "--stream excludes --json"),
         ("--output x", "--output needs --batch-file"),
         ("--restart", "--restart needs --output"),
-    ],
-)
-def test_values_that_make_no_sense(loaded, flags, words):
-    assert words in failure(UsageError, "--prompt", "hi", *flags.split(" "))
-    assert not loaded
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
+    ):
+        assert words in failure(UsageError, "--prompt", "hi", *flags.split(" "))
+    paths = "model", "output", "history", "compile-cache", "batch-file"
+    for flags, words in (
         (["--device", "npu"], "tpu"),
         (["--seed", "x"], "--seed"),
         (["--truncate-prompt", "0"], "at least 1"),
         (["--prompt-file", "x"], "not allowed with"),
         (["-p", "b"], "given twice"),
-        *((["--" + flag, ""], "path is empty") for flag in PATHS),
-    ],
-)
-def test_unknown_flags_and_values(capsys, flags, words):
-    with pytest.raises(SystemExit) as caught:
-        main(["--prompt", "hi", *flags])
-    assert caught.value.code == 2 and words in capsys.readouterr().err
+        *((["--" + flag, ""], "path is empty") for flag in paths),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["--prompt", "hi", *flags])
+        assert caught.value.code == 2 and words in capsys.readouterr().err
+    assert not loaded
 
 
 def sampling(*flags: str):

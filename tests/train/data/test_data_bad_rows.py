@@ -136,7 +136,7 @@ def test_places_in_what_is_not_json_or_not_utf8(tmp_path):
     assert "char" not in str(error.value) and "line 2" not in str(error.value)
     row = json.dumps(alpaca("今天天气怎么样", "今天天气很好"), ensure_ascii=False)
     path.write_bytes(row.encode("gb18030"))
-    with pytest.raises(InputError, match=r"data:1: not UTF-8: byte 18 cannot be read; it may be"):
+    with pytest.raises(InputError, match=r"data:1: not UTF-8: byte 18 cannot be read"):
         open_files([path])
     path.write_bytes(f"[{row},".encode() + row.encode("gb18030") + b"]")
     with pytest.raises(InputError, match=r"1 of 2 rows .*\n.*data, row 2: not UTF-8"):
