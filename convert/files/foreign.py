@@ -21,54 +21,47 @@ ORIGINALS = (
 )
 _COMPLETE = "Then put config.json and tokenizer.model of the base model next to its output."
 
-# Files by which a folder is recognized, also in its subfolders; what it is; what to do.
-_FOLDERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (
-        ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+# Files by which a folder is recognized, also in its subfolders: what it is, and what to do.
+_FOLDERS = {
+    "adapter_config.json adapter_model.safetensors adapter_model.bin": (
         "a LoRA adapter, not a model",
         "Give its base as the model (--model), and this folder as --adapter (train.lora: "
         "--init-adapter).",
     ),
-    (
-        (_RECIPE,),
+    _RECIPE: (
         "the output folder of a training run that has not finished",
         "Run the same training with --resume auto; at its end this folder holds an adapter "
         "(train.lora: --adapter), or a model in model/ (train.full: --model).",
     ),
-    (
-        ("zero_to_fp32.py", "*zero_pp_rank_*", "*_model_states.pt", "*/*_model_states.pt"),
+    "zero_to_fp32.py *zero_pp_rank_* *_model_states.pt */*_model_states.pt": (
         "a DeepSpeed checkpoint",
         "Run zero_to_fp32.py, which DeepSpeed puts next to global_step*: python zero_to_fp32.py . "
         "OUT. " + _COMPLETE,
     ),
-    (
-        ("*.distcp", "*/*.distcp"),
+    "*.distcp */*.distcp": (
         "a distributed checkpoint of PyTorch (FSDP)",
         "Merge it: accelerate merge-weights FOLDER OUT, where FOLDER holds the .distcp files. "
         + _COMPLETE,
     ),
-    (
-        ("latest_checkpointed_iteration.txt", "mp_rank_*", "*/mp_rank_*", "model_optim_rng.pt"),
+    "latest_checkpointed_iteration.txt mp_rank_* */mp_rank_* model_optim_rng.pt": (
         "a Megatron checkpoint",
         "Convert it with the tool of the trainer that wrote it.",
     ),
-    (
-        ("_CHECKPOINT_METADATA", "manifest.ocdbt", "*/manifest.ocdbt", "*/_CHECKPOINT_METADATA"),
+    "_CHECKPOINT_METADATA manifest.ocdbt */manifest.ocdbt */_CHECKPOINT_METADATA": (
         "an Orbax checkpoint, the state of a training run",
         "Give the final result of the training: a model, or an adapter as --adapter.",
     ),
-    (
-        ("*.gguf", "*ggml*.bin", "tf_model.h5", "*.ckpt.index", "flax_model*.msgpack", "*.onnx"),
+    "*.gguf *ggml*.bin tf_model.h5 *.ckpt.index flax_model*.msgpack *.onnx": (
         "a model of llama.cpp (GGUF), TensorFlow, Flax or ONNX, which is not supported",
         USE_TORCH,
     ),
-)
+}
 
 
 def explain_folder(folder: Path) -> CheckpointError | None:
     """Return what a folder without config.json or weights is; None where nothing shows it."""
-    for patterns, kind, fix in _FOLDERS:
-        found = _found(folder, patterns)
+    for patterns, (kind, fix) in _FOLDERS.items():
+        found = _found(folder, patterns.split())
         if found and not (_RECIPE in found and (folder / "model" / "config.json").exists()):
             return CheckpointError(f"{folder} is {kind}.", f"It holds {_listed(found)}.", fix)
     snapshot = find_snapshot(folder)

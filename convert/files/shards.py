@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _open_index(folder: Path, index: Path, present: Collection[str]) -> Weights:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise bad_file(index, "has no weight_map")
+        raise bad_file(index, "has no weight_map", "It must say which file holds a tensor.")
     for name in set(map(str, weight_map.values())):
         check_file_name(index, name)
     files = {name: folder / name for name in dict.fromkeys(weight_map.values())}

@@ -16,7 +16,8 @@ from glm2_jax.lora import scale_of
 
 CONFIG = "adapter_config.json"
 
-# What is adapted, and how strongly; a missing key, null, false and empty values are the default.
+# What is adapted, and how strongly; false and these values, or a missing key, are the default.
+_DEFAULTS = (None, [], {}, "")
 _SELECTION = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha",
     "rank_pattern", "alpha_pattern", "use_rslora",
@@ -173,7 +174,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     dropout = raw.get("lora_dropout") or 0.0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise _wrong(path, "lora_dropout", dropout, "A rate must be at least 0 and less than 1.")
-    given = {key: raw[key] for key in _SELECTION if key in raw and not _is_default(raw[key])}
+    values = {key: raw.get(key) for key in _SELECTION}
+    given = {key: x for key, x in values.items() if x is not False and x not in _DEFAULTS}
     selection = {"r": 8, "lora_alpha": 8, **given}
     _check_selection(path, selection)
     rslora = bool(selection.get("use_rslora"))
@@ -222,10 +224,6 @@ def _check_selection(path: Path, selection: Mapping[str, Any]) -> None:
                 raise _wrong(path, name, value, "A rank must be an integer of at least 1.")
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise _wrong(path, name, value, "alpha must be a finite number.")
-
-
-def _is_default(value: Any) -> bool:
-    return value is None or value is False or value in ([], {}, "")
 
 
 def _as_list(value: Any) -> list[Any]:

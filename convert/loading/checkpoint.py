@@ -2,19 +2,17 @@
 
 Peak memory beyond the parameters themselves is a few chunks of a few megabytes; mapped pages of the
 files do not count. With a mesh each process reads only what its devices hold, once; except that
-where weights are quantized while they are loaded, complete rows are read, because a scale is that
-of a complete row or group.
+quantizing needs complete rows, because a scale is that of a complete row or group.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from convert.loading.folder import Folder, fingerprint, open_folder, target_scheme
-from convert.loading.params import load_params
+from convert.loading.params import Progress, load_params
 from glm2_jax.choices import LAYER_LAYOUTS
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
@@ -23,8 +21,6 @@ from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
 from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import check_mesh
 from glm2_jax.text.tokenizer import Tokenizer
-
-Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +109,7 @@ def load_checkpoint(
     """
     if layers not in LAYER_LAYOUTS:
         raise UsageError(f"layers={layers!r} is unknown.", f"Known: {', '.join(LAYER_LAYOUTS)}.")
-    if mesh is not None:
-        device = _first_device(mesh, device)
-    elif isinstance(device, str):
-        device = find_device(device)
+    device = _one_device(mesh, device)
     folder = open_folder(path, rope_kind=rope_kind, template=template, family=family)
     config, scheme = folder.config, target_scheme(folder, quantize, quantize_embeddings)
     if mesh is not None:
@@ -125,32 +118,24 @@ def load_checkpoint(
     where = device if mesh is None else mesh
     params = load_params(folder, target, scheme, layers == "list", where, progress)
     name = dtype_name(target)
-    return Checkpoint(
-        config=config,
-        params=params,
-        tokenizer=folder.tokenizer,
-        template=folder.template,
-        fingerprint=fingerprint(folder),
-        summary=_summary(folder, name, scheme, str(path)),
-        notes=(*folder.notes, *_notes(folder, name, scheme)),
-    )
-
-
-def _summary(folder: Folder, dtype: str, scheme: Scheme | None, source: str) -> CheckpointSummary:
-    return CheckpointSummary(
+    summary = CheckpointSummary(
         layout=folder.layout,
-        family=folder.config.family,
+        family=config.family,
         stored_dtype=folder.stored_dtype,
-        dtype=dtype,
+        dtype=name,
         quantization=None if scheme is None else scheme.name,
-        num_params=folder.config.num_params,
+        num_params=config.num_params,
         bytes_on_disk=folder.weights.bytes_on_disk,
-        source=source,
+        source=str(path),
     )
+    notes, mark = (*folder.notes, *_notes(folder, name, scheme)), fingerprint(folder)
+    return Checkpoint(config, params, folder.tokenizer, folder.template, mark, summary, notes)
 
 
-def _first_device(mesh: Any, device: Any) -> Any:
-    """Return a device of the mesh, which stands for all of them."""
+def _one_device(mesh: Any, device: Any) -> Any:
+    """Return the device that was asked for, None for the default; for a mesh one of its devices."""
+    if mesh is None:
+        return find_device(device) if isinstance(device, str) else device
     if not isinstance(mesh, Mesh) or device is not None:
         raise UsageError(
             f"mesh={mesh!r} and device={device!r} do not say where the parameters go.",

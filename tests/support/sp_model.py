@@ -67,14 +67,20 @@ def without_dummy_prefix(model: bytes) -> bytes:
     return model.replace(flag + b"\x01", flag + b"\x00")
 
 
+def field(number: int, payload: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer, shorter than 16 KiB."""
+    low, high = len(payload) & 127, len(payload) >> 7
+    return bytes([number << 3 | 2, *([low | 128, high] if high else [low])]) + payload
+
+
+def piece(text: bytes, score: float = 0.0, kind: int = 1) -> bytes:
+    """A piece of a model (field 1) of a kind: 1 = normal, 4 = user-defined."""
+    return field(1, field(1, text) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind]))
+
+
 def with_pieces(model: bytes, pieces: list[str], *, kind: int = 1) -> bytes:
-    """The same model with further pieces (field 1) of a kind: 1 = normal, 4 = user-defined."""
-    for piece in pieces:
-        text = piece.encode()
-        fields = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1000.0)
-        fields += b"\x18" + bytes([kind])
-        model += b"\x0a" + bytes([len(fields)]) + fields
-    return model
+    """The same model with further pieces."""
+    return model + b"".join(piece(text.encode(), -1000.0, kind) for text in pieces)
 
 
 REAL_TOKENIZER = ROOT.parent / "shared/data/tokenizer"

@@ -1,5 +1,7 @@
 """Tensors under other names: read where they are the same, refused by name where they differ."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -41,10 +43,8 @@ def renamed(tensors, wrapper):
 
 def write(folder, tensors, source, kind="bin", shards=2):
     """Other weights in a copy of a folder."""
-    folder.mkdir()
-    for path in source.iterdir():
-        if "model-" not in path.name and not path.name.startswith(("model.", "pytorch_model")):
-            (folder / path.name).write_bytes(path.read_bytes())
+    weights = shutil.ignore_patterns("model-*", "model.*", "pytorch_model*")
+    shutil.copytree(source, folder, ignore=weights)
     write_weights(folder, tensors, kind=kind, shards=shards)
     return folder
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import load_checkpoint, verify_checkpoint
+from convert import load_checkpoint, open_folder, verify_checkpoint
 from glm2_jax import CheckpointError, UsageError
 from tests.support.checkpoints import TINY, edit_json, tiny_config
 from tests.support.checkpoints import save as save_own
@@ -41,6 +41,14 @@ def test_files_that_the_manifest_does_not_list(tmp_path):
         load_checkpoint(folder)
     with pytest.raises(CheckpointError, match="model.safetensors"):
         verify_checkpoint(folder)
+    folder = save(tmp_path / "two")  # a second set of weights is left out, one of ours is refused
+    (folder / "pytorch_model.bin").write_bytes(b"not read")
+    assert open_folder(folder).weights.left_out == ("pytorch_model.bin",)
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"head": "a.safetensors"}}'
+    )
+    with pytest.raises(CheckpointError, match="does not list: model.safetensors.index.json"):
+        load_checkpoint(folder)
     edit_json(save(tmp_path / "none") / "manifest.json", files={})
     for message in refusal(tmp_path / "none"):
         assert "does not list: config.json, tokenizer.model, model.safetensors" in message

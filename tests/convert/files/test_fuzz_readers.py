@@ -8,6 +8,7 @@ broke a reader once are in `fuzz_corpus/TARGET/`.
 import contextlib
 import io
 import json
+import math
 import pickletools
 import resource
 import tempfile
@@ -35,7 +36,7 @@ from infer.requests.request import Request, parse_line, read_history
 from tests.support.checkpoints import TINY, write_official
 from tests.support.checkpoints import save as save_own
 from tests.support.fuzz_inputs import Bytes, damaged, edited_list, json_bytes
-from tests.support.sp_model import sp_model
+from tests.support.sp_model import field, piece, sp_model
 from tests.support.torch_zip import pickle_global, state_dict_pickle, tensor_pickle, write_members
 
 CAP = 256 * 2**20  # bytes of memory that reading a file of a few kilobytes may take
@@ -166,29 +167,15 @@ def _open(path: Path) -> None:
         verify_checkpoint(path.parent)
 
 
-def _proto(field: int, payload: bytes) -> bytes:
-    """A length-delimited field of a protocol buffer."""
-    length, prefix = len(payload), bytearray([field << 3 | 2])
-    while length > 127:
-        prefix.append(length & 127 | 128)
-        length >>= 7
-    return bytes(prefix) + bytes([length]) + payload
-
-
-def _piece(text: bytes, score: bytes = b"\0\0\0\0", kind: int = 1) -> bytes:
-    return _proto(1, _proto(1, text) + b"\x15" + score + b"\x18" + bytes([kind]))
-
-
 _FIELDS = [
-    _piece(b"\xff\xfe"), _piece(b""), _piece(b"<0xZZ>", kind=6), _piece(b"<0x00>", kind=6),
-    _piece(b"A", b"\0\0\xc0\x7f"), _piece(b"\xe2\x96\x81A"), _piece(b"x" * 3000),
-    _piece(b"<unk>", kind=2), _piece(b"A", kind=5), _piece(b"A", kind=9), _piece(b"A\0B"),
-    _piece(b"\xe2\x96\x81", kind=4),
-    *(_proto(2, b"\x18" + bytes([kind])) for kind in range(6)),
-    _proto(2, b"\x98\x02\x01"), _proto(2, b"\x98\x02\x00"), _proto(2, b"\xc0\x02\x05"),
-    _proto(3, _proto(2, b"\xff" * 64)), _proto(3, _proto(2, b"\x04\0\0\0" + b"\x01" * 60)),
-    _proto(3, b"\x18\x00"), _proto(3, b"\x20\x01"), _proto(3, b"\x28\x00"), _proto(4, b"\x00"),
-    _proto(5, _proto(2, b"\xff" * 64)),
+    piece(b"\xff\xfe"), piece(b""), piece(b"<0xZZ>", kind=6), piece(b"<0x00>", kind=6),
+    piece(b"A", math.nan), piece(b"\xe2\x96\x81A"), piece(b"x" * 3000), piece(b"<unk>", kind=2),
+    piece(b"A", kind=5), piece(b"A", kind=9), piece(b"A\0B"), piece(b"\xe2\x96\x81", kind=4),
+    *(field(2, b"\x18" + bytes([kind])) for kind in range(6)),
+    field(2, b"\x98\x02\x01"), field(2, b"\x98\x02\x00"), field(2, b"\xc0\x02\x05"),
+    field(3, field(2, b"\xff" * 64)), field(3, field(2, b"\x04\0\0\0" + b"\x01" * 60)),
+    field(3, b"\x18\x00"), field(3, b"\x20\x01"), field(3, b"\x28\x00"), field(4, b"\x00"),
+    field(5, field(2, b"\xff" * 64)),
 ]  # fmt: skip
 
 

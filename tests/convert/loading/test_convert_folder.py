@@ -25,6 +25,10 @@ from tests.support.checkpoints import (
 TENSORS = official_tensors(TINY, random_params(TINY))
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 INDEX = "pytorch_model.bin.index.json"
+OUTSIDE = (
+    "../outside.bin", "/etc/passwd", "..\\x.bin", "C:x.bin", "..", "x.txt", ".x.bin", "a\0.bin",
+    "a\n.bin", "\udc80.bin", "a" * 252 + ".bin", "模" * 84 + ".bin",
+)  # fmt: skip
 
 
 def refusal(folder):
@@ -64,21 +68,17 @@ def test_files_that_are_missing(tmp_path):
     assert "own holds no manifest.json" in refusal(tmp_path / "own")
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "cannot be parsed"),
+def test_a_broken_configuration(tmp_path):
+    path = write_official(tmp_path) / "config.json"
+    for text, reason in (
         ("[]", "not a JSON object"),
         ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a":' * 50_000, "cannot be parsed"),
         ("\xff", "cannot be parsed"),
-    ],
-)
-def test_a_broken_configuration(tmp_path, text, reason):
-    folder = write_official(tmp_path)
-    (folder / "config.json").write_text(text, encoding="latin-1")
-    message = refusal(folder)
-    assert reason in message and "config.json" in message
+    ):
+        path.write_text(text, encoding="latin-1")
+        message = refusal(tmp_path)
+        assert reason in message and str(path) in message
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,7 @@ def test_a_broken_configuration(tmp_path, text, reason):
     [
         ({"model_type": "llama"}, "'llama'"),
         ({"model_type": "glm"}, "HF-native"),
-        ({"_name_or_path": "THUDM/glm-4-9b-chat"}, "GLM-4 is not supported"),
         ({"rmsnorm": False}, "rmsnorm"),
-        ({"quantization_bit": 3}, "quantization_bit = 3"),
         ({"quantization_bit": "4"}, "quantization_bit = '4'"),
         ({"num_layers": 10**9}, "num_layers is 1000000000"),
     ],
@@ -117,30 +115,19 @@ def test_shards_that_are_missing_swapped_or_truncated(tmp_path, kind):
     assert "git lfs pull" in refusal(folder)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../outside.bin", "/etc/passwd", "..\\x.bin", "C:x.bin", "..", "x.txt", ".x.bin"]
-    + ["a\0.bin", "a\n.bin", "\udc80.bin", "a" * 252 + ".bin", "模" * 84 + ".bin"],
-)
-def test_an_index_that_names_a_file_outside(tmp_path, name):
-    folder = write_official(tmp_path / "model")
+def test_an_index_that_names_files_outside_or_none(tmp_path):
+    path = write_official(tmp_path / "model") / INDEX
     write_weights(tmp_path, TENSORS, shards=1)
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "outside.bin")
-    edit_json(folder / INDEX, weight_map=dict.fromkeys(TENSORS, name))
-    assert f"{INDEX} names the file" in refusal(folder)
-
-
-def test_an_index_without_a_map_of_names(tmp_path):
-    folder = write_official(tmp_path)
     for weight_map, reason in (
+        *((dict.fromkeys(TENSORS, name), f"{INDEX} names the file") for name in OUTSIDE),
+        ({"a": 1, "b": ["x"]}, f"{INDEX} names the file"),
         (None, "has no weight_map"),
         ({}, "has no weight_map"),
         (["x"], "has no weight_map"),
-        ({"a": 1, "b": ["x"]}, "names the file"),
     ):
-        edit_json(folder / INDEX, weight_map=weight_map)
-        with pytest.raises(CheckpointError, match=reason):
-            open_folder(folder)
+        edit_json(path, weight_map=weight_map)
+        assert reason in refusal(path.parent)
 
 
 def test_links_as_in_a_hub_cache(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import glm2_jax
 from convert import load_checkpoint
 from convert.layouts.names import INV_FREQ, PARTS, PUBLISHED
-from glm2_jax import CheckpointError, DeviceError, UsageError
+from glm2_jax import CheckpointError, DeviceError, UsageError, make_mesh, parse_mesh
 from tests.support.checkpoints import (
     TINY,
     official_tensors,
@@ -142,19 +142,23 @@ def test_template_and_rope_kind(tmp_path):
 
 def test_arguments_that_are_impossible(tmp_path):
     write_official(tmp_path)
-    for arguments in (
-        {"dtype": "int3"},
-        {"quantize": "int3"},
-        {"layers": "nested"},
-        {"mesh": object()},
-        {"rope_kind": "cubic"},
-        {"template": "alpaca"},
-        {"template": "chatglm3"},
+    mesh = make_mesh(parse_mesh("data=1"), jax.devices()[:1])
+    for error, says, arguments in (
+        (UsageError, "int3", {"dtype": "int3"}),
+        (UsageError, "int3", {"quantize": "int3"}),
+        (UsageError, "nested", {"layers": "nested"}),
+        (UsageError, "Use glm2_jax.make_mesh", {"mesh": "tensor=8"}),
+        (
+            UsageError,
+            "leave device out",
+            {"mesh": mesh, "device": "cpu"},
+        ),
+        (UsageError, "cubic", {"rope_kind": "cubic"}),
+        (UsageError, "alpaca", {"template": "alpaca"}),
+        (UsageError, "'chatglm3' is not supported", {"template": "chatglm3"}),
+        (UsageError, "unknown device 'abacus'", {"device": "abacus"}),
+        (DeviceError, "no device 'tpu'", {"device": "tpu"}),
     ):
-        with pytest.raises(UsageError):
+        with pytest.raises(error, match=says):
             load_checkpoint(tmp_path, **arguments)
-    with pytest.raises(UsageError, match="unknown device 'abacus'"):
-        load_checkpoint(tmp_path, device="abacus")
-    with pytest.raises(DeviceError, match="no device 'tpu'"):
-        load_checkpoint(tmp_path, device="tpu")
     assert load_checkpoint(tmp_path, device="cpu").params["embed"].committed

@@ -17,7 +17,6 @@ from tests.support.checkpoints import (
     names,
     official_tensors,
     random_params,
-    save,
     write_official,
 )
 from tests.support.checkpoints import write_weights as write
@@ -120,16 +119,6 @@ def test_the_file_that_the_configuration_names(tmp_path):
     for name in ("../best.safetensors", "pytorch_model.bin", 3):
         write_official(tmp_path, raw={"transformers_weights": name})
         assert "transformers_weights" in refusal(folder)
-
-
-def test_a_second_set_in_our_own_format_is_refused(tmp_path):
-    folder = tmp_path / "own"
-    save(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"not read")
-    assert open_folder(folder).weights.left_out == ("pytorch_model.bin",)
-    index = {"weight_map": {"head": "model-00001-of-00001.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "does not list: model.safetensors.index.json" in refusal(folder)
 
 
 def test_an_index_may_list_what_nothing_reads(tmp_path):
