@@ -88,7 +88,7 @@ def open_engine(
 
 def _contents(choice: ModelChoice, options: EngineOptions, folder: str | Path) -> dict[str, Any]:
     """Return what all processes of a run must have opened alike."""
-    from convert.adapters.attach import open_adapter
+    from convert.adapters.adapter import open_adapter
     from convert.adapters.prefix import load_prefix
     from convert.loading.folder import fingerprint, open_folder
 

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from convert import Checkpoint, load_checkpoint
-from convert.adapters.adapter import Adapter, save_adapter
-from convert.adapters.attach import open_adapter
+from convert.adapters.adapter import Adapter, open_adapter, save_adapter
 from convert.loading.folder import Folder
 from convert.writing.own import save_checkpoint
 from glm2_jax.cli.model_choice import ModelChoice

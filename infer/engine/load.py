@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from convert import load_checkpoint, open_folder
-from convert.adapters.attach import attach, open_adapter
+from convert.adapters.adapter import attach, open_adapter
 from convert.adapters.prefix import attach_prefix, load_prefix
 from convert.hub.find import find_model
 from convert.loading.checkpoint import Checkpoint

@@ -12,7 +12,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert import save_checkpoint
+from convert.files.manifest import Manifest
 from convert.layouts.names import PARTS, PUBLISHED, SCALE
+from convert.loading.folder import Folder
+from convert.writing.own import plan_conversion, write_folder
 from glm2_jax import Tokenizer
 from glm2_jax.config import GLMConfig
 from glm2_jax.quant import pack_int4
@@ -164,3 +167,12 @@ def save(folder: Path, params: Any = None, config: GLMConfig = TINY, **kwargs: A
     params = random_params(config) if params is None else params
     tokenizer = Tokenizer.from_bytes(sp_model(), config.family)
     return save_checkpoint(folder, config, params, tokenizer, source="a test", **kwargs)
+
+
+def convert_folder(source: Folder, destination: Path, **options: Any) -> Manifest:
+    """Writes an opened folder in our own format; options of `plan_conversion`, `write_folder`."""
+    keys = {"dtype", "quantize", "quantize_embeddings", "adapter"} & options.keys()
+    plan = plan_conversion(source, **{key: options.pop(key) for key in keys})
+    write_folder(destination, plan, **options)
+    assert plan.manifest is not None
+    return plan.manifest

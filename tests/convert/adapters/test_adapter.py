@@ -13,8 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import load_checkpoint
 from convert.adapters.adapter import _AGAIN as AGAIN
-from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from convert.adapters.attach import attach, open_adapter
+from convert.adapters.adapter import Adapter, attach, load_adapter, open_adapter, save_adapter
 from convert.adapters.tensors import LAYOUTS
 from convert.layouts import peft_config
 from glm2_jax import CheckpointError, GLMError, InputError, init_lora

@@ -14,16 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert import export_folder, load_checkpoint, merge_lora, open_folder
-from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from convert.adapters.attach import attach
+from convert.adapters.adapter import Adapter, attach, load_adapter, save_adapter
 from convert.files.manifest import verify_checkpoint
 from convert.files.shards import open_weights
 from convert.loading.folder import fingerprint
 from convert.writing import floats, merge_check
-from convert.writing.own import convert_folder
 from tests.convert.adapters.test_adapter_layouts import deltas
 from tests.convert.writing.test_to_pytorch import random_lora
-from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
+from tests.support.checkpoints import (
+    TINY,
+    convert_folder,
+    names,
+    random_params,
+    save,
+    tiny_config,
+    write_official,
+)
 from tests.support.commands import exit_code
 from tests.support.toy import jit_forward, random_tokens
 

@@ -5,17 +5,15 @@ import json
 import pytest
 
 from convert import export_folder, open_folder
-from convert.adapters.adapter import Adapter, save_adapter
-from convert.adapters.attach import open_adapter
+from convert.adapters.adapter import Adapter, open_adapter, save_adapter
 from convert.loading.folder import fingerprint
 from convert.writing.gguf import gguf_vocabulary
-from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, Tokenizer, UsageError
 from glm2_jax.family import config_signs, decide_family, named_family, prompt_signs, tokenizer_signs
 from glm2_jax.text.prompt import build_prompt, stop_ids
 from infer.datasets.encode import Encoder
 from tests.convert.writing.test_to_pytorch import random_lora
-from tests.support.checkpoints import edit_json, tiny_config, write_official
+from tests.support.checkpoints import convert_folder, edit_json, tiny_config, write_official
 from tests.support.sp_model import sp_model, with_pieces, without_dummy_prefix
 
 PIECES = Tokenizer.from_bytes(sp_model()).num_pieces

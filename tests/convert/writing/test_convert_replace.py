@@ -10,10 +10,9 @@ import pytest
 from convert import load_checkpoint, verify_checkpoint
 from convert.loading.folder import open_folder
 from convert.writing.destination import check_destination
-from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, InputError, UsageError
 from glm2_jax.cli.files import writer_lock
-from tests.support.checkpoints import names, save, tiny_config, write_official
+from tests.support.checkpoints import convert_folder, names, save, tiny_config, write_official
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):

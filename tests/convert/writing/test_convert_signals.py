@@ -9,9 +9,8 @@ import pytest
 from convert import verify_checkpoint
 from convert.adapters.adapter import Adapter, save_adapter
 from convert.loading.folder import open_folder
-from convert.writing.own import convert_folder
 from tests.convert.writing.test_to_pytorch import random_lora
-from tests.support.checkpoints import names, save, write_official
+from tests.support.checkpoints import convert_folder, names, save, write_official
 
 # Writing is slow, and takes every exception for something that it can ignore.
 _SLOW = """

@@ -13,9 +13,16 @@ from safetensors.numpy import load_file
 from convert import load_checkpoint, verify_checkpoint
 from convert.files.safetensors_writer import HashingFile
 from convert.loading.folder import open_folder
-from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, InputError, UsageError
-from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
+from tests.support.checkpoints import (
+    TINY,
+    convert_folder,
+    names,
+    random_params,
+    save,
+    tiny_config,
+    write_official,
+)
 
 
 @pytest.mark.parametrize(("dtype", "shard"), [("bfloat16", 50_000), ("float32", 10**9)])

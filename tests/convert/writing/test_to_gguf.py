@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from convert import export_gguf, load_checkpoint, open_folder, to_gguf
 from convert.adapters.adapter import Adapter, save_adapter
 from convert.writing import gguf as gguf_layout
-from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, Tokenizer, UsageError
 from glm2_jax.choices import GGUF_TYPES
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import (
+    convert_folder,
     names,
     official_tensors,
     random_params,
