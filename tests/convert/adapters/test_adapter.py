@@ -168,7 +168,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     assert "instead of (4, 32)" in message and "4 problems" in message
     assert "and 1 more" in message and message.count("\n") == 2
     deep = written(tmp_path / "deep", targets="attn", config=tiny_config(num_layers=3))
-    assert "query_key_value.lora_A.weight, the model has 2 layers" in refusal(deep)
+    message = refusal(deep)
+    assert f"unexpected: {BLOCK}.2" in message and "fit the model (2 layers)" in message
     small = written(tmp_path / "small", targets="attn")
     tensors = load_file(small / WEIGHTS)
     tensors["base_model.model.transformer.final.lora_A.weight"] = np.zeros((4, 32), "f4")
