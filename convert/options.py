@@ -83,10 +83,10 @@ def open_source(choice: ModelChoice, name: str) -> tuple[Folder, Adapter | None]
     from convert.loading.folder import open_folder
 
     path = find_model(name, source=choice.source, revision=choice.revision)
-    folder = open_folder(path, **choice.form)
+    folder, force = open_folder(path, **choice.form), choice.force_adapter
     if not choice.adapter:
         return folder, None
-    return folder, open_adapter(choice.adapter, path, force=choice.force_adapter, **choice.form)
+    return folder, open_adapter(choice.adapter, folder, family=choice.family, force=force)
 
 
 def print_model(

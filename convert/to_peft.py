@@ -51,10 +51,10 @@ def main(argv: list[str]) -> None:
     from convert.writing.destination import new_destination
 
     folder, _ = options.open_source(choice, args.base)
-    form = {"force": args.force_adapter, **choice.form}
-    adapter = open_adapter(args.source, folder.path, **form)
+    form = {"force": args.force_adapter, "family": choice.family}
+    adapter = open_adapter(args.source, folder, **form)
     if adapter.layout == args.layout:  # nothing is to be divided or joined
-        adapter = open_adapter(args.source, folder.path, apart=True, **form)
+        adapter = open_adapter(args.source, folder, apart=True, **form)
     adapter = dataclasses.replace(adapter, base=fingerprint(folder))
     tensors, _ = stored_tensors(adapter, args.layout)
     size = sum(array.nbytes for array in tensors.values())

@@ -176,39 +176,36 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
 
 def open_adapter(
     adapter: str | os.PathLike,
-    base: str | Path,
+    base: Folder,
     *,
-    rope_kind: str | None = None,
-    template: str | None = None,
     family: str | None = None,
     force: bool = False,
     apart: bool = False,
 ) -> Adapter:
-    """Read an adapter for a base, the model's folder, whose weights need not be loaded yet.
+    """Read an adapter for an opened base, whose weights need not be loaded yet; `family` is the one
+    that the base was opened as, if that was asked for, and `apart` is as in `load_adapter`.
 
-    `rope_kind`, `template` and `family` are as in `convert.load_checkpoint`, `apart` as in
-    `load_adapter`. With `force` it is accepted even if it was trained on another base, or with
-    another template; its notes say so. Otherwise that is a CheckpointError.
+    With `force` it is accepted even if it was trained on another base, or with another template;
+    its notes say so. Otherwise that is a CheckpointError.
     """
-    folder = open_folder(base, rope_kind=rope_kind, template=template, family=family)
-    found = load_adapter(adapter, folder.config, apart=apart)
-    other = None if family is not None else _other_family(found, folder, rope_kind)
+    found = load_adapter(adapter, base.config, apart=apart)
+    other = None if family is not None else _other_family(found, base)
     differences = []
     if other is not None:
         what = f"The adapter {found.source} was trained on a {other} model."
-        why = f"{folder.path} is opened as {folder.config.family}, whose prompts differ."
+        why = f"{base.path} is opened as {base.config.family}, whose prompts differ."
         fix = f"Use --family {other} (family={other!r}) if the model is a {other} model; otherwise "
         fix += "give the model that the adapter was trained on, or use"
         differences.append((what, why, fix))
-    elif found.base not in (None, fingerprint(folder)):
-        what = f"The adapter {found.source} was trained on another base model than {folder.path}."
+    elif found.base not in (None, fingerprint(base)):
+        what = f"The adapter {found.source} was trained on another base model than {base.path}."
         why = f"Its base model has the fingerprint {found.base[:16]}, this model "
         fix = "Give the model that it was trained on. If this model has the same weights in "
         fix += "another layout or dtype, use"
-        differences.append((what, f"{why}{fingerprint(folder)[:16]}.", fix))
-    if found.template not in (None, folder.template):
+        differences.append((what, f"{why}{fingerprint(base)[:16]}.", fix))
+    if found.template not in (None, base.template):
         what = f"The adapter {found.source} was trained with another prompt template."
-        why = f"Its template is {found.template!r}; the model's is {folder.template!r}."
+        why = f"Its template is {found.template!r}; the model's is {base.template!r}."
         differences.append((what, why, f"Use --template {found.template}, or"))
     if differences and not force:
         what, why, fix = differences[0]
@@ -217,7 +214,7 @@ def open_adapter(
     return dataclasses.replace(found, notes=(*found.notes, *forced))
 
 
-def _other_family(found: Adapter, folder: Folder, rope_kind: str | None) -> str | None:
+def _other_family(found: Adapter, folder: Folder) -> str | None:
     """Return the family of the adapter's base if the folder is opened as another one: the folder
     has the adapter's fingerprint as that family, or PEFT recorded a name of that family, or the
     tokenizer that trainers save with an adapter shows it."""
@@ -233,7 +230,7 @@ def _other_family(found: Adapter, folder: Folder, rope_kind: str | None) -> str 
         return None
     for family in FAMILIES:
         with contextlib.suppress(CheckpointError):
-            other = open_folder(folder.path, rope_kind=rope_kind, family=family)
+            other = open_folder(folder.path, rope_kind=folder.config.rope_kind, family=family)
             if fingerprint(other) == found.base:
                 return family
     return None
