@@ -1,9 +1,10 @@
 """`python -m convert.from_pytorch SRC DST`: convert a PyTorch folder to our own format."""
 
+from collections.abc import Callable
+
 from convert import options
 from glm2_jax.choices import QUANTIZE
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -41,31 +42,26 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Parse the flags and convert."""
     args = build_parser().parse_args(argv)
-    from convert.writing.own import convert_folder, plan_conversion
+    from convert.writing.own import plan_conversion, write_folder
     from glm2_jax.schemes import stored_as
 
-    form = {
-        "dtype": None if args.dtype == "keep" else args.dtype,
-        "quantize": args.quantize,
-        "quantize_embeddings": args.quantize_embeddings,
-    }
     folder, _ = options.open_source(from_flags(ModelChoice, args), args.source)
-    plan = plan_conversion(folder, **form)
+    dtype = None if args.dtype == "keep" else args.dtype
+    plan = plan_conversion(folder, dtype, args.quantize, args.quantize_embeddings)
     written = stored_as(plan.dtype.name, plan.scheme)
     options.print_model(args.source, folder, None, written, packed=plan.scheme is not None)
-    if not options.ready(
-        args.destination, plan.nbytes, written, dry_run=args.dry_run, overwrite=args.overwrite,
-        source=folder.path, dtype=plan.dtype.name, quantization=plan.scheme and plan.scheme.name,
-    ):  # fmt: skip
-        return
-    with Progress("converting", show=human_size) as bar:
-        convert_folder(
-            folder, args.destination, **form, overwrite=args.overwrite,
-            max_shard_size=args.max_shard_size, progress=bar.update,
-        )  # fmt: skip
-    if args.verify:
-        options.verify(args.destination)
-    options.print_written(args.destination, plan.nbytes, written)
+    where = {"overwrite": args.overwrite, "source": folder.path}
+
+    def convert(progress: Callable[[int, int], None]) -> None:
+        shards = {"max_shard_size": args.max_shard_size, "progress": progress}
+        write_folder(args.destination, plan, overwrite=args.overwrite, **shards)
+        if args.verify:
+            options.verify(args.destination)
+
+    options.write(
+        convert, args.destination, plan.nbytes, written, dry_run=args.dry_run, **where,
+        dtype=plan.dtype.name, quantization=plan.scheme and plan.scheme.name,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`python -m convert.merge_lora BASE ADAPTER DST`: merge a LoRA adapter into its base."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from convert import options
@@ -60,46 +61,42 @@ def main(argv: list[str]) -> None:
     """Parse the flags and merge."""
     args = build_parser().parse_args(argv)
     from convert.writing.merge_check import BOUNDS, MergeCheck
-    from convert.writing.own import convert_folder, plan_conversion
+    from convert.writing.own import plan_conversion, write_folder
 
     folder, adapter = options.open_source(from_flags(ModelChoice, args), args.base)
     assert adapter is not None
-    form = {
-        "dtype": None if args.dtype == "keep" else args.dtype,
-        "quantize": "none" if args.dequantize else None,
-        "adapter": adapter,
-    }
-    plan = plan_conversion(folder, **form)
+    dtype, quantize = None if args.dtype == "keep" else args.dtype, None
+    if args.dequantize:
+        quantize = "none"
+    plan = plan_conversion(folder, dtype, quantize, adapter=adapter)
     dtype = plan.dtype.name
     options.print_model(args.base, folder, adapter, dtype)
+
+    def merge(progress: Callable[[int, int], None]) -> None:
+        check = None
+        if not args.skip_check:  # first: too little memory is known before anything is written
+            with Progress("loading", show=human_size) as bar:
+                check = MergeCheck(folder, adapter, dtype, device=args.device, progress=bar.update)
+
+        def compare(merged: Path) -> None:
+            if check is None:
+                note("not compared with base and adapter (--skip-check)")
+                return
+            bound = BOUNDS[dtype] if args.bound is None else args.bound
+            with Progress("loading the merged model", show=human_size) as bar:
+                found = check.require(merged, bound, bar.update)
+            note(
+                f"largest logit difference between merged and unmerged: {found:.3g} "
+                f"(the adapter changes logits by up to {check.effect:.3g})"
+            )
+            if check.effect <= bound:  # leaving the adapter out would pass, too
+                note(f"the adapter changes less than the bound, {bound:.3g}, so this shows little")
+
+        shards = {"max_shard_size": args.max_shard_size, "progress": progress}
+        write_folder(args.destination, plan, check=compare, overwrite=args.overwrite, **shards)
+
     where = {"overwrite": args.overwrite, "source": folder.path}
-    if not options.ready(args.destination, plan.nbytes, dtype, dry_run=args.dry_run, **where):
-        return
-    check = None
-    if not args.skip_check:  # first of all: too little memory is known before anything is written
-        with Progress("loading", show=human_size) as bar:
-            check = MergeCheck(folder, adapter, dtype, device=args.device, progress=bar.update)
-
-    def compare(merged: Path) -> None:
-        if check is None:
-            note("not compared with base and adapter (--skip-check)")
-            return
-        bound = BOUNDS[dtype] if args.bound is None else args.bound
-        with Progress("loading the merged model", show=human_size) as bar:
-            found = check.require(merged, bound, bar.update)
-        note(
-            f"largest logit difference between merged and unmerged: {found:.3g} "
-            f"(the adapter changes logits by up to {check.effect:.3g})"
-        )
-        if check.effect <= bound:  # leaving the adapter out would pass, too
-            note(f"the adapter changes less than the bound, {bound:.3g}, so this shows little")
-
-    with Progress("merging", show=human_size) as bar:
-        convert_folder(
-            folder, args.destination, **form, check=compare, overwrite=args.overwrite,
-            max_shard_size=args.max_shard_size, progress=bar.update,
-        )  # fmt: skip
-    options.print_written(args.destination, plan.nbytes, dtype)
+    options.write(merge, args.destination, plan.nbytes, dtype, dry_run=args.dry_run, **where)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,14 +79,14 @@ def add_last(
 
 def open_source(choice: ModelChoice, name: str) -> tuple[Folder, Adapter | None]:
     """Return the folder of a model, named by its path or on a hub, and its adapter, if any."""
-    from convert.adapters.attach import open_adapter
+    from convert.adapters.adapter import open_adapter
     from convert.loading.folder import open_folder
 
     path = find_model(name, source=choice.source, revision=choice.revision)
-    folder = open_folder(path, **choice.form)
+    folder, force = open_folder(path, **choice.form), choice.force_adapter
     if not choice.adapter:
         return folder, None
-    return folder, open_adapter(choice.adapter, path, force=choice.force_adapter, **choice.form)
+    return folder, open_adapter(choice.adapter, folder, family=choice.family, force=force)
 
 
 def print_model(
@@ -112,7 +113,8 @@ def print_model(
         note(line)
 
 
-def ready(
+def write(
+    action: Callable[[Callable[[int, int], None]], Any],
     destination: str,
     size: int,
     form: str,
@@ -122,10 +124,11 @@ def ready(
     source: Path | None = None,
     file: bool = False,
     **more: Any,
-) -> bool:
-    """Check DST (see `check_destination`) and return whether to write it.
+) -> None:
+    """Check DST (see `check_destination`), call `action` with a function that shows its progress,
+    and print what was written.
 
-    A dry run ends here: DST and its bytes are printed on standard output, with `more`.
+    A dry run writes nothing: DST and its bytes are printed on standard output, with `more`.
     """
     from convert.writing.destination import check_destination
 
@@ -133,7 +136,10 @@ def ready(
     if dry_run:
         note(f"would write {human_size(size)} in {form}")
         print(json_line({"destination": destination, "bytes": size, **more, "written": False}))
-    return not dry_run
+        return
+    with Progress("writing", show=human_size) as bar:
+        action(bar.update)
+    print_written(destination, size, form)
 
 
 def print_written(destination: str, size: int, form: str) -> None:

@@ -3,7 +3,6 @@
 from convert import options
 from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -54,10 +53,12 @@ def main(argv: list[str]) -> None:
         warnings.append("the rotary angles of llama.cpp are float32; the requested ones are not")
     written = "float16" if args.type == "f16" else args.type
     options.print_model(args.source, folder, adapter, written, *warnings)
-    if options.ready(args.destination, size, args.type, dry_run=args.dry_run, file=True):
-        with Progress("writing", show=human_size) as bar:
-            export_gguf(folder, args.destination, kind=args.type, lora=lora, progress=bar.update)
-        options.print_written(args.destination, size, args.type)
+    options.write(
+        lambda progress: export_gguf(
+            folder, args.destination, kind=args.type, lora=lora, progress=progress
+        ),
+        args.destination, size, args.type, dry_run=args.dry_run, file=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`python -m convert.to_peft SRC DST --layout glm --base DIR`: write an adapter for peft."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from convert import options
@@ -45,16 +46,15 @@ def main(argv: list[str]) -> None:
     """Parse the flags and write."""
     args = build_parser().parse_args(argv)
     choice = from_flags(ModelChoice, args)
-    from convert.adapters.adapter import save_adapter, stored_tensors
-    from convert.adapters.attach import open_adapter
+    from convert.adapters.adapter import open_adapter, save_adapter, stored_tensors
     from convert.loading.folder import fingerprint
     from convert.writing.destination import new_destination
 
     folder, _ = options.open_source(choice, args.base)
-    form = {"force": args.force_adapter, **choice.form}
-    adapter = open_adapter(args.source, folder.path, **form)
+    form = {"force": args.force_adapter, "family": choice.family}
+    adapter = open_adapter(args.source, folder, **form)
     if adapter.layout == args.layout:  # nothing is to be divided or joined
-        adapter = open_adapter(args.source, folder.path, apart=True, **form)
+        adapter = open_adapter(args.source, folder, apart=True, **form)
     adapter = dataclasses.replace(adapter, base=fingerprint(folder))
     tensors, _ = stored_tensors(adapter, args.layout)
     size = sum(array.nbytes for array in tensors.values())
@@ -66,11 +66,14 @@ def main(argv: list[str]) -> None:
             module = name.split(".")[-3]
             ranks[module] = max(len(array), ranks.get(module, 0))
     listed = ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())
-    form, source = f"layout {args.layout}: {listed}", Path(args.source)
-    if options.ready(args.destination, size, form, dry_run=args.dry_run, source=source):
+    source = Path(args.source)
+
+    def save(progress: Callable[[int, int], None]) -> None:
         with new_destination(args.destination, needed=size, source=source) as temporary:
             save_adapter(temporary, adapter, layout=args.layout)
-        options.print_written(args.destination, size, form)
+
+    form = f"layout {args.layout}: {listed}"
+    options.write(save, args.destination, size, form, dry_run=args.dry_run, source=source)
 
 
 if __name__ == "__main__":

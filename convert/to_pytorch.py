@@ -3,7 +3,6 @@
 from convert import options
 from glm2_jax.choices import LAYOUTS
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import Progress, human_size
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.parser import Parser, from_flags
 
@@ -41,17 +40,13 @@ def main(argv: list[str]) -> None:
     """Parse the flags and write."""
     args = build_parser().parse_args(argv)
     from convert.layouts.names import SCALE
-    from convert.writing.pytorch import export_folder, plan_export
+    from convert.writing.own import write_folder
+    from convert.writing.pytorch import plan_export
     from glm2_jax.schemes import stored_as
 
     folder, adapter = options.open_source(from_flags(ModelChoice, args), args.source)
-    form = {
-        "layout": args.layout,
-        "dtype": None if args.dtype == "keep" else args.dtype,
-        "lora": adapter.lora if adapter else None,
-        "dequantize": args.dequantize,
-    }
-    plan = plan_export(folder, **form)
+    dtype, lora = None if args.dtype == "keep" else args.dtype, adapter and adapter.lora
+    plan = plan_export(folder, args.layout, dtype, lora, args.dequantize)
     dtype, written = plan.dtype.name, stored_as(plan.dtype.name, plan.scheme)
     warnings = []
     if args.layout == "glm" and folder.config.rope_table_dtype != "float32":
@@ -60,13 +55,13 @@ def main(argv: list[str]) -> None:
         warnings += [f"the scales are written in float32: {dtype} does not hold them exactly"]
     packed = plan.scheme is not None
     options.print_model(args.source, folder, adapter, written, *warnings, packed=packed)
-    written += f", layout {args.layout}"
-    where = {"dry_run": args.dry_run, "source": folder.path}
-    if options.ready(args.destination, plan.nbytes, written, **where):
-        with Progress("writing", show=human_size) as bar:
-            shards = {"max_shard_size": args.max_shard_size, "progress": bar.update}
-            export_folder(folder, args.destination, **form, **shards)
-        options.print_written(args.destination, plan.nbytes, written)
+    options.write(
+        lambda progress: write_folder(
+            args.destination, plan, max_shard_size=args.max_shard_size, progress=progress
+        ),
+        args.destination, plan.nbytes, f"{written}, layout {args.layout}", dry_run=args.dry_run,
+        source=folder.path,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

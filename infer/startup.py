@@ -88,17 +88,16 @@ def open_engine(
 
 def _contents(choice: ModelChoice, options: EngineOptions, folder: str | Path) -> dict[str, Any]:
     """Return what all processes of a run must have opened alike."""
-    from convert.adapters.attach import open_adapter
+    from convert.adapters.adapter import open_adapter
     from convert.adapters.prefix import load_prefix
     from convert.loading.folder import fingerprint, open_folder
 
-    form = choice.form
-    opened = open_folder(folder, **form)
+    opened = open_folder(folder, **choice.form)
     found = {"--dtype": choice.dtype, "--max-length": options.max_length}
     found |= {"checkpoint": fingerprint(opened), "adapter": "", "prefix": ""}
     if choice.adapter is not None:
-        force = choice.force_adapter
-        found["adapter"] = open_adapter(choice.adapter, folder, **form, force=force).digest
+        form = {"family": choice.family, "force": choice.force_adapter}
+        found["adapter"] = open_adapter(choice.adapter, opened, **form).digest
     if choice.prefix is not None:
         found["prefix"] = load_prefix(choice.prefix, opened.config).digest
     return found

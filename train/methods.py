@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from convert import Checkpoint, load_checkpoint
-from convert.adapters.adapter import Adapter, save_adapter
-from convert.adapters.attach import open_adapter
+from convert.adapters.adapter import Adapter, open_adapter, save_adapter
 from convert.loading.folder import Folder
 from convert.writing.own import save_checkpoint
 from glm2_jax.cli.model_choice import ModelChoice
@@ -157,8 +156,8 @@ def _first_adapter(folder: Folder, recipe: Recipe) -> Adapter:
         }  # fmt: skip
         lora = init_lora(folder.config, jax.random.key(recipe.training.seed), **new)
         return Adapter(lora=lora, rslora=bool(options.rslora))
-    force, form = options.force_adapter, recipe.choice.form
-    found = open_adapter(options.init_adapter, folder.path, **form, force=force, apart=True)
+    form = {"family": recipe.choice.family, "force": options.force_adapter, "apart": True}
+    found = open_adapter(options.init_adapter, folder, **form)
     _refuse_contradictions(found, options, folder.config.num_layers)
     return dataclasses.replace(found, lora=dataclasses.replace(found.lora, dropout=options.dropout))
 

@@ -1,4 +1,4 @@
-"""Reads and writes adapter folders in the form of the PEFT library.
+"""Reads and writes adapter folders in the form of the PEFT library, and attaches adapters.
 
 PEFT writes and loads adapter_model.safetensors and adapter_config.json; glm2_jax_adapter.json adds
 the base and the prompt template that the adapter belongs to.
@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save
 
 from convert.adapters.tensors import (
@@ -32,10 +34,15 @@ from convert.files.safetensors_writer import write_file
 from convert.files.shards import read_json, read_weight_file
 from convert.files.tensor import reading
 from convert.layouts.peft_config import CONFIG, read_peft_config
+from convert.layouts.tokens import TOKENIZER_CONFIG
+from convert.loading.checkpoint import Checkpoint
+from convert.loading.folder import Folder, fingerprint, open_folder
 from glm2_jax.cli.files import fsync, refuse_url
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, InputError, shorten
-from glm2_jax.lora import TARGETS, LoRA
+from glm2_jax.family import FAMILIES, decide_family, named_family, tokenizer_signs
+from glm2_jax.lora import TARGETS, LoRA, with_lora
+from glm2_jax.sharding import lora_sharding
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRAS = "glm2_jax_adapter.json"
@@ -164,6 +171,85 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
         layout=shape.layout.name,
         shape=shape if apart else None,
         notes=tuple(notes),
+    )
+
+
+def open_adapter(
+    adapter: str | os.PathLike,
+    base: Folder,
+    *,
+    family: str | None = None,
+    force: bool = False,
+    apart: bool = False,
+) -> Adapter:
+    """Read an adapter for an opened base, whose weights need not be loaded yet; `family` is the one
+    that the base was opened as, if that was asked for, and `apart` is as in `load_adapter`.
+
+    With `force` it is accepted even if it was trained on another base, or with another template;
+    its notes say so. Otherwise that is a CheckpointError.
+    """
+    found = load_adapter(adapter, base.config, apart=apart)
+    other = None if family is not None else _other_family(found, base)
+    differences = []
+    if other is not None:
+        what = f"The adapter {found.source} was trained on a {other} model."
+        why = f"{base.path} is opened as {base.config.family}, whose prompts differ."
+        fix = f"Use --family {other} (family={other!r}) if the model is a {other} model; otherwise "
+        fix += "give the model that the adapter was trained on, or use"
+        differences.append((what, why, fix))
+    elif found.base not in (None, fingerprint(base)):
+        what = f"The adapter {found.source} was trained on another base model than {base.path}."
+        why = f"Its base model has the fingerprint {found.base[:16]}, this model "
+        fix = "Give the model that it was trained on. If this model has the same weights in "
+        fix += "another layout or dtype, use"
+        differences.append((what, f"{why}{fingerprint(base)[:16]}.", fix))
+    if found.template not in (None, base.template):
+        what = f"The adapter {found.source} was trained with another prompt template."
+        why = f"Its template is {found.template!r}; the model's is {base.template!r}."
+        differences.append((what, why, f"Use --template {found.template}, or"))
+    if differences and not force:
+        what, why, fix = differences[0]
+        raise CheckpointError(what, why, f"{fix} --force-adapter (force_adapter=True).")
+    forced = tuple(f"forced: {what} {why}" for what, why, _ in differences)
+    return dataclasses.replace(found, notes=(*found.notes, *forced))
+
+
+def _other_family(found: Adapter, folder: Folder) -> str | None:
+    """Return the family of the adapter's base if the folder is opened as another one: the folder
+    has the adapter's fingerprint as that family, or PEFT recorded a name of that family, or the
+    tokenizer that trainers save with an adapter shows it."""
+    if found.base is None:
+        source = Path(found.source)
+        named = named_family(read_json(source / CONFIG).get("base_model_name_or_path"))
+        if named is None and (source / TOKENIZER_CONFIG).exists():
+            signs = tokenizer_signs(read_json(source / TOKENIZER_CONFIG))
+            if any(folder.config.family not in sign.families for sign in signs):
+                named = decide_family(signs, found.source)
+        return None if named == folder.config.family else named
+    if found.base == fingerprint(folder):
+        return None
+    for family in FAMILIES:
+        with contextlib.suppress(CheckpointError):
+            other = open_folder(folder.path, rope_kind=folder.config.rope_kind, family=family)
+            if fingerprint(other) == found.base:
+                return family
+    return None
+
+
+def attach(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """Return the checkpoint with an adapter in its params (see `with_lora`): another model, with
+    another fingerprint. On a mesh it is sharded as the weights that it adapts."""
+    where = checkpoint.params["final_norm"].sharding
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+        where = lora_sharding(adapter.lora, where.mesh)
+    both = f"{checkpoint.fingerprint} {adapter.digest}"
+    names = ", ".join(f"{x} (rank {adapter.rank(x)})" for x in adapter.targets)
+    line = f"adapter {adapter.source}: {adapter.lora.num_params:,} parameters for {names}"
+    return dataclasses.replace(
+        checkpoint,
+        params=with_lora(checkpoint.params, jax.device_put(adapter.lora, where)),
+        fingerprint=hashlib.sha256(both.encode()).hexdigest(),
+        notes=(*checkpoint.notes, line, *adapter.notes),
     )
 
 

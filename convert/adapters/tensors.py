@@ -25,6 +25,8 @@ from glm2_jax.runtime.gather import gathered
 
 # Parts of the names of embedding and head, in either layout.
 _ENDS = {"embed_tokens", "lm_head", "embedding", "word_embeddings", "output_layer"}
+# The name of a stored tensor: the matrix, and "A" or "B".
+_STORED = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 _SHOWN = 3  # problems named in one line
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # target -> part -> with a leading axis of layers
@@ -75,16 +77,6 @@ class Layout:
         """Return every matrix of a model by its name."""
         found = ((module, layer) for layer in range(num_layers) for module in self.modules)
         return {self.full_name(place): place for place in found}
-
-    def find(self, name: str) -> tuple[Place, str] | None:
-        """Return the matrix, and "A" or "B", of the name of a stored tensor."""
-        match = re.fullmatch(
-            rf"(?:base_model\.model\.)?{re.escape(self.block)}(0|[1-9]\d{{0,5}})\.([\w.]+)"
-            r"\.lora_([AB])(?:\.\w+)?\.weight",
-            name,
-        )
-        found = [x for x in self.modules if match and x.path == match[2]]
-        return ((found[0], int(match[1])), match[3]) if match and found else None
 
 
 def _layout(name: str, rules: Sequence[Rule], usual: tuple[str, ...] = ()) -> Layout:
@@ -225,13 +217,13 @@ def join_tensors(
         CheckpointError: NaN or infinity, or tensors that are missing, unexpected, or of a wrong
             shape or type.
     """
-    # The layout that knows most of the names.
-    layout = max(LAYOUTS.values(), key=lambda x: sum(map(bool, map(x.find, tensors))))
-    places = layout.places(config.num_layers)
+    adapted = {match[1] for match in map(_STORED.fullmatch, tensors) if match}
+    known = [(layout, layout.places(config.num_layers)) for layout in LAYOUTS.values()]
+    layout, places = max(known, key=lambda x: len(adapted & x[1].keys()))
     chosen = peft.choose(list(places), ends=layout.ends, usual=layout.usual)
     _refuse_ends(path, layout, tensors, chosen)
     choices = {place: chosen[name] for name, place in places.items() if name in chosen}
-    stored = _find_pairs(path, layout, tensors, config, choices)
+    stored = _find_pairs(path, layout, places, tensors, config, choices)
     layers, scales, gates, ranks = {}, {}, {}, {}
     for target in TARGETS:
         pieces = {}
@@ -281,6 +273,7 @@ def _stack(
 def _find_pairs(
     path: Path,
     layout: Layout,
+    places: Mapping[str, Place],
     tensors: Mapping[str, StoredTensor],
     config: GLMConfig,
     choices: Mapping[Place, Choice],
@@ -289,22 +282,20 @@ def _find_pairs(
     pairs: dict[tuple[Place, str], StoredTensor] = {}
     problems = [] if tensors else ["no tensors at all"]
     for name, tensor in tensors.items():
-        found = layout.find(name)
-        if found is None:
+        match = _STORED.fullmatch(name)
+        place = places.get(match[1]) if match else None
+        if match is None or place is None:
             problems.append(f"unexpected: {name[:200]}")
-        elif found[0][1] >= config.num_layers:
-            problems.append(f"unexpected: {name}, the model has {config.num_layers} layers")
-        elif found[0] not in choices:
+        elif place not in choices:
             problems.append(f"unexpected: {name}, {CONFIG} does not adapt it")
-        elif found in pairs:
+        elif (place, match[2]) in pairs:
             problems.append(f"twice: {name}")
         else:
-            pairs[found] = tensor
-            (module, _), side = found
-            shapes = adapter_shapes(config, module.target, choices[found[0]].rank)
+            pairs[place, match[2]] = tensor
+            shapes = adapter_shapes(config, place[0].target, choices[place].rank)
             expected = shapes["a"][0], math.prod(shapes["a"][1:])
-            if side == "B":
-                rows = sum(math.prod(shapes[part][:-1]) for part in module.parts)
+            if match[2] == "B":
+                rows = sum(math.prod(shapes[part][:-1]) for part in place[0].parts)
                 expected = rows, shapes["a"][0]
             if tensor.shape != expected:
                 problems.append(f"wrong shape: {name} is {tensor.shape} instead of {expected}")
@@ -319,8 +310,8 @@ def _find_pairs(
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise CheckpointError(
-            f"The adapter {path.parent} does not fit the model: {len(problems)} "
-            f"problem{'s' * (len(problems) > 1)}.",
+            f"The adapter {path.parent} does not fit the model ({config.num_layers} layers): "
+            f"{len(problems)} problem{'s' * (len(problems) > 1)}.",
             "; ".join([*problems[:_SHOWN], *more]),
             f"Use the model that it was trained on; copy the adapter again, or correct {CONFIG}. "
             f"What can be adapted: {', '.join(module.name for module in layout.modules)}.",

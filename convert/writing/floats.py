@@ -5,12 +5,14 @@ are passed on as they are stored, or quantized on the way.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from convert.adapters.tensors import ADAPTED
+from convert.files.manifest import Manifest
 from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
 from convert.layouts.names import SCALE, Match, Part, Rule
@@ -29,11 +31,15 @@ Place = tuple[Match, Part, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be written: the type of the floats, how matrices are quantized, the tensors."""
+    """A folder to write: the type of the floats, how matrices are quantized, what it consists of,
+    and the folder that it is read from; without a manifest it is for PyTorch programs."""
 
     dtype: np.dtype
     scheme: Scheme | None
     entries: list[Entry]
+    files: Mapping[str, bytes]  # name -> content of all but the weights
+    manifest: Manifest | None = None
+    source: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +59,7 @@ def plan_tensors(
     scheme: Scheme | None,
     scale_dtype: np.dtype,
     lora: LoRA | None,
-) -> Plan:
+) -> list[Entry]:
     """Return the tensors of a folder under other rules, in the order of the source's files, so that
     disks read forwards.
 
@@ -78,7 +84,7 @@ def plan_tensors(
         for which, kind in enumerate((np.dtype(np.int8), scale_dtype)):
             chunks = partial(_quantized, source, places, scheme, which, kind)
             entries.append(Entry(name + SCALE * which, shapes[which], kind, chunks))
-    return Plan(dtype, scheme, entries)
+    return entries
 
 
 def _floats(

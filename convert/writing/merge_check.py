@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.adapters.adapter import Adapter
-from convert.adapters.attach import attach
+from convert.adapters.adapter import Adapter, attach
 from convert.loading.checkpoint import Checkpoint, Progress, load_checkpoint
 from convert.loading.folder import Folder
 from convert.writing.floats import float_dtype

@@ -74,50 +74,17 @@ def save_checkpoint(
     used = template or config.default_template
     check_fit(config, tokenizer, used, asked=template is not None)
     kind = float_dtype(dtype or np.dtype(params["final_norm"].dtype).name)
-    plan = Plan(kind, None, list(_array_entries(config, params, kind)))
     manifest = Manifest(source, kind.name, config.rope_kind, used, {})
+    files = small_files(config.to_hf(), tokenizer)
+    plan = Plan(kind, None, list(_array_entries(config, params, kind)), files, manifest)
     if jax.process_index() > 0:
         for entry in plan.entries:
             for _ in entry.chunks():  # gives the first process what it needs
                 pass
     else:
-        files = small_files(config.to_hf(), tokenizer)
         shards = {"max_shard_size": max_shard_size, "progress": progress}
-        write_folder(folder, files, plan, manifest, overwrite=overwrite, **shards)
+        write_folder(folder, plan, overwrite=overwrite, **shards)
     multihost_utils.sync_global_devices(f"saved {folder}")
-    return manifest
-
-
-def convert_folder(
-    source: Folder,
-    destination: str | Path,
-    *,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    quantize_embeddings: bool = False,
-    adapter: Adapter | None = None,
-    overwrite: bool = False,
-    **options: Any,
-) -> Manifest:
-    """Write an opened folder in our own format, chunk by chunk; errors as of `save_checkpoint`.
-
-    `dtype` is the type of what is not quantized, None the stored one; `quantize` and
-    `quantize_embeddings` are as in `convert.load_checkpoint`. An adapter is merged in float32,
-    before the cast; not into weights that are written quantized. `options` are of `write_folder`.
-    """
-    plan = plan_conversion(source, dtype, quantize, quantize_embeddings, adapter)
-    origin = str(source.path) if adapter is None else f"{source.path} + {adapter.source}"
-    manifest = Manifest(
-        source=os.fsencode(origin).decode(errors="replace"),
-        dtype=plan.dtype.name,
-        rope_kind=source.config.rope_kind,
-        template=source.template,
-        files={},
-        quantization=plan.scheme and plan.scheme.name,
-    )
-    files = small_files(source.config.to_hf(), source.tokenizer)
-    place = {"overwrite": overwrite, "source": source.path}
-    write_folder(destination, files, plan, manifest, **place, **options)
     return manifest
 
 
@@ -128,7 +95,12 @@ def plan_conversion(
     quantize_embeddings: bool = False,
     adapter: Adapter | None = None,
 ) -> Plan:
-    """Return what `convert_folder` writes; it has the same arguments and errors."""
+    """Return what is to be written of an opened folder in our own format.
+
+    `dtype` is the type of what is not quantized, None the stored one; `quantize` and
+    `quantize_embeddings` are as in `convert.load_checkpoint`. An adapter is merged in float32,
+    before the cast; into weights that are written quantized that is a UsageError.
+    """
     scheme = target_scheme(source, quantize, quantize_embeddings)
     if adapter is not None and scheme is not None:
         raise UsageError(
@@ -136,34 +108,44 @@ def plan_conversion(
             "They would be rounded once more, which can lose what the adapter adds.",
             'Use --dequantize (quantize="none"), or merge into the original weights.',
         )
-    kind, lora = float_dtype(dtype or source.float_dtype), adapter and adapter.lora
-    return plan_tensors(source, OWN, kind, scheme, np.dtype(np.float32), lora)
+    kind, config = float_dtype(dtype or source.float_dtype), source.config
+    scales, lora = np.dtype(np.float32), adapter and adapter.lora
+    origin = str(source.path) if adapter is None else f"{source.path} + {adapter.source}"
+    manifest = Manifest(
+        source=os.fsencode(origin).decode(errors="replace"),
+        dtype=kind.name,
+        rope_kind=config.rope_kind,
+        template=source.template,
+        files={},
+        quantization=scheme and scheme.name,
+    )
+    entries = plan_tensors(source, OWN, kind, scheme, scales, lora)
+    files = small_files(config.to_hf(), source.tokenizer)
+    return Plan(kind, scheme, entries, files, manifest, source.path)
 
 
 def write_folder(
     destination: str | Path,
-    files: Mapping[str, bytes],
     plan: Plan,
-    manifest: Manifest | None,
     *,
     check: Callable[[Path], None] = lambda folder: None,
+    overwrite: bool | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress = lambda done, total: None,
-    **place: Any,
 ) -> None:
-    """Write small files, the weights and a manifest of checksums: complete, or not at all.
+    """Write the folder of a plan, complete or not at all; errors as of `save_checkpoint`.
 
-    Without a manifest the folder is for PyTorch programs. `check` is called with the complete
-    folder before it gets its name; it raises to refuse it. `place` is as in `new_destination`.
+    `check` is called with the complete folder before it gets its name; it raises to refuse it.
     """
-    needed = plan.nbytes + sum(map(len, files.values()))
-    framework = "pt" if manifest is None else "np"  # transformers refuses others than its own
-    with new_destination(destination, needed=needed, **place) as folder:
-        sums = {name: write_file(folder / name, data) for name, data in files.items()}
+    needed = plan.nbytes + sum(map(len, plan.files.values()))
+    framework = "np" if plan.manifest else "pt"  # transformers refuses others than its own
+    place = {"needed": needed, "overwrite": overwrite, "source": plan.source}
+    with new_destination(destination, **place) as folder:
+        sums = {name: write_file(folder / name, data) for name, data in plan.files.items()}
         sums |= write_shards(folder, plan.entries, max_shard_size, progress, framework=framework)
-        if manifest is not None:
-            manifest.files.update(sums)
-            write_file(folder / MANIFEST, manifest.to_json().encode())
+        if plan.manifest is not None:
+            plan.manifest.files.update(sums)
+            write_file(folder / MANIFEST, plan.manifest.to_json().encode())
         check(folder)
 
 
@@ -192,7 +174,7 @@ def _array_entries(
     if not isinstance(stacked, Mapping) or any(isinstance(w, QTensor) for w in stacked.values()):
         raise UsageError(
             "Quantized parameters and lists of layers cannot be written.",
-            "The folder holds stacked parameters; `convert_folder` quantizes while it writes.",
+            "The folder holds stacked parameters; convert.from_pytorch quantizes while it writes.",
             'Load the model with quantize="none" and layers="stacked".',
         )
     for part in PARTS:

@@ -65,9 +65,7 @@ def export_folder(
         InputError: no space, or the folder cannot be written. No output remains.
     """
     plan = plan_export(source, layout, dtype, lora, dequantize)
-    files = _small_files(source, layout, plan)
-    shards = {"max_shard_size": max_shard_size, "progress": progress}
-    write_folder(destination, files, plan, None, source=source.path, **shards)
+    write_folder(destination, plan, max_shard_size=max_shard_size, progress=progress)
 
 
 def plan_export(
@@ -85,10 +83,22 @@ def plan_export(
     scheme = source.scheme if same_form and lora is None and not dequantize else None
     scale_dtype = kind if scheme is None else _scale_dtype(source, kind)
     rules = {"glm": GLM, "chatglm": PUBLISHED}[layout]
-    plan = plan_tensors(source, rules, kind, scheme, scale_dtype, lora)
+    entries = plan_tensors(source, rules, kind, scheme, scale_dtype, lora)
+    config, tokenizer = source.config, source.tokenizer
     if layout == "chatglm":
-        plan.entries.insert(1, _frequencies(source.config, kind))
-    return plan
+        entries.insert(1, _frequencies(config, kind))
+        official = config.to_hf() | _OFFICIAL | {"torch_dtype": kind.name}
+        if scheme is not None:
+            official |= {"quantization_bit": scheme.bits, "quantization_embeddings": False}
+        files = small_files(official, tokenizer)
+    else:
+        stops = tuple(dict.fromkeys((config.eos_token_id, *stop_ids(tokenizer))))
+        files = {
+            "config.json": json_file(native_config(config, kind.name, stops)),
+            "generation_config.json": json_file(generation_config(config, stops)),
+            **tokenizer_files(tokenizer, source.template, max_length=config.seq_length),
+        }
+    return Plan(kind, scheme, entries, files, source=source.path)
 
 
 def _scale_dtype(source: Folder, dtype: np.dtype) -> np.dtype:
@@ -111,19 +121,3 @@ def _frequencies(config: GLMConfig, dtype: np.dtype) -> Entry:
     exponents = np.arange(0, rotated, 2).astype(dtype) / dtype.type(rotated)
     values = dtype.type(1) / np.power(dtype.type(config.rope_base), exponents)
     return Entry(INV_FREQ, values.shape, dtype, lambda: iter([values.astype(dtype)]))
-
-
-def _small_files(source: Folder, layout: str, plan: Plan) -> dict[str, bytes]:
-    """Return name -> content of all files but the weights."""
-    config, tokenizer = source.config, source.tokenizer
-    if layout == "chatglm":
-        official = config.to_hf() | _OFFICIAL | {"torch_dtype": plan.dtype.name}
-        if plan.scheme is not None:
-            official |= {"quantization_bit": plan.scheme.bits, "quantization_embeddings": False}
-        return small_files(official, tokenizer)
-    stops = tuple(dict.fromkeys((config.eos_token_id, *stop_ids(tokenizer))))
-    return {
-        "config.json": json_file(native_config(config, plan.dtype.name, stops)),
-        "generation_config.json": json_file(generation_config(config, stops)),
-        **tokenizer_files(tokenizer, source.template, max_length=config.seq_length),
-    }

@@ -105,7 +105,7 @@ class ModelChoice:
 
     @property
     def form(self) -> dict[str, Any]:
-        """What the folder may not say about itself, as `open_folder` and `open_adapter` take it."""
+        """What the folder may not say about itself, as `open_folder` takes it."""
         return {name: getattr(self, name) for name in FORM}
 
 

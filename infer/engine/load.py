@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from convert import load_checkpoint, open_folder
-from convert.adapters.attach import attach, open_adapter
+from convert.adapters.adapter import attach, open_adapter
 from convert.adapters.prefix import attach_prefix, load_prefix
 from convert.hub.find import find_model
 from convert.loading.checkpoint import Checkpoint
@@ -124,9 +124,13 @@ def _load(
     progress: Callable[[int, int], None],
 ) -> Checkpoint:
     """Return the model with its adapter and prefix, on the devices."""
-    force, form = choice.force_adapter, choice.form
-    adapter = choice.adapter and open_adapter(choice.adapter, folder, **form, force=force)
-    prefix = choice.prefix and load_prefix(choice.prefix, open_folder(folder, **form).config)
+    form, adapter, prefix = choice.form, None, None
+    if choice.adapter or choice.prefix:
+        base, force = open_folder(folder, **form), choice.force_adapter
+        if choice.adapter:
+            adapter = open_adapter(choice.adapter, base, family=choice.family, force=force)
+        if choice.prefix:
+            prefix = load_prefix(choice.prefix, base.config)
     explain = partial(
         when_loading,
         folder,

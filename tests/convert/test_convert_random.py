@@ -17,7 +17,6 @@ from glm2_jax.choices import STORED_DTYPES
 from tests.support.checkpoints import TINY, names, tiny_config
 from tests.support.commands import exit_code
 from tests.support.sp_model import sp_model
-from tests.support.toy import jit_forward
 
 run = partial(exit_code, convert_random.main)
 RAW = TINY.to_hf() | {"torch_dtype": "float16"}
@@ -41,18 +40,15 @@ def config_file(tmp_path):
 def test_a_random_folder_answers(tmp_path, config_file, tokenizer, dtype):
     target = tmp_path / "new"
     argv = [target, "--config", config_file, "--tokenizer", tokenizer, "--max-shard-size", "60kB"]
-    assert run(*argv, "--dtype", dtype, "--layers", "3", "--seed", "5") == 0
+    assert run(*argv, "--dtype", dtype, "--layers", "3") == 0
     checkpoint = load_checkpoint(target, dtype="float32")
+    params = checkpoint.params
     assert checkpoint.config == tiny_config(num_layers=3)
     assert (checkpoint.summary.layout, checkpoint.summary.stored_dtype) == ("official", dtype)
     assert len(list(target.glob("*.safetensors"))) > 1 and not list(target.glob("*.py"))
-    params = checkpoint.params
     assert (np.asarray(params["layers"]["attn_norm"]) == 1).all()
     assert abs(float(np.std(params["embed"])) - 0.02) < 0.001
     assert not np.array_equal(params["embed"], params["head"])
-    if dtype == "float32":
-        logits, _ = jit_forward(checkpoint.config, params, np.arange(8)[None])
-        assert np.isfinite(logits).all()
 
 
 def test_the_seed_decides(tmp_path, tokenizer):
@@ -93,31 +89,25 @@ def test_shards_are_those_of_the_published_folder():
     assert all(0 < file - size < 20_000 for file, size in zip(published, sizes, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("argv", "code", "message"),
-    [
-        ([], 2, "required"),
-        (["--config", "chatglm9"], 2, "Known models: chatglm2-6b, "),
-        (["--config", "chatglm2-6b-int4"], 2, "quantized"),
-        (["--config", "chatglm2-6b", "--layers", "0"], 2, "--layers"),
-        (["--config", "{config}", "--layers", "2000000000"], 3, "not enough space"),
-        (["--config", "{config}", "--seed", "-1"], 2, "--seed"),
-        (["--config", "{config}", "--tokenizer", "{config}"], 4, "SentencePiece"),
-        (["--config", "{config}", "--tokenizer", "nowhere"], 4, "nowhere"),
-        (["--config", "{small}"], 4, "the model has 500"),
-    ],
-)
-def test_errors(tmp_path, capsys, config_file, tokenizer, argv, code, message):
+def test_errors(tmp_path, capsys, config_file, tokenizer):
     small = tmp_path / "small.json"
     small.write_text(json.dumps(tiny_config(vocab_size=500).to_hf()))
-    argv = [text.format(config=config_file, small=small) for text in argv]
-    if argv and "--tokenizer" not in argv:
-        argv += ["--tokenizer", str(tokenizer)]
-    before = sorted(tmp_path.iterdir())
-    assert run(tmp_path / "new", *argv) == code
-    output = capsys.readouterr()
-    assert message in output.err and "Traceback" not in output.err and output.out == ""
-    assert sorted(tmp_path.iterdir()) == before
+    before = names(tmp_path)
+    for config, more, code, message in (
+        ("chatglm9", [], 2, "Known models: chatglm2-6b, "),
+        ("chatglm2-6b-int4", [], 2, "quantized"),
+        ("chatglm2-6b", ["--layers", "0"], 2, "--layers"),
+        (config_file, ["--layers", "2000000000"], 3, "not enough space"),
+        (config_file, ["--seed", "-1"], 2, "--seed"),
+        (config_file, ["--tokenizer", config_file], 4, "SentencePiece"),
+        (config_file, ["--tokenizer", "nowhere"], 4, "nowhere"),
+        (small, [], 4, "the model has 500"),
+    ):
+        argv = [tmp_path / "new", "--config", config, "--tokenizer", tokenizer, *more]
+        assert run(*argv) == code
+        output = capsys.readouterr()
+        assert message in output.err and "Traceback" not in output.err and output.out == ""
+        assert names(tmp_path) == before
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path, tokenizer):

@@ -3,8 +3,6 @@
 import importlib
 import json
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 
 import pytest
@@ -106,17 +104,3 @@ def test_what_is_not_a_model(command, tmp_path, capsys):
     shutil.copytree(tmp_path / "lora", tmp_path / "a")
     assert run(command) == 4
     assert "LoRA adapter" in capsys.readouterr().err and names(tmp_path) == READ
-
-
-def test_help_imports_nothing_large():
-    modules = [*COMMANDS, "inspect", "random"]
-    code = (
-        "import importlib, sys\n"
-        f"for name in {modules}:\n"
-        "    text = importlib.import_module(f'convert.{name}').build_parser().format_help()\n"
-        "    assert 'example:' in text\n"
-        "assert not {'jax', 'numpy', 'sentencepiece', 'gguf'} & set(sys.modules)\n"
-        "import convert.writing.pytorch, convert.writing.gguf, convert.loading.checkpoint\n"
-        "assert not {'torch', 'transformers', 'tokenizers', 'gguf'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

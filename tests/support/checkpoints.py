@@ -12,7 +12,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert import save_checkpoint
+from convert.files.manifest import Manifest
 from convert.layouts.names import PARTS, PUBLISHED, SCALE
+from convert.loading.folder import Folder
+from convert.writing.own import plan_conversion, write_folder
 from glm2_jax import Tokenizer
 from glm2_jax.config import GLMConfig
 from glm2_jax.quant import pack_int4
@@ -114,10 +117,10 @@ def write_official(
 
 
 def quantized_tensors(
-    bits: int, config: GLMConfig = TINY
+    bits: int, config: GLMConfig = TINY, dtype: str = "float16"
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Official names with random int4 or int8 matrices, and the float32 numbers they stand for."""
-    tensors, exact = official_tensors(config, random_params(config)), {}
+    tensors, exact = official_tensors(config, random_params(config), dtype), {}
     random = np.random.default_rng(1)
     for rule in PUBLISHED:
         for name in map(rule.full_name, rule.layers(config)):
@@ -125,7 +128,7 @@ def quantized_tensors(
             if rule.quantized(SCHEMES["int8"]):
                 limit, shape = 2 ** (bits - 1), rule.shape(config)
                 q = random.integers(-limit, limit, shape, dtype=np.int8)
-                scale = random.uniform(0.001, 0.02, shape[0]).astype(np.float16)
+                scale = random.uniform(0.001, 0.02, shape[0]).astype(tensors[name].dtype)
                 exact[name] = q.astype(np.float32) * scale.astype(np.float32)[:, None]
                 tensors[name], tensors[name + SCALE] = pack_int4(q) if bits == 4 else q, scale
     return tensors, exact
@@ -133,7 +136,9 @@ def quantized_tensors(
 
 def write_quantized(folder: Path, bits: int, config: GLMConfig = TINY, **kwargs: Any) -> Path:
     """Writes an official int4 or int8 folder of `quantized_tensors`, or of other `tensors`."""
-    kwargs.setdefault("tensors", quantized_tensors(bits, config)[0])
+    if "tensors" not in kwargs:
+        dtype = kwargs.get("dtype", "float16")
+        kwargs["tensors"] = quantized_tensors(bits, config, dtype)[0]
     return write_official(folder, config, raw={"quantization_bit": bits}, **kwargs)
 
 
@@ -164,3 +169,12 @@ def save(folder: Path, params: Any = None, config: GLMConfig = TINY, **kwargs: A
     params = random_params(config) if params is None else params
     tokenizer = Tokenizer.from_bytes(sp_model(), config.family)
     return save_checkpoint(folder, config, params, tokenizer, source="a test", **kwargs)
+
+
+def convert_folder(source: Folder, destination: Path, **options: Any) -> Manifest:
+    """Writes an opened folder in our own format; options of `plan_conversion`, `write_folder`."""
+    keys = {"dtype", "quantize", "quantize_embeddings", "adapter"} & options.keys()
+    plan = plan_conversion(source, **{key: options.pop(key) for key in keys})
+    write_folder(destination, plan, **options)
+    assert plan.manifest is not None
+    return plan.manifest

@@ -87,10 +87,10 @@ def until_loaded(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["chatglm", "glm"])
 def test_flags_that_agree_with_an_adapter(tmp_path, train, until_loaded, layout):
-    save_adapter(tmp_path / "a", Adapter(trained(TINY, rslora=True), rslora=True), layout=layout)
+    save_adapter(tmp_path / "a", Adapter(trained(TINY), rslora=True), layout=layout)
     targets = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
     with pytest.raises(Reached):
-        train(tmp_path / "a", "--rank", "4", "--alpha", "8", "--rslora", "--target", targets)
+        train(tmp_path / "a", "--rank", "4", "--alpha", "4", "--rslora", "--target", targets)
 
 
 @pytest.mark.parametrize("change", [{"base_fingerprint": "0" * 64}, {"template": "chatglm3"}])

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import load_checkpoint
+from convert import load_checkpoint, open_folder
 from convert.adapters.adapter import _AGAIN as AGAIN
-from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from convert.adapters.attach import attach, open_adapter
-from convert.adapters.tensors import LAYOUTS
+from convert.adapters.adapter import Adapter, attach, load_adapter, open_adapter, save_adapter
 from convert.layouts import peft_config
-from glm2_jax import CheckpointError, GLMError, InputError, init_lora
+from convert.loading.folder import fingerprint
+from glm2_jax import CheckpointError, GLMError, InputError
 from glm2_jax.lora import TARGETS, LoRA
 from infer.generate import __main__ as generate
+from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, names, random_params, save, tiny_config, write_official
 
 BLOCK = "base_model.model.transformer.encoder.layers"
@@ -35,10 +35,8 @@ OLDEST = {
 }  # fmt: skip
 
 
-def trained(config=TINY, targets="all-linear", seed=0, **kwargs) -> LoRA:
-    lora = init_lora(config, jax.random.key(seed), targets=targets, rank=4, alpha=8, **kwargs)
-    random = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: 0.3 * random.standard_normal(x.shape, np.float32), lora)
+def trained(config=TINY, targets=tuple(TARGETS), seed=0) -> LoRA:
+    return random_lora(config, 4, targets=targets, seed=seed)
 
 
 def written(folder: Path, **kwargs) -> Path:
@@ -77,14 +75,13 @@ def base(tmp_path_factory) -> Path:
 
 
 def test_what_is_written_is_read_again_and_has_the_published_names(tmp_path):
-    lora = trained(dropout=0.1)
+    lora = dataclasses.replace(trained(), dropout=0.1)
     extra = {"step": 7, "data": ["a.jsonl"]}
     save_adapter(tmp_path, Adapter(lora, base="f00d", template="chatglm3", extra=extra))
     assert names(tmp_path) == FILES
     found = load_adapter(tmp_path, TINY)
     assert (found.base, found.template, found.extra) == ("f00d", "chatglm3", extra)
     assert found.notes == () and not found.rslora and found.targets == tuple(TARGETS)
-    assert [found.rank(x) for x in TARGETS] == [4] * 4
     jax.tree.map(np.testing.assert_array_equal, found.lora, lora)  # scale and dropout, too
     tensors = load_file(tmp_path / WEIGHTS)
     assert len(tensors) == 2 * 4 * 2 and all(x.dtype == np.float32 for x in tensors.values())
@@ -92,25 +89,21 @@ def test_what_is_written_is_read_again_and_has_the_published_names(tmp_path):
     np.testing.assert_array_equal(tensors[f"{name}_A.weight"], fused["a"][1])
     rows = np.concatenate([np.asarray(fused[x][1]).reshape(-1, 4) for x in "qkv"])
     np.testing.assert_array_equal(tensors[f"{name}_B.weight"], rows)
-    gate_up = np.concatenate(lora.layers["dense_h_to_4h"]["b"][0])
-    np.testing.assert_array_equal(tensors[f"{BLOCK}.0.mlp.dense_h_to_4h.lora_B.weight"], gate_up)
     raw = json.loads((tmp_path / CONFIG).read_text())
-    assert (raw["r"], raw["lora_alpha"], raw["bias"]) == (4, 8, "none")
-    assert raw["target_modules"] == list(TARGETS)
+    assert (raw["r"], raw["lora_alpha"], raw["target_modules"]) == (4, 8, list(TARGETS))
     assert raw["base_model_name_or_path"] is None, "a path on one machine is of no use elsewhere"
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_only_keys_that_every_version_of_peft_knows(tmp_path, layout):
+@pytest.mark.parametrize(("layout", "dense"), [("chatglm", "dense"), ("glm", "o_proj")])
+def test_only_keys_that_every_version_of_peft_knows(tmp_path, layout, dense):
     save_adapter(tmp_path / "plain", Adapter(trained()), layout=layout)
     raw = json.loads((tmp_path / "plain" / CONFIG).read_text())
     assert raw.keys() <= OLDEST and not {"rank_pattern", "alpha_pattern"} & raw.keys()
-    lora = trained(rslora=True)
-    lora = dataclasses.replace(lora, scale=lora.scale.copy({"dense": 1.0}))
+    scales = dict.fromkeys(TARGETS, 4.0) | {"dense": 1.0}
+    lora = random_lora(rank=4, **scales)
     save_adapter(tmp_path / "rslora", Adapter(lora, rslora=True), layout=layout)
     raw = json.loads((tmp_path / "rslora" / CONFIG).read_text())
     assert raw.keys() - OLDEST == {"use_rslora"} and raw["use_rslora"] is True
-    dense = "dense" if layout == "chatglm" else "o_proj"
     assert (raw["lora_alpha"], raw["alpha_pattern"]) == (8, {dense: 2})
     assert load_adapter(tmp_path / "rslora", TINY).lora.scale == lora.scale
 
@@ -147,7 +140,7 @@ def test_a_folder_keeps_its_other_files_and_its_last_adapter(tmp_path, monkeypat
 
 def test_numbers_are_read_as_float32_and_are_finite(tmp_path):
     lora = trained()
-    bad = jax.tree.map(lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.nan, x), lora)
+    bad = jax.tree.map(lambda x: x * np.float32(np.nan), lora)
     with pytest.raises(CheckpointError, match="NaN"):
         save_adapter(tmp_path / "new", Adapter(bad))
     assert not (tmp_path / "new").exists()
@@ -164,13 +157,14 @@ def test_numbers_are_read_as_float32_and_are_finite(tmp_path):
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     wide = tiny_config(hidden_size=64, num_layers=3)
-    message = refusal(written(tmp_path, config=wide, targets="query_key_value"))
+    message = refusal(written(tmp_path, config=wide, targets=["query_key_value"]))
     assert f"{BLOCK}.0.self_attention.query_key_value.lora_A.weight is (4, 64)" in message
     assert "instead of (4, 32)" in message and "4 problems" in message
     assert "and 1 more" in message and message.count("\n") == 2
-    deep = written(tmp_path / "deep", targets="attn", config=tiny_config(num_layers=3))
-    assert "query_key_value.lora_A.weight, the model has 2 layers" in refusal(deep)
-    small = written(tmp_path / "small", targets="attn")
+    deep = written(tmp_path / "deep", targets=["query_key_value"], config=tiny_config(num_layers=3))
+    message = refusal(deep)
+    assert f"unexpected: {BLOCK}.2" in message and "fit the model (2 layers)" in message
+    small = written(tmp_path / "small", targets=["query_key_value"])
     tensors = load_file(small / WEIGHTS)
     tensors["base_model.model.transformer.final.lora_A.weight"] = np.zeros((4, 32), "f4")
     del tensors[f"{BLOCK}.0.self_attention.query_key_value.lora_B.weight"]
@@ -213,10 +207,9 @@ def test_configurations_that_are_refused_by_name(tmp_path, monkeypatch, said, ch
 
 def test_keys_that_change_nothing(tmp_path):
     raw = {
-        "corda_config": {"use_float16": True}, "eva_config": {"rho": 2.0}, "peft_version": "1",
-        "qalora_group_size": 16, "use_qalora": False, "lora_bias": False, "arrow_config": None,
-        "something_new": [], "fan_in_fan_out": True, "init_lora_weights": "mica",
-        "layers_pattern": [], "exclude_modules": [], "rank_pattern": None, "alpha_pattern": {},
+        "corda_config": {"use_float16": True}, "peft_version": "1", "use_qalora": False,
+        "arrow_config": None, "something_new": [], "fan_in_fan_out": True,
+        "init_lora_weights": "mica", "exclude_modules": [], "rank_pattern": None,
     }  # fmt: skip
     changed(written(tmp_path), lambda known: known.update(raw))
     assert len(load_adapter(tmp_path, TINY).targets) == 4
@@ -263,32 +256,38 @@ def test_damaged_weights_are_refused_in_words_for_an_adapter(tmp_path):
 
 def test_a_folder_of_peft_alone_is_accepted_and_said(tmp_path, base):
     (written(tmp_path) / EXTRAS).unlink()
-    adapter = open_adapter(tmp_path, base)
+    folder = open_folder(base)
+    adapter = open_adapter(tmp_path, folder)
     assert adapter.base is None and adapter.template is None
     assert "not known" in adapter.notes[0] and "names" not in adapter.notes[0]
     changed(tmp_path, lambda x: x.update(base_model_name_or_path="me/other\n-6b"))
-    note = open_adapter(tmp_path, base).notes[0]
+    note = open_adapter(tmp_path, folder).notes[0]
     assert note.endswith(f"are not known; its {CONFIG} names the base 'me/other\\n-6b'")
     (tmp_path / "adapter_model.bin").write_bytes(b"another one")
-    note = open_adapter(tmp_path, base).notes[0]
+    note = open_adapter(tmp_path, folder).notes[0]
     assert note == f"the adapter is read from {WEIGHTS}; left out: adapter_model.bin"
 
 
-def test_another_base_or_template_is_refused(tmp_path, base):
-    own = load_checkpoint(base, dtype="float32")
-    save_adapter(tmp_path, Adapter(trained(), base=own.fingerprint, template="chatglm2"))
-    assert open_adapter(tmp_path, base).notes == ()
+def test_another_base_or_template_is_refused(tmp_path, base, capsys):
+    own, raw = open_folder(base), open_folder(base, template="raw")
+    known = fingerprint(own)
+    save_adapter(tmp_path, Adapter(trained(), base=known, template="chatglm2"))
+    assert open_adapter(tmp_path, own).notes == ()
     with pytest.raises(CheckpointError, match="--template chatglm2"):
-        open_adapter(tmp_path, base, template="raw")
-    assert "'raw'" in open_adapter(tmp_path, base, template="raw", force=True).notes[0]
+        open_adapter(tmp_path, raw)
+    assert "'raw'" in open_adapter(tmp_path, raw, force=True).notes[0]
     other = tmp_path / "other"
     save(other, random_params(TINY, seed=1))
-    with pytest.raises(CheckpointError) as error:
-        open_adapter(tmp_path, other)
+    flags = ["--model", str(other), "--adapter", str(tmp_path), "--prompt", "hi", "--greedy"]
+    flags += ["--max-new-tokens", "1", "--compile-cache", "off", "--dtype", "fp32"]
+    with pytest.raises(GLMError) as error:
+        generate.main(flags)
     message = str(error.value)
-    assert str(tmp_path) in message and str(other) in message
-    assert own.fingerprint[:16] in message and "--force-adapter" in message
-    assert "another base" in open_adapter(tmp_path, other, force=True).notes[0]
+    assert error.value.exit_code == 4 and str(tmp_path) in message and str(other) in message
+    assert known[:16] in message and "--force-adapter" in message
+    assert generate.main([*flags, "--force-adapter"]) == 0
+    told = capsys.readouterr().err
+    assert f"adapter {tmp_path}: " in told and "forced: " in told and "another base" in told
 
 
 def test_an_adapted_checkpoint_is_another_model(tmp_path, base):
@@ -302,15 +301,3 @@ def test_an_adapted_checkpoint_is_another_model(tmp_path, base):
     assert "lora" not in checkpoint.params
     count = f"{trained().num_params:,} parameters"
     assert count in adapted[0].notes[-1] and "query_key_value (rank 4)" in adapted[0].notes[-1]
-
-
-def test_the_command_line(tmp_path, base, capsys):
-    flags = ["--model", str(base), "--adapter", str(tmp_path), "--prompt", "hi", "--greedy"]
-    flags += ["--max-new-tokens", "1", "--compile-cache", "off", "--dtype", "fp32"]
-    save_adapter(tmp_path, Adapter(trained(), base="another"))
-    with pytest.raises(GLMError) as error:
-        generate.main(flags)
-    assert error.value.exit_code == 4 and "another base" in error.value.what
-    assert generate.main([*flags, "--force-adapter"]) == 0
-    told = capsys.readouterr().err
-    assert f"adapter {tmp_path}: " in told and "forced: " in told

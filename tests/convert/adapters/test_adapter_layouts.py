@@ -1,4 +1,4 @@
-"""Adapters between the published layout and the HF-native one, without torch."""
+"""Adapters of both layouts, and which matrices they adapt: as the peft library reads them."""
 
 import json
 import tempfile
@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert import open_folder, to_peft
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
+from convert.adapters.tensors import LAYOUTS
+from convert.layouts.peft_config import read_peft_config
 from convert.loading.folder import fingerprint
 from glm2_jax.lora import TARGETS, LoRA
 from tests.convert.adapters.test_adapter import (
@@ -22,11 +24,12 @@ from tests.convert.adapters.test_adapter import (
     changed,
     refusal,
     replaced,
-    trained,
 )
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, tiny_config, write_official
 from tests.support.commands import exit_code
+from tests.support.peft_oracle import oracle_of
+from tests.support.toy import TOY, toy_params
 
 run = partial(exit_code, to_peft.main)
 same_lora = partial(jax.tree.map, np.testing.assert_array_equal)
@@ -80,6 +83,16 @@ def deltas(lora: LoRA):
     return found
 
 
+def merged_params(params, lora):
+    """Our parameters with an adapter added to the weights."""
+    names = {"dense": "o", "dense_h_to_4h": "gate_up", "dense_4h_to_h": "down"}
+    layers = dict(params["layers"])
+    for (target, part), delta in deltas(lora).items():
+        name = names.get(target, part)
+        layers[name] = layers[name] + delta.reshape(layers[name].shape).astype(np.float32)
+    return {**params, "layers": layers}
+
+
 def native_deltas(folder, config=TINY):
     """The same from a folder of PEFT, by its own rules and none of our code."""
     raw, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
@@ -105,17 +118,17 @@ def assert_same_deltas(lora, folder, config=TINY):
     assert not any(delta.any() for delta in ours.values())
 
 
-def test_a_fused_adapter_comes_apart(tmp_path):
+def assert_equal_files(one, other):
+    """The same tensors, which are returned."""
+    before, after = (load_file(folder / WEIGHTS) for folder in (one, other))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    return before
+
+
+def test_a_fused_adapter_comes_apart_and_is_joined_again(tmp_path):
     lora = random_lora()
     save_adapter(tmp_path, Adapter(lora), layout="glm")
-    tensors = load_file(tmp_path / WEIGHTS)
-    assert len(tensors) == 2 * 2 * len(NATIVE)
-    fused, name = lora.layers["query_key_value"], f"{BLOCK}.1.self_attn"
-    for part in "qkv":  # A copied, B sliced
-        stored = tensors[f"{name}.{part}_proj.lora_A.weight"]
-        np.testing.assert_array_equal(stored, fused["a"][1])
-        stored = tensors[f"{name}.{part}_proj.lora_B.weight"]
-        np.testing.assert_array_equal(stored, fused[part][1].reshape(-1, 3))
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config["target_modules"] == list(NATIVE)
     assert (config["r"], config["lora_alpha"]) == (3, 6) and "rank_pattern" not in config
@@ -127,41 +140,6 @@ def test_a_fused_adapter_comes_apart(tmp_path):
         new.layers["query_key_value"][part][:] = 0
     save_adapter(tmp_path, Adapter(new), layout="glm")
     same_lora(load_adapter(tmp_path, TINY).lora, new)
-
-
-def test_adapters_of_q_k_and_v_become_one_of_their_ranks_together(tmp_path):
-    folder = native_folder(
-        tmp_path / "glm", ranks={"k_proj": 1, "v_proj": 3}, use_rslora=True,
-        alpha_pattern={"v_proj": 9, "layers.0.mlp.down_proj": 1},
-    )  # fmt: skip
-    adapter = load_adapter(folder, TINY)
-    assert adapter.rank("query_key_value") == 6 and adapter.rank("dense") == 2
-    a = adapter.lora.layers["query_key_value"]
-    stored = load_file(folder / WEIGHTS)
-    np.testing.assert_array_equal(
-        a["a"][1][:2], stored[f"{BLOCK}.1.self_attn.q_proj.lora_A.weight"]
-    )
-    assert not a["q"][..., 2:].any() and not a["k"][..., [0, 1, 3, 4, 5]].any()
-    # alpha / r is kept: PEFT computes the same with the fused one.
-    save_adapter(tmp_path / "fused", adapter)
-    save_adapter(tmp_path / "back", load_adapter(tmp_path / "fused", TINY), layout="glm")
-    expected = native_deltas(folder)
-    expected["down_proj"][0] /= 6  # an alpha of layer 0
-    for module, delta in native_deltas(tmp_path / "back").items():
-        np.testing.assert_allclose(delta, expected[module], rtol=1e-5, atol=1e-6)
-
-
-def test_equal_a_matrices_share_their_ranks(tmp_path):
-    folder = native_folder(tmp_path / "glm", modules=("q_proj", "k_proj", "v_proj"))
-    tensors = load_file(folder / WEIGHTS)
-    for layer in range(TINY.num_layers):
-        q, v = (f"{BLOCK}.{layer}.self_attn.{x}_proj.lora_A.weight" for x in "qv")
-        tensors[v] = tensors[q]
-    adapter = load_adapter(replaced(folder, tensors), TINY)
-    assert adapter.rank("query_key_value") == 4  # of q and v together, and of k
-    assert_same_deltas(adapter.lora, folder)
-    save_adapter(tmp_path / "back", adapter, layout="glm")
-    assert_same_deltas(adapter.lora, tmp_path / "back")
 
 
 def test_layers_without_an_adapter(tmp_path):
@@ -188,21 +166,15 @@ SHAPES = {
     "hidden": st.integers(1, 24),
     "ffn": st.integers(0, 20).map(lambda half: 2 * half + 1),
     "rslora": st.booleans(),
+    "rank": st.integers(1, 4),
 }
 
 
 @settings(max_examples=8, derandomize=True, deadline=None)
-@given(
-    **SHAPES,
-    rank=st.integers(1, 4),
-    targets=st.sets(st.sampled_from(list(TARGETS)), min_size=1),
-    seed=st.integers(0, 9),
-)
-def test_any_adapter_of_ours_goes_and_comes_back(
-    kv_heads, hidden, ffn, rank, targets, rslora, seed
-):
+@given(**SHAPES, targets=st.sets(st.sampled_from(list(TARGETS)), min_size=1))
+def test_any_adapter_of_ours_goes_and_comes_back(kv_heads, hidden, ffn, rank, targets, rslora):
     config = tiny_config(num_kv_heads=kv_heads, hidden_size=hidden, ffn_hidden_size=ffn)
-    lora = random_lora(config, rank, targets=[x for x in TARGETS if x in targets], seed=seed)
+    lora = random_lora(config, rank, targets=[x for x in TARGETS if x in targets])
     with tempfile.TemporaryDirectory() as name:
         for layout in ("glm", "chatglm"):
             folder = Path(name) / layout
@@ -217,7 +189,6 @@ def test_any_adapter_of_ours_goes_and_comes_back(
 @settings(max_examples=8, derandomize=True, deadline=None)
 @given(
     **SHAPES,
-    rank=st.integers(1, 3),
     ranks=st.dictionaries(st.sampled_from(list(NATIVE)), st.integers(1, 4)),
     modules=st.sets(st.sampled_from(list(NATIVE)), min_size=1),
     dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
@@ -263,26 +234,135 @@ def test_the_command_goes_both_ways(tmp_path, base, capsys):
     assert run(tmp_path / "glm", tmp_path / "b", "--layout", "chatglm", "--base", base) == 0
     found = load_adapter(tmp_path / "b", TINY)
     assert (found.base, found.template, found.extra) == (known, "chatglm2", {"a": 1})
-    one, other = (load_file(tmp_path / x / WEIGHTS) for x in ("lora", "b"))
-    assert all(np.array_equal(one[name], other[name]) for name in one | other)
+    assert_equal_files(tmp_path / "lora", tmp_path / "b")
 
 
 def test_to_peft_keeps_layers_and_new_adapters(tmp_path, base):
-    save_adapter(tmp_path / "lora", Adapter(trained(targets="attn")))
+    save_adapter(tmp_path / "lora", Adapter(random_lora(targets=["query_key_value"])))
     tensors = load_file(tmp_path / "lora" / WEIGHTS)
     replaced(tmp_path / "lora", {name: x for name, x in tensors.items() if ".layers.1." in name})
     changed(tmp_path / "lora", lambda raw: raw.update(layers_to_transform=1))
     assert run(tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base) == 0
     raw = json.loads((tmp_path / "glm" / CONFIG).read_text())
     assert raw["target_modules"] == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
-    assert len(load_file(tmp_path / "glm" / WEIGHTS)) == 6
     same_lora(*(load_adapter(tmp_path / x, TINY).lora for x in ("lora", "glm")))
     # A new one of q and v, B still zero, keeps to q and v.
     tensors = load_file(native_folder(tmp_path / "new", modules=("q_proj", "v_proj")) / WEIGHTS)
     tensors = {name: x * 0 if "lora_B" in name else x for name, x in tensors.items()}
     replaced(tmp_path / "new", tensors)
     assert run(tmp_path / "new", tmp_path / "same", "--layout", "glm", "--base", base) == 0
-    again = load_file(tmp_path / "same" / WEIGHTS)
-    assert again.keys() == tensors.keys()
-    assert all(np.array_equal(again[name], x) for name, x in tensors.items())
+    assert_equal_files(tmp_path / "new", tmp_path / "same")
     assert load_adapter(tmp_path / "same", TINY).base == fingerprint(open_folder(base))
+
+
+QKV, DENSE = "query_key_value", "self_attention.dense"
+OFFICIAL = [
+    {"target_modules": ["transformer.encoder.layers.2.mlp.dense_4h_to_h", QKV]},
+    {"target_modules": [f"layers.1.self_attention.{QKV}", "layers.3.mlp.dense_h_to_4h"]},
+    {"target_modules": r"^(?!.*4h).*dense.*"},
+    {"target_modules": [QKV, "dense"], "exclude_modules": [f"layers.0.{DENSE}"]},
+    {"target_modules": ["dense"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]},
+    {"target_modules": [QKV, "dense"], "rank_pattern": {r"^transformer.*\.1\..*": 3, "dense": 1}},
+    {
+        "target_modules": [QKV],
+        "rank_pattern": {f"layers.1.self_attention.{QKV}": 1},
+        "alpha_pattern": {QKV: 3},
+        "use_rslora": True,
+        "layers_to_transform": 1,
+    },
+]
+OF_GLM = [
+    {"target_modules": r"model\.layers\.(1[0-9]|[1-3])\..*_proj"},
+    {
+        "target_modules": ["q_proj", "v_proj"],
+        "layers_to_transform": [1],
+        "rank_pattern": {"v_proj": 4},
+    },
+    {"target_modules": ["k_proj", "o_proj"], "alpha_pattern": {r"layers\.(0|3)\..*k_proj": 1}},
+]
+SELECTION = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha",
+    "rank_pattern", "alpha_pattern", "use_rslora",
+)  # fmt: skip
+
+
+def choose(folder, layout, layers, **raw):
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", **raw}))
+    known = LAYOUTS[layout]
+    names = list(known.places(layers))
+    return read_peft_config(folder).choose(names, ends=known.ends, usual=known.usual)
+
+
+@pytest.mark.parametrize(("layout", "table"), [("chatglm", OFFICIAL), ("glm", OF_GLM)])
+def test_peft_chooses_the_same(tmp_path, layout, table):
+    peft = pytest.importorskip("peft", reason="the PEFT library is not installed")
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    for raw in table:
+        config = peft.LoraConfig(r=2, lora_alpha=4, **raw)
+        expected = {}
+        for name in (*LAYOUTS[layout].places(28), *LAYOUTS[layout].ends):
+            if check_target_module_exists(config, name):
+                rank, alpha = (
+                    values.get(get_pattern_key(values.keys(), name), default)
+                    for values, default in ((config.rank_pattern, 2), (config.alpha_pattern, 4))
+                )
+                expected[name] = rank, alpha
+        assert expected and choose(tmp_path, layout, 28, r=2, lora_alpha=4, **raw) == expected
+
+
+@pytest.fixture(scope="module")
+def official():
+    return oracle_of(TOY, toy_params(TOY))
+
+
+@pytest.mark.parametrize("raw", OFFICIAL)
+def test_what_peft_saves_is_complete_and_adds_the_same(tmp_path, official, raw):
+    """And is the same when it is read for training and written."""
+    _, peft, model = official
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, task_type="CAUSAL_LM", init_lora_weights=False, **raw
+    )
+    wrapped = peft.get_peft_model(model, config)
+    try:
+        expected = {
+            name.removeprefix("base_model.model."): x.get_delta_weight("default").detach().numpy()
+            for name, x in wrapped.named_modules()
+            if hasattr(x, "get_delta_weight")
+        }
+        wrapped.save_pretrained(str(tmp_path))
+    finally:
+        wrapped.unload()
+    lora = load_adapter(tmp_path, TOY).lora
+    added = deltas(lora)
+    for name, (module, layer) in LAYOUTS["chatglm"].places(TOY.num_layers).items():
+        places = [(module.target, part) for part in module.parts]
+        found = [added[place][layer] for place in places if place in added]
+        if name in expected:
+            np.testing.assert_allclose(np.concatenate(found), expected[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert not any(x.any() for x in found)
+    apart = load_adapter(tmp_path, TOY, apart=True)
+    assert apart.shape is not None
+    save_adapter(tmp_path / "again", apart)
+    one = assert_equal_files(tmp_path, tmp_path / "again")
+    assert apart.shape.num_params(apart.lora) == sum(x.size for x in one.values())
+    saved, again = (peft.PeftConfig.from_pretrained(str(x)) for x in (tmp_path, tmp_path / "again"))
+    for key in SELECTION:
+        assert getattr(saved, key) == getattr(again, key), key
+    jax.tree.map(np.testing.assert_array_equal, apart.shape.effective(apart.lora), lora)
+
+
+def test_all_linear_is_all_but_the_head_and_nothing_is_the_default(tmp_path):
+    for layout, known in LAYOUTS.items():
+        for text in ("all-linear", "All-Linear"):
+            assert list(choose(tmp_path, layout, 3, target_modules=text)) == list(known.places(3))
+        excluded = {"target_modules": text, "exclude_modules": r".*layers\.0\..*"}
+        assert choose(tmp_path, layout, 1, **excluded) == {}
+    save_adapter(tmp_path, Adapter(random_lora(targets=["query_key_value"])))
+    found = load_adapter(changed(tmp_path, lambda raw: raw.pop("target_modules")), TINY)
+    assert found.targets == ("query_key_value",)
+    native = native_folder(tmp_path / "glm", target_modules=None)
+    assert "target_modules = None is not valid" in refusal(native)

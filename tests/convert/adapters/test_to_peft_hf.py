@@ -1,14 +1,12 @@
 """Adapters of the HF-native layout against the real peft and transformers: logits, both ways."""
 
-import copy
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert import export_folder, load_checkpoint, open_folder
 from convert.adapters.adapter import Adapter, load_adapter, save_adapter
-from tests.convert.adapters.test_adapter_layouts import deltas, native_deltas, run
+from tests.convert.adapters.test_adapter_layouts import merged_params, native_deltas, run
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import random_params, save, tiny_config
 from tests.support.peft_oracle import oracle_of
@@ -36,17 +34,21 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def native(base):
-    """The base in the HF-native layout, as a folder and as transformers opens it."""
+    """The base in the HF-native layout."""
     folder = base.parent / "glm"
     export_folder(open_folder(base), folder, layout="glm")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return folder, model.eval()
+    return folder
+
+
+def opened(folder):
+    """The folder as transformers opens it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture
 def model(native):
-    """peft changes the model that it wraps."""
-    return copy.deepcopy(native[1])
+    """Opened each time: peft changes the model that it wraps."""
+    return opened(native)
 
 
 def theirs(model):
@@ -62,13 +64,7 @@ def ours(base, lora=None):
 
 def merged(base, lora):
     """Our logits with an adapter that is added to the weights: one program for all ranks."""
-    params = load_checkpoint(base, dtype="float32").params
-    names = {"dense": "o", "dense_h_to_4h": "gate_up", "dense_4h_to_h": "down"}
-    layers = dict(params["layers"])
-    for (target, part), delta in deltas(lora).items():
-        name = names.get(target, part)
-        layers[name] = layers[name] + delta.reshape(layers[name].shape).astype(np.float32)
-    params = {**params, "layers": layers}
+    params = merged_params(load_checkpoint(base, dtype="float32").params, lora)
     return np.asarray(jit_forward(CONFIG, params, jnp.asarray(TOKENS, jnp.int32))[0])
 
 
@@ -89,15 +85,12 @@ def trained(model, **settings):
 def test_peft_takes_ours_on_the_exported_folder(tmp_path, base, model):
     lora = random_lora(CONFIG, 4, size=0.1)
     save_adapter(tmp_path / "lora", Adapter(lora))
-    command = (tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base)
-    assert run(*command) == 0
+    assert run(tmp_path / "lora", tmp_path / "glm", "--layout", "glm", "--base", base) == 0
     wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "glm")).eval()
     found, expected = theirs(wrapped), ours(base, lora)
     assert np.abs(found - expected).max() <= TOLERANCE
     assert np.abs(expected - ours(base)).max() > 100 * TOLERANCE
-    adapted = {
-        name.split(".lora_A")[0] for name, _ in wrapped.named_parameters() if "lora_A" in name
-    }
+    adapted = [name for name, _ in wrapped.named_parameters() if "lora_A" in name]
     assert len(adapted) == len(NATIVE) * CONFIG.num_layers
 
 
@@ -130,14 +123,14 @@ def test_from_peft_to_the_official_layout_and_back(tmp_path, base, native, model
     wrapped = trained(model, target_modules=NATIVE, r=2, lora_alpha=6)
     expected = theirs(wrapped)
     wrapped.save_pretrained(str(tmp_path / "peft"))
-    command = (tmp_path / "peft", tmp_path / "fused", "--layout", "chatglm", "--base", native[0])
+    command = (tmp_path / "peft", tmp_path / "fused", "--layout", "chatglm", "--base", native)
     assert run(*command) == 0
     lora = load_adapter(tmp_path / "fused", CONFIG).lora
     assert np.abs(merged(base, lora) - expected).max() <= TOLERANCE
     _, _, official = oracle_of(CONFIG, random_params(CONFIG))
     fused = peft.PeftModel.from_pretrained(official, str(tmp_path / "fused")).eval()
     assert np.abs(theirs(fused) - expected).max() <= TOLERANCE
-    command = (tmp_path / "fused", tmp_path / "back", "--layout", "glm", "--base", native[0])
+    command = (tmp_path / "fused", tmp_path / "back", "--layout", "glm", "--base", native)
     assert run(*command) == 0
     one, other = native_deltas(tmp_path / "peft", CONFIG), native_deltas(tmp_path / "back", CONFIG)
     assert one.keys() == other.keys()
@@ -150,5 +143,4 @@ def test_an_adapter_of_theirs_is_merged_into_an_export(tmp_path, base, model):
     wrapped.save_pretrained(str(tmp_path / "peft"), safe_serialization=False)  # a .bin
     lora = load_adapter(tmp_path / "peft", CONFIG).lora
     export_folder(open_folder(base), tmp_path / "glm", layout="glm", lora=lora)
-    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "glm", dtype=torch.float32)
-    assert np.abs(theirs(found.eval()) - theirs(wrapped)).max() <= TOLERANCE
+    assert np.abs(theirs(opened(tmp_path / "glm")) - theirs(wrapped)).max() <= TOLERANCE

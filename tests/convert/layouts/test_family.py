@@ -5,17 +5,15 @@ import json
 import pytest
 
 from convert import export_folder, open_folder
-from convert.adapters.adapter import Adapter, save_adapter
-from convert.adapters.attach import open_adapter
+from convert.adapters.adapter import Adapter, open_adapter, save_adapter
 from convert.loading.folder import fingerprint
 from convert.writing.gguf import gguf_vocabulary
-from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, Tokenizer, UsageError
 from glm2_jax.family import config_signs, decide_family, named_family, prompt_signs, tokenizer_signs
 from glm2_jax.text.prompt import build_prompt, stop_ids
 from infer.datasets.encode import Encoder
 from tests.convert.writing.test_to_pytorch import random_lora
-from tests.support.checkpoints import edit_json, tiny_config, write_official
+from tests.support.checkpoints import convert_folder, edit_json, tiny_config, write_official
 from tests.support.sp_model import sp_model, with_pieces, without_dummy_prefix
 
 PIECES = Tokenizer.from_bytes(sp_model()).num_pieces
@@ -261,8 +259,9 @@ def test_tokens_at_their_ids_in_gguf_files_and_in_training(tmp_path):
 
 def test_an_adapter_of_the_other_family_names_the_flag(tmp_path):
     """By its template, the name of its base, and the tokenizer next to it."""
-    base, lora = folder(tmp_path / "m"), random_lora(tiny_config(num_layers=1))
-    known = fingerprint(open_folder(base, family="chatglm3"))
+    path, lora = folder(tmp_path / "m"), random_lora(tiny_config(num_layers=1))
+    base, asked = open_folder(path), open_folder(path, family="chatglm3")
+    known = fingerprint(asked)
     save_adapter(tmp_path / "a", Adapter(lora, base=known, template="chatglm3"))
     for name in "bcd":
         save_adapter(tmp_path / name, Adapter(lora))
@@ -273,8 +272,8 @@ def test_an_adapter_of_the_other_family_names_the_flag(tmp_path):
     for name in "abc":
         with pytest.raises(CheckpointError, match="--family chatglm3"):
             open_adapter(tmp_path / name, base)
-    assert open_adapter(tmp_path / "a", base, family="chatglm3").notes == ()
-    assert open_adapter(tmp_path / "c", base, family="chatglm3").base is None
+    assert open_adapter(tmp_path / "a", asked, family="chatglm3").notes == ()
+    assert open_adapter(tmp_path / "c", asked, family="chatglm3").base is None
     assert open_adapter(tmp_path / "d", base).base is None
 
 

@@ -24,7 +24,7 @@ import json, os, sys, threading, time
 import jax, jax.numpy as jnp
 from convert.loading.folder import open_folder
 from convert.loading.checkpoint import load_checkpoint
-from convert.writing.own import convert_folder
+from tests.support.checkpoints import convert_folder
 from glm2_jax import Tokenizer
 from tests.support.peak_memory import anonymous
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from convert import export_folder, load_checkpoint, save_checkpoint, verify_checkpoint
 from convert.layouts.names import PARTS, PUBLISHED
 from convert.loading.folder import open_folder
-from convert.writing.own import convert_folder, plan_conversion
+from convert.writing.own import plan_conversion
 from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.schemes import SCHEMES
@@ -19,6 +19,7 @@ from infer.memory.precision import Precision
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import (
     TINY,
+    convert_folder,
     official_tensors,
     quantized_tensors,
     write_official,

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 from convert import export_folder, load_checkpoint, open_folder, save_checkpoint
-from convert.adapters.adapter import Adapter, save_adapter
-from convert.adapters.attach import attach
+from convert.adapters.adapter import Adapter, attach, save_adapter
 from convert.layouts.names import PARTS
 from convert.loading import params, values
 from convert.loading.values import Box, slices

@@ -8,7 +8,6 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,11 +16,11 @@ from hypothesis import strategies as st
 from convert import export_gguf, load_checkpoint, open_folder, to_gguf
 from convert.adapters.adapter import Adapter, save_adapter
 from convert.writing import gguf as gguf_layout
-from convert.writing.own import convert_folder
 from glm2_jax import CheckpointError, Tokenizer, UsageError
 from glm2_jax.choices import GGUF_TYPES
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import (
+    convert_folder,
     names,
     official_tensors,
     random_params,
@@ -140,30 +139,6 @@ def test_a_quantized_folder_is_dequantized(tmp_path, capsys):
     assert_equal(read(tmp_path / "b.gguf")[1], published(params, config, "float32"), "f16")
 
 
-def test_an_adapter_is_added_in_float32(tmp_path):
-    config = tiny_config(**SHALLOW)
-    params = random_params(config)
-    source = open_folder(write_official(tmp_path / "a", config, params, dtype="bfloat16"))
-    lora = random_lora(config, dense=0.5)
-    export_gguf(source, tmp_path / "b.gguf", kind="f16", lora=lora)
-    _, found = read(tmp_path / "b.gguf")
-    weights, rounded = lora.layers["dense"], params["layers"]["o"].astype(ml_dtypes.bfloat16)
-    delta = 0.5 * np.einsum("dr,rnh->dnh", weights["b"][0], weights["a"][0])
-    expected = (rounded[0].astype(np.float32) + delta).reshape(32, 32)
-    np.testing.assert_allclose(found["blk.0.attn_output.weight"][1], expected, rtol=2e-3, atol=1e-6)
-    exact = expected.astype(np.float16)
-    assert (found["blk.0.attn_output.weight"][1] == exact).mean() > 0.99  # sums may differ by a bit
-
-
-ROPES = {
-    "base": ({"rope_ratio": 50.0}, {"rope.freq_base": 500000.0}),
-    "linear": (
-        {"rope_ratio": 16.0},
-        {"rope.freq_base": 10000.0, "rope.scaling.type": "linear", "rope.scaling.factor": 16.0},
-    ),
-}
-
-
 def test_metadata(tmp_path):
     path, _ = write(tmp_path, "q8_0", changes={"norm_eps": 1e-6, "num_layers": 2})
     fields, _ = read(path)
@@ -188,13 +163,17 @@ def test_metadata(tmp_path):
     assert {name: fields[name] for name in expected} == expected
     assert fields["chatglm.attention.layer_norm_rms_epsilon"] == np.float32(1e-6)
     assert gguf.GGUFReader(path).data_offset % 32 == 0
-    for kind, (changes, rotation) in ROPES.items():
+    linear = {"freq_base": 10000.0, "scaling.type": "linear", "scaling.factor": 16.0}
+    for kind, ratio, rotation in (
+        ("base", 50.0, {"freq_base": 500000.0}),
+        ("linear", 16.0, linear),
+    ):
         plain = without_dummy_prefix(sp_model())
-        changes = changes | {"rope_kind": kind}
+        changes = {"rope_kind": kind, "rope_ratio": ratio}
         fields, _ = read(write(tmp_path / kind, changes=changes, tokenizer=plain)[0])
-        found = {name: x for name, x in fields.items() if name.startswith("chatglm.rope.")}
-        rotation = rotation | {"rope.dimension_count": 4}  # half of a head
-        assert found == {f"chatglm.{name}": value for name, value in rotation.items()}
+        start = "chatglm.rope."
+        found = {x.removeprefix(start): fields[x] for x in fields if x.startswith(start)}
+        assert found == rotation | {"dimension_count": 4}  # half of a head
         assert fields["tokenizer.ggml.add_space_prefix"] is False
 
 
@@ -274,21 +253,26 @@ def test_tiny_and_huge_numbers(tmp_path):
 def test_the_command(tmp_path, capsys):
     config = tiny_config(ffn_hidden_size=51)
     source = write_official(tmp_path / "a", config, dtype="bfloat16")
-    save_adapter(tmp_path / "lora", Adapter(random_lora(config)))
-    command = (source, tmp_path / "b.gguf", "--type", "q8_0", "--adapter", tmp_path / "lora")
-    assert run(*command) == 0
+    adapter = Adapter(random_lora(config))
+    save_adapter(tmp_path / "lora", adapter)
+    with_adapter = ("--adapter", tmp_path / "lora")
+    assert run(source, tmp_path / "b.gguf", "--type", "q8_0", *with_adapter) == 0
     err = capsys.readouterr().err
     assert "query_key_value, dense" in err
     assert "2 tensors stay f16" in err and "have 51 (ffn_down)" in err
-    assert run(source, tmp_path / "c.gguf", "--type", "f16") == 0
+    assert run(source, tmp_path / "c.gguf", "--type", "f16", *with_adapter) == 0
     assert "stored in bfloat16; written as float16" in capsys.readouterr().err
-    assert run(source, tmp_path / "d.gguf") == 2  # no type
+    # Added in float32: the same as first merged, then written.
+    convert_folder(open_folder(source), tmp_path / "own", dtype="float32", adapter=adapter)
+    export_gguf(open_folder(tmp_path / "own"), tmp_path / "d.gguf", kind="f16")
+    assert (tmp_path / "c.gguf").read_bytes() == (tmp_path / "d.gguf").read_bytes()
+    assert run(source, tmp_path / "e.gguf") == 2  # no type
     with pytest.raises(UsageError, match="unknown type"):
-        export_gguf(open_folder(source), tmp_path / "d.gguf", kind="q4_0")
+        export_gguf(open_folder(source), tmp_path / "e.gguf", kind="q4_0")
     assert run(source, f"{tmp_path}/new/", "--type", "f16") == 2
     assert "new/ is a folder" in capsys.readouterr().err
     assert run(source, tmp_path / "b.gguf" / "c", "--type", "f16") == 3
-    assert names(tmp_path) == ["a", "b.gguf", "c.gguf", "lora"]
+    assert names(tmp_path) == ["a", "b.gguf", "c.gguf", "d.gguf", "lora", "own"]
 
 
 def test_a_file_that_appears_meanwhile_stays(tmp_path):
@@ -304,17 +288,14 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path):
         assert (tmp_path / "b.gguf").read_text() == "kept" and names(tmp_path) == ["a", "b.gguf"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"logn_scaling": True}, "logn_scaling"), ({"hidden_size": 40}, "heads are 32 wide")],
-)
-def test_what_llama_cpp_does_not_compute(tmp_path, changes, message):
-    with pytest.raises(UsageError, match=message):
-        write(tmp_path, changes=changes)
-    assert names(tmp_path) == ["a"]
-
-
-def test_without_the_package(tmp_path, capsys, monkeypatch):
+def test_what_is_refused(tmp_path, capsys, monkeypatch):
+    for number, (changes, message) in enumerate(
+        (({"logn_scaling": True}, "logn_scaling"), ({"hidden_size": 40}, "heads are 32 wide"))
+    ):
+        folder = tmp_path / str(number)
+        with pytest.raises(UsageError, match=message):  # llama.cpp does not compute it
+            write(folder, changes=changes)
+        assert names(folder) == ["a"]
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert run(tmp_path / "nothing", tmp_path / "b.gguf", "--type", "f16") == 2
     lines = capsys.readouterr().err.splitlines()

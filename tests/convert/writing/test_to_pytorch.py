@@ -19,24 +19,20 @@ from hypothesis import strategies as st
 from convert import export_folder, load_checkpoint, open_folder, to_pytorch
 from convert.adapters.adapter import Adapter, save_adapter
 from convert.files.shards import open_weights
-from convert.files.tensor import StoredTensor
-from convert.layouts.names import INV_FREQ, PUBLISHED, SCALE, Match
-from convert.loading.folder import Folder
+from convert.layouts.names import INV_FREQ, SCALE
 from convert.writing import pytorch
-from convert.writing.own import convert_folder
-from glm2_jax import PRESETS, CheckpointError, UsageError
+from glm2_jax import CheckpointError, UsageError
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
-from glm2_jax.quant import pack_int4
-from glm2_jax.schemes import SCHEMES
 from tests.support.checkpoints import (
     TINY,
+    convert_folder,
     edit_json,
     names,
-    official_tensors,
     random_params,
     save,
     tiny_config,
     write_official,
+    write_quantized,
 )
 from tests.support.commands import exit_code
 from tests.support.shared_data import shared_path
@@ -47,21 +43,6 @@ run = partial(exit_code, to_pytorch.main)
 def tensors(folder):
     """Everything that a folder stores, by name; bit patterns, so that types count, too."""
     return {name: (t.dtype, t.read()) for name, t in open_weights(folder).tensors.items()}
-
-
-def write_packed(folder, bits, config=TINY, dtype="float16", **kwargs):
-    """An official int4 or int8 folder of random integers, its scales in the type of the rest."""
-    random = np.random.default_rng(bits)
-    stored = official_tensors(config, random_params(config), dtype)
-    for rule in PUBLISHED:
-        for layer in rule.layers(config) if rule.quantized(SCHEMES["int8"]) else ():
-            name, shape = rule.full_name(layer), rule.shape(config)
-            limit = 2 ** (bits - 1)
-            integers = random.integers(-limit, limit, shape, dtype=np.int8)
-            scales = random.uniform(0.001, 0.02, shape[0]).astype(stored[name].dtype)
-            stored[name] = pack_int4(integers) if bits == 4 else integers
-            stored[name + SCALE] = scales
-    return write_official(folder, config, tensors=stored, raw={"quantization_bit": bits}, **kwargs)
 
 
 def assert_same_tensors(one, other):
@@ -105,27 +86,6 @@ def test_the_official_form(tmp_path):
     assert index["metadata"]["total_size"] == sum(x.nbytes for _, x in stored.values())
     header = (tmp_path / "b" / min(files)).read_bytes()[8:200]
     assert b'"format": "pt"' in header  # transformers refuses others
-
-
-def test_the_6b_model_has_the_published_size():
-    config = PRESETS["chatglm2-6b"]
-    matches = tuple(
-        Match(rule, layer, StoredTensor(Path("x"), np.dtype("f2"), rule.shape(config), 0))
-        for rule in PUBLISHED
-        for layer in rule.layers(config)
-    )
-    source = Folder.__new__(Folder)
-    for name, value in {"config": config, "matches": matches, "scheme": None}.items():
-        object.__setattr__(source, name, value)
-    official = pytorch.plan_export(source, "chatglm").entries
-    assert len(official) == 200
-    assert sum(entry.nbytes for entry in official) == 12_487_168_064  # of the published index
-    native = pytorch.plan_export(source, "glm").entries
-    assert sum(entry.nbytes for entry in native) == 2 * config.num_params
-    shapes = {entry.name: entry.shape for entry in native}
-    assert shapes["model.layers.27.self_attn.q_proj.weight"] == (4096, 4096)
-    assert shapes["model.layers.27.self_attn.k_proj.bias"] == (256,)
-    assert shapes["model.layers.0.mlp.gate_up_proj.weight"] == (27392, 4096)
 
 
 def test_the_frequencies_are_those_of_the_published_code(tmp_path):
@@ -233,18 +193,15 @@ def test_official_to_ours_to_official_stays_packed(bits, kv_heads, hidden, ffn, 
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = write_packed(folder / "a", bits, config, dtype, kind=kind)
+        source = write_quantized(folder / "a", bits, config, dtype=dtype, kind=kind)
         convert_folder(open_folder(source), folder / "own", max_shard_size=shard)
-        export_folder(
-            open_folder(folder / "own"), folder / "b", layout="chatglm", max_shard_size=shard
-        )
-        assert_same_tensors(source, folder / "b")
+        for last, new in (("own", "b"), ("a", "c")):
+            export_folder(open_folder(folder / last), folder / new, layout="chatglm")
+            assert_same_tensors(source, folder / new)
         raw = json.loads((folder / "b/config.json").read_text())
         assert raw["quantization_bit"] == bits and raw["torch_dtype"] == dtype
         again = open_folder(folder / "b")
         assert again.layout == f"official int{bits}" and again.config == config
-        assert run(source, folder / "c", "--layout", "chatglm", "--max-shard-size", "20kB") == 0
-        assert_same_tensors(source, folder / "c")
 
 
 def test_our_own_int8_is_the_official_one_with_exact_scales(tmp_path, capsys):

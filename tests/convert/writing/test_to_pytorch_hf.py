@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from convert import load_checkpoint
 from convert.loading.folder import open_folder
 from convert.writing.pytorch import export_folder
-from glm2_jax import Tokenizer
 from tests.support.checkpoints import TINY, random_params, save, tiny_config, write_official
 from tests.support.paths import ROOT
 from tests.support.sp_model import sp_model
@@ -76,6 +75,12 @@ def test_our_folder_becomes_theirs_and_comes_back(tmp_path, changes):
     assert back.config == dataclasses.replace(config, rope_kind=back.config.rope_kind)
     assert config.rope_ratio == 1 or back.config.rope_kind == config.rope_kind
     jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
+    found = transformers.GenerationConfig.from_pretrained(native)
+    assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (True, 0.8, 0.8, 50)
+    roles = ours.tokenizer.special
+    ends = [roles[name] for name in ("<|user|>", "<|observation|>") if name in roles]
+    assert found.eos_token_id == ([2, *ends] if ends else 2)
+    assert (found.pad_token_id, found.max_length) == (0, 256)
 
 
 @settings(max_examples=4, derandomize=True, deadline=None)
@@ -135,17 +140,6 @@ def test_what_transformers_saves_is_read(tmp_path):
     assert (ours.config.rope_kind, ours.config.rope_ratio) == ("linear", 4.0)
     assert ours.config.family == "chatglm2" and ours.config.seq_length == 64
     assert_same_model(tmp_path, tmp_path)
-
-
-def test_the_generation_settings(tmp_path):
-    config = tiny_config(family="chatglm3", seq_length=128)
-    tokenizer = Tokenizer.from_bytes(sp_model(), "chatglm3")
-    save(tmp_path / "own", random_params(config), config)
-    found = pretrained(export(tmp_path / "own", tmp_path / "glm")).generation_config
-    assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (True, 0.8, 0.8, 50)
-    roles = [tokenizer.special[name] for name in ("<|user|>", "<|observation|>")]
-    assert found.eos_token_id == [2, *roles]
-    assert (found.pad_token_id, found.max_length) == (0, 128)
 
 
 def test_the_example_of_the_docs(tmp_path, capsys):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from convert.loading.folder import open_folder
-from convert.writing.own import convert_folder
 from glm2_jax import GLMConfig
 from glm2_jax.cli import arguments
 from glm2_jax.errors import CheckpointError, UsageError
@@ -30,6 +29,7 @@ from infer.bench.subject import Variant
 from infer.engine.load import demo_folder
 from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
+from tests.support.checkpoints import convert_folder
 from tests.support.paths import ROOT
 from tests.support.toy import TOY, jit_forward, random_tokens
 
