@@ -50,7 +50,7 @@ def steps(name: str, meshes: dict[int, str], rows: int) -> Iterator[str]:
         for count, mesh in meshes.items():
             found = cost(kind, mesh, rows * count)
             step = found.steps[name]
-            there = {"lora": found.adapted, "full": found.trained}
+            there = {"lora": found.weights, "full": found.trained}
             size = there.get(name, found.weights + found.cache)
             full = " (too much)" if size > found.links.card.memory else ""
             needed = step.tokens_needed

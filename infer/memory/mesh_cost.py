@@ -89,7 +89,6 @@ def all_reduce(links: Links, sizes: Mapping[str, int], axis: str, size: float) -
 class Step:
     """A step on one device, and lower bounds of its times."""
 
-    name: str  # "decode", "prefill", "lora" or "full"
     tokens: int  # of all devices together
     memory_s: float  # moving weights, cache and optimizer state through memory; no activations
     products_s: float  # operations of matrix products and attention
@@ -137,11 +136,10 @@ class MeshCost:
     precision: Precision
     batch: int  # rows of all devices
     length: int  # tokens of each
-    weights: int
+    weights: int  # in LoRA, too: adapters are small
     cache: int
-    adapted: int  # in LoRA: only the base, adapters are small
     trained: int  # with Adam: float32 parameters, gradients, moments, and the copy that computes
-    steps: Mapping[str, Step]  # by name
+    steps: Mapping[str, Step]  # "decode", "prefill", "lora", "full"
 
 
 def mesh_cost(
@@ -173,7 +171,7 @@ def mesh_cost(
     cache = cache_share(config, precision.size, length, here * copies, mesh)
     trained = elements * (_ADAM + precision.size)
     steps = _steps(config, sizes, card, precision, here, length, cache)
-    return MeshCost(card, sizes, precision, batch, length, weights, cache, weights, trained, steps)
+    return MeshCost(card, sizes, precision, batch, length, weights, cache, trained, steps)
 
 
 def _steps(
@@ -200,21 +198,20 @@ def _steps(
         return 2 * matrices * tokens + 2 * head * drawn + attention
 
     def step(
-        name: str, tokens: int, moved: float, work: float, fixed: Talk, reductions: int
+        tokens: int, moved: float, work: float, fixed: Talk, reductions: int, cache: int = 0
     ) -> Step:
-        """A step with so many all-reduces of its activations, that moves weights or state."""
-        infers = name in ("decode", "prefill")
+        """A step with so many all-reduces of its activations, that moves weights or state, and if
+        it infers, a cache."""
 
         def talk(tokens: int) -> Talk:
             size = tokens * config.hidden_size * precision.size
             found = fixed + all_reduce(links, sizes, "tensor", size) * reductions
             logits = min(here, tokens) * config.vocab_size * _FLOAT32
-            return found + gather(links, sizes, "tensor", logits) if infers else found
+            return found + gather(links, sizes, "tensor", logits) if cache else found
 
         return Step(
-            name,
             tokens * sizes["data"] * sizes["fsdp"],
-            (moved + (cache if infers else 0)) / bandwidth,
+            (moved + cache) / bandwidth,
             work / links.flops,
             talk(tokens),
             moved / bandwidth,
@@ -227,15 +224,15 @@ def _steps(
     full += all_reduce(links, sizes, "data", stored)
     updated = stored // plain.size * (_ADAM_MOVED + 3 * plain.size)
     training = 3 * operations(tokens, tokens, triangle)
-    steps = (
-        step("decode", here, read, operations(here, here, tokens), gathered, 2 * L + 1),
-        step("prefill", tokens, read, operations(tokens, here, triangle), gathered, 2 * L + 1),
+    decoding, prefill = operations(here, here, tokens), operations(tokens, here, triangle)
+    return {
+        "decode": step(here, read, decoding, gathered, 2 * L + 1, cache),
+        "prefill": step(tokens, read, prefill, gathered, 2 * L + 1, cache),
         # Forward, again inside each block, and backward through the activations.
-        step("lora", tokens, 3 * read, training, gathered * 2, 5 * L + 2),
+        "lora": step(tokens, 3 * read, training, gathered * 2, 5 * L + 2),
         # Forward, and backward through activations and weights.
-        step("full", tokens, updated, training, full, 4 * L + 2),
-    )
-    return {step.name: step for step in steps}
+        "full": step(tokens, updated, training, full, 4 * L + 2),
+    }
 
 
 def _gathered_weights(
@@ -267,16 +264,16 @@ def report(cost: MeshCost) -> list[str]:
         f"{links.flops / 1e12:,.0f} TFLOP/s, {links.link * links.ring / 1e9:,.0f} GB/s around a "
         f"ring, {links.network / 1e9:,.1f} GB/s of network):",
         f"  weights {weights}, cache {cache}, without activations{much(cost.weights + cost.cache)}",
-        f"  in training without activations: LoRA {human_size(cost.adapted)}{much(cost.adapted)}, "
+        f"  in training without activations: LoRA {weights}{much(cost.weights)}, "
         f"all parameters {human_size(cost.trained)}{much(cost.trained)}",
         "lower bounds of step times, at the makers' rates:",
     ]
-    for step in cost.steps.values():
+    for name, step in cost.steps.items():
         talk, needed = step.talk, step.tokens_needed
         sent = human_size(round(talk.link_bytes))
         per_link = human_size(round(talk.link_bytes / links.ring))
         lines += [
-            f"  {step.name}: memory {_time(step.memory_s)}, products {_time(step.products_s)}, "
+            f"  {name}: memory {_time(step.memory_s)}, products {_time(step.products_s)}, "
             f"links {_time(talk.seconds)}: limited by {step.limit}, at most "
             f"{step.tokens / step.overlapped_s:,.0f} tokens/s",
             f"    {talk.calls} collectives; a device sends {sent} through {links.ring} links "

@@ -107,7 +107,7 @@ def test_the_step_of_an_adapter_moves_no_weight(topology, sizes):
     # and those of keys and values.
     links = LINKS[topology.split(":")[0]]
     told = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=TOKENS)
-    assert memory.argument_size_in_bytes == pytest.approx(told.adapted + adapter, rel=1e-3)
+    assert memory.argument_size_in_bytes == pytest.approx(told.weights + adapter, rel=1e-3)
     sent, expected = sum(one.sent for one in found), BATCHES * told.steps["lora"].talk.link_bytes
     assert expected < sent < 1.03 * expected
 
