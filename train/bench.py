@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from glm2_jax.cli import arguments, interrupt
-from glm2_jax.cli.parser import Parser, from_flags
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.parser import Parser, flag, from_flags
 from infer.bench import options
 
 if TYPE_CHECKING:
@@ -43,31 +43,26 @@ weights; needs torch and a source checkout"""
 class Settings(options.Settings):
     """The flags of the command."""
 
-    batch_size: int
-    length: int
-    rank: int
-    target: str
-    grad_checkpoint: bool
+    batch_size: int = options.count("rows per step", default=4)
+    length: int = options.count("tokens per row", default=512)
+    rank: int = options.count("rank of the adapter", default=8)
+    target: str = flag("matrices to adapt, see train.lora", default="attn", metavar="NAMES")
+    grad_checkpoint: bool = flag(
+        "gradient checkpointing: recompute activations in the backward pass",
+        action=argparse.BooleanOptionalAction, default=True,
+    )  # fmt: skip
 
 
 def parser() -> Parser:
     """Return the parser of the command."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    options.add_model(result)
-    add = options.add_measured(
-        result, layout="stacked", steps=1, peer="peft", peer_help=PEER
-    ).add_argument
-    count: dict[str, Any] = {"type": arguments.positive, "metavar": "N"}
-    add("--batch-size", **count, default=4, help="rows per step")
-    add("--length", **count, default=512, help="tokens per row")
-    add("--rank", **count, default=8, help="rank of the adapter")
-    add("--target", default="attn", metavar="NAMES", help="matrices to adapt, see train.lora")
-    add(
-        "--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True,
-        help="gradient checkpointing: recompute activations in the backward pass",
-    )  # fmt: skip
-    group = result.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    options.add_options(
+        result,
+        Settings,
+        layout={"default": "stacked", "help": "layers stacked or in a list"},
+        steps={"default": 1},
+        peer={"choices": ("peft",), "metavar": "peft", "help": PEER},
+    )
     result.add_common()
     return result
 

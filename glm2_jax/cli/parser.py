@@ -115,7 +115,7 @@ def add_flags(
     only: Sequence[str] = (),
     **changes: dict[str, Any],
 ) -> argparse._ActionsContainer:
-    """Add and return a group with the flags of a dataclass, whose fields `flag` made; without a
+    """Add and return a group with the flags of a dataclass: its fields that `flag` made; without a
     title, they are added to `parser`, a group.
 
     `only` names fields where not all are added; `changes` are other arguments of `add_argument`, by
@@ -123,7 +123,7 @@ def add_flags(
     """
     group = parser if title is None else parser.add_argument_group(title)
     exclusive = group if title is None else group.add_mutually_exclusive_group()
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}
     for name in only or fields:
         options = {**fields[name].metadata, **changes.get(name, {})}
         flag_name = options.pop("name", name).replace("_", "-")

@@ -5,8 +5,7 @@ Only the flags are here; what they start is in `infer.bench.run`, which is impor
 
 from collections.abc import Sequence
 
-from glm2_jax.cli import arguments, interrupt
-from glm2_jax.cli.arguments import path_argument
+from glm2_jax.cli import interrupt
 from glm2_jax.cli.model_choice import add_mesh_options
 from glm2_jax.cli.parser import Parser, from_flags
 from glm2_jax.errors import UsageError
@@ -22,43 +21,14 @@ Exit codes: 0 success, 2 usage, 3 bad input, 4 model or checkpoint, 5 out of mem
 EXAMPLE = f"""{PROG} --random chatglm2-6b --quantize none,int8,int4 --batches 1,64
   {PROG} --model chatglm2-6b --dtypes float32,bfloat16 --peer transformers
   {PROG} --random chatglm2-6b --mesh data=2,tensor=4"""
-PEER = """alternate with transformers' GlmForCausalLM in the same shapes, with random weights:
-eager, and on a GPU also compiled with a static cache (not tested on a GPU); needs torch and a
-source checkout"""
 
 
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(prog=PROG, description=DESCRIPTION, example=EXAMPLE)
-    options.add_model(result)
-    group = options.add_measured(result, layout=None, steps=16, peer="transformers", peer_help=PEER)
-    group.add_argument(
-        "--preset", choices=("consumer",), metavar="consumer",
-        help="a 6B model on a consumer card: planned and measured memory and speed; "
-        "measured only on a GPU, or with --device cpu",
-    )  # fmt: skip
-    add_mesh_options(group)
-    for flag, default, what in (
-        ("--prompts", "128,512", "lengths of prompts to prefill, one row each; or none"),
-        ("--batches", "1,8", "batch sizes of decode steps; or none"),
-        ("--contexts", "128,512", "tokens in the cache before decoding, for each batch size"),
-    ):
-        group.add_argument(flag, type=_numbers, default=default, metavar="N,N", help=what)
-    output = result.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    output.add_argument(
-        "--plot", type=path_argument, metavar="F",
-        help="draw a roofline picture, .png, .svg or .pdf; needs pip install 'glm2-jax[plot]'",
-    )  # fmt: skip
+    add_mesh_options(options.add_options(result, options.BenchSettings))
     result.add_common()
     return result
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Parse whole numbers of 1 or more, separated by commas, or "none", for argparse."""
-    if text.strip() == "none":
-        return ()
-    return tuple(sorted({arguments.positive(part) for part in text.split(",")}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     from infer.bench import run
 
-    return run.run(from_flags(run.Settings, args, **values))
+    return run.run(from_flags(options.BenchSettings, args, **values))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from glm2_jax.cli.messages import human_size
 from glm2_jax.cli.tables import fold
@@ -11,14 +10,12 @@ from glm2_jax.config import PRESETS
 from glm2_jax.escape import join_lines
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.devices import find_device
+from infer.bench.options import BenchSettings
 from infer.bench.report import Report
 from infer.bench.report import render as render_figures
 from infer.memory.cards import CARDS
 from infer.memory.plan import Plan, rate_bound
 from infer.memory.precision import Precision, flags
-
-if TYPE_CHECKING:
-    from infer.bench.run import Settings
 
 MODEL = "chatglm2-6b"
 CARD, BANDWIDTH = "RTX 3090 24 GB", CARDS["3090"].bandwidth
@@ -32,7 +29,7 @@ ABOUT = (
 )
 
 
-def apply(settings: Settings) -> Settings:
+def apply(settings: BenchSettings) -> BenchSettings:
     """Return the settings that the preset stands for."""
     dtypes = ("bfloat16",) if settings.dtypes == ("auto",) else settings.dtypes
     shapes = {"prompts": (PROMPT,), "batches": (1,), "contexts": (PROMPT,)}

@@ -1,4 +1,4 @@
-"""The flags that `infer.bench` and `train.bench` share, without jax."""
+"""The flags of `infer.bench` and `train.bench`, without jax."""
 
 from __future__ import annotations
 
@@ -8,68 +8,17 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments
+from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import ModelChoice, add_model_options
-from glm2_jax.cli.parser import Parser, from_flags
+from glm2_jax.cli.parser import Parser, add_flags, flag, from_flags
 from glm2_jax.errors import UsageError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags of both, and the command line as it was typed."""
-
-    choice: ModelChoice
-    random: str | None
-    dtypes: tuple[str, ...]
-    quantize: tuple[str, ...] | None
-    layout: tuple[str, ...] | None
-    steps: int
-    repeat: int
-    peer: str | None
-    json: bool
-    command: str
-
-
-def add_model(result: Parser) -> None:
-    """Add the flags of the model: a checkpoint, or random weights."""
-    add_model_options(result)
-    group = result.add_argument_group("random weights")
-    group.add_argument(
-        "--random", type=arguments.path_argument, metavar="NAME|FILE",
-        help="instead of --model: random weights, made on the device, in the shapes of a published "
-        "model such as chatglm2-6b or of a config.json",
-    )  # fmt: skip
-
-
-def add_measured(
-    result: Parser, *, layout: str | None, steps: int, peer: str, peer_help: str
-) -> argparse._ArgumentGroup:
-    """Add the flags of what is measured and how often, and return their group."""
-    group = result.add_argument_group("what is measured")
-    lists: dict[str, Any] = {"metavar": "A,B"}
-    count: dict[str, Any] = {"type": arguments.positive, "metavar": "N"}
-    add = group.add_argument
-    add("--device", choices=DEVICES, default="auto", help="where to compute")
-    add(
-        "--dtypes", type=_one_of(DTYPES), default="auto", **lists,
-        help=f"dtypes to compute in, of {', '.join(DTYPES)}",
-    )  # fmt: skip
-    add(
-        "--quantize", type=_one_of(QUANTIZE), **lists,
-        help=f"quantizations, of {', '.join(QUANTIZE)} (default: as stored; random weights: none)",
-    )  # fmt: skip
-    by_device = " (default: by device)" if layout is None else ""
-    add(
-        "--layout", type=_one_of(LAYER_LAYOUTS), default=layout, **lists,
-        help=f"layers stacked or in a list{by_device}",
-    )  # fmt: skip
-    add("--steps", **count, default=steps, help="steps per repetition")
-    add("--repeat", **count, default=5, help="repetitions")
-    add("--peer", choices=(peer,), metavar=peer, help=peer_help)
-    return group
+count = partial(flag, type=arguments.positive, metavar="N")
 
 
 def _one_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -85,16 +34,86 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return names
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    """Parse whole numbers of 1 or more, separated by commas, or "none", for argparse."""
+    if text.strip() == "none":
+        return ()
+    return tuple(sorted({arguments.positive(part) for part in text.split(",")}))
+
+
+_list = partial(flag, metavar="A,B")
+_lengths = partial(flag, type=_numbers, metavar="N,N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of both, and the command line as it was typed."""
+
+    choice: ModelChoice
+    command: str
+    random: str | None = flag(
+        "instead of --model: random weights, made on the device, in the shapes of a published "
+        "model such as chatglm2-6b or of a config.json",
+        type=path_argument, metavar="NAME|FILE",
+    )  # fmt: skip
+    dtypes: tuple[str, ...] = _list(
+        f"dtypes to compute in, of {', '.join(DTYPES)}", type=_one_of(DTYPES), default="auto"
+    )
+    quantize: tuple[str, ...] | None = _list(
+        f"quantizations, of {', '.join(QUANTIZE)} (default: as stored; random weights: none)",
+        type=_one_of(QUANTIZE),
+    )
+    layout: tuple[str, ...] | None = _list(
+        "layers stacked or in a list (default: by device)", type=_one_of(LAYER_LAYOUTS)
+    )
+    steps: int = count("steps per repetition", default=16)
+    repeat: int = count("repetitions", default=5)
+    peer: str | None = flag(
+        "alternate with transformers' GlmForCausalLM in the same shapes, with random weights: "
+        "eager, and on a GPU also compiled with a static cache (not tested on a GPU); needs torch "
+        "and a source checkout",
+        choices=("transformers",), metavar="transformers",
+    )  # fmt: skip
+    json: bool = flag("one JSON object instead of a table", action="store_true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings(Settings):
+    """The flags of `infer.bench`."""
+
+    preset: str | None = flag(
+        "a 6B model on a consumer card: planned and measured memory and speed; measured only on a "
+        "GPU, or with --device cpu",
+        choices=("consumer",), metavar="consumer",
+    )  # fmt: skip
+    prompts: tuple[int, ...] = _lengths(
+        "lengths of prompts to prefill, one row each; or none", default="128,512"
+    )
+    batches: tuple[int, ...] = _lengths("batch sizes of decode steps; or none", default="1,8")
+    contexts: tuple[int, ...] = _lengths(
+        "tokens in the cache before decoding, for each batch size", default="128,512"
+    )
+    plot: str | None = flag(
+        "draw a roofline picture, .png, .svg or .pdf; needs pip install 'glm2-jax[plot]'",
+        type=path_argument, metavar="F",
+    )  # fmt: skip
+
+
+def add_options(result: Parser, cls: type[Settings], **changes: Any) -> argparse._ActionsContainer:
+    """Add the flags of the model and of the settings; returns the group of the settings."""
+    add_model_options(result)
+    group = add_flags(result, "what is measured", cls, **changes)
+    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    return group
+
+
 def parse(
     result: Parser, argv: Sequence[str] | None, *more_models: str
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Parse the flags before jax starts; returns them, and the `Settings` that are no flags.
 
-    Args:
-        more_models: flags that name a model, besides --model and --random.
-
-    Raises:
-        UsageError: flags contradict each other.
+    `more_models` are the flags that name a model, besides --model and --random, which exclude each
+    other: UsageError.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = result.parse_args(argv)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from typing import Any
@@ -13,26 +13,16 @@ from glm2_jax.cli import arguments
 from glm2_jax.cli.files import real_path
 from glm2_jax.errors import UsageError
 from glm2_jax.mesh import mesh_of
-from infer.bench import consumer, harness, options, plot
+from infer.bench import consumer, harness, plot
 from infer.bench.harness import Task
+from infer.bench.options import BenchSettings
 from infer.bench.programs import Shape, Workload, work
 from infer.bench.report import Report, Result, render
 from infer.bench.subject import Variant
 from infer.memory.shares import sizes_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(options.Settings):
-    """The flags of the command."""
-
-    preset: str | None
-    prompts: tuple[int, ...]
-    batches: tuple[int, ...]
-    contexts: tuple[int, ...]
-    plot: str | None
-
-
-def run(settings: Settings) -> int:
+def run(settings: BenchSettings) -> int:
     """Measure what the flags name and print it; returns the exit code.
 
     Raises:
@@ -62,7 +52,7 @@ def run(settings: Settings) -> int:
 
 
 def _tasks(
-    settings: Settings, config: GLMConfig, params: Any, variant: Variant, report: Report
+    settings: BenchSettings, config: GLMConfig, params: Any, variant: Variant, report: Report
 ) -> Iterator[Task]:
     """Yield what the flags ask for, as far as the model goes."""
     wanted = [Shape(batch=1, prompt=length) for length in settings.prompts]
