@@ -1,7 +1,8 @@
 """A TPU compiler's own figures for a plan: asked of libtpu, where that is installed.
 
-The compiler needs no TPU. It runs in a process of its own, `infer.memory.compile_for`, so nothing
-here starts jax.
+The compiler needs no TPU. It runs in a process of its own, `python -m infer.memory.compiler`, since
+it reads its environment when jax starts, keeps others of its kind out, and may end the process.
+Nothing else here starts jax.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from glm2_jax.config import GLMConfig
 from infer.memory.cards import CARDS
 from infer.memory.plan import Plan
+from infer.memory.precision import Precision
 
 EXTRA = (
     "The compiler's own figures are available without a TPU, with an extra: "
@@ -33,7 +37,7 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-_MODULE = "infer.memory.compile_for"
+_MODULE = "infer.memory.compiler"
 _INSTALLED = str(Path(__file__).parents[2])  # the folder that holds this package
 
 
@@ -103,3 +107,63 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     except (IndexError, ValueError):
         said = done.stderr.strip().splitlines()
         return {"error": said[-1] if said else f"the compiler exited with code {done.returncode}"}
+
+
+def peak_bytes(
+    config: GLMConfig, precision: Precision, slots: int, rows: int, width: int, device: Any
+) -> int:
+    """Return the peak bytes of reading `width` tokens of every row, weights and cache included;
+    raises JaxRuntimeError where it does not fit. Programs are compiled from shapes.
+
+    Drawing a token from the logits is left out: compiling it takes longer than all the rest, and
+    it needs a few megabytes.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from glm2_jax import KVCache, last_logits
+    from glm2_jax.runtime.xla import cache_dtype
+    from infer.memory.shares import abstract_params
+
+    kind = cache_dtype(device.platform, jnp.dtype(precision.dtype))
+    cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, kind))
+    tokens, last = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,)))
+    place = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+    args = (abstract_params(config, precision), tokens, last, cache)
+    args = jax.tree.map(lambda x: place(x.shape, x.dtype), args)
+
+    def forward(params: Any, tokens: Any, last: Any, cache: KVCache) -> Any:
+        return last_logits(config, params, tokens, last, cache=cache)
+
+    lowered = jax.jit(forward, donate_argnums=3).lower(*args)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None  # every compiler that this is for reports it
+    return memory.peak_memory_in_bytes
+
+
+def main() -> None:
+    """Answer the request on standard input: {"peak": {program: bytes}} and, where one failed,
+    {"error": text}; both are JSON."""
+    import jax
+    from jax.experimental import topologies
+
+    request, peak = json.load(sys.stdin), {}
+    config = GLMConfig(**request["config"])
+    precision = Precision(request["dtype"], request["quantize"])
+    device = topologies.get_topology_desc(
+        request["topology"],
+        request["platform"],
+        chips_per_host_bounds=(1, 1, 1),  # older versions of libtpu assume four chips
+    ).devices[0]
+    answer: dict[str, Any] = {"peak": peak}
+    try:
+        for name, width in request["programs"].items():
+            rows = request["rows"]
+            peak[name] = peak_bytes(config, precision, request["slots"], rows, width, device)
+    except jax.errors.JaxRuntimeError as error:
+        answer["error"] = str(error)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

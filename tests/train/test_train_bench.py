@@ -82,21 +82,9 @@ def test_out_of_memory_is_reported(capsys, monkeypatch, command):
     assert "layers stacked, step 2 x 16: out of memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
-        (["--random", "chatglm2-6b", "--model", "x"], "exclude each other"),
-        (["--target", "q_proj"], "matches nothing"),
-    ],
-)
-def test_contradictions(flags, problem):
-    with pytest.raises(UsageError, match=problem):
-        bench.main([*flags, "--device", "cpu"])
-
-
-def test_the_examples_parse():
-    examples = bench.EXAMPLE.splitlines()
-    assert len(examples) == 2
-    for line in examples:
-        program, flags = line.split(bench.PROG)
-        assert not program.strip() and bench.parser().parse_args(shlex.split(flags)).random
+def test_usage():
+    with pytest.raises(UsageError, match="matches nothing"):
+        bench.main(["--target", "q_proj", "--device", "cpu"])
+    for line in bench.EXAMPLE.splitlines():
+        _, flags = line.split(bench.PROG)
+        assert bench.parser().parse_args(shlex.split(flags)).random

@@ -13,7 +13,7 @@ from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.engine.sampling import Sampling
 from infer.engine.steps import verify
-from infer.memory.compile_for import peak_bytes
+from infer.memory.compiler import peak_bytes
 from infer.memory.plan import (
     Plan,
     cache_bytes,
