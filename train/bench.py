@@ -89,11 +89,11 @@ def _tasks(
 
     rows, length = settings.batch_size, settings.length
     lora = init_lora(config, jax.random.key(0), rank=settings.rank, targets=settings.target)
-    shape = {"batch": rows, "length": length, "steps": settings.steps}
+    shape = {"batch": rows, "length": length, "steps": settings.steps, "rank": settings.rank}
+    shape["checkpointing"] = settings.grad_checkpoint
     flops = work(config, base, lora, rows, length)
     result = Result(variant, f"step {rows} x {length}", shape, rows * length, None, flops)
-    form = {"rank": settings.rank, "checkpointing": settings.grad_checkpoint}
-    yield Task(result, lambda: _build(settings, config, base, lora), shape | form)
+    yield Task(result, lambda: _build(settings, config, base, lora))
 
 
 def _build(

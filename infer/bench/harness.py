@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -36,7 +36,6 @@ class Task(NamedTuple):
     result: Result  # to be filled
     # Compiles it; returns what does it once and returns its seconds, and the seconds of compiling.
     build: Callable[[], tuple[Callable[[], float], float]]
-    request: Mapping[str, Any]  # that prepares the peer for the same
 
 
 Tasks = Callable[[GLMConfig, Any, Variant, Report], Iterable[Task]]  # of parameters in a form
@@ -162,7 +161,7 @@ def take_turns(task: Task, repeats: int, peer: Peer | None) -> None:
     for mode in peer.modes if peer is not None else ():
         assert peer is not None
         try:
-            peer.ask(do="prepare", mode=mode, **task.request)
+            peer.ask(do="prepare", mode=mode, **result.shape)
             for _ in range(repeats):
                 result.seconds.append(run())
                 result.peers.setdefault(mode, []).append(peer.measure())

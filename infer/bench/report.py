@@ -41,7 +41,7 @@ class Result:
 
     variant: Variant
     what: str  # "prefill 1 x 512", "decode 8 at 2048": rows, and tokens read or in the cache
-    shape: dict[str, int]
+    shape: dict[str, int]  # in numbers, as the peer is asked for the same
     tokens: int  # all rows together
     bytes: float | None  # the least that has to be read; None = not counted
     flops: float  # the least that has to be computed

@@ -10,7 +10,7 @@ from typing import Any
 
 from glm2_jax import GLMConfig
 from glm2_jax.cli import arguments
-from glm2_jax.cli.files import real_path
+from glm2_jax.cli.files import require_file_place
 from glm2_jax.errors import UsageError
 from glm2_jax.mesh import mesh_of
 from infer.bench import consumer, harness, plot
@@ -30,10 +30,7 @@ def run(settings: BenchSettings) -> int:
     """
     if settings.plot:
         arguments.check_plot(settings.plot)
-        place = real_path(settings.plot)
-        if place.is_dir() or not place.parent.is_dir():
-            why = "It is a folder." if place.is_dir() else "Its folder does not exist."
-            raise UsageError(f"--plot {settings.plot} cannot be written.", why)
+        require_file_place(settings.plot)
     unmeasured, show = "", render
     if settings.preset:
         settings, show = consumer.apply(settings), consumer.render
@@ -80,5 +77,4 @@ def task_of(config: GLMConfig, params: Any, variant: Variant, shape: Shape) -> T
         run = load.prefill(shape) if shape.prompt else load.decode(shape)
         return run, load.programs.seconds
 
-    numbers = asdict(shape)
-    return Task(Result(variant, shape.name, numbers, shape.tokens, *least), build, numbers)
+    return Task(Result(variant, shape.name, asdict(shape), shape.tokens, *least), build)

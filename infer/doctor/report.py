@@ -14,8 +14,7 @@ from glm2_jax.cli.messages import human_size
 from glm2_jax.cli.tables import fold
 from glm2_jax.escape import join_lines
 from glm2_jax.runtime.machine import Machine
-from infer.doctor.checkup import Finding, examine
-from infer.doctor.forms import Model, command, forms
+from infer.doctor.checkup import Finding, Model, command, examine, forms
 from infer.memory.budget import Budget
 from infer.memory.plan import Plan
 from infer.memory.precision import flags

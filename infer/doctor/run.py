@@ -10,7 +10,7 @@ from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.cli.tables import columns
 from glm2_jax.escape import json_line
 from glm2_jax.runtime.machine import probe
-from infer.doctor.forms import Model
+from infer.doctor.checkup import Model
 from infer.doctor.report import Report, as_json, render
 
 

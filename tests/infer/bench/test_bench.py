@@ -15,7 +15,7 @@ import pytest
 from convert.loading.folder import open_folder
 from glm2_jax import GLMConfig
 from glm2_jax.cli import arguments
-from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.schemes import SCHEMES
 from infer.bench import __main__ as bench
 from infer.bench import consumer, harness, plot, programs
@@ -200,7 +200,7 @@ def test_the_peer_takes_turns_and_may_fail(fail):
     calls: list[str] = []
     shape = Shape(1, context=4)
     result = result_of(Variant("float32", "none", "stacked"), shape, 1.0, 1.0)
-    task = Task(result, lambda: (lambda: calls.append("ours") or 1.0, 0.5), {"steps": 1})
+    task = Task(result, lambda: (lambda: calls.append("ours") or 1.0, 0.5))
     take_turns(task, 3, FakePeer(calls, fail))
     modes = [mode for mode in ("eager", "compiled") if mode != fail]
     assert calls == [call for mode in modes for call in (mode, *["ours", "theirs"] * 3)]
@@ -272,7 +272,9 @@ def test_the_picture(tmp_path, monkeypatch):
     plot.draw(hand_made(), str(path))
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     with pytest.raises(UsageError, match="must end in .png"):
-        arguments.check_plot("roofline.txt")
+        bench.main(["--plot", "roofline.txt"])
+    with pytest.raises(InputError, match="folder not found"):
+        bench.main(["--plot", "no/such/folder/a.png"])
 
     def damaged(name):
         raise ImportError(f"{name}: numpy.core.multiarray failed to import")
@@ -292,11 +294,9 @@ def test_the_picture(tmp_path, monkeypatch):
         (["--random", "chatglm2-6b", "--model", "x"], "--model and --random"),
         (["--random", "x", "--preset", "consumer"], "--random and --preset"),
         (["--random", "no-such-model"], "--random no-such-model: no such model"),
-        (["--plot", "no/such/folder/a.png"], "folder does not exist"),
     ],
 )
-def test_contradictions(args, message, monkeypatch):
-    monkeypatch.setattr(arguments, "check_plot", lambda path: None)
+def test_contradictions(args, message):
     with pytest.raises(UsageError, match=message):
         bench.main(args)
     for bad in (["--dtypes", "float31"], ["--prompts", "0"]):

@@ -24,7 +24,7 @@ from glm2_jax.runtime.machine import (
     probe_jax,
 )
 from infer.doctor.__main__ import main
-from infer.doctor.forms import Model, command
+from infer.doctor.checkup import Model, command
 from infer.doctor.report import Report, as_json, render
 from infer.doctor.run import open_model
 from infer.engine.load import demo_folder
