@@ -11,7 +11,6 @@ from glm2_jax import PRESETS, GLMConfig
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.text.prompt import build_prompt, chatglm2_text
 from glm2_jax.text.tokenizer import Tokenizer
-from infer.engine.params import SamplingParams
 from infer.explain.walk import make_walk
 from infer.memory.plan import cache_bytes
 from infer.memory.precision import Precision
@@ -125,13 +124,6 @@ def test_the_int4_file():
         else:
             total += times * 2 * math.prod(shape)
     assert f"{total:,}" == "3,923,601,472" and f"{total:,}" in entries(ENGLISH)[21]
-
-
-def test_values_of_the_configuration():
-    chat = SamplingParams()
-    assert (chat.temperature, chat.top_k, chat.top_p) == (0.8, 50, 0.8)
-    raw = CONFIG.to_hf()  # a switch for flash attention does nothing
-    assert GLMConfig.from_hf(raw | {"use_flash_attention": True}) == GLMConfig.from_hf(raw)
 
 
 def test_the_ids_that_are_shown():

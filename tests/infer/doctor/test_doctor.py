@@ -124,6 +124,8 @@ def test_a_laptop_is_offered_the_demo_model():
         size = human_size(form.total)
         assert f"{form.precision.name:<9} {size:>8}  too large" in shown
     assert "No dtype or quantization of a 6B model fits here" in shown
+    unknown = check(changed(LAPTOP, memory=Memory()))
+    assert unknown.best is None and "try it" in render(unknown, 100)
 
 
 T4 = Gpu("Tesla T4", 16 * GB, 16 * GB)
@@ -164,11 +166,6 @@ def test_a_folder_that_is_stored_quantized_stays_so():
     forms = {tuple(form["precision"].values()): form["flags"] for form in as_json(report)["forms"]}
     assert forms["bfloat16", None] == "--dtype bfloat16 --quantize none"
     assert set(forms) == {("bfloat16", "int4-row"), ("bfloat16", None), ("float32", None)}
-
-
-def test_unknown_memory():
-    report = check(changed(LAPTOP, memory=Memory()))
-    assert report.best is None and "try it" in render(report, 100)
 
 
 # What is wrong
@@ -212,13 +209,10 @@ def test_findings(machine, mark, words):
     assert report.exit_code == 0 and bool(report.problems) >= (mark == "problem")
 
 
-def test_a_variable_that_jax_cannot_use():
+def test_jax_that_does_not_work():
     error = "Unknown flag in XLA_FLAGS: --nonsense=1 (at: find devices)"
     said = texts(check(without_jax(error, variables={"XLA_FLAGS": "x"})), "problem")
     assert "unset XLA_FLAGS" in said and "fresh" not in said
-
-
-def test_jax_that_does_not_work():
     report = check(without_jax("crashed with signal 4 (at: import jax)"))
     assert report.exit_code == 5 and report.command == "" and report.forms == ()
     said = texts(report, "problem")

@@ -75,13 +75,11 @@ def test_a_default_context_is_made_shorter_but_not_one_that_was_asked_for():
     assert settle(Budget("a card", "gpu", None), wish).context == 32768
 
 
-def test_float32_gives_way_where_it_does_not_fit():
-    choices = Budget("cpu", "cpu", 16 * GB).precisions(None, "auto", None)
+def test_precisions_by_flags_and_by_place():
+    place = Budget("cpu", "cpu", 16 * GB)  # where float32 does not fit
+    choices = place.precisions(None, "auto", None)
     wishes = [Plan(SIX, choice, 8192, platform="cpu") for choice in choices]
-    assert settle(Budget("cpu", "cpu", 16 * GB), wishes).precision == BF16
-
-
-def test_flags_ask_for_a_precision():
+    assert settle(place, wishes).precision == BF16
     assert flags(BF16) == "--dtype bfloat16" and flags(INT8) == "--dtype bfloat16 --quantize int8"
     stored = Precision("float16", "int4-row")
     assert flags(stored, "int4-row") == "--dtype float16" and stored.name == "int4"
