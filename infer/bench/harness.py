@@ -48,13 +48,8 @@ def run(
     unmeasured: str = "",
     show: Callable[[Report, int], str] = render,
 ) -> tuple[Report, int]:
-    """Measure and print the report, also where a signal ends the process; returns it and the exit
-    code.
-
-    Args:
-        unmeasured: why nothing is to be measured.
-        show: writes the report for people, in so many columns.
-    """
+    """Measure, unless `unmeasured` says why not, and print the report, also where a signal ends the
+    process; returns it and the exit code. `show` writes it for people, in so many columns."""
     choice = settings.choice
     mesh = find_mesh(choice.mesh, choice.device)
     device = find_device(choice.device) if mesh is None else mesh.devices.flat[0]

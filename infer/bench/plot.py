@@ -8,11 +8,7 @@ _MARKERS = "osDv^P*X"
 
 
 def draw(report: Report, path: str) -> None:
-    """Write the picture; both axes are logarithmic.
-
-    Raises:
-        InputError: there is nothing to draw.
-    """
+    """Write the picture; both axes are logarithmic. InputError: nothing to draw."""
     from matplotlib.figure import Figure
 
     results = [result for result in report.results if result.seconds]

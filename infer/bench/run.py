@@ -23,11 +23,7 @@ from infer.memory.shares import sizes_of
 
 
 def run(settings: BenchSettings) -> int:
-    """Measure what the flags name and print it; returns the exit code.
-
-    Raises:
-        GLMError: the model, the device or a file is not what it should be.
-    """
+    """Measure what the flags name and print it; returns the exit code."""
     if settings.plot:
         arguments.check_plot(settings.plot)
         require_file_place(settings.plot)

@@ -50,9 +50,7 @@ class Variant:
 class Subject:
     """The model of the flags, on one device or a mesh, of which `device` is one.
 
-    Raises:
-        UsageError: it is quantized already, or the mesh does not fit it. CheckpointError: it
-            cannot be opened.
+    Raises UsageError if it is quantized already, or the mesh does not fit it.
     """
 
     def __init__(self, settings: Settings, device: Any, mesh: Mesh | None = None):

@@ -114,11 +114,8 @@ def shared(budget: Budget, devices: int) -> Budget:
 def from_choice(
     choice: ModelChoice, options: EngineOptions, processes: int = 1
 ) -> tuple[Budget, dict[str, Any]]:
-    """Return the budget of each device that the flags name, and what they say of every `Plan`.
-
-    Raises:
-        UsageError: --mesh is not a mesh. CheckpointError: --prefix does not hold a prefix.
-    """
+    """Return the budget of each device that the flags name, and what they say of every `Plan`;
+    raises UsageError for a bad --mesh, CheckpointError for a --prefix that holds none."""
     more: dict[str, Any] = {
         "chunk": options.prefill_chunk or PREFILL_CHUNK,
         "columns": 1 + options.speculate,
@@ -160,15 +157,9 @@ def prepare(
     """Plan the memory of the model in `folder` before it is loaded and before jax starts, and set
     the share of a GPU's memory in the environment.
 
-    Args:
-        rows: prompts that are answered together.
-        processes: of the run, over which a mesh is spread.
-
-    Returns:
-        The flags as they fit: perhaps a narrower dtype and a shorter context.
-
-    Raises:
-        UsageError: a context that the model does not have. DeviceError: it cannot fit.
+    Returns the flags as they fit `rows` prompts at once, with a mesh over all `processes`: perhaps
+    with a narrower dtype and a shorter context. Raises UsageError for a context that the model does
+    not have, DeviceError if it cannot fit.
     """
     from convert.loading.folder import open_folder
 
@@ -203,13 +194,9 @@ def settle(
     stored: str | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Return the plan to compute with: the first of the wishes that fits; they differ in their
-    precision. Where only the context does not fit it is made shorter, and `tell` gets a line on it;
-    None = the user asked for just this context.
-
-    Raises:
-        DeviceError: it does not fit; with the numbers and what does.
-    """
+    """Return the plan to compute with: the first of the wishes, which differ in their precision,
+    that fits; raises DeviceError with what does. Where only the context does not fit it is made
+    shorter, and `tell` gets a line on it; None = the user asked for just this context."""
     memory = budget.memory
     fitting = [plan for plan in wishes if memory is None or plan.total <= memory]
     if memory is None or fitting:

@@ -54,11 +54,8 @@ def gather(links: Links, sizes: Mapping[str, int], axis: str, size: float) -> Ta
 
     Of n devices in a ring each sends the n-th part of the array n - 1 times. Where the axis reaches
     beyond the devices that are linked, each of them first exchanges its part over the network, and
-    then sends what it received around its ring.
-
-    Args:
-        sizes: axis -> size, the slowest first: devices next to each other differ in the last axis.
-        size: bytes that every device has in the end.
+    then sends what it received around its ring. Every device has `size` bytes in the end. Devices
+    next to each other differ in the last axis of `sizes`.
     """
     names = list(sizes)
     apart = math.prod(sizes[name] for name in names[names.index(axis) + 1 :])
@@ -152,14 +149,12 @@ def mesh_cost(
     dtype: str = "bfloat16",
     scheme: str | None = None,
 ) -> MeshCost:
-    """Return what a model on a mesh costs; raises UsageError for a mesh that does not fit it.
+    """Return what a model costs on a mesh with the `sizes` of `glm2_jax.parse_mesh`; raises
+    UsageError for a mesh that does not fit it.
 
-    Args:
-        sizes: axis -> size, as `glm2_jax.parse_mesh` returns it.
-        batch: rows of all devices together; filled up to what `data` and `fsdp` divide.
-        length: tokens in the cache of each row, of a prompt, and of a row in training.
-        dtype: of activations and cache, and of weights that are not quantized.
-        scheme: of `glm2_jax.schemes`, for the matrices in inference and LoRA.
+    `batch` rows of all devices are filled up to what `data` and `fsdp` divide; each has `length`
+    tokens in the cache, as a prompt, and in training. `scheme` is that of the matrices in inference
+    and LoRA, `dtype` that of all else.
     """
     sizes = all_axes(sizes)
     precision, mesh = Precision(dtype, scheme), sizes_of(sizes)
