@@ -142,7 +142,7 @@ def add_model_options(parser: Parser) -> None:
     add_flags(parser, "model", ModelChoice, ("path", *HUB, *FORM))
 
 
-def add_mesh_options(group: argparse._ArgumentGroup) -> None:
+def add_mesh_options(group: argparse._ActionsContainer) -> None:
     """Add the flags of a mesh; `glm2_jax.runtime.devices.find_mesh` reads their value."""
     mesh = group.add_mutually_exclusive_group()
     add_flags(mesh, None, ModelChoice, ("mesh",))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from glm2_jax.choices import DEVICES, DTYPES, LAYER_LAYOUTS, QUANTIZE
+from glm2_jax.choices import DTYPES, LAYER_LAYOUTS, QUANTIZE
 from glm2_jax.cli import arguments
 from glm2_jax.cli.arguments import path_argument
 from glm2_jax.cli.model_choice import ModelChoice, add_model_options
@@ -103,7 +103,7 @@ def add_options(result: Parser, cls: type[Settings], **changes: Any) -> argparse
     """Add the flags of the model and of the settings; returns the group of the settings."""
     add_model_options(result)
     group = add_flags(result, "what is measured", cls, **changes)
-    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    add_flags(group, None, ModelChoice, ("device",))
     return group
 
 
