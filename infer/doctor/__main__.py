@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from infer.doctor import run
 
-    return run.run(from_flags(run.Settings, args))
+    return run.run(from_flags(ModelChoice, args), json=args.json)
 
 
 if __name__ == "__main__":

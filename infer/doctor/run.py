@@ -1,7 +1,6 @@
 """What `python -m infer.doctor` does once its flags are parsed."""
 
 import sys
-from dataclasses import dataclass
 
 from convert.hub.find import find_model
 from convert.loading.folder import open_folder
@@ -14,23 +13,15 @@ from infer.doctor.checkup import Model
 from infer.doctor.report import Report, as_json, render
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The flags of the command."""
-
-    choice: ModelChoice
-    json: bool
-
-
-def run(settings: Settings) -> int:
+def run(choice: ModelChoice, *, json: bool) -> int:
     """Look at this machine and print the report; returns the exit code."""
-    model = open_model(settings.choice)
+    model = open_model(choice)
     if sys.stderr.isatty():
         note("looking at this machine; starting jax can take a minute ...")
     report = Report(probe(), model)
     widest = 100
     text = render(report, min(columns(widest), widest))
-    print(json_line(as_json(report)) if settings.json else text)
+    print(json_line(as_json(report)) if json else text)
     return report.exit_code
 
 

@@ -181,8 +181,6 @@ def making() -> dict[str, int]:
 
 
 def main() -> None:
-    # Machine code takes longest to make, and is not what is looked at.
-    jax.config.update("jax_disable_most_optimizations", True)
     harness.measure_ceilings = lambda device: ONE
     programs.PREFILL_CHUNK = 16  # prompts are read in parts
     folder, none = Path(sys.argv[1]), ("--prompts", "none", "--batches", "none")

@@ -161,9 +161,6 @@ def test_a_plan_for_every_precision_context_and_batch():
 def test_flags_leave_fewer_precisions_open():
     assert set(sheet(dtype="float16").labels.values()) == {"float16"}
     assert set(sheet(quantize="int8").labels.values()) == {"int8"}
-    processor = Budget("this processor", "cpu", 20 * GB)
-    labels = sheet(processor, quantize="int4+embeddings").labels.values()
-    assert set(labels) == {"float32:int4+embeddings", "bfloat16:int4+embeddings"}
     stored = sheet(stored="int4-row").labels
     assert Precision("bfloat16", "int4-row") in stored and INT8 not in stored
     assert {plan.chunk for plan in sheet(chunk=512, columns=3).plans} == {512}
