@@ -20,6 +20,7 @@ from convert.files.tensor import BFLOAT16, StoredTensor, bad_file, check_shape, 
 from glm2_jax.errors import CheckpointError, shorten
 
 MAX_PICKLE_BYTES = 4 * 2**20  # those of real files have some 50 KB
+_MAX_READ = MAX_PICKLE_BYTES
 _MAX_ARGUMENTS = 7  # of _rebuild_tensor_v2
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -190,6 +191,15 @@ def read_state_dict(data: bytes, path: Path) -> dict[str, _Tensor]:
     )
 
 
+class _File(io.FileIO):
+    """A file that is read in small pieces: `zipfile` would take a directory of any size at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_READ:
+            raise ValueError(f"it has {size} bytes; {_MAX_READ} are the limit")
+        return super().read(size)
+
+
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a `.bin` file of torch >= 1.6; their bytes stay in the file.
 
@@ -197,7 +207,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     `CheckpointError` with the file and the reason.
     """
     size = regular_file_size(path)
-    with path.open("rb") as file:
+    with _File(path) as file:
         _check_container(path, file.read(512), size)
         try:
             with zipfile.ZipFile(file) as archive:

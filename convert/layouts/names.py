@@ -220,25 +220,26 @@ def match_tensors(
             f"The weight files hold {len(left)} tensors, and a layer has several.",
             "Check that config.json belongs to these weights.",
         )
-    wanted = [(rule, layer) for rule in rules for layer in rule.layers(config)]
+    wanted = {
+        rule.full_name(layer): (rule, layer) for rule in rules for layer in rule.layers(config)
+    }
     if rules is not OWN:  # the manifest's checksums cover the names of our own format
-        names = [rule.full_name(layer) for rule, layer in wanted]
-        left = resolve_aliases(left, [name + end for name in names for end in ("", SCALE)])
-    order = {name: i for i, name in enumerate(left)}
-    matches, missing, wrong = [], [], []
-    for rule, layer in wanted:
-        name, scale = rule.full_name(layer), None
+        left = resolve_aliases(left, [name + end for name in wanted for end in ("", SCALE)])
+    order = list(left)
+    matches, missing, wrong = {}, [], []
+    for name, (rule, layer) in wanted.items():
+        scale = None
         tensor, quantized = left.pop(name, None), rule.quantized(scheme)
         if tensor is not None and quantized:
             scale = left.pop(name + SCALE, None)
         if tensor is None or (quantized and scale is None):
             missing.append(name if tensor is None else name + SCALE)
             continue
-        matches.append(Match(rule, layer, tensor, scale))
-        wrong += _wrong(config, matches[-1], scheme)
+        matches[name] = Match(rule, layer, tensor, scale)
+        wrong += _wrong(config, matches[name], scheme)
     if missing or wrong or left:
         raise explain_misfits(missing, wrong, list(left), tensors, rules is GLM)
-    return sorted(matches, key=lambda match: order[match.name])
+    return [matches[name] for name in order if name in matches]
 
 
 def _wrong(config: GLMConfig, match: Match, scheme: Scheme | None) -> list[str]:

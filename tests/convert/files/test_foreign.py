@@ -94,9 +94,7 @@ def test_weights_under_other_names(tmp_path):
 def test_files_that_are_given_as_a_model(tmp_path):
     folder = write_official(tmp_path / "whole")
     for name in ("config.json", "pytorch_model.bin.index.json", "tokenizer.model"):
-        assert refusal(folder / name).fix == (
-            f"Give the folder that holds it, for example {folder}."
-        )
+        assert f"folder that holds it, for example {folder}." in refusal(folder / name).fix
     alone = put(tmp_path / "alone", "model.safetensors") / "model.safetensors"
     assert "Put config.json and tokenizer.model next to it" in refusal(alone).fix
     adapter = put(tmp_path / "lora", "adapter_model.safetensors") / "adapter_model.safetensors"

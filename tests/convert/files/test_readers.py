@@ -193,6 +193,8 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_reader, "MAX_PICKLE_BYTES", 100)
     write_torch_file(path, TENSORS)
     assert "100 are the limit" in refusal(path)
+    monkeypatch.setattr(torch_reader, "_MAX_READ", 600)
+    assert "directory at the end" in refusal(path) and "600 are the limit" in refusal(path)
 
 
 def test_other_formats_are_refused_with_what_to_do(tmp_path):
