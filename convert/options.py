@@ -114,7 +114,7 @@ def print_model(
 
 
 def write(
-    action: Callable[[Callable[[int, int], None]], Any],
+    action: Callable[..., Any],
     destination: str,
     size: int,
     form: str,
@@ -125,8 +125,7 @@ def write(
     file: bool = False,
     **more: Any,
 ) -> None:
-    """Check DST (see `check_destination`), call `action` with a function that shows its progress,
-    and print what was written.
+    """Check DST (see `check_destination`), call `action(progress=...)` and print what it wrote.
 
     A dry run writes nothing: DST and its bytes are printed on standard output, with `more`.
     """
@@ -138,7 +137,7 @@ def write(
         print(json_line({"destination": destination, "bytes": size, **more, "written": False}))
         return
     with Progress("writing", show=human_size) as bar:
-        action(bar.update)
+        action(progress=bar.update)
     print_written(destination, size, form)
 
 

@@ -1,5 +1,7 @@
 """`python -m convert.to_gguf SRC DST --type f16|q8_0`: write one file for llama.cpp."""
 
+from functools import partial
+
 from convert import options
 from glm2_jax.choices import GGUF_TYPES
 from glm2_jax.cli import interrupt
@@ -53,12 +55,8 @@ def main(argv: list[str]) -> None:
         warnings.append("the rotary angles of llama.cpp are float32; the requested ones are not")
     written = "float16" if args.type == "f16" else args.type
     options.print_model(args.source, folder, adapter, written, *warnings)
-    options.write(
-        lambda progress: export_gguf(
-            folder, args.destination, kind=args.type, lora=lora, progress=progress
-        ),
-        args.destination, size, args.type, dry_run=args.dry_run, file=True,
-    )  # fmt: skip
+    write = partial(export_gguf, folder, args.destination, kind=args.type, lora=lora)
+    options.write(write, args.destination, size, args.type, dry_run=args.dry_run, file=True)
 
 
 if __name__ == "__main__":

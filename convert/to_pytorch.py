@@ -1,5 +1,7 @@
 """`python -m convert.to_pytorch SRC DST --layout glm`: write a folder for PyTorch programs."""
 
+from functools import partial
+
 from convert import options
 from glm2_jax.choices import LAYOUTS
 from glm2_jax.cli import interrupt
@@ -55,13 +57,11 @@ def main(argv: list[str]) -> None:
         warnings += [f"the scales are written in float32: {dtype} does not hold them exactly"]
     packed = plan.scheme is not None
     options.print_model(args.source, folder, adapter, written, *warnings, packed=packed)
+    write = partial(write_folder, args.destination, plan, max_shard_size=args.max_shard_size)
+    form = f"{written}, layout {args.layout}"
     options.write(
-        lambda progress: write_folder(
-            args.destination, plan, max_shard_size=args.max_shard_size, progress=progress
-        ),
-        args.destination, plan.nbytes, f"{written}, layout {args.layout}", dry_run=args.dry_run,
-        source=folder.path,
-    )  # fmt: skip
+        write, args.destination, plan.nbytes, form, dry_run=args.dry_run, source=folder.path
+    )
 
 
 if __name__ == "__main__":

@@ -18,13 +18,7 @@ from convert.adapters.tensors import LAYOUTS
 from convert.layouts.peft_config import read_peft_config
 from convert.loading.folder import fingerprint
 from glm2_jax.lora import TARGETS, LoRA
-from tests.convert.adapters.test_adapter import (
-    CONFIG,
-    WEIGHTS,
-    changed,
-    refusal,
-    replaced,
-)
+from tests.convert.adapters.test_adapter import CONFIG, WEIGHTS, changed, refusal, replaced
 from tests.convert.writing.test_to_pytorch import random_lora
 from tests.support.checkpoints import TINY, tiny_config, write_official
 from tests.support.commands import exit_code
