@@ -115,10 +115,17 @@ def greedy(prompts: Any, count: int, scheme: str | None = None, *, more: bool = 
     return [one.tokens for one in reference(plain, params, prompts, count=count, width=128)]
 
 
+def drawn(engine: Engine) -> tuple[list[Any], np.ndarray]:
+    """The sampled answers, and the log-probabilities of their tokens."""
+    answers = streamed(engine, PROMPTS, SAMPLED)
+    logprobs = [token.logprob for one in answers for token in one.logprobs or ()]
+    return [list(map(int, one.output_ids)) for one in answers], np.array(logprobs)
+
+
 @cache
-def sampled() -> list[Any]:
-    """The sampled answers of one device."""
-    return answered(engine(None), PROMPTS, SAMPLED)
+def sampled(scheme: str | None = None) -> tuple[list[Any], np.ndarray]:
+    """Those of one device."""
+    return drawn(engine(None, scheme))
 
 
 def compare(mesh: str, scheme: str | None, as_list: bool) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def compare(mesh: str, scheme: str | None, as_list: bool) -> dict[str, Any]:
     one = ENGINES[mesh, scheme] = engine(mesh, scheme, as_list)
     first = answered(one, PROMPTS, GREEDY)
     with compilations() as compiled:
-        drawn, again = answered(one, PROMPTS, SAMPLED), answered(one, PROMPTS, GREEDY)
+        (tokens, logprobs), again = drawn(one), answered(one, PROMPTS, GREEDY)
     ((at, program),) = ((k, p) for k, p in one.programs._programs.items() if k[0] == "decode")
     memory, found = program.memory_analysis(), collectives(program.as_text())
     rows, slots = cast(Any, at[1])
@@ -137,7 +144,8 @@ def compare(mesh: str, scheme: str | None, as_list: bool) -> dict[str, Any]:
         "mesh": mesh_text(dict(one.mesh.shape)),
         "scheme": scheme,
         "greedy": first == again == greedy(PROMPTS, 6, scheme),
-        "sampled": scheme is not None or drawn == sampled(),
+        "sampled": tokens == sampled(scheme)[0],
+        "off": float(np.abs(logprobs - sampled(scheme)[1]).max()),
         "rows": rows,
         "programs": one.programs.compiled,
         "compiled_when_warm": len(compiled),
@@ -203,7 +211,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "devices": jax.device_count(),
         "cases": [compare(*case) for case in CASES],
-        "varied": len(set(map(str, [*greedy(PROMPTS, 6), *sampled()]))),
+        "varied": len(set(map(str, [*greedy(PROMPTS, 6), *sampled()[0]]))),
         "ways": more_ways("tensor=4,data=2"),
         "command": [command(*ask, "--tp", "8"), command(*ask)],
         "bad": {
