@@ -194,17 +194,13 @@ def why_ended(worker: Worker, hosts: Hosts) -> GLMError | None:
     if code >= 0:
         return None
     if not worker.joined and code in (-signal.SIGABRT, -signal.SIGSEGV):
-        where, limit = hosts.coordinator, f"within {hosts.join_timeout} s (--join-timeout)"
+        what = "process 0 did not answer"
         if hosts.process_id == 0:
-            return DeviceError(
-                f"not all {hosts.num_processes} processes have connected",
-                f"Process 0 waited for them at {where} {limit}.",
-                "Start the others, and check that they can reach that address.",
-            )
+            what = f"not all {hosts.num_processes} processes have connected"
         return DeviceError(
-            f"no coordinator at {where}",
-            f"Process 0 of the run did not answer there {limit}.",
-            "Start process 0 on that host, or name its address: --coordinator HOST:PORT.",
+            f"{what} at {hosts.coordinator}",
+            f"This process waited {hosts.join_timeout} s (--join-timeout).",
+            "Start all processes; process 0 on the host of --coordinator, which all can reach.",
         )
     peers = peers_lost(worker)
     if peers is not None:

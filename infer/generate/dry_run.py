@@ -3,7 +3,6 @@
 No weights are read and no device is started.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from convert.loading.folder import open_folder, read_config
 from glm2_jax.cli.main import EXIT_DEVICE
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.cli.tables import fold
+from glm2_jax.cli.tables import columns, fold
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.escape import escape_controls, join_lines, json_line
@@ -71,13 +70,13 @@ def run(settings: Settings) -> int:
         compiled = [_as_json(verdict) for verdict in verdicts] if compiles else None
         print(json_line(as_json(sheet) | {"compiled": compiled}))
         return EXIT_DEVICE if sheet.nothing_fits else 0
-    columns = shutil.get_terminal_size((100, 24)).columns
-    print(join_lines(render(sheet, columns)), flush=True)
+    width = columns(100)
+    print(join_lines(render(sheet, width)), flush=True)
     if compiles:
         about = f"the compiler's own figures: {compiler.ABOUT}"
-        print("", *fold(about if compiler.installed() else compiler.EXTRA, columns), sep="\n")
+        print("", *fold(about if compiler.installed() else compiler.EXTRA, width), sep="\n")
         for verdict in verdicts:  # each as soon as it is known
-            for line in fold(_line(verdict), columns):
+            for line in fold(_line(verdict), width):
                 print(escape_controls(line), flush=True)
     return EXIT_DEVICE if sheet.nothing_fits else 0
 

@@ -25,7 +25,7 @@ EXAMPLE = f"""{PROG} --prompt 你好 --greedy
 
 
 class _Once(argparse.Action):
-    """Stores a value; a second one is an error, so that no prompt is lost silently."""
+    """Stores a value; a second one is an error, so that no prompt or file is lost silently."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if getattr(namespace, self.dest) is not None:
@@ -42,16 +42,17 @@ class PromptOptions:
         short=("-p",), action=_Once, metavar="TEXT", exclusive=True,
     )  # fmt: skip
     prompt_file: str | None = flag(
-        "a UTF-8 file with the prompt", type=path_argument, metavar="F", exclusive=True
-    )
+        "a UTF-8 file with the prompt",
+        type=path_argument, action=_Once, metavar="F", exclusive=True,
+    )  # fmt: skip
     batch_file: str | None = flag(
         'JSON lines: {"prompt": ...}, optionally with id, history, system; or {"messages": '
         "[...]} for ChatGLM3; bad lines are reported, the others are answered",
-        type=path_argument, metavar="F", exclusive=True,
+        type=path_argument, action=_Once, metavar="F", exclusive=True,
     )  # fmt: skip
     history: str | None = flag(
         'JSON file of earlier turns: [["question", "answer"], ...]',
-        type=path_argument, metavar="F",
+        type=path_argument, action=_Once, metavar="F",
     )  # fmt: skip
     system: str | None = flag(
         "system prompt; ChatGLM2 has no system role: it is put before the first question, with a "
@@ -78,7 +79,7 @@ class OutputOptions:
         "file for the answers to a batch file; until all are there, they are kept in F.partial, "
         "and the same command continues an interrupted run (default: standard output, each answer "
         "as soon as those before it are there; an interrupted run is not continued)",
-        short=("-o",), type=path_argument, metavar="F",
+        short=("-o",), type=path_argument, action=_Once, metavar="F",
     )  # fmt: skip
     overwrite: bool = flag("replace an existing --output", action="store_true")
     restart: bool = flag("discard F.partial instead of continuing it", action="store_true")

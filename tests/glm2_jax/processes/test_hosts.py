@@ -138,9 +138,10 @@ def test_a_coordinator_that_is_not_there():
     port = launch._free_port()
     code, out, err = ends(popen([*COMMAND, *flags(1, port=port), "--join-timeout", "1"]))
     assert (code, out) == (5, "") and err == [
-        f"process 1: error: no coordinator at 127.0.0.1:{port}",
-        "process 1: Process 0 of the run did not answer there within 1 s (--join-timeout).",
-        "process 1: Start process 0 on that host, or name its address: --coordinator HOST:PORT.",
+        f"process 1: error: process 0 did not answer at 127.0.0.1:{port}",
+        "process 1: This process waited 1 s (--join-timeout).",
+        "process 1: Start all processes; process 0 on the host of --coordinator, which all can "
+        "reach.",
     ]
 
 

@@ -178,6 +178,7 @@ def test_values_that_make_no_sense_and_unknown_flags(loaded, capsys):
         (["--truncate-prompt", "0"], "at least 1"),
         (["--prompt-file", "x"], "not allowed with"),
         (["-p", "b"], "given twice"),
+        (["--history", "a", "--history", "b"], "given twice"),
         *((["--" + flag, ""], "path is empty") for flag in paths),
     ):
         with pytest.raises(SystemExit) as caught:
