@@ -1,13 +1,10 @@
 """Prompt-lookup speculative decoding: draft tokens from the text itself, without a second model.
 
-The next tokens of an answer have often occurred before: in a quotation, a list, a program that is
-edited. So each row looks up where its last tokens occurred, and drafts what followed there. One
-forward pass (`steps.verify`) draws a token after every draft token, as it would be drawn without a
-draft, with the same random numbers; as long as it is the draft token, the next one counts, too.
-
-So the answers are those of plain steps, whatever the drafts. Only rounding differs: a product of
-several tokens may be summed in another order than that of one, so if two tokens are almost equally
-likely, a narrow dtype like bfloat16 may take the other one.
+Each row looks up where its last tokens occurred before, and drafts what followed there. One forward
+pass (`steps.verify`) draws a token after every draft token, as it would be drawn without a draft,
+with the same random numbers; as long as it is the draft token, the next one counts, too. So the
+answers are those of plain steps. Only rounding differs: a product of several tokens may be summed
+in another order, so a narrow dtype like bfloat16 may choose otherwise between two near equals.
 """
 
 from __future__ import annotations

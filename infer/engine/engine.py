@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +188,7 @@ class Engine:
         system: str | None = None,
         cumulative: bool = False,
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Do the same as `chat`, yielding the answer in pieces (`cumulative`: all of it so far)."""
         ids = self.build_prompt(query, history, system)
         events = self.run([ids], SamplingParams.from_kwargs(**sampling), clean=True)

@@ -16,7 +16,6 @@ from convert import load_checkpoint, open_folder
 from convert.adapters.adapter import attach, open_adapter
 from convert.adapters.prefix import attach_prefix, load_prefix
 from convert.hub.find import find_model
-from convert.loading.checkpoint import Checkpoint
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
 from glm2_jax.runtime.devices import device_errors, faster_layers, find_device, find_mesh
@@ -104,26 +103,6 @@ def open_choice(
     """Open the checkpoint in `folder` as a `ModelChoice` says, but for its mesh and device."""
     start = time.perf_counter()
     device = find_device(device) if mesh is None else mesh.local_devices[0]
-    checkpoint = _load(choice, folder, device, mesh, options.max_length, progress)
-    return Engine(
-        checkpoint,
-        max_length=options.max_length,
-        prefill_chunk=options.prefill_chunk,
-        speculate=options.speculate,
-        load_s=time.perf_counter() - start,
-        on_event=on_event,
-    )
-
-
-def _load(
-    choice: ModelChoice,
-    folder: Path,
-    device: Any,
-    mesh: Mesh | None,
-    max_length: int | None,
-    progress: Callable[[int, int], None],
-) -> Checkpoint:
-    """Return the model with its adapter and prefix, on the devices."""
     form, adapter, prefix = choice.form, None, None
     if choice.adapter or choice.prefix:
         base, force = open_folder(folder, **form), choice.force_adapter
@@ -138,7 +117,7 @@ def _load(
         dtype=choice.dtype,
         quantize=choice.quantize,
         embeddings=choice.quantize_embeddings,
-        context=max_length,
+        context=options.max_length,
         form=form,
         prefix=prefix.length if prefix else 0,
         mesh=mesh,
@@ -160,7 +139,14 @@ def _load(
         if prefix:
             checkpoint = attach_prefix(checkpoint, prefix)
         jax.block_until_ready(checkpoint.params)
-    return checkpoint
+    return Engine(
+        checkpoint,
+        max_length=options.max_length,
+        prefill_chunk=options.prefill_chunk,
+        speculate=options.speculate,
+        load_s=time.perf_counter() - start,
+        on_event=on_event,
+    )
 
 
 def _find(path: Any, source: str | None, revision: str | None) -> Path:

@@ -33,7 +33,7 @@ class Session:
         self.ids: list[int] = []
         self._cache: KVCache | None = None  # None also while a call has it
         self._call: Call | None = None
-        self._thread: threading.Thread | None = None  # that made the call
+        self._thread = threading.current_thread()  # that made the call
         self._lock = threading.Lock()
 
     def run(
@@ -53,7 +53,10 @@ class Session:
             not finished. The session can be used after every error.
         """
         with self._lock:
-            self._check_thread()
+            asked = self._thread
+            if self._call is not None and asked is not threading.current_thread():
+                if asked.is_alive() and not self._call.closed:  # it is reading the answer
+                    raise _in_use(f"another thread, {asked.name}")
             self.close()
             scheduler = self.engine.schedule(
                 [ids], sampling, row_ids=[draw], clean=clean, reused=self._reusable(ids)
@@ -69,14 +72,6 @@ class Session:
                 self._call.close()
             except ValueError:  # it runs in a thread that it was handed to
                 raise _in_use("another thread") from None
-
-    def _check_thread(self) -> None:
-        """Raise UsageError rather than end an answer that another thread is reading."""
-        asked = self._thread
-        if self._call is None or asked is None or self._call.closed:
-            return
-        if asked is not threading.current_thread() and asked.is_alive():
-            raise _in_use(f"another thread, {asked.name}")
 
     def _reusable(self, ids: Sequence[int]) -> int:
         """Count the ids at the beginning that are in the cache; the last one has to be read."""

@@ -1,7 +1,9 @@
 """ChatGLM3 answers of several messages in conversations and commands, and `Engine`'s chat calls."""
 
+import dataclasses
 import io
 import json
+import random
 
 import numpy as np
 import pytest
@@ -135,6 +137,29 @@ def test_a_stop_string_is_not_in_the_next_prompt(engine, scripted):
     assert prompt_of(conversation.reply("Q2")) == expected
 
 
+def test_as_few_turns_as_possible_are_left_out_whatever_was_done_before():
+    short = SamplingParams(temperature=0, max_new_tokens=4)
+    conversation = Conversation(toy_engine(share=warm_engine()), short, say=lambda text: None)
+    draw, seen = random.Random(0), set()
+    for _ in range(80):
+        action = draw.random()
+        if action < 0.1:
+            conversation.undo()
+        elif action < 0.2:
+            conversation.set_system("好" * draw.choice([1, 60]))
+        elif action < 0.3:
+            longest = draw.choice([120, 180, 256])
+            conversation.sampling = dataclasses.replace(short, max_length=longest)
+        question = "你好" * draw.choice([1, 1, 1, 5, 15])
+        limit, count, build = conversation.limit, len(conversation.turns), conversation._build
+        fewest = next((n for n in range(count) if len(build(question, n)) <= limit), count)
+        list(conversation.reply(question))
+        assert conversation.left_out == fewest
+        seen.add(fewest - len(conversation.turns))
+        assert sum(turn.ids is not None for turn in conversation.turns) <= 8
+    assert len(seen) > 5
+
+
 @pytest.fixture
 def command(engine, scripted, monkeypatch, capsys):
     """Runs a command with the engine; gives the lines of its output, and what is on stderr."""
@@ -204,13 +229,11 @@ def test_the_command_reports_a_loop(monkeypatch, capsys):
     engine = for_commands(toy_engine(params, share=warm_engine()))
     monkeypatch.setattr("infer.engine.load.open_choice", lambda *args, **kwargs: engine)
     flags = ["--prompt", "hi", "--greedy", "--json", "--compile-cache", "off"]
-    for loop_stop, reason, written in ((2, "loop", 128), (0, "length", 200)):
-        assert generate_main([*flags, f"--loop-stop={loop_stop}", "--max-new-tokens=200"]) == 0
-        out, err = capsys.readouterr()
-        answer = json.loads(out)
-        assert answer["finish_reason"] == reason
-        assert answer["usage"]["completion_tokens"] == written
-        assert ("stopped because it repeated itself" in err) == (reason == "loop")
+    assert generate_main([*flags, "--loop-stop=2", "--max-new-tokens=200"]) == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert (answer["finish_reason"], answer["usage"]["completion_tokens"]) == ("loop", 128)
+    assert "stopped because it repeated itself" in err
 
 
 def test_chat_stream_chat_and_generate_agree():
@@ -224,6 +247,11 @@ def test_chat_stream_chat_and_generate_agree():
         assert "".join(deltas) == response and len(deltas) > 3
         running = list(engine.stream_chat("你好", seed=seed, cumulative=True, **asked))
         assert running[-1] == response and running[0] == deltas[0]
+    for cumulative in (False, True):  # both can be closed
+        pieces = engine.stream_chat("你好", cumulative=cumulative, **asked)
+        next(pieces)
+        pieces.close()
+        assert list(pieces) == []
     sampling = {"max_new_tokens": 6, "do_sample": False}
     questions = ["你好", "Hello"]
     asked = engine.generate(questions, **sampling)

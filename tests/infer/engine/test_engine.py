@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from glm2_jax import forward
+from glm2_jax import forward, init_params
 from glm2_jax.errors import CheckpointError, DeviceError, InputError, UsageError
 from glm2_jax.runtime import buckets
 from glm2_jax.runtime.devices import device_errors
@@ -57,10 +57,10 @@ def test_both_loops_single_and_batch_give_the_same_answers(engine, sampling):
 
 
 def test_seeds_and_rows_have_their_own_random_numbers(engine):
-    one, other = (SamplingParams(**HOT, seed=seed) for seed in (3, 4))
-    assert engine.complete(PROMPTS, one) != engine.complete(PROMPTS, other)
-    twins = engine.complete([PROMPTS[2]] * 4, one)
-    assert len({twin.output_ids for twin in twins}) == 4
+    seeds = [SamplingParams(**HOT, seed=seed) for seed in (3, 4, 3, 3)]
+    one, other, *_ = engine.complete([PROMPTS[2]] * 4, seeds, row_ids=[0, 0, 0, 1])
+    twins = engine.complete([PROMPTS[2]] * 4, seeds[0])
+    assert one == twins[0] != other and len({twin.output_ids for twin in twins}) == 4
 
 
 def test_logprobs_are_the_same_in_both_loops(engine):
@@ -235,3 +235,6 @@ def test_answers_do_not_depend_on_the_switches_of_jax():
         assert (other.output_ids, other.text) == (usual.output_ids, usual.text)
         for a, b in zip(usual.logprobs, other.logprobs, strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    embed = init_params(TOY, jax.random.key(0))["embed"]
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(init_params(TOY, jax.random.key(0))["embed"], embed)

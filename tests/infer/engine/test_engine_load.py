@@ -1,9 +1,5 @@
 """Opening a checkpoint for answering, and the devices to compute on."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
 
@@ -55,14 +51,9 @@ def test_load_refuses_what_it_cannot_do(tmp_path, folder, monkeypatch):
         infer.load(folder)
 
 
-def test_devices_that_are_not_there():
-    with pytest.raises(DeviceError, match="'tpu'"):
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(DeviceError, match="'tpu'(.|\n)*JAX_PLATFORMS=cuda restricts the choice"):
         devices.find_device("tpu")
     cpu = jax.devices("cpu")[0]
     assert devices.find_device("cpu") == devices.find_device(cpu) == cpu
-    code = "from glm2_jax.runtime.devices import find_device; find_device('auto')"
-    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "DeviceError: no device 'auto' was found" in result.stderr
-    assert "JAX_PLATFORMS=cuda restricts the choice" in result.stderr

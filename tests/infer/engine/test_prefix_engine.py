@@ -13,10 +13,8 @@ from convert.adapters.adapter import Adapter, save_adapter
 from glm2_jax.errors import CheckpointError
 from glm2_jax.lora import init_lora
 from glm2_jax.prefix import Prefix, with_prefix
-from infer.chat import __main__ as chat
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
-from infer.evaluate import __main__ as evaluate
 from infer.evaluate.reader import read
 from infer.generate.__main__ import main
 from infer.memory.plan import Plan, largest_context
@@ -167,5 +165,3 @@ def test_the_tools_take_it(folders, capsys, tmp_path):
     assert {plan["prefix"] for plan in json.loads(capsys.readouterr().out)["plans"]} == {P}
     with pytest.raises(CheckpointError, match="holds no prefix"):
         main([*flags, *asked, "--prefix", str(folders / "base")])
-    for tool in (chat, evaluate):
-        assert tool.parser().parse_args(given).prefix == str(folders / "prefix")

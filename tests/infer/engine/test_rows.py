@@ -10,7 +10,7 @@ import infer
 from glm2_jax import Tokenizer
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from infer.engine.answer import Answer
-from infer.engine.call import Batch, Call
+from infer.engine.call import Batch
 from infer.engine.params import SamplingParams
 from infer.engine.rows import make_rows
 from infer.engine.sampling import Logprobs
@@ -108,20 +108,6 @@ def test_statistics_of_rows_and_of_calls():
     total = add_stats(add_stats(None, call), call)
     assert total == Stats(4.0, 0.5, 60, 0.8, 10, 8, 2.0, passes=4, drafted_tokens=12, programs=6)
     assert total.decode_rate == 4 and Stats().decode_rate == 0
-
-
-def test_a_call_that_is_closed_keeps_its_statistics():
-    batch = batch_of([[5]], SamplingParams())
-
-    def events():
-        yield from batch.take(output(30))
-        batch.rows[0].stats.prefill_tokens = 1
-        yield from batch.take(output(31))
-
-    call = Call(events(), batch.rows)
-    assert [next(call).token, next(call).token] == [30, 31] and not call.closed
-    call.close()
-    assert call.closed and list(call) == [] and call.stats.prefill_tokens == 1
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ from infer.engine.scheduler import STEPS_PER_DISPATCH, Scheduler
 from infer.engine.steps import IDLE, Output, State
 from tests.infer.engine.test_rows import batch_of
 
-DRAFT = 2
-
 
 class Device:
     """Answers row r with r * 100, r * 100 + 1, ...; its cache is the number of its slots."""
@@ -58,12 +56,7 @@ class Device:
         self.log.append(("extend", *part.tokens.shape))
         return self.step(cache, part.lengths > 0)
 
-    def decode(self, controls, keep, state, *, count=None, drafts=None):
-        if drafts is not None:
-            self.log.append(("verify", drafts.tolist()))
-            columns = [self.step(state.cache, keep)[1] for _ in range(DRAFT)]  # one is accepted
-            tokens = np.stack([*(each.tokens for each in columns), np.full(len(keep), IDLE)])
-            return state, Output(tokens, None)
+    def decode(self, controls, keep, state, *, count=None, **kwargs):
         self.log.append(("decode", keep.tolist(), count))
         if count is None:
             return self.step(state.cache, keep)
@@ -76,8 +69,8 @@ class Device:
         return State(cache, *(None,) * 4), Output(tokens, None)
 
 
-def scheduler(prompts, sampling, *, chunk=512, reused=None, **kwargs):
-    return Scheduler(Device(), batch_of(prompts, sampling, chunk=chunk, reused=reused), **kwargs)
+def scheduler(prompts, sampling, **kwargs):
+    return Scheduler(Device(), batch_of(prompts, sampling, **kwargs))
 
 
 def limited(*limits):
@@ -146,14 +139,3 @@ def test_a_session_reads_what_is_new_into_its_cache():
     assert (stats.prefill_tokens, stats.reused_tokens) == (1, 2)
     first = scheduler([[5]], limited(2), reused=0)  # nothing is kept yet
     assert run(first)[1][1:3] == [("new", 1, 64), ("extend", 1, 64)]
-
-
-def test_drafts_are_verified_where_there_are_any():
-    one = scheduler([[9, 0, 1, 2], [7]], limited(6, 3), draft=DRAFT)
-    events, log = run(one)
-    assert [e.token for e in events if e.row == 0] == list(range(6))
-    # 0 was followed by 1, 2 in the first prompt; the other row has nothing to draft from.
-    assert log[2] == ("verify", [[1, 2], [0, 0]])
-    stats = one.batch.rows[0].stats
-    assert stats.passes > 0 and stats.accepted_tokens == stats.decode_tokens - stats.passes
-    assert stats.drafted_tokens == DRAFT * sum(entry[0] == "verify" for entry in log)

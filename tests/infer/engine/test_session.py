@@ -69,6 +69,10 @@ def test_only_what_is_new_is_read(engine):
     _, read = ask(session, [50, 51])
     assert read == 2
 
+    session = Session(toy_engine(share=engine, prefill_chunk=16))
+    for new, expected in ((PROMPT, 60), (range(200, 220), 20)):
+        assert ask(session, [*PROMPT, *new])[1] == expected
+
 
 def test_the_same_random_answers_as_the_engine(engine):
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=12, seed=3)
@@ -83,14 +87,6 @@ def test_the_same_random_answers_as_the_engine(engine):
     grown = [5, 6, 7, *first.output_ids, 300]
     second, read = ask(session, grown, heavy)
     assert read == 2 and len({*grown, *second.output_ids}) == 3 + 10 + 1 + 10
-
-
-def test_a_session_reads_in_parts(engine):
-    session = Session(toy_engine(share=engine, prefill_chunk=16))
-    _, read = ask(session, [*PROMPT, *PROMPT])
-    assert read == 60
-    _, read = ask(session, [*PROMPT, *range(200, 220)])
-    assert read == 20
 
 
 def test_the_cache_grows_and_nothing_recompiles_once_warm():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm2_jax import Tokenizer, forward
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import CheckpointError, UsageError
 from glm2_jax.limits import DRAFT
 from infer import console
 from infer.engine.drafts import Drafts, Text
@@ -64,11 +64,8 @@ def test_a_draft_is_what_followed_the_longest_match():
             if expected is None and places:
                 expected = text[places[-1] :]  # the latest of equals
         assert Text(text).draft(5) == (expected and (expected * 5)[:5])
-
-
-def test_rows_that_have_ended_draft_nothing():
     drafts = Drafts([[1, 2, 1], [4, 5, 4], [6, 7]], 2)
-    found = drafts.next(np.array([True, False, True, False]))
+    found = drafts.next(np.array([True, False, True, False]))  # one row has ended, one finds none
     assert found is not None and found.dtype == np.int32
     assert found.tolist() == [[2, 1], [0, 0], [0, 0], [0, 0]]
     assert drafts.next(np.array([False, False, True, False])) is None
@@ -111,16 +108,33 @@ def test_fewer_passes_and_what_is_counted(engine, monkeypatch, capsys):
     assert accepted in printed and f"{39 / stats.passes:.2f} tokens a pass" in printed
 
 
-def test_log_probabilities(plain, engine):
-    sampling = dataclasses.replace(GREEDY, temperature=0.5, logprobs=3)
-    for ours, theirs in zip(
-        engine.complete(PROMPTS, sampling), plain.complete(PROMPTS, sampling), strict=True
-    ):
+def test_log_probabilities_and_limits_of_rows(plain, engine):
+    limits = (1, 2, 40, 7)
+    sampling = [
+        dataclasses.replace(GREEDY, temperature=0.5, logprobs=3, max_new_tokens=limit)
+        for limit in limits
+    ]
+    answers = engine.complete(PROMPTS, sampling)
+    assert [len(answer.output_ids) for answer in answers] == list(limits)
+    assert answers[0].stats.passes == 0
+    for ours, theirs in zip(answers, plain.complete(PROMPTS, sampling), strict=True):
         assert ours.output_ids == theirs.output_ids
         assert [entry.token for entry in ours.logprobs] == list(ours.output_ids)
         for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [p for _, p in one.top] == pytest.approx([p for _, p in other.top], abs=1e-4)
+
+
+def test_nan_names_its_step(plain):
+    ids = plain.complete([COPY], GREEDY)[0].output_ids
+    step = next(n for n in range(4, 40) if ids[n] not in (*ids[:n], *COPY))
+    weights = parrot()
+    damaged = {**weights, "embed": weights["embed"].at[ids[step]].set(np.nan)}
+    for draft in (0, N):
+        events = toy_engine(damaged, share=plain, speculate=draft).run([COPY], GREEDY)
+        assert [next(events).token for _ in range(step + 1)] == list(ids[: step + 1])
+        with pytest.raises(CheckpointError, match=f"NaN or Inf at step {step + 2} "):
+            next(events)
 
 
 def test_an_end_token_or_a_stop_string_among_accepted_ones(plain, engine):
