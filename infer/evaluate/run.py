@@ -3,36 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.errors import UsageError
-from infer.evaluate import report, variants
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The flags of the command, but those of several processes."""
-
-    choice: ModelChoice
-    options: EngineOptions
-    task: str
-    data: str | None
-    format: str
-    max_bad: int
-    batch_size: int
-    compare: tuple[variants.Variant, ...] | None
-    window: int | None
-    stride: int | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    shots: int
-    two_pass: bool
-    json: bool
-    predictions: str | None
-    overwrite: bool
+from infer.evaluate import report
+from infer.evaluate.options import Settings
 
 
 def run(settings: Settings, given: Mapping[str, str]) -> int:
@@ -80,5 +54,12 @@ def check_flags(settings: Settings, given: Mapping[str, str]) -> None:
         raise UsageError(
             "--task choice needs --data", "No questions are bundled.", "Name a csv file or folder."
         )
-    if settings.compare:
-        variants.check_flags(settings.compare, settings.choice)
+    compared = settings.compare or ()
+    for name in ("quantize", "dtype") if compared else ():
+        value = getattr(settings.choice, name)
+        if value not in (None, "auto") and all(getattr(one, name) for one in compared):
+            raise UsageError(
+                f"--{name} {value} has no effect",
+                f"--compare names the {name} of every variant.",
+                "Leave it out.",
+            )

@@ -62,17 +62,17 @@ def test_c_eval_and_the_official_jsonl(tmp_path):
     exam = read(write(tmp_path, "val/computer_network_val.csv", "\ufeff" + CEVAL_HEAD + CEVAL_ROWS))
     assert (exam.style, exam.subject) == (exams.C_EVAL, "computer_network")
     assert exam.head == "以下是中国关于计算机网络考试的单项选择题，请选出其中的正确答案。\n\n"
-    first, second = exam.questions
+    (_, first), (_, second) = exam.questions
     assert exam.put(first) == "一加一等于几\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
     assert exam.put(first, ask=False).endswith("\nD. 4")
     assert (first.answer, second.answer) == (1, 3)
-    assert [q.where.rpartition(":")[2] for q in exam.questions] == ["2", "3"]
+    assert [where.rpartition(":")[2] for where, _ in exam.questions] == ["2", "3"]
     assert len(set(exams.SUBJECTS.values())) == 52
 
     row = {"inputs_pretokenized": "问题\nA. 1\n", "label": 2, "choices_pretokenized": []}
     exam = read(write(tmp_path, "val/x.jsonl", json.dumps(row)))
-    assert exam.head + exam.put(exam.questions[0]) == "问题\nA. 1\n"
-    assert exam.questions[0].answer == 2
+    assert exam.head + exam.put(exam.questions[0][1]) == "问题\nA. 1\n"
+    assert exam.questions[0][1].answer == 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_csv_file_is_asked_in_its_language_with_any_header(tmp_path, header, r
     text = f"{header}\n{row}\n" if header else f"{row}\n"
     exam = read(write(tmp_path, "test/anatomy_test.csv", text))
     assert (exam.style, exam.subject) == (style, "anatomy")
-    [question] = exam.questions
+    [(_, question)] = exam.questions
     assert question.answer == 1
     if style == exams.MMLU:
         assert exam.head == (
@@ -172,7 +172,7 @@ def test_the_likeliest_letter_is_taken(toy, tmp_path, asked):
     _, rows = asked(path)
     common, ids = choice.letter_ids(toy)
     full = jax.jit(forward, static_argnums=0)
-    for row, question in zip(rows, exam.questions, strict=True):
+    for row, (_, question) in zip(rows, exam.questions, strict=True):
         assert row["prompt"] == exam.head + exam.put(question)
         tokens = np.array([[*toy.build_prompt(row["prompt"]), *common]], np.int32)
         logits = np.asarray(full(toy.config, toy.checkpoint.params, tokens)[0])[0, -1, ids]
@@ -186,15 +186,17 @@ def test_examples_are_rounds_before_the_question(toy, tmp_path, figures):
     write(tmp_path, "dev/law_dev.csv", CEVAL_HEAD + "0,几,1,2,3,4,C,\n1,何,5,6,7,8,A,\n")
     exam = read(path)
     few = exams.examples_for(exam, BadRows())
-    [one] = choice.ask(toy, exam, few, BadRows())
-    head, question = exam.head + exam.put(few[0]), exam.put(exam.questions[0])
+    [(_, one)] = choice.ask(toy, exam, few, BadRows())
+    head, question = exam.head + exam.put(few[0]), exam.put(exam.questions[0][1])
     history = [(head, "C"), (exam.put(few[1]), "A")]
     assert one.ids == toy.build_prompt(question, history)
     assert one.shots == 2
-    [raw] = choice.ask(toy_engine(template="raw", max_length=256), exam, few, BadRows())
+    [(_, raw)] = choice.ask(toy_engine(template="raw", max_length=256), exam, few, BadRows())
     assert raw.text == f"{head}C\n\n{exam.put(few[1])}A\n\n{question}"
-    long = exams.Question("here", "几" * 150, ("1", "2", "3", "4"), 0)
-    [one] = choice.ask(toy, exam, [long, long], BadRows())  # examples that do not fit are left out
+    long = exams.Question("几" * 150, ("1", "2", "3", "4"), 0)
+    [(_, one)] = choice.ask(
+        toy, exam, [long, long], BadRows()
+    )  # examples that do not fit are left out
     assert one.text == exam.head + question and one.shots == 0
     found = figures("--task", "choice", "--data", path, "--shots", "5")
     assert (found["shots"], found["mean_shots_used"]) == (5, 2)
@@ -224,7 +226,7 @@ def test_two_passes(toy, tmp_path, asked):
     found, rows = asked(tmp_path / "val", *flags)
     assert found["passes"] == 2 and found["questions"] == 2 and len(found["files"]) == 2
     exam = read(tmp_path / "val/law_val.csv")
-    plain = exam.head + exam.put(exam.questions[0], ask=False)
+    plain = exam.head + exam.put(exam.questions[0][1], ask=False)
     for row, text in zip(rows, (plain + "\n", official["inputs_pretokenized"]), strict=True):
         assert row["words"]
         assert row["prompt"] == f"{text}{row['words']}\n综上所述，ABCD中正确的选项是："
@@ -242,9 +244,9 @@ def test_a_question_that_is_too_long_is_a_bad_row(toy, tmp_path, figures, capsys
 def test_accuracy_of_all_and_of_files(tmp_path):
     def ask(subject: str, *answers: int) -> list[choice.Asked]:
         choices = ("1", "2", "3", "4")
-        questions = tuple(exams.Question("here", "q", choices, answer) for answer in answers)
+        questions = [("here", exams.Question("q", choices, answer)) for answer in answers]
         exam = exams.Exam(tmp_path / f"{subject}_val.csv", subject, exams.C_EVAL, questions)
-        return [choice.Asked(exam, question, "q", [1]) for question in questions]
+        return [choice.Asked(exam, question, "q", [1]) for _, question in questions]
 
     rows = [*ask("law", 0, 1, 2), *ask("logic", 3), *ask("physician", 1)]
     found = choice.figures(rows, np.array([0, 1, 3, 3, 0]))

@@ -19,7 +19,8 @@ from infer.engine.load import demo_folder
 from infer.explain import report
 from infer.explain import run as explain_run
 from infer.explain.__main__ import main
-from infer.explain.facts import PROMPT, Walk
+from infer.explain.facts import Walk
+from infer.explain.options import PROMPT
 from infer.explain.walk import make_walk
 from infer.explain.words import WORDS
 from infer.memory.cards import CARDS

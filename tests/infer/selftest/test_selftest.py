@@ -23,8 +23,7 @@ from infer.engine.programs import Programs
 from infer.selftest import checks, known
 from infer.selftest.__main__ import main
 from infer.selftest.checks import Check
-from infer.selftest.report import scrubbed
-from infer.selftest.run import model_name
+from infer.selftest.run import model_name, scrubbed
 from tests.support.checkpoints import TINY, tiny_config, write_official
 from tests.support.shared_data import shared_file
 from tests.support.sp_model import sp_model
