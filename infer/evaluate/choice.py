@@ -27,7 +27,7 @@ from glm2_jax.runtime.gather import gathered
 from infer.engine.params import SamplingParams
 from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
 from infer.evaluate.generation import answers, check_output, checked, predictions_file
-from infer.evaluate.reader import read_all
+from infer.evaluate.reader import finite, read_all
 from infer.evaluate.rows import BadRows
 from infer.startup import note_demo_model, open_engine
 
@@ -177,9 +177,7 @@ def letter_logits(
                 "letters", chunk.logits.shape, pick, chunk.logits, columns, ids
             )
             result[np.take(numbers, ending)] = gathered(values)[ending]
-    if not np.isfinite(result).all():
-        raise CheckpointError("the model produced NaN or Inf", fix="Use another --dtype.")
-    return result
+    return finite(result)
 
 
 def pick(logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:

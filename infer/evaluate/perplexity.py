@@ -22,12 +22,12 @@ import numpy as np
 
 from convert.loading.folder import open_folder, target_scheme
 from glm2_jax.cli.messages import human_size, note
-from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.errors import InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.datasets.encode import Encoder
 from infer.engine.load import demo_folder
 from infer.evaluate.options import Variant
-from infer.evaluate.reader import Chunk, read_all
+from infer.evaluate.reader import Chunk, finite, read_all
 from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_rows
 from infer.memory.budget import DEFAULT_CONTEXT
 from infer.startup import find_choice, note_demo_model, open_engine
@@ -251,13 +251,7 @@ def measure(engines: Sequence[Engine], material: Material, batch: int) -> list[T
         first = chunks[0].logits
         for engine, total, (_, logits, _) in zip(engines, totals, chunks, strict=True):
             call, shape = engine.programs.call, logits.shape
-            nats = gathered(call("nats", shape, token_nats, logits, tokens))[counts]
-            if not np.isfinite(nats).all():
-                raise CheckpointError(
-                    "the model produced NaN or Inf",
-                    "The weights are damaged, or their values do not fit the dtype.",
-                    "Check the checkpoint's files, or use --dtype float32 or bfloat16.",
-                )
+            nats = finite(gathered(call("nats", shape, token_nats, logits, tokens))[counts])
             total.tokens += nats.size
             total.nats += float(nats.sum(dtype=np.float64))
             if logits is not first:

@@ -15,6 +15,7 @@ import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, forward
 from glm2_jax.cli.messages import Progress
+from glm2_jax.errors import CheckpointError
 from glm2_jax.runtime.buckets import SMALLEST_BUCKET, bucket
 from glm2_jax.runtime.devices import device_errors
 from infer.memory.shortage import when_answering
@@ -91,6 +92,17 @@ def read(
                 "logits", key, compute, params, tokens, real, cache, donate=3
             )
             yield Chunk(start, logits, real)
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Return values that logits gave; CheckpointError for NaN or Inf."""
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            "the model produced NaN or Inf",
+            "The weights are damaged, or their values do not fit the dtype.",
+            "Check the checkpoint's files, or use --dtype float32 or bfloat16.",
+        )
+    return values
 
 
 def _logits(

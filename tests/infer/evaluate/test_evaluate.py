@@ -17,11 +17,12 @@ from glm2_jax import forward
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.schemes import SCHEMES
-from infer.evaluate import perplexity, reader, report
+from infer.evaluate import perplexity, reader
 from infer.evaluate.__main__ import main, parser
 from infer.evaluate.options import variants
 from infer.evaluate.perplexity import Total, measure, prepare, windows
 from infer.evaluate.rows import BadRows, data_file
+from infer.evaluate.run import show
 from tests.support.engine_toy import TOY, toy_engine, toy_params, warm_engine
 from tests.support.training_data import open_rows, write_rows
 from train.demo import data as demo_data
@@ -181,21 +182,13 @@ def test_bad_rows_are_reported_and_are_an_error(toy, tmp_path, figures, capsys):
     assert found["bad_rows"] == 7 and found["rows"] == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("rows.jsonl", b"\n\n"),
-        ("rows.jsonl", b"{}\n"),
-        ("text.txt", b"\n\n"),
-        ("text.txt", "你好".encode("gb18030")),
-        ("text.txt", None),
-    ],
-)
-def test_files_without_a_usable_row(tmp_path, name, content):
-    if content is not None:
+def test_files_without_a_usable_row(tmp_path):
+    contents = {"rows.jsonl": b"{}\n", "empty.txt": b"\n\n", "gb.txt": "你好".encode("gb18030")}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError):
-        main(["--data", str(tmp_path / name), "--max-bad", "5"])
+    for name in (*contents, "none.txt"):
+        with pytest.raises(InputError):
+            main(["--data", str(tmp_path / name), "--max-bad", "5"])
 
 
 def test_the_bundled_sample_is_new_questions_with_learned_answers(capsys):
@@ -294,7 +287,7 @@ def test_the_demo_in_three_variants(tmp_path, figures, capsys, monkeypatch):
     assert int8["top1_agreement"] > 0.95 and int4["top1_agreement"] > 0.8
     assert all(1 < v["perplexity"] < 1.5 for v in found["variants"])
     monkeypatch.setenv("COLUMNS", "80")
-    report.show({"variants": found["variants"]}, False)
+    show({"variants": found["variants"]}, False)
     text = capsys.readouterr().out
     assert "4.7 MB" in text and "100.00 %" in text and "KL" in text
     assert max(map(len, text.splitlines())) <= 80
