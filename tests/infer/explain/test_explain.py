@@ -53,14 +53,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def walk() -> Walk:
-    cards = [CARDS[name] for name in ("3060", "a100", "h200", "v5e-1")]
-    return make_walk(
-        SIX, BF16, 17, model="chatglm2-6b", prompt=PROMPT, length_from="published", cards=cards
-    )
-
-
 def stage(walk: Walk, name: str, decode: bool = False):
     stages = (walk.decode if decode else walk.prefill).stages
     return next(stage for stage in stages if stage.name == name)
