@@ -117,11 +117,8 @@ def find_files(named: str) -> list[Path]:
 
 
 def read_exam(path: Path, bad: BadRows) -> Exam:
-    """Read a file; rows that cannot be used are reported.
-
-    Raises:
-        InputError: the file is not UTF-8, or has the columns of no known layout.
-    """
+    """Read a file; rows that cannot be used are reported. InputError: the file is not UTF-8, or has
+    the columns of no known layout."""
     subject = re.sub(r"_(val|dev|test)$", "", path.stem)
     if path.suffix == ".jsonl":
         return Exam(path, subject, OFFICIAL, bad.keep(read_rows(str(path)), _official))

@@ -39,8 +39,7 @@ def read_all(
 ) -> Iterator[tuple[list[int], tuple[Chunk, ...]]]:
     """Read rows of token ids with each engine, the longest first: too little memory fails early.
 
-    Yields:
-        The numbers of at most `batch` rows, and for the same columns a chunk of each engine.
+    Yields the numbers of at most `batch` rows, and for the same columns a chunk of each engine.
     """
     longest = engines[0].max_length
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
@@ -66,9 +65,7 @@ def read(
 ) -> Iterator[Chunk]:
     """Yield the logits of at most `batch` rows of at most `longest` ids; each cache size, a power
     of two, is one program. B is `batch`, on a mesh rounded up to a multiple of its data axes.
-
-    Raises (while iterating):
-        DeviceError: out of memory.
+    DeviceError while iterating: out of memory.
     """
     split = engine.executor.places.rows
     batch = -(-batch // split) * split

@@ -76,9 +76,7 @@ def data_file(named: str | None) -> str:
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file, "-" is standard input: "file:line" (or "file, row N" where a line
     holds several), and a JSON value, an InputError for a bad row, or the string of a plain text.
-
-    Raises:
-        InputError: the file cannot be read.
+    InputError: the file cannot be read.
     """
     with contextlib.ExitStack() as opened:
         file = opened.enter_context(open_input(path))

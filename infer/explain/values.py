@@ -88,14 +88,10 @@ def make_values(
 def _walk(
     engine: Engine, tokens: Sequence[int], prompt: int, heads: Sequence[tuple[int, int]]
 ) -> tuple[jax.Array, jax.Array, list[tuple[Any, ...]], dict[tuple[int, int], np.ndarray]]:
-    """Walk through all layers.
-
-    Returns:
-        The stream of the prompt's last token at the embedding and after every layer, [1 + L, D].
-        The stream after the last layer, [T, D]. The norms of the stream, of attention and of the
-        mlp by layer, the embedding first, for the prompt's tokens. {(layer, head): probabilities
-        [P, P]}.
-    """
+    """Walk through all layers. Returns the stream of the prompt's last token at the embedding and
+    after every layer, [1 + L, D]; the stream after the last layer, [T, D]; the norms of the stream,
+    of attention and of the mlp by layer, the embedding first, for the prompt's tokens; and {(layer,
+    head): probabilities [P, P]}."""
     config, params = engine.config, engine.checkpoint.params
 
     def begin(params: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:

@@ -61,10 +61,7 @@ def run(settings: Settings) -> int:
 
 def examine(choice: ModelChoice, options: EngineOptions) -> dict[str, Any]:
     """Load the model and run all checks; returns the report, ready for JSON.
-
-    Raises:
-        UsageError: flags that make no sense. CheckpointError: there is no such folder.
-    """
+    UsageError: flags that make no sense. CheckpointError: there is no such folder."""
     startup.note_demo_model(choice)
     report: dict[str, Any] = {"model": model_name(choice.path), "versions": describe_software()}
     choice = startup.find_choice(choice)
