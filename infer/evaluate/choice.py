@@ -27,13 +27,13 @@ from glm2_jax.runtime.gather import gathered
 from infer.engine.params import SamplingParams
 from infer.evaluate.exams import LETTERS, Exam, Question, examples_for, find_files, read_exam
 from infer.evaluate.generation import answers, check_output, checked, predictions_file
-from infer.evaluate.reader import read_all
-from infer.evaluate.rows import BadRows, unplaced
+from infer.evaluate.reader import finite, read_all
+from infer.evaluate.rows import BadRows
 from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
-    from infer.evaluate.run import Settings
+    from infer.evaluate.options import Settings
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run(settings: Settings) -> dict[str, Any]:
     exams = _read_exams(settings, bad)
     examples = [examples_for(exam, bad)[:shots] if shots else () for exam in exams]
     note_demo_model(settings.choice)
-    contents = {"questions": unplaced(each for exam in exams for each in exam.questions)}
+    contents = {"questions": [each for exam in exams for _, each in exam.questions]}
     engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
     common, letters = letter_ids(engine)
     asked = [
@@ -68,24 +68,24 @@ def run(settings: Settings) -> dict[str, Any]:
         for one in ask(engine, exam, None if two_pass else few, bad)
     ]
     bad.check(len(asked))
-    note(f"the first question: {asked[0].text!r}")
+    note(f"the first question: {asked[0][1].text!r}")
     result: dict[str, Any] = {"data": settings.data, "passes": 1 + two_pass, "shots": shots}
     if shots:
-        result["mean_shots_used"] = fmean(one.shots for one in asked)
+        result["mean_shots_used"] = fmean(one.shots for _, one in asked)
     if two_pass:
-        found = answers(engine, [one.ids for one in asked], sampling, batch, clean=False)
+        found = answers(engine, [one.ids for _, one in asked], sampling, batch, clean=False)
         asked = conclude(engine, asked, [text for _, text in sorted(found)], bad)
         bad.check(len(asked))
-        note(f"the first question, second pass: {asked[0].text!r}")
-    logits = letter_logits(engine, [[*one.ids, *common] for one in asked], letters, batch)
+        note(f"the first question, second pass: {asked[0][1].text!r}")
+    logits = letter_logits(engine, [[*one.ids, *common] for _, one in asked], letters, batch)
     chosen = logits.argmax(axis=1)
     with predictions_file(settings.predictions) as write:
-        for at, one in enumerate(asked):
-            row: dict[str, Any] = {"where": one.question.where, "prompt": one.text}
+        for at, (where, one) in enumerate(asked):
+            row: dict[str, Any] = {"where": where, "prompt": one.text}
             row |= {"words": one.words} if two_pass else {}
             row |= {"labels": LETTERS[one.question.answer], "predict": LETTERS[chosen[at]]}
             write(at, row | {"logits": [round(float(value), 4) for value in logits[at]]})
-    return result | {"bad_rows": bad.count} | figures(asked, chosen)
+    return result | {"bad_rows": bad.count} | figures([one for _, one in asked], chosen)
 
 
 def _read_exams(settings: Settings, bad: BadRows) -> list[Exam]:
@@ -104,11 +104,11 @@ def _read_exams(settings: Settings, bad: BadRows) -> list[Exam]:
 
 def ask(
     engine: Engine, exam: Exam, examples: Sequence[Question] | None, bad: BadRows
-) -> list[Asked]:
+) -> list[tuple[str, Asked]]:
     """Return the questions of an exam that fit, each after as many examples as fit: earlier rounds,
     or with the template raw earlier text. With None, an answer in words is asked for."""
 
-    def put(where: str, question: Question) -> Asked:
+    def put(question: Question) -> Asked:
         if examples is None:
             text = exam.head + exam.put(question, ask=False)
             return Asked(exam, question, text, checked(engine, engine.build_prompt(text)))
@@ -130,15 +130,15 @@ def ask(
         ids = engine.build_prompt(text, list(zip(before, solved, strict=True)))
         return Asked(exam, question, text, checked(engine, ids), len(few))
 
-    return bad.keep(((question.where, question) for question in exam.questions), put)
+    return bad.keep(exam.questions, put)
 
 
 def conclude(
-    engine: Engine, asked: Sequence[Asked], words: Sequence[str], bad: BadRows
-) -> list[Asked]:
+    engine: Engine, asked: Sequence[tuple[str, Asked]], words: Sequence[str], bad: BadRows
+) -> list[tuple[str, Asked]]:
     """Return the questions of the second pass that fit, given the words of the first."""
 
-    def put(where: str, row: tuple[Asked, str]) -> Asked:
+    def put(row: tuple[Asked, str]) -> Asked:
         one, said = row
         end = "\n" if one.question.choices else ""  # the official texts end with one
         text = f"{one.text}{end}{said}\n{one.exam.style.conclude}"
@@ -146,7 +146,7 @@ def conclude(
         return dataclasses.replace(one, text=text, ids=ids, words=said)
 
     rows = zip(asked, words, strict=True)
-    return bad.keep(((row[0].question.where, row) for row in rows), put)
+    return bad.keep(((where, (one, said)) for (where, one), said in rows), put)
 
 
 def letter_ids(engine: Engine) -> tuple[list[int], list[int]]:
@@ -177,9 +177,7 @@ def letter_logits(
                 "letters", chunk.logits.shape, pick, chunk.logits, columns, ids
             )
             result[np.take(numbers, ending)] = gathered(values)[ending]
-    if not np.isfinite(result).all():
-        raise CheckpointError("the model produced NaN or Inf", fix="Use another --dtype.")
-    return result
+    return finite(result)
 
 
 def pick(logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:

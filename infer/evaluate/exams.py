@@ -64,7 +64,6 @@ MMLU = Style(
 class Question:
     """A question with one right answer."""
 
-    where: str  # file and line
     text: str  # of the official JSON lines the complete prompt
     choices: tuple[str, ...]  # four; none where `text` has them
     answer: int  # 0 to 3
@@ -77,7 +76,7 @@ class Exam:
     path: Path
     subject: str  # from the file's name, e.g. "computer_network"
     style: Style
-    questions: tuple[Question, ...]
+    questions: list[tuple[str, Question]]  # each with its file and line
 
     @property
     def head(self) -> str:
@@ -118,27 +117,24 @@ def find_files(named: str) -> list[Path]:
 
 
 def read_exam(path: Path, bad: BadRows) -> Exam:
-    """Read a file; rows that cannot be used are reported.
-
-    Raises:
-        InputError: the file is not UTF-8, or has the columns of no known layout.
-    """
+    """Read a file; rows that cannot be used are reported. InputError: the file is not UTF-8, or has
+    the columns of no known layout."""
     subject = re.sub(r"_(val|dev|test)$", "", path.stem)
     if path.suffix == ".jsonl":
-        return Exam(path, subject, OFFICIAL, tuple(bad.keep(read_rows(str(path)), _official)))
+        return Exam(path, subject, OFFICIAL, bad.keep(read_rows(str(path)), _official))
     header, style, rows = _csv(path)
-    questions = bad.keep(rows, lambda where, row: _question(where, row, header))
-    chinese = sum(bool(CHINESE.search(question.text)) for question in questions)
+    questions = bad.keep(rows, lambda row: _question(row, header))
+    chinese = sum(bool(CHINESE.search(question.text)) for _, question in questions)
     style = style if 2 * chinese > len(questions) else MMLU
-    return Exam(path, subject, style, tuple(questions))
+    return Exam(path, subject, style, questions)
 
 
-def examples_for(exam: Exam, bad: BadRows) -> tuple[Question, ...]:
+def examples_for(exam: Exam, bad: BadRows) -> list[Question]:
     """Return the solved questions of a file, from the folder `dev` next to the file's folder."""
     folder, subject = real_path(exam.path).parent.parent / "dev", exam.subject
     for name in (f"{subject}_dev.csv", f"{subject}.csv"):
         if exam.style is not OFFICIAL and (folder / name).exists():  # those are complete prompts
-            return read_exam(folder / name, bad).questions
+            return [question for _, question in read_exam(folder / name, bad).questions]
     raise InputError(
         f"no examples for {exam.path}",
         f"Neither {subject}_dev.csv nor {subject}.csv is in {folder}.",
@@ -184,7 +180,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
         raise InputError(f"{where}: not csv", str(error)) from None
 
 
-def _question(where: str, row: Sequence[str], header: Sequence[str]) -> Question:
+def _question(row: Sequence[str], header: Sequence[str]) -> Question:
     if any(cell.strip() for cell in row[len(header) :]):
         raise InputError(
             f"{len(row)} columns, but the header has {len(header)}",
@@ -203,10 +199,10 @@ def _question(where: str, row: Sequence[str], header: Sequence[str]) -> Question
             f"the answer is {cells['answer']!r}", f"expected one of {', '.join(LETTERS)}"
         )
     choices = tuple(cells[name] for name in _COLUMNS[1:5])
-    return Question(where, cells["question"], choices, LETTERS.index(letter))
+    return Question(cells["question"], choices, LETTERS.index(letter))
 
 
-def _official(where: str, row: Any) -> Question:
+def _official(row: Any) -> Question:
     text = row.get("inputs_pretokenized") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise InputError("no inputs_pretokenized", 'write {"inputs_pretokenized", "label"}')
@@ -215,4 +211,4 @@ def _official(where: str, row: Any) -> Question:
         raise InputError(f"it has {len(choices)} choices", _FOUR)
     if type(label) is not int or label not in range(len(LETTERS)):
         raise InputError(f"the label is {label!r}", "expected 0, 1, 2 or 3")
-    return Question(where, text, (), label)
+    return Question(text, (), label)

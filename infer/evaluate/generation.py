@@ -18,20 +18,12 @@ from glm2_jax.processes import join
 from infer.datasets.encode import Encoder
 from infer.engine.answer import Message
 from infer.engine.params import SamplingParams
-from infer.evaluate.rows import (
-    BUNDLED,
-    BadRows,
-    Conversation,
-    data_file,
-    parse_conversation,
-    read_rows,
-    unplaced,
-)
+from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_conversation, read_rows
 from infer.startup import note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
-    from infer.evaluate.run import Settings
+    from infer.evaluate.options import Settings
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -62,33 +54,30 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
     check_output(settings.predictions, settings.data, settings.overwrite)
     parse = partial(parse_conversation, fmt=settings.format)
     found = bad.keep(read_rows(data_file(settings.data)), parse)
-    rows = [row for row in found if row.messages[-1].get("loss", True)]
+    rows = [(where, messages) for where, messages in found if messages[-1].get("loss", True)]
     if marked := len(found) - len(rows):
         note(f"rows left out, because their answers are marked as not to be learned: {marked}")
     bad.check(len(rows))
     note_demo_model(settings.choice)
-    batch, contents = settings.batch_size, {"questions and answers": unplaced(rows)}
+    batch, contents = settings.batch_size, {"questions and answers": [row for _, row in rows]}
     engine = open_engine(settings.choice, settings.options, rows=batch, contents=contents)
     encoder = Encoder(engine.tokenizer, engine.template)
 
-    def prompt(where: str, row: Conversation) -> tuple[Conversation, list[int]]:
-        return row, checked(engine, encoder.question(row.messages))
+    def prompt(messages: list[dict[str, Any]]) -> tuple[list[int], str, str]:
+        ids, *_, question, wanted = encoder.question(messages), *messages
+        # The label has the form of a generated answer.
+        label = Message("assistant", wanted.get("metadata") or "", wanted["content"]).text
+        return checked(engine, ids), question["content"], label
 
-    asked = bad.keep(((row.where, row) for row in rows), prompt)
+    asked = bad.keep(rows, prompt)
     bad.check(len(asked))
-    labels, texts = [_label(row) for row, _ in asked], [""] * len(asked)
-    prompts, clean = [ids for _, ids in asked], engine.template != "raw"
+    prompts, questions, labels = map(list, zip(*(row for _, row in asked), strict=True))
+    texts, clean = [""] * len(asked), engine.template != "raw"
     with predictions_file(settings.predictions) as write:
         for at, text in answers(engine, prompts, sampling, batch, clean=clean):
-            texts[at], question = text, asked[at][0].messages[-2]
-            write(at, {"prompt": question["content"], "labels": labels[at], "predict": text})
+            texts[at] = text
+            write(at, {"prompt": questions[at], "labels": labels[at], "predict": text})
     return labels, texts
-
-
-def _label(row: Conversation) -> str:
-    """Return the answer of a row in the form of a generated one."""
-    wanted = row.messages[-1]
-    return Message("assistant", wanted.get("metadata") or "", wanted["content"]).text
 
 
 def checked(engine: Engine, ids: list[int]) -> list[int]:
@@ -126,7 +115,7 @@ def read_predictions(path: str, bad: BadRows) -> tuple[list[str], list[str]]:
             "To write it, name the questions: --data F.",
         )
 
-    def parse(where: str, row: Any) -> tuple[str, str]:
+    def parse(row: Any) -> tuple[str, str]:
         row = row if isinstance(row, dict) else {}
         label, text = row.get("labels"), row.get("predict")
         if not isinstance(label, str) or not isinstance(text, str) or not label.strip():
@@ -135,7 +124,7 @@ def read_predictions(path: str, bad: BadRows) -> tuple[list[str], list[str]]:
 
     found = bad.keep(read_rows(path), parse)
     bad.check(len(found))
-    return [label for label, _ in found], [text for _, text in found]
+    return [label for _, (label, _) in found], [text for _, (_, text) in found]
 
 
 def check_output(predictions: str | None, data: str | None, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,48 +22,35 @@ import numpy as np
 
 from convert.loading.folder import open_folder, target_scheme
 from glm2_jax.cli.messages import human_size, note
-from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.errors import InputError, UsageError
 from glm2_jax.runtime.gather import gathered
 from infer.datasets.encode import Encoder
 from infer.engine.load import demo_folder
-from infer.evaluate.reader import Chunk, read_all
-from infer.evaluate.rows import (
-    BUNDLED,
-    BadRows,
-    Conversation,
-    Text,
-    data_file,
-    parse_row,
-    read_rows,
-    unplaced,
-)
-from infer.evaluate.variants import Variant
+from infer.evaluate.options import Variant
+from infer.evaluate.reader import Chunk, finite, read_all
+from infer.evaluate.rows import BUNDLED, BadRows, data_file, parse_row, read_rows
 from infer.memory.budget import DEFAULT_CONTEXT
 from infer.startup import find_choice, note_demo_model, open_engine
 
 if TYPE_CHECKING:
     from infer.engine.engine import Engine
-    from infer.evaluate.run import Settings
+    from infer.evaluate.options import Settings
 
 WINDOW = 2048  # tokens of a window by default
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """A sequence of token ids, and which of them count; the first one never does."""
 
-    ids: tuple[int, ...]
-    counted: tuple[bool, ...]
+    ids: Sequence[int]
+    counted: Sequence[bool]
 
 
-@dataclass(frozen=True)
-class Material:
+class Material(NamedTuple):
     """What is read, and the size of what counts in it: rows, characters, bytes of UTF-8."""
 
-    items: tuple[Item, ...]
-    rows: int
-    characters: int
-    bytes: int
+    items: list[Item]
+    size: dict[str, int]
 
 
 @dataclass
@@ -80,14 +67,13 @@ class Total:
         """Return the averages of the likelihood."""
         per_token = self.nats / self.tokens
         return {
-            "rows": material.rows,
+            "rows": material.size["rows"],
             "tokens": self.tokens,
-            "characters": material.characters,
-            "bytes": material.bytes,
+            **material.size,
             "nats_per_token": per_token,
             "perplexity": math.exp(min(per_token, 700.0)),  # a larger one has no float
-            "nats_per_character": self.nats / material.characters,
-            "bits_per_byte": self.nats / material.bytes / math.log(2),
+            "nats_per_character": self.nats / material.size["characters"],
+            "bits_per_byte": self.nats / material.size["bytes"] / math.log(2),
         }
 
     def distance(self) -> dict[str, float]:
@@ -112,7 +98,8 @@ def run(settings: Settings) -> dict[str, Any]:
     settings = dataclasses.replace(settings, choice=choice)
     _check_folder(settings)
     choice = settings.compare[0].of(choice) if settings.compare else choice
-    engine = open_engine(choice, settings.options, rows=batch, contents={"rows": unplaced(rows)})
+    contents = {"rows": [row for _, row in rows]}
+    engine = open_engine(choice, settings.options, rows=batch, contents=contents)
     material = prepare(engine, rows, bad, settings.window, settings.stride)
     if settings.compare:
         figures = {"variants": _compare(settings, settings.compare, engine, material)}
@@ -206,41 +193,41 @@ def fit_windows(
 
 def prepare(
     engine: Engine,
-    rows: Sequence[Text | Conversation],
+    rows: Sequence[tuple[str, str | list[dict[str, Any]]]],
     bad: BadRows,
     window: int | None,
     stride: int | None,
 ) -> Material:
-    """Tokenize the rows for an engine; `window` and `stride` as in `fit_windows`.
+    """Tokenize rows for an engine, each a place and a text or messages; `window` and `stride` as in
+    `fit_windows`.
 
     InputError: no row is left, or too many are bad, such as conversations that are too long.
     """
-    longest = engine.max_length
-    prefix = tuple(engine.tokenizer.prefix_ids)
+    longest, prefix = engine.max_length, tuple(engine.tokenizer.prefix_ids)
     room, stride = fit_windows(window, stride, longest, len(prefix))
     encoder = Encoder(engine.tokenizer, engine.template)
 
-    def items(where: str, row: Text | Conversation) -> tuple[str, list[Item]]:
-        if isinstance(row, Text):
-            return row.text, list(windows(prefix, engine.tokenizer.encode(row.text), room, stride))
-        found = [encoder.encode(row.messages, n) for n in range(encoder.count(row.messages))]
+    def items(row: str | list[dict[str, Any]]) -> tuple[str, list[Item]]:
+        if isinstance(row, str):
+            return row, list(windows(prefix, engine.tokenizer.encode(row), room, stride))
+        found = [Item(*encoder.encode(row, number)) for number in range(encoder.count(row))]
         if (most := max((len(ids) for ids, _ in found), default=0)) - 1 > longest:
             raise InputError("too long", f"{most} tokens, at most {longest} are possible")
-        answers = (m for m in row.messages if m["role"] == "assistant" and m.get("loss", True))
+        answers = (m for m in row if m["role"] == "assistant" and m.get("loss", True))
         text = "".join(answer["content"] or answer.get("metadata", "") for answer in answers)
-        return text, [Item(tuple(ids), tuple(learned)) for ids, learned in found]
+        return text, found
 
-    good = bad.keep(((row.where, row) for row in rows), items)
-    counted = [(text, found) for text, found in good if found]
+    good = bad.keep(rows, items)
+    counted = [(text, found) for _, (text, found) in good if found]
     if marked := len(good) - len(counted):
         note(f"rows left out, because nothing in them is to be learned: {marked}")
     bad.check(len(counted))
-    return Material(
-        tuple(item for _, found in counted for item in found),
-        rows=len(counted),
-        characters=sum(len(text) for text, _ in counted),
-        bytes=sum(len(text.encode()) for text, _ in counted),
-    )
+    size = {
+        "rows": len(counted),
+        "characters": sum(len(text) for text, _ in counted),
+        "bytes": sum(len(text.encode()) for text, _ in counted),
+    }
+    return Material([item for _, found in counted for item in found], size)
 
 
 def windows(prefix: tuple[int, ...], ids: Sequence[int], room: int, stride: int) -> Iterator[Item]:
@@ -264,13 +251,7 @@ def measure(engines: Sequence[Engine], material: Material, batch: int) -> list[T
         first = chunks[0].logits
         for engine, total, (_, logits, _) in zip(engines, totals, chunks, strict=True):
             call, shape = engine.programs.call, logits.shape
-            nats = gathered(call("nats", shape, token_nats, logits, tokens))[counts]
-            if not np.isfinite(nats).all():
-                raise CheckpointError(
-                    "the model produced NaN or Inf",
-                    "The weights are damaged, or their values do not fit the dtype.",
-                    "Check the checkpoint's files, or use --dtype float32 or bfloat16.",
-                )
+            nats = finite(gathered(call("nats", shape, token_nats, logits, tokens))[counts])
             total.tokens += nats.size
             total.nats += float(nats.sum(dtype=np.float64))
             if logits is not first:

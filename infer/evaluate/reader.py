@@ -15,6 +15,7 @@ import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, forward
 from glm2_jax.cli.messages import Progress
+from glm2_jax.errors import CheckpointError
 from glm2_jax.runtime.buckets import SMALLEST_BUCKET, bucket
 from glm2_jax.runtime.devices import device_errors
 from infer.memory.shortage import when_answering
@@ -38,8 +39,7 @@ def read_all(
 ) -> Iterator[tuple[list[int], tuple[Chunk, ...]]]:
     """Read rows of token ids with each engine, the longest first: too little memory fails early.
 
-    Yields:
-        The numbers of at most `batch` rows, and for the same columns a chunk of each engine.
+    Yields the numbers of at most `batch` rows, and for the same columns a chunk of each engine.
     """
     longest = engines[0].max_length
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
@@ -65,9 +65,7 @@ def read(
 ) -> Iterator[Chunk]:
     """Yield the logits of at most `batch` rows of at most `longest` ids; each cache size, a power
     of two, is one program. B is `batch`, on a mesh rounded up to a multiple of its data axes.
-
-    Raises (while iterating):
-        DeviceError: out of memory.
+    DeviceError while iterating: out of memory.
     """
     split = engine.executor.places.rows
     batch = -(-batch // split) * split
@@ -91,6 +89,17 @@ def read(
                 "logits", key, compute, params, tokens, real, cache, donate=3
             )
             yield Chunk(start, logits, real)
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Return values that logits gave; CheckpointError for NaN or Inf."""
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            "the model produced NaN or Inf",
+            "The weights are damaged, or their values do not fit the dtype.",
+            "Check the checkpoint's files, or use --dtype float32 or bfloat16.",
+        )
+    return values
 
 
 def _logits(

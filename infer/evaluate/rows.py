@@ -6,13 +6,11 @@ A file is plain text, or rows in any format that training reads; a row may also 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -33,22 +31,6 @@ _START = 1 << 12  # bytes that are read to decide whether a file is plain text
 _PIECE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Text:
-    """A plain text; `where` is its file and line."""
-
-    where: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages as `infer.datasets.formats.read_messages` returns them; the last is an answer."""
-
-    where: str
-    messages: tuple[Message, ...]
-
-
 class BadRows:
     """Reports the rows that cannot be used, and refuses more of them than `limit`."""
 
@@ -56,16 +38,16 @@ class BadRows:
         self.limit, self.count = limit, 0
 
     def keep(
-        self, rows: Iterable[tuple[str, Any]], parse: Callable[[str, Any], Parsed]
-    ) -> list[Parsed]:
-        """Return what `parse` makes of (where, row); rows that are, or for which it raises, an
-        InputError are reported."""
+        self, rows: Iterable[tuple[str, Any]], parse: Callable[[Any], Parsed]
+    ) -> list[tuple[str, Parsed]]:
+        """Return (where, what `parse` makes of the row) of each (where, row); rows that are, or for
+        which it raises, an InputError are reported."""
         good = []
         for where, row in rows:
             try:
                 if isinstance(row, InputError):
                     raise row
-                good.append(parse(where, row))
+                good.append((where, parse(row)))
             except InputError as error:
                 self.count += 1
                 note(f"{where}: {': '.join(part for part in (error.what, error.why) if part)}")
@@ -91,17 +73,10 @@ def data_file(named: str | None) -> str:
     return str(_SAMPLE)
 
 
-def unplaced(rows: Iterable[Any]) -> list[Any]:
-    """Return dataclasses without `where`: what several processes must agree on."""
-    return [dataclasses.replace(row, where="") for row in rows]
-
-
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file, "-" is standard input: "file:line" (or "file, row N" where a line
     holds several), and a JSON value, an InputError for a bad row, or the string of a plain text.
-
-    Raises:
-        InputError: the file cannot be read.
+    InputError: the file cannot be read.
     """
     with contextlib.ExitStack() as opened:
         file = opened.enter_context(open_input(path))
@@ -142,22 +117,22 @@ def _has_rows(path: str, file: BinaryIO) -> bool:
     return start.removeprefix(_BOM).lstrip().startswith((b"{", b"[", PARQUET, *PACKED))
 
 
-def parse_row(where: str, row: Any, fmt: str = "auto") -> Text | Conversation:
-    """Return a row, or plain text, as a text or a conversation; InputError for a bad one.
-
-    `fmt` is one of `infer.datasets.FORMATS`, or "auto": by the keys of the row.
-    """
+def parse_row(row: Any, fmt: str = "auto") -> str | list[Message]:
+    """Return the text of a row, or of plain text, or a conversation as `parse_conversation`."""
     if isinstance(row, dict) and fmt == "auto" and "text" in row and detect(row) is None:
         row = row["text"] if isinstance(row["text"], str) else ""
     if not isinstance(row, str):
-        return parse_conversation(where, row, fmt)
+        return parse_conversation(row, fmt)
     if not row.strip():
         raise InputError("text is empty, or not a string")
-    return Text(where, _checked(row))
+    return _checked(row)
 
 
-def parse_conversation(where: str, row: Any, fmt: str = "auto") -> Conversation:
-    """Return a row as a conversation; otherwise as `parse_row`."""
+def parse_conversation(row: Any, fmt: str = "auto") -> list[Message]:
+    """Return the messages of a row, of which the last is an answer; InputError for a bad row.
+
+    `fmt` is one of `infer.datasets.FORMATS`, or "auto": by the keys of the row.
+    """
     if not isinstance(row, dict):
         raise InputError("not a JSON object", "write {...} with a value for each key")
     found = detect(row) if fmt == "auto" else fmt
@@ -165,7 +140,7 @@ def parse_conversation(where: str, row: Any, fmt: str = "auto") -> Conversation:
         raise unknown_format(row)
     messages = read_messages(row, found)
     _checked(json.dumps(messages, ensure_ascii=False))
-    return Conversation(where, tuple(messages))
+    return messages
 
 
 def _checked(text: str) -> str:

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
-from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.messages import human_size
+from glm2_jax.cli.tables import columns, fold, table
 from glm2_jax.errors import UsageError
-from infer.evaluate import report, variants
+from glm2_jax.escape import join_lines, json_line
+from infer.evaluate.options import Settings
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The flags of the command, but those of several processes."""
-
-    choice: ModelChoice
-    options: EngineOptions
-    task: str
-    data: str | None
-    format: str
-    max_bad: int
-    batch_size: int
-    compare: tuple[variants.Variant, ...] | None
-    window: int | None
-    stride: int | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    shots: int
-    two_pass: bool
-    json: bool
-    predictions: str | None
-    overwrite: bool
+_COLUMNS = {  # of a comparison: key -> heading
+    "dtype": "dtype",
+    "quantization": "weights",
+    "weight_bytes": "size",
+    "perplexity": "perplexity",
+    "mean_abs_delta_logit": "mean |d|",
+    "max_abs_delta_logit": "max |d|",
+    "kl_divergence": "KL",
+    "top1_agreement": "same top",
+}
+_COMPARED = (
+    "compared with the first line, over the positions that count: |d| of all logits; KL(first || "
+    "this) in nats; how often the most likely token agrees"
+)
 
 
 def run(settings: Settings, given: Mapping[str, str]) -> int:
@@ -47,7 +39,7 @@ def run(settings: Settings, given: Mapping[str, str]) -> int:
         from infer.evaluate.choice import run as measure
     else:
         from infer.evaluate.perplexity import run as measure
-    report.show({"task": settings.task, **measure(settings)}, settings.json)
+    show({"task": settings.task, **measure(settings)}, settings.json)
     return 0
 
 
@@ -80,5 +72,39 @@ def check_flags(settings: Settings, given: Mapping[str, str]) -> None:
         raise UsageError(
             "--task choice needs --data", "No questions are bundled.", "Name a csv file or folder."
         )
-    if settings.compare:
-        variants.check_flags(settings.compare, settings.choice)
+    compared = settings.compare or ()
+    for name in ("quantize", "dtype") if compared else ():
+        value = getattr(settings.choice, name)
+        if value not in (None, "auto") and all(getattr(one, name) for one in compared):
+            raise UsageError(
+                f"--{name} {value} has no effect",
+                f"--compare names the {name} of every variant.",
+                "Leave it out.",
+            )
+
+
+def show(results: Mapping[str, Any], as_json: bool) -> None:
+    """Print results on standard output."""
+    if as_json:
+        print(json_line(results, allow_nan=False), flush=True)
+        return
+    lines = []
+    for key, value in results.items():
+        if isinstance(value, list):
+            compared = key == "variants"
+            heads = _COLUMNS if compared else {name: name.replace("_", " ") for name in value[0]}
+            cells = [[_cell(name, row[name]) for name in heads] for row in value]
+            lines += ["", *table([list(heads.values()), *cells], texts=2 if compared else 1)]
+            lines += ["", *fold(_COMPARED, columns(80), indent="")] if compared else []
+        elif value is not None:
+            lines.append(f"{key.replace('_', ' '):20}  {_cell(key, value)}")
+    print(join_lines(lines).strip("\n"), flush=True)
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "weight_bytes":
+        return human_size(value)
+    if key in ("top1_agreement", "accuracy", "mean_of_files"):
+        return f"{100 * value:.2f} %"
+    digits = 6 if key == "perplexity" else 4
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

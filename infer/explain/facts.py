@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PROMPT = "你好"
-DEVICES = ("3090", "a100", "h200", "v5e-1")
-
 
 @dataclass(frozen=True)
 class Stage:

@@ -293,7 +293,7 @@ function cache() {
         barLine(T(`with ${walk.sizes.N} instead`, `若为 ${walk.sizes.N} 个键值头`), bar(cache.with_full_heads, "--scores"), binary(cache.with_full_heads))),
       el("p", { class: "muted" }, T(
         `${binary(cache.now)} after this prompt, ${binary(cache.at_most)} at ${whole(walk.context)} tokens: 1/${cache.with_full_heads / cache.per_token} of what one key/value head per query head would take.`,
-        `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}：是每个查询头各有键值头时的 1/${cache.with_full_heads / cache.per_token}。`))));
+        `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}，仅为每个查询头都有自己的键值头时的 1/${cache.with_full_heads / cache.per_token}。`))));
 }
 
 function devices() {

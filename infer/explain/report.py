@@ -8,16 +8,7 @@ from dataclasses import replace
 from glm2_jax.cli.messages import cut_to_width, human_size, text_width
 from glm2_jax.cli.tables import fold, table
 from glm2_jax.escape import escape_controls
-from infer.explain.facts import (
-    Bound,
-    Candidate,
-    Head,
-    Pass,
-    Stage,
-    Token,
-    Values,
-    Walk,
-)
+from infer.explain.facts import Bound, Candidate, Head, Pass, Stage, Token, Values, Walk
 
 BOUND = (
     "The minimum time for these operations and bytes by the makers' figures, which no program "

@@ -10,8 +10,8 @@ from pathlib import Path
 from convert.loading.folder import check_template, open_folder, read_architecture, read_config
 from glm2_jax.cli.files import require_file_place
 from glm2_jax.cli.messages import note
-from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
-from glm2_jax.cli.tables import columns, fold
+from glm2_jax.cli.model_choice import ModelChoice
+from glm2_jax.cli.tables import fold
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import InputError, UsageError
 from glm2_jax.escape import join_lines, json_line
@@ -20,7 +20,7 @@ from glm2_jax.schemes import asked_scheme
 from glm2_jax.text.prompt import build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.engine.load import demo_folder
-from infer.explain.facts import DEVICES, PROMPT
+from infer.explain.options import DEVICES, PROMPT, Settings
 from infer.explain.page import write_page
 from infer.explain.report import render
 from infer.explain.values import longest, make_values
@@ -37,37 +37,6 @@ _PUBLISHED_FAMILIES = ("chatglm2", "chatglm3")
 _PUBLISHED_VOCABULARY = 65024
 EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
 MESH_LENGTH = 2048  # tokens of a row with --mesh by default, where the context has room
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The flags of the command."""
-
-    choice: ModelChoice
-    options: EngineOptions
-    config: str | None
-    prompt: str | None
-    length: int | None
-    batch: int
-    top_k: int | None
-    heads: tuple[tuple[int, int], ...] | None
-    max_new_tokens: int | None
-    cards: list[str] | None
-    mesh: str | None
-    json: bool
-    html: str | None
-    width: int | None
-
-    def refuse(self, *names: str, why: str) -> None:
-        """Raise UsageError if one of these flags was given."""
-        found = [name.replace("_", "-") for name in names if getattr(self, name) is not None]
-        if found:
-            raise UsageError(f"--{', --'.join(found)}: no effect", why, "Leave it out.")
-
-    @property
-    def columns(self) -> int:
-        """Columns to write in."""
-        return max(self.width or columns(100), 30)
 
 
 @dataclass(frozen=True)
@@ -124,7 +93,7 @@ def run(settings: Settings) -> int:
         batch=settings.batch,
         prompt=None if source in ("asked", "example") else settings.prompt or PROMPT,
         length_from=source,
-        cards=_cards(settings.cards or DEVICES),
+        cards=_cards(settings.device or DEVICES),
     )
     values = None
     if ids is not None:
@@ -256,7 +225,7 @@ def _show_mesh(settings: Settings, mesh: str) -> int:
             config, sizes, links, batch=settings.batch, length=length,
             dtype=precision.dtype, scheme=precision.quantize,
         )
-        for links in dict.fromkeys(find_links(name, devices) for name in settings.cards or LINKS)
+        for links in dict.fromkeys(find_links(name, devices) for name in settings.device or LINKS)
     ]  # fmt: skip
     if settings.json:
         found = {"model": subject.name, "meshes": [asdict(cost) for cost in costs]}

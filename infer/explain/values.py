@@ -61,7 +61,7 @@ def make_values(
         probabilities = jax.nn.softmax(stages.walk_head(config, params, x), axis=-1)
         return probabilities, *jax.lax.top_k(probabilities, min(top_k, config.vocab_size))
 
-    every, *best = jax.device_get(_jit(engine)(likeliest)(_ends(params), x))
+    every, *best = jax.device_get(_jit(engine)(likeliest)(params, x))
     likely = [
         tuple(Candidate(named(tokenizer, i), p) for p, i in zip(*pair, strict=True))
         for pair in zip(*(found.tolist() for found in best), strict=True)
@@ -88,19 +88,15 @@ def make_values(
 def _walk(
     engine: Engine, tokens: Sequence[int], prompt: int, heads: Sequence[tuple[int, int]]
 ) -> tuple[jax.Array, jax.Array, list[tuple[Any, ...]], dict[tuple[int, int], np.ndarray]]:
-    """Walk through all layers.
-
-    Returns:
-        The stream of the prompt's last token at the embedding and after every layer, [1 + L, D].
-        The stream after the last layer, [T, D]. The norms of the stream, of attention and of the
-        mlp by layer, the embedding first, for the prompt's tokens. {(layer, head): probabilities
-        [P, P]}.
-    """
+    """Walk through all layers. Returns the stream of the prompt's last token at the embedding and
+    after every layer, [1 + L, D]; the stream after the last layer, [T, D]; the norms of the stream,
+    of attention and of the mlp by layer, the embedding first, for the prompt's tokens; and {(layer,
+    head): probabilities [P, P]}."""
     config, params = engine.config, engine.checkpoint.params
 
-    def begin(ends: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
-        context, _ = token_context(config, tokens, None, None, None, ends["final_norm"].dtype)
-        return stages.embed(config, ends, tokens), context
+    def begin(params: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
+        context, _ = token_context(config, tokens, None, None, None, params["final_norm"].dtype)
+        return stages.embed(config, params, tokens), context
 
     def layer(weights: Any, x: jax.Array, context: TokenContext) -> Any:
         """Return the output, the norms of that and of both parts [T], and attention [N, T, T]."""
@@ -116,11 +112,11 @@ def _walk(
 
     attention = {}
     with jax.default_device(engine.device), Progress("layers", config.num_layers) as bar:
-        x, context = _jit(engine)(begin)(_ends(params), jnp.asarray([tokens]))
+        x, context = _jit(engine)(begin)(params, jnp.asarray([tokens]))
         run, nothing, rows = _jit(engine)(layer), [0.0] * prompt, [x[0, prompt - 1]]
         norms: list[tuple[Any, ...]] = [(_rounded(_norm(x)[:prompt]), nothing, nothing)]
         for index in range(config.num_layers):
-            x, parts, probs = run(_weights(params, index), x, context)
+            x, parts, probs = run(_weights(params["layers"], index), x, context)
             rows.append(x[0, prompt - 1])
             norms.append(tuple(_rounded(part[:prompt]) for part in parts))
             attention |= {
@@ -134,19 +130,13 @@ def _jit(engine: Engine) -> Callable[..., Any]:
     return partial(jax.jit, compiler_options=compiler_options(engine.device.platform))
 
 
-def _ends(params: Any) -> dict[str, Any]:
-    """Return the parameters outside the layers."""
-    return {name: params[name] for name in ("embed", "final_norm", "head")}
-
-
 def _norm(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x[0].astype(jnp.float32), axis=-1)
 
 
-def _weights(params: Any, layer: int) -> Any:
-    layers = params["layers"]
-    stacked = not isinstance(layers, list | tuple)
-    return jax.tree.map(lambda x: x[layer], layers) if stacked else layers[layer]
+def _weights(layers: Any, layer: int) -> Any:
+    listed = isinstance(layers, list | tuple)
+    return layers[layer] if listed else jax.tree.map(lambda x: x[layer], layers)
 
 
 def _rounded(x: Any) -> list[Any]:

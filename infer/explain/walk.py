@@ -47,8 +47,8 @@ def make_walk(
         "G": c.num_heads // c.num_kv_heads, "H": c.head_dim, "F": c.ffn_hidden_size,
         "V": c.vocab_size,
     }  # fmt: skip
-    prefill = _pass("prefill", config, sizes, precision, length, length)
-    decode = _pass("decode", config, sizes, precision, 1, length + 1)
+    prefill = _pass("prefill", config, precision, sizes | {"T": length, "S": length})
+    decode = _pass("decode", config, precision, sizes | {"T": 1, "S": length + 1})
     token = cache_bytes(config, precision.size, 1, 1)
     return Walk(
         model=model,
@@ -90,38 +90,18 @@ def _bound(
             return moving, "unknown"
         return max((moving, "bandwidth"), ((work.flops - skipped) / card.flops, "arithmetic"))
 
-    (read, read_limit), (step, step_limit) = least(prefill, skipped), least(decode)
     plan = Plan(config, precision, decode.keys, batch, card.platform)
-    return Bound(
-        device=card.name,
-        memory=card.memory,
-        bandwidth=card.bandwidth,
-        flops=card.flops,
-        fits=bool(find_budget(card.name).fits(plan)),
-        ridge=None if card.flops is None else card.flops / card.bandwidth,
-        prefill=read,
-        prefill_limit=read_limit,
-        decode=step,
-        decode_limit=step_limit,
-        tokens_per_s=batch / step,
-    )
+    fits = bool(find_budget(card.name).fits(plan))
+    ridge = None if card.flops is None else card.flops / card.bandwidth
+    card_facts = card.name, card.memory, card.bandwidth, card.flops, fits, ridge
+    step, limit = least(decode)
+    return Bound(*card_facts, *least(prefill, skipped), step, limit, batch / step)
 
 
-def _pass(
-    name: str,
-    config: GLMConfig,
-    sizes: dict[str, int],
-    precision: Precision,
-    tokens: int,
-    keys: int,
-) -> Pass:
-    shapes = param_shapes(config)
-    sizes = sizes | {"T": tokens, "S": keys, "C": 2}
-    merged = {
-        "F2": 2 * sizes["F"],
-        "P": sizes["H"] // 2,
-        "QKV": (sizes["N"] + 2 * sizes["K"]) * sizes["H"],
-    }
+def _pass(name: str, config: GLMConfig, precision: Precision, sizes: dict[str, int]) -> Pass:
+    shapes, sizes = param_shapes(config), sizes | {"C": 2}
+    F, H, N, K = (sizes[axis] for axis in "FHNK")
+    in_words = sizes | {"F2": 2 * F, "P": H // 2, "QKV": (N + 2 * K) * H}
     found: list[Stage] = []
 
     def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
@@ -131,18 +111,17 @@ def _pass(
             key: shapes[key] if key in shapes else shapes["layers"][key][1:]
             for key in words.weights
         }
+        axes = words.reference.split()
         stage = Stage(
             name=name,
             part=words.part,
             title_en=words.title_en,
             title_zh=words.title_zh,
-            note_en=words.note_en.format_map(sizes | merged),
-            note_zh=words.note_zh.format_map(sizes | merged),
+            note_en=words.note_en.format_map(in_words),
+            note_zh=words.note_zh.format_map(in_words),
             axes=words.axes,
             shape=jax.tree.leaves(result)[0].shape,
-            reference=tuple(
-                math.prod(sizes[axis] for axis in axes) for axes in words.reference.split()
-            ),
+            reference=tuple(math.prod(map(sizes.__getitem__, joined)) for joined in axes),
             params=sum(map(math.prod, weights.values())),
             flops=products(traced.jaxpr),
             bytes=_bytes(name, weights, precision, sizes),
@@ -155,7 +134,8 @@ def _pass(
         sum((config.num_layers if stage.in_layer else 1) * getattr(stage, of) for stage in found)
         for of in ("params", "flops", "bytes")
     )
-    return Pass(name, tokens, keys, tuple(found), params, flops, moved, flops / moved)
+    costs = params, flops, moved, flops / moved
+    return Pass(name, sizes["T"], sizes["S"], tuple(found), *costs)
 
 
 def _trace(config: GLMConfig, shapes: Params, sizes: dict[str, int], take: stages.Take) -> None:
@@ -204,16 +184,12 @@ def products(jaxpr: Jaxpr) -> int:
             left, out = (x[0].aval.shape for x in (equation.invars, equation.outvars))
             total += 2 * math.prod(left[axis] for axis in columns) * math.prod(out)
             continue
-        parts = jax.tree.leaves(
-            list(parameters.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
-        )
-        inner = [
-            products(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
-            for part in parts
-            if isinstance(part, ClosedJaxpr | Jaxpr)
-        ]
-        if name == "cond":
-            total += max(inner)
-        else:
-            total += sum(inner) * (parameters["length"] if name == "scan" else 1)
+        parts = jax.tree.leaves(list(parameters.values()), is_leaf=_is_function)
+        inner = [products(getattr(part, "jaxpr", part)) for part in parts if _is_function(part)]
+        repeated = parameters["length"] if name == "scan" else 1
+        total += max(inner) if name == "cond" else sum(inner) * repeated
     return total
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, ClosedJaxpr | Jaxpr)

@@ -68,7 +68,7 @@ WORDS = {
         "q k / sqrt({H}), in float32. A token attends to itself and to earlier tokens; the other "
         "scores are computed and masked. Long inputs are computed in blocks, never all at once.",
         "q·k / sqrt({H})，float32。每个 token 只关注自己和之前的 token，其余分数算出后被掩码屏蔽。"
-        "序列较长时分块计算，不会同时占用内存。",
+        "序列较长时分块计算，不会一次全部放进内存。",
     ),
     "attention.softmax": Words(
         "attention", "softmax", "softmax", "BNTS", "B N T S", (),

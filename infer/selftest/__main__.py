@@ -19,8 +19,8 @@ def parser() -> Parser:
     result = Parser(prog=PROG, description=DESCRIPTION, example=f"{PROG} --model chatglm2-6b")
     add_model_options(result)
     options.add_performance_options(result)
-    output = result.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object instead of a report")
+    add = result.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="one JSON object instead of a report")
     result.add_common()
     return result
 

@@ -223,10 +223,7 @@ def _answer(engine: Engine, known: Answer) -> Iterator[Check]:
 
 def measure(engine: Engine) -> dict[str, float]:
     """Measure speed at batch 1 in tokens per second, each after a run that compiles and warms up.
-
-    Raises:
-        GLMError: the model computes NaN, or memory runs out.
-    """
+    GLMError: the model computes NaN, or memory runs out."""
     compiled_before = engine.programs.seconds
     ids = engine.build_prompt(HELLO)
     length = 128 if engine.device.platform == "cpu" else 512

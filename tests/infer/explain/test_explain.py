@@ -12,14 +12,15 @@ import pytest
 
 from glm2_jax import PRESETS, GLMConfig, KVCache, Tokenizer, forward, init_params
 from glm2_jax.cli.messages import text_width
-from glm2_jax.errors import CheckpointError, GLMError, InputError, UsageError
+from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.model import unstack_layers
 from glm2_jax.text.prompt import build_prompt
 from infer.engine.load import demo_folder
 from infer.explain import report
 from infer.explain import run as explain_run
 from infer.explain.__main__ import main
-from infer.explain.facts import PROMPT, Walk
+from infer.explain.facts import Walk
+from infer.explain.options import PROMPT
 from infer.explain.walk import make_walk
 from infer.explain.words import WORDS
 from infer.memory.cards import CARDS
@@ -50,14 +51,6 @@ SHAPES = {
     (1, 17, 13696): "mlp.act",
     (1, 17, 65024): "head",
 }
-
-
-@pytest.fixture(scope="module")
-def walk() -> Walk:
-    cards = [CARDS[name] for name in ("3060", "a100", "h200", "v5e-1")]
-    return make_walk(
-        SIX, BF16, 17, model="chatglm2-6b", prompt=PROMPT, length_from="published", cards=cards
-    )
 
 
 def stage(walk: Walk, name: str, decode: bool = False):
@@ -252,27 +245,21 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_computed(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(explain_run, "find_subject", lambda settings: 1 / 0)
-    (tmp_path / "file").write_text("x")
-    for page in ("-", *(str(tmp_path / name) for name in ("", "none/page.html", "file/page.html"))):
-        with pytest.raises(GLMError) as found:
+    for page in ("-", str(tmp_path / "none/page.html")):
+        with pytest.raises(InputError):
             main(["--html", page])
-        assert found.value.exit_code == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # trying leaves nothing behind
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--device", "h20"], "did you mean h200?"),
-        (["--heads", "0-0"], "write LAYER:HEAD"),
-        (["--top-k", "21"], "invalid choice: 21"),
-        (["--prompt", "x", "--length", "3"], "not allowed with"),
-    ],
-)
-def test_flags_that_make_no_sense(flags, words, capsys):
-    with pytest.raises(SystemExit) as ending:
-        main(flags)
-    assert ending.value.code == 2 and words in capsys.readouterr().err
+def test_flags_that_make_no_sense(capsys):
+    for flags, words in {
+        "--device h20": "did you mean h200?",
+        "--heads 0-0": "write LAYER:HEAD",
+        "--top-k 21": "invalid choice: 21",
+        "--prompt x --length 3": "not allowed with",
+    }.items():
+        with pytest.raises(SystemExit) as ending:
+            main(flags.split())
+        assert ending.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_mesh(explained):

@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from glm2_jax import PRESETS
 from glm2_jax.errors import InputError
 from infer.explain.facts import Candidate, Head, Layer, Step, Token, Values
 from infer.explain.page import make_page, write_page
-from infer.explain.walk import make_walk
-from infer.memory.cards import CARDS
-from infer.memory.precision import Precision
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -29,14 +25,6 @@ FLAGS = (
 )  # fmt: skip
 LAYERS = 28
 EVIL = "</script><img src=https://evil.test/x onerror=\"document.title='caught'\"><!--\u2028& 'q'"
-
-
-@pytest.fixture(scope="module")
-def walk():
-    return make_walk(
-        PRESETS["chatglm2-6b"], Precision("bfloat16"), 17, model="chatglm2-6b", prompt="你好",
-        length_from="published", cards=[CARDS["3090"], CARDS["3060"]],
-    )  # fmt: skip
 
 
 def made_values(text: str = "你好") -> Values:

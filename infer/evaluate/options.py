@@ -1,0 +1,144 @@
+"""The flags of `python -m infer.evaluate`, and the variants that `--compare` names. No jax here."""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+from glm2_jax.choices import DTYPES, QUANTIZE
+from glm2_jax.cli.arguments import path_argument, positive, whole
+from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.cli.parser import flag
+from infer.datasets import FORMATS
+
+_count = partial(flag, type=positive, metavar="N")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant of the model, `name` as the user wrote it; None = as the other flags say."""
+
+    name: str
+    dtype: str | None
+    quantize: str | None
+
+    def of(self, choice: ModelChoice) -> ModelChoice:
+        """Return the choice of this variant."""
+        quantize = self.quantize or choice.quantize
+        return dataclasses.replace(
+            choice,
+            dtype=self.dtype or choice.dtype,
+            quantize=quantize,
+            quantize_embeddings=choice.quantize_embeddings and quantize != "none",
+        )
+
+
+def variants(text: str) -> tuple[Variant, ...]:
+    """Parse variants such as "none,int8,float32:int4", at least two, for argparse."""
+    found = []
+    for name in dict.fromkeys(part.strip() for part in text.split(",")):
+        dtype, _, quantize = name.rpartition(":") if name not in DTYPES else (name, "", "")
+        if not name.strip(":") or dtype not in (*DTYPES, "") or quantize not in (*QUANTIZE, ""):
+            raise argparse.ArgumentTypeError(
+                f"{name!r} must be one of {', '.join((*QUANTIZE, *DTYPES))}, or DTYPE:QUANTIZATION "
+                "such as float32:int8"
+            )
+        found.append(Variant(name, dtype or None, quantize or None))
+    if len(found) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} must name at least two variants")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is measured."""
+
+    task: str = flag(
+        "perplexity = of texts, or of the answers to questions; generation = BLEU, ROUGE and "
+        "METEOR of generated answers; choice = the most likely of A, B, C and D",
+        choices=("perplexity", "generation", "choice"), default="perplexity",
+    )  # fmt: skip
+    data: str | None = flag(
+        'plain text, or rows as train.lora reads them, also {"text"} alone; for choice a csv '
+        "file of C-Eval, MMLU or CMMLU, a jsonl file of the official C-Eval script, or a folder of "
+        "them (default: 45 bundled questions that are new to the demo model; none for choice)",
+        type=path_argument, metavar="F",
+    )  # fmt: skip
+    format: str = flag(
+        "format of --data, as in train.lora; auto = by the keys of each row",
+        choices=("auto", *FORMATS), default="auto",
+    )  # fmt: skip
+    max_bad: int = flag(
+        "bad rows that may be left out; each is reported as file:line with the reason, more "
+        "are an error (exit code 3)",
+        type=whole, default=0, metavar="N",
+    )  # fmt: skip
+    batch_size: int = _count("rows per batch", default=8)
+
+
+@dataclass(frozen=True)
+class PerplexityOptions:
+    """The variants that are compared, and the windows of a long text."""
+
+    compare: tuple[Variant, ...] | None = flag(
+        "compare variants of the model, each a quantization (none, int8, int4), a dtype, or "
+        "both (bfloat16:int8): size, perplexity, distance of the logits from the first variant's; "
+        "two variants are in memory at once",
+        type=variants, metavar="A,B",
+    )  # fmt: skip
+    window: int | None = _count("tokens per window of a text (default: 2048, at most --max-length)")
+    stride: int | None = _count(
+        "tokens between the starts of two windows (default: half of --window)"
+    )
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How answers are drawn."""
+
+    max_new_tokens: int = _count("longest answer", default=512)
+    temperature: float = flag(
+        "sampling temperature, 0 = greedy; the official ADGEN script uses 0.95, top-p 0.7",
+        type=float, default=0.0, metavar="X",
+    )  # fmt: skip
+    top_p: float = flag("as in infer.generate", type=float, default=1.0, metavar="X")
+    seed: int = flag("random seed", type=int, default=0, metavar="N")
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """How questions with choices are asked."""
+
+    shots: int = flag(
+        "solved examples before each question, from the folder dev next to the data's folder",
+        type=whole, default=0, metavar="N",
+    )  # fmt: skip
+    two_pass: bool = flag(
+        "follow the official C-Eval script: the model first answers in words, greedily; then "
+        "its words are part of the prompt, and the most likely letter is its answer",
+        action="store_true",
+    )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where the figures and the answers go."""
+
+    json: bool = flag("print one JSON object instead of a table", action="store_true")
+    predictions: str | None = flag(
+        'JSON lines of the answers, for generation {"prompt", "labels", "predict"}; without '
+        "--data such a file is read and scored, and no model is needed",
+        type=path_argument, metavar="F",
+    )  # fmt: skip
+    overwrite: bool = flag(
+        "replace an existing --predictions file, also the partial one of an interrupted run",
+        action="store_true",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataOptions, PerplexityOptions, AnswerOptions, ChoiceOptions, OutputOptions):
+    """The flags of the command, but those of several processes."""
+
+    choice: ModelChoice
+    options: EngineOptions
