@@ -4,32 +4,31 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from glm2_jax.choices import QUANTIZE
 from glm2_jax.cli.arguments import choose_platform, path_argument
-from glm2_jax.cli.model_choice import add_model_options
+from glm2_jax.cli.model_choice import (
+    EngineOptions,
+    ModelChoice,
+    add_mesh_options,
+    add_model_options,
+)
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
 from glm2_jax.processes import join
 from train.data.options import DataOptions
 from train.options import (
     RATE,
+    AdapterOptions,
     EvaluationOptions,
     OutputOptions,
     TrainingOptions,
-    add_performance_options,
 )
 from train.recipe import Recipe, parse
 
 
 def make_parser(
-    prog: str,
-    description: str,
-    example: str,
-    *,
-    lr: float,
-    remat: bool,
-    output: str,
-    more: Callable[[Parser], None] = lambda parser: None,
+    prog: str, description: str, example: str, *, lr: float, output: str, adapter: bool
 ) -> Parser:
-    """Return a parser with the flags that both commands have, and those that `more` adds."""
+    """Return the parser of a command that trains an adapter, or all parameters."""
     result = Parser(prog=prog, description=description, example=example)
     result.add_argument_group("recipe").add_argument(
         "--config", type=path_argument, metavar="FILE.yml",
@@ -38,10 +37,22 @@ def make_parser(
     )  # fmt: skip
     add_model_options(result)
     add_flags(result, "data", DataOptions)
-    more(result)
-    lr_help, default = {"help": RATE.format(lr)}, {"default": remat}
+    if adapter:
+        add_flags(result, "adapter", AdapterOptions).add_argument(
+            "--quantize-base", choices=QUANTIZE,
+            help="quantize the frozen base to int8 or int4 (QLoRA); none = dequantize a quantized "
+            "checkpoint (default: as stored)",
+        )  # fmt: skip
+    lr_help, default = {"help": RATE.format(lr)}, {"default": adapter}
     add_flags(result, "training", TrainingOptions, lr=lr_help, grad_checkpoint=default)
-    add_performance_options(result)
+    group = result.add_argument_group("performance")
+    dtype = {
+        "help": "compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
+        "support it, float16 with loss scaling on older GPUs, float32 on CPU where it fits"
+    }
+    add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype)
+    add_mesh_options(group)
+    add_flags(group, None, EngineOptions, ("compile_cache",))
     add_flags(result, "evaluation", EvaluationOptions)
     add_flags(result, "output", OutputOptions, output={"default": output})
     join.add_host_options(result)

@@ -4,10 +4,9 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from glm2_jax.choices import QUANTIZE
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.model_choice import ModelChoice
-from glm2_jax.cli.parser import Parser, add_flags, from_flags
+from glm2_jax.cli.parser import Parser, from_flags
 from train.command import make_parser, start
 from train.options import NEW_ADAPTER, AdapterOptions
 from train.recipe import Recipe
@@ -29,17 +28,7 @@ EXAMPLE = f"""{PROG} --data data.jsonl --model chatglm2-6b --output adapter
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    return make_parser(
-        PROG, DESCRIPTION, EXAMPLE, lr=LR, remat=True, output="adapter", more=_add_adapter_options
-    )
-
-
-def _add_adapter_options(result: Parser) -> None:
-    add_flags(result, "adapter", AdapterOptions).add_argument(
-        "--quantize-base", choices=QUANTIZE,
-        help="quantize the frozen base to int8 or int4 (QLoRA); none = dequantize a quantized "
-        "checkpoint (default: as stored)",
-    )  # fmt: skip
+    return make_parser(PROG, DESCRIPTION, EXAMPLE, lr=LR, output="adapter", adapter=True)
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:

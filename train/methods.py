@@ -17,13 +17,12 @@ from convert.loading.folder import Folder
 from convert.writing.own import save_checkpoint
 from glm2_jax.cli.model_choice import ModelChoice
 from glm2_jax.errors import UsageError
-from glm2_jax.lora import LoRA, find_targets, init_lora, with_lora
+from glm2_jax.lora import LoRA, find_targets, init_lora
 from glm2_jax.processes import join
 from glm2_jax.runtime.devices import faster_layers
 from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.sharding import lora_sharding
-from infer.engine.engine import Engine
 from train.devices import Devices
 from train.recipe import AdapterOptions, Recipe
 from train.run_folder.folder import MODEL
@@ -55,18 +54,6 @@ class Method(ABC):
     def write(self, folder: Path, trained: Any) -> Path:
         """Write the result and return its folder. All processes must call this; the first one
         writes."""
-
-    def answering(self) -> Callable[[Any], Engine]:
-        """Return a function of the trained arrays that returns the engine, always the same one."""
-        engine = Engine(self.checkpoint)
-
-        def engine_of(trained: Any) -> Engine:
-            params, lora = self.model(trained)
-            params = params if lora is None else with_lora(params, lora)
-            engine.checkpoint = dataclasses.replace(self.checkpoint, params=params)
-            return engine
-
-        return engine_of
 
 
 class AdapterMethod(Method):

@@ -8,8 +8,7 @@ from functools import partial
 
 from glm2_jax.cli.arguments import above_zero, number, path_argument, positive, whole
 from glm2_jax.cli.files import BUCKET, refuse_url
-from glm2_jax.cli.model_choice import EngineOptions, ModelChoice, add_mesh_options
-from glm2_jax.cli.parser import Parser, add_flags, flag
+from glm2_jax.cli.parser import flag
 
 SCHEDULES = ("cosine", "linear", "constant")
 NAN_POLICIES = ("abort", "skip")
@@ -144,15 +143,3 @@ class OutputOptions:
         ".pdf)",
         type=path_argument, metavar="FILE.png",
     )  # fmt: skip
-
-
-def add_performance_options(parser: Parser) -> None:
-    """Add the flags for how and where to compute."""
-    group = parser.add_argument_group("performance")
-    dtype = {
-        "help": "compute in this dtype, one of %(choices)s; auto = bfloat16 on TPU and GPUs that "
-        "support it, float16 with loss scaling on older GPUs, float32 on CPU where it fits"
-    }
-    add_flags(group, None, ModelChoice, ("dtype", "device"), dtype=dtype)
-    add_mesh_options(group)
-    add_flags(group, None, EngineOptions, ("compile_cache",))

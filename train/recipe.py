@@ -74,12 +74,8 @@ class Recipe:
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse `argv`, and from its `--config` file the flags that `argv` does not have.
-
-    Raises:
-        UsageError: a name in the file is not a flag of the command, or its value cannot be one.
-        InputError: the file cannot be read.
-    """
+    """Parse `argv`, and from its `--config` file the flags that `argv` does not have; UsageError
+    where a name or a value in the file cannot be one of a flag, InputError where it is not read."""
     finder = Parser(prog=parser.prog, add_help=False)
     finder.add_argument("--config", type=path_argument)
     config = finder.parse_known_args(argv)[0].config

@@ -25,7 +25,7 @@ from infer.engine.load import demo_folder
 from infer.startup import find_choice, note_demo_model
 from train.data.batch import Batch
 from train.data.batches import Batches
-from train.data.check import print_checks, unknown_characters
+from train.data.check import print_checks
 from train.data.dataset import Dataset, open_dataset
 from train.data.plan import split
 from train.defaults import choose, warn_of_few_steps
@@ -58,8 +58,6 @@ def run(recipe: Recipe, make_method: MakeMethod) -> int:
     for line in folder.notes if recipe.data.check_data else ():  # a run notes them when it loads
         note(line)
     dataset = open_dataset(recipe.data, folder)
-    if path is None and (line := unknown_characters(dataset)) is not None:
-        note(line)
     if (code := print_checks(recipe.data, dataset, output.plot)) is not None:
         return code
     mesh = find_mesh(recipe.choice.mesh, recipe.choice.device)
@@ -211,7 +209,8 @@ def _train(
             recipe, total, step, evaluate, lambda updates: float(numbers.schedule(updates)),
             devices.first, batches, log, stopping, checkpoints, best,
         )  # fmt: skip
-        with device_errors(f"training, {training.batch_size} rows at once", _smaller):
+        remedy = "Try a smaller --batch-size with more --grad-accum, or a smaller --max-length."
+        with device_errors(f"training, {training.batch_size} rows at once", lambda: ("", remedy)):
             state = loop.run(state, position)
         if stopping.agree():
             note(f"saved after step {position.step}; resume with --resume auto")
@@ -278,16 +277,9 @@ def _compiling_step(
     return take
 
 
-def _smaller() -> tuple[str, str]:
-    return "", "Try a smaller --batch-size with more --grad-accum, or a smaller --max-length."
-
-
 def report(position: Position, total: int, *, choosing: bool) -> None:
-    """Report the outcome of a run.
-
-    Raises:
-        InputError: nothing was learned, or there is no best evaluation to choose.
-    """
+    """Report the outcome of a run; InputError where nothing was learned, or there is no best
+    evaluation to choose."""
     if position.skipped == position.step:
         raise InputError(
             f"all {position.step} steps were skipped, so nothing was learned",

@@ -146,7 +146,6 @@ def train_step(
     *,
     dtype: Any = None,
     remat: bool = True,
-    noise: float | None = None,
     effective: Callable[[LoRA], LoRA] | None = None,
 ) -> tuple[Any, State, Metrics]:
     """Take one optimizer step; return the new `trained`, the next state, and figures for the log.
@@ -158,13 +157,13 @@ def train_step(
         trained: an adapter for `base`, or all parameters; float32.
         batch: arrays [A, B, T].
         key, number: of the run, and of the step from 0; randomness depends on them alone.
-        numbers: optimizer, noise and scale of the adapter as arrays.
+        numbers: optimizer, noise on the embeddings and scale of the adapter as arrays.
         dtype: that all parameters are computed in; None = their own.
-        noise: see `Numbers`, which takes precedence.
         effective: makes the adapter from `trained`; None = it is the adapter.
     """
     if numbers is not None:
-        optimizer, noise = numbers.optimizer(), numbers.noise
+        optimizer = numbers.optimizer()
+    noise = None if numbers is None else numbers.noise
     assert optimizer is not None
     learned = jnp.sum(batch.learned[..., 1:], dtype=jnp.int32)
     scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import jax
 
 from glm2_jax.cli.messages import note
+from glm2_jax.lora import with_lora
+from infer.engine.engine import Engine
 from train.data.batches import Batches
 from train.data.dataset import Dataset
 from train.devices import Devices
@@ -38,7 +41,7 @@ def make_evaluation(
         name: Batches(dataset, batch_size=batch_size, shuffle=False, rows=rows)
         for name, dataset in sets.items()
     }
-    answering = method.answering() if prompts else None
+    engine = Engine(method.checkpoint) if prompts else None
 
     def figures(params: Any, lora: Any, of_set: Batches) -> dict[str, float]:
         sums = []
@@ -51,12 +54,13 @@ def make_evaluation(
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else loss * math.inf}
 
     def evaluate(state: tuple[Any, Any]) -> Figures:
-        if answering is not None:
-            engine = answering(state[0])
+        params, lora = method.model(state[0])
+        if engine is not None:
+            whole = params if lora is None else with_lora(params, lora)
+            engine.checkpoint = dataclasses.replace(method.checkpoint, params=whole)
             found = engine.generate(prompts, do_sample=False, max_new_tokens=64)
             for prompt, completion in zip(prompts, found, strict=True):
                 note(f"  {prompt} -> {' '.join(completion.text.split())}")
-        params, lora = method.model(state[0])
         return {name: figures(params, lora, of_set) for name, of_set in batches.items()}
 
     return evaluate

@@ -98,11 +98,8 @@ def unused_keys(row: Fields, fmt: str) -> Iterator[str]:
 
 
 def read_messages(row: Fields, fmt: str) -> list[Message]:
-    """Return the conversation of a row. Optional fields that are null or blank are ignored.
-
-    Raises:
-        InputError: a part is missing, of a wrong type, empty, or in a wrong order.
-    """
+    """Return the conversation of a row, ignoring optional fields that are null or blank; InputError
+    where a part is missing, of a wrong type, empty, or in a wrong order."""
     messages = _pair(row, fmt) if fmt in _PAIRS else _conversation(row, fmt)
     if not absent(_value(row, "tools")):
         raise InputError(
@@ -132,8 +129,7 @@ def read_messages(row: Fields, fmt: str) -> list[Message]:
 def _pair(row: Fields, fmt: str) -> list[Message]:
     """Return the messages of a question and its answer, with the rounds before."""
     asked, answered = _NEEDED[fmt]
-    if asked not in row:
-        raise _missing(row, asked)
+    _need(row, asked)
     parts = (_optional(row, asked), _optional(row, "input"))
     query = "\n".join(part for part in parts if part.strip())
     if not query:
@@ -207,15 +203,15 @@ def _flag(value: Any) -> bool | None:
     return _FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-def _missing(row: Fields, key: str) -> InputError:
-    near = difflib.get_close_matches(key, row, n=1)
-    hint = f"is {near[0]} meant?" if near else f"its keys are {_key_list(row)}"
-    return InputError(f"no {key}", hint)
+def _need(row: Fields, key: str) -> None:
+    if key not in row:
+        near = difflib.get_close_matches(key, row, n=1)
+        hint = f"is {near[0]} meant?" if near else f"its keys are {_key_list(row)}"
+        raise InputError(f"no {key}", hint)
 
 
 def _text(row: Fields, key: str) -> str:
-    if key not in row:
-        raise _missing(row, key)
+    _need(row, key)
     value = row[key]
     if not isinstance(value, str):
         raise InputError(f"{key} is not a string", f"it is of type {type(value).__name__}")

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 
-from glm2_jax.errors import InputError
 from glm2_jax.runtime.buckets import bucket
 from train.data.batch import Batch, make_batch
 from train.data.dataset import Dataset
@@ -43,8 +42,6 @@ class Batches:
         seed: int = 0,
         rows: Container[int] | None = None,
     ):
-        if not len(dataset):
-            raise InputError("the data have no row that can be learned from")
         self.dataset, self.pack, self._shuffle, self._seed = dataset, pack, shuffle, seed
         self.shape = (accumulate, batch_size)
         self._wanted = range(batch_size) if rows is None else rows

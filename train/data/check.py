@@ -1,8 +1,6 @@
-"""What is reported of the rows: `--check-data`, `--print-sample`, and characters without tokens."""
+"""What `--check-data` and `--print-sample` report of the rows."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import numpy as np
 
@@ -15,8 +13,6 @@ from train.data.options import DataOptions
 _BINS = 12
 _BAR = 50  # characters of the longest bar
 _LISTED = 5  # examples of rows that are only counted
-_LOOKED_AT = 1000  # rows whose characters are looked up
-_CHARACTERS = 8  # that are shown
 
 
 def print_checks(options: DataOptions, dataset: Dataset, plot: str | None = None) -> int | None:
@@ -136,30 +132,3 @@ def draw(lengths: np.ndarray, max_length: int, path: str) -> None:
     axes.set(xlabel="tokens", ylabel="sequences", title=title)
     axes.grid(True, axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
-
-
-def unknown_characters(dataset: Dataset) -> str | None:
-    """Return a line about the characters that the demo's tokenizer spells as bytes; None without
-    any."""
-    tokenizer, characters = dataset.encoder.tokenizer, Counter[str]()
-    first = dataset.first_of_rows()
-    for index in first[:_LOOKED_AT].tolist():
-        for message in dataset.messages(index):
-            characters.update(message["content"])
-    unknown = [
-        x
-        for x, _ in characters.most_common()
-        if not x.isspace()
-        and any(tokenizer.byte_value(token) is not None for token in tokenizer.encode(x))
-    ]
-    if not unknown:
-        return None
-    count = sum(characters[x] for x in unknown)
-    rows = f" in the first {_LOOKED_AT} rows" if len(first) > _LOOKED_AT else ""
-    shown = " ".join(x for x in unknown[:_CHARACTERS] if x.isprintable())
-    more = " ..." if len(unknown) > _CHARACTERS else ""
-    return (
-        f"warning: {count} of the data's {characters.total()} characters{rows} are not in the "
-        "vocabulary of the demo model and become single bytes, which it hardly learns: "
-        f"{shown}{more}. Use words of train/demo/pairs.jsonl, or a real checkpoint: --model FOLDER"
-    )

@@ -20,9 +20,8 @@ from glm2_jax.errors import InputError, UsageError
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import Message, read_messages
 from infer.datasets.index import DataFile
-from train.data.cache import cached_scan
 from train.data.options import MAX_LENGTH, MIX_RATIO, DataOptions, split_weight
-from train.data.scan import COLUMNS, MAX_LISTED, Reading
+from train.data.scan import COLUMNS, MAX_LISTED, Reading, cached_scan
 
 MAX_SHOWN = 20  # bad rows that are shown without --check-data
 _RANGES = 20  # ranges of rows that a line lists
@@ -54,17 +53,11 @@ class Group(NamedTuple):
 
 
 class Dataset:
-    """The sequences of all rows that can be learned from.
+    """The sequences of all rows that can be learned from, of files with the general rows last.
 
-    Args:
-        sources: the files; general rows come last.
-        encoder: turns rows into tokens.
-        max_length, preferred: see `Reading`.
-        max_bad: how many bad rows may be left out; None = any number, even all.
-        cache: folder of the cache, see `cached_scan`.
-
-    Raises:
-        InputError: too many bad rows, or a file that cannot be read, has no rows, or mixes formats.
+    `max_length` and `preferred` are those of `Reading`, `cache` is that of `cached_scan`; `max_bad`
+    bad rows may be left out, None = any number, even all. InputError for more bad rows, or a file
+    that cannot be read, has no rows, or mixes formats.
     """
 
     def __init__(

@@ -27,16 +27,13 @@ _IDENTITY, _NEW, _LOCK, _RECIPE = "run.json", "run.json.new", ".lock", "recipe.y
 
 
 class RunFolder:
-    """The output folder of one run, locked while it is open. A context manager.
+    """The output folder of one run, made if it is missing, locked while it is open. A context
+    manager.
 
-    Of several processes only the first writes into it; all read it. UsageError where it holds other
-    files, a run of another identity, or any run with `resume="none"`.
-
-    Args:
-        path: made if it is missing.
-        resume: "auto" resumes the run that is there, if any; "none" refuses one.
-        identity: what the result depends on, as JSON values: name -> value.
-        checkpoints: another folder for the checkpoints, also in object storage.
+    `identity` is what the result depends on, as JSON values; `checkpoints` another folder for the
+    checkpoints, also in object storage. Of several processes only the first writes; all read.
+    UsageError where it holds other files, a run of another identity, or any run with
+    `resume="none"`.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from tests.support.training_data import GLM2, alpaca, open_files, open_rows, wri
 from train.data.batch import Batch
 from train.data.batches import Batches
 from train.data.dataset import Group
-from train.data.plan import epoch_items, first_fit, make_plan, next_fit, random_order
+from train.data.plan import epoch_items, first_fit, make_plan, random_order
 from train.step import make_eval
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=80)
@@ -138,14 +138,12 @@ def test_a_step_depends_on_nothing_but_its_place(tmp_path, pack):
 
 def test_random_order_never_changes():
     assert random_order(10, 1, 2, 3).tolist() == [1, 8, 2, 4, 6, 5, 0, 9, 7, 3]
-    assert random_order(0, 1).tolist() == [] and random_order(1, 1).tolist() == [0]
-    orders = {tuple(random_order(30, *seeds)) for seeds in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 1))}
-    assert len(orders) == 5
+    assert len({tuple(random_order(30, *seeds)) for seeds in ((0, 0), (1, 0), (0, 1))}) == 3
 
 
 @MANY
 @given(LENGTHS)
-def test_first_fit_is_the_first_row_with_room_and_next_fit_keeps_the_order(lengths):
+def test_first_fit_is_the_first_row_with_room(lengths):
     by_hand, room = [], []
     for length in lengths:
         row = next((r for r, left in enumerate(room) if left >= length), len(room))
@@ -153,14 +151,7 @@ def test_first_fit_is_the_first_row_with_room_and_next_fit_keeps_the_order(lengt
             room.append(30)
         room[row] -= length
         by_hand.append(row)
-    lengths = np.array(lengths, np.int32)
-    assert first_fit(lengths, 30).tolist() == by_hand
-    rows = next_fit(lengths, 30)
-    assert rows[0] == 0 and set(np.diff(rows).tolist()) <= {0, 1}
-    used = np.bincount(rows, lengths)
-    assert used.max() <= 30
-    for row in range(1, len(used)):  # no row begins too early
-        assert used[row - 1] + lengths[np.flatnonzero(rows == row)[0]] > 30
+    assert first_fit(np.array(lengths, np.int32), 30).tolist() == by_hand
 
 
 @MANY
@@ -175,6 +166,9 @@ def test_plans_lose_nothing(lengths, layout, epoch, rows_per_step):
     assert sorted(np.concatenate(rows).tolist()) == list(range(len(lengths)))
     assert all(len(row) and lengths[row].sum() <= 30 for row in rows)
     assert layout["pack"] or all(len(row) == 1 for row in rows)
+    if layout == {"pack": True, "shuffle": False}:  # no row begins too early
+        room = [30 - lengths[row].sum() for row in rows]
+        assert all(lengths[row[0]] > left for row, left in zip(rows[1:], room, strict=False))
     assert len(plan.row(len(rows))) == 0
     assert layout["shuffle"] or np.concatenate(rows).tolist() == list(range(len(lengths)))
 
@@ -207,9 +201,7 @@ def test_weights_are_how_often_a_row_comes(shuffle):
     assert any((a != b).any() for a, b in itertools.pairwise(counts))
 
 
-@pytest.mark.parametrize(
-    ("shuffle", "ratio", "general"), [(False, 0.5, 20), (True, 0.2, 5), (False, 0.9, 180)]
-)
+@pytest.mark.parametrize(("shuffle", "ratio", "general"), [(True, 0.2, 5), (False, 0.9, 180)])
 def test_general_rows_are_their_share_of_an_epoch(tmp_path, capsys, shuffle, ratio, general):
     own = write_rows(tmp_path / "own", [{"content": f"Q{n}", "summary": "A"} for n in range(20)])
     other = write_rows(tmp_path / "other", [alpaca(f"G{n}") for n in range(50)])
@@ -241,8 +233,7 @@ MORE = [Group(0, 1100, 1.0)]  # more than the steps that are sorted together hol
 @pytest.mark.parametrize(
     ("groups", "pack", "size", "share"),
     [
-        (ONE_FILE, False, 32, 0.9), (ONE_FILE, True, 8, 0.2), (MIXTURE, False, 8, 0.9),
-        (MIXTURE, True, 32, 0.03), (MORE, False, 8, 0.2), (MORE, True, 8, 0.9),
+        (ONE_FILE, False, 32, 0.9), (MIXTURE, True, 32, 0.03), (MORE, False, 8, 0.2),
     ],
 )  # fmt: skip
 def test_rows_of_every_length_count_the_same_at_the_same_rate(groups, pack, size, share):
@@ -269,15 +260,3 @@ def test_rows_of_every_length_count_the_same_at_the_same_rate(groups, pack, size
         draws = EPOCHS * SEEDS * min(len(a), len(b)) / max(len(a), len(b), size)
         error = found[:, column].std() * np.sqrt(2 / max(draws, EPOCHS * SEEDS))
         assert abs(a.mean() - b.mean()) <= 4 * error, (column, a.mean(), b.mean(), error)
-
-
-def test_the_one_long_row_is_rarely_alone_in_a_step():
-    lengths = np.array([300 if n == 40 else 20 for n in range(97)], np.int32)
-    alone = 0
-    for seed, epoch in np.ndindex(4, 10):
-        plan = make_plan(
-            [Group(0, 97, 1.0)], lengths, epoch=epoch, seed=seed, shuffle=True, pack=False,
-            width=512, rows_per_step=32,
-        )  # fmt: skip
-        alone += plan.items[-1] == 40  # the last step has one row
-    assert alone <= 3  # 1 in 97 is expected

@@ -14,7 +14,7 @@ from glm2_jax.text.tokenizer import AddedToken
 from infer.datasets.encode import Encoder
 from tests.support.paths import ROOT
 from tests.support.training_data import GLM2, GLM3, alpaca, open_files, write_rows
-from train.data import cache
+from train.data import scan as cache
 
 ROWS = [
     alpaca("Q1", "A1", topic="x"),
@@ -124,7 +124,7 @@ def test_small_files_other_places_and_folders_that_cannot_be_written(tmp_path, m
 OPEN = """
 import sys
 from tests.support.training_data import open_files
-from train.data import cache
+from train.data import scan as cache
 cache.SMALL = 0
 for n in range(int(sys.argv[3])):
     dataset = open_files([sys.argv[1]], cache=sys.argv[2], max_length=300 + n)

@@ -1,18 +1,14 @@
 """The report of a dataset, its samples, and the flags that name one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from convert import open_folder
 from glm2_jax import InputError, UsageError
 from glm2_jax.cli.parser import Parser, add_flags, from_flags
-from infer.engine.load import demo_folder
 from tests.support.paths import ROOT
 from tests.support.training_data import (
     CHATGLM3,
@@ -23,8 +19,7 @@ from tests.support.training_data import (
     sharegpt,
     write_rows,
 )
-from train.data import check
-from train.data.check import histogram, print_checks, print_sample, report, unknown_characters
+from train.data.check import histogram, print_checks, print_sample, report
 from train.data.dataset import open_dataset
 from train.data.duplicates import repeats, signature
 from train.data.options import DataOptions, split_weight
@@ -67,31 +62,22 @@ def test_the_report(tmp_path, monkeypatch):
     rows += [alpaca("x" * 900), alpaca("Hello", history=[["Q", "A"]], topic="x")]
     dataset = open_rows(path, rows, max_length=300, max_bad=None)
     text = report(dataset)
-    for line in (
-        f"{path}: alpaca",
-        "6 rows, 3 of them bad; 4 sequences to learn from",
-        f"{path}:3: instruction is empty",
-        "bad: 1 x too long",
-        "keys that are not used: topic (1 row)",
-        f"{path}:4 nearly repeats {path}:1",
-        f"{dataset.lengths.sum()} tokens, {dataset.learned.sum()} learned",
-    ):
-        assert line in text.splitlines(), line
     for part in (
+        f"{path}: alpaca\n",
+        "6 rows, 3 of them bad; 4 sequences to learn from\n",
         f"{path}:2: not JSON",
-        "5-character pieces in common): 1 row",
+        f"{path}:3: instruction is empty\n",
+        "bad: 1 x too long\n",
+        "keys that are not used: topic (1 row)\n",
+        f"5-character pieces in common): 1 row\n{path}:4 nearly repeats {path}:1\n",
+        f"{dataset.lengths.sum()} tokens, {dataset.learned.sum()} learned\n"
         f"lengths {dataset.lengths.min()} to {dataset.lengths.max()}",
-        "allowed 300",
     ):
         assert part in text, part
     good = report(open_rows(path, [alpaca("Q")] * 8 + [alpaca("Q" * 30)]))
-    assert "9 rows, 0 of them bad; 9 sequences to" in good
     bars = [line.count("#") for line in good.splitlines() if "#" in line]
     assert bars == [50, 7]  # as long as their counts
     assert "0 sequences to learn from" in report(open_rows(path, ["x"], max_bad=None))
-
-
-def test_the_histogram_begins_at_the_shortest_and_holds_every_length_once():
     for lengths, first in (([40], 39), ([990, 1000, 1003], 988), ([9, 2000], 0), ([1, 7, 13], 0)):
         edges, counts = histogram(np.array(lengths, np.int32))
         assert edges[0] == first and counts[0] > 0 and len(counts) <= 12
@@ -112,20 +98,18 @@ def test_a_file_that_is_given_twice_is_reported_and_counted_once(tmp_path, capsy
     ]
 
 
-@pytest.mark.parametrize("options", [{}, CHATGLM3], ids=["chatglm2", "chatglm3"])
-def test_rows_that_repeat_the_dialogue_so_far_are_reported(tmp_path, options):
+def test_rows_that_repeat_the_dialogue_so_far_are_reported(tmp_path):
     turns = [[f"question {n}", f"answer {n}"] for n in range(4)]
     growing = [alpaca(*turns[n], history=turns[:n]) for n in range(4)]
     path = tmp_path / "data"
     other = alpaca("another", history=[["question 0", "another answer"]])
-    text = report(open_rows(path, [*growing, other], **options))
+    text = report(open_rows(path, [*growing, other], **CHATGLM3))
     found = [line.split(" continues in ")[0] for line in text.splitlines() if "continues" in line]
     assert found == [f"{path}:{n}" for n in (1, 2, 3)]
     assert f"{path}:3 continues in {path}:4" in text
     assert "dialogues that continue in another row: 3 rows" in text
-    assert "keep only the last row of each dialogue" in text
-    for rows in (growing[3:], [growing[3], growing[3]], [other, growing[2]]):
-        assert "continue" not in report(open_rows(path, rows, **options))
+    for rows in ([growing[3], growing[3]], [other, growing[2]]):
+        assert "continue" not in report(open_rows(path, rows))
 
 
 def test_a_sample_marks_what_is_learned(tmp_path):
@@ -139,20 +123,6 @@ def test_a_sample_marks_what_is_learned(tmp_path):
     for line, token, learned in zip(lines[1:], sample.ids, sample.learned, strict=True):
         assert line.startswith("*") == learned and int(line[1:].split()[0]) == token
     assert len(print_sample(dataset, 9).split("learned (*)")) == 3
-
-
-def test_characters_that_the_demo_cannot_spell_are_reported(tmp_path, monkeypatch):
-    demo = open_folder(demo_folder())
-    options = {"tokenizer": demo.tokenizer, "template": demo.template}
-    known = open_rows(tmp_path / "a", [alpaca("你好", "你好")], **options)
-    assert unknown_characters(known) is None
-    strange = open_rows(tmp_path / "b", [alpaca("你好\n\x1b饕餮", "饕。")] * 3, **options)
-    line = unknown_characters(strange) or ""
-    assert "12 of the data's 24 characters are" in line and "饕 餮" in line
-    assert "\x1b" not in line and "\n" not in line
-    monkeypatch.setattr(check, "_LOOKED_AT", 2)
-    line = unknown_characters(strange) or ""
-    assert "8 of the data's 16 characters in the first 2 rows" in line
 
 
 def test_flags_become_a_dataset(tmp_path):
@@ -217,10 +187,9 @@ def test_checking_data_ends_a_run(tmp_path, capsys):
         assert shown in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     flags = ["--data", str(write_rows(tmp_path / "good", [alpaca("Q")])), "--check-data"]
-    for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
-        picture = tmp_path / f"lengths{kind}"
-        assert print_checks(data_flags(*flags), opened(*flags), str(picture)) == 0
-        assert picture.read_bytes().startswith(start)
+    picture = tmp_path / "lengths.png"
+    assert print_checks(data_flags(*flags), opened(*flags), str(picture)) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_example_has_ten_new_facts():
@@ -231,13 +200,3 @@ def test_the_example_has_ten_new_facts():
         assert fact["instruction"] not in known and fact["output"] not in known
     dataset = open_files([facts], mix=(pairs, 0.5))
     assert dataset.num_bad == 0 and "in common): 0 rows" in report(dataset)
-
-
-def test_flags_need_no_jax():
-    code = (
-        "import sys, train.bench, train.full, train.lora, train.demo.__main__\n"
-        "try: train.lora.main(['--help'])\n"
-        "except SystemExit: print({'jax', 'flax'} & set(sys.modules) or 'none')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("\nnone\n") and "--rank" in done.stdout, done.stderr
