@@ -107,17 +107,6 @@ def test_steps_are_logged_and_saved_where_it_is_due(platform):
     assert again.log.steps == loop.log.steps[4:] and again.checkpoints[6] == loop.checkpoints[6]
 
 
-def test_a_device_computes_a_step_while_the_one_before_is_read():
-    order: list[str] = []
-    for platform, wanted in (("cpu", "srsr"), ("gpu", "ssrr")):
-        order.clear()
-        loop = make("--save-every", "9", total=2, platform=platform)
-        loop.step = lambda state, batch, number: (order.append("s"), (state, metrics()))[1]
-        loop.log.step = lambda *args, **figures: order.append("r")
-        loop.run(0, Position())
-        assert "".join(order) == wanted
-
-
 def test_a_signal_ends_the_run_after_saving():
     loop, position = make(stopping=Stopping(after=3)), Position()
     assert loop.run(0, position) == 3 and position.step == 3
@@ -128,10 +117,8 @@ def test_a_signal_ends_the_run_after_saving():
     ("losses", "steps", "best"),
     [
         ((3.0, 2.0, 1.0, 1.5, 1.2), 4, 2),
-        ((NAN, NAN, NAN), 2, None),
-        ((3.0, INF, INF), 2, None),
+        ((3.0, INF, NAN), 2, None),
         ((NAN, NAN, 2.0, 1.0, NAN, 1.5), 5, 3),
-        ((3.0, 2.0, NAN, NAN), 3, 1),
     ],
 )
 def test_early_stopping_keeps_the_best_and_never_what_is_not_finite(losses, steps, best, capsys):

@@ -1,9 +1,13 @@
-"""Ten steps compared with the real PEFT library: same base, first adapter and rows, AdamW."""
+"""Ten steps compared with the real PEFT library: same base, first adapter and rows, AdamW; and its
+schedules, what clipping and decay apply to."""
 
 import dataclasses
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -14,7 +18,8 @@ from tests.support.checkpoints import random_params, save, tiny_config
 from tests.support.peft_oracle import oracle_of
 from tests.support.toy import TOY, toy_params
 from train.data.batch import Batch
-from train.optim import Numbers, make_schedule
+from train.optim import Numbers, make_optimizer, make_schedule, warmup_steps
+from train.options import SCHEDULES
 from train.step import init_state, make_step
 
 SMALL = dataclasses.replace(TOY, num_layers=2)
@@ -109,16 +114,6 @@ def trainable(torch, peft, model, **raw):
     return peft.get_peft_model(model, peft.LoraConfig(**settings | raw))
 
 
-def test_ten_steps_of_an_adapter_with_patterns(tmp_path):
-    torch, peft, model = oracle_of(SMALL, toy_params(SMALL))
-    wrapped = trainable(
-        torch, peft, model, target_modules=r".*(query_key_value|mlp\.dense_4h_to_h)",
-        exclude_modules=r".*layers\.1\.mlp.*", rank_pattern={r".*layers\.0\..*": 1},
-        alpha_pattern={r"layers\.1\..*value": 12},
-    )  # fmt: skip
-    compare(tmp_path, torch, wrapped, SMALL, toy_params(SMALL))
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_ten_steps_of_an_adapter_for_q_and_v(tmp_path):
     torch = pytest.importorskip("torch", reason="the PyTorch reference is not installed")
@@ -135,3 +130,39 @@ def test_ten_steps_of_an_adapter_for_q_and_v(tmp_path):
     )  # fmt: skip
     params = load_checkpoint(tmp_path / "base", dtype="float32").params
     compare(tmp_path, torch, wrapped, config, params)
+
+
+def test_schedules_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    for name, warmup in itertools.product(SCHEDULES, (0, 6, 20)):
+        kind = {"constant": "constant_with_warmup"}.get(name, name)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
+        theirs = transformers.get_scheduler(
+            kind, optimizer, num_warmup_steps=warmup, num_training_steps=20
+        )
+        ours = jax.jit(make_schedule(name, lr=LR, steps=20, warmup=warmup))
+        for step in range(20):
+            assert float(ours(step)) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6 * LR)
+            optimizer.step()
+            theirs.step()
+
+
+def test_a_warmup_below_one_is_a_share_of_the_steps():
+    steps = [warmup_steps(*x) for x in ((0, 9), (0.03, 100), (0.03, 110), (20, 9), (0.03, 1))]
+    assert steps == [0, 3, 4, 20, 0]
+
+
+def test_clipping_is_by_the_global_norm_and_norms_and_biases_do_not_decay():
+    params = {name: jnp.ones(2) for name in ("q", "b", "q_bias", "final_norm")}
+    gradient = {name: jnp.zeros(2) for name in params}
+    gradient |= {"q": jnp.array([6.0, 0.0]), "b": jnp.array([0.0, 8.0])}  # norm 10
+    for clip, factor in ((0.0, 1), (2.0, 0.2), (20.0, 1)):
+        optimizer = make_optimizer(0.1, clip=clip)
+        state = optimizer.update(gradient, optimizer.init(params), params)[1]
+        for name, moment in optax.tree.get(state, "mu").items():
+            np.testing.assert_allclose(moment, 0.1 * factor * gradient[name], rtol=1e-6)
+    optimizer, none = make_optimizer(0.1, weight_decay=0.5), jax.tree.map(jnp.zeros_like, params)
+    change, _ = optimizer.update(none, optimizer.init(params), params)
+    decayed = {name: bool(x.any()) for name, x in change.items()}
+    assert decayed == {"q": True, "b": True, "q_bias": False, "final_norm": False}

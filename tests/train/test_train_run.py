@@ -157,8 +157,6 @@ def test_the_remedy_for_few_steps_works_as_it_is_typed(
     seen = {x["step"]: x["loss"] for x in lines if x["split"] == "validation"}
     assert list(trained) == list(range(1, 10)) and list(seen) == [0, 5, 9] and seen[9] < seen[0]
     assert [x["step"] for x in lines if x["split"] == "guard"] == [0, 5, 9]
-    evaluated = [x for x in lines if x["split"] != "train"]
-    assert all(x["perplexity"] == pytest.approx(np.exp(x["loss"])) for x in evaluated)
     assert shown.err.count("3 号茶叫什么 -> ") == 3
     assert f"training loss {trained[1]:.4g} -> {trained[9]:.4g} (step 1 -> 9)" in shown.err
     assert f"validation loss {seen[0]:.4g} -> {seen[9]:.4g} (step 0 -> 9)" in shown.err
@@ -175,14 +173,9 @@ def test_changed_flags_and_data_are_named_and_nothing_is_lost(train, data, tmp_p
         train(*given, "--resume", "auto", "--rank", "4")
     assert "--init-adapter" not in refusal.value.fix  # it would be refused
     start, place = f"--init-adapter {tmp_path / 'a'}", f"--output {tmp_path / 'a-2'}"
-    config = tmp_path / "a" / "adapter_config.json"
-    for ended in (False, True):
-        config.rename(tmp_path / "config.json") if not ended else None
-        with pytest.raises(UsageError, match="--steps was 2 and is 3") as refusal:
-            train(*given, "--resume", "auto", "--steps", "3")
-        when = "" if ended else "once it has ended, "
-        assert refusal.value.fix.endswith(f", or {when}start from its result: {start} {place}.")
-        (tmp_path / "config.json").rename(config) if not ended else None
+    with pytest.raises(UsageError, match="--steps was 2 and is 3") as refusal:
+        train(*given, "--resume", "auto", "--steps", "3")
+    assert refusal.value.fix.endswith(f", or start from its result: {start} {place}.")
     with pytest.raises(UsageError, match="--init-adapter was null"):
         train(*given, "--resume", "auto", *start.split())
     assert train(*given, "--steps", "3", *start.split(), *place.split(), "--resume", "auto") == 0
@@ -209,16 +202,6 @@ def test_early_stopping_returns_the_best_parameters(train, tmp_path, capsys):
         np.testing.assert_array_equal(array, results[1][name])
 
 
-def test_a_step_that_is_not_finite_changes_nothing(train, tmp_path, capsys):
-    more = ["--lr", "1e30", "--warmup", "0", "--save-every", "1"]
-    with pytest.raises(InputError, match=r"step 2 is NaN or infinite; its rows: .*:\d"):
-        train("a", *more, "--steps", "6")
-    assert [path.name for path in (tmp_path / "a" / "state").iterdir()] == ["1"]
-    assert train("b", *more, "--nan-policy", "skip", "--steps", "4") == 0
-    assert "3 of 4 steps were skipped" in capsys.readouterr().err
-    assert np.isfinite(load_file(tmp_path / "b" / WEIGHTS).popitem()[1]).all()
-
-
 def test_all_parameters(flags, tmp_path):
     more = ["--output", str(tmp_path / "a"), "--steps", "3", "--lr", "1e-3"]
     rank = flags.index("--rank")
@@ -238,7 +221,6 @@ def test_what_is_refused_before_anything_is_written(train, data, tmp_path, capsy
         ("--dropout 1", UsageError, "dropout"),
         ("--model /nowhere", CheckpointError, "nowhere"),
         ("--plot loss.txt", UsageError, "must end in .png"),
-        ("--plot /nowhere/loss.png", InputError, "cannot be written"),
         ("--log-jsonl -", InputError, "cannot be written"),
         ("--val-split 0.99", UsageError, "leaves none for training"),
         ("--early-stop 2", UsageError, "--early-stop needs --eval-every"),

@@ -94,9 +94,7 @@ def test_bad_recipes_are_refused_in_a_line(parser, read, tmp_path, capsys):
     for text, error, words in (
         ("learning_rate: 1\n", UsageError, "learning_rate is not a setting"),
         ("config: other.yml\n", UsageError, "config is not a setting"),
-        ("no-grad-checkpoint: true\n", UsageError, "no-grad-checkpoint is not a setting"),
         ("3: lr\n", UsageError, "3 is not a setting"),
-        ("lr: {a: 1}\n", UsageError, "lr cannot be"),
         ("lr:\n", UsageError, "lr cannot be ''"),
         ("lr: [1e-4, 2e-4]\n", UsageError, "lr cannot be"),
         ("lr: 1\nlr: 2\n", InputError, "lr is given twice"),
@@ -120,8 +118,7 @@ def test_bad_recipes_are_refused_in_a_line(parser, read, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("parts", "accumulate", "epochs"),
-    [(1, 1, 200), (8, 1, 25), (75, 1, 3), (250, 3, 3), (534, 8, 3), (100_000, 8, 3)],
+    ("parts", "accumulate", "epochs"), [(1, 1, 200), (8, 1, 25), (250, 3, 3), (100_000, 8, 3)]
 )
 def test_few_rows_get_smaller_steps_and_more_epochs(parts, accumulate, epochs):
     chosen = defaults.choose(recipe(), parts, 4096).training
@@ -129,12 +126,8 @@ def test_few_rows_get_smaller_steps_and_more_epochs(parts, accumulate, epochs):
     assert epochs * math.ceil(parts / accumulate) >= 200
     given = recipe("--grad-accum", "3", "--steps", "7", "--lr", "0")
     assert defaults.choose(given, parts, 192) == given
-
-
-def test_narrow_models_get_a_higher_rate():
     rates = [defaults.choose(recipe(), 1, width).training.lr for width in (192, 1024, 4096)]
-    assert rates == [0.0011, 2e-4, 5e-5]
-    assert defaults.choose(recipe(command=full), 1, 192).training.lr == 0.00021
+    assert rates == [0.0011, 2e-4, 5e-5]  # narrow models get a higher one
 
 
 def test_too_few_steps_are_warned_of_with_what_helps(capsys, tmp_path, monkeypatch):

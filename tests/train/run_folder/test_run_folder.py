@@ -1,5 +1,7 @@
-"""The folder of a run, its log and its checkpoints."""
+"""The folder of a run, its log and its checkpoints: also elsewhere, in a bucket, and of several
+processes."""
 
+import argparse
 import contextlib
 import json
 import logging
@@ -8,48 +10,47 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from glm2_jax.errors import CheckpointError, InputError, UsageError
+from glm2_jax.processes import join
+from train import lora
+from train.options import checkpoint_place
 from train.run_folder.checkpoints import Checkpoints
 from train.run_folder.checkpoints import _quieten as quieten
-from train.run_folder.folder import RunFolder
+from train.run_folder.folder import RunFolder, check_shared
 from train.run_folder.log import Log, cut_log, read_log
 
-RUN = {"base": "abc", "lr": 0.1}
+RUN = {"command": "train.lora", "base": "abc", "lr": 0.1}
 
 
-def opened(path, resume="auto", **identity) -> RunFolder:
-    return RunFolder(path, resume=resume, identity=RUN | identity)
+def opened(path, resume="auto", place=None, **identity) -> RunFolder:
+    return RunFolder(path, resume=resume, identity=RUN | identity, checkpoints=place)
 
 
-def begun(path) -> None:
-    with opened(path, "none") as folder:
+def begun(path, place=None) -> RunFolder:
+    with opened(path, place=place) as folder:
         folder.begin({"lr": 0.1})
         (folder.state / "3").mkdir(parents=True)
-
-
-def test_a_run_without_a_checkpoint_is_started_over(tmp_path):
-    opened(tmp_path, "none", base="wrong").__exit__()
-    assert not (tmp_path / "run.json").exists()
-    with opened(tmp_path, "none", lr=1e30) as folder:
-        folder.begin({"lr": 1e30})
-        folder.state.mkdir()
-    begun(tmp_path)
-    assert json.loads((tmp_path / "run.json").read_text()) == RUN
+    return folder
 
 
 def test_a_run_is_neither_overwritten_nor_changed(tmp_path):
+    with opened(tmp_path / "a", "none", lr=1e30) as folder:  # started over: it has no checkpoint
+        folder.begin({"lr": 1e30})
+        folder.state.mkdir()
     begun(tmp_path / "a")
-    with pytest.raises(UsageError, match="holds a training already"):
-        opened(tmp_path / "a", "none")
+    assert json.loads((tmp_path / "a" / "run.json").read_text()) == RUN
     with pytest.raises(UsageError, match=r'base was "abc" and is "x"; lr was 0.1 and is 0.2'):
         opened(tmp_path / "a", base="x", lr=0.2)
     with opened(tmp_path / "a"), pytest.raises(InputError, match="Another process is writing"):
@@ -86,21 +87,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, c
         checkpoints.save(1, saved, {})
         checkpoints.save(2, saved, {})
 
-    def restoring(step: int, said: str) -> CheckpointError:
+    def restoring(step: int, said: str) -> str | None:
         with Checkpoints(tmp_path, keep=2) as checkpoints:
             with pytest.raises(CheckpointError, match=f"cannot be read\n.*\n.*{said}") as error:
                 checkpoints.restore(step, saved)
-        return error.value
+        return error.value.why
 
     files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
     os.truncate(max(files, key=lambda path: path.stat().st_size), 10)
-    error = restoring(2, "--resume auto resumes after step 1")
-    assert error.why.startswith("Requested byte range") and error.why.endswith("10")
+    why = restoring(2, "--resume auto resumes after step 1") or ""
+    assert why.startswith("Requested byte range") and why.endswith("10")
     assert not caplog.records and "Traceback" not in capfd.readouterr().err
     (tmp_path / "2").rename(tmp_path / "two")
-    for path in (tmp_path / "1" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
+    os.truncate(next((tmp_path / "1" / "state").rglob("_METADATA")), 0)
     restoring(1, "--resume auto starts over")
 
 
@@ -143,28 +142,23 @@ def test_a_full_disk_is_reported_with_the_path(tmp_path):
     with pytest.raises(InputError, match=f"{path} cannot be written"), largest_file(4):
         with Log(1, every=1, path=path) as log:
             log.step(1, 1, None, loss=1.0)
-    with pytest.raises(InputError, match="cannot be written"):
-        Log(1, every=1, path=tmp_path / "none" / "log.jsonl")
 
 
-@pytest.mark.parametrize("earlier", [True, False])
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, earlier, caplog, capfd):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, caplog, capfd):
     large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=2**16).astype(np.float32))}
     with pytest.raises(InputError, match="cannot be written\n.*File too large") as error:
-        with Checkpoints(tmp_path, keep=2) as checkpoints, contextlib.ExitStack() as stack:
-            if earlier:
-                checkpoints.save(1, large, {})
-                checkpoints.finish()
-            stack.enter_context(largest_file(4096))
-            checkpoints.save(2, large, {})
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            checkpoints.save(1, large, {})
             checkpoints.finish()
-    assert ("resumes after step 1" if earlier else "starts over") in error.value.fix
+            with largest_file(4096):
+                checkpoints.save(2, large, {})
+                checkpoints.finish()
+    assert "resumes after step 1" in error.value.fix
     assert not caplog.records and capfd.readouterr().err == ""
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.newest == (1 if earlier else None)
-        if earlier:
-            found, _ = checkpoints.restore(1, large)
-            np.testing.assert_array_equal(found["a"], large["a"])
+        assert checkpoints.newest == 1
+        found, _ = checkpoints.restore(1, large)
+        np.testing.assert_array_equal(found["a"], large["a"])
 
 
 def test_the_log_prints_the_first_the_last_and_what_is_due(tmp_path, capsys):
@@ -200,3 +194,106 @@ def test_a_log_is_continued_from_where_the_run_is(tmp_path):
     assert path.read_text() == "mine\n"
     cut_log("/dev/null", 0)
     cut_log(tmp_path / "none", 0)
+
+
+# What follows is about checkpoints that are stored elsewhere.
+def elsewhere(output, place, *, resume="auto", identity=None):
+    return RunFolder(output, resume=resume, identity=identity or RUN, checkpoints=str(place))
+
+
+def begun_elsewhere(output, place):
+    with elsewhere(output, place) as out:
+        out.begin({"lr": 0.1})
+        (out.state / "3").mkdir(parents=True)
+        return out
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs:// is a folder here; returns it."""
+
+    class Bucket(LocalFileSystem):
+        protocol, cachable = ("gcs", "gs"), False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return str(path).replace("gs://", f"{tmp_path}/gs/")
+
+    (tmp_path / "gs/bucket").mkdir(parents=True)
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
+    monkeypatch.setattr(
+        "etils.epath.backend._FileSystemSpecBackend._get_filesystem",
+        lambda self, name: Bucket(auto_mkdir=True),
+    )
+    return tmp_path / "gs/bucket"
+
+
+@pytest.mark.parametrize("place", ["kept", "gs://bucket/run"])
+def test_another_machine_resumes_from_them(tmp_path, monkeypatch, bucket, place):
+    monkeypatch.chdir(tmp_path)
+    out = begun_elsewhere("one", place)
+    assert {path.name for path in Path("one").iterdir()} == {".lock", "recipe.yml", "run.json"}
+    assert {path.name for path in out.checkpoints.iterdir()} == {"run.json", "state"}
+    assert out.log == Path("one/log.jsonl") and out.best == out.checkpoints / "best"
+    with elsewhere("two", place) as out:
+        assert [path.name for path in out.state.iterdir()] == ["3"]
+    with pytest.raises(UsageError, match=f"{place} holds another training: lr was 0.1 and is 1"):
+        elsewhere("three", place, identity=RUN | {"lr": 1})
+    with pytest.raises(UsageError, match="holds a training already"):
+        elsewhere("four", place, resume="none")
+    (kept,) = tmp_path.rglob("run/run.json") if "gs" in place else [tmp_path / "kept/run.json"]
+    assert json.loads(kept.read_text()) == RUN
+    kept.write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        elsewhere("two", place)
+    begun_elsewhere("five", "five")
+    with pytest.raises(UsageError, match="holds checkpoints itself"):
+        elsewhere("five", place)
+
+
+def test_a_bucket_that_cannot_be_used(tmp_path, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
+    with pytest.raises(InputError) as caught:
+        elsewhere(tmp_path / "out", "gs://other/run")
+    assert caught.value.what == "gs://other/run cannot be used"
+    assert "install gcsfs" in caught.value.why and "extra gcs" in caught.value.fix
+    with pytest.raises(InputError, match="gs://other/run/state cannot be used"):
+        Checkpoints("gs://other/run/state", keep=1)
+
+
+def test_what_may_be_named():
+    for place in ("gs://bucket/run", "folder/run", "/run"):
+        assert checkpoint_place(place) == place
+    for place in ("s3://bucket/run", "https://host/run"):
+        with pytest.raises(UsageError, match="file system"):
+            checkpoint_place(place)
+    for place in ("", " ", "gs://", "gs:///"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            checkpoint_place(place)
+    assert lora.parser().parse_args(["--data", "d", "--checkpoints", "gs://b"]).checkpoints
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    begun_elsewhere(tmp_path / "out", tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(join, "is_first", lambda: False)
+    with (
+        elsewhere(tmp_path / "out", tmp_path / "out") as one,
+        elsewhere(tmp_path / "out", one.path),
+    ):
+        one.begin({"lr": 2})
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_folder_that_not_all_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(join, "are_several", lambda: True)
+    monkeypatch.setattr(join, "highest", lambda number: 1)  # another process does not see it
+    for first in (True, False):
+        monkeypatch.setattr(join, "is_first", lambda first=first: first)
+        with pytest.raises(InputError, match="is not the same folder for all processes"):
+            check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())
