@@ -11,11 +11,9 @@ import pytest
 
 from convert import load_checkpoint, open_folder
 from convert.adapters.adapter import load_adapter
-from glm2_jax import make_mesh, replicated
 from tests.support.checkpoints import save, tiny_config
 from tests.support.training_data import alpaca, learned_of, open_rows
 from train import full, lora, validation
-from train.data.batch import make_batch
 from train.devices import Devices
 from train.methods import AdapterMethod, FullMethod
 from train.recipe import Recipe, parse
@@ -101,17 +99,3 @@ def test_an_evaluation_is_the_mean_over_learned_tokens_and_answers(tmp_path, mon
         assert found[name]["perplexity"] == pytest.approx(math.exp(found[name]["loss"]))
     assert math.isnan(evaluate((math.nan, None))["guard"]["loss"])
     assert evaluate((1e9, None))["guard"]["perplexity"] == math.inf
-
-
-def test_devices_of_a_mesh_get_rows_they_can_divide():
-    mesh = Devices(jax.devices()[0], make_mesh({"data": 1}))
-    batch = make_batch([[([5, 6], [False, True])]] * 3, 4)
-    for devices in (ONE, mesh):
-        assert devices.rows(3) == {0, 1, 2}
-        jax.tree.map(np.testing.assert_array_equal, devices.batch(batch), batch)
-        assert jax.random.key_data(devices.key(3)).tolist() == [0, 3]
-        places = None if devices is ONE else {"a": replicated(devices.mesh)}
-        placed = devices.put({"a": np.arange(4)}, places)
-        assert placed["a"].sharding.device_set == {jax.devices()[0]}
-    assert ONE.shardings(placed) is None
-    assert mesh.shardings(placed)[0] == {"a": placed["a"].sharding}

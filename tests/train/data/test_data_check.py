@@ -150,17 +150,15 @@ def test_each_file_has_its_format(tmp_path):
     both = str(write_rows(tmp_path / "both", [rows] * 3))
     one = str(write_rows(tmp_path / "one=2", [alpaca("i", "o")]))
     other = str(write_rows(tmp_path / "other", [sharegpt(("human", "a"), ("gpt", "b"))]))
-    for fmt, content in (("alpaca", "i"), ("sharegpt", "a")):
+    for fmt in ("alpaca", "sharegpt"):
         flags = ["--data", both, "--format", fmt]
-        dataset = opened(*flags, "--mix-data", both)
-        assert [found for _, _, found in dataset.files] == [fmt, fmt]
-        for path in (both, one, other):  # such as --val-data
+        for path, own in ((both, fmt), (one, "alpaca"), (other, "sharegpt")):  # as --val-data
             found = opened(*flags, other=path)
-            own = {one: ("alpaca", "i"), other: ("sharegpt", "a")}.get(path, (fmt, content))
-            assert (found.files[0][2], found.messages(0)[0]["content"]) == own
-            assert len(found.files) == 1 and found.groups[0].weight == 1
-    dataset = opened("--data", both, "--format", "alpaca", "--mix-data", other)
-    assert dataset.files[1][2] == "sharegpt"
+            assert found.files[0][2] == own and found.groups[0].weight == 1
+            content = found.messages(0)[0]["content"]
+            assert content == {"alpaca": "i", "sharegpt": "a"}[own]
+            mixed = opened(*flags, "--mix-data", path)
+            assert [found for _, _, found in mixed.files] == [fmt, own]
     with pytest.raises(InputError, match="it has the keys of alpaca and sharegpt: choose one"):
         opened("--data", both)
     with pytest.raises(InputError, match="--format adgen is none of them: leave out"):
