@@ -210,6 +210,8 @@ def open_dataset(options: DataOptions, folder: Folder, other: str | None = None)
         raise UsageError(f"--max-length {max_length} is more than the {longest} of the model.")
     if options.mix_ratio is not None and options.mix_data is None:
         raise UsageError("--mix-ratio needs --mix-data.", fix="Name the file of general rows.")
+    if options.mix_ratio is not None and options.mix_ratio >= 1:
+        raise UsageError(f"--mix-ratio must be below 1, got {options.mix_ratio:g}.")
     sources = [Source(other)] if other is not None else []
     if other is None:
         for text in options.data:

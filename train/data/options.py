@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glm2_jax.cli.arguments import path_argument, positive, whole
+from glm2_jax.cli.arguments import above_zero, path_argument, positive, whole
 from glm2_jax.cli.parser import flag
 from infer.datasets import FORMATS
 
@@ -31,17 +31,6 @@ def split_weight(text: str) -> tuple[str, float]:
         return (path, float(weight)) if equals else (text, 1.0)
     except ValueError:
         return text, 1.0
-
-
-def share_argument(text: str) -> float:
-    """Read a number above 0 and below 1 as an argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, got {text!r}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -85,7 +74,7 @@ class DataOptions:
     )
     mix_ratio: float | None = flag(
         f"share of an epoch taken from --mix-data (default: {MIX_RATIO})",
-        type=share_argument, metavar="X",
+        type=above_zero, metavar="X",
     )  # fmt: skip
     data_cache: str | None = flag(
         "cache for the sequence lengths of large files, so that they are tokenized only once "

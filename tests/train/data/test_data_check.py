@@ -137,6 +137,7 @@ def test_flags_become_a_dataset(tmp_path):
     assert dataset.max_length == 40 and (dataset.learned == dataset.lengths - 2).all()
     for argv, message in (
         (["--mix-ratio", "0.5"], "--mix-ratio needs --mix-data"),
+        (["--mix-ratio", "1", "--mix-data", two], "--mix-ratio must be below 1"),
         (["--max-length", "301"], "301 is more than the 300 of the model"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -167,7 +168,7 @@ def test_each_file_has_its_format(tmp_path):
 
 def test_flags_without_sense(capsys):
     for words in ("", "--data=", "--data =2", "--data x=0", "--data x=nan",
-                  "--data x --max-bad -1", "--data x --mix-ratio 1"):  # fmt: skip
+                  "--data x --max-bad -1", "--data x --mix-ratio 0"):  # fmt: skip
         with pytest.raises(SystemExit) as error:
             data_flags(*words.split())
         assert error.value.code == 2 and "--help lists the flags" in capsys.readouterr().err
