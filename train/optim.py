@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -60,17 +61,15 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make AdamW with decoupled weight decay of matrices (norms and biases have none), betas 0.9
     and 0.999, epsilon 1e-8; `clip` is the largest global norm of the gradient, 0 or None = off."""
-    adamw = optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=_decays)
+    mask = partial(jax.tree_util.tree_map_with_path, _decays)
+    adamw = optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=weight_decay, mask=mask)
     if clip is None or (isinstance(clip, int | float) and clip == 0):  # a tracer cannot be compared
         return adamw
     return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
-def _decays(params: Any) -> Any:
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        return not jax.tree_util.keystr(path[-1:]).strip("[]'.").endswith(("norm", "bias"))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+def _decays(path: tuple[Any, ...], _: Any) -> bool:
+    return not jax.tree_util.keystr(path[-1:]).strip("[]'.").endswith(("norm", "bias"))
 
 
 @flax.struct.dataclass

@@ -87,8 +87,13 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         members = {action.dest for action in group._group_actions}
         given |= members if members & given else set()
     words: dict[str, list[str]] = {}
+    known = {_name(x): x for x in parser._actions if x.dest not in _NOT_SETTINGS}
     for name, value in _read(Path(config)).items():
-        action = _action(parser, name, config)
+        action = known.get(str(name).replace("_", "-"))
+        if action is None:
+            names = ", ".join(sorted(known))
+            what = f"{config}: {name} is not a setting of this command."
+            raise UsageError(what, f"Known: {names}.")
         if action.dest in words:
             raise UsageError(f"{config}: {name} is given twice.")
         words[action.dest] = [] if action.dest in given else _words(action, name, value, config)
@@ -129,16 +134,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _name(action: argparse.Action) -> str:
     return next(flag[2:] for flag in action.option_strings if flag.startswith("--"))
-
-
-def _action(parser: Parser, name: str, path: str) -> argparse.Action:
-    """Return the flag of a setting."""
-    known = {_name(x): x for x in parser._actions if x.dest not in _NOT_SETTINGS}
-    action = known.get(str(name).replace("_", "-"))
-    if action is None:
-        names = ", ".join(sorted(known))
-        raise UsageError(f"{path}: {name} is not a setting of this command.", f"Known: {names}.")
-    return action
 
 
 def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[str]:

@@ -100,7 +100,13 @@ def unused_keys(row: Fields, fmt: str) -> Iterator[str]:
 def read_messages(row: Fields, fmt: str) -> list[Message]:
     """Return the conversation of a row, ignoring optional fields that are null or blank; InputError
     where a part is missing, of a wrong type, empty, or in a wrong order."""
-    messages = _pair(row, fmt) if fmt in _PAIRS else _conversation(row, fmt)
+    if fmt in _PAIRS:
+        messages = _pair(row, fmt)
+    else:
+        entries = enumerate(_objects(row, _list_key(row, fmt)), 1)
+        messages = [_message(entry, fmt, number) for number, entry in entries]
+        if fmt == "sharegpt" and (system := _optional(row, "system")).strip():
+            messages.insert(0, {"role": "system", "content": system})
     if not absent(_value(row, "tools")):
         raise InputError(
             "the row has tools outside its messages", "write them into the system message"
@@ -143,15 +149,6 @@ def _pair(row: Fields, fmt: str) -> list[Message]:
         for entry in reply_messages(reply):
             messages.append(_message(entry, "messages", len(messages) + 1))
     return messages
-
-
-def _conversation(row: Fields, fmt: str) -> list[Message]:
-    """Return the messages of a list, after the system text of the row."""
-    messages = []
-    if fmt == "sharegpt" and (system := _optional(row, "system")).strip():
-        messages.append({"role": "system", "content": system})
-    entries = enumerate(_objects(row, _list_key(row, fmt)), 1)
-    return messages + [_message(entry, fmt, number) for number, entry in entries]
 
 
 def _message(entry: Fields, fmt: str, number: int) -> Message:

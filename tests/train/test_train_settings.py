@@ -128,17 +128,3 @@ def test_few_rows_get_smaller_steps_and_more_epochs(parts, accumulate, epochs):
     assert defaults.choose(given, parts, 192) == given
     rates = [defaults.choose(recipe(), 1, width).training.lr for width in (192, 1024, 4096)]
     assert rates == [0.0011, 2e-4, 5e-5]  # narrow models get a higher one
-
-
-def test_too_few_steps_are_warned_of_with_what_helps(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out-2").mkdir()
-    for given, remedy in (
-        ("--grad-accum 8 --epochs 3", "--grad-accum 1 --epochs 25"),
-        ("--grad-accum 1 --steps 20", "--steps 200"),
-    ):
-        defaults.warn_of_few_steps(recipe(*given.split()), 8, 50)
-        assert capsys.readouterr().err == ""
-        defaults.warn_of_few_steps(recipe(*given.split()), 8, 20)
-        shown = capsys.readouterr().err
-        assert "only 20 optimizer steps" in shown and f"Try {remedy} --output out-3" in shown
