@@ -49,7 +49,7 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
             why = f"Its header would have {data_start - 8} bytes; {MAX_HEADER_BYTES} is the limit."
             raise bad_file(path, "is not a safetensors file", why)
         if len(start) < 8 or data_start > size:
-            raise bad_file(path, "is truncated", f"It has {size} bytes, its header not included.")
+            raise bad_file(path, "is truncated", f"It ends inside its header, after {size} bytes.")
         header = parse_json(path, file.read(data_start - 8))
     if not isinstance(header, dict):
         raise bad_file(path, "has a header that is not a JSON object")

@@ -243,7 +243,7 @@ def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: 
         raise CheckpointError(
             "The tokenizer does not belong to this model.",
             f"It has {tokenizer.size} ids; the model has {config.vocab_size}.",
-            "Put the tokenizer.model of the same repository into the folder.",
+            "Use the tokenizer.model that was published with the model.",
         )
     check_template(config, template, asked=asked)
 

@@ -153,7 +153,11 @@ def refuse_wide(data: bytes, name: str) -> None:
     even, odd = sample[0::2].count(0), sample[1::2].count(0)
     dense = even + odd > max(len(sample) // 4, 1) and max(even, odd) > 0.9 * (even + odd)
     if dense or data.startswith(_WIDE_MARKS):
-        raise InputError(f"{name} is not UTF-8 text", "it looks like UTF-16 or UTF-32", CONVERT)
+        # One half of each character of UTF-32 is zero.
+        halves = [sample[i::4].count(0) + sample[i + 1 :: 4].count(0) for i in (0, 2)]
+        wide = "UTF-32" if max(halves) > len(sample) * 3 // 8 else "UTF-16"
+        fix = f"save it as UTF-8, or convert it: iconv -f {wide} -t UTF-8"
+        raise InputError(f"{name} is not UTF-8 text", f"it looks like {wide}", fix)
 
 
 def parse_json(text: str) -> Any:

@@ -139,8 +139,9 @@ def test_what_cannot_be_read(tmp_path):
     for data, message in (
         (b" \r\n\n\t", "has no rows\nit is empty"),
         (b"\xef\xbb\xbf", "has no rows\nit is empty"),
-        ('{"a": "问"}'.encode("utf-16"), "is not UTF-8 text\nit looks like UTF-16"),
-        ('{"a": 1}\n'.encode("utf-32"), "is not UTF-8 text\nit looks like UTF-16 or UTF-32"),
+        ('{"a": "问"}'.encode("utf-16"), "it looks like UTF-16\n.*iconv -f UTF-16 "),
+        ('{"a": 1}\n'.encode("utf-32"), "it looks like UTF-32\n.*iconv -f UTF-32 "),
+        (("你好世界" * 9).encode("utf-32"), "it looks like UTF-32\n.*iconv -f UTF-32 "),
     ):
         with pytest.raises(InputError, match=message):
             DataFile(write(tmp_path, data))
