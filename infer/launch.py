@@ -156,7 +156,7 @@ def _ending(worker: Worker) -> str:
     if not worker.wait(0):
         return "stopped responding"
     if worker.exit_code > 0:
-        return f"ended with exit code {worker.exit_code}"
+        return f"exited with code {worker.exit_code}"
     return f"was terminated by {signal.Signals(-worker.exit_code).name}"
 
 

@@ -128,8 +128,8 @@ def load_adapter(folder: str | os.PathLike, config: GLMConfig, *, apart: bool = 
     """Read an adapter folder, written by `save_adapter` or by PEFT, of either layout.
 
     Its arrays are float32 in numpy, see `join_tensors`; `apart` reads it with its shape, to
-    continue its training, see `Adapter`. A CheckpointError names what is no adapter, damaged, not
-    supported, or does not fit the model.
+    continue its training, see `Adapter`. A CheckpointError names what is not an adapter,
+    is damaged or not supported, or does not fit the model.
     """
     refuse_url(folder)
     folder = Path(folder)

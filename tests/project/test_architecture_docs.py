@@ -109,8 +109,13 @@ def test_the_figures_of_cache_and_speed():
     entry = entries(ENGLISH)[22]
     for tokens in (2048, 8192, 32768):
         (few, read), (full, read_full) = with_heads(2, tokens), with_heads(32, tokens)
-        told = {f"{few / 1e9:.1f}", f"{full / 1e9:.1f}", f"{read_full / read:.2f}", f"{tokens:,}"}
-        assert told <= set(numbers(entry))
+        figures = {
+            f"{few / 1e9:.1f}",
+            f"{full / 1e9:.1f}",
+            f"{read_full / read:.2f}",
+            f"{tokens:,}",
+        }
+        assert figures <= set(numbers(entry))
     assert f"{with_heads(2, 0)[1] / 1e9:.2f} GB" in ENGLISH
 
 

@@ -106,9 +106,9 @@ def test_the_step_of_an_adapter_moves_no_weight(topology, sizes):
     # What the model of costs says of the same mesh; it leaves out the adapter and its gradients,
     # and those of keys and values.
     links = LINKS[topology.split(":")[0]]
-    told = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=TOKENS)
-    assert memory.argument_size_in_bytes == pytest.approx(told.weights + adapter, rel=1e-3)
-    sent, expected = sum(one.sent for one in found), BATCHES * told.steps["lora"].talk.link_bytes
+    cost = mesh_cost(CONFIG, sizes, links, batch=ROWS, length=TOKENS)
+    assert memory.argument_size_in_bytes == pytest.approx(cost.weights + adapter, rel=1e-3)
+    sent, expected = sum(one.sent for one in found), BATCHES * cost.steps["lora"].talk.link_bytes
     assert expected < sent < 1.03 * expected
 
 

@@ -286,8 +286,8 @@ def test_another_base_or_template_is_refused(tmp_path, base, capsys):
     assert error.value.exit_code == 4 and str(tmp_path) in message and str(other) in message
     assert known[:16] in message and "--force-adapter" in message
     assert generate.main([*flags, "--force-adapter"]) == 0
-    told = capsys.readouterr().err
-    assert f"adapter {tmp_path}: " in told and "forced: " in told and "another base" in told
+    err = capsys.readouterr().err
+    assert f"adapter {tmp_path}: " in err and "forced: " in err and "another base" in err
 
 
 def test_an_adapted_checkpoint_is_another_model(tmp_path, base):

@@ -47,8 +47,8 @@ def test_a_second_start_of_the_demo_compiles_nothing(tmp_path):
 
     (status, wanted, found, compiled), lines, answer = start()
     assert status == found == 0 and wanted == compiled >= 2
-    told = [line for line in lines if line.startswith("compiling")]
-    assert told == ["compiling prefill 64 (1/2)", "compiling decode 64 (2/2)"]
+    messages = [line for line in lines if line.startswith("compiling")]
+    assert messages == ["compiling prefill 64 (1/2)", "compiling decode 64 (2/2)"]
     assert any(line.startswith("compile ") and line.endswith("2 programs") for line in lines)
     counts, lines, same = start()
     assert counts == [0, wanted, wanted, 0] and same == answer
@@ -57,12 +57,12 @@ def test_a_second_start_of_the_demo_compiles_nothing(tmp_path):
 
 
 @pytest.fixture
-def told():
+def messages():
     return []
 
 
-def engine_that_tells(told, **kwargs):
-    return toy_engine(on_event=lambda kind, text: told.append(f"{kind}: {text}"), **kwargs)
+def engine_that_reports(messages, **kwargs):
+    return toy_engine(on_event=lambda kind, text: messages.append(f"{kind}: {text}"), **kwargs)
 
 
 def lines(*programs):
@@ -71,45 +71,45 @@ def lines(*programs):
     return [f"compile: compiling {name} ({n}/{count})" for n, name in enumerate(programs, 1)]
 
 
-def test_what_a_call_begins_with_is_compiled_first_and_counted(told, monkeypatch):
-    engine = engine_that_tells(told, prefill_chunk=64)
+def test_what_a_call_begins_with_is_compiled_first_and_counted(messages, monkeypatch):
+    engine = engine_that_reports(messages, prefill_chunk=64)
     ran = []
     run = engine.programs.call
 
     def watched(name, *args, **kwargs):
-        ran.append((name, len(told)))
+        ran.append((name, len(messages)))
         return run(name, *args, **kwargs)
 
     monkeypatch.setattr(engine.programs, "call", watched)
     call = engine.run([[5] * 140], GREEDY)  # two parts of 64, and the rest
     list(call)
-    assert told == lines("read 64", "extend 64", "decode 256")
+    assert messages == lines("read 64", "extend 64", "decode 256")
     assert [name for name, _ in ran][:4] == ["read", "read", "extend", "decode"]
     assert all(count == 3 for _, count in ran)  # nothing ran before all was there
     assert (call.stats.programs, call.stats.programs_kept) == (3, 0)
 
     engine.complete([[5] * 20] * 2, GREEDY)
-    assert told[3:] == lines("prefill 2 x 32", "decode_many 2 x 64")
+    assert messages[3:] == lines("prefill 2 x 32", "decode_many 2 x 64")
     *_, last = engine.run([[6] * 139], GREEDY)
-    assert len(told) == 5 and last.completion.stats.programs == 0
+    assert len(messages) == 5 and last.completion.stats.programs == 0
 
 
-def test_an_answer_of_one_token_needs_no_program_for_steps(told):
-    list(engine_that_tells(told).run([[5]], SamplingParams(temperature=0, max_new_tokens=1)))
-    assert told == lines("prefill 64")
+def test_an_answer_of_one_token_needs_no_program_for_steps(messages):
+    list(engine_that_reports(messages).run([[5]], SamplingParams(temperature=0, max_new_tokens=1)))
+    assert messages == lines("prefill 64")
 
 
-def test_a_session_counts_what_a_reply_begins_with(told, monkeypatch):
+def test_a_session_counts_what_a_reply_begins_with(messages, monkeypatch):
     monkeypatch.setattr("infer.engine.call.ROOM", 8)
-    session = Session(engine_that_tells(told))
+    session = Session(engine_that_reports(messages))
     list(session.run([5] * 20, GREEDY))
-    assert told == lines("extend 64", "decode 64")
+    assert messages == lines("extend 64", "decode 64")
     list(session.run([*session.ids, *[7] * 40], GREEDY))
-    assert told[2:] == lines("grow 64", "extend 64", "decode 128")
+    assert messages[2:] == lines("grow 64", "extend 64", "decode 128")
 
 
-def test_compiling_that_fails_can_be_tried_again(told, monkeypatch):
-    engine = engine_that_tells(told)
+def test_compiling_that_fails_can_be_tried_again(messages, monkeypatch):
+    engine = engine_that_reports(messages)
     make, count = Programs._compile, []
 
     def failing(self, *args):
@@ -122,7 +122,7 @@ def test_compiling_that_fails_can_be_tried_again(told, monkeypatch):
     with pytest.raises(DeviceError, match="out of device memory"):
         list(engine.run([[5]], GREEDY))
     list(engine.run([[5]], GREEDY))
-    assert told == [lines("prefill 64", "decode 64")[0], *lines("decode 64")]
+    assert messages == [lines("prefill 64", "decode 64")[0], *lines("decode 64")]
 
 
 def test_a_thread_that_compiles_leaves_the_calls_of_others_alone():

@@ -182,8 +182,8 @@ def test_the_launcher_passes_signals_on():
 class Ended:
     """A worker as the launcher sees it: which lost `peers`, ended by itself, or runs."""
 
-    def __init__(self, exit_code=None, told=b"", stopped=False):
-        self.exit_code, self.output, self.is_stopped = exit_code, told, lambda: stopped
+    def __init__(self, exit_code=None, output=b"", stopped=False):
+        self.exit_code, self.output, self.is_stopped = exit_code, output, lambda: stopped
 
     def wait(self, seconds):
         return self.exit_code is not None
@@ -203,19 +203,19 @@ LOST_0 = b"F1121 10:00:00.1 7 client.h:80] Most likely the leader task was preem
 
 def test_whose_end_is_that_of_the_others(monkeypatch):
     monkeypatch.setattr(launch, "_ECHO", 0)
-    for workers, cause, told in (
+    for workers, cause, ending in (
         ([Ended(-6, LOST_1), Ended()], 1, "stopped responding"),
         ([Ended(), Ended(-6, LOST_0)], 0, "stopped responding"),
         ([Ended(5), Ended(stopped=True)], 1, "stopped responding"),
         ([Ended(-6, LOST_1), Ended(-9)], 1, "was terminated by SIGKILL"),
         ([Ended(-9), Ended(-6, LOST_0)], 0, "was terminated by SIGKILL"),
-        ([Ended(-6, LOST_1), Ended(3)], 1, "ended with exit code 3"),
+        ([Ended(-6, LOST_1), Ended(3)], 1, "exited with code 3"),
         ([Ended(-6), Ended()], 0, "was terminated by SIGABRT"),
     ):
         for order in (1, -1):
             code, found = waited(workers, order=order)
             assert found is workers[cause]
-            assert launch._ending(found) == told and code == (found.exit_code or 0)
+            assert launch._ending(found) == ending and code == (found.exit_code or 0)
 
 
 def test_nobody_is_blamed_for_losing_one_that_obeyed_a_signal(monkeypatch):
@@ -267,7 +267,7 @@ def test_a_port_that_is_taken():
 def test_what_differs_is_named_with_its_processes(monkeypatch):
     def compare(*facts):
         """Compares the facts of three processes, as the first of them."""
-        sums = [[join._digest(told[name]) for name in sorted(told)] for told in facts]
+        sums = [[join._digest(known[name]) for name in sorted(known)] for known in facts]
         table = np.array([[np.frombuffer(one, np.uint8) for one in row] for row in sums])
         monkeypatch.setattr(
             "jax.experimental.multihost_utils.process_allgather",
@@ -285,28 +285,28 @@ def test_what_differs_is_named_with_its_processes(monkeypatch):
 
 
 def test_where_things_are_may_differ(monkeypatch):
-    told = []
+    compared = []
     monkeypatch.setattr(join, "_started", True)
-    monkeypatch.setattr(join, "_compare", told.append)
+    monkeypatch.setattr(join, "_compare", compared.append)
     for more in (["--output", "a"], ["--output", "b", *flags(1)], [*flags(0), "--lr", "2"]):
         monkeypatch.setattr(join, "_flags", vars(parsed(*more)))
         join.compare({"checkpoint": "c"})
-    names, first, _, second, _, third = told
+    names, first, _, second, _, third = compared
     assert first["--output"] is True and first["--predictions"] is False  # whether, not where
     assert first["checkpoint"] == "c" and "version" in first
-    assert names == told[2] and set(first) == set(second)
+    assert names == compared[2] and set(first) == set(second)
     assert first != third and first["--lr"] != third["--lr"]
 
 
 def test_why_a_process_ended():
-    for code, joined, told, message in (
+    for code, joined, output, message in (
         (-6, False, b"", "not all 2 processes have connected"),
         (-6, True, LOST_0, "process 0 of this run was lost"),
         (-6, True, b"F1121 10:00:00.1 7 client.h:80] What?\n", "a process of this run was lost"),
         (-9, True, b"", "was terminated by SIGKILL"),
         (3, True, b"E1121 ...", "None"),
     ):
-        worker = argparse.Namespace(exit_code=code, joined=joined, output=told)
+        worker = argparse.Namespace(exit_code=code, joined=joined, output=output)
         assert message in str(supervise.why_ended(worker, parsed(*flags(0))))
 
 

@@ -118,7 +118,7 @@ def test_a_conversation_with_wide_characters_and_ctrl_c(model, start, tmp_path):
     assert "\x1b" not in shown  # the answer is left to the terminal as it is
     terminal.wait_for("> ")
     terminal.type("unfinished", "unfinished")  # or the terminal would drop it before it is read
-    terminal.type("\x03", "> ")  # gives the line up, and is no first one
+    terminal.type("\x03", "> ")  # discards the line; does not count as the first
     terminal.type("first\\\n", ". ")
     terminal.type("\x03", "> ")  # gives up all lines of the question
     for submitted in ("", "/undoo"):

@@ -170,10 +170,10 @@ def test_the_command_prints_what_was_found(engine, found, capsys, monkeypatch):
     assert main(["--json", "--heads", "3:7", "--top-k", "4", "--max-new-tokens", str(TOKENS)]) == 0
     out, err = capsys.readouterr()
     assert err.startswith("no --model given: using the bundled demo model")
-    told = json.loads(out)["values"]
-    assert told.pop("heads") == [dataclasses.asdict(found.heads[1])]
+    printed = json.loads(out)["values"]
+    assert printed.pop("heads") == [dataclasses.asdict(found.heads[1])]
     wanted = json.loads(json.dumps(dataclasses.asdict(found)))
-    assert wanted.pop("heads") and told == wanted
+    assert wanted.pop("heads") and printed == wanted
 
 
 def test_scores_of_long_prompts_are_not_computed_at_once(engine, capsys, monkeypatch):

@@ -158,7 +158,7 @@ def test_a_reader_that_leaves_early_is_no_error_message(model, endless):
     process.stdout.close()
     assert process.wait(timeout=60) == 141
     said = process.stderr.read().splitlines()
-    told = [line for line in said if not line.endswith("s left")]  # progress, on a slow machine
-    assert told[0] == "computing in float32"
-    assert all(line.startswith("compiling ") for line in told[1:])
+    messages = [line for line in said if not line.endswith("s left")]  # progress, on a slow machine
+    assert messages[0] == "computing in float32"
+    assert all(line.startswith("compiling ") for line in messages[1:])
     process.stderr.close()

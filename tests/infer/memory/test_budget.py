@@ -60,10 +60,10 @@ def test_fewer_draft_tokens_and_smaller_chunks_fit_nearest():
 
 def test_a_default_context_is_made_shorter_but_not_one_that_was_asked_for():
     wish = [Plan(SIX, BF16, 32768, 8)]
-    told: list[str] = []
-    plan = settle(limited(18 * GB), wish, None, told.append)
+    notes: list[str] = []
+    plan = settle(limited(18 * GB), wish, None, notes.append)
     assert plan.context < 32768 and plan.total <= 18 * GB
-    assert f"context reduced to {plan.context:,} tokens" in told[0]
+    assert f"context reduced to {plan.context:,} tokens" in notes[0]
     with pytest.raises(DeviceError) as error:
         settle(limited(18 * GB), wish)
     text = str(error.value)
@@ -71,7 +71,7 @@ def test_a_default_context_is_made_shorter_but_not_one_that_was_asked_for():
     assert "--dtype bfloat16 --quantize int4" in text and f"--max-length {plan.context}" in text
     assert "--batch-size" in text and len(text.splitlines()) == 3
     with pytest.raises(DeviceError, match="a larger device is needed"):
-        settle(limited(2 * GB), wish, None, told.append)
+        settle(limited(2 * GB), wish, None, notes.append)
     assert settle(Budget("a card", "gpu", None), wish).context == 32768
 
 
