@@ -36,7 +36,8 @@ _KEPT = 64  # lines of C++ that are kept for --debug
 _ABOUT_OTHERS = re.compile(
     rb"[WEF]\d{4} .* (coordination_service\w*|client|preemption_\w+|add_port)\.(cc|h):\d+\]"
 )
-_IGNORED = re.compile(rb".*(\[Gloo\] Rank|connected peer ranks)")  # two of them may share a line
+# Two threads may write such lines at once: they then share one, and the end of it is a lone number.
+_IGNORED = re.compile(rb".*(\[Gloo\] Rank|connected peer ranks)|\d*\s*$")
 _UNHEALTHY = re.compile(rb"unhealthy[^:]*:((?:\s+\d+)+)\s")
 _LEADER = re.compile(rb"the leader task was preempted|Failed to send RPC to coordination")
 
@@ -119,11 +120,9 @@ class Worker:
                 for line in lines:
                     if line.endswith(JOINED):
                         self.joined = True
-                    elif _IGNORED.match(line):
-                        continue
                     elif self._held or _ABOUT_OTHERS.match(line):
                         self._held = [*self._held, line][:_KEPT]
-                    else:
+                    elif not _IGNORED.match(line):
                         os.write(2, _escaped(self._prefix + line))
 
 

@@ -298,6 +298,15 @@ def test_where_things_are_may_differ(monkeypatch):
     assert first != third and first["--lr"] != third["--lr"]
 
 
+def test_lines_of_gloo_are_left_out_also_where_two_are_mixed(capfd):
+    lines = b"[Gloo] Rank 1 is connected to 1 [Gloo] Rank 1 is connected: 1\n1\n\nE1121 news 1\n"
+    write = f"import os; os.write(int(os.environ[{supervise._VARIABLE!r}]), {lines!r})"
+    over = queue.SimpleQueue()
+    supervise.Worker([sys.executable, "-c", write], over, prefix="process 1: ")
+    assert over.get().exit_code == 0
+    assert capfd.readouterr().err == "process 1: E1121 news 1\n"
+
+
 def test_why_a_process_ended():
     for code, joined, output, message in (
         (-6, False, b"", "not all 2 processes have connected"),
