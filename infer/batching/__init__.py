@@ -1,0 +1,1 @@
+"""Continuous batching: requests join and leave a fixed batch of slots at any step."""
