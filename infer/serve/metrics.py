@@ -36,24 +36,11 @@ class Metrics:
         running.set_function(lambda: worker.status.running)
         waiting = make(Gauge, "num_requests_waiting", "Requests in the queue.")
         waiting.set_function(lambda: worker.status.waiting)
-        self._first = make(
-            Histogram,
-            "time_to_first_token_seconds",
-            "From request to first token.",
-            buckets=_SECONDS,
-        )
+        self._first = make(Histogram, "time_to_first_token_seconds", "From request to first token.")
         self._between = make(
-            Histogram,
-            "inter_token_latency_seconds",
-            "Between two tokens of a request.",
-            buckets=_SECONDS,
+            Histogram, "inter_token_latency_seconds", "Between two tokens of a request."
         )
-        self._total = make(
-            Histogram,
-            "e2e_request_latency_seconds",
-            "From request to last token.",
-            buckets=_SECONDS,
-        )
+        self._total = make(Histogram, "e2e_request_latency_seconds", "From request to last token.")
         self._prompt = make(Counter, "prompt_tokens", "Prompt tokens.")
         self._generated = make(Counter, "generation_tokens", "Generated tokens.")
         self._queries = make(Counter, "prefix_cache_queries", "Prompt tokens looked up.")
