@@ -24,6 +24,7 @@ def build(service: Service, access: Access, origins: Sequence[str] = ()) -> ASGI
         description="The API of OpenAI, answered by a model of the ChatGLM family.",
         docs_url=None,  # it would load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
     )
     errors.install(app)
     for routes in (chat, completions, model, state, official):

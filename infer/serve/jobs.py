@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import TypeVar
 
-import anyio
 from fastapi import Request
 
 from infer.batching.job import Event, Failure, Job
@@ -50,7 +49,15 @@ class Jobs:
 
         Busy: there is no room for all of them; none is answered.
         """
-        limit = self._service.options.request_timeout
+        options = self._service.options
+        if len(prompts) * asked.count > options.queue:
+            raise ApiError(
+                400,
+                f"The request has {len(prompts)} prompts with {asked.count} answers each; at most "
+                f"{options.queue} answers can be waited for.",
+                code="invalid_value",
+            )
+        limit = options.request_timeout
         self._began = time.monotonic()
         for prompt in prompts:
             for draw in range(asked.count):
@@ -103,17 +110,17 @@ class Jobs:
 
 async def unless_left(request: Request, work: Awaitable[T]) -> T:
     """Return the result of `work`; ApiError, and `work` is cancelled, if the client has left."""
-    result: list[T] = []
-    async with anyio.create_task_group() as group:
 
-        async def wait_for_client() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            group.cancel_scope.cancel()
+    async def leaves() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
-        group.start_soon(wait_for_client)
-        result.append(await work)
-        group.cancel_scope.cancel()
-    if not result:
-        raise ApiError(499, "The client has left.", code="cancelled")  # nobody reads it
-    return result[0]
+    answer, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leaves())
+    try:
+        await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ApiError(499, "The client has left.", code="cancelled")  # nobody reads it
+        return answer.result()
+    finally:
+        answer.cancel()
+        leaving.cancel()

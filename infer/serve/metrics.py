@@ -27,7 +27,7 @@ class Metrics:
 
         def make(kind: Any, name: str, text: str, *labels: str) -> Any:
             names = ("model_name", *labels)
-            options = {"buckets": _BUCKETS} if kind is Histogram else {}
+            options: dict[str, Any] = {"buckets": _BUCKETS} if kind is Histogram else {}
             metric = kind(f"vllm:{name}", text, names, registry=registry, **options)
             return metric if labels else metric.labels(model)
 

@@ -61,10 +61,6 @@ class BatchOptions:
         "between: a smaller N keeps them smoother",
         type=positive, default=256, metavar="N",
     )  # fmt: skip
-    queue: int = flag(
-        "requests that may wait; more are refused with status 429",
-        type=positive, default=1024, metavar="N",
-    )  # fmt: skip
     deterministic: bool = flag(
         "the same answer to the same request and seed under any load, also in bfloat16: one batch "
         "size and cache view for all steps, which is slower",
@@ -95,6 +91,10 @@ class RequestOptions:
         "refuse requests with unknown fields (default: answer, with the header X-Warning)",
         action="store_true",
     )
+    queue: int = flag(
+        "requests that may wait; more are refused with status 429",
+        type=positive, default=1024, metavar="N",
+    )  # fmt: skip
     max_body_bytes: int = flag(
         "largest request body, for example 8MB", type=size_argument, default=8_000_000,
         metavar="SIZE",

@@ -38,7 +38,7 @@ def run(settings: Settings) -> int:
             engine,
             slots=batch.slots,
             tokens_per_prefill=batch.tokens_per_prefill,
-            queue=batch.queue,
+            queue=settings.requests.queue,
             deterministic=batch.deterministic,
         )
         with Progress("compiling") as bar:
@@ -113,8 +113,8 @@ def serve(app: ASGIApp, worker: Worker, listener: socket.socket, log_level: str)
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING
     )
-    for name in ("infer.serve", "uvicorn.error"):
-        logging.getLogger(name).setLevel(log_level.upper())
+    logging.getLogger("infer.serve").setLevel(log_level.upper())
+    logging.getLogger("uvicorn.error").setLevel("DEBUG" if log_level == "debug" else "WARNING")
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none"
     )

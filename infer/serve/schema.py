@@ -12,14 +12,16 @@ MAX_STRINGS, MAX_STRING, MAX_IDS, MAX_CHOICES, MAX_PROMPTS = 16, 256, 64, 128, 1
 MAX_BIAS = 300
 _LARGEST = 2**31 - 1
 
+# A list with very many wrong items would make as many errors: `fail_fast` stops at the first.
 Id = Annotated[int, Field(ge=0, le=_LARGEST)]
 Tokens = Annotated[int, Field(ge=1, le=_LARGEST)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Stop = Annotated[str, StringConstraints(max_length=MAX_STRING)]
+Stops = Annotated[list[Stop | None], Field(max_length=MAX_STRINGS, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^\S+$")]
-Ids = Annotated[list[Id], Field(min_length=1)]
+Ids = Annotated[list[Id], Field(min_length=1, fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -48,7 +50,7 @@ class Common(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIAS)] | None = None
-    stop: Stop | Annotated[list[Stop | None], Field(max_length=MAX_STRINGS)] | None = None
+    stop: Stop | Stops | None = None
     stop_token_ids: Annotated[list[Id], Field(max_length=MAX_IDS)] | None = None
     ignore_eos: bool | None = None
     loop_stop: Annotated[int, Field(ge=0, le=10_000)] | None = None
@@ -78,12 +80,16 @@ class ToolCall(Strict):
     function: FunctionCall
 
 
+Parts = Annotated[list[Part], Field(max_length=1024, fail_fast=True)]
+Calls = Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)]
+
+
 class Message(Strict):
     """A message of a chat; other members, such as `name`, are ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Parts | None = None
+    tool_calls: Calls | None = None
 
 
 class Function(Strict):
@@ -95,6 +101,10 @@ class Function(Strict):
 class Tool(Strict):
     type: Literal["function"]
     function: Function
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
 
 
 class NamedFunction(Strict):
@@ -109,11 +119,11 @@ class NamedTool(Strict):
 class ChatBody(Common):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
 
@@ -122,13 +132,16 @@ class CompletionBody(Common):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=_LARGEST)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+
+
+Turn = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
 class OfficialBody(Strict):
@@ -137,7 +150,7 @@ class OfficialBody(Strict):
     model_config = ConfigDict(extra="allow")
 
     prompt: str
-    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
+    history: Annotated[list[Turn], Field(max_length=4096, fail_fast=True)] | None = None
     max_length: Tokens | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
@@ -148,8 +161,8 @@ class TokenizeBody(Strict):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
@@ -158,4 +171,4 @@ class DetokenizeBody(Strict):
     """The body of /detokenize."""
 
     model: Name | None = None
-    tokens: list[Id]
+    tokens: Annotated[list[Id], Field(fail_fast=True)]
