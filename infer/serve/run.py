@@ -24,6 +24,7 @@ from infer.serve.security import Access, find_access
 from infer.serve.service import Facts, Service, model_name
 from infer.startup import note_demo_model, open_engine
 
+_BACKLOG = 2048  # connections that wait to be accepted
 _FLUSH = 5.0  # seconds that readers have for the end of their answers when the server stops
 
 
@@ -46,6 +47,7 @@ def run(settings: Settings) -> int:
         service = make_service(settings, engine, worker)
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()
+        listener.listen(_BACKLOG)
         _announce(settings, listener, service, access)
         try:
             signum = serve(app, worker, listener, settings.requests.log_level)
@@ -67,21 +69,22 @@ def make_service(settings: Settings, engine: Engine, worker: Worker) -> Service:
 
 def _bind(address: AddressOptions) -> socket.socket:
     """Take the address before the model is loaded; UsageError if it cannot be had."""
-    try:
-        found = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, place = found[0]
-        listener = socket.socket(family, kind, protocol)
-        if sys.platform != "win32":  # there it would let two servers share a port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {address.host}, port {address.port}",
-            getattr(error, "strerror", None) or str(error),
-            "Choose another --port (0 = any free one) or --host.",
-        ) from error
+    with contextlib.ExitStack() as opened:
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = opened.enter_context(socket.socket(family, kind, protocol))
+            if sys.platform != "win32":  # there it would let two servers share a port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {address.host}, port {address.port}",
+                error.strerror or str(error),
+                "Choose another --port (0 = any free one) or --host.",
+            ) from error
+        opened.pop_all()
     return listener
 
 
@@ -115,9 +118,8 @@ def serve(app: ASGIApp, worker: Worker, listener: socket.socket, log_level: str)
     )
     logging.getLogger("infer.serve").setLevel(log_level.upper())
     logging.getLogger("uvicorn.error").setLevel("DEBUG" if log_level == "debug" else "WARNING")
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none"
-    )
+    quiet = {"log_config": None, "access_log": False, "server_header": False}
+    config = uvicorn.Config(app, backlog=_BACKLOG, lifespan="off", ws="none", **quiet)
     return asyncio.run(_serve(_Server(config), worker, listener))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import forward
@@ -163,13 +162,20 @@ class SerialWorker:
         job.listener(Failure(reason, GLMError(f"the request has ended: {reason}")))
 
 
+def prompt_scores(engine: Engine, ids: Sequence[int]) -> np.ndarray:
+    """The log-probabilities after each id, float32 [T, V], from the plain forward pass."""
+    tokens = np.zeros((1, 64), np.int32)  # what follows does not matter, and compiles once
+    tokens[0, : len(ids)] = ids
+    logits, _ = _forward(engine.config, engine.executor.params, tokens)
+    return np.asarray(jax.nn.log_softmax(logits[0]))[: len(ids)]
+
+
+_forward = jax.jit(forward, static_argnums=0)
+
+
 def _score(engine: Engine, ids: Sequence[int], count: int) -> list[TokenLogprob]:
-    """The log-probability of each token after the first, from the plain forward pass."""
-    tokens = jnp.asarray([ids], jnp.int32)
-    logits, _ = forward(engine.config, engine.executor.params, tokens)
-    scores = np.asarray(jax.nn.log_softmax(logits[0]))
     found = []
-    for row, token in zip(scores, ids[1:], strict=False):
+    for row, token in zip(prompt_scores(engine, ids), ids[1:], strict=False):
         best = np.argsort(-row, kind="stable")[:count]
         top = tuple((int(i), float(row[i])) for i in best)
         found.append(TokenLogprob(token, float(row[token]), top))
