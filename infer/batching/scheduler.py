@@ -73,8 +73,8 @@ class Scheduler:
             size, are used.
         queue: most tickets that may wait.
         deterministic: whether the numbers of a ticket must not depend on others: each Prefill is
-            one row of the largest width, all steps have the largest view, and only full parts that
-            were read in the same way are reused.
+            one row in the width that suits it, all steps have the largest view, and only full
+            parts that were read in the same way are reused.
     """
 
     def __init__(
@@ -88,8 +88,7 @@ class Scheduler:
         queue: int = 1024,
         deterministic: bool = False,
     ):
-        if deterministic:
-            widths = views = ()
+        views = () if deterministic else views
         self.slots, self.size, self.budget = slots, size, budget
         self.widths = (*sorted(width for width in widths if width < budget), budget)
         self.views = (*sorted(view for view in views if view < size), size)
@@ -170,18 +169,21 @@ class Scheduler:
         """Plan parts of the prompts that have waited longest, in the width that ends most."""
         reading = [ticket for ticket in self._running.values() if ticket.unread]
         # No more than a step can take: who waits still has its turn, and may find a better slot.
-        while self._queue and self._free and len(reading) < self.budget // self.widths[0]:
+        while self._queue and self._free and len(reading) < self._rows(self.widths[0]):
             reading.append(self._place(self._queue.take()))
         if not reading:
             return None
 
         def worth(width: int) -> tuple[int, int]:
-            unread = [ticket.unread for ticket in reading[: self.budget // width]]
+            unread = [ticket.unread for ticket in reading[: self._rows(width)]]
             return sum(n <= width for n in unread), sum(min(n, width) for n in unread)
 
         width = max(self.widths, key=worth)
-        parts = tuple(self._part(one, width) for one in reading[: self.budget // width])
+        parts = tuple(self._part(one, width) for one in reading[: self._rows(width)])
         return Prefill(parts, width, self._view(max(part.ticket.filled for part in parts)))
+
+    def _rows(self, width: int) -> int:
+        return 1 if self._deterministic else self.budget // width
 
     def _part(self, ticket: Ticket, width: int) -> Part:
         start, slot = ticket.filled, ticket.slot
