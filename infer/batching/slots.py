@@ -91,7 +91,7 @@ class Slots:
         return _copied(Sent(False, tickets, output, [], None))
 
     def compile_ahead(self) -> None:
-        """Compile all programs: prefills of all shapes, scored ones too, and steps, for all views."""
+        """Compile all programs: prefills, with scores and without, and steps, for all views."""
         shapes, views = self.options.shapes, self.options.views
 
         def begin(executor: Executor) -> None:

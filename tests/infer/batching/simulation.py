@@ -235,7 +235,10 @@ class World:
         assert step.width in scheduler.widths
         assert 1 <= len(step.parts) <= scheduler.budget // step.width
         if self.deterministic:
-            assert (len(step.parts), step.width) == (1, scheduler.budget)
+            (part,) = step.parts
+            left = len(part.ticket.prompt) - part.start
+            fitting = [width for width in scheduler.widths if width >= left]
+            assert step.width == min(fitting, default=scheduler.budget)
         first = step.parts[0].ticket  # who waits longest always has a part
         assert self.placed[first] == min(self.placed[one] for one in unread)
         assert len({part.slot for part in step.parts}) == len(step.parts)
