@@ -170,12 +170,9 @@ class _Batch:
                     sink.append([self._line(engine, *one) for one in ended])
                     self._answered += len(ended)
                     ended.clear()
-                    if isinstance(sink, Journal) or not sys.stdout.isatty():
-                        # On a terminal the answers themselves show it. Compiling is not in the rate.
-                        rate = self._tokens / (
-                            time.monotonic() - bar.start - batcher.stats.compile_s
-                        )
-                        bar(self._answered, f"{rate:.0f} tokens/s")
+                    if isinstance(sink, Journal) or not sys.stdout.isatty():  # there they show it
+                        seconds = time.monotonic() - bar.start - batcher.stats.compile_s
+                        bar(self._answered, f"{self._tokens / seconds:.0f} tokens/s")
         self._load_s, self._stats = engine.load_s, batcher.stats
 
     def _shapes(self, engine: Engine, rows: Sequence[Row]) -> BatchOptions:

@@ -26,13 +26,20 @@ def draw(row: list) -> int:
     return END if seen % 6 == 0 else 1 + seen % 2**20
 
 
+def fitting(scheduler: Scheduler, tokens: int) -> int:
+    """The width in which so many tokens are read in one row."""
+    widths = (width for width in scheduler.widths if width >= tokens)
+    return min(widths, default=scheduler.budget)
+
+
 def alone(ticket: Ticket, scheduler: Scheduler, deterministic: bool) -> list[int]:
     """The answer of a ticket that shares the device with no other."""
     row, answer, budget, view = [], [], scheduler.budget, scheduler.size
     for position, token in enumerate(ticket.prompt):
         start = position // budget * budget
         last = start + budget >= len(ticket.prompt)
-        how = (budget, 1, view, start, last, ticket.reuse) if deterministic else None
+        width = fitting(scheduler, len(ticket.prompt) - start)
+        how = (width, 1, view, start, last, ticket.reuse) if deterministic else None
         row.append(key(row, token, ticket.adapter, how))
     while True:
         answer.append(draw(row))
@@ -236,9 +243,7 @@ class World:
         assert 1 <= len(step.parts) <= scheduler.budget // step.width
         if self.deterministic:
             (part,) = step.parts
-            left = len(part.ticket.prompt) - part.start
-            fitting = [width for width in scheduler.widths if width >= left]
-            assert step.width == min(fitting, default=scheduler.budget)
+            assert step.width == fitting(scheduler, len(part.ticket.prompt) - part.start)
         first = step.parts[0].ticket  # who waits longest always has a part
         assert self.placed[first] == min(self.placed[one] for one in unread)
         assert len({part.slot for part in step.parts}) == len(step.parts)
