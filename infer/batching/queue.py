@@ -73,8 +73,8 @@ class Queue:
 
     def discard(self, ticket: Ticket) -> None:
         """Remove a ticket, if it is here."""
-        tickets = self._clients.get(ticket.client, ())
-        if ticket in tickets:
+        tickets = self._clients.get(ticket.client)
+        if tickets and ticket in tickets:
             tickets.remove(ticket)
             if not tickets:
                 del self._clients[ticket.client]

@@ -166,7 +166,10 @@ class Scheduler:
         return late
 
     def _prefill(self) -> Prefill | None:
-        """Plan parts of the prompts that have waited longest, in the width that ends most."""
+        """Plan parts of the prompts that have waited longest, in the width that ends most.
+
+        Of those the one that reads most, then the one with least padding, then with fewest rows.
+        """
         reading = [ticket for ticket in self._running.values() if ticket.unread]
         # No more than a step can take: who waits still has its turn, and may find a better slot.
         while self._queue and self._free and len(reading) < self._rows(self.widths[0]):
@@ -174,9 +177,10 @@ class Scheduler:
         if not reading:
             return None
 
-        def worth(width: int) -> tuple[int, int]:
+        def worth(width: int) -> tuple[int, ...]:
             unread = [ticket.unread for ticket in reading[: self._rows(width)]]
-            return sum(n <= width for n in unread), sum(min(n, width) for n in unread)
+            ended, read = sum(n <= width for n in unread), sum(min(n, width) for n in unread)
+            return ended, read, -len(unread) * width, width
 
         width = max(self.widths, key=worth)
         parts = tuple(self._part(one, width) for one in reading[: self._rows(width)])
