@@ -90,7 +90,7 @@ def extend(
 
 def grow(size: int, cache: KVCache) -> KVCache:
     """Return a copy of the cache with more slots, the new ones zero."""
-    pad = [(0, 0)] * 2 + [(0, size - cache.size)] + [(0, 0)] * 2
+    pad = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
     return KVCache(jnp.pad(cache.k, pad), jnp.pad(cache.v, pad), cache.length, cache.prefix)
 
 
