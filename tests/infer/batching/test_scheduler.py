@@ -196,7 +196,7 @@ def test_the_answer_is_reused_but_for_its_last_token():
 
 def test_deterministic_tickets_reuse_full_parts_alone():
     plan = scheduler(2, deterministic=True)
-    assert (plan.widths, plan.views) == ((8,), (40,))
+    assert (plan.widths, plan.views) == ((2, 4, 8), (40,))
     answered(plan, "a" * 16)
     answered(plan, "b" * 17)
     assert placed(plan, "a" * 30) == (0, 8)  # the second part drew a token
