@@ -198,6 +198,12 @@ def join_adapters(adapters: Sequence[LoRA]) -> LoRA:
     return LoRA(layers, FrozenDict(dict.fromkeys(layers, 1.0)))
 
 
+def is_joined(params: Mapping[str, Any]) -> bool:
+    """Return whether the params have joined adapters inside."""
+    lora = params.get("lora")
+    return lora is not None and any("gate" in weights for weights in lora.layers.values())
+
+
 def choose_adapters(lora: LoRA, numbers: jax.Array) -> LoRA:
     """Return joined adapters for rows that use those of these numbers, int32 [B]; 0 = none."""
     layers = {

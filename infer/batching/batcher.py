@@ -14,12 +14,15 @@ from glm2_jax.runtime.devices import device_errors
 from infer.batching.job import Event, Failure, Job
 from infer.batching.options import BatchOptions
 from infer.batching.queue import Ticket
-from infer.batching.scheduler import Prefill, Scheduler
+from infer.batching.scheduler import Decode, Prefill, Scheduler
 from infer.batching.slots import Sent, Slots
 from infer.engine.answer import TokenLogprob
+from infer.engine.call import columns_of
+from infer.engine.drafts import Text, drafts_of
 from infer.engine.engine import Engine
 from infer.engine.sampling import Logprobs
 from infer.engine.stats import Stats
+from infer.engine.steps import IDLE
 from infer.memory.shortage import when_answering
 
 
@@ -35,7 +38,7 @@ class Batcher:
     """
 
     def __init__(self, engine: Engine, options: BatchOptions):
-        self.options, self.stats = options, Stats()
+        self.options, self.stats, self._draft = options, Stats(), engine.speculate
         self.ended = 0
         self.scheduler = Scheduler(
             slots=options.slots,
@@ -48,9 +51,9 @@ class Batcher:
         )
         self._executor = engine.executor.counting()
         with self._device_errors():
-            self._slots = Slots(self._executor, options, engine.stop_ids)
+            self._slots = Slots(self._executor, options)
         self._jobs: set[Job] = set()  # those that have not ended
-        self._sent: Sent | None = None
+        self._sent: list[Sent] = []  # what was dispatched and not read
 
     def warm(self) -> None:
         """Compile all programs ahead."""
@@ -74,6 +77,7 @@ class Batcher:
             reuse=job.score_prompt is None,
             payload=job,
         )
+        job.text = Text(row.ids) if self._draft else None
         self.scheduler.submit(job.ticket)
         self._jobs.add(job)
 
@@ -91,28 +95,42 @@ class Batcher:
         for ticket in self.scheduler.expired(start):
             self._fail(ticket.payload, Failure("deadline", GLMError("the request took too long")))
         plan, before = self.scheduler.next(), self._sent
-        self._sent = None
         try:
             with self._device_errors():
-                if plan is not None:
-                    reads = isinstance(plan, Prefill)
-                    self._sent = self._slots.prefill(plan) if reads else self._slots.decode(plan)
-                if before is not None:
-                    self._take(before)
+                self._sent = self._dispatch(plan)
+                if self._draft:  # the next drafts depend on these tokens
+                    before, self._sent = [*before, *self._sent], []
+                for sent in before:
+                    self._take(sent)
         except DeviceError as error:
             self.end_all(Failure("device", error))
         waited = time.monotonic() - start - (self._executor.made.seconds - made)
-        if before is not None and before.prefill:
+        if before and before[0].prefill:
             self.stats.prefill_s += waited
         else:
             self.stats.decode_s += waited
-        return plan is not None or before is not None
+        return plan is not None or bool(before)
+
+    def _dispatch(self, plan: Prefill | Decode | None) -> list[Sent]:
+        if plan is None:
+            return []
+        if isinstance(plan, Prefill):
+            return self._slots.prefill(plan)
+        if not self._draft:
+            return [self._slots.decode(plan)]
+        jobs = [None if ticket is None else ticket.payload for ticket in plan.tickets]
+        drafts = drafts_of([job and job.text for job in jobs], self._draft)
+        self.stats.passes += 1
+        for job in filter(None, jobs):
+            job.row.stats.passes += 1
+            job.row.stats.drafted_tokens += 0 if drafts is None else self._draft
+        return [self._slots.decode(plan, drafts)]
 
     def end_all(self, failure: Failure) -> None:
         """End all jobs, and forget what the slots hold: an error may have lost the cache."""
         for job in list(self._jobs):
             self._fail(job, failure, forget=True)
-        self._sent = None
+        self._sent = []
         self._slots.reset()
 
     def _take(self, sent: Sent) -> None:
@@ -121,10 +139,11 @@ class Batcher:
         for index, ticket, count in sent.scored:
             if ticket.payload in self._jobs:
                 _score(ticket.payload, jax.tree.map(lambda x, i=index, n=count: x[i, :n], logprobs))
-        for index, ticket in sent.drawn:
-            if ticket.payload in self._jobs:
-                found = output.logprobs and [array[index] for array in output.logprobs]
-                self._draw(ticket, int(output.tokens[index]), found)
+        for step in columns_of(output) if output is not None else []:
+            for index, ticket in sent.drawn:
+                if ticket.payload in self._jobs and step.tokens[index] != IDLE:
+                    found = step.logprobs and [array[index] for array in step.logprobs]
+                    self._draw(ticket, int(step.tokens[index]), found)
 
     def _draw(self, ticket: Ticket, token: int, logprobs: list | None) -> None:
         job: Job = ticket.payload
@@ -134,6 +153,8 @@ class Batcher:
             self._fail(job, Failure("not_finite", error), forget=True)
             return
         self.scheduler.drew(ticket, token)
+        if job.text is not None and event.token is not None:
+            job.text.push(event.token)
         self._count(job, ticket.reused)
         if job.row.ended:
             self.scheduler.end(ticket)
@@ -149,6 +170,8 @@ class Batcher:
         if isinstance(event, Failure) or event.completion is not None:
             self._jobs.discard(job)
             self.ended += 1
+            self.stats.drafted_tokens += job.row.stats.drafted_tokens
+            self.stats.accepted_tokens += job.row.stats.accepted_tokens
         try:
             job.listener(event)
         except Exception:
@@ -166,6 +189,7 @@ class Batcher:
         else:
             all_.decode_tokens += 1
         row.decode_tokens, row.decode_s = job.row.tokens - 1, seconds - row.first_token_s
+        row.accepted_tokens = row.decode_tokens - row.passes if self._draft else 0
         made = self._executor.made
         all_.compile_s, all_.programs, all_.programs_kept = made.seconds, made.programs, made.kept
 

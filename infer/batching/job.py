@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from glm2_jax.errors import GLMError
 from infer.batching.queue import Ticket
 from infer.engine.answer import TokenLogprob
+from infer.engine.drafts import Text
 from infer.engine.rows import Row, TokenEvent
 
 
@@ -60,3 +61,4 @@ class Job:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     arrived: float = 0.0  # of `time.monotonic()`
     ticket: Ticket | None = None  # of the scheduler, once it is submitted
+    text: Text | None = None  # where drafts come from

@@ -137,10 +137,7 @@ class Engine:
         row_ids: Sequence[int] | None = None,
         clean: bool = False,
     ) -> list[Completion]:
-        """Answer prompts together in a loop on the device; the same answers as `run`.
-
-        Arguments and errors are those of `run`. With `speculate` the loop is that of `run`, too.
-        """
+        """Answer prompts together, as `run`, whose arguments and errors it has."""
         return self.schedule(prompts, sampling, row_ids=row_ids, clean=clean).complete()
 
     def generate(self, prompts: Iterable[str | Sequence[int]], **sampling: Any) -> list[Completion]:
@@ -210,7 +207,6 @@ class Engine:
             self.rows(prompts, sampling, row_ids=row_ids, clean=clean),
             vocab_size=self.config.vocab_size,
             max_length=self.max_length,
-            stop_ids=self.stop_ids,
             chunk=self.prefill_chunk,
             reused=reused,
             multiple=self.executor.places.rows,

@@ -196,9 +196,9 @@ def test_the_same_to_the_last_bit_alone_and_among_others():
 
 
 def test_an_error_of_the_device_ends_the_requests_and_not_the_batcher(engine):
-    batcher = Batcher(engine, OPTIONS)
-    _, heard = submit(batcher, engine, [5, 6])
     with failing(engine, 3, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")):
+        batcher = Batcher(engine, OPTIONS)
+        _, heard = submit(batcher, engine, [5, 6])
         run(batcher)
     assert isinstance(heard.last, Failure) and heard.last.reason == "device"
     assert "out of device memory: 4 slots of 128 tokens" in str(heard.last.error)
