@@ -140,8 +140,12 @@ class Scheduler:
         return step
 
     def drew(self, ticket: Ticket, token: int) -> None:
-        """Note a token that was read from the device; the ticket must have a slot."""
+        """Note a token that was read from the device; the ticket must have a slot.
+
+        There may be more than were planned, where a step draws several.
+        """
         ticket.drawn.append(token)
+        ticket.planned = max(ticket.planned, len(ticket.drawn))
 
     def end(self, ticket: Ticket, *, forget: bool = False) -> None:
         """End a ticket that waits or has a slot; nothing happens if it has ended before.

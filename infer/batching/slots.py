@@ -8,11 +8,12 @@ given to the next sequence while the step that ends the one before is still runn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
 
+from glm2_jax import KVCache
 from glm2_jax.lora import is_joined
 from infer.batching.job import Job
 from infer.batching.options import BatchOptions
@@ -113,10 +114,11 @@ class Slots:
         """Read parts, draw the first tokens and put the rows that have one into the state."""
         part, slots, following, ends, jobs = reading
         where = {"view": view, "adapters": self._numbers(jobs)}
+        cache = cast(KVCache, state.cache)
         if following is None:
-            (logits, cache), logprobs = executor.fill(part, slots, state.cache, **where), None
+            (logits, cache), logprobs = executor.fill(part, slots, cache, **where), None
         else:
-            logits, logprobs, cache = executor.score(part, following, slots, state.cache, **where)
+            logits, logprobs, cache = executor.score(part, following, slots, cache, **where)
         state = state._replace(cache=cache)
         if not ends.any():
             return state, None, logprobs
