@@ -304,7 +304,7 @@ def test_a_step_of_a_long_answer_draws_its_last_block_only(page):
 
 @pytest.mark.parametrize("step", [1, 7, 100_000])
 def test_growing_text_ends_as_if_it_had_come_at_once(page, step):
-    """Links that are defined later, lists with blank lines, open code and line ends of all kinds."""
+    """Links defined later, lists with blank lines, open code, line ends of all kinds."""
     text = (
         MARKDOWN + "\r\n[x][late] ~~no~~\r\n\r\n- a\r- b\n\n  c\n\n1. d\n\n    code\n\n> e\nf\n\n"
     )

@@ -21,7 +21,7 @@ EVIL = f"""<script>{CATCH}</script><img src=https://evil.test/a onerror="{CATCH}
 <div style="position:fixed;inset:0" onclick="{CATCH}">x</div><base href="https://evil.test/">
 <form action="https://evil.test/e"><button>go</button></form><meta http-equiv=refresh content=0>
 
-[script](javascript:{CATCH}) [coded](java&#115;cript:{CATCH}) [data](data:text/html,<script>1</script>)
+[script](javascript:{CATCH}) [coded](java&#115;cript:{CATCH}) [data](data:text/html,<b>1</b>)
 [gif](data:image/gif;base64,AAAA) [file](file:///etc/passwd) [vb](vbscript:x) [here](/v1/models)
 [mail](mailto:a@example.com) [site](https://example.com/"onclick="x) <https://example.com/auto>
 [ref][r] ![far](https://evil.test/f.png) ![near]({RED_DOT}) ![svg](data:image/svg+xml,<svg/>)
