@@ -50,7 +50,8 @@ function kindOf(status, code) {
   if (code === "context_length_exceeded") return "long";
   if (status === 401) return "key";
   if (status === 429 || status === 503) return "busy";
-  if (status === 404) return "model";
+  if (code === "model_not_found") return "model";
+  if (status === 404) return "format"; // of another server
   return status < 500 ? "refused" : "server";
 }
 

@@ -26,6 +26,9 @@ export const running = () => app.answers.get(app.current.id);
 export async function start() {
   try {
     for (const conversation of await store.openStore()) {
+      for (const message of conversation.messages) {
+        if (message.finish === null) message.finish = "closed"; // with the page that asked
+      }
       app.conversations.set(conversation.id, conversation);
     }
     store.onOtherTab(refresh);
@@ -105,8 +108,11 @@ export async function keep(conversation) {
   await store.save(conversation).catch(unsaved);
 }
 
+let warned = false;
+
 function unsaved(error) {
-  notify(t("saveFailed", { text: error.message }));
+  if (!warned) notify(t("saveFailed", { text: error.message }), { seconds: 20 });
+  warned = true;
 }
 
 /** Ask `text`, after what is shown. */

@@ -7,6 +7,7 @@ import { t } from "./i18n.js";
 import { session } from "./store.js";
 
 let shown = null; // id of the conversation whose draft is in the field
+const draftKey = () => `draft ${app.current.messages.length ? app.current.id : "new"}`;
 
 export function startComposer() {
   const field = $("input");
@@ -52,7 +53,7 @@ function submit() {
 
 function changed() {
   fitHeight($("input"));
-  session.set(`draft ${app.current.id}`, $("input").value);
+  session.set(draftKey(), $("input").value);
   drawComposer();
 }
 
@@ -60,7 +61,7 @@ export function drawComposer() {
   const field = $("input");
   if (shown !== app.current.id) {
     shown = app.current.id;
-    field.value = session.get(`draft ${shown}`, "");
+    field.value = session.get(draftKey(), "");
     fitHeight(field);
   }
   const going = Boolean(running());

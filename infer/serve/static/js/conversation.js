@@ -46,7 +46,7 @@ export function addMessage(conversation, parent, fields) {
   return message;
 }
 
-export function titleOf(text) {
+function titleOf(text) {
   const [line = ""] = text.trim().split("\n");
   const letters = [...line.trim()];
   return letters.length > 60 ? `${letters.slice(0, 59).join("").trimEnd()}…` : letters.join("");

@@ -7,8 +7,6 @@ const WORDS = { en, zh };
 let language = "en";
 let plural, numbers;
 
-export const currentLanguage = () => language;
-
 /** Choose "en", "zh" or "auto" (the browser's first language that there is). */
 export function setLanguage(choice) {
   const wanted = choice === "auto" ? navigator.languages : [choice];
@@ -33,7 +31,7 @@ export function t(key, values = {}) {
 }
 
 /** Fill in the texts, names and placeholders that the HTML asks for by data-t… attributes. */
-export function translate(root) {
+function translate(root) {
   for (const node of root.querySelectorAll("[data-t]")) node.textContent = t(node.dataset.t);
   for (const node of root.querySelectorAll("[data-t-label]")) {
     node.setAttribute("aria-label", t(node.dataset.tLabel));

@@ -19,13 +19,17 @@ const ENDINGS = {
   observation: "endTool",
   content_filter: "endFilter",
   stopped: "endStopped",
+  closed: "endClosed",
 };
 const SILENT = new Set(["stop", "error"]);
 
 export class MessageView {
   constructor(message) {
     this.message = message;
-    this.body = el("div", { class: `body ${message.role === "assistant" ? "prose" : "plain"}` });
+    this.body = el("div", {
+      dir: "auto",
+      class: `body ${message.role === "assistant" ? "prose" : "plain"}`,
+    });
     this.tools = el("div", { class: "tools" });
     this.note = el("div", { class: "note" });
     this.bar = el("div", { class: "bar" });
@@ -112,7 +116,6 @@ export class MessageView {
     const { role, finish, content, calls, error } = this.message;
     if (role !== "assistant") return null;
     if (error && finish === "error") return problemOf(error)[0];
-    if (finish === null) return t("endClosed");
     if (SILENT.has(finish)) return content || calls ? null : t("emptyAnswer");
     return finish in ENDINGS ? t(ENDINGS[finish]) : t("endOther", { reason: finish });
   }

@@ -34,7 +34,8 @@ export function notify(text, { action, onaction, seconds = 8 } = {}) {
     iconButton("close", t("close"), close),
   );
   $("notices").append(notice);
-  const wait = () => setTimeout(() => (notice.matches(":hover, :focus-within") ? wait() : close()), seconds * 1000);
+  const wait = () =>
+    setTimeout(() => (notice.matches(":hover, :focus-within") ? wait() : close()), seconds * 1000);
   wait();
 }
 

@@ -11,5 +11,7 @@ export const CONTROLS = [
 ];
 
 export function isValid({ min, max, whole }, value) {
-  return Number.isFinite(value) && value >= min && value <= max && (!whole || Number.isInteger(value));
+  return (
+    Number.isFinite(value) && value >= min && value <= max && (!whole || Number.isInteger(value))
+  );
 }

@@ -76,13 +76,15 @@ export function drawSidebar() {
   if (!nodes.length) nodes.push(el("p", { class: "faint", text: t(empty) }));
   const focused = document.activeElement?.closest("#list [data-id]")?.dataset.id;
   arrange($("list"), nodes);
-  if (focused) (find(focused) ?? $("list").querySelector(".open"))?.focus();
+  if (focused) (find(focused) ?? $("list").querySelector(".open") ?? $("new-chat")).focus();
 }
 
 const find = (id) => $("list").querySelector(`[data-id="${CSS.escape(id)}"] .open`);
 
 function has({ title, messages }, word) {
-  return [title, ...messages.map(({ content }) => content)].some((text) => text.toLowerCase().includes(word));
+  return [title, ...messages.map(({ content }) => content)].some((text) =>
+    text.toLowerCase().includes(word),
+  );
 }
 
 function age(time) {
@@ -112,12 +114,16 @@ function entry(conversation) {
     "li",
     { "data-id": id, class: current ? "entry current" : "entry" },
     open,
-    app.answers.has(id) ? el("span", { class: "pulse", role: "img", "aria-label": t("answering") }) : null,
+    app.answers.has(id)
+      ? el("span", { class: "pulse", role: "img", "aria-label": t("answering") })
+      : null,
     el(
       "span",
       { class: "entry-actions" },
       iconButton("edit", t("renameNamed", { title }), () => renameIn(item, conversation)),
-      iconButton("download", t("exportNamed", { title }), () => exportConversations([conversation])),
+      iconButton("download", t("exportNamed", { title }), () =>
+        exportConversations([conversation]),
+      ),
       iconButton("trash", t("deleteNamed", { title }), () => removeConversations([conversation])),
     ),
   );

@@ -19,7 +19,9 @@ export async function save(...conversations) {
   const transaction = database.transaction(STORE, "readwrite");
   for (const conversation of conversations) transaction.objectStore(STORE).put(conversation);
   await finished(transaction);
-  channel?.postMessage(conversations.map(({ id }) => id));
+  const isGoing = ({ messages }) => messages.some(({ finish }) => finish === null);
+  const done = conversations.filter((conversation) => !isGoing(conversation));
+  channel?.postMessage(done.map(({ id }) => id)); // other tabs see complete answers only
 }
 
 export async function remove(...ids) {

@@ -46,9 +46,13 @@ function draw() {
   });
   const { system } = app.current;
   const focused = document.activeElement?.dataset?.step;
-  arrange($("thread"), messages.length ? [...(system ? [systemBlock(system)] : []), ...nodes] : [greeting()]);
+  arrange(
+    $("thread"),
+    messages.length ? [...(system ? [systemBlock(system)] : []), ...nodes] : [greeting()],
+  );
   if (focused && !document.activeElement?.dataset?.step) refocus(messages, focused);
   $("messages").classList.toggle("empty", !messages.length);
+  $("title").textContent = app.current.title || t("untitled");
   document.title = app.current.title ? `${app.current.title} · ${t("app")}` : t("app");
   if (moved || running()?.deltas === 0) follower.jump();
   else follower.follow();
@@ -56,7 +60,9 @@ function draw() {
 
 /** After a step to another version the focus stays on the same button, or its neighbour. */
 function refocus(messages, step) {
-  const bars = messages.map(({ id }) => views.get(id).bar).filter((bar) => bar.querySelector(".versions"));
+  const bars = messages
+    .map(({ id }) => views.get(id).bar)
+    .filter((bar) => bar.querySelector(".versions"));
   const buttons = [...(bars.at(-1)?.querySelectorAll("[data-step]") ?? [])];
   const same = buttons.find((button) => button.dataset.step === step && !button.disabled);
   (same ?? buttons.find((button) => !button.disabled))?.focus();
@@ -102,7 +108,7 @@ function greeting() {
   return el(
     "div",
     { class: "greeting" },
-    el("h1", { text: t("greeting") }),
+    el("h2", { text: t("greeting") }),
     el("p", { text: model ? t("greetingHint", { model }) : "" }),
     el("div", { class: "tries" }, ...tries),
   );
@@ -115,7 +121,13 @@ function drawBanner() {
   if (!modelsError) return;
   const isKey = modelsError.kind === "key";
   $("banner").replaceChildren(
-    el("p", {}, el("strong", { text: problemOf(modelsError)[0] }), " ", problemOf(modelsError).slice(1).join(" ")),
+    el(
+      "p",
+      {},
+      el("strong", { text: problemOf(modelsError)[0] }),
+      " ",
+      problemOf(modelsError).slice(1).join(" "),
+    ),
     el("button", {
       type: "button",
       class: "button",

@@ -47,7 +47,8 @@ const isCount = (value) => Number.isFinite(value) && value >= 0;
 /** Return a conversation made of the known parts of `one` alone, each checked. */
 function readConversation(one, at) {
   demand(one && typeof one === "object", at);
-  for (const name of ["id", "title", "system", "tools", "model"]) demand(isText(one[name]), `${at}.${name}`);
+  for (const name of ["id", "title", "system", "tools", "model"])
+    demand(isText(one[name]), `${at}.${name}`);
   demand(one.id, `${at}.id`);
   demand(isTime(one.created), `${at}.created`);
   demand(isTime(one.updated), `${at}.updated`);
@@ -58,7 +59,9 @@ function readConversation(one, at) {
     demand(false, `${at}.tools`);
   }
   const ids = new Set();
-  const messages = one.messages.map((message, i) => readMessage(message, ids, `${at}.messages[${i}]`));
+  const messages = one.messages.map((message, i) =>
+    readMessage(message, ids, `${at}.messages[${i}]`),
+  );
   demand(ids.has(one.head), `${at}.head`);
   const sampling = {};
   for (const control of CONTROLS) {
@@ -91,12 +94,15 @@ function readMessage(one, ids, at) {
 
 function readAnswer({ model, finish, error, calls, usage, timing }, at) {
   demand(isText(model), `${at}.model`);
-  demand(finish === null || isText(finish), `${at}.finish`);
-  const answer = { model, finish };
-  if (error !== undefined) answer.error = readParts(error, ["kind", "says", "requestId"], isText, `${at}.error`);
+  demand(finish === null || isText(finish), `${at}.finish`); // null: exported on its way
+  const answer = { model, finish: finish ?? "closed" };
+  if (error !== undefined)
+    answer.error = readParts(error, ["kind", "says", "requestId"], isText, `${at}.error`);
   if (calls !== undefined) {
     demand(Array.isArray(calls), `${at}.calls`);
-    answer.calls = calls.map((call, i) => readParts(call, ["id", "name", "arguments"], isText, `${at}.calls[${i}]`));
+    answer.calls = calls.map((call, i) =>
+      readParts(call, ["id", "name", "arguments"], isText, `${at}.calls[${i}]`),
+    );
   }
   if (usage !== undefined) {
     const approximate = usage?.approximate === true;
@@ -104,7 +110,8 @@ function readAnswer({ model, finish, error, calls, usage, timing }, at) {
     answer.usage = readParts(usage, names, isCount, `${at}.usage`);
     if (approximate) answer.usage.approximate = true;
   }
-  if (timing !== undefined) answer.timing = readParts(timing, ["first", "last"], isCount, `${at}.timing`);
+  if (timing !== undefined)
+    answer.timing = readParts(timing, ["first", "last"], isCount, `${at}.timing`);
   return answer;
 }
 
