@@ -13,9 +13,9 @@ import numpy as np
 
 from glm2_jax.runtime.buckets import bucket, padded_batch
 from infer.engine.rows import Row, TokenEvent
-from infer.engine.sampling import Sampling, seed_words
+from infer.engine.sampling import Sampling, prompt_counts, seed_words
 from infer.engine.stats import Stats, together
-from infer.engine.steps import IDLE, Controls, Output, Part
+from infer.engine.steps import IDLE, STOP_IDS, Controls, Output, Part
 
 ROOM = 256  # slots for the answer that a cache has at first
 
@@ -33,7 +33,6 @@ class Batch:
         rows: Sequence[Row],
         *,
         vocab_size: int,
-        stop_ids: Sequence[int],
         max_length: int,
         chunk: int,
         reused: int | None = None,
@@ -47,28 +46,12 @@ class Batch:
         # S at first, for the prompts and the beginning of the answers, and for the longest answers.
         self.cache_size = bucket(self.slots(ROOM), max_length)
         self.largest_cache = bucket(self.slots(max_length), max_length)
-
-        def padded(values: Sequence[Any], dtype: Any) -> np.ndarray:
-            array = np.zeros((size, *np.shape(values[0])), dtype)
-            array[: len(rows)] = values
-            return array
-
-        self.controls = Controls(
-            sampling=Sampling.of([row.sampling for row in rows], size),
-            seed=padded([seed_words(row.sampling.seed) for row in rows], np.uint32),
-            row_ids=padded([row.draw for row in rows], np.int32),
-            limit=padded([row.answer.limit for row in rows], np.int32),
-            stop_ids=np.array(stop_ids, np.int32),
-            want_logprobs=padded([row.sampling.logprobs is not None for row in rows], bool),
-        )
+        self.controls = controls_of(rows, size)
 
     @property
-    def seen(self) -> np.ndarray:
-        """bool [B, V]: the tokens of each row's complete prompt."""
-        seen = np.zeros((self.size, self._vocab_size), bool)
-        for row in self.rows:
-            seen[row.index, row.ids] = True
-        return seen
+    def counts(self) -> np.ndarray:
+        """int16 [B, V]: `sampling.prompt_counts` of the complete prompts."""
+        return prompt_counts([row.ids for row in self.rows], self.size, self._vocab_size)
 
     @property
     def going(self) -> list[Row]:
@@ -105,6 +88,25 @@ class Batch:
                 logprobs = output.logprobs and [array[row.index] for array in output.logprobs]
                 events.append(row.take(token, logprobs))
         return events
+
+
+def controls_of(rows: Sequence[Row], batch: int) -> Controls:
+    """Return what the rows ask for as NumPy arrays; `batch` rows, those after the last are idle."""
+
+    def padded(values: Sequence[Any], dtype: Any, fill: int = 0) -> np.ndarray:
+        array = np.full((batch, *np.shape(values[0])), fill, dtype)
+        array[: len(rows)] = values
+        return array
+
+    room = [-1] * STOP_IDS
+    return Controls(
+        sampling=Sampling.of([row.sampling for row in rows], batch),
+        seed=padded([seed_words(row.sampling.seed) for row in rows], np.uint32),
+        row_ids=padded([row.draw for row in rows], np.int32),
+        limit=padded([row.answer.limit for row in rows], np.int32),
+        stop_ids=padded([[*row.answer.stop_ids, *room][:STOP_IDS] for row in rows], np.int32, -1),
+        want_logprobs=padded([row.sampling.logprobs is not None for row in rows], bool),
+    )
 
 
 def parts(prompts: Sequence[Sequence[int]], kept: int, batch: int, longest: int) -> list[Part]:

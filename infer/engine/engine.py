@@ -136,10 +136,7 @@ class Engine:
         row_ids: Sequence[int] | None = None,
         clean: bool = False,
     ) -> list[Completion]:
-        """Answer prompts together in a loop on the device; the same answers as `run`.
-
-        Arguments and errors are those of `run`. With `speculate` the loop is that of `run`, too.
-        """
+        """Answer prompts together, as `run`, whose arguments and errors it has."""
         return self.schedule(prompts, sampling, row_ids=row_ids, clean=clean).complete()
 
     def generate(self, prompts: Iterable[str | Sequence[int]], **sampling: Any) -> list[Completion]:
@@ -211,7 +208,6 @@ class Engine:
         batch = Batch(
             make_rows(prompts, sampling, row_ids, answer, **sizes),
             **sizes,
-            stop_ids=self._stop_ids,
             chunk=self.prefill_chunk,
             reused=reused,
             multiple=self.executor.places.rows,

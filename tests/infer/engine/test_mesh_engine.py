@@ -85,8 +85,7 @@ def test_flags_of_a_mesh():
     with pytest.raises(SystemExit):
         flags(["--tp", "2", "--mesh", "data=2"])
     assert [faster_layers(name, on_mesh=True) for name in ("cpu", "tpu")] == ["list", "stacked"]
-    places, array = Places(), np.zeros(2)  # without a mesh nothing is placed
-    assert places.rows == 1 and places.put(array) is array
+    assert Places().rows == 1
 
 
 def test_memory_of_each_device():
