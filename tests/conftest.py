@@ -29,7 +29,7 @@ SLOW = {
     "glm2_jax/test_prefix", "glm2_jax/test_quant",
     "glm2_jax/test_sharding_aot", "glm2_jax/test_sharding_examples",
     "infer/bench/test_bench",
-    "infer/bench/test_bench_mesh", "infer/chat/test_chat_terminal", "infer/doctor/test_doctor",
+    "infer/bench/test_bench_mesh", "infer/bench/test_serving", "infer/chat/test_chat_terminal", "infer/doctor/test_doctor",
     "infer/engine/test_answer_messages", "infer/engine/test_differential",
     "infer/engine/test_engine", "infer/engine/test_engine_load", "infer/engine/test_executor",
     "infer/engine/test_mesh_engine", "infer/engine/test_out_of_memory",
