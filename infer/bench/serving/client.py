@@ -45,7 +45,7 @@ class Outcome:
     start: float  # when it was sent, or should have been sent
     times: list[float] = field(default_factory=list)  # when each part of the answer came
     end: float = 0.0
-    tokens: int = 0  # of the answer, as the server counts them
+    tokens: int = 0  # of a complete answer, as the server counts them
     error: str = ""  # its kind
 
 
@@ -59,8 +59,10 @@ async def ask(target: Target, request: Request, *, start: float, timeout: float)
     try:
         async with asyncio.timeout(timeout):
             await _stream(target, request, outcome)
-        if not outcome.times:
+        if not outcome.tokens:
             outcome.error = "empty answer"
+        elif not outcome.times:  # tokens without a text
+            outcome.times.append(time.perf_counter())
     except _Failed as error:
         outcome.error = str(error)
     except TimeoutError:
@@ -72,7 +74,6 @@ async def ask(target: Target, request: Request, *, start: float, timeout: float)
     except (ValueError, LookupError, TypeError):
         outcome.error = "malformed answer"
     outcome.end = time.perf_counter()
-    outcome.tokens = outcome.tokens or len(outcome.times)
     return outcome
 
 
@@ -96,6 +97,7 @@ async def _stream(target: Target, request: Request, outcome: Outcome) -> None:
                 continue
             data = line[5:].strip()
             if data == b"[DONE]":
+                outcome.tokens = outcome.tokens or len(outcome.times)
                 return
             _read(json.loads(data), outcome)
     raise EOFError
