@@ -13,26 +13,37 @@ from infer.bench.serving.traffic import Level
 
 HEADER = (
     "server", "load", "requests", "failed", "tok/s", "req/s", "TTFT p50", "p99",
-    "inter-token p50", "p90", "p99", "quiet", "end to end p50", "p99", "goodput",
+    "inter-token p50", "p90", "p99", "quiet", "end to end p50", "p99", "goodput", "cores",
 )  # fmt: skip
 NOTE = (
     "Times are in ms, as the client saw them. TTFT: time to first token, from when a request was "
     "due. inter-token: between two parts of an answer, which are one token each where the server "
     "sends each token. quiet: its median while no request waited for its first token. goodput: the "
     "share of all requests that were answered with TTFT <= {ttft:g} ms and mean inter-token "
-    "latency <= {itl:g} ms."
+    "latency <= {itl:g} ms. cores: CPU time of the server per second."
 )
 _BUSY = 0.5  # of a core: more of it for the generator changes what it measures
 
 
 @dataclass(frozen=True)
 class Result:
-    """A measurement of a server; `client_cpu` is the share of a core that the generator took."""
+    """A measurement of a server, and the CPU seconds that both sides took for it."""
 
     server: str
     level: Level
     figures: Figures
-    client_cpu: float
+    client_cpu_s: float
+    server_cpu_s: float | None = None  # of a server that was not started here it is unknown
+
+    @property
+    def cores(self) -> float | None:
+        """How many cores the server used on average."""
+        return None if self.server_cpu_s is None else self.server_cpu_s / self.figures.seconds
+
+    @property
+    def client_share(self) -> float:
+        """The share of a core that the load generator used."""
+        return self.client_cpu_s / self.figures.seconds
 
 
 @dataclass
@@ -82,7 +93,8 @@ def _flat(result: Result) -> dict[str, Any]:
         "requests_per_s": found.requests_per_s,
         "goodput": found.goodput,
         "inter_token_p99_to_quiet": found.jitter,
-        "client_cpu": result.client_cpu,
+        "client_cpu_s": result.client_cpu_s,
+        "server_cpu_s": result.server_cpu_s,
     }
 
 
@@ -114,10 +126,9 @@ def _problems(results: Sequence[Result]) -> list[str]:
         kinds = (f"{kind} ({number})" for kind, number in result.figures.errors.items())
         if result.figures.errors:
             lines.append(f"{name}: failed: {', '.join(kinds)}")
-        if result.client_cpu > _BUSY:
-            lines.append(
-                f"{name}: the load generator itself took {100 * result.client_cpu:.0f} % of a core"
-            )
+        if result.client_share > _BUSY:
+            share = f"{100 * result.client_share:.0f} %"
+            lines.append(f"{name}: the load generator itself took {share} of a core")
     return lines
 
 
@@ -135,6 +146,7 @@ def _cells(result: Result) -> tuple[str, ...]:
         *_ms(found.quiet, "p50"),
         *_ms(found.end_to_end, "p50", "p99"),
         f"{100 * found.goodput:.0f} %",
+        "?" if result.cores is None else f"{result.cores:.2f}",
     )
 
 
@@ -147,11 +159,11 @@ def _ms(times: Times | None, *names: str) -> list[str]:
 
 def _record(row: Sequence[str]) -> list[str]:
     """Return a row of the table as lines, for a terminal that is too narrow for it."""
-    server, level, requests, failed, tokens, rate, *times, goodput = row
+    server, level, requests, failed, tokens, rate, *times, goodput, cores = row
     first, first99, gap, gap90, gap99, quiet, whole, whole99 = times
     return [
         f"{server}, {level}: {tokens} tok/s, {rate} req/s, {requests} requests, {failed} failed",
         f"  TTFT p50 {first}, p99 {first99}; inter-token p50 {gap}, p90 {gap90}, p99 {gap99}, "
         f"quiet {quiet}; end to end p50 {whole}, p99 {whole99} ms",
-        f"  goodput {goodput}",
+        f"  goodput {goodput}, cores {cores}",
     ]

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from glm2_jax.cli import arguments, interrupt
@@ -141,17 +142,19 @@ async def _measure(found: list[Server | Target], load: LoadSettings, report: Rep
     for server in found:
         if isinstance(server, Server):
             note(f"starting {server.target.name} ...")
-            targets.append(await server.ready())
+            targets.append((await server.ready(), server.cpu_seconds))
         else:
-            targets.append(await servers.named(server, server.model or None))
+            targets.append((await servers.named(server, server.model or None), lambda: None))
     for level in levels(load):
-        for target in targets:
-            result = await _measure_level(target, level, load)
+        for target, cpu_seconds in targets:
+            result = await _measure_level(target, cpu_seconds, level, load)
             report.results.append(result)
             note(f"{target.name}, {level.name}: {result.figures.tokens_per_s:.4g} tok/s")
 
 
-async def _measure_level(target: Target, level: Level, load: LoadSettings) -> Result:
+async def _measure_level(
+    target: Target, cpu_seconds: Callable[[], float | None], level: Level, load: LoadSettings
+) -> Result:
     # As many users as will come, with other prompts, so that nothing is done for the first time.
     users = level.users or _WARM
     warm = dataclasses.replace(load, seed=load.seed + 1, requests=users, new_tokens=_WARM)
@@ -166,8 +169,9 @@ async def _measure_level(target: Target, level: Level, load: LoadSettings) -> Re
             ended += 1
             bar(ended)
 
-        wall, cpu = time.perf_counter(), time.process_time()
+        ours, theirs = time.process_time(), cpu_seconds()
         outcomes = await send(target, level, requests, timeout=load.timeout, done=count)
-        share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        ours, later = time.process_time() - ours, cpu_seconds()
+    used = None if theirs is None or later is None else later - theirs
     limits = {"ttft_limit": load.slo_ttft_ms / 1e3, "itl_limit": load.slo_itl_ms / 1e3}
-    return Result(target.name, level, figures(outcomes, **limits), share)
+    return Result(target.name, level, figures(outcomes, **limits), ours, used)

@@ -58,6 +58,14 @@ class Server:
                 raise DeviceError(f"{self.target.name} exited with code {code}.", self._said())
             await asyncio.sleep(_POLL)
 
+    def cpu_seconds(self) -> float | None:
+        """Return the CPU time of all its threads so far; None where that is unknown."""
+        with contextlib.suppress(OSError, AttributeError):
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+            user, system = stat.rpartition(")")[2].split()[11:13]
+            return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return None
+
     def close(self) -> None:
         """End the process, whatever it is doing."""
         self._process.kill()

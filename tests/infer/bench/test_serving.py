@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -199,9 +200,9 @@ def results() -> list[Result]:
     lost = [Outcome(0.0, [], 0.3, 0, "HTTP 429")]
     one, two = Level(users=1), Level(users=2)
     return [
-        Result("ours", one, figures(answers[:1], **LIMITS), 0.1),
+        Result("ours", one, figures(answers[:1], **LIMITS), 0.1, 0.3),
         Result("theirs", one, figures(answers[:1] + lost, **LIMITS), 0.1),
-        Result("ours", two, figures(answers, **LIMITS), 0.7),
+        Result("ours", two, figures(answers, **LIMITS), 0.21, 0.45),
     ]
 
 
@@ -215,7 +216,7 @@ def test_table_and_paragraphs():
     assert "ours, 2 users: the load generator itself took 70 % of a core" in wide
     assert "not measured: the rest" in wide
     narrow = render(report, 60)
-    assert max(map(len, narrow.splitlines())) <= 60 and "goodput 50 %" in narrow
+    assert max(map(len, narrow.splitlines())) <= 60 and "goodput 100 %, cores 1.50" in narrow
     assert "model: some model" in render(Report(report.about, 1, 1), 60)
 
 
@@ -283,6 +284,13 @@ def test_a_server_that_is_no_server(dummy):
     with pytest.raises(DeviceError, match=r"bad exited with code 1.\nno memory\\x1b"):
         asyncio.run(server.ready())
     server.close()
+    server = servers.Server("busy", [sys.executable, "-c", "while True: pass"], 1)
+    try:
+        while server.cpu_seconds() == 0:
+            time.sleep(0.01)
+    finally:
+        server.close()
+    assert server.cpu_seconds() is None
 
 
 def test_llama_server_is_looked_for_first(monkeypatch):
