@@ -55,7 +55,7 @@ def unsupported(param: str, why: str) -> ApiError:
 
 def too_long(prompt: int, answer: int | None, limit: int, param: str) -> ApiError:
     """Return the error of a prompt that does not fit, with the numbers."""
-    asked = f"your prompt has {prompt} tokens, which leaves no room for an answer"
+    asked = f"your prompt has at least {prompt} tokens, which leaves no room for an answer"
     if answer is not None:
         asked = (
             f"you requested {prompt + answer} tokens"

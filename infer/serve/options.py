@@ -49,7 +49,7 @@ class AddressOptions:
 
 
 @dataclass(frozen=True)
-class BatchOptions:
+class BatchFlags:
     """How many requests are answered at once."""
 
     slots: int = flag(
@@ -116,7 +116,7 @@ class Settings:
     choice: ModelChoice
     options: EngineOptions
     address: AddressOptions
-    batch: BatchOptions
+    batch: BatchFlags
     requests: RequestOptions
 
 
@@ -126,7 +126,7 @@ def parser() -> Parser:
     add_model_options(result)
     options.add_adapter_options(result)
     add_flags(result, "address", AddressOptions)
-    add_flags(result, "batching", BatchOptions)
+    add_flags(result, "batching", BatchFlags)
     add_flags(result, "requests", RequestOptions)
     options.add_performance_options(result, mesh=True)
     result.add_common()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from glm2_jax.errors import shorten
 from glm2_jax.text.prompt import build_messages, build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.engine.params import MAX_SEED, PRESETS, SamplingParams
@@ -57,6 +58,7 @@ async def chat_prompt(facts: Facts, asked: Sequence[Message], tools: Sequence[To
         return build_prompt(facts.tokenizer, facts.template, *turns)
 
     size = sum(len(messages.text_of(message)) for message in asked)
+    _check_size(facts, size, "messages")
     ids = await _elsewhere(size, build)
     return Prompt(ids, len(ids))
 
@@ -71,7 +73,17 @@ async def text_prompts(facts: Facts, body: CompletionBody) -> list[Prompt]:
         return [_with_prefix(facts.tokenizer, prompt) for prompt in given]
 
     size = sum(map(len, given))
+    for prompt in given:
+        if isinstance(prompt, str):
+            _check_size(facts, len(prompt), "prompt")
     return await _elsewhere(size, build)
+
+
+def _check_size(facts: Facts, characters: int, param: str) -> None:
+    """Raise ApiError, before all of it is encoded, for a text that is certain not to fit."""
+    least = characters // facts.longest_token
+    if least >= facts.max_length:
+        raise too_long(least, None, facts.max_length, param)
 
 
 def _with_prefix(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
@@ -95,6 +107,7 @@ async def official_prompt(facts: Facts, body: OfficialBody) -> Prompt:
         return build_prompt(facts.tokenizer, facts.template, body.prompt, history)
 
     size = len(body.prompt) + sum(len(text) for turn in history for text in turn)
+    _check_size(facts, size, "prompt")
     ids = await _elsewhere(size, build)
     return Prompt(ids, len(ids))
 
@@ -140,6 +153,11 @@ def sampled(
         "top_p": None if body.top_p is None else max(body.top_p, _TINY),
         "top_k": None if body.top_k is None else max(body.top_k, 0),
         "repetition_penalty": body.repetition_penalty,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "logit_bias": _biases(body.logit_bias),
+        "stop_token_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
         "max_new_tokens": limit,
         "stop": _stop_strings(body.stop),
         "logprobs": logprobs,
@@ -183,6 +201,19 @@ def check_lengths(facts: Facts, prompts: Sequence[Prompt], answer: int | None, p
     for prompt in prompts:
         if len(prompt.ids) + (answer or 1) > facts.max_length:
             raise too_long(len(prompt.ids), answer, facts.max_length, param)
+
+
+def _biases(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+    """Return (id, bias) of each; ApiError for what is no id."""
+    for name in given or ():
+        if not name.isdecimal() or len(name) > 9:
+            raise ApiError(
+                400,
+                f"The keys of `logit_bias` must be token ids, got {shorten(name)}.",
+                code="invalid_value",
+                param="logit_bias",
+            )
+    return tuple((int(name), bias) for name, bias in (given or {}).items())
 
 
 def _stop_strings(stop: str | list[str | None] | None) -> tuple[str, ...]:

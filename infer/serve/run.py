@@ -14,8 +14,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
+from infer.batching.options import BatchOptions
 from infer.batching.worker import Worker
 from infer.engine.engine import Engine
 from infer.serve.app import build
@@ -33,16 +34,17 @@ def run(settings: Settings) -> int:
     with contextlib.closing(_bind(settings.address)) as listener:
         note_demo_model(settings.choice)
         engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
-        batch = settings.batch
         worker = Worker(
             engine,
-            slots=batch.slots,
-            tokens_per_prefill=batch.tokens_per_prefill,
-            queue=settings.requests.queue,
-            deterministic=batch.deterministic,
+            BatchOptions(
+                slots=settings.batch.slots,
+                size=engine.max_length,
+                tokens_per_prefill=settings.batch.tokens_per_prefill,
+                queue=settings.requests.queue,
+                deterministic=settings.batch.deterministic,
+            ),
         )
-        with Progress("compiling") as bar:
-            worker.warm(bar.update)
+        worker.warm()
         service = make_service(settings, engine, worker)
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()

@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from infer.engine.params import MAX_LOGPROBS
+from infer.engine.params import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
-MAX_STRINGS, MAX_STRING, MAX_IDS, MAX_CHOICES, MAX_PROMPTS = 16, 256, 64, 128, 1024
-MAX_BIAS = 300
+MAX_STRINGS, MAX_STRING, MAX_CHOICES, MAX_PROMPTS = 16, 256, 128, 1024
 _LARGEST = 2**31 - 1
 
 # A list with very many wrong items would make as many errors: `fail_fast` stops at the first.
@@ -49,9 +48,9 @@ class Common(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIAS)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     stop: Stop | Stops | None = None
-    stop_token_ids: Annotated[list[Id], Field(max_length=MAX_IDS)] | None = None
+    stop_token_ids: Annotated[list[Id], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     loop_stop: Annotated[int, Field(ge=0, le=10_000)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None

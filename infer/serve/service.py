@@ -28,12 +28,15 @@ class Facts:
     max_length: int
     vocab_size: int
     fingerprint: str  # of the weights and how they are computed
+    longest_token: int  # in characters
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     @classmethod
     def of(cls, engine: Engine, fingerprint: str) -> Facts:
+        tokenizer = engine.tokenizer
         sizes = engine.max_length, engine.config.vocab_size
-        return cls(engine.tokenizer, engine.template, *sizes, f"fp_{fingerprint[:16]}")
+        longest = max(len(tokenizer.piece(token)) for token in range(tokenizer.size))
+        return cls(tokenizer, engine.template, *sizes, f"fp_{fingerprint[:16]}", longest)
 
 
 @dataclass(frozen=True)

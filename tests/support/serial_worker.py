@@ -4,7 +4,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 
 import jax
@@ -18,14 +18,29 @@ from infer.batching.worker import Status
 from infer.engine.answer import TokenLogprob
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
+from infer.engine.rows import Row, TokenEvent
 from infer.engine.scheduler import Scheduler
+
+Script = Callable[[Row], Iterable[int]]  # the tokens that the model is said to write
 
 
 class SerialWorker:
-    """Answers jobs in one thread; `gate` stops it before each token while it is not set."""
+    """Answers jobs in one thread; `gate` stops it before each token while it is not set.
 
-    def __init__(self, engine: Engine, *, slots: int = 1, queue: int = 1024, **ignored):
+    With a `script` no model runs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        slots: int = 1,
+        queue: int = 1024,
+        script: Script | None = None,
+        **ignored,
+    ):
         self.engine, self.slots, self._most = engine, slots, queue
+        self.script = script
         self.gate = threading.Event()
         self.gate.set()
         self.cancelled = 0  # how many jobs were
@@ -103,8 +118,8 @@ class SerialWorker:
                 self._running = job = self._waiting.popleft()
             try:
                 self._answer(job)
-            except GLMError as error:
-                job.listener(Failure("device", error))
+            except Exception as error:
+                job.listener(Failure("device", GLMError(f"it failed: {error!r}")))
             with self._changed:
                 self._running = None
                 self._changed.notify_all()
@@ -115,7 +130,7 @@ class SerialWorker:
         row = job.row
         if job.score_prompt is not None:
             job.prompt_logprobs[:] = _score(self.engine, row.ids, job.score_prompt)
-        with closing(self._schedules.pop(job).events()) as events:
+        with closing(self._events(job)) as events:
             while True:
                 self.gate.wait()
                 if job in self._left:
@@ -132,6 +147,15 @@ class SerialWorker:
                 job.listener(event)
                 if event.completion is not None:
                     return None
+
+    def _events(self, job: Job) -> Generator[TokenEvent, None, None]:
+        schedule, row = self._schedules.pop(job), job.row
+        if self.script is None:
+            yield from schedule.events()
+            return
+        for token in self.script(row):
+            if not row.ended:
+                yield row.take(token, None)
 
     def _end(self, job: Job, reason: str) -> None:
         self.cancelled += reason == "cancelled"
