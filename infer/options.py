@@ -31,6 +31,16 @@ class SamplingFlags:
     top_k: int | None = _integer("sample from the N most likely tokens, 0 = all (default: 50)")
     top_p: float | None = _number("nucleus sampling: cumulative probability (default: 0.8)")
     repetition_penalty: float | None = _number("above 1 reduces repetition (default: 1.0 = off)")
+    presence_penalty: float | None = _number(
+        "above 0 reduces tokens that the answer has already, -2 to 2 (default: 0 = off)"
+    )
+    frequency_penalty: float | None = _number(
+        "the same, times how often the answer has them, -2 to 2 (default: 0 = off)"
+    )
+    logit_bias: list[str] | None = flag(
+        "add X, -100 to 100, to the logit of a token id, for example 5=-100,9=2.5; may be repeated",
+        action="append", metavar="ID=X,...",
+    )  # fmt: skip
     max_new_tokens: int | None = _integer(
         "longest answer in tokens (default: up to --max-length)", short=("--max-tokens",)
     )
@@ -59,7 +69,24 @@ class SamplingFlags:
                     fix="leave one of them out",
                 )
             given["do_sample"] = False
+        if self.logit_bias is not None:
+            given["logit_bias"] = _biases(self.logit_bias)
         return SamplingParams.from_kwargs(preset, **given)
+
+
+def _biases(texts: Iterable[str]) -> list[tuple[int, float]]:
+    """Return the pairs of token id and bias in texts like "5=-100,9=2.5"."""
+    pairs = []
+    for pair in ",".join(texts).split(","):
+        token, _, bias = pair.partition("=")
+        try:
+            pairs.append((int(token), float(bias)))
+        except ValueError:
+            raise UsageError(
+                f"--logit-bias must be ID=X,..., got {pair!r}",
+                fix="Example: --logit-bias 5=-100,9=2.5",
+            ) from None
+    return pairs
 
 
 def add_adapter_options(parser: Parser) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glm2_jax.errors import GLMError
+from infer.batching.queue import Ticket
 from infer.engine.answer import TokenLogprob
+from infer.engine.drafts import Text
 from infer.engine.rows import Row, TokenEvent
 
 
@@ -57,3 +59,6 @@ class Job:
     adapter: int = 0
     score_prompt: int | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    arrived: float = 0.0  # of `time.monotonic()`
+    ticket: Ticket | None = None  # of the scheduler, once it is submitted
+    text: Text | None = None  # where drafts come from

@@ -115,18 +115,18 @@ class Workload:
         size = bucket(shape.prompt + ROOM, self.config.seq_length)
         controls = self._controls(batch)
         cache = executor.new_cache(batch, size) if full else None
-        seen = np.zeros((batch, self.config.vocab_size), bool)
+        counts = np.zeros((batch, self.config.vocab_size), np.int16)
 
         def run() -> float:
             nonlocal cache
             start = time.perf_counter()
             if cache is None:
-                _, output = executor.prefill(last, size, controls)
+                _, output = executor.prefill(last, size, counts, controls)
                 np.asarray(output.tokens)
                 return time.perf_counter() - start
             for part in full:
                 cache = executor.read(part, cache)
-            state, output = executor.extend(last, seen, controls, cache)
+            state, output = executor.extend(last, counts, controls, cache)
             np.asarray(output.tokens)
             seconds = time.perf_counter() - start
             cache = state.cache  # the parts say which slots count, so it needs no clearing
@@ -145,7 +145,7 @@ class Workload:
         controls, keep = self._controls(batch), np.ones(batch, bool)
         rest = (
             np.zeros(batch, np.int32),
-            np.zeros((batch, self.config.vocab_size), bool),
+            np.zeros((batch, self.config.vocab_size), np.int16),
             np.ones(batch, bool),
             np.zeros(batch, np.int32),
         )
@@ -177,11 +177,11 @@ class Workload:
     def _controls(self, batch: int) -> steps.Controls:
         """Return controls for greedy decoding that never ends."""
         controls = steps.Controls(
-            sampling=Sampling.of([SamplingParams(temperature=0.0)] * batch, batch),
+            sampling=Sampling.of([SamplingParams(temperature=0.0)] * batch),
             seed=np.zeros((batch, 2), np.uint32),
             row_ids=np.arange(batch, dtype=np.int32),
             limit=np.full(batch, 2**30, np.int32),
-            stop_ids=np.zeros(0, np.int32),
+            stop_ids=np.full((batch, steps.STOP_IDS), -1, np.int32),
             want_logprobs=np.zeros(batch, bool),
         )
         return self._executor.places.put(controls)

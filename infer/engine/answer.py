@@ -246,7 +246,8 @@ class RoleText:
 class Answer:
     """Collects the tokens of one row and decides when it ends.
 
-    It may have `limit` tokens and ends at one of `stop_ids`; its text passes through a
+    It may have `limit` tokens and ends at one of the model's `stop_ids`, unless the parameters say
+    otherwise (the attribute `stop_ids` has all that end it); its text passes through a
     `Cleaner` (`clean`), or is read as ChatGLM3 messages, each of them cleaned (`roles`).
     `finish_reason` is None until it has ended. UsageError: a stop string can never match.
     """
@@ -268,7 +269,9 @@ class Answer:
                 f"An answer has {_DATE} instead of {_DATE_MARK}.",
                 "Leave it out.",
             )
-        self.prompt_ids, self.limit, self.stop_ids = tuple(prompt_ids), limit, stop_ids
+        self.prompt_ids, self.limit = tuple(prompt_ids), limit
+        ends = () if sampling.ignore_eos else stop_ids
+        self.stop_ids = tuple(dict.fromkeys((*ends, *sampling.stop_token_ids)))
         self.finish_reason: str | None = None
         self._stop_reason: int | str | None = None
         self._observation = tokenizer.special.get("<|observation|>")

@@ -6,16 +6,18 @@ import atexit
 import contextlib
 import inspect
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from glm2_jax.runtime.buckets import bucket, padded_batch
+from infer.engine.params import SamplingParams
 from infer.engine.rows import Row, TokenEvent
-from infer.engine.sampling import Sampling, seed_words
+from infer.engine.sampling import Sampling, prompt_counts, seed_words
 from infer.engine.stats import Stats, together
-from infer.engine.steps import IDLE, Controls, Output, Part
+from infer.engine.steps import IDLE, STOP_IDS, Controls, Output, Part
 
 ROOM = 256  # slots for the answer that a cache has at first
 
@@ -33,7 +35,6 @@ class Batch:
         rows: Sequence[Row],
         *,
         vocab_size: int,
-        stop_ids: Sequence[int],
         max_length: int,
         chunk: int,
         reused: int | None = None,
@@ -47,28 +48,12 @@ class Batch:
         # S at first, for the prompts and the beginning of the answers, and for the longest answers.
         self.cache_size = bucket(self.slots(ROOM), max_length)
         self.largest_cache = bucket(self.slots(max_length), max_length)
-
-        def padded(values: Sequence[Any], dtype: Any) -> np.ndarray:
-            array = np.zeros((size, *np.shape(values[0])), dtype)
-            array[: len(rows)] = values
-            return array
-
-        self.controls = Controls(
-            sampling=Sampling.of([row.sampling for row in rows], size),
-            seed=padded([seed_words(row.sampling.seed) for row in rows], np.uint32),
-            row_ids=padded([row.draw for row in rows], np.int32),
-            limit=padded([row.answer.limit for row in rows], np.int32),
-            stop_ids=np.array(stop_ids, np.int32),
-            want_logprobs=padded([row.sampling.logprobs is not None for row in rows], bool),
-        )
+        self.controls = controls_of([*rows, *[None] * (size - len(rows))])
 
     @property
-    def seen(self) -> np.ndarray:
-        """bool [B, V]: the tokens of each row's complete prompt."""
-        seen = np.zeros((self.size, self._vocab_size), bool)
-        for row in self.rows:
-            seen[row.index, row.ids] = True
-        return seen
+    def counts(self) -> np.ndarray:
+        """int16 [B, V]: `sampling.prompt_counts` of the complete prompts."""
+        return prompt_counts([row.ids for row in self.rows], self.size, self._vocab_size)
 
     @property
     def going(self) -> list[Row]:
@@ -105,6 +90,30 @@ class Batch:
                 logprobs = output.logprobs and [array[row.index] for array in output.logprobs]
                 events.append(row.take(token, logprobs))
         return events
+
+
+def columns_of(output: Output) -> list[Output]:
+    """Return the outputs of one step, or of several together, as one for each step."""
+    if output.tokens.ndim == 1:
+        return [output]
+    return [jax.tree.map(lambda x, i=i: x[i], output) for i in range(len(output.tokens))]
+
+
+def controls_of(rows: Sequence[Row | None]) -> Controls:
+    """Return what the rows ask for as NumPy arrays; None = a row that is idle."""
+
+    def each(value: Callable[[Row], Any], idle: Any, dtype: Any) -> np.ndarray:
+        return np.array([idle if row is None else value(row) for row in rows], dtype)
+
+    greedy, room = SamplingParams(temperature=0), [-1] * STOP_IDS
+    return Controls(
+        sampling=Sampling.of([greedy if row is None else row.sampling for row in rows]),
+        seed=each(lambda row: seed_words(row.sampling.seed), seed_words(0), np.uint32),
+        row_ids=each(lambda row: row.draw, 0, np.int32),
+        limit=each(lambda row: row.answer.limit, 0, np.int32),
+        stop_ids=each(lambda row: [*row.answer.stop_ids, *room][:STOP_IDS], room, np.int32),
+        want_logprobs=each(lambda row: row.sampling.logprobs is not None, False, bool),
+    )
 
 
 def parts(prompts: Sequence[Sequence[int]], kept: int, batch: int, longest: int) -> list[Part]:

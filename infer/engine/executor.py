@@ -18,7 +18,8 @@ from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.engine.placement import Places
 from infer.engine.programs import Made, Programs
-from infer.engine.steps import Controls, Part, State, Stepped
+from infer.engine.sampling import Logprobs
+from infer.engine.steps import Controls, Part, Read, State, Stepped
 
 
 class Executor:
@@ -36,9 +37,9 @@ class Executor:
         self, config: GLMConfig, params: Any, programs: Programs | None = None, **new: Any
     ):
         self.config, self.params = config, params
-        self.places = Places(mesh_of(params))
         devices = jax.tree.leaves(params)[0].sharding.addressable_devices
         self.device = min(devices, key=lambda device: device.id)
+        self.places = Places(mesh_of(params), self.device)
         self.cache_dtype = cache_dtype(self.device.platform, params["final_norm"].dtype)
         self.programs = programs or Programs(self.device.platform, places=self.places, **new)
         self.made = Made()
@@ -91,22 +92,71 @@ class Executor:
         key = (cache.length.size, cache.size, size)
         return self._call("grow", key, partial(steps.grow, size), cache)
 
-    def prefill(self, part: Part, size: int, controls: Controls) -> Stepped:
-        """Read prompts into a new cache of `size` slots and draw the first tokens."""
+    def prefill(self, part: Part, size: int, counts: np.ndarray, controls: Controls) -> Stepped:
+        """Read prompts into a new cache of `size` slots and draw the first tokens.
+
+        `counts` are the `sampling.prompt_counts` of the complete prompts.
+        """
         function = partial(steps.prefill, self.config, size, dtype=self.cache_dtype)
         key = (*part.tokens.shape, size)
-        return self._call("prefill", key, function, self.params, part, controls)
+        read = self._call("prefill", key, function, self.params, part)
+        return self.pick(read, controls, part.lengths > 0, State.first(part, counts))
 
     def read(self, part: Part, cache: KVCache) -> KVCache:
         """Read a part of the prompts that is not their last; the cache is used up."""
         function, key = partial(steps.read, self.config), (*part.tokens.shape, cache.size)
         return self._call("read", key, function, self.params, part, cache, donate=2)
 
-    def extend(self, part: Part, seen: np.ndarray, controls: Controls, cache: KVCache) -> Stepped:
+    def extend(self, part: Part, counts: np.ndarray, controls: Controls, cache: KVCache) -> Stepped:
         """Read the last part of the prompts and draw the first tokens; the cache is used up."""
         function, key = partial(steps.extend, self.config), (*part.tokens.shape, cache.size)
-        args = self.params, part, seen, controls, cache
-        return self._call("extend", key, function, *args, donate=4)
+        read = self._call("extend", key, function, self.params, part, cache, donate=2)
+        return self.pick(read, controls, part.lengths > 0, State.first(part, counts))
+
+    def fill(
+        self,
+        part: Part,
+        rows: np.ndarray,
+        cache: KVCache,
+        *,
+        view: int,
+        adapters: np.ndarray | None = None,
+    ) -> Read:
+        """Read a part of the prompts into these rows of the cache, which is used up.
+
+        `rows` is int32 [R], a number past the end is an empty row. No more than `view` slots of
+        them are used.
+        """
+        view += prefix_length(self.params)
+        key = (*part.tokens.shape, cache.length.size, cache.size, view)
+        args = self.params, part, rows, adapters, cache
+        return self._call("fill", key, partial(steps.fill, self.config, view), *args, donate=4)
+
+    def score(
+        self,
+        part: Part,
+        following: np.ndarray,
+        rows: np.ndarray,
+        cache: KVCache,
+        *,
+        view: int,
+        adapters: np.ndarray | None = None,
+    ) -> tuple[jax.Array, Logprobs, KVCache]:
+        """Do as `fill`, and return the log-probabilities of the `following` tokens, [R, T]."""
+        view += prefix_length(self.params)
+        key = (*part.tokens.shape, cache.length.size, cache.size, view)
+        args = self.params, part, following, rows, adapters, cache
+        return self._call("score", key, partial(steps.score, self.config, view), *args, donate=5)
+
+    def insert(self, rows: np.ndarray, begun: State, state: State) -> State:
+        """Put R rows that drew their first token into the state, which is used up, at int32 [R].
+
+        A number past the end is left out.
+        """
+        apart = begun._replace(cache=None), state._replace(cache=None)
+        key = (rows.size, state.counts.shape[0])
+        inserted = self._call("insert", key, steps.insert, rows, *apart, donate=2)
+        return inserted._replace(cache=state.cache)
 
     def decode(
         self,
@@ -114,19 +164,37 @@ class Executor:
         keep: np.ndarray,
         state: State,
         *,
-        count: int | None = None,
         drafts: np.ndarray | None = None,
+        view: int | None = None,
+        adapters: np.ndarray | None = None,
     ) -> Stepped:
-        """Take one step, or `count` of them on the device, or verify `drafts`, int32 [B, N].
+        """Take one step, or verify `drafts`, int32 [B, N].
 
         The state is used up; its cache has room for what is drawn. `keep` is bool [B]; false
-        releases a row.
+        releases a row. `view` and `adapters` are as in `fill`; drafts are verified without them.
         """
-        name, function, more = "decode", partial(steps.decode, self.config), []
-        if count is not None:
-            name, function = "decode_many", partial(steps.decode_many, self.config, count)
-        if drafts is not None:
-            name, function, more = "verify", partial(steps.verify, self.config), [drafts]
-        assert state.cache is not None
-        key = (keep.size, state.cache.size, *(array.shape[1] for array in more))
-        return self._call(name, key, function, self.params, controls, keep, state, *more, donate=3)
+        cache, state = state.cache, state._replace(cache=None)
+        assert cache is not None
+        if drafts is None:
+            view = None if view is None else view + prefix_length(self.params)
+            function, key = partial(steps.decode, self.config, view), (keep.size, cache.size, view)
+            args = self.params, keep, state, adapters, cache
+            read = self._call("decode", key, function, *args, donate=4)
+            return self.pick(read, controls, keep, state)
+        function, key = partial(steps.verify, self.config), (keep.size, cache.size, drafts.shape[1])
+        args = self.params, keep, state, drafts, cache
+        logits, cache = self._call("verify", key, function, *args, donate=4)
+        args = logits, controls, keep, drafts, cache.length, state
+        state, output, length = self._call("accept", drafts.shape, steps.accept, *args, donate=5)
+        cache = KVCache(cache.k, cache.v, length, cache.prefix)
+        return state._replace(cache=cache), output
+
+    def pick(self, read: Read, controls: Controls, keep: np.ndarray, state: State) -> Stepped:
+        """Draw a token of each row, in the one program for this number of rows.
+
+        The state is used up; its cache is that of `read`.
+        """
+        logits, cache = read
+        args = logits, controls, keep, state
+        state, output = self._call("pick", keep.size, steps.pick, *args, donate=3)
+        return state._replace(cache=cache), output

@@ -13,7 +13,10 @@ from typing import Any
 from glm2_jax.errors import UsageError, shorten
 
 MAX_LOGPROBS = 20  # the compiled step always has room for this many alternatives
+MAX_BIASES = 300  # as in the API of OpenAI
+MAX_STOP_TOKEN_IDS = 16
 MAX_SEED = 2**63 - 1
+MAX_ID = 2**31 - 1
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the largest float32
 
 
@@ -27,10 +30,17 @@ class SamplingParams:
         top_p: keep the smallest set of likeliest tokens whose probability exceeds this, in (0, 1].
         repetition_penalty: divides positive and multiplies negative logits of every token that is
             already in the prompt or the answer; 1 = off.
+        presence_penalty: subtracted from the logit of every token that is already in the answer,
+            -2 to 2; 0 = off.
+        frequency_penalty: the same, times how often the token is there, -2 to 2; 0 = off.
+        logit_bias: what is added to the logits of some token ids before everything else, -100 to
+            100: a mapping, or pairs, of at most 300 ids.
         max_new_tokens: longest answer in tokens; None = as far as `max_length` goes.
         max_length: prompt and answer together; None = the engine's limit, which also caps it.
         stop: strings that end the answer where its text, as it is shown, has them; they are not
             part of it. One string or a sequence.
+        stop_token_ids: token ids that end the answer, as the model's end tokens do; at most 16.
+        ignore_eos: the model's end tokens do not end the answer, and are part of it.
         seed: random seed; the same seed gives the same answer.
         logprobs: report log-probabilities of the token drawn and of this many alternatives.
         loop_stop: N > 0 ends an answer whose last tokens are one block repeated N times, a short
@@ -44,9 +54,14 @@ class SamplingParams:
     top_k: int = 50
     top_p: float = 0.8
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     max_new_tokens: int | None = None
     max_length: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
     seed: int = 0
     logprobs: int | None = None
     loop_stop: int = 0
@@ -57,8 +72,13 @@ class SamplingParams:
             "top_k": (whole, 0),
             "top_p": (_number, _SMALLEST, 1.0),
             "repetition_penalty": (_number, _SMALLEST),
+            "presence_penalty": (_number, -2.0, 2.0),
+            "frequency_penalty": (_number, -2.0, 2.0),
+            "logit_bias": (_biases,),
             "max_new_tokens": (whole, 1),
             "max_length": (whole, 1),
+            "stop_token_ids": (_ids,),
+            "ignore_eos": (_flag,),
             "seed": (whole, 0, MAX_SEED),
             "logprobs": (whole, 0, MAX_LOGPROBS),
             "loop_stop": (whole, 0),
@@ -130,6 +150,38 @@ def _number(name: str, value: Any, least: float, most: float = _LARGEST) -> floa
         bounds = f"{'above 0' if least == _SMALLEST else f'{least:g} or more'} and at most {most:g}"
         raise UsageError(f"{name} must be a finite number, {bounds}, got {shorten(value)}")
     return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Return the value of an option that is True or False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be True or False, got {shorten(value)}")
+    return value
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    """Return different token ids in the order given."""
+    ids = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    ids = tuple(dict.fromkeys(whole(name, token, 0, MAX_ID) for token in ids))
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise UsageError(f"{name} may have at most {MAX_STOP_TOKEN_IDS} ids, got {len(ids)}")
+    return ids
+
+
+def _biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Return pairs of a token id and what is added to its logit, sorted by id."""
+    value = value.items() if isinstance(value, Mapping) else value
+    pairs = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise UsageError(f"{name} must map token ids to numbers, got {shorten(value)}")
+    biases = {
+        whole(name, token, 0, MAX_ID): _number(name, bias, -100.0, 100.0) for token, bias in pairs
+    }
+    if len(biases) < len(pairs):
+        raise UsageError(f"{name} has a token id twice: {shorten(value)}")
+    if len(biases) > MAX_BIASES:
+        raise UsageError(f"{name} may have at most {MAX_BIASES} token ids, got {len(biases)}")
+    return tuple(sorted(biases.items()))
 
 
 def _is(kind: type, value: Any) -> bool:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from glm2_jax.cache import AXES, KVCache
 from glm2_jax.mesh import partition
 from glm2_jax.sharding import replicated
-from infer.engine.steps import Controls, Output
+from infer.engine.steps import Output
 
 
 class Places:
@@ -25,12 +25,13 @@ class Places:
     arrays that are on the mesh already stay where they are, and all others are cut by rows.
 
     Attributes:
-        mesh: None = one device; then placement is left to JAX.
+        mesh: None = one device.
+        device: that one; None = the default one.
         rows: what the rows of a batch have to be a multiple of.
     """
 
-    def __init__(self, mesh: Mesh | None = None):
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh | None = None, device: Any = None):
+        self.mesh, self.device = mesh, device
         self.rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def active(self) -> AbstractContextManager[Any]:
@@ -51,9 +52,9 @@ class Places:
             return jax.jit(function, donate_argnums=donated, out_shardings=results).trace(*args)
 
     def put(self, tree: Any) -> Any:
-        """Put NumPy arrays that several programs take on the mesh, if there is one."""
+        """Put NumPy arrays that several programs take where they are used."""
         if self.mesh is None:
-            return tree
+            return jax.device_put(tree, self.device)
 
         def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
             # Each process takes only its part; `jax.device_put` would first compare all parts.
@@ -65,21 +66,18 @@ class Places:
         """Return the same tree, of shardings."""
 
         def has_places(x: Any) -> bool:
-            return isinstance(x, KVCache | Output | Controls)
+            return isinstance(x, KVCache | Output)
 
         return jax.tree.map(self._place, tree, is_leaf=has_places)
 
     def _place(self, x: Any) -> Any:
         assert self.mesh is not None
-        whole = replicated(self.mesh)
         if isinstance(x, KVCache):
             cut: Any = {name: self._cut(getattr(x, name), axes) for name, axes in AXES.items()}
             return KVCache(**cut)
         if isinstance(x, Output):
-            return jax.tree.map(lambda _: whole, x)
-        if isinstance(x, Controls):
-            rows = jax.tree.map(lambda array: self._cut(array, "B"), x)
-            return rows._replace(stop_ids=whole, want_logprobs=whole)
+            everywhere = replicated(self.mesh)
+            return jax.tree.map(lambda _: everywhere, x)
         if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
             return x.sharding
         return self._cut(x, "B" if np.ndim(x) else "")

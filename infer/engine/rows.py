@@ -121,7 +121,11 @@ def make_rows(
     rows = []
     for index, (ids, one, draw) in enumerate(zip(prompts, params, draws, strict=True)):
         name = f"prompt {index + 1}"
+        if not ids:
+            raise InputError(f"{name} is empty")
         _check_ids(name, ids, vocab_size)
+        _check_ids(f"logit_bias of {name}", [token for token, _ in one.logit_bias], vocab_size)
+        _check_ids(f"stop_token_ids of {name}", one.stop_token_ids, vocab_size)
         limit = _answer_limit(name, len(ids), one, max_length)
         answer = make_answer(ids, one, limit=limit)
         rows.append(Row(index, ids, one, whole("row_ids", draw, 0, 2**31 - 1), answer))
@@ -142,9 +146,7 @@ def listed(value: Any, rule: str) -> list[Any]:
 
 
 def _check_ids(name: str, ids: Sequence[Any], vocab_size: int) -> None:
-    """Raise InputError for an empty prompt, or ids that are not in the vocabulary."""
-    if not ids:
-        raise InputError(f"{name} is empty")
+    """Raise InputError for ids that are not in the vocabulary."""
     for token in ids:
         number = isinstance(token, int | np.integer) and not isinstance(token, bool)
         if not number or not 0 <= token < vocab_size:

@@ -24,7 +24,6 @@ from infer.engine.rows import Row, TokenEvent
 from infer.engine.steps import Controls, Output, State, Stepped
 from infer.memory.shortage import when_answering
 
-STEPS_PER_DISPATCH = 32  # of the device loop; the host looks for stop strings in between
 Stage = tuple[State, list[TokenEvent]]
 
 
@@ -45,19 +44,9 @@ class Scheduler:
             yield from events
 
     def complete(self) -> list[Completion]:
-        """Answer in a loop on the device; where tokens are drafted, step by step."""
-        if self._draft:
-            for _ in self.steps():
-                pass
-        else:
-            count = STEPS_PER_DISPATCH
-            with self._device_errors():
-                self._compile(count=count)
-                state, output = self._prefill(self._executor)
-                self._take(output)
-                while self.batch.going:
-                    state, output = self._step(self._executor, state, self.batch.drawn, count=count)
-                    self._take(output)
+        """Answer, and return the complete answers."""
+        for _ in self.steps():
+            pass
         return [row.completion() for row in self.batch.rows]
 
     def steps(self, cache: KVCache | None = None) -> Iterator[Stage]:
@@ -102,7 +91,7 @@ class Scheduler:
                 row.stats.drafted_tokens += 0 if found is None else self._draft
                 row.stats.accepted_tokens = row.stats.decode_tokens - row.stats.passes
 
-    def _compile(self, cache: KVCache | None = None, *, count: int | None = None) -> None:
+    def _compile(self, cache: KVCache | None = None) -> None:
         """Compile, ahead of all work, the programs that the rows begin with."""
         batch = self.batch
         decodes = batch.steps_wanted > 1
@@ -111,7 +100,7 @@ class Scheduler:
         def begin(executor: Executor) -> None:
             state, _ = self._prefill(executor, cache)
             if decodes:
-                self._step(executor, state, 1, count=count)
+                self._step(executor, state, 1)
             if decodes and self._draft:
                 drafts = np.zeros((batch.size, self._draft), np.int32)
                 self._step(executor, state, 1, drafts=drafts)
@@ -119,7 +108,7 @@ class Scheduler:
         widths = tuple(part.tokens.shape for part in batch.parts)
         room = batch.cache_size if cache is None else self._executor.room(cache)
         sizes = (room if self._separate_cache else 0, batch.cache_size, batch.largest_cache)
-        self._executor.compile_ahead((widths, sizes, decodes, count, self._draft), begin)
+        self._executor.compile_ahead((widths, sizes, decodes, self._draft), begin)
         self._prefill_called = self._seconds()
 
     @cached_property
@@ -129,16 +118,16 @@ class Scheduler:
     def _prefill(self, executor: Executor, cache: KVCache | None = None) -> Stepped:
         """Read the prompts and draw the first tokens."""
         batch = self.batch
+        asked = batch.counts, self._controls
         if cache is None:
             if len(batch.parts) == 1 and not self._separate_cache:
-                (part,) = batch.parts
-                return self._sent(executor.prefill(part, batch.cache_size, self._controls))
+                return self._sent(executor.prefill(batch.parts[0], batch.cache_size, *asked))
             cache = executor.new_cache(batch.size, batch.cache_size)
         cache = executor.grow(cache, batch.cache_size, batch.largest_cache)
         *full, last = batch.parts
         for part in full:
             cache = executor.read(part, cache)
-        return self._sent(executor.extend(last, batch.seen, self._controls, cache))
+        return self._sent(executor.extend(last, *asked, cache))
 
     def _step(
         self,
@@ -146,17 +135,14 @@ class Scheduler:
         state: State,
         drawn: int,
         *,
-        count: int | None = None,
         drafts: np.ndarray | None = None,
     ) -> Stepped:
-        """Take one step, or `count`, after `drawn` tokens of each row; the state is used up."""
-        batch, width = self.batch, (count or 1) if drafts is None else drafts.shape[1] + 1
+        """Take one step after `drawn` tokens of each row; the state is used up."""
+        batch, width = self.batch, 1 if drafts is None else drafts.shape[1] + 1
         cache = cast(KVCache, state.cache)
         cache = executor.grow(cache, batch.slots(drawn + width), batch.largest_cache)
         state = state._replace(cache=cache)
-        return self._sent(
-            executor.decode(self._controls, batch.keep, state, count=count, drafts=drafts)
-        )
+        return self._sent(executor.decode(self._controls, batch.keep, state, drafts=drafts))
 
     def _sent(self, stepped: Stepped) -> Stepped:
         """Start copying to the host: tokens, and log-probabilities if a row wants them."""
@@ -175,13 +161,14 @@ class Scheduler:
         if output.tokens.ndim > 1:
             columns = [jax.tree.map(lambda x, i=i: x[i], output) for i in range(len(output.tokens))]
         events = [event for column in columns for event in self.batch.take(column)]
+        now = self._seconds()
         for row in rows:
-            self._count(row)
+            self._count(row, now)
         return events
 
-    def _count(self, row: Row) -> None:
+    def _count(self, row: Row, now: float) -> None:
         """Bring the statistics of a row up to date."""
-        now, stats, made = self._seconds(), row.stats, self._executor.made
+        stats, made = row.stats, self._executor.made
         if not stats.prefill_tokens:
             stats.reused_tokens = self.batch.reused or 0
             stats.prefill_tokens = len(row.ids) - stats.reused_tokens

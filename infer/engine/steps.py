@@ -1,6 +1,7 @@
-"""The engine's programs: prefill, one decode step, many steps on the device, and verified drafts.
+"""The engine's programs: what reads tokens into the cache and returns logits, and what draws.
 
-Pure functions of arrays. All of them draw with `pick`, so they draw the same tokens.
+Pure functions of arrays. All of them draw with `pick`, so they draw the same tokens. It is compiled
+apart from the model: once for each number of rows, whatever the sizes of the cache and the prompts.
 B rows, T prompt length, N draft tokens, V vocabulary, S cache slots.
 """
 
@@ -10,16 +11,27 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, forward, last_logits
-from glm2_jax.mesh import active_mesh
-from infer.engine.sampling import Logprobs, Sampling, row_keys, sample, token_logprobs
+from glm2_jax.lora import choose_adapters, with_lora
+from infer.engine.sampling import (
+    Array,
+    Logprobs,
+    Sampling,
+    counted,
+    prompt_logprobs,
+    row_keys,
+    sample,
+    token_logprobs,
+)
 
 # In place of a token:
 NOT_FINITE = -1  # the row's logits had NaN or Inf
 IDLE = -2  # the row had already ended, or is padding
 
-Array = Any  # jax.Array, or numpy.ndarray on its way into a program
+# Room for the ids that end a row: those of the model, and MAX_STOP_TOKEN_IDS of its own.
+STOP_IDS = 20
 
 
 class Part(NamedTuple):
@@ -31,24 +43,30 @@ class Part(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """What the rows ask for; arrays, so that nothing recompiles when they change."""
+    """What each row asks for; arrays, so that nothing recompiles when they change."""
 
     sampling: Sampling
     seed: Array  # uint32 [B, 2]
     row_ids: Array  # int32 [B], which random numbers a row draws
     limit: Array  # int32 [B], longest answer of each row
-    stop_ids: Array  # int32 [a few], of all rows
+    stop_ids: Array  # int32 [B, STOP_IDS]; -1 = none
     want_logprobs: Array  # bool [B]
 
 
 class State(NamedTuple):
-    """What is passed from step to step; donated."""
+    """What is passed from step to step; donated. The programs take the cache apart from it."""
 
-    cache: KVCache | None  # None only in `verify`, for the columns of a row
-    token: jax.Array  # int32 [B], drawn last, not yet in the cache
-    seen: jax.Array  # bool [B, V], in the prompt or the answer
-    active: jax.Array  # bool [B]
-    step: jax.Array  # int32 [B], tokens drawn so far
+    cache: KVCache | None
+    token: Array  # int32 [B], drawn last, not yet in the cache
+    counts: Array  # int16 [B, V], of tokens in the prompt and the answer, see `prompt_counts`
+    active: Array  # bool [B]
+    step: Array  # int32 [B], tokens drawn so far
+
+    @classmethod
+    def first(cls, part: Part, counts: Array) -> State:
+        """Return the state before the first token of each row that is not empty in the part."""
+        none = np.zeros_like(part.lengths)
+        return cls(None, none, counts, part.lengths > 0, none)
 
 
 class Output(NamedTuple):
@@ -59,122 +77,165 @@ class Output(NamedTuple):
 
 
 Stepped = tuple[State, Output]
+Read = tuple[jax.Array, KVCache]  # logits, and the cache with all tokens
 
 
-def prefill(
-    config: GLMConfig, size: int, params: Any, part: Part, controls: Controls, *, dtype: Any
-) -> Stepped:
-    """Read the prompts into a new cache of `size` slots and draw the first token of each row."""
-    batch = len(part.lengths)
-    cache = KVCache.new(config, batch, size, dtype, params.get("prefix"))
-    logits, filled = _read(config, params, part, cache)
-    seen = _marked(jnp.zeros((batch, config.vocab_size), bool), part.tokens, _real(part))
-    return _first(logits, filled, seen, part, controls)
+def prefill(config: GLMConfig, size: int, params: Any, part: Part, *, dtype: Any) -> Read:
+    """Read the prompts into a new cache of `size` slots.
+
+    Returns the logits of each row's last token, float32 [B, V], and the cache.
+    """
+    cache = KVCache.new(config, len(part.lengths), size, dtype, params.get("prefix"))
+    return _read(config, params, part, cache)
 
 
-def read(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> KVCache | None:
+def read(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> KVCache:
     """Read a part of the prompts that is not their last into the cache."""
     return _read(config, params, part, _cut(cache, part))[1]
 
 
-def extend(
-    config: GLMConfig, params: Any, part: Part, seen: Array, controls: Controls, cache: KVCache
-) -> Stepped:
-    """Read the last part of the prompts into the cache and draw the first token of each row.
-
-    `seen` is bool [B, V], the tokens of the complete prompts.
-    """
-    logits, filled = _read(config, params, part, _cut(cache, part))
-    return _first(logits, filled, jnp.asarray(seen), part, controls)
+def extend(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> Read:
+    """Do as `prefill`, with the last part of the prompts and the cache that has those before."""
+    return _read(config, params, part, _cut(cache, part))
 
 
 def grow(size: int, cache: KVCache) -> KVCache:
     """Return a copy of the cache with more slots, the new ones zero."""
-    pad = [(0, 0)] * 2 + [(0, size - cache.size)] + [(0, 0)] * 2
+    pad = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
     return KVCache(jnp.pad(cache.k, pad), jnp.pad(cache.v, pad), cache.length, cache.prefix)
 
 
-def decode(
-    config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State
-) -> Stepped:
-    """Write the last token of each row into the cache and draw the next.
+def fill(
+    config: GLMConfig,
+    view: int,
+    params: Any,
+    part: Part,
+    rows: Array,
+    adapters: Array | None,
+    cache: KVCache,
+) -> Read:
+    """Do as `extend`, for these rows of the cache alone, int32 [R]; one past the end is empty.
 
-    `keep` is bool [B]; false ends a row, even if it is active on the device.
+    No more than `view` slots of them are used. `adapters`, int32 [R], are numbers of joined
+    adapters, see `glm2_jax.lora`; None = the params have none.
+    """
+    params = _adapted(params, adapters)
+    return _read(config, params, part, _cut_rows(cache, part, rows), rows=rows, view=view)
+
+
+def score(
+    config: GLMConfig,
+    view: int,
+    params: Any,
+    part: Part,
+    following: Array,
+    rows: Array,
+    adapters: Array | None,
+    cache: KVCache,
+) -> tuple[jax.Array, Logprobs, KVCache]:
+    """Do as `fill`, and return the log-probabilities of the tokens that follow those of the part.
+
+    `following` is int32 [R, T]; so are the axes of the log-probabilities.
+    """
+    logits, filled = forward(
+        config,
+        _adapted(params, adapters),
+        part.tokens,
+        segment_ids=_real(part).astype(jnp.int32),
+        cache=_cut_rows(cache, part, rows),
+        rows=jnp.asarray(rows),
+        view=view,
+    )
+    last = jnp.maximum(part.lengths - 1, 0)
+    ends = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+    return ends, prompt_logprobs(logits, following), cast(KVCache, filled)
+
+
+def insert(rows: Array, begun: State, state: State) -> State:
+    """Put R rows that have begun into a state without a cache, at int32 [R]; past the end = not."""
+    return jax.tree.map(lambda all_, new: all_.at[rows].set(new, mode="drop"), state, begun)
+
+
+def decode(
+    config: GLMConfig,
+    view: int | None,
+    params: Any,
+    keep: Array,
+    state: State,
+    adapters: Array | None,
+    cache: KVCache,
+) -> Read:
+    """Write the last token of each row into the cache; return the logits of the next, [B, V].
+
+    `keep` is bool [B]; false ends a row, even if it is active on the device. `view` and `adapters`
+    are as in `fill`.
     """
     active = state.active & keep
-    logits, cache = last_logits(
-        config,
-        params,
-        state.token[:, None],
-        jnp.zeros_like(state.token),
-        segment_ids=active[:, None].astype(jnp.int32),
-        cache=state.cache,
-    )
-    return pick(logits, controls, state._replace(cache=cache, active=active))
-
-
-def decode_many(
-    config: GLMConfig, count: int, params: Any, controls: Controls, keep: Array, state: State
-) -> Stepped:
-    """Take up to `count` steps without the host, fewer when every row has ended.
-
-    The outputs have a leading axis of `count`; steps not taken are IDLE.
-    """
-
-    def step(carry):
-        index, state, outputs = carry
-        state, output = decode(config, params, controls, keep, state)
-        outputs = jax.tree.map(lambda all_, one: all_.at[index].set(one), outputs, output)
-        return index + 1, state, outputs
-
-    def going(carry):
-        return (carry[0] < count) & jnp.any(carry[1].active)
-
-    one = jax.eval_shape(lambda: decode(config, params, controls, keep, state)[1])
-    outputs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
-    outputs = outputs._replace(tokens=jnp.full_like(outputs.tokens, IDLE))
-    state = state._replace(active=state.active & keep)
-    _, state, outputs = jax.lax.while_loop(going, step, (jnp.int32(0), state, outputs))
-    return state, outputs
-
-
-def pick(logits: jax.Array, controls: Controls, state: State) -> Stepped:
-    """Draw a token for every active row from logits, float32 [B, V], and decide on the device which
-    rows stay active."""
-    keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
-    token = sample(logits, keys, state.seen, controls.sampling)
-    logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
-    finite = jnp.isfinite(logits).all(axis=-1)
-    output = jnp.where(state.active, jnp.where(finite, token, NOT_FINITE), IDLE)
-
-    stopped = jnp.any(token[:, None] == controls.stop_ids, axis=-1)
-    active = state.active & finite & ~stopped & (state.step + 1 < controls.limit)
-    seen = _marked(state.seen, token[:, None], active[:, None])
-    state = State(state.cache, jnp.where(active, token, 0), seen, active, state.step + state.active)
-    return state, Output(output, logprobs)
+    part = Part(state.token[:, None], active.astype(jnp.int32), jnp.zeros_like(state.token))
+    return _read(config, _adapted(params, adapters), part, cache, view=view)
 
 
 def verify(
-    config: GLMConfig, params: Any, controls: Controls, keep: Array, state: State, drafts: Array
-) -> Stepped:
-    """Draw 1 to N + 1 tokens for each row: as many as agree with its draft, and the next.
+    config: GLMConfig, params: Any, keep: Array, state: State, drafts: Array, cache: KVCache
+) -> Read:
+    """Write the last token of each row and its draft, int32 [B, N], into the cache.
 
-    `keep` is as in `decode`, `drafts` int32 [B, N]. The output has a leading axis of N + 1; a row
-    is IDLE after its last token.
+    Returns the logits after each of them, [B, N + 1, V], and a cache whose lengths are those from
+    before, as `accept` decides which tokens count. `keep` is as in `decode`.
     """
-    before = cast(KVCache, state.cache)
-    state = state._replace(active=state.active & keep)
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
-    batch, columns = tokens.shape
-    segment_ids = jnp.broadcast_to(state.active[:, None], tokens.shape).astype(jnp.int32)
+    active = state.active & keep
+    segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
     # The last draft of an answer may exceed the cache: what is written there is dropped, and what
     # is drawn there exceeds the row's limit.
-    logits, cache = forward(config, params, tokens, segment_ids=segment_ids, cache=before)
+    logits, written = forward(config, params, tokens, segment_ids=segment_ids, cache=cache)
+    written = cast(KVCache, written)
+    return logits, KVCache(written.k, written.v, cache.length, cache.prefix)
+
+
+def pick(
+    logits: jax.Array, controls: Controls, keep: Array, state: State, allowed: Array | None = None
+) -> Stepped:
+    """Draw a token for every active row from logits, float32 [B, V], and decide on the device which
+    rows stay active.
+
+    `keep` is as in `decode`; the state has no cache. `allowed` is uint32 [B, V / 32], a bit for
+    each token that may be drawn; None = all.
+    """
+    was_active = state.active & keep
+    keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
+    token = sample(logits, keys, state.counts, controls.sampling, allowed)
+    logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
+    finite = jnp.isfinite(logits).all(axis=-1)
+    output = jnp.where(was_active, jnp.where(finite, token, NOT_FINITE), IDLE)
+
+    stopped = jnp.any(token[:, None] == controls.stop_ids, axis=-1)
+    active = was_active & finite & ~stopped & (state.step + 1 < controls.limit)
+    counts = counted(state.counts, token[:, None], active[:, None])
+    state = State(None, jnp.where(active, token, 0), counts, active, state.step + was_active)
+    return state, Output(output, logprobs)
+
+
+def accept(
+    logits: jax.Array,
+    controls: Controls,
+    keep: Array,
+    drafts: Array,
+    length: jax.Array,
+    state: State,
+) -> tuple[State, Output, jax.Array]:
+    """Draw 1 to N + 1 tokens for each row: as many as agree with its draft, and the next.
+
+    `logits` are those of `verify`, `length` int32 [B] that of its cache. The output has a leading
+    axis of N + 1; a row is IDLE after its last token. Also returns the new length of the cache.
+    """
+    batch, columns = logits.shape[:2]
+    state = state._replace(active=state.active & keep)
 
     # Every column draws as a row, [B (N + 1)], as if all drafts before it had been drawn.
     spread = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), columns, axis=0), controls)
-    spread = spread._replace(stop_ids=controls.stop_ids)
-    picked, output = pick(logits.reshape(batch * columns, -1), spread, _columns(state, drafts))
+    flat = logits.reshape(batch * columns, -1)
+    picked, output = pick(flat, spread, True, _columns(state, drafts))
     picked, output = jax.tree.map(
         lambda x: x.reshape(batch, columns, *x.shape[1:]), (picked, output)
     )
@@ -185,40 +246,47 @@ def verify(
 
     last = jnp.maximum(drawn - 1, 0)
     state = jax.tree.map(lambda x: x[jnp.arange(batch), last], picked)
-    # All that counts is in the cache but the token drawn last; the slots after it are free again.
-    written = cast(KVCache, cache)
-    cache = KVCache(written.k, written.v, before.length + drawn, before.prefix)
     output = output._replace(tokens=jnp.where(reached > 0, output.tokens, IDLE))
-    return state._replace(cache=cache), jax.tree.map(lambda x: x.swapaxes(0, 1), output)
+    # All that counts is in the cache but the token drawn last; the slots after it are free again.
+    return state, jax.tree.map(lambda x: x.swapaxes(0, 1), output), length + drawn
 
 
 def _columns(state: State, drafts: jax.Array) -> State:
     """Return the state at each column as if all drafts before it had been drawn: [B (N + 1)]."""
     batch, count = drafts.shape
     columns = count + 1
-    seen = jnp.repeat(state.seen, columns, axis=0).reshape(batch, columns, -1)
-    row, column = jnp.arange(batch)[:, None, None], jnp.arange(columns)[:, None]
-    seen = seen.at[row, column, drafts[:, None]].max(jnp.arange(count) < column)
-    step = state.step[:, None] + jnp.arange(columns, dtype=jnp.int32)
-    token, active = (jnp.repeat(x, columns) for x in (state.token, state.active))
-    return State(None, token, seen.reshape(batch * columns, -1), active, step.reshape(-1))
+    spread: State = jax.tree.map(lambda x: jnp.repeat(x, columns, axis=0), state)
+    before = jnp.tile(jnp.arange(count) < jnp.arange(columns)[:, None], (batch, 1))
+    return spread._replace(
+        counts=counted(spread.counts, jnp.repeat(drafts, columns, axis=0), before),
+        step=spread.step + jnp.tile(jnp.arange(columns, dtype=jnp.int32), batch),
+    )
+
+
+def _adapted(params: Any, adapters: Array | None) -> Any:
+    """Return the params with the adapters of these numbers for the rows."""
+    if adapters is None:
+        return params
+    return with_lora(params, choose_adapters(params["lora"], jnp.asarray(adapters)))
 
 
 def _read(
-    config: GLMConfig, params: Any, part: Part, cache: KVCache
-) -> tuple[jax.Array, KVCache | None]:
+    config: GLMConfig,
+    params: Any,
+    part: Part,
+    cache: KVCache,
+    *,
+    rows: Array | None = None,
+    view: int | None = None,
+) -> Read:
     """Return the logits of each row's last token, and the cache with all tokens."""
     last = jnp.maximum(part.lengths - 1, 0)
     segment_ids = _real(part).astype(jnp.int32)
-    return last_logits(config, params, part.tokens, last, segment_ids=segment_ids, cache=cache)
-
-
-def _first(
-    logits: jax.Array, cache: KVCache | None, seen: jax.Array, part: Part, controls: Controls
-) -> Stepped:
-    """Draw the first token of each row that is not empty."""
-    none = jnp.zeros_like(part.lengths)
-    return pick(logits, controls, State(cache, none, seen, part.lengths > 0, none))
+    where = {"cache": cache, "rows": None if rows is None else jnp.asarray(rows), "view": view}
+    logits, filled = last_logits(
+        config, params, part.tokens, last, segment_ids=segment_ids, **where
+    )
+    return logits, cast(KVCache, filled)
 
 
 def _cut(cache: KVCache, part: Part) -> KVCache:
@@ -226,13 +294,14 @@ def _cut(cache: KVCache, part: Part) -> KVCache:
     return KVCache(cache.k, cache.v, cache.prefix + part.kept, cache.prefix)
 
 
+def _cut_rows(cache: KVCache, part: Part, rows: Array) -> KVCache:
+    """Do as `_cut`, for these rows alone."""
+    rows = jnp.asarray(rows)
+    starts = cache.prefix.at[rows].get(mode="fill", fill_value=0) + part.kept
+    length = cache.length.at[rows].set(starts, mode="drop")
+    return KVCache(cache.k, cache.v, length, cache.prefix)
+
+
 def _real(part: Part) -> jax.Array:
     """Return which tokens are not padding, bool [B, T]."""
     return jnp.arange(part.tokens.shape[1])[None, :] < part.lengths[:, None]
-
-
-def _marked(seen: Array, tokens: Array, real: Array) -> jax.Array:
-    """Return `seen` [B, V] with the tokens [B, T] that are real."""
-    if active_mesh():  # so that the partitioner leaves each row where it is
-        return jax.vmap(lambda row, ids, real: row.at[ids].max(real))(seen, tokens, real)
-    return seen.at[jnp.arange(len(tokens))[:, None], tokens].max(real)

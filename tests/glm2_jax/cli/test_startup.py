@@ -83,15 +83,15 @@ def test_what_a_call_begins_with_is_compiled_first_and_counted(messages, monkeyp
     monkeypatch.setattr(engine.programs, "call", watched)
     call = engine.run([[5] * 140], GREEDY)  # two parts of 64, and the rest
     list(call)
-    assert messages == lines("read 64", "extend 64", "decode 256")
-    assert [name for name, _ in ran][:4] == ["read", "read", "extend", "decode"]
-    assert all(count == 3 for _, count in ran)  # nothing ran before all was there
-    assert (call.stats.programs, call.stats.programs_kept) == (3, 0)
+    assert messages == lines("read 64", "extend 64", "pick", "decode 256")
+    assert [name for name, _ in ran][:5] == ["read", "read", "extend", "pick", "decode"]
+    assert all(count == 4 for _, count in ran)  # nothing ran before all was there
+    assert (call.stats.programs, call.stats.programs_kept) == (4, 0)
 
     engine.complete([[5] * 20] * 2, GREEDY)
-    assert messages[3:] == lines("prefill 2 x 32", "decode_many 2 x 64")
+    assert messages[4:] == lines("prefill 2 x 32", "pick", "decode 2 x 64")
     *_, last = engine.run([[6] * 139], GREEDY)
-    assert len(messages) == 5 and last.completion.stats.programs == 0
+    assert len(messages) == 7 and last.completion.stats.programs == 0
 
 
 def test_an_answer_of_one_token_needs_no_program_for_steps(messages):

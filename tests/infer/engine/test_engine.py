@@ -184,9 +184,9 @@ def test_nothing_recompiles_once_warm_and_compiling_is_not_running():
         (answer,) = streamed(engine, [[5, 6, 7]], SamplingParams(max_new_tokens=5))
         cold = answer.stats
         assert cold.compile_s > cold.first_token_s >= cold.prefill_s > 0
-        assert (cold.prefill_tokens, cold.decode_tokens, cold.programs) == (3, 4, 2)
+        assert (cold.prefill_tokens, cold.decode_tokens, cold.programs) == (3, 4, 3)
         ask([5, 6, 7])
-        assert engine.programs.compiled == 3  # prefill, decode, decode_many
+        assert engine.programs.compiled == 3  # prefill, pick, decode
         assert said == ["compile"] * 3
         assert counted, "the event has another name in this jax"
         del counted[:]
@@ -199,9 +199,8 @@ def test_nothing_recompiles_once_warm_and_compiling_is_not_running():
     assert (warm.prefill_tokens, warm.decode_tokens) == (2, 4)
     assert warm.decode_s > 0 and warm.decode_rate == warm.decode_tokens / warm.decode_s
     assert warm.prefill_rate == warm.prefill_tokens / warm.prefill_s
-    for name in ("decode", "decode_many"):
-        memory = engine.programs._programs[name, (1, 64)].memory_analysis()
-        assert memory.alias_size_in_bytes >= cache_bytes(64)  # donated
+    for at, donated in (("decode", (1, 64)), cache_bytes(64)), (("pick", 1), 2 * TOY.vocab_size):
+        assert engine.programs._programs[at].memory_analysis().alias_size_in_bytes >= donated
 
 
 def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monkeypatch):
@@ -213,9 +212,9 @@ def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monk
     small = toy_engine()
 
     assert streamed(small, prompts, sampling) == small.complete(prompts, sampling) == whole
-    keys = sorted((name, key[-1]) for name, key in small.programs._programs)
-    steps_of = [("decode", 16), ("decode", 64), ("decode_many", 64)]
-    assert keys == [*steps_of, ("grow", 64), ("prefill", 16)]
+    keys = sorted(small.programs._programs)
+    steps_of = [("decode", (2, 16)), ("decode", (2, 64))]
+    assert keys == [*steps_of, ("grow", (2, 16, 64)), ("pick", 2), ("prefill", (2, 16, 16))]
     with compilations() as counted:
         assert streamed(small, prompts, sampling) == small.complete(prompts, sampling) == whole
     assert small.programs.compiled == len(keys) and not counted

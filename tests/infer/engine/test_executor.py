@@ -15,8 +15,9 @@ from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.engine.call import parts
 from infer.engine.executor import Executor
+from infer.engine.params import SamplingParams
 from infer.engine.sampling import Sampling
-from infer.engine.steps import IDLE, Controls, Part
+from infer.engine.steps import IDLE, STOP_IDS, Controls, Part
 from tests.support.engine_toy import TOY, toy_params, warm_engine
 
 PROMPTS = [[5, 6, 7], [300, 4, 300, 4, 21]]
@@ -31,19 +32,23 @@ def executor():
 def controls(limit=100):
     """What two greedy rows ask for."""
     return Controls(
-        sampling=Sampling.of([], 2),
+        sampling=Sampling.of([SamplingParams(temperature=0)] * 2),
         seed=np.zeros((2, 2), np.uint32),
         row_ids=np.arange(2, dtype=np.int32),
         limit=np.full(2, limit, np.int32),
-        stop_ids=np.array([2], np.int32),
+        stop_ids=np.full((2, STOP_IDS), 2, np.int32),
         want_logprobs=np.zeros(2, bool),
     )
+
+
+def counts(rows=2):
+    return np.zeros((rows, TOY.vocab_size), np.int16)
 
 
 def answers(executor, asked, count=8, keep=(True, True)):
     """int32 [count, 2]: the tokens of two rows, of which `keep` go on after the first."""
     (part,) = parts(PROMPTS, 0, 2, 64)
-    state, output = executor.prefill(part, 64, asked)
+    state, output = executor.prefill(part, 64, counts(), asked)
     tokens = [output.tokens]
     for _ in range(count - 1):
         state, output = executor.decode(asked, np.array(keep), state)
@@ -64,12 +69,12 @@ def test_a_row_that_is_released_leaves_the_other_alone(executor, greedy):
 
 
 def test_parts_and_a_cache_that_grows_change_no_token(executor, greedy):
-    asked, seen = controls(), np.zeros((2, TOY.vocab_size), bool)
+    asked = controls()
     *full, last = parts(PROMPTS, 0, 2, 4)
     cache = executor.new_cache(2, 64)
     for part in full:
         cache = executor.read(part, cache)
-    state, output = executor.extend(last, seen, asked, cache)
+    state, output = executor.extend(last, counts(), asked, cache)
     cache = executor.grow(state.cache, 65, 256)
     assert cache.size == executor.room(cache) == 256 and executor.grow(cache, 65, 256) is cache
     _, after = executor.decode(asked, np.ones(2, bool), state._replace(cache=cache))
@@ -81,18 +86,18 @@ def test_what_is_compiled_ahead_runs_nothing_and_is_counted():
     executor = Executor(TOY, toy_params(), on_event=lambda *event: said.append(event))
     one, later = executor.counting(), executor.counting()
     (part,) = parts([[5]], 0, 1, 64)
-    row = jax.tree.map(lambda x: x[:1], controls())._replace(stop_ids=np.array([2]))
+    row = jax.tree.map(lambda x: x[:1], controls())
 
     def begin(traced):
         assert isinstance(traced.new_cache(1, 64).k, jax.ShapeDtypeStruct)
-        _, output = traced.prefill(part, 64, row)
+        _, output = traced.prefill(part, 64, counts(1), row)
         assert output.tokens.shape == (1,) and isinstance(output.tokens, jax.ShapeDtypeStruct)
 
     for _ in range(2):
         one.compile_ahead("key", begin)
-    assert said == [("compile", "compiling prefill 64 (1/1)")]
-    assert (one.made.programs, executor.programs.compiled) == (1, 1) and one.made.seconds > 0
-    later.prefill(part, 64, row)
+    assert [text for _, text in said] == ["compiling prefill 64 (1/2)", "compiling pick (2/2)"]
+    assert (one.made.programs, executor.programs.compiled) == (2, 2) and one.made.seconds > 0
+    later.prefill(part, 64, counts(1), row)
     assert (later.made.programs, later.made.seconds) == (0, 0.0)
     assert executor.programs.seconds == pytest.approx(one.made.seconds, rel=0.1)
 

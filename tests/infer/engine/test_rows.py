@@ -27,7 +27,7 @@ SHORT = {"temperature": 0, "max_new_tokens": 2}
 def batch_of(prompts, sampling, row_ids=None, **kwargs):
     sizes = {"vocab_size": 640, "max_length": 256}
     rows = make_rows(prompts, sampling, row_ids, ANSWER, **sizes)
-    return Batch(rows, **sizes, stop_ids=(END,), **({"chunk": 512} | kwargs))
+    return Batch(rows, **sizes, **({"chunk": 512} | kwargs))
 
 
 def output(*tokens, logprobs=None):
@@ -36,8 +36,12 @@ def output(*tokens, logprobs=None):
 
 def test_every_row_has_its_own_parameters_in_the_arrays():
     one = SamplingParams(temperature=0.5, top_k=3, seed=2**40 + 7, max_new_tokens=4)
-    two = SamplingParams(top_p=0.5, repetition_penalty=1.5, logprobs=2, max_length=100)
-    batch = batch_of([[5, 6], [7] * 10, [8]], [one, two, SamplingParams()], [4, 0, 9])
+    two = SamplingParams(
+        top_p=0.5, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=2,
+        logit_bias={9: 2, 3: -1}, logprobs=2, max_length=100, ignore_eos=True, stop_token_ids=(7, 8),
+    )  # fmt: skip
+    three = SamplingParams(stop_token_ids=(9, END))
+    batch = batch_of([[5, 6], [7] * 10, [8]], [one, two, three], [4, 0, 9])
     controls = batch.controls
     assert batch.size == 4 and controls.seed.tolist() == [[2**8, 7], [0, 0], [0, 0], [0, 0]]
     assert controls.row_ids.tolist() == [4, 0, 9, 0]
@@ -46,7 +50,12 @@ def test_every_row_has_its_own_parameters_in_the_arrays():
     assert controls.sampling.top_k.tolist() == [3, 50, 50, 50]
     np.testing.assert_allclose(controls.sampling.temperature, [0.5, 0.8, 0.8, 0])
     np.testing.assert_allclose(controls.sampling.repetition_penalty, [1, 1.5, 1, 1])
-    assert np.flatnonzero(batch.seen[0]).tolist() == [5, 6]
+    assert np.flatnonzero(batch.counts[0] == 1).tolist() == [5, 6]
+    assert controls.sampling.bias_ids[:, :3].tolist() == [[-1] * 3, [3, 9, -1], *[[-1] * 3] * 2]
+    assert controls.sampling.bias[1, :3].tolist() == [-1, 2, 0]
+    assert (controls.sampling.presence_penalty[1], controls.sampling.frequency_penalty[1]) == (1, 2)
+    ends = [[END, -1, -1], [7, 8, -1], [END, 9, -1], [-1] * 3]
+    assert controls.stop_ids[:, :3].tolist() == ends and (controls.stop_ids[:, 3:] == -1).all()
     assert batch.keep.tolist() == [True, True, True, False]
 
 

@@ -15,7 +15,7 @@ RISING, SECOND_TWICE = [0.05, 0.15, 0.3, 0.5], [0.25, 0.25, 0.5, 0]
 
 def rows(batch=1, **kwargs):
     params = SamplingParams(**{"temperature": 1, "top_k": 0, "top_p": 1} | kwargs)
-    return sampling.Sampling.of([params] * batch, batch)
+    return sampling.Sampling.of([params] * batch)
 
 
 def keys(batch, step=0, seed=0):

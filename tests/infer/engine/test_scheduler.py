@@ -7,7 +7,7 @@ import pytest
 
 from infer.engine.params import SamplingParams
 from infer.engine.programs import Made
-from infer.engine.scheduler import STEPS_PER_DISPATCH, Scheduler
+from infer.engine.scheduler import Scheduler
 from infer.engine.steps import IDLE, Output, State
 from tests.infer.engine.test_rows import batch_of
 
@@ -44,7 +44,7 @@ class Device:
             cache = SimpleNamespace(size=largest)
         return cache
 
-    def prefill(self, part, size, controls):
+    def prefill(self, part, size, counts, controls):
         self.log.append(("prefill", *part.tokens.shape))
         return self.step(SimpleNamespace(size=size), part.lengths > 0)
 
@@ -52,16 +52,13 @@ class Device:
         self.log.append(("read", *part.tokens.shape))
         return cache
 
-    def extend(self, part, seen, controls, cache):
+    def extend(self, part, counts, controls, cache):
         self.log.append(("extend", *part.tokens.shape))
         return self.step(cache, part.lengths > 0)
 
-    def decode(self, controls, keep, state, *, count=None, **kwargs):
-        self.log.append(("decode", keep.tolist(), count))
-        if count is None:
-            return self.step(state.cache, keep)
-        columns = [self.step(state.cache, keep)[1] for _ in range(count)]
-        return state, Output(np.stack([each.tokens for each in columns]), None)
+    def decode(self, controls, keep, state, **kwargs):
+        self.log.append(("decode", keep.tolist()))
+        return self.step(state.cache, keep)
 
     def step(self, cache, keep):
         tokens = np.where(keep, np.arange(len(keep)) * 100 + self.drawn, IDLE)
@@ -91,8 +88,7 @@ def test_each_row_gets_its_tokens_and_leaves_when_it_has_enough():
     ]  # fmt: skip
     assert log == [
         "compile", ("prefill", 2, 64),
-        ("decode", [True, True], None), ("decode", [True, True], None),
-        ("decode", [False, True], None),
+        ("decode", [True, True]), ("decode", [True, True]), ("decode", [False, True]),
     ]  # fmt: skip
     short, long = (row.stats for row in one.batch.rows)  # which leave out compiling
     assert (short.prefill_tokens, short.decode_tokens) == (2, 1)
@@ -109,17 +105,6 @@ def test_a_step_is_dispatched_before_the_one_before_is_read_and_none_after_leavi
     assert one._executor.drawn == (read and read + 1)
     events.close()
     assert one._executor.drawn == (read and read + 1)
-
-
-def test_the_loop_on_the_device_gives_the_same_answers():
-    one, other = (scheduler([[5, 6], [7]], limited(2, 40)) for _ in range(2))
-    answers = one.complete()
-    assert [answer.output_ids[:2] for answer in answers] == [(0, 1), (100, 101)]
-    run(other)
-    assert answers == [row.completion() for row in other.batch.rows]
-    assert one._executor.log[2:] == [
-        ("decode", [True, True], STEPS_PER_DISPATCH), ("decode", [False, True], STEPS_PER_DISPATCH),
-    ]  # fmt: skip
 
 
 def test_long_prompts_are_read_in_parts_into_a_cache_that_grows(monkeypatch):
