@@ -90,31 +90,34 @@ def write_layer(
     `rows` are the rows of the cache, int32 [R], None = all. A row or slot past the end is not
     written; no place occurs twice.
     """
+    heads = jnp.arange(cache.shape[2], dtype=jnp.int32)
     if rows is not None or not active_mesh():
-        rows = jnp.arange(slots.shape[0], dtype=jnp.int32) if rows is None else rows
-        places = cache.at[layer, rows[:, None], :, slots]
+        rows = jnp.arange(len(slots), dtype=jnp.int32) if rows is None else rows
+        places = cache.at[layer, rows[:, None, None], heads, slots[:, :, None]]
         return constrain(places.set(new, mode="drop", unique_indices=True), *AXES["k"])
     # Each form keeps every row on its device on the platforms it is for. XLA's partitioner moves
     # rows between devices for the first form; the TPU compiler copies the cache for the second, and
     # without a fixed layout it transposes all of it twice per layer if several tokens are written.
     forms = {
         "tpu": lambda *args: _rows_first(_scatter(*args)),
-        "default": partial(_scatter, rows_apart=True),
+        "default": partial(_scatter, apart=True),
     }
     new = new.astype(cache.dtype)
     return constrain(jax.lax.platform_dependent(cache, new, layer, slots, **forms), *AXES["k"])
 
 
-def _scatter(cache, new, layer, slots, rows_apart: bool = False) -> jax.Array:
-    """Scatter with the rows as an index that counts up, or (`rows_apart`) as a batch dimension."""
+def _scatter(cache, new, layer, slots, apart: bool = False) -> jax.Array:
+    """Scatter with rows and heads as indices that count up, or (`apart`) as batch dimensions."""
     dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3),
-        inserted_window_dims=(0, 3) if rows_apart else (0, 1, 3),
-        scatter_dims_to_operand_dims=(0, 3) if rows_apart else (0, 1, 3),
-        operand_batching_dims=(1,) if rows_apart else (),
-        scatter_indices_batching_dims=(0,) if rows_apart else (),
+        update_window_dims=(3,),
+        inserted_window_dims=(0, 3) if apart else (0, 1, 2, 3),
+        scatter_dims_to_operand_dims=(0, 3) if apart else (0, 1, 2, 3),
+        operand_batching_dims=(1, 2) if apart else (),
+        scatter_indices_batching_dims=(0, 2) if apart else (),
     )
-    rows = [] if rows_apart else [jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)]
+    shape = new.shape[:3]
+    rows = [] if apart else [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2)]
+    slots = jnp.broadcast_to(slots[:, :, None], shape)
     places = jnp.stack([jnp.full_like(slots, layer), *rows, slots], axis=-1)
     drop = jax.lax.GatherScatterMode.FILL_OR_DROP
     return jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)

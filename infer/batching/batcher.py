@@ -51,7 +51,7 @@ class Batcher:
         )
         self._executor = engine.executor.counting()
         with self._device_errors():
-            self._slots = Slots(self._executor, options)
+            self._slots = Slots(self._executor, options, self.scheduler.rows_of)
         self._jobs: set[Job] = set()  # those that have not ended
         self._sent: list[Sent] = []  # what was dispatched and not read
 

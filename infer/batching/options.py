@@ -43,15 +43,6 @@ class BatchOptions:
         return (*_doubled(SMALLEST_BUCKET, self.budget), self.budget)
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(R, T) of the prefills: short prompts are read together, a long one alone."""
-        return tuple((self.rows(width), width) for width in self.widths)
-
-    def rows(self, width: int) -> int:
-        """Return R of the prefills of a width."""
-        return 1 if self.deterministic else min(self.slots, self.budget // width)
-
-    @property
     def views(self) -> tuple[int, ...]:
         """How many slots a program reads: as many as the longest row needs."""
         return (

@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """Read parts of prompts: at most budget // width rows, each padded to `width`.
+    """Read parts of prompts: as many as `rows_of` says, each padded to `width`.
 
     `view` is how many positions of the cache hold all that the step reads and writes, padding
     not counted.
@@ -110,6 +110,11 @@ class Scheduler:
         """How many tickets have none yet."""
         return len(self._queue)
 
+    def rows_of(self, width: int) -> int:
+        """Return the most rows of a Prefill: short prompts are read together, others alone."""
+        together = width == self.widths[0] and not self._deterministic
+        return self.budget // width if together else 1
+
     def submit(self, ticket: Ticket) -> None:
         """Let a new ticket wait.
 
@@ -140,8 +145,12 @@ class Scheduler:
         return step
 
     def drew(self, ticket: Ticket, token: int) -> None:
-        """Note a token that was read from the device; the ticket must have a slot."""
+        """Note a token that was read from the device; the ticket must have a slot.
+
+        There may be more than were planned, where a step draws several.
+        """
         ticket.drawn.append(token)
+        ticket.planned = max(ticket.planned, len(ticket.drawn))
 
     def end(self, ticket: Ticket, *, forget: bool = False) -> None:
         """End a ticket that waits or has a slot; nothing happens if it has ended before.
@@ -172,22 +181,19 @@ class Scheduler:
         """
         reading = [ticket for ticket in self._running.values() if ticket.unread]
         # No more than a step can take: who waits still has its turn, and may find a better slot.
-        while self._queue and self._free and len(reading) < self._rows(self.widths[0]):
+        while self._queue and self._free and len(reading) < self.rows_of(self.widths[0]):
             reading.append(self._place(self._queue.take()))
         if not reading:
             return None
 
         def worth(width: int) -> tuple[int, ...]:
-            unread = [ticket.unread for ticket in reading[: self._rows(width)]]
+            unread = [ticket.unread for ticket in reading[: self.rows_of(width)]]
             ended, read = sum(n <= width for n in unread), sum(min(n, width) for n in unread)
             return ended, read, -len(unread) * width, width
 
         width = max(self.widths, key=worth)
-        parts = tuple(self._part(one, width) for one in reading[: self._rows(width)])
+        parts = tuple(self._part(one, width) for one in reading[: self.rows_of(width)])
         return Prefill(parts, width, self._view(max(part.ticket.filled for part in parts)))
-
-    def _rows(self, width: int) -> int:
-        return 1 if self._deterministic else self.budget // width
 
     def _part(self, ticket: Ticket, width: int) -> Part:
         start, slot = ticket.filled, ticket.slot

@@ -7,12 +7,13 @@ given to the next sequence while the step that ends the one before is still runn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
 
+from glm2_jax import KVCache
 from glm2_jax.lora import is_joined
 from infer.batching.job import Job
 from infer.batching.options import BatchOptions
@@ -36,10 +37,14 @@ class Sent(NamedTuple):
 
 
 class Slots:
-    """The slots on the device, and what their rows ask for."""
+    """The slots on the device, and what their rows ask for.
 
-    def __init__(self, executor: Executor, options: BatchOptions):
+    `rows_of` says how many rows a prefill of a width has, where it has several.
+    """
+
+    def __init__(self, executor: Executor, options: BatchOptions, rows_of: Callable[[int], int]):
         self._executor, self._options, self._count = executor, options, options.slots
+        self._rows_of = rows_of
         self._vocab, self._joined = executor.config.vocab_size, is_joined(executor.params)
         self._all_allowed = executor.places.put(self._allowed([None] * self._count))
         self.reset()
@@ -54,12 +59,16 @@ class Slots:
     def prefill(self, plan: Prefill) -> list[Sent]:
         """Read parts of prompts into their slots, and draw the first tokens of those that end.
 
-        Prompts whose tokens are scored are read one by one.
+        Prompts whose tokens are scored are read one by one, in the largest shapes.
         """
+        options, sent = self._options, []
         scored = [part for part in plan.parts if part.ticket.payload.score_prompt is not None]
-        others = [part for part in plan.parts if part not in scored]
-        sent = [self._read([part], self._options.budget, plan.view) for part in scored]
-        return [*sent, self._read(others, plan.width, plan.view)] if others else sent
+        for part in scored:
+            sent.append(self._read([part], 1, options.budget, options.size))
+        if others := [part for part in plan.parts if part not in scored]:
+            rows = 1 if len(others) == 1 else self._rows_of(plan.width)
+            sent.append(self._read(others, rows, plan.width, plan.view))
+        return sent
 
     def decode(self, plan: Decode, drafts: np.ndarray | None = None) -> Sent:
         """Take a step: a token for each row that takes part, or as many as agree with the drafts.
@@ -89,7 +98,7 @@ class Slots:
     def compile_ahead(self) -> None:
         """Compile all programs: prefills, with scores and without, and steps, for all views."""
         options = self._options
-        sizes = [(rows, width) for width in options.widths for rows in (1, options.rows(width))]
+        sizes = [(n, width) for width in options.widths for n in (1, self._rows_of(width))]
 
         def begin(executor: Executor) -> None:
             state, keep = self._empty(executor), np.ones(self._count, bool)
@@ -100,8 +109,9 @@ class Slots:
                 executor.decode(controls, keep, state, **how)
                 for rows, width in dict.fromkeys(sizes):
                     self._begin(executor, state, _Reading.empty(rows, width), view)
-                scored = _Reading.empty(1, options.budget)
-                self._begin(executor, state, scored._replace(following=scored.part.tokens), view)
+            scored = _Reading.empty(1, options.budget)
+            scored = scored._replace(following=scored.part.tokens)
+            self._begin(executor, state, scored, options.size)
 
         self._executor.compile_ahead(("slots", options), begin)
 
@@ -112,8 +122,7 @@ class Slots:
         rest = executor.places.put((none, counts, none.astype(bool), none))
         return State(cache, *rest)
 
-    def _read(self, parts: Sequence[Part], width: int, view: int) -> Sent:
-        rows = 1 if len(parts) == 1 else self._options.rows(width)
+    def _read(self, parts: Sequence[Part], rows: int, width: int, view: int) -> Sent:
         reading = _Reading.of(parts, rows, width, empty=self._count)
         self._state, output, logprobs = self._begin(self._executor, self._state, reading, view)
         indexed = list(enumerate(parts))
@@ -127,10 +136,11 @@ class Slots:
         """Read parts, draw the first tokens and put the rows that have one into the state."""
         part, slots, following, ends, jobs = reading
         where = {"view": view, "adapters": self._numbers(jobs)}
+        cache = cast(KVCache, state.cache)
         if following is None:
-            (logits, cache), logprobs = executor.fill(part, slots, state.cache, **where), None
+            (logits, cache), logprobs = executor.fill(part, slots, cache, **where), None
         else:
-            logits, logprobs, cache = executor.score(part, following, slots, state.cache, **where)
+            logits, logprobs, cache = executor.score(part, following, slots, cache, **where)
         state = state._replace(cache=cache)
         if not ends.any():
             return state, None, logprobs

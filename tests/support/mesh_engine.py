@@ -211,8 +211,10 @@ def some_rows(mesh: str) -> bool:
     one, many = engine(None), ENGINES[mesh, None]
     assert many.mesh is not None
     with jax.set_mesh(many.mesh):
-        found = jax.jit(run)(many.params)
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(run)(one.params)), strict=True)
+        found = jax.jit(run)(many.executor.params)
+    pairs = zip(
+        jax.tree.leaves(found), jax.tree.leaves(jax.jit(run)(one.executor.params)), strict=True
+    )
     return all(np.abs(gathered(ours) - gathered(other)).max() < 1e-4 for ours, other in pairs)
 
 

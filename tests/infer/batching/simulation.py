@@ -162,7 +162,7 @@ class World:
     def finish(self) -> None:
         """Run until all have ended, and check what came of it."""
         while self.live:
-            assert self.tick() or self.live == [] or self.scheduler.waiting + self.scheduler.running
+            self.tick()
             assert self.now < 10_000, "no progress"
         assert self.scheduler.running == self.scheduler.waiting == 0
         width = self.scheduler.widths[0]
@@ -242,7 +242,8 @@ class World:
     def _check_prefill(self, step: Prefill, unread: set[Ticket]) -> None:
         scheduler = self.scheduler
         assert step.width in scheduler.widths
-        assert 1 <= len(step.parts) <= scheduler.budget // step.width
+        assert 1 <= len(step.parts) <= scheduler.rows_of(step.width)
+        assert scheduler.rows_of(step.width) * step.width <= scheduler.budget
         if self.deterministic:
             (part,) = step.parts
             assert step.width == fitting(scheduler, len(part.ticket.prompt) - part.start)

@@ -1,5 +1,7 @@
 """Continuous batching on a toy engine: every answer is that of the request alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,30 @@ def test_every_answer_is_that_of_the_request_alone(engine):
         if want.logprobs:
             got = [entry.logprob for entry in heard.last.completion.logprobs]
             np.testing.assert_allclose(got, [one.logprob for one in want.logprobs], atol=1e-4)
+
+
+def test_no_request_waits_for_the_longest_beside_it(engine):
+    batcher, ended = Batcher(engine, BatchOptions(slots=2, size=128, tokens_per_prefill=64)), []
+    for draw, limit in enumerate([60, *[3] * 12]):
+        (row,) = engine.rows([[5, 6]], SamplingParams(temperature=0, max_new_tokens=limit))
+        batcher.submit(Job(row, lambda event, n=draw: event.completion and ended.append(n)))
+    assert run(batcher) < 60 + 2 * 13 and ended == [*range(1, 13), 0]
+
+
+def test_drafts_change_no_answer_and_save_steps(engine):
+    asked = [[*range(5, 25)] * 2, [7, 8, 9], [9] * 30]
+    sampling = SamplingParams(temperature=0, max_new_tokens=40)
+    counts = []
+    for draft in (0, 4):
+        engine = toy_engine(max_length=128, speculate=draft, share=engine)
+        batcher = Batcher(engine, dataclasses.replace(OPTIONS, deterministic=True))
+        heard = [submit(batcher, engine, ids, sampling)[1] for ids in asked]
+        counts.append(run(batcher))
+        assert [one.ids for one in heard] == [
+            list(alone(engine, ids, sampling).output_ids) for ids in asked
+        ]
+    stats = batcher.stats
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens and counts[1] < counts[0]
 
 
 def test_nothing_is_compiled_after_the_warm_up(engine):

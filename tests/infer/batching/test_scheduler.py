@@ -115,12 +115,12 @@ def shape(step: Prefill | Decode | None) -> tuple:
 def test_a_long_prompt_is_read_in_parts_between_decode_steps():
     plan = scheduler()
     short, long = put(plan, 1, 21)
-    assert shape(plan.next()) == (4, [(0, 1, True), (0, 4, False)], 8)
+    assert shape(plan.next()) == (2, [(0, 1, True), (0, 2, False)], 8)
     assert plan.next() == Decode((short, None, None, None), 8)
-    assert shape(plan.next()) == (8, [(4, 8, False)], 16)
+    assert shape(plan.next()) == (8, [(2, 8, False)], 16)
     assert plan.next() == Decode((short, None, None, None), 8)
-    assert shape(plan.next()) == (8, [(12, 8, False)], 24)
-    assert shape(plan.next()) == (2, [(20, 1, True)], 24)  # the short one is at its limit
+    assert shape(plan.next()) == (8, [(10, 8, False)], 24)
+    assert shape(plan.next()) == (4, [(18, 3, True)], 24)  # the short one is at its limit
     assert plan.next() == plan.next()._replace(tickets=(None, long, None, None))
     assert (plan.next(), plan.running, long.planned) == (None, 2, 3)
 
@@ -130,9 +130,9 @@ def test_a_long_prompt_is_read_in_parts_between_decode_steps():
     [
         ((2, 1, 2, 2, 2), 2, [2, 1, 2, 2]),
         ((30, 2, 2, 2), 2, [2, 2, 2, 2]),  # three can answer
-        ((30, 3), 4, [4, 3]),
+        ((30, 3), 8, [8]),
         ((30, 20), 8, [8]),
-        ((5, 2), 4, [4, 2]),
+        ((5, 2), 8, [5]),
         ((3,), 4, [3]),
     ],
 )

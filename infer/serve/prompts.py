@@ -1,0 +1,221 @@
+"""From request bodies to prompt ids and sampling parameters."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from glm2_jax.errors import shorten
+from glm2_jax.text.prompt import build_messages, build_prompt
+from glm2_jax.text.tokenizer import Tokenizer
+from infer.engine.params import MAX_SEED, PRESETS, SamplingParams
+from infer.serve import messages
+from infer.serve.errors import ApiError, too_long
+from infer.serve.schema import ChatBody, Common, CompletionBody, Message, OfficialBody, Tool
+from infer.serve.service import Facts, Service
+
+T = TypeVar("T")
+_LONG = 4096  # characters, from which on text is encoded in another thread
+_TINY = 1e-30  # the top_p that keeps only the likeliest token
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The ids that the model reads, of which the client did not send the first `hidden`."""
+
+    ids: list[int]
+    hidden: int = 0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How each prompt of a request is answered: how often, and how."""
+
+    sampling: SamplingParams
+    count: int
+    clean: bool
+    score_prompt: int | None = None
+
+
+async def chat_prompt(facts: Facts, asked: Sequence[Message], tools: Sequence[Tool]) -> Prompt:
+    """Return the prompt of a chat; ApiError, InputError: the template cannot express it."""
+
+    def build() -> list[int]:
+        if facts.template == "chatglm3":
+            return build_messages(facts.tokenizer, messages.chatglm3(asked, tools))
+        if facts.template == "raw":
+            raise ApiError(
+                400,
+                "This model has no chat template; use /v1/completions.",
+                code="unsupported_parameter",
+                param="messages",
+            )
+        turns = messages.chatglm2(asked, tools)
+        return build_prompt(facts.tokenizer, facts.template, *turns)
+
+    size = sum(len(messages.text_of(message)) for message in asked)
+    _check_size(facts, size, "messages")
+    ids = await _elsewhere(size, build)
+    return Prompt(ids, len(ids))
+
+
+async def text_prompts(facts: Facts, body: CompletionBody) -> list[Prompt]:
+    """Return the prompts of a completion, with the ids that begin every sequence of the family."""
+    given: Any = body.prompt
+    if isinstance(given, str) or isinstance(given[0], int):
+        given = [given]
+
+    def build() -> list[Prompt]:
+        return [_with_prefix(facts.tokenizer, prompt) for prompt in given]
+
+    size = sum(map(len, given))
+    for prompt in given:
+        if isinstance(prompt, str):
+            _check_size(facts, len(prompt), "prompt")
+    return await _elsewhere(size, build)
+
+
+def _check_size(facts: Facts, characters: int, param: str) -> None:
+    """Raise ApiError, before all of it is encoded, for a text that is certain not to fit."""
+    least = characters // facts.longest_token
+    if least >= facts.max_length:
+        raise too_long(least, None, facts.max_length, param)
+
+
+def _with_prefix(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    prefix = tokenizer.prefix_ids
+    if not isinstance(prompt, str) and ids[: len(prefix)] == prefix:
+        return Prompt(ids)
+    return Prompt(prefix + ids, len(prefix))
+
+
+async def text_ids(facts: Facts, text: str) -> list[int]:
+    """Return the ids of a text alone."""
+    return await _elsewhere(len(text), lambda: facts.tokenizer.encode(text))
+
+
+async def official_prompt(facts: Facts, body: OfficialBody) -> Prompt:
+    """Return the prompt of the official API."""
+    history = body.history or []
+
+    def build() -> list[int]:
+        return build_prompt(facts.tokenizer, facts.template, body.prompt, history)
+
+    size = len(body.prompt) + sum(len(text) for turn in history for text in turn)
+    _check_size(facts, size, "prompt")
+    ids = await _elsewhere(size, build)
+    return Prompt(ids, len(ids))
+
+
+async def _elsewhere(size: int, build: Callable[[], T]) -> T:
+    """Return the result of `build`, from another thread where it encodes much text."""
+    return await asyncio.to_thread(build) if size > _LONG else build()
+
+
+def official_sampled(facts: Facts, body: OfficialBody) -> Sampled:
+    """Return how the prompt of the official API is answered."""
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": None if body.top_p is None else max(body.top_p, _TINY),
+        "max_length": body.max_length,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    seed = secrets.randbits(63)
+    sampling = dataclasses.replace(PRESETS["api"], seed=seed, **given)
+    return Sampled(sampling, 1, clean=facts.template != "raw")
+
+
+def sampled(
+    service: Service,
+    body: Common,
+    *,
+    limit: int | None,
+    logprobs: int | None,
+    clean: bool,
+    score_prompt: int | None = None,
+) -> Sampled:
+    """Return how a body says its prompts are answered; ApiError, UsageError: it cannot be."""
+    count = body.n or 1
+    if body.best_of not in (None, count):
+        raise ApiError(
+            400,
+            "`best_of` must be equal to `n`: choosing among more answers is not supported.",
+            code="unsupported_parameter",
+            param="best_of",
+        )
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": None if body.top_p is None else max(body.top_p, _TINY),
+        "top_k": None if body.top_k is None else max(body.top_k, 0),
+        "repetition_penalty": body.repetition_penalty,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "logit_bias": _biases(body.logit_bias),
+        "stop_token_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
+        "max_new_tokens": limit,
+        "stop": _stop_strings(body.stop),
+        "logprobs": logprobs,
+        "loop_stop": body.loop_stop,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    seed = secrets.randbits(63) if body.seed is None else body.seed % (MAX_SEED + 1)
+    sampling = dataclasses.replace(service.defaults, max_length=None, seed=seed, **given)
+    return Sampled(sampling, count, clean, score_prompt)
+
+
+def chat_sampled(service: Service, body: ChatBody) -> Sampled:
+    """Return how the prompt of a chat is answered."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
+    return sampled(
+        service,
+        body,
+        limit=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        clean=True,
+    )
+
+
+def text_sampled(service: Service, body: CompletionBody) -> Sampled:
+    """Return how the prompts of a completion are answered."""
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(400, "`max_tokens: 0` needs `echo: true`.", param="max_tokens")
+    return sampled(
+        service,
+        body,
+        limit=16 if body.max_tokens is None else max(body.max_tokens, 1),
+        logprobs=body.logprobs,
+        clean=False,
+        score_prompt=body.logprobs if body.echo else None,
+    )
+
+
+def check_lengths(facts: Facts, prompts: Sequence[Prompt], answer: int | None, param: str) -> None:
+    """Raise ApiError for a prompt that does not fit the context with its answer."""
+    for prompt in prompts:
+        if len(prompt.ids) + (answer or 1) > facts.max_length:
+            raise too_long(len(prompt.ids), answer, facts.max_length, param)
+
+
+def _biases(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+    """Return (id, bias) of each; ApiError for what is no id."""
+    for name in given or ():
+        if not name.isdecimal() or len(name) > 9:
+            raise ApiError(
+                400,
+                f"The keys of `logit_bias` must be token ids, got {shorten(name)}.",
+                code="invalid_value",
+                param="logit_bias",
+            )
+    return tuple((int(name), bias) for name, bias in (given or {}).items())
+
+
+def _stop_strings(stop: str | list[str | None] | None) -> tuple[str, ...]:
+    strings = [stop] if isinstance(stop, str) else stop or []
+    return tuple(string for string in strings if string)  # clients pad the list with null and ""

@@ -1,0 +1,156 @@
+"""What `python -m infer.serve` does once its flags are parsed: open, compile, listen, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from glm2_jax.cli import interrupt
+from glm2_jax.cli.messages import note
+from glm2_jax.errors import UsageError
+from infer.batching.options import BatchOptions
+from infer.batching.worker import Worker
+from infer.engine.engine import Engine
+from infer.serve.app import build
+from infer.serve.options import AddressOptions, Settings
+from infer.serve.security import Access, find_access
+from infer.serve.service import Facts, Service, model_name
+from infer.startup import note_demo_model, open_engine
+
+_FLUSH = 5.0  # seconds that readers have for the end of their answers when the server stops
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal comes; returns the exit code."""
+    access = find_access(settings.address)
+    with contextlib.closing(_bind(settings.address)) as listener:
+        note_demo_model(settings.choice)
+        engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
+        worker = Worker(
+            engine,
+            BatchOptions(
+                slots=settings.batch.slots,
+                size=engine.max_length,
+                tokens_per_prefill=settings.batch.tokens_per_prefill,
+                queue=settings.requests.queue,
+                deterministic=settings.batch.deterministic,
+            ),
+        )
+        worker.warm()
+        service = make_service(settings, engine, worker)
+        app = build(service, access, settings.address.cors_origin or ())
+        worker.start()
+        _announce(settings, listener, service, access)
+        try:
+            signum = serve(app, worker, listener, settings.requests.log_level)
+        finally:
+            worker.stop()
+    code = interrupt.exit_code(signum)
+    interrupt.tell(code)
+    return code
+
+
+def make_service(settings: Settings, engine: Engine, worker: Worker) -> Service:
+    """Return what the routes need."""
+    summary = engine.checkpoint.summary
+    form = f"{engine.checkpoint.fingerprint} {summary.dtype} {summary.quantization}"
+    facts = Facts.of(engine, hashlib.sha256(form.encode()).hexdigest())
+    names = settings.requests.served_model_name or [model_name(settings.choice.path)]
+    return Service(facts, worker, dict.fromkeys(names, 0), settings.requests)
+
+
+def _bind(address: AddressOptions) -> socket.socket:
+    """Take the address before the model is loaded; UsageError if it cannot be had."""
+    try:
+        found = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, place = found[0]
+        listener = socket.socket(family, kind, protocol)
+        if sys.platform != "win32":  # there it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"cannot listen on {address.host}, port {address.port}",
+            getattr(error, "strerror", None) or str(error),
+            "Choose another --port (0 = any free one) or --host.",
+        ) from error
+    return listener
+
+
+def _announce(
+    settings: Settings, listener: socket.socket, service: Service, access: Access
+) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    names, batch = ", ".join(service.models), settings.batch
+    note(f"serving {names}: {batch.slots} slots of {service.facts.max_length} tokens")
+    if access.keys:
+        note(f"{len(access.keys)} API key{'s' * (len(access.keys) > 1)}: needed for all but health")
+    else:
+        where = "this machine" if access.loopback else "whoever can connect"
+        note(f"no API key: open to {where}")
+    note(f"chat page http://{shown}:{port}/, API http://{shown}:{port}/v1")
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to `serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(app: ASGIApp, worker: Worker, listener: socket.socket, log_level: str) -> int:
+    """Answer requests until a signal, then those that are there; returns the signal's number."""
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING
+    )
+    logging.getLogger("infer.serve").setLevel(log_level.upper())
+    logging.getLogger("uvicorn.error").setLevel("DEBUG" if log_level == "debug" else "WARNING")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none"
+    )
+    return asyncio.run(_serve(_Server(config), worker, listener))
+
+
+async def _serve(server: _Server, worker: Worker, listener: socket.socket) -> int:
+    loop, signals = asyncio.get_running_loop(), []
+
+    def stop(signum: int) -> None:
+        signals.append(signum)
+        server.should_exit = True  # no new requests
+        if len(signals) == 1:
+            note("finishing the running requests; a second signal stops them")
+        else:
+            server.force_exit = True
+            worker.stop()
+
+    for signum in interrupt.ending_signals():
+        loop.add_signal_handler(signum, stop, signum)
+    leaving = loop.create_task(_end_when_idle(server, worker))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        leaving.cancel()
+    return signals[0]
+
+
+async def _end_when_idle(server: _Server, worker: Worker) -> None:
+    """After a signal, do not wait for readers that take nothing."""
+    idle = 0.0
+    while idle < _FLUSH:
+        await asyncio.sleep(0.1)
+        status = worker.status
+        busy = not server.should_exit or status.running + status.waiting > 0
+        idle = 0.0 if busy else idle + 0.1
+    server.force_exit = True

@@ -1,0 +1,176 @@
+"""A stand-in for `infer.batching.worker.Worker`: the same interface, one job after another."""
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm2_jax import forward
+from glm2_jax.errors import GLMError
+from infer.batching.job import Busy, Event, Failure, Job
+from infer.batching.worker import Status
+from infer.engine.answer import TokenLogprob
+from infer.engine.engine import Engine
+from infer.engine.params import SamplingParams
+from infer.engine.rows import Row, TokenEvent
+from infer.engine.scheduler import Scheduler
+
+Script = Callable[[Row], Iterable[int]]  # the tokens that the model is said to write
+
+
+class SerialWorker:
+    """Answers jobs in one thread; `gate` stops it before each token while it is not set.
+
+    With a `script` no model runs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        slots: int = 1,
+        queue: int = 1024,
+        script: Script | None = None,
+        **ignored,
+    ):
+        self.engine, self.slots, self._most = engine, slots, queue
+        self.script = script
+        self.gate = threading.Event()
+        self.gate.set()
+        self.cancelled = 0  # how many jobs were
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._schedules: dict[Job, Scheduler] = {}
+        self._left: set[Job] = set()  # cancelled ones
+        self._running: Job | None = None
+        self._last_ids: Sequence[int] = ()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def warm(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        progress(1, 1)
+
+    def job(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        listener: Callable[[Event], None],
+        *,
+        draw: int = 0,
+        clean: bool = False,
+        client: str = "",
+        deadline: float | None = None,
+        adapter: int = 0,
+        score_prompt: int | None = None,
+    ) -> Job:
+        schedule = self.engine.schedule([ids], sampling, row_ids=[draw], clean=clean)
+        row = schedule.batch.rows[0]
+        job = Job(row, listener, client, deadline, adapter, score_prompt)
+        self._schedules[job] = schedule
+        return job
+
+    def submit(self, job: Job) -> None:
+        with self._changed:
+            if self._stopping or len(self._waiting) >= self._most:
+                raise Busy("the queue is full", retry_after=2.0)
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        with self._changed:
+            self._left.add(job)
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._end(job, "cancelled")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and self._running is None)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self.gate.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def status(self) -> Status:
+        running = int(self._running is not None)
+        return Status(self.slots, running, len(self._waiting), 0.0, self._thread.is_alive())
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                if self._stopping:
+                    break
+                self._running = job = self._waiting.popleft()
+            try:
+                self._answer(job)
+            except Exception as error:
+                job.listener(Failure("device", GLMError(f"it failed: {error!r}")))
+            with self._changed:
+                self._running = None
+                self._changed.notify_all()
+        for job in self._waiting:
+            self._end(job, "stopping")
+
+    def _answer(self, job: Job) -> None:
+        row = job.row
+        if job.score_prompt is not None:
+            job.prompt_logprobs[:] = _score(self.engine, row.ids, job.score_prompt)
+        with closing(self._events(job)) as events:
+            while True:
+                self.gate.wait()
+                if job in self._left:
+                    return self._end(job, "cancelled")
+                if self._stopping:
+                    return self._end(job, "stopping")
+                if job.deadline is not None and time.monotonic() > job.deadline:
+                    return self._end(job, "deadline")
+                event = next(events)
+                if row.tokens == 1:  # as if it had kept the prompt before
+                    pairs = zip(self._last_ids, row.ids[:-1], strict=False)
+                    same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+                    row.stats.reused_tokens, self._last_ids = len(list(same)), row.ids
+                job.listener(event)
+                if event.completion is not None:
+                    return None
+
+    def _events(self, job: Job) -> Generator[TokenEvent, None, None]:
+        schedule, row = self._schedules.pop(job), job.row
+        if self.script is None:
+            yield from schedule.events()
+            return
+        for token in self.script(row):
+            if not row.ended:
+                yield row.take(token, None)
+
+    def _end(self, job: Job, reason: str) -> None:
+        self.cancelled += reason == "cancelled"
+        self._schedules.pop(job, None)
+        job.listener(Failure(reason, GLMError(f"the request has ended: {reason}")))
+
+
+def _score(engine: Engine, ids: Sequence[int], count: int) -> list[TokenLogprob]:
+    """The log-probability of each token after the first, from the plain forward pass."""
+    tokens = jnp.asarray([ids], jnp.int32)
+    logits, _ = forward(engine.config, engine.executor.params, tokens)
+    scores = np.asarray(jax.nn.log_softmax(logits[0]))
+    found = []
+    for row, token in zip(scores, ids[1:], strict=False):
+        best = np.argsort(-row, kind="stable")[:count]
+        top = tuple((int(i), float(row[i])) for i in best)
+        found.append(TokenLogprob(token, float(row[token]), top))
+    return found
