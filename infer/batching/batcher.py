@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 
-from glm2_jax.errors import CheckpointError, DeviceError, GLMError
+from glm2_jax.errors import CheckpointError, DeviceError, GLMError, InputError
 from glm2_jax.runtime.devices import device_errors
 from infer.batching.job import Event, Failure, Job
 from infer.batching.options import BatchOptions
@@ -79,6 +79,7 @@ class Batcher:
             job.deadline,
             job.adapter,
             reuse=job.score_prompt is None,
+            waits=job.grammar is not None,
             payload=job,
         )
         job.text = Text(row.ids) if self._draft else None
@@ -123,7 +124,8 @@ class Batcher:
         if not self._draft:
             return [self._slots.decode(plan)]
         jobs = [None if ticket is None else ticket.payload for ticket in plan.tickets]
-        drafts = drafts_of([job and job.text for job in jobs], self._draft)
+        free = not any(job and job.grammar for job in jobs)
+        drafts = drafts_of([job and job.text for job in jobs], self._draft) if free else None
         self.stats.passes += 1
         for job in filter(None, jobs):
             job.row.stats.passes += 1
@@ -153,8 +155,13 @@ class Batcher:
         job: Job = ticket.payload
         try:
             event = job.row.take(token, logprobs)
+            if job.grammar is not None and not job.row.ended:
+                job.grammar.take(token)
         except CheckpointError as error:  # NaN or Inf: the keys of this row are worth nothing
             self._fail(job, Failure("not_finite", error), forget=True)
+            return
+        except InputError as error:
+            self._fail(job, Failure("grammar", error))
             return
         self.scheduler.drew(ticket, token)
         if job.text is not None and event.token is not None:

@@ -20,6 +20,7 @@ class Ticket:
         deadline: the time, of the caller's clock, at which it has to end.
         adapter: number of the LoRA adapter; keys and values of another one are not reused.
         reuse: whether keys and values that are in the cache already may be reused.
+        waits: whether a token can only be drawn after the one before was read.
         payload: the caller's.
         slot: row of the cache; None while it waits and after its end.
         reused: how many tokens of the prompt were in the cache already.
@@ -34,6 +35,7 @@ class Ticket:
     deadline: float | None = None
     adapter: int = 0
     reuse: bool = True
+    waits: bool = False
     payload: Any = None
     slot: int | None = field(default=None, init=False)
     reused: int = field(default=0, init=False)
@@ -45,6 +47,12 @@ class Ticket:
     def unread(self) -> int:
         """How many tokens of the prompt have still to be dispatched."""
         return len(self.prompt) - self.filled
+
+    @property
+    def ready(self) -> bool:
+        """Whether its next token can be drawn, and may be."""
+        known = not self.waits or self.planned <= len(self.drawn)
+        return not self.unread and self.planned < self.limit and known
 
 
 class Queue:

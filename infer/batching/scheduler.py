@@ -205,12 +205,8 @@ class Scheduler:
         return Part(slot, ticket, start, ids, last)
 
     def _decode(self) -> Decode | None:
-        """Plan one token for every row whose prompt was read and whose limit is not reached."""
-        rows = {
-            slot: ticket
-            for slot, ticket in self._running.items()
-            if not ticket.unread and ticket.planned < ticket.limit
-        }
+        """Plan one token for every row that is ready."""
+        rows = {slot: ticket for slot, ticket in self._running.items() if ticket.ready}
         if not rows:
             return None
         view = self._view(max(len(one.prompt) + one.planned for one in rows.values()))

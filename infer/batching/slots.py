@@ -22,7 +22,7 @@ from infer.batching.scheduler import Decode, Part, Prefill
 from infer.engine import steps
 from infer.engine.call import controls_of
 from infer.engine.executor import Executor
-from infer.engine.sampling import Logprobs, prompt_counts
+from infer.engine.sampling import EVERY, Logprobs, prompt_counts
 from infer.engine.steps import Controls, Output, State
 
 
@@ -46,12 +46,15 @@ class Slots:
         self._executor, self._options, self._count = executor, options, options.slots
         self._rows_of = rows_of
         self._vocab, self._joined = executor.config.vocab_size, is_joined(executor.params)
+        self._all_allowed = executor.places.put(self._allowed([None] * self._count))
         self.reset()
 
     def reset(self) -> None:
         """Make all slots empty; also after an error of the device."""
         self._state = self._empty(self._executor)
-        self._asked: tuple[Ticket | None, ...] = ()  # for whom the controls are
+        # For whom the controls are, which is worth keeping: also those who sit out a step.
+        self._asked: tuple[Ticket | None, ...] = (None,) * self._count
+        self._controls: Controls | None = None
 
     def prefill(self, plan: Prefill) -> list[Sent]:
         """Read parts of prompts into their slots, and draw the first tokens of those that end.
@@ -72,13 +75,23 @@ class Slots:
 
         `drafts` is int32 [B, N].
         """
-        if plan.tickets != self._asked:
-            jobs = [None if ticket is None else ticket.payload for ticket in plan.tickets]
+        asked = tuple(
+            ticket or (before if before and before.slot == slot else None)
+            for slot, (ticket, before) in enumerate(zip(plan.tickets, self._asked, strict=True))
+        )
+        jobs = [None if ticket is None else ticket.payload for ticket in asked]
+        if self._controls is None or asked != self._asked:
             self._controls = self._executor.places.put(_controls(jobs))
-            self._adapters, self._asked = self._numbers(jobs), plan.tickets
+            self._adapters, self._asked = self._numbers(jobs), asked
         keep = np.array([ticket is not None for ticket in plan.tickets])
-        where = {"view": plan.view, "adapters": self._adapters, "drafts": drafts}
-        self._state, output = self._executor.decode(self._controls, keep, self._state, **where)
+        bound = any(job is not None and job.grammar is not None for job in jobs)
+        how = {
+            "view": plan.view,
+            "adapters": self._adapters,
+            "drafts": drafts,
+            "allowed": self._allowed(jobs) if bound else self._all_allowed,
+        }
+        self._state, output = self._executor.decode(self._controls, keep, self._state, **how)
         drawn = [(slot, ticket) for slot, ticket in enumerate(plan.tickets) if ticket is not None]
         return _copied(Sent(False, drawn, output))
 
@@ -92,7 +105,8 @@ class Slots:
             controls = executor.places.put(_controls([None] * self._count))
             for view in options.views:
                 adapters = self._numbers([None] * self._count)
-                executor.decode(controls, keep, state, view=view, adapters=adapters)
+                how = {"view": view, "adapters": adapters, "allowed": self._all_allowed}
+                executor.decode(controls, keep, state, **how)
                 for rows, width in dict.fromkeys(sizes):
                     self._begin(executor, state, _Reading.empty(rows, width), view)
             scored = _Reading.empty(1, options.budget)
@@ -133,9 +147,18 @@ class Slots:
         prompts = [() if job is None else job.row.ids for job in jobs]
         counts = prompt_counts(prompts, len(slots), self._vocab)
         begun = State.first(part, counts)
-        begun, output = executor.pick((logits, cache), _controls(jobs), ends, begun)
+        controls, allowed = _controls(jobs), self._allowed(jobs)
+        begun, output = executor.pick((logits, cache), controls, ends, begun, allowed)
         slots = np.where(ends, slots, self._count).astype(np.int32)
         return executor.insert(slots, begun, state), output, logprobs
+
+    def _allowed(self, jobs: Sequence[Job | None]) -> np.ndarray:
+        """Return which tokens the rows may draw next, uint32 [rows, V / 32]."""
+        allowed = np.full((len(jobs), -(-self._vocab // 32)), EVERY)
+        for row, job in enumerate(jobs):
+            if job is not None and job.grammar is not None:
+                allowed[row] = job.grammar.allowed
+        return allowed
 
     def _numbers(self, jobs: Sequence[Job | None]) -> np.ndarray | None:
         """Return the adapters of rows, int32; None where the model has none."""

@@ -18,7 +18,7 @@ from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.engine.placement import Places
 from infer.engine.programs import Made, Programs
-from infer.engine.sampling import Logprobs
+from infer.engine.sampling import Array, Logprobs
 from infer.engine.steps import Controls, Part, Read, State, Stepped
 
 
@@ -167,11 +167,13 @@ class Executor:
         drafts: np.ndarray | None = None,
         view: int | None = None,
         adapters: np.ndarray | None = None,
+        allowed: Array | None = None,
     ) -> Stepped:
         """Take one step, or verify `drafts`, int32 [B, N].
 
-        The state is used up; its cache has room for what is drawn. `keep` is bool [B]; false
-        releases a row. `view` and `adapters` are as in `fill`; drafts are verified without them.
+        The state is used up; its cache has room for what is drawn. `keep` is bool [B]; a row where
+        it is false takes no part. `view` and `adapters` are as in `fill`, `allowed` as in `pick`;
+        drafts are verified without them.
         """
         cache, state = state.cache, state._replace(cache=None)
         assert cache is not None
@@ -180,7 +182,7 @@ class Executor:
             function, key = partial(steps.decode, self.config, view), (keep.size, cache.size, view)
             args = self.params, keep, state, adapters, cache
             read = self._call("decode", key, function, *args, donate=4)
-            return self.pick(read, controls, keep, state)
+            return self.pick(read, controls, keep, state, allowed)
         function, key = partial(steps.verify, self.config), (keep.size, cache.size, drafts.shape[1])
         args = self.params, keep, state, drafts, cache
         logits, cache = self._call("verify", key, function, *args, donate=4)
@@ -189,12 +191,21 @@ class Executor:
         cache = KVCache(cache.k, cache.v, length, cache.prefix)
         return state._replace(cache=cache), output
 
-    def pick(self, read: Read, controls: Controls, keep: np.ndarray, state: State) -> Stepped:
-        """Draw a token of each row, in the one program for this number of rows.
+    def pick(
+        self,
+        read: Read,
+        controls: Controls,
+        keep: np.ndarray,
+        state: State,
+        allowed: Array | None = None,
+    ) -> Stepped:
+        """Draw a token of each row, one of those `allowed`: uint32 [B, V / 32], a bit for each.
 
-        The state is used up; its cache is that of `read`.
+        There are two programs for a number of rows: with `allowed`, and without. The state is used
+        up; its cache is that of `read`.
         """
         logits, cache = read
-        args = logits, controls, keep, state
-        state, output = self._call("pick", keep.size, steps.pick, *args, donate=3)
+        args = logits, controls, keep, state, allowed
+        key = keep.size if allowed is None else (keep.size, "allowed")
+        state, output = self._call("pick", key, steps.pick, *args, donate=3)
         return state._replace(cache=cache), output

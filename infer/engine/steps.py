@@ -167,8 +167,8 @@ def decode(
 ) -> Read:
     """Write the last token of each row into the cache; return the logits of the next, [B, V].
 
-    `keep` is bool [B]; false ends a row, even if it is active on the device. `view` and `adapters`
-    are as in `fill`.
+    `keep` is bool [B]; a row where it is false takes no part, even if it is active on the device,
+    and may go on later. `view` and `adapters` are as in `fill`.
     """
     active = state.active & keep
     part = Part(state.token[:, None], active.astype(jnp.int32), jnp.zeros_like(state.token))
@@ -181,7 +181,7 @@ def verify(
     """Write the last token of each row and its draft, int32 [B, N], into the cache.
 
     Returns the logits after each of them, [B, N + 1, V], and a cache whose lengths are those from
-    before, as `accept` decides which tokens count. `keep` is as in `decode`.
+    before, as `accept` decides which tokens count. `keep` is bool [B]; false ends a row.
     """
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     active = state.active & keep
@@ -202,17 +202,19 @@ def pick(
     `keep` is as in `decode`; the state has no cache. `allowed` is uint32 [B, V / 32], a bit for
     each token that may be drawn; None = all.
     """
-    was_active = state.active & keep
+    takes_part = state.active & keep
     keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
     token = sample(logits, keys, state.counts, controls.sampling, allowed)
     logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
     finite = jnp.isfinite(logits).all(axis=-1)
-    output = jnp.where(was_active, jnp.where(finite, token, NOT_FINITE), IDLE)
+    output = jnp.where(takes_part, jnp.where(finite, token, NOT_FINITE), IDLE)
 
     stopped = jnp.any(token[:, None] == controls.stop_ids, axis=-1)
-    active = was_active & finite & ~stopped & (state.step + 1 < controls.limit)
+    active = takes_part & finite & ~stopped & (state.step + 1 < controls.limit)
     counts = counted(state.counts, token[:, None], active[:, None])
-    state = State(None, jnp.where(active, token, 0), counts, active, state.step + was_active)
+    token = jnp.where(keep, jnp.where(active, token, 0), state.token)
+    active = jnp.where(keep, active, state.active)
+    state = State(None, token, counts, active, state.step + takes_part)
     return state, Output(output, logprobs)
 
 

@@ -175,7 +175,8 @@ class World:
                 for one in self.tickets
                 if self.began[one] <= end and self.ended[one][1] >= self.began[ticket]
             ]
-            work = sum(-(-len(one.prompt) // width) + one.limit for one in together)
+            each = {one: 1 + one.waits * self.ahead for one in together}  # steps for a token
+            work = sum(-(-len(one.prompt) // width) + one.limit * each[one] for one in together)
             assert end - self.began[ticket] <= 2 * work + 2
 
     def _take(self, ticket: Ticket, token: int) -> None:
@@ -192,6 +193,7 @@ class World:
             one
             for one in self.live
             if one in self.placed and not self._unread(one) and self.drawn[one] < one.limit
+            if not one.waits or self.drawn[one] == len(self.answers[one])
         }
         can_read = bool(unread or (waiting and scheduler.running < scheduler.slots))
         step = scheduler.next()

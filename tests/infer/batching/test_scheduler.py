@@ -25,6 +25,7 @@ ARRIVAL = st.fixed_dictionaries(
         "patience": st.none() | st.none() | st.integers(0, 60),
         "adapter": st.sampled_from((0, 0, 0, 1)),
         "reuse": st.sampled_from((True, True, True, False)),
+        "waits": st.sampled_from((False, False, True)),
     }
 )
 TICKS = st.tuples(st.just("tick"), st.integers(1, 12))
