@@ -144,5 +144,5 @@ class Executor:
         """Draw a token of each row, in the one program for this number of rows."""
         logits, cache = read
         args = logits, controls, keep, state
-        state, output = self._call("pick", keep.size, steps.pick, *args, donate=3)
+        state, output = self._call("pick", (keep.size, 1), steps.pick, *args, donate=3)
         return state._replace(cache=cache), output
