@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.support.chat_mock import STATIC
+from infer.serve.routes.page import STATIC
 from tests.support.chat_page import LAST, ChatPage
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
