@@ -133,6 +133,8 @@ def test_a_phone(open_page, mock, scheme):
     page.tab.tap("#send")
     page.wait_for_end()
     assert not page.is_wider_than_the_window()
+    page.tab.set_viewport_size({"width": 320, "height": 640})
+    assert not page.is_wider_than_the_window()
     page.tab.tap("#sidebar-toggle")
     assert page.tab.is_visible("#sidebar") and not page.is_wider_than_the_window()
     assert page.tab.evaluate("document.querySelector('#main').inert")

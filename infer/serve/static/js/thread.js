@@ -28,6 +28,7 @@ export function startThread() {
 /** Draw everything again, in another language. */
 export function redrawThread() {
   views = new Map();
+  $("thread").replaceChildren();
   drawBanner();
   draw();
 }
@@ -87,6 +88,8 @@ function step() {
 }
 
 function systemBlock(text) {
+  const old = $("thread").querySelector(".system");
+  if (old?.lastChild.textContent === text) return old; // open, or with the focus
   return el(
     "details",
     { class: "system" },
