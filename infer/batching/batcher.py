@@ -40,7 +40,16 @@ class Batcher:
     def __init__(self, engine: Engine, options: BatchOptions):
         self.options, self.stats, self._draft = options, Stats(), engine.speculate
         self.ended = 0
-        self.scheduler = Scheduler(
+        self.scheduler = self._new_scheduler()
+        self._executor = engine.executor.counting()
+        with self._device_errors():
+            self._slots = Slots(self._executor, options, self.scheduler.rows_of)
+        self._jobs: set[Job] = set()  # those that have not ended
+        self._sent: list[Sent] = []  # what was dispatched and not read
+
+    def _new_scheduler(self) -> Scheduler:
+        options = self.options
+        return Scheduler(
             slots=options.slots,
             size=options.size,
             budget=options.budget,
@@ -49,11 +58,6 @@ class Batcher:
             queue=options.slots + options.queue,  # a free slot is taken at the next step
             deterministic=options.deterministic,
         )
-        self._executor = engine.executor.counting()
-        with self._device_errors():
-            self._slots = Slots(self._executor, options, self.scheduler.rows_of)
-        self._jobs: set[Job] = set()  # those that have not ended
-        self._sent: list[Sent] = []  # what was dispatched and not read
 
     def warm(self) -> None:
         """Compile all programs ahead."""
@@ -131,8 +135,8 @@ class Batcher:
     def end_all(self, failure: Failure) -> None:
         """End all jobs, and forget what the slots hold: an error may have lost the cache."""
         for job in list(self._jobs):
-            self._fail(job, failure, forget=True)
-        self._sent = []
+            self._fail(job, failure)
+        self._sent, self.scheduler = [], self._new_scheduler()
         self._slots.reset()
 
     def _take(self, sent: Sent) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, forward, last_logits
-from glm2_jax.lora import choose_adapters, with_lora
+from glm2_jax.lora import choose_adapters, is_joined, with_lora
 from infer.engine.sampling import (
     Array,
     Logprobs,
@@ -117,10 +117,10 @@ def fill(
     """Do as `extend`, for these rows of the cache alone, int32 [R]; one past the end is empty.
 
     No more than `view` slots of them are used. `adapters`, int32 [R], are numbers of joined
-    adapters, see `glm2_jax.lora`; None = the params have none.
+    adapters, see `glm2_jax.lora`; None = the base model.
     """
-    params = _adapted(params, adapters)
-    return _read(config, params, part, _cut_rows(cache, part, rows), rows=rows, view=view)
+    cut = _cut_rows(cache, part, rows)
+    return _read(config, params, part, cut, rows=rows, view=view, adapters=adapters)
 
 
 def score(
@@ -139,7 +139,7 @@ def score(
     """
     logits, filled = forward(
         config,
-        _adapted(params, adapters),
+        _adapted(params, adapters, part),
         part.tokens,
         segment_ids=_real(part).astype(jnp.int32),
         cache=_cut_rows(cache, part, rows),
@@ -172,7 +172,7 @@ def decode(
     """
     active = state.active & keep
     part = Part(state.token[:, None], active.astype(jnp.int32), jnp.zeros_like(state.token))
-    return _read(config, _adapted(params, adapters), part, cache, view=view)
+    return _read(config, params, part, cache, view=view, adapters=adapters)
 
 
 def verify(
@@ -265,11 +265,13 @@ def _columns(state: State, drafts: jax.Array) -> State:
     )
 
 
-def _adapted(params: Any, adapters: Array | None) -> Any:
-    """Return the params with the adapters of these numbers for the rows."""
-    if adapters is None:
+def _adapted(params: Any, adapters: Array | None, part: Part) -> Any:
+    """Return the params with the adapters of these numbers for the rows, if they have joined ones;
+    None = the base model."""
+    if not is_joined(params):
         return params
-    return with_lora(params, choose_adapters(params["lora"], jnp.asarray(adapters)))
+    numbers = jnp.zeros_like(part.lengths) if adapters is None else jnp.asarray(adapters)
+    return with_lora(params, choose_adapters(params["lora"], numbers))
 
 
 def _read(
@@ -280,8 +282,10 @@ def _read(
     *,
     rows: Array | None = None,
     view: int | None = None,
+    adapters: Array | None = None,
 ) -> Read:
     """Return the logits of each row's last token, and the cache with all tokens."""
+    params = _adapted(params, adapters, part)
     last = jnp.maximum(part.lengths - 1, 0)
     segment_ids = _real(part).astype(jnp.int32)
     where = {"cache": cache, "rows": None if rows is None else jnp.asarray(rows), "view": view}

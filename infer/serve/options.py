@@ -81,6 +81,11 @@ class RequestOptions:
         "name of the model in the API; may be repeated (default: the name of its folder)",
         action="append", metavar="NAME",
     )  # fmt: skip
+    lora: list[str] | None = flag(
+        "serve a LoRA adapter of the model, too, under its own name; may be repeated; requests "
+        "of all of them are answered together",
+        action="append", metavar="NAME=FOLDER",
+    )  # fmt: skip
     preset: str = flag(
         "sampling parameters that a request leaves out: openai = temperature 1, top-p 1, no top-k; "
         "official = the reference's chat(); api = the reference's HTTP server. POST / always "

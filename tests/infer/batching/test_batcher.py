@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm2_jax import forward
+from glm2_jax import forward, init_lora
+from glm2_jax.lora import join_adapters, with_lora
 from infer.batching.batcher import Batcher
 from infer.batching.job import Failure, Job
 from infer.batching.options import BatchOptions
@@ -231,3 +232,24 @@ def test_an_error_of_the_device_ends_the_requests_and_not_the_batcher(engine):
     _, next_ = submit(batcher, engine, [5, 6])
     run(batcher)
     assert next_.ids == list(alone(engine, [5, 6], SIMPLE).output_ids)
+
+
+def test_rows_of_several_adapters_in_one_batch(engine):
+    """And of the base model; a prefix of one adapter is not reused by another."""
+    adapters = [
+        jax.tree.map(
+            lambda x, n=rank: x + 0.05 * n,
+            init_lora(TOY, jax.random.key(rank), rank=rank, alpha=8, targets="all-linear"),
+        )
+        for rank in (2, 3)
+    ]
+    joined = toy_engine(with_lora(toy_params(), join_adapters(adapters)), max_length=128)
+    apart = [toy_engine(with_lora(toy_params(), one), max_length=128) for one in adapters]
+    batcher, ids = Batcher(joined, OPTIONS), [*range(5, 40)]
+    for _ in range(2):
+        heard = [submit(batcher, joined, ids, adapter=number)[1] for number in (0, 1, 2, 1)]
+        run(batcher)
+        want = [list(alone(one, ids, SIMPLE).output_ids) for one in (engine, *apart, apart[0])]
+        assert [one.ids for one in heard] == want
+    assert want[0] != want[1] != want[2]
+    assert alone(joined, ids, SIMPLE).output_ids == tuple(want[0])  # a plain call: the base model

@@ -146,12 +146,12 @@ def test_the_width_lets_most_prompts_answer_and_then_reads_most(lengths, width, 
 
 def test_the_free_slot_with_the_longest_common_prefix_is_reused():
     plan = scheduler(3)
-    answered(plan, "abcde", "abxyz", "abx")
+    answered(plan, "abx", "abxyz", "abcde")
     assert plan.prefix_hits == 0
     assert placed(plan, "abxyq") == (1, 4)
-    assert placed(plan, "abx") == (2, 2)  # its last token has to be read
-    assert placed(plan, "q") == (0, 0)
-    assert (plan.prefix_hits, plan.prefix_queries) == (6, 5 + 5 + 3 + 5 + 3 + 1)
+    assert placed(plan, "abx") == (0, 2)  # its last token has to be read
+    assert placed(plan, "q") == (2, 0)
+    assert (plan.prefix_hits, plan.prefix_queries) == (6, 3 + 5 + 5 + 5 + 3 + 1)
 
 
 def test_among_equals_the_least_recently_used_slot_goes():
@@ -214,6 +214,16 @@ def test_clients_take_turns_while_others_wait():
         order.append(ticket)
         plan.end(ticket)
     assert order == [busy[0], calm, busy[1], busy[2]]
+
+
+def test_no_more_prompts_have_slots_than_a_step_can_read():
+    plan = scheduler(8)
+    long = put(plan, *[20] * 6)
+    for _ in range(2):
+        step = plan.next()
+        assert isinstance(step, Prefill)
+        assert [part.ticket for part in step.parts] == long[:1]  # the first goes on
+        assert (plan.running, plan.waiting) == (4, 2)
 
 
 def test_the_queue_has_a_limit_and_deadlines_hold_in_it():

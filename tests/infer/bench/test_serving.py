@@ -334,7 +334,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(tmp_path):
         "'tests.infer.bench.dummy_server', '--port', str(port), '--delay', '0.01']\n"
         "interrupt.run(main)"
     )
-    command = [sys.executable, "-c", code, "--serve", "--requests", "99999", "--users", "1,2",
+    command = [sys.executable, "-c", code, "--serve", "--requests", "2000", "--users", "1,2",
                "--new-tokens", "5", "--json"]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

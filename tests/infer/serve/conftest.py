@@ -37,15 +37,18 @@ def mock(browser) -> Iterator[ChatMock]:
 
 
 @pytest.fixture
-def open_page(browser, mock):
-    """Return a function that opens the page in a new profile; options are Playwright's."""
+def open_page(browser, request):
+    """Return a function that opens the page in a new profile; options are Playwright's.
+
+    Without an address the page is that of the fixture `mock`.
+    """
     pages: list[ChatPage] = []
 
-    def opened(language: str = "en-US", **options) -> ChatPage:
+    def opened(language: str = "en-US", *, address: str = "", **options) -> ChatPage:
         options = {"viewport": {"width": 1280, "height": 800}} | options
         context = browser.new_context(locale=language, **options)
         context.set_default_timeout(20_000)
-        pages.append(ChatPage(context, mock.address))
+        pages.append(ChatPage(context, address or request.getfixturevalue("mock").address))
         return pages[-1]
 
     yield opened
