@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,17 @@ def open_choice(
         load_s=time.perf_counter() - start,
         on_event=on_event,
     )
+
+
+def add_adapters(engine: Engine, choice: ModelChoice, adapters: Sequence[str]) -> None:
+    """Add adapters, folders, of which each row of a batch uses one or none; before any call.
+
+    CheckpointError, UsageError: as `load`.
+    """
+    base = open_folder(choice.path or demo_folder(), **choice.form)
+    form = {"family": choice.family, "force": choice.force_adapter}
+    found = [open_adapter(folder, base, **form) for folder in adapters]
+    engine.checkpoint = attach(engine.checkpoint, *found, joined=True)
 
 
 def _find(path: Any, source: str | None, revision: str | None) -> Path:

@@ -73,8 +73,7 @@ class Jobs:
                     score_prompt=asked.score_prompt,
                 )
                 self.jobs.append(job)
-        for job in self.jobs:
-            self._service.worker.submit(job)
+        self._service.worker.submit(*self.jobs)
 
     def _listener(self, index: int):
         def listen(event: Event) -> None:

@@ -14,10 +14,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
+from infer.batching.options import BatchOptions
 from infer.batching.worker import Worker
 from infer.engine.engine import Engine
+from infer.engine.load import add_adapters
 from infer.serve.app import build
 from infer.serve.options import AddressOptions, Settings
 from infer.serve.security import Access, find_access
@@ -30,19 +32,23 @@ _FLUSH = 5.0  # seconds that readers have for the end of their answers when the 
 def run(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit code."""
     access = find_access(settings.address)
+    adapters = adapters_of(settings)
     with contextlib.closing(_bind(settings.address)) as listener:
         note_demo_model(settings.choice)
         engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
-        batch = settings.batch
+        if adapters:
+            add_adapters(engine, settings.choice, list(adapters.values()))
         worker = Worker(
             engine,
-            slots=batch.slots,
-            tokens_per_prefill=batch.tokens_per_prefill,
-            queue=settings.requests.queue,
-            deterministic=batch.deterministic,
+            BatchOptions(
+                slots=settings.batch.slots,
+                size=engine.max_length,
+                tokens_per_prefill=settings.batch.tokens_per_prefill,
+                queue=settings.requests.queue,
+                deterministic=settings.batch.deterministic,
+            ),
         )
-        with Progress("compiling") as bar:
-            worker.warm(bar.update)
+        worker.warm()
         service = make_service(settings, engine, worker)
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()
@@ -62,7 +68,26 @@ def make_service(settings: Settings, engine: Engine, worker: Worker) -> Service:
     form = f"{engine.checkpoint.fingerprint} {summary.dtype} {summary.quantization}"
     facts = Facts.of(engine, hashlib.sha256(form.encode()).hexdigest())
     names = settings.requests.served_model_name or [model_name(settings.choice.path)]
-    return Service(facts, worker, dict.fromkeys(names, 0), settings.requests)
+    numbers = {name: number for number, name in enumerate(adapters_of(settings), 1)}
+    return Service(facts, worker, dict.fromkeys(names, 0) | numbers, settings.requests)
+
+
+def adapters_of(settings: Settings) -> dict[str, str]:
+    """Return the adapters of `--lora`, name -> folder; UsageError for a bad one."""
+    pairs = [text.partition("=") for text in settings.requests.lora or ()]
+    for name, _, folder in pairs:
+        if not name or not folder:
+            raise UsageError("--lora needs NAME=FOLDER", fix="Write --lora support=adapters/one.")
+    found = {name: folder for name, _, folder in pairs}
+    if len(found) < len(pairs) or set(found) & set(settings.requests.served_model_name or ()):
+        raise UsageError("--lora: two models have the same name", fix="Rename one of them.")
+    if found and settings.choice.adapter:
+        raise UsageError(
+            "--lora excludes --adapter",
+            "With --adapter all requests use one adapter.",
+            "Name it with --lora, too.",
+        )
+    return found
 
 
 def _bind(address: AddressOptions) -> socket.socket:

@@ -10,10 +10,12 @@ from functools import cache, partial
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import (
     GLMConfig,
+    KVCache,
     cache_sharding,
     forward,
     init_lora,
@@ -139,7 +141,7 @@ def compare(mesh: str, scheme: str | None, as_list: bool) -> dict[str, Any]:
     rows, slots = cast(Any, at[1])
     assert one.mesh is not None
     where: Any = cache_sharding(CONFIG, one.mesh).k
-    part = where.shard_shape((CONFIG.num_layers, rows, slots, CONFIG.num_kv_heads, 8))
+    part = where.shard_shape((CONFIG.num_layers, rows, CONFIG.num_kv_heads, slots, 8))
     return {
         "mesh": mesh_text(dict(one.mesh.shape)),
         "scheme": scheme,
@@ -192,7 +194,28 @@ def more_ways(mesh: str) -> dict[str, bool]:
         and drafted[0].stats.passes > 0,
         "logits for evaluation": bool(max(off) < 1e-4),
         "loop on the devices": looped == want,
+        "some rows of a cache": some_rows(mesh),
     }
+
+
+def some_rows(mesh: str) -> bool:
+    """Whether parts of a cache are read and written on a mesh as on one device."""
+
+    def run(params: Any) -> Any:
+        tokens, rows = jnp.arange(20).reshape(4, 5), jnp.asarray([2, 9, 0])
+        cache = KVCache.zeros(CONFIG, 4, 64, jnp.float32)
+        _, cache = forward(CONFIG, params, tokens, cache=cache)
+        logits, cache = forward(CONFIG, params, tokens[:3], cache=cache, rows=rows, view=16)
+        return logits[:: len(rows) - 1], cache
+
+    one, many = engine(None), ENGINES[mesh, None]
+    assert many.mesh is not None
+    with jax.set_mesh(many.mesh):
+        found = jax.jit(run)(many.executor.params)
+    pairs = zip(
+        jax.tree.leaves(found), jax.tree.leaves(jax.jit(run)(one.executor.params)), strict=True
+    )
+    return all(np.abs(gathered(ours) - gathered(other)).max() < 1e-4 for ours, other in pairs)
 
 
 def command(*flags: str) -> list[str]:
