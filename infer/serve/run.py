@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
+from infer.batching.grammar import ANY_OBJECT
 from infer.batching.options import BatchOptions
 from infer.batching.worker import Worker
 from infer.engine.engine import Engine
@@ -50,6 +51,7 @@ def run(settings: Settings) -> int:
         )
         worker.warm()
         service = make_service(settings, engine, worker)
+        service.grammars.matcher(ANY_OBJECT)  # the first request must not wait for the vocabulary
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()
         _announce(settings, listener, service, access)
