@@ -1,7 +1,8 @@
 """The server as a deployment of Ray Serve: replicas on the machines of a cluster.
 
-    pip install 'ray[serve]' and, on every machine, '.[serve]' or '.[serve,cuda]'
-    GLM2_API_KEY=... serve run deploy.ray_serve:build replicas=2 gpus=1 model=/srv/glm2/model
+    pip install 'ray[serve]', and '.[serve]' or '.[serve,cuda]' on every machine
+    ray start --head
+    GLM2_API_KEY=... serve run deploy.ray_serve:build --address auto replicas=2 gpus=1 model=FOLDER
 
 Other arguments are flags of `python -m infer.serve`: slots=32 is `--slots 32`. The address is Ray's.
 """
@@ -23,22 +24,12 @@ class Replica:
     def __init__(self, flags: list[str]):
         settings = from_flags(Settings, parser().parse_args(flags))
         arguments.choose_platform(settings.choice.device)
+        from infer.serve import app, run, security  # late: this imports jax
 
-        from infer.batching.worker import Worker  # late: jax takes the device of this process
-        from infer.serve import app, run, security
-        from infer.startup import open_engine
-
-        access, batch = security.find_access(settings.address), settings.batch
-        engine = open_engine(settings.choice, settings.options, rows=batch.slots)
-        self._worker = Worker(
-            engine,
-            slots=batch.slots,
-            tokens_per_prefill=batch.tokens_per_prefill,
-            queue=batch.queue,
-            deterministic=batch.deterministic,
-        )
-        self._worker.warm()
-        self._app = app.build(run.make_service(settings, engine, self._worker), access)
+        access = security.find_access(settings.address)
+        service = run.open_service(settings)
+        self._worker = service.worker
+        self._app = app.build(service, access, settings.address.cors_origin or ())
         self._worker.start()
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -169,9 +169,7 @@ def proxy() -> Iterator[Path]:
         folder = Path(name)
         certificate = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=chat.example.com"
         files = ["-keyout", folder / "privkey.pem", "-out", folder / "fullchain.pem"]
-        subprocess.run(
-            ["openssl", *certificate.split(), *files], check=True, capture_output=True
-        )
+        subprocess.run(["openssl", *certificate.split(), *files], check=True, capture_output=True)
         site = re.sub(r" *listen \[.*\n", "", NGINX)
         for old, new in (
             ("/etc/letsencrypt/live/chat.example.com/", f"{folder}/"),
