@@ -4,7 +4,8 @@
     ray start --head
     GLM2_API_KEY=... serve run deploy.ray_serve:build --address auto replicas=2 gpus=1 model=FOLDER
 
-Other arguments are flags of `python -m infer.serve`: slots=32 is `--slots 32`. The address is Ray's.
+Other arguments are flags of `python -m infer.serve`: slots=32 is `--slots 32`. Ray has its own
+address and port.
 """
 
 from typing import Any
@@ -24,12 +25,14 @@ class Replica:
     def __init__(self, flags: list[str]):
         settings = from_flags(Settings, parser().parse_args(flags))
         arguments.choose_platform(settings.choice.device)
-        from infer.serve import app, run, security  # late: this imports jax
+        from infer.serve.app import build as build_app  # late: this imports jax
+        from infer.serve.run import open_service
+        from infer.serve.security import find_access
 
-        access = security.find_access(settings.address)
-        service = run.open_service(settings)
+        access = find_access(settings.address)
+        service = open_service(settings)
         self._worker = service.worker
-        self._app = app.build(service, access, settings.address.cors_origin or ())
+        self._app = build_app(service, access, settings.address.cors_origin or ())
         self._worker.start()
 
     def __serve_build_asgi_app__(self) -> Any:

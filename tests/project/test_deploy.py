@@ -13,9 +13,11 @@ import socket
 import socketserver
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -26,8 +28,11 @@ import yaml
 
 from glm2_jax.cli import main as cli
 from glm2_jax.runtime import compile_cache
+from infer.serve import fields, schema
 from infer.serve.options import AddressOptions, RequestOptions, parser
+from tests.project.test_readme import SERVING
 from tests.support.paths import ROOT
+from tests.support.serve import serving
 
 DEPLOY = ROOT / "deploy"
 PAGES = [(ROOT / "docs" / name).read_text("utf-8") for name in ("serving.md", "serving.zh.md")]
@@ -58,6 +63,57 @@ def command_lines() -> list[list[str]]:
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_the_server_takes_the_flags_of_a_command_line(words):
     parser().parse_args(words)
+
+
+def quoted(page: str) -> Counter[str]:
+    return Counter(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page, flags=re.DOTALL)))
+
+
+def test_both_languages_say_the_same():
+    english, chinese = PAGES
+    code = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+    assert code.findall(english) == code.findall(chinese)
+    assert quoted(english) == quoted(chinese)
+    assert re.findall(r"\]\((\.\./[^)]+)", english) == re.findall(r"\]\((\.\./[^)]+)", chinese)
+    numbers = [Counter(re.findall(r"\d[\d.,]*\b", page)) for page in PAGES]
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=("en", "zh"))
+def test_the_page_says_what_becomes_of_each_field(page):
+    parts = re.split(r"^\*\*.+?\*\*", page.split("\n## ")[4], flags=re.MULTILINE)[1:]
+    honoured, harmless, refused, _ = ({*re.findall(r"`([^`]+)`", part)} for part in parts)
+    bodies = schema.ChatBody, schema.CompletionBody
+    assert {name for body in bodies for name in body.model_fields} <= honoured | {"stream_options"}
+    assert fields.HARMLESS == harmless - {"stream_options"}
+    assert {*fields.REFUSED} == refused - {"min_p: 0", "/v1/completions"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=("en", "zh"))
+def test_the_page_names_the_defaults_of_flags(page):
+    shown = re.findall(r"^\| `(--[\w-]+)` \| (\d+|\w+) \|", page, flags=re.MULTILINE)
+    numbers = {name: float(value) for name, value in shown if value.isdecimal()}
+    assert len(numbers) >= 4
+    known = {name: action.default for action in parser()._actions for name in action.option_strings}
+    assert numbers == {name: known[name] for name in numbers}
+    assert all(name in page for name in ("`--preset` | openai", "`--log-level` | info"))
+
+
+def test_the_pages_list_every_route_and_every_metric():
+    with serving("ok") as served:
+        paths = served.request("GET", "/openapi.json").json()["paths"]
+        metrics = served.request("GET", "/metrics").text
+    routes = {f"{method.upper()} {path}" for path in paths for method in paths[path]}
+    names = set(
+        re.findall(r"^# TYPE (vllm:\S+) (?:gauge|counter|histogram)$", metrics, re.MULTILINE)
+    )
+    names = {name for name in names if not name.endswith("_created")}
+    for page in PAGES:
+        rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+        told = set(re.findall(r"`((?:GET|POST) [^`]+)`", "".join(rows)))
+        own = {"GET /openapi.json", "GET /", "GET /static/..."}
+        assert routes == told - own
+        assert names == {name for name in quoted(page) if name.startswith("vllm:")}
 
 
 def test_there_is_time_and_space_for_what_the_server_allows():
@@ -114,6 +170,28 @@ def test_the_example_of_ray_imports_what_there_is():
     for node in ours:
         module = importlib.import_module(str(node.module))
         assert all(hasattr(module, alias.name) for alias in node.names), node.module
+
+
+@needs("curl")
+def test_the_commands_of_the_readme(tmp_path):
+    """A server in a process of its own answers, and ends as its supervisor asks."""
+    start, ask = SERVING
+    assert f"```bash\n{start}\n{ask}\n```" in (ROOT / "README.md").read_text("utf-8")
+    words = [sys.executable, *start.split()[1:], "--port", "0", "--slots", "2"]
+    command = [*words, "--max-length", "128", "--compile-cache", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"API http://(127\.0\.0\.1:\d+)/v1", line):
+                ask = ask.replace(f"127.0.0.1:{AddressOptions().port}", found[1])
+                done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+                process.terminate()
+        assert process.wait() == cli.EXIT_TERMINATED, "".join(lines)
+    answer = json.loads(done.stdout)["choices"][0]
+    assert answer["message"]["content"].strip() and answer["finish_reason"] in ("stop", "length")
 
 
 @needs("systemd-analyze")
