@@ -37,7 +37,7 @@ def test_meshes_answer_with_the_tokens_of_one_device(found):
     for case in found["cases"]:
         assert case["greedy"] and case["sampled"] and case["off"] < 1e-4, case
     # Conversations, threads, parts, adapters, prefixes, drafts, loops and rows of a cache:
-    assert len(found["ways"]) == 7
+    assert len(found["ways"]) == 8
     assert not [name for name, same in found["ways"].items() if not same]
 
 
