@@ -33,25 +33,10 @@ _FLUSH = 5.0  # seconds that readers have for the end of their answers when the 
 def run(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit code."""
     access = find_access(settings.address)
-    adapters = adapters_of(settings)
     with contextlib.closing(_bind(settings.address)) as listener:
         note_demo_model(settings.choice)
-        engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
-        if adapters:
-            add_adapters(engine, settings.choice, list(adapters.values()))
-        worker = Worker(
-            engine,
-            BatchOptions(
-                slots=settings.batch.slots,
-                size=engine.max_length,
-                tokens_per_prefill=settings.batch.tokens_per_prefill,
-                queue=settings.requests.queue,
-                deterministic=settings.batch.deterministic,
-            ),
-        )
-        worker.warm()
-        service = make_service(settings, engine, worker)
-        service.grammars.matcher(ANY_OBJECT)  # the first request must not wait for the vocabulary
+        service = open_service(settings)
+        worker = service.worker
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()
         _announce(settings, listener, service, access)
@@ -62,6 +47,28 @@ def run(settings: Settings) -> int:
     code = interrupt.exit_code(signum)
     interrupt.tell(code)
     return code
+
+
+def open_service(settings: Settings) -> Service:
+    """Load the model and compile all programs; the caller starts the worker and stops it."""
+    adapters = adapters_of(settings)
+    engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
+    if adapters:
+        add_adapters(engine, settings.choice, list(adapters.values()))
+    worker = Worker(
+        engine,
+        BatchOptions(
+            slots=settings.batch.slots,
+            size=engine.max_length,
+            tokens_per_prefill=settings.batch.tokens_per_prefill,
+            queue=settings.requests.queue,
+            deterministic=settings.batch.deterministic,
+        ),
+    )
+    worker.warm()
+    service = make_service(settings, engine, worker)
+    service.grammars.matcher(ANY_OBJECT)  # the first request must not wait for the vocabulary
+    return service
 
 
 def make_service(settings: Settings, engine: Engine, worker: Worker) -> Service:
