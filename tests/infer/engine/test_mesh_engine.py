@@ -85,6 +85,7 @@ def test_flags_of_a_mesh():
     with pytest.raises(SystemExit):
         flags(["--tp", "2", "--mesh", "data=2"])
     assert [faster_layers(name, on_mesh=True) for name in ("cpu", "tpu")] == ["list", "stacked"]
+    assert [faster_layers("gpu", rows=rows) for rows in (1, 4, 5)] == ["stacked", "stacked", "list"]
     assert Places().rows == 1
 
 
