@@ -27,6 +27,7 @@ from infer.serve.security import Access, find_access
 from infer.serve.service import Facts, Service, model_name
 from infer.startup import note_demo_model, open_engine
 
+_BACKLOG = 2048  # connections that wait to be accepted, as uvicorn's default
 _FLUSH = 5.0  # seconds that readers have for the end of their answers when the server stops
 
 
@@ -39,6 +40,7 @@ def run(settings: Settings) -> int:
         worker = service.worker
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()
+        listener.listen(_BACKLOG)  # whoever reads the next lines can connect
         _announce(settings, listener, service, access)
         try:
             signum = serve(app, worker, listener, settings.requests.log_level)

@@ -35,7 +35,9 @@ ELSEWHERE = {
     "pip install -e '.[test]'": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
     **{
         f"pip install -e '.[{extra}]'": ("pyproject.toml", f"{extra.split(',')[-1]} = ")
-        for extra in ("cuda", "tpu", "serve", "hub", "plot", "export,gguf", "evaluate", "tpu-compile")
+        for extra in (
+            "cuda", "tpu", "serve", "hub", "plot", "export,gguf", "evaluate", "tpu-compile"
+        )
     },
     "python -m convert.merge_lora BASE ADAPTER MERGED": ("tests", "merge_lora"),
     "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
