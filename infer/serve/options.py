@@ -57,7 +57,7 @@ class AddressOptions:
 
 
 @dataclass(frozen=True)
-class BatchOptions:
+class BatchFlags:
     """How many requests are answered at once."""
 
     slots: int = flag(
@@ -88,6 +88,11 @@ class RequestOptions:
     served_model_name: list[str] | None = flag(
         "name of the model in the API; may be repeated (default: the name of its folder)",
         action="append", metavar="NAME",
+    )  # fmt: skip
+    lora: list[str] | None = flag(
+        "serve a LoRA adapter of the model, too, under its own name; may be repeated; requests "
+        "of all of them are answered together",
+        action="append", metavar="NAME=FOLDER",
     )  # fmt: skip
     preset: str = flag(
         "sampling parameters that a request leaves out: openai = temperature 1, top-p 1, no top-k; "
@@ -124,7 +129,7 @@ class Settings:
     choice: ModelChoice
     options: EngineOptions
     address: AddressOptions
-    batch: BatchOptions
+    batch: BatchFlags
     requests: RequestOptions
 
 
@@ -134,7 +139,7 @@ def parser() -> Parser:
     add_model_options(result)
     options.add_adapter_options(result)
     add_flags(result, "address", AddressOptions)
-    add_flags(result, "batching", BatchOptions)
+    add_flags(result, "batching", BatchFlags)
     add_flags(result, "requests", RequestOptions)
     options.add_performance_options(result, mesh=True)
     result.add_common()

@@ -13,6 +13,7 @@ import numpy as np
 from glm2_jax import forward
 from glm2_jax.errors import GLMError
 from infer.batching.job import Busy, Event, Failure, Job
+from infer.batching.options import BatchOptions
 from infer.batching.worker import Status
 from infer.engine.answer import TokenLogprob
 from infer.engine.engine import Engine
@@ -30,15 +31,10 @@ class SerialWorker:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        *,
-        slots: int = 1,
-        queue: int = 1024,
-        script: Script | None = None,
-        **ignored,
+        self, engine: Engine, options: BatchOptions | None = None, *, script: Script | None = None
     ):
-        self.engine, self.slots, self._most = engine, slots, queue
+        self.engine = engine
+        self.options = options or BatchOptions(slots=1, size=engine.max_length)
         self.script = script
         self.gate = threading.Event()
         self.gate.set()
@@ -52,8 +48,8 @@ class SerialWorker:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def warm(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        progress(1, 1)
+    def warm(self) -> None:
+        pass
 
     def job(
         self,
@@ -67,6 +63,7 @@ class SerialWorker:
         deadline: float | None = None,
         adapter: int = 0,
         score_prompt: int | None = None,
+        grammar: None = None,
     ) -> Job:
         schedule = self.engine.schedule([ids], sampling, row_ids=[draw], clean=clean)
         row = schedule.batch.rows[0]
@@ -74,11 +71,11 @@ class SerialWorker:
         self._schedules[job] = schedule
         return job
 
-    def submit(self, job: Job) -> None:
+    def submit(self, *jobs: Job) -> None:
         with self._changed:
-            if self._stopping or len(self._waiting) >= self._most:
+            if self._stopping or len(self._waiting) + len(jobs) > self.options.queue:
                 raise Busy("the queue is full", retry_after=2.0)
-            self._waiting.append(job)
+            self._waiting += jobs
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
@@ -106,7 +103,7 @@ class SerialWorker:
     @property
     def status(self) -> Status:
         running = int(self._running is not None)
-        return Status(self.slots, running, len(self._waiting), 0.0, self._thread.is_alive())
+        return Status(self.options.slots, running, len(self._waiting), 0.0, self._thread.is_alive())
 
     def _run(self) -> None:
         while True:

@@ -1,0 +1,62 @@
+"""A real browser for the chat page, and a check that it never breaks the security policy."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.chat_mock import ChatMock, chat_mock
+from tests.support.chat_page import ChatPage
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-default-apps", "--no-pings",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium here")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def mock(browser) -> Iterator[ChatMock]:
+    with chat_mock() as mock:
+        yield mock
+
+
+@pytest.fixture
+def open_page(browser, request):
+    """Return a function that opens the page in a new profile; options are Playwright's.
+
+    Without an address the page is that of the fixture `mock`.
+    """
+    pages: list[ChatPage] = []
+
+    def opened(language: str = "en-US", *, address: str = "", **options) -> ChatPage:
+        options = {"viewport": {"width": 1280, "height": 800}} | options
+        context = browser.new_context(locale=language, **options)
+        context.set_default_timeout(20_000)
+        pages.append(ChatPage(context, address or request.getfixturevalue("mock").address))
+        return pages[-1]
+
+    yield opened
+    for page in pages:
+        page.check_that_nothing_was_forbidden()
+        page.context.close()
+
+
+@pytest.fixture
+def page(open_page) -> ChatPage:
+    return open_page()
