@@ -48,10 +48,10 @@ class Job:
         client: whose it is; clients take turns in the queue.
         deadline: of `time.monotonic()`; when it has passed the job ends with a `Failure`.
         adapter: number of the LoRA adapter, 0 = the base model.
-        grammar: what the answer has to match; None = it is free.
         score_prompt: how many alternatives are wanted with the log-probability of each prompt
             token; None = not wanted. `prompt_logprobs` has them from the first event on, one for
             each token after the first.
+        grammar: what the answer has to match; None = it is free.
     """
 
     row: Row
@@ -59,8 +59,8 @@ class Job:
     client: str = ""
     deadline: float | None = None
     adapter: int = 0
-    grammar: Matcher | None = None
     score_prompt: int | None = None
+    grammar: Matcher | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     arrived: float = 0.0  # of `time.monotonic()`
     ticket: Ticket | None = None  # of the scheduler, once it is submitted

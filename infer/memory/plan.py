@@ -164,7 +164,7 @@ def program_bytes(
     layer = rows * slots * _slot(config, precision, platform)
 
     scores, sums, early = rows * N * width * slots, 0, 0
-    if blocks := scores > SCORES:  # attention block by block
+    if scores > SCORES:  # attention block by block
         queries = min(width, max(1, SCORES // (rows * N * KEYS)))
         added = N * (H + 2) * _FLOAT32  # what it adds up for a query over blocks of keys
         scores, sums = rows * N * queries * min(KEYS, slots), rows * queries * added
@@ -176,7 +176,7 @@ def program_bytes(
         # Keys are read in place; probabilities are rounded for the product with values.
         attention = scores * (_FLOAT32 + size) + layer // 2 + sums
     else:
-        copies = 1 if width == 1 or platform == "tpu" else 2 if blocks else 3
+        copies = 1 if width == 1 or platform == "tpu" else 2
         attention = copies * scores * _FLOAT32 + layer
 
     at_once = min(tokens, max(1, MLP_ELEMENTS // (2 * F)))

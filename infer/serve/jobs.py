@@ -71,6 +71,7 @@ class Jobs:
                     deadline=self._began + limit if limit else None,
                     adapter=adapter,
                     score_prompt=asked.score_prompt,
+                    grammar=asked.grammars[draw] if asked.grammars else None,
                 )
                 self.jobs.append(job)
         self._service.worker.submit(*self.jobs)

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
+from infer.batching.grammar import ANY_OBJECT
 from infer.batching.options import BatchOptions
 from infer.batching.worker import Worker
 from infer.engine.engine import Engine
@@ -26,32 +27,20 @@ from infer.serve.security import Access, find_access
 from infer.serve.service import Facts, Service, model_name
 from infer.startup import note_demo_model, open_engine
 
+_BACKLOG = 2048  # connections that wait to be accepted, as uvicorn's default
 _FLUSH = 5.0  # seconds that readers have for the end of their answers when the server stops
 
 
 def run(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit code."""
     access = find_access(settings.address)
-    adapters = adapters_of(settings)
     with contextlib.closing(_bind(settings.address)) as listener:
         note_demo_model(settings.choice)
-        engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
-        if adapters:
-            add_adapters(engine, settings.choice, list(adapters.values()))
-        worker = Worker(
-            engine,
-            BatchOptions(
-                slots=settings.batch.slots,
-                size=engine.max_length,
-                tokens_per_prefill=settings.batch.tokens_per_prefill,
-                queue=settings.requests.queue,
-                deterministic=settings.batch.deterministic,
-            ),
-        )
-        worker.warm()
-        service = make_service(settings, engine, worker)
+        service = open_service(settings)
+        worker = service.worker
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()
+        listener.listen(_BACKLOG)  # whoever reads the next lines can connect
         _announce(settings, listener, service, access)
         try:
             signum = serve(app, worker, listener, settings.requests.log_level)
@@ -60,6 +49,28 @@ def run(settings: Settings) -> int:
     code = interrupt.exit_code(signum)
     interrupt.tell(code)
     return code
+
+
+def open_service(settings: Settings) -> Service:
+    """Load the model and compile all programs; the caller starts the worker and stops it."""
+    adapters = adapters_of(settings)
+    engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
+    if adapters:
+        add_adapters(engine, settings.choice, list(adapters.values()))
+    worker = Worker(
+        engine,
+        BatchOptions(
+            slots=settings.batch.slots,
+            size=engine.max_length,
+            tokens_per_prefill=settings.batch.tokens_per_prefill,
+            queue=settings.requests.queue,
+            deterministic=settings.batch.deterministic,
+        ),
+    )
+    worker.warm()
+    service = make_service(settings, engine, worker)
+    service.grammars.matcher(ANY_OBJECT)  # the first request must not wait for the vocabulary
+    return service
 
 
 def make_service(settings: Settings, engine: Engine, worker: Worker) -> Service:

@@ -32,6 +32,9 @@ from glm2_jax.prefix import Prefix, with_prefix
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.sharding import replicated
+from infer.batching.batcher import Batcher
+from infer.batching.job import Job
+from infer.batching.options import BatchOptions
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
@@ -138,7 +141,7 @@ def compare(mesh: str, scheme: str | None, as_list: bool) -> dict[str, Any]:
         (tokens, logprobs), again = drawn(one), answered(one, PROMPTS, GREEDY)
     ((at, program),) = ((k, p) for k, p in one.programs._programs.items() if k[0] == "decode")
     memory, found = program.memory_analysis(), collectives(program.as_text())
-    rows, slots = cast(Any, at[1])
+    rows, slots, _ = cast(Any, at[1])
     assert one.mesh is not None
     where: Any = cache_sharding(CONFIG, one.mesh).k
     part = where.shard_shape((CONFIG.num_layers, rows, CONFIG.num_kv_heads, slots, 8))
@@ -195,7 +198,19 @@ def more_ways(mesh: str) -> dict[str, bool]:
         "logits for evaluation": bool(max(off) < 1e-4),
         "loop on the devices": looped == want,
         "some rows of a cache": some_rows(mesh),
+        "requests that join and leave": joined(one) == want * 2,
     }
+
+
+def joined(engine: Engine) -> list[list[int]]:
+    """Answers of more requests than there are slots."""
+    batcher = Batcher(engine, BatchOptions(slots=4, size=104, tokens_per_prefill=64))
+    rows, found = engine.rows(PROMPTS * 2, GREEDY), {}
+    for row in rows:
+        batcher.submit(Job(row, lambda event: found.update({event.row: event.completion})))
+    while batcher.step():
+        pass
+    return [list(map(int, found[row.index].output_ids)) for row in rows]
 
 
 def some_rows(mesh: str) -> bool:

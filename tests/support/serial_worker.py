@@ -68,6 +68,7 @@ class SerialWorker:
         deadline: float | None = None,
         adapter: int = 0,
         score_prompt: int | None = None,
+        grammar: None = None,
     ) -> Job:
         schedule = self.engine.schedule([ids], sampling, row_ids=[draw], clean=clean)
         row = schedule.batch.rows[0]

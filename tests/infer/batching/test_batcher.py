@@ -15,7 +15,7 @@ from infer.batching.options import BatchOptions
 from infer.engine.params import SamplingParams
 from tests.support.engine_toy import TOY, compilations, failing, finished, toy_engine, toy_params
 
-OPTIONS = BatchOptions(slots=4, size=128, tokens_per_prefill=64)
+OPTIONS = BatchOptions(slots=4, size=128)  # prefills of 64 tokens in two rows, or of 128
 SIMPLE = SamplingParams(temperature=0, max_new_tokens=8)
 
 

@@ -95,7 +95,7 @@ def test_what_is_compiled_ahead_runs_nothing_and_is_counted():
 
     for _ in range(2):
         one.compile_ahead("key", begin)
-    assert [text for _, text in said] == ["compiling prefill 64 (1/2)", "compiling pick (2/2)"]
+    assert [text for _, text in said] == ["compiling prefill 64 (1/2)", "compiling pick 1 (2/2)"]
     assert (one.made.programs, executor.programs.compiled) == (2, 2) and one.made.seconds > 0
     later.prefill(part, 64, counts(1), row)
     assert (later.made.programs, later.made.seconds) == (0, 0.0)

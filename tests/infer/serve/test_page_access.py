@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.support.chat_mock import STATIC
+from infer.serve.routes.page import STATIC
 from tests.support.chat_page import LAST, ChatPage
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -132,6 +132,8 @@ def test_a_phone(open_page, mock, scheme):
     page.tab.fill("#input", "问题")
     page.tab.tap("#send")
     page.wait_for_end()
+    assert not page.is_wider_than_the_window()
+    page.tab.set_viewport_size({"width": 320, "height": 640})
     assert not page.is_wider_than_the_window()
     page.tab.tap("#sidebar-toggle")
     assert page.tab.is_visible("#sidebar") and not page.is_wider_than_the_window()
