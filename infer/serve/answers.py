@@ -79,17 +79,23 @@ class Shape(Protocol):
 
 
 class ChatShape:
-    """The choices of /v1/chat/completions; with `tools`, calls are taken out of the text."""
+    """The choices of /v1/chat/completions.
+
+    With `tools`, calls are taken out of the text; the answer is a call of the tool `called`, if
+    one is given, whose beginning the prompt has.
+    """
 
     answer = True
 
-    def __init__(self, tokenizer: Tokenizer, *, tools: bool):
-        self._tokenizer, self._tools = tokenizer, tools
+    def __init__(self, tokenizer: Tokenizer, *, tools: bool, called: str | None = None):
+        self._tokenizer, self._tools, self._called = tokenizer, tools, called
         self._held: dict[int, StopStrings] = {}
 
     def complete(self, index: int, completion: Completion, job: Job) -> Json:
         """Return the choice of a complete answer."""
-        text, calls = tool_calls.read(completion) if self._tools else (completion.text, [])
+        text, calls = completion.text, []
+        if self._tools:
+            text, calls = tool_calls.read(completion, self._called)
         message: Json = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
@@ -121,6 +127,9 @@ class ChatShape:
 
     def _without_calls(self, index: int, event: TokenEvent) -> tuple[str, list[Json]]:
         """Return the text that is certain to be no call, and at the end the calls."""
+        if self._called is not None:
+            done = event.completion
+            return ("", []) if done is None else tool_calls.read(done, self._called)
         held = self._held.setdefault(index, StopStrings(_HEADERS))
         text = "" if held.string else held.push(event.text)
         if event.completion is None:

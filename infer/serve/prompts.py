@@ -47,18 +47,18 @@ class Sampled:
 
 
 async def chat_prompt(
-    facts: Facts, asked: Sequence[Message], tools: Sequence[Tool], *, content_only: bool = False
+    facts: Facts, asked: Sequence[Message], tools: Sequence[Tool], begun: Sequence[str] = ()
 ) -> Prompt:
-    """Return the prompt of a chat; with `content_only`, the answer can call no tool.
+    """Return the prompt of a chat; ApiError, InputError: the template cannot express it.
 
-    ApiError, InputError: the template cannot express it.
+    A ChatGLM3 answer continues the texts of `begun`: first the line of metadata.
     """
 
     def build() -> list[int]:
         if facts.template == "chatglm3":
             ids = build_messages(facts.tokenizer, messages.chatglm3(asked, tools))
-            # The line of metadata that begins an answer, empty, in the tokens of a history.
-            return ids + (facts.tokenizer.encode("\n") if content_only else [])
+            # Encoded separately, as in a history.
+            return ids + [token for text in begun for token in facts.tokenizer.encode(text)]
         if facts.template == "raw":
             raise ApiError(
                 400,
@@ -71,7 +71,8 @@ async def chat_prompt(
 
     size = sum(len(messages.text_of(message)) for message in asked)
     _check_size(facts, size, "messages")
-    ids = await _elsewhere(size, build)
+    long = bool(tools) or any(message.tool_calls for message in asked) or size > _LONG
+    ids = await _elsewhere(build, long)
     return Prompt(ids, len(ids))
 
 
@@ -88,7 +89,7 @@ async def text_prompts(facts: Facts, body: CompletionBody) -> list[Prompt]:
     for prompt in given:
         if isinstance(prompt, str):
             _check_size(facts, len(prompt), "prompt")
-    return await _elsewhere(size, build)
+    return await _elsewhere(build, size > _LONG)
 
 
 def _check_size(facts: Facts, characters: int, param: str) -> None:
@@ -108,7 +109,7 @@ def _with_prefix(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
 
 async def text_ids(facts: Facts, text: str) -> list[int]:
     """Return the ids of a text alone."""
-    return await _elsewhere(len(text), lambda: facts.tokenizer.encode(text))
+    return await _elsewhere(lambda: facts.tokenizer.encode(text), len(text) > _LONG)
 
 
 async def official_prompt(facts: Facts, body: OfficialBody) -> Prompt:
@@ -120,13 +121,13 @@ async def official_prompt(facts: Facts, body: OfficialBody) -> Prompt:
 
     size = len(body.prompt) + sum(len(text) for turn in history for text in turn)
     _check_size(facts, size, "prompt")
-    ids = await _elsewhere(size, build)
+    ids = await _elsewhere(build, size > _LONG)
     return Prompt(ids, len(ids))
 
 
-async def _elsewhere(size: int, build: Callable[[], T]) -> T:
-    """Return the result of `build`, from another thread where it encodes much text."""
-    return await asyncio.to_thread(build) if size > _LONG else build()
+async def _elsewhere(build: Callable[[], T], long: bool) -> T:
+    """Return the result of `build`, from another thread where it takes `long`."""
+    return await asyncio.to_thread(build) if long else build()
 
 
 def official_sampled(facts: Facts, body: OfficialBody) -> Sampled:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from infer.engine.answer import Completion, Message
-from infer.serve.errors import ApiError
+from infer.serve.errors import ApiError, unsupported
+from infer.serve.schema import NamedTool, Tool
 
 _FENCE = re.compile(r"```(?:python)?[ \t]*\n(.*?)\n?```", re.DOTALL)
+_OPENING = "```python\ntool_call("
 _MAX_CODE = 100_000  # characters
 
 
@@ -37,7 +39,7 @@ def as_code(arguments: str) -> str:
         inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
     else:
         inside = f"**{values!r}"
-    return f"```python\ntool_call({inside})\n```"
+    return f"{_OPENING}{inside})\n```"
 
 
 def arguments_of(code: str) -> dict[str, Any] | None:
@@ -60,10 +62,39 @@ def arguments_of(code: str) -> dict[str, Any] | None:
     return values if all(isinstance(name, str) for name in values) else None
 
 
-def read(completion: Completion) -> tuple[str, list[dict[str, Any]]]:
-    """Return the text of an answer without its tool calls, and the calls as OpenAI has them."""
-    texts, calls = [], []
-    for message in completion.messages:
+def required(choice: str | NamedTool | None, tools: Sequence[Tool]) -> str | None:
+    """Return the tool that a `tool_choice` demands, None = the model decides."""
+    names = [tool.function.name for tool in tools]
+    if isinstance(choice, NamedTool):
+        if choice.function.name in names:
+            return choice.function.name
+        raise ApiError(
+            400,
+            "`tool_choice` names none of the `tools`.",
+            code="invalid_value",
+            param="tool_choice",
+        )
+    if choice != "required":
+        return None
+    if len(names) != 1:
+        raise unsupported("tool_choice", "required needs exactly one tool. Name one, or use auto.")
+    return names[0]
+
+
+def beginning(name: str) -> tuple[str, str]:
+    """Return how an answer begins that calls a tool: the line of metadata, and the code."""
+    return f"{name}\n", _OPENING
+
+
+def read(completion: Completion, called: str | None = None) -> tuple[str, list[dict[str, Any]]]:
+    """Return the text of an answer without its tool calls, and the calls as OpenAI has them.
+
+    The answer continues the `beginning` of a call of the tool `called`, if one is given.
+    """
+    texts, calls, messages = [], [], completion.messages
+    if called is not None:
+        messages = (Message("assistant", called, _OPENING + completion.text),)
+    for message in messages:
         arguments = arguments_of(message.content) if _may_call(message) else None
         if arguments is None:
             texts.append(message.text)

@@ -18,12 +18,13 @@ from glm2_jax import Tokenizer
 from infer.batching.options import BatchOptions
 from infer.batching.worker import Worker
 from infer.engine.engine import Engine
+from infer.engine.rows import Row
 from infer.serve.app import build
 from infer.serve.options import RequestOptions
 from infer.serve.security import Access
 from infer.serve.service import Facts, Service
 from tests.support.engine_toy import TOY, toy_engine
-from tests.support.serial_worker import SerialWorker
+from tests.support.serial_worker import Script, SerialWorker
 
 
 class Served:
@@ -79,13 +80,13 @@ def serving(
     options: RequestOptions | None = None,
     origins: tuple[str, ...] = (),
     queue: int = 1024,
+    script: Script | None = None,
 ) -> Iterator[Served]:
     """A server whose model writes `text`, where role tokens are written as their names, and the end
-    token; without a text the toy model runs."""
-    engine, script = _engine(family), None
+    token, or the tokens of a script; without them the toy model runs."""
+    engine = _engine(family)
     if text is not None:
-        tokens = _tokens(engine.tokenizer, text)
-        script = lambda row: tokens  # noqa: E731
+        script = functools.partial(_tokens, engine.tokenizer, text)
     batch = BatchOptions(slots=2, size=engine.max_length, queue=queue)
     worker = Worker(engine, batch) if script is None else SerialWorker(engine, batch, script=script)
     worker.start()
@@ -95,7 +96,7 @@ def serving(
         worker.stop()
 
 
-def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+def _tokens(tokenizer: Tokenizer, text: str, row: Row) -> list[int]:
     ids = []
     for part in re.split(r"(<\|\w+\|>)", text):
         ids += [tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part)

@@ -94,6 +94,36 @@ def test_tools_are_called_as_openai_has_it(stream):
     assert json.loads(arguments) == {"city": "巴黎", "days": 2} and reason == "tool_calls"
 
 
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_tool_that_must_be_called_is(stream, choice):
+    """The prompt has the beginning of the call, which the model continues."""
+    asked = []
+    with serving("city='巴黎')\n```<|observation|>", family="chatglm3") as served:
+        written = served.worker.script
+        served.worker.script = lambda row: asked.append(row.ids) or written(row)
+        response = served.chat(tools=[WEATHER], tool_choice=choice, stream=stream)
+        begun = served.engine.tokenizer.decode(asked[0][-30:])
+        two = [WEATHER, {"type": "function", "function": {"name": "other"}}]
+        error = error_of(served.chat(tools=two, tool_choice="required"))
+        absent = error_of(served.chat(tools=two[1:], tool_choice=NAMED))
+    if stream:
+        deltas = [c["delta"] for chunk in chunks(response) for c in chunk["choices"]]
+        calls = [delta["tool_calls"][0]["function"] for delta in deltas if "tool_calls" in delta]
+        name, arguments = calls[0]["name"], calls[1]["arguments"]
+        assert not any(delta.get("content") for delta in deltas)
+    else:
+        message = response.json()["choices"][0]["message"]
+        assert message["content"] is None
+        name, arguments = message["tool_calls"][0]["function"].values()
+    assert (name, json.loads(arguments)) == ("weather", {"city": "巴黎"})
+    assert begun.endswith("weather\n ```python\ntool_call(")
+    assert error["param"] == absent["param"] == "tool_choice"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_code_that_is_no_call_with_literals_stays_text(stream, tmp_path):
     code = f"tool_call(a=open({str(tmp_path / 'run')!r}, 'w'))"
