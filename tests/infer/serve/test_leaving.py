@@ -2,11 +2,13 @@
 
 import asyncio
 import gc
+import itertools
 import json
 
 import pytest
 
 from infer.serve import stream
+from tests.support.serial_worker import SerialWorker
 from tests.support.serve import chunks, serving
 
 CHAT = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
@@ -48,16 +50,23 @@ async def until(condition) -> None:
             await asyncio.sleep(0.005)
 
 
-def endless(row):
-    while True:
-        yield 7
+def pausing(worker: SerialWorker):
+    """A script that has the worker wait after ten tokens, or the answer could end too early."""
+
+    def script(row):
+        for count in itertools.count():
+            if count == 10:
+                worker.gate.clear()
+            yield 7
+
+    return script
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["complete", "stream"])
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_client_that_leaves_ends_its_request(body, begun):
     with serving("ok") as served:
-        served.worker.script = endless
+        served.worker.script = pausing(served.worker)
         if not begun:
             served.worker.gate.clear()
 
@@ -75,6 +84,25 @@ def test_a_client_that_leaves_ends_its_request(body, begun):
         asyncio.run(call())
         served.worker.script = lambda row: [7, 2]
         assert served.chat().status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(stream):
+    asked = {"prompt": "Hello", "ignore_eos": True, "max_tokens": 1500, "stream": stream}
+    with serving() as served:
+
+        async def call() -> None:
+            client = Client(json.dumps(asked).encode())
+            scope = scope_of("/v1/completions")
+            task = asyncio.create_task(served.app(scope, client.receive, client.send))
+            await until(lambda: served.worker.status.running)
+            client.left.set()
+            await task
+            await until(lambda: not served.worker.status.running)
+
+        asyncio.run(call())
+        ended = served.request("GET", "/metrics").text
+    assert "vllm:request_success_total{" not in ended  # it had no complete answer
 
 
 def test_a_client_that_leaves_the_queue_is_never_answered():
@@ -104,12 +132,13 @@ def test_a_client_that_leaves_the_queue_is_never_answered():
 def test_a_reader_that_stalls_is_dropped_and_holds_up_nobody(monkeypatch, caplog):
     monkeypatch.setattr(stream, "STALLED", 0.05)
     with serving("ok") as served:
-        served.worker.script = lambda row: endless(row) if row.draw == 0 else [7, 2]
+        served.worker.script = pausing(served.worker)
 
         async def call() -> None:
             client = Client(STREAM, stalls=True)
             async with asyncio.timeout(30):
                 await served.app(scope_of(), client.receive, client.send)
+            served.worker.gate.set()
             await until(lambda: served.worker.cancelled == 1)
 
         asyncio.run(call())
@@ -121,7 +150,7 @@ def test_a_reader_that_stalls_is_dropped_and_holds_up_nobody(monkeypatch, caplog
 def test_an_abandoned_stream_holds_nothing():
     """A generator that was left while it held a lock hung every route of a server once."""
     with serving("ok") as served:
-        served.worker.script = endless
+        served.worker.script = pausing(served.worker)
 
         async def call() -> None:
             client = Client(STREAM)
@@ -132,6 +161,7 @@ def test_an_abandoned_stream_holds_nothing():
                 await task
             del task
             gc.collect()
+            served.worker.gate.set()
             await until(lambda: served.worker.cancelled == 1)
             served.worker.script = lambda row: [7, 2]
             other = Client(CHAT)
@@ -145,7 +175,7 @@ def test_an_abandoned_stream_holds_nothing():
 
 def test_a_stream_that_never_began_is_cancelled():
     with serving("ok") as served:
-        served.worker.script = endless
+        served.worker.script = pausing(served.worker)
 
         async def call() -> None:
             async def send(message: dict) -> None:
@@ -154,6 +184,7 @@ def test_a_stream_that_never_began_is_cancelled():
             client = Client(STREAM)
             with pytest.raises(OSError, match="gone"):
                 await served.app(scope_of(), client.receive, send)
+            served.worker.gate.set()
             await until(lambda: served.worker.cancelled == 1)
 
         asyncio.run(call())
