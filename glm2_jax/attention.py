@@ -2,6 +2,9 @@
 
 Query heads are viewed as K groups of G = N / K, so keys are never repeated. Scores, softmax and
 sums are float32.
+
+In products the axes of queries are in the order BKGTH, so that neither they nor their gradients
+multiply two transposed matrices, which XLA:CPU of jax 0.10 refuses in bfloat16.
 """
 
 from __future__ import annotations
@@ -50,15 +53,13 @@ def attend(
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(H)) v over the keys that each query sees: [B, T, N, H].
 
-    q is [B, T, N, H]; k and v are [B, S, K, H] in its dtype or a wider one, and may hold anything,
-    NaN included, in unseen slots. The result has q's dtype; that of a query that sees nothing is
-    finite and arbitrary. With `dropout`, which is applied to them, all probabilities are computed
-    at once.
+    q is [B, T, N, H]; k and v are [B, K, S, H] in its dtype or a wider one. Unseen keys may hold
+    anything, NaN included; all values are finite, see `finite_values`. The result has q's dtype;
+    that of a query that sees nothing is finite and arbitrary. With `dropout`, which is applied to
+    them, all probabilities are computed at once.
     """
     B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    # A probability of 0 does not silence a NaN.
-    v = jnp.where(visible.key_segments[:, :, None, None] > 0, v, 0)
+    K, S = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H)
     local = B * N // (pieces("B", B) * pieces("N", N))  # rows times heads on one device
     if dropout is None and local * T * S > SCORES:
@@ -75,16 +76,29 @@ def attend(
     else:
         probs = jax.nn.softmax(scaled_scores(q, k, visible.mask(0, S)), axis=-1)
         probs = probs if dropout is None else dropout(probs)
-        out = einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v)
+        out = einsum("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v)
+        out = jnp.einsum("BKGTH->BTKGH", out)
     return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def finite_values(k: jax.Array, v: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return keys and values [B, T, K, H] of which the values are finite.
+
+    A probability of 0 does not silence a NaN, but a mask over scores does. So a value that is not
+    finite becomes 0, and its key NaN: queries that see it get NaN as before, the others nothing.
+    Keys of padding, where `real` (bool [B, T]) is False, stay as they are.
+    """
+    finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
+    return jnp.where(finite | ~real[..., None, None], k, jnp.nan), jnp.where(finite, v, 0)
 
 
 def scaled_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Return q k^T / sqrt(H), the lowest float32 where the mask [B, T, S] is False.
 
-    The queries are [B, T, K, G, H], the keys [B, S, K, H], the scores float32 [B, K, G, T, S].
+    The queries are [B, T, K, G, H], the keys [B, K, S, H], the scores float32 [B, K, G, T, S].
     """
-    scores = einsum("BTKGH,BSKH->BKGTS", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
+    q = jnp.einsum("BTKGH->BKGTH", q)
+    scores = einsum("BKGTH,BKSH->BKGTS", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
     return jnp.where(mask[:, None, None], scores, _LOWEST)
 
 
@@ -92,22 +106,22 @@ def _over_blocks(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, size: int
 ) -> jax.Array:
     """Attend from [B, T, K, G, H] queries to blocks of `size` keys, by online softmax."""
-    S = k.shape[1]
+    S = k.shape[2]
     last = jnp.max(visible.places)
 
     def add(carry, start):
         largest, total, out = carry
         first = jnp.minimum(start, S - size)  # the last block may overlap the one before it
         mask = visible.mask(first, size) & (first + jnp.arange(size) >= start)
-        keys = jax.lax.dynamic_slice_in_dim(k, first, size, axis=1)
-        values = jax.lax.dynamic_slice_in_dim(v, first, size, axis=1)
+        keys = jax.lax.dynamic_slice_in_dim(k, first, size, axis=2)
+        values = jax.lax.dynamic_slice_in_dim(v, first, size, axis=2)
         scores = scaled_scores(q, keys, mask)
         # The result does not depend on what is subtracted.
         new_largest = jnp.maximum(largest, jax.lax.stop_gradient(scores).max(axis=-1))
         weights = jnp.exp(scores - new_largest[..., None])
         shrink = jnp.exp(largest - new_largest)
         total = total * shrink + weights.sum(axis=-1)
-        added = einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), values)
+        added = einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values)
         return new_largest, total, out * shrink[..., None] + added
 
     @jax.checkpoint

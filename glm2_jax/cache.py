@@ -14,19 +14,19 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.mesh import active_mesh, constrain
 from glm2_jax.prefix import Prefix
 
-AXES = {"k": "LBSKH", "v": "LBSKH", "length": "B", "prefix": "B"}  # letters of `glm2_jax.model`
+AXES = {"k": "LBKSH", "v": "LBKSH", "length": "B", "prefix": "B"}  # letters of `glm2_jax.model`
 
 
 @flax.struct.dataclass
 class KVCache:
     """Keys and values of every layer for a batch of rows, each with its own length.
 
-    Slots 0 .. length - 1 of a row are written; later slots are never read. Setting the `length`
-    of a row to its `prefix` frees the row for another sequence.
+    Slots 0 .. length - 1 of a row are written; later slots never reach a result. Setting the
+    `length` of a row to its `prefix` frees the row for another sequence.
     """
 
-    k: jax.Array  # [L, B, S, K, H], already rotated
-    v: jax.Array  # [L, B, S, K, H]
+    k: jax.Array  # [L, B, K, S, H], already rotated
+    v: jax.Array  # [L, B, K, S, H], always finite: see `glm2_jax.attention.finite_values`
     length: jax.Array  # int32 [B], written slots
     prefix: jax.Array  # int32 [B], leading slots that have no position (prefix tuning)
 
@@ -34,9 +34,10 @@ class KVCache:
     def zeros(cls, config: GLMConfig, batch: int, size: int, dtype) -> KVCache:
         """Make an empty cache of `batch` rows with `size` slots, sharded over an active mesh.
 
-        It is zeros, not uninitialized memory: a masked slot has probability 0, and 0 * NaN is NaN.
+        It is zeros, not uninitialized memory: an unseen value is multiplied by a probability of 0,
+        and 0 * NaN is NaN.
         """
-        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
 
         def make() -> KVCache:
             return cls(
@@ -63,9 +64,10 @@ class KVCache:
             return cls.zeros(config, batch, size, dtype)
         P = prefix.length
         empty = cls.zeros(config, batch, P + size, dtype)
+        k, v = (x.swapaxes(1, 2)[:, None].astype(dtype) for x in (prefix.k, prefix.v))
         return cls(
-            k=empty.k.at[:, :, :P].set(prefix.k[:, None].astype(dtype)),
-            v=empty.v.at[:, :, :P].set(prefix.v[:, None].astype(dtype)),
+            k=empty.k.at[:, :, :, :P].set(k),
+            v=empty.v.at[:, :, :, :P].set(v),
             length=jnp.full(batch, P, jnp.int32),
             prefix=jnp.full(batch, P, jnp.int32),
         ).pinned()
@@ -73,44 +75,67 @@ class KVCache:
     @property
     def size(self) -> int:
         """S, the slots of a row."""
-        return self.k.shape[2]
+        return self.k.shape[3]
 
 
-def write_layer(cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
-    """Write [B, T, K, H] into slots [B, T] of one layer of [L, B, S, K, H], in one scatter."""
-    if not active_mesh():
-        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-        return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
+def write_layer(
+    cache: jax.Array,
+    new: jax.Array,
+    layer: jax.Array,
+    slots: jax.Array,
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """Write [R, T, K, H] into slots [R, T] of one layer of [L, B, K, S, H], in one scatter.
+
+    `rows` are the rows of the cache, int32 [R], None = all. A row or slot past the end is not
+    written; no place occurs twice.
+    """
+    heads = jnp.arange(cache.shape[2], dtype=jnp.int32)
+    if rows is not None or not active_mesh():
+        rows = jnp.arange(len(slots), dtype=jnp.int32) if rows is None else rows
+        places = cache.at[layer, rows[:, None, None], heads, slots[:, :, None]]
+        return constrain(places.set(new, mode="drop", unique_indices=True), *AXES["k"])
     # Each form keeps every row on its device on the platforms it is for. XLA's partitioner moves
     # rows between devices for the first form; the TPU compiler copies the cache for the second, and
     # without a fixed layout it transposes all of it twice per layer if several tokens are written.
     forms = {
         "tpu": lambda *args: _rows_first(_scatter(*args)),
-        "default": partial(_scatter, rows_apart=True),
+        "default": partial(_scatter, apart=True),
     }
     new = new.astype(cache.dtype)
     return constrain(jax.lax.platform_dependent(cache, new, layer, slots, **forms), *AXES["k"])
 
 
-def _scatter(cache, new, layer, slots, rows_apart: bool = False) -> jax.Array:
-    """Scatter with the rows as an index that counts up, or (`rows_apart`) as a batch dimension."""
+def _scatter(cache, new, layer, slots, apart: bool = False) -> jax.Array:
+    """Scatter with rows and heads as indices that count up, or (`apart`) as batch dimensions."""
     dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3),
-        inserted_window_dims=(0, 2) if rows_apart else (0, 1, 2),
-        scatter_dims_to_operand_dims=(0, 2) if rows_apart else (0, 1, 2),
-        operand_batching_dims=(1,) if rows_apart else (),
-        scatter_indices_batching_dims=(0,) if rows_apart else (),
+        update_window_dims=(3,),
+        inserted_window_dims=(0, 3) if apart else (0, 1, 2, 3),
+        scatter_dims_to_operand_dims=(0, 3) if apart else (0, 1, 2, 3),
+        operand_batching_dims=(1, 2) if apart else (),
+        scatter_indices_batching_dims=(0, 2) if apart else (),
     )
-    rows = [] if rows_apart else [jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)]
+    shape = new.shape[:3]
+    rows = [] if apart else [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2)]
+    slots = jnp.broadcast_to(slots[:, :, None], shape)
     places = jnp.stack([jnp.full_like(slots, layer), *rows, slots], axis=-1)
     drop = jax.lax.GatherScatterMode.FILL_OR_DROP
     return jax.lax.scatter(cache, places, new, dimensions, unique_indices=True, mode=drop)
 
 
-def read_layer(cache: jax.Array, layer: jax.Array) -> jax.Array:
-    """Return one layer [B, S, K, H] of [L, B, S, K, H]."""
-    slots = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
-    slots = constrain(slots, *"BSKH")
+def read_layer(
+    cache: jax.Array, layer: jax.Array, rows: jax.Array | None = None, view: int | None = None
+) -> jax.Array:
+    """Return the first `view` slots (None = all) of one layer of [L, B, K, S, H]: [R, K, view, H].
+
+    `rows` are the rows of the cache, int32 [R], None = all. One past the end gives any other's.
+    """
+    if rows is None:
+        sizes = (1, *cache.shape[1:3], view or cache.shape[3], cache.shape[4])
+        slots = jax.lax.dynamic_slice(cache, (layer, 0, 0, 0, 0), sizes)[0]
+    else:
+        slots = cache.at[layer, rows, :, :view].get(mode="clip")
+    slots = constrain(slots, *"BKSH")
     # Without a fixed layout XLA:GPU transposes the cache at the start of every program, to suit its
     # dots, and back at the end; the TPU compiler does so in every layer of a prefill.
     return jax.lax.platform_dependent(slots, cpu=lambda x: x, default=_rows_first)

@@ -25,6 +25,9 @@ class TokenContext:
     slots: jax.Array | None  # int32 [B, T], each token's cache slot; past the end = not written
     query_scale: jax.Array | None  # float32 [B, T, 1, 1]
     prefix: Prefix | None = None  # to be put before the tokens' keys; a cache holds it already
+    rows: jax.Array | None = None  # int32 [B], the tokens' rows of the cache; None = all
+    # How many slots of the cache are read, None = all.
+    view: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def token_context(
@@ -35,10 +38,13 @@ def token_context(
     cache: KVCache | None,
     dtype: Any,
     prefix: Prefix | None = None,
+    rows: jax.Array | None = None,
+    view: int | None = None,
 ) -> tuple[TokenContext, jax.Array | None]:
     """Return the context of the tokens, and the new lengths of the cache (None without a cache).
 
-    The arguments are those of `glm2_jax.forward`, the activations' dtype and the params' prefix.
+    The arguments are those of `glm2_jax.forward`, the activations' dtype and the params' prefix;
+    the context has B rows of tokens, whatever the rows of the cache.
     """
     B, T = tokens.shape
     if segment_ids is None:
@@ -48,24 +54,32 @@ def token_context(
     if cache is None:
         P = 0 if prefix is None else prefix.length
         index, default_positions = P + columns, columns
-        slots = length = None
+        slots = length = rows = view = None
         everyones = jnp.ones((B, P), jnp.int32)
         key_segments = jnp.concatenate([everyones, segment_ids], axis=1) if P else segment_ids
         visible = Visibility(index, segment_ids, key_segments, prefix=P)
     else:
         prefix = None
+        old, first = cache.length, cache.prefix
+        if rows is not None:
+            count = old.size
+            real &= (rows < count)[:, None]
+            # Different numbers past the end, too: indices stay unique.
+            rows = jnp.where(rows < count, rows, count + jnp.arange(B, dtype=jnp.int32))
+            old, first = (x.at[rows].get(mode="fill", fill_value=0) for x in (old, first))
         rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-        index = cache.length[:, None] + jnp.maximum(rank, 0)
-        default_positions = jnp.maximum(index - cache.prefix[:, None], 0)
+        index = old[:, None] + jnp.maximum(rank, 0)
+        default_positions = jnp.maximum(index - first[:, None], 0)
         # Padding goes past the end, each token to a different place: indices stay unique.
         slots = jnp.where(real, index, cache.size + columns)
-        length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
-        numbers = jnp.arange(cache.size, dtype=jnp.int32)
-        written = (numbers < length[:, None]).astype(jnp.int32)
-        visible = Visibility(index, jnp.ones_like(index), written)
+        new = old + jnp.sum(real, axis=1, dtype=jnp.int32)
+        length = new if rows is None else cache.length.at[rows].set(new, mode="drop")
+        numbers = jnp.arange(view or cache.size, dtype=jnp.int32)
+        written = (numbers < new[:, None]).astype(jnp.int32)
+        visible = Visibility(index, real.astype(jnp.int32), written)
     cos, sin = rope_tables(config, default_positions if positions is None else positions, dtype)
     scale = None
     if config.logn_scaling:
         logs = jnp.log(index.astype(jnp.float32) + 65.0) / jnp.log(2048.0)
         scale = jnp.maximum(logs, 1.0)[:, :, None, None]
-    return TokenContext(cos, sin, visible, slots, scale, prefix), length
+    return TokenContext(cos, sin, visible, slots, scale, prefix, rows, view), length

@@ -6,6 +6,7 @@ part that the model keeps separate.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class LoRA:
 
     # Target -> {"a": A, and one B for each part}, see `adapter_shapes`; float32, with a leading
     # axis of layers. It may also hold the float32 scalars "scale" and "kept", which replace `scale`
-    # and 1 - `dropout` so that one program serves all values.
+    # and 1 - `dropout` so that one program serves all values, and "gate", see `join_adapters`.
     layers: dict[str, dict[str, jax.Array]]
     # Target -> the factor of B (A x); a `FrozenDict`, as it is static under jit.
     scale: Mapping[str, float] = flax.struct.field(pytree_node=False)
@@ -164,7 +165,52 @@ def adapt(
             kept = jax.vmap(draw, out_axes=1)(columns)
         x = jnp.where(kept, x / share.astype(x.dtype), 0)
     low = einsum(specs.down, x, weights["a"].astype(x.dtype)).astype(x.dtype)
+    if "gate" in weights:
+        low = (low * weights["gate"][:, None]).astype(x.dtype)
     return lambda part: scale * einsum(specs.up[part], low, weights[part].astype(x.dtype))
+
+
+def join_adapters(adapters: Sequence[LoRA]) -> LoRA:
+    """Return several adapters of one base as one, of which every row uses its own part.
+
+    A and B are joined along the rank. "gate", float32 [L, adapters + 1, R], has the scale of an
+    adapter at its part of the rank and 0 elsewhere; its first row, all 0, is the base model.
+    `choose_adapters` replaces it by the rows of a batch.
+    """
+    layers: dict[str, dict[str, jax.Array]] = {}
+    for name, target in TARGETS.items():
+        having = [(n, one) for n, one in enumerate(adapters, 1) if name in one.layers]
+        if not having:
+            continue
+        axes = weight_axes(target)
+        layers[name] = {
+            part: jnp.concatenate(
+                [one.layers[name][part] for _, one in having], axis=1 + letters.index("R")
+            )
+            for part, letters in axes.items()
+        }
+        gates = []
+        for number, one in having:
+            a = one.layers[name]["a"]
+            gate = jnp.zeros((len(a), len(adapters) + 1, a.shape[1 + axes["a"].index("R")]))
+            gates.append(gate.at[:, number].set(one.scale[name]))
+        layers[name]["gate"] = jnp.concatenate(gates, axis=2)
+    return LoRA(layers, FrozenDict(dict.fromkeys(layers, 1.0)))
+
+
+def is_joined(params: Mapping[str, Any]) -> bool:
+    """Return whether the params have joined adapters inside."""
+    lora = params.get("lora")
+    return lora is not None and any("gate" in weights for weights in lora.layers.values())
+
+
+def choose_adapters(lora: LoRA, numbers: jax.Array) -> LoRA:
+    """Return joined adapters for rows that use those of these numbers, int32 [B]; 0 = none."""
+    layers = {
+        name: {**weights, "gate": weights["gate"][:, numbers]}
+        for name, weights in lora.layers.items()
+    }
+    return dataclasses.replace(lora, layers=layers)
 
 
 def with_lora(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glm2_jax.attention import attend
+from glm2_jax.attention import attend, finite_values
 from glm2_jax.cache import KVCache, read_layer, write_layer
 from glm2_jax.chunked import map_blocks
 from glm2_jax.config import GLMConfig
@@ -77,7 +77,7 @@ class GLMBlock(nn.Module):
     def __call__(self, carry, layer: jax.Array, context: TokenContext, lora: LoRA | None = None):
         """Compute one layer: (the new carry, None), as a scan expects it.
 
-        The carry is (x [B, T, D], cached keys and values [L, B, S, K, H] or None), `layer` the
+        The carry is (x [B, T, D], cached keys and values [L, B, K, S, H] or None), `layer` the
         index of this layer, and `lora` this layer's part of an adapter.
         """
         x, k_cache, v_cache = carry
@@ -106,14 +106,18 @@ class GLMBlock(nn.Module):
         k = apply_rope(k, context.cos, context.sin)
         if context.query_scale is not None:
             q = (q * context.query_scale).astype(x.dtype)
+        k, v = finite_values(k, v, context.visible.segments > 0)
         if context.slots is not None:
+            rows, view = context.rows, context.view
             with jax.named_scope("cache_update"):
-                k_cache = write_layer(k_cache, k, layer, context.slots)
-                v_cache = write_layer(v_cache, v, layer, context.slots)
-            k, v = read_layer(k_cache, layer), read_layer(v_cache, layer)
-        elif context.prefix is not None:
-            k = _after_prefix(context.prefix.k, k, layer)
-            v = _after_prefix(context.prefix.v, v, layer)
+                k_cache = write_layer(k_cache, k, layer, context.slots, rows)
+                v_cache = write_layer(v_cache, v, layer, context.slots, rows)
+            k, v = (read_layer(cache, layer, rows, view) for cache in (k_cache, v_cache))
+        else:
+            if context.prefix is not None:
+                k = _after_prefix(context.prefix.k, k, layer)
+                v = _after_prefix(context.prefix.v, v, layer)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         drops = self.config.attention_dropout > 0 and not self.deterministic
         dropout = self.attention_dropout if drops else None
         x = attend(q, k, v, context.visible, dropout)
@@ -214,6 +218,8 @@ def forward(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
+    rows: jax.Array | None = None,
+    view: int | None = None,
     lora: LoRA | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -231,13 +237,19 @@ def forward(
         cache: keys and values of earlier tokens; rows may differ in length. Donate it. None runs a
             plain causal forward. For params of `with_prefix` make it with `KVCache.new`: with a
             cache the prefix is read from there.
+        rows: int32 [B], the rows of the cache that the tokens belong to, each at most once; those
+            of a row past the end are padding. Other rows are neither read nor written. Default: the
+            rows of the cache, in order.
+        view: reads only this many slots of each row (static), which has to be no fewer than the
+            longest of these rows will have. Default: all.
         lora: an adapter; gradients may be taken of it alone. Default: that of `with_lora`, if any.
         dropout_key: turns on the dropout of configuration and adapter, for training.
 
     Returns:
         (logits float32 [B, T, V], the new cache or None). Logits of padding are arbitrary.
     """
-    x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora, dropout_key)
+    where = positions, segment_ids, cache, rows, view
+    x, cache = _hidden(config, params, tokens, where, lora, dropout_key)
     return constrain(logits_of(config, params, x), "B", None, None), cache
 
 
@@ -250,6 +262,8 @@ def last_logits(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
+    rows: jax.Array | None = None,
+    view: int | None = None,
     lora: LoRA | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Return (float32 [B, V], the new cache or None): the logits of one position of each row.
@@ -257,7 +271,8 @@ def last_logits(
     Only that one, at the columns `index` int32 [B], goes through the head. The other arguments are
     those of `forward`.
     """
-    x, cache = _hidden(config, params, tokens, positions, segment_ids, cache, lora)
+    where = positions, segment_ids, cache, rows, view
+    x, cache = _hidden(config, params, tokens, where, lora)
     x = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
     return constrain(logits_of(config, params, x), "B", None), cache
 
@@ -282,8 +297,8 @@ def hidden(
         noise: [B, T, D], added to the embeddings. The others: as in `forward`.
         remat: whether the backward pass recomputes each block instead of keeping its activations.
     """
-    where = positions, segment_ids
-    return _hidden(config, params, tokens, *where, None, lora, dropout_key, noise, remat)[0]
+    where = positions, segment_ids, None, None, None
+    return _hidden(config, params, tokens, where, lora, dropout_key, noise, remat)[0]
 
 
 def logits_of(config: GLMConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -324,13 +339,11 @@ def param_shapes(config: GLMConfig) -> Params:
     return jax.tree.map(lambda x: x.shape, abstract)
 
 
-def _hidden(
-    config, params, tokens, positions, segment_ids, cache, lora, key=None, noise=None, remat=False
-):
+def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=False):
+    positions, segment_ids, cache, rows, view = where
     lora = params.get("lora") if lora is None else lora
-    dtype = params["final_norm"].dtype
-    where = positions, segment_ids, cache
-    context, length = token_context(config, tokens, *where, dtype, params.get("prefix"))
+    known = params["final_norm"].dtype, params.get("prefix"), rows, view
+    context, length = token_context(config, tokens, positions, segment_ids, cache, *known)
     deterministic = key is None
     model, variables = GLM(config, deterministic, remat), {"params": params}
     if isinstance(params["layers"], Mapping):

@@ -93,7 +93,9 @@ def lora_sharding(lora: LoRA, mesh: Mesh) -> LoRA:
     for target, weights in lora.layers.items():
         axes = weight_axes(TARGETS[target])
         places[target] = {
-            part: NamedSharding(mesh, partition("L" + axes[part], array.shape, mesh.shape))
+            part: NamedSharding(
+                mesh, partition("L" + axes.get(part, ".."), array.shape, mesh.shape)
+            )
             for part, array in weights.items()
         }
     return dataclasses.replace(lora, layers=places)

@@ -41,7 +41,7 @@ from glm2_jax.cli.files import fsync, refuse_url
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, InputError, shorten
 from glm2_jax.family import FAMILIES, decide_family, named_family, tokenizer_signs
-from glm2_jax.lora import TARGETS, LoRA, with_lora
+from glm2_jax.lora import TARGETS, LoRA, join_adapters, with_lora
 from glm2_jax.sharding import lora_sharding
 
 WEIGHTS = "adapter_model.safetensors"
@@ -236,20 +236,27 @@ def _other_family(found: Adapter, folder: Folder) -> str | None:
     return None
 
 
-def attach(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+def attach(checkpoint: Checkpoint, *adapters: Adapter, joined: bool = False) -> Checkpoint:
     """Return the checkpoint with an adapter in its params (see `with_lora`): another model, with
-    another fingerprint. On a mesh it is sharded as the weights that it adapts."""
+    another fingerprint. On a mesh it is sharded as the weights that it adapts.
+
+    With `joined` there may be several, of which each row uses one (see `join_adapters`).
+    """
+    lora = join_adapters([one.lora for one in adapters]) if joined else adapters[0].lora
     where = checkpoint.params["final_norm"].sharding
     if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
-        where = lora_sharding(adapter.lora, where.mesh)
-    both = f"{checkpoint.fingerprint} {adapter.digest}"
-    names = ", ".join(f"{x} (rank {adapter.rank(x)})" for x in adapter.targets)
-    line = f"adapter {adapter.source}: {adapter.lora.num_params:,} parameters for {names}"
+        where = lora_sharding(lora, where.mesh)
+    digests = " ".join([checkpoint.fingerprint, *(one.digest for one in adapters)])
+    notes = [*checkpoint.notes]
+    for one in adapters:
+        names = ", ".join(f"{x} (rank {one.rank(x)})" for x in one.targets)
+        line = f"adapter {one.source}: {one.lora.num_params:,} parameters for {names}"
+        notes += [line, *one.notes]
     return dataclasses.replace(
         checkpoint,
-        params=with_lora(checkpoint.params, jax.device_put(adapter.lora, where)),
-        fingerprint=hashlib.sha256(both.encode()).hexdigest(),
-        notes=(*checkpoint.notes, line, *adapter.notes),
+        params=with_lora(checkpoint.params, jax.device_put(lora, where)),
+        fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
+        notes=tuple(notes),
     )
 
 

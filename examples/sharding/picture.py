@@ -28,7 +28,7 @@ ARRAYS = [
     ("gate_up", "LCFD", "FD"),
     ("down", "LDF", "DF"),
     ("norms", "LD", "LD"),
-    ("cache k, v", "LBSKH", "BK"),
+    ("cache k, v", "LBKSH", "BK"),
 ]
 # Of the first device that has a part: 4 to 7 are lighter than 0 to 3.
 COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#a0cbe8", "#ffbe7d", "#8cd17d", "#d4a6c8"]

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glm2_jax.errors import GLMError
+from infer.batching.grammar import Matcher
+from infer.batching.queue import Ticket
 from infer.engine.answer import TokenLogprob
+from infer.engine.drafts import Text
 from infer.engine.rows import Row, TokenEvent
 
 
@@ -23,7 +26,7 @@ class Failure:
     """The last event of a job that has no complete answer.
 
     `reason` is "cancelled", "deadline", "not_finite" (NaN or Inf in the logits of this row),
-    "stopping" or "device".
+    "grammar" (its schema can no longer be enforced), "stopping" or "device".
     """
 
     reason: str
@@ -48,6 +51,7 @@ class Job:
         score_prompt: how many alternatives are wanted with the log-probability of each prompt
             token; None = not wanted. `prompt_logprobs` has them from the first event on, one for
             each token after the first.
+        grammar: what the answer has to match; None = it is free.
     """
 
     row: Row
@@ -56,4 +60,8 @@ class Job:
     deadline: float | None = None
     adapter: int = 0
     score_prompt: int | None = None
+    grammar: Matcher | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    arrived: float = 0.0  # of `time.monotonic()`
+    ticket: Ticket | None = None  # of the scheduler, once it is submitted
+    text: Text | None = None  # where drafts come from

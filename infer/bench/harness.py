@@ -22,10 +22,11 @@ from glm2_jax.cli.tables import columns
 from glm2_jax.escape import json_line
 from glm2_jax.runtime.devices import faster_layers, find_device, find_mesh
 from infer.bench.ceilings import Ceilings, measure_ceilings
+from infer.bench.host import load_average
 from infer.bench.options import Settings
 from infer.bench.peer import Peer, PeerError, missing
 from infer.bench.report import Report, Result, as_json, render
-from infer.bench.subject import Subject, Variant, load_average
+from infer.bench.subject import Subject, Variant
 from infer.memory.peak import peak_bytes, reset_peak
 from infer.memory.shares import device_params, sizes_of, total_bytes
 

@@ -42,7 +42,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 _list = partial(flag, metavar="A,B")
-_lengths = partial(flag, type=_numbers, metavar="N,N")
+lengths = partial(flag, type=_numbers, metavar="N,N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +86,16 @@ class BenchSettings(Settings):
         "GPU, or with --device cpu",
         choices=("consumer",), metavar="consumer",
     )  # fmt: skip
-    prompts: tuple[int, ...] = _lengths(
+    prompts: tuple[int, ...] = lengths(
         "lengths of prompts to prefill, one row each; or none", default="128,512"
     )
-    batches: tuple[int, ...] = _lengths("batch sizes of decode steps; or none", default="1,8")
-    contexts: tuple[int, ...] = _lengths(
+    batches: tuple[int, ...] = lengths("batch sizes of decode steps; or none", default="1,8")
+    contexts: tuple[int, ...] = lengths(
         "tokens in the cache before decoding, for each batch size", default="128,512"
     )
     plot: str | None = flag(
-        "draw a roofline picture, .png, .svg or .pdf; needs pip install 'glm2-jax[plot]'",
+        "draw a roofline picture, or with --serve throughput and latencies, .png, .svg or .pdf; "
+        "needs pip install 'glm2-jax[plot]'",
         type=path_argument, metavar="F",
     )  # fmt: skip
 

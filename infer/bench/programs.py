@@ -177,7 +177,7 @@ class Workload:
     def _controls(self, batch: int) -> steps.Controls:
         """Return controls for greedy decoding that never ends."""
         controls = steps.Controls(
-            sampling=Sampling.of([SamplingParams(temperature=0.0)] * batch, batch),
+            sampling=Sampling.of([SamplingParams(temperature=0.0)] * batch),
             seed=np.zeros((batch, 2), np.uint32),
             row_ids=np.arange(batch, dtype=np.int32),
             limit=np.full(batch, 2**30, np.int32),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ from jax.sharding import Mesh
 from convert.loading.folder import open_folder, target_scheme
 from convert.random import official_config
 from glm2_jax import GLMConfig
-from glm2_jax.cli.messages import human_size
 from glm2_jax.mesh import mesh_text
 from glm2_jax.runtime.dtypes import dtype_name, resolve_dtype
-from glm2_jax.runtime.host_memory import find_memory
-from glm2_jax.runtime.machine import describe_device, describe_software, processor
+from glm2_jax.runtime.machine import describe_device, describe_software
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.sharding import check_mesh
 from infer import startup
+from infer.bench.host import describe_host, load_average
 from infer.bench.options import Settings
 from infer.bench.random_params import random_params
 from infer.engine.load import demo_folder, load
@@ -90,14 +88,12 @@ class Subject:
 
     def about(self) -> dict[str, str]:
         """Return what everything is measured on, name -> text."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        memory = find_memory().total
         mesh = {} if self.mesh is None else {"mesh": describe_mesh(self.mesh, self.device.platform)}
         return {
             "model": self.name,
             "device": describe_device(self.device),
             **mesh,
-            "host": f"{processor()}, {cores} cores" + (f", {human_size(memory)}" if memory else ""),
+            "host": describe_host(),
             "versions": describe_software(),
             "repetitions": f"{self.settings.repeat}, of {self.settings.steps} steps",
             "load average": f"{load_average()} at the start",
@@ -114,8 +110,3 @@ def describe_mesh(mesh: Mesh, platform: str) -> str:
             "its measured limits are not multiplied"
         )
     return f"{mesh_text(mesh.shape)}, {devices}"
-
-
-def load_average() -> str:
-    """Return the load of this machine in the last minute."""
-    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"

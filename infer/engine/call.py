@@ -6,12 +6,14 @@ import atexit
 import contextlib
 import inspect
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from glm2_jax.runtime.buckets import bucket, padded_batch
+from infer.engine.params import SamplingParams
 from infer.engine.rows import Row, TokenEvent
 from infer.engine.sampling import Sampling, prompt_counts, seed_words
 from infer.engine.stats import Stats, together
@@ -46,7 +48,7 @@ class Batch:
         # S at first, for the prompts and the beginning of the answers, and for the longest answers.
         self.cache_size = bucket(self.slots(ROOM), max_length)
         self.largest_cache = bucket(self.slots(max_length), max_length)
-        self.controls = controls_of(rows, size)
+        self.controls = controls_of([*rows, *[None] * (size - len(rows))])
 
     @property
     def counts(self) -> np.ndarray:
@@ -90,22 +92,27 @@ class Batch:
         return events
 
 
-def controls_of(rows: Sequence[Row], batch: int) -> Controls:
-    """Return what the rows ask for as NumPy arrays; `batch` rows, those after the last are idle."""
+def columns_of(output: Output) -> list[Output]:
+    """Return the outputs of one step, or of several together, as one for each step."""
+    if output.tokens.ndim == 1:
+        return [output]
+    return [jax.tree.map(lambda x, i=i: x[i], output) for i in range(len(output.tokens))]
 
-    def padded(values: Sequence[Any], dtype: Any, fill: int = 0) -> np.ndarray:
-        array = np.full((batch, *np.shape(values[0])), fill, dtype)
-        array[: len(rows)] = values
-        return array
 
-    room = [-1] * STOP_IDS
+def controls_of(rows: Sequence[Row | None]) -> Controls:
+    """Return what the rows ask for as NumPy arrays; None = a row that is idle."""
+
+    def each(value: Callable[[Row], Any], idle: Any, dtype: Any) -> np.ndarray:
+        return np.array([idle if row is None else value(row) for row in rows], dtype)
+
+    greedy, room = SamplingParams(temperature=0), [-1] * STOP_IDS
     return Controls(
-        sampling=Sampling.of([row.sampling for row in rows], batch),
-        seed=padded([seed_words(row.sampling.seed) for row in rows], np.uint32),
-        row_ids=padded([row.draw for row in rows], np.int32),
-        limit=padded([row.answer.limit for row in rows], np.int32),
-        stop_ids=padded([[*row.answer.stop_ids, *room][:STOP_IDS] for row in rows], np.int32, -1),
-        want_logprobs=padded([row.sampling.logprobs is not None for row in rows], bool),
+        sampling=Sampling.of([greedy if row is None else row.sampling for row in rows]),
+        seed=each(lambda row: seed_words(row.sampling.seed), seed_words(0), np.uint32),
+        row_ids=each(lambda row: row.draw, 0, np.int32),
+        limit=each(lambda row: row.answer.limit, 0, np.int32),
+        stop_ids=each(lambda row: [*row.answer.stop_ids, *room][:STOP_IDS], room, np.int32),
+        want_logprobs=each(lambda row: row.sampling.logprobs is not None, False, bool),
     )
 
 

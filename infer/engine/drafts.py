@@ -61,13 +61,14 @@ class Drafts:
                 self._texts[event.row].push(event.token)
 
     def next(self, keep: np.ndarray) -> np.ndarray | None:
-        """Return int32 [B, N], zeros for rows without a draft; None if no row has one.
+        """Return the drafts of the rows that have not ended, bool [B], as `drafts_of`."""
+        texts = [self._texts[row] if kept else None for row, kept in enumerate(keep)]
+        return drafts_of(texts, self._count)
 
-        `keep`, bool [B], are the rows that have not ended.
-        """
-        drafts, found = np.zeros((keep.size, self._count), np.int32), False
-        for row in np.flatnonzero(keep):
-            draft = self._texts[row].draft(self._count)
-            if draft is not None:
-                drafts[row], found = draft, True
-        return drafts if found else None
+
+def drafts_of(texts: Iterable[Text | None], count: int) -> np.ndarray | None:
+    """Return int32 [B, N], zeros for rows without a draft; None if no row has one."""
+    drafts = [None if text is None else text.draft(count) for text in texts]
+    if not any(drafts):
+        return None
+    return np.array([draft or [0] * count for draft in drafts], np.int32)

@@ -17,7 +17,7 @@ from infer.engine.call import Batch, Call
 from infer.engine.executor import Executor
 from infer.engine.params import SamplingParams, whole
 from infer.engine.programs import OnEvent, Programs
-from infer.engine.rows import listed, make_rows
+from infer.engine.rows import Row, listed, make_rows
 from infer.engine.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Engine:
         executor: runs the programs on the device.
         device: where the parameters are; on a mesh one of its devices, which stands for all.
         mesh: the devices that the parameters are spread over; None = one.
+        stop_ids: the tokens that end an answer.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Engine:
         self.executor = Executor(self.config, checkpoint.params, programs, on_event=on_event)
         self.device: Any = self.executor.device
         self.mesh: Mesh | None = self.executor.places.mesh
-        self._stop_ids = prompt.stop_ids(self.tokenizer)
+        self.stop_ids = prompt.stop_ids(self.tokenizer)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -202,17 +203,29 @@ class Engine:
         reused: int | None = None,
     ) -> Scheduler:
         """Return what answers prompts; arguments and errors are those of `run`, and `Batch`'s."""
-        roles = clean and self.template == "chatglm3"
-        answer = partial(Answer, self.tokenizer, stop_ids=self._stop_ids, clean=clean, roles=roles)
-        sizes = {"vocab_size": self.config.vocab_size, "max_length": self.max_length}
         batch = Batch(
-            make_rows(prompts, sampling, row_ids, answer, **sizes),
-            **sizes,
+            self.rows(prompts, sampling, row_ids=row_ids, clean=clean),
+            vocab_size=self.config.vocab_size,
+            max_length=self.max_length,
             chunk=self.prefill_chunk,
             reused=reused,
             multiple=self.executor.places.rows,
         )
         return Scheduler(self.executor, batch, draft=self.speculate)
+
+    def rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Samplings,
+        *,
+        row_ids: Sequence[int] | None = None,
+        clean: bool = False,
+    ) -> list[Row]:
+        """Return a row for each prompt; arguments and errors are those of `run`."""
+        roles = clean and self.template == "chatglm3"
+        answer = partial(Answer, self.tokenizer, stop_ids=self.stop_ids, clean=clean, roles=roles)
+        sizes = {"vocab_size": self.config.vocab_size, "max_length": self.max_length}
+        return make_rows(prompts, sampling, row_ids, answer, **sizes)
 
     def _prompt_ids(self, prompts: Iterable[str | Sequence[int]]) -> tuple[list[list[int]], bool]:
         """Return the ids of prompts of one kind, and whether their answers are cleaned."""

@@ -18,6 +18,7 @@ from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.engine.placement import Places
 from infer.engine.programs import Made, Programs
+from infer.engine.sampling import Array, Logprobs
 from infer.engine.steps import Controls, Part, Read, State, Stepped
 
 
@@ -99,7 +100,7 @@ class Executor:
         function = partial(steps.prefill, self.config, size, dtype=self.cache_dtype)
         key = (*part.tokens.shape, size)
         read = self._call("prefill", key, function, self.params, part)
-        return self._pick(read, controls, part.lengths > 0, State.first(part, counts))
+        return self.pick(read, controls, part.lengths > 0, State.first(part, counts))
 
     def read(self, part: Part, cache: KVCache) -> KVCache:
         """Read a part of the prompts that is not their last; the cache is used up."""
@@ -110,7 +111,52 @@ class Executor:
         """Read the last part of the prompts and draw the first tokens; the cache is used up."""
         function, key = partial(steps.extend, self.config), (*part.tokens.shape, cache.size)
         read = self._call("extend", key, function, self.params, part, cache, donate=2)
-        return self._pick(read, controls, part.lengths > 0, State.first(part, counts))
+        return self.pick(read, controls, part.lengths > 0, State.first(part, counts))
+
+    def fill(
+        self,
+        part: Part,
+        rows: np.ndarray,
+        cache: KVCache,
+        *,
+        view: int,
+        adapters: np.ndarray | None = None,
+    ) -> Read:
+        """Read a part of the prompts into these rows of the cache, which is used up.
+
+        `rows` is int32 [R], a number past the end is an empty row. No more than `view` slots of
+        them are used.
+        """
+        view += prefix_length(self.params)
+        key = (*part.tokens.shape, cache.length.size, cache.size, view)
+        args = self.params, part, rows, adapters, cache
+        return self._call("fill", key, partial(steps.fill, self.config, view), *args, donate=4)
+
+    def score(
+        self,
+        part: Part,
+        following: np.ndarray,
+        rows: np.ndarray,
+        cache: KVCache,
+        *,
+        view: int,
+        adapters: np.ndarray | None = None,
+    ) -> tuple[jax.Array, Logprobs, KVCache]:
+        """Do as `fill`, and return the log-probabilities of the `following` tokens, [R, T]."""
+        view += prefix_length(self.params)
+        key = (*part.tokens.shape, cache.length.size, cache.size, view)
+        args = self.params, part, following, rows, adapters, cache
+        return self._call("score", key, partial(steps.score, self.config, view), *args, donate=5)
+
+    def insert(self, rows: np.ndarray, begun: State, state: State) -> State:
+        """Put R rows that drew their first token into the state, which is used up, at int32 [R].
+
+        A number past the end is left out.
+        """
+        apart = begun._replace(cache=None), state._replace(cache=None)
+        key = (rows.size, state.counts.shape[0])
+        inserted = self._call("insert", key, steps.insert, rows, *apart, donate=2)
+        return inserted._replace(cache=state.cache)
 
     def decode(
         self,
@@ -119,19 +165,24 @@ class Executor:
         state: State,
         *,
         drafts: np.ndarray | None = None,
+        view: int | None = None,
+        adapters: np.ndarray | None = None,
+        allowed: Array | None = None,
     ) -> Stepped:
         """Take one step, or verify `drafts`, int32 [B, N].
 
-        The state is used up; its cache has room for what is drawn. `keep` is bool [B]; false
-        releases a row.
+        The state is used up; its cache has room for what is drawn. `keep` is bool [B]; a row where
+        it is false takes no part. `view` and `adapters` are as in `fill`, `allowed` as in `pick`;
+        drafts are verified without them.
         """
         cache, state = state.cache, state._replace(cache=None)
         assert cache is not None
         if drafts is None:
-            function, key = partial(steps.decode, self.config), (keep.size, cache.size)
-            args = self.params, keep, state, cache
-            read = self._call("decode", key, function, *args, donate=3)
-            return self._pick(read, controls, keep, state)
+            view = None if view is None else view + prefix_length(self.params)
+            function, key = partial(steps.decode, self.config, view), (keep.size, cache.size, view)
+            args = self.params, keep, state, adapters, cache
+            read = self._call("decode", key, function, *args, donate=4)
+            return self.pick(read, controls, keep, state, allowed)
         function, key = partial(steps.verify, self.config), (keep.size, cache.size, drafts.shape[1])
         args = self.params, keep, state, drafts, cache
         logits, cache = self._call("verify", key, function, *args, donate=4)
@@ -140,9 +191,21 @@ class Executor:
         cache = KVCache(cache.k, cache.v, length, cache.prefix)
         return state._replace(cache=cache), output
 
-    def _pick(self, read: Read, controls: Controls, keep: np.ndarray, state: State) -> Stepped:
-        """Draw a token of each row, in the one program for this number of rows."""
+    def pick(
+        self,
+        read: Read,
+        controls: Controls,
+        keep: np.ndarray,
+        state: State,
+        allowed: Array | None = None,
+    ) -> Stepped:
+        """Draw a token of each row, one of those `allowed`: uint32 [B, V / 32], a bit for each.
+
+        There are two programs for a number of rows: with `allowed`, and without. The state is used
+        up; its cache is that of `read`.
+        """
         logits, cache = read
-        args = logits, controls, keep, state
-        state, output = self._call("pick", keep.size, steps.pick, *args, donate=3)
+        args = logits, controls, keep, state, allowed
+        key = (keep.size, 1, *(() if allowed is None else ("allowed",)))
+        state, output = self._call("pick", key, steps.pick, *args, donate=3)
         return state._replace(cache=cache), output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,12 @@ def open_choice(
     device: Any,
     on_event: OnEvent | None,
     progress: Callable[[int, int], None],
+    rows: int = 1,
 ) -> Engine:
-    """Open the checkpoint in `folder` as a `ModelChoice` says, but for its mesh and device."""
+    """Open the checkpoint in `folder` as a `ModelChoice` says, but for its mesh and device.
+
+    `rows` are to be answered at once.
+    """
     start = time.perf_counter()
     device = find_device(device) if mesh is None else mesh.local_devices[0]
     form, adapter, prefix = choice.form, None, None
@@ -128,7 +132,8 @@ def open_choice(
             dtype=choice.dtype,
             quantize=choice.quantize,
             quantize_embeddings=choice.quantize_embeddings,
-            layers=choice.layers or faster_layers(device.platform, on_mesh=mesh is not None),
+            layers=choice.layers
+            or faster_layers(device.platform, on_mesh=mesh is not None, rows=rows),
             mesh=mesh,
             **form,
             device=device if mesh is None else None,
@@ -147,6 +152,17 @@ def open_choice(
         load_s=time.perf_counter() - start,
         on_event=on_event,
     )
+
+
+def add_adapters(engine: Engine, choice: ModelChoice, adapters: Sequence[str]) -> None:
+    """Add adapters, folders, of which each row of a batch uses one or none; before any call.
+
+    CheckpointError, UsageError: as `load`.
+    """
+    base = open_folder(choice.path or demo_folder(), **choice.form)
+    form = {"family": choice.family, "force": choice.force_adapter}
+    found = [open_adapter(folder, base, **form) for folder in adapters]
+    engine.checkpoint = attach(engine.checkpoint, *found, joined=True)
 
 
 def _find(path: Any, source: str | None, revision: str | None) -> Path:

@@ -23,6 +23,8 @@ _MIN_TEMPERATURE = 1e-6
 # Occurrences of a token in an answer are counted up to here: int16 holds twice as many, and drafts.
 _MOST = 16_000
 
+EVERY = np.uint32(0xFFFFFFFF)  # 32 tokens that are all allowed
+
 Array = Any  # jax.Array, or numpy.ndarray on its way into a program
 
 
@@ -39,12 +41,11 @@ class Sampling(NamedTuple):
     bias: Array  # float32 [B, MAX_BIASES], added to the logits of these ids
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], batch: int) -> Sampling:
-        """Return those of each row as NumPy arrays; rows after the last are greedy."""
-        rows = [*params, *[SamplingParams(temperature=0)] * (batch - len(params))]
+    def of(cls, rows: Sequence[SamplingParams]) -> Sampling:
+        """Return those of each row as NumPy arrays."""
         most = np.iinfo(np.int32).max
-        bias_ids = np.full((batch, MAX_BIASES), -1, np.int32)
-        bias = np.zeros((batch, MAX_BIASES), np.float32)
+        bias_ids = np.full((len(rows), MAX_BIASES), -1, np.int32)
+        bias = np.zeros((len(rows), MAX_BIASES), np.float32)
         for index, row in enumerate(rows):
             for place, (token, added) in enumerate(row.logit_bias):
                 bias_ids[index, place], bias[index, place] = token, added
@@ -108,22 +109,24 @@ def adjust(
     """Return the scores, float32 [B, V]: the logits with biases, then penalties; -inf for tokens
     that are not `allowed`, one bit each, uint32 [B, V / 32] (None = all are)."""
     vocab = logits.shape[-1]
-    penalized = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0)
-    penalized |= rows.frequency_penalty != 0
-    biased = jnp.asarray(rows.bias_ids >= 0).any(axis=-1)
+    changed = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0)
+    changed |= rows.frequency_penalty != 0
+    changed = changed | jnp.asarray(rows.bias_ids >= 0).any(axis=-1)
+    if allowed is not None:
+        changed |= jnp.asarray(allowed != EVERY).any(axis=-1)
 
     def adjusted() -> jax.Array:
         ids = jnp.where(rows.bias_ids < 0, vocab, rows.bias_ids)  # past the end: dropped
         scores = jax.vmap(lambda row, ids, bias: row.at[ids].add(bias, mode="drop"))(
             logits, ids, rows.bias
         )
-        return penalize(scores, counts, rows)
+        scores = penalize(scores, counts, rows)
+        if allowed is None:
+            return scores
+        bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return jnp.where(bits.reshape(len(bits), -1)[:, :vocab] > 0, scores, -jnp.inf)
 
-    scores = jax.lax.cond(jnp.any(penalized | biased), adjusted, lambda: logits)
-    if allowed is None:
-        return scores
-    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return jnp.where(bits.reshape(len(bits), -1)[:, :vocab] > 0, scores, -jnp.inf)
+    return jax.lax.cond(jnp.any(changed), adjusted, lambda: logits)
 
 
 def penalize(scores: jax.Array, counts: jax.Array, rows: Sampling) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from glm2_jax import KVCache
 from glm2_jax.runtime.devices import device_errors
 from infer.engine.answer import Completion
-from infer.engine.call import Batch
+from infer.engine.call import Batch, columns_of
 from infer.engine.drafts import Drafts
 from infer.engine.executor import Executor
 from infer.engine.rows import Row, TokenEvent
@@ -157,10 +157,7 @@ class Scheduler:
     def _take(self, output: Output) -> list[TokenEvent]:
         """Hand the output of a step, or of several together, to the rows."""
         output, rows = jax.device_get(output), self.batch.going
-        columns = [output]
-        if output.tokens.ndim > 1:
-            columns = [jax.tree.map(lambda x, i=i: x[i], output) for i in range(len(output.tokens))]
-        events = [event for column in columns for event in self.batch.take(column)]
+        events = [event for column in columns_of(output) for event in self.batch.take(column)]
         now = self._seconds()
         for row in rows:
             self._count(row, now)

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import GLMConfig, KVCache, forward, last_logits
+from glm2_jax.lora import choose_adapters, is_joined, with_lora
 from infer.engine.sampling import (
     Array,
     Logprobs,
     Sampling,
     counted,
+    prompt_logprobs,
     row_keys,
     sample,
     token_logprobs,
@@ -99,18 +101,78 @@ def extend(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> Read:
 
 def grow(size: int, cache: KVCache) -> KVCache:
     """Return a copy of the cache with more slots, the new ones zero."""
-    pad = [(0, 0)] * 2 + [(0, size - cache.size)] + [(0, 0)] * 2
+    pad = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
     return KVCache(jnp.pad(cache.k, pad), jnp.pad(cache.v, pad), cache.length, cache.prefix)
 
 
-def decode(config: GLMConfig, params: Any, keep: Array, state: State, cache: KVCache) -> Read:
+def fill(
+    config: GLMConfig,
+    view: int,
+    params: Any,
+    part: Part,
+    rows: Array,
+    adapters: Array | None,
+    cache: KVCache,
+) -> Read:
+    """Do as `extend`, for these rows of the cache alone, int32 [R]; one past the end is empty.
+
+    No more than `view` slots of them are used. `adapters`, int32 [R], are numbers of joined
+    adapters, see `glm2_jax.lora`; None = the base model.
+    """
+    cut = _cut_rows(cache, part, rows)
+    return _read(config, params, part, cut, rows=rows, view=view, adapters=adapters)
+
+
+def score(
+    config: GLMConfig,
+    view: int,
+    params: Any,
+    part: Part,
+    following: Array,
+    rows: Array,
+    adapters: Array | None,
+    cache: KVCache,
+) -> tuple[jax.Array, Logprobs, KVCache]:
+    """Do as `fill`, and return the log-probabilities of the tokens that follow those of the part.
+
+    `following` is int32 [R, T]; so are the axes of the log-probabilities.
+    """
+    logits, filled = forward(
+        config,
+        _adapted(params, adapters, part),
+        part.tokens,
+        segment_ids=_real(part).astype(jnp.int32),
+        cache=_cut_rows(cache, part, rows),
+        rows=jnp.asarray(rows),
+        view=view,
+    )
+    last = jnp.maximum(part.lengths - 1, 0)
+    ends = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+    return ends, prompt_logprobs(logits, following), cast(KVCache, filled)
+
+
+def insert(rows: Array, begun: State, state: State) -> State:
+    """Put R rows that have begun into a state without a cache, at int32 [R]; past the end = not."""
+    return jax.tree.map(lambda all_, new: all_.at[rows].set(new, mode="drop"), state, begun)
+
+
+def decode(
+    config: GLMConfig,
+    view: int | None,
+    params: Any,
+    keep: Array,
+    state: State,
+    adapters: Array | None,
+    cache: KVCache,
+) -> Read:
     """Write the last token of each row into the cache; return the logits of the next, [B, V].
 
-    `keep` is bool [B]; false ends a row, even if it is active on the device.
+    `keep` is bool [B]; a row where it is false takes no part, even if it is active on the device,
+    and may go on later. `view` and `adapters` are as in `fill`.
     """
     active = state.active & keep
     part = Part(state.token[:, None], active.astype(jnp.int32), jnp.zeros_like(state.token))
-    return _read(config, params, part, cache)
+    return _read(config, params, part, cache, view=view, adapters=adapters)
 
 
 def verify(
@@ -119,7 +181,7 @@ def verify(
     """Write the last token of each row and its draft, int32 [B, N], into the cache.
 
     Returns the logits after each of them, [B, N + 1, V], and a cache whose lengths are those from
-    before, as `accept` decides which tokens count. `keep` is as in `decode`.
+    before, as `accept` decides which tokens count. `keep` is bool [B]; false ends a row.
     """
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     active = state.active & keep
@@ -140,17 +202,19 @@ def pick(
     `keep` is as in `decode`; the state has no cache. `allowed` is uint32 [B, V / 32], a bit for
     each token that may be drawn; None = all.
     """
-    was_active = state.active & keep
+    takes_part = state.active & keep
     keys = row_keys(jnp.asarray(controls.seed), jnp.asarray(controls.row_ids), state.step)
     token = sample(logits, keys, state.counts, controls.sampling, allowed)
     logprobs = token_logprobs(logits, token, jnp.asarray(controls.want_logprobs))
     finite = jnp.isfinite(logits).all(axis=-1)
-    output = jnp.where(was_active, jnp.where(finite, token, NOT_FINITE), IDLE)
+    output = jnp.where(takes_part, jnp.where(finite, token, NOT_FINITE), IDLE)
 
     stopped = jnp.any(token[:, None] == controls.stop_ids, axis=-1)
-    active = was_active & finite & ~stopped & (state.step + 1 < controls.limit)
+    active = takes_part & finite & ~stopped & (state.step + 1 < controls.limit)
     counts = counted(state.counts, token[:, None], active[:, None])
-    state = State(None, jnp.where(active, token, 0), counts, active, state.step + was_active)
+    token = jnp.where(keep, jnp.where(active, token, 0), state.token)
+    active = jnp.where(keep, active, state.active)
+    state = State(None, token, counts, active, state.step + takes_part)
     return state, Output(output, logprobs)
 
 
@@ -201,12 +265,32 @@ def _columns(state: State, drafts: jax.Array) -> State:
     )
 
 
-def _read(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> Read:
+def _adapted(params: Any, adapters: Array | None, part: Part) -> Any:
+    """Return the params with the adapters of these numbers for the rows, if they have joined ones;
+    None = the base model."""
+    if not is_joined(params):
+        return params
+    numbers = jnp.zeros_like(part.lengths) if adapters is None else jnp.asarray(adapters)
+    return with_lora(params, choose_adapters(params["lora"], numbers))
+
+
+def _read(
+    config: GLMConfig,
+    params: Any,
+    part: Part,
+    cache: KVCache,
+    *,
+    rows: Array | None = None,
+    view: int | None = None,
+    adapters: Array | None = None,
+) -> Read:
     """Return the logits of each row's last token, and the cache with all tokens."""
+    params = _adapted(params, adapters, part)
     last = jnp.maximum(part.lengths - 1, 0)
     segment_ids = _real(part).astype(jnp.int32)
+    where = {"cache": cache, "rows": None if rows is None else jnp.asarray(rows), "view": view}
     logits, filled = last_logits(
-        config, params, part.tokens, last, segment_ids=segment_ids, cache=cache
+        config, params, part.tokens, last, segment_ids=segment_ids, **where
     )
     return logits, cast(KVCache, filled)
 
@@ -214,6 +298,14 @@ def _read(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> Read:
 def _cut(cache: KVCache, part: Part) -> KVCache:
     """Return the cache with the tokens before the part alone; the slots after them are free."""
     return KVCache(cache.k, cache.v, cache.prefix + part.kept, cache.prefix)
+
+
+def _cut_rows(cache: KVCache, part: Part, rows: Array) -> KVCache:
+    """Do as `_cut`, for these rows alone."""
+    rows = jnp.asarray(rows)
+    starts = cache.prefix.at[rows].get(mode="fill", fill_value=0) + part.kept
+    length = cache.length.at[rows].set(starts, mode="drop")
+    return KVCache(cache.k, cache.v, length, cache.prefix)
 
 
 def _real(part: Part) -> jax.Array:

@@ -40,7 +40,7 @@ def walk_layer(
 ) -> jax.Array:
     """Walk through one layer: [B, T, D] -> [B, T, D].
 
-    `cache` has keys and values of the tokens before, [1, B, S, K, H] each; None = there are none.
+    `cache` has keys and values of the tokens before, [1, B, K, S, H] each; None = there are none.
     """
     norm = partial(rms_norm, eps=config.norm_eps)
     a = take("attention.norm", norm, x, weights["attn_norm"])
@@ -68,6 +68,8 @@ def _attention(weights: Any, x: jax.Array, context: TokenContext, cache: Any, ta
     k = take("attention.rope_k", _rotate, k, context)
     if cache is not None:
         k, v = take("attention.cache", _through_cache, k, v, *cache, context)
+    else:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = take("attention.scores", _all_scores, q, k, context)
     probs = take("attention.softmax", partial(jax.nn.softmax, axis=-1), scores)
     out = take("attention.values", partial(_weighted, dtype=x.dtype), probs, v)
@@ -97,7 +99,7 @@ def _rotate_queries(q: jax.Array, context: TokenContext) -> jax.Array:
 def _through_cache(
     k: jax.Array, v: jax.Array, ks: jax.Array, vs: jax.Array, context: TokenContext
 ) -> tuple[jax.Array, jax.Array]:
-    """Write new keys and values after the old ones; returns all, [B, S, K, H] each."""
+    """Write new keys and values after the old ones; returns all, [B, K, S, H] each."""
     assert context.slots is not None
     layer = jnp.int32(0)
     ks, vs = write_layer(ks, k, layer, context.slots), write_layer(vs, v, layer, context.slots)
@@ -107,17 +109,18 @@ def _through_cache(
 def _all_scores(q: jax.Array, k: jax.Array, context: TokenContext) -> jax.Array:
     """Return the scores [B, N, T, S]; masked ones are the lowest number."""
     B, T, N, H = q.shape
-    S, K = k.shape[1:3]
+    K, S = k.shape[1:3]
     scores = scaled_scores(q.reshape(B, T, K, N // K, H), k, context.visible.mask(0, S))
     return scores.reshape(B, N, T, S)
 
 
 def _weighted(probs: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
-    """Weight the values: [B, N, T, S] and [B, S, K, H] -> [B, T, N, H]."""
+    """Weight the values: [B, N, T, S] and [B, K, S, H] -> [B, T, N, H]."""
     B, N, T, S = probs.shape
-    K, H = v.shape[2:]
+    K, H = v.shape[1], v.shape[3]
     grouped = probs.reshape(B, K, N // K, T, S).astype(v.dtype)
-    return einsum("BKGTS,BSKH->BTKGH", grouped, v).reshape(B, T, N, H).astype(dtype)
+    out = einsum("BKGTS,BKSH->BKGTH", grouped, v)
+    return jnp.einsum("BKGTH->BTKGH", out).reshape(B, T, N, H).astype(dtype)
 
 
 def _out(spec: str, x: jax.Array, weight: Any) -> jax.Array:

@@ -59,7 +59,7 @@ WORDS = {
         "Done before caching: each key is rotated once.", "在写入缓存之前进行，每个键只旋转一次。",
     ),
     "attention.cache": Words(
-        "attention", "KV cache", "KV 缓存", "BSKH", "S B K H", (),
+        "attention", "KV cache", "KV 缓存", "BKSH", "S B K H", (),
         "New keys and values are appended, then all are read: two arrays of this shape.",
         "新的 K、V 追加到缓存末尾，再全部读出；K、V 各一份，形状相同。",
     ),

@@ -1,7 +1,7 @@
-"""Answer a batch file: lines of similar length together, the answers in the order of the lines.
+"""Answer a batch file by continuous batching: a line joins as soon as another one has ended.
 
-Every line has its own random seed, and every run answers the same lines together, so the result
-does not depend on interruptions.
+Every line has its own random numbers and is computed in the same shapes whatever is beside it, so
+the result does not depend on interruptions.
 """
 
 import dataclasses
@@ -22,9 +22,13 @@ from glm2_jax.cli.text_input import STDIN, open_input, read_lines
 from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.escape import json_line
 from glm2_jax.processes import join
+from glm2_jax.runtime.buckets import bucket
+from infer.batching.batcher import Batcher
+from infer.batching.job import Event, Failure, Job
+from infer.batching.options import TOKENS_PER_PREFILL, BatchOptions
 from infer.console import print_stats
 from infer.engine.engine import Engine
-from infer.engine.stats import Stats, add_stats, together
+from infer.engine.stats import Stats
 from infer.generate.options import Settings
 from infer.generate.output import (
     Elsewhere,
@@ -38,8 +42,6 @@ from infer.generate.output import (
 from infer.requests.exchange import encode, result, warn_beyond_aligned
 from infer.requests.request import Request, Turns, parse_line
 from infer.startup import open_engine
-
-_BATCHES_AHEAD = 16  # sorted together for a stream, where an answer waits for those before it
 
 
 class Row(NamedTuple):
@@ -88,16 +90,6 @@ def run_batch(settings: Settings, history: Turns) -> int:
     return batch.end()
 
 
-def batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
-    """Yield rows to answer together, at most `size` of similar length, so that padding is short.
-
-    The longest come first: what does not fit into memory fails early.
-    """
-    ordered = sorted(rows, key=lambda row: (-len(row.ids), row.number))
-    for first in range(0, len(ordered), size):
-        yield ordered[first : first + size]
-
-
 class _Batch:
     """The lines of a batch file on their way to the engine, and what became of them."""
 
@@ -129,20 +121,17 @@ class _Batch:
         rows = list(self._encoded(engine, requests))
         if isinstance(sink, Journal):
             sink.tell(len(rows))
-        self._answered = len(sink.done)
-        with Progress("rows answered", len(rows), show=_count, done=self._answered) as bar:
-            self._answer(engine, rows, sink, bar)
+        self._answer(engine, rows, sink)
 
     def to_stream(
         self, engine: Engine, requests: Sequence[tuple[int, Request]], output: Path | None
     ) -> None:
-        """Answer everything, a few batches at a time."""
-        encoded = self._encoded(engine, requests)
+        """Answer everything; an answer is written as soon as those before it are there."""
+        rows = list(self._encoded(engine, requests))
         stream = nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8")
         try:
-            with stream as file, Progress("rows answered", len(requests), show=_count) as bar:
-                while rows := list(islice(encoded, _BATCHES_AHEAD * self.settings.batch_size)):
-                    self._answer(engine, rows, InOrder([row.number for row in rows], file), bar)
+            with stream as file:
+                self._answer(engine, rows, InOrder([row.number for row in rows], file))
         except OSError as error:  # a failed write does not name the file
             error.filename = error.filename or (output and str(output))
             raise
@@ -160,35 +149,69 @@ class _Batch:
             warned = warned or warn_beyond_aligned(engine, len(ids), sampling)
             yield Row(number, request, ids)
 
-    def _answer(self, engine: Engine, rows: Sequence[Row], sink: Sink, bar: Progress) -> None:
-        """Answer what is not in the sink yet, a batch at a time.
+    def _answer(self, engine: Engine, rows: Sequence[Row], sink: Sink) -> None:
+        """Answer the rows that are not in the sink yet: each joins as soon as a slot is free.
 
-        A batch of which some answers are there is computed again as before: next to other rows the
-        last digits of log-probabilities could differ.
+        The shapes follow from all rows, and each row is computed alike beside any others. So an
+        interrupted run ends with the same answers.
         """
-        for batch in batches(rows, self.settings.batch_size):
-            if all(row.number in sink.done for row in batch):
-                continue
-            completions = engine.complete(
-                [row.ids for row in batch],
-                self.settings.sampling,
-                row_ids=[row.number - 1 for row in batch],
-                clean=engine.template != "raw",
-            )
-            answers = []
-            for row, completion in zip(batch, completions, strict=True):
-                if row.number not in sink.done:
-                    answers.append((row.number, json_line(result(engine, row.request, completion))))
-                    self._tokens += len(completion.output_ids)
-                    self._loops += completion.finish_reason == "loop"
-            sink.append(answers)
-            self._answered += len(answers)
-            stats = together(completion.stats for completion in completions)
-            self._load_s, self._stats = engine.load_s, add_stats(self._stats, stats)
-            bar.start += stats.compile_s  # not part of the rate
-            if isinstance(sink, Journal) or not sys.stdout.isatty():  # there the answers show it
-                rate = self._tokens / (time.monotonic() - bar.start)
-                bar(self._answered, f"{rate:.0f} tokens/s")
+        self._answered = len(sink.done)
+        waiting = (row for row in rows if row.number not in sink.done)
+        batcher = Batcher(engine, self._shapes(engine, rows))
+        ended: list[tuple[Row, Event]] = []
+        with Progress("rows answered", len(rows), show=_count, done=self._answered) as bar:
+            while True:
+                for row in islice(waiting, 2 * batcher.options.slots - batcher.open):
+                    batcher.submit(self._job(engine, row, ended))
+                if not batcher.open:
+                    break
+                batcher.step()
+                if ended:
+                    sink.append([self._line(engine, *one) for one in ended])
+                    self._answered += len(ended)
+                    ended.clear()
+                    if isinstance(sink, Journal) or not sys.stdout.isatty():  # there they show it
+                        seconds = time.monotonic() - bar.start - batcher.stats.compile_s
+                        bar(self._answered, f"{self._tokens / seconds:.0f} tokens/s")
+        self._load_s, self._stats = engine.load_s, batcher.stats
+
+    def _shapes(self, engine: Engine, rows: Sequence[Row]) -> BatchOptions:
+        """Return the shapes for rows, as small as the longest of them allows."""
+        sampling, multiple = self.settings.sampling, engine.executor.places.rows
+        ceiling = min(sampling.max_length or engine.max_length, engine.max_length)
+        longest = max((len(row.ids) for row in rows), default=1)
+        wanted = longest + (sampling.max_new_tokens or ceiling)
+        slots = min(self.settings.batch_size, max(len(rows), 1))
+        return BatchOptions(
+            slots=-(-slots // multiple) * multiple,
+            size=bucket(min(wanted, ceiling), engine.max_length),
+            tokens_per_prefill=min(engine.prefill_chunk, bucket(longest, TOKENS_PER_PREFILL)),
+            deterministic=True,
+        )
+
+    def _job(self, engine: Engine, row: Row, ended: list[tuple[Row, Event]]) -> Job:
+        def listen(event: Event) -> None:
+            if isinstance(event, Failure) or event.completion is not None:
+                ended.append((row, event))
+
+        (made,) = engine.rows(
+            [row.ids],
+            self.settings.sampling,
+            row_ids=[row.number - 1],
+            clean=engine.template != "raw",
+        )
+        made.index = row.number - 1  # an error names the line
+        return Job(made, listen)
+
+    def _line(self, engine: Engine, row: Row, event: Event) -> tuple[int, str]:
+        """Return a row's number and its answer as JSON; an answer that failed raises its error."""
+        if isinstance(event, Failure):
+            raise event.error
+        completion = event.completion
+        assert completion is not None
+        self._tokens += len(completion.output_ids)
+        self._loops += completion.finish_reason == "loop"
+        return row.number, json_line(result(engine, row.request, completion))
 
     def end(self) -> int:
         """Report what became of the lines; returns the exit code."""

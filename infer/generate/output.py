@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -202,7 +202,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
 class InOrder:
     """Writes answers to a stream as soon as all before them, in `numbers`, are written."""
 
-    done: Container[int] = ()
+    done: Collection[int] = ()
 
     def __init__(self, numbers: Sequence[int], file: TextIO):
         self._left, self._file = list(numbers[::-1]), file

@@ -67,7 +67,7 @@ def cache_share(config: GLMConfig, size: int, slots: int, rows: int, mesh: Sizes
     from glm2_jax.sharding import cache_sharding
 
     where: Any = cache_sharding(config, _without_devices(mesh)).k
-    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
     return 2 * size * math.prod(where.shard_shape(shape))
 
 

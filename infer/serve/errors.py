@@ -16,7 +16,8 @@ from glm2_jax.escape import escape_controls
 from infer.batching.job import Busy, Failure
 
 _log = logging.getLogger("infer.serve")
-_STATUS = {"deadline": 504, "stopping": 503, "cancelled": 503}  # of failures; else 500
+# Of failures; of others 500.
+_STATUS = {"grammar": 400, "deadline": 504, "stopping": 503, "cancelled": 503}
 _HINTS = {
     404: "No such route. The routes are described in /openapi.json.",
     405: "This route does not support the method.",
@@ -68,13 +69,13 @@ def too_long(prompt: int, answer: int | None, limit: int, param: str) -> ApiErro
     return ApiError(400, message, code="context_length_exceeded", param=param)
 
 
-def of_expected(error: GLMError) -> ApiError:
-    """Return what a client is told of an expected error of the engine."""
+def of_expected(error: GLMError, param: str | None = None) -> ApiError:
+    """Return what a client is told of an expected error of the engine, or of a parameter."""
     if isinstance(error, Busy):
         wait = {"Retry-After": str(max(1, round(error.retry_after)))}
         return ApiError(429, _sentences(error), code="server_busy", headers=wait)
     if isinstance(error, InputError | UsageError):
-        return ApiError(400, _sentences(error), code="invalid_value")
+        return ApiError(400, _sentences(error), code="invalid_value", param=param)
     return ApiError(500, _sentences(error), code="internal_error")
 
 

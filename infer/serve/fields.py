@@ -17,7 +17,7 @@ HARMLESS = frozenset({
 })  # fmt: skip
 """The text does not depend on them here, so they are accepted and ignored."""
 
-_NOT_ENFORCED = "the answer is not constrained. Ask for the format in the prompt."
+_NOT_ENFORCED = "only the `response_format` of /v1/chat/completions is enforced."
 _TEMPLATE = "the checkpoint's own prompt template is used."
 _OTHER = "it would change the answer. Leave it out."
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {

@@ -71,10 +71,10 @@ class Jobs:
                     deadline=self._began + limit if limit else None,
                     adapter=adapter,
                     score_prompt=asked.score_prompt,
+                    grammar=asked.grammars[draw] if asked.grammars else None,
                 )
                 self.jobs.append(job)
-        for job in self.jobs:
-            self._service.worker.submit(job)
+        self._service.worker.submit(*self.jobs)
 
     def _listener(self, index: int):
         def listen(event: Event) -> None:

@@ -1,5 +1,6 @@
 """The flags of `python -m infer.serve`. Nothing here imports jax."""
 
+import argparse
 from dataclasses import dataclass
 
 from glm2_jax.cli.arguments import number, path_argument, positive, size_argument, whole
@@ -26,12 +27,19 @@ OPENAI = "openai"  # the preset: temperature 1, top_p 1, no top_k
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+def _port(text: str) -> int:
+    number = whole(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port, 0 to 65535, got {text!r}")
+    return number
+
+
 @dataclass(frozen=True)
 class AddressOptions:
     """Where the server listens, and who may use it."""
 
     host: str = flag("address to listen on", default="127.0.0.1", metavar="ADDRESS")
-    port: int = flag("port to listen on, 0 = any free one", type=whole, default=8000, metavar="N")
+    port: int = flag("port to listen on, 0 = any free one", type=_port, default=8000, metavar="N")
     api_key_file: str | None = flag(
         "file of API keys, one a line; clients send one as 'Authorization: Bearer KEY' or "
         "'x-api-key: KEY' (default: the key in the environment variable GLM2_API_KEY, if any)",
@@ -49,7 +57,7 @@ class AddressOptions:
 
 
 @dataclass(frozen=True)
-class BatchOptions:
+class BatchFlags:
     """How many requests are answered at once."""
 
     slots: int = flag(
@@ -80,6 +88,11 @@ class RequestOptions:
     served_model_name: list[str] | None = flag(
         "name of the model in the API; may be repeated (default: the name of its folder)",
         action="append", metavar="NAME",
+    )  # fmt: skip
+    lora: list[str] | None = flag(
+        "serve a LoRA adapter of the model, too, under its own name; may be repeated; requests "
+        "of all of them are answered together",
+        action="append", metavar="NAME=FOLDER",
     )  # fmt: skip
     preset: str = flag(
         "sampling parameters that a request leaves out: openai = temperature 1, top-p 1, no top-k; "
@@ -116,7 +129,7 @@ class Settings:
     choice: ModelChoice
     options: EngineOptions
     address: AddressOptions
-    batch: BatchOptions
+    batch: BatchFlags
     requests: RequestOptions
 
 
@@ -126,7 +139,7 @@ def parser() -> Parser:
     add_model_options(result)
     options.add_adapter_options(result)
     add_flags(result, "address", AddressOptions)
-    add_flags(result, "batching", BatchOptions)
+    add_flags(result, "batching", BatchFlags)
     add_flags(result, "requests", RequestOptions)
     options.add_performance_options(result, mesh=True)
     result.add_common()

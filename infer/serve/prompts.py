@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from glm2_jax.errors import shorten
 from glm2_jax.text.prompt import build_messages, build_prompt
 from glm2_jax.text.tokenizer import Tokenizer
+from infer.batching.grammar import Matcher
 from infer.engine.params import MAX_SEED, PRESETS, SamplingParams
 from infer.serve import messages
 from infer.serve.errors import ApiError, too_long
@@ -33,20 +34,31 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampled:
-    """How each prompt of a request is answered: how often, and how."""
+    """How each prompt of a request is answered: how often, and how.
+
+    `grammars` has what each of the `count` answers must match; () = they are free.
+    """
 
     sampling: SamplingParams
     count: int
     clean: bool
     score_prompt: int | None = None
+    grammars: tuple[Matcher, ...] = ()
 
 
-async def chat_prompt(facts: Facts, asked: Sequence[Message], tools: Sequence[Tool]) -> Prompt:
-    """Return the prompt of a chat; ApiError, InputError: the template cannot express it."""
+async def chat_prompt(
+    facts: Facts, asked: Sequence[Message], tools: Sequence[Tool], *, content_only: bool = False
+) -> Prompt:
+    """Return the prompt of a chat; with `content_only`, the answer can call no tool.
+
+    ApiError, InputError: the template cannot express it.
+    """
 
     def build() -> list[int]:
         if facts.template == "chatglm3":
-            return build_messages(facts.tokenizer, messages.chatglm3(asked, tools))
+            ids = build_messages(facts.tokenizer, messages.chatglm3(asked, tools))
+            # The line of metadata that begins an answer, empty, in the tokens of a history.
+            return ids + (facts.tokenizer.encode("\n") if content_only else [])
         if facts.template == "raw":
             raise ApiError(
                 400,

@@ -14,16 +14,20 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from glm2_jax.cli import interrupt
-from glm2_jax.cli.messages import Progress, note
+from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError
+from infer.batching.grammar import ANY_OBJECT
+from infer.batching.options import BatchOptions
 from infer.batching.worker import Worker
 from infer.engine.engine import Engine
+from infer.engine.load import add_adapters
 from infer.serve.app import build
 from infer.serve.options import AddressOptions, Settings
 from infer.serve.security import Access, find_access
 from infer.serve.service import Facts, Service, model_name
 from infer.startup import note_demo_model, open_engine
 
+_BACKLOG = 2048  # connections that wait to be accepted, as uvicorn's default
 _FLUSH = 5.0  # seconds that readers have for the end of their answers when the server stops
 
 
@@ -32,20 +36,11 @@ def run(settings: Settings) -> int:
     access = find_access(settings.address)
     with contextlib.closing(_bind(settings.address)) as listener:
         note_demo_model(settings.choice)
-        engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
-        batch = settings.batch
-        worker = Worker(
-            engine,
-            slots=batch.slots,
-            tokens_per_prefill=batch.tokens_per_prefill,
-            queue=settings.requests.queue,
-            deterministic=batch.deterministic,
-        )
-        with Progress("compiling") as bar:
-            worker.warm(bar.update)
-        service = make_service(settings, engine, worker)
+        service = open_service(settings)
+        worker = service.worker
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()
+        listener.listen(_BACKLOG)  # whoever reads the next lines can connect
         _announce(settings, listener, service, access)
         try:
             signum = serve(app, worker, listener, settings.requests.log_level)
@@ -56,32 +51,74 @@ def run(settings: Settings) -> int:
     return code
 
 
+def open_service(settings: Settings) -> Service:
+    """Load the model and compile all programs; the caller starts the worker and stops it."""
+    adapters = adapters_of(settings)
+    engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
+    if adapters:
+        add_adapters(engine, settings.choice, list(adapters.values()))
+    worker = Worker(
+        engine,
+        BatchOptions(
+            slots=settings.batch.slots,
+            size=engine.max_length,
+            tokens_per_prefill=settings.batch.tokens_per_prefill,
+            queue=settings.requests.queue,
+            deterministic=settings.batch.deterministic,
+        ),
+    )
+    worker.warm()
+    service = make_service(settings, engine, worker)
+    service.grammars.matcher(ANY_OBJECT)  # the first request must not wait for the vocabulary
+    return service
+
+
 def make_service(settings: Settings, engine: Engine, worker: Worker) -> Service:
     """Return what the routes need."""
     summary = engine.checkpoint.summary
     form = f"{engine.checkpoint.fingerprint} {summary.dtype} {summary.quantization}"
     facts = Facts.of(engine, hashlib.sha256(form.encode()).hexdigest())
     names = settings.requests.served_model_name or [model_name(settings.choice.path)]
-    return Service(facts, worker, dict.fromkeys(names, 0), settings.requests)
+    numbers = {name: number for number, name in enumerate(adapters_of(settings), 1)}
+    return Service(facts, worker, dict.fromkeys(names, 0) | numbers, settings.requests)
+
+
+def adapters_of(settings: Settings) -> dict[str, str]:
+    """Return the adapters of `--lora`, name -> folder; UsageError for a bad one."""
+    pairs = [text.partition("=") for text in settings.requests.lora or ()]
+    for name, _, folder in pairs:
+        if not name or not folder:
+            raise UsageError("--lora needs NAME=FOLDER", fix="Write --lora support=adapters/one.")
+    found = {name: folder for name, _, folder in pairs}
+    if len(found) < len(pairs) or set(found) & set(settings.requests.served_model_name or ()):
+        raise UsageError("--lora: two models have the same name", fix="Rename one of them.")
+    if found and settings.choice.adapter:
+        raise UsageError(
+            "--lora excludes --adapter",
+            "With --adapter all requests use one adapter.",
+            "Name it with --lora, too.",
+        )
+    return found
 
 
 def _bind(address: AddressOptions) -> socket.socket:
     """Take the address before the model is loaded; UsageError if it cannot be had."""
-    try:
-        found = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, place = found[0]
-        listener = socket.socket(family, kind, protocol)
-        if sys.platform != "win32":  # there it would let two servers share a port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {address.host}, port {address.port}",
-            getattr(error, "strerror", None) or str(error),
-            "Choose another --port (0 = any free one) or --host.",
-        ) from error
+    with contextlib.ExitStack() as opened:
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = opened.enter_context(socket.socket(family, kind, protocol))
+            if sys.platform != "win32":  # there it would let two servers share a port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {address.host}, port {address.port}",
+                error.strerror or str(error),
+                "Choose another --port (0 = any free one) or --host.",
+            ) from error
+        opened.pop_all()
     return listener
 
 
@@ -115,9 +152,8 @@ def serve(app: ASGIApp, worker: Worker, listener: socket.socket, log_level: str)
     )
     logging.getLogger("infer.serve").setLevel(log_level.upper())
     logging.getLogger("uvicorn.error").setLevel("DEBUG" if log_level == "debug" else "WARNING")
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none"
-    )
+    quiet = {"log_config": None, "access_log": False, "server_header": False}
+    config = uvicorn.Config(app, backlog=_BACKLOG, lifespan="off", ws="none", **quiet)
     return asyncio.run(_serve(_Server(config), worker, listener))
 
 

@@ -115,10 +115,22 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+class JsonSchema(Strict):
+    """A schema is enforced whether it says `strict` or not; its name is ignored."""
+
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class ChatBody(Common):
     """The body of /v1/chat/completions."""
 
     messages: Messages
+    response_format: ResponseFormat | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from glm2_jax.errors import shorten
 from glm2_jax.text.tokenizer import Tokenizer
+from infer.batching.grammar import Grammars
 from infer.batching.worker import Worker
 from infer.engine.engine import Engine
 from infer.engine.params import PRESETS, SamplingParams
@@ -54,6 +56,11 @@ class Service:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", Metrics(next(iter(self.models)), self.worker))
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What compiles the schemas of answers; making it takes a second."""
+        return Grammars(self.facts.tokenizer, self.facts.vocab_size)
 
     @property
     def defaults(self) -> SamplingParams:

@@ -45,7 +45,7 @@ def use_small_blocks(monkeypatch) -> None:
 
 def arguments(name: str):
     visible = Visibility(*(jnp.asarray(x, jnp.int32) for x in CASES[name]))
-    kv = (B, visible.key_segments.shape[1], K, H)
+    kv = (B, K, visible.key_segments.shape[1], H)
     return random(0, B, T, N, H), random(1, *kv), random(2, *kv), visible
 
 
@@ -68,10 +68,23 @@ def test_blocks_have_the_values_and_gradients_of_the_plain_form(name, monkeypatc
         np.testing.assert_allclose(ours, reference, atol=1e-5, rtol=1e-5)
 
 
-def test_unseen_keys_and_values_may_hold_anything(monkeypatch):
+def test_gradients_in_bfloat16():
+    """XLA:CPU of jax 0.10 refuses some products in bfloat16, only when they run."""
+    q, k, v, visible = arguments("causal")
+
+    def gradients(dtype):
+        def loss(q, k, v):
+            return (attend(q, k, v, visible).astype(jnp.float32) * random(3, B, T, N, H)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*(x.astype(dtype) for x in (q, k, v)))
+
+    for half, full in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert jnp.linalg.norm(half - full) < 0.02 * jnp.linalg.norm(full)
+
+
+def test_unseen_keys_may_hold_anything(monkeypatch):
     q, k, v, visible = arguments("cache")
-    hidden = (visible.key_segments == 0)[:, :, None, None]
-    k, v = jnp.where(hidden, jnp.nan, k), jnp.where(hidden, jnp.inf, v)
+    k = jnp.where(visible.key_segments[:, None, :, None] > 0, k, jnp.nan)
     plain = attend(q, k, v, visible)
     nothing = visible.replace(segments=jnp.zeros_like(visible.segments))
     use_small_blocks(monkeypatch)
@@ -104,11 +117,10 @@ def test_a_model_in_blocks_gives_the_same_logits(monkeypatch):
 def temporaries(slots: int, queries: int = 64) -> int:
     """Bytes that attention of a chunk of queries needs besides its arguments and result."""
     q = jax.ShapeDtypeStruct((1, queries, N, H), jnp.float32)
-    kv = jax.ShapeDtypeStruct((1, slots, K, H), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, K, slots, H), jnp.float32)
     places, keys = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (queries, slots))
     compiled = jax.jit(attend).lower(q, kv, kv, Visibility(places, places, keys)).compile()
-    values = slots * K * H * 4  # unseen ones are set to 0
-    return compiled.memory_analysis().temp_size_in_bytes - values
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_memory_does_not_grow_with_the_cache(monkeypatch):

@@ -25,7 +25,9 @@ from glm2_jax.lora import (
     TARGETS,
     LoRA,
     adapt,
+    choose_adapters,
     find_targets,
+    join_adapters,
     layer_of,
     scale_of,
     with_lora,
@@ -284,3 +286,26 @@ def test_a_column_drops_the_same_in_any_block_and_among_any_rows():
     for rows, columns in ((3, slice(2, 5)), (2, slice(1)), (1, slice(6))):
         np.testing.assert_allclose(added(rows, columns), whole[:rows, columns], atol=1e-5)
     assert np.abs(whole - added(3, slice(6), lora.replace(dropout=0.0))).max() > 0.1
+
+
+@pytest.mark.parametrize("form", ["stacked", "list"])
+def test_every_row_has_the_adapter_of_its_number(form):
+    """Of different ranks, scales and targets; 0 is the base model."""
+    params = toy_params(TOY)
+    params = unstack_layers(params) if form == "list" else params
+    ones = [
+        init_lora(TOY, KEY, rank=2, alpha=4, targets="all-linear"),
+        init_lora(TOY, jax.random.key(4), rank=3, alpha=30, targets="attn"),
+    ]
+    trained = [jax.tree.map(lambda x: x + 0.1, one) for one in ones]
+    tokens = random_tokens(4, 8)
+    want = jnp.stack(
+        [
+            jit_forward(TOY, params, tokens, lora=lora)[0][row]
+            for row, lora in enumerate((None, *trained, trained[0]))
+        ]
+    )
+    chosen = choose_adapters(join_adapters(trained), jnp.array([0, 1, 2, 1]))
+    got, _ = jit_forward(TOY, params, tokens, lora=chosen)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert float(jnp.abs(want[0] - want[1]).max()) > 0.01

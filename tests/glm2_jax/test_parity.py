@@ -65,7 +65,7 @@ def test_published_code():
         length = int(mask[row].sum())
         for ours, stored in ((cache.k, arrays["k0"]), (cache.v, arrays["v0"])):
             reference = stored[-length:, row]  # left-padded
-            assert np.abs(ours[0, row, :length] - reference).max() <= TOLERANCE
+            assert np.abs(ours[0, row, :, :length].swapaxes(0, 1) - reference).max() <= TOLERANCE
     expected = arrays["greedy"][:, tokens.shape[1] :]
     answers = greedy(config, params, logits, cache, expected.shape[1])
     np.testing.assert_array_equal(answers, expected)

@@ -22,13 +22,22 @@ from tests.support.paths import ROOT
 
 READMES = ("README.md", "README_zh.md")
 
+# Of the server: both are run together by tests/project/test_deploy.py.
+SERVING = (
+    "python -m infer.serve",
+    "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'"
+    """ -d '{"messages": [{"role": "user", "content": "你好"}]}'""",
+)
+
 # Commands too heavy for this file: the file that runs them, and words in it that prove it.
 ELSEWHERE = {
     "pip install -e .": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
     "pip install -e '.[test]'": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
     **{
         f"pip install -e '.[{extra}]'": ("pyproject.toml", f"{extra.split(',')[-1]} = ")
-        for extra in ("cuda", "tpu", "hub", "plot", "export,gguf", "evaluate", "tpu-compile")
+        for extra in (
+            "cuda", "tpu", "serve", "hub", "plot", "export,gguf", "evaluate", "tpu-compile"
+        )
     },
     "python -m convert.merge_lora BASE ADAPTER MERGED": ("tests", "merge_lora"),
     "python -m convert.to_peft ADAPTER ADAPTER_GLM --layout glm --base BASE": ("tests", "to_peft"),
@@ -46,6 +55,7 @@ ELSEWHERE = {
     "python -m infer.generate --model THUDM/chatglm2-6b --source hf --prompt 你好": (
         "tests", "test_commands_and_the_engine_take_names",  # against a server of our own
     ),
+    **{command: ("tests", "test_the_commands_of_the_readme") for command in SERVING},
     "python -m pytest": (".ci/run", "python -m pytest"),
     "bash .ci/run": (".ci/run", "set -euo pipefail"),
     "python -m train.demo": ("tests", "train.demo"),

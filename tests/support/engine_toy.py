@@ -79,10 +79,10 @@ def open_toy(opened: list[tuple[Any, Any]], notes: tuple[str, ...] = ()):
     def open_choice(choice, options, **kwargs) -> Engine:
         opened.append((choice, options))
         family = "chatglm3" if choice.template == "chatglm3" else "chatglm2"
-        share = warm_engine() if family == "chatglm2" else None  # other end ids, other programs
         engine = toy_engine(
-            share=share, family=family, template=choice.template, max_length=options.max_length
-        )
+            share=warm_engine(), family=family, template=choice.template,
+            max_length=options.max_length,
+        )  # fmt: skip
         return for_commands(engine, notes)
 
     return open_choice

@@ -10,10 +10,12 @@ from functools import cache, partial
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import (
     GLMConfig,
+    KVCache,
     cache_sharding,
     forward,
     init_lora,
@@ -30,6 +32,9 @@ from glm2_jax.prefix import Prefix, with_prefix
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.schemes import SCHEMES
 from glm2_jax.sharding import replicated
+from infer.batching.batcher import Batcher
+from infer.batching.job import Job
+from infer.batching.options import BatchOptions
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
 from infer.engine.session import Session
@@ -136,10 +141,10 @@ def compare(mesh: str, scheme: str | None, as_list: bool) -> dict[str, Any]:
         (tokens, logprobs), again = drawn(one), answered(one, PROMPTS, GREEDY)
     ((at, program),) = ((k, p) for k, p in one.programs._programs.items() if k[0] == "decode")
     memory, found = program.memory_analysis(), collectives(program.as_text())
-    rows, slots = cast(Any, at[1])
+    rows, slots, _ = cast(Any, at[1])
     assert one.mesh is not None
     where: Any = cache_sharding(CONFIG, one.mesh).k
-    part = where.shard_shape((CONFIG.num_layers, rows, slots, CONFIG.num_kv_heads, 8))
+    part = where.shard_shape((CONFIG.num_layers, rows, CONFIG.num_kv_heads, slots, 8))
     return {
         "mesh": mesh_text(dict(one.mesh.shape)),
         "scheme": scheme,
@@ -192,7 +197,40 @@ def more_ways(mesh: str) -> dict[str, bool]:
         and drafted[0].stats.passes > 0,
         "logits for evaluation": bool(max(off) < 1e-4),
         "loop on the devices": looped == want,
+        "some rows of a cache": some_rows(mesh),
+        "requests that join and leave": joined(one) == want * 2,
     }
+
+
+def joined(engine: Engine) -> list[list[int]]:
+    """Answers of more requests than there are slots."""
+    batcher = Batcher(engine, BatchOptions(slots=4, size=104, tokens_per_prefill=64))
+    rows, found = engine.rows(PROMPTS * 2, GREEDY), {}
+    for row in rows:
+        batcher.submit(Job(row, lambda event: found.update({event.row: event.completion})))
+    while batcher.step():
+        pass
+    return [list(map(int, found[row.index].output_ids)) for row in rows]
+
+
+def some_rows(mesh: str) -> bool:
+    """Whether parts of a cache are read and written on a mesh as on one device."""
+
+    def run(params: Any) -> Any:
+        tokens, rows = jnp.arange(20).reshape(4, 5), jnp.asarray([2, 9, 0])
+        cache = KVCache.zeros(CONFIG, 4, 64, jnp.float32)
+        _, cache = forward(CONFIG, params, tokens, cache=cache)
+        logits, cache = forward(CONFIG, params, tokens[:3], cache=cache, rows=rows, view=16)
+        return logits[:: len(rows) - 1], cache
+
+    one, many = engine(None), ENGINES[mesh, None]
+    assert many.mesh is not None
+    with jax.set_mesh(many.mesh):
+        found = jax.jit(run)(many.executor.params)
+    pairs = zip(
+        jax.tree.leaves(found), jax.tree.leaves(jax.jit(run)(one.executor.params)), strict=True
+    )
+    return all(np.abs(gathered(ours) - gathered(other)).max() < 1e-4 for ours, other in pairs)
 
 
 def command(*flags: str) -> list[str]:

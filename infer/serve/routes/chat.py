@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from infer.serve import answers, fields
+from infer.serve import answers, fields, formats
 from infer.serve.answers import ChatShape
 from infer.serve.errors import unsupported
 from infer.serve.prompts import chat_prompt, chat_sampled, check_lengths
@@ -31,9 +31,13 @@ def make(service: Service) -> APIRouter:
         if body.tool_choice not in (None, "none", "auto"):
             raise unsupported("tool_choice", "the model decides. Use auto or none.")
         tools = [] if body.tool_choice == "none" else body.tools or []
-        prompts = [await chat_prompt(facts, body.messages, tools)]
+        schema = formats.schema_of(body, tools)
+        bound = schema is not None
+        prompts = [await chat_prompt(facts, body.messages, tools, content_only=bound)]
         asked = chat_sampled(service, body)
         check_lengths(facts, prompts, asked.sampling.max_new_tokens, "messages")
+        if schema is not None:
+            asked = await formats.enforced(service, asked, schema)
         shape = ChatShape(facts.tokenizer, tools=bool(tools))
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = answers.head("chatcmpl", kind, name, facts.fingerprint)

@@ -15,6 +15,7 @@ from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.engine.call import parts
 from infer.engine.executor import Executor
+from infer.engine.params import SamplingParams
 from infer.engine.sampling import Sampling
 from infer.engine.steps import IDLE, STOP_IDS, Controls, Part
 from tests.support.engine_toy import TOY, toy_params, warm_engine
@@ -31,7 +32,7 @@ def executor():
 def controls(limit=100):
     """What two greedy rows ask for."""
     return Controls(
-        sampling=Sampling.of([], 2),
+        sampling=Sampling.of([SamplingParams(temperature=0)] * 2),
         seed=np.zeros((2, 2), np.uint32),
         row_ids=np.arange(2, dtype=np.int32),
         limit=np.full(2, limit, np.int32),
@@ -94,7 +95,7 @@ def test_what_is_compiled_ahead_runs_nothing_and_is_counted():
 
     for _ in range(2):
         one.compile_ahead("key", begin)
-    assert [text for _, text in said] == ["compiling prefill 64 (1/2)", "compiling pick (2/2)"]
+    assert [text for _, text in said] == ["compiling prefill 64 (1/2)", "compiling pick 1 (2/2)"]
     assert (one.made.programs, executor.programs.compiled) == (2, 2) and one.made.seconds > 0
     later.prefill(part, 64, counts(1), row)
     assert (later.made.programs, later.made.seconds) == (0, 0.0)

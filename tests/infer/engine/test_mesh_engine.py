@@ -36,14 +36,14 @@ def test_meshes_answer_with_the_tokens_of_one_device(found):
     assert [padded_batch(count, 6) for count in (1, 6, 7, 9)] == [6, 12, 12, 18]
     for case in found["cases"]:
         assert case["greedy"] and case["sampled"] and case["off"] < 1e-4, case
-    # Conversations, threads, parts, adapters, prefixes, drafts and loops:
-    assert len(found["ways"]) == 6
+    # Conversations, threads, parts, adapters, prefixes, drafts, loops and rows of a cache:
+    assert len(found["ways"]) == 8
     assert not [name for name, same in found["ways"].items() if not same]
 
 
 def test_steps_compile_once_and_move_neither_weights_nor_cache(found):
     for case in found["cases"]:
-        assert case["programs"] == 2 and case["compiled_when_warm"] == 0, case
+        assert case["programs"] == 3 and case["compiled_when_warm"] == 0, case
         assert case["alias"] >= case["cache"], case
         if "fsdp" in case["mesh"]:
             continue
@@ -85,6 +85,7 @@ def test_flags_of_a_mesh():
     with pytest.raises(SystemExit):
         flags(["--tp", "2", "--mesh", "data=2"])
     assert [faster_layers(name, on_mesh=True) for name in ("cpu", "tpu")] == ["list", "stacked"]
+    assert [faster_layers("gpu", rows=rows) for rows in (1, 4, 5)] == ["stacked", "stacked", "list"]
     assert Places().rows == 1
 
 

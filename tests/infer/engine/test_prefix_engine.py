@@ -92,7 +92,7 @@ def test_a_session_keeps_the_prefix(engine, monkeypatch):
     assert sizes == [P + 64, P + 64, P + 128, P + 128, P + 128]
     cache = session._cache
     assert cache.prefix.tolist() == [P] and cache.length.tolist() == [P + len(session.ids)]
-    np.testing.assert_array_equal(cache.k[:, 0, :P], K)
+    np.testing.assert_array_equal(cache.k[:, 0, :, :P].swapaxes(1, 2), K)
 
 
 def test_the_reader_of_evaluations(engine):

@@ -37,8 +37,8 @@ def output(*tokens, logprobs=None):
 def test_every_row_has_its_own_parameters_in_the_arrays():
     one = SamplingParams(temperature=0.5, top_k=3, seed=2**40 + 7, max_new_tokens=4)
     two = SamplingParams(
-        top_p=0.5, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=2,
-        logit_bias={9: 2, 3: -1}, logprobs=2, max_length=100, ignore_eos=True, stop_token_ids=(7, 8),
+        top_p=0.5, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=2, logprobs=2,
+        logit_bias={9: 2, 3: -1}, max_length=100, ignore_eos=True, stop_token_ids=(7, 8),
     )  # fmt: skip
     three = SamplingParams(stop_token_ids=(9, END))
     batch = batch_of([[5, 6], [7] * 10, [8]], [one, two, three], [4, 0, 9])

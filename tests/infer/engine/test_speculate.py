@@ -100,8 +100,10 @@ def test_fewer_passes_and_what_is_counted(engine, monkeypatch, capsys):
     assert stats.passes < 30
     assert 0 < stats.drafted_tokens < N * stats.passes  # some passes had nothing to verify
     assert stats.accepted_tokens == stats.decode_tokens - stats.passes
-    assert names[0] == "prefill" and set(names[1:]) == {"verify", "decode"}
-    assert len(names) == 1 + stats.passes and names.count("verify") * N == stats.drafted_tokens
+    models, draws = names[::2], names[1::2]
+    assert models[0] == "prefill" and set(models[1:]) == {"verify", "decode"}
+    assert draws == ["accept" if name == "verify" else "pick" for name in models]
+    assert len(models) == 1 + stats.passes and models.count("verify") * N == stats.drafted_tokens
     console.print_stats(1.0, stats)
     printed = capsys.readouterr().err
     accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} draft tokens accepted"
@@ -233,14 +235,14 @@ def test_a_session_goes_on_after_rewinding(plain, engine, left_at):
 def test_nothing_recompiles_once_warm():
     engine = toy_engine(parrot(), speculate=N)
     engine.complete([COPY], SamplingParams(max_new_tokens=20))
-    assert engine.programs.compiled == 3  # prefill, verify, decode
+    assert engine.programs.compiled == 5  # prefill, pick, decode, verify, accept
     others = GREEDY, SamplingParams(repetition_penalty=1.3, logprobs=5), SamplingParams(seed=9)
     with compilations() as counted:
         for sampling, (ids, limit) in itertools.product(others, (([8], 20), (COPY[:5], 3))):
             limited = dataclasses.replace(sampling, max_new_tokens=limit)
             engine.complete([ids], limited)
             list(engine.run([ids], limited))
-    assert engine.programs.compiled == 3 and not counted
+    assert engine.programs.compiled == 5 and not counted
     memory = engine.programs._programs["verify", (1, 64, N)].memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes(64)
 

@@ -45,7 +45,8 @@ WIDE = GLMConfig(
 SHAPES = {
     (1, 17, 4096): "embed attention.norm attention.o attention.add mlp.norm mlp.down mlp.add norm",
     (1, 17, 32, 128): "attention.q attention.rope_q attention.values",
-    (1, 17, 2, 128): "attention.k attention.v attention.rope_k attention.cache",
+    (1, 17, 2, 128): "attention.k attention.v attention.rope_k",
+    (1, 2, 17, 128): "attention.cache",
     (1, 32, 17, 17): "attention.scores attention.softmax",
     (1, 17, 2, 13696): "mlp.gate_up",
     (1, 17, 13696): "mlp.act",
@@ -72,7 +73,7 @@ def test_every_stage_of_the_6b_model_in_order(walk):
     ):
         assert stage(walk, name).reference == shape
     assert stage(walk, "attention.scores", decode=True).shape == (1, 32, 1, 18)
-    assert stage(walk, "attention.cache", decode=True).shape == (1, 18, 2, 128)
+    assert stage(walk, "attention.cache", decode=True).shape == (1, 2, 18, 128)
     for found in walk.prefill.stages:
         assert len(found.axes) == len(found.shape) and found.title_en and found.title_zh
         assert bool(found.note_en) == bool(found.note_zh) and "{" not in found.note_en

@@ -11,12 +11,10 @@ import pytest
 
 from glm2_jax.cli.messages import Progress
 from glm2_jax.errors import DeviceError, GLMError, InputError, UsageError
-from infer.engine.engine import Engine
+from infer.batching.batcher import Batcher
 from infer.engine.loops import LoopDetector
 from infer.generate.__main__ import main
-from infer.generate.batch import Row, batches
 from infer.generate.output import InOrder
-from infer.requests.request import Request
 from tests.support.engine_toy import toy_engine
 
 SAMPLED = ["--temperature", "1", "--max-new-tokens", "6", "--json", "--compile-cache", "off"]
@@ -154,12 +152,6 @@ def test_outputs_that_are_refused(batch, loaded, tmp_path):
     assert not loaded and not (tmp_path / "new").exists()
 
 
-def test_batches_are_of_similar_length_and_the_longest_come_first():
-    lengths = enumerate([3, 90, 3, 70, 5], 1)
-    rows = [Row(number, Request("q"), [5] * length) for number, length in lengths]
-    assert [[row.number for row in part] for part in batches(rows, 2)] == [[2, 4], [5, 1], [3]]
-
-
 def test_answers_go_to_a_stream_in_the_order_of_the_lines_as_soon_as_they_can():
     stream = io.StringIO()
     sink = InOrder([2, 3, 7, 9], stream)
@@ -169,19 +161,15 @@ def test_answers_go_to_a_stream_in_the_order_of_the_lines_as_soon_as_they_can():
 
 
 def test_a_stream_does_not_wait_for_the_end_of_the_file(batch, capsys, monkeypatch):
-    asked = []
-    complete = Engine.complete
+    shown, step = [], Batcher.step
 
-    def counted(self, prompts, *args, **kwargs):
-        asked.append((len(prompts), capsys.readouterr().out.count("\n")))
-        return complete(self, prompts, *args, **kwargs)
+    def counted(self):
+        shown.append(capsys.readouterr().out.count("\n"))
+        return step(self)
 
-    monkeypatch.setattr(Engine, "complete", counted)
-    flags = batch(*[{"prompt": "hi"}] * 20, {"prompt": "hello " * 9})
-    assert run(*flags, "--batch-size", "1") == 0
-    # The long last line is not among the first sixteen, which are out when it is read.
-    assert [count for count, _ in asked] == [1] * 21
-    assert sum(lines for _, lines in asked[:17]) == 16
+    monkeypatch.setattr(Batcher, "step", counted)
+    assert run(*batch(*[{"prompt": "hi"}] * 6), "--batch-size", "2") == 0
+    assert sum(shown) == 5  # before the last one is answered
 
 
 def test_an_output_that_is_a_stream_has_no_journal(batch, tmp_path, capsys):
@@ -225,22 +213,26 @@ def test_progress_leaves_out_what_was_there_before():
 
 @pytest.fixture
 def command(batch, output, monkeypatch):
-    """Runs the tool on three lines; `asked` has the rows of each call of the engine."""
-    complete = Engine.complete
+    """Runs the tool on three lines; `asked` has the rows that were given to the engine."""
+    submit, step = Batcher.submit, Batcher.step
     flags = [*batch(*({"prompt": word * 2} for word in "abc")), "--output", str(output), *SAMPLED]
 
-    def counted(self, prompts, sampling, *, row_ids, **kwargs):
-        run.asked.append(list(row_ids))
-        if list(row_ids) == run.breaks_at:
+    def counted(self, job):
+        run.asked.append(job.row.draw)
+        submit(self, job)
+
+    def breaking(self):
+        if self.ended == run.breaks_after:
             raise DeviceError("out of device memory")
-        return complete(self, prompts, sampling, row_ids=row_ids, **kwargs)
+        return step(self)
 
     def run(*more: str) -> int:
         run.asked = []  # pyright: ignore
         return main([*flags, "--batch-size", "1", *more])
 
-    run.breaks_at = None  # pyright: ignore
-    monkeypatch.setattr(Engine, "complete", counted)
+    run.breaks_after = None  # pyright: ignore
+    monkeypatch.setattr(Batcher, "submit", counted)
+    monkeypatch.setattr(Batcher, "step", breaking)
     return run
 
 
@@ -248,22 +240,22 @@ def test_a_broken_run_continues(command, output, tmp_path, capsys):
     assert command() == 0
     expected = output.read_bytes()
     output.unlink()
-    command.breaks_at = [1]
+    command.breaks_after = 1
     with pytest.raises(DeviceError):
         command()
-    assert command.asked == [[0], [1]] and not output.exists()
-    command.breaks_at = None
+    assert command.asked == [0, 1, 2] and not output.exists()
+    command.breaks_after = None
     path = output.with_name("out.jsonl.partial")
     header, answer = path.read_bytes().splitlines(keepends=True)
 
     assert command() == 0  # what was answered is not asked again
-    assert command.asked == [[1], [2]] and output.read_bytes() == expected
+    assert command.asked == [1, 2] and output.read_bytes() == expected
     assert "continuing: 1 of 3 answered already" in capsys.readouterr().err
 
     output.unlink()
     path.write_bytes(header + b"junk\n" + answer)
     assert command("--batch-size", "2") == 0  # which may change
-    assert command.asked == [[0, 1], [2]]
+    assert command.asked == [0, 1, 2]
     assert output.read_bytes() == expected
     assert "its last 2 lines are answered again" in capsys.readouterr().err
 
@@ -276,7 +268,7 @@ def test_a_broken_run_continues(command, output, tmp_path, capsys):
     with pytest.raises(UsageError, match="the batch file has changed"):
         command()
     assert not command.asked and not output.exists()
-    assert command(*flags, "--restart") == 0 and command.asked == [[0], [1], [2]]
+    assert command(*flags, "--restart") == 0 and command.asked == [0, 1, 2]
     again = "to continue after a stop, run the same command without --restart\n"
     assert again in capsys.readouterr().err
 

@@ -1,0 +1,25 @@
+"""The machine that a benchmark runs on, found without jax."""
+
+import os
+
+from glm2_jax.cli.messages import human_size
+from glm2_jax.runtime.host_memory import find_memory
+from glm2_jax.runtime.machine import processor
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe_host() -> str:
+    """Return the processor, its cores and the memory, for reports."""
+    memory = find_memory().total
+    return f"{processor()}, {cores()} cores" + (f", {human_size(memory)}" if memory else "")
+
+
+def load_average() -> str:
+    """Return the load of this machine in the last minute."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
