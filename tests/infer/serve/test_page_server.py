@@ -53,7 +53,8 @@ def test_a_server_that_stops_in_the_middle(open_page):
         served.worker.gate.clear()
         yield from served.engine.tokenizer.encode("The second part.")
 
-    with serving(script=script) as served, served.listening() as address:
+    with serving("") as served, served.listening() as address:
+        served.worker.script = script
         page = open_page(address=address)
         page.send("one")
         page.wait_for_text("The first", LAST)

@@ -50,6 +50,7 @@ function settled(request) {
 }
 
 function finished(transaction) {
+  transaction.commit(); // at once, also when the page is left now
   return new Promise((resolve, reject) => {
     transaction.oncomplete = resolve;
     transaction.onabort = () => reject(transaction.error);
