@@ -323,7 +323,7 @@ def test_a_schema_without_any_text_fails_alone(engine, batcher):
     other = submit(batcher, engine, [9], 1)
     run(batcher)
     assert isinstance(stuck[-1], Failure) and stuck[-1].reason == "grammar"
-    assert "cannot be enforced" in str(stuck[-1].error)
+    assert "No text can complete the answer." in str(stuck[-1].error)
     assert other.completion.finish_reason == "length"
 
 
