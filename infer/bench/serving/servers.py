@@ -136,8 +136,8 @@ def _quantize(settings: BenchSettings) -> str | None:
     return settings.quantize[0] if settings.quantize else None
 
 
-def llama_command(file: Path, *, slots: int, max_length: int, port: int) -> list[str]:
-    """Return the command of llama-server; its context is that of all slots together."""
+def find_llama() -> str:
+    """Return the path of llama-server; UsageError: it is not there."""
     program = shutil.which("llama-server")
     if program is None:
         raise UsageError(
@@ -146,6 +146,11 @@ def llama_command(file: Path, *, slots: int, max_length: int, port: int) -> list
             "Build it from llama.cpp (cmake --build build --target llama-server), and add its "
             "folder to PATH.",
         )
+    return program
+
+
+def llama_command(program: str, file: Path, *, slots: int, max_length: int, port: int) -> list[str]:
+    """Return the command of llama-server; its context is that of all slots together."""
     flags = {
         "model": file, "host": "127.0.0.1", "port": port, "parallel": slots,
         "ctx-size": slots * max_length, "threads": cores(),
@@ -154,10 +159,11 @@ def llama_command(file: Path, *, slots: int, max_length: int, port: int) -> list
 
 
 def llama_version(program: str) -> str:
-    """Return the version that llama-server tells."""
+    """Return the name of llama-server with the version that it tells."""
     done = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace")
     said = done.stderr + done.stdout
-    return next((line for line in said.splitlines() if "version" in line), "llama-server")
+    version = next((line for line in said.splitlines() if line.startswith("version")), "")
+    return f"llama-server {version}".rstrip()
 
 
 def free_port() -> int:

@@ -25,7 +25,7 @@ async def connection(target: Target):
 
 
 def head(length: int, path: str = "/v1/completions", method: str = "POST") -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
 
@@ -37,7 +37,9 @@ async def vanish(target: Target, body: dict[str, Any]) -> str:
             writer.write(head(len(data)) + data)
             await writer.drain()
             if stream:
-                await asyncio.wait_for(reader.readuntil(b"data: "), LIMIT)
+                begin = await asyncio.wait_for(reader.readuntil(b"data: "), LIMIT)
+                if b" 200 " not in begin:
+                    return f"{begin!r}"
             else:
                 await asyncio.sleep(0.1)
             writer.transport.abort()

@@ -211,7 +211,7 @@ def main(argv: list[str]) -> int:
     found.wrong += [f"log: {part[:2000]}" for part in re.findall(r"(?s)Traceback.*?\n\S.*?\n", log)]
     print(f"{found.right} answers right; attacks {found.attacks}")
     for line in found.wrong[:20]:
-        print(f"WRONG {line}")
+        print(f"WRONG {line[:500]}")
     return bool(found.wrong)
 
 

@@ -167,6 +167,11 @@ def test_everything_has_a_name(open_page, mock, language):
     assert roles.count("main") == roles.count("navigation") == 1
     assert roles.count("article") == 6 and {"log", "status", "heading"} <= set(roles)
     page.tab.keyboard.press("Escape")
+    for first in (".message.user .bar button >> nth=1", ".entry-actions button >> nth=0"):
+        page.tab.focus(first)
+        page.tab.keyboard.press("Enter")
+    assert page.tab.is_visible(".edit-form") and page.tab.is_visible(".rename")
+    assert unnamed(page) == []
     page.settings()
     page.tab.click("#tools-fold summary")
     assert unnamed(page) == []

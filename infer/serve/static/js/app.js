@@ -60,7 +60,7 @@ export async function loadModels() {
       break;
     } catch (error) {
       app.modelsError = error;
-      if (error.kind !== "key" || !(await askForKey())) break;
+      if (error.kind !== "key" || !(await askForKey(true))) break;
     }
   }
   emit("models");
@@ -172,7 +172,7 @@ async function answer(parent) {
   });
   const going = new Answer(conversation, message, {
     change: step,
-    key: askForKey,
+    key: () => askForKey(true),
     keep: () => app.conversations.has(id) && store.save(conversation).catch(unsaved),
   });
   app.answers.set(id, going);

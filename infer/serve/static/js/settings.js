@@ -49,7 +49,7 @@ function startAppearance(redraw) {
 }
 
 function startData() {
-  $("key-change").addEventListener("click", () => askForKey().then(drawKey));
+  $("key-change").addEventListener("click", () => askForKey(false).then(drawKey));
   $("key-forget").addEventListener("click", () => {
     session.set("key", "");
     drawKey();
