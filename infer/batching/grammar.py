@@ -69,12 +69,12 @@ class Grammars:
         InputError: the schema is not valid, or cannot be enforced.
         """
         text = _checked(schema)
+        compiled = self._compiled(text)
         try:
-            return Matcher(self._compiled(text).deep_copy(), self._words)
+            return Matcher(compiled.deep_copy(), self._words)
         except InputError:
-            # The copies share the states of the lexer. An earlier answer may have used them up.
-            self._compiled.cache_clear()
-            return Matcher(self._compiled(text).deep_copy(), self._words)
+            # The copies share the states of the lexer. Earlier answers may have used them up.
+            return Matcher(self._compile(text), self._words)
 
     def _compile(self, text: str) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -179,7 +179,8 @@ def _checked(schema: Mapping[str, Any]) -> str:
 
 def _check(matcher: LLMatcher) -> None:
     if matcher.is_error():
-        raise _refused(matcher.get_error().partition("\n<")[0])
+        why = matcher.get_error().partition("\n<")[0]
+        raise _refused("No text can complete the answer." if why == "NoExtensionBias" else why)
 
 
 def _refused(why: str) -> InputError:

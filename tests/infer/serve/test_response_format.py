@@ -1,8 +1,11 @@
 """`response_format`: the content of every answer is JSON, or of the schema that was asked for."""
 
 import json
+from typing import Any, Literal
 
 import jsonschema
+import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletion
 
@@ -51,6 +54,25 @@ def test_the_content_of_every_choice_matches(served):
     for choice in done:
         assert choice.message.content is not None and choice.message.tool_calls is None
         jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+
+
+class Trip(pydantic.BaseModel):
+    city: Literal["巴黎", "Rome"]
+    days: int = pydantic.Field(ge=1, le=99)
+    note: str | None = pydantic.Field(max_length=4)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the client are not ours
+def test_openai_parses_the_answer_into_its_model(served):
+    messages: Any = [{"role": "user", "content": "你好"}]
+    with (
+        served.listening() as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        reply = client.chat.completions.parse(
+            model="toy", messages=messages, response_format=Trip, seed=7, max_tokens=150
+        )
+    assert isinstance(reply.choices[0].message.parsed, Trip)
 
 
 def test_a_stream_has_the_same_content(served):
