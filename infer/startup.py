@@ -76,6 +76,7 @@ def open_engine(
             device=choice.device if mesh is None else None,
             on_event=lambda kind, text: note(text),
             progress=bar.update,
+            rows=rows,
         )
     summary = engine.checkpoint.summary
     weights = f", weights in {summary.quantization}" if summary.quantization else ""

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from glm2_jax.choices import DEVICES
 from glm2_jax.errors import CheckpointError, DeviceError, UsageError
+from glm2_jax.limits import FEW_ROWS
 from glm2_jax.mesh import AXES, make_mesh, parse_mesh
 
 Shortage = tuple[str, str]  # needed and free; what fits instead
@@ -76,15 +77,16 @@ def find_mesh(mesh: Any, device: Any = None) -> Mesh | None:
     return make_mesh(parse_mesh(mesh), jax.devices(find_device(device).platform))
 
 
-def faster_layers(platform: str, *, on_mesh: bool = False) -> str:
-    """Return the layout of the layers that decodes faster: "stacked" or "list".
+def faster_layers(platform: str, *, on_mesh: bool = False, rows: int = 1) -> str:
+    """Return the layout of the layers that decodes `rows` rows faster: "stacked" or "list".
 
     On a CPU a scan over stacked layers copies each layer out first, and takes three times as long.
     XLA:GPU at few rows and XLA:TPU fuse that (checked in compiled programs, not measured), and
-    compile a stacked model in a tenth of the time. On a mesh products are plain dots, for which
-    XLA:GPU copies each layer, too.
+    compile a stacked model in a tenth of the time. For more rows, and on a mesh, products are plain
+    dots, for which XLA:GPU copies each layer, too.
     """
-    return "list" if platform == "cpu" or (platform == "gpu" and on_mesh) else "stacked"
+    dots = on_mesh or rows > FEW_ROWS
+    return "list" if platform == "cpu" or (platform == "gpu" and dots) else "stacked"
 
 
 @contextlib.contextmanager

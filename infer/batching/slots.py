@@ -52,9 +52,7 @@ class Slots:
     def reset(self) -> None:
         """Make all slots empty; also after an error of the device."""
         self._state = self._empty(self._executor)
-        # For whom the controls are, which is worth keeping: also those who sit out a step.
-        self._asked: tuple[Ticket | None, ...] = (None,) * self._count
-        self._controls: Controls | None = None
+        self._ask((None,) * self._count)
 
     def prefill(self, plan: Prefill) -> list[Sent]:
         """Read parts of prompts into their slots, and draw the first tokens of those that end.
@@ -75,15 +73,13 @@ class Slots:
 
         `drafts` is int32 [B, N].
         """
-        asked = tuple(
+        asked = tuple(  # those who sit out a step keep their place
             ticket or (before if before and before.slot == slot else None)
             for slot, (ticket, before) in enumerate(zip(plan.tickets, self._asked, strict=True))
         )
-        jobs = [None if ticket is None else ticket.payload for ticket in asked]
-        if self._controls is None or asked != self._asked:
-            self._controls = self._executor.places.put(_controls(jobs))
-            self._adapters, self._asked = self._numbers(jobs), asked
-        keep = np.array([ticket is not None for ticket in plan.tickets])
+        if asked != self._asked:
+            self._ask(asked)
+        jobs, keep = _jobs(plan.tickets), np.array([one is not None for one in plan.tickets])
         bound = any(job is not None and job.grammar is not None for job in jobs)
         how = {
             "view": plan.view,
@@ -114,6 +110,12 @@ class Slots:
             self._begin(executor, state, scored, options.size)
 
         self._executor.compile_ahead(("slots", options), begin)
+
+    def _ask(self, tickets: tuple[Ticket | None, ...]) -> None:
+        """Put on the device what these tickets ask for, which stay in their slots for a while."""
+        self._asked, jobs = tickets, _jobs(tickets)
+        self._controls = self._executor.places.put(_controls(jobs))
+        self._adapters = self._numbers(jobs)
 
     def _empty(self, executor: Executor) -> State:
         cache = executor.new_cache(self._count, self._options.size)
@@ -194,6 +196,10 @@ class _Reading(NamedTuple):
             reading.ends[index], reading.jobs[index] = part.last, part.ticket.payload
         scores = parts[0].ticket.payload.score_prompt is not None
         return reading._replace(following=following) if scores else reading
+
+
+def _jobs(tickets: Sequence[Ticket | None]) -> list[Job | None]:
+    return [None if ticket is None else ticket.payload for ticket in tickets]
 
 
 def _controls(jobs: Sequence[Job | None]) -> Controls:

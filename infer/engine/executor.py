@@ -206,6 +206,6 @@ class Executor:
         """
         logits, cache = read
         args = logits, controls, keep, state, allowed
-        key = keep.size if allowed is None else (keep.size, "allowed")
+        key = (keep.size, 1, *(() if allowed is None else ("allowed",)))
         state, output = self._call("pick", key, steps.pick, *args, donate=3)
         return state._replace(cache=cache), output

@@ -99,8 +99,12 @@ def open_choice(
     device: Any,
     on_event: OnEvent | None,
     progress: Callable[[int, int], None],
+    rows: int = 1,
 ) -> Engine:
-    """Open the checkpoint in `folder` as a `ModelChoice` says, but for its mesh and device."""
+    """Open the checkpoint in `folder` as a `ModelChoice` says, but for its mesh and device.
+
+    `rows` are to be answered at once.
+    """
     start = time.perf_counter()
     device = find_device(device) if mesh is None else mesh.local_devices[0]
     form, adapter, prefix = choice.form, None, None
@@ -128,7 +132,8 @@ def open_choice(
             dtype=choice.dtype,
             quantize=choice.quantize,
             quantize_embeddings=choice.quantize_embeddings,
-            layers=choice.layers or faster_layers(device.platform, on_mesh=mesh is not None),
+            layers=choice.layers
+            or faster_layers(device.platform, on_mesh=mesh is not None, rows=rows),
             mesh=mesh,
             **form,
             device=device if mesh is None else None,

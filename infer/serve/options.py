@@ -1,5 +1,6 @@
 """The flags of `python -m infer.serve`. Nothing here imports jax."""
 
+import argparse
 from dataclasses import dataclass
 
 from glm2_jax.cli.arguments import number, path_argument, positive, size_argument, whole
@@ -26,12 +27,19 @@ OPENAI = "openai"  # the preset: temperature 1, top_p 1, no top_k
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+def _port(text: str) -> int:
+    number = whole(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port, 0 to 65535, got {text!r}")
+    return number
+
+
 @dataclass(frozen=True)
 class AddressOptions:
     """Where the server listens, and who may use it."""
 
     host: str = flag("address to listen on", default="127.0.0.1", metavar="ADDRESS")
-    port: int = flag("port to listen on, 0 = any free one", type=whole, default=8000, metavar="N")
+    port: int = flag("port to listen on, 0 = any free one", type=_port, default=8000, metavar="N")
     api_key_file: str | None = flag(
         "file of API keys, one a line; clients send one as 'Authorization: Bearer KEY' or "
         "'x-api-key: KEY' (default: the key in the environment variable GLM2_API_KEY, if any)",

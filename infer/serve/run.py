@@ -103,21 +103,22 @@ def adapters_of(settings: Settings) -> dict[str, str]:
 
 def _bind(address: AddressOptions) -> socket.socket:
     """Take the address before the model is loaded; UsageError if it cannot be had."""
-    try:
-        found = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, place = found[0]
-        listener = socket.socket(family, kind, protocol)
-        if sys.platform != "win32":  # there it would let two servers share a port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {address.host}, port {address.port}",
-            getattr(error, "strerror", None) or str(error),
-            "Choose another --port (0 = any free one) or --host.",
-        ) from error
+    with contextlib.ExitStack() as opened:
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = opened.enter_context(socket.socket(family, kind, protocol))
+            if sys.platform != "win32":  # there it would let two servers share a port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {address.host}, port {address.port}",
+                error.strerror or str(error),
+                "Choose another --port (0 = any free one) or --host.",
+            ) from error
+        opened.pop_all()
     return listener
 
 
@@ -151,9 +152,8 @@ def serve(app: ASGIApp, worker: Worker, listener: socket.socket, log_level: str)
     )
     logging.getLogger("infer.serve").setLevel(log_level.upper())
     logging.getLogger("uvicorn.error").setLevel("DEBUG" if log_level == "debug" else "WARNING")
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none"
-    )
+    quiet = {"log_config": None, "access_log": False, "server_header": False}
+    config = uvicorn.Config(app, backlog=_BACKLOG, lifespan="off", ws="none", **quiet)
     return asyncio.run(_serve(_Server(config), worker, listener))
 
 

@@ -7,13 +7,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.support.paths import ROOT
+from infer.serve.routes.page import STATIC
+from infer.serve.security import PAGE_HEADERS
 
-STATIC = ROOT / "infer" / "serve" / "static"
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
-    "frame-ancestors 'none'; require-trusted-types-for 'script'"
-)
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 _USAGE = {
     "prompt_tokens": 12,
@@ -94,8 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         file = STATIC.parent / path
         if not file.is_relative_to(STATIC) or not file.is_file():
             return self._send_error(404, "No such route.")
-        headers = {"Content_Security_Policy": CSP, "X_Content_Type_Options": "nosniff"}
-        self._send(200, _TYPES.get(file.suffix, "text/plain"), file.read_bytes(), **headers)
+        self._send(200, _TYPES.get(file.suffix, "text/plain"), file.read_bytes(), **PAGE_HEADERS)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -8,12 +8,12 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import forward
 from glm2_jax.errors import GLMError
 from infer.batching.job import Busy, Event, Failure, Job
+from infer.batching.options import BatchOptions
 from infer.batching.worker import Status
 from infer.engine.answer import TokenLogprob
 from infer.engine.engine import Engine
@@ -31,15 +31,10 @@ class SerialWorker:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        *,
-        slots: int = 1,
-        queue: int = 1024,
-        script: Script | None = None,
-        **ignored,
+        self, engine: Engine, options: BatchOptions | None = None, *, script: Script | None = None
     ):
-        self.engine, self.slots, self._most = engine, slots, queue
+        self.engine = engine
+        self.options = options or BatchOptions(slots=1, size=engine.max_length)
         self.script = script
         self.gate = threading.Event()
         self.gate.set()
@@ -53,8 +48,8 @@ class SerialWorker:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def warm(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        progress(1, 1)
+    def warm(self) -> None:
+        pass
 
     def job(
         self,
@@ -76,11 +71,11 @@ class SerialWorker:
         self._schedules[job] = schedule
         return job
 
-    def submit(self, job: Job) -> None:
+    def submit(self, *jobs: Job) -> None:
         with self._changed:
-            if self._stopping or len(self._waiting) >= self._most:
+            if self._stopping or len(self._waiting) + len(jobs) > self.options.queue:
                 raise Busy("the queue is full", retry_after=2.0)
-            self._waiting.append(job)
+            self._waiting += jobs
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
@@ -108,7 +103,7 @@ class SerialWorker:
     @property
     def status(self) -> Status:
         running = int(self._running is not None)
-        return Status(self.slots, running, len(self._waiting), 0.0, self._thread.is_alive())
+        return Status(self.options.slots, running, len(self._waiting), 0.0, self._thread.is_alive())
 
     def _run(self) -> None:
         while True:
@@ -164,13 +159,20 @@ class SerialWorker:
         job.listener(Failure(reason, GLMError(f"the request has ended: {reason}")))
 
 
+def prompt_scores(engine: Engine, ids: Sequence[int]) -> np.ndarray:
+    """The log-probabilities after each id, float32 [T, V], from the plain forward pass."""
+    tokens = np.zeros((1, 64), np.int32)  # what follows does not matter, and compiles once
+    tokens[0, : len(ids)] = ids
+    logits, _ = _forward(engine.config, engine.executor.params, tokens)
+    return np.asarray(jax.nn.log_softmax(logits[0]))[: len(ids)]
+
+
+_forward = jax.jit(forward, static_argnums=0)
+
+
 def _score(engine: Engine, ids: Sequence[int], count: int) -> list[TokenLogprob]:
-    """The log-probability of each token after the first, from the plain forward pass."""
-    tokens = jnp.asarray([ids], jnp.int32)
-    logits, _ = forward(engine.config, engine.executor.params, tokens)
-    scores = np.asarray(jax.nn.log_softmax(logits[0]))
     found = []
-    for row, token in zip(scores, ids[1:], strict=False):
+    for row, token in zip(prompt_scores(engine, ids), ids[1:], strict=False):
         best = np.argsort(-row, kind="stable")[:count]
         top = tuple((int(i), float(row[i])) for i in best)
         found.append(TokenLogprob(token, float(row[token]), top))

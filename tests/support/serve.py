@@ -15,6 +15,8 @@ import httpx
 import uvicorn
 
 from glm2_jax import Tokenizer
+from infer.batching.options import BatchOptions
+from infer.batching.worker import Worker
 from infer.engine.engine import Engine
 from infer.serve.app import build
 from infer.serve.options import RequestOptions
@@ -76,16 +78,16 @@ def serving(
     access: Access | None = None,
     options: RequestOptions | None = None,
     origins: tuple[str, ...] = (),
-    engine: Engine | None = None,
-    **worker_options: Any,
+    queue: int = 1024,
 ) -> Iterator[Served]:
     """A server whose model writes `text`, where role tokens are written as their names, and the end
     token; without a text the toy model runs."""
-    engine = engine or _engine(family)
+    engine, script = _engine(family), None
     if text is not None:
         tokens = _tokens(engine.tokenizer, text)
-        worker_options["script"] = lambda row: tokens
-    worker = SerialWorker(engine, **worker_options)
+        script = lambda row: tokens  # noqa: E731
+    batch = BatchOptions(slots=2, size=engine.max_length, queue=queue)
+    worker = Worker(engine, batch) if script is None else SerialWorker(engine, batch, script=script)
     worker.start()
     try:
         yield Served(engine, worker, access or Access(), options or RequestOptions(), origins)

@@ -89,17 +89,20 @@ async def _stream(target: Target, request: Request, outcome: Outcome) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    async with _Exchange(target, "POST", "/v1/completions", body) as (status, lines):
+    async with Exchange(target, "POST", "/v1/completions", json.dumps(body).encode()) as (
+        status,
+        lines,
+    ):
         if status != 200:
             raise _Failed(f"HTTP {status}")
         async for line in lines:
             if not line.startswith(b"data:"):
                 continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
+            event = line[5:].strip()
+            if event == b"[DONE]":
                 outcome.tokens = outcome.tokens or len(outcome.times)
                 return
-            _read(json.loads(data), outcome)
+            _read(json.loads(event), outcome)
     raise EOFError
 
 
@@ -116,16 +119,16 @@ def _read(event: Mapping[str, Any], outcome: Outcome) -> None:
 
 async def get(target: Target, path: str) -> tuple[int, bytes]:
     """Return the status and the body of a GET; OSError or EOFError: the server is not there."""
-    async with _Exchange(target, "GET", path) as (status, lines):
+    async with Exchange(target, "GET", path) as (status, lines):
         return status, b"\n".join([line async for line in lines])
 
 
-class _Exchange:
-    """A connection for one request: a context with the status and the lines of the answer."""
+class Exchange:
+    """A connection for one request with a body, which may be empty: a context with the status and
+    the lines of the answer."""
 
-    def __init__(self, target: Target, method: str, path: str, body: Any = None):
+    def __init__(self, target: Target, method: str, path: str, data: bytes = b""):
         self._split = urlsplit(target.url)
-        data = b"" if body is None else json.dumps(body).encode()
         head = [
             f"{method} {self._split.path}{path} HTTP/1.1",
             f"Host: {self._split.netloc}",

@@ -80,6 +80,7 @@ def _open(
 ) -> list[Server | Target]:
     """Start the servers, and return them; at the end of `stack` they end."""
     found: list[Server | Target] = []
+    llama = servers.find_llama() if load.peer_server == LLAMA else ""
     folder = Path(tempfile.mkdtemp(prefix="glm2-bench-"))
     stack.enter_context(interrupt.always(lambda: shutil.rmtree(folder, ignore_errors=True)))
 
@@ -99,13 +100,13 @@ def _open(
     else:
         model, report.about["model"] = _model(settings, folder)
         port, more = servers.free_port(), load.server_args or ()
-        start("infer.serve", servers.serve_command(settings, model, *more, port=port, **size), port)
-    if load.peer_server == LLAMA:
-        port = servers.free_port()
-        command = servers.llama_command(folder / "model.gguf", port=port, **size)
-        kind = servers.write_gguf(settings, model, folder / "model.gguf")
-        report.about["peer"] = f"{servers.llama_version(command[0])}, GGUF {kind}"
-        start("llama-server", command, port)
+        command = servers.serve_command(settings, model, *more, port=port, **size)
+        start("infer.serve", command, port)
+    if llama:
+        port, file = servers.free_port(), folder / "model.gguf"
+        kind = servers.write_gguf(settings, model, file)
+        report.about["peer"] = f"{servers.llama_version(llama)}, GGUF {kind}"
+        start("llama-server", servers.llama_command(llama, file, port=port, **size), port)
     elif load.peer_server is not None:
         report.about["peer"] = load.peer_server
         found.append(Target("peer", load.peer_server))

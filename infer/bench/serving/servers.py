@@ -33,16 +33,19 @@ _RESERVED = 100  # ids after the pieces, for special tokens
 
 
 class Server:
-    """A server in a process of its own; end it with `close`."""
+    """A server in a process of its own; end it with `close`.
+
+    Attributes: `target`, `process`, and `output`, the file of all that it printed.
+    """
 
     def __init__(self, name: str, command: Sequence[str], port: int):
         self.target = Target(name, f"http://127.0.0.1:{port}")
-        self._output = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
+        self.output = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._output,
+            stdout=self.output,
+            stderr=self.output,
             env=_environment(),
             start_new_session=True,  # Ctrl-C ends the bench, which then ends it
         )
@@ -54,27 +57,27 @@ class Server:
                 status, _ = await client.get(self.target, "/health")
                 if status == 200:
                     return await named(self.target)
-            if (code := self._process.poll()) is not None:
+            if (code := self.process.poll()) is not None:
                 raise DeviceError(f"{self.target.name} exited with code {code}.", self._said())
             await asyncio.sleep(_POLL)
 
     def cpu_seconds(self) -> float | None:
         """Return the CPU time of all its threads so far; None where that is unknown."""
         with contextlib.suppress(OSError, AttributeError):
-            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
             user, system = stat.rpartition(")")[2].split()[11:13]
             return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
         return None
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
-        self._output.close()
+        self.process.kill()
+        self.process.wait()
+        self.output.close()
 
     def _said(self) -> list[str]:
-        self._output.seek(max(self._output.seek(0, os.SEEK_END) - _SAID, 0))
-        return escape_controls(self._output.read().decode(errors="replace"), keep="\n").split("\n")
+        self.output.seek(max(self.output.seek(0, os.SEEK_END) - _SAID, 0))
+        return escape_controls(self.output.read().decode(errors="replace"), keep="\n").split("\n")
 
 
 async def named(target: Target, model: str | None = None) -> Target:
@@ -133,8 +136,8 @@ def _quantize(settings: BenchSettings) -> str | None:
     return settings.quantize[0] if settings.quantize else None
 
 
-def llama_command(file: Path, *, slots: int, max_length: int, port: int) -> list[str]:
-    """Return the command of llama-server; its context is that of all slots together."""
+def find_llama() -> str:
+    """Return the path of llama-server; UsageError: it is not there."""
     program = shutil.which("llama-server")
     if program is None:
         raise UsageError(
@@ -143,6 +146,11 @@ def llama_command(file: Path, *, slots: int, max_length: int, port: int) -> list
             "Build it from llama.cpp (cmake --build build --target llama-server), and add its "
             "folder to PATH.",
         )
+    return program
+
+
+def llama_command(program: str, file: Path, *, slots: int, max_length: int, port: int) -> list[str]:
+    """Return the command of llama-server; its context is that of all slots together."""
     flags = {
         "model": file, "host": "127.0.0.1", "port": port, "parallel": slots,
         "ctx-size": slots * max_length, "threads": cores(),
@@ -151,10 +159,11 @@ def llama_command(file: Path, *, slots: int, max_length: int, port: int) -> list
 
 
 def llama_version(program: str) -> str:
-    """Return the version that llama-server tells."""
+    """Return the name of llama-server with the version that it tells."""
     done = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace")
     said = done.stderr + done.stdout
-    return next((line for line in said.splitlines() if "version" in line), "llama-server")
+    version = next((line for line in said.splitlines() if line.startswith("version")), "")
+    return f"llama-server {version}".rstrip()
 
 
 def free_port() -> int:

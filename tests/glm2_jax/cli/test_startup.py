@@ -46,14 +46,14 @@ def test_a_second_start_of_the_demo_compiles_nothing(tmp_path):
         return json.loads(counts), lines, done.stdout
 
     (status, wanted, found, compiled), lines, answer = start()
-    assert status == found == 0 and wanted == compiled >= 2
+    assert status == found == 0 and wanted == compiled >= 3
     messages = [line for line in lines if line.startswith("compiling")]
-    assert messages == ["compiling prefill 64 (1/2)", "compiling decode 64 (2/2)"]
-    assert any(line.startswith("compile ") and line.endswith("2 programs") for line in lines)
+    assert messages == [line.removeprefix("compile: ") for line in PROGRAMS]
+    assert any(line.startswith("compile ") and line.endswith("3 programs") for line in lines)
     counts, lines, same = start()
     assert counts == [0, wanted, wanted, 0] and same == answer
     assert not any(line.startswith("compiling") for line in lines)
-    assert any(line.endswith("2 programs, 2 of them kept from before") for line in lines)
+    assert any(line.endswith("3 programs, 3 of them kept from before") for line in lines)
 
 
 @pytest.fixture
@@ -71,6 +71,9 @@ def lines(*programs):
     return [f"compile: compiling {name} ({n}/{count})" for n, name in enumerate(programs, 1)]
 
 
+PROGRAMS = lines("prefill 64", "pick 1", "decode 64")  # of a first answer
+
+
 def test_what_a_call_begins_with_is_compiled_first_and_counted(messages, monkeypatch):
     engine = engine_that_reports(messages, prefill_chunk=64)
     ran = []
@@ -83,29 +86,29 @@ def test_what_a_call_begins_with_is_compiled_first_and_counted(messages, monkeyp
     monkeypatch.setattr(engine.programs, "call", watched)
     call = engine.run([[5] * 140], GREEDY)  # two parts of 64, and the rest
     list(call)
-    assert messages == lines("read 64", "extend 64", "pick", "decode 256")
+    assert messages == lines("read 64", "extend 64", "pick 1", "decode 256")
     assert [name for name, _ in ran][:5] == ["read", "read", "extend", "pick", "decode"]
     assert all(count == 4 for _, count in ran)  # nothing ran before all was there
     assert (call.stats.programs, call.stats.programs_kept) == (4, 0)
 
     engine.complete([[5] * 20] * 2, GREEDY)
-    assert messages[4:] == lines("prefill 2 x 32", "pick", "decode 2 x 64")
+    assert messages[4:] == lines("prefill 2 x 32", "pick 2 x 1", "decode 2 x 64")
     *_, last = engine.run([[6] * 139], GREEDY)
     assert len(messages) == 7 and last.completion.stats.programs == 0
 
 
 def test_an_answer_of_one_token_needs_no_program_for_steps(messages):
     list(engine_that_reports(messages).run([[5]], SamplingParams(temperature=0, max_new_tokens=1)))
-    assert messages == lines("prefill 64")
+    assert messages == lines("prefill 64", "pick 1")
 
 
 def test_a_session_counts_what_a_reply_begins_with(messages, monkeypatch):
     monkeypatch.setattr("infer.engine.call.ROOM", 8)
     session = Session(engine_that_reports(messages))
     list(session.run([5] * 20, GREEDY))
-    assert messages == lines("extend 64", "decode 64")
+    assert messages == lines("extend 64", "pick 1", "decode 64")
     list(session.run([*session.ids, *[7] * 40], GREEDY))
-    assert messages[2:] == lines("grow 64", "extend 64", "decode 128")
+    assert messages[3:] == lines("grow 64", "extend 64", "decode 128")
 
 
 def test_compiling_that_fails_can_be_tried_again(messages, monkeypatch):
@@ -122,7 +125,7 @@ def test_compiling_that_fails_can_be_tried_again(messages, monkeypatch):
     with pytest.raises(DeviceError, match="out of device memory"):
         list(engine.run([[5]], GREEDY))
     list(engine.run([[5]], GREEDY))
-    assert messages == [lines("prefill 64", "decode 64")[0], *lines("decode 64")]
+    assert messages == [PROGRAMS[0], *lines("pick 1", "decode 64")]
 
 
 def test_a_thread_that_compiles_leaves_the_calls_of_others_alone():

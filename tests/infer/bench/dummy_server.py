@@ -109,7 +109,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--delay", type=float, default=0.0)
-    args = parser.parse_args()
+    args, _ = parser.parse_known_args()  # llama-server has more
     await DummyServer(args.delay).start(args.port)
     await asyncio.Event().wait()
 

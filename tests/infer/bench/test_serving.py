@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from glm2_jax.errors import DeviceError, InputError, UsageError
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.bench import __main__ as bench
 from infer.bench.serving import client, servers
+from infer.bench.serving import run as serving
 from infer.bench.serving.client import Outcome, Request, Target
 from infer.bench.serving.figures import Times, figures, quiet_gaps
 from infer.bench.serving.options import LoadSettings
@@ -293,9 +295,29 @@ def test_a_server_that_is_no_server(dummy):
     assert server.cpu_seconds() is None
 
 
+def test_servers_are_started_and_measured_in_turns(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    dummy = [sys.executable, "-m", "tests.infer.bench.dummy_server"]
+    monkeypatch.setattr(
+        servers, "serve_command",
+        lambda settings, model, *, slots, max_length, port: [*dummy, "--port", str(port)],
+    )  # fmt: skip
+    llama = tmp_path / "llama-server"
+    llama.write_text(f'#!/bin/sh\nexec {shlex.join(dummy)} "$@"\n')
+    llama.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert bench.main(["--serve", "--peer-server", "llama", "--users", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["about"]["model"] == "demo (bundled)"
+    assert found["about"]["peer"] == "llama-server, GGUF f16"
+    assert [result["server"] for result in found["results"]] == ["infer.serve", "llama-server"]
+    for result in found["results"]:
+        assert result["output_tokens"] == 16 * 64 and result["server_cpu_s"] is not None
+
+
 def test_llama_server_is_looked_for_first(monkeypatch):
     monkeypatch.setattr(servers.shutil, "which", lambda name: None)
-    monkeypatch.setattr(servers, "Server", lambda *args: pytest.fail("starts"))
+    monkeypatch.setattr(serving, "Server", lambda *args: pytest.fail("starts"))
     with pytest.raises(UsageError, match="llama-server not found"):
         bench.main(["--serve", "--peer-server", "llama"])
 

@@ -199,7 +199,10 @@ def test_nothing_recompiles_once_warm_and_compiling_is_not_running():
     assert (warm.prefill_tokens, warm.decode_tokens) == (2, 4)
     assert warm.decode_s > 0 and warm.decode_rate == warm.decode_tokens / warm.decode_s
     assert warm.prefill_rate == warm.prefill_tokens / warm.prefill_s
-    for at, donated in (("decode", (1, 64)), cache_bytes(64)), (("pick", 1), 2 * TOY.vocab_size):
+    for at, donated in (
+        (("decode", (1, 64)), cache_bytes(64)),
+        (("pick", (1, 1)), 2 * TOY.vocab_size),
+    ):
         assert engine.programs._programs[at].memory_analysis().alias_size_in_bytes >= donated
 
 
@@ -214,7 +217,7 @@ def test_growing_changes_no_answer_and_nothing_recompiles_once_warm(engine, monk
     assert streamed(small, prompts, sampling) == small.complete(prompts, sampling) == whole
     keys = sorted(small.programs._programs)
     steps_of = [("decode", (2, 16)), ("decode", (2, 64))]
-    assert keys == [*steps_of, ("grow", (2, 16, 64)), ("pick", 2), ("prefill", (2, 16, 16))]
+    assert keys == [*steps_of, ("grow", (2, 16, 64)), ("pick", (2, 1)), ("prefill", (2, 16, 16))]
     with compilations() as counted:
         assert streamed(small, prompts, sampling) == small.complete(prompts, sampling) == whole
     assert small.programs.compiled == len(keys) and not counted

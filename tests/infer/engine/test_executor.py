@@ -46,12 +46,12 @@ def counts(rows=2):
 
 
 def answers(executor, asked, count=8, keep=(True, True)):
-    """int32 [count, 2]: the tokens of two rows, of which `keep` go on after the first."""
+    """int32 [count, 2]: the tokens of two rows; `keep`, [2] or [count - 1, 2]: who takes part."""
     (part,) = parts(PROMPTS, 0, 2, 64)
     state, output = executor.prefill(part, 64, counts(), asked)
     tokens = [output.tokens]
-    for _ in range(count - 1):
-        state, output = executor.decode(asked, np.array(keep), state)
+    for takes_part in np.broadcast_to(keep, (count - 1, 2)):
+        state, output = executor.decode(asked, takes_part.copy(), state)
         tokens.append(output.tokens)
     return np.array(tokens)
 
@@ -61,9 +61,14 @@ def greedy(executor):
     return answers(executor, controls())
 
 
-def test_a_row_that_is_released_leaves_the_other_alone(executor, greedy):
+def test_a_row_that_sits_out_goes_on_later_and_leaves_the_other_alone(executor, greedy):
     tokens = answers(executor, controls(), keep=(False, True))
     assert (tokens[1:, 0] == IDLE).all() and tokens[:, 1].tolist() == greedy[:, 1].tolist()
+    turns = np.array([(True, step % 3 == 0) for step in range(7)])  # it sits out two steps
+    tokens = answers(executor, controls(), keep=turns)
+    assert tokens[:, 0].tolist() == greedy[:, 0].tolist()
+    assert tokens[1:, 1][turns[:, 1]].tolist() == greedy[1:4, 1].tolist()
+    assert (tokens[1:, 1][~turns[:, 1]] == IDLE).all()
     short = answers(executor, controls(limit=3))
     assert short[:3].tolist() == greedy[:3].tolist() and (short[3:] == IDLE).all()
 
@@ -95,7 +100,7 @@ def test_what_is_compiled_ahead_runs_nothing_and_is_counted():
 
     for _ in range(2):
         one.compile_ahead("key", begin)
-    assert [text for _, text in said] == ["compiling prefill 64 (1/2)", "compiling pick (2/2)"]
+    assert [text for _, text in said] == ["compiling prefill 64 (1/2)", "compiling pick 1 (2/2)"]
     assert (one.made.programs, executor.programs.compiled) == (2, 2) and one.made.seconds > 0
     later.prefill(part, 64, counts(1), row)
     assert (later.made.programs, later.made.seconds) == (0, 0.0)

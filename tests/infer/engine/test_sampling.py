@@ -201,21 +201,27 @@ def test_rows_of_a_batch_do_not_depend_on_each_other():
     logits = np.random.default_rng(1).normal(0, 2, (count, vocab)).astype(np.float32)
     logits[:, 100:400] = -np.inf
     counts = np.random.default_rng(2).integers(0, 4, (count, vocab)).astype(np.int16)
-    draw = jax.jit(sampling.sample)
+    draw, everything = jax.jit(sampling.sample), np.full((count, 32), sampling.EVERY)
+    narrow = everything.copy()
+    narrow[0, :], narrow[2, 1:] = 2**30, 0  # greedy: any of 32; top-p: the first 32
     for step in range(8):
-        random = keys(count, step)
-        together = draw(logits, random, counts, sampling.Sampling.of(params, count))
+        random, numbers = keys(count, step), sampling.Sampling.of(params)
+        together = draw(logits, random, counts, numbers)
+        assert draw(logits, random, counts, numbers, everything).tolist() == together.tolist()
+        masked = draw(logits, random, counts, numbers, narrow)
+        assert masked[0] % 32 == 30 and masked[2] < 32
         for row, one in enumerate(params):
             part = slice(row, row + 1)
-            alone = sampling.Sampling.of([one], 1)
+            alone = sampling.Sampling.of([one])
             assert draw(logits[part], random[part], counts[part], alone)[0] == together[row]
+            assert row in (0, 2) or masked[row] == together[row]
         assert together[5] == logits[5].argmax() and np.isfinite(logits[0][together]).all()
 
 
 def test_a_large_vocabulary_and_equal_tokens():
     logits, counts = np.zeros((4, 65_024), np.float32), np.zeros((4, 65_024), np.int16)
     params = [SamplingParams(0), *(SamplingParams(1, 0, p) for p in (1, 0.5)), SamplingParams(1, 9)]
-    draw, numbers = jax.jit(sampling.sample), sampling.Sampling.of(params, 4)
+    draw, numbers = jax.jit(sampling.sample), sampling.Sampling.of(params)
     drawn = np.array([draw(logits, keys(4, step), counts, numbers) for step in range(6)])
     assert (drawn[:, 0] == 0).all() and len(set(drawn[:, 1])) == len(set(drawn[:, 3])) == 6
     assert (drawn[:, 2] >= 32_512).all()  # of equals the lower half goes first
@@ -238,7 +244,7 @@ def test_penalties_by_their_formula():
         )
         for row, one in enumerate(asked)
     ]  # fmt: skip
-    found = sampling.adjust(logits, counts, sampling.Sampling.of(params, batch))
+    found = sampling.adjust(logits, counts, sampling.Sampling.of(params))
     for row, (repetition, presence, frequency) in enumerate(asked):
         times = np.bincount(answers[row, :12], minlength=vocab)
         scores = logits[row].copy()

@@ -51,7 +51,9 @@ def test_openai_raises_its_errors(client):
         client.chat.completions.create(**{**ASKED, "model": "other"})
     assert caught.value.code == "model_not_found" and caught.value.request_id
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**ASKED, response_format={"type": "json_object"})
+        schema = {"name": "x", "schema": {"not": {}}}
+        format = {"type": "json_schema", "json_schema": schema}
+        client.chat.completions.create(**ASKED, response_format=format)
     assert caught.value.param == "response_format"
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**ASKED, max_tokens=10**6)

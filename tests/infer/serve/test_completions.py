@@ -1,13 +1,12 @@
 """/v1/completions and the tokenizer's routes: scores, echo, ids, what lm-eval relies on."""
 
-import jax
 import numpy as np
 import pytest
 from openai.types import Completion
 
-from glm2_jax import forward
 from infer.engine.params import SamplingParams
 from tests.support.engine_toy import streamed
+from tests.support.serial_worker import prompt_scores
 from tests.support.serve import chunks, error_of, serving
 
 GREEDY = {"temperature": 0, "max_tokens": 5}
@@ -47,13 +46,12 @@ def test_a_seed_makes_the_answers_those_of_the_engine():
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_scores_what_was_sent_and_hides_the_prefix(stream):
     with serving() as served:
-        tokenizer, engine = served.engine.tokenizer, served.engine
+        tokenizer = served.engine.tokenizer
         sent = tokenizer.encode("Hello world")
         asked = {"prompt": [sent], "echo": True, "logprobs": 2, "max_tokens": 1, "temperature": 0}
         response = served.post("/v1/completions", {**asked, "stream": stream})
         whole = tokenizer.prefix_ids + sent
-        tokens = np.asarray([whole], np.int32)
-        scores = jax.nn.log_softmax(forward(engine.config, engine.executor.params, tokens)[0][0])
+        scores = prompt_scores(served.engine, whole)
     if stream:
         parts = [chunk["choices"][0] for chunk in chunks(response)]
         names = {name for part in parts for name in part["logprobs"]}

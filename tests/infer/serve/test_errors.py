@@ -74,8 +74,7 @@ def test_fields_out_of_range_are_named(served, more):
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"guided_json": {}}, "guided_json"), ({"min_p": 0.1}, "min_p"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"), ({"use_beam_search": True}, "use_beam_search"),

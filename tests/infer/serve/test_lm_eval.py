@@ -2,11 +2,9 @@
 
 import json
 
-import jax
-import numpy as np
 import pytest
 
-from glm2_jax import forward
+from tests.support.serial_worker import prompt_scores
 from tests.support.serve import serving
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval are not ours
@@ -78,14 +76,13 @@ def served():
 def test_choices_have_the_likelihoods_of_the_model(evaluate, served):
     arguments = f"model=toy,base_url={served.url}/v1/completions,max_retries=1,max_length=512"
     samples = evaluate("local-completions", "toy_choice", arguments)  # finds the tokenizer itself
-    tokenizer, engine = served.engine.tokenizer, served.engine
+    tokenizer = served.engine.tokenizer
     for row, sample in zip(ROWS, samples, strict=True):
         before = tokenizer.encode(row["question"])
         for choice, ((found, greedy),) in zip(row["choices"], sample["resps"], strict=True):
             whole = tokenizer.encode(row["question"] + choice)
             ids = tokenizer.prefix_ids + whole
-            logits = forward(engine.config, engine.executor.params, np.asarray([ids], np.int32))[0]
-            scores = np.asarray(jax.nn.log_softmax(logits[0]))
+            scores = prompt_scores(served.engine, ids)
             places = range(len(tokenizer.prefix_ids) + len(before) - 1, len(ids) - 1)
             expected = sum(float(scores[place, ids[place + 1]]) for place in places)
             assert found == pytest.approx(expected, abs=1e-3)

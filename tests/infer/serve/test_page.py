@@ -238,6 +238,8 @@ def test_settings_reach_the_server_and_stay(page, mock):
     page.tab.keyboard.press("Escape")
     page.tab.select_option("#model", "poet")
     page.ask("question")
+    page.tab.click("#thread .system summary")
+    assert page.texts("#thread .system p") == ["Be brief."]
     page.reload()
     assert page.tab.input_value("#model") == "poet"
     assert page.texts("#thread .system summary") == ["System prompt"]

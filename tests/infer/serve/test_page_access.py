@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.support.chat_mock import STATIC
+from infer.serve.routes.page import STATIC
 from tests.support.chat_page import LAST, ChatPage
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -133,6 +133,8 @@ def test_a_phone(open_page, mock, scheme):
     page.tab.tap("#send")
     page.wait_for_end()
     assert not page.is_wider_than_the_window()
+    page.tab.set_viewport_size({"width": 320, "height": 640})
+    assert not page.is_wider_than_the_window()
     page.tab.tap("#sidebar-toggle")
     assert page.tab.is_visible("#sidebar") and not page.is_wider_than_the_window()
     assert page.tab.evaluate("document.querySelector('#main').inert")
@@ -165,6 +167,11 @@ def test_everything_has_a_name(open_page, mock, language):
     assert roles.count("main") == roles.count("navigation") == 1
     assert roles.count("article") == 6 and {"log", "status", "heading"} <= set(roles)
     page.tab.keyboard.press("Escape")
+    for first in (".message.user .bar button >> nth=1", ".entry-actions button >> nth=0"):
+        page.tab.focus(first)
+        page.tab.keyboard.press("Enter")
+    assert page.tab.is_visible(".edit-form") and page.tab.is_visible(".rename")
+    assert unnamed(page) == []
     page.settings()
     page.tab.click("#tools-fold summary")
     assert unnamed(page) == []

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.support.chat_mock import STATIC
+from infer.serve.routes.page import STATIC
 from tests.support.chat_page import LAST
 
 VENDORED = {

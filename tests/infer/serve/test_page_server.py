@@ -16,7 +16,7 @@ def test_a_conversation_with_a_key(open_page):
         page = open_page(address=address)
         page.tab.fill("#key-field", "s3cret")
         page.tab.press("#key-field", "Enter")
-        assert page.tab.inner_text("#model") == "toy"
+        page.tab.wait_for_selector("#model option[value=toy]", state="attached")
         page.ask("你好")
         assert page.texts(LAST + "strong") == ["重点"] and page.texts(LAST + "td") == ["1", "2"]
         assert "tokens" in page.tab.inner_text(LAST + ".stats")

@@ -98,7 +98,8 @@ def test_bodies_are_limited_before_they_are_read(declared):
                 sent.append(1)
                 yield b"x" * 100
 
-        headers = {"Content-Type": "application/json"} | {"Content-Length": "10000"} * declared
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Content-Length": "10000"} if declared else {}
         response = served.request("POST", "/v1/completions", content=pieces(), headers=headers)
         assert response.status_code == 413 and error_of(response)["code"] == "body_too_large"
         assert len(sent) <= (1 if declared else 12)
@@ -137,9 +138,7 @@ def test_the_address_decides_whether_a_key_is_needed(tmp_path, capsys):
             find_access(AddressOptions(host=host), {})
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\n \n", b"two words", b"\xff", "schl\u00fcssel".encode()]
-)
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"two words", b"\xff", "\u00fc".encode()])
 def test_bad_keys_are_refused_at_the_start(tmp_path, content):
     file = tmp_path / "keys"
     file.write_bytes(content)

@@ -60,7 +60,7 @@ export async function loadModels() {
       break;
     } catch (error) {
       app.modelsError = error;
-      if (error.kind !== "key" || !(await askForKey())) break;
+      if (error.kind !== "key" || !(await askForKey(true))) break;
     }
   }
   emit("models");
@@ -75,9 +75,8 @@ export function currentModel() {
 export function chooseModel(id) {
   app.current.model = id;
   store.preferences.set("model", id);
-  keep(app.current);
+  keepCurrent();
   emit("models");
-  emit("chat");
 }
 
 function freshConversation() {
@@ -100,8 +99,14 @@ export function openConversation(conversation) {
   emit("models");
 }
 
+/** Store and show a change of the current conversation. */
+export function keepCurrent() {
+  keep(app.current);
+  emit("chat");
+}
+
 /** Store a change of a conversation; one without messages is not stored. */
-export async function keep(conversation) {
+async function keep(conversation) {
   if (!conversation.messages.length) return;
   app.conversations.set(conversation.id, conversation);
   emit("list");
@@ -136,15 +141,13 @@ export function edit(message, text) {
   const more = isAnswer && { model, calls, finish: "stop" };
   const changed = tree.addMessage(app.current, parent, { role, content: text, ...more });
   if (isAnswer) {
-    keep(app.current);
-    emit("chat");
+    keepCurrent();
   } else answer(changed.id);
 }
 
 export function showVersion(message) {
   tree.show(app.current, message);
-  keep(app.current);
-  emit("chat");
+  keepCurrent();
 }
 
 /** Give a tool's result; when no call is open any more, the model goes on. */
@@ -153,8 +156,7 @@ export function addResult(message, call, text) {
   const result = { role: "tool", content: text, callId: call.id, name: call.name };
   tree.addMessage(current, current.head, result);
   if (!tree.openCalls(current, message).length) return answer(current.head);
-  keep(current);
-  emit("chat");
+  keepCurrent();
 }
 
 export const stop = () => running()?.stop();
@@ -170,7 +172,7 @@ async function answer(parent) {
   });
   const going = new Answer(conversation, message, {
     change: step,
-    key: askForKey,
+    key: () => askForKey(true),
     keep: () => app.conversations.has(id) && store.save(conversation).catch(unsaved),
   });
   app.answers.set(id, going);

@@ -20,6 +20,9 @@ export function setLanguage(choice) {
 
 export const formatNumber = (value) => numbers.format(value);
 
+/** Make one text of sentences. */
+export const join = (sentences) => sentences.join(language === "zh" ? "" : " ");
+
 /** Return the text of a key, with `{name}` replaced by `values`; numbers are written for people. */
 export function t(key, values = {}) {
   const forms = WORDS[language][key].split("|");

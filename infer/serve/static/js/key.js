@@ -6,18 +6,18 @@ import { session } from "./store.js";
 
 let asking = null;
 
-/** Ask for a key; resolves to whether there is a new one. */
-export function askForKey() {
-  asking ??= ask().finally(() => (asking = null));
+/** Ask for a key that the server `wants`, or the user; resolves to whether there is a new one. */
+export function askForKey(wants) {
+  asking ??= ask(wants).finally(() => (asking = null));
   return asking;
 }
 
-function ask() {
+function ask(wants) {
   const dialog = $("key-dialog");
   const field = $("key-field");
   const complaint = $("key-complaint");
   field.value = "";
-  complaint.textContent = session.get("key") ? t("keyRejected") : "";
+  complaint.textContent = wants ? t(session.get("key") ? "keyRejected" : "errKey") : "";
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {

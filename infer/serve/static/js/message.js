@@ -6,7 +6,7 @@ import { app } from "./app.js";
 import { focusComposer } from "./composer.js";
 import { openCalls, versions } from "./conversation.js";
 import { el, fitHeight, iconButton, isPlainEnter } from "./dom.js";
-import { formatNumber, t } from "./i18n.js";
+import { formatNumber, join, t } from "./i18n.js";
 import { GrowingText, render } from "./markdown.js";
 import { copyButton, say } from "./notices.js";
 import { problemOf } from "./problem.js";
@@ -95,7 +95,7 @@ export class MessageView {
     else if (this.growing) {
       const spoken = this.growing.update(content, true);
       this.growing = null;
-      say([spoken, this.ending() ?? t("done")].join(" "));
+      say(join([spoken, this.ending() ?? t("done")]));
     } else this.body.replaceChildren(render(content));
   }
 

@@ -1,6 +1,6 @@
 /** The settings: every change counts at once. */
 
-import { addConversations, app, keep, removeConversations } from "./app.js";
+import { addConversations, app, keepCurrent, removeConversations } from "./app.js";
 import { parseTools } from "./conversation.js";
 import { $, el, fitHeight } from "./dom.js";
 import { setLanguage, t } from "./i18n.js";
@@ -24,9 +24,9 @@ export function startSettings(redraw) {
     fitHeight($("system"));
     app.current.system = $("system").value;
   });
-  $("system").addEventListener("change", () => keep(app.current));
+  $("system").addEventListener("change", keepCurrent);
   $("tools").addEventListener("input", changeTools);
-  $("tools").addEventListener("change", () => keep(app.current));
+  $("tools").addEventListener("change", keepCurrent);
   $("sampling-reset").addEventListener("click", () => {
     setSampling({});
     drawSampling();
@@ -49,7 +49,7 @@ function startAppearance(redraw) {
 }
 
 function startData() {
-  $("key-change").addEventListener("click", () => askForKey().then(drawKey));
+  $("key-change").addEventListener("click", () => askForKey(false).then(drawKey));
   $("key-forget").addEventListener("click", () => {
     session.set("key", "");
     drawKey();
@@ -108,7 +108,7 @@ function changeTools() {
 function setSampling(sampling) {
   app.current.sampling = sampling;
   preferences.set("sampling", sampling);
-  keep(app.current);
+  keepCurrent();
 }
 
 function drawSampling() {

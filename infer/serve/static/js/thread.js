@@ -4,7 +4,7 @@ import { app, currentModel, loadModels, on, running } from "./app.js";
 import { fillComposer } from "./composer.js";
 import { path } from "./conversation.js";
 import { $, arrange, el } from "./dom.js";
-import { t } from "./i18n.js";
+import { join, t } from "./i18n.js";
 import { MessageView } from "./message.js";
 import { problemOf } from "./problem.js";
 import { Follower } from "./scroll.js";
@@ -28,6 +28,7 @@ export function startThread() {
 /** Draw everything again, in another language. */
 export function redrawThread() {
   views = new Map();
+  $("thread").replaceChildren();
   drawBanner();
   draw();
 }
@@ -87,6 +88,8 @@ function step() {
 }
 
 function systemBlock(text) {
+  const old = $("thread").querySelector(".system");
+  if (old?.lastChild.textContent === text) return old; // open, or with the focus
   return el(
     "details",
     { class: "system" },
@@ -120,14 +123,9 @@ function drawBanner() {
   $("banner").hidden = !modelsError;
   if (!modelsError) return;
   const isKey = modelsError.kind === "key";
+  const [what, ...more] = problemOf(modelsError);
   $("banner").replaceChildren(
-    el(
-      "p",
-      {},
-      el("strong", { text: problemOf(modelsError)[0] }),
-      " ",
-      problemOf(modelsError).slice(1).join(" "),
-    ),
+    el("p", {}, el("strong", { text: what }), ` ${join(more)}`),
     el("button", {
       type: "button",
       class: "button",
