@@ -101,10 +101,7 @@ def open_choice(
     progress: Callable[[int, int], None],
     rows: int = 1,
 ) -> Engine:
-    """Open the checkpoint in `folder` as a `ModelChoice` says, but for its mesh and device.
-
-    `rows` are to be answered at once.
-    """
+    """Open a folder as `choice` says, but for mesh and device, to answer `rows` at once."""
     start = time.perf_counter()
     device = find_device(device) if mesh is None else mesh.local_devices[0]
     form, adapter, prefix = choice.form, None, None
