@@ -49,10 +49,14 @@ class Ticket:
         return len(self.prompt) - self.filled
 
     @property
+    def going(self) -> bool:
+        """Whether its prompt was read and it may have more tokens."""
+        return not self.unread and self.planned < self.limit
+
+    @property
     def ready(self) -> bool:
-        """Whether its next token can be drawn, and may be."""
-        known = not self.waits or self.planned <= len(self.drawn)
-        return not self.unread and self.planned < self.limit and known
+        """Whether its next token can be drawn now."""
+        return self.going and (not self.waits or self.planned <= len(self.drawn))
 
 
 class Queue:

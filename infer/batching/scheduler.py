@@ -140,7 +140,7 @@ class Scheduler:
         if self._prefilled:
             step = self._decode() or self._prefill()
         else:
-            step = self._prefill() or self._decode()
+            step = self._prefill() or self._decode(together=True)
         self._prefilled = isinstance(step, Prefill)
         return step
 
@@ -204,10 +204,16 @@ class Scheduler:
         ticket.planned += last
         return Part(slot, ticket, start, ids, last)
 
-    def _decode(self) -> Decode | None:
-        """Plan one token for every row that is ready."""
-        rows = {slot: ticket for slot, ticket in self._running.items() if ticket.ready}
-        if not rows:
+    def _decode(self, *, together: bool = False) -> Decode | None:
+        """Plan one token for every row that is ready.
+
+        With `together`, rows that wait for their tokens do so until all of them are ready, if there
+        are no others: they would go on in turns, in twice as many steps.
+        """
+        going = {slot: ticket for slot, ticket in self._running.items() if ticket.going}
+        rows = {slot: ticket for slot, ticket in going.items() if ticket.ready}
+        some_wait = len(rows) < len(going) and all(ticket.waits for ticket in rows.values())
+        if not rows or (together and some_wait):
             return None
         view = self._view(max(len(one.prompt) + one.planned for one in rows.values()))
         for ticket in rows.values():

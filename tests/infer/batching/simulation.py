@@ -189,12 +189,15 @@ class World:
         scheduler = self.scheduler
         waiting = [one for one in self.live if one not in self.placed]
         unread = {one for one in self.live if one in self.placed and self._unread(one)}
-        going = {
+        decoding = {
             one
             for one in self.live
             if one in self.placed and not self._unread(one) and self.drawn[one] < one.limit
-            if not one.waits or self.drawn[one] == len(self.answers[one])
         }
+        late = {one for one in decoding if one.waits and self.drawn[one] > len(self.answers[one])}
+        going = decoding - late
+        if self.last is not Prefill and late and all(one.waits for one in going):
+            going = set()  # they go together
         can_read = bool(unread or (waiting and scheduler.running < scheduler.slots))
         step = scheduler.next()
         if can_read and going:  # they take turns

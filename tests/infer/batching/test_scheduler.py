@@ -125,6 +125,26 @@ def test_a_long_prompt_is_read_in_parts_between_decode_steps():
     assert (plan.next(), plan.running, long.planned) == (None, 2, 3)
 
 
+def test_rows_that_wait_for_their_tokens_go_together_but_hold_up_no_others():
+    plan = scheduler()
+    (first,) = put(plan, 1, waits=True)
+    assert isinstance(plan.next(), Prefill) and plan.next() is None
+    plan.drew(first, 1)
+    assert plan.next() == Decode((first, None, None, None), 8)
+    (second,) = put(plan, 2, waits=True)
+    assert isinstance(plan.next(), Prefill) and plan.next() is None
+    plan.drew(first, 1)
+    assert plan.next() is None  # the second's first token is on its way
+    plan.drew(second, 1)
+    assert plan.next() == Decode((first, second, None, None), 8)
+    (free,) = put(plan, 1)
+    assert isinstance(plan.next(), Prefill)
+    assert plan.next() == Decode((None, None, free, None), 8)
+    plan.drew(second, 1)
+    assert plan.next() == Decode((None, second, free, None), 8)
+    assert plan.next() is None and first.planned == second.planned == free.planned == 3
+
+
 @pytest.mark.parametrize(
     ("lengths", "width", "read"),
     [
