@@ -23,7 +23,8 @@ from infer.serve.options import AddressOptions
 ENVIRONMENT = "GLM2_API_KEY"
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
-    "frame-ancestors 'none'; require-trusted-types-for 'script'"
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify"
 )
 PAGE_HEADERS = {
     "Content-Security-Policy": CSP,
