@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from glm2_jax.cli.main import version
 from infer.serve import errors
 from infer.serve.middleware import BodyLimit, RequestId
-from infer.serve.routes import chat, completions, model, official, page, state
+from infer.serve.routes import chat, completions, models, official, page, state, tokens
 from infer.serve.security import Access, KeyCheck
 from infer.serve.service import Service
 
@@ -27,7 +27,7 @@ def build(service: Service, access: Access, origins: Sequence[str] = ()) -> ASGI
         redirect_slashes=False,
     )
     errors.install(app)
-    for routes in (chat, completions, model, state, official):
+    for routes in (chat, completions, models, tokens, state, official):
         app.include_router(routes.make(service))
     page.add(app)
     guarded: ASGIApp = KeyCheck(BodyLimit(app, service.options.max_body_bytes), access)

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from infer.serve import answers, fields, formats, tool_calls
 from infer.serve.answers import ChatShape
+from infer.serve.errors import ApiError
 from infer.serve.prompts import chat_prompt, chat_sampled, check_lengths
 from infer.serve.replies import ChatCompletion
 from infer.serve.routes.respond import STREAM, respond
@@ -41,5 +42,13 @@ def make(service: Service) -> APIRouter:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = answers.head("chatcmpl", kind, name, facts.fingerprint)
         return await respond(service, request, body, prompts, asked, shape, head, headers)
+
+    @routes.post("/v1/responses", include_in_schema=False)
+    async def responses() -> Response:
+        raise ApiError(
+            404,
+            "The Responses API is not supported. Use /v1/chat/completions.",
+            code="unsupported_api",
+        )
 
     return routes

@@ -7,7 +7,10 @@ import pytest
 from tests.infer.serve.test_chat import CALL, HELLO, WEATHER
 from tests.support.serve import serving
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the clients are not ours
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of the clients are not ours
+    pytest.mark.usefixtures("collected"),
+]
 
 
 @pytest.fixture(scope="module")

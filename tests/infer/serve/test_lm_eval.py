@@ -7,7 +7,10 @@ import pytest
 from tests.support.serial_worker import prompt_scores
 from tests.support.serve import serving
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval are not ours
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of lm-eval are not ours
+    pytest.mark.usefixtures("collected"),
+]
 ROWS = [
     {"question": "Hello", "choices": [" world", " model"], "answer": 0},
     {"question": "The capital of France is", "choices": [" Paris.", " questions"], "answer": 1},

@@ -1,16 +1,14 @@
-"""What the model and its tokenizer are: /v1/models, /tokenize, /detokenize, /tokenizer_info."""
+"""The tokenizer: /tokenize, /detokenize, /tokenizer_info."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from infer.serve.answers import token_name
 from infer.serve.errors import ApiError
 from infer.serve.prompts import chat_prompt, text_ids
-from infer.serve.replies import Detokenized, ErrorBody, Model, Models, TokenizerInfo, TokenList
+from infer.serve.replies import Detokenized, TokenizerInfo, TokenList
 from infer.serve.routes.route import router
 from infer.serve.schema import DetokenizeBody, TokenizeBody
 from infer.serve.service import Service
@@ -20,27 +18,6 @@ def make(service: Service) -> APIRouter:
     """Return the routes."""
     routes, facts = router(), service.facts
     tokenizer = facts.tokenizer
-
-    def described(name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": facts.created,
-            "owned_by": "glm2-jax",
-            "root": next(iter(service.models)),
-            "parent": None,
-            "max_model_len": facts.max_length,
-        }
-
-    @routes.get("/v1/models", responses={200: {"model": Models}})
-    async def models() -> Response:
-        """List the models that are served."""
-        return JSONResponse({"object": "list", "data": list(map(described, service.models))})
-
-    @routes.get("/v1/models/{name:path}", responses={200: {"model": Model}})
-    async def model(name: str) -> Response:
-        """Describe a model."""
-        return JSONResponse(described(service.model(name)))
 
     @routes.post("/tokenize", responses={200: {"model": TokenList}})
     async def tokenize(body: TokenizeBody) -> Response:
@@ -80,16 +57,4 @@ def make(service: Service) -> APIRouter:
             "chat_template": None,  # ids are built directly: no text has special ids
         })  # fmt: skip
 
-    async def responses(request: Request) -> Response:
-        raise ApiError(
-            404,
-            "The Responses API is not supported. Use /v1/chat/completions.",
-            code="unsupported_api",
-        )
-
-    routes.add_api_route(
-        "/v1/responses", responses, methods=["POST"], status_code=404,
-        responses={404: {"model": ErrorBody}}, response_class=JSONResponse,
-        summary="Not supported", include_in_schema=False,
-    )  # fmt: skip
     return routes
