@@ -8,7 +8,7 @@ import hashlib
 import logging
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -28,7 +28,8 @@ from infer.serve.service import Facts, Service, model_name
 from infer.startup import note_demo_model, open_engine
 
 _BACKLOG = 2048  # connections that wait to be accepted, as uvicorn's default
-_FLUSH = 5.0  # seconds that readers have for the end of their answers when the server stops
+# Seconds that readers have for the end of their answers after a signal, and after a second one.
+_FLUSH, _FLUSH_AT_ONCE = 5.0, 0.5
 
 
 def run(settings: Settings) -> int:
@@ -166,23 +167,24 @@ async def _serve(server: _Server, worker: Worker, listener: socket.socket) -> in
         if len(signals) == 1:
             note("finishing the running requests; a second signal stops them")
         else:
-            server.force_exit = True
             worker.stop()
 
     for signum in interrupt.ending_signals():
         loop.add_signal_handler(signum, stop, signum)
-    leaving = loop.create_task(_end_when_idle(server, worker))
+    leaving = loop.create_task(_end_when_idle(server, worker, signals))
     try:
         await server.serve(sockets=[listener])
     finally:
         leaving.cancel()
+        # It would report as exceptions the connections that are cut off now.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     return signals[0]
 
 
-async def _end_when_idle(server: _Server, worker: Worker) -> None:
+async def _end_when_idle(server: _Server, worker: Worker, signals: Sequence[int]) -> None:
     """After a signal, do not wait for readers that take nothing."""
     idle = 0.0
-    while idle < _FLUSH:
+    while idle < (_FLUSH if len(signals) < 2 else _FLUSH_AT_ONCE):
         await asyncio.sleep(0.1)
         status = worker.status
         busy = not server.should_exit or status.running + status.waiting > 0

@@ -93,7 +93,9 @@ def test_a_second_signal_stops_at_once():
             seen = [next(lines) for _ in range(20)]  # it goes on
             server.process.send_signal(signal.SIGTERM)
             code, said = server.end()
+            rest = [line for line in lines if line]
     assert any("content" in line for line in seen[2:])
+    assert "stopping" in rest[-2] and rest[-1] == "data: [DONE]"  # the client is told
     assert code == 130 and "interrupted" in said and "Traceback" not in said
 
 
