@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -63,21 +64,32 @@ def test_threads_get_their_own_answers(engine, worker):
     assert (worker.status.running, worker.status.waiting, worker.status.age) == (0, 0, 0)
 
 
-def test_a_full_queue_and_a_listener_that_fails(worker):
+def test_a_full_queue_and_a_listener_that_fails(engine, capfd):
     def listener(event):
         raise RuntimeError("nobody catches this")
 
-    long = SamplingParams(max_new_tokens=60)
-    jobs = [worker.job([5, 6], long, listener) for _ in range(65)]
+    worker = Worker(engine, OPTIONS)  # not started: nothing ends
+    jobs = [worker.job([5, 6], SamplingParams(max_new_tokens=2), listener) for _ in range(65)]
     with pytest.raises(Busy, match="no room for 65 more requests beside 0"):
         worker.submit(*jobs)
     worker.submit(*jobs[:64])
-    with pytest.raises(Busy):
+    with pytest.raises(Busy, match="no room for 1 more requests beside 64"):
         worker.submit(jobs[64])
-    for job in jobs:
+    for job in jobs[::2]:
         worker.cancel(job)
-    worker.submit(jobs[64]) if not worker.status.waiting else None
-    assert ask(worker, [5], SamplingParams(max_new_tokens=2)).completion
+    worker.start()
+    assert ask_when_there_is_room(worker, [5]).completion
+    worker.drain()
+    worker.stop()
+    assert "nobody catches this" in capfd.readouterr().err
+
+
+def ask_when_there_is_room(worker, ids):
+    while True:
+        try:
+            return ask(worker, ids, SamplingParams(max_new_tokens=2))
+        except Busy:
+            time.sleep(0.01)
 
 
 def test_draining_and_stopping(engine):
