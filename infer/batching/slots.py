@@ -46,13 +46,20 @@ class Slots:
         self._executor, self._options, self._count = executor, options, options.slots
         self._rows_of = rows_of
         self._vocab, self._joined = executor.config.vocab_size, is_joined(executor.params)
-        self._all_allowed = executor.places.put(self._allowed([None] * self._count))
+        # A step of few rows computes only those, unless shapes must not depend on the others.
+        few = () if options.deterministic else {1, rows_of(options.widths[0])}
+        self._few = sorted(size for size in few if size < self._count)
+        self._all_allowed = {
+            size: executor.places.put(self._allowed([None] * size))
+            for size in (*self._few, self._count)
+        }
         self.reset()
 
     def reset(self) -> None:
         """Make all slots empty; also after an error of the device."""
         self._state = self._empty(self._executor)
-        self._ask((None,) * self._count)
+        self._all: tuple[Ticket | None, ...] = (None,) * self._count
+        self._ask(self._all)
 
     def prefill(self, plan: Prefill) -> list[Sent]:
         """Read parts of prompts into their slots, and draw the first tokens of those that end.
@@ -73,22 +80,27 @@ class Slots:
 
         `drafts` is int32 [B, N].
         """
-        asked = tuple(  # those who sit out a step keep their place
-            ticket or (before if before and before.slot == slot else None)
-            for slot, (ticket, before) in enumerate(zip(plan.tickets, self._asked, strict=True))
-        )
+        taking = [(slot, ticket) for slot, ticket in enumerate(plan.tickets) if ticket is not None]
+        size = next((n for n in self._few if drafts is None and n >= len(taking)), self._count)
+        if size < self._count:
+            drawn = [(row, ticket) for row, (_, ticket) in enumerate(taking)]
+            asked = (*(ticket for _, ticket in taking), *(None,) * (size - len(taking)))
+            rows, keep = np.full(size, self._count, np.int32), np.ones(size, bool)
+            rows[: len(taking)] = [slot for slot, _ in taking]
+        else:
+            drawn, rows = taking, None
+            asked = tuple(  # those who sit out a step keep their place
+                ticket or (before if before and before.slot == slot else None)
+                for slot, (ticket, before) in enumerate(zip(plan.tickets, self._all, strict=True))
+            )
+            self._all, keep = asked, np.array([one is not None for one in plan.tickets])
         if asked != self._asked:
             self._ask(asked)
-        jobs, keep = _jobs(plan.tickets), np.array([one is not None for one in plan.tickets])
+        how = {"view": plan.view, "adapters": self._adapters, "drafts": drafts, "rows": rows}
+        jobs = _jobs(plan.tickets if rows is None else asked)
         bound = any(job is not None and job.grammar is not None for job in jobs)
-        how = {
-            "view": plan.view,
-            "adapters": self._adapters,
-            "drafts": drafts,
-            "allowed": self._allowed(jobs) if bound else self._all_allowed,
-        }
+        how["allowed"] = self._allowed(jobs) if bound else self._all_allowed[size]
         self._state, output = self._executor.decode(self._controls, keep, self._state, **how)
-        drawn = [(slot, ticket) for slot, ticket in enumerate(plan.tickets) if ticket is not None]
         return _copied(Sent(False, drawn, output))
 
     def compile_ahead(self) -> None:
@@ -97,12 +109,14 @@ class Slots:
         sizes = [(n, width) for width in options.widths for n in (1, self._rows_of(width))]
 
         def begin(executor: Executor) -> None:
-            state, keep = self._empty(executor), np.ones(self._count, bool)
-            controls = executor.places.put(_controls([None] * self._count))
+            state = self._empty(executor)
             for view in options.views:
-                adapters = self._numbers([None] * self._count)
-                how = {"view": view, "adapters": adapters, "allowed": self._all_allowed}
-                executor.decode(controls, keep, state, **how)
+                for size, allowed in self._all_allowed.items():
+                    keep, nobody = np.ones(size, bool), [None] * size
+                    controls = executor.places.put(_controls(nobody))
+                    rows = None if size == self._count else np.zeros(size, np.int32)
+                    how = {"adapters": self._numbers(nobody), "allowed": allowed, "rows": rows}
+                    executor.decode(controls, keep, state, view=view, **how)
                 for rows, width in dict.fromkeys(sizes):
                     self._begin(executor, state, _Reading.empty(rows, width), view)
             scored = _Reading.empty(1, options.budget)

@@ -168,21 +168,31 @@ class Executor:
         view: int | None = None,
         adapters: np.ndarray | None = None,
         allowed: Array | None = None,
+        rows: np.ndarray | None = None,
     ) -> Stepped:
         """Take one step, or verify `drafts`, int32 [B, N].
 
         The state is used up; its cache has room for what is drawn. `keep` is bool [B]; a row where
         it is false takes no part. `view` and `adapters` are as in `fill`, `allowed` as in `pick`;
-        drafts are verified without them.
+        drafts are verified without them. With `rows`, int32 [R], only those rows of the state are
+        computed; all other arguments and the output then have R rows, a number past the end is an
+        empty one.
         """
         cache, state = state.cache, state._replace(cache=None)
         assert cache is not None
         if drafts is None:
+            few, count = state, cache.length.size
+            if rows is not None:
+                few = self._call("take", (rows.size, count), steps.take, rows, state)
             view = None if view is None else view + prefix_length(self.params)
-            function, key = partial(steps.decode, self.config, view), (keep.size, cache.size, view)
-            args = self.params, keep, state, adapters, cache
-            read = self._call("decode", key, function, *args, donate=4)
-            return self.pick(read, controls, keep, state, allowed)
+            key = (keep.size, cache.size, view, *(() if rows is None else (count,)))
+            args = self.params, keep, few, adapters, rows, cache
+            function = partial(steps.decode, self.config, view)
+            read = self._call("decode", key, function, *args, donate=5)
+            few, output = self.pick(read, controls, keep, few, allowed)
+            if rows is not None:
+                few = self.insert(rows, few, state._replace(cache=few.cache))
+            return few, output
         function, key = partial(steps.verify, self.config), (keep.size, cache.size, drafts.shape[1])
         args = self.params, keep, state, drafts, cache
         logits, cache = self._call("verify", key, function, *args, donate=4)

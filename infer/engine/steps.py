@@ -151,6 +151,11 @@ def score(
     return ends, prompt_logprobs(logits, following), cast(KVCache, filled)
 
 
+def take(rows: Array, state: State) -> State:
+    """Return R rows, int32 [R], of a state without a cache; one past the end is not active."""
+    return jax.tree.map(lambda x: x.at[rows].get(mode="fill", fill_value=0), state)
+
+
 def insert(rows: Array, begun: State, state: State) -> State:
     """Put R rows that have begun into a state without a cache, at int32 [R]; past the end = not."""
     return jax.tree.map(lambda all_, new: all_.at[rows].set(new, mode="drop"), state, begun)
@@ -163,16 +168,17 @@ def decode(
     keep: Array,
     state: State,
     adapters: Array | None,
+    rows: Array | None,
     cache: KVCache,
 ) -> Read:
     """Write the last token of each row into the cache; return the logits of the next, [B, V].
 
     `keep` is bool [B]; a row where it is false takes no part, even if it is active on the device,
-    and may go on later. `view` and `adapters` are as in `fill`.
+    and may go on later. `view`, `adapters` and `rows` (None = all) are as in `fill`.
     """
     active = state.active & keep
     part = Part(state.token[:, None], active.astype(jnp.int32), jnp.zeros_like(state.token))
-    return _read(config, params, part, cache, view=view, adapters=adapters)
+    return _read(config, params, part, cache, rows=rows, view=view, adapters=adapters)
 
 
 def verify(
