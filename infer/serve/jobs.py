@@ -14,6 +14,7 @@ from infer.batching.job import Event, Failure, Job
 from infer.engine.answer import Completion
 from infer.engine.rows import TokenEvent
 from infer.serve.errors import ApiError, of_failure
+from infer.serve.metrics import Metrics
 from infer.serve.prompts import Prompt, Sampled
 from infer.serve.service import Service
 
@@ -27,8 +28,10 @@ class Jobs:
         jobs: in the order of the choices: all answers to the first prompt, to the second, ...
     """
 
-    def __init__(self, service: Service, client: str):
+    def __init__(self, service: Service, client: str, metrics: Metrics | None = None):
+        """They are recorded in `metrics`; None = those of the service."""
         self._service, self._client = service, client
+        self._metrics = metrics or service.metrics
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self.jobs: list[Job] = []
@@ -85,7 +88,7 @@ class Jobs:
 
     async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Yield (index of the job, event) until all have ended; ApiError if one fails."""
-        metrics, left = self._service.metrics, len(self.jobs)
+        metrics, left = self._metrics, len(self.jobs)
         last: dict[int, float] = {}
         while left:
             index, event = await self._events.get()

@@ -23,6 +23,7 @@ from infer.engine.engine import Engine
 from infer.engine.load import add_adapters
 from infer.serve.app import build
 from infer.serve.options import AddressOptions, Settings
+from infer.serve.routes.state import answer_tokens
 from infer.serve.security import Access, find_access
 from infer.serve.service import Facts, Service, model_name
 from infer.startup import note_demo_model, open_engine
@@ -41,6 +42,8 @@ def run(settings: Settings) -> int:
         worker = service.worker
         app = build(service, access, settings.address.cors_origin or ())
         worker.start()
+        # The first step of each kind is slower, though all is compiled.
+        asyncio.run(answer_tokens(service, 4))
         listener.listen(_BACKLOG)  # whoever reads the next lines can connect
         _announce(settings, listener, service, access)
         try:

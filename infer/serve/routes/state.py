@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from infer.engine.params import SamplingParams
 from infer.serve.jobs import Jobs
+from infer.serve.metrics import Metrics
 from infer.serve.prompts import Prompt, Sampled
 from infer.serve.replies import Health
 from infer.serve.routes.route import router
@@ -25,7 +26,7 @@ def make(service: Service) -> APIRouter:
         """Return 200 if requests can be answered; with `deep`, after answering one token."""
         state = _state(service)
         if deep and state["status"] == "ok":
-            await _answer_one_token(service)
+            await answer_tokens(service, 1)
             state = _state(service)
         return JSONResponse(state, 200 if state["status"] == "ok" else 503)
 
@@ -53,9 +54,11 @@ def _state(service: Service) -> dict[str, Any]:
     return {"status": status, **shown, "running": now.running, "waiting": now.waiting}
 
 
-async def _answer_one_token(service: Service) -> None:
-    sampling = SamplingParams(temperature=0.0, max_new_tokens=1)
-    with Jobs(service, "health") as jobs:
+async def answer_tokens(service: Service, count: int) -> None:
+    """Have the model write `count` tokens; ApiError if it does not."""
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True)
+    uncounted = Metrics("health", service.worker)  # it is no client's request
+    with Jobs(service, "health", uncounted) as jobs:
         prompt = Prompt(list(service.facts.tokenizer.prefix_ids))
         jobs.submit([prompt], Sampled(sampling, 1, clean=False))
         await jobs.completions()

@@ -62,6 +62,27 @@ def test_a_stream_begins_with_the_role_and_ends_with_usage_and_done():
     assert len(response.text.splitlines()) == len(response.text.split("\n")) - 1
 
 
+def test_metrics_count_the_requests_of_clients():
+    with serving(HELLO) as served:
+        assert served.request("GET", "/health?deep=1").json()["status"] == "ok"
+        served.chat(n=2)
+        served.worker.drain()
+        lines = served.request("GET", "/metrics").text.splitlines()
+        assert served.request("HEAD", "/metrics").status_code == 200
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    prompt = 2 * len(served.engine.build_prompt("你好"))
+    written = 2 * (len(served.engine.tokenizer.encode(HELLO)) + 1)  # with the end token
+    for name, value in {
+        "prompt_tokens_total": prompt, "generation_tokens_total": written,
+        "time_to_first_token_seconds_count": 2, "inter_token_latency_seconds_count": written - 2,
+        "e2e_request_latency_seconds_count": 2, "prefix_cache_queries_total": prompt,
+        "num_requests_running": 0, "num_requests_waiting": 0,
+    }.items():  # fmt: skip
+        assert float(values[f'vllm:{name}{{model_name="toy"}}']) == value, name
+    hits = len(served.engine.tokenizer.prefix_ids) + prompt // 2 - 1
+    assert float(values['vllm:prefix_cache_hits_total{model_name="toy"}']) == hits
+
+
 def test_a_stop_string_ends_the_answer():
     with serving("one two three") as served:
         choice = served.chat(stop=[" two", None, ""]).json()["choices"][0]
