@@ -61,8 +61,11 @@ def memory_of(
         args: Any = params, steps.Part(place((rows, width), jnp.int32), int32, int32)
     else:
         cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, dtype))
-        function = partial(steps.verify if drafted else steps.decode, config)
-        args, donate = (params, flags, state, *drafts, cache), 3 + len(drafts)
+        function, more = partial(steps.decode, config, None), [None, None]
+        if drafted:
+            function, more = partial(steps.verify, config), drafts
+        args = (params, flags, state, *more, cache)
+        donate = len(args) - 1
     draw, state_at = (steps.accept, 5) if drafted else (steps.pick, 3)
     drawn = (logits, controls, flags, *drafts, *[int32] * len(drafts), state)
     return [
