@@ -132,7 +132,8 @@ def read_layer(
     """
     if rows is None:
         sizes = (1, *cache.shape[1:3], view or cache.shape[3], cache.shape[4])
-        slots = jax.lax.dynamic_slice(cache, (layer, 0, 0, 0, 0), sizes)[0]
+        starts = (jnp.asarray(layer, jnp.int32), *[jnp.int32(0)] * 4)  # one type, also in x64
+        slots = jax.lax.dynamic_slice(cache, starts, sizes)[0]
     else:
         slots = cache.at[layer, rows, :, :view].get(mode="clip")
     slots = constrain(slots, *"BKSH")

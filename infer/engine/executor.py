@@ -185,7 +185,8 @@ class Executor:
             if rows is not None:
                 few = self._call("take", (rows.size, count), steps.take, rows, state)
             view = None if view is None else view + prefix_length(self.params)
-            key = (keep.size, cache.size, view, *(() if rows is None else (count,)))
+            more = (() if view is None else (view,)) + (() if rows is None else (count,))
+            key = (keep.size, cache.size, *more)
             args = self.params, keep, few, adapters, rows, cache
             function = partial(steps.decode, self.config, view)
             read = self._call("decode", key, function, *args, donate=5)

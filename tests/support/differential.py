@@ -217,7 +217,7 @@ def check(architecture: int, models: int) -> Iterator[tuple[str, str, str]]:
     for model in range(models):
         params = random_params(config, model)
         prompts = random_prompts(config, np.random.default_rng(model))
-        ends = toy_engine(params, config=config, family=config.family)._stop_ids
+        ends = toy_engine(params, config=config, family=config.family).stop_ids
         weights: dict[str | None, Any] = {None: params}
         right: dict[str | None, Any] = {None: reference(program, params, prompts, ends)}
         for scheme in schemes:

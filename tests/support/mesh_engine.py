@@ -141,7 +141,7 @@ def compare(mesh: str, scheme: str | None, as_list: bool) -> dict[str, Any]:
         (tokens, logprobs), again = drawn(one), answered(one, PROMPTS, GREEDY)
     ((at, program),) = ((k, p) for k, p in one.programs._programs.items() if k[0] == "decode")
     memory, found = program.memory_analysis(), collectives(program.as_text())
-    rows, slots, _ = cast(Any, at[1])
+    rows, slots = cast(Any, at[1])
     assert one.mesh is not None
     where: Any = cache_sharding(CONFIG, one.mesh).k
     part = where.shard_shape((CONFIG.num_layers, rows, CONFIG.num_kv_heads, slots, 8))

@@ -5,15 +5,14 @@ import io
 import json
 import random
 
-import numpy as np
 import pytest
 
 from glm2_jax.runtime import buckets
 from glm2_jax.text.prompt import build_prompt, reply_messages
 from infer.chat import commands
 from infer.chat.__main__ import main as chat_main
-from infer.engine.call import Batch
 from infer.engine.params import SamplingParams
+from infer.engine.rows import Row
 from infer.evaluate import generation
 from infer.evaluate.__main__ import main as evaluate_main
 from infer.generate.__main__ import main as generate_main
@@ -48,14 +47,12 @@ def engine():
 @pytest.fixture
 def scripted(monkeypatch):
     """Has every answer consist of these ids, whatever the model draws."""
-    take, script = Batch.take, []
+    take, script = Row.take, []
 
-    def scripted_take(self, output):
-        drawn = [row.tokens for row in self.rows]
-        tokens = [script[min(count, len(script) - 1)] for count in drawn]
-        return take(self, output._replace(tokens=np.array(tokens)))
+    def scripted_take(self, token, logprobs):
+        return take(self, script[min(self.tokens, len(script) - 1)], logprobs)
 
-    monkeypatch.setattr(Batch, "take", scripted_take)
+    monkeypatch.setattr(Row, "take", scripted_take)
 
     def set_script(ids):
         script[:] = ids

@@ -83,7 +83,7 @@ def test_rows_end_one_by_one_at_an_end_token(engine):
     unhurt = engine.complete(PROMPTS, GREEDY)
     ids = unhurt[0].output_ids
     ending = toy_engine(share=engine)
-    ending._stop_ids = (ids[4],)  # pretend that what row 0 says there is the end token
+    ending.stop_ids = (ids[4],)  # pretend that what row 0 says there is the end token
     batch = ending.complete(PROMPTS, GREEDY)
     assert batch[0].output_ids == ids[: ids.index(ids[4])]
     assert batch[0].finish_reason == "stop"
@@ -93,7 +93,7 @@ def test_rows_end_one_by_one_at_an_end_token(engine):
     events = list(ending.run([[5, 6, 7]], GREEDY))
     assert events[-1].token is None and events[-1].finish_reason == "stop"
     special = toy_engine(family="chatglm3").tokenizer.special
-    glm3 = set(toy_engine(family="chatglm3")._stop_ids)
+    glm3 = set(toy_engine(family="chatglm3").stop_ids)
     assert glm3 == {2, special["<|user|>"], special["<|observation|>"]}
 
 

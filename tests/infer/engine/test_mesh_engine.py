@@ -47,7 +47,8 @@ def test_steps_compile_once_and_move_neither_weights_nor_cache(found):
         assert case["alias"] >= case["cache"], case
         if "fsdp" in case["mesh"]:
             continue
-        assert {*case["layers"], *case["outside"]} == {"all-gather", "all-reduce"}, case
+        kinds = {"all-gather", "all-reduce"} if "tensor" in case["mesh"] else set()
+        assert {*case["layers"], *case["outside"]} == kinds, case
         if case["mesh"] == "tensor=8":  # a list of layers: nothing is in a loop
             assert case["layers"] == {} and case["outside"]["all-reduce"] == 2 * 2 + 1, case
         else:

@@ -232,7 +232,7 @@ def test_an_answer_that_a_stop_string_or_an_end_token_ended(engine):
     ask(session, [*PROMPT, *completion.output_ids, 7])
 
     ending = toy_engine(share=engine)
-    ending._stop_ids = (plain.output_ids[4],)
+    ending.stop_ids = (plain.output_ids[4],)
     session = Session(ending)
     completion, _ = ask(session, PROMPT)
     assert completion.finish_reason == "stop"

@@ -144,7 +144,7 @@ def test_an_end_token_or_a_stop_string_among_accepted_ones(plain, engine):
     for place in (12, 15):
         pair = [toy_engine(parrot(), share=plain, speculate=draft) for draft in (0, N)]
         for one in pair:
-            one._stop_ids = (whole.output_ids[place],)
+            one.stop_ids = (whole.output_ids[place],)
         expected = pair[0].complete(PROMPTS, GREEDY)
         assert pair[1].complete(PROMPTS, GREEDY) == streamed(pair[1], PROMPTS, GREEDY) == expected
         assert expected[3].finish_reason == "stop"

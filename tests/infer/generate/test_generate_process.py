@@ -12,7 +12,7 @@ import pytest
 
 from convert import save_checkpoint
 from glm2_jax import Tokenizer
-from infer.engine.engine import Engine
+from infer.batching.batcher import Batcher
 from infer.generate import __main__ as generate
 from tests.support.engine_toy import TOY, toy_params
 from tests.support.paths import ROOT
@@ -97,15 +97,14 @@ def test_two_processes_go_on_with_what_one_left(tmp_path, monkeypatch):
     flags = "--dtype float32 --layers list --batch-size 2 --max-new-tokens 8"
     command = ["--batch-file", questions, *flags.split()]
     assert generate.main([*command, "--output", ours]) == 0
-    complete, calls = Engine.complete, []
+    step = Batcher.step
 
-    def killed(self, *args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
+    def killed(self):
+        if self.ended == 2:
             raise KeyboardInterrupt
-        return complete(self, *args, **kwargs)
+        return step(self)
 
-    monkeypatch.setattr(Engine, "complete", killed)
+    monkeypatch.setattr(Batcher, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         generate.main([*command, "--output", theirs])
     launch = ["-m", "infer.launch", "--num-processes", "2", "--devices-per-process", "1", "--"]
