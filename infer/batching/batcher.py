@@ -60,9 +60,9 @@ class Batcher:
         )
 
     def warm(self) -> None:
-        """Compile all programs ahead."""
+        """Compile all programs ahead, and run each of them once."""
         with self._device_errors():
-            self._slots.compile_ahead()
+            self._slots.warm()
 
     @property
     def open(self) -> int:

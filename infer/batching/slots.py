@@ -103,27 +103,30 @@ class Slots:
         self._state, output = self._executor.decode(self._controls, keep, self._state, **how)
         return _copied(Sent(False, drawn, output))
 
-    def compile_ahead(self) -> None:
-        """Compile all programs: prefills, with scores and without, and steps, for all views."""
-        options = self._options
-        sizes = [(n, width) for width in options.widths for n in (1, self._rows_of(width))]
+    def warm(self) -> None:
+        """Compile all programs ahead, and run each of them once without any row: the first run of a
+        program is slower than the others."""
+        self._executor.compile_ahead(("slots", self._options), self._run_all)
+        self._state = self._run_all(self._executor, self._state)
+        jax.block_until_ready(self._state)
 
-        def begin(executor: Executor) -> None:
-            state = self._empty(executor)
-            for view in options.views:
-                for size, allowed in self._all_allowed.items():
-                    keep, nobody = np.ones(size, bool), [None] * size
-                    controls = executor.places.put(_controls(nobody))
-                    rows = None if size == self._count else np.zeros(size, np.int32)
-                    how = {"adapters": self._numbers(nobody), "allowed": allowed, "rows": rows}
-                    executor.decode(controls, keep, state, view=view, **how)
-                for rows, width in dict.fromkeys(sizes):
-                    self._begin(executor, state, _Reading.empty(rows, width), view)
-            scored = _Reading.empty(1, options.budget)
-            scored = scored._replace(following=scored.part.tokens)
-            self._begin(executor, state, scored, options.size)
-
-        self._executor.compile_ahead(("slots", options), begin)
+    def _run_all(self, executor: Executor, state: State | None = None) -> State:
+        """Run prefills, with scores and without, and steps, for all views; no slot is written."""
+        options, state = self._options, state or self._empty(executor)
+        sizes = {(n, width) for width in options.widths for n in (1, self._rows_of(width))}
+        for view in options.views:
+            for size, allowed in self._all_allowed.items():
+                nobody = [None] * size
+                controls, none = executor.places.put(_controls(nobody)), np.zeros(size, bool)
+                rows = None if size == self._count else np.full(size, self._count, np.int32)
+                how = {"adapters": self._numbers(nobody), "allowed": allowed, "rows": rows}
+                state, _ = executor.decode(controls, none, state, view=view, **how)
+            for rows, width in sorted(sizes):
+                empty = _Reading.empty(rows, width, self._count)
+                state, _, _ = self._begin(executor, state, empty, view)
+        scored = _Reading.empty(1, options.budget, self._count)
+        scored = scored._replace(following=scored.part.tokens)
+        return self._begin(executor, state, scored, options.size)[0]
 
     def _ask(self, tickets: tuple[Ticket | None, ...]) -> None:
         """Put on the device what these tickets ask for, which stay in their slots for a while."""
@@ -192,7 +195,7 @@ class _Reading(NamedTuple):
     jobs: list[Job | None]  # of the rows
 
     @classmethod
-    def empty(cls, rows: int, width: int, slot: int = 0) -> _Reading:
+    def empty(cls, rows: int, width: int, slot: int) -> _Reading:
         none = np.zeros(rows, np.int32)
         part = steps.Part(np.zeros((rows, width), np.int32), none, none.copy())
         return cls(part, np.full(rows, slot, np.int32), None, none == 0, [None] * rows)

@@ -53,7 +53,7 @@ class Worker:
         self._stepped = time.monotonic()
 
     def warm(self) -> None:
-        """Compile every program ahead; before `start`."""
+        """Compile every program ahead, and run it once; before `start`."""
         self._batcher.warm()
 
     def start(self) -> None:

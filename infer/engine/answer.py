@@ -159,11 +159,16 @@ class PlainText:
     """The text of an answer as it is shown, from ids that come one at a time.
 
     `push` takes the next id and returns the text that is now certain, `flush` what was held back.
+    Without `clean` it continues the text of the prompt, whose `last` id says whether a leading
+    space is part of it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, clean: bool):
+    def __init__(self, tokenizer: Tokenizer, last: int, *, clean: bool):
         self._detokenizer = Detokenizer(tokenizer)
         self._cleaner = Cleaner() if clean else None
+        if not clean:
+            self._detokenizer.push(last)
+            self._detokenizer.flush()
 
     def push(self, token: int) -> str:
         text = self._detokenizer.push(token)
@@ -279,7 +284,7 @@ class Answer:
         self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
         self._pieces: list[str] = []
         last = self.prompt_ids[-1]
-        self._text = RoleText(tokenizer, last) if roles else PlainText(tokenizer, clean=clean)
+        self._text = RoleText(tokenizer, last) if roles else PlainText(tokenizer, last, clean=clean)
         self._stop = StopStrings(sampling.stop, trim=clean)
         self._loop = LoopDetector(sampling.loop_stop)
 

@@ -260,3 +260,11 @@ def test_loops_are_stopped_and_ordinary_text_never():
     found = read(ids, tokenizer=GLM2, limit=5000, loop_stop=2)
     assert found.finish_reason == "loop" and found.text == GLM2.decode(list(found.output_ids))
     assert found.text.startswith("你好。" + "再见。" * 2)
+
+
+def test_an_answer_that_continues_a_text_keeps_its_leading_space():
+    """The same text whichever id the prompt ends with."""
+    ids = [*GLM2.prefix_ids, *GLM2.encode("hello hello 你好")]
+    for cut in range(len(GLM2.prefix_ids), len(ids)):
+        text = read(ids[cut:], last=ids[cut - 1], tokenizer=GLM2, clean=False, limit=len(ids) - cut)
+        assert GLM2.decode(ids[:cut]) + text.text == "hello hello 你好"
