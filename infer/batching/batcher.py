@@ -34,12 +34,13 @@ class Batcher:
 
     Attributes:
         ended: how many jobs had their last event.
+        answer_s: mean seconds of recent answers, from their first token on.
         stats: tokens and seconds of all rows together.
     """
 
     def __init__(self, engine: Engine, options: BatchOptions):
         self.options, self.stats, self._draft = options, Stats(), engine.speculate
-        self.ended = 0
+        self.ended, self.answer_s = 0, 0.0
         self.scheduler = self._new_scheduler()
         self._executor = engine.executor.counting()
         with self._device_errors():
@@ -181,6 +182,8 @@ class Batcher:
         if isinstance(event, Failure) or event.completion is not None:
             self._jobs.discard(job)
             self.ended += 1
+            if not isinstance(event, Failure):
+                self.answer_s += (job.row.stats.decode_s - self.answer_s) / min(self.ended, 16)
             self.stats.drafted_tokens += job.row.stats.drafted_tokens
             self.stats.accepted_tokens += job.row.stats.accepted_tokens
         try:

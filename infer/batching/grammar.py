@@ -167,6 +167,8 @@ def _checked(schema: Mapping[str, Any]) -> str:
         raise _refused(f"It is not JSON: {error}.") from error
     if len(text) > MAX_SCHEMA:
         raise _refused(f"It has {len(text):,} characters; at most {MAX_SCHEMA:,} are supported.")
+    if re.search(r'"multipleOf":(-|0(\.0*)?[,}])', text):
+        raise _refused("`multipleOf` must be above 0.")
     # Without the powers of ten, which cost nothing. The rest may end up in one number (`allOf`).
     multiples = re.findall(r'"multipleOf":([\d.]{1,20})', text)
     if lcm(*(int(one.replace(".", "").strip("0") or 1) for one in multiples)) > MAX_MULTIPLE:

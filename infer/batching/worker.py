@@ -86,7 +86,8 @@ class Worker:
             if len(jobs) > room:
                 raise Busy(
                     f"there is no room for {len(jobs)} more requests"
-                    f" beside {self._open} that are running or waiting"
+                    f" beside {self._open} that are running or waiting",
+                    retry_after=self._estimate(),
                 )
             self._submitted += len(jobs)
         for job in jobs:
@@ -115,6 +116,11 @@ class Worker:
         age = time.monotonic() - self._stepped if count else 0.0
         waiting = max(count - running, 0)
         return Status(self.options.slots, running, waiting, age, self._thread.is_alive())
+
+    def _estimate(self) -> float:
+        """Return in how many seconds, 1 to 60, those that wait now may have a slot."""
+        seconds = self.status.waiting / self.options.slots * self._batcher.answer_s
+        return min(max(seconds, 1.0), 60.0)
 
     @property
     def _open(self) -> int:

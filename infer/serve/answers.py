@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from glm2_jax.text.tokenizer import Tokenizer
+from glm2_jax.text.tokenizer import Detokenizer, Tokenizer
 from infer.batching.job import Job
 from infer.engine.answer import Completion, StopStrings, TokenLogprob
 from infer.engine.rows import TokenEvent
@@ -54,6 +55,10 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.token_text(token) or next(special, "") or tokenizer.piece(token)
 
 
+def _token_of(entry: TokenLogprob | int) -> int:
+    return entry if isinstance(entry, int) else entry.token
+
+
 def _ending(completion: Completion) -> Json:
     reason = completion.finish_reason
     why = "loop" if reason == "loop" else completion.stop_reason
@@ -61,9 +66,15 @@ def _ending(completion: Completion) -> Json:
 
 
 class Shape(Protocol):
-    """Knows the choices of one request; `answer`: whether they show more than the prompt."""
+    """Knows the choices of one request.
+
+    Attributes:
+        answer: whether they show more than the prompt.
+        long: whether a step of a stream may take more than a few milliseconds.
+    """
 
     answer: bool
+    long: bool
 
     def complete(self, index: int, completion: Completion, job: Job) -> Json:
         """Return the choice of a complete answer."""
@@ -85,7 +96,7 @@ class ChatShape:
     one is given, whose beginning the prompt has.
     """
 
-    answer = True
+    answer, long = True, False
 
     def __init__(self, tokenizer: Tokenizer, *, tools: bool, called: str | None = None):
         self._tokenizer, self._tools, self._called = tokenizer, tools, called
@@ -160,6 +171,28 @@ def _end(completion: Completion, calls: Sequence[Json]) -> Json:
     return _ending(completion) | ({"finish_reason": "tool_calls"} if calls else {})
 
 
+class _Places:
+    """Where each token of a text begins, of which one comes at a time; offsets in characters.
+
+    The bytes of one character all begin where it does; a token without text, where the next would.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int):
+        self._tokenizer, self.start, self._end = tokenizer, start, start
+        self._detokenizer = Detokenizer(tokenizer)
+
+    def add(self, token: int) -> int:
+        """Return where the next token begins."""
+        if self._tokenizer.byte_value(token) is None:  # a character that is not complete ends
+            self._end += len(self._detokenizer.flush())
+        place = self._end
+        self._end += len(self._detokenizer.push(token))
+        return place
+
+
+Entry = tuple[TokenLogprob | int, int]  # what is known of a token, or its bare id; its offset
+
+
 class TextShape:
     """The choices of /v1/completions; with `echo` they begin with the prompt."""
 
@@ -176,14 +209,16 @@ class TextShape:
         """`count` answers to each prompt; without `answer`, only the prompt is shown."""
         self._tokenizer, self._prompts, self._count = tokenizer, prompts, count
         self._echo, self._logprobs, self.answer = echo, logprobs, answer
-        self._offset: dict[int, int] = {}
-        self._begun: set[int] = set()
+        self.long = echo
+        self._places: dict[int, _Places] = {}  # of the answers that have begun
 
     def complete(self, index: int, completion: Completion, job: Job) -> Json:
         """Return the choice of a complete answer."""
-        text = completion.text if self.answer else ""
-        entries = [*self._prompt_entries(index, job), *self._answer_entries(completion)]
-        return self._choice(index, self._prompt_text(index) + text, entries) | _ending(completion)
+        text, entries = self._prompt_part(index, job)
+        if self.answer:
+            text += completion.text
+            entries += self._placed(index, self._answer_entries(completion), completion)
+        return self._choice(index, text, entries) | _ending(completion)
 
     def begin(self, index: int) -> list[Json]:
         """Return no choice: an answer begins with its text."""
@@ -191,12 +226,11 @@ class TextShape:
 
     def step(self, index: int, event: TokenEvent, job: Job) -> list[Json]:
         """Return the choices of the chunks that an event makes."""
-        text = event.text if self.answer else ""
-        entries = [] if event.logprob is None or not self.answer else [event.logprob]
-        if index not in self._begun:
-            self._begun.add(index)
-            text = self._prompt_text(index) + text
-            entries = [*self._prompt_entries(index, job), *entries]
+        text, entries = ("", []) if index in self._places else self._prompt_part(index, job)
+        if self.answer:
+            text += event.text
+            known = [] if event.logprob is None else [event.logprob]
+            entries += self._placed(index, known, event.completion)
         choices = []
         if text or entries:
             ending = {"finish_reason": None, "stop_reason": None}
@@ -208,47 +242,57 @@ class TextShape:
     def _prompt(self, index: int) -> Prompt:
         return self._prompts[index // self._count]
 
-    def _prompt_text(self, index: int) -> str:
-        prompt = self._prompt(index)
-        return self._tokenizer.decode(prompt.ids[prompt.hidden :]) if self._echo else ""
+    def _prompt_part(self, index: int, job: Job) -> tuple[str, list[Entry]]:
+        """Return what is shown of the prompt: what the client sent. The answer begins after it."""
+        prompt, text, entries = self._prompt(index), "", []
+        if self._echo:
+            text = self._tokenizer.decode(prompt.ids[prompt.hidden :])
+        if self._echo and self._logprobs:
+            self._places[index] = _Places(self._tokenizer, 0)
+            known = [prompt.ids[0], *job.prompt_logprobs]  # nothing comes before the first token
+            entries = self._placed(index, known[prompt.hidden :])
+        self._places[index] = _Places(self._tokenizer, len(text))
+        return text, entries
 
-    def _prompt_entries(self, index: int, job: Job) -> list[TokenLogprob | int]:
-        """Return an entry for each token of the prompt that the client sent, or its bare id."""
-        if not self._echo or not self._logprobs:
-            return []
-        prompt = self._prompt(index)
-        entries = [prompt.ids[0], *job.prompt_logprobs]  # nothing comes before the first token
-        return entries[prompt.hidden :]
+    def _placed(
+        self,
+        index: int,
+        known: Sequence[TokenLogprob | int],
+        completion: Completion | None = None,
+    ) -> list[Entry]:
+        """Return entries with their offsets, none past the end of a complete answer.
+
+        The tokens of a stop string would begin there.
+        """
+        places = self._places[index]
+        end = sys.maxsize if completion is None else places.start + len(completion.text)
+        return [(one, min(places.add(_token_of(one)), end)) for one in known]
 
     def _answer_entries(self, completion: Completion) -> list[TokenLogprob | int]:
         """Return an entry for each token; when scoring, also for an end token.
 
         Clients that score a prompt take the last entry for that of the one token they asked for.
         """
-        if not self.answer:
-            return []
         entries: list[TokenLogprob | int] = [*(completion.logprobs or ())]
         if self._echo and isinstance(completion.stop_reason, int):
             entries.append(completion.stop_reason)
         return entries
 
-    def _choice(self, index: int, text: str, entries: Sequence[TokenLogprob | int]) -> Json:
-        logprobs = self._logprob_lists(index, entries) if self._logprobs else None
+    def _choice(self, index: int, text: str, entries: Sequence[Entry]) -> Json:
+        logprobs = self._logprob_lists(entries) if self._logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs}
 
-    def _logprob_lists(self, index: int, entries: Sequence[TokenLogprob | int]) -> Json:
+    def _logprob_lists(self, entries: Sequence[Entry]) -> Json:
         result: dict[str, list[Any]] = {
             "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
         }  # fmt: skip
-        for entry in entries:
+        for entry, place in entries:
             known = isinstance(entry, TokenLogprob)
-            name = token_name(self._tokenizer, entry.token if known else entry)
+            name = token_name(self._tokenizer, _token_of(entry))
             result["tokens"].append(name)
             result["token_logprobs"].append(max(entry.logprob, _LEAST) if known else None)
             result["top_logprobs"].append(self._top(name, entry) if known else None)
-            offset = self._offset.get(index, 0)
-            result["text_offset"].append(offset)
-            self._offset[index] = offset + len(name)
+            result["text_offset"].append(place)
         return result
 
     def _top(self, name: str, entry: TokenLogprob) -> Mapping[str, float]:

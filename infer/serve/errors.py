@@ -10,6 +10,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from glm2_jax.errors import GLMError, InputError, UsageError
 from glm2_jax.escape import escape_controls
@@ -91,6 +92,16 @@ def _sentences(error: GLMError) -> str:
     return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts)
 
 
+def _allowed(request: Request) -> list[str]:
+    """Return the methods of a path, which several routes may share; none for a static file."""
+    known = []
+    for method in ("GET", "HEAD", "POST"):
+        scope = {**request.scope, "method": method}
+        matches = (route.matches(scope)[0] for route in request.app.router.routes)
+        known += [method] if Match.FULL in matches else []
+    return known
+
+
 def install(app: FastAPI) -> None:
     """Have every error of the app answered in this shape."""
 
@@ -98,7 +109,10 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, StarletteHTTPException)
         if not isinstance(error, ApiError):
             text = _HINTS.get(error.status_code, str(error.detail))
-            error = ApiError(error.status_code, text, headers=error.headers)
+            headers = error.headers
+            if error.status_code == 405 and (methods := _allowed(request)):
+                headers = {"Allow": ", ".join(methods)}
+            error = ApiError(error.status_code, text, headers=headers)
         return error.response
 
     async def of_validation(request: Request, error: Exception) -> Response:

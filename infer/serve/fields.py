@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm2_jax.errors import shorten
 from glm2_jax.escape import escape_controls
 from infer.serve.errors import ApiError, unsupported
+from infer.serve.schema import Message
 
 HARMLESS = frozenset({
     "cache_salt", "chat_template_kwargs", "metadata", "parallel_tool_calls", "prediction",
@@ -17,6 +18,9 @@ HARMLESS = frozenset({
 })  # fmt: skip
 """The text does not depend on them here, so they are accepted and ignored."""
 
+_HARMLESS_IN_MESSAGES = frozenset({
+    "annotations", "audio", "function_call", "name", "refusal", "tool_call_id",
+})  # fmt: skip
 _NOT_ENFORCED = "only the `response_format` of /v1/chat/completions is enforced."
 _TEMPLATE = "the checkpoint's own prompt template is used."
 _OTHER = "it would change the answer. Leave it out."
@@ -58,12 +62,16 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Name -> (values that change nothing, why others are refused); null changes nothing either."""
 
 
-def check(extra: Mapping[str, Any] | None, *, strict: bool) -> dict[str, str]:
+def check(
+    extra: Mapping[str, Any] | None, messages: Sequence[Message] = (), *, strict: bool
+) -> dict[str, str]:
     """Return the headers that name the unknown ones of the `extra` fields of a request.
+
+    The members of its `messages` are checked, too.
 
     ApiError: one would change the text; or, when `strict`, one is unknown.
     """
-    unknown = []
+    unknown = _unknown_in(messages)
     for name, value in (extra or {}).items():
         if name in HARMLESS:
             continue
@@ -74,11 +82,23 @@ def check(extra: Mapping[str, Any] | None, *, strict: bool) -> dict[str, str]:
     if not unknown:
         return {}
     if strict:
-        name = shorten(unknown[0])
-        raise ApiError(400, f"Unknown field {name}.", code="unknown_parameter", param=name[:100])
+        param = escape_controls(unknown[0][:100])
+        message = f"Unknown field {shorten(unknown[0])}."
+        raise ApiError(400, message, code="unknown_parameter", param=param)
     names = ", ".join(ascii(escape_controls(name[:40]))[1:-1] for name in unknown[:10])
     more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
     return {"X-Warning": f"ignored unknown fields: {names}{more}"}
+
+
+def _unknown_in(messages: Sequence[Message]) -> list[str]:
+    """Return the names of unknown members, each once; ApiError for one that would be lost."""
+    found: dict[str, None] = {}
+    for message in messages:
+        extra = message.model_extra or {}
+        if extra.get("function_call") is not None:
+            raise unsupported("messages.function_call", "it was replaced by `tool_calls`.")
+        found |= dict.fromkeys(extra.keys() - _HARMLESS_IN_MESSAGES)
+    return [f"messages.{name}" for name in found]
 
 
 def _among(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -15,7 +15,7 @@ from infer.engine.answer import Completion
 from infer.engine.rows import TokenEvent
 from infer.serve.errors import ApiError, of_failure
 from infer.serve.metrics import Metrics
-from infer.serve.prompts import Prompt, Sampled
+from infer.serve.prompts import LONG, Prompt, Sampled, elsewhere
 from infer.serve.service import Service
 
 T = TypeVar("T")
@@ -47,27 +47,34 @@ class Jobs:
         for job in self.jobs:
             self._service.worker.cancel(job)
 
-    def submit(self, prompts: Sequence[Prompt], asked: Sampled, adapter: int = 0) -> None:
+    async def submit(self, prompts: Sequence[Prompt], asked: Sampled, adapter: int = 0) -> None:
         """Make `asked.count` jobs of each prompt and put all into the queue.
 
         Busy: there is no room for all of them; none is answered.
         """
-        options = self._service.options
-        if len(prompts) * asked.count > options.queue:
+        slots, queue = self._service.worker.options.slots, self._service.options.queue
+        if len(prompts) * asked.count > slots + queue:
             raise ApiError(
                 400,
                 f"The request has {len(prompts)} prompts with {asked.count} answers each; at most "
-                f"{options.queue} answers can be waited for.",
+                f"{slots + queue} answers are possible: {slots} slots and a queue of {queue}.",
                 code="invalid_value",
             )
-        limit = options.request_timeout
         self._began = time.monotonic()
+        # A job takes about as long to make as 100 tokens of its prompt take to be checked.
+        long = asked.count * sum(100 + len(prompt.ids) for prompt in prompts) > LONG
+        self.jobs = await elsewhere(lambda: self._make(prompts, asked, adapter), long)
+        self._service.worker.submit(*self.jobs)
+
+    def _make(self, prompts: Sequence[Prompt], asked: Sampled, adapter: int) -> list[Job]:
+        limit = self._service.options.request_timeout
+        jobs: list[Job] = []
         for prompt in prompts:
             for draw in range(asked.count):
                 job = self._service.worker.job(
                     prompt.ids,
                     asked.sampling,
-                    self._listener(len(self.jobs)),
+                    self._listener(len(jobs)),
                     draw=draw,
                     clean=asked.clean,
                     client=self._client,
@@ -76,8 +83,8 @@ class Jobs:
                     score_prompt=asked.score_prompt,
                     grammar=asked.grammars[draw] if asked.grammars else None,
                 )
-                self.jobs.append(job)
-        self._service.worker.submit(*self.jobs)
+                jobs.append(job)
+        return jobs
 
     def _listener(self, index: int):
         def listen(event: Event) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ from infer.serve.schema import ChatBody, Common, CompletionBody, Message, Offici
 from infer.serve.service import Facts, Service
 
 T = TypeVar("T")
-_LONG = 4096  # characters, from which on text is encoded in another thread
+LONG = 4096  # characters or tokens, from which on work is done in another thread
+_LONGEST_TEXT, _MOST_IDS = 2**18, 2**16  # of /tokenize and /detokenize, at least
 _TINY = 1e-30  # the top_p that keeps only the likeliest token
 
 
@@ -71,8 +72,8 @@ async def chat_prompt(
 
     size = sum(len(messages.text_of(message)) for message in asked)
     _check_size(facts, size, "messages")
-    long = bool(tools) or any(message.tool_calls for message in asked) or size > _LONG
-    ids = await _elsewhere(build, long)
+    long = bool(tools) or any(message.tool_calls for message in asked) or size > LONG
+    ids = await elsewhere(build, long)
     return Prompt(ids, len(ids))
 
 
@@ -89,7 +90,9 @@ async def text_prompts(facts: Facts, body: CompletionBody) -> list[Prompt]:
     for prompt in given:
         if isinstance(prompt, str):
             _check_size(facts, len(prompt), "prompt")
-    return await _elsewhere(build, size > _LONG)
+        else:
+            _check_ids(facts, prompt, "prompt")
+    return await elsewhere(build, size > LONG)
 
 
 def _check_size(facts: Facts, characters: int, param: str) -> None:
@@ -97,6 +100,19 @@ def _check_size(facts: Facts, characters: int, param: str) -> None:
     least = characters // facts.longest_token
     if least >= facts.max_length:
         raise too_long(least, None, facts.max_length, param)
+
+
+def _check_ids(facts: Facts, ids: Iterable[int], param: str) -> None:
+    """Raise ApiError for an id that the model does not have."""
+    largest = max(ids, default=0)
+    if largest >= facts.vocab_size:
+        raise ApiError(
+            400,
+            f"`{param}` has the token id {largest}; "
+            f"the model's ids are whole numbers from 0 to {facts.vocab_size - 1}.",
+            code="invalid_value",
+            param=param,
+        )
 
 
 def _with_prefix(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
@@ -108,8 +124,31 @@ def _with_prefix(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
 
 
 async def text_ids(facts: Facts, text: str) -> list[int]:
-    """Return the ids of a text alone."""
-    return await _elsewhere(lambda: facts.tokenizer.encode(text), len(text) > _LONG)
+    """Return the ids of a text alone; ApiError for one that is much longer than the context."""
+    most = max(_LONGEST_TEXT, 16 * facts.max_length)
+    if len(text) > most:
+        raise ApiError(
+            400,
+            f"The text has {len(text)} characters; at most {most} are tokenized at once, "
+            f"which is several times the context of {facts.max_length} tokens. Split it.",
+            code="invalid_value",
+            param="prompt",
+        )
+    return await elsewhere(lambda: facts.tokenizer.encode(text), len(text) > LONG)
+
+
+async def text_of_ids(facts: Facts, ids: Sequence[int]) -> str:
+    """Return the text of ids; ApiError for many more than the context has."""
+    most = max(_MOST_IDS, 4 * facts.max_length)
+    if len(ids) > most:
+        raise ApiError(
+            400,
+            f"There are {len(ids)} ids; at most {most} are decoded at once, "
+            f"which is several times the context of {facts.max_length} tokens. Split them.",
+            code="invalid_value",
+            param="tokens",
+        )
+    return await elsewhere(lambda: facts.tokenizer.decode(ids), len(ids) > LONG)
 
 
 async def official_prompt(facts: Facts, body: OfficialBody) -> Prompt:
@@ -121,12 +160,15 @@ async def official_prompt(facts: Facts, body: OfficialBody) -> Prompt:
 
     size = len(body.prompt) + sum(len(text) for turn in history for text in turn)
     _check_size(facts, size, "prompt")
-    ids = await _elsewhere(build, size > _LONG)
+    ids = await elsewhere(build, size > LONG)
     return Prompt(ids, len(ids))
 
 
-async def _elsewhere(build: Callable[[], T], long: bool) -> T:
-    """Return the result of `build`, from another thread where it takes `long`."""
+async def elsewhere(build: Callable[[], T], long: bool) -> T:
+    """Return the result of `build`, from another thread where it takes `long`.
+
+    Clients share the event loop: what takes more than a few milliseconds must not run there.
+    """
     return await asyncio.to_thread(build) if long else build()
 
 
@@ -161,6 +203,9 @@ def sampled(
             code="unsupported_parameter",
             param="best_of",
         )
+    biases = _biases(body.logit_bias)
+    _check_ids(service.facts, [token for token, _ in biases], "logit_bias")
+    _check_ids(service.facts, body.stop_token_ids or (), "stop_token_ids")
     given: dict[str, Any] = {
         "temperature": body.temperature,
         "top_p": None if body.top_p is None else max(body.top_p, _TINY),
@@ -168,7 +213,7 @@ def sampled(
         "repetition_penalty": body.repetition_penalty,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
-        "logit_bias": _biases(body.logit_bias),
+        "logit_bias": biases,
         "stop_token_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
         "ignore_eos": body.ignore_eos,
         "max_new_tokens": limit,

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import note
-from glm2_jax.errors import UsageError
+from glm2_jax.errors import UsageError, shorten
 from infer.batching.grammar import ANY_OBJECT
 from infer.batching.options import BatchOptions
 from infer.batching.worker import Worker
@@ -23,8 +23,10 @@ from infer.engine.engine import Engine
 from infer.engine.load import add_adapters
 from infer.serve.app import build
 from infer.serve.options import AddressOptions, Settings
+from infer.serve.protocol import HttpProtocol, is_news
 from infer.serve.routes.state import answer_tokens
-from infer.serve.security import Access, find_access
+from infer.serve.schema import MAX_NAME
+from infer.serve.security import Access, find_access, find_origins
 from infer.serve.service import Facts, Service, model_name
 from infer.startup import note_demo_model, open_engine
 
@@ -35,12 +37,12 @@ _FLUSH, _FLUSH_AT_ONCE = 5.0, 0.5
 
 def run(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit code."""
-    access = find_access(settings.address)
+    access, origins = find_access(settings.address), find_origins(settings.address)
     with contextlib.closing(_bind(settings.address)) as listener:
         note_demo_model(settings.choice)
         service = open_service(settings)
         worker = service.worker
-        app = build(service, access, settings.address.cors_origin or ())
+        app = build(service, access, origins)
         worker.start()
         # The first step of each kind is slower, though all is compiled.
         asyncio.run(answer_tokens(service, 4))
@@ -58,9 +60,11 @@ def run(settings: Settings) -> int:
 def open_service(settings: Settings) -> Service:
     """Load the model and compile all programs; the caller starts the worker and stops it."""
     adapters = adapters_of(settings)
+    names_of(settings)
     engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
     if adapters:
         add_adapters(engine, settings.choice, list(adapters.values()))
+    _check_context(engine)
     worker = Worker(
         engine,
         BatchOptions(
@@ -82,9 +86,37 @@ def make_service(settings: Settings, engine: Engine, worker: Worker) -> Service:
     summary = engine.checkpoint.summary
     form = f"{engine.checkpoint.fingerprint} {summary.dtype} {summary.quantization}"
     facts = Facts.of(engine, hashlib.sha256(form.encode()).hexdigest())
-    names = settings.requests.served_model_name or [model_name(settings.choice.path)]
-    numbers = {name: number for number, name in enumerate(adapters_of(settings), 1)}
-    return Service(facts, worker, dict.fromkeys(names, 0) | numbers, settings.requests)
+    return Service(facts, worker, names_of(settings), settings.requests)
+
+
+def _check_context(engine: Engine) -> None:
+    """Raise UsageError for a context that no chat fits into."""
+    least = len(engine.build_prompt("?")) + 1
+    if least > engine.max_length:
+        raise UsageError(
+            f"--max-length must be at least {least}, got {engine.max_length}",
+            "The shortest chat and one token of its answer would not fit.",
+        )
+
+
+def names_of(settings: Settings) -> dict[str, int]:
+    """Return the number of the adapter, 0 = none, by name; UsageError for names nobody can use."""
+    own = settings.requests.served_model_name or [model_name(settings.choice.path)]
+    adapters = list(adapters_of(settings))
+    for name in (*own, *adapters):
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise UsageError(
+                f"{shorten(name)} cannot be the name of a model",
+                f"A request can send 1 to {MAX_NAME} printable characters.",
+                "Choose another one: --served-model-name NAME, --lora NAME=FOLDER.",
+            )
+    if set(own) & set(adapters):
+        raise UsageError(
+            f"--lora: {shorten(own[0])} is the name of the model itself",
+            "An adapter needs a name of its own.",
+            "Rename it, or give the model another --served-model-name.",
+        )
+    return dict.fromkeys(own, 0) | {name: number for number, name in enumerate(adapters, 1)}
 
 
 def adapters_of(settings: Settings) -> dict[str, str]:
@@ -94,8 +126,8 @@ def adapters_of(settings: Settings) -> dict[str, str]:
         if not name or not folder:
             raise UsageError("--lora needs NAME=FOLDER", fix="Write --lora support=adapters/one.")
     found = {name: folder for name, _, folder in pairs}
-    if len(found) < len(pairs) or set(found) & set(settings.requests.served_model_name or ()):
-        raise UsageError("--lora: two models have the same name", fix="Rename one of them.")
+    if len(found) < len(pairs):
+        raise UsageError("--lora: two adapters have the same name", fix="Rename one of them.")
     if found and settings.choice.adapter:
         raise UsageError(
             "--lora excludes --adapter",
@@ -155,9 +187,13 @@ def serve(app: ASGIApp, worker: Worker, listener: socket.socket, log_level: str)
         stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING
     )
     logging.getLogger("infer.serve").setLevel(log_level.upper())
-    logging.getLogger("uvicorn.error").setLevel("DEBUG" if log_level == "debug" else "WARNING")
+    uvicorn_log = logging.getLogger("uvicorn.error")
+    uvicorn_log.setLevel("DEBUG" if log_level == "debug" else "WARNING")
+    uvicorn_log.addFilter(is_news)
     quiet = {"log_config": None, "access_log": False, "server_header": False}
-    config = uvicorn.Config(app, backlog=_BACKLOG, lifespan="off", ws="none", **quiet)
+    config = uvicorn.Config(
+        app, http=HttpProtocol, backlog=_BACKLOG, lifespan="off", ws="none", **quiet
+    )
     return asyncio.run(_serve(_Server(config), worker, listener))
 
 
@@ -179,8 +215,6 @@ async def _serve(server: _Server, worker: Worker, listener: socket.socket) -> in
         await server.serve(sockets=[listener])
     finally:
         leaving.cancel()
-        # It would report as exceptions the connections that are cut off now.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     return signals[0]
 
 

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from infer.engine.params import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
-MAX_STRINGS, MAX_STRING, MAX_CHOICES, MAX_PROMPTS = 16, 256, 128, 1024
+MAX_STRINGS, MAX_STRING, MAX_CHOICES, MAX_PROMPTS, MAX_NAME = 16, 256, 128, 1024, 256
 _LARGEST = 2**31 - 1
+
+
+def _said(rule: str) -> WrapValidator:
+    """Return what says the `rule` of a union, of which pydantic would say that of each branch."""
+
+    def check(value: Any, accept: Callable[[Any], Any]) -> Any:
+        try:
+            return accept(value)
+        except ValidationError:
+            raise PydanticCustomError("rule", "{rule}", {"rule": rule}) from None
+
+    return WrapValidator(check)
+
 
 # A list with very many wrong items would make as many errors: `fail_fast` stops at the first.
 Id = Annotated[int, Field(ge=0, le=_LARGEST)]
 Tokens = Annotated[int, Field(ge=1, le=_LARGEST)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME)]
 Stop = Annotated[str, StringConstraints(max_length=MAX_STRING)]
 Stops = Annotated[list[Stop | None], Field(max_length=MAX_STRINGS, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -49,7 +64,13 @@ class Common(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
-    stop: Stop | Stops | None = None
+    stop: Annotated[
+        Stop | Stops | None,
+        _said(
+            f"expected a text of at most {MAX_STRING} characters, or a list of at most "
+            f"{MAX_STRINGS} of them"
+        ),
+    ] = None
     stop_token_ids: Annotated[list[Id], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     loop_stop: Annotated[int, Field(ge=0, le=10_000)] | None = None
@@ -84,10 +105,15 @@ Calls = Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)]
 
 
 class Message(Strict):
-    """A message of a chat; other members, such as `name`, are ignored."""
+    """A message of a chat; for other members, such as `name`, see `fields`."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Parts | None = None
+    content: Annotated[
+        str | Parts | None,
+        _said("expected a text, or a list of at most 1024 parts, each an object with a `type`"),
+    ] = None
     tool_calls: Calls | None = None
 
 
@@ -135,18 +161,25 @@ class ChatBody(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | None,
+        _said('expected "none", "auto", "required", or the function to call'),
+    ] = None
 
 
 class CompletionBody(Common):
     """The body of /v1/completions."""
 
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    )
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
+        _said(
+            f"expected a text, a list of 1 to {MAX_PROMPTS} texts, a list of token ids, or a list "
+            f"of 1 to {MAX_PROMPTS} such lists, none of them empty"
+        ),
+    ]
     max_tokens: Annotated[int, Field(ge=0, le=_LARGEST)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -170,6 +203,8 @@ class OfficialBody(Strict):
 class TokenizeBody(Strict):
     """The body of /tokenize: a text, or messages of a chat."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: Name | None = None
     prompt: str | None = None
     messages: Messages | None = None
@@ -180,6 +215,8 @@ class TokenizeBody(Strict):
 
 class DetokenizeBody(Strict):
     """The body of /detokenize."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: Name | None = None
     tokens: Annotated[list[Id], Field(fail_fast=True)]

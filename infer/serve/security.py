@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -70,6 +71,35 @@ def find_access(options: AddressOptions, environment: Mapping[str, str] = os.env
             "clients, --insecure.",
         )
     return Access(keys, loopback and not options.insecure)
+
+
+def find_origins(options: AddressOptions) -> tuple[str, ...]:
+    """Return the origins whose pages may use the server; UsageError for what is no origin."""
+    for given in options.cors_origin or ():
+        if given == "*":
+            continue
+        try:
+            right = _origin_of(given if "://" in given else f"https://{given}")
+        except ValueError:
+            right = "https://chat.example.com"
+        if given != right:
+            raise UsageError(
+                f"--cors-origin {given} is not the origin of a web page",
+                "Browsers send scheme, host and port, in lower case and without a path.",
+                f"Write --cors-origin {right}",
+            )
+    return tuple(options.cors_origin or ())
+
+
+def _origin_of(url: str) -> str:
+    """Return the origin of a URL as browsers send it; ValueError if it has none."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").encode("idna").decode()
+    if not re.fullmatch(r"[\w.:-]+", host, re.ASCII):
+        raise ValueError
+    host = f"[{host}]" if ":" in host else host
+    usual = parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme))
+    return f"{parts.scheme}://{host}" + ("" if usual else f":{parts.port}")
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -16,6 +17,7 @@ from infer.serve import answers
 from infer.serve.answers import Json, Shape
 from infer.serve.errors import ApiError
 from infer.serve.jobs import Jobs
+from infer.serve.prompts import elsewhere
 
 STALLED = 30.0  # seconds after which a reader that takes nothing is dropped
 _log = logging.getLogger("infer.serve")
@@ -36,7 +38,9 @@ class Stream(EventSourceResponse):
     ):
         """`head` is what all chunks have; there are `count` answers to each prompt."""
         chunks = _chunks(jobs, shape, head, count, include_usage)
-        super().__init__(_events(chunks), headers=headers, sep="\n", send_timeout=STALLED)
+        super().__init__(
+            _events(chunks, shape.long), headers=headers, sep="\n", send_timeout=STALLED
+        )
         self._jobs = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +63,8 @@ async def _chunks(
     async for index, event in jobs.events():
         if event.completion is not None:
             done.append(event.completion)
-        for choice in shape.step(index, event, jobs.jobs[index]):
+        step = partial(shape.step, index, event, jobs.jobs[index])
+        for choice in await elsewhere(step, shape.long):
             yield {**head, "choices": [choice], **more}
     if include_usage:
         yield {
@@ -69,10 +74,10 @@ async def _chunks(
         }
 
 
-async def _events(chunks: AsyncIterator[Json]) -> AsyncIterator[ServerSentEvent]:
+async def _events(chunks: AsyncIterator[Json], long: bool) -> AsyncIterator[ServerSentEvent]:
     try:
         async for chunk in chunks:
-            yield _event(chunk)
+            yield await elsewhere(partial(_event, chunk), long)
     except ApiError as error:
         yield _event(error.body)
     except Exception:  # the status line is sent already: say it here

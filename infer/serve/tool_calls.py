@@ -26,12 +26,13 @@ def as_code(arguments: str) -> str:
     """Return the JSON arguments of a call as the code that the model writes for it."""
     try:
         values = json.loads(arguments or "{}")
+        json.dumps(values, allow_nan=False)  # Python reads NaN, and 1e999 as infinity
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise ApiError(
             400,
-            "The arguments of a tool call must be a JSON object, as text.",
+            "The arguments of a tool call must be a JSON object with finite numbers, as text.",
             code="invalid_value",
             param="messages.tool_calls.function.arguments",
         )
@@ -89,7 +90,8 @@ def beginning(name: str) -> tuple[str, str]:
 def read(completion: Completion, called: str | None = None) -> tuple[str, list[dict[str, Any]]]:
     """Return the text of an answer without its tool calls, and the calls as OpenAI has them.
 
-    The answer continues the `beginning` of a call of the tool `called`, if one is given.
+    The answer continues the `beginning` of a call of the tool `called`, if one is given. If such a
+    call was cut off, it is neither a call nor text.
     """
     texts, calls, messages = [], [], completion.messages
     if called is not None:
@@ -97,7 +99,8 @@ def read(completion: Completion, called: str | None = None) -> tuple[str, list[d
     for message in messages:
         arguments = arguments_of(message.content) if _may_call(message) else None
         if arguments is None:
-            texts.append(message.text)
+            written = "" if completion.finish_reason in ("length", "loop") else completion.text
+            texts.append(message.text if called is None else written)
             continue
         text = json.dumps(arguments, ensure_ascii=False)
         function = {"name": message.metadata, "arguments": text}

@@ -27,7 +27,8 @@ def make(service: Service) -> APIRouter:
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer the messages of a chat."""
         name = service.model(body.model)
-        headers = fields.check(body.model_extra, strict=service.options.strict)
+        strict = service.options.strict
+        headers = fields.check(body.model_extra, body.messages, strict=strict)
         tools = [] if body.tool_choice == "none" else body.tools or []
         called = tool_calls.required(body.tool_choice, tools)
         schema = formats.schema_of(body, tools)

@@ -27,7 +27,7 @@ def make(service: Service) -> APIRouter:
         prompt = await official_prompt(service.facts, body)
         check_lengths(service.facts, [prompt], None, "prompt")
         with Jobs(service, client_of(request)) as jobs:
-            jobs.submit([prompt], official_sampled(service.facts, body))
+            await jobs.submit([prompt], official_sampled(service.facts, body))
             (done,) = await unless_left(request, jobs.completions())
         answer = {
             "response": done.text,

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from pydantic_core import to_json
+from starlette.responses import Response
 
 from infer.serve import answers
 from infer.serve.answers import Json, Shape
 from infer.serve.jobs import Jobs, unless_left
-from infer.serve.prompts import Prompt, Sampled
+from infer.serve.prompts import Prompt, Sampled, elsewhere
 from infer.serve.routes.route import client_of
 from infer.serve.schema import Common
 from infer.serve.service import Service
@@ -36,7 +37,7 @@ async def respond(
     """
     with ExitStack() as stack:
         jobs = stack.enter_context(Jobs(service, client_of(request)))
-        jobs.submit(prompts, asked, service.models[head["model"]])
+        await jobs.submit(prompts, asked, service.models[head["model"]])
         if body.stream:
             options = body.stream_options
             stream = Stream(
@@ -50,6 +51,12 @@ async def respond(
             stack.pop_all()  # it ends them
             return stream
         done = await unless_left(request, jobs.completions())
-    choices = [shape.complete(i, one, jobs.jobs[i]) for i, one in enumerate(done)]
-    used = answers.usage(jobs.jobs, done if shape.answer else (), asked.count)
-    return JSONResponse({**head, "choices": choices, "usage": used}, headers=headers)
+
+    def content() -> bytes:
+        used = answers.usage(jobs.jobs, done if shape.answer else (), asked.count)
+        # One choice at a time: no other thread runs while `to_json` does.
+        choices = (to_json(shape.complete(i, one, jobs.jobs[i])) for i, one in enumerate(done))
+        rest = to_json({**head, "usage": used}).removesuffix(b"}")
+        return rest + b',"choices":[' + b",".join(choices) + b"]}"
+
+    return Response(await elsewhere(content, True), media_type="application/json", headers=headers)

@@ -8,11 +8,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from infer.serve.errors import ApiError
+from infer.serve.prompts import elsewhere
 from infer.serve.replies import ERRORS
+
+MAX_FIELDS = 1000  # of a body
 
 
 class _JsonRequest(Request):
@@ -21,11 +24,18 @@ class _JsonRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
         try:
-            return from_json(body, allow_inf_nan=False)
+            value = from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise ApiError(
                 400, f"The body is not valid JSON: {error}", code="invalid_json"
             ) from None
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ApiError(
+                400,
+                f"The body has {len(value)} fields; at most {MAX_FIELDS} are read.",
+                code="invalid_value",
+            )
+        return value
 
 
 class _JsonRoute(APIRoute):
@@ -52,6 +62,14 @@ def _check_type(request: Request) -> None:
 def router() -> APIRouter:
     """Return a router whose routes read JSON and document the errors."""
     return APIRouter(route_class=_JsonRoute, responses=ERRORS)
+
+
+async def json_response(
+    make: Callable[[], Any], headers: dict[str, str], *, long: bool
+) -> Response:
+    """Return a response with what `make` returns, made in another thread where it is `long`."""
+    content = await elsewhere(lambda: to_json(make()), long)
+    return Response(content, media_type="application/json", headers=headers)
 
 
 def client_of(request: Request) -> str:

@@ -60,5 +60,5 @@ async def answer_tokens(service: Service, count: int) -> None:
     uncounted = Metrics("health", service.worker)  # it is no client's request
     with Jobs(service, "health", uncounted) as jobs:
         prompt = Prompt(list(service.facts.tokenizer.prefix_ids))
-        jobs.submit([prompt], Sampled(sampling, 1, clean=False))
+        await jobs.submit([prompt], Sampled(sampling, 1, clean=False))
         await jobs.completions()

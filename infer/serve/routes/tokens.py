@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from infer.serve import fields
 from infer.serve.answers import token_name
 from infer.serve.errors import ApiError
-from infer.serve.prompts import chat_prompt, text_ids
+from infer.serve.prompts import LONG, chat_prompt, text_ids, text_of_ids
 from infer.serve.replies import Detokenized, TokenizerInfo, TokenList
-from infer.serve.routes.route import router
+from infer.serve.routes.route import json_response, router
 from infer.serve.schema import DetokenizeBody, TokenizeBody
 from infer.serve.service import Service
 
@@ -23,6 +26,8 @@ def make(service: Service) -> APIRouter:
     async def tokenize(body: TokenizeBody) -> Response:
         """Return the ids of a text, or of the messages of a chat as the model reads them."""
         service.model(body.model)
+        asked = body.messages or ()
+        headers = fields.check(body.model_extra, asked, strict=service.options.strict)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "Give either `prompt` or `messages`.", param="prompt")
         if body.messages is not None:
@@ -30,15 +35,21 @@ def make(service: Service) -> APIRouter:
         else:
             ids = await text_ids(facts, body.prompt or "")
             ids = tokenizer.prefix_ids + ids if body.add_special_tokens else ids
-        names = [token_name(tokenizer, i) for i in ids] if body.return_token_strs else None
-        sizes = {"count": len(ids), "max_model_len": facts.max_length}
-        return JSONResponse({**sizes, "tokens": ids, "token_strs": names})
+
+        def reply() -> dict[str, Any]:
+            names = [token_name(tokenizer, i) for i in ids] if body.return_token_strs else None
+            sizes = {"count": len(ids), "max_model_len": facts.max_length}
+            return {**sizes, "tokens": ids, "token_strs": names}
+
+        return await json_response(reply, headers, long=len(ids) > LONG)
 
     @routes.post("/detokenize", responses={200: {"model": Detokenized}})
     async def detokenize(body: DetokenizeBody) -> Response:
         """Return the text of ids; special ones have none."""
         service.model(body.model)
-        return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
+        headers = fields.check(body.model_extra, strict=service.options.strict)
+        text = await text_of_ids(facts, body.tokens)
+        return JSONResponse({"prompt": text}, headers=headers)
 
     @routes.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}})
     async def tokenizer_info() -> Response:

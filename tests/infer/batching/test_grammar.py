@@ -211,6 +211,8 @@ def test_added_tokens_are_not_text():
         ({"type": "string", "format": "color"}, "Unknown format: color"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "Unsatisfiable"),
         ({"type": "integer", "multipleOf": 10_007}, "least common multiple"),
+        ({"type": "integer", "multipleOf": -3}, "above 0"),
+        ({"type": "integer", "multipleOf": 0.0}, "above 0"),
         ({"allOf": [{"multipleOf": 101}, {"multipleOf": 1.03}]}, "least common multiple"),
         ({"const": "\ud800"}, "hex escape"),
         ({"const": float("nan")}, "not JSON"),

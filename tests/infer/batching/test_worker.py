@@ -75,6 +75,11 @@ def test_a_full_queue_and_a_listener_that_fails(engine, capfd):
     worker.submit(*jobs[:64])
     with pytest.raises(Busy, match="no room for 1 more requests beside 64"):
         worker.submit(jobs[64])
+    for seconds, wait in ((0, 1), (0.5, 8), (100, 60)):  # of recent answers
+        worker._batcher.answer_s = seconds
+        with pytest.raises(Busy) as caught:
+            worker.submit(jobs[64])
+        assert caught.value.retry_after == wait  # 64 wait for 4 slots
     for job in jobs[::2]:
         worker.cancel(job)
     worker.start()

@@ -146,6 +146,27 @@ def test_a_tool_that_must_be_called_is(stream, choice):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_call_that_was_cut_off_shows_nothing_of_the_template(stream):
+    with serving("city='巴黎')\n```", family="chatglm3") as served:
+        asked = {"tools": [WEATHER], "tool_choice": NAMED, "max_tokens": 3, "stream": stream}
+        response = served.chat(**asked)
+    bodies = chunks(response) if stream else [response.json()]
+    choices = [choice for body in bodies for choice in body["choices"]]
+    said = [choice["delta" if stream else "message"] for choice in choices]
+    assert not any(one.get("content") or one.get("tool_calls") for one in said)
+    assert choices[-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_arguments_of_a_tool_call_are_finite(number):
+    call = {"function": {"name": "weather", "arguments": f'{{"days": {number}}}'}}
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
+    with serving(HELLO, family="chatglm3") as served:
+        response = served.post("/v1/chat/completions", {"messages": asked})
+    assert response.status_code == 400 and "arguments" in error_of(response)["param"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_code_that_is_no_call_with_literals_stays_text(stream, tmp_path):
     code = f"tool_call(a=open({str(tmp_path / 'run')!r}, 'w'))"
     with serving("weather\n" + code, family="chatglm3") as served:

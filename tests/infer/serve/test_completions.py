@@ -1,10 +1,17 @@
 """/v1/completions and the tokenizer's routes: scores, echo, ids, what lm-eval relies on."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from openai.types import Completion
 
+from infer.batching.job import Job
+from infer.engine.answer import Answer, TokenLogprob
 from infer.engine.params import SamplingParams
+from infer.engine.rows import Row, TokenEvent
+from infer.serve.answers import TextShape
+from infer.serve.prompts import Prompt
 from tests.support.engine_toy import streamed
 from tests.support.serial_worker import prompt_scores
 from tests.support.serve import chunks, error_of, serving
@@ -67,7 +74,35 @@ def test_echo_scores_what_was_sent_and_hides_the_prefix(stream):
     for place, top in zip(places, lists["top_logprobs"], strict=False):
         assert max(top.values()) == pytest.approx(float(scores[place].max()), abs=1e-4)
         assert 2 <= len(top) <= 3
-    assert lists["text_offset"] == sorted(lists["text_offset"])
+    words = zip(lists["text_offset"], [*lists["text_offset"][1:], None], strict=True)
+    assert "".join(text[start:end] for start, end in words) == text and lists["text_offset"][0] == 0
+    assert lists["text_offset"][1] == len(tokenizer.decode(sent[:1]))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_are_places_in_the_text(stream):
+    """With characters of four tokens, hidden leading spaces, and a stop string of three tokens."""
+    with serving("x") as served:
+        tokenizer = served.engine.tokenizer
+    ids = tokenizer.prefix_ids + tokenizer.encode("𠮷 x")
+    prompt = Prompt(ids, len(tokenizer.prefix_ids))
+    options = {"count": 1, "echo": True, "logprobs": True, "answer": True}
+    shape = TextShape(tokenizer, [prompt], **options)
+    sampling = SamplingParams(logprobs=0, stop=(" stop",))
+    answer = Answer(tokenizer, ids, sampling, limit=20, stop_ids=(), clean=False)
+    row = Row(0, ids, sampling, 0, answer)
+    job = Job(row, print, prompt_logprobs=[TokenLogprob(i, -1.0, ()) for i in ids[1:]])
+    choices = []
+    for token in tokenizer.encode("𠮷a stop"):
+        text, known = answer.push(token, TokenLogprob(token, -1.0, ())), answer.finish_reason
+        done = answer.completion() if known else None
+        event = TokenEvent(0, token, text, TokenLogprob(token, -1.0, ()), known, done)
+        choices += shape.step(0, event, job) if stream else []
+    choices = choices or [shape.complete(0, answer.completion(), job)]
+    assert "".join(choice["text"] for choice in choices) == "𠮷 x" + "𠮷a"
+    offsets = [place for choice in choices for place in choice["logprobs"]["text_offset"]]
+    # A stream cannot know yet that the middle of the stop string is not text.
+    assert offsets == [0] * 5 + [1, 2] + [3] * 5 + [4, 5, 7 if stream else 5, 5]
 
 
 def test_a_prompt_alone_is_scored_without_an_answer():
@@ -120,6 +155,34 @@ def test_the_tokenizer_is_open():
         info = served.request("GET", "/tokenizer_info").json()
         assert (info["eos_token"], info["prefix_ids"]) == ("</s>", tokenizer.prefix_ids)
         assert info["model_max_length"] == chat["max_model_len"] == served.engine.max_length
+
+
+def test_long_work_leaves_the_event_loop(monkeypatch):
+    """And the tokenizer's routes refuse what is several times as long as the context."""
+    loops = []
+    with serving() as served:
+        tokenizer, facts = served.engine.tokenizer, served.service.facts
+        for name in ("encode", "decode", "piece"):
+            plain = getattr(tokenizer, name)
+
+            def spy(*args, plain=plain):
+                loops.append(asyncio._get_running_loop())
+                return plain(*args)
+
+            monkeypatch.setattr(tokenizer, name, spy)
+        long = {"prompt": "你好 " * 3000, "return_token_strs": True}
+        tokens = served.post("/tokenize", long).json()["tokens"]
+        assert served.post("/detokenize", {"tokens": tokens}).json()["prompt"] == long["prompt"]
+        asked = {"prompt": tokens[:1000], "echo": True, "logprobs": 5, "max_tokens": 1}
+        for stream in (False, True):
+            assert served.post("/v1/completions", {**asked, "stream": stream}).status_code == 200
+        assert len(loops) > 5000 and not any(loops)
+        for path, body, param in (
+            ("/tokenize", {"prompt": "x" * (2**18 + 1)}, "prompt"),
+            ("/detokenize", {"tokens": [5] * (2**16 + 1)}, "tokens"),
+        ):
+            error = error_of(served.post(path, body))
+            assert error["param"] == param and f"{facts.max_length} tokens" in error["message"]
 
 
 def test_the_official_api_keeps_its_shape():

@@ -72,6 +72,26 @@ def test_fields_out_of_range_are_named(served, more):
 
 
 @pytest.mark.parametrize(
+    ("path", "more", "says"),
+    [
+        (CHAT, {"stop": ["x"] * 17}, "stop: expected a text of at most 256 characters, or a list"),
+        (CHAT, {"stop": "x" * 257}, "stop: expected a text of at most 256 characters, or a list"),
+        (CHAT, {"tool_choice": "always"}, 'tool_choice: expected "none"'),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content: expected a"),
+        ("/v1/completions", {"prompt": []}, "prompt: expected a text, a list of 1 to 1024 texts"),
+        ("/v1/completions", {"prompt": [[]]}, "prompt: expected a text, a list of 1 to 1024 texts"),
+        ("/v1/completions", {"prompt": ["x"] * 1025}, "prompt: expected a text, a list of 1 to"),
+        ("/v1/completions", {}, "prompt: Field required"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_rule_of_a_field_with_several_types_is_given_in_words(served, path, more, says):
+    body = {"messages": [{"role": "user", "content": "x"}]} if path == CHAT else {}
+    response = served.post(path, {**body, **more})
+    assert response.status_code == 422 and error_of(response)["message"].startswith(says)
+
+
+@pytest.mark.parametrize(
     ("more", "param"),
     [
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -80,6 +100,8 @@ def test_fields_out_of_range_are_named(served, more):
         ({"suffix": "x"}, "suffix"), ({"use_beam_search": True}, "use_beam_search"),
         ({"functions": [{}]}, "functions"), ({"tool_choice": "required"}, "tool_choice"),
         ({"top_logprobs": 2}, "top_logprobs"), ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_text_is_refused_by_name(served, more, param):
@@ -104,7 +126,19 @@ def test_unknown_fields_are_reported_or_refused(served):
     assert response.headers["x-warning"] == "ignored unknown fields: blub\\\\n\\u4f60, other"
     with serving("ok", options=RequestOptions(strict=True)) as strict:
         error = error_of(strict.chat(other=None))
-        assert (error["code"], error["param"]) == ("unknown_parameter", "'other'")
+        assert (error["code"], error["param"]) == ("unknown_parameter", "other")
+        message = {"role": "user", "content": "x", "name": "me", "extra": 1}
+        error = error_of(strict.post(CHAT, {"messages": [message]}))
+        assert (error["code"], error["param"]) == ("unknown_parameter", "messages.extra")
+        for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})):
+            assert strict.post(path, body).status_code == 200
+            assert error_of(strict.post(path, {**body, "other": 1}))["param"] == "other"
+    message["function_call"] = {"name": "f", "arguments": "{}"}
+    assert served.post(CHAT, {"messages": [{**message, "function_call": None}]}).is_success
+    error = error_of(served.post(CHAT, {"messages": [message]}))
+    assert error["param"] == "messages.function_call" and "tool_calls" in error["message"]
+    error = error_of(served.chat(**{f"x{n}": n for n in range(1000)}))
+    assert "at most 1000" in error["message"]
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(served):
@@ -131,15 +165,19 @@ def test_other_paths_have_error_objects(served):
     ):
         response = served.request(method, path)
         assert response.status_code == status and text in error_of(response)["message"]
-    assert served.request("DELETE", "/v1/models").headers["allow"] == "GET"
+    for path, methods in (
+        ("/v1/models", "GET"), ("/", "GET, HEAD, POST"), ("/health", "GET, HEAD"),
+        ("/static/x", "GET, HEAD"), (CHAT, "POST"),
+    ):  # fmt: skip
+        assert served.request("DELETE", path).headers["allow"] == methods
     assert error_of(served.chat(model="gpt-4o"))["code"] == "model_not_found"
     response = served.request("POST", CHAT, content=b"{}", headers={"Content-Type": "text/plain"})
     assert response.status_code == 415 and "application/json" in error_of(response)["message"]
     assert (
         error_of(served.post("/v1/completions", {"prompt": [[10**6]]}))["code"] == "invalid_value"
     )
-    too_many = error_of(served.post("/v1/completions", {"prompt": ["x"] * 3, "n": 3}))
-    assert "at most 8" in too_many["message"]
+    too_many = error_of(served.post("/v1/completions", {"prompt": ["x"] * 4, "n": 3}))
+    assert "at most 10" in too_many["message"] and "2 slots" in too_many["message"]
 
 
 def test_a_full_queue_says_when_to_return():

@@ -1,15 +1,20 @@
 """The command: what it refuses before it loads a model, and how it ends."""
 
+import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from infer.serve import __main__ as command
+from infer.serve.protocol import HttpProtocol
 from tests.support.commands import exit_code
 from tests.support.paths import ROOT
 
@@ -109,10 +114,32 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(capsys, monkeypatc
             (["--host", "0.0.0.0"], ["needs an API key", "--api-key-file"]),
             (["--api-key-file", tmp_path / "absent"], ["cannot be read"]),
             (["--host", "no.such.host.invalid", "--insecure"], ["cannot listen"]),
+            (["--cors-origin", "https://a.example/"], ["--cors-origin https://a.example\n"]),
+            (["--served-model-name", ""], ["'' cannot be the name"]),
+            (["--served-model-name", "x" * 257], ["1 to 256 printable"]),
+            (["--lora", f"glm2-demo={tmp_path}"], ["'glm2-demo' is the name of the model itself"]),
         ):
             assert exit_code(command.main, *flags) == 2
             said = capsys.readouterr().err
             assert all(word in said for word in words) and "loading" not in said
+
+
+def test_a_context_that_no_chat_fits_into_is_refused(capsys):
+    assert exit_code(command.main, "--port", 0, "--max-length", 5) == 2
+    assert "--max-length must be at least" in capsys.readouterr().err
+
+
+def test_invalid_http_is_answered_with_an_error_object():
+    transport, written = Mock(), []
+    transport.write, transport.get_extra_info.return_value = written.append, None
+    config = uvicorn.Config(Mock(), http=HttpProtocol, log_config=None, lifespan="off")
+    protocol = HttpProtocol(config, ServerState(), {}, Mock())
+    protocol.connection_made(transport)
+    protocol.data_received(b"\x00\x01 no HTTP\r\n\r\n")
+    head, _, body = written[0].decode().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 400 ") and f"content-length: {len(body)}" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    transport.close.assert_called_once()
 
 
 def test_the_missing_extra_is_named(capsys, monkeypatch):

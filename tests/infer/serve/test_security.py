@@ -8,7 +8,7 @@ import pytest
 from glm2_jax.errors import UsageError
 from infer.serve.middleware import BodyLimit
 from infer.serve.options import AddressOptions, RequestOptions
-from infer.serve.security import Access, find_access
+from infer.serve.security import Access, find_access, find_origins
 from tests.support.serve import error_of, serving
 
 KEY, OTHER = "sk-right", "sk-other"
@@ -75,10 +75,29 @@ def test_other_web_pages_are_refused_unless_they_are_named():
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == "https://a.example"
         other = {**preflight, "Origin": "https://b.example"}
-        assert served.request("OPTIONS", "/v1/models", headers=other).status_code == 400
+        refused = served.request("OPTIONS", "/v1/models", headers=other)
+        assert refused.status_code == 400 and error_of(refused)["code"] == "forbidden_origin"
+        assert "access-control-allow-origin" not in refused.headers
     with serving("ok") as served:
         response = served.request("OPTIONS", "/v1/chat/completions", headers=preflight)
         assert response.status_code == 405 and "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ("https://a.example/", "https://a.example"), ("a.example", "https://a.example"),
+        ("HTTP://A.example:80/x?y", "http://a.example"), ("localhost:3000", "https://localhost:3000"),
+        ("https://*.example", "https://chat.example.com"), ("https://a:b", "https://chat"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"), ("", "https://chat"),
+    ],
+)  # fmt: skip
+def test_an_origin_that_no_browser_sends_is_refused(given, right):
+    with pytest.raises(UsageError) as caught:
+        find_origins(AddressOptions(cors_origin=["https://fine.example", given]))
+    assert f"Write --cors-origin {right}" in caught.value.fix
+    for fine in ("*", "http://[::1]:8080", "https://a.example:8443", "http://localhost:3000"):
+        assert find_origins(AddressOptions(cors_origin=[fine])) == (fine,)
 
 
 def test_request_ids_are_passed_on_if_they_are_harmless(locked):
