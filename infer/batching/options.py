@@ -8,6 +8,8 @@ from glm2_jax.runtime.buckets import SMALLEST_BUCKET
 
 SMALLEST_VIEW = 512  # slots
 TOKENS_PER_PREFILL = 256
+# There, reading 64 tokens takes as long as a step of many rows.
+TOKENS_PER_PREFILL_ON_CPU = 64
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from infer.engine.executor import Executor
 from infer.engine.sampling import EVERY, Logprobs, prompt_counts
 from infer.engine.steps import Controls, Output, State
 
+_FEW = (1, 4)  # rows of the smaller steps
+
 
 class Sent(NamedTuple):
     """A program that was dispatched: what comes of it, and for whom."""
@@ -47,8 +49,8 @@ class Slots:
         self._rows_of = rows_of
         self._vocab, self._joined = executor.config.vocab_size, is_joined(executor.params)
         # A step of few rows computes only those, unless shapes must not depend on the others.
-        few = () if options.deterministic else {1, rows_of(options.widths[0])}
-        self._few = sorted(size for size in few if size < self._count)
+        few = () if options.deterministic else _FEW
+        self._few = [size for size in few if size < self._count]
         self._all_allowed = {
             size: executor.places.put(self._allowed([None] * size))
             for size in (*self._few, self._count)

@@ -64,10 +64,10 @@ class BatchFlags:
         "requests answered at once; each slot needs memory for --max-length tokens",
         type=positive, default=16, metavar="N",
     )  # fmt: skip
-    tokens_per_prefill: int = flag(
+    tokens_per_prefill: int | None = flag(
         "prefill a long prompt N tokens at a time, with a decode step of all other requests in "
-        "between: a smaller N keeps them smoother",
-        type=positive, default=256, metavar="N",
+        "between: a smaller N keeps them smoother (default: 256, on a CPU 64)",
+        type=positive, metavar="N",
     )  # fmt: skip
     deterministic: bool = flag(
         "the same answer to the same request and seed under any load, also in bfloat16: one batch "

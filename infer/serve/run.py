@@ -17,7 +17,11 @@ from glm2_jax.cli import interrupt
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import UsageError, shorten
 from infer.batching.grammar import ANY_OBJECT
-from infer.batching.options import BatchOptions
+from infer.batching.options import (
+    TOKENS_PER_PREFILL,
+    TOKENS_PER_PREFILL_ON_CPU,
+    BatchOptions,
+)
 from infer.batching.worker import Worker
 from infer.engine.engine import Engine
 from infer.engine.load import add_adapters
@@ -65,12 +69,14 @@ def open_service(settings: Settings) -> Service:
     if adapters:
         add_adapters(engine, settings.choice, list(adapters.values()))
     _check_context(engine)
+    on_cpu = engine.device.platform == "cpu"
+    tokens = TOKENS_PER_PREFILL_ON_CPU if on_cpu else TOKENS_PER_PREFILL
     worker = Worker(
         engine,
         BatchOptions(
             slots=settings.batch.slots,
             size=engine.max_length,
-            tokens_per_prefill=settings.batch.tokens_per_prefill,
+            tokens_per_prefill=settings.batch.tokens_per_prefill or tokens,
             queue=settings.requests.queue,
             deterministic=settings.batch.deterministic,
         ),

@@ -31,8 +31,8 @@ SERVING = (
 
 # Commands too heavy for this file: the file that runs them, and words in it that prove it.
 ELSEWHERE = {
-    "pip install -e .": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
-    "pip install -e '.[test]'": (".ci/run", "pip install --quiet -e '.[test,lint]'"),
+    "pip install -e .": (".ci/run", "pip install --quiet -e '.[test,clients,lint]'"),
+    "pip install -e '.[test]'": (".ci/run", "pip install --quiet -e '.[test,clients,lint]'"),
     **{
         f"pip install -e '.[{extra}]'": ("pyproject.toml", f"{extra.split(',')[-1]} = ")
         for extra in (
