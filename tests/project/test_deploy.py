@@ -28,6 +28,7 @@ import yaml
 
 from glm2_jax.cli import main as cli
 from glm2_jax.runtime import compile_cache
+from infer.batching.options import TOKENS_PER_PREFILL, TOKENS_PER_PREFILL_ON_CPU
 from infer.serve import fields, schema
 from infer.serve.options import AddressOptions, RequestOptions, parser
 from tests.project.test_readme import SERVING
@@ -93,10 +94,13 @@ def test_the_page_says_what_becomes_of_each_field(page):
 def test_the_page_names_the_defaults_of_flags(page):
     shown = re.findall(r"^\| `(--[\w-]+)` \| (\d+|\w+) \|", page, flags=re.MULTILINE)
     numbers = {name: float(value) for name, value in shown if value.isdecimal()}
-    assert len(numbers) >= 4
+    assert len(numbers) >= 3
     known = {name: action.default for action in parser()._actions for name in action.option_strings}
     assert numbers == {name: known[name] for name in numbers}
     assert all(name in page for name in ("`--preset` | openai", "`--log-level` | info"))
+    (line,) = re.findall(r"^\| `--tokens-per-prefill` \| ([^|]+) \|", page, flags=re.MULTILINE)
+    sizes = TOKENS_PER_PREFILL, TOKENS_PER_PREFILL_ON_CPU
+    assert re.findall(r"\d+", line) == [str(size) for size in sizes]
 
 
 def test_the_pages_list_every_route_and_every_metric():
