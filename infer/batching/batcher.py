@@ -58,6 +58,7 @@ class Batcher:
             views=options.views,
             queue=options.slots + options.queue,  # a free slot is taken at the next step
             deterministic=options.deterministic,
+            eager=options.eager,
         )
 
     def warm(self) -> None:

@@ -75,6 +75,8 @@ class Scheduler:
         deterministic: whether the numbers of a ticket must not depend on others: each Prefill is
             one row in the width that suits it, all steps have the largest view, and only full
             parts that were read in the same way are reused.
+        eager: whether all slots are filled before any row decodes: that is fastest where nobody
+            waits for the next token.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Scheduler:
         views: Sequence[int] = tuple(512 << n for n in range(8)),
         queue: int = 1024,
         deterministic: bool = False,
+        eager: bool = False,
     ):
         views = () if deterministic else views
         self.slots, self.size, self.budget = slots, size, budget
@@ -94,7 +97,7 @@ class Scheduler:
         self.views = (*sorted(view for view in views if view < size), size)
         self.prefix_queries = self.prefix_hits = 0  # tokens of prompts, and how many were reused
         self._most_waiting = queue
-        self._deterministic = deterministic
+        self._deterministic, self._eager = deterministic, eager
         self._queue = Queue()
         self._running: dict[int, Ticket] = {}  # by slot, the longest there first
         self._free = [_Free(slot) for slot in range(slots)]  # the least recently used first
@@ -135,9 +138,9 @@ class Scheduler:
     def next(self) -> Prefill | Decode | None:
         """Return the next step to dispatch; None: nothing can be done before a token is read.
 
-        Where there is work for both, Prefill and Decode take turns.
+        Where there is work for both, Prefill and Decode take turns, unless the schedule is eager.
         """
-        if self._prefilled:
+        if self._prefilled and not self._eager:
             step = self._decode() or self._prefill()
         else:
             step = self._prefill() or self._decode(together=True)

@@ -187,6 +187,7 @@ class _Batch:
             size=bucket(min(wanted, ceiling), engine.max_length),
             tokens_per_prefill=min(engine.prefill_chunk, bucket(longest, TOKENS_PER_PREFILL)),
             deterministic=True,
+            eager=True,
         )
 
     def _job(self, engine: Engine, row: Row, ended: list[tuple[Row, Event]]) -> Job:

@@ -264,3 +264,11 @@ def test_planning_needs_no_jax():
     code = "import sys, infer.batching.scheduler; print({'jax', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
+
+
+def test_an_eager_schedule_fills_all_slots_before_any_row_decodes():
+    plan = scheduler(3, eager=True)
+    tickets = put(plan, 20, 3, 9, 5)
+    while isinstance(step := plan.next(), Prefill):
+        pass
+    assert isinstance(step, Decode) and step.tickets == tuple(tickets[:3])
