@@ -50,8 +50,8 @@ class AddressOptions:
         action="store_true",
     )
     cors_origin: list[str] | None = flag(
-        "allow web pages of this origin, for example https://chat.example.com; may be repeated "
-        "(default: none)",
+        "allow web pages of this origin, for example https://chat.example.com, or * for all; may "
+        "be repeated (default: none)",
         action="append", metavar="URL",
     )  # fmt: skip
 

@@ -116,9 +116,9 @@ def names_of(settings: Settings) -> dict[str, int]:
                 f"A request can send 1 to {MAX_NAME} printable characters.",
                 "Choose another one: --served-model-name NAME, --lora NAME=FOLDER.",
             )
-    if set(own) & set(adapters):
+    if same := set(own) & set(adapters):
         raise UsageError(
-            f"--lora: {shorten(own[0])} is the name of the model itself",
+            f"--lora: {shorten(same.pop())} is the name of the model itself",
             "An adapter needs a name of its own.",
             "Rename it, or give the model another --served-model-name.",
         )

@@ -119,8 +119,8 @@ class SerialWorker:
             with self._changed:
                 self._running = None
                 self._changed.notify_all()
-        for job in self._waiting:
-            self._end(job, "stopping")
+        while self._waiting:
+            self._end(self._waiting.popleft(), "stopping")
 
     def _answer(self, job: Job) -> None:
         row = job.row

@@ -1,6 +1,8 @@
 """The command: what it refuses before it loads a model, and how it ends."""
 
+import asyncio
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from infer.serve import __main__ as command
-from infer.serve.protocol import HttpProtocol
+from infer.serve.protocol import HttpProtocol, is_news
 from tests.support.commands import exit_code
 from tests.support.paths import ROOT
 
@@ -140,6 +142,17 @@ def test_invalid_http_is_answered_with_an_error_object():
     assert head.startswith("HTTP/1.1 400 ") and f"content-length: {len(body)}" in head
     assert json.loads(body)["error"]["code"] == "invalid_http"
     transport.close.assert_called_once()
+
+
+def test_answers_that_the_server_cuts_off_are_no_errors_of_uvicorn():
+    def record(message, error=None):
+        info = error and (type(error), error, None)
+        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, message, (), info)
+
+    assert not is_news(record("ASGI callable returned without completing response."))
+    assert not is_news(record("Exception in ASGI application\n", asyncio.CancelledError()))
+    assert is_news(record("Exception in ASGI application\n", ValueError()))
+    assert is_news(record("Invalid HTTP request received."))
 
 
 def test_the_missing_extra_is_named(capsys, monkeypatch):
