@@ -175,11 +175,15 @@ class _Places:
     """Where each token of a text begins, of which one comes at a time; offsets in characters.
 
     The bytes of one character all begin where it does; a token without text, where the next would.
+    `before` is the token before the text, if it continues one: its leading space is shown.
     """
 
-    def __init__(self, tokenizer: Tokenizer, start: int):
+    def __init__(self, tokenizer: Tokenizer, start: int, before: int | None = None):
         self._tokenizer, self.start, self._end = tokenizer, start, start
         self._detokenizer = Detokenizer(tokenizer)
+        if before is not None:
+            self._detokenizer.push(before)
+            self._detokenizer.flush()
 
     def add(self, token: int) -> int:
         """Return where the next token begins."""
@@ -251,7 +255,7 @@ class TextShape:
             self._places[index] = _Places(self._tokenizer, 0)
             known = [prompt.ids[0], *job.prompt_logprobs]  # nothing comes before the first token
             entries = self._placed(index, known[prompt.hidden :])
-        self._places[index] = _Places(self._tokenizer, len(text))
+        self._places[index] = _Places(self._tokenizer, len(text), prompt.ids[-1])
         return text, entries
 
     def _placed(

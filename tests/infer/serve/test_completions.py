@@ -99,10 +99,10 @@ def test_offsets_are_places_in_the_text(stream):
         event = TokenEvent(0, token, text, TokenLogprob(token, -1.0, ()), known, done)
         choices += shape.step(0, event, job) if stream else []
     choices = choices or [shape.complete(0, answer.completion(), job)]
-    assert "".join(choice["text"] for choice in choices) == "𠮷 x" + "𠮷a"
+    assert "".join(choice["text"] for choice in choices) == "𠮷 x" + " 𠮷a"
     offsets = [place for choice in choices for place in choice["logprobs"]["text_offset"]]
     # A stream cannot know yet that the middle of the stop string is not text.
-    assert offsets == [0] * 5 + [1, 2] + [3] * 5 + [4, 5, 7 if stream else 5, 5]
+    assert offsets == [0] * 5 + [1, 2, 3] + [4] * 4 + [5, 6, 8 if stream else 6, 6]
 
 
 def test_a_prompt_alone_is_scored_without_an_answer():
@@ -176,7 +176,8 @@ def test_long_work_leaves_the_event_loop(monkeypatch):
         asked = {"prompt": tokens[:1000], "echo": True, "logprobs": 5, "max_tokens": 1}
         for stream in (False, True):
             assert served.post("/v1/completions", {**asked, "stream": stream}).status_code == 200
-        assert len(loops) > 5000 and not any(loops)
+        # A job looks at the last token of its prompt, and at no more.
+        assert len(loops) > 5000 and sum(map(bool, loops)) <= 2
         for path, body, param in (
             ("/tokenize", {"prompt": "x" * (2**18 + 1)}, "prompt"),
             ("/detokenize", {"tokens": [5] * (2**16 + 1)}, "tokens"),
