@@ -95,16 +95,21 @@ def add_adapter_options(parser: Parser) -> None:
 
 
 def add_performance_options(
-    parser: Parser, *, cards: Iterable[str] = (), mesh: bool = False, speculate: bool = False
+    parser: Parser,
+    *,
+    cards: Iterable[str] = (),
+    mesh: bool = False,
+    speculate: bool = False,
+    chunk: bool = True,
 ) -> argparse._ArgumentGroup:
     """Add the flags of where and how to compute, with `cards` that can only be planned for; return
-    their group."""
+    their group. Without `chunk`, the command has its own flag for the tokens of a prefill."""
     group = parser.add_argument_group("performance")
     more = f"; with --dry-run also one of {', '.join(cards)}" if cards else ""
     device = {"choices": (*DEVICES, *cards), "help": f"device: {', '.join(DEVICES)}{more}"}
     where = "dtype", "quantize", "quantize_embeddings", "layers", "device"
     add_flags(group, None, ModelChoice, where, device=device)
-    limits = "prefill_chunk", "memory_limit", "compile_cache"
+    limits = ("prefill_chunk",) * chunk + ("memory_limit", "compile_cache")
     add_flags(group, None, EngineOptions, limits)
     if mesh:
         add_mesh_options(group)

@@ -219,7 +219,7 @@ class Batcher:
             context=options.size,
             batch=options.slots,
             chunk=options.budget,
-            columns=1,
+            columns=1 + self._draft,
         )
         return device_errors(f"{options.slots} slots of {options.size} tokens", explain)
 

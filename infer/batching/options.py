@@ -26,7 +26,7 @@ class BatchOptions:
         deterministic: compute every row in shapes that do not depend on the others, and reuse only
             what was computed in them. A row's numbers are then the same to the last bit alone and
             among others; but prompts are read one at a time, and all slots of a row in each step.
-        eager: fill all slots before any row goes on: fastest where nobody waits for a token.
+        eager: fill all slots before any row decodes: fastest if no user waits for the next token.
     """
 
     slots: int

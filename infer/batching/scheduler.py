@@ -75,7 +75,7 @@ class Scheduler:
         deterministic: whether the numbers of a ticket must not depend on others: each Prefill is
             one row in the width that suits it, all steps have the largest view, and only full
             parts that were read in the same way are reused.
-        eager: whether all slots are filled before any row decodes: that is fastest where nobody
+        eager: whether all slots are filled before any row decodes: that is fastest if no user
             waits for the next token.
     """
 

@@ -118,10 +118,10 @@ class Slots:
         sizes = {(n, width) for width in options.widths for n in (1, self._rows_of(width))}
         for view in options.views:
             for size, allowed in self._all_allowed.items():
-                nobody = [None] * size
-                controls, none = executor.places.put(_controls(nobody)), np.zeros(size, bool)
+                idle = [None] * size
+                controls, none = executor.places.put(_controls(idle)), np.zeros(size, bool)
                 rows = None if size == self._count else np.full(size, self._count, np.int32)
-                how = {"adapters": self._numbers(nobody), "allowed": allowed, "rows": rows}
+                how = {"adapters": self._numbers(idle), "allowed": allowed, "rows": rows}
                 state, _ = executor.decode(controls, none, state, view=view, **how)
             for rows, width in sorted(sizes):
                 empty = _Reading.empty(rows, width, self._count)

@@ -86,7 +86,7 @@ class Worker:
             if len(jobs) > room:
                 raise Busy(
                     f"there is no room for {len(jobs)} more requests"
-                    f" beside {self._open} that are running or waiting",
+                    f": {self._open} are running or waiting",
                     retry_after=self._estimate(),
                 )
             self._submitted += len(jobs)
@@ -134,7 +134,7 @@ class Worker:
             try:
                 busy = self._batcher.step()
             except Exception as error:
-                # What nobody foresaw must not leave everybody's requests waiting for ever.
+                # An unexpected error must not leave the requests of all clients waiting for ever.
                 traceback.print_exc()
                 self._batcher.end_all(Failure("device", GLMError(f"internal error: {error!r}")))
             self._stepped = time.monotonic()

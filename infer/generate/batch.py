@@ -1,7 +1,7 @@
 """Answer a batch file by continuous batching: a line joins as soon as another one has ended.
 
-Every line has its own random numbers and is computed in the same shapes whatever is beside it, so
-the result does not depend on interruptions.
+Every line has its own random numbers and is computed in shapes that do not depend on the other
+lines, so the result does not depend on interruptions.
 """
 
 import dataclasses
@@ -152,7 +152,7 @@ class _Batch:
     def _answer(self, engine: Engine, rows: Sequence[Row], sink: Sink) -> None:
         """Answer the rows that are not in the sink yet: each joins as soon as a slot is free.
 
-        The shapes follow from all rows, and each row is computed alike beside any others. So an
+        The shapes follow from all rows, and no row's numbers depend on the others. So an
         interrupted run ends with the same answers.
         """
         self._answered = len(sink.done)

@@ -88,7 +88,7 @@ class Jobs:
 
     def _listener(self, index: int):
         def listen(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop was closed
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return listen
@@ -129,7 +129,7 @@ async def unless_left(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            raise ApiError(499, "The client has left.", code="cancelled")  # nobody reads it
+            raise ApiError(499, "The client has left.", code="cancelled")  # not read by any client
         return answer.result()
     finally:
         answer.cancel()

@@ -67,7 +67,7 @@ class BatchFlags:
     tokens_per_prefill: int | None = flag(
         "prefill a long prompt N tokens at a time, with a decode step of all other requests in "
         "between: a smaller N keeps them smoother (default: 256, on a CPU 64)",
-        type=positive, metavar="N",
+        short=("--prefill-chunk",), type=positive, metavar="N",
     )  # fmt: skip
     deterministic: bool = flag(
         "the same answer to the same request and seed under any load, also in bfloat16: one batch "
@@ -141,6 +141,6 @@ def parser() -> Parser:
     add_flags(result, "address", AddressOptions)
     add_flags(result, "batching", BatchFlags)
     add_flags(result, "requests", RequestOptions)
-    options.add_performance_options(result, mesh=True)
+    options.add_performance_options(result, mesh=True, chunk=False)
     result.add_common()
     return result

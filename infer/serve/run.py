@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import socket
@@ -65,7 +66,9 @@ def open_service(settings: Settings) -> Service:
     """Load the model and compile all programs; the caller starts the worker and stops it."""
     adapters = adapters_of(settings)
     names_of(settings)
-    engine = open_engine(settings.choice, settings.options, rows=settings.batch.slots)
+    chunk = settings.batch.tokens_per_prefill or TOKENS_PER_PREFILL
+    planned = dataclasses.replace(settings.options, prefill_chunk=chunk)
+    engine = open_engine(settings.choice, planned, rows=settings.batch.slots)
     if adapters:
         add_adapters(engine, settings.choice, list(adapters.values()))
     _check_context(engine)
@@ -106,7 +109,7 @@ def _check_context(engine: Engine) -> None:
 
 
 def names_of(settings: Settings) -> dict[str, int]:
-    """Return the number of the adapter, 0 = none, by name; UsageError for names nobody can use."""
+    """Return the number of the adapter, 0 = none, by name; UsageError for unusable names."""
     own = settings.requests.served_model_name or [model_name(settings.choice.path)]
     adapters = list(adapters_of(settings))
     for name in (*own, *adapters):

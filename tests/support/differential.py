@@ -45,7 +45,7 @@ class Way(NamedTuple):
     options: dict[str, Any] = {}
     changed: dict[str, int] = {}
     rows: Sequence[int] = ()  # together, in this order; () = all
-    loop: bool = False  # the loop on the device
+    complete: bool = False  # all at once, not token by token
     scheme: str | None = None  # of the weights
 
 
@@ -134,7 +134,7 @@ def answer(
     with contextlib.ExitStack() as stack:
         for name, value in way.changed.items():
             stack.enter_context(mock.patch(name, value))
-        run = Engine.complete if way.loop else streamed
+        run = Engine.complete if way.complete else streamed
         completions = run(engine, [prompts[row] for row in rows], GREEDY)
     for row, one in zip(rows, completions, strict=True):
         yield row, [*map(int, one.output_ids), *[END] * (one.finish_reason == "stop")]
@@ -168,7 +168,7 @@ def ways(
     for row in range(4):
         yield Way("alone", *lonely, rows=[row])
     yield Way("other rows", *either(), rows=order[:3])
-    yield Way("device loop", *either(), loop=True)
+    yield Way("complete", *either(), complete=True)
     yield Way("chunks", *either(), {"prefill_chunk": chunk})
     yield Way("speculate", *either(), {"speculate": drafts})
     yield Way("growth", *either(), both if random.random() < 0.5 else {}, small)

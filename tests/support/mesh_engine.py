@@ -184,7 +184,7 @@ def more_ways(mesh: str) -> dict[str, bool]:
     ]
     want = greedy(PROMPTS, 6)
     drafted = drafting.complete(PROMPTS, GREEDY)
-    looped = [list(map(int, each.output_ids)) for each in one.complete(PROMPTS, GREEDY)]
+    completed = [list(map(int, each.output_ids)) for each in one.complete(PROMPTS, GREEDY)]
     with ThreadPoolExecutor(4) as pool:
         ask = partial(answered, prompts=PROMPTS, sampling=GREEDY)
         threads = list(pool.map(ask, [one, drafting] * 4))  # drafts: not compiled yet
@@ -196,7 +196,7 @@ def more_ways(mesh: str) -> dict[str, bool]:
         "speculation": [list(each.output_ids) for each in drafted] == want
         and drafted[0].stats.passes > 0,
         "logits for evaluation": bool(max(off) < 1e-4),
-        "loop on the devices": looped == want,
+        "complete": completed == want,
         "some rows of a cache": some_rows(mesh),
         "requests that join and leave": joined(one) == want * 2,
     }

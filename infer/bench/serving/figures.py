@@ -95,7 +95,7 @@ def figures(outcomes: Sequence[Outcome], *, ttft_limit: float, itl_limit: float)
 
 
 def quiet_gaps(outcomes: Sequence[Outcome]) -> Iterator[float]:
-    """Yield the gaps of answered requests during which nobody waited for a first token."""
+    """Yield the gaps of answered requests during which no request waited for a first token."""
     waits = sorted((o.start, o.times[0] if o.times else o.end) for o in outcomes)
     starts = np.array([start for start, _ in waits])
     # The latest end of all waits that began no later: one of these decides for a gap.

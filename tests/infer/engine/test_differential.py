@@ -7,7 +7,7 @@ from tests.support.mesh_process import run
 # 40 architectures of 5 models each take an hour of one core: GLM2_JAX_DIFFERENTIAL="40 5".
 MODELS = os.environ.get("GLM2_JAX_DIFFERENTIAL", "1 8 10")  # 8 of architecture 10
 WAYS = {
-    "stacked", "list", "alone", "other rows", "device loop", "chunks", "speculate", "growth",
+    "stacked", "list", "alone", "other rows", "complete", "chunks", "speculate", "growth",
     "blocks", "mesh", "int8 stacked", "int8 list", "int8 mesh", "int4 stacked", "int4 list",
     "int4 mesh",
 }  # fmt: skip

@@ -36,7 +36,7 @@ def test_meshes_answer_with_the_tokens_of_one_device(found):
     assert [padded_batch(count, 6) for count in (1, 6, 7, 9)] == [6, 12, 12, 18]
     for case in found["cases"]:
         assert case["greedy"] and case["sampled"] and case["off"] < 1e-4, case
-    # Conversations, threads, parts, adapters, prefixes, drafts, loops and rows of a cache:
+    # Conversations, threads, parts, adapters, prefixes, drafts, rows of a cache and so on:
     assert len(found["ways"]) == 8
     assert not [name for name, same in found["ways"].items() if not same]
 

@@ -1,4 +1,4 @@
-"""Clients that leave or stall: their requests end within a step, and nobody else waits."""
+"""Clients that leave or stall: their requests end within a step, and no other client waits."""
 
 import asyncio
 import gc
