@@ -65,7 +65,7 @@ class Found:
 
 
 def make_canaries(engine: Engine, number: int) -> list[Canary]:
-    """Return prompts that no two users share, with what the engine answers to each alone."""
+    """Return different prompts, with what the engine answers to each alone."""
     draw, tokenizer = random.Random(0), engine.tokenizer
     canaries = []
     for seed in range(number):
