@@ -17,9 +17,9 @@ QUANTIZE = ("int8", "int4", "none")
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 LAYER_LAYOUTS = ("stacked", "list")  # layers as stacked arrays, or as a list of layers
 
-FAMILIES = ("chatglm2", "chatglm3", "codegeex2")
+FAMILIES = ("chatglm2", "chatglm3", "codegeex2", "glm4", "glm4-0414", "chatglm", "glm")
 ROPE_KINDS = ("linear", "base")
-TEMPLATES = ("chatglm2", "chatglm3", "raw")
+TEMPLATES = ("chatglm2", "chatglm3", "glm4", "chatglm", "fill", "raw")
 
 SOURCES = ("hf", "modelscope")
 LAYOUTS = ("glm", "chatglm")  # of folders and adapters for PyTorch

@@ -1,13 +1,17 @@
 """The architecture of a ChatGLM2-family model, read from the published `config.json` files."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
+from glm2_jax.block import BLOCKS, Block
 from glm2_jax.choices import FAMILIES, ROPE_KINDS
 from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.family import config_signs, decide_family, named_family
+from glm2_jax.parts import parts_of
 
 MAX_SIZE = 2**31 - 1  # positions and ids are int32
 
@@ -78,11 +82,20 @@ class GLMConfig:
     # Multiply queries by max(1, log(64 + p + 1) / log(2048)); off, because it is in only one public
     # copy of chatglm3-6b-128k and unverified.
     logn_scaling: bool = False
-    family: str = "chatglm2"  # or "chatglm3" or "codegeex2"
+    family: str = "chatglm2"  # one of `choices.FAMILIES`: the row of `block.BLOCKS`
+    # Where a model differs from its family; None = as the family.
+    attention_bias: bool | None = None  # False: q, k and v have no biases
+    tied_head: bool | None = None
+    position_encoding_2d: bool = True  # False: one position, and a rotation of the complete head
     hidden_dropout: float = 0.0  # after attention and MLP, in training
     attention_dropout: float = 0.0  # of attention probabilities, in training
     eos_token_id: int = 2  # ends an answer
     pad_token_id: int = 0  # fills rows
+    # Of families with a bidirectional context, else None.
+    sop_token_id: int | None = None  # begins the part that is generated
+    mask_token_id: int | None = None  # [MASK]
+    smask_token_id: int | None = None  # [sMASK]
+    gmask_token_id: int | None = None  # [gMASK]
 
     def __post_init__(self) -> None:
         heads, V, tables = self.num_heads, self.vocab_size, ("float32", "reference")
@@ -108,17 +121,33 @@ class GLMConfig:
                 if not is_valid(value := getattr(self, name)):
                     raise _bad_value(name, value, wanted)
 
+    @cached_property
+    def block(self) -> Block:
+        """How a layer computes: that of the family, with what this model has of its own."""
+        block = BLOCKS[self.family]
+        if self.attention_bias is False:
+            block = dataclasses.replace(block, biases="none")
+        if self.tied_head is not None:
+            block = dataclasses.replace(block, tied_head=self.tied_head)
+        if not self.position_encoding_2d:
+            block = dataclasses.replace(block, rotary="full")
+        return block
+
     @property
     def num_params(self) -> int:
-        """The number of parameters (6,243,584,000 for the 6B models)."""
-        qkv_rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        layer = (
-            2 * self.hidden_size
-            + qkv_rows * (self.hidden_size + 1)
-            + self.num_heads * self.head_dim * self.hidden_size
-            + 3 * self.ffn_hidden_size * self.hidden_size
-        )
-        return self.num_layers * layer + (2 * self.vocab_size + 1) * self.hidden_size
+        """The number of parameters (6,243,584,000 for the ChatGLM2 and ChatGLM3 models)."""
+        sizes = ((part.in_layers, math.prod(part.shape(self))) for part in parts_of(self))
+        return sum(size * (self.num_layers if in_layers else 1) for in_layers, size in sizes)
+
+    @property
+    def mlp_inputs(self) -> int:
+        """C, the matrices of the MLP that read the activations."""
+        return self.block.mlp_inputs
+
+    @property
+    def num_positions(self) -> int:
+        """P, the rows of each table of learned positions."""
+        return self.seq_length + 1
 
     @property
     def aligned_length(self) -> int:
