@@ -145,7 +145,7 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
 
     from convert.files.safetensors_writer import Entry
     from convert.files.tensor import BFLOAT16
-    from convert.layouts.names import INV_FREQ, PUBLISHED
+    from convert.layouts.names import INV_FREQ, has_frequencies, rules_of
 
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     normal = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32) * _DEVIATION
@@ -159,14 +159,16 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
             yield source[start : start + min(_STRETCH, count - begin)]
 
     entries = []
-    for _, group in itertools.groupby(PUBLISHED, key=lambda rule: "{layer}" in rule.name):
+    for _, group in itertools.groupby(rules_of(config), key=lambda rule: "{layer}" in rule.name):
         rules = list(group)
         for layer in rules[0].layers(config):
             for rule in rules:
                 name, shape = rule.full_name(layer), rule.shape(config)
-                source = ones if "norm" in name else block
+                source = ones if name.endswith("norm.weight") else block
                 chunks = partial(stretches, source, math.prod(shape), len(entries))
                 entries.append(Entry(name, shape, kind, chunks))
+    if not has_frequencies(config):
+        return entries
     # Published with the parameters; every reader computes it instead.
     exponents = np.arange(config.head_dim // 4, dtype=np.float32) * (4 / config.head_dim)
     frequencies = (config.rope_base**-exponents).astype(kind)

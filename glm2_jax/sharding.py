@@ -108,7 +108,7 @@ def cache_sharding(config: GLMConfig, mesh: Mesh) -> KVCache:
     sizes = {**axis_sizes(config), "B": rows, "S": 1}
     places: dict[str, Any] = {n: _named(mesh, axes, sizes) for n, axes in CACHE_AXES.items()}
     if config.block.bidirectional:
-        places["blanks"] = Blanks(*[_named(mesh, "B", sizes)] * 3)
+        places["blanks"] = Blanks(*cast(Any, [_named(mesh, "B", sizes)] * 3))
     return KVCache(**places)
 
 
