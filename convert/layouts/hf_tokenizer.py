@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 
 from glm2_jax.errors import CheckpointError, UsageError
-from glm2_jax.text.prompt import ROLES
+from glm2_jax.text.roles import ROLES
 from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
 
 # The published names `sop` and `eop` are parts of words: as special tokens they would be found in

@@ -16,11 +16,12 @@ from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native, published_keys
 from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
 from convert.layouts.tokens import assumed_places, fit_tokenizer
-from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS, TEMPLATES
+from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS
 from glm2_jax.cli.files import refuse_url
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError, shorten
 from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
+from glm2_jax.text.template import TEMPLATES
 from glm2_jax.text.tokenizer import Tokenizer
 
 OFFICIAL_SCHEMES = {4: SCHEMES["int4-row"], 8: SCHEMES["int8"]}  # by quantization_bit
@@ -250,13 +251,14 @@ def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: 
 
 def check_template(config: GLMConfig, template: str, *, asked: bool) -> None:
     """Refuse a template that the model cannot have, which the user `asked` for, or its folder."""
-    if template not in TEMPLATES or (template == "chatglm3" and config.family != "chatglm3"):
+    families = TEMPLATES[template].families if template in TEMPLATES else ()
+    if config.family not in families:
         error = UsageError if asked else CheckpointError
+        other = f"; if the family is wrong, add --family {families[0]}" if families else ""
         raise error(
             f"The template {template!r} is not supported for a {config.family} model.",
-            "ChatGLM3 prompts need a tokenizer with role ids.",
-            f"Use the template {config.default_template}; if it is a ChatGLM3 model, add "
-            "--family chatglm3.",
+            f"It is for {', '.join(families)} models." if families else "It is not known.",
+            f"Use the template {config.default_template}{other}.",
         )
 
 

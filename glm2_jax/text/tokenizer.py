@@ -56,6 +56,7 @@ class Tokenizer:
     end_ids: tuple[int, ...]  # additional ids that end an answer
     size: int  # the largest id in use, plus 1
     prefix_ids: list[int]  # [gMASK] and sop, which begin every sequence
+    suffix_ids: list[int]  # what ends every prompt
     adds_dummy_prefix: bool  # whether the model puts a space before every text
 
     def __init__(self, model_bytes: bytes, family: str = "chatglm2", *, source: str = ""):
@@ -103,6 +104,7 @@ class Tokenizer:
         self._replaced = frozenset(i for i in taken if i < self.num_pieces)
         self.size = max(self.num_pieces, *(i + 1 for i in taken))
         self.prefix_ids = [self.special["[gMASK]"], self.special["sop"]]
+        self.suffix_ids = []
         longest_first = sorted(self.added, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
 

@@ -92,13 +92,14 @@ class Shape(Protocol):
 class ChatShape:
     """The choices of /v1/chat/completions.
 
-    With `tools`, calls are taken out of the text; the answer is a call of the tool `called`, if
-    one is given, whose beginning the prompt has.
+    With `tools`, which says how they are called (see `Template.calls`), calls are taken out of the
+    text; the answer is a call of the tool `called`, if one is given, whose beginning the prompt
+    has.
     """
 
     answer, long = True, False
 
-    def __init__(self, tokenizer: Tokenizer, *, tools: bool, called: str | None = None):
+    def __init__(self, tokenizer: Tokenizer, *, tools: str | None, called: str | None = None):
         self._tokenizer, self._tools, self._called = tokenizer, tools, called
         self._held: dict[int, StopStrings] = {}
 
@@ -106,7 +107,7 @@ class ChatShape:
         """Return the choice of a complete answer."""
         text, calls = completion.text, []
         if self._tools:
-            text, calls = tool_calls.read(completion, self._called)
+            text, calls = tool_calls.read(completion, self._tools, self._called)
         message: Json = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
@@ -140,13 +141,13 @@ class ChatShape:
         """Return the text that is certain to be no call, and at the end the calls."""
         if self._called is not None:
             done = event.completion
-            return ("", []) if done is None else tool_calls.read(done, self._called)
+            return ("", []) if done is None else tool_calls.read(done, self._tools, self._called)
         held = self._held.setdefault(index, StopStrings(_HEADERS))
         text = "" if held.string else held.push(event.text)
         if event.completion is None:
             return text, []
         shown = event.completion.text
-        rest, calls = tool_calls.read(event.completion)
+        rest, calls = tool_calls.read(event.completion, self._tools)
         if not held.string:
             return text + held.flush(), []
         before = min(shown.find(header) for header in _HEADERS if header in shown)

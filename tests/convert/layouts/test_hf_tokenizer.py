@@ -9,7 +9,8 @@ import pytest
 from convert.layouts.hf_tokenizer import tokenizer_files
 from glm2_jax import Tokenizer
 from glm2_jax.errors import CheckpointError, UsageError
-from glm2_jax.text.prompt import build_messages, build_prompt
+from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.roles import build_messages
 from tests.support.shared_data import shared_file
 from tests.support.sp_model import sp_model, without_dummy_prefix
 
