@@ -48,16 +48,15 @@ class Pieces:
         self._offset = _LAUNCH_IMAGE_IDS if launch else 0
         self.size = self._offset + self._model.get_piece_size()
         self.description = f"a SentencePiece model with {num_bytes} byte pieces"
-        self._texts = {}
+        self.families: tuple[str, ...]
+        self._texts: dict[int, str] = {}  # of pieces that are white space
         if self.piece_id("<|blank_2|>") is not None:
             self.description += " and pieces for blanks"
             self.families = ("chatglm",)
             found = ((self.piece_id(piece), text) for piece, text in _WHITE_SPACE.items())
             self._texts = {i: text for i, text in found if i is not None}
-        elif num_bytes == 256:
-            self.families = ("chatglm2", "chatglm3", "codegeex2")
-        else:
-            self.families = () if num_bytes else ("glm",)
+        else:  # SentencePiece refuses files that have some bytes only
+            self.families = ("chatglm2", "chatglm3", "codegeex2") if num_bytes else ("glm",)
         byte_ids = [self.piece_id(f"<0x{byte:02X}>") for byte in range(256)]
         self._byte_ids = [] if None in byte_ids else cast(list[int], byte_ids)
         self._byte_values = {i: bytes([byte]) for byte, i in enumerate(self._byte_ids)}

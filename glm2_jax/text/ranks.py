@@ -65,7 +65,7 @@ _LETTER_BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 class Ranks:
     """The `Vocabulary` of a rank file, whose lines are "base64(bytes of a token) rank"."""
 
-    families = ("glm4", "glm4-0414")
+    families: tuple[str, ...] = ("glm4", "glm4-0414")
     description = "a file of ranked bytes"
     adds_dummy_prefix = drops_all_spaces = False
     decode_errors = "replace"

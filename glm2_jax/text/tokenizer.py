@@ -59,7 +59,6 @@ SCHEMES = {
 }  # fmt: skip
 SPECIAL = {family: scheme.special for family, scheme in SCHEMES.items()}
 """The special tokens of each family, in the order of their ids."""
-MASKS = re.compile(r"(\[(?:MASK|gMASK|sMASK)\])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +97,7 @@ class Tokenizer:
         self.model_bytes = vocabulary.model_bytes
         self.num_pieces = vocabulary.size
         self.adds_dummy_prefix = vocabulary.adds_dummy_prefix
-        if family is None and self.families:
-            family = self.families[0]
-        self._set_tokens(family or "chatglm2", None, (), ())
+        self._set_tokens(self.families[0] if family is None else family, None, (), ())
 
     def with_tokens(
         self,
@@ -129,10 +126,9 @@ class Tokenizer:
         if family not in SCHEMES:
             raise ValueError(f"unknown family {family!r}, expected one of {', '.join(SCHEMES)}")
         if family not in self.families:
-            suits = f"That suits {' or '.join(self.families)}." if self.families else ""
             raise CheckpointError(
                 f"{_called(self._source)} does not belong to the {family} family.",
-                f"It is {self._vocabulary.description}. {suits}".rstrip(),
+                f"It is {self._vocabulary.description}. That suits {' or '.join(self.families)}.",
                 "Take the tokenizer of the repository that the weights come from.",
             )
         self.family, scheme = family, SCHEMES[family]
@@ -208,19 +204,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode text without the prefix ids, never to a special id; InputError if it cannot be."""
-        if not isinstance(text, str):
-            raise InputError(
-                "The text to encode is not a string.", f"It is of type {type(text).__name__}."
-            )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"Character {error.start + 1} of the text is a lone surrogate "
-                f"(U+{ord(text[error.start]):04X}).",
-                "It is half of a character and cannot be written as UTF-8.",
-                "Remove it, or read the text again in its true encoding.",
-            ) from error
+        _check_text(text)
         if self._split is None:
             return self._encode_text(text)
         parts = self._split.split(text)  # text and added tokens in turn
@@ -254,14 +238,13 @@ class Tokenizer:
 
         Spaces before a mask are dropped, as in the published tokenizers.
         """
-        parts = MASKS.split(text)
+        _check_text(text)
+        masks = "|".join(re.escape(name) for name in _MASKS if name in self.special)
+        *before, last = re.split(f"({masks})", text)  # text and mask in turn, then text
         ids: list[int] = []
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids.append(self.special[part])
-            else:
-                ids += self.encode(part.rstrip() if i + 1 < len(parts) else part)
-        return ids
+        for left, mask in zip(before[::2], before[1::2], strict=True):
+            ids += [*self.encode(left.rstrip()), self.special[mask]]
+        return ids + self.encode(last)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids; special, control, unknown, negative and out-of-range ids have no text.
@@ -311,6 +294,23 @@ class Tokenizer:
         """Return the byte, 0 to 255, of a token of one byte such as <0x0A>; None for other ids."""
         raw = self.raw_bytes(token_id)
         return raw[0] if raw is not None and len(raw) == 1 else None
+
+
+def _check_text(text: str) -> None:
+    """Raise an InputError unless it is a string that UTF-8 can write."""
+    if not isinstance(text, str):
+        raise InputError(
+            "The text to encode is not a string.", f"It is of type {type(text).__name__}."
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"Character {error.start + 1} of the text is a lone surrogate "
+            f"(U+{ord(text[error.start]):04X}).",
+            "It is half of a character and cannot be written as UTF-8.",
+            "Remove it, or read the text again in its true encoding.",
+        ) from error
 
 
 def _called(source: str) -> str:
