@@ -76,28 +76,42 @@ class Ranks:
         self._ranks = _read_ranks(data, name)
         self.size = len(self._ranks)
         self._tokens = sorted(self._ranks, key=self._ranks.__getitem__)
-        self._cached = functools.lru_cache(_CACHED_PARTS)(self._merge)
+        self._cached = functools.lru_cache(_CACHED_PARTS)(self._encode_part)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for match in _PARTS.finditer(text.translate(_SIGNS)):
             part = text[match.start() : match.end()]
-            ids += (self._cached if len(part) <= _CACHED_LENGTH else self._merge)(part)
+            ids += (self._cached if len(part) <= _CACHED_LENGTH else self._encode_part)(part)
         return ids
 
-    def _merge(self, part: str) -> list[int]:
-        """Return the ids of one part; its n bytes take O(n log n) steps."""
-        data, ranks = part.encode(), self._ranks
-        if data in ranks:
-            return [ranks[data]]
-        size = len(data)
+    def merges(self) -> list[tuple[str, str]]:
+        """Return the two pieces of every token that is merged from others, lowest rank first.
+
+        It is the `merges` table of tokenizer.json and GGUF. A token that no merging reaches is not
+        in it: it is only found as a complete part (`ignore_merges` in tokenizer.json).
+        """
+        pairs = []
+        for rank, token in enumerate(self._tokens):
+            parts = self._merge(token, below=rank)
+            if len(parts) == 2:  # a single byte is one
+                pairs.append((self.piece(parts[0]), self.piece(parts[1])))
+        return pairs
+
+    def _encode_part(self, part: str) -> list[int]:
+        data = part.encode()
+        return [self._ranks[data]] if data in self._ranks else self._merge(data, below=self.size)
+
+    def _merge(self, data: bytes, below: int) -> list[int]:
+        """Merge n bytes to tokens of a rank below a limit, in O(n log n) steps."""
+        size, ranks = len(data), self._ranks
         ends = [*range(1, size + 1), 0]  # of the token that starts here; 0 = none does
         before = list(range(-1, size))  # where the token to the left starts
         pairs: list[tuple[int, int, int]] = []  # rank, start, end of two adjacent tokens
 
         def add(start: int, end: int) -> None:
-            rank = ranks.get(data[start:end])
-            if rank is not None:
+            rank = ranks.get(data[start:end], below)
+            if rank < below:
                 heapq.heappush(pairs, (rank, start, end))
 
         for start in range(size - 1):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm2_jax.errors import CheckpointError
-from glm2_jax.text.ranks import BYTE_LETTERS, ranks_from_json
+from glm2_jax.text.ranks import BYTE_LETTERS, Ranks, ranks_from_json
 from glm2_jax.text.tokenizer import SPECIAL, Detokenizer, Tokenizer
 from tests.support.rank_file import rank_file
 from tests.support.shared_data import shared_file, shared_path
@@ -228,3 +228,13 @@ def test_a_whole_published_table_survives_tokenizer_json():
     names = ("".join(BYTE_LETTERS[x] for x in base64.b64decode(token)) for token, _ in lines)
     vocabulary = {name: int(rank) for name, (_, rank) in zip(names, lines, strict=True)}
     assert ranks_from_json(json.dumps({"model": {"vocab": vocabulary}}).encode()) == data
+
+
+def test_the_merges_of_a_rank_file():
+    vocabulary = Ranks(rank_file(), "tokenizer")
+    merges = vocabulary.merges()
+    assert len(set(merges)) == len(merges) and ("h", "e") in merges and ("he", "llo") not in merges
+    ranks = [vocabulary.piece_id(left + right) for left, right in merges]
+    assert None not in ranks and ranks == sorted(ranks, key=lambda rank: rank or 0)
+    # "hello" is found as a complete part only: its merge ends with "he", "ll", "o".
+    assert not any(left + right == "hello" for left, right in merges)

@@ -162,7 +162,7 @@ def test_long_work_leaves_the_event_loop(monkeypatch):
     loops = []
     with serving() as served:
         tokenizer, facts = served.engine.tokenizer, served.service.facts
-        for name in ("encode", "decode", "piece"):
+        for name in ("encode", "decode", "piece", "token_text"):
             plain = getattr(tokenizer, name)
 
             def spy(*args, plain=plain):
