@@ -48,9 +48,12 @@ def usage(jobs: Sequence[Job], completions: Iterable[Completion], per_prompt: in
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """Return the text of a token; of a part of a character "bytes:\\xe4", of a special token its
     name."""
-    byte = tokenizer.byte_value(token)
-    if byte is not None:
-        return chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}"
+    raw = tokenizer.raw_bytes(token)
+    if raw is not None:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
     special = (name for name, known in tokenizer.special.items() if known == token)
     return tokenizer.token_text(token) or next(special, "") or tokenizer.piece(token)
 
@@ -188,7 +191,7 @@ class _Places:
 
     def add(self, token: int) -> int:
         """Return where the next token begins."""
-        if self._tokenizer.byte_value(token) is None:  # a character that is not complete ends
+        if self._tokenizer.raw_bytes(token) is None:  # a character that is not complete ends
             self._end += len(self._detokenizer.flush())
         place = self._end
         self._end += len(self._detokenizer.push(token))
