@@ -12,7 +12,9 @@ class Block:
     kept(x, a) = residual_scale * (a if normed_residual else x).
     """
 
-    norm: str = "rms"  # "rms": RMSNorm; "layer": LayerNorm, which has biases
+    # "rms": RMSNorm; "rms_rounded": the same, rounded before the weight; "layer": LayerNorm, which
+    # has biases.
+    norm: str = "rms"
     normed_residual: bool = False  # the residual carries the normalized activation
     residual_scale: float = 1.0  # alpha of DeepNorm
     sandwich: bool = False  # a norm after attention and MLP, before they are added
@@ -24,6 +26,8 @@ class Block:
     rotary: str = "half"
     # dtype that the rotary frequencies are rounded to, whatever the model computes in.
     rotary_dtype: str = "float32"
+    # Whether the published code, in half precision, also computes the angles in it.
+    half_angles: bool = False
     # "causal", or "bidirectional": the tokens before the first <sop> see each other.
     context: str = "causal"
     tied_head: bool = False  # the embedding is the head
@@ -34,24 +38,23 @@ class Block:
         return 2 if self.mlp == "swiglu" else 1
 
     @property
-    def two_dimensional(self) -> bool:
-        """Whether a token has a position and a block position."""
+    def bidirectional(self) -> bool:
+        """Whether the tokens before the first <sop> see each other."""
         return self.context == "bidirectional"
 
 
-_GLM2 = Block()  # ChatGLM2, whose network ChatGLM3, CodeGeeX2 and GLM-4-9B share
-
 BLOCKS = {
-    "chatglm2": _GLM2,
-    "chatglm3": _GLM2,
-    "codegeex2": _GLM2,
-    "glm4": _GLM2,
-    "glm4-0414": Block(sandwich=True),
+    "chatglm2": Block(half_angles=True),
+    "chatglm3": Block(),
+    "codegeex2": Block(half_angles=True),
+    "glm4": Block(),
+    # Source: modeling_glm4.py of transformers.
+    "glm4-0414": Block(norm="rms_rounded", sandwich=True),
     # ChatGLM-6B. Its alpha is sqrt(2 * 28) for any number of layers. Source: modeling_chatglm.py.
     "chatglm": Block(
         norm="layer", normed_residual=True, residual_scale=math.sqrt(56), mlp="gelu_tanh",
-        biases="all", rotary="both", rotary_dtype="float16", context="bidirectional",
-        tied_head=True,
+        biases="all", rotary="both", rotary_dtype="float16", half_angles=True,
+        context="bidirectional", tied_head=True,
     ),
     # GLM base models (glm-large-chinese, glm-10b-chinese). Source: modeling_glm.py.
     "glm": Block(

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from glm2_jax.blanks import Blanks
 from glm2_jax.config import GLMConfig
 from glm2_jax.mesh import active_mesh, constrain
 from glm2_jax.prefix import Prefix
 
-AXES = {"k": "LBKSH", "v": "LBKSH", "length": "B", "prefix": "B"}  # letters of `glm2_jax.model`
+# Letters of `glm2_jax.model`; without those of a bidirectional context, which are all [B].
+AXES = {"k": "LBKSH", "v": "LBKSH", "length": "B", "prefix": "B"}
 
 
 @flax.struct.dataclass
@@ -29,6 +31,8 @@ class KVCache:
     v: jax.Array  # [L, B, K, S, H], always finite: see `glm2_jax.attention.finite_values`
     length: jax.Array  # int32 [B], written slots
     prefix: jax.Array  # int32 [B], leading slots that have no position (prefix tuning)
+    # Where the blanks of each row are; None for families with a causal context.
+    blanks: Blanks | None = None
 
     @classmethod
     def zeros(cls, config: GLMConfig, batch: int, size: int, dtype) -> KVCache:
@@ -45,6 +49,7 @@ class KVCache:
                 v=jnp.zeros(shape, dtype),
                 length=jnp.zeros(batch, jnp.int32),
                 prefix=jnp.zeros(batch, jnp.int32),
+                blanks=Blanks.none(batch) if config.block.bidirectional else None,
             ).pinned()
 
         return jax.jit(make)() if active_mesh() else make()  # jit: never all on one device
@@ -52,7 +57,8 @@ class KVCache:
     def pinned(self) -> KVCache:
         """Constrain the cache to the active mesh, as `glm2_jax.sharding.cache_sharding` says."""
         pinned = {name: constrain(getattr(self, name), *axes) for name, axes in AXES.items()}
-        return dataclasses.replace(self, **pinned)
+        blanks = jax.tree.map(lambda x: constrain(x, "B"), self.blanks)
+        return dataclasses.replace(self, **pinned, blanks=blanks)
 
     @classmethod
     def new(cls, config: GLMConfig, batch: int, size: int, dtype, prefix: Prefix | None) -> KVCache:
@@ -65,7 +71,8 @@ class KVCache:
         P = prefix.length
         empty = cls.zeros(config, batch, P + size, dtype)
         k, v = (x.swapaxes(1, 2)[:, None].astype(dtype) for x in (prefix.k, prefix.v))
-        return cls(
+        return dataclasses.replace(
+            empty,
             k=empty.k.at[:, :, :, :P].set(k),
             v=empty.v.at[:, :, :, :P].set(v),
             length=jnp.full(batch, P, jnp.int32),

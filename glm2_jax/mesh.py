@@ -142,7 +142,8 @@ def axis_sizes(config: GLMConfig) -> dict[str, int]:
         "N": config.num_heads,
         "K": config.num_kv_heads,
         "H": config.head_dim,
-        "C": 2,
+        "C": config.mlp_inputs,
+        "P": config.num_positions,
     }
 
 

@@ -1,15 +1,18 @@
-"""ChatGLM2 as a pure function: a scanned Linen block, and the functions around it.
+"""The GLM family as a pure function: a scanned Linen block, and the functions around it.
 
 Axis letters, in every einsum and shape comment of the package:
   B batch, T query length, S cache length, L layers, D model, N query heads, K key/value heads,
-  G = N / K query heads per key/value head, H head dim, F ffn, V vocabulary, R adapter rank.
+  G = N / K query heads per key/value head, H head dim, F ffn, V vocabulary, R adapter rank,
+  C matrices of the MLP that read the activations (gate and up, or only up), P learned positions.
 
-One block: a = norm(x); x = x + o(attention(q(a), k(a), v(a))); u = norm(x);
-x = x + down(silu(gate(u)) * up(u)). Biases exist on q, k and v only. Decoder-only, causal.
+One block of ChatGLM2: a = norm(x); x = x + o(attention(q(a), k(a), v(a))); u = norm(x);
+x = x + down(silu(gate(u)) * up(u)). What a family does otherwise is in `glm2_jax.block`, which
+parameters it has in `glm2_jax.parts`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -26,6 +29,7 @@ from glm2_jax.limits import MLP_ELEMENTS
 from glm2_jax.linear import einsum
 from glm2_jax.lora import LoRA, adapt, layer_of
 from glm2_jax.mesh import active_mesh, constrain, pieces
+from glm2_jax.parts import Part, parts_of
 from glm2_jax.quant import QTensor, dequantize
 from glm2_jax.rope import apply_rope
 
@@ -34,20 +38,58 @@ Params = Mapping[str, Any]
 _WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also under JAX_ENABLE_X64
 
 
-def _weight(module: nn.Module, name: str, *shape: int) -> jax.Array | QTensor:
-    """Return a matrix; Linen, which compares shapes, does not see it if it is quantized."""
-    stored = module.get_variable("params", name)
-    return stored if isinstance(stored, QTensor) else module.param(name, _WEIGHT_INIT, shape)
+def _parameter(module: nn.Module, part: Part, config: GLMConfig) -> jax.Array | QTensor:
+    """Return a parameter; Linen, which compares shapes, does not see it if it is quantized."""
+    stored = module.get_variable("params", part.name)
+    if isinstance(stored, QTensor):
+        return stored
+    init = _WEIGHT_INIT
+    if part.name.endswith("_bias"):
+        init = nn.initializers.zeros
+    elif part.name.endswith("norm"):
+        init = nn.initializers.ones
+    return module.param(part.name, init, part.shape(config))
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, rounded: bool = False) -> jax.Array:
     """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once.
 
-    Source: RMSNorm of the published modeling_chatglm.py.
+    With `rounded` it is rounded before the weight, too. Sources: RMSNorm of the published
+    modeling_chatglm.py; Glm4RMSNorm of transformers.
     """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    y = y.astype(x.dtype).astype(jnp.float32) if rounded else y
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Compute (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis, in float32,
+    rounded once."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def norm(config: GLMConfig, weights: Params, name: str, x: jax.Array) -> jax.Array:
+    """Apply the norm of that name, as the family has it."""
+    kind, eps = config.block.norm, config.norm_eps
+    if kind == "layer":
+        return layer_norm(x, weights[name], weights[f"{name}_bias"], eps)
+    return rms_norm(x, weights[name], eps, rounded=kind == "rms_rounded")
+
+
+def _swiglu(both: jax.Array) -> jax.Array:
+    return jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
+
+
+# By `Block.mlp`: [B, T, C, F] -> [B, T, F], in float32.
+_ACTIVATIONS = {
+    "swiglu": _swiglu,
+    "gelu_tanh": lambda up: jax.nn.gelu(up[:, :, 0], approximate=True),
+    "gelu": lambda up: jax.nn.gelu(up[:, :, 0], approximate=False),
+}
 
 
 class GLMBlock(nn.Module):
@@ -58,19 +100,8 @@ class GLMBlock(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        D, F, H, N, K = c.hidden_size, c.ffn_hidden_size, c.head_dim, c.num_heads, c.num_kv_heads
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        self.attn_norm = self.param("attn_norm", ones, (D,))
-        self.q = _weight(self, "q", N, H, D)
-        self.q_bias = self.param("q_bias", zeros, (N, H))
-        self.k = _weight(self, "k", K, H, D)
-        self.k_bias = self.param("k_bias", zeros, (K, H))
-        self.v = _weight(self, "v", K, H, D)
-        self.v_bias = self.param("v_bias", zeros, (K, H))
-        self.o = _weight(self, "o", D, N, H)
-        self.mlp_norm = self.param("mlp_norm", ones, (D,))
-        self.gate_up = _weight(self, "gate_up", 2, F, D)
-        self.down = _weight(self, "down", D, F)
+        parts = [part for part in parts_of(c) if part.in_layers]
+        self.weights = {part.name: _parameter(self, part, c) for part in parts}
         self.attention_dropout = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)
         self.hidden_dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
@@ -81,16 +112,28 @@ class GLMBlock(nn.Module):
         index of this layer, and `lora` this layer's part of an adapter.
         """
         x, k_cache, v_cache = carry
-        eps = self.config.norm_eps
         with jax.named_scope("attention"):
-            out, k_cache, v_cache = self._attention(
-                rms_norm(x, self.attn_norm, eps), k_cache, v_cache, layer, context, lora
-            )
-            x = constrain(x + self.hidden_dropout(out), "B", None, None)
+            a = self._norm("attn_norm", x)
+            out, k_cache, v_cache = self._attention(a, k_cache, v_cache, layer, context, lora)
+            x = self._add(x, a, self._after("attn_post_norm", out))
         with jax.named_scope("mlp"):
-            x = x + self.hidden_dropout(self._mlp(rms_norm(x, self.mlp_norm, eps), lora))
-            x = constrain(x, "B", None, None)
+            u = self._norm("mlp_norm", x)
+            x = self._add(x, u, self._after("mlp_post_norm", self._mlp(u, lora)))
         return (x, k_cache, v_cache), None
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return norm(self.config, self.weights, name, x)
+
+    def _after(self, name: str, out: jax.Array) -> jax.Array:
+        return self._norm(name, out) if self.config.block.sandwich else out
+
+    def _add(self, x: jax.Array, normed: jax.Array, out: jax.Array) -> jax.Array:
+        """Add what attention or MLP gave to the residual."""
+        block = self.config.block
+        kept = normed if block.normed_residual else x
+        if block.residual_scale != 1:
+            kept = (kept * block.residual_scale).astype(x.dtype)
+        return constrain(kept + self.hidden_dropout(out), "B", None, None)
 
     def _adapter_key(self, lora: LoRA | None) -> jax.Array | None:
         """Make a key for an adapter's dropout, in training."""
@@ -99,11 +142,13 @@ class GLMBlock(nn.Module):
 
     def _attention(self, x, k_cache, v_cache, layer, context: TokenContext, lora: LoRA | None):
         added = adapt(lora, "query_key_value", x, self._adapter_key(lora))
-        q = project("BTD,NHD->BTNH", x, self.q, self.q_bias, added("q"))
-        k = project("BTD,KHD->BTKH", x, self.k, self.k_bias, added("k"))
-        v = project("BTD,KHD->BTKH", x, self.v, self.v_bias, added("v"))
-        q = apply_rope(q, context.cos, context.sin)
-        k = apply_rope(k, context.cos, context.sin)
+        w = self.weights
+        q = project("BTD,NHD->BTNH", x, w["q"], w.get("q_bias"), added("q"))
+        k = project("BTD,KHD->BTKH", x, w["k"], w.get("k_bias"), added("k"))
+        v = project("BTD,KHD->BTKH", x, w["v"], w.get("v_bias"), added("v"))
+        if context.cos is not None and context.sin is not None:
+            q = apply_rope(q, context.cos, context.sin)
+            k = apply_rope(k, context.cos, context.sin)
         if context.query_scale is not None:
             q = (q * context.query_scale).astype(x.dtype)
         k, v = finite_values(k, v, context.visible.segments > 0)
@@ -122,23 +167,26 @@ class GLMBlock(nn.Module):
         dropout = self.attention_dropout if drops else None
         x = attend(q, k, v, context.visible, dropout)
         added = adapt(lora, "dense", x, self._adapter_key(lora))
-        out = einsum("BTNH,DNH->BTD", x, self.o, added("b"))
-        return out.astype(x.dtype), k_cache, v_cache
+        out = project("BTNH,DNH->BTD", x, w["o"], w.get("o_bias"), added("b"))
+        return out, k_cache, v_cache
 
     def _mlp(self, x: jax.Array, lora: LoRA | None) -> jax.Array:
-        gate_up, down, key = self.gate_up, self.down, self._adapter_key(lora)
+        w, key = self.weights, self._adapter_key(lora)
+        activation = _ACTIVATIONS[self.config.block.mlp]
 
         def mlp(x: jax.Array, *columns: jax.Array) -> jax.Array:
             # What a column drops does not depend on its block: blocks differ between meshes.
             drops = (key, *(number[0] for number in columns))
             added = adapt(lora, "dense_h_to_4h", x, *drops)
-            both = constrain(einsum("BTD,CFD->BTCF", x, gate_up, added("b")), "B", None, None, "F")
-            hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
+            both = einsum("BTD,CFD->BTCF", x, w["gate_up"], added("b"))
+            both = constrain(_biased(both, w.get("gate_up_bias")), "B", None, None, "F")
+            hidden = activation(both).astype(x.dtype)
             added = adapt(lora, "dense_4h_to_h", hidden, *drops)
-            return einsum("BTF,DF->BTD", hidden, down, added("b")).astype(x.dtype)
+            out = einsum("BTF,DF->BTD", hidden, w["down"], added("b"))
+            return _biased(out, w.get("down_bias")).astype(x.dtype)
 
-        B, F = x.shape[0], self.config.ffn_hidden_size
-        at_once = MLP_ELEMENTS // (2 * B // pieces("B", B) * F // pieces("F", F))
+        B, C, F = x.shape[0], self.config.mlp_inputs, self.config.ffn_hidden_size
+        at_once = MLP_ELEMENTS // (C * B // pieces("B", B) * F // pieces("F", F))
         columns = () if key is None else (jnp.arange(x.shape[1], dtype=jnp.int32)[None],)
         return map_blocks(mlp, max(1, at_once), x, *columns)
 
@@ -159,10 +207,9 @@ class GLM(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed = _weight(self, "embed", c.vocab_size, c.hidden_size)
+        parts = [part for part in parts_of(c) if not part.in_layers]
+        self.weights = {part.name: _parameter(self, part, c) for part in parts}
         self.layers = GLMBlock(c, self.deterministic)
-        self.final_norm = self.param("final_norm", nn.initializers.ones, (c.hidden_size,))
-        self.head = _weight(self, "head", c.vocab_size, c.hidden_size)
 
     def __call__(
         self,
@@ -181,14 +228,23 @@ class GLM(nn.Module):
             length=self.config.num_layers,
         )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        carry = self.carry(tokens, cache, noise)
+        carry = self.carry(tokens, context, cache, noise)
         carry, _ = scanned(self.layers, carry, layers, context, lora)
         return carry
 
-    def carry(self, tokens: jax.Array, cache: KVCache | None, noise: jax.Array | None = None):
+    def carry(
+        self,
+        tokens: jax.Array,
+        context: TokenContext,
+        cache: KVCache | None,
+        noise: jax.Array | None = None,
+    ):
         """Return the input of the first block: (embeddings [B, T, D], keys and values or None)."""
         stacked = (None, None) if cache is None else (cache.k, cache.v)
         x = self._embedded(tokens)
+        if context.positions is not None:
+            for axis, name in enumerate(("positions", "blocks")):
+                x = x + jnp.take(self.weights[name], context.positions[:, axis], axis=0)
         x = x if noise is None else (x + noise).astype(x.dtype)
         return constrain(x, "B", None, None), *stacked
 
@@ -196,17 +252,19 @@ class GLM(nn.Module):
         if tokens.size == 1 and active_mesh():
             # XLA:GPU turns one token's row into a slice, and for that gathers the complete matrix.
             return self._embedded(jnp.pad(tokens, ((0, 0), (0, 1))))[:, :1]
-        if isinstance(self.embed, QTensor):
-            rows = jax.tree.map(lambda array: array[tokens], self.embed)
-            return dequantize(rows, tokens.ndim).astype(self.final_norm.dtype)
+        embed = self.weights["embed"]
+        if isinstance(embed, QTensor):
+            rows = jax.tree.map(lambda array: array[tokens], embed)
+            return dequantize(rows, tokens.ndim).astype(self.weights["final_norm"].dtype)
         # Not cut along D: parts of rows would have to be exchanged for parts of the batch.
-        return jnp.take(constrain(self.embed, "V", None), tokens, axis=0)
+        return jnp.take(constrain(embed, "V", None), tokens, axis=0)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Apply final norm and head: [..., D] -> float32 [..., V]."""
         with jax.named_scope("head"):
-            x = rms_norm(x, self.final_norm, self.config.norm_eps)
-            logits = einsum("...D,VD->...V", x, self.head)
+            x = norm(self.config, self.weights, "final_norm", x)
+            head = self.weights["embed" if self.config.block.tied_head else "head"]
+            logits = einsum("...D,VD->...V", x, head)
             return constrain(logits, *("B", None, None)[: logits.ndim - 1], "V")
 
 
@@ -230,10 +288,12 @@ def forward(
         params: the weights, as `param_shapes` lays them out; their dtype is the compute dtype.
         tokens: int32 [B, T].
         positions: int32 [B, T] rotary positions. Default: with a cache they continue each row,
-            without one they are 0 .. T - 1.
+            without one they are 0 .. T - 1. With a bidirectional context int32 [B, 2, T], positions
+            and block positions; default: as `glm2_jax.blanks` finds them in the tokens.
         segment_ids: int32 [B, T], default all 1. 0 is padding: not seen, not written, not counted.
             Without a cache tokens attend causally inside their segment, for packed rows; with a
-            cache every non-zero id means the one sequence of the row.
+            cache every non-zero id means the one sequence of the row. A bidirectional context is
+            to be read at once: its tokens see each other.
         cache: keys and values of earlier tokens; rows may differ in length. Donate it. None runs a
             plain causal forward. For params of `with_prefix` make it with `KVCache.new`: with a
             cache the prefix is read from there.
@@ -343,14 +403,14 @@ def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=Fal
     positions, segment_ids, cache, rows, view = where
     lora = params.get("lora") if lora is None else lora
     known = params["final_norm"].dtype, params.get("prefix"), rows, view
-    context, length = token_context(config, tokens, positions, segment_ids, cache, *known)
+    context, cache = token_context(config, tokens, positions, segment_ids, cache, *known)
     deterministic = key is None
     model, variables = GLM(config, deterministic, remat), {"params": params}
     if isinstance(params["layers"], Mapping):
         rngs = None if deterministic else {"dropout": key}
         carry = model.apply(variables, tokens, context, cache, lora, noise, rngs=rngs)
     else:
-        carry = model.apply(variables, tokens, cache, noise, method=GLM.carry)
+        carry = model.apply(variables, tokens, context, cache, noise, method=GLM.carry)
         step = nn.apply(run_layer, GLMBlock(config, deterministic))
         step = jax.checkpoint(step) if remat else step
         for layer, weights in enumerate(params["layers"]):
@@ -358,13 +418,17 @@ def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=Fal
             args = carry, layer, context, layer_of(lora, layer)
             carry, _ = step({"params": weights}, *args, rngs=rngs)
     x, k, v = cast(Any, carry)
-    return x, None if cache is None else cache.replace(k=k, v=v, length=length).pinned()
+    return x, None if cache is None else dataclasses.replace(cache, k=k, v=v).pinned()
 
 
-def project(spec: str, x: jax.Array, weight: Any, bias: jax.Array, added: Any) -> jax.Array:
+def project(spec: str, x: jax.Array, weight: Any, bias: jax.Array | None, added: Any) -> jax.Array:
     """Compute product, `added` and bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
-    projected = einsum(spec, x, weight, added) + bias.astype(jnp.float32)
-    return constrain(projected.astype(x.dtype), *spec.split("->")[1])
+    projected = _biased(einsum(spec, x, weight, added), bias).astype(x.dtype)
+    return constrain(projected, *spec.split("->")[1])
+
+
+def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias.astype(jnp.float32)
 
 
 def _after_prefix(prefix: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:

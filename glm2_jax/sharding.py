@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from glm2_jax.blanks import Blanks
 from glm2_jax.cache import AXES as CACHE_AXES
 from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
@@ -106,6 +107,8 @@ def cache_sharding(config: GLMConfig, mesh: Mesh) -> KVCache:
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     sizes = {**axis_sizes(config), "B": rows, "S": 1}
     places: dict[str, Any] = {n: _named(mesh, axes, sizes) for n, axes in CACHE_AXES.items()}
+    if config.block.bidirectional:
+        places["blanks"] = Blanks(*[_named(mesh, "B", sizes)] * 3)
     return KVCache(**places)
 
 

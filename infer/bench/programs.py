@@ -6,6 +6,7 @@ like others.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm2_jax import GLMConfig, KVCache
+from glm2_jax import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.buckets import bucket
 from glm2_jax.runtime.xla import cache_dtype
@@ -192,7 +193,7 @@ def _rewound(state: steps.State, context: int) -> steps.State:
     cache = state.cache
     assert cache is not None
     return state._replace(
-        cache=KVCache(cache.k, cache.v, jnp.full_like(cache.length, context), cache.prefix),
+        cache=dataclasses.replace(cache, length=jnp.full_like(cache.length, context)),
         active=jnp.ones_like(state.active),
         step=jnp.zeros_like(state.step),
     )

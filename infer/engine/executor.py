@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -199,7 +200,7 @@ class Executor:
         logits, cache = self._call("verify", key, function, *args, donate=4)
         args = logits, controls, keep, drafts, cache.length, state
         state, output, length = self._call("accept", drafts.shape, steps.accept, *args, donate=5)
-        cache = KVCache(cache.k, cache.v, length, cache.prefix)
+        cache = dataclasses.replace(cache, length=length)
         return state._replace(cache=cache), output
 
     def pick(

@@ -74,7 +74,8 @@ class Places:
         assert self.mesh is not None
         if isinstance(x, KVCache):
             cut: Any = {name: self._cut(getattr(x, name), axes) for name, axes in AXES.items()}
-            return KVCache(**cut)
+            blanks = jax.tree.map(lambda row: self._cut(row, "B"), x.blanks)
+            return KVCache(**cut, blanks=blanks)
         if isinstance(x, Output):
             everywhere = replicated(self.mesh)
             return jax.tree.map(lambda _: everywhere, x)

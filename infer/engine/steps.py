@@ -7,6 +7,7 @@ B rows, T prompt length, N draft tokens, V vocabulary, S cache slots.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -102,7 +103,7 @@ def extend(config: GLMConfig, params: Any, part: Part, cache: KVCache) -> Read:
 def grow(size: int, cache: KVCache) -> KVCache:
     """Return a copy of the cache with more slots, the new ones zero."""
     pad = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
-    return KVCache(jnp.pad(cache.k, pad), jnp.pad(cache.v, pad), cache.length, cache.prefix)
+    return dataclasses.replace(cache, k=jnp.pad(cache.k, pad), v=jnp.pad(cache.v, pad))
 
 
 def fill(
@@ -196,7 +197,7 @@ def verify(
     # is drawn there exceeds the row's limit.
     logits, written = forward(config, params, tokens, segment_ids=segment_ids, cache=cache)
     written = cast(KVCache, written)
-    return logits, KVCache(written.k, written.v, cache.length, cache.prefix)
+    return logits, dataclasses.replace(written, length=cache.length)
 
 
 def pick(
@@ -303,7 +304,7 @@ def _read(
 
 def _cut(cache: KVCache, part: Part) -> KVCache:
     """Return the cache with the tokens before the part alone; the slots after them are free."""
-    return KVCache(cache.k, cache.v, cache.prefix + part.kept, cache.prefix)
+    return dataclasses.replace(cache, length=cache.prefix + part.kept)
 
 
 def _cut_rows(cache: KVCache, part: Part, rows: Array) -> KVCache:
@@ -311,7 +312,7 @@ def _cut_rows(cache: KVCache, part: Part, rows: Array) -> KVCache:
     rows = jnp.asarray(rows)
     starts = cache.prefix.at[rows].get(mode="fill", fill_value=0) + part.kept
     length = cache.length.at[rows].set(starts, mode="drop")
-    return KVCache(cache.k, cache.v, length, cache.prefix)
+    return dataclasses.replace(cache, length=length)
 
 
 def _real(part: Part) -> jax.Array:
