@@ -24,6 +24,7 @@ from glm2_jax.family import (
     token_signs,
     tokenizer_signs,
 )
+from glm2_jax.published import form_of, read_rope
 from glm2_jax.text.tokenizer import SPECIAL, Tokenizer
 
 # Files that show how a prompt is written -> what the message calls that.
@@ -40,7 +41,7 @@ class SideFiles:
     """What the small files of a folder hold."""
 
     path: Path
-    raw: Mapping[str, Any]  # config.json; of the HF-native layout also under the published keys
+    raw: Mapping[str, Any]  # config.json
     tokenizer_config: Mapping[str, Any]  # {} without
     named: NamedTokens
     ends: Mapping[int, str]  # ids that end an answer -> the file that says so
@@ -88,8 +89,8 @@ def find_family(
         return found, None if clear else f"the family is {found}, by {signs[0].text}"
     if template == "chatglm3":
         return template, None
-    kind = rope_kind or side.raw.get("rope_kind")
-    scaled = str(kind) if side.raw.get("rope_ratio", 1) != 1 else ""
+    ratio, kind = read_rope(form_of(side.raw), side.raw)
+    scaled = str(rope_kind or kind) if ratio != 1 else ""
     path = side.path.absolute()
     if path.parent.name == "snapshots":  # of a hub's cache, where a folder is named by a commit
         path = path.parent.parent
