@@ -8,12 +8,15 @@ from typing import Any
 from convert.files.manifest import Manifest
 from convert.files.shards import read_json
 from convert.files.tensor import reading, regular_file_size
+from convert.files.vocabulary import UNKNOWN, Kind
 from convert.layouts.tokens import (
     TOKENIZER_CONFIG,
     NamedTokens,
     pieces_named_as_special,
     read_tokens,
 )
+from glm2_jax.choices import FAMILIES
+from glm2_jax.errors import CheckpointError
 from glm2_jax.family import (
     WITH_ROLES,
     Sign,
@@ -69,6 +72,7 @@ def read_side_files(folder: Path, raw: Mapping[str, Any], manifest: Manifest | N
 def find_family(
     side: SideFiles,
     plain: Tokenizer | None,
+    kind: Kind = UNKNOWN,
     *,
     family: str | None = None,
     rope_kind: str | None = None,
@@ -77,16 +81,24 @@ def find_family(
     """Return the family of a folder's model, and a line that says what decided.
 
     The family is None where nothing shows it, the line None where config.json or the user does, who
-    said `family`, `rope_kind`, `template`. Signs that contradict each other are a CheckpointError.
-    `plain` is None where the folder has no tokenizer.model.
+    said `family`, `rope_kind`, `template`. Signs that contradict each other are a CheckpointError,
+    and so is a configuration with the vocabulary of other models. `plain` is None, and `kind` shows
+    nothing, where the folder has no vocabulary.
     """
-    if family is not None or side.raw.get("family") is not None:
-        return family or side.raw["family"], None
-    signs = _signs(side, plain)
+    family = family or side.raw.get("family")
+    possible = _possible(side, kind, family)
+    if family is not None:
+        return family, None
+    signs = [
+        sign._replace(families=sign.families & possible or sign.families)
+        for sign in _signs(side, plain)
+    ]
     found = decide_family(signs, str(side.path))
     if found is not None:
         clear = any(sign.clear for sign in signs)
         return found, None if clear else f"the family is {found}, by {signs[0].text}"
+    if len(possible) == 1:  # configuration and vocabulary leave no choice
+        return min(possible), None
     if template == "chatglm3":
         return template, None
     ratio, kind = read_rope(form_of(side.raw), side.raw)
@@ -100,10 +112,31 @@ def find_family(
         ("the tokenizer, which puts no space before a text,", None if dummy else "codegeex2"),
         (f"the folder's name {path.name!r}", named_family(path.name)),
     ):
-        if found is not None:
+        if found in possible:
             other = "chatglm2" if found == "chatglm3" else "chatglm3"
             return found, f"the family is {found}, by {text} alone (otherwise: --family {other})"
     return None, None
+
+
+def _possible(side: SideFiles, kind: Kind, family: str | None) -> frozenset[str]:
+    """Return the families that a folder's configuration and vocabulary allow, or the given one.
+
+    Those of different models are a CheckpointError.
+    """
+    form = form_of(side.raw)
+    shown = frozenset(form.families)
+    if family is not None:  # an unknown one is refused later
+        shown = frozenset({family} if family in FAMILIES else FAMILIES)
+    else:
+        shown = shown.intersection(*(sign.families for sign in config_signs(side.raw))) or shown
+    if possible := shown & kind.families:
+        return possible
+    model = form.name if family is None and len(shown) > 1 else f"a {min(shown)} model"
+    raise CheckpointError(
+        f"The configuration and the tokenizer in {side.path} belong to different models.",
+        f"The configuration is that of {model}, the vocabulary that of {kind.what}.",
+        "Use the tokenizer files of the repository that the weights come from.",
+    )
 
 
 def _signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:

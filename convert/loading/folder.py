@@ -12,6 +12,7 @@ from convert.files.foreign import explain_file, explain_folder, refuse_quantized
 from convert.files.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.files.shards import Weights, choose_weights, open_weights, read_json
 from convert.files.tensor import is_plain_name, reading
+from convert.files.vocabulary import FAST, VOCABULARY_FILES, read_vocabulary
 from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native
 from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
@@ -95,7 +96,8 @@ def open_folder(
         if found.tokenizer is None:
             raise CheckpointError(
                 f"{folder} holds no tokenizer.model.",
-                "Without the SentencePiece model, text cannot be turned into tokens.",
+                "Without the tokenizer's vocabulary, text cannot be turned into tokens (also "
+                f"known: {', '.join(VOCABULARY_FILES[1:])}, and {FAST} of GLM-4).",
                 "Download the file from the repository that the weights come from.",
             )
         layout, rules = ("HF-native glm", GLM) if is_native(raw) else ("official", PUBLISHED)
@@ -181,10 +183,10 @@ def _architecture(
     raw = _read_config(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     side = read_side_files(folder, raw, manifest)
-    plain = None
-    if (folder / "tokenizer.model").exists():
-        plain = Tokenizer.from_file(folder / "tokenizer.model")
-    family, note = find_family(side, plain, family=family, rope_kind=rope_kind, template=template)
+    plain, kind = read_vocabulary(folder)
+    family, note = find_family(
+        side, plain, kind, family=family, rope_kind=rope_kind, template=template
+    )
     config = GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family)
     notes = [] if note is None else [note]
     if family is None:

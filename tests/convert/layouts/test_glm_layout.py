@@ -37,7 +37,7 @@ def native_folder(folder, **changes):
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5}, "linear"),
         ({"rope_scaling": {"type": "linear"}}, "rope_ratio = None"),
-        ({"vocab_size": 151552}, "belongs to another family"),
+        ({"vocab_size": 151552}, "belong to different models"),
         ({}, "missing: model.embed_tokens.weight"),
     ],
 )
