@@ -244,7 +244,7 @@ def read_fields(form: Form, raw: Mapping[str, Any]) -> dict[str, Any]:
     compute, one of a wrong type, or one that is missing.
     """
     if form is _GLM_BASE:
-        raw = _glm_ids(raw) | raw
+        raw = {**_glm_ids(raw), **raw}
     lacks = [key for key, default in form.fields.values() if isinstance(default, type)]
     if lacks := [key for key in lacks if raw.get(key) is None]:
         raise CheckpointError(

@@ -167,8 +167,10 @@ def _end_signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
         start = None if plain is None else plain.num_pieces
     roles = set()
     for name in ("<|user|>", "<|observation|>"):
-        if name in ids or start is not None:
-            roles.add(ids[name] if name in ids else start + order.index(name))
+        if name in ids:
+            roles.add(ids[name])
+        elif start is not None:
+            roles.add(start + order.index(name))
     roles -= {token.id for token in side.named.tokens if token.content not in order}
     signs = []
     for where in dict.fromkeys(side.ends.values()):
