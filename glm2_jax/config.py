@@ -2,61 +2,36 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 from glm2_jax.block import BLOCKS, Block
 from glm2_jax.choices import FAMILIES, ROPE_KINDS
-from glm2_jax.errors import CheckpointError, shorten
-from glm2_jax.family import config_signs, decide_family, named_family
+from glm2_jax.errors import CheckpointError
+from glm2_jax.family import config_signs, decide_family
 from glm2_jax.parts import parts_of
+from glm2_jax.published import (
+    FORMS,
+    bad_value,
+    form_of,
+    is_integer,
+    read_fields,
+    read_rope,
+    write_fields,
+)
 
 MAX_SIZE = 2**31 - 1  # positions and ids are int32
 
-# Keys of config.json with the only value that this implementation computes, and the value that
-# the published configuration class takes if the key is absent.
-_REQUIRED_VALUES: dict[str, tuple[Any, Any]] = {
-    "rmsnorm": (True, True),
-    "post_layer_norm": (True, True),
-    "apply_residual_connection_post_layernorm": (False, False),
-    "add_bias_linear": (False, False),
-    "add_qkv_bias": (True, False),
-    "multi_query_attention": (True, False),
-    "original_rope": (True, True),
-    "tie_word_embeddings": (False, False),
-    "interleaved_qkv": (False, False),
-    "rotary_percent": (0.5, 0.5),
-    "fp32_residual_connection": (False, False),
-}
-
-# Our dimensions, with the value that the published class takes if the key is absent.
-_DIMENSIONS = {
-    "num_layers": 28,
-    "vocab_size": 65024,
-    "hidden_size": 4096,
-    "ffn_hidden_size": 13696,
-    "num_heads": 32,
-    "num_kv_heads": 1,
-    "head_dim": 128,
-    "seq_length": 2048,
-}
-
-# Our other fields that a file sets.
-_READ = (
-    *("norm_eps", "rope_ratio", "hidden_dropout", "attention_dropout"),
-    *("logn_scaling", "eos_token_id", "pad_token_id"),
+_SIZES = (
+    *("num_layers", "vocab_size", "hidden_size", "ffn_hidden_size"),
+    *("num_heads", "num_kv_heads", "head_dim", "seq_length"),
 )
+_IDS = ("sop_token_id", "mask_token_id", "smask_token_id", "gmask_token_id")
 
-# Our field -> the published key, where it has another name.
-_KEYS = {
-    "vocab_size": "padded_vocab_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "multi_query_group_num",
-    "head_dim": "kv_channels",
-    "norm_eps": "layernorm_epsilon",
-}
+# The prompt template of a family, where it has another name. CodeGeeX2 is a base model and takes
+# raw text.
+_TEMPLATES = {"codegeex2": "raw", "glm4-0414": "glm4", "glm": "fill"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +58,8 @@ class GLMConfig:
     # copy of chatglm3-6b-128k and unverified.
     logn_scaling: bool = False
     family: str = "chatglm2"  # one of `choices.FAMILIES`: the row of `block.BLOCKS`
-    # Where a model differs from its family; None = as the family.
-    attention_bias: bool | None = None  # False: q, k and v have no biases
-    tied_head: bool | None = None
+    attention_bias: bool = True  # False: q, k and v have no biases (GLM-4-32B-0414)
+    tied_head: bool | None = None  # None = as the family
     position_encoding_2d: bool = True  # False: one position, and a rotation of the complete head
     hidden_dropout: float = 0.0  # after attention and MLP, in training
     attention_dropout: float = 0.0  # of attention probabilities, in training
@@ -97,11 +71,14 @@ class GLMConfig:
     smask_token_id: int | None = None  # [sMASK]
     gmask_token_id: int | None = None  # [gMASK]
 
+    # Never generated: in glm-10b-chinese the row of [gMASK] is that of the end.
+    banned_token_ids: tuple[int, ...] = ()
+
     def __post_init__(self) -> None:
         heads, V, tables = self.num_heads, self.vocab_size, ("float32", "reference")
-        integer = f"a whole number from 1 to {MAX_SIZE}"
+        integer, an_id = f"a whole number from 1 to {MAX_SIZE}", f"an id below {V}"
         rules: tuple[tuple[Iterable[str], Callable[[Any], bool], str], ...] = (
-            (_DIMENSIONS, lambda x: _is_integer(x) and 0 < x <= MAX_SIZE, integer),
+            (_SIZES, lambda x: is_integer(x) and 0 < x <= MAX_SIZE, integer),
             (["num_kv_heads"], lambda x: heads % x == 0, f"a divisor of {heads} heads"),
             (["head_dim"], lambda x: x % 4 == 0, "a multiple of 4 (half is rotated)"),
             (["family"], lambda x: x in FAMILIES, " or ".join(FAMILIES)),
@@ -114,18 +91,23 @@ class GLMConfig:
                 "a number above 0 that float32 can hold",
             ),
             (["hidden_dropout", "attention_dropout"], lambda x: 0 <= x < 1, "at least 0, below 1"),
-            (["eos_token_id", "pad_token_id"], lambda x: 0 <= x < V, f"an id below {V}"),
+            (["eos_token_id", "pad_token_id"], lambda x: 0 <= x < V, an_id),
+            (_IDS, lambda x: x is None or (is_integer(x) and 0 <= x < V), an_id),
+            (["banned_token_ids"], lambda x: all(0 <= i < V for i in x), f"ids below {V}"),
+            (["tied_head"], lambda x: x is None or isinstance(x, bool), "true or false"),
         )
         for names, is_valid, wanted in rules:
             for name in names:
                 if not is_valid(value := getattr(self, name)):
-                    raise _bad_value(name, value, wanted)
+                    family = self.family if self.family in FAMILIES else "chatglm2"
+                    key, _ = FORMS[family].fields.get(name, (name, None))
+                    raise bad_value(key, value, wanted)
 
     @cached_property
     def block(self) -> Block:
         """How a layer computes: that of the family, with what this model has of its own."""
         block = BLOCKS[self.family]
-        if self.attention_bias is False:
+        if not self.attention_bias:
             block = dataclasses.replace(block, biases="none")
         if self.tied_head is not None:
             block = dataclasses.replace(block, tied_head=self.tied_head)
@@ -156,9 +138,15 @@ class GLMConfig:
         return min(8192, self.seq_length) if short else self.seq_length
 
     @property
+    def context_limit(self) -> int:
+        """The longest context that can be computed: only ChatGLM-6B reads more than `seq_length`,
+        the length of its training, beyond which its answers get worse."""
+        return MAX_SIZE if self.family == "chatglm" else self.seq_length
+
+    @property
     def default_template(self) -> str:
-        """The prompt template of the family; CodeGeeX2 is a base model and takes raw text."""
-        return "raw" if self.family == "codegeex2" else self.family
+        """The prompt template of the family, one of `choices.TEMPLATES`."""
+        return _TEMPLATES.get(self.family, self.family)
 
     @classmethod
     def from_hf(
@@ -178,95 +166,33 @@ class GLMConfig:
                 compute, a value out of range, signs of different families, or a `rope_ratio`
                 whose meaning is unknown.
         """
-        _refuse_other_models(raw)
-        raw = dict(raw)
-        for key, (wanted, default) in _REQUIRED_VALUES.items():
-            if raw.get(key, default) != wanted:
-                absent = "" if key in raw else " (the key is absent, which means that)"
-                shown = shorten(raw.get(key, default))
-                raise CheckpointError(
-                    f"config.json: {key} = {shown} is not supported{absent}.",
-                    f"It changes the mathematics; only {key} = {wanted!r} is implemented.",
-                    "Use a published ChatGLM2 / ChatGLM3 / CodeGeeX2 configuration.",
-                )
+        form = form_of(raw)
         family = family or raw.get("family")
         if family is None:
             family = decide_family(config_signs(raw), "config.json")
-        for name in ("eos_token_id", "pad_token_id"):  # of a list the first; null = the default
-            value = raw.get(name)
-            value = value[0] if isinstance(value, list) and value else value
-            raw[name] = getattr(cls, name) if value is None else value
-        defaults = {name: getattr(cls, name) for name in _READ} | _DIMENSIONS
-        values: dict[str, Any] = {name: _read(raw, name, defaults[name]) for name in defaults}
-        ratio = values["rope_ratio"]
-        rope_kind = str(rope_kind or raw.get("rope_kind") or _rope_kind(family, ratio))
+        if family in FAMILIES and family not in form.families:
+            raise CheckpointError(
+                f"config.json is that of {form.name}, not of a {family} model.",
+                f"This kind of file belongs to the family {' or '.join(form.families)}.",
+                "Use the config.json that was published with the weights, or name another family "
+                "with --family.",
+            )
+        if family == "glm4":  # whose class has other ids
+            raw = {"eos_token_id": 151329, "pad_token_id": 151329, **raw}
+        values = read_fields(form, raw)
+        ratio, meaning = read_rope(form, raw)
+        rope_kind = str(rope_kind or meaning or _rope_kind(family, ratio))
         if family is None:
             family = "chatglm3" if ratio != 1.0 and rope_kind == "base" else "chatglm2"
-        return cls(
-            **values,
-            rope_kind=rope_kind,
-            rope_table_dtype=raw.get("rope_table_dtype", "float32"),
-            family=family,
-        )
+        return cls(**values | {"rope_ratio": ratio, "rope_kind": rope_kind, "family": family})
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the configuration under the published keys and our own, for `from_hf`."""
-        fields = dataclasses.asdict(self)
-        del fields["rope_base"]  # always the published one in a file
-        return {
-            "model_type": "chatglm",
-            "architectures": ["ChatGLMModel"],
-            **{_KEYS.get(name, name): value for name, value in fields.items()},
-            **{key: wanted for key, (wanted, _) in _REQUIRED_VALUES.items()},
-        }
-
-
-def _bad_value(name: str, value: Any, wanted: str) -> CheckpointError:
-    return CheckpointError(
-        f"config: {_KEYS.get(name, name)} = {shorten(value)} is not valid.",
-        f"It must be {wanted}.",
-        "Correct it, or download config.json again.",
-    )
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _read(raw: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return the value of one of our fields, which must have the type of its default."""
-    value = raw.get(_KEYS.get(name, name), default)
-    if isinstance(default, bool):
-        ok, wanted = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        ok, wanted = _is_integer(value), "a whole number"
-    else:
-        ok, wanted = _is_integer(value) or isinstance(value, float), "a number"
-        if ok:
-            value = float(min(max(value, -1e300), 1e300))  # far beyond what any key may hold
-    if not ok:
-        raise _bad_value(name, value, wanted)
-    return value
-
-
-def _refuse_other_models(raw: Mapping[str, Any]) -> None:
-    model_type = raw.get("model_type", "chatglm")
-    # Only a path's last part: a folder above it may have any name.
-    name = raw.get("_name_or_path")
-    name = re.split(r"[/\\]", name.lower().rstrip("/\\"))[-1] if isinstance(name, str) else ""
-    named = re.search(r"glm-?4[-v]", name) and named_family(name) is None
-    if named or raw.get("padded_vocab_size") == 151552:
-        what = "GLM-4 is not supported."
-        why = "It has another tokenizer (a tiktoken file of 151,552 ids, no SentencePiece model)."
-    elif model_type != "chatglm":
-        what = f"config.json: model_type {shorten(model_type)} is not supported."
-        why = "Only model_type 'chatglm' (ChatGLM2, ChatGLM3, CodeGeeX2) is implemented."
-    elif raw.get("position_encoding_2d") or "inner_hidden_size" in raw:
-        what = "The first-generation ChatGLM-6B is not supported."
-        why = "It is another architecture: 2-D positions, LayerNorm, a 130,528-id vocabulary."
-    else:
-        return
-    raise CheckpointError(what, why, "Use a ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint.")
+        """Return the configuration under the published keys of its family, for `from_hf`."""
+        form = FORMS[self.family]
+        own = {"family": self.family}
+        if "rope_ratio" in form.fields:
+            own["rope_kind"] = self.rope_kind
+        return own | write_fields(form, vars(self))
 
 
 def _rope_kind(family: str | None, ratio: float) -> str:
@@ -283,19 +209,55 @@ def _rope_kind(family: str | None, ratio: float) -> str:
     )
 
 
-def _preset(family: str, seq_length: int, ratio: float = 1.0) -> GLMConfig:
-    sizes: dict[str, Any] = {**_DIMENSIONS, "num_kv_heads": 2, "seq_length": seq_length}
-    kind = _rope_kind(family, ratio)
-    return GLMConfig(**sizes, rope_ratio=ratio, rope_kind=kind, family=family)
+def _preset(keys: Mapping[str, Any], family: str | None = None, **changes: Any) -> GLMConfig:
+    """Return the configuration of a published file; only keys that its class lacks are given."""
+    return GLMConfig.from_hf({**keys, **changes}, family=family)
 
+
+_CHATGLM2 = {"add_qkv_bias": True, "multi_query_attention": True, "multi_query_group_num": 2}
+_GLM4 = {
+    **_CHATGLM2, "padded_vocab_size": 151552, "num_layers": 40, "layernorm_epsilon": 1.5625e-07,
+    "eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329,
+}  # fmt: skip
+_GLM4_0414 = {
+    "model_type": "glm4", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696,
+    "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+_CHATGLM = {
+    "position_encoding_2d": True, "vocab_size": 130528, "bos_token_id": 130004,
+    "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3,
+}  # fmt: skip
+_GLM = {"block_position_encoding": True, "vocab_size": 50048, "max_sequence_length": 1024}
 
 PRESETS: Mapping[str, GLMConfig] = {
-    "chatglm2-6b": _preset("chatglm2", 32768),
-    "chatglm2-6b-32k": _preset("chatglm2", 32768, 16.0),
-    "chatglm2-6b-int4": _preset("chatglm2", 32768),
-    "chatglm3-6b": _preset("chatglm3", 8192),
-    "chatglm3-6b-32k": _preset("chatglm3", 32768, 50.0),
-    "chatglm3-6b-128k": _preset("chatglm3", 131072, 500.0),
-    "codegeex2-6b": _preset("codegeex2", 8192),
-}
-"""The published 6B checkpoints by name. Source: each repository's config.json."""
+    "chatglm2-6b": _preset(_CHATGLM2, "chatglm2", seq_length=32768),
+    "chatglm2-6b-32k": _preset(_CHATGLM2, "chatglm2", seq_length=32768, rope_ratio=16),
+    "chatglm2-6b-int4": _preset(_CHATGLM2, "chatglm2", seq_length=32768),
+    "chatglm3-6b": _preset(_CHATGLM2, "chatglm3", seq_length=8192),
+    "chatglm3-6b-32k": _preset(_CHATGLM2, "chatglm3", seq_length=32768, rope_ratio=50),
+    "chatglm3-6b-128k": _preset(_CHATGLM2, "chatglm3", seq_length=131072, rope_ratio=500),
+    "codegeex2-6b": _preset(_CHATGLM2, "codegeex2", seq_length=8192),
+    "glm-4-9b": _preset(_GLM4, seq_length=8192),
+    "glm-4-9b-chat": _preset(_GLM4, seq_length=131072, rope_ratio=500),
+    "glm-4-9b-chat-1m": _preset(
+        _GLM4, seq_length=1048576, rope_ratio=10000, multi_query_group_num=4
+    ),
+    "glm-4-9b-0414": _preset(_GLM4_0414),
+    "glm-4-32b-0414": _preset(
+        _GLM4_0414, num_hidden_layers=61, hidden_size=6144, num_attention_heads=48,
+        intermediate_size=23040, attention_bias=False,
+    ),
+    "chatglm-6b": _preset(_CHATGLM),
+    "chatglm-6b-int4": _preset(_CHATGLM),
+    "chatglm-6b-int8": _preset(_CHATGLM),
+    "glm-large-chinese": _preset(_GLM),
+    "glm-10b-chinese": _preset(
+        _GLM, num_layers=48, hidden_size=4096, num_attention_heads=64, bad_words_id=[50009]
+    ),
+}  # fmt: skip
+"""The published checkpoints by name. Source: each repository's config.json.
+
+Not checked against a published file: rope_ratio of glm-4-9b and glm-4-9b-chat-1m, the 4 key/value
+heads of the latter, and the sizes of the two 0414 models.
+"""

@@ -1,7 +1,7 @@
 """Finds the family of a model by the signs in its files.
 
-The families share one architecture and differ in how a prompt is written and in the ids that end an
-answer, so a wrong guess shows only in bad answers.
+ChatGLM2, ChatGLM3, CodeGeeX2 and GLM-4-9B share one architecture and differ in how a prompt is
+written and in the ids that end an answer, so a wrong guess shows only in bad answers.
 """
 
 import re
@@ -11,16 +11,28 @@ from typing import Any, NamedTuple
 
 from glm2_jax.choices import FAMILIES
 from glm2_jax.errors import CheckpointError
+from glm2_jax.published import form_of
 
 _NAMES = {
-    "chatglm2": re.compile(r"chatglm[-_]?v?2(?!\d)", re.IGNORECASE),
-    "chatglm3": re.compile(r"chatglm[-_]?v?3(?!\d)", re.IGNORECASE),
-    "codegeex2": re.compile(r"codegeex[-_]?2(?!\d)", re.IGNORECASE),
+    family: re.compile(pattern, re.IGNORECASE)
+    for family, pattern in {
+        "chatglm2": r"chatglm[-_]?v?2(?!\d)",
+        "chatglm3": r"chatglm[-_]?v?3(?!\d)",
+        "codegeex2": r"codegeex[-_]?2(?!\d)",
+        # Not the class Glm4ForCausalLM, which is that of 0414; not GLM-4V, GLM-4-Voice, GLM-4.5.
+        "glm4": r"glm[-_]?4(?!\d|\.\d|[-_]?v|(for|model)|.*0414)",
+        "glm4-0414": r"(?<!chat)glm[-_]?(4(for|model)|4(?![-_]?v|\.).*0414|z1)",
+        "chatglm": r"chatglm[-_]?6b(?![a-z0-9])",
+        "glm": r"(?<!chat)glm[-_](large|10b|2b|roberta|515m)(?![a-z0-9])",
+    }.items()
 }
+_OF_GLM4 = {"vocab_size": 151552, "norm_eps": 1.5625e-07}  # values that no other family has
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
-WITH_ROLES = frozenset({"chatglm3"})
-WITH_ROUNDS = frozenset({"chatglm2", "codegeex2"})  # CodeGeeX2 has the tokenizer of ChatGLM2
+WITH_ROLES = frozenset({"chatglm3", "glm4", "glm4-0414"})
+WITH_ROUNDS = frozenset({"chatglm2", "codegeex2", "chatglm"})
+# Families that have one tokenizer, so that its name shows only that it is one of them.
+_SHARED = (frozenset({"chatglm2", "codegeex2"}), frozenset({"glm4", "glm4-0414"}))
 
 # "<|user|>", and "<|" + message["role"] + "|>" in the ways in which Jinja writes it.
 _ROLES = re.compile(
@@ -67,9 +79,17 @@ def named_family(name: Any) -> str | None:
 def config_signs(raw: Mapping[str, Any]) -> list[Sign]:
     """Return the signs in a parsed `config.json`, the strongest first."""
     signs = []
+    form = form_of(raw)
+    if len(form.families) == 1:
+        signs.append(Sign(f"config.json of {form.name}", frozenset(form.families), clear=True))
     if "interleaved_qkv" in raw or "rotary_percent" in raw:
         keys = "interleaved_qkv or rotary_percent in config.json"
         signs.append(Sign(keys, frozenset({"codegeex2"}), clear=True))
+    for field, value in _OF_GLM4.items():
+        key, _ = form.fields.get(field, ("", None))
+        if raw.get(key) == value:
+            text = f"{key} {value} in config.json"
+            signs.append(Sign(text, frozenset({"glm4", "glm4-0414"}), clear=True))
     for text, family in _named(raw, ("_name_or_path", "architectures", "auto_map")):
         signs.append(Sign(f"{text} in config.json", frozenset({family}), clear=True))
     return signs
@@ -86,7 +106,7 @@ def tokenizer_signs(tokenizer_config: Mapping[str, Any]) -> list[Sign]:
     for text in _texts(tokenizer_config.get("chat_template"), "template"):
         signs += prompt_signs(text, f"the chat template in {where}")
     for text, family in _named(tokenizer_config, ("name_or_path", "tokenizer_class", "auto_map")):
-        families = WITH_ROUNDS if family == "chatglm2" else frozenset({family})
+        families = next((names for names in _SHARED if family in names), frozenset({family}))
         signs.append(Sign(f"{text} in {where}", families))
     return signs
 

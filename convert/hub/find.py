@@ -16,7 +16,7 @@ from glm2_jax.cli.files import refuse_url, require_space
 from glm2_jax.cli.messages import Progress, human_size, note
 from glm2_jax.errors import CheckpointError, UsageError
 
-_NEEDED = ("config.json", "tokenizer.model")
+_CONFIG = "config.json"
 # The model's family and the ids of its tokens are read from these.
 _WANTED = (
     "tokenizer_config.json",
@@ -29,11 +29,18 @@ _WANTED = (
 )
 _NAME = re.compile(r"(?=.{3,193}\Z)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
-# Models of the same owners that are not supported: the beginning of the name, and why.
+# Models of the same owners that are not supported: what their names match, and why.
 _OWNERS = ("thudm", "zai-org", "zhipuai")
 _REFUSED = {
-    "chatglm-6b": "It is the first generation, another architecture.",
-    "glm-4": "It has another tokenizer.",
+    re.compile(pattern): reason
+    for pattern, reason in {
+        r"glm-4(\.\d)?v.*": "It reads images; only text is implemented.",
+        r"glm-4-voice.*": "It reads and writes speech; only text is implemented.",
+        r"glm-(4\.|5).*": "It is a mixture of experts.",
+        r"glm-(base|large|2b|10b|515m|roberta-large)": (
+            "It has a BERT, RoBERTa or GPT-2 tokenizer; only the Chinese GLM models are supported."
+        ),
+    }.items()
 }
 _SPARE_BYTES = 2**20  # for the blocks of the small files
 
@@ -74,9 +81,11 @@ def find_model(
             "Leave --source out to open a folder.",
         )
     owner, _, model = name.lower().partition("/")
-    for beginning, reason in _REFUSED.items():
-        if owner in _OWNERS and model.startswith(beginning):
-            raise CheckpointError(f"{name} is not supported.", reason, "Use chatglm3-6b.")
+    for pattern, reason in _REFUSED.items():
+        if owner in _OWNERS and pattern.fullmatch(model):
+            raise CheckpointError(
+                f"{name} is not supported.", reason, "Use glm-4-9b-chat or chatglm3-6b."
+            )
     clients = open_clients(name, revision, source)
     if source is not None and clients[0].offline is None:
         return _fetch(clients[0])
@@ -161,14 +170,19 @@ def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, A
     needed file is missing, or that an index names files that are not weights.
     """
     from convert.files.shards import WEIGHT_FILES, check_file_name, choose_weights
+    from convert.files.vocabulary import FAST, VOCABULARY_FILES
 
-    missing = [name for name in _NEEDED if name not in names]
+    known = (*VOCABULARY_FILES, FAST)
+    vocabulary = [name for name in known if name in names][:1]  # the one that is read
+    missing = [] if _CONFIG in names else [_CONFIG]
+    missing += [] if vocabulary else [VOCABULARY_FILES[0]]
     if missing:
         raise CheckpointError(
             f"{' and '.join(missing)} not found.",
-            "A ChatGLM2, ChatGLM3 or CodeGeeX2 checkpoint has it.",
+            f"Every checkpoint has a configuration and a vocabulary ({', '.join(known)}).",
         )
-    small = [*_NEEDED, *(name for name in _WANTED if name in names)]
+    wanted = (_CONFIG, *vocabulary, *_WANTED)
+    small = list(dict.fromkeys(name for name in wanted if name in names))
     first = choose_weights(names)
     if first is None:
         raise CheckpointError(f"No weights found (none of {', '.join(WEIGHT_FILES)}).")

@@ -14,6 +14,8 @@ from convert.layouts.tokens import (
     pieces_named_as_special,
     read_tokens,
 )
+from glm2_jax.choices import FAMILIES
+from glm2_jax.errors import CheckpointError
 from glm2_jax.family import (
     WITH_ROLES,
     Sign,
@@ -24,6 +26,7 @@ from glm2_jax.family import (
     token_signs,
     tokenizer_signs,
 )
+from glm2_jax.published import form_of, read_rope
 from glm2_jax.text.tokenizer import SPECIAL, Tokenizer
 
 # Files that show how a prompt is written -> what the message calls that.
@@ -40,7 +43,7 @@ class SideFiles:
     """What the small files of a folder hold."""
 
     path: Path
-    raw: Mapping[str, Any]  # config.json; of the HF-native layout also under the published keys
+    raw: Mapping[str, Any]  # config.json
     tokenizer_config: Mapping[str, Any]  # {} without
     named: NamedTokens
     ends: Mapping[int, str]  # ids that end an answer -> the file that says so
@@ -76,20 +79,28 @@ def find_family(
     """Return the family of a folder's model, and a line that says what decided.
 
     The family is None where nothing shows it, the line None where config.json or the user does, who
-    said `family`, `rope_kind`, `template`. Signs that contradict each other are a CheckpointError.
-    `plain` is None where the folder has no tokenizer.model.
+    said `family`, `rope_kind`, `template`. Signs that contradict each other are a CheckpointError,
+    and so is a configuration with the vocabulary of other models. `plain` is None where the folder
+    has no vocabulary.
     """
-    if family is not None or side.raw.get("family") is not None:
-        return family or side.raw["family"], None
-    signs = _signs(side, plain)
+    family = family or side.raw.get("family")
+    possible = _possible(side, plain, family)
+    if family is not None:
+        return family, None
+    signs = [
+        sign._replace(families=sign.families & possible or sign.families)
+        for sign in _signs(side, plain)
+    ]
     found = decide_family(signs, str(side.path))
     if found is not None:
-        clear = any(sign.clear for sign in signs)
+        clear = len(possible) == 1 or any(sign.clear for sign in signs)
         return found, None if clear else f"the family is {found}, by {signs[0].text}"
+    if len(possible) == 1:  # configuration and vocabulary leave no choice
+        return min(possible), None
     if template == "chatglm3":
         return template, None
-    kind = rope_kind or side.raw.get("rope_kind")
-    scaled = str(kind) if side.raw.get("rope_ratio", 1) != 1 else ""
+    ratio, kind = read_rope(form_of(side.raw), side.raw)
+    scaled = str(rope_kind or kind) if ratio != 1 else ""
     path = side.path.absolute()
     if path.parent.name == "snapshots":  # of a hub's cache, where a folder is named by a commit
         path = path.parent.parent
@@ -99,10 +110,32 @@ def find_family(
         ("the tokenizer, which puts no space before a text,", None if dummy else "codegeex2"),
         (f"the folder's name {path.name!r}", named_family(path.name)),
     ):
-        if found is not None:
+        if found in possible:
             other = "chatglm2" if found == "chatglm3" else "chatglm3"
             return found, f"the family is {found}, by {text} alone (otherwise: --family {other})"
     return None, None
+
+
+def _possible(side: SideFiles, plain: Tokenizer | None, family: str | None) -> frozenset[str]:
+    """Return the families that a folder's configuration and vocabulary allow, or the given one.
+
+    Those of different models are a CheckpointError.
+    """
+    form = form_of(side.raw)
+    shown = frozenset(form.families)
+    if family is not None:  # an unknown one is refused later
+        shown = frozenset({family} if family in FAMILIES else FAMILIES)
+    else:
+        shown = shown.intersection(*(sign.families for sign in config_signs(side.raw))) or shown
+    if plain is None or (possible := shown.intersection(plain.families)):
+        return shown if plain is None else possible
+    model = form.name if shown.issuperset(form.families) else f"a {min(shown)} model"
+    raise CheckpointError(
+        f"The configuration and the tokenizer in {side.path} belong to different models.",
+        f"The configuration is that of {model}, the vocabulary one of "
+        f"{' or '.join(plain.families) or 'none of this family'}.",
+        "Use the tokenizer files of the repository that the weights come from.",
+    )
 
 
 def _signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
@@ -134,8 +167,10 @@ def _end_signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
         start = None if plain is None else plain.num_pieces
     roles = set()
     for name in ("<|user|>", "<|observation|>"):
-        if name in ids or start is not None:
-            roles.add(ids[name] if name in ids else start + order.index(name))
+        if name in ids:
+            roles.add(ids[name])
+        elif start is not None:
+            roles.add(start + order.index(name))
     roles -= {token.id for token in side.named.tokens if token.content not in order}
     signs = []
     for where in dict.fromkeys(side.ends.values()):

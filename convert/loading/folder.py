@@ -12,15 +12,17 @@ from convert.files.foreign import explain_file, explain_folder, refuse_quantized
 from convert.files.manifest import MANIFEST, Manifest, check_listed, read_manifest
 from convert.files.shards import Weights, choose_weights, open_weights, read_json
 from convert.files.tensor import is_plain_name, reading
+from convert.files.vocabulary import FAST, VOCABULARY_FILES, read_vocabulary
 from convert.layouts.family import find_family, read_side_files
-from convert.layouts.hf_config import is_native, published_keys
+from convert.layouts.hf_config import is_native
 from convert.layouts.names import Match, match_tensors, own_rules, rules_of, tied_head
 from convert.layouts.tokens import assumed_places, fit_tokenizer
-from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS, TEMPLATES
+from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS
 from glm2_jax.cli.files import refuse_url
 from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError, shorten
 from glm2_jax.schemes import SCHEMES, Scheme, asked_scheme
+from glm2_jax.text.template import TEMPLATES
 from glm2_jax.text.tokenizer import Tokenizer
 
 OFFICIAL_SCHEMES = {4: SCHEMES["int4-row"], 8: SCHEMES["int8"]}  # by quantization_bit
@@ -97,7 +99,8 @@ def open_folder(
         if found.tokenizer is None:
             raise CheckpointError(
                 f"{folder} holds no tokenizer.model.",
-                "Without the SentencePiece model, text cannot be turned into tokens.",
+                "Without the tokenizer's vocabulary, text cannot be turned into tokens (also "
+                f"known: {', '.join(VOCABULARY_FILES[1:])}, and {FAST} of GLM-4).",
                 "Download the file from the repository that the weights come from.",
             )
         tensors, native = weights.tensors, is_native(raw)
@@ -188,13 +191,10 @@ def _architecture(
             raise UsageError(f"unknown {what} {value!r}.", f"Known: {', '.join(choices)}.")
     raw = _read_config(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    published = published_keys(raw) if is_native(raw) else raw
-    side = read_side_files(folder, {**published, **raw}, manifest)
-    plain = None
-    if (folder / "tokenizer.model").exists():
-        plain = Tokenizer.from_file(folder / "tokenizer.model")
+    side = read_side_files(folder, raw, manifest)
+    plain = read_vocabulary(folder)
     family, note = find_family(side, plain, family=family, rope_kind=rope_kind, template=template)
-    config = GLMConfig.from_hf(published, rope_kind=rope_kind, family=family)
+    config = GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family)
     notes = [] if note is None else [note]
     if family is None:
         notes.append(
@@ -261,13 +261,14 @@ def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: 
 
 def check_template(config: GLMConfig, template: str, *, asked: bool) -> None:
     """Refuse a template that the model cannot have, which the user `asked` for, or its folder."""
-    if template not in TEMPLATES or (template == "chatglm3" and config.family != "chatglm3"):
+    families = TEMPLATES[template].families if template in TEMPLATES else ()
+    if config.family not in families:
         error = UsageError if asked else CheckpointError
+        other = f"; if the family is wrong, add --family {families[0]}" if families else ""
         raise error(
             f"The template {template!r} is not supported for a {config.family} model.",
-            "ChatGLM3 prompts need a tokenizer with role ids.",
-            f"Use the template {config.default_template}; if it is a ChatGLM3 model, add "
-            "--family chatglm3.",
+            f"It is for {', '.join(families)} models." if families else "It is not known.",
+            f"Use the template {config.default_template}{other}.",
         )
 
 
@@ -318,13 +319,11 @@ def read_config(
     `name` is one of `PRESETS`, or a path; the others are for a file, as in `load_checkpoint`.
     """
     if name in PRESETS:
-        return PRESETS[name], "int4-row" if name.endswith("-int4") else None
+        return PRESETS[name], {"int4": "int4-row", "int8": "int8"}.get(name.rpartition("-")[2])
     path = Path(name)
     with reading(path):
         if path.exists():
-            raw = read_json(path)
-            raw = published_keys(raw) if is_native(raw) else raw
-            return GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family), None
+            return GLMConfig.from_hf(read_json(path), rope_kind=rope_kind, family=family), None
     near = difflib.get_close_matches(name, PRESETS, n=1)
     raise CheckpointError(
         f"configuration not found: {name}" + (f" (did you mean {near[0]}?)" if near else "."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import traceback
 from contextlib import AbstractContextManager
@@ -39,6 +40,7 @@ class Batcher:
     """
 
     def __init__(self, engine: Engine, options: BatchOptions):
+        options = dataclasses.replace(options, whole=engine.config.block.bidirectional)
         self.options, self.stats, self._draft = options, Stats(), engine.speculate
         self.ended, self.answer_s = 0, 0.0
         self.scheduler = self._new_scheduler()
@@ -59,6 +61,7 @@ class Batcher:
             queue=options.slots + options.queue,  # a free slot is taken at the next step
             deterministic=options.deterministic,
             eager=options.eager,
+            whole=options.whole,
         )
 
     def warm(self) -> None:
@@ -218,7 +221,7 @@ class Batcher:
             executor.device,
             context=options.size,
             batch=options.slots,
-            chunk=options.budget,
+            chunk=max(options.budget, options.widths[-1]),
             columns=1 + self._draft,
         )
         return device_errors(f"{options.slots} slots of {options.size} tokens", explain)

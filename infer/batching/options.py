@@ -27,6 +27,8 @@ class BatchOptions:
             what was computed in them. A row's numbers are then the same to the last bit alone and
             among others; but prompts are read one at a time, and all slots of a row in each step.
         eager: fill all slots before any row decodes: fastest if no user waits for the next token.
+        whole: read every prompt in one piece, however long it is, and reuse nothing: each of its
+            tokens may see all others.
     """
 
     slots: int
@@ -35,16 +37,18 @@ class BatchOptions:
     queue: int = 1024
     deterministic: bool = False
     eager: bool = False
+    whole: bool = False
 
     @property
     def budget(self) -> int:
-        """The tokens of one prefill, R x T."""
+        """The tokens of one prefill, R x T; a `whole` prompt may have more."""
         return min(self.tokens_per_prefill, self.size)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """T of the prefills."""
-        return (*_doubled(SMALLEST_BUCKET, self.budget), self.budget)
+        largest = self.size if self.whole else self.budget
+        return (*_doubled(SMALLEST_BUCKET, largest), largest)
 
     @property
     def views(self) -> tuple[int, ...]:

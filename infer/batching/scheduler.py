@@ -71,6 +71,8 @@ class Scheduler:
         budget: most tokens of a Prefill, padding included.
         widths, views: what programs exist for; those below the largest, which is the budget or the
             size, are used.
+        whole: whether each prompt is read in one piece, in a width of up to the size, and nothing
+            is reused.
         queue: most tickets that may wait.
         deterministic: whether the numbers of a ticket must not depend on others: each Prefill is
             one row in the width that suits it, all steps have the largest view, and only full
@@ -90,14 +92,15 @@ class Scheduler:
         queue: int = 1024,
         deterministic: bool = False,
         eager: bool = False,
+        whole: bool = False,
     ):
-        views = () if deterministic else views
+        views, widest = () if deterministic else views, size if whole else budget
         self.slots, self.size, self.budget = slots, size, budget
-        self.widths = (*sorted(width for width in widths if width < budget), budget)
+        self.widths = (*sorted(width for width in widths if width < widest), widest)
         self.views = (*sorted(view for view in views if view < size), size)
         self.prefix_queries = self.prefix_hits = 0  # tokens of prompts, and how many were reused
         self._most_waiting = queue
-        self._deterministic, self._eager = deterministic, eager
+        self._deterministic, self._eager, self._whole = deterministic, eager, whole
         self._queue = Queue()
         self._running: dict[int, Ticket] = {}  # by slot, the longest there first
         self._free = [_Free(slot) for slot in range(slots)]  # the least recently used first
@@ -116,7 +119,7 @@ class Scheduler:
     def rows_of(self, width: int) -> int:
         """Return the most rows of a Prefill: short prompts are read together, others alone."""
         together = width == self.widths[0] and not self._deterministic
-        return self.budget // width if together else 1
+        return max(self.budget // width, 1) if together else 1
 
     def submit(self, ticket: Ticket) -> None:
         """Let a new ticket wait.
@@ -181,6 +184,7 @@ class Scheduler:
         """Plan parts of the prompts that have waited longest, in the width that ends most.
 
         Of those the one that reads most, then the one with least padding, then with fewest rows.
+        Where prompts are read whole, those that fit the width, and the first one must.
         """
         reading = [ticket for ticket in self._running.values() if ticket.unread]
         # No more than a step can take: who waits still has its turn, and may find a better slot.
@@ -189,13 +193,18 @@ class Scheduler:
         if not reading:
             return None
 
+        def taken(width: int) -> list[Ticket]:
+            fitting = [one for one in reading if one.unread <= width] if self._whole else reading
+            return fitting[: self.rows_of(width)]
+
         def worth(width: int) -> tuple[int, ...]:
-            unread = [ticket.unread for ticket in reading[: self.rows_of(width)]]
+            unread = [ticket.unread for ticket in taken(width)]
             ended, read = sum(n <= width for n in unread), sum(min(n, width) for n in unread)
             return ended, read, -len(unread) * width, width
 
-        width = max(self.widths, key=worth)
-        parts = tuple(self._part(one, width) for one in reading[: self.rows_of(width)])
+        least = reading[0].unread if self._whole else 0
+        width = max((one for one in self.widths if one >= least), key=worth)
+        parts = tuple(self._part(one, width) for one in taken(width))
         return Prefill(parts, width, self._view(max(part.ticket.filled for part in parts)))
 
     def _part(self, ticket: Ticket, width: int) -> Part:
@@ -246,7 +255,7 @@ class Scheduler:
 
     def _shared(self, free: _Free, ticket: Ticket) -> int:
         """Return how many tokens a ticket can reuse; the last of the prompt has to be read."""
-        if not ticket.reuse or free.adapter != ticket.adapter:
+        if self._whole or not ticket.reuse or free.adapter != ticket.adapter:
             return 0
         most = min(len(free.ids), len(ticket.prompt) - 1)
         differing = compress(count(), map(ne, free.ids, ticket.prompt))

@@ -71,7 +71,7 @@ class Slots:
         options, sent = self._options, []
         scored = [part for part in plan.parts if part.ticket.payload.score_prompt is not None]
         for part in scored:
-            sent.append(self._read([part], 1, options.budget, options.size))
+            sent.append(self._read([part], 1, options.widths[-1], options.size))
         if others := [part for part in plan.parts if part not in scored]:
             rows = 1 if len(others) == 1 else self._rows_of(plan.width)
             sent.append(self._read(others, rows, plan.width, plan.view))
@@ -126,7 +126,7 @@ class Slots:
             for rows, width in sorted(sizes):
                 empty = _Reading.empty(rows, width, self._count)
                 state, _, _ = self._begin(executor, state, empty, view)
-        scored = _Reading.empty(1, options.budget, self._count)
+        scored = _Reading.empty(1, options.widths[-1], self._count)
         scored = scored._replace(following=scored.part.tokens)
         return self._begin(executor, state, scored, options.size)[0]
 

@@ -47,9 +47,9 @@ def run(settings: Settings) -> int:
     note_demo_model(settings.choice)
     saved = None if settings.history is None else files.load(settings.history)
     engine = open_engine(settings.choice, settings.options)
-    if engine.template == "raw":
+    if not engine.written.chat:
         raise UsageError(
-            "the template raw has no turns, so a conversation is not possible",
+            f"the template {engine.template} has no turns, so a conversation is not possible",
             fix="choose --template chatglm2, or ask a single question: python -m infer.generate",
         )
     conversation = Conversation(engine, settings.sampling, say=note)

@@ -1,11 +1,11 @@
 """Encodes conversations as token sequences, exactly as the model sees them when it answers.
 
-ChatGLM3 only appends to a conversation, so all of it is one sequence in which every answer is
-learned, with the id that follows and ends it. ChatGLM2 and raw text write the prompt again for
-every question: there a past answer has other tokens than when it was given, and no end token. So
-every answer is a separate sequence, after its prompt.
+Templates of roles (ChatGLM3, GLM-4) only append to a conversation, so all of it is one sequence in
+which every answer is learned, with the id that follows and ends it. The others write the prompt
+again for every question: there a past answer has other tokens than when it was given, and no end
+token. So every answer is a separate sequence, after its prompt.
 
-A message with `"loss": False` is never learned: in a ChatGLM3 sequence its tokens are left out of
+A message with `"loss": False` is never learned: in a sequence of roles its tokens are left out of
 the loss; in the others such an answer has no sequence.
 """
 
@@ -13,40 +13,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from glm2_jax.errors import InputError
-from glm2_jax.family import ROLE_TOKENS
-from glm2_jax.text.prompt import build_followup, build_messages, build_prompt
+from glm2_jax.errors import InputError, UsageError
+from glm2_jax.text.prompt import build_followup, build_prompt
+from glm2_jax.text.roles import build_messages, message_ids
+from glm2_jax.text.template import find_template
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.datasets.formats import Message
 
 
 class Encoder:
-    """Encodes conversations for a template: "chatglm2", "chatglm3" or "raw".
+    """Encodes conversations for one of `choices.TEMPLATES`.
 
     With `train_on_prompt` everything is learned except the ids that every sequence begins with.
+    UsageError: that is asked of a model whose prompts are read in both directions.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, train_on_prompt: bool = False):
+        if train_on_prompt and tokenizer.suffix_ids:
+            raise UsageError(
+                f"--train-on-prompt is not supported for a {tokenizer.family} model",
+                "Each token of its prompt sees the next one, so there is nothing to learn.",
+                "Leave it out.",
+            )
         self.tokenizer, self.template = tokenizer, template
+        self.written = find_template(template)
         self.train_on_prompt = train_on_prompt
 
     def count(self, messages: Sequence[Message]) -> int:
         """Return the number of sequences of a conversation; 0 where nothing is learned."""
-        if self.template == "chatglm3":
+        if self.written.roles:
             return int(any(map(self._is_learned, messages)))
         return len(self._learned_turns(messages))
 
     def encode(self, messages: Sequence[Message], number: int) -> tuple[list[int], list[bool]]:
         """Return the ids of one of its sequences, and which of them are learned; InputError if the
         template cannot express the conversation."""
-        if self.template == "chatglm3":
+        if self.written.roles:
             return self._roles(messages)
         return self._round(messages, self._learned_turns(messages)[number])
 
     def question(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids before the last answer; InputError as `encode`."""
-        if self.template == "chatglm3":
-            return build_messages(self.tokenizer, _unmarked(messages[:-1]))
+        if self.written.roles:
+            return build_messages(self.tokenizer, _unmarked(messages[:-1]), self.template)
         system, turns = _turns(messages, self.template)
         return build_prompt(self.tokenizer, self.template, turns[-1][0], turns[:-1], system)
 
@@ -62,23 +71,23 @@ class Encoder:
         return [n for n, pair in enumerate(pairs) if any(map(self._is_learned, pair))]
 
     def _roles(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        ids = build_messages(self.tokenizer, _unmarked(messages))
-        ids[-1] = self.tokenizer.eos_id  # instead of the role that would answer next
-        roles = {self.tokenizer.special[name] for name in ROLE_TOKENS}
-        start = len(self.tokenizer.prefix_ids)
-        learned, left = [False] * start, iter(messages)
+        ids = list(self.tokenizer.prefix_ids)
+        learned = [False] * len(ids)
         within = self.train_on_prompt and self._is_learned(messages[0])
-        for token in ids[start:]:
+        parts = message_ids(self.tokenizer, _unmarked(messages), self.template)
+        for message, part in zip(messages, parts, strict=True):
             learned.append(within)  # the role that follows an answer ends it
-            if token in roles:
-                within = self._is_learned(next(left))
-        return ids, learned
+            within = self._is_learned(message)
+            learned += [within] * (len(part) - 1)
+            ids += part
+        return [*ids, self.tokenizer.eos_id], [*learned, within]
 
     def _round(self, messages: Sequence[Message], turn: int) -> tuple[list[int], list[bool]]:
         system, turns = _turns(messages, self.template)
         query, answer = turns[turn]
         ids = build_prompt(self.tokenizer, self.template, query, turns[:turn], system)
-        prompt = start = len(ids)  # everything from `start` on is learned
+        prompt = len(ids)
+        start = prompt - self.written.learns_start  # everything from there on is learned
         ids += [*self.tokenizer.encode(answer), self.tokenizer.eos_id]
         at = (messages[0]["role"] == "system") + 2 * turn  # of the question
         if all(map(self._is_learned, messages[: at + 1])):

@@ -13,7 +13,7 @@ from typing import Any
 
 from glm2_jax.cli.text_input import parse_json
 from glm2_jax.errors import InputError, shorten
-from glm2_jax.text.prompt import ROLES, reply_messages
+from glm2_jax.text.roles import ROLES, reply_messages
 from infer.requests.request import parse_history
 
 Message = dict[str, Any]

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from glm2_jax.errors import UsageError
-from glm2_jax.text.prompt import ROLES, Reply
+from glm2_jax.text.cleanup import Cleaner, overlap, replaced
+from glm2_jax.text.roles import ROLES, Reply
 from glm2_jax.text.tokenizer import Detokenizer, Tokenizer
 from infer.engine.loops import LoopDetector
 from infer.engine.params import SamplingParams
 from infer.engine.stats import Stats
-
-_DATE_MARK, _DATE = "[[训练时间]]", "2023年"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TokenLogprob:
 
 
 class Message(NamedTuple):
-    """A message of a ChatGLM3 answer."""
+    """A message of an answer with roles."""
 
     role: str  # "assistant", or another role that the model wrote
     metadata: str  # the name of the tool that it calls, or ""
@@ -60,13 +60,13 @@ class Completion:
         prompt_ids: what the model read.
         output_ids: what it wrote, without the end token. An answer that a stop string ended has
             all tokens up to the one that completed the string.
-        text: the answer, without the stop string and what follows it. In a ChatGLM3 answer every
+        text: the answer, without the stop string and what follows it. In an answer with roles every
             message but a plain first one begins with a line of its role token and metadata.
         finish_reason: "stop" (end token or stop string), "observation" (the model wants the result
             of a tool), "length" or "loop" (see `infer.engine.loops`).
         logprobs: one for each of `output_ids`, where asked for.
-        messages: what a ChatGLM3 answer consists of, as far as `text` goes; () for other templates,
-            and for ids that were continued as they are.
+        messages: what an answer with roles consists of, as far as `text` goes; () for other
+            templates, and for ids that were continued as they are.
         stop_reason: the end token or the stop string that ended the answer; else None.
         stats: tokens and seconds of the answer. Those of several: `infer.engine.stats.together`.
     """
@@ -106,7 +106,7 @@ class StopStrings:
         if found:
             end, self.string = min(found)
         else:
-            end = len(self._held) - _overlap(self._held, self._strings)
+            end = len(self._held) - overlap(self._held, self._strings)
         if self._trim:
             end = len(self._held[:end].rstrip())
         text, self._held = self._held[:end], "" if found else self._held[end:]
@@ -118,54 +118,17 @@ class StopStrings:
         return text
 
 
-class Cleaner:
-    """Cleans text that comes in pieces as the published chat code cleans a complete answer.
-
-    It strips it and fills in the training date.
-    """
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._started = False
-
-    def push(self, text: str) -> str:
-        """Take new text and return what is certain to be in the cleaned answer."""
-        held = (self._held + text).replace(_DATE_MARK, _DATE)
-        if not self._started:
-            held = held.lstrip()
-        end = len(held) - _overlap(held, (_DATE_MARK,))
-        if end == len(held):  # white space may turn out to be the end of the answer
-            end = len(held.rstrip())
-        self._held = held[end:]
-        self._started = self._started or end > 0
-        return held[:end]
-
-    def flush(self) -> str:
-        """Return what was held back and belongs to the answer."""
-        return self._held.rstrip()
-
-
-def _overlap(text: str, strings: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` that one of `strings` begins with."""
-    longest = max((len(string) - 1 for string in strings), default=0)
-    for size in range(min(longest, len(text)), 0, -1):
-        tail = text[-size:]
-        if any(size < len(string) and string.startswith(tail) for string in strings):
-            return size
-    return 0
-
-
 class PlainText:
     """The text of an answer as it is shown, from ids that come one at a time.
 
     `push` takes the next id and returns the text that is now certain, `flush` what was held back.
     Without `clean` it continues the text of the prompt, whose `last` id says whether a leading
-    space is part of it.
+    space is part of it; for `wide` see `Cleaner`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, last: int, *, clean: bool):
+    def __init__(self, tokenizer: Tokenizer, last: int, *, clean: bool, wide: bool = False):
         self._detokenizer = Detokenizer(tokenizer)
-        self._cleaner = Cleaner() if clean else None
+        self._cleaner = Cleaner(wide=wide) if clean else None
         if not clean:
             self._detokenizer.push(last)
             self._detokenizer.flush()
@@ -183,7 +146,7 @@ class PlainText:
 
 
 class RoleText:
-    """The cleaned text of a ChatGLM3 answer, which is one message or several; as `PlainText`.
+    """The cleaned text of an answer with roles, which is one message or several; as `PlainText`.
 
     A message begins with a role token and a line of metadata, which the text shows on a separate
     line, unless it is the first message and plain. As in the published code, a message of a single
@@ -253,7 +216,7 @@ class Answer:
 
     It may have `limit` tokens and ends at one of the model's `stop_ids`, unless the parameters say
     otherwise (the attribute `stop_ids` has all that end it); its text passes through a
-    `Cleaner` (`clean`), or is read as ChatGLM3 messages, each of them cleaned (`roles`).
+    `Cleaner` (`clean`, `wide`), or is read as messages, each of them cleaned (`roles`).
     `finish_reason` is None until it has ended. UsageError: a stop string can never match.
     """
 
@@ -267,13 +230,15 @@ class Answer:
         stop_ids: Sequence[int],
         clean: bool,
         roles: bool = False,
+        wide: bool = False,
     ):
-        if clean and any(_DATE_MARK in text for text in sampling.stop):
-            raise UsageError(
-                f"a stop string with {_DATE_MARK} can never match",
-                f"An answer has {_DATE} instead of {_DATE_MARK}.",
-                "Leave it out.",
-            )
+        for text in sampling.stop if clean else ():
+            if (found := replaced(text, wide=wide)) is not None:
+                raise UsageError(
+                    f"a stop string with {found[0]} can never match",
+                    f"An answer has {found[1]} instead of {found[0]}.",
+                    "Leave it out.",
+                )
         self.prompt_ids, self.limit = tuple(prompt_ids), limit
         ends = () if sampling.ignore_eos else stop_ids
         self.stop_ids = tuple(dict.fromkeys((*ends, *sampling.stop_token_ids)))
@@ -284,7 +249,8 @@ class Answer:
         self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
         self._pieces: list[str] = []
         last = self.prompt_ids[-1]
-        self._text = RoleText(tokenizer, last) if roles else PlainText(tokenizer, last, clean=clean)
+        plain = partial(PlainText, clean=clean, wide=wide)
+        self._text = (RoleText if roles else plain)(tokenizer, last)
         self._stop = StopStrings(sampling.stop, trim=clean)
         self._loop = LoopDetector(sampling.loop_stop)
 

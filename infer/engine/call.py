@@ -25,9 +25,9 @@ ROOM = 256  # slots for the answer that a cache has at first
 class Batch:
     """Rows that are answered together, as the programs take them: padded to a bucket on both axes.
 
-    `chunk` tokens of all rows are read at once. A session's cache has the first `reused` ids of
-    every prompt already; None = no session. B, `size`, is a multiple of `multiple`; the rows after
-    the prompts' are empty.
+    `chunk` tokens of all rows are read at once, or more where prompts must be read `whole`. A
+    session's cache has the first `reused` ids of every prompt already; None = no session. B,
+    `size`, is a multiple of `multiple`; the rows after the prompts' are empty.
     """
 
     def __init__(
@@ -37,12 +37,17 @@ class Batch:
         vocab_size: int,
         max_length: int,
         chunk: int,
+        whole: bool = False,
         reused: int | None = None,
         multiple: int = 1,
     ):
-        self.rows, self.chunk, self.reused = rows, chunk, reused
+        self.rows, self.reused = rows, reused
         self._vocab_size = vocab_size
         self.size = size = padded_batch(len(rows), multiple)
+        if whole:
+            longest = max(len(row.ids) for row in rows)
+            chunk = max(chunk, size * bucket(longest, max_length))
+        self.chunk = chunk
         longest = min(max(1, chunk // size), max_length)
         self.parts = parts([row.ids for row in rows], reused or 0, size, longest)
         # S at first, for the prompts and the beginning of the answers, and for the longest answers.

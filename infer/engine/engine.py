@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from glm2_jax.errors import UsageError
 from glm2_jax.limits import DRAFT, PREFILL_CHUNK
 from glm2_jax.text import prompt
+from glm2_jax.text.roles import Reply
+from glm2_jax.text.template import Template, find_template
 from infer.engine.answer import Answer, Completion
 from infer.engine.call import Batch, Call
 from infer.engine.executor import Executor
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LENGTH = 8192
 
-Turns = Sequence[tuple[str, prompt.Reply]]
+Turns = Sequence[tuple[str, Reply]]
 Samplings = SamplingParams | Sequence[SamplingParams]
 
 
@@ -43,8 +45,10 @@ class Engine:
 
     Attributes:
         checkpoint, config, tokenizer, template: what was opened.
+        written: how prompts are written by that template.
         max_length: longest prompt and answer together.
-        prefill_chunk: how many tokens of prompts, of all rows together, are read at once.
+        prefill_chunk: how many tokens of prompts, of all rows together, are read at once. Where
+            the context is bidirectional, a prompt is read in one piece, however long it is.
         speculate: tokens that each step drafts and verifies, see `infer.engine.drafts`; 0 = off.
         load_s: seconds of opening the checkpoint.
         executor: runs the programs on the device.
@@ -68,6 +72,7 @@ class Engine:
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
         self.template = checkpoint.template
+        self.written: Template = find_template(self.template)
         longest = DEFAULT_MAX_LENGTH if max_length is None else whole("max_length", max_length, 2)
         self.max_length = min(longest, self.config.seq_length)
         chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
@@ -118,8 +123,8 @@ class Engine:
             sampling: how all rows are answered, or each.
             row_ids: a number of 0 or more for each prompt, default its index: which random numbers
                 it draws. A prompt gets the same tokens under the same number in any call.
-            clean: strip the texts and fill in the training date, as the published code does; with
-                the template chatglm3, read them as messages.
+            clean: clean the texts, as the published chat code does; with a template of roles,
+                read them as messages.
 
         Raises (on the call):
             InputError: an empty prompt, bad ids, or no room for an answer.
@@ -146,17 +151,17 @@ class Engine:
         Args:
             prompts: a string is a question, put through the template, its answer cleaned (but not
                 with the template "raw"); a list of ids is continued as it is.
-            **sampling: see `SamplingParams.from_kwargs`.
+            **sampling: see `SamplingParams.from_kwargs`; the preset is that of the template.
         """
         ids, clean = self._prompt_ids(prompts)
-        return self.complete(ids, SamplingParams.from_kwargs(**sampling), clean=clean)
+        return self.complete(ids, self._sampling(sampling), clean=clean)
 
     def stream(
         self, prompts: Iterable[str | Sequence[int]], **sampling: Any
     ) -> Iterator[tuple[int, str]]:
         """Do the same as `generate`, yielding (row, piece of text) as it comes."""
         ids, clean = self._prompt_ids(prompts)
-        events = self.run(ids, SamplingParams.from_kwargs(**sampling), clean=clean)
+        events = self.run(ids, self._sampling(sampling), clean=clean)
         return ((event.row, event.text) for event in events if event.text)
 
     def chat(
@@ -166,7 +171,7 @@ class Engine:
         *,
         system: str | None = None,
         **sampling: Any,
-    ) -> tuple[str, list[tuple[str, prompt.Reply]]]:
+    ) -> tuple[str, list[tuple[str, Reply]]]:
         """Answer a question in a conversation.
 
         Returns:
@@ -174,8 +179,7 @@ class Engine:
             response is more than one plain message, (question, messages), see `Completion.reply`.
         """
         ids = self.build_prompt(query, history, system)
-        params = SamplingParams.from_kwargs(**sampling)
-        answer = self.complete([ids], params, clean=True)[0]
+        answer = self.complete([ids], self._sampling(sampling), clean=True)[0]
         return answer.text, [*((q, a) for q, a in history or ()), (query, answer.reply)]
 
     def stream_chat(
@@ -189,7 +193,7 @@ class Engine:
     ) -> Generator[str, None, None]:
         """Do the same as `chat`, yielding the answer in pieces (`cumulative`: all of it so far)."""
         ids = self.build_prompt(query, history, system)
-        events = self.run([ids], SamplingParams.from_kwargs(**sampling), clean=True)
+        events = self.run([ids], self._sampling(sampling), clean=True)
         pieces = (event.text for event in events if event.text)
         return (text for text in itertools.accumulate(pieces)) if cumulative else pieces
 
@@ -208,6 +212,7 @@ class Engine:
             vocab_size=self.config.vocab_size,
             max_length=self.max_length,
             chunk=self.prefill_chunk,
+            whole=self.config.block.bidirectional,
             reused=reused,
             multiple=self.executor.places.rows,
         )
@@ -222,8 +227,8 @@ class Engine:
         clean: bool = False,
     ) -> list[Row]:
         """Return a row for each prompt; arguments and errors are those of `run`."""
-        roles = clean and self.template == "chatglm3"
-        answer = partial(Answer, self.tokenizer, stop_ids=self.stop_ids, clean=clean, roles=roles)
+        how = {"roles": clean and self.written.roles, "wide": self.written.wide}
+        answer = partial(Answer, self.tokenizer, stop_ids=self.stop_ids, clean=clean, **how)
         sizes = {"vocab_size": self.config.vocab_size, "max_length": self.max_length}
         return make_rows(prompts, sampling, row_ids, answer, **sizes)
 
@@ -233,5 +238,8 @@ class Engine:
         questions = [prompt for prompt in prompts if isinstance(prompt, str)]
         if questions and len(questions) < len(prompts):
             raise UsageError("prompts must be all strings or all lists of token ids")
-        clean = bool(questions) and self.template != "raw"
+        clean = bool(questions) and self.written.chat
         return [self.build_prompt(p) for p in questions] or prompts, clean
+
+    def _sampling(self, given: dict[str, Any]) -> SamplingParams:
+        return SamplingParams.from_kwargs(**{"preset": self.written.preset, **given})

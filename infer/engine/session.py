@@ -22,6 +22,7 @@ class Session:
     prompt begins with the same ids they are not computed again: the next turn of a conversation,
     a question that is asked again and a history that was edited or cut all go the same way. The
     model always sees the complete prompt, so a wrong guess is not possible, only a slower start.
+    Where the context is bidirectional, nothing can be kept: all of it sees what is new.
 
     Attributes:
         engine: what it answers with.
@@ -75,6 +76,8 @@ class Session:
 
     def _reusable(self, ids: Sequence[int]) -> int:
         """Count the ids at the beginning that are in the cache; the last one has to be read."""
+        if self.engine.config.block.bidirectional:
+            return 0
         pairs = zip(self.ids, ids[:-1], strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 

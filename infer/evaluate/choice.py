@@ -123,7 +123,7 @@ def ask(
         texts = [exam.put(one) for one in (*few, question)]
         texts[0] = exam.head + texts[0]
         solved = [LETTERS[one.answer] for one in few]
-        if engine.template == "raw":
+        if not engine.written.chat:
             rounds = [f"{text}{x}" for text, x in zip_longest(texts, solved, fillvalue="")]
             texts, solved = ["\n\n".join(rounds)], []
         *before, text = texts

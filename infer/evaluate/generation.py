@@ -72,7 +72,7 @@ def _generate(settings: Settings, bad: BadRows) -> tuple[list[str], list[str]]:
     asked = bad.keep(rows, prompt)
     bad.check(len(asked))
     prompts, questions, labels = map(list, zip(*(row for _, row in asked), strict=True))
-    texts, clean = [""] * len(asked), engine.template != "raw"
+    texts, clean = [""] * len(asked), engine.written.chat
     with predictions_file(settings.predictions) as write:
         for at, text in answers(engine, prompts, sampling, batch, clean=clean):
             texts[at] = text

@@ -48,7 +48,7 @@ def make_values(
     config, tokenizer, params = engine.config, engine.tokenizer, engine.checkpoint.params
     room = min(max_new_tokens, longest(config) - len(ids))
     sampling = SamplingParams(temperature=0.0, max_new_tokens=room)
-    *_, event = engine.run([list(ids)], sampling, clean=engine.template != "raw")
+    *_, event = engine.run([list(ids)], sampling, clean=engine.written.chat)
     answer = event.completion
     assert answer is not None
     ended = answer.stop_reason is not None  # by an end token, since there are no stop strings

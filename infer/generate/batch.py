@@ -199,7 +199,7 @@ class _Batch:
             [row.ids],
             self.settings.sampling,
             row_ids=[row.number - 1],
-            clean=engine.template != "raw",
+            clean=engine.written.chat,
         )
         made.index = row.number - 1  # an error names the line
         return Job(made, listen)

@@ -70,7 +70,7 @@ def _answer_one(settings: Settings, engine: Engine, request: Request) -> None:
     # Also without streaming: Ctrl-C then ends the loop after the running step.
     completion = None
     try:
-        for event in engine.run([ids], settings.sampling, clean=engine.template != "raw"):
+        for event in engine.run([ids], settings.sampling, clean=engine.written.chat):
             completion = event.completion
             if stream and event.text:
                 print(displayed(event.text), end="", flush=True)

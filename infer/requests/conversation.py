@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 from glm2_jax.errors import CheckpointError, InputError
-from glm2_jax.text.prompt import Reply, build_followup
+from glm2_jax.text.prompt import build_followup
+from glm2_jax.text.roles import Reply
 from infer.engine.answer import RoleText, reply_of
 from infer.engine.call import closed_at_exit
 from infer.engine.engine import Engine
@@ -26,7 +27,7 @@ class Turn:
     """A question and its answer."""
 
     question: str
-    answer: Reply  # text, or the messages of a ChatGLM3 answer that is more than a plain one
+    answer: Reply  # text, or the messages of an answer with roles that is more than a plain one
     # All that the model had read and written after the answer, if it says the same as the text.
     ids: tuple[int, ...] | None = None
     first: int = 0  # index of the oldest turn in its prompt
@@ -68,8 +69,8 @@ class Conversation:
 
     @property
     def ids(self) -> tuple[int, ...] | None:
-        """All that a ChatGLM3 model has read and written, if it is known and includes all turns."""
-        if self.engine.template != "chatglm3" or not self.turns or self.turns[-1].first:
+        """All that a model with roles has read and written, if known and of all turns."""
+        if not self.engine.written.roles or not self.turns or self.turns[-1].first:
             return None
         return self.turns[-1].ids
 
@@ -99,14 +100,14 @@ class Conversation:
     ) -> None:
         """Replace this conversation by another one.
 
-        `ids` is all that a ChatGLM3 model had read and written, to continue if it says the same.
+        `ids` is all that a model with roles had read and written, to continue if it says the same.
         InputError: the model's template cannot express it; then nothing has changed.
         """
         history = list(history)
         Request("?", tuple(history), system)
         built = self.engine.build_prompt("?", history, system)
         self.turns = [Turn(question, answer) for question, answer in history]
-        if ids and history and self.engine.template == "chatglm3":
+        if ids and history and self.engine.written.roles:
             if self._say_the_same([*ids, *self._followup("?", len(history) + 1)], built):
                 self.turns[-1] = dataclasses.replace(self.turns[-1], ids=tuple(ids))
         self.system = system
@@ -184,11 +185,11 @@ class Conversation:
             return
         reply: Reply = text
         written = None
-        if self.engine.template == "chatglm3":
+        if self.engine.written.roles:
             reader = RoleText(self.engine.tokenizer, ids[-1])
             written = _text_of(reader, tokens)
             reply = reply_of(text, reader.messages(text))
-        elif self.engine.template == "chatglm2":
+        elif self.engine.written.rounds is not None:
             written = self.engine.tokenizer.decode(tokens)
         exact = (*ids, *tokens) if written == text else None
         self.turns.append(Turn(question, reply, exact, self.left_out, self.limit))
@@ -235,12 +236,12 @@ class Conversation:
     def _followup(self, question: str, round_number: int) -> list[int]:
         """Return the ids that follow an answer."""
         tokenizer = self.engine.tokenizer
-        if self.engine.template == "chatglm3":
+        if self.engine.written.roles:
             return self.engine.build_prompt(question)[len(tokenizer.prefix_ids) :]
         return build_followup(tokenizer, question, round_number)
 
     def _say_the_same(self, *prompts: Sequence[int]) -> bool:
-        """Return whether these are prompts with the same ChatGLM3 messages."""
+        """Return whether these are prompts with the same messages."""
         tokenizer = self.engine.tokenizer
         if max(map(max, prompts)) >= tokenizer.size:
             return False

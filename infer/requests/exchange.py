@@ -4,7 +4,8 @@ from typing import Any
 
 from glm2_jax.cli.messages import note
 from glm2_jax.errors import InputError
-from glm2_jax.text.prompt import build_messages, build_prompt, truncate_prompt
+from glm2_jax.text.prompt import build_prompt, truncate_prompt
+from glm2_jax.text.roles import build_messages
 from infer.engine.answer import Completion
 from infer.engine.engine import Engine
 from infer.engine.params import SamplingParams
@@ -35,11 +36,11 @@ def encode(
 def _build(engine: Engine, request: Request, truncate: int | None, where: str) -> list[int]:
     tokenizer, template = engine.tokenizer, engine.template
     if request.messages is not None:
-        if template != "chatglm3":
+        if not engine.written.roles:
             raise InputError(
-                "messages need the template chatglm3", f"the template here is {template}"
+                "messages need the template chatglm3 or glm4", f"the template here is {template}"
             )
-        ids = build_messages(tokenizer, request.messages)
+        ids = build_messages(tokenizer, request.messages, template)
         if truncate and len(ids) > truncate:
             raise InputError(
                 f"the messages are too long: {len(ids)} tokens, --truncate-prompt {truncate}",

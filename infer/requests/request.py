@@ -1,7 +1,7 @@
 """Requests: questions with history and system text, from flags and from batch files.
 
-A batch file holds one JSON object per line: `prompt`, or ChatGLM3 `messages`; and optionally `id`,
-`history` ([[question, answer], ...]) and `system`.
+A batch file holds one JSON object per line: `prompt`, or for ChatGLM3 and GLM-4
+`messages`; and optionally `id`, `history` ([[question, answer], ...]) and `system`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from glm2_jax.cli.text_input import parse_json, parse_object, read_utf8
 from glm2_jax.errors import InputError, shorten
-from glm2_jax.text.prompt import Reply, is_reply
+from glm2_jax.text.roles import Reply, is_reply
 
 Turns = tuple[tuple[str, Reply], ...]
 _HISTORY_FORM = 'write a list of pairs: [["question", "answer"], ...]'
@@ -28,9 +28,9 @@ class Request:
     """One question."""
 
     prompt: str = ""  # "" if there are messages
-    history: Turns = ()  # (question, answer), oldest first; an answer may be ChatGLM3 messages
+    history: Turns = ()  # (question, answer), oldest first; an answer may be messages
     system: str | None = None  # instructions
-    messages: tuple[dict[str, Any], ...] | None = None  # of ChatGLM3, in place of the three above
+    messages: tuple[dict[str, Any], ...] | None = None  # in place of the three above
     id: str | int | None = None  # copied to the output
 
     def __post_init__(self) -> None:

@@ -48,9 +48,12 @@ def usage(jobs: Sequence[Job], completions: Iterable[Completion], per_prompt: in
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """Return the text of a token; of a part of a character "bytes:\\xe4", of a special token its
     name."""
-    byte = tokenizer.byte_value(token)
-    if byte is not None:
-        return chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}"
+    raw = tokenizer.raw_bytes(token)
+    if raw is not None:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
     special = (name for name, known in tokenizer.special.items() if known == token)
     return tokenizer.token_text(token) or next(special, "") or tokenizer.piece(token)
 
@@ -92,13 +95,14 @@ class Shape(Protocol):
 class ChatShape:
     """The choices of /v1/chat/completions.
 
-    With `tools`, calls are taken out of the text; the answer is a call of the tool `called`, if
-    one is given, whose beginning the prompt has.
+    With `tools`, which says how they are called (see `Template.calls`), calls are taken out of the
+    text; the answer is a call of the tool `called`, if one is given, whose beginning the prompt
+    has.
     """
 
     answer, long = True, False
 
-    def __init__(self, tokenizer: Tokenizer, *, tools: bool, called: str | None = None):
+    def __init__(self, tokenizer: Tokenizer, *, tools: str | None, called: str | None = None):
         self._tokenizer, self._tools, self._called = tokenizer, tools, called
         self._held: dict[int, StopStrings] = {}
 
@@ -106,7 +110,7 @@ class ChatShape:
         """Return the choice of a complete answer."""
         text, calls = completion.text, []
         if self._tools:
-            text, calls = tool_calls.read(completion, self._called)
+            text, calls = tool_calls.read(completion, self._tools, self._called)
         message: Json = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
@@ -140,13 +144,13 @@ class ChatShape:
         """Return the text that is certain to be no call, and at the end the calls."""
         if self._called is not None:
             done = event.completion
-            return ("", []) if done is None else tool_calls.read(done, self._called)
+            return ("", []) if done is None else tool_calls.read(done, self._tools, self._called)
         held = self._held.setdefault(index, StopStrings(_HEADERS))
         text = "" if held.string else held.push(event.text)
         if event.completion is None:
             return text, []
         shown = event.completion.text
-        rest, calls = tool_calls.read(event.completion)
+        rest, calls = tool_calls.read(event.completion, self._tools)
         if not held.string:
             return text + held.flush(), []
         before = min(shown.find(header) for header in _HEADERS if header in shown)
@@ -187,7 +191,7 @@ class _Places:
 
     def add(self, token: int) -> int:
         """Return where the next token begins."""
-        if self._tokenizer.byte_value(token) is None:  # a character that is not complete ends
+        if self._tokenizer.raw_bytes(token) is None:  # a character that is not complete ends
             self._end += len(self._detokenizer.flush())
         place = self._end
         self._end += len(self._detokenizer.push(token))

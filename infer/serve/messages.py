@@ -9,10 +9,13 @@ from infer.serve import tool_calls
 from infer.serve.errors import ApiError, unsupported
 from infer.serve.schema import Message, Part, Tool
 
-# The words that ChatGLM3 was trained with.
-_TOOLS = (
-    "Answer the following questions as best as you can. You have access to the following tools:"
-)
+# The words before the tools that the models were trained with, by how they call them. Those of
+# GLM-4 are part of its template.
+_TOOLS: dict[str | None, str] = {
+    "python": "Answer the following questions as best as you can. "
+    "You have access to the following tools:",
+    "json": "",
+}
 _SYSTEM = ("system", "developer")
 _RESULTS = ("tool", "function")
 
@@ -31,12 +34,14 @@ def _part_text(part: Part) -> str:
     return text
 
 
-def chatglm3(asked: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Return the messages as ChatGLM3 takes them."""
+def with_roles(
+    asked: Sequence[Message], tools: Sequence[Tool], calls: str | None
+) -> list[dict[str, Any]]:
+    """Return the messages of a template of roles; `calls` is how it writes tool calls."""
     result: list[dict[str, Any]] = []
     if tools:
         described = [tool.function.model_dump(exclude_none=True) for tool in tools]
-        result.append({"role": "system", "content": _TOOLS, "tools": described})
+        result.append({"role": "system", "content": _TOOLS[calls], "tools": described})
     for message in asked:
         text = text_of(message)
         if message.role in _SYSTEM:
@@ -44,17 +49,17 @@ def chatglm3(asked: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, 
         elif message.role in _RESULTS:
             result.append({"role": "observation", "content": text})
         else:
-            calls = message.tool_calls or ()
-            if text or not calls:
+            called = message.tool_calls or ()
+            if text or not called:
                 result.append({"role": message.role, "content": text})
-            for call in calls:
-                code = tool_calls.as_code(call.function.arguments)
+            for call in called:
+                written = tool_calls.written(call.function.arguments, calls)
                 name = call.function.name
-                result.append({"role": "assistant", "metadata": name, "content": code})
+                result.append({"role": "assistant", "metadata": name, "content": written})
     return result
 
 
-def chatglm2(
+def rounds(
     asked: Sequence[Message], tools: Sequence[Tool]
 ) -> tuple[str, list[tuple[str, str]], str | None]:
     """Return question, history and system text of messages, for a template of rounds.
@@ -65,7 +70,9 @@ def chatglm2(
     if tools or any(
         message.tool_calls or message.role in ("tool", "function") for message in asked
     ):
-        raise unsupported("tools", "this model was not trained to call tools; ChatGLM3 was.")
+        raise unsupported(
+            "tools", "this model was not trained to call tools; ChatGLM3 and GLM-4 were."
+        )
     if asked[-1].role != "user":
         raise ApiError(
             400,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from glm2_jax.errors import shorten
-from glm2_jax.text.prompt import build_messages, build_prompt
-from glm2_jax.text.tokenizer import Tokenizer
+from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.prompt import text_ids as prompt_ids
+from glm2_jax.text.roles import build_messages
 from infer.batching.grammar import Matcher
 from infer.engine.params import MAX_SEED, PRESETS, SamplingParams
 from infer.serve import messages
@@ -52,22 +53,23 @@ async def chat_prompt(
 ) -> Prompt:
     """Return the prompt of a chat; ApiError, InputError: the template cannot express it.
 
-    A ChatGLM3 answer continues the texts of `begun`: first the line of metadata.
+    An answer with roles continues the texts of `begun`: first the line of metadata.
     """
 
     def build() -> list[int]:
-        if facts.template == "chatglm3":
-            ids = build_messages(facts.tokenizer, messages.chatglm3(asked, tools))
+        if facts.written.roles:
+            written = messages.with_roles(asked, tools, facts.written.calls)
+            ids = build_messages(facts.tokenizer, written, facts.template)
             # Encoded separately, as in a history.
             return ids + [token for text in begun for token in facts.tokenizer.encode(text)]
-        if facts.template == "raw":
+        if not facts.written.chat:
             raise ApiError(
                 400,
                 "This model has no chat template; use /v1/completions.",
                 code="unsupported_parameter",
                 param="messages",
             )
-        turns = messages.chatglm2(asked, tools)
+        turns = messages.rounds(asked, tools)
         return build_prompt(facts.tokenizer, facts.template, *turns)
 
     size = sum(len(messages.text_of(message)) for message in asked)
@@ -83,8 +85,17 @@ async def text_prompts(facts: Facts, body: CompletionBody) -> list[Prompt]:
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
 
+    if body.echo and body.logprobs is not None and facts.tokenizer.suffix_ids:
+        raise ApiError(
+            400,
+            "`echo` with `logprobs` is not supported: the tokens of this model's prompts see each "
+            "other in both directions, so none of them has a probability.",
+            code="unsupported_parameter",
+            param="echo",
+        )
+
     def build() -> list[Prompt]:
-        return [_with_prefix(facts.tokenizer, prompt) for prompt in given]
+        return [_complete(facts, prompt) for prompt in given]
 
     size = sum(map(len, given))
     for prompt in given:
@@ -115,16 +126,23 @@ def _check_ids(facts: Facts, ids: Iterable[int], param: str) -> None:
         )
 
 
-def _with_prefix(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    prefix = tokenizer.prefix_ids
-    if not isinstance(prompt, str) and ids[: len(prefix)] == prefix:
-        return Prompt(ids)
-    return Prompt(prefix + ids, len(prefix))
+def _complete(facts: Facts, prompt: str | list[int]) -> Prompt:
+    """Return a text, or ids, between what begins and ends every prompt; ids may have it already."""
+    tokenizer, prefix = facts.tokenizer, facts.tokenizer.prefix_ids
+    if isinstance(prompt, str):
+        kind = facts.template if facts.written.fills else "raw"
+        return Prompt(prompt_ids(tokenizer, kind, prompt), len(prefix))
+    suffix = tokenizer.suffix_ids
+    after = [] if suffix[-1:] and suffix[-1] in prompt else suffix
+    hidden = 0 if prompt[: len(prefix)] == prefix else len(prefix)
+    return Prompt([*prefix[:hidden], *prompt, *after], hidden)
 
 
-async def text_ids(facts: Facts, text: str) -> list[int]:
-    """Return the ids of a text alone; ApiError for one that is much longer than the context."""
+async def text_ids(facts: Facts, text: str, *, complete: bool) -> list[int]:
+    """Return the ids of a text, alone or as a `complete` prompt.
+
+    ApiError for one that is much longer than the context.
+    """
     most = max(_LONGEST_TEXT, 16 * facts.max_length)
     if len(text) > most:
         raise ApiError(
@@ -134,7 +152,11 @@ async def text_ids(facts: Facts, text: str) -> list[int]:
             code="invalid_value",
             param="prompt",
         )
-    return await elsewhere(lambda: facts.tokenizer.encode(text), len(text) > LONG)
+
+    def build() -> list[int]:
+        return _complete(facts, text).ids if complete else facts.tokenizer.encode(text)
+
+    return await elsewhere(build, len(text) > LONG)
 
 
 async def text_of_ids(facts: Facts, ids: Sequence[int]) -> str:
@@ -182,7 +204,7 @@ def official_sampled(facts: Facts, body: OfficialBody) -> Sampled:
     given = {name: value for name, value in given.items() if value is not None}
     seed = secrets.randbits(63)
     sampling = dataclasses.replace(PRESETS["api"], seed=seed, **given)
-    return Sampled(sampling, 1, clean=facts.template != "raw")
+    return Sampled(sampling, 1, clean=facts.written.chat)
 
 
 def sampled(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm2_jax.errors import shorten
+from glm2_jax.text.template import Template, find_template
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.batching.grammar import Grammars
 from infer.batching.worker import Worker
@@ -32,6 +33,11 @@ class Facts:
     fingerprint: str  # of the weights and how they are computed
     longest_token: int  # in characters
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+
+    @property
+    def written(self) -> Template:
+        """How prompts are written by the template."""
+        return find_template(self.template)
 
     @classmethod
     def of(cls, engine: Engine, fingerprint: str) -> Facts:

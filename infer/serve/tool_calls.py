@@ -1,6 +1,6 @@
-"""Tool calls of ChatGLM3: code such as `tool_call(city='Beijing')`, which is never run.
+"""Tool calls: JSON (GLM-4), or code such as `tool_call(city='Beijing')` (ChatGLM3).
 
-It is parsed, and only literals count as arguments.
+The code is never run: it is parsed, and only literals count as arguments.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 import keyword
 import re
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from infer.engine.answer import Completion, Message
 from infer.serve.errors import ApiError, unsupported
@@ -22,8 +22,8 @@ _OPENING = "```python\ntool_call("
 _MAX_CODE = 100_000  # characters
 
 
-def as_code(arguments: str) -> str:
-    """Return the JSON arguments of a call as the code that the model writes for it."""
+def written(arguments: str, calls: str | None) -> str:
+    """Return the JSON arguments of a call as the model writes it, see `Template.calls`."""
     try:
         values = json.loads(arguments or "{}")
         json.dumps(values, allow_nan=False)  # Python reads NaN, and 1e999 as infinity
@@ -36,6 +36,10 @@ def as_code(arguments: str) -> str:
             code="invalid_value",
             param="messages.tool_calls.function.arguments",
         )
+    return _STYLES[calls].write(values)
+
+
+def _as_code(values: Mapping[str, Any]) -> str:
     if all(name.isidentifier() and not keyword.iskeyword(name) for name in values):
         inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
     else:
@@ -43,7 +47,21 @@ def as_code(arguments: str) -> str:
     return f"{_OPENING}{inside})\n```"
 
 
-def arguments_of(code: str) -> dict[str, Any] | None:
+def _as_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _of_json(text: str) -> dict[str, Any] | None:
+    """Return the arguments that a message consists of; None if it is no JSON object."""
+    try:
+        values = json.loads(text) if len(text) <= _MAX_CODE else None
+        _check_json(values)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _of_code(code: str) -> dict[str, Any] | None:
     """Return the arguments of the call in a message; None if it is no call with literals."""
     found = _FENCE.search(code)
     source = (found[1] if found else code).strip()
@@ -57,10 +75,31 @@ def arguments_of(code: str) -> dict[str, Any] | None:
         for argument in call.keywords:
             value = ast.literal_eval(argument.value)
             values |= value if argument.arg is None else {argument.arg: value}
-        json.dumps(values, allow_nan=False)
+        _check_json(values)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
     return values if all(isinstance(name, str) for name in values) else None
+
+
+def _check_json(value: Any) -> None:
+    """Raise ValueError or TypeError for what JSON in UTF-8 cannot express."""
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+
+
+class _Style(NamedTuple):
+    """How a model writes the calls of tools."""
+
+    opening: str  # what can be said of a call before its arguments are known
+    write: Callable[[Mapping[str, Any]], str]
+    read: Callable[[str], dict[str, Any] | None]
+
+
+_STYLES = {
+    "python": _Style(_OPENING, _as_code, _of_code),
+    "json": _Style("", _as_json, _of_json),
+    None: _Style("", _as_json, lambda text: None),  # of a model that calls no tools
+}
+"""By `glm2_jax.text.template.Template.calls`."""
 
 
 def required(choice: str | NamedTool | None, tools: Sequence[Tool]) -> str | None:
@@ -82,32 +121,36 @@ def required(choice: str | NamedTool | None, tools: Sequence[Tool]) -> str | Non
     return names[0]
 
 
-def beginning(name: str) -> tuple[str, str]:
-    """Return how an answer begins that calls a tool: the line of metadata, and the code."""
-    return f"{name}\n", _OPENING
+def beginning(name: str, calls: str | None) -> tuple[str, ...]:
+    """Return how an answer begins that calls a tool: the line of metadata, and the opening."""
+    opening = _STYLES[calls].opening
+    return (f"{name}\n", opening) if opening else (f"{name}\n",)
 
 
-def read(completion: Completion, called: str | None = None) -> tuple[str, list[dict[str, Any]]]:
+def read(
+    completion: Completion, calls: str | None, called: str | None = None
+) -> tuple[str, list[dict[str, Any]]]:
     """Return the text of an answer without its tool calls, and the calls as OpenAI has them.
 
+    `calls` is how the model writes them, see `Template.calls`.
     The answer continues the `beginning` of a call of the tool `called`, if one is given. If such a
     call was cut off, it is neither a call nor text.
     """
-    texts, calls, messages = [], [], completion.messages
+    texts, found, messages, style = [], [], completion.messages, _STYLES[calls]
     if called is not None:
-        messages = (Message("assistant", called, _OPENING + completion.text),)
+        messages = (Message("assistant", called, style.opening + completion.text),)
     for message in messages:
-        arguments = arguments_of(message.content) if _may_call(message) else None
+        arguments = style.read(message.content) if _may_call(message) else None
         if arguments is None:
             written = "" if completion.finish_reason in ("length", "loop") else completion.text
             texts.append(message.text if called is None else written)
             continue
         text = json.dumps(arguments, ensure_ascii=False)
         function = {"name": message.metadata, "arguments": text}
-        calls.append(
+        found.append(
             {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
         )
-    return "\n".join(texts), calls
+    return "\n".join(texts), found
 
 
 def deltas(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

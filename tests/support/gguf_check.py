@@ -34,7 +34,8 @@ from convert.random import write_random
 from convert.writing import gguf as gguf_export
 from glm2_jax import Tokenizer
 from glm2_jax.config import GLMConfig
-from glm2_jax.text.prompt import build_messages, build_prompt
+from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.roles import build_messages
 from tests.support.checkpoints import random_params, tiny_config, write_official
 from tests.support.paths import ROOT
 from tests.support.sp_model import sp_model

@@ -91,3 +91,12 @@ def real_model() -> Path:
     if not (REAL_TOKENIZER / "tokenizer.model").is_file():
         pytest.skip("the published tokenizer is not next to the checkout")
     return REAL_TOKENIZER
+
+
+@functools.cache
+def chatglm_model() -> bytes:
+    """The model with the further pieces that first-generation ChatGLM-6B needs."""
+    control = ["<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"]
+    blanks = [f"<|blank_{count}|>" for count in range(2, 81)]
+    model = with_pieces(sp_model(), [*control, "<ENC>", "<dBLOCK>"], kind=3)
+    return with_pieces(model, ["<n>", "<|tab|>", *blanks], kind=4)

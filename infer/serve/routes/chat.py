@@ -30,16 +30,17 @@ def make(service: Service) -> APIRouter:
         strict = service.options.strict
         headers = fields.check(body.model_extra, body.messages, strict=strict)
         tools = [] if body.tool_choice == "none" else body.tools or []
+        calls = facts.written.calls
         called = tool_calls.required(body.tool_choice, tools)
         schema = formats.schema_of(body, tools)
         begun = () if schema is None else ("\n",)  # no line of metadata: it can call no tool
-        begun = begun if called is None else tool_calls.beginning(called)
+        begun = begun if called is None else tool_calls.beginning(called, calls)
         prompts = [await chat_prompt(facts, body.messages, tools, begun)]
         asked = chat_sampled(service, body)
         check_lengths(facts, prompts, asked.sampling.max_new_tokens, "messages")
         if schema is not None:
             asked = await formats.enforced(service, asked, schema)
-        shape = ChatShape(facts.tokenizer, tools=bool(tools), called=called)
+        shape = ChatShape(facts.tokenizer, tools=calls if tools else None, called=called)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = answers.head("chatcmpl", kind, name, facts.fingerprint)
         return await respond(service, request, body, prompts, asked, shape, head, headers)

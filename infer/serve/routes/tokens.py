@@ -33,8 +33,7 @@ def make(service: Service) -> APIRouter:
         if body.messages is not None:
             ids = (await chat_prompt(facts, body.messages, body.tools or [])).ids
         else:
-            ids = await text_ids(facts, body.prompt or "")
-            ids = tokenizer.prefix_ids + ids if body.add_special_tokens else ids
+            ids = await text_ids(facts, body.prompt or "", complete=body.add_special_tokens)
 
         def reply() -> dict[str, Any]:
             names = [token_name(tokenizer, i) for i in ids] if body.return_token_strs else None

@@ -29,7 +29,8 @@ from convert.files.torch_reader import read_state_dict, read_torch_file
 from convert.loading.folder import fingerprint, open_folder
 from glm2_jax.cli.text_input import open_input, read_lines
 from glm2_jax.errors import GLMError, InputError
-from glm2_jax.text.prompt import build_messages, build_prompt
+from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.roles import build_messages
 from glm2_jax.text.tokenizer import Tokenizer
 from infer.chat import files as chat_files
 from infer.requests.request import Request, parse_line, read_history

@@ -315,10 +315,14 @@ def test_names_and_paths(tmp_path, monkeypatch):
     assert "Known: hf, modelscope" in fails(UsageError, NAME, source="elsewhere")
     monkeypatch.setattr("convert.hub.find.open_clients", None)
     for source in (None, *SOURCES):
-        reason = fails(CheckpointError, "thudm/chatglm-6b-int4", source=source)
-        assert "first generation" in reason
-        reason = fails(CheckpointError, "zai-org/glm-4-9b-chat", source=source)
-        assert "another tokenizer" in reason
+        for other, reason in (
+            ("thudm/glm-4v-9b", "reads images"),
+            ("zai-org/GLM-4.1V-9B-Thinking", "reads images"),
+            ("zai-org/GLM-4.5-Air", "mixture of experts"),
+            ("ZhipuAI/glm-4-voice-9b", "speech"),
+            ("THUDM/glm-10b", "GPT-2"),
+        ):
+            assert reason in fails(CheckpointError, other, source=source)
         for revision in ("", "a/../b", "/a", "a b", "-x"):
             assert "is not a revision" in fails(UsageError, "a/b", source=source, revision=revision)
 
@@ -357,6 +361,10 @@ def test_which_files_are_needed():
     ):  # fmt: skip
         index = {"weight_map": {str(i): name for i, name in enumerate(shards)}}
         assert needed_files([*names, *BASE], lambda name, index=index: index) == BASE + found
+    for vocabulary in (["ice_text.model"], ["cog-pretrain.model"], ["tokenizer.json"]):
+        names = ["pytorch_model.bin", *vocabulary, "config.json"]
+        wanted = ["config.json", *vocabulary, "pytorch_model.bin"]
+        assert needed_files(names, lambda name: {}) == wanted
     for names, weights, message in (
         (["config.json"], {}, "tokenizer.model not found"),
         (BASE, {}, "No weights found"),

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from glm2_jax.errors import CheckpointError, InputError, UsageError
 from glm2_jax.text.prompt import (
     build_followup,
-    build_messages,
     build_prompt,
     chatglm2_text,
     stop_ids,
     truncate_prompt,
 )
+from glm2_jax.text.roles import build_messages
 from glm2_jax.text.tokenizer import Tokenizer
 from tests.support.sp_model import real_model, sp_model, without_dummy_prefix
 
@@ -183,10 +183,10 @@ def test_what_a_template_cannot_do():
     for history, system in ((HISTORY, None), ((), "S")):
         with pytest.raises(InputError, match="neither history nor a system"):
             build_prompt(GLM2, "raw", "Q", history, system)
-    with pytest.raises(UsageError, match="needs a ChatGLM3 tokenizer"):
+    with pytest.raises(UsageError, match="needs a tokenizer with role ids"):
         build_prompt(GLM2, "chatglm3", "Q")
-    with pytest.raises(UsageError, match="unknown template 'chatglm'"):
-        build_prompt(GLM2, "chatglm", "Q")
+    with pytest.raises(UsageError, match="unknown template 'glm5'"):
+        build_prompt(GLM2, "glm5", "Q")
 
 
 @pytest.mark.parametrize("template", ["chatglm2", "chatglm3"])

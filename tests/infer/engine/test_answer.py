@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from glm2_jax import Tokenizer
 from glm2_jax.errors import UsageError
-from glm2_jax.text.prompt import build_messages, build_prompt, stop_ids
+from glm2_jax.text.prompt import build_prompt, stop_ids
+from glm2_jax.text.roles import build_messages
 from infer.engine.answer import Answer, Cleaner, Message, StopStrings
 from infer.engine.load import demo_folder
 from infer.engine.loops import LONGEST_BLOCK, LOOP_STOP_DEFAULT, SHORTEST_BLOCK, LoopDetector

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from glm2_jax.runtime import buckets
-from glm2_jax.text.prompt import build_prompt, reply_messages
+from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.roles import reply_messages
 from infer.chat import commands
 from infer.chat.__main__ import main as chat_main
 from infer.engine.params import SamplingParams

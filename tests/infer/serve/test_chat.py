@@ -5,7 +5,7 @@ import json
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from infer.serve.messages import chatglm2, chatglm3
+from infer.serve.messages import rounds, with_roles
 from infer.serve.schema import ChatBody
 from tests.support.serve import chunks, error_of, serving
 
@@ -195,7 +195,7 @@ def test_messages_become_rounds():
         ("assistant", "C"), ("system", "Now loud."), ("user", [{"type": "text", "text": "D"}]),
     )  # fmt: skip
     expected = ("Now loud.\nD", [("A\nB", "C")], "Be brief.\nIn English.")
-    assert chatglm2(asked, []) == expected
+    assert rounds(asked, []) == expected
 
 
 def test_messages_become_those_of_chatglm3():
@@ -208,7 +208,7 @@ def test_messages_become_those_of_chatglm3():
     ]
     tools = ChatBody.model_validate({"messages": [{"role": "user"}], "tools": [WEATHER]}).tools
     assert tools is not None
-    described, *rest = chatglm3(asked, tools)
+    described, *rest = with_roles(asked, tools, "python")
     assert described["role"] == "system" and described["tools"] == [WEATHER["function"]]
     code = "```python\ntool_call(**{'city': '巴黎', 'in': None})\n```"
     assert rest == [

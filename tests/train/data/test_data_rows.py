@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm2_jax.errors import InputError
-from glm2_jax.text.prompt import build_messages, build_prompt
+from glm2_jax.text.prompt import build_prompt
+from glm2_jax.text.roles import build_messages
 from infer.datasets.encode import Encoder
 from infer.datasets.formats import read_messages
 from infer.datasets.index import DataFile
