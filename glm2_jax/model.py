@@ -263,7 +263,7 @@ class GLM(nn.Module):
         """Apply final norm and head: [..., D] -> float32 [..., V]."""
         with jax.named_scope("head"):
             x = norm(self.config, self.weights, "final_norm", x)
-            head = self.weights["embed" if self.config.block.tied_head else "head"]
+            head = self.weights[self.config.block.head]
             logits = einsum("...D,VD->...V", x, head)
             return constrain(logits, *("B", None, None)[: logits.ndim - 1], "V")
 

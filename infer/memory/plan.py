@@ -17,6 +17,7 @@ from typing import Any
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, KEYS, MLP_ELEMENTS, PREFILL_CHUNK, SCORES
+from glm2_jax.parts import PARTS, parts_of, tables_of
 from glm2_jax.runtime.buckets import padded_batch
 from glm2_jax.schemes import COLUMN_AXES
 from infer.memory import shares
@@ -99,21 +100,11 @@ def array_bytes(precision: Precision, name: str, shape: tuple[int, ...]) -> int:
 
 def weight_bytes(config: GLMConfig, precision: Precision) -> int:
     """Return the bytes of all weights, as they are on the device."""
-    D, F, H = config.hidden_size, config.ffn_hidden_size, config.head_dim
-    N, K, L, V = config.num_heads, config.num_kv_heads, config.num_layers, config.vocab_size
-    arrays = (  # all that can be quantized, and how often it is there
-        ("q", (N, H, D), L),
-        ("k", (K, H, D), L),
-        ("v", (K, H, D), L),
-        ("o", (D, N, H), L),
-        ("gate_up", (2, F, D), L),
-        ("down", (D, F), L),
-        ("embed", (V, D), 1),
-        ("head", (V, D), 1),
+    return sum(
+        array_bytes(precision, part.name, part.shape(config))
+        * (config.num_layers if part.in_layers else 1)
+        for part in parts_of(config)
     )
-    rest = config.num_params - sum(math.prod(shape) * times for _, shape, times in arrays)
-    quantizable = sum(times * array_bytes(precision, name, shape) for name, shape, times in arrays)
-    return rest * precision.size + quantizable
 
 
 def cache_bytes(config: GLMConfig, size: int, slots: int, rows: int) -> int:
@@ -179,10 +170,11 @@ def program_bytes(
         copies = 1 if width == 1 or platform == "tpu" else 2
         attention = copies * scores * _FLOAT32 + layer
 
-    at_once = min(tokens, max(1, MLP_ELEMENTS // (2 * F)))
-    mlp = at_once * 2 * F * _FLOAT32 + hidden  # what is alive between the two products
+    C = config.mlp_inputs
+    at_once = min(tokens, max(1, MLP_ELEMENTS // (C * F)))
+    mlp = at_once * C * F * _FLOAT32 + hidden  # what is alive between the two products
     if platform == "gpu":
-        mlp += 2 * F * D * size if tokens > FEW_ROWS else 0  # a copy of the weight
+        mlp += C * F * D * size if tokens > FEW_ROWS else 0  # a copy of the weight
     elif platform == "tpu":  # what a chunk of 2048 takes in 8192 slots; shorter ones less
         sliced = scheme is not None and scheme.bits == 4  # `down`, out of the layers
         mlp = 2 * (mlp + at_once * F * size) + (F * D // 2 if sliced else 0)
@@ -213,18 +205,17 @@ def largest_context(plan: Plan, memory: int) -> int:
 def rate_bound(plan: Plan, bandwidth: float) -> float:
     """Return the tokens per second, all rows together, if reading memory were all that a step does.
 
-    Every step reads all weights except the embedding, of which it needs a few rows, and the cache;
-    the devices of a mesh read their parts at the same time, and what they send each other is left
-    out.
+    Every step reads the cache and all weights except tables such as the embedding, of which it
+    needs a few rows; the devices of a mesh read their parts at the same time, and what they send
+    each other is left out.
     """
-    config, precision = plan.config, plan.precision
+    config, precision, names = plan.config, plan.precision, tables_of(plan.config)
     if plan.mesh is None:
-        shape = config.vocab_size, config.hidden_size
-        embedding = array_bytes(precision, "embed", shape)
+        tables = sum(array_bytes(precision, name, PARTS[name].shape(config)) for name in names)
     else:
         params = shares.device_params(config, precision, plan.mesh)
-        embedding = shares.total_bytes(params["embed"])
-    return plan.batch * bandwidth / (plan.weights - embedding + plan.cache)
+        tables = sum(shares.total_bytes(params[name]) for name in names)
+    return plan.batch * bandwidth / (plan.weights - tables + plan.cache)
 
 
 def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Plan]:
