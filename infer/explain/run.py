@@ -68,10 +68,10 @@ def run(settings: Settings) -> int:
         )  # fmt: skip
     subject = find_subject(settings)
     ids, length, source = _prompt(settings, subject)
-    if length >= subject.config.seq_length:
+    if length >= (limit := subject.config.context_limit):
         raise InputError(
             f"The prompt has {length:,} ids, which leaves no room for an answer.",
-            f"The model's context (seq_length) is {subject.config.seq_length:,}.",
+            f"The model's context (seq_length) is {limit:,}.",
             "Shorten the prompt.",
         )
     heads = _heads(settings.heads, subject.config)

@@ -44,7 +44,8 @@ class Plan:
     context: int  # tokens of a prompt and its answer together
     batch: int = 1  # prompts that are answered together
     platform: str = "gpu"  # or "cpu", "tpu"
-    chunk: int = PREFILL_CHUNK  # most prompt tokens, of all rows together, per prefill
+    # Most prompt tokens, of all rows together, per prefill; a bidirectional context is read at once.
+    chunk: int = PREFILL_CHUNK
     columns: int = 1  # tokens of each row that a step reads: one, and its draft tokens
     prefix: int = 0  # slots of each row before all tokens, for a prefix (P-Tuning v2)
     mesh: Sizes | None = None  # None = one device
@@ -53,6 +54,11 @@ class Plan:
     def rows(self) -> int:
         """Rows of the batch with the empty ones that fill it up, on all devices together."""
         return padded_batch(self.batch, self._pieces)
+
+    @property
+    def prefill(self) -> int:
+        """Most prompt tokens, of all rows together, that are read at once."""
+        return self.rows * self.context if self.config.block.bidirectional else self.chunk
 
     @cached_property
     def weights(self) -> int:
@@ -74,7 +80,7 @@ class Plan:
     def temporary(self) -> int:
         """The most that any program needs besides them."""
         part = self.config if self.mesh is None else shares.share_of(self.config, self.mesh)
-        return temporary_bytes(self, part, self.rows // self._pieces, self.chunk // self._pieces)
+        return temporary_bytes(self, part, self.rows // self._pieces, self.prefill // self._pieces)
 
     @property
     def runtime(self) -> int:
@@ -239,7 +245,8 @@ def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Pla
     size = weight_bytes(wanted.config, wanted.precision)
     narrower = [choice for choice in choices if weight_bytes(wanted.config, choice) < size]
     powers = reversed(range((wanted.batch - 1).bit_length()))
-    chunks = [n for n in CHUNKS if n < min(wanted.chunk, wanted.rows * wanted.context)]
+    chunks = [n for n in CHUNKS if n < min(wanted.prefill, wanted.rows * wanted.context)]
+    chunks = [] if wanted.config.block.bidirectional else chunks
     one_change = [
         *fitting(replace(wanted, columns=1 + n) for n in DRAFTS if 1 + n < wanted.columns),
         *fitting(replace(wanted, chunk=n) for n in chunks),
