@@ -8,7 +8,6 @@ from typing import Any
 from convert.files.manifest import Manifest
 from convert.files.shards import read_json
 from convert.files.tensor import reading, regular_file_size
-from convert.files.vocabulary import UNKNOWN, Kind
 from convert.layouts.tokens import (
     TOKENIZER_CONFIG,
     NamedTokens,
@@ -72,7 +71,6 @@ def read_side_files(folder: Path, raw: Mapping[str, Any], manifest: Manifest | N
 def find_family(
     side: SideFiles,
     plain: Tokenizer | None,
-    kind: Kind = UNKNOWN,
     *,
     family: str | None = None,
     rope_kind: str | None = None,
@@ -82,11 +80,11 @@ def find_family(
 
     The family is None where nothing shows it, the line None where config.json or the user does, who
     said `family`, `rope_kind`, `template`. Signs that contradict each other are a CheckpointError,
-    and so is a configuration with the vocabulary of other models. `plain` is None, and `kind` shows
-    nothing, where the folder has no vocabulary.
+    and so is a configuration with the vocabulary of other models. `plain` is None where the folder
+    has no vocabulary.
     """
     family = family or side.raw.get("family")
-    possible = _possible(side, kind, family)
+    possible = _possible(side, plain, family)
     if family is not None:
         return family, None
     signs = [
@@ -118,7 +116,7 @@ def find_family(
     return None, None
 
 
-def _possible(side: SideFiles, kind: Kind, family: str | None) -> frozenset[str]:
+def _possible(side: SideFiles, plain: Tokenizer | None, family: str | None) -> frozenset[str]:
     """Return the families that a folder's configuration and vocabulary allow, or the given one.
 
     Those of different models are a CheckpointError.
@@ -129,12 +127,13 @@ def _possible(side: SideFiles, kind: Kind, family: str | None) -> frozenset[str]
         shown = frozenset({family} if family in FAMILIES else FAMILIES)
     else:
         shown = shown.intersection(*(sign.families for sign in config_signs(side.raw))) or shown
-    if possible := shown & kind.families:
-        return possible
+    if plain is None or (possible := shown.intersection(plain.families)):
+        return shown if plain is None else possible
     model = form.name if family is None and len(shown) > 1 else f"a {min(shown)} model"
     raise CheckpointError(
         f"The configuration and the tokenizer in {side.path} belong to different models.",
-        f"The configuration is that of {model}, the vocabulary that of {kind.what}.",
+        f"The configuration is that of {model}, the vocabulary one of "
+        f"{' or '.join(plain.families) or 'none of this family'}.",
         "Use the tokenizer files of the repository that the weights come from.",
     )
 

@@ -1,13 +1,14 @@
 """Writes a tokenizer as the files that `transformers.AutoTokenizer` opens without remote code.
 
-`tokenizer.json` holds the pieces of the SentencePiece model as a byte-pair encoding of the
-`tokenizers` package. SentencePiece joins two neighbors when the joined piece has the best score;
-so every way to cut a piece in two becomes a merge, ranked by that score.
+`tokenizer.json` holds the pieces of the SentencePiece model, or the ranked bytes of GLM-4, as a
+byte-pair encoding of the `tokenizers` package. Both join two neighbors when the joined token has
+the best score, or the lowest rank; so every way to cut a token in two becomes a merge, in that
+order.
 """
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sentencepiece
@@ -20,6 +21,11 @@ from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
 # "sophisticated". The later GLM models write them so.
 SAFE_NAMES = {"sop": "<sop>", "eop": "<eop>"}
 PREFIX = "[gMASK]<sop>"  # begins every sequence
+# How GLM-4 cuts a text before it merges bytes: the pattern of OpenAI's cl100k.
+_CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # Texts whose ids must be equal to ours before anything is written.
 _PROBES = (
@@ -30,16 +36,29 @@ _PROBES = (
     "sophisticated people",
     "[Round 1]\n\n问：你好\n\n答：",
     "def main():\n    print('hello world')\t# greeting",
+    "It's 12345 HE'LL   go \n\n x",
     "1234567890 a  b   c \u3000 \r\n 👋 𠮷 ① e\u0301 <0x0A> sop eop ▁",
 )
+
+
+# Families of whose vocabularies there is such a form.
+_FORMED = frozenset({"chatglm2", "glm4"})
 
 
 def tokenizer_files(tokenizer: Tokenizer, template: str, *, max_length: int) -> dict[str, bytes]:
     """Return the files of a tokenizer: name -> content.
 
     The chat template renders the prompt `template`, "raw" has none. CheckpointError where the files
-    would give other ids than ours, UsageError without the package `tokenizers`.
+    would give other ids than ours, UsageError without the package `tokenizers` and for a tokenizer
+    that has no such form.
     """
+    if not _FORMED.intersection(tokenizer.families):
+        raise UsageError(
+            f"The tokenizer of a {tokenizer.family} model has no HF-native form.",
+            "Its SentencePiece model normalizes the text (NFKC), so that tokenizer.json would give "
+            "other ids.",
+            "Use --layout chatglm, whose folders hold the SentencePiece model.",
+        )
     fast = _byte_pair_encoding(tokenizer)
     _compare(fast, tokenizer)
     config: dict[str, Any] = {
@@ -49,10 +68,11 @@ def tokenizer_files(tokenizer: Tokenizer, template: str, *, max_length: int) -> 
         "padding_side": "left",
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
-        "eos_token": tokenizer.piece(tokenizer.eos_id),
-        "pad_token": tokenizer.piece(tokenizer.pad_id),
-        "unk_token": tokenizer.piece(tokenizer.pad_id),
+        "eos_token": _name(tokenizer, tokenizer.eos_id),
+        "pad_token": _name(tokenizer, tokenizer.pad_id),
     }
+    if tokenizer.piece(tokenizer.pad_id):  # of SentencePiece; bytes know every text
+        config["unk_token"] = config["pad_token"]
     if template in CHAT_TEMPLATES:
         config["chat_template"] = CHAT_TEMPLATES[template]
     return {
@@ -68,6 +88,10 @@ def token_names(tokenizer: Tokenizer) -> dict[int, str]:
     return special | {token.id: token.content for token in tokenizer.added.values()}
 
 
+def _name(tokenizer: Tokenizer, token_id: int) -> str:
+    return tokenizer.piece(token_id) or token_names(tokenizer)[token_id]
+
+
 def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
     """Return the `tokenizers.Tokenizer` with our pieces, special tokens, prefix and decoder."""
     try:
@@ -78,19 +102,10 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
             str(error),
             "Install it: pip install 'glm2-jax[export]'.",
         ) from error
-    decoders, normalizers = tokenizers.decoders, tokenizers.normalizers
-    ids, merges = _vocabulary(tokenizer)
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, byte_fallback=True))
-    space = normalizers.Replace(" ", SPACE_MARK)
-    dummy = [normalizers.Prepend(SPACE_MARK)] if tokenizer.adds_dummy_prefix else []
-    fast.normalizer = normalizers.Sequence([*dummy, space])
-    strip = [decoders.Strip(" ", 1, 0)] if tokenizer.adds_dummy_prefix else []
-    fast.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    fast = (_ranks if "glm4" in tokenizer.families else _pieces)(tokenizers, tokenizer)
     # <s> is not among them: no prompt has it, and people do write that HTML tag.
-    end = tokenizer.piece(tokenizer.eos_id)
-    names = [tokenizer.piece(tokenizer.pad_id), end]
+    end = _name(tokenizer, tokenizer.eos_id)
+    names = [name for i in (tokenizer.pad_id, tokenizer.eos_id) if (name := tokenizer.piece(i))]
     names += [SAFE_NAMES.get(name, name) for name in tokenizer.special]
     fast.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
@@ -99,7 +114,7 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
         flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
         added = tokenizers.AddedToken(token.content, normalized=False, **flags)
         (fast.add_special_tokens if token.special else fast.add_tokens)([added])
-    begin = ["[gMASK]", SAFE_NAMES["sop"]]
+    begin = [_name(tokenizer, token_id) for token_id in tokenizer.prefix_ids]
     ids = zip((*begin, end), (*tokenizer.prefix_ids, tokenizer.eos_id), strict=True)
     fast.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{' '.join(begin)} $A",
@@ -109,27 +124,55 @@ def _byte_pair_encoding(tokenizer: Tokenizer) -> Any:
     return fast
 
 
-def _vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the tokens with their ids, and the merges of pieces, the first one first."""
+def _pieces(tokenizers: Any, tokenizer: Tokenizer) -> Any:
+    """Return the encoding of a SentencePiece model; its vocabulary has the special tokens, too."""
+    decoders, normalizers = tokenizers.decoders, tokenizers.normalizers
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     named = token_names(tokenizer)
     ids = {model.id_to_piece(i): i for i in range(model.get_piece_size()) if i not in named}
     ordinary = {piece: i for piece, i in ids.items() if tokenizer.token_text(i)}
+    merges = _merges(ordinary, lambda i: -model.get_score(i))
     ids |= {name: i for i, name in named.items()}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, byte_fallback=True))
+    space = normalizers.Replace(" ", SPACE_MARK)
+    dummy = [normalizers.Prepend(SPACE_MARK)] if tokenizer.adds_dummy_prefix else []
+    fast.normalizer = normalizers.Sequence([*dummy, space])
+    strip = [decoders.Strip(" ", 1, 0)] if tokenizer.adds_dummy_prefix else []
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return fast
 
-    def ways(piece: str) -> Iterator[tuple[float, int, int, str, str]]:
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in ordinary and right in ordinary:
-                score = model.get_score(ordinary[piece])
-                yield -score, ordinary[left], ordinary[right], left, right
 
-    found = sorted(way for piece in ordinary for way in ways(piece))
-    return ids, [(left, right) for *_, left, right in found]
+def _ranks(tokenizers: Any, tokenizer: Tokenizer) -> Any:
+    """Return the encoding of ranked bytes, in the letters of GPT-2; special tokens follow them."""
+    ids = {tokenizer.piece(i): i for i in range(tokenizer.num_pieces)}
+    merges = _merges(ids, float)
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, ignore_merges=True))
+    before = tokenizers.pre_tokenizers
+    cuts = before.Split(tokenizers.Regex(_CUTS), behavior="isolated")
+    letters = before.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = before.Sequence([cuts, letters])
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    return fast
+
+
+def _merges(ids: Mapping[str, int], order: Callable[[int], float]) -> list[tuple[str, str]]:
+    """Return every way to cut a token in two tokens; those of the token of the least `order` go
+    first."""
+
+    def ways(token: str) -> Iterator[tuple[float, int, int, str, str]]:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                yield order(ids[token]), ids[left], ids[right], left, right
+
+    found = sorted(way for token in ids for way in ways(token))
+    return [(left, right) for *_, left, right in found]
 
 
 def _compare(fast: Any, tokenizer: Tokenizer) -> None:
-    """Refuse a SentencePiece model that does not work as a byte-pair encoding of this kind."""
+    """Refuse a vocabulary that does not work as a byte-pair encoding of this kind."""
     encode = functools.partial(fast.encode, add_special_tokens=False)
     pairs: list[tuple[str, Any, Any]] = [
         *((repr(text), encode(text).ids, tokenizer.encode(text)) for text in _PROBES),
@@ -140,7 +183,7 @@ def _compare(fast: Any, tokenizer: Tokenizer) -> None:
             raise CheckpointError(
                 "The tokenizer cannot be written in the HF-native form.",
                 f"For {text} it would give {found}, not {expected}.",
-                "Check that tokenizer.model is the published file of the ChatGLM2 family.",
+                "Check that tokenizer.model is the published file.",
             )
 
 
@@ -171,19 +214,24 @@ _MESSAGES = """\
 {{- '[gMASK]<sop>' -}}
 {%- for message in messages -%}
 {%- if message.role not in ROLES -%}
-{{- raise_exception('ChatGLM3 knows the roles ROLES.') -}}
+{{- raise_exception('NAME knows the roles ROLES.') -}}
 {%- endif -%}
-{{- '<|' ~ message.role ~ '|>' ~ (message.metadata or '') ~ '\\n ' ~ message.content -}}
+{{- '<|' ~ message.role ~ '|>' ~ (message.metadata or '') ~ '\\nGAP' ~ message.content -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|assistant|>' -}}
 {%- endif -%}"""
 
-# The text after a role's token gets a space mark of its own, as the published code gives it; the
-# space before the content stands for that of its second piece of text.
+def _messages(name: str, gap: str = "") -> str:
+    """Return the template of a model that knows roles, with `gap` before the content."""
+    text = _MESSAGES.replace("in ROLES", f"in {list(ROLES)}").replace("ROLES", ", ".join(ROLES))
+    return text.replace("NAME", name).replace("GAP", gap)
+
+
+# In ChatGLM3 the text after a role's token gets a space mark of its own, as the published code
+# gives it; the space before the content stands for that of its second piece of text.
 CHAT_TEMPLATES = {
     "chatglm2": _ROUNDS,
-    "chatglm3": _MESSAGES.replace("in ROLES", f"in {list(ROLES)}").replace(
-        "ROLES", ", ".join(ROLES)
-    ),
+    "chatglm3": _messages("ChatGLM3", " "),
+    "glm4": _messages("GLM-4"),
 }

@@ -17,11 +17,11 @@ from convert.layouts.hf_tokenizer import SAFE_NAMES
 from glm2_jax.errors import CheckpointError, shorten
 from glm2_jax.family import ROLE_TOKENS
 from glm2_jax.text.prompt import stop_ids
-from glm2_jax.text.tokenizer import SPECIAL, AddedToken, Tokenizer
+from glm2_jax.text.tokenizer import SCHEMES, SPECIAL, AddedToken, Tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_ANCHORS = ("[gMASK]", "sop", *ROLE_TOKENS)  # what prompts are written with
-_PUBLISHED_PIECES = 64789
+_PUBLISHED_PIECES = {"chatglm2": 64789, "glm4": 151329, "glm": 50000}  # by the first family
+_COMMON = 3  # <unk>, <s> and </s>, which every SentencePiece model has first
 _JSON_START = 2**22  # tokenizer.json has megabytes of pieces after its tokens
 
 
@@ -128,11 +128,18 @@ def _damaged(where: str, value: Any) -> CheckpointError:
     )
 
 
-def pieces_named_as_special(plain: Tokenizer) -> dict[str, int]:
-    """Return the special tokens that are pieces of the SentencePiece model, with their ids."""
-    found = {name: plain.piece_id(name) for name in SPECIAL["chatglm3"]}
+def pieces_named_as_special(plain: Tokenizer, family: str = "chatglm3") -> dict[str, int]:
+    """Return the special tokens of a family that are pieces of the vocabulary, with their ids."""
+    found = {name: plain.piece_id(name) for name in SPECIAL[family]}
     ids = {name: i for name, i in found.items() if i is not None}
     return ids if "[gMASK]" in ids else {}
+
+
+def _anchors(family: str) -> list[str]:
+    """Return the special tokens that the prompts of a family are written with."""
+    scheme = SCHEMES[family]
+    used = {*scheme.prefix, *scheme.suffix, *ROLE_TOKENS}
+    return [name for name in scheme.special if name in used]
 
 
 def _special_ids(
@@ -143,18 +150,21 @@ def _special_ids(
     They are those that the folder names; the others in the published order around these, which
     follow the pieces where it names none.
     """
-    ids = pieces_named_as_special(plain) | {token.content: token.id for token in named.tokens}
+    usual, anchors = plain.default_special(family), _anchors(family)
+    ids = pieces_named_as_special(plain, family)
+    ids |= {token.content: token.id for token in named.tokens}
     order = {name: i for i, name in enumerate(SPECIAL[family])}
-    start = ids.get("[gMASK]", plain.num_pieces + order["[gMASK]"]) - order["[gMASK]"]
-    if "sop" not in ids and ids.get(SAFE_NAMES["sop"]) == start + order["sop"]:
-        ids["sop"] = ids[SAFE_NAMES["sop"]]
-    anchors = [name for name in _ANCHORS if name in order]
+    first = anchors[0]
+    start = ids.get(first, usual[first]) - order[first]
+    if "sop" in order and ids.get(SAFE_NAMES["sop"]) == start + order["sop"]:
+        ids.setdefault("sop", ids[SAFE_NAMES["sop"]])
     given = [name for name in anchors if name in ids]
-    starts = {ids[name] - order[name] for name in given} or {plain.num_pieces}
-    if len(given) == 1 and starts != {plain.num_pieces}:
+    published = usual[first] - order[first]
+    starts = {ids[name] - order[name] for name in given} or {published}
+    if len(given) == 1 and starts != {published}:
         # `transformers` gives a token that it does not find a new id; prompts do not use that one.
         line = f"{given[0]} alone has an id in {named.where}, {ids[given[0]]}: it is not used"
-        return plain.default_special(family), line
+        return usual, line
     if len(starts) == 1:
         (start,) = starts
         return {name: start + i for name, i in order.items()}, None
@@ -168,6 +178,11 @@ def _special_ids(
         f"Add the missing ids to added_tokens_decoder in {TOKENIZER_CONFIG}, or name another "
         "family with --family.",
     )
+
+
+def _is_control(plain: Tokenizer, token: AddedToken) -> bool:
+    """Return whether a token is one of the vocabulary that stands for no text, such as <pad>."""
+    return plain.piece(token.id) == token.content and not plain.token_bytes(token.id)
 
 
 def fit_tokenizer(
@@ -185,7 +200,7 @@ def fit_tokenizer(
     by_id = {number: name for name, number in special.items()}
     added = []
     for token in named.tokens:
-        if token.id <= plain.eos_id or token.content in family_names:
+        if token.id < _COMMON or token.content in family_names or _is_control(plain, token):
             continue  # of the family: no text is encoded to it
         if token.id in by_id:
             raise CheckpointError(
@@ -215,13 +230,14 @@ def fit_tokenizer(
 
 def assumed_places(tokenizer: Tokenizer, named: NamedTokens) -> list[str]:
     """Return a line where only the published order gives the special ids, after other pieces."""
-    known = any(token.content in _ANCHORS for token in named.tokens)
+    published = _PUBLISHED_PIECES.get(tokenizer.families[0])
+    known = {token.content for token in named.tokens}.intersection(_anchors(tokenizer.family))
     after = tokenizer.special == tokenizer.default_special(tokenizer.family)
-    if known or not after or tokenizer.num_pieces == _PUBLISHED_PIECES:
+    if published is None or known or not after or tokenizer.num_pieces == published:
         return []
     return [
         f"tokenizer.model has {tokenizer.num_pieces:,} pieces, the published one "
-        f"{_PUBLISHED_PIECES:,}, and no file gives the ids of the special tokens: they are assumed "
+        f"{published:,}, and no file gives the ids of the special tokens: they are assumed "
         f"to follow the pieces ([gMASK] = {tokenizer.special['[gMASK]']})"
     ]
 

@@ -183,10 +183,8 @@ def _architecture(
     raw = _read_config(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     side = read_side_files(folder, raw, manifest)
-    plain, kind = read_vocabulary(folder)
-    family, note = find_family(
-        side, plain, kind, family=family, rope_kind=rope_kind, template=template
-    )
+    plain = read_vocabulary(folder)
+    family, note = find_family(side, plain, family=family, rope_kind=rope_kind, template=template)
     config = GLMConfig.from_hf(raw, rope_kind=rope_kind, family=family)
     notes = [] if note is None else [note]
     if family is None:

@@ -1,4 +1,4 @@
-"""The SentencePiece tokenizer of the ChatGLM family, with its special ids after the pieces.
+"""The tokenizer of the GLM family: a vocabulary file, and the special ids of a model family.
 
 No text is ever encoded to a special id; only the prompt builders add them. Tokens that a fine-tuned
 folder added are text, and encoded to one id each, as the `transformers` tokenizer does.
@@ -10,25 +10,56 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import sentencepiece
+from typing import cast
 
 from glm2_jax.errors import CheckpointError, InputError
 from glm2_jax.family import ROLE_TOKENS
+from glm2_jax.text.pieces import SPACE_MARK, Pieces
+from glm2_jax.text.ranks import Ranks, is_rank_file
+from glm2_jax.text.vocabulary import Vocabulary, refuse_pointer
 
-SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
-MAX_MODEL_BYTES = 64 * 2**20  # the published one has a million bytes
-_COMMON_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-SPECIAL = {
-    "chatglm2": _COMMON_SPECIAL,
-    "codegeex2": _COMMON_SPECIAL,
-    "chatglm3": _COMMON_SPECIAL + ROLE_TOKENS,
-}
+MAX_MODEL_BYTES = 64 * 2**20  # the published ones have one to three million bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """The special tokens of a family, by their names, and what they are for."""
+
+    special: tuple[str, ...]  # in the order of their ids
+    named_in_file: bool = False  # they are tokens of the file; else their ids follow its tokens
+    prefix: tuple[str, ...] = ("[gMASK]", "sop")  # before every text
+    suffix: tuple[str, ...] = ()  # after the text that is answered
+    eos: str | int = 2  # ends an answer: a special token, a token of the file, or an id
+    pad: str | int = 0
+
+
+_MASKS = ("[MASK]", "[gMASK]", "[sMASK]")
+_GLM2 = Scheme((*_MASKS, "sop", "eop"))
+_MEDIA = tuple(f"<|{side}_of_{kind}|>" for kind in ("image", "video") for side in ("begin", "end"))
+_GLM4 = Scheme(
+    ("<|endoftext|>", *_MASKS, "<sop>", "<eop>", *ROLE_TOKENS, *_MEDIA),
+    prefix=("[gMASK]", "<sop>"), eos="<|endoftext|>", pad="<|endoftext|>",
+)  # fmt: skip
+SCHEMES = {
+    "chatglm2": _GLM2,
+    "codegeex2": _GLM2,
+    "chatglm3": dataclasses.replace(_GLM2, special=_GLM2.special + ROLE_TOKENS),
+    "glm4": _GLM4,
+    "glm4-0414": _GLM4,
+    "chatglm": Scheme(
+        (*_MASKS, "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"), named_in_file=True,
+        prefix=(), suffix=("[gMASK]", "<sop>"), eos="<eop>", pad="<pad>",
+    ),
+    "glm": Scheme(
+        ("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]", "<unused_0>",
+         "<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
+        prefix=("[CLS]",), suffix=("<|endoftext|>", "<|startofpiece|>"),
+        eos="<|endofpiece|>", pad="<|endoftext|>",
+    ),
+}  # fmt: skip
+SPECIAL = {family: scheme.special for family, scheme in SCHEMES.items()}
 """The special tokens of each family, in the order of their ids."""
-# An error handler: SentencePiece replaces each byte, Python's "replace" only each run of them.
-_EACH_BYTE = "glm2_jax.each_byte"
-codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", cast(Any, error).start + 1))
+MASKS = re.compile(r"(\[(?:MASK|gMASK|sMASK)\])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +77,30 @@ class AddedToken:
 class Tokenizer:
     """Encodes text to ids and back, exactly as the published tokenizers do."""
 
-    eos_id = 2
-    pad_id = 0  # the unknown piece
-    family: str  # "chatglm2", "chatglm3" or "codegeex2"
-    model_bytes: bytes  # the SentencePiece model as it was read
-    num_pieces: int  # in that model; special ids follow them
+    eos_id: int = 2
+    pad_id: int = 0  # the unknown piece in ChatGLM2 and ChatGLM3
+    family: str  # one of SCHEMES
     special: dict[str, int]  # name -> id of every special token of the family
     added: dict[str, AddedToken]  # additional tokens by their text
     end_ids: tuple[int, ...]  # additional ids that end an answer
     size: int  # the largest id in use, plus 1
-    prefix_ids: list[int]  # [gMASK] and sop, which begin every sequence
-    adds_dummy_prefix: bool  # whether the model puts a space before every text
+    prefix_ids: list[int]  # they begin every sequence
+    suffix_ids: list[int]  # they follow the text that is answered or filled
 
-    def __init__(self, model_bytes: bytes, family: str = "chatglm2", *, source: str = ""):
-        self.model_bytes = model_bytes
-        self._pieces = _load_model(model_bytes, source)
-        self.num_pieces = self._pieces.get_piece_size()
-        self._byte_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        self._byte_values = {token_id: byte for byte, token_id in enumerate(self._byte_ids)}
-        self._set_tokens(family, None, (), ())
-        # The flag is in the model's protobuf; its effect on a letter shows it without a parser.
-        self.adds_dummy_prefix = self.piece(self.encode("A")[0]).startswith(SPACE_MARK)
+    families: tuple[str, ...]  # those to which the vocabulary file can belong
+    model_bytes: bytes  # the vocabulary file as it was read
+    num_pieces: int  # the largest id of a token of that file, plus 1
+    adds_dummy_prefix: bool  # whether a space is put before every text
+
+    def __init__(self, vocabulary: Vocabulary, family: str | None, *, source: str = ""):
+        self._vocabulary, self._source = vocabulary, source
+        self.families = vocabulary.families
+        self.model_bytes = vocabulary.model_bytes
+        self.num_pieces = vocabulary.size
+        self.adds_dummy_prefix = vocabulary.adds_dummy_prefix
+        if family is None and self.families:
+            family = self.families[0]
+        self._set_tokens(family or "chatglm2", None, (), ())
 
     def with_tokens(
         self,
@@ -75,11 +109,11 @@ class Tokenizer:
         added: Sequence[AddedToken] = (),
         end_ids: Sequence[int] = (),
     ) -> "Tokenizer":
-        """Return a tokenizer of the same pieces with other tokens.
+        """Return a tokenizer of the same vocabulary file with other tokens.
 
-        `special` is name -> id of the family's special tokens, at least "[gMASK]" and "sop"; None =
-        they follow the pieces, as published. Such an id may replace a piece. The ids and texts of
-        `added` are unique and differ from `special`.
+        `special` is name -> id of the family's special tokens, at least those that its `Scheme`
+        uses; None = as published. Such an id may replace a piece. The ids and texts of `added` are
+        unique and differ from `special`. CheckpointError if the file is that of another family.
         """
         other = copy.copy(self)
         other._set_tokens(family, special, added, end_ids)
@@ -92,9 +126,16 @@ class Tokenizer:
         added: Sequence[AddedToken],
         end_ids: Sequence[int],
     ) -> None:
-        if family not in SPECIAL:
-            raise ValueError(f"unknown family {family!r}, expected one of {', '.join(SPECIAL)}")
-        self.family = family
+        if family not in SCHEMES:
+            raise ValueError(f"unknown family {family!r}, expected one of {', '.join(SCHEMES)}")
+        if family not in self.families:
+            suits = f"That suits {' or '.join(self.families)}." if self.families else ""
+            raise CheckpointError(
+                f"{_called(self._source)} does not belong to the {family} family.",
+                f"It is {self._vocabulary.description}. {suits}".rstrip(),
+                "Take the tokenizer of the repository that the weights come from.",
+            )
+        self.family, scheme = family, SCHEMES[family]
         self.special = dict(self.default_special(family) if special is None else special)
         self.added = {token.content: token for token in added}
         self.end_ids = tuple(end_ids)
@@ -102,17 +143,44 @@ class Tokenizer:
         taken = {*self.special.values(), *self._texts}
         self._replaced = frozenset(i for i in taken if i < self.num_pieces)
         self.size = max(self.num_pieces, *(i + 1 for i in taken))
-        self.prefix_ids = [self.special["[gMASK]"], self.special["sop"]]
+        self.prefix_ids = [self.special[name] for name in scheme.prefix]
+        self.suffix_ids = [self.special[name] for name in scheme.suffix]
+        self.eos_id, self.pad_id = self._id_of(scheme.eos), self._id_of(scheme.pad)
         longest_first = sorted(self.added, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
 
+    def _id_of(self, token: str | int) -> int:
+        if isinstance(token, int):
+            return token
+        found = self.special.get(token, self._vocabulary.piece_id(token))
+        if found is None:
+            raise self._no_token(token, self.family)
+        return found
+
     def default_special(self, family: str) -> dict[str, int]:
-        """Return name -> id of a family's special tokens where they follow the pieces."""
-        return {name: self.num_pieces + i for i, name in enumerate(SPECIAL[family])}
+        """Return name -> id of a family's special tokens as it was published."""
+        scheme = SCHEMES[family]
+        if not scheme.named_in_file:
+            return {name: self.num_pieces + i for i, name in enumerate(scheme.special)}
+        ids = {name: self._vocabulary.piece_id(name) for name in scheme.special}
+        for name, token_id in ids.items():
+            if token_id is None:
+                raise self._no_token(name, family)
+        return cast(dict[str, int], ids)
+
+    def _no_token(self, name: str, family: str) -> CheckpointError:
+        return CheckpointError(
+            f"{_called(self._source)} does not belong to the {family} family.",
+            f"It has no token {name}.",
+            "Take the tokenizer of the repository that the weights come from.",
+        )
 
     @classmethod
-    def from_file(cls, path: str | Path, family: str = "chatglm2") -> "Tokenizer":
-        """Read a `tokenizer.model` file; CheckpointError if it is not a suitable one."""
+    def from_file(cls, path: str | Path, family: str | None = "chatglm2") -> "Tokenizer":
+        """Read a vocabulary file, whose kind its content shows; None = the family that it suits.
+
+        CheckpointError if it cannot be read, is damaged, or is that of another family.
+        """
         path = Path(path)
         try:
             size = path.stat().st_size
@@ -127,12 +195,16 @@ class Tokenizer:
                 error.strerror or str(error),
                 "Put the model's tokenizer.model there.",
             ) from error
-        return cls(data, family, source=str(path))
+        return cls.from_bytes(data, family, source=str(path))
 
     @classmethod
-    def from_bytes(cls, data: bytes, family: str = "chatglm2") -> "Tokenizer":
-        """Open a serialized SentencePiece model; raises CheckpointError if it is not one."""
-        return cls(data, family)
+    def from_bytes(
+        cls, data: bytes, family: str | None = "chatglm2", *, source: str = ""
+    ) -> "Tokenizer":
+        """Open the content of a vocabulary file; see `from_file`."""
+        refuse_pointer(data, _called(source))
+        kind = Ranks if is_rank_file(data) else Pieces
+        return cls(kind(data, _called(source)), family, source=source)
 
     def encode(self, text: str) -> list[int]:
         """Encode text without the prefix ids, never to a special id; InputError if it cannot be."""
@@ -150,7 +222,7 @@ class Tokenizer:
                 "Remove it, or read the text again in its true encoding.",
             ) from error
         if self._split is None:
-            return self._encode_pieces(text)
+            return self._encode_text(text)
         parts = self._split.split(text)  # text and added tokens in turn
         for i in range(1, len(parts), 2):
             token, left, right = self.added[parts[i]], parts[i - 1], parts[i + 1]
@@ -165,128 +237,113 @@ class Tokenizer:
         ids: list[int] = []
         for i, part in enumerate(parts):
             if part:
-                ids += [self.added[part].id] if i % 2 else self._encode_pieces(part)
+                ids += [self.added[part].id] if i % 2 else self._encode_text(part)
         return ids
 
-    def _encode_pieces(self, text: str) -> list[int]:
-        ids = self._pieces.encode(text)
+    def _encode_text(self, text: str) -> list[int]:
+        ids = self._vocabulary.encode(text)
         if self._replaced.isdisjoint(ids):
             return ids
-        result: list[int] = []
-        for token_id in ids:
-            if token_id not in self._replaced:
-                result.append(token_id)
-                continue
-            # A piece whose id means another token is encoded in single characters, or in bytes.
-            for character in self._pieces.id_to_piece(token_id):
-                found = self._pieces.piece_to_id(character)
-                ordinary = self._is_ordinary(found)
-                result += [found] if ordinary else [self._byte_ids[b] for b in character.encode()]
+        result: list[int] = []  # a piece whose id means another token is written in smaller ones
+        for i in ids:
+            result += self._vocabulary.spell(i, self._replaced) if i in self._replaced else [i]
         return result
+
+    def encode_with_masks(self, text: str) -> list[int]:
+        """Encode a text whose [MASK], [sMASK] and [gMASK] are blanks to fill: their special ids.
+
+        Spaces before a mask are dropped, as in the published tokenizers.
+        """
+        parts = MASKS.split(text)
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.special[part])
+            else:
+                ids += self.encode(part.rstrip() if i + 1 < len(parts) else part)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids; special, control, unknown, negative and out-of-range ids have no text.
 
-        One leading space is dropped if the model adds one; every byte that is not part of a
-        complete UTF-8 character becomes U+FFFD.
+        One leading space is dropped if the model adds one; bytes that are not part of a complete
+        UTF-8 character become U+FFFD.
         """
         detokenizer = Detokenizer(self)
         return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
 
     def piece(self, token_id: int) -> str:
-        """Return a piece as stored (spaces as U+2581) or an added token's text, else ""."""
-        if not 0 <= token_id < self.num_pieces or token_id in self._replaced:
+        """Return a token as its file writes it, or an added token's text, else "".
+
+        SentencePiece writes a space as U+2581, byte-level files write GPT-2's letter of each byte.
+        """
+        if token_id in self._texts or token_id in self._replaced:
             return self._texts.get(token_id, "")
-        return self._pieces.id_to_piece(int(token_id))
+        return self._vocabulary.piece(token_id)
 
     def piece_id(self, text: str) -> int | None:
-        """Return the id of the piece with exactly this text; None if there is none."""
-        token_id = self._pieces.piece_to_id(text)
-        return token_id if self._pieces.id_to_piece(token_id) == text else None
+        """Return the id of the token that its file writes exactly so; None if there is none."""
+        return self._vocabulary.piece_id(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's UTF-8 bytes with its leading space; b"" if it has no text."""
-        byte = self.byte_value(token_id)
-        return self.token_text(token_id).encode() if byte is None else bytes([byte])
+        raw = self.raw_bytes(token_id)
+        return self.token_text(token_id).encode() if raw is None else raw
 
     def token_text(self, token_id: int) -> str:
-        """Return the text of an ordinary piece, with plain spaces, or an added token, else ""."""
-        if token_id in self._texts:
-            return self._texts[token_id]
-        if not self._is_ordinary(token_id) or self.byte_value(token_id) is not None:
-            return ""
-        return self.piece(token_id).replace(SPACE_MARK, " ")
+        """Return the text of an ordinary token, with plain spaces, or an added token, else "".
+
+        A token that is part of a character has none; nor has a byte piece of SentencePiece.
+        """
+        if token_id in self._texts or token_id in self._replaced:
+            return self._texts.get(token_id, "")
+        return self._vocabulary.token_text(token_id)
 
     def is_added(self, token_id: int) -> bool:
         """Return whether an id is that of an added token."""
         return token_id in self._texts
 
+    def raw_bytes(self, token_id: int) -> bytes | None:
+        """Return the bytes of a token that may begin or continue a character; None for others."""
+        return None if token_id in self._replaced else self._vocabulary.raw_bytes(token_id)
+
     def byte_value(self, token_id: int) -> int | None:
-        """Return the byte, 0 to 255, of a byte piece such as <0x0A>; None for other ids."""
-        byte = self._byte_values.get(token_id)
-        return None if token_id in self._replaced else byte
-
-    def _is_ordinary(self, token_id: int) -> bool:
-        if not 0 <= token_id < self.num_pieces or token_id in self._replaced:
-            return False
-        token_id = int(token_id)
-        return not self._pieces.is_control(token_id) and not self._pieces.is_unknown(token_id)
+        """Return the byte, 0 to 255, of a token of one byte such as <0x0A>; None for other ids."""
+        raw = self.raw_bytes(token_id)
+        return raw[0] if raw is not None and len(raw) == 1 else None
 
 
-def _load_model(data: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
-    """Parse the model and check what the rest of the project relies on."""
-    name = f"The tokenizer {source}".rstrip()
-    foreign = f"{name} does not belong to the ChatGLM family."
-    if data.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{name} is a Git LFS pointer, not the file itself.",
-            "The repository was cloned without its large files.",
-            "Run `git lfs pull` in it, or download the file.",
-        )
-    pieces = sentencepiece.SentencePieceProcessor()
-    try:
-        pieces.LoadFromSerializedProto(data)
-        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # each is valid text
-    except (RuntimeError, UnicodeError) as error:
-        raise CheckpointError(
-            f"{name} is not a SentencePiece model.",
-            " ".join(str(error).split()),
-            "Download the file from the repository that the weights come from.",
-        ) from error
-    ids = (pieces.unk_id(), pieces.bos_id(), pieces.eos_id())
-    if ids != (0, 1, 2):
-        raise CheckpointError(foreign, f"Its ids of <unk>, <s> and </s> are {ids}, not (0, 1, 2).")
-    num_bytes = sum(pieces.is_byte(pieces.piece_to_id(f"<0x{i:02X}>")) for i in range(256))
-    if num_bytes != 256:
-        why = f"It has {num_bytes} byte pieces, not 256, so some text could not be written."
-        raise CheckpointError(foreign, why)
-    return pieces
+def _called(source: str) -> str:
+    return f"The tokenizer {source}".rstrip()
 
 
 class Detokenizer:
     """Turns a stream of ids into text; the parts joined equal the decode of all ids.
 
-    Consecutive byte pieces are held back while they may still become a character. Any other id ends
-    such a run. Each byte that is not part of a character becomes U+FFFD, as in SentencePiece.
+    Bytes are held back while they may still become a character; an id of a token that is not raw
+    bytes ends it. Other bytes become U+FFFD: each of them, as in SentencePiece, or each run that
+    begins like a character, as in byte-level tokenizers.
     """
 
-    def __init__(self, tokenizer: "Tokenizer"):
-        self._tokenizer = tokenizer
-        self._bytes = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
-        self._at_start = tokenizer.adds_dummy_prefix  # a leading space is still to be dropped
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, vocabulary = tokenizer, tokenizer._vocabulary
+        self._bytes = codecs.getincrementaldecoder("utf-8")(vocabulary.decode_errors)
+        self._at_start = vocabulary.adds_dummy_prefix  # a leading space is still to be dropped
+        self._drops_all = vocabulary.drops_all_spaces
 
     def push(self, token_id: int) -> str:
         """Take the next id and return the text that is now certain, perhaps ""."""
-        byte = self._tokenizer.byte_value(token_id)
-        if byte is not None:
-            return self._started(self._bytes.decode(bytes([byte])))
+        raw = self._tokenizer.raw_bytes(token_id)
+        if raw is not None:
+            return self._started(self._bytes.decode(raw))
         held, text = self.flush(), self._tokenizer.token_text(token_id)
         if self._tokenizer.is_added(token_id):  # the text after it was encoded separately
             self._at_start = self._tokenizer.adds_dummy_prefix
             return held + text
-        first = self._at_start and text.startswith(" ")
-        self._started(text)
-        return held + text[first:]
+        if self._at_start and self._tokenizer.piece(token_id).startswith(SPACE_MARK):
+            text = text[1:]
+            self._at_start = self._drops_all  # and ends with the first text in any case
+        return held + self._started(text)
 
     def flush(self) -> str:
         """End the stream, or a run of bytes, and return what was held back."""
