@@ -222,6 +222,7 @@ _MESSAGES = """\
 {{- '<|assistant|>' -}}
 {%- endif -%}"""
 
+
 def _messages(name: str, gap: str = "") -> str:
     """Return the template of a model that knows roles, with `gap` before the content."""
     text = _MESSAGES.replace("in ROLES", f"in {list(ROLES)}").replace("ROLES", ", ".join(ROLES))

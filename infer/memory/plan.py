@@ -44,7 +44,7 @@ class Plan:
     context: int  # tokens of a prompt and its answer together
     batch: int = 1  # prompts that are answered together
     platform: str = "gpu"  # or "cpu", "tpu"
-    # Most prompt tokens, of all rows together, per prefill; a bidirectional context is read at once.
+    # Most prompt tokens, of all rows together, per prefill, where the context is causal.
     chunk: int = PREFILL_CHUNK
     columns: int = 1  # tokens of each row that a step reads: one, and its draft tokens
     prefix: int = 0  # slots of each row before all tokens, for a prefix (P-Tuning v2)
