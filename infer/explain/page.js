@@ -294,8 +294,10 @@ function cache() {
     el("div", { class: "panel" },
       el("div", { class: "bars" },
         barLine(T(`per token, ${walk.sizes.K} key/value heads`, `每个 token，${walk.sizes.K} 个键值头`), bar(cache.per_token, "--attention"), binary(cache.per_token)),
-        barLine(T(`with ${walk.sizes.N} instead`, `若为 ${walk.sizes.N} 个键值头`), bar(cache.with_full_heads, "--scores"), binary(cache.with_full_heads))),
-      el("p", { class: "muted" }, T(
+        walk.sizes.G === 1 ? [] : barLine(T(`with ${walk.sizes.N} instead`, `若为 ${walk.sizes.N} 个键值头`), bar(cache.with_full_heads, "--scores"), binary(cache.with_full_heads))),
+      el("p", { class: "muted" }, walk.sizes.G === 1 ? T(
+        `${binary(cache.now)} after this prompt, ${binary(cache.at_most)} at ${whole(walk.context)} tokens.`,
+        `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}。`) : T(
         `${binary(cache.now)} after this prompt, ${binary(cache.at_most)} at ${whole(walk.context)} tokens: 1/${cache.with_full_heads / cache.per_token} of what one key/value head per query head would take.`,
         `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}，仅为每个查询头都有自己的键值头时的 1/${cache.with_full_heads / cache.per_token}。`))));
 }
@@ -316,12 +318,14 @@ function mask() {
       box.style.fill = `var(${color(row, col)})`;
       return box;
     })));
+  const drawing = el("svg", { viewBox: `0 0 ${left + count * cell} ${count * cell}`, role: "img", "aria-label": T("attention mask", "注意力掩码") }, rows);
+  drawing.style.maxWidth = `${left + count * cell}px`;
   return el("section", { id: "mask" },
     el("h2", {}, T("What each token sees", "每个 token 能看到什么")),
     el("p", { class: "muted" }, T(
       "A row is a token, a column a token that it may see. The tokens before <sop> see each other, also later ones: the prompt is read in one piece, and nothing of it can be kept for a longer prompt. From <sop> on a token sees itself and what came before.",
       "每行是一个 token，每列是它可以看到的 token。<sop> 之前的 token 彼此可见（包括后面的）：提示词必须一次读完，提示词变长时之前的计算不能复用。从 <sop> 起，每个 token 只看自己和之前的内容。")),
-    el("div", { class: "panel" }, el("svg", { viewBox: `0 0 ${left + count * cell} ${count * cell}`, width: left + count * cell, role: "img", "aria-label": T("attention mask", "注意力掩码") }, rows)));
+    el("div", { class: "panel" }, drawing));
 }
 
 function devices() {
