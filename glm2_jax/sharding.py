@@ -94,7 +94,8 @@ def cache_sharding(config: GLMConfig, mesh: Mesh) -> KVCache:
     sizes = {**axis_sizes(config), "B": rows, "S": 1}
     places: dict[str, Any] = {n: _named(mesh, axes, sizes) for n, axes in CACHE_AXES.items()}
     if config.block.bidirectional:
-        places["blanks"] = Blanks(*[_named(mesh, "B", sizes)] * 3)
+        place: Any = _named(mesh, "B", sizes)
+        places["blanks"] = Blanks(place, place, place)
     return KVCache(**places)
 
 

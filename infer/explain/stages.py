@@ -109,6 +109,7 @@ def embed(config: GLMConfig, params: Any, tokens: jax.Array, context: TokenConte
 
 
 def _rotate(x: jax.Array, context: TokenContext) -> jax.Array:
+    assert context.cos is not None and context.sin is not None
     return apply_rope(x, context.cos, context.sin)
 
 
