@@ -96,7 +96,7 @@ _DEMO_ANSWERS = (
 def claimed_preset(name: object) -> str | None:
     """Return the published checkpoint that the `_name_or_path` of a config.json names, if any."""
     found = [preset for preset in PRESETS if isinstance(name, str) and preset in name.lower()]
-    return max(found, key=len, default=None)
+    return max(found, key=len) if found else None
 
 
 def _is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
