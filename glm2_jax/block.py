@@ -38,6 +38,11 @@ class Block:
         return 2 if self.mlp == "swiglu" else 1
 
     @property
+    def head(self) -> str:
+        """The name of the parameter that is the head."""
+        return "embed" if self.tied_head else "head"
+
+    @property
     def bidirectional(self) -> bool:
         """Whether the tokens before the first <sop> see each other."""
         return self.context == "bidirectional"

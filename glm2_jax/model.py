@@ -85,7 +85,7 @@ def _swiglu(both: jax.Array) -> jax.Array:
 
 
 # By `Block.mlp`: [B, T, C, F] -> [B, T, F], in float32.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "swiglu": _swiglu,
     "gelu_tanh": lambda up: jax.nn.gelu(up[:, :, 0], approximate=True),
     "gelu": lambda up: jax.nn.gelu(up[:, :, 0], approximate=False),
@@ -115,10 +115,10 @@ class GLMBlock(nn.Module):
         with jax.named_scope("attention"):
             a = self._norm("attn_norm", x)
             out, k_cache, v_cache = self._attention(a, k_cache, v_cache, layer, context, lora)
-            x = self._add(x, a, self._after("attn_post_norm", out))
+            x = self.add(x, a, self._after("attn_post_norm", out))
         with jax.named_scope("mlp"):
             u = self._norm("mlp_norm", x)
-            x = self._add(x, u, self._after("mlp_post_norm", self._mlp(u, lora)))
+            x = self.add(x, u, self._after("mlp_post_norm", self._mlp(u, lora)))
         return (x, k_cache, v_cache), None
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
@@ -127,7 +127,7 @@ class GLMBlock(nn.Module):
     def _after(self, name: str, out: jax.Array) -> jax.Array:
         return self._norm(name, out) if self.config.block.sandwich else out
 
-    def _add(self, x: jax.Array, normed: jax.Array, out: jax.Array) -> jax.Array:
+    def add(self, x: jax.Array, normed: jax.Array, out: jax.Array) -> jax.Array:
         """Add what attention or MLP gave to the residual."""
         block = self.config.block
         kept = normed if block.normed_residual else x
@@ -172,18 +172,18 @@ class GLMBlock(nn.Module):
 
     def _mlp(self, x: jax.Array, lora: LoRA | None) -> jax.Array:
         w, key = self.weights, self._adapter_key(lora)
-        activation = _ACTIVATIONS[self.config.block.mlp]
+        activation = ACTIVATIONS[self.config.block.mlp]
 
         def mlp(x: jax.Array, *columns: jax.Array) -> jax.Array:
             # What a column drops does not depend on its block: blocks differ between meshes.
             drops = (key, *(number[0] for number in columns))
             added = adapt(lora, "dense_h_to_4h", x, *drops)
             both = einsum("BTD,CFD->BTCF", x, w["gate_up"], added("b"))
-            both = constrain(_biased(both, w.get("gate_up_bias")), "B", None, None, "F")
+            both = constrain(biased(both, w.get("gate_up_bias")), "B", None, None, "F")
             hidden = activation(both).astype(x.dtype)
             added = adapt(lora, "dense_4h_to_h", hidden, *drops)
             out = einsum("BTF,DF->BTD", hidden, w["down"], added("b"))
-            return _biased(out, w.get("down_bias")).astype(x.dtype)
+            return biased(out, w.get("down_bias")).astype(x.dtype)
 
         B, C, F = x.shape[0], self.config.mlp_inputs, self.config.ffn_hidden_size
         at_once = MLP_ELEMENTS // (C * B // pieces("B", B) * F // pieces("F", F))
@@ -263,7 +263,7 @@ class GLM(nn.Module):
         """Apply final norm and head: [..., D] -> float32 [..., V]."""
         with jax.named_scope("head"):
             x = norm(self.config, self.weights, "final_norm", x)
-            head = self.weights["embed" if self.config.block.tied_head else "head"]
+            head = self.weights[self.config.block.head]
             logits = einsum("...D,VD->...V", x, head)
             return constrain(logits, *("B", None, None)[: logits.ndim - 1], "V")
 
@@ -423,11 +423,11 @@ def _hidden(config, params, tokens, where, lora, key=None, noise=None, remat=Fal
 
 def project(spec: str, x: jax.Array, weight: Any, bias: jax.Array | None, added: Any) -> jax.Array:
     """Compute product, `added` and bias, rounded once: [B, T, D] -> [B, T, heads, H]."""
-    projected = _biased(einsum(spec, x, weight, added), bias).astype(x.dtype)
+    projected = biased(einsum(spec, x, weight, added), bias).astype(x.dtype)
     return constrain(projected, *spec.split("->")[1])
 
 
-def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
     return x if bias is None else x + bias.astype(jnp.float32)
 
 

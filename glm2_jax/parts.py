@@ -74,3 +74,12 @@ def parts_of(config: GLMConfig) -> tuple[Part, ...]:
     if block.tied_head:
         absent |= {"head"}
     return tuple(part for name, part in TABLE.items() if name not in absent)
+
+
+def tables_of(config: GLMConfig) -> tuple[str, ...]:
+    """Return the names of the tables of which a token needs one row each, and no product more."""
+    names = {part.name for part in parts_of(config)}
+    return tuple(
+        name for name in ("embed", "positions", "blocks")
+        if name in names and name != config.block.head
+    )  # fmt: skip

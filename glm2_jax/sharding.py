@@ -20,24 +20,9 @@ from glm2_jax.config import GLMConfig
 from glm2_jax.errors import UsageError
 from glm2_jax.lora import TARGETS, LoRA, weight_axes
 from glm2_jax.mesh import axis_sizes, mesh_text, partition
+from glm2_jax.parts import parts_of
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import COLUMN_AXES, Scheme
-
-# The axis letters of every parameter. Norms are small, and replicated.
-PARAM_AXES = {"embed": "VD", "final_norm": "", "head": "VD"}
-LAYER_AXES = {
-    "attn_norm": "",
-    "q": "NHD",
-    "q_bias": "NH",
-    "k": "KHD",
-    "k_bias": "KH",
-    "v": "KHD",
-    "v_bias": "KH",
-    "o": "DNH",
-    "mlp_norm": "",
-    "gate_up": "CFD",
-    "down": "DF",
-}
 
 
 def check_mesh(
@@ -78,14 +63,15 @@ def params_sharding(
 
     With a quantization `scheme`, such leaves are `QTensor`s of shardings.
     """
-    leading = "" if as_list else "L"
-    layer = {
-        name: _weight(config, mesh, name, leading + axes if axes else "", scheme)
-        for name, axes in LAYER_AXES.items()
-    }
-    layers = [layer] * config.num_layers if as_list else layer
-    rest = {name: _weight(config, mesh, name, axes, scheme) for name, axes in PARAM_AXES.items()}
-    return {**rest, "layers": layers}
+    rest: dict[str, Any] = {}
+    layer: dict[str, Any] = {}
+    for part in parts_of(config):
+        # Vectors of the hidden size are small, and replicated: norms, and biases of the outputs.
+        letters = "" if part.axes == "D" else part.axes
+        stacked = "L" if letters and part.in_layers and not as_list else ""
+        places = layer if part.in_layers else rest
+        places[part.name] = _weight(config, mesh, part.name, stacked + letters, scheme)
+    return {**rest, "layers": [layer] * config.num_layers if as_list else layer}
 
 
 def lora_sharding(lora: LoRA, mesh: Mesh) -> LoRA:
@@ -108,7 +94,8 @@ def cache_sharding(config: GLMConfig, mesh: Mesh) -> KVCache:
     sizes = {**axis_sizes(config), "B": rows, "S": 1}
     places: dict[str, Any] = {n: _named(mesh, axes, sizes) for n, axes in CACHE_AXES.items()}
     if config.block.bidirectional:
-        places["blanks"] = Blanks(*cast(Any, [_named(mesh, "B", sizes)] * 3))
+        place: Any = _named(mesh, "B", sizes)
+        places["blanks"] = Blanks(place, place, place)
     return KVCache(**places)
 
 

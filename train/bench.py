@@ -137,7 +137,7 @@ def work(config: GLMConfig, base: Any, lora: LoRA, batch: int, length: int) -> f
     from glm2_jax.schemes import COLUMN_AXES
 
     c, layers = config, base["layers"]
-    matrices = base["head"].size + sum(
+    matrices = base[config.block.head].size + sum(
         weight.size
         for layer in (layers if isinstance(layers, list) else [layers])
         for name, weight in layer.items()

@@ -17,6 +17,7 @@ import numpy as np
 
 from glm2_jax import GLMConfig
 from glm2_jax.limits import PREFILL_CHUNK
+from glm2_jax.parts import tables_of
 from glm2_jax.runtime.buckets import bucket
 from glm2_jax.runtime.xla import cache_dtype
 from glm2_jax.schemes import COLUMN_AXES
@@ -75,7 +76,8 @@ def work(
     gathered is read. Collectives are not counted.
 
     Returns:
-        Bytes: every weight once, but of the embedding only the rows of the tokens; keys and values
+        Bytes: every weight once, but of the embedding only the rows of the tokens, and likewise of
+        other tables; keys and values
         of the tokens that are attended to, once a row. Not what a larger cache may make it read.
         Operations: two for each number of a matrix and token (the head: for each row), and four for
         each pair of a query and a key, head and dimension.
@@ -87,13 +89,14 @@ def work(
     tokens = rows * max(shape.prompt, 1)
     seen = shape.prompt or shape.context + (shape.steps + 1) / 2  # keys that a row ends up with
     pairs = shape.prompt * (shape.prompt + 1) / 2 if shape.prompt else seen
-    moved = total_bytes(params) - total_bytes(params["embed"])
-    moved += tokens * config.hidden_size * dtype.itemsize
-    # The biases are as long as the queries, keys and values of a token.
+    tables, D = tables_of(config), config.hidden_size
+    moved = total_bytes(params) - sum(total_bytes(params[name]) for name in tables)
+    moved += len(tables) * tokens * D * dtype.itemsize
     kept = np.dtype(cache_dtype(platform, dtype)).itemsize
-    moved += rows * seen * (layers["k_bias"].size + layers["v_bias"].size) * kept
+    queries, keys, values = (layers[name].size // D for name in "qkv")  # of a token, all layers
+    moved += rows * seen * (keys + values) * kept
     flops = 2 * sum(layers[name].size for name in COLUMN_AXES) * tokens
-    flops += 2 * params["head"].size * rows + 4 * layers["q_bias"].size * pairs * rows
+    flops += 2 * params[config.block.head].size * rows + 4 * queries * pairs * rows
     devices = count_devices(mesh)
     return devices * moved, devices * flops
 

@@ -24,7 +24,7 @@ class Stage:
     title_zh: str
     note_en: str  # may be empty
     note_zh: str
-    axes: str  # of the shape, for example "BTNH"; C is gate and up, of which there are 2
+    axes: str  # of the shape, for example "BTNH"; C is gate and up, or only up
     shape: tuple[int, ...]  # of the result
     reference: tuple[int, ...]  # the same in the published PyTorch code, sequence first
     params: int
@@ -88,11 +88,12 @@ class Walk:
 
     model: str  # name or folder
     family: str
-    sizes: dict[str, int]  # axis letter -> size: B, L, D, N, K, G, H, F, V
+    sizes: dict[str, int]  # axis letter -> size: B, L, D, N, K, G, H, F, V, C
     prompt: str | None  # the question; None where only a length was given
     length: int  # T, ids of the prompt
     length_from: str  # "tokenizer", "published" (its tokenizer's count), "asked" or "example"
     context: int  # the longest sequence
+    looks_ahead: bool  # whether the tokens of the prompt before <sop> see each other
     weights_in: str  # "bfloat16", "int4", ...: the precision that bytes are counted in
     params: int
     weight_bytes: int
@@ -153,6 +154,8 @@ class Values:
 
     text: str  # the prompt as it was built, without the ids that begin it; real newlines
     tokens: tuple[Token, ...]  # of the prompt, special ones included
+    positions: Sequence[Sequence[int]]  # of each: the position, and the block position if any
+    sees: Sequence[int]  # of each: the last token that it sees
     layers: tuple[Layer, ...]  # the embedding first
     heads: tuple[Head, ...]
     steps: tuple[Step, ...]

@@ -58,8 +58,8 @@ const modelName = () => (walk.model === "the bundled demo model" ? T("the bundle
 /** A stage's shape; gate and up also side by side. */
 function shapes(stage) {
   const at = stage.axes.indexOf("C");
-  if (at < 0) return shape(stage.shape);
-  const joined = [...stage.shape.slice(0, at), 2 * stage.shape[at + 1]];
+  if (at < 0 || stage.shape[at] === 1) return shape(stage.shape);
+  const joined = [...stage.shape.slice(0, at), stage.shape[at] * stage.shape[at + 1]];
   return `${shape(stage.shape)} = ${shape(joined)}`;
 }
 
@@ -74,7 +74,7 @@ function binary(bytes) {
 }
 
 /** "BTCF" -> "B T 2 F". */
-const axes = (letters) => [...letters].map((letter) => (letter === "C" ? "2" : letter)).join(" ");
+const axes = (letters) => [...letters].map((letter) => (letter === "C" ? walk.sizes.C : letter)).join(" ");
 
 /** Parameters, operations and bytes, those that are not 0. */
 function cost(stage) {
@@ -191,13 +191,17 @@ function letters(pass) {
 // many arrows leave it, where it is not one.
 // The lanes of attention are those of queries, keys and values.
 const ROWS = {
-  attention: [["norm", 3, 3], ["q", 1], ["k", 1], ["v", 1], ["rope_q", 1], ["rope_k", 1], ["|", 1], ["|", 1], ["cache", 2, 2],
-    ["scores", 2], ["|", 1], ["softmax", 2], ["|", 1], ["values", 3], ["o", 3], ["add", 3]],
-  mlp: [["norm", 3], ["gate_up", 3], ["act", 3], ["down", 3], ["add", 3]],
+  attention: [["norm", 3, 3], ["q", 1], ["k", 1], ["v", 1], ["rope_q", 1], ["rope_k", 1], ["| rope", 1], ["|", 1], ["cache", 2, 2],
+    ["scores", 2], ["|", 1], ["softmax", 2], ["|", 1], ["values", 3], ["o", 3], ["post_norm", 3], ["add", 3]],
+  mlp: [["norm", 3], ["gate_up", 3], ["act", 3], ["down", 3], ["post_norm", 3], ["add", 3]],
 };
+/** The lines of a part that this model has; positions of another kind need no rotation. */
+const rowsOf = (part) => ROWS[part].filter(([stage]) =>
+  (stage.startsWith("|") ? stage === "|" || find("attention.rope_q") : find(`${part}.${stage}`)));
 /** What goes into a stage that does not read the one above it alone. */
 const inputs = (name) => ({
-  "attention.k": T("input: RMSNorm", "输入：RMSNorm"), "attention.v": T("input: RMSNorm", "输入：RMSNorm"),
+  "attention.k": T(`input: ${title(find("attention.norm"))}`, `输入：${title(find("attention.norm"))}`),
+  "attention.v": T(`input: ${title(find("attention.norm"))}`, `输入：${title(find("attention.norm"))}`),
   "attention.rope_q": T("input: queries", "输入：查询 Q"), "attention.rope_k": T("input: keys", "输入：键 K"),
   "attention.cache": T("input: rotated keys, values", "输入：旋转后的 K、值 V"),
   "attention.scores": T("input: rotated queries, cached keys", "输入：旋转后的 Q、缓存中的 K"),
@@ -217,8 +221,8 @@ function part(name, heading) {
   return el("div", { class: `part ${name}` },
     el("h3", {}, heading), el("div", { class: "total" }, T("total: ", "合计：") + cost(total)),
     el("div", { class: "skip", title: T("residual stream", "残差流") }),
-    el("div", { class: "lanes" }, ROWS[name].map(([stage, lanes, arrows]) =>
-      el("div", { class: `lane${lanes}${stage === "|" ? " pass" : ""}` }, stage === "|" ? null : box(find(`${name}.${stage}`)),
+    el("div", { class: "lanes" }, rowsOf(name).map(([stage, lanes, arrows]) =>
+      el("div", { class: `lane${lanes}${stage.startsWith("|") ? " pass" : ""}` }, stage.startsWith("|") ? null : box(find(`${name}.${stage}`)),
         stage === "add" ? null : el("div", { class: "arrows", "aria-hidden": "true" }, Array.from({ length: arrows || 1 }, () => el("span", {}, "↓")))))));
 }
 
@@ -290,10 +294,38 @@ function cache() {
     el("div", { class: "panel" },
       el("div", { class: "bars" },
         barLine(T(`per token, ${walk.sizes.K} key/value heads`, `每个 token，${walk.sizes.K} 个键值头`), bar(cache.per_token, "--attention"), binary(cache.per_token)),
-        barLine(T(`with ${walk.sizes.N} instead`, `若为 ${walk.sizes.N} 个键值头`), bar(cache.with_full_heads, "--scores"), binary(cache.with_full_heads))),
-      el("p", { class: "muted" }, T(
+        walk.sizes.G === 1 ? [] : barLine(T(`with ${walk.sizes.N} instead`, `若为 ${walk.sizes.N} 个键值头`), bar(cache.with_full_heads, "--scores"), binary(cache.with_full_heads))),
+      el("p", { class: "muted" }, walk.sizes.G === 1 ? T(
+        `${binary(cache.now)} after this prompt, ${binary(cache.at_most)} at ${whole(walk.context)} tokens.`,
+        `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}。`) : T(
         `${binary(cache.now)} after this prompt, ${binary(cache.at_most)} at ${whole(walk.context)} tokens: 1/${cache.with_full_heads / cache.per_token} of what one key/value head per query head would take.`,
         `处理完这个提示词后为 ${binary(cache.now)}，${whole(walk.context)} 个 token 时为 ${binary(cache.at_most)}，仅为每个查询头都有自己的键值头时的 1/${cache.with_full_heads / cache.per_token}。`))));
+}
+
+/** Which tokens see which, where the prompt looks ahead: drawn for a prompt that is cut short. */
+function mask() {
+  if (!walk.looks_ahead) return null;
+  const context = Math.min(walk.length - 1, 9);
+  const count = context + 4;
+  const cell = 22;
+  const left = 92;
+  const name = (row) => (row < context ? T("prompt", "提示词") : row === context ? "<sop>" : T("answer", "回答"));
+  const color = (row, col) => (col > Math.max(row, context - 1) ? "--soft" : row < context ? "--io" : "--attention");
+  const rows = Array.from({ length: count }, (_, row) => el("g", {},
+    el("text", { x: left - 8, y: row * cell + 15, "text-anchor": "end" }, name(row)),
+    Array.from({ length: count }, (_, col) => {
+      const box = el("path", { d: `M${left + col * cell} ${row * cell}h${cell - 2}v${cell - 2}h${2 - cell}z` });
+      box.style.fill = `var(${color(row, col)})`;
+      return box;
+    })));
+  const drawing = el("svg", { viewBox: `0 0 ${left + count * cell} ${count * cell}`, role: "img", "aria-label": T("attention mask", "注意力掩码") }, rows);
+  drawing.style.maxWidth = `${left + count * cell}px`;
+  return el("section", { id: "mask" },
+    el("h2", {}, T("What each token sees", "每个 token 能看到什么")),
+    el("p", { class: "muted" }, T(
+      "A row is a token, a column a token that it may see. The tokens before <sop> see each other, also later ones: the prompt is read in one piece, and nothing of it can be kept for a longer prompt. From <sop> on a token sees itself and what came before.",
+      "每行是一个 token，每列是它可以看到的 token。<sop> 之前的 token 彼此可见（包括后面的）：提示词必须一次读完，提示词变长时之前的计算不能复用。从 <sop> 起，每个 token 只看自己和之前的内容。")),
+    el("div", { class: "panel" }, drawing));
 }
 
 function devices() {
@@ -338,7 +370,7 @@ function render() {
   document.title = `${walk.prompt || modelName()} · infer.explain`;
   const page = document.getElementById("page");
   page.replaceChildren(topBar(), el("main", {},
-    intro(), pipeline(), state.layer === null ? null : block(), costs(), everything(), cache(), devices(), ...realValues()));
+    intro(), pipeline(), state.layer === null ? null : block(), costs(), everything(), mask(), cache(), devices(), ...realValues()));
   drawMaps();
 }
 

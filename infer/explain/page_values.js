@@ -21,7 +21,9 @@ function promptTokens() {
       `The question in its template, and its ${whole(values.tokens.length)} ids. ⏎ is a newline, ␣ a space, <0xF0> one byte of a character that has no piece; ids with a dashed border are special: no text is encoded as one.`,
       `套用模板后的问题，以及编码得到的 ${whole(values.tokens.length)} 个 id。⏎ 表示换行，␣ 表示空格，<0xF0> 表示词表中没有的字符的一个字节；虚线框是特殊 id，普通文本不会编码成它。`)),
     el("div", { class: "panel" }, el("pre", {}, values.text),
-      el("div", { class: "chips" }, values.tokens.map((token) => el("span", { class: token.text ? "chip" : "chip special", title: token.piece }, labelOf(token), el("small", {}, String(token.id)))))));
+      el("div", { class: "chips" }, values.tokens.map((token, index) => el("span", { class: token.text ? "chip" : "chip special", title: token.piece }, labelOf(token), el("small", {}, String(token.id)),
+        values.positions[index].length > 1 ? el("small", {}, `(${values.positions[index].join(", ")})`) : null))),
+      values.positions[0].length > 1 ? el("p", { class: "muted" }, T("In brackets: the position and the block position of each.", "括号内：每个 token 的位置和块位置。")) : null));
 }
 
 function map(head) {
@@ -32,7 +34,7 @@ function map(head) {
   canvas.head = head;
   canvas.at = null;
   const show = (t, s) => {
-    if (t < 0 || s < 0 || t >= head.weights.length || s > t) return;
+    if (t < 0 || s < 0 || t >= head.weights.length || s > values.sees[t]) return;
     canvas.at = [t, s];
     readout.textContent = T(`${percent(from(t, s))} of the attention of ${quoted(values.tokens[t])} goes to ${quoted(values.tokens[s])}`, `${quoted(values.tokens[t])} 对 ${quoted(values.tokens[s])} 的注意力为 ${percent(from(t, s))}`);
     drawMap(canvas);
@@ -49,7 +51,7 @@ function map(head) {
     if (!step) return;
     event.preventDefault();
     const [t, s] = canvas.at || [0, 0];
-    show(t + step[0], Math.min(s + step[1], t + step[0]));
+    show(t + step[0], Math.min(s + step[1], values.sees[t + step[0]]));
   });
   return el("figure", {}, el("figcaption", {}, el("b", {}, T(`layer ${head.layer}, head ${head.head}`, `第 ${head.layer} 层，第 ${head.head} 头`)), T(` (key/value head ${group})`, `（键值头 ${group}）`)), canvas, readout);
 }
@@ -82,10 +84,10 @@ function drawMap(canvas) {
   const heat = style.getPropertyValue("--heat").trim();
   context.fillStyle = style.getPropertyValue("--soft");
   context.beginPath();
-  for (let t = 0; t < count; t += 1) context.rect(left, top + t * cell, (t + 1) * cell, cell);
+  for (let t = 0; t < count; t += 1) context.rect(left, top + t * cell, (values.sees[t] + 1) * cell, cell);
   context.fill();
   for (let t = 0; t < count; t += 1) {
-    for (let s = 0; s <= t; s += 1) {
+    for (let s = 0; s <= values.sees[t]; s += 1) {
       context.fillStyle = `rgb(${heat} / ${Math.sqrt(weights[t][s])})`;
       context.fillRect(left + s * cell, top + t * cell, cell - (cell > 6 ? 1 : 0), cell - (cell > 6 ? 1 : 0));
     }
@@ -122,8 +124,8 @@ function attention() {
   return el("section", { id: "attention" },
     el("h2", {}, T("Attention maps", "注意力热图")),
     el("p", { class: "muted" }, T(
-      "Each row is a token, each column a token it attends to; a row sums to 100 %, and later tokens are masked. Darker is more (by the square root). Other heads: --heads LAYER:HEAD.",
-      "每行是一个 token，每列是它关注的 token；每行之和为 100 %，之后的 token 被掩码屏蔽。颜色越深，权重越大（按平方根）。查看其他头：--heads 层:头。")),
+      "Each row is a token, each column a token it attends to; a row sums to 100 %, and tokens that it does not see are masked. Darker is more (by the square root). Other heads: --heads LAYER:HEAD.",
+      "每行是一个 token，每列是它关注的 token；每行之和为 100 %，看不到的 token 被掩码屏蔽。颜色越深，权重越大（按平方根）。查看其他头：--heads 层:头。")),
     el("div", { class: "panel" }, maps(values.heads)));
 }
 

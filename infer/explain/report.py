@@ -28,8 +28,12 @@ NORMS = (
     "own answer."
 )
 ROW = (
-    "Each row is a token and shows its attention to the tokens up to itself, as the square root of "
+    "Each row is a token and shows its attention to the tokens that it sees, as the square root of "
     "the probability in tenths: a blank, then "
+)
+LOOKS_AHEAD = (
+    "The tokens before <sop> see each other (#), so a prompt is read in one piece; a longer one "
+    "looks like this one:"
 )
 SHADES = " .:-=+*#%@"  # of a probability's square root, in tenths
 LENGTH_FROM = {
@@ -80,7 +84,7 @@ def _stages(walk: Walk, columns: int) -> Iterator[str]:
         cells = [*figures, _flop(step), human_size(step.bytes)]
         cells = ["-" if cell.strip() in ("0", "0 B") else cell for cell in cells]
         rows.append([f"  {read.title_en}", _shape(read.shape), *cells])
-        if "C" in read.axes:  # gate and up side by side
+        if "C" in read.axes and read.shape[-2] > 1:  # gate and up side by side
             *rest, two, width = read.shape
             rows.append(["", f"= {_shape((*rest, two * width))}", *[""] * 5])
     return _fitted(rows, 2, columns)
@@ -95,6 +99,18 @@ def _totals(walk: Walk) -> Iterator[str]:
         f"{s['N']} heads had their own keys and values; {_binary(cache.now)} after the prompt, "
         f"{_binary(cache.at_most)} at {walk.context:,} tokens"
     )
+    if walk.looks_ahead:
+        yield from ("", LOOKS_AHEAD, *_mask(walk.length))
+
+
+def _mask(length: int) -> Iterator[str]:
+    """Draw what the tokens of a prompt, cut short, and the first ones of its answer see."""
+    context = min(length - 1, 6)
+    for row in range(context + 3):
+        name = f"{'prompt' if row < context else '<sop>' if row == context else 'answer':8}"
+        yield name + " ".join(
+            "#" if col <= max(row, context - 1) else "." for col in range(context + 3)
+        )
 
 
 def _work(work: Pass) -> str:
@@ -126,8 +142,15 @@ def _values(values: Values, columns: int) -> Iterator[str]:
     yield from ("", "the prompt as it is built:")
     yield from (f"  | {line}" for line in escape_controls(values.text, "\n").split("\n"))
     yield from ("", f"its ids, computed in {values.dtype}:")
-    rows = [(_piece(token), str(at), str(token.id)) for at, token in enumerate(values.tokens)]
-    yield from table([("piece", "", "id"), *rows], texts=1)
+    heads = ("position", "block", "sees up to")[: len(values.positions[0])]
+    heads = (*heads, "sees up to") if len(heads) > 1 else ()  # else all is as its number
+    rows = [
+        (_piece(token), str(at), str(token.id), *map(str, (*where, sees)[: len(heads)]))
+        for at, (token, where, sees) in enumerate(
+            zip(values.tokens, values.positions, values.sees, strict=True)
+        )
+    ]
+    yield from table([("piece", "", "id", *heads), *rows], texts=1)
     if any(token.piece.startswith("<0x") for token in values.tokens):
         yield BYTES
     count = len(values.layers[0].lens)
@@ -165,7 +188,10 @@ def _map(head: Head, values: Values, columns: int) -> Iterator[str]:
     wide = 2 if _LABEL + 2 * tokens <= columns else 1
     rows = []
     for at, (token, weights) in enumerate(zip(values.tokens, head.weights, strict=True)):
-        cells = (SHADES[min(int(10 * weight**0.5), 9)] * wide for weight in weights[: at + 1])
+        cells = (
+            SHADES[min(int(10 * weight**0.5), 9)] * wide
+            for weight in weights[: values.sees[at] + 1]
+        )
         rows.append((str(at), cut_to_width(_piece(token), _LABEL - 5), "".join(cells)))
     yield from table(rows, texts=3)
 

@@ -32,9 +32,10 @@ from infer.memory.precision import Precision
 from infer.startup import find_choice, note_demo_model, open_engine
 
 # Ids of PROMPT in a template, by the tokenizers that these families were published with.
-PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4}
-_PUBLISHED_FAMILIES = ("chatglm2", "chatglm3")
-_PUBLISHED_VOCABULARY = 65024
+PUBLISHED_LENGTHS = {"chatglm2": 17, "chatglm3": 8, "raw": 4, "glm4": 6, "chatglm": 4}
+_PUBLISHED_VOCABULARIES = {
+    "chatglm2": 65024, "chatglm3": 65024, "glm4": 151552, "glm4-0414": 151552, "chatglm": 130528,
+}  # fmt: skip
 EXAMPLE_LENGTH = 128  # without a prompt, where the number of ids of PROMPT is not known
 MESH_LENGTH = 2048  # tokens of a row with --mesh by default, where the context has room
 
@@ -68,10 +69,10 @@ def run(settings: Settings) -> int:
         )  # fmt: skip
     subject = find_subject(settings)
     ids, length, source = _prompt(settings, subject)
-    if length >= subject.config.seq_length:
+    if length >= (limit := subject.config.context_limit):
         raise InputError(
             f"The prompt has {length:,} ids, which leaves no room for an answer.",
-            f"The model's context (seq_length) is {subject.config.seq_length:,}.",
+            f"The model's context (seq_length) is {limit:,}.",
             "Shorten the prompt.",
         )
     heads = _heads(settings.heads, subject.config)
@@ -149,15 +150,17 @@ def _prompt(settings: Settings, subject: Subject) -> tuple[list[int] | None, int
         ids = build_prompt(subject.tokenizer, subject.template, prompt)
         return ids, len(ids), "tokenizer"
     config = subject.config
-    published = config.vocab_size == _PUBLISHED_VOCABULARY and config.family in _PUBLISHED_FAMILIES
+    template = subject.template or config.default_template
+    published = _PUBLISHED_VOCABULARIES.get(config.family) == config.vocab_size
+    # The raw text is known of the tokenizer of ChatGLM2 and ChatGLM3.
+    published &= template != "raw" or config.family in ("chatglm2", "chatglm3")
     if published and prompt == PROMPT:
-        known = PUBLISHED_LENGTHS[subject.template or config.default_template]
-        return None, known, "published"
+        return None, PUBLISHED_LENGTHS[template], "published"
     if settings.prompt is not None:
         raise UsageError(
             "The length of this prompt is not known.",
             f"The model's tokenizer is needed to count its ids; without one only {PROMPT} is "
-            f"known, for published {' and '.join(_PUBLISHED_FAMILIES)} models.",
+            f"known, for published {', '.join(_PUBLISHED_VOCABULARIES)} models.",
             "Name a folder with tokenizer.model (--model DIR), or give the length: --length N.",
         )
     length = min(EXAMPLE_LENGTH, config.seq_length - 1)

@@ -18,7 +18,7 @@ from glm2_jax.attention import scaled_scores
 from glm2_jax.cache import read_layer, write_layer
 from glm2_jax.context import TokenContext
 from glm2_jax.linear import einsum
-from glm2_jax.model import GLM, project, rms_norm
+from glm2_jax.model import ACTIVATIONS, GLM, GLMBlock, biased, norm, project
 from glm2_jax.rope import apply_rope
 
 # Called with a stage's name, its function and the function's arrays; returns the result.
@@ -42,30 +42,50 @@ def walk_layer(
 
     `cache` has keys and values of the tokens before, [1, B, K, S, H] each; None = there are none.
     """
-    norm = partial(rms_norm, eps=config.norm_eps)
-    a = take("attention.norm", norm, x, weights["attn_norm"])
-    x = take("attention.add", jnp.add, x, _attention(weights, a, context, cache, take))
-    u = take("mlp.norm", norm, x, weights["mlp_norm"])
-    both = take("mlp.gate_up", partial(einsum, "BTD,CFD->BTCF"), u, weights["gate_up"])
 
-    def swiglu(both: jax.Array) -> jax.Array:
-        return (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype)
+    def normed(stage: str, name: str, x: jax.Array) -> jax.Array:
+        return take(stage, lambda x, weights: norm(config, weights, name, x), x, weights)
 
-    hidden = take("mlp.act", swiglu, both)
-    out = take("mlp.down", partial(_out, "BTF,DF->BTD"), hidden, weights["down"])
-    return take("mlp.add", jnp.add, x, out)
+    def added(part: str, name: str, x: jax.Array, a: jax.Array, out: jax.Array) -> jax.Array:
+        """Add what a part gave to the residual, as the family does it."""
+        if config.block.sandwich:
+            out = normed(f"{part}.post_norm", name, out)
+        block, variables = GLMBlock(config), {"params": weights}
+        add = partial(block.apply, variables, method="add")
+        return take(f"{part}.add", add, x, a, out)
+
+    a = normed("attention.norm", "attn_norm", x)
+    out = _attention(weights, a, context, cache, take)
+    x = added("attention", "attn_post_norm", x, a, out)
+    u = normed("mlp.norm", "mlp_norm", x)
+    out = _mlp(config, weights, u, take)
+    return added("mlp", "mlp_post_norm", x, u, out)
+
+
+def _mlp(config: GLMConfig, weights: Any, x: jax.Array, take: Take) -> jax.Array:
+    def gate_up(x: jax.Array, weight: Any, bias: jax.Array | None) -> jax.Array:
+        return biased(einsum("BTD,CFD->BTCF", x, weight), bias)
+
+    def activation(both: jax.Array) -> jax.Array:
+        return ACTIVATIONS[config.block.mlp](both).astype(x.dtype)
+
+    both = take("mlp.gate_up", gate_up, x, weights["gate_up"], weights.get("gate_up_bias"))
+    hidden = take("mlp.act", activation, both)
+    down = partial(project, "BTF,DF->BTD", added=None)
+    return take("mlp.down", down, hidden, weights["down"], weights.get("down_bias"))
 
 
 def _attention(weights: Any, x: jax.Array, context: TokenContext, cache: Any, take: Take):
     q, k, v = (
         take(
             f"attention.{name}", partial(project, spec, added=None),
-            x, weights[name], weights[f"{name}_bias"],
+            x, weights[name], weights.get(f"{name}_bias"),
         )
         for name, spec in (("q", "BTD,NHD->BTNH"), ("k", "BTD,KHD->BTKH"), ("v", "BTD,KHD->BTKH"))
     )  # fmt: skip
-    q = take("attention.rope_q", _rotate_queries, q, context)
-    k = take("attention.rope_k", _rotate, k, context)
+    if context.cos is not None:
+        q = take("attention.rope_q", _rotate_queries, q, context)
+        k = take("attention.rope_k", _rotate, k, context)
     if cache is not None:
         k, v = take("attention.cache", _through_cache, k, v, *cache, context)
     else:
@@ -73,21 +93,23 @@ def _attention(weights: Any, x: jax.Array, context: TokenContext, cache: Any, ta
     scores = take("attention.scores", _all_scores, q, k, context)
     probs = take("attention.softmax", partial(jax.nn.softmax, axis=-1), scores)
     out = take("attention.values", partial(_weighted, dtype=x.dtype), probs, v)
-    return take("attention.o", partial(_out, "BTNH,DNH->BTD"), out, weights["o"])
+    to_stream = partial(project, "BTNH,DNH->BTD", added=None)
+    return take("attention.o", to_stream, out, weights["o"], weights.get("o_bias"))
 
 
 def walk_head(config: GLMConfig, params: Any, x: jax.Array, take: Take = call) -> jax.Array:
     """Apply final norm and head: [..., D] -> float32 [..., V]."""
-    x = take("norm", partial(rms_norm, eps=config.norm_eps), x, params["final_norm"])
-    return take("head", partial(einsum, "...D,VD->...V"), x, params["head"])
+    x = take("norm", lambda x, params: norm(config, params, "final_norm", x), x, params)
+    return take("head", partial(einsum, "...D,VD->...V"), x, params[config.block.head])
 
 
-def embed(config: GLMConfig, params: Any, tokens: jax.Array) -> jax.Array:
+def embed(config: GLMConfig, params: Any, tokens: jax.Array, context: TokenContext) -> jax.Array:
     """Look up tokens [B, T] -> [B, T, D], the input of the first layer."""
-    return GLM(config).apply({"params": params}, tokens, None, method=GLM.carry)[0]
+    return GLM(config).apply({"params": params}, tokens, context, None, method=GLM.carry)[0]
 
 
 def _rotate(x: jax.Array, context: TokenContext) -> jax.Array:
+    assert context.cos is not None and context.sin is not None
     return apply_rope(x, context.cos, context.sin)
 
 
@@ -121,7 +143,3 @@ def _weighted(probs: jax.Array, v: jax.Array, dtype: Any) -> jax.Array:
     grouped = probs.reshape(B, K, N // K, T, S).astype(v.dtype)
     out = einsum("BKGTS,BKSH->BKGTH", grouped, v)
     return jnp.einsum("BKGTH->BTKGH", out).reshape(B, T, N, H).astype(dtype)
-
-
-def _out(spec: str, x: jax.Array, weight: Any) -> jax.Array:
-    return einsum(spec, x, weight).astype(x.dtype)

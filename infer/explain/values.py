@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm2_jax import GLMConfig, Tokenizer, compiler_options
+from glm2_jax.blanks import find_blanks
 from glm2_jax.cli.messages import Progress
 from glm2_jax.context import TokenContext, token_context
 from glm2_jax.limits import SCORES
@@ -53,7 +54,7 @@ def make_values(
     assert answer is not None
     ended = answer.stop_reason is not None  # by an end token, since there are no stop strings
     steps = len(answer.output_ids) + ended
-    last, x, norms, attention = _walk(engine, [*ids, *answer.output_ids], len(ids), heads)
+    last, x, context, norms, attention = _walk(engine, [*ids, *answer.output_ids], len(ids), heads)
     # The prompt's end in all layers; then the tokens that the answer's tokens follow.
     x = jnp.concatenate([last, x[len(ids) - 1 :][:steps]])
 
@@ -69,10 +70,12 @@ def make_values(
     chosen = list(answer.output_ids)
     if ended:  # the engine does not report which id ended the answer: the most probable one did
         chosen.append(likely[-1][0].token.id)
-    rows = range(len(norms), len(likely))
+    rows, places = range(len(norms), len(likely)), context.visible.places[0, : len(ids)]
     return Values(
         text=prompt_text(tokenizer, ids),
         tokens=tuple(named(tokenizer, i) for i in ids),
+        positions=_positions(config, ids),
+        sees=places.tolist(),
         layers=tuple(Layer(n - 1, *parts, lens=likely[n]) for n, parts in enumerate(norms)),
         heads=tuple(Head(*at, _rounded(attention[at])) for at in heads),
         steps=tuple(
@@ -87,16 +90,19 @@ def make_values(
 
 def _walk(
     engine: Engine, tokens: Sequence[int], prompt: int, heads: Sequence[tuple[int, int]]
-) -> tuple[jax.Array, jax.Array, list[tuple[Any, ...]], dict[tuple[int, int], np.ndarray]]:
-    """Walk through all layers. Returns the stream of the prompt's last token at the embedding and
-    after every layer, [1 + L, D]; the stream after the last layer, [T, D]; the norms of the stream,
-    of attention and of the mlp by layer, the embedding first, for the prompt's tokens; and {(layer,
-    head): probabilities [P, P]}."""
+) -> tuple[Any, ...]:
+    """Walk through all layers.
+
+    Returns the stream of the prompt's last token at the embedding and after every layer,
+    [1 + L, D]; the stream after the last layer, [T, D]; the context of all tokens; the norms of the
+    stream, of attention and of the mlp by layer, the embedding first, for the prompt's tokens; and
+    {(layer, head): probabilities [P, P]}.
+    """
     config, params = engine.config, engine.checkpoint.params
 
     def begin(params: Any, tokens: jax.Array) -> tuple[jax.Array, TokenContext]:
         context, _ = token_context(config, tokens, None, None, None, params["final_norm"].dtype)
-        return stages.embed(config, params, tokens), context
+        return stages.embed(config, params, tokens, context), context
 
     def layer(weights: Any, x: jax.Array, context: TokenContext) -> Any:
         """Return the output, the norms of that and of both parts [T], and attention [N, T, T]."""
@@ -123,7 +129,7 @@ def _walk(
                 at: np.asarray(probs[at[1], :prompt, :prompt]) for at in heads if at[0] == index
             }
             bar(index + 1)
-        return jnp.stack(rows), x[0], norms, attention
+        return jnp.stack(rows), x[0], context, norms, attention
 
 
 def _jit(engine: Engine) -> Callable[..., Any]:
@@ -137,6 +143,16 @@ def _norm(x: jax.Array) -> jax.Array:
 def _weights(layers: Any, layer: int) -> Any:
     listed = isinstance(layers, list | tuple)
     return layers[layer] if listed else jax.tree.map(lambda x: x[layer], layers)
+
+
+def _positions(config: GLMConfig, ids: Sequence[int]) -> list[list[int]]:
+    """Return of each token its position, and its block position where it has one."""
+    tokens = jnp.asarray([ids], jnp.int32)
+    if not config.block.bidirectional:
+        return [[index] for index in range(len(ids))]
+    index = jnp.arange(len(ids), dtype=jnp.int32)[None]
+    blanks, start = find_blanks(config, tokens, index, jnp.ones_like(index))
+    return blanks.positions(index, start)[0].T.tolist()
 
 
 def _rounded(x: Any) -> list[Any]:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from glm2_jax import GLMConfig, KVCache, param_shapes
+from glm2_jax import GLMConfig, KVCache
 from glm2_jax.context import token_context
-from glm2_jax.model import Params
+from glm2_jax.parts import parts_of
 from infer.explain import stages
 from infer.explain.facts import Bound, Cache, Pass, Stage, Walk
-from infer.explain.words import WORDS
+from infer.explain.words import words_of
 from infer.memory.budget import find_budget
 from infer.memory.cards import Card
 from infer.memory.plan import Plan, array_bytes, cache_bytes, weight_bytes
@@ -45,7 +46,7 @@ def make_walk(
     sizes = {
         "B": batch, "L": c.num_layers, "D": c.hidden_size, "N": c.num_heads, "K": c.num_kv_heads,
         "G": c.num_heads // c.num_kv_heads, "H": c.head_dim, "F": c.ffn_hidden_size,
-        "V": c.vocab_size,
+        "V": c.vocab_size, "C": c.mlp_inputs,
     }  # fmt: skip
     prefill = _pass("prefill", config, precision, sizes | {"T": length, "S": length})
     decode = _pass("decode", config, precision, sizes | {"T": 1, "S": length + 1})
@@ -58,6 +59,7 @@ def make_walk(
         length=length,
         length_from=length_from,
         context=config.seq_length,
+        looks_ahead=config.block.bidirectional,
         weights_in=precision.name,
         params=config.num_params,
         weight_bytes=weight_bytes(config, precision),
@@ -81,8 +83,9 @@ def _bound(
     # Answering computes the head at one position of each row.
     T, S = prefill.tokens, prefill.keys
     pairs = sum(stage.flops for stage in prefill.stages if stage.name in PAIRS)
+    masked = 0 if config.block.bidirectional else pairs * (T - 1) // (2 * S)
     head = prefill.stages[-1].flops
-    skipped = config.num_layers * (pairs * (T - 1) // (2 * S)) + head - head // T
+    skipped = config.num_layers * masked + head - head // T
 
     def least(work: Pass, skipped: int = 0) -> tuple[float, str]:
         moving = work.bytes / card.bandwidth
@@ -99,18 +102,19 @@ def _bound(
 
 
 def _pass(name: str, config: GLMConfig, precision: Precision, sizes: dict[str, int]) -> Pass:
-    shapes, sizes = param_shapes(config), sizes | {"C": 2}
+    shapes = {part.name: part.shape(config) for part in parts_of(config)}
+    all_words = words_of(config)
     F, H, N, K = (sizes[axis] for axis in "FHNK")
     in_words = sizes | {"F2": 2 * F, "P": H // 2, "QKV": (N + 2 * K) * H}
     found: list[Stage] = []
+    counted: set[str] = set()  # parameters, each once: a tied head is the embedding
 
     def take(name: str, function: Callable[..., Any], *arrays: Any) -> Any:
         traced, result = jax.make_jaxpr(function, return_shape=True)(*arrays)
-        words = WORDS[name]
-        weights = {
-            key: shapes[key] if key in shapes else shapes["layers"][key][1:]
-            for key in words.weights
-        }
+        words = all_words[name]
+        weights = {key: shapes[key] for key in words.weights if key in shapes}
+        new = [math.prod(shape) for key, shape in weights.items() if key not in counted]
+        counted.update(weights)
         axes = words.reference.split()
         stage = Stage(
             name=name,
@@ -122,14 +126,14 @@ def _pass(name: str, config: GLMConfig, precision: Precision, sizes: dict[str, i
             axes=words.axes,
             shape=jax.tree.leaves(result)[0].shape,
             reference=tuple(math.prod(map(sizes.__getitem__, joined)) for joined in axes),
-            params=sum(map(math.prod, weights.values())),
+            params=sum(new),
             flops=products(traced.jaxpr),
             bytes=_bytes(name, weights, precision, sizes),
         )
         found.append(stage)
         return result
 
-    _trace(config, shapes, sizes, take)
+    _trace(config, sizes, take)
     params, flops, moved = (
         sum((config.num_layers if stage.in_layer else 1) * getattr(stage, of) for stage in found)
         for of in ("params", "flops", "bytes")
@@ -138,14 +142,15 @@ def _pass(name: str, config: GLMConfig, precision: Precision, sizes: dict[str, i
     return Pass(name, sizes["T"], sizes["S"], tuple(found), *costs)
 
 
-def _trace(config: GLMConfig, shapes: Params, sizes: dict[str, int], take: stages.Take) -> None:
+def _trace(config: GLMConfig, sizes: dict[str, int], take: stages.Take) -> None:
     """Walk through the model with abstract float32 arrays, through one layer for all."""
 
     def array(shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
-    params = {name: array(shapes[name]) for name in ("embed", "final_norm", "head")}
-    weights = {name: array(shape[1:]) for name, shape in shapes["layers"].items()}
+    parts = parts_of(config)
+    params = {part.name: array(part.shape(config)) for part in parts if not part.in_layers}
+    weights = {part.name: array(part.shape(config)) for part in parts if part.in_layers}
     ids = array((sizes["B"], sizes["T"]), jnp.int32)
 
     def context(ids: Any) -> tuple[Any, Any]:
@@ -154,7 +159,7 @@ def _trace(config: GLMConfig, shapes: Params, sizes: dict[str, int], take: stage
         return found, (cache.k[:1], cache.v[:1])
 
     found, cache = jax.eval_shape(context, ids)
-    x = take("embed", lambda params, ids: stages.embed(config, params, ids), params, ids)
+    x = take("embed", partial(stages.embed, config), params, ids, found)
     x = stages.walk_layer(config, weights, x, found, cache, take)
     stages.walk_head(config, params, x, take)
 
@@ -163,8 +168,9 @@ def _bytes(
     name: str, weights: dict[str, tuple[int, ...]], precision: Precision, sizes: dict[str, int]
 ) -> int:
     """Return the bytes of weights that are read, and of keys and values written or read."""
-    if name == "embed":  # a row for each token
-        return sizes["B"] * sizes["T"] * array_bytes(precision, name, (1, sizes["D"]))
+    if name == "embed":  # a row of each table for each token
+        row = sum(array_bytes(precision, key, (1, sizes["D"])) for key in weights)
+        return sizes["B"] * sizes["T"] * row
     if name == "attention.cache":  # the new ones are written, those before them are read
         return 2 * sizes["B"] * sizes["S"] * sizes["K"] * sizes["H"] * precision.size
     return sum(array_bytes(precision, key, shape) for key, shape in weights.items())

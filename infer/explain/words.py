@@ -5,7 +5,10 @@ Sizes are filled in by their letters; F2 is 2 F, QKV is (N + 2 K) H, P is H / 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from glm2_jax.config import GLMConfig
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,13 @@ class Words:
 
 WORDS = {
     "embed": Words(
-        "input", "embedding", "词嵌入", "BTD", "T B D", ("embed",),
+        "input", "embedding", "词嵌入", "BTD", "T B D", ("embed", "positions", "blocks"),
         "One row of the table per id; no position is added. From here on the published code has "
         "the sequence first: [{T}, {B}, {D}].",
         "每个 id 查表取一行，不加位置向量。官方代码从这里起把序列放在第一维：[{T}, {B}, {D}]。",
     ),
     "attention.norm": Words(
-        "attention", "RMSNorm", "RMSNorm", "BTD", "T B D", ("attn_norm",),
+        "attention", "RMSNorm", "RMSNorm", "BTD", "T B D", ("attn_norm", "attn_norm_bias"),
         "Divides by the root mean square and multiplies by a weight; no mean, no bias.",
         "除以均方根，再乘以权重；不减均值，没有偏置。",
     ),
@@ -79,18 +82,23 @@ WORDS = {
         "The values, summed with these probabilities in each head.", "每个头按概率对 V 加权求和。",
     ),
     "attention.o": Words(
-        "attention", "output projection", "输出投影", "BTD", "T B D", ("o",),
+        "attention", "output projection", "输出投影", "BTD", "T B D", ("o", "o_bias"),
         "All heads together, projected to the width of the residual stream; no bias.",
         "拼接所有头，投影回残差流的宽度；没有偏置。",
+    ),
+    "attention.post_norm": Words(
+        "attention", "RMSNorm of the output", "输出的 RMSNorm", "BTD", "T B D", ("attn_post_norm",),
+        "A second norm, of what attention gives, before it is added.",
+        "注意力的输出在相加之前再归一化一次。",
     ),
     "attention.add": Words(
         "attention", "residual add", "残差相加", "BTD", "T B D", (),
         "Added to the input of the layer, not to the normalized input.",
         "加到本层的输入上，而不是归一化后的输入。",
     ),
-    "mlp.norm": Words("mlp", "RMSNorm", "RMSNorm", "BTD", "T B D", ("mlp_norm",)),
+    "mlp.norm": Words("mlp", "RMSNorm", "RMSNorm", "BTD", "T B D", ("mlp_norm", "mlp_norm_bias")),
     "mlp.gate_up": Words(
-        "mlp", "gate and up", "gate 与 up", "BTCF", "T B CF", ("gate_up",),
+        "mlp", "gate and up", "gate 与 up", "BTCF", "T B CF", ("gate_up", "gate_up_bias"),
         "Two products; the published code stores them as one matrix of {F2} = 2 x {F} rows, gate "
         "first. No bias.",
         "两个矩阵乘法；官方代码存为一个 {F2} = 2 x {F} 行的矩阵，gate 在前。没有偏置。",
@@ -99,9 +107,15 @@ WORDS = {
         "mlp", "silu(gate) * up", "SiLU(gate) * up", "BTF", "T B F", (),
         "SwiGLU, without parameters.", "SwiGLU，没有可学习的参数。",
     ),
-    "mlp.down": Words("mlp", "down", "down", "BTD", "T B D", ("down",)),
+    "mlp.down": Words("mlp", "down", "down", "BTD", "T B D", ("down", "down_bias")),
+    "mlp.post_norm": Words(
+        "mlp", "RMSNorm of the output", "输出的 RMSNorm", "BTD", "T B D", ("mlp_post_norm",)
+    ),
     "mlp.add": Words("mlp", "residual add", "残差相加", "BTD", "T B D"),
-    "norm": Words("output", "final RMSNorm", "最后的 RMSNorm", "BTD", "T B D", ("final_norm",)),
+    "norm": Words(
+        "output", "final RMSNorm", "最后的 RMSNorm", "BTD", "T B D",
+        ("final_norm", "final_norm_bias"),
+    ),
     "head": Words(
         "output", "head: logits", "输出层：logits", "BTV", "B T V", ("head",),
         "A separate matrix, not tied to the embedding. Generation computes it for the last "
@@ -109,3 +123,112 @@ WORDS = {
         "独立的矩阵，不与词嵌入共享。生成时只计算最后一个位置；这里按全部位置计。",
     ),
 }  # fmt: skip
+
+_LAYER_NORM = {"title_en": "LayerNorm", "title_zh": "LayerNorm"}
+_GELU = {"title_en": "GELU", "title_zh": "GELU"}
+_UP = {
+    "title_en": "up", "title_zh": "up",
+    "note_en": "One product of {F} rows, with a bias; there is no gate.",
+    "note_zh": "一个 {F} 行的矩阵乘法，带偏置；没有门控。",
+}  # fmt: skip
+# What a family says otherwise: a field of `Block` and its value -> stage -> what changes.
+_VARIANTS: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {
+    ("norm", "layer"): {
+        "attention.norm": {
+            **_LAYER_NORM,
+            "note_en": "Subtracts the mean, divides by the standard deviation; weight and bias.",
+            "note_zh": "减去均值，除以标准差；有权重和偏置。",
+        },
+        "mlp.norm": _LAYER_NORM,
+        "norm": {"title_en": "final LayerNorm", "title_zh": "最后的 LayerNorm"},
+    },
+    ("normed_residual", True): {
+        "attention.add": {
+            "note_en": "The residual carries the normalized input, times alpha = sqrt(56) = 7.483 "
+            "(DeepNorm): a * alpha + attention(a).",
+            "note_zh": "残差是归一化之后的输入乘以 alpha = sqrt(56) = 7.483（DeepNorm）："
+            "a * alpha + attention(a)。",
+        },
+    },
+    ("sandwich", True): {
+        "attention.q": {
+            "note_en": "{N} heads of {H}; only q, k and v have a bias.",
+            "note_zh": "{N} 个头，每头 {H} 维；只有 q、k、v 带偏置。",
+        },
+    },
+    ("biases", "all"): {
+        "attention.q": {
+            "note_en": "{N} heads of {H}, with a bias, as every product of the layer has one.",
+            "note_zh": "{N} 个头，每头 {H} 维，带偏置；本层每个矩阵乘法都带偏置。",
+        },
+        "attention.k": {
+            "note_en": "{K} heads: every query head has keys of its own.",
+            "note_zh": "{K} 个头：每个查询头都有自己的键。",
+        },
+        "attention.o": {
+            "note_en": "All heads together, projected to the width of the residual stream.",
+            "note_zh": "拼接所有头，投影回残差流的宽度。",
+        },
+    },
+    ("biases", "none"): {
+        "attention.q": {
+            "note_en": "{N} heads of {H}, without a bias.",
+            "note_zh": "{N} 个头，每头 {H} 维，没有偏置。",
+        },
+    },
+    ("mlp", "gelu_tanh"): {
+        "mlp.gate_up": _UP,
+        "mlp.act": {**_GELU, "note_en": "By its tanh formula.", "note_zh": "用 tanh 公式计算。"},
+    },
+    ("mlp", "gelu"): {
+        "mlp.gate_up": _UP,
+        "mlp.act": {**_GELU, "note_en": "The exact one, by erf.", "note_zh": "精确形式，用 erf。"},
+    },
+    ("rotary", "both"): {
+        "attention.rope_q": {
+            "note_en": "Two positions: the first {P} of the {H} dimensions of each head are "
+            "rotated by the position, the others by the block position.",
+            "note_zh": "两个位置：每个头前 {P} 维（共 {H} 维）按位置旋转，后一半按块位置旋转。",
+        },
+    },
+    ("rotary", "full"): {
+        "attention.rope_q": {
+            "note_en": "Position: all {H} dimensions of each head are rotated in pairs.",
+            "note_zh": "位置编码：每个头的全部 {H} 维两两旋转。",
+        },
+    },
+    ("rotary", "none"): {
+        "embed": {
+            "title_en": "embedding + positions",
+            "title_zh": "词嵌入 + 位置嵌入",
+            "note_en": "One row of each of three tables: of the id, of its position and of its "
+            "block position, added up. Nothing is rotated later.",
+            "note_zh": "从三张表中各取一行相加：id、位置、块位置。之后不再旋转。",
+        },
+    },
+    ("context", "bidirectional"): {
+        "attention.scores": {
+            "note_en": "q k / sqrt({H}), in float32. The tokens before <sop> see each other, so a "
+            "prompt is read in one piece; <sop> and later tokens see what came before.",
+            "note_zh": "q·k / sqrt({H})，float32。<sop> 之前的 token 彼此可见，因此提示词必须一次"
+            "读完；<sop> 及之后的 token 只看之前的内容。",
+        },
+    },
+    ("tied_head", True): {
+        "head": {
+            "weights": ("embed",),
+            "note_en": "The embedding once more: the two are tied. Generation computes it for the "
+            "last position only; here all positions are counted.",
+            "note_zh": "与词嵌入是同一个矩阵。生成时只计算最后一个位置；这里按全部位置计。",
+        },
+    },
+}
+
+
+def words_of(config: GLMConfig) -> dict[str, Words]:
+    """Return the words about every stage, as they are true of a model."""
+    words = dict(WORDS)
+    for (field, value), changes in _VARIANTS.items():
+        if getattr(config.block, field) == value:
+            words |= {name: replace(words[name], **change) for name, change in changes.items()}
+    return words

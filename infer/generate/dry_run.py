@@ -18,7 +18,7 @@ from glm2_jax.escape import escape_controls, join_lines, json_line
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.schemes import SCHEMES, asked_scheme
 from infer.memory import compiler
-from infer.memory.budget import DEFAULT_CONTEXT, check_context, from_choice
+from infer.memory.budget import check_context, from_choice
 from infer.memory.compiler import Verdict
 from infer.memory.plan import Plan
 from infer.memory.sheet import Sheet, as_json, make_sheet, render
@@ -44,7 +44,7 @@ def run(settings: Settings) -> int:
     """Print the plans; returns 5 where nothing fits, else 0."""
     choice, options = settings.choice, settings.options
     name, config, stored = _model(choice, settings.config)
-    check_context(options.max_length, config.seq_length)
+    check_context(options.max_length, config)
     budget, more = from_choice(choice, options, settings.num_processes or 1)
     mesh = more["mesh"]
     asked = asked_scheme(choice.quantize, choice.quantize_embeddings, stored=stored, model=name)
@@ -52,13 +52,13 @@ def run(settings: Settings) -> int:
         from glm2_jax.sharding import check_mesh
 
         check_mesh(config, dict(mesh), SCHEMES.get(asked or ""))
-    contexts = [options.max_length] if options.max_length else CONTEXTS
+    contexts = [min(context, config.seq_length) for context in CONTEXTS]
     sheet = make_sheet(
         name,
         config,
         budget,
         stored=stored,
-        contexts=sorted({min(context, config.seq_length) for context in contexts}),
+        contexts=[options.max_length] if options.max_length else sorted(set(contexts)),
         batches=sorted({1, settings.batch_size}),
         dtype=choice.dtype,
         quantize=asked,
@@ -85,7 +85,7 @@ def _verdicts(sheet: Sheet, choice: ModelChoice, options: EngineOptions) -> Iter
     """Yield the compiler's verdict on every precision, one row; none where it is not installed."""
     if not compiler.installed():
         return
-    context = min(options.max_length or DEFAULT_CONTEXT, sheet.config.seq_length)
+    context = check_context(options.max_length, sheet.config)
     chunk = options.prefill_chunk or PREFILL_CHUNK
     for precision, label in sheet.labels.items():
         plan = Plan(sheet.config, precision, context, platform=sheet.budget.platform, chunk=chunk)

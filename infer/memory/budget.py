@@ -15,6 +15,7 @@ from typing import Any
 
 from glm2_jax.cli.messages import human_size, note
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
+from glm2_jax.config import GLMConfig
 from glm2_jax.errors import DeviceError, GLMError, UsageError
 from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.host_memory import find_memory
@@ -135,15 +136,22 @@ def from_choice(
     return budget, more
 
 
-def check_context(asked: int | None, seq_length: int) -> None:
-    """Raise UsageError for a context that is longer than the model's table of positions, or has no
-    room for a prompt and an answer."""
-    if asked is not None and not 2 <= asked <= seq_length:
+def check_context(asked: int | None, config: GLMConfig) -> int:
+    """Return the context to plan: that asked for, else the default, if the model has as much.
+
+    Raises UsageError for a context that is longer than the model can compute, or has no room for a
+    prompt and an answer.
+    """
+    if asked is None:
+        return min(DEFAULT_CONTEXT, config.seq_length)
+    limit = config.context_limit
+    if not 2 <= asked <= limit:
         raise UsageError(
-            f"--max-length must be from 2 to {seq_length}, got {asked}",
-            f"The model's configuration has {seq_length} positions (seq_length); a prompt and its "
+            f"--max-length must be from 2 to {limit}, got {asked}",
+            f"The model's configuration has {limit} positions (seq_length); a prompt and its "
             "answer have at least one token each.",
         )
+    return asked
 
 
 def prepare(
@@ -169,12 +177,11 @@ def prepare(
         return choice, options
     config, stored = found.config, None if found.scheme is None else found.scheme.name
     asked = options.max_length
-    check_context(asked, config.seq_length)
+    context = check_context(asked, config)
     budget, more = from_choice(choice, options, processes)
     scheme = asked_scheme(
         choice.quantize, choice.quantize_embeddings, stored=stored, model=str(folder)
     )
-    context = min(asked or DEFAULT_CONTEXT, config.seq_length)
     wishes = [
         Plan(config, precision, context, rows, budget.platform, **more)
         for precision in budget.precisions(stored, choice.dtype, scheme)

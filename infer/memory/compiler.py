@@ -73,7 +73,7 @@ def ask(plan: Plan, name: str, memory: int | None) -> Verdict:
         "quantize": plan.precision.quantize,
         "slots": plan.context,
         "rows": plan.rows,
-        "programs": {"step": 1, "prompt": min(max(1, plan.chunk // plan.rows), plan.context)},
+        "programs": {"step": 1, "prompt": min(max(1, plan.prefill // plan.rows), plan.context)},
     }
     answer = _run(request)
     peak, problem = answer.get("peak", {}), answer.get("error", "")

@@ -22,7 +22,8 @@ from dataclasses import astuple, dataclass
 from glm2_jax.cli.messages import human_size
 from glm2_jax.config import GLMConfig
 from glm2_jax.mesh import all_axes, mesh_text
-from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS
+from glm2_jax.parts import parts_of, tables_of
+from glm2_jax.schemes import COLUMN_AXES
 from glm2_jax.sharding import check_mesh
 from infer.memory.cards import Links
 from infer.memory.precision import Precision
@@ -182,8 +183,9 @@ def _steps(
     L, plain, mesh = config.num_layers, Precision(precision.dtype), sizes_of(sizes)
     shapes, params = (computed_params(config, form, mesh) for form in (plain, precision))
     matrices = sum(math.prod(shapes["layers"][name].shape) for name in COLUMN_AXES)
-    head, heads = math.prod(shapes["head"].shape), config.num_heads // sizes["tensor"]
-    read = total_bytes(params) - total_bytes(params["embed"])  # of which a step needs a few rows
+    head, heads = math.prod(shapes[config.block.head].shape), config.num_heads // sizes["tensor"]
+    tables = sum(total_bytes(params[name]) for name in tables_of(config))
+    read = total_bytes(params) - tables  # of which a step needs a few rows
     stored = total_bytes(device_params(config, plain, mesh))
     tokens, triangle = here * length, here * length * (length + 1) / 2
     bandwidth = links.card.bandwidth
@@ -235,10 +237,10 @@ def _gathered_weights(
 ) -> Talk:
     """Return what gathering every matrix once over fsdp takes."""
     params, total = computed_params(config, precision, sizes_of(sizes)), Talk()
-    layers = params["layers"], COLUMN_AXES, config.num_layers
-    for tree, names, times in (layers, (params, EMBEDDINGS, 1)):
-        for name in names:
-            one = gather(links, sizes, "fsdp", total_bytes(tree[name]) / times)
+    for part in parts_of(config):
+        if part.axes != "D" and "D" in part.axes:
+            tree, times = (params["layers"], config.num_layers) if part.in_layers else (params, 1)
+            one = gather(links, sizes, "fsdp", total_bytes(tree[part.name]) / times)
             total += one * times
     return total
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, KEYS, MLP_ELEMENTS, PREFILL_CHUNK, SCORES
+from glm2_jax.parts import PARTS, parts_of, tables_of
 from glm2_jax.runtime.buckets import padded_batch
 from glm2_jax.schemes import COLUMN_AXES
 from infer.memory import shares
@@ -43,7 +44,8 @@ class Plan:
     context: int  # tokens of a prompt and its answer together
     batch: int = 1  # prompts that are answered together
     platform: str = "gpu"  # or "cpu", "tpu"
-    chunk: int = PREFILL_CHUNK  # most prompt tokens, of all rows together, per prefill
+    # Most prompt tokens, of all rows together, per prefill, where the context is causal.
+    chunk: int = PREFILL_CHUNK
     columns: int = 1  # tokens of each row that a step reads: one, and its draft tokens
     prefix: int = 0  # slots of each row before all tokens, for a prefix (P-Tuning v2)
     mesh: Sizes | None = None  # None = one device
@@ -52,6 +54,11 @@ class Plan:
     def rows(self) -> int:
         """Rows of the batch with the empty ones that fill it up, on all devices together."""
         return padded_batch(self.batch, self._pieces)
+
+    @property
+    def prefill(self) -> int:
+        """Most prompt tokens, of all rows together, that are read at once."""
+        return self.rows * self.context if self.config.block.bidirectional else self.chunk
 
     @cached_property
     def weights(self) -> int:
@@ -73,7 +80,7 @@ class Plan:
     def temporary(self) -> int:
         """The most that any program needs besides them."""
         part = self.config if self.mesh is None else shares.share_of(self.config, self.mesh)
-        return temporary_bytes(self, part, self.rows // self._pieces, self.chunk // self._pieces)
+        return temporary_bytes(self, part, self.rows // self._pieces, self.prefill // self._pieces)
 
     @property
     def runtime(self) -> int:
@@ -99,21 +106,11 @@ def array_bytes(precision: Precision, name: str, shape: tuple[int, ...]) -> int:
 
 def weight_bytes(config: GLMConfig, precision: Precision) -> int:
     """Return the bytes of all weights, as they are on the device."""
-    D, F, H = config.hidden_size, config.ffn_hidden_size, config.head_dim
-    N, K, L, V = config.num_heads, config.num_kv_heads, config.num_layers, config.vocab_size
-    arrays = (  # all that can be quantized, and how often it is there
-        ("q", (N, H, D), L),
-        ("k", (K, H, D), L),
-        ("v", (K, H, D), L),
-        ("o", (D, N, H), L),
-        ("gate_up", (2, F, D), L),
-        ("down", (D, F), L),
-        ("embed", (V, D), 1),
-        ("head", (V, D), 1),
+    return sum(
+        array_bytes(precision, part.name, part.shape(config))
+        * (config.num_layers if part.in_layers else 1)
+        for part in parts_of(config)
     )
-    rest = config.num_params - sum(math.prod(shape) * times for _, shape, times in arrays)
-    quantizable = sum(times * array_bytes(precision, name, shape) for name, shape, times in arrays)
-    return rest * precision.size + quantizable
 
 
 def cache_bytes(config: GLMConfig, size: int, slots: int, rows: int) -> int:
@@ -179,10 +176,11 @@ def program_bytes(
         copies = 1 if width == 1 or platform == "tpu" else 2
         attention = copies * scores * _FLOAT32 + layer
 
-    at_once = min(tokens, max(1, MLP_ELEMENTS // (2 * F)))
-    mlp = at_once * 2 * F * _FLOAT32 + hidden  # what is alive between the two products
+    C = config.mlp_inputs
+    at_once = min(tokens, max(1, MLP_ELEMENTS // (C * F)))
+    mlp = at_once * C * F * _FLOAT32 + hidden  # what is alive between the two products
     if platform == "gpu":
-        mlp += 2 * F * D * size if tokens > FEW_ROWS else 0  # a copy of the weight
+        mlp += C * F * D * size if tokens > FEW_ROWS else 0  # a copy of the weight
     elif platform == "tpu":  # what a chunk of 2048 takes in 8192 slots; shorter ones less
         sliced = scheme is not None and scheme.bits == 4  # `down`, out of the layers
         mlp = 2 * (mlp + at_once * F * size) + (F * D // 2 if sliced else 0)
@@ -213,18 +211,17 @@ def largest_context(plan: Plan, memory: int) -> int:
 def rate_bound(plan: Plan, bandwidth: float) -> float:
     """Return the tokens per second, all rows together, if reading memory were all that a step does.
 
-    Every step reads all weights except the embedding, of which it needs a few rows, and the cache;
-    the devices of a mesh read their parts at the same time, and what they send each other is left
-    out.
+    Every step reads the cache and all weights except tables such as the embedding, of which it
+    needs a few rows; the devices of a mesh read their parts at the same time, and what they send
+    each other is left out.
     """
-    config, precision = plan.config, plan.precision
+    config, precision, names = plan.config, plan.precision, tables_of(plan.config)
     if plan.mesh is None:
-        shape = config.vocab_size, config.hidden_size
-        embedding = array_bytes(precision, "embed", shape)
+        tables = sum(array_bytes(precision, name, PARTS[name].shape(config)) for name in names)
     else:
         params = shares.device_params(config, precision, plan.mesh)
-        embedding = shares.total_bytes(params["embed"])
-    return plan.batch * bandwidth / (plan.weights - embedding + plan.cache)
+        tables = sum(shares.total_bytes(params[name]) for name in names)
+    return plan.batch * bandwidth / (plan.weights - tables + plan.cache)
 
 
 def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Plan]:
@@ -248,7 +245,8 @@ def nearest(wanted: Plan, memory: int, choices: Iterable[Precision]) -> list[Pla
     size = weight_bytes(wanted.config, wanted.precision)
     narrower = [choice for choice in choices if weight_bytes(wanted.config, choice) < size]
     powers = reversed(range((wanted.batch - 1).bit_length()))
-    chunks = [n for n in CHUNKS if n < min(wanted.chunk, wanted.rows * wanted.context)]
+    chunks = [n for n in CHUNKS if n < min(wanted.prefill, wanted.rows * wanted.context)]
+    chunks = [] if wanted.config.block.bidirectional else chunks
     one_change = [
         *fitting(replace(wanted, columns=1 + n) for n in DRAFTS if 1 + n < wanted.columns),
         *fitting(replace(wanted, chunk=n) for n in chunks),

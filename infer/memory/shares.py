@@ -103,7 +103,10 @@ def abstract_params(config: GLMConfig, precision: Precision, *, stacked: bool = 
     if scheme is not None:
         layers |= {n: _quantized(layers[n].shape, axes, scheme) for n, axes in COLUMN_AXES.items()}
         if scheme.embeddings:
-            params = {**params, **{n: _quantized(params[n].shape, 1, scheme) for n in EMBEDDINGS}}
+            params = {
+                **params,
+                **{n: _quantized(params[n].shape, 1, scheme) for n in EMBEDDINGS if n in params},
+            }
     if stacked:
         return {**params, "layers": layers}
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)

@@ -35,7 +35,7 @@ def when_answering(
     columns: int = 1,
 ) -> Shortage:
     """Return needed, free and what fits, for a call of an engine; the sizes are as in `Plan`."""
-    context, prefix = min(context, config.seq_length), prefix_length(params)
+    context, prefix = min(context, config.context_limit), prefix_length(params)
     options = {"batch": batch, "chunk": chunk, "columns": columns, "prefix": prefix}
     return _shortage(device, mesh_of(params), None, config, _precision(params), context, **options)
 
@@ -62,7 +62,7 @@ def when_loading(
         return None
     precision = Precision(dtype_name(target), None if scheme is None else scheme.name)
     stored = None if found.scheme is None else found.scheme.name
-    tokens = min(context or DEFAULT_CONTEXT, found.config.seq_length)
+    tokens = min(context or DEFAULT_CONTEXT, found.config.context_limit)
     return _shortage(device, mesh, stored, found.config, precision, tokens, prefix=prefix)
 
 

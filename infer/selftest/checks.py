@@ -18,6 +18,7 @@ from convert.files.manifest import MANIFEST, verify_checkpoint
 from convert.random import NAME as RANDOM
 from glm2_jax import GLMConfig, KVCache, last_logits
 from glm2_jax.cli.messages import Progress, human_size
+from glm2_jax.config import PRESETS
 from glm2_jax.errors import GLMError
 from glm2_jax.quant import QTensor
 from glm2_jax.runtime.buckets import bucket
@@ -28,9 +29,8 @@ from infer.memory.precision import Precision
 from infer.memory.shares import abstract_params
 from infer.selftest.known import (
     HELLO,
-    PARAMETERS_6B,
     Answer,
-    claims_6b,
+    claimed_preset,
     known_answers,
     known_tokens,
     same_text,
@@ -83,7 +83,7 @@ def run_checks(engine: Engine, *, name: object = None) -> Iterator[Check]:
     if engine.template != "chatglm2" or name == RANDOM:
         answers = ()
     checks: list[tuple[str, Callable[[Engine], Iterator[Check]]]] = [
-        ("parameters", partial(_parameters, named_6b=claims_6b(name))),
+        ("parameters", partial(_parameters, claimed=claimed_preset(name))),
         ("shapes", _shapes),
         ("finite", _finite),
         ("prompt ids", _prompt_ids),
@@ -105,15 +105,16 @@ def _leaves(params: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
 
-def _parameters(engine: Engine, named_6b: bool) -> Iterator[Check]:
-    expected = PARAMETERS_6B if named_6b else engine.config.num_params
+def _parameters(engine: Engine, claimed: str | None) -> Iterator[Check]:
+    config = engine.config if claimed is None else PRESETS[claimed]
+    expected = config.num_params
     params = engine.checkpoint.params
     leaves = jax.tree.leaves(params, is_leaf=lambda value: isinstance(value, QTensor))
     count = sum(leaf.size for leaf in leaves)
     if count == expected:
         yield Check("parameters", PASS, got=f"{count:,}")
     else:
-        note = "the folder's name is that of a 6B checkpoint" if named_6b else ""
+        note = "" if claimed is None else f"the folder's name is that of {claimed}"
         yield Check("parameters", FAIL, f"{expected:,}", f"{count:,}", note)
 
 
@@ -178,7 +179,8 @@ def _prompt_ids(engine: Engine) -> Iterator[Check]:
 
 def _cache(engine: Engine) -> Iterator[Check]:
     """Compare the logits of one prefill with those of decode steps on a cache."""
-    tokens = np.array([engine.build_prompt(HELLO)], np.int32)
+    prompt = engine.build_prompt(HELLO)  # in one piece: its tokens may see each other
+    tokens = np.array([[*prompt, *prompt[:STEPS]]], np.int32)
     size = bucket(tokens.size, max(engine.max_length, tokens.size))
     compute = partial(_both_ways, engine.config, size)
     params = engine.checkpoint.params

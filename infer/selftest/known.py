@@ -12,7 +12,6 @@ from glm2_jax.config import PRESETS, GLMConfig
 from glm2_jax.text.tokenizer import Tokenizer
 
 HELLO = "你好"
-PARAMETERS_6B = 6_243_584_000  # of every published 6B checkpoint
 
 
 class Answer(NamedTuple):
@@ -50,6 +49,10 @@ CODEGEEX2 = Tokens(
         ]
     },
 )  # fmt: skip
+# Sources: `tokenizer.model` of THUDM/glm-4-9b-chat and `ice_text.model` of THUDM/chatglm-6b, run by
+# the published code.
+GLM4 = Tokens("published GLM-4", {("glm4", HELLO): [151331, 151333, 151336, 198, 109377, 151337]})
+CHATGLM = Tokens("published ChatGLM-6B", {("chatglm", HELLO): [5, 74874, 130001, 130004]})
 DEMO = Tokens(
     "demo",
     {
@@ -60,6 +63,15 @@ DEMO = Tokens(
 )  # fmt: skip
 PUBLISHED_PIECES = 64789
 _DEMO_PIECES, _DEMO_PARAMETERS = 2043, 2_337_600
+
+_KNOWN_TOKENS = {  # by family and pieces
+    ("chatglm2", PUBLISHED_PIECES): PUBLISHED,
+    ("chatglm3", PUBLISHED_PIECES): PUBLISHED,
+    ("codegeex2", PUBLISHED_PIECES): CODEGEEX2,
+    ("glm4", 151329): GLM4,
+    ("glm4-0414", 151329): GLM4,
+    ("chatglm", 130344): CHATGLM,
+}
 
 # The greeting as the two model cards print it. The first token is the piece "▁你".
 CHATGLM2_6B = Answer(
@@ -81,9 +93,10 @@ _DEMO_ANSWERS = (
 )
 
 
-def claims_6b(name: object) -> bool:
-    """Return whether the `_name_or_path` of a config.json is that of a published 6B checkpoint."""
-    return isinstance(name, str) and any(preset in name.lower() for preset in PRESETS)
+def claimed_preset(name: object) -> str | None:
+    """Return the published checkpoint that the `_name_or_path` of a config.json names, if any."""
+    found = [preset for preset in PRESETS if isinstance(name, str) and preset in name.lower()]
+    return max(found, key=len) if found else None
 
 
 def _is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
@@ -94,8 +107,9 @@ def _is_demo(config: GLMConfig, tokenizer: Tokenizer) -> bool:
 def known_tokens(config: GLMConfig, tokenizer: Tokenizer) -> Tokens | None:
     """Return what the tokenizer should give: by its size, not its checksum, as a damaged file must
     fail."""
-    if tokenizer.num_pieces == PUBLISHED_PIECES:
-        return CODEGEEX2 if config.family == "codegeex2" else PUBLISHED
+    known = _KNOWN_TOKENS.get((config.family, tokenizer.num_pieces))
+    if known is not None:
+        return known
     return DEMO if _is_demo(config, tokenizer) else None
 
 
@@ -106,7 +120,7 @@ def known_answers(config: GLMConfig, tokenizer: Tokenizer, stored: str) -> tuple
         return _DEMO_ANSWERS
     plain = config.family == "chatglm2" and config.rope_ratio == 1.0
     sizes = config.num_params, tokenizer.num_pieces
-    published = sizes == (PARAMETERS_6B, PUBLISHED_PIECES)
+    published = sizes == (PRESETS["chatglm2-6b"].num_params, PUBLISHED_PIECES)
     return (CHATGLM2_6B,) if plain and published and not stored.startswith("int") else ()
 
 

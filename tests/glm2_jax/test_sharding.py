@@ -1,5 +1,7 @@
 """Meshes as users write them, and what they refuse; no program is compiled."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
@@ -14,6 +16,7 @@ from glm2_jax import (
     params_sharding,
     parse_mesh,
 )
+from glm2_jax.choices import FAMILIES
 from glm2_jax.mesh import active_mesh, constrain, partition
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import SCHEMES
@@ -89,10 +92,31 @@ def test_without_a_mesh_or_on_a_foreign_one_nothing_is_constrained():
         assert active_mesh() == {} and constrain(x, "B", None) is x
 
 
-def test_the_tree_of_places_is_that_of_the_params():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tree_of_places_is_that_of_the_params(family):
+    ids = dict.fromkeys(("sop_token_id", "mask_token_id", "gmask_token_id"), 1)
+    config, mesh = (
+        dataclasses.replace(SMALL, family=family, **ids),
+        make_mesh({}, jax.devices()[:1]),
+    )
+    shapes = jax.tree.structure(param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    assert jax.tree.structure(params_sharding(config, mesh)) == shapes
+
+
+def test_biases_are_cut_like_the_rows_of_their_products():
+    config, mesh = PRESETS["chatglm-6b"], AbstractMesh((2, 4), ("fsdp", "tensor"))
+    places = params_sharding(config, mesh, scheme=SCHEMES["int8+embeddings"])
+    layer = {name: tuple(getattr(x, "values", x).spec) for name, x in places["layers"].items()}
+    assert layer["q_bias"] == layer["k_bias"] == (None, "tensor")
+    assert layer["gate_up_bias"] == (None, None, "tensor") and layer["down"][-1] == "tensor"
+    assert not any(any(spec) for name, spec in layer.items() if name in (
+        "o_bias", "down_bias", "attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias"
+    ))  # fmt: skip
+    assert "head" not in places and tuple(places["embed"].values.spec) == ("tensor", "fsdp")
+
+
+def test_quantized_weights_and_lists_of_layers_have_places():
     mesh = make_mesh({}, jax.devices()[:1])
-    shapes = jax.tree.structure(param_shapes(SMALL), is_leaf=lambda x: isinstance(x, tuple))
-    assert jax.tree.structure(params_sharding(SMALL, mesh)) == shapes
     places = params_sharding(SMALL, mesh, scheme=SCHEMES["int4+embeddings"], as_list=True)
     assert len(places["layers"]) == 1 and isinstance(places["layers"][0]["down"], QTensor)
     assert isinstance(places["head"], QTensor) and places["head"].bits == 4

@@ -61,7 +61,9 @@ def stage(walk: Walk, name: str, decode: bool = False):
 
 def test_every_stage_of_the_6b_model_in_order(walk):
     for work in (walk.prefill, walk.decode):
-        assert [stage.name for stage in work.stages] == list(WORDS)
+        assert [stage.name for stage in work.stages] == [
+            name for name in WORDS if "post_norm" not in name
+        ]
     assert {stage.name: stage.shape for stage in walk.prefill.stages} == {
         name: shape for shape, names in SHAPES.items() for name in names.split()
     }

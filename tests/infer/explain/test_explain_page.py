@@ -34,6 +34,8 @@ def made_values(text: str = "你好") -> Values:
     return Values(
         text=f"[Round 1]\n\n问：{text}\n\n答：",
         tokens=tokens,
+        positions=[[0], [1], [2], [3]],
+        sees=[0, 1, 2, 3],
         layers=tuple(
             Layer(i, [1.0 + i] * 4, [0.5] * 4, [0.25] * 4, (best, other)) for i in range(-1, LAYERS)
         ),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from glm2_jax import Tokenizer, forward, hidden, logits_of
+from glm2_jax.choices import FAMILIES
 from glm2_jax.cli.messages import text_width
 from glm2_jax.cli.model_choice import EngineOptions, ModelChoice
 from glm2_jax.context import token_context
@@ -24,7 +25,7 @@ from infer.explain.facts import Values
 from infer.explain.walk import make_walk
 from infer.memory.precision import Precision
 from tests.support.sp_model import sp_model
-from tests.support.toy import quantized, random_tokens
+from tests.support.toy import TOY, quantized, random_tokens, toy_params
 
 HEADS = [(0, 0), (3, 7)]
 TOKENS = 32  # of an answer, at most: prompt and answer take the smallest cache
@@ -61,6 +62,26 @@ def one_layer(engine, **changes: jax.Array):
     }
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_walk_follows_every_family(family):
+    ids = {"sop_token_id": 1, "gmask_token_id": 2, "mask_token_id": 2, "smask_token_id": 2}
+    heads = 4 if family in ("chatglm", "glm") else 2
+    config = dataclasses.replace(TOY, num_layers=1, num_kv_heads=heads, family=family, **ids)
+    params, tokens = toy_params(config), jnp.asarray([[5, 6, 7, 2, 1, 8, 9]])
+
+    @jax.jit
+    def both(params, tokens):
+        context, _ = token_context(config, tokens, None, None, None, jnp.float32)
+        x = stages.embed(config, params, tokens, context)
+        weights = jax.tree.map(lambda x: x[0], params["layers"])
+        x = stages.walk_layer(config, weights, x, context, None)
+        return stages.walk_head(config, params, x), forward(config, params, tokens)[0]
+
+    np.testing.assert_allclose(*both(params, tokens), atol=1e-4)
+    walk = make_walk(config, Precision("float32"), 7, model=family)
+    assert walk.prefill.params == config.num_params
+
+
 @pytest.mark.parametrize("scheme", [None, "int4"])
 def test_the_walk_computes_what_the_model_computes(engine, scheme):
     one, params = one_layer(engine)
@@ -71,7 +92,7 @@ def test_the_walk_computes_what_the_model_computes(engine, scheme):
     @jax.jit
     def both(params, tokens):
         context, _ = token_context(one, tokens, None, None, None, jnp.float32)
-        x = stages.embed(one, params, tokens)
+        x = stages.embed(one, params, tokens, context)
         weights = jax.tree.map(lambda x: x[0], params["layers"])
         x = stages.walk_layer(one, weights, x, context, None)
         return stages.walk_head(one, params, x), forward(one, params, tokens)[0]

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from glm2_jax import PRESETS, KVCache
+from glm2_jax.choices import FAMILIES
+from glm2_jax.limits import PREFILL_CHUNK
 from glm2_jax.runtime.xla import cache_dtype
 from infer.engine import steps
 from infer.engine.params import MAX_BIASES
@@ -18,6 +20,7 @@ from infer.memory.plan import (
     Plan,
     cache_bytes,
     largest_context,
+    nearest,
     program_bytes,
     rate_bound,
     weight_bytes,
@@ -33,6 +36,11 @@ MEDIUM = dataclasses.replace(
 TOY = dataclasses.replace(
     SIX, num_layers=4, vocab_size=8192, hidden_size=256, ffn_hidden_size=704, num_heads=8,
     head_dim=32,
+)  # fmt: skip
+IDS = {"sop_token_id": 4, "gmask_token_id": 1, "mask_token_id": 2, "smask_token_id": 3}
+FIRST = dataclasses.replace(  # a small ChatGLM-6B: heads of their own, a GELU, no head
+    PRESETS["chatglm-6b"], num_layers=4, vocab_size=8192, hidden_size=256, ffn_hidden_size=1024,
+    num_heads=8, num_kv_heads=8, head_dim=32, eos_token_id=5, **IDS,
 )  # fmt: skip
 ATTENTION = dataclasses.replace(SIX, num_layers=2, vocab_size=8192, ffn_hidden_size=1024)
 BF16, INT8, INT4 = (Precision("bfloat16", name) for name in (None, "int8", "int4"))
@@ -79,6 +87,7 @@ def memory_of(
     [
         ("cpu", TOY, FLOAT32, 1, 0, 2048, 0),
         ("cpu", MEDIUM, BF16, 8, 0, 1024, 0),
+        ("cpu", FIRST, FLOAT32, 1, 1500, 2048, 0),
         ("cpu", MEDIUM, FLOAT32, 1, 2048, 2048, 0),
         ("cpu", MEDIUM, INT8, 2, 256, 512, 0),
         ("cpu", MEDIUM, BF16, 8, 0, 1024, 32),
@@ -120,13 +129,61 @@ def test_plans_for_a_tpu_are_near_its_compilers_peak(scheme, width):
 
 @pytest.mark.parametrize("precision", [*precisions(), Precision("float16", "int4-row")])
 def test_weights_and_cache_are_counted_exactly(precision):
-    for config in (SIX, TOY):
+    for config in (
+        SIX,
+        TOY,
+        *(dataclasses.replace(TOY, **IDS, family=family) for family in FAMILIES),
+    ):
         assert weight_bytes(config, precision) == total_bytes(abstract_params(config, precision))
     for platform in ("cpu", "gpu"):
         dtype = cache_dtype(platform, jnp.dtype(precision.dtype))
         cache = jax.eval_shape(lambda dtype=dtype: KVCache.zeros(SIX, 2, 512, dtype))
         number = precision.cache_size(platform)
         assert cache_bytes(SIX, number, 512, 2) == total_bytes((cache.k, cache.v))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "weights", "token"),
+    [
+        ("chatglm2-6b", 6_243_584_000, 12_487_168_000, 28_672),
+        ("glm-4-9b-chat", 9_399_951_360, 18_799_902_720, 40_960),
+        ("glm-4-9b-chat-1m", 9_483_857_920, 18_967_715_840, 81_920),
+        ("chatglm-6b", 6_173_286_400, 12_346_572_800, 458_752),
+        ("glm-large-chinese", 355_659_776, 711_319_552, 98_304),
+        ("glm-10b-chinese", 9_879_633_920, 19_759_267_840, 786_432),
+    ],
+)
+def test_published_sizes(name, count, weights, token):
+    config = PRESETS[name]
+    assert config.num_params == count and weight_bytes(config, BF16) == weights
+    assert cache_bytes(config, 2, 1, 1) == token
+
+
+def test_glm_4_9b_in_four_bits():
+    config = PRESETS["glm-4-9b-chat"]
+    layers, everything = INT4, Precision("bfloat16", "int4+embeddings")
+    sizes = [weight_bytes(config, precision) / 1e9 for precision in (layers, everything)]
+    assert sizes == pytest.approx([6.83, 5.0], abs=0.05)
+
+
+def test_a_context_that_looks_ahead_is_read_in_one_piece():
+    first = PRESETS["chatglm-6b"]
+    plan, small = (Plan(first, BF16, 2048, 2, chunk=chunk) for chunk in (2048, 256))
+    assert plan.prefill == 4096 and plan.temporary == small.temporary
+    assert Plan(SIX, BF16, 2048, 2, chunk=256).prefill == 256
+    # Its scores are computed in blocks: 32 heads of 8192 x 8192 would be 8.6 GB.
+    assert Plan(first, BF16, 8192).temporary < 2.5e9
+    near = nearest(Plan(first, BF16, 8192), 16 * GIB, precisions())
+    assert near and all(other.chunk == PREFILL_CHUNK for other in near)
+
+
+def test_a_context_of_a_million_tokens_does_not_fit_one_card():
+    million = PRESETS["glm-4-9b-chat-1m"]
+    plan = Plan(million, BF16, million.seq_length)
+    assert plan.cache == 81_920 * 2**20 and plan.weights < 80e9 < 141e9 < plan.total
+    tokens = largest_context(plan, 141 * 10**9)
+    assert 131_072 < tokens < million.seq_length
+    assert largest_context(Plan(PRESETS["glm-4-9b-chat"], BF16, 1), 48 * 10**9) == 131_072
 
 
 def test_the_peak_of_a_compiled_program_holds_weights_and_cache():

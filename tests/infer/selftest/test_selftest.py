@@ -161,7 +161,7 @@ def test_damage_in_memory(toy, monkeypatch):
 
     embed = params["embed"][:-1]
     engine.checkpoint = dataclasses.replace(checkpoint, params=params | {"embed": embed})
-    (shapes,), (count,) = checks._shapes(engine), checks._parameters(engine, False)
+    (shapes,), (count,) = checks._shapes(engine), checks._parameters(engine, None)
     assert shapes.status == count.status == "FAIL" and shapes.got == "embed (639, 32)"
 
 
@@ -209,7 +209,6 @@ def test_known_prompts_against_the_published_tokenizer():
 def test_which_models_are_known():
     tokenizer = Tokenizer.from_bytes(sp_model())
     published = PRESETS["chatglm2-6b"]
-    assert published.num_params == known.PARAMETERS_6B
     assert known.known_answers(published, tokenizer, "float16") == ()  # another tokenizer
     assert known.known_tokens(tiny_config(), tokenizer) is None
     tokenizer.num_pieces = known.PUBLISHED_PIECES
@@ -218,8 +217,9 @@ def test_which_models_are_known():
     for name in ("chatglm2-6b-32k", "chatglm3-6b", "codegeex2-6b"):
         assert known.known_answers(PRESETS[name], tokenizer, "float16") == ()
     assert known.known_tokens(PRESETS["codegeex2-6b"], tokenizer) is known.CODEGEEX2
-    assert known.claims_6b("THUDM/chatglm3-6b-32k") and not known.claims_6b("me/chatglm2-toy")
-    assert not known.claims_6b(None)
+    assert known.claimed_preset("THUDM/chatglm3-6b-32k") == "chatglm3-6b-32k"
+    assert known.claimed_preset("glm-4-9b-chat-1m") == "glm-4-9b-chat-1m"
+    assert known.claimed_preset("me/chatglm2-toy") is known.claimed_preset(None) is None
     # Punctuation and width do not matter.
     text = "你好👋!我是人工智能助手 ChatGLM2-6B,很高兴见到你,欢迎问我任何问题。"
     assert known.same_text(text, known.CHATGLM2_6B.texts[0])
