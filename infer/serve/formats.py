@@ -24,16 +24,17 @@ def schema_of(body: ChatBody, tools: Sequence[Tool]) -> Mapping[str, Any] | None
         raise unsupported("response_format", "it excludes `tools`. Set `tool_choice` to none.")
     if body.ignore_eos:
         raise unsupported("ignore_eos", "an answer ends where it matches the `response_format`.")
-    if asked.type == "json_object":
+    given = asked.schema_ if asked.json_schema is None else asked.json_schema.schema_
+    if given is None and asked.type == "json_object":
         return ANY_OBJECT
-    if asked.json_schema is None:
+    if given is None:
         raise ApiError(
             400,
             "`response_format` of type json_schema needs `json_schema`.",
             code="invalid_value",
             param="response_format",
         )
-    return asked.json_schema.schema_
+    return given
 
 
 async def enforced(service: Service, asked: Sampled, schema: Mapping[str, Any]) -> Sampled:

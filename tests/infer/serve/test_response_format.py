@@ -98,6 +98,19 @@ def test_json_mode_ends_with_the_object_or_the_limit(served):
                 json.loads(text)
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "json_object", "schema": {"const": "42"}},
+        {"type": "json_object", "json_schema": {"schema": {"const": "42"}}},
+        {"type": "json_schema", "schema": {"const": "42"}},
+    ],
+)
+def test_a_schema_is_enforced_wherever_it_stands(served, wanted):
+    choice = served.chat(response_format=wanted, max_tokens=30).json()["choices"][0]
+    assert json.loads(choice["message"]["content"]) == "42"
+
+
 def test_answers_without_a_format_stay_as_they_are(served):
     body = {"seed": 4, "max_tokens": 20}
     plain = served.chat(**body).json()["choices"]
