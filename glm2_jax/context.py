@@ -137,9 +137,7 @@ def _in_cache(
     return _Where(index, positions, visible, slots), dataclasses.replace(cache, length=length)
 
 
-def _positions(
-    config: GLMConfig, blanks: Blanks, index: jax.Array, start: jax.Array
-) -> jax.Array:
+def _positions(config: GLMConfig, blanks: Blanks, index: jax.Array, start: jax.Array) -> jax.Array:
     return index - start if config.block.rotary == "full" else blanks.positions(index, start)
 
 
