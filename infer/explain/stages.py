@@ -18,7 +18,8 @@ from glm2_jax.attention import scaled_scores
 from glm2_jax.cache import read_layer, write_layer
 from glm2_jax.context import TokenContext
 from glm2_jax.linear import einsum
-from glm2_jax.model import ACTIVATIONS, GLM, GLMBlock, biased, norm, project
+from glm2_jax.model import GLM, GLMBlock, biased, project
+from glm2_jax.norms import ACTIVATIONS, norm
 from glm2_jax.rope import apply_rope
 
 # Called with a stage's name, its function and the function's arrays; returns the result.

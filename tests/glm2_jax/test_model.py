@@ -21,7 +21,8 @@ from glm2_jax import (
 )
 from glm2_jax.context import token_context
 from glm2_jax.linear import einsum
-from glm2_jax.model import rms_norm, unstack_layers
+from glm2_jax.model import unstack_layers
+from glm2_jax.norms import rms_norm
 from tests.support import hurry
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
 
