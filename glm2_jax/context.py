@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from glm2_jax.attention import Visibility
-from glm2_jax.blanks import find_blanks
+from glm2_jax.blanks import Blanks, find_blanks
 from glm2_jax.cache import KVCache
 from glm2_jax.config import GLMConfig
 from glm2_jax.prefix import Prefix
@@ -74,8 +74,6 @@ def token_context(
         where, cache = _in_cache(config, tokens, segment_ids > 0, cache, rows, view)
     positions = where.positions if positions is None else positions
     rotary, scale = config.block.rotary, None
-    if rotary == "full" and positions.ndim == 3:
-        positions = positions[:, 0]
     tables = (None, None) if rotary == "none" else rope_tables(config, positions, dtype)
     if config.logn_scaling:
         logs = jnp.log(where.index.astype(jnp.float32) + 65.0) / jnp.log(2048.0)
@@ -96,7 +94,7 @@ def _without_cache(
     index, places, positions = P + columns, P + columns, columns
     if config.block.bidirectional:
         blanks, start = find_blanks(config, tokens, index, segments)
-        positions = blanks.positions(index, start)
+        positions = _positions(config, blanks, index, start)
         places = _places(index, blanks.context, segments > 0)
     everyones = jnp.ones((B, P), jnp.int32)
     key_segments = jnp.concatenate([everyones, segments], axis=1) if P else segments
@@ -123,7 +121,7 @@ def _in_cache(
         kept = jax.tree.map(lambda x: x[:, None], cache.blanks.at(rows))
         fresh = (old == first)[:, None]
         blanks = jax.tree.map(lambda new, x: jnp.where(fresh, new, x), found, kept)
-        positions = blanks.positions(index, first[:, None])
+        positions = _positions(config, blanks, index, first[:, None])
         places = _places(index, blanks.context, real)
         last = jnp.argmax(jnp.where(real, rank, -1), axis=1)[:, None]
         ends = jax.tree.map(lambda x: jnp.take_along_axis(x, last, axis=1)[:, 0], blanks)
@@ -137,6 +135,10 @@ def _in_cache(
     written = (numbers < new[:, None]).astype(jnp.int32)
     visible = Visibility(places, real.astype(jnp.int32), written)
     return _Where(index, positions, visible, slots), dataclasses.replace(cache, length=length)
+
+
+def _positions(config: GLMConfig, blanks: Blanks, index: jax.Array, start: jax.Array) -> jax.Array:
+    return index - start if config.block.rotary == "full" else blanks.positions(index, start)
 
 
 def _places(index: jax.Array, context: jax.Array, real: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ Params = Mapping[str, Any]
 _WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also under JAX_ENABLE_X64
 
 
-def _parameter(module: nn.Module, part: Part, config: GLMConfig) -> jax.Array | QTensor:
+def _parameter(module: nn.Module, part: Part, config: GLMConfig) -> Any:
     """Return a parameter; Linen, which compares shapes, does not see it if it is quantized."""
     stored = module.get_variable("params", part.name)
     if isinstance(stored, QTensor):

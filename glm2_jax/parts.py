@@ -50,7 +50,7 @@ _LAYER = {
     "mlp_norm": "D", "mlp_norm_bias": "D",
     "gate_up": "CFD", "gate_up_bias": "CF", "down": "DF", "down_bias": "D", "mlp_post_norm": "D",
 }  # fmt: skip
-PARTS: Mapping[str, Part] = {
+TABLE: Mapping[str, Part] = {
     **{name: Part((name,), axes) for name, axes in _REST.items()},
     **{name: Part(("layers", name), axes) for name, axes in _LAYER.items()},
 }
@@ -73,7 +73,7 @@ def parts_of(config: GLMConfig) -> tuple[Part, ...]:
         absent |= {"positions", "blocks"}
     if block.tied_head:
         absent |= {"head"}
-    return tuple(part for name, part in PARTS.items() if name not in absent)
+    return tuple(part for name, part in TABLE.items() if name not in absent)
 
 
 def tables_of(config: GLMConfig) -> tuple[str, ...]:

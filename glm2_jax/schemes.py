@@ -49,6 +49,8 @@ SCHEMES = {
         Scheme("int8", 8, grouped=False),  # of the published int8 folders, and our own
         Scheme("int4-row", 4, grouped=False),  # of the published int4 folders
         Scheme("int4", 4, grouped=True),  # our own
+        # Of chatglm-6b-int4-qe.
+        Scheme("int4-row" + _EMBEDDINGS, 4, grouped=False, embeddings=True),
         Scheme("int8" + _EMBEDDINGS, 8, grouped=False, embeddings=True),
         Scheme("int4" + _EMBEDDINGS, 4, grouped=True, embeddings=True),
     )

@@ -94,8 +94,7 @@ def cache_sharding(config: GLMConfig, mesh: Mesh) -> KVCache:
     sizes = {**axis_sizes(config), "B": rows, "S": 1}
     places: dict[str, Any] = {n: _named(mesh, axes, sizes) for n, axes in CACHE_AXES.items()}
     if config.block.bidirectional:
-        place: Any = _named(mesh, "B", sizes)
-        places["blanks"] = Blanks(place, place, place)
+        places["blanks"] = Blanks(*cast(Any, [_named(mesh, "B", sizes)] * 3))
     return KVCache(**places)
 
 

@@ -163,7 +163,9 @@ def _check_shapes(path: Path, tensors: Tensors, config: GLMConfig) -> None:
             f"The model's context has {config.seq_length}.",
             _OTHER_MODEL,
         )
-    shapes = ((length, width), (D, width), (D,), (width, D), (width,))
+    # The projection of ChatGLM-6B reads a vector of the hidden size, that of ChatGLM2 a full one.
+    read = D if config.family == "chatglm" and len(tensors) > 1 else width
+    shapes = ((length, read), (D, read), (D,), (width, D), (width,))
     for name, shape in zip(_NAMES, shapes, strict=True):
         if name not in tensors:
             continue

@@ -16,12 +16,13 @@ import numpy as np
 from flax.core import FrozenDict
 
 from convert.files.tensor import StoredTensor
-from convert.layouts.names import EMBED, FLOATS, GLM, HEAD, PUBLISHED, Rule
+from convert.layouts.names import CHATGLM, FLOATS, GLM, PUBLISHED, Rule
 from convert.layouts.peft_config import CONFIG, Choice, PeftConfig
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
 from glm2_jax.lora import TARGETS, LoRA, adapter_shapes
 from glm2_jax.runtime.gather import gathered
+from glm2_jax.schemes import EMBEDDINGS
 
 # Parts of the names of embedding and head, in either layout.
 _ENDS = {"embed_tokens", "lm_head", "embedding", "word_embeddings", "output_layer"}
@@ -49,6 +50,7 @@ class Module(NamedTuple):
     path: str
     target: str
     parts: tuple[str, ...]
+    rule: Rule  # which says how the rows of B are ordered
 
     @property
     def name(self) -> str:
@@ -81,21 +83,22 @@ class Layout:
 
 def _layout(name: str, rules: Sequence[Rule], usual: tuple[str, ...] = ()) -> Layout:
     """Return the names of the matrices, in layers and at both ends, that rules give them."""
-    names = {rule.name.removesuffix(".weight"): rule.parts for rule in rules}
+    names = {rule.name.removesuffix(".weight"): rule for rule in rules}
     block = next(name.partition("{layer}")[0] for name in names if "{layer}" in name)
     modules = []
-    for full, parts in names.items():
-        adapted = [ADAPTED[part.path[-1]] for part in parts if part.path[-1] in ADAPTED]
+    for full, rule in names.items():
+        adapted = [ADAPTED[part.name] for part in rule.parts if part.name in ADAPTED]
         if adapted:
             path = full.removeprefix(f"{block}{{layer}}.")
-            modules.append(Module(path, adapted[0][0], tuple(part for _, part in adapted)))
-    ends = tuple(full for full, parts in names.items() if parts[0] in (EMBED, HEAD))
+            modules.append(Module(path, adapted[0][0], tuple(part for _, part in adapted), rule))
+    ends = tuple(full for full, rule in names.items() if rule.parts[0].name in EMBEDDINGS)
     return Layout(name, block, tuple(modules), ends, usual)
 
 
 LAYOUTS = {
     "chatglm": _layout("chatglm", PUBLISHED, ("query_key_value",)),
     "glm": _layout("glm", GLM),
+    "chatglm-6b": _layout("chatglm-6b", CHATGLM, ("query_key_value",)),
 }
 
 
@@ -181,7 +184,10 @@ def split_arrays(
         a, name = a[own], f"{layout.full_name((module, layer))}.lora_"
         tensors[f"{name}A.weight"] = np.ascontiguousarray(a.reshape(len(a), -1))
         b = [np.ascontiguousarray(x[..., own]).reshape(-1, len(a)) for x in rows]
-        tensors[f"{name}B.weight"] = np.concatenate(b)
+        ours, order = np.concatenate(b), module.rule.order([x.shape for x in rows])
+        stored = np.empty_like(ours)
+        stored[slice(None) if order is None else order] = ours
+        tensors[f"{name}B.weight"] = stored
     return tensors
 
 
@@ -261,6 +267,8 @@ def _stack(
         arrays["a"][layer, own] = piece.a.reshape(-1, *shapes["a"][1:])
         ratio = np.float32(piece.scale / scale) if scale else np.float32(1)
         b, start = piece.b if apart or ratio == 1 else piece.b * ratio, 0
+        order = module.rule.order([shapes[part] for part in module.parts])
+        b = b if order is None else b[order]
         for part in module.parts:
             shape = shapes[part][:-1]
             stop = start + math.prod(shape)

@@ -15,7 +15,7 @@ _WRAPPERS = frozenset({
     "_checkpoint_wrapped_module", "base_layer",
 })  # fmt: skip
 # Attributes that hold the model, or its inner one: at the beginning of a name only.
-_HOLDERS = frozenset({"base_model", "pretrained_model", "model", "transformer"})
+_HOLDERS = frozenset({"base_model", "pretrained_model", "model", "transformer", "glm"})
 # Names of the other layout and of public training scripts, without what holds them. A head that is
 # "cast to float" is a Sequential of one.
 _SYNONYMS = {
@@ -55,7 +55,7 @@ def resolve_aliases(
     for name, tensor in tensors.items():
         target = known.get(plain_name(name), name)
         first = stored_as.setdefault(target, name)
-        if first != name and not _same(result[target], tensor):
+        if first != name and not same_numbers(result[target], tensor):
             forms = (f"{x.dtype.name} {x.shape} in {x.file.name}" for x in (result[target], tensor))
             raise CheckpointError(
                 f"{first[:200]} and {name[:200]} are two names of one tensor, and their values "
@@ -68,7 +68,7 @@ def resolve_aliases(
     return result
 
 
-def _same(one: StoredTensor, other: StoredTensor) -> bool:
+def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
     """Return whether two tensors hold the same numbers, read a few megabytes at a time."""
     if one == other:  # the same place in the same file, as torch.save stores a shared tensor
         return True

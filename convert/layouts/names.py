@@ -8,14 +8,17 @@ one more table, and a new kind of parameter one more `Part`.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
-from convert.files.aliases import is_computed, resolve_aliases
+import numpy as np
+
+from convert.files.aliases import is_computed, plain_name, resolve_aliases, same_numbers
 from convert.files.tensor import StoredTensor
 from convert.layouts.misfits import explain_misfits
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
+from glm2_jax.parts import TABLE, Part, parts_of
 from glm2_jax.schemes import COLUMN_AXES, EMBEDDINGS, Scheme
 
 Shape = tuple[int, ...]
@@ -25,38 +28,7 @@ SCALE = "_scale"  # appended to the name of a quantized tensor: the name of its 
 _LEAST_TENSORS = 20  # a configuration with fewer layers than this is always compared by name
 
 _LAYER = "{layer}"
-# Axis letters as in the model: D model, N query heads, K key/value heads, H head dim, F ffn,
-# V vocabulary; "2" stands for gate and up.
-_AXES = {
-    "V": "vocab_size", "D": "hidden_size", "N": "num_heads", "K": "num_kv_heads", "H": "head_dim",
-    "F": "ffn_hidden_size",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One of our parameters: its path in the tree, and the letters of its axes in one layer."""
-
-    path: tuple[str, ...]
-    axes: str
-
-    def shape(self, config: GLMConfig) -> Shape:
-        """Return its shape in one layer."""
-        return tuple(2 if axis == "2" else getattr(config, _AXES[axis]) for axis in self.axes)
-
-    def quantized(self, scheme: Scheme | None) -> bool:
-        """Return whether it is one of the matrices that a scheme quantizes."""
-        return scheme is not None and scheme.covers(self.path[-1])
-
-    @property
-    def in_layers(self) -> bool:
-        """Whether every layer has one."""
-        return self.path[0] == "layers"
-
-    @property
-    def column_axes(self) -> int:
-        """How many of the last axes are columns."""
-        return COLUMN_AXES.get(self.path[-1], 1)
+MATRICES = (*COLUMN_AXES, *EMBEDDINGS, "positions", "blocks")  # the others have one stored axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,31 +36,53 @@ class Rule:
     """A stored tensor, and our parameters whose rows it consists of.
 
     `{layer}` in the name stands for the number of the layer. `fused`: all rows are one axis and all
-    columns another, as in the published files; our own files keep the axes of the part.
+    columns another, as in the published files; our own files keep the axes of the part. `by_head`:
+    the rows of the parts alternate by head. `halves`: a head consists of so many sections of R
+    dimensions, of which i and R / 2 + i are rotated together, not 2i and 2i + 1.
     """
 
     name: str
     parts: tuple[Part, ...]
     fused: bool = True
+    by_head: bool = False
+    halves: int = 0
 
     def shape(self, config: GLMConfig) -> Shape:
         """Return the shape as stored."""
         shapes = [part.shape(config) for part in self.parts]
         if not self.fused:
             return shapes[0]
-        if self.parts[0].path[-1] not in (*COLUMN_AXES, *EMBEDDINGS):  # norms and biases
+        if self.parts[0].name not in MATRICES:  # norms and biases
             return (sum(map(math.prod, shapes)),)
-        rows = -self.parts[0].column_axes
+        rows = -column_axes(self.parts[0])
         return sum(math.prod(shape[:rows]) for shape in shapes), math.prod(shapes[0][rows:])
+
+    def order(self, shapes: Sequence[Shape]) -> np.ndarray | None:
+        """Return the stored row of each of our rows, int [rows], the parts one after the other;
+        None where they are stored in that order. `shapes` are those of the parts, heads first."""
+        if not (self.by_head or self.halves):
+            return None
+        parts, found, start = len(self.parts), [], 0
+        for number, (part, (heads, size, *_)) in enumerate(zip(self.parts, shapes, strict=True)):
+            if self.by_head:
+                rows = np.arange(heads * parts * size).reshape(heads, parts, size)[:, number]
+            else:
+                rows = np.arange(start, start + heads * size).reshape(heads, size)
+            if self.halves and part.name[0] in "qk":
+                pairs = np.arange(size).reshape(self.halves, 2, -1).swapaxes(1, 2)
+                rows = rows[:, pairs.reshape(-1)]  # 0, R / 2, 1, R / 2 + 1, ...
+            found.append(rows.reshape(-1))
+            start += heads * size
+        return np.concatenate(found)
 
     @property
     def column_axes(self) -> int:
         """How many of its last axes are columns."""
-        return 1 if self.fused else self.parts[0].column_axes
+        return 1 if self.fused else column_axes(self.parts[0])
 
     def quantized(self, scheme: Scheme | None) -> bool:
         """Return whether folders of a scheme store it quantized."""
-        return all(part.quantized(scheme) for part in self.parts)
+        return scheme is not None and all(scheme.covers(part.name) for part in self.parts)
 
     def layers(self, config: GLMConfig) -> Iterable[int | None]:
         """Return the layers that have such a tensor; None for one outside the layers."""
@@ -108,65 +102,140 @@ class Rule:
         return result
 
 
-def _layer_part(name: str, axes: str) -> Part:
-    return Part(("layers", name), axes)
+def column_axes(part: Part) -> int:
+    """Return how many of the last axes of a parameter are columns."""
+    return COLUMN_AXES.get(part.name, 1)
 
 
-EMBED, FINAL_NORM, HEAD = Part(("embed",), "VD"), Part(("final_norm",), "D"), Part(("head",), "VD")
-ATTN_NORM, MLP_NORM = _layer_part("attn_norm", "D"), _layer_part("mlp_norm", "D")
-Q, Q_BIAS = _layer_part("q", "NHD"), _layer_part("q_bias", "NH")
-K, K_BIAS = _layer_part("k", "KHD"), _layer_part("k_bias", "KH")
-V, V_BIAS = _layer_part("v", "KHD"), _layer_part("v_bias", "KH")
-ATTN_OUT = _layer_part("o", "DNH")
-GATE_UP, DOWN = _layer_part("gate_up", "2FD"), _layer_part("down", "DF")
-
-
-def _rules(block: str, names: Mapping[str, tuple[Part, ...]]) -> tuple[Rule, ...]:
-    """Return the rules of a layout; "*" in a name stands for `block`."""
-    return tuple(Rule(name.replace("*", block), parts) for name, parts in names.items())
+def _rules(block: str, names: Mapping[str, str], **form: int) -> tuple[Rule, ...]:
+    """Return the rules of a layout: stored name -> names of our parameters. "*" stands for `block`,
+    and `form` is that of rules with several parts."""
+    rules = []
+    for name, parts in names.items():
+        found = tuple(TABLE[part] for part in parts.split())
+        rules.append(Rule(name.replace("*", block), found, **cast(Any, form if found[1:] else {})))
+    return tuple(rules)
 
 
 PUBLISHED = _rules(
     "transformer.encoder.layers.{layer}",
     {
-        "transformer.embedding.word_embeddings.weight": (EMBED,),
-        "*.input_layernorm.weight": (ATTN_NORM,),
-        "*.self_attention.query_key_value.weight": (Q, K, V),
-        "*.self_attention.query_key_value.bias": (Q_BIAS, K_BIAS, V_BIAS),
-        "*.self_attention.dense.weight": (ATTN_OUT,),
-        "*.post_attention_layernorm.weight": (MLP_NORM,),
-        "*.mlp.dense_h_to_4h.weight": (GATE_UP,),
-        "*.mlp.dense_4h_to_h.weight": (DOWN,),
-        "transformer.encoder.final_layernorm.weight": (FINAL_NORM,),
-        "transformer.output_layer.weight": (HEAD,),
+        "transformer.embedding.word_embeddings.weight": "embed",
+        "*.input_layernorm.weight": "attn_norm",
+        "*.self_attention.query_key_value.weight": "q k v",
+        "*.self_attention.query_key_value.bias": "q_bias k_bias v_bias",
+        "*.self_attention.dense.weight": "o",
+        "*.post_attention_layernorm.weight": "mlp_norm",
+        "*.mlp.dense_h_to_4h.weight": "gate_up",
+        "*.mlp.dense_4h_to_h.weight": "down",
+        "transformer.encoder.final_layernorm.weight": "final_norm",
+        "transformer.output_layer.weight": "head",
     },
 )
-"""The tensors of the official folders."""
+"""The tensors of the official folders of ChatGLM2, ChatGLM3, CodeGeeX2 and GLM-4-9B."""
 
 GLM = _rules(
     "model.layers.{layer}",
     {
-        "model.embed_tokens.weight": (EMBED,),
-        "*.input_layernorm.weight": (ATTN_NORM,),
-        "*.self_attn.q_proj.weight": (Q,),
-        "*.self_attn.q_proj.bias": (Q_BIAS,),
-        "*.self_attn.k_proj.weight": (K,),
-        "*.self_attn.k_proj.bias": (K_BIAS,),
-        "*.self_attn.v_proj.weight": (V,),
-        "*.self_attn.v_proj.bias": (V_BIAS,),
-        "*.self_attn.o_proj.weight": (ATTN_OUT,),
-        "*.post_attention_layernorm.weight": (MLP_NORM,),
-        "*.mlp.gate_up_proj.weight": (GATE_UP,),
-        "*.mlp.down_proj.weight": (DOWN,),
-        "model.norm.weight": (FINAL_NORM,),
-        "lm_head.weight": (HEAD,),
+        "model.embed_tokens.weight": "embed",
+        "*.input_layernorm.weight": "attn_norm",
+        "*.self_attn.q_proj.weight": "q",
+        "*.self_attn.q_proj.bias": "q_bias",
+        "*.self_attn.k_proj.weight": "k",
+        "*.self_attn.k_proj.bias": "k_bias",
+        "*.self_attn.v_proj.weight": "v",
+        "*.self_attn.v_proj.bias": "v_bias",
+        "*.self_attn.o_proj.weight": "o",
+        "*.post_self_attn_layernorm.weight": "attn_post_norm",
+        "*.post_attention_layernorm.weight": "mlp_norm",
+        "*.mlp.gate_up_proj.weight": "gate_up",
+        "*.mlp.down_proj.weight": "down",
+        "*.post_mlp_layernorm.weight": "mlp_post_norm",
+        "model.norm.weight": "final_norm",
+        "lm_head.weight": "head",
     },
 )
-"""The tensors of HF-native folders: `GlmForCausalLM` of transformers. Its rotary pairs are
-interleaved as the published ones are, so that no row changes its place."""
+"""The tensors of HF-native folders: `GlmForCausalLM` and `Glm4ForCausalLM` of transformers. Their
+rotary pairs are interleaved as the published ones are, so that no row changes its place."""
 
-PARTS: tuple[Part, ...] = tuple(part for rule in PUBLISHED for part in rule.parts)
-"""Every parameter of this project, each once."""
+_FIRST = {
+    "*.input_layernorm.weight": "attn_norm",
+    "*.input_layernorm.bias": "attn_norm_bias",
+    "*.attention.query_key_value.weight": "q k v",
+    "*.attention.query_key_value.bias": "q_bias k_bias v_bias",
+    "*.attention.dense.weight": "o",
+    "*.attention.dense.bias": "o_bias",
+    "*.post_attention_layernorm.weight": "mlp_norm",
+    "*.post_attention_layernorm.bias": "mlp_norm_bias",
+    "*.mlp.dense_h_to_4h.weight": "gate_up",
+    "*.mlp.dense_h_to_4h.bias": "gate_up_bias",
+    "*.mlp.dense_4h_to_h.weight": "down",
+    "*.mlp.dense_4h_to_h.bias": "down_bias",
+    "transformer.final_layernorm.weight": "final_norm",
+    "transformer.final_layernorm.bias": "final_norm_bias",
+}
+
+CHATGLM = _rules(
+    "transformer.layers.{layer}",
+    {"transformer.word_embeddings.weight": "embed", **_FIRST, "lm_head.weight": "head"},
+    by_head=True,
+    halves=2,
+)
+"""The tensors of the official folders of ChatGLM-6B."""
+
+BLANK_FILLING = _rules(
+    "transformer.layers.{layer}",
+    {
+        "word_embeddings.weight": "embed",
+        "transformer.position_embeddings.weight": "positions",
+        "transformer.block_position_embeddings.weight": "blocks",
+        **_FIRST,
+    },
+)
+"""The tensors of the folders of GLM base models."""
+
+_BY_FAMILY = {"chatglm": CHATGLM, "glm": BLANK_FILLING, "glm4-0414": GLM}
+
+
+def rules_of(config: GLMConfig, *, native: bool = False) -> tuple[Rule, ...]:
+    """Return the tensors of a model's published folder; `native` = of transformers' class."""
+    rules = GLM if native else _BY_FAMILY.get(config.family, PUBLISHED)
+    having = set(parts_of(config))
+    found = [rule for rule in rules if having.issuperset(rule.parts)]
+    if config.block.rotary == "full":  # ChatGLM-6B without 2-D positions has one section
+        found = [dataclasses.replace(rule, halves=min(rule.halves, 1)) for rule in found]
+    return tuple(found)
+
+
+def tied_head(
+    config: GLMConfig, tensors: Mapping[str, StoredTensor]
+) -> tuple[GLMConfig, Mapping[str, StoredTensor]]:
+    """Return the configuration and the tensors of a family whose embedding is its head.
+
+    Its files may hold the head a second time, which is then left out; or one that differs, as a
+    training may leave it, which is then a parameter.
+    """
+    if not config.block.tied_head:
+        return config, tensors
+    embed, head = (
+        {plain_name(name + end): name + end for end in ("", SCALE)}
+        for name in ("word_embeddings.weight", "lm_head.weight")
+    )
+    stored = {plain_name(name): name for name in tensors}
+    heads = [stored.get(name) for name in head]
+    if heads[0] is None:
+        return config, tensors
+    for ours, other in zip(embed, heads, strict=True):
+        if other is not None and (
+            ours not in stored or not same_numbers(tensors[stored[ours]], tensors[other])
+        ):
+            return dataclasses.replace(config, tied_head=False), tensors
+    return config, {name: tensor for name, tensor in tensors.items() if name not in heads}
+
+
+def has_frequencies(config: GLMConfig) -> bool:
+    """Return whether the published folder has the tensor `INV_FREQ`."""
+    return config.family not in _BY_FAMILY
 
 
 def own_name(path: tuple[str, ...], layer: int | str | None = _LAYER) -> str:
@@ -174,8 +243,15 @@ def own_name(path: tuple[str, ...], layer: int | str | None = _LAYER) -> str:
     return ".".join((path[0], str(layer), *path[1:]) if path[0] == "layers" else path)
 
 
-OWN: tuple[Rule, ...] = tuple(Rule(own_name(part.path), (part,), fused=False) for part in PARTS)
-"""The tensors of our own folders."""
+OWN: tuple[Rule, ...] = tuple(Rule(own_name(p.path), (p,), fused=False) for p in TABLE.values())
+"""The tensors of our own folders, of any family."""
+
+
+def own_rules(config: GLMConfig) -> tuple[Rule, ...]:
+    """Return the tensors of a model's folder of our own."""
+    having = set(parts_of(config))
+    return tuple(rule for rule in OWN if having.issuperset(rule.parts))
+
 
 # Computed from the configuration; the reference ignores it, too, and so are other names of it.
 INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
@@ -223,7 +299,9 @@ def match_tensors(
     wanted = {
         rule.full_name(layer): (rule, layer) for rule in rules for layer in rule.layers(config)
     }
-    if rules is not OWN:  # the manifest's checksums cover the names of our own format
+    if all(
+        rule.fused for rule in rules
+    ):  # the manifest's checksums cover the names of our own format
         left = resolve_aliases(left, [name + end for name in wanted for end in ("", SCALE)])
     order = list(left)
     matches, missing, wrong = {}, [], []
@@ -238,7 +316,8 @@ def match_tensors(
         matches[name] = Match(rule, layer, tensor, scale)
         wrong += _wrong(config, matches[name], scheme)
     if missing or wrong or left:
-        raise explain_misfits(missing, wrong, list(left), tensors, rules is GLM)
+        native = any(rule.name.startswith("model.") for rule in rules)
+        raise explain_misfits(missing, wrong, list(left), tensors, native)
     return [matches[name] for name in order if name in matches]
 
 

@@ -15,7 +15,7 @@ from convert.files.tensor import is_plain_name, reading
 from convert.files.vocabulary import FAST, VOCABULARY_FILES, read_vocabulary
 from convert.layouts.family import find_family, read_side_files
 from convert.layouts.hf_config import is_native
-from convert.layouts.names import FINAL_NORM, GLM, OWN, PUBLISHED, Match, match_tensors
+from convert.layouts.names import Match, match_tensors, own_rules, rules_of, tied_head
 from convert.layouts.tokens import assumed_places, fit_tokenizer
 from glm2_jax.choices import FAMILIES, QUANTIZE, ROPE_KINDS, TEMPLATES
 from glm2_jax.cli.files import refuse_url
@@ -66,7 +66,9 @@ class Folder(Architecture):
         """The type in which the folder keeps what it does not quantize."""
         if self.scheme is None:
             return self.stored_dtype
-        return next(m.tensor.dtype.name for m in self.matches if m.rule.parts == (FINAL_NORM,))
+        return next(
+            m.tensor.dtype.name for m in self.matches if m.rule.parts[0].name == "final_norm"
+        )
 
 
 def open_folder(
@@ -100,18 +102,24 @@ def open_folder(
                 f"known: {', '.join(VOCABULARY_FILES[1:])}, and {FAST} of GLM-4).",
                 "Download the file from the repository that the weights come from.",
             )
-        layout, rules = ("HF-native glm", GLM) if is_native(raw) else ("official", PUBLISHED)
+        tensors, native = weights.tensors, is_native(raw)
         if manifest is not None:
-            layout, rules = "own", OWN
+            layout, rules = "own", own_rules(found.config)
             check_listed(folder, manifest, weights)
-        elif {rule.full_name(0) for rule in OWN} <= weights.tensors.keys():
+        else:
+            config, tensors = tied_head(found.config, tensors)
+            found = dataclasses.replace(found, config=config)
+            layout = "HF-native glm" if native else "official"
+            rules = rules_of(config, native=native)
+        own = {rule.full_name(0) for rule in own_rules(found.config)}
+        if manifest is None and own <= tensors.keys():
             raise CheckpointError(
                 f"{folder} holds no {MANIFEST}.",
                 "Its tensors have the names of this project's own format, which needs that file.",
                 "Copy the file, too, or convert the source again.",
             )
         try:
-            matches = match_tensors(found.config, weights.tensors, rules, found.scheme)
+            matches = match_tensors(found.config, tensors, rules, found.scheme)
         except CheckpointError as error:
             other = choose_weights(weights.left_out)
             if other is None:
@@ -233,7 +241,10 @@ def _published_scheme(raw: dict[str, Any]) -> Scheme | None:
             "The published quantized folders use 4 or 8 bits.",
             "Use such a folder, or one that is not quantized.",
         )
-    return OFFICIAL_SCHEMES.get(bits)
+    scheme = OFFICIAL_SCHEMES.get(bits)
+    if scheme is not None and raw.get("quantization_embeddings") is True:
+        return SCHEMES[f"{scheme.name}+embeddings"]
+    return scheme
 
 
 def check_fit(config: GLMConfig, tokenizer: Tokenizer, template: str, *, asked: bool) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from convert.layouts.names import PARTS, Part
+from convert.layouts.names import column_axes
 from convert.loading.folder import Folder
 from convert.loading.values import (
     Box,
@@ -27,6 +27,7 @@ from convert.loading.values import (
     shape_of,
     slices,
 )
+from glm2_jax.parts import Part, parts_of
 from glm2_jax.quant import QTensor
 from glm2_jax.schemes import Scheme
 from glm2_jax.sharding import params_sharding
@@ -64,17 +65,17 @@ def load_params(
         tree = tree["layers"] if part.in_layers else tree
         return tree[layer] if part.in_layers and as_list else tree
 
-    for part in PARTS:
+    for part in parts_of(config):
         stack = (config.num_layers,) if part.in_layers and not as_list else ()
         for layer in range(config.num_layers) if part.in_layers and as_list else (0,):
-            sharding = branch(shardings, part, layer)[part.path[-1]] if shardings else single
+            sharding = branch(shardings, part, layer)[part.name] if shardings else single
             filled = _Weight(part, part.shape(config), stack, dtype, scheme, sharding)
-            branch(tree, part, layer)[part.path[-1]] = filled
+            branch(tree, part, layer)[part.name] = filled
     total = sum(weight.nbytes for weight in jax.tree.leaves(tree))
     for match in folder.matches:
         for part, start, stop in match.rule.ranges(config):
             values = Values(match, part, start, stop, config, folder.scheme)
-            weight = branch(tree, part, match.layer)[part.path[-1]]
+            weight = branch(tree, part, match.layer)[part.name]
             for written in weight.fill(values, match.layer or 0):
                 done += written
                 progress(done, total)
@@ -96,12 +97,14 @@ class _Weight:
         scheme: Scheme | None,
         sharding: Any,
     ):
-        self.scheme, self.stacked = scheme if part.quantized(scheme) else None, bool(stack)
-        self.row_axes = len(shape) - part.column_axes
+        self.scheme, self.stacked = None, bool(stack)
+        if scheme is not None and scheme.covers(part.name):
+            self.scheme = scheme
+        self.row_axes = len(shape) - column_axes(part)
         if self.scheme is None:
             self.places = [Place((*stack, *shape), dtype, sharding)]
         else:
-            shapes = self.scheme.shapes((*stack, *shape), part.column_axes)
+            shapes = self.scheme.shapes((*stack, *shape), column_axes(part))
             pair = isinstance(sharding, QTensor)
             shardings = (sharding.values, sharding.scale) if pair else (sharding, sharding)
             dtypes = (np.dtype(np.int8), np.dtype(np.float32))

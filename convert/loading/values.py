@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from convert.files.tensor import StoredTensor
-from convert.layouts.names import Match, Part
+from convert.layouts.names import Match, column_axes
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError
+from glm2_jax.parts import Part
 from glm2_jax.quant import NO_SCALE, quantize, unpack_int4
 from glm2_jax.schemes import Scheme
 
@@ -33,7 +34,8 @@ class Values:
 
     Boxes that cannot be read, NaN, infinity and bad scales are a `CheckpointError`.
 
-    It is the elements `start` to `stop` of the tensor of `match`, flattened. `scheme` is how the
+    It is the elements `start` to `stop` of the tensor of `match`, flattened, its rows in our order;
+    where they are stored in another one, they are copied. `scheme` is how the
     folder's matrices are quantized, as an attribute None where this one is not.
     """
 
@@ -48,19 +50,21 @@ class Values:
     ):
         self.match, self.scheme = match, None if match.scale is None else scheme
         self.start, self.shape = start, part.shape(config)
-        self._row_axes = len(self.shape) - part.column_axes
+        self._row_axes = len(self.shape) - column_axes(part)
         self.columns = math.prod(self.shape[self._row_axes :])  # elements of a row
         elements = math.prod(match.rule.shape(config))
+        order = match.rule.order([x.shape(config) for x in match.rule.parts])
 
         def stored(tensor: StoredTensor, shape: tuple[int, ...]) -> np.ndarray:
             array = tensor.read()
             first, last = (count * len(array) // elements for count in (start, stop))
-            return array[first:last].reshape(shape)
+            rows = array[first:last] if order is None else array[order[first:last]]
+            return rows.reshape(shape)
 
         if match.scale is None or self.scheme is None:
             self._stored = stored(match.tensor, self.shape)
         else:
-            shapes = self.scheme.shapes(self.shape, part.column_axes)
+            shapes = self.scheme.shapes(self.shape, column_axes(part))
             self._stored = stored(match.tensor, shapes[0])
             self._scales = stored(match.scale, shapes[1])
 

@@ -15,11 +15,12 @@ from convert.adapters.tensors import ADAPTED
 from convert.files.manifest import Manifest
 from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
-from convert.layouts.names import SCALE, Match, Part, Rule
+from convert.layouts.names import SCALE, Match, Rule
 from convert.loading.folder import Folder
 from convert.loading.values import Values, all_finite, cast
 from glm2_jax.errors import CheckpointError
 from glm2_jax.lora import LoRA
+from glm2_jax.parts import Part
 from glm2_jax.runtime.dtypes import resolve_dtype
 from glm2_jax.schemes import Scheme
 
@@ -78,13 +79,33 @@ def plan_tensors(
         name, shape = rule.full_name(layer), rule.shape(config)
         places = [stored[part.path, layer] for part in rule.parts]
         if scheme is None or not rule.quantized(scheme):
-            entries.append(Entry(name, shape, dtype, partial(_floats, source, places, dtype, lora)))
+            chunks = partial(_floats, source, places, dtype, lora)
+            entries.append(Entry(name, shape, dtype, _ordered(chunks, rule, source, shape)))
             continue
         shapes = scheme.shapes(shape, rule.column_axes)
         for which, kind in enumerate((np.dtype(np.int8), scale_dtype)):
             chunks = partial(_quantized, source, places, scheme, which, kind)
+            chunks = _ordered(chunks, rule, source, shapes[which])
             entries.append(Entry(name + SCALE * which, shapes[which], kind, chunks))
     return entries
+
+
+def _ordered(
+    chunks: Callable[[], Iterator[np.ndarray]], rule: Rule, source: Folder, shape: tuple[int, ...]
+) -> Callable[[], Iterator[np.ndarray]]:
+    """Return the chunks of a tensor with its rows as the rule stores them: one, if in another order
+    than ours."""
+    order = rule.order([part.shape(source.config) for part in rule.parts])
+    if order is None:
+        return chunks
+
+    def whole() -> Iterator[np.ndarray]:
+        ours = np.concatenate([chunk.reshape(-1) for chunk in chunks()]).reshape(shape)
+        stored = np.empty_like(ours)
+        stored[order] = ours
+        yield stored.reshape(-1)
+
+    return whole
 
 
 def _floats(
@@ -104,7 +125,7 @@ def _floats(
                 if not all_finite(merged):
                     raise CheckpointError(
                         f"{match.name} and the adapter together give NaN or infinity.",
-                        f"The sum for {part.path[-1]} is larger than {dtype.name} can hold.",
+                        f"The sum for {part.name} is larger than {dtype.name} can hold.",
                         "Check the adapter's lora_alpha, or use one trained on this model.",
                     )
                 yield merged

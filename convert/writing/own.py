@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from convert.adapters.adapter import Adapter
 from convert.files.manifest import MANIFEST, Manifest
 from convert.files.safetensors_writer import Entry, write_file, write_shards
-from convert.layouts.names import OWN, PARTS, own_name
+from convert.layouts.names import own_name, own_rules
 from convert.layouts.tokens import TOKENIZER_CONFIG, tokenizer_config
 from convert.loading.folder import Folder, check_fit, target_scheme
 from convert.loading.values import CHUNK_ELEMENTS, all_finite, cast
@@ -26,6 +26,7 @@ from convert.writing.destination import new_destination
 from convert.writing.floats import Plan, Progress, float_dtype, plan_tensors
 from glm2_jax.config import GLMConfig
 from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.parts import parts_of
 from glm2_jax.quant import QTensor
 from glm2_jax.runtime.gather import gathered
 from glm2_jax.text.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def plan_conversion(
         files={},
         quantization=scheme and scheme.name,
     )
-    entries = plan_tensors(source, OWN, kind, scheme, scales, lora)
+    entries = plan_tensors(source, own_rules(config), kind, scheme, scales, lora)
     files = small_files(config.to_hf(), source.tokenizer)
     return Plan(kind, scheme, entries, files, manifest, source.path)
 
@@ -177,8 +178,8 @@ def _array_entries(
             "The folder holds stacked parameters; convert.from_pytorch quantizes while it writes.",
             'Load the model with quantize="none" and layers="stacked".',
         )
-    for part in PARTS:
-        array: Any = (stacked if part.in_layers else params)[part.path[-1]]
+    for part in parts_of(config):
+        array: Any = (stacked if part.in_layers else params)[part.name]
         shape = part.shape(config)
         expected = (config.num_layers, *shape) if part.in_layers else shape
         if tuple(array.shape) != expected:

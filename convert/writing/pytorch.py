@@ -12,7 +12,7 @@ from convert.files.safetensors_writer import Entry
 from convert.files.tensor import reading
 from convert.layouts.hf_config import generation_config, native_config
 from convert.layouts.hf_tokenizer import tokenizer_files
-from convert.layouts.names import GLM, INV_FREQ, PUBLISHED
+from convert.layouts.names import INV_FREQ, has_frequencies, rules_of
 from convert.loading.folder import OFFICIAL_SCHEMES, Folder
 from convert.writing.floats import Plan, Progress, float_dtype, plan_tensors
 from convert.writing.own import DEFAULT_SHARD_SIZE, json_file, small_files, write_folder
@@ -82,11 +82,12 @@ def plan_export(
     same_form = layout == "chatglm" and source.scheme in OFFICIAL_SCHEMES.values()
     scheme = source.scheme if same_form and lora is None and not dequantize else None
     scale_dtype = kind if scheme is None else _scale_dtype(source, kind)
-    rules = {"glm": GLM, "chatglm": PUBLISHED}[layout]
+    rules = rules_of(source.config, native=layout == "glm")
     entries = plan_tensors(source, rules, kind, scheme, scale_dtype, lora)
     config, tokenizer = source.config, source.tokenizer
     if layout == "chatglm":
-        entries.insert(1, _frequencies(config, kind))
+        if has_frequencies(config):
+            entries.insert(1, _frequencies(config, kind))
         official = config.to_hf() | _OFFICIAL | {"torch_dtype": kind.name}
         if scheme is not None:
             official |= {"quantization_bit": scheme.bits, "quantization_embeddings": False}

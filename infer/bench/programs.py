@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ from infer.memory.shares import (
 Run = Callable[[], float]  # does the work once and returns its seconds
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Shape:
     """What is measured."""
 

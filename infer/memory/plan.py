@@ -17,7 +17,7 @@ from typing import Any
 
 from glm2_jax.config import GLMConfig
 from glm2_jax.limits import CHUNK_ELEMENTS, FEW_ROWS, KEYS, MLP_ELEMENTS, PREFILL_CHUNK, SCORES
-from glm2_jax.parts import PARTS, parts_of, tables_of
+from glm2_jax.parts import TABLE, parts_of, tables_of
 from glm2_jax.runtime.buckets import padded_batch
 from glm2_jax.schemes import COLUMN_AXES
 from infer.memory import shares
@@ -217,7 +217,7 @@ def rate_bound(plan: Plan, bandwidth: float) -> float:
     """
     config, precision, names = plan.config, plan.precision, tables_of(plan.config)
     if plan.mesh is None:
-        tables = sum(array_bytes(precision, name, PARTS[name].shape(config)) for name in names)
+        tables = sum(array_bytes(precision, name, TABLE[name].shape(config)) for name in names)
     else:
         params = shares.device_params(config, precision, plan.mesh)
         tables = sum(shares.total_bytes(params[name]) for name in names)

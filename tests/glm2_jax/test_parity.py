@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.layouts.names import GLM, PUBLISHED
+from convert.layouts.names import PUBLISHED, rules_of
 from glm2_jax import GLMConfig, KVCache
 from tests.support.shared_data import shared_path
 from tests.support.toy import TOY, jit_forward, random_tokens, toy_params
@@ -113,7 +113,7 @@ def torch_model(config: GLMConfig, params, rope: dict):
         )
     ).eval()
     tensors = {}
-    for rule in GLM:
+    for rule in rules_of(config, native=True):
         name = rule.parts[0].path[-1]
         for layer in rule.layers(config):
             array = params[name] if layer is None else params["layers"][name][layer]

@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 
 from convert import save_checkpoint
 from convert.files.manifest import Manifest
-from convert.layouts.names import PARTS, PUBLISHED, SCALE
+from convert.layouts.names import PUBLISHED, SCALE
 from convert.loading.folder import Folder
 from convert.writing.own import plan_conversion, write_folder
 from glm2_jax import Tokenizer
 from glm2_jax.config import GLMConfig
+from glm2_jax.parts import parts_of
 from glm2_jax.quant import pack_int4
 from glm2_jax.schemes import SCHEMES
 from tests.support.sp_model import sp_model
@@ -54,7 +55,7 @@ def random_params(config: GLMConfig, seed: int = 0) -> dict[str, Any]:
     """Parameters as numpy float32: matrices of unit-scale outputs, norms around 1."""
     random = np.random.default_rng(seed)
     params: dict[str, Any] = {"layers": {}}
-    for part in PARTS:
+    for part in parts_of(config):
         stacked = (config.num_layers,) if part.path[0] == "layers" else ()
         shape = stacked + part.shape(config)
         values = random.standard_normal(shape, dtype=np.float32)

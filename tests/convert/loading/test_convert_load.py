@@ -9,8 +9,9 @@ import pytest
 
 import glm2_jax
 from convert import load_checkpoint
-from convert.layouts.names import INV_FREQ, PARTS, PUBLISHED
+from convert.layouts.names import INV_FREQ, PUBLISHED
 from glm2_jax import CheckpointError, DeviceError, UsageError, make_mesh, parse_mesh
+from glm2_jax.parts import parts_of
 from tests.support.checkpoints import (
     TINY,
     official_tensors,
@@ -66,7 +67,7 @@ def test_rows_are_split_as_published():
 
 def test_the_table_agrees_with_the_model_and_the_published_index():
     shapes = glm2_jax.param_shapes(TINY)
-    stacked = {part.path: part.shape(TINY) for part in PARTS}
+    stacked = {part.path: part.shape(TINY) for part in parts_of(TINY)}
     for path, shape in jax.tree.leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple)):
         keys = tuple(key.key for key in path)
         layers = (TINY.num_layers,) if keys[0] == "layers" else ()

@@ -8,10 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import export_folder, load_checkpoint, save_checkpoint, verify_checkpoint
-from convert.layouts.names import PARTS, PUBLISHED
+from convert.layouts.names import PUBLISHED
 from convert.loading.folder import open_folder
 from convert.writing.own import plan_conversion
 from glm2_jax.errors import CheckpointError, UsageError
+from glm2_jax.parts import parts_of
 from glm2_jax.quant import QTensor, dequantize, quantize
 from glm2_jax.schemes import SCHEMES
 from infer.memory.plan import weight_bytes
@@ -93,7 +94,7 @@ def test_quantized_while_loading_and_converting(tmp_path, name, embeddings, monk
     assert loaded.summary.quantization == scheme.name
     also = ", the embedding and the head" * embeddings
     assert loaded.notes == (f"the matrices of the layers{also} were quantized to {name}",)
-    for part in PARTS:
+    for part in parts_of(TINY):
         for layer in range(TINY.num_layers) if part.in_layers else (None,):
             found, weight = (leaf(x, part, layer) for x in (loaded.params, plain))
             assert isinstance(found, QTensor) == part.quantized(scheme)
@@ -189,7 +190,7 @@ def test_groups_of_the_scale_zero_in_our_own_format(tmp_path, monkeypatch):
     small = load(tmp_path / "own", layers="list").params
     floats = load(tmp_path / "own", layers="list", quantize="none").params
     count = 0
-    for part in PARTS:
+    for part in parts_of(TINY):
         for layer in range(TINY.num_layers) if part.in_layers else (None,):
             if part.quantized(SCHEMES["int4+embeddings"]):
                 weight, plain = leaf(small, part, layer), leaf(floats, part, layer)

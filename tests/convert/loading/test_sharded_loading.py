@@ -19,12 +19,12 @@ import pytest
 
 from convert import export_folder, load_checkpoint, open_folder, save_checkpoint
 from convert.adapters.adapter import Adapter, attach, save_adapter
-from convert.layouts.names import PARTS
 from convert.loading import params, values
 from convert.loading.values import Box, slices
 from convert.writing import own
 from glm2_jax import init_lora, lora_sharding, make_mesh, params_sharding, parse_mesh
 from glm2_jax.errors import UsageError
+from glm2_jax.parts import parts_of
 from glm2_jax.schemes import SCHEMES
 from tests.support import mesh_process
 from tests.support.checkpoints import (
@@ -210,7 +210,7 @@ def check_saving(root: Path) -> None:
         with patch.object(own, "gathered", counted):
             written.append(save_checkpoint(*given, source="x").files)
     assert written[0] == written[1]
-    assert max(sizes) == max(int(np.prod(part.shape(CONFIG))) for part in PARTS)
+    assert max(sizes) == max(int(np.prod(part.shape(CONFIG))) for part in parts_of(CONFIG))
 
 
 def check_adapter(root: Path) -> None:

@@ -1,0 +1,213 @@
+"""The other models of the family against stored arrays of their published code."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.layouts.names import rules_of
+from glm2_jax import GLMConfig, KVCache
+from tests.support.shared_data import shared_path
+from tests.support.toy import jit_forward
+
+TOLERANCE = 1e-4
+
+# Case of chatglm6b_tiny.npz -> whether its positions follow from the ids.
+CHATGLM = {
+    "gmask": True, "gmask_full": True, "mask": True, "both_model_rule": True,
+    "both_tokenizer_rule": False, "padded": True, "train": True, "oned_gmask": True,
+    "oned_mask": False,
+}  # fmt: skip
+
+
+@functools.cache
+def stored(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a reference file."""
+    return dict(np.load(shared_path(f"glm-family/{name}.npz")))
+
+
+def chatglm_config(**changes: Any) -> GLMConfig:
+    """The tiny ChatGLM-6B of the reference arrays."""
+    sizes: dict[str, Any] = dict(
+        num_layers=2, vocab_size=128, hidden_size=64, ffn_hidden_size=72, num_heads=4,
+        num_kv_heads=4, head_dim=16, seq_length=2048, family="chatglm", sop_token_id=124,
+        mask_token_id=120, gmask_token_id=121, eos_token_id=125, pad_token_id=3,
+    )  # fmt: skip
+    return GLMConfig(**(sizes | changes))
+
+
+def glm_config() -> GLMConfig:
+    """The tiny GLM base model of the reference arrays."""
+    return GLMConfig(
+        num_layers=2, vocab_size=112, hidden_size=48, ffn_hidden_size=192, num_heads=4,
+        num_kv_heads=4, head_dim=12, seq_length=32, family="glm", sop_token_id=106,
+        mask_token_id=103, smask_token_id=108, gmask_token_id=109, eos_token_id=107,
+        pad_token_id=100,
+    )  # fmt: skip
+
+
+def glm4_config(family: str) -> GLMConfig:
+    """The tiny GLM-4 of the reference arrays."""
+    rope: dict[str, Any] = {"rope_ratio": 500.0, "norm_eps": 1.5625e-07}
+    return GLMConfig(
+        num_layers=2, vocab_size=128, hidden_size=64, ffn_hidden_size=96, num_heads=4,
+        num_kv_heads=2, head_dim=16, seq_length=131072, family=family,
+        **(rope if family == "glm4" else {}),
+    )  # fmt: skip
+
+
+def params_of(config: GLMConfig, weights, native: bool = False) -> dict:
+    """Our parameters from the published names."""
+    params: dict = {"layers": {}}
+    for rule in rules_of(config, native=native):
+        shapes = [part.shape(config) for part in rule.parts]
+        order = rule.order(shapes)
+        layers = [np.asarray(weights[rule.full_name(i)], np.float32) for i in rule.layers(config)]
+        if order is not None:
+            layers = [array[order] for array in layers]
+        rows = np.stack([array.reshape(-1) for array in layers])
+        for part, start, stop in rule.ranges(config):
+            array = jnp.asarray(rows[:, start:stop].reshape(-1, *part.shape(config)))
+            if part.in_layers:
+                params["layers"][part.name] = array
+            else:
+                params[part.name] = array[0]
+    return params
+
+
+def weights_of(arrays, start: str = "sd/") -> dict[str, np.ndarray]:
+    """The state dictionary among stored arrays."""
+    return {name[len(start) :]: x for name, x in arrays.items() if name.startswith(start)}
+
+
+def greedy(config, params, ids, steps: int, ends: tuple[int, ...]) -> list[int]:
+    """The greedy tokens after the ids of one row, with a cache; up to the end token."""
+    cache, tokens, answer = KVCache.zeros(config, 1, 64, jnp.float32), jnp.asarray(ids)[None], []
+    while len(answer) < steps and (not answer or answer[-1] not in ends):
+        logits, cache = jit_forward(config, params, tokens.astype(jnp.int32), cache=cache)
+        tokens = jnp.argmax(logits[:, -1:], axis=-1)
+        answer.append(int(tokens[0, 0]))
+    return answer
+
+
+@pytest.mark.parametrize("case", CHATGLM)
+def test_chatglm_6b(case):
+    arrays = stored("chatglm6b_tiny")
+    config = chatglm_config(position_encoding_2d=not case.startswith("oned"))
+    params = params_of(config, weights_of(arrays))
+    ids, positions = arrays[f"{case}/input_ids"], jnp.asarray(arrays[f"{case}/position_ids"])
+    real = np.ones(ids.shape, bool)
+    if f"{case}/attention_mask" in arrays:  # of a pad the complete column is hidden
+        real = ~arrays[f"{case}/attention_mask"][:, 0].all(axis=1)
+    tokens, segments = jnp.asarray(ids), jnp.asarray(real, jnp.int32)
+    for where in (None, positions) if CHATGLM[case] else (positions,):
+        logits, _ = jit_forward(config, params, tokens, segment_ids=segments, positions=where)
+        assert np.abs(logits - arrays[f"{case}/logits"])[real].max() <= TOLERANCE
+    if f"{case}/greedy" in arrays and CHATGLM[case]:
+        for row, expected in enumerate(arrays[f"{case}/greedy"]):
+            answer = greedy(config, params, ids[row][real[row]], len(expected), (125,))
+            assert answer == list(expected[: len(answer)])
+            assert set(expected[len(answer) :]) <= {3}
+
+
+def test_chatglm_6b_keys_and_loss():
+    arrays = stored("chatglm6b_tiny")
+    config = chatglm_config()
+    params = params_of(config, weights_of(arrays))
+    ids = jnp.asarray(arrays["gmask/input_ids"])
+    cache = KVCache.zeros(config, 1, 32, jnp.float32)
+    _, cache = jit_forward(config, params, ids, cache=cache)
+    pairs = np.arange(16).reshape(2, 2, 4).swapaxes(1, 2).reshape(-1)
+    T = ids.shape[1]
+    for ours, name, order in ((cache.k, "key", pairs), (cache.v, "value", slice(None))):
+        reference = arrays[f"gmask/layer0_{name}"][:, 0][..., order]
+        assert np.abs(ours[0, 0, :, :T].swapaxes(0, 1) - reference).max() <= TOLERANCE
+    logits, _ = jit_forward(config, params, jnp.asarray(arrays["train/input_ids"]))
+    labels = arrays["train/labels"][:, 1:]
+    scores = np.asarray(jax.nn.log_softmax(logits[:, :-1]))
+    picked = np.take_along_axis(scores, np.where(labels < 0, 0, labels)[..., None], 2)[..., 0]
+    assert -picked[labels >= 0].mean() == pytest.approx(float(arrays["train/loss"]), abs=1e-5)
+
+
+def test_packed_contexts_do_not_see_each_other():
+    arrays = stored("chatglm6b_tiny")
+    config = chatglm_config()
+    params = params_of(config, weights_of(arrays))
+    parts = [arrays["gmask/input_ids"][0], arrays["mask/input_ids"][0]]
+    tokens = jnp.asarray(np.concatenate(parts))[None]
+    segments = jnp.asarray([number for number, x in enumerate(parts, 1) for _ in x])[None]
+    logits, _ = jit_forward(config, params, tokens, segment_ids=segments)
+    alone = [arrays[f"{case}/logits"][0] for case in ("gmask", "mask")]
+    assert np.abs(logits[0] - np.concatenate(alone)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["mask", "gmask", "gmask_no_eos", "padded"])
+def test_glm_base(case):
+    arrays = stored("glm_base_tiny")
+    config, ids = glm_config(), arrays[f"{case}/input_ids"]
+    params = params_of(config, weights_of(arrays))
+    length = ids.shape[1]
+    visible = arrays[f"{case}/generation_attention_mask"][:, 0, length - 1, :length] > 0
+    expected = arrays[f"{case}/logits"][:, :length]
+    positions = jnp.asarray(arrays[f"{case}/position_ids"][:, :, :length])
+    for where in (None, positions):
+        segments = jnp.asarray(visible, jnp.int32)
+        logits, _ = jit_forward(
+            config, params, jnp.asarray(ids), segment_ids=segments, positions=where
+        )
+        assert np.abs(logits - expected)[visible].max() <= TOLERANCE
+    for row, answer in enumerate(arrays[f"{case}/greedy"]):
+        found = greedy(config, params, ids[row][visible[row]], len(answer), (107,))
+        assert found == list(answer[: len(found)])
+
+
+def test_several_blanks():
+    arrays = stored("glm_base_tiny")
+    config, context = glm_config(), arrays["several/context"].reshape(-1)
+    params = params_of(config, weights_of(arrays))
+    ids, steps = [*context], 0
+    for filled in (arrays["several/filled_0"], arrays["several/filled_1"]):
+        answer = [int(token) for token in filled.reshape(-1)]
+        for known in range(1, len(answer)):
+            tokens = jnp.asarray([ids + answer[:known]])
+            cache = KVCache.zeros(config, 1, 64, jnp.float32)
+            for form in ({}, {"cache": cache}):
+                logits, _ = jit_forward(config, params, tokens, **form)
+                expected = arrays["several/step_logits"][steps].reshape(-1)
+                assert np.abs(logits[0, -1] - expected).max() <= TOLERANCE
+            steps += 1
+        ids += answer[:-1]  # the published loop never reads the token that it draws last
+    assert steps == len(arrays["several/step_logits"]) > 2
+
+
+@pytest.mark.parametrize("family", ["glm4", "glm4-0414"])
+def test_glm4(family):
+    arrays = stored("glm4_9b_tiny" if family == "glm4" else "glm4_0414_tiny")
+    config = glm4_config(family)
+    params = params_of(config, weights_of(arrays), native=family != "glm4")
+    ids, mask = jnp.asarray(arrays["input_ids"]), arrays["attention_mask"]
+    for start, tolerance in (("", TOLERANCE), ("gap_", 2e-3), ("far_", 1e-2)):
+        positions = jnp.asarray(arrays[f"{start}position_ids"], jnp.int32)
+        logits, _ = jit_forward(
+            config,
+            params,
+            ids[: len(positions)],
+            positions=positions,
+            segment_ids=jnp.asarray(mask[: len(positions)]),
+        )
+        wrong = np.abs(logits - arrays[f"{start}logits"])[mask[: len(positions)] > 0].max()
+        assert wrong <= tolerance, start
+    for row, answer in enumerate(arrays["greedy"]):
+        found = greedy(config, params, ids[row][mask[row] > 0], len(answer), (119, 122, 124))
+        assert found == list(answer[: len(found)])
+        assert set(answer[len(found) :]) <= {119}
+
+
+def test_the_table_says_what_was_published():
+    block = chatglm_config().block
+    assert block.residual_scale == pytest.approx(7.483314773547883) == math.sqrt(2 * 28)
+    assert (block.mlp_inputs, glm4_config("glm4").block.mlp_inputs) == (1, 2)
