@@ -177,6 +177,8 @@ class GLMConfig:
                 "Use the config.json that was published with the weights, or name another family "
                 "with --family.",
             )
+        if family == "glm4":  # whose class has other ids
+            raw = {"eos_token_id": 151329, "pad_token_id": 151329, **raw}
         values = read_fields(form, raw)
         ratio, meaning = read_rope(form, raw)
         rope_kind = str(rope_kind or meaning or _rope_kind(family, ratio))

@@ -244,11 +244,12 @@ def read_fields(form: Form, raw: Mapping[str, Any]) -> dict[str, Any]:
     compute, one of a wrong type, or one that is missing.
     """
     if form is _GLM_BASE:
-        raw = _glm_ids(raw) | raw
+        raw = {**_glm_ids(raw), **raw}
     lacks = [key for key, default in form.fields.values() if isinstance(default, type)]
     if lacks := [key for key in lacks if raw.get(key) is None]:
+        kind = "the HF-native layout" if form.native else form.name
         raise CheckpointError(
-            f"config.json of {form.name} lacks {', '.join(lacks)}.",
+            f"config.json of {kind} lacks {', '.join(lacks)}.",
             f"Its model_type is {form.model_type!r}; without these keys the model is not known.",
             "Download config.json again, or add them.",
         )

@@ -18,7 +18,7 @@ def read_vocabulary(folder: Path) -> Tokenizer | None:
     """
     for name in VOCABULARY_FILES:
         if (folder / name).exists():
-            return Tokenizer.from_file(folder / name)
+            return Tokenizer.from_file(folder / name, None)
     path = folder / FAST
     if not path.exists():
         return None
@@ -26,4 +26,4 @@ def read_vocabulary(folder: Path) -> Tokenizer | None:
         if regular_file_size(path) > MAX_JSON_BYTES:
             raise bad_file(path, f"is larger than {MAX_JSON_BYTES} bytes")
         data = path.read_bytes()
-    return Tokenizer.from_bytes(ranks_from_json(data, str(path)))
+    return Tokenizer.from_bytes(ranks_from_json(data, str(path)), None, source=str(path))

@@ -172,8 +172,8 @@ def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, A
     from convert.files.shards import WEIGHT_FILES, check_file_name, choose_weights
     from convert.files.vocabulary import FAST, VOCABULARY_FILES
 
-    known = (*VOCABULARY_FILES, FAST)  # the first that exists is read
-    vocabulary = next((name for name in known if name in names), None)
+    known = (*VOCABULARY_FILES, FAST)
+    vocabulary = [name for name in known if name in names][:1]  # the one that is read
     missing = [] if _CONFIG in names else [_CONFIG]
     missing += [] if vocabulary else [VOCABULARY_FILES[0]]
     if missing:
@@ -181,7 +181,7 @@ def needed_files(names: Collection[str], read_index: Callable[[str], dict[str, A
             f"{' and '.join(missing)} not found.",
             f"Every checkpoint has a configuration and a vocabulary ({', '.join(known)}).",
         )
-    wanted = (_CONFIG, vocabulary, *_WANTED)
+    wanted = (_CONFIG, *vocabulary, *_WANTED)
     small = list(dict.fromkeys(name for name in wanted if name in names))
     first = choose_weights(names)
     if first is None:

@@ -93,7 +93,7 @@ def find_family(
     ]
     found = decide_family(signs, str(side.path))
     if found is not None:
-        clear = any(sign.clear for sign in signs)
+        clear = len(possible) == 1 or any(sign.clear for sign in signs)
         return found, None if clear else f"the family is {found}, by {signs[0].text}"
     if len(possible) == 1:  # configuration and vocabulary leave no choice
         return min(possible), None
@@ -129,7 +129,7 @@ def _possible(side: SideFiles, plain: Tokenizer | None, family: str | None) -> f
         shown = shown.intersection(*(sign.families for sign in config_signs(side.raw))) or shown
     if plain is None or (possible := shown.intersection(plain.families)):
         return shown if plain is None else possible
-    model = form.name if family is None and len(shown) > 1 else f"a {min(shown)} model"
+    model = form.name if shown.issuperset(form.families) else f"a {min(shown)} model"
     raise CheckpointError(
         f"The configuration and the tokenizer in {side.path} belong to different models.",
         f"The configuration is that of {model}, the vocabulary one of "
@@ -167,8 +167,10 @@ def _end_signs(side: SideFiles, plain: Tokenizer | None) -> list[Sign]:
         start = None if plain is None else plain.num_pieces
     roles = set()
     for name in ("<|user|>", "<|observation|>"):
-        if name in ids or start is not None:
-            roles.add(ids[name] if name in ids else start + order.index(name))
+        if name in ids:
+            roles.add(ids[name])
+        elif start is not None:
+            roles.add(start + order.index(name))
     roles -= {token.id for token in side.named.tokens if token.content not in order}
     signs = []
     for where in dict.fromkeys(side.ends.values()):

@@ -121,6 +121,13 @@ def test_the_kinds_of_files_with_one_model_type():
     assert GLMConfig.from_hf(both).num_kv_heads == 2  # GlmConfig needs its keys: it is that
 
 
+def test_the_ids_of_glm_4_are_known_without_their_keys():
+    found = GLMConfig.from_hf({"model_type": "glm", **NATIVE})
+    assert (found.eos_token_id, found.pad_token_id) == (151329, 151329)
+    with pytest.raises(CheckpointError, match="eos_token_id = 151329"):
+        GLMConfig.from_hf({"model_type": "glm", **NATIVE, "vocab_size": 640}, family="glm4")
+
+
 def test_sizes_that_a_file_does_not_hold():
     config = GLMConfig.from_hf(BLANK_FILLING)
     assert (config.head_dim, config.num_kv_heads, config.ffn_hidden_size) == (12, 4, 192)

@@ -361,6 +361,10 @@ def test_which_files_are_needed():
     ):  # fmt: skip
         index = {"weight_map": {str(i): name for i, name in enumerate(shards)}}
         assert needed_files([*names, *BASE], lambda name, index=index: index) == BASE + found
+    for vocabulary in (["ice_text.model"], ["cog-pretrain.model"], ["tokenizer.json"]):
+        names = ["pytorch_model.bin", *vocabulary, "config.json"]
+        wanted = ["config.json", *vocabulary, "pytorch_model.bin"]
+        assert needed_files(names, lambda name: {}) == wanted
     for names, weights, message in (
         (["config.json"], {}, "tokenizer.model not found"),
         (BASE, {}, "No weights found"),

@@ -129,3 +129,30 @@ def test_when_the_files_are_not_written(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match=r"glm2-jax\[export\]"):
         tokenizer_files(toy(), "chatglm2", max_length=512)
+
+
+def test_glm_4_as_transformers_reads_it(tmp_path):
+    """Its published tokenizer parses special tokens in a text; ours never does."""
+    cases = json.loads(shared_file("glm-family/glm4_tokenizer_cases.json"))
+    real = Tokenizer.from_bytes(shared_file("glm-family/tokenizers/glm4_tokenizer.model"), "glm4")
+    theirs = opened(tmp_path, real)
+    assert len(cases["cases"]) == 97
+    for case in cases["cases"]:
+        found = theirs(case["text"], add_special_tokens=False).input_ids
+        assert found == case["hf_ids"], case["text"]
+        if not set(found) & set(real.special.values()):
+            assert found == case["ordinary_ids"] == real.encode(case["text"])
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (151329, 151329)
+    assert theirs.unk_token is None
+    assert theirs("你好").input_ids == [151331, 151333, 109377]
+    for name, token_id in real.special.items():
+        assert theirs.convert_tokens_to_ids(name) == token_id
+    talk = [{"role": "user", "content": "你好"}]
+    found = theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    assert found == [151331, 151333, 151336, 198, 109377, 151337]
+
+
+def test_tokenizers_without_such_a_form():
+    cog = Tokenizer.from_bytes(sp_model(byte_fallback=False), "glm")
+    with pytest.raises(UsageError, match="of a glm model has no HF-native form"):
+        tokenizer_files(cog, "fill", max_length=512)
