@@ -6,6 +6,7 @@ six billion numbers would take longer than writing them: one block of a few mill
 the pieces of each tensor are copied from random places in it. Memory is that block.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _DEVIATION = 0.02
 _BLOCK, _STRETCH = 2**22, 2**20  # numbers drawn once, and taken from them at a time
+# By family, where it is not tokenizer.model.
+_VOCABULARY_FILES = {"chatglm": "ice_text.model", "glm": "cog-pretrain.model"}
 NAME = "random weights"  # `_name_or_path` of the folder, which must not be a model's name
 
 
@@ -50,14 +53,15 @@ def build_parser() -> Parser:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--config", type=path_argument, required=True, metavar="NAME|FILE",
-        help="a published model such as chatglm2-6b or chatglm3-6b, or a config.json",
+        help="a published model such as chatglm2-6b or glm-4-9b, or a config.json",
     )  # fmt: skip
     model.add_argument(
         "--layers", type=positive, metavar="N", help="number of layers (default: that of the model)"
     )
     model.add_argument(
         "--tokenizer", type=path_argument, required=True, metavar="FILE|DIR",
-        help="the tokenizer.model to copy into the folder, or a folder that holds one",
+        help="the vocabulary to copy into the folder (for example tokenizer.model), or a folder "
+        "that holds it",
     )  # fmt: skip
     weights = parser.add_argument_group("weights")
     weights.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed")
@@ -90,14 +94,14 @@ def official_config(
             f"Known models: {', '.join(PRESETS)}.",
             "Give one of them or the path of a config.json.",
         )
-    if raw.get("quantization_bit") or name.endswith("int4"):
+    if raw.get("quantization_bit") or name.endswith(("int4", "int8")):
         raise UsageError(
             f"{flag} {name} is a quantized model.",
             "Random weights are written as floats.",
             "Use the model that it was made from, for example chatglm2-6b.",
         )
-    raw |= {"num_layers": layers} if layers else {}
     config = GLMConfig.from_hf(raw, family=family)
+    config = dataclasses.replace(config, num_layers=layers or config.num_layers)
     # It refers to Python files, which the folder does not have.
     raw.pop("auto_map", None)
     return raw | config.to_hf() | {"torch_dtype": dtype, "_name_or_path": NAME}
@@ -115,8 +119,9 @@ def write_random(
 ) -> int:
     """Write the folder, complete or not at all, and return the bytes of the weights.
 
-    `raw` is its config.json, as `official_config` gives it; `tokenizer_path` a tokenizer.model, or
-    a folder that holds one. The same seed gives the same bytes.
+    `raw` is its config.json, as `official_config` gives it; `tokenizer_path` a file of its
+    vocabulary, or a folder that holds it under its published name. The same seed gives the
+    same bytes.
     """
     from convert.files.safetensors_writer import write_file, write_shards
     from convert.loading.folder import check_fit
@@ -125,7 +130,8 @@ def write_random(
     from glm2_jax.text.tokenizer import Tokenizer
 
     config, path = GLMConfig.from_hf(raw), Path(tokenizer_path)
-    path = path / "tokenizer.model" if path.is_dir() else path
+    vocabulary = _VOCABULARY_FILES.get(config.family, "tokenizer.model")
+    path = path / vocabulary if path.is_dir() else path
     tokenizer = Tokenizer.from_file(path, family=config.family)
     check_fit(config, tokenizer, config.default_template, asked=False)
     size = config.num_params * (4 if dtype == "float32" else 2)
@@ -134,7 +140,7 @@ def write_random(
     size = sum(entry.nbytes for entry in entries)
     with new_destination(destination, needed=size) as temporary:
         write_file(temporary / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
-        write_file(temporary / "tokenizer.model", tokenizer.model_bytes)
+        write_file(temporary / vocabulary, tokenizer.model_bytes)
         write_shards(temporary, entries, max_shard_size, progress)
     return size
 
@@ -179,13 +185,15 @@ def random_entries(config: "GLMConfig", dtype: str, seed: int) -> "list[Entry]":
 def main(argv: list[str]) -> None:
     """Parse the flags and write."""
     args = build_parser().parse_args(argv)
+    from glm2_jax.config import GLMConfig
+
     raw = official_config(args.config, layers=args.layers, dtype=args.dtype)
     with Progress("writing", show=human_size) as bar:
         size = write_random(
             args.destination, raw, args.tokenizer, dtype=args.dtype, seed=args.seed,
             max_shard_size=args.max_shard_size, progress=bar.update,
         )  # fmt: skip
-    layers = f"{raw['num_layers']} layers"
+    layers = f"{GLMConfig.from_hf(raw).num_layers} layers"
     options.print_written(args.destination, size, f"{args.dtype}, random weights, {layers}")
 
 

@@ -114,6 +114,8 @@ class Workload:
         random = np.random.default_rng(0)
         prompts = random.integers(3, self.config.vocab_size, (batch, shape.prompt)).tolist()
         longest = min(max(1, PREFILL_CHUNK // batch), self.config.seq_length)
+        if self.config.block.bidirectional:  # its tokens see each other
+            longest = shape.prompt
         *full, last = parts(prompts, 0, batch, longest)
         size = bucket(shape.prompt + ROOM, self.config.seq_length)
         controls = self._controls(batch)

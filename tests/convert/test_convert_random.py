@@ -1,10 +1,13 @@
 """Random checkpoints of real shapes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,10 +15,11 @@ from convert import load_checkpoint
 from convert import random as convert_random
 from convert.files.safetensors_writer import divide
 from convert.random import official_config, random_entries, write_random
-from glm2_jax import PRESETS, CheckpointError, GLMConfig, UsageError
+from glm2_jax import PRESETS, CheckpointError, GLMConfig, UsageError, forward
 from glm2_jax.choices import STORED_DTYPES
 from tests.support.checkpoints import TINY, names, tiny_config
 from tests.support.commands import exit_code
+from tests.support.shared_data import shared_path
 from tests.support.sp_model import sp_model
 
 run = partial(exit_code, convert_random.main)
@@ -59,13 +63,14 @@ def test_the_seed_decides(tmp_path, tokenizer):
 
 
 def test_the_configuration_that_is_written(tmp_path):
-    for name in (name for name in PRESETS if not name.endswith("int4")):
+    for name in (name for name in PRESETS if not name.endswith(("int4", "int8"))):
         raw = official_config(name, layers=6, dtype="bfloat16")
-        assert raw["architectures"] == ["ChatGLMModel"] and raw["torch_dtype"] == "bfloat16"
+        classes = PRESETS[name].to_hf()["architectures"]
+        assert raw["architectures"] == classes and raw["torch_dtype"] == "bfloat16"
         config = GLMConfig.from_hf(raw)
         assert config.num_layers == 6
         assert raw["_name_or_path"] == convert_random.NAME  # and no model's
-        assert config == GLMConfig.from_hf(PRESETS[name].to_hf() | {"num_layers": 6})
+        assert config == dataclasses.replace(PRESETS[name], num_layers=6)
     # A file keeps its other keys, and the files next to it say the family.
     raw = TINY.to_hf() | {"use_cache": True, "auto_map": {"AutoModel": "modeling_chatglm.X"}}
     for key in ("family", "rope_kind", "interleaved_qkv", "rotary_percent"):
@@ -152,3 +157,27 @@ def _peak(target, raw, tokenizer):
     for file in target.iterdir():  # pytest keeps temporary folders; this one is large
         file.unlink()
     return int(result.stdout) * 1024
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "sizes"),
+    [
+        ("glm-4-9b-chat", "glm4_tokenizer.model", {"num_kv_heads": 2}),
+        ("glm-4-9b-0414", "glm4_tokenizer.model", {"num_kv_heads": 2}),
+        ("chatglm-6b", "ice_text.model", {"num_kv_heads": 4}),
+        ("glm-large-chinese", "cog-pretrain.model", {"num_kv_heads": 4, "ffn_hidden_size": 64}),
+    ],
+)
+def test_every_family_is_written_in_its_published_layout(tmp_path, preset, vocabulary, sizes):
+    small = {"hidden_size": 16, "ffn_hidden_size": 24, "num_heads": 4, "head_dim": 4} | sizes
+    config = dataclasses.replace(PRESETS[preset], num_layers=2, **small)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    raw = official_config(str(tmp_path / "config.json"), layers=1)
+    file = shared_path(f"glm-family/tokenizers/{vocabulary}")
+    size = write_random(tmp_path / "random", raw, file)
+    loaded = load_checkpoint(tmp_path / "random", dtype="float32")
+    assert loaded.config == dataclasses.replace(config, num_layers=1)
+    count = sum(x.size for x in jax.tree.leaves(loaded.params))
+    assert count == loaded.config.num_params and 2 * count <= size < 2 * count + 100
+    ids = loaded.tokenizer.encode("你好")
+    assert np.isfinite(forward(loaded.config, loaded.params, jnp.asarray([ids]))[0]).all()
