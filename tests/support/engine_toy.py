@@ -63,10 +63,11 @@ _FILES = {"glm4": rank_file, "chatglm": chatglm_model}
 
 
 @functools.cache
-def family_engine(family: str) -> Engine:
+def family_engine(family: str, seq_length: int = 256) -> Engine:
     """An engine of a family with a vocabulary of its kind; of ChatGLM-6B all heads have keys."""
     tokenizer = Tokenizer.from_bytes(_FILES[family](), family)
-    config = dataclasses.replace(TOY, family=family, vocab_size=tokenizer.size + 7)
+    sizes: Any = {"vocab_size": tokenizer.size + 7, "seq_length": seq_length}
+    config = dataclasses.replace(TOY, family=family, **sizes)
     if config.block.bidirectional:
         names = {"sop_token_id": "<sop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
         ids: Any = {field: tokenizer.special[name] for field, name in names.items()}

@@ -1,6 +1,8 @@
 """A model whose prompts are read in both directions: in one piece, and anew for every turn."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from infer.batching.batcher import Batcher
 from infer.batching.job import Job
 from infer.batching.options import BatchOptions
+from infer.engine.engine import Engine
 from infer.engine.params import PRESETS, SamplingParams
 from infer.engine.session import Session
 from infer.requests.conversation import Conversation
@@ -96,3 +99,12 @@ def test_a_conversation_writes_the_prompt_anew(engine):
     assert talk.history == history and all(text.strip() for _, text in history)
     alone = engine.chat("Hello", history, seed=3, max_new_tokens=9)[0]
     assert "".join(engine.stream_chat("Hello", history, seed=3, max_new_tokens=9)) == alone
+
+
+def test_banned_ids_are_never_drawn(engine, prompts, wanted):
+    """Of glm-10b-chinese, where [gMASK] has the embedding of the end token."""
+    banned = wanted[0][0]
+    checkpoint = SimpleNamespace(**vars(engine.checkpoint))
+    checkpoint.config = dataclasses.replace(engine.config, banned_token_ids=(banned,))
+    other = Engine(cast(Any, checkpoint), programs=engine.programs)
+    assert banned not in other.complete(prompts[:1], GREEDY)[0].output_ids
