@@ -59,7 +59,11 @@ def toy_engine(
     return Engine(cast(Any, checkpoint), programs=programs, **kwargs)
 
 
-_FILES = {"glm4": rank_file, "chatglm": chatglm_model}
+_FILES = {
+    "glm4": rank_file,
+    "chatglm": chatglm_model,
+    "glm": functools.partial(sp_model, byte_fallback=False),
+}
 
 
 @functools.cache
@@ -69,13 +73,18 @@ def family_engine(family: str, seq_length: int = 256) -> Engine:
     sizes: Any = {"vocab_size": tokenizer.size + 7, "seq_length": seq_length}
     config = dataclasses.replace(TOY, family=family, **sizes)
     if config.block.bidirectional:
-        names = {"sop_token_id": "<sop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
-        ids: Any = {field: tokenizer.special[name] for field, name in names.items()}
+        ids: Any = {"sop_token_id": tokenizer.suffix_ids[-1]}
+        for name in ("mask", "gmask", "smask") if family == "glm" else ("mask", "gmask"):
+            ids[f"{name}_token_id"] = tokenizer.special[f"[{name.replace('mask', 'MASK')}]"]
         config = dataclasses.replace(config, num_kv_heads=TOY.num_heads, **ids)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
     checkpoint = SimpleNamespace(
-        config=config, params=params, tokenizer=tokenizer, template=family, fingerprint="toy"
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        template=config.default_template,
+        fingerprint="toy",
     )
     return Engine(cast(Any, checkpoint), prefill_chunk=64)
 
