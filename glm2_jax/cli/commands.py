@@ -11,6 +11,7 @@ from typing import NoReturn
 COMMANDS = {
     "chat": ("infer.chat", "chat on the terminal"),
     "generate": ("infer.generate", "answer one prompt, or a file of prompts"),
+    "fill": ("infer.fill", "fill the blanks of a text with a GLM base model"),
     "serve": ("infer.serve", "HTTP server with the API of OpenAI, and a chat page"),
     "evaluate": ("infer.evaluate", "perplexity, generated answers, multiple choice"),
     "explain": ("infer.explain", "every stage of the model with shapes, operations and bytes"),

@@ -15,7 +15,7 @@ from glm2_jax.text.template import CHATGLM2_ROUNDS, Rounds, find_template
 from glm2_jax.text.tokenizer import SPACE_MARK, Tokenizer
 
 Turns = Sequence[Sequence[Any]]  # [question, `roles.Reply`]
-_MASKS = re.compile(r"(\[[gs]?MASK\])")
+MASKS = re.compile(r"(\[[gs]?MASK\])")  # where a text has blanks
 
 
 def build_prompt(
@@ -58,7 +58,7 @@ def text_ids(tokenizer: Tokenizer, template: str, text: str) -> list[int]:
     ids = tokenizer.encode(text)
     if find_template(template).fills:
         # The published tokenizer parses masks, and drops the white space around them.
-        parts = _MASKS.split(text)
+        parts = MASKS.split(text)
         mask = _mask_of(tokenizer, parts[1::2])
         encoded = (tokenizer.encode(part.strip()) for part in parts[::2])
         ids = next(encoded) + [token for part in encoded for token in (mask, *part)]

@@ -229,8 +229,15 @@ class Engine:
         """Return a row for each prompt; arguments and errors are those of `run`."""
         how = {"roles": clean and self.written.roles, "wide": self.written.wide}
         answer = partial(Answer, self.tokenizer, stop_ids=self.stop_ids, clean=clean, **how)
-        sizes = {"vocab_size": self.config.vocab_size, "max_length": self.max_length}
-        return make_rows(prompts, sampling, row_ids, answer, **sizes)
+        return make_rows(
+            prompts,
+            sampling,
+            row_ids,
+            answer,
+            vocab_size=self.config.vocab_size,
+            max_length=self.max_length,
+            banned=self.config.banned_token_ids,
+        )
 
     def _prompt_ids(self, prompts: Iterable[str | Sequence[int]]) -> tuple[list[list[int]], bool]:
         """Return the ids of prompts of one kind, and whether their answers are cleaned."""

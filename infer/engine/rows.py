@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,14 @@ class Row:
         )
 
 
+def _without(sampling: SamplingParams, banned: Sequence[int]) -> SamplingParams:
+    """Return parameters that never draw the banned ids."""
+    if not banned:
+        return sampling
+    bias = dict(sampling.logit_bias) | dict.fromkeys(banned, -100.0)
+    return dataclasses.replace(sampling, logit_bias=tuple(bias.items()))
+
+
 def make_rows(
     prompts: Any,
     sampling: SamplingParams | Sequence[SamplingParams],
@@ -98,10 +107,12 @@ def make_rows(
     *,
     vocab_size: int,
     max_length: int,
+    banned: Sequence[int] = (),
 ) -> list[Row]:
     """Return a row for each prompt; arguments and errors are those of `Engine.run`.
 
-    `make_answer` is `Answer` but for the prompt, its parameters and its limit.
+    `make_answer` is `Answer` but for the prompt, its parameters and its limit; the `banned` ids are
+    never drawn.
     """
     prompts = [
         listed(ids, "a prompt must be a list of token ids")
@@ -126,6 +137,7 @@ def make_rows(
         _check_ids(name, ids, vocab_size)
         _check_ids(f"logit_bias of {name}", [token for token, _ in one.logit_bias], vocab_size)
         _check_ids(f"stop_token_ids of {name}", one.stop_token_ids, vocab_size)
+        one = _without(one, banned)
         limit = _answer_limit(name, len(ids), one, max_length)
         answer = make_answer(ids, one, limit=limit)
         rows.append(Row(index, ids, one, whole("row_ids", draw, 0, 2**31 - 1), answer))

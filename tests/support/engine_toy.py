@@ -14,7 +14,8 @@ import jax
 from glm2_jax import GLMConfig, Tokenizer, init_params
 from infer.engine.answer import Completion
 from infer.engine.engine import Engine
-from tests.support.sp_model import sp_model
+from tests.support.rank_file import rank_file
+from tests.support.sp_model import chatglm_model, sp_model
 
 TOY = GLMConfig(
     num_layers=2,
@@ -56,6 +57,36 @@ def toy_engine(
     # Programs depend on shapes alone, the weights are an argument.
     programs = None if share is None else share.programs
     return Engine(cast(Any, checkpoint), programs=programs, **kwargs)
+
+
+_FILES = {
+    "glm4": rank_file,
+    "chatglm": chatglm_model,
+    "glm": functools.partial(sp_model, byte_fallback=False),
+}
+
+
+@functools.cache
+def family_engine(family: str, seq_length: int = 256) -> Engine:
+    """An engine of a family with a vocabulary of its kind; of ChatGLM-6B all heads have keys."""
+    tokenizer = Tokenizer.from_bytes(_FILES[family](), family)
+    sizes: Any = {"vocab_size": tokenizer.size + 7, "seq_length": seq_length}
+    config = dataclasses.replace(TOY, family=family, **sizes)
+    if config.block.bidirectional:
+        ids: Any = {"sop_token_id": tokenizer.suffix_ids[-1]}
+        for name in ("mask", "gmask", "smask") if family == "glm" else ("mask", "gmask"):
+            ids[f"{name}_token_id"] = tokenizer.special[f"[{name.replace('mask', 'MASK')}]"]
+        config = dataclasses.replace(config, num_kv_heads=TOY.num_heads, **ids)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x * 12 if x.ndim > 2 else x, params)
+    checkpoint = SimpleNamespace(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        template=config.default_template,
+        fingerprint="toy",
+    )
+    return Engine(cast(Any, checkpoint), prefill_chunk=64)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from infer.serve.app import build
 from infer.serve.options import RequestOptions
 from infer.serve.security import Access
 from infer.serve.service import Facts, Service
-from tests.support.engine_toy import TOY, toy_engine
+from tests.support.engine_toy import TOY, family_engine, toy_engine
 from tests.support.serial_worker import Script, SerialWorker
 
 
@@ -68,6 +68,8 @@ class Served:
 
 @functools.cache
 def _engine(family: str) -> Engine:
+    if family in ("glm4", "chatglm"):
+        return family_engine(family, 2048)
     return toy_engine(config=dataclasses.replace(TOY, seq_length=2048), family=family)
 
 

@@ -96,7 +96,7 @@ def test_bad_lines_are_reported_and_the_others_answered(loaded, output, monkeypa
         "2: not JSON: ",
         "3: empty prompt: ",
         "4: the prompt is too long: ",
-        "5: messages need the template chatglm3: ",
+        "5: messages need the template chatglm3 or glm4: ",
         "7: not UTF-8: byte 13",
     ):
         assert f"standard input:{line}" in err

@@ -1,0 +1,1 @@
+"""`python -m infer.fill`: fills the blanks of a text with a GLM base model."""

@@ -1,0 +1,110 @@
+"""A model whose prompts are read in both directions: in one piece, and anew for every turn."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infer.batching.batcher import Batcher
+from infer.batching.job import Job
+from infer.batching.options import BatchOptions
+from infer.engine.engine import Engine
+from infer.engine.params import PRESETS, SamplingParams
+from infer.engine.session import Session
+from infer.requests.conversation import Conversation
+from tests.support.engine_toy import family_engine, finished
+from tests.support.toy import jit_forward
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return family_engine("chatglm")
+
+
+@pytest.fixture(scope="module")
+def prompts(engine):
+    """Three prompts of many sizes, two of them longer than what is read at once."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(10, 200, size).tolist() for size in (5, 90, 140)]
+    return [[*text, *engine.tokenizer.suffix_ids] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def wanted(engine, prompts):
+    """Greedy answers of each prompt alone, checked by one pass over prompt and answer."""
+    answers = [engine.complete([ids], GREEDY)[0].output_ids for ids in prompts]
+    for ids, answer in zip(prompts, answers, strict=True):
+        tokens = jnp.asarray([[*ids, *answer]], jnp.int32)
+        logits, _ = jit_forward(engine.config, engine.executor.params, tokens)
+        assert tuple(logits[0, len(ids) - 1 : -1].argmax(-1).tolist()) == answer
+    return answers
+
+
+def test_prompts_are_read_in_one_piece(engine, prompts, wanted):
+    for asked, answers in ((prompts, wanted), (prompts[2:], wanted[2:])):
+        schedule = engine.schedule(asked, GREEDY)
+        assert len(schedule.batch.parts) == 1
+        assert [one.output_ids for one in schedule.complete()] == answers
+    short = engine.schedule(prompts[:1], GREEDY).batch
+    assert short.parts[0].tokens.shape[1] <= 64 == short.chunk
+
+
+def test_a_session_reads_every_turn_anew(engine, prompts, wanted):
+    session = Session(engine)
+    for ids, answer in (*zip(prompts, wanted, strict=True), (prompts[2], wanted[2])):
+        done = finished(session.run(ids, GREEDY))
+        assert done.output_ids == answer
+        assert (done.stats.prefill_tokens, done.stats.reused_tokens) == (len(ids), 0)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_slots_read_prompts_in_one_piece_and_reuse_nothing(engine, prompts, wanted, deterministic):
+    options = BatchOptions(slots=2, size=256, tokens_per_prefill=64, deterministic=deterministic)
+    batcher, found, parts = Batcher(engine, options), {}, []
+    plan = batcher.scheduler.next
+
+    def noted():
+        step = plan()
+        parts.extend(getattr(step, "parts", ()))
+        return step
+
+    batcher.scheduler.next = noted
+    asked = [*enumerate(prompts), *((n + 3, prompts[n]) for n in (2, 0, 1))]
+    for number, ids in asked:
+        (row,) = engine.rows([ids], GREEDY)
+        batcher.submit(Job(row, lambda event, n=number: found.setdefault(n, []).append(event)))
+    while batcher.step():
+        pass
+    answers = {n: events[-1].completion.output_ids for n, events in found.items()}
+    assert answers == dict(enumerate([*wanted, wanted[2], wanted[0], wanted[1]]))
+    assert len(parts) == 6 and all(part.start == 0 and part.last for part in parts)
+    assert batcher.stats.reused_tokens == 0
+
+
+def test_a_conversation_writes_the_prompt_anew(engine):
+    # The template's own defaults.
+    assert engine.written.preset == "api" and PRESETS["api"].top_k == 50
+    sampling = dataclasses.replace(GREEDY, temperature=1.0, max_new_tokens=12)
+    talk, history = Conversation(engine, sampling, say=lambda text: None), []
+    for question in ("你好", "天气", "Hello"):
+        done = finished(talk.reply(question))
+        assert list(done.prompt_ids) == engine.build_prompt(question, history)
+        assert done.stats.reused_tokens == 0
+        history.append((question, done.text))
+    assert talk.history == history and all(text.strip() for _, text in history)
+    alone = engine.chat("Hello", history, seed=3, max_new_tokens=9)[0]
+    assert "".join(engine.stream_chat("Hello", history, seed=3, max_new_tokens=9)) == alone
+
+
+def test_banned_ids_are_never_drawn(engine, prompts, wanted):
+    """Of glm-10b-chinese, where [gMASK] has the embedding of the end token."""
+    banned = wanted[0][0]
+    checkpoint = SimpleNamespace(**vars(engine.checkpoint))
+    checkpoint.config = dataclasses.replace(engine.config, banned_token_ids=(banned,))
+    other = Engine(cast(Any, checkpoint), programs=engine.programs)
+    assert banned not in other.complete(prompts[:1], GREEDY)[0].output_ids
